@@ -1,0 +1,1 @@
+"""Synthetic pictures of a chosen person, from a few thousand private ones and one or two 16 GB GPUs."""

@@ -1,0 +1,1 @@
+"""Noise → latents: the denoiser, its conditions, objectives, samplers, and the pipeline that holds them."""

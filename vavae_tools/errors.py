@@ -1,0 +1,45 @@
+"""What went wrong, said to a person: one line on stderr, a non-zero status, no traceback."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend: the message says what was found, where, what was expected and what to do."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main` and end the process: status 0, 2 (`UserError`, disk), or 130 (stopped by the user)."""
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        sys.exit(_say(str(error)))
+    except KeyboardInterrupt:
+        _say("stopped by the user")
+        sys.exit(130)
+    except BrokenPipeError:  # `… | head`: the reader has gone, which is no fault
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        reason = disk_fault(error)
+        if reason is None:
+            raise
+        sys.exit(_say(reason))
+
+
+def disk_fault(error: OSError) -> str | None:
+    """The line to say for a disk that is full, or that does not let us write; None for any other `OSError`."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"No space left on the disk{where}. What was there is untouched: free some space and run it again."
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"Not allowed to write or read here{where}. Choose a folder that is yours, such as ./outputs."
+    return None
+
+
+def _say(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
