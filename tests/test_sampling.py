@@ -1,0 +1,184 @@
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from golden_cases import assert_close, load_case, load_weights
+
+from vavae_tools.convert import load_reference
+from vavae_tools.diffusion.sampling import guided_velocity, make_solver, sample
+from vavae_tools.errors import UserError
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+SOLVERS = {
+    "euler": FlowMatchEulerDiscreteScheduler(),
+    "heun": FlowMatchHeunDiscreteScheduler(),
+    "dpm": DPMSolverMultistepScheduler(**FLOW),
+    "unipc": UniPCMultistepScheduler(**FLOW),
+}
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_sampling_equals_the_reference(i):
+    case, io = load_case("sampling")
+    run = case["runs"][i]
+    constructor = load_case("lightningdit-a")[0]["constructor"]
+    model = load_reference("lightningdit", load_weights("lightningdit-a"), constructor)
+    states, times = [], []
+
+    def keep(_, t, x):
+        times.append(t)
+        states.append(x.clone())
+
+    out = sample(
+        model.denoiser,
+        FlowMatchEulerDiscreteScheduler(),
+        io["noise"],
+        model.conditioner(io["y"]),
+        model.conditioner.null(len(io["y"])),
+        num_inference_steps=run["num_steps"] - 1,  # the reference counts grid points
+        guidance_scale=run["cfg_scale"] or 1.0,
+        guidance_interval=(run["cfg_interval_start"] or 0.0, 1.0),
+        guidance_channels="first3",
+        timestep_shift=run["timestep_shift"],
+        callback=keep,
+    )
+    assert times == pytest.approx(run["t_evaluated"], abs=2e-7)
+    assert len(states) == run["euler_steps_done"]
+    assert_close(out, io[run["output"]], case["tolerance"])
+    assert_close(states[0], io[f"state_after_step1_{i}"], case["tolerance"])
+    assert_close(states[run["state_middle_index"] - 1], io[f"state_middle_{i}"], case["tolerance"])
+
+
+def test_grids_equal_the_reference():
+    _, io = load_case("transport")
+    for key in (key for key in io if key.startswith("tgrid_")):
+        shift, points = key.removeprefix("tgrid_shift").split("_n")
+        solver, times = make_solver(SOLVERS["euler"], int(points) - 1, float(shift))
+        torch.testing.assert_close(torch.tensor([*times, 1.0]), io[key], rtol=0, atol=1e-6)
+        assert solver.sigmas[-1] == 0
+
+
+def test_shift_of_one_or_zero_is_none():
+    plain = make_solver(SOLVERS["euler"], 7)[1]
+    assert plain == make_solver(SOLVERS["euler"], 7, 1.0)[1] == make_solver(SOLVERS["euler"], 7, 0.0)[1]
+    own = FlowMatchEulerDiscreteScheduler(shift=4.0)  # the scheduler's own shift holds unless one is given
+    assert make_solver(own, 7)[1] == make_solver(SOLVERS["euler"], 7, 0.25)[1]
+    assert own.config.shift == 4.0 and len(own.timesteps) == 1000  # and it is left as it was
+
+
+def constant(x, t, conditioning, mask=None):
+    """A velocity of the condition's value everywhere."""
+    return conditioning[:, :, None, None].expand_as(x)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_euler_is_exact_on_a_constant_velocity(steps):
+    noise, velocity = torch.randn(2, 3, 4, 4), torch.randn(2, 3)
+    out = sample(constant, SOLVERS["euler"], noise, velocity, num_inference_steps=steps, timestep_shift=0.3)
+    torch.testing.assert_close(out, noise + velocity[:, :, None, None], rtol=1e-5, atol=1e-5)
+
+
+MEAN, STD = 1.5, 0.4
+
+
+def gaussian(x, t, conditioning, mask=None):
+    """The exact velocity for data ~ N(MEAN, STD²), whose flow takes noise z to MEAN + STD·z."""
+    t = t.view(-1, 1, 1, 1).to(x.dtype)
+    variance = (t * STD) ** 2 + (1 - t) ** 2
+    return MEAN + (t * STD**2 - (1 - t)) / variance * (x - t * MEAN)
+
+
+def error_on_gaussian_data(name, steps):
+    noise = torch.linspace(-2, 2, 16).view(1, 1, 4, 4)
+    out = sample(gaussian, SOLVERS[name], noise, torch.zeros(1, 1), num_inference_steps=steps)
+    return (out - (MEAN + STD * noise)).abs().max().item()
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
+def test_solvers_converge_at_their_order(name, order):
+    coarse, fine = error_on_gaussian_data(name, 16), error_on_gaussian_data(name, 32)
+    assert coarse / fine == pytest.approx(2**order, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["dpm", "unipc"])
+def test_multistep_solvers_beat_euler(name):
+    assert error_on_gaussian_data(name, 16) < error_on_gaussian_data("euler", 16) / 4
+
+
+def test_model_calls_are_counted():
+    calls = []
+
+    def counted(x, t, conditioning, mask=None):
+        calls.append(len(x))
+        return gaussian(x, t, conditioning)
+
+    condition = torch.zeros(2, 1)
+    for name, expected in (("euler", 8), ("dpm", 8), ("unipc", 8), ("heun", 15)):
+        calls.clear()
+        sample(counted, SOLVERS[name], torch.randn(2, 1, 4, 4), condition, num_inference_steps=8)
+        assert calls == [2] * expected, name
+    calls.clear()  # twice the batch where guided: t = 0.25, 0.5 of 0, 0.25, 0.5, 0.75
+    sample(
+        counted,
+        SOLVERS["euler"],
+        torch.randn(2, 1, 4, 4),
+        condition,
+        condition,
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        guidance_interval=(0.25, 0.5),
+    )
+    assert calls == [2, 4, 4, 2]
+
+
+def test_every_grid_point_at_the_start_is_guided():
+    # 0.1, 0.2, … are not float32 numbers; a start written so must still include its grid point.
+    guided = []
+
+    def spy(x, t, conditioning, mask=None):
+        guided.append(len(x) == 2)
+        return torch.zeros_like(x)
+
+    one = torch.zeros(1, 1)
+    for k in range(10):
+        guided.clear()
+        interval = (k / 10, 1.0)
+        sample(spy, SOLVERS["euler"], torch.zeros(1, 1, 2, 2), one, one, 10, 2.0, guidance_interval=interval)
+        assert guided == [False] * k + [True] * (10 - k)
+
+
+def test_guidance_formula():
+    x, condition, null = torch.randn(2, 4, 3, 3), torch.randn(2, 4), torch.randn(2, 4)
+    c, u = constant(x, None, condition), constant(x, None, null)
+    torch.testing.assert_close(guided_velocity(constant, x, 0.5, condition, null, 3.0), u + 3 * (c - u))
+    first3 = guided_velocity(constant, x, 0.5, condition, null, 3.0, guidance_channels="first3")
+    torch.testing.assert_close(first3[:, :3], (u + 3 * (c - u))[:, :3])
+    assert torch.equal(first3[:, 3:], c[:, 3:])
+    assert torch.equal(guided_velocity(constant, x, 0.5, condition, null, 1.0), c)
+    assert torch.equal(guided_velocity(constant, x, 0.1, condition, null, 3.0, (0.125, 1.0)), c)
+    assert torch.equal(guided_velocity(constant, x, 0.9, condition, null, 3.0, (0.0, 0.8)), c)
+
+
+def test_guidance_of_one_is_the_conditional_sample():
+    noise, condition, null = torch.randn(1, 2, 3, 3), torch.randn(1, 2), torch.randn(1, 2)
+    alone = sample(constant, SOLVERS["euler"], noise, condition, num_inference_steps=3)
+    assert torch.equal(sample(constant, SOLVERS["euler"], noise, condition, null, 3, guidance_scale=1.0), alone)
+    assert not alone.requires_grad and alone.dtype == torch.float32
+
+
+def test_wrong_requests_are_named():
+    noise, condition = torch.randn(1, 2, 3, 3), torch.randn(1, 2)
+    with pytest.raises(UserError, match="null"):
+        sample(constant, SOLVERS["euler"], noise, condition, guidance_scale=2.0)
+    with pytest.raises(UserError, match="'all' or 'first3'"):
+        sample(constant, SOLVERS["euler"], noise, condition, guidance_channels="three")
+    with pytest.raises(UserError, match="does not solve flow matching"):
+        sample(constant, DPMSolverMultistepScheduler(), noise, condition)
+    with pytest.raises(UserError, match="at least one step"):
+        sample(constant, SOLVERS["euler"], noise, condition, num_inference_steps=0)
+    with pytest.raises(UserError, match="timestep_shift=-1"):
+        sample(constant, SOLVERS["euler"], noise, condition, timestep_shift=-1)

@@ -1,0 +1,276 @@
+import json
+
+import pytest
+import torch
+from golden_cases import SHARED, assert_close, folder, load_case, load_weights
+
+from vavae_tools.convert import load_reference
+from vavae_tools.convert.lightningdit import split_config, split_state_dict
+from vavae_tools.diffusion.conditioning import ClassConditioner, check_labels
+from vavae_tools.diffusion.sampling import guided_velocity
+from vavae_tools.diffusion.transformer import DiT, DiT_SIZES, dit, rope_table, rotate, sincos_table
+from vavae_tools.errors import UserError
+
+KNOWN = {"lightningdit-a", "lightningdit-b", "lightningdit-eps"}  # b is in ../shared only: tests/golden stays small
+CASES = sorted(KNOWN | {path.name for path in SHARED.glob("lightningdit-*")})
+TINY = {"input_size": 4, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2}
+
+
+def reference(name: str):
+    case, tensors = load_case(name)
+    return load_reference("lightningdit", load_weights(name), case["constructor"]), case, tensors
+
+
+def trained(**changes) -> DiT:
+    """A tiny model whose weights are not the zeros of a fresh one."""
+    torch.manual_seed(0)
+    model = DiT(**{**TINY, **changes})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def inputs(batch_size: int = 2, height: int = 4, width: int = 4):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch_size, 3, height, width, generator=generator)
+    return x, torch.rand(batch_size, generator=generator), torch.randn(batch_size, 32, generator=generator)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_outputs_equal_the_reference(name):
+    model, case, tensors = reference(name)
+    assert_close(model(tensors["x"], tensors["t"], tensors["y"]), tensors["out"], case["tolerance"])
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_the_parts_equal_the_reference(name):
+    model, case, tensors = reference(name)
+    denoiser = model.denoiser
+    taps = {}
+    for i, block in enumerate(denoiser.blocks):
+        block.register_forward_hook(lambda _, __, out, i=i: taps.update({f"tap_block{i}_out": out[2:3]}))
+    denoiser.blocks[0].attn.register_forward_hook(lambda _, __, out: taps.update(tap_block0_attn_out=out[2:3]))
+    denoiser.x_embedder.register_forward_hook(lambda _, __, out: taps.update(tap_patch_embed_without_pos=out[2:3]))
+    denoiser.t_embedder.register_forward_hook(lambda _, __, out: taps.update(tap_t_emb=out))
+    model.conditioner.register_forward_hook(lambda _, __, out: taps.update(tap_y_emb=out))
+    model(tensors["x"], tensors["t"], tensors["y"])
+    expected = [key for key in tensors if key.startswith("tap_")]
+    assert expected
+    for key in expected:
+        assert_close(taps[key], tensors[key], case["tolerance"])
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_guidance_on_three_channels_equals_the_reference(name):
+    model, case, tensors = reference(name)
+    n = len(tensors["cfg_x"]) // 2
+    x, labels = tensors["cfg_x"][:n], tensors["cfg_y"][:n]
+    for run in case["cfg_cases"]:
+        start = run["cfg_interval_start"] if run["cfg_interval"] else 0.0
+        velocity = guided_velocity(
+            model.denoiser,
+            x,
+            run["t"],
+            model.conditioner(labels),
+            model.conditioner.null(n),
+            run["cfg_scale"],
+            guidance_interval=(start, 1.0),
+            guidance_channels="first3",
+        )
+        assert_close(velocity, tensors[run["output"]][:n], case["tolerance"])
+
+
+def test_tables_equal_the_reference():
+    weights = load_weights("lightningdit-a")
+    cos, signed_sin = rope_table(8, 8, 16)
+    sign = torch.tensor([-1.0, 1.0]).repeat(8)
+    torch.testing.assert_close(sincos_table(8, 8, 64)[None], weights["pos_embed"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(cos, weights["feat_rope.freqs_cos"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(signed_sin * sign, weights["feat_rope.freqs_sin"], rtol=0, atol=1e-6)
+
+
+FULL = json.loads((folder("lightningdit-a") / "full_keys.json").read_text())
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_sizes_have_the_published_parameters(name):
+    size, patch = name.removeprefix("LightningDiT-").split("/")
+    with torch.device("meta"):
+        denoiser = dit(size, input_size=16, patch_size=int(patch), in_channels=32)
+        conditioner = ClassConditioner(1000, DiT_SIZES[size]["hidden_size"])
+    trainable = denoiser.num_parameters() + conditioner.num_parameters()
+    assert trainable == FULL[name]["trainable"]
+    assert trainable + denoiser.pos_embed.numel() == FULL[name]["parameters"]
+    if "keys" in FULL[name]:
+        meta = {key: torch.empty(shape, device="meta") for key, shape in FULL[name]["keys"].items()}
+        for model, weights in zip((denoiser, conditioner), split_state_dict(meta), strict=True):
+            shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+            assert shapes == {key: tensor.shape for key, tensor in weights.items()}
+
+
+def test_a_fresh_model_returns_exactly_zero():
+    x, t, c = inputs()
+    assert DiT(**TINY)(x, t, c).abs().max() == 0
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = DiT(**{**TINY, "hidden_size": 128})
+    assert model.t_embedder.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
+    bound = (6 / (128 + 3 * 128)) ** 0.5  # xavier-uniform of 128 → 384
+    assert model.blocks[0].attn.qkv.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+    bound = (6 / (3 + 128)) ** 0.5
+    assert bound * 0.9 < model.x_embedder.proj.weight.abs().max().item() <= bound
+    assert ClassConditioner(1000, 64).embedding_table.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_only():
+    cos, sin = rope_table(5, 7, 16)
+    q, k = torch.randn(2, 1, 16).expand(2, 35, 16)
+    q_turned, k_turned = rotate(q, cos, sin), rotate(k, cos, sin)
+    torch.testing.assert_close(q_turned.norm(dim=-1), q.norm(dim=-1))
+    scores = (q_turned @ k_turned.T).view(5, 7, 5, 7)
+    torch.testing.assert_close(scores[0, 0, 2, 3], scores[2, 3, 4, 6], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"input_size": (4, 6), "patch_size": 2},
+        {"swiglu": False, "rms_norm": False, "qk_norm": True},
+        {"rope": False, "adaln_shift": False, "learn_sigma": True},
+    ],
+)
+def test_options_save_and_load(options, tmp_path):
+    model = trained(**options).eval()
+    x, t, c = inputs(width=6 if options.get("patch_size") else 4)
+    out = model(x, t, c)
+    assert out.shape == x.shape
+    model.save_pretrained(tmp_path)
+    assert torch.equal(DiT.from_pretrained(tmp_path)(x, t, c), out)
+
+
+def test_rows_and_columns_are_told_apart():
+    # The transposed model of a transposed picture is another one: the tables treat rows and columns differently.
+    x, t, c = inputs()
+    model = trained().eval()
+    assert not torch.allclose(model(x.mT, t, c), model(x, t, c).mT, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"rope": False}])
+def test_checkpointing_computes_blocks_twice_and_the_same_gradients(options):
+    x, t, c = inputs()
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        model = trained(**options).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        calls.append([])
+        model.blocks[0].attn.register_forward_pre_hook(lambda *_: calls[-1].append(1))
+        model(x, t, c).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert [len(c) for c in calls] == [1, 2]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_compiles_without_a_break():
+    x, t, c = inputs()
+    model = trained().eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, t, c), model(x, t, c))
+
+
+def test_half_precision_stays_near_float32():
+    x, t, c = inputs()
+    model = trained(qk_norm=True).eval()
+    with torch.no_grad():
+        full = model(x, t, c)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(x, t, c).float()
+        half = model.bfloat16()(x, t, c.bfloat16()).float()
+    assert (mixed - full).norm() < 0.02 * full.norm()
+    assert (half - full).norm() < 0.05 * full.norm()
+
+
+def test_large_activations_do_not_overflow_in_half_precision():
+    # A square of 300 is more than float16 holds: the norm must be computed in float32.
+    model = trained().eval()
+    norm = model.blocks[0].norm1.half()
+    assert norm(torch.full((1, 32), 300.0, dtype=torch.float16)).isfinite().all()
+
+
+def test_wrong_inputs_are_named():
+    x, t, c = inputs()
+    model = DiT(**TINY)
+    with pytest.raises(UserError, match=r"3×4×2 .* 3×4×4"):
+        model(x[..., :2], t, c)
+    with pytest.raises(UserError, match="no mask"):
+        model(x, t, c, mask=torch.ones(2, 1, 4, 4))
+    with pytest.raises(UserError, match="patches of 3×3"):
+        DiT(**{**TINY, "patch_size": 3})
+    with pytest.raises(UserError, match="num_heads 5"):
+        DiT(**{**TINY, "num_heads": 5})
+    with pytest.raises(UserError, match="S, B, L, XL"):
+        dit("XXL")
+
+
+def test_dropping_all_labels_is_the_null():
+    conditioner = ClassConditioner(5, 8)
+    labels = torch.arange(5)
+    assert torch.equal(conditioner(labels, drop=torch.ones(5, dtype=torch.bool)), conditioner.null(5))
+    assert torch.equal(conditioner(labels, drop=torch.zeros(5)), conditioner(labels))
+    mixed = conditioner(labels, drop=labels == 2)
+    assert torch.equal(mixed[2], conditioner.null(1)[0]) and torch.equal(mixed[3], conditioner(labels)[3])
+
+
+def test_conditioner_saves_and_loads(tmp_path):
+    conditioner = ClassConditioner(5, 8, dropout=0.2)
+    conditioner.save_pretrained(tmp_path)
+    loaded = ClassConditioner.from_pretrained(tmp_path)
+    assert loaded.dropout == 0.2 and torch.equal(loaded(torch.arange(5)), conditioner(torch.arange(5)))
+
+
+def test_without_dropout_there_is_no_null():
+    conditioner = ClassConditioner(5, 8, dropout=0.0)
+    assert conditioner.embedding_table.num_embeddings == 5
+    with pytest.raises(UserError, match="no null"):
+        conditioner.null(2)
+    with pytest.raises(UserError, match="no null"):
+        conditioner(torch.arange(2), drop=torch.ones(2))
+
+
+def test_labels_that_do_not_exist_are_named():
+    check_labels([0, 4], 5)
+    check_labels(torch.tensor([0, 4]), 5)
+    for wrong in (5, -1):
+        with pytest.raises(UserError, match=f"Label {wrong} .* 0 to 4"):
+            check_labels(torch.tensor([0, wrong]), 5)
+
+
+def test_reference_checkpoints_are_unwrapped():
+    case, _ = load_case("lightningdit-eps")
+    weights = load_weights("lightningdit-eps")
+    wrapped = {f"module._orig_mod.{key}": tensor.half() for key, tensor in weights.items()}
+    model = load_reference("lightningdit", {"model": {}, "ema": wrapped, "config": {}}, case["constructor"])
+    assert not model.training
+    expected = weights["final_layer.linear.weight"].half().float()
+    assert torch.equal(model.denoiser.final_layer.linear.weight, expected)
+
+
+def test_reference_errors_say_what_is_known():
+    case, _ = load_case("lightningdit-eps")
+    weights = load_weights("lightningdit-eps")
+    with pytest.raises(UserError, match=r"known kinds: .*lightningdit"):
+        load_reference("lightning", weights, case["constructor"])
+    with pytest.raises(UserError, match="no argument hiden_size"):
+        split_config({"hiden_size": 3})
+    with pytest.raises(UserError, match="do not fit"):
+        load_reference("lightningdit", weights, {**case["constructor"], "depth": 3})
+    with pytest.raises(UserError, match=r"pos_embed is \(1, 16, 32\)"):
+        load_reference("lightningdit", weights, {**case["constructor"], "input_size": 8})

@@ -1,0 +1,304 @@
+"""The denoiser: LightningDiT (Yao & Wang 2025), a diffusion transformer (DiT, Peebles & Xie 2023) with modern parts.
+
+Against the plain DiT it has rotary positions (RoPE, Su et al. 2021), SwiGLU (Shazeer 2020) and RMSNorm (Zhang &
+Sennrich 2019). Parameters bear the reference's names, so that published weights load as they are. The network knows
+nothing of noise schedules, classes or guidance: t in [0, 1] and a conditioning vector come in, a velocity goes out.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from einops import rearrange
+from torch import Tensor, nn
+
+from vavae_tools.errors import UserError
+
+Rope = tuple[Tensor, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back to x's type, then times a learned weight."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+def make_norm(dim: int, rms_norm: bool) -> nn.Module:
+    return RMSNorm(dim) if rms_norm else nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+    x = x * (1 + scale)
+    return x if shift is None else x + shift
+
+
+def sincos_table(height: int, width: int, dim: int) -> Tensor:
+    """Fixed 2-D position embedding (height·width, dim): the column in the first half of the features, then the row."""
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+
+    def one_axis(position: Tensor) -> Tensor:
+        angle = position[:, None] * omega
+        return torch.cat([angle.sin(), angle.cos()], dim=1)  # (h·w, dim / 2)
+
+    rows, columns = _grid(height, width)
+    return torch.cat([one_axis(columns), one_axis(rows)], dim=1).float()
+
+
+def rope_table(height: int, width: int, head_dim: int) -> Rope:
+    """Cosines and signed sines (height·width, head_dim) for `rotate`: rows turn the first half, columns the second.
+
+    Neighbouring features are a pair (a, b) that turns by its angle to (a·cos − b·sin, b·cos + a·sin); the minus is
+    already in the table, so that `rotate` needs only a swap of neighbours.
+    """
+    half = head_dim // 2
+    frequency = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)
+    rows, columns = _grid(height, width)
+    angle = torch.cat([rows[:, None] * frequency, columns[:, None] * frequency], dim=1)  # (h·w, head_dim / 2)
+    cos = angle.cos().repeat_interleave(2, dim=1)
+    sin = torch.stack([-angle.sin(), angle.sin()], dim=2).flatten(1)
+    return cos.float(), sin.float()
+
+
+def _grid(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Row and column of every token, row by row: float64 (height·width,)."""
+    rows = torch.arange(height, dtype=torch.float64).repeat_interleave(width)
+    columns = torch.arange(width, dtype=torch.float64).repeat(height)
+    return rows, columns
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Turn each pair of neighbouring features of x (..., N, head_dim) by its token's angle."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (a, b) → (b, a)
+    return x * cos + swapped * signed_sin
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+
+
+class TimeEmbed(nn.Module):
+    """t in [0, 1] (not scaled by 1000) → cosines and sines → a two-layer network."""
+
+    def __init__(self, dim: int, num_features: int = 256) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.num_features // 2
+        k = torch.arange(half, dtype=torch.float32, device=t.device)
+        angle = t.float()[:, None] * torch.exp(k * (-math.log(10000.0) / half))  # (B, half)
+        features = torch.cat([angle.cos(), angle.sin()], dim=1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))  # (B, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool, rms_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        if qk_norm:  # the LayerNorm here is affine with eps 1e-5, unlike the blocks' own
+            self.q_norm = RMSNorm(head_dim) if rms_norm else nn.LayerNorm(head_dim)
+            self.k_norm = RMSNorm(head_dim) if rms_norm else nn.LayerNorm(head_dim)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads).unbind()
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        # Norms and the table may have made q and k float32 under autocast; softmax is in float32 inside the kernel.
+        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention, then a perceptron, each on a normed and modulated copy of x and added back through a gate (adaLN)."""
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool, swiglu: bool, rms_norm: bool, adaln_shift: bool
+    ) -> None:
+        super().__init__()
+        self.adaln_shift = adaln_shift
+        hidden = int(dim * mlp_ratio)
+        self.norm1 = make_norm(dim, rms_norm)
+        self.attn = Attention(dim, num_heads, qk_norm, rms_norm)
+        self.norm2 = make_norm(dim, rms_norm)
+        self.mlp = SwiGLU(dim, int(2 / 3 * hidden)) if swiglu else MLP(dim, hidden)  # ⅔: as many weights as the MLP
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, (6 if adaln_shift else 4) * dim))
+
+    def forward(self, x: Tensor, c: Tensor, rope: Rope | None) -> Tensor:
+        """x (B, N, D); c (B, 1, D), or (B, N, D) with a conditioning of its own for each token."""
+        if self.adaln_shift:
+            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        else:
+            scale_1, gate_1, scale_2, gate_2 = self.adaLN_modulation(c).chunk(4, dim=-1)
+            shift_1 = shift_2 = None
+        x = x + gate_1 * self.attn(modulate(self.norm1(x), shift_1, scale_1), rope)
+        return x + gate_2 * self.mlp(modulate(self.norm2(x), shift_2, scale_2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, dim: int, out_features: int, rms_norm: bool) -> None:
+        super().__init__()
+        self.norm_final = make_norm(dim, rms_norm)
+        self.linear = nn.Linear(dim, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(ModelMixin, ConfigMixin):
+    """Latents (B, C, h, w), times in [0, 1] and conditioning vectors (B, hidden_size) → velocity (B, C, h, w).
+
+    Args:
+        input_size: height and width of the latents, or one number for both.
+        patch_size: side of the square of latent pixels that becomes one token.
+        qk_norm: norm queries and keys; the cure when a long half-precision run's loss becomes NaN.
+        swiglu, rope, rms_norm: False gives DiT's own GELU perceptron, no rotary positions, LayerNorm.
+        adaln_shift: modulate the blocks with scale *and shift* (the reference's `wo_shift=False`).
+        learn_sigma: compute twice the channels and drop the second half, as DiT's weights want it.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012  (diffusers wants a list)
+
+    @register_to_config
+    def __init__(
+        self,
+        input_size: int | tuple[int, int] = 16,
+        patch_size: int = 1,
+        in_channels: int = 32,
+        hidden_size: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        swiglu: bool = True,
+        rope: bool = True,
+        rms_norm: bool = True,
+        adaln_shift: bool = True,
+        learn_sigma: bool = False,
+    ) -> None:
+        super().__init__()
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if height % patch_size or width % patch_size:
+            raise UserError(f"input_size {height}×{width} cannot be cut into patches of {patch_size}×{patch_size}.")
+        if hidden_size % num_heads or hidden_size % 4 or (rope and hidden_size // num_heads % 4):
+            raise UserError(
+                f"hidden_size {hidden_size} with num_heads {num_heads}: the heads must divide it"
+                + (" into parts that are multiples of 4 (for rope)." if rope else ", and 4 too (for the positions).")
+            )
+        self.in_channels, self.patch_size = in_channels, patch_size
+        self.latent_shape = (in_channels, height, width)
+        self.rows, self.columns = height // patch_size, width // patch_size
+        self.gradient_checkpointing = False
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimeEmbed(hidden_size)
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, mlp_ratio, qk_norm, swiglu, rms_norm, adaln_shift) for _ in range(depth)
+        )
+        out_channels = in_channels * (2 if learn_sigma else 1)
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels, rms_norm)
+
+        # The tables follow from the numbers above, so they are not saved.
+        positions = sincos_table(self.rows, self.columns, hidden_size)
+        self.register_buffer("pos_embed", positions[None], persistent=False)  # (1, N, D)
+        cos, sin = rope_table(self.rows, self.columns, hidden_size // num_heads) if rope else (None, None)
+        self.register_buffer("rope_cos", cos, persistent=False)  # (N, D / heads)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """As the reference: at first every block passes x on unchanged and the output is exactly zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        # The patch convolution is a linear map of each patch: initialised as the matrix it is.
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.out_channels, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        # adaLN-zero: closed gates make each block the identity, from where deep models train well.
+        modulations = [part.adaLN_modulation[1] for part in (*self.blocks, self.final_layer)]
+        for layer in (*modulations, self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, t: Tensor, conditioning: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, C, h, w), t (B,) with 0 = noise and 1 = data, conditioning (B, D) → velocity (B, C, h, w)."""
+        if x.shape[1:] != self.latent_shape:
+            found, expected = ("×".join(map(str, shape)) for shape in (x.shape[1:], self.latent_shape))
+            raise UserError(f"The latents are {found} (channels×height×width), this model was made for {expected}.")
+        if mask is not None:
+            raise UserError("This denoiser takes no mask: leave it out.")
+        rope = None if self.rope_cos is None else (self.rope_cos, self.rope_sin)
+        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (B, N, D), float32 in autocast
+        c = (self.t_embedder(t) + conditioning)[:, None]  # (B, 1, D)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, c, rope)
+            else:
+                x = block(x, c, rope)
+        x = self.final_layer(x, c)  # (B, N, p·p·C)
+        p = self.patch_size
+        x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.rows, w=self.columns, p=p, q=p)
+        return x[:, : self.in_channels]
+
+
+DiT_SIZES = {
+    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+    "1p0B": {"hidden_size": 1536, "depth": 24, "num_heads": 24},
+    "1p6B": {"hidden_size": 1792, "depth": 28, "num_heads": 28},
+}
+
+
+def dit(size: str, **kwargs) -> DiT:
+    """A `DiT` of a named size: `dit("B", input_size=16, in_channels=32)`."""
+    if size not in DiT_SIZES:
+        raise UserError(f"No DiT of size {size!r}; there are {', '.join(DiT_SIZES)}.")
+    return DiT(**{**DiT_SIZES[size], **kwargs})
