@@ -65,8 +65,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} holds more than tensors and plain values, so it is not opened. Where you trust its origin, load it "
-            "with torch.load(…, weights_only=False) once and save its state_dict"
+            f"{path} holds more than tensors and plain values, so it is not opened. Where you trust its origin, "
+            "load it with torch.load(…, weights_only=False) once and save its state_dict"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise UserError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0][:120]})") from None

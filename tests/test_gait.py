@@ -1,0 +1,353 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vavae_tools.data import gait
+from vavae_tools.data.gait import simulate_picture, simulate_walk, write_gait_dataset
+from vavae_tools.data.radar import Radar, between, echo, spectrogram
+from vavae_tools.data.walking import (
+    JOINTS,
+    cycle_time,
+    draw_person,
+    joint_curves,
+    joint_positions,
+    relative_support,
+)
+from vavae_tools.errors import UserError
+
+AVERAGE = replace(
+    draw_person(0, 1),
+    **{"height": 1.75, "speed": 1.40, "stride_time": cycle_time(1.40 / (0.53 * 1.75)), "lean": 3, "knee": 0.88},
+    **{"arm_swing": 1, "surge": 1, "bob": 1, "ankle": 0.8, "elbow": 0, "step_shift": 0},
+    **dict.fromkeys(("arm_asymmetry", "leg_asymmetry", "torso_db", "leg_db", "foot_db", "arm_db"), 0),
+)
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(gait.__file__).parents[2])}
+
+
+def rng(seed=0):
+    return np.random.Generator(np.random.Philox(seed))
+
+
+def forward_speed(person, joint):
+    """Over the ground, m/s, at 1,000 equal steps of one stride."""
+    x = joint_positions(person, np.linspace(0, 1, 1001))[JOINTS.index(joint), :, 0]
+    return np.diff(x) * 1000 / person.stride_time + person.speed
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def run_python(*arguments, cwd=None):
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=ENVIRONMENT)
+
+
+def run_cli(*arguments):
+    return run_python("-m", "vavae_tools.data.gait", *arguments)
+
+
+# The walking model
+
+
+def test_cycle_of_an_average_walker_is_the_published_one():
+    assert AVERAGE.relative_speed == pytest.approx(1.509, abs=1e-3)
+    assert AVERAGE.stride_time == pytest.approx(1.0956, abs=1e-3)
+    assert AVERAGE.stride == pytest.approx(1.53, abs=0.01)
+    assert AVERAGE.cadence == pytest.approx(110, abs=1)
+    assert relative_support(AVERAGE.relative_speed) == pytest.approx(0.62, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("joint", "phase", "degrees"), [("hip", 0.9, 25), ("hip", 0.5, -15), ("knee", 0.75, 70), ("knee", 0.4, 3)]
+)
+def test_joint_curves_pass_through_the_published_points(joint, phase, degrees):
+    curve = joint_curves(1.0)[joint]
+    assert curve[0] == curve[-1]
+    assert np.interp(phase, np.linspace(0, 1, len(curve)), curve) == pytest.approx(degrees, abs=2)
+
+
+@pytest.mark.parametrize("person", [AVERAGE, replace(AVERAGE, speed=1.1), draw_person(0, 1), draw_person(0, 2)])
+def test_a_foot_stands_still_then_swings_at_more_than_three_times_the_walking_speed(person):
+    speed = forward_speed(person, "right ankle")
+    assert abs(speed[100:450].mean()) < 0.08
+    assert speed[100:450].std() < 0.25
+    assert 3.0 < speed.max() / person.speed < 4.0
+    assert 0.65 < np.argmax(speed) / 1000 < 0.95  # in the swing of the right leg
+
+
+@pytest.mark.parametrize("joint", JOINTS)
+def test_every_joint_goes_as_fast_as_the_walker_over_a_stride(joint):
+    assert forward_speed(AVERAGE, joint).mean() == pytest.approx(AVERAGE.speed, abs=1e-6)
+
+
+def test_left_side_does_what_the_right_one_did_half_a_stride_before():
+    phase = np.linspace(0, 1, 200)
+    now, later = joint_positions(AVERAGE, phase), joint_positions(AVERAGE, phase + 0.5)
+    for joint in ("hip", "knee", "ankle", "toe", "shoulder", "elbow", "hand"):
+        left, right = later[JOINTS.index(f"left {joint}")], now[JOINTS.index(f"right {joint}")]
+        np.testing.assert_allclose(left, right * (1, -1, 1), atol=1e-9)
+
+
+def test_arms_swing_against_the_legs():
+    position = joint_positions(AVERAGE, np.linspace(0, 1, 400))[..., 0]
+    hand, ankle = position[JOINTS.index("right hand")], position[JOINTS.index("right ankle")]
+    assert np.corrcoef(hand, ankle)[0, 1] < -0.5
+
+
+def test_people_are_within_human_ranges_and_differ():
+    people = [draw_person(3, number) for number in range(1, 101)]
+    assert len({person.height for person in people}) == 100
+    assert all(1.5 < person.height < 1.95 for person in people)
+    assert all(1.0 < person.speed < 1.7 for person in people)
+    assert all(80 < person.cadence < 140 for person in people)
+    assert np.std([person.speed for person in people]) == pytest.approx(0.17, rel=0.1)
+    assert draw_person(3, 7) == people[6]
+    assert draw_person(4, 7) != people[6]
+
+
+# The radar
+
+
+@pytest.mark.parametrize("size", [256, 300])
+@pytest.mark.parametrize("speed", [-4.0, -0.5, 1.37, 6.0])
+def test_a_point_that_comes_nearer_at_a_steady_speed_is_a_line_at_that_speed(speed, size):
+    radar = Radar()
+    ranges = 30.0 - speed * radar.pose_times[None]
+    power = spectrogram(echo(ranges, np.ones_like(ranges), radar), size, radar)
+    speeds = radar.top_speed * (1 - (2 * np.arange(size) + 1) / size)
+    assert power.shape == (size, size)
+    assert np.abs(speeds[power.argmax(axis=0)] - speed).max() <= 2 * radar.top_speed / size
+    # Two window widths away from the line there is nothing: the phase runs smoothly between the poses.
+    far = np.abs(speeds - speed) > 4 * radar.wavelength / radar.window / 2
+    assert power[far].max() < 1e-4 * power.max()
+
+
+def test_between_poses_a_slow_curve_is_followed_closely():
+    radar = Radar()
+    pulses = np.arange((len(radar.pose_times) - 3) * 32) / radar.pulse_rate
+    curve = between(np.sin(2 * np.pi * 2 * radar.pose_times)[None])[0]
+    np.testing.assert_allclose(curve, np.sin(2 * np.pi * 2 * pulses), atol=1e-4)
+
+
+def test_walking_away_is_walking_towards_upside_down():
+    towards, away = (simulate_walk(AVERAGE, rng(5), towards=way, aspect=0).astype(float) for way in (True, False))
+    assert towards[:118].mean() > 3 * towards[138:].mean()
+    profiles = towards.mean(axis=1), away[::-1].mean(axis=1)
+    assert np.corrcoef(*profiles)[0, 1] > 0.98
+    assert towards[:, 192:].mean() > towards[:, :64].mean()  # brighter as it comes nearer
+    assert away[:, 192:].mean() < away[:, :64].mean()
+
+
+def test_the_brightest_line_is_the_torso_and_the_lobes_reach_the_foot():
+    picture = simulate_walk(AVERAGE, rng(1), towards=True, aspect=0)
+    speeds = 7 * (1 - (2 * np.arange(256) + 1) / 256)
+    assert np.median(speeds[picture.argmax(axis=0)]) == pytest.approx(AVERAGE.speed, abs=0.2)
+    bright = picture > 100
+    highest = speeds[bright.argmax(axis=0)]
+    toe = forward_speed(AVERAGE, "right toe").max()
+    assert 0.7 * toe < highest.max() < 1.15 * toe
+    steps = np.sum(np.diff((highest > 3).astype(int)) == 1)
+    assert 4 <= steps <= 6  # 2.56 s at 110 steps a minute
+
+
+# Pictures
+
+
+def test_a_picture_depends_on_its_own_numbers_alone():
+    picture = simulate_picture(0, 2, 3, size=64)
+    simulate_picture(0, 1, 1, size=64)
+    np.testing.assert_array_equal(simulate_picture(0, 2, 3, size=64), picture)
+    for other in ((1, 2, 3), (0, 3, 3), (0, 2, 4)):
+        assert not np.array_equal(simulate_picture(*other, size=64), picture)
+
+
+def test_a_small_picture_is_the_large_one_averaged_and_a_larger_one_shows_the_same_walk():
+    large, small, larger = (simulate_walk(AVERAGE, rng(2), size).astype(float) for size in (256, 64, 512))
+    assert np.abs(large.reshape(64, 4, 64, 4).mean(axis=(1, 3)) - small).max() <= 1
+    assert np.abs(larger.reshape(256, 2, 256, 2).mean(axis=(1, 3)) - large).mean() < 12
+
+
+def test_colours_are_those_of_the_colour_map():
+    jet, gray = simulate_picture(0, 1, 1, 32), simulate_picture(0, 1, 1, 32, colormap="gray")
+    assert jet.shape == (32, 32, 3)
+    assert jet.dtype == np.uint8
+    assert np.array_equal(gray[..., 0], gray[..., 1])
+    assert set(map(tuple, jet.reshape(-1, 3))) <= set(map(tuple, gait.colormap_table("jet")))
+
+
+def test_people_can_be_told_apart():
+    """Ridge regression on the rhythm at each speed, with both directions laid over one another."""
+    people, pictures, train = 4, 24, 16
+    shown = np.stack([
+        [simulate_walk(draw_person(0, p), rng(100 * p + k), 64) for k in range(pictures)] for p in range(1, people + 1)
+    ])  # fmt: skip
+    rhythm = np.abs(np.fft.rfft(shown / 255, axis=-1))[..., :20]
+    features = (rhythm + rhythm[..., ::-1, :]).reshape(people, pictures, -1)
+    known, unknown = (part.reshape(-1, features.shape[-1]) for part in (features[:, :train], features[:, train:]))
+    mean, scale = known.mean(axis=0), known.std(axis=0) + 1e-3
+    known, unknown = (known - mean) / scale, (unknown - mean) / scale
+    kernel = known @ known.T
+    answers = np.repeat(np.eye(people), train, axis=0)
+    weights = np.linalg.solve(kernel + 0.03 * np.trace(kernel) / len(kernel) * np.eye(len(kernel)), answers)
+    guess = (unknown @ known.T @ weights).argmax(axis=1)
+    assert np.mean(guess == np.repeat(np.arange(people), pictures - train)) > 0.8
+
+
+# The dataset
+
+
+def test_same_bytes_with_any_number_of_workers_people_and_pictures(tmp_path):
+    one = contents(write_gait_dataset(tmp_path / "one", 2, 5, 32, seed=7, workers=1, progress=False))
+    two = contents(write_gait_dataset(tmp_path / "two", 2, 5, 32, seed=7, workers=2, progress=False))
+    more = contents(write_gait_dataset(tmp_path / "more", 3, 6, 32, seed=7, workers=3, progress=False))
+    assert one == two
+    assert len(more) == 3 * 6 + 1
+    assert all(more[name] == data for name, data in one.items() if name.endswith(".jpg"))
+
+
+def test_layout_settings_and_pixels(tmp_path):
+    folder = write_gait_dataset(tmp_path / "new" / "gait", 2, 3, 64, seed=1, progress=False)
+    names = [f"ID_{person}/walk_00{picture}.jpg" for person in (1, 2) for picture in (1, 2, 3)]
+    assert list(contents(folder)) == [*names, "gait.json"]
+    saved = json.loads((folder / "gait.json").read_text())
+    assert saved["settings"] == {"people": 2, "pictures": 3, "size": 64, "seed": 1, "colormap": "jet"}
+    assert saved["people"]["ID_2"] == asdict(draw_person(1, 2))
+    with Image.open(folder / "ID_2" / "walk_003.jpg") as image:
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 64))
+        assert np.abs(np.asarray(image).astype(float) - simulate_picture(1, 2, 3, 64)).mean() < 8
+
+
+def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(tmp_path):
+    write_gait_dataset(tmp_path, 1, 2, 16, progress=False)
+    picture = tmp_path / "ID_1" / "walk_001.jpg"
+    picture.write_bytes(b"as it was")
+    assert write_gait_dataset(tmp_path, 1, 2, 16, progress=False) == tmp_path
+    assert picture.read_bytes() == b"as it was"
+    with pytest.raises(UserError, match=r"seed 0.*asked for.*seed 1.*another --output_dir"):
+        write_gait_dataset(tmp_path, 1, 2, 16, seed=1, progress=False)
+
+
+def test_an_interrupted_folder_is_gone_on_with(tmp_path, monkeypatch):
+    whole = contents(write_gait_dataset(tmp_path / "whole", 2, 3, 16, progress=False))
+    cut = tmp_path / "cut"
+    write, done = gait._write_picture, []
+
+    def stop_after_two(*arguments):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        write(*arguments)
+
+    monkeypatch.setattr(gait, "_write_picture", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        write_gait_dataset(cut, 2, 3, 16, workers=1, progress=False)
+    monkeypatch.undo()
+    assert not (cut / "gait.json").exists()
+    assert len(list(cut.glob("ID_*/*.jpg"))) == 2
+    with pytest.raises(UserError, match="other settings"):
+        write_gait_dataset(cut, 2, 4, 16, progress=False)
+
+    (cut / "ID_1" / ".walk_003.jpg.99.tmp").write_bytes(b"half")  # what a kill may leave
+    (cut / "ID_1" / "walk_003.jpg").write_bytes(b"")
+    write_gait_dataset(cut, 2, 3, 16, progress=False)
+    assert contents(cut) == whole
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"people": 0}, "people is 0: expected 1 or more"),
+        ({"pictures": -1}, "pictures is -1"),
+        ({"size": 8}, "size is 8: expected 16 or more"),
+        ({"seed": -1}, "seed is -1"),
+        ({"workers": 0}, "workers is 0"),
+        ({"colormap": "jett"}, "colour map is called 'jett'"),
+    ],
+)
+def test_bad_numbers_are_said_before_anything_is_written(tmp_path, wrong, message):
+    with pytest.raises(UserError, match=message):
+        write_gait_dataset(tmp_path / "new", progress=False, **wrong)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+    (tmp_path / "ID_1").mkdir()
+    with pytest.raises(UserError, match=r"already holds other .*ID_1.*empty folder"):
+        write_gait_dataset(tmp_path, 1, 1, 16, progress=False)
+    assert list(tmp_path.iterdir()) == [tmp_path / "ID_1"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        write_gait_dataset(tmp_path / "file", 1, 1, 16, progress=False)
+    with pytest.raises(UserError, match="Cannot make the folder"):
+        write_gait_dataset(tmp_path / "file" / "new", 1, 1, 16, progress=False)
+
+
+def test_what_a_full_disk_cuts_short_never_has_its_final_name(tmp_path, monkeypatch):
+    write_bytes = Path.write_bytes
+
+    def half(path, content):
+        write_bytes(path, content[: len(content) // 2])
+        if "walk_002" in path.name:
+            raise OSError(28, "No space left on device", str(path))
+        write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="No space"):
+        write_gait_dataset(tmp_path, 1, 3, 16, workers=1, progress=False)
+    assert [path.name for path in (tmp_path / "ID_1").iterdir()] == ["walk_001.jpg"]
+
+
+def test_pictures_refuse_bad_numbers():
+    with pytest.raises(UserError, match="at least 16"):
+        simulate_walk(AVERAGE, rng(), size=15)
+    with pytest.raises(UserError, match="from 0 on"):
+        simulate_picture(-1, 1, 1)
+
+
+# As a user starts it
+
+
+def test_command_line(tmp_path):
+    arguments = ("--output_dir", tmp_path / "data", "--people", 2, "--pictures", 2, "--size", 16, "--workers", 2)
+    done = run_cli(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "4 pictures of 2 simulated walkers" in done.stdout
+    assert f"python data_split.py --input_dir {tmp_path / 'data'}" in done.stdout
+    assert len(list((tmp_path / "data").glob("ID_*/walk_*.jpg"))) == 4
+    assert "there already" in run_cli(*arguments).stdout
+
+    wrong = run_cli(*arguments, "--seed", 3)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: ")
+    assert wrong.stderr.count("\n") == 1
+
+    text = run_cli("--help").stdout
+    assert "Boulic" in text
+    assert "(default: jet)" in text
+
+
+def test_a_script_without_a_main_guard_and_with_torch_may_use_workers(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\n"
+        "from vavae_tools.data.gait import write_gait_dataset\n"
+        "torch.ones(300, 300) @ torch.ones(300, 300)\n"
+        "print(write_gait_dataset('data', people=2, pictures=4, size=16, workers=2))\n"
+    )
+    done = run_python(script, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "data\n"), done.stderr
+    assert len(list(tmp_path.glob("data/ID_*/*.jpg"))) == 8
+
+
+def test_import_is_cheap():
+    code = "import sys, vavae_tools.data.gait; print(sorted({'torch', 'matplotlib', 'scipy'} & set(sys.modules)))"
+    done = run_python("-c", code)
+    assert done.stdout == "[]\n", done.stderr

@@ -1,0 +1,112 @@
+import math
+
+import pytest
+import scipy.linalg
+import torch
+
+from vavae_tools.evaluation.metrics import frechet_distance, kernel_distance, nearest, psnr, ssim
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def sample_with_moments(n, mean, covariance, seed=0):
+    """A sample whose mean and covariance are exactly these."""
+    x = normal(n, len(mean), seed=seed)
+    x = x - x.mean(0)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False)
+    return (torch.linalg.cholesky(covariance) @ white).T + mean
+
+
+def random_covariance(d, seed):
+    root = normal(d, d, seed=seed)
+    return root @ root.T + 0.1 * torch.eye(d, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("offset", [0.02, 0.5, 2.0])
+def test_psnr_of_a_constant_offset(offset):
+    a = torch.full((3, 1, 8, 8), -1.0)
+    assert psnr(a, a + offset).tolist() == pytest.approx([20 * math.log10(2 / offset)] * 3, rel=1e-5)
+
+
+def test_psnr_and_ssim_are_per_picture_and_know_equal_ones():
+    a = normal(70, 3, 16, 16).clamp(-1, 1).float()
+    b = a.clone()
+    b[1:] = -a[1:]
+    assert psnr(a, b)[0] == math.inf and psnr(a, b)[1:].max() < 10
+    assert ssim(a, b).shape == (70,)
+    assert ssim(a, b)[0] == pytest.approx(1) and ssim(a, b)[1:].max() < 0
+    assert ssim(a[:1], b[:1]).shape == (1,)
+
+
+def test_frechet_distance_of_a_set_with_itself_is_zero():
+    for n, d in ((200, 16), (10, 40)):
+        assert frechet_distance(normal(n, d), normal(n, d)) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_is_the_closed_form_of_two_gaussians():
+    mean_a, mean_b = normal(6, seed=1), normal(6, seed=2)
+    a, b = random_covariance(6, 3), random_covariance(6, 4)
+    root = torch.from_numpy(scipy.linalg.sqrtm((a @ b).numpy()).real)
+    expected = ((mean_a - mean_b) ** 2).sum() + (a + b - 2 * root).trace()
+    measured = frechet_distance(sample_with_moments(50, mean_a, a, 5), sample_with_moments(80, mean_b, b, 6))
+    assert measured == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_frechet_distance_with_fewer_pictures_than_features():
+    a = normal(8, 30)
+    assert frechet_distance(a, a + 2) == pytest.approx(30 * 4)
+    assert frechet_distance(a, a * 3) == pytest.approx(  # only the spread differs: tr (3 − 1)² C + |2 μ|²
+        4 * torch.cov(a.T).trace().item() + 4 * a.mean(0).square().sum().item()
+    )
+    assert frechet_distance(a, normal(9, 30, seed=1)) == pytest.approx(frechet_distance(normal(9, 30, seed=1), a))
+
+
+def test_kernel_distance_is_unbiased_and_its_interval_holds_the_truth():
+    same = [kernel_distance(normal(40, 8, seed=2 * i), normal(40, 8, seed=2 * i + 1), seed=i) for i in range(60)]
+    mean = sum(d.value for d in same) / len(same)
+    error = torch.tensor([d.value for d in same]).std().item() / math.sqrt(len(same))
+    assert abs(mean) < 3 * error
+    assert sum(d.low <= 0 <= d.high for d in same) / len(same) > 0.85
+
+
+def test_kernel_distance_sees_a_shift_and_follows_its_seed():
+    a, b = normal(60, 8), normal(60, 8, seed=1)
+    assert kernel_distance(a, b + 1).low > 0.1
+    assert kernel_distance(a, b + 2).value > kernel_distance(a, b + 1).value
+    assert kernel_distance(a, b, seed=3) == kernel_distance(a, b, seed=3) != kernel_distance(a, b, seed=4)
+
+
+def test_kernel_distance_of_two_points_each_by_hand():
+    # k(x, y) = (x y + 1)³ in one dimension; of sets {0, 1, 2} and {1, 1, 1} every subset of 2 is a pair
+    a, b = torch.tensor([[0.0], [1.0], [2.0]]), torch.ones(3, 1)
+
+    def k(x, y):
+        return (x * y + 1) ** 3
+
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    expected = sum(k(x, y) + k(1, 1) - (k(x, 1) + k(y, 1)) for x, y in pairs) / 3
+    assert kernel_distance(a, b, subsets=4000, subset_size=2).value == pytest.approx(expected, abs=0.5)
+
+
+def test_kernel_distance_says_which_sizes_are_possible():
+    with pytest.raises(ValueError, match="from 2 to 4"):
+        kernel_distance(normal(5, 3), normal(7, 3), subset_size=5)
+
+
+def test_nearest_finds_planted_copies():
+    others = normal(300, 20)
+    wanted = torch.arange(0, 300, 3)
+    place, distance = nearest(others[wanted], others)
+    assert place.equal(wanted) and distance.max() == 0
+    place, distance = nearest(others[wanted] + 0.01, others)
+    assert place.equal(wanted)
+    torch.testing.assert_close(distance, torch.full((100,), 0.01 * math.sqrt(20)))
+
+
+def test_nearest_other_row_is_never_the_row_itself():
+    rows = torch.tensor([[0.0], [1.0], [1.5], [9.0]]).repeat(40, 1) + 100 * torch.arange(40).repeat_interleave(4)[:, None]
+    place, distance = nearest(rows)
+    assert place[:4].tolist() == [1, 2, 1, 2] and distance[:4].tolist() == [1.0, 0.5, 0.5, 7.5]
+    assert (place != torch.arange(160)).all()

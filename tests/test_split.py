@@ -1,0 +1,742 @@
+"""The split: every rule and every refusal, on pictures of a few pixels."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vavae_tools.data import split as split_module
+from vavae_tools.data.folders import can_read, labels_of, list_folders, natural_key
+from vavae_tools.data.split import choose_sides, read_split_info, split_folders
+from vavae_tools.data.split_report import Picture
+from vavae_tools.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def picture(number: int, size=(8, 8), mode="RGB", kind="PNG") -> bytes:
+    """An encoded picture, different for every number."""
+    noise = random.Random(f"{number} {size} {mode}").randbytes
+    pixels = Image.frombytes("RGB", size, noise(size[0] * size[1] * 3)).convert(mode)
+    file = io.BytesIO()
+    pixels.save(file, kind)
+    return file.getvalue()
+
+
+def people(root: Path, *counts: int, names=None) -> Path:
+    """Folders ID_1, ID_2 … with so many different pictures each."""
+    for k, count in enumerate(counts):
+        folder = root / (names[k] if names else f"ID_{k + 1}")
+        folder.mkdir(parents=True)
+        for i in range(count):
+            (folder / f"p{i}.png").write_bytes(picture(1000 * k + i))
+    return root
+
+
+def run(input_dir, output_dir, **options):
+    return split_folders(input_dir, output_dir, progress=False, **options)
+
+
+def sides(output: Path) -> dict[str, str]:
+    """File → side, as it stands on the disk."""
+    return {f"{p.parent.name}/{p.name}": p.parts[-3] for p in output.glob("*/*/*")}
+
+
+def everything(root: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in sorted(root.rglob("*"))}
+
+
+def command(*arguments, **options) -> subprocess.CompletedProcess:
+    words = [sys.executable, str(ROOT / "data_split.py"), *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, **options)
+
+
+def pictures_of(*counts: int) -> list[Picture]:
+    """Pictures p0 … of the persons A, B …, without files."""
+    return [Picture("ABCDEF"[k], f"p{i}", "", 1, 0) for k, count in enumerate(counts) for i in range(count)]
+
+
+# ---- which side
+
+
+def test_each_person_is_divided_by_the_ratio(tmp_path):
+    report = run(people(tmp_path / "in", 10, 20, 3), tmp_path / "out")
+    assert report.counts == {
+        "ID_1": {"train": 8, "val": 2, "left_out": 0},
+        "ID_2": {"train": 16, "val": 4, "left_out": 0},
+        "ID_3": {"train": 2, "val": 1, "left_out": 0},
+    }
+    assert report.totals == {"train": 26, "val": 7, "left_out": 0}
+    assert report.warnings == []
+    assert sorted(sides(tmp_path / "out")) == sorted(
+        f"{p.parent.name}/{p.name}" for p in (tmp_path / "in").glob("*/*")
+    )  # every picture exactly once, as `sides` would otherwise hold it under two paths
+    assert len(list((tmp_path / "out").glob("*/*/*"))) == 33
+
+
+def test_the_info_file_says_what_is_on_the_disk(tmp_path):
+    source = people(tmp_path / "in", 5, 5)
+    run(source, tmp_path / "out", seed=7)
+    info = read_split_info(tmp_path / "out")
+    assert info["seed"] == 7 and (info["train_ratio"], info["val_ratio"]) == (0.8, 0.2)
+    assert info["version"] == 1 and info["input_dir"] == str(source)
+    assert info["labels"] == {"ID_1": 0, "ID_2": 1}
+    assert {key: entry["side"] for key, entry in info["files"].items()} == sides(tmp_path / "out")
+    for key, entry in info["files"].items():
+        data = (source / key).read_bytes()
+        assert entry["sha256"] == hashlib.sha256(data).hexdigest() and entry["bytes"] == len(data)
+        assert (tmp_path / "out" / entry["side"] / key).read_bytes() == data
+
+
+def test_copies_keep_their_time(tmp_path):
+    source = people(tmp_path / "in", 2)
+    os.utime(source / "ID_1/p0.png", (1e9, 1e9))
+    run(source, tmp_path / "out")
+    assert next((tmp_path / "out").glob("*/ID_1/p0.png")).stat().st_mtime == 1e9
+
+
+def test_the_seed_decides(tmp_path):
+    source = people(tmp_path / "in", 20, 20)
+    chosen = []
+    for place, seed in enumerate((0, 0, 1)):
+        run(source, tmp_path / f"out{place}", seed=seed)
+        chosen.append(sides(tmp_path / f"out{place}"))
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_neither_the_place_nor_the_order_of_creation_nor_the_workers_matter(tmp_path):
+    source = people(tmp_path / "in", 15, 15)
+    (source / "ID_1/twin.png").write_bytes((source / "ID_2/p3.png").read_bytes())
+    moved = tmp_path / "elsewhere" / "moved"
+    files = sorted(p for p in source.rglob("*.png"))
+    random.Random(5).shuffle(files)
+    for path in files:
+        copy = moved / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    run(source, tmp_path / "a", workers=1)
+    run(moved, tmp_path / "b", workers=5)
+    assert sides(tmp_path / "a") == sides(tmp_path / "b")
+    a, b = read_split_info(tmp_path / "a"), read_split_info(tmp_path / "b")
+    assert a.pop("input_dir") != b.pop("input_dir")
+    assert json.dumps(a) == json.dumps(b)
+
+
+def test_this_split_stays_what_it_is_from_version_to_version():
+    chosen = choose_sides(pictures_of(10), 0.2, seed=0)
+    assert [key for key, side in chosen.items() if side == "val"] == ["A/p4", "A/p8"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_added_picture_leaves_nearly_all_others_where_they_are(seed):
+    before, after = choose_sides(pictures_of(50), 0.2, seed), choose_sides(pictures_of(51), 0.2, seed)
+    assert sum(before[key] != after[key] for key in before) <= 1
+
+
+@pytest.mark.parametrize(("count", "val"), [(1, 0), (2, 1), (3, 1), (7, 1), (8, 2), (150, 30)])
+def test_how_many_go_to_val(count, val):
+    assert list(choose_sides(pictures_of(count), 0.2, 0).values()).count("val") == val
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.99])
+def test_two_pictures_are_one_on_each_side_whatever_the_ratio(ratio):
+    assert sorted(choose_sides(pictures_of(2), ratio, 0).values()) == ["train", "val"]
+
+
+# ---- what belongs together
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_identical_pictures_stand_on_one_side(tmp_path, seed):
+    source = people(tmp_path / "in", 6, 6)
+    same = picture(1)
+    for key in ("ID_1/a.png", "ID_1/b.jpg", "ID_2/c.png"):
+        (source / key).write_bytes(same)
+    (source / "ID_1/p1.png").unlink()
+    report = run(source, tmp_path / "out", seed=seed)
+    chosen = sides(tmp_path / "out")
+    assert len({chosen["ID_1/a.png"], chosen["ID_1/b.jpg"], chosen["ID_2/c.png"]}) == 1
+    assert report.duplicates == [["ID_1/a.png", "ID_1/b.jpg", "ID_2/c.png"]]
+    assert "under more than one person" in report.warnings[0] and "ID_2/c.png" in report.warnings[0]
+    train, val = ({p.read_bytes() for p in (tmp_path / "out" / side).rglob("*.png")} for side in ("train", "val"))
+    assert train and val and not train & val
+    assert {key: entry["side"] for key, entry in read_split_info(tmp_path / "out")["files"].items()} == chosen
+
+
+@pytest.mark.parametrize("link", ["copy", "hard", "symbolic"])
+def test_identical_contents_are_found_without_decoding_too(tmp_path, link):
+    source = people(tmp_path / "in", 10, 10)
+    shutil.copy(source / "ID_1/p0.png", source / "ID_2/other.png")
+    report = run(source, tmp_path / "out", check="contents", link=link)
+    assert report.duplicates == [["ID_1/p0.png", "ID_2/other.png"]]
+
+
+def test_a_recording_stays_on_one_side(tmp_path):
+    source = tmp_path / "in"
+    for k in (1, 2):
+        (source / f"ID_{k}").mkdir(parents=True)
+        for i in range(20):
+            (source / f"ID_{k}" / f"rec{i // 4}_{i}.png").write_bytes(picture(100 * k + i))
+    run(source, tmp_path / "out", group_pattern=r"^(rec\d+)_")
+    chosen = sides(tmp_path / "out")
+    by_recording = {}
+    for key, side in chosen.items():
+        by_recording.setdefault(key.rpartition("_")[0], set()).add(side)
+    assert len(by_recording) == 10 and all(len(found) == 1 for found in by_recording.values())
+    assert sum(side == "val" for side in chosen.values()) == 8  # one recording of four for each person
+
+
+def test_recordings_and_twins_are_taken_together():
+    pictures = pictures_of(6)
+    pictures[0].sha256 = pictures[2].sha256 = "x"  # recordings 0 1 | 2 3 | 4 5; a picture is in the first two
+    for seed in range(10):
+        chosen = choose_sides(pictures, 0.3, seed, lambda p: str(int(p.name[1:]) // 2))
+        assert len({chosen[f"A/p{i}"] for i in range(4)}) == 1
+        assert chosen["A/p4"] == chosen["A/p5"] == "val" != chosen["A/p0"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_persons_who_share_pictures_have_both_sides(seed):
+    pictures = pictures_of(2, 2, 1, 9)
+    pictures[0].sha256 = pictures[2].sha256 = "x"  # A/p0 = B/p0
+    pictures[1].sha256 = pictures[3].sha256 = pictures[4].sha256 = "y"  # A/p1 = B/p1 = C/p0
+    chosen = choose_sides(pictures, 0.2, seed)
+    assert chosen["A/p0"] == chosen["B/p0"] != chosen["A/p1"] == chosen["B/p1"] == chosen["C/p0"]
+    assert [side for key, side in chosen.items() if key[0] == "D"].count("val") == 2
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.9])
+def test_recordings_of_any_length_leave_no_side_empty(seed, ratio):
+    chosen = choose_sides(pictures_of(21), ratio, seed, lambda p: "long" if p.name != "p7" else "short")
+    assert set(chosen.values()) == {"train", "val"}
+
+
+def test_names_without_a_recording_stand_alone_and_are_named(tmp_path):
+    source = people(tmp_path / "in", 4)
+    (source / "ID_1/rec1_a.png").write_bytes(picture(50))
+    report = run(source, tmp_path / "out", group_pattern=r"(rec\d+)")
+    assert report.warnings[-1].startswith("4 names without a recording, each on its own: ID_1/p0.png")
+
+
+# ---- what is named in the report
+
+
+def test_a_person_with_one_picture_is_in_train(tmp_path):
+    report = run(people(tmp_path / "in", 1, 4), tmp_path / "out")
+    assert report.counts["ID_1"] == {"train": 1, "val": 0, "left_out": 0}
+    assert report.warnings == ["ID_1 has one picture: it is in train, and val has none"]
+    assert (tmp_path / "out/val/ID_1").is_dir()  # so that a listing of val/ gives the same labels
+    assert "warning: ID_1 has one picture" in str(report)
+
+
+def test_a_person_with_copies_of_one_picture_is_in_train(tmp_path):
+    source = people(tmp_path / "in", 1, 4)
+    shutil.copy(source / "ID_1/p0.png", source / "ID_1/again.png")
+    report = run(source, tmp_path / "out")
+    assert report.counts["ID_1"] == {"train": 2, "val": 0, "left_out": 0}
+    assert "ID_1 has nothing in val: its 2 pictures are identical" in report.warnings[0]
+
+
+def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
+    source = people(tmp_path / "in", 5, 5)
+    whole = picture(77, size=(64, 64), kind="JPEG")
+    broken = {
+        "ID_1/cut.jpg": whole[: len(whole) // 2],
+        "ID_1/empty.jpg": b"",
+        "ID_1/text.png": b"no picture",
+        "ID_2/cut.png": picture(78, size=(64, 64))[:-400],
+        "ID_2/dot.png": picture(79, size=(1, 1)),
+    }
+    for key, data in broken.items():
+        (source / key).write_bytes(data)
+    (source / "ID_2/gone.png").symlink_to(tmp_path / "nowhere.png")
+    report = run(source, tmp_path / "out")
+    assert report.unreadable.keys() == {*broken, "ID_2/gone.png"}
+    assert "truncated" in report.unreadable["ID_1/cut.jpg"]
+    assert report.unreadable["ID_1/empty.jpg"] == "an empty file"
+    assert report.unreadable["ID_1/text.png"] == "not a picture that Pillow can read"
+    assert report.unreadable["ID_2/dot.png"] == "too small: 1x1 pixels"
+    assert report.unreadable["ID_2/gone.png"] == "cannot be read: No such file or directory"
+    assert report.totals == {"train": 8, "val": 2, "left_out": 6}
+    assert len(sides(tmp_path / "out")) == 10
+    info = read_split_info(tmp_path / "out")
+    assert info["unreadable"] == report.unreadable and info["files"]["ID_1/cut.jpg"]["side"] is None
+    for key in report.unreadable:
+        assert f"left out: {key}: " in str(report)
+
+
+def test_broken_pictures_do_not_move_whole_ones_without_need(tmp_path):
+    source = people(tmp_path / "in", 40)
+    run(source, tmp_path / "a")
+    before = sides(tmp_path / "a")
+    victims = [next(key for key, side in before.items() if side == wanted) for wanted in ("train", "val")]
+    for key in victims:
+        (source / key).write_bytes(b"broken")
+    report = run(source, tmp_path / "b")
+    after = sides(tmp_path / "b")
+    assert report.counts["ID_1"] == {"train": 30, "val": 8, "left_out": 2}
+    assert sum(before[key] != after[key] for key in after) == 1  # one moved over to validate
+
+
+def test_empty_folders_and_other_files_are_named(tmp_path):
+    source = people(tmp_path / "in", 3, 0, 3)
+    (source / "ID_1/notes.txt").write_text("x")
+    (source / "ID_1/session").mkdir()
+    (source / "stray.png").write_bytes(picture(90))
+    (source / ".ipynb_checkpoints").mkdir()
+    report = run(source, tmp_path / "out")
+    assert report.warnings == [
+        "passed over in ID_1: 1 .txt",
+        "the folders in ID_1 were not looked into: session/",
+        "ID_2 has no label: it holds no jpeg, jpg or png picture",
+        "1 picture in no person's folder, passed over: stray.png",
+    ]
+    assert report.labels == {"ID_1": 0, "ID_3": 2}
+    assert report.counts["ID_2"] == {"train": 0, "val": 0, "left_out": 0}
+    assert sorted(p.name for p in (tmp_path / "out/train").iterdir()) == ["ID_1", "ID_3"]
+
+
+def test_a_person_without_a_usable_picture_has_no_label(tmp_path):
+    source = people(tmp_path / "in", 3, 3, names=["anna", "carl"])
+    (source / "bert").mkdir()
+    (source / "bert/x.png").write_bytes(b"x")
+    report = run(source, tmp_path / "out")
+    assert report.labels == {"anna": 0, "carl": 1}
+    assert report.warnings == ["bert has no label: none of its pictures can be used (1 left out)"]
+    for side in ("train", "val"):
+        assert labels_of(list_folders(tmp_path / "out" / side)) == report.labels
+
+
+def test_one_person_works_with_a_warning(tmp_path):
+    report = run(people(tmp_path / "in", 5), tmp_path / "out")
+    assert report.warnings == ["there is one person only (ID_1): a classifier needs two"]
+    assert report.totals["val"] == 1
+
+
+def test_sizes_and_kinds_are_counted(tmp_path):
+    source = people(tmp_path / "in", 4)
+    for i, (mode, size) in enumerate([("L", (8, 8)), ("RGBA", (9, 4)), ("P", (8, 8)), ("L", (8, 8))]):
+        (source / f"ID_1/x{i}.PNG").write_bytes(picture(200 + i, size, mode))
+    report = run(source, tmp_path / "out")
+    assert report.sizes == {"8x8": 7, "9x4": 1}
+    assert report.converted == {"grey": 2, "RGBA": 1, "palette": 1}
+    assert "converted to RGB when loaded: 2 grey, 1 RGBA, 1 palette" in str(report)
+
+
+def test_the_report_is_a_table_and_says_what_is_next(tmp_path):
+    report = run(people(tmp_path / "in", *[5] * 10), tmp_path / "my out")
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["person", "label", "train", "val", "left", "out"]
+    assert [line.split()[0] for line in lines[1:11]] == [f"ID_{k}" for k in range(1, 11)]  # ID_2 before ID_10
+    assert len({len(line) for line in lines[:12]}) == 1
+    assert lines[11].split() == ["total", "40", "10", "0"]
+    assert lines[-1] == f"next: python minimal_training_modification.py --data_dir '{tmp_path}/my out'"
+    assert repr(report) == str(report)
+    with pytest.raises(AttributeError):
+        report.labels = {}
+
+
+def test_a_name_that_is_no_text_can_be_printed(tmp_path):
+    source = people(tmp_path / "in", 3)
+    Path(os.fsdecode(os.fsencode(source) + b"/ID_1/\xff.png")).write_bytes(b"broken")
+    assert "\\udcff.png" in str(run(source, tmp_path / "out"))
+    assert len(read_split_info(tmp_path / "out")["files"]) == 4
+
+
+# ---- labels and folders
+
+
+def test_labels():
+    assert labels_of(["ID_31", "ID_1", "ID_2"]) == {"ID_1": 0, "ID_2": 1, "ID_31": 30}
+    assert labels_of(["ID_0", "ID_1"]) == {"ID_0": 0, "ID_1": 1}
+    assert labels_of(["ID_10", "ID_2", "x"]) == {"ID_2": 0, "ID_10": 1, "x": 2}
+    assert labels_of([]) == {}
+    with pytest.raises(UserError, match="ID_01 and ID_1 would have the same label"):
+        labels_of(["ID_1", "ID_01"])
+
+
+def test_natural_order():
+    assert sorted(["b", "a10", "a2", "2", "10", "a"], key=natural_key) == ["2", "10", "a", "a2", "a10", "b"]
+
+
+def test_list_folders(tmp_path):
+    source = people(tmp_path / "in", 11, 0)
+    (source / "ID_1/.hidden.png").write_bytes(b"")
+    found = list_folders(source)
+    assert [path.name for path in found["ID_1"]] == [f"p{i}.png" for i in range(11)] and found["ID_2"] == []
+    with pytest.raises(UserError, match=r"No such folder: .*nowhere"):
+        list_folders(tmp_path / "nowhere")
+
+
+def test_what_pillow_reads():
+    assert can_read("png") and can_read("tif") and not can_read("xyz") and not can_read("pdf")
+
+
+# ---- links
+
+
+@pytest.mark.parametrize("check", ["decode", "contents"])
+@pytest.mark.parametrize("link", ["hard", "symbolic"])
+def test_links_give_the_same_split_as_copies(tmp_path, link, check):
+    source = people(tmp_path / "in", 6, 6)
+    (source / "ID_1/via.png").symlink_to("../ID_2/p0.png")
+    run(source, tmp_path / "copies", check=check)
+    run(source, tmp_path / "links", link=link, check=check)
+    assert sides(tmp_path / "links") == sides(tmp_path / "copies")
+    for path in (tmp_path / "links").glob("*/*/*.png"):
+        original = source / path.parent.name / path.name
+        assert path.samefile(original) and path.is_symlink() == (link == "symbolic")
+    assert not list((tmp_path / "links").rglob("probe"))
+
+
+def test_where_hard_links_cannot_be_made_the_message_says_what_can(tmp_path, monkeypatch):
+    source = people(tmp_path / "in", 3)
+
+    def refuse(source, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(UserError, match=r"No hard link .*cross-device.*--link symbolic or --link copy"):
+        run(source, tmp_path / "out", link="hard")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+# ---- refusals
+
+
+def refused(tmp_path: Path, words: str, input_dir: Path, output_dir: Path | None = None, **options) -> None:
+    """The call raises a `UserError` with these words in it and changes nothing on the disk."""
+    before = everything(tmp_path)
+    with pytest.raises(UserError) as caught:
+        run(input_dir, output_dir or tmp_path / "out", **options)
+    assert words in str(caught.value)
+    assert everything(tmp_path) == before
+
+
+def test_no_such_folder(tmp_path):
+    people(tmp_path / "in", 2)
+    refused(tmp_path, f"No such folder: {tmp_path}/inn. {tmp_path} holds 1 folder, in/.", tmp_path / "inn")
+    refused(tmp_path, "is a file", tmp_path / "in/ID_1/p0.png")
+
+
+def test_pictures_directly_in_it(tmp_path):
+    people(tmp_path / "in", 3, 3)
+    refused(tmp_path, f"It looks like one person's folder. Try --input_dir {tmp_path}/in", tmp_path / "in/ID_1")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat/a.png").write_bytes(picture(1))
+    refused(tmp_path, f"it holds 1 file. Put each person's pictures into a folder of their own: {tmp_path}/flat/ID_1",
+            tmp_path / "flat")  # fmt: skip
+
+
+def test_person_folders_deeper_down(tmp_path):
+    people(tmp_path / "in/images", 3, 3)
+    refused(
+        tmp_path,
+        f"No picture folder (ID_1, ID_2 …) in {tmp_path}/in; it holds 1 folder, images/. "
+        f"Try --input_dir {tmp_path}/in/images",
+        tmp_path / "in",
+    )
+    (tmp_path / "zip").mkdir()
+    (tmp_path / "in").rename(tmp_path / "zip/in")
+    refused(tmp_path, f"Try --input_dir {tmp_path}/zip/in/images", tmp_path / "zip")
+
+
+def test_pictures_one_level_too_deep(tmp_path):
+    for k in (1, 2):
+        people(tmp_path / f"in/ID_{k}", 2, names=["session"])
+    refused(tmp_path, "The pictures lie one level too deep, in ID_1/session/", tmp_path / "in")
+
+
+def test_no_pictures_with_these_extensions(tmp_path):
+    source = people(tmp_path / "in", 3)
+    (source / "ID_1/x.txt").write_text("")
+    words = "No bmp or jpg picture in {}; it holds 3 .png, 1 .txt. Try --image_extensions png"
+    refused(tmp_path, words.format(source), source, extensions=("jpg", "bmp"))
+
+
+def test_nothing_there(tmp_path):
+    (tmp_path / "in").mkdir()
+    refused(tmp_path, "it holds nothing. Expected one folder of jpeg, jpg or png pictures per person", tmp_path / "in")
+
+
+def test_nothing_but_broken_pictures(tmp_path):
+    people(tmp_path / "in", 1)
+    (tmp_path / "in/ID_1/p0.png").write_bytes(b"x")
+    refused(tmp_path, "No picture in", tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "words"),
+    [
+        (0.7, 0.2, "--train_ratio 0.7 and --val_ratio 0.2 add up to 0.9, not to 1. Try --val_ratio 0.3"),
+        (1.0, 0.0, "--train_ratio 1 is not between 0 and 1"),
+        (1.2, -0.2, "--train_ratio 1.2 is not between 0 and 1"),
+        (0.8, float("nan"), "--val_ratio nan"),
+    ],
+)
+def test_ratios_that_do_not_add_up(tmp_path, train, val, words):
+    refused(tmp_path, words, people(tmp_path / "in", 3), train_ratio=train, val_ratio=val)
+
+
+def test_ratios_within_rounding(tmp_path):
+    run(people(tmp_path / "in", 3), tmp_path / "out", train_ratio=1 - 1 / 3, val_ratio=0.3333333)
+
+
+def test_unknown_words(tmp_path):
+    source = people(tmp_path / "in", 3)
+    refused(tmp_path, "Pillow reads no xyz pictures", source, extensions="png,xyz")
+    refused(tmp_path, "--image_extensions names none", source, extensions=" ,")
+    refused(tmp_path, "--link move is none of copy, hard, symbolic", source, link="move")
+    refused(tmp_path, "--check none is none of decode, contents", source, check="none")
+    refused(tmp_path, "is no regular expression", source, group_pattern="(")
+    refused(tmp_path, "has no group", source, group_pattern="rec")
+    refused(tmp_path, "fits none of the 3 names, such as ID_1/p0.png", source, group_pattern="(rec)")
+
+
+def test_extensions_are_read_generously(tmp_path):
+    source = people(tmp_path / "in", 3)
+    (source / "ID_1/p0.png").rename(source / "ID_1/p0.PNG")
+    assert run(source, tmp_path / "out", extensions=".PNG, png").totals["train"] == 2
+
+
+def test_output_and_input_in_each_other(tmp_path):
+    source = people(tmp_path / "in", 3)
+    refused(tmp_path, f"is the same folder as --input_dir {source}", source, source)
+    refused(tmp_path, "is inside --input_dir", source, source / "split")
+    refused(tmp_path, "is around --input_dir", source, tmp_path)
+    (tmp_path / "link").symlink_to(source)
+    refused(tmp_path, "is inside --input_dir", source, tmp_path / "link/split")
+
+
+def test_output_with_other_things_in_it(tmp_path):
+    source = people(tmp_path / "in", 3)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("mine")
+    refused(tmp_path, "is no split, it holds thesis.tex", source, overwrite=True)
+    (tmp_path / "file").write_text("mine")
+    refused(tmp_path, "is a file", source, tmp_path / "file", overwrite=True)
+
+
+def test_an_empty_output_folder_is_used(tmp_path):
+    (tmp_path / "out").mkdir()
+    run(people(tmp_path / "in", 3), tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["split_info.json", "train", "val"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_split_is_no_input(tmp_path):
+    run(people(tmp_path / "in", 3), tmp_path / "out")
+    refused(tmp_path, "is a split already", tmp_path / "out", tmp_path / "again")
+
+
+# ---- a split that is there already
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("check", ["decode", "contents"])
+def test_the_same_split_is_left_as_it_is(tmp_path, check, overwrite):
+    source = people(tmp_path / "in", 4, 4)
+    (source / "ID_1/broken.png").write_bytes(b"")
+    first = run(source, tmp_path / "out", check=check)
+    before = {p: p.stat().st_ino for p in (tmp_path / "out").rglob("*")}
+    again = run(source, tmp_path / "out", check=check, overwrite=overwrite)
+    assert again.already_there and not first.already_there
+    assert again.counts == first.counts and again.unreadable == first.unreadable
+    assert "already there, left as it is" in str(again)
+    assert {p: p.stat().st_ino for p in (tmp_path / "out").rglob("*")} == before
+
+
+def test_a_different_split_is_replaced_only_when_asked(tmp_path):
+    source = people(tmp_path / "in", 6, 6)
+    run(source, tmp_path / "out")
+    refused(tmp_path, "holds a different split: it was made with seed 0, now 3", source, seed=3)
+    words = "train_ratio 0.8, now 0.5"
+    refused(tmp_path, words, source, train_ratio=0.5, val_ratio=0.5)
+    refused(tmp_path, "image_extensions jpeg,jpg,png, now png", source, extensions=("png",))
+    assert run(source, tmp_path / "out", seed=3, overwrite=True).totals["val"] == 2
+    assert read_split_info(tmp_path / "out")["seed"] == 3
+    run(source, tmp_path / "fresh", seed=3)
+    assert sides(tmp_path / "out") == sides(tmp_path / "fresh")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fresh", "in", "out"]
+
+
+def test_changed_input_is_a_different_split(tmp_path):
+    source = people(tmp_path / "in", 6)
+    run(source, tmp_path / "out")
+    old = (source / "ID_1/p0.png").read_bytes()
+    (source / "ID_1/p0.png").write_bytes(old[:-1] + bytes([old[-1] ^ 1]))  # of equal length
+    refused(tmp_path, "the input changed since, 1 file: ID_1/p0.png", source)
+    (source / "ID_1/p0.png").write_bytes(old)
+    (source / "ID_1/new.png").write_bytes(picture(99))
+    refused(tmp_path, "the input changed since, 1 file: ID_1/new.png", source)
+    assert run(source, tmp_path / "out", overwrite=True).totals["train"] == 6
+
+
+def test_an_incomplete_split_is_noticed(tmp_path):
+    source = people(tmp_path / "in", 6)
+    run(source, tmp_path / "out")
+    lost = next((tmp_path / "out/train").rglob("*.png"))
+    lost.unlink()
+    refused(tmp_path, f"1 file gone or changed: train/ID_1/{lost.name}", source)
+    run(source, tmp_path / "out", overwrite=True)
+    assert lost.exists()
+
+
+def test_a_users_file_among_the_pictures_is_never_lost(tmp_path):
+    source = people(tmp_path / "in", 3)
+    run(source, tmp_path / "out")
+    (tmp_path / "out/train/ID_1/mine.png").write_bytes(b"mine")
+    refused(tmp_path, "holds more than its split: train/ID_1/mine.png", source, overwrite=True, seed=1)
+
+
+def test_a_damaged_or_missing_info_file(tmp_path):
+    with pytest.raises(UserError, match=r"No split_info.json in .*: it is no split"):
+        read_split_info(tmp_path)
+    (tmp_path / "split_info.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        read_split_info(tmp_path)
+    (tmp_path / "split_info.json").write_text('{"version": 99}')
+    with pytest.raises(UserError, match="has version 99, expected 1"):
+        read_split_info(tmp_path)
+
+
+# ---- a full disk
+
+
+class FullDisk(io.FileIO):
+    """A disk with room for 2,000 bytes in new files."""
+
+    room = 2000
+
+    def write(self, data):
+        FullDisk.room -= len(data)
+        if FullDisk.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_full_disk_leaves_nothing_half(tmp_path, monkeypatch, workers):
+    source = people(tmp_path / "in", 20)
+    run(source, tmp_path / "out")
+    before = everything(tmp_path)
+    monkeypatch.setattr(FullDisk, "room", 2000)
+    monkeypatch.setattr(split_module.io, "FileIO", FullDisk)
+    with pytest.raises(OSError, match="No space left"):
+        run(source, tmp_path / "out", seed=1, overwrite=True, workers=workers)
+    with pytest.raises(OSError, match="No space left"):
+        run(source, tmp_path / "new", workers=workers)
+    assert FullDisk.room < 0 and everything(tmp_path) == before
+
+
+def test_a_stopped_run_leaves_nothing_half(tmp_path, monkeypatch):
+    def stop(data):
+        raise KeyboardInterrupt
+
+    source = people(tmp_path / "in", 50)
+    monkeypatch.setattr(split_module, "_decoded", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    source = people(tmp_path / "in", 3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    refused(tmp_path, "No space left for the split", source)
+
+
+def test_short_writes_are_finished(tmp_path, monkeypatch):
+    class Slow(io.FileIO):
+        def write(self, data):
+            return super().write(data[:7])
+
+    source = people(tmp_path / "in", 3)
+    monkeypatch.setattr(split_module.io, "FileIO", Slow)
+    run(source, tmp_path / "out")
+    assert all(p.read_bytes() == (source / "ID_1" / p.name).read_bytes() for p in (tmp_path / "out").glob("*/*/*"))
+
+
+def test_what_a_stopped_run_left_is_named(tmp_path):
+    (tmp_path / ".out.partial-1").mkdir()
+    report = run(people(tmp_path / "in", 3), tmp_path / "out")
+    assert f"{tmp_path}/.out.partial-1 was left by a run that was stopped" in report.warnings[-1]
+
+
+def test_the_input_is_never_changed(tmp_path):
+    source = people(tmp_path / "in", 4, 4)
+    before = everything(source), {p: p.stat().st_mtime_ns for p in source.rglob("*")}
+    for link in ("copy", "hard", "symbolic"):
+        run(source, tmp_path / link, link=link)
+        shutil.rmtree(tmp_path / link)
+    assert (everything(source), {p: p.stat().st_mtime_ns for p in source.rglob("*")}) == before
+
+
+# ---- the command
+
+
+def test_the_command_as_people_type_it(tmp_path):
+    source = people(tmp_path / "in", 5, 5)
+    asked = ["--input_dir", source, "--output_dir", tmp_path / "data_split"]
+    asked += ["--train_ratio", "0.8", "--val_ratio", "0.2", "--image_extensions", "png,jpg,jpeg"]
+    first, again = command(*asked), command(*asked)
+    assert (first.returncode, first.stderr) == (0, "") and (again.returncode, again.stderr) == (0, "")
+    assert "written: 8 pictures to train, 2 to validate" in first.stdout
+    assert "already there" in again.stdout
+    run(source, tmp_path / "api")
+    assert sides(tmp_path / "data_split") == sides(tmp_path / "api")
+
+
+def test_the_command_passes_its_options_on(tmp_path):
+    source = people(tmp_path / "in", 4, 4)
+    for path in sorted(source.glob("*/*")):
+        path.rename(path.with_name(f"rec{int(path.stem[1:]) // 2}_{path.name}"))
+    words = ["--seed", 5, "--link", "symbolic", "--group_pattern", r"(rec\d)", "--check", "contents", "--workers", 2]
+    done = command("--input_dir", source, *words, "--overwrite", cwd=tmp_path)  # without --output_dir: ./data_split
+    assert done.returncode == 0, done.stderr
+    info = read_split_info(tmp_path / "data_split")
+    wanted = {"seed": 5, "link": "symbolic", "group_pattern": r"(rec\d)", "check": "contents"}
+    assert {key: info[key] for key in wanted} == wanted
+    assert info["totals"] == {"train": 4, "val": 4, "left_out": 0}
+
+
+@pytest.mark.parametrize("options", [["--train_ratio", "0.5"], ["--seed", "1"], ["--input_dir", "nowhere"]])
+def test_a_refusal_is_one_line_and_status_2(tmp_path, options):
+    run(people(tmp_path / "in", 3), tmp_path / "data_split")
+    before = everything(tmp_path)
+    done = command("--input_dir", "in", *options, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert everything(tmp_path) == before
+
+
+def test_without_an_input_folder(tmp_path):
+    done = command(cwd=tmp_path)
+    assert done.returncode == 2 and "--input_dir" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_help_and_run_import_no_torch(tmp_path):
+    people(tmp_path / "in", 3)
+    watched = (
+        "import runpy, sys, atexit\n"
+        "atexit.register(lambda: print('heavy:', {'torch', 'numpy', 'lightning'} & sys.modules.keys()))\n"
+        f"runpy.run_path({str(ROOT / 'data_split.py')!r}, run_name='__main__')"
+    )
+    for arguments in (["--help"], ["--input_dir", "in"]):
+        words = [sys.executable, "-c", watched, *arguments]
+        done = subprocess.run(
+            words, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ROOT}
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("heavy: set()\n")
+    assert (tmp_path / "data_split/split_info.json").exists()

@@ -1,0 +1,185 @@
+"""Person folders on disk: which there are, in which order, with which label, and the pictures in them."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from PIL import Image
+
+from vavae_tools.errors import UserError
+
+PICTURE_EXTENSIONS = ("png", "jpg", "jpeg")
+
+_PERSON = re.compile(r"ID_(\d+)")
+_DIGITS = re.compile(r"(\d+)")
+
+
+def natural_key(name: str) -> tuple:
+    """The key that sorts names as a person does.
+
+    >>> sorted(["ID_10", "ID_2", "anna"], key=natural_key)
+    ['ID_2', 'ID_10', 'anna']
+    """
+    parts = _DIGITS.split(name)  # text, digits, text, digits, …: a text always meets a text, a number a number
+    parts[1::2] = map(int, parts[1::2])
+    return (parts, name)
+
+
+def labels_of(names: Iterable[str]) -> dict[str, int]:
+    """The label of each person folder: k − 1 when all are named `ID_k`, else its place in natural order.
+
+    >>> labels_of(["ID_10", "ID_2"])
+    {'ID_2': 1, 'ID_10': 9}
+    >>> labels_of(["walker10", "walker2", "ID_7"])
+    {'ID_7': 0, 'walker2': 1, 'walker10': 2}
+    """
+    names = sorted(names, key=natural_key)
+    numbers = [int(match[1]) if (match := _PERSON.fullmatch(name)) else 0 for name in names]
+    if 0 in numbers:  # another name, or ID_0, whose label would be −1
+        return {name: place for place, name in enumerate(names)}
+    for (name, number), (other, same) in pairwise(zip(names, numbers, strict=True)):
+        if number == same:
+            raise UserError(f"The folders {name} and {other} would have the same label. Rename or merge one of them.")
+    return {name: number - 1 for name, number in zip(names, numbers, strict=True)}
+
+
+def list_folders(directory: str | Path, extensions: Collection[str] = PICTURE_EXTENSIONS) -> dict[str, list[Path]]:
+    """Each person folder in `directory` with its pictures, both in natural order; a folder may be empty."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(no_such_folder(directory))
+    return {
+        name: [Path(entry.path) for entry in picture_entries(directory / name, extensions)]
+        for name in person_folders(directory)
+    }
+
+
+def person_folders(directory: str | Path) -> list[str]:
+    """The names of the folders in `directory`, in natural order; hidden ones and __MACOSX are no persons."""
+    with os.scandir(directory) as entries:
+        names = [e.name for e in entries if not e.name.startswith(".") and e.name != "__MACOSX" and e.is_dir()]
+    return sorted(names, key=natural_key)
+
+
+def picture_entries(folder: str | Path, extensions: Collection[str]) -> list[os.DirEntry]:
+    """The files with these extensions, in small or capital letters, in natural order.
+
+    A link that leads nowhere is among them, so that whoever reads it can name it.
+    """
+    with os.scandir(folder) as entries:
+        found = [e for e in entries if extension_of(e.name) in extensions]
+    files = [e for e in found if e.is_file() or (e.is_symlink() and not e.is_dir())]
+    return sorted(files, key=lambda e: natural_key(e.name))
+
+
+def other_files(folder: str | Path, extensions: Collection[str]) -> Counter:
+    """How many files have other extensions, by extension."""
+    with os.scandir(folder) as entries:
+        found = [kind for e in entries if (kind := extension_of(e.name)) not in extensions and kind and e.is_file()]
+    return Counter(found)
+
+
+def extension_of(name: str) -> str:
+    """The extension in small letters, without the dot; a hidden file has none.
+
+    >>> extension_of("walk.0.JPG"), extension_of("._walk.jpg"), extension_of("notes")
+    ('jpg', '', '')
+    """
+    return "" if name.startswith(".") or "." not in name else name.rpartition(".")[2].lower()
+
+
+def can_read(extension: str) -> bool:
+    """Whether Pillow reads pictures with this extension."""
+    Image.preinit()  # the common formats; all of them only if that is not enough
+    if f".{extension}" not in Image.EXTENSION:
+        Image.init()
+    return Image.EXTENSION.get(f".{extension}") in Image.OPEN
+
+
+# ---- what to say when nothing is found
+
+
+def no_such_folder(directory: Path) -> str:
+    if directory.exists():
+        return f"{directory} is a file, expected the folder that holds the person folders (ID_1, ID_2 …)."
+    nearest = next(parent for parent in directory.absolute().parents if parent.is_dir())
+    return f"No such folder: {directory}. {nearest} holds {contents(nearest)}."
+
+
+def no_pictures(directory: Path, extensions: Sequence[str], flag: str = "--input_dir") -> str:
+    """Why there are no person folders with pictures in `directory`, and which path to try instead."""
+    found = f"No picture folder (ID_1, ID_2 …) in {directory}; it holds {contents(directory)}."
+    if picture_entries(directory, extensions):
+        parent = directory.resolve().parent
+        if _PERSON.fullmatch(directory.resolve().name) or _pictured(parent, extensions) > 1:
+            return f"{found} It looks like one person's folder. Try {flag} {parent}"
+        return f"{found} Put each person's pictures into a folder of their own: {directory}/ID_1, {directory}/ID_2 …"
+    homes = [folder for folder in _below(directory) if folder != directory and _pictured(folder, extensions)]
+    if len(homes) > 1 and all(_PERSON.fullmatch(home.name) for home in homes):
+        inner = f"{homes[0].name}/{person_folders(homes[0])[0]}/"
+        return f"{found} The pictures lie one level too deep, in {inner} …: put them directly into {homes[0].name}/ …"
+    if homes:
+        homes.sort(key=lambda home: -_pictured(home, extensions))
+        others = f" (or {listed(homes[1:])})" if len(homes) > 1 else ""
+        return f"{found} Try {flag} {homes[0]}{others}"
+    others = sum((other_files(folder, extensions) for folder in _below(directory)), Counter())
+    readable = [kind for kind, _ in others.most_common() if can_read(kind)]
+    if readable:
+        kinds = listed([f"{n:,} .{kind}" for kind, n in others.most_common()])
+        return f"No {either(extensions)} picture in {directory}; it holds {kinds}. Try --image_extensions {readable[0]}"
+    return f"{found} Expected one folder of {either(extensions)} pictures per person."
+
+
+def contents(folder: Path) -> str:
+    """What a folder holds, in words: "2 folders, a/, b/ and 1 file"."""
+    names = person_folders(folder)
+    with os.scandir(folder) as entries:
+        files = sum(entry.is_file() and not entry.name.startswith(".") for entry in entries)
+    parts = [f"{counted(len(names), 'folder')}, {listed([f'{name}/' for name in names])}"] if names else []
+    parts += [counted(files, "file")] if files else []
+    return " and ".join(parts) or "nothing"
+
+
+def _below(directory: Path, depth: int = 4) -> Iterable[Path]:
+    """`directory` and the folders in it, upper levels first."""
+    level = [directory]
+    for _ in range(depth):
+        yield from level
+        level = [folder / name for folder in level for name in person_folders(folder)]
+
+
+def _pictured(directory: Path, extensions: Collection[str]) -> int:
+    """How many folders in `directory` hold pictures."""
+    return sum(bool(picture_entries(directory / name, extensions)) for name in person_folders(directory))
+
+
+# ---- words
+
+
+def listed(words: Iterable, most: int = 3) -> str:
+    """The first few of many.
+
+    >>> listed("abcde")
+    'a, b, c and 2 more'
+    """
+    words = [str(word) for word in words]
+    return ", ".join(words[:most]) + (f" and {len(words) - most:,} more" if len(words) > most else "")
+
+
+def either(words: Sequence[str]) -> str:
+    """
+    >>> either(["png", "jpg", "jpeg"])
+    'png, jpg or jpeg'
+    """
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def counted(n: int, word: str) -> str:
+    """
+    >>> counted(1, "file"), counted(1200, "file")
+    ('1 file', '1,200 files')
+    """
+    return f"{n:,} {word}{'s' * (n != 1)}"

@@ -1,0 +1,179 @@
+"""Picture folders as batches; the one place where pixels become numbers in [-1, 1] and pictures again."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from vavae_tools.data.folders import PICTURE_EXTENSIONS, labels_of, list_folders
+from vavae_tools.data.order import OrderedDataModule
+from vavae_tools.data.split import read_split_info
+from vavae_tools.errors import UserError
+
+MEMORY_LIMIT = 4 * 2**30
+"""Decoded pictures up to this many bytes are kept in memory: 21,000 of 256×256, a seventh of what Kaggle has."""
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """Pixels uint8 0…255 → float32 in [-1, 1], any shape."""
+    return pixels.float().div_(127.5).sub_(1.0)
+
+
+def to_pixels(pictures: Tensor) -> Tensor:
+    """Pictures in [-1, 1] (what lies outside is clipped) → uint8 0…255, rounded, any shape."""
+    return pictures.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def read_picture(path: Path, size: tuple[int, int], channels: int = 3) -> np.ndarray:
+    """Read one picture as uint8 (height, width, channels), resized as a whole: nothing is cropped off its axes.
+
+    Args:
+        size: (height, width) in pixels.
+        channels: 3, or 1 for grey.
+
+    Raises:
+        UserError: the file cannot be decoded.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture = picture.convert("RGB" if channels == 3 else "L")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read as a picture ({error}). data_split.py names such files and leaves them out"
+        ) from None
+    if picture.size != (size[1], size[0]):
+        picture = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.asarray(picture).reshape(*size, channels)
+
+
+def save_picture(pixels: Tensor, path: Path) -> None:
+    """Write one picture, uint8 (C, H, W), under `path` (its ending names the format); it is whole or not there."""
+    array = pixels.permute(1, 2, 0).cpu().numpy()
+    partial = path.with_name(f".{path.name}.partial")
+    Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array).save(
+        partial, format=Image.registered_extensions()[path.suffix.lower()], quality=95
+    )
+    partial.replace(path)
+
+
+class PictureFolder(Dataset):
+    """Pictures of one folder per person; decoded once and kept in memory where they fit.
+
+    Args:
+        folder: holds `ID_1/ ID_2/ …` (one side of a split).
+        image_size: pixels, one number or (height, width); pictures of other sizes are resized.
+        labels: folder name → label; by default from the names in `folder`.
+        channels: 3, or 1 for grey.
+
+    A batch is {"pictures": uint8 (B, C, H, W), "labels": int64 (B,), "index": int64 (B,)}.
+
+    Raises:
+        UserError: no such folder, no pictures in it, or a picture that cannot be read.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        image_size: int | tuple[int, int],
+        labels: dict[str, int] | None = None,
+        channels: int = 3,
+        progress: bool = True,
+    ) -> None:
+        self.folder = Path(folder)
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.channels = channels
+        people = list_folders(self.folder)
+        labels = labels or labels_of(list(people))
+        self.paths = [path for name in people for path in people[name]]
+        self.names = [f"{path.parent.name}/{path.name}" for path in self.paths]
+        self.labels = torch.tensor([labels[path.parent.name] for path in self.paths], dtype=torch.int64)
+        if not self.paths:
+            raise UserError(f"No pictures ({', '.join(PICTURE_EXTENSIONS)}) in the folders of {self.folder}")
+        self._progress = progress
+        self._memory: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def in_memory(self) -> Tensor:
+        """All pictures, uint8 (N, C, H, W), decoded by several threads on the first call."""
+        if self._memory is None:
+            memory = np.empty((len(self), *self.image_size, self.channels), dtype=np.uint8)
+
+            def decode(i: int) -> None:
+                memory[i] = read_picture(self.paths[i], self.image_size, self.channels)
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the interpreter's lock
+                done = pool.map(decode, range(len(self)))
+                description = f"reading {self.folder.name}"
+                hidden = not self._progress or len(self) < 500
+                for _ in tqdm(done, description, total=len(self), unit="picture", disable=hidden):
+                    pass
+            self._memory = torch.from_numpy(memory).permute(0, 3, 1, 2)  # (N, C, H, W)
+        return self._memory
+
+    def fits_memory(self) -> bool:
+        return len(self) * self.image_size[0] * self.image_size[1] * self.channels <= MEMORY_LIMIT
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        if self.fits_memory():
+            pictures = self.in_memory()[index]
+        else:
+            decoded = [read_picture(self.paths[i], self.image_size, self.channels) for i in indices]
+            pictures = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)
+        return {"pictures": pictures, "labels": self.labels[index], "index": index}
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+    def few_of_each(self, count: int) -> dict[str, Tensor]:
+        """A batch of the first `count` pictures when taken from one person after the other: for previews."""
+        rows: dict[int, list[int]] = {}
+        for place, label in enumerate(self.labels.tolist()):
+            rows.setdefault(label, []).append(place)
+        in_turn = [row for turn in zip_longest(*rows.values()) for row in turn if row is not None]
+        return self.__getitems__(in_turn[:count])
+
+
+class PictureDataModule(OrderedDataModule):
+    """The two sides of a split as batches.
+
+    Args:
+        data_dir: what `data_split.py` wrote: `train/`, `val/`, `split_info.json`.
+        image_size: pixels, one number or (height, width).
+        batch_size: pictures per device and step.
+        num_workers: loading processes per device; by default 0 where the pictures fit into memory, else 4 at most.
+
+    Raises:
+        UserError: the folder holds no split.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        image_size: int | tuple[int, int],
+        batch_size: int = 16,
+        num_workers: int | None = None,
+        seed: int = 0,
+        channels: int = 3,
+    ) -> None:
+        info = read_split_info(data_dir)
+        labels = {name: int(label) for name, label in info["labels"].items()}
+        self.train_data = PictureFolder(Path(data_dir) / "train", image_size, labels, channels)
+        val_folder = Path(data_dir) / "val"
+        has_validation = val_folder.is_dir() and any(list_folders(val_folder).values())
+        self.val_data = PictureFolder(val_folder, image_size, labels, channels) if has_validation else None
+        if num_workers is None:
+            num_workers = 0 if self.train_data.fits_memory() else min(4, os.cpu_count() or 1)
+        super().__init__(batch_size, num_workers, seed)
+        self.labels = labels
+        self.num_classes = max(labels.values()) + 1

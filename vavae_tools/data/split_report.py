@@ -1,0 +1,183 @@
+"""What a split holds, for people (a table) and for programs (split_info.json)."""
+
+import json
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from vavae_tools.data.folders import counted, listed
+from vavae_tools.errors import UserError
+
+SIDES = ("train", "val")
+INFO_NAME = "split_info.json"
+INFO_VERSION = 1
+
+# What a loader has to convert to RGB, by Pillow's mode.
+CONVERTED = {
+    **dict.fromkeys(("1", "L", "LA", "La"), "grey"),
+    **dict.fromkeys(("I", "F", "I;16", "I;16L", "I;16B", "I;16N"), "16-bit grey"),
+    **dict.fromkeys(("RGBA", "RGBa", "RGBX"), "RGBA"),
+    **dict.fromkeys(("P", "PA"), "palette"),
+}
+
+
+@dataclass(slots=True)
+class Picture:
+    """One file, and what was found out about it."""
+
+    person: str
+    name: str
+    path: str
+    bytes: int
+    mtime_ns: int
+    fault: str = ""
+    """Why it is left out; empty for a good picture."""
+    sha256: str | None = None
+    size: tuple[int, int] | None = None
+    mode: str | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.person}/{self.name}"
+
+
+@dataclass(frozen=True, repr=False)
+class SplitReport:
+    """What a split holds. Printed, it is a table of persons, what to know about it, and what to do next."""
+
+    input_dir: str
+    output_dir: str
+    counts: dict[str, dict[str, int]]
+    """For each person {"train": …, "val": …, "left_out": …}."""
+    totals: dict[str, int]
+    labels: dict[str, int]
+    unreadable: dict[str, str]
+    """For each picture that is left out, why."""
+    duplicates: list[list[str]]
+    """Files with the same content: each list stands on one side."""
+    converted: dict[str, int]
+    """How many pictures a loader converts to RGB, by kind."""
+    sizes: dict[str, int]
+    """How many pictures have which size, as "widthxheight"."""
+    warnings: list[str]
+    already_there: bool = False
+
+    @classmethod
+    def of(cls, info: dict, output_dir: Path, already_there: bool = False) -> "SplitReport":
+        known = {field.name: info[field.name] for field in fields(cls) if field.name in info}
+        return cls(output_dir=str(output_dir), already_there=already_there, **known)
+
+    def __str__(self) -> str:
+        rows = [("person", "label", "train", "val", "left out")]
+        for person, row in self.counts.items():
+            rows.append((person, str(self.labels.get(person, "-")), *(f"{n:,}" for n in row.values())))
+        rows.append(("total", "", *(f"{n:,}" for n in self.totals.values())))
+        lines = [*_aligned(rows), ""]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += _shortened([f"left out: {key}: {why}" for key, why in self.unreadable.items()])
+        lines += _shortened([f"identical, on one side: {' = '.join(keys)}" for keys in self.duplicates])
+        if self.sizes:
+            lines.append("sizes: " + listed(f"{size} ({n:,})" for size, n in self.sizes.items()))
+        if self.converted:
+            kinds = listed(f"{n:,} {kind}" for kind, n in self.converted.items())
+            lines.append(f"converted to RGB when loaded: {kinds}")
+        done = "already there, left as it is" if self.already_there else "written"
+        split = f"{self.totals['train']:,} pictures to train, {self.totals['val']:,} to validate"
+        lines.append(f"{done}: {split} ({self.output_dir}; every file's side is in {INFO_NAME})")
+        lines.append(f"next: python minimal_training_modification.py --data_dir {shlex.quote(self.output_dir)}")
+        return "\n".join(lines).encode(errors="backslashreplace").decode()  # a name may be no text at all
+
+    __repr__ = __str__
+
+
+def split_info(
+    settings: dict, persons: Sequence[str], pictures: Sequence[Picture], labels: dict[str, int], sides: dict[str, str]
+) -> dict:
+    """What split_info.json says about pictures that were looked at and given a side."""
+    good = [picture for picture in pictures if not picture.fault]
+    counts = {person: {"train": 0, "val": 0, "left_out": 0} for person in persons}
+    twins = defaultdict(list)
+    for picture in pictures:
+        counts[picture.person][sides.get(picture.key, "left_out")] += 1
+    for picture in good:
+        if picture.sha256:
+            twins[picture.sha256].append(picture)
+    duplicates = [group for group in twins.values() if len(group) > 1]
+    kinds = Counter(CONVERTED.get(picture.mode, picture.mode) for picture in good)
+    sizes = Counter(picture.size for picture in good if picture.size)
+    return {
+        "version": INFO_VERSION,
+        **settings,
+        "labels": labels,
+        "counts": counts,
+        "totals": {column: sum(row[column] for row in counts.values()) for column in (*SIDES, "left_out")},
+        "warnings": _remarks(counts, duplicates),
+        "unreadable": {picture.key: picture.fault for picture in pictures if picture.fault},
+        "duplicates": [[picture.key for picture in group] for group in duplicates],
+        "converted": {kind: n for kind, n in kinds.most_common() if kind not in ("RGB", None)},
+        "sizes": {f"{width}x{height}": n for (width, height), n in sizes.most_common()},
+        "files": file_entries(pictures, sides),
+    }
+
+
+def file_entries(pictures: Sequence[Picture], sides: dict[str, str]) -> dict[str, dict]:
+    """Every file's side (None: left out), length and content hash (None: its length alone tells it from all others)."""
+    return {p.key: {"side": sides.get(p.key), "bytes": p.bytes, "sha256": p.sha256} for p in pictures}
+
+
+def write_split_info(info: dict, directory: Path) -> None:
+    """Indented, with one line per file."""
+    files = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entry)}" for key, entry in info["files"].items())
+    head = json.dumps({key: value for key, value in info.items() if key != "files"}, indent=2)
+    text = f'{head[:-2]},\n  "files": {{\n{files}\n  }}\n}}\n'
+    (directory / INFO_NAME).write_text(text, encoding="utf-8")
+
+
+def read_split_info(directory: str | Path) -> dict:
+    """What `directory`/split_info.json says."""
+    path = Path(directory) / INFO_NAME
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        version = info["version"]
+    except (FileNotFoundError, NotADirectoryError):
+        command = f"python data_split.py --input_dir … --output_dir {directory}"
+        raise UserError(f"No {INFO_NAME} in {directory}: it is no split. Make one with {command}") from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path} is damaged. Remove {directory} and make the split again.") from None
+    if version != INFO_VERSION:
+        raise UserError(f"{path} has version {version}, expected {INFO_VERSION}. Make the split again.")
+    return info
+
+
+def _remarks(counts: dict[str, dict[str, int]], duplicates: list[list[Picture]]) -> list[str]:
+    """What a person should know before training on the split."""
+    remarks = []
+    usable = {person: row for person, row in counts.items() if row["train"] + row["val"]}
+    if len(usable) == 1:
+        remarks.append(f"there is one person only ({next(iter(usable))}): a classifier needs two")
+    for person, row in counts.items():
+        if person not in usable and row["left_out"]:
+            remarks.append(f"{person} has no label: none of its pictures can be used ({row['left_out']:,} left out)")
+    for person, row in usable.items():
+        if row == {**row, "train": 1, "val": 0}:
+            remarks.append(f"{person} has one picture: it is in train, and val has none")
+        elif not row["train"] or not row["val"]:
+            side, other = SIDES if row["train"] else reversed(SIDES)
+            n = counted(row[side], "picture")
+            remarks.append(f"{person} has nothing in {other}: its {n} are identical or of one recording, all in {side}")
+    shared = [group for group in duplicates if len({picture.person for picture in group}) > 1]
+    if shared:
+        names = listed(" = ".join(picture.key for picture in group) for group in shared)
+        remarks.append(f"{counted(len(shared), 'picture')} under more than one person, so mislabelled: {names}")
+    return remarks
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+
+
+def _shortened(lines: list[str], most: int = 20) -> list[str]:
+    return lines if len(lines) <= most else [*lines[:most], f"… and {len(lines) - most:,} more (all in {INFO_NAME})"]

@@ -1,0 +1,189 @@
+"""Who is it? A small network that learns the persons from real pictures, and then judges made ones.
+
+Its features, the last thing before the answer, are also where distances between sets of pictures are measured: the
+usual Inception network has seen photographs, never a time–frequency picture.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.draws import Draws
+from vavae_tools.files import written_whole
+
+FILE_NAME = "classifier.safetensors"
+BATCH_SIZE = 64
+_FORM = 1  # of network and recipe; another form is another cache key
+
+
+class PersonClassifier(nn.Module):
+    """Four blocks of two convolutions, each halving the picture; mean over places; one linear layer.
+
+    Args:
+        num_classes: persons.
+        image_size: (height, width) in pixels it is made for. The first stride grows with it, so that a picture of
+            256 pixels costs about as much as one of 64.
+        channels: 3, or 1 for grey pictures.
+        widths: channels after each block; the last one is the number of features.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_size: tuple[int, int],
+        channels: int = 3,
+        widths: tuple[int, ...] = (16, 32, 64, 128),
+    ) -> None:
+        super().__init__()
+        stride = 2 * max(1, min(image_size) // 64)
+        blocks, before = [], channels
+        for width in widths:
+            blocks += [*_convolution(before, width, stride), *_convolution(width, width, 1)]
+            before, stride = width, 2
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(before, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) in [-1, 1] → (B, D)."""
+        return self.blocks(x).mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) in [-1, 1] → logits (B, num_classes)."""
+        return self.head(self.features(x))
+
+    @torch.inference_mode()
+    def judge(self, pictures: Tensor | PictureFolder, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+        """Pictures, uint8 (N, C, H, W) or a folder of them → features (N, D) and labels (N,) on the CPU."""
+        self.eval()
+        device = self.head.weight.device
+        features, labels = [], []
+        for start in range(0, len(pictures), batch_size):
+            rows = range(start, min(start + batch_size, len(pictures)))
+            batch = pictures[rows.start : rows.stop] if isinstance(pictures, Tensor) else _rows(pictures, rows)
+            features.append(self.features(to_unit(batch.to(device))))
+            labels.append(self.head(features[-1]).argmax(dim=1))
+        return torch.cat(features).cpu(), torch.cat(labels).cpu()
+
+
+def _convolution(before: int, after: int, stride: int) -> list[nn.Module]:
+    kernel = max(3, stride + 1)  # strides leave no pixel unseen
+    return [
+        nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False),
+        nn.BatchNorm2d(after),
+        nn.SiLU(inplace=True),
+    ]
+
+
+def _rows(data: PictureFolder, rows: range) -> Tensor:
+    return data.__getitems__(rows)["pictures"]
+
+
+def train_classifier(
+    train: PictureFolder,
+    num_classes: int,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> PersonClassifier:
+    """Train a classifier on real pictures; the same pictures and seed give the same weights on one machine.
+
+    Args:
+        train: the training side of a split.
+        num_classes: largest label + 1.
+        steps: of 64 pictures each; by default `default_steps`.
+    """
+    steps = default_steps(len(train)) if steps is None else steps
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = PersonClassifier(num_classes, train.image_size, train.channels)
+    model = model.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=max(steps, 2))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    bar = tqdm(range(steps), "training the classifier", unit="step", disable=not progress)
+    for step in bar:
+        if len(order) < min(BATCH_SIZE, len(train)):
+            order = torch.randperm(len(train), generator=generator)
+        index, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
+        batch = train.__getitems__(index)
+        x = augment(batch["pictures"].to(device), Draws(seed, step, index.to(device)))
+        loss = F.cross_entropy(model(x), batch["labels"].to(device), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 10 == 9:
+            bar.set_postfix(loss=f"{loss.item():.2f}")
+    return model.eval()
+
+
+def default_steps(pictures: int) -> int:
+    """Ten passes over the data, no fewer than 100 steps, and no more than 2,000.
+
+    >>> default_steps(240), default_steps(960), default_steps(100_000)
+    (100, 150, 2000)
+    """
+    return min(max(100, 10 * pictures // BATCH_SIZE), 2000)
+
+
+def augment(pictures: Tensor, draws: Draws) -> Tensor:
+    """Pictures uint8 (B, C, H, W) → in [-1, 1], a little earlier or later, louder or softer, and noisier.
+
+    Never mirrored: a time–frequency picture is not its mirror.
+    """
+    width = pictures.shape[3]
+    shift = ((draws.uniform("shift", 1) * 2 - 1) * width / 16).round().long()  # (B, 1)
+    columns = (torch.arange(width, device=pictures.device) - shift).clamp(0, width - 1)  # the edge is repeated
+    pictures = pictures.gather(3, columns[:, None, None, :].expand_as(pictures))
+    gain = 1 + 0.1 * (draws.uniform("gain", 1, 1, 1) * 2 - 1)
+    noise = draws.normal("noise", 1, *pictures.shape[2:]) * (0.08 * draws.uniform("noise level", 1, 1, 1))
+    return ((to_unit(pictures) + 1) * gain - 1 + noise).contiguous(memory_format=torch.channels_last)
+
+
+def cached_classifier(
+    train: PictureFolder,
+    num_classes: int,
+    folder: str | Path,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> PersonClassifier:
+    """The classifier in `folder`, where it was trained on these very pictures with this recipe; else train it there."""
+    path = Path(folder) / FILE_NAME
+    key = _cache_key(train, num_classes, seed)
+    weights = _read_weights(path, key)
+    if weights is None:
+        model = train_classifier(train, num_classes, seed=seed, device=device, progress=progress)
+        with written_whole(path) as partial:
+            save_file({n: t.contiguous() for n, t in model.state_dict().items()}, partial, {"key": key})
+        return model
+    model = PersonClassifier(num_classes, train.image_size, train.channels)
+    model.load_state_dict(weights)
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def _read_weights(path: Path, key: str) -> dict[str, Tensor] | None:
+    """The weights in a file with this key; None where there is none, or another's."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {n: file.get_tensor(n) for n in file.keys()} if (file.metadata() or {}).get("key") == key else None  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None
+
+
+def _cache_key(train: PictureFolder, num_classes: int, seed: int) -> str:
+    settings = [_FORM, num_classes, seed, train.image_size, train.channels, train.labels.tolist()]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, path in zip(train.names, train.paths, strict=True):
+        digest.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,184 @@
+"""Pictures and curves as matplotlib figures that need no screen and leave no global state behind.
+
+A figure shows itself at the end of a notebook's cell, or with `display(figure)`; `figure.savefig(path)` writes it.
+Pictures are uint8, or floats in [-1, 1]: (N, C, H, W) with 1 or 3 channels, or a list of Pillow images.
+"""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 100
+_GAP = 6  # screen pixels between pictures
+_LINE = 20  # screen pixels of a line of text
+
+
+def as_pixels(picture: Any) -> Tensor:
+    """One picture or a batch of them, in any accepted form → uint8 (…, C, H, W) on the CPU."""
+    if not isinstance(picture, Tensor):
+        if isinstance(picture, Sequence):
+            return torch.stack([as_pixels(p) for p in picture])
+        import numpy as np
+
+        array = torch.from_numpy(np.array(picture.convert("RGB" if len(picture.getbands()) > 1 else "L")))
+        return array.permute(2, 0, 1) if array.ndim == 3 else array[None]
+    picture = picture.detach().cpu()
+    if picture.dtype != torch.uint8:
+        from vavae_tools.data.images import to_pixels
+
+        picture = to_pixels(picture)
+    if picture.ndim < 3 or picture.shape[-3] not in (1, 3):
+        raise ValueError(f"Expected pictures (…, 1 or 3, H, W), got {tuple(picture.shape)}")
+    return picture
+
+
+def picture_grid(pictures: Any, columns: int, gap: int = 2) -> Tensor:
+    """Pictures one beside the other on white, row by row: uint8 (3, H', W'), also for TensorBoard."""
+    pictures = as_pixels(pictures)
+    n, channels, height, width = pictures.shape
+    rows = -(-n // columns)
+    grid = torch.full((3, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        grid[:, top : top + height, left : left + width] = picture
+    return grid
+
+
+def show_picture(picture: Any, ax: "Axes | None" = None, title: str | None = None, **imshow: Any) -> "Axes":
+    """Draw one picture, without ticks, on `ax` or on a figure of its own (`.figure` of what comes back)."""
+    pixels = as_pixels(picture)
+    if ax is None:
+        ax = show_pictures([pixels]).axes[0]
+        ax.images[0].remove()
+    array = pixels.permute(1, 2, 0).numpy()
+    if array.shape[2] == 1:
+        imshow = {"cmap": "gray", "vmin": 0, "vmax": 255, **imshow}
+        array = array.squeeze(2)
+    ax.imshow(array, **{"aspect": "auto", **imshow})
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    if title:
+        ax.set_title(title, fontsize=9, pad=4)
+    return ax
+
+
+def show_pictures(
+    pictures: Any, columns: int = 8, titles: Sequence[str] | None = None, size: float = 1.28
+) -> "Figure":
+    """Pictures row by row.
+
+    Args:
+        columns: pictures in a row.
+        titles: one for each picture.
+        size: height of a picture in inches; small ones are enlarged by a whole number, so that nothing is blurred.
+    """
+    pictures = list(as_pixels(pictures))
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    texts = [list(titles)[i : i + columns] for i in range(0, len(pictures), columns)] if titles else None
+    return _lay_out(rows, texts, size=size)
+
+
+def show_rows(
+    rows: Mapping[str, Any], titles: Sequence[str] | None = None, gap_after: int | None = None, size: float = 1.28
+) -> "Figure":
+    """A named row for each entry, such as {"original": …, "reconstruction": …}.
+
+    Args:
+        titles: above the first row, one for each column.
+        gap_after: a wider space stands after this many columns.
+        size: height of a picture in inches.
+    """
+    pictures = [list(as_pixels(row)) if len(row) else [] for row in rows.values()]
+    texts = [list(titles), *([] for _ in pictures[1:])] if titles else None
+    return _lay_out(pictures, texts, list(rows), gap_after, size)
+
+
+def plot_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str, log: bool = False
+) -> "Figure":
+    """A line for each entry, {"train": (steps, losses), …}; `log` makes the y axis logarithmic."""
+    figure = new_figure((6, 3.2))
+    ax = figure.add_subplot()
+    for name, (x, y) in curves.items():
+        ax.plot(x, y, label=name, marker="." if len(x) < 20 else None)
+    ax.set(xlabel=x_label, ylabel=y_label, yscale="log" if log else "linear")
+    ax.grid(alpha=0.3)
+    if len(curves) > 1:
+        ax.legend(frameon=False)
+    return figure
+
+
+def plot_bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], y_label: str) -> "Figure":
+    """Bars side by side: for each of `names` one of every group, {"real": [98.0, …], "generated": [91.0, …]}."""
+    figure = new_figure((max(4.0, 1.5 + 0.35 * len(names) * len(groups)), 3.2))
+    ax = figure.add_subplot()
+    width = 0.8 / len(groups)
+    for i, (group, values) in enumerate(groups.items()):
+        places = [place + (i - (len(groups) - 1) / 2) * width for place in range(len(names))]
+        ax.bar(places, values, width * 0.92, label=group)
+    ax.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 0)
+    ax.set_ylabel(y_label)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(groups))
+    return figure
+
+
+def new_figure(size: tuple[float, float], tight: bool = True) -> "Figure":
+    """An empty figure of (width, height) inches that a notebook can show, whether it has called pyplot or not."""
+    from matplotlib.figure import Figure
+
+    class NotebookFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            buffer = BytesIO()
+            self.savefig(buffer, format="png", dpi=self.dpi)
+            return buffer.getvalue()
+
+    return NotebookFigure(size, dpi=DPI, facecolor="white", layout="constrained" if tight else None)
+
+
+def _lay_out(
+    rows: list[list[Tensor]],
+    titles: list[list[str]] | None = None,
+    labels: list[str] | None = None,
+    gap_after: int | None = None,
+    size: float = 1.28,
+) -> "Figure":
+    """Place pictures to the pixel, which matplotlib's own layouts do not."""
+    first = next((row[0] for row in rows if row), None)
+    if first is None:
+        raise ValueError("No pictures to show")
+    height = size * DPI
+    if height > first.shape[1]:
+        height = round(height / first.shape[1]) * first.shape[1]
+    width = round(height * first.shape[2] / first.shape[1])
+    height = round(height)
+    left = _GAP + (8 * max(map(len, labels)) if labels else 0)
+    tops, y = [], 0
+    for i in range(len(rows)):
+        lines = max((t.count("\n") + 1 for t in titles[i] if t), default=0) if titles else 0
+        y += _GAP + lines * (_LINE - 4)
+        tops.append(y)
+        y += height
+    columns = max(map(len, rows))
+    lefts = [left + i * (width + _GAP) + (3 * _GAP if gap_after and i >= gap_after else 0) for i in range(columns)]
+    full_width, full_height = lefts[-1] + width + _GAP, y + _GAP
+
+    figure = new_figure((full_width / DPI, full_height / DPI), tight=False)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            box = (lefts[j], full_height - tops[i] - height, width, height)
+            relative = [v / (full_height if k % 2 else full_width) for k, v in enumerate(box)]
+            title = titles[i][j] if titles and j < len(titles[i]) else None
+            show_picture(picture, figure.add_axes(relative), title)
+        if labels:
+            middle = 1 - (tops[i] + height / 2) / full_height
+            figure.text((left - _GAP) / full_width, middle, labels[i], ha="right", va="center", fontsize=9)
+    return figure

@@ -1,0 +1,113 @@
+"""The Trainer for the machine at hand: one or two 16 GB GPUs on Kaggle or Colab, a better card, or a CPU."""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vavae_tools.errors import UserError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What training may use here."""
+
+    kind: str
+    """"cpu", "t4" (16 GB, fp16 only) or "ampere" (compute capability 8.0 and above: bf16)."""
+    devices: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.devices} × {self.name}" if self.kind != "cpu" else f"CPU, {os.cpu_count()} cores"
+
+
+def find_machine() -> Machine:
+    """Look which devices there are, and whether this torch can use them.
+
+    A card that this build of torch has no code for says `is_available()` and fails at its first operation (a P100 on
+    Kaggle's image): it is named in a warning and the CPU taken.
+    """
+    if not torch.cuda.is_available():
+        return Machine("cpu", 1, "CPU")
+    name, (major, minor) = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
+    built_for = [int(arch.split("_")[1].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+    if built_for and not any(arch // 10 == major and arch % 10 <= minor for arch in built_for):
+        warnings.warn(
+            f"{name} (sm_{major}{minor}) is not supported by this torch: training runs on the CPU", stacklevel=2
+        )
+        return Machine("cpu", 1, "CPU")
+    # is_bf16_supported() is True on a T4, where it is emulated and slow: the capability decides
+    return Machine("ampere" if major >= 8 else "t4", torch.cuda.device_count(), name)
+
+
+def precision_of(name: str | None, machine: Machine) -> str:
+    """`16 | 32 | bf16` as people type it → Lightning's precision; None takes what suits the machine.
+
+    Raises:
+        UserError: a precision that this machine cannot do, or does many times slower.
+    """
+    if name is None:
+        return {"cpu": "32-true", "t4": "16-mixed", "ampere": "bf16-mixed"}[machine.kind]
+    known = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+    name = {long: short for short, long in known.items()}.get(name, name)
+    if name not in known:
+        raise UserError(f"No precision {name!r}; there are {', '.join(known)}")
+    if name == "bf16" and machine.kind == "t4":
+        raise UserError(f"{machine.name} has no bf16 (it is emulated and slow): use --precision 16 or 32")
+    if name == "16" and machine.kind == "cpu":
+        raise UserError("A CPU has no fp16 training: use --precision 32")
+    return known[name]
+
+
+def trainer_settings(
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    precision: str | None = None,
+    parts_may_go_unused: bool = False,
+) -> dict[str, Any]:
+    """Arguments for `lightning.Trainer` tuned for one or two GPUs of a borrowed machine.
+
+    Args:
+        accelerator: "gpu", "cpu" or "auto".
+        devices: how many, or "auto" for all there are.
+        strategy: "auto" takes one process on one device, "ddp" on more.
+        precision: "16", "32", "bf16"; None: fp16 with a scaler on a T4, bf16 from Ampere on, float32 on a CPU.
+        parts_may_go_unused: some weights may get no gradient in a step, which plain ddp refuses.
+
+    Raises:
+        UserError: more devices than there are, or a precision the machine cannot do.
+    """
+    machine = find_machine() if accelerator != "cpu" else Machine("cpu", 1, "CPU")
+    if accelerator in ("gpu", "cuda") and machine.kind == "cpu":
+        raise UserError("No GPU that torch can use here: take --accelerator cpu, or switch the GPU on in the settings")
+    on_gpu = machine.kind != "cpu"
+    count = (machine.devices if on_gpu else 1) if devices == "auto" else int(devices)
+    if on_gpu and count > machine.devices:
+        raise UserError(f"--devices {count}, but this machine has {machine.devices} ({machine.name})")
+    if strategy == "auto" and count * num_nodes > 1:
+        strategy = "ddp_find_unused_parameters_true" if parts_may_go_unused else "ddp"
+    return {
+        "accelerator": "gpu" if on_gpu else "cpu",
+        "devices": count,
+        "num_nodes": num_nodes,
+        "strategy": strategy,
+        "precision": precision_of(precision, machine),
+        "use_distributed_sampler": False,  # ours cuts the same batches on any number of devices
+        "gradient_clip_val": 1.0,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 10,
+        "enable_model_summary": False,
+    }
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's advertisements and hints out of the output; what matters is said by the commands."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.accelerators.cuda").setLevel(logging.WARNING)
+    for text in ("does not have many workers", "The number of training batches", "isinstance(treespec, LeafSpec)"):
+        warnings.filterwarnings("ignore", message=f".*{text}.*".replace("(", r"\(").replace(")", r"\)"))

@@ -1,0 +1,96 @@
+"""Training a denoiser on latents with Lightning: any denoiser, conditioner and objective that fit together."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.objectives import FlowMatching
+from vavae_tools.diffusion.transformer import DiT
+from vavae_tools.draws import Draws
+from vavae_tools.training.devices import trainer_settings
+from vavae_tools.training.ema import EMA
+from vavae_tools.training.vavae_module import cosine_with_warmup
+
+
+class DiffusionModule(L.LightningModule):
+    """Trains on batches {"latents": normalised (B, C, h, w), "labels": (B,), "index": (B,)}.
+
+    Args:
+        denoiser, conditioner: what is trained; their averages are `ema.network`.
+        objective: how latents are noised, what is predicted, and the loss.
+        lr: AdamW's after warm-up; it falls to zero along a half cosine.
+        ema_decay: of the averaged weights, which validation and sampling use.
+        warmup_steps: optimiser steps of linear warm-up.
+        flip: "none", or "half": half of the latents are those of the mirrored pictures (they must be encoded).
+        seed: every random draw follows from it, the epoch and the sample.
+
+    Logs `train/…` and `val/…`: loss, mse, cosine; validation has its own noise, the same each time.
+    """
+
+    def __init__(
+        self,
+        denoiser: DiT,
+        conditioner: ClassConditioner,
+        objective: FlowMatching | None = None,
+        lr: float = 2e-4,
+        ema_decay: float = 0.9999,
+        warmup_steps: int = 100,
+        flip: str = "none",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["denoiser", "conditioner", "objective"])
+        self.hparams["denoiser_config"] = _plain(denoiser.config)
+        self.hparams["conditioner_config"] = _plain(conditioner.config)
+        self.network = nn.ModuleDict({"denoiser": denoiser, "conditioner": conditioner})
+        self.ema = EMA(self.network, ema_decay)
+        # a fresh denoiser predicts exactly zero, where the reference's eps makes gradients that fp16 cannot hold
+        self.objective = objective or FlowMatching(cosine_eps=1e-2)
+
+    def model_step(
+        self, network: nn.ModuleDict, batch: dict[str, Tensor], draws: Draws, dropout: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        latents = batch["latents"]
+        if self.hparams.flip == "half":
+            mirrored = draws.uniform("flip") < 0.5
+            latents = torch.where(mirrored[:, None, None, None], batch["latents_flip"], latents)
+        noise = draws.normal("noise", *latents.shape[1:])
+        t = self.objective.sample_time(getattr(draws, self.objective.time_draws)("time"))
+        drop = draws.uniform("condition dropout") < dropout if dropout else None
+        conditioning = network["conditioner"](batch["labels"], drop)
+        return self.objective(network["denoiser"], latents, conditioning, noise, t)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        draws = Draws(self.hparams.seed, self.current_epoch, batch["index"])
+        loss, parts = self.model_step(self.network, batch, draws, self.network["conditioner"].dropout)
+        self.log("train/loss", loss.detach(), batch_size=len(batch["index"]), prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in parts.items()}, batch_size=len(batch["index"]))
+        return loss
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        super().optimizer_step(*arguments, **named)
+        # here, not in a callback: a checkpoint that is written after this step must hold this step's average
+        self.ema.update(self.network, self.trainer.global_step)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        draws = Draws(self.hparams.seed + 1, 0, batch["index"])  # the same noise and times at every validation
+        loss, parts = self.model_step(self.ema.network, batch, draws, dropout=0.0)
+        parts = {"loss": loss, **parts}
+        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=len(batch["index"]), sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        weights = self.network.parameters()
+        optimizer = torch.optim.AdamW(weights, self.hparams.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        return cosine_with_warmup(optimizer, self.hparams.warmup_steps, self.trainer.estimated_stepping_batches)
+
+    def trainer_settings(self, **choices: Any) -> dict[str, Any]:
+        """Arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`): Trainer(**settings)."""
+        return trainer_settings(**choices)
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A diffusers configuration as plain values, which `weights_only=True` can read."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if not k.startswith("_")}

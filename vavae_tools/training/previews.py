@@ -1,0 +1,87 @@
+"""Pictures while training: reconstructions beside their originals, samples of every person from fixed noise."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vavae_tools.data.images import to_pixels, to_unit
+from vavae_tools.files import written_whole
+from vavae_tools.plots import picture_grid
+
+
+class Previews(L.Callback):
+    """Writes a grid of pictures every few validations, to `folder` and TensorBoard, and hands it to `show`.
+
+    Args:
+        folder: grids are written here as `NAME-STEP.png`.
+        every: epochs between two grids; the last epoch always has one.
+        show: called with each grid, uint8 (3, H, W), e.g. to show it in a notebook.
+    """
+
+    name = "preview"
+
+    def __init__(self, folder: str | Path, every: int = 1, show: Callable[[Tensor], None] | None = None) -> None:
+        self.folder, self.every, self.show = Path(folder), every, show
+
+    def grid(self, module: L.LightningModule) -> Tensor:
+        """The pictures, uint8 (3, H, W)."""
+        raise NotImplementedError
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if not trainer.is_global_zero or (epoch % self.every and epoch != trainer.max_epochs):
+            return
+        training = module.training
+        module.eval()
+        with torch.inference_mode():
+            grid = self.grid(module)
+        module.train(training)
+        with written_whole(self.folder / f"{self.name}-{trainer.global_step:06d}.png") as partial:
+            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(partial, format="png")
+        if trainer.logger is not None:
+            trainer.logger.experiment.add_image(self.name, grid, trainer.global_step)
+        if self.show:
+            self.show(grid)
+
+
+class ReconstructionPreviews(Previews):
+    """Originals above their reconstructions (the posterior's mode, with each person's vector)."""
+
+    name = "reconstructions"
+
+    def __init__(self, batch: dict[str, Tensor], folder: str | Path, every: int = 1, show=None) -> None:
+        super().__init__(folder, every, show)
+        self.batch = batch
+
+    def grid(self, module: L.LightningModule) -> Tensor:
+        vavae, device = module.vavae, module.device
+        pictures = to_unit(self.batch["pictures"].to(device))
+        vectors = vavae.condition_vectors(self.batch["labels"].to(device)) if vavae.config.condition_dim else None
+        latents = vavae.encode(pictures, condition=vectors).latent_dist.mode()
+        reconstruction = vavae.decode(latents, condition=vectors).sample
+        both = torch.cat([self.batch["pictures"], to_pixels(reconstruction).cpu()])
+        return picture_grid(both, columns=len(pictures))
+
+
+class SamplePreviews(Previews):
+    """Samples of the averaged denoiser, a row for each person, always from the same noise.
+
+    Args:
+        make: (denoiser, conditioner) → pictures uint8 (N, 3, H, W), a row after the other; e.g. a pipeline's.
+        columns: pictures in a row.
+    """
+
+    name = "samples"
+
+    def __init__(
+        self, make: Callable[[torch.nn.ModuleDict], Tensor], columns: int, folder: str | Path, every: int, show=None
+    ) -> None:
+        super().__init__(folder, every, show)
+        self.make, self.columns = make, columns
+
+    def grid(self, module: L.LightningModule) -> Tensor:
+        return picture_grid(self.make(module.ema.network), columns=self.columns)

@@ -1,0 +1,76 @@
+"""One progress bar over a whole training: steps, rate, what is left, the losses; plain lines where output is piped."""
+
+import sys
+import time
+from collections.abc import Callable
+
+import lightning as L
+from tqdm.auto import tqdm
+
+from vavae_tools.errors import UserError
+
+
+class Progress(L.Callback):
+    """A bar on a screen or in a notebook; a line for each twentieth of the way in a file.
+
+    The losses are those of the last logged step and the last validation, read where Lightning has them on the CPU
+    anyway, so that the bar never makes a GPU wait.
+    """
+
+    def __init__(self, say: Callable[[str], None] = print) -> None:
+        self.say = say
+        self._live = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self._bar: tqdm | None = None
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.total = int(trainer.estimated_stepping_batches)
+        self.start, self.began = trainer.global_step, time.monotonic()
+        if self.start:
+            self.say(f"going on after step {self.start:,} of {self.total:,}")
+        if self._live and trainer.is_global_zero:
+            self._bar = tqdm(total=self.total, initial=self.start, unit="step", desc="training", dynamic_ncols=True)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            if step % trainer.log_every_n_steps == 0:
+                self._bar.set_postfix_str(self.losses(trainer), refresh=False)
+        elif trainer.is_global_zero and (step % max(1, self.total // 20) == 0 or step == self.total):
+            passed = time.monotonic() - self.began
+            rate = (step - self.start) / max(passed, 1e-9)
+            left = (self.total - step) / max(rate, 1e-9)
+            self.say(
+                f"step {step:>6,}/{self.total:,}  {rate:6.2f} steps/s  {_clock(left)} left  {self.losses(trainer)}"
+            )
+
+    def losses(self, trainer: L.Trainer) -> str:
+        shown = {name: trainer.logged_metrics.get(name) for name in ("train/loss", "val/loss", "val/psnr")}
+        return "  ".join(f"{name} {float(value):.4g}" for name, value in shown.items() if value is not None)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _clock(seconds: float) -> str:
+    """
+    >>> _clock(3725)
+    '1:02:05'
+    """
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def ran_to_the_end(trainer: L.Trainer) -> None:
+    """Stop here, with what to do, where training was interrupted by a person (Lightning returns as if it had ended)."""
+    if trainer.interrupted:
+        raise UserError(f"Stopped at step {trainer.global_step:,}; go on with --resume last")
