@@ -13,7 +13,7 @@ def main() -> None:
     add("--data_dir", help="split written by data_split.py; without it the split in its usual place is taken")
     add(
         "--original_vavae",
-        help="weights to start from: a diffusers folder, a .ckpt, or small (those in the package); without it fresh ones",
+        help="weights to start from: a diffusers folder, a .ckpt, or small (in the package); without it fresh ones",
     )
     add("--size", choices=["small", "f16d32"], help="of fresh weights; without it small on a CPU, f16d32 on a GPU")
     add("--image_size", type=int, help="pixels; without it the size the weights were made for")

@@ -149,7 +149,9 @@ def test_how_many_go_to_val(count, val):
 
 @pytest.mark.parametrize("ratio", [0.01, 0.99])
 def test_two_pictures_are_one_on_each_side_whatever_the_ratio(ratio):
-    assert sorted(choose_sides(pictures_of(2), ratio, 0).values()) == ["train", "val"]
+    chosen = [choose_sides(pictures_of(2), ratio, seed) for seed in range(10)]
+    assert all(sorted(found.values()) == ["train", "val"] for found in chosen)
+    assert {found["A/p0"] for found in chosen} == {"train", "val"}  # the seed decides which
 
 
 # ---- what belongs together
@@ -175,9 +177,10 @@ def test_identical_pictures_stand_on_one_side(tmp_path, seed):
 @pytest.mark.parametrize("link", ["copy", "hard", "symbolic"])
 def test_identical_contents_are_found_without_decoding_too(tmp_path, link):
     source = people(tmp_path / "in", 10, 10)
-    shutil.copy(source / "ID_1/p0.png", source / "ID_2/other.png")
+    for key in ("ID_1/x.png", "ID_2/other.png"):  # the only two of their length
+        (source / key).write_bytes(picture(50, size=(20, 20)))
     report = run(source, tmp_path / "out", check="contents", link=link)
-    assert report.duplicates == [["ID_1/p0.png", "ID_2/other.png"]]
+    assert report.duplicates == [["ID_1/x.png", "ID_2/other.png"]]
 
 
 def test_a_recording_stays_on_one_side(tmp_path):
@@ -193,6 +196,11 @@ def test_a_recording_stays_on_one_side(tmp_path):
         by_recording.setdefault(key.rpartition("_")[0], set()).add(side)
     assert len(by_recording) == 10 and all(len(found) == 1 for found in by_recording.values())
     assert sum(side == "val" for side in chosen.values()) == 8  # one recording of four for each person
+
+
+def test_recordings_of_two_persons_are_not_one():
+    chosen = [choose_sides(pictures_of(9, 9), 0.4, seed, lambda p: str(int(p.name[1:]) // 3)) for seed in range(10)]
+    assert any(found["A/p0"] != found["B/p0"] for found in chosen)
 
 
 def test_recordings_and_twins_are_taken_together():
@@ -244,7 +252,9 @@ def test_a_person_with_copies_of_one_picture_is_in_train(tmp_path):
     shutil.copy(source / "ID_1/p0.png", source / "ID_1/again.png")
     report = run(source, tmp_path / "out")
     assert report.counts["ID_1"] == {"train": 2, "val": 0, "left_out": 0}
-    assert "ID_1 has nothing in val: its 2 pictures are identical" in report.warnings[0]
+    assert report.warnings == [
+        "ID_1 has nothing in val: its 2 pictures are identical or of one recording, all in train"
+    ]
 
 
 def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
@@ -273,6 +283,16 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
     assert info["unreadable"] == report.unreadable and info["files"]["ID_1/cut.jpg"]["side"] is None
     for key in report.unreadable:
         assert f"left out: {key}: " in str(report)
+
+
+@pytest.mark.parametrize("link", ["copy", "hard"])
+def test_comparing_contents_passes_over_all_but_empty_files(tmp_path, link):
+    source = people(tmp_path / "in", 5)
+    (source / "ID_1/cut.jpg").write_bytes(picture(77, size=(64, 64), kind="JPEG")[:900])
+    (source / "ID_1/empty.jpg").write_bytes(b"")
+    report = run(source, tmp_path / "out", check="contents", link=link)
+    assert report.unreadable == {"ID_1/empty.jpg": "an empty file"}
+    assert report.totals == {"train": 5, "val": 1, "left_out": 1} and report.sizes == {}
 
 
 def test_broken_pictures_do_not_move_whole_ones_without_need(tmp_path):
@@ -544,11 +564,12 @@ def test_a_split_is_no_input(tmp_path):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("check", ["decode", "contents"])
-def test_the_same_split_is_left_as_it_is(tmp_path, check, overwrite):
+def test_the_same_split_is_left_as_it_is(tmp_path, monkeypatch, check, overwrite):
     source = people(tmp_path / "in", 4, 4)
     (source / "ID_1/broken.png").write_bytes(b"")
     first = run(source, tmp_path / "out", check=check)
     before = {p: p.stat().st_ino for p in (tmp_path / "out").rglob("*")}
+    monkeypatch.setattr(split_module, "_decoded", lambda data: pytest.fail("known pictures are not decoded again"))
     again = run(source, tmp_path / "out", check=check, overwrite=overwrite)
     assert again.already_there and not first.already_there
     assert again.counts == first.counts and again.unreadable == first.unreadable

@@ -1,1 +1,43 @@
-"""Synthetic pictures of a chosen person, from a few thousand private ones and one or two 16 GB GPUs."""
+"""Synthetic pictures of a chosen person, from a few thousand private ones and one or two 16 GB GPUs.
+
+The names that notebooks use; each is imported when it is first asked for, so that a command starts at once.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "write_gait_dataset": "data.gait",
+    "split_folders": "data.split",
+    "find_place": "places",
+    "find_preset": "training.presets",
+    "fine_tune_vavae": "training.runs",
+    "encode_split": "training.runs",
+    "train_dit": "training.runs",
+    "PictureDataModule": "data.images",
+    "PictureFolder": "data.images",
+    "LatentDataModule": "data.latents",
+    "VAVAEModule": "training.vavae_module",
+    "DiffusionModule": "training.diffusion_module",
+    "load_vavae": "autoencoders.vavae",
+    "reconstruct": "autoencoders.vavae",
+    "load_pipeline": "diffusion.pipeline",
+    "write_samples": "diffusion.pipeline",
+    "evaluate_pictures": "evaluation.report",
+    "evaluate_reconstructions": "evaluation.report",
+    "show_pictures": "plots",
+    "show_rows": "plots",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"vavae_tools has no {name!r}; it offers {', '.join(_HOME)}")
+    value = getattr(import_module(f"vavae_tools.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

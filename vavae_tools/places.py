@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vavae_tools.data.folders import list_folders
+from vavae_tools.data.split import INFO_NAME, read_split_info
 from vavae_tools.errors import UserError
 
 KAGGLE_INPUT, KAGGLE_WORKING = Path("/kaggle/input"), Path("/kaggle/working")
@@ -15,7 +16,7 @@ DEEPEST = 5
 
 @dataclass(frozen=True)
 class Place:
-    """The folders of one project.
+    """The folders of one project: notebooks 01 to 05 hand over to each other through them.
 
     Attributes:
         pictures: person folders, or None where the built-in data are to be used.
@@ -27,6 +28,9 @@ class Place:
 
     @property
     def built_in(self) -> bool:
+        """Whether the split here (or, before there is one, the next) is of the built-in data."""
+        if (self.split / INFO_NAME).is_file():
+            return (Path(read_split_info(self.split)["input_dir"]) / "gait.json").is_file()
         return self.pictures is None
 
     @property
@@ -97,7 +101,7 @@ def find_split(work: str | Path | None = None) -> Path:
     """
     tried = [find_place(work=work).split, Path("data_split")]
     for folder in tried:
-        if (folder / "split_info.json").is_file():
+        if (folder / INFO_NAME).is_file():
             return folder
     looked = " or ".join(str(folder) for folder in tried)
     raise UserError(f"No split in {looked}: run data_split.py first, or name it with --data_dir")

@@ -4,6 +4,7 @@ A figure shows itself at the end of a notebook's cell, or with `display(figure)`
 Pictures are uint8, or floats in [-1, 1]: (N, C, H, W) with 1 or 3 channels, or a list of Pillow images.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 100
+DPI = 128  # a power of two, so that inches hold whole pixels exactly
 _GAP = 6  # screen pixels between pictures
-_LINE = 20  # screen pixels of a line of text
+_LINE = 18  # screen pixels of a line of text
 
 
 def as_pixels(picture: Any) -> Tensor:
@@ -52,27 +53,23 @@ def picture_grid(pictures: Any, columns: int, gap: int = 2) -> Tensor:
 
 
 def show_picture(picture: Any, ax: "Axes | None" = None, title: str | None = None, **imshow: Any) -> "Axes":
-    """Draw one picture, without ticks, on `ax` or on a figure of its own (`.figure` of what comes back)."""
+    """Draw one picture, without ticks, on `ax` or on a figure of its own (`.figure` of what comes back).
+
+    Further arguments go to matplotlib's `imshow`.
+    """
     pixels = as_pixels(picture)
     if ax is None:
-        ax = show_pictures([pixels]).axes[0]
-        ax.images[0].remove()
+        return _lay_out([[pixels]], [[title or ""]], size=2.0).axes[0]
     array = pixels.permute(1, 2, 0).numpy()
-    if array.shape[2] == 1:
-        imshow = {"cmap": "gray", "vmin": 0, "vmax": 255, **imshow}
-        array = array.squeeze(2)
-    ax.imshow(array, **{"aspect": "auto", **imshow})
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.spines[:].set_visible(False)
+    imshow = {"cmap": "gray", "vmin": 0, "vmax": 255, "aspect": "auto", **imshow}
+    ax.imshow(array.squeeze(2) if array.shape[2] == 1 else array, **imshow)
+    ax.set_axis_off()
     if title:
         ax.set_title(title, fontsize=9, pad=4)
     return ax
 
 
-def show_pictures(
-    pictures: Any, columns: int = 8, titles: Sequence[str] | None = None, size: float = 1.28
-) -> "Figure":
+def show_pictures(pictures: Any, columns: int = 8, titles: Sequence[str] | None = None, size: float = 1.0) -> "Figure":
     """Pictures row by row.
 
     Args:
@@ -87,7 +84,7 @@ def show_pictures(
 
 
 def show_rows(
-    rows: Mapping[str, Any], titles: Sequence[str] | None = None, gap_after: int | None = None, size: float = 1.28
+    rows: Mapping[str, Any], titles: Sequence[str] | None = None, gap_after: int | None = None, size: float = 1.0
 ) -> "Figure":
     """A named row for each entry, such as {"original": …, "reconstruction": …}.
 
@@ -149,22 +146,23 @@ def _lay_out(
     titles: list[list[str]] | None = None,
     labels: list[str] | None = None,
     gap_after: int | None = None,
-    size: float = 1.28,
+    size: float = 1.0,
 ) -> "Figure":
     """Place pictures to the pixel, which matplotlib's own layouts do not."""
     first = next((row[0] for row in rows if row), None)
     if first is None:
         raise ValueError("No pictures to show")
-    height = size * DPI
+    height, interpolation = size * DPI, "auto"
     if height > first.shape[1]:
+        interpolation = "nearest"
         height = round(height / first.shape[1]) * first.shape[1]
     width = round(height * first.shape[2] / first.shape[1])
     height = round(height)
-    left = _GAP + (8 * max(map(len, labels)) if labels else 0)
+    left = _GAP + (10 * max(map(len, labels)) if labels else 0)
     tops, y = [], 0
     for i in range(len(rows)):
         lines = max((t.count("\n") + 1 for t in titles[i] if t), default=0) if titles else 0
-        y += _GAP + lines * (_LINE - 4)
+        y += _GAP + lines * _LINE
         tops.append(y)
         y += height
     columns = max(map(len, rows))
@@ -177,8 +175,18 @@ def _lay_out(
             box = (lefts[j], full_height - tops[i] - height, width, height)
             relative = [v / (full_height if k % 2 else full_width) for k, v in enumerate(box)]
             title = titles[i][j] if titles and j < len(titles[i]) else None
-            show_picture(picture, figure.add_axes(relative), title)
+            show_picture(picture, figure.add_axes(relative), title, interpolation=interpolation)
         if labels:
             middle = 1 - (tops[i] + height / 2) / full_height
             figure.text((left - _GAP) / full_width, middle, labels[i], ha="right", va="center", fontsize=9)
     return figure
+
+
+def show_inline(pixels: Tensor) -> None:
+    """Show one picture, uint8 (3, H, W), below a notebook's cell while it runs; elsewhere do nothing."""
+    if "ipykernel" not in sys.modules:
+        return
+    from IPython.display import display
+    from PIL import Image
+
+    display(Image.fromarray(pixels.permute(1, 2, 0).numpy()))

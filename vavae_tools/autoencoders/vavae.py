@@ -10,12 +10,13 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (a pipeline looks here for the base it loads with)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
+from vavae_tools.data.images import PictureFolder, to_pixels, to_unit
 from vavae_tools.errors import UserError
 
 
@@ -264,6 +265,24 @@ def load_vavae(
         f"{len(loaded.unexpected_keys)} unused ({source})"
     )
     return model
+
+
+@torch.inference_mode()
+def reconstruct(model: VAVAE, data: PictureFolder, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+    """All pictures of a folder, and what the model makes of them with each person's vector: uint8 (N, C, H, W) both.
+
+    The posterior's mode is decoded, so that the same pictures have the same reconstructions.
+    """
+    model = model.eval()
+    originals, reconstructions = [], []
+    for start in range(0, len(data), batch_size):
+        batch = data.__getitems__(range(start, min(start + batch_size, len(data))))
+        labels = batch["labels"].to(model.device)
+        vectors = model.condition_vectors(labels) if model.config.condition_dim else None
+        posterior = model.encode(to_unit(batch["pictures"].to(model.device)), condition=vectors).latent_dist
+        reconstructions.append(to_pixels(model.decode(posterior.mode(), condition=vectors).sample).cpu())
+        originals.append(batch["pictures"])
+    return torch.cat(originals), torch.cat(reconstructions)
 
 
 def _read_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:

@@ -114,7 +114,7 @@ class PictureFolder(Dataset):
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the interpreter's lock
                 done = pool.map(decode, range(len(self)))
                 description = f"reading {self.folder.name}"
-                hidden = not self._progress or len(self) < 500
+                hidden = True if not self._progress or len(self) < 500 else None
                 for _ in tqdm(done, description, total=len(self), unit="picture", disable=hidden):
                     pass
             self._memory = torch.from_numpy(memory).permute(0, 3, 1, 2)  # (N, C, H, W)

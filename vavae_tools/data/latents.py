@@ -112,7 +112,7 @@ def encode_latents(
     shards: dict[str, list[str]] = {}
     statistics = _ChannelStatistics()
     total = sum(len(data) for data in sides.values())
-    with tqdm(total=total, desc="encoding", unit="picture", disable=not progress) as bar:
+    with tqdm(total=total, desc="encoding", unit="picture", disable=None if progress else True) as bar:
         for number, (side, data) in enumerate(sides.items()):
             shards[side] = []
             for start in range(0, len(data), SHARD_SIZE):

@@ -161,6 +161,7 @@ def write_samples(
         numbers.append(counts.get(label, 0))
         counts[label] = numbers[-1] + 1
     indices = torch.tensor([label * 1_000_003 + number for label, number in zip(labels, numbers, strict=True)])
+    pipe.set_progress_bar_config(desc="sampling", unit="picture", disable=None)
     images = pipe(labels, latents=pipe.noise(seed, indices), output_type="pt", **sampling).images
     written = []
     for image, label, number in zip(images, labels, numbers, strict=True):

@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vavae_tools.training.devices import Machine, find_machine
+from vavae_tools.machine import Machine, find_machine
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Preset:
     """What notebooks 02–05 start from."""
 
@@ -27,6 +27,8 @@ class Preset:
     """latents per device and step"""
     dit_lr: float = 2e-4
     ema_decay: float = 0.999
+    previews: int = 6
+    """grids of samples in all"""
     samples_per_person: int = 50
     num_steps: int = 50
     """calls of the denoiser for each picture"""
@@ -35,6 +37,8 @@ class Preset:
     def __str__(self) -> str:
         width = max(map(len, asdict(self)))
         return "\n".join(f"{name:<{width}}  {value}" for name, value in asdict(self).items())
+
+    __repr__ = __str__
 
 
 def find_preset(built_in: bool = False, machine: Machine | None = None) -> Preset:
@@ -76,6 +80,7 @@ def find_preset(built_in: bool = False, machine: Machine | None = None) -> Prese
             dit_batch_size=32,
             dit_lr=1e-3,
             ema_decay=0.99,
+            previews=2,
             samples_per_person=10,
             num_steps=20,
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vavae_tools.data.images import to_pixels, to_unit
 from vavae_tools.files import written_whole
-from vavae_tools.plots import picture_grid
+from vavae_tools.plots import picture_grid, show_inline
 
 
 class Previews(L.Callback):
@@ -19,13 +19,13 @@ class Previews(L.Callback):
     Args:
         folder: grids are written here as `NAME-STEP.png`.
         every: epochs between two grids; the last epoch always has one.
-        show: called with each grid, uint8 (3, H, W), e.g. to show it in a notebook.
+        show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
     """
 
     name = "preview"
 
     def __init__(self, folder: str | Path, every: int = 1, show: Callable[[Tensor], None] | None = None) -> None:
-        self.folder, self.every, self.show = Path(folder), every, show
+        self.folder, self.every, self.show = Path(folder), every, show or show_inline
 
     def grid(self, module: L.LightningModule) -> Tensor:
         """The pictures, uint8 (3, H, W)."""
@@ -44,8 +44,7 @@ class Previews(L.Callback):
             Image.fromarray(grid.permute(1, 2, 0).numpy()).save(partial, format="png")
         if trainer.logger is not None:
             trainer.logger.experiment.add_image(self.name, grid, trainer.global_step)
-        if self.show:
-            self.show(grid)
+        self.show(grid)
 
 
 class ReconstructionPreviews(Previews):

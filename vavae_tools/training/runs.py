@@ -23,8 +23,9 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.pipeline import LatentDiTPipeline, load_pipeline, solver
 from vavae_tools.diffusion.transformer import DiT, dit
 from vavae_tools.errors import UserError
+from vavae_tools.machine import find_machine
 from vavae_tools.training.checkpoints import WholeCheckpointIO, best_checkpoint, checkpoint_callbacks, resume_path
-from vavae_tools.training.devices import find_machine, quiet_lightning
+from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.diffusion_module import DiffusionModule
 from vavae_tools.training.previews import ReconstructionPreviews, SamplePreviews
 from vavae_tools.training.progress import Progress, ran_to_the_end
@@ -69,7 +70,7 @@ def fine_tune_vavae(
         lr: by default 1e-4 for f16d32, 2e-3 for small: what fits 70 M and 0.4 M weights.
         resume: "last" or a `.ckpt`, to go on from.
         preview_every: epochs between two grids of reconstructions; by default about ten in all.
-        show: called with each grid, uint8 (3, H, W).
+        show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
         devices: see `devices.trainer_settings`.
 
     Returns:

@@ -1,0 +1,30 @@
+"""Compare generated pictures with real ones: the right person, distances with real ones as their scale, copies."""
+
+import argparse
+
+from vavae_tools.errors import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m vavae_tools.evaluate",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    needed = {"required": True, "default": argparse.SUPPRESS}
+    add("--generated_dir", help="folder of person folders (ID_1, ID_2 …) of generated pictures", **needed)
+    add("--data_dir", help="the split of the real pictures, as data_split.py wrote it", **needed)
+    add("--output_dir", default="outputs/evaluation", help="folder for evaluation.json, figures/ and the classifier")
+    add("--image_size", type=int, help="pixels, to which all are resized; without it the generated pictures' own")
+    add("--seed", type=int, default=0, help="of the classifier and of the subsets that are compared")
+    args = vars(parser.parse_args())
+
+    from vavae_tools.evaluation.report import evaluate_pictures
+
+    print(evaluate_pictures(**args))
+
+
+if __name__ == "__main__":
+    run_command(main)

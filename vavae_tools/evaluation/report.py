@@ -1,0 +1,487 @@
+"""Generated pictures beside real ones: are they the right person, how far off, and are they copies."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vavae_tools.data.folders import PICTURE_EXTENSIONS, contents, listed
+from vavae_tools.data.images import PictureFolder, to_pixels, to_unit
+from vavae_tools.data.split import list_folders, read_split_info
+from vavae_tools.errors import UserError
+from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
+from vavae_tools.evaluation.metrics import KernelDistance, frechet_distance, kernel_distance, nearest, psnr, ssim
+from vavae_tools.files import write_json, written_whole
+from vavae_tools.plots import plot_bars, show_rows
+from vavae_tools.training.devices import find_machine
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MOST_ROWS = 8  # persons in the figure of real beside generated pictures
+_FEW = 4  # pictures of each kind beside each other
+
+
+@dataclass(frozen=True)
+class PersonScore:
+    """How often the classifier names the right person, in pictures of one person or of all."""
+
+    generated: int
+    generated_right: float | None
+    """Share of the generated pictures; None where it cannot be told."""
+    validation: int
+    validation_right: float | None
+    """The same of real pictures that the classifier has not seen: what can be reached."""
+
+
+@dataclass(frozen=True)
+class SetDistances:
+    """How far generated pictures are from real validation pictures, beside how far real training pictures are.
+
+    All three sets have the same size and the same number of each person's pictures, so that the bias of small
+    samples is the same in both distances.
+    """
+
+    pictures: int
+    frechet_generated: float
+    frechet_real: float
+    kernel_generated: KernelDistance
+    kernel_real: KernelDistance
+
+    @property
+    def times_real(self) -> float:
+        """The Fréchet distance of generated pictures as a multiple of that of real ones."""
+        return self.frechet_generated / max(self.frechet_real, 1e-12)
+
+
+@dataclass(frozen=True)
+class CopyCheck:
+    """How near generated pictures come to single training pictures, in the classifier's features."""
+
+    limit: float
+    """Only one training picture in a hundred has another one nearer than this."""
+    generated_within: float
+    """Share of generated pictures with a training picture nearer than `limit`: about 0.01 is as in real pictures."""
+    validation_within: float | None
+    times_validation: float | None
+    """Median distance to the nearest training picture as a multiple of real validation pictures'; copies are near 0."""
+
+
+@dataclass(frozen=True)
+class NearestPicture:
+    """The training picture that is nearest to a generated one."""
+
+    generated: str
+    training: str
+    distance: float
+    """In the classifier's features."""
+    pixel_distance: float
+    """Root of the mean squared difference, pictures in [-1, 1]."""
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """What an evaluation found. Printed, it is a table; `figures` shows it in a notebook."""
+
+    generated_dir: str
+    data_dir: str
+    output_dir: str
+    image_size: tuple[int, int]
+    total: PersonScore
+    people: dict[str, PersonScore]
+    distances: SetDistances | None
+    copies: CopyCheck
+    nearest: list[NearestPicture]
+    notes: list[str]
+    """What could not be said, and why."""
+    figures: dict[str, "Figure"] = field(compare=False)
+
+    def as_dict(self) -> dict:
+        """Plain values for JSON."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("people", "figures", "nearest")}
+        for name in ("total", "distances", "copies"):
+            plain[name] = asdict(plain[name]) if plain[name] else None
+        if self.distances:
+            plain["distances"]["times_real"] = self.distances.times_real
+        return {
+            **plain,
+            "people": {name: asdict(score) for name, score in self.people.items()},
+            "nearest": [asdict(one) for one in self.nearest],
+        }
+
+    def __str__(self) -> str:
+        height, width = self.image_size
+        persons = f"{len(self.people)} person{'s' * (len(self.people) != 1)}"
+        lines = [
+            f"{self.total.generated:,} generated pictures of {persons}, {height}×{width} ({self.generated_dir})",
+            "",
+        ]
+        rows = [("person", "generated", "named rightly", "real validation", "named rightly")]
+        for name, score in [*self.people.items(), ("all", self.total)]:
+            right = (_percent(score.generated_right), _percent(score.validation_right))
+            rows.append((name, f"{score.generated:,}", right[0], f"{score.validation:,}", right[1]))
+        lines += _aligned(rows)
+        if self.distances:
+            d = self.distances
+            lines += ["", *_aligned(_distance_rows(d)), f"({d.pictures:,} pictures in each set)"]
+        lines += ["", _copy_line(self.copies)]
+        lines += [f"note: {note}" for note in self.notes]
+        figures = ", ".join(f"figures/{name}.png" for name in self.figures)
+        lines.append(f"written: evaluation.json, {figures} ({self.output_dir})")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One set of pictures and what the classifier makes of them."""
+
+    data: PictureFolder
+    features: Tensor
+    named: Tensor
+
+    @property
+    def right(self) -> Tensor:
+        return (self.named == self.data.labels).float()
+
+
+def evaluate_pictures(
+    generated_dir: str | Path,
+    data_dir: str | Path,
+    output_dir: str | Path = "outputs/evaluation",
+    image_size: int | tuple[int, int] | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Compare generated pictures with the two sides of a split; write `evaluation.json` and figures.
+
+    A classifier is trained on the real training side, once: it is kept in `output_dir` for the next evaluation.
+
+    Args:
+        generated_dir: holds ID_1/ ID_2/ … with the names of the split's folders.
+        data_dir: the split: train/, val/ and split_info.json.
+        image_size: pixels, to which all pictures are resized; by default the generated pictures' own.
+        seed: of the classifier and of the subsets that are compared.
+        device: by default a GPU, if there is one that works.
+
+    Raises:
+        UserError: no split, no generated pictures, or a person who is not in the split.
+    """
+    labels, train, validation, generated, notes = _load(
+        Path(generated_dir), Path(data_dir), image_size, progress=progress
+    )
+    if device is None:
+        device = "cpu" if find_machine().kind == "cpu" else "cuda"
+    num_classes = max(labels.values()) + 1
+    told_apart = len(train.labels.unique()) > 1
+    if told_apart:
+        classifier = cached_classifier(train, num_classes, output_dir, seed, device, progress)
+    else:
+        notes.append(
+            f"{data_dir} has pictures of one person only, so there is nobody to take them for; distances are measured "
+            "in the features of an untrained network"
+        )
+        classifier = _untrained(num_classes, train, seed, device)
+
+    sides = [
+        _Side(data, *classifier.judge(data)) if data is not None else None for data in (generated, train, validation)
+    ]
+    made, known, unseen = sides
+    people = {}
+    for name, label in labels.items():
+        if (generated.labels == label).any():
+            people[name] = _score(made, unseen, label, told_apart)
+    distances = _distances(made, known, unseen, labels, seed, notes)
+    copies, places, lengths = _check_copies(made, known, unseen)
+    evaluation = Evaluation(
+        str(generated_dir),
+        str(data_dir),
+        str(output_dir),
+        train.image_size,
+        _score(made, unseen, None, told_apart),
+        people,
+        distances,
+        copies,
+        [
+            NearestPicture(
+                generated.names[i], train.names[place], length.item(), _pixel_distance(generated, train, i, place)
+            )
+            for i, (place, length) in enumerate(zip(places.tolist(), lengths, strict=True))
+        ],
+        notes,
+        _figures(people, labels, made, known, unseen, places, lengths),
+    )
+    for name, figure in evaluation.figures.items():
+        with written_whole(Path(output_dir) / "figures" / f"{name}.png") as partial:
+            figure.savefig(partial, format="png")
+    write_json(Path(output_dir) / "evaluation.json", evaluation.as_dict())
+    return evaluation
+
+
+# ---- what is compared
+
+
+def _load(
+    generated_dir: Path, data_dir: Path, image_size: int | tuple[int, int] | None, progress: bool
+) -> tuple[dict[str, int], PictureFolder, PictureFolder | None, PictureFolder, list[str]]:
+    labels = {name: int(label) for name, label in read_split_info(data_dir)["labels"].items()}
+    folders = {name: paths for name, paths in list_folders(generated_dir).items() if paths}
+    if not folders:
+        raise UserError(
+            f"No generated pictures in {generated_dir}; it holds {contents(generated_dir)}. Expected "
+            f"{listed(f'{name}/' for name in labels)} with {', '.join(PICTURE_EXTENSIONS)} pictures, as "
+            "python -m vavae_tools.sample writes them"
+        )
+    unknown = [name for name in folders if name not in labels]
+    if unknown:
+        raise UserError(
+            f"{generated_dir} has pictures of {listed(unknown)}, but the split in {data_dir} knows "
+            f"{listed(labels, most=8)} only. Rename the folder, or name the split the pictures were learnt from"
+        )
+    notes: list[str] = []
+    if image_size is None:
+        image_size = _common_size([path for paths in folders.values() for path in paths], notes)
+    train = PictureFolder(data_dir / "train", image_size, labels, progress=progress)
+    generated = PictureFolder(generated_dir, image_size, labels, progress=progress)
+    validation = None
+    if (data_dir / "val").is_dir() and any(list_folders(data_dir / "val").values()):
+        validation = PictureFolder(data_dir / "val", image_size, labels, progress=progress)
+    return labels, train, validation, generated, notes
+
+
+def _common_size(paths: list[Path], notes: list[str]) -> tuple[int, int]:
+    """(height, width) of most of the pictures."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                sizes[picture.height, picture.width] += 1
+        except OSError as error:
+            raise UserError(f"{path} cannot be read as a picture ({error}): remove it or make it again") from None
+    (height, width), _ = sizes.most_common(1)[0]
+    if len(sizes) > 1:
+        notes.append(f"the generated pictures have {len(sizes)} sizes, all are resized to {height}×{width}")
+    return height, width
+
+
+def _untrained(num_classes: int, train: PictureFolder, seed: int, device: str | torch.device) -> PersonClassifier:
+    """Features of random weights still tell sets of pictures apart (Naeem et al. 2020 measure with such)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PersonClassifier(num_classes, train.image_size, train.channels).to(device)
+
+
+def _score(made: _Side, unseen: _Side | None, label: int | None, told_apart: bool) -> PersonScore:
+    def count_and_share(side: _Side | None) -> tuple[int, float | None]:
+        if side is None:
+            return 0, None
+        right = side.right if label is None else side.right[side.data.labels == label]
+        return len(right), right.mean().item() if told_apart and len(right) else None
+
+    return PersonScore(*count_and_share(made), *count_and_share(unseen))
+
+
+def _distances(
+    made: _Side, known: _Side, unseen: _Side | None, labels: dict[str, int], seed: int, notes: list[str]
+) -> SetDistances | None:
+    if unseen is None:
+        notes.append(
+            "no real validation pictures: no distances, and no accuracy to compare with (split with --val_ratio)"
+        )
+        return None
+    sides = [made, known, unseen]
+    wanted = [name for name, label in labels.items() if (made.data.labels == label).any()]
+    fewest = {name: min(int((side.data.labels == labels[name]).sum()) for side in sides) for name in wanted}
+    few = [name for name, n in fewest.items() if n < 2]
+    if few:
+        notes.append(f"fewer than 2 generated, training or validation pictures of {listed(few)}: not in the distances")
+    shares = {labels[name]: n for name, n in fewest.items() if n >= 2}
+    if sum(shares.values()) < 4:
+        notes.append(
+            "no distances: they need at least 4 pictures of the same persons, generated, training and validation"
+        )
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    generated, real, reference = (side.features[_same_mix(side.data.labels, shares, generator)] for side in sides)
+    return SetDistances(
+        len(reference),
+        frechet_distance(generated, reference),
+        frechet_distance(real, reference),
+        kernel_distance(generated, reference, seed=seed),
+        kernel_distance(real, reference, seed=seed),
+    )
+
+
+def _same_mix(labels: Tensor, shares: dict[int, int], generator: torch.Generator) -> Tensor:
+    """Places of `shares[label]` pictures of each label, drawn at random."""
+    chosen = []
+    for label, n in shares.items():
+        places = (labels == label).nonzero().flatten()
+        chosen.append(places[torch.randperm(len(places), generator=generator)[:n]])
+    return torch.cat(chosen)
+
+
+def _check_copies(made: _Side, known: _Side, unseen: _Side | None) -> tuple[CopyCheck, Tensor, Tensor]:
+    """The check, and for each generated picture the place of the nearest training picture and its distance."""
+    places, lengths = nearest(made.features, known.features)
+    limit = nearest(known.features)[1].quantile(0.01).item() if len(known.features) > 1 else 0.0
+    usual = nearest(unseen.features, known.features)[1] if unseen else None
+    check = CopyCheck(
+        limit,
+        (lengths < limit).float().mean().item(),
+        (usual < limit).float().mean().item() if usual is not None else None,
+        (lengths.median() / usual.median().clamp_min(1e-12)).item() if usual is not None else None,
+    )
+    return check, places, lengths
+
+
+def _pixel_distance(generated: PictureFolder, train: PictureFolder, i: int, place: int) -> float:
+    a, b = (to_unit(data.__getitems__([row])["pictures"]) for data, row in ((generated, i), (train, place)))
+    return (a - b).square().mean().sqrt().item()
+
+
+# ---- what is shown
+
+
+def _figures(
+    people: dict[str, PersonScore],
+    labels: dict[str, int],
+    made: _Side,
+    known: _Side,
+    unseen: _Side | None,
+    places: Tensor,
+    lengths: Tensor,
+) -> dict[str, "Figure"]:
+    real = unseen or known
+    rows = {}
+    for name in list(people)[:: -(-len(people) // _MOST_ROWS)]:
+        of_person = [_first(side.data, labels[name], _FEW) for side in (real, made)]
+        rows[name] = torch.cat([of_person[0], *[torch.full_like(made_blank, 255) for made_blank in ()], of_person[1]])
+    figures = {
+        "real_and_generated": show_rows(rows, ["real", "", "", "", "generated"], gap_after=_FEW),
+    }
+    closest = lengths.argsort()[: 2 * _FEW]
+    titles = [
+        f"{made.data.paths[i].parent.name}, {known.data.paths[place].parent.name}\nat {lengths[i]:.2f}"
+        for i, place in zip(closest.tolist(), places[closest].tolist(), strict=True)
+    ]
+    pairs = {
+        "generated": made.data.__getitems__(closest)["pictures"],
+        "nearest in training": known.data.__getitems__(places[closest])["pictures"],
+    }
+    figures["generated_and_nearest"] = show_rows(pairs, titles)
+    if made.right.numel() and next(iter(people.values())).generated_right is not None:
+        groups = {"generated": [100 * score.generated_right for score in people.values()]}
+        if unseen is not None:
+            groups = {"real": [100 * (score.validation_right or 0) for score in people.values()], **groups}
+        figures["right_person"] = plot_bars(groups, list(people), "named rightly, %")
+    return figures
+
+
+def _first(data: PictureFolder, label: int, n: int) -> Tensor:
+    return data.__getitems__((data.labels == label).nonzero().flatten()[:n])["pictures"]
+
+
+def _distance_rows(d: SetDistances) -> list[tuple[str, ...]]:
+    return [
+        ("to real validation pictures from", "generated", "real training", ""),
+        ("Fréchet distance", f"{d.frechet_generated:.3g}", f"{d.frechet_real:.3g}", f"{d.times_real:.1f} times"),
+        ("kernel distance [95 %]", str(d.kernel_generated), str(d.kernel_real), ""),
+    ]
+
+
+def _copy_line(copies: CopyCheck) -> str:
+    line = "nearest training picture: "
+    if copies.times_validation is not None:
+        line += f"{copies.times_validation:.2f} times as far as from real validation pictures (median); "
+    line += f"{_percent(copies.generated_within)} are as near as the nearest 1 % of training pictures are to each other"
+    if copies.validation_within is not None:
+        line += f" (real validation pictures: {_percent(copies.validation_within)})"
+    return line
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """The first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+# ---- reconstructions
+
+
+@dataclass(frozen=True, repr=False)
+class ReconstructionScores:
+    """How true reconstructions are; what needs a classifier is None without one."""
+
+    pictures: int
+    psnr: float
+    """Mean, dB."""
+    ssim: float
+    right: float | None = None
+    """Share that the classifier names rightly."""
+    originals_right: float | None = None
+    frechet: float | None = None
+    """Fréchet distance to other real pictures."""
+    originals_frechet: float | None = None
+
+    def __str__(self) -> str:
+        line = f"{self.pictures:,} reconstructions: PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.3f}"
+        if self.right is not None:
+            line += f"; named rightly {_percent(self.right)} (originals {_percent(self.originals_right)})"
+        if self.frechet is not None:
+            times = self.frechet / max(self.originals_frechet, 1e-12)
+            line += f"; Fréchet distance {self.frechet:.3g} (originals {self.originals_frechet:.3g}: {times:.1f} times)"
+        return line
+
+    __repr__ = __str__
+
+
+def evaluate_reconstructions(
+    pictures: Tensor,
+    reconstructions: Tensor,
+    labels: Tensor | None = None,
+    classifier: PersonClassifier | None = None,
+    others: Tensor | None = None,
+) -> ReconstructionScores:
+    """Compare reconstructions with their originals.
+
+    Args:
+        pictures, reconstructions: (N, C, H, W), uint8 or floats in [-1, 1]; what lies outside is clipped.
+        labels: int64 (N,); with a classifier, how often it names them rightly.
+        others: further real pictures of the same persons, such as the training side's; with a classifier, the Fréchet
+            distance to them from the reconstructions, and from the originals as the scale.
+    """
+    originals, remade = (_in_range(x) for x in (pictures, reconstructions))
+    scores = {"psnr": psnr(originals, remade).mean().item(), "ssim": ssim(originals, remade).mean().item()}
+    if classifier is not None:
+        judged = [classifier.judge(to_pixels(x)) for x in (originals, remade)]
+        if labels is not None:
+            scores["originals_right"], scores["right"] = (
+                (named == labels.cpu()).float().mean().item() for _, named in judged
+            )
+        if others is not None:
+            reference = classifier.judge(to_pixels(_in_range(others)))[0]
+            scores["originals_frechet"], scores["frechet"] = (
+                frechet_distance(features, reference) for features, _ in judged
+            )
+    return ReconstructionScores(len(originals), **scores)
+
+
+def _in_range(pictures: Tensor) -> Tensor:
+    pictures = pictures.detach().cpu()
+    return to_unit(pictures) if pictures.dtype == torch.uint8 else pictures.float().clamp(-1, 1)

@@ -1,0 +1,39 @@
+"""Which devices there are here, and whether this torch can use them."""
+
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What training may use here."""
+
+    kind: str
+    """"cpu", "t4" (16 GB, fp16 only) or "ampere" (compute capability 8.0 and above: bf16)."""
+    devices: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.devices} × {self.name}" if self.kind != "cpu" else f"CPU, {os.cpu_count()} cores"
+
+
+def find_machine() -> Machine:
+    """Look which devices there are, and whether this torch can use them.
+
+    A card that this build of torch has no code for says `is_available()` and fails at its first operation (a P100 on
+    Kaggle's image): it is named in a warning and the CPU taken.
+    """
+    if not torch.cuda.is_available():
+        return Machine("cpu", 1, "CPU")
+    name, (major, minor) = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
+    built_for = [int(arch.split("_")[1].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+    if built_for and not any(arch // 10 == major and arch % 10 <= minor for arch in built_for):
+        warnings.warn(
+            f"{name} (sm_{major}{minor}) is not supported by this torch: training runs on the CPU", stacklevel=2
+        )
+        return Machine("cpu", 1, "CPU")
+    # is_bf16_supported() is True on a T4, where it is emulated and slow: the capability decides
+    return Machine("ampere" if major >= 8 else "t4", torch.cuda.device_count(), name)

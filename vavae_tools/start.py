@@ -1,0 +1,90 @@
+"""Get the package going in a notebook, by one line: `%run` this file, wherever the repository lies.
+
+Puts the repository on the path and installs what is missing of its requirements, from attached wheels or the network.
+Never torch: Kaggle's and Colab's own build fits their GPUs, another one may not. Standard library only.
+"""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+KEPT = ("torch", "torchvision", "torchaudio", "numpy")
+"""Never replaced where they are installed: other packages of the image were built against them."""
+
+
+def missing_requirements(lines: Iterable[str]) -> list[str]:
+    """The requirements that are not installed, or too old; those in `KEPT` count as good in any version.
+
+    >>> missing_requirements(["pip>=1.0  # always there", "no-such-package>=2", ""])
+    ['no-such-package>=2']
+    """
+    from packaging.requirements import Requirement  # comes with pip's own tools, jupyter and torch's neighbours
+
+    missing = []
+    for line in lines:
+        text = line.split("#")[0].strip()
+        if not text:
+            continue
+        requirement = Requirement(text)
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(text)
+            continue
+        if requirement.name not in KEPT and not requirement.specifier.contains(version, prereleases=True):
+            missing.append(text)
+    return missing
+
+
+def wheel_folders(roots: Sequence[Path]) -> list[Path]:
+    """Folders with wheels below `roots`: a dataset made by `pip download -d wheels -r requirements.txt`."""
+    return sorted({wheel.parent for root in roots if root.is_dir() for wheel in root.rglob("*.whl")})
+
+
+def pip_command(missing: Sequence[str], wheels: Sequence[Path], constraint: Path) -> list[str]:
+    """The pip call that installs `missing`; with `wheels` it stays off the network."""
+    offline = ["--no-index", *(part for folder in wheels for part in ("--find-links", str(folder)))] if wheels else []
+    return [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraint), *offline, *missing]
+
+
+def start(repository: Path, input_roots: Sequence[Path] = (Path("/kaggle/input"),)) -> None:
+    """Make `import vavae_tools` work here and in subprocesses; says in one line what could not be installed."""
+    if str(repository) not in sys.path:
+        sys.path.insert(0, str(repository))
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(repository), *filter(None, [os.environ.get("PYTHONPATH")])])
+    requirements = repository / "requirements.txt"
+    missing = (
+        missing_requirements(requirements.read_text(encoding="utf-8").splitlines()) if requirements.is_file() else []
+    )
+    if missing:
+        kept = [f"{name}=={version}" for name in KEPT if (version := _installed(name))]
+        wheels = wheel_folders(input_roots)
+        with tempfile.TemporaryDirectory() as folder:
+            constraint = Path(folder) / "kept.txt"
+            constraint.write_text("\n".join(kept))
+            done = subprocess.run(pip_command(missing, wheels, constraint), capture_output=True, text=True, check=False)
+        if done.returncode:
+            source = f"the attached wheels ({wheels[0]})" if wheels else "the network"
+            print(
+                f"Not installed from {source}: {', '.join(missing)}. Switch the internet on, or attach a dataset with "
+                "their wheels (pip download -d wheels -r requirements.txt), and run this cell again.\n"
+                + "\n".join(done.stderr.strip().splitlines()[-2:])
+            )
+            return
+        print("installed: " + ", ".join(missing))
+    print(f"vavae_tools is ready ({repository})")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    start(Path(__file__).resolve().parents[1])
