@@ -4,7 +4,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from vavae_tools.evaluation.metrics import frechet_distance, kernel_distance, nearest, psnr, ssim
+from vavae_tools.evaluation.metrics import frechet_distance, kernel_distance, mean_kernel_distance, nearest, psnr, ssim
 
 
 def normal(*shape, seed=0):
@@ -78,21 +78,30 @@ def test_kernel_distance_sees_a_shift_and_follows_its_seed():
     assert kernel_distance(a, b, seed=3) == kernel_distance(a, b, seed=3) != kernel_distance(a, b, seed=4)
 
 
-def test_kernel_distance_of_two_points_each_by_hand():
-    # k(x, y) = (x y + 1)³ in one dimension; of sets {0, 1, 2} and {1, 1, 1} every subset of 2 is a pair
-    a, b = torch.tensor([[0.0], [1.0], [2.0]]), torch.ones(3, 1)
+def test_kernel_distance_by_hand():
+    # k(x, y) = (x y + 1)³ in one dimension; of {0, 1, 2, 3} every subset is a pair, of {1, 1, 1, 1} always (1, 1)
+    a, b = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.ones(4, 1)
 
     def k(x, y):
         return (x * y + 1) ** 3
 
-    pairs = [(0, 1), (0, 2), (1, 2)]
-    expected = sum(k(x, y) + k(1, 1) - (k(x, 1) + k(y, 1)) for x, y in pairs) / 3
-    assert kernel_distance(a, b, subsets=4000, subset_size=2).value == pytest.approx(expected, abs=0.5)
+    pairs = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    expected = sum(k(x, y) + k(1, 1) - (k(x, 1) + k(y, 1)) for x, y in pairs) / 6
+    assert kernel_distance(a, b, subsets=4000).value == pytest.approx(expected, rel=0.1)
 
 
-def test_kernel_distance_says_which_sizes_are_possible():
-    with pytest.raises(ValueError, match="from 2 to 4"):
-        kernel_distance(normal(5, 3), normal(7, 3), subset_size=5)
+def test_mean_kernel_distance_sees_persons_that_are_swapped():
+    one, two = normal(40, 8), normal(40, 8, seed=1) + 2
+    again, again_two = normal(60, 8, seed=2), normal(60, 8, seed=3) + 2
+    same, swapped = (mean_kernel_distance([one, two], x) for x in ([again, again_two], [again_two, again]))
+    assert same.low < 0 < same.high and swapped.low > 1
+    alone, direct = mean_kernel_distance([one], [again], seed=5), kernel_distance(one, again, seed=5)
+    assert (alone.value, alone.low) == pytest.approx((direct.value, direct.low))
+
+
+def test_kernel_distance_of_too_few_says_so():
+    with pytest.raises(ValueError, match="at least 4 and subsets of 2, got 3 and 7"):
+        kernel_distance(normal(3, 3), normal(7, 3))
 
 
 def test_nearest_finds_planted_copies():

@@ -47,7 +47,8 @@ class Draws:
     def uniform(self, name: str, *shape: int) -> Tensor:
         """Uniform in (0, 1): float32 (B, *shape); `name` tells independent draws of one sample apart."""
         bits = self._bits(name, math.prod(shape))
-        return ((_shift_right(bits, 40).float() + 0.5) * 2.0**-24).view(-1, *shape)
+        # 23 bits: of 24, the largest + 0.5 would be rounded to 1
+        return ((_shift_right(bits, 41).float() + 0.5) * 2.0**-23).view(len(bits), *shape)
 
     def normal(self, name: str, *shape: int) -> Tensor:
         """Standard normal (Box–Muller, two numbers from each 64 bits): float32 (B, *shape)."""
@@ -56,4 +57,4 @@ class Draws:
         radius = (-2 * torch.log((_shift_right(bits, 32).float() + 0.5) * 2.0**-32).clamp(max=0)).sqrt()
         angle = (bits & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
         pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)
-        return pairs[:, :count].reshape(-1, *shape)
+        return pairs[:, :count].reshape(len(bits), *shape)

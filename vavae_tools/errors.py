@@ -33,7 +33,7 @@ def run_command(main: Callable[[], None]) -> None:
 def disk_fault(error: OSError) -> str | None:
     """The line to say for a disk that is full, or that does not let us write; None for any other `OSError`."""
     where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"No space left on the disk{where}. What was there is untouched: free some space and run it again."
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"Not allowed to write or read here{where}. Choose a folder that is yours, such as ./outputs."

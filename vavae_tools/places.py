@@ -86,7 +86,7 @@ def find_place(
 def _person_folders(roots: Iterable[Path]) -> Iterable[Path]:
     """Folders below `roots` that hold at least two folders with pictures, nearest first."""
     level = [root for root in roots if root.is_dir()]
-    for _ in range(DEEPEST):
+    for _ in range(DEEPEST + 1):
         for folder in level:
             if sum(bool(paths) for paths in list_folders(folder).values()) >= 2:
                 yield folder

@@ -43,8 +43,8 @@ def as_pixels(picture: Any) -> Tensor:
 def picture_grid(pictures: Any, columns: int, gap: int = 2) -> Tensor:
     """Pictures one beside the other on white, row by row: uint8 (3, H', W'), also for TensorBoard."""
     pictures = as_pixels(pictures)
-    n, channels, height, width = pictures.shape
-    rows = -(-n // columns)
+    height, width = pictures.shape[2:]
+    rows = -(-len(pictures) // columns)
     grid = torch.full((3, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8)
     for i, picture in enumerate(pictures):
         top, left = i // columns * (height + gap), i % columns * (width + gap)

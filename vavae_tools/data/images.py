@@ -1,7 +1,7 @@
 """Picture folders as batches; the one place where pixels become numbers in [-1, 1] and pictures again."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
@@ -17,6 +17,7 @@ from vavae_tools.data.folders import PICTURE_EXTENSIONS, labels_of, list_folders
 from vavae_tools.data.order import OrderedDataModule
 from vavae_tools.data.split import read_split_info
 from vavae_tools.errors import UserError
+from vavae_tools.files import written_whole
 
 MEMORY_LIMIT = 4 * 2**30
 """Decoded pictures up to this many bytes are kept in memory: 21,000 of 256×256, a seventh of what Kaggle has."""
@@ -57,11 +58,9 @@ def read_picture(path: Path, size: tuple[int, int], channels: int = 3) -> np.nda
 def save_picture(pixels: Tensor, path: Path) -> None:
     """Write one picture, uint8 (C, H, W), under `path` (its ending names the format); it is whole or not there."""
     array = pixels.permute(1, 2, 0).cpu().numpy()
-    partial = path.with_name(f".{path.name}.partial")
-    Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array).save(
-        partial, format=Image.registered_extensions()[path.suffix.lower()], quality=95
-    )
-    partial.replace(path)
+    picture = Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
+    with written_whole(path) as partial:
+        picture.save(partial, format=Image.registered_extensions()[path.suffix.lower()], quality=95)
 
 
 class PictureFolder(Dataset):
@@ -72,6 +71,7 @@ class PictureFolder(Dataset):
         image_size: pixels, one number or (height, width); pictures of other sizes are resized.
         labels: folder name → label; by default from the names in `folder`.
         channels: 3, or 1 for grey.
+        extensions: which files are pictures.
 
     A batch is {"pictures": uint8 (B, C, H, W), "labels": int64 (B,), "index": int64 (B,)}.
 
@@ -86,17 +86,18 @@ class PictureFolder(Dataset):
         labels: dict[str, int] | None = None,
         channels: int = 3,
         progress: bool = True,
+        extensions: Collection[str] = PICTURE_EXTENSIONS,
     ) -> None:
         self.folder = Path(folder)
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.channels = channels
-        people = list_folders(self.folder)
+        people = list_folders(self.folder, extensions)
         labels = labels or labels_of(list(people))
         self.paths = [path for name in people for path in people[name]]
         self.names = [f"{path.parent.name}/{path.name}" for path in self.paths]
         self.labels = torch.tensor([labels[path.parent.name] for path in self.paths], dtype=torch.int64)
         if not self.paths:
-            raise UserError(f"No pictures ({', '.join(PICTURE_EXTENSIONS)}) in the folders of {self.folder}")
+            raise UserError(f"No pictures ({', '.join(extensions)}) in the folders of {self.folder}")
         self._progress = progress
         self._memory: Tensor | None = None
 
@@ -168,10 +169,11 @@ class PictureDataModule(OrderedDataModule):
     ) -> None:
         info = read_split_info(data_dir)
         labels = {name: int(label) for name, label in info["labels"].items()}
-        self.train_data = PictureFolder(Path(data_dir) / "train", image_size, labels, channels)
+        options = {"labels": labels, "channels": channels, "extensions": info["image_extensions"]}
+        self.train_data = PictureFolder(Path(data_dir) / "train", image_size, **options)
         val_folder = Path(data_dir) / "val"
-        has_validation = val_folder.is_dir() and any(list_folders(val_folder).values())
-        self.val_data = PictureFolder(val_folder, image_size, labels, channels) if has_validation else None
+        has_validation = val_folder.is_dir() and any(list_folders(val_folder, info["image_extensions"]).values())
+        self.val_data = PictureFolder(val_folder, image_size, **options) if has_validation else None
         if num_workers is None:
             num_workers = 0 if self.train_data.fits_memory() else min(4, os.cpu_count() or 1)
         super().__init__(batch_size, num_workers, seed)

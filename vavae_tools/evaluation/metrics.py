@@ -1,6 +1,7 @@
-"""Numbers about pictures: likeness of pairs, distance of sets, the nearest of a set. Everything is per picture or set."""
+"""Numbers about pictures: the likeness of pairs, the distance of sets, the nearest of a set."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,44 +63,49 @@ class KernelDistance:
         return f"{self.value:.3g} [{self.low:.2g}, {self.high:.2g}]"
 
 
-def kernel_distance(
-    a: Tensor, b: Tensor, subsets: int = 100, subset_size: int | None = None, seed: int = 0
-) -> KernelDistance:
-    """Kernel distance of features (N, D), as in KID (Bińkowski et al. 2018): unbiased also where n is small.
+def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> KernelDistance:
+    """Kernel distance of features (N, D), as in KID (Bińkowski et al. 2018): unbiased also where sets are small.
 
-    The squared maximum mean discrepancy under (x·y / D + 1)³, averaged over random subsets. They also give the
-    interval, as a jackknife that leaves out all but a subset (Shao & Wu 1989).
-
-    Args:
-        subset_size: features per subset; by default half of the smaller set, no more than 1,000.
+    The squared maximum mean discrepancy under (x·y / D + 1)³, averaged over random subsets: half of each set, no more
+    than `subset_size`. They also give the interval, as a jackknife that leaves out all but a subset (Shao & Wu 1989).
     """
-    n = min(len(a), len(b))
-    size = min(1000, n // 2) if subset_size is None else subset_size
-    if not 2 <= size < n:
-        raise ValueError(f"subset_size must be from 2 to {n - 1} (the smaller set has {n} features), got {size}")
-    a, b = a.double(), b.double()
+    sizes = [min(subset_size, len(x) // 2) for x in (a, b)]
+    if min(sizes) < 2:
+        raise ValueError(
+            f"A kernel distance needs sets of at least 4 and subsets of 2, got {len(a)} and {len(b)} features"
+        )
     generator = torch.Generator().manual_seed(seed)
-    values = torch.stack(
-        [
-            _squared_discrepancy(
-                a[torch.randperm(len(a), generator=generator)[:size]],
-                b[torch.randperm(len(b), generator=generator)[:size]],
-            )
-            for _ in range(subsets)
-        ]
-    )
-    value, spread = values.mean().item(), values.std().item() * math.sqrt(size / (n - size))
+
+    def subset(x: Tensor, size: int) -> Tensor:
+        return x[torch.randperm(len(x), generator=generator)[:size]].double()
+
+    drawn = [_squared_discrepancy(subset(a, sizes[0]), subset(b, sizes[1])) for _ in range(subsets)]
+    values = torch.stack(drawn)
+    of_all = max(size / (len(x) - size) for x, size in zip((a, b), sizes, strict=True))  # 1 for halves
+    value, spread = values.mean().item(), values.std().item() * math.sqrt(of_all)
     return KernelDistance(value, value - 1.96 * spread, value + 1.96 * spread)
 
 
+def mean_kernel_distance(a: Sequence[Tensor], b: Sequence[Tensor], seed: int = 0) -> KernelDistance:
+    """Kernel distance person by person, averaged: `a[i]` and `b[i]` hold features (N, D) of the same person.
+
+    Of all persons in one set it would come out too low: sets with a fixed number of each person's pictures are more
+    alike than chance makes them.
+    """
+    each = [kernel_distance(x, y, seed=seed) for x, y in zip(a, b, strict=True)]
+    value = sum(d.value for d in each) / len(each)
+    half = math.sqrt(sum(((d.high - d.low) / 2) ** 2 for d in each)) / len(each)
+    return KernelDistance(value, value - half, value + half)
+
+
 def _squared_discrepancy(a: Tensor, b: Tensor) -> Tensor:
-    """The unbiased estimate from two sets of the same size: no picture is compared with itself."""
-    n = len(a)
-    within_a, within_b, between = _kernel(a, a), _kernel(b, b), _kernel(a, b)
-    pairs = n * (n - 1)
-    return (
-        (within_a.sum() - within_a.trace()) / pairs + (within_b.sum() - within_b.trace()) / pairs - 2 * between.mean()
-    )
+    """The unbiased estimate: no picture is compared with itself."""
+
+    def within(x: Tensor) -> Tensor:
+        kernel = _kernel(x, x)
+        return (kernel.sum() - kernel.trace()) / (len(x) * (len(x) - 1))
+
+    return within(a) + within(b) - 2 * _kernel(a, b).mean()
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,49 @@
+"""What several test files share: thirty tiny simulated pictures of three people, their split, their latents."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def gait(tmp_path_factory) -> Path:
+    """A folder of three simulated walkers with ten pictures of 16×16 each. Do not write into it."""
+    from tiny import PEOPLE, SIZE
+
+    from vavae_tools.data.gait import write_gait_dataset
+
+    folder = tmp_path_factory.mktemp("gait") / "pictures"
+    return write_gait_dataset(folder, PEOPLE, 10, SIZE, workers=1, progress=False)
+
+
+@pytest.fixture(scope="session")
+def split_dir(gait, tmp_path_factory) -> Path:
+    """Its split: 24 pictures to train, 6 to validate. Do not write into it."""
+    from vavae_tools.data.split import split_folders
+
+    folder = tmp_path_factory.mktemp("split") / "data_split"
+    split_folders(gait, folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vavae_dir(tmp_path_factory) -> Path:
+    """A VA-VAE's folder that knows the statistics of `latents_dir`. Do not write into it."""
+    from tiny import perturb_projections, tiny_vavae
+
+    folder = tmp_path_factory.mktemp("vavae") / "vavae"
+    perturb_projections(tiny_vavae()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def latents_dir(split_dir, vavae_dir, tmp_path_factory) -> Path:
+    """The split's latents by that VA-VAE, mirrored ones too. Do not write into it."""
+    from vavae_tools.training.runs import encode_split
+
+    folder = tmp_path_factory.mktemp("latents") / "latents"
+    encode_split(split_dir, vavae_dir, folder, flips=True, say=lambda line: None)
+    return folder

@@ -1,0 +1,303 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vavae_tools import evaluate
+from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.data.split import split_folders
+from vavae_tools.draws import Draws
+from vavae_tools.errors import UserError
+from vavae_tools.evaluation import classifier as classifier_module
+from vavae_tools.evaluation.classifier import PersonClassifier, augment, cached_classifier, train_classifier
+from vavae_tools.evaluation.report import evaluate_pictures, evaluate_reconstructions
+
+SIZE = 32
+
+
+def picture(person, rng):
+    """Stripes whose distance tells the person, anywhere in time, in noise."""
+    across, along = np.meshgrid(np.arange(SIZE), np.arange(SIZE), indexing="ij")
+    wave = np.sin(2 * np.pi * (across * (person + 2) / SIZE + along / SIZE + rng.uniform()))
+    grey = 128 + 70 * wave + rng.normal(0, 20, (SIZE, SIZE))
+    return Image.fromarray(np.stack([grey, 255 - grey, grey / 2], axis=2).clip(0, 255).astype(np.uint8))
+
+
+def write_people(folder, people, count, seed):
+    rng = np.random.default_rng(seed)
+    for person in people:
+        (folder / f"ID_{person}").mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            picture(person, rng).save(folder / f"ID_{person}" / f"{i:03d}.png")
+    return folder
+
+
+def copy_side(side, folder, rename=lambda name: name):
+    for person in side.iterdir():
+        shutil.copytree(person, folder / rename(person.name))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_people(folder / "people", (1, 2, 3), 40, seed=0)
+    split_folders(folder / "people", folder / "split", 0.7, 0.3, progress=False)
+    return folder / "split"
+
+
+@pytest.fixture(scope="module")
+def trained(split, tmp_path_factory):
+    """A folder with a classifier in it, so that the tests train once."""
+    folder = tmp_path_factory.mktemp("classifier")
+    return folder, cached_classifier(PictureFolder(split / "train", SIZE), 3, folder, progress=False)
+
+
+@pytest.fixture
+def run(split, trained, tmp_path):
+    """Evaluate pictures with the classifier that is there."""
+
+    def evaluate_there(generated, data_dir=split, **settings):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        shutil.copy(trained[0] / "classifier.safetensors", tmp_path / "out")
+        return evaluate_pictures(generated, data_dir, tmp_path / "out", progress=False, **settings)
+
+    return evaluate_there
+
+
+# ---- the classifier
+
+
+def test_the_classifier_learns_the_persons(split, trained):
+    validation = PictureFolder(split / "val", SIZE)
+    features, named = trained[1].judge(validation)
+    assert features.shape == (36, 128) and (named == validation.labels).float().mean() >= 0.95
+    again = trained[1].judge(validation.in_memory(), batch_size=7)
+    torch.testing.assert_close(again[0], features)
+    assert again[1].equal(named)
+
+
+def test_training_follows_its_seed_and_leaves_the_global_random_numbers_alone(split):
+    train = PictureFolder(split / "train", SIZE)
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    first, again, other = (
+        train_classifier(train, 3, steps=3, seed=seed, progress=False).state_dict() for seed in (1, 1, 2)
+    )
+    assert torch.rand(1).equal(expected)
+    assert all(first[name].equal(again[name]) for name in first)
+    assert not first["head.weight"].equal(other["head.weight"])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 80), (128, 128), (256, 64), (256, 256)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_of_any_usual_size(size, channels):
+    model = PersonClassifier(5, size, channels).eval()
+    x = torch.randn(2, channels, *size)
+    assert model.features(x).shape == (2, 128) and model(x).shape == (2, 5)
+
+
+def test_the_classifier_is_trained_once_for_the_same_pictures(split, tmp_path, monkeypatch):
+    shutil.copytree(split / "train", tmp_path / "train")
+    calls = []
+
+    def train_briefly(train, num_classes, **settings):
+        calls.append(settings["seed"])
+        return train_classifier(train, num_classes, 2, settings["seed"], progress=False)
+
+    monkeypatch.setattr(classifier_module, "train_classifier", train_briefly)
+
+    def get(seed=0, size=SIZE):
+        return cached_classifier(PictureFolder(tmp_path / "train", size), 3, tmp_path / "out", seed, progress=False)
+
+    first, kept = get(), get()
+    assert len(calls) == 1
+    x = torch.randn(2, 3, SIZE, SIZE)
+    torch.testing.assert_close(kept(x), first(x))
+    get(seed=1)
+    get(seed=1, size=48)
+    assert len(calls) == 3
+    picture(1, np.random.default_rng(9)).save(next((tmp_path / "train" / "ID_2").iterdir()))
+    get(seed=1, size=48)
+    assert len(calls) == 4
+    (tmp_path / "out" / "classifier.safetensors").write_bytes(b"cut off")
+    get(seed=1, size=48)
+    assert len(calls) == 5
+
+
+def test_augmentation_moves_in_time_and_mirrors_nothing():
+    ramp = torch.arange(0, 256, 8, dtype=torch.uint8).expand(50, 3, 32, 32).contiguous()  # rises with time
+    draws = Draws(0, 1, torch.arange(50))
+    changed = augment(ramp, draws)
+    assert changed.equal(augment(ramp, Draws(0, 1, torch.arange(50))))
+    assert not changed.equal(augment(ramp, Draws(0, 2, torch.arange(50))))
+    rise = changed.mean(dim=(1, 2))  # (50, 32)
+    assert (rise[:, -1] - rise[:, 0] > 1.4).all()
+    assert (changed - to_unit(ramp)).abs().mean() < 0.3
+
+
+# ---- generated pictures
+
+
+def test_real_pictures_pass_for_real(split, run, tmp_path):
+    result = run(copy_side(split / "val", tmp_path / "made"))
+    assert result.image_size == (SIZE, SIZE)
+    assert result.total.generated_right == result.total.validation_right >= 0.95
+    assert {name: score.generated for name, score in result.people.items()} == {"ID_1": 12, "ID_2": 12, "ID_3": 12}
+    assert result.distances.pictures == 36
+    assert result.distances.frechet_generated < 1e-6 < result.distances.frechet_real
+    assert result.copies.times_validation == pytest.approx(1)
+    assert result.copies.generated_within == result.copies.validation_within
+    assert result.notes == []
+
+
+def test_noise_is_far_from_real_pictures_and_nobody(run, tmp_path):
+    rng = np.random.default_rng(0)
+    for person in (1, 2, 3):
+        (tmp_path / "made" / f"ID_{person}").mkdir(parents=True)
+        for i in range(6):
+            noise = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+            noise.save(tmp_path / "made" / f"ID_{person}" / f"{i}.png")
+    result = run(tmp_path / "made")
+    assert result.total.generated_right < 0.7 < result.total.validation_right
+    assert result.distances.pictures == 18 and result.distances.times_real > 5
+    assert result.distances.kernel_generated.low > max(0, result.distances.kernel_real.value)
+    assert result.copies.times_validation > 1.5
+
+
+def test_swapped_persons_are_noticed(split, run, tmp_path):
+    result = run(copy_side(split / "val", tmp_path / "made", lambda name: f"ID_{int(name[3]) % 3 + 1}"))
+    assert result.total.generated_right < 0.05
+    assert result.distances.kernel_generated.low > result.distances.kernel_real.high
+
+
+def test_copies_of_training_pictures_are_found(split, run, tmp_path):
+    for person in (1, 2, 3):
+        (tmp_path / "made" / f"ID_{person}").mkdir(parents=True)
+        for path in sorted((split / "train" / f"ID_{person}").iterdir())[:5]:
+            shutil.copy(path, tmp_path / "made" / f"ID_{person}" / f"copy_{path.name}")
+    result = run(tmp_path / "made")
+    assert result.copies.generated_within == 1 and result.copies.times_validation == pytest.approx(0, abs=1e-3)
+    assert [one.generated.replace("copy_", "") for one in result.nearest] == [one.training for one in result.nearest]
+    assert max(one.pixel_distance for one in result.nearest) == 0
+
+
+def test_what_is_written_and_printed(split, run, tmp_path):
+    result = run(write_people(tmp_path / "made", (1, 3), 6, seed=5))
+    out = tmp_path / "out"
+    written = json.loads((out / "evaluation.json").read_text())
+    assert written["total"]["generated"] == 12 and list(written["people"]) == ["ID_1", "ID_3"]
+    assert written["distances"]["times_real"] == pytest.approx(result.distances.times_real)
+    assert len(written["nearest"]) == 12 and written["image_size"] == [SIZE, SIZE]
+    for name in ("real_and_generated", "generated_and_nearest", "right_person"):
+        assert Image.open(out / "figures" / f"{name}.png").size[0] > 200
+    assert not list(out.rglob("*.partial"))
+    text = str(result)
+    assert text.startswith("12 generated pictures of 2 persons, 32×32 (")
+    assert "Fréchet distance" in text and "kernel distance" in text and "nearest training picture" in text
+    assert str(out) in text.splitlines()[-1]
+    assert run(tmp_path / "made") == result  # the same seed, the same numbers
+
+
+def test_the_size_can_be_chosen_and_mixed_sizes_are_named(split, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier_module, "default_steps", lambda pictures: 2)
+    made = write_people(tmp_path / "made", (1, 2), 4, seed=5)
+    Image.open(made / "ID_1" / "000.png").resize((40, 48)).save(made / "ID_1" / "000.png")
+    assert any("2 sizes, all are resized to 32×32" in note for note in run(made).notes)
+    assert run(made, image_size=48).image_size == (48, 48)
+    with pytest.raises(UserError, match="at least 16"):
+        run(made, image_size=8)
+
+
+def test_without_validation_pictures_the_rest_is_said(split, run, tmp_path):
+    copy_side(split / "train", tmp_path / "split" / "train")
+    shutil.copy(split / "split_info.json", tmp_path / "split")
+    result = run(write_people(tmp_path / "made", (1, 2, 3), 4, seed=5), tmp_path / "split")
+    assert result.distances is None and result.total.validation_right is None and result.copies.times_validation is None
+    assert result.total.generated_right > 0.8
+    assert any("no real validation pictures" in note for note in result.notes) and "note: no real" in str(result)
+
+
+def test_too_few_pictures_of_a_person_are_named(run, tmp_path):
+    made = write_people(tmp_path / "made", (1, 2), 5, seed=5)
+    write_people(made, (3,), 2, seed=6)
+    result = run(made)
+    assert result.distances.pictures == 10
+    assert any(note.startswith("ID_3: fewer than 4") and "leave them out" in note for note in result.notes)
+    shutil.rmtree(made)
+    result = run(write_people(made, (1, 2), 1, seed=5))
+    assert result.distances is None and any("ID_1, ID_2: fewer than 4" in note for note in result.notes)
+
+
+def test_one_person_only(tmp_path):
+    write_people(tmp_path / "people", (1,), 20, seed=0)
+    split_folders(tmp_path / "people", tmp_path / "split", 0.6, 0.4, progress=False)
+    made = write_people(tmp_path / "made", (1,), 8, seed=5)
+    result = evaluate_pictures(made, tmp_path / "split", tmp_path / "out", progress=False)
+    assert result.total.generated_right is None and any("one person only" in note for note in result.notes)
+    assert result.distances.frechet_generated > 0 and "right_person" not in result.figures
+    assert not (tmp_path / "out" / "classifier.safetensors").exists()
+    str(result)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder.mkdir(), r"No generated pictures in .*made; it holds nothing.*ID_1/, ID_2/, ID_3/"),
+        (lambda folder: None, "No such folder"),
+        (lambda folder: write_people(folder, (1, 7), 1, 0), "has pictures of ID_7, but .* knows ID_1, ID_2, ID_3 only"),
+        (lambda folder: ((folder / "ID_1").mkdir(parents=True), (folder / "ID_1/a.png").write_bytes(b"x")), "a.png"),
+    ],
+)
+def test_bad_input_is_said_and_nothing_written(split, tmp_path, make, message):
+    make(tmp_path / "made")
+    with pytest.raises(UserError, match=message) as caught:
+        evaluate_pictures(tmp_path / "made", split, tmp_path / "out", progress=False)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_no_split_is_said(tmp_path):
+    made = write_people(tmp_path / "made", (1,), 1, seed=0)
+    with pytest.raises(UserError, match=r"split_info\.json"):
+        evaluate_pictures(made, tmp_path, tmp_path / "out")
+
+
+# ---- reconstructions
+
+
+def test_reconstructions_beside_their_originals(split, trained):
+    validation, train = (PictureFolder(split / side, SIZE) for side in ("val", "train"))
+    originals = validation.in_memory()
+    x = to_unit(originals)
+    noisy = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    alone = evaluate_reconstructions(x, x + 0.1)
+    assert alone.right is None and 26 < alone.psnr < 26.1 and 0.9 < alone.ssim < 1
+    full = evaluate_reconstructions(originals, noisy, validation.labels, trained[1], train.in_memory())
+    assert full.psnr < alone.psnr and full.originals_right >= 0.95
+    assert full.frechet > full.originals_frechet > 0
+    same = evaluate_reconstructions(originals, originals, validation.labels, trained[1], train.in_memory())
+    assert same.right == same.originals_right and same.frechet == same.originals_frechet and same.ssim == 1
+    assert "named rightly" in str(full) and "times" in str(full) and "named" not in str(alone)
+
+
+# ---- the command
+
+
+def test_the_command_evaluates_and_says_what_was_written(split, trained, tmp_path, monkeypatch, capsys):
+    made = write_people(tmp_path / "made", (1, 2, 3), 4, seed=5)
+    flags = ["--generated_dir", made, "--data_dir", split, "--output_dir", trained[0]]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, flags)])
+    evaluate.main()
+    assert "written: evaluation.json, figures/real_and_generated.png" in capsys.readouterr().out
+
+
+def test_help_needs_no_torch():
+    code = "import sys, vavae_tools.evaluate, vavae_tools.evaluation; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

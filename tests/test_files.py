@@ -1,0 +1,164 @@
+"""Files are whole or as before; checkpoints are read without trusting them; errors are one line."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vavae_tools.errors import UserError, run_command
+from vavae_tools.files import read_checkpoint, write_json, written_whole
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_written_whole_makes_folders_and_replaces(tmp_path):
+    path = tmp_path / "a" / "b.txt"
+    for text in ("first", "second"):
+        with written_whole(path) as partial:
+            assert partial.parent == path.parent and partial != path  # renaming works on one file system only
+            partial.write_text(text)
+            assert not path.exists() or path.read_text() == "first"
+        assert path.read_text() == text
+    assert names(path.parent) == ["b.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), ValueError("bug")])
+def test_an_error_leaves_the_former_file_and_nothing_beside_it(tmp_path, error):
+    path = tmp_path / "file.txt"
+    path.write_text("former")
+    with pytest.raises(type(error)), written_whole(path) as partial:
+        partial.write_text("half of the n")
+        raise error
+    assert path.read_text() == "former" and names(tmp_path) == ["file.txt"]
+
+
+def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr("os.fsync", lambda handle: events.append("flush"))
+    replace = type(tmp_path).replace
+    monkeypatch.setattr(type(tmp_path), "replace", lambda self, to: (events.append("rename"), replace(self, to)))
+    with written_whole(tmp_path / "file.txt") as partial:
+        partial.write_text("text")
+    assert events == ["flush", "rename", "flush"]  # the file, its name, the folder that holds the name
+
+
+def test_json_that_cannot_be_written_leaves_the_former(tmp_path):
+    path = tmp_path / "index.json"
+    write_json(path, {"people": ["Łukasz", 1]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"people": ["Łukasz", 1]}
+    with pytest.raises(TypeError):
+        write_json(path, {"model": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"people": ["Łukasz", 1]}
+    assert names(tmp_path) == ["index.json"]
+
+
+# ---- checkpoints of others
+
+
+def test_a_checkpoint_is_read(tmp_path):
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {"w": torch.arange(3.0)}, "epoch": 2}, path)
+    checkpoint = read_checkpoint(path)
+    assert checkpoint["epoch"] == 2 and checkpoint["state_dict"]["w"].tolist() == [0, 1, 2]
+
+
+def test_a_missing_checkpoint_names_what_is_there(tmp_path):
+    (tmp_path / "best-003-0.1000.ckpt").touch()
+    with pytest.raises(UserError, match=r"No checkpoint .*last\.ckpt.*holds best-003-0\.1000\.ckpt"):
+        read_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="No checkpoint"):
+        read_checkpoint(tmp_path / "no folder" / "last.ckpt")
+    with pytest.raises(UserError, match="No checkpoint"):
+        read_checkpoint(tmp_path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "extra": Malicious()}, "bad.ckpt")
+    with pytest.raises(UserError, match="more than tensors and plain values"):
+        read_checkpoint("bad.ckpt")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "zeros in the middle"])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {"w": torch.arange(1000.0)}}, path)
+    whole = path.read_bytes()
+    path.write_bytes(
+        {
+            "truncated": whole[: len(whole) // 2],
+            "empty": b"",
+            "text": b"This is no checkpoint at all.\n" * 10,
+            "zeros in the middle": whole[:64] + bytes(400) + whole[464:],
+        }[damage]
+    )
+    with pytest.raises(UserError, match=r"last\.ckpt is damaged or no checkpoint"):
+        read_checkpoint(path)
+
+
+def test_a_bare_tensor_is_no_checkpoint(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "w.pt")
+    with pytest.raises(UserError, match="holds a Tensor, expected a dict"):
+        read_checkpoint(tmp_path / "w.pt")
+
+
+# ---- what a command says
+
+
+def end(main, capsys) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as exit:
+        run_command(main)
+    return exit.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("No split in\n  a: make one"), 2, "error: No split in a: make one\n"),
+        (KeyboardInterrupt(), 130, "error: stopped by the user\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/x"), 2, "error: No space left on the disk (out/x)."),
+        (OSError(errno.EFBIG, "File too large"), 2, "error: No space left on the disk"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "error: Not allowed to write or read here"),
+    ],
+)
+def test_errors_are_one_line_and_a_status(capsys, error, status, line):
+    def main():
+        raise error
+
+    code, said = end(main, capsys)
+    assert code == status and said.startswith(line) and said.count("\n") == 1
+
+
+def test_bugs_keep_their_traceback():
+    for error in (ZeroDivisionError(), OSError(errno.EBADF, "bug")):
+
+        def main(error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            run_command(main)
+
+
+def test_a_reader_that_has_gone_is_no_fault():
+    """`command | head -1`"""
+    script = (
+        "from vavae_tools.errors import run_command\n"
+        "def main():\n    for i in range(100000): print('line', i)\n"
+        "run_command(main)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "line 0\n"
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(30)) == ("", 0)

@@ -1,0 +1,170 @@
+"""Pixels ↔ [-1, 1], and folders of pictures as batches."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vavae_tools.data import images
+from vavae_tools.data.images import PictureDataModule, PictureFolder, read_picture, save_picture, to_pixels, to_unit
+from vavae_tools.data.split import split_folders
+from vavae_tools.errors import UserError
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_pixels_and_numbers_are_inverse():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    unit = to_unit(pixels)
+    assert (unit[0], unit[255], unit.dtype) == (-1, 1, torch.float32)
+    assert torch.equal(unit.diff() > 0, torch.ones(255, dtype=torch.bool))
+    assert torch.equal(to_pixels(unit), pixels)
+    assert torch.equal(pixels, torch.arange(256, dtype=torch.uint8))  # the argument stays as it was
+
+
+def test_numbers_are_rounded_and_clipped_not_wrapped():
+    numbers = torch.tensor([-1.5, -1.0, -0.998, 0.0, 0.9999, 1.0, 7.0])
+    assert to_pixels(numbers).tolist() == [0, 0, 0, 128, 255, 255, 255]
+    assert to_pixels(torch.tensor([0.5], dtype=torch.float16)).tolist() == [191]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_written_picture_is_read_back(tmp_path, channels):
+    pixels = torch.from_numpy(noise(channels, 5, 9))
+    save_picture(pixels, tmp_path / "p.png")
+    read = read_picture(tmp_path / "p.png", (5, 9), channels)
+    assert read.shape == (5, 9, channels)
+    assert torch.equal(torch.from_numpy(read.copy()).permute(2, 0, 1), pixels)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    save_picture(torch.zeros(3, 4, 4, dtype=torch.uint8), tmp_path / "p.png")
+
+    def full(self, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError):
+        save_picture(torch.ones(3, 4, 4, dtype=torch.uint8), tmp_path / "p.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
+    assert read_picture(tmp_path / "p.png", (4, 4)).max() == 0
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "1", "CMYK"])
+def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
+    picture = Image.fromarray(noise(8, 8, 3)).convert(mode)
+    path = tmp_path / ("p.jpg" if mode == "CMYK" else "p.png")
+    picture.save(path)
+    with Image.open(path) as reopened:
+        expected = np.asarray(reopened.convert("RGB"))
+    assert np.array_equal(read_picture(path, (8, 8)), expected)
+
+
+def test_other_sizes_are_resized_as_a_whole(tmp_path):
+    """A frequency axis that is cropped would no longer be the frequency axis."""
+    halves = np.zeros((20, 40, 3), dtype=np.uint8)
+    halves[:, 20:] = 255
+    halves[:, 0] = 255  # the very edge
+    Image.fromarray(halves).save(tmp_path / "p.png")
+    read = read_picture(tmp_path / "p.png", (10, 16))
+    assert read.shape == (10, 16, 3)
+    assert (read[:, 9:] > 250).all() and (read[:, 2:7] < 5).all() and (read[:, 0] > 60).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(30)])
+def test_a_file_that_is_no_picture_is_named(tmp_path, content):
+    (tmp_path / "walk.png").write_bytes(content)
+    with pytest.raises(UserError, match=r"walk\.png cannot be read as a picture .* data_split\.py names such files"):
+        read_picture(tmp_path / "walk.png", (8, 8))
+
+
+def test_a_truncated_jpeg_is_named(tmp_path):
+    Image.fromarray(noise(64, 64, 3)).save(tmp_path / "walk.jpg")
+    (tmp_path / "walk.jpg").write_bytes((tmp_path / "walk.jpg").read_bytes()[:900])
+    with pytest.raises(UserError, match=r"walk\.jpg cannot be read as a picture"):
+        read_picture(tmp_path / "walk.jpg", (8, 8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """ID_1 with two pictures, ID_3 with three, ID_12 with one; none is like another."""
+    for number, (person, count) in enumerate([("ID_12", 1), ("ID_1", 2), ("ID_3", 3)]):
+        (tmp_path / person).mkdir()
+        for i in range(count):
+            Image.fromarray(noise(8, 12, 3, seed=10 * number + i)).save(tmp_path / person / f"p{i}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("limit", [0, 2**30])
+def test_batches_of_a_folder(folder, monkeypatch, limit):
+    """The same from the disk and from memory."""
+    monkeypatch.setattr(images, "MEMORY_LIMIT", limit)
+    data = PictureFolder(folder, (8, 12), progress=False)
+    assert data.names == ["ID_1/p0.png", "ID_1/p1.png", "ID_3/p0.png", "ID_3/p1.png", "ID_3/p2.png", "ID_12/p0.png"]
+    assert data.labels.tolist() == [0, 0, 2, 2, 2, 11]
+    batch = data.__getitems__([5, 0])
+    assert batch["pictures"].shape == (2, 3, 8, 12) and batch["pictures"].dtype == torch.uint8
+    assert batch["labels"].tolist() == [11, 0] and batch["index"].tolist() == [5, 0]
+    for picture, name in zip(batch["pictures"], ["ID_12/p0.png", "ID_1/p0.png"], strict=True):
+        assert np.array_equal(picture.permute(1, 2, 0).numpy(), np.asarray(Image.open(folder / name)))
+    one = data[5]
+    assert torch.equal(one["pictures"], batch["pictures"][0]) and one["labels"] == 11
+    assert (data._memory is None) == (limit == 0)
+
+
+def test_previews_take_people_in_turn(folder):
+    few = PictureFolder(folder, (8, 12), progress=False).few_of_each(5)
+    assert few["labels"].tolist() == [0, 2, 11, 0, 2]
+    assert len(set(few["index"].tolist())) == 5
+    assert len(PictureFolder(folder, (8, 12), progress=False).few_of_each(100)["labels"]) == 6
+
+
+def test_a_folder_without_pictures_is_named(tmp_path):
+    (tmp_path / "ID_1").mkdir()
+    with pytest.raises(UserError, match=r"No pictures \(png, jpg, jpeg\) in the folders of"):
+        PictureFolder(tmp_path, 8)
+    with pytest.raises(UserError, match="No such folder"):
+        PictureFolder(tmp_path / "nowhere", 8)
+
+
+def test_both_sides_of_a_split(split_dir):
+    data = PictureDataModule(split_dir, 16, batch_size=7)
+    assert (len(data.train_data), len(data.val_data), data.num_classes) == (24, 6, 3)
+    assert data.labels == {"ID_1": 0, "ID_2": 1, "ID_3": 2} and data.num_workers == 0
+    validated = list(data.val_dataloader())
+    assert [len(batch["labels"]) for batch in validated] == [6]
+    train, val = (set(map(bytes, side.in_memory().numpy())) for side in (data.train_data, data.val_data))
+    assert len(train) == 24 and not train & val
+
+
+def test_labels_are_those_of_the_split_even_if_a_side_lacks_somebody(gait, tmp_path):
+    split_folders(gait, tmp_path / "s", progress=False)
+    for picture in (tmp_path / "s" / "val" / "ID_1").iterdir():
+        picture.unlink()
+    (tmp_path / "s" / "val" / "ID_1").rmdir()
+    data = PictureDataModule(tmp_path / "s", 16)
+    assert set(data.val_data.labels.tolist()) == {1, 2}
+
+
+def test_the_extensions_of_the_split_are_those_of_its_pictures(folder, tmp_path):
+    for path in folder.glob("*/*.png"):
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    split_folders(folder, tmp_path / "s" / "split", extensions=["bmp"], progress=False)
+    data = PictureDataModule(tmp_path / "s" / "split", 8)
+    assert len(data.train_data) + len(data.val_data) == 6
+
+
+def test_a_split_without_validation(gait, tmp_path):
+    split_folders(gait, tmp_path / "s", train_ratio=1.0, val_ratio=0.0, progress=False)
+    data = PictureDataModule(tmp_path / "s", 16)
+    assert data.val_data is None and data.val_dataloader() == [] and len(data.train_data) == 30
+
+
+def test_no_split_says_how_to_make_one(tmp_path):
+    with pytest.raises(UserError, match=r"it is no split\. Make one with python data_split\.py"):
+        PictureDataModule(tmp_path, 16)

@@ -1,0 +1,57 @@
+"""The notebooks, top to bottom in a kernel, each from the files of the one before; only the lengths are cut."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+SHORT = "__import__('dataclasses').replace(find_preset(place.built_in), vavae_epochs=1, dit_steps=4, samples_per_person=2, num_steps=2, previews=1)"
+
+
+def shortened(path: Path) -> nbformat.NotebookNode:
+    """The notebook with fewer people, pictures, epochs and steps: its knobs are turned, nothing else."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.source = cell.source.replace("find_preset(place.built_in)", SHORT)
+            cell.source = cell.source.replace("people=6, pictures=60", "people=2, pictures=10")
+    return notebook
+
+
+def run(path: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> nbformat.NotebookNode:
+    monkeypatch.setenv("VAVAE_WORK", str(work))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    client = NotebookClient(shortened(path), timeout=300, resources={"metadata": {"path": str(path.parent)}})
+    return client.execute()
+
+
+def has_picture(notebook: nbformat.NotebookNode) -> bool:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_five_notebooks_hand_over_to_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in NOTEBOOKS[:5]:
+        assert has_picture(run(path, tmp_path, monkeypatch)), f"{path.name} shows no picture"
+
+    assert json.loads((tmp_path / "data_split" / "split_info.json").read_text())["totals"]["val"] == 4
+    assert (tmp_path / "vavae" / "checkpoints" / "last.ckpt").is_file()
+    assert len(list((tmp_path / "samples").glob("ID_*/*.png"))) == 4
+    evaluation = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert evaluation["total"]["generated"] == 4
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_kept_short_and_without_outputs(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+    assert all(not cell.outputs and cell.execution_count is None for cell in cells)
+    assert max(len(cell.source.splitlines()) for cell in cells) <= 8
+    assert not any(re.search(r"^\s*(def|class|for|while|if) ", cell.source, re.M) for cell in cells), "logic in a cell"
+    assert "%run" in cells[0].source and len(cells[0].source.splitlines()) <= 3

@@ -1,0 +1,66 @@
+"""The smallest models and data that still have every part: a step takes milliseconds on a CPU."""
+
+import torch
+from torch import Tensor
+
+from vavae_tools.autoencoders.vavae import VAVAE
+from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.pipeline import LatentDiTPipeline, solver
+from vavae_tools.diffusion.transformer import DiT
+
+PEOPLE = 3
+SIZE = 16
+"""pixels of the tiny pictures; two levels make latents of 2×8×8 of them"""
+
+TWO_LEVELS = {
+    "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+    "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+    "block_out_channels": (8, 8),
+    "norm_num_groups": 4,
+    "latent_channels": 2,
+    "sample_size": SIZE,
+}
+
+
+def tiny_vavae(seed: int = 0, condition_dim: int = 4, **changes) -> VAVAE:
+    torch.manual_seed(seed)
+    return VAVAE(**{**TWO_LEVELS, "condition_dim": condition_dim, "num_conditions": PEOPLE, **changes})
+
+
+def perturb_projections(model: VAVAE) -> VAVAE:
+    """Projections as after some training: no longer zero."""
+    generator = torch.Generator().manual_seed(5)
+    for projections in (model.encoder_projections, model.decoder_projections):
+        for linear in projections:
+            linear.weight.data.normal_(generator=generator)
+    return model
+
+
+def tiny_dit(seed: int = 0, **changes) -> tuple[DiT, ClassConditioner]:
+    torch.manual_seed(seed)
+    numbers = {"input_size": 8, "patch_size": 4, "in_channels": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    return DiT(**{**numbers, **changes}), ClassConditioner(PEOPLE, 16)
+
+
+def trained_looking(model: torch.nn.Module, seed: int = 3) -> torch.nn.Module:
+    """Small random numbers on all weights: a fresh DiT's last layer is zero, and so would be every prediction."""
+    generator = torch.Generator().manual_seed(seed)
+    for weights in model.parameters():
+        weights.data += 0.1 * torch.randn(weights.shape, generator=generator)
+    return model
+
+
+def tiny_pipeline(seed: int = 0) -> LatentDiTPipeline:
+    vae = perturb_projections(tiny_vavae(seed, latents_mean=(0.5, -1.0), latents_std=(2.0, 0.5))).eval()
+    denoiser, conditioner = tiny_dit(seed)
+    people = {"ID_1": 0, "ID_2": 1, "ID_3": 2}
+    pipe = LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner.eval(), solver(), people)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit by bit."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
