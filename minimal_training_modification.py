@@ -35,14 +35,14 @@ def main() -> None:
     add("--seed", type=int, default=0, help="the same seed, data and settings give the same weights")
     add("--resume", help="last, or a .ckpt: go on from there")
     options = vars(parser.parse_args())
-    if options["devices"] is None:
-        options["devices"] = "auto"
+    choices = {name: options.pop(name) for name in ("devices", "num_nodes", "strategy", "accelerator", "precision")}
+    choices["devices"] = choices["devices"] or "auto"
 
     from vavae_tools.places import find_split
     from vavae_tools.training.runs import fine_tune_vavae
 
     data_dir = options.pop("data_dir") or find_split()
-    vavae_dir = fine_tune_vavae(data_dir, **options)
+    vavae_dir = fine_tune_vavae(data_dir, **options, devices=choices)
     print(f"next: python -m vavae_tools.train --data_dir {data_dir} --vavae {vavae_dir}")
 
 

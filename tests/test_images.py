@@ -150,19 +150,24 @@ def test_labels_are_those_of_the_split_even_if_a_side_lacks_somebody(gait, tmp_p
     assert set(data.val_data.labels.tolist()) == {1, 2}
 
 
-def test_the_extensions_of_the_split_are_those_of_its_pictures(folder, tmp_path):
+def test_the_extensions_of_the_split_are_those_of_its_pictures(folder, tmp_path_factory):
     for path in folder.glob("*/*.png"):
         Image.open(path).save(path.with_suffix(".bmp"))
         path.unlink()
-    split_folders(folder, tmp_path / "s" / "split", extensions=["bmp"], progress=False)
-    data = PictureDataModule(tmp_path / "s" / "split", 8)
+    split = tmp_path_factory.mktemp("bmp") / "split"
+    split_folders(folder, split, extensions=["bmp"], progress=False)
+    data = PictureDataModule(split, 8)
     assert len(data.train_data) + len(data.val_data) == 6
 
 
 def test_a_split_without_validation(gait, tmp_path):
-    split_folders(gait, tmp_path / "s", train_ratio=1.0, val_ratio=0.0, progress=False)
+    """Where everybody has one picture."""
+    for person in ("ID_1", "ID_2"):
+        (tmp_path / "in" / person).mkdir(parents=True)
+        (tmp_path / "in" / person / "p.jpg").write_bytes((gait / person / "walk_001.jpg").read_bytes())
+    split_folders(tmp_path / "in", tmp_path / "s", progress=False)
     data = PictureDataModule(tmp_path / "s", 16)
-    assert data.val_data is None and data.val_dataloader() == [] and len(data.train_data) == 30
+    assert data.val_data is None and data.val_dataloader() == [] and len(data.train_data) == 2
 
 
 def test_no_split_says_how_to_make_one(tmp_path):

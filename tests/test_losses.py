@@ -47,11 +47,11 @@ def test_gradients_of_a_ramp():
 
 def test_spectra_miss_a_lost_texture_but_not_its_phase():
     sharp = waves(0.0)
-    shifted, weaker, gone = spectral(waves(1.0), sharp), spectral(waves(0, 0.5), sharp), spectral(waves(0, 0), sharp)
-    torch.testing.assert_close(weaker, 0.5 * gone)  # magnitudes are linear
-    assert shifted < 0.05 * gone < 0.05 * l1(waves(1.0), sharp) / l1(waves(0, 0), sharp)
-    assert l1(waves(math.pi), sharp) > 1.9 * l1(waves(0, 0), sharp)  # where the absolute error prefers none at all
-    assert spectral(waves(math.pi), sharp) < 0.05 * gone
+    none = waves(0, amplitude=0)
+    torch.testing.assert_close(spectral(waves(0, 0.5), sharp), 0.5 * spectral(none, sharp))  # magnitudes are linear
+    for phase in (1.0, math.pi):
+        assert spectral(waves(phase), sharp) < 0.1 * spectral(none, sharp)
+    assert l1(waves(math.pi), sharp) > 1.9 * l1(none, sharp)  # where the absolute error would rather have no wave
 
 
 def test_spectra_of_a_constant_offset_by_hand():
@@ -109,7 +109,8 @@ def test_weight_zero_removes_the_part(weights, monkeypatch):
 def test_gradients_flow_to_the_reconstruction_and_are_finite(part):
     x = pictures().requires_grad_()
     part(x, pictures(seed=1)).backward()
-    assert x.grad.isfinite().all() and (x.grad != 0).float().mean() > 0.9
+    assert x.grad.isfinite().all()
+    assert (x.grad[:, :, 1:-1, 1:-1] != 0).float().mean() > 0.9  # the spectra's windows are zero on the very border
     black = torch.zeros(1, 3, 16, 16, requires_grad=True)  # where every magnitude is exactly zero
     part(black, torch.zeros(1, 3, 16, 16)).backward()
     assert black.grad.isfinite().all()

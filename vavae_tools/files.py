@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from vavae_tools.errors import UserError
@@ -40,6 +42,37 @@ def flush_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn what safetensors raises where it cannot write (full disk) into the `OSError` it is."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+
+
+def save_model(model: Any, folder: str | Path) -> None:
+    """`model.save_pretrained(folder)`, of a model or a pipeline, each file whole and what else is there untouched."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as name, disk_errors():
+        partial = Path(name)
+        model.save_pretrained(partial)
+        made = sorted((path for path in partial.rglob("*") if path.is_file()), key=lambda path: path.suffix == ".json")
+        for path in made:  # the weights first: a configuration is never without them
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            target = folder / path.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+            flush_folder(target.parent)
 
 
 def write_json(path: str | Path, value: Any) -> None:

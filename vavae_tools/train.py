@@ -42,11 +42,12 @@ def main() -> None:
 
     encode_split(options.data_dir or find_split(), options.vavae, options.latents_dir, flips=options.flips)
     numbers = {name: getattr(options, name) for name in ("hidden_size", "depth", "num_heads")}
+    denoiser = {"patch_size": options.patch_size, **({"size": options.size} if options.size else numbers)}
     pipeline = train_dit(
         options.latents_dir,
         options.vavae,
         options.output_dir,
-        options.size,
+        denoiser,
         options.max_steps,
         options.batch_size,
         options.lr,
@@ -60,8 +61,6 @@ def main() -> None:
             "accelerator": options.accelerator,
             "precision": options.precision,
         },
-        patch_size=options.patch_size,
-        **({} if options.size else numbers),
     )
     print(f"next: python -m vavae_tools.sample --checkpoint {pipeline} --num_samples 100 --output_dir outputs/samples")
 

@@ -199,11 +199,15 @@ def read_condition_file(path: str | Path, labels: dict[str, int]) -> Tensor:
     Raises:
         UserError: no such file, a person without a vector, or vectors of different lengths.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not Path(path).is_file():
         raise UserError(f"No condition file {path}; it holds one vector per person under the folder's name (ID_1 …)")
-    vectors = load_file(path)
+    try:
+        vectors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as safetensors ({error})") from None
     missing = sorted(set(labels) - set(vectors))
     if missing:
         raise UserError(f"{path} has no vector for {', '.join(missing[:5])}; it holds {len(vectors)} vectors")
@@ -218,7 +222,7 @@ def read_condition_file(path: str | Path, labels: dict[str, int]) -> Tensor:
 
 def load_vavae(
     source: str | Path,
-    condition_dim: int = 0,
+    condition_dim: int | None = None,
     num_conditions: int = 0,
     say: Callable[[str], None] = print,
 ) -> VAVAE:
@@ -227,7 +231,7 @@ def load_vavae(
     Args:
         source: a folder that `save_pretrained` wrote (of a VAVAE or of diffusers' AutoencoderKL), or a `.ckpt` of
             VA-VAE training.
-        condition_dim, num_conditions: of the model wanted; 0 keeps what the weights have.
+        condition_dim, num_conditions: of the model wanted; None keeps what the weights have, 0 drops it.
 
     Raises:
         UserError: nothing there, not a VA-VAE, or weights of another shape.
@@ -239,7 +243,7 @@ def load_vavae(
         config, weights = _read_checkpoint(source)
     else:
         raise UserError(f"No VA-VAE at {source}: expected a folder with config.json or a .ckpt of VA-VAE training")
-    if condition_dim:
+    if condition_dim is not None:
         config = {**config, "condition_dim": condition_dim, "num_conditions": num_conditions}
     model = VAVAE.from_config(config)
     own = model.state_dict()

@@ -8,6 +8,7 @@ channel mean and standard deviation of the training side.
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from vavae_tools.data.images import PictureDataModule, PictureFolder, to_unit
 from vavae_tools.data.order import OrderedDataModule
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
-from vavae_tools.files import write_json, written_whole
+from vavae_tools.files import disk_errors, write_json, written_whole
 
 SHARD_SIZE = 10_000
 INDEX = "latents.json"
@@ -56,14 +57,17 @@ class LatentFolder:
         """Read the index of a folder that `encode_latents` wrote.
 
         Raises:
-            UserError: there are no latents.
+            UserError: there are no latents, or their index is damaged.
         """
         index = Path(path) / INDEX
         if not index.is_file():
             raise UserError(f"No latents in {path} ({INDEX} is missing): encode the pictures first")
-        entries = json.loads(index.read_text(encoding="utf-8"))
-        entries["shape"], entries["image_size"] = tuple(entries["shape"]), tuple(entries["image_size"])
-        return cls(path=Path(path), **entries)
+        try:
+            entries = json.loads(index.read_text(encoding="utf-8"))
+            entries["shape"], entries["image_size"] = tuple(entries["shape"]), tuple(entries["image_size"])
+            return cls(path=Path(path), **entries)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{index} is damaged ({error!r}): delete it and encode the pictures again") from None
 
     def __str__(self) -> str:
         counts = ", ".join(f"{side} {len(names):,}" for side, names in self.names.items())
@@ -101,7 +105,7 @@ def encode_latents(
         height, width = pictures.train_data.image_size
         raise UserError(f"Pictures of {height}×{width} do not fit this VA-VAE: both must be divisible by {factor}")
     key = _cache_key(autoencoder, sides, flips, seed)
-    if (output_dir / INDEX).is_file():
+    with suppress(UserError):  # no latents, or an index that is damaged: they are made anew
         there = LatentFolder.read(output_dir)
         if there.key == key and all((output_dir / name).is_file() for names in there.shards.values() for name in names):
             return there
@@ -121,7 +125,7 @@ def encode_latents(
                 if side == "train":
                     statistics.add(shard["latents"])
                 name = f"{side}-{start // SHARD_SIZE:05d}.safetensors"
-                with written_whole(output_dir / name) as partial:
+                with written_whole(output_dir / name) as partial, disk_errors():
                     save_file(shard, partial)
                 shards[side].append(name)
     mean, std = statistics.mean_and_std()

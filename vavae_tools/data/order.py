@@ -4,12 +4,15 @@ Lightning restores the epoch and the batch of a run, but not its place in the da
 recipe that was found bit-exact within an epoch, at its boundary, with workers and with several processes).
 """
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vavae_tools.errors import UserError
 
 
 class EpochOrder(Sampler[int]):
@@ -73,17 +76,22 @@ class OrderedDataModule(L.LightningDataModule):
 
     def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size}: at least one sample per step is needed")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._order: EpochOrder | None = None
         self._resumed: tuple[int, int] | None = None
 
     def train_dataloader(self) -> DataLoader:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        self._order = EpochOrder(len(self.train_data), self.batch_size, self.seed, rank, world_size)
+        self._order = self._new_order()
         if self._resumed:
             self._order.resume(*self._resumed)
             self._resumed = None
         return self._loader(self.train_data, self._order, self._order.batch_size)
+
+    def _new_order(self) -> EpochOrder:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return EpochOrder(len(self.train_data), self.batch_size, self.seed, rank, world_size)
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val_data is None or len(self.val_data) == 0:
@@ -99,22 +107,39 @@ class OrderedDataModule(L.LightningDataModule):
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_interrupts,
         )
 
     def state_dict(self) -> dict[str, Any]:
         if self.trainer is None or self._order is None:
             return {}
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        epoch = self.trainer.current_epoch
+        # not trainer.current_epoch, which is one further once the hooks at an epoch's end have run
+        epoch = self.trainer.fit_loop.epoch_progress.current.ready - 1
         if done >= self._order.batches:  # written after an epoch's last batch: the next one begins
             epoch, done = epoch + 1, 0
-        return {"epoch": epoch, "batches_done": done, "seed": self.seed, "samples": len(self.train_data)}
+        return {"epoch": epoch, "batches_done": done, **self._what_orders(self._order)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
+            for name, here in self._what_orders(self._new_order()).items():
+                if state_dict.get(name, here) != here:
+                    raise UserError(
+                        f"The checkpoint was written with {name} = {state_dict[name]:,}, here it is {here:,}: go on "
+                        "with the data and settings of that run, or start anew without --resume"
+                    )
             self._resumed = (state_dict["epoch"], state_dict["batches_done"])
             if self._order is not None:
                 self._order.resume(*self._resumed)
+
+    def _what_orders(self, order: EpochOrder) -> dict[str, int]:
+        """What a place in the data means nothing without."""
+        global_batch = order.batch_size * order.world_size
+        return {"seed": self.seed, "samples": len(self.train_data), "samples per step": global_batch}
+
+
+def _leave_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent finishes its step
 
 
 def _as_it_is(batch: Any) -> Any:

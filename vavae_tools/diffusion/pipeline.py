@@ -22,7 +22,7 @@ from vavae_tools.files import read_checkpoint
 
 
 class LatentDiTPipeline(DiffusionPipeline):
-    """Labels → pictures: `pipe(labels=[0, 1], num_inference_steps=50, guidance_scale=1.5).images`.
+    """Labels → pictures: `pipe(labels=[0, 1], num_inference_steps=50, guidance_scale=2.0).images`.
 
     Args:
         vae: with the statistics of its latents, which travel with it.
@@ -61,7 +61,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         """
         labels = []
         for item in wanted:
-            if isinstance(item, str) and not item.lstrip("-").isdigit():
+            if isinstance(item, str) and not item.removeprefix("-").isdecimal():
                 if item not in self.people:
                     raise UserError(f"Nobody called {item!r}; there are {', '.join(self.people)}")
                 labels.append(self.people[item])
@@ -75,7 +75,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         self,
         labels: Iterable[int | str] | Tensor,
         num_inference_steps: int = 50,
-        guidance_scale: float = 1.5,
+        guidance_scale: float = 2.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_channels: str = "all",
         timestep_shift: float | None = None,
@@ -97,6 +97,8 @@ class LatentDiTPipeline(DiffusionPipeline):
             output_type: "pil", or "pt" for uint8 (N, C, H, W).
         """
         labels = self.labels_of(labels.tolist() if isinstance(labels, Tensor) else labels)
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size}: at least one picture at once is needed")
         device, shape = self._execution_device, (len(labels), *self.denoiser.latent_shape)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -188,7 +190,10 @@ def load_pipeline(path: str | Path, ema: bool = True, vavae_dir: str | Path | No
         if not (path / "model_index.json").is_file():
             there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
             raise UserError(f"{path} is no pipeline (no model_index.json); it holds {there}. Name a .ckpt or pipeline/")
-        return LatentDiTPipeline.from_pretrained(path)
+        try:  # without low_cpu_mem_usage it does not ask for a package that is of no use here
+            return LatentDiTPipeline.from_pretrained(path, low_cpu_mem_usage=False)
+        except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(f"The pipeline {path} cannot be read ({str(error)[:200]}): copy it again") from None
     checkpoint = read_checkpoint(path)
     settings = checkpoint.get("hyper_parameters", {})
     if "denoiser_config" not in settings:

@@ -16,8 +16,8 @@ from vavae_tools.errors import UserError
 from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
 from vavae_tools.evaluation.metrics import KernelDistance, frechet_distance, mean_kernel_distance, nearest, psnr, ssim
 from vavae_tools.files import write_json, written_whole
+from vavae_tools.machine import find_machine
 from vavae_tools.plots import plot_bars, show_rows
-from vavae_tools.training.devices import find_machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

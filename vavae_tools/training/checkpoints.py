@@ -1,6 +1,8 @@
 """Lightning checkpoints that are whole: `best-*.ckpt` and `last.ckpt`, always under these names."""
 
 import shutil
+import signal
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,18 +36,62 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Writes `last.ckpt` every few minutes, and at the end however training ends."""
+    """Writes `last.ckpt` every few minutes, and at the end however training ends.
+
+    Ctrl-C, a notebook's stop button and SIGTERM end training after the step they fall into: between two steps a
+    checkpoint is exact, and `--resume last` goes on as if nothing had happened. A second Ctrl-C does not wait.
+    """
 
     def __init__(self, folder: Path, every_minutes: float = 5.0) -> None:
         super().__init__(
             folder, "last", train_time_interval=timedelta(minutes=every_minutes), enable_version_counter=False
         )
+        self._stop, self._former_handler = False, None
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, module, stage)
+        if trainer.is_global_zero:
+            for left_over in Path(self.dirpath).glob(".*.partial"):  # of a process that was killed while it wrote
+                left_over.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        if threading.current_thread() is threading.main_thread():
+            self._former_handler = signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        if self._stop:
+            raise UserError("Stopped at once, in the middle of a step; last.ckpt is as it was written before")
+        self._stop = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # the gradients gathered so far would be lost
+        if trainer.strategy.broadcast(self._stop or trainer.received_sigterm):  # the first process decides for all
+            self._save(trainer)
+            raise UserError(f"Stopped after step {trainer.global_step:,}; go on with --resume last")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._give_back_signal()
         if trainer.global_step and not trainer.fast_dev_run:
-            path = self.format_checkpoint_name({}, filename="last")
-            trainer.save_checkpoint(path)
-            self.best_model_path = path
+            self._save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self._give_back_signal()
+        super().on_exception(trainer, module, exception)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        path = self.format_checkpoint_name({}, filename="last")
+        trainer.save_checkpoint(path)
+        self.best_model_path = path
+
+    def _give_back_signal(self) -> None:
+        if self._former_handler is not None:
+            signal.signal(signal.SIGINT, self._former_handler)
+            self._former_handler = None
 
 
 def checkpoint_callbacks(folder: Path, monitor: str | None, every_minutes: float = 5.0) -> list[ModelCheckpoint]:
@@ -70,6 +116,28 @@ def resume_path(resume: str | None, folder: Path) -> Path | None:
     path = folder / "last.ckpt" if resume == "last" else Path(resume)
     read_checkpoint(path)
     return path
+
+
+def check_resumable(path: Path | None, module: L.LightningModule) -> None:
+    """Say what differs between a checkpoint to go on from and the module that is to go on.
+
+    Raises:
+        UserError: the checkpoint is of another model, or holds no more than weights.
+    """
+    if path is None:
+        return
+    checkpoint, own = read_checkpoint(path), module.state_dict()
+    lacking = [part for part in ("state_dict", "optimizer_states", "loops") if part not in checkpoint]
+    if lacking:
+        raise UserError(f"{path} has no {lacking[0]}: training cannot go on from it; name a last.ckpt or best-*.ckpt")
+    found = checkpoint["state_dict"]
+    for name in [*own, *found]:
+        shapes = [tuple(weights[name].shape) if name in weights else "not there" for weights in (found, own)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{path} is of another model: {name} is {shapes[0]}, expected {shapes[1]}. Go on with the settings of "
+                "that run, or start anew without --resume"
+            )
 
 
 def best_checkpoint(folder: str | Path) -> Path:

@@ -73,7 +73,7 @@ class DiffusionModule(L.LightningModule):
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
         # here, not in a callback: a checkpoint that is written after this step must hold this step's average
-        self.ema.update(self.network, self.trainer.global_step)
+        self.ema.update(self.network, self.trainer.global_step + 1)  # Lightning counts this step later
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         draws = Draws(self.hparams.seed + 1, 0, batch["index"])  # the same noise and times at every validation

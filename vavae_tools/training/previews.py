@@ -33,7 +33,8 @@ class Previews(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        if not trainer.is_global_zero or (epoch % self.every and epoch != trainer.max_epochs):
+        last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        if not trainer.is_global_zero or (epoch % self.every and not last):
             return
         training = module.training
         module.eval()

@@ -23,17 +23,26 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.pipeline import LatentDiTPipeline, load_pipeline, solver
 from vavae_tools.diffusion.transformer import DiT, dit
 from vavae_tools.errors import UserError
+from vavae_tools.files import save_model
 from vavae_tools.machine import find_machine
-from vavae_tools.training.checkpoints import WholeCheckpointIO, best_checkpoint, checkpoint_callbacks, resume_path
+from vavae_tools.training.checkpoints import (
+    WholeCheckpointIO,
+    best_checkpoint,
+    check_resumable,
+    checkpoint_callbacks,
+    resume_path,
+)
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.diffusion_module import DiffusionModule
 from vavae_tools.training.previews import ReconstructionPreviews, SamplePreviews
+from vavae_tools.training.processes import several_devices_from_a_cell
 from vavae_tools.training.progress import Progress, ran_to_the_end
 from vavae_tools.training.vavae_module import VAVAEModule
 
 Show = Callable[[Tensor], None]
 
 
+@several_devices_from_a_cell
 def fine_tune_vavae(
     data_dir: str | Path,
     output_dir: str | Path = "outputs",
@@ -53,7 +62,7 @@ def fine_tune_vavae(
     preview_every: int | None = None,
     show: Show | None = None,
     say: Callable[[str], None] = print,
-    **devices: Any,
+    devices: dict[str, Any] | None = None,
 ) -> Path:
     """Fine-tune a VA-VAE with a vector per person on one split.
 
@@ -71,13 +80,15 @@ def fine_tune_vavae(
         resume: "last" or a `.ckpt`, to go on from.
         preview_every: epochs between two grids of reconstructions; by default about ten in all.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
-        devices: see `devices.trainer_settings`.
+        devices: arguments of `devices.trainer_settings`, such as {"devices": 2, "precision": "16"}.
 
     Returns:
         The folder of the best model.
     """
     L.seed_everything(seed, verbose=False)
     quiet_lightning()
+    if max_epochs < 1:
+        raise UserError(f"--max_epochs {max_epochs}: at least one pass over the pictures is needed")
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
     resume_from = resume_path(resume, checkpoints)
@@ -94,7 +105,7 @@ def fine_tune_vavae(
     module = VAVAEModule(
         model, lr, kl_weight, gradient_weight=gradient_weight, spectral_weight=spectral_weight, seed=seed
     )
-    settings = module.trainer_settings(**devices)
+    settings = module.trainer_settings(**(devices or {}))
     world = settings["devices"] * settings["num_nodes"]
     say(
         f"Fine-tuning on {len(pictures.train_data):,} pictures of {pictures.num_classes} people, {batch_size} a step "
@@ -108,13 +119,14 @@ def fine_tune_vavae(
     every = preview_every or max(1, max_epochs // 10)
     callbacks.append(ReconstructionPreviews(shown, output_dir / "reconstructions", every, show))
     trainer = _trainer(settings, output_dir, callbacks, say, max_epochs=max_epochs)
+    check_resumable(resume_from, module)
     trainer.fit(module, pictures, ckpt_path=resume_from, weights_only=True)
     ran_to_the_end(trainer)
 
     folder = output_dir / "vavae"
     if trainer.is_global_zero:
         best = load_vavae(best_checkpoint(checkpoints), say=lambda line: None)
-        best.save_pretrained(folder)
+        save_model(best, folder)
         say(f"written: {folder} (from {best_checkpoint(checkpoints)}), {output_dir / 'reconstructions'}/")
     return folder
 
@@ -129,22 +141,25 @@ def encode_split(
     say: Callable[[str], None] = print,
 ) -> LatentFolder:
     """Encode a split with a VA-VAE, once, and write the latents' statistics into the VA-VAE's own folder."""
+    if Path(vavae_dir).is_file():
+        raise UserError(f"{vavae_dir} is a file: the latents' statistics are kept in the VA-VAE's folder; name that")
     model = load_vavae(vavae_dir, say=lambda line: None)
     pictures = PictureDataModule(data_dir, _fitting_size(image_size, model), seed=seed)
     device = "cpu" if find_machine().kind == "cpu" else "cuda"
     latents = encode_latents(model, pictures, output_dir, flips, device=device, seed=seed)
     if list(model.config.latents_mean or []) != latents.mean:
         model.register_to_config(latents_mean=latents.mean, latents_std=latents.std)
-        model.cpu().save_pretrained(vavae_dir)
+        save_model(model.cpu(), vavae_dir)
     say(str(latents))
     return latents
 
 
+@several_devices_from_a_cell
 def train_dit(
     latents_dir: str | Path,
     vavae_dir: str | Path,
     output_dir: str | Path = "outputs/dit",
-    size: str | None = None,
+    denoiser: dict[str, Any] | None = None,
     max_steps: int = 40_000,
     batch_size: int = 64,
     lr: float = 2e-4,
@@ -153,11 +168,10 @@ def train_dit(
     seed: int = 0,
     resume: str | None = None,
     previews: int = 8,
-    guidance_scale: float = 1.5,
+    guidance_scale: float = 2.0,
     show: Show | None = None,
     say: Callable[[str], None] = print,
     devices: dict[str, Any] | None = None,
-    **denoiser: Any,
 ) -> Path:
     """Train a DiT on latents.
 
@@ -166,11 +180,11 @@ def train_dit(
         vavae_dir: the VA-VAE that made them; a copy goes along with the checkpoints.
         output_dir: gets `checkpoints/best-*.ckpt` and `last.ckpt`, `lightning_logs/`, `samples/`, `vavae/`, and at
             the end `pipeline/`, ready to sample from.
-        size: S, B, L or XL; without it `denoiser` gives the numbers (hidden_size, depth, num_heads, patch_size …).
+        denoiser: {"size": "S" | "B" | "L" | "XL"}, or numbers (hidden_size, depth, num_heads), and patch_size.
         max_steps: optimiser steps.
         flip: "half" trains half the time on mirrored pictures, where they were encoded.
         previews: grids of samples in all.
-        devices: see `devices.trainer_settings`.
+        devices: arguments of `devices.trainer_settings`, such as {"devices": 2, "precision": "16"}.
 
     Returns:
         The folder of the pipeline, with the averaged weights of the last step.
@@ -184,13 +198,13 @@ def train_dit(
     if flip == "half" and not latents.folder.flips:
         raise UserError(f"flip='half' needs mirrored latents, which {latents_dir} lacks: encode them with flips=True")
     channels, height, width = latents.folder.shape
-    denoiser = {"input_size": (height, width), "in_channels": channels, **denoiser}
-    network = dit(size, **denoiser) if size else DiT(**denoiser)
+    denoiser = {"input_size": (height, width), "in_channels": channels, **(denoiser or {})}
+    network = dit(**denoiser) if "size" in denoiser else DiT(**denoiser)
     conditioner = ClassConditioner(latents.num_classes, network.config.hidden_size)
     model = load_vavae(vavae_dir, say=lambda line: None).eval()
     if list(model.config.latents_mean or []) != latents.folder.mean:
         raise UserError(f"{latents_dir} was not made by {vavae_dir}: its statistics differ. Encode the pictures again")
-    model.save_pretrained(output_dir / "vavae")
+    save_model(model, output_dir / "vavae")
 
     module = DiffusionModule(network, conditioner, lr=lr, ema_decay=ema_decay, flip=flip, seed=seed)
     module.hparams["people"] = latents.folder.people
@@ -227,12 +241,13 @@ def train_dit(
         max_epochs=-1,
         check_val_every_n_epoch=max(1, epochs // 20),
     )
+    check_resumable(resume_from, module)
     trainer.fit(module, latents, ckpt_path=resume_from, weights_only=True)
     ran_to_the_end(trainer)
 
     folder = output_dir / "pipeline"
     if trainer.is_global_zero:
-        load_pipeline(checkpoints / "last.ckpt").save_pretrained(folder)
+        save_model(load_pipeline(checkpoints / "last.ckpt"), folder)
         say(f"written: {folder}, {checkpoints}/, {output_dir / 'samples'}/")
     return folder
 

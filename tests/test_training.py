@@ -1,0 +1,489 @@
+"""Training is exact: the same again, and the same after any interruption; what is on the disk is always whole."""
+
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from PIL import Image
+from tiny import SIZE, same, tiny_dit, tiny_vavae
+from torch import nn
+
+from vavae_tools.data.images import PictureDataModule
+from vavae_tools.data.latents import LatentDataModule
+from vavae_tools.errors import UserError
+from vavae_tools.machine import Machine
+from vavae_tools.training import checkpoints as checkpoints_module
+from vavae_tools.training import devices, runs
+from vavae_tools.training.checkpoints import (
+    WholeCheckpointIO,
+    best_checkpoint,
+    check_resumable,
+    checkpoint_callbacks,
+    resume_path,
+)
+from vavae_tools.training.devices import precision_of, trainer_settings
+from vavae_tools.training.diffusion_module import DiffusionModule
+from vavae_tools.training.ema import EMA
+from vavae_tools.training.previews import Previews
+from vavae_tools.training.vavae_module import VAVAEModule, cosine_with_warmup
+
+BATCH = 6  # 24 pictures: four steps an epoch
+KEPT = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
+
+
+def modules(kind: str, split_dir: Path, latents_dir: Path, num_workers: int = 0, batch_size: int = BATCH):
+    if kind == "vavae":
+        module = VAVAEModule(tiny_vavae(), lr=1e-3, warmup_steps=3)
+        return module, PictureDataModule(split_dir, SIZE, batch_size, num_workers), "val/reconstruction"
+    module = DiffusionModule(*tiny_dit(), lr=1e-3, warmup_steps=3, flip="half")
+    return module, LatentDataModule(latents_dir, batch_size, num_workers), "val/loss"
+
+
+class Watch(L.Callback):
+    """Notes which samples are seen in which epoch, and keeps `last.ckpt` as a power cut at each step would leave it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen = folder, []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.seen.append((module.current_epoch, batch["index"].tolist()))
+        if (self.folder / "last.ckpt").is_file():
+            shutil.copy(self.folder / "last.ckpt", self.folder / f"{trainer.global_step:02d}.kept")
+
+    def on_validation_end(self, trainer, module):
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step:02d} validated.kept")  # as best-*.ckpt is
+
+
+class Fit:
+    """One training with the Trainer as `runs` builds it, and `last.ckpt` after each step."""
+
+    def __init__(self, folder, kind, data, resume=None, num_workers=0, callbacks=(), monitor=True, minutes=0, **length):
+        self.folder = folder / "checkpoints"
+        module, pictures, metric = modules(kind, *data, num_workers)
+        self.module, watch = module, Watch(self.folder)
+        every = checkpoint_callbacks(self.folder, metric if monitor else None, minutes)
+        settings = module.trainer_settings(accelerator="cpu", devices=1)
+        devices.quiet_lightning()
+        self.trainer = runs._trainer(settings, folder, [*every, watch, *callbacks], lambda line: None, **length)
+        try:
+            self.trainer.fit(module, pictures, ckpt_path=resume, weights_only=True)
+        finally:
+            self.seen = watch.seen
+
+    @property
+    def last(self) -> dict:
+        return torch.load(self.folder / "last.ckpt", weights_only=True)
+
+
+def assert_same(a, b, where: str = "") -> None:
+    """Bit by bit, all the way down."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    else:
+        assert same(a, b) if isinstance(a, torch.Tensor) else a == b, where
+
+
+def assert_same_run(resumed: Fit, whole: Fit) -> None:
+    assert resumed.seen == whole.seen[len(whole.seen) - len(resumed.seen) :]
+    for part in KEPT:
+        assert_same(resumed.last[part], whole.last[part], part)
+
+
+@pytest.fixture
+def data(split_dir, latents_dir):
+    return split_dir, latents_dir
+
+
+LENGTHS = {
+    "epochs": {"max_epochs": 3},
+    "steps": {"max_steps": 10, "max_epochs": -1, "check_val_every_n_epoch": 2},  # as `train_dit`, ends within an epoch
+}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("kind", ["vavae", "dit"])
+def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, data, kind, length):
+    """Stopped after any step: within an epoch, after its last step, after its validation; with and without workers."""
+    whole = Fit(tmp_path / "whole", kind, data, **LENGTHS[length])
+    steps = whole.last["global_step"]
+    assert steps == {"epochs": 12, "steps": 10}[length] and len(whole.seen) == steps
+    for epoch in {epoch for epoch, _ in whole.seen if epoch < 2}:
+        assert sorted(i for e, indices in whole.seen if e == epoch for i in indices) == list(range(24))
+    kept = sorted(path for path in whole.folder.glob("*.kept") if not path.name.startswith(str(steps)))
+    assert len(kept) >= steps
+    if kind == "vavae":  # its steps are slow: those around the end of an epoch, one within, the last
+        kept = [path for path in kept if path.name[:2] in ("02", "04", "05", f"{steps - 1:02d}")]
+    for number, path in enumerate(kept):
+        workers = 2 if number in (1, 2) else 0
+        resumed = Fit(tmp_path / path.stem, kind, data, path, workers, **LENGTHS[length])
+        assert len(resumed.seen) == steps - int(path.name[:2]), path.name
+        assert_same_run(resumed, whole)
+
+
+@pytest.mark.parametrize("kind", ["vavae", "dit"])
+def test_the_same_command_twice_gives_the_same_weights(tmp_path, data, kind):
+    first = Fit(tmp_path / "a", kind, data, max_epochs=2)
+    torch.manual_seed(77)  # the global generator has no say
+    torch.rand(5)
+    second = Fit(tmp_path / "b", kind, data, num_workers=2, max_epochs=2)
+    assert_same_run(second, first)
+
+
+def test_a_run_that_is_stopped_again_and_again(tmp_path, data):
+    """Every session makes three steps. Names stay the same; nothing is left beside them."""
+    whole = Fit(tmp_path / "whole", "dit", data, max_epochs=3)
+
+    class Session(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.global_step == self.end:
+                raise RuntimeError("the session is over")
+
+    session = Session()
+    for session.end in (3, 6, 9):
+        resume = resume_path("last" if session.end > 3 else None, tmp_path / "run" / "checkpoints")
+        with pytest.raises(RuntimeError, match="the session is over"):
+            Fit(tmp_path / "run", "dit", data, resume, callbacks=[session], max_epochs=3)
+    resumed = Fit(tmp_path / "run", "dit", data, resume_path("last", tmp_path / "run" / "checkpoints"), max_epochs=3)
+    assert_same_run(resumed, whole)
+    names = sorted(path.name for path in resumed.folder.iterdir() if path.suffix != ".kept")
+    assert names == [best_checkpoint(whole.folder).name, "last.ckpt"]
+
+
+def test_a_longer_run_goes_on_in_the_right_order(tmp_path, data):
+    first = Fit(tmp_path / "run", "dit", data, max_epochs=2)
+    longer = Fit(tmp_path / "run", "dit", data, first.folder / "last.ckpt", num_workers=2, max_epochs=4)
+    whole = Fit(tmp_path / "whole", "dit", data, max_epochs=4)
+    assert longer.seen == whole.seen[8:]  # the learning rate has gone another way, the data not
+
+
+@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_steps": 5, "max_epochs": -1}])
+def test_gradients_may_be_gathered_over_several_batches(tmp_path, data, length):
+    length["accumulate_grad_batches"] = 2
+    whole = Fit(tmp_path / "whole", "dit", data, **length)
+    assert whole.last["global_step"] == {3: 6}.get(length["max_epochs"], 5)
+    for path in sorted(whole.folder.glob("0[1-4]*.kept")):
+        assert_same_run(Fit(tmp_path / path.stem, "dit", data, path, **length), whole)
+
+
+# ---- stopped by a person
+
+
+class Press(L.Callback):
+    """Presses Ctrl-C in the middle of a step, as often as told."""
+
+    def __init__(self, step: int, times: int = 1, number: int = signal.SIGINT) -> None:
+        self.step, self.times, self.number = step, times, number
+
+    def on_after_backward(self, trainer, module):
+        if trainer.global_step == self.step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_and_saves_it(tmp_path, data, number):
+    whole = Fit(tmp_path / "whole", "dit", data, max_epochs=2)
+    former = signal.getsignal(signal.SIGINT)
+    with pytest.raises(UserError, match="Stopped after step 3; go on with --resume last"):
+        Fit(tmp_path / "run", "dit", data, callbacks=[Press(2, number=number)], num_workers=2, minutes=99, max_epochs=2)
+    assert signal.getsignal(signal.SIGINT) is former
+    last = resume_path("last", tmp_path / "run" / "checkpoints")
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert_same_run(Fit(tmp_path / "run", "dit", data, last, max_epochs=2), whole)
+    assert signal.getsignal(signal.SIGINT) is former
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, data):
+    with pytest.raises(UserError, match="Stopped at once, in the middle of a step"):
+        Fit(tmp_path / "run", "dit", data, callbacks=[Press(2, times=2)], minutes=99, max_epochs=2)
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ---- what is on the disk
+
+
+@pytest.mark.parametrize(("kind", "metric"), [("vavae", "val/reconstruction"), ("dit", "val/loss")])
+def test_the_best_is_named_by_its_metric(tmp_path, data, kind, metric):
+    losses = []
+
+    class Note(L.Callback):
+        def on_validation_end(self, trainer, module):
+            losses.append(float(trainer.callback_metrics[metric]))
+
+    fit = Fit(tmp_path, kind, data, callbacks=[Note()], max_epochs=3)
+    best = min(losses)
+    (path,) = fit.folder.glob("best-*")
+    assert path.name == f"best-{losses.index(best):03d}-{best:.4f}.ckpt" and best_checkpoint(fit.folder) == path
+    checkpoint = torch.load(path, weights_only=True)  # plain values and tensors only
+    assert checkpoint["global_step"] == 4 * (losses.index(best) + 1)
+
+
+def test_without_validation_the_last_is_the_best(tmp_path, data):
+    fit = Fit(tmp_path, "dit", data, monitor=False, max_epochs=1)
+    assert best_checkpoint(fit.folder) == fit.folder / "last.ckpt"
+    with pytest.raises(UserError, match=r"No best-\*\.ckpt or last\.ckpt in .*: train first"):
+        best_checkpoint(tmp_path)
+
+
+def test_a_failing_write_leaves_the_former_checkpoint(tmp_path, data, monkeypatch):
+    save = torch.save
+
+    def full(checkpoint, path):
+        if checkpoint["global_step"] == 3:
+            Path(path).write_bytes(b"PK half of an archive")
+            raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0\nmore")
+        save(checkpoint, path)
+
+    monkeypatch.setattr(checkpoints_module.torch, "save", full)
+    message = r"last\.ckpt could not be written \(.* MB free\): .* The checkpoint before it is whole: free some space"
+    with pytest.raises(UserError, match=message):
+        Fit(tmp_path, "dit", data, max_epochs=2)
+    folder = tmp_path / "checkpoints"
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".kept") == ["last.ckpt"]
+
+
+def test_writing_goes_beside_and_then_under_the_name(tmp_path, monkeypatch):
+    seen, save = [], torch.save
+    monkeypatch.setattr(checkpoints_module.torch, "save", lambda value, path: (seen.append(Path(path)), save(value, path)))
+    WholeCheckpointIO().save_checkpoint({"w": torch.ones(3)}, str(tmp_path / "deep" / "last.ckpt"))
+    assert seen[0].parent == tmp_path / "deep" and seen[0].name != "last.ckpt"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["last.ckpt"]
+
+
+def test_what_a_killed_process_left_is_cleaned(tmp_path, data):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".best-003-0.1000.ckpt.4321.partial").write_bytes(b"half")
+    fit = Fit(tmp_path, "dit", data, max_epochs=1)
+    assert not list(fit.folder.glob(".*"))
+
+
+def test_resume_path(tmp_path):
+    assert resume_path(None, tmp_path) is None
+    with pytest.raises(UserError, match=r"No checkpoint .*last\.ckpt"):
+        resume_path("last", tmp_path)
+    (tmp_path / "last.ckpt").write_bytes(b"half an archive")
+    with pytest.raises(UserError, match=r"last\.ckpt is damaged"):
+        resume_path("last", tmp_path)
+    torch.save({}, tmp_path / "best-001.ckpt")
+    assert resume_path(str(tmp_path / "best-001.ckpt"), tmp_path) == tmp_path / "best-001.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: VAVAEModule(tiny_vavae()), "of another model: network.denoiser.* is .*not there"),
+        (lambda: DiffusionModule(*tiny_dit(hidden_size=32)), r"of another model: network\.denoiser\S+ is \(.*\), exp"),
+        (lambda: DiffusionModule(*tiny_dit(depth=2)), r"of another model: network\.denoiser\S+ is not there, expected"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, other, message):
+    here = DiffusionModule(*tiny_dit())
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": other().state_dict(), "optimizer_states": [], "loops": {}}, path)
+    with pytest.raises(UserError, match="last.ckpt is of another model"):
+        check_resumable(path, here)
+    torch.save({"state_dict": here.state_dict(), "optimizer_states": [], "loops": {}}, path)
+    check_resumable(path, here)
+    torch.save({"state_dict": here.state_dict()}, path)
+    with pytest.raises(UserError, match="has no optimizer_states: training cannot go on from it"):
+        check_resumable(path, here)
+
+
+def test_a_place_in_other_data_is_refused(tmp_path, data):
+    fit = Fit(tmp_path, "dit", data, max_epochs=1)
+    for changes, message in [
+        ({"batch_size": 4}, "with samples per step = 6, here it is 4"),
+        ({"seed": 1}, "with seed = 0, here it is 1"),
+    ]:
+        other = LatentDataModule(data[1], **{"batch_size": BATCH, **changes})
+        with pytest.raises(UserError, match=message):
+            other.load_state_dict(fit.last["LatentDataModule"])
+
+
+# ---- parts
+
+
+def test_ema_follows_with_a_decay_that_warms_up():
+    network = nn.Linear(2, 1, bias=False)
+    network.weight.data.fill_(1.0)
+    ema = EMA(network, decay=0.5)
+    assert [ema.decay_at(step) for step in (1, 2, 100)] == [2 / 11, 3 / 12, 0.5]
+    value = 1.0
+    for step, weight in enumerate([3.0, -1.0, 2.0], start=1):
+        network.weight.data.fill_(weight)
+        ema.update(network, step)
+        value += (1 - ema.decay_at(step)) * (weight - value)
+        torch.testing.assert_close(ema.network.weight, torch.full((1, 2), value))
+    assert torch.equal(network.weight, torch.full((1, 2), 2.0))  # the network itself is left alone
+    assert not any(weights.requires_grad for weights in ema.parameters())
+    nn.Sequential(ema).train()
+    assert not ema.network.training
+
+
+def test_ema_copies_what_is_counted():
+    network = nn.BatchNorm1d(2)
+    ema = EMA(network)
+    network(torch.randn(8, 2))
+    ema.update(network, 1)
+    assert ema.network.num_batches_tracked == 1 and same(ema.network.running_mean, network.running_mean)
+
+
+def test_the_first_step_is_number_one_for_the_average(tmp_path, data):
+    steps = []
+    update = EMA.update
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EMA, "update", lambda self, network, step: (steps.append(step), update(self, network, step)))
+        Fit(tmp_path, "dit", data, max_epochs=1)
+    assert steps == [1, 2, 3, 4]
+
+
+def test_the_average_in_a_checkpoint_is_that_of_its_step(tmp_path, data):
+    """Not of the step before, as where a callback updates it."""
+    fit = Fit(tmp_path, "dit", data, max_steps=2, max_epochs=-1)
+    first, second = (torch.load(fit.folder / name, weights_only=True)["state_dict"] for name in ("01.kept", "last.ckpt"))
+    for name in (name for name in second if name.startswith("network.")):
+        expected = torch.lerp(first[f"ema.{name}"], second[name], 1 - 3 / 12)
+        torch.testing.assert_close(second[f"ema.{name}"], expected, msg=name)
+
+
+def test_the_learning_rate_rises_and_falls():
+    def rates(warmup, total, steps):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+        schedule = cosine_with_warmup(optimizer, warmup, total)["lr_scheduler"]["scheduler"]
+        made = []
+        for _ in range(steps):
+            made.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return made
+
+    made = rates(4, 104, 105)
+    assert made[:4] == pytest.approx([0.4, 0.8, 1.2, 1.6]) and made[4] == 2.0
+    assert made[54] == pytest.approx(1.0) and made[104] == pytest.approx(0.0)
+    assert made[4:] == sorted(made[4:], reverse=True)
+    assert rates(50, 20, 20)[2] == 2.0  # in a short run the warm-up takes a tenth
+    assert rates(2, math.inf, 10)[2:] == [2.0] * 8
+
+
+def test_psnr_of_a_known_error(split_dir, monkeypatch):
+    module = VAVAEModule(tiny_vavae())
+    batch = PictureDataModule(split_dir, SIZE).val_data.__getitems__([0, 1])
+    logged = {}
+    monkeypatch.setattr(module, "log_dict", lambda values, **options: logged.update(values))
+
+    def off_by(pictures, labels, draws, keep=None):
+        return torch.where(pictures > 0, pictures - 0.2, pictures + 0.2), posterior
+
+    with torch.no_grad():
+        posterior = module.reconstruct(torch.zeros(2, 3, 16, 16), batch["labels"], _draws())[1]
+        monkeypatch.setattr(module, "reconstruct", off_by)
+        module.validation_step(batch, 0)
+    assert float(logged["val/psnr"]) == pytest.approx(20.0, abs=0.01)  # a tenth of the range
+
+
+def _draws():
+    from vavae_tools.draws import Draws
+
+    return Draws(0, 0, torch.tensor([0, 1]))
+
+
+def test_dropped_conditions_and_flips_follow_from_the_sample(data):
+    """Other company in the batch changes neither loss nor choice."""
+    module, latents, _ = modules("dit", *data)
+    dataset = latents.train_data
+    from vavae_tools.draws import Draws
+
+    def loss_of(indices):
+        batch = dataset.__getitems__(indices)
+        draws = Draws(0, 3, batch["index"])
+        return module.model_step(module.network, batch, draws, dropout=0.5)[0].item()
+
+    nn.init.normal_(module.network["denoiser"].final_layer.linear.weight, std=0.5)
+    singles = [loss_of([i]) for i in (4, 9, 11)]
+    assert loss_of([4, 9, 11]) == pytest.approx(sum(singles) / 3, rel=1e-4)
+    assert len(set(singles)) == 3
+
+
+class Still(Previews):
+    def grid(self, module):
+        assert not module.training and not torch.is_grad_enabled()
+        return torch.zeros(3, 8, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"), [({"max_epochs": 3}, [8, 12]), ({"max_steps": 10, "max_epochs": -1}, [8, 10])]
+)
+def test_previews_come_now_and_then_and_at_the_end(tmp_path, data, length, steps):
+    shown = []
+    fit = Fit(tmp_path, "dit", data, callbacks=[Still(tmp_path / "previews", 2, shown.append)], **length)
+    names = sorted(path.name for path in (tmp_path / "previews").iterdir())
+    assert names == [f"preview-{step:06d}.png" for step in steps] and len(shown) == len(steps)
+    assert Image.open(tmp_path / "previews" / names[0]).size == (8, 8)
+    assert fit.module.training or fit.trainer.state.finished
+
+
+# ---- devices
+
+
+T4, A100, CPU = Machine("t4", 2, "Tesla T4"), Machine("ampere", 1, "A100"), Machine("cpu", 1, "CPU")
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "precision"),
+    [
+        (None, CPU, "32-true"),
+        (None, T4, "16-mixed"),
+        (None, A100, "bf16-mixed"),
+        ("32", T4, "32-true"),
+        ("16-mixed", T4, "16-mixed"),
+        ("bf16", CPU, "bf16-mixed"),
+    ],
+)
+def test_precision(name, machine, precision):
+    assert precision_of(name, machine) == precision
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "message"),
+    [
+        ("16", CPU, "A CPU has no fp16 training: use --precision 32"),
+        ("bf16", T4, "Tesla T4 has no bf16"),
+        ("8", A100, "No precision '8'; there are 32, 16, bf16"),
+    ],
+)
+def test_precision_that_a_machine_cannot_do(name, machine, message):
+    with pytest.raises(UserError, match=message):
+        precision_of(name, machine)
+
+
+def test_settings_by_machine(monkeypatch):
+    monkeypatch.setattr(devices, "find_machine", lambda: T4)
+    settings = trainer_settings()
+    assert (settings["accelerator"], settings["devices"], settings["strategy"]) == ("gpu", 2, "ddp")
+    assert settings["precision"] == "16-mixed" and settings["use_distributed_sampler"] is False
+    assert trainer_settings(parts_may_go_unused=True)["strategy"] == "ddp_find_unused_parameters_true"
+    assert trainer_settings(devices=1)["strategy"] == "auto"
+    assert trainer_settings(devices=1, num_nodes=2)["strategy"] == "ddp"
+    assert trainer_settings(strategy="deepspeed")["strategy"] == "deepspeed"
+    with pytest.raises(UserError, match=r"--devices 4, but this machine has 2 \(Tesla T4\)"):
+        trainer_settings(devices=4)
+    cpu = trainer_settings(accelerator="cpu")
+    assert (cpu["accelerator"], cpu["devices"], cpu["precision"]) == ("cpu", 1, "32-true")
+    monkeypatch.setattr(devices, "find_machine", lambda: CPU)
+    assert trainer_settings()["accelerator"] == "cpu"
+    with pytest.raises(UserError, match="No GPU that torch can use here: take --accelerator cpu"):
+        trainer_settings(accelerator="gpu")

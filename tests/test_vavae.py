@@ -1,0 +1,317 @@
+"""The VA-VAE: AutoencoderKL bit by bit until its projections have learned, and what it can be loaded from."""
+
+import json
+import os
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from tiny import SIZE, TWO_LEVELS, perturb_projections, same, tiny_dit, tiny_vavae
+
+from vavae_tools.autoencoders.vavae import VAVAE, load_vavae, read_condition_file, reconstruct, vavae
+from vavae_tools.data.images import PictureFolder
+from vavae_tools.errors import UserError
+from vavae_tools.files import save_model
+
+
+def pictures(height: int = SIZE, width: int = SIZE, batch: int = 3) -> torch.Tensor:
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def plain_copy(model: VAVAE) -> AutoencoderKL:
+    """diffusers' own model with the same weights."""
+    plain = AutoencoderKL(**TWO_LEVELS)
+    weights = {k: v for k, v in model.state_dict().items() if k in plain.state_dict()}
+    plain.load_state_dict(weights)
+    return plain.eval()
+
+
+LABELS = torch.tensor([2, 0, 1])
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+# ---- the model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", [True, False])
+def test_with_fresh_projections_it_is_autoencoderkl_bit_by_bit(attention):
+    changes = {"mid_block_add_attention": attention}
+    model, plain = tiny_vavae(**changes).eval(), AutoencoderKL(**TWO_LEVELS, **changes).eval()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    x, vectors = pictures(), model.condition_vectors(LABELS)
+    assert vectors.abs().min() > 0
+    expected = plain.encode(x).latent_dist
+    for condition in (None, vectors):
+        posterior = model.encode(x, condition=condition).latent_dist
+        assert same(posterior.parameters, expected.parameters)
+        assert same(model.decode(expected.mean, condition=condition).sample, plain.decode(expected.mean).sample)
+        assert same(model.decode(expected.mean, False, condition=condition)[0], plain.decode(expected.mean, False)[0])
+        assert same(model.encode(x, False, condition=condition)[0].mean, expected.mean)
+
+
+@torch.no_grad()
+def test_a_model_without_vectors_has_none_of_their_weights():
+    model = tiny_vavae(condition_dim=0)
+    assert set(model.state_dict()) == set(AutoencoderKL(**TWO_LEVELS).state_dict())
+
+
+@torch.no_grad()
+def test_trained_projections_let_the_vector_into_both_halves():
+    model = perturb_projections(tiny_vavae()).eval()
+    x, vectors = pictures(), model.condition_vectors(LABELS)
+    without = model.encode(x).latent_dist.mean
+    with_vectors = model.encode(x, condition=vectors).latent_dist.mean
+    others = model.encode(x, condition=model.condition_vectors(LABELS.flip(0))).latent_dist.mean
+    changed = (with_vectors - others).abs().amax(dim=(1, 2, 3))
+    assert changed[0] > 0.01 and changed[1] == 0 and changed[2] > 0.01  # the middle one kept its vector
+    assert (with_vectors - without).abs().max() > 0.01
+    z = without
+    assert (model.decode(z, condition=vectors).sample - model.decode(z).sample).abs().max() > 0.01
+    keep = torch.tensor([True, False, True])
+    dropped = model.encode(x, condition=model.condition_vectors(LABELS, keep)).latent_dist.mean
+    torch.testing.assert_close(dropped[1], without[1])  # a dropped vector is the model without vectors
+    assert same(dropped[[0, 2]], with_vectors[[0, 2]])
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_every_projection_matters(half):
+    """Each level gets the vector, and each projection a gradient at once, though all start at zero."""
+    model = tiny_vavae()
+    vectors = model.condition_vectors(LABELS)
+    posterior = model.encode(pictures(), condition=vectors).latent_dist
+    model.decode(posterior.mean, condition=vectors).sample.square().sum().backward()
+    projections = getattr(model, f"{half}_projections")
+    assert len(projections) == 3  # two levels and the middle
+    assert all(linear.weight.grad.abs().max() > 0 for linear in projections)
+
+
+@torch.no_grad()
+def test_pictures_need_not_be_square():
+    model = perturb_projections(tiny_vavae()).eval()
+    x = pictures(16, 24)
+    vectors = model.condition_vectors(LABELS)
+    posterior = model.encode(x, condition=vectors).latent_dist
+    assert posterior.mean.shape == (3, 2, 8, 12)
+    assert model.decode(posterior.mean, condition=vectors).sample.shape == x.shape
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = perturb_projections(tiny_vavae()).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        vectors = model.condition_vectors(LABELS)
+        posterior = model.encode(pictures(), condition=vectors).latent_dist
+        model.decode(posterior.mean, condition=vectors).sample.square().mean().backward()
+        gradients.append({name: weights.grad for name, weights in model.named_parameters() if weights.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 50
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_normalising():
+    model = tiny_vavae(latents_mean=(1.0, -2.0), latents_std=(0.5, 4.0))
+    z = torch.tensor([1.5, 2.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4)
+    assert torch.equal(model.normalise(z), torch.ones(1, 2, 4, 4))
+    torch.testing.assert_close(model.denormalise(model.normalise(z)), z)
+    with pytest.raises(UserError, match="carries no latent statistics"):
+        tiny_vavae().normalise(z)
+
+
+def test_named_sizes():
+    """The published model's numbers of parameters (golden/SPEC.md §6), without their memory."""
+    with torch.device("meta"):
+        model = vavae("f16d32")
+    assert model.downsampling == 16
+
+    def count(part):
+        return sum(weights.numel() for weights in part.parameters())
+
+    assert (round(count(model.encoder) / 1e6, 2), round(count(model.decoder) / 1e6, 2)) == (28.41, 41.42)
+    assert (count(model.quant_conv), count(model.post_quant_conv)) == (4160, 1056)
+    small = vavae("small", condition_dim=4, num_conditions=2)
+    assert small.downsampling == 4 and small.conditions.weight.shape == (2, 4)
+    with pytest.raises(UserError, match="No VA-VAE size 'huge'; there are f16d32, small"):
+        vavae("huge")
+
+
+# ---- loading
+
+
+def test_a_saved_model_comes_back(tmp_path):
+    model = perturb_projections(tiny_vavae(latents_mean=(1.0, 2.0), latents_std=(3.0, 4.0))).eval()
+    model.save_pretrained(tmp_path)
+    said = []
+    for loaded in (VAVAE.from_pretrained(tmp_path), load_vavae(tmp_path, say=said.append)):
+        assert isinstance(loaded, VAVAE)
+        for name, weights in model.state_dict().items():
+            assert same(loaded.state_dict()[name], weights), name
+        assert tuple(loaded.config.latents_std) == (3.0, 4.0) and loaded.config.condition_dim == 4
+    assert said == [f"VA-VAE weights: {len(model.state_dict())} matched, 0 start anew, 0 unused ({tmp_path})"]
+
+
+def test_a_plain_autoencoderkl_gets_fresh_vectors(tmp_path):
+    plain = plain_copy(tiny_vavae(seed=3))
+    plain.save_pretrained(tmp_path)
+    model = load_vavae(tmp_path, 5, 7, say=quiet).eval()
+    assert model.conditions.weight.shape == (7, 5)
+    with torch.no_grad():
+        x = pictures()
+        posterior = model.encode(x, condition=model.condition_vectors(LABELS)).latent_dist
+        assert same(posterior.mean, plain.encode(x).latent_dist.mean)
+    assert load_vavae(tmp_path, say=quiet).config.condition_dim == 0
+
+
+def test_vectors_of_other_people_are_dropped_with_their_projections(tmp_path):
+    model = perturb_projections(tiny_vavae())
+    model.save_pretrained(tmp_path)
+    for condition_dim, people in [(4, 5), (6, 3)]:  # more people, longer vectors
+        said = []
+        loaded = load_vavae(tmp_path, condition_dim, people, say=said.append)
+        assert loaded.conditions.weight.shape == (people, condition_dim)
+        assert all((linear.weight == 0).all() for linear in loaded.encoder_projections)
+        assert all((linear.weight == 0).all() for linear in loaded.decoder_projections)
+        assert same(loaded.encoder.conv_in.weight, model.encoder.conv_in.weight)
+        assert "7 start anew, 0 unused" in said[0]
+    assert same(load_vavae(tmp_path, 4, 3, say=quiet).conditions.weight, model.conditions.weight)
+
+
+def test_vectors_can_be_left_out(tmp_path):
+    """--condition_dim 0 with weights that have vectors, of fewer people than the split has."""
+    perturb_projections(tiny_vavae()).save_pretrained(tmp_path)
+    model = load_vavae(tmp_path, 0, 0, say=quiet)
+    assert model.config.condition_dim == 0 and not hasattr(model, "conditions")
+
+
+def test_half_precision_weights_are_loaded_as_float32(tmp_path):
+    tiny_vavae().half().save_pretrained(tmp_path)
+    assert {weights.dtype for weights in load_vavae(tmp_path, say=quiet).parameters()} == {torch.float32}
+
+
+def test_a_training_checkpoint_is_loaded(tmp_path):
+    model = perturb_projections(tiny_vavae())
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in model.config.items() if not k.startswith("_")}
+    weights = {f"vavae.{k}": v for k, v in model.state_dict().items()}
+    checkpoint = {"state_dict": {**weights, "loss.extra": torch.ones(1)}, "hyper_parameters": {"vavae_config": config}}
+    torch.save(checkpoint, tmp_path / "best.ckpt")
+    loaded = load_vavae(tmp_path / "best.ckpt", say=quiet)
+    assert all(same(loaded.state_dict()[name], weights) for name, weights in model.state_dict().items())
+
+
+def test_what_cannot_be_loaded_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"No VA-VAE at .*nowhere: expected a folder with config\.json or a \.ckpt"):
+        load_vavae(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty is no VA-VAE folder: expected config\.json .* found nothing"):
+        load_vavae(tmp_path / "empty")
+    torch.save({"state_dict": {}, "hyper_parameters": {"denoiser_config": {}}}, tmp_path / "dit.ckpt")
+    with pytest.raises(UserError, match=r"dit\.ckpt is no checkpoint of VA-VAE training here"):
+        load_vavae(tmp_path / "dit.ckpt")
+    tiny_dit()[0].save_pretrained(tmp_path / "dit")
+    with pytest.raises(UserError, match="of another architecture|lacks .* of the model's weights"):
+        load_vavae(tmp_path / "dit")
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    tiny_vavae().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "block_out_channels": [8, 16]}))
+    with pytest.raises(UserError, match=r"of another architecture: \S+ is \(8,.*\), expected \(16,.*\)"):
+        load_vavae(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "layers_per_block": 2}))
+    with pytest.raises(UserError, match=r"lacks \d+ of the model's weights, the first "):
+        load_vavae(tmp_path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_code_and_damage_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Malicious()}, "bad.ckpt")
+    with pytest.raises(UserError, match="more than tensors and plain values"):
+        load_vavae("bad.ckpt")
+    assert not (tmp_path / "executed").exists()
+    tiny_vavae().save_pretrained("model")
+    weights = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"safetensors cannot be read .*: copy it again"):
+        load_vavae("model")
+    (tmp_path / "model" / "config.json").write_text("{ no json")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_vavae("model")
+
+
+def test_saving_over_a_model_keeps_it_whole(tmp_path, monkeypatch):
+    """A full disk leaves the former weights, and nothing half-written beside them."""
+    former = tiny_vavae(seed=1)
+    save_model(former, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as context, pytest.raises(OSError):
+        context.setattr(VAVAE, "save_config", full)
+        save_model(tiny_vavae(seed=2), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    save_model(tiny_vavae(seed=2), tmp_path)
+    assert set(files) == {path.name for path in tmp_path.iterdir()}
+    assert same(load_vavae(tmp_path, say=quiet).conditions.weight, tiny_vavae(seed=2).conditions.weight)
+
+
+# ---- vectors from a file
+
+
+PEOPLE = {"ID_1": 0, "ID_4": 3}
+
+
+def test_condition_file(tmp_path):
+    vectors = {"ID_4": torch.tensor([4.0, 4.5]), "ID_1": torch.tensor([1.0, 1.5]), "ID_9": torch.zeros(2)}
+    save_file(vectors, tmp_path / "c.safetensors")
+    table = read_condition_file(tmp_path / "c.safetensors", PEOPLE)
+    assert table.tolist() == [[1.0, 1.5], [0, 0], [0, 0], [4.0, 4.5]] and table.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ({"ID_1": torch.zeros(2)}, "has no vector for ID_4; it holds 1 vectors"),
+        ({"ID_1": torch.zeros(2), "ID_4": torch.zeros(3)}, "differ in shape"),
+        ({"ID_1": torch.zeros(2, 2), "ID_4": torch.zeros(2, 2)}, "expected one length"),
+    ],
+)
+def test_bad_condition_files(tmp_path, vectors, message):
+    save_file(vectors, tmp_path / "c.safetensors")
+    with pytest.raises(UserError, match=message):
+        read_condition_file(tmp_path / "c.safetensors", PEOPLE)
+
+
+def test_a_condition_file_that_is_none(tmp_path):
+    with pytest.raises(UserError, match="No condition file"):
+        read_condition_file(tmp_path / "c.safetensors", PEOPLE)
+    (tmp_path / "c.safetensors").write_text("ID_1: 0.3")
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        read_condition_file(tmp_path / "c.safetensors", PEOPLE)
+
+
+# ---- reconstructions
+
+
+def test_reconstructions_stand_beside_their_originals(split_dir):
+    model, data = perturb_projections(tiny_vavae()), PictureFolder(split_dir / "val", SIZE, progress=False)
+    originals, made = reconstruct(model, data, batch_size=4)
+    assert torch.equal(originals, data.in_memory())
+    assert made.shape == originals.shape and made.dtype == torch.uint8
+    again = reconstruct(model, data, batch_size=6)[1]
+    assert (made.int() - again.int()).abs().max() <= 1  # no random number in it; the batch size rounds at most
+    assert torch.equal(made, reconstruct(model, data, batch_size=4)[1])
