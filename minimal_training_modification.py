@@ -39,11 +39,11 @@ def main() -> None:
     choices["devices"] = choices["devices"] or "auto"
 
     from vavae_tools.places import find_split
-    from vavae_tools.training.runs import fine_tune_vavae
+    from vavae_tools.training.runs import fine_tune_vavae, say
 
     data_dir = options.pop("data_dir") or find_split()
     vavae_dir = fine_tune_vavae(data_dir, **options, devices=choices)
-    print(f"next: python -m vavae_tools.train --data_dir {data_dir} --vavae {vavae_dir}")
+    say(f"next: python -m vavae_tools.train --data_dir {data_dir} --vavae {vavae_dir}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 """What several test files share: thirty tiny simulated pictures of three people, their split, their latents."""
 
-import os
 from pathlib import Path
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -315,3 +315,8 @@ def test_reconstructions_stand_beside_their_originals(split_dir):
     again = reconstruct(model, data, batch_size=6)[1]
     assert (made.int() - again.int()).abs().max() <= 1  # no random number in it; the batch size rounds at most
     assert torch.equal(made, reconstruct(model, data, batch_size=4)[1])
+
+
+def test_from_config_builds_the_same_model_again():
+    model = VAVAE.from_config(tiny_vavae(condition_dim=3, num_conditions=2).config)
+    assert model.state_dict().keys() == tiny_vavae(condition_dim=3, num_conditions=2).state_dict().keys()

@@ -38,7 +38,7 @@ def main() -> None:
         raise UserError(f"--max_steps {options.max_steps}: at least one step is needed")
 
     from vavae_tools.places import find_split
-    from vavae_tools.training.runs import encode_split, train_dit
+    from vavae_tools.training.runs import encode_split, say, train_dit
 
     encode_split(options.data_dir or find_split(), options.vavae, options.latents_dir, flips=options.flips)
     numbers = {name: getattr(options, name) for name in ("hidden_size", "depth", "num_heads")}
@@ -62,7 +62,7 @@ def main() -> None:
             "precision": options.precision,
         },
     )
-    print(f"next: python -m vavae_tools.sample --checkpoint {pipeline} --num_samples 100 --output_dir outputs/samples")
+    say(f"next: python -m vavae_tools.sample --checkpoint {pipeline} --num_samples 100 --output_dir outputs/samples")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def trainer_settings(
 
 def quiet_lightning() -> None:
     """Keep Lightning's advertisements and hints out of the output; what matters is said by the commands."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.accelerators.cuda").setLevel(logging.WARNING)
+    for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
     for text in ("does not have many workers", "The number of training batches", "isinstance(treespec, LeafSpec)"):
         warnings.filterwarnings("ignore", message=f".*{text}.*".replace("(", r"\(").replace(")", r"\)"))

@@ -5,9 +5,16 @@ import time
 from collections.abc import Callable
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
 from tqdm.auto import tqdm
 
 from vavae_tools.errors import UserError
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """Print a line at once, and once: of several processes only the first speaks."""
+    print(line, flush=True)
 
 
 class Progress(L.Callback):
@@ -17,7 +24,7 @@ class Progress(L.Callback):
     anyway, so that the bar never makes a GPU wait.
     """
 
-    def __init__(self, say: Callable[[str], None] = print) -> None:
+    def __init__(self, say: Callable[[str], None] = say) -> None:
         self.say = say
         self._live = sys.stderr.isatty() or "ipykernel" in sys.modules
         self._bar: tqdm | None = None

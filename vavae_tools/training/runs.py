@@ -36,7 +36,7 @@ from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.diffusion_module import DiffusionModule
 from vavae_tools.training.previews import ReconstructionPreviews, SamplePreviews
 from vavae_tools.training.processes import several_devices_from_a_cell
-from vavae_tools.training.progress import Progress, ran_to_the_end
+from vavae_tools.training.progress import Progress, ran_to_the_end, say
 from vavae_tools.training.vavae_module import VAVAEModule
 
 Show = Callable[[Tensor], None]
@@ -61,7 +61,7 @@ def fine_tune_vavae(
     resume: str | None = None,
     preview_every: int | None = None,
     show: Show | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
     devices: dict[str, Any] | None = None,
 ) -> Path:
     """Fine-tune a VA-VAE with a vector per person on one split.
@@ -138,7 +138,7 @@ def encode_split(
     image_size: int | None = None,
     flips: bool = False,
     seed: int = 0,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
 ) -> LatentFolder:
     """Encode a split with a VA-VAE, once, and write the latents' statistics into the VA-VAE's own folder."""
     if Path(vavae_dir).is_file():
@@ -170,7 +170,7 @@ def train_dit(
     previews: int = 8,
     guidance_scale: float = 2.0,
     show: Show | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
     devices: dict[str, Any] | None = None,
 ) -> Path:
     """Train a DiT on latents.

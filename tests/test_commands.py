@@ -1,0 +1,411 @@
+"""The commands as people type them: the whole path on tiny pictures, and one line for everything that is wrong."""
+
+import importlib
+import json
+import os
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import SIZE, same, tiny_pipeline, tiny_vavae
+
+from vavae_tools.data.split import split_folders
+from vavae_tools.errors import run_command
+from vavae_tools.training.runs import fine_tune_vavae
+
+ROOT = Path(__file__).parents[1]
+FINE_TUNE = ["--condition_dim", "4", "--image_size", str(SIZE), "--batch_size", "6"]
+TINY_DIT = ["--hidden_size", "16", "--depth", "1", "--num_heads", "2", "--patch_size", "4", "--batch_size", "8"]
+SCRIPTS = {"split": "data_split.py", "fine_tune": "minimal_training_modification.py"}
+MODULES = {"train": "vavae_tools.train", "sample": "vavae_tools.sample", "evaluate": "vavae_tools.evaluate"}
+
+
+def main_of(name: str):
+    if name in SCRIPTS:
+        return runpy.run_path(str(ROOT / SCRIPTS[name]))["main"]
+    return importlib.import_module(MODULES[name]).main
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a command here: its exit status, what it printed, and what it said on stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VAVAE_WORK", raising=False)
+
+    def run(name: str, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            run_command(main_of(name))
+        except SystemExit as exit:
+            status = exit.code
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- the whole path
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(split_dir, vavae_dir, tmp_path_factory) -> tuple[Path, str]:
+    """`minimal_training_modification.py` ended by SIGKILL while it writes, then `--resume last`: outputs and stdout."""
+    folder = tmp_path_factory.mktemp("killed")
+    arguments = ["--data_dir", str(split_dir), "--original_vavae", str(vavae_dir), *FINE_TUNE]
+    arguments += ["--max_epochs", "4", "--output_dir", "outputs"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    script = str(ROOT / SCRIPTS["fine_tune"])
+    often = (  # a checkpoint after each step, in place of one in five minutes
+        "import runpy, sys, vavae_tools.training.checkpoints as c; c.checkpoint_callbacks.__defaults__ = (0.0,); "
+        f"sys.argv[0] = {script!r}; sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({script!r}, run_name='__main__')"
+    )
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", often, *arguments], cwd=folder, env=environment, stdout=log, stderr=log
+        )
+        last = folder / "outputs" / "checkpoints" / "last.ckpt"
+        deadline = time.monotonic() + 120
+        while not (last.is_file() and len(list(last.parent.glob("best-*"))) == 1):  # into the second epoch
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert 4 <= step < 16, "it was killed too late to show anything"
+    done = subprocess.run(
+        [sys.executable, script, *arguments, "--resume", "last"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"going on after step {step} of 16" in done.stdout
+    return folder / "outputs", done.stdout
+
+
+def test_fine_tuning_writes_what_it_says(killed_and_resumed):
+    outputs, said = killed_and_resumed
+    names = sorted(path.name for path in (outputs / "checkpoints").iterdir())
+    assert len(names) == 2 and names[0].startswith("best-00") and names[1] == "last.ckpt"
+    assert sorted(path.name for path in (outputs / "vavae").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    assert list((outputs / "reconstructions").glob("*.png")) and list((outputs / "lightning_logs").rglob("events*"))
+    assert "Fine-tuning on 24 pictures of 3 people, 6 a step on each of 1 device, lr 0.002, 32-true" in said
+    assert f"written: outputs/vavae (from outputs/checkpoints/{names[0]})" in said
+    assert said.splitlines()[-1].startswith("next: python -m vavae_tools.train --data_dir ")
+
+
+def test_killed_and_resumed_equals_never_stopped(killed_and_resumed, split_dir, vavae_dir, tmp_path):
+    outputs, _ = killed_and_resumed
+    said = []
+    fine_tune_vavae(
+        split_dir,
+        tmp_path,
+        vavae_dir,
+        condition_dim=4,
+        image_size=SIZE,
+        batch_size=6,
+        max_epochs=4,
+        show=lambda grid: None,
+        say=said.append,
+    )
+    resumed, whole = (weights_of(folder / "checkpoints" / "last.ckpt") for folder in (outputs, tmp_path))
+    assert resumed.keys() == whole.keys() and all(same(resumed[name], whole[name]) for name in whole)
+    best, other = (next((folder / "checkpoints").glob("best-*")) for folder in (outputs, tmp_path))
+    assert best.name == other.name
+    assert files(outputs / "vavae") == files(tmp_path / "vavae")
+    steps = [line.split()[1] for line in said if line.startswith("step ")]
+    assert steps == [f"{step}/16" for step in range(1, 17)]
+
+
+@pytest.fixture(scope="module")
+def trained(killed_and_resumed, split_dir, tmp_path_factory) -> Path:
+    """`python -m vavae_tools.train` on it: the folder with dit/ and the rest."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        shutil.copytree(killed_and_resumed[0] / "vavae", "outputs/vavae")
+        arguments = ["--data_dir", str(split_dir), *TINY_DIT, "--max_steps", "7", "--flips"]
+        patch.setattr(sys, "argv", ["train", *arguments])
+        run_command(main_of("train"))
+    return folder
+
+
+def test_training_writes_what_sampling_needs(trained):
+    outputs = trained / "outputs"
+    names = sorted(path.name for path in (outputs / "dit" / "checkpoints").iterdir())
+    assert len(names) == 2 and names[0].startswith("best-") and names[1] == "last.ckpt"
+    assert json.loads((outputs / "latents" / "latents.json").read_text())["flips"] is True
+    for part in ("vae", "denoiser", "conditioner", "scheduler"):
+        assert (outputs / "dit" / "pipeline" / part).is_dir()
+    assert json.loads((outputs / "dit" / "pipeline" / "vae" / "config.json").read_text())["latents_mean"]
+    assert list((outputs / "dit" / "samples").glob("samples-000007.png"))
+
+
+@pytest.mark.parametrize("checkpoint", ["pipeline", "checkpoints/last.ckpt"])
+def test_sampling_writes_a_folder_for_each_person(run, trained, checkpoint, tmp_path):
+    arguments = ["--checkpoint", trained / "outputs" / "dit" / checkpoint, "--num_samples", "5", "--num_steps", "2"]
+    status, said, _ = run("sample", *arguments, "--labels", "0,ID_3", "--seed", "4", "--cfg_interval", "0.1,1")
+    assert status == 0
+    written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    expected = {"ID_1": 3, "ID_3": 2}  # spread evenly
+    assert written == [f"outputs/samples/{name}/seed4_{n:05d}.png" for name in expected for n in range(expected[name])]
+    assert said.startswith("written: 5 pictures of 2 people (outputs/samples/ID_1 …)\nnext: python -m vavae_tools.eval")
+    with Image.open(tmp_path / written[0]) as picture:
+        assert picture.size == (SIZE, SIZE)
+    first = {name: (tmp_path / name).read_bytes() for name in written}
+    names = tmp_path / "names.txt"
+    names.write_text("anna\nben\ncarl\n\n")
+    status, _, _ = run("sample", *arguments, "--labels", "0,2", "--seed", "4", "--cfg_interval", "0.1,1",
+                       "--output_dir", "others", "--class_list", names)  # fmt: skip
+    assert status == 0
+    again = sorted((tmp_path / "others").rglob("*.png"))
+    assert [path.parent.name for path in again] == ["anna"] * 3 + ["carl"] * 2
+    assert [path.read_bytes() for path in again] == list(first.values())
+
+
+def test_one_person_alone_goes_all_the_way(run, gait, vavae_dir, tmp_path):
+    shutil.copytree(gait / "ID_2", tmp_path / "in" / "ID_2")
+    split_folders(tmp_path / "in", tmp_path / "split", progress=False)
+    arguments = ["--data_dir", "split", "--original_vavae", vavae_dir, *FINE_TUNE, "--max_epochs", "1"]
+    assert run("fine_tune", *arguments)[0] == 0
+    status, _, err = run("train", "--data_dir", "split", *TINY_DIT, "--max_steps", "2")
+    assert status == 0, err
+    status, _, err = run("sample", "--checkpoint", "outputs/dit/pipeline", "--num_samples", "2", "--num_steps", "1")
+    assert status == 0, err
+    assert [path.parent.name for path in (tmp_path / "outputs" / "samples").rglob("*.png")] == ["ID_2"] * 2
+
+
+# ---- --help
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, *MODULES])
+def test_help_is_a_page_and_comes_at_once(name):
+    script = (
+        "import runpy, sys\n"
+        "sys.argv = ['command', '--help']\n"
+        "try:\n    {call}\n"
+        "finally:\n    print(sorted({{'torch', 'lightning', 'diffusers', 'numpy'}} & set(sys.modules)), file=sys.stderr)"
+    )
+    if name in SCRIPTS:
+        call = f"runpy.run_path({str(ROOT / SCRIPTS[name])!r}, run_name='__main__')"
+    else:
+        call = f"runpy.run_module({MODULES[name]!r}, run_name='__main__')"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", script.format(call=call)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and done.stdout.startswith("usage: ") and done.stderr == "[]\n", done.stderr
+    assert after.ru_utime - before.ru_utime < 1  # of the processor's time: a busy machine changes little
+    flags = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  --")]
+    assert len(flags) >= 3
+
+
+def test_every_flag_of_the_specification_is_there(run):
+    _, said, _ = run("fine_tune", "--help")
+    for flag in ("data_dir original_vavae condition_dim kl_weight batch_size max_epochs lr devices num_nodes strategy "
+                 "accelerator precision output_dir").split():  # fmt: skip
+        assert f"--{flag} " in said
+    assert "deepspeed" in said and "{16,32,bf16}" in said and "(default: 100)" in said
+    _, said, _ = run("sample", "--help")
+    for flag in "checkpoint num_samples cfg_scale num_steps labels class_list output_dir".split():
+        assert f"--{flag} " in said
+
+
+def test_the_package_imports_nothing_heavy_and_all_its_names_are_there():
+    script = (
+        "import sys, vavae_tools\n"
+        "assert not {'torch', 'lightning', 'diffusers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "assert set(vavae_tools.__all__) <= set(dir(vavae_tools))\n"
+        "from vavae_tools import *\n"
+        "assert all(callable(globals()[name]) for name in vavae_tools.__all__)\n"
+        "try:\n    vavae_tools.nonsense\n"
+        "except AttributeError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("vavae_tools has no 'nonsense'; it offers write_gait_dataset, split_folders, ")
+
+
+# ---- bad input
+
+
+def assert_one_line(outcome: tuple[int, str, str], message: str) -> None:
+    status, _, err = outcome
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), err
+    assert message in lines[0], lines[0]
+
+
+@pytest.fixture(scope="module")
+def things(split_dir, vavae_dir, latents_dir, tmp_path_factory) -> dict[str, str]:
+    """Paths for the commands below."""
+    folder = tmp_path_factory.mktemp("things")
+    tiny_pipeline().save_pretrained(folder / "pipeline")
+    torch.save({"state_dict": {}, "hyper_parameters": {"denoiser_config": {}}}, folder / "dit.ckpt")
+    other = {"vavae." + name: weights for name, weights in tiny_vavae(condition_dim=0).state_dict().items()}
+    torch.save({"state_dict": other, "optimizer_states": [], "loops": {}}, folder / "other.ckpt")
+    (folder / "file").write_text("a file")
+    (folder / "two.txt").write_text("anna\nben\n")
+    (folder / "twice.txt").write_text("anna\nben\nanna\n")
+    return {
+        "here": str(folder),
+        "split": str(split_dir),
+        "vavae": str(vavae_dir),
+        "latents": str(latents_dir),
+        "pipeline": str(folder / "pipeline"),
+    }
+
+
+TUNE = "--data_dir {split} --original_vavae {vavae} --condition_dim 4 --max_epochs 1"
+BAD_FINE_TUNING = {
+    "--data_dir nowhere": "No split_info.json in nowhere: it is no split. Make one with python data_split.py",
+    "": "run data_split.py first, or name it with --data_dir",
+    TUNE + " --original_vavae nowhere": "No VA-VAE at nowhere",
+    TUNE + " --original_vavae {here}/dit.ckpt": "dit.ckpt is no checkpoint of VA-VAE training",
+    TUNE + " --original_vavae {here}/file": "file is damaged or no checkpoint",
+    TUNE + " --resume last": "No checkpoint outputs/checkpoints/last.ckpt",
+    TUNE + " --resume {here}/other.ckpt": "other.ckpt is of another model",
+    TUNE + " --image_size 17": "--image_size 17 does not fit this VA-VAE: it must be divisible by 2",
+    TUNE + " --image_size -16": "--image_size -16",
+    TUNE + " --image_size 0": "--image_size 0",
+    TUNE + " --batch_size 0": "batch_size 0: at least one",
+    TUNE + " --max_epochs 0": "--max_epochs 0: at least one pass",
+    TUNE + " --condition_dim -1": "--condition_dim -1",
+    TUNE + " --condition_file {here}/none": "No condition file",
+    TUNE + " --output_dir {here}/file": "file is a file, expected a folder",
+    TUNE + " --accelerator gpu --devices 4": "No GPU that torch can use here",
+    TUNE + " --precision 16": "A CPU has no fp16 training: use --precision 32",
+    TUNE + " --strategy deepspeed": "deepspeed",
+}
+BAD_TRAINING = {
+    "--data_dir {split} --vavae nowhere": "No VA-VAE at nowhere",
+    "--data_dir {split} --vavae {vavae} --max_steps 0": "--max_steps 0: at least one step",
+    "--data_dir {split} --vavae {vavae} --batch_size 0": "batch_size 0: at least one",
+    "--data_dir {split} --vavae {vavae} --hidden_size 30 --num_heads 4": "hidden_size",
+    "--data_dir {split} --vavae {vavae} --patch_size 3": "patch_size",
+    "--data_dir {split} --vavae {vavae} --latents_dir {here}/file": "file is a file, expected a folder",
+    "--data_dir {split} --vavae {vavae} --resume {here}/other.ckpt": "other.ckpt is of another model",
+}
+BAD_SAMPLING = {
+    "--checkpoint nowhere": "No checkpoint nowhere",
+    "--checkpoint {here}": "is no pipeline (no model_index.json)",
+    "--checkpoint {here}/other.ckpt": "other.ckpt is no checkpoint of DiT training",
+    "--checkpoint {pipeline} --labels 0,3": "Label 3 does not exist: labels go from 0 to 2 (3 classes).",
+    "--checkpoint {pipeline} --labels -1": "Label -1 does not exist",
+    "--checkpoint {pipeline} --labels ID_9": "Nobody called 'ID_9'; there are ID_1, ID_2, ID_3",
+    "--checkpoint {pipeline} --cfg_interval 0.5": "--cfg_interval '0.5': expected two times such as 0.1,1",
+    "--checkpoint {pipeline} --cfg_interval a,b": "--cfg_interval 'a,b': expected two times",
+    "--checkpoint {pipeline} --cfg_interval 0.9,0.1": "expected 0 ≤ start ≤ end ≤ 1",
+    "--checkpoint {pipeline} --cfg_interval 0,nan": "expected 0 ≤ start ≤ end ≤ 1",
+    "--checkpoint {pipeline} --num_samples 0": "--num_samples 0: at least one picture",
+    "--checkpoint {pipeline} --num_steps 0": "at least one step is needed",
+    "--checkpoint {pipeline} --batch_size 0": "batch_size 0: at least one",
+    "--checkpoint {pipeline} --class_list none.txt": "--class_list none.txt: No such file or directory",
+    "--checkpoint {pipeline} --class_list {here}/two.txt": "The class list has 2 names, the model 3 classes",
+    "--checkpoint {pipeline} --class_list {here}/twice.txt": "names somebody twice",
+    "--checkpoint {pipeline} --output_dir {here}/file --num_steps 1": "file is a file, expected a folder",
+}
+BAD = [
+    (name, line, message)
+    for name, lines in (("fine_tune", BAD_FINE_TUNING), ("train", BAD_TRAINING), ("sample", BAD_SAMPLING))
+    for line, message in lines.items()
+]
+
+
+@pytest.mark.parametrize(("name", "line", "message"), BAD, ids=[f"{name} {line}" for name, line, _ in BAD])
+def test_bad_input_is_answered_by_one_line(run, things, name, line, message):
+    if "--precision" in line or "gpu" in line or "deepspeed" in line:
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+    before = files(Path(things["here"]))
+    assert_one_line(run(name, *line.format(**things).split()), message)
+    assert files(Path(things["here"])) == before
+
+
+@pytest.mark.parametrize("line", ["--precision 8", "--devices 3", "--max_epoch 4", "--kl_weight much", "--strategy dp"])
+def test_unknown_choices_and_flags_are_refused(run, line):
+    status, _, err = run("fine_tune", *line.split())
+    assert status == 2 and "Traceback" not in err and line.split()[0] in err.splitlines()[-1]
+
+
+# ---- a full disk
+
+
+@contextmanager
+def full_disk(limit: int):
+    """No file may grow beyond `limit` bytes: writing fails as on a disk without space."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_while_training_leaves_the_checkpoint(run, things, tmp_path):
+    arguments = TUNE.format(**things).split()
+    assert run("fine_tune", *arguments)[0] == 0
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "outputs" / "checkpoints").iterdir()}
+    with full_disk(60_000):
+        outcome = run("fine_tune", *arguments, "--seed", "1")
+    assert_one_line(outcome, ".ckpt could not be written")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "outputs" / "checkpoints").iterdir()} == kept
+    assert run("fine_tune", *arguments, "--max_epochs", "2", "--resume", "last")[0] == 0
+
+
+def test_a_full_disk_while_encoding_says_so(run, things, tmp_path):
+    shutil.copytree(things["vavae"], tmp_path / "vavae")
+    before = files(tmp_path / "vavae")
+    with full_disk(5_000):
+        outcome = run("train", "--data_dir", things["split"], "--vavae", "vavae", *TINY_DIT, "--max_steps", "1")
+    assert_one_line(outcome, "No space left on the disk")
+    assert files(tmp_path / "outputs" / "latents") == {} and files(tmp_path / "vavae") == before
+
+
+def test_a_full_disk_while_the_statistics_are_written_keeps_the_model(run, things, tmp_path):
+    shutil.copytree(things["vavae"], tmp_path / "vavae")
+    config = json.loads((tmp_path / "vavae" / "config.json").read_text())
+    (tmp_path / "vavae" / "config.json").write_text(json.dumps({**config, "latents_mean": None, "latents_std": None}))
+    before = files(tmp_path / "vavae")
+    assert len(before["diffusion_pytorch_model.safetensors"]) > 30_000
+    with full_disk(30_000):
+        outcome = run("train", "--data_dir", things["split"], "--vavae", "vavae", *TINY_DIT, "--max_steps", "1")
+    assert_one_line(outcome, "No space left on the disk")
+    assert files(tmp_path / "vavae") == before
+
+
+def test_a_full_disk_while_sampling_leaves_whole_pictures_only(run, things, tmp_path):
+    with full_disk(100):
+        outcome = run("sample", "--checkpoint", things["pipeline"], "--num_samples", "2", "--num_steps", "1")
+    assert_one_line(outcome, "No space left on the disk")
+    assert files(tmp_path / "outputs") == {}
