@@ -158,7 +158,8 @@ def test_a_reader_that_has_gone_is_no_fault():
         "def main():\n    for i in range(100000): print('line', i)\n"
         "run_command(main)"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", script], **pipes)
     assert process.stdout.readline() == "line 0\n"
     process.stdout.close()
     assert (process.stderr.read(), process.wait(30)) == ("", 0)

@@ -117,9 +117,7 @@ def test_flips_are_encoded_only_when_asked_for(split, tmp_path, count_encoded):
         vectors = vae.condition_vectors(batch["labels"])
         posterior = vae.encode(to_unit(batch["pictures"]).flip(3), condition=vectors).latent_dist
         noise = Draws(0, 0, torch.tensor([4])).normal("posterior of the mirrored picture", 2, 8, 8)
-    torch.testing.assert_close(
-        both["latents_flip"][4:5], posterior.mean + posterior.std * noise, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(both["latents_flip"][4:5], posterior.mean + posterior.std * noise, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_without_vectors_encodes_too(split, tmp_path):
@@ -292,5 +290,5 @@ def test_encoding_a_split_tells_the_vavae_its_statistics(split, tmp_path, count_
 
 def test_a_checkpoint_cannot_carry_statistics(split, tmp_path):
     (tmp_path / "best.ckpt").touch()
-    with pytest.raises(UserError, match=r"best\.ckpt is a file: the latents' statistics are kept in the VA-VAE's folder"):
+    with pytest.raises(UserError, match=r"best\.ckpt is a file: the latents' statistics are kept in"):
         encode_split(split, tmp_path / "best.ckpt", tmp_path / "latents")

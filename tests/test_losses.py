@@ -37,7 +37,7 @@ def test_a_constant_offset():
 
 
 def test_gradients_of_a_ramp():
-    """A slope of 0.01 per pixel along the width: 0.01 at full size, 0.02 at half, 0.04 at quarter; 0 along the height."""
+    """A slope of 0.01 per pixel along one axis: 0.01 at full size, 0.02 at half, 0.04 at quarter; 0 along the other."""
     flat, ramp = torch.zeros(1, 3, 32, 32), (torch.arange(32) * 0.01).expand(1, 3, 32, 32)
     expected = (0.01 + 0.02 + 0.04) / 3
     torch.testing.assert_close(gradient(ramp, flat), torch.tensor(expected))

@@ -15,6 +15,7 @@ from torch import nn
 
 from vavae_tools.data.images import PictureDataModule
 from vavae_tools.data.latents import LatentDataModule
+from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.machine import Machine
 from vavae_tools.training import checkpoints as checkpoints_module
@@ -56,7 +57,7 @@ class Watch(L.Callback):
             shutil.copy(self.folder / "last.ckpt", self.folder / f"{trainer.global_step:02d}.kept")
 
     def on_validation_end(self, trainer, module):
-        trainer.save_checkpoint(self.folder / f"{trainer.global_step:02d} validated.kept")  # as best-*.ckpt is
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step:02d} validated.kept")
 
 
 class Fit:
@@ -108,7 +109,8 @@ def data(split_dir, latents_dir):
 
 LENGTHS = {
     "epochs": {"max_epochs": 3},
-    "steps": {"max_steps": 10, "max_epochs": -1, "check_val_every_n_epoch": 2},  # as `train_dit`, ends within an epoch
+    "steps": {"max_steps": 10, "max_epochs": -1},  # as `train_dit`, ends within an epoch
+    "steps, few validations": {"max_steps": 10, "max_epochs": -1, "check_val_every_n_epoch": 2},
 }
 
 
@@ -118,18 +120,23 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, data, kind, l
     """Stopped after any step: within an epoch, after its last step, after its validation; with and without workers."""
     whole = Fit(tmp_path / "whole", kind, data, **LENGTHS[length])
     steps = whole.last["global_step"]
-    assert steps == {"epochs": 12, "steps": 10}[length] and len(whole.seen) == steps
+    assert steps == (12 if length == "epochs" else 10) and len(whole.seen) == steps
     for epoch in {epoch for epoch, _ in whole.seen if epoch < 2}:
         assert sorted(i for e, indices in whole.seen if e == epoch for i in indices) == list(range(24))
     kept = sorted(path for path in whole.folder.glob("*.kept") if not path.name.startswith(str(steps)))
     assert len(kept) >= steps
     if kind == "vavae":  # its steps are slow: those around the end of an epoch, one within, the last
         kept = [path for path in kept if path.name[:2] in ("02", "04", "05", f"{steps - 1:02d}")]
-    for number, path in enumerate(kept):
+    best = best_checkpoint(whole.folder)
+    for number, path in enumerate([*kept, best]):
+        step = torch.load(path, weights_only=True)["global_step"]
+        if step == steps:
+            continue
         workers = 2 if number in (1, 2) else 0
         resumed = Fit(tmp_path / path.stem, kind, data, path, workers, **LENGTHS[length])
-        assert len(resumed.seen) == steps - int(path.name[:2]), path.name
+        assert len(resumed.seen) == steps - step, path.name
         assert_same_run(resumed, whole)
+        assert best_checkpoint(resumed.folder).name == best.name or step > int(best.name[5:8]) * 4 + 3
 
 
 @pytest.mark.parametrize("kind", ["vavae", "dit"])
@@ -258,7 +265,12 @@ def test_a_failing_write_leaves_the_former_checkpoint(tmp_path, data, monkeypatc
 
 def test_writing_goes_beside_and_then_under_the_name(tmp_path, monkeypatch):
     seen, save = [], torch.save
-    monkeypatch.setattr(checkpoints_module.torch, "save", lambda value, path: (seen.append(Path(path)), save(value, path)))
+
+    def watched(checkpoint, path):
+        seen.append(Path(path))
+        save(checkpoint, path)
+
+    monkeypatch.setattr(checkpoints_module.torch, "save", watched)
     WholeCheckpointIO().save_checkpoint({"w": torch.ones(3)}, str(tmp_path / "deep" / "last.ckpt"))
     assert seen[0].parent == tmp_path / "deep" and seen[0].name != "last.ckpt"
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["last.ckpt"]
@@ -294,7 +306,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, other, message):
     here = DiffusionModule(*tiny_dit())
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": other().state_dict(), "optimizer_states": [], "loops": {}}, path)
-    with pytest.raises(UserError, match="last.ckpt is of another model"):
+    with pytest.raises(UserError, match=message):
         check_resumable(path, here)
     torch.save({"state_dict": here.state_dict(), "optimizer_states": [], "loops": {}}, path)
     check_resumable(path, here)
@@ -354,7 +366,8 @@ def test_the_first_step_is_number_one_for_the_average(tmp_path, data):
 def test_the_average_in_a_checkpoint_is_that_of_its_step(tmp_path, data):
     """Not of the step before, as where a callback updates it."""
     fit = Fit(tmp_path, "dit", data, max_steps=2, max_epochs=-1)
-    first, second = (torch.load(fit.folder / name, weights_only=True)["state_dict"] for name in ("01.kept", "last.ckpt"))
+    first = torch.load(fit.folder / "01.kept", weights_only=True)["state_dict"]
+    second = fit.last["state_dict"]
     for name in (name for name in second if name.startswith("network.")):
         expected = torch.lerp(first[f"ema.{name}"], second[name], 1 - 3 / 12)
         torch.testing.assert_close(second[f"ema.{name}"], expected, msg=name)
@@ -389,23 +402,16 @@ def test_psnr_of_a_known_error(split_dir, monkeypatch):
         return torch.where(pictures > 0, pictures - 0.2, pictures + 0.2), posterior
 
     with torch.no_grad():
-        posterior = module.reconstruct(torch.zeros(2, 3, 16, 16), batch["labels"], _draws())[1]
+        posterior = module.reconstruct(torch.zeros(2, 3, 16, 16), batch["labels"], Draws(0, 0, batch["index"]))[1]
         monkeypatch.setattr(module, "reconstruct", off_by)
         module.validation_step(batch, 0)
     assert float(logged["val/psnr"]) == pytest.approx(20.0, abs=0.01)  # a tenth of the range
-
-
-def _draws():
-    from vavae_tools.draws import Draws
-
-    return Draws(0, 0, torch.tensor([0, 1]))
 
 
 def test_dropped_conditions_and_flips_follow_from_the_sample(data):
     """Other company in the batch changes neither loss nor choice."""
     module, latents, _ = modules("dit", *data)
     dataset = latents.train_data
-    from vavae_tools.draws import Draws
 
     def loss_of(indices):
         batch = dataset.__getitems__(indices)

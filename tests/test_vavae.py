@@ -214,7 +214,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
     with pytest.raises(UserError, match=r"dit\.ckpt is no checkpoint of VA-VAE training here"):
         load_vavae(tmp_path / "dit.ckpt")
     tiny_dit()[0].save_pretrained(tmp_path / "dit")
-    with pytest.raises(UserError, match="of another architecture|lacks .* of the model's weights"):
+    with pytest.raises(UserError, match=r"of another architecture|lacks .* of the model's weights"):
         load_vavae(tmp_path / "dit")
 
 

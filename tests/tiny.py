@@ -62,5 +62,3 @@ def tiny_pipeline(seed: int = 0) -> LatentDiTPipeline:
 def same(a: Tensor, b: Tensor) -> bool:
     """Bit by bit."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-
-

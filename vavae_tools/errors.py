@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -31,12 +32,17 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def disk_fault(error: OSError) -> str | None:
-    """The line to say for a disk that is full, or that does not let us write; None for any other `OSError`."""
+    """The line to say for a disk that is full or does not let us write, or a file in a folder's place; else None."""
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"No space left on the disk{where}. What was there is untouched: free some space and run it again."
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"Not allowed to write or read here{where}. Choose a folder that is yours, such as ./outputs."
+    if error.errno in (errno.ENOTDIR, errno.EEXIST) and error.filename:
+        path = Path(error.filename)
+        in_the_way = next((part for part in (path, *path.parents) if part.is_file()), None)
+        if in_the_way is not None:
+            return f"{in_the_way} is a file, expected a folder: name another one."
     return None
 
 

@@ -101,8 +101,11 @@ class VAVAE(AutoencoderKL):
         blocks = [*encoder.down_blocks, encoder.mid_block]
         h = self._through(blocks, self.encoder_projections, h, condition)  # (B, C, H/f, W/f)
         h = encoder.conv_out(encoder.conv_act(encoder.conv_norm_out(h)))  # (B, 2·latent_channels, H/f, W/f)
-        posterior = DiagonalGaussianDistribution(self.quant_conv(h) if self.quant_conv is not None else h)
+        posterior = DiagonalGaussianDistribution(_moments(self.quant_conv(h) if self.quant_conv is not None else h))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        return _moments(super()._encode(x))
 
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: None = None, condition: Tensor | None = None
@@ -140,6 +143,11 @@ class VAVAE(AutoencoderKL):
         mean = torch.tensor(self.config.latents_mean, device=like.device, dtype=like.dtype)
         std = torch.tensor(self.config.latents_std, device=like.device, dtype=like.dtype)
         return mean[:, None, None], std[:, None, None]
+
+
+def _moments(h: Tensor) -> Tensor:
+    """Mean and log-variance in float32 under autocast: the variance goes up to e²⁰, and fp16 ends at 65,504."""
+    return h.float() if torch.is_autocast_enabled(h.device.type) else h
 
 
 def _zero_linear(condition_dim: int, width: int) -> nn.Linear:

@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
@@ -190,10 +191,15 @@ def load_pipeline(path: str | Path, ema: bool = True, vavae_dir: str | Path | No
         if not (path / "model_index.json").is_file():
             there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
             raise UserError(f"{path} is no pipeline (no model_index.json); it holds {there}. Name a .ckpt or pipeline/")
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # it loads within a second
         try:  # without low_cpu_mem_usage it does not ask for a package that is of no use here
             return LatentDiTPipeline.from_pretrained(path, low_cpu_mem_usage=False)
         except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(f"The pipeline {path} cannot be read ({str(error)[:200]}): copy it again") from None
+        finally:
+            if bars:
+                logging.enable_progress_bar()
     checkpoint = read_checkpoint(path)
     settings = checkpoint.get("hyper_parameters", {})
     if "denoiser_config" not in settings:

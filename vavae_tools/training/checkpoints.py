@@ -3,6 +3,7 @@
 import shutil
 import signal
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,27 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        ends = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not ends:
             return  # the gradients gathered so far would be lost
-        if trainer.strategy.broadcast(self._stop or trainer.received_sigterm):  # the first process decides for all
+        validates = trainer.enable_validation and sum(trainer.num_val_batches) > 0
+        if ends and validates and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+            return  # it would be left out on resuming, and with it perhaps the best model: save after it
+        self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: L.Trainer) -> None:
+        now = time.monotonic()
+        due = now - self._last_time_checked >= self._train_time_interval.total_seconds()
+        # the first process decides for all
+        due, stop = trainer.strategy.broadcast((due, self._stop or trainer.received_sigterm))
+        if due or stop:
             self._save(trainer)
+            self._last_time_checked = now
+        if stop:
             raise UserError(f"Stopped after step {trainer.global_step:,}; go on with --resume last")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -96,13 +113,20 @@ class LastCheckpoint(ModelCheckpoint):
 
 def checkpoint_callbacks(folder: Path, monitor: str | None, every_minutes: float = 5.0) -> list[ModelCheckpoint]:
     """`last.ckpt`, and the best by `monitor` (smaller is better) as `best-EPOCH-VALUE.ckpt`."""
-    callbacks: list[ModelCheckpoint] = [LastCheckpoint(folder, every_minutes)]
+    callbacks: list[ModelCheckpoint] = []
     if monitor:
         name = f"best-{{epoch:03d}}-{{{monitor}:.4f}}"
         callbacks.append(
-            ModelCheckpoint(folder, name, monitor=monitor, auto_insert_metric_name=False, enable_version_counter=False)
+            ModelCheckpoint(
+                folder,
+                name,
+                monitor=monitor,
+                auto_insert_metric_name=False,
+                save_on_train_epoch_end=False,  # from there Lightning does not resume exactly where max_steps is set
+                enable_version_counter=False,
+            )
         )
-    return callbacks
+    return [*callbacks, LastCheckpoint(folder, every_minutes)]  # last, so that it knows of the best
 
 
 def resume_path(resume: str | None, folder: Path) -> Path | None:

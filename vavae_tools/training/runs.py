@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from vavae_tools.autoencoders.vavae import (
@@ -89,6 +90,8 @@ def fine_tune_vavae(
     quiet_lightning()
     if max_epochs < 1:
         raise UserError(f"--max_epochs {max_epochs}: at least one pass over the pictures is needed")
+    if condition_dim < 0:
+        raise UserError(f"--condition_dim {condition_dim}: the length of a vector, or 0 for none")
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
     resume_from = resume_path(resume, checkpoints)
@@ -264,8 +267,8 @@ def _vavae_to_start_from(
 
 
 def _fitting_size(image_size: int | None, model: VAVAE) -> int:
-    image_size = image_size or model.config.sample_size
-    if image_size % model.downsampling:
+    image_size = model.config.sample_size if image_size is None else image_size
+    if image_size < 1 or image_size % model.downsampling:
         raise UserError(
             f"--image_size {image_size} does not fit this VA-VAE: it must be divisible by {model.downsampling}"
         )
@@ -275,12 +278,15 @@ def _fitting_size(image_size: int | None, model: VAVAE) -> int:
 def _trainer(
     settings: dict[str, Any], output_dir: Path, callbacks: list[L.Callback], say: Callable[[str], None], **length: Any
 ) -> L.Trainer:
-    return L.Trainer(
-        **settings,
-        **length,
-        default_root_dir=output_dir,
-        logger=TensorBoardLogger(output_dir),
-        callbacks=[*callbacks, Progress(say)],
-        plugins=[WholeCheckpointIO()],
-        enable_progress_bar=False,
-    )
+    try:
+        return L.Trainer(
+            **settings,
+            **length,
+            default_root_dir=output_dir,
+            logger=TensorBoardLogger(output_dir),
+            callbacks=[*callbacks, Progress(say)],
+            plugins=[WholeCheckpointIO()],
+            enable_progress_bar=False,
+        )
+    except MisconfigurationException as error:  # such as a strategy whose package is missing
+        raise UserError(str(error)) from None
