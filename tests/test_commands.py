@@ -22,6 +22,8 @@ from vavae_tools.data.split import split_folders
 from vavae_tools.errors import run_command
 from vavae_tools.training.runs import fine_tune_vavae
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on folders that are not empty
+
 ROOT = Path(__file__).parents[1]
 FINE_TUNE = ["--condition_dim", "4", "--image_size", str(SIZE), "--batch_size", "6"]
 TINY_DIT = ["--hidden_size", "16", "--depth", "1", "--num_heads", "2", "--patch_size", "4", "--batch_size", "8"]

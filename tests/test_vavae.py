@@ -91,6 +91,16 @@ def test_every_projection_matters(half):
 
 
 @torch.no_grad()
+def test_levels_may_have_different_widths():
+    """Each projection fits its own level: the small model has 16, 32 and 48 channels."""
+    model = perturb_projections(vavae("small", condition_dim=4, num_conditions=3)).eval()
+    vectors = model.condition_vectors(LABELS)
+    posterior = model.encode(pictures(), condition=vectors).latent_dist
+    assert posterior.mean.shape == (3, 8, 4, 4)
+    assert model.decode(posterior.mean, condition=vectors).sample.shape == (3, 3, SIZE, SIZE)
+
+
+@torch.no_grad()
 def test_pictures_need_not_be_square():
     model = perturb_projections(tiny_vavae()).eval()
     x = pictures(16, 24)

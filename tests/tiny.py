@@ -8,6 +8,8 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.pipeline import LatentDiTPipeline, solver
 from vavae_tools.diffusion.transformer import DiT
 
+torch.set_num_threads(1)  # for steps of a millisecond; two threads on a busy machine take seven times as long
+
 PEOPLE = 3
 SIZE = 16
 """pixels of the tiny pictures; two levels make latents of 2×8×8 of them"""

@@ -217,5 +217,5 @@ def load_pipeline(path: str | Path, ema: bool = True, vavae_dir: str | Path | No
 
 
 def solver() -> FlowMatchEulerDiscreteScheduler:
-    """Euler's method without a shift of time: at small latents the shift of the published recipe gains nothing."""
+    """Euler's method on even steps; `timestep_shift=0.3` at sampling gives the grid of LightningDiT's recipe."""
     return FlowMatchEulerDiscreteScheduler()
