@@ -14,7 +14,7 @@ DEEPEST = 5
 """Levels below a root that are searched for person folders: Kaggle mounts at …/datasets/OWNER/NAME/ANY/FOLDER."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Place:
     """The folders of one project: notebooks 01 to 05 hand over to each other through them.
 
@@ -25,6 +25,11 @@ class Place:
 
     pictures: Path | None
     work: Path
+
+    def __str__(self) -> str:
+        return f"pictures: {self.pictures or 'simulated walkers (none were found or named)'}\noutputs:  {self.work}"
+
+    __repr__ = __str__
 
     @property
     def built_in(self) -> bool:

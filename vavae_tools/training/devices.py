@@ -74,5 +74,12 @@ def quiet_lightning() -> None:
     """Keep Lightning's advertisements and hints out of the output; what matters is said by the commands."""
     for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
-    for text in ("does not have many workers", "The number of training batches", "isinstance(treespec, LeafSpec)"):
-        warnings.filterwarnings("ignore", message=f".*{text}.*".replace("(", r"\(").replace(")", r"\)"))
+    for text in (
+        "does not have many workers",  # the data stand in memory
+        "The number of training batches",  # fewer than log_every_n_steps: small data
+        "isinstance.treespec, LeafSpec",  # Lightning's own
+        "exists and is not empty",  # going on in the same folder is meant
+        "your dataloader is not resumable",  # its order is, see data/order.py
+        "in eval mode at the start of training",  # the averaged weights
+    ):
+        warnings.filterwarnings("ignore", message=f".*{text}.*")

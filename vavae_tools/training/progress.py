@@ -8,8 +8,6 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm.auto import tqdm
 
-from vavae_tools.errors import UserError
-
 
 @rank_zero_only
 def say(line: str) -> None:
@@ -75,9 +73,3 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
-
-
-def ran_to_the_end(trainer: L.Trainer) -> None:
-    """Stop here, with what to do, where training was interrupted by a person (Lightning returns as if it had ended)."""
-    if trainer.interrupted:
-        raise UserError(f"Stopped at step {trainer.global_step:,}; go on with --resume last")

@@ -37,7 +37,7 @@ from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.diffusion_module import DiffusionModule
 from vavae_tools.training.previews import ReconstructionPreviews, SamplePreviews
 from vavae_tools.training.processes import several_devices_from_a_cell
-from vavae_tools.training.progress import Progress, ran_to_the_end, say
+from vavae_tools.training.progress import Progress, say
 from vavae_tools.training.vavae_module import VAVAEModule
 
 Show = Callable[[Tensor], None]
@@ -124,7 +124,6 @@ def fine_tune_vavae(
     trainer = _trainer(settings, output_dir, callbacks, say, max_epochs=max_epochs)
     check_resumable(resume_from, module)
     trainer.fit(module, pictures, ckpt_path=resume_from, weights_only=True)
-    ran_to_the_end(trainer)
 
     folder = output_dir / "vavae"
     if trainer.is_global_zero:
@@ -246,7 +245,6 @@ def train_dit(
     )
     check_resumable(resume_from, module)
     trainer.fit(module, latents, ckpt_path=resume_from, weights_only=True)
-    ran_to_the_end(trainer)
 
     folder = output_dir / "pipeline"
     if trainer.is_global_zero:
