@@ -16,7 +16,8 @@ from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation import classifier as classifier_module
 from vavae_tools.evaluation.classifier import PersonClassifier, augment, cached_classifier, train_classifier
-from vavae_tools.evaluation.report import evaluate_pictures, evaluate_reconstructions
+from vavae_tools.evaluation.reconstructions import evaluate_reconstructions
+from vavae_tools.evaluation.report import evaluate_pictures
 
 SIZE = 32
 

@@ -23,7 +23,7 @@ _HOME = {
     "load_pipeline": "diffusion.pipeline",
     "write_samples": "diffusion.pipeline",
     "evaluate_pictures": "evaluation.report",
-    "evaluate_reconstructions": "evaluation.report",
+    "evaluate_reconstructions": "evaluation.reconstructions",
     "show_pictures": "plots",
     "show_rows": "plots",
 }

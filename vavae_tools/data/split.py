@@ -10,10 +10,9 @@ import errno
 import hashlib
 import io
 import os
-import re
 import shutil
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from vavae_tools.data.folders import (
     person_folders,
     picture_entries,
 )
+from vavae_tools.data.sides import RecordingOf, choose_sides, recordings
 from vavae_tools.data.split_report import (
     INFO_NAME,
     SIDES,
@@ -54,8 +54,6 @@ LINKS = ("copy", "hard", "symbolic")
 CHECKS = ("decode", "contents")
 MIN_SIDE = 2
 """Pixels: a picture that is narrower or lower than this shows nothing."""
-
-RecordingOf = Callable[[Picture], str | None]
 
 
 def split_folders(
@@ -92,7 +90,7 @@ def split_folders(
     }
     source, target = _checked_places(input_dir, output_dir)
     pictures, notes = _find_pictures(source, settings["image_extensions"])
-    recording_of = _recordings(group_pattern, pictures, notes)
+    recording_of = recordings(group_pattern, pictures, notes)
     workers = min(8, os.cpu_count() or 1) if workers is None else max(1, workers)
     split = _Split(source, target, pictures, settings, recording_of, workers, progress)
 
@@ -107,101 +105,6 @@ def split_folders(
                 "Choose another --output_dir, or add --overwrite to replace it."
             )
     return SplitReport.of(split.make(notes + _leftovers(target)), target)
-
-
-# ---- which side
-
-
-def choose_sides(
-    pictures: Sequence[Picture], val_ratio: float, seed: int, recording_of: RecordingOf = lambda picture: None
-) -> dict[str, str]:
-    """The side of each picture, by its key. Val's share of a person comes as near to `val_ratio` as whole units allow.
-
-    A person with two units or more has at least one on each side; a single unit goes to train.
-    """
-    units = _units(pictures, recording_of)
-    units_of = defaultdict(list)
-    for unit in units:
-        for person in {picture.person for picture in unit}:
-            units_of[person].append(unit)
-    lacking = {}  # how many pictures of a person val still lacks
-    for person, n in Counter(picture.person for picture in pictures).items():
-        lacking[person] = min(max(int(n * val_ratio + 0.5), 1), n - 1) if len(units_of[person]) > 1 else 0
-
-    in_val = set()  # keys of the units' first pictures
-    for unit in sorted(units, key=lambda unit: _rank(seed, unit[0].key)):
-        share = Counter(picture.person for picture in unit) if len(unit) > 1 else {unit[0].person: 1}
-        if sum(abs(lacking[person]) - abs(lacking[person] - n) for person, n in share.items()) > 0:
-            in_val.add(unit[0].key)
-            for person, n in share.items():
-                lacking[person] -= n
-    for person in sorted(units_of, key=natural_key):
-        _mend(person, units_of, in_val)
-    return {picture.key: SIDES[unit[0].key in in_val] for unit in units for picture in unit}
-
-
-def _units(pictures: Sequence[Picture], recording_of: RecordingOf) -> list[list[Picture]]:
-    """What must stay on one side: pictures of one recording of a person or with the same content, taken together."""
-    parent = list(range(len(pictures)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    first = {}
-    for i, picture in enumerate(pictures):
-        recording = recording_of(picture)
-        for tie in filter(None, (picture.sha256, recording and (picture.person, recording))):
-            parent[root(i)] = root(first.setdefault(tie, i))
-    units = defaultdict(list)
-    for i, picture in enumerate(pictures):
-        units[root(i)].append(picture)
-    return list(units.values())
-
-
-def _mend(person: str, units_of: dict[str, list[list[Picture]]], in_val: set[str]) -> None:
-    """If all units of a person are on one side, move the smallest that no other person needs there."""
-
-    def side(unit: list[Picture]) -> bool:
-        return unit[0].key in in_val
-
-    def may_move(unit: list[Picture]) -> bool:
-        others = {picture.person for picture in unit} - {person}
-        return all(sum(side(u) == side(unit) for u in units_of[other]) > 1 for other in others)
-
-    units = units_of[person]
-    movable = [unit for unit in units if may_move(unit)]
-    if len(units) > 1 and len({side(unit) for unit in units}) == 1 and movable:
-        in_val ^= {min(movable, key=len)[0].key}
-
-
-def _rank(seed: int, key: str) -> bytes:
-    return hashlib.blake2b(os.fsencode(f"{seed}/{key}"), digest_size=16).digest()
-
-
-def _recordings(group_pattern: str | None, pictures: Sequence[Picture], notes: list[str]) -> RecordingOf:
-    """The function that tells a picture's recording from its name; None for a picture on its own."""
-    if group_pattern is None:
-        return lambda picture: None
-    flag = f"--group_pattern {group_pattern!r}"
-    try:
-        pattern = re.compile(group_pattern)
-    except re.error as error:
-        raise UserError(f"{flag} is no regular expression: {error}.") from None
-    if not pattern.groups:
-        raise UserError(f"{flag} has no group. Put the part that names the recording in (…), as in '(rec[0-9]+)_'.")
-
-    def recording_of(picture: Picture) -> str | None:
-        match = pattern.search(picture.name)
-        return (match[1] or None) if match else None
-
-    alone = [picture.key for picture in pictures if recording_of(picture) is None]
-    if len(alone) == len(pictures):
-        raise UserError(f"{flag} fits none of the {len(alone):,} names, such as {alone[0]}.")
-    if alone:
-        notes.append(f"{counted(len(alone), 'name')} without a recording, each on its own: {listed(alone)}")
-    return recording_of
 
 
 # ---- the work

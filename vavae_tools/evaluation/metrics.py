@@ -129,3 +129,11 @@ def nearest(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
         places.append(squared.argmin(dim=1))
     place = torch.cat(places)
     return place, (a - others[place]).square().sum(1).sqrt().float()
+
+
+def percent(share: float | None) -> str:
+    """
+    >>> percent(0.973), percent(None)
+    ('97.3 %', '-')
+    """
+    return "-" if share is None else f"{100 * share:.1f} %"

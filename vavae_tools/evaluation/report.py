@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from vavae_tools.data.folders import PICTURE_EXTENSIONS, contents, listed
-from vavae_tools.data.images import PictureFolder, to_pixels, to_unit
+from vavae_tools.data.images import PictureFolder, to_unit
 from vavae_tools.data.split import list_folders, read_split_info
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
-from vavae_tools.evaluation.metrics import KernelDistance, frechet_distance, mean_kernel_distance, nearest, psnr, ssim
+from vavae_tools.evaluation.metrics import KernelDistance, frechet_distance, mean_kernel_distance, nearest, percent
 from vavae_tools.files import write_json, written_whole
 from vavae_tools.machine import find_machine
 from vavae_tools.plots import plot_bars, show_rows
@@ -130,7 +130,7 @@ class Evaluation:
         ]
         rows = [("person", "generated", "named rightly", "real validation", "named rightly")]
         for name, score in [*self.people.items(), ("all", self.total)]:
-            right = (_percent(score.generated_right), _percent(score.validation_right))
+            right = (percent(score.generated_right), percent(score.validation_right))
             rows.append((name, f"{score.generated:,}", right[0], f"{score.validation:,}", right[1]))
         lines += _aligned(rows)
         if self.distances:
@@ -423,14 +423,10 @@ def _copy_line(copies: CopyCheck) -> str:
     line = "nearest training picture: "
     if copies.times_validation is not None:
         line += f"{copies.times_validation:.2f} times as far as from real validation pictures (median); "
-    line += f"{_percent(copies.generated_within)} are as near as the nearest 1 % of training pictures are to each other"
+    line += f"{percent(copies.generated_within)} are as near as the nearest 1 % of training pictures are to each other"
     if copies.validation_within is not None:
-        line += f" (real validation pictures: {_percent(copies.validation_within)})"
+        line += f" (real validation pictures: {percent(copies.validation_within)})"
     return line
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
@@ -442,69 +438,3 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-# ---- reconstructions
-
-
-@dataclass(frozen=True, repr=False)
-class ReconstructionScores:
-    """How true reconstructions are; what needs a classifier is None without one."""
-
-    pictures: int
-    psnr: float
-    """Mean, dB."""
-    ssim: float
-    right: float | None = None
-    """Share that the classifier names rightly."""
-    originals_right: float | None = None
-    frechet: float | None = None
-    """Fréchet distance to other real pictures."""
-    originals_frechet: float | None = None
-
-    def __str__(self) -> str:
-        line = f"{self.pictures:,} reconstructions: PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.3f}"
-        if self.right is not None:
-            line += f"; named rightly {_percent(self.right)} (originals {_percent(self.originals_right)})"
-        if self.frechet is not None:
-            times = self.frechet / max(self.originals_frechet, 1e-12)
-            line += f"; Fréchet distance {self.frechet:.3g} (originals {self.originals_frechet:.3g}: {times:.1f} times)"
-        return line
-
-    __repr__ = __str__
-
-
-def evaluate_reconstructions(
-    pictures: Tensor,
-    reconstructions: Tensor,
-    labels: Tensor | None = None,
-    classifier: PersonClassifier | None = None,
-    others: Tensor | None = None,
-) -> ReconstructionScores:
-    """Compare reconstructions with their originals.
-
-    Args:
-        pictures, reconstructions: (N, C, H, W), uint8 or floats in [-1, 1]; what lies outside is clipped.
-        labels: int64 (N,); with a classifier, how often it names them rightly.
-        others: further real pictures of the same persons, such as the training side's; with a classifier, the Fréchet
-            distance to them from the reconstructions, and from the originals as the scale.
-    """
-    originals, remade = (_in_range(x) for x in (pictures, reconstructions))
-    scores = {"psnr": psnr(originals, remade).mean().item(), "ssim": ssim(originals, remade).mean().item()}
-    if classifier is not None:
-        judged = [classifier.judge(to_pixels(x)) for x in (originals, remade)]
-        if labels is not None:
-            scores["originals_right"], scores["right"] = (
-                (named == labels.cpu()).float().mean().item() for _, named in judged
-            )
-        if others is not None:
-            reference = classifier.judge(to_pixels(_in_range(others)))[0]
-            scores["originals_frechet"], scores["frechet"] = (
-                frechet_distance(features, reference) for features, _ in judged
-            )
-    return ReconstructionScores(len(originals), **scores)
-
-
-def _in_range(pictures: Tensor) -> Tensor:
-    pictures = pictures.detach().cpu()
-    return to_unit(pictures) if pictures.dtype == torch.uint8 else pictures.float().clamp(-1, 1)
