@@ -28,7 +28,7 @@ from vavae_tools.files import disk_errors, write_json, written_whole
 
 SHARD_SIZE = 10_000
 INDEX = "latents.json"
-_FORM = 1  # of the files; another form is another cache key
+_FORM = 2  # of the files; another form is another cache key
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class LatentFolder:
     """A folder of latents and what its index says.
 
     Attributes:
+        key, weights: hashes of all that the latents follow from, and of the autoencoder's weights alone.
         mean, std: per channel, of the training side's plain latents (std with n − 1).
         shape: (C, h, w) of one latent.
         image_size: (height, width) in pixels of the pictures they were made of.
@@ -43,6 +44,7 @@ class LatentFolder:
 
     path: Path
     key: str
+    weights: str
     mean: list[float]
     std: list[float]
     shape: tuple[int, int, int]
@@ -131,6 +133,7 @@ def encode_latents(
     mean, std = statistics.mean_and_std()
     index = {
         "key": key,
+        "weights": weights_digest(autoencoder),
         "mean": mean,
         "std": std,
         "shape": list(shard["latents"].shape[1:]),
@@ -195,11 +198,17 @@ class _ChannelStatistics:
         return mean.tolist(), variance.clamp_min(1e-12).sqrt().tolist()
 
 
-def _cache_key(autoencoder: nn.Module, sides: dict[str, PictureFolder], flips: bool, seed: int) -> str:
-    digest = hashlib.sha256(f"form {_FORM}, flips {flips}, seed {seed}".encode())
+def weights_digest(autoencoder: nn.Module) -> str:
+    """A hash of all weights, by which latents know the autoencoder that made them."""
+    digest = hashlib.sha256()
     for name, tensor in sorted(autoencoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _cache_key(autoencoder: nn.Module, sides: dict[str, PictureFolder], flips: bool, seed: int) -> str:
+    digest = hashlib.sha256(f"form {_FORM}, flips {flips}, seed {seed}, {weights_digest(autoencoder)}".encode())
     for side, data in sides.items():
         digest.update(f"{side} {data.image_size} {data.channels} {data.labels.tolist()}".encode())
         for name, path in zip(data.names, data.paths, strict=True):

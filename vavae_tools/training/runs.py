@@ -18,7 +18,7 @@ from vavae_tools.autoencoders.vavae import (
     vavae,
 )
 from vavae_tools.data.images import PictureDataModule
-from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_latents
+from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_latents, weights_digest
 from vavae_tools.data.split import read_split_info
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.pipeline import LatentDiTPipeline, load_pipeline, solver
@@ -142,16 +142,11 @@ def encode_split(
     seed: int = 0,
     say: Callable[[str], None] = say,
 ) -> LatentFolder:
-    """Encode a split with a VA-VAE, once, and write the latents' statistics into the VA-VAE's own folder."""
-    if Path(vavae_dir).is_file():
-        raise UserError(f"{vavae_dir} is a file: the latents' statistics are kept in the VA-VAE's folder; name that")
+    """Encode a split with a VA-VAE, a folder or a `.ckpt`, once."""
     model = load_vavae(vavae_dir, say=lambda line: None)
     pictures = PictureDataModule(data_dir, _fitting_size(image_size, model), seed=seed)
     device = "cpu" if find_machine().kind == "cpu" else "cuda"
     latents = encode_latents(model, pictures, output_dir, flips, device=device, seed=seed)
-    if list(model.config.latents_mean or []) != latents.mean:
-        model.register_to_config(latents_mean=latents.mean, latents_std=latents.std)
-        save_model(model.cpu(), vavae_dir)
     say(str(latents))
     return latents
 
@@ -179,7 +174,7 @@ def train_dit(
 
     Args:
         latents_dir: what `encode_split` wrote.
-        vavae_dir: the VA-VAE that made them; a copy goes along with the checkpoints.
+        vavae_dir: the VA-VAE that made them; a copy with their statistics goes along with the checkpoints.
         output_dir: gets `checkpoints/best-*.ckpt` and `last.ckpt`, `lightning_logs/`, `samples/`, `vavae/`, and at
             the end `pipeline/`, ready to sample from.
         denoiser: {"size": "S" | "B" | "L" | "XL"}, or numbers (hidden_size, depth, num_heads), and patch_size.
@@ -204,8 +199,9 @@ def train_dit(
     network = dit(**denoiser) if "size" in denoiser else DiT(**denoiser)
     conditioner = ClassConditioner(latents.num_classes, network.config.hidden_size)
     model = load_vavae(vavae_dir, say=lambda line: None).eval()
-    if list(model.config.latents_mean or []) != latents.folder.mean:
-        raise UserError(f"{latents_dir} was not made by {vavae_dir}: its statistics differ. Encode the pictures again")
+    if weights_digest(model) != latents.folder.weights:
+        raise UserError(f"{latents_dir} was not made by {vavae_dir}: encode the pictures again with this VA-VAE")
+    model.register_to_config(latents_mean=latents.folder.mean, latents_std=latents.folder.std)
     save_model(model, output_dir / "vavae")
 
     module = DiffusionModule(network, conditioner, lr=lr, ema_decay=ema_decay, flip=flip, seed=seed)
