@@ -16,7 +16,7 @@ def main() -> None:
     add("--checkpoint", required=True, default=argparse.SUPPRESS, help="pipeline folder, or a .ckpt of DiT training")
     add("--num_samples", type=int, default=100, help="pictures in all, spread evenly over the labels")
     add("--labels", help='who: labels or names with commas, "0,1,2" or "ID_1,ID_2"; without it everybody')
-    add("--cfg_scale", type=float, default=2.0, help="guidance scale: 1 is none, larger is more typical, less varied")
+    add("--cfg_scale", type=float, default=1.25, help="guidance scale: 1 is none, larger is more typical, less varied")
     add("--cfg_interval", default="0,1", help="times between which guidance acts; 0 is noise, 1 is data")
     add("--num_steps", type=int, default=50, help="calls of the denoiser for each picture")
     add("--class_list", help="file with a folder name per line, in the labels' order; without it the trained names")

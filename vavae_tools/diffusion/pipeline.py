@@ -23,7 +23,7 @@ from vavae_tools.files import read_checkpoint
 
 
 class LatentDiTPipeline(DiffusionPipeline):
-    """Labels → pictures: `pipe(labels=[0, 1], num_inference_steps=50, guidance_scale=2.0).images`.
+    """Labels → pictures: `pipe(labels=[0, 1], num_inference_steps=50, guidance_scale=1.25).images`.
 
     Args:
         vae: with the statistics of its latents, which travel with it.
@@ -76,7 +76,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         self,
         labels: Iterable[int | str] | Tensor,
         num_inference_steps: int = 50,
-        guidance_scale: float = 2.0,
+        guidance_scale: float = 1.25,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_channels: str = "all",
         timestep_shift: float | None = None,

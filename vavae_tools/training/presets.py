@@ -32,7 +32,7 @@ class Preset:
     samples_per_person: int = 50
     num_steps: int = 50
     """calls of the denoiser for each picture"""
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.25
 
     def __str__(self) -> str:
         width = max(map(len, asdict(self)))
@@ -76,7 +76,7 @@ def find_preset(built_in: bool = False, machine: Machine | None = None) -> Prese
             vavae_epochs=6,
             vavae_lr=2e-3,
             dit={"hidden_size": 256, "depth": 6, "num_heads": 4, "patch_size": 4},
-            dit_steps=900,
+            dit_steps=1_100,
             dit_batch_size=32,
             dit_lr=1e-3,
             ema_decay=0.99,

@@ -165,7 +165,7 @@ def train_dit(
     seed: int = 0,
     resume: str | None = None,
     previews: int = 8,
-    guidance_scale: float = 2.0,
+    guidance_scale: float = 1.25,
     show: Show | None = None,
     say: Callable[[str], None] = say,
     devices: dict[str, Any] | None = None,
