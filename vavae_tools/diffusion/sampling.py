@@ -15,7 +15,7 @@ from vavae_tools.errors import UserError
 
 GUIDED_CHANNELS = {"all": None, "first3": 3}
 """Which channels guidance acts on. LightningDiT guides the first three of 32 only ("first3"): its published scales,
-such as 6.7 and 10, make sense with that alone. We guide all of them unless told otherwise, with scales of 1.25 to 2.5."""
+such as 6.7 and 10, make sense with that alone. We guide all of them unless told otherwise, by 1.25 to 2.5."""
 
 
 def guided_velocity(
