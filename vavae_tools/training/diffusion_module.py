@@ -12,7 +12,7 @@ from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.draws import Draws
 from vavae_tools.training.devices import trainer_settings
 from vavae_tools.training.ema import EMA
-from vavae_tools.training.vavae_module import cosine_with_warmup
+from vavae_tools.training.vavae_module import cosine_with_warmup, plain_config
 
 
 class DiffusionModule(L.LightningModule):
@@ -43,8 +43,8 @@ class DiffusionModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["denoiser", "conditioner", "objective"])
-        self.hparams["denoiser_config"] = _plain(denoiser.config)
-        self.hparams["conditioner_config"] = _plain(conditioner.config)
+        self.hparams["denoiser_config"] = plain_config(denoiser)
+        self.hparams["conditioner_config"] = plain_config(conditioner)
         self.network = nn.ModuleDict({"denoiser": denoiser, "conditioner": conditioner})
         self.ema = EMA(self.network, ema_decay)
         # a fresh denoiser predicts exactly zero, where the reference's eps makes gradients that fp16 cannot hold
@@ -89,8 +89,3 @@ class DiffusionModule(L.LightningModule):
     def trainer_settings(self, **choices: Any) -> dict[str, Any]:
         """Arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`): Trainer(**settings)."""
         return trainer_settings(**choices)
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A diffusers configuration as plain values, which `weights_only=True` can read."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if not k.startswith("_")}

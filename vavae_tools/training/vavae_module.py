@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from diffusers import ConfigMixin
 from torch import Tensor
 
 from vavae_tools.autoencoders.losses import VAVAELoss
@@ -43,11 +44,9 @@ class VAVAEModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["vavae"])
-        config = {name: value for name, value in vavae.config.items() if not name.startswith("_")}
-        self.hparams["vavae_config"] = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
-        self.vavae = vavae.to(memory_format=torch.channels_last)  # a fifth faster on a CPU, more on tensor cores
+        self.hparams["vavae_config"] = plain_config(vavae)
+        self.vavae = vavae.to(memory_format=torch.channels_last)  # 4 to 24 % faster on a CPU, by its widths
         self.loss = VAVAELoss(l1_weight, gradient_weight, spectral_weight, kl_weight)
-        self.strict_loading = True
 
     def reconstruct(self, pictures: Tensor, labels: Tensor | None, draws: Draws, keep: Tensor | None = None):
         """Encode, draw from the posterior, decode: (reconstruction (B, C, H, W), posterior)."""
@@ -85,6 +84,11 @@ class VAVAEModule(L.LightningModule):
         """Arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`): Trainer(**settings)."""
         # a condition that is dropped from a whole batch, or is switched off, leaves its weights without a gradient
         return trainer_settings(parts_may_go_unused=True, **choices)
+
+
+def plain_config(model: ConfigMixin) -> dict[str, Any]:
+    """A diffusers model's configuration as plain values, which `weights_only=True` can read."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in model.config.items() if not k.startswith("_")}
 
 
 def cosine_with_warmup(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: float) -> dict[str, Any]:
