@@ -98,21 +98,6 @@ def show_rows(
     return _lay_out(pictures, texts, list(rows), gap_after, size)
 
 
-def plot_curves(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str, log: bool = False
-) -> "Figure":
-    """A line for each entry, {"train": (steps, losses), …}; `log` makes the y axis logarithmic."""
-    figure = new_figure((6, 3.2))
-    ax = figure.add_subplot()
-    for name, (x, y) in curves.items():
-        ax.plot(x, y, label=name, marker="." if len(x) < 20 else None)
-    ax.set(xlabel=x_label, ylabel=y_label, yscale="log" if log else "linear")
-    ax.grid(alpha=0.3)
-    if len(curves) > 1:
-        ax.legend(frameon=False)
-    return figure
-
-
 def plot_bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], y_label: str) -> "Figure":
     """Bars side by side: for each of `names` one of every group, {"real": [98.0, …], "generated": [91.0, …]}."""
     figure = new_figure((max(4.0, 1.5 + 0.35 * len(names) * len(groups)), 3.2))
