@@ -8,16 +8,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import SIZE as TINY_SIZE
+from tiny import perturb_projections, tiny_dit, tiny_vavae, trained_looking
 
 from vavae_tools import evaluate
-from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.autoencoders.vavae import reconstruct, reconstruct_pictures
+from vavae_tools.data.images import PictureDataModule, PictureFolder, to_unit
 from vavae_tools.data.split import split_folders
+from vavae_tools.diffusion.pipeline import LatentDiTPipeline, solver, write_samples
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation import classifier as classifier_module
 from vavae_tools.evaluation.classifier import PersonClassifier, augment, cached_classifier, train_classifier
-from vavae_tools.evaluation.reconstructions import evaluate_reconstructions
+from vavae_tools.evaluation.conditions import compare_conditions
+from vavae_tools.evaluation.reconstructions import ReconstructionJudge, evaluate_reconstructions
 from vavae_tools.evaluation.report import evaluate_pictures
+from vavae_tools.plots import show_rows
 
 SIZE = 32
 
@@ -270,6 +276,84 @@ def test_no_split_is_said(tmp_path):
         evaluate_pictures(made, tmp_path, tmp_path / "out")
 
 
+def test_the_extensions_are_those_of_the_split(split, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier_module, "default_steps", lambda pictures: 2)
+    for path in split.glob("*/*/*.png"):
+        target = tmp_path / "people" / path.parent.name / path.with_suffix(".bmp").name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).save(target)
+    split_folders(tmp_path / "people", tmp_path / "split", extensions=["bmp"], progress=False)
+    made = write_people(tmp_path / "made", (1, 2, 3), 4, seed=5)
+    assert evaluate_pictures(made, tmp_path / "split", tmp_path / "out", progress=False).distances is not None
+
+
+# ---- grey pictures that are not square
+
+
+HEIGHT, WIDTH = 24, 40
+
+
+def write_grey(folder, people, count, seed, mode="L"):
+    """As `write_people`, in grey, 24×40."""
+    for path in write_people(folder, people, count, seed).glob("*/*.png"):
+        Image.open(path).getchannel(0).resize((WIDTH, HEIGHT)).convert(mode).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grey_split(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grey")
+    write_grey(folder / "people", (1, 2, 3), 40, seed=0)
+    split_folders(folder / "people", folder / "split", 0.7, 0.3, progress=False)
+    return folder / "split"
+
+
+def test_grey_pictures_that_are_not_square_are_judged(grey_split, tmp_path):
+    out = tmp_path / "out"
+    made = write_grey(tmp_path / "made", (1, 2, 3), 8, seed=5)
+    result = evaluate_pictures(made, grey_split, out, progress=False)
+    assert result.image_size == (HEIGHT, WIDTH) and result.notes == []
+    assert result.total.generated_right > 0.9 and result.total.validation_right > 0.9
+    assert result.distances.times_real < 10
+    assert str(result).startswith("24 generated pictures of 3 persons, 24×40 (")
+    figure = np.asarray(Image.open(out / "figures" / "real_and_generated.png").convert("RGB")).astype(int)
+    assert np.ptp(figure, axis=2).max() == 0  # grey everywhere
+    # the same pictures stored in colour have the same numbers
+    coloured = evaluate_pictures(
+        write_grey(tmp_path / "coloured", (1, 2, 3), 8, seed=5, mode="RGB"), grey_split, out, progress=False
+    )
+    assert coloured.notes == [
+        "the generated pictures are stored in colour, the real ones in grey: all are compared in grey"
+    ]
+    assert (coloured.total, coloured.distances, coloured.copies) == (result.total, result.distances, result.copies)
+    asked = evaluate_pictures(made, grey_split, tmp_path / "asked", image_size=(16, 48), progress=False)
+    assert asked.image_size == (16, 48) and asked.total.generated_right > 0.9
+
+
+def test_grey_pictures_beside_real_ones_that_store_grey_in_colour(grey_split, tmp_path):
+    for side in ("train", "val"):
+        for path in (grey_split / side).glob("*/*.png"):
+            target = tmp_path / "split" / path.relative_to(grey_split)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(path).convert("RGB").save(target)
+    shutil.copy(grey_split / "split_info.json", tmp_path / "split")
+    made = copy_side(grey_split / "val", tmp_path / "made")
+    result = evaluate_pictures(made, tmp_path / "split", tmp_path / "out", progress=False)
+    assert result.notes == [] and result.distances.frechet_generated < 1e-6
+    assert result.total.generated_right == result.total.validation_right > 0.9
+
+
+def test_samples_of_a_grey_model_are_evaluated(grey_split, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier_module, "default_steps", lambda pictures: 2)
+    vae = tiny_vavae(in_channels=1, out_channels=1, latents_mean=(0.5, -1.0), latents_std=(2.0, 0.5)).eval()
+    denoiser, conditioner = tiny_dit(input_size=(HEIGHT // 2, WIDTH // 2))
+    pipe = LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner.eval(), solver())
+    write_samples(pipe, [0, 1, 2] * 4, tmp_path / "samples", num_inference_steps=2)
+    result = evaluate_pictures(tmp_path / "samples", grey_split, tmp_path / "out", progress=False)
+    assert result.notes == [] and result.image_size == (HEIGHT, WIDTH) and result.total.generated == 12
+    assert result.distances.frechet_generated > 0
+
+
 # ---- reconstructions
 
 
@@ -285,7 +369,109 @@ def test_reconstructions_beside_their_originals(split, trained):
     assert full.frechet > full.originals_frechet > 0
     same = evaluate_reconstructions(originals, originals, validation.labels, trained[1], train.in_memory())
     assert same.right == same.originals_right and same.frechet == same.originals_frechet and same.ssim == 1
+    assert same.sharpness == 1 < full.sharpness and alone.sharpness == pytest.approx(1, abs=0.02)
+    assert evaluate_reconstructions(x, x / 2).sharpness == 0.5
+    assert "SSIM 1.000, sharpness 1.00; named rightly" in str(same)
     assert "named rightly" in str(full) and "times" in str(full) and "named" not in str(alone)
+
+
+def test_flat_originals_have_no_say_in_the_sharpness():
+    x = torch.rand(3, 1, 16, 24, generator=torch.Generator().manual_seed(0))
+    x[1] = 0.5
+    assert evaluate_reconstructions(x, x / 2).sharpness == 0.5
+    assert "sharpness nan" in str(evaluate_reconstructions(x[1:2], x[:1]))
+    broken = evaluate_reconstructions(x, x * torch.nan)
+    assert all(np.isnan(value) for value in (broken.psnr, broken.sharpness))  # a broken model is not hidden
+
+
+def test_a_judge_looks_at_the_originals_once(split, trained, monkeypatch):
+    validation, train = (PictureFolder(split / side, SIZE) for side in ("val", "train"))
+    originals, others = validation.in_memory(), train.in_memory()[::3]
+    looked_at = []
+    judge_of = PersonClassifier.judge
+    monkeypatch.setattr(PersonClassifier, "judge", lambda self, x: (looked_at.append(len(x)), judge_of(self, x))[1])
+    judge = ReconstructionJudge(trained[1], originals, validation.labels, others)
+    assert sorted(looked_at) == [len(others), len(originals)]
+    looked_at.clear()
+    remade = [255 - originals, originals // 2, originals]
+    scores = [judge.judge(pictures) for pictures in remade]
+    assert looked_at == [len(originals)] * 3
+    for pictures, found in zip(remade, scores, strict=True):
+        expected = evaluate_reconstructions(originals, pictures, validation.labels, trained[1], others)
+        assert found == {name: getattr(expected, name) for name in found}
+        assert set(found) == {"right", "originals_right", "frechet", "originals_frechet"}
+        assert all(type(value) is float for value in found.values())
+    assert scores[2]["right"] == scores[2]["originals_right"] > scores[0]["right"]
+    assert scores[2]["frechet"] == scores[2]["originals_frechet"] < scores[1]["frechet"]
+    assert set(ReconstructionJudge(trained[1], originals, validation.labels).judge(originals)) == {
+        "right",
+        "originals_right",
+    }
+    assert "frechet" in ReconstructionJudge(trained[1], originals, others=others).judge(originals)
+
+
+# ---- the vectors
+
+
+def test_what_the_vectors_do(split_dir):
+    model, data = perturb_projections(tiny_vavae()).train(), PictureFolder(split_dir / "train", TINY_SIZE)
+    compared = compare_conditions(model, data, batch_size=7)
+    originals, own = reconstruct(model, data)
+    expected = {
+        "own": own,
+        "another": reconstruct_pictures(model, originals, (data.labels + 1) % 3),  # 0, 1, 2 → 1, 2, 0
+        "none": reconstruct_pictures(model, originals),
+    }
+    for name, remade in expected.items():
+        score = getattr(compared, name)
+        assert score.psnr == pytest.approx(evaluate_reconstructions(originals, remade).psnr, rel=1e-6)
+        assert score.absolute_error == pytest.approx((to_unit(remade) - to_unit(originals)).abs().mean().item())
+    assert len({compared.own, compared.another, compared.none}) == 3
+    assert [len(row) for row in compared.pictures.values()] == [3] * 4
+    first = [data.labels.tolist().index(label) for label in range(3)]
+    assert compared.pictures["original"].equal(originals[first])
+    for name, remade in zip(("own vector", "another's vector", "no vector"), expected.values(), strict=True):
+        difference = compared.pictures[name].int() - remade[first]
+        assert compared.pictures[name].dtype == torch.uint8 and difference.abs().max() <= 1
+    show_rows(compared.pictures)
+    lines = str(compared).splitlines()
+    assert len(lines) == 4 and lines[0] == "24 pictures       absolute error  PSNR, dB"
+    assert lines[2].startswith("another's vector") and lines[2].endswith(f"  {compared.another.psnr:.2f}")
+    assert len({len(line) for line in lines}) == 1 and repr(compared) == str(compared)
+
+
+def test_vectors_that_have_learnt_nothing_change_nothing(split_dir):
+    compared = compare_conditions(tiny_vavae(), PictureFolder(split_dir / "val", TINY_SIZE))
+    assert compared.own == compared.another == compared.none
+    assert compared.pictures["own vector"].equal(compared.pictures["another's vector"])
+
+
+def test_another_is_the_next_one_who_occurs(split_dir, tmp_path):
+    shutil.copytree(split_dir / "val" / "ID_1", tmp_path / "ID_1")
+    model = perturb_projections(tiny_vavae(num_conditions=5))
+    alone = compare_conditions(model, PictureFolder(tmp_path, TINY_SIZE))
+    assert alone.another is None and "another's vector" not in alone.pictures
+    assert str(alone).splitlines()[2].split() == ["another's", "vector", "-", "-"]
+    shutil.copytree(split_dir / "val" / "ID_2", tmp_path / "ID_5")
+    data = PictureFolder(tmp_path, TINY_SIZE)
+    compared = compare_conditions(model, data)
+    remade = reconstruct_pictures(model, data.in_memory(), 4 - data.labels)
+    expected = evaluate_reconstructions(data.in_memory(), remade).psnr
+    assert compared.another.psnr == pytest.approx(expected, rel=1e-6)
+
+
+def test_vectors_with_grey_pictures_that_are_not_square(grey_split):
+    data = PictureDataModule(grey_split, (HEIGHT, WIDTH)).val_data
+    compared = compare_conditions(perturb_projections(tiny_vavae(in_channels=1, out_channels=1)), data)
+    assert all(row.shape == (3, 1, HEIGHT, WIDTH) for row in compared.pictures.values())
+    assert compared.count == 36 and compared.own != compared.none
+
+
+def test_a_model_without_vectors_is_said(split_dir):
+    model = tiny_vavae(condition_dim=0, num_conditions=0)
+    with pytest.raises(UserError, match="This VA-VAE has no vectors to compare") as caught:
+        compare_conditions(model, PictureFolder(split_dir / "val", TINY_SIZE))
+    assert "\n" not in str(caught.value)
 
 
 # ---- the command

@@ -6,7 +6,15 @@ import torch
 from PIL import Image
 
 from vavae_tools.data import images
-from vavae_tools.data.images import PictureDataModule, PictureFolder, read_picture, save_picture, to_pixels, to_unit
+from vavae_tools.data.images import (
+    PictureDataModule,
+    PictureFolder,
+    channels_of,
+    read_picture,
+    save_picture,
+    to_pixels,
+    to_unit,
+)
 from vavae_tools.data.split import split_folders
 from vavae_tools.errors import UserError
 
@@ -62,6 +70,70 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
     with Image.open(path) as reopened:
         expected = np.asarray(reopened.convert("RGB"))
     assert np.array_equal(read_picture(path, (8, 8)), expected)
+
+
+def test_16_bits_become_8_by_scale(tmp_path):
+    """Pillow's own conversion would make everything from 255 on white."""
+    grey = np.arange(256).reshape(16, 16)
+    Image.fromarray((257 * grey).astype(np.uint16)).save(tmp_path / "p.png")
+    Image.fromarray((257 * grey + np.where(grey < 128, 128, -128)).astype(np.int32)).save(tmp_path / "p.tif")
+    for name in ("p.png", "p.tif"):
+        assert np.array_equal(read_picture(tmp_path / name, (16, 16), 1)[..., 0], grey)
+        assert np.array_equal(read_picture(tmp_path / name, (16, 16), 3), np.stack([grey] * 3, axis=2))
+    assert Image.open(tmp_path / "p.tif").mode == "I"
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_alpha_is_dropped(tmp_path, mode):
+    grey, alpha = noise(8, 8), noise(8, 8, seed=1)
+    bands = [grey] * (len(mode) - 1)
+    Image.merge(mode, [Image.fromarray(band) for band in [*bands, alpha]]).save(tmp_path / "p.png")
+    for channels in (1, 3):
+        assert np.array_equal(read_picture(tmp_path / "p.png", (8, 8), channels), np.stack([grey] * channels, axis=2))
+
+
+@pytest.mark.parametrize(
+    ("modes", "channels"),
+    [
+        (["L"], 1),
+        (["L", "1", "LA", "I;16"], 1),
+        (["RGB"], 3),
+        (["RGBA"], 3),
+        (["P"], 3),
+        (["L", "L", "RGB"], 3),
+    ],
+)
+def test_how_many_channels_pictures_have(tmp_path, modes, channels):
+    for number, mode in enumerate(modes):
+        (tmp_path / f"ID_{number + 1}").mkdir()
+        picture = Image.fromarray(noise(8, 8, 3, seed=number)).convert("L" if mode == "I;16" else mode)
+        if mode == "I;16":
+            picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
+        picture.save(tmp_path / f"ID_{number + 1}" / "p.png")
+    assert channels_of(tmp_path) == channels_of(sorted(tmp_path.glob("*/p.png"))) == channels
+
+
+def test_channels_are_told_from_headers_of_every_folder(tmp_path):
+    """Also where the coloured person is one of many pictures; and nothing is decoded."""
+    for person, count, mode in (("ID_1", 200, "L"), ("ID_2", 10, "RGB")):
+        (tmp_path / person).mkdir()
+        for i in range(count):
+            Image.fromarray(noise(64, 64, 3)).convert(mode).save(tmp_path / person / f"{i}.png")
+            header = (tmp_path / person / f"{i}.png").read_bytes()[:60]
+            (tmp_path / person / f"{i}.png").write_bytes(header)
+    assert channels_of(tmp_path) == 3
+    assert channels_of(sorted(tmp_path.glob("ID_1/*"))) == 1
+
+
+def test_channels_of_nothing_or_of_no_picture(tmp_path):
+    (tmp_path / "ID_1").mkdir()
+    with pytest.raises(UserError, match=r"No pictures \(png, jpg, jpeg\) in the folders of"):
+        channels_of(tmp_path)
+    with pytest.raises(UserError, match="No pictures"):
+        channels_of([])
+    (tmp_path / "ID_1" / "walk.bmp").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"walk\.bmp cannot be read as a picture"):
+        channels_of(tmp_path, ["bmp"])
 
 
 def test_other_sizes_are_resized_as_a_whole(tmp_path):
@@ -123,6 +195,32 @@ def test_previews_take_people_in_turn(folder):
     assert len(PictureFolder(folder, (8, 12), progress=False).few_of_each(100)["labels"]) == 6
 
 
+def test_further_rows_go_along(folder):
+    data = PictureFolder(folder, 8, progress=False)
+    assert data.along == {}
+    data.along["features"] = torch.arange(12, dtype=torch.float16).view(6, 2)
+    batch = data.__getitems__([5, 0])
+    assert batch["features"].tolist() == [[10, 11], [0, 1]] and batch["features"].dtype == torch.float16
+    assert set(batch) == {"pictures", "labels", "index", "features"}
+    assert data[3]["features"].tolist() == [6, 7]
+    few = data.few_of_each(3)
+    assert few["features"][:, 0].tolist() == (2 * few["index"]).tolist() == [0, 4, 10]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_rows_on_the_disk_go_along_through_the_loader(split_dir, tmp_path, num_workers):
+    data = PictureDataModule(split_dir, 16, batch_size=5, num_workers=num_workers)
+    np.arange(24 * 3, dtype=np.float16).reshape(24, 3).tofile(tmp_path / "features")
+    mapped = np.memmap(tmp_path / "features", np.float16, "r+", shape=(24, 3))
+    data.train_data.along["features"] = torch.from_numpy(mapped)
+    batches = list(data.train_dataloader())
+    assert len(batches) == 4
+    for batch in batches:
+        assert torch.equal(batch["features"], torch.from_numpy(mapped)[batch["index"]])
+        assert torch.equal(batch["pictures"], data.train_data.in_memory()[batch["index"]])
+    assert "features" not in next(iter(data.val_dataloader()))
+
+
 def test_a_folder_without_pictures_is_named(tmp_path):
     (tmp_path / "ID_1").mkdir()
     with pytest.raises(UserError, match=r"No pictures \(png, jpg, jpeg\) in the folders of"):
@@ -135,10 +233,27 @@ def test_both_sides_of_a_split(split_dir):
     data = PictureDataModule(split_dir, 16, batch_size=7)
     assert (len(data.train_data), len(data.val_data), data.num_classes) == (24, 6, 3)
     assert data.labels == {"ID_1": 0, "ID_2": 1, "ID_3": 2} and data.num_workers == 0
+    assert data.train_data.channels == data.val_data.channels == 3
     validated = list(data.val_dataloader())
     assert [len(batch["labels"]) for batch in validated] == [6]
     train, val = (set(map(bytes, side.in_memory().numpy())) for side in (data.train_data, data.val_data))
     assert len(train) == 24 and not train & val
+
+
+def test_grey_pictures_that_are_not_square_come_as_they_are(tmp_path):
+    for person in ("ID_1", "ID_2"):
+        (tmp_path / "in" / person).mkdir(parents=True)
+        for i in range(4):
+            picture = Image.fromarray(noise(16, 24, seed=10 * i + int(person[-1])))
+            picture.save(tmp_path / "in" / person / f"{i}.png")
+    split_folders(tmp_path / "in", tmp_path / "s", 0.5, 0.5, progress=False)
+    data = PictureDataModule(tmp_path / "s", (16, 24), batch_size=2)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["pictures"].shape == (2, 1, 16, 24) and data.val_data.channels == 1
+    for picture, place in zip(batch["pictures"], batch["index"], strict=True):
+        assert np.array_equal(picture[0], np.asarray(Image.open(data.train_data.paths[place])))
+    asked = PictureDataModule(tmp_path / "s", (16, 24), channels=3).train_data.in_memory()
+    assert torch.equal(asked, data.train_data.in_memory().expand(-1, 3, -1, -1))
 
 
 def test_labels_are_those_of_the_split_even_if_a_side_lacks_somebody(gait, tmp_path):

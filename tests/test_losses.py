@@ -4,9 +4,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from golden_cases import load_case, load_weights
 
-from vavae_tools.autoencoders.losses import VAVAELoss, gradient, kl, l1, spectral
+from vavae_tools.autoencoders.discriminator import PatchDiscriminator, generator_loss, hinge_loss
+from vavae_tools.autoencoders.foundation import alignment_loss
+from vavae_tools.autoencoders.losses import PictureLoss, gradient, kl, l1, spectral, whole_loss
+from vavae_tools.errors import UserError
 
 
 def pictures(size: int = 32, batch: int = 2, seed: int = 0) -> torch.Tensor:
@@ -88,21 +93,103 @@ def test_parts_are_means_whatever_the_batch():
 
 
 def test_the_sum_is_weighted_and_its_parts_are_named():
-    x, y = pictures(), pictures(seed=1)
-    loss, parts = VAVAELoss(2.0, 0.5, 0.25, 0.1)(x, y, posterior(0.7, 0.4))
+    x, y = pictures().requires_grad_(), pictures(seed=1)
+    latent = posterior(0.7, 0.4)
+    objective, parts = whole_loss(PictureLoss(2.0, 0.5, 0.25), x, y, latent, kl_weight=0.1)
     assert set(parts) == {"l1", "gradient", "spectral", "reconstruction", "kl", "loss"}
     expected = 2 * l1(x, y) + 0.5 * gradient(x, y) + 0.25 * spectral(x, y)
     torch.testing.assert_close(parts["reconstruction"], expected)
-    torch.testing.assert_close(loss, expected + 0.1 * kl(posterior(0.7, 0.4), y))
-    torch.testing.assert_close(parts["loss"], loss)
+    torch.testing.assert_close(parts["loss"], expected + 0.1 * kl(latent, y))
     assert not any(part.requires_grad for part in parts.values())
+    torch.testing.assert_close(torch.autograd.grad(objective, x), torch.autograd.grad(expected, x))
 
 
-@pytest.mark.parametrize("weights", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (1, 0, 0, 1e-6)])
-def test_weight_zero_removes_the_part(weights, monkeypatch):
-    names = [name for name, weight in zip(["l1", "gradient", "spectral", "kl"], weights, strict=True) if weight]
-    _, parts = VAVAELoss(*weights)(pictures(), pictures(seed=1), posterior(0.7, 0.4))
+@pytest.mark.parametrize("weights", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (1, 0, 0, 1e-6), (0, 0, 0, 0, 2.0)])
+def test_weight_zero_removes_the_part(weights):
+    names = ["l1", "gradient", "spectral", "kl", "perceptual"]
+    names = [name for name, weight in zip(names, weights, strict=False) if weight]
+    *of_pictures, kl_weight = weights[:4]
+    picture_loss = PictureLoss(*of_pictures, *weights[4:], lpips=lambda x, y: (x - y).square().mean(dim=(1, 2, 3)))
+    x = pictures().requires_grad_()
+    _, parts = whole_loss(picture_loss, x, pictures(seed=1), posterior(0.7, 0.4), kl_weight)
     assert set(parts) == {*names, "reconstruction", "loss"}
+
+
+def test_pictures_must_be_compared_by_something():
+    with pytest.raises(UserError, match="nothing compares the pictures"):
+        PictureLoss(0, 0, 0, 0)
+
+
+def test_a_loss_that_is_not_finite_has_no_finite_gradient():
+    x = pictures().requires_grad_()
+    latent = posterior(0.7, 0.4)
+    latent.mean[0, 0, 0, 0] = math.inf  # the KL is infinite, though no picture is
+    objective, parts = whole_loss(PictureLoss(), x, pictures(seed=1), latent)
+    assert not parts["loss"].isfinite() and not torch.autograd.grad(objective, x)[0].isfinite().any()
+
+
+# ---- the reference's loss with every part
+
+
+def golden_loss(index: int):
+    """The case's stand-in for an autoencoder: one convolution is the encoder's last layer, one the decoder's."""
+    case, io = load_case("vae_total_loss")
+    arguments = case["arguments"]
+    encoder_last, decoder_last, projection = (
+        io[f"{name}_weight"].requires_grad_() for name in ("enc_last_layer", "last_layer", "linear_proj")
+    )
+    latent = DiagonalGaussianDistribution(F.conv2d(io["encoder_features"], encoder_last, padding=1))
+    z = latent.mean + latent.std * io["eps"]
+    let_in = F.pad(F.interpolate(z, size=(32, 32)), (0, 0, 0, 0, 0, 2))
+    reconstruction = F.conv2d(io["decoder_features"] + let_in, decoder_last, padding=1)
+    torch.testing.assert_close(reconstruction, io["reconstructions"], rtol=1e-4, atol=1e-5)
+    discriminator = PatchDiscriminator(3, arguments["disc_ndf"])
+    weights = load_weights("vae_total_loss")
+    discriminator.load_state_dict(
+        {k.removeprefix("discriminator."): v for k, v in weights.items() if k.startswith("discriminator.")}
+    )
+    margins = arguments["distmat_margin"], arguments["cos_margin"]
+    aligned = alignment_loss(F.conv2d(z, projection), io["aux_feature"], *margins)
+    listens = case["runs"][index]["log"]["disc_factor"] == 1.0
+    objective, parts = whole_loss(
+        PictureLoss(1.0, 0.0, 0.0, 1.0, lpips=lambda x, y: io["perceptual_value"].flatten() + 0 * x.sum(dim=(1, 2, 3))),
+        reconstruction,
+        io["inputs"],
+        latent,
+        arguments["kl_weight"],
+        adversary=(lambda made: generator_loss(discriminator(made))) if listens else None,
+        disc_weight=arguments["disc_weight"],
+        decoder_last=decoder_last,
+        alignment=sum(aligned),
+        vf_weight=arguments["vf_weight"],
+        encoder_last=encoder_last,
+    )
+    gradients = torch.autograd.grad(objective, (decoder_last, encoder_last, projection))
+    return case, io, parts, gradients, discriminator
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_every_part_equals_the_reference(index):
+    """Ours are the reference's sums divided by C·H·W."""
+    case, io, parts, gradients, discriminator = golden_loss(index)
+    log, values = case["runs"][index]["log"], 3 * 32 * 32
+    expected = {
+        "loss": log["total_loss"] / values,
+        "reconstruction": log["nll_loss"] / values,
+        "kl": log["kl_loss"] / values,
+        "alignment": log["vf_loss"],
+        "vf_weight": log["vf_weight"],
+    }
+    if index == 1:  # before the discriminator starts nothing of it is computed
+        expected |= {"generator": log["g_loss"], "disc_weight": log["d_weight"]}
+    for name, value in expected.items():
+        assert parts[name].item() == pytest.approx(value, rel=1e-4), name
+    for name, found in zip(("last_layer", "enc_last_layer", "linear_proj"), gradients, strict=True):
+        expected = io[f"grad_{name}_{index}"]
+        torch.testing.assert_close(found * values, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    if index == 1:
+        real, made = discriminator(io["inputs"]), discriminator(io["reconstructions"])
+        assert hinge_loss(real, made).item() == pytest.approx(log["disc_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("part", [l1, gradient, spectral])

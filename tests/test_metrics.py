@@ -4,7 +4,15 @@ import pytest
 import scipy.linalg
 import torch
 
-from vavae_tools.evaluation.metrics import frechet_distance, kernel_distance, mean_kernel_distance, nearest, psnr, ssim
+from vavae_tools.evaluation.metrics import (
+    frechet_distance,
+    kernel_distance,
+    mean_kernel_distance,
+    nearest,
+    psnr,
+    sharpness,
+    ssim,
+)
 
 
 def normal(*shape, seed=0):
@@ -38,6 +46,23 @@ def test_psnr_and_ssim_are_per_picture_and_know_equal_ones():
     assert ssim(a, b).shape == (70,)
     assert ssim(a, b)[0] == pytest.approx(1) and ssim(a, b)[1:].max() < 0
     assert ssim(a[:1], b[:1]).shape == (1,)
+
+
+def test_sharpness_is_1_of_equal_pictures_and_a_half_at_half_the_contrast():
+    a = normal(3, 3, 16, 24).clamp(-1, 1).float()
+    assert sharpness(a, a).tolist() == [1, 1, 1]
+    assert sharpness(a, a / 2).tolist() == [0.5, 0.5, 0.5]
+    assert sharpness(a / 2, a).tolist() == [2, 2, 2]
+    torch.testing.assert_close(sharpness(a, 0.3 - a), torch.ones(3))  # neither brightness nor sign matter
+    mixed = torch.stack([a[0], a[1] / 2, torch.zeros(3, 16, 24)])
+    assert sharpness(a, mixed).tolist() == [1, 0.5, 0]
+
+
+def test_sharpness_by_hand_and_of_flat_pictures():
+    ramp, flat = torch.tensor([[[0.0, 0.5], [0.0, 0.5]]]), torch.full((1, 2, 2), 0.25)  # differences ½, ½, 0, 0
+    checks = torch.tensor([[[0.0, 0.5], [0.5, 0.0]]])  # all four ½
+    assert sharpness(torch.stack([ramp, checks, ramp]), torch.stack([checks, ramp, flat])).tolist() == [2, 0.5, 0]
+    assert sharpness(torch.stack([flat, flat]), torch.stack([flat, ramp])).isnan().all()
 
 
 def test_frechet_distance_of_a_set_with_itself_is_zero():

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from tiny import SIZE, perturb_projections, same, tiny_dit, tiny_pipeline, tiny_vavae, trained_looking
 
-from vavae_tools.data.images import PictureFolder, to_pixels
+from vavae_tools.data.images import PictureFolder, channels_of, to_pixels
 from vavae_tools.data.split import split_folders
-from vavae_tools.diffusion.pipeline import LatentDiTPipeline, load_pipeline, write_samples
+from vavae_tools.diffusion.pipeline import LatentDiTPipeline, load_pipeline, solver, write_samples
 from vavae_tools.diffusion.sampling import sample
 from vavae_tools.errors import UserError
 from vavae_tools.training.diffusion_module import DiffusionModule
@@ -29,8 +29,10 @@ def pictures(pipe, labels=(0, 1, 2), seed=0, **options) -> torch.Tensor:
 def test_pictures_as_tensors_and_as_images(pipe):
     made = pictures(pipe)
     assert made.shape == (3, 3, SIZE, SIZE) and made.dtype == torch.uint8
-    images = pictures(pipe, output_type="pil")
-    assert [np.asarray(image).tolist() for image in images] == made.permute(0, 2, 3, 1).tolist()
+    images, arrays = (pictures(pipe, output_type=kind) for kind in ("pil", "np"))
+    assert [np.asarray(image).tolist() for image in images] == made.permute(0, 2, 3, 1).tolist() == arrays.tolist()
+    with pytest.raises(UserError, match="No output_type 'latent'; there are pil, pt, np"):
+        pictures(pipe, output_type="latent")
     generator = torch.Generator().manual_seed(0)
     (as_tuple,) = pipe([0, 1, 2], generator=generator, output_type="pt", return_dict=False, **QUICK)
     assert torch.equal(as_tuple, made)
@@ -221,3 +223,41 @@ def test_folders_can_be_named_otherwise(pipe, tmp_path):
     assert [path.parent.name for path in written] == ["ben", "anna"]
     with pytest.raises(UserError, match="The class list has 2 names, the model 3 classes"):
         write_samples(pipe, [0], tmp_path, names=["anna", "ben"], **QUICK)
+
+
+# ---- grey pictures that are not square
+
+
+@pytest.fixture(scope="module")
+def grey_pipe() -> LatentDiTPipeline:
+    """Pictures of 16×24, of latents of 8×12."""
+    statistics = {"latents_mean": (0.5, -1.0), "latents_std": (2.0, 0.5)}
+    vae = perturb_projections(tiny_vavae(in_channels=1, out_channels=1, **statistics)).eval()
+    denoiser, conditioner = tiny_dit(input_size=(8, 12))
+    pipe = LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner.eval(), solver())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_grey_pictures_come_out_grey(grey_pipe, tmp_path):
+    made = pictures(grey_pipe)
+    assert made.shape == (3, 1, 16, 24) and len(made.unique()) > 20
+    images, arrays = (pictures(grey_pipe, output_type=kind) for kind in ("pil", "np"))
+    assert arrays.shape == (3, 16, 24, 1) and arrays.dtype == np.uint8
+    for image, array, picture in zip(images, arrays, made, strict=True):
+        assert image.mode == "L" and image.size == (24, 16)
+        assert np.array_equal(np.asarray(image), picture[0]) and np.array_equal(array[..., 0], picture[0])
+    grey_pipe.save_pretrained(tmp_path)
+    loaded = load_pipeline(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(pictures(loaded), made)
+
+
+def test_grey_samples_are_written_and_read_back_in_grey(grey_pipe, tmp_path):
+    written = write_samples(grey_pipe, [0, 1, 2, 0], tmp_path, seed=5, **QUICK)
+    assert [Image.open(path).mode for path in written] == ["L"] * 4 and channels_of(tmp_path) == 1
+    noise = grey_pipe.noise(5, torch.tensor([0, 1_000_003, 2 * 1_000_003, 1]))
+    made = grey_pipe([0, 1, 2, 0], latents=noise, output_type="pt", **QUICK).images
+    data = PictureFolder(tmp_path, (16, 24), channels=1, progress=False)
+    rows = [data.paths.index(path) for path in written]
+    assert torch.equal(data.in_memory()[rows], made)

@@ -1,3 +1,4 @@
+import sys
 from io import BytesIO
 
 import numpy as np
@@ -10,6 +11,7 @@ from vavae_tools.plots import (
     as_pixels,
     picture_grid,
     plot_bars,
+    show_inline,
     show_picture,
     show_pictures,
     show_rows,
@@ -34,6 +36,13 @@ def test_every_form_of_a_picture_is_the_same_pixels(channels):
         assert as_pixels(form).equal(pictures)
 
 
+def test_pillow_pictures_keep_their_kind():
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for picture in (Image.fromarray(grey * 257), Image.fromarray(grey.astype(np.uint8)).convert("LA")):
+        assert as_pixels(picture)[0].equal(torch.from_numpy(grey.astype(np.uint8))) and len(as_pixels(picture)) == 1
+    assert as_pixels(Image.new("P", (4, 4))).shape == (3, 4, 4)
+
+
 def test_a_wrong_shape_is_named():
     with pytest.raises(ValueError, match=r"\(2, 7, 8, 8\)"):
         as_pixels(torch.zeros(2, 7, 8, 8))
@@ -49,6 +58,32 @@ def test_picture_grid_of_five_has_each_at_its_place_on_white(channels):
         assert grid[:, top : top + 16, left : left + 24].equal(picture.expand(3, -1, -1))
     assert (grid[:, 18:, 52:] == 255).all() and (grid[:, 16:18] == 255).all()
     assert picture_grid(pictures[:1], columns=1).shape == (3, 16, 24)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_notebook_shows_a_picture_while_it_runs(channels, monkeypatch):
+    display = pytest.importorskip("IPython.display")
+    shown = []
+    monkeypatch.setattr(display, "display", shown.append)
+    picture = some_pictures(1, channels)[0]
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    show_inline(picture)
+    assert not shown
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    show_inline(picture)
+    assert np.array_equal(np.asarray(shown[0]), picture.expand(3, -1, -1).permute(1, 2, 0))
+
+
+def test_grey_pictures_are_shown_in_grey():
+    pictures = some_pictures(3, channels=1)
+    assert len(pictures.unique()) > 200
+    for figure in (show_pictures(pictures, size=0.4), show_rows({"": pictures}, size=0.4)):
+        shown = drawn(figure)
+        for ax, picture in zip(figure.axes, pictures, strict=True):
+            box = ax.get_position()
+            left, top = round(box.x0 * shown.shape[1]), round((1 - box.y1) * shown.shape[0])
+            large = picture.expand(3, -1, -1).permute(1, 2, 0).repeat_interleave(3, 0).repeat_interleave(3, 1).numpy()
+            assert np.array_equal(shown[top : top + 48, left : left + 72], large)
 
 
 def test_show_pictures_shows_five_and_only_five_enlarged_by_a_whole_number():
@@ -68,7 +103,8 @@ def test_show_picture_takes_and_returns_axes():
     ax = show_picture(some_pictures(1)[0], title="one")
     assert ax.get_title() == "one" and len(ax.images) == 1
     figure = show_pictures(some_pictures(2))
-    assert show_picture(some_pictures(1, 1)[0], figure.axes[1]) is figure.axes[1]
+    assert show_picture(some_pictures(1, 1)[0], figure.axes[1], cmap="viridis") is figure.axes[1]
+    assert figure.axes[1].images[-1].get_cmap().name == "viridis"
     drawn(ax.figure)
 
 

@@ -19,7 +19,7 @@ from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.machine import Machine
 from vavae_tools.training import checkpoints as checkpoints_module
-from vavae_tools.training import devices, runs
+from vavae_tools.training import devices
 from vavae_tools.training.checkpoints import (
     WholeCheckpointIO,
     best_checkpoint,
@@ -31,6 +31,7 @@ from vavae_tools.training.devices import precision_of, trainer_settings
 from vavae_tools.training.diffusion_module import DiffusionModule
 from vavae_tools.training.ema import EMA
 from vavae_tools.training.previews import Previews
+from vavae_tools.training.trainer import build_trainer
 from vavae_tools.training.vavae_module import VAVAEModule, cosine_with_warmup
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on folders that are not empty
@@ -72,7 +73,7 @@ class Fit:
         every = checkpoint_callbacks(self.folder, metric if monitor else None, minutes)
         settings = module.trainer_settings(accelerator="cpu", devices=1)
         devices.quiet_lightning()
-        self.trainer = runs._trainer(settings, folder, [*every, watch, *callbacks], lambda line: None, **length)
+        self.trainer = build_trainer(settings, folder, [*every, watch, *callbacks], lambda line: None, **length)
         try:
             self.trainer.fit(module, pictures, ckpt_path=resume, weights_only=True)
         finally:
@@ -404,7 +405,7 @@ def test_psnr_of_a_known_error(split_dir, monkeypatch):
     monkeypatch.setattr(module, "log_dict", lambda values, **options: logged.update(values))
 
     def off_by(pictures, labels, draws, keep=None):
-        return torch.where(pictures > 0, pictures - 0.2, pictures + 0.2), posterior
+        return torch.where(pictures > 0, pictures - 0.2, pictures + 0.2), posterior, posterior.mean
 
     with torch.no_grad():
         posterior = module.reconstruct(torch.zeros(2, 3, 16, 16), batch["labels"], Draws(0, 0, batch["index"]))[1]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from tiny import SIZE, TWO_LEVELS, perturb_projections, same, tiny_dit, tiny_vavae
 
-from vavae_tools.autoencoders.vavae import VAVAE, load_vavae, read_condition_file, reconstruct, vavae
+from vavae_tools.autoencoders.vavae import VAVAE, reconstruct, vavae
+from vavae_tools.autoencoders.weights import build_vavae, load_vavae, read_condition_file, read_vavae
 from vavae_tools.data.images import PictureFolder
 from vavae_tools.errors import UserError
 from vavae_tools.files import save_model
@@ -214,6 +216,67 @@ def test_a_training_checkpoint_is_loaded(tmp_path):
     assert all(same(loaded.state_dict()[name], weights) for name, weights in model.state_dict().items())
 
 
+def test_what_came_with_a_training_checkpoint_is_kept(tmp_path):
+    model = tiny_vavae()
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in model.config.items() if not k.startswith("_")}
+    others = {"discriminator.main.0.weight": torch.rand(4, 3, 4, 4), "projection.weight": torch.rand(6, 2, 1, 1)}
+    weights = {f"vavae._orig_mod.{k}": v for k, v in model.state_dict().items()}
+    checkpoint = {"state_dict": {**weights, **others, "x": torch.ones(1)}, "hyper_parameters": {"vavae_config": config}}
+    torch.save(checkpoint, tmp_path / "best.ckpt")
+    found, said = read_vavae(tmp_path / "best.ckpt"), []
+    assert found.weights.keys() == model.state_dict().keys() and found.config == config
+    assert found.discriminator.keys() == {"main.0.weight"} and found.unused == ("x",)
+    assert same(found.projection, others["projection.weight"])
+    grey = build_vavae(found, channels=1, say=said.append)
+    assert grey.config.in_channels == grey.config.out_channels == 1 and grey.config.condition_dim == 4
+    assert said == [
+        f"VA-VAE weights: {len(weights)} matched, 0 start anew, 1 unused, with a discriminator and an alignment "
+        f"projection ({tmp_path / 'best.ckpt'})"
+    ]
+    assert found.config["in_channels"] == 3 and found.discriminator["main.0.weight"].shape[1] == 3  # as it was read
+
+
+@torch.no_grad()
+def test_diffusers_itself_loads_a_folder_of_ours(tmp_path):
+    model = perturb_projections(tiny_vavae()).eval()
+    model.save_pretrained(tmp_path)
+    plain = AutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    posterior, expected = (m.encode(pictures()).latent_dist for m in (plain, model))
+    assert type(plain) is AutoencoderKL and same(posterior.parameters, expected.parameters)
+    assert same(plain.decode(posterior.mean).sample, model.decode(posterior.mean).sample)
+
+
+def test_older_folders_of_diffusers_are_read(tmp_path):
+    """Stable Diffusion 1.5's: attention under former names, no scaling_factor."""
+    plain = plain_copy(tiny_vavae(seed=3))
+    plain.save_pretrained(tmp_path)
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, weights in plain.state_dict().items():
+        for now, then in former.items():
+            name = name.replace(f".{now}.", f".{then}.")
+        renamed[name] = weights
+    assert sum(".proj_attn." in name for name in renamed) == 4
+    save_file(renamed, tmp_path / "diffusion_pytorch_model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["scaling_factor"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_vavae(tmp_path, say=quiet)
+    assert all(same(model.state_dict()[name], weights) for name, weights in plain.state_dict().items())
+    assert model.config.scaling_factor == 0.18215
+
+
+def test_a_folder_of_pickled_weights_is_refused_with_the_way_round(tmp_path):
+    plain = plain_copy(tiny_vavae())
+    plain.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(
+        UserError, match=r"found config\.json, diffusion_pytorch_model\.bin\. A \.bin may hold"
+    ) as refused:
+        load_vavae(tmp_path)
+    exec(re.search(r'run python -c "(.*)"$', str(refused.value))[1])
+    assert same(load_vavae(tmp_path, say=quiet).encoder.conv_in.weight, plain.encoder.conv_in.weight)
+
+
 def test_what_cannot_be_loaded_is_said(tmp_path):
     with pytest.raises(UserError, match=r"No VA-VAE at .*nowhere: expected a folder with config\.json or a \.ckpt"):
         load_vavae(tmp_path / "nowhere")
@@ -221,10 +284,10 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
     with pytest.raises(UserError, match=r"empty is no VA-VAE folder: expected config\.json .* found nothing"):
         load_vavae(tmp_path / "empty")
     torch.save({"state_dict": {}, "hyper_parameters": {"denoiser_config": {}}}, tmp_path / "dit.ckpt")
-    with pytest.raises(UserError, match=r"dit\.ckpt is no checkpoint of VA-VAE training here"):
+    with pytest.raises(UserError, match=r"dit\.ckpt is no checkpoint of VA-VAE training and no published VA-VAE"):
         load_vavae(tmp_path / "dit.ckpt")
     tiny_dit()[0].save_pretrained(tmp_path / "dit")
-    with pytest.raises(UserError, match=r"of another architecture|lacks .* of the model's weights"):
+    with pytest.raises(UserError, match=r"dit is no VA-VAE folder: its \d+ weights are .*, expected encoder\.\*"):
         load_vavae(tmp_path / "dit")
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from zipfile import is_zipfile
 
 from vavae_tools.errors import UserError
 
@@ -94,15 +95,30 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         beside = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         hint = f"; {path.parent} holds {', '.join(beside)}" if beside else ""
         raise UserError(f"No checkpoint {path}{hint}")
+    zipped = is_zipfile(path)
+    if not zipped and path.open("rb").read(1) != b"\x80":  # a zip, or before PyTorch 1.6 a pickle
+        raise UserError(f"{path} is damaged or no checkpoint: it is neither a zip nor a pickle, as torch.save writes")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
+        plain = path.with_suffix(".plain.pt")
         raise UserError(
-            f"{path} holds more than tensors and plain values, so it is not opened. Where you trust its origin, "
-            "load it with torch.load(…, weights_only=False) once and save its state_dict"
+            f"{path} holds more than tensors and plain values, so it is not opened. Where you trust its origin, run "
+            f"python -c \"import torch; c = torch.load({str(path)!r}, 'cpu', weights_only=False); "
+            f"torch.save({{'state_dict': c.get('state_dict', c)}}, {str(plain)!r})\" and name {plain}"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0][:120]})") from None
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        AssertionError,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{path} is damaged or no checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, expected a dict of weights")
     return checkpoint

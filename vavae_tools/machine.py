@@ -15,6 +15,8 @@ class Machine:
     """"cpu", "t4" (16 GB, fp16 only) or "ampere" (compute capability 8.0 and above: bf16)."""
     devices: int
     name: str
+    memory: int = 0
+    """Bytes of each GPU."""
 
     def __str__(self) -> str:
         return f"{self.devices} × {self.name}" if self.kind != "cpu" else f"CPU, {os.cpu_count()} cores"
@@ -36,4 +38,5 @@ def find_machine() -> Machine:
         )
         return Machine("cpu", 1, "CPU")
     # is_bf16_supported() is True on a T4, where it is emulated and slow: the capability decides
-    return Machine("ampere" if major >= 8 else "t4", torch.cuda.device_count(), name)
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return Machine("ampere" if major >= 8 else "t4", torch.cuda.device_count(), name, memory)

@@ -28,7 +28,9 @@ def as_pixels(picture: Any) -> Tensor:
             return torch.stack([as_pixels(p) for p in picture])
         import numpy as np
 
-        array = torch.from_numpy(np.array(picture.convert("RGB" if len(picture.getbands()) > 1 else "L")))
+        from vavae_tools.data.images import in_channels, is_grey
+
+        array = torch.from_numpy(np.array(in_channels(picture, 1 if is_grey(picture) else 3)))
         return array.permute(2, 0, 1) if array.ndim == 3 else array[None]
     picture = picture.detach().cpu()
     if picture.dtype != torch.uint8:
@@ -41,7 +43,7 @@ def as_pixels(picture: Any) -> Tensor:
 
 
 def picture_grid(pictures: Any, columns: int, gap: int = 2) -> Tensor:
-    """Pictures one beside the other on white, row by row: uint8 (3, H', W'), also for TensorBoard."""
+    """Pictures one beside the other on white, row by row: uint8 (3, H', W'), also of grey ones and for TensorBoard."""
     pictures = as_pixels(pictures)
     height, width = pictures.shape[2:]
     rows = -(-len(pictures) // columns)
@@ -60,8 +62,10 @@ def show_picture(picture: Any, ax: "Axes | None" = None, title: str | None = Non
     pixels = as_pixels(picture)
     if ax is None:
         return _lay_out([[pixels]], [[title or ""]], size=2.0).axes[0]
+    if "cmap" not in imshow:
+        pixels = pixels.expand(3, -1, -1)  # matplotlib's own grey is one too dark at every tenth value
     array = pixels.permute(1, 2, 0).numpy()
-    imshow = {"cmap": "gray", "vmin": 0, "vmax": 255, "aspect": "auto", **imshow}
+    imshow = {"vmin": 0, "vmax": 255, "aspect": "auto", **imshow}
     ax.imshow(array.squeeze(2) if array.shape[2] == 1 else array, **imshow)
     ax.set_axis_off()
     if title:
@@ -168,10 +172,10 @@ def _lay_out(
 
 
 def show_inline(pixels: Tensor) -> None:
-    """Show one picture, uint8 (3, H, W), below a notebook's cell while it runs; elsewhere do nothing."""
+    """Show one picture, uint8 (1 or 3, H, W), below a notebook's cell while it runs; elsewhere do nothing."""
     if "ipykernel" not in sys.modules:
         return
     from IPython.display import display
     from PIL import Image
 
-    display(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+    display(Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy()))

@@ -1,13 +1,19 @@
 """What a good reconstruction is: the parts of the VA-VAE's loss, each with a weight; 0 turns a part off.
 
 A part is a function of (reconstruction, pictures) or of the posterior that returns its mean over the batch, so that
-weights mean the same at any batch and picture size. Pictures are (B, C, H, W) in [-1, 1].
+weights mean the same at any batch and picture size. Pictures are (B, C, H, W) in [-1, 1]. LDM and VA-VAE sum over a
+picture: their total is ours times C·H·W.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
+
+from vavae_tools.autoencoders.discriminator import adaptive_weight
+from vavae_tools.errors import UserError
 
 
 def l1(reconstruction: Tensor, pictures: Tensor) -> Tensor:
@@ -63,17 +69,15 @@ def kl(posterior: DiagonalGaussianDistribution, pictures: Tensor) -> Tensor:
     return posterior.kl().mean() / pictures[0].numel()
 
 
-class VAVAELoss:
-    """The weighted sum of the parts: `loss, parts = loss(reconstruction, pictures, posterior)`.
-
-    `parts` holds each part by its name, "reconstruction" (the weighted sum without the KL) and "loss".
+class PictureLoss:
+    """What is compared in the picture itself: `loss, parts = picture_loss(reconstruction, pictures)`.
 
     Args:
         l1_weight: of the absolute error.
         gradient_weight: of the multi-scale gradients.
-        spectral_weight: of the short-time spectra; with the gradients it keeps reconstructions sharp.
-        kl_weight: of the KL divergence; 1e-6 is the published value: nearly none, the denoiser's latents are
-            normalised instead.
+        spectral_weight: of the short-time spectra; with the gradients it keeps reconstructions sharp without weights
+            from elsewhere.
+        perceptual_weight: of LPIPS, which `lpips` computes: (reconstruction, pictures) → (B,).
     """
 
     def __init__(
@@ -81,22 +85,87 @@ class VAVAELoss:
         l1_weight: float = 1.0,
         gradient_weight: float = 0.5,
         spectral_weight: float = 1.0,
-        kl_weight: float = 1e-6,
+        perceptual_weight: float = 0.0,
+        lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        self.pictures = {
-            part: weight
-            for part, weight in [(l1, l1_weight), (gradient, gradient_weight), (spectral, spectral_weight)]
-            if weight
-        }
-        self.kl_weight = kl_weight
+        def perceptual(reconstruction: Tensor, pictures: Tensor) -> Tensor:
+            return lpips(reconstruction, pictures).mean()
 
-    def __call__(
-        self, reconstruction: Tensor, pictures: Tensor, posterior: DiagonalGaussianDistribution
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        parts = {part.__name__: part(reconstruction, pictures) for part in self.pictures}
-        loss = sum(weight * parts[part.__name__] for part, weight in self.pictures.items())
-        parts["reconstruction"] = loss
-        if self.kl_weight:
-            parts["kl"] = kl(posterior, pictures)
-            loss = loss + self.kl_weight * parts["kl"]
-        return loss, {"loss": loss.detach(), **{name: value.detach() for name, value in parts.items()}}
+        weighted = [
+            (l1, l1_weight),
+            (gradient, gradient_weight),
+            (spectral, spectral_weight),
+            (perceptual, perceptual_weight),
+        ]
+        self.parts = {part.__name__: (part, weight) for part, weight in weighted if weight}
+        if not self.parts:
+            raise UserError("All weights of the picture loss are 0: nothing compares the pictures. Take l1_weight 1")
+
+    def __call__(self, reconstruction: Tensor, pictures: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        parts = {name: part(reconstruction, pictures) for name, (part, _) in self.parts.items()}
+        loss = sum((weight * parts[name] for name, (_, weight) in self.parts.items()), reconstruction.new_zeros(()))
+        return loss, {**{name: value.detach() for name, value in parts.items()}, "reconstruction": loss.detach()}
+
+
+def whole_loss(
+    picture_loss: PictureLoss,
+    reconstruction: Tensor,
+    pictures: Tensor,
+    posterior: DiagonalGaussianDistribution,
+    kl_weight: float = 1e-6,
+    adversary: Callable[[Tensor], Tensor] | None = None,
+    disc_weight: float = 0.5,
+    decoder_last: Tensor | None = None,
+    alignment: Tensor | None = None,
+    vf_weight: float = 0.1,
+    encoder_last: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The autoencoder's loss with every part, as VA-VAE's (Yao & Wang 2025) divided by C·H·W.
+
+    The adversarial and the alignment part are weighed against the picture loss by the gradients that each has at a
+    layer (VQGAN, Esser et al. 2021). What compares pictures is differentiated once, down to the reconstruction, and
+    both weighing and training go on from there: LPIPS and the discriminator are passed backwards once instead of
+    three times, and what they kept is freed before the decoder's turn.
+
+    Args:
+        reconstruction: (B, C, H, W) float32 with its graph.
+        adversary: reconstruction → the generator's adversarial loss; None while there is none.
+        decoder_last: the weight of the decoder's last convolution, where `adversary` is weighed.
+        alignment: the alignment loss with its graph; None while there is none.
+        encoder_last: the weight of the encoder's last convolution, where `alignment` is weighed.
+
+    Returns:
+        A scalar to go backwards from (its value means nothing), and the parts by name: "loss" is the loss's value,
+        "disc_weight" and "vf_weight" the weights found in the reference's sums.
+    """
+    values = pictures[0].numel()
+    picture = reconstruction.detach().requires_grad_()
+    loss, parts = picture_loss(picture, pictures)
+    # in the sums of the reference: also where a half-precision decoder follows, these numbers are neither tiny nor huge
+    (direction,) = torch.autograd.grad(loss * values, picture)  # (B, C, H, W)
+    total, into = loss.detach(), direction
+    if adversary is not None:
+        parts["generator"] = adversary(picture)
+        (against,) = torch.autograd.grad(parts["generator"], picture)
+        at_last = [_gradient(reconstruction, decoder_last, grad) for grad in (direction, against)]
+        parts["disc_weight"] = disc_weight * adaptive_weight(*at_last, largest=1e4)
+        total = total + parts["disc_weight"] * parts["generator"] / values
+        into = into + parts["disc_weight"] * against
+    objective = (reconstruction * into).sum() / values
+    if kl_weight:
+        parts["kl"] = kl(posterior, pictures)
+        total, objective = total + kl_weight * parts["kl"], objective + kl_weight * parts["kl"]
+    if alignment is not None:
+        at_last = [_gradient(reconstruction, encoder_last, direction), _gradient(alignment, encoder_last)]
+        parts["vf_weight"] = vf_weight * adaptive_weight(*at_last, largest=1e8)
+        parts["alignment"] = alignment
+        weighted = parts["vf_weight"] * alignment / values
+        total, objective = total + weighted, objective + weighted
+    parts["loss"] = total
+    # a loss that is not finite must not look as if it had a gradient: on no process of several
+    objective = objective * torch.where(torch.isfinite(total.detach()), 1.0, torch.nan)
+    return objective, {name: value.detach() for name, value in parts.items()}
+
+
+def _gradient(of: Tensor, at: Tensor, direction: Tensor | None = None) -> Tensor:
+    return torch.autograd.grad(of, at, direction, retain_graph=True)[0]

@@ -5,9 +5,7 @@ AutoencoderKL reproduces. What is added here is one vector per person (or class)
 decoder by projections that start at zero: at first the model equals the one without vectors, bit by bit.
 """
 
-from collections.abc import Callable
-from importlib.resources import files
-from pathlib import Path
+from contextlib import nullcontext
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (a pipeline looks here for the base it loads with)
@@ -96,16 +94,16 @@ class VAVAE(AutoencoderKL):
         """Pictures → the posterior of their latents; `condition` is (B, condition_dim), None stands for no vector."""
         if condition is None:
             return super().encode(x, return_dict)
-        encoder = self.encoder
-        h = encoder.conv_in(x)
-        blocks = [*encoder.down_blocks, encoder.mid_block]
-        h = self._through(blocks, self.encoder_projections, h, condition)  # (B, C, H/f, W/f)
-        h = encoder.conv_out(encoder.conv_act(encoder.conv_norm_out(h)))  # (B, 2·latent_channels, H/f, W/f)
-        posterior = DiagonalGaussianDistribution(_moments(self.quant_conv(h) if self.quant_conv is not None else h))
+        posterior = DiagonalGaussianDistribution(self._encode(x, condition))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    def _encode(self, x: Tensor) -> Tensor:
-        return _moments(super()._encode(x))
+    def _encode(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        encoder = self.encoder
+        h = encoder.conv_in(x)
+        h = self._through([*encoder.down_blocks, encoder.mid_block], "encoder_projections", h, condition)
+        with _float32_under_autocast(h):
+            h = self._last(encoder, h)  # (B, 2·latent_channels, H/f, W/f)
+            return self.quant_conv(h) if self.quant_conv is not None else h
 
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: None = None, condition: Tensor | None = None
@@ -113,19 +111,36 @@ class VAVAE(AutoencoderKL):
         """Latents (not normalised) → pictures, which may lie slightly outside [-1, 1]."""
         if condition is None:
             return super().decode(z, return_dict, generator)
+        return self._decode(z, return_dict, condition)
+
+    def _decode(
+        self, z: Tensor, return_dict: bool = True, condition: Tensor | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
         decoder = self.decoder
         h = decoder.conv_in(self.post_quant_conv(z) if self.post_quant_conv is not None else z)
-        blocks = [decoder.mid_block, *decoder.up_blocks]
-        h = self._through(blocks, self.decoder_projections, h, condition)
-        pictures = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(h)))  # (B, C, H, W)
+        h = self._through([decoder.mid_block, *decoder.up_blocks], "decoder_projections", h, condition)
+        with _float32_under_autocast(h):
+            pictures = self._last(decoder, h)  # (B, C, H, W)
         return DecoderOutput(sample=pictures) if return_dict else (pictures,)
 
-    def _through(self, blocks: list[nn.Module], projections: nn.ModuleList, h: Tensor, condition: Tensor) -> Tensor:
+    @staticmethod
+    def _last(half: nn.Module, h: Tensor) -> Tensor:
+        h = h.to(half.conv_out.weight.dtype)
+        return half.conv_out(half.conv_act(half.conv_norm_out(h)))
+
+    def _through(self, blocks: list[nn.Module], projections: str, h: Tensor, condition: Tensor | None) -> Tensor:
         checkpointing = torch.is_grad_enabled() and self.encoder.gradient_checkpointing
-        for block, projection in zip(blocks, projections, strict=True):
-            h = h + projection(condition)[:, :, None, None].to(h.dtype)
+        for i, block in enumerate(blocks):
+            if condition is not None:
+                h = h + getattr(self, projections)[i](condition)[:, :, None, None].to(h.dtype)
             h = self.encoder._gradient_checkpointing_func(block, h) if checkpointing else block(h)
         return h
+
+    def freeze_encoder(self) -> None:
+        """Leave the encoder, and with it the latents, as they are: only what decodes is trained from now on."""
+        for name in ("encoder", "quant_conv", "encoder_projections"):
+            if getattr(self, name, None) is not None:
+                getattr(self, name).requires_grad_(False)
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Latents as encoded → latents as the denoiser sees them: per channel (z − mean) / std."""
@@ -145,9 +160,14 @@ class VAVAE(AutoencoderKL):
         return mean[:, None, None], std[:, None, None]
 
 
-def _moments(h: Tensor) -> Tensor:
-    """Mean and log-variance in float32 under autocast: the variance goes up to e²⁰, and fp16 ends at 65,504."""
-    return h.float() if torch.is_autocast_enabled(h.device.type) else h
+def _float32_under_autocast(h: Tensor) -> torch.autocast | nullcontext:
+    """The last layer of each half is computed in float32 also where the rest is fp16.
+
+    A log-variance goes up to 20 and its variance to e²⁰, a gradient of the last weights is summed over all places of
+    all pictures: fp16 ends at 65,504.
+    """
+    device = h.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _zero_linear(condition_dim: int, width: int) -> nn.Linear:
@@ -194,131 +214,47 @@ def vavae(size: str = "f16d32", **arguments: object) -> VAVAE:
     return VAVAE(**{**VAVAE_SIZES[size], **arguments})
 
 
-def pretrained_small_folder() -> Path:
-    """The folder of the small VA-VAE that comes with this package (trained on simulated walkers)."""
-    return Path(str(files("vavae_tools.autoencoders") / "pretrained_small"))
-
-
-def read_condition_file(path: str | Path, labels: dict[str, int]) -> Tensor:
-    """Read one vector per person from a safetensors file whose keys are the folders' names (`ID_1`, …).
-
-    Returns:
-        float32 (number of labels, condition_dim), in the order of the labels.
+def fitting_size(model: VAVAE, image_size: int | tuple[int, int] | None = None) -> int | tuple[int, int]:
+    """A picture size in pixels that this model can take, one number or (height, width); None: the one it was made for.
 
     Raises:
-        UserError: no such file, a person without a vector, or vectors of different lengths.
+        UserError: a side that is not divisible by the model's down-sampling.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not Path(path).is_file():
-        raise UserError(f"No condition file {path}; it holds one vector per person under the folder's name (ID_1 …)")
-    try:
-        vectors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error})") from None
-    missing = sorted(set(labels) - set(vectors))
-    if missing:
-        raise UserError(f"{path} has no vector for {', '.join(missing[:5])}; it holds {len(vectors)} vectors")
-    shapes = {tuple(vectors[name].shape) for name in labels}
-    if len(shapes) > 1 or len(next(iter(shapes))) != 1:
-        raise UserError(f"The vectors of {path} differ in shape: {sorted(shapes)}; expected one length for all")
-    table = torch.zeros(max(labels.values()) + 1, next(iter(shapes))[0])
-    for name, label in labels.items():
-        table[label] = vectors[name].float()
-    return table
-
-
-def load_vavae(
-    source: str | Path,
-    condition_dim: int | None = None,
-    num_conditions: int = 0,
-    say: Callable[[str], None] = print,
-) -> VAVAE:
-    """Load a VA-VAE to fine-tune; vectors and projections that the weights do not hold start anew.
-
-    Args:
-        source: a folder that `save_pretrained` wrote (of a VAVAE or of diffusers' AutoencoderKL), or a `.ckpt` of
-            VA-VAE training.
-        condition_dim, num_conditions: of the model wanted; None keeps what the weights have, 0 drops it.
-
-    Raises:
-        UserError: nothing there, not a VA-VAE, or weights of another shape.
-    """
-    source = Path(source)
-    if source.is_dir():
-        config, weights = _read_folder(source)
-    elif source.is_file():
-        config, weights = _read_checkpoint(source)
-    else:
-        raise UserError(f"No VA-VAE at {source}: expected a folder with config.json or a .ckpt of VA-VAE training")
-    if condition_dim is not None:
-        config = {**config, "condition_dim": condition_dim, "num_conditions": num_conditions}
-    model = VAVAE.from_config(config)
-    own = model.state_dict()
-    other_people = "conditions.weight" in weights and weights["conditions.weight"].shape != tuple(
-        own.get("conditions.weight", torch.empty(0)).shape
-    )
-    if other_people:  # vectors of other people, or of another length, say nothing here
-        weights = {
-            k: v for k, v in weights.items() if not k.startswith(("conditions.", "encoder_proj", "decoder_proj"))
-        }
-    wrong = [name for name in weights if name in own and own[name].shape != weights[name].shape]
-    if wrong:
-        found, expected = tuple(weights[wrong[0]].shape), tuple(own[wrong[0]].shape)
-        raise UserError(f"{source} is of another architecture: {wrong[0]} is {found}, expected {expected}")
-    loaded = model.load_state_dict(weights, strict=False)
-    fresh = [
-        name for name in loaded.missing_keys if not name.startswith(("conditions.", "encoder_proj", "decoder_proj"))
-    ]
-    if fresh:
-        raise UserError(f"{source} lacks {len(fresh)} of the model's weights, the first {fresh[0]}; is it a VA-VAE?")
-    say(
-        f"VA-VAE weights: {len(weights) - len(loaded.unexpected_keys)} matched, {len(loaded.missing_keys)} start anew, "
-        f"{len(loaded.unexpected_keys)} unused ({source})"
-    )
-    return model
+    size = model.config.sample_size if image_size is None else image_size
+    size = tuple(size) if isinstance(size, (list, tuple)) else size
+    sides = size if isinstance(size, tuple) else (size,)
+    if min(sides) < 1 or any(side % model.downsampling for side in sides):
+        raise UserError(
+            f"--image_size {'x'.join(map(str, sides))} does not fit this VA-VAE: it must be divisible by "
+            f"{model.downsampling}"
+        )
+    return size
 
 
 @torch.inference_mode()
-def reconstruct(model: VAVAE, data: PictureFolder, batch_size: int = 32) -> tuple[Tensor, Tensor]:
-    """All pictures of a folder, and what the model makes of them with each person's vector: uint8 (N, C, H, W) both.
+def reconstruct_pictures(model: VAVAE, pictures: Tensor, labels: Tensor | None = None) -> Tensor:
+    """What the model makes of pictures, uint8 (B, C, H, W), with the vectors of `labels` (B,), or with none: uint8.
 
     The posterior's mode is decoded, so that the same pictures have the same reconstructions.
     """
+    vectors = model.condition_vectors(labels) if labels is not None and model.config.condition_dim else None
+    posterior = model.encode(to_unit(pictures), condition=vectors).latent_dist
+    return to_pixels(model.decode(posterior.mode(), condition=vectors).sample)
+
+
+def anothers(labels: Tensor) -> Tensor:
+    """For each label (B,) the next one that occurs among them, in turn: another person's, where there are two."""
+    known, place = labels.unique(return_inverse=True)
+    return known[(place + 1) % len(known)]
+
+
+def reconstruct(model: VAVAE, data: PictureFolder, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+    """All pictures of a folder, and what the model makes of them with each person's vector: uint8 (N, C, H, W) both."""
     model = model.eval()
     originals, reconstructions = [], []
     for start in range(0, len(data), batch_size):
         batch = data.__getitems__(range(start, min(start + batch_size, len(data))))
-        labels = batch["labels"].to(model.device)
-        vectors = model.condition_vectors(labels) if model.config.condition_dim else None
-        posterior = model.encode(to_unit(batch["pictures"].to(model.device)), condition=vectors).latent_dist
-        reconstructions.append(to_pixels(model.decode(posterior.mode(), condition=vectors).sample).cpu())
         originals.append(batch["pictures"])
+        pictures, labels = (batch[key].to(model.device) for key in ("pictures", "labels"))
+        reconstructions.append(reconstruct_pictures(model, pictures, labels).cpu())
     return torch.cat(originals), torch.cat(reconstructions)
-
-
-def _read_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    weights = folder / "diffusion_pytorch_model.safetensors"
-    if not (folder / "config.json").is_file() or not weights.is_file():
-        there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise UserError(f"{folder} is no VA-VAE folder: expected config.json and {weights.name}, found {there}")
-    try:
-        config = {k: v for k, v in VAVAE.load_config(folder).items() if not k.startswith("_")}
-        return config, {name: tensor.float() for name, tensor in load_file(weights).items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{weights} cannot be read ({error}): copy it again") from None
-
-
-def _read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    from vavae_tools.files import read_checkpoint
-
-    checkpoint = read_checkpoint(path)
-    config = checkpoint.get("hyper_parameters", {}).get("vavae_config")
-    if config is None:
-        raise UserError(f"{path} is no checkpoint of VA-VAE training here: it names no vavae_config")
-    weights = {k.removeprefix("vavae."): v for k, v in checkpoint["state_dict"].items() if k.startswith("vavae.")}
-    return config, weights

@@ -5,11 +5,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vavae_tools.autoencoders.vavae import VAVAE
+from vavae_tools.autoencoders.weights import build_vavae, from_state_dict
 from vavae_tools.convert.lightningdit import load_lightningdit
 from vavae_tools.errors import UserError
 
+
+def load_vavae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> VAVAE:
+    """Our VA-VAE, without vectors, with the reference's weights; what its training holds beside them is ignored."""
+    return build_vavae(from_state_dict(state_dict, config), say=lambda line: None)
+
+
 LOADERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], nn.Module]] = {
     "lightningdit": load_lightningdit,
+    "vavae": load_vavae_reference,
 }
 
 
@@ -17,9 +26,9 @@ def load_reference(kind: str, state_dict: Mapping[str, Tensor], config: Mapping[
     """One of our models with a reference's weights, in eval mode, called as the reference is.
 
     Args:
-        kind: "lightningdit" → `model(x, t, y)`.
+        kind: "lightningdit" → `model(x, t, y)`; "vavae" → `model.encode(x).latent_dist`, `model.decode(z).sample`.
         state_dict: the weights under the reference's names.
-        config: the reference's constructor arguments under its names.
+        config: the reference's constructor arguments under its names; of "vavae" {"ddconfig": {…}, "embed_dim": …}.
     """
     if kind not in LOADERS:
         raise UserError(f"No reference of kind {kind!r}; known kinds: {', '.join(sorted(LOADERS))}.")

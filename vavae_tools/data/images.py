@@ -1,8 +1,9 @@
 """Picture folders as batches; the one place where pixels become numbers in [-1, 1] and pictures again."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from vavae_tools.data.split import read_split_info
 from vavae_tools.errors import UserError
 from vavae_tools.files import written_whole
 
+_HANDFUL = 32  # pictures whose headers say what all are like
+
 MEMORY_LIMIT = 4 * 2**30
 """Decoded pictures up to this many bytes are kept in memory: 21,000 of 256×256, a seventh of what Kaggle has."""
 
@@ -33,23 +36,75 @@ def to_pixels(pictures: Tensor) -> Tensor:
     return pictures.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def is_grey(picture: Image.Image) -> bool:
+    """Whether a Pillow picture is stored in grey: black and white, 8, 16 or 32 bits, with or without alpha."""
+    return Image.getmodebase(picture.mode) == "L"
+
+
+def in_channels(picture: Image.Image, channels: int) -> Image.Image:
+    """A Pillow picture with 3 channels (RGB) or 1 (grey, mode L), 8 bits each.
+
+    Of 16 bits, 65,535 becomes white, and what lies above it in 32 bits too. Alpha is dropped: a transparent pixel keeps
+    the colour that it is stored with.
+    """
+    if picture.mode.startswith("I"):  # integers of 16 or 32 bits, of which Pillow's own conversion makes 255 white
+        array = (np.asarray(picture).clip(0, 65535).astype(np.uint32) + 128) // 257
+        picture = Image.fromarray(array.astype(np.uint8))
+    return picture.convert("RGB" if channels == 3 else "L")
+
+
+def channels_of(pictures: str | Path | Sequence[Path], extensions: Collection[str] = PICTURE_EXTENSIONS) -> int:
+    """1 where pictures are stored in grey, else 3: what the headers of a few, spread over the folders, say.
+
+    Grey and coloured ones together have 3 channels, and so have pictures with a palette.
+
+    Args:
+        pictures: a folder that holds `ID_1/ ID_2/ …`, or files.
+        extensions: which files of a folder are pictures.
+
+    Raises:
+        UserError: no such folder, no pictures in it, or a file that is none.
+    """
+    where = pictures
+    if isinstance(pictures, str | Path):
+        pictures = [path for paths in list_folders(pictures, extensions).values() for path in paths]
+    _check_any(pictures, where, extensions)
+    some = pictures[:: max(1, len(pictures) // _HANDFUL)]
+    return 1 if all(map(_file_is_grey, some)) else 3
+
+
+def _file_is_grey(path: Path) -> bool:
+    with _naming(path), Image.open(path) as picture:
+        return is_grey(picture)
+
+
+def _check_any(paths: Sequence[Path], folder: object, extensions: Collection[str]) -> None:
+    if not paths:
+        raise UserError(f"No pictures ({', '.join(extensions)}) in the folders of {folder}")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read as a picture ({error}). data_split.py names such files and leaves them out"
+        ) from None
+
+
 def read_picture(path: Path, size: tuple[int, int], channels: int = 3) -> np.ndarray:
     """Read one picture as uint8 (height, width, channels), resized as a whole: nothing is cropped off its axes.
 
     Args:
         size: (height, width) in pixels.
-        channels: 3, or 1 for grey.
+        channels: 3, or 1 for grey; see `in_channels`.
 
     Raises:
         UserError: the file cannot be decoded.
     """
-    try:
-        with Image.open(path) as picture:
-            picture = picture.convert("RGB" if channels == 3 else "L")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as a picture ({error}). data_split.py names such files and leaves them out"
-        ) from None
+    with _naming(path), Image.open(path) as picture:
+        picture = in_channels(picture, channels)
     if picture.size != (size[1], size[0]):
         picture = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return np.asarray(picture).reshape(*size, channels)
@@ -73,7 +128,12 @@ class PictureFolder(Dataset):
         channels: 3, or 1 for grey.
         extensions: which files are pictures.
 
-    A batch is {"pictures": uint8 (B, C, H, W), "labels": int64 (B,), "index": int64 (B,)}.
+    Attributes:
+        along: further tensors with a row for each picture, in the order of `paths`, such as cached features; empty at
+            first. Memory-mapped ones stay on the disk: only the rows of a batch are read.
+
+    A batch is {"pictures": uint8 (B, C, H, W), "labels": int64 (B,), "index": int64 (B,)}, and the rows of `along`
+    under their own names.
 
     Raises:
         UserError: no such folder, no pictures in it, or a picture that cannot be read.
@@ -96,8 +156,8 @@ class PictureFolder(Dataset):
         self.paths = [path for name in people for path in people[name]]
         self.names = [f"{path.parent.name}/{path.name}" for path in self.paths]
         self.labels = torch.tensor([labels[path.parent.name] for path in self.paths], dtype=torch.int64)
-        if not self.paths:
-            raise UserError(f"No pictures ({', '.join(extensions)}) in the folders of {self.folder}")
+        _check_any(self.paths, self.folder, extensions)
+        self.along: dict[str, Tensor] = {}
         self._progress = progress
         self._memory: Tensor | None = None
 
@@ -131,7 +191,8 @@ class PictureFolder(Dataset):
         else:
             decoded = [read_picture(self.paths[i], self.image_size, self.channels) for i in indices]
             pictures = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)
-        return {"pictures": pictures, "labels": self.labels[index], "index": index}
+        along = {name: rows[index] for name, rows in self.along.items()}
+        return {"pictures": pictures, "labels": self.labels[index], "index": index, **along}
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
@@ -153,6 +214,7 @@ class PictureDataModule(OrderedDataModule):
         image_size: pixels, one number or (height, width).
         batch_size: pictures per device and step.
         num_workers: loading processes per device; by default 0 where the pictures fit into memory, else 4 at most.
+        channels: 3, or 1 for grey; by default what the training side's pictures have.
 
     Raises:
         UserError: the folder holds no split.
@@ -165,10 +227,11 @@ class PictureDataModule(OrderedDataModule):
         batch_size: int = 16,
         num_workers: int | None = None,
         seed: int = 0,
-        channels: int = 3,
+        channels: int | None = None,
     ) -> None:
         info = read_split_info(data_dir)
         labels = {name: int(label) for name, label in info["labels"].items()}
+        channels = channels or channels_of(Path(data_dir) / "train", info["image_extensions"])
         options = {"labels": labels, "channels": channels, "extensions": info["image_extensions"]}
         self.train_data = PictureFolder(Path(data_dir) / "train", image_size, **options)
         val_folder = Path(data_dir) / "val"

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -12,7 +13,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from vavae_tools.autoencoders.vavae import VAVAE, load_vavae
+from vavae_tools.autoencoders.vavae import VAVAE
+from vavae_tools.autoencoders.weights import load_vavae
 from vavae_tools.data.images import save_picture, to_pixels
 from vavae_tools.diffusion.conditioning import ClassConditioner, check_labels
 from vavae_tools.diffusion.sampling import sample
@@ -95,8 +97,10 @@ class LatentDiTPipeline(DiffusionPipeline):
             generator: of the noise, one for all or one for each picture.
             latents: noise to start from, (len(labels), C, h, w), in place of a generator's.
             batch_size: pictures made at once; it changes memory and speed, not the pictures.
-            output_type: "pil", or "pt" for uint8 (N, C, H, W).
+            output_type: "pil" (grey ones have mode L), "pt" for uint8 (N, C, H, W), "np" for uint8 (N, H, W, C).
         """
+        if output_type not in ("pil", "pt", "np"):
+            raise UserError(f"No output_type {output_type!r}; there are pil, pt, np")
         labels = self.labels_of(labels.tolist() if isinstance(labels, Tensor) else labels)
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: at least one picture at once is needed")
@@ -126,9 +130,11 @@ class LatentDiTPipeline(DiffusionPipeline):
                 decoded = self.vae.decode(self.vae.denormalise(made).to(self.vae.dtype), condition=vectors).sample
                 pictures.append(to_pixels(decoded).cpu())
                 bar.update(len(of_batch))
-        images: Tensor | list[Image.Image] = torch.cat(pictures)  # uint8 (N, C, H, W)
+        images: Tensor | np.ndarray | list[Image.Image] = torch.cat(pictures)  # uint8 (N, C, H, W)
+        if output_type != "pt":
+            images = images.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
         if output_type == "pil":
-            images = [Image.fromarray(p.permute(1, 2, 0).squeeze(2).numpy()) for p in images]
+            images = [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in images]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def noise(self, seed: int, indices: Tensor) -> Tensor:

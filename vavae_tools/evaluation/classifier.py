@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from vavae_tools.data.images import PictureFolder, to_unit
 from vavae_tools.draws import Draws
-from vavae_tools.files import written_whole
+from vavae_tools.files import disk_errors, written_whole
 
 FILE_NAME = "classifier.safetensors"
 BATCH_SIZE = 64
@@ -164,7 +164,7 @@ def cached_classifier(
     weights = _read_weights(path, key)
     if weights is None:
         model = train_classifier(train, num_classes, seed=seed, device=device, progress=progress)
-        with written_whole(path) as partial:
+        with written_whole(path) as partial, disk_errors():
             save_file({n: t.contiguous() for n, t in model.state_dict().items()}, partial, {"key": key})
         return model
     model = PersonClassifier(num_classes, train.image_size, train.channels)

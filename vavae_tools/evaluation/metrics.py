@@ -31,6 +31,22 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat(values)
 
 
+def sharpness(a: Tensor, b: Tensor) -> Tensor:
+    """How sharp each `b` is beside its `a`: (N, C, H, W) in [-1, 1], twice → float32 (N,).
+
+    The mean absolute difference of neighbours, in both axes together, of `b` as a multiple of that of `a`: 1 is as
+    sharp, less is blurred or pale, more is noisier. NaN where `a` is one flat colour.
+    """
+    energies = torch.tensor([(_gradient_energy(x), _gradient_energy(y)) for x, y in zip(a, b, strict=True)])
+    of_a, of_b = energies.unbind(1)
+    return torch.where(of_a > 0, of_b / of_a, torch.nan)
+
+
+def _gradient_energy(picture: Tensor) -> float:
+    differences = [picture.double().diff(dim=dim).abs().flatten() for dim in (-2, -1)]
+    return torch.cat(differences).mean().item()
+
+
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of two Gaussians fitted to features (N, D), as in FID (Heusel et al. 2017).
 
@@ -129,6 +145,22 @@ def nearest(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
         places.append(squared.argmin(dim=1))
     place = torch.cat(places)
     return place, (a - others[place]).square().sum(1).sqrt().float()
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table: the first column to the left, the others to the right.
+
+    >>> print("\\n".join(aligned([("", "dB"), ("own", "31.4")])))
+           dB
+    own  31.4
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def percent(share: float | None) -> str:

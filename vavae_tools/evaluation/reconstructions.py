@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vavae_tools.data.images import to_pixels, to_unit
 from vavae_tools.evaluation.classifier import PersonClassifier
-from vavae_tools.evaluation.metrics import frechet_distance, percent, psnr, ssim
+from vavae_tools.evaluation.metrics import frechet_distance, percent, psnr, sharpness, ssim
 
 
 @dataclass(frozen=True, repr=False)
@@ -18,6 +18,8 @@ class ReconstructionScores:
     psnr: float
     """Mean, dB."""
     ssim: float
+    sharpness: float
+    """Mean of `metrics.sharpness`: 1 is as sharp as the originals; flat originals have no say (NaN if all are)."""
     right: float | None = None
     """Share that the classifier names rightly."""
     originals_right: float | None = None
@@ -26,7 +28,8 @@ class ReconstructionScores:
     originals_frechet: float | None = None
 
     def __str__(self) -> str:
-        line = f"{self.pictures:,} reconstructions: PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.3f}"
+        line = f"{self.pictures:,} reconstructions: PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.3f}, "
+        line += f"sharpness {self.sharpness:.2f}"
         if self.right is not None:
             line += f"; named rightly {percent(self.right)} (originals {percent(self.originals_right)})"
         if self.frechet is not None:
@@ -35,6 +38,46 @@ class ReconstructionScores:
         return line
 
     __repr__ = __str__
+
+
+class ReconstructionJudge:
+    """What a trained classifier makes of reconstructions of the same pictures, again and again while a model learns.
+
+    What the originals come to is worked out once, here.
+
+    Args:
+        classifier: on any device.
+        originals: uint8 (N, C, H, W).
+        labels: int64 (N,); with them, how many are named rightly.
+        others: uint8 (M, C, H, W), further real pictures with no more of each person than `originals`; with them, the
+            Fréchet distance to them.
+    """
+
+    def __init__(
+        self,
+        classifier: PersonClassifier,
+        originals: Tensor,
+        labels: Tensor | None = None,
+        others: Tensor | None = None,
+    ) -> None:
+        self.classifier = classifier
+        self.labels = labels.cpu() if labels is not None else None
+        self._reference = classifier.judge(others)[0] if others is not None else None
+        self._originals = {f"originals_{name}": value for name, value in self._scores(originals).items()}
+
+    def judge(self, reconstructions: Tensor) -> dict[str, float]:
+        """Reconstructions, uint8 (N, C, H, W) in the originals' order → "right", the share that is named rightly, and
+        "frechet", beside "originals_right" and "originals_frechet" as their scale."""
+        return {**self._scores(reconstructions), **self._originals}
+
+    def _scores(self, pictures: Tensor) -> dict[str, float]:
+        features, named = self.classifier.judge(pictures)
+        scores = {}
+        if self.labels is not None:
+            scores["right"] = (named == self.labels).float().mean().item()
+        if self._reference is not None:
+            scores["frechet"] = frechet_distance(features, self._reference)
+        return scores
 
 
 def evaluate_reconstructions(
@@ -54,17 +97,11 @@ def evaluate_reconstructions(
     """
     originals, remade = (_in_range(x) for x in (pictures, reconstructions))
     scores = {"psnr": psnr(originals, remade).mean().item(), "ssim": ssim(originals, remade).mean().item()}
+    scores["sharpness"] = sharpness(originals, remade).nanmean().item()
     if classifier is not None:
-        judged = [classifier.judge(to_pixels(x)) for x in (originals, remade)]
-        if labels is not None:
-            scores["originals_right"], scores["right"] = (
-                (named == labels.cpu()).float().mean().item() for _, named in judged
-            )
-        if others is not None:
-            reference = classifier.judge(to_pixels(_in_range(others)))[0]
-            scores["originals_frechet"], scores["frechet"] = (
-                frechet_distance(features, reference) for features, _ in judged
-            )
+        others = to_pixels(_in_range(others)) if others is not None else None
+        judge = ReconstructionJudge(classifier, to_pixels(originals), labels, others)
+        scores |= judge.judge(to_pixels(remade))
     return ReconstructionScores(len(originals), **scores)
 
 

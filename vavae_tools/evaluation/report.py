@@ -10,11 +10,18 @@ from PIL import Image
 from torch import Tensor
 
 from vavae_tools.data.folders import PICTURE_EXTENSIONS, contents, listed
-from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.data.images import PictureFolder, channels_of, to_unit
 from vavae_tools.data.split import list_folders, read_split_info
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
-from vavae_tools.evaluation.metrics import KernelDistance, frechet_distance, mean_kernel_distance, nearest, percent
+from vavae_tools.evaluation.metrics import (
+    KernelDistance,
+    aligned,
+    frechet_distance,
+    mean_kernel_distance,
+    nearest,
+    percent,
+)
 from vavae_tools.files import write_json, written_whole
 from vavae_tools.machine import find_machine
 from vavae_tools.plots import plot_bars, show_rows
@@ -132,12 +139,12 @@ class Evaluation:
         for name, score in [*self.people.items(), ("all", self.total)]:
             right = (percent(score.generated_right), percent(score.validation_right))
             rows.append((name, f"{score.generated:,}", right[0], f"{score.validation:,}", right[1]))
-        lines += _aligned(rows)
+        lines += aligned(rows)
         if self.distances:
             d = self.distances
             lines += [
                 "",
-                *_aligned(_distance_rows(d)),
+                *aligned(_distance_rows(d)),
                 f"(Fréchet distance: {d.pictures:,} pictures in each set; kernel distance: mean over persons)",
             ]
         lines += ["", _copy_line(self.copies)]
@@ -173,7 +180,8 @@ def evaluate_pictures(
 ) -> Evaluation:
     """Compare generated pictures with the two sides of a split; write `evaluation.json` and figures.
 
-    A classifier is trained on the real training side, once: it is kept in `output_dir` for the next evaluation.
+    A classifier is trained on the real training side, once: it is kept in `output_dir` for the next evaluation. All
+    pictures are read with as many channels as that side has.
 
     Args:
         generated_dir: holds ID_1/ ID_2/ … with the names of the split's folders.
@@ -245,7 +253,8 @@ def _load(
     smallest = 16 if image_size is None else min(image_size) if isinstance(image_size, tuple) else image_size
     if smallest < 16:
         raise UserError(f"image_size {image_size} is too small to tell persons apart: take at least 16 pixels")
-    labels = {name: int(label) for name, label in read_split_info(data_dir)["labels"].items()}
+    info = read_split_info(data_dir)
+    labels, extensions = {name: int(label) for name, label in info["labels"].items()}, info["image_extensions"]
     folders = {name: paths for name, paths in list_folders(generated_dir).items() if paths}
     if not folders:
         raise UserError(
@@ -262,11 +271,14 @@ def _load(
     notes: list[str] = []
     if image_size is None:
         image_size = _common_size([path for paths in folders.values() for path in paths], notes)
-    train = PictureFolder(data_dir / "train", image_size, labels, progress=progress)
-    generated = PictureFolder(generated_dir, image_size, labels, progress=progress)
+    channels = channels_of(data_dir / "train", extensions)
+    if channels == 1 and channels_of(generated_dir) == 3:
+        notes.append("the generated pictures are stored in colour, the real ones in grey: all are compared in grey")
+    train = PictureFolder(data_dir / "train", image_size, labels, channels, progress, extensions)
+    generated = PictureFolder(generated_dir, image_size, labels, channels, progress)
     validation = None
-    if (data_dir / "val").is_dir() and any(list_folders(data_dir / "val").values()):
-        validation = PictureFolder(data_dir / "val", image_size, labels, progress=progress)
+    if (data_dir / "val").is_dir() and any(list_folders(data_dir / "val", extensions).values()):
+        validation = PictureFolder(data_dir / "val", image_size, labels, channels, progress, extensions)
     return labels, train, validation, generated, notes
 
 
@@ -427,14 +439,3 @@ def _copy_line(copies: CopyCheck) -> str:
     if copies.validation_within is not None:
         line += f" (real validation pictures: {percent(copies.validation_within)})"
     return line
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """The first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

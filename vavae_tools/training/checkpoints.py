@@ -69,7 +69,8 @@ class LastCheckpoint(ModelCheckpoint):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         ends = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if (batch_idx + 1) % trainer.accumulate_grad_batches and not ends:
+        gathered = getattr(module, "accumulate_grad_batches", trainer.accumulate_grad_batches)
+        if (batch_idx + 1) % gathered and not ends:
             return  # the gradients gathered so far would be lost
         validates = trainer.enable_validation and sum(trainer.num_val_batches) > 0
         if ends and validates and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
@@ -113,8 +114,10 @@ class LastCheckpoint(ModelCheckpoint):
             self._former_handler = None
 
 
-def checkpoint_callbacks(folder: Path, monitor: str | None, every_minutes: float = 5.0) -> list[ModelCheckpoint]:
-    """`last.ckpt`, and the best by `monitor` (smaller is better) as `best-EPOCH-VALUE.ckpt`."""
+def checkpoint_callbacks(
+    folder: Path, monitor: str | None, every_minutes: float = 5.0, mode: str = "min"
+) -> list[ModelCheckpoint]:
+    """`last.ckpt`, and the best by `monitor` as `best-EPOCH-VALUE.ckpt`; `mode` says whether "min" or "max" is best."""
     callbacks: list[ModelCheckpoint] = []
     if monitor:
         name = f"best-{{epoch:03d}}-{{{monitor}:.4f}}"
@@ -123,6 +126,7 @@ def checkpoint_callbacks(folder: Path, monitor: str | None, every_minutes: float
                 folder,
                 name,
                 monitor=monitor,
+                mode=mode,
                 auto_insert_metric_name=False,
                 save_on_train_epoch_end=False,  # from there Lightning does not resume exactly where max_steps is set
                 enable_version_counter=False,

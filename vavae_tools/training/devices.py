@@ -34,6 +34,7 @@ def trainer_settings(
     strategy: str = "auto",
     precision: str | None = None,
     parts_may_go_unused: bool = False,
+    gradient_clip_val: float | None = 1.0,
 ) -> dict[str, Any]:
     """Arguments for `lightning.Trainer` tuned for one or two GPUs of a borrowed machine.
 
@@ -43,6 +44,7 @@ def trainer_settings(
         strategy: "auto" takes one process on one device, "ddp" on more.
         precision: "16", "32", "bf16"; None: fp16 with a scaler on a T4, bf16 from Ampere on, float32 on a CPU.
         parts_may_go_unused: some weights may get no gradient in a step, which plain ddp refuses.
+        gradient_clip_val: largest norm of the gradients; None where the module clips.
 
     Raises:
         UserError: more devices than there are, or a precision the machine cannot do.
@@ -63,7 +65,7 @@ def trainer_settings(
         "strategy": strategy,
         "precision": precision_of(precision, machine),
         "use_distributed_sampler": False,  # ours cuts the same batches on any number of devices
-        "gradient_clip_val": 1.0,
+        "gradient_clip_val": gradient_clip_val,
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 10,
         "enable_model_summary": False,

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vavae_tools.data.images import to_pixels, to_unit
+from vavae_tools.autoencoders.vavae import anothers, reconstruct_pictures
 from vavae_tools.files import written_whole
 from vavae_tools.plots import picture_grid, show_inline
 
@@ -49,7 +49,7 @@ class Previews(L.Callback):
 
 
 class ReconstructionPreviews(Previews):
-    """Originals above their reconstructions (the posterior's mode, with each person's vector)."""
+    """Originals above their reconstructions (the posterior's mode): with each person's vector, another's, and none."""
 
     name = "reconstructions"
 
@@ -58,13 +58,11 @@ class ReconstructionPreviews(Previews):
         self.batch = batch
 
     def grid(self, module: L.LightningModule) -> Tensor:
-        vavae, device = module.vavae, module.device
-        pictures = to_unit(self.batch["pictures"].to(device))
-        vectors = vavae.condition_vectors(self.batch["labels"].to(device)) if vavae.config.condition_dim else None
-        latents = vavae.encode(pictures, condition=vectors).latent_dist.mode()
-        reconstruction = vavae.decode(latents, condition=vectors).sample
-        both = torch.cat([self.batch["pictures"], to_pixels(reconstruction).cpu()])
-        return picture_grid(both, columns=len(pictures))
+        vavae = module.vavae
+        pictures, labels = (self.batch[key].to(module.device) for key in ("pictures", "labels"))
+        rows = [labels, anothers(labels), None] if vavae.config.condition_dim else [None]
+        remade = [reconstruct_pictures(vavae, pictures, row).cpu() for row in rows]
+        return picture_grid(torch.cat([self.batch["pictures"], *remade]), columns=len(pictures))
 
 
 class SamplePreviews(Previews):

@@ -34,7 +34,8 @@ def several_devices_from_a_cell(run: Run) -> Run:
         wanted = (arguments.get("devices") or {}).get("devices", "auto")
         if "ipykernel" not in sys.modules or (find_machine().devices if wanted == "auto" else int(wanted)) < 2:
             return run(*args, **named)
-        plain = {name: value for name, value in arguments.items() if name not in ("show", "say")}
+        plain = {**arguments, **arguments.pop("changes", {})}  # what **changes gathered goes on by name, too
+        plain = {name: value for name, value in plain.items() if name not in ("show", "say", "changes")}
         return run_as_program(f"{run.__module__}:{run.__name__}", plain)
 
     return call  # type: ignore[return-value]

@@ -8,11 +8,18 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm.auto import tqdm
 
+SHOWN = ("train/loss", "val/loss", "val/psnr", "val/right", "val/frechet_ratio")
+
 
 @rank_zero_only
 def say(line: str) -> None:
     """Print a line at once, and once: of several processes only the first speaks."""
     print(line, flush=True)
+
+
+def someone_looks() -> bool:
+    """Whether a bar that moves has a reader: a screen or a notebook, not a file."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 class Progress(L.Callback):
@@ -24,11 +31,11 @@ class Progress(L.Callback):
 
     def __init__(self, say: Callable[[str], None] = say) -> None:
         self.say = say
-        self._live = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self._live = someone_looks()
         self._bar: tqdm | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.total = int(trainer.estimated_stepping_batches)
+        self.total = int(getattr(module, "total_steps", trainer.estimated_stepping_batches))
         self.start, self.began = trainer.global_step, time.monotonic()
         if self.start:
             self.say(f"going on after step {self.start:,} of {self.total:,}")
@@ -50,7 +57,7 @@ class Progress(L.Callback):
             )
 
     def losses(self, trainer: L.Trainer) -> str:
-        shown = {name: trainer.logged_metrics.get(name) for name in ("train/loss", "val/loss", "val/psnr")}
+        shown = {name: trainer.logged_metrics.get(name) for name in SHOWN}
         return "  ".join(f"{name} {float(value):.4g}" for name, value in shown.items() if value is not None)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

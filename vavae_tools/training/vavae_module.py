@@ -1,33 +1,59 @@
 """Fine-tuning the VA-VAE with Lightning: glue between the model, its loss and the Trainer."""
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from diffusers import ConfigMixin
-from torch import Tensor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
 
-from vavae_tools.autoencoders.losses import VAVAELoss
+from vavae_tools.autoencoders.discriminator import PatchDiscriminator, generator_loss, hinge_loss
+from vavae_tools.autoencoders.foundation import Foundation, alignment_loss, foundation_features
+from vavae_tools.autoencoders.losses import PictureLoss, whole_loss
 from vavae_tools.autoencoders.vavae import VAVAE
-from vavae_tools.data.images import to_unit
+from vavae_tools.data.images import PictureDataModule, PictureFolder, to_pixels, to_unit
 from vavae_tools.draws import Draws
+from vavae_tools.errors import UserError
+from vavae_tools.evaluation.metrics import psnr, ssim
 from vavae_tools.training.devices import trainer_settings
+from vavae_tools.training.finite import FiniteSteps
 
 
 class VAVAEModule(L.LightningModule):
     """Trains a VAVAE on batches {"pictures": uint8 (B, C, H, W), "labels": (B,), "index": (B,)}.
 
+    A weight of 0 turns its part off: nothing of it is built or computed. `recipes.RECIPES` holds sets of these numbers.
+
     Args:
         vavae: the model; with `condition_dim` 0 labels are not used.
-        lr: AdamW's learning rate after warm-up; it falls to zero along a half cosine.
-        kl_weight, l1_weight, gradient_weight, spectral_weight: see `VAVAELoss`.
+        lr: the learning rate of the model; not scaled by batch or devices.
+        kl_weight, l1_weight, gradient_weight, spectral_weight, perceptual_weight: see `losses`.
+        vf_weight: of the alignment with a vision foundation model (VA-VAE), relative to the picture loss's gradient
+            at the encoder's last layer; needs `foundation`.
+        distance_margin, cosine_margin: differences of the alignment up to these are free.
+        disc_weight: of the adversarial part, relative to the picture loss's gradient at the decoder's last layer.
+        disc_start: optimiser step at which the discriminator begins; the model listens to it from the next one on.
+        disc_width: channels of the discriminator's first layer; 64 is the published one.
+        disc_lr: Adam's learning rate for the discriminator.
+        schedule: "cosine" falls to zero after `warmup_steps`; "constant" is the reference's.
+        betas, weight_decay: AdamW's, of the model.
+        gradient_clip: largest global norm of the gradients; 0 does not clip.
+        accumulate_grad_batches: batches gathered in one step.
         condition_dropout: share of pictures that are trained without their vector, so that "no vector" stays a
             meaningful condition.
-        warmup_steps: optimiser steps of linear warm-up.
+        freeze_encoder: train the decoder alone, on latents that stay as they are.
+        gradient_checkpointing: compute activations twice in place of keeping them.
         seed: every random draw follows from it, the epoch and the sample.
+        lpips: (reconstruction, pictures) → (B,), for `perceptual_weight`; see `perceptual.load_lpips`.
+        foundation: for `vf_weight`; see `foundation.load_foundation`.
 
-    Logs `train/…` and `val/…`: loss and its parts, and PSNR in dB.
+    Logs `train/…` and `val/…`: loss and its parts; validation also PSNR in dB, SSIM, the latents' mean and standard
+    deviation, and the discriminator's right rate.
     """
 
     def __init__(
@@ -38,52 +64,227 @@ class VAVAEModule(L.LightningModule):
         l1_weight: float = 1.0,
         gradient_weight: float = 0.5,
         spectral_weight: float = 1.0,
-        condition_dropout: float = 0.1,
+        perceptual_weight: float = 0.0,
+        vf_weight: float = 0.0,
+        distance_margin: float = 0.0,
+        cosine_margin: float = 0.0,
+        disc_weight: float = 0.0,
+        disc_start: int = 0,
+        disc_width: int = 64,
+        disc_lr: float = 1e-4,
+        schedule: str = "cosine",
         warmup_steps: int = 50,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 1e-4,
+        gradient_clip: float = 1.0,
+        accumulate_grad_batches: int = 1,
+        condition_dropout: float = 0.1,
+        freeze_encoder: bool = False,
+        gradient_checkpointing: bool = False,
         seed: int = 0,
+        lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+        foundation: Foundation | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["vavae"])
+        self.save_hyperparameters(ignore=["vavae", "lpips", "foundation"])
+        self.hparams["betas"] = list(betas)
         self.hparams["vavae_config"] = plain_config(vavae)
+        self.automatic_optimization = False  # two optimisers
+        self.accumulate_grad_batches = accumulate_grad_batches
+        if perceptual_weight and lpips is None:
+            raise UserError(
+                "perceptual_weight needs LPIPS: name its weights (lpips_weights), or take perceptual_weight 0 and "
+                "spectral_weight 1, which needs none"
+            )
+        if vf_weight and foundation is None:
+            raise UserError(
+                "vf_weight needs a vision foundation model: name its folder (foundation_model), or take vf_weight 0"
+            )
+        if vf_weight and freeze_encoder:
+            raise UserError("vf_weight aligns the latents, which freeze_encoder keeps as they are: take one of them")
+        # in a dict, so that what is frozen does not become a part of this module and its checkpoints
+        self._frozen = {"lpips": lpips if perceptual_weight else None, "foundation": foundation if vf_weight else None}
         self.vavae = vavae.to(memory_format=torch.channels_last)  # 4 to 24 % faster on a CPU, by its widths
-        self.loss = VAVAELoss(l1_weight, gradient_weight, spectral_weight, kl_weight)
+        if freeze_encoder:
+            vavae.freeze_encoder()
+        if gradient_checkpointing:
+            vavae.enable_gradient_checkpointing()
+        self.picture_loss = PictureLoss(l1_weight, gradient_weight, spectral_weight, perceptual_weight, lpips)
+        if disc_weight:
+            self.discriminator = PatchDiscriminator(vavae.config.out_channels, disc_width)
+        if vf_weight:
+            self.projection = nn.Conv2d(vavae.config.latent_channels, foundation.channels, 1, bias=False)
 
-    def reconstruct(self, pictures: Tensor, labels: Tensor | None, draws: Draws, keep: Tensor | None = None):
-        """Encode, draw from the posterior, decode: (reconstruction (B, C, H, W), posterior)."""
+    def reconstruct(
+        self, pictures: Tensor, labels: Tensor | None, draws: Draws, keep: Tensor | None = None
+    ) -> tuple[Tensor, DiagonalGaussianDistribution, Tensor]:
+        """Encode, draw from the posterior, decode: (reconstruction (B, C, H, W), posterior, latents (B, c, h, w))."""
         condition = self.vavae.condition_vectors(labels, keep) if self.vavae.config.condition_dim else None
-        posterior = self.vavae.encode(pictures, condition=condition).latent_dist
+        with torch.no_grad() if self.hparams.freeze_encoder else nullcontext():
+            posterior = self.vavae.encode(pictures, condition=condition).latent_dist
         noise = draws.normal("posterior", *posterior.mean.shape[1:]).to(posterior.mean.dtype)
         latents = posterior.mean + posterior.std * noise
-        return self.vavae.decode(latents, condition=condition).sample, posterior
+        return self.vavae.decode(latents, condition=condition).sample.float(), posterior, latents
 
-    def model_step(self, batch: dict[str, Tensor], draws: Draws, keep: Tensor | None = None):
+    def alignment(self, latents: Tensor, batch: dict[str, Tensor], pictures: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The two parts of the alignment loss; None where it is off."""
+        if not self.hparams.vf_weight:
+            return None
+        features = batch.get("foundation")  # (B, channels, h, w)
+        if features is None:
+            features = self._frozen["foundation"](pictures, tuple(latents.shape[2:]))
+        with self._float32():
+            projected = self.projection(latents.float())  # (B, channels, h, w)
+        return alignment_loss(projected, features, self.hparams.distance_margin, self.hparams.cosine_margin)
+
+    def judged(self, pictures: Tensor) -> Tensor:
+        """The discriminator's logits in float32: it is small, and its BatchNorm and hinges do not suit fp16."""
+        with self._float32():
+            return self.discriminator(pictures)
+
+    def _float32(self) -> torch.autocast:
+        return torch.autocast(self.device.type, enabled=False)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        settings, step = self.hparams, self.global_step
+        draws = Draws(settings.seed, self.current_epoch, batch["index"])
+        keep = draws.uniform("condition dropout") >= settings.condition_dropout
         pictures = to_unit(batch["pictures"]).contiguous(memory_format=torch.channels_last)
-        reconstruction, posterior = self.reconstruct(pictures, batch["labels"], draws, keep)
-        loss, parts = self.loss(reconstruction.float(), pictures, posterior)
-        return loss, parts, reconstruction, pictures
+        reconstruction, posterior, latents = self.reconstruct(pictures, batch["labels"], draws, keep)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        draws = Draws(self.hparams.seed, self.current_epoch, batch["index"])
-        keep = draws.uniform("condition dropout") >= self.hparams.condition_dropout
-        loss, parts, _, _ = self.model_step(batch, draws, keep)
-        self.log_dict({f"train/{name}": value for name, value in parts.items()}, batch_size=len(keep))
-        return loss
+        aligned = self.alignment(latents, batch, pictures)
+        adversarial = settings.disc_weight > 0 and step > settings.disc_start
+        loss, parts = whole_loss(
+            self.picture_loss,
+            reconstruction,
+            pictures,
+            posterior,
+            0.0 if settings.freeze_encoder else settings.kl_weight,
+            adversary=(lambda made: generator_loss(self.judged(made))) if adversarial else None,
+            disc_weight=settings.disc_weight,
+            decoder_last=self.vavae.decoder.conv_out.weight,
+            alignment=sum(aligned) if aligned else None,
+            vf_weight=settings.vf_weight,
+            encoder_last=self.vavae.encoder.conv_out.weight,
+        )
+        if aligned:
+            parts["distance"], parts["cosine"] = (part.detach() for part in aligned)
+        optimizers = self.optimizers()
+        generator, *others = optimizers if isinstance(optimizers, list) else [optimizers]
+        self._descend(generator, loss, batch_idx)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if settings.disc_weight and step >= settings.disc_start:
+            real, made = self.judged(pictures), self.judged(reconstruction.detach())
+            parts["discriminator"] = hinge_loss(real, made)
+            parts["discriminator_right"] = _right_rate(real, made)
+            for optimizer in others:
+                # Lightning counts every optimiser's steps as the training's: only the model's are
+                optimizer._on_before_step = optimizer._on_after_step = _not_counted
+                self._descend(optimizer, parts["discriminator"], batch_idx)
+        self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(keep))
+
+    def _descend(self, optimizer: Any, loss: Tensor, batch_idx: int) -> None:
+        """Go backwards, and make a step once as many batches are gathered as belong together."""
+        first = batch_idx - batch_idx % self.accumulate_grad_batches
+        together = min(self.accumulate_grad_batches, self.trainer.num_training_batches - first)
+        complete = batch_idx + 1 == first + together
+        alone = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)  # processes agree once a step
+        with nullcontext() if complete else alone():
+            self.manual_backward(loss / together)
+        if complete:
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule = self.lr_schedulers()
+            if schedule is not None and schedule.optimizer is optimizer.optimizer:
+                schedule.step()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         draws = Draws(self.hparams.seed + 1, 0, batch["index"])  # the same noise at every validation
-        _, parts, reconstruction, pictures = self.model_step(batch, draws)
-        error = (reconstruction.float().clamp(-1, 1) - pictures).square().mean(dim=(1, 2, 3))
-        parts["psnr"] = (10 * torch.log10(4 / error.clamp_min(1e-10))).mean()  # the range of [-1, 1] is 2, squared 4
+        pictures = to_unit(batch["pictures"]).contiguous(memory_format=torch.channels_last)
+        reconstruction, posterior, latents = self.reconstruct(pictures, batch["labels"], draws)
+        loss, parts = self.picture_loss(reconstruction, pictures)
+        parts["kl"] = posterior.kl().mean() / pictures[0].numel()
+        parts["loss"] = loss + self.hparams.kl_weight * parts["kl"]
+        parts["latent_mean"], parts["latent_std"] = posterior.mean.mean(), posterior.mean.std()
+        aligned = self.alignment(latents, batch, pictures)
+        if aligned:
+            parts["alignment"] = sum(aligned)
+        if self.hparams.disc_weight and self.global_step > self.hparams.disc_start:
+            parts["discriminator_right"] = _right_rate(self.judged(pictures), self.judged(reconstruction))
+        parts["psnr"] = psnr(reconstruction.clamp(-1, 1), pictures).clamp_max(100).mean()
+        parts["ssim"] = ssim(reconstruction, pictures).mean()
         self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=len(pictures), sync_dist=True)
+        return {"reconstructions": to_pixels(reconstruction)}
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(self.parameters(), self.hparams.lr, betas=(0.9, 0.99), weight_decay=1e-4)
-        return cosine_with_warmup(optimizer, self.hparams.warmup_steps, self.trainer.estimated_stepping_batches)
+    def on_fit_start(self) -> None:
+        if self._frozen["lpips"] is not None:
+            self._frozen["lpips"].to(self.device)
+        if self._frozen["foundation"] is not None:
+            self._look_once()
+
+    def _look_once(self) -> None:
+        """What the frozen foundation model makes of each picture is computed before training, not at every step."""
+        data, foundation = getattr(self.trainer, "datamodule", None), self._frozen["foundation"]
+        foundation.to(self.device)
+        if not isinstance(data, PictureDataModule):
+            return
+        folder = Path(self.trainer.default_root_dir) / "foundation"
+        for side, pictures in (("train", data.train_data), ("val", data.val_data)):
+            if pictures is not None:
+                features = self._features(pictures, folder / f"{side}.safetensors")
+                if features is None:  # too many to keep
+                    return
+                pictures.along["foundation"] = features
+        foundation.to("cpu")  # its memory is the training's now
+
+    def _features(self, pictures: PictureFolder, path: Path) -> Tensor | None:
+        grid = tuple(size // self.vavae.downsampling for size in pictures.image_size)
+        for first in (True, False):  # one process computes, then all read
+            if first == self.trainer.is_global_zero:
+                features = foundation_features(self._frozen["foundation"], pictures, grid, path, self.device)
+            self.trainer.strategy.barrier()
+        return features
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [FiniteSteps(self.hparams.gradient_clip)]
+
+    @property
+    def total_steps(self) -> float:
+        """Optimiser steps of the whole training; the model's, not those of both optimisers."""
+        if self.trainer.max_epochs == -1:
+            return self.trainer.estimated_stepping_batches
+        self.trainer.estimated_stepping_batches  # noqa: B018  (sets the data up, so that their batches are known)
+        steps = -(-self.trainer.num_training_batches // self.accumulate_grad_batches) * self.trainer.max_epochs
+        return steps if self.trainer.max_steps == -1 else min(steps, self.trainer.max_steps)
+
+    def configure_optimizers(self) -> list[dict[str, Any]]:
+        settings = self.hparams
+        weights = [*self.vavae.parameters(), *(self.projection.parameters() if settings.vf_weight else [])]
+        optimizer = torch.optim.AdamW(
+            [p for p in weights if p.requires_grad], settings.lr, settings.betas, weight_decay=settings.weight_decay
+        )
+        if settings.schedule == "cosine":
+            optimizers = [cosine_with_warmup(optimizer, settings.warmup_steps, self.total_steps)]
+        else:
+            optimizers = [{"optimizer": optimizer}]
+        if settings.disc_weight:
+            adversary = torch.optim.Adam(self.discriminator.parameters(), settings.disc_lr, betas=(0.5, 0.9))
+            optimizers.append({"optimizer": adversary})
+        return optimizers
 
     def trainer_settings(self, **choices: Any) -> dict[str, Any]:
         """Arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`): Trainer(**settings)."""
         # a condition that is dropped from a whole batch, or is switched off, leaves its weights without a gradient
-        return trainer_settings(parts_may_go_unused=True, **choices)
+        return trainer_settings(parts_may_go_unused=True, gradient_clip_val=None, **choices)
+
+
+def _right_rate(real: Tensor, made: Tensor) -> Tensor:
+    """How often the discriminator's patches are right; 0.5 is chance."""
+    return ((real > 0).float().mean() + (made < 0).float().mean()) / 2
+
+
+def _not_counted() -> None:
+    pass
 
 
 def plain_config(model: ConfigMixin) -> dict[str, Any]:

@@ -1,0 +1,497 @@
+"""Alignment with a foundation model: the loss against the reference, tiny random models, features kept on the disk."""
+
+import importlib.util
+import json
+import logging
+import math
+import pickle
+import runpy
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_cases import assert_close, load_case
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vavae_tools.autoencoders import foundation as module
+from vavae_tools.autoencoders.discriminator import adaptive_weight
+from vavae_tools.autoencoders.foundation import (
+    TransformersFoundation,
+    alignment_loss,
+    features_bytes,
+    foundation_features,
+    load_foundation,
+)
+from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.errors import UserError
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+DINO = {**SMALL, "image_size": 28, "patch_size": 14}
+MAE = {**SMALL, "image_size": 24, "patch_size": 8, "intermediate_size": 64, "decoder_hidden_size": 16}
+
+
+def pictures(size: int | tuple[int, int] = 32, batch: int = 2, seed: int = 0, channels: int = 3) -> Tensor:
+    size = (size, size) if isinstance(size, int) else size
+    return torch.rand(batch, channels, *size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def features_like(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dinov2(**changes):
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    return Dinov2Model(Dinov2Config(**{**DINO, **changes})).eval()
+
+
+def vit_mae(**changes):
+    from transformers import ViTMAEConfig, ViTMAEModel
+
+    torch.manual_seed(0)
+    return ViTMAEModel(ViTMAEConfig(**{**MAE, **changes})).eval()
+
+
+def as_grid(tokens: Tensor, height: int, width: int) -> Tensor:
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, height, width)
+
+
+@pytest.fixture(scope="session")
+def dino_dir(tmp_path_factory) -> Path:
+    """Do not write into it."""
+    folder = tmp_path_factory.mktemp("dino")
+    dinov2().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(dino_dir, tmp_path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(dino_dir, tmp_path / "model"))
+
+
+# ---- the loss
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_reference_loss_and_gradient(number):
+    case, tensors = load_case("vf_loss")
+    settings, tolerance = case["settings"][number], case["tolerance"]
+    projected = tensors["z"].clone().requires_grad_()
+    margins = settings["distmat_margin"], settings["cos_margin"]
+    distance, cosine = alignment_loss(projected, tensors["aux_feature"], *margins)
+    assert_close(distance, tensors[f"vf_distmat_{number}"][0], tolerance)
+    assert_close(cosine, tensors[f"vf_cos_{number}"][0], tolerance)
+    assert_close(distance + cosine, tensors[f"vf_loss_{number}"][0], tolerance)
+    assert_close(0.5 * distance + 2 * cosine, tensors[f"vf_loss_weights_0.5_2_{number}"][0], tolerance)
+    (distance + cosine).backward()
+    assert_close(projected.grad, tensors[f"vf_loss_grad_z_{number}"], tolerance["gradient"])
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_reference_adaptive_weight(number):
+    case, tensors = load_case("vf_loss")
+    settings = case["settings"][number]
+    for name, expected in settings["adaptive_weight_times_vf_weight"].items():
+        weight = settings["vf_weight"] * adaptive_weight(tensors["grad_nll"], tensors[name], largest=1e8)
+        assert_close(weight, torch.tensor(expected), case["tolerance"])
+
+
+def test_loss_by_hand():
+    """Two positions. Features at right angles; latents 60° apart, the first along its feature, the second 30° off."""
+    features = torch.tensor([[1.0, 0.0], [0.0, 3.0]]).view(1, 2, 1, 2)  # (B, C, h, w): (1, 0) and (0, 3)
+    projected = torch.tensor([[2.0, math.sin(math.pi / 6)], [0.0, math.cos(math.pi / 6)]]).view(1, 2, 1, 2)
+    distance, cosine = alignment_loss(projected, features)
+    torch.testing.assert_close(distance, torch.tensor((0 + 0.5 + 0.5 + 0) / 4))  # cos 60° against cos 90°
+    torch.testing.assert_close(cosine, torch.tensor((0 + 1 - math.cos(math.pi / 6)) / 2))
+    distance, cosine = alignment_loss(projected, features, distance_margin=0.2, cosine_margin=0.1)
+    torch.testing.assert_close(distance, torch.tensor((0.3 + 0.3) / 4))
+    torch.testing.assert_close(cosine, torch.tensor((1 - 0.1 - math.cos(math.pi / 6)) / 2))
+    assert [part.item() for part in alignment_loss(projected, features, 0.51, 0.15)] == [0, 0]  # nothing left to pay
+
+
+def test_what_the_loss_does_not_see():
+    x, y = features_like(2, 6, 3, 4), features_like(2, 6, 3, 4, seed=1)
+    expected = alignment_loss(x, y)
+    torch.testing.assert_close(alignment_loss(7 * x, 0.3 * y), expected)  # lengths
+    torch.testing.assert_close(alignment_loss(y, x), expected)
+    for part in alignment_loss(5 * y, y):
+        assert part.abs() < 1e-6
+    rotation = torch.linalg.qr(features_like(6, 6, seed=2)).Q
+    turned = torch.einsum("dc,bchw->bdhw", rotation, y)
+    distance, cosine = alignment_loss(turned, y)  # distances inside a picture are blind to it, directions are not
+    assert distance < 1e-6 and cosine > 0.5
+    one_by_one = [torch.stack(alignment_loss(x[i : i + 1], y[i : i + 1])) for i in range(2)]
+    torch.testing.assert_close(torch.stack(expected), torch.stack(one_by_one).mean(0))  # other pictures
+
+
+def test_no_gradient_reaches_the_features():
+    x, y = features_like(2, 6, 3, 4).requires_grad_(), features_like(2, 6, 3, 4, seed=1).requires_grad_()
+    sum(alignment_loss(x, y)).backward()
+    assert y.grad is None and x.grad.isfinite().all() and x.grad.any()
+
+
+def test_the_loss_is_in_float32():
+    x, y = features_like(2, 6, 3, 4), features_like(2, 6, 3, 4, seed=1).half()
+    expected = alignment_loss(x, y.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = alignment_loss(x, y)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert alignment_loss(x.bfloat16(), y)[0].dtype == torch.float32
+
+
+# ---- the models
+
+
+def test_dinov2_on_its_own_grid():
+    """The last layer's normalised patch tokens, row by row, of pictures as they are."""
+    model, x = dinov2(image_size=42), pictures(42)
+    with torch.no_grad():
+        expected = as_grid(model(x).last_hidden_state[:, 1:], 3, 3)
+    found = TransformersFoundation(model)
+    torch.testing.assert_close(found(x, (3, 3)), expected)
+    assert (found.channels, found.patch_size) == (32, 14)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 3), (2, 5), (4, 1)])
+def test_dinov2_on_other_grids(grid):
+    """Positions are resampled as timm does it: a model whose own table is like that gives the same."""
+    model, x = dinov2(image_size=56), pictures((grid[0] * 14, grid[1] * 14))
+    with torch.no_grad():
+        table = model.embeddings.position_embeddings
+        patches = F.interpolate(as_grid(table[:, 1:], 4, 4), grid, mode="bicubic", antialias=True)
+        resampled = torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+        tokens = model.embeddings.patch_embeddings(x)
+        tokens = torch.cat([model.embeddings.cls_token.expand(2, -1, -1), tokens], dim=1) + resampled
+        layers = model.encoder.layer if hasattr(model.encoder, "layer") else model.encoder.layers
+        for layer in layers:
+            tokens = layer(tokens)
+            tokens = tokens[0] if isinstance(tokens, tuple) else tokens  # in transformers 4
+        expected = as_grid(model.layernorm(tokens)[:, 1:], *grid)
+    torch.testing.assert_close(TransformersFoundation(model)(x, grid), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_registers_are_dropped():
+    transformers = pytest.importorskip("transformers", minversion="4.48")
+    torch.manual_seed(0)
+    config = transformers.Dinov2WithRegistersConfig(**DINO, num_register_tokens=3)
+    model, x = transformers.Dinov2WithRegistersModel(config).eval(), pictures(28)
+    with torch.no_grad():
+        tokens = model(x).last_hidden_state
+    assert tokens.shape[1] == 1 + 3 + 4
+    torch.testing.assert_close(TransformersFoundation(model)(x, (2, 2)), as_grid(tokens[:, 4:], 2, 2))
+
+
+def test_mae_sees_every_patch_in_order():
+    """transformers shuffles them; put back by its own record they are ours."""
+    model, x = vit_mae(mask_ratio=0.0), pictures(24)
+    with torch.no_grad():
+        output = model(x)
+    tokens = output.last_hidden_state[:, 1:]
+    order = output.ids_restore[:, :, None].expand(-1, -1, 32)
+    assert not torch.equal(output.ids_restore[0], torch.arange(9))
+    expected = as_grid(tokens.gather(1, order), 3, 3)
+    found = TransformersFoundation(vit_mae(mask_ratio=0.75))  # as published
+    torch.testing.assert_close(found(x, (3, 3)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [dinov2, vit_mae])
+def test_features_of_any_pictures(make):
+    found = TransformersFoundation(make())
+    x = pictures((40, 24))
+    size = (2 * found.patch_size, 3 * found.patch_size)
+    resized = F.interpolate(x, size, mode="bilinear", align_corners=False)
+    torch.manual_seed(0)
+    features = found(x, (2, 3))
+    torch.manual_seed(1)
+    torch.testing.assert_close(found(x, (2, 3)), features, rtol=0, atol=0)  # nothing in it is random
+    torch.testing.assert_close(found(resized, (2, 3)), features)
+    assert features.shape == (2, 32, 2, 3) and features.dtype == torch.float32
+    grey = pictures(channels=1)
+    torch.testing.assert_close(found(grey, (2, 2)), found(grey.repeat(1, 3, 1, 1), (2, 2)))
+    assert torch.equal(found(x.half(), (2, 3)), found(x.half().float(), (2, 3)))
+
+
+def test_a_place_in_the_picture_is_its_place_in_the_grid():
+    """One bright patch changes its own features most."""
+    found = TransformersFoundation(dinov2(image_size=56))
+    x = torch.zeros(1, 3, 56, 56)
+    before = found(x, (4, 4))
+    x[:, :, 28:42, 14:28] = 1
+    change = (found(x, (4, 4)) - before).square().sum(1)[0]
+    assert divmod(int(change.argmax()), 4) == (2, 1)
+
+
+def test_it_is_frozen():
+    model = dinov2(hidden_dropout_prob=0.5).train()
+    found = TransformersFoundation(model)
+    assert not any(weights.requires_grad for weights in model.parameters())
+    assert not any(part.training for part in model.modules())
+    assert not found(pictures().requires_grad_(), (2, 2)).requires_grad
+    assert found.to("cpu") is found
+
+
+def test_the_digest_follows_from_weights_and_settings():
+    digest = TransformersFoundation(dinov2()).digest
+    assert digest == TransformersFoundation(dinov2()).digest
+    other = dinov2()
+    other.layernorm.bias.data[3] += 1e-3
+    assert TransformersFoundation(other).digest != digest
+    assert TransformersFoundation(dinov2(num_attention_heads=4)).digest != digest  # of the same weights
+
+
+# ---- loading
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What transformers logs where nobody has silenced it."""
+    lines: list[str] = []
+    logger, handler = logging.getLogger("transformers"), logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    yield lines
+    logger.setLevel(level)
+    logger.removeHandler(handler)
+
+
+def test_loading_without_network_or_noise(dino_dir, monkeypatch, capfd, said):
+    from transformers.utils import logging as chatter
+
+    def refuse(*_, **__):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    before = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    found = load_foundation(str(dino_dir))
+    assert (capfd.readouterr(), said) == (("", ""), [])
+    assert (chatter.get_verbosity(), chatter.is_progress_bar_enabled()) == before
+    x = pictures()
+    torch.testing.assert_close(found(x, (2, 3)), TransformersFoundation(dinov2())(x, (2, 3)))
+
+
+def test_loading_the_pretraining_model_of_mae(tmp_path):
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    config = ViTMAEConfig(
+        **MAE, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=8
+    )
+    model = ViTMAEForPreTraining(config)
+    model.save_pretrained(tmp_path)  # with a decoder and other names
+    x = pictures()
+    torch.testing.assert_close(load_foundation(tmp_path)(x, (3, 3)), TransformersFoundation(model.vit)(x, (3, 3)))
+
+
+def test_loading_half_precision(broken):
+    weights = {name: tensor.half() for name, tensor in load_file(broken / "model.safetensors").items()}
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    found = load_foundation(broken)
+    assert {weights.dtype for weights in found.model.parameters()} == {torch.float32}
+
+
+def test_loading_pickled_tensors(broken, dino_dir):
+    torch.save(load_file(broken / "model.safetensors"), broken / "pytorch_model.bin")
+    (broken / "model.safetensors").unlink()
+    assert load_foundation(broken).digest == load_foundation(dino_dir).digest
+
+
+class Code:
+    def __reduce__(self):
+        return Path.touch, (Path("run"),)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_pickled_code_is_not_run(broken, old, monkeypatch):
+    monkeypatch.chdir(broken)
+    (broken / "model.safetensors").unlink()
+    if old:
+        (broken / "pytorch_model.bin").write_bytes(pickle.dumps(Code(), protocol=2))
+    else:
+        torch.save({"weights": Code()}, broken / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"cannot be loaded.*tensors only, so take model\.safetensors"):
+        load_foundation(broken)
+    assert not Path("run").exists()
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(UserError, match=r"No folder .*nowhere.*config\.json and model\.safetensors.*vf_weight 0"):
+        load_foundation(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"config\.json is missing; it holds nothing"):
+        load_foundation(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_is_missing(broken, name):
+    (broken / name).unlink()
+    with pytest.raises(UserError, match=rf"{name} is missing; it holds \w+"):
+        load_foundation(broken)
+
+
+def set_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize("kind", ["bert", None])
+def test_other_kinds_of_model(broken, kind):
+    set_config(broken, model_type=kind)
+    with pytest.raises(UserError, match=rf"of type {kind!r}, expected one of dinov2, dinov2_with_registers, vit_mae"):
+        load_foundation(broken)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_configuration(broken, text):
+    (broken / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        load_foundation(broken)
+
+
+@pytest.mark.parametrize("damage", ["cut", "git lfs", "wider", "no number", "no part"])
+def test_weights_that_cannot_be_loaded(broken, damage):
+    weights = broken / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:3000])
+    elif damage == "git lfs":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif damage == "wider":
+        set_config(broken, hidden_size=64)
+    elif damage == "no number":
+        set_config(broken, hidden_size="wide")
+    else:
+        weights.unlink()
+        index = {"metadata": {}, "weight_map": {"embeddings.cls_token": "model-00001-of-00001.safetensors"}}
+        (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"cannot be loaded .*: copy the folder anew") as raised:
+        load_foundation(broken)
+    assert "\n" not in str(raised.value) and str(broken) in str(raised.value)
+
+
+def test_missing_weights_are_not_made_up(broken, said):
+    set_config(broken, num_hidden_layers=3)
+    with pytest.raises(UserError, match=r"not those of its config\.json: 18 are missing, such as encoder\.layer\.2"):
+        load_foundation(broken)
+    assert said == []  # where transformers would print a table
+
+
+def test_transformers_is_only_needed_to_load(dino_dir, monkeypatch):
+    """Everything else works where it cannot be imported; loading says what to install."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    names = runpy.run_path(importlib.util.find_spec(module.__name__).origin)
+    assert names["features_bytes"](2, 3, (4, 5)) == 240
+    with pytest.raises(UserError, match=r"needs transformers .*pip install"):
+        names["load_foundation"](dino_dir)
+
+
+# ---- features on the disk
+
+
+class Brightness:
+    """A foundation model by hand: the mean of each channel on the grid, and what it was asked."""
+
+    channels = 3
+
+    def __init__(self, digest: str = "a", factor: float = 1.0) -> None:
+        self.digest, self.factor, self.seen, self.devices = digest, factor, 0, []
+
+    def to(self, device) -> "Brightness":
+        self.devices.append(str(device))
+        return self
+
+    def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
+        self.seen += len(pictures)
+        return self.factor * F.adaptive_avg_pool2d(pictures, grid)
+
+
+@pytest.fixture
+def data(gait, tmp_path) -> PictureFolder:
+    return PictureFolder(shutil.copytree(gait, tmp_path / "pictures"), 16)
+
+
+def test_features_are_computed_once(data, tmp_path):
+    model, path = Brightness(), tmp_path / "features" / "train.safetensors"
+    features = foundation_features(model, data, (2, 4), path, batch_size=7, progress=False)
+    assert features.shape == (30, 3, 2, 4) and features.dtype == torch.float16
+    expected = F.adaptive_avg_pool2d(to_unit(data.in_memory()), (2, 4)).half()  # in the order of data.paths
+    assert torch.equal(features, expected)
+    assert len(expected.flatten(1).unique(dim=0)) > 10  # so that the order can be seen
+    assert (model.seen, model.devices) == (30, ["cpu"])
+    again = foundation_features(Brightness(), data, (2, 4), path, progress=False)
+    assert torch.equal(again, expected)
+    never = Brightness()
+    foundation_features(never, data, (2, 4), path, progress=False)
+    assert (never.seen, never.devices) == (0, [])
+    assert torch.equal(load_file(path)["features"], expected)  # an ordinary file
+    assert path.stat().st_size - features_bytes(30, 3, (2, 4)) < 400
+    assert [p.name for p in path.parent.iterdir()] == ["train.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "change", ["weights", "grid", "size", "channels", "picture", "name", "order", "damage", "none"]
+)
+def test_stale_features_are_not_used(change, data, tmp_path):
+    path, grid, model = tmp_path / "train.safetensors", (2, 2), Brightness()
+    foundation_features(model, data, grid, path, progress=False)
+    if change == "weights":
+        model = Brightness(digest="b", factor=2.0)
+    elif change == "grid":
+        grid = (4, 1)
+    elif change == "size":
+        data = PictureFolder(data.folder, 8)
+    elif change == "channels":
+        data = PictureFolder(data.folder, 16, channels=1)
+        model.channels = 1
+    elif change == "picture":
+        shutil.copyfile(data.paths[4], data.paths[5])
+    elif change == "name":
+        data.paths[-1].rename(data.paths[-1].with_stem("zz"))
+    elif change == "order":
+        data.paths.reverse()
+        data.names.reverse()
+    elif change == "damage":
+        path.write_bytes(path.read_bytes()[:-1])
+    model.seen = 0
+    if change in ("picture", "name"):
+        data = PictureFolder(data.folder, 16)
+    features = foundation_features(model, data, grid, path, progress=False)
+    assert model.seen == (0 if change == "none" else 30)
+    if change != "order":
+        expected = F.adaptive_avg_pool2d(to_unit(data.in_memory()), grid) * model.factor
+        assert torch.equal(features, expected.half())
+
+
+def test_features_that_are_there_stay_when_others_cannot_be_made(data, tmp_path):
+    path = tmp_path / "train.safetensors"
+    foundation_features(Brightness(), data, (2, 2), path, progress=False)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"features of \S+/\S+ are not finite in float16"):
+        foundation_features(Brightness("b", factor=1e6), data, (2, 2), path, progress=False)
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures", "train.safetensors"]
+
+
+def test_too_many_features_are_not_kept(data, tmp_path, monkeypatch):
+    model, path = Brightness(), tmp_path / "train.safetensors"
+    monkeypatch.setattr(module, "LARGEST_CACHE", features_bytes(30, 3, (2, 2)) - 1)
+    assert foundation_features(model, data, (2, 2), path, progress=False) is None
+    assert model.seen == 0 and not path.exists()
+    monkeypatch.setattr(module, "LARGEST_CACHE", features_bytes(30, 3, (2, 2)))
+    assert foundation_features(model, data, (2, 2), path, progress=False) is not None
+
+
+def test_features_of_a_model_from_a_folder(data, dino_dir, tmp_path):
+    model, path = load_foundation(dino_dir), tmp_path / "train.safetensors"
+    features = foundation_features(model, data, (2, 2), path, batch_size=8, progress=False)
+    expected = model(to_unit(data.in_memory()[11:13]), (2, 2))
+    torch.testing.assert_close(features[11:13].float(), expected, rtol=1e-3, atol=1e-3)
+    latents = features_like(2, 32, 2, 2).requires_grad_()
+    sum(alignment_loss(latents, features[torch.tensor([11, 12])])).backward()
+    assert latents.grad.isfinite().all()

@@ -1,0 +1,268 @@
+"""LPIPS against torchmetrics' own, against a second way to compute it, and with every kind of file."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vavae_tools.autoencoders.perceptual import LPIPS, load_lpips
+from vavae_tools.errors import UserError
+
+WIDTHS = (4, 5, 6, 7, 8)
+STACK = [WIDTHS[0]] * 2 + [WIDTHS[1]] * 2 + [WIDTHS[2]] * 3 + [WIDTHS[3]] * 3 + [WIDTHS[4]] * 3
+TORCHVISION = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+SLICES = [1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5]
+BLOCKS_END = [1, 3, 6, 9, 12]  # the convolutions whose ReLU is compared
+
+
+def pictures(size: int = 32, batch: int = 2, seed: int = 0, channels: int = 3) -> Tensor:
+    return torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def torchvision_file(widths: list[int] = STACK, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weights, before = {}, 3
+    for layer, width in zip(TORCHVISION, widths, strict=True):
+        scale = (2 / (9 * before)) ** 0.5  # activations keep their size through the ReLUs
+        weights[f"features.{layer}.weight"] = scale * torch.randn(width, before, 3, 3, generator=generator)
+        weights[f"features.{layer}.bias"] = 0.1 * torch.randn(width, generator=generator)
+        before = width
+    return weights
+
+
+def linear_file(widths: tuple[int, ...] = WIDTHS, seed: int = 1) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {f"lin{n}.model.1.weight": torch.rand(1, w, 1, 1, generator=generator) for n, w in enumerate(widths)}
+
+
+def taming_file(prefix: str = "") -> dict[str, Tensor]:
+    weights = torchvision_file()
+    named = {
+        f"net.slice{number}.{layer}.{kind}": weights[f"features.{layer}.{kind}"]
+        for number, layer in zip(SLICES, TORCHVISION, strict=True)
+        for kind in ("weight", "bias")
+    }
+    scaling = {"scaling_layer.shift": torch.zeros(1, 3, 1, 1), "scaling_layer.scale": torch.ones(1, 3, 1, 1)}
+    return {prefix + name: tensor for name, tensor in {**scaling, **named, **linear_file()}.items()}
+
+
+def by_hand(a: Tensor, b: Tensor) -> Tensor:
+    """The definition once more as the reference has it, in float64, each picture and level by itself."""
+    weights, linear = torchvision_file(), linear_file()
+    shift, scale = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+
+    def features(x: Tensor) -> list[Tensor]:
+        x = torch.stack([(x[channel] - shift[channel]) / scale[channel] for channel in range(3)])[None]
+        levels = []
+        for number, layer in enumerate(TORCHVISION):
+            if number - 1 in BLOCKS_END:
+                x = F.max_pool2d(x, 2, 2)
+            x = F.conv2d(
+                x, weights[f"features.{layer}.weight"].double(), weights[f"features.{layer}.bias"].double(), 1, 1
+            )
+            x = x.clamp_min(0)
+            if number in BLOCKS_END:
+                levels.append(x[0] / (x[0].norm(dim=0) + 1e-10))
+        return levels
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        levels = zip(features(a), features(b), linear.values(), strict=True)
+        return sum((((p - q) ** 2) * w[0].double()).sum(0).mean() for p, q, w in levels)
+
+    return torch.stack([distance(p, q) for p, q in zip(a.double(), b.double(), strict=True)])
+
+
+@pytest.fixture
+def lpips(tmp_path) -> LPIPS:
+    torch.save(taming_file(), tmp_path / "lpips.ckpt")
+    return load_lpips(tmp_path / "lpips.ckpt", WIDTHS)
+
+
+def test_the_definition(lpips):
+    a, b = pictures(), pictures(seed=1)
+    distances = lpips(a, b)
+    assert distances.shape == (2,) and distances.dtype == torch.float32
+    torch.testing.assert_close(distances.double(), by_hand(a, b), rtol=1e-5, atol=1e-7)
+
+
+def test_torchmetrics_own(monkeypatch, tmp_path):
+    """The full VGG16, with random convolutions and the linear layers that torchmetrics ships; torchvision's stack is
+    built here."""
+    from torchmetrics.functional.image import lpips as theirs
+
+    widths = [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+    weights = torchvision_file(widths)
+
+    def stack(*_, **__) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for number, width in enumerate(widths):
+            if number - 1 in BLOCKS_END:
+                layers.append(nn.MaxPool2d(2, 2))
+            layers += [nn.Conv2d(3 if number == 0 else widths[number - 1], width, 3, padding=1), nn.ReLU()]
+        model = nn.Sequential(*layers)
+        model.load_state_dict({name.removeprefix("features."): tensor for name, tensor in weights.items()})
+        return model
+
+    monkeypatch.setattr(theirs, "_get_tv_model_features", stack)
+    reference = theirs._LPIPS(net="vgg")
+    a, b = pictures(), pictures(seed=1)
+    expected = reference(a, b).flatten()
+    save_file(weights, tmp_path / "vgg16.safetensors")
+    found = load_lpips(tmp_path / "vgg16.safetensors")
+    assert "torchmetrics" in found.origin and "vgg16.safetensors" in found.origin
+    torch.testing.assert_close(found(a, b), expected, rtol=1e-5, atol=1e-7)
+    torch.save(reference.state_dict(), tmp_path / "lpips.pth")
+    torch.testing.assert_close(load_lpips(tmp_path / "lpips.pth")(a, b), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_distance(lpips):
+    a, b = pictures(), pictures(seed=1)
+    torch.testing.assert_close(lpips(a, a), torch.zeros(2), rtol=0, atol=0)
+    torch.testing.assert_close(lpips(a, b), lpips(b, a))
+    near, far = (lpips(a + noise * (b - a), a) for noise in (0.1, 0.5))
+    assert (near > 0).all() and (far > near).all()
+    one_by_one = torch.cat([lpips(a[i : i + 1], b[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(lpips(a, b), one_by_one)
+
+
+def test_grey_pictures_are_repeated(lpips):
+    a, b = pictures(channels=1), pictures(channels=1, seed=1)
+    torch.testing.assert_close(lpips(a, b), lpips(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1)))
+
+
+def test_gradients_flow_to_the_reconstruction_alone(lpips):
+    a, b = pictures().requires_grad_(), pictures(seed=1).requires_grad_()
+    lpips(a, b).mean().backward()
+    assert b.grad is None
+    assert a.grad.isfinite().all() and (a.grad != 0).float().mean() > 0.9
+    direction = torch.zeros_like(a)
+    direction[0, 1, 9, 9] = 1e-3
+    slope = (
+        by_hand((a + direction).detach(), b.detach()) - by_hand((a - direction).detach(), b.detach())
+    ).mean() / 2e-3
+    assert a.grad[0, 1, 9, 9].item() == pytest.approx(slope.item(), rel=1e-3)
+
+
+def test_dead_features_have_finite_gradients(lpips):
+    for convolution in lpips.convolutions:
+        convolution.weight.data.zero_()
+        convolution.bias.data.fill_(-1.0)
+    x = pictures().requires_grad_()
+    lpips(x, pictures(seed=1)).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_the_real_pictures_leave_no_graph(lpips, monkeypatch):
+    recorded = []
+    monkeypatch.setattr(lpips, "features", lambda x, plain=lpips.features: recorded.append(plain(x)) or recorded[-1])
+    lpips(pictures().requires_grad_(), pictures(seed=1).requires_grad_())
+    assert [levels[0].requires_grad for levels in recorded] == [False, True]
+
+
+def test_it_stays_frozen_and_in_evaluation(lpips):
+    around = nn.ModuleDict({"lpips": lpips}).train()
+    assert around.training and not any(module.training for module in lpips.modules())
+    assert not any(weights.requires_grad for weights in lpips.parameters())
+
+
+def test_under_autocast(lpips):
+    """Convolutions in bfloat16, the rest in float32: nearly the same, and exactly zero for equal pictures."""
+    a, b = pictures(), pictures(seed=1)
+    expected = lpips(a, b)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert lpips.features(a)[0].dtype == torch.bfloat16
+        found = lpips(a, b)
+        assert (lpips(a, a) == 0).all()
+        half = lpips(a.bfloat16(), b)  # as a reconstruction comes out of an autocast decoder
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+    torch.testing.assert_close(half, expected, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("prefix", ["", "loss.perceptual_loss.", "perceptual_loss."])
+def test_files_of_vqgan_and_vavae(prefix, tmp_path, lpips):
+    a, b = pictures(), pictures(seed=1)
+    others = {"encoder.conv_in.weight": torch.zeros(2), "loss.discriminator.main.0.weight": torch.zeros(3)}
+    torch.save({"epoch": 3, "state_dict": {**others, **taming_file(prefix)}}, tmp_path / "vavae.ckpt")
+    found = load_lpips(str(tmp_path / "vavae.ckpt"), WIDTHS)
+    torch.testing.assert_close(found(a, b), lpips(a, b), rtol=0, atol=0)
+    assert found.origin.count("vavae.ckpt") == 2
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torchvision_and_lpips_files_combined(zipped, tmp_path, lpips):
+    """Old files are no zip archives: torchvision's VGG16 is one."""
+    a, b = pictures(), pictures(seed=1)
+    classifier = {"classifier.0.weight": torch.zeros(3), "classifier.0.bias": torch.zeros(3)}
+    vgg, linear = tmp_path / "vgg16.pth", tmp_path / "vgg.pth"
+    torch.save({**torchvision_file(), **classifier}, vgg, _use_new_zipfile_serialization=zipped)
+    torch.save(linear_file(), linear, _use_new_zipfile_serialization=zipped)
+    for files in ([vgg, linear], (linear, vgg)):
+        found = load_lpips(files, WIDTHS)
+        torch.testing.assert_close(found(a, b), lpips(a, b), rtol=0, atol=0)
+        assert found.origin == f"convolutions from {vgg}, linear layers from {linear}"
+
+
+def test_half_precision_files(tmp_path):
+    save_file({name: tensor.half() for name, tensor in taming_file().items()}, tmp_path / "lpips.safetensors")
+    found = load_lpips(tmp_path / "lpips.safetensors", WIDTHS)
+    assert all(weights.dtype == torch.float32 for weights in found.parameters())
+
+
+def test_missing_convolutions(tmp_path):
+    incomplete = taming_file()
+    del incomplete["net.slice3.12.bias"]
+    save_file(incomplete, tmp_path / "incomplete.safetensors")
+    with pytest.raises(
+        UserError, match=r"25 of the 26 tensors.*features\.12\.bias.*--perceptual_weight 0 --spectral_wei"
+    ):
+        load_lpips(tmp_path / "incomplete.safetensors", WIDTHS)
+    save_file({"encoder.weight": torch.zeros(1), "decoder.weight": torch.zeros(1)}, tmp_path / "vae.safetensors")
+    with pytest.raises(UserError, match=r"vae\.safetensors: 0 of the 26.*encoder\.weight.*torchvision's vgg16"):
+        load_lpips(tmp_path / "vae.safetensors", WIDTHS)
+    with pytest.raises(UserError, match="No file: 0 of the 26"):
+        load_lpips([])
+
+
+def test_other_shapes(tmp_path):
+    torch.save(torchvision_file(), tmp_path / "vgg.pth")
+    with pytest.raises(UserError, match=r"vgg\.pth: convolutions.0.weight is 4×3×3×3, expected 64×3×3×3"):
+        load_lpips([tmp_path / "vgg.pth"])
+    with pytest.raises(UserError, match=r"lpips_models.vgg\.pth: linear.0 is 64, expected 4"):
+        load_lpips(tmp_path / "vgg.pth", WIDTHS)
+
+
+class Code:
+    def __reduce__(self):
+        return Path.touch, (Path("run"),)
+
+
+@pytest.mark.parametrize("damage", ["none", "text", "code", "old code", "safetensors", "tensor", "cut"])
+def test_files_that_cannot_be_read(damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / ("bad.safetensors" if damage == "safetensors" else "bad.pth")
+    if damage in ("text", "safetensors"):
+        path.write_text("<html>not found</html>")
+    elif damage == "code":
+        torch.save({"state_dict": taming_file(), "more": Code()}, path)
+    elif damage == "old code":
+        path.write_bytes(pickle.dumps(Code(), protocol=2))
+    elif damage == "tensor":
+        torch.save(torch.zeros(3), path, _use_new_zipfile_serialization=False)
+    elif damage == "cut":
+        torch.save(taming_file(), path)
+        path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match=r"bad\.") as raised:
+        load_lpips(path, WIDTHS)
+    assert "\n" not in str(raised.value)
+    assert not Path("run").exists()
+
+
+def test_small_pictures(lpips):
+    assert lpips(pictures(16), pictures(16, seed=1)).isfinite().all()
+    with pytest.raises(UserError, match="15×15 are too small for LPIPS: it needs 16×16"):
+        lpips(pictures(15), pictures(15, seed=1))

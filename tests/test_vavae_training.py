@@ -1,0 +1,260 @@
+"""Fine-tuning with every loss: two optimisers exactly, steps that are finite, what is frozen is asked once."""
+
+import lightning as L
+import pytest
+import torch
+from test_training import Watch, assert_same
+from tiny import same, tiny_vavae
+from torch import Tensor
+
+from vavae_tools.data.images import PictureDataModule
+from vavae_tools.errors import UserError
+from vavae_tools.training import devices
+from vavae_tools.training.checkpoints import checkpoint_callbacks
+from vavae_tools.training.finite import FiniteSteps
+from vavae_tools.training.recipes import RECIPES, epochs_of_stages, find_recipe
+from vavae_tools.training.trainer import build_trainer
+from vavae_tools.training.vavae_module import VAVAEModule
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+PIXELS = 24
+"""The smallest pictures that the discriminator can judge."""
+EVERYTHING = {"vf_weight": 0.1, "disc_weight": 0.5, "disc_start": 3, "disc_width": 4, "perceptual_weight": 0.2}
+
+
+class Colours:
+    """A foundation model of four channels; notes how many pictures it was asked about."""
+
+    channels, digest = 4, "colours"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def to(self, device) -> "Colours":
+        return self
+
+    def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
+        self.asked += len(pictures)
+        small = torch.nn.functional.adaptive_avg_pool2d(pictures, grid)
+        return torch.cat([small, small.square().sum(dim=1, keepdim=True)], dim=1)
+
+
+class Squares(torch.nn.Module):
+    """Stands for LPIPS."""
+
+    def forward(self, reconstruction: Tensor, pictures: Tensor) -> Tensor:
+        return (reconstruction - pictures).square().mean(dim=(1, 2, 3))
+
+
+def new_module(**changes) -> VAVAEModule:
+    settings = {"lr": 1e-3, "warmup_steps": 3, **EVERYTHING, **changes}
+    torch.manual_seed(1)
+    return VAVAEModule(tiny_vavae(), **settings, lpips=Squares(), foundation=Colours())
+
+
+def fit(folder, split_dir, module=None, resume=None, callbacks=(), batch_size=6, minutes=0, **length):
+    """One training; (trainer, `last.ckpt`, what was seen)."""
+    module = module or new_module()
+    checkpoints = folder / "checkpoints"
+    watch = Watch(checkpoints)
+    every = checkpoint_callbacks(checkpoints, "val/reconstruction", minutes)
+    devices.quiet_lightning()
+    settings = module.trainer_settings(accelerator="cpu", devices=1)
+    trainer = build_trainer(settings, folder, [*every, watch, *callbacks], lambda line: None, **length)
+    trainer.fit(module, PictureDataModule(split_dir, PIXELS, batch_size), ckpt_path=resume, weights_only=True)
+    return trainer, torch.load(checkpoints / "last.ckpt", weights_only=True), watch.seen
+
+
+@pytest.mark.parametrize("gathered", [1, 3])
+def test_two_optimisers_are_resumed_exactly(tmp_path, split_dir, gathered):
+    """Three batches a step leave one of the epoch's four: it makes a step of its own."""
+    length = {"max_epochs": 3}
+    steps = 12 if gathered == 1 else 6
+    changes = {"accumulate_grad_batches": gathered, "disc_start": 3 if gathered == 1 else 1}
+    trainer, whole, seen = fit(tmp_path / "whole", split_dir, new_module(**changes), **length)
+    assert trainer.global_step == whole["global_step"] == steps  # the model's steps, not both optimisers'
+    assert len(whole["optimizer_states"]) == 2
+    first, second = (state["state"][0]["step"].item() for state in whole["optimizer_states"])
+    assert first == steps and second == steps - changes["disc_start"]
+    kept = sorted((tmp_path / "whole" / "checkpoints").glob("*.kept"))
+    assert len({torch.load(path, weights_only=True)["global_step"] for path in kept}) >= steps - 1
+    for path in kept:
+        step = torch.load(path, weights_only=True)["global_step"]
+        if step not in (changes["disc_start"], steps // 2, steps - 1):
+            continue
+        _, resumed, rest = fit(tmp_path / path.stem, split_dir, new_module(**changes), path, **length)
+        assert rest == seen[len(seen) - len(rest) :]
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+            assert_same(resumed[part], whole[part], part)
+
+
+def test_max_steps_are_the_models(tmp_path, split_dir):
+    trainer, last, seen = fit(tmp_path, split_dir, max_steps=7, max_epochs=-1)
+    assert trainer.global_step == last["global_step"] == 7 and len(seen) == 7
+
+
+def test_gathered_batches_are_one_batch(tmp_path, split_dir):
+    """The gradient of two batches of six is that of one of twelve (without the discriminator's BatchNorm)."""
+    grads = {}
+
+    class Note(L.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            grads.setdefault(self.name, [p.grad.clone() for p in module.vavae.parameters() if p.grad is not None])
+
+    plain = {"disc_weight": 0.0, "vf_weight": 0.0, "gradient_clip": 0.0}
+    for Note.name, batch_size, gathered in (("gathered", 6, 2), ("one", 12, 1)):
+        module = new_module(accumulate_grad_batches=gathered, **plain)
+        fit(tmp_path / Note.name, split_dir, module, callbacks=[Note()], batch_size=batch_size, max_epochs=1)
+    for gathered, one in zip(grads["gathered"], grads["one"], strict=True):
+        torch.testing.assert_close(gathered, one, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_off_is_not_built(split_dir, tmp_path):
+    module = new_module(vf_weight=0.0, disc_weight=0.0, perceptual_weight=0.0)
+    assert {name.split(".")[0] for name in module.state_dict()} == {"vavae"}
+    trainer, last, _ = fit(tmp_path, split_dir, module, max_epochs=1)
+    assert len(last["optimizer_states"]) == 1
+    names = {name for name in trainer.logged_metrics if name.startswith("train/")}
+    assert not {"train/alignment", "train/discriminator", "train/generator", "train/perceptual"} & names
+
+
+def test_every_part_is_logged_by_its_name(split_dir, tmp_path):
+    trainer, _, _ = fit(tmp_path, split_dir, max_epochs=2)
+    parts = ["loss", "reconstruction", "l1", "gradient", "spectral", "perceptual", "kl", "alignment", "distance"]
+    parts += ["cosine", "vf_weight", "generator", "disc_weight", "discriminator", "discriminator_right"]
+    assert {f"train/{name}" for name in parts} <= set(trainer.logged_metrics)
+    parts = ["loss", "psnr", "ssim", "kl", "alignment", "latent_mean", "latent_std", "discriminator_right"]
+    assert {f"val/{name}" for name in parts} <= set(trainer.logged_metrics)
+    assert all(value.isfinite() for value in trainer.logged_metrics.values())
+
+
+def test_the_foundation_model_is_asked_once_about_each_picture(split_dir, tmp_path):
+    module = new_module()
+    fit(tmp_path, split_dir, module, max_epochs=2)
+    assert module._frozen["foundation"].asked == 30
+    again = new_module()
+    fit(tmp_path, split_dir, again, max_epochs=1)  # kept on the disk
+    assert again._frozen["foundation"].asked == 0
+
+
+def test_the_discriminator_begins_before_the_model_listens(split_dir, tmp_path):
+    """The reference counts both optimisers' steps: its odd start s is step (s − 1)/2 here, and the model's one more."""
+    seen = []
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            logged = trainer.logged_metrics
+            seen.append(("train/discriminator" in logged, "train/generator" in logged))
+
+    fit(tmp_path, split_dir, new_module(disc_start=2), callbacks=[Note()], max_epochs=1)
+    # logged_metrics keeps what was logged before, so a part is there from its first step on
+    assert seen == [(False, False), (False, False), (True, False), (True, True)]
+
+
+# ---- steps that are not finite
+
+
+class Spoil(L.Callback):
+    """Makes the model's gradients NaN at these steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps, self.batches = steps, 0
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.bad = self.batches in self.steps
+        self.batches += 1
+
+    def on_after_backward(self, trainer, module):
+        if self.bad:
+            for weight in module.vavae.parameters():
+                if weight.grad is not None:
+                    weight.grad.fill_(torch.nan)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(split_dir, tmp_path):
+    before = []
+
+    class Note(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            before.append({k: v.clone() for k, v in module.vavae.state_dict().items()})
+
+    module = new_module(disc_weight=0.0)
+    trainer, _, _ = fit(tmp_path, split_dir, module, callbacks=[Note(), Spoil(2)], max_epochs=1)
+    assert all(same(before[2][name], before[3][name]) for name in before[2])
+    assert any(not same(before[1][name], before[2][name]) for name in before[2])
+    assert all(weight.isfinite().all() for weight in module.vavae.state_dict().values())
+    assert trainer.logged_metrics["train/skipped_steps"] == 1 and trainer.global_step == 4
+
+
+def test_after_several_in_a_row_the_last_good_state_comes_back(split_dir, tmp_path, capsys):
+    class Damage(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step == 3:  # all later losses are NaN
+                module.vavae.decoder.conv_out.weight.data.fill_(torch.nan)
+
+    module = new_module()
+    guard = FiniteSteps(1.0, in_a_row=3, every=2)
+    module.configure_callbacks = lambda: [guard]
+    trainer, _, _ = fit(tmp_path, split_dir, module, callbacks=[Damage()], max_epochs=3)
+    assert (
+        "3 steps in a row without finite gradients (step 6): back to the weights of step 2" in capsys.readouterr().out
+    )
+    assert trainer.global_step == 12 and guard.skipped == 6  # of both optimisers
+    assert all(weight.isfinite().all() for weight in module.state_dict().values())
+
+
+def test_if_it_happens_again_training_ends_with_advice(split_dir, tmp_path):
+    module = new_module()
+    module.configure_callbacks = lambda: [FiniteSteps(1.0, in_a_row=2, every=100)]
+    with pytest.raises(UserError, match=r"not finite again after going back to step 0.*--precision 32"):
+        fit(tmp_path, split_dir, module, callbacks=[Spoil(*range(1, 9))], max_epochs=3)
+
+
+# ---- memory
+
+
+def test_gradient_checkpointing_changes_no_step(split_dir, tmp_path):
+    whole = [fit(tmp_path / str(on), split_dir, new_module(gradient_checkpointing=on), max_steps=6)[1] for on in (0, 1)]
+    for name, weight in whole[0]["state_dict"].items():
+        torch.testing.assert_close(weight, whole[1]["state_dict"][name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_encoder_keeps_the_latents(split_dir, tmp_path):
+    module = new_module(vf_weight=0.0, freeze_encoder=True)
+    before = {name: weight.clone() for name, weight in module.vavae.state_dict().items()}
+    fit(tmp_path, split_dir, module, max_epochs=1)
+    changed = {name.split(".")[0] for name, w in module.vavae.state_dict().items() if not same(w, before[name])}
+    assert "decoder" in changed and not changed & {"encoder", "quant_conv", "encoder_projections"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vf_weight": 0.1, "freeze_encoder": True}, "take one of them"),
+        ({"vf_weight": 0.1, "foundation": None}, "needs a vision foundation model"),
+        ({"perceptual_weight": 1.0, "lpips": None}, "spectral_weight 1, which needs none"),
+    ],
+)
+def test_parts_that_cannot_be_are_refused(changes, message):
+    settings = {"foundation": Colours(), "lpips": Squares(), **changes}
+    with pytest.raises(UserError, match=message):
+        VAVAEModule(tiny_vavae(), **settings)
+
+
+# ---- recipes
+
+
+def test_recipes_hold_the_references_numbers():
+    stages = [RECIPES[f"stage{n}"] for n in (1, 2, 3)]
+    assert [stage["vf_weight"] for stage in stages] == [0.5, 0.1, 0.1]
+    assert [stage["disc_start"] for stage in stages] == [(5001 - 1) // 2, 0, 0]
+    assert all(stage["lr"] == 1e-4 and stage["betas"] == (0.5, 0.9) and stage["disc_weight"] == 0.5 for stage in stages)
+    assert (stages[2]["distance_margin"], stages[2]["cosine_margin"]) == (0.25, 0.5)
+    assert find_recipe("full", {"kl_weight": None, "vf_weight": 0.0})["vf_weight"] == 0
+    for recipe in RECIPES.values():
+        VAVAEModule(tiny_vavae(), **{"lr": 1e-3, **recipe, "disc_width": 4}, lpips=Squares(), foundation=Colours())
+    with pytest.raises(UserError, match="No recipe 'heavy'; there are light, full"):
+        find_recipe("heavy", {})
+    with pytest.raises(UserError, match="at least one for each stage"):
+        epochs_of_stages(2)

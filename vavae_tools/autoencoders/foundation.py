@@ -1,0 +1,307 @@
+"""Latents that know what is in a picture: their alignment with a frozen vision foundation model (Yao & Wang 2025).
+
+Nothing is downloaded: the foundation model is a folder in transformers' format, and transformers is imported only where
+one is loaded.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.data.latents import weights_digest
+from vavae_tools.errors import UserError
+from vavae_tools.files import written_whole
+
+LARGEST_CACHE = 8 * 2**30
+"""Bytes of features that are kept on the disk: those of 16,000 pictures on a grid of 16×16 by a ViT-L."""
+
+_MODEL_TYPES = ("dinov2", "dinov2_with_registers", "vit_mae")
+_WEIGHT_FILES = tuple(
+    name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
+)  # with the second ending where they are in several parts
+_FORM = 1  # of the features; another form is another cache key
+
+
+class Foundation(Protocol):
+    """What latents can be aligned with: any frozen encoder of pictures.
+
+    Attributes:
+        channels: of its features.
+        digest: a hash of all that its features follow from; kept features know it.
+    """
+
+    channels: int
+    digest: str
+
+    def to(self, device: str | torch.device) -> "Foundation":
+        """Move it to a device; pictures are expected there."""
+        ...
+
+    def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Features (B, channels, h, w) for a grid (h, w), without a graph, of pictures (B, C, H, W) in [-1, 1]."""
+        ...
+
+
+class TransformersFoundation:
+    """The patch tokens after the last layer's norm of a ViT from transformers; a `Foundation`.
+
+    As the reference does, pictures keep the range [-1, 1], without the model's own mean and standard deviation, and
+    are resized (bilinear) so that its patches fall on the grid asked for: 224 pixels for 16×16 patches of 14. Position
+    embeddings are resampled as the reference's library timm does it, not as transformers, whose way depends on its
+    version. It is no `nn.Module`, so it stays in evaluation mode and out of the checkpoints of what holds it.
+
+    Args:
+        model: Dinov2Model, Dinov2WithRegistersModel or ViTMAEModel; it is frozen and changed as said.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        config = model.config
+        self.model = model.float().eval().requires_grad_(False)
+        self.channels: int = config.hidden_size
+        self.patch_size: int = config.patch_size
+        self._is_mae = config.model_type == "vit_mae"
+        if self._is_mae:
+            config.mask_ratio = 0.0  # every patch is seen
+        embeddings = model.embeddings
+        embeddings.interpolate_pos_encoding = partial(_positions, embeddings.position_embeddings, self.patch_size)
+
+    def to(self, device: str | torch.device) -> "TransformersFoundation":
+        """Move the model to a device, in place."""
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Features float32 (B, channels, h, w) of pictures (B, C, H, W) in [-1, 1]; C is 3, or 1 which is repeated."""
+        height, width = grid
+        size = (height * self.patch_size, width * self.patch_size)
+        pictures = F.interpolate(pictures.float(), size=size, mode="bilinear", align_corners=False)
+        pictures = pictures.expand(-1, 3, -1, -1)
+        options: dict[str, Any] = {}
+        if self._is_mae:  # it sorts patches by this noise, which is random unless given: ascending keeps their order
+            noise = torch.arange(height * width, device=pictures.device).expand(len(pictures), -1)
+            options = {"noise": noise, "interpolate_pos_encoding": True}
+        tokens = self.model(pictures, **options).last_hidden_state  # (B, class and registers + h·w, channels)
+        return rearrange(tokens[:, -height * width :], "b (h w) c -> b c h w", h=height).float()
+
+    @cached_property
+    def digest(self) -> str:
+        config = self.model.config
+        settings = (config.model_type, config.num_attention_heads, config.hidden_act, config.layer_norm_eps)
+        return hashlib.sha256(f"{settings} {self.patch_size} {weights_digest(self.model)}".encode()).hexdigest()
+
+
+def _positions(table: Tensor, patch_size: int, tokens: Tensor, height: int, width: int) -> Tensor:
+    """The position embeddings (1, 1 + n·n, D) for pictures of height × width pixels, in place of the model's own way.
+
+    timm, which the reference runs, resamples with bicubic antialiasing.
+    """
+    grid = (height // patch_size, width // patch_size)
+    side = math.isqrt(table.shape[1] - 1)
+    if grid == (side, side):
+        return table
+    patches = rearrange(table[:, 1:], "1 (h w) c -> 1 c h w", h=side)
+    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False, antialias=True)
+    return torch.cat([table[:, :1], rearrange(patches, "1 c h w -> 1 (h w) c")], dim=1)
+
+
+def load_foundation(folder: str | Path) -> TransformersFoundation:
+    """A frozen DINOv2 (with or without registers) or ViT-MAE from its folder, such as that of facebook/dinov2-large.
+
+    Safetensors are preferred; pickled weights are only read as tensors (`weights_only`).
+
+    Raises:
+        UserError: no such folder, a file missing in it, another kind of model, or weights that are damaged or do not
+            fit.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"No folder {folder} of a vision foundation model: name one that holds config.json and model.safetensors "
+            "(of facebook/dinov2-large, for example), or take vf_weight 0"
+        )
+    there = sorted(path.name for path in folder.iterdir())
+    if "config.json" not in there or not any(name in there for name in _WEIGHT_FILES):
+        missing = "config.json" if "config.json" not in there else "model.safetensors"
+        raise UserError(
+            f"{folder} is no folder of a foundation model: {missing} is missing; it holds "
+            f"{', '.join(there[:5]) or 'nothing'}{' …' if len(there) > 5 else ''}"
+        )
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'config.json'} is damaged ({error}): copy the folder anew") from None
+    if model_type not in _MODEL_TYPES:
+        raise UserError(
+            f"{folder} holds a model of type {model_type!r}, expected one of {', '.join(_MODEL_TYPES)}, "
+            "in transformers' format (timm's is another)"
+        )
+    return TransformersFoundation(_load_model(folder))
+
+
+def _load_model(folder: Path) -> nn.Module:
+    try:
+        from transformers import AutoModel
+    except ImportError as error:
+        raise UserError(f"A foundation model needs transformers ({error}): pip install 'transformers>=4.44'") from None
+    try:
+        with _silent_transformers():
+            model, report = AutoModel.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
+    except Exception as error:  # of any kind: what transformers' versions stumble over in damaged files
+        reason = "".join(filter(str.isprintable, " ".join(str(error).split())))[:120]
+        safe = any(path.name.startswith("model.safetensors") for path in folder.iterdir())
+        advice = "copy the folder anew" if safe else "pickled weights may hold tensors only, so take model.safetensors"
+        raise UserError(f"The foundation model in {folder} cannot be loaded ({reason}): {advice}") from None
+    missing = sorted(name for name in report["missing_keys"] if "mask_token" not in name)  # only training has masks
+    if missing:  # transformers goes on with random numbers there
+        raise UserError(
+            f"The weights in {folder} are not those of its config.json: {len(missing)} are missing, such as "
+            f"{missing[0]}. Copy the folder anew"
+        )
+    return model
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def alignment_loss(
+    projected: Tensor, features: Tensor, distance_margin: float = 0.0, cosine_margin: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """How far latents are from a foundation model's features (VA-VAE): two means, whose sum is the reference's VF loss.
+
+    The marginal distance-matrix similarity compares, inside each picture, the cosines between all pairs of positions;
+    the marginal cosine similarity compares each position's vector itself. Both are computed in float32.
+
+    Args:
+        projected: latents brought to the features' channels, (B, channels, h, w).
+        features: (B, channels, h, w), any precision; no gradient flows there.
+        distance_margin, cosine_margin: differences up to these cost nothing.
+    """
+    with torch.autocast(projected.device.type, enabled=False):
+        projected, features = projected.float(), features.detach().float()
+        difference = _similarities(projected) - _similarities(features)  # (B, h·w, h·w)
+        distance = F.relu(difference.abs() - distance_margin).mean()
+        cosine = F.relu(1 - cosine_margin - F.cosine_similarity(features, projected, dim=1)).mean()
+    return distance, cosine
+
+
+def _similarities(features: Tensor) -> Tensor:
+    unit = F.normalize(features.flatten(2), dim=1)  # (B, C, N)
+    return unit.transpose(1, 2) @ unit
+
+
+def features_bytes(count: int, channels: int, grid: tuple[int, int]) -> int:
+    """The size of `count` pictures' features on the disk, in float16.
+
+    >>> features_bytes(1000, 1024, (16, 16)) / 2**20
+    500.0
+    """
+    return 2 * count * channels * grid[0] * grid[1]
+
+
+def foundation_features(
+    foundation: Foundation,
+    data: PictureFolder,
+    grid: tuple[int, int],
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Tensor | None:
+    """The features of all pictures, computed once and kept in a file: float16 (N, channels, h, w), memory-mapped.
+
+    A file that is there is used if it belongs to this foundation model, grid, picture size and these very pictures.
+
+    Args:
+        data: rows are in the order of its `paths`.
+        grid: (h, w) of the latents.
+        path: a safetensors file. It is written batch by batch, so that memory stays small.
+        device: where `foundation` is moved to if there is something to compute.
+
+    Returns:
+        None where the file would be larger than `LARGEST_CACHE`: compute the features of each batch as it comes.
+
+    Raises:
+        UserError: features that float16 cannot hold.
+    """
+    if features_bytes(len(data), foundation.channels, grid) > LARGEST_CACHE:
+        return None
+    path, key = Path(path), _cache_key(foundation, data, grid)
+    features = _read_features(path, key)
+    if features is None:
+        _write_features(foundation.to(device), data, grid, path, key, device, batch_size, progress)
+        features = _read_features(path, key)
+    return features
+
+
+def _cache_key(foundation: Foundation, data: PictureFolder, grid: tuple[int, int]) -> str:
+    settings = (_FORM, foundation.digest, tuple(grid), data.image_size, data.channels)
+    digest = hashlib.sha256(str(settings).encode())
+    for name, path in zip(data.names, data.paths, strict=True):
+        digest.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _read_features(path: Path, key: str) -> Tensor | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("features") if (file.metadata() or {}).get("key") == key else None
+    except (SafetensorError, FileNotFoundError):  # damaged, or not there yet
+        return None
+
+
+def _write_features(
+    foundation: Foundation,
+    data: PictureFolder,
+    grid: tuple[int, int],
+    path: Path,
+    key: str,
+    device: str | torch.device,
+    batch_size: int,
+    progress: bool,
+) -> None:
+    shape = (len(data), foundation.channels, *grid)
+    tensor = {"dtype": "F16", "shape": shape, "data_offsets": (0, features_bytes(*shape[:2], grid))}
+    header = json.dumps({"__metadata__": {"format": "pt", "key": key}, "features": tensor}).encode()
+    header += b" " * (-len(header) % 8)  # so that the numbers are aligned
+    bar = tqdm(total=len(data), desc="foundation model", unit="picture", disable=None if progress else True)
+    # safetensors' own function wants everything in memory; the format is a length, a JSON header and the numbers
+    with bar, written_whole(path) as partial_path, partial_path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for start in range(0, len(data), batch_size):
+            batch = data.__getitems__(range(start, min(start + batch_size, len(data))))
+            features = foundation(to_unit(batch["pictures"].to(device)), grid).half()
+            if not features.isfinite().all():
+                name = data.names[start + int((~features.isfinite()).flatten(1).any(1).nonzero()[0])]
+                raise UserError(
+                    f"The foundation model's features of {name} are not finite in float16: take another one"
+                )
+            file.write(features.cpu().contiguous().numpy().tobytes())
+            bar.update(len(features))

@@ -1,0 +1,249 @@
+"""Fine-tuning the VA-VAE, whole: from a split to a model's folder. Notebook 02 and the command call this."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from vavae_tools.autoencoders.foundation import load_foundation
+from vavae_tools.autoencoders.perceptual import load_lpips
+from vavae_tools.autoencoders.vavae import VAVAE, fitting_size, vavae
+from vavae_tools.autoencoders.weights import (
+    VAVAEWeights,
+    build_vavae,
+    load_vavae,
+    pretrained_small_folder,
+    read_condition_file,
+    read_vavae,
+    with_channels,
+)
+from vavae_tools.data.images import PictureDataModule, channels_of
+from vavae_tools.data.split import read_split_info
+from vavae_tools.errors import UserError
+from vavae_tools.evaluation.conditions import compare_conditions
+from vavae_tools.files import save_model
+from vavae_tools.machine import find_machine
+from vavae_tools.training.checkpoints import best_checkpoint, check_resumable, checkpoint_callbacks, resume_path
+from vavae_tools.training.devices import quiet_lightning
+from vavae_tools.training.previews import ReconstructionPreviews
+from vavae_tools.training.processes import several_devices_from_a_cell
+from vavae_tools.training.progress import say
+from vavae_tools.training.recipes import epochs_of_stages, find_recipe
+from vavae_tools.training.trainer import build_trainer
+from vavae_tools.training.vavae_module import VAVAEModule
+from vavae_tools.training.watch import Advice, ReconstructionWatch
+
+Show = Callable[[Tensor], None]
+
+MONITORS = {"reconstruction": "min", "psnr": "max", "ssim": "max", "right": "max", "frechet": "min"}
+"""What `best-*.ckpt` can be chosen by, and whether less or more of it is better."""
+
+
+@several_devices_from_a_cell
+def fine_tune_vavae(
+    data_dir: str | Path,
+    output_dir: str | Path = "outputs",
+    original_vavae: str | Path | None = None,
+    size: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    condition_dim: int = 32,
+    condition_file: str | Path | None = None,
+    recipe: str = "light",
+    batch_size: int = 16,
+    max_epochs: int = 100,
+    lpips_weights: str | Path | list[str | Path] | None = None,
+    foundation_model: str | Path | None = None,
+    monitor: str = "reconstruction",
+    classifier_dir: str | Path | None = None,
+    seed: int = 0,
+    resume: str | None = None,
+    preview_every: int | None = None,
+    show: Show | None = None,
+    say: Callable[[str], None] = say,
+    devices: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """Fine-tune a VA-VAE with a vector per person on one split.
+
+    Args:
+        data_dir: a split.
+        output_dir: gets `checkpoints/best-*.ckpt` and `last.ckpt`, `lightning_logs/`, `reconstructions/`, and at the
+            end `vavae/`, the best model as a diffusers folder.
+        original_vavae: weights to start from: the published `.pt` or training `.ckpt`, a diffusers folder, a `.ckpt`
+            of this training, or "small" for those that come with the package; None starts from fresh ones.
+        size: "small" or "f16d32" for fresh weights; by default what suits the machine.
+        image_size: pixels, one number or (height, width); by default the size the weights were made for.
+        condition_dim: length of a person's vector; 0 for none.
+        condition_file: safetensors with a fixed vector per person, in place of learned ones.
+        recipe: "light", "full", "stage1" to "stage3", or "staged" for these three in turn (`recipes.RECIPES`).
+        lpips_weights: local files for the perceptual part (`perceptual.load_lpips`).
+        foundation_model: local folder of a DINOv2 for the alignment (`foundation.load_foundation`).
+        monitor: what the best checkpoint is chosen by: "reconstruction", "psnr", "ssim", or by a classifier that is
+            trained on the real pictures, "right" or "frechet".
+        classifier_dir: keeps that classifier; by default `output_dir/classifier`.
+        resume: "last" or a `.ckpt`, to go on from.
+        preview_every: epochs between two grids of reconstructions; by default about ten in all.
+        show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
+        devices: arguments of `devices.trainer_settings`, such as {"devices": 2, "precision": "16"}.
+        changes: arguments of `VAVAEModule` in place of the recipe's, such as lr, kl_weight, disc_weight; None keeps
+            the recipe's. The learning rate of "light" is 1e-4 for f16d32 and 2e-3 for small: 70 M and 0.4 M weights.
+
+    Returns:
+        The folder of the best model.
+    """
+    if recipe == "staged":
+        return _stages(**{k: v for k, v in locals().items() if k not in ("recipe", "changes")}, **changes)
+    L.seed_everything(seed, verbose=False)
+    quiet_lightning()
+    if max_epochs < 1:
+        raise UserError(f"--max_epochs {max_epochs}: at least one pass over the pictures is needed")
+    if condition_dim < 0:
+        raise UserError(f"--condition_dim {condition_dim}: the length of a vector, or 0 for none")
+    if monitor not in MONITORS:
+        raise UserError(f"--monitor {monitor}: there are {', '.join(MONITORS)}")
+    numbers = find_recipe(recipe, changes)
+    output_dir = Path(output_dir)
+    checkpoints = output_dir / "checkpoints"
+    resume_from = resume_path(resume, checkpoints)
+    split = read_split_info(data_dir)
+    people = split["labels"]
+    table = read_condition_file(condition_file, people) if condition_file else None
+    condition_dim = table.shape[1] if table is not None else condition_dim
+    channels = channels_of(Path(data_dir) / "train", split["image_extensions"])
+    found = _weights_to_start_from(original_vavae, channels)
+    model = _vavae_to_start_from(found, size, condition_dim, max(people.values()) + 1, channels, say)
+    if table is not None:
+        model.conditions.weight.data.copy_(table)
+        model.conditions.requires_grad_(False)
+    image_size = fitting_size(model, image_size)
+    model.register_to_config(sample_size=image_size)
+    pictures = PictureDataModule(data_dir, image_size, batch_size, seed=seed, channels=channels)
+    numbers["lr"] = numbers.get("lr") or (2e-3 if model.config.block_out_channels[0] < 64 else 1e-4)
+
+    if numbers.get("gradient_checkpointing") is None:
+        numbers["gradient_checkpointing"] = _needs_checkpointing(model, batch_size, image_size, say)
+    lpips = load_lpips(lpips_weights) if lpips_weights and numbers.get("perceptual_weight") else None
+    foundation = load_foundation(foundation_model) if foundation_model and numbers.get("vf_weight") else None
+    module = VAVAEModule(model, **numbers, seed=seed, lpips=lpips, foundation=foundation)
+    _take_over(module, found, say)
+    settings = module.trainer_settings(**(devices or {}))
+    world = settings["devices"] * settings["num_nodes"]
+    say(
+        f"Fine-tuning on {len(pictures.train_data):,} pictures of {pictures.num_classes} people, {batch_size} a step "
+        f"on each of {world} device{'s' if world > 1 else ''}, lr {numbers['lr']:g}, {settings['precision']} "
+        f"({data_dir})"
+    )
+    say(f"Recipe {recipe}: {_weights_in_words(module)}")
+    if world > 1:
+        lr = numbers["lr"]
+        say(f"Rule of thumb for {world} devices: lr × sqrt({world}) = {lr * world**0.5:.2g}; lr stays as given")
+    validated = pictures.val_data is not None
+    callbacks = checkpoint_callbacks(checkpoints, f"val/{monitor}" if validated else None, mode=MONITORS[monitor])
+    shown = (pictures.val_data or pictures.train_data).few_of_each(8)
+    every = preview_every or max(1, max_epochs // 10)
+    callbacks.append(ReconstructionPreviews(shown, output_dir / "reconstructions", every, show))
+    if validated:
+        callbacks += [ReconstructionWatch(pictures, classifier_dir or output_dir / "classifier", seed), Advice(say)]
+    trainer = build_trainer(settings, output_dir, callbacks, say, max_epochs=max_epochs)
+    check_resumable(resume_from, module)
+    trainer.fit(module, pictures, ckpt_path=resume_from, weights_only=True)
+
+    folder = output_dir / "vavae"
+    if trainer.is_global_zero:
+        best = load_vavae(best_checkpoint(checkpoints), say=lambda line: None)
+        save_model(best, folder)
+        if best.config.condition_dim and validated:
+            say(str(compare_conditions(best.to(module.device), pictures.val_data)))
+        say(f"written: {folder} (from {best_checkpoint(checkpoints)}), {output_dir / 'reconstructions'}/")
+    return folder
+
+
+def _stages(
+    output_dir: str | Path, original_vavae: str | Path | None, max_epochs: int, resume: str | None, **others: Any
+) -> Path:
+    """The released model's stages in turn, each in a folder of its own, each from the last weights of the former."""
+    folder = None
+    for name, epochs in epochs_of_stages(max_epochs).items():
+        folder = Path(output_dir) / name
+        last = folder / "checkpoints" / "last.ckpt"
+        if resume and (folder / "vavae" / "config.json").is_file():
+            others["say"](f"{name} is complete ({folder})")
+        else:
+            go_on = "last" if resume and last.is_file() else None
+            fine_tune_vavae(
+                output_dir=folder,
+                original_vavae=original_vavae,
+                max_epochs=epochs,
+                resume=go_on,
+                recipe=name,
+                **others,
+            )
+        original_vavae = last
+    return folder / "vavae"
+
+
+def _weights_to_start_from(original: str | Path | None, channels: int) -> VAVAEWeights | None:
+    if original is None:
+        return None
+    return with_channels(read_vavae(pretrained_small_folder() if str(original) == "small" else original), channels)
+
+
+def _vavae_to_start_from(
+    found: VAVAEWeights | None,
+    size: str | None,
+    condition_dim: int,
+    people: int,
+    channels: int,
+    say: Callable[[str], None],
+) -> VAVAE:
+    people = people if condition_dim else 0
+    if found is not None:
+        return build_vavae(found, condition_dim, people, say=say)
+    size = size or ("small" if find_machine().kind == "cpu" else "f16d32")
+    say(f"No weights given: starting from a fresh VA-VAE ({size})")
+    form = {"condition_dim": condition_dim, "num_conditions": people, "in_channels": channels, "out_channels": channels}
+    return vavae(size, **form)
+
+
+def _take_over(module: VAVAEModule, found: VAVAEWeights | None, say: Callable[[str], None]) -> None:
+    """Discriminator and alignment projection go on where the weights to start from bring them along."""
+    if found is None:
+        return
+    for part, weights in (
+        ("discriminator", found.discriminator),
+        ("projection", {"weight": found.projection} if found.projection is not None else None),
+    ):
+        own = getattr(module, part, None)
+        if own is None or weights is None:
+            continue
+        if any(weights[name].shape != tensor.shape for name, tensor in own.state_dict().items() if name in weights):
+            say(f"The {part} in {found.source} has another shape: a fresh one is taken")
+        else:
+            own.load_state_dict(weights)
+            say(f"The {part} goes on from {found.source}")
+
+
+def _needs_checkpointing(
+    model: VAVAE, batch_size: int, image_size: int | tuple[int, int], say: Callable[[str], None]
+) -> bool:
+    """Whether a step would not fit into the GPU's memory with all its activations kept."""
+    memory = find_machine().memory
+    height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    # derived by benchmarks/vavae_memory.py: 1.45 GB for each picture of 256×256 in mixed precision, at 128 channels
+    pictures = batch_size * height * width / 256**2 * model.config.block_out_channels[0] / 128
+    needed = 1.3 + 1.45 * pictures
+    if not memory or needed < 0.85 * memory / 2**30:
+        return False
+    say(
+        f"Gradient checkpointing is on: {batch_size} pictures would need about {needed:.0f} of {memory / 2**30:.0f} GB "
+        "(a smaller --batch_size is faster)"
+    )
+    return True
+
+
+def _weights_in_words(module: VAVAEModule) -> str:
+    settings = module.hparams
+    names = [name for name in settings if name.endswith("_weight") and settings[name]]
+    return ", ".join(f"{name} {settings[name]:g}" for name in names)

@@ -1,0 +1,89 @@
+"""What PSNR does not see: whether a classifier still knows the persons in their reconstructions; and early warnings."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from vavae_tools.data.images import PictureDataModule
+from vavae_tools.evaluation.classifier import cached_classifier
+from vavae_tools.evaluation.reconstructions import ReconstructionJudge
+from vavae_tools.training.progress import say, someone_looks
+
+
+class ReconstructionWatch(L.Callback):
+    """Judges the validation side's reconstructions at each validation, with a classifier trained on the real pictures.
+
+    Args:
+        data: the split.
+        folder: keeps the classifier, which is trained once.
+
+    Logs `val/right` and `val/originals_right` (shares named rightly), `val/frechet` and `val/originals_frechet`
+    (distances to as many real training pictures), and `val/frechet_ratio`, the first by the second: 1 is as good as
+    the originals.
+    """
+
+    def __init__(self, data: PictureDataModule, folder: str | Path, seed: int = 0) -> None:
+        self.data, self.folder, self.seed = data, Path(folder), seed
+        self._made: list[Tensor] = []
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        train, val = self.data.train_data, self.data.val_data
+        for first in (True, False):  # one process trains, then all read
+            if first == trainer.is_global_zero:
+                options = {"seed": self.seed, "device": module.device, "progress": someone_looks()}
+                classifier = cached_classifier(train, self.data.num_classes, self.folder, **options)
+            trainer.strategy.barrier()
+        originals = val.__getitems__(range(len(val)))
+        others = train.__getitems__(_as_many_of_each(train.labels, val.labels))
+        self.judge = ReconstructionJudge(classifier, originals["pictures"], originals["labels"], others["pictures"])
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        self._made.append(outputs["reconstructions"].cpu())
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        made, self._made = torch.cat(self._made), []
+        if len(made) < len(self.data.val_data):  # a sanity check sees a few only
+            return
+        scores = self.judge.judge(made)
+        scores["frechet_ratio"] = scores["frechet"] / max(scores["originals_frechet"], 1e-12)
+        module.log_dict({f"val/{name}": value for name, value in scores.items()})
+
+
+def _as_many_of_each(labels: Tensor, wanted: Tensor) -> list[int]:
+    """Places in `labels`: of each label as many as `wanted` has, where there are so many."""
+    places = [torch.where(labels == label)[0][: int((wanted == label).sum())] for label in wanted.unique()]
+    return torch.cat(places).tolist()
+
+
+class Advice(L.Callback):
+    """Says once, with advice, that the KL explodes, the latents collapse, or the discriminator wins."""
+
+    def __init__(self, say: Callable[[str], None] = say) -> None:
+        self.say = say
+        self._least_kl, self._won, self._said = float("inf"), 0, set()
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        values = {name.removeprefix("val/"): float(v) for name, v in trainer.callback_metrics.items() if "val/" in name}
+        kl, spread = values.get("kl", 0.0), values.get("latent_std", 1.0)
+        self._least_kl = min(self._least_kl, kl)
+        self._won = self._won + 1 if values.get("discriminator_right", 0.5) > 0.95 else 0
+        if kl > 20 * self._least_kl:
+            self._advise(f"The KL has grown from {self._least_kl:.3g} to {kl:.3g}: raise --kl_weight or lower --lr")
+        if spread < 0.1:
+            self._advise(
+                f"The latents collapse (standard deviation {spread:.2g}): pictures are no longer told apart in them; "
+                "lower --kl_weight"
+            )
+        if self._won == 3:
+            self._advise(
+                f"The discriminator is right {values['discriminator_right']:.0%} of the time and teaches little: lower "
+                "--disc_weight, or let it start later with --disc_start"
+            )
+
+    def _advise(self, line: str) -> None:
+        if line[:12] not in self._said:
+            self._said.add(line[:12])
+            self.say(f"advice: {line}")
