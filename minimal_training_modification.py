@@ -26,7 +26,7 @@ def main() -> None:
     )
     add("--size", choices=["small", "f16d32"], help="of fresh weights; without it small on a CPU, f16d32 on a GPU")
     add("--image_size", type=size, help="pixels, 256 or 128x256 (height x width); without it what the weights are for")
-    add("--condition_dim", type=int, default=32, help="length of each person's vector; 0 for none")
+    add("--condition_dim", type=int, help="length of each person's vector, without it 32 or the file's; 0 for none")
     add("--condition_file", help="safetensors with a fixed vector per person (keys ID_1 …), in place of learned ones")
     recipes = ["light", "full", "stage1", "stage2", "stage3", "staged"]
     add(

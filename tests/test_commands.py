@@ -238,6 +238,7 @@ FLAGS = {  # SPEC §2
     "fine_tune": [
         *["data_dir", "original_vavae", "condition_dim", "kl_weight", "batch_size", "max_epochs", "lr", "devices"],
         *["num_nodes", "strategy", "accelerator", "precision", "output_dir"],
+        *["recipe", "vf_weight", "disc_weight", "perceptual_weight", "foundation_model", "monitor"],
     ],
     "sample": ["checkpoint", "num_samples", "cfg_scale", "num_steps", "labels", "class_list", "output_dir"],
     "export": ["vavae", "format", "output"],
@@ -315,6 +316,15 @@ BAD_FINE_TUNING = {
     TUNE + " --condition_dim -1": "--condition_dim -1",
     TUNE + " --condition_file {here}/none": "No condition file",
     TUNE + " --output_dir {here}/file": "file is a file, expected a folder",
+    TUNE
+    + " --vf_weight 0.1": "needs a vision foundation model: name its folder (foundation_model), or take vf_weight 0",
+    TUNE + " --vf_weight 0.1 --foundation_model {here}": "is no folder of a foundation model: config.json is missing",
+    TUNE + " --vf_weight 0.1 --foundation_model nowhere": "No folder nowhere of a vision foundation model",
+    TUNE + " --recipe full": "perceptual_weight needs LPIPS: name its weights (lpips_weights), or take",
+    TUNE + " --lpips_weights {here}/other.ckpt": "other.ckpt: 0 of the 26 tensors of LPIPS's VGG16",
+    TUNE + " --recipe staged --max_epochs 2": "needs at least one for each stage",
+    TUNE + " --disc_weight 0.5": "Pictures of 16×16 are too small for the discriminator: it needs 24×24",
+    TUNE + " --l1_weight 0 --gradient_weight 0 --spectral_weight 0": "nothing compares the pictures",
     TUNE + " --accelerator gpu --devices 4": "No GPU that torch can use here",
     TUNE + " --precision 16": "A CPU has no fp16 training: use --precision 32",
     TUNE + " --strategy deepspeed": "deepspeed",

@@ -25,6 +25,7 @@ _HOME = {
     "write_samples": "diffusion.pipeline",
     "evaluate_pictures": "evaluation.report",
     "evaluate_reconstructions": "evaluation.reconstructions",
+    "evaluate_vavae": "evaluation.reconstructions",
     "compare_conditions": "evaluation.conditions",
     "show_pictures": "plots",
     "show_rows": "plots",

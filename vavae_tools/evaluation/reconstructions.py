@@ -1,12 +1,15 @@
 """Reconstructions beside their originals: how true they are, and what a classifier makes of them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vavae_tools.data.images import to_pixels, to_unit
-from vavae_tools.evaluation.classifier import PersonClassifier
+from vavae_tools.autoencoders.vavae import VAVAE, reconstruct
+from vavae_tools.data.images import PictureDataModule, to_pixels, to_unit
+from vavae_tools.errors import UserError
+from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
 from vavae_tools.evaluation.metrics import frechet_distance, percent, psnr, sharpness, ssim
 
 
@@ -103,6 +106,32 @@ def evaluate_reconstructions(
         judge = ReconstructionJudge(classifier, to_pixels(originals), labels, others)
         scores |= judge.judge(to_pixels(remade))
     return ReconstructionScores(len(originals), **scores)
+
+
+def evaluate_vavae(
+    model: VAVAE, data: PictureDataModule, classifier_dir: str | Path, seed: int = 0, progress: bool = True
+) -> ReconstructionScores:
+    """Reconstruct the validation side, with each person's vector, and let a classifier of the real pictures judge it.
+
+    Args:
+        data: a split at the size to look at.
+        classifier_dir: keeps the classifier; it is trained where it is not there yet.
+
+    Raises:
+        UserError: the split has no validation side.
+    """
+    if data.val_data is None:
+        raise UserError("This split has no validation side to reconstruct: make one with data_split.py --val_ratio 0.2")
+    classifier = cached_classifier(data.train_data, data.num_classes, classifier_dir, seed, model.device, progress)
+    originals, made = reconstruct(model, data.val_data)
+    return evaluate_reconstructions(originals, made, data.val_data.labels, classifier, as_many_others(data))
+
+
+def as_many_others(data: PictureDataModule) -> Tensor:
+    """Training pictures, uint8 (M, C, H, W), of each person as many as the validation side has, where there are."""
+    wanted, labels = data.val_data.labels, data.train_data.labels
+    places = [torch.where(labels == label)[0][: int((wanted == label).sum())] for label in wanted.unique()]
+    return data.train_data.__getitems__(torch.cat(places))["pictures"]
 
 
 def _in_range(pictures: Tensor) -> Tensor:

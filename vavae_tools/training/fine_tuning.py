@@ -48,7 +48,7 @@ def fine_tune_vavae(
     original_vavae: str | Path | None = None,
     size: str | None = None,
     image_size: int | tuple[int, int] | None = None,
-    condition_dim: int = 32,
+    condition_dim: int | None = None,
     condition_file: str | Path | None = None,
     recipe: str = "light",
     batch_size: int = 16,
@@ -75,7 +75,7 @@ def fine_tune_vavae(
             of this training, or "small" for those that come with the package; None starts from fresh ones.
         size: "small" or "f16d32" for fresh weights; by default what suits the machine.
         image_size: pixels, one number or (height, width); by default the size the weights were made for.
-        condition_dim: length of a person's vector; 0 for none.
+        condition_dim: length of a person's vector, by default 32 or that of the file's; 0 for none.
         condition_file: safetensors with a fixed vector per person, in place of learned ones.
         recipe: "light", "full", "stage1" to "stage3", or "staged" for these three in turn (`recipes.RECIPES`).
         lpips_weights: local files for the perceptual part (`perceptual.load_lpips`).
@@ -99,7 +99,7 @@ def fine_tune_vavae(
     quiet_lightning()
     if max_epochs < 1:
         raise UserError(f"--max_epochs {max_epochs}: at least one pass over the pictures is needed")
-    if condition_dim < 0:
+    if condition_dim is not None and condition_dim < 0:
         raise UserError(f"--condition_dim {condition_dim}: the length of a vector, or 0 for none")
     if monitor not in MONITORS:
         raise UserError(f"--monitor {monitor}: there are {', '.join(MONITORS)}")
@@ -110,7 +110,12 @@ def fine_tune_vavae(
     split = read_split_info(data_dir)
     people = split["labels"]
     table = read_condition_file(condition_file, people) if condition_file else None
-    condition_dim = table.shape[1] if table is not None else condition_dim
+    if table is not None and condition_dim not in (None, table.shape[1]):
+        raise UserError(
+            f"{condition_file} holds vectors of length {table.shape[1]}, but --condition_dim is {condition_dim}: leave "
+            "it out, or name another file"
+        )
+    condition_dim = table.shape[1] if table is not None else 32 if condition_dim is None else condition_dim
     channels = channels_of(Path(data_dir) / "train", split["image_extensions"])
     found = _weights_to_start_from(original_vavae, channels)
     model = _vavae_to_start_from(found, size, condition_dim, max(people.values()) + 1, channels, say)
@@ -124,7 +129,9 @@ def fine_tune_vavae(
 
     if numbers.get("gradient_checkpointing") is None:
         numbers["gradient_checkpointing"] = _needs_checkpointing(model, batch_size, image_size, say)
-    lpips = load_lpips(lpips_weights) if lpips_weights and numbers.get("perceptual_weight") else None
+    lpips = load_lpips(lpips_weights) if lpips_weights else None
+    if lpips is not None:
+        say(f"LPIPS: {lpips.origin}")
     foundation = load_foundation(foundation_model) if foundation_model and numbers.get("vf_weight") else None
     module = VAVAEModule(model, **numbers, seed=seed, lpips=lpips, foundation=foundation)
     _take_over(module, found, say)
@@ -234,7 +241,7 @@ def _needs_checkpointing(
     # derived by benchmarks/vavae_memory.py: 1.45 GB for each picture of 256×256 in mixed precision, at 128 channels
     pictures = batch_size * height * width / 256**2 * model.config.block_out_channels[0] / 128
     needed = 1.3 + 1.45 * pictures
-    if not memory or needed < 0.85 * memory / 2**30:
+    if not memory or needed < 0.9 * memory / 2**30:
         return False
     say(
         f"Gradient checkpointing is on: {batch_size} pictures would need about {needed:.0f} of {memory / 2**30:.0f} GB "

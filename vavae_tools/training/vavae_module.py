@@ -1,7 +1,6 @@
 """Fine-tuning the VA-VAE with Lightning: glue between the model, its loss and the Trainer."""
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from vavae_tools.autoencoders.discriminator import PatchDiscriminator, generator_loss, hinge_loss
 from vavae_tools.autoencoders.foundation import Foundation, alignment_loss, foundation_features
 from vavae_tools.autoencoders.losses import PictureLoss, whole_loss
+from vavae_tools.autoencoders.perceptual import LPIPS
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.data.images import PictureDataModule, PictureFolder, to_pixels, to_unit
 from vavae_tools.draws import Draws
@@ -49,7 +49,8 @@ class VAVAEModule(L.LightningModule):
         freeze_encoder: train the decoder alone, on latents that stay as they are.
         gradient_checkpointing: compute activations twice in place of keeping them.
         seed: every random draw follows from it, the epoch and the sample.
-        lpips: (reconstruction, pictures) → (B,), for `perceptual_weight`; see `perceptual.load_lpips`.
+        lpips: (reconstruction, pictures) → (B,), for `perceptual_weight`; see `perceptual.load_lpips`. Validation logs
+            it also where its weight is 0.
         foundation: for `vf_weight`; see `foundation.load_foundation`.
 
     Logs `train/…` and `val/…`: loss and its parts; validation also PSNR in dB, SSIM, the latents' mean and standard
@@ -82,7 +83,7 @@ class VAVAEModule(L.LightningModule):
         freeze_encoder: bool = False,
         gradient_checkpointing: bool = False,
         seed: int = 0,
-        lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+        lpips: LPIPS | None = None,
         foundation: Foundation | None = None,
     ) -> None:
         super().__init__()
@@ -103,7 +104,7 @@ class VAVAEModule(L.LightningModule):
         if vf_weight and freeze_encoder:
             raise UserError("vf_weight aligns the latents, which freeze_encoder keeps as they are: take one of them")
         # in a dict, so that what is frozen does not become a part of this module and its checkpoints
-        self._frozen = {"lpips": lpips if perceptual_weight else None, "foundation": foundation if vf_weight else None}
+        self._frozen = {"lpips": lpips, "foundation": foundation if vf_weight else None}
         self.vavae = vavae.to(memory_format=torch.channels_last)  # 4 to 24 % faster on a CPU, by its widths
         if freeze_encoder:
             vavae.freeze_encoder()
@@ -206,6 +207,8 @@ class VAVAEModule(L.LightningModule):
         parts["kl"] = posterior.kl().mean() / pictures[0].numel()
         parts["loss"] = loss + self.hparams.kl_weight * parts["kl"]
         parts["latent_mean"], parts["latent_std"] = posterior.mean.mean(), posterior.mean.std()
+        if self._frozen["lpips"] is not None and "perceptual" not in parts:
+            parts["perceptual"] = self._frozen["lpips"](reconstruction, pictures).mean()
         aligned = self.alignment(latents, batch, pictures)
         if aligned:
             parts["alignment"] = sum(aligned)
@@ -274,6 +277,9 @@ class VAVAEModule(L.LightningModule):
 
     def trainer_settings(self, **choices: Any) -> dict[str, Any]:
         """Arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`): Trainer(**settings)."""
+        if choices.get("strategy") == "ddp" and self.hparams.disc_weight:
+            # each optimiser's backward pass leaves the other's weights without a gradient, which plain ddp refuses
+            choices["strategy"] = "ddp_find_unused_parameters_true"
         # a condition that is dropped from a whole batch, or is switched off, leaves its weights without a gradient
         return trainer_settings(parts_may_go_unused=True, gradient_clip_val=None, **choices)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vavae_tools.data.images import PictureDataModule
 from vavae_tools.evaluation.classifier import cached_classifier
-from vavae_tools.evaluation.reconstructions import ReconstructionJudge
+from vavae_tools.evaluation.reconstructions import ReconstructionJudge, as_many_others
 from vavae_tools.training.progress import say, someone_looks
 
 
@@ -37,8 +37,8 @@ class ReconstructionWatch(L.Callback):
                 classifier = cached_classifier(train, self.data.num_classes, self.folder, **options)
             trainer.strategy.barrier()
         originals = val.__getitems__(range(len(val)))
-        others = train.__getitems__(_as_many_of_each(train.labels, val.labels))
-        self.judge = ReconstructionJudge(classifier, originals["pictures"], originals["labels"], others["pictures"])
+        others = as_many_others(self.data)
+        self.judge = ReconstructionJudge(classifier, originals["pictures"], originals["labels"], others)
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         self._made.append(outputs["reconstructions"].cpu())
@@ -49,13 +49,7 @@ class ReconstructionWatch(L.Callback):
             return
         scores = self.judge.judge(made)
         scores["frechet_ratio"] = scores["frechet"] / max(scores["originals_frechet"], 1e-12)
-        module.log_dict({f"val/{name}": value for name, value in scores.items()})
-
-
-def _as_many_of_each(labels: Tensor, wanted: Tensor) -> list[int]:
-    """Places in `labels`: of each label as many as `wanted` has, where there are so many."""
-    places = [torch.where(labels == label)[0][: int((wanted == label).sum())] for label in wanted.unique()]
-    return torch.cat(places).tolist()
+        module.log_dict({f"val/{name}": value for name, value in scores.items()}, sync_dist=True)
 
 
 class Advice(L.Callback):

@@ -1,0 +1,211 @@
+"""Fine-tuning as it is called: from published weights, in stages, grey, not square, watched by a classifier."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from tiny import perturb_projections, same, tiny_vavae
+
+from vavae_tools.autoencoders.discriminator import PatchDiscriminator
+from vavae_tools.autoencoders.reference_format import to_reference
+from vavae_tools.autoencoders.vavae import VAVAE, reconstruct_pictures
+from vavae_tools.autoencoders.weights import load_vavae, with_channels
+from vavae_tools.data.images import PictureDataModule
+from vavae_tools.diffusion.pipeline import load_pipeline, write_samples
+from vavae_tools.errors import UserError
+from vavae_tools.machine import Machine
+from vavae_tools.training import fine_tuning
+from vavae_tools.training.fine_tuning import fine_tune_vavae
+from vavae_tools.training.previews import ReconstructionPreviews
+from vavae_tools.training.runs import encode_split, train_dit
+from vavae_tools.training.vavae_module import VAVAEModule
+from vavae_tools.training.watch import Advice
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+TINY = {"condition_dim": 4, "image_size": 24, "batch_size": 6, "disc_width": 8, "lr": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory) -> Path:
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14)
+    folder = tmp_path_factory.mktemp("foundation")
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """A training checkpoint as the reference writes it, of a small model that was aligned with `dinov2`."""
+    torch.manual_seed(2)
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    model = VAVAE(**levels, block_out_channels=(32, 32), latent_channels=2, sample_size=24)
+    weights = {
+        **to_reference(model.state_dict()),
+        **{f"loss.discriminator.{k}": v for k, v in PatchDiscriminator(3, 8).state_dict().items()},
+        "linear_proj.weight": torch.randn(8, 2, 1, 1),
+        "loss.logvar": torch.zeros(()),
+        "foundation_model.model.cls_token": torch.zeros(1, 1, 8),
+    }
+    path = tmp_path_factory.mktemp("published") / "vavae.ckpt"
+    torch.save({"state_dict": weights, "global_step": 7}, path)
+    return path
+
+
+def losses(last: Path) -> dict:
+    return torch.load(last, weights_only=True)["state_dict"]
+
+
+def test_stages_go_on_from_each_other_and_from_published_weights(split_dir, published, dinov2, tmp_path):
+    said = []
+    arguments = {
+        "original_vavae": published,
+        "recipe": "staged",
+        "foundation_model": dinov2,
+        "perceptual_weight": 0.0,
+        "say": said.append,
+        **TINY,
+    }
+    folder = fine_tune_vavae(split_dir, tmp_path, max_epochs=3, **arguments)
+    assert folder == tmp_path / "stage3" / "vavae" and (folder / "config.json").is_file()
+    told = "\n".join(said)
+    assert f"The discriminator goes on from {published}" in told and f"The projection goes on from {published}" in told
+    for stage in ("stage1", "stage2"):
+        last = tmp_path / stage / "checkpoints" / "last.ckpt"
+        assert f"The discriminator goes on from {last}" in told and f"The projection goes on from {last}" in told
+    assert "Recipe stage1: kl_weight 1e-06, l1_weight 1, vf_weight 0.5, disc_weight 0.5" in told
+    # nothing of stage 1 sees the discriminator, which starts at step 2,500
+    assert same(
+        losses(tmp_path / "stage1" / "checkpoints" / "last.ckpt")["discriminator.main.0.weight"],
+        torch.load(published, weights_only=True)["state_dict"]["loss.discriminator.main.0.weight"],
+    )
+    said.clear()
+    before = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert fine_tune_vavae(split_dir, tmp_path, max_epochs=3, resume="last", **arguments) == folder
+    assert [line.split(" (")[0] for line in said] == [f"stage{n} is complete" for n in (1, 2, 3)]
+    assert (folder / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_at_first_it_is_the_published_model_bit_by_bit(published, split_dir, tmp_path):
+    plain, model = load_vavae(published, 0, say=lambda line: None), load_vavae(published, 4, 3, say=lambda line: None)
+    pictures = PictureDataModule(split_dir, 24).val_data.__getitems__([0, 1, 2])
+    assert same(
+        reconstruct_pictures(plain.eval(), pictures["pictures"]),
+        reconstruct_pictures(model.eval(), pictures["pictures"], pictures["labels"]),
+    )
+
+
+def test_grey_pictures_that_are_not_square_go_all_the_way(tmp_path, vavae_dir):
+    """From weights for colour: read, trained, encoded, sampled and written in grey, 16 high and 24 wide."""
+    from vavae_tools.data.split import split_folders
+
+    generator = torch.Generator().manual_seed(3)
+    for person in range(1, 4):
+        for number in range(6):
+            path = tmp_path / "pictures" / f"ID_{person}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = torch.randint(40 * person, 40 * person + 80, (16, 24), generator=generator).to(torch.uint8)
+            Image.fromarray(pixels.numpy()).save(path)
+    split = tmp_path / "split"
+    split_folders(tmp_path / "pictures", split, progress=False)
+    quiet = {"say": lambda line: None}
+    folder = fine_tune_vavae(
+        split, tmp_path / "vavae", vavae_dir, image_size=(16, 24), condition_dim=4, batch_size=4, max_epochs=1, **quiet
+    )
+    model = load_vavae(folder, **quiet)
+    assert model.config.in_channels == model.config.out_channels == 1 and tuple(model.config.sample_size) == (16, 24)
+    (grid,) = (tmp_path / "vavae" / "reconstructions").iterdir()
+    assert (torch.tensor(list(Image.open(grid).convert("RGB").getdata())).float().std(dim=1) == 0).all()  # grey
+    latents = encode_split(split, folder, tmp_path / "latents", **quiet)
+    assert latents.shape == (2, 8, 12)
+    numbers = {"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
+    dit = train_dit(tmp_path / "latents", folder, tmp_path / "dit", numbers, 2, 4, previews=1, **quiet)
+    write_samples(load_pipeline(dit), [0, 1, 2], tmp_path / "samples", num_inference_steps=2)
+    made = sorted((tmp_path / "samples").rglob("*.png"))
+    assert len(made) == 3 and all((p.mode, p.size) == ("L", (24, 16)) for p in map(Image.open, made))
+
+
+def test_a_grey_copy_of_a_discriminator_sees_what_it_saw(published):
+    from vavae_tools.autoencoders.weights import read_vavae
+
+    found = read_vavae(published)
+    colour, grey = PatchDiscriminator(3, 8).eval(), PatchDiscriminator(1, 8).eval()
+    colour.load_state_dict(found.discriminator)
+    grey.load_state_dict(with_channels(found, 1).discriminator)
+    x = torch.rand(2, 1, 24, 24) * 2 - 1
+    torch.testing.assert_close(grey(x), colour(x.expand(-1, 3, -1, -1)))
+
+
+# ---- watched
+
+
+def test_the_best_can_be_what_a_classifier_says(split_dir, vavae_dir, tmp_path):
+    fine_tune_vavae(
+        split_dir, tmp_path, vavae_dir, image_size=16, batch_size=6, max_epochs=2, monitor="frechet", say=lambda x: None
+    )
+    (best,) = (tmp_path / "checkpoints").glob("best-*.ckpt")
+    callbacks = torch.load(best, weights_only=True)["callbacks"]
+    state = next(value for key, value in callbacks.items() if "val/frechet" in key)
+    assert f"{float(state['best_model_score']):.4f}" in best.name
+    assert (tmp_path / "classifier" / "classifier.safetensors").is_file()
+
+
+def test_advice_comes_once_and_when_it_is_due():
+    said = []
+    advice = Advice(said.append)
+
+    def validated(**values):
+        advice.on_validation_end(SimpleNamespace(callback_metrics={f"val/{k}": v for k, v in values.items()}), None)
+
+    for _ in range(3):
+        validated(kl=0.01, latent_std=1.2, discriminator_right=0.7)
+    assert not said
+    validated(kl=0.5, latent_std=1.2)
+    validated(kl=0.9, latent_std=1.2)
+    assert len(said) == 1 and "The KL has grown from 0.01 to 0.5: raise --kl_weight" in said[0]
+    validated(kl=0.01, latent_std=0.02)
+    assert len(said) == 2 and "The latents collapse" in said[1] and "lower --kl_weight" in said[1]
+    for rate in (0.99, 0.98, 0.5, 0.99, 0.99, 0.99, 1.0):
+        validated(kl=0.01, latent_std=1.0, discriminator_right=rate)
+    assert len(said) == 3 and "The discriminator is right 99%" in said[2]
+
+
+def test_previews_show_what_the_vectors_do(split_dir, tmp_path):
+    data = PictureDataModule(split_dir, 16).val_data
+    module = VAVAEModule(perturb_projections(tiny_vavae())).eval()
+    shown = data.few_of_each(3)
+    rows = ReconstructionPreviews(shown, tmp_path).grid(module)
+    plain = ReconstructionPreviews(shown, tmp_path).grid(VAVAEModule(tiny_vavae(condition_dim=0)).eval())
+    height, distance = plain.shape[1], (rows.shape[1] - plain.shape[1]) // 2
+    assert rows.shape[1] == height + 2 * distance and rows.shape[2] == plain.shape[2]  # two rows more
+    own, anothers, none = (rows[:, distance * i : distance * (i + 1)].float() for i in (1, 2, 3))
+    assert (own[:, :16] - anothers[:, :16]).abs().max() > 0 and (own[:, :16] - none[:, :16]).abs().max() > 0
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize(("gigabytes", "batch_size", "on"), [(15, 8, False), (15, 12, True), (79, 12, False)])
+def test_gradient_checkpointing_comes_on_where_it_must(monkeypatch, gigabytes, batch_size, on):
+    machine = Machine("t4", 1, "Tesla T4", gigabytes * 2**30)
+    monkeypatch.setattr(fine_tuning, "find_machine", lambda: machine)
+    model, said = SimpleNamespace(config=SimpleNamespace(block_out_channels=(128,))), []
+    assert fine_tuning._needs_checkpointing(model, batch_size, 256, said.append) == on == bool(said)
+
+
+# ---- what is missing
+
+
+def test_vectors_of_another_length_than_asked_for(split_dir, vavae_dir, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({f"ID_{n}": torch.randn(6) for n in (1, 2, 3)}, tmp_path / "vectors.safetensors")
+    arguments = {"condition_file": tmp_path / "vectors.safetensors", "max_epochs": 1, "image_size": 16}
+    with pytest.raises(UserError, match="holds vectors of length 6, but --condition_dim is 4"):
+        fine_tune_vavae(split_dir, tmp_path / "out", vavae_dir, condition_dim=4, **arguments)
+    folder = fine_tune_vavae(split_dir, tmp_path / "out", vavae_dir, **arguments, say=lambda line: None)
+    assert load_vavae(folder, say=lambda line: None).config.condition_dim == 6
