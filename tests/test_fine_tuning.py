@@ -209,3 +209,25 @@ def test_vectors_of_another_length_than_asked_for(split_dir, vavae_dir, tmp_path
         fine_tune_vavae(split_dir, tmp_path / "out", vavae_dir, condition_dim=4, **arguments)
     folder = fine_tune_vavae(split_dir, tmp_path / "out", vavae_dir, **arguments, say=lambda line: None)
     assert load_vavae(folder, say=lambda line: None).config.condition_dim == 6
+
+
+def test_lpips_comes_from_the_checkpoint_that_has_it(split_dir, published, tmp_path, monkeypatch):
+    """Named nowhere else, it is that of the training checkpoint; a file that is named comes first."""
+    checkpoint = torch.load(published, weights_only=True)
+    checkpoint["state_dict"]["loss.perceptual_loss.lin0.model.1.weight"] = torch.zeros(1, 64, 1, 1)
+    torch.save(checkpoint, tmp_path / "with_lpips.ckpt")
+    asked = []
+
+    class Asked(torch.nn.Module):
+        origin = "a test"
+
+        def forward(self, reconstruction, pictures):
+            return (reconstruction - pictures).square().mean(dim=(1, 2, 3))
+
+    monkeypatch.setattr(fine_tuning, "load_lpips", lambda files: asked.append(files) or Asked())
+    numbers = {**TINY, "max_epochs": 1, "perceptual_weight": 1.0, "say": lambda line: None}
+    fine_tune_vavae(split_dir, tmp_path / "out", tmp_path / "with_lpips.ckpt", **numbers)
+    fine_tune_vavae(split_dir, tmp_path / "out", tmp_path / "with_lpips.ckpt", lpips_weights=["vgg.pth"], **numbers)
+    assert asked == [tmp_path / "with_lpips.ckpt", ["vgg.pth"]]
+    with pytest.raises(UserError, match="needs LPIPS"):
+        fine_tune_vavae(split_dir, tmp_path / "out", published, **numbers)

@@ -3,9 +3,11 @@
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from test_training import Watch, assert_same
 from tiny import same, tiny_vavae
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from vavae_tools.data.images import PictureDataModule
 from vavae_tools.errors import UserError
@@ -258,3 +260,55 @@ def test_recipes_hold_the_references_numbers():
         find_recipe("heavy", {})
     with pytest.raises(UserError, match="at least one for each stage"):
         epochs_of_stages(2)
+
+
+# ---- half precision
+
+
+PLAIN = {"gradient_clip": 0.0, "perceptual_weight": 0.0, "gradient_weight": 0.0, "spectral_weight": 0.0}
+
+
+def gradient_norms(split_dir, epochs: int, precision: MixedPrecision | None = None):
+    """(trainer, module, the model's gradient norm at each step, types of what must not be half)."""
+    norms, dtypes = [], set()
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            norms.append(float(trainer.callback_metrics["train/gradient_norm"]))
+
+    module = new_module(**PLAIN)
+    reconstruct = module.reconstruct
+
+    def noting(*arguments):
+        made, posterior, latents = reconstruct(*arguments)
+        dtypes.update({made.dtype, posterior.parameters.dtype, latents.dtype})
+        return made, posterior, latents
+
+    module.reconstruct = noting
+    settings = module.trainer_settings(accelerator="cpu", devices=1)
+    if precision is not None:
+        settings["precision"] = None
+        settings["plugins"] = [precision]
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    trainer = L.Trainer(**settings, **quiet, max_epochs=epochs, callbacks=[Note()])
+    trainer.fit(module, DataLoader(PictureDataModule(split_dir, PIXELS).train_data, 6, collate_fn=as_it_is))
+    return trainer, module, norms, dtypes
+
+
+def as_it_is(batch):
+    return batch
+
+
+@pytest.mark.parametrize("scale", [None, 2.0**10, 2.0**40])
+def test_half_precision_with_two_optimisers(split_dir, scale):
+    """fp16 with a scaler, here on the CPU: norms are those of unscaled gradients, too large a scale is halved."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
+    precision = MixedPrecision("16-mixed" if scale else "bf16-mixed", "cpu", scaler)
+    trainer, module, norms, dtypes = gradient_norms(split_dir, 8 if scale == 2.0**40 else 1, precision)
+    assert dtypes == {torch.float32}
+    assert all(weight.isfinite().all() for weight in module.state_dict().values())
+    if scale == 2.0**40:
+        assert not torch.tensor(norms[0]).isfinite() and torch.tensor(norms[-1]).isfinite()
+        assert trainer.precision_plugin.scaler.get_scale() < scale
+    else:
+        assert norms[0] == pytest.approx(gradient_norms(split_dir, 1)[2][0], rel=0.02)

@@ -78,7 +78,8 @@ def fine_tune_vavae(
         condition_dim: length of a person's vector, by default 32 or that of the file's; 0 for none.
         condition_file: safetensors with a fixed vector per person, in place of learned ones.
         recipe: "light", "full", "stage1" to "stage3", or "staged" for these three in turn (`recipes.RECIPES`).
-        lpips_weights: local files for the perceptual part (`perceptual.load_lpips`).
+        lpips_weights: local files for the perceptual part (`perceptual.load_lpips`); by default `original_vavae`, where
+            that is a training checkpoint which holds them.
         foundation_model: local folder of a DINOv2 for the alignment (`foundation.load_foundation`).
         monitor: what the best checkpoint is chosen by: "reconstruction", "psnr", "ssim", or by a classifier that is
             trained on the real pictures, "right" or "frechet".
@@ -129,6 +130,9 @@ def fine_tune_vavae(
 
     if numbers.get("gradient_checkpointing") is None:
         numbers["gradient_checkpointing"] = _needs_checkpointing(model, batch_size, image_size, say)
+    if not lpips_weights and numbers.get("perceptual_weight") and found is not None:
+        brought = any(name.startswith("loss.perceptual_loss.") for name in found.unused)
+        lpips_weights = found.source if brought else None  # the reference's training checkpoints hold it
     lpips = load_lpips(lpips_weights) if lpips_weights else None
     if lpips is not None:
         say(f"LPIPS: {lpips.origin}")
