@@ -3,6 +3,7 @@
 import argparse
 
 from vavae_tools.errors import run_command
+from vavae_tools.training.saving import add_saving_arguments, saving_of
 
 
 def size(text: str) -> int | tuple[int, int]:
@@ -73,8 +74,10 @@ def main() -> None:
     add("--monitor", choices=monitors, default="reconstruction", help="what best-*.ckpt is chosen by")
     add("--output_dir", default="outputs", help="gets checkpoints/, lightning_logs/, reconstructions/, vavae/")
     add("--seed", type=int, default=0, help="the same seed, data and settings give the same weights")
-    add("--resume", help="last, or a .ckpt: go on from there")
+    add("--resume", help="last, a .ckpt, .pth or checkpoint folder, or a run's folder: go on from there")
+    add_saving_arguments(parser)
     options = vars(parser.parse_args())
+    saving = saving_of(options)
     choices = {name: options.pop(name) for name in ("devices", "num_nodes", "strategy", "accelerator", "precision")}
     choices["devices"] = choices["devices"] or "auto"
 
@@ -83,7 +86,7 @@ def main() -> None:
     from vavae_tools.training.progress import say
 
     data_dir = options.pop("data_dir") or find_split()
-    vavae_dir = fine_tune_vavae(data_dir, **options, devices=choices)
+    vavae_dir = fine_tune_vavae(data_dir, **options, devices=choices, saving=saving)
     say(f"next: python -m vavae_tools.train --data_dir {data_dir} --vavae {vavae_dir}")
 
 

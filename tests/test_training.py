@@ -16,21 +16,17 @@ from torch import nn
 from vavae_tools.data.images import PictureDataModule
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.draws import Draws
-from vavae_tools.errors import UserError
+from vavae_tools.errors import Stopped, UserError
 from vavae_tools.machine import Machine
 from vavae_tools.training import checkpoints as checkpoints_module
 from vavae_tools.training import devices
-from vavae_tools.training.checkpoints import (
-    WholeCheckpointIO,
-    best_checkpoint,
-    check_resumable,
-    checkpoint_callbacks,
-    resume_path,
-)
+from vavae_tools.training.checkpoints import WholeCheckpointIO, checkpoint_callbacks
 from vavae_tools.training.devices import precision_of, trainer_settings
 from vavae_tools.training.diffusion_module import DiffusionModule
 from vavae_tools.training.ema import EMA
 from vavae_tools.training.previews import Previews
+from vavae_tools.training.resuming import best_checkpoint, check_resumable, resume_path
+from vavae_tools.training.saving import Saving
 from vavae_tools.training.trainer import build_trainer
 from vavae_tools.training.vavae_module import VAVAEModule, cosine_with_warmup
 
@@ -56,6 +52,7 @@ class Watch(L.Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.seen.append((module.current_epoch, batch["index"].tolist()))
+        trainer.strategy.checkpoint_io.wait()
         if (self.folder / "last.ckpt").is_file():
             shutil.copy(self.folder / "last.ckpt", self.folder / f"{trainer.global_step:02d}.kept")
 
@@ -70,7 +67,7 @@ class Fit:
         self.folder = folder / "checkpoints"
         module, pictures, metric = modules(kind, *data, num_workers)
         self.module, watch = module, Watch(self.folder)
-        every = checkpoint_callbacks(self.folder, metric if monitor else None, minutes)
+        every = checkpoint_callbacks(self.folder, metric if monitor else None, Saving(minutes))
         settings = module.trainer_settings(accelerator="cpu", devices=1)
         devices.quiet_lightning()
         self.trainer = build_trainer(settings, folder, [*every, watch, *callbacks], lambda line: None, **length)
@@ -168,7 +165,7 @@ def test_a_run_that_is_stopped_again_and_again(tmp_path, data):
     resumed = Fit(tmp_path / "run", "dit", data, resume_path("last", tmp_path / "run" / "checkpoints"), max_epochs=3)
     assert_same_run(resumed, whole)
     names = sorted(path.name for path in resumed.folder.iterdir() if path.suffix != ".kept")
-    assert names == [best_checkpoint(whole.folder).name, "last.ckpt"]
+    assert names == [best_checkpoint(whole.folder).name, "last.ckpt", "previous.ckpt"]
 
 
 def test_a_longer_run_goes_on_in_the_right_order(tmp_path, data):
@@ -206,7 +203,7 @@ class Press(L.Callback):
 def test_ctrl_c_finishes_the_step_and_saves_it(tmp_path, data, number):
     whole = Fit(tmp_path / "whole", "dit", data, max_epochs=2)
     former = signal.getsignal(signal.SIGINT)
-    with pytest.raises(UserError, match="Stopped after step 3; go on with --resume last"):
+    with pytest.raises(Stopped, match="Stopped after step 3; go on with --resume last"):
         Fit(tmp_path / "run", "dit", data, callbacks=[Press(2, number=number)], num_workers=2, minutes=99, max_epochs=2)
     assert signal.getsignal(signal.SIGINT) is former
     last = resume_path("last", tmp_path / "run" / "checkpoints")
@@ -263,7 +260,7 @@ def test_a_failing_write_leaves_the_former_checkpoint(tmp_path, data, monkeypatc
         Fit(tmp_path, "dit", data, max_epochs=2)
     folder = tmp_path / "checkpoints"
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 2
-    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".kept") == ["last.ckpt"]
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".kept") == ["last.ckpt", "previous.ckpt"]
 
 
 def test_writing_goes_beside_and_then_under_the_name(tmp_path, monkeypatch):
@@ -274,7 +271,9 @@ def test_writing_goes_beside_and_then_under_the_name(tmp_path, monkeypatch):
         save(checkpoint, path)
 
     monkeypatch.setattr(checkpoints_module.torch, "save", watched)
-    WholeCheckpointIO().save_checkpoint({"w": torch.ones(3)}, str(tmp_path / "deep" / "last.ckpt"))
+    writer = WholeCheckpointIO()
+    writer.save_checkpoint({"w": torch.ones(3)}, str(tmp_path / "deep" / "last.ckpt"))
+    writer.wait()
     assert seen[0].parent == tmp_path / "deep" and seen[0].name != "last.ckpt"
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["last.ckpt"]
 

@@ -15,6 +15,7 @@ from vavae_tools.training import devices
 from vavae_tools.training.checkpoints import checkpoint_callbacks
 from vavae_tools.training.finite import FiniteSteps
 from vavae_tools.training.recipes import RECIPES, epochs_of_stages, find_recipe
+from vavae_tools.training.saving import Saving
 from vavae_tools.training.trainer import build_trainer
 from vavae_tools.training.vavae_module import VAVAEModule
 
@@ -60,7 +61,7 @@ def fit(folder, split_dir, module=None, resume=None, callbacks=(), batch_size=6,
     module = module or new_module()
     checkpoints = folder / "checkpoints"
     watch = Watch(checkpoints)
-    every = checkpoint_callbacks(checkpoints, "val/reconstruction", minutes)
+    every = checkpoint_callbacks(checkpoints, "val/reconstruction", Saving(minutes))
     devices.quiet_lightning()
     settings = module.trainer_settings(accelerator="cpu", devices=1)
     trainer = build_trainer(settings, folder, [*every, watch, *callbacks], lambda line: None, **length)

@@ -11,6 +11,7 @@ _HOME = {
     "find_place": "places",
     "find_preset": "training.presets",
     "fine_tune_vavae": "training.fine_tuning",
+    "Saving": "training.saving",
     "encode_split": "training.runs",
     "train_dit": "training.runs",
     "PictureDataModule": "data.images",
@@ -27,6 +28,8 @@ _HOME = {
     "evaluate_reconstructions": "evaluation.reconstructions",
     "evaluate_vavae": "evaluation.reconstructions",
     "compare_conditions": "evaluation.conditions",
+    "push_session": "training.sessions",
+    "pull_session": "training.sessions",
     "show_pictures": "plots",
     "show_rows": "plots",
 }

@@ -11,6 +11,10 @@ class UserError(Exception):
     """Something the user can mend: the message says what was found, where, what was expected and what to do."""
 
 
+class Stopped(Exception):
+    """Training was stopped in good order, by a person or the time: the message says where, and how to go on."""
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and end the process: status 0, 2 (`UserError`, disk), or 130 (stopped by the user)."""
     try:

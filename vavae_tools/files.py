@@ -83,7 +83,21 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU with `weights_only=True`: tensors and plain values, never code.
+    """`read_saved`, of a file that holds a dict.
+
+    Raises:
+        UserError: as there, or it holds something else.
+    """
+    checkpoint = read_saved(path)
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, expected a dict of weights")
+    return checkpoint
+
+
+def read_saved(path: str | Path) -> Any:
+    """Read what `torch.save` wrote onto the CPU with `weights_only=True`: tensors and plain values, never code.
+
+    Tensors stay in the file until they are used.
 
     Raises:
         UserError: no such file, a damaged one, or one that would have to run code to be read.
@@ -99,7 +113,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not zipped and path.open("rb").read(1) != b"\x80":  # a zip, or before PyTorch 1.6 a pickle
         raise UserError(f"{path} is damaged or no checkpoint: it is neither a zip nor a pickle, as torch.save writes")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         plain = path.with_suffix(".plain.pt")
         raise UserError(
@@ -119,6 +133,3 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path} is damaged or no checkpoint ({reason})") from None
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} holds a {type(checkpoint).__name__}, expected a dict of weights")
-    return checkpoint

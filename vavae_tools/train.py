@@ -3,6 +3,7 @@
 import argparse
 
 from vavae_tools.errors import UserError, run_command
+from vavae_tools.training.saving import add_saving_arguments, saving_of
 
 
 def main() -> None:
@@ -26,13 +27,15 @@ def main() -> None:
     add("--batch_size", type=int, default=32, help="latents per device and step")
     add("--lr", type=float, default=1e-3, help="AdamW's peak learning rate; 2e-4 for S and above")
     add("--ema_decay", type=float, default=0.999, help="of the averaged weights; 0.9999 for runs of 100,000 steps")
+    add("--previews", type=int, default=8, help="grids of samples in all; 0 for none")
     add("--devices", type=int, help="GPUs; without it all there are")
     add("--strategy", default="auto", help="how several devices work together")
     add("--accelerator", choices=["gpu", "cpu", "auto"], default="auto", help="what to train on")
     add("--precision", choices=["16", "32", "bf16"], help="without it 16 on a T4, bf16 on newer cards, 32 on a CPU")
     add("--output_dir", default="outputs/dit", help="gets checkpoints/, lightning_logs/, samples/, pipeline/")
     add("--seed", type=int, default=0, help="the same seed, data and settings give the same weights")
-    add("--resume", help="last, or a .ckpt: go on from there")
+    add("--resume", help="last, a .ckpt, .pth or checkpoint folder, or a run's folder: go on from there")
+    add_saving_arguments(parser)
     options = parser.parse_args()
     if options.max_steps < 1:
         raise UserError(f"--max_steps {options.max_steps}: at least one step is needed")
@@ -55,12 +58,14 @@ def main() -> None:
         "half" if options.flips else "none",
         options.seed,
         options.resume,
+        options.previews,
         devices={
             "devices": options.devices or "auto",
             "strategy": options.strategy,
             "accelerator": options.accelerator,
             "precision": options.precision,
         },
+        saving=saving_of(vars(options)),
     )
     say(f"next: python -m vavae_tools.sample --checkpoint {pipeline} --num_samples 100 --output_dir outputs/samples")
 

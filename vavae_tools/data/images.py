@@ -1,5 +1,7 @@
 """Picture folders as batches; the one place where pixels become numbers in [-1, 1] and pictures again."""
 
+import hashlib
+import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -181,6 +183,11 @@ class PictureFolder(Dataset):
             self._memory = torch.from_numpy(memory).permute(0, 3, 1, 2)  # (N, C, H, W)
         return self._memory
 
+    def fingerprint(self) -> str:
+        """A hash of the pictures' names and lengths, and of the size and channels they are read with."""
+        files = [(name, path.stat().st_size) for name, path in zip(self.names, self.paths, strict=True)]
+        return hashlib.sha256(json.dumps([files, self.image_size, self.channels]).encode()).hexdigest()
+
     def fits_memory(self) -> bool:
         return len(self) * self.image_size[0] * self.image_size[1] * self.channels <= MEMORY_LIMIT
 
@@ -242,3 +249,8 @@ class PictureDataModule(OrderedDataModule):
         super().__init__(batch_size, num_workers, seed)
         self.labels = labels
         self.num_classes = max(labels.values()) + 1
+
+    def fingerprint(self) -> str:
+        """A hash of both sides (`PictureFolder.fingerprint`) and their labels."""
+        sides = [side.fingerprint() for side in (self.train_data, self.val_data) if side is not None]
+        return hashlib.sha256(json.dumps([sides, self.labels]).encode()).hexdigest()

@@ -1,9 +1,13 @@
-"""Lightning checkpoints that are whole: `best-*.ckpt` and `last.ckpt`, always under these names."""
+"""Checkpoints that are whole: `best-*.ckpt`, `last.ckpt` and periodic folders, written beside training."""
 
+import os
 import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,51 +16,171 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
+from torch import Tensor
 
-from vavae_tools.errors import UserError
-from vavae_tools.files import read_checkpoint, written_whole
+from vavae_tools.errors import Stopped, UserError
+from vavae_tools.files import written_whole
+from vavae_tools.training.folder_checkpoints import clear_left_overs, keep_newest, read_any, write_folder
+from vavae_tools.training.progress import say
+from vavae_tools.training.saving import Saving
+
+PREVIOUS = "previous.ckpt"
+"""What `last.ckpt` was before: taken where `last.ckpt` turns out to be damaged."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes beside, flushes, renames: a kill or a full disk leaves the checkpoint before it as it was.
 
-    Lightning's own writing goes through TMPDIR, which is another file system on many machines.
+    A step waits for a copy of the weights in memory; a thread brings it to the disk, one checkpoint after the other. A
+    path without an ending becomes a folder (`folder_checkpoints`). Where the disk gets full, `previous.ckpt` and then
+    periodic folders go, never the newest whole checkpoint, and that is said.
     """
 
+    def __init__(self, say: Callable[[str], None] = say) -> None:
+        super().__init__()
+        self.say = say
+        self._writer: ThreadPoolExecutor | None = None
+        self._pending: Future | None = None
+        self.seconds = 0.0
+        """What the slowest checkpoint took so far, from the copy to the flushed file."""
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None = None) -> None:
-        path = Path(path)
+        self.wait()
+        began = time.monotonic()
+        copied = _copied(checkpoint)  # training changes the weights while they are written
+        self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending = self._writer.submit(self._write, copied, Path(path), began)
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is on the disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def look(self) -> None:
+        """As `wait`, where the writing has ended anyway: a failure is told soon."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def remove_checkpoint(self, path: str) -> None:
+        self.wait()
+        super().remove_checkpoint(path)
+
+    def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_any(path, self.say)
+
+    def teardown(self) -> None:
         try:
-            with written_whole(path) as partial:
-                torch.save(checkpoint, partial)
+            self.wait()
+        finally:
+            if self._writer is not None:
+                self._writer.shutdown()
+                self._writer = None
+
+    def _write(self, checkpoint: dict[str, Any], path: Path, began: float) -> None:
+        _make_room(path, _bytes(checkpoint), self.say)
+        try:
+            if path.suffix:
+                with written_whole(path) as partial:
+                    torch.save(checkpoint, partial)
+                    if path.name == "last.ckpt":
+                        _keep_previous(path)
+            else:
+                write_folder(checkpoint, path)
         except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
             free = shutil.disk_usage(path.parent).free / 2**20
             raise UserError(
                 f"{path} could not be written ({free:,.0f} MB free): {str(error).splitlines()[0]}. The checkpoint "
                 "before it is whole: free some space and go on with --resume last"
             ) from None
+        self.seconds = max(self.seconds, time.monotonic() - began)
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy with all tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((key, _copied(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item) for item in value)
+    return value
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def _keep_previous(last: Path) -> None:
+    if last.is_file():
+        previous = last.with_name(PREVIOUS)
+        partial = last.with_name(f".{PREVIOUS}.{os.getpid()}.partial")
+        with suppress(OSError):  # a file system without links goes without
+            partial.unlink(missing_ok=True)
+            os.link(last, partial)
+            partial.replace(previous)
+
+
+def _make_room(path: Path, needed: int, say: Callable[[str], None]) -> None:
+    """Remove what is no longer needed where `needed` bytes would not fit on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def full() -> bool:
+        return shutil.disk_usage(path.parent).free < needed * 1.05 + 2**24
+
+    if not full():
+        return
+    last = path.with_name("last.ckpt")
+    previous = path.with_name(PREVIOUS)
+    if previous.is_file() and last.is_file():
+        previous.unlink()
+        say(f"The disk is nearly full: {previous} is removed ({last.name} stays)")
+    if full():
+        for gone in keep_newest(path.parent if not path.suffix else path.parent.parent, 1):
+            say(f"The disk is nearly full: {gone.path} is removed")
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Writes `last.ckpt` every few minutes, and at the end however training ends.
+    """Writes `last.ckpt` every few minutes, periodic folders, and `last.ckpt` at the end however training ends.
 
-    Ctrl-C, a notebook's stop button and SIGTERM end training after the step they fall into: between two steps a
-    checkpoint is exact, and `--resume last` goes on as if nothing had happened. A second Ctrl-C does not wait.
+    Ctrl-C, a notebook's stop button, SIGTERM and the time limit end training after the step they fall into: between
+    two steps a checkpoint is exact, and `--resume last` goes on as if nothing had happened. A second Ctrl-C does not
+    wait.
+
+    Args:
+        folder: gets `last.ckpt`; the folder above it, the run's, gets `checkpoint-STEP/` and `checkpoint-epoch-N/`.
+        saving: when. Before a session's end training stops as early as saving takes, twice, and a minute for what
+            comes after.
+
+    Raises:
+        Stopped: after saving, where training was stopped.
     """
 
-    def __init__(self, folder: Path, every_minutes: float = 5.0) -> None:
-        super().__init__(
-            folder, "last", train_time_interval=timedelta(minutes=every_minutes), enable_version_counter=False
-        )
+    def __init__(self, folder: Path, saving: Saving | None = None) -> None:
+        self.saving = saving or Saving()
+        interval = timedelta(minutes=self.saving.save_every_minutes)
+        super().__init__(folder, "last", train_time_interval=interval, enable_version_counter=False)
+        self.until = self.saving.until()
         self._stop, self._former_handler = False, None
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, module, stage)
+        self.run = Path(self.dirpath).parent
         if trainer.is_global_zero:
-            for left_over in Path(self.dirpath).glob(".*.partial"):  # of a process that was killed while it wrote
-                left_over.unlink(missing_ok=True)
+            for folder in (Path(self.dirpath), self.run):
+                clear_left_overs(folder)  # of a process that was killed while it wrote
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
+        self._step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
             self._former_handler = signal.signal(signal.SIGINT, self._interrupt)
 
@@ -75,24 +199,36 @@ class LastCheckpoint(ModelCheckpoint):
         validates = trainer.enable_validation and sum(trainer.num_val_batches) > 0
         if ends and validates and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
             return  # it would be left out on resuming, and with it perhaps the best model: save after it
-        self._save_if_due(trainer)
+        self._save_what_is_due(trainer, ends)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._save_if_due(trainer)
+            self._save_what_is_due(trainer, trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
 
-    def _save_if_due(self, trainer: L.Trainer) -> None:
-        if trainer.world_size > 1 and trainer.global_step % 20:
+    def _save_what_is_due(self, trainer: L.Trainer, epoch_ends: bool) -> None:
+        step, epoch = trainer.global_step, trainer.current_epoch + 1
+        steps, epochs = self.saving.save_every_n_steps, self.saving.save_every_n_epochs
+        if steps and step // steps > self._step // steps:
+            self._save_folder(trainer, f"checkpoint-{step}")
+        if epochs and epoch_ends and epoch % epochs == 0:
+            self._save_folder(trainer, f"checkpoint-epoch-{epoch}")
+        self._step = step
+        if trainer.world_size > 1 and step % 20:
             return  # to agree costs the processes a wait: not at every step
+        writer = trainer.strategy.checkpoint_io
+        writer.look()
         now = time.monotonic()
         due = now - self._last_time_checked >= self._train_time_interval.total_seconds()
+        late = self.until is not None and time.time() + 2 * writer.seconds + 60 > self.until
         # the first process decides for all
-        due, stop = trainer.strategy.broadcast((due, self._stop or trainer.received_sigterm))
-        if due or stop:
+        due, stop, late = trainer.strategy.broadcast((due, self._stop or trainer.received_sigterm, late))
+        if due or stop or late:
             self._save(trainer)
             self._last_time_checked = now
-        if stop:
-            raise UserError(f"Stopped after step {trainer.global_step:,}; go on with --resume last")
+        if stop or late:
+            writer.wait()
+            why = "The session's time is nearly over: stopped" if late else "Stopped"
+            raise Stopped(f"{why} after step {step:,}; go on with --resume last")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._give_back_signal()
@@ -101,12 +237,19 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         self._give_back_signal()
-        super().on_exception(trainer, module, exception)
+        if not isinstance(exception, Stopped):
+            super().on_exception(trainer, module, exception)
 
     def _save(self, trainer: L.Trainer) -> None:
         path = self.format_checkpoint_name({}, filename="last")
         trainer.save_checkpoint(path)
         self.best_model_path = path
+
+    def _save_folder(self, trainer: L.Trainer, name: str) -> None:
+        trainer.save_checkpoint(self.run / name)
+        if trainer.is_global_zero:
+            trainer.strategy.checkpoint_io.wait()
+            keep_newest(self.run, self.saving.keep_last)
 
     def _give_back_signal(self) -> None:
         if self._former_handler is not None:
@@ -115,9 +258,20 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 def checkpoint_callbacks(
-    folder: Path, monitor: str | None, every_minutes: float = 5.0, mode: str = "min"
+    folder: Path,
+    monitor: str | None,
+    saving: Saving | None = None,
+    mode: str = "min",
 ) -> list[ModelCheckpoint]:
-    """`last.ckpt`, and the best by `monitor` as `best-EPOCH-VALUE.ckpt`; `mode` says whether "min" or "max" is best."""
+    """`last.ckpt`, periodic folders, and the best by `monitor` as `best-EPOCH-VALUE.ckpt`.
+
+    Args:
+        folder: of the checkpoints, in a run's folder.
+        monitor: the logged value that says which is best; None: none is.
+        saving: when they are written; by default every five minutes.
+        mode: whether "min" or "max" of it is best.
+    """
+    saving = saving or Saving()
     callbacks: list[ModelCheckpoint] = []
     if monitor:
         name = f"best-{{epoch:03d}}-{{{monitor}:.4f}}"
@@ -127,57 +281,10 @@ def checkpoint_callbacks(
                 name,
                 monitor=monitor,
                 mode=mode,
+                save_top_k=saving.keep_best,
                 auto_insert_metric_name=False,
                 save_on_train_epoch_end=False,  # from there Lightning does not resume exactly where max_steps is set
                 enable_version_counter=False,
             )
         )
-    return [*callbacks, LastCheckpoint(folder, every_minutes)]  # last, so that it knows of the best
-
-
-def resume_path(resume: str | None, folder: Path) -> Path | None:
-    """`--resume last | FILE` → the checkpoint to go on from; None starts anew.
-
-    Raises:
-        UserError: there is none (what is there is named), or it is damaged.
-    """
-    if resume is None:
-        return None
-    path = folder / "last.ckpt" if resume == "last" else Path(resume)
-    read_checkpoint(path)
-    return path
-
-
-def check_resumable(path: Path | None, module: L.LightningModule) -> None:
-    """Say what differs between a checkpoint to go on from and the module that is to go on.
-
-    Raises:
-        UserError: the checkpoint is of another model, or holds no more than weights.
-    """
-    if path is None:
-        return
-    checkpoint, own = read_checkpoint(path), module.state_dict()
-    lacking = [part for part in ("state_dict", "optimizer_states", "loops") if part not in checkpoint]
-    if lacking:
-        raise UserError(f"{path} has no {lacking[0]}: training cannot go on from it; name a last.ckpt or best-*.ckpt")
-    found = checkpoint["state_dict"]
-    for name in [*own, *found]:
-        shapes = [tuple(weights[name].shape) if name in weights else "not there" for weights in (found, own)]
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                f"{path} is of another model: {name} is {shapes[0]}, expected {shapes[1]}. Go on with the settings of "
-                "that run, or start anew without --resume"
-            )
-
-
-def best_checkpoint(folder: str | Path) -> Path:
-    """The `best-*.ckpt` of a run, or `last.ckpt` where nothing was monitored.
-
-    Raises:
-        UserError: neither is there.
-    """
-    folder = Path(folder)
-    found = sorted(folder.glob("best-*.ckpt"), key=lambda path: path.stat().st_mtime) or list(folder.glob("last.ckpt"))
-    if not found:
-        raise UserError(f"No best-*.ckpt or last.ckpt in {folder}: train first")
-    return found[-1]
+    return [*callbacks, LastCheckpoint(folder, saving)]  # last, so that it knows of the best

@@ -25,13 +25,16 @@ from vavae_tools.errors import UserError
 from vavae_tools.evaluation.conditions import compare_conditions
 from vavae_tools.files import save_model
 from vavae_tools.machine import find_machine
-from vavae_tools.training.checkpoints import best_checkpoint, check_resumable, checkpoint_callbacks, resume_path
+from vavae_tools.training.checkpoints import checkpoint_callbacks
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.previews import ReconstructionPreviews
 from vavae_tools.training.processes import several_devices_from_a_cell
 from vavae_tools.training.progress import say
 from vavae_tools.training.recipes import epochs_of_stages, find_recipe
-from vavae_tools.training.trainer import build_trainer
+from vavae_tools.training.record import RunRecord
+from vavae_tools.training.resuming import best_checkpoint, check_resumable, resume_path
+from vavae_tools.training.saving import Saving
+from vavae_tools.training.trainer import build_trainer, fit
 from vavae_tools.training.vavae_module import VAVAEModule
 from vavae_tools.training.watch import Advice, ReconstructionWatch
 
@@ -63,6 +66,7 @@ def fine_tune_vavae(
     show: Show | None = None,
     say: Callable[[str], None] = say,
     devices: dict[str, Any] | None = None,
+    saving: Saving | dict[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
     """Fine-tune a VA-VAE with a vector per person on one split.
@@ -88,6 +92,7 @@ def fine_tune_vavae(
         preview_every: epochs between two grids of reconstructions; by default about ten in all.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
         devices: arguments of `devices.trainer_settings`, such as {"devices": 2, "precision": "16"}.
+        saving: when checkpoints are written and training ends, a `Saving` or its numbers as a dict.
         changes: arguments of `VAVAEModule` in place of the recipe's, such as lr, kl_weight, disc_weight; None keeps
             the recipe's. The learning rate of "light" is 1e-4 for f16d32 and 2e-3 for small: 70 M and 0.4 M weights.
 
@@ -104,6 +109,7 @@ def fine_tune_vavae(
         raise UserError(f"--condition_dim {condition_dim}: the length of a vector, or 0 for none")
     if monitor not in MONITORS:
         raise UserError(f"--monitor {monitor}: there are {', '.join(MONITORS)}")
+    saving = Saving(**saving) if isinstance(saving, dict) else saving or Saving()
     numbers = find_recipe(recipe, changes)
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
@@ -151,23 +157,26 @@ def fine_tune_vavae(
         lr = numbers["lr"]
         say(f"Rule of thumb for {world} devices: lr × sqrt({world}) = {lr * world**0.5:.2g}; lr stays as given")
     validated = pictures.val_data is not None
-    callbacks = checkpoint_callbacks(checkpoints, f"val/{monitor}" if validated else None, mode=MONITORS[monitor])
+    callbacks = checkpoint_callbacks(checkpoints, f"val/{monitor}" if validated else None, saving, MONITORS[monitor])
     shown = (pictures.val_data or pictures.train_data).few_of_each(8)
     every = preview_every or max(1, max_epochs // 10)
     callbacks.append(ReconstructionPreviews(shown, output_dir / "reconstructions", every, show))
     if validated:
         callbacks += [ReconstructionWatch(pictures, classifier_dir or output_dir / "classifier", seed), Advice(say)]
+    own = {"recipe": recipe, "image_size": image_size, "precision": settings["precision"]}
+    callbacks.append(RunRecord(output_dir, own, pictures.fingerprint(), saving.allow_changes, say))
     trainer = build_trainer(settings, output_dir, callbacks, say, max_epochs=max_epochs)
     check_resumable(resume_from, module)
-    trainer.fit(module, pictures, ckpt_path=resume_from, weights_only=True)
+    fit(trainer, module, pictures, resume_from, say)
 
     folder = output_dir / "vavae"
     if trainer.is_global_zero:
-        best = load_vavae(best_checkpoint(checkpoints), say=lambda line: None)
+        path = best_checkpoint(checkpoints)
+        best = load_vavae(path, say=lambda line: None)
         save_model(best, folder)
         if best.config.condition_dim and validated:
             say(str(compare_conditions(best.to(module.device), pictures.val_data)))
-        say(f"written: {folder} (from {best_checkpoint(checkpoints)}), {output_dir / 'reconstructions'}/")
+        say(f"written: {folder} (from {path}), {output_dir / 'reconstructions'}/")
     return folder
 
 

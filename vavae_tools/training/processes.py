@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ def several_devices_from_a_cell(run: Run) -> Run:
             return run(*args, **named)
         plain = {**arguments, **arguments.pop("changes", {})}  # what **changes gathered goes on by name, too
         plain = {name: value for name, value in plain.items() if name not in ("show", "say", "changes")}
+        plain = {name: asdict(value) if is_dataclass(value) else value for name, value in plain.items()}
         return run_as_program(f"{run.__module__}:{run.__name__}", plain)
 
     return call  # type: ignore[return-value]

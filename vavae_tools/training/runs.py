@@ -18,13 +18,16 @@ from vavae_tools.diffusion.transformer import DiT, dit
 from vavae_tools.errors import UserError
 from vavae_tools.files import save_model
 from vavae_tools.machine import find_machine
-from vavae_tools.training.checkpoints import check_resumable, checkpoint_callbacks, resume_path
+from vavae_tools.training.checkpoints import checkpoint_callbacks
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.diffusion_module import DiffusionModule
 from vavae_tools.training.previews import SamplePreviews
 from vavae_tools.training.processes import several_devices_from_a_cell
 from vavae_tools.training.progress import say
-from vavae_tools.training.trainer import build_trainer
+from vavae_tools.training.record import RunRecord
+from vavae_tools.training.resuming import check_resumable, resume_path
+from vavae_tools.training.saving import Saving
+from vavae_tools.training.trainer import build_trainer, fit
 
 Show = Callable[[Tensor], None]
 
@@ -67,6 +70,7 @@ def train_dit(
     show: Show | None = None,
     say: Callable[[str], None] = say,
     devices: dict[str, Any] | None = None,
+    saving: Saving | dict[str, Any] | None = None,
 ) -> Path:
     """Train a DiT on latents.
 
@@ -80,12 +84,14 @@ def train_dit(
         flip: "half" trains half the time on mirrored pictures, where they were encoded.
         previews: grids of samples in all.
         devices: arguments of `devices.trainer_settings`, such as {"devices": 2, "precision": "16"}.
+        saving: when checkpoints are written and training ends, a `Saving` or its numbers as a dict.
 
     Returns:
         The folder of the pipeline, with the averaged weights of the last step.
     """
     L.seed_everything(seed, verbose=False)
     quiet_lightning()
+    saving = Saving(**saving) if isinstance(saving, dict) else saving or Saving()
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
     resume_from = resume_path(resume, checkpoints)
@@ -125,9 +131,12 @@ def train_dit(
 
     every = max(1, epochs // max(previews, 1))
     has_validation = len(latents.val_data) > 0
-    callbacks = checkpoint_callbacks(checkpoints, "val/loss" if has_validation else None)
+    callbacks = checkpoint_callbacks(checkpoints, "val/loss" if has_validation else None, saving)
     if previews:
         callbacks.append(SamplePreviews(make, columns, output_dir / "samples", every, show))
+    callbacks.append(
+        RunRecord(output_dir, {"precision": settings["precision"]}, latents.folder.key, saving.allow_changes, say)
+    )
     trainer = build_trainer(
         settings,
         output_dir,
@@ -138,7 +147,7 @@ def train_dit(
         check_val_every_n_epoch=max(1, epochs // 20),
     )
     check_resumable(resume_from, module)
-    trainer.fit(module, latents, ckpt_path=resume_from, weights_only=True)
+    fit(trainer, module, latents, resume_from, say)
 
     folder = output_dir / "pipeline"
     if trainer.is_global_zero:

@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from vavae_tools.errors import UserError
+from vavae_tools.errors import Stopped, UserError
 from vavae_tools.training.checkpoints import WholeCheckpointIO
 from vavae_tools.training.progress import Progress
 
@@ -28,8 +28,28 @@ def build_trainer(
             default_root_dir=output_dir,
             logger=TensorBoardLogger(output_dir),
             callbacks=[*callbacks, Progress(say)],
-            plugins=[WholeCheckpointIO()],
+            plugins=[WholeCheckpointIO(say)],
             enable_progress_bar=False,
         )
     except MisconfigurationException as error:
+        raise UserError(str(error)) from None
+
+
+def fit(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    resume_from: Path | None,
+    say: Callable[[str], None],
+) -> None:
+    """Train to the end, or until training is stopped in good order: then it is said how to go on, and all is saved.
+
+    Raises:
+        UserError: a checkpoint that this run cannot go on from, such as one that is further than its length.
+    """
+    try:
+        trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
+    except Stopped as stop:
+        say(str(stop))
+    except MisconfigurationException as error:  # such as a checkpoint that is further than this run's length
         raise UserError(str(error)) from None

@@ -1,0 +1,479 @@
+"""Folder checkpoints come back bit by bit, are whole or not there, and those of other trainings are gone on from."""
+
+import json
+import os
+import shutil
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import Fit, assert_same, assert_same_run, modules
+from test_vavae_training import fit as fit_vavae
+from test_vavae_training import new_module
+from tiny import tiny_dit
+
+from vavae_tools.errors import UserError
+from vavae_tools.training import folder_checkpoints
+from vavae_tools.training.diffusion_module import DiffusionModule
+from vavae_tools.training.folder_checkpoints import (
+    checkpoints_in,
+    clear_left_overs,
+    keep_newest,
+    look_at,
+    read_any,
+    read_folder,
+    whole,
+    write_any,
+    write_folder,
+)
+from vavae_tools.training.resuming import check_resumable
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+KINDS = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
+
+
+def quiet(line: str) -> None:
+    pytest.fail(f"nothing to say here, but: {line}")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def dit(split_dir, latents_dir, tmp_path_factory) -> Fit:
+    """A DiT's three epochs of four steps, with a checkpoint of each step. Do not write into it."""
+    return Fit(tmp_path_factory.mktemp("dit") / "whole", "dit", (split_dir, latents_dir), max_epochs=3)
+
+
+def after(fit: Fit, step: int) -> dict:
+    """As `last.ckpt` was after a step."""
+    return torch.load(fit.folder / f"{step:02d}.kept", weights_only=True)
+
+
+@pytest.fixture
+def data(split_dir, latents_dir):
+    return split_dir, latents_dir
+
+
+def small(number: float = 1.0, step: int = 7) -> dict:
+    """The parts of Lightning's checkpoint, at a size that takes no time."""
+    weights = OrderedDict({"network.a": torch.full((3,), number), "ema.network.a": torch.full((3,), number / 2)})
+    state = {"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    return {
+        "epoch": 2,
+        "global_step": step,
+        "state_dict": weights,
+        "optimizer_states": [state],
+        "lr_schedulers": [],
+        "loops": {"fit_loop": {}},
+        "hyper_parameters": {"betas": [0.9, 0.99], "size": (8, 8), "name": None},
+    }
+
+
+# ---- as it was
+
+
+def test_a_folder_holds_a_checkpoint_bit_by_bit(tmp_path, dit):
+    folder = write_folder(after(dit, 6), tmp_path / "run" / "checkpoint-6")
+    files = ["ema_model.pt", "model.pt", "optimizer.pt", "scheduler.pt", "trainer.pt", "training_state.json"]
+    assert names(folder) == files and names(tmp_path / "run") == ["checkpoint-6"]
+    loaded = {name: torch.load(folder / name, weights_only=True) for name in files[:-1]}
+    assert (
+        loaded["model.pt"].keys()
+        == loaded["ema_model.pt"].keys()
+        == DiffusionModule(*tiny_dit()).network.state_dict(prefix="network.").keys()
+    )
+    assert_same(loaded["optimizer.pt"], after(dit, 6)["optimizer_states"])
+    state = json.loads((folder / "training_state.json").read_text())
+    assert (state["global_step"], state["current_epoch"]) == (6, 1) and sorted(state["files"]) == files[:-1]
+
+    assert_same(read_folder(folder, quiet), after(dit, 6))
+    assert whole(folder) is None and look_at(folder).step == 6
+
+
+def test_what_there_is_none_of_has_no_file(tmp_path):
+    checkpoint = {"state_dict": {"vavae.w": torch.ones(2)}, "optimizer_states": [], "global_step": 1}
+    folder = write_folder(checkpoint, tmp_path / "checkpoint-1")
+    assert names(folder) == ["model.pt", "trainer.pt", "training_state.json"]
+    assert_same(read_folder(folder, quiet), checkpoint)
+
+
+@pytest.mark.parametrize("way", ["a.pth", "a.pt", "folder", "a.ckpt"])
+def test_every_kind_becomes_every_other(tmp_path, way):
+    path = write_any(small(), tmp_path / way)
+    assert path == tmp_path / way and path.is_dir() == (way == "folder")
+    back = write_any(read_any(path, quiet), tmp_path / "back.ckpt")
+    assert_same(torch.load(back, weights_only=True), small())
+    if way == "a.pth":
+        saved = torch.load(path, weights_only=True)
+        assert saved.keys() == {"model", "ema_model", "optimizer", "trainer", "epoch", "global_step"}
+
+
+def test_names_are_written_without_what_wraps_the_model(tmp_path):
+    weights = {"module.network._orig_mod.a": torch.ones(1), "ema.network._orig_mod.a": torch.zeros(1)}
+    folder = write_folder({**small(), "state_dict": weights}, tmp_path / "checkpoint-7")
+    assert read_folder(folder, quiet)["state_dict"] == {"network.a": torch.ones(1), "ema.network.a": torch.zeros(1)}
+    weights["network.a"] = torch.ones(1)
+    with pytest.raises(UserError, match="have the same name"):
+        write_folder({**small(), "state_dict": weights}, tmp_path / "checkpoint-8")
+    assert names(tmp_path) == ["checkpoint-7"]
+
+
+@pytest.mark.parametrize("step", [3, 8, 9])  # within an epoch, at its end, after it
+def test_a_dit_goes_on_from_a_folder_as_if_never_stopped(tmp_path, data, dit, step):
+    folder = write_folder(after(dit, step), tmp_path / f"checkpoint-{step}")
+    check_resumable(folder, modules("dit", *data)[0])
+    assert_same_run(Fit(tmp_path / "run", "dit", data, folder, max_epochs=3), dit)
+
+
+def test_two_optimisers_go_on_from_a_folder_as_if_never_stopped(tmp_path, split_dir):
+    _, last, seen = fit_vavae(tmp_path / "whole", split_dir, new_module(), max_epochs=2)
+    kept = torch.load(tmp_path / "whole" / "checkpoints" / "06.kept", weights_only=True)
+    folder = write_folder(kept, tmp_path / "checkpoint-6")
+    assert len(torch.load(folder / "optimizer.pt", weights_only=True)) == 2
+    check_resumable(folder, new_module())
+    _, resumed, rest = fit_vavae(tmp_path / "run", split_dir, new_module(), folder, max_epochs=2)
+    assert rest == seen[6:]
+    for part in KINDS:
+        assert_same(resumed[part], last[part], part)
+
+
+# ---- whole or not there
+
+
+def killed_at(moment: int, folder: Path, exchanges: bool) -> bool:
+    """Replace `folder` in a process that ends, without any cleaning up, before its n-th change; True if it did."""
+    process = os.fork()
+    if process:
+        return os.waitpid(process, 0)[1] != 0
+    count = 0
+
+    def counted(function):
+        def call(*arguments, **named):
+            nonlocal count
+            count += 1
+            if count == moment:
+                os._exit(9)
+            return function(*arguments, **named)
+
+        return call
+
+    os.fsync, os.rename = counted(os.fsync), counted(os.rename)
+    torch.save, shutil.rmtree = counted(torch.save), counted(shutil.rmtree)
+    folder_checkpoints._exchanged = counted(folder_checkpoints._exchanged) if exchanges else lambda a, b: False
+    write_folder(small(2.0, step=8), folder)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_kill_at_any_moment_leaves_the_former_folder_or_the_new_one(tmp_path, exchanges):
+    folder, moment, steps = tmp_path / "checkpoint", 0, []
+    write_folder(small(1.0), folder)
+    while True:
+        moment += 1
+        ended = killed_at(moment, folder, exchanges)
+        found = read_folder(folder, quiet)
+        assert whole(folder) is None
+        assert_same(found, small(1.0) if found["global_step"] == 7 else small(2.0, step=8))
+        steps.append(found["global_step"])
+        clear_left_overs(tmp_path)
+        assert names(tmp_path) == ["checkpoint"]
+        if not ended:
+            break
+        write_folder(small(1.0), folder)
+    assert moment > 12 and steps == sorted(steps) and steps[0] == 7 and steps[-2:] == [8, 8]
+
+
+def test_a_full_disk_leaves_the_former_folder(tmp_path, monkeypatch):
+    folder = write_folder(small(), tmp_path / "checkpoint-7")
+    save = torch.save
+
+    def full(value, path):
+        if path.name == "optimizer.pt":
+            path.write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0\nmore")
+        save(value, path)
+
+    monkeypatch.setattr(folder_checkpoints.torch, "save", full)
+    with pytest.raises(UserError, match=r"checkpoint-7 could not be written \(.* MB free\): .* was there is whole"):
+        write_folder(small(2.0), folder)
+    assert_same(read_folder(folder, quiet), small())
+    assert names(tmp_path) == ["checkpoint-7"]
+
+
+def test_what_is_no_checkpoint_is_not_replaced(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "1.png").touch()
+    for name in ("pictures", "pictures/1.png"):
+        with pytest.raises(UserError, match=r"exists and is no checkpoint \(no model\.pt\): name another folder"):
+            write_folder(small(), tmp_path / name)
+    assert names(tmp_path / "pictures") == ["1.png"]
+
+
+@pytest.mark.parametrize("name", ["model.pt", "ema_model.pt", "optimizer.pt", "trainer.pt"])
+def test_every_changed_byte_is_found(tmp_path, name):
+    folder = write_folder(small(), tmp_path / "checkpoint-7")
+    contents = bytearray((folder / name).read_bytes())
+    for place in range(0, len(contents), 41):
+        contents[place] ^= 1
+        (folder / name).write_bytes(contents)
+        assert whole(folder) == f"{name}: other contents than were written"
+        contents[place] ^= 1
+    (folder / name).write_bytes(contents[:-1])
+    expected = f"{name}: {len(contents) - 1:,} bytes, expected {len(contents):,}"
+    assert whole(folder) == whole(folder, quickly=True) == expected
+    with pytest.raises(UserError, match=rf"checkpoint-7 is damaged \({expected}\)"):
+        read_folder(folder, quiet)
+    (folder / name).unlink()
+    assert whole(folder) == f"{name}: missing"
+
+
+# ---- from elsewhere
+
+
+def foreign_folder(folder: Path, checkpoint: dict, state: dict | None, *, wrap="module._orig_mod.", without=()) -> Path:
+    """As another program would write it: other names, one state_dict each, no list of files."""
+    weights = checkpoint["state_dict"]
+    trained = {k.removeprefix("network."): v for k, v in weights.items() if not k.startswith("ema.")}
+    average = {k.removeprefix("ema.network."): v for k, v in weights.items() if k.startswith("ema.")}
+    parts = {
+        "model": {wrap + name: tensor for name, tensor in trained.items()},
+        "ema_model": {**average, "n_averaged": torch.tensor(8)},
+        "optimizer": checkpoint["optimizer_states"][0],
+        "scheduler": checkpoint["lr_schedulers"][0],
+    }
+    folder.mkdir()
+    for part, value in parts.items():
+        if part not in without:
+            torch.save(value, folder / f"{part}.pt")
+    if state is not None:
+        (folder / "training_state.json").write_text(json.dumps(state))
+    return folder
+
+
+def checked_fit(folder: Path, data: tuple[Path, Path], resume: Path, **length) -> Fit:
+    """As `train_dit` goes on: the module that was checked is the one that is trained."""
+    module, latents, metric = modules("dit", *data)
+    check_resumable(resume, module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("test_training.modules", lambda *arguments: (module, latents, metric))
+        return Fit(folder, "dit", data, resume, **length)
+
+
+@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_steps": 12, "max_epochs": -1}])
+@pytest.mark.parametrize("kind", ["folder", "pth"])
+def test_what_another_training_wrote_goes_on_with_the_next_epoch(tmp_path, data, dit, kind, length):
+    """With everything in it, that is the run that was never stopped, although names and containers are others."""
+    foreign = foreign_folder(tmp_path / "checkpoint-8", after(dit, 8), {"epoch": 1, "global_step": 8})
+    if kind == "pth":
+        parts = {path.stem: torch.load(path, weights_only=True) for path in foreign.glob("*.pt")}
+        named = {
+            "model_state_dict": parts["model"],
+            "ema": parts["ema_model"],
+            "optimizer_state_dict": parts["optimizer"],
+        }
+        foreign = tmp_path / "checkpoint_epoch_1.pth"
+        torch.save({**named, "scheduler": parts["scheduler"], "epoch": 1, "global_step": 8}, foreign)
+    assert read_any(foreign, quiet)["epoch"] == 2
+
+    resumed = checked_fit(tmp_path / "run", data, foreign, **length)
+    assert resumed.seen == dit.seen[8:] and resumed.trainer.global_step == 12
+    assert_same_run(resumed, dit)
+
+
+def test_two_optimisers_of_elsewhere_go_on_with_the_next_epoch(tmp_path, split_dir):
+    _, last, seen = fit_vavae(tmp_path / "whole", split_dir, new_module(), max_epochs=2)
+    kept = torch.load(tmp_path / "whole" / "checkpoints" / "04.kept", weights_only=True)
+    foreign = tmp_path / "checkpoint-epoch-0"
+    foreign.mkdir()
+    for part, key in {"model": "state_dict", "optimizer": "optimizer_states", "scheduler": "lr_schedulers"}.items():
+        torch.save(kept[key], foreign / f"{part}.pt")
+    said = []
+    found = read_folder(foreign, said.append)
+    assert said == [
+        f"{foreign} has no training_state.json: epoch 0 is taken from its name",
+        f"{foreign}: ema_model.pt is not there: the average of the weights, where there is one, starts anew from them",
+    ]
+    assert (found["epoch"], found["global_step"]) == (1, 4)  # as the optimiser counted
+    module = new_module()
+    check_resumable(foreign, module)
+    trainer, resumed, rest = fit_vavae(tmp_path / "run", split_dir, module, foreign, max_epochs=2)
+    assert rest == seen[4:] and trainer.global_step == 8
+    for part in KINDS:
+        assert_same(resumed[part], last[part], part)
+
+
+def test_what_is_missing_is_said_and_starts_anew(tmp_path, data, dit):
+    parts = ("optimizer", "scheduler", "ema_model")
+    foreign = foreign_folder(tmp_path / "weights", after(dit, 8), None, without=parts)
+    said = []
+    found = read_folder(foreign, said.append)
+    assert said == [
+        f"{foreign} has no training_state.json: starting at epoch 0",
+        f"{foreign}: optimizer.pt is not there: the optimiser starts anew",
+        f"{foreign}: scheduler.pt is not there: the learning rate's schedule starts anew",
+        f"{foreign}: ema_model.pt is not there: the average of the weights, where there is one, starts anew from them",
+    ]
+    assert (found["epoch"], found["global_step"], found["optimizer_states"], found["lr_schedulers"]) == (0, 0, [], [])
+    module, _, _ = modules("dit", *data)
+    check_resumable(foreign, module)
+    module.load_state_dict(found["state_dict"])
+    trained = {k: v for k, v in after(dit, 8)["state_dict"].items() if k.startswith("network.")}
+    weights = module.state_dict()
+    assert_same({k: v for k, v in weights.items() if k.startswith("network.")}, trained)
+    assert_same({k.removeprefix("ema."): v for k, v in weights.items() if k.startswith("ema.")}, trained)
+    resumed = checked_fit(tmp_path / "run", data, foreign, max_epochs=1)
+    assert resumed.seen == dit.seen[:4] and resumed.last["global_step"] == 4
+
+
+def test_parts_that_were_taken_out_of_our_folder_start_anew(tmp_path, data, dit):
+    folder = write_folder(after(dit, 6), tmp_path / "checkpoint-6")
+    for part in ("optimizer", "ema_model"):
+        (folder / f"{part}.pt").unlink()
+    said = []
+    found = read_folder(folder, said.append)
+    assert sorted(said) == [
+        f"{folder} has no ema_model.pt: the average of the weights, where there is one, starts anew from them",
+        f"{folder} has no optimizer.pt: the optimiser starts anew",
+    ]
+    assert found["optimizer_states"] == [] and found["loops"] == after(dit, 6)["loops"]
+    check_resumable(folder, modules("dit", *data)[0])
+    (folder / "trainer.pt").unlink()
+    found = read_folder(folder, said.append)
+    assert f"{folder} has no trainer.pt: the place in the epoch is lost, and the next epoch begins" in said
+    assert (found["epoch"], found["global_step"]) == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "place"),
+    [
+        ("checkpoint-epoch-118", None, (119, 0)),
+        ("checkpoint-5000", None, (0, 5000)),
+        ("checkpoint-5000", {"epoch": 3}, (4, 5000)),
+        ("checkpoint-epoch-118", {"current_epoch": 7, "epoch": 6, "global_step": 80, "best": "a"}, (8, 80)),
+        ("weights", {"epoch": 7.0, "step": 80}, (8, 80)),
+    ],
+)
+def test_the_place_comes_from_the_state_or_the_name(tmp_path, name, state, place):
+    (tmp_path / name).mkdir()
+    torch.save({"network.a": torch.ones(1)}, tmp_path / name / "model.pt")
+    if state:
+        (tmp_path / name / "training_state.json").write_text(json.dumps(state))
+    said = []
+    found = read_folder(tmp_path / name, said.append)
+    assert (found["epoch"], found["global_step"]) == place
+    assert (len(said) == 4) == (state is None)
+
+
+def test_a_scheduler_of_another_kind_starts_anew(tmp_path):
+    torch.save({"model": {"a": torch.ones(1)}, "scheduler": {"T_max": 3}, "epoch": 1}, tmp_path / "a.pth")
+    said = []
+    assert read_any(tmp_path / "a.pth", said.append)["lr_schedulers"] == []
+    assert f"{tmp_path / 'a.pth'}: scheduler cannot be used here: the learning rate's schedule starts anew" in said
+
+
+def test_a_scaler_comes_along(tmp_path):
+    torch.save({"net": {"a": torch.ones(1)}, "scaler": {"scale": 4.0}, "epoch": torch.tensor(3)}, tmp_path / "a.pth")
+    found = read_any(tmp_path / "a.pth", lambda line: None)
+    assert found["MixedPrecision"] == {"scale": 4.0} and found["epoch"] == 4
+    torch.save({"a": torch.ones(1)}, tmp_path / "checkpoint_epoch_50.pth")  # weights alone
+    assert read_any(tmp_path / "checkpoint_epoch_50.pth", lambda line: None)["epoch"] == 51
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_what_cannot_be_read_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("checkpoint-1")
+    with pytest.raises(UserError, match=r"checkpoint-1 is no checkpoint: it is not there, expected model\.pt"):
+        read_folder(folder, quiet)
+    folder.mkdir()
+    with pytest.raises(UserError, match="it is empty, expected model"):
+        read_folder(folder, quiet)
+    (folder / "optimizer.pt").touch()
+    with pytest.raises(UserError, match=r"it holds optimizer\.pt, expected model\.pt"):
+        read_folder(folder, quiet)
+    (folder / "optimizer.pt").unlink()
+    for contents, message in [
+        ({"a": Malicious()}, "more than tensors and plain values"),
+        ({"a": 1}, r"its model\.pt holds no tensors by name"),
+        ([1], r"its model\.pt holds no tensors by name"),
+    ]:
+        torch.save(contents, folder / "model.pt")
+        with pytest.raises(UserError, match=message):
+            read_folder(folder, lambda line: None)
+    (folder / "model.pt").write_bytes((folder / "model.pt").read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"checkpoint-1 is damaged \(model\.pt: no file of torch\.save, or its end"):
+        read_folder(folder, quiet)
+    torch.save({"a": torch.ones(1)}, folder / "model.pt")
+    (folder / "training_state.json").write_text("{")
+    with pytest.raises(UserError, match=r"training_state\.json: no JSON object"):
+        read_folder(folder, quiet)
+    torch.save({"lr": 1}, "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth has no weights: it holds lr, expected one of model, model_state_dict"):
+        read_any("a.pth", quiet)
+    assert not Path("executed").exists()
+
+
+# ---- which stay
+
+
+def run_folder(run: Path) -> Path:
+    """Periodic checkpoints of steps 1 to 4, the last one damaged, and what every run has."""
+    for step in range(1, 5):
+        write_folder(small(step=step), run / f"checkpoint-{step}")
+    torch.save(small(step=5), run / "checkpoint_epoch_9.pth")
+    (run / "checkpoint-4" / "model.pt").write_bytes(b"half")
+    (run / "checkpoints").mkdir()
+    for name in ("last.ckpt", "previous.ckpt", "best-001-0.5000.ckpt"):
+        torch.save(small(step=6), run / "checkpoints" / name)
+    return run
+
+
+ALWAYS = ["best-001-0.5000.ckpt", "last.ckpt", "previous.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "stay"),
+    [
+        (0, []),
+        (1, ["checkpoint_epoch_9.pth"]),
+        (2, ["checkpoint-3", "checkpoint_epoch_9.pth"]),
+        (9, ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-4", "checkpoint_epoch_9.pth"]),
+    ],
+)
+def test_the_newest_whole_ones_stay(tmp_path, keep, stay):
+    run = run_folder(tmp_path / "run")
+    assert len(checkpoints_in(run)) == len(checkpoints_in(run / "checkpoints")) == 8
+    before = names(run)
+    would = keep_newest(run, keep, dry_run=True)
+    assert names(run) == before
+    gone = keep_newest(run, keep)
+    assert all(str(checkpoint) == str(checkpoint.path) for checkpoint in gone)
+    assert gone == would and {c.path.name for c in gone} == set(before) - {*stay, "checkpoints"}
+    assert names(run) == sorted([*stay, "checkpoints"]) and names(run / "checkpoints") == ALWAYS
+
+
+def test_the_only_whole_one_stays(tmp_path):
+    run = run_folder(tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    keep_newest(run, 0)
+    assert names(run) == ["checkpoint_epoch_9.pth"]
+    (run / "checkpoint_epoch_9.pth").write_bytes(b"half")
+    assert keep_newest(run, 0) == [] and names(run) == ["checkpoint_epoch_9.pth"]  # nothing is whole
+    with pytest.raises(UserError, match="--keep -1"):
+        keep_newest(run, -1)
+
+
+def test_what_is_the_same_length_and_damaged_is_found_thoroughly(tmp_path):
+    run = run_folder(tmp_path / "run")
+    path = run / "checkpoint-3" / "model.pt"
+    path.write_bytes(bytes(path.stat().st_size))
+    keep_newest(run, 2, thoroughly=True)
+    assert names(run) == ["checkpoint-2", "checkpoint_epoch_9.pth", "checkpoints"]

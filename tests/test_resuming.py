@@ -1,0 +1,369 @@
+"""What `--resume` finds, judges and refuses, and the command that looks after checkpoints."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_folder_checkpoints import Malicious, names, run_folder, small
+from test_training import assert_same
+from test_vavae_training import new_module
+from tiny import tiny_dit, tiny_vavae
+
+from vavae_tools.checkpoints import main
+from vavae_tools.errors import UserError, run_command
+from vavae_tools.training.diffusion_module import DiffusionModule
+from vavae_tools.training.folder_checkpoints import look_at, read_any, write_any, write_folder
+from vavae_tools.training.resuming import check_resumable, resume_path, whole
+from vavae_tools.training.vavae_module import VAVAEModule
+
+
+def saved(path: Path, step: int = 7) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(small(step=step), path)
+    return path
+
+
+def flipped(path: Path, place: int) -> Path:
+    contents = bytearray(path.read_bytes())
+    contents[place] ^= 1
+    path.write_bytes(contents)
+    return path
+
+
+# ---- whole or damaged
+
+
+def test_every_changed_byte_of_a_tensor_is_found(tmp_path):
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {"w": torch.arange(100, dtype=torch.float64)}}, path)
+    start = path.read_bytes().index(torch.arange(100, dtype=torch.float64).numpy().tobytes())
+    assert whole(path) is None
+    for place in range(start, start + 800, 7):
+        flipped(path, place)
+        assert whole(path) == "other contents than were written (last/data/0)"
+        flipped(path, place)
+    assert whole(path) is None
+
+
+@pytest.mark.parametrize("length", [0, 1, 30, -1])
+def test_a_file_that_ends_too_soon_is_found(tmp_path, length):
+    path = saved(tmp_path / "last.ckpt")
+    path.write_bytes(path.read_bytes()[:length])
+    assert whole(path) == "no file of torch.save, or its end is missing"
+    assert whole(tmp_path / "none.ckpt") == "missing" and whole(tmp_path) == "model.pt: missing"
+
+
+def test_a_change_that_is_not_found_changes_nothing(tmp_path):
+    """Of the bytes between the records: whatever `whole` lets pass is read as it was written."""
+    path = saved(tmp_path / "last.ckpt")
+    contents = path.read_bytes()
+    passed = 0
+    for place in range(0, len(contents), 13):
+        path.write_bytes(contents)
+        if whole(flipped(path, place)) is None:
+            assert_same(torch.load(path, weights_only=True), small())
+            passed += 1
+    assert 0 < passed < len(contents) / 13 / 2
+
+
+def test_the_place_is_read_without_the_tensors(tmp_path):
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("this system does not say how much memory is used")
+    weights = {"w": torch.zeros(16_000_000)}
+    paths = [tmp_path / name for name in ("last.ckpt", "checkpoint_epoch_4.pth", "checkpoint-7")]
+    for path in paths:
+        write_any({**small(), "state_dict": weights}, path)
+    del weights
+    before = resident()
+    assert [(look_at(path).step, look_at(path).epoch) for path in paths] == [(7, 2)] * 3
+    assert resident() - before < 8e6
+
+
+# ---- which one
+
+
+def test_last_is_the_one_before_where_it_is_damaged(tmp_path):
+    run = tmp_path / "run"
+    last = saved(run / "checkpoints" / "last.ckpt", 9)
+    previous = saved(run / "checkpoints" / "previous.ckpt", 8)
+    best = saved(run / "checkpoints" / "best-003-0.5000.ckpt", 4)
+    folder = write_folder(small(step=6), run / "checkpoint-6")
+    said = []
+
+    def found(resume="last", place=run):
+        said.clear()
+        return resume_path(str(resume), place, said.append)
+
+    for place in (run, run / "checkpoints"):
+        assert found(place=place) == last and said == []
+    flipped(last, last.read_bytes().index(b"\x00\x00\x80\x3f" * 3) + 2)
+    assert found() == previous and found(run) == previous
+    reason = "other contents than were written (last/data/0)"
+    assert said == [f"{last} is damaged ({reason}): going on from {previous}, step 8"]
+    last.unlink()
+    assert found() == previous and said == []
+    previous.write_bytes(b"PK half of it")
+    assert found() == folder
+    (folder / "trainer.pt").unlink()
+    assert found() == best
+    assert said == [
+        f"{previous} is damaged (no file of torch.save, or its end is missing); {folder} is damaged (trainer.pt: "
+        f"missing): going on from {best}, step 4"
+    ]
+    best.unlink()
+    with pytest.raises(
+        UserError, match=r"previous\.ckpt is damaged .* nothing else is there to go on from: start anew"
+    ):
+        found()
+
+
+def test_a_runs_folder_is_its_newest_checkpoint(tmp_path):
+    run = run_folder(tmp_path / "run")
+    for name in names(run / "checkpoints"):
+        (run / "checkpoints" / name).unlink()
+    assert resume_path(str(run), tmp_path / "other") == run / "checkpoint_epoch_9.pth"
+    assert resume_path(str(run / "checkpoint-2"), tmp_path / "other") == run / "checkpoint-2"
+    (run / "checkpoint_epoch_9.pth").unlink()
+    said = []
+    assert resume_path(str(run), tmp_path / "other", said.append) == run / "checkpoint-3"  # 4 is damaged
+    assert len(said) == 1 and "checkpoint-4 is damaged (model.pt: 4 bytes, expected" in said[0]
+    same_step = saved(run / "checkpoints" / "best-001-0.1000.ckpt", 3)
+    os.utime(same_step, (0, 0))
+    assert resume_path(str(run), tmp_path, said.append) == run / "checkpoint-3"  # of one step, the later one
+    os.utime(run / "checkpoint-3", (-9, -9))
+    assert resume_path(str(run), tmp_path, said.append) == same_step
+
+
+def test_a_killed_replacement_is_taken_up(tmp_path):
+    folder = write_folder(small(), tmp_path / "checkpoint-7")
+    folder.rename(tmp_path / ".checkpoint-7.former")
+    assert resume_path("last", tmp_path) == folder and names(tmp_path) == ["checkpoint-7"]
+
+
+@pytest.mark.parametrize(
+    ("resume", "message"),
+    [
+        ("run/checkpoint-5", r"^No checkpoint run/checkpoint-5; nearest in run: checkpoint-\d, "),
+        ("rnu/checkpoints/last.ckpt", r"^No checkpoint rnu/checkpoints/last\.ckpt; nearest in \.: run$"),
+        ("run/checkpoints/lst.ckpt", r"nearest in run/checkpoints: last\.ckpt, "),
+        ("run/zzz", r"^No checkpoint run/zzz; run holds checkpoint-1, .* and 1 more$"),
+        ("empty", r"^empty is no checkpoint: it is empty, expected model\.pt as in a checkpoint's folder, or last\."),
+        ("empty/none", "^No checkpoint empty/none; empty is empty$"),
+        ("pictures", r"^pictures is no checkpoint: it holds 1\.png, expected"),
+        ("run/checkpoint-4", r"^run/checkpoint-4 is damaged \(model\.pt: 4 bytes, expected"),
+        ("half.ckpt", r"^half\.ckpt is damaged \(no file of torch\.save, or its end is missing\): go on with"),
+        ("code.ckpt", "^code.ckpt holds more than tensors and plain values, so it is not opened"),
+        ("last", r"^No checkpoint nowhere/last\.ckpt; nearest|^No checkpoint nowhere/last\.ckpt; \. holds"),
+    ],
+)
+def test_what_cannot_be_gone_on_from_is_told_in_one_line(tmp_path, monkeypatch, resume, message):
+    monkeypatch.chdir(tmp_path)
+    run_folder(Path("run"))
+    Path("empty").mkdir()
+    Path("pictures").mkdir()
+    Path("pictures/1.png").touch()
+    contents = saved(Path("half.ckpt")).read_bytes()
+    Path("half.ckpt").write_bytes(contents[: len(contents) // 2])
+    torch.save({"state_dict": {}, "extra": Malicious()}, "code.ckpt")
+    with pytest.raises(UserError, match=message) as error:
+        resume_path(resume, Path("nowhere"), pytest.fail)
+    assert "\n" not in str(error.value) and not Path("executed").exists()
+
+
+# ---- whose
+
+
+def dit(**changes) -> DiffusionModule:
+    return DiffusionModule(*tiny_dit(**changes))
+
+
+def weights_of(module, **named) -> dict:
+    return {"state_dict": module.state_dict(), "optimizer_states": [], "loops": {}, **named}
+
+
+@pytest.mark.parametrize(
+    ("found", "here", "message"),
+    [
+        (
+            lambda: VAVAEModule(tiny_vavae()),
+            lambda: new_module(vf_weight=0.0),
+            r"discriminator\.\S+ is not there, expected \(.*, and \d+ more differ \(discriminator\.\S+, .*; usually a "
+            r"part is switched on here that was off there, such as disc_weight",
+        ),
+        (
+            lambda: new_module(vf_weight=0.0),
+            lambda: VAVAEModule(tiny_vavae()),
+            r"discriminator\.\S+ is \(.*\), expected not there, .*; usually a part is switched off here that was on",
+        ),
+        (
+            dit,
+            lambda: VAVAEModule(tiny_vavae()),
+            "none of its names is known here: weights to start from are no checkpoint to go on from",
+        ),
+        (lambda: VAVAEModule(tiny_vavae(num_conditions=4)), lambda: VAVAEModule(tiny_vavae()), "number of people"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["a.ckpt", "a.pth", "folder"])
+def test_a_checkpoint_of_another_model_says_what_differs(tmp_path, kind, found, here, message):
+    path = write_any(weights_of(found()), tmp_path / kind)
+    with pytest.raises(UserError, match="is of another model: .*" + message + ".* Go on with the settings of that run"):
+        check_resumable(path, here())
+
+
+def test_weights_alone_are_no_checkpoint(tmp_path):
+    torch.save({"state_dict": dit().state_dict()}, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"a\.ckpt has no optimizer_states"):
+        check_resumable(tmp_path / "a.ckpt", dit())
+
+
+def test_optimisers_of_other_weights_are_refused(tmp_path):
+    def state(tensors):
+        group = {"lr": 0.1, "params": list(range(len(tensors)))}
+        return {"state": {i: {"exp_avg": t} for i, t in enumerate(tensors)}, "param_groups": [group]}
+
+    module = dit()
+    trained = list(module.network.parameters())
+    for tensors, refused in [(trained, False), (trained[1:], True), ([torch.zeros(77), *trained[1:]], True)]:
+        torch.save(weights_of(module, optimizer_states=[state(tensors)]), tmp_path / "a.ckpt")
+        if refused:
+            with pytest.raises(UserError, match=f"optimisers' state is of {len(tensors)} tensors of weights, here"):
+                check_resumable(tmp_path / "a.ckpt", module)
+        else:
+            check_resumable(tmp_path / "a.ckpt", module)
+
+
+@pytest.mark.parametrize("wrap", ["", "module.", "_orig_mod.network."])
+def test_a_compiled_network_takes_plain_names_and_the_reverse(tmp_path, wrap):
+    """Names are matched by what they are without `_orig_mod.` and `module.`, there and here."""
+    here, there = dit(), dit(seed=5)
+    here.network["denoiser"] = torch.nn.ModuleDict({"_orig_mod": here.network["denoiser"]})  # as torch.compile names it
+    plain = there.network.state_dict()
+    torch.save({"model": {wrap + name: tensor for name, tensor in plain.items()}, "epoch": 1}, tmp_path / "a.pth")
+    check_resumable(tmp_path / "a.pth", here)
+    here.load_state_dict(read_any(tmp_path / "a.pth", lambda line: None)["state_dict"])
+    loaded = {k.replace("_orig_mod.", ""): v for k, v in here.network.state_dict().items()}
+    assert_same(loaded, dict(plain))
+    here.load_state_dict({name: torch.zeros_like(t) for name, t in here.state_dict().items()})  # own names as ever
+    assert not any(weights.any() for weights in here.parameters())
+
+
+# ---- the command
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run the command here: its status, the lines it printed, and what it said on stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments) -> tuple[int, list[str], str]:
+        monkeypatch.setattr(sys, "argv", ["checkpoints", *map(str, arguments)])
+        status = 0
+        try:
+            run_command(main)
+        except SystemExit as exit:
+            status = exit.code
+        said = capsys.readouterr()
+        return status, said.out.splitlines(), said.err
+
+    return run
+
+
+def test_list_is_a_table(run, tmp_path):
+    run_folder(Path("run"))
+    saved(Path("run/own.ckpt"), 12_345)
+    for path in (*Path("run").iterdir(), *Path("run/checkpoints").iterdir()):
+        os.utime(path, (path.stat().st_mtime - 7_300,) * 2)
+    status, lines, _ = run("list", "run")
+    assert status == 0 and len(lines) == 10
+    table = [line.split() for line in lines]
+    assert table[0] == ["checkpoint", "step", "epoch", "metric", "size", "age", "state"]
+    assert table[1][:4] == ["own.ckpt", "12,345", "2", "-"] and table[1][-3:] == ["2", "h", "whole"]
+    assert [row[:4] for row in table if row[0].endswith("5000.ckpt")] == [
+        ["checkpoints/best-001-0.5000.ckpt", "6", "2", "0.5000"]
+    ]
+    damaged = next(line for line in lines if line.startswith("checkpoint-4"))
+    assert "damaged: model.pt: 4 bytes, expected" in damaged
+    steps = [line[: lines[0].index("step") + 4] for line in lines]  # numbers end below each other
+    assert all(line[-1] in "0123456789p" for line in steps)
+    assert all(line.split()[-1].isalpha() or "damaged" in line for line in lines)
+
+
+def test_inspect_says_what_is_in_it(run, tmp_path):
+    torch.save({**small(), "run": {"versions": {"torch": "2.9"}, "command": ["train.py", "--lr", "1"]}}, "last.ckpt")
+    size = f"{Path('last.ckpt').stat().st_size / 1e3:.0f} kB"
+    assert run("inspect", "last.ckpt") == (
+        0,
+        [
+            f"last.ckpt: {size}, whole",
+            "step 7, epoch 2",
+            "network.a: 3 weights in 1 tensors, float32",
+            "ema: 3 weights in 1 tensors, float32",
+            "optimiser 0: 1 tensors, lr 0.1",
+            "versions: lightning -, torch 2.9",
+            "command: train.py --lr 1",
+            "  betas: [0.9, 0.99]",
+            "  size: (8, 8)",
+            "  name: None",
+        ],
+        "",
+    )
+
+
+def test_prune_says_what_goes_and_what_is_freed(run, tmp_path):
+    run_folder(Path("run"))
+    before = names(Path("run"))
+    status, lines, _ = run("prune", "run", "--keep", "2", "--dry_run")
+    assert status == 0 and names(Path("run")) == before
+    assert [line.split()[2] for line in lines[:-1]] == [f"run/checkpoint-{step}" for step in (4, 2, 1)]
+    assert lines[-1].endswith(" kB would be freed by 3 checkpoints")
+    status, lines, _ = run("prune", "run", "--keep", "2")
+    assert lines[0].startswith("removed: run/checkpoint-4 (") and lines[-1].endswith(" kB freed by 3 checkpoints")
+    assert names(Path("run")) == ["checkpoint-3", "checkpoint_epoch_9.pth", "checkpoints"]
+    assert run("prune", "run", "--keep", "2")[1] == ["0 kB freed by 0 checkpoints"]
+    assert run("prune", "run")[0] == 2
+
+
+def test_convert_there_and_back(run, tmp_path):
+    saved(Path("last.ckpt"))
+    for source, destination in [("last.ckpt", "folder"), ("folder", "a.pth"), ("a.pth", "back.ckpt")]:
+        assert run("convert", source, destination) == (0, [f"written: {destination} (from {source})"], "")
+    assert_same(torch.load("back.ckpt", weights_only=True), small())
+    status, _, error = run("convert", "last.ckpt", "back.ckpt")
+    assert status == 2 and error == "error: back.ckpt exists already: name another place, or remove it\n"
+    shutil.copy("last.ckpt", "half.ckpt")
+    flipped(Path("half.ckpt"), Path("half.ckpt").read_bytes().index(b"\x00\x00\x80\x3f" * 3))
+    status, _, error = run("convert", "half.ckpt", "other")
+    assert status == 2 and "half.ckpt is damaged" in error and not Path("other").exists()
+
+
+def test_verify_ends_with_a_status(run, tmp_path):
+    run_folder(Path("run"))
+    status, lines, error = run("verify", "run")
+    assert status == 2 and len(lines) == 8 and sum(line.endswith(": whole") for line in lines) == 7
+    assert error.startswith("error: 1 of 8 in run damaged: checkpoint-4. Remove them; ") and error.count("\n") == 1
+    shutil.rmtree("run/checkpoint-4")
+    assert run("verify", "run")[::2] == (0, "")
+    assert run("verify", "run/checkpoint-1") == (0, ["run/checkpoint-1: whole"], "")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("list nowhere", "No checkpoints in nowhere: it is not there; expected a run's folder with last.ckpt"),
+        ("list .", "No checkpoints in .: it is empty"),
+        ("prune . --keep 1", "No checkpoints in ."),
+        ("verify .", "No checkpoints in ."),
+        ("inspect nowhere", "No checkpoint nowhere"),
+        ("inspect .", ". is no checkpoint: it is empty, expected model.pt"),
+        ("convert nowhere a.ckpt", "No checkpoint nowhere"),
+    ],
+)
+def test_bad_input_is_answered_by_one_line(run, line, message):
+    status, _, error = run(*line.split())
+    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error

@@ -1,0 +1,170 @@
+"""Saving beside training, in time, within the disk; and what a run says of itself."""
+
+import json
+import threading
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from test_training import Fit, assert_same_run
+from tiny import SIZE
+
+from vavae_tools.errors import Stopped, UserError, run_command
+from vavae_tools.training import checkpoints
+from vavae_tools.training.checkpoints import WholeCheckpointIO
+from vavae_tools.training.fine_tuning import fine_tune_vavae
+from vavae_tools.training.folder_checkpoints import write_folder
+from vavae_tools.training.resuming import resume_path
+from vavae_tools.training.saving import Saving, session_end
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture
+def data(split_dir, latents_dir):
+    return split_dir, latents_dir
+
+
+# ---- beside training
+
+
+def test_a_checkpoint_holds_the_weights_of_its_moment(tmp_path, monkeypatch):
+    """The step goes on while the thread writes; the next save waits for it."""
+    may_write, save = threading.Event(), torch.save
+
+    def slow(checkpoint, path):
+        may_write.wait(10)
+        save(checkpoint, path)
+
+    monkeypatch.setattr(checkpoints.torch, "save", slow)
+    writer, weights = WholeCheckpointIO(), torch.zeros(3)
+    writer.save_checkpoint({"state_dict": {"w": weights}, "plain": [1, (2, "x")]}, str(tmp_path / "last.ckpt"))
+    weights.add_(1.0)  # a step
+    assert not (tmp_path / "last.ckpt").exists()
+    may_write.set()
+    writer.save_checkpoint({"state_dict": {"w": weights}}, str(tmp_path / "last.ckpt"))
+    writer.teardown()
+    former, last = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("previous", "last"))
+    assert former == {"state_dict": {"w": former["state_dict"]["w"]}, "plain": [1, (2, "x")]}
+    assert former["state_dict"]["w"].tolist() == [0, 0, 0] and last["state_dict"]["w"].tolist() == [1, 1, 1]
+    assert writer.seconds > 0 and sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+
+def test_a_failed_write_is_told_at_the_next_step(tmp_path, monkeypatch):
+    def full(checkpoint, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.torch, "save", full)
+    writer = WholeCheckpointIO()
+    writer.save_checkpoint({"w": torch.zeros(3)}, str(tmp_path / "last.ckpt"))
+    for _ in range(1000):
+        if writer._pending.done():
+            break
+        time.sleep(0.01)
+    with pytest.raises(UserError, match=r"last\.ckpt could not be written .* go on with --resume last"):
+        writer.look()
+    writer.look()  # told once
+    assert not list(tmp_path.iterdir())
+
+
+def test_room_is_made_on_a_full_disk(tmp_path, monkeypatch):
+    """First what `last.ckpt` was before, then periodic folders but the newest; never `last.ckpt`."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("last.ckpt", "previous.ckpt", "best-000-0.1.ckpt"):
+        torch.save({"global_step": 1}, folder / name)
+    for step in (3, 6):
+        write_folder(
+            {"state_dict": {"w": torch.zeros(3)}, "global_step": step, "epoch": 0}, tmp_path / f"checkpoint-{step}"
+        )
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage(0, 0, 2**20))
+    said = []
+    writer = WholeCheckpointIO(said.append)
+    writer.save_checkpoint({"w": torch.zeros(3)}, str(folder / "last.ckpt"))
+    writer.wait()
+    assert "previous.ckpt is removed (last.ckpt stays)" in said[0]
+    assert torch.load(folder / "last.ckpt", weights_only=True)["w"].tolist() == [0, 0, 0]
+    assert (folder / "best-000-0.1.ckpt").is_file()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"] and "checkpoint-3 is rem" in said[
+        1
+    ]
+
+
+# ---- in time
+
+
+def test_session_end(tmp_path):
+    now = time.time()
+    assert session_end("1:30") - now == pytest.approx(5400, abs=5)
+    assert session_end("2") - now == pytest.approx(7200, abs=5)
+    assert session_end("0:00:30") - now == pytest.approx(30, abs=5)
+    assert session_end(None, tmp_path / "none") is None and session_end("0") is None
+    here = session_end(None, tmp_path, tmp_path)  # as old as the folder
+    assert here - now == pytest.approx(12 * 3600 - 15 * 60, abs=60)
+    with pytest.raises(UserError, match="--max_time 'noon': expected hours:minutes"):
+        session_end("noon")
+
+
+def test_training_ends_in_time_and_goes_on_exactly(tmp_path, data, monkeypatch):
+    whole = Fit(tmp_path / "whole", "dit", data, max_epochs=3)
+
+    class Late(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.global_step == 5:
+                trainer.checkpoint_callbacks[-1].until = time.time() + 30  # less than what is kept for the end
+
+    with pytest.raises(Stopped, match="time is nearly over: stopped after step 6; go on with --resume last"):
+        Fit(tmp_path / "run", "dit", data, callbacks=[Late()], minutes=99, max_epochs=3)
+    last = resume_path("last", tmp_path / "run" / "checkpoints")
+    assert_same_run(Fit(tmp_path / "run", "dit", data, last, max_epochs=3), whole)
+
+
+def test_a_stopped_training_leaves_a_model_and_status_0(split_dir, vavae_dir, tmp_path, capsys):
+    saving = Saving(max_time="0:00:01")
+    numbers = {"image_size": SIZE, "batch_size": 6, "max_epochs": 9, "saving": saving}
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: exit(fine_tune_vavae(split_dir, tmp_path, vavae_dir, **numbers) is None))
+    assert ended.value.code in (0, False)
+    assert "stopped after step 1; go on with --resume last" in capsys.readouterr().out
+    assert (tmp_path / "vavae" / "config.json").is_file() and (tmp_path / "checkpoints" / "last.ckpt").is_file()
+
+
+# ---- periodic folders
+
+
+def test_folders_every_few_steps_and_epochs(tmp_path, split_dir, vavae_dir):
+    saving = {"save_every_n_steps": 3, "save_every_n_epochs": 2, "keep_last": 3}
+    numbers = {"image_size": SIZE, "batch_size": 6, "max_epochs": 4, "say": lambda line: None}
+    fine_tune_vavae(split_dir, tmp_path, vavae_dir, saving=saving, **numbers)
+    names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert names == ["checkpoint-12", "checkpoint-15", "checkpoint-epoch-4"]
+    state = json.loads((tmp_path / "checkpoint-epoch-4" / "training_state.json").read_text())
+    assert state["global_step"] == 16
+
+
+# ---- what a run says of itself
+
+
+def test_other_settings_or_data_are_named(split_dir, vavae_dir, tmp_path, gait):
+    from vavae_tools.data.split import split_folders
+
+    said = []
+    numbers = {"image_size": SIZE, "batch_size": 6, "max_epochs": 1, "say": said.append}
+    fine_tune_vavae(split_dir, tmp_path / "run", vavae_dir, **numbers)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["settings"]["lr"] == 2e-3 and record["settings"]["recipe"] == "light"
+    assert "torch" in record["versions"] and record["command"] and len(record["data"]) == 64
+    numbers |= {"max_epochs": 2, "resume": "last"}
+    with pytest.raises(UserError, match=r"other settings: lr was 0.002, is 0.001\. Go on .* --allow_changes"):
+        fine_tune_vavae(split_dir, tmp_path / "run", vavae_dir, lr=1e-3, **numbers)
+    split_folders(gait, tmp_path / "other", seed=7, progress=False)
+    with pytest.raises(UserError, match="the data are others"):
+        fine_tune_vavae(tmp_path / "other", tmp_path / "run", vavae_dir, **numbers)
+    allowed = Saving(allow_changes=True)
+    fine_tune_vavae(split_dir, tmp_path / "run", vavae_dir, lr=1e-3, saving=allowed, **numbers)
+    assert "changed on going on: lr was 0.002, is 0.001" in said
+    assert not Path(tmp_path / "run" / "checkpoints" / "last-v1.ckpt").exists()

@@ -1,0 +1,422 @@
+"""From session to session: Kaggle's real client against a server on this machine, and folders as Kaggle mounts them."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kaggle_stand_in import KEY, KaggleStandIn
+
+from vavae_tools.errors import UserError, run_command
+from vavae_tools.kaggle_session import main, write_kernel
+from vavae_tools.training import sessions
+from vavae_tools.training.sessions import Unavailable, pull_session, push_session, session_files
+
+RUN = "me/gait-run"
+
+
+@pytest.fixture(autouse=True)
+def kaggle(tmp_path, monkeypatch):
+    """The stand-in, and an environment from which nothing else can be reached."""
+    home = tmp_path / "home"
+    home.mkdir()
+    with KaggleStandIn() as kaggle:
+        for name, value in kaggle.environment(home).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(tmp_path)
+        yield kaggle
+    assert kaggle.strangers == []
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def checkpoint(path: Path, step: int, size: int = 10) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"global_step": step, "epoch": step // 10, "state_dict": {"w": torch.full((size,), step)}}, path)
+
+
+def outputs(folder: Path, vavae: int = 70, dit: int = 300) -> Path:
+    """A folder as notebooks 01 to 04 leave it."""
+    checkpoint(folder / "vavae/checkpoints/last.ckpt", vavae)
+    checkpoint(folder / "vavae/checkpoints/best-006-0.1.ckpt", vavae - 10)
+    checkpoint(folder / "vavae/checkpoints/previous.ckpt", vavae - 1)
+    checkpoint(folder / "dit/checkpoints/last.ckpt", dit)
+    (folder / "dit/checkpoints/checkpoint-100").mkdir(exist_ok=True)
+    (folder / "dit/checkpoints/checkpoint-100/training_state.json").write_text('{"global_step": 100, "epoch": 10}')
+    for name in (
+        "vavae/lightning_logs/version_0/events.out.tfevents.1",
+        "vavae/vavae/config.json",
+        "vavae/vavae/diffusion_pytorch_model.safetensors",
+        "vavae/foundation/train.safetensors",
+        "vavae/reconstructions/0001.png",
+        "latents/latents.json",
+        "latents/train-00000.safetensors",
+        "data_split/split_info.json",
+        "data_split/train/ID_1/a.jpg",
+        "data_split/val/ID_1/b.jpg",
+        "samples/ID_1/0.png",
+        "repository/.git/HEAD",
+        "repository/weights.safetensors",
+        "vavae/checkpoints/.last.ckpt.7.partial",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(f"{name} {vavae} {dit}".encode())
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def command(*arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["kaggle_session", *map(str, arguments)])
+    try:
+        run_command(main)
+        status = 0
+    except SystemExit as ended:
+        status = ended.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def steps_in(folder: Path) -> dict[str, int]:
+    return {run: torch.load(folder / run / "checkpoints/last.ckpt")["global_step"] for run in ("vavae", "dit")}
+
+
+# ---- what goes along
+
+
+def test_what_a_session_needs_and_no_picture(tmp_path):
+    work = outputs(tmp_path / "work")
+    assert session_files(work) == [
+        "data_split/split_info.json",
+        "dit/checkpoints/last.ckpt",
+        "dit/checkpoints/checkpoint-100/training_state.json",
+        "latents/latents.json",
+        "latents/train-00000.safetensors",
+        "vavae/checkpoints/best-006-0.1.ckpt",
+        "vavae/checkpoints/last.ckpt",
+        "vavae/lightning_logs/version_0/events.out.tfevents.1",
+        "vavae/vavae/config.json",
+        "vavae/vavae/diffusion_pytorch_model.safetensors",
+    ]
+    asked_for = set(session_files(work, pictures=True)) - set(session_files(work))
+    assert asked_for == {"data_split/train/ID_1/a.jpg", "data_split/val/ID_1/b.jpg"}
+
+
+def test_large_files_are_linked_or_else_copied(tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    checkpoint(work / "dit/checkpoints/last.ckpt", 7, 300_000)
+    for number, same in enumerate((True, False)):
+        staging = tmp_path / f"staging {number}"
+        staging.mkdir()
+        files, steps = sessions._stage(work, session_files(work), staging)
+        staged = staging / files["dit/checkpoints/last.ckpt"]["stored"]
+        assert staged.samefile(work / "dit/checkpoints/last.ckpt") is same and steps == {"dit": (7, 0)}
+        assert staged.read_bytes() == (work / "dit/checkpoints/last.ckpt").read_bytes()
+        monkeypatch.setattr(os, "link", lambda source, target: (_ for _ in ()).throw(OSError("another disk")))
+
+
+# ---- with the client
+
+
+def test_created_then_a_version_then_back_again(tmp_path, kaggle, said):
+    work = outputs(tmp_path / "work")
+    checkpoint(work / "dit/checkpoints/best-029-0.2.ckpt", 290, 300_000)  # a large one beside the small
+    before = contents(work)
+    pushed = push_session(work, RUN, say=said.append)
+    assert pushed.steps == {"dit": (300, 30), "vavae": (70, 7)} and contents(work) == before
+    assert "pushed a new private dataset, every file is listed whole" in said[1]
+    (made,) = kaggle.asked("CreateDataset")
+    assert made["isPrivate"] is True and (made["ownerSlug"], made["slug"]) == ("me", "gait-run")
+    assert kaggle.asked("CreateDatasetVersion") == []
+    stored = kaggle.datasets[RUN][0]
+    assert sorted(stored)[0] == "dit__checkpoints__best-029-0.2.ckpt" and len(stored) == 6
+    assert stored["vavae__checkpoints__last.ckpt"] == before["vavae/checkpoints/last.ckpt"]
+
+    outputs(work, vavae=90)
+    kaggle.late = 1  # while Kaggle still processes the version, the one before it is listed
+    push_session(work, RUN, "nine epochs", pictures=True, say=said.append)
+    (version,) = kaggle.asked("CreateDatasetVersion")
+    assert version["body"]["versionNotes"] == "nine epochs" and len(kaggle.datasets[RUN]) == 2
+
+    said.clear()
+    there = tmp_path / "there"
+    pulled = pull_session(there, RUN, say=said.append)
+    assert pulled.steps == {"dit": (300, 30), "vavae": (90, 9)} == {**pushed.steps, "vavae": (90, 9)}
+    assert contents(there) == {path: (work / path).read_bytes() for path in session_files(work, pictures=True)}
+    assert said[0] == f"found {RUN}: dit at step 300 (epoch 30), vavae at step 90 (epoch 9)"
+    assert said[-1].endswith("or --resume last")
+
+    pull_session(tmp_path / "older", RUN + "/1", say=said.append)
+    assert steps_in(tmp_path / "older") == {"vavae": 70, "dit": 300}
+    left_out = "left out: data_split/split_info.json, which is no split without its pictures; notebook 01 makes the"
+    assert said[-4].startswith(left_out) and not (tmp_path / "older/data_split").exists()
+
+
+def assert_one_line(outcome: tuple[int, str, str], *words: str) -> None:
+    status, out, err = outcome
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, (status, out, err)
+    assert all(word in err for word in words), err
+    assert KEY not in out + err and "Traceback" not in err
+
+
+FAULTS = {
+    "a refused file": ({"refused": ("vavae__checkpoints__last",)}, "vavae__checkpoints__last.ckpt", 1),
+    "a server error": ({"failing": {"StartBlobUpload": (500, {"code": 500, "message": "no room"})}}, "no room", 1),
+    "an error with status 200": (
+        {"failing": {"CreateDatasetVersion": (200, {"status": "error", "error": f"too big {KEY}"})}},
+        "too big …",
+        1,
+    ),
+    "a file lost without a word": (
+        {"lost": ("small-files",)},
+        "has lost something on the way: small-files.pack (",
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_upload_that_fails_is_noticed_and_what_was_there_is_kept(tmp_path, kaggle, monkeypatch, capsys, fault):
+    faults, words, versions = FAULTS[fault]
+    work = outputs(tmp_path / "work")
+    kaggle.datasets[RUN] = [{"before": b"whole"}]
+    vars(kaggle).update(faults)
+    arguments = ["push", "--work", work, "--dataset", RUN, "--wait", 2]
+    before = contents(work)
+    outcome = command(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert_one_line(outcome, words, "Push again")
+    assert kaggle.datasets[RUN][0] == {"before": b"whole"} and len(kaggle.datasets[RUN]) == versions
+    assert contents(work) == before
+
+
+def test_a_version_that_is_never_listed_is_told(tmp_path, kaggle):
+    kaggle.datasets[RUN], kaggle.late = [{"before": b"whole"}], 1000
+    with pytest.raises(UserError, match=r"took every file, but does not list the new version after 0\.3 s"):
+        push_session(outputs(tmp_path / "work"), RUN, wait=0.3, say=lambda line: None)
+
+
+def test_wrong_credentials(tmp_path, kaggle, monkeypatch, capsys, said):
+    monkeypatch.setenv("KAGGLE_KEY", "wrong-and-secret")
+    work = outputs(tmp_path / "work")
+    status, out, err = command("push", "--work", work, "--dataset", RUN, monkeypatch=monkeypatch, capsys=capsys)
+    assert_one_line((status, out, err), "Kaggle does not know these credentials", "make a token")
+    assert "wrong-and-secret" not in out + err and kaggle.datasets == {}
+    assert pull_session(work, RUN, say=said.append) is None and said[0].startswith("nothing pulled: Kaggle does not")
+
+
+def test_no_credentials_is_one_line_and_stdin_lives_on(tmp_path, monkeypatch, said):
+    monkeypatch.delenv("KAGGLE_KEY")
+    assert push_session(outputs(tmp_path / "work"), RUN, say=said.append) is None
+    line = "not pushed: no Kaggle credentials are here, or none that work: make a token"
+    assert said[-1].startswith(line) and "kaggle" not in sys.modules
+    with pytest.raises(Unavailable):
+        push_session(tmp_path / "work", RUN, optional=False, say=said.append)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/a.safetensors").touch()
+    call = f"import vavae_tools as vt; print(vt.push_session('model', {RUN!r}), input())"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", call], input="alive", capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[1].startswith(line) and done.stdout.endswith("\nNone alive\n") and not done.stderr
+
+
+def test_secrets_of_the_notebook_are_taken(tmp_path, kaggle, monkeypatch, said):
+    module = tmp_path / "kaggle_secrets.py"
+    module.write_text(
+        "class UserSecretsClient:\n    def get_secret(self, name):\n"
+        f"        return {{'KAGGLE_USERNAME': 'me', 'KAGGLE_KEY': '{KEY}'}}[name]\n"
+    )
+    monkeypatch.delenv("KAGGLE_KEY")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    assert push_session(outputs(tmp_path / "work"), RUN, say=said.append), said
+    assert "KAGGLE_KEY" not in os.environ
+
+
+def test_without_client_or_network_everything_else_goes_on(tmp_path, monkeypatch, said):
+    work = outputs(tmp_path / "work")
+    closed = "http://127.0.0.1:9"
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, closed)
+    assert push_session(work, RUN, say=said.append) is None and pull_session(work, RUN, say=said.append) is None
+    assert said[-2].startswith("not pushed: Kaggle cannot be reached (") and "attach its output" in said[-2]
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "kaggle.py").write_text("raise ImportError('no module named kaggle')")
+    monkeypatch.setenv("PYTHONPATH", str(blocked))
+    assert push_session(work, RUN, say=said.append) is None
+    assert said[-1] == "not pushed: the kaggle client is not here (no module named kaggle): pip install kaggle"
+    assert push_session(work, None, say=said.append) is None and "no dataset is named" in said[-1]
+
+
+def test_the_first_session_pulls_nothing(tmp_path, monkeypatch, capsys, said):
+    assert pull_session(tmp_path / "work", RUN, say=said.append) is None
+    assert said == [f"nothing pulled: there is no dataset {RUN} that you may read: it is made by the first push"]
+    assert pull_session(tmp_path / "work", say=said.append) is None and "no earlier session is attached" in said[1]
+    assert_one_line(command("pull", monkeypatch=monkeypatch, capsys=capsys), "no earlier session is attached")
+
+
+@pytest.mark.parametrize(
+    "name", ["run", "me/run", "me/Gait-Run", "me/gait run", "me/../../etc", "me/gait\nrun", "/x", "ü/gait-run"]
+)
+def test_names_that_kaggle_does_not_take(tmp_path, kaggle, name):
+    outputs(tmp_path / "work")
+    for call in (push_session, pull_session):
+        with pytest.raises(UserError, match="expected owner/name, the name of 6 to 50") as error:
+            call(tmp_path / "work", name)
+        assert not isinstance(error.value, Unavailable)
+    assert kaggle.requests == []
+
+
+def test_nothing_to_push_and_a_damaged_checkpoint(tmp_path, kaggle):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"Nothing to push in .*empty"):
+        push_session(tmp_path / "empty", RUN)
+    with pytest.raises(UserError, match="No such folder: nowhere"):
+        push_session("nowhere", RUN)
+    with pytest.raises(UserError, match="a version is made, not chosen"):
+        push_session(tmp_path / "empty", RUN + "/2")
+    last = outputs(tmp_path / "work") / "vavae/checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"work/vavae/checkpoints/last\.ckpt is damaged"):
+        push_session(tmp_path / "work", RUN, say=lambda line: None)
+    assert kaggle.requests == []
+
+
+# ---- what is attached
+
+
+@pytest.fixture
+def attached(tmp_path) -> Path:
+    """A root as /kaggle/input: pictures, and a pushed session as a dataset."""
+    work, folder = outputs(tmp_path / "pushed"), tmp_path / "input/datasets/me/gait-run"
+    folder.mkdir(parents=True)
+    (tmp_path / "input/pictures/ID_1").mkdir(parents=True)
+    files, steps = sessions._stage(work, session_files(work), folder)
+    manifest = {"format": 1, "dataset": RUN, "made": 1e9, "steps": steps, "files": files}
+    (folder / sessions._manifest_name(json.dumps(manifest).encode())).write_text(json.dumps(manifest))
+    return tmp_path / "input"
+
+
+def test_an_attached_dataset_is_taken_without_the_client(tmp_path, kaggle, attached, said):
+    for number, name in enumerate([None, RUN]):
+        work = tmp_path / f"work {number}"
+        pulled = pull_session(work, name, [attached], say=said.append)
+        assert pulled.source == str(attached / "datasets/me/gait-run") and not pulled.kept
+        expected = contents(tmp_path / "pushed")
+        for path in session_files(tmp_path / "pushed"):
+            if "data_split" not in path:
+                assert (work / path).read_bytes() == expected[path]
+        assert not list(work.rglob(".*")) and not (work / "vavae/checkpoints/last.ckpt").is_symlink()
+    assert kaggle.requests == []
+    assert pull_session(tmp_path / "w", "me/another-run", [attached], say=said.append) is None
+
+
+def test_the_output_of_a_notebook_is_taken(tmp_path, attached, said):
+    outputs(attached / "notebooks/me/02-vavae", vavae=120)
+    pulled = pull_session(tmp_path / "work", None, [attached], say=said.append)
+    assert pulled.source.endswith("02-vavae") and steps_in(tmp_path / "work") == {"vavae": 120, "dit": 300}
+    assert (tmp_path / "work/data_split/train/ID_1/a.jpg").is_file()
+
+
+def test_what_is_newer_here_is_kept_and_what_is_older_replaced(tmp_path, attached, said):
+    work = outputs(tmp_path / "work", vavae=80, dit=10)
+    before = contents(work)
+    pulled = pull_session(work, None, [attached], say=said.append)
+    assert steps_in(work) == {"vavae": 80, "dit": 300} and "vavae" in pulled.kept and "dit" not in pulled.kept
+    assert any("vavae is newer than what" in line and "(step 80 against step 70)" in line for line in said)
+    changed = {path for path, content in contents(work).items() if content != before.get(path)}
+    assert changed == {"dit/checkpoints/last.ckpt"}
+    (work / "dit/checkpoints/last.ckpt").write_bytes(b"half a file")
+    os.utime(work / "dit/checkpoints/last.ckpt", (1, 1))
+    pull_session(work, None, [attached], say=said.append)
+    assert steps_in(work)["dit"] == 300
+    assert pull_session(work, None, [attached], say=said.append).files == ()
+
+
+def test_a_pull_that_was_cut_off_is_completed(tmp_path, attached, said):
+    work = tmp_path / "work"
+    pull_session(work, None, [attached], say=said.append)
+    whole = contents(work)
+    (work / "vavae/checkpoints/last.ckpt").unlink()
+    shutil.rmtree(work / "dit")
+    pull_session(work, None, [attached], say=said.append)
+    assert contents(work) == whole
+
+
+@pytest.mark.parametrize("part", ["vavae__checkpoints__last.ckpt", "small-files.pack", "session", "gone"])
+def test_what_is_damaged_is_not_put_in_place(tmp_path, attached, part):
+    folder, work = attached / "datasets/me/gait-run", outputs(tmp_path / "work", vavae=1, dit=1)
+    before = contents(work)
+    if part == "gone":
+        (folder / "vavae__checkpoints__last.ckpt").unlink()
+    else:
+        (path,) = folder.glob(f"{part}*")
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"gait-run.*(damaged|lacks|cannot be read).*push again, or take the version"):
+        pull_session(work, None, [attached], say=lambda line: None)
+    assert contents(work) == before
+
+
+@pytest.mark.parametrize("path", ["../evil.ckpt", "/tmp/evil.ckpt", "a/../../evil.ckpt"])
+def test_a_manifest_cannot_write_elsewhere(tmp_path, attached, path):
+    folder = attached / "datasets/me/gait-run"
+    (old,) = folder.glob("session-*.json")
+    manifest = json.loads(old.read_text())
+    old.unlink()
+    manifest["files"][path] = manifest["files"].pop("vavae/checkpoints/last.ckpt")
+    content = json.dumps(manifest).encode()
+    (folder / f"session-{hashlib.sha256(content).hexdigest()[:12]}.json").write_bytes(content)
+    with pytest.raises(UserError, match="its manifest cannot be read"):
+        pull_session(tmp_path / "deep/work", None, [attached], say=lambda line: None)
+
+
+# ---- kernels
+
+
+def kaggle_program(*arguments: object) -> subprocess.CompletedProcess:
+    call = [sys.executable, "-m", "kaggle", *map(str, arguments)]
+    return subprocess.run(call, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60, check=False)
+
+
+def test_the_client_pushes_the_kernel_that_is_written(tmp_path, kaggle, monkeypatch, capsys):
+    notebook = Path(__file__).parents[1] / "notebooks/02_vavae_fine_tuning.ipynb"
+    arguments = ["kernel", "--notebook", notebook, "--dataset", "me/vavae-tools", RUN, "--output_dir", "kernel"]
+    status, out, _ = command(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 0 and "next: kaggle kernels push -p kernel" in out
+    done = kaggle_program("kernels", "push", "-p", "kernel")
+    assert done.returncode == 0 and "successfully pushed" in done.stdout, done.stdout + done.stderr
+    assert "does not resolve" not in done.stdout
+    (sent,) = kaggle.asked("SaveKernel")
+    assert sent["slug"] == "me/02-vavae-fine-tuning" and sent["newTitle"] == "02 vavae fine tuning"
+    assert sent["machineShape"] == "NvidiaTeslaT4" and sent["enableGpu"] is True and sent["isPrivate"] is True
+    assert sent.get("enableInternet", False) is False and sent["datasetDataSources"] == ["me/vavae-tools", RUN]
+    assert json.loads(sent["text"])["nbformat"] == 4
+
+
+@pytest.mark.parametrize(
+    ("notebook", "others", "words"),
+    [
+        ("none.ipynb", {"owner": "me"}, "No notebook none.ipynb"),
+        ("empty.ipynb", {"owner": "me"}, "empty.ipynb is no notebook"),
+        ("whole.ipynb", {}, "--owner is missing"),
+        ("whole.ipynb", {"datasets": ["run"]}, "'run' is no owner/name"),
+        ("a.ipynb", {"owner": "me"}, "Kaggle's names have 5 to 50"),
+    ],
+)
+def test_bad_kernels_are_one_line(tmp_path, notebook, others, words):
+    for name, text in (("empty", "{}"), ("whole", '{"cells": []}'), ("a", '{"cells": []}')):
+        (tmp_path / f"{name}.ipynb").write_text(text)
+    with pytest.raises(UserError, match=words):
+        write_kernel(notebook, "kernel", **others)
+    assert not (tmp_path / "kernel").exists()

@@ -1,0 +1,214 @@
+"""Look after checkpoints: what is there, is it whole, what is in it, which may go, and from one kind to another."""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vavae_tools.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from vavae_tools.training.folder_checkpoints import Checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m vavae_tools.checkpoints", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, **paths: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:], allow_abbrev=False)
+        for path, meaning in paths.items():
+            command.add_argument(path, metavar=path.upper(), help=meaning)
+        return command
+
+    run = "a run's folder, or the checkpoints/ in it"
+    add("list", "a table of a run's checkpoints: step, epoch, metric, size, age, whole or damaged", folder=run)
+    add("inspect", "what is in a checkpoint", path="a .ckpt, .pth or checkpoint folder")
+    prune = add("prune", "remove a run's periodic checkpoints (checkpoint-*) but the newest whole ones", folder=run)
+    prune.add_argument("--keep", type=int, required=True, metavar="N", help="how many stay; last and best-* always do")
+    prune.add_argument("--dry_run", action="store_true", help="say what would go, and remove nothing")
+    add(
+        "convert",
+        "write a checkpoint as another kind: .ckpt, .pth, or a folder",
+        source="a .ckpt, .pth or checkpoint folder",
+        destination="NAME.ckpt, NAME.pth or a folder's name, which does not exist yet",
+    )
+    add("verify", "read everything, and end with status 2 where a checkpoint is damaged", folder=f"{run}; or one alone")
+    args = parser.parse_args()
+    if args.command == "list":
+        list_checkpoints(args.folder)
+    elif args.command == "inspect":
+        inspect_checkpoint(args.path)
+    elif args.command == "prune":
+        prune_checkpoints(args.folder, args.keep, args.dry_run)
+    elif args.command == "convert":
+        convert_checkpoint(args.source, args.destination)
+    else:
+        verify_checkpoints(args.folder)
+
+
+def list_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -> None:
+    """Print a table of a run's checkpoints, the newest first.
+
+    Raises:
+        UserError: there is none.
+    """
+    from vavae_tools.training.folder_checkpoints import whole
+
+    rows = [("checkpoint", "step", "epoch", "metric", "size", "age", "state")]
+    folder = Path(folder)
+    for c in _found(folder):
+        fault = whole(c.path)
+        rows.append(
+            (
+                str(c.path.relative_to(folder)) if c.path.is_relative_to(folder) else str(c.path),
+                "-" if c.step is None else f"{c.step:,}",
+                "-" if c.epoch is None else f"{c.epoch:,}",
+                c.metric or "-",
+                _size(c.bytes),
+                _age(time.time() - c.written),
+                "whole" if fault is None else f"damaged: {fault}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *numbers, state in rows:
+        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:-1], strict=True)]
+        say("  ".join([name.ljust(widths[0]), *cells, state]))
+
+
+def inspect_checkpoint(path: str | Path, say: Callable[[str], None] = print) -> None:
+    """Print what is in a checkpoint: weights by part, optimisers, hyper-parameters, versions.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    from vavae_tools.training.folder_checkpoints import look_at, read_any, whole
+
+    checkpoint = read_any(path, say)
+    fault = whole(path)
+    say(f"{path}: {_size(look_at(path).bytes)}, {'whole' if fault is None else f'damaged ({fault})'}")
+    say(f"step {checkpoint.get('global_step', '-')}, epoch {checkpoint.get('epoch', '-')}")
+    _say_weights(checkpoint.get("state_dict", {}), say)
+    for number, state in enumerate(checkpoint.get("optimizer_states", [])):
+        groups = state.get("param_groups", [])
+        rates = ", ".join(f"{group['lr']:g}" for group in groups if "lr" in group)
+        say(f"optimiser {number}: {sum(len(group['params']) for group in groups):,} tensors, lr {rates}")
+    for number, state in enumerate(checkpoint.get("lr_schedulers", [])):
+        say(f"schedule {number}: step {state.get('last_epoch', '-')}")
+    versions = {"lightning": checkpoint.get("pytorch-lightning_version", "-"), **_run(checkpoint).get("versions", {})}
+    say("versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()))
+    if _run(checkpoint).get("command"):
+        say("command: " + " ".join(map(str, _run(checkpoint)["command"])))
+    for name, value in checkpoint.get("hyper_parameters", {}).items():
+        say(f"  {name}: {value}")
+
+
+def prune_checkpoints(
+    folder: str | Path, keep: int, dry_run: bool = False, say: Callable[[str], None] = print
+) -> list["Checkpoint"]:
+    """Remove a run's periodic checkpoints but the `keep` newest whole ones (`keep_newest`); say what is freed."""
+    from vavae_tools.training.folder_checkpoints import keep_newest
+
+    _found(Path(folder))
+    gone = keep_newest(folder, keep, thoroughly=True, dry_run=dry_run)
+    for checkpoint in gone:
+        say(f"{'would go' if dry_run else 'removed'}: {checkpoint.path} ({_size(checkpoint.bytes)})")
+    say(f"{_size(sum(c.bytes for c in gone))} {'would be ' if dry_run else ''}freed by {len(gone)} checkpoints")
+    return gone
+
+
+def convert_checkpoint(source: str | Path, destination: str | Path, say: Callable[[str], None] = print) -> Path:
+    """Write the checkpoint `source` as what the name `destination` says: a `.ckpt`, a `.pth`, or a folder.
+
+    Raises:
+        UserError: `source` cannot be read or is damaged, `destination` exists or cannot be written.
+    """
+    from vavae_tools.training.folder_checkpoints import read_any, write_any
+    from vavae_tools.training.resuming import resume_path
+
+    if Path(destination).exists():
+        raise UserError(f"{destination} exists already: name another place, or remove it")
+    source = resume_path(str(source), Path(), say)
+    written = write_any(read_any(source, say), destination)
+    say(f"written: {written} (from {source})")
+    return written
+
+
+def verify_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -> None:
+    """Read a checkpoint, or all of a run, and say of each whether it is whole.
+
+    Raises:
+        UserError: one is damaged, or none is there.
+    """
+    from vavae_tools.training.folder_checkpoints import look_at, whole
+
+    folder = Path(folder)
+    alone = folder.is_file() or (folder / "model.pt").is_file()
+    found = [look_at(folder)] if alone else _found(folder)
+    faults = {c.path: whole(c.path) for c in found}
+    for path, fault in faults.items():
+        say(f"{path}: {fault or 'whole'}")
+    damaged = [path.name for path, fault in faults.items() if fault]
+    if damaged:
+        raise UserError(
+            f"{len(damaged)} of {len(found)} in {folder} damaged: {', '.join(damaged)}. Remove them; --resume last "
+            "takes a whole one"
+        )
+
+
+def _found(folder: Path) -> list["Checkpoint"]:
+    from vavae_tools.training.folder_checkpoints import checkpoints_in
+    from vavae_tools.training.foreign_checkpoints import few
+
+    found = checkpoints_in(folder, also=("*.ckpt", "*.pth"))
+    if not found:
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        holds = "is not there" if not folder.is_dir() else f"holds {few(names)}" if names else "is empty"
+        raise UserError(
+            f"No checkpoints in {folder}: it {holds}; expected a run's folder with last.ckpt, best-*.ckpt or "
+            "checkpoint-*/, there or in checkpoints/"
+        )
+    return found
+
+
+def _say_weights(weights: dict[str, Any], say: Callable[[str], None]) -> None:
+    parts: dict[str, list[Any]] = {}
+    for name, tensor in weights.items():
+        names = name.split(".")
+        deep = 2 if names[0] in ("network", "vavae") else 1
+        parts.setdefault(".".join(names[:deep]), []).append(tensor)
+    for part, tensors in parts.items():
+        kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+        say(f"{part}: {sum(tensor.numel() for tensor in tensors):,} weights in {len(tensors):,} tensors, {kinds}")
+
+
+def _run(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    run = checkpoint.get("run")
+    return run if isinstance(run, dict) else {}
+
+
+def _size(number: float) -> str:
+    """
+    >>> _size(512), _size(3_200_000), _size(1.25e10)
+    ('1 kB', '3.2 MB', '12.5 GB')
+    """
+    for unit, bytes in (("GB", 1e9), ("MB", 1e6)):
+        if number >= bytes:
+            return f"{number / bytes:.1f} {unit}"
+    return f"{number / 1e3:.0f} kB"
+
+
+def _age(seconds: float) -> str:
+    """
+    >>> _age(40), _age(300), _age(7300), _age(200_000)
+    ('40 s', '5 min', '2 h', '2 d')
+    """
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+if __name__ == "__main__":
+    run_command(main)
