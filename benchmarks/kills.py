@@ -29,7 +29,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
     """The command of each training, without its output folder; latents and their VA-VAE are made first."""
     data = ["--data_dir", str(folder / "split")]
     tune = [sys.executable, str(ROOT / "minimal_training_modification.py"), *data, "--original_vavae", "small"]
-    tune += ["--image_size", "32", "--batch_size", "4", "--max_epochs", "8", "--preview_every", "100"]
+    tune += ["--image_size", "32", "--batch_size", "4", "--max_epochs", "8"]
     tune += ["--disc_weight", "0.5", "--disc_start", "10", "--disc_width", "8"]
     train = [sys.executable, "-m", "vavae_tools.train", *data, "--vavae", str(folder / "first" / "vavae")]
     train += ["--latents_dir", str(folder / "latents"), "--hidden_size", "64", "--depth", "2", "--num_heads", "2"]

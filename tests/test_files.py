@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from vavae_tools.errors import UserError, run_command
+from vavae_tools.errors import Stopped, UserError, run_command
 from vavae_tools.files import read_checkpoint, write_json, written_whole
 
 
@@ -139,6 +139,14 @@ def test_errors_are_one_line_and_a_status(capsys, error, status, line):
 
     code, said = end(main, capsys)
     assert code == status and said.startswith(line) and said.count("\n") == 1
+
+
+def test_stopped_in_good_order_is_no_error(capsys):
+    def main():
+        raise Stopped("Stopped after step 3; go on with --resume last")
+
+    run_command(main)
+    assert capsys.readouterr().out == "Stopped after step 3; go on with --resume last\n"
 
 
 def test_bugs_keep_their_traceback():

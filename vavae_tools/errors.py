@@ -16,10 +16,12 @@ class Stopped(Exception):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main` and end the process: status 0, 2 (`UserError`, disk), or 130 (stopped by the user)."""
+    """Run a command's `main` and end the process: status 0 (`Stopped` too), 2 (`UserError`, disk) or 130 (Ctrl-C)."""
     try:
         main()
         sys.stdout.flush()
+    except Stopped as stop:
+        print(stop)
     except UserError as error:
         sys.exit(_say(str(error)))
     except KeyboardInterrupt:

@@ -23,6 +23,7 @@ from vavae_tools.errors import run_command
 from vavae_tools.training.checkpoints import LastCheckpoint, WholeCheckpointIO
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.progress import Progress
+from vavae_tools.training.saving import Saving
 from vavae_tools.training.vavae_module import VAVAEModule
 
 COLORMAPS = ("jet", "jet", "viridis", "viridis", "turbo", "inferno", "magma", "plasma", "gray", "hot", "cividis")
@@ -118,11 +119,11 @@ def main() -> None:
         **module.trainer_settings(),
         max_epochs=1,
         default_root_dir=folder,
-        callbacks=[LastCheckpoint(folder, every_minutes=2), Progress()],
+        callbacks=[LastCheckpoint(folder / "checkpoints", Saving(save_every_minutes=2)), Progress()],
         plugins=[WholeCheckpointIO()],
         enable_progress_bar=False,
     )
-    last = folder / "last.ckpt" if options.resume else None
+    last = folder / "checkpoints" / "last.ckpt" if options.resume else None
     trainer.fit(module, WalkerDataModule(data, options.batch_size, options.seed), ckpt_path=last)
     export(module.vavae, folder / "weights")
 
