@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
+from vavae_tools.checkpoints.resuming import whole
 from vavae_tools.data.gait import write_gait_dataset
 from vavae_tools.data.split import split_folders
-from vavae_tools.training.resuming import whole
 
 ROOT = Path(__file__).parents[1]
 COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")

@@ -13,10 +13,8 @@ from test_vavae_training import fit as fit_vavae
 from test_vavae_training import new_module
 from tiny import tiny_dit
 
-from vavae_tools.errors import UserError
-from vavae_tools.training import folder_checkpoints
-from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.folder_checkpoints import (
+from vavae_tools.checkpoints import folders as folder_checkpoints
+from vavae_tools.checkpoints.folders import (
     checkpoints_in,
     clear_left_overs,
     keep_newest,
@@ -27,7 +25,9 @@ from vavae_tools.training.folder_checkpoints import (
     write_any,
     write_folder,
 )
-from vavae_tools.training.resuming import check_resumable
+from vavae_tools.checkpoints.resuming import check_resumable
+from vavae_tools.errors import UserError
+from vavae_tools.training.diffusion_module import DiffusionModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

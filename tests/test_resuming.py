@@ -12,11 +12,11 @@ from test_training import assert_same
 from test_vavae_training import new_module
 from tiny import tiny_dit, tiny_vavae
 
-from vavae_tools.checkpoints import main
+from vavae_tools.checkpoints.__main__ import main
+from vavae_tools.checkpoints.folders import look_at, read_any, write_any, write_folder
+from vavae_tools.checkpoints.resuming import check_resumable, resume_path, whole
 from vavae_tools.errors import UserError, run_command
 from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.folder_checkpoints import look_at, read_any, write_any, write_folder
-from vavae_tools.training.resuming import check_resumable, resume_path, whole
 from vavae_tools.training.vavae_module import VAVAEModule
 
 

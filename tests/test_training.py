@@ -13,6 +13,7 @@ from PIL import Image
 from tiny import SIZE, same, tiny_dit, tiny_vavae
 from torch import nn
 
+from vavae_tools.checkpoints.resuming import best_checkpoint, check_resumable, resume_path
 from vavae_tools.data.images import PictureDataModule
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.draws import Draws
@@ -25,7 +26,6 @@ from vavae_tools.training.devices import precision_of, trainer_settings
 from vavae_tools.training.diffusion_module import DiffusionModule
 from vavae_tools.training.ema import EMA
 from vavae_tools.training.previews import Previews
-from vavae_tools.training.resuming import best_checkpoint, check_resumable, resume_path
 from vavae_tools.training.saving import Saving
 from vavae_tools.training.trainer import build_trainer
 from vavae_tools.training.vavae_module import VAVAEModule, cosine_with_warmup
@@ -281,8 +281,10 @@ def test_writing_goes_beside_and_then_under_the_name(tmp_path, monkeypatch):
 def test_what_a_killed_process_left_is_cleaned(tmp_path, data):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".best-003-0.1000.ckpt.4321.partial").write_bytes(b"half")
-    fit = Fit(tmp_path, "dit", data, max_epochs=1)
-    assert not list(fit.folder.glob(".*"))
+    (tmp_path / "vavae" / ".x3k4.partial").mkdir(parents=True)
+    (tmp_path / "vavae" / ".x3k4.partial" / "config.json").write_bytes(b"{")
+    Fit(tmp_path, "dit", data, max_epochs=1)
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_resume_path(tmp_path):

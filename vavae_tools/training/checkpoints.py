@@ -18,9 +18,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 
+from vavae_tools.checkpoints.folders import clear_left_overs, keep_newest, read_any, write_folder
 from vavae_tools.errors import Stopped, UserError
 from vavae_tools.files import written_whole
-from vavae_tools.training.folder_checkpoints import clear_left_overs, keep_newest, read_any, write_folder
 from vavae_tools.training.progress import say
 from vavae_tools.training.saving import Saving
 
@@ -28,11 +28,15 @@ PREVIOUS = "previous.ckpt"
 """What `last.ckpt` was before: taken where `last.ckpt` turns out to be damaged."""
 
 
+WRITTEN = ("checkpoints", "vavae", "pipeline", "reconstructions", "samples", "classifier")
+"""Folders of a run that trainings write into."""
+
+
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes beside, flushes, renames: a kill or a full disk leaves the checkpoint before it as it was.
 
     A step waits for a copy of the weights in memory; a thread brings it to the disk, one checkpoint after the other. A
-    path without an ending becomes a folder (`folder_checkpoints`). Where the disk gets full, `previous.ckpt` and then
+    path without an ending becomes a folder (`checkpoints.folders`). Where the disk gets full, `previous.ckpt` and then
     periodic folders go, never the newest whole checkpoint, and that is said.
     """
 
@@ -175,7 +179,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().setup(trainer, module, stage)
         self.run = Path(self.dirpath).parent
         if trainer.is_global_zero:
-            for folder in (Path(self.dirpath), self.run):
+            for folder in (self.run, *(self.run / name for name in WRITTEN)):
                 clear_left_overs(folder)  # of a process that was killed while it wrote
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -19,6 +19,7 @@ from vavae_tools.autoencoders.weights import (
     read_vavae,
     with_channels,
 )
+from vavae_tools.checkpoints.resuming import best_checkpoint, check_resumable, resume_path
 from vavae_tools.data.images import PictureDataModule, channels_of
 from vavae_tools.data.split import read_split_info
 from vavae_tools.errors import UserError
@@ -32,7 +33,6 @@ from vavae_tools.training.processes import several_devices_from_a_cell
 from vavae_tools.training.progress import say
 from vavae_tools.training.recipes import epochs_of_stages, find_recipe
 from vavae_tools.training.record import RunRecord
-from vavae_tools.training.resuming import best_checkpoint, check_resumable, resume_path
 from vavae_tools.training.saving import Saving
 from vavae_tools.training.trainer import build_trainer, fit
 from vavae_tools.training.vavae_module import VAVAEModule
@@ -113,7 +113,7 @@ def fine_tune_vavae(
     numbers = find_recipe(recipe, changes)
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
-    resume_from = resume_path(resume, checkpoints)
+    resume_from = resume_path(resume, checkpoints, say)
     split = read_split_info(data_dir)
     people = split["labels"]
     table = read_condition_file(condition_file, people) if condition_file else None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vavae_tools.autoencoders.vavae import fitting_size
 from vavae_tools.autoencoders.weights import load_vavae
+from vavae_tools.checkpoints.resuming import check_resumable, resume_path
 from vavae_tools.data.images import PictureDataModule
 from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_latents, weights_digest
 from vavae_tools.diffusion.conditioning import ClassConditioner
@@ -25,7 +26,6 @@ from vavae_tools.training.previews import SamplePreviews
 from vavae_tools.training.processes import several_devices_from_a_cell
 from vavae_tools.training.progress import say
 from vavae_tools.training.record import RunRecord
-from vavae_tools.training.resuming import check_resumable, resume_path
 from vavae_tools.training.saving import Saving
 from vavae_tools.training.trainer import build_trainer, fit
 
@@ -94,7 +94,7 @@ def train_dit(
     saving = Saving(**saving) if isinstance(saving, dict) else saving or Saving()
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
-    resume_from = resume_path(resume, checkpoints)
+    resume_from = resume_path(resume, checkpoints, say)
     latents = LatentDataModule(latents_dir, batch_size, seed=seed)
     if flip == "half" and not latents.folder.flips:
         raise UserError(f"flip='half' needs mirrored latents, which {latents_dir} lacks: encode them with flips=True")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vavae_tools.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from vavae_tools.training.folder_checkpoints import Checkpoint
+    from vavae_tools.checkpoints.folders import Checkpoint
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def list_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -> 
     Raises:
         UserError: there is none.
     """
-    from vavae_tools.training.folder_checkpoints import whole
+    from vavae_tools.checkpoints.folders import whole
 
     rows = [("checkpoint", "step", "epoch", "metric", "size", "age", "state")]
     folder = Path(folder)
@@ -83,7 +83,7 @@ def inspect_checkpoint(path: str | Path, say: Callable[[str], None] = print) -> 
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    from vavae_tools.training.folder_checkpoints import look_at, read_any, whole
+    from vavae_tools.checkpoints.folders import look_at, read_any, whole
 
     checkpoint = read_any(path, say)
     fault = whole(path)
@@ -108,7 +108,7 @@ def prune_checkpoints(
     folder: str | Path, keep: int, dry_run: bool = False, say: Callable[[str], None] = print
 ) -> list["Checkpoint"]:
     """Remove a run's periodic checkpoints but the `keep` newest whole ones (`keep_newest`); say what is freed."""
-    from vavae_tools.training.folder_checkpoints import keep_newest
+    from vavae_tools.checkpoints.folders import keep_newest
 
     _found(Path(folder))
     gone = keep_newest(folder, keep, thoroughly=True, dry_run=dry_run)
@@ -124,8 +124,8 @@ def convert_checkpoint(source: str | Path, destination: str | Path, say: Callabl
     Raises:
         UserError: `source` cannot be read or is damaged, `destination` exists or cannot be written.
     """
-    from vavae_tools.training.folder_checkpoints import read_any, write_any
-    from vavae_tools.training.resuming import resume_path
+    from vavae_tools.checkpoints.folders import read_any, write_any
+    from vavae_tools.checkpoints.resuming import resume_path
 
     if Path(destination).exists():
         raise UserError(f"{destination} exists already: name another place, or remove it")
@@ -141,7 +141,7 @@ def verify_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -
     Raises:
         UserError: one is damaged, or none is there.
     """
-    from vavae_tools.training.folder_checkpoints import look_at, whole
+    from vavae_tools.checkpoints.folders import look_at, whole
 
     folder = Path(folder)
     alone = folder.is_file() or (folder / "model.pt").is_file()
@@ -158,8 +158,8 @@ def verify_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -
 
 
 def _found(folder: Path) -> list["Checkpoint"]:
-    from vavae_tools.training.folder_checkpoints import checkpoints_in
-    from vavae_tools.training.foreign_checkpoints import few
+    from vavae_tools.checkpoints.folders import checkpoints_in
+    from vavae_tools.checkpoints.foreign import few
 
     found = checkpoints_in(folder, also=("*.ckpt", "*.pth"))
     if not found:

@@ -21,9 +21,7 @@ from zipfile import BadZipFile, ZipFile, is_zipfile
 import torch
 from torch import Tensor
 
-from vavae_tools.errors import UserError
-from vavae_tools.files import flush_folder, read_checkpoint, read_saved, written_whole
-from vavae_tools.training.foreign_checkpoints import (
+from vavae_tools.checkpoints.foreign import (
     AVERAGE,
     NAMES,
     STARTS_ANEW,
@@ -34,6 +32,8 @@ from vavae_tools.training.foreign_checkpoints import (
     place_in_name,
     plain_name,
 )
+from vavae_tools.errors import UserError
+from vavae_tools.files import flush_folder, read_checkpoint, read_saved, written_whole
 
 STATE = "training_state.json"
 PARTS = {"optimizer": "optimizer_states", "scheduler": "lr_schedulers"}

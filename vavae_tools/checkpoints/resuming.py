@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vavae_tools.errors import UserError
-from vavae_tools.files import read_checkpoint
-from vavae_tools.training.folder_checkpoints import (
+from vavae_tools.checkpoints.folders import (
     Checkpoint,
     checkpoints_in,
     damaged_file,
@@ -19,19 +17,15 @@ from vavae_tools.training.folder_checkpoints import (
     read_any,
     whole,
 )
-from vavae_tools.training.foreign_checkpoints import AVERAGE, few, plain_name
+from vavae_tools.checkpoints.foreign import AVERAGE, few, plain_name
+from vavae_tools.errors import UserError
+from vavae_tools.files import read_checkpoint
 
 if TYPE_CHECKING:
     import lightning as L
 
 
-def _say(line: str) -> None:
-    from vavae_tools.training.progress import say  # Lightning takes seconds, and a command that lists needs it not
-
-    say(line)
-
-
-def resume_path(resume: str | None, run: str | Path, say: Callable[[str], None] = _say) -> Path | None:
+def resume_path(resume: str | None, run: str | Path, say: Callable[[str], None] = print) -> Path | None:
     """`--resume` → the checkpoint to go on from, whole; None starts anew.
 
     Args:

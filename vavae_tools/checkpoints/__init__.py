@@ -1,0 +1,1 @@
+"""Checkpoints on the disk: read and written in every form, looked after, found again."""
