@@ -19,7 +19,9 @@ from vavae_tools.machine import Machine
 from vavae_tools.training import fine_tuning
 from vavae_tools.training.fine_tuning import fine_tune_vavae
 from vavae_tools.training.previews import ReconstructionPreviews
+from vavae_tools.training.record import has_ended
 from vavae_tools.training.runs import encode_split, train_dit
+from vavae_tools.training.saving import Saving
 from vavae_tools.training.vavae_module import VAVAEModule
 from vavae_tools.training.watch import Advice
 
@@ -88,6 +90,18 @@ def test_stages_go_on_from_each_other_and_from_published_weights(split_dir, publ
     assert fine_tune_vavae(split_dir, tmp_path, max_epochs=3, resume="last", **arguments) == folder
     assert [line.split(" (")[0] for line in said] == [f"stage{n} is complete" for n in (1, 2, 3)]
     assert (folder / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_stages_that_were_stopped_go_on_where_they_were(split_dir, vavae_dir, dinov2, tmp_path):
+    numbers = {"recipe": "staged", "foundation_model": dinov2, "perceptual_weight": 0.0, "max_epochs": 3, **TINY}
+    numbers |= {"original_vavae": vavae_dir, "say": lambda line: None}
+    stopped = fine_tune_vavae(split_dir, tmp_path, saving=Saving(max_time="0:00:01"), **numbers)
+    assert stopped == tmp_path / "stage1" / "vavae" and not (tmp_path / "stage2").exists()
+    folder = fine_tune_vavae(split_dir, tmp_path, resume="last", **numbers)
+    assert folder == tmp_path / "stage3" / "vavae" and all(has_ended(tmp_path / f"stage{n}") for n in (1, 2, 3))
+    whole = fine_tune_vavae(split_dir, tmp_path / "whole", **numbers)
+    name = "diffusion_pytorch_model.safetensors"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_at_first_it_is_the_published_model_bit_by_bit(published, split_dir, tmp_path):

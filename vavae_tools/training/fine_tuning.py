@@ -32,7 +32,7 @@ from vavae_tools.training.previews import ReconstructionPreviews
 from vavae_tools.training.processes import several_devices_from_a_cell
 from vavae_tools.training.progress import say
 from vavae_tools.training.recipes import epochs_of_stages, find_recipe
-from vavae_tools.training.record import RunRecord
+from vavae_tools.training.record import RunRecord, has_ended
 from vavae_tools.training.saving import Saving
 from vavae_tools.training.trainer import build_trainer, fit
 from vavae_tools.training.vavae_module import VAVAEModule
@@ -188,7 +188,7 @@ def _stages(
     for name, epochs in epochs_of_stages(max_epochs).items():
         folder = Path(output_dir) / name
         last = folder / "checkpoints" / "last.ckpt"
-        if resume and (folder / "vavae" / "config.json").is_file():
+        if resume and has_ended(folder):
             others["say"](f"{name} is complete ({folder})")
         else:
             go_on = "last" if resume and last.is_file() else None
@@ -200,6 +200,8 @@ def _stages(
                 recipe=name,
                 **others,
             )
+        if not has_ended(folder):  # stopped: the next session goes on with this stage
+            break
         original_vavae = last
     return folder / "vavae"
 

@@ -1,5 +1,6 @@
 """What a run was: its settings, data, versions and command, in every checkpoint and in the run's folder."""
 
+import json
 import platform
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from vavae_tools.errors import UserError
 from vavae_tools.files import write_json
 from vavae_tools.training.progress import say
 
+NAME = "run.json"
 PACKAGES = ("vavae_tools", "torch", "lightning", "diffusers", "transformers", "safetensors", "numpy")
 FREE = ("vavae_config", "denoiser_config", "conditioner_config", "people", "gradient_checkpointing")
 """Hyper-parameters that a difference in is told elsewhere, or changes no number."""
@@ -56,8 +58,12 @@ class RunRecord(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            started = datetime.now().astimezone().isoformat(timespec="seconds")
-            write_json(self.folder / "run.json", {**self.record(module), "started": started})
+            write_json(self.folder / NAME, {**self.record(module), "started": _now()})
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # not where it was stopped
+        if trainer.is_global_zero:
+            started = json.loads((self.folder / NAME).read_text(encoding="utf-8"))
+            write_json(self.folder / NAME, {**started, "ended": _now(), "global_step": trainer.global_step})
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = self.record(module)
@@ -88,6 +94,16 @@ class RunRecord(L.Callback):
         ]
         if changed:
             self.say(f"other versions than the checkpoint's, so numbers may differ in their last digits: {changed}")
+
+
+def has_ended(folder: str | Path) -> bool:
+    """Whether the training in a run's folder came to its end, and was not stopped or killed before."""
+    path = Path(folder) / NAME
+    return path.is_file() and "ended" in json.loads(path.read_text(encoding="utf-8"))
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _version(name: str) -> str | None:
