@@ -269,7 +269,7 @@ def test_recipes_hold_the_references_numbers():
 PLAIN = {"gradient_clip": 0.0, "perceptual_weight": 0.0, "gradient_weight": 0.0, "spectral_weight": 0.0}
 
 
-def gradient_norms(split_dir, epochs: int, precision: MixedPrecision | None = None):
+def gradient_norms(split_dir, epochs: int, precision: MixedPrecision | None = None, resume=None):
     """(trainer, module, the model's gradient norm at each step, types of what must not be half)."""
     norms, dtypes = [], set()
 
@@ -277,7 +277,7 @@ def gradient_norms(split_dir, epochs: int, precision: MixedPrecision | None = No
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             norms.append(float(trainer.callback_metrics["train/gradient_norm"]))
 
-    module = new_module(**PLAIN)
+    module = new_module(**PLAIN, schedule="constant")
     reconstruct = module.reconstruct
 
     def noting(*arguments):
@@ -292,7 +292,8 @@ def gradient_norms(split_dir, epochs: int, precision: MixedPrecision | None = No
         settings["plugins"] = [precision]
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
     trainer = L.Trainer(**settings, **quiet, max_epochs=epochs, callbacks=[Note()])
-    trainer.fit(module, DataLoader(PictureDataModule(split_dir, PIXELS).train_data, 6, collate_fn=as_it_is))
+    data = DataLoader(PictureDataModule(split_dir, PIXELS).train_data, 6, collate_fn=as_it_is)
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return trainer, module, norms, dtypes
 
 
@@ -313,3 +314,19 @@ def test_half_precision_with_two_optimisers(split_dir, scale):
         assert trainer.precision_plugin.scaler.get_scale() < scale
     else:
         assert norms[0] == pytest.approx(gradient_norms(split_dir, 1)[2][0], rel=0.02)
+
+
+def test_the_scaler_goes_on_where_it_was(split_dir, tmp_path):
+    """Stopped while the scale is still being found, some steps were left out by it."""
+
+    def half() -> MixedPrecision:
+        return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**30))
+
+    whole = gradient_norms(split_dir, 3, half())
+    first = gradient_norms(split_dir, 1, half())[0]
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    resumed = gradient_norms(split_dir, 3, half(), tmp_path / "one.ckpt")
+    assert resumed[0].precision_plugin.scaler.state_dict() == whole[0].precision_plugin.scaler.state_dict()
+    assert_same(dict(resumed[1].state_dict()), dict(whole[1].state_dict()))
+    assert [str(norm) for norm in resumed[2]] == [str(norm) for norm in whole[2][4:]]
+    assert "inf" in map(str, whole[2]) or "nan" in map(str, whole[2])
