@@ -46,7 +46,9 @@ class FiniteSteps(L.Callback):
     ) -> None:
         number = next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(weights, self.clip or torch.inf)
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(weights, self.clip, norm)
         # The one place where the processor waits for the GPU in a step, as fp16's scaler does anyway. The norm is the
         # same on all processes, so that they decide alike.
         if torch.isfinite(norm):
