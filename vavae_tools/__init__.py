@@ -9,6 +9,7 @@ _HOME = {
     "write_gait_dataset": "data.gait",
     "split_folders": "data.split",
     "find_place": "places",
+    "find_device": "machine",
     "find_preset": "training.presets",
     "fine_tune_vavae": "training.fine_tuning",
     "Saving": "training.saving",

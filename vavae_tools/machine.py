@@ -40,3 +40,8 @@ def find_machine() -> Machine:
     # is_bf16_supported() is True on a T4, where it is emulated and slow: the capability decides
     memory = torch.cuda.get_device_properties(0).total_memory
     return Machine("ampere" if major >= 8 else "t4", torch.cuda.device_count(), name, memory)
+
+
+def find_device() -> str:
+    """The device to run a model on here, "cuda" or "cpu"."""
+    return "cpu" if find_machine().kind == "cpu" else "cuda"

@@ -51,7 +51,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None = None) -> None:
         self.wait()
         began = time.monotonic()
-        copied = _copied(checkpoint)  # training changes the weights while they are written
+        copied = copied_to_cpu(checkpoint)  # training changes the weights while they are written
         self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._pending = self._writer.submit(self._write, copied, Path(path), began)
 
@@ -104,14 +104,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self.seconds = max(self.seconds, time.monotonic() - began)
 
 
-def _copied(value: Any) -> Any:
+def copied_to_cpu(value: Any) -> Any:
     """A deep copy with all tensors on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return type(value)((key, _copied(item)) for key, item in value.items())
+        return type(value)((key, copied_to_cpu(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return type(value)(_copied(item) for item in value)
+        return type(value)(copied_to_cpu(item) for item in value)
     return value
 
 

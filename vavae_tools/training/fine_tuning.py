@@ -175,7 +175,7 @@ def fine_tune_vavae(
         best = load_vavae(path, say=lambda line: None)
         save_model(best, folder)
         if best.config.condition_dim and validated:
-            say(str(compare_conditions(best.to(module.device), pictures.val_data)))
+            say(str(compare_conditions(best.to(trainer.strategy.root_device), pictures.val_data)))
         say(f"written: {folder} (from {path}), {output_dir / 'reconstructions'}/")
     return folder
 

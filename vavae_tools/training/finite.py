@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vavae_tools.errors import UserError
+from vavae_tools.training.checkpoints import copied_to_cpu
 from vavae_tools.training.progress import say
 
 
@@ -69,8 +70,8 @@ class FiniteSteps(L.Callback):
             self._keep(trainer, module)
 
     def _keep(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        weights = {name: weight.detach().to("cpu", copy=True) for name, weight in module.state_dict().items()}
-        self._kept = trainer.global_step, weights, [_copied(o.state_dict()) for o in trainer.optimizers]
+        optimizers = [copied_to_cpu(optimizer.state_dict()) for optimizer in trainer.optimizers]
+        self._kept = trainer.global_step, copied_to_cpu(dict(module.state_dict())), optimizers
 
     def _go_back(self, trainer: L.Trainer, module: L.LightningModule, row: int) -> None:
         step, weights, optimizers = self._kept
@@ -86,7 +87,7 @@ class FiniteSteps(L.Callback):
         )
         module.load_state_dict(weights)
         for optimizer, state in zip(trainer.optimizers, optimizers, strict=True):
-            optimizer.load_state_dict(_copied(state))
+            optimizer.load_state_dict(copied_to_cpu(state))
         self._went_back_to, self._rows = step, {}
 
     def _mend_buffers(self, module: L.LightningModule) -> None:
@@ -94,14 +95,3 @@ class FiniteSteps(L.Callback):
         for name, buffer in module.named_buffers():
             if buffer.is_floating_point() and not torch.isfinite(buffer).all() and name in self._kept[1]:
                 buffer.copy_(self._kept[1][name])
-
-
-def _copied(state: Any) -> Any:
-    """A copy of an optimiser's state on the CPU."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: _copied(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [_copied(value) for value in state]
-    return state

@@ -18,7 +18,7 @@ from vavae_tools.diffusion.pipeline import LatentDiTPipeline, load_pipeline, sol
 from vavae_tools.diffusion.transformer import DiT, dit
 from vavae_tools.errors import UserError
 from vavae_tools.files import save_model
-from vavae_tools.machine import find_machine
+from vavae_tools.machine import find_device
 from vavae_tools.training.checkpoints import checkpoint_callbacks
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.diffusion_module import DiffusionModule
@@ -46,8 +46,7 @@ def encode_split(
     pictures = PictureDataModule(
         data_dir, fitting_size(model, image_size), seed=seed, channels=model.config.in_channels
     )
-    device = "cpu" if find_machine().kind == "cpu" else "cuda"
-    latents = encode_latents(model, pictures, output_dir, flips, device=device, seed=seed)
+    latents = encode_latents(model, pictures, output_dir, flips, device=find_device(), seed=seed)
     say(str(latents))
     return latents
 
