@@ -30,12 +30,11 @@ def main() -> None:
     interval = _interval(options.cfg_interval)
     names = _names(options.class_list)
 
-    import torch
-
     from vavae_tools.diffusion.pipeline import load_pipeline, write_samples
+    from vavae_tools.machine import find_device
 
     pipe = load_pipeline(options.checkpoint, ema=options.weights == "ema")
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.to(find_device())
     who = [item.strip() for item in options.labels.split(",")] if options.labels else sorted(pipe.people.values())
     who = pipe.labels_of(who)
     written = write_samples(

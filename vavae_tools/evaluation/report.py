@@ -23,7 +23,7 @@ from vavae_tools.evaluation.metrics import (
     percent,
 )
 from vavae_tools.files import write_json, written_whole
-from vavae_tools.machine import find_machine
+from vavae_tools.machine import find_device
 from vavae_tools.plots import plot_bars, show_rows
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def evaluate_pictures(
         Path(generated_dir), Path(data_dir), image_size, progress=progress
     )
     if device is None:
-        device = "cpu" if find_machine().kind == "cpu" else "cuda"
+        device = find_device()
     num_classes = max(labels.values()) + 1
     told_apart = len(train.labels.unique()) > 1
     if told_apart:
