@@ -5,6 +5,7 @@ AutoencoderKL reproduces. What is added here is one vector per person (or class)
 decoder by projections that start at zero: at first the model equals the one without vectors, bit by bit.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -14,11 +15,12 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
+from vavae_tools.autoencoders.statistics import LatentStatistics
 from vavae_tools.data.images import PictureFolder, to_pixels, to_unit
 from vavae_tools.errors import UserError
 
 
-class VAVAE(AutoencoderKL):
+class VAVAE(LatentStatistics, AutoencoderKL):
     """AutoencoderKL with a condition vector; its other arguments are AutoencoderKL's own.
 
     Args:
@@ -142,22 +144,23 @@ class VAVAE(AutoencoderKL):
             if getattr(self, name, None) is not None:
                 getattr(self, name).requires_grad_(False)
 
-    def normalise(self, latents: Tensor) -> Tensor:
-        """Latents as encoded → latents as the denoiser sees them: per channel (z − mean) / std."""
-        mean, std = self._statistics(latents)
-        return (latents - mean) / std
+    def encode_pictures(
+        self, pictures: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """Pictures in [-1, 1] → one latent each, not normalised: a sample of the posterior, or its mode.
 
-    def denormalise(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalise`: what the denoiser made → what `decode` takes."""
-        mean, std = self._statistics(latents)
-        return latents * std + mean
+        Args:
+            labels: int64 (B,), of the people whose vectors are used, where the model has vectors.
+            normal: gives standard normal numbers of the shape (B, *sizes) when called with `sizes`; None: the mode.
+        """
+        vectors = self.condition_vectors(labels) if labels is not None and self.config.condition_dim else None
+        posterior = self.encode(pictures, condition=vectors).latent_dist
+        return posterior.mean if normal is None else posterior.mean + posterior.std * normal(*posterior.mean.shape[1:])
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        if self.config.latents_mean is None or self.config.latents_std is None:
-            raise UserError("This VA-VAE carries no latent statistics: encode the training side first (latents)")
-        mean = torch.tensor(self.config.latents_mean, device=like.device, dtype=like.dtype)
-        std = torch.tensor(self.config.latents_std, device=like.device, dtype=like.dtype)
-        return mean[:, None, None], std[:, None, None]
+    def decode_latents(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Normalised latents, as a denoiser makes them → pictures, which may lie slightly outside [-1, 1]."""
+        vectors = self.condition_vectors(labels) if labels is not None and self.config.condition_dim else None
+        return self.decode(self.denormalise(latents).to(self.dtype), condition=vectors).sample
 
 
 def _float32_under_autocast(h: Tensor) -> torch.autocast | nullcontext:

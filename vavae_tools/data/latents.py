@@ -5,6 +5,7 @@ A folder of latents holds `train-00000.safetensors … val-00000.safetensors` wi
 channel mean and standard deviation of the training side.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -163,12 +164,11 @@ def _encode_rows(
         batch = data.__getitems__(range(start, min(start + batch_size, rows.stop)))
         x = to_unit(batch["pictures"].to(device))
         labels, draws = batch["labels"].to(device), Draws(seed, 0, batch["index"].to(device))
-        vectors = autoencoder.condition_vectors(labels) if autoencoder.config.condition_dim else None
 
-        def encode(x: Tensor, name: str, vectors: Tensor | None = vectors, draws: Draws = draws) -> Tensor:
-            posterior = autoencoder.encode(x, condition=vectors).latent_dist
-            noise = draws.normal(name, *posterior.mean.shape[1:])
-            return (posterior.mean + posterior.std * noise).float().cpu().contiguous()
+        def encode(x: Tensor, name: str, labels: Tensor = labels, draws: Draws = draws) -> Tensor:
+            return (
+                autoencoder.encode_pictures(x, labels, functools.partial(draws.normal, name)).float().cpu().contiguous()
+            )
 
         latents.append(encode(x, "posterior"))
         if flips:

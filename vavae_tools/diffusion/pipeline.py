@@ -126,9 +126,7 @@ class LatentDiTPipeline(DiffusionPipeline):
                     guidance_channels,
                     timestep_shift,
                 )
-                vectors = self.vae.condition_vectors(of_batch) if self.vae.config.condition_dim else None
-                decoded = self.vae.decode(self.vae.denormalise(made).to(self.vae.dtype), condition=vectors).sample
-                pictures.append(to_pixels(decoded).cpu())
+                pictures.append(to_pixels(self.vae.decode_latents(made, of_batch)).cpu())
                 bar.update(len(of_batch))
         images: Tensor | np.ndarray | list[Image.Image] = torch.cat(pictures)  # uint8 (N, C, H, W)
         if output_type != "pt":

@@ -105,6 +105,26 @@ class TimeEmbed(nn.Module):
         return self.mlp(features.to(self.mlp[0].weight.dtype))  # (B, D)
 
 
+class FourierTimeEmbed(nn.Module):
+    """t in [0, 1] → sines and cosines of random frequencies → a two-layer network, as RAE's models (Zheng et al. 2025).
+
+    The frequencies `W` are drawn once and belong to the weights: a model with others is a ruined one.
+    """
+
+    def __init__(self, dim: int, num_features: int = 512) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(num_features // 2), requires_grad=False)
+        self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = t.float()[:, None] * self.W.float() * (2 * math.pi)  # (B, num_features / 2)
+        features = torch.cat([angle.sin(), angle.cos()], dim=1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))  # (B, D)
+
+
+TIME_EMBEDS = {"sinusoidal": TimeEmbed, "fourier": FourierTimeEmbed}
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, rms_norm: bool) -> None:
         super().__init__()
@@ -197,6 +217,9 @@ class DiT(ModelMixin, ConfigMixin):
         swiglu, rope, rms_norm: False gives DiT's own GELU perceptron, no rotary positions, LayerNorm.
         adaln_shift: modulate the blocks with scale *and shift* (the reference's `wo_shift=False`).
         learn_sigma: compute twice the channels and drop the second half, as DiT's weights want it.
+        time_embed: "sinusoidal", or "fourier" as in the models of RAE.
+        reversed_time: the network itself is given the share of noise, 1 − t, and predicts noise − data, as RAE's do;
+            `forward` turns both around, `predict` does not.
     """
 
     _supports_gradient_checkpointing = True
@@ -218,8 +241,12 @@ class DiT(ModelMixin, ConfigMixin):
         rms_norm: bool = True,
         adaln_shift: bool = True,
         learn_sigma: bool = False,
+        time_embed: str = "sinusoidal",
+        reversed_time: bool = False,
     ) -> None:
         super().__init__()
+        if time_embed not in TIME_EMBEDS:
+            raise UserError(f"time_embed={time_embed!r} is unknown; it is {' or '.join(TIME_EMBEDS)}.")
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         if height % patch_size or width % patch_size:
             raise UserError(f"input_size {height}×{width} cannot be cut into patches of {patch_size}×{patch_size}.")
@@ -230,11 +257,12 @@ class DiT(ModelMixin, ConfigMixin):
             )
         self.in_channels, self.patch_size = in_channels, patch_size
         self.latent_shape = (in_channels, height, width)
+        self.conditioning_size, self.reversed_time = hidden_size, reversed_time
         self.rows, self.columns = height // patch_size, width // patch_size
         self.gradient_checkpointing = False
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimeEmbed(hidden_size)
+        self.t_embedder = TIME_EMBEDS[time_embed](hidden_size)
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, mlp_ratio, qk_norm, swiglu, rms_norm, adaln_shift) for _ in range(depth)
         )
@@ -268,11 +296,15 @@ class DiT(ModelMixin, ConfigMixin):
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, C, h, w), t (B,) with 0 = noise and 1 = data, conditioning (B, D) → velocity (B, C, h, w)."""
-        if x.shape[1:] != self.latent_shape:
-            found, expected = ("×".join(map(str, shape)) for shape in (x.shape[1:], self.latent_shape))
-            raise UserError(f"The latents are {found} (channels×height×width), this model was made for {expected}.")
         if mask is not None:
             raise UserError("This denoiser takes no mask: leave it out.")
+        if self.reversed_time:
+            return -self.predict(x, 1 - t, conditioning)[:, : self.in_channels]
+        return self.predict(x, t, conditioning)[:, : self.in_channels]
+
+    def predict(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+        """What the network itself says, in the convention of its weights: (B, C, h, w), with learn_sigma 2·C."""
+        check_latents(x, self.latent_shape)
         rope = None if self.rope_cos is None else (self.rope_cos, self.rope_sin)
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (B, N, D), float32 in autocast
         c = (self.t_embedder(t) + conditioning)[:, None]  # (B, 1, D)
@@ -283,8 +315,14 @@ class DiT(ModelMixin, ConfigMixin):
                 x = block(x, c, rope)
         x = self.final_layer(x, c)  # (B, N, p·p·C)
         p = self.patch_size
-        x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.rows, w=self.columns, p=p, q=p)
-        return x[:, : self.in_channels]
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.rows, w=self.columns, p=p, q=p)
+
+
+def check_latents(x: Tensor, latent_shape: tuple[int, int, int]) -> None:
+    """Say it where latents (B, C, h, w) are not of the shape that a denoiser was made for."""
+    if x.shape[1:] != latent_shape:
+        found, expected = ("×".join(map(str, shape)) for shape in (x.shape[1:], latent_shape))
+        raise UserError(f"The latents are {found} (channels×height×width), this model was made for {expected}.")
 
 
 DiT_SIZES = {
