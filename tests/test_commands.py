@@ -150,6 +150,7 @@ def trained(killed_and_resumed, split_dir, tmp_path_factory) -> Path:
         patch.chdir(folder)
         shutil.copytree(killed_and_resumed[0] / "vavae", "outputs/vavae")
         arguments = ["--data_dir", str(split_dir), *TINY_DIT, "--max_steps", "7", "--flips"]
+        arguments += ["--output_dir", "outputs/dit"]
         patch.setattr(sys, "argv", ["train", *arguments])
         run_command(main_of("train"))
     return folder
@@ -158,7 +159,7 @@ def trained(killed_and_resumed, split_dir, tmp_path_factory) -> Path:
 def test_training_writes_what_sampling_needs(trained):
     outputs = trained / "outputs"
     names = sorted(path.name for path in (outputs / "dit" / "checkpoints").iterdir())
-    assert len(names) == 2 and names[0].startswith("best-") and names[1] == "last.ckpt"
+    assert len(names) == 2 and names[0].startswith("epoch=00") and names[1] == "last.ckpt"
     assert json.loads((outputs / "latents" / "latents.json").read_text())["flips"] is True
     for part in ("vae", "denoiser", "conditioner", "scheduler"):
         assert (outputs / "dit" / "pipeline" / part).is_dir()
@@ -193,7 +194,7 @@ def test_one_person_alone_goes_all_the_way(run, gait, vavae_dir, tmp_path):
     split_folders(tmp_path / "in", tmp_path / "split", progress=False)
     arguments = ["--data_dir", "split", "--original_vavae", vavae_dir, *FINE_TUNE, "--max_epochs", "1"]
     assert run("fine_tune", *arguments)[0] == 0
-    status, _, err = run("train", "--data_dir", "split", *TINY_DIT, "--max_steps", "2")
+    status, _, err = run("train", "--data_dir", "split", *TINY_DIT, "--max_steps", "2", "--output_dir", "outputs/dit")
     assert status == 0, err
     status, _, err = run("sample", "--checkpoint", "outputs/dit/pipeline", "--num_samples", "2", "--num_steps", "1")
     assert status == 0, err
@@ -332,7 +333,7 @@ BAD_FINE_TUNING = {
 }
 BAD_TRAINING = {
     "--data_dir {split} --vavae nowhere": "No VA-VAE at nowhere",
-    "--data_dir {split} --vavae {vavae} --max_steps 0": "--max_steps 0: at least one step",
+    "--data_dir {split} --vavae {vavae} --max_steps 0": "max_steps 0: at least one step",
     "--data_dir {split} --vavae {vavae} --batch_size 0": "batch_size 0: at least one",
     "--data_dir {split} --vavae {vavae} --hidden_size 30 --num_heads 4": "hidden_size",
     "--data_dir {split} --vavae {vavae} --patch_size 3": "input_size 8×8 cannot be cut into patches of 3×3",

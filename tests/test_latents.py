@@ -1,5 +1,6 @@
 """Latents: encoded once, with the training side's statistics, read memory-mapped; stale ones are never used."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -22,6 +23,8 @@ from vavae_tools.data.latents import (
     encode_latents,
     weights_digest,
 )
+from vavae_tools.data.picture_sets import picture_data
+from vavae_tools.data.shapes import shape_data
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.training.runs import encode_split, train_dit
@@ -171,13 +174,35 @@ def test_what_is_stale_is(split, tmp_path, count_encoded, change):
     assert LatentFolder.read(tmp_path / "latents") == folder
 
 
-def test_a_damaged_folder_is_encoded_again(split, tmp_path, count_encoded):
+def test_what_a_damaged_folder_lacks_is_encoded_again(split, tmp_path, count_encoded):
+    """Whole shards say that they belong to these pictures and weights, and are kept."""
     first = encode(split, tmp_path / "latents")
     index, shard = tmp_path / "latents" / INDEX, tmp_path / "latents" / "val-00000.safetensors"
-    for damage in (index.unlink, shard.unlink, lambda: index.write_text('{"key": ')):
+    whole = shard.read_bytes()
+    for damage, encoded in (
+        (index.unlink, 0),
+        (lambda: index.write_text('{"key": '), 0),
+        (shard.unlink, 6),
+        (lambda: (index.unlink(), shard.write_bytes(whole[: len(whole) // 2])), 6),
+    ):
         damage()
         del count_encoded[:]
-        assert encode(split, tmp_path / "latents") == first and sum(count_encoded) == 30
+        assert encode(split, tmp_path / "latents") == first and sum(count_encoded) == encoded
+        assert shard.read_bytes() == whole
+
+
+def full_disk_after(shards: int, monkeypatch) -> None:
+    """The disk is full once so many shards were written."""
+    save, saved = latents.save_file, []
+
+    def full(tensors, path, **options):
+        if len(saved) == shards:
+            Path(path).write_bytes(b"half")
+            raise latents.SafetensorError("I/O error: No space left on device (os error 28)")
+        saved.append(path)
+        save(tensors, path, **options)
+
+    monkeypatch.setattr(latents, "save_file", full)
 
 
 def test_an_interrupted_encoding_leaves_no_index(split, tmp_path, monkeypatch):
@@ -185,21 +210,259 @@ def test_an_interrupted_encoding_leaves_no_index(split, tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "SHARD_SIZE", 8)
     folder = encode(split, tmp_path / "latents").path
     assert len(list(folder.glob("train-*.safetensors"))) == 3
-    save, saved = latents.save_file, []
-
-    def full(tensors, path):
-        if len(saved) == 2:
-            Path(path).write_bytes(b"half")
-            raise latents.SafetensorError("I/O error: No space left on device (os error 28)")
-        saved.append(path)
-        save(tensors, path)
-
-    monkeypatch.setattr(latents, "save_file", full)
+    full_disk_after(2, monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         encode(split, folder, model(seed=1))
     assert sorted(path.name for path in folder.iterdir()) == ["train-00000.safetensors", "train-00001.safetensors"]
     with pytest.raises(UserError, match="No latents in"):
         LatentDataModule(folder)
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_an_interrupted_encoding_goes_on(split, tmp_path, monkeypatch, count_encoded, flips):
+    """Bit by bit as if nothing had happened, statistics too; what is there is not made again."""
+    monkeypatch.setattr(latents, "SHARD_SIZE", 8)
+    unbroken = encode(split, tmp_path / "unbroken", flips=flips, batch_size=3)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        full_disk_after(2, patch)
+        encode(split, tmp_path / "broken", flips=flips, batch_size=3)
+    (tmp_path / "broken" / ".train-00002.safetensors.17.partial").write_bytes(b"of a process that was killed")
+    del count_encoded[:]
+    folder = encode(split, tmp_path / "broken", flips=flips, batch_size=3)
+    assert sum(count_encoded) == (8 + 6) * (1 + flips)
+    assert (folder.key, folder.mean, folder.std) == (unbroken.key, unbroken.mean, unbroken.std)
+    files = sorted(path.name for path in (tmp_path / "unbroken").iterdir())
+    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == files and len(files) == 5
+    assert all(
+        (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes() for name in files
+    )
+
+
+def test_shards_of_another_key_are_not_taken_for_ones_own(split, tmp_path, monkeypatch, count_encoded):
+    monkeypatch.setattr(latents, "SHARD_SIZE", 8)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        full_disk_after(2, patch)
+        encode(split, tmp_path / "latents", seed=1)
+    del count_encoded[:]
+    encode(split, tmp_path / "latents", seed=2)
+    assert sum(count_encoded) == 30
+
+
+def test_caches_of_earlier_versions_keep_their_key(split, tmp_path):
+    vae, data = model(), PictureDataModule(split, SIZE)
+    digest = hashlib.sha256(f"form 2, flips False, seed 3, {weights_digest(vae)}".encode())
+    for side in ("train", "val"):
+        pictures = sorted((split / side).glob("*/*.jpg"))  # ID_1, ID_2, ID_3, walk_001 …
+        labels = [int(path.parent.name[3:]) - 1 for path in pictures]
+        digest.update(f"{side} ({SIZE}, {SIZE}) 3 {labels}".encode())
+        for path in pictures:
+            digest.update(f"{path.parent.name}/{path.name}".encode() + hashlib.sha256(path.read_bytes()).digest())
+    assert encode_latents(vae, data, tmp_path / "latents", seed=3, progress=False).key == digest.hexdigest()
+
+
+# ---- space
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_lost(split, tmp_path, monkeypatch):
+    """30 pictures of 2×8×8 numbers of 4 bytes, and a label of 8 bytes each."""
+    old = encode(split, tmp_path / "latents")
+    kept = {path.name: path.read_bytes() for path in old.path.iterdir()}
+    stale = sum(len(kept[name]) for name in kept if name != INDEX)
+    needed, nothing_else = 30 * (2 * 8 * 8 * 4 + 8), dict.fromkeys(("total", "used"), 0)
+
+    def disk(free):
+        usage = type("Usage", (), {**nothing_else, "free": free})
+        monkeypatch.setattr(latents.shutil, "disk_usage", lambda path: usage)
+
+    disk(needed - stale - 1)
+    with pytest.raises(
+        UserError, match=r"No space for the latents of 30 pictures: 0\.000 GB needed, 0\.000 GB free in"
+    ):
+        encode(split, tmp_path / "latents", model(1))
+    assert {path.name: path.read_bytes() for path in old.path.iterdir()} == kept
+    disk(needed - stale)
+    assert encode(split, tmp_path / "latents", model(1)).key != old.key
+    disk(0)
+    with pytest.raises(UserError, match="No space"):
+        encode(split, tmp_path / "another" / "folder")
+    assert not (tmp_path / "another").exists()
+    disk(30 * (2 * 8 * 8 * 2 + 8))
+    assert encode(split, tmp_path / "half", tiny_vavae(condition_dim=0), dtype="float16").dtype == "float16"
+
+
+def test_shards_are_bounded_in_bytes(split, tmp_path, monkeypatch):
+    row = 2 * 8 * 8 * 4 + 8
+    monkeypatch.setattr(latents, "SHARD_BYTES", 10 * row + row // 2)
+    assert [len(load_file(path)["labels"]) for path in shards(encode(split, tmp_path / "plain"))] == [10, 10, 4]
+    assert [len(load_file(path)["labels"]) for path in shards(encode(split, tmp_path / "both", flips=True))][:2] == [
+        5
+    ] * 2
+    monkeypatch.setattr(latents, "SHARD_BYTES", 1)
+    assert len(shards(encode(split, tmp_path / "single"))) == 24
+
+
+def shards(folder: LatentFolder) -> list[Path]:
+    return [folder.path / name for name in folder.shards["train"]]
+
+
+# ---- any data, any autoencoder
+
+
+class Averages(torch.nn.Module):
+    """An autoencoder whose latents are means of 8×8 pixels, times `scale`."""
+
+    downsampling, has_own_statistics = 8, False
+
+    def __init__(self, scale: float = 1.0, **attributes) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale))  # without a dimension
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def encode_pictures(self, pictures, labels, normal):
+        return self.scale * torch.nn.functional.avg_pool2d(pictures, 8)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_pictures_of_any_source_by_any_autoencoder(tmp_path, monkeypatch, num_workers):
+    monkeypatch.setattr(latents, "SHARD_SIZE", 7)
+    data = shape_data(20, num_classes=3, image_size=16, seed=4, val_share=0.2, num_workers=num_workers)
+    folder = encode_latents(Averages(), data, tmp_path / "latents", batch_size=3, progress=False)
+    assert folder.shape == (3, 2, 2) and folder.num_classes == 3
+    assert folder.people == {"red_circle": 0, "blue_circle": 1, "red_square": 2}
+    for side, pictures in (("train", data.train_data), ("val", data.val_data)):
+        read = LatentDataset(folder, side)
+        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0)).tolist()
+        batch = read.__getitems__(order)
+        means = to_unit(pictures.__getitems__(order)["pictures"]).unflatten(2, (2, 8)).unflatten(4, (2, 8)).mean((3, 5))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (folder.mean, folder.std))
+        torch.testing.assert_close(batch["latents"] * std + mean, means, rtol=0, atol=1e-5)
+        assert torch.equal(batch["labels"], pictures.labels[order])
+    others = shape_data(20, num_classes=3, image_size=16, seed=5, val_share=0.2)
+    assert encode_latents(Averages(), others, tmp_path / "latents", progress=False).key != folder.key
+
+
+@pytest.mark.parametrize("change", ["crop", "a picture", "the side"])
+def test_picture_sets_are_known_by_crop_and_contents(gait, tmp_path, change):
+    folder = shutil.copytree(gait, tmp_path / "pictures")
+    options = {"image_size": SIZE, "crop": "adm", "seed": 0}
+
+    def key():
+        data = picture_data(folder, progress=False, **options)
+        return encode_latents(Averages(), data, tmp_path / "latents", progress=False).key
+
+    first = key()
+    assert key() == first
+    if change == "crop":
+        options["crop"] = "none"
+    elif change == "the side":
+        options["seed"] = 1
+    else:
+        path = folder / "ID_2" / "walk_003.jpg"
+        Image.new("RGB", (SIZE, SIZE), "red").save(path)
+    assert key() != first
+
+
+@pytest.mark.parametrize("size", [16, (16, 16)])
+def test_an_autoencoder_of_one_picture_size(tmp_path, size):
+    data = shape_data(8, image_size=24)
+    with pytest.raises(UserError, match="Pictures of 24×24 do not fit this Averages: it takes 16×16"):
+        encode_latents(Averages(picture_size=size), data, tmp_path / "latents", progress=False)
+    with pytest.raises(UserError, match="Pictures of 12×12 do not fit this Averages: both must be divisible by 8"):
+        encode_latents(Averages(), shape_data(8, image_size=12), tmp_path / "latents", progress=False)
+    fitting = shape_data(8, image_size=16)
+    assert encode_latents(Averages(picture_size=size), fitting, tmp_path / "latents", progress=False).shape == (3, 2, 2)
+
+
+def test_how_an_autoencoder_reads_pictures_is_part_of_the_key(tmp_path):
+    """Its configuration; not the statistics that are kept with it afterwards, nor where it was read from."""
+    data = shape_data(8, image_size=16)
+
+    def key(**config):
+        vae = Averages(picture_size=16, config={"image_mean": [0.5], "latents_mean": None, **config})
+        return encode_latents(vae, data, tmp_path / "latents", progress=False).key
+
+    assert key() == key(latents_mean=[1.0, 2.0, 3.0], _name_or_path="elsewhere") != key(image_mean=[0.4])
+
+
+def test_latents_that_are_normalised_already_stay_as_they_are(tmp_path):
+    data = shape_data(8, image_size=16)
+    folder = encode_latents(Averages(has_own_statistics=True), data, tmp_path / "latents", progress=False)
+    assert (folder.mean, folder.std) == ([0.0] * 3, [1.0] * 3)
+    batch = LatentDataset(folder, "train").__getitems__([5])["latents"]
+    assert torch.equal(batch, load_file(folder.path / "train-00000.safetensors")["latents"][5:6])
+
+
+# ---- statistics from outside
+
+
+def test_published_statistics_take_the_place_of_computed_ones(split, tmp_path):
+    mean, std = torch.tensor([1.0, -2.0]).view(1, 2, 1, 1), torch.tensor([0.5, 4.0]).view(1, 2, 1, 1)
+    computed = encode(split, tmp_path / "latents")
+    folder = encode(split, tmp_path / "given", statistics=(mean, std))
+    assert (folder.mean, folder.std) == ([1.0, -2.0], [0.5, 4.0]) and folder.key != computed.key
+    z = load_file(folder.path / "train-00000.safetensors")["latents"]
+    assert same(z, load_file(computed.path / "train-00000.safetensors")["latents"])
+    torch.testing.assert_close(LatentDataset(folder, "train").__getitems__([3])["latents"], (z[3:4] - mean) / std)
+    assert encode(split, tmp_path / "given", statistics=([1.0, -2.0], [0.5, 4.0])) == folder
+    assert encode(split, tmp_path / "given", statistics=([1.0, -2.0], [0.5, 4.5])).key != folder.key
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        (([0.0] * 3, [1.0] * 3), "The statistics have 3 and 3 numbers, latents of this autoencoder 2 channels"),
+        (([0.0] * 2, [1.0]), "have 2 and 1 numbers"),
+        (([0.0] * 2, [1.0, 0.0]), "a deviation of 0"),
+        (([0.0, float("nan")], [1.0, 1.0]), "not finite"),
+    ],
+)
+def test_statistics_that_cannot_be_are_refused(split, tmp_path, statistics, message):
+    with pytest.raises(UserError, match=message):
+        encode(split, tmp_path / "latents", statistics=statistics)
+    assert not (tmp_path / "latents").exists()
+
+
+# ---- half as large
+
+
+def test_float16_is_read_as_float32(split, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "SHARD_SIZE", 10)
+    whole, half = encode(split, tmp_path / "whole"), encode(split, tmp_path / "half", dtype="float16", flips=True)
+    assert (whole.dtype, half.dtype) == ("float32", "float16") and whole.key != half.key
+    z = torch.cat([load_file(path)["latents"] for path in shards(whole)])
+    stored = torch.cat([load_file(path)["latents"] for path in shards(half)])
+    assert same(stored, z.half())
+    torch.testing.assert_close(torch.tensor(half.mean), stored.double().mean((0, 2, 3)).float())
+    torch.testing.assert_close(torch.tensor(half.std), stored.double().std((0, 2, 3)).float())
+    wanted = [23, 0, 9, 10, 19, 20]
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (half.mean, half.std))
+    batch = LatentDataset(half, "train").__getitems__(wanted)
+    assert (
+        same(batch["latents"], (stored[wanted].float() - mean) / std) and batch["latents_flip"].dtype == torch.float32
+    )
+
+
+def test_numbers_that_cannot_be_stored_are_told(tmp_path):
+    data = shape_data(8, image_size=16)
+    with pytest.raises(UserError, match=r"Latents up to [0-9,]+ are more than float16 holds \(65,504\): use float32"):
+        encode_latents(Averages(1e6), data, tmp_path / "latents", dtype="float16", progress=False)
+    with pytest.raises(UserError, match="Latents of this Averages are not finite"):
+        encode_latents(Averages(float("inf")), data, tmp_path / "latents", progress=False)
+    encode_latents(Averages(1e6), data, tmp_path / "latents", progress=False)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("dtype", "int8"), ("precision", "64")])
+def test_settings_that_cannot_be_are_named(tmp_path, setting, value):
+    with pytest.raises(UserError, match=f"{setting} '{value}' of latents: expected one of"):
+        encode_latents(Averages(), shape_data(8, image_size=16), tmp_path / "latents", **{setting: value})
+
+
+def test_half_precision_is_another_key_and_nearly_the_same(split, tmp_path):
+    whole, half = encode(split, tmp_path / "whole"), encode(split, tmp_path / "half", precision="bf16")
+    assert whole.key != half.key
+    a, b = (load_file(shards(folder)[0])["latents"] for folder in (whole, half))
+    assert b.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.2 * a.std()
 
 
 # ---- reading

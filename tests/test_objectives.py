@@ -5,7 +5,7 @@ import torch
 from golden_cases import assert_close, load_case, load_weights
 
 from vavae_tools.convert import load_reference
-from vavae_tools.diffusion.objectives import FlowMatching, score_from_velocity
+from vavae_tools.diffusion.objectives import FlowMatching, score_from_velocity, shift_noise, time_shift_of
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 
@@ -63,6 +63,110 @@ def test_uniform_times_are_the_draws():
     assert objective.time_draws == "uniform" and torch.equal(objective.sample_time(draws), draws)
     with pytest.raises(UserError, match="'lognorm' or 'uniform'"):
         FlowMatching(time="normal")
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+def test_targets_are_the_derivative_of_the_path(path):
+    objective = FlowMatching(path=path)
+    data, noise = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()
+    t, step = torch.tensor([0.2, 0.9], dtype=torch.float64), 1e-6
+    rate = (objective.add_noise(data, noise, t + step) - objective.add_noise(data, noise, t - step)) / (2 * step)
+    torch.testing.assert_close(objective.target(data, noise, t), rate, rtol=1e-6, atol=1e-6)
+    ends = [objective.add_noise(data, noise, torch.full((2,), end, dtype=torch.float64)) for end in (0.0, 1.0)]
+    torch.testing.assert_close(torch.stack(ends), torch.stack([noise, data]))
+    score = score_from_velocity(rate, objective.add_noise(data, noise, t), t, path)
+    sigma = 1 - t if path == "linear" else torch.cos(t * torch.pi / 2)
+    torch.testing.assert_close(score, -noise / sigma.view(-1, 1, 1, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_variance_preserving_path_keeps_variance():
+    data, noise = torch.randn(1, 1, 200, 200), torch.randn(1, 1, 200, 200)
+    for t in (0.1, 0.5, 0.8):
+        mixed = FlowMatching(path="gvp").add_noise(data, noise, torch.tensor([t]))
+        assert mixed.var().item() == pytest.approx(1, abs=0.03)
+
+
+def test_paths_and_settings_that_do_not_exist_are_named():
+    data, t = torch.randn(2, 3, 4, 4), torch.rand(2)
+    with pytest.raises(UserError, match="path='vp' is unknown; it is 'linear' or 'gvp'"):
+        FlowMatching(path="vp")
+    with pytest.raises(UserError, match="give target its t"):
+        FlowMatching(path="gvp").target(data, data)
+    with pytest.raises(UserError, match="path='GVP'"):
+        score_from_velocity(data, data, t, path="GVP")
+    with pytest.raises(UserError, match="time_shift=0"):
+        FlowMatching(time_shift=0)
+    for wrong in (0, 1.5):
+        with pytest.raises(UserError, match="largest_noise"):
+            FlowMatching(largest_noise=wrong)
+
+
+def test_the_shift_depends_on_the_size_of_latents():
+    assert time_shift_of((768, 16, 16)) == pytest.approx(6.928203230275509)
+    assert time_shift_of((768, 32, 32)) == pytest.approx(13.856406460551018)
+    assert time_shift_of((4, 32, 32)) == 1
+    r = torch.linspace(0, 1, 9)
+    assert torch.equal(shift_noise(r, 1.0), r)
+    torch.testing.assert_close(shift_noise(shift_noise(r, 3.0), 1 / 3.0), r)  # the inverse is that of 1/s
+    # the same of every signal is hidden: σ/α grows s-fold
+    ratio = shift_noise(r[1:-1], 5.0) / (1 - shift_noise(r[1:-1], 5.0))
+    torch.testing.assert_close(ratio, 5 * r[1:-1] / (1 - r[1:-1]))
+
+
+@pytest.mark.parametrize("time", ["lognorm", "uniform"])
+def test_shifted_times_are_plain_times_moved_to_the_noise(time):
+    plain, shifted = FlowMatching(time=time), FlowMatching(time=time, time_shift=4.0)
+    assert plain.time_draws == shifted.time_draws
+    draws = getattr(Draws(0, 0, torch.arange(100)), plain.time_draws)("time")
+    t, moved = plain.sample_time(draws), shifted.sample_time(draws)
+    torch.testing.assert_close(moved, t / (4 - 3 * t))
+    assert (moved < t).all()
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.7])
+def test_truncated_times_are_the_plain_ones_that_are_kept(mean):
+    # many draws of the plain distribution with the noisiest thrown away have the same quantiles
+    limit, count = 0.8, 100_000
+    uniform = Draws(0, 0, torch.arange(count)).uniform("time")
+    truncated = FlowMatching(time_mean=mean, time_std=1.5, largest_noise=limit)
+    assert truncated.time_draws == "uniform"
+    t = truncated.sample_time(uniform)
+    assert (1 - t).max() <= limit + 1e-6
+    plain = FlowMatching(time_mean=mean, time_std=1.5).sample_time(Draws(1, 0, torch.arange(count)).normal("time"))
+    kept = plain[1 - plain <= limit]
+    for p in (0.1, 0.5, 0.9):
+        assert t.quantile(p).item() == pytest.approx(kept.quantile(p).item(), abs=0.01)
+    flat = FlowMatching(time="uniform", largest_noise=limit).sample_time(uniform)
+    torch.testing.assert_close(1 - flat, limit * uniform)
+
+
+def test_an_objective_is_made_again_from_its_config():
+    assert FlowMatching(**FlowMatching().config).config == FlowMatching().config
+    other = {
+        "cosine_weight": 0.0,
+        "time": "uniform",
+        "time_mean": 0.5,
+        "time_std": 0.8,
+        "cosine_eps": 1e-2,
+        "time_shift": 6.9,
+        "largest_noise": 0.999,
+        "path": "gvp",
+    }
+    assert FlowMatching(**other).config == other
+
+
+def test_without_its_weight_the_direction_is_not_computed():
+    data, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.rand(3)
+    wrong = torch.randn(3, 2, 4, 4)
+    for path in ("linear", "gvp"):
+        objective = FlowMatching(cosine_weight=0, path=path)
+        loss, parts = objective.loss(wrong, data, noise, t)
+        assert set(parts) == {"mse"} and torch.equal(loss, parts["mse"])
+        errors = objective.squared_error(wrong, data, noise, t)
+        assert errors.shape == (3,)
+        torch.testing.assert_close(errors.mean(), loss)
+        one = objective.loss(wrong[1:2], data[1:2], noise[1:2], t[1:2])[0]
+        torch.testing.assert_close(errors[1], one)
 
 
 def test_ends_of_the_path():

@@ -171,7 +171,7 @@ def test_what_cannot_be_loaded_is_said(run_folder, tmp_path):
     with pytest.raises(UserError, match="No checkpoint"):
         load_pipeline(folder / "checkpoints" / "best.ckpt")
     with pytest.raises(UserError, match="No VA-VAE at"):
-        load_pipeline(folder / "checkpoints" / "last.ckpt", vavae_dir=folder / "nowhere")
+        load_pipeline(folder / "checkpoints" / "last.ckpt", autoencoder_dir=folder / "nowhere")
     torch.save({"state_dict": {}, "hyper_parameters": {"vavae_config": {}}}, folder / "vae.ckpt")
     with pytest.raises(UserError, match=r"vae\.ckpt is no checkpoint of DiT training \(it holds state_dict, hyper_par"):
         load_pipeline(folder / "vae.ckpt")

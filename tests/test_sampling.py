@@ -9,7 +9,9 @@ from diffusers import (
 from golden_cases import assert_close, load_case, load_weights
 
 from vavae_tools.convert import load_reference
-from vavae_tools.diffusion.sampling import guided_velocity, make_solver, sample
+from vavae_tools.diffusion.objectives import FlowMatching
+from vavae_tools.diffusion.sampling import guided_velocity, make_solver, sample, sample_midpoint, time_grid
+from vavae_tools.diffusion.stochastic import DIFFUSIONS, sample_stochastic
 from vavae_tools.errors import UserError
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -170,6 +172,128 @@ def test_guidance_of_one_is_the_conditional_sample():
     assert not alone.requires_grad and alone.dtype == torch.float32
 
 
+def test_the_grid_is_the_solvers():
+    for steps, shift, last in ((1, 1.0, 0.0), (7, 0.3, 0.0), (5, 1 / 6.93, 0.001), (4, 0.0, 0.2)):
+        solver, times = make_solver(SOLVERS["euler"], steps, shift, last)
+        grid = time_grid(steps, shift, last)
+        torch.testing.assert_close(grid, 1 - solver.sigmas, rtol=0, atol=1e-6)
+        torch.testing.assert_close(grid[:-1], torch.tensor(times), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_the_last_noise_is_left_in(steps):
+    noise, velocity = torch.randn(2, 3, 4, 4), torch.randn(2, 3)
+    out = sample(constant, SOLVERS["euler"], noise, velocity, None, steps, timestep_shift=0.25, last_noise=0.1)
+    left = 4 * 0.1 / (1 + 3 * 0.1)  # shifted
+    torch.testing.assert_close(out, noise + (1 - left) * velocity[:, :, None, None], rtol=1e-5, atol=1e-5)
+
+
+def test_the_midpoint_method_converges_at_second_order():
+    noise, errors, calls = torch.linspace(-2, 2, 16).view(1, 1, 4, 4), [], []
+
+    def decay(x, t):
+        calls.append(t)
+        return -x
+
+    for steps in (8, 16):
+        out = sample_midpoint(decay, noise, time_grid(steps))
+        errors.append((out - noise * torch.tensor(-1.0).exp()).abs().max().item())
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.15)
+    assert calls[:3] == pytest.approx([0, 1 / 16, 1 / 8]) and len(calls) == 2 * (8 + 16)
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("diffusion", DIFFUSIONS)
+def test_stochastic_samples_have_the_data_distribution(diffusion, method):
+    generator = torch.Generator().manual_seed(0)
+    noise, seen = torch.randn(1, 1, 100, 100, generator=generator), []
+    out = sample_stochastic(
+        lambda x, t: gaussian(x, torch.tensor([t]), None),
+        noise,
+        time_grid(100, last_noise=0.02),
+        (torch.randn(noise.shape, generator=generator) for _ in range(100)),
+        diffusion=diffusion,
+        diffusion_norm=0.7,
+        method=method,
+        last_step="euler",  # "mean" takes the score's share without the noise that belongs to it
+        callback=lambda i, t, x: seen.append((i, t)),
+    )
+    assert out.mean().item() == pytest.approx(MEAN, abs=0.03)
+    assert out.std().item() == pytest.approx(STD, rel=0.06)
+    assert abs(torch.corrcoef(torch.stack([out.flatten(), noise.flatten()]))[0, 1]) < 0.9  # the start is forgotten
+    assert [i for i, _ in seen] == list(range(101)) and seen[-1][1] == pytest.approx(0.98)
+
+
+def test_without_diffusion_the_way_is_eulers():
+    noise, grid = torch.randn(1, 1, 4, 4), time_grid(5, 0.3, 0.1)
+    increments = torch.randn(5, 1, 1, 4, 4)
+
+    def velocity(x, t):
+        return gaussian(x, torch.tensor([t]), None)
+
+    for last, expected_end in (("none", 0.0), ("euler", 1 - grid[-1].item())):
+        out = sample_stochastic(velocity, noise, grid, increments, diffusion_norm=0.0, last_step=last)
+        x = noise
+        for t, later in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+            x = x + (later - t) * velocity(x, t)
+        torch.testing.assert_close(out, x + expected_end * velocity(x, grid[-1].item()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+def test_tweedies_last_step_is_the_expected_data(path):
+    data, noise = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
+    objective, t = FlowMatching(path=path), torch.tensor([0.7])
+    velocity = objective.target(data, noise, t)  # of the only data there are: they are the expected ones
+    x = objective.add_noise(data, noise, t)
+    out = sample_stochastic(lambda x, t: velocity, x, t, [], last_step="tweedie", path=path)
+    torch.testing.assert_close(out, data, rtol=1e-4, atol=1e-4)
+
+
+def test_autoguidance_leads_away_from_the_weaker_model():
+    x, condition, of_guide = torch.randn(2, 4, 3, 3), torch.randn(2, 4), torch.randn(2, 4)
+    strong, weak = constant(x, None, condition), constant(x, None, of_guide)
+    by = {"guide": constant, "guide_conditioning": of_guide}
+    guided = guided_velocity(constant, x, 0.5, condition, None, 1.42, **by)
+    torch.testing.assert_close(guided, weak + 1.42 * (strong - weak))
+    assert torch.equal(guided_velocity(constant, x, 0.5, condition, None, 1.0, **by), strong)
+    assert torch.equal(guided_velocity(constant, x, 0.5, condition, None, 2.0, (0.6, 1.0), **by), strong)
+    assert torch.equal(guided_velocity(constant, x, 0.5, condition, None, 2.0, (0.0, 0.4), **by), strong)
+    first3 = guided_velocity(constant, x, 0.5, condition, None, 2.0, guidance_channels="first3", **by)
+    torch.testing.assert_close(first3[:, :3], (weak + 2 * (strong - weak))[:, :3])
+    assert torch.equal(first3[:, 3:], strong[:, 3:])
+    half = guided_velocity(constant, x, 0.5, condition, None, 2.0, guide=lambda x, t, c: 0.5 * constant(x, t, c))
+    torch.testing.assert_close(half, 1.5 * strong)  # by default the guide has the same conditions
+    with pytest.raises(UserError, match="not both"):
+        guided_velocity(constant, x, 0.5, condition, condition, 2.0, **by)
+
+
+def test_the_guide_is_asked_inside_the_interval_only():
+    asked = []
+
+    def guide(x, t, conditioning):
+        asked.append(t[0].item())
+        return torch.zeros_like(x)
+
+    noise, condition = torch.randn(1, 2, 3, 3), torch.randn(1, 2)
+    settings = {"num_inference_steps": 4, "guidance_scale": 2.0, "guidance_interval": (0.25, 0.5)}
+    out = sample(constant, SOLVERS["euler"], noise, condition, guide=guide, **settings)
+    assert asked == pytest.approx([0.25, 0.5])
+    torch.testing.assert_close(out, noise + 1.5 * condition[:, :, None, None])
+
+
+def test_wrong_requests_of_the_stochastic_sampler_are_named():
+    noise, grid = torch.randn(1, 1, 4, 4), time_grid(3, last_noise=0.1)
+    for settings, said in (
+        ({"diffusion": "SBDM"}, "diffusion='SBDM' is unknown; it is sigma, linear"),
+        ({"method": "midpoint"}, "method='midpoint'"),
+        ({"last_step": "Mean"}, "last_step='Mean' is unknown; it is mean"),
+    ):
+        with pytest.raises(UserError, match=said):
+            sample_stochastic(lambda x, t: x, noise, grid, [noise] * 3, **settings)
+    with pytest.raises(UserError, match="2 increments for 3 updates"):
+        sample_stochastic(lambda x, t: x, noise, grid, [noise] * 2)
+
+
 def test_wrong_requests_are_named():
     noise, condition = torch.randn(1, 2, 3, 3), torch.randn(1, 2)
     with pytest.raises(UserError, match="null"):
@@ -182,3 +306,7 @@ def test_wrong_requests_are_named():
         sample(constant, SOLVERS["euler"], noise, condition, num_inference_steps=0)
     with pytest.raises(UserError, match="timestep_shift=-1"):
         sample(constant, SOLVERS["euler"], noise, condition, timestep_shift=-1)
+    with pytest.raises(UserError, match=r"last_noise=0\.001 is for FlowMatchEuler"):
+        sample(constant, SOLVERS["heun"], noise, condition, last_noise=0.001)
+    with pytest.raises(UserError, match="last_noise=1: it is a share"):
+        sample(constant, SOLVERS["euler"], noise, condition, last_noise=1)

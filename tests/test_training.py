@@ -27,8 +27,9 @@ from vavae_tools.training.diffusion_module import DiffusionModule
 from vavae_tools.training.ema import EMA
 from vavae_tools.training.previews import Previews
 from vavae_tools.training.saving import Saving
+from vavae_tools.training.schedule import warmed_up
 from vavae_tools.training.trainer import build_trainer
-from vavae_tools.training.vavae_module import VAVAEModule, cosine_with_warmup
+from vavae_tools.training.vavae_module import VAVAEModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on folders that are not empty
 
@@ -383,7 +384,7 @@ def test_the_average_in_a_checkpoint_is_that_of_its_step(tmp_path, data):
 def test_the_learning_rate_rises_and_falls():
     def rates(warmup, total, steps):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-        schedule = cosine_with_warmup(optimizer, warmup, total)["lr_scheduler"]["scheduler"]
+        schedule = warmed_up(optimizer, warmup, total)["lr_scheduler"]["scheduler"]
         made = []
         for _ in range(steps):
             made.append(optimizer.param_groups[0]["lr"])

@@ -1,40 +1,55 @@
-"""Make pictures of chosen people, in a folder for each."""
+"""Make any number of pictures of chosen people, in a folder for each or as one .npz; interrupted, it goes on."""
 
 import argparse
+import math
+import os
+import shlex
+import sys
+from pathlib import Path
 
 from vavae_tools.errors import UserError, run_command
 
+CFG_SCALE = 1.25
+GUIDE_SCALE = 1.42
+"""RAE's for 256 pixels"""
+_UNLESS_GIVEN = {  # of options whose help says itself what then happens
+    **dict.fromkeys(("labels", "class_list", "solver", "timestep_shift", "cfg_scale", "guide", "guide_scale")),
+    "batch_size": None,
+    "overwrite": False,
+}
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m vavae_tools.sample",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--checkpoint", required=True, default=argparse.SUPPRESS, help="pipeline folder, or a .ckpt of DiT training")
-    add("--num_samples", type=int, default=100, help="pictures in all, spread evenly over the labels")
-    add("--labels", help='who: labels or names with commas, "0,1,2" or "ID_1,ID_2"; without it everybody')
-    add("--cfg_scale", type=float, default=1.25, help="guidance scale: 1 is none, larger is more typical, less varied")
-    add("--cfg_interval", default="0,1", help="times between which guidance acts; 0 is noise, 1 is data")
-    add("--num_steps", type=int, default=50, help="calls of the denoiser for each picture")
-    add("--class_list", help="file with a folder name per line, in the labels' order; without it the trained names")
-    add("--output_dir", default="outputs/samples", help="gets a folder for each person")
-    add("--batch_size", type=int, default=64, help="pictures made at once")
-    add("--seed", type=int, default=0, help="the same seed gives the same pictures, whatever the batch size")
-    add("--weights", choices=["ema", "live"], default="ema", help="of a .ckpt: the averaged or the live weights")
-    options = parser.parse_args()
-    if options.num_samples < 1:
-        raise UserError(f"--num_samples {options.num_samples}: at least one picture is needed")
+    options = _parser().parse_args(namespace=argparse.Namespace(**_UNLESS_GIVEN))
+    _check(options)
     interval = _interval(options.cfg_interval)
     names = _names(options.class_list)
 
-    from vavae_tools.diffusion.pipeline import load_pipeline, write_samples
-    from vavae_tools.machine import find_device
+    from vavae_tools.diffusion.ranks import Ranks, run_ranks
+    from vavae_tools.training.devices import trainer_settings
+
+    if "RANK" in os.environ:  # one of several processes already
+        count, on_gpu = 1, trainer_settings(options.accelerator, 1)["accelerator"] == "gpu"
+    else:
+        found = trainer_settings(options.accelerator, options.devices)
+        count, on_gpu = found["devices"], found["accelerator"] == "gpu"
+    if count < 1:
+        raise UserError(f"--devices {options.devices}: at least one, or auto")
+    if count > 1:
+        run_ranks(count, [sys.executable, "-m", "vavae_tools.sample", *sys.argv[1:]])
+        return
+    ranks = Ranks.from_environment()
+    if ranks.rank:
+        ranks.share("plan")  # once the first has found nothing wrong
+
+    from vavae_tools.diffusion.pipeline import load_guide, load_pipeline, swap_solver
+    from vavae_tools.diffusion.sample_sets import write_samples
 
     pipe = load_pipeline(options.checkpoint, ema=options.weights == "ema")
-    pipe.to(find_device())
+    pipe.to(_device(on_gpu, ranks.local_rank))
+    if options.solver:
+        swap_solver(pipe, options.solver)
+    guide = load_guide(options.guide, pipe, ema=options.weights == "ema") if options.guide else None
     who = [item.strip() for item in options.labels.split(",")] if options.labels else sorted(pipe.people.values())
     who = pipe.labels_of(who)
     written = write_samples(
@@ -43,14 +58,78 @@ def main() -> None:
         options.output_dir,
         options.seed,
         names,
+        options.format,
+        options.batch_size,
+        options.overwrite,
+        ranks,
         num_inference_steps=options.num_steps,
-        guidance_scale=options.cfg_scale,
+        guidance_scale=_scale(options),
         guidance_interval=interval,
-        batch_size=options.batch_size,
+        guidance_channels=options.guidance_channels,
+        timestep_shift=options.timestep_shift,
+        guide=guide,
     )
-    folders = sorted({path.parent.name for path in written})
-    print(f"written: {len(written):,} pictures of {len(folders)} people ({options.output_dir}/{folders[0]} …)")
-    print(f"next: python -m vavae_tools.evaluate --generated_dir {options.output_dir} --data_dir data_split")
+    if ranks.rank == 0:
+        _summary(options, written)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vavae_tools.sample",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    none = {"default": argparse.SUPPRESS}  # of which the help says nothing
+    add = parser.add_argument
+    add("--checkpoint", required=True, **none, help="pipeline folder, or a .ckpt of DiT training")
+    add("--weights", choices=["ema", "live"], default="ema", help="of a .ckpt: the averaged or the live weights")
+    add("--num_samples", type=int, default=100, help="pictures in all, spread evenly over the labels")
+    add("--labels", **none, help='who: labels or names with commas, "0,1,2" or "ID_1,ID_2"; without it everybody')
+    add("--class_list", **none, help="file with a folder name per line, one for each label that the model knows, in "
+        "their order; without it the trained names")  # fmt: skip
+    add("--num_steps", type=int, default=50, help="steps of the solver; Euler's calls the denoiser once in each")
+    add("--solver", choices=["euler", "heun", "dpm++", "unipc"], **none, help="without it the pipeline's own, Euler's")
+    add("--timestep_shift", type=float, **none, help="LightningDiT's: below 1, steps are finer near the noise, 0 is no "
+        "shift; without it training's own; RAE's shift s is 1/s here")  # fmt: skip
+    add("--cfg_scale", type=float, **none, help="guidance scale: 1 is none, larger is more typical, less varied; not "
+        f"with --guide (default: {CFG_SCALE})")  # fmt: skip
+    add("--guide", **none, help="pipeline folder or .ckpt of a weaker model, which guides in place of --cfg_scale's "
+        "null condition: autoguidance")  # fmt: skip
+    add("--guide_scale", type=float, **none, help=f"its scale; 1 is none (default: {GUIDE_SCALE})")
+    add("--cfg_interval", default="0,1", help="times between which either guidance acts; 0 is noise, 1 is data")
+    add("--guidance_channels", choices=["all", "first3"], default="all", help="first3 is LightningDiT's way")
+    add("--output_dir", default="outputs/samples", help="gets a folder for each person, and samples.json")
+    add(
+        "--format", choices=["png", "npz"], default="png", help="picture files, or one .npz as ADM's evaluator reads it"
+    )
+    add("--overwrite", action="store_true", **none, help="replace pictures of other settings in --output_dir; those of "
+        "the same settings are kept in any case, and only what is missing is made")  # fmt: skip
+    add("--batch_size", type=int, **none, help="pictures made at once on each device; without it as many as fit the "
+        "memory; halved where they do not fit")  # fmt: skip
+    add("--seed", type=int, default=0, help="the same seed gives the same pictures, whatever the devices")
+    add("--accelerator", choices=["auto", "gpu", "cpu"], default="auto", help="what to run on")
+    add("--devices", default="auto", help="how many, each with a process of its own; auto: all GPUs. torchrun, too")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.num_samples < 1:
+        raise UserError(f"--num_samples {options.num_samples}: at least one picture is needed")
+    if options.guide and options.cfg_scale is not None:
+        raise UserError(
+            f"--cfg_scale {options.cfg_scale:g} with --guide: a guide takes the null condition's place, so give its "
+            "--guide_scale alone"
+        )
+    if options.guide_scale is not None and not options.guide:
+        raise UserError(f"--guide_scale {options.guide_scale:g} without --guide: name the weaker model's checkpoint")
+    if not math.isfinite(_scale(options)):
+        raise UserError(f"The guidance scale {_scale(options)} is no number to guide by: 1 is none, 1.25 a little")
+
+
+def _scale(options: argparse.Namespace) -> float:
+    given, usual = (options.guide_scale, GUIDE_SCALE) if options.guide else (options.cfg_scale, CFG_SCALE)
+    return usual if given is None else given
 
 
 def _interval(text: str) -> tuple[float, float]:
@@ -67,13 +146,41 @@ def _names(path: str | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123
-            names = [line.strip() for line in file if line.strip()]
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"--class_list {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--class_list {path} is no text in UTF-8: expected a folder name in each line") from None
     if len(set(names)) < len(names):
         raise UserError(f"--class_list {path} names somebody twice: every line is a folder of its own")
+    for name in names:
+        if name.startswith(".") or set(name) & set('/\\:*?"<>|\0'):
+            raise UserError(f"--class_list {path}: {name!r} cannot be the name of a folder; write it without / and .")
     return names
+
+
+def _device(on_gpu: bool, number: int) -> str:
+    if not on_gpu:
+        return "cpu"
+    import torch
+
+    if number >= torch.cuda.device_count():
+        raise UserError(
+            f"There is no GPU for process {number + 1} on this machine, which has {torch.cuda.device_count()}: start "
+            "as many processes as there are GPUs"
+        )
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
+
+
+def _summary(options: argparse.Namespace, written: list[Path]) -> None:
+    if options.format == "npz":
+        print(f"written: {options.num_samples:,} pictures ({written[0]})")
+        print(f"next: python evaluator.py REFERENCE.npz {shlex.quote(str(written[0]))} (of ADM's evaluations)")
+        return
+    folders = sorted({path.parent.name for path in written})
+    print(f"written: {len(written):,} pictures of {len(folders)} people ({options.output_dir}/{folders[0]} …)")
+    print(f"next: python -m vavae_tools.evaluate --generated_dir {options.output_dir} --data_dir data_split")
 
 
 if __name__ == "__main__":

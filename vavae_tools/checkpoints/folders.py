@@ -39,7 +39,7 @@ STATE = "training_state.json"
 PARTS = {"optimizer": "optimizer_states", "scheduler": "lr_schedulers"}
 """Parts of a folder, and what Lightning calls them."""
 FILES = (".ckpt", ".pth", ".pt")
-NAMES_OF_CHECKPOINTS = ("last.ckpt", "previous.ckpt", "best-*.ckpt", "checkpoint-*", "checkpoint_*")
+NAMES_OF_CHECKPOINTS = ("last.ckpt", "previous.ckpt", "best-*.ckpt", "epoch=*.ckpt", "checkpoint-*", "checkpoint_*")
 """What a run goes on from; the latter two are periodic."""
 
 
@@ -316,7 +316,7 @@ def _state(folder: Path) -> dict[str, Any]:
 class Checkpoint:
     """A checkpoint on the disk, as far as it is known without its tensors; `step` and `epoch` are None where unknown.
 
-    The metric is what the name of a `best-EPOCH-METRIC.ckpt` says.
+    The metric is what the name of a `best-EPOCH-METRIC.ckpt` or `epoch=EPOCH-METRIC.ckpt` says.
     """
 
     path: Path
@@ -349,7 +349,7 @@ def look_at(path: str | Path) -> Checkpoint:
     except UserError as error:
         fault = str(error).removeprefix(f"{path} ").removeprefix("is damaged or no checkpoint").strip(" :()")
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    metric = re.fullmatch(r"best-\d+-(-?[\d.]+|-?inf|nan)\.ckpt", path.name)
+    metric = re.fullmatch(r"(?:best-|epoch=)\d+-(-?[\d.]+|-?inf|nan)\.ckpt", path.name)
     return Checkpoint(
         path,
         place.get("global_step"),
@@ -394,7 +394,7 @@ def whole(path: str | Path, quickly: bool = False) -> str | None:
 def keep_newest(run: str | Path, n: int, thoroughly: bool = False, dry_run: bool = False) -> list[Checkpoint]:
     """Remove a run's periodic checkpoints, `checkpoint-*`, but the `n` newest whole ones; never the only whole one.
 
-    `last.ckpt`, `previous.ckpt` and `best-*` stay.
+    `last.ckpt`, `previous.ckpt` and the best stay.
 
     Args:
         thoroughly: compare all contents to tell what is whole; otherwise lengths, which no step has to wait for.

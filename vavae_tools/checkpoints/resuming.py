@@ -196,13 +196,14 @@ def _check_optimizers(path: Path, states: list[dict[str, Any]], module: "L.Light
 
 
 def best_checkpoint(folder: str | Path) -> Path:
-    """The `best-*.ckpt` of a run, or `last.ckpt` where nothing was monitored.
+    """The `best-*.ckpt` (or `epoch=*.ckpt`) of a run, or `last.ckpt` where nothing was monitored.
 
     Raises:
         UserError: neither is there.
     """
     folder = Path(folder)
-    found = sorted(folder.glob("best-*.ckpt"), key=lambda path: path.stat().st_mtime) or list(folder.glob("last.ckpt"))
+    best = [*folder.glob("best-*.ckpt"), *folder.glob("epoch=*.ckpt")]
+    found = sorted(best, key=lambda path: path.stat().st_mtime) or list(folder.glob("last.ckpt"))
     if not found:
         raise UserError(f"No best-*.ckpt or last.ckpt in {folder}: train first")
     return found[-1]

@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.autoencoders.weights import build_vavae, from_state_dict
-from vavae_tools.convert.lightningdit import load_lightningdit
+from vavae_tools.convert.ddt import load_ddt
+from vavae_tools.convert.dit import load_dit
+from vavae_tools.convert.lightningdit import load_lightningdit, load_rae_lightningdit
+from vavae_tools.convert.rae import load_rae_encoder_reference, load_rae_reference
 from vavae_tools.errors import UserError
 
 
@@ -18,7 +21,13 @@ def load_vavae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any
 
 LOADERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], nn.Module]] = {
     "lightningdit": load_lightningdit,
+    "rae_lightningdit": load_rae_lightningdit,
+    "ddt": load_ddt,
+    "dit": load_dit,
     "vavae": load_vavae_reference,
+    "rae": load_rae_reference,
+    "rae_decoder": load_rae_reference,
+    "rae_encoder": load_rae_encoder_reference,
 }
 
 
@@ -26,7 +35,10 @@ def load_reference(kind: str, state_dict: Mapping[str, Tensor], config: Mapping[
     """One of our models with a reference's weights, in eval mode, called as the reference is.
 
     Args:
-        kind: "lightningdit" → `model(x, t, y)`; "vavae" → `model.encode(x).latent_dist`, `model.decode(z).sample`.
+        kind: "lightningdit", "rae_lightningdit" (RAE's), "ddt" (RAE's DiT^DH), "dit" (facebookresearch's) →
+            `model(x, t, y)` in the reference's own time and sign; "vavae" → `model.encode(x).latent_dist`,
+            `model.decode(z).sample`; "rae" and "rae_decoder" → see `rae.load_rae_reference`, "rae_encoder" →
+            `rae.load_rae_encoder_reference`.
         state_dict: the weights under the reference's names.
         config: the reference's constructor arguments under its names; of "vavae" {"ddconfig": {…}, "embed_dim": …}.
     """

@@ -2,14 +2,19 @@
 
 A folder of latents holds `train-00000.safetensors … val-00000.safetensors` with LightningDiT's keys (`latents`,
 `latents_flip` where flips were asked for, `labels`) and `latents.json`: the cache key, the pictures' names, and per
-channel mean and standard deviation of the training side.
+channel mean and standard deviation of the training side. Each shard says in its header which key it belongs to, so that
+an encoding that was interrupted goes on after its last whole shard.
 """
 
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +23,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from vavae_tools.data.images import PictureDataModule, PictureFolder, to_unit
-from vavae_tools.data.order import OrderedDataModule
+from vavae_tools.data.images import to_unit
+from vavae_tools.data.order import OrderedDataModule, _as_it_is, _leave_interrupts
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.files import disk_errors, write_json, written_whole
 
 SHARD_SIZE = 10_000
+SHARD_BYTES = 2**30
+"""A shard holds at most so many pictures and bytes: one is in memory while it is made, and is lost with a kill."""
 INDEX = "latents.json"
 _FORM = 2  # of the files; another form is another cache key
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_PRECISIONS = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}
+_NAMES_OF_SHARDS = (("", ""), (".", ".*.partial"))
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,8 @@ class LatentFolder:
         mean, std: per channel, of the training side's plain latents (std with n − 1).
         shape: (C, h, w) of one latent.
         image_size: (height, width) in pixels of the pictures they were made of.
+        people: name of a person or class → label.
+        dtype: of the latents on the disk, "float32" or "float16"; batches are float32.
     """
 
     path: Path
@@ -54,6 +66,12 @@ class LatentFolder:
     people: dict[str, int]
     names: dict[str, list[str]]
     shards: dict[str, list[str]]
+    dtype: str = "float32"
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the largest label."""
+        return max(self.people.values()) + 1
 
     @classmethod
     def read(cls, path: str | Path) -> "LatentFolder":
@@ -80,117 +98,282 @@ class LatentFolder:
 
 def encode_latents(
     autoencoder: nn.Module,
-    pictures: PictureDataModule,
+    pictures: OrderedDataModule,
     output_dir: str | Path,
     flips: bool = False,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
     seed: int = 0,
     progress: bool = True,
+    dtype: str = "float32",
+    statistics: tuple[Tensor | Sequence[float], Tensor | Sequence[float]] | None = None,
+    precision: str = "32",
 ) -> LatentFolder:
-    """Encode both sides of a split once; latents that are there already and belong to these weights are kept.
+    """Encode both sides once; latents that are there already and belong to these weights and pictures are kept.
+
+    That holds for the whole shards of an encoding that was interrupted, too.
 
     Args:
-        autoencoder: a VAVAE: `encode(x, condition=…)`, `condition_vectors`, `config`. Each latent is one sample of
-            the posterior, as in LightningDiT.
-        pictures: the split; each picture is encoded with its own person's vector.
+        autoencoder: has `encode_pictures(pictures, labels, normal)`, `downsampling`, `has_own_statistics`, and
+            `picture_size` where it takes one size only. Each latent of a VAVAE is one sample of the posterior, as in
+            LightningDiT, with the picture's own person's vector.
+        pictures: any data module with `train_data`, `val_data` and `labels`, such as `images.PictureDataModule` or
+            `picture_sets.PictureSetDataModule`.
         flips: also encode the mirrored pictures. A time–frequency picture is not its mirror, so not by default.
         seed: of the posterior samples.
+        dtype: "float32", or "float16", half as large on the disk.
+        statistics: mean and standard deviation per channel, such as published ones, in place of those of the training
+            side. An autoencoder with statistics of its own needs none: its latents have mean 0 and deviation 1.
+        precision: "32", or "16" or "bf16" for a GPU, where a frozen encoder computes faster and about as exactly.
 
     Raises:
-        UserError: the picture size does not fit the autoencoder.
+        UserError: the picture size does not fit the autoencoder, there is no space on the disk, latents that are not
+            finite or that float16 cannot hold, or settings that cannot be.
     """
     output_dir = Path(output_dir)
     sides = {"train": pictures.train_data, "val": pictures.val_data}
     sides = {side: data for side, data in sides.items() if data is not None and len(data)}
-    factor = autoencoder.downsampling
-    if any(length % factor for length in pictures.train_data.image_size):
-        height, width = pictures.train_data.image_size
-        raise UserError(f"Pictures of {height}×{width} do not fit this VA-VAE: both must be divisible by {factor}")
-    key = _cache_key(autoencoder, sides, flips, seed)
+    _check_fit(autoencoder, pictures.train_data.image_size)
+    for setting, value, choices in (("dtype", dtype, _DTYPES), ("precision", precision, _PRECISIONS)):
+        if value not in choices:
+            raise UserError(f"{setting} {value!r} of latents: expected one of {', '.join(choices)}")
+    given = _flat(statistics) if statistics is not None else None
+    weights = weights_digest(autoencoder)
+    extra = {"dtype": dtype, "statistics": given, "precision": precision}
+    key = _cache_key(autoencoder, weights, sides, flips, seed, extra)
     with suppress(UserError):  # no latents, or an index that is damaged: they are made anew
         there = LatentFolder.read(output_dir)
         if there.key == key and all((output_dir / name).is_file() for names in there.shards.values() for name in names):
             return there
-    autoencoder = autoencoder.to(device).eval()
-    (output_dir / INDEX).unlink(missing_ok=True)  # what follows belongs to other weights or pictures: no mixture
-    for old in [*output_dir.glob("train-*.safetensors"), *output_dir.glob("val-*.safetensors")]:
-        old.unlink()
-    shards: dict[str, list[str]] = {}
-    statistics = _ChannelStatistics()
-    total = sum(len(data) for data in sides.values())
-    with tqdm(total=total, desc="encoding", unit="picture", disable=None if progress else True) as bar:
-        for number, (side, data) in enumerate(sides.items()):
-            shards[side] = []
-            for start in range(0, len(data), SHARD_SIZE):
-                rows = range(start, min(start + SHARD_SIZE, len(data)))
-                shard = _encode_rows(autoencoder, data, rows, flips, batch_size, device, seed + number, bar)
-                if side == "train":
-                    statistics.add(shard["latents"])
-                name = f"{side}-{start // SHARD_SIZE:05d}.safetensors"
-                with written_whole(output_dir / name) as partial, disk_errors():
-                    save_file(shard, partial)
-                shards[side].append(name)
-    mean, std = statistics.mean_and_std()
+
+    encoder = _Encoder(autoencoder.to(device).eval(), sides, flips, batch_size, device, seed, dtype, precision)
+    whole = _whole_shards(output_dir, key)
+    shape = next(iter(whole.values()))[1:] if whole else encoder.latent_shape()  # (C, h, w)
+    if given and any(len(values) != shape[0] for values in given):
+        count = " and ".join(str(len(values)) for values in given)
+        raise UserError(f"The statistics have {count} numbers, latents of this autoencoder {shape[0]} channels")
+    row_bytes = math.prod(shape) * _DTYPES[dtype].itemsize * (1 + flips) + 8  # 8 for the label
+    plan = _plan(sides, max(1, min(SHARD_SIZE, SHARD_BYTES // row_bytes)))
+    kept = {name for name, rows in plan.items() if name in whole and whole[name][0] == len(rows)}
+    _make_room(output_dir, sum(len(rows) for name, rows in plan.items() if name not in kept), row_bytes, kept)
+    measured = _ChannelStatistics() if given is None and not autoencoder.has_own_statistics else None
+    _write_shards(encoder, plan, kept, shape, output_dir, key, measured, pictures.num_workers, progress)
+    mean, std = given or (measured.mean_and_std() if measured else ([0.0] * shape[0], [1.0] * shape[0]))
     index = {
         "key": key,
-        "weights": weights_digest(autoencoder),
+        "weights": weights,
         "mean": mean,
         "std": std,
-        "shape": list(shard["latents"].shape[1:]),
+        "shape": list(shape),
         "image_size": list(pictures.train_data.image_size),
         "flips": flips,
         "people": pictures.labels,
-        "names": {side: data.names for side, data in sides.items()},
-        "shards": shards,
+        "names": {side: list(data.names) for side, data in sides.items()},
+        "shards": {side: [name for name in plan if name.startswith(side)] for side in sides},
+        "dtype": dtype,
     }
     write_json(output_dir / INDEX, index)
     return LatentFolder.read(output_dir)
 
 
-@torch.inference_mode()
-def _encode_rows(
-    autoencoder: nn.Module,
-    data: PictureFolder,
-    rows: range,
-    flips: bool,
-    batch_size: int,
-    device: str | torch.device,
-    seed: int,
-    bar: tqdm,
-) -> dict[str, Tensor]:
-    latents, latents_flip = [], []
-    for start in range(rows.start, rows.stop, batch_size):
-        batch = data.__getitems__(range(start, min(start + batch_size, rows.stop)))
-        x = to_unit(batch["pictures"].to(device))
-        labels, draws = batch["labels"].to(device), Draws(seed, 0, batch["index"].to(device))
+def _check_fit(autoencoder: nn.Module, image_size: tuple[int, int]) -> None:
+    factor, wanted = autoencoder.downsampling, getattr(autoencoder, "picture_size", None)
+    wanted = (wanted, wanted) if isinstance(wanted, int) else wanted
+    if wanted is not None and tuple(image_size) != tuple(wanted):
+        expected = f"it takes {wanted[0]}×{wanted[1]}"
+    elif any(length % factor for length in image_size):
+        expected = f"both must be divisible by {factor}"
+    else:
+        return
+    name = type(autoencoder).__name__.replace("VAVAE", "VA-VAE")
+    raise UserError(f"Pictures of {image_size[0]}×{image_size[1]} do not fit this {name}: {expected}")
 
-        def encode(x: Tensor, name: str, labels: Tensor = labels, draws: Draws = draws) -> Tensor:
-            return (
-                autoencoder.encode_pictures(x, labels, functools.partial(draws.normal, name)).float().cpu().contiguous()
+
+def _flat(statistics: tuple[Tensor | Sequence[float], Tensor | Sequence[float]]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation, in any shape such as (1, C, 1, 1), as numbers."""
+    mean, std = (torch.as_tensor(values).double().flatten().tolist() for values in statistics)
+    if not all(map(math.isfinite, mean + std)) or min(std, default=0) <= 0:
+        raise UserError(
+            "The statistics given for latents hold a number that is not finite, or a deviation of 0 or less"
+        )
+    return mean, std
+
+
+def _plan(sides: dict[str, Dataset], most: int) -> dict[str, range]:
+    """Which rows of its side each shard holds."""
+    return {
+        f"{side}-{number:05d}.safetensors": range(start, min(start + most, len(data)))
+        for side, data in sides.items()
+        for number, start in enumerate(range(0, len(data), most))
+    }
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    """Also what a killed process left half written: a folder belongs to one encoding at a time."""
+    patterns = [f"{start}{side}-*.safetensors{end}" for side in ("train", "val") for start, end in _NAMES_OF_SHARDS]
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def _whole_shards(folder: Path, key: str) -> dict[str, tuple[int, ...]]:
+    """The shards that an encoding of this key wrote, and the shape of their latents, (N, C, h, w)."""
+    shapes = {}
+    for path in _shard_files(folder):
+        with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") == key:
+                shapes[path.name] = tuple(file.get_slice("latents").get_shape())
+    return shapes
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """A shard's tensors, which stay in the file until their rows are used."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _make_room(folder: Path, count: int, row_bytes: int, kept: set[str]) -> None:
+    """Delete what belongs to other weights or pictures, if after that the disk has room for `count` latents more."""
+    stale = [path for path in _shard_files(folder) if path.name not in kept]
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(there).free + sum(path.stat().st_size for path in stale)
+    if count * row_bytes > free:
+        raise UserError(
+            f"No space for the latents of {count:,} pictures: {count * row_bytes / 1e9:,.3f} GB needed, "
+            f"{free / 1e9:,.3f} GB free in {there}. Free some space, choose another folder, or store them as float16"
+        )
+    (folder / INDEX).unlink(missing_ok=True)  # first: whatever has an index is whole
+    for path in stale:
+        path.unlink(missing_ok=True)
+
+
+def _write_shards(
+    encoder: "_Encoder",
+    plan: dict[str, range],
+    kept: set[str],
+    shape: tuple[int, ...],
+    folder: Path,
+    key: str,
+    measured: "_ChannelStatistics | None",
+    num_workers: int,
+    progress: bool,
+) -> None:
+    """Make the shards that are not kept, one at a time; `measured` sees all of the training side, as it is stored."""
+    total, done = sum(map(len, plan.values())), sum(len(plan[name]) for name in kept)
+    hidden = None if progress else True
+    with tqdm(total=total, initial=done, desc="encoding", unit="picture", disable=hidden) as bar:
+        for side, data in encoder.sides.items():
+            of_side = {name: rows for name, rows in plan.items() if name.startswith(side)}
+            lacking = [rows for name, rows in of_side.items() if name not in kept]
+            batches = encoder.batches(side, lacking, num_workers)
+            for name, rows in of_side.items():
+                if name in kept:
+                    shard = _mapped(folder / name)
+                else:
+                    shard = encoder.shard(rows, shape, batches, bar)
+                    shard["labels"] = data.labels[rows.start : rows.stop].clone()
+                    with written_whole(folder / name) as partial, disk_errors():
+                        save_file(shard, partial, metadata={"key": key})
+                if measured and side == "train":
+                    measured.add(shard["latents"])
+                del shard  # before the next one is made
+
+
+class _Encoder:
+    """Batches of pictures → latents as they are stored."""
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        sides: dict[str, Dataset],
+        flips: bool,
+        batch_size: int,
+        device: str | torch.device,
+        seed: int,
+        dtype: str,
+        precision: str,
+    ) -> None:
+        self.autoencoder, self.sides, self.flips = autoencoder, sides, flips
+        self.batch_size, self.device, self.seed = batch_size, torch.device(device), seed
+        self.dtype, self.autocast = _DTYPES[dtype], _PRECISIONS[precision]
+        self._first: tuple[list[int], dict[str, Tensor]] | None = None
+
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, h, w), of a first batch, which is then not encoded again."""
+        data = self.sides["train"]
+        rows = range(min(self.batch_size, SHARD_SIZE, len(data)))
+        latents = self._encode(data.__getitems__(rows), "train")
+        self._first = (list(rows), latents)
+        return tuple(latents["latents"].shape[1:])
+
+    def batches(self, side: str, parts: list[range], num_workers: int) -> Iterator[dict[str, Tensor]]:
+        """The latents of the rows of all parts; no batch has rows of two."""
+        rows = [list(part[k : k + self.batch_size]) for part in parts for k in range(0, len(part), self.batch_size)]
+        if side == "train" and self._first and rows[0] == self._first[0]:
+            yield self._first[1]
+            rows = rows[1:]
+        self._first = None
+        loader = DataLoader(
+            self.sides[side],
+            batch_sampler=rows,
+            num_workers=num_workers if len(rows) > num_workers else 0,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_interrupts,
+        )
+        for batch in loader:
+            yield self._encode(batch, side)
+
+    def shard(
+        self, rows: range, shape: tuple[int, ...], batches: Iterator[dict[str, Tensor]], bar: tqdm
+    ) -> dict[str, Tensor]:
+        """The latents of these rows, taken from `batches`."""
+        names = ("latents", "latents_flip") if self.flips else ("latents",)
+        shard = {name: torch.empty(len(rows), *shape, dtype=self.dtype) for name in names}
+        done = 0
+        while done < len(rows):
+            latents = next(batches)
+            count = len(latents["latents"])
+            for name in names:
+                shard[name][done : done + count] = latents[name]
+            done += count
+            bar.update(count)
+        return shard
+
+    @torch.inference_mode()
+    def _encode(self, batch: dict[str, Tensor], side: str) -> dict[str, Tensor]:
+        x = to_unit(batch["pictures"].to(self.device))
+        labels = batch["labels"].to(self.device)
+        draws = Draws(self.seed + list(self.sides).index(side), 0, batch["index"].to(self.device))
+        encoded = {"latents": self._latents(x, labels, functools.partial(draws.normal, "posterior"))}
+        if self.flips:
+            normal = functools.partial(draws.normal, "posterior of the mirrored picture")
+            encoded["latents_flip"] = self._latents(x.flip(3), labels, normal)
+        return encoded
+
+    def _latents(self, x: Tensor, labels: Tensor, normal: Callable[..., Tensor]) -> Tensor:
+        with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
+            latents = self.autoencoder.encode_pictures(x, labels, normal)
+        largest = latents.abs().max().item()
+        if not math.isfinite(largest):
+            raise UserError(
+                f"Latents of this {type(self.autoencoder).__name__} are not finite: its weights are damaged, or it "
+                "needs precision 32"
             )
-
-        latents.append(encode(x, "posterior"))
-        if flips:
-            latents_flip.append(encode(x.flip(3), "posterior of the mirrored picture"))
-        bar.update(len(x))
-    shard = {"latents": torch.cat(latents), "labels": data.labels[rows.start : rows.stop].clone()}
-    if flips:
-        shard["latents_flip"] = torch.cat(latents_flip)
-    return shard
+        if largest > torch.finfo(self.dtype).max:
+            raise UserError(f"Latents up to {largest:,.0f} are more than float16 holds (65,504): use float32")
+        return latents.to(self.dtype).cpu()
 
 
 class _ChannelStatistics:
-    """Mean and standard deviation per channel over pictures, height and width, shard by shard in float64."""
+    """Mean and standard deviation per channel over pictures, height and width, part by part in float64."""
 
     def __init__(self) -> None:
         self.count, self.sum, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, latents: Tensor) -> None:
-        values = latents.double().transpose(0, 1).flatten(1)  # (C, N·h·w)
-        self.count += values.shape[1]
-        self.sum = self.sum + values.sum(1)
-        self.squares = self.squares + values.square().sum(1)
+        for part in latents.split(64):  # a gigabyte of float16 would be four of float64
+            values = part.double()  # (N, C, h, w)
+            self.count += values[:, 0].numel()
+            self.sum = self.sum + values.sum((0, 2, 3))
+            self.squares = self.squares + values.square().sum((0, 2, 3))
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         mean = self.sum / self.count
@@ -203,17 +386,43 @@ def weights_digest(autoencoder: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(autoencoder.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def _cache_key(autoencoder: nn.Module, sides: dict[str, PictureFolder], flips: bool, seed: int) -> str:
-    digest = hashlib.sha256(f"form {_FORM}, flips {flips}, seed {seed}, {weights_digest(autoencoder)}".encode())
+def _cache_key(
+    autoencoder: nn.Module,
+    weights: str,
+    sides: dict[str, Dataset],
+    flips: bool,
+    seed: int,
+    extra: dict[str, Any],
+) -> str:
+    digest = hashlib.sha256(f"form {_FORM}, flips {flips}, seed {seed}, {weights}".encode())
+    usual = {"dtype": "float32", "statistics": None, "precision": "32"}
+    if extra != usual:  # so that what was encoded before there were such settings is kept
+        digest.update(json.dumps(extra, sort_keys=True).encode())
+    if hasattr(autoencoder, "picture_size"):  # how it reads pictures is not among its weights
+        config = {name: value for name, value in getattr(autoencoder, "config", {}).items() if name[0] != "_"}
+        config = {name: value for name, value in config.items() if name not in ("latents_mean", "latents_std")}
+        digest.update(json.dumps(config, sort_keys=True).encode())
     for side, data in sides.items():
         digest.update(f"{side} {data.image_size} {data.channels} {data.labels.tolist()}".encode())
-        for name, path in zip(data.names, data.paths, strict=True):
-            digest.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        if not hasattr(data, "paths"):
+            digest.update(data.fingerprint().encode())
+            continue
+        if hasattr(data, "crop"):
+            digest.update(f"crop {data.crop}".encode())
+        for name, content in zip(data.names, _contents(data.paths), strict=True):
+            digest.update(name.encode() + content)
     return digest.hexdigest()
+
+
+def _contents(paths: Sequence[Path]) -> Iterator[bytes]:
+    """A hash of each file, by several threads: neither reading nor hashing holds the interpreter's lock."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(paths), 4096):  # a million at once would be a gigabyte of tasks
+            yield from pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), paths[start : start + 4096])
 
 
 class LatentDataset(Dataset):
@@ -224,39 +433,39 @@ class LatentDataset(Dataset):
     """
 
     def __init__(self, folder: LatentFolder, side: str) -> None:
-        self.labels = torch.empty(0, dtype=torch.int64)
         self._shards: list[dict[str, Tensor]] = []
-        self._starts: list[int] = []
         self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (folder.mean, folder.std))
         for name in folder.shards.get(side, []):
-            self._starts.append(len(self.labels))
             try:
-                with safe_open(folder.path / name, framework="pt") as file:
-                    self._shards.append({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+                self._shards.append(_mapped(folder.path / name))
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"{folder.path / name} cannot be read ({error}): delete {INDEX} and encode again"
                 ) from None
-            self.labels = torch.cat([self.labels, self._shards[-1]["labels"]])
+        self.labels = torch.cat([torch.empty(0, dtype=torch.int64), *(shard["labels"] for shard in self._shards)])
+        lengths = torch.tensor([len(shard["labels"]) for shard in self._shards], dtype=torch.int64)
+        self._ends = lengths.cumsum(0)  # (shards,), each shard's first row and those before it make its end
+        self._starts = self._ends - lengths
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _rows(self, key: str, indices: Sequence[int]) -> Tensor:
+    def _rows(self, key: str, index: Tensor) -> Tensor:
         if len(self._shards) == 1:
-            rows = self._shards[0][key][torch.as_tensor(indices)]
+            rows = self._shards[0][key][index]
         else:
-            shards = [max(k for k, start in enumerate(self._starts) if start <= i) for i in indices]
-            rows = torch.stack(
-                [self._shards[k][key][i - self._starts[k]] for k, i in zip(shards, indices, strict=True)]
-            )
-        return (rows - self._mean) / self._std
+            shards = torch.searchsorted(self._ends, index, right=True)  # (B,)
+            rows = torch.empty(len(index), *self._mean.shape[:1], *self._shards[0][key].shape[2:])
+            for shard in shards.unique().tolist():
+                here = shards == shard
+                rows[here] = self._shards[shard][key][index[here] - self._starts[shard]].float()
+        return rows.float().sub_(self._mean).div_(self._std)  # (B, C, h, w)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         index = torch.as_tensor(indices, dtype=torch.int64)
-        batch = {"latents": self._rows("latents", indices), "labels": self.labels[index], "index": index}
+        batch = {"latents": self._rows("latents", index), "labels": self.labels[index], "index": index}
         if self._shards and "latents_flip" in self._shards[0]:
-            batch["latents_flip"] = self._rows("latents_flip", indices)
+            batch["latents_flip"] = self._rows("latents_flip", index)
         return batch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -276,4 +485,4 @@ class LatentDataModule(OrderedDataModule):
         self.folder = folder if isinstance(folder, LatentFolder) else LatentFolder.read(folder)
         self.train_data = LatentDataset(self.folder, "train")
         self.val_data = LatentDataset(self.folder, "val")
-        self.num_classes = max(self.folder.people.values()) + 1
+        self.num_classes = self.folder.num_classes

@@ -1,11 +1,20 @@
-"""Sampling as one object: a diffusers pipeline of VA-VAE, denoiser, conditioner and solver, in one folder."""
+"""Sampling as one object: a diffusers pipeline of autoencoder, denoiser, conditioner and solver, in one folder."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    ModelMixin,
+    UniPCMultistepScheduler,
+)
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
@@ -13,23 +22,46 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from vavae_tools.autoencoders.vavae import VAVAE
-from vavae_tools.autoencoders.weights import load_vavae
-from vavae_tools.data.images import save_picture, to_pixels
+from vavae_tools.autoencoders.loading import load_autoencoder
+from vavae_tools.data.images import to_pixels
 from vavae_tools.diffusion.conditioning import ClassConditioner, check_labels
+from vavae_tools.diffusion.denoisers import make_denoiser
+from vavae_tools.diffusion.sample_sets import write_samples
 from vavae_tools.diffusion.sampling import sample
-from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.files import read_checkpoint
+
+__all__ = [
+    "SOLVERS",
+    "Guide",
+    "LatentDiTPipeline",
+    "load_guide",
+    "load_pipeline",
+    "solver",
+    "swap_solver",
+    "write_samples",
+]
+
+Guide = tuple[ModelMixin, ClassConditioner]
+"""A weaker denoiser of the same latents and classes with its conditioner, for autoguidance."""
+
+_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+SOLVERS: dict[str, Callable[[float], SchedulerMixin]] = {
+    "euler": lambda shift: FlowMatchEulerDiscreteScheduler(shift=shift),
+    "heun": lambda shift: FlowMatchHeunDiscreteScheduler(shift=shift),
+    "dpm++": lambda shift: DPMSolverMultistepScheduler(flow_shift=shift, **_FLOW),
+    "unipc": lambda shift: UniPCMultistepScheduler(flow_shift=shift, **_FLOW),
+}
 
 
 class LatentDiTPipeline(DiffusionPipeline):
     """Labels → pictures: `pipe(labels=[0, 1], num_inference_steps=50, guidance_scale=1.25).images`.
 
     Args:
-        vae: with the statistics of its latents, which travel with it.
-        denoiser, conditioner: as trained; the averaged weights unless one chose otherwise.
+        vae: a `VAVAE` or `RAE`, with the statistics of its latents, which travel with it.
+        denoiser, conditioner: a `DiT` or `DDT` and its `ClassConditioner`, as trained; the averaged weights unless one
+            chose otherwise.
         scheduler: any of diffusers' flow-matching solvers.
         people: folder name → label, so that pictures can be asked for by name and are written to `ID_k/`.
 
@@ -40,8 +72,8 @@ class LatentDiTPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: VAVAE,
-        denoiser: DiT,
+        vae: ModelMixin,
+        denoiser: ModelMixin,
         conditioner: ClassConditioner,
         scheduler: SchedulerMixin,
         people: dict[str, int] | None = None,
@@ -56,21 +88,31 @@ class LatentDiTPipeline(DiffusionPipeline):
         kept = self.config.people
         return dict(kept) if kept else {f"ID_{label + 1}": label for label in range(self.conditioner.num_classes)}
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the pictures, in pixels."""
+        height, width = self.denoiser.latent_shape[1:]
+        return height * self.vae.downsampling, width * self.vae.downsampling
+
     def labels_of(self, wanted: Iterable[int | str]) -> list[int]:
         """Labels, or people's names, as labels.
 
         Raises:
-            UserError: a label out of range, or a name that is not known.
+            UserError: a label out of range or of nobody, or a name that is not known.
         """
-        labels = []
+        people, labels = self.people, []
         for item in wanted:
             if isinstance(item, str) and not item.removeprefix("-").isdecimal():
-                if item not in self.people:
-                    raise UserError(f"Nobody called {item!r}; there are {', '.join(self.people)}")
-                labels.append(self.people[item])
+                if item not in people:
+                    raise UserError(f"Nobody called {item!r}; there are {_some(people)}")
+                labels.append(people[item])
             else:
                 labels.append(int(item))
         check_labels(labels, self.conditioner.num_classes)
+        nameless = set(labels) - set(people.values())
+        if nameless:  # rows of the conditioner that no person was trained with
+            known = _some(f"{label} ({name})" for name, label in people.items())
+            raise UserError(f"Label {min(nameless)} is nobody's; there are {known}")
         return labels
 
     @torch.no_grad()
@@ -82,6 +124,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_channels: str = "all",
         timestep_shift: float | None = None,
+        guide: Guide | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         batch_size: int = 64,
@@ -92,8 +135,7 @@ class LatentDiTPipeline(DiffusionPipeline):
 
         Args:
             labels: of the people wanted, or their names.
-            num_inference_steps: calls of the denoiser; see `sampling.make_solver`.
-            guidance_scale, guidance_interval, guidance_channels: see `sampling.guided_velocity`.
+            num_inference_steps, guidance_scale, guidance_interval, guidance_channels, timestep_shift, guide: of `make`.
             generator: of the noise, one for all or one for each picture.
             latents: noise to start from, (len(labels), C, h, w), in place of a generator's.
             batch_size: pictures made at once; it changes memory and speed, not the pictures.
@@ -114,19 +156,18 @@ class LatentDiTPipeline(DiffusionPipeline):
             for start in range(0, len(labels), batch_size):
                 of_batch = torch.tensor(labels[start : start + batch_size], device=device)
                 noise = latents[start : start + batch_size].to(device)
-                made = sample(
-                    self.denoiser,
-                    self.scheduler,
-                    noise,
-                    self.conditioner(of_batch),
-                    self.conditioner.null(len(of_batch)) if guidance_scale != 1 else None,
-                    num_inference_steps,
-                    guidance_scale,
-                    guidance_interval,
-                    guidance_channels,
-                    timestep_shift,
+                pictures.append(
+                    self.make(
+                        of_batch,
+                        noise,
+                        num_inference_steps,
+                        guidance_scale,
+                        guidance_interval,
+                        guidance_channels,
+                        timestep_shift,
+                        guide,
+                    ).cpu()
                 )
-                pictures.append(to_pixels(self.vae.decode_latents(made, of_batch)).cpu())
                 bar.update(len(of_batch))
         images: Tensor | np.ndarray | list[Image.Image] = torch.cat(pictures)  # uint8 (N, C, H, W)
         if output_type != "pt":
@@ -135,91 +176,162 @@ class LatentDiTPipeline(DiffusionPipeline):
             images = [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in images]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    @torch.no_grad()
+    def make(
+        self,
+        labels: Tensor,
+        noise: Tensor,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.25,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_channels: str = "all",
+        timestep_shift: float | None = None,
+        guide: Guide | None = None,
+    ) -> Tensor:
+        """One batch: labels int64 (B,) and noise (B, C, h, w), where the models are → pictures uint8 (B, C, H, W).
+
+        Args:
+            num_inference_steps, timestep_shift: calls of the denoiser and their times; see `sampling.make_solver`.
+            guidance_scale, guidance_interval, guidance_channels: see `sampling.guided_velocity`.
+            guide: guides in place of the null condition (autoguidance), by the same scale; see `load_guide`.
+        """
+        by_null = guidance_scale != 1 and guide is None
+        latents = sample(
+            self.denoiser,
+            self.scheduler,
+            noise,
+            self.conditioner(labels),
+            self.conditioner.null(len(labels)) if by_null else None,
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            guidance_channels,
+            timestep_shift,
+            guide=guide[0] if guide else None,
+            guide_conditioning=guide[1](labels) if guide else None,
+        )
+        return to_pixels(self.vae.decode_latents(latents, labels))
+
     def noise(self, seed: int, indices: Tensor) -> Tensor:
         """The noise of picture number i of a seed: the same whatever else is made beside it, on any device count."""
         return Draws(seed, 0, indices).normal("sample", *self.denoiser.latent_shape)
 
 
-def write_samples(
-    pipe: LatentDiTPipeline,
-    labels: Iterable[int | str],
-    output_dir: str | Path,
-    seed: int = 0,
-    names: list[str] | None = None,
-    **sampling: object,
-) -> list[Path]:
-    """Make a picture for each label and write it to `output_dir/ID_k/`, where a split and any classifier find it.
-
-    Args:
-        seed: the n-th picture of a label follows from it, the label and n.
-        names: folder names in the labels' order, in place of the pipeline's own.
-        sampling: further arguments of the pipeline.
-
-    Returns:
-        The written files, in the order of `labels`. Files of the same name are replaced.
-    """
-    labels = pipe.labels_of(labels)
-    if names is not None and len(names) != pipe.conditioner.num_classes:
-        raise UserError(f"The class list has {len(names)} names, the model {pipe.conditioner.num_classes} classes")
-    folder_of = dict(enumerate(names)) if names else {label: name for name, label in pipe.people.items()}
-    counts: dict[int, int] = {}
-    numbers = []
-    for label in labels:
-        numbers.append(counts.get(label, 0))
-        counts[label] = numbers[-1] + 1
-    indices = torch.tensor([label * 1_000_003 + number for label, number in zip(labels, numbers, strict=True)])
-    pipe.set_progress_bar_config(desc="sampling", unit="picture", disable=None)
-    images = pipe(labels, latents=pipe.noise(seed, indices), output_type="pt", **sampling).images
-    written = []
-    for image, label, number in zip(images, labels, numbers, strict=True):
-        folder = Path(output_dir) / folder_of.get(label, f"ID_{label + 1}")
-        folder.mkdir(parents=True, exist_ok=True)
-        written.append(folder / f"seed{seed}_{number:05d}.png")
-        save_picture(image, written[-1])
-    return written
+def _some(names: Iterable[str]) -> str:
+    names = iter(names)
+    first = list(islice(names, 12))
+    return ", ".join(first) + (" …" if next(names, None) is not None else "")
 
 
-def load_pipeline(path: str | Path, ema: bool = True, vavae_dir: str | Path | None = None) -> LatentDiTPipeline:
+# ---- from files
+
+
+def load_pipeline(path: str | Path, ema: bool = True, autoencoder_dir: str | Path | None = None) -> LatentDiTPipeline:
     """Load a pipeline from its folder, or from a `.ckpt` of DiT training.
 
     Args:
         path: a folder that `save_pretrained` wrote, or `best-*.ckpt`, `last.ckpt`.
         ema: of a checkpoint, take the averaged weights; False takes the live ones.
-        vavae_dir: the VA-VAE of a checkpoint; by default `vavae/` beside the checkpoints' folder.
+        autoencoder_dir: the autoencoder of a checkpoint; by default `autoencoder/` beside the checkpoints' folder.
 
     Raises:
-        UserError: nothing there, a checkpoint of another kind, or no VA-VAE beside it.
+        UserError: nothing there, a checkpoint of another kind, no autoencoder beside it, or live weights of a folder.
     """
     path = Path(path)
     if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-            raise UserError(f"{path} is no pipeline (no model_index.json); it holds {there}. Name a .ckpt or pipeline/")
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # it loads within a second
-        try:  # without low_cpu_mem_usage it does not ask for a package that is of no use here
-            return LatentDiTPipeline.from_pretrained(path, low_cpu_mem_usage=False)
-        except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(f"The pipeline {path} cannot be read ({str(error)[:200]}): copy it again") from None
-        finally:
-            if bars:
-                logging.enable_progress_bar()
+        return _read_folder(path, ema)
+    state, settings = _read_training(path)
+    vae = load_autoencoder(autoencoder_dir or _autoencoder_beside(path))
+    denoiser, conditioner = _trained_models(path, state, settings, ema)
+    shift = settings.get("objective", {}).get("time_shift", 1.0)
+    return LatentDiTPipeline(vae.eval(), denoiser, conditioner, solver(shift), settings.get("people"))
+
+
+def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> Guide:
+    """Load the denoiser that guides a pipeline (autoguidance, Karras et al. 2024), onto the pipeline's device.
+
+    Args:
+        path: as in `load_pipeline`; of an autoencoder nothing is needed.
+
+    Raises:
+        UserError: as there, or its latents or classes are not the pipeline's.
+    """
+    path = Path(path)
+    if path.is_dir():
+        weak = _read_folder(path, ema, vae=None)
+        denoiser, conditioner, people = weak.denoiser, weak.conditioner, weak.config.people
+    else:
+        state, settings = _read_training(path)
+        denoiser, conditioner = _trained_models(path, state, settings, ema)
+        people = settings.get("people")
+    for what, found, expected in (
+        ("latents of shape", denoiser.latent_shape, pipe.denoiser.latent_shape),
+        ("classes:", conditioner.num_classes, pipe.conditioner.num_classes),
+        ("people", people, pipe.config.people),
+    ):
+        known = found is not None and expected is not None
+        if known and (dict(found) != dict(expected) if what == "people" else found != expected):
+            found, expected = (_some(v) if what == "people" else v for v in (found, expected))
+            raise UserError(f"The guide {path} has {what} {found}, the model {expected}: it must be of the same data")
+    return denoiser.to(pipe.device), conditioner.to(pipe.device)
+
+
+def _read_folder(path: Path, ema: bool, **parts: None) -> LatentDiTPipeline:
+    if not (path / "model_index.json").is_file():
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+        raise UserError(f"{path} is no pipeline (no model_index.json); it holds {there}. Name a .ckpt or pipeline/")
+    if not ema:
+        raise UserError(f"{path} holds the averaged weights alone: name a .ckpt of the training for the live ones")
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it loads within a second
+    try:  # without low_cpu_mem_usage it does not ask for a package that is of no use here
+        return LatentDiTPipeline.from_pretrained(path, low_cpu_mem_usage=False, **parts)
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"The pipeline {path} cannot be read ({str(error)[:200]}): copy it again") from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _read_training(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Of a `.ckpt` of DiT training: the weights, and what the models are made of."""
     checkpoint = read_checkpoint(path)
     settings = checkpoint.get("hyper_parameters", {})
     if "denoiser_config" not in settings:
         raise UserError(f"{path} is no checkpoint of DiT training (it holds {', '.join(list(checkpoint)[:4])} …)")
-    folder = Path(vavae_dir) if vavae_dir else path.parent.parent / "vavae"
-    vae = load_vavae(folder, say=lambda line: None)
-    denoiser, conditioner = DiT(**settings["denoiser_config"]), ClassConditioner(**settings["conditioner_config"])
+    return checkpoint["state_dict"], settings
+
+
+def _trained_models(path: Path, state: dict[str, Tensor], settings: dict[str, Any], ema: bool) -> Guide:
+    denoiser = make_denoiser(settings["denoiser_config"])
+    conditioner = ClassConditioner(**settings["conditioner_config"])
     prefix = "ema.network." if ema else "network."
     for name, model in (("denoiser", denoiser), ("conditioner", conditioner)):
         start = f"{prefix}{name}."
-        weights = {k.removeprefix(start): v for k, v in checkpoint["state_dict"].items() if k.startswith(start)}
-        model.load_state_dict(weights)
-    people = settings.get("people")
-    return LatentDiTPipeline(vae.eval(), denoiser.eval(), conditioner.eval(), solver(), people)
+        weights = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"{path}: its {start}* do not fit its own settings ({reason}): copy it again") from None
+    return denoiser.eval(), conditioner.eval()
 
 
-def solver() -> FlowMatchEulerDiscreteScheduler:
-    """Euler's method on even steps; `timestep_shift=0.3` at sampling gives the grid of LightningDiT's recipe."""
-    return FlowMatchEulerDiscreteScheduler()
+def _autoencoder_beside(checkpoint: Path) -> Path:
+    run = checkpoint.parent if (checkpoint.parent / "autoencoder").is_dir() else checkpoint.parent.parent
+    folder = run / "autoencoder"
+    return folder if folder.is_dir() else run / "vavae"  # as it was called before
+
+
+def solver(time_shift: float = 1.0, name: str = "euler") -> SchedulerMixin:
+    """Euler's method, or another of `SOLVERS`, on even steps, or on steps finer near the noise by training's shift.
+
+    `timestep_shift=0.3` at sampling gives the grid of LightningDiT's recipe.
+    """
+    return SOLVERS[name](time_shift)
+
+
+def swap_solver(pipe: LatentDiTPipeline, name: str) -> None:
+    """Give the pipeline another solver of `SOLVERS`, which keeps the time shift of its own."""
+    config = pipe.scheduler.config
+    pipe.scheduler = solver(config.get("shift", config.get("flow_shift", 1.0)), name)

@@ -28,7 +28,7 @@ PREVIOUS = "previous.ckpt"
 """What `last.ckpt` was before: taken where `last.ckpt` turns out to be damaged."""
 
 
-WRITTEN = ("checkpoints", "vavae", "pipeline", "reconstructions", "samples", "classifier")
+WRITTEN = ("checkpoints", "autoencoder", "vavae", "pipeline", "reconstructions", "samples", "classifier")
 """Folders of a run that trainings write into."""
 
 
@@ -266,6 +266,7 @@ def checkpoint_callbacks(
     monitor: str | None,
     saving: Saving | None = None,
     mode: str = "min",
+    best: str = "best-",
 ) -> list[ModelCheckpoint]:
     """`last.ckpt`, periodic folders, and the best by `monitor` as `best-EPOCH-VALUE.ckpt`.
 
@@ -274,11 +275,12 @@ def checkpoint_callbacks(
         monitor: the logged value that says which is best; None: none is.
         saving: when they are written; by default every five minutes.
         mode: whether "min" or "max" of it is best.
+        best: how the best one's name begins.
     """
     saving = saving or Saving()
     callbacks: list[ModelCheckpoint] = []
     if monitor:
-        name = f"best-{{epoch:03d}}-{{{monitor}:.4f}}"
+        name = f"{best}{{epoch:03d}}-{{{monitor}:.4f}}"
         callbacks.append(
             ModelCheckpoint(
                 folder,

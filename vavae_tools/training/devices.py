@@ -14,6 +14,7 @@ def precision_of(name: str | None, machine: Machine) -> str:
     Raises:
         UserError: a precision that this machine cannot do, or does many times slower.
     """
+    name = None if name is None else str(name)
     if name is None:
         return {"cpu": "32-true", "t4": "16-mixed", "ampere": "bf16-mixed"}[machine.kind]
     known = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -35,6 +36,7 @@ def trainer_settings(
     precision: str | None = None,
     parts_may_go_unused: bool = False,
     gradient_clip_val: float | None = 1.0,
+    **lightning: Any,
 ) -> dict[str, Any]:
     """Arguments for `lightning.Trainer` tuned for one or two GPUs of a borrowed machine.
 
@@ -45,6 +47,7 @@ def trainer_settings(
         precision: "16", "32", "bf16"; None: fp16 with a scaler on a T4, bf16 from Ampere on, float32 on a CPU.
         parts_may_go_unused: some weights may get no gradient in a step, which plain ddp refuses.
         gradient_clip_val: largest norm of the gradients; None where the module clips.
+        lightning: further arguments of `lightning.Trainer`, such as accumulate_grad_batches, taken as they are.
 
     Raises:
         UserError: more devices than there are, or a precision the machine cannot do.
@@ -53,7 +56,10 @@ def trainer_settings(
     if accelerator in ("gpu", "cuda") and machine.kind == "cpu":
         raise UserError("No GPU that torch can use here: take --accelerator cpu, or switch the GPU on in the settings")
     on_gpu = machine.kind != "cpu"
-    count = (machine.devices if on_gpu else 1) if devices == "auto" else int(devices)
+    try:
+        count = (machine.devices if on_gpu else 1) if devices == "auto" else int(devices)
+    except (TypeError, ValueError):
+        raise UserError(f"devices {devices!r}: expected how many, or auto") from None
     if on_gpu and count > machine.devices:
         raise UserError(f"--devices {count}, but this machine has {machine.devices} ({machine.name})")
     if strategy == "auto" and count * num_nodes > 1:
@@ -69,6 +75,7 @@ def trainer_settings(
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 10,
         "enable_model_summary": False,
+        **lightning,
     }
 
 

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.ddt import DDT
 from vavae_tools.diffusion.objectives import FlowMatching
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.draws import Draws
 from vavae_tools.training.devices import trainer_settings
 from vavae_tools.training.ema import EMA
-from vavae_tools.training.vavae_module import cosine_with_warmup, plain_config
+from vavae_tools.training.schedule import warmed_up
+from vavae_tools.training.vavae_module import plain_config
 
 
 class DiffusionModule(L.LightningModule):
@@ -21,9 +23,11 @@ class DiffusionModule(L.LightningModule):
     Args:
         denoiser, conditioner: what is trained; their averages are `ema.network`.
         objective: how latents are noised, what is predicted, and the loss.
-        lr: AdamW's after warm-up; it falls to zero along a half cosine.
+        lr: AdamW's after warm-up.
         ema_decay: of the averaged weights, which validation and sampling use.
         warmup_steps: optimiser steps of linear warm-up.
+        schedule: how the learning rate goes on from there: "cosine", "linear" (both to zero) or "constant".
+        compile: `torch.compile` the denoiser: the first step takes a minute, those after it less.
         flip: "none", or "half": half of the latents are those of the mirrored pictures (they must be encoded).
         seed: every random draw follows from it, the epoch and the sample.
 
@@ -32,7 +36,7 @@ class DiffusionModule(L.LightningModule):
 
     def __init__(
         self,
-        denoiser: DiT,
+        denoiser: DiT | DDT,
         conditioner: ClassConditioner,
         objective: FlowMatching | None = None,
         lr: float = 2e-4,
@@ -40,15 +44,20 @@ class DiffusionModule(L.LightningModule):
         warmup_steps: int = 100,
         flip: str = "none",
         seed: int = 0,
+        schedule: str = "cosine",
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["denoiser", "conditioner", "objective"])
+        self.save_hyperparameters(ignore=["denoiser", "conditioner", "objective", "compile"])
         self.hparams["denoiser_config"] = plain_config(denoiser)
         self.hparams["conditioner_config"] = plain_config(conditioner)
         self.network = nn.ModuleDict({"denoiser": denoiser, "conditioner": conditioner})
         self.ema = EMA(self.network, ema_decay)
         # a fresh denoiser predicts exactly zero, where the reference's eps makes gradients that fp16 cannot hold
         self.objective = objective or FlowMatching(cosine_eps=1e-2)
+        self.hparams["objective"] = dict(self.objective.config)
+        if compile:  # after the average was copied, which sees few steps
+            denoiser.compile()
 
     def model_step(
         self, network: nn.ModuleDict, batch: dict[str, Tensor], draws: Draws, dropout: float
@@ -66,6 +75,7 @@ class DiffusionModule(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = Draws(self.hparams.seed, self.current_epoch, batch["index"])
         loss, parts = self.model_step(self.network, batch, draws, self.network["conditioner"].dropout)
+        self.log("train/lr", self.lr_schedulers().get_last_lr()[0], batch_size=len(batch["index"]))
         self.log("train/loss", loss.detach(), batch_size=len(batch["index"]), prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in parts.items()}, batch_size=len(batch["index"]))
         return loss
@@ -82,9 +92,12 @@ class DiffusionModule(L.LightningModule):
         self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=len(batch["index"]), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        weights = self.network.parameters()
-        optimizer = torch.optim.AdamW(weights, self.hparams.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        return cosine_with_warmup(optimizer, self.hparams.warmup_steps, self.trainer.estimated_stepping_batches)
+        weights = [weight for weight in self.network.parameters() if weight.requires_grad]
+        # one kernel for all weights; a gradient scaler would unscale inside it, where Lightning cannot clip any more
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.AdamW(weights, self.hparams.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+        steps = self.trainer.estimated_stepping_batches
+        return warmed_up(optimizer, self.hparams.warmup_steps, steps, self.hparams.schedule)
 
     def trainer_settings(self, **choices: Any) -> dict[str, Any]:
         """Arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`): Trainer(**settings)."""

@@ -8,17 +8,23 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from vavae_tools.autoencoders.loading import load_autoencoder
 from vavae_tools.autoencoders.vavae import fitting_size
 from vavae_tools.autoencoders.weights import load_vavae
 from vavae_tools.checkpoints.resuming import check_resumable, resume_path
+from vavae_tools.convert.lightningdit import read_latent_statistics
 from vavae_tools.data.images import PictureDataModule
 from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_latents, weights_digest
 from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.ddt import DDT
+from vavae_tools.diffusion.denoisers import make_denoiser, split_reference_arguments
+from vavae_tools.diffusion.objectives import FlowMatching, time_shift_of
 from vavae_tools.diffusion.pipeline import LatentDiTPipeline, load_pipeline, solver
-from vavae_tools.diffusion.transformer import DiT, dit
+from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.errors import UserError
 from vavae_tools.files import save_model
 from vavae_tools.machine import find_device
+from vavae_tools.places import find_split
 from vavae_tools.training.checkpoints import checkpoint_callbacks
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.diffusion_module import DiffusionModule
@@ -40,13 +46,20 @@ def encode_split(
     flips: bool = False,
     seed: int = 0,
     say: Callable[[str], None] = say,
+    latents_stats: str | Path | None = None,
 ) -> LatentFolder:
-    """Encode a split with a VA-VAE, a folder or a `.ckpt`, once."""
+    """Encode a split with a VA-VAE, a folder or a `.ckpt`, once.
+
+    Args:
+        latents_stats: the `latents_stats.pt` of published weights that training is to go on from; by default the
+            statistics are computed on the training side.
+    """
     model = load_vavae(vavae_dir, say=lambda line: None)
     pictures = PictureDataModule(
         data_dir, fitting_size(model, image_size), seed=seed, channels=model.config.in_channels
     )
-    latents = encode_latents(model, pictures, output_dir, flips, device=find_device(), seed=seed)
+    statistics = read_latent_statistics(latents_stats) if latents_stats else None
+    latents = encode_latents(model, pictures, output_dir, flips, device=find_device(), seed=seed, statistics=statistics)
     say(str(latents))
     return latents
 
@@ -54,7 +67,7 @@ def encode_split(
 @several_devices_from_a_cell
 def train_dit(
     latents_dir: str | Path,
-    vavae_dir: str | Path,
+    autoencoder_dir: str | Path,
     output_dir: str | Path = "outputs/dit",
     denoiser: dict[str, Any] | None = None,
     max_steps: int = 40_000,
@@ -70,20 +83,37 @@ def train_dit(
     say: Callable[[str], None] = say,
     devices: dict[str, Any] | None = None,
     saving: Saving | dict[str, Any] | None = None,
+    objective: dict[str, Any] | None = None,
+    warmup_steps: int = 100,
+    schedule: str = "cosine",
+    compile: bool = False,
+    gradient_checkpointing: bool = False,
+    best: str = "best-",
+    num_workers: int = 0,
+    init: dict[str, Any] | None = None,
+    noted: dict[str, float] | None = None,
 ) -> Path:
-    """Train a DiT on latents.
+    """Train a denoiser on latents.
 
     Args:
-        latents_dir: what `encode_split` wrote.
-        vavae_dir: the VA-VAE that made them; a copy with their statistics goes along with the checkpoints.
-        output_dir: gets `checkpoints/best-*.ckpt` and `last.ckpt`, `lightning_logs/`, `samples/`, `vavae/`, and at
-            the end `pipeline/`, ready to sample from.
-        denoiser: {"size": "S" | "B" | "L" | "XL"}, or numbers (hidden_size, depth, num_heads), and patch_size.
+        latents_dir: what `encode_latents` (or `encode_split`) wrote.
+        autoencoder_dir: the autoencoder that made them; a copy with their statistics goes along with the checkpoints.
+        output_dir: gets `checkpoints/best-*.ckpt` and `last.ckpt`, `lightning_logs/`, `samples/`, `autoencoder/`, and
+            at the end `pipeline/`, ready to sample from.
+        denoiser: {"size": "S" | "B" | "L" | "XL"}, or numbers (hidden_size, depth, num_heads), and patch_size; two
+            numbers each make a DiT with the wide head. num_classes and class_dropout_prob go to the conditioner. See
+            `denoisers.make_denoiser`.
         max_steps: optimiser steps.
         flip: "half" trains half the time on mirrored pictures, where they were encoded.
         previews: grids of samples in all.
         devices: arguments of `devices.trainer_settings`, such as {"devices": 2, "precision": "16"}.
         saving: when checkpoints are written and training ends, a `Saving` or its numbers as a dict.
+        objective: arguments of `FlowMatching`; time_shift None: by the latents' dimension (RAE).
+        warmup_steps, schedule, compile: see `DiffusionModule`.
+        gradient_checkpointing: less memory for a third more time.
+        best: how the name of the best checkpoint begins.
+        init: arguments of `starting_point.start_from`: weights to go on from, and how.
+        noted: numbers known before training that its curves shall hold.
 
     Returns:
         The folder of the pipeline, with the averaged weights of the last step.
@@ -94,28 +124,41 @@ def train_dit(
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
     resume_from = resume_path(resume, checkpoints, say)
-    latents = LatentDataModule(latents_dir, batch_size, seed=seed)
+    latents = LatentDataModule(latents_dir, batch_size, num_workers, seed=seed)
     if flip == "half" and not latents.folder.flips:
         raise UserError(f"flip='half' needs mirrored latents, which {latents_dir} lacks: encode them with flips=True")
-    channels, height, width = latents.folder.shape
-    denoiser = {"input_size": (height, width), "in_channels": channels, **(denoiser or {})}
-    network = dit(**denoiser) if "size" in denoiser else DiT(**denoiser)
-    conditioner = ClassConditioner(latents.num_classes, network.config.hidden_size)
-    model = load_vavae(vavae_dir, say=lambda line: None).eval()
-    if weights_digest(model) != latents.folder.weights:
-        raise UserError(f"{latents_dir} was not made by {vavae_dir}: encode the pictures again with this VA-VAE")
-    model.register_to_config(latents_mean=latents.folder.mean, latents_std=latents.folder.std)
-    save_model(model, output_dir / "vavae")
+    network, conditioner = _denoiser_for(latents, denoiser or {})
+    if init and init.get("weights"):
+        from vavae_tools.training.starting_point import start_from
 
-    module = DiffusionModule(network, conditioner, lr=lr, ema_decay=ema_decay, flip=flip, seed=seed)
+        start_from(network, conditioner, latents=latents, seed=seed, say=say, **init)
+    if gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    model = _autoencoder_of(latents, autoencoder_dir, output_dir / "autoencoder")
+
+    module = DiffusionModule(
+        network,
+        conditioner,
+        _objective_for(latents, objective or {"cosine_eps": 1e-2}),
+        lr=lr,
+        ema_decay=ema_decay,
+        warmup_steps=warmup_steps,
+        flip=flip,
+        seed=seed,
+        schedule=schedule,
+        compile=compile,
+    )
     module.hparams["people"] = latents.folder.people
     settings = module.trainer_settings(**(devices or {}))
     weights = sum(p.numel() for p in module.network.parameters())
-    steps = max(1, len(latents.train_data) // (min(batch_size, len(latents.train_data)) * settings["devices"]))
-    epochs = -(-max_steps // steps)
+    global_batch = min(batch_size, len(latents.train_data)) * settings["devices"] * settings["num_nodes"]
+    batches = max(1, len(latents.train_data) // global_batch)
+    gathered = settings.get("accumulate_grad_batches", 1)
+    epochs = -(-max_steps * gathered // batches)
     say(
-        f"Training a DiT of {weights / 1e6:,.1f} M weights on {len(latents.train_data):,} latents: {max_steps:,} steps "
-        f"of {batch_size}, {epochs:,} epochs, {settings['precision']} ({latents_dir})"
+        f"Training a {type(network).__name__} of {weights / 1e6:,.1f} M weights on {len(latents.train_data):,} latents"
+        f": {max_steps:,} steps of {global_batch * gathered}, {epochs:,} epochs, "
+        f"{settings['precision']} ({latents_dir})"
     )
     columns = 8
 
@@ -123,28 +166,27 @@ def train_dit(
         labels = sorted(latents.folder.people.values())[:columns]
         people = [label for label in labels for _ in range(columns)]
         vae = model.to(next(trained.parameters()).device)
-        pipe = LatentDiTPipeline(vae, trained["denoiser"], trained["conditioner"], solver(), latents.folder.people)
+        shift = module.objective.time_shift
+        parts = trained["denoiser"], trained["conditioner"]
+        pipe = LatentDiTPipeline(vae, *parts, solver(shift), latents.folder.people)
         pipe.set_progress_bar_config(disable=True)
         noise = pipe.noise(seed, torch.arange(len(people)))
-        return pipe(people, 20, guidance_scale, latents=noise, output_type="pt").images
+        pictures = pipe(people, 20, guidance_scale, latents=noise, output_type="pt").images
+        model.to("cpu")  # its memory is training's
+        return pictures
 
     every = max(1, epochs // max(previews, 1))
     has_validation = len(latents.val_data) > 0
-    callbacks = checkpoint_callbacks(checkpoints, "val/loss" if has_validation else None, saving)
+    callbacks = checkpoint_callbacks(checkpoints, "val/loss" if has_validation else None, saving, best=best)
     if previews:
         callbacks.append(SamplePreviews(make, columns, output_dir / "samples", every, show))
     callbacks.append(
         RunRecord(output_dir, {"precision": settings["precision"]}, latents.folder.key, saving.allow_changes, say)
     )
-    trainer = build_trainer(
-        settings,
-        output_dir,
-        callbacks,
-        say,
-        max_steps=max_steps,
-        max_epochs=-1,
-        check_val_every_n_epoch=max(1, epochs // 20),
-    )
+    length = {"max_steps": max_steps, "max_epochs": -1, "check_val_every_n_epoch": max(1, epochs // 20)}
+    trainer = build_trainer({**length, **settings}, output_dir, callbacks, say)
+    if noted and trainer.is_global_zero:
+        trainer.logger.log_metrics(noted, step=0)
     check_resumable(resume_from, module)
     fit(trainer, module, latents, resume_from, say)
 
@@ -153,3 +195,100 @@ def train_dit(
         save_model(load_pipeline(checkpoints / "last.ckpt"), folder)
         say(f"written: {folder}, {checkpoints}/, {output_dir / 'samples'}/")
     return folder
+
+
+def _denoiser_for(latents: LatentDataModule, arguments: dict[str, Any]) -> tuple[DiT | DDT, ClassConditioner]:
+    channels, height, width = latents.folder.shape
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    given = arguments.get("in_channels", channels), arguments.get("input_size", (height, width))
+    side = given[1] if isinstance(given[1], int) else tuple(given[1])
+    if given[0] != channels or side not in (height, (height, width)) or (side == height and height != width):
+        found = f"{given[0]} channels of {side if isinstance(side, int) else '×'.join(map(str, side))}"
+        raise UserError(
+            f"The denoiser is made for {found}, the latents are {channels}×{height}×{width}: set "
+            f"model.dit.in_channels={channels} model.dit.input_size={height}"
+        )
+    arguments |= {"in_channels": channels, "input_size": (height, width)}
+    of_denoiser, of_conditioner = split_reference_arguments({"num_classes": latents.num_classes, **arguments})
+    if of_conditioner["num_classes"] < latents.num_classes:
+        raise UserError(
+            f"num_classes {of_conditioner['num_classes']}, but the data have {latents.num_classes} classes: set "
+            "model.dit.num_classes=null, or no fewer than they are"
+        )
+    return make_denoiser(of_denoiser), ClassConditioner(**of_conditioner)
+
+
+def _objective_for(latents: LatentDataModule, arguments: dict[str, Any]) -> FlowMatching:
+    if arguments.get("time_shift", 1.0) is None:
+        arguments = {**arguments, "time_shift": max(1.0, time_shift_of(latents.folder.shape))}
+    return FlowMatching(**arguments)
+
+
+def _autoencoder_of(latents: LatentDataModule, source: str | Path, copy: Path) -> torch.nn.Module:
+    """The autoencoder of these latents with their statistics, of which a copy goes along with the checkpoints.
+
+    Raises:
+        UserError: another one made them.
+    """
+    model = load_autoencoder(source).eval()
+    if weights_digest(model) != latents.folder.weights:
+        raise UserError(f"{latents.folder.path} was not made by {source}: encode the pictures again with this one")
+    if not model.has_own_statistics:
+        model.register_to_config(latents_mean=latents.folder.mean, latents_std=latents.folder.std)
+    if copy.is_dir() and Path(source).resolve() == copy.resolve():
+        model.save_config(copy)
+    else:
+        save_model(model, copy)
+    return model
+
+
+def train_vavae_dit(
+    data: dict[str, Any],
+    model: dict[str, Any],
+    trainer: dict[str, Any],
+    callbacks: dict[str, Any],
+    output_dir: str | Path,
+    resume: str | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = say,
+) -> Path:
+    """`experiment=vavae_dit`: what notebook 03 does, `encode_split` and `train_dit`, with the keys of `configs/`."""
+    source = model["vavae"]["source"]
+    encode_split(
+        data["data_dir"] or find_split(),
+        source,
+        data["latents_dir"],
+        data["image_size"],
+        data["flips"],
+        say=say,
+        latents_stats=model["vavae"]["latents_stats"],
+    )
+    arguments = experiment_arguments(data, model, trainer, callbacks)
+    return train_dit(data["latents_dir"], source, output_dir, resume=resume, seed=seed, say=say, **arguments)
+
+
+def experiment_arguments(
+    data: dict[str, Any], model: dict[str, Any], trainer: dict[str, Any], callbacks: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of `train_dit` from an experiment's keys."""
+    module, denoiser = model["dit_module"], dict(model["dit"])
+    if denoiser.get("size"):
+        denoiser = {k: v for k, v in denoiser.items() if k not in ("hidden_size", "depth", "num_heads")}
+    if module["max_steps"] < 1:
+        raise UserError(f"max_steps {module['max_steps']}: at least one step is needed")
+    saving = {k: v for k, v in callbacks.items() if k not in ("previews", "preview_guidance_scale")}
+    return {
+        "denoiser": denoiser,
+        "batch_size": data["batch_size"],
+        "lr": module["learning_rate"],
+        **{k: module[k] for k in ("max_steps", "ema_decay", "warmup_steps", "schedule", "compile")},
+        "gradient_checkpointing": module["gradient_checkpointing"],
+        "objective": model["objective"],
+        "flip": "half" if data["flips"] else "none",
+        "previews": callbacks["previews"],
+        "guidance_scale": callbacks["preview_guidance_scale"],
+        "devices": trainer,
+        "saving": saving,
+        "best": "epoch=",
+        "init": model["init"],
+    }

@@ -29,13 +29,13 @@ from vavae_tools.errors import UserError
 from vavae_tools.files import read_checkpoint, write_json, written_whole
 from vavae_tools.places import DEEPEST, KAGGLE_INPUT
 
-NEEDED = ("last.ckpt", "best-*.ckpt", "*.safetensors", "*.pt", "*.json", "*.yaml")
+NEEDED = ("last.ckpt", "best-*.ckpt", "epoch=*.ckpt", "*.safetensors", "*.pt", "*.json", "*.yaml")
 WHOLE_FOLDERS = ("lightning_logs", "checkpoint-*")
 NEVER = ("foundation", "__pycache__")
 """Folders that are left out: features of the foundation model are gigabytes, and soon made again."""
-OF_RUN = ("checkpoints", *WHOLE_FOLDERS, "vavae", "pipeline")
+OF_RUN = ("checkpoints", *WHOLE_FOLDERS, "vavae", "autoencoder", "pipeline")
 """What belongs to one run and goes together: never the new checkpoint with the old model."""
-RUNS = ("checkpoints", "vavae/checkpoints", "vavae/*/checkpoints", "dit/checkpoints")
+RUNS = ("checkpoints", "vavae/checkpoints", "vavae/*/checkpoints", "dit/checkpoints", "logs/runs/*/*/checkpoints")
 MANIFEST = re.compile(r"session-[0-9a-f]{12}\.json")
 SMALL, PACK = 2**20, "small-files.pack"
 DATASET = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)/([a-z0-9][a-z0-9-]{4,48}[a-z0-9])(?:/[1-9][0-9]*)?")
@@ -149,7 +149,7 @@ def session_files(work: Path, pictures: bool = False) -> list[str]:
         folders[:] = sorted(
             child
             for child in folders
-            if not child.startswith(".")
+            if (child == ".hydra" or not child.startswith("."))
             and child not in NEVER
             and not any((folder / child / mark).exists() for mark in (".git", "pyproject.toml"))
             and (pictures or not (split and child in SIDES))

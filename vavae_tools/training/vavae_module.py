@@ -1,6 +1,5 @@
 """Fine-tuning the VA-VAE with Lightning: glue between the model, its loss and the Trainer."""
 
-import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from vavae_tools.errors import UserError
 from vavae_tools.evaluation.metrics import psnr, ssim
 from vavae_tools.training.devices import trainer_settings
 from vavae_tools.training.finite import FiniteSteps
+from vavae_tools.training.schedule import warmed_up
 
 
 class VAVAEModule(L.LightningModule):
@@ -267,7 +267,7 @@ class VAVAEModule(L.LightningModule):
             [p for p in weights if p.requires_grad], settings.lr, settings.betas, weight_decay=settings.weight_decay
         )
         if settings.schedule == "cosine":
-            optimizers = [cosine_with_warmup(optimizer, settings.warmup_steps, self.total_steps)]
+            optimizers = [warmed_up(optimizer, settings.warmup_steps, self.total_steps)]
         else:
             optimizers = [{"optimizer": optimizer}]
         if settings.disc_weight:
@@ -296,19 +296,3 @@ def _not_counted() -> None:
 def plain_config(model: ConfigMixin) -> dict[str, Any]:
     """A diffusers model's configuration as plain values, which `weights_only=True` can read."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in model.config.items() if not k.startswith("_")}
-
-
-def cosine_with_warmup(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: float) -> dict[str, Any]:
-    """Linear warm-up, then a half cosine to zero, counted in optimiser steps; what `configure_optimizers` returns."""
-    warmup_steps = min(warmup_steps, total_steps / 10)
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        if math.isinf(total_steps):
-            return 1.0
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return 0.5 * (1 + math.cos(math.pi * progress))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

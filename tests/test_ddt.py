@@ -1,0 +1,347 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_cases import SHARED, assert_close, load_case, load_weights
+
+from vavae_tools.convert.ddt import load_ddt
+from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.ddt import DDT, DDT_SIZES, ddt
+from vavae_tools.diffusion.denoisers import make_denoiser, split_reference_arguments
+from vavae_tools.diffusion.sampling import guided_velocity
+from vavae_tools.diffusion.transformer import DiT, sincos_table
+from vavae_tools.errors import UserError
+
+CASES = sorted({"ddt-a"} | {path.name for path in SHARED.glob("ddt-*")})
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+TINY = {"input_size": 4, "in_channels": 3, "hidden_size": (16, 32), "depth": (2, 1), "num_heads": (2, 4)}
+MILLIONS = {"S": 196.5, "B": 294.3, "L": 621.7, "XL": 838.7}  # of parameters at 768×16×16, fixed positions included
+
+
+def split_weak(weights):
+    """A case's weights → the model's and those of the weaker one that guides it."""
+    weak = {name.removeprefix("__weak__."): tensor for name, tensor in weights.items() if name.startswith("__weak__.")}
+    return {name: tensor for name, tensor in weights.items() if not name.startswith("__weak__.")}, weak
+
+
+def reference(name):
+    case, io = load_case(name)
+    strong, weak = split_weak(load_weights(name))
+    return load_ddt(strong, case["constructor"]), load_ddt(weak, case["weak_constructor"]), io
+
+
+def trained(**changes) -> DDT:
+    """A tiny model whose weights are not the zeros of a fresh one."""
+    torch.manual_seed(0)
+    model = DDT(**{**TINY, **changes})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def inputs(width: int = 4):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, 4, width, generator=generator)
+    return x, torch.rand(2, generator=generator), torch.randn(2, 16, generator=generator)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_outputs_and_parts_equal_the_reference(name):
+    model, _, io = reference(name)
+    denoiser, taps = model.denoiser, {}
+
+    def keep(module, key, index=None):
+        module.register_forward_hook(lambda _, inputs, out: taps.update({key: out if index is None else inputs[index]}))
+
+    keep(denoiser.t_embedder, "tap.t_emb")
+    keep(model.conditioner, "tap.y_emb")
+    keep(denoiser.blocks[0], "tap.s_in", index=0)
+    keep(denoiser.blocks[0], "tap.c", index=1)
+    keep(denoiser.blocks[0], "tap.enc_block0")
+    keep(denoiser.blocks[denoiser.encoder_depth - 1], "tap.enc_out")
+    keep(denoiser.s_projector, "tap.s_before_projector", index=0)
+    keep(denoiser.s_projector, "tap.s_projected")
+    keep(denoiser.blocks[denoiser.encoder_depth], "tap.x_in", index=0)
+    keep(denoiser.blocks[denoiser.encoder_depth], "tap.dec_block0")
+    assert_close(model(io["x"], io["t"], io["y"]), io["out"], TOLERANCE)
+    expected = [key for key in io if key.startswith("tap.")]
+    assert expected
+    for key in expected:
+        assert_close(taps[key].reshape(io[key].shape), io[key], TOLERANCE)
+    s = io["tap.s_before_projector"]
+    assert_close(model(io["x"], io["t"], io["y"], s=s), io["out_given_s"], TOLERANCE)
+    assert_close(denoiser.encode(io["x"], io["t"], model.conditioner(io["y"])), s, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_guidance_equals_the_reference(name):
+    model, weak, io = reference(name)
+    x, t, y, interval = io["cfg.x"], io["cfg.t"], io["cfg.y"], tuple(io["cfg.interval"].tolist())
+    scale = io["cfg.scale"].item()
+    assert_close(model.forward_with_cfg(x, t, y, scale), io["cfg.out"], TOLERANCE)
+    assert_close(model.forward_with_cfg(x, t, y, scale, interval), io["cfg.out_interval"], TOLERANCE)
+    scale = io["ag.scale"].item()
+    assert_close(weak(x, t, y), io["ag.weak_out"], TOLERANCE)
+    assert_close(model.forward_with_autoguidance(x, t, y, scale, weak), io["ag.out"], TOLERANCE)
+    guided = model.forward_with_autoguidance(x, t, y, scale, weak.forward, interval)
+    assert_close(guided, io["ag.out_interval"], TOLERANCE)
+    with pytest.raises(UserError, match="min < max"):
+        model.forward_with_cfg(x, t, y, 2.0, (0.5, 0.5))
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_guided_velocities_equal_the_reference(name):
+    # the house's own guidance, time by time, in its convention
+    model, weak, io = reference(name)
+    n = len(io["cfg.x"]) // 2
+    for i in range(n):
+        x, y = io["cfg.x"][i : i + 1], io["cfg.y"][i : i + 1]
+        t, condition = 1 - io["cfg.t"][i].item(), model.conditioner(y)
+        start, end = io["cfg.interval"].tolist()
+        for interval, out in (((0.0, 1.0), "out"), ((1 - end, 1 - start), "out_interval")):
+            null, scale = model.conditioner.null(1), io["cfg.scale"].item()
+            velocity = guided_velocity(model.denoiser, x, t, condition, null, scale, interval)
+            assert_close(-velocity, io[f"cfg.{out}"][i : i + 1], TOLERANCE)
+            velocity = guided_velocity(
+                model.denoiser,
+                x,
+                t,
+                condition,
+                None,
+                io["ag.scale"].item(),
+                interval,
+                guide=weak.denoiser,
+                guide_conditioning=weak.conditioner(y),
+            )
+            assert_close(-velocity, io[f"ag.{out}"][i : i + 1], TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_the_reference(name):
+    model, _, io = reference(name)
+    loss = model(io["x"], io["t"], io["y"]).square().mean()
+    loss.backward()
+    assert_close(loss.detach(), io["grad.loss"], TOLERANCE)
+    parameters = {
+        name.replace("conditioner.", "y_embedder.").removeprefix("denoiser."): parameter
+        for name, parameter in model.named_parameters()
+    }
+    norms = [parameter.grad.norm() for parameter in parameters.values() if parameter.grad is not None]
+    assert_close(torch.stack(norms).norm(), io["grad.total_norm"], {"rtol": 1e-4})
+    checked = {key.removeprefix("grad.") for key in io if key.startswith("grad.")} - {"loss", "total_norm"}
+    assert checked
+    for name in checked:
+        assert_close(parameters[name].grad, io[f"grad.{name}"], TOLERANCE)
+    assert parameters["t_embedder.W"].grad is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"hidden_size": (32, 32), "num_heads": 4},
+        {"qk_norm": True, "swiglu": False, "rms_norm": False},
+        {"pos_embed": False},
+        {"rope": False},
+        {"adaln_shift": False},
+    ],
+)
+@torch.no_grad()
+def test_the_network_is_the_published_composition(options):
+    # written out once more, so that an option cannot go astray
+    model = trained(**options)
+    x, t, _ = inputs()
+    c = torch.randn(2, model.conditioning_size)
+    time = model.t_embedder(t)
+    s = model.s_embedder.proj(x).flatten(2).mT  # (B, N, D)
+    if options.get("pos_embed", True):
+        s = s + sincos_table(4, 4, model.conditioning_size)
+    turns = [None, None]
+    if options.get("rope", True):
+        turns = [(model.enc_rope_cos, model.enc_rope_sin), (model.dec_rope_cos, model.dec_rope_sin)]
+    for block in model.blocks[:2]:
+        s = block(s, F.silu(time + c)[:, None], turns[0])
+    s = F.silu(time[:, None] + s)
+    if model.conditioning_size != 32:
+        s = s @ model.s_projector.weight.T + model.s_projector.bias
+    else:
+        assert not any(name.startswith("s_projector") for name in model.state_dict())
+    h = model.blocks[2](model.x_embedder.proj(x).flatten(2).mT, s, turns[1])
+    expected = model.final_layer(h, s).mT.reshape(2, 3, 4, 4)
+    torch.testing.assert_close(model.predict(x, t, c), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(x, 1 - t, c), -expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "millions"), MILLIONS.items())
+def test_sizes_have_the_published_parameters(size, millions):
+    with torch.device("meta"):
+        denoiser = ddt(size, input_size=16, in_channels=768)
+        conditioner = ClassConditioner(1000, denoiser.conditioning_size)
+    count = sum(p.numel() for p in (*denoiser.parameters(), *conditioner.parameters(), denoiser.enc_pos_embed))
+    assert count / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_a_fresh_model_returns_exactly_zero_and_starts_as_the_reference():
+    torch.manual_seed(0)
+    x, t, _ = inputs()
+    model = DDT(**{**TINY, "hidden_size": (128, 256)})
+    assert model(x, t, torch.randn(2, 128)).abs().max() == 0
+    assert model.t_embedder.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.t_embedder.W.std().item() == pytest.approx(1, rel=0.15) and not model.t_embedder.W.requires_grad
+    bound = 1 / 128**0.5  # PyTorch's own beginning of a linear map of 128 features
+    assert model.blocks[0].attn.qkv.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+    assert model.blocks[0].attn.qkv.bias.abs().max() > 0
+    for embedder, dim in ((model.s_embedder, 128), (model.x_embedder, 256)):
+        bound = (6 / (3 + dim)) ** 0.5
+        assert bound * 0.9 < embedder.proj.weight.abs().max().item() <= bound and embedder.proj.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"input_size": (4, 6), "patch_size": 2}, {"patch_size": [1, 1], "rope": False}]
+)
+def test_options_save_and_load(options, tmp_path):
+    model = trained(**options)
+    x, t, c = inputs(width=6 if "input_size" in options else 4)
+    out = model(x, t, c)
+    assert out.shape == x.shape
+    model.save_pretrained(tmp_path)
+    loaded = DDT.from_pretrained(tmp_path)
+    assert torch.equal(loaded(x, t, c), out) and torch.equal(loaded.t_embedder.W, model.t_embedder.W)
+    assert loaded.latent_shape == x.shape[1:] and loaded.conditioning_size == 16
+
+
+@torch.no_grad()
+def test_the_condition_reaches_the_head_through_the_encoders_answer_alone():
+    model = trained()
+    x, t, c = inputs()
+    s = model.encode(x, t, c)
+    assert torch.equal(model.predict(x, 1 - t, None, s), model.predict(x, t, c))
+    other = model.predict(x, t, c, model.encode(x, t, c + 1))
+    assert not torch.allclose(other, model.predict(x, t, c), atol=1e-3)
+
+
+def test_checkpointing_computes_blocks_twice_and_the_same_gradients():
+    x, t, c = inputs()
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        model = trained().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        calls.append([])
+        for block in model.blocks:
+            block.attn.register_forward_pre_hook(lambda *_: calls[-1].append(1))
+        model(x, t, c).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert [len(c) for c in calls] == [3, 6]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_half_precision_stays_near_float32():
+    x, t, c = inputs()
+    model = trained()
+    with torch.no_grad():
+        full = model(x, t, c)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(x, t, c).float()
+    assert (mixed - full).norm() < 0.05 * full.norm()
+
+
+def test_compiles_without_a_break():
+    x, t, c = inputs()
+    model = trained()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, t, c), model(x, t, c))
+
+
+def test_wrong_settings_are_named():
+    x, t, c = inputs()
+    with pytest.raises(UserError, match=r"3×4×2 .* 3×4×4"):
+        DDT(**TINY)(x[..., :2], t, c)
+    with pytest.raises(UserError, match="no mask"):
+        DDT(**TINY)(x, t, c, mask=torch.ones(2, 1, 4, 4))
+    for changes, said in (
+        ({"patch_size": 3}, "patches of 3×3"),
+        ({"patch_size": [2, 1]}, "patch_size 2 and 1"),
+        ({"num_heads": (3, 4)}, "encoder's hidden_size 16 with num_heads 3"),
+        ({"num_heads": (2, 16)}, "head's hidden_size 32 with num_heads 16"),
+        ({"hidden_size": 32}, "hidden_size is 32, expected two numbers"),
+        ({"depth": (1, 2, 3)}, "depth is .* expected two numbers"),
+    ):
+        with pytest.raises(UserError, match=said):
+            DDT(**{**TINY, **changes})
+    with pytest.raises(UserError, match="S, B, L, XL"):
+        ddt("XXL")
+
+
+def test_reference_checkpoints_are_unwrapped_and_their_positions_read():
+    case, io = load_case("ddt-a")
+    weights, _ = split_weak(load_weights("ddt-a"))
+    other = {**weights, "pos_embed": weights["pos_embed"] + 1}
+    wrapped = {"ema": {f"module._orig_mod.{name}": tensor for name, tensor in other.items()}, "step": 3}
+    model, plain = load_ddt(wrapped, case["constructor"]), load_ddt({"model": weights}, case["constructor"])
+    assert not model.training and torch.equal(model.denoiser.enc_pos_embed, other["pos_embed"])
+    assert (model(io["x"], io["t"], io["y"]) - plain(io["x"], io["t"], io["y"])).abs().max() > 0.01
+    with pytest.raises(UserError, match=r"pos_embed is \(1, 16, 32\) in these weights, \(1, 64, 32\)"):
+        load_ddt(weights, {**case["constructor"], "input_size": 8})
+    with pytest.raises(UserError, match="use_pos_embed is False"):
+        load_ddt(weights, {**case["constructor"], "use_pos_embed": False})
+    with pytest.raises(UserError, match="do not fit"):
+        load_ddt(weights, {**case["constructor"], "depth": [2, 2]})
+
+
+def test_without_label_dropout_there_is_no_null_row():
+    config = {**TINY, "num_classes": 7, "class_dropout_prob": 0.0}
+    denoiser, conditioner = split_reference_arguments(config)
+    assert conditioner == {"num_classes": 7, "hidden_size": 16, "dropout": 0.0}
+    weights = {**make_denoiser(denoiser).state_dict(), "y_embedder.embedding_table.weight": torch.ones(7, 16)}
+    assert load_ddt(weights, config).conditioner.embedding_table.num_embeddings == 7
+
+
+def test_two_widths_make_a_wide_head():
+    wide = make_denoiser({**TINY, "use_qknorm": True, "wo_shift": True, "hidden_size": [16, 32]})
+    assert isinstance(wide, DDT) and wide.config.qk_norm and not wide.config.adaln_shift
+    one = {"input_size": 4, "in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2}
+    narrow = make_denoiser({**one, "use_rope": False, "use_rmsnorm": False, "use_swiglu": False})
+    assert isinstance(narrow, DiT)
+    assert not (narrow.config.rope or narrow.config.rms_norm or narrow.config.swiglu)
+    assert make_denoiser(one).config.swiglu
+    with torch.device("meta"):
+        assert make_denoiser({"size": "S", "in_channels": 8}).conditioning_size == 384
+        large = make_denoiser({"size": "L", "head": "wide", "depth": [1, 1]})
+    assert large.config.hidden_size == DDT_SIZES["L"]["hidden_size"] and len(large.blocks) == 2
+
+
+def test_a_models_arguments_are_split():
+    config = {
+        "hidden_size": [16, 32],
+        "use_swiglu": False,
+        "num_classes": 5,
+        "class_dropout_prob": 0.2,
+        "depth": [1, 1],
+    }
+    denoiser, conditioner = split_reference_arguments(config)
+    assert denoiser == {"hidden_size": (16, 32), "swiglu": False, "depth": (1, 1)}
+    assert conditioner == {"num_classes": 5, "hidden_size": 16, "dropout": 0.2}
+    assert split_reference_arguments({"size": "XL"})[1] == {"num_classes": 1000, "hidden_size": 1152, "dropout": 0.1}
+    assert split_reference_arguments({"size": "S", "head": "wide"})[1]["hidden_size"] == 384
+    assert split_reference_arguments({})[1]["hidden_size"] == make_denoiser({"depth": 0}).conditioning_size
+
+
+def test_unknown_arguments_are_named_with_the_nearest():
+    for config, said in (
+        ({"hiden_size": [16, 32]}, "no argument hiden_size; the nearest one is hidden_size"),
+        ({**TINY, "use_qk_norm": True}, "DDT has no argument use_qk_norm; the nearest one is use_qknorm"),
+        ({**TINY, "learn_sigma": True}, "DDT has no argument learn_sigma"),
+        ({"num_classes": 3}, "num_classes is the conditioner's"),
+        ({"size": "XXL"}, "size 'XXL'; there are S"),
+        ({"size": "1p0B", "head": "wide"}, "with a wide head; there are S, B, L, XL"),
+        ({"head": "broad"}, "head='broad'"),
+        ({"head": "wide", "hidden_size": 16}, "two numbers"),
+    ):
+        with pytest.raises(UserError, match=said):
+            make_denoiser(config)
+    with pytest.raises(UserError, match="no argument use_ropes; the nearest one is use_rope"):
+        split_reference_arguments({"use_ropes": True})

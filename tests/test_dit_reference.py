@@ -1,0 +1,123 @@
+"""DiT's own weights, against an implementation of others: diffusers' DiTTransformer2DModel."""
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import Timesteps
+
+from vavae_tools.convert.dit import PLAIN, REFERENCE_DEFAULTS, PlainDiT, load_dit
+from vavae_tools.diffusion.denoisers import split_reference_arguments
+from vavae_tools.diffusion.transformer import DiT, sincos_table
+from vavae_tools.errors import UserError
+
+CONFIG = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
+BLOCK = {  # diffusers' name in a block → DiT's
+    "norm1.linear": "adaLN_modulation.1",
+    "attn1.to_out.0": "attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+
+
+def diffusers_dit(**changes) -> DiTTransformer2DModel:
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=5,
+        norm_eps=1e-6,
+        **changes,
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    first = model.transformer_blocks[0].norm1.emb
+    for block in model.transformer_blocks:  # it embeds time and class in every block, DiT once
+        block.norm1.emb.load_state_dict(first.state_dict())
+        # and its frequencies go down to 1/10000 at 128, where DiT's would be at the 129th
+        block.norm1.emb.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    return model
+
+
+def as_published(model: DiTTransformer2DModel) -> dict[str, torch.Tensor]:
+    """Its weights under DiT's names."""
+    theirs, ours = model.state_dict(), {}
+
+    def move(source, target):
+        for part in ("weight", "bias"):
+            ours[f"{target}.{part}"] = theirs[f"{source}.{part}"]
+
+    embedding = "transformer_blocks.0.norm1.emb"
+    ours["y_embedder.embedding_table.weight"] = theirs[f"{embedding}.class_embedder.embedding_table.weight"]
+    move(f"{embedding}.timestep_embedder.linear_1", "t_embedder.mlp.0")
+    move(f"{embedding}.timestep_embedder.linear_2", "t_embedder.mlp.2")
+    move("pos_embed.proj", "x_embedder.proj")
+    move("proj_out_1", "final_layer.adaLN_modulation.1")
+    move("proj_out_2", "final_layer.linear")
+    ours["pos_embed"] = model.pos_embed.pos_embed.clone()
+    for i in range(len(model.transformer_blocks)):
+        for source, target in BLOCK.items():
+            move(f"transformer_blocks.{i}.{source}", f"blocks.{i}.{target}")
+        for part in ("weight", "bias"):
+            heads = [theirs[f"transformer_blocks.{i}.attn1.to_{letter}.{part}"] for letter in "qkv"]
+            ours[f"blocks.{i}.attn.qkv.{part}"] = torch.cat(heads)
+    return ours
+
+
+def loaded(**changes) -> tuple[PlainDiT, DiTTransformer2DModel]:
+    theirs = diffusers_dit()
+    return load_dit({"ema": as_published(theirs)}, {**CONFIG, **changes}), theirs
+
+
+@torch.no_grad()
+def test_outputs_equal_diffusers():
+    ours, theirs = loaded()
+    x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([0, 17, 500, 999]), torch.tensor([0, 4, 2, 5])
+    expected = theirs(x, timestep=t, class_labels=y).sample
+    assert expected.shape == (4, 8, 8, 8) and expected.abs().max() > 0.5
+    torch.testing.assert_close(ours(x, t, y), expected, rtol=0, atol=1e-5)
+
+
+def test_positions_equal_diffusers():
+    torch.testing.assert_close(sincos_table(4, 4, 32)[None], diffusers_dit().pos_embed.pos_embed, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_guidance_is_on_three_channels_of_the_first_halfs_x():
+    ours, theirs = loaded()
+    x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([300, 700, 300, 700]), torch.tensor([0, 4, 5, 5])
+    twice = torch.cat([x[:2], x[:2]])
+    conditional, null = theirs(twice, timestep=t, class_labels=y).sample.chunk(2)
+    guided = (null + 4 * (conditional - null))[:, :3]
+    expected = torch.cat([torch.cat([guided, conditional[:, 3:]], 1), torch.cat([guided, null[:, 3:]], 1)])
+    torch.testing.assert_close(ours.forward_with_cfg(x, t, y, 4.0), expected, rtol=0, atol=5e-5)
+
+
+def test_the_defaults_are_those_of_dit_xl_2():
+    denoiser, conditioner = split_reference_arguments(REFERENCE_DEFAULTS)
+    with torch.device("meta"):
+        model = DiT(**{**PLAIN, **denoiser})
+    count = sum(tensor.numel() for tensor in (*model.parameters(), model.pos_embed))
+    assert model.latent_shape == (4, 32, 32)
+    assert count + 1001 * conditioner["hidden_size"] == 675_129_632  # 675 M (Peebles & Xie 2023)
+
+
+def test_without_variance_there_are_as_many_channels():
+    theirs = as_published(diffusers_dit())
+    rows = torch.arange(16 * 2).view(4, 8)[:, :4].flatten()  # per token: (row, column, channel)
+    for part in ("weight", "bias"):
+        theirs[f"final_layer.linear.{part}"] = theirs[f"final_layer.linear.{part}"][rows]
+    ours, both = load_dit(theirs, {**CONFIG, "learn_sigma": False}), loaded()[0]
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([1, 5])
+    torch.testing.assert_close(ours(x, t, y), both(x, t, y)[:, :4], rtol=0, atol=1e-6)
+
+
+def test_weights_of_another_shape_are_named():
+    with pytest.raises(UserError, match="do not fit"):
+        loaded(depth=3)
+    with pytest.raises(UserError, match=r"pos_embed is \(1, 16, 32\)"):
+        loaded(input_size=16)

@@ -1,0 +1,651 @@
+"""The RAE as an autoencoder of the house: contracts, folders, files of a person, what is said where something lacks."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vavae_tools.autoencoders.rae import (
+    RAE,
+    RAE_SIZES,
+    decoder_size,
+    noised,
+    picture_decoder,
+    reconstruction_psnr,
+    tiny_rae,
+)
+from vavae_tools.autoencoders.rae_weights import (
+    fit,
+    is_rae_folder,
+    load_rae,
+    read_rae_folder,
+    read_rae_weights,
+    read_statistics,
+)
+from vavae_tools.autoencoders.representation import Dinov2withNorm, MAEwithNorm, SigLIPwithNorm, encoder_class
+from vavae_tools.errors import UserError
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+DECODER = {
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 16,
+    "decoder_patch_size": 4,
+}
+
+
+def small_rae(grid: int = 4, seed: int = 0, **changes) -> RAE:
+    torch.manual_seed(seed)
+    return RAE(**{"encoder_config": SMALL, "encoder_input_size": 8 * grid, **DECODER, **changes}).eval()
+
+
+def pictures(size: int = 16, batch: int = 2, seed: int = 0) -> Tensor:
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def statistics(rae: RAE, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rae.latent_shape, generator=generator), torch.rand(rae.latent_shape, generator=generator) + 0.1
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    mine, others = a.state_dict(), b.state_dict()
+    return mine.keys() == others.keys() and all(torch.equal(mine[name], others[name]) for name in mine)
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+# ---- transformers' folders made here
+
+
+def transformers_model(kind: str, seed: int = 0, **changes) -> nn.Module:
+    import transformers
+
+    small = {**SMALL, "intermediate_size": 24, **changes}
+    torch.manual_seed(seed)
+    if kind == "siglip":
+        return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**small)).eval()
+    if kind == "mae":
+        return transformers.ViTMAEModel(transformers.ViTMAEConfig(**small)).eval()
+    del small["intermediate_size"]
+    name = "Dinov2WithRegisters" if kind == "registers" else "Dinov2"
+    return getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**small)).eval()
+
+
+KINDS = {
+    "registers": ("Dinov2withNorm", 5),
+    "dinov2": ("Dinov2withNorm", 1),
+    "siglip": ("SigLIPwithNorm", 0),
+    "mae": ("MAEwithNorm", 1),
+}
+
+
+def expected_tokens(model: nn.Module, kind: str, pixel_values: Tensor) -> Tensor:
+    """The tokens by transformers' own last layer and a norm without affine, which undoes the one with."""
+    options = {} if kind in ("registers", "dinov2") else {"interpolate_pos_encoding": True}
+    if kind == "mae":
+        model.config.mask_ratio = 0.0
+        options["noise"] = torch.arange((pixel_values.shape[2] // 8) ** 2).expand(len(pixel_values), -1)
+    norm = model.post_layernorm if kind == "siglip" else model.layernorm
+    nn.init.ones_(norm.weight)
+    nn.init.zeros_(norm.bias)
+    with torch.no_grad():
+        return model(pixel_values, **options).last_hidden_state[:, KINDS[kind][1] :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [24, 32, 64])
+def test_a_folders_encoder_gives_patch_tokens_without_the_last_norms_weights(tmp_path, said, kind, size):
+    model = transformers_model(kind)
+    norm = model.post_layernorm if kind == "siglip" else model.layernorm
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    model.save_pretrained(tmp_path)
+    rae = load_rae(KINDS[kind][0], tmp_path, size, decoder=DECODER, say=said.append)
+    x = pictures(size)
+    torch.testing.assert_close(rae.encoder(x), expected_tokens(model, kind, x), rtol=0, atol=1e-5)
+    mean, std = rae.encoder(x).mean(-1), rae.encoder(x).std(-1, unbiased=False)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-5)
+    torch.testing.assert_close(std, torch.ones_like(std), rtol=0, atol=1e-2)
+    assert rae.latent_shape == (16, size // 8, size // 8)
+    assert any("RAE encoder" in line and "0 missing, 0 unused" in line for line in said), said
+    assert said[-1] == "decoder starts anew: reconstructions will be noise until it is trained"
+
+
+def test_mae_keeps_every_patch_in_its_place():
+    torch.manual_seed(0)
+    encoder = MAEwithNorm({**SMALL, "num_hidden_layers": 0})  # nothing mixes the patches
+    x = pictures(32)
+    there = encoder(x)
+    x[:, :, 8:16, 24:] += 1  # the patch of row 1, column 3
+    changed = (encoder(x) - there).abs().amax(dim=(0, 2)) > 1e-6
+    assert changed.nonzero().flatten().tolist() == [7]
+    torch.testing.assert_close(encoder(x), encoder(x), rtol=0, atol=0)
+
+
+def test_the_whole_siglip_folder_and_its_preprocessor(tmp_path, said):
+    from transformers import SiglipConfig, SiglipModel
+
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config={**SMALL, "intermediate_size": 24})).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}')
+    rae = load_rae("siglip2", tmp_path, 32, decoder=DECODER, say=said.append)
+    vision = model.vision_model
+    torch.testing.assert_close(rae.encoder(pictures(32)), expected_tokens(vision, "siglip", pictures(32)))
+    assert rae.config.image_mean == [0.1, 0.2, 0.3] and rae.config.image_std == [0.4, 0.5, 0.6]
+
+
+def test_names_of_encoders():
+    for kind, names in {
+        Dinov2withNorm: ("Dinov2withNorm", "dinov2"),
+        SigLIPwithNorm: ("SigLIPwithNorm", "SigLIP2wNorm", "siglip2"),
+        MAEwithNorm: ("MAEwithNorm", "MAEwNorm", "mae"),
+    }.items():
+        assert {encoder_class(name) for name in names} == {kind}
+
+
+# ---- the model
+
+
+def test_published_sizes():
+    # 86.4, 304.2 and 415.4 million weights at 256 tokens of width 768, the table of positions among them
+    for size, millions in (("ViTB", 86.4), ("ViTL", 304.2), ("ViTXL", 415.4)):
+        numbers = {name.replace("decoder_patch", "patch"): value for name, value in RAE_SIZES[size].items()}
+        with torch.device("meta"):
+            decoder = picture_decoder(16, hidden_size=768, **numbers)
+        assert sum(p.numel() for p in decoder.state_dict().values()) / 1e6 == pytest.approx(millions, abs=0.05), size
+
+
+@pytest.mark.parametrize(("grid", "patch"), [(3, 4), (8, 2), (32, 2)])
+def test_shapes_follow_from_grid_and_patches(grid, patch):
+    rae = small_rae(grid, decoder_patch_size=patch)
+    assert rae.latent_shape == (16, grid, grid)
+    assert (rae.downsampling, rae.picture_size) == (patch, grid * patch)
+    latents = rae.encode(pictures(20)).latent
+    assert latents.shape == (2, 16, grid, grid)
+    assert rae.decode(latents).sample.shape == (2, 3, grid * patch, grid * patch)
+    assert rae.encode(pictures(20), return_dict=False)[0].equal(latents)
+    assert rae.decode(latents, return_dict=False)[0].equal(rae(pictures(20)))
+
+
+def test_a_latents_places_are_its_pictures():
+    """A cell of the latent and the patch of the picture it is decoded to have the same row and column."""
+    rae = small_rae(decoder_num_hidden_layers=0)
+    nn.init.normal_(rae.decoder.decoder_embed.weight)
+    latents = torch.zeros(1, *rae.latent_shape)
+    flat = rae.decode(latents).sample
+    latents[:, 3, 1, 2] = 5.0
+    changed = (rae.decode(latents).sample - flat).abs().amax(dim=(0, 1)) > 1e-6
+    rows, columns = changed.nonzero().T
+    assert set(rows.tolist()) == {4, 5, 6, 7} and set(columns.tolist()) == {8, 9, 10, 11}
+
+
+def test_element_statistics_normalise_with_the_epsilon_counted_once():
+    rae = small_rae()
+    raw = rae.encode(pictures()).latent
+    reconstructed = rae.decode(raw).sample
+    mean, var = statistics(rae)
+    var[0] = 0.0
+    rae.set_statistics(mean, var)
+    latents = rae.encode(pictures()).latent
+    torch.testing.assert_close(latents, (raw - mean) / (var + 1e-5).sqrt())
+    torch.testing.assert_close(rae.decode(latents).sample, reconstructed, rtol=0, atol=1e-4)
+    assert rae.has_own_statistics
+    assert rae.normalise(latents) is latents and rae.denormalise(latents) is latents
+
+
+def test_statistics_that_are_none_stand_for_zero_and_one():
+    rae = small_rae()
+    raw = rae.encode(pictures()).latent
+    rae.set_statistics(None, None)
+    torch.testing.assert_close(rae.encode(pictures()).latent, raw / (1 + 1e-5) ** 0.5, rtol=0, atol=1e-7)
+
+
+def test_statistics_per_channel_are_the_houses():
+    rae = small_rae(latents_mean=[0.5] * 16, latents_std=[2.0] * 16)
+    raw = rae.encode_pictures(pictures(), torch.tensor([0, 1]), lambda *sizes: torch.randn(2, *sizes))
+    assert not rae.has_own_statistics
+    torch.testing.assert_close(rae.normalise(raw), (raw - 0.5) / 2)
+    torch.testing.assert_close(rae.decode_latents((raw - 0.5) / 2), rae.decode(raw).sample, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="carries no latent statistics"):
+        small_rae().decode_latents(raw)
+
+
+def test_noise_is_tau_u_n_on_the_tokens():
+    rae = small_rae(noise_tau=0.5)
+    raw = rae.encode(pictures()).latent
+    rae.set_statistics(*statistics(rae))
+    u, n = torch.tensor([0.0, 0.5]), torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(3))
+    quiet, noisy = rae.encode(pictures()).latent, rae.encode(pictures(), u=u, n=n).latent
+    assert torch.equal(noisy[0], quiet[0])
+    added = 0.25 * n[1].T.reshape(16, 4, 4) / (rae.statistics_var + 1e-5).sqrt()
+    torch.testing.assert_close(noisy[1] - quiet[1], added, rtol=0, atol=1e-5)
+    louder = rae.encode(pictures(), u=u, n=n, tau=1.0).latent
+    torch.testing.assert_close(louder[1] - quiet[1], 2 * added, rtol=0, atol=1e-5)
+    rae.train()
+    assert torch.equal(rae.encode(pictures()).latent, quiet)  # nothing is drawn unless it is given
+    assert raw.shape == quiet.shape
+
+
+def test_the_encoder_is_frozen_and_stays_in_evaluation_mode():
+    rae = small_rae(encoder_config={**SMALL, "hidden_dropout_prob": 0.5}).train()
+    assert rae.training and rae.decoder.training
+    assert not any(module.training for module in rae.encoder.modules())
+    assert {name.split(".")[0] for name, p in rae.named_parameters() if p.requires_grad} == {"decoder"}
+    latents = rae.encode(pictures()).latent
+    assert not latents.requires_grad
+    rae.decode(latents).sample.square().mean().backward()
+    assert rae.decoder.decoder_pred.weight.grad.abs().sum() > 0
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        rae = small_rae(decoder_num_hidden_layers=2).train()
+        if checkpointing:
+            rae.enable_gradient_checkpointing()
+        rae(pictures()).square().mean().backward()
+        gradients.append({name: p.grad for name, p in rae.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_half_precision_encodes_and_decodes():
+    rae = small_rae().to(torch.bfloat16)
+    latents = rae.encode(pictures()).latent
+    assert latents.dtype == torch.float32
+    assert rae.decode(latents).sample.isfinite().all()
+
+
+# ---- folders
+
+
+@pytest.mark.parametrize("cls", ["Dinov2withNorm", "SigLIPwithNorm", "MAEwithNorm"])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_a_saved_rae_comes_back_bit_by_bit(tmp_path, cls, low_cpu_mem_usage):
+    rae = small_rae(3, encoder_cls=cls, latents_mean=[0.0] * 16, latents_std=[2.0] * 16)
+    rae.set_statistics(*statistics(rae))
+    rae.save_pretrained(tmp_path)
+    json.loads((tmp_path / "config.json").read_text())
+    assert (tmp_path / "config.json").stat().st_size < 3000  # the statistics stand with the weights
+    again = RAE.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert again.config.encoder_config == rae.config.encoder_config
+    for back in (again, read_rae_folder(tmp_path), load_rae(encoder_checkpoint_path=tmp_path, say=lambda line: None)):
+        assert same_weights(rae, back) and back.has_own_statistics
+        assert not any(p.is_meta or p.requires_grad for p in back.encoder.parameters())
+        assert torch.equal(back.decoder.decoder_pos_embed, rae.decoder.decoder_pos_embed)
+        assert torch.equal(back.encode(pictures()).latent, rae.encode(pictures()).latent)
+        assert torch.equal(back(pictures()), rae(pictures()))
+
+
+def test_a_folder_of_another_transformers_version_comes_back(tmp_path):
+    from safetensors.torch import load_file
+
+    rae = small_rae(encoder_cls="MAEwithNorm")
+    rae.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    former = {}
+    for name, tensor in load_file(path).items():
+        if name.startswith("encoder."):
+            name = name.replace("model.layers.", "model.encoder.layer.").replace("mlp.fc1", "intermediate.dense")
+            name = name.replace("attention.q_proj", "attention.attention.query").replace("mlp.fc2", "output.dense")
+        former[name] = tensor
+    assert former.keys() != load_file(path).keys()
+    save_file(former, path)
+    assert same_weights(RAE.from_pretrained(tmp_path, low_cpu_mem_usage=False), rae)
+    assert same_weights(read_rae_folder(tmp_path), rae)
+
+
+class OnePart(DiffusionPipeline):
+    def __init__(self, vae: RAE) -> None:
+        super().__init__()
+        self.register_modules(vae=vae)
+
+
+def test_it_is_a_component_of_a_pipeline(tmp_path):
+    rae = small_rae()
+    rae.set_statistics(*statistics(rae))
+    OnePart(rae).save_pretrained(tmp_path)
+    pipe = OnePart.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    assert type(pipe.vae) is RAE and same_weights(pipe.vae, rae)
+
+
+def test_diffusers_own_folder(tmp_path, said):
+    from diffusers import AutoencoderRAE
+
+    torch.manual_seed(0)
+    numbers = {"encoder_hidden_size": 64, "encoder_num_hidden_layers": 1, "encoder_input_size": 224, "patch_size": 2}
+    decoder = {name: value for name, value in DECODER.items() if name != "decoder_patch_size"}
+    std = torch.rand(64, 16, 16) + 0.5
+    theirs = AutoencoderRAE(**numbers, **decoder, latents_mean=torch.randn(64, 16, 16), latents_std=std).eval()
+    theirs.save_pretrained(tmp_path)
+    assert is_rae_folder(tmp_path)
+    rae = load_rae(encoder_config_path=tmp_path, say=said.append)
+    colours = (pictures(32) + 1) / 2
+    with torch.no_grad():
+        latents = theirs.encode(colours).latent
+        torch.testing.assert_close(rae.encode(pictures(32)).latent * std / (std + 1e-5), latents, rtol=0, atol=2e-5)
+        torch.testing.assert_close(rae.decode(latents).sample, theirs.decode(latents).sample * 2 - 1, rtol=0, atol=1e-4)
+    assert len(said) == 1 and "its own settings hold: Dinov2withNorm, 224 pixels → latents 64×16×16" in said[0]
+
+
+# ---- a person's files
+
+
+def authors_weights(rae: RAE) -> dict[str, Tensor]:
+    """A whole RAE under the authors' names, with what their files hold beside it."""
+    named = {}
+    for name, tensor in rae.state_dict().items():
+        name = name.replace("encoder.model.", "encoder.encoder.") if name.startswith("encoder.") else name
+        for ours, theirs in (("to_q", "query"), ("to_k", "key"), ("to_v", "value")):
+            name = name.replace(f"attention.{ours}", f"attention.attention.{theirs}")
+        named[name.replace("attention.to_out.0", "attention.output.dense")] = tensor.clone()
+    return {**named, "encoder.encoder.layernorm.weight": torch.full((16,), 7.0)}
+
+
+def load(said: list[str], **changes) -> RAE:
+    return load_rae(**{"encoder_input_size": 32, "decoder": DECODER, "say": said.append, **changes})
+
+
+@pytest.fixture
+def config_path(tmp_path):
+    path = tmp_path / "encoder" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({**SMALL, "model_type": "dinov2_with_registers"}))
+    return path
+
+
+def test_nothing_given_starts_anew_and_says_so(config_path, said):
+    rae = load(said, encoder_config_path=config_path)
+    assert said == [
+        "encoder starts anew: its latents mean nothing until weights are named (encoder_checkpoint_path)",
+        "decoder starts anew: reconstructions will be noise until it is trained",
+    ]
+    assert not rae.training
+    assert same_weights(load(said, encoder_config_path=config_path.parent), rae) is False
+
+
+@pytest.mark.parametrize("part", ["ema", "model", "state_dict", None])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "rae."])
+def test_a_whole_rae_in_a_checkpoint(tmp_path, config_path, said, part, prefix):
+    rae = small_rae(seed=4)
+    weights = {prefix + name: tensor for name, tensor in authors_weights(rae).items()}
+    weights["epoch"] = torch.tensor(3)
+    path = tmp_path / "ep-last.pt"
+    torch.save({part: weights, "epoch": 3, "step": 7} if part else weights, path)
+    back = load(said, encoder_config_path=config_path, encoder_checkpoint_path=path)
+    assert same_weights(back, rae)
+    place = f"{path}, {part}" if part else str(path)
+    count = len(rae.encoder.model.state_dict())
+    assert said[0] == f"RAE encoder: {count} weights matched, 0 missing, 0 unused ({place})" or not prefix
+    assert said[0].startswith(f"RAE encoder: {count} weights matched, 0 missing")
+    assert said[0].endswith(f"({place})") and said[1].startswith("RAE decoder: ") and len(said) == 2
+
+
+def test_averaged_weights_are_preferred_to_the_live_ones(tmp_path, config_path, said):
+    live, averaged = small_rae(seed=1), small_rae(seed=2)
+    torch.save({"model": authors_weights(live), "ema": authors_weights(averaged)}, tmp_path / "both.pt")
+    rae = load(said, encoder_config_path=config_path, encoder_checkpoint_path=tmp_path / "both.pt")
+    assert same_weights(rae, averaged)
+    of_lightning = {f"ema.rae.{k}": v for k, v in authors_weights(averaged).items()}
+    of_lightning |= {f"rae.{k}": v for k, v in authors_weights(live).items()}
+    torch.save({"state_dict": of_lightning}, tmp_path / "last.ckpt")
+    rae = load(said, encoder_config_path=config_path, encoder_checkpoint_path=tmp_path / "last.ckpt")
+    assert same_weights(rae, averaged)
+
+
+@pytest.mark.parametrize("prefix", ["", "dinov2_with_registers.", "module."])
+def test_an_encoder_alone_in_safetensors(tmp_path, config_path, said, prefix):
+    model = transformers_model("registers", seed=6)
+    save_file({prefix + k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "encoder.safetensors")
+    rae = load(said, encoder_config_path=config_path, encoder_checkpoint_path=tmp_path / "encoder.safetensors")
+    x = pictures(32)
+    torch.testing.assert_close(rae.encoder(x), expected_tokens(model, "registers", x))
+    assert said[-1].startswith("decoder starts anew")
+
+
+def test_maes_own_decoder_is_not_taken_for_an_raes(tmp_path, said):
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    torch.manual_seed(0)
+    sizes = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    model = ViTMAEForPreTraining(ViTMAEConfig(**SMALL, intermediate_size=24, **sizes)).eval()
+    model.save_pretrained(tmp_path)
+    rae = load(said, encoder_cls="MAEwithNorm", encoder_config_path=tmp_path)
+    torch.testing.assert_close(rae.encoder(pictures(32)), expected_tokens(model.vit, "mae", pictures(32)))
+    assert len(said) == 2 and said[1].startswith("decoder starts anew")
+
+
+def test_a_partial_encoder_says_how_many_weights_stay(tmp_path, config_path, said):
+    weights = authors_weights(small_rae(seed=4))
+    for name in ("embeddings.register_tokens", "encoder.layer.0.norm1.bias"):
+        del weights[f"encoder.encoder.{name}"]
+    weights = {name: tensor for name, tensor in weights.items() if name.startswith("encoder.")}
+    torch.save({**weights, "encoder.encoder.classifier": torch.zeros(1)}, tmp_path / "partial.pth")
+    load(said, encoder_config_path=config_path, encoder_checkpoint_path=tmp_path / "partial.pth")
+    assert "2 missing, which start anew, 1 unused" in said[0]
+
+
+def test_an_extracted_decoder_and_statistics(tmp_path, config_path, said):
+    rae = small_rae(seed=4)
+    weights = {k.removeprefix("decoder."): v for k, v in authors_weights(rae).items() if k.startswith("decoder.")}
+    torch.save(weights, tmp_path / "model.pt")
+    mean, _ = statistics(rae)
+    torch.save({"mean": mean, "var": None}, tmp_path / "stat.pt")
+    back = load(
+        said,
+        encoder_config_path=config_path,
+        decoder_path=tmp_path / "model.pt",
+        statistics_path=tmp_path / "stat.pt",
+        noise_tau=0.25,
+    )
+    assert same_weights(back.decoder, rae.decoder) and back.config.noise_tau == 0.25
+    assert torch.equal(back.statistics_mean, mean) and torch.equal(back.statistics_var, torch.ones(16, 4, 4))
+    assert said[-1].startswith("encoder starts anew") and len(said) == 2
+    larger = load(said, encoder_config_path=config_path, encoder_input_size=48, decoder_path=tmp_path / "model.pt")
+    assert torch.equal(larger.decoder.decoder_pos_embed, small_rae(6).decoder.decoder_pos_embed)
+
+
+def test_the_decoders_numbers_from_a_file(tmp_path, config_path, said):
+    numbers = {name: value for name, value in DECODER.items() if name != "decoder_patch_size"}
+    config = {**numbers, "patch_size": "SHOULD BE RELOADED", "layer_norm_eps": 1e-12, "model_type": "vit_mae"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rae = load(said, encoder_config_path=config_path, decoder=tmp_path)
+    assert (rae.config.decoder_hidden_size, rae.config.decoder_patch_size, rae.picture_size) == (16, 16, 64)
+    rae = load(said, encoder_config_path=config_path, decoder=str(tmp_path / "config.json"), decoder_patch_size=4)
+    assert rae.picture_size == 16
+
+
+def test_published_defaults():
+    rae = RAE(**DECODER, encoder_config={"num_hidden_layers": 1})
+    assert rae.latent_shape == (768, 16, 16) and rae.config.encoder_input_size == 224
+    assert rae.encoder.model.embeddings.position_embeddings.shape == (1, 1 + 37 * 37, 768)
+    assert (rae.config.in_channels, rae.config.condition_dim) == (3, 0)
+
+
+# ---- what a person can do wrong
+
+
+def refused(call, *parts: str) -> None:
+    with pytest.raises(UserError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500, message
+    for part in parts:
+        assert part in message, message
+
+
+def test_wrong_numbers_and_shapes_are_one_line():
+    rae = small_rae()
+    refused(lambda: rae.encode(torch.zeros(2, 1, 16, 16)), "(2, 1, 16, 16)", "3 channels")
+    refused(lambda: rae.encode(torch.zeros(2, 3, 16, 24)), "square")
+    refused(lambda: rae.encode(torch.zeros(3, 16, 16)), "(3, 16, 16)")
+    refused(lambda: rae.decode(torch.zeros(1, 16, 3, 3)), "(1, 16, 3, 3)", "16×4×4")
+    refused(lambda: rae.encoder(torch.zeros(1, 3, 20, 16)), "patches of 8")
+    refused(lambda: rae.set_statistics(torch.zeros(16), None), "(16,)", "16×4×4")
+    refused(lambda: rae.set_statistics(None, torch.full((16, 4, 4), -1.0)), "var")
+    refused(lambda: rae.set_statistics(torch.full((16, 4, 4), float("nan")), None), "mean")
+    refused(lambda: noised(torch.zeros(2, 4, 3), 0.8, torch.zeros(2), None), "both u")
+    refused(lambda: noised(torch.zeros(2, 4, 3), 0.8, torch.zeros(2), torch.zeros(2, 3, 4)), "(2, 3, 4)")
+    refused(lambda: small_rae(encoder_input_size=30), "30", "24 or 32")
+    refused(lambda: small_rae(encoder_cls="CLIP"), "'CLIP'", "Dinov2withNorm")
+    refused(lambda: small_rae(encoder_config={**SMALL, "model_type": "vit_mae"}), "encoder_cls=MAEwithNorm")
+    refused(lambda: small_rae(encoder_config={**SMALL, "model_type": "bert"}), "'bert'", "dinov2")
+    refused(lambda: small_rae(encoder_config={**SMALL, "num_attention_heads": 3}), "16", "3 attention heads")
+    refused(lambda: small_rae(encoder_config={**SMALL, "hidden_act": "no"}), "transformers cannot build")
+    refused(lambda: small_rae(encoder_config={**SMALL, "num_channels": 1}), "num_channels is 1")
+    refused(lambda: small_rae(decoder_num_attention_heads=3), "16", "3")
+    refused(lambda: small_rae(in_channels=1), "3 channels")
+    refused(lambda: small_rae(noise_tau=-1), "noise_tau")
+    refused(lambda: small_rae(image_std=[0.0, 1.0, 1.0]), "image_std")
+    refused(lambda: decoder_size("ViTH"), "'ViTH'", "ViTXL")
+    refused(lambda: decoder_size({"width": 3}), "width")
+    refused(lambda: tiny_rae(30), "multiples of 8")
+
+
+def test_wrong_files_are_one_line(tmp_path, config_path, said):
+    def loaded(**changes):
+        return lambda: load(said, **{"encoder_config_path": config_path, **changes})
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    torn, other, pickled = tmp_path / "torn.pt", tmp_path / "other.pt", tmp_path / "list.pt"
+    torn.write_bytes(b"nothing")
+    torch.save({"model": {"conv.weight": torch.zeros(1)}}, other)
+    torch.save([1], pickled)
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"1234")
+    refused(loaded(encoder_config_path=tmp_path / "no"), "No folder")
+    refused(loaded(encoder_config_path=empty), "config.json is missing")
+    refused(loaded(encoder_config_path=torn), "cannot be read")
+    refused(loaded(encoder_checkpoint_path=tmp_path / "no.pt"), "No weights at")
+    refused(loaded(encoder_checkpoint_path=torn), "damaged")
+    refused(loaded(encoder_checkpoint_path=damaged), "cannot be read")
+    refused(loaded(encoder_checkpoint_path=pickled), "list")
+    refused(loaded(encoder_checkpoint_path=other), "conv.weight")
+    refused(loaded(encoder_checkpoint_path=empty), "No weights in")
+    refused(loaded(decoder="ViTH"), "'ViTH'")
+    refused(loaded(decoder=tmp_path / "no.json"), "cannot be read")
+    refused(loaded(decoder=config_path), "no decoder_hidden_size")
+    refused(loaded(statistics_path=tmp_path / "no.pt"), "no.pt")
+    refused(loaded(statistics_path=pickled), "no statistics", "list")
+    refused(loaded(encoder_cls="mae"), "'dinov2_with_registers'", "encoder_cls=Dinov2withNorm")
+    save_file({"mean": torch.zeros(3, 4, 4)}, tmp_path / "stat.safetensors")
+    refused(loaded(statistics_path=tmp_path / "stat.safetensors"), "(3, 4, 4)", "16×4×4")
+    torch.save({"mean": None, "var": None}, tmp_path / "none.pt")
+    refused(lambda: read_statistics(tmp_path / "none.pt"), "neither")
+    (config_path.parent / "preprocessor_config.json").write_text("{")
+    refused(loaded(), "preprocessor_config.json")
+
+
+def test_weights_of_another_architecture_are_named(tmp_path, config_path, said):
+    path = tmp_path / "whole.pt"
+    torch.save(authors_weights(small_rae(encoder_config={**SMALL, "image_size": 48})), path)
+    refused(
+        lambda: load(said, encoder_config_path=config_path, encoder_checkpoint_path=path),
+        "embeddings.position_embeddings is (1, 37, 16), expected (1, 17, 16)",
+    )
+    torch.save(authors_weights(small_rae(encoder_cls="MAEwithNorm")), path)
+    refused(lambda: load(said, encoder_config_path=config_path, encoder_checkpoint_path=path), "another encoder")
+    torch.save(transformers_model("registers").state_dict(), path)
+    refused(lambda: load(said, encoder_config_path=config_path, decoder_path=path), "no decoder", "only encoder")
+    tiny = {k: v for k, v in tiny_rae(32).state_dict().items() if k.startswith("decoder.")}
+    torch.save(tiny, path)
+    refused(lambda: load(said, encoder_config_path=config_path, decoder_path=path), "take decoder=tiny")
+    decoder = small_rae().decoder
+    refused(lambda: fit(decoder, {"decoder_norm.bias": torch.zeros(16)}, "decoder", "a file"), "1 of ", "is missing")
+
+
+def test_damaged_rae_folders_are_one_line(tmp_path):
+    rae = small_rae()
+    rae.set_statistics(*statistics(rae))
+    rae.save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in rae.state_dict().items() if "statistics" not in k}, weights)
+    refused(lambda: read_rae_folder(tmp_path), "lacks the statistics")
+    save_file({k: v.clone() for k, v in rae.decoder.state_dict().items()}, weights)
+    refused(lambda: read_rae_folder(tmp_path), "no encoder")
+    weights.unlink()
+    refused(lambda: read_rae_folder(tmp_path), "No weights in")
+    (tmp_path / "config.json").write_text("[]")
+    refused(lambda: is_rae_folder(tmp_path), "expected an object")
+    refused(lambda: read_rae_weights(tmp_path), "No weights in")
+
+
+def test_a_hubs_name_is_asked_for_only_where_it_is_given(monkeypatch, tmp_path, config_path, said):
+    import huggingface_hub
+
+    asked = []
+
+    def unreachable(name: str, **options) -> str:
+        asked.append(name)
+        raise OSError("no network\nhere")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    for source in (None, config_path, config_path.parent):
+        load(said, encoder_config_path=source, decoder=DECODER) if source else RAE(**DECODER, encoder_config=SMALL)
+    for nothing in ("nowhere", "./owner/name", tmp_path / "a" / "b", "a/b/c", "a/config.json"):
+        refused(lambda path=nothing: load(said, encoder_config_path=path), "No folder or config.json")
+    assert asked == []
+    refused(
+        lambda: load(said, encoder_config_path="facebook/some-encoder"),
+        "There is no folder facebook/some-encoder",
+        "no network here",
+        "name their folder",
+    )
+    assert asked == ["facebook/some-encoder"]
+
+
+# ---- the tiny one, and how near reconstructions are
+
+
+@pytest.mark.parametrize(("size", "grid"), [(32, 4), (64, 8)])
+def test_the_tiny_rae(size, grid):
+    torch.manual_seed(0)
+    rae = tiny_rae(size).eval()
+    assert rae.latent_shape == (64, grid, grid) and rae.picture_size == size and rae.downsampling == 8
+    assert rae.config.encoder_input_size == 14 * grid
+    latents = rae.encode(pictures(size)).latent
+    assert (latents[0] - latents[1]).abs().mean() > 0.01  # two pictures have two latents
+    assert rae(pictures(size)).shape == (2, 3, size, size)
+
+
+def test_a_tiny_decoder_learns_two_pictures():
+    torch.manual_seed(0)
+    rae = tiny_rae(32).train()
+    x = torch.nn.functional.interpolate(pictures(4), 32, mode="bilinear")
+    latents = rae.encode(x).latent
+    optimiser = torch.optim.AdamW([p for p in rae.parameters() if p.requires_grad], 3e-3)
+    losses = []
+    for _ in range(40):
+        loss = (rae.decode(latents).sample - x).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_reconstruction_psnr():
+    rae = small_rae()
+    nn.init.zeros_(rae.decoder.decoder_pred.weight)
+    nn.init.zeros_(rae.decoder.decoder_pred.bias)
+    rae.register_to_config(image_mean=[100 / 255] * 3)  # every reconstruction is this grey
+    x = torch.full((2, 3, 16, 16), 100, dtype=torch.uint8)
+    x[1] = 110
+    made, psnr = reconstruction_psnr(rae, x)
+    assert made.dtype == torch.uint8 and (made == 100).all()
+    assert psnr[0] == float("inf")
+    assert psnr[1].item() == pytest.approx(20 * torch.log10(torch.tensor(25.5)).item(), abs=1e-4)
+    assert reconstruction_psnr(rae, x.repeat(1, 1, 2, 2))[0].shape == (2, 3, 16, 16)  # another size is resized
+    refused(lambda: reconstruction_psnr(rae, x[:, :1]), "3 channels")

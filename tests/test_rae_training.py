@@ -1,0 +1,485 @@
+"""The decoder of an RAE learns a person's pictures: losses by hand, what is frozen stays, runs go on exactly."""
+
+import json
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from test_training import Watch, assert_same
+from tiny import same
+from torch import Tensor, nn
+
+from vavae_tools.autoencoders.discriminator import PatchDiscriminator, generator_loss
+from vavae_tools.autoencoders.losses import PictureLoss
+from vavae_tools.autoencoders.rae import RAE, reconstruction_psnr, tiny_rae
+from vavae_tools.autoencoders.rae_weights import read_rae_folder
+from vavae_tools.data.images import to_unit
+from vavae_tools.data.shapes import ShapePictures, shape_data
+from vavae_tools.draws import Draws
+from vavae_tools.errors import UserError
+from vavae_tools.training import devices, rae_module
+from vavae_tools.training.checkpoints import checkpoint_callbacks
+from vavae_tools.training.rae_decoder import check_reconstructions, fine_tune_rae_decoder, train_rae_decoder
+from vavae_tools.training.rae_module import RAEDecoderModule, decoder_loss, tokens_of_all
+from vavae_tools.training.saving import Saving
+from vavae_tools.training.trainer import build_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+PIXELS = 24
+"""The smallest pictures that the discriminator can judge; 3×3 tokens."""
+ADVERSARY = {"disc_weight": 0.75, "disc_width": 4, "disc_start": 3, "generator_start": 5}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    devices.quiet_lightning()
+
+
+def new_rae() -> RAE:
+    torch.manual_seed(4)
+    rae = tiny_rae(PIXELS, decoder_num_hidden_layers=1)
+    rae.set_statistics(torch.full(rae.latent_shape, 0.25), torch.full(rae.latent_shape, 2.0))
+    return rae.eval()
+
+
+def new_module(**changes) -> RAEDecoderModule:
+    torch.manual_seed(1)
+    return RAEDecoderModule(changes.pop("rae", None) or new_rae(), **{"lr": 1e-3, **ADVERSARY, **changes})
+
+
+def pictures(batch_size: int = 6):
+    return shape_data(24, 4, PIXELS, batch_size, val_share=0.25)
+
+
+def fit(folder, module, resume=None, callbacks=(), minutes=0, data=None, **length):
+    """One training; (trainer, `last.ckpt`, what was seen)."""
+    checkpoints = folder / "checkpoints"
+    watch = Watch(checkpoints)
+    every = checkpoint_callbacks(checkpoints, "val/psnr", Saving(minutes), "max", "epoch=")
+    settings = module.trainer_settings(accelerator="cpu", devices=1)
+    trainer = build_trainer(settings, folder, [*every, watch, *callbacks], lambda line: None, **length)
+    trainer.fit(module, data or pictures(), ckpt_path=resume, weights_only=True)
+    return trainer, torch.load(checkpoints / "last.ckpt", weights_only=True), watch.seen
+
+
+# ---- the loss
+
+
+class Linear(nn.Module):
+    """A stand-in of a decoder: one layer before the last, and a last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.last = nn.Linear(5, 7), nn.Linear(7, 3 * PIXELS**2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x))).view(-1, 3, PIXELS, PIXELS)
+
+
+@pytest.fixture
+def parts():
+    decoder = Linear().double()
+    discriminator = PatchDiscriminator(3, 4).double()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    y = torch.rand(2, 3, PIXELS, PIXELS, generator=generator, dtype=torch.float64) * 2 - 1
+    return decoder, discriminator, x, y
+
+
+def test_the_loss_and_its_gradient_are_autograds_by_hand(parts):
+    """The adversary's share is as strong at the last layer as the picture loss, times 0.75 (RAE)."""
+    decoder, discriminator, x, y = parts
+    picture_loss = PictureLoss(0.5, 0, 0)
+    reference = 0.5 * (decoder(x) - y).abs().mean()
+    against = -1e-4 * discriminator(decoder(x)).mean()
+    norms = [
+        torch.autograd.grad(loss, decoder.last.weight, retain_graph=True)[0].norm() for loss in (reference, against)
+    ]
+    weight = 0.75 * norms[0] / (norms[1] + 1e-6)
+    assert 1e-5 < norms[1] < 1e-4  # where VQGAN's 1e-4 in place of 1e-6 would be seen
+    expected = torch.autograd.grad(reference + weight * against, list(decoder.parameters()))
+
+    objective, found = decoder_loss(
+        picture_loss,
+        decoder(x),
+        y,
+        adversary=lambda made: 1e-4 * generator_loss(discriminator(made)),
+        last=decoder.last.weight,
+    )
+    assert found["disc_weight"].item() == pytest.approx(weight.item(), rel=1e-5)
+    assert found["loss"].item() == pytest.approx((reference + weight * against).item(), rel=1e-5)
+    assert found["l1"].item() == pytest.approx(2 * reference.item()) and found["generator"] == against.detach()
+    for mine, theirs in zip(torch.autograd.grad(objective, list(decoder.parameters())), expected, strict=True):
+        # the weight is a float32
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_the_adversarys_weight_is_limited(parts):
+    decoder, _, x, y = parts
+    arguments = {"adversary": lambda made: 1e-9 * made.mean(), "last": decoder.last.weight, "disc_weight": 0.5}
+    _, found = decoder_loss(PictureLoss(1e4, 0, 0), decoder(x), y, **arguments)
+    assert found["disc_weight"].item() == 0.5 * 1e4
+
+
+def test_without_an_adversary_it_is_the_picture_loss(parts):
+    decoder, _, x, y = parts
+    objective, found = decoder_loss(PictureLoss(1, 0.5, 0), decoder(x), y)
+    reference = PictureLoss(1, 0.5, 0)
+    value = sum(weight * part(decoder(x), y) for part, weight in reference.parts.values())
+    assert found["loss"].item() == pytest.approx(value.item())
+    for mine, theirs in zip(
+        torch.autograd.grad(objective, list(decoder.parameters())),
+        torch.autograd.grad(value, list(decoder.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+# ---- tokens and their noise
+
+
+def test_noise_follows_from_seed_epoch_and_sample():
+    module = new_module(noise_tau=0.5, seed=11)
+    tokens = torch.randn(3, 9, 64)
+    index = torch.tensor([5, 0, 7])
+    draws = Draws(11, 2, index)
+    u, n = draws.uniform("noise level"), draws.normal("noise", 9, 64)
+    noisy = module.noised_tokens(tokens, draws)
+    torch.testing.assert_close(noisy, tokens + 0.5 * u[:, None, None] * n, rtol=0, atol=0)
+    assert u.unique().numel() == 3  # a level for each picture
+    alone = module.noised_tokens(tokens[1:2], Draws(11, 2, index[1:2]))
+    assert same(alone[0], noisy[1])
+    assert not torch.equal(module.noised_tokens(tokens, Draws(11, 3, index)), noisy)
+    assert new_module(noise_tau=0.0).noised_tokens(tokens, draws) is tokens
+
+
+def test_the_encoder_is_asked_once_about_each_picture(tmp_path, monkeypatch):
+    asked = []
+    module = new_module()
+    encoder = module._frozen["rae"].encoder
+    encoder.register_forward_hook(lambda *arguments: asked.append(len(arguments[1][0])))
+    kept = fit(tmp_path / "kept", module, max_epochs=2)[1]
+    assert sum(asked) == 24 + 6
+    monkeypatch.setattr(rae_module, "TOKENS_LIMIT", 0)
+    asked.clear()
+    module = new_module()
+    module._frozen["rae"].encoder.register_forward_hook(lambda *arguments: asked.append(len(arguments[1][0])))
+    anew = fit(tmp_path / "anew", module, max_epochs=2)[1]
+    assert sum(asked) == 2 * (24 + 6)
+    difference = max(
+        (kept["state_dict"][name] - weight).abs().max()
+        for name, weight in anew["state_dict"].items()
+        if name.startswith("ema.")
+    )
+    assert 0 < difference < 2e-3  # float16 keeps three digits of the tokens
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_mirrored_pictures_go_with_their_own_tokens(kept):
+    module, data = new_module(flips=True), pictures().train_data
+    rae = module._frozen["rae"]
+    if kept:
+        data.along["tokens"] = tokens_of_all(rae, data)
+        data.along["mirrored_tokens"] = tokens_of_all(rae, data, mirrored=True)
+    batch = data.__getitems__(range(24))
+    seen, tokens = module.looked_at(batch, Draws(0, 0, batch["index"]))
+    mirrored = [not same(a, to_unit(b)) for a, b in zip(seen, batch["pictures"], strict=True)]
+    assert 4 < sum(mirrored) < 20
+    for place, turned in enumerate(mirrored):
+        assert same(seen[place], to_unit(batch["pictures"][place].flip(2) if turned else batch["pictures"][place]))
+    torch.testing.assert_close(tokens, rae.tokens((seen + 1) / 2), rtol=1e-3, atol=1e-3)
+    assert same(module.looked_at(batch)[0], to_unit(batch["pictures"]))  # validation sees them as they are
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("gathered", [1, 3])
+def test_a_run_goes_on_exactly(tmp_path, gathered):
+    """Three batches a step leave one of the epoch's four: it makes a step of its own."""
+    length, steps = {"max_epochs": 3}, 12 if gathered == 1 else 6
+    start = 3 if gathered == 1 else 1
+    changes = {"accumulate_grad_batches": gathered, "disc_start": start, "generator_start": start + 2}
+    trainer, whole, seen = fit(tmp_path / "whole", new_module(**changes), **length)
+    assert trainer.global_step == whole["global_step"] == steps  # the decoder's steps, not both optimisers'
+    first, second = (state["state"][0]["step"].item() for state in whole["optimizer_states"])
+    assert first == steps and second == steps - start
+    tried = 0
+    for path in sorted((tmp_path / "whole" / "checkpoints").glob("*.kept")):
+        step = torch.load(path, weights_only=True)["global_step"]
+        if step not in (start + 1, steps // 2, steps - 1):
+            continue
+        _, resumed, rest = fit(tmp_path / path.stem, new_module(**changes), path, **length)
+        assert rest == seen[len(seen) - len(rest) :]
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+            assert_same(resumed[part], whole[part], part)
+        tried += 1
+    assert tried >= 3
+
+
+def test_the_encoder_stays_as_it_is_and_out_of_the_checkpoints(tmp_path):
+    rae = new_rae()
+    before = {name: tensor.clone() for name, tensor in rae.state_dict().items()}
+    _, last, _ = fit(tmp_path, new_module(rae=rae), max_epochs=2)
+    assert {name.split(".")[0] for name in last["state_dict"]} == {"network", "ema", "discriminator"}
+    after = rae.state_dict()
+    others = [name for name in after if not name.startswith("decoder.")]
+    assert len(others) > 10 and all(same(after[name], before[name]) for name in others)
+    moved = [name for name in after if name.startswith("decoder.") and not same(after[name], before[name])]
+    assert len(moved) > 10 and "decoder.decoder_pos_embed" not in moved
+
+
+def test_the_average_follows_each_step_and_is_what_validates(tmp_path):
+    weights, own = [], {}
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            weights.append(module.network.decoder_pred.weight.detach().clone())
+
+    rae = new_rae()
+    started = rae.decoder.decoder_pred.weight.detach().clone()
+    module, data = new_module(rae=rae, lr=1e-2, ema_decay=0.6), pictures()
+    trainer, _, _ = fit(tmp_path, module, callbacks=[Note()], data=data, max_epochs=1)
+    average = started
+    for step, weight in enumerate(weights, 1):
+        average = average + (1 - min(0.6, (1 + step) / (10 + step))) * (weight - average)
+    torch.testing.assert_close(module.ema.network.decoder_pred.weight, average)
+    for name, decoder in (("average", module.ema.network), ("trained", module.network)):
+        own[name] = reconstruction_psnr(_with(rae, decoder), data.val_data.__getitems__(range(6))["pictures"])[1].mean()
+    rae.decoder = module.network
+    assert trainer.logged_metrics["val/psnr"].item() == pytest.approx(own["average"].item(), abs=0.01)
+    assert abs(own["average"] - own["trained"]) > 0.05
+
+
+def _with(rae: RAE, decoder: nn.Module) -> RAE:
+    rae.decoder = decoder
+    return rae
+
+
+def test_the_discriminator_begins_before_the_decoder_listens(tmp_path):
+    seen = []
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            logged = trainer.logged_metrics
+            seen.append(("train/discriminator" in logged, "train/generator" in logged))
+
+    fit(tmp_path, new_module(disc_start=1, generator_start=3), callbacks=[Note()], max_epochs=1)
+    assert seen == [(False, False), (True, False), (True, False), (True, True)]
+
+
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**40])
+def test_half_precision(scale):
+    """fp16 with a scaler, here on the CPU: norms are those of unscaled gradients, too large a scale is halved."""
+
+    def norms(precision: MixedPrecision | None, epochs: int) -> tuple[list[float], RAEDecoderModule]:
+        found = []
+
+        class Note(L.Callback):
+            def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+                found.append(float(trainer.callback_metrics["train/gradient_norm"]))
+
+        module = new_module(gradient_clip=0.0, schedule="constant", disc_start=0, generator_start=1)
+        settings = module.trainer_settings(accelerator="cpu", devices=1)
+        if precision is not None:
+            settings |= {"precision": None, "plugins": [precision]}
+        plain = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+        L.Trainer(**settings, **plain, max_epochs=epochs, callbacks=[Note()]).fit(module, pictures())
+        return found, module
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    found, module = norms(MixedPrecision("16-mixed", "cpu", scaler), 8 if scale == 2.0**40 else 1)
+    assert all(weight.isfinite().all() for weight in module.state_dict().values())
+    if scale == 2.0**40:
+        assert not torch.tensor(found[0]).isfinite() and torch.tensor(found[-1]).isfinite()
+        assert scaler.get_scale() < scale
+    else:
+        assert found[:2] == pytest.approx(norms(None, 1)[0][:2], rel=0.05)
+
+
+def test_gradient_checkpointing_changes_no_step(tmp_path):
+    lasts = [fit(tmp_path / str(on), new_module(gradient_checkpointing=on), max_epochs=2)[1] for on in (False, True)]
+    for name, weight in lasts[0]["state_dict"].items():
+        torch.testing.assert_close(weight, lasts[1]["state_dict"][name], rtol=1e-4, atol=1e-5)
+
+
+# ---- the whole of it
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """Arguments of `load_rae` for a tiny random encoder and decoder."""
+    config = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}
+    path = tmp_path_factory.mktemp("encoder") / "config.json"
+    path.write_text(json.dumps(config))
+    return {"encoder_config_path": str(path), "encoder_input_size": 56, "decoder": "tiny"}
+
+
+DATA = {"count": 64, "num_classes": 2, "val_share": 0.25}
+
+
+def tune(folder, rae, said=None, **changes):
+    settings = {"batch_size": 16, "max_steps": 40, "lr": 3e-3, "disc_weight": 0.0, "noise_tau": 0.2, "previews": 2}
+    changes = {**settings, "ema_decay": 0.9, "warmup_steps": 4, **changes}
+    line = said.append if said is not None else lambda text: None
+    devices = {"accelerator": "cpu"}
+    return fine_tune_rae_decoder(changes.pop("data", DATA), rae, folder, devices=devices, say=line, **changes)
+
+
+def test_fine_tuning_brings_the_pictures_nearer(tmp_path, encoder):
+    said, shown = [], []
+    folder = tune(tmp_path / "run", encoder, said, show=shown.append)
+    assert folder == tmp_path / "run" / "rae"
+    val = shape_data(64, 2, 32, val_share=0.25).val_data.__getitems__(range(16))["pictures"]
+    rae = read_rae_folder(folder)
+    after = reconstruction_psnr(rae, val)[1].mean().item()
+    line = next(text for text in said if text.startswith("PSNR"))
+    before = float(line.split()[1])
+    assert f"{before:.1f} dB before, {after:.1f} dB after, on 16 pictures that validate" in line
+    assert after > before + 4
+    assert rae.config.noise_tau == 0.2
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert same(rae.decoder.decoder_pred.weight, last["ema.network.decoder_pred.weight"])
+    assert not torch.equal(rae.decoder.decoder_pred.weight, last["network.decoder_pred.weight"])
+    names = {path.name for path in (tmp_path / "run" / "reconstructions").iterdir()}
+    assert {"before.png", "after.png", "reconstructions-000040.png"} <= names
+    assert len(shown) >= 3 and shown[0].shape == (3, 4 * 34 - 2, 8 * 34 - 2)
+    assert any(text.startswith("No lpips_weights") for text in said)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["global_step"] == 40 and record["settings"]["perceptual_weight"] == 0
+
+    said.clear()  # a folder goes on where the encoder and its statistics are the same
+    again = read_rae_folder(tune(tmp_path / "again", str(folder), said, max_steps=4, lr=1e-6))
+    assert all(same(a, b) for a, b in zip(again.encoder.state_dict().values(), rae.encoder.state_dict().values(), strict=True))
+    assert float(next(text for text in said if text.startswith("PSNR")).split()[1]) == pytest.approx(after, abs=0.051)
+
+
+def test_statistics_stay(tmp_path):
+    rae = new_rae()
+    rae.save_pretrained(tmp_path / "rae")
+    made = read_rae_folder(tune(tmp_path / "run", tmp_path / "rae", max_steps=2, data={**DATA, "count": 32}))
+    assert made.has_own_statistics and same(made.statistics_var, rae.statistics_var)
+    assert same(made.statistics_mean, rae.statistics_mean)
+
+
+def test_another_encoder_is_no_way_to_go_on(tmp_path, encoder):
+    tune(tmp_path, encoder, max_steps=4)
+    with pytest.raises(UserError, match=r"encoder was \w+, is \w+"):
+        tune(tmp_path, {**encoder, "image_mean": [0.5, 0.5, 0.5]}, max_steps=8, resume="last")
+
+
+def test_the_tasks_keys_reach_the_training(tmp_path, encoder):
+    """`experiment=rae_decoder data=shapes` as the command composes it, and `--resume last`."""
+    from omegaconf import OmegaConf
+
+    from vavae_tools.experiments import compose, read_command_line
+
+    words = ["experiment=rae_decoder", "data=shapes", "trainer=cpu", "data.num_pictures=32", "--batch_size", "8"]
+    words += [f"model.rae.{name}={value}" for name, value in encoder.items()]
+    words += ["--max_steps", "6", "--lr", "0.002", "--noise_tau", "0.1", "--previews", "0"]
+    words += ["model.losses.disc_width=4", "trainer.accumulate_grad_batches=2", "callbacks.save_every_n_steps=4"]
+    values = OmegaConf.to_container(compose(read_command_line(words)), resolve=True)
+    assert values["task"] == "vavae_tools.training.rae_decoder:train_rae_decoder"
+    rooms = {room: values[room] for room in ("data", "model", "trainer", "callbacks")}
+    said = []
+    folder = train_rae_decoder(**rooms, output_dir=tmp_path / "run", seed=values["seed"], say=said.append)
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    expected = {"lr": 0.002, "noise_tau": 0.1, "disc_weight": 0.75, "disc_start": 2, "generator_start": 3}
+    expected |= {"disc_width": 4, "accumulate_grad_batches": 2, "gradient_clip": 1.0, "l1_weight": 0.5, "flips": False}
+    assert {name: settings[name] for name in expected} == expected and settings["betas"] == [0.9, 0.95]
+    assert said[-1].endswith(f"experiment=rae_dit model.rae.folder={folder} data=shapes")
+    first = read_rae_folder(folder).state_dict()
+    part = tmp_path / "part"
+    (part / "checkpoints").mkdir(parents=True)
+    train_rae_decoder(**rooms, output_dir=part, seed=0, say=said.append, resume=str(tmp_path / "run" / "checkpoint-4"))
+    assert_same(dict(read_rae_folder(part / "rae").state_dict()), dict(first))
+
+
+# ---- a look
+
+
+class Shifted(nn.Module):
+    """Every reconstruction lies `by` above the original."""
+
+    device, picture_size = torch.device("cpu"), 32
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.by
+
+
+@pytest.mark.parametrize(("by", "decibels", "warns"), [(0.1, 25.85, False), (0.3, 16.54, True)])
+def test_a_look_tells_the_psnr_and_warns(tmp_path, monkeypatch, by, decibels, warns):
+    data = ShapePictures(10, 3, 32)
+    grey = torch.full((10, 3, 32, 32), 100, dtype=torch.uint8)
+    monkeypatch.setattr(data, "pictures", lambda places: grey[list(places)])
+    said, shown = [], []
+    found = check_reconstructions(Shifted(by), data, tmp_path, said.append, shown.append, count=9)
+    assert found == pytest.approx(decibels, abs=0.01)  # 20 log10(255 / 13) and (255 / 38)
+    assert said[0].startswith(f"The RAE's reconstructions of 9 pictures: PSNR {found:.1f} dB")
+    assert len(said) == 1 + warns and ("experiment=rae_decoder" in said[-1]) == warns
+    (grid,) = shown
+    assert grid.shape == (3, 4 * 34 - 2, 8 * 34 - 2) and (tmp_path / "before.png").is_file()
+    assert (grid[:, :32, :32] == 100).all() and (grid[:, 34:66, :32] == 100 + round(by * 127.5)).all()
+    assert (grid[:, 68:100, :32] == 100).all() and (grid[:, 68:, 34:] == 255).all()  # the ninth stands alone
+
+
+def test_a_look_takes_pictures_of_any_size_and_each_class(tmp_path):
+    data, seen = ShapePictures(12, 3, 48), []
+
+    class Noting(Shifted):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x)
+            return x
+
+    assert check_reconstructions(Noting(0), data, tmp_path, lambda line: None, lambda grid: None, 6) == 100
+    assert seen[0].shape == (6, 3, 32, 32)
+    from PIL import Image
+
+    with Image.open(tmp_path / "before.png") as picture:
+        assert picture.size == (6 * 34 - 2, 2 * 34 - 2)
+
+
+# ---- what cannot be
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"perceptual_weight": 1.0}, "perceptual_weight needs LPIPS"),
+        ({"noise_tau": -0.1}, "noise_tau -0.1 is a standard deviation"),
+        ({"disc_start": 5, "generator_start": 4}, "generator_start 4 lies before disc_start 5"),
+        ({"l1_weight": 0.0}, "nothing compares the pictures"),
+    ],
+)
+def test_a_module_that_cannot_be(changes, message):
+    with pytest.raises(UserError, match=message):
+        new_module(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"perceptual_weight": 0.5}, r"perceptual_weight 0.5 needs LPIPS's weights: name them \(lpips_weights\)"),
+        ({"lpips_weights": "nowhere.pth"}, "nowhere.pth"),
+        ({"max_steps": 0}, "max_steps 0"),
+        ({"data": {**DATA, "image_size": 48}}, "image_size 48: this RAE's decoder makes pictures of 32"),
+        ({"data": "no/such/folder"}, "no/such/folder"),
+        ({"resume": "last"}, "No checkpoint"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path, encoder, changes, message):
+    with pytest.raises(UserError, match=message) as raised:
+        tune(tmp_path, encoder, **changes)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_that_is_no_rae(tmp_path):
+    with pytest.raises(UserError, match="is no folder of a whole RAE"):
+        tune(tmp_path / "run", tmp_path)

@@ -1,0 +1,247 @@
+"""RAE's time, objective and sampling, and its LightningDiT, against its own numbers."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from golden_cases import SHARED, assert_close, load_case, load_weights
+from test_ddt import split_weak
+
+from vavae_tools.convert.ddt import load_ddt
+from vavae_tools.convert.lightningdit import (
+    RAELightningDiT,
+    load_lightningdit,
+    load_rae_lightningdit,
+    read_latent_statistics,
+)
+from vavae_tools.diffusion.denoisers import make_denoiser, split_reference_arguments
+from vavae_tools.diffusion.objectives import FlowMatching, score_from_velocity, shift_noise, time_shift_of
+from vavae_tools.diffusion.sampling import guided_velocity, make_solver, sample, sample_midpoint, time_grid
+from vavae_tools.diffusion.stochastic import sample_stochastic
+from vavae_tools.errors import UserError
+
+CASES = sorted({"rae-transport"} | {path.name for path in SHARED.glob("rae-transport*")})
+LIGHTNING = sorted({"rae-lightningdit"} | {path.name for path in SHARED.glob("rae-lightningdit*")})
+TOLERANCE = {"atol": 5e-5}
+EULER = FlowMatchEulerDiscreteScheduler()
+
+
+def reference(name):
+    case, io = load_case(name)
+    strong, weak = split_weak(load_weights(name))
+    models = load_ddt(strong, case["constructor"]), load_ddt(weak, case["weak_constructor"])
+    return case, io, *models, case["transport"]["time_dist_shift"]
+
+
+def objective_of(distribution: str, shift: float) -> FlowMatching:
+    """RAE's, by its own name of the times' distribution."""
+    name, *numbers = distribution.split("_")
+    if name == "uniform":
+        return FlowMatching(cosine_weight=0, time="uniform", largest_noise=0.999, time_shift=shift)
+    mean, std = map(float, numbers)
+    return FlowMatching(cosine_weight=0, time_mean=-mean, time_std=std, largest_noise=0.999, time_shift=shift)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_objective_equals_the_reference(name):
+    _, io, model, _, shift = reference(name)
+    distributions = sorted({key.split(".")[1] for key in io if key.startswith("loss.")})
+    assert len(distributions) >= 2
+    data, condition = io["x1_data"], model.conditioner(io["y"])
+    for distribution in distributions:
+        values = {key.removeprefix(f"loss.{distribution}."): io[key] for key in io if f".{distribution}." in key}
+        objective, noise = objective_of(distribution, shift), values["x0_noise"]
+        assert objective.time_draws == "uniform"
+        before_shift = objective_of(distribution, 1.0).sample_time(values["U"])
+        assert_close(1 - before_shift, values["t_raw"], {"atol": 2e-6})
+        assert_close(1 - objective.sample_time(values["U"]), values["t"], {"atol": 2e-6})
+        t = 1 - values["t"]
+        noisy = objective.add_noise(data, noise, t)
+        assert_close(noisy, values["xt"], TOLERANCE)
+        assert_close(-objective.target(data, noise), values["target_ut"], TOLERANCE)
+        prediction = model.denoiser(noisy, t, condition)
+        assert_close(-prediction, values["pred"], TOLERANCE)
+        assert_close(objective.squared_error(prediction, data, noise, t), values["loss_per_sample"], TOLERANCE)
+        loss, parts = objective(model.denoiser, data, condition, noise, t)
+        assert_close(loss, values["loss_per_sample"].mean(), TOLERANCE)
+        assert set(parts) == {"mse"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shift_path_and_score_equal_the_reference(name):
+    case, io, _, _, shift = reference(name)
+    assert_close(shift_noise(io["shift.t_in"], shift), io["shift.t_out"], {"atol": 1e-6})
+    data, noise, t = io["x1_data"], io["loss.logit-normal_0_1.x0_noise"], 1 - io["gvp.t"]
+    objective = FlowMatching(path="gvp")
+    assert_close(objective.add_noise(data, noise, t), io["gvp.xt"], TOLERANCE)
+    assert_close(-objective.target(data, noise, t), io["gvp.ut"], TOLERANCE)
+    assert_close(score_from_velocity(-io["conv.v"], io["conv.x"], 1 - io["conv.t"]), io["conv.score"], TOLERANCE)
+    dimensions = case["transport"]["time_dist_shift_dim"]
+    assert time_shift_of((dimensions,), case["transport"]["time_dist_shift_base"]) == pytest.approx(shift)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_euler_and_guidance_equal_the_reference(name):
+    case, io, model, weak, shift = reference(name)
+    noise, condition, null = io["ode.z"], model.conditioner(io["ode.y"]), model.conditioner.null(len(io["ode.y"]))
+    steps = case["sampler"]["ode_num_points"] - 1
+    grid = {"num_inference_steps": steps, "timestep_shift": 1 / shift, "last_noise": 0.001}
+    solver, times = make_solver(EULER, **grid)
+    assert_close(solver.sigmas, io["ode.t_grid"], {"atol": 1e-6})
+    assert_close(1 - time_grid(steps, 1 / shift, 0.001), io["ode.t_grid"], {"atol": 1e-6})
+    assert_close(1 - torch.tensor(times), io["ode.t_grid"][:-1], {"atol": 1e-6})
+
+    states = [noise]
+    sample(model.denoiser, EULER, noise, condition, callback=lambda i, t, x: states.append(x), **grid)
+    assert_close(torch.stack(states), io["ode.traj"], TOLERANCE)
+    scale = io["ode.cfg_scale"].item()
+    guided = sample(model.denoiser, EULER, noise, condition, null, guidance_scale=scale, **grid)
+    assert_close(guided, io["ode.cfg_final"], TOLERANCE)
+    interval = (1 - 0.9, 1 - 0.3)  # the reference's 0.3 to 0.9
+    guided = sample(
+        model.denoiser, EULER, noise, condition, null, guidance_scale=scale, guidance_interval=interval, **grid
+    )
+    assert_close(guided, io["ode.cfg_interval_final"], TOLERANCE)
+    guided = sample(
+        model.denoiser,
+        EULER,
+        noise,
+        condition,
+        guidance_scale=io["ode.ag_scale"].item(),
+        guide=weak.denoiser,
+        guide_conditioning=weak.conditioner(io["ode.y"]),
+        **grid,
+    )
+    assert_close(guided, io["ode.ag_final"], TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_midpoint_and_stochastic_sampling_equal_the_reference(name):
+    case, io, model, _, shift = reference(name)
+    noise, condition = io["ode.z"], model.conditioner(io["ode.y"])
+
+    def velocity(x, t):
+        return guided_velocity(model.denoiser, x, t, condition, None)
+
+    grid = time_grid(case["sampler"]["ode_num_points"] - 1, 1 / shift, 0.001)
+    assert_close(sample_midpoint(velocity, noise, grid), io["ode.midpoint_final"], TOLERANCE)
+
+    settings, states = case["sampler"]["sde"], []
+    size = settings["last_step_size"]
+    sample_stochastic(
+        velocity,
+        noise,
+        time_grid(settings["num_steps"] - 1, 1 / shift, size),
+        io["sde.noise"],
+        diffusion=settings["diffusion_form"],
+        diffusion_norm=settings["diffusion_norm"],
+        method=settings["sampling_method"],
+        last_step=settings["last_step"].lower(),
+        last_step_size=size,
+        callback=lambda i, t, x: states.append(x),
+    )
+    assert_close(torch.stack(states), io["sde.traj"], TOLERANCE)
+
+
+@pytest.mark.parametrize("name", LIGHTNING)
+@torch.no_grad()
+def test_raes_lightningdit_equals_the_reference(name):
+    case, io = load_case(name)
+    model = load_lightningdit(load_weights(name), case["constructor"])
+    assert isinstance(model, RAELightningDiT)
+    out = model(io["x"], io["t"], io["y"])
+    assert_close(out, io["out"], {"atol": 2e-5})
+    assert_close(-model.denoiser(io["x"], 1 - io["t"], model.conditioner(io["y"])), out, {"atol": 2e-5})
+    scale = io["cfg.scale"].item()
+    guided = model.forward_with_cfg(io["cfg.x"], io["cfg.t"], io["cfg.y"], scale, [])
+    assert_close(guided, io["cfg.out"], {"atol": 2e-5})
+
+
+SMALL = {"input_size": 4, "in_channels": 3, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 4}
+
+
+def raes_weights(**changes) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    denoiser = make_denoiser({**split_reference_arguments({**SMALL, **changes})[0], "time_embed": "fourier"})
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return {**denoiser.state_dict(), "y_embedder.embedding_table.weight": torch.randn(5, 16)}
+
+
+def raes_lightningdit(**changes) -> RAELightningDiT:
+    return load_rae_lightningdit(raes_weights(**changes), {**SMALL, **changes})
+
+
+@torch.no_grad()
+def test_raes_lightningdit_guides_outside_its_list_and_inside_its_interval():
+    model = raes_lightningdit()
+    x, y = torch.randn(2, 3, 4, 4), torch.tensor([1, 4])
+    x = x[:1].repeat(2, 1, 1, 1)
+    for t, inside in ((0.3, True), (0.6, False), (0.2, True)):
+        t = torch.full((2,), t)
+        conditional, null = model(x, t, y).chunk(2)
+        plain, guided = conditional, null + 3 * (conditional - null)
+        also = null + 2 * (conditional - null)
+        for interval, other, expected in (
+            ((), 0.0, guided),
+            ([(0.2, 0.6)], 0.0, plain if inside else guided),
+            ([(0.9, 1.0), (0.2, 0.6)], 2.0, also if inside else guided),
+            ((0.2, 0.5), 0.0, guided if inside else plain),
+        ):
+            out = model.forward_with_cfg(x, t, y, 3.0, interval, other)
+            torch.testing.assert_close(out, torch.cat([expected, expected]), rtol=1e-5, atol=1e-5)
+            # the null label in the weaker model's place: halved, then the same
+            alone = lambda x, t, y: model(x, t, torch.full_like(y, 4))  # noqa: E731
+            out = model.forward_with_autoguidance(x, t, y, 3.0, alone, interval, other)
+            torch.testing.assert_close(out, torch.cat([expected, expected]), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_raes_lightningdit_drops_what_it_says_about_variance_and_takes_patches():
+    model = raes_lightningdit(learn_sigma=True, patch_size=2, use_gembed=True)
+    x, t, y = torch.randn(2, 3, 4, 4), torch.rand(2), torch.tensor([1, 4])
+    out = model(x, t, y)
+    assert out.shape == x.shape
+    assert torch.equal(out, model.denoiser.predict(x, t, model.conditioner(y))[:, :3])
+
+
+def test_other_weights_than_raes_lightningdits_are_named():
+    without = {name: tensor for name, tensor in raes_weights().items() if name != "t_embedder.W"}
+    with pytest.raises(UserError, match="do not fit"):
+        load_rae_lightningdit(without, SMALL)
+    with pytest.raises(UserError, match="do not fit"):
+        load_rae_lightningdit(raes_weights(depth=2), SMALL)
+
+
+def test_latent_statistics_are_read(tmp_path):
+    case, io = load_case("latent_stats")
+    path = tmp_path / "latents_stats.pt"
+    torch.save({"mean": io["mean"], "std": io["std"]}, path)
+    mean, std = read_latent_statistics(path)
+    assert_close(torch.tensor(mean), io["mean"].flatten(), {})
+    assert_close(torch.tensor(std), io["std"].flatten(), {})
+    normal = (io["latents"][1] - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert_close(normal * case["latent_multiplier"], io["item1_plain"], case["tolerance"])
+
+
+def test_other_files_than_latent_statistics_are_named(tmp_path):
+    path = tmp_path / "latents_stats.pt"
+    ones = torch.ones(1, 4, 1, 1)
+    for saved, said in (
+        ({"mean": ones, "var": ones}, "holds mean, var, expected the tensors mean and std"),
+        ([1, 2], "holds list, expected"),
+        ({"mean": ones, "std": torch.ones(1, 3, 1, 1)}, r"std of shape \(1, 3, 1, 1\)"),
+        ({"mean": torch.ones(4, 2, 2), "std": ones}, r"mean of shape \(4, 2, 2\)"),
+        ({"mean": ones, "std": torch.zeros(1, 4, 1, 1)}, "std of 0"),
+        ({"mean": ones * float("nan"), "std": ones}, "not finite"),
+    ):
+        torch.save(saved, path)
+        with pytest.raises(UserError, match=said):
+            read_latent_statistics(path)
+    path.write_text("no tensors")
+    with pytest.raises(UserError, match="damaged or no checkpoint"):
+        read_latent_statistics(path)
+    with pytest.raises(UserError, match="No checkpoint"):
+        read_latent_statistics(tmp_path / "nothing.pt")

@@ -1,0 +1,363 @@
+"""Going on from weights with other classes: all else is kept exactly, and what was not loaded is said."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from golden_cases import assert_close, load_case, load_weights
+from safetensors.torch import save_file
+from tiny import same, tiny_pipeline, trained_looking
+from torch import Tensor
+
+from vavae_tools.convert.dit import load_dit
+from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.denoisers import make_denoiser, split_reference_arguments
+from vavae_tools.diffusion.objectives import FlowMatching
+from vavae_tools.diffusion.transformer import DiT
+from vavae_tools.errors import UserError
+from vavae_tools.training.nearest_classes import nearest_classes
+from vavae_tools.training.starting_point import start_from
+
+NUMBERS = {"input_size": 4, "patch_size": 2, "in_channels": 3, "hidden_size": 16, "depth": 2, "num_heads": 2}
+PLAIN = {"swiglu": False, "rope": False, "rms_norm": False}
+
+
+class Silent(list):
+    """Keeps what is said."""
+
+    def __call__(self, line: str) -> None:
+        self.append(line)
+
+    def __str__(self) -> str:
+        return "\n".join(self)
+
+
+def built(classes: int, **arguments) -> tuple[torch.nn.Module, ClassConditioner]:
+    torch.manual_seed(1)
+    denoiser = make_denoiser({**NUMBERS, **arguments})
+    return denoiser, ClassConditioner(classes, denoiser.conditioning_size)
+
+
+def published(path, classes: int = 5, seed: int = 3, wrap=lambda weights: weights, **arguments):
+    """A file as the references publish it, and the model in it."""
+    denoiser, conditioner = (trained_looking(part, seed) for part in built(classes, **arguments))
+    table = {"y_embedder.embedding_table.weight": conditioner.embedding_table.weight.data}
+    tables = {"pos_embed": denoiser.pos_embed}
+    if getattr(denoiser, "rope_cos", None) is not None:
+        tables |= {"feat_rope.freqs_cos": denoiser.rope_cos, "feat_rope.freqs_sin": denoiser.rope_sin}
+    torch.save(wrap({**denoiser.state_dict(), **table, **tables}), path)
+    return path, denoiser, conditioner
+
+
+def golden_file(name: str, path) -> tuple[dict, dict[str, Tensor], str]:
+    case, tensors = load_case(name)
+    save_file(load_weights(name), path)
+    return case, tensors, str(path)
+
+
+# ---- published weights
+
+
+@pytest.mark.parametrize("name", ["lightningdit-a", "rae-lightningdit", "ddt-a"])
+def test_published_weights_with_other_classes_say_what_they_said(tmp_path, name):
+    case, tensors, path = golden_file(name, tmp_path / "published.safetensors")
+    published_classes = case["constructor"]["num_classes"]
+    arguments, of_conditioner = split_reference_arguments({**case["constructor"], "num_classes": 3})
+    if name == "rae-lightningdit":
+        arguments |= {"time_embed": "fourier", "reversed_time": True}
+    denoiser, conditioner = make_denoiser(arguments), ClassConditioner(**of_conditioner)
+    y = tensors["y"]
+    first, last = y[y < published_classes].unique()[[0, -1]].tolist()
+    start_from(denoiser, conditioner, path, classes=[last, None, first], say=Silent())
+
+    ours = {last: 0, first: 2, published_classes: 3}  # published label → the one here; the last is the null
+    known = torch.tensor([label in ours for label in y.tolist()])
+    assert known.sum() >= 2
+    labels = torch.tensor([ours[label] for label in y[known].tolist()])
+    x, t = tensors["x"][known], tensors["t"][known]
+    if name == "lightningdit-a":
+        made = denoiser(x, t, conditioner(labels))
+    else:  # RAE's time is the share of noise, its answer noise − data
+        made = -denoiser(x, 1 - t, conditioner(labels))
+    assert_close(made, tensors["out"][known], {"rtol": 1e-4, "atol": 2e-5})
+
+
+@pytest.mark.parametrize("name", ["lightningdit-a", "lightningdit-b", "lightningdit-eps", "rae-lightningdit", "ddt-a"])
+def test_another_architecture_is_told_with_the_overrides_that_fit(tmp_path, name):
+    case, tensors, path = golden_file(name, tmp_path / "published.safetensors")
+    channels = tensors["x"].shape[1]
+    side = {"input_size": tensors["x"].shape[-1], "in_channels": channels}
+    wrong, conditioner = built(2, **side, patch_size=1, hidden_size=24)
+    before = {key: value.clone() for key, value in wrong.state_dict().items()}
+    with pytest.raises(UserError) as told:
+        start_from(wrong, conditioner, path, say=Silent())
+    message = str(told.value)
+    assert "\n" not in message and "hidden_size" in message and "(here 24)" in message
+    assert all(same(value, before[key]) for key, value in wrong.state_dict().items())
+
+    typed = dict(re.findall(r"model\.dit\.(\w+)=(\S+)", message))
+    arguments, of_conditioner = split_reference_arguments(
+        {**side, "num_classes": 2, **{key: yaml.safe_load(value) for key, value in typed.items() if key != "size"}}
+    )
+    fitting = make_denoiser(arguments)
+    expected, _ = split_reference_arguments(case["constructor"])
+    assert fitting.config.num_heads == expected["num_heads"]
+    start_from(fitting, ClassConditioner(**of_conditioner), path, say=Silent())
+
+
+def test_only_the_class_table_starts_anew_and_what_is_left_is_listed(tmp_path):
+    def as_trained(weights):
+        wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
+        return {"model": {"nonsense": torch.ones(1)}, "ema": wrapped, "opt": {"state": {}}, "epoch": 7}
+
+    path, theirs, table = published(tmp_path / "lightningdit.pt", classes=5, wrap=as_trained)
+    denoiser, conditioner = built(31)
+    said = Silent()
+    start_from(denoiser, conditioner, path, seed=4, say=said)
+    assert all(same(value, theirs.state_dict()[name]) for name, value in denoiser.state_dict().items())
+    rows = conditioner.embedding_table.weight
+    assert rows.shape == (32, 16) and same(rows[31], table.embedding_table.weight[5])
+    assert rows[:31].std().item() == pytest.approx(0.02, rel=0.1)
+    assert f"{len(theirs.state_dict())} tensors matched" in str(said)
+    assert "class table anew (31 classes, were 5; the null row kept)" in str(said)
+    assert re.search(r"not loaded: pos_embed, feat_rope\S+, feat_rope\S+ \(the same, computed here\), ", str(said))
+    assert str(said).endswith("model, opt, epoch")
+
+    again, other = built(31)[1], built(31)[1]
+    torch.manual_seed(99)  # rows follow from `seed` alone
+    start_from(built(31)[0], again, path, seed=4, say=said)
+    start_from(built(31)[0], other, path, seed=5, say=said)
+    assert same(again.embedding_table.weight, rows) and not same(other.embedding_table.weight, rows)
+
+
+def test_other_resolutions_keep_all_weights_and_compute_their_positions(tmp_path):
+    path, theirs, _ = published(tmp_path / "small.pt")
+    denoiser, conditioner = built(2, input_size=8)
+    said = Silent()
+    start_from(denoiser, conditioner, path, say=said)
+    assert all(same(value, theirs.state_dict()[name]) for name, value in denoiser.state_dict().items())
+    assert "for 16 tokens in place of 4" in str(said)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda w: {k: v for k, v in w.items() if k != "blocks.1.attn.proj.bias"}, "lacks blocks.1.attn.proj.bias"),
+        (lambda w: {**w, "blocks.1.attn.extra": w["pos_embed"]}, "has besides blocks.1.attn.extra"),
+        (lambda w: {**w, "blocks.1.attn.proj.bias": torch.zeros(3)}, "blocks.1.attn.proj.bias is (3,), expected (16,)"),
+        (lambda w: {k: v for k, v in w.items() if not k.startswith("y_")}, "is no denoiser with classes"),
+        (lambda w: {"decoder.conv_in.weight": torch.zeros(1)}, "it holds decoder.conv_in.weight"),
+        (lambda w: {**w, "x_embedder.proj.weight": torch.zeros(3, 4)}, "is not whole, or no denoiser"),
+    ],
+)
+def test_files_that_are_not_whole_are_told_in_one_line(tmp_path, spoil, expected):
+    path, *_ = published(tmp_path / "spoiled.pt", wrap=spoil)
+    with pytest.raises(UserError) as told:
+        start_from(*built(2), path, say=Silent())
+    assert expected in str(told.value) and "\n" not in str(told.value)
+
+
+def test_latents_of_another_autoencoder_are_told(tmp_path):
+    path, *_ = published(tmp_path / "three.pt")
+    with pytest.raises(UserError, match=r"latents of 3 channels, these have 5: encode the pictures"):
+        start_from(*built(2, in_channels=5), path, say=Silent())
+
+
+def test_the_number_of_heads_is_said_where_nothing_tells_it(tmp_path):
+    def without_tables(weights):
+        return {name: tensor for name, tensor in weights.items() if not name.startswith(("pos_", "feat_"))}
+
+    path, *_ = published(tmp_path / "bare.pt", wrap=without_tables)
+    said = Silent()
+    start_from(*built(2), path, say=said)
+    assert "number of heads is not told by these weights: 2 as given" in str(said)
+    assert "not loaded: nothing" in str(said)
+
+
+# ---- DiT's own weights
+
+
+def test_dit_weights_need_to_be_told_apart_from_those_of_the_same_form(tmp_path):
+    path, theirs, table = published(tmp_path / "dit.pt", **PLAIN, learn_sigma=True)
+    with pytest.raises(UserError, match=r"noise at timesteps.*kind=dit.*velocities.*kind=lightningdit"):
+        start_from(*built(2, **PLAIN), path, say=Silent())
+
+    # of velocities the half that is no variance is the whole model
+    denoiser, conditioner = built(5, **PLAIN)
+    start_from(denoiser, conditioner, path, kind="lightningdit", classes="keep", say=Silent())
+    x, t, y = torch.randn(3, 3, 4, 4), torch.rand(3), torch.tensor([0, 4, 5])
+    with torch.no_grad():
+        torch.testing.assert_close(denoiser(x, t, conditioner(y)), theirs(x, t, table(y)), rtol=0, atol=1e-6)
+
+    # of noise at timesteps neither the last layer nor the embedding of time says anything here
+    fresh, conditioner = built(5, **PLAIN)
+    before = {name: value.clone() for name, value in fresh.state_dict().items()}
+    said = Silent()
+    start_from(fresh, conditioner, path, kind="dit", classes="keep", say=said)
+    for name, value in fresh.state_dict().items():
+        anew = name.startswith(("t_embedder.", "final_layer.linear."))
+        assert same(value, before[name] if anew else theirs.state_dict()[name]), name
+    assert "anew: t_embedder.mlp.0.weight" in str(said) and "final_layer.linear.bias" in str(said)
+    with pytest.raises(UserError, match="predicts nothing yet"):
+        start_from(*built(5, **PLAIN), path, kind="dit", lora_rank=4, say=Silent())
+
+
+def test_published_dit_says_the_same_as_its_own_loader(tmp_path):
+    """The table of the file that was made for these tests is DiT's: its loader takes it."""
+    path, theirs, table = published(tmp_path / "dit.pt", **PLAIN, learn_sigma=True)
+    model = load_dit(torch.load(path, weights_only=True), {**NUMBERS, "num_classes": 5})
+    x, t, y = torch.randn(2, 3, 4, 4), torch.tensor([0.0, 999.0]), torch.tensor([1, 5])
+    assert same(model(x, t, y), theirs.predict(x, t, table(y)))
+
+
+def test_a_kind_that_the_file_is_not_is_told(tmp_path):
+    path, *_ = published(tmp_path / "light.pt")
+    with pytest.raises(UserError, match=r"is a LightningDiT by its names.*kind=lightningdit"):
+        start_from(*built(2), path, kind="ddt", say=Silent())
+    with pytest.raises(UserError, match="No weights of kind 'sit'; there are lightningdit, ddt, dit"):
+        start_from(*built(2), path, kind="sit", say=Silent())
+
+
+# ---- classes
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        ([0, 1, 2], "lists 3 labels, expected 2"),
+        ([0, 5], "no published label 5; they go from 0 to 4"),
+        ([0, -1], "no published label -1"),
+        ([0, "ID_1"], "no class 'ID_1' (only labels are known"),
+        ("keep", "the weights have 5 classes, here are 2"),
+        ("nearest", "needs the latents"),
+        ("nearset", "'nearset' is unknown; it is new, nearest, keep"),
+    ],
+)
+def test_classes_that_cannot_be_are_told(tmp_path, classes, expected):
+    path, *_ = published(tmp_path / "five.pt")
+    with pytest.raises(UserError) as told:
+        start_from(*built(2), path, classes=classes, say=Silent())
+    assert expected in str(told.value)
+
+
+def test_a_pipeline_keeps_the_rows_of_the_people_it_knows(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    numbers = {"input_size": 8, "patch_size": 4, "in_channels": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    people = SimpleNamespace(num_classes=4, folder=SimpleNamespace(people={"ID_3": 0, "new": 1, "ID_1": 2, "b": 3}))
+    theirs = pipe.conditioner.embedding_table.weight
+
+    denoiser, conditioner = DiT(**numbers), ClassConditioner(4, 16)
+    said = Silent()
+    start_from(denoiser, conditioner, tmp_path / "pipeline", classes="keep", latents=people, say=said)
+    assert all(same(value, pipe.denoiser.state_dict()[name]) for name, value in denoiser.state_dict().items())
+    rows = conditioner.embedding_table.weight
+    assert same(rows[[0, 2, 4]], theirs[[2, 0, 3]])
+    assert not any(same(rows[i], row) for i in (1, 3) for row in theirs)
+    assert "class table kept, with 2 new rows (4 classes, were 3; the null row kept)" in str(said)
+
+    start_from(denoiser, conditioner, tmp_path / "pipeline", latents=people, say=said)
+    assert "2 classes bear names of the weights' (ID_3, ID_1 …): model.init.classes=keep" in str(said)
+    named = [None, "ID_2", None, "ID_2"]
+    start_from(denoiser, conditioner, tmp_path / "pipeline", classes=named, latents=people, say=said)
+    assert same(conditioner.embedding_table.weight[[1, 3]], theirs[[1, 1]])
+    with pytest.raises(UserError, match=r"depth 1 \(here 2\).*model.dit.depth=1"):
+        start_from(DiT(**{**numbers, "depth": 2}), conditioner, tmp_path / "pipeline", say=said)
+    with pytest.raises(UserError, match=r"holds no weights to go on from .*name .*run/pipeline"):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "pipeline").rename(tmp_path / "run" / "pipeline")
+        start_from(denoiser, conditioner, tmp_path / "run", say=said)
+
+
+CLASSES = 12
+MEANS = torch.randn(CLASSES, 3, generator=torch.Generator().manual_seed(0))
+
+
+def knowing_classes() -> tuple[DiT, ClassConditioner]:
+    """A model that always predicts MEANS of its class, and zero for any class, built by hand."""
+    denoiser, conditioner = built(CLASSES, patch_size=1)
+    for weight in denoiser.parameters():
+        weight.data.zero_()  # the last norm's too, so that its shift alone reaches the last linear map
+    denoiser.final_layer.adaLN_modulation[1].weight.data[:16] = torch.eye(16)  # shift = silu(conditioning)
+    rows = torch.zeros(CLASSES + 1, 16)
+    rows[:CLASSES, :CLASSES] = 4 * torch.eye(CLASSES)
+    conditioner.embedding_table.weight.data.copy_(rows)
+    denoiser.final_layer.linear.weight.data[:, :CLASSES] = MEANS.T / torch.nn.functional.silu(torch.tensor(4.0))
+    return denoiser, conditioner
+
+
+class ClassLatents:
+    """Latents that are their class's mean everywhere: own label k is the published one permutation[k]."""
+
+    def __init__(self, permutation: Tensor, of_each: int = 5, seed: int = 0) -> None:
+        self.labels = torch.arange(len(permutation)).repeat(of_each)
+        generator = torch.Generator().manual_seed(seed)
+        self.latents = MEANS[permutation[self.labels]][:, :, None, None] + 0.1 * torch.randn(
+            len(self.labels), 3, 4, 4, generator=generator
+        )
+
+    def __getitems__(self, indices):
+        index = torch.as_tensor(indices)
+        return {"latents": self.latents[index], "labels": self.labels[index], "index": index}
+
+
+@pytest.mark.parametrize("candidates", [1, 3, CLASSES])
+def test_the_nearest_class_of_each_is_found(candidates):
+    denoiser, conditioner = knowing_classes()
+    permutation = torch.randperm(CLASSES, generator=torch.Generator().manual_seed(1))[:7]
+    rows = conditioner.embedding_table.weight.data
+    data = ClassLatents(permutation)
+    found = nearest_classes(denoiser, rows[:CLASSES], rows[CLASSES], data, candidates=candidates)
+    assert [found[label].published for label in range(7)] == permutation.tolist()
+    # data − noise − mean is the noise but for 0.1: an error of 1.01; without a class the mean's square comes on top
+    for label, match in found.items():
+        of_the_mean = MEANS[permutation[label]].square().mean().item()
+        assert match.loss == pytest.approx(1.01, rel=0.1)
+        assert match.loss_of_null - match.loss == pytest.approx(of_the_mean, abs=0.3 * of_the_mean + 0.05)
+    again = nearest_classes(denoiser, rows[:CLASSES], rows[CLASSES], data, candidates=candidates, batch_size=32)
+    assert [again[label].loss for label in range(7)] == pytest.approx([found[label].loss for label in range(7)])
+    assert all(weight.requires_grad for weight in denoiser.parameters()) and not denoiser.gradient_checkpointing
+
+
+def test_the_nearest_is_by_the_error_not_by_its_first_order():
+    """A long row of another class's direction promises more to first order, and is worse when it is tried."""
+    denoiser, conditioner = knowing_classes()
+    rows = conditioner.embedding_table.weight.data.clone()
+    rows[3] = 10 * rows[2]
+    data = ClassLatents(torch.tensor([2]))
+    first_order = nearest_classes(denoiser, rows[:CLASSES], rows[CLASSES], data, candidates=1)
+    tried = nearest_classes(denoiser, rows[:CLASSES], rows[CLASSES], data, candidates=4)
+    assert (first_order[0].published, tried[0].published) == (3, 2)
+    assert first_order[0].loss > tried[0].loss
+
+
+def test_rows_of_the_nearest_classes_are_copied_and_shown(tmp_path):
+    theirs, table = knowing_classes()
+    weights = {**theirs.state_dict(), "y_embedder.embedding_table.weight": table.embedding_table.weight.data}
+    save_file(weights, tmp_path / "known.safetensors")
+    people = {"ann": 0, "bob": 1, "cy": 2, "absent": 3}
+    permutation = torch.tensor([7, 0, 11])
+    latents = SimpleNamespace(
+        num_classes=4, folder=SimpleNamespace(people=people), train_data=ClassLatents(permutation, 40)
+    )
+    denoiser, conditioner = built(4, patch_size=1)
+    said = Silent()
+    path = tmp_path / "known.safetensors"
+    start_from(denoiser, conditioner, path, classes="nearest", latents=latents, lora_rank=2, say=said)
+    rows, published_rows = conditioner.embedding_table.weight, table.embedding_table.weight
+    assert same(rows[[0, 1, 2, 4]], published_rows[[7, 0, 11, CLASSES]])
+    assert not any(same(rows[3], row) for row in published_rows)
+    shown = [line.split()[:2] for line in said[1:4]]
+    assert shown == [["ann", "7"], ["bob", "0"], ["cy", "11"]]
+    assert all("(-" in line for line in said[1:4])  # better than any class
+    assert "copied from the nearest, with 1 new rows for labels without latents" in str(said)
+    trained = [name for name, weight in denoiser.named_parameters() if weight.requires_grad]
+    assert trained and all("lora_" in name for name in trained)  # as before the search
+
+
+def test_the_path_is_noised_as_in_training():
+    """`FlowMatching`'s convention, which the search relies on: t = 1 is data."""
+    data, noise = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    assert FlowMatching().add_noise(data, noise, torch.tensor([1.0])).item() == 1

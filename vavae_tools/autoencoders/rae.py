@@ -1,0 +1,395 @@
+"""The representation autoencoder (RAE, Zheng et al. 2025): a frozen encoder's tokens, and a ViT that decodes them.
+
+The decoder is diffusers' RAEDecoder. Its table of positions is the paper's for every grid here, which diffusers' own is
+for 16×16 alone.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from einops import rearrange
+from torch import Tensor, nn
+
+from vavae_tools.autoencoders.representation import common_name, encoder_class
+from vavae_tools.autoencoders.statistics import LatentStatistics
+from vavae_tools.data.images import to_pixels, to_unit
+from vavae_tools.errors import UserError
+
+VARIANCE_EPS = 1e-5
+"""Added to the variance of element-wise statistics, once."""
+
+
+class RAE(LatentStatistics, ModelMixin, ConfigMixin):
+    """A frozen encoder, whose patch tokens are the latents, and a ViT decoder.
+
+    Args:
+        encoder_cls: Dinov2withNorm, SigLIPwithNorm or MAEwithNorm (`representation.ENCODERS`).
+        encoder_config: its transformers configuration, or a part of it; None: the published base size.
+        encoder_input_size: pixels of a side that pictures are resized to before they are encoded; None: the published
+            one of the encoder.
+        decoder_hidden_size … decoder_layer_norm_eps: of the decoder, see `RAE_SIZES`.
+        image_mean, image_std: per colour, what the encoder's pixels are normalised by; None: the encoder's own.
+        noise_tau: the largest standard deviation of the noise on tokens, where noise is asked for.
+        latents_mean, latents_std: per channel, of the latents of the training side, as VAVAE has them.
+        element_statistics: whether a mean and a variance for each element of a latent are kept with the weights; its
+            latents are then normalised already.
+        in_channels, condition_dim, num_conditions: 3, 0 and 0, as other code asks any autoencoder for them.
+
+    Pictures are (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), C the encoder's width, h = w the patches of a side.
+
+    Raises:
+        UserError: numbers that do not go together.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        encoder_cls: str = "Dinov2withNorm",
+        encoder_config: dict[str, Any] | None = None,
+        encoder_input_size: int | None = None,
+        decoder_hidden_size: int = 1152,
+        decoder_num_hidden_layers: int = 28,
+        decoder_num_attention_heads: int = 16,
+        decoder_intermediate_size: int = 4096,
+        decoder_patch_size: int = 16,
+        decoder_layer_norm_eps: float = 1e-12,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        noise_tau: float = 0.8,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        element_statistics: bool = False,
+        in_channels: int = 3,
+        condition_dim: int = 0,
+        num_conditions: int = 0,
+    ) -> None:
+        super().__init__()
+        if in_channels != 3 or condition_dim or num_conditions:
+            raise UserError("An RAE takes pictures of 3 channels, and has no condition vectors")
+        if noise_tau < 0:
+            raise UserError(f"noise_tau {noise_tau} is a standard deviation: expected 0 or more")
+        kind = encoder_class(encoder_cls)
+        self.encoder = kind(encoder_config)
+        side = kind.input_size if encoder_input_size is None else encoder_input_size
+        patch = self.encoder.patch_size
+        if side < patch or side % patch:
+            below = max(side // patch, 1) * patch
+            raise UserError(
+                f"encoder_input_size {side} does not fall into patches of {patch} pixels: take {below} or "
+                f"{below + patch}"
+            )
+        self.grid = side // patch
+        self.downsampling = decoder_patch_size
+        self.picture_size = self.grid * decoder_patch_size
+        self.latent_shape = (self.encoder.channels, self.grid, self.grid)
+        self.decoder = picture_decoder(
+            self.grid,
+            hidden_size=self.encoder.channels,
+            decoder_hidden_size=decoder_hidden_size,
+            decoder_num_hidden_layers=decoder_num_hidden_layers,
+            decoder_num_attention_heads=decoder_num_attention_heads,
+            decoder_intermediate_size=decoder_intermediate_size,
+            patch_size=decoder_patch_size,
+            layer_norm_eps=decoder_layer_norm_eps,
+        )
+        mean = list(kind.mean if image_mean is None else image_mean)
+        std = list(kind.std if image_std is None else image_std)
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise UserError(f"image_mean {mean} and image_std {std}: expected three numbers each, std above 0")
+        self.register_to_config(
+            encoder_cls=kind.__name__,
+            encoder_config=self.encoder.arguments,
+            encoder_input_size=side,
+            image_mean=mean,
+            image_std=std,
+        )
+        if element_statistics:
+            self.register_buffer("statistics_mean", torch.zeros(self.latent_shape))
+            self.register_buffer("statistics_var", torch.ones(self.latent_shape))
+
+    # ---- what all autoencoders here have
+
+    @property
+    def has_own_statistics(self) -> bool:
+        """Whether element-wise statistics travel with the weights, so that latents come out normalised."""
+        return self.config.element_statistics
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Latents as encoded → latents as the denoiser sees them; those with own statistics are that already."""
+        return latents if self.has_own_statistics else super().normalise(latents)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        return latents if self.has_own_statistics else super().denormalise(latents)
+
+    def encode_pictures(
+        self, pictures: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """Pictures in [-1, 1] → their latents; nothing is drawn and there are no vectors, so the rest is not used."""
+        return self.encode(pictures).latent
+
+    def decode_latents(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Normalised latents, as a denoiser makes them → pictures, which may lie outside [-1, 1]."""
+        return self.decode(self.denormalise(latents)).sample
+
+    # ---- pictures ↔ latents
+
+    @apply_forward_hook
+    def encode(
+        self,
+        pictures: Tensor,
+        return_dict: bool = True,
+        tau: float | None = None,
+        u: Tensor | None = None,
+        n: Tensor | None = None,
+    ) -> EncoderOutput | tuple[Tensor]:
+        """Pictures in [-1, 1] → `.latent` (B, C, h, w), without a graph.
+
+        Args:
+            pictures: (B, 3, S, S); any S, they are resized to `config.encoder_input_size`.
+            tau, u, n: of the noise that the decoder is trained with, see `noised`; no noise without u and n. tau is
+                the model's own unless given.
+
+        Raises:
+            UserError: pictures that are not square or not of three channels, noise of another shape.
+        """
+        if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.shape[2] != pictures.shape[3]:
+            raise UserError(
+                f"Pictures are {tuple(pictures.shape)}, an RAE takes square ones of 3 channels: (B, 3, S, S)"
+            )
+        tokens = self.tokens((pictures.float() + 1) / 2)
+        if u is not None or n is not None:
+            tokens = noised(tokens, self.config.noise_tau if tau is None else tau, u, n)
+        latents = self.latents_of(tokens)
+        return EncoderOutput(latent=latents) if return_dict else (latents,)
+
+    @apply_forward_hook
+    def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """What `encode` gives → `.sample`, pictures float32 (B, 3, `picture_size`, `picture_size`) near [-1, 1].
+
+        Raises:
+            UserError: latents of another shape.
+        """
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != self.latent_shape:
+            raise UserError(f"Latents are {tuple(latents.shape)}, this RAE decodes (B, {self._shape()})")
+        pictures = self.colours(self.tokens_of(latents)) * 2 - 1
+        return DecoderOutput(sample=pictures) if return_dict else (pictures,)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Pictures in [-1, 1] → their reconstructions."""
+        return self.decode(self.encode(pictures).latent).sample
+
+    @torch.no_grad()
+    def tokens(self, colours: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] → the encoder's tokens float32 (B, h·w, C)."""
+        return self.encoder(self.pixel_values(colours)).float()
+
+    def pixel_values(self, colours: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] → what the encoder takes: resized and normalised per colour."""
+        side = self.config.encoder_input_size
+        if colours.shape[2:] != (side, side):
+            colours = F.interpolate(colours, size=(side, side), mode="bicubic", align_corners=False)
+        mean, std = self._colour_statistics(colours)
+        return (colours - mean) / std
+
+    def latents_of(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, h·w, C) → latents (B, C, h, w), normalised where element-wise statistics are kept."""
+        latents = rearrange(tokens, "b (h w) c -> b c h w", h=self.grid)
+        if self.has_own_statistics:
+            latents = (latents - self.statistics_mean.float()) / self._deviation()
+        return latents.contiguous()
+
+    def tokens_of(self, latents: Tensor) -> Tensor:
+        """The inverse of `latents_of`."""
+        if self.has_own_statistics:
+            latents = latents * self._deviation() + self.statistics_mean.float()
+        return rearrange(latents, "b c h w -> b (h w) c")
+
+    def colours(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, h·w, C) → pictures float32 (B, 3, H, W) that lie near [0, 1]; nothing is clipped."""
+        logits = self.logits(tokens.to(self.decoder.decoder_embed.weight.dtype))  # (B, h·w, 3·p·p)
+        pixels = self.decoder.unpatchify(logits).float()
+        mean, std = self._colour_statistics(pixels)
+        return pixels * std + mean
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """The decoder's patches of pixels (B, h·w, p·p·3) for tokens (B, h·w, C)."""
+        decoder = self.decoder
+        if not (decoder.gradient_checkpointing and torch.is_grad_enabled()):
+            return decoder(tokens).logits
+        h = decoder.interpolate_latent(decoder.decoder_embed(tokens))
+        h = torch.cat([decoder.trainable_cls_token.expand(len(h), -1, -1).to(h.dtype), h], dim=1)  # (B, 1 + h·w, D)
+        h = h + decoder.decoder_pos_embed.to(h.dtype)
+        for layer in decoder.decoder_layers:
+            h = decoder._gradient_checkpointing_func(layer, h)
+        return decoder.decoder_pred(decoder.decoder_norm(h))[:, 1:]
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor | None, var: Tensor | None) -> None:
+        """Keep element-wise statistics with the weights: each (C, h, w), or None for 0 and 1.
+
+        Raises:
+            UserError: statistics of another shape, or numbers that are none.
+        """
+        for name, given, default in (("mean", mean, torch.zeros), ("var", var, torch.ones)):
+            if given is None:
+                given = default(self.latent_shape)
+            if given.ndim == 4 and len(given) == 1:
+                given = given[0]
+            if tuple(given.shape) != self.latent_shape:
+                found = tuple(given.shape)
+                raise UserError(f"The statistics' {name} is {found}, this RAE's latents are {self._shape()}")
+            given = given.detach().to(self.device, torch.float32)
+            if not given.isfinite().all() or (name == "var" and (given + VARIANCE_EPS).min() <= 0):
+                raise UserError(f"The statistics' {name} holds numbers that are none, or below 0: make them anew")
+            self.register_buffer(f"statistics_{name}", given.clone())
+        self.register_to_config(element_statistics=True)
+
+    def _deviation(self) -> Tensor:
+        return (self.statistics_var.float() + VARIANCE_EPS).sqrt()
+
+    def _colour_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (
+            torch.tensor(values, device=like.device, dtype=like.dtype)[:, None, None]
+            for values in (self.config.image_mean, self.config.image_std)
+        )
+        return mean, std
+
+    def _shape(self) -> str:
+        return "×".join(map(str, self.latent_shape))
+
+    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
+        """A folder written beside another version of transformers has other names for the same weights."""
+        ours = {_common(name): name for name in self.state_dict()}
+        for name in [name for name in state_dict if _common(name) in ours]:
+            state_dict[ours[_common(name)]] = state_dict.pop(name)
+
+
+def _common(name: str) -> str:
+    part = next((part for part in ("encoder.model.", "decoder.") if name.startswith(part)), "")
+    return part + common_name(name.removeprefix(part))
+
+
+def noised(tokens: Tensor, tau: float, u: Tensor, n: Tensor) -> Tensor:
+    """Tokens (B, N, C) + tau·u·n: every picture's noise has a standard deviation of its own.
+
+    Args:
+        u: uniform numbers in [0, 1), (B,) or (B, 1, 1).
+        n: standard normal numbers (B, N, C).
+
+    Raises:
+        UserError: one of both is missing, or of another shape.
+    """
+    if u is None or n is None:
+        raise UserError("Noise on tokens needs both u (one number per picture) and n (one per number of the tokens)")
+    if n.shape != tokens.shape or u.numel() != len(tokens):
+        raise UserError(
+            f"Noise n is {tuple(n.shape)} and u {tuple(u.shape)} for tokens {tuple(tokens.shape)}: expected n like the "
+            "tokens and one u per picture"
+        )
+    return tokens + tau * u.reshape(-1, 1, 1).to(tokens) * n.to(tokens)
+
+
+def picture_decoder(grid: int, **numbers: Any) -> nn.Module:
+    """diffusers' RAEDecoder for tokens on a grid, with the sin-cos table of just that grid."""
+    try:
+        from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
+    except ImportError:
+        raise UserError("An RAE needs a diffusers that has AutoencoderRAE: pip install -U diffusers") from None
+    width, heads, patch = (
+        numbers[name] for name in ("decoder_hidden_size", "decoder_num_attention_heads", "patch_size")
+    )
+    if heads < 1 or width % heads or width % 4 or width < 4:
+        raise UserError(f"decoder_hidden_size {width} must be divisible by 4 and by its {heads} attention heads")
+    if patch < 1:
+        raise UserError(f"decoder_patch_size {patch}: expected 1 pixel or more")
+    decoder = RAEDecoder(num_patches=grid**2, image_size=grid * patch, **numbers)
+    table = get_2d_sincos_pos_embed(width, grid, cls_token=True, extra_tokens=1, base_size=grid, output_type="pt")
+    # with the weights, as the RAE authors have it: whatever builds the model, the table comes back with them
+    del decoder.decoder_pos_embed
+    decoder.register_buffer("decoder_pos_embed", table[None].float(), persistent=True)
+    return decoder
+
+
+def _size(width: int, layers: int, heads: int, intermediate: int, patch_size: int) -> dict[str, int]:
+    return {
+        "decoder_hidden_size": width,
+        "decoder_num_hidden_layers": layers,
+        "decoder_num_attention_heads": heads,
+        "decoder_intermediate_size": intermediate,
+        "decoder_patch_size": patch_size,
+    }
+
+
+RAE_SIZES: dict[str, dict[str, int]] = {
+    "ViTB": _size(768, 12, 12, 3072, 16),  # 86 M parameters
+    "ViTL": _size(1024, 24, 16, 4096, 16),  # 304 M
+    "ViTXL": _size(1152, 28, 16, 4096, 16),  # 415 M
+    "tiny": _size(64, 2, 4, 128, 8),  # 0.1 M, for a look at how things go
+}
+"""Sizes of decoders by name; the first three are the published ones."""
+
+
+def decoder_size(size: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A decoder's numbers by the name of its size, or those given, which need not be all.
+
+    Raises:
+        UserError: no such size, or numbers that a decoder does not have.
+    """
+    if isinstance(size, str):
+        if size not in RAE_SIZES:
+            raise UserError(f"No decoder size {size!r}; there are {', '.join(RAE_SIZES)}")
+        return dict(RAE_SIZES[size])
+    known = {*RAE_SIZES["ViTXL"], "decoder_layer_norm_eps"}
+    unknown = sorted(set(size) - known)
+    if unknown:
+        raise UserError(f"A decoder has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return dict(size)
+
+
+def tiny_rae(picture_size: int = 32, **changes: Any) -> RAE:
+    """A small RAE with random weights, encoder too, for trials without any downloads: 0.2 M parameters.
+
+    Args:
+        picture_size: pixels of a side; a multiple of 8, whose eighth is the latents' grid: 64×4×4 for 32 pixels.
+        changes: further arguments of `RAE`.
+    """
+    if picture_size < 8 or picture_size % 8:
+        raise UserError(f"picture_size {picture_size}: the tiny RAE takes multiples of 8 pixels")
+    side = picture_size // 8 * 14
+    encoder = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": side,
+        "patch_size": 14,
+    }
+    return RAE(**{"encoder_config": encoder, "encoder_input_size": side, **RAE_SIZES["tiny"], **changes})
+
+
+@torch.inference_mode()
+def reconstruction_psnr(rae: RAE, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """What the RAE makes of pictures, and how near that is.
+
+    Args:
+        pictures: uint8 (B, 3, H, W), square; of another size than `picture_size` they are resized to it first.
+
+    Returns:
+        The reconstructions, uint8 (B, 3, picture_size, picture_size), and the peak signal-to-noise ratio of each in
+        dB, float32 (B,): infinite where they are the same.
+    """
+    originals, side = to_unit(pictures.to(rae.device)), rae.picture_size
+    if originals.ndim == 4 and originals.shape[2] == originals.shape[3] != side:
+        originals = F.interpolate(originals, size=(side, side), mode="bicubic", align_corners=False, antialias=True)
+    reconstructions = to_pixels(rae(originals))
+    error = (reconstructions.double() - to_pixels(originals).double()).square().mean(dim=(1, 2, 3))
+    return reconstructions, (20 * torch.log10(torch.tensor(255.0)) - 10 * torch.log10(error)).float()

@@ -1,0 +1,156 @@
+"""Pictures of any source as one side of a data module: decoded once and kept in memory where they fit."""
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from vavae_tools.data import images
+from vavae_tools.data.crops import CROPS, check_crop
+from vavae_tools.errors import UserError
+
+_AT_ONCE = 64  # pictures that a thread decodes before it asks for more
+
+
+class DecodedPictures(Dataset):
+    """One side; a subclass says by `stored` and `opened` where pictures lie and how one is opened.
+
+    Args:
+        names: of the pictures, each once.
+        labels: int64 (N,).
+        image_size: pixels, one number or (height, width).
+        crop: "adm" or "none", see `crops`.
+        channels: 3, or 1 for grey; pictures of the other kind are converted.
+        title: what the progress bar says is read.
+
+    Attributes:
+        along: further tensors with a row for each picture, as in `images.PictureFolder`.
+
+    A batch is {"pictures": uint8 (B, C, H, W), "labels": int64 (B,), "index": int64 (B,)}, and the rows of `along`
+    under their own names.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        labels: Tensor,
+        image_size: int | tuple[int, int],
+        crop: str = "none",
+        channels: int = 3,
+        title: str = "pictures",
+        progress: bool = True,
+    ) -> None:
+        check_crop(crop)
+        self.names, self.labels = list(names), labels
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if min(self.image_size) < 1:
+            raise UserError(f"image_size {image_size}: at least one pixel is needed")
+        self.crop, self.channels, self.title = crop, channels, title
+        self.along: dict[str, Tensor] = {}
+        self._progress = progress
+        self._memory: Tensor | None = None
+
+    def stored(self, places: Sequence[int]) -> Sequence[Any]:
+        """What `opened` takes, of several pictures at once."""
+        raise NotImplementedError
+
+    def opened(self, stored: Any) -> Image.Image:
+        raise NotImplementedError
+
+    def what_is_stored(self) -> list:
+        """Plain values that tell these pictures from others, for `fingerprint`."""
+        raise NotImplementedError
+
+    def where(self, place: int) -> str:
+        """What a person finds a picture by."""
+        return f"{self.names[place]} of {self.title}"
+
+    def part(self, places: Sequence[int]) -> Self:
+        """Some of these pictures, as a side of their own; nothing is decoded for it."""
+        part = copy.copy(self)
+        part.names, part.labels = [self.names[place] for place in places], self.labels[torch.as_tensor(places)]
+        part.along, part._memory = {}, None
+        return part
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def fingerprint(self) -> str:
+        """A hash of what is stored, and of the size, crop and channels that it is read with."""
+        settings = [self.what_is_stored(), self.image_size, self.crop, self.channels]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+    def fits_memory(self) -> bool:
+        return len(self) * self.image_size[0] * self.image_size[1] * self.channels <= images.MEMORY_LIMIT
+
+    def in_memory(self) -> Tensor:
+        """All pictures, uint8 (N, C, H, W), decoded by several threads on the first call."""
+        if self._memory is None:
+            memory = np.empty((len(self), *self.image_size, self.channels), dtype=np.uint8)
+            parts = [range(start, min(start + _AT_ONCE, len(self))) for start in range(0, len(self), _AT_ONCE)]
+            hidden = True if not self._progress or len(self) < 500 else None
+            bar = tqdm(total=len(self), desc=f"reading {self.title}", unit="picture", disable=hidden)
+            # Pillow decodes without the interpreter's lock
+            with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+                try:
+                    for done in pool.map(lambda part: self._decode_into(memory[part.start : part.stop], part), parts):
+                        bar.update(done)
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+            self._memory = torch.from_numpy(memory).permute(0, 3, 1, 2)  # (N, C, H, W)
+        return self._memory
+
+    def _decode_into(self, memory: np.ndarray, places: Sequence[int]) -> int:
+        size = (self.image_size[1], self.image_size[0])
+        for row, (place, stored) in enumerate(zip(places, self.stored(places), strict=True)):
+            with _naming(self.where(place)), self.opened(stored) as picture:
+                picture = images.in_channels(picture, self.channels)
+            if picture.size != size:
+                picture = CROPS[self.crop](picture, self.image_size)
+            memory[row] = np.asarray(picture).reshape(memory.shape[1:])
+        return len(places)
+
+    def pictures(self, places: Sequence[int]) -> Tensor:
+        """uint8 (B, C, H, W), from memory where all fit, else decoded now."""
+        if self.fits_memory():
+            return self.in_memory()[torch.as_tensor(places, dtype=torch.int64)]
+        memory = np.empty((len(places), *self.image_size, self.channels), dtype=np.uint8)
+        self._decode_into(memory, places)
+        return torch.from_numpy(memory).permute(0, 3, 1, 2)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        along = {name: rows[index] for name, rows in self.along.items()}
+        return {"pictures": self.pictures(indices), "labels": self.labels[index], "index": index, **along}
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+    def few_of_each(self, count: int) -> dict[str, Tensor]:
+        """A batch of the first `count` pictures when taken from one class after the other: for previews."""
+        rows: dict[int, list[int]] = {}
+        for place, label in enumerate(self.labels.tolist()):
+            rows.setdefault(label, []).append(place)
+        in_turn = [row for turn in zip_longest(*rows.values()) for row in turn if row is not None]
+        return self.__getitems__(in_turn[:count])
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name} cannot be read as a picture ({error}): take it out or put a whole one there") from None

@@ -1,0 +1,110 @@
+"""Low-rank additions (LoRA, Hu et al. 2022) to a denoiser's linear maps, by the package peft, and merged into them.
+
+A map W of a large published model stays as it is; what is trained is scale·B·A beside it, of a small rank, a few
+percent of the weights. Afterwards W + scale·B·A is one map again, and the model one like any other.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vavae_tools.errors import UserError
+
+TARGETS = ("qkv", "proj", "w12", "w3")
+"""The linear maps of all blocks' attention and of their perceptron (SwiGLU)."""
+_ADAPTER = "default"  # peft's own name, part of the weights' names
+_BASE, _A, _B = ".base_layer.", f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight"
+
+
+def add_lora(denoiser: nn.Module, rank: int, alpha: float | None = None, targets: Sequence[str] = TARGETS) -> int:
+    """Freeze a `DiT` or `DDT` and put low-rank additions beside its linear maps, in place: at first they add nothing.
+
+    Args:
+        rank: of the additions; 4 to 64.
+        alpha: the additions are scaled by alpha / rank; None takes the rank, a scale of 1.
+        targets: ends of the maps' names, at a dot: "qkv" is that of every block, "final_layer.linear" one map.
+
+    Returns:
+        How many weights are trained. The conditioner is another model and stays as it is, trainable.
+
+    Raises:
+        UserError: peft is not installed, no such target (those that exist are named), or additions are there already.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("LoRA needs the package peft: pip install peft; lora_rank=0 trains all weights") from None
+    if rank < 1 or isinstance(rank, bool):
+        raise UserError(f"lora_rank={rank}: it is a whole number above 0, such as 16; 0 trains all weights")
+    if lora_settings(denoiser):
+        raise UserError("This denoiser has low-rank additions already: merge_lora(denoiser) first")
+    alpha, targets = float(rank if alpha is None else alpha), [targets] if isinstance(targets, str) else list(targets)
+    if not alpha > 0:
+        raise UserError(f"lora_alpha={alpha:g}: it is above 0, such as the rank, {rank}")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=_maps_named(denoiser, targets))
+    inject_adapter_in_model(config, denoiser, _ADAPTER)
+    del denoiser.peft_config  # what diffusers would take for adapters of its own
+    denoiser.lora = {"rank": rank, "alpha": alpha, "targets": targets}
+    return sum(weight.numel() for weight in denoiser.parameters() if weight.requires_grad)
+
+
+def lora_settings(denoiser: nn.Module) -> dict[str, Any] | None:
+    """{"rank", "alpha", "targets"} of a denoiser's low-rank additions, the arguments of `add_lora`; None without."""
+    return getattr(denoiser, "lora", None)
+
+
+def merge_lora(denoiser: nn.Module) -> nn.Module:
+    """The same denoiser with its additions merged, in place: plain linear maps, plain names, all weights trainable."""
+    settings = lora_settings(denoiser)
+    if settings is None:
+        return denoiser
+    weights = merged_weights(denoiser.state_dict(), settings)
+    for name, module in list(denoiser.named_modules()):
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            parent, _, last = name.rpartition(".")
+            setattr(denoiser.get_submodule(parent), last, module.base_layer)
+    del denoiser.lora
+    denoiser.load_state_dict(weights)
+    for name, weight in denoiser.named_parameters():
+        weight.requires_grad_(name != "t_embedder.W")  # random frequencies are never trained
+    return denoiser
+
+
+def merged_weights(weights: Mapping[str, Tensor], settings: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """A denoiser's weights with additions → those of the plain denoiser: W + scale·B·A. It needs no peft.
+
+    Args:
+        weights: the state_dict after `add_lora`.
+        settings: what `lora_settings` told, in a training's checkpoint `hyper_parameters["lora"]`; None: no additions.
+    """
+    if settings is None:
+        return dict(weights)
+    scale = settings["alpha"] / settings["rank"]
+    merged = {}
+    for name, tensor in weights.items():
+        if name.endswith((_A, _B)):
+            continue
+        layer, base, kind = name.rpartition(_BASE)
+        if base and kind == "weight":
+            low_rank = weights[layer + _B].float() @ weights[layer + _A].float()  # (out, rank) · (rank, in)
+            tensor = (tensor.float() + scale * low_rank).to(tensor.dtype)
+        merged[f"{layer}.{kind}" if base else name] = tensor
+    return merged
+
+
+def _maps_named(denoiser: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Full names of the linear maps that end in one of `targets`."""
+    linear = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    found: list[str] = []
+    for target in targets:
+        ending = [name for name in linear if name == target or name.endswith(f".{target}")]
+        if not ending:
+            ends = dict.fromkeys(name.rpartition(".")[2] for name in linear if name.startswith("blocks."))
+            whole = [name for name in linear if not name.startswith("blocks.")]
+            there = ", ".join(end for end in [*ends, *whole] if not end.isdecimal())
+            raise UserError(f"lora_targets: no linear map {target!r} in this denoiser; there are {there}")
+        found += ending
+    if not found:
+        raise UserError(f"lora_targets is empty: name linear maps, such as {', '.join(TARGETS)}")
+    return list(dict.fromkeys(found))
