@@ -1,5 +1,10 @@
 """The pipeline: labels → pictures, the same wherever it is loaded, in folders that can be read back."""
 
+import inspect
+import os
+import shutil
+from zipfile import ZIP_STORED, ZipFile
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +13,17 @@ from tiny import SIZE, perturb_projections, same, tiny_dit, tiny_pipeline, tiny_
 
 from vavae_tools.data.images import PictureFolder, channels_of, to_pixels
 from vavae_tools.data.split import split_folders
-from vavae_tools.diffusion.pipeline import LatentDiTPipeline, load_pipeline, solver, write_samples
+from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.pipeline import (
+    SOLVERS,
+    LatentDiTPipeline,
+    load_guide,
+    load_pipeline,
+    solver,
+    swap_solver,
+    write_samples,
+)
+from vavae_tools.diffusion.sample_sets import default_batch_size
 from vavae_tools.diffusion.sampling import sample
 from vavae_tools.errors import UserError
 from vavae_tools.training.diffusion_module import DiffusionModule
@@ -79,6 +94,62 @@ def test_one_generator_for_each_picture(pipe):
     assert torch.equal(both[1], of(7, 6)[1]) and not torch.equal(both[0], both[1])
 
 
+# ---- a guide
+
+
+@torch.no_grad()
+def test_a_guide_takes_the_nulls_place(pipe):
+    """One Euler step from noise x: x + v_weak + w · (v − v_weak), with each model's own condition."""
+    weak = tiny_pipeline(4)
+    guide = trained_looking(weak.denoiser, seed=9), weak.conditioner
+    labels, noise = torch.tensor([2, 0]), torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(4))
+    start = torch.zeros(2)
+    of_model = pipe.denoiser(noise, start, pipe.conditioner(labels))
+    of_guide = guide[0](noise, start, guide[1](labels))
+    expected = pipe.vae.decode_latents(noise + of_guide + 1.42 * (of_model - of_guide), labels)
+    options = {"latents": noise, "num_inference_steps": 1, "output_type": "pt"}
+    made = pipe(labels, guidance_scale=1.42, guide=guide, **options).images
+    assert (made.int() - to_pixels(expected).int()).abs().max() <= 1
+    by_null = pipe(labels, guidance_scale=1.42, **options).images
+    assert not torch.equal(made, by_null)
+    alone = pipe(labels, guidance_scale=1.0, **options).images
+    assert torch.equal(pipe(labels, guidance_scale=1.0, guide=guide, **options).images, alone)
+
+
+def test_a_guide_is_loaded_without_an_autoencoder(pipe, run_folder, tmp_path):
+    folder, module = run_folder
+    for ema, network in ((True, module.ema.network), (False, module.network)):
+        denoiser, conditioner = load_guide(folder / "checkpoints" / "last.ckpt", tiny_pipeline_without_names(), ema)
+        for part, loaded in (("denoiser", denoiser), ("conditioner", conditioner)):
+            expected = network[part].state_dict()
+            assert all(same(value, expected[name]) for name, value in loaded.state_dict().items())
+    pipe.save_pretrained(tmp_path / "weak")
+    shutil.rmtree(tmp_path / "weak" / "vae")
+    denoiser, _ = load_guide(tmp_path / "weak", pipe)
+    assert all(same(value, pipe.denoiser.state_dict()[name]) for name, value in denoiser.state_dict().items())
+
+
+def test_a_guide_of_other_data_is_refused(pipe, run_folder, tmp_path):
+    with pytest.raises(
+        UserError, match="has people anna, ben, carl, the model ID_1, ID_2, ID_3: it must be of the sam"
+    ):
+        load_guide(run_folder[0] / "checkpoints" / "last.ckpt", pipe)
+    for changes, classes, message in (
+        ({"input_size": 4}, 3, r"has latents of shape \(2, 4, 4\), the model \(2, 8, 8\)"),
+        ({}, 5, "has classes: 5, the model 3"),
+    ):
+        denoiser, _ = tiny_dit(**changes)
+        weak = LatentDiTPipeline(tiny_vavae(), denoiser, ClassConditioner(classes, 16), solver())
+        weak.save_pretrained(tmp_path / "weak")
+        with pytest.raises(UserError, match=message):
+            load_guide(tmp_path / "weak", pipe)
+
+
+def tiny_pipeline_without_names() -> LatentDiTPipeline:
+    denoiser, conditioner = tiny_dit()
+    return LatentDiTPipeline(tiny_vavae(), denoiser, conditioner, solver())
+
+
 # ---- whom
 
 
@@ -107,6 +178,18 @@ def test_a_label_out_of_range(pipe, label, message):
         pipe([0, label], **QUICK)
 
 
+def test_rows_that_nobody_was_trained_with_make_no_pictures():
+    denoiser, _ = tiny_dit()
+    parts = tiny_vavae(condition_dim=0), denoiser, ClassConditioner(1000, 16), solver()
+    named = LatentDiTPipeline(*parts, {"anna": 0, "ben": 7})
+    assert named.labels_of([7, "anna"]) == [7, 0]
+    with pytest.raises(UserError, match=r"Label 999 is nobody's; there are 0 \(anna\), 7 \(ben\)"):
+        named.labels_of([0, 999])
+    assert LatentDiTPipeline(*parts).labels_of([999, "ID_3"]) == [999, 2]
+    with pytest.raises(UserError, match=r"Nobody called 'x'; there are ID_1, .*, ID_12 …$"):
+        LatentDiTPipeline(*parts).labels_of(["x"])
+
+
 def test_noise_of_another_shape(pipe):
     with pytest.raises(UserError, match=r"latents are \(1, 2, 8, 8\), expected \(2, 2, 8, 8\)"):
         pipe([0, 1], latents=torch.zeros(1, 2, 8, 8), **QUICK)
@@ -125,14 +208,23 @@ def test_a_saved_pipeline_makes_the_same_pictures(pipe, tmp_path):
         assert tuple(loaded.vae.config.latents_std) == (2.0, 0.5)
 
 
+@torch.no_grad()
 def test_another_solver_can_take_its_place(pipe, tmp_path):
-    from diffusers import FlowMatchHeunDiscreteScheduler
-
+    """Each goes to where Euler's method goes by many small steps, and keeps the shift."""
     pipe.save_pretrained(tmp_path)
     loaded = load_pipeline(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    loaded.scheduler = FlowMatchHeunDiscreteScheduler()
-    assert not torch.equal(pictures(loaded), pictures(pipe))
+    loaded.scheduler = solver(2.0)
+    exact = pictures(loaded, num_inference_steps=400).float()
+
+    def error() -> float:
+        return (pictures(loaded, num_inference_steps=8) - exact).abs().mean().item()
+
+    of_euler = error()
+    for name in SOLVERS:
+        swap_solver(loaded, name)
+        assert loaded.scheduler.config.get("shift", loaded.scheduler.config.get("flow_shift")) == 2.0
+        assert error() == of_euler if name == "euler" else error() < of_euler / 2, name
 
 
 @pytest.fixture
@@ -172,9 +264,22 @@ def test_what_cannot_be_loaded_is_said(run_folder, tmp_path):
         load_pipeline(folder / "checkpoints" / "best.ckpt")
     with pytest.raises(UserError, match="No VA-VAE at"):
         load_pipeline(folder / "checkpoints" / "last.ckpt", autoencoder_dir=folder / "nowhere")
+    with pytest.raises(
+        UserError, match=r"holds the averaged weights alone: name a \.ckpt of the training for the live"
+    ):
+        load_pipeline(saved(tiny_pipeline(), tmp_path / "pipeline"), ema=False)
+    whole = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save({**whole, "state_dict": {}}, folder / "checkpoints" / "empty.ckpt")
+    with pytest.raises(UserError, match=r"empty\.ckpt: its ema\.network\.denoiser\.\* do not fit its own settings"):
+        load_pipeline(folder / "checkpoints" / "empty.ckpt")
     torch.save({"state_dict": {}, "hyper_parameters": {"vavae_config": {}}}, folder / "vae.ckpt")
     with pytest.raises(UserError, match=r"vae\.ckpt is no checkpoint of DiT training \(it holds state_dict, hyper_par"):
         load_pipeline(folder / "vae.ckpt")
+
+
+def saved(pipe, folder):
+    pipe.save_pretrained(folder)
+    return folder
 
 
 def test_a_damaged_pipeline_is_named(pipe, tmp_path):
@@ -261,3 +366,222 @@ def test_grey_samples_are_written_and_read_back_in_grey(grey_pipe, tmp_path):
     data = PictureFolder(tmp_path, (16, 24), channels=1, progress=False)
     rows = [data.paths.index(path) for path in written]
     assert torch.equal(data.in_memory()[rows], made)
+
+
+# ---- many pictures
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Counting:
+    """`pipe.make`, counting; it fails where told to."""
+
+    def __init__(self, pipe, monkeypatch, fail=lambda call, labels: None):
+        self.made, self.sizes, self.make, self.fail = [], [], pipe.make, fail
+        monkeypatch.setattr(pipe, "make", self)
+        self.__signature__ = inspect.signature(self.make)
+
+    def __call__(self, labels, noise, **sampling):
+        self.sizes.append(len(labels))
+        self.fail(len(self.sizes), labels)
+        self.made += labels.tolist()
+        return self.make(labels, noise, **sampling)
+
+
+def stop_at(number, error=KeyboardInterrupt):
+    def fail(call, labels):
+        if call == number:
+            raise error("stopped")
+
+    return fail
+
+
+LABELS = [0, 1, 2] * 5
+
+
+@pytest.mark.parametrize("format", ["png", "npz"])
+def test_interrupted_and_gone_on_equals_never_interrupted(pipe, tmp_path, monkeypatch, format):
+    options = {"format": format, "batch_size": 4, **QUICK}
+    write_samples(pipe, LABELS, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        Counting(pipe, patch, stop_at(3))
+        with pytest.raises(KeyboardInterrupt):
+            write_samples(pipe, LABELS, tmp_path / "parts", **options)
+    there = [path for path in (tmp_path / "parts").rglob("*") if path.suffix in (".png", ".npy")]
+    assert there and len(there) < 15 and not list((tmp_path / "parts").rglob("*.npz"))
+    if format == "png":
+        there.pop().unlink()  # a batch of which only a part was written
+        assert there
+    else:
+        (tmp_path / "parts" / ".parts" / ".00000008-00000012.npy.1.partial").write_bytes(b"half")
+    old = {path: path.stat().st_mtime_ns for path in there}
+    with monkeypatch.context() as patch:
+        counting = Counting(pipe, patch)
+        write_samples(pipe, LABELS, tmp_path / "parts", **{**options, "batch_size": None})  # as it was
+    assert len(counting.made) < 15
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert format == "npz" or {path: path.stat().st_mtime_ns for path in there} == old
+    with monkeypatch.context() as patch:
+        counting = Counting(pipe, patch)
+        write_samples(pipe, LABELS, tmp_path / "parts", **options)
+    assert counting.made == []
+
+
+def test_more_pictures_later_are_the_new_ones_alone(pipe, tmp_path, monkeypatch):
+    options = {"batch_size": 4, **QUICK}
+    for format in ("png", "npz"):
+        first = write_samples(pipe, LABELS[:6], tmp_path / format, format=format, **options)
+        before = {path: path.stat().st_mtime_ns for path in first}
+        with monkeypatch.context() as patch:
+            counting = Counting(pipe, patch)
+            both = write_samples(pipe, LABELS, tmp_path / format, format=format, **options)
+        assert counting.made == LABELS[6:]
+        assert {path: path.stat().st_mtime_ns for path in first} == before
+    arrays = np.load(both[0])["arr_0"]
+    assert np.array_equal(arrays[:6], np.load(first[0])["arr_0"])
+    pngs = write_samples(pipe, LABELS, tmp_path / "png", **options)
+    assert np.array_equal(arrays, [np.asarray(Image.open(path)) for path in pngs])
+    with monkeypatch.context() as patch:
+        counting = Counting(pipe, patch)
+        fewer = write_samples(pipe, LABELS[:4], tmp_path / "npz", format="npz", **options)
+    assert counting.made == [] and np.array_equal(np.load(fewer[0])["arr_0"], arrays[:4])
+
+
+def test_an_npz_holds_the_same_pictures_and_the_labels(pipe, grey_pipe, tmp_path):
+    labels = [2, 0, 1, 1, 2]
+    pngs = write_samples(pipe, labels, tmp_path, seed=3, batch_size=2, **QUICK)
+    (npz,) = write_samples(pipe, labels, tmp_path, seed=3, batch_size=2, format="npz", **QUICK)
+    assert npz == tmp_path / f"samples_5x{SIZE}x{SIZE}x3.npz" and not (tmp_path / ".parts").exists()
+    with np.load(npz) as arrays:
+        assert arrays.files == ["arr_0", "arr_1"] and arrays["arr_0"].dtype == np.uint8
+        assert np.array_equal(arrays["arr_0"], [np.asarray(Image.open(path)) for path in pngs])
+        assert arrays["arr_1"].dtype == np.int64 and arrays["arr_1"].tolist() == labels
+    with ZipFile(npz) as archive:
+        assert archive.testzip() is None and {info.compress_type for info in archive.infolist()} == {ZIP_STORED}
+    (grey,) = write_samples(grey_pipe, [0, 2], tmp_path / "grey", format="npz", **QUICK)
+    pngs = write_samples(grey_pipe, [0, 2], tmp_path / "grey", **QUICK)
+    assert grey.name == "samples_2x16x24x3.npz"
+    three = np.stack([np.stack([np.asarray(Image.open(path))] * 3, axis=2) for path in pngs])
+    assert np.array_equal(np.load(grey)["arr_0"], three)
+
+
+def test_pictures_of_other_settings_never_mix(pipe, tmp_path):
+    names = ["anna", "ben", "carl"]
+    write_samples(pipe, LABELS, tmp_path, overwrite=False, **QUICK)
+    (tmp_path / "ID_1" / "drawn_by_hand.png").write_bytes(b"mine")
+    before = contents(tmp_path)
+    other = trained_looking(tiny_pipeline().denoiser, seed=11)
+    guide = other, pipe.conditioner
+    for change, message in (
+        ({"num_inference_steps": 4}, "num_steps 3 there, 4 here"),
+        ({"guidance_scale": 3.0}, "cfg_scale or guide_scale 2.0 there, 3.0 here"),
+        ({"guidance_interval": (0.1, 1.0)}, "cfg_interval 0.0,1.0 there, 0.1,1.0 here"),
+        ({"timestep_shift": 0.3}, "timestep_shift None there, 0.3 here"),
+        ({"guide": guide}, "another guide"),
+        ({"names": names}, "folder of label 0 ID_1 there, anna here"),
+    ):
+        with pytest.raises(UserError, match=rf"holds pictures of other settings \({message}\), .* by --overwrite$"):
+            write_samples(pipe, [0, 1], tmp_path, overwrite=False, **{**QUICK, **change})
+    trained = LatentDiTPipeline(pipe.vae, other, pipe.conditioner, pipe.scheduler, pipe.people)
+    trained.set_progress_bar_config(disable=True)
+    with pytest.raises(UserError, match="another model"):
+        write_samples(trained, [0], tmp_path, overwrite=False, **QUICK)
+    trained.denoiser, trained.scheduler = pipe.denoiser, solver(2.0)
+    with pytest.raises(UserError, match=r"solver's shift 1\.0 there, 2\.0 here"):
+        write_samples(trained, [0], tmp_path, overwrite=False, **QUICK)
+    assert contents(tmp_path) == before
+    trained.scheduler = solver()
+    write_samples(trained, [0, 0, 2], tmp_path, seed=7, overwrite=False, **QUICK)  # the same model: they stand beside
+    assert contents(tmp_path).items() >= {k: v for k, v in before.items() if k.endswith(".png")}.items()
+
+
+def test_a_new_training_replaces_the_old_pictures(pipe, tmp_path):
+    """As notebook 04 is run again: pictures of the old model would otherwise stay where fewer are made now."""
+    write_samples(pipe, LABELS, tmp_path, **QUICK)
+    write_samples(pipe, LABELS, tmp_path, format="npz", **QUICK)
+    (tmp_path / "ID_1" / "drawn_by_hand.png").write_bytes(b"mine")
+    trained = tiny_pipeline()
+    trained_looking(trained.denoiser, seed=11)
+    new = write_samples(trained, [0, 1], tmp_path, **QUICK)
+    assert sorted(contents(tmp_path)) == [
+        "ID_1/drawn_by_hand.png",
+        "ID_1/seed0_00000.png",
+        "ID_2/seed0_00000.png",
+        "samples.json",
+    ]
+    elsewhere = write_samples(trained, [0, 1], tmp_path / "new", **QUICK)
+    assert [path.read_bytes() for path in new] == [path.read_bytes() for path in elsewhere]
+
+
+def test_pictures_of_which_nothing_is_known(pipe, tmp_path):
+    write_samples(pipe, [0, 1], tmp_path, **QUICK)
+    (tmp_path / "samples.json").write_text("{")
+    with pytest.raises(UserError, match=r"samples\.json, which says how they were made, is missing"):
+        write_samples(pipe, [1], tmp_path, overwrite=False, **QUICK)
+    write_samples(pipe, [1], tmp_path, **QUICK)
+    assert sorted(contents(tmp_path)) == ["ID_2/seed0_00000.png", "samples.json"]
+    shutil.rmtree(tmp_path / "ID_2")  # by hand: nothing is left to mix with
+    write_samples(pipe, [1], tmp_path, overwrite=False, **{**QUICK, "guidance_scale": 1.0})
+
+
+def test_an_npz_of_another_order_is_another_one(pipe, tmp_path):
+    options = {"format": "npz", "overwrite": False, **QUICK}
+    write_samples(pipe, LABELS, tmp_path, **options)
+    pngs = write_samples(pipe, LABELS, tmp_path, **{**options, "format": "png"})
+    for change, message in (
+        ({"labels": [0, 1, 1]}, "labels 0,1,2 there, 0,1,1 here"),
+        ({"seed": 2}, "seed 0 there, 2 here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_samples(pipe, **{"labels": LABELS, "output_dir": tmp_path, **options, **change})
+    (npz,) = write_samples(pipe, [0, 1, 1], tmp_path, **{**options, "overwrite": True})
+    assert [path.name for path in tmp_path.glob("*.npz")] == [npz.name] and np.load(npz)["arr_1"].tolist() == [0, 1, 1]
+    assert all(path.is_file() for path in pngs)  # their order matters to nobody
+
+
+def test_where_the_memory_does_not_suffice_fewer_are_made_at_once(pipe, tmp_path, monkeypatch, capsys):
+    def full(call, labels):
+        if len(labels) > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    alone = write_samples(pipe, LABELS, tmp_path / "alone", batch_size=1, **QUICK)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        counting = Counting(pipe, patch, full)
+        written = write_samples(pipe, LABELS, tmp_path / "full", batch_size=8, **QUICK)
+    assert counting.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 1]
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "8 pictures at once do not fit the GPU's memory: making 4",
+        "4 pictures at once do not fit the GPU's memory: making 2",
+    ]
+    for mine, theirs in zip(written, alone, strict=True):
+        assert abs(np.asarray(Image.open(mine)).astype(int) - np.asarray(Image.open(theirs))).max() <= 1
+    with monkeypatch.context() as patch:
+        Counting(pipe, patch, stop_at(1, torch.cuda.OutOfMemoryError))
+        with pytest.raises(UserError, match="memory does not suffice for one picture"):
+            write_samples(pipe, [0], tmp_path / "none", **QUICK)
+
+
+def test_the_usual_batch_fits_the_memory(pipe, monkeypatch):
+    assert default_batch_size(pipe) == 64
+    monkeypatch.setattr(type(pipe), "picture_size", (256, 256))  # 256 MiB each
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**22}  # 16 GiB, of which a quarter
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    assert default_batch_size(pipe) == 16
+    monkeypatch.setattr(type(pipe), "picture_size", (8192, 8192))
+    assert default_batch_size(pipe) == 1
+
+
+def test_settings_that_cannot_be_leave_nothing_behind(pipe, tmp_path):
+    for change, message in (
+        ({"num_inference_steps": 0}, "at least one step"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"format": "gif"}, "No format 'gif'; there are png, npz"),
+        ({"labels": []}, "No labels"),
+        ({"names": ["anna"]}, r"has 1 names, the model 3 classes: .* from label 0 \(ID_1\) to label 2 \(ID_3\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_samples(pipe, **{"labels": [0], "output_dir": tmp_path / "out", **QUICK, **change})
+    assert not (tmp_path / "out").exists()

@@ -353,7 +353,9 @@ def test_fine_tuning_brings_the_pictures_nearer(tmp_path, encoder):
 
     said.clear()  # a folder goes on where the encoder and its statistics are the same
     again = read_rae_folder(tune(tmp_path / "again", str(folder), said, max_steps=4, lr=1e-6))
-    assert all(same(a, b) for a, b in zip(again.encoder.state_dict().values(), rae.encoder.state_dict().values(), strict=True))
+    assert all(
+        same(a, b) for a, b in zip(again.encoder.state_dict().values(), rae.encoder.state_dict().values(), strict=True)
+    )
     assert float(next(text for text in said if text.startswith("PSNR")).split()[1]) == pytest.approx(after, abs=0.051)
 
 
@@ -363,6 +365,15 @@ def test_statistics_stay(tmp_path):
     made = read_rae_folder(tune(tmp_path / "run", tmp_path / "rae", max_steps=2, data={**DATA, "count": 32}))
     assert made.has_own_statistics and same(made.statistics_var, rae.statistics_var)
     assert same(made.statistics_mean, rae.statistics_mean)
+
+
+def test_a_run_can_be_made_longer(tmp_path, encoder):
+    changes = {"disc_weight": 0.75, "disc_width": 4, "previews": 0}
+    tune(tmp_path, encoder, max_steps=8, **changes)
+    tune(tmp_path, encoder, max_steps=12, resume="last", **changes)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["global_step"] == 12
+    assert (record["settings"]["disc_start"], record["settings"]["generator_start"]) == (3, 4)
 
 
 def test_another_encoder_is_no_way_to_go_on(tmp_path, encoder):

@@ -39,12 +39,12 @@ def main() -> None:
         run_ranks(count, [sys.executable, "-m", "vavae_tools.sample", *sys.argv[1:]])
         return
     ranks = Ranks.from_environment()
-    if ranks.rank:
-        ranks.share("plan")  # once the first has found nothing wrong
 
     from vavae_tools.diffusion.pipeline import load_guide, load_pipeline, swap_solver
     from vavae_tools.diffusion.sample_sets import write_samples
 
+    if ranks.rank:
+        ranks.share("plan")  # once the first has found nothing wrong: one process says what is
     pipe = load_pipeline(options.checkpoint, ema=options.weights == "ema")
     pipe.to(_device(on_gpu, ranks.local_rank))
     if options.solver:

@@ -25,7 +25,7 @@ STARTS_ANEW = {
     "scheduler": "the learning rate's schedule starts anew",
     "ema_model": "the average of the weights, where there is one, starts anew from them",
 }
-DATA_MODULES = ("PictureDataModule", "LatentDataModule")
+DATA_MODULES = ("PictureDataModule", "PictureSetDataModule", "LatentDataModule")
 """Under whose names Lightning looks for the place in the data."""
 
 

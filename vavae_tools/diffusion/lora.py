@@ -88,7 +88,7 @@ def merged_weights(weights: Mapping[str, Tensor], settings: Mapping[str, Any] | 
         layer, base, kind = name.rpartition(_BASE)
         if base and kind == "weight":
             low_rank = weights[layer + _B].float() @ weights[layer + _A].float()  # (out, rank) · (rank, in)
-            tensor = (tensor.float() + scale * low_rank).to(tensor.dtype)
+            tensor = (tensor.float() + scale * low_rank).to(tensor.dtype)  # rounded once, also of half precision
         merged[f"{layer}.{kind}" if base else name] = tensor
     return merged
 

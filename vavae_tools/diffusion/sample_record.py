@@ -143,9 +143,9 @@ def _differences(record: dict[str, Any], settings: dict[str, Any], folders: dict
     there, here = record["settings"], settings
     found = [f"another {name}" for name in ("model", "guide") if there.get(name) != here[name]]
     solvers = there.get("solver", {}), here["solver"]
-    if solvers[0] != solvers[1]:
-        names = ("name",) if solvers[0].get("name") != solvers[1]["name"] else sorted({*solvers[0], *solvers[1]})
-        found += [f"solver's {change}" for change in _changes(*solvers, names)]
+    same_kind = solvers[0].get("name") == solvers[1]["name"]
+    names = sorted(solvers[0].keys() & solvers[1]) if same_kind else ["name"]  # another diffusers may have more
+    found += [f"solver's {change}" for change in _changes(*solvers, names)]
     found += _changes(there, here, sorted({*there, *here} - {"model", "guide", "solver"}))
     of_folders = {name: record["folders"].get(name, folder) for name, folder in folders.items()}
     found += [f"folder of label {change}" for change in _changes(of_folders, folders, folders)][:1]

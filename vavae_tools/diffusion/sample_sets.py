@@ -132,20 +132,17 @@ def _make_all(
     draw = [all_labels[start:stop] * 1_000_003 + of_label[start:stop] for start, stop in todo]
     waiting: deque[list[Future]] = deque()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        try:
-            noise = pool.submit(pipe.noise, seed, draw[0]) if todo else None
-            for number, (start, stop) in enumerate(todo):
-                of_batch = noise.result()
-                if number + 1 < len(todo):  # drawn while the device is busy with this one
-                    noise = pool.submit(pipe.noise, seed, draw[number + 1])
-                pictures = make(all_labels[start:stop], of_batch)
-                waiting.append([pool.submit(*task) for task in files.tasks(start, pictures)])
-                while len(waiting) > 1:  # the disk may be behind by one batch
-                    progress.at(_written(waiting.popleft(), ranks))
-            while waiting:
+        noise = pool.submit(pipe.noise, seed, draw[0]) if todo else None
+        for number, (start, stop) in enumerate(todo):
+            of_batch = noise.result()
+            if number + 1 < len(todo):  # drawn while the device is busy with this one
+                noise = pool.submit(pipe.noise, seed, draw[number + 1])
+            pictures = make(all_labels[start:stop], of_batch)
+            waiting.append([pool.submit(*task) for task in files.tasks(start, pictures)])
+            while len(waiting) > 1:  # the disk may be behind by one batch
                 progress.at(_written(waiting.popleft(), ranks))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            progress.at(_written(waiting.popleft(), ranks))
     ranks.add("ended", 1)
 
 
@@ -161,7 +158,7 @@ class _Maker:
 
     def __call__(self, labels: Tensor, noise: Tensor) -> Tensor:
         """Labels (B,) and noise (B, C, h, w) on the CPU → pictures uint8 (B, C, H, W) on the CPU."""
-        device, made = self.pipe.device, []
+        device, made = self.pipe._execution_device, []
         while (done := sum(map(len, made))) < len(labels):
             portion = slice(done, done + self.at_once)
             try:
@@ -245,7 +242,7 @@ class Progress:
         self.made, now = made, time.monotonic()
         if self.bar is not None:
             self.bar.update(self.total - self.missing + made - self.bar.n)
-        elif not self.hidden and made - self.said >= self.missing / 20 and now - self.said_at >= 10:
+        elif made and not self.hidden and made - self.said >= self.missing / 20 and now - self.said_at >= 10:
             left = (now - self.began) * (self.missing - made) / made
             self.say(f"sampling: {made:,} of {self.missing:,} pictures, {self._rate()}, {_clock(left)} left")
             self.said, self.said_at = made, now

@@ -28,7 +28,7 @@ PREVIOUS = "previous.ckpt"
 """What `last.ckpt` was before: taken where `last.ckpt` turns out to be damaged."""
 
 
-WRITTEN = ("checkpoints", "autoencoder", "vavae", "pipeline", "reconstructions", "samples", "classifier")
+WRITTEN = ("checkpoints", "autoencoder", "vavae", "rae", "pipeline", "reconstructions", "samples", "classifier")
 """Folders of a run that trainings write into."""
 
 

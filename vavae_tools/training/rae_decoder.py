@@ -14,6 +14,7 @@ from torch import Tensor
 from vavae_tools.autoencoders.perceptual import load_lpips
 from vavae_tools.autoencoders.rae import RAE, reconstruction_psnr, tiny_rae
 from vavae_tools.autoencoders.rae_weights import is_rae_folder, load_rae, read_rae_folder
+from vavae_tools.checkpoints.folders import read_any
 from vavae_tools.checkpoints.resuming import check_resumable, resume_path
 from vavae_tools.data.decoded import DecodedPictures
 from vavae_tools.data.images import save_picture, to_pixels, to_unit
@@ -80,7 +81,7 @@ def fine_tune_rae_decoder(
         perceptual_weight: None: 1, the paper's, where `lpips_weights` are named; else 0, which is said.
         disc_weight: of the adversarial part; 0: none.
         disc_start, generator_start: steps at which the discriminator begins, and the decoder to listen to it; None: at
-            3/8 and at half of all steps, as in the paper (epochs 6 and 8 of 16).
+            3/8 and at half of all steps, as in the paper (epochs 6 and 8 of 16), or as in the run that goes on.
         previews: grids of reconstructions in all; 0: none.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
         devices: arguments of `devices.trainer_settings`, such as {"devices": 2, "precision": "16"}.
@@ -113,8 +114,12 @@ def fine_tune_rae_decoder(
     if perceptual_weight is None:
         perceptual_weight = 1.0 if lpips is not None else 0.0
     say(f"LPIPS: {lpips.origin}" if lpips is not None else "No lpips_weights: the perceptual part (LPIPS) is left out")
-    disc_start = max_steps * 3 // 8 if disc_start is None else disc_start
-    generator_start = max(disc_start + 1, max_steps // 2) if generator_start is None else generator_start
+    # a run that goes on to more steps keeps where the discriminator began
+    began = read_any(resume_from, lambda line: None).get("hyper_parameters", {}) if resume_from else {}
+    if disc_start is None:
+        disc_start = began.get("disc_start", max_steps * 3 // 8)
+    if generator_start is None:
+        generator_start = began.get("generator_start", max(disc_start + 1, max_steps // 2))
     module = RAEDecoderModule(
         model,
         lr=lr,

@@ -4,12 +4,11 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
-import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from vavae_tools.autoencoders.discriminator import PatchDiscriminator, adaptive_weight, generator_loss, hinge_loss
@@ -22,79 +21,13 @@ from vavae_tools.data.latents import weights_digest
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation.metrics import psnr, ssim
-from vavae_tools.training.devices import trainer_settings
+from vavae_tools.training.adversarial_module import AdversarialModule
 from vavae_tools.training.ema import EMA
-from vavae_tools.training.finite import FiniteSteps
 from vavae_tools.training.progress import someone_looks
 from vavae_tools.training.schedule import warmed_up
 
 TOKENS_LIMIT = 4 * 2**30
 """The encoder's tokens of all pictures are kept in memory up to this many bytes: 10,900 pictures of DINOv2-B's."""
-
-
-class AdversarialModule(L.LightningModule):
-    """A model and a discriminator in one training step, an optimiser for each; only the model's steps count.
-
-    A subclass has the hyper-parameters `disc_weight` and `gradient_clip`, the attribute `accumulate_grad_batches`, and
-    a `discriminator` where `disc_weight` is not 0; its `configure_optimizers` names the model's optimiser first.
-    """
-
-    accumulate_grad_batches = 1
-    discriminator: nn.Module
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False  # two optimisers
-
-    def both_optimizers(self) -> tuple[Any, Any | None]:
-        """The model's, and the discriminator's or None."""
-        found = self.optimizers()
-        model, *others = found if isinstance(found, list) else [found]
-        for other in others:
-            # Lightning counts every optimiser's steps as the training's: only the model's are
-            other._on_before_step = other._on_after_step = _not_counted
-        return model, others[0] if others else None
-
-    def descend(self, optimizer: Any, loss: Tensor, batch_idx: int) -> bool:
-        """Go backwards, and make a step once as many batches are gathered as belong together; whether it was made."""
-        first = batch_idx - batch_idx % self.accumulate_grad_batches
-        together = min(self.accumulate_grad_batches, self.trainer.num_training_batches - first)
-        complete = batch_idx + 1 == first + together
-        alone = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)  # processes agree once a step
-        with nullcontext() if complete else alone():
-            self.manual_backward(loss / together)
-        if complete:
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule = self.lr_schedulers()
-            if schedule is not None and schedule.optimizer is optimizer.optimizer:
-                schedule.step()
-        return complete
-
-    def judged(self, pictures: Tensor) -> Tensor:
-        """The discriminator's logits in float32: it is small, and its BatchNorm and hinges do not suit fp16."""
-        with torch.autocast(self.device.type, enabled=False):
-            return self.discriminator(pictures)
-
-    @property
-    def total_steps(self) -> float:
-        """Optimiser steps of the whole training; the model's, not those of both optimisers."""
-        if self.trainer.max_epochs == -1:
-            return self.trainer.estimated_stepping_batches
-        self.trainer.estimated_stepping_batches  # noqa: B018  (sets the data up, so that their batches are known)
-        steps = -(-self.trainer.num_training_batches // self.accumulate_grad_batches) * self.trainer.max_epochs
-        return steps if self.trainer.max_steps == -1 else min(steps, self.trainer.max_steps)
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        return [FiniteSteps(self.hparams.gradient_clip)]
-
-    def trainer_settings(self, **choices: Any) -> dict[str, Any]:
-        """Arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`): Trainer(**settings)."""
-        adversarial = self.hparams.disc_weight > 0
-        if choices.get("strategy") == "ddp" and adversarial:
-            # each optimiser's backward pass leaves the other's weights without a gradient, which plain ddp refuses
-            choices["strategy"] = "ddp_find_unused_parameters_true"
-        return trainer_settings(parts_may_go_unused=adversarial, gradient_clip_val=None, **choices)
 
 
 class RAEDecoderModule(AdversarialModule):
@@ -371,7 +304,3 @@ def encoder_digest(rae: RAE) -> str:
     given = {key: value for key, value in rae.config.items() if key.startswith(("encoder_", "image_"))}
     of_config = json.dumps(given, sort_keys=True, default=list)
     return hashlib.sha256((weights_digest(rae.encoder) + of_config).encode()).hexdigest()[:16]
-
-
-def _not_counted() -> None:
-    pass

@@ -5,18 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vavae_tools.autoencoders.rae import RAE, tiny_rae
-from vavae_tools.autoencoders.rae_weights import load_rae, read_rae_folder
+from vavae_tools.autoencoders.rae import RAE
+from vavae_tools.autoencoders.rae_weights import read_rae_folder
 from vavae_tools.data.latents import LatentFolder, encode_latents
-from vavae_tools.data.picture_sets import PictureSetDataModule, picture_data
-from vavae_tools.data.shapes import shape_data
+from vavae_tools.data.picture_sets import PictureSetDataModule
 from vavae_tools.errors import UserError
 from vavae_tools.files import save_model
 from vavae_tools.machine import find_device
 from vavae_tools.training.progress import say
-from vavae_tools.training.rae_decoder import check_reconstructions
+from vavae_tools.training.rae_decoder import check_reconstructions, pictures_arguments, pictures_for, rae_from
 from vavae_tools.training.runs import Show, experiment_arguments, train_dit
 
 LATENTS = Path("logs/latents")
@@ -42,8 +39,8 @@ def train_rae_dit(
     """
     output_dir = Path(output_dir)
     copy = output_dir / "autoencoder"
-    rae = read_rae_folder(copy) if resume and copy.is_dir() else rae_of(model["rae"], seed, say)
-    pictures = pictures_of(data, rae, seed)
+    rae = read_rae_folder(copy) if resume and copy.is_dir() else rae_from(model["rae"], seed, say)
+    pictures = pictures_for(rae, pictures_arguments(data), seed=seed)
     _check(model, rae, pictures)
     noted = {}
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -65,27 +62,6 @@ def train_rae_dit(
         noted=noted,
         **arguments,
     )
-
-
-def rae_of(settings: dict[str, Any], seed: int = 0, say: Callable[[str], None] = say) -> RAE:
-    """The frozen first stage that `model.rae` means: a folder, "tiny" for a small random one, or parts (`load_rae`)."""
-    settings = dict(settings)
-    folder = settings.pop("folder", None)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # of what starts anew
-        if folder == "tiny":
-            say("RAE: a tiny one with random weights, which shows how things go and not what they can reach")
-            return tiny_rae()
-        return read_rae_folder(folder) if folder else load_rae(**settings, say=say)
-
-
-def pictures_of(data: dict[str, Any], rae: RAE, seed: int = 0) -> PictureSetDataModule:
-    """The pictures that `data` means: made-up shapes where it has no `data_dir`."""
-    size = data["image_size"] or rae.picture_size
-    if "data_dir" in data:
-        names = ("data_dir", "use_hf_dataset", "train_split", "val_share", "crop", "num_workers")
-        return picture_data(image_size=size, seed=seed, **{name: data[name] for name in names})
-    return shape_data(data["num_pictures"], data["num_classes"], size, seed=seed, val_share=data["val_share"])
 
 
 def encode_pictures(

@@ -78,8 +78,9 @@ def start_from(
         said.append(f"anew: {', '.join(_grouped(anew))}")
     said.append(f"not loaded: {_said_of_left(found, denoiser)}")
     say(f"{found.source} ({KINDS[found.kind]}): {', '.join(said)}")
-    if "num_heads" not in found.arguments:
-        say(f"The number of heads is not told by these weights: {denoiser.config.num_heads} as given")
+    if unknown := [name for name in ("num_heads", "rope") if name not in found.arguments]:
+        given = ", ".join(f"{KEYS[name]}={_text(_comparable(denoiser.config)[name])}" for name in unknown)
+        say(f"Not told by these weights, so as given: {given}")
     same = [name for name in _own_names(latents).values() if name in found.classes]
     if classes == "new" and same:
         few = ", ".join(same[:3])

@@ -248,10 +248,12 @@ def arguments_of(weights: Mapping[str, Tensor], tables: Mapping[str, Tensor]) ->
     elif width != head:
         arguments["depth"] = (sum(of_width), blocks - sum(of_width))
     ropes = [f"{part}feat_rope.freqs_cos" for part in (("enc_", "dec_") if wide else ("",))]
-    if tables:
-        arguments["rope"] = any(name in tables for name in ropes)
+    if any(name in tables for name in ropes):
+        arguments["rope"] = True
         if wide:
             arguments["pos_embed"] = "pos_embed" in tables
+    elif not swiglu and not arguments["rms_norm"]:
+        arguments["rope"] = False  # the plain form; of the others the table may have been left out
     if heads := _heads(weights, tables, arguments, ropes):
         arguments["num_heads"] = heads
     return arguments

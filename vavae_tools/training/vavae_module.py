@@ -4,7 +4,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from diffusers import ConfigMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -19,12 +18,11 @@ from vavae_tools.data.images import PictureDataModule, PictureFolder, to_pixels,
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation.metrics import psnr, ssim
-from vavae_tools.training.devices import trainer_settings
-from vavae_tools.training.finite import FiniteSteps
+from vavae_tools.training.adversarial_module import AdversarialModule, right_rate
 from vavae_tools.training.schedule import warmed_up
 
 
-class VAVAEModule(L.LightningModule):
+class VAVAEModule(AdversarialModule):
     """Trains a VAVAE on batches {"pictures": uint8 (B, C, H, W), "labels": (B,), "index": (B,)}.
 
     A weight of 0 turns its part off: nothing of it is built or computed. `recipes.RECIPES` holds sets of these numbers.
@@ -56,6 +54,9 @@ class VAVAEModule(L.LightningModule):
     Logs `train/…` and `val/…`: loss and its parts; validation also PSNR in dB, SSIM, the latents' mean and standard
     deviation, and the discriminator's right rate.
     """
+
+    parts_may_go_unused = True
+    """A condition that is dropped from a whole batch, or is switched off, leaves its weights without a gradient."""
 
     def __init__(
         self,
@@ -90,7 +91,6 @@ class VAVAEModule(L.LightningModule):
         self.save_hyperparameters(ignore=["vavae", "lpips", "foundation"])
         self.hparams["betas"] = list(betas)
         self.hparams["vavae_config"] = plain_config(vavae)
-        self.automatic_optimization = False  # two optimisers
         self.accumulate_grad_batches = accumulate_grad_batches
         if perceptual_weight and lpips is None:
             raise UserError(
@@ -138,11 +138,6 @@ class VAVAEModule(L.LightningModule):
             projected = self.projection(latents.float())  # (B, channels, h, w)
         return alignment_loss(projected, features, self.hparams.distance_margin, self.hparams.cosine_margin)
 
-    def judged(self, pictures: Tensor) -> Tensor:
-        """The discriminator's logits in float32: it is small, and its BatchNorm and hinges do not suit fp16."""
-        with self._float32():
-            return self.discriminator(pictures)
-
     def _float32(self) -> torch.autocast:
         return torch.autocast(self.device.type, enabled=False)
 
@@ -170,34 +165,15 @@ class VAVAEModule(L.LightningModule):
         )
         if aligned:
             parts["distance"], parts["cosine"] = (part.detach() for part in aligned)
-        optimizers = self.optimizers()
-        generator, *others = optimizers if isinstance(optimizers, list) else [optimizers]
-        self._descend(generator, loss, batch_idx)
+        generator, adversary = self.both_optimizers()
+        self.descend(generator, loss, batch_idx)
 
         if settings.disc_weight and step >= settings.disc_start:
             real, made = self.judged(pictures), self.judged(reconstruction.detach())
             parts["discriminator"] = hinge_loss(real, made)
-            parts["discriminator_right"] = _right_rate(real, made)
-            for optimizer in others:
-                # Lightning counts every optimiser's steps as the training's: only the model's are
-                optimizer._on_before_step = optimizer._on_after_step = _not_counted
-                self._descend(optimizer, parts["discriminator"], batch_idx)
+            parts["discriminator_right"] = right_rate(real, made)
+            self.descend(adversary, parts["discriminator"], batch_idx)
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(keep))
-
-    def _descend(self, optimizer: Any, loss: Tensor, batch_idx: int) -> None:
-        """Go backwards, and make a step once as many batches are gathered as belong together."""
-        first = batch_idx - batch_idx % self.accumulate_grad_batches
-        together = min(self.accumulate_grad_batches, self.trainer.num_training_batches - first)
-        complete = batch_idx + 1 == first + together
-        alone = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)  # processes agree once a step
-        with nullcontext() if complete else alone():
-            self.manual_backward(loss / together)
-        if complete:
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule = self.lr_schedulers()
-            if schedule is not None and schedule.optimizer is optimizer.optimizer:
-                schedule.step()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         draws = Draws(self.hparams.seed + 1, 0, batch["index"])  # the same noise at every validation
@@ -213,7 +189,7 @@ class VAVAEModule(L.LightningModule):
         if aligned:
             parts["alignment"] = sum(aligned)
         if self.hparams.disc_weight and self.global_step > self.hparams.disc_start:
-            parts["discriminator_right"] = _right_rate(self.judged(pictures), self.judged(reconstruction))
+            parts["discriminator_right"] = right_rate(self.judged(pictures), self.judged(reconstruction))
         parts["psnr"] = psnr(reconstruction.clamp(-1, 1), pictures).clamp_max(100).mean()
         parts["ssim"] = ssim(reconstruction, pictures).mean()
         self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=len(pictures), sync_dist=True)
@@ -248,18 +224,6 @@ class VAVAEModule(L.LightningModule):
             self.trainer.strategy.barrier()
         return features
 
-    def configure_callbacks(self) -> list[L.Callback]:
-        return [FiniteSteps(self.hparams.gradient_clip)]
-
-    @property
-    def total_steps(self) -> float:
-        """Optimiser steps of the whole training; the model's, not those of both optimisers."""
-        if self.trainer.max_epochs == -1:
-            return self.trainer.estimated_stepping_batches
-        self.trainer.estimated_stepping_batches  # noqa: B018  (sets the data up, so that their batches are known)
-        steps = -(-self.trainer.num_training_batches // self.accumulate_grad_batches) * self.trainer.max_epochs
-        return steps if self.trainer.max_steps == -1 else min(steps, self.trainer.max_steps)
-
     def configure_optimizers(self) -> list[dict[str, Any]]:
         settings = self.hparams
         weights = [*self.vavae.parameters(), *(self.projection.parameters() if settings.vf_weight else [])]
@@ -274,23 +238,6 @@ class VAVAEModule(L.LightningModule):
             adversary = torch.optim.Adam(self.discriminator.parameters(), settings.disc_lr, betas=(0.5, 0.9))
             optimizers.append({"optimizer": adversary})
         return optimizers
-
-    def trainer_settings(self, **choices: Any) -> dict[str, Any]:
-        """Arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`): Trainer(**settings)."""
-        if choices.get("strategy") == "ddp" and self.hparams.disc_weight:
-            # each optimiser's backward pass leaves the other's weights without a gradient, which plain ddp refuses
-            choices["strategy"] = "ddp_find_unused_parameters_true"
-        # a condition that is dropped from a whole batch, or is switched off, leaves its weights without a gradient
-        return trainer_settings(parts_may_go_unused=True, gradient_clip_val=None, **choices)
-
-
-def _right_rate(real: Tensor, made: Tensor) -> Tensor:
-    """How often the discriminator's patches are right; 0.5 is chance."""
-    return ((real > 0).float().mean() + (made < 0).float().mean()) / 2
-
-
-def _not_counted() -> None:
-    pass
 
 
 def plain_config(model: ConfigMixin) -> dict[str, Any]:

@@ -1,0 +1,219 @@
+"""Low-rank additions: at first they add nothing, they alone are trained, and merged the model is one like any other."""
+
+import builtins
+import copy
+
+import lightning as L
+import pytest
+import torch
+from tiny import PEOPLE, same, tiny_dit, trained_looking
+from torch import Tensor
+
+from vavae_tools.data.latents import LatentDataModule
+from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.ddt import DDT
+from vavae_tools.diffusion.lora import add_lora, lora_settings, merge_lora, merged_weights
+from vavae_tools.diffusion.transformer import DiT
+from vavae_tools.errors import UserError
+from vavae_tools.training.devices import quiet_lightning
+from vavae_tools.training.diffusion_module import DiffusionModule
+from vavae_tools.training.starting_point import read_starting_weights, start_from
+
+pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on folders that are not empty
+
+
+def denoiser_of(kind: str) -> DiT | DDT:
+    if kind == "dit":
+        return trained_looking(tiny_dit()[0])
+    torch.manual_seed(0)
+    return trained_looking(DDT(8, 1, 2, hidden_size=(16, 32), depth=(1, 1), num_heads=(2, 2)))
+
+
+def inputs(batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    x, c = torch.randn(batch, 2, 8, 8, generator=generator), torch.randn(batch, 16, generator=generator)
+    return x, torch.linspace(0.1, 0.9, batch), c
+
+
+def learned(denoiser: torch.nn.Module, seed: int = 1) -> None:
+    """Additions as after some training."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in denoiser.named_parameters():
+        if "lora_" in name:
+            weight.data.normal_(0, 0.1, generator=generator)
+
+
+@pytest.mark.parametrize("kind", ["dit", "ddt"])
+def test_at_first_they_add_nothing_and_they_alone_are_trained(kind):
+    denoiser = denoiser_of(kind)
+    before = denoiser(*inputs())
+    shapes = {name: tuple(module.weight.shape) for name, module in denoiser.named_modules() if hasattr(module, "bias")}
+    number = add_lora(denoiser, 3)
+    assert same(denoiser(*inputs()), before)
+    trained = {name: w for name, w in denoiser.named_parameters() if w.requires_grad}
+    assert all("lora_" in name for name in trained)
+    wanted = [name for name in shapes if name.split(".")[-1] in ("qkv", "w12", "w3") or name.endswith("attn.proj")]
+    assert len(wanted) == 4 * len(denoiser.blocks)  # and no convolution that is called proj
+    assert number == sum(w.numel() for w in trained.values()) == sum(3 * sum(shapes[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("alpha", [None, 12.0])
+@pytest.mark.parametrize("kind", ["dit", "ddt"])
+def test_merged_it_is_the_same_model_with_the_plain_names(tmp_path, kind, alpha):
+    denoiser = denoiser_of(kind)
+    plain = {name: value.clone() for name, value in denoiser.state_dict().items()}
+    before = denoiser(*inputs())
+    add_lora(denoiser, 4, alpha)
+    learned(denoiser)
+    expected = denoiser(*inputs())
+    assert (expected - before).abs().max() > 1e-3
+    settings = lora_settings(denoiser)
+    assert settings == {"rank": 4, "alpha": alpha or 4.0, "targets": ["qkv", "proj", "w12", "w3"]}
+    by_hand = denoiser.blocks[0].attn.qkv
+    low_rank = by_hand.lora_B["default"].weight @ by_hand.lora_A["default"].weight
+    weights = merged_weights(denoiser.state_dict(), settings)
+
+    merged = merge_lora(denoiser)
+    assert merged is denoiser and lora_settings(merged) is None and type(merged.blocks[0].attn.qkv) is torch.nn.Linear
+    assert merged.state_dict().keys() == weights.keys() == plain.keys()
+    assert all(same(weights[name], value) for name, value in merged.state_dict().items())
+    qkv = "blocks.0.attn.qkv.weight"
+    torch.testing.assert_close(weights[qkv], plain[qkv] + (alpha or 4.0) / 4 * low_rank, rtol=0, atol=1e-6)
+    assert same(weights["final_layer.linear.weight"], plain["final_layer.linear.weight"])
+    torch.testing.assert_close(merged(*inputs()), expected, rtol=0, atol=1e-6)
+    frozen = [name for name, weight in merged.named_parameters() if not weight.requires_grad]
+    assert frozen == (["t_embedder.W"] if kind == "ddt" else [])
+
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(merged).from_pretrained(tmp_path / "merged", low_cpu_mem_usage=False)
+    with torch.no_grad():
+        assert same(again(*inputs()), merged(*inputs()))
+    add_lora(merged, 2)  # and so it can be gone on from
+
+
+def test_wrong_arguments_are_told_in_one_line(monkeypatch):
+    denoiser = denoiser_of("dit")
+    there = "qkv, proj, w12, w3, t_embedder.mlp.0, t_embedder.mlp.2, final_layer.linear"
+    for arguments, expected in (
+        ((4, None, ["qkv", "fc1"]), f"no linear map 'fc1' in this denoiser; there are {there}"),
+        ((4, None, []), "lora_targets is empty"),
+        ((0,), "lora_rank=0: it is a whole number above 0"),
+        ((4, -1.0), "lora_alpha=-1"),
+    ):
+        with pytest.raises(UserError) as told:
+            add_lora(denoiser, *arguments)
+        assert expected in str(told.value) and "\n" not in str(told.value)
+    assert all(weight.requires_grad for weight in denoiser.parameters())  # untouched
+    assert add_lora(denoiser, 1, targets=["final_layer.linear"]) == sum(denoiser.final_layer.linear.weight.shape)
+    with pytest.raises(UserError, match="has low-rank additions already"):
+        add_lora(denoiser, 1)
+
+    imported = builtins.__import__
+
+    def without_peft(name, *others, **named):
+        if name.partition(".")[0] == "peft":
+            raise ImportError(name)
+        return imported(name, *others, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without_peft)
+    with pytest.raises(UserError, match="pip install peft"):
+        add_lora(denoiser_of("dit"), 4)
+
+
+# ---- training
+
+
+def start(published) -> tuple[DiT, ClassConditioner]:
+    denoiser, conditioner = tiny_dit(seed=8)
+    start_from(denoiser, conditioner, published, classes=[1, 0, None], lora_rank=2, say=lambda line: None)
+    return denoiser, conditioner
+
+
+class SaveAfter(L.Callback):
+    """A checkpoint after each step, as a kill would leave it."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *others):
+        trainer.save_checkpoint(self.folder / f"after-{trainer.global_step}.ckpt")
+
+
+class Run:
+    """Four steps from published weights with additions, or those after a checkpoint."""
+
+    def __init__(self, folder, published, latents_dir, resume=None):
+        quiet_lightning()
+        denoiser, conditioner = start(published)
+        self.before = {name: value.clone() for name, value in denoiser.state_dict().items()}
+        self.rows = conditioner.embedding_table.weight.detach().clone()
+        self.module = DiffusionModule(denoiser, conditioner, lr=1e-2, warmup_steps=2, schedule="constant")
+        self.module.hparams["lora"] = lora_settings(denoiser)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        settings = {"accelerator": "cpu", "devices": 1, "max_steps": 4, "limit_val_batches": 0, **quiet}
+        callbacks = {"callbacks": [SaveAfter(folder)], "enable_checkpointing": False}
+        trainer = L.Trainer(**settings, **callbacks, default_root_dir=folder)
+        trainer.fit(self.module, LatentDataModule(latents_dir, batch_size=6), ckpt_path=resume, weights_only=True)
+        self.folder, self.path = folder, folder / "after-4.ckpt"
+
+    def after(self) -> dict[str, Tensor]:
+        return self.module.network["denoiser"].state_dict()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    denoiser, conditioner = (trained_looking(part) for part in tiny_dit(seed=5))
+    path = tmp_path_factory.mktemp("published") / "published.pt"
+    table = {"y_embedder.embedding_table.weight": conditioner.embedding_table.weight.data}
+    torch.save({"ema": {**denoiser.state_dict(), **table}}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, published, latents_dir) -> Run:
+    return Run(tmp_path_factory.mktemp("lora"), published, latents_dir)
+
+
+def test_training_changes_the_additions_and_the_class_table_alone(whole, published):
+    changed = {name for name, value in whole.after().items() if not same(value, whole.before[name])}
+    assert changed == {name for name in whole.before if "lora_" in name}
+    base = torch.load(published, weights_only=True)["ema"]
+    kept = {name.replace(".base_layer", ""): value for name, value in whole.after().items() if "lora_" not in name}
+    assert kept.keys() == base.keys() - {"y_embedder.embedding_table.weight"}
+    assert all(same(value, base[name]) for name, value in kept.items())
+    table = whole.module.network["conditioner"].embedding_table.weight
+    assert not same(table, whole.rows) and same(whole.rows[0], base["y_embedder.embedding_table.weight"][1])
+    averaged = whole.module.ema.network["denoiser"].state_dict()
+    moved = {name for name, value in averaged.items() if not same(value, whole.before[name])}
+    assert moved == changed and not any(same(averaged[name], whole.after()[name]) for name in moved)
+
+
+def test_a_run_that_was_stopped_goes_on_exactly(tmp_path, whole, published, latents_dir):
+    resumed = Run(tmp_path, published, latents_dir, resume=whole.folder / "after-2.ckpt")
+    assert not (tmp_path / "after-2.ckpt").exists()
+    one, other = (torch.load(run.path, weights_only=True) for run in (whole, resumed))
+    weights, others = one["state_dict"], other["state_dict"]
+    assert weights.keys() == others.keys() and all(same(weights[name], others[name]) for name in weights)
+    moments, others = (
+        [value for state in found["optimizer_states"][0]["state"].values() for value in state.values()]
+        for found in (one, other)
+    )
+    assert len(moments) == len(others) and all(map(same, moments, others))
+
+
+def test_a_checkpoint_gives_one_merged_model(whole):
+    """As `load_pipeline` and going on from it take it: the average, under plain names."""
+    found = read_starting_weights(whole.path)
+    average = copy.deepcopy(whole.module.ema.network)
+    denoiser, conditioner = tiny_dit(seed=6)
+    denoiser.load_state_dict(found.denoiser)
+    x, t, _ = inputs()
+    c = average["conditioner"](torch.arange(PEOPLE))
+    with torch.no_grad():
+        torch.testing.assert_close(denoiser(x, t, c), average["denoiser"](x, t, c), rtol=0, atol=1e-6)
+    assert same(found.table, average["conditioner"].embedding_table.weight[:PEOPLE].data)
+
+    start_from(denoiser, conditioner, whole.path, classes="keep", say=lambda line: None)
+    assert same(conditioner.embedding_table.weight, average["conditioner"].embedding_table.weight)
+    assert all(weight.requires_grad for weight in denoiser.parameters())
