@@ -23,6 +23,7 @@ def shortened(path: Path) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.source = cell.source.replace("vt.find_preset(place.built_in)", SHORT)
             cell.source = cell.source.replace("people=6, pictures=60", "people=2, pictures=10")
+            cell.source = cell.source.replace('"count": 1024', '"count": 64').replace("(800, 600)", "(4, 4)")
     return notebook
 
 
@@ -47,6 +48,13 @@ def test_five_notebooks_hand_over_to_each_other(tmp_path: Path, monkeypatch: pyt
     assert len(list((tmp_path / "samples").glob("ID_*/*.png"))) == 4
     evaluation = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert evaluation["total"]["generated"] == 4
+
+
+def test_the_notebook_on_representation_autoencoders_needs_nothing(tmp_path, monkeypatch):
+    (path,) = (path for path in NOTEBOOKS if path.stem == "08_rae_dit")
+    assert has_picture(run(path, tmp_path, monkeypatch))
+    assert (tmp_path / "rae" / "decoder" / "rae" / "config.json").is_file()
+    assert (tmp_path / "rae" / "dit" / "pipeline" / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -314,7 +314,7 @@ def test_the_nearest_class_of_each_is_found(candidates):
     # data − noise − mean is the noise but for 0.1: an error of 1.01; without a class the mean's square comes on top
     for label, match in found.items():
         of_the_mean = MEANS[permutation[label]].square().mean().item()
-        assert match.loss == pytest.approx(1.01, rel=0.1)
+        assert match.loss == pytest.approx(1.01, rel=0.2)
         assert match.loss_of_null - match.loss == pytest.approx(of_the_mean, abs=0.3 * of_the_mean + 0.05)
     again = nearest_classes(
         denoiser, rows[:CLASSES], rows[CLASSES], data, candidates=candidates, pairs=16, batch_size=32

@@ -29,7 +29,7 @@ _HOME = {
     "load_vavae": "autoencoders.weights",
     "reconstruct": "autoencoders.vavae",
     "load_pipeline": "diffusion.pipeline",
-    "write_samples": "diffusion.pipeline",
+    "write_samples": "diffusion.sample_sets",
     "evaluate_pictures": "evaluation.report",
     "evaluate_reconstructions": "evaluation.reconstructions",
     "evaluate_vavae": "evaluation.reconstructions",

@@ -237,6 +237,8 @@ def _of_its_kind(key: str, value: Any, config: "DictConfig") -> Any:
     default = OmegaConf.select(config, key, throw_on_missing=False)
     if default is None or value is None or isinstance(default, str) or OmegaConf.is_config(default):
         return value
+    if key.startswith("model.dit.") and isinstance(value, list):  # two numbers make a denoiser with a wide head
+        return value
     if isinstance(default, bool):
         fits, kind = isinstance(value, bool), "true or false"
     elif isinstance(default, int):

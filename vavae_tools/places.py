@@ -55,6 +55,10 @@ class Place:
         return self.work / "dit"
 
     @property
+    def rae(self) -> Path:
+        return self.work / "rae"
+
+    @property
     def samples(self) -> Path:
         return self.work / "samples"
 

@@ -26,6 +26,7 @@ from vavae_tools.autoencoders.loading import load_autoencoder
 from vavae_tools.data.images import to_pixels
 from vavae_tools.diffusion.conditioning import ClassConditioner, check_labels
 from vavae_tools.diffusion.denoisers import make_denoiser
+from vavae_tools.diffusion.lora import merged_weights
 from vavae_tools.diffusion.sample_sets import write_samples
 from vavae_tools.diffusion.sampling import sample
 from vavae_tools.draws import Draws
@@ -309,6 +310,8 @@ def _trained_models(path: Path, state: dict[str, Tensor], settings: dict[str, An
     for name, model in (("denoiser", denoiser), ("conditioner", conditioner)):
         start = f"{prefix}{name}."
         weights = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+        if model is denoiser:
+            weights = merged_weights(weights, settings.get("lora"))
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:

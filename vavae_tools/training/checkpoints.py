@@ -104,14 +104,18 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self.seconds = max(self.seconds, time.monotonic() - began)
 
 
-def copied_to_cpu(value: Any) -> Any:
-    """A deep copy with all tensors on the CPU."""
+def copied_to_cpu(value: Any, copies: dict[tuple, Tensor] | None = None) -> Any:
+    """A deep copy with all tensors on the CPU; what shares its memory shares the copy, and is written once."""
+    copies = {} if copies is None else copies
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        place = value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
+        if place not in copies or not value.numel():
+            copies[place] = value.detach().to("cpu", copy=True)
+        return copies[place]
     if isinstance(value, dict):
-        return type(value)((key, copied_to_cpu(item)) for key, item in value.items())
+        return type(value)((key, copied_to_cpu(item, copies)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return type(value)(copied_to_cpu(item) for item in value)
+        return type(value)(copied_to_cpu(item, copies) for item in value)
     return value
 
 

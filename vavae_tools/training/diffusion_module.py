@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
+from vavae_tools.diffusion.lora import lora_settings
 from vavae_tools.diffusion.objectives import FlowMatching
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.draws import Draws
@@ -51,6 +52,7 @@ class DiffusionModule(L.LightningModule):
         self.save_hyperparameters(ignore=["denoiser", "conditioner", "objective", "compile"])
         self.hparams["denoiser_config"] = plain_config(denoiser)
         self.hparams["conditioner_config"] = plain_config(conditioner)
+        self.hparams["lora"] = lora_settings(denoiser)
         self.network = nn.ModuleDict({"denoiser": denoiser, "conditioner": conditioner})
         self.ema = EMA(self.network, ema_decay)
         # a fresh denoiser predicts exactly zero, where the reference's eps makes gradients that fp16 cannot hold

@@ -129,9 +129,7 @@ def train_dit(
         raise UserError(f"flip='half' needs mirrored latents, which {latents_dir} lacks: encode them with flips=True")
     network, conditioner = _denoiser_for(latents, denoiser or {})
     if init and init.get("weights"):
-        from vavae_tools.training.starting_point import start_from
-
-        start_from(network, conditioner, latents=latents, seed=seed, say=say, **init)
+        _start_from(network, conditioner, latents, init, resume_from, seed, say)
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()
     model = _autoencoder_of(latents, autoencoder_dir, output_dir / "autoencoder")
@@ -216,6 +214,25 @@ def _denoiser_for(latents: LatentDataModule, arguments: dict[str, Any]) -> tuple
             "model.dit.num_classes=null, or no fewer than they are"
         )
     return make_denoiser(of_denoiser), ClassConditioner(**of_conditioner)
+
+
+def _start_from(
+    network: DiT | DDT,
+    conditioner: ClassConditioner,
+    latents: LatentDataModule,
+    init: dict[str, Any],
+    resume_from: Path | None,
+    seed: int,
+    say: Callable[[str], None],
+) -> None:
+    """The weights to begin with; a run that goes on has its own, and needs no more than the same form."""
+    from vavae_tools.diffusion.lora import TARGETS, add_lora
+    from vavae_tools.training.starting_point import start_from
+
+    if resume_from is None:
+        start_from(network, conditioner, latents=latents, seed=seed, say=say, **init)
+    elif init.get("lora_rank"):
+        add_lora(network, init["lora_rank"], init.get("lora_alpha"), init.get("lora_targets") or TARGETS)
 
 
 def _objective_for(latents: LatentDataModule, arguments: dict[str, Any]) -> FlowMatching:
