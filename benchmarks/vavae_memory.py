@@ -23,7 +23,7 @@ from vavae_tools.autoencoders.foundation import alignment_loss
 from vavae_tools.autoencoders.losses import whole_loss
 from vavae_tools.autoencoders.perceptual import LPIPS
 from vavae_tools.autoencoders.vavae import vavae
-from vavae_tools.data.images import to_unit
+from vavae_tools.data.pixels import to_unit
 from vavae_tools.training.recipes import RECIPES
 from vavae_tools.training.vavae_module import VAVAEModule
 

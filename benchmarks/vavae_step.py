@@ -20,7 +20,7 @@ from vavae_tools.autoencoders.discriminator import PatchDiscriminator, adaptive_
 from vavae_tools.autoencoders.foundation import TransformersFoundation, alignment_loss
 from vavae_tools.autoencoders.perceptual import LPIPS
 from vavae_tools.autoencoders.vavae import VAVAE, vavae
-from vavae_tools.data.images import to_unit
+from vavae_tools.data.pixels import to_unit
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.recipes import RECIPES
 from vavae_tools.training.vavae_module import VAVAEModule

@@ -13,7 +13,8 @@ from tiny import perturb_projections, tiny_dit, tiny_vavae, trained_looking
 
 from vavae_tools import evaluate
 from vavae_tools.autoencoders.vavae import reconstruct, reconstruct_pictures
-from vavae_tools.data.images import PictureDataModule, PictureFolder, to_unit
+from vavae_tools.data.images import PictureDataModule, PictureFolder
+from vavae_tools.data.pixels import to_unit
 from vavae_tools.data.split import split_folders
 from vavae_tools.diffusion.pipeline import LatentDiTPipeline, solver, write_samples
 from vavae_tools.draws import Draws

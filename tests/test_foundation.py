@@ -28,7 +28,8 @@ from vavae_tools.autoencoders.foundation import (
     foundation_features,
     load_foundation,
 )
-from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.data.images import PictureFolder
+from vavae_tools.data.pixels import to_unit
 from vavae_tools.errors import UserError
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -5,22 +5,21 @@ import pytest
 import torch
 from PIL import Image
 
-from vavae_tools.data import images
-from vavae_tools.data.images import (
-    PictureDataModule,
-    PictureFolder,
-    channels_of,
-    read_picture,
-    save_picture,
-    to_pixels,
-    to_unit,
-)
+from vavae_tools.data import decoded
+from vavae_tools.data.images import PictureDataModule, PictureFiles, PictureFolder, channels_of
+from vavae_tools.data.pixels import save_picture, to_pixels, to_unit
 from vavae_tools.data.split import split_folders
 from vavae_tools.errors import UserError
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def read_picture(path, size, channels: int = 3) -> np.ndarray:
+    """uint8 (height, width, channels)"""
+    side = PictureFiles([path], ["p"], torch.zeros(1, dtype=torch.int64), image_size=size, channels=channels)
+    return side.pictures([0])[0].permute(1, 2, 0).numpy()
 
 
 def test_pixels_and_numbers_are_inverse():
@@ -150,7 +149,7 @@ def test_other_sizes_are_resized_as_a_whole(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(30)])
 def test_a_file_that_is_no_picture_is_named(tmp_path, content):
     (tmp_path / "walk.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"walk\.png cannot be read as a picture .* data_split\.py names such files"):
+    with pytest.raises(UserError, match=r"walk\.png cannot be read as a picture .* data_split\.py names such"):
         read_picture(tmp_path / "walk.png", (8, 8))
 
 
@@ -174,7 +173,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("limit", [0, 2**30])
 def test_batches_of_a_folder(folder, monkeypatch, limit):
     """The same from the disk and from memory."""
-    monkeypatch.setattr(images, "MEMORY_LIMIT", limit)
+    monkeypatch.setattr(decoded, "MEMORY_LIMIT", limit)
     data = PictureFolder(folder, (8, 12), progress=False)
     assert data.names == ["ID_1/p0.png", "ID_1/p1.png", "ID_3/p0.png", "ID_3/p1.png", "ID_3/p2.png", "ID_12/p0.png"]
     assert data.labels.tolist() == [0, 0, 2, 2, 2, 11]

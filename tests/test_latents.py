@@ -14,7 +14,7 @@ from tiny import SIZE, perturb_projections, same, tiny_vavae
 
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.data import latents
-from vavae_tools.data.images import PictureDataModule, to_unit
+from vavae_tools.data.images import PictureDataModule
 from vavae_tools.data.latents import (
     INDEX,
     LatentDataModule,
@@ -24,6 +24,7 @@ from vavae_tools.data.latents import (
     weights_digest,
 )
 from vavae_tools.data.picture_sets import picture_data
+from vavae_tools.data.pixels import to_unit
 from vavae_tools.data.shapes import shape_data
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vavae_tools.data import images
+from vavae_tools.data import decoded
 from vavae_tools.data.crops import CROPS, centre_crop
 from vavae_tools.data.images import PictureDataModule
 from vavae_tools.data.picture_sets import PictureSetDataModule, hold_out, picture_data
@@ -257,7 +257,7 @@ def test_batches_come_in_order_from_memory_or_disk(tmp_path, monkeypatch):
     folder = write(tmp_path, {f"{name}/{i}.png": 10 * k + i for k, name in enumerate("abc") for i in range(6)})
     batches = []
     for limit, workers in ((2**30, None), (0, 0), (0, 1), (2**30, 1)):
-        monkeypatch.setattr(images, "MEMORY_LIMIT", limit)
+        monkeypatch.setattr(decoded, "MEMORY_LIMIT", limit)
         data = picture_data(folder, 8, batch_size=4, num_workers=workers, val_share=0.2)
         assert data.num_workers == (workers or 0)
         batches.append([*data.train_dataloader(), *data.val_dataloader()])
@@ -274,7 +274,7 @@ def test_batches_come_in_order_from_memory_or_disk(tmp_path, monkeypatch):
 
 def test_too_many_for_the_memory_have_workers(tmp_path, monkeypatch):
     write(tmp_path, {"a/1.png": 1})
-    monkeypatch.setattr(images, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(decoded, "MEMORY_LIMIT", 0)
     assert picture_data(tmp_path, 8).num_workers > 0
 
 
@@ -459,7 +459,7 @@ def test_datasets_that_do_not_fit_the_memory(hf, tmp_path, monkeypatch):
     """Grey ones, cut out, in batches by a worker."""
     pictures = [Image.fromarray(noise(20, 30, seed=i)) for i in range(9)]
     folder = save(labelled(hf, pictures, list(range(9))), tmp_path / "d")
-    monkeypatch.setattr(images, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(decoded, "MEMORY_LIMIT", 0)
     data = picture_data(folder, 8, batch_size=4, num_workers=1, val_share=0)
     batches = list(data.train_dataloader())
     assert len(batches) == 2 and data.train_data._memory is None

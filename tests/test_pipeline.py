@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from tiny import SIZE, perturb_projections, same, tiny_dit, tiny_pipeline, tiny_vavae, trained_looking
 
-from vavae_tools.data.images import PictureFolder, channels_of, to_pixels
+from vavae_tools.data.images import PictureFolder, channels_of
+from vavae_tools.data.pixels import to_pixels
 from vavae_tools.data.split import split_folders
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.pipeline import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vavae_tools.data.images import to_unit
+from vavae_tools.data.pixels import to_unit
 from vavae_tools.plots import (
     as_pixels,
     picture_grid,

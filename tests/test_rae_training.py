@@ -14,7 +14,7 @@ from vavae_tools.autoencoders.discriminator import PatchDiscriminator, generator
 from vavae_tools.autoencoders.losses import PictureLoss
 from vavae_tools.autoencoders.rae import RAE, reconstruction_psnr, tiny_rae
 from vavae_tools.autoencoders.rae_weights import read_rae_folder
-from vavae_tools.data.images import to_unit
+from vavae_tools.data.pixels import to_unit
 from vavae_tools.data.shapes import ShapePictures, shape_data
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError

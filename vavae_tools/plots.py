@@ -28,13 +28,13 @@ def as_pixels(picture: Any) -> Tensor:
             return torch.stack([as_pixels(p) for p in picture])
         import numpy as np
 
-        from vavae_tools.data.images import in_channels, is_grey
+        from vavae_tools.data.pixels import in_channels, is_grey
 
         array = torch.from_numpy(np.array(in_channels(picture, 1 if is_grey(picture) else 3)))
         return array.permute(2, 0, 1) if array.ndim == 3 else array[None]
     picture = picture.detach().cpu()
     if picture.dtype != torch.uint8:
-        from vavae_tools.data.images import to_pixels
+        from vavae_tools.data.pixels import to_pixels
 
         picture = to_pixels(picture)
     if picture.ndim < 3 or picture.shape[-3] not in (1, 3):

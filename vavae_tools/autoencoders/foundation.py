@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.data.images import PictureFolder
 from vavae_tools.data.latents import weights_digest
+from vavae_tools.data.pixels import to_unit
 from vavae_tools.errors import UserError
 from vavae_tools.files import written_whole
 

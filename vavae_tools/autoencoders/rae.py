@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vavae_tools.autoencoders.representation import common_name, encoder_class
 from vavae_tools.autoencoders.statistics import LatentStatistics
-from vavae_tools.data.images import to_pixels, to_unit
+from vavae_tools.data.pixels import to_pixels, to_unit
 from vavae_tools.errors import UserError
 
 VARIANCE_EPS = 1e-5

@@ -16,7 +16,8 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.statistics import LatentStatistics
-from vavae_tools.data.images import PictureFolder, to_pixels, to_unit
+from vavae_tools.data.images import PictureFolder
+from vavae_tools.data.pixels import to_pixels, to_unit
 from vavae_tools.errors import UserError
 
 

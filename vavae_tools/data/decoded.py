@@ -4,9 +4,8 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any, Self
 
@@ -17,10 +16,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from vavae_tools.data import images
 from vavae_tools.data.crops import CROPS, check_crop
+from vavae_tools.data.pixels import in_channels, readable
 from vavae_tools.errors import UserError
 
+MEMORY_LIMIT = 4 * 2**30
+"""Decoded pictures up to this many bytes are kept in memory: 21,000 of 256×256, a seventh of what Kaggle has."""
 _AT_ONCE = 64  # pictures that a thread decodes before it asks for more
 
 
@@ -36,7 +37,8 @@ class DecodedPictures(Dataset):
         title: what the progress bar says is read.
 
     Attributes:
-        along: further tensors with a row for each picture, as in `images.PictureFolder`.
+        along: further tensors with a row for each picture, in their order, such as cached features; empty at first.
+            Memory-mapped ones stay on the disk: only the rows of a batch are read.
 
     A batch is {"pictures": uint8 (B, C, H, W), "labels": int64 (B,), "index": int64 (B,)}, and the rows of `along`
     under their own names.
@@ -93,7 +95,7 @@ class DecodedPictures(Dataset):
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
     def fits_memory(self) -> bool:
-        return len(self) * self.image_size[0] * self.image_size[1] * self.channels <= images.MEMORY_LIMIT
+        return len(self) * self.image_size[0] * self.image_size[1] * self.channels <= MEMORY_LIMIT
 
     def in_memory(self) -> Tensor:
         """All pictures, uint8 (N, C, H, W), decoded by several threads on the first call."""
@@ -116,8 +118,8 @@ class DecodedPictures(Dataset):
     def _decode_into(self, memory: np.ndarray, places: Sequence[int]) -> int:
         size = (self.image_size[1], self.image_size[0])
         for row, (place, stored) in enumerate(zip(places, self.stored(places), strict=True)):
-            with _naming(self.where(place)), self.opened(stored) as picture:
-                picture = images.in_channels(picture, self.channels)
+            with readable(self.where(place)), self.opened(stored) as picture:
+                picture = in_channels(picture, self.channels)
             if picture.size != size:
                 picture = CROPS[self.crop](picture, self.image_size)
             memory[row] = np.asarray(picture).reshape(memory.shape[1:])
@@ -146,11 +148,3 @@ class DecodedPictures(Dataset):
             rows.setdefault(label, []).append(place)
         in_turn = [row for turn in zip_longest(*rows.values()) for row in turn if row is not None]
         return self.__getitems__(in_turn[:count])
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name} cannot be read as a picture ({error}): take it out or put a whole one there") from None

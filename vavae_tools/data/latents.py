@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from vavae_tools.data.images import to_unit
 from vavae_tools.data.order import OrderedDataModule, _as_it_is, _leave_interrupts
+from vavae_tools.data.pixels import to_unit
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.files import disk_errors, write_json, written_whole
@@ -411,7 +411,7 @@ def _cache_key(
         if not hasattr(data, "paths"):
             digest.update(data.fingerprint().encode())
             continue
-        if hasattr(data, "crop"):
+        if data.crop != "none":
             digest.update(f"crop {data.crop}".encode())
         for name, content in zip(data.names, _contents(data.paths), strict=True):
             digest.update(name.encode() + content)

@@ -3,14 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Self
 
 import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from vavae_tools.data import hugging_face
@@ -26,6 +23,7 @@ from vavae_tools.data.folders import (
     no_such_folder,
     person_folders,
 )
+from vavae_tools.data.images import PictureFiles
 from vavae_tools.data.order import OrderedDataModule
 from vavae_tools.data.split_report import INFO_NAME, read_split_info
 from vavae_tools.errors import UserError
@@ -153,31 +151,6 @@ def hold_out(data: DecodedPictures, share: float, seed: int = 0) -> tuple[Decode
 
 
 # ---- folders
-
-
-class PictureFiles(DecodedPictures):
-    """Pictures in files; further arguments are those of `DecodedPictures`."""
-
-    def __init__(self, paths: Sequence[Path], names: Sequence[str], labels: Tensor, **options: object) -> None:
-        super().__init__(names, labels, **options)
-        self.paths = list(paths)
-
-    def stored(self, places: Sequence[int]) -> list[Path]:
-        return [self.paths[place] for place in places]
-
-    def opened(self, stored: Path) -> Image.Image:
-        return Image.open(stored)
-
-    def what_is_stored(self) -> list:
-        return [(name, path.stat().st_size) for name, path in zip(self.names, self.paths, strict=True)]
-
-    def where(self, place: int) -> str:
-        return str(self.paths[place])
-
-    def part(self, places: Sequence[int]) -> Self:
-        part = super().part(places)
-        part.paths = [self.paths[place] for place in places]
-        return part
 
 
 def _read_folders(

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from vavae_tools.autoencoders.loading import load_autoencoder
-from vavae_tools.data.images import to_pixels
+from vavae_tools.data.pixels import to_pixels
 from vavae_tools.diffusion.conditioning import ClassConditioner, check_labels
 from vavae_tools.diffusion.denoisers import make_denoiser
 from vavae_tools.diffusion.lora import merged_weights

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from vavae_tools.data.images import save_picture
+from vavae_tools.data.pixels import save_picture
 from vavae_tools.errors import UserError
 from vavae_tools.files import written_whole
 

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.data.images import PictureFolder
+from vavae_tools.data.pixels import to_unit
 from vavae_tools.draws import Draws
 from vavae_tools.files import disk_errors, written_whole
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from vavae_tools.autoencoders.vavae import VAVAE, anothers, reconstruct_pictures
-from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.data.images import PictureFolder
+from vavae_tools.data.pixels import to_unit
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation.metrics import aligned, psnr
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from vavae_tools.autoencoders.vavae import VAVAE, reconstruct
-from vavae_tools.data.images import PictureDataModule, to_pixels, to_unit
+from vavae_tools.data.images import PictureDataModule
+from vavae_tools.data.pixels import to_pixels, to_unit
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
 from vavae_tools.evaluation.metrics import frechet_distance, percent, psnr, sharpness, ssim

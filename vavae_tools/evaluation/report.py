@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from vavae_tools.data.folders import PICTURE_EXTENSIONS, contents, listed
-from vavae_tools.data.images import PictureFolder, channels_of, to_unit
+from vavae_tools.data.images import PictureFolder, channels_of
+from vavae_tools.data.pixels import to_unit
 from vavae_tools.data.split import list_folders, read_split_info
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier

@@ -17,8 +17,8 @@ from vavae_tools.autoencoders.rae_weights import is_rae_folder, load_rae, read_r
 from vavae_tools.checkpoints.folders import read_any
 from vavae_tools.checkpoints.resuming import check_resumable, resume_path
 from vavae_tools.data.decoded import DecodedPictures
-from vavae_tools.data.images import save_picture, to_pixels, to_unit
 from vavae_tools.data.picture_sets import PictureSetDataModule, picture_data
+from vavae_tools.data.pixels import save_picture, to_pixels, to_unit
 from vavae_tools.data.shapes import shape_data
 from vavae_tools.errors import UserError
 from vavae_tools.files import save_model

@@ -16,8 +16,8 @@ from vavae_tools.autoencoders.losses import PictureLoss, l1
 from vavae_tools.autoencoders.perceptual import LPIPS
 from vavae_tools.autoencoders.rae import RAE, noised
 from vavae_tools.data.decoded import DecodedPictures
-from vavae_tools.data.images import to_pixels, to_unit
 from vavae_tools.data.latents import weights_digest
+from vavae_tools.data.pixels import to_pixels, to_unit
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation.metrics import psnr, ssim

@@ -14,7 +14,8 @@ from vavae_tools.autoencoders.foundation import Foundation, alignment_loss, foun
 from vavae_tools.autoencoders.losses import PictureLoss, whole_loss
 from vavae_tools.autoencoders.perceptual import LPIPS
 from vavae_tools.autoencoders.vavae import VAVAE
-from vavae_tools.data.images import PictureDataModule, PictureFolder, to_pixels, to_unit
+from vavae_tools.data.images import PictureDataModule, PictureFolder
+from vavae_tools.data.pixels import to_pixels, to_unit
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation.metrics import psnr, ssim
