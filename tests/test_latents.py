@@ -567,3 +567,21 @@ def test_latents_of_another_vavae_are_refused(split, tmp_path):
     with pytest.raises(UserError, match=r"latents was not made by .*vavae1: encode the pictures again"):
         train_dit(tmp_path / "latents", tmp_path / "vavae1", tmp_path / "dit", {"hidden_size": 16, "num_heads": 2})
     assert not (tmp_path / "dit").exists()
+
+
+def test_another_decoder_leaves_the_latents_of_an_rae_valid(tmp_path, count_encoded):
+    from vavae_tools.autoencoders.rae import tiny_rae
+    from vavae_tools.data.shapes import shape_data
+
+    torch.manual_seed(0)
+    rae, data = tiny_rae().eval(), shape_data(8, 2, 32, val_share=0)
+    encode_latents(rae, data, tmp_path, progress=False)
+    before = (tmp_path / "latents.json").read_bytes()
+    for weights in rae.decoder.parameters():
+        weights.data += 1
+    encode_latents(rae, data, tmp_path, progress=False)
+    assert (tmp_path / "latents.json").read_bytes() == before
+    for weights in rae.encoder.parameters():
+        weights.data += 1
+    encode_latents(rae, data, tmp_path, progress=False)
+    assert (tmp_path / "latents.json").read_bytes() != before

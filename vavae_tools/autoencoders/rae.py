@@ -49,6 +49,7 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    decoding_alone = ("decoder.",)
 
     @register_to_config
     def __init__(

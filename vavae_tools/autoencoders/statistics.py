@@ -11,6 +11,9 @@ class LatentStatistics:
     has_own_statistics = False
     """Whether its latents come out normalised already, so that none are to be computed from the training side."""
 
+    decoding_alone: tuple[str, ...] = ()
+    """How the names of weights begin that the latents do not follow from: another decoder leaves them valid."""
+
     def normalise(self, latents: Tensor) -> Tensor:
         """Latents as encoded → latents as the denoiser sees them: per channel (z − mean) / std."""
         mean, std = self._statistics(latents)

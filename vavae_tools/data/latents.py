@@ -138,7 +138,7 @@ def encode_latents(
         if value not in choices:
             raise UserError(f"{setting} {value!r} of latents: expected one of {', '.join(choices)}")
     given = _flat(statistics) if statistics is not None else None
-    weights = weights_digest(autoencoder)
+    weights = latents_digest(autoencoder)
     extra = {"dtype": dtype, "statistics": given, "precision": precision}
     key = _cache_key(autoencoder, weights, sides, flips, seed, extra)
     with suppress(UserError):  # no latents, or an index that is damaged: they are made anew
@@ -381,10 +381,17 @@ class _ChannelStatistics:
         return mean.tolist(), variance.clamp_min(1e-12).sqrt().tolist()
 
 
-def weights_digest(autoencoder: nn.Module) -> str:
-    """A hash of all weights, by which latents know the autoencoder that made them."""
+def latents_digest(autoencoder: nn.Module) -> str:
+    """A hash of the weights that the latents follow from, by which latents know the autoencoder that made them."""
+    return weights_digest(autoencoder, getattr(autoencoder, "decoding_alone", ()))
+
+
+def weights_digest(model: nn.Module, without: tuple[str, ...] = ()) -> str:
+    """A hash of a model's weights, but for those whose names begin as said."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(autoencoder.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(without):
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

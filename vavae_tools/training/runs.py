@@ -14,7 +14,7 @@ from vavae_tools.autoencoders.weights import load_vavae
 from vavae_tools.checkpoints.resuming import check_resumable, resume_path
 from vavae_tools.convert.lightningdit import read_latent_statistics
 from vavae_tools.data.images import PictureDataModule
-from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_latents, weights_digest
+from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_latents, latents_digest
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
 from vavae_tools.diffusion.denoisers import make_denoiser, split_reference_arguments
@@ -248,7 +248,7 @@ def _autoencoder_of(latents: LatentDataModule, source: str | Path, copy: Path) -
         UserError: another one made them.
     """
     model = load_autoencoder(source).eval()
-    if weights_digest(model) != latents.folder.weights:
+    if latents_digest(model) != latents.folder.weights:
         raise UserError(f"{latents.folder.path} was not made by {source}: encode the pictures again with this one")
     if not model.has_own_statistics:
         model.register_to_config(latents_mean=latents.folder.mean, latents_std=latents.folder.std)
