@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -267,3 +268,27 @@ def test_a_latent_size_or_class_number_that_does_not_fit_is_one_line(train):
     ):
         with pytest.raises(UserError, match=re.escape(said)):
             train(*SHORT, *SMALL, change)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_what_one_does(train, strategy):
+    numbers = [*SHORT, *SMALL, "model.dit_module.max_steps=6", "callbacks.save_every_n_steps=4"]
+    train(*numbers, "--output_dir", "one")
+    both = ["data.batch_size=4", "trainer.devices=2", f"trainer.strategy={strategy}"]
+
+    def run(*words: str) -> None:
+        command = [sys.executable, "-m", "vavae_tools.train", *numbers, *both, *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def weights(folder: str) -> dict[str, torch.Tensor]:
+        return torch.load(f"{folder}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+    run("--output_dir", "two")
+    one, two = weights("one"), weights("two")
+    assert one.keys() == two.keys()
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    run("--output_dir", "again", "--resume", "two/checkpoint-4")  # also where the model is cut over the processes
+    again = weights("again")
+    assert all(same(two[name], again[name]) for name in two)

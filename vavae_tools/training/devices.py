@@ -43,7 +43,7 @@ def trainer_settings(
     Args:
         accelerator: "gpu", "cpu" or "auto".
         devices: how many, or "auto" for all there are.
-        strategy: "auto" takes one process on one device, "ddp" on more.
+        strategy: "auto" takes one process on one device, "ddp" on more; "fsdp" see `sharded`.
         precision: "16", "32", "bf16"; None: fp16 with a scaler on a T4, bf16 from Ampere on, float32 on a CPU.
         parts_may_go_unused: some weights may get no gradient in a step, which plain ddp refuses.
         gradient_clip_val: largest norm of the gradients; None where the module clips.
@@ -64,6 +64,8 @@ def trainer_settings(
         raise UserError(f"--devices {count}, but this machine has {machine.devices} ({machine.name})")
     if strategy == "auto" and count * num_nodes > 1:
         strategy = "ddp_find_unused_parameters_true" if parts_may_go_unused else "ddp"
+    if strategy == "fsdp":
+        strategy = sharded(count * num_nodes)
     return {
         "accelerator": "gpu" if on_gpu else "cpu",
         "devices": count,
@@ -77,6 +79,14 @@ def trainer_settings(
         "enable_model_summary": False,
         **lightning,
     }
+
+
+def sharded(processes: int) -> Any:
+    """Weights, gradients, optimiser and average cut over the devices (FSDP2); checkpoints are whole files as ever."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    # its own default would cut every tensor over a node's devices and the data over nodes alone
+    return ModelParallelStrategy(processes, 1, save_distributed_checkpoint=False)
 
 
 def quiet_lightning() -> None:

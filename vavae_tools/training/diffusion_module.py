@@ -58,6 +58,7 @@ class DiffusionModule(L.LightningModule):
         # a fresh denoiser predicts exactly zero, where the reference's eps makes gradients that fp16 cannot hold
         self.objective = objective or FlowMatching(cosine_eps=1e-2)
         self.hparams["objective"] = dict(self.objective.config)
+        self._sharded = False
         if compile:  # after the average was copied, which sees few steps
             denoiser.compile()
 
@@ -92,6 +93,21 @@ class DiffusionModule(L.LightningModule):
         loss, parts = self.model_step(self.ema.network, batch, draws, dropout=0.0)
         parts = {"loss": loss, **parts}
         self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=len(batch["index"]), sync_dist=True)
+
+    def configure_model(self) -> None:
+        """Cut denoiser and conditioner, and their averages, over the devices where the strategy is `devices.sharded`."""
+        if self.device_mesh is None or self._sharded:
+            return
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        mesh = self.device_mesh["data_parallel"]
+        for network in (self.network, self.ema.network):
+            for block in network["denoiser"].blocks:
+                fully_shard(block, mesh=mesh)
+            for part in network.values():
+                fully_shard(part, mesh=mesh)
+            register_fsdp_forward_method(network["conditioner"], "null")
+        self._sharded = True
 
     def configure_optimizers(self) -> dict[str, Any]:
         weights = [weight for weight in self.network.parameters() if weight.requires_grad]

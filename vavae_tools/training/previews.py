@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from torch import Tensor
 
@@ -34,13 +35,17 @@ class Previews(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
         last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        if not trainer.is_global_zero or (epoch % self.every and not last):
+        if epoch % self.every and not last:
             return
+        if not trainer.is_global_zero and not isinstance(trainer.strategy, ModelParallelStrategy):
+            return  # of several processes one makes the pictures, but those that share a model make them together
         training = module.training
         module.eval()
         with torch.inference_mode():
             grid = self.grid(module)
         module.train(training)
+        if not trainer.is_global_zero:
+            return
         with written_whole(self.folder / f"{self.name}-{trainer.global_step:06d}.png") as partial:
             Image.fromarray(grid.permute(1, 2, 0).numpy()).save(partial, format="png")
         if trainer.logger is not None:

@@ -1,13 +1,18 @@
 """The Trainer as all trainings here use it: whole checkpoints, one progress bar, TensorBoard."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from vavae_tools.checkpoints.folders import read_any
 from vavae_tools.errors import Stopped, UserError
 from vavae_tools.training.checkpoints import WholeCheckpointIO
 from vavae_tools.training.progress import Progress
@@ -48,8 +53,20 @@ def fit(
         UserError: a checkpoint that this run cannot go on from, such as one that is further than its length.
     """
     try:
-        trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
+        with _one_file(trainer, resume_from) as checkpoint:
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except Stopped as stop:
         say(str(stop))
     except MisconfigurationException as error:  # such as a checkpoint that is further than this run's length
         raise UserError(str(error)) from None
+
+
+@contextmanager
+def _one_file(trainer: L.Trainer, resume_from: Path | None) -> Iterator[Path | None]:
+    """The checkpoint as a file of Lightning's form, for a sharded model, whose strategy reads no other."""
+    if resume_from is None or resume_from.suffix == ".ckpt" or not isinstance(trainer.strategy, ModelParallelStrategy):
+        yield resume_from
+        return
+    with TemporaryDirectory() as folder:  # each process its own
+        torch.save(read_any(resume_from, lambda line: None), Path(folder) / "checkpoint.ckpt")
+        yield Path(folder) / "checkpoint.ckpt"
