@@ -95,7 +95,7 @@ class DiffusionModule(L.LightningModule):
         self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=len(batch["index"]), sync_dist=True)
 
     def configure_model(self) -> None:
-        """Cut denoiser and conditioner, and their averages, over the devices where the strategy is `devices.sharded`."""
+        """Cut denoiser, conditioner and their averages over the devices, where the strategy is `devices.sharded`."""
         if self.device_mesh is None or self._sharded:
             return
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

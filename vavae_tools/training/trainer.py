@@ -59,6 +59,8 @@ def fit(
         say(str(stop))
     except MisconfigurationException as error:  # such as a checkpoint that is further than this run's length
         raise UserError(str(error)) from None
+    finally:
+        trainer.strategy.checkpoint_io.teardown()  # the last one is on the disk; not every strategy sees to that
 
 
 @contextmanager
