@@ -270,14 +270,17 @@ def test_a_latent_size_or_class_number_that_does_not_fit_is_one_line(train):
             train(*SHORT, *SMALL, change)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_what_one_does(train, strategy):
+@pytest.mark.parametrize("started", ["ddp", "fsdp", "torchrun"])
+def test_two_processes_train_what_one_does(train, started):
     numbers = [*SHORT, *SMALL, "model.dit_module.max_steps=6", "callbacks.save_every_n_steps=4"]
     train(*numbers, "--output_dir", "one")
-    both = ["data.batch_size=4", "trainer.devices=2", f"trainer.strategy={strategy}"]
+    both = ["data.batch_size=4", "trainer.devices=2", f"trainer.strategy={started}"]
+    python = [sys.executable]
+    if started == "torchrun":
+        both, python = ["data.batch_size=4"], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 
     def run(*words: str) -> None:
-        command = [sys.executable, "-m", "vavae_tools.train", *numbers, *both, *words]
+        command = [*python, "-m", "vavae_tools.train", *numbers, *both, *words]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import SIZE, tiny_pipeline, trained_looking
 
 from vavae_tools.diffusion.pipeline import load_pipeline, write_samples
-from vavae_tools.diffusion.ranks import Ranks, run_ranks
+from vavae_tools.ranks import Ranks, run_ranks
 from vavae_tools.errors import UserError, run_command
 from vavae_tools.sample import main
 
@@ -260,7 +260,7 @@ def test_ctrl_c_ends_them_all(tmp_path, monkeypatch):
         really_sleep(seconds)
 
     really_sleep = time.sleep
-    monkeypatch.setattr("vavae_tools.diffusion.ranks.time.sleep", interrupt)
+    monkeypatch.setattr("vavae_tools.ranks.time.sleep", interrupt)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run_ranks(2, [sys.executable, "-c", f"import os; open(str(os.getpid()), 'w'); {WAIT}"])

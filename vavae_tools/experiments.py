@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vavae_tools.errors import UserError
+from vavae_tools.ranks import is_first, of_torchrun
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -262,6 +263,15 @@ def run_folder(config: "DictConfig", now: datetime | None = None) -> tuple[Path,
     Raises:
         UserError: `ckpt_path=last`, and no run of this experiment has a checkpoint.
     """
+    ranks = of_torchrun()
+    if ranks.size > 1:  # the clock says another second to each of them
+        found = _run_folder(config, now) if ranks.rank == 0 else None
+        folder, resume, said = ranks.share("vavae run folder", found and (str(found[0]), *found[1:]))
+        return Path(folder), resume, said
+    return _run_folder(config, now)
+
+
+def _run_folder(config: "DictConfig", now: datetime | None) -> tuple[Path, str | None, str | None]:
     resume, chosen = config.ckpt_path, config.output_dir
     shared = os.environ.get(RUN_FOLDER)
     if resume is not None:
@@ -308,7 +318,7 @@ def keep_config(config: "DictConfig", overrides: Sequence[str], folder: Path) ->
     from vavae_tools.files import written_whole
 
     os.environ[RUN_FOLDER] = str(folder)
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) > 0:
+    if not is_first():
         return
     for name, value in (("config", config), ("overrides", list(overrides))):
         with written_whole(folder / ".hydra" / f"{name}.yaml") as partial:

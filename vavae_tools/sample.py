@@ -25,7 +25,7 @@ def main() -> None:
     interval = _interval(options.cfg_interval)
     names = _names(options.class_list)
 
-    from vavae_tools.diffusion.ranks import Ranks, run_ranks
+    from vavae_tools.ranks import Ranks, run_ranks
     from vavae_tools.training.devices import trainer_settings
 
     if "RANK" in os.environ:  # one of several processes already

@@ -37,6 +37,7 @@ def _run(line: CommandLine, words: tuple[str, ...] | list[str]) -> Path:
 
     from omegaconf import OmegaConf
 
+    from vavae_tools.training.devices import trainer_settings
     from vavae_tools.training.progress import say
 
     if said:
@@ -44,6 +45,7 @@ def _run(line: CommandLine, words: tuple[str, ...] | list[str]) -> Path:
     values = OmegaConf.to_container(config, resolve=True)
     module, name = config.task.split(":")
     task = getattr(import_module(module), name)
+    trainer_settings(**values["trainer"])  # what this machine cannot do is said before anything is written
     keep_config(config, words, folder)
     rooms = {room: values[room] for room in ("data", "model", "trainer", "callbacks")}
     made = task(**rooms, output_dir=folder, resume=resume, seed=config.seed)

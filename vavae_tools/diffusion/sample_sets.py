@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vavae_tools.diffusion.ranks import Ranks
 from vavae_tools.diffusion.sample_files import Npz, PictureFiles, Pngs, numbers_of
 from vavae_tools.diffusion.sample_record import note_finished, note_start, settings_of
 from vavae_tools.errors import UserError
+from vavae_tools.ranks import Ranks
 
 if TYPE_CHECKING:
     from vavae_tools.diffusion.pipeline import LatentDiTPipeline

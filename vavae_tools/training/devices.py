@@ -1,6 +1,7 @@
 """The Trainer for the machine at hand: one or two 16 GB GPUs on Kaggle or Colab, a better card, or a CPU."""
 
 import logging
+import os
 import warnings
 from typing import Any
 
@@ -42,7 +43,7 @@ def trainer_settings(
 
     Args:
         accelerator: "gpu", "cpu" or "auto".
-        devices: how many, or "auto" for all there are.
+        devices: how many, or "auto" for all there are; started by torchrun, as many as that says, and nodes too.
         strategy: "auto" takes one process on one device, "ddp" on more; "fsdp" see `sharded`.
         precision: "16", "32", "bf16"; None: fp16 with a scaler on a T4, bf16 from Ampere on, float32 on a CPU.
         parts_may_go_unused: some weights may get no gradient in a step, which plain ddp refuses.
@@ -52,6 +53,9 @@ def trainer_settings(
     Raises:
         UserError: more devices than there are, or a precision the machine cannot do.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes already
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        num_nodes = int(os.environ["WORLD_SIZE"]) // devices
     machine = find_machine() if accelerator != "cpu" else Machine("cpu", 1, "CPU")
     if accelerator in ("gpu", "cuda") and machine.kind == "cpu":
         raise UserError("No GPU that torch can use here: take --accelerator cpu, or switch the GPU on in the settings")

@@ -1,6 +1,5 @@
 """Stage 2 of a representation autoencoder (RAE), whole: pictures, a look at their reconstructions, latents, a DiT."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from vavae_tools.data.picture_sets import PictureSetDataModule
 from vavae_tools.errors import UserError
 from vavae_tools.files import save_model
 from vavae_tools.machine import find_device
+from vavae_tools.ranks import first_alone, is_first
 from vavae_tools.training.progress import say
 from vavae_tools.training.rae_decoder import check_reconstructions, pictures_arguments, pictures_for, rae_from
 from vavae_tools.training.runs import Show, experiment_arguments, train_dit
@@ -43,13 +43,15 @@ def train_rae_dit(
     pictures = pictures_for(rae, pictures_arguments(data), seed=seed)
     _check(model, rae, pictures)
     noted = {}
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if is_first():
         device = find_device()
         rae.to(device).eval()
         shown = pictures.val_data if pictures.val_data is not None else pictures.train_data
         noted["rae/psnr"] = check_reconstructions(rae, shown, output_dir / "reconstructions", say, show)
-    latents = encode_pictures(rae, pictures, data, model["rae"]["encoder_cls"], output_dir, seed, say)
-    save_model(rae.to("cpu"), copy)
+    with first_alone("latents"):
+        latents = encode_pictures(rae, pictures, data, model["rae"]["encoder_cls"], output_dir, seed, say)
+        if is_first():
+            save_model(rae.to("cpu"), copy)
     arguments = experiment_arguments(data, model, trainer, callbacks)
     return train_dit(
         latents.path,

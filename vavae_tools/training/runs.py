@@ -25,6 +25,7 @@ from vavae_tools.errors import UserError
 from vavae_tools.files import save_model
 from vavae_tools.machine import find_device
 from vavae_tools.places import find_split
+from vavae_tools.ranks import first_alone, is_first
 from vavae_tools.training.checkpoints import checkpoint_callbacks
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.diffusion_module import DiffusionModule
@@ -59,7 +60,10 @@ def encode_split(
         data_dir, fitting_size(model, image_size), seed=seed, channels=model.config.in_channels
     )
     statistics = read_latent_statistics(latents_stats) if latents_stats else None
-    latents = encode_latents(model, pictures, output_dir, flips, device=find_device(), seed=seed, statistics=statistics)
+    with first_alone("latents"):
+        latents = encode_latents(
+            model, pictures, output_dir, flips, device=find_device(), seed=seed, statistics=statistics
+        )
     say(str(latents))
     return latents
 
@@ -252,6 +256,8 @@ def _autoencoder_of(latents: LatentDataModule, source: str | Path, copy: Path) -
         raise UserError(f"{latents.folder.path} was not made by {source}: encode the pictures again with this one")
     if not model.has_own_statistics:
         model.register_to_config(latents_mean=latents.folder.mean, latents_std=latents.folder.std)
+    if not is_first():
+        return model
     if copy.is_dir() and Path(source).resolve() == copy.resolve():
         model.save_config(copy)
     else:

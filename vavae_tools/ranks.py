@@ -1,4 +1,4 @@
-"""One process for each device, that share out a list of work: started here, or by torchrun.
+"""One process for each device: those that share out a list of work, started here or by torchrun, and who is first.
 
 They need no collectives: a store with a few keys says what there is to do and how much is done.
 """
@@ -10,10 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from tempfile import TemporaryFile
 from typing import IO, Any
 
@@ -63,6 +64,31 @@ class Ranks:
             self.counts[name] = self.counts.get(name, 0) + count
             return self.counts[name]
         return self.store.add(name, count)
+
+
+def is_first() -> bool:
+    """Whether this process is the first of a training, or the only one: it speaks, and writes what all share."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
+
+
+@cache
+def of_torchrun() -> Ranks:
+    """This process's place where torchrun started the training; alone elsewhere.
+
+    Lightning starts further processes once the first one has come to training: by then there is nothing to agree on.
+    """
+    return Ranks.from_environment() if "TORCHELASTIC_RUN_ID" in os.environ else Ranks()
+
+
+@contextmanager
+def first_alone(name: str) -> Iterator[None]:
+    """The first process goes through this block alone; the others wait, and then find what it has made."""
+    ranks = of_torchrun()
+    if ranks.rank:
+        ranks.share(f"vavae {name}")
+    yield
+    if not ranks.rank:
+        ranks.share(f"vavae {name}", True)
 
 
 def _end_with_parent() -> None:
