@@ -13,8 +13,8 @@ from PIL import Image
 from tiny import SIZE, tiny_pipeline, trained_looking
 
 from vavae_tools.diffusion.pipeline import load_pipeline, write_samples
-from vavae_tools.ranks import Ranks, run_ranks
 from vavae_tools.errors import UserError, run_command
+from vavae_tools.ranks import Ranks, run_ranks
 from vavae_tools.sample import main
 
 ROOT = Path(__file__).parents[1]

@@ -6,9 +6,18 @@ from golden_cases import SHARED, assert_close, folder, load_case, load_weights
 
 from vavae_tools.convert import load_reference
 from vavae_tools.convert.lightningdit import split_config, split_state_dict
+from vavae_tools.diffusion.by_hand import AddGated, GateBySwish, NormAndModulate, SplitAndRotate
 from vavae_tools.diffusion.conditioning import ClassConditioner, check_labels
 from vavae_tools.diffusion.sampling import guided_velocity
-from vavae_tools.diffusion.transformer import DiT, DiT_SIZES, dit, rope_table, rotate, sincos_table
+from vavae_tools.diffusion.transformer import (
+    DiT,
+    DiT_SIZES,
+    PatchEmbed,
+    dit,
+    rope_table,
+    rotate,
+    sincos_table,
+)
 from vavae_tools.errors import UserError
 
 KNOWN = {"lightningdit-a", "lightningdit-b", "lightningdit-eps"}  # b is in ../shared only: tests/golden stays small
@@ -274,3 +283,104 @@ def test_reference_errors_say_what_is_known():
         load_reference("lightningdit", weights, {**case["constructor"], "depth": 3})
     with pytest.raises(UserError, match=r"pos_embed is \(1, 16, 32\)"):
         load_reference("lightningdit", weights, {**case["constructor"], "input_size": 8})
+
+
+def in_double(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_gradients_written_by_hand_are_the_derivatives(tokens):
+    # one conditioning for all tokens, or one for each, as a DDT's decoder has
+    torch.manual_seed(0)
+    x, y, gain, shift = in_double(2, 3, 4), in_double(2, 3, 4), in_double(2, tokens, 4), in_double(2, tokens, 4)
+    assert torch.autograd.gradcheck(NormAndModulate.apply, (x, gain, shift, 1e-6))
+    assert torch.autograd.gradcheck(NormAndModulate.apply, (x, gain, None, 1e-6))
+    assert torch.autograd.gradcheck(AddGated.apply, (x, gain, y))
+    assert torch.autograd.gradcheck(GateBySwish.apply, (in_double(2, 3, 8),))
+    table = [part.double() for part in rope_table(1, 3, 4)]
+    assert torch.autograd.gradcheck(lambda qkv: SplitAndRotate.apply(qkv, *table), (in_double(2, 3, 3, 2, 4),))
+
+
+@pytest.mark.parametrize("options", [{}, {"adaln_shift": False}, {"qk_norm": True}, {"rope": False}])
+def test_by_hand_and_by_the_plain_formulas_a_step_is_the_same(options, monkeypatch):
+    x, t, c = inputs()
+    results = []
+    for plainly in (False, True):
+        if plainly:
+            for module in ("transformer", "by_hand"):
+                monkeypatch.setattr(f"vavae_tools.diffusion.{module}.by_hand", lambda *_: False)
+        model = trained(**options).train()
+        conditioning = c.clone().requires_grad_()
+        out = model(x, t, conditioning)
+        out.square().mean().backward()
+        results.append([out, conditioning.grad, *(p.grad for p in model.parameters())])
+    largest = max(gradient.abs().max() for gradient in results[1][1:])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * largest.item())
+
+
+def test_patches_are_embedded_as_by_the_convolution():
+    torch.manual_seed(0)
+    embed = PatchEmbed(2, 3, 8)
+    x = torch.randn(2, 3, 4, 6)
+    tokens = embed(x)
+    torch.testing.assert_close(tokens, embed.proj(x).flatten(2).mT)
+    assert tokens.is_contiguous()  # what follows inherits its order in memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"adaln_shift": False}])
+def test_a_step_under_autocast_stays_near_float32(options, dtype, monkeypatch):
+    attended = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *qkv: attended.append({x.dtype for x in qkv}) or attention(*qkv),
+    )
+    x, t, c = inputs()
+    gradients = []
+    for enabled in (False, True):
+        model = trained(**options).train()
+        seen = []
+        model.blocks[1].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].dtype))
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            loss = model(x, t, c).float().square().mean()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert seen == [torch.float32]  # the residual stream
+    assert attended == [{torch.float32}] * 2 + [{dtype}] * 2
+    assert gradients[1].dtype == torch.float32
+    assert (gradients[1] - gradients[0]).norm() < (0.01 if dtype == torch.float16 else 0.05) * gradients[0].norm()
+
+
+def test_checkpointing_under_autocast_gives_the_same_gradients():
+    x, t, c = inputs()
+    gradients = []
+    for checkpointing in (False, True):
+        model = trained(qk_norm=True).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x, t, c).float().square().mean()
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.slow
+def test_a_compiled_step_equals_the_eager_one():
+    pytest.importorskip("torch._inductor")
+    x, t, c = inputs()
+    results = []
+    for compiled in (False, True):
+        model = trained().train()
+        if compiled:
+            model.compile_repeated_blocks(fullgraph=True)
+        out = model(x, t, c)
+        out.square().mean().backward()
+        results.append([out, *(p.grad for p in model.parameters())])
+    largest = max(gradient.abs().max() for gradient in results[0][1:])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * max(1, largest.item()))

@@ -48,6 +48,7 @@ class DDT(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012  (diffusers wants a list)
+    _repeated_blocks = ["Block"]  # noqa: RUF012  (for compile_repeated_blocks: one block's code serves all)
 
     @register_to_config
     def __init__(

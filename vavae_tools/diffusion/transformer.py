@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
+from vavae_tools.diffusion.by_hand import GateBySwish, NormAndModulate, SplitAndRotate, add_gated, by_hand
 from vavae_tools.errors import UserError
 
 Rope = tuple[Tensor, Tensor]
@@ -80,13 +81,26 @@ def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     return x * cos + swapped * signed_sin
 
 
+def norm_and_modulate(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+    if isinstance(norm, RMSNorm) and by_hand(x, scale, norm.weight):
+        return NormAndModulate.apply(x, norm.weight * (1 + scale), shift, norm.eps)
+    return modulate(norm(x), shift, scale)
+
+
 class PatchEmbed(nn.Module):
+    """Each square of patch_size² pixels → a vector: a convolution by its weights, a matrix product in practice.
+
+    The convolution's own output has the features before the tokens in memory, and all that follows would inherit it.
+    """
+
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+        p, q = self.proj.kernel_size
+        patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=q)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
 
 
 class TimeEmbed(nn.Module):
@@ -139,10 +153,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads).unbind()
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+        qkv = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.num_heads)
+        if rope is not None and isinstance(self.q_norm, nn.Identity) and by_hand(qkv, *rope):
+            q, k, v = SplitAndRotate.apply(qkv, *rope)
+        else:
+            q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, d)
+            q, k = self.q_norm(q), self.k_norm(k)
+            if rope is not None:
+                q, k = rotate(q, *rope), rotate(k, *rope)
         # Norms and the table may have made q and k float32 under autocast; softmax is in float32 inside the kernel.
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
@@ -155,7 +173,10 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
+        both = self.w12(x)
+        if by_hand(both):
+            return self.w3(GateBySwish.apply(both))
+        gate, value = both.chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
 
 
@@ -191,8 +212,8 @@ class Block(nn.Module):
         else:
             scale_1, gate_1, scale_2, gate_2 = self.adaLN_modulation(c).chunk(4, dim=-1)
             shift_1 = shift_2 = None
-        x = x + gate_1 * self.attn(modulate(self.norm1(x), shift_1, scale_1), rope)
-        return x + gate_2 * self.mlp(modulate(self.norm2(x), shift_2, scale_2))
+        x = add_gated(x, gate_1, self.attn(norm_and_modulate(self.norm1, x, shift_1, scale_1), rope))
+        return add_gated(x, gate_2, self.mlp(norm_and_modulate(self.norm2, x, shift_2, scale_2)))
 
 
 class FinalLayer(nn.Module):
@@ -204,7 +225,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(norm_and_modulate(self.norm_final, x, shift, scale))
 
 
 class DiT(ModelMixin, ConfigMixin):
@@ -224,6 +245,7 @@ class DiT(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012  (diffusers wants a list)
+    _repeated_blocks = ["Block"]  # noqa: RUF012  (for compile_repeated_blocks: one block's code serves all)
 
     @register_to_config
     def __init__(

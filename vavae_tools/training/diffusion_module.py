@@ -28,7 +28,7 @@ class DiffusionModule(L.LightningModule):
         ema_decay: of the averaged weights, which validation and sampling use.
         warmup_steps: optimiser steps of linear warm-up.
         schedule: how the learning rate goes on from there: "cosine", "linear" (both to zero) or "constant".
-        compile: `torch.compile` the denoiser: the first step takes a minute, those after it less.
+        compile: `torch.compile` the denoiser's blocks: the first step takes a minute, those after it less.
         flip: "none", or "half": half of the latents are those of the mirrored pictures (they must be encoded).
         seed: every random draw follows from it, the epoch and the sample.
 
@@ -60,7 +60,7 @@ class DiffusionModule(L.LightningModule):
         self.hparams["objective"] = dict(self.objective.config)
         self._sharded = False
         if compile:  # after the average was copied, which sees few steps
-            denoiser.compile()
+            denoiser.compile_repeated_blocks()
 
     def model_step(
         self, network: nn.ModuleDict, batch: dict[str, Tensor], draws: Draws, dropout: float
