@@ -23,7 +23,7 @@ def shortened(path: Path) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.source = cell.source.replace("vt.find_preset(place.built_in)", SHORT)
             cell.source = cell.source.replace("people=6, pictures=60", "people=2, pictures=10")
-            cell.source = cell.source.replace('"count": 1024', '"count": 64').replace("(800, 600)", "(4, 4)")
+            cell.source = cell.source.replace('"count": 1024', '"count": 64').replace("(800, 2000)", "(4, 4)")
     return notebook
 
 

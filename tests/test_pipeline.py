@@ -3,6 +3,8 @@
 import inspect
 import os
 import shutil
+import subprocess
+import sys
 from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
@@ -586,3 +588,16 @@ def test_settings_that_cannot_be_leave_nothing_behind(pipe, tmp_path):
         with pytest.raises(UserError, match=message):
             write_samples(pipe, **{"labels": [0], "output_dir": tmp_path / "out", **QUICK, **change})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_an_rae_is_read_by_whoever_has_not_imported_it(tmp_path):
+    from vavae_tools.autoencoders.rae import tiny_rae
+    from vavae_tools.diffusion.ddt import DDT
+
+    denoiser = DDT(4, 1, 64, (16, 32), (1, 1), 2)
+    rae = tiny_rae(latents_mean=[0.0] * 64, latents_std=[1.0] * 64)
+    LatentDiTPipeline(rae, denoiser, ClassConditioner(2, 16), solver()).save_pretrained(tmp_path)
+    load = "from vavae_tools.diffusion.pipeline import load_pipeline"
+    script = f"{load}; print(type(load_pipeline({str(tmp_path)!r}).vae))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "vavae_tools.autoencoders.rae.RAE" in done.stdout, done.stderr

@@ -1,4 +1,3 @@
-import sys
 from io import BytesIO
 
 import numpy as np
@@ -6,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vavae_tools import plots
 from vavae_tools.data.pixels import to_unit
 from vavae_tools.plots import (
     as_pixels,
@@ -66,10 +66,10 @@ def test_a_notebook_shows_a_picture_while_it_runs(channels, monkeypatch):
     shown = []
     monkeypatch.setattr(display, "display", shown.append)
     picture = some_pictures(1, channels)[0]
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.setattr(plots, "in_notebook", lambda: False)
     show_inline(picture)
     assert not shown
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr(plots, "in_notebook", lambda: True)
     show_inline(picture)
     assert np.array_equal(np.asarray(shown[0]), picture.expand(3, -1, -1).permute(1, 2, 0))
 

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,9 +36,9 @@ def test_only_several_devices_in_a_notebook_need_a_program(
     handed_over = []
     monkeypatch.setattr(processes, "run_as_program", lambda *task: handed_over.append(task) or Path("elsewhere"))
     if in_notebook:
-        monkeypatch.setitem(sys.modules, "ipykernel", sys)
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=1)))
     else:
-        monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+        monkeypatch.delitem(sys.modules, "IPython", raising=False)
 
     assert run("x", devices={"devices": devices}, show=print) == Path("elsewhere" if elsewhere else "here")
     if elsewhere:

@@ -4,13 +4,14 @@ A figure shows itself at the end of a notebook's cell, or with `display(figure)`
 Pictures are uint8, or floats in [-1, 1]: (N, C, H, W) with 1 or 3 channels, or a list of Pillow images.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from vavae_tools.screen import in_notebook
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -173,7 +174,7 @@ def _lay_out(
 
 def show_inline(pixels: Tensor) -> None:
     """Show one picture, uint8 (1 or 3, H, W), below a notebook's cell while it runs; elsewhere do nothing."""
-    if "ipykernel" not in sys.modules:
+    if not in_notebook():
         return
     from IPython.display import display
     from PIL import Image

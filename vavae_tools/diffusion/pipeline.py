@@ -1,6 +1,9 @@
 """Sampling as one object: a diffusers pipeline of autoencoder, denoiser, conditioner and solver, in one folder."""
 
+import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -277,12 +280,26 @@ def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> G
     return denoiser.to(pipe.device), conditioner.to(pipe.device)
 
 
+def _import_own_parts(folder: Path) -> None:
+    """diffusers loads parts of modules that are imported already; of ours, which of them a folder needs."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return  # what is wrong with it is said where it is read
+    for part in index.values() if isinstance(index, dict) else ():
+        home = part[0] if isinstance(part, list) and part else None
+        if isinstance(home, str) and home.startswith("vavae_tools.autoencoders."):
+            with suppress(ImportError):
+                import_module(home)
+
+
 def _read_folder(path: Path, ema: bool, **parts: None) -> LatentDiTPipeline:
     if not (path / "model_index.json").is_file():
         there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise UserError(f"{path} is no pipeline (no model_index.json); it holds {there}. Name a .ckpt or pipeline/")
     if not ema:
         raise UserError(f"{path} holds the averaged weights alone: name a .ckpt of the training for the live ones")
+    _import_own_parts(path)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it loads within a second
     try:  # without low_cpu_mem_usage it does not ask for a package that is of no use here

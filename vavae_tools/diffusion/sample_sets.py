@@ -23,6 +23,7 @@ from vavae_tools.diffusion.sample_files import Npz, PictureFiles, Pngs, numbers_
 from vavae_tools.diffusion.sample_record import note_finished, note_start, settings_of
 from vavae_tools.errors import UserError
 from vavae_tools.ranks import Ranks
+from vavae_tools.screen import clock, someone_looks
 
 if TYPE_CHECKING:
     from vavae_tools.diffusion.pipeline import LatentDiTPipeline
@@ -232,7 +233,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         self.began = self.said_at = time.monotonic()
         self.said = 0
-        if not self.hidden and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        if not self.hidden and someone_looks():
             there = self.total - self.missing
             self.bar = tqdm(total=self.total, initial=there, desc="sampling", unit="picture", dynamic_ncols=True)
         return self
@@ -244,7 +245,7 @@ class Progress:
             self.bar.update(self.total - self.missing + made - self.bar.n)
         elif made and not self.hidden and made - self.said >= self.missing / 20 and now - self.said_at >= 10:
             left = (now - self.began) * (self.missing - made) / made
-            self.say(f"sampling: {made:,} of {self.missing:,} pictures, {self._rate()}, {_clock(left)} left")
+            self.say(f"sampling: {made:,} of {self.missing:,} pictures, {self._rate()}, {clock(left)} left")
             self.said, self.said_at = made, now
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -253,18 +254,8 @@ class Progress:
         if kind is None and not self.hidden and not (self.bar is not None and self.made):
             there = self.total - self.missing
             kept = f"; {there:,} were there" if there else ""
-            passed = _clock(time.monotonic() - self.began)
+            passed = clock(time.monotonic() - self.began)
             self.say(f"sampling: {self.made:,} pictures made in {passed}, {self._rate()}{kept}")
 
     def _rate(self) -> str:
         return f"{self.made / max(time.monotonic() - self.began, 1e-9):.3g} pictures/s"
-
-
-def _clock(seconds: float) -> str:
-    """
-    >>> _clock(3725)
-    '1:02:05'
-    """
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

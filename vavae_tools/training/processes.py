@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from vavae_tools.errors import UserError
 from vavae_tools.machine import find_machine
+from vavae_tools.screen import in_notebook
 
 Run = TypeVar("Run", bound=Callable[..., Path])
 
@@ -33,7 +34,7 @@ def several_devices_from_a_cell(run: Run) -> Run:
     def call(*args: Any, **named: Any) -> Path:
         arguments = signature.bind(*args, **named).arguments
         wanted = (arguments.get("devices") or {}).get("devices", "auto")
-        if "ipykernel" not in sys.modules or (find_machine().devices if wanted == "auto" else int(wanted)) < 2:
+        if not in_notebook() or (find_machine().devices if wanted == "auto" else int(wanted)) < 2:
             return run(*args, **named)
         plain = {**arguments, **arguments.pop("changes", {})}  # what **changes gathered goes on by name, too
         plain = {name: value for name, value in plain.items() if name not in ("show", "say", "changes")}

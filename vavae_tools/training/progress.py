@@ -1,12 +1,13 @@
 """One progress bar over a whole training: steps, rate, what is left, the losses; plain lines where output is piped."""
 
-import sys
 import time
 from collections.abc import Callable
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm.auto import tqdm
+
+from vavae_tools.screen import clock, someone_looks
 
 SHOWN = ("train/loss", "val/loss", "val/psnr", "val/right", "val/frechet_ratio")
 
@@ -15,11 +16,6 @@ SHOWN = ("train/loss", "val/loss", "val/psnr", "val/right", "val/frechet_ratio")
 def say(line: str) -> None:
     """Print a line at once, and once: of several processes only the first speaks."""
     print(line, flush=True)
-
-
-def someone_looks() -> bool:
-    """Whether a bar that moves has a reader: a screen or a notebook, not a file."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 class Progress(L.Callback):
@@ -52,9 +48,7 @@ class Progress(L.Callback):
             passed = time.monotonic() - self.began
             rate = (step - self.start) / max(passed, 1e-9)
             left = (self.total - step) / max(rate, 1e-9)
-            self.say(
-                f"step {step:>6,}/{self.total:,}  {rate:6.2f} steps/s  {_clock(left)} left  {self.losses(trainer)}"
-            )
+            self.say(f"step {step:>6,}/{self.total:,}  {rate:6.2f} steps/s  {clock(left)} left  {self.losses(trainer)}")
 
     def losses(self, trainer: L.Trainer) -> str:
         shown = {name: trainer.logged_metrics.get(name) for name in SHOWN}
@@ -70,13 +64,3 @@ class Progress(L.Callback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def _clock(seconds: float) -> str:
-    """
-    >>> _clock(3725)
-    '1:02:05'
-    """
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -21,9 +21,9 @@ from vavae_tools.data.pixels import to_pixels, to_unit
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation.metrics import psnr, ssim
+from vavae_tools.screen import someone_looks
 from vavae_tools.training.adversarial_module import AdversarialModule
 from vavae_tools.training.ema import EMA
-from vavae_tools.training.progress import someone_looks
 from vavae_tools.training.schedule import warmed_up
 
 TOKENS_LIMIT = 4 * 2**30
