@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.objectives import FlowMatching
 from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
+from vavae_tools.machine import keep_freed_memory
 from vavae_tools.training.ema import EMA
 
 SIZES = {
@@ -314,6 +315,8 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="a checkout of hustvl/LightningDiT, timed beside ours")
     parser.add_argument("--repeats", type=int, default=15, help="turns of each")
     options = parser.parse_args()
+    if options.device == "cpu":
+        keep_freed_memory()  # as trainings do
     if options.reference and not (options.reference / "models" / "lightningdit.py").is_file():
         print(f"No models/lightningdit.py in {options.reference}: the reference is left out.")
         options.reference = None

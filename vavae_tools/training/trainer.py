@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vavae_tools.checkpoints.folders import read_any
 from vavae_tools.errors import Stopped, UserError
+from vavae_tools.machine import keep_freed_memory
 from vavae_tools.training.checkpoints import WholeCheckpointIO
 from vavae_tools.training.progress import Progress
 
@@ -26,6 +27,8 @@ def build_trainer(
     Raises:
         UserError: settings that Lightning cannot use, such as a strategy whose package is missing.
     """
+    if settings.get("accelerator") == "cpu":
+        keep_freed_memory()
     try:
         return L.Trainer(
             **settings,
