@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vavae_tools.errors import Stopped, UserError, run_command
-from vavae_tools.files import read_checkpoint, write_json, written_whole
+from vavae_tools.files import keep_once, read_checkpoint, write_json, written_whole
 
 
 def names(folder) -> list[str]:
@@ -171,3 +171,16 @@ def test_a_reader_that_has_gone_is_no_fault():
     assert process.stdout.readline() == "line 0\n"
     process.stdout.close()
     assert (process.stderr.read(), process.wait(30)) == ("", 0)
+
+
+def test_equal_files_of_two_folders_take_the_room_of_one(tmp_path):
+    for folder, content in (("kept", b"weights"), ("copies", b"weights"), ("others", b"wEights")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.safetensors").write_bytes(content)
+    keep_once(tmp_path / "kept", tmp_path / "copies")
+    keep_once(tmp_path / "kept", tmp_path / "others")
+    same = [
+        (tmp_path / "kept" / "a.safetensors").samefile(tmp_path / f / "a.safetensors") for f in ("copies", "others")
+    ]
+    assert same == [True, False] and (tmp_path / "others" / "a.safetensors").read_bytes() == b"wEights"
+    assert len(list((tmp_path / "copies").iterdir())) == 1

@@ -22,7 +22,7 @@ from vavae_tools.diffusion.objectives import FlowMatching, time_shift_of
 from vavae_tools.diffusion.pipeline import LatentDiTPipeline, load_pipeline, solver
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.errors import UserError
-from vavae_tools.files import save_model
+from vavae_tools.files import keep_once, save_model
 from vavae_tools.machine import find_device
 from vavae_tools.places import find_split
 from vavae_tools.ranks import first_alone, is_first
@@ -195,6 +195,7 @@ def train_dit(
     folder = output_dir / "pipeline"
     if trainer.is_global_zero:
         save_model(load_pipeline(checkpoints / "last.ckpt"), folder)
+        keep_once(output_dir / "autoencoder", folder / "vae")  # an RAE is 2 GB
         say(f"written: {folder}, {checkpoints}/, {output_dir / 'samples'}/")
     return folder
 
