@@ -15,6 +15,7 @@ from tiny import same
 from vavae_tools import experiments
 from vavae_tools.errors import UserError
 from vavae_tools.experiments import compose, help_text, keep_config, read_command_line, run_folder
+from vavae_tools.train import run_experiment
 from vavae_tools.training.checkpoints import LastCheckpoint
 
 ROOT = Path(__file__).parents[1]
@@ -236,6 +237,12 @@ def test_the_dummy_leaves_what_a_lightning_hydra_project_expects(train):
         assert values_of(run, tag), tag
     assert "20 dB" in said and f"next: python -m vavae_tools.sample --checkpoint {run / 'pipeline'}" in said
     assert (run / "reconstructions" / "before.png").is_file() and list((run / "samples").glob("*.png"))
+
+
+def test_each_run_of_a_notebook_has_its_own_folder(here):
+    short = [*SHORT, *SMALL, "model.dit_module.max_steps=1", "callbacks.previews=0"]
+    made = {run_experiment(*short).parent for _ in range(2)}
+    assert len(made) == 2 == len(list(Path("logs/runs").glob("*/*")))
 
 
 def test_ckpt_path_last_goes_on_bit_by_bit(train, monkeypatch):

@@ -1,10 +1,19 @@
 """Train an experiment: `python -m vavae_tools.train experiment=NAME key=value …`, or with flags."""
 
+import os
 import sys
 from pathlib import Path
 
 from vavae_tools.errors import run_command
-from vavae_tools.experiments import CommandLine, compose, help_text, keep_config, read_command_line, run_folder
+from vavae_tools.experiments import (
+    RUN_FOLDER,
+    CommandLine,
+    compose,
+    help_text,
+    keep_config,
+    read_command_line,
+    run_folder,
+)
 
 
 def main() -> None:
@@ -48,7 +57,10 @@ def _run(line: CommandLine, words: tuple[str, ...] | list[str]) -> Path:
     trainer_settings(**values["trainer"])  # what this machine cannot do is said before anything is written
     keep_config(config, words, folder)
     rooms = {room: values[room] for room in ("data", "model", "trainer", "callbacks")}
-    made = task(**rooms, output_dir=folder, resume=resume, seed=config.seed)
+    try:
+        made = task(**rooms, output_dir=folder, resume=resume, seed=config.seed)
+    finally:
+        os.environ.pop(RUN_FOLDER, None)  # a notebook's next run has a folder of its own
     if made.name == "pipeline":
         say(f"next: python -m vavae_tools.sample --checkpoint {made} --num_samples 100 --output_dir outputs/samples")
     return made
