@@ -1,8 +1,28 @@
 """What several test files share: thirty tiny simulated pictures of three people, their split, their latents."""
 
+import sys
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """Run a command's `main` here: its exit status, what it printed, and what it said on stderr."""
+    from vavae_tools.errors import run_command
+
+    def run(main, *words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+        capsys.readouterr()
+        status = 0
+        try:
+            run_command(main)
+        except SystemExit as exit:
+            status = exit.code
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -40,23 +40,11 @@ def main_of(name: str):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a command here: its exit status, what it printed, and what it said on stderr."""
+def run(monkeypatch, run_main, tmp_path):
+    """Run a command by its name, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VAVAE_WORK", raising=False)
-
-    def run(name: str, *arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        capsys.readouterr()
-        status = 0
-        try:
-            run_command(main_of(name))
-        except SystemExit as exit:
-            status = exit.code
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
+    return lambda name, *words: run_main(main_of(name), *words)
 
 
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:

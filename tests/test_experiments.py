@@ -28,8 +28,7 @@ def meant(*words: str):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(experiments.RUN_FOLDER, raising=False)
-    monkeypatch.setenv(experiments.RUN_FOLDER, "")
+    monkeypatch.setenv(experiments.RUN_FOLDER, "")  # so that it is put back as it was, whatever a run leaves there
     monkeypatch.delenv(experiments.RUN_FOLDER)
     return tmp_path
 

@@ -179,8 +179,7 @@ def test_equal_files_of_two_folders_take_the_room_of_one(tmp_path):
         (tmp_path / folder / "a.safetensors").write_bytes(content)
     keep_once(tmp_path / "kept", tmp_path / "copies")
     keep_once(tmp_path / "kept", tmp_path / "others")
-    same = [
-        (tmp_path / "kept" / "a.safetensors").samefile(tmp_path / f / "a.safetensors") for f in ("copies", "others")
-    ]
-    assert same == [True, False] and (tmp_path / "others" / "a.safetensors").read_bytes() == b"wEights"
+    kept = tmp_path / "kept" / "a.safetensors"
+    assert [kept.samefile(tmp_path / folder / kept.name) for folder in ("copies", "others")] == [True, False]
+    assert (tmp_path / "others" / kept.name).read_bytes() == b"wEights"
     assert len(list((tmp_path / "copies").iterdir())) == 1

@@ -569,7 +569,7 @@ def test_latents_of_another_vavae_are_refused(split, tmp_path):
     assert not (tmp_path / "dit").exists()
 
 
-def test_another_decoder_leaves_the_latents_of_an_rae_valid(tmp_path, count_encoded):
+def test_another_decoder_leaves_the_latents_of_an_rae_valid(tmp_path):
     from vavae_tools.autoencoders.rae import tiny_rae
     from vavae_tools.data.shapes import shape_data
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from tiny import tiny_dit, tiny_vavae
 from vavae_tools.checkpoints.__main__ import main
 from vavae_tools.checkpoints.folders import look_at, read_any, write_any, write_folder
 from vavae_tools.checkpoints.resuming import check_resumable, resume_path, whole
-from vavae_tools.errors import UserError, run_command
+from vavae_tools.errors import UserError
 from vavae_tools.training.diffusion_module import DiffusionModule
 from vavae_tools.training.vavae_module import VAVAEModule
 
@@ -257,19 +256,13 @@ def test_a_compiled_network_takes_plain_names_and_the_reverse(tmp_path, wrap):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, run_main, tmp_path):
     """Run the command here: its status, the lines it printed, and what it said on stderr."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments) -> tuple[int, list[str], str]:
-        monkeypatch.setattr(sys, "argv", ["checkpoints", *map(str, arguments)])
-        status = 0
-        try:
-            run_command(main)
-        except SystemExit as exit:
-            status = exit.code
-        said = capsys.readouterr()
-        return status, said.out.splitlines(), said.err
+    def run(*words) -> tuple[int, list[str], str]:
+        status, out, err = run_main(main, *words)
+        return status, out.splitlines(), err
 
     return run
 

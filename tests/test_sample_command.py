@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import SIZE, tiny_pipeline, trained_looking
 
 from vavae_tools.diffusion.pipeline import load_pipeline, write_samples
-from vavae_tools.errors import UserError, run_command
+from vavae_tools.errors import UserError
 from vavae_tools.ranks import Ranks, run_ranks
 from vavae_tools.sample import main
 
@@ -33,24 +33,12 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path, models):
+def run(monkeypatch, run_main, tmp_path, models):
     """Run the command here: its exit status, what it printed, and what it said on stderr."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sample", *command(models, *arguments)])
-        capsys.readouterr()
-        status = 0
-        try:
-            run_command(main)
-        except SystemExit as exit:
-            status = exit.code
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
+    return lambda *words: run_main(main, *command(models, *words))
 
 
 def command(models, *arguments) -> list[str]:

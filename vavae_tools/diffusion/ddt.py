@@ -21,6 +21,7 @@ from vavae_tools.diffusion.transformer import (
     FourierTimeEmbed,
     PatchEmbed,
     Rope,
+    begin_as_identity,
     check_latents,
     rope_table,
     sincos_table,
@@ -112,17 +113,7 @@ class DDT(ModelMixin, ConfigMixin):
 
     def initialize_weights(self) -> None:
         """As the reference: only what is named here, the other linear maps keep PyTorch's own beginning."""
-        for embedder in (self.s_embedder, self.x_embedder):
-            # The patch convolution is a linear map of each patch: initialised as the matrix it is.
-            nn.init.xavier_uniform_(embedder.proj.weight.view(embedder.proj.out_channels, -1))
-            nn.init.zeros_(embedder.proj.bias)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        # adaLN-zero: closed gates make each block the identity, from where deep models train well.
-        modulations = [part.adaLN_modulation[1] for part in (*self.blocks, self.final_layer)]
-        for layer in (*modulations, self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        begin_as_identity([self.s_embedder, self.x_embedder], self.t_embedder, self.blocks, self.final_layer)
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, C, h, w), t (B,) with 0 = noise and 1 = data, conditioning (B, D) → velocity (B, C, h, w)."""

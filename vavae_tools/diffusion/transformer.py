@@ -6,6 +6,7 @@ nothing of noise schedules, classes or guidance: t in [0, 1] and a conditioning 
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -228,6 +229,23 @@ class FinalLayer(nn.Module):
         return self.linear(norm_and_modulate(self.norm_final, x, shift, scale))
 
 
+def begin_as_identity(
+    embedders: Iterable[PatchEmbed], t_embedder: nn.Module, blocks: Iterable[Block], final_layer: FinalLayer
+) -> None:
+    """The beginning that all DiTs share: blocks that pass x on unchanged, and an output of exactly zero."""
+    for embedder in embedders:
+        # The patch convolution is a linear map of each patch: initialised as the matrix it is.
+        nn.init.xavier_uniform_(embedder.proj.weight.view(embedder.proj.out_channels, -1))
+        nn.init.zeros_(embedder.proj.bias)
+    for layer in (t_embedder.mlp[0], t_embedder.mlp[2]):
+        nn.init.normal_(layer.weight, std=0.02)
+    # adaLN-zero: closed gates make each block the identity, from where deep models train well.
+    modulations = [part.adaLN_modulation[1] for part in (*blocks, final_layer)]
+    for layer in (*modulations, final_layer.linear):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
 class DiT(ModelMixin, ConfigMixin):
     """Latents (B, C, h, w), times in [0, 1] and conditioning vectors (B, hidden_size) → velocity (B, C, h, w).
 
@@ -305,16 +323,7 @@ class DiT(ModelMixin, ConfigMixin):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        # The patch convolution is a linear map of each patch: initialised as the matrix it is.
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.out_channels, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        # adaLN-zero: closed gates make each block the identity, from where deep models train well.
-        modulations = [part.adaLN_modulation[1] for part in (*self.blocks, self.final_layer)]
-        for layer in (*modulations, self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        begin_as_identity([self.x_embedder], self.t_embedder, self.blocks, self.final_layer)
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, C, h, w), t (B,) with 0 = noise and 1 = data, conditioning (B, D) → velocity (B, C, h, w)."""

@@ -1,7 +1,6 @@
 """Fine-tuning the decoder of a representation autoencoder (RAE) on one's own pictures, whole; and a look at how well
 an RAE reconstructs them."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from vavae_tools.data.shapes import shape_data
 from vavae_tools.errors import UserError
 from vavae_tools.files import save_model
 from vavae_tools.plots import picture_grid, show_inline
+from vavae_tools.ranks import is_first
 from vavae_tools.training.checkpoints import checkpoint_callbacks
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.previews import Previews
@@ -138,7 +138,7 @@ def fine_tune_rae_decoder(
     _say_plan(module, pictures, max_steps, a_step, epochs, settings["precision"], say)
 
     side = pictures.val_data if pictures.val_data is not None else pictures.train_data
-    show, first = show or show_inline, int(os.environ.get("LOCAL_RANK", 0)) == 0
+    show, first = show or show_inline, is_first()
     if first:
         model.to("cuda" if settings["accelerator"] == "gpu" else "cpu")
         before = _look(model, side, output_dir / "reconstructions" / "before.png", show)
