@@ -213,7 +213,7 @@ def folder_of(tmp_path: Path, counts: dict[str, int]) -> Path:
     for name, count in counts.items():
         (tmp_path / name).mkdir(parents=True)
         for i in range(count):
-            (tmp_path / name / f"{i}.png").write_bytes(b"never opened")
+            (tmp_path / name / f"{i}.png").write_bytes(f"never opened, {name} {i}".encode())
     return tmp_path
 
 
@@ -238,6 +238,15 @@ def test_what_is_held_out_follows_from_the_seed(tmp_path):
     assert held() == first and len(first) == 40 and held(seed=1) != first
     (tmp_path / "a" / "more.png").write_bytes(b"")
     assert len(held() ^ first) <= 2
+
+
+def test_equal_files_are_never_on_both_sides(tmp_path):
+    folder_of(tmp_path, {"a": 40})
+    for i in range(20):  # each of them twice
+        (tmp_path / "a" / f"{i + 20}.png").write_bytes((tmp_path / "a" / f"{i}.png").read_bytes())
+    data = picture_data(tmp_path, 8, val_share=0.3)
+    sides = [{path.read_bytes() for path in side.paths} for side in (data.train_data, data.val_data)]
+    assert not sides[0] & sides[1] and len(data.val_data) == 12
 
 
 @pytest.mark.parametrize(("share", "counts"), [(0, {"a": 9}), (0.5, {"a": 1, "b": 1})])

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from vavae_tools.data.folders import (
 )
 from vavae_tools.data.images import PictureFiles
 from vavae_tools.data.order import OrderedDataModule
-from vavae_tools.data.split_report import INFO_NAME, read_split_info
+from vavae_tools.data.sides import choose_sides
+from vavae_tools.data.split_report import INFO_NAME, Picture, read_split_info
 from vavae_tools.errors import UserError
 
 VALIDATION_SIDES = ("validation", "valid", "val", "dev", "test")
@@ -135,19 +136,31 @@ def picture_data(
 def hold_out(data: DecodedPictures, share: float, seed: int = 0) -> tuple[DecodedPictures, DecodedPictures | None]:
     """What trains, and what validates: `share` of each class, chosen by seed and name.
 
-    A class with two pictures or more has at least one on each side. Another picture more moves few others.
+    As in a split (`sides.choose_sides`): a class with two pictures or more has at least one on each side, equal files
+    stand on one side, and another picture more moves few others.
     """
-    of_label: dict[int, list[int]] = {}
-    for place, label in enumerate(data.labels.tolist()):
-        of_label.setdefault(label, []).append(place)
-    held = []
-    for places in of_label.values() if share else ():
-        places.sort(key=lambda place: hashlib.blake2b(f"{seed}/{data.names[place]}".encode()).digest())
-        held += places[: min(max(int(len(places) * share + 0.5), 1), len(places) - 1)]
+    if not share:
+        return data, None
+    contents = _equal_files(data.paths) if isinstance(data, PictureFiles) else {}
+    pictures = [
+        Picture(str(label), name, path="", bytes=0, mtime_ns=0, sha256=contents.get(place))
+        for place, (label, name) in enumerate(zip(data.labels.tolist(), data.names, strict=True))
+    ]
+    side_of = choose_sides(pictures, share, seed)
+    held = [place for place, picture in enumerate(pictures) if side_of[picture.key] == "val"]
     if not held:
         return data, None
     held_out = set(held)
-    return data.part([place for place in range(len(data)) if place not in held_out]), data.part(sorted(held))
+    return data.part([place for place in range(len(data)) if place not in held_out]), data.part(held)
+
+
+def _equal_files(paths: Sequence[Path]) -> dict[int, str]:
+    """Place → a hash of its contents, of those files alone that are as long as another one."""
+    of_length: dict[int, list[int]] = {}
+    for place, path in enumerate(paths):
+        of_length.setdefault(path.stat().st_size, []).append(place)
+    alike = [place for places in of_length.values() if len(places) > 1 for place in places]
+    return {place: hashlib.sha256(paths[place].read_bytes()).hexdigest() for place in alike}
 
 
 # ---- folders
