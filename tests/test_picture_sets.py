@@ -13,6 +13,7 @@ from PIL import Image
 
 from vavae_tools.data import decoded
 from vavae_tools.data.crops import CROPS, centre_crop
+from vavae_tools.data.decoded import Names
 from vavae_tools.data.images import PictureDataModule
 from vavae_tools.data.picture_sets import PictureSetDataModule, hold_out, picture_data
 from vavae_tools.data.shapes import (
@@ -28,6 +29,8 @@ from vavae_tools.data.shapes import (
     shape_data,
     shape_names,
 )
+from vavae_tools.data.sides import choose_sides
+from vavae_tools.data.split_report import Picture
 from vavae_tools.errors import UserError
 
 
@@ -249,6 +252,19 @@ def test_equal_files_are_never_on_both_sides(tmp_path):
     assert not sides[0] & sides[1] and len(data.val_data) == 12
 
 
+def test_classes_are_held_out_one_by_one_as_all_at_once(tmp_path):
+    """Where no pictures are equal: `choose_sides` for all, which needs a description of each at the same time."""
+    data = picture_data(folder_of(tmp_path, {f"{k}": 3 * k + 1 for k in range(9)}), 8, val_share=0).train_data
+    described = [
+        Picture(str(label), name, path="", bytes=0, mtime_ns=0)
+        for label, name in zip(data.labels.tolist(), data.names, strict=True)
+    ]
+    expected = choose_sides(described, 0.3, seed=4)
+    train, val = hold_out(data, 0.3, seed=4)
+    assert val.names == [picture.name for picture in described if expected[picture.key] == "val"]
+    assert train.names == [picture.name for picture in described if expected[picture.key] == "train"]
+
+
 @pytest.mark.parametrize(("share", "counts"), [(0, {"a": 9}), (0.5, {"a": 1, "b": 1})])
 def test_nothing_may_be_held_out(tmp_path, share, counts):
     data = picture_data(folder_of(tmp_path, counts), 8, val_share=share)
@@ -298,6 +314,17 @@ def test_each_picture_is_opened_once(tmp_path, monkeypatch):
         assert len([*data.train_dataloader(), *data.val_dataloader()]) == 13
     data.train_data.few_of_each(5)
     assert len(opened) == len(set(opened)) == 130
+
+
+def test_names_of_a_part_and_of_all():
+    given = ["a/1.png", "", "ü/日本.png", "b"]
+    names = Names(given)
+    assert len(names) == 4 and list(names) == given == [names[i] for i in range(4)] and names[-2:] == given[-2:]
+    assert names == given and names != [*given, "c"] and names != [*given[:3], "c"]
+    assert names.part([3, 0, 0]) == ["b", "a/1.png", "a/1.png"] and len(names.part([])) == 0
+    assert Names.joined([names, names.part([]), names.part([2])]) == [*given, "ü/日本.png"]
+    with pytest.raises(IndexError):
+        names[4]
 
 
 def test_previews_and_further_rows(tmp_path):
@@ -476,6 +503,20 @@ def test_datasets_that_do_not_fit_the_memory(hf, tmp_path, monkeypatch):
         for picture, place in zip(batch["pictures"], batch["index"], strict=True):
             expected = np.asarray(centre_crop(pictures[place], (8, 8)))
             assert picture.shape == (3, 8, 8) and all(np.array_equal(channel, expected) for channel in picture)
+
+
+def test_only_the_rows_of_a_batch_are_taken_from_several_files(hf, tmp_path, monkeypatch):
+    dataset = labelled(hf, list(range(30)), [i % 3 for i in range(30)])
+    dataset.save_to_disk(str(tmp_path / "d"), num_shards=4)
+    assert len(list((tmp_path / "d").glob("*.arrow"))) == 4
+    monkeypatch.setattr(decoded, "MEMORY_LIMIT", 0)
+    data = picture_data(tmp_path / "d", 8, val_share=0).train_data
+    assert data._dataset.column_names == ["image"]
+    opened, open_picture = [], type(data).opened
+    monkeypatch.setattr(type(data), "opened", lambda self, row: opened.append(1) or open_picture(self, row))
+    batch = data.__getitems__([29, 3, 17, 8])
+    assert batch["pictures"][:, 0, 0, 0].tolist() == [29, 3, 17, 8] and len(opened) == 4
+    assert batch["labels"].tolist() == [2, 0, 2, 2] and data._memory is None
 
 
 def test_each_row_is_opened_once(hf, tmp_path, monkeypatch):

@@ -3,8 +3,8 @@
 import copy
 import hashlib
 import json
-import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from typing import Any, Self
@@ -17,19 +17,82 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from vavae_tools.data.crops import CROPS, check_crop
+from vavae_tools.data.loading import ranks_here, usable_cores
 from vavae_tools.data.pixels import in_channels, readable
 from vavae_tools.errors import UserError
 
 MEMORY_LIMIT = 4 * 2**30
-"""Decoded pictures up to this many bytes are kept in memory: 21,000 of 256×256, a seventh of what Kaggle has."""
+"""Decoded pictures up to this many bytes are kept in memory: 21,000 of 256×256, a seventh of what Kaggle has.
+
+The processes of one machine share it, since each of them keeps all pictures."""
 _AT_ONCE = 64  # pictures that a thread decodes before it asks for more
+
+
+class Names(Sequence[str]):
+    """Many names as one run of bytes: a fifth of a list's memory, and no page of it is copied by a loading process.
+
+    >>> names = Names(["cat/1.png", "dog/2.png"])
+    >>> len(names), names[1], names.part([1]) == ["dog/2.png"]
+    (2, 'dog/2.png', True)
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._take(name.encode("utf-8", "surrogateescape") for name in names)
+
+    def _take(self, encoded: Iterable[bytes]) -> None:
+        text, ends = bytearray(), array("q", [0])
+        for name in encoded:
+            text += name
+            ends.append(len(text))
+        self.text, self.ends = bytes(text), np.array(ends, dtype=np.int64)
+
+    @classmethod
+    def of_bytes(cls, text: bytes, ends: np.ndarray) -> Self:
+        """Of what `text` and `ends` of other names are; `ends` int64 (N + 1,) begins with 0."""
+        names = cls.__new__(cls)
+        names.text, names.ends = text, ends
+        return names
+
+    @classmethod
+    def joined(cls, parts: Sequence["Names"]) -> Self:
+        """The names of one after those of the other."""
+        starts = np.cumsum([0, *(len(part.text) for part in parts)])
+        ends = [part.ends[1:] + start for part, start in zip(parts, starts[:-1], strict=True)]
+        return cls.of_bytes(b"".join(part.text for part in parts), np.concatenate([[0], *ends]).astype(np.int64))
+
+    def part(self, places: Sequence[int]) -> Self:
+        places = np.asarray(places, dtype=np.int64)
+        part = type(self).__new__(type(self))
+        bounds = zip(self.ends[places].tolist(), self.ends[places + 1].tolist(), strict=True)
+        part._take(self.text[start:end] for start, end in bounds)
+        return part
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        place = range(len(self))[place]
+        return self.text[self.ends[place] : self.ends[place + 1]].decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for end in self.ends[1:].tolist():
+            yield self.text[start:end].decode("utf-8", "surrogateescape")
+            start = end
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
+
+    __hash__ = None
 
 
 class DecodedPictures(Dataset):
     """One side; a subclass says by `stored` and `opened` where pictures lie and how one is opened.
 
     Args:
-        names: of the pictures, each once.
+        names: of the pictures, each once; a list, or `Names` where they are many.
         labels: int64 (N,).
         image_size: pixels, one number or (height, width).
         crop: "adm" or "none", see `crops`.
@@ -55,7 +118,7 @@ class DecodedPictures(Dataset):
         progress: bool = True,
     ) -> None:
         check_crop(crop)
-        self.names, self.labels = list(names), labels
+        self.names, self.labels = names if isinstance(names, Names) else list(names), labels
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if min(self.image_size) < 1:
             raise UserError(f"image_size {image_size}: at least one pixel is needed")
@@ -82,7 +145,8 @@ class DecodedPictures(Dataset):
     def part(self, places: Sequence[int]) -> Self:
         """Some of these pictures, as a side of their own; nothing is decoded for it."""
         part = copy.copy(self)
-        part.names, part.labels = [self.names[place] for place in places], self.labels[torch.as_tensor(places)]
+        taken = self.names.part(places) if isinstance(self.names, Names) else [self.names[place] for place in places]
+        part.names, part.labels = taken, self.labels[torch.as_tensor(places)]
         part.along, part._memory = {}, None
         return part
 
@@ -95,7 +159,16 @@ class DecodedPictures(Dataset):
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
     def fits_memory(self) -> bool:
-        return len(self) * self.image_size[0] * self.image_size[1] * self.channels <= MEMORY_LIMIT
+        """Whether all of them, decoded, fit into this process's part of `MEMORY_LIMIT`."""
+        return len(self) * self._picture_bytes() <= MEMORY_LIMIT // ranks_here()
+
+    def _picture_bytes(self) -> int:
+        return self.image_size[0] * self.image_size[1] * self.channels
+
+    def row_bytes(self) -> int:
+        """Bytes of one picture in a batch, with its rows of `along`."""
+        along = sum(rows[:1].numel() * rows.element_size() for rows in self.along.values())
+        return self._picture_bytes() + 2 * self.labels.element_size() + along
 
     def in_memory(self) -> Tensor:
         """All pictures, uint8 (N, C, H, W), decoded by several threads on the first call."""
@@ -105,7 +178,7 @@ class DecodedPictures(Dataset):
             hidden = True if not self._progress or len(self) < 500 else None
             bar = tqdm(total=len(self), desc=f"reading {self.title}", unit="picture", disable=hidden)
             # Pillow decodes without the interpreter's lock
-            with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+            with bar, ThreadPoolExecutor(max(1, usable_cores() // ranks_here())) as pool:
                 try:
                     for done in pool.map(lambda part: self._decode_into(memory[part.start : part.stop], part), parts):
                         bar.update(done)

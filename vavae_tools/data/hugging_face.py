@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vavae_tools.data.decoded import DecodedPictures
+from vavae_tools.data.decoded import DecodedPictures, Names
 from vavae_tools.data.folders import either, labels_of, listed
 from vavae_tools.errors import UserError
 
@@ -127,7 +127,7 @@ def read_sides(
     name_of = {number: name for name, number in labels.items()}
     sides = []
     for name, dataset in datasets.items():
-        names = [f"{name_of[number]}/{row:06d}" for row, number in enumerate(of_rows[name].tolist())]
+        names = Names(f"{name_of[number]}/{row:06d}" for row, number in enumerate(of_rows[name].tolist()))
         rows = torch.arange(len(dataset))
         title = f"{data_dir.name}, {name}"
         sides.append(DatasetPictures(dataset, picture, rows, names, of_rows[name], title=title, **options))

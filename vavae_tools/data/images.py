@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from vavae_tools.data.decoded import DecodedPictures
 from vavae_tools.data.folders import PICTURE_EXTENSIONS, labels_of, list_folders
+from vavae_tools.data.loading import loading_workers
 from vavae_tools.data.order import OrderedDataModule
 from vavae_tools.data.pixels import is_grey, readable
 from vavae_tools.data.split import read_split_info
@@ -125,6 +125,9 @@ class PictureDataModule(OrderedDataModule):
         num_workers: loading processes per device; by default 0 where the pictures fit into memory, else 4 at most.
         channels: 3, or 1 for grey; by default what the training side's pictures have.
 
+    Attributes:
+        remark: a line that says why there are fewer loading processes than cores; mostly empty.
+
     Raises:
         UserError: the folder holds no split.
     """
@@ -146,9 +149,10 @@ class PictureDataModule(OrderedDataModule):
         val_folder = Path(data_dir) / "val"
         has_validation = val_folder.is_dir() and any(list_folders(val_folder, info["image_extensions"]).values())
         self.val_data = PictureFolder(val_folder, image_size, **options) if has_validation else None
-        if num_workers is None:
-            num_workers = 0 if self.train_data.fits_memory() else min(4, os.cpu_count() or 1)
-        super().__init__(batch_size, num_workers, seed)
+        self.remark = ""
+        if num_workers is None and not self.train_data.fits_memory():
+            num_workers, self.remark = loading_workers(batch_size * self.train_data.row_bytes())
+        super().__init__(batch_size, num_workers or 0, seed)
         self.labels = labels
         self.num_classes = max(labels.values()) + 1
 

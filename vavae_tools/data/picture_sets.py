@@ -1,16 +1,17 @@
-"""Pictures that no split was made of, as batches: a folder per class, train/ and val/, or a Hugging Face dataset."""
+"""Pictures that no split was made of, as batches: a folder per class, tar shards, or a Hugging Face dataset."""
 
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from vavae_tools.data import hugging_face
+from vavae_tools.data import hugging_face, tar_shards
 from vavae_tools.data.decoded import DecodedPictures
 from vavae_tools.data.folders import (
     PICTURE_EXTENSIONS,
@@ -24,6 +25,7 @@ from vavae_tools.data.folders import (
     person_folders,
 )
 from vavae_tools.data.images import PictureFiles
+from vavae_tools.data.loading import loading_workers
 from vavae_tools.data.order import OrderedDataModule
 from vavae_tools.data.sides import choose_sides
 from vavae_tools.data.split_report import INFO_NAME, Picture, read_split_info
@@ -41,8 +43,12 @@ class PictureSetDataModule(OrderedDataModule):
         train_data, val_data: the sides; None where nothing validates.
         labels: class name → label.
         batch_size: pictures per device and step.
-        num_workers: loading processes per device; by default 0 where the pictures fit into memory, else 4 at most.
+        num_workers: loading processes per device; by default 0 where the pictures fit into memory, else what
+            `loading_workers` finds.
         seed: of the order.
+
+    Attributes:
+        remark: a line that says why there are fewer loading processes than cores; mostly empty.
     """
 
     def __init__(
@@ -54,11 +60,16 @@ class PictureSetDataModule(OrderedDataModule):
         num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
-        if num_workers is None:
-            num_workers = 0 if train_data.fits_memory() else min(4, os.cpu_count() or 1)
-        super().__init__(batch_size, num_workers, seed)
+        self.remark = ""
+        self._finds_workers = num_workers is None
+        super().__init__(batch_size, num_workers or 0, seed)
         self.train_data, self.val_data, self.labels = train_data, val_data, labels
         self.num_classes = max(labels.values()) + 1
+        self._find_workers()
+
+    def _find_workers(self) -> None:
+        if self._finds_workers and not self.train_data.fits_memory():
+            self.num_workers, self.remark = loading_workers(self.batch_size * self.train_data.row_bytes())
 
     def fingerprint(self) -> str:
         """A hash of both sides and their labels."""
@@ -66,6 +77,7 @@ class PictureSetDataModule(OrderedDataModule):
         return hashlib.sha256(json.dumps([sides, self.labels]).encode()).hexdigest()
 
     def _loader(self, data: DecodedPictures, order: Sampler | None, batch_size: int) -> DataLoader:
+        self._find_workers()  # again, for what has come `along` since then
         if self.num_workers and data.fits_memory():
             data.in_memory()  # now, once, and not in each worker
         return super()._loader(data, order, batch_size)
@@ -91,10 +103,12 @@ def picture_data(
     - a folder per class, with any names; pictures in folders below a class's own belong to it, as in torchvision's
       ImageFolder;
     - such folders in `train/`, and in `validation/ valid/ val/ dev/ test/` (the first one there) what validates;
+    - tar files (WebDataset shards), in it or in folders of the same names, or with these words in the files' names;
+      or the tar files themselves, as `data/train-{000..099}.tar` or `data/*.tar`: see `tar_shards`;
     - a split of `data_split.py`, whose labels are kept;
     - a dataset of Hugging Face's `datasets`, as `save_to_disk` writes it, alone or with the same sides.
 
-    Classes are numbered by `folders.labels_of`, those of a Hugging Face ClassLabel as it says.
+    Classes are numbered by `folders.labels_of`, those of a Hugging Face ClassLabel or a tar's numbers as they say.
 
     Args:
         image_size: pixels, one number or (height, width).
@@ -114,18 +128,22 @@ def picture_data(
     data_dir = Path(data_dir).expanduser()
     if not 0 <= val_share < 1:
         raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
-    if not data_dir.is_dir():
+    names_shards = tar_shards.is_pattern(data_dir)
+    if not names_shards and not data_dir.is_dir():
         raise UserError(no_such_folder(data_dir))
     is_dataset = hugging_face.is_dataset(data_dir)
     if use_hf_dataset and not is_dataset:
+        there = "it names tar files" if names_shards else f"it holds {contents(data_dir)}"
         raise UserError(
-            f"{data_dir} is no Hugging Face dataset; it holds {contents(data_dir)}. Expected what save_to_disk writes "
-            f"({hugging_face.MARKS}); with use_hf_dataset=false a folder per class is read"
+            f"{data_dir} is no Hugging Face dataset; {there}. Expected what save_to_disk writes "
+            f"({hugging_face.MARKS}); with use_hf_dataset=false tar files or a folder per class are read"
         )
     crop = crop or ("none" if (data_dir / INFO_NAME).is_file() else "adm")
     options = {"image_size": image_size, "crop": crop, "channels": channels, "progress": progress}
     if is_dataset and use_hf_dataset is not False:
         labels, train, val = hugging_face.read_sides(data_dir, train_split, VALIDATION_SIDES, **options)
+    elif names_shards or _holds_shards_alone(data_dir, train_split):
+        labels, train, val = tar_shards.read_sides(data_dir, train_split, VALIDATION_SIDES, EXTENSIONS, **options)
     else:
         labels, train, val = _read_folders(data_dir, train_split, options)
     if val is None:
@@ -133,25 +151,50 @@ def picture_data(
     return PictureSetDataModule(train, val, labels, batch_size, num_workers, seed)
 
 
+def _holds_shards_alone(data_dir: Path, train_split: str) -> bool:
+    """Tar files; not beside folders of pictures, which they may have been unpacked to, nor in a split."""
+    if (data_dir / INFO_NAME).is_file() or not tar_shards.holds_shards(data_dir, train_split):
+        return False
+    return not any(
+        _files_by_class(folder, EXTENSIONS) for folder in (data_dir / train_split, data_dir) if folder.is_dir()
+    )
+
+
 def hold_out(data: DecodedPictures, share: float, seed: int = 0) -> tuple[DecodedPictures, DecodedPictures | None]:
     """What trains, and what validates: `share` of each class, chosen by seed and name.
 
-    As in a split (`sides.choose_sides`): a class with two pictures or more has at least one on each side, equal files
-    stand on one side, and another picture more moves few others.
+    As in a split (`sides.choose_sides`): a class with two pictures or more has at least one on each side, and another
+    picture more moves few others. Equal files stand on one side; pictures in tar files and Hugging Face datasets are
+    not compared with each other, which would read all of them.
     """
     if not share:
         return data, None
-    contents = _equal_files(data.paths) if isinstance(data, PictureFiles) else {}
-    pictures = [
-        Picture(str(label), name, path="", bytes=0, mtime_ns=0, sha256=contents.get(place))
-        for place, (label, name) in enumerate(zip(data.labels.tolist(), data.names, strict=True))
-    ]
-    side_of = choose_sides(pictures, share, seed)
-    held = [place for place, picture in enumerate(pictures) if side_of[picture.key] == "val"]
-    if not held:
+    held = np.zeros(len(data), dtype=bool)
+    for pictures in _held_apart(data):
+        side_of = choose_sides(list(pictures.values()), share, seed)
+        held[[place for place, picture in pictures.items() if side_of[picture.key] == "val"]] = True
+    if not held.any():
         return data, None
-    held_out = set(held)
-    return data.part([place for place in range(len(data)) if place not in held_out]), data.part(held)
+    return data.part(np.flatnonzero(~held)), data.part(np.flatnonzero(held))
+
+
+def _held_apart(data: DecodedPictures) -> Iterator[dict[int, Picture]]:
+    """Place → picture, of those whose sides depend on each other: class by class where none equals another's.
+
+    So a million are never described at once, which would be more memory than a process has.
+    """
+    contents = _equal_files(data.paths) if isinstance(data, PictureFiles) else {}
+    of_each = [np.arange(len(data))] if contents else _places_by_label(data.labels.numpy())
+    for places in of_each:
+        yield {
+            place: Picture(str(label), data.names[place], path="", bytes=0, mtime_ns=0, sha256=contents.get(place))
+            for place, label in zip(places.tolist(), data.labels[places].tolist(), strict=True)
+        }
+
+
+def _places_by_label(labels: np.ndarray) -> list[np.ndarray]:
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def _equal_files(paths: Sequence[Path]) -> dict[int, str]:
