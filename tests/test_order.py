@@ -1,10 +1,12 @@
 """The order of the training data: whole epochs, the same on any number of processes, taken up at any batch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.data import Dataset
 
-from vavae_tools.data.order import EpochOrder, OrderedDataModule
+from vavae_tools.data.order import EpochOrder, OrderedDataModule, batches_in_order
 
 
 def of_epoch(order: EpochOrder, epoch: int) -> list[int]:
@@ -93,6 +95,40 @@ def test_validation_is_in_order_and_whole():
     data = SquaresModule(batch_size=6)
     data.val_data = Squares()
     assert torch.cat([batch["index"] for batch in data.val_dataloader()]).tolist() == list(range(20))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_processes_validate_all_once_in_as_many_batches_each(world_size, batch_size):
+    for length in range(1, 60):
+        ranks = [batches_in_order(length, batch_size, rank, world_size) for rank in range(world_size)]
+        sizes = [len(batch) for batches in ranks for batch in batches]
+        assert len({len(batches) for batches in ranks}) == 1 and min(sizes) > 0
+        if length < world_size:  # every process all of them: the mean over processes is theirs
+            assert ranks == [batches_in_order(length, batch_size)] * world_size
+            continue
+        in_turn = [index for together in zip(*ranks, strict=True) for batch in together for index in batch]
+        assert in_turn == list(range(length))
+        assert max(sizes) <= max(batch_size, 2 if world_size > 1 else 1)
+        assert world_size == 1 or max(sizes) - min(sizes) <= 1
+
+
+def test_alone_all_batches_but_the_last_are_full():
+    assert batches_in_order(7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert batches_in_order(6, 3) == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_process_validates_its_share_again_and_again(num_workers):
+    shares = []
+    for rank in range(3):
+        data = SquaresModule(batch_size=4, num_workers=num_workers)
+        data.val_data, data.trainer = Squares(), SimpleNamespace(global_rank=rank, world_size=3)
+        loader = data.val_dataloader()
+        seen = [[batch["index"].tolist() for batch in loader] for _ in range(2)]  # the second time by the same workers
+        assert seen[0] == seen[1] == batches_in_order(20, 4, rank, 3) and len(loader) == 2
+        shares += seen[0]
+    assert sorted(index for batch in shares for index in batch) == list(range(20))
 
 
 @pytest.mark.parametrize("when", ["before the loader is made", "after"])

@@ -3,19 +3,21 @@
 A folder of latents holds `train-00000.safetensors … val-00000.safetensors` with LightningDiT's keys (`latents`,
 `latents_flip` where flips were asked for, `labels`) and `latents.json`: the cache key, the pictures' names, and per
 channel mean and standard deviation of the training side. Each shard says in its header which key it belongs to, so that
-an encoding that was interrupted goes on after its last whole shard.
+an encoding that was interrupted goes on with what lacks. Several processes make a share of the shards each.
 """
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from vavae_tools.data.pixels import to_unit
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.files import disk_errors, write_json, written_whole
+from vavae_tools.ranks import Ranks
 
 SHARD_SIZE = 10_000
 SHARD_BYTES = 2**30
@@ -40,6 +43,8 @@ _FORM = 2  # of the files; another form is another cache key
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _PRECISIONS = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}
 _NAMES_OF_SHARDS = (("", ""), (".", ".*.partial"))
+_ALONE = (1, 1)
+"""What a side is cut for by one process: nothing."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ def encode_latents(
     dtype: str = "float32",
     statistics: tuple[Tensor | Sequence[float], Tensor | Sequence[float]] | None = None,
     precision: str = "32",
+    ranks: Ranks | None = None,
 ) -> LatentFolder:
     """Encode both sides once; latents that are there already and belong to these weights and pictures are kept.
 
@@ -125,10 +131,14 @@ def encode_latents(
         statistics: mean and standard deviation per channel, such as published ones, in place of those of the training
             side. An autoencoder with statistics of its own needs none: its latents have mean 0 and deviation 1.
         precision: "32", or "16" or "bf16" for a GPU, where a frozen encoder computes faster and about as exactly.
+        ranks: those that all call this, with the same arguments, and share the work: each encodes its shards, on its
+            own GPU where `device` is "cuda"; they hold the latents that one process alone would make. The folder must
+            be on a disk that all of them see. By default this process works alone.
 
     Raises:
         UserError: the picture size does not fit the autoencoder, there is no space on the disk, latents that are not
-            finite or that float16 cannot hold, or settings that cannot be.
+            finite or that float16 cannot hold, settings that cannot be, or a process of several that has other weights
+            or pictures than the first, or another disk.
     """
     output_dir = Path(output_dir)
     sides = {"train": pictures.train_data, "val": pictures.val_data}
@@ -138,42 +148,118 @@ def encode_latents(
         if value not in choices:
             raise UserError(f"{setting} {value!r} of latents: expected one of {', '.join(choices)}")
     given = _flat(statistics) if statistics is not None else None
+    together = _Together(ranks or Ranks())
+    if together.size > 1 and str(device) == "cuda":
+        device = f"cuda:{together.ranks.local_rank}"
     weights = latents_digest(autoencoder)
     extra = {"dtype": dtype, "statistics": given, "precision": precision}
-    key = _cache_key(autoencoder, weights, sides, flips, seed, extra)
-    with suppress(UserError):  # no latents, or an index that is damaged: they are made anew
-        there = LatentFolder.read(output_dir)
-        if there.key == key and all((output_dir / name).is_file() for names in there.shards.values() for name in names):
-            return there
+    key = together.agree("key", lambda: _cache_key(autoencoder, weights, sides, flips, seed, extra))
+    together.check_equal("weights", weights)
+    together.check_equal("pictures", _digest_of_names(sides))
+    there = _complete(output_dir, key)
+    if together.count("complete", there is not None) == together.size:
+        return there
+    together.check_disk(output_dir)
 
     encoder = _Encoder(autoencoder.to(device).eval(), sides, flips, batch_size, device, seed, dtype, precision)
-    whole = _whole_shards(output_dir, key)
-    shape = next(iter(whole.values()))[1:] if whole else encoder.latent_shape()  # (C, h, w)
-    if given and any(len(values) != shape[0] for values in given):
-        count = " and ".join(str(len(values)) for values in given)
-        raise UserError(f"The statistics have {count} numbers, latents of this autoencoder {shape[0]} channels")
-    row_bytes = math.prod(shape) * _DTYPES[dtype].itemsize * (1 + flips) + 8  # 8 for the label
-    plan = _plan(sides, max(1, min(SHARD_SIZE, SHARD_BYTES // row_bytes)))
-    kept = {name for name, rows in plan.items() if name in whole and whole[name][0] == len(rows)}
-    _make_room(output_dir, sum(len(rows) for name, rows in plan.items() if name not in kept), row_bytes, kept)
+    encoder.shares = together.size > 1
+    plan = _Plan(**together.agree("plan", lambda: asdict(_planned(encoder, output_dir, key, together.size, given))))
     measured = _ChannelStatistics() if given is None and not autoencoder.has_own_statistics else None
-    _write_shards(encoder, plan, kept, shape, output_dir, key, measured, pictures.num_workers, progress)
-    mean, std = given or (measured.mean_and_std() if measured else ([0.0] * shape[0], [1.0] * shape[0]))
-    index = {
-        "key": key,
-        "weights": weights,
-        "mean": mean,
-        "std": std,
-        "shape": list(shape),
-        "image_size": list(pictures.train_data.image_size),
-        "flips": flips,
-        "people": pictures.labels,
-        "names": {side: list(data.names) for side, data in sides.items()},
-        "shards": {side: [name for name in plan if name.startswith(side)] for side in sides},
-        "dtype": dtype,
-    }
-    write_json(output_dir / INDEX, index)
+    on_the_way = measured if together.size == 1 else None
+    _write_shards(encoder, plan, output_dir, key, on_the_way, pictures.num_workers, together, progress)
+
+    def finish() -> None:
+        if measured and not on_the_way:
+            for name in plan.of_side("train"):
+                measured.add(_mapped(output_dir / name)["latents"])
+        channels = plan.shape[0]
+        mean, std = given or (measured.mean_and_std() if measured else ([0.0] * channels, [1.0] * channels))
+        index = {
+            "key": key,
+            "weights": weights,
+            "mean": mean,
+            "std": std,
+            "shape": list(plan.shape),
+            "image_size": list(pictures.train_data.image_size),
+            "flips": flips,
+            "people": pictures.labels,
+            "names": {side: list(data.names) for side, data in sides.items()},
+            "shards": {side: plan.of_side(side) for side in sides},
+            "dtype": dtype,
+        }
+        write_json(output_dir / INDEX, index)
+
+    together.agree("index", finish)
+    until = time.monotonic() + 120
+    while together.size > 1 and _complete(output_dir, key) is None and time.monotonic() < until:
+        time.sleep(0.5)  # another machine may remember for a while that nothing was there
     return LatentFolder.read(output_dir)
+
+
+def _complete(folder: Path, key: str) -> LatentFolder | None:
+    """The latents of this key, where all of them are there."""
+    with suppress(UserError):  # no latents, or an index that is damaged: they are made anew
+        there = LatentFolder.read(folder)
+        if there.key == key and all((folder / name).is_file() for names in there.shards.values() for name in names):
+            return there
+    return None
+
+
+class _Together:
+    """Those that encode together; what they tell each other goes under names of this encoding alone."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.size, self.is_first = ranks, ranks.size, ranks.rank == 0
+        number = ranks.counts["encodings"] = ranks.counts.get("encodings", 0) + 1  # each process counts for itself
+        self._name = f"encoding {number}"
+
+    def agree(self, what: str, make: Callable[[], Any]) -> Any:
+        """What the first process makes, plain values, for all; the others wait for it."""
+        return self.ranks.share(f"{self._name} {what}", make() if self.is_first else None)
+
+    def add(self, what: str, count: int) -> int:
+        """Add to what all count together → the sum so far."""
+        return self.ranks.add(f"{self._name} {what}", count)
+
+    def count(self, what: str, yes: bool) -> int:
+        """How many of them say yes."""
+        self.add(what, int(yes))
+        self.wait(what)
+        return self.agree(f"{what}, of all", lambda: self.add(what, 0))
+
+    def wait(self, what: str, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Until all have come here."""
+        self.add(f"{what}, here", 1)
+        while self.is_first and self.add(f"{what}, here", 0) < self.size:
+            meanwhile()
+            time.sleep(0.05)
+        self.agree(f"{what}, all here", lambda: True)
+
+    def check_equal(self, what: str, digest: str) -> None:
+        """Raises a UserError where this process has something else than the first."""
+        if self.agree(what, lambda: digest) != digest:
+            raise UserError(
+                f"Process {self.ranks.rank + 1} of {self.size} has other {what} than the first: give all machines the "
+                "same, then start again"
+            )
+
+    def check_disk(self, folder: Path) -> None:
+        """Raises a UserError where this process does not see the folder that the first sees."""
+        if self.size == 1:
+            return
+        mark = folder / ".train-together.safetensors.mark.partial"  # after a kill it goes as half-written shards do
+        if self.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        self.agree("mark", lambda: True)
+        if not mark.is_file():
+            raise UserError(
+                f"Process {self.ranks.rank + 1} of {self.size} does not see {folder.absolute()} of the first one: name "
+                "a folder on a disk that all machines share, or encode the pictures on each machine first"
+            )
+        self.wait("mark")
+        if self.is_first:
+            mark.unlink()
 
 
 def _check_fit(autoencoder: nn.Module, image_size: tuple[int, int]) -> None:
@@ -199,13 +285,74 @@ def _flat(statistics: tuple[Tensor | Sequence[float], Tensor | Sequence[float]])
     return mean, std
 
 
-def _plan(sides: dict[str, Dataset], most: int) -> dict[str, range]:
-    """Which rows of its side each shard holds."""
-    return {
-        f"{side}-{number:05d}.safetensors": range(start, min(start + most, len(data)))
-        for side, data in sides.items()
-        for number, start in enumerate(range(0, len(data), most))
-    }
+@dataclass(frozen=True)
+class _Plan:
+    """What is made, in plain values.
+
+    Attributes:
+        shape: (C, h, w) of one latent.
+        shards: name → first row on its side, and the one after its last.
+        cuts: side → what it was cut for, see `_cut`.
+        lacking: names of the shards that are not there yet.
+    """
+
+    shape: Sequence[int]
+    shards: dict[str, Sequence[int]]
+    cuts: dict[str, Sequence[int]]
+    lacking: Sequence[str]
+
+    def rows(self, name: str) -> range:
+        return range(*self.shards[name])
+
+    def of_side(self, side: str) -> list[str]:
+        return [name for name in self.shards if name.startswith(side)]
+
+
+def _planned(
+    encoder: "_Encoder",
+    folder: Path,
+    key: str,
+    processes: int,
+    statistics: tuple[list[float], list[float]] | None,
+) -> _Plan:
+    """See what is there already, and delete what is stale."""
+    whole = _whole_shards(folder, key)
+    shape = next(iter(whole.values())).shape if whole else encoder.latent_shape()  # (C, h, w)
+    if statistics and any(len(values) != shape[0] for values in statistics):
+        count = " and ".join(str(len(values)) for values in statistics)
+        raise UserError(f"The statistics have {count} numbers, latents of this autoencoder {shape[0]} channels")
+    row_bytes = math.prod(shape) * encoder.dtype.itemsize * (1 + encoder.flips) + 8  # 8 for the label
+    most = max(1, min(SHARD_SIZE, SHARD_BYTES // row_bytes))
+    shards, cuts, kept = {}, {}, set()
+    for side, data in encoder.sides.items():
+        begun = next((shard.cut for name, shard in whole.items() if name.startswith(side)), None)
+        cuts[side] = begun or ((processes, encoder.batch_size) if processes > 1 else _ALONE)
+        for number, rows in enumerate(_cut(len(data), most, *cuts[side])):
+            name = f"{side}-{number:05d}.safetensors"
+            shards[name] = rows.start, rows.stop
+            if whole.get(name) == _Whole(len(rows), shape, cuts[side]):
+                kept.add(name)
+    lacking = [name for name in shards if name not in kept]
+    _make_room(folder, sum(len(range(*shards[name])) for name in lacking), row_bytes, kept)
+    return _Plan(shape, shards, cuts, lacking)
+
+
+def _cut(length: int, most: int, processes: int, batch_size: int) -> list[range]:
+    """The rows of each shard of a side, so that each of some processes can make as many as any other.
+
+    One process makes shards of `most` rows. Of these several processes take a whole one each as long as there are
+    enough for all; the rest is cut between its batches, so that these stay those of one process, and with them every
+    bit of what an encoder makes.
+    """
+    shards = [range(start, min(start + most, length)) for start in range(0, length, most)]
+    as_they_are = length // most // processes * processes
+    parts = shards[:as_they_are]
+    for rows in shards[as_they_are:]:
+        batches = -(-len(rows) // batch_size)
+        count = min(processes, batches)
+        starts = [rows.start + batches * part // count * batch_size for part in range(count)]
+        parts += [range(start, end) for start, end in itertools.pairwise([*starts, rows.stop])]
+    return parts
 
 
 def _shard_files(folder: Path) -> list[Path]:
@@ -214,14 +361,25 @@ def _shard_files(folder: Path) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
-def _whole_shards(folder: Path, key: str) -> dict[str, tuple[int, ...]]:
-    """The shards that an encoding of this key wrote, and the shape of their latents, (N, C, h, w)."""
-    shapes = {}
+@dataclass(frozen=True)
+class _Whole:
+    """A shard that is there: how many latents of which shape (C, h, w), and what its side was cut for."""
+
+    count: int
+    shape: tuple[int, ...]
+    cut: tuple[int, ...]
+
+
+def _whole_shards(folder: Path, key: str) -> dict[str, _Whole]:
+    """The shards that an encoding of this key wrote."""
+    found = {}
     for path in _shard_files(folder):
         with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                shapes[path.name] = tuple(file.get_slice("latents").get_shape())
-    return shapes
+            says = file.metadata() or {}
+            if says.get("key") == key:
+                count, *shape = file.get_slice("latents").get_shape()
+                found[path.name] = _Whole(count, tuple(shape), tuple(json.loads(says.get("cut", str([*_ALONE])))))
+    return found
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:
@@ -247,34 +405,44 @@ def _make_room(folder: Path, count: int, row_bytes: int, kept: set[str]) -> None
 
 def _write_shards(
     encoder: "_Encoder",
-    plan: dict[str, range],
-    kept: set[str],
-    shape: tuple[int, ...],
+    plan: _Plan,
     folder: Path,
     key: str,
     measured: "_ChannelStatistics | None",
     num_workers: int,
+    together: _Together,
     progress: bool,
 ) -> None:
-    """Make the shards that are not kept, one at a time; `measured` sees all of the training side, as it is stored."""
-    total, done = sum(map(len, plan.values())), sum(len(plan[name]) for name in kept)
-    hidden = None if progress else True
-    with tqdm(total=total, initial=done, desc="encoding", unit="picture", disable=hidden) as bar:
+    """Make this process's share of what lacks, a shard at a time, and wait for the others.
+
+    `measured` sees all of the training side, as it is stored.
+    """
+    mine = set(plan.lacking[together.ranks.rank :: together.size])
+    there = sum(len(plan.rows(name)) for name in plan.shards if name not in plan.lacking)
+    hidden = None if progress and together.is_first else True
+    total = sum(len(plan.rows(name)) for name in plan.shards)
+    with tqdm(total=total, initial=there, desc="encoding", unit="picture", disable=hidden) as bar:
+
+        def advance(count: int = 0) -> None:
+            bar.update(there + together.add("encoded", count) - bar.n)
+
         for side, data in encoder.sides.items():
-            of_side = {name: rows for name, rows in plan.items() if name.startswith(side)}
-            lacking = [rows for name, rows in of_side.items() if name not in kept]
-            batches = encoder.batches(side, lacking, num_workers)
-            for name, rows in of_side.items():
-                if name in kept:
-                    shard = _mapped(folder / name)
-                else:
-                    shard = encoder.shard(rows, shape, batches, bar)
+            names = plan.of_side(side)
+            batches = encoder.batches(side, [plan.rows(name) for name in names if name in mine], num_workers)
+            says = {"key": key} if tuple(plan.cuts[side]) == _ALONE else {"key": key, "cut": str([*plan.cuts[side]])}
+            for name in names:
+                rows = plan.rows(name)
+                if name in mine:
+                    shard = encoder.shard(rows, plan.shape, batches, advance)
                     shard["labels"] = data.labels[rows.start : rows.stop].clone()
                     with written_whole(folder / name) as partial, disk_errors():
-                        save_file(shard, partial, metadata={"key": key})
+                        save_file(shard, partial, metadata=says)
+                elif measured:
+                    shard = _mapped(folder / name)
                 if measured and side == "train":
                     measured.add(shard["latents"])
-                del shard  # before the next one is made
+                shard = None  # before the next one is made
+        together.wait("encoded", meanwhile=advance)
 
 
 class _Encoder:
@@ -294,12 +462,15 @@ class _Encoder:
         self.autoencoder, self.sides, self.flips = autoencoder, sides, flips
         self.batch_size, self.device, self.seed = batch_size, torch.device(device), seed
         self.dtype, self.autocast = _DTYPES[dtype], _PRECISIONS[precision]
+        self.shares = False
+        """whether others encode some of the pictures, so that this process decodes its own alone"""
         self._first: tuple[list[int], dict[str, Tensor]] | None = None
 
     def latent_shape(self) -> tuple[int, ...]:
         """(C, h, w), of a first batch, which is then not encoded again."""
         data = self.sides["train"]
         rows = range(min(self.batch_size, SHARD_SIZE, len(data)))
+        data = data.part(rows) if self.shares and hasattr(data, "part") else data
         latents = self._encode(data.__getitems__(rows), "train")
         self._first = (list(rows), latents)
         return tuple(latents["latents"].shape[1:])
@@ -307,24 +478,37 @@ class _Encoder:
     def batches(self, side: str, parts: list[range], num_workers: int) -> Iterator[dict[str, Tensor]]:
         """The latents of the rows of all parts; no batch has rows of two."""
         rows = [list(part[k : k + self.batch_size]) for part in parts for k in range(0, len(part), self.batch_size)]
-        if side == "train" and self._first and rows[0] == self._first[0]:
+        if side == "train" and self._first and rows[:1] == [self._first[0]]:
             yield self._first[1]
             rows = rows[1:]
         self._first = None
+        data, places = self.sides[side], None
+        if self.shares and rows and hasattr(data, "part"):
+            places = torch.tensor([place for batch in rows for place in batch])
+            data = data.part(places.tolist())
+            rows = [part.tolist() for part in torch.arange(len(places)).split([len(batch) for batch in rows])]
+            if num_workers and data.fits_memory():
+                data.in_memory()  # now, once, and not in each worker
         loader = DataLoader(
-            self.sides[side],
+            data,
             batch_sampler=rows,
             num_workers=num_workers if len(rows) > num_workers else 0,
             collate_fn=_as_it_is,
             worker_init_fn=_leave_interrupts,
         )
         for batch in loader:
+            if places is not None:
+                batch["index"] = places[batch["index"]]
             yield self._encode(batch, side)
 
     def shard(
-        self, rows: range, shape: tuple[int, ...], batches: Iterator[dict[str, Tensor]], bar: tqdm
+        self,
+        rows: range,
+        shape: Sequence[int],
+        batches: Iterator[dict[str, Tensor]],
+        advance: Callable[[int], object],
     ) -> dict[str, Tensor]:
-        """The latents of these rows, taken from `batches`."""
+        """The latents of these rows, taken from `batches`; `advance` hears how many pictures each has."""
         names = ("latents", "latents_flip") if self.flips else ("latents",)
         shard = {name: torch.empty(len(rows), *shape, dtype=self.dtype) for name in names}
         done = 0
@@ -334,7 +518,7 @@ class _Encoder:
             for name in names:
                 shard[name][done : done + count] = latents[name]
             done += count
-            bar.update(count)
+            advance(count)
         return shard
 
     @torch.inference_mode()
@@ -423,6 +607,11 @@ def _cache_key(
         for name, content in zip(data.names, _contents(data.paths), strict=True):
             digest.update(name.encode() + content)
     return digest.hexdigest()
+
+
+def _digest_of_names(sides: dict[str, Dataset]) -> str:
+    named = {side: [list(data.names), data.labels.tolist()] for side, data in sides.items()}
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def _contents(paths: Sequence[Path]) -> Iterator[bytes]:

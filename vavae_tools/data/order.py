@@ -59,6 +59,24 @@ class EpochOrder(Sampler[int]):
         return iter(mine.flatten().tolist())
 
 
+def batches_in_order(length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """One process's share of data that all together go through once, in their order: for validation.
+
+    Every process has as many batches as any other, since they meet in each (FSDP's forward, the sums of what is
+    logged), and none is empty. So for several processes the data are cut into nearly equal parts of at most
+    `batch_size` samples (of one or two for 1), and dealt out in turn. Of fewer samples than processes each has all: the
+    mean over processes is then still that over the samples.
+
+    >>> batches_in_order(7, 3), batches_in_order(7, 3, 0, 2), batches_in_order(7, 3, 1, 2)
+    ([[0, 1, 2], [3, 4, 5], [6]], [[0], [3, 4]], [[1, 2], [5, 6]])
+    """
+    if world_size == 1 or length < world_size:
+        return [list(range(start, min(start + batch_size, length))) for start in range(0, length, batch_size)]
+    of_each = min(-(-length // (batch_size * world_size)), length // world_size)
+    ends = [length * part // (of_each * world_size) for part in range(of_each * world_size + 1)]
+    return [list(range(*ends[part : part + 2])) for part in range(rank, of_each * world_size, world_size)]
+
+
 class OrderedDataModule(L.LightningDataModule):
     """A DataModule whose training data go on at the very batch where a checkpoint was written.
 
@@ -90,19 +108,24 @@ class OrderedDataModule(L.LightningDataModule):
         return self._loader(self.train_data, self._order, self._order.batch_size)
 
     def _new_order(self) -> EpochOrder:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return EpochOrder(len(self.train_data), self.batch_size, self.seed, rank, world_size)
+        return EpochOrder(len(self.train_data), self.batch_size, self.seed, *self._place())
+
+    def _place(self) -> tuple[int, int]:
+        """This process's rank, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val_data is None or len(self.val_data) == 0:
             return []
-        return self._loader(self.val_data, None, self.batch_size)
+        batches = batches_in_order(len(self.val_data), self.batch_size, *self._place())
+        return self._loader(self.val_data, batches, self.batch_size)
 
-    def _loader(self, data: Dataset, order: Sampler | None, batch_size: int) -> DataLoader:
+    def _loader(self, data: Dataset, order: Sampler | list[list[int]], batch_size: int) -> DataLoader:
+        """Batches of `batch_size` in an order, or those of a list."""
+        given = {"batch_sampler": order} if isinstance(order, list) else {"sampler": order, "batch_size": batch_size}
         return DataLoader(
             data,
-            batch_size,
-            sampler=order,
+            **given,
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),

@@ -1,6 +1,5 @@
 """Which of the classes that a denoiser knows explains the latents of a new one best."""
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from vavae_tools.diffusion.objectives import FlowMatching, time_shift_of
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.draws import Draws
 from vavae_tools.machine import find_machine
+from vavae_tools.ranks import of_torchrun
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Latents (B, C, h, w), noise, and times (B,)."""
@@ -56,7 +56,7 @@ def nearest_classes(
         Own label → `Nearest`, for the labels that have latents.
     """
     machine = find_machine()
-    device = "cpu" if machine.kind == "cpu" else f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % machine.devices}"
+    device = "cpu" if machine.kind == "cpu" else f"cuda:{of_torchrun().local_rank % machine.devices}"
     home, trained = next(denoiser.parameters()).device, [w for w in denoiser.parameters() if w.requires_grad]
     checkpointing = denoiser.gradient_checkpointing
     rows, null = rows.float().to(device), null.float().to(device)

@@ -11,7 +11,7 @@ from vavae_tools.data.picture_sets import PictureSetDataModule
 from vavae_tools.errors import UserError
 from vavae_tools.files import save_model
 from vavae_tools.machine import find_device
-from vavae_tools.ranks import first_alone, is_first
+from vavae_tools.ranks import first_alone, is_first, of_torchrun
 from vavae_tools.training.progress import say
 from vavae_tools.training.rae_decoder import check_reconstructions, pictures_arguments, pictures_for, rae_from
 from vavae_tools.training.runs import Show, experiment_arguments, train_dit
@@ -48,10 +48,11 @@ def train_rae_dit(
         rae.to(device).eval()
         shown = pictures.val_data if pictures.val_data is not None else pictures.train_data
         noted["rae/psnr"] = check_reconstructions(rae, shown, output_dir / "reconstructions", say, show)
-    with first_alone("latents"):
-        latents = encode_pictures(rae, pictures, data, model["rae"]["encoder_cls"], output_dir, seed, say)
+    latents = encode_pictures(rae, pictures, data, model["rae"]["encoder_cls"], output_dir, seed, say)
+    rae.to("cpu")  # its memory is training's
+    with first_alone("autoencoder"):
         if is_first():
-            save_model(rae.to("cpu"), copy)
+            save_model(rae, copy)
     arguments = experiment_arguments(data, model, trainer, callbacks)
     return train_dit(
         latents.path,
@@ -75,7 +76,8 @@ def encode_pictures(
     seed: int,
     say: Callable[[str], None] = say,
 ) -> LatentFolder:
-    """The pictures' latents, made once: in `data.latents_dir`, or in a folder named after data and encoder."""
+    """The pictures' latents, made once, by all processes: in `data.latents_dir`, or in a folder named after data and
+    encoder."""
     folder = data["latents_dir"]
     if folder is None and "data_dir" in data:
         folder = LATENTS / f"{Path(data['data_dir']).resolve().name}-{encoder}-{rae.config.encoder_input_size}"
@@ -88,6 +90,7 @@ def encode_pictures(
         device=find_device(),
         seed=seed,
         dtype="float16",
+        ranks=of_torchrun(),
     )
     say(str(latents))
     return latents

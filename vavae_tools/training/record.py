@@ -64,6 +64,7 @@ class RunRecord(L.Callback):
         if trainer.is_global_zero:
             started = json.loads((self.folder / NAME).read_text(encoding="utf-8"))
             write_json(self.folder / NAME, {**started, "ended": _now(), "global_step": trainer.global_step})
+        trainer.strategy.barrier()  # before another process asks `has_ended`
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = self.record(module)

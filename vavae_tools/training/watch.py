@@ -5,11 +5,13 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vavae_tools.data.images import PictureDataModule
 from vavae_tools.evaluation.classifier import cached_classifier
 from vavae_tools.evaluation.reconstructions import ReconstructionJudge, as_many_others
+from vavae_tools.ranks import is_first
 from vavae_tools.training.progress import say, someone_looks
 
 
@@ -23,33 +25,47 @@ class ReconstructionWatch(L.Callback):
     Logs `val/right` and `val/originals_right` (shares named rightly), `val/frechet` and `val/originals_frechet`
     (distances to as many real training pictures), and `val/frechet_ratio`, the first by the second: 1 is as good as
     the originals.
+
+    Of several processes the first one trains the classifier and judges what all have reconstructed. The others wait for
+    it where they next meet, 30 minutes at most (torch's and Lightning's limit); a classifier takes a few.
     """
 
     def __init__(self, data: PictureDataModule, folder: str | Path, seed: int = 0) -> None:
         self.data, self.folder, self.seed = data, Path(folder), seed
-        self._made: list[Tensor] = []
+        self._made: dict[int, Tensor] = {}
+        """by the picture's place on the validation side"""
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        train, val = self.data.train_data, self.data.val_data
-        for first in (True, False):  # one process trains, then all read
-            if first == trainer.is_global_zero:
-                options = {"seed": self.seed, "device": module.device, "progress": someone_looks()}
-                classifier = cached_classifier(train, self.data.num_classes, self.folder, **options)
-            trainer.strategy.barrier()
-        originals = val.__getitems__(range(len(val)))
+        if not trainer.is_global_zero:
+            return
+        options = {"seed": self.seed, "device": module.device, "progress": someone_looks()}
+        classifier = cached_classifier(self.data.train_data, self.data.num_classes, self.folder, **options)
+        originals = self.data.val_data.__getitems__(range(len(self.data.val_data)))
         others = as_many_others(self.data)
         self.judge = ReconstructionJudge(classifier, originals["pictures"], originals["labels"], others)
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        self._made.append(outputs["reconstructions"].cpu())
+        for places, made in _at_the_first(trainer, batch["index"].tolist(), outputs["reconstructions"].cpu()):
+            self._made.update(zip(places, made, strict=True))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        made, self._made = torch.cat(self._made), []
-        if len(made) < len(self.data.val_data):  # a sanity check sees a few only
-            return
-        scores = self.judge.judge(made)
-        scores["frechet_ratio"] = scores["frechet"] / max(scores["originals_frechet"], 1e-12)
-        module.log_dict({f"val/{name}": value for name, value in scores.items()}, sync_dist=True)
+        made, self._made = self._made, {}
+        scores = None
+        if trainer.is_global_zero and len(made) == len(self.data.val_data):  # a sanity check sees a few only
+            scores = self.judge.judge(torch.stack([made[place] for place in range(len(made))]))
+            scores["frechet_ratio"] = scores["frechet"] / max(scores["originals_frechet"], 1e-12)
+        scores = trainer.strategy.broadcast(scores)
+        if scores is not None:
+            module.log_dict({f"val/{name}": value for name, value in scores.items()}, sync_dist=True)
+
+
+def _at_the_first(trainer: L.Trainer, places: list[int], made: Tensor) -> list[tuple[list[int], Tensor]]:
+    """What each process has made in this batch, of which all have equally many; nothing for the others."""
+    if trainer.world_size == 1:
+        return [(places, made)]
+    parts: list = [None] * trainer.world_size
+    dist.gather_object((places, made), parts if trainer.is_global_zero else None)
+    return parts if trainer.is_global_zero else []
 
 
 class Advice(L.Callback):
@@ -80,4 +96,5 @@ class Advice(L.Callback):
     def _advise(self, line: str) -> None:
         if line[:12] not in self._said:
             self._said.add(line[:12])
-            self.say(f"advice: {line}")
+            if is_first():
+                self.say(f"advice: {line}")

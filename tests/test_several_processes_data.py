@@ -1,0 +1,406 @@
+"""Several processes validate, judge and encode what one does; this file is also what torchrun starts for that."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Barrier, Thread
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import SIZE, perturb_projections, same, tiny_dit, tiny_vavae, trained_looking
+from torch.distributed import HashStore
+from torch.utils.data import Dataset
+
+from vavae_tools.data import latents
+from vavae_tools.data.images import PictureDataModule
+from vavae_tools.data.latents import INDEX, LatentDataset, LatentFolder, encode_latents
+from vavae_tools.data.order import OrderedDataModule
+from vavae_tools.data.shapes import shape_data
+from vavae_tools.errors import UserError
+from vavae_tools.files import write_json
+from vavae_tools.ranks import Ranks, of_torchrun
+from vavae_tools.training.diffusion_module import DiffusionModule
+from vavae_tools.training.vavae_module import VAVAEModule
+from vavae_tools.training.watch import ReconstructionWatch
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---- what each process does
+
+
+class RandomLatents(Dataset):
+    def __init__(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(count)
+        self.latents = (
+            torch.randn(count, 2, 8, 8, generator=generator) * torch.arange(1, count + 1)[:, None, None, None]
+        )
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitems__(self, indices):
+        index = torch.tensor(indices)
+        return {"latents": self.latents[index], "labels": index % 3, "index": index}
+
+
+class Latents(OrderedDataModule):
+    def __init__(self, count: int, **options) -> None:
+        super().__init__(**options)
+        self.train_data, self.val_data = RandomLatents(8), RandomLatents(count)
+
+
+class Seen(L.Callback):
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, *more) -> None:
+        self.batches.append(batch["index"].tolist())
+
+
+def trainer_for(processes: int, **options) -> L.Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    strategy = "ddp_find_unused_parameters_true" if processes > 1 else "auto"
+    place = {"accelerator": "cpu", "devices": processes, "strategy": strategy, "use_distributed_sampler": False}
+    return L.Trainer(**quiet, **place, **options)
+
+
+def validated(processes: int, count: int, **options) -> dict:
+    """A denoiser's losses on `count` latents, and the batches of this process."""
+    denoiser, conditioner = tiny_dit()
+    module, seen = DiffusionModule(trained_looking(denoiser), trained_looking(conditioner)), Seen()
+    trainer = trainer_for(processes, callbacks=[seen])
+    trainer.validate(module, Latents(count, **options), verbose=False)
+    return {"batches": seen.batches, **{name: value.item() for name, value in trainer.callback_metrics.items()}}
+
+
+class Faithful(VAVAEModule):
+    """What is judged are the originals: all are known again if each stands in its place."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        return {"reconstructions": batch["pictures"]}
+
+
+def watched(processes: int, split: str, folder: str) -> dict:
+    """What a VA-VAE comes to on five pictures, at a learning rate of 0."""
+    data = PictureDataModule(split, SIZE, batch_size=6 // processes)
+    data.val_data = data.val_data.part(range(5))
+    module, watch = Faithful(perturb_projections(tiny_vavae()), lr=0.0), ReconstructionWatch(data, folder)
+    trainer = trainer_for(processes, callbacks=[watch], max_epochs=1, num_sanity_val_steps=1)
+    trainer.fit(module, data)
+    values = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    return {"judges": hasattr(watch, "judge"), **values}
+
+
+class Counted(torch.nn.Module):
+    """A VA-VAE that counts the pictures it encodes, and fails after so many."""
+
+    downsampling, has_own_statistics = 2, False
+
+    def __init__(self, fails_after: float = float("inf"), seed: int = 0) -> None:
+        super().__init__()
+        self.vavae, self.count, self.fails_after = perturb_projections(tiny_vavae(seed)), 0, fails_after
+
+    def encode_pictures(self, pictures, labels, normal):
+        self.count += len(pictures)
+        if self.count > self.fails_after:
+            raise LookupError("a fault of the encoder")
+        return self.vavae.encode_pictures(pictures, labels, normal)
+
+
+def encoded(split: str, folder: str, ranks: Ranks | None = None, **options) -> int:
+    """Encode, with shards of ten and batches of two → how many pictures this process has encoded."""
+    latents.SHARD_SIZE = 10
+    encoder = Counted(**options)
+    encode_latents(encoder, PictureDataModule(split, SIZE), folder, True, 2, progress=False, seed=3, ranks=ranks)
+    return encoder.count
+
+
+def main(folder: str, split: str, latents_dir: str, classifier: str) -> None:
+    """All of it by one process of several."""
+    ranks = of_torchrun()
+    found = {f"validated {count}": validated(ranks.size, count, batch_size=2) for count in (13, 1)}
+    found["watched"] = watched(ranks.size, split, classifier)
+    found["encoded"] = [encoded(split, latents_dir, ranks)]
+    found["encoded"].append(encoded(split, latents_dir, ranks))  # it is all there
+    if ranks.rank == 0:
+        (Path(latents_dir) / INDEX).unlink()
+        (Path(latents_dir) / "train-00001.safetensors").unlink()
+    found["encoded"].append(encoded(split, latents_dir, ranks))
+    write_json(f"{folder}/{ranks.rank}.json", found)
+
+
+# ---- what is expected of them
+
+
+def torchrun(processes: int, *words: object) -> subprocess.CompletedProcess:
+    program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *program, *map(str, words)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def alone(split_dir, tmp_path_factory) -> dict:
+    """What one process makes."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents, "SHARD_SIZE", 10)
+        encoded(split_dir, folder / "latents")
+    return {
+        **{f"validated {count}": validated(1, count, batch_size=2) for count in (13, 1)},
+        "watched": watched(1, str(split_dir), str(folder / "classifier")),
+        "latents": folder / "latents",
+    }
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def several(request, split_dir, tmp_path_factory) -> tuple[list[dict], Path]:
+    """What two processes of torchrun make, and three: of each, and their latents."""
+    folder = tmp_path_factory.mktemp("several")
+    done = torchrun(request.param, folder, split_dir, folder / "latents", folder / "classifier")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)], folder / "latents"
+
+
+def test_validation_is_shared_and_says_the_same(several, alone):
+    """Thirteen latents, whose losses differ a hundredfold, so that weights that are slightly wrong are seen."""
+    ranks, _ = several
+    for rank in ranks:
+        for name in ("validated 13", "validated 1"):
+            assert rank[name].keys() == alone[name].keys() > {"val/loss"}
+            for value in rank[name].keys() - {"batches"}:
+                assert rank[name][value] == pytest.approx(alone[name][value], rel=1e-6), (name, value)
+    batches = [rank["validated 13"]["batches"] for rank in ranks]
+    assert sorted(index for of_rank in batches for batch in of_rank for index in batch) == list(range(13))
+    assert len({len(of_rank) for of_rank in batches}) == 1
+    assert [rank["validated 1"]["batches"] for rank in ranks] == [[[0]]] * len(ranks)
+
+
+def test_reconstructions_of_all_are_judged_by_the_first(several, alone):
+    ranks, _ = several
+    assert [rank["watched"]["judges"] for rank in ranks] == [True] + [False] * (len(ranks) - 1)
+    judged = {"val/right", "val/originals_right", "val/frechet", "val/originals_frechet", "val/frechet_ratio"}
+    for rank in ranks:
+        assert rank["watched"].keys() == alone["watched"].keys() > judged
+        assert rank["watched"]["val/right"] == rank["watched"]["val/originals_right"] > 0.9
+        assert rank["watched"]["val/frechet_ratio"] == pytest.approx(1, abs=1e-5)
+        for name in rank["watched"].keys() - {"val/latent_std", "judges"}:  # which is of a batch
+            assert rank["watched"][name] == pytest.approx(alone["watched"][name], rel=1e-4), name
+
+
+def rows_of(folder: Path) -> list[tuple[torch.Tensor, ...]]:
+    found = LatentFolder.read(folder)
+    return [
+        tuple(torch.cat([load_file(folder / shard)[key] for shard in found.shards[side]]) for key in keys)
+        for side in ("train", "val")
+        for keys in [("latents", "latents_flip", "labels")]
+    ]
+
+
+def test_all_encode_and_the_latents_are_those_of_one(several, alone):
+    ranks, folder = several
+    expected, found = LatentFolder.read(alone["latents"]), LatentFolder.read(folder)
+    assert (found.key, found.names, found.people) == (expected.key, expected.names, expected.people)
+    for mine, theirs in zip(rows_of(folder), rows_of(alone["latents"]), strict=True):
+        assert all(same(*pair) for pair in zip(mine, theirs, strict=True))
+    for values, wanted in ((found.mean, expected.mean), (found.std, expected.std)):
+        torch.testing.assert_close(torch.tensor(values), torch.tensor(wanted), rtol=1e-9, atol=1e-12)
+    first, second, third = zip(*(rank["encoded"] for rank in ranks), strict=True)
+    shape = 2 * 2  # a batch is encoded, for the shape, by the first one
+    assert 60 <= sum(first) <= 60 + shape and min(first) >= 60 // len(ranks) - 2 * shape
+    assert sum(second) == 0
+    lost = len(load_file(folder / "train-00001.safetensors")["labels"])
+    assert sum(third) == 2 * lost and sorted(third)[-1] == 2 * lost
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == sorted([INDEX, *found.shards["train"], *found.shards["val"]])
+
+
+def test_one_process_goes_on_where_several_were_interrupted(several, alone, split_dir, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(latents, "SHARD_SIZE", 10)
+    _, made = several
+    folder = shutil.copytree(made, tmp_path / "latents")
+    (folder / INDEX).unlink()
+    gone = folder / "train-00002.safetensors"
+    rows = len(load_file(gone)["labels"])
+    gone.unlink()
+    assert encoded(split_dir, folder) == 2 * rows
+    for mine, theirs in zip(rows_of(folder), rows_of(alone["latents"]), strict=True):
+        assert all(same(*pair) for pair in zip(mine, theirs, strict=True))
+    assert LatentFolder.read(folder).mean == pytest.approx(LatentFolder.read(alone["latents"]).mean, rel=1e-9)
+
+
+def test_a_process_that_fails_ends_the_others(split_dir, tmp_path):
+    began = time.monotonic()
+    done = torchrun(2, "fail", split_dir, tmp_path / "latents")
+    assert done.returncode != 0 and "a fault of the encoder" in done.stderr
+    assert not (tmp_path / "latents" / INDEX).exists() and time.monotonic() - began < 120
+
+
+# ---- several that are threads of this process: what needs no torchrun
+
+
+class OneThread(Ranks):
+    """One of several threads, which all end after one has failed, as a launcher's processes do."""
+
+    def share(self, name, value=None):
+        while self.rank and not self.store.check([name]):
+            self.look()
+        return super().share(name, value)
+
+    def add(self, name, count):
+        self.look()
+        return super().add(name, count)
+
+    def look(self):
+        time.sleep(0.001)
+        if self.store.check(["failed"]):
+            raise RuntimeError("ended by another's fault")
+
+
+def at_once(size: int, work) -> list:
+    """`work(ranks)` of each → what it returned, or the error it raised."""
+    store, found = HashStore(), [None] * size
+
+    def run(rank: int) -> None:
+        try:
+            found[rank] = work(OneThread(rank, size, rank, store))
+        except Exception as error:
+            store.set("failed", "")
+            found[rank] = error
+
+    threads = [Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+class Averages(torch.nn.Module):
+    """An autoencoder whose latents are means of 8×8 pixels."""
+
+    downsampling, has_own_statistics = 8, False
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def encode_pictures(self, pictures, labels, normal):
+        return self.scale * torch.nn.functional.avg_pool2d(pictures, 8)
+
+
+@pytest.mark.parametrize("size", [2, 4, 7])
+@pytest.mark.parametrize("count", [1, 5, 64])
+def test_any_number_of_processes_encode_any_number_of_pictures(tmp_path, monkeypatch, size, count):
+    monkeypatch.setattr(latents, "SHARD_SIZE", 12)
+    data = shape_data(count, image_size=16, val_share=0.2)
+
+    def encode(folder, ranks=None):
+        return encode_latents(Averages(), data, tmp_path / folder, batch_size=3, progress=False, ranks=ranks)
+
+    one = encode("one")
+    found = at_once(size, lambda ranks: encode("all", ranks))
+    assert all(isinstance(folder, LatentFolder) for folder in found), found
+    for side in ("train", "val"):
+        mine, theirs = (LatentDataset(folder, side) for folder in (found[0], one))
+        assert len(mine) == len(theirs) and torch.equal(mine.labels, theirs.labels)
+        if len(mine):
+            everything = list(range(len(mine)))
+            a, b = mine.__getitems__(everything)["latents"], theirs.__getitems__(everything)["latents"]
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert found[0].mean == pytest.approx(one.mean, rel=1e-9) and found[0].std == pytest.approx(one.std, rel=1e-9)
+    again = at_once(3, lambda ranks: encode("all", ranks))
+    assert again == [found[0]] * 3
+
+
+def test_shards_are_cut_between_batches_and_evenly():
+    def lengths(*arguments):
+        return [len(rows) for rows in latents._cut(*arguments)]
+
+    assert lengths(25, 10, 1, 1) == [10, 10, 5]  # one process
+    assert lengths(45, 10, 2, 2) == [10, 10, 10, 10, 2, 3]  # whole ones for both, the rest is cut
+    assert lengths(25, 10, 3, 2) == [2, 4, 4, 2, 4, 4, 2, 2, 1]
+    assert lengths(3, 10, 4, 2) == [2, 1] and lengths(1, 10, 4, 2) == [1]
+    for length in range(1, 90):
+        cut = latents._cut(length, 12, 4, 5)
+        assert [row for rows in cut for row in rows] == list(range(length)) and min(map(len, cut)) > 0
+
+
+def test_shards_that_another_number_of_processes_has_left_are_not_taken_for_ones_own(tmp_path):
+    """Of ten pictures, the second shard of three processes is as long as that of four, and begins elsewhere."""
+    data = shape_data(10, image_size=16, val_share=0)
+    assert (latents._cut(10, 12, 3, 1)[1], latents._cut(10, 12, 4, 1)[1]) == (range(3, 6), range(2, 5))
+
+    def encode(folder, size):
+        def work(ranks):
+            return encode_latents(Averages(), data, folder, batch_size=1, progress=False, ranks=ranks)
+
+        return at_once(size, work)[0]
+
+    expected = LatentDataset(encode(tmp_path / "four", 4), "train")
+    encode(tmp_path / "three", 3)
+    for name in ("train-00000.safetensors", INDEX):
+        (tmp_path / "three" / name).unlink()
+    there = encode(tmp_path / "three", 4)  # goes on as three would
+    assert len(there.shards["train"]) == 3
+    rows = list(range(10))
+    found = LatentDataset(there, "train").__getitems__(rows)["latents"]
+    assert torch.equal(found, expected.__getitems__(rows)["latents"])
+
+
+def test_another_autoencoder_or_other_pictures_are_told_by_the_process_that_has_them(tmp_path):
+    def encode(ranks, scale=0.0, count=0):
+        odd = ranks.rank == 1
+        data = shape_data(8 + odd * count, image_size=16)
+        return encode_latents(Averages(1 + odd * scale), data, tmp_path, progress=False, ranks=ranks)
+
+    for options, what in (({"scale": 1.0}, "weights"), ({"count": 1}, "pictures")):
+        _, error, *_ = at_once(2, lambda ranks, options=options: encode(ranks, **options))
+        assert isinstance(error, UserError) and f"Process 2 of 2 has other {what} than the first" in str(error)
+
+
+def test_machines_without_a_common_disk_are_told(tmp_path):
+    """Unless each has encoded before: what is there is taken."""
+    data = shape_data(8, image_size=16)
+
+    def encode(ranks, machine=None):
+        folder = tmp_path / str(ranks.rank if machine is None else machine)
+        return encode_latents(Averages(), data, folder, progress=False, ranks=ranks)
+
+    _, error = at_once(2, encode)
+    assert isinstance(error, UserError) and "Process 2 of 2 does not see" in str(error)
+    assert "encode the pictures on each machine first" in str(error)
+    before = [encode(Ranks(), machine) for machine in range(2)]
+    assert at_once(2, encode) == before
+
+
+def test_each_encodes_on_its_own_device(tmp_path):
+    together = Barrier(2)
+
+    class Elsewhere(Averages):
+        def to(self, device):
+            together.wait(20)
+            raise UserError(f"on {device}")
+
+    def encode(ranks):
+        data = shape_data(8, image_size=16)
+        return encode_latents(Elsewhere(), data, tmp_path, device="cuda", progress=False, ranks=ranks)
+
+    assert [str(error) for error in at_once(2, encode)] == ["on cuda:0", "on cuda:1"]
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "fail":
+        failing = {"fails_after": 8} if of_torchrun().rank else {}
+        encoded(sys.argv[2], sys.argv[3], of_torchrun(), **failing)
+    else:
+        main(*sys.argv[1:])
