@@ -14,6 +14,7 @@ from test_vavae_training import new_module
 from tiny import tiny_dit
 
 from vavae_tools.checkpoints import folders as folder_checkpoints
+from vavae_tools.checkpoints.__main__ import consolidate_checkpoint
 from vavae_tools.checkpoints.folders import (
     checkpoints_in,
     clear_left_overs,
@@ -26,6 +27,7 @@ from vavae_tools.checkpoints.folders import (
     write_folder,
 )
 from vavae_tools.checkpoints.resuming import check_resumable
+from vavae_tools.checkpoints.sharded import Cut
 from vavae_tools.errors import UserError
 from vavae_tools.training.diffusion_module import DiffusionModule
 
@@ -477,3 +479,44 @@ def test_what_is_the_same_length_and_damaged_is_found_thoroughly(tmp_path):
     path.write_bytes(bytes(path.stat().st_size))
     keep_newest(run, 2, thoroughly=True)
     assert names(run) == ["checkpoint-2", "checkpoint_epoch_9.pth", "checkpoints"]
+
+
+# ---- folders of several processes (those of fsdp: test_strategies.py)
+
+
+def test_a_folder_of_deepspeed_gives_its_weights_without_running_code(tmp_path):
+    """As its engine writes ZeRO-2: all weights in the first file, the optimiser in parts that are pickles."""
+    folder, said = tmp_path / "last.ckpt", []
+    weights = {"network.w": torch.arange(3.0), "ema.network.w": torch.ones(3)}
+    own = {"ds_version": "0.17", "global_steps": 4, "ds_config": {"zero_optimization": {"stage": 2}}, "optimizer": None}
+    lightning = {"epoch": 1, "global_step": 4, "loops": {}, "pytorch-lightning_version": "2.6.0"}
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "latest").write_text("checkpoint")
+    torch.save({"module": weights, **own, **lightning}, folder / "checkpoint" / "mp_rank_00_model_states.pt")
+    found = read_any(folder, said.append)
+    assert found.keys() == {*lightning, "state_dict", "optimizer_states"} and found["optimizer_states"] == []
+    assert all(torch.equal(found["state_dict"][name], weights[name]) for name in weights)
+    assert "its optimiser's state: with another strategy it starts anew" in said[0]
+    file = consolidate_checkpoint(folder, tmp_path / "whole.ckpt", said.append)
+    assert torch.load(file, weights_only=True)["global_step"] == 4
+
+
+def test_a_folder_whose_metadata_is_a_pickle_is_not_opened(tmp_path):
+    (tmp_path / "last.ckpt").mkdir()
+    (tmp_path / "last.ckpt" / ".metadata").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(
+        UserError, match=r"its \.metadata is a pickle, which is not opened\. Where you trust .* dcp_to_torch"
+    ):
+        read_any(tmp_path / "last.ckpt", print)
+
+
+def test_parts_that_do_not_make_up_the_checkpoint(tmp_path):
+    torch.save({"state_dict": {"w": torch.empty(5, 2, device="meta")}}, tmp_path / "checkpoint.pt")
+    torch.save({"state_dict/w": torch.ones(3, 2)}, tmp_path / "part-1-of-2.pt")
+    torch.save({"state_dict/w": torch.zeros(2, 2)}, tmp_path / "part-2-of-2.pt")
+    whole = read_any(tmp_path, print)["state_dict"]["w"]
+    assert whole.tolist() == [[1, 1]] * 3 + [[0, 0]] * 2
+    assert Cut([torch.ones(3, 2), torch.zeros(2, 2)]).rows(2, 4).tolist() == [[1, 1], [0, 0]]
+    torch.save({"state_dict/w": torch.zeros(1, 2)}, tmp_path / "part-2-of-2.pt")
+    with pytest.raises(UserError, match="its 2 parts do not make up state_dict/w"):
+        read_any(tmp_path, print)

@@ -14,11 +14,19 @@ class Machine:
     """What training may use here."""
 
     kind: str
-    """"cpu", "t4" (16 GB, fp16 only) or "ampere" (compute capability 8.0 and above: bf16)."""
+    """"cpu", "t4" (a T4 or another card without bf16) or "ampere" (compute capability 8.0 and above: bf16)."""
     devices: int
     name: str
     memory: int = 0
     """Bytes of each GPU."""
+    capability: tuple[int, int] = ()
+    """CUDA's, of the least of the GPUs; by default the kind's."""
+    unusable: str = ""
+    """A card that is there and that this torch has no code for."""
+
+    def __post_init__(self) -> None:
+        of_kind = {"cpu": (0, 0), "t4": (7, 5), "ampere": (8, 0)}
+        object.__setattr__(self, "capability", self.capability or of_kind[self.kind])
 
     def __str__(self) -> str:
         return f"{self.devices} × {self.name}" if self.kind != "cpu" else f"CPU, {os.cpu_count()} cores"
@@ -32,16 +40,21 @@ def find_machine() -> Machine:
     """
     if not torch.cuda.is_available():
         return Machine("cpu", 1, "CPU")
-    name, (major, minor) = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
+    cards = range(torch.cuda.device_count())
+    capability, card = min((torch.cuda.get_device_capability(card), card) for card in cards)  # the least sets the pace
+    name, (major, minor) = torch.cuda.get_device_name(card), capability
     built_for = [int(arch.split("_")[1].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
     if built_for and not any(arch // 10 == major and arch % 10 <= minor for arch in built_for):
+        unusable = f"{name} (sm_{major}{minor})"
         warnings.warn(
-            f"{name} (sm_{major}{minor}) is not supported by this torch: training runs on the CPU", stacklevel=2
+            f"torch {torch.__version__} of this image has no code for a {unusable}: the CPU is taken. Switch to "
+            "another accelerator, such as Kaggle's GPU T4 x2",
+            stacklevel=2,
         )
-        return Machine("cpu", 1, "CPU")
+        return Machine("cpu", 1, "CPU", unusable=unusable)
     # is_bf16_supported() is True on a T4, where it is emulated and slow: the capability decides
-    memory = torch.cuda.get_device_properties(0).total_memory
-    return Machine("ampere" if major >= 8 else "t4", torch.cuda.device_count(), name, memory)
+    memory = min(torch.cuda.get_device_properties(card).total_memory for card in cards)
+    return Machine("ampere" if major >= 8 else "t4", len(cards), name, memory, capability)
 
 
 def find_device() -> str:

@@ -34,6 +34,12 @@ def main() -> None:
         source="a .ckpt, .pth or checkpoint folder",
         destination="NAME.ckpt, NAME.pth or a folder's name, which does not exist yet",
     )
+    consolidate = add(
+        "consolidate",
+        "make one file of a folder with the parts of several processes (fsdp, deepspeed)",
+        folder="what sharded_checkpoints=true or strategy=deepspeed wrote, such as checkpoints/last.ckpt",
+    )
+    consolidate.add_argument("--output", metavar="FILE", help="NAME.ckpt; by default beside the folder, -whole.ckpt")
     add("verify", "read everything, and end with status 2 where a checkpoint is damaged", folder=f"{run}; or one alone")
     args = parser.parse_args()
     if args.command == "list":
@@ -44,6 +50,8 @@ def main() -> None:
         prune_checkpoints(args.folder, args.keep, args.dry_run)
     elif args.command == "convert":
         convert_checkpoint(args.source, args.destination)
+    elif args.command == "consolidate":
+        consolidate_checkpoint(args.folder, args.output)
     else:
         verify_checkpoints(args.folder)
 
@@ -135,16 +143,43 @@ def convert_checkpoint(source: str | Path, destination: str | Path, say: Callabl
     return written
 
 
+def consolidate_checkpoint(
+    folder: str | Path, output: str | Path | None = None, say: Callable[[str], None] = print
+) -> Path:
+    """Make one `.ckpt`, which every strategy goes on from, of a folder with the parts of several processes.
+
+    It needs memory for all of it. Of DeepSpeed's the optimiser's state is left behind.
+
+    Args:
+        folder: such a checkpoint, or a run's folder for its newest one.
+        output: by default `last-whole.ckpt` for `last.ckpt/`, beside it.
+
+    Raises:
+        UserError: `folder` is no such checkpoint or damaged, `output` exists or cannot be written.
+    """
+    from vavae_tools.checkpoints.folders import main_file
+    from vavae_tools.checkpoints.resuming import resume_path
+
+    source = resume_path(str(folder), Path(), say)
+    if source.is_file() or main_file(source) == "model.pt":
+        raise UserError(f"{source} is whole already: any strategy goes on from it, and convert makes other kinds of it")
+    name = source.with_name(source.name.removesuffix(".ckpt") + "-whole.ckpt")
+    output = Path(output) if output else name
+    if output.suffix != ".ckpt":
+        raise UserError(f"--output {output}: expected a file NAME.ckpt")
+    return convert_checkpoint(source, output, say)
+
+
 def verify_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -> None:
     """Read a checkpoint, or all of a run, and say of each whether it is whole.
 
     Raises:
         UserError: one is damaged, or none is there.
     """
-    from vavae_tools.checkpoints.folders import look_at, whole
+    from vavae_tools.checkpoints.folders import is_checkpoint, look_at, whole
 
     folder = Path(folder)
-    alone = folder.is_file() or (folder / "model.pt").is_file()
+    alone = folder.is_file() or is_checkpoint(folder)
     found = [look_at(folder)] if alone else _found(folder)
     faults = {c.path: whole(c.path) for c in found}
     for path, fault in faults.items():

@@ -1,7 +1,8 @@
 """Checkpoints as folders, `checkpoint-epoch-118/` and `checkpoint-5000/`, and as files of other trainings.
 
-Inside, every kind is Lightning's checkpoint, a dict. A folder that was written here holds all of it, so that it comes
-back bit by bit; from one that was not, training goes on at the beginning of the epoch after the finished one.
+A folder may also hold the parts of several processes (`checkpoints.sharded`). Inside, every kind is Lightning's
+checkpoint, a dict. A folder that was written here holds all of it, so that it comes back bit by bit; from one that was
+not, training goes on at the beginning of the epoch after the finished one.
 """
 
 import ctypes
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
@@ -32,6 +33,7 @@ from vavae_tools.checkpoints.foreign import (
     place_in_name,
     plain_name,
 )
+from vavae_tools.checkpoints.sharded import CHECKPOINT, OF_DEEPSPEED, open_parts, read_deepspeed, whole_tensors
 from vavae_tools.errors import UserError
 from vavae_tools.files import flush_folder, read_checkpoint, read_saved, written_whole
 
@@ -56,27 +58,62 @@ def write_folder(checkpoint: dict[str, Any], folder: str | Path) -> Path:
         UserError: it cannot be written (what was there is as before), or something else has this name.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / "model.pt").is_file():
+    partial = begin_folder(folder)
+    try:
+        files = {f"{part}.pt": save_part(value, partial / f"{part}.pt") for part, value in _split(checkpoint).items()}
+        finish_folder(partial, folder, checkpoint, files)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
+        raise not_written(folder, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def begin_folder(folder: Path) -> Path:
+    """An empty folder beside, for the files of a checkpoint.
+
+    Raises:
+        UserError: something else has its name, or it cannot be made.
+    """
+    a_file = folder.suffix == ".ckpt" and folder.is_file()  # of the same run, before it was sharded
+    if folder.exists() and not (a_file or is_checkpoint(folder)):
         raise UserError(f"{folder} exists and is no checkpoint (no model.pt): name another folder")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        files = {f"{part}.pt": _save(value, partial / f"{part}.pt") for part, value in _split(checkpoint).items()}
-        state = {"global_step": checkpoint.get("global_step", 0), "current_epoch": checkpoint.get("epoch", 0)}
-        with (partial / STATE).open("w", encoding="utf-8") as file:
-            file.write(json.dumps({**state, "files": files}, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        flush_folder(partial)
-        _put_in_place(partial, folder)
-        flush_folder(folder.parent)
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
-        raise _not_written(folder, error) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    except OSError as error:
+        raise not_written(folder, error) from None
+    return partial
+
+
+def finish_folder(
+    partial: Path,
+    folder: Path,
+    checkpoint: dict[str, Any],
+    files: dict[str, dict[str, Any]],
+    former: Path | None = None,
+) -> None:
+    """List the files of `partial`, flushed, and give it its name; what had it gets the name `former`, or is gone."""
+    state = {"global_step": checkpoint.get("global_step", 0), "current_epoch": checkpoint.get("epoch", 0)}
+    with (partial / STATE).open("w", encoding="utf-8") as file:
+        file.write(json.dumps({**state, "files": files}, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    flush_folder(partial)
+    _put_in_place(partial, folder, former)
+    flush_folder(folder.parent)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, and not a run's folder or something else."""
+    return main_file(folder) is not None
+
+
+def main_file(folder: Path) -> str | None:
+    """The file by which a checkpoint's folder is known: of parts by name, of processes' parts, or of DeepSpeed."""
+    return next((name for name in ("model.pt", CHECKPOINT, OF_DEEPSPEED) if (folder / name).is_file()), None)
 
 
 def read_folder(folder: str | Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -135,29 +172,44 @@ def _joined(parts: dict[str, Any], lost: list[str] = ()) -> dict[str, Any]:
     return checkpoint
 
 
-def _save(value: Any, path: Path) -> dict[str, Any]:
+def save_part(value: Any, path: Path) -> dict[str, Any]:
+    """Write one file of a checkpoint's folder, flushed → its length and SHA-256."""
     torch.save(value, path)
+    return described(path)
+
+
+def described(path: Path) -> dict[str, Any]:
+    """A file's length and SHA-256, flushed to the disk before."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return _described(path)
-
-
-def _described(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Rename `partial` to `folder`; one that is there has the name `partial` afterwards, or is gone."""
-    if not folder.exists():
-        partial.rename(folder)
-    elif not _exchanged(partial, folder):
+def _put_in_place(partial: Path, path: Path, former: Path | None = None) -> None:
+    """Rename `partial` to `path`; what is there, file or folder, gets the name `former`, or is gone."""
+    if not path.exists():
+        partial.rename(path)
+        return
+    if former is not None and former.exists():
+        remove(former)
+    aside = partial
+    if not _exchanged(partial, path):
         # two renames, and a kill between them leaves the former one under its hidden name: see `recover_former`
-        former = folder.with_name(f".{folder.name}.former")
-        shutil.rmtree(former, ignore_errors=True)
-        folder.rename(former)
-        partial.rename(folder)
-        shutil.rmtree(former, ignore_errors=True)
+        aside = path.with_name(f".{path.name}.former")
+        _delete(aside)
+        path.rename(aside)
+        partial.rename(path)
+    if former is not None:
+        aside.rename(former)
+    else:
+        _delete(aside)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _exchanged(a: Path, b: Path) -> bool:
@@ -183,10 +235,21 @@ def clear_left_overs(folder: Path) -> None:
     """Remove what a process that was killed left of checkpoints it was writing or removing, files and folders."""
     recover_former(folder)
     for left_over in [*folder.glob(".*.partial"), *folder.glob(".*.former")]:
-        if left_over.is_dir():
-            shutil.rmtree(left_over, ignore_errors=True)
-        else:
-            left_over.unlink(missing_ok=True)
+        _delete(left_over)
+
+
+def open_folder(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """As `read_folder`, of any kind; tensors that lie in the parts of several processes stay there, as a `Cut`.
+
+    Raises:
+        UserError: as there.
+    """
+    kind = main_file(folder)
+    if kind not in (CHECKPOINT, OF_DEEPSPEED):
+        return read_folder(folder, say)
+    for name, fault in damaged_files(folder, quickly=True).items():
+        raise UserError(f"{folder} is damaged ({name}: {fault}): take another checkpoint")
+    return open_parts(folder) if kind == CHECKPOINT else read_deepspeed(folder, say)
 
 
 # ---- single files
@@ -200,7 +263,7 @@ def read_any(path: str | Path, say: Callable[[str], None]) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        return read_folder(path, say)
+        return whole_tensors(open_folder(path, say))
     saved = read_checkpoint(path)
     if path.suffix == ".ckpt" or "pytorch-lightning_version" in saved:
         return saved
@@ -232,11 +295,12 @@ def write_any(checkpoint: dict[str, Any], path: str | Path) -> Path:
         with written_whole(path) as partial:
             torch.save(checkpoint, partial)
     except (OSError, RuntimeError) as error:
-        raise _not_written(path, error) from None
+        raise not_written(path, error) from None
     return path
 
 
-def _not_written(path: Path, error: Exception) -> UserError:
+def not_written(path: Path, error: Exception) -> UserError:
+    """What to say of a checkpoint that could not be written."""
     free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.is_dir())).free / 2**20
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return UserError(
@@ -276,12 +340,12 @@ def damaged_files(folder: Path, quickly: bool = False) -> dict[str, str]:
         return {name: fault for name, fault in found.items() if fault}
     faults = {}
     for name, expected in listed.items():
-        path = folder / Path(name).name
+        path = folder.joinpath(*(part for part in PurePosixPath(name).parts if part not in ("/", "..")))
         if not path.is_file():
             faults[name] = "missing"
         elif path.stat().st_size != expected["bytes"]:
             faults[name] = f"{path.stat().st_size:,} bytes, expected {expected['bytes']:,}"
-        elif not quickly and _described(path) != expected:
+        elif not quickly and described(path) != expected:
             faults[name] = "other contents than were written"
     return faults
 
@@ -289,6 +353,12 @@ def damaged_files(folder: Path, quickly: bool = False) -> dict[str, str]:
 def no_weights(folder: Path) -> str:
     """What to say of a folder that is no checkpoint."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if ".metadata" in names:
+        return (
+            f"{folder} was written by torch.distributed.checkpoint: its .metadata is a pickle, which is not opened. "
+            "Where you trust its origin, run python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+            f"{folder} FILE.pt, and name that file"
+        )
     found = f"holds {few(names)}" if names else "is empty" if folder.is_dir() else "is not there"
     return f"{folder} is no checkpoint: it {found}, expected model.pt"
 
@@ -344,7 +414,7 @@ def look_at(path: str | Path) -> Checkpoint:
     place, fault = {}, None
     try:
         place = {**place_in_name(path), **place_in(_state(path) if path.is_dir() else read_checkpoint(path))}
-        if path.is_dir() and not (path / "model.pt").is_file():
+        if path.is_dir() and not is_checkpoint(path):
             fault = "model.pt: missing"
     except UserError as error:
         fault = str(error).removeprefix(f"{path} ").removeprefix("is damaged or no checkpoint").strip(" :()")

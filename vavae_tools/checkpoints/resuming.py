@@ -13,7 +13,9 @@ from vavae_tools.checkpoints.folders import (
     checkpoints_in,
     damaged_file,
     damaged_files,
+    is_checkpoint,
     no_weights,
+    open_folder,
     read_any,
     whole,
 )
@@ -46,7 +48,7 @@ def resume_path(resume: str | None, run: str | Path, say: Callable[[str], None] 
     path = Path(resume)
     if not path.exists():
         raise UserError(_not_there(path))
-    if path.is_dir() and not (path / "model.pt").is_file():
+    if path.is_dir() and not is_checkpoint(path):
         found = _first_whole(iter(checkpoints_in(path)), say)
         if found is None:
             runs = "last.ckpt, best-*.ckpt or checkpoint-*/ as in a run's"
@@ -111,22 +113,31 @@ def check_resumable(path: Path | None, module: "L.LightningModule") -> None:
     """
     if path is None:
         return
-    checkpoint, own = read_any(path, lambda line: None), module.state_dict()
+    checkpoint, own = open_any(path), module.state_dict()
     lacking = [part for part in ("state_dict", "optimizer_states", "loops") if part not in checkpoint]
     if lacking:
         raise UserError(f"{path} has no {lacking[0]}: training cannot go on from it; name a last.ckpt or best-*.ckpt")
-    names = _own_names(checkpoint["state_dict"], own)
-    found = _with_average(_renamed(checkpoint["state_dict"], names), own)
+    found = as_own(checkpoint["state_dict"], own)
     _check_weights(path, found, own)
     _check_optimizers(path, checkpoint["optimizer_states"], module)
     if list(found) != list(checkpoint["state_dict"]):
 
         def take(module: Any, weights: dict[str, Tensor], *others: Any) -> None:
-            named = _with_average(_renamed(weights, names), own)
+            named = as_own(weights, own)
             weights.clear()
             weights.update(named)
 
         module.register_load_state_dict_pre_hook(take)
+
+
+def open_any(path: Path) -> dict[str, Any]:
+    """As `read_any`; what lies in the parts of several processes stays there, as a `Cut`."""
+    return open_folder(path, lambda line: None) if path.is_dir() else read_any(path, lambda line: None)
+
+
+def as_own(found: dict[str, Any], own: dict[str, Tensor]) -> dict[str, Any]:
+    """A checkpoint's weights under a module's names; an average that is missing altogether starts from the weights."""
+    return _with_average(_renamed(found, _own_names(found, own)), own)
 
 
 def _own_names(found: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from vavae_tools.autoencoders.loading import load_autoencoder
+from vavae_tools.checkpoints.folders import is_checkpoint, read_any
 from vavae_tools.data.pixels import to_pixels
 from vavae_tools.diffusion.conditioning import ClassConditioner, check_labels
 from vavae_tools.diffusion.denoisers import make_denoiser
@@ -242,7 +243,7 @@ def load_pipeline(path: str | Path, ema: bool = True, autoencoder_dir: str | Pat
         UserError: nothing there, a checkpoint of another kind, no autoencoder beside it, or live weights of a folder.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and not is_checkpoint(path):
         return _read_folder(path, ema)
     state, settings = _read_training(path)
     vae = load_autoencoder(autoencoder_dir or _autoencoder_beside(path))
@@ -261,7 +262,7 @@ def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> G
         UserError: as there, or its latents or classes are not the pipeline's.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and not is_checkpoint(path):
         weak = _read_folder(path, ema, vae=None)
         denoiser, conditioner, people = weak.denoiser, weak.conditioner, weak.config.people
     else:
@@ -313,7 +314,7 @@ def _read_folder(path: Path, ema: bool, **parts: None) -> LatentDiTPipeline:
 
 def _read_training(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Of a `.ckpt` of DiT training: the weights, and what the models are made of."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_any(path, lambda line: None) if path.is_dir() else read_checkpoint(path)
     settings = checkpoint.get("hyper_parameters", {})
     if "denoiser_config" not in settings:
         raise UserError(f"{path} is no checkpoint of DiT training (it holds {', '.join(list(checkpoint)[:4])} …)")

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from vavae_tools.checkpoints.folders import clear_left_overs, keep_newest, read_any, write_folder
+from vavae_tools.checkpoints.folders import clear_left_overs, keep_newest, read_any, remove, write_folder
 from vavae_tools.errors import Stopped, UserError
 from vavae_tools.files import written_whole
 from vavae_tools.training.progress import say
@@ -72,7 +72,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: str) -> None:
         self.wait()
-        super().remove_checkpoint(path)
+        if Path(path).exists():
+            remove(Path(path))
 
     def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_any(path, self.say)
@@ -86,13 +87,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 self._writer = None
 
     def _write(self, checkpoint: dict[str, Any], path: Path, began: float) -> None:
-        _make_room(path, _bytes(checkpoint), self.say)
+        make_room(path, _bytes(checkpoint), self.say)
         try:
             if path.suffix:
                 with written_whole(path) as partial:
                     torch.save(checkpoint, partial)
-                    if path.name == "last.ckpt":
-                        _keep_previous(path)
+                    _step_aside(path)
             else:
                 write_folder(checkpoint, path)
         except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
@@ -127,17 +127,32 @@ def _bytes(value: Any) -> int:
     return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def _keep_previous(last: Path) -> None:
-    if last.is_file():
-        previous = last.with_name(PREVIOUS)
-        partial = last.with_name(f".{PREVIOUS}.{os.getpid()}.partial")
+def former_of(path: Path) -> Path | None:
+    """What a checkpoint's predecessor is called when it takes its place; None: it goes."""
+    return path.with_name(PREVIOUS) if path.name == "last.ckpt" else None
+
+
+def _step_aside(path: Path) -> None:
+    """Keep the `last.ckpt` that a file is about to replace; a folder of this name, of a sharded run, makes way."""
+    former = former_of(path)
+    if path.is_dir():
+        if former is None:
+            remove(path)
+            return
+        if former.exists():
+            remove(former)
+        path.rename(former)
+    elif former is not None and path.is_file():
+        partial = path.with_name(f".{former.name}.{os.getpid()}.partial")
         with suppress(OSError):  # a file system without links goes without
             partial.unlink(missing_ok=True)
-            os.link(last, partial)
-            partial.replace(previous)
+            os.link(path, partial)
+            if former.is_dir():
+                remove(former)
+            partial.replace(former)
 
 
-def _make_room(path: Path, needed: int, say: Callable[[str], None]) -> None:
+def make_room(path: Path, needed: int, say: Callable[[str], None]) -> None:
     """Remove what is no longer needed where `needed` bytes would not fit on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -148,12 +163,38 @@ def _make_room(path: Path, needed: int, say: Callable[[str], None]) -> None:
         return
     last = path.with_name("last.ckpt")
     previous = path.with_name(PREVIOUS)
-    if previous.is_file() and last.is_file():
-        previous.unlink()
+    if previous.exists() and last.exists():
+        remove(previous)
         say(f"The disk is nearly full: {previous} is removed ({last.name} stays)")
     if full():
         for gone in keep_newest(path.parent if not path.suffix else path.parent.parent, 1):
             say(f"The disk is nearly full: {gone.path} is removed")
+
+
+class Agreement:
+    """What any of several processes wants, known to all of them about once a second.
+
+    To ask, they wait for each other; so not at every step, but after as many as the slowest of them makes in a second.
+    That number is agreed on with the answer, or they would ask at different steps and wait for ever.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.asked_at, self.asked_after, self.interval = time.monotonic(), step, 1
+
+    def due(self, step: int) -> bool:
+        """Whether step is one to `ask` after; the same in all processes."""
+        return step >= self.asked_after + self.interval
+
+    def ask(self, trainer: L.Trainer, *wishes: bool) -> list[bool]:
+        """For each of the wishes, whether any process has it."""
+        now, step = time.monotonic(), trainer.global_step
+        seconds = (now - self.asked_at) / max(1, step - self.asked_after)
+        asked = torch.tensor([*map(float, wishes), seconds], device=trainer.strategy.root_device)
+        *wanted, seconds = trainer.strategy.reduce(asked, reduce_op="max").tolist()
+        # at most doubled: the first steps are no measure, such as those that a GPU is still busy with
+        self.interval = max(1, min(2 * self.interval, int(1 / max(seconds, 1e-6)), 1000))
+        self.asked_at, self.asked_after = now, step
+        return [bool(wish) for wish in wanted]
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -161,7 +202,8 @@ class LastCheckpoint(ModelCheckpoint):
 
     Ctrl-C, a notebook's stop button, SIGTERM and the time limit end training after the step they fall into: between
     two steps a checkpoint is exact, and `--resume last` goes on as if nothing had happened. A second Ctrl-C does not
-    wait.
+    wait. Of several processes it is enough that one is told; all stop after the same step, about a second later.
+    An error saves nothing: the others would wait for a process that is gone, and `last.ckpt` is whole.
 
     Args:
         folder: gets `last.ckpt`; the folder above it, the run's, gets `checkpoint-STEP/` and `checkpoint-epoch-N/`.
@@ -177,7 +219,7 @@ class LastCheckpoint(ModelCheckpoint):
         interval = timedelta(minutes=self.saving.save_every_minutes)
         super().__init__(folder, "last", train_time_interval=interval, enable_version_counter=False)
         self.until = self.saving.until()
-        self._stop, self._former_handler = False, None
+        self._stop, self._former_handlers = False, {}
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, module, stage)
@@ -189,11 +231,20 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
         self._step = trainer.global_step
+        self._agreement = Agreement(self._step)
+        # Lightning from 2.6 on asks the first process before every batch, which a GPU has to be waited for, and ends
+        # without saving; and its SIGTERM calls a collective at a moment that the other processes cannot know
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         if threading.current_thread() is threading.main_thread():
-            self._former_handler = signal.signal(signal.SIGINT, self._interrupt)
+            self._process = os.getpid()
+            self._former_handlers = {
+                number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+            }
 
     def _interrupt(self, number: int, frame: object) -> None:
-        if self._stop:
+        if number == signal.SIGTERM and os.getpid() != self._process:  # one that loads data, forked with this handler
+            os._exit(128 + number)
+        if self._stop and number == signal.SIGINT:  # a launcher may say SIGTERM twice
             raise UserError("Stopped at once, in the middle of a step; last.ckpt is as it was written before")
         self._stop = True
 
@@ -211,9 +262,10 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._save_what_is_due(trainer, trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+            ends = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+            self._save_what_is_due(trainer, ends, ask=True)
 
-    def _save_what_is_due(self, trainer: L.Trainer, epoch_ends: bool) -> None:
+    def _save_what_is_due(self, trainer: L.Trainer, epoch_ends: bool, ask: bool = False) -> None:
         step, epoch = trainer.global_step, trainer.current_epoch + 1
         steps, epochs = self.saving.save_every_n_steps, self.saving.save_every_n_epochs
         if steps and step // steps > self._step // steps:
@@ -221,15 +273,21 @@ class LastCheckpoint(ModelCheckpoint):
         if epochs and epoch_ends and epoch % epochs == 0:
             self._save_folder(trainer, f"checkpoint-epoch-{epoch}")
         self._step = step
-        if trainer.world_size > 1 and step % 20:
-            return  # to agree costs the processes a wait: not at every step
-        writer = trainer.strategy.checkpoint_io
-        writer.look()
+        if trainer.world_size > 1 and not ask and not self._agreement.due(step):
+            return
+        writer, fault = trainer.strategy.checkpoint_io, None
+        try:
+            writer.look()
+        except UserError as error:
+            fault = error
         now = time.monotonic()
         due = now - self._last_time_checked >= self._train_time_interval.total_seconds()
         late = self.until is not None and time.time() + 2 * writer.seconds + 60 > self.until
-        # the first process decides for all
-        due, stop, late = trainer.strategy.broadcast((due, self._stop or trainer.received_sigterm, late))
+        failed, stop = fault is not None, self._stop or trainer.received_sigterm
+        if trainer.world_size > 1:
+            due, stop, late, failed = self._agreement.ask(trainer, due, stop, late, failed)
+        if failed:
+            raise fault or UserError("The first process could not write a checkpoint, and says why")
         if due or stop or late:
             self._save(trainer)
             self._last_time_checked = now
@@ -239,14 +297,12 @@ class LastCheckpoint(ModelCheckpoint):
             raise Stopped(f"{why} after step {step:,}; go on with --resume last")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._give_back_signal()
+        self._give_back_signals()
         if trainer.global_step and not trainer.fast_dev_run:
             self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        self._give_back_signal()
-        if not isinstance(exception, Stopped):
-            super().on_exception(trainer, module, exception)
+        self._give_back_signals()  # and nothing is saved, see above
 
     def _save(self, trainer: L.Trainer) -> None:
         path = self.format_checkpoint_name({}, filename="last")
@@ -259,10 +315,10 @@ class LastCheckpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io.wait()
             keep_newest(self.run, self.saving.keep_last)
 
-    def _give_back_signal(self) -> None:
-        if self._former_handler is not None:
-            signal.signal(signal.SIGINT, self._former_handler)
-            self._former_handler = None
+    def _give_back_signals(self) -> None:
+        for number, handler in self._former_handlers.items():
+            signal.signal(number, handler)
+        self._former_handlers = {}
 
 
 def checkpoint_callbacks(

@@ -1,0 +1,63 @@
+"""Trainings of a tiny DiT, one after the other, as one of several processes: `torchrun … sharded_training.py JOBS`."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import lightning as L
+from tiny import tiny_dit
+
+from vavae_tools.checkpoints.resuming import check_resumable, resume_path
+from vavae_tools.data.latents import LatentDataModule
+from vavae_tools.errors import run_command
+from vavae_tools.training import strategies
+from vavae_tools.training.checkpoints import checkpoint_callbacks
+from vavae_tools.training.devices import quiet_lightning
+from vavae_tools.training.diffusion_module import DiffusionModule
+from vavae_tools.training.saving import Saving
+from vavae_tools.training.trainer import build_trainer, fit
+
+
+class At(L.Callback):
+    """Something that happens to one process from a step on."""
+
+    def __init__(self, what: str, step: int, rank: int) -> None:
+        self.what, self.step, self.rank = what, step, rank
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step != self.step or trainer.global_rank != self.rank:
+            return
+        if self.what == "a full disk":
+            strategies.save_part = _full
+        elif self.what == "killed as a folder gets its name":
+            strategies.finish_folder = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            os.kill(os.getpid(), signal.Signals[self.what])
+
+
+def _full(value, path):
+    path.write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+
+def train(run, latents, resume=None, batch_size=4, checkpointing=False, at=None, saving=None, steps=8, **devices):
+    L.seed_everything(0, verbose=False)
+    quiet_lightning()
+    denoiser, conditioner = tiny_dit(depth=2)
+    if checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    module = DiffusionModule(denoiser, conditioner, lr=1e-2, ema_decay=0.9, warmup_steps=2)
+    data = LatentDataModule(latents, batch_size, 0, seed=0)
+    settings = module.trainer_settings(accelerator="cpu", **devices)
+    saving = Saving(**{"save_every_minutes": 99, **(saving or {})})
+    callbacks = [*([At(*at)] if at else []), *checkpoint_callbacks(Path(run) / "checkpoints", "val/loss", saving)]
+    trainer = build_trainer(settings, Path(run), callbacks, print, max_steps=steps, max_epochs=-1)
+    resume_from = resume_path(resume, Path(run) / "checkpoints")
+    check_resumable(resume_from, module)
+    fit(trainer, module, data, resume_from, print)
+
+
+if __name__ == "__main__":
+    run_command(lambda: [train(**job) for job in json.loads(sys.argv[1])])

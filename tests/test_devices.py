@@ -1,0 +1,299 @@
+"""What a machine is, what training takes on it, and what is said of what cannot be."""
+
+import sys
+from itertools import pairwise
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from vavae_tools import machine
+from vavae_tools.errors import UserError
+from vavae_tools.machine import Machine, find_machine
+from vavae_tools.training import devices
+from vavae_tools.training.checkpoints import Agreement
+from vavae_tools.training.devices import allow_tf32, compiles, describe, precision_of, trainer_settings
+from vavae_tools.training.presets import find_preset
+
+T4S = Machine("t4", 2, "Tesla T4", 15_843_721_216)
+P100 = Machine("t4", 1, "Tesla P100-PCIE-16GB", 17_059_545_088, (6, 0))
+A100 = Machine("ampere", 8, "NVIDIA A100-SXM4-80GB", 85_097_971_712)
+CPU = Machine("cpu", 1, "CPU")
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "NODE_RANK", "GROUP_RANK", "SLURM_NTASKS", "SLURM_PROCID")
+
+
+@pytest.fixture
+def on(monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+
+    def on(machine: Machine) -> None:
+        monkeypatch.setattr(devices, "find_machine", lambda: machine)
+
+    return on
+
+
+def cards(monkeypatch, *found: tuple[str, tuple[int, int], int], built_for: tuple[str, ...]) -> None:
+    """A torch that sees these cards."""
+    fakes = {
+        "is_available": lambda: bool(found),
+        "device_count": lambda: len(found),
+        "get_device_name": lambda card: found[card][0],
+        "get_device_capability": lambda card: found[card][1],
+        "get_device_properties": lambda card: SimpleNamespace(total_memory=found[card][2]),
+        "get_arch_list": lambda: list(built_for),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(machine.torch.cuda, name, fake)
+
+
+# ---- the machine
+
+
+def test_cards_as_torch_sees_them(monkeypatch):
+    recent = ("sm_75", "sm_80", "sm_86", "sm_90")
+    cards(monkeypatch, *[("Tesla T4", (7, 5), 15_843_721_216)] * 2, built_for=recent)
+    assert find_machine() == T4S
+    cards(monkeypatch, ("NVIDIA H100", (9, 0), 80 * 2**30), built_for=recent)
+    assert (find_machine().kind, find_machine().capability) == ("ampere", (9, 0))
+    cards(monkeypatch, ("NVIDIA A100", (8, 0), 40 * 2**30), ("Tesla T4", (7, 5), 15 * 2**30), built_for=recent)
+    assert find_machine() == Machine("t4", 2, "Tesla T4", 15 * 2**30, (7, 5))  # the least sets the pace
+    cards(monkeypatch, built_for=())
+    assert find_machine() == CPU
+
+
+def test_a_p100_is_used_where_torch_has_its_code_and_named_where_not(monkeypatch, on):
+    p100 = ("Tesla P100-PCIE-16GB", (6, 0), 17_059_545_088)
+    cards(monkeypatch, p100, built_for=("sm_60", "sm_75"))
+    assert find_machine() == P100
+    on(P100)
+    assert trainer_settings()["precision"] == "16-mixed" and compiles(None, P100) is False
+    cards(monkeypatch, p100, built_for=("sm_75", "sm_80"))
+    with pytest.warns(UserWarning, match=r"has no code for a Tesla P100-PCIE-16GB \(sm_60\): .* GPU T4 x2"):
+        found = find_machine()
+    assert found.kind == "cpu"
+    on(found)
+    with pytest.raises(UserError, match=r"it has no code for the Tesla P100-PCIE-16GB \(sm_60\)\): take --accelerator"):
+        trainer_settings(accelerator="gpu")
+    line = describe(trainer_settings(), machine=found)
+    assert "Tesla P100-PCIE-16GB (sm_60): switch to another" in line and "\n" not in line
+
+
+# ---- precision and compilation
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "strategy", "precision"),
+    [
+        (None, CPU, "auto", "32-true"),
+        (None, T4S, "ddp", "16-mixed"),
+        (None, T4S, "fsdp", "32-true"),  # Lightning's FSDP2 has no gradient scaler
+        (None, A100, "fsdp", "bf16-mixed"),
+        ("32", T4S, "auto", "32-true"),
+        ("16-mixed", T4S, "auto", "16-mixed"),
+        ("bf16", CPU, "auto", "bf16-mixed"),
+    ],
+)
+def test_precision(name, machine, strategy, precision):
+    assert precision_of(name, machine, strategy) == precision
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "strategy", "message"),
+    [
+        ("16", CPU, "auto", "A CPU has no fp16 training: use --precision 32"),
+        ("bf16", T4S, "auto", "Tesla T4 has no bf16"),
+        ("8", A100, "auto", "No precision '8'; there are 32, 16, bf16"),
+        ("16", T4S, "fsdp", "no gradient scaler: take --precision 32, or --strategy ddp"),
+        ("16", A100, "deepspeed", "no gradient scaler: take --precision bf16"),
+    ],
+)
+def test_precision_that_cannot_be(name, machine, strategy, message):
+    with pytest.raises(UserError, match=message):
+        precision_of(name, machine, strategy)
+
+
+def test_compilation_by_machine(monkeypatch):
+    assert [compiles(None, found) for found in (CPU, P100, T4S, A100)] == [False, False, False, True]
+    assert compiles(True, T4S) is True and compiles(False, A100) is False
+    with pytest.raises(UserError, match=r"Tesla P100-PCIE-16GB has compute capability 6\.0 and Triton needs 7\.0"):
+        compiles(True, P100)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"there is no C\+\+ compiler here: install g\+\+"):
+        compiles(True, CPU)
+    with pytest.raises(UserError, match="compile is 7, expected true, false, or null"):
+        compiles(7, A100)
+
+
+def test_tf32_comes_as_training_starts_and_only_where_it_is(on):
+    try:
+        for found, precision in ((T4S, "highest"), (CPU, "highest"), (A100, "high")):
+            torch.set_float32_matmul_precision("highest")
+            on(found)
+            settings = trainer_settings()
+            assert torch.get_float32_matmul_precision() == "highest"
+            allow_tf32(settings)
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+# ---- settings
+
+
+def test_settings_by_machine(on):
+    on(T4S)
+    settings = trainer_settings()
+    assert (settings["accelerator"], settings["devices"], settings["strategy"]) == ("gpu", 2, "ddp")
+    assert settings["precision"] == "16-mixed" and settings["use_distributed_sampler"] is False
+    assert trainer_settings(parts_may_go_unused=True)["strategy"] == "ddp_find_unused_parameters_true"
+    assert trainer_settings(devices=1)["strategy"] == "auto"
+    with pytest.raises(UserError, match=r"--devices 4, but this machine has 2 \(Tesla T4\): take --devices 2"):
+        trainer_settings(devices=4)
+    cpu = trainer_settings(accelerator="cpu")
+    assert (cpu["accelerator"], cpu["devices"], cpu["precision"]) == ("cpu", 1, "32-true")
+    on(CPU)
+    assert trainer_settings()["accelerator"] == "cpu"
+    with pytest.raises(UserError, match=r"No GPU that torch can use here \(none is there\): take --accelerator cpu"):
+        trainer_settings(accelerator="gpu")
+
+
+def test_torchrun_says_how_many(on, monkeypatch):
+    on(A100)
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_WORLD_SIZE", "8"), ("WORLD_SIZE", "16")):
+        monkeypatch.setenv(name, value)
+    settings = trainer_settings(devices=1)
+    assert (settings["devices"], settings["num_nodes"], settings["strategy"]) == (8, 2, "ddp")
+    on(T4S)
+    with pytest.raises(UserError, match=r"torchrun started 8 processes here, but .* take --nproc_per_node=2"):
+        trainer_settings()
+
+
+def test_machines_that_do_not_know_where_they_meet_are_told_the_command(on, monkeypatch):
+    on(A100)
+    command = "torchrun --nnodes=2 --nproc_per_node=4 --node_rank=0 --master_addr=ADDRESS --master_port=29500 -m vavae_"
+    with pytest.raises(UserError) as error:
+        trainer_settings(devices=4, num_nodes=2)
+    assert command in str(error.value) and "\n" not in str(error.value)
+    main = SimpleNamespace(__spec__=SimpleNamespace(name="vavae_tools.train"))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", ["train.py", "experiment=dit_dummy", "data.data_dir=a b"])
+    with pytest.raises(UserError, match=r"-m vavae_tools\.train experiment=dit_dummy 'data.data_dir=a b'$"):
+        trainer_settings(devices=4, num_nodes=2)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    with pytest.raises(UserError, match="it is not said where"):
+        trainer_settings(num_nodes=2)
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert trainer_settings(num_nodes=2)["num_nodes"] == 2
+
+
+def test_tasks_of_slurm_are_told_to_take_torchrun(on, monkeypatch):
+    on(A100)
+    for name, value in (("SLURM_NTASKS", "16"), ("SLURM_PROCID", "3"), ("SLURM_NNODES", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"SLURM has 16 tasks .*--ntasks-per-node=1.* srun torchrun --nnodes=2 --nproc"):
+        trainer_settings()
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert trainer_settings()["devices"] == 8
+
+
+# ---- strategies
+
+
+def test_a_strategy_that_is_unknown_or_does_not_suit(on, monkeypatch):
+    on(T4S)
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
+    for choices, said in (
+        ({"strategy": "dpp"}, "No --strategy dpp; did you mean ddp? There are auto, ddp, "),
+        ({"strategy": "deepsped"}, "did you mean deepspeed?"),
+        ({"strategy": "deepspeed"}, "--strategy deepspeed needs its package: pip install deepspeed"),
+        ({"strategy": "deepspeed", "accelerator": "cpu"}, "--strategy deepspeed needs CUDA GPUs"),
+        ({"strategy": "fsdp", "shardable": False}, "--strategy fsdp is for the denoiser"),
+        ({"strategy": "ddp", "sharded_checkpoints": True}, "--strategy ddp has whole ones: it belongs to fsdp"),
+        ({"devices": "two"}, "--devices two: expected how many, at least one, or auto"),
+        ({"devices": 0}, "--devices 0: expected how many"),
+        ({"num_nodes": 0}, "--num_nodes 0: expected how many, at least one"),
+    ):
+        with pytest.raises(UserError) as error:
+            trainer_settings(**choices)
+        assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_deepspeed_keeps_weights_and_average_in_float32(on, monkeypatch):
+    """Its engine would cast both to bf16: there it is told to autocast, of which Lightning knows nothing."""
+    from lightning.pytorch.strategies import deepspeed
+
+    package = ModuleType("deepspeed")
+    package.utils = SimpleNamespace(logging=SimpleNamespace(logger=SimpleNamespace(setLevel=lambda level: None)))
+    monkeypatch.setitem(sys.modules, "deepspeed", package)
+    for name in ("_DEEPSPEED_AVAILABLE", "_DEEPSPEED_GREATER_EQUAL_0_16"):
+        monkeypatch.setattr(deepspeed, name, True)
+    monkeypatch.setattr(devices, "find_spec", lambda name: name)
+    on(A100)
+    settings = trainer_settings(strategy="deepspeed")
+    strategy = settings["strategy"]
+    strategy._format_config()
+    assert settings["precision"] == strategy.precision_plugin.precision == "bf16-mixed"
+    assert strategy.config["zero_optimization"]["stage"] == 2 and not {"bf16", "fp16"} & set(strategy.config)
+    assert strategy.config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    batch = {"latents": torch.ones(2)}
+    assert strategy.precision_plugin.convert_input(batch)["latents"].dtype == torch.float32
+    assert describe(settings, compile=True, machine=A100).endswith("deepspeed (ZeRO-2), bf16, compile on")
+
+
+# ---- the line
+
+
+def test_the_line_that_is_printed(on, monkeypatch):
+    monkeypatch.setattr(devices.os, "cpu_count", lambda: 4)
+    on(CPU)
+    settings = trainer_settings()
+    assert describe(settings, batch_size=8) == "CPU, 4 cores: one process, float32, compile off, batch 8 per device"
+    on(T4S)
+    line = describe(trainer_settings(accumulate_grad_batches=4), batch_size=64, num_workers=2)
+    assert line == (
+        "2 × Tesla T4 (15 GB each): ddp, fp16 with a gradient scaler, compile off, batch 64 per device, 4 batches a "
+        "step, 2 workers"
+    )
+    on(A100)
+    monkeypatch.setenv("MASTER_ADDR", "a")
+    monkeypatch.setenv("NODE_RANK", "0")
+    settings = trainer_settings(num_nodes=2, strategy="fsdp", sharded_checkpoints=True)
+    assert describe(settings, compile=True) == (
+        "2 machines of 8 × NVIDIA A100-SXM4-80GB (79 GB each): fsdp with sharded checkpoints, bf16, compile on"
+    )
+
+
+def test_larger_batches_where_there_is_room():
+    assert find_preset(machine=A100).dit_batch_size == 256 and find_preset(machine=T4S).dit_batch_size == 64
+    assert find_preset(machine=A100).vavae_batch_size > find_preset(machine=P100).vavae_batch_size
+
+
+# ---- agreeing
+
+
+def test_processes_agree_about_once_a_second_on_a_number_of_steps(monkeypatch):
+    """Two processes, of which one is slower: both ask after the same steps, though their clocks differ."""
+    clock = [0.0]
+    monkeypatch.setattr("vavae_tools.training.checkpoints.time.monotonic", lambda: clock[0])
+
+    def trainer(step: int, slower: float) -> SimpleNamespace:
+        def reduce(asked: torch.Tensor, reduce_op: str) -> torch.Tensor:
+            others = torch.cat([torch.tensor([0.0, 1.0]), asked[-1:] * slower])  # it wants the second wish
+            return torch.maximum(asked, others)
+
+        return SimpleNamespace(
+            global_step=step, strategy=SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
+        )
+
+    agreement, asked = Agreement(0), []
+    for step in range(1, 200):
+        clock[0] += 0.05
+        if agreement.due(step):
+            assert agreement.ask(trainer(step, 2.0), False, False) == [False, True]
+            asked.append(step)
+    gaps = [b - a for a, b in pairwise(asked)]
+    assert asked[0] == 1 and gaps[:4] == [2, 4, 8, 9] and set(gaps[4:]) <= {9, 10}  # 0.1 s a step for the slower one
+    clock[0] += 30
+    agreement.ask(trainer(200, 1.0), False, False)
+    assert agreement.interval == 1  # steps got slow: after each of them
