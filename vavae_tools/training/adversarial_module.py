@@ -76,7 +76,7 @@ class AdversarialModule(L.LightningModule):
             # each optimiser's backward pass leaves the other's weights without a gradient, which plain ddp refuses
             choices["strategy"] = "ddp_find_unused_parameters_true"
         unused = adversarial or self.parts_may_go_unused
-        return trainer_settings(parts_may_go_unused=unused, gradient_clip_val=None, **choices)
+        return trainer_settings(parts_may_go_unused=unused, gradient_clip_val=None, shardable=False, **choices)
 
 
 def right_rate(real: Tensor, made: Tensor) -> Tensor:

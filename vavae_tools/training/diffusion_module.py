@@ -12,9 +12,11 @@ from vavae_tools.diffusion.lora import lora_settings
 from vavae_tools.diffusion.objectives import FlowMatching
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.draws import Draws
+from vavae_tools.training.curves import log_step
 from vavae_tools.training.devices import trainer_settings
 from vavae_tools.training.ema import EMA
 from vavae_tools.training.schedule import warmed_up
+from vavae_tools.training.throughput import flops_of, without_numbers
 from vavae_tools.training.vavae_module import plain_config
 
 
@@ -59,6 +61,9 @@ class DiffusionModule(L.LightningModule):
         self.objective = objective or FlowMatching(cosine_eps=1e-2)
         self.hparams["objective"] = dict(self.objective.config)
         self._sharded = False
+        self._whole = {"network": self.network}  # in a dict: no part of its own
+        # tables of positions, the same everywhere: DDP would send them to all processes before every step
+        self._ddp_params_and_buffers_to_ignore = {name for name, _ in self.named_buffers()}
         if compile:  # after the average was copied, which sees few steps
             denoiser.compile_repeated_blocks()
 
@@ -79,12 +84,13 @@ class DiffusionModule(L.LightningModule):
         draws = Draws(self.hparams.seed, self.current_epoch, batch["index"])
         loss, parts = self.model_step(self.network, batch, draws, self.network["conditioner"].dropout)
         self.log("train/lr", self.lr_schedulers().get_last_lr()[0], batch_size=len(batch["index"]))
-        self.log("train/loss", loss.detach(), batch_size=len(batch["index"]), prog_bar=True)
-        self.log_dict({f"train/{name}": value for name, value in parts.items()}, batch_size=len(batch["index"]))
+        log_step(self, {"loss": loss, **parts}, len(batch["index"]))
         return loss
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
+        if self.trainer.fit_loop._should_accumulate():
+            return  # DeepSpeed gathers batches itself, and is asked at each of them
         # here, not in a callback: a checkpoint that is written after this step must hold this step's average
         self.ema.update(self.network, self.trainer.global_step + 1)  # Lightning counts this step later
 
@@ -92,14 +98,19 @@ class DiffusionModule(L.LightningModule):
         draws = Draws(self.hparams.seed + 1, 0, batch["index"])  # the same noise and times at every validation
         loss, parts = self.model_step(self.ema.network, batch, draws, dropout=0.0)
         parts = {"loss": loss, **parts}
-        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=len(batch["index"]), sync_dist=True)
+        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=float(len(batch["index"])), sync_dist=True)
 
     def configure_model(self) -> None:
-        """Cut denoiser, conditioner and their averages over the devices, where the strategy is `devices.sharded`."""
+        """Cut denoiser, conditioner and their averages over the devices, where the strategy is `strategies.Sharded`.
+
+        Where batches are gathered, each one's gradients are cut at once too: kept whole until the step they would save
+        sending, and take on every device the memory of all weights, for whose sake the model is cut.
+        """
         if self.device_mesh is None or self._sharded:
             return
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+        self._whole["network"] = without_numbers(self.network, "meta")
         mesh = self.device_mesh["data_parallel"]
         for network in (self.network, self.ema.network):
             for block in network["denoiser"].blocks:
@@ -116,6 +127,17 @@ class DiffusionModule(L.LightningModule):
         optimizer = torch.optim.AdamW(weights, self.hparams.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
         steps = self.trainer.estimated_stepping_batches
         return warmed_up(optimizer, self.hparams.warmup_steps, steps, self.hparams.schedule)
+
+    def flops_of_a_sample(self, batch: dict[str, Tensor]) -> int:
+        """What a training step computes for one latent of this batch (`throughput.flops_of`)."""
+        shape = batch["latents"].shape[1:]
+
+        def loss(network: nn.ModuleDict) -> Tensor:
+            latents, t = torch.zeros(1, *shape), torch.zeros(1)  # (1, C, h, w)
+            conditioning = network["conditioner"](torch.zeros(1, dtype=torch.long))
+            return self.objective(network["denoiser"], latents, conditioning, latents, t)[0]
+
+        return flops_of(self._whole["network"], loss)
 
     def trainer_settings(self, **choices: Any) -> dict[str, Any]:
         """Arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`): Trainer(**settings)."""

@@ -23,8 +23,10 @@ from vavae_tools.errors import UserError
 from vavae_tools.evaluation.metrics import psnr, ssim
 from vavae_tools.screen import someone_looks
 from vavae_tools.training.adversarial_module import AdversarialModule
+from vavae_tools.training.curves import log_step
 from vavae_tools.training.ema import EMA
 from vavae_tools.training.schedule import warmed_up
+from vavae_tools.training.throughput import flops_of
 
 TOKENS_LIMIT = 4 * 2**30
 """The encoder's tokens of all pictures are kept in memory up to this many bytes: 10,900 pictures of DINOv2-B's."""
@@ -176,8 +178,8 @@ class RAEDecoderModule(AdversarialModule):
             parts["discriminator"] = hinge_loss(real, made)
             parts["discriminator_right"] = ((real > 0).float().mean() + (made < 0).float().mean()) / 2
             self.descend(adversary, parts["discriminator"], batch_idx)
-        parts["lr"] = torch.tensor(generator.param_groups[0]["lr"])
-        self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(pictures))
+        self.log("train/lr", generator.param_groups[0]["lr"], batch_size=len(pictures))
+        log_step(self, parts, len(pictures))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         pictures, tokens = self.looked_at(batch)
@@ -190,7 +192,20 @@ class RAEDecoderModule(AdversarialModule):
         }
         if self._frozen["lpips"] is not None:
             parts["perceptual"] = self._frozen["lpips"](reconstruction, pictures).mean()
-        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=len(pictures), sync_dist=True)
+        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=float(len(pictures)), sync_dist=True)
+
+    def flops_of_a_sample(self, batch: dict[str, Tensor]) -> int:
+        """What RAE computes for one picture in a step, forwards and backwards; losses' networks do not count."""
+        shape, looked_once = batch["pictures"].shape[1:], "tokens" in batch
+        channels, height, width = self._frozen["rae"].latent_shape
+
+        def loss(rae: RAE) -> Tensor:
+            tokens = torch.zeros(1, height * width, channels)  # (1, N, C)
+            if not looked_once:
+                tokens = rae.tokens(torch.zeros(1, *shape))
+            return rae.colours(tokens).sum()
+
+        return flops_of(self._frozen["rae"], loss)
 
     @torch.inference_mode()
     def reconstructed(self, pictures: Tensor) -> Tensor:

@@ -1,22 +1,20 @@
-"""The Trainer as all trainings here use it: whole checkpoints, one progress bar, TensorBoard."""
+"""The Trainer as all trainings here use it: whole checkpoints, one progress bar, TensorBoard, throughput."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from vavae_tools.checkpoints.folders import read_any
+from vavae_tools.data.loading import loader_faults
 from vavae_tools.errors import Stopped, UserError
 from vavae_tools.machine import keep_freed_memory
 from vavae_tools.training.checkpoints import WholeCheckpointIO
+from vavae_tools.training.devices import allow_tf32
 from vavae_tools.training.progress import Progress
+from vavae_tools.training.throughput import Throughput
 
 
 def build_trainer(
@@ -24,18 +22,21 @@ def build_trainer(
 ) -> L.Trainer:
     """A Trainer with `settings` (`devices.trainer_settings`) whose `length` is in max_epochs or max_steps.
 
+    It shows where training is and, at the end, how fast it went (`throughput`).
+
     Raises:
         UserError: settings that Lightning cannot use, such as a strategy whose package is missing.
     """
     if settings.get("accelerator") == "cpu":
         keep_freed_memory()
+    allow_tf32(settings)
     try:
         return L.Trainer(
             **settings,
             **length,
             default_root_dir=output_dir,
             logger=TensorBoardLogger(output_dir),
-            callbacks=[*callbacks, Progress(say)],
+            callbacks=[Throughput(say), *callbacks, Progress(say)],  # the first: a step ends before what others do
             plugins=[WholeCheckpointIO(say)],
             enable_progress_bar=False,
         )
@@ -56,22 +57,12 @@ def fit(
         UserError: a checkpoint that this run cannot go on from, such as one that is further than its length.
     """
     try:
-        with _one_file(trainer, resume_from) as checkpoint:
-            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        with loader_faults():
+            trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
     except Stopped as stop:
         say(str(stop))
     except MisconfigurationException as error:  # such as a checkpoint that is further than this run's length
         raise UserError(str(error)) from None
     finally:
         trainer.strategy.checkpoint_io.teardown()  # the last one is on the disk; not every strategy sees to that
-
-
-@contextmanager
-def _one_file(trainer: L.Trainer, resume_from: Path | None) -> Iterator[Path | None]:
-    """The checkpoint as a file of Lightning's form, for a sharded model, whose strategy reads no other."""
-    if resume_from is None or resume_from.suffix == ".ckpt" or not isinstance(trainer.strategy, ModelParallelStrategy):
-        yield resume_from
-        return
-    with TemporaryDirectory() as folder:  # each process its own
-        torch.save(read_any(resume_from, lambda line: None), Path(folder) / "checkpoint.ckpt")
-        yield Path(folder) / "checkpoint.ckpt"
+    trainer.strategy.barrier()  # so that every process finds it there

@@ -20,7 +20,9 @@ from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation.metrics import psnr, ssim
 from vavae_tools.training.adversarial_module import AdversarialModule, right_rate
+from vavae_tools.training.curves import log_step
 from vavae_tools.training.schedule import warmed_up
+from vavae_tools.training.throughput import flops_of
 
 
 class VAVAEModule(AdversarialModule):
@@ -174,7 +176,7 @@ class VAVAEModule(AdversarialModule):
             parts["discriminator"] = hinge_loss(real, made)
             parts["discriminator_right"] = right_rate(real, made)
             self.descend(adversary, parts["discriminator"], batch_idx)
-        self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(keep))
+        log_step(self, parts, len(keep))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         draws = Draws(self.hparams.seed + 1, 0, batch["index"])  # the same noise at every validation
@@ -193,8 +195,21 @@ class VAVAEModule(AdversarialModule):
             parts["discriminator_right"] = right_rate(self.judged(pictures), self.judged(reconstruction))
         parts["psnr"] = psnr(reconstruction.clamp(-1, 1), pictures).clamp_max(100).mean()
         parts["ssim"] = ssim(reconstruction, pictures).mean()
-        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=len(pictures), sync_dist=True)
+        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=float(len(pictures)), sync_dist=True)
         return {"reconstructions": to_pixels(reconstruction)}
+
+    def flops_of_a_sample(self, batch: dict[str, Tensor]) -> int:
+        """What the model computes for one picture in a step, forwards and backwards; losses' networks do not count."""
+        shape = batch["pictures"].shape[1:]
+
+        def loss(vavae: VAVAE) -> Tensor:
+            pictures, label = torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long)  # (1, C, H, W)
+            condition = vavae.condition_vectors(label) if vavae.config.condition_dim else None
+            with torch.no_grad() if self.hparams.freeze_encoder else nullcontext():
+                latents = vavae.encode(pictures, condition=condition).latent_dist.mean
+            return vavae.decode(latents, condition=condition).sample.sum()
+
+        return flops_of(self.vavae, loss)
 
     def on_fit_start(self) -> None:
         if self._frozen["lpips"] is not None:

@@ -1,0 +1,461 @@
+"""Curves and speed of a training, on one process and on two, which torchrun starts with this file as their script."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import tiny_dit, tiny_vavae, trained_looking
+
+from vavae_tools.data.images import PictureDataModule
+from vavae_tools.data.latents import LatentDataModule
+from vavae_tools.errors import Stopped
+from vavae_tools.training import throughput
+from vavae_tools.training.devices import quiet_lightning
+from vavae_tools.training.diffusion_module import DiffusionModule
+from vavae_tools.training.throughput import Clock, Throughput, flops_of, peak_flops
+from vavae_tools.training.trainer import build_trainer, fit
+from vavae_tools.training.vavae_module import VAVAEModule
+
+ROOT = Path(__file__).parent.parent
+GLOBAL_BATCH = 8
+
+
+def new_dit(**changes) -> DiffusionModule:
+    denoiser, conditioner = tiny_dit()
+    return DiffusionModule(trained_looking(denoiser), conditioner, **{"lr": 1e-3, "warmup_steps": 1, **changes})
+
+
+def new_vavae(**changes) -> VAVAEModule:
+    torch.manual_seed(0)
+    return VAVAEModule(tiny_vavae(), **{"lr": 1e-3, "warmup_steps": 1, "schedule": "constant", **changes})
+
+
+def train(module, data, folder: Path, callbacks=(), say=lambda line: None, strategy="auto", **settings) -> L.Trainer:
+    quiet_lightning()
+    length = {"max_steps": settings.pop("max_steps", 20), "max_epochs": -1}
+    settings = {"limit_val_batches": 0, "enable_checkpointing": False, "log_every_n_steps": 1, **settings}
+    settings = module.trainer_settings(accelerator="cpu", strategy=strategy, **settings)
+    trainer = build_trainer({**length, **settings}, folder, list(callbacks), say)
+    fit(trainer, module, data, None, say)
+    return trainer
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (log,) = (folder / "lightning_logs").iterdir()
+    events = EventAccumulator(str(log))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+# ---- what one process and two do alike
+
+
+class Collectives(L.Callback):
+    """Counts, batch by batch, sums over processes that Python asks for, and gradients that are sent (weights).
+
+    Attributes:
+        tables: numbers that DDP sends to all processes before each forward pass.
+    """
+
+    def __init__(self) -> None:
+        self.sums, self.sent, self.tables = [], [], 0
+
+    def on_train_start(self, trainer, module):
+        if trainer.world_size > 1:
+            self.tables = sum(buffer.numel() for buffer in trainer.strategy.model.modules_buffers)
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+            def hook(group, bucket):
+                self.sent[-1] += bucket.buffer().numel()
+                return allreduce_hook(group, bucket)
+
+            trainer.strategy.model.register_comm_hook(None, hook)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.sums.append(0)
+        self.sent.append(0)
+
+
+class Spoil(L.Callback):
+    """A loss that is infinite on one process at some steps."""
+
+    def __init__(self, rank: int, steps: range) -> None:
+        self.rank, self.steps = rank, steps
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        picture_loss = module.picture_loss
+        here = trainer.global_rank == self.rank and trainer.global_step in self.steps
+        module.__dict__.setdefault("whole_picture_loss", picture_loss)
+        module.picture_loss = module.whole_picture_loss
+        if here:
+
+            def spoilt(reconstruction, pictures):
+                loss, parts = module.whole_picture_loss(reconstruction, pictures)
+                return loss + torch.inf, parts  # its gradient is finite
+
+            module.picture_loss = spoilt
+
+
+class Ticks(Clock):
+    """A clock that goes on only where it is told."""
+
+    now = 0.0
+
+    def mark(self) -> float:
+        return self.now
+
+
+def slow_data(latents_dir, batch_size: int, clock: Ticks, seconds: float) -> LatentDataModule:
+    """Each batch takes so long."""
+    data = LatentDataModule(latents_dir, batch_size)
+    take = type(data.train_data).__getitems__
+
+    class Slow(type(data.train_data)):
+        def __getitems__(self, rows):
+            clock.now += seconds
+            return take(self, rows)
+
+    data.train_data.__class__ = Slow
+    return data
+
+
+class Takes(L.Callback):
+    """Time of the parts of a training: the first three steps 50 s, the others `step`, and what is no step 1000 s."""
+
+    def __init__(self, clock: Ticks, step: float, stop_at: int | None = None) -> None:
+        self.clock, self.step, self.stop_at, self.steps = clock, step, stop_at, 0
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.clock.now += 50 if self.steps < 3 else self.step
+        self.steps += 1
+
+    def pause(self, *arguments):
+        self.clock.now += 1000
+
+    on_validation_batch_end = on_train_epoch_end = on_save_checkpoint = pause
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == self.stop_at:
+            raise Stopped("Stopped")
+
+
+def with_clock(monkeypatch_or_none, clock: Ticks) -> None:
+    def first_callback(say):
+        return Throughput(say, clock)
+
+    from vavae_tools.training import trainer
+
+    if monkeypatch_or_none is None:
+        trainer.Throughput = first_callback
+    else:
+        monkeypatch_or_none.setattr(trainer, "Throughput", first_callback)
+
+
+def run_all(folder: Path, latents_dir: Path, split_dir: Path) -> None:
+    """What is compared between one process and two; each leaves a JSON file."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    share = GLOBAL_BATCH // world
+    found = {}
+    counted, sums = Collectives(), dist.all_reduce
+
+    def counting(*arguments, **named):
+        if counted.sums and not named.get("async_op"):  # those of gradients are asynchronous
+            counted.sums[-1] += 1
+        return sums(*arguments, **named)
+
+    if world > 1:
+        dist.all_reduce = counting
+    latents = lambda: LatentDataModule(latents_dir, share)  # noqa: E731
+    pictures = lambda: PictureDataModule(split_dir, 24, share)  # noqa: E731
+
+    train(new_dit(), latents(), folder / "dit")
+    train(new_vavae(), pictures(), folder / "vavae")
+
+    counted.sums, counted.sent = [], []
+    train(new_dit(), latents(), folder / "seldom", [counted], log_every_n_steps=5, accumulate_grad_batches=2)
+    found["seldom"] = {"sums": counted.sums, "sent": counted.sent, "tables": counted.tables}
+
+    counted.sums, counted.sent = [], []
+    module = new_vavae(disc_weight=0.5, disc_start=0, disc_width=8, accumulate_grad_batches=3)
+    train(module, pictures(), folder / "gathered", [counted], max_steps=4)
+    numbers = {part: sum(w.numel() for w in getattr(module, part).parameters()) for part in ("vavae", "discriminator")}
+    found["gathered"] = {"sent": counted.sent, **numbers}
+
+    module = new_dit()
+    strategy = "fsdp" if world > 1 else "auto"
+    train(module, latents(), folder / "cut", strategy=strategy, accumulate_grad_batches=2, max_steps=6)
+    found["flops"] = module.flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8)})
+
+    for name, steps in (("spoilt", range(2, 4)), ("ruined", range(2, 7))):
+        module = new_vavae()
+        train(module, pictures(), folder / name, [Spoil(world - 1, steps)], max_steps=9)
+        found[name] = [w.double().sum().item() for w in module.vavae.parameters()]
+
+    if world > 1:
+        clock, said = Ticks(), []
+        with_clock(None, clock)
+        data = slow_data(latents_dir, share, clock, 1.0 + 2 * rank)
+        train(new_dit(), data, folder / "timed", [Takes(clock, 1.0)], said.append, max_steps=8)
+        found["said"] = said
+    (folder / f"{rank} of {world}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def one_and_two(latents_dir, split_dir, tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("processes")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    (folder / "1").mkdir()
+    (folder / "2").mkdir()
+    words = [str(path) for path in (folder / "2", latents_dir, split_dir)]
+    done = subprocess.run([*torchrun, *words], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run_all(folder / "1", latents_dir, split_dir)
+    return folder / "1", folder / "2"
+
+
+def of(folder: Path, rank: int, what: str):
+    return json.loads((folder / f"{rank} of {folder.name}.json").read_text())[what]
+
+
+@pytest.mark.parametrize("kind", ["dit", "vavae"])
+def test_the_curves_of_two_processes_are_those_of_one(one_and_two, kind):
+    one, two = (curves(folder / kind) for folder in one_and_two)
+    names = {name for name in one if name.startswith("train/")}
+    assert {"train/loss", "train/lr" if kind == "dit" else "train/gradient_norm"} <= names == {*two} & names
+    for name in names:
+        assert len(one[name]) == 20 and [step for step, _ in one[name]] == [step for step, _ in two[name]]
+        expected = [value for _, value in one[name]]
+        assert [value for _, value in two[name]] == pytest.approx(expected, rel=1e-5, abs=1e-9), name
+    assert len({value for _, value in one["train/loss"]}) == 20
+
+
+def test_processes_speak_about_curves_once_a_written_step(one_and_two):
+    """Twenty steps of two batches, of which each fifth step is written; gradients, too, are sent at steps alone."""
+    for rank in (0, 1):
+        found = of(one_and_two[1], rank, "seldom")
+        complete = [batch % 3 > 0 for batch in range(30)]  # an epoch's third batch makes a step of its own
+        assert [bool(sent) for sent in found["sent"]] == complete and found["tables"] == 0
+        assert found["sums"] == [int(now and sum(complete[: i + 1]) % 5 == 0) for i, now in enumerate(complete)]
+
+
+def test_no_gradient_is_sent_before_the_last_of_the_batches_gathered(one_and_two):
+    """Neither the discriminator's, nor where losses are weighed against each other."""
+    found = of(one_and_two[1], 0, "gathered")
+    assert [bool(sent) for sent in found["sent"]] == [batch % 3 == 2 for batch in range(12)]
+
+
+def test_a_model_that_is_cut_gathers_as_one_does(one_and_two):
+    one, two = (curves(folder / "cut")["train/loss"] for folder in one_and_two)
+    assert len(one) == 6 and [value for _, value in two] == pytest.approx([value for _, value in one], rel=1e-5)
+    assert of(one_and_two[1], 1, "flops") == of(one_and_two[0], 0, "flops") > 0
+
+
+@pytest.mark.parametrize(("name", "skipped"), [("spoilt", 2), ("ruined", 5)])
+def test_a_loss_that_one_process_alone_finds_infinite_is_so_for_all(one_and_two, name, skipped):
+    """Two steps are left out; after five in a row all go back to the state at the beginning."""
+    one, two = (curves(folder / name) for folder in one_and_two)
+    for found in (one, two):
+        assert found["train/skipped_steps"][-1] == (8, skipped)
+    assert of(one_and_two[1], 0, name) == of(one_and_two[1], 1, name)
+    assert of(one_and_two[1], 0, name) == pytest.approx(of(one_and_two[0], 0, name), abs=1e-4)
+
+
+def test_the_speeds_of_processes_are_added_and_said_once(one_and_two):
+    """4 pictures in 2 s and in 4 s, of which half and three quarters are waiting."""
+    said = [line for line in of(one_and_two[1], 0, "said") if not line.startswith("step")]
+    assert said[0].startswith("throughput  3.0 pictures/s, 3,000.0 ms a step (2 processes), 62% of it waiting for data")
+    assert len(said) == 2 and of(one_and_two[1], 1, "said") == []
+
+
+# ---- what is measured
+
+
+def timed(monkeypatch, latents_dir, folder, module=None, data_takes=3.0, step_takes=1.0, stop_at=None, **settings):
+    """(lines that were said at the end, curves, the callback) of a training with 4 latents a batch."""
+    clock, said = Ticks(), []
+    with_clock(monkeypatch, clock)
+    data = slow_data(latents_dir, 4, clock, data_takes)
+    settings = {"limit_val_batches": 1, "max_steps": 15, "check_val_every_n_epoch": 1, **settings}
+    takes = Takes(clock, step_takes, stop_at)
+
+    class Saving(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step % 4 == 0:
+                trainer.save_checkpoint(folder / "a.ckpt")
+
+    trainer = train(module or new_dit(), data, folder, [takes, Saving()], said.append, **settings)
+    lines = [line for line in said if line.startswith(("throughput", "advice"))]
+    return lines, curves(folder), next(part for part in trainer.callbacks if isinstance(part, Throughput))
+
+
+def test_only_steps_count_and_only_the_wait_for_their_data_is_waiting(monkeypatch, latents_dir, tmp_path):
+    """1 s of 4 is the step; 1000 s of validation, of checkpoints and at an epoch's end, 50 s of first steps are not."""
+    (line, advice), found, measured = timed(monkeypatch, latents_dir, tmp_path)
+    assert line.startswith("throughput  1.0 pictures/s, 4,000.0 ms a step, 75% of it waiting for data, peak memory ")
+    assert "TFLOP/s" not in line
+    assert advice.startswith("advice: 75% of the time") and "num_workers (it was 0; " in advice
+    assert {name: {value for _, value in found[f"throughput/{name}"]} for name in ("waiting", "step_ms")} == {
+        "waiting": {0.75},
+        "step_ms": {4000.0},
+    }
+    assert [step for step, _ in found["throughput/pictures_per_second"]] == list(range(3, 15))
+    assert measured.speed.memory > 50e6
+
+
+def test_gathered_batches_are_one_step(monkeypatch, latents_dir, tmp_path):
+    lines, _, measured = timed(monkeypatch, latents_dir, tmp_path, data_takes=0.0, accumulate_grad_batches=3)
+    assert measured.speed.step_seconds == 3.0 and measured.speed.pictures_per_second == 4.0
+    assert len(lines) == 1  # no advice
+
+
+def test_a_training_that_is_stopped_says_it_too(monkeypatch, latents_dir, tmp_path):
+    lines, _, measured = timed(monkeypatch, latents_dir, tmp_path, stop_at=8)
+    assert len(lines) == 2 and measured.speed.step_seconds == 4.0
+
+
+def test_a_few_steps_say_nothing(monkeypatch, latents_dir, tmp_path):
+    lines, _, measured = timed(monkeypatch, latents_dir, tmp_path, max_steps=4)
+    assert lines == [] and measured.speed is None
+
+
+def test_a_run_that_goes_on_measures_its_own_time(monkeypatch, latents_dir, tmp_path):
+    timed(monkeypatch, latents_dir, tmp_path / "first", max_steps=8)
+    clock, data, said = Ticks(), None, []
+    with_clock(monkeypatch, clock)
+    data = slow_data(latents_dir, 4, clock, 0.0)
+    module = new_dit()
+    settings = module.trainer_settings(accelerator="cpu", limit_val_batches=0, max_steps=16, max_epochs=-1)
+    takes = Takes(clock, 0.5)
+    trainer = build_trainer(settings | {"enable_checkpointing": False}, tmp_path / "second", [takes], said.append)
+    fit(trainer, module, data, tmp_path / "first" / "a.ckpt", said.append)
+    assert trainer.global_step == 16 and takes.steps == 8
+    assert said[-1].startswith("throughput  8.0 pictures/s, 500.0 ms a step, 0% of it waiting for data")
+
+
+def test_the_use_of_a_known_card(monkeypatch, latents_dir, tmp_path):
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 5e6)
+    (line, _), found, measured = timed(monkeypatch, latents_dir, tmp_path)
+    flops = new_dit().flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8)})
+    assert measured.speed.flops_per_second == pytest.approx(flops)  # a picture a second
+    assert [value for _, value in found["throughput/utilisation"]] == pytest.approx([flops / 5e6] * 12)
+    assert line.endswith(f", {flops / 5e6:.0%} of the card's 0 TFLOP/s")
+
+
+def test_marks_in_a_gpus_queue_are_read_once_they_have_passed(monkeypatch, latents_dir, tmp_path):
+    """The processor is three batches ahead: none of them counts until the GPU has come to its end."""
+    clock = Ticks()
+
+    class Queue(Ticks):
+        done = -1.0
+
+        def has_passed(self, mark):
+            return mark <= self.done
+
+        def wait(self):
+            self.done = float("inf")
+
+    clock = Queue()
+    measured = Throughput(lambda line: None, clock)
+    seen = []
+
+    class Run(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            clock.now += 1
+            clock.done = clock.now - 3
+            seen.append(measured._whole.steps)
+
+    module = new_dit()
+    plain = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    settings = module.trainer_settings(accelerator="cpu", devices=1)
+    trainer = L.Trainer(**settings, **plain, max_steps=10, callbacks=[measured, Run()])
+    trainer.fit(module, slow_data(latents_dir, 2, clock, 0.0))
+    assert seen == [0, 0, 0, 0, 0, 0, 1, 2, 3, 4]
+    assert measured.speed.step_seconds == 1.0 and measured._whole.steps == 7
+
+
+# ---- operations
+
+
+def products(tokens: int, channels: int, dim: int, depth: int) -> tuple[int, int]:
+    """Forward operations of a DiT's matrix products on one sample: all, and those whose input needs no gradient."""
+    hidden = int(2 / 3 * 4 * dim)
+    block = [(1, dim, 6 * dim), (tokens, dim, 3 * dim), (tokens, dim, dim)]
+    block += [(tokens, dim, 2 * hidden), (tokens, hidden, dim)]
+    first = [(tokens, channels, dim), (1, 256, dim)]
+    rest = [(1, dim, dim), *block * depth, (1, dim, 2 * dim), (tokens, dim, channels)]
+    count = lambda layers: sum(2 * rows * ins * outs for rows, ins, outs in layers)  # noqa: E731
+    return count(first + rest) + depth * 4 * tokens**2 * dim, count(first)
+
+
+@pytest.mark.parametrize("changed", ["as it is", "checkpointing", "compiled"])
+def test_operations_of_a_denoiser(changed):
+    """Three times the forward products, less the gradients of what is no weight; recomputation does not count."""
+    module = new_dit(compile=changed == "compiled")
+    if changed == "checkpointing":
+        module.network["denoiser"].enable_gradient_checkpointing()
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    forward, without = products(tokens=4, channels=2 * 4 * 4, dim=16, depth=1)
+    along_the_row = 2 * 4 * 16  # NormAndModulate's product of a row with the gain, of two norms and the last
+    found = module.flops_of_a_sample({"latents": torch.zeros(3, 2, 8, 8)})
+    assert found == 3 * forward - without + 3 * along_the_row
+    assert all(torch.equal(weight, before[name]) for name, weight in module.state_dict().items())
+    assert all(weight.grad is None for weight in module.parameters())
+    assert module.network["denoiser"].gradient_checkpointing == (changed == "checkpointing")
+
+
+def test_frozen_weights_have_no_gradients_to_compute():
+    module = new_dit()
+    whole = module.flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8)})
+    module.network["denoiser"].blocks.requires_grad_(False)
+    hidden = int(2 / 3 * 4 * 16)
+    # of the weights of a block; its inputs' gradients go on to what is before it
+    weights = 2 * (6 * 16 * 16 + 4 * (3 * 16 * 16 + 16 * 16 + 2 * hidden * 16 + hidden * 16))
+    assert whole - module.flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8)}) == weights
+
+
+def test_operations_of_the_autoencoder():
+    """A 1×1 picture of every layer by hand would be long: a frozen encoder costs its forward pass alone."""
+    batch = {"pictures": torch.zeros(5, 3, 16, 16, dtype=torch.uint8)}
+    vavae = new_vavae().vavae
+    forward = flops_of(torch.nn.ModuleList([vavae, torch.nn.Linear(1, 1)]), lambda both: _through_encoder(both, vavae))
+    frozen, whole = (new_vavae(freeze_encoder=frozen).flops_of_a_sample(batch) for frozen in (True, False))
+    assert 1.9 * forward < whole - frozen < 2.1 * forward
+
+
+def _through_encoder(both, vavae):
+    with torch.no_grad():
+        both[0].encode(torch.zeros(1, 3, 16, 16))
+    return both[1](torch.zeros(1, 1)).sum()
+
+
+@pytest.mark.parametrize(
+    ("card", "precision", "expected"),
+    [
+        ("Tesla T4", "16-mixed", 65e12),
+        ("NVIDIA A100-SXM4-40GB", "bf16-mixed", 312e12),
+        ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989.4e12),
+        ("NVIDIA H200", "bf16-mixed", 989.5e12),
+        ("Tesla P100-PCIE-16GB", "32-true", None),
+    ],
+)
+def test_what_a_card_can_do(monkeypatch, card, precision, expected):
+    """Dense products, as the makers' data sheets give them."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: card)
+    assert peak_flops(torch.device("cuda", 0), precision) == expected
+
+
+def test_a_processor_has_no_known_peak():
+    assert peak_flops(torch.device("cpu"), "32-true") is None
+
+
+if __name__ == "__main__":
+    run_all(*map(Path, sys.argv[1:]))
