@@ -66,7 +66,7 @@ def main() -> None:
 
     add("--devices", type=int, choices=[1, 2, 4, 8], help="GPUs on each machine; without it all there are")
     add("--num_nodes", type=int, default=1, help="machines")
-    strategies = ["auto", "ddp", "ddp_find_unused_parameters_true", "deepspeed"]
+    strategies = ["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "deepspeed"]
     add("--strategy", choices=strategies, default="auto", help="how several devices work together")
     add("--accelerator", choices=["gpu", "cpu", "auto"], default="auto", help="what to train on")
     add("--precision", choices=["16", "32", "bf16"], help="without it 16 on a T4, bf16 on newer cards, 32 on a CPU")

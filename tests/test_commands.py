@@ -102,7 +102,9 @@ def test_fine_tuning_writes_what_it_says(killed_and_resumed):
         "diffusion_pytorch_model.safetensors",
     ]
     assert list((outputs / "reconstructions").glob("*.png")) and list((outputs / "lightning_logs").rglob("events*"))
-    assert "Fine-tuning on 24 pictures of 3 people, 6 a step on each of 1 device, lr 0.002, 32-true" in said
+    assert "Fine-tuning on 24 pictures of 3 people, 6 a step on each of 1 device, lr 0.002 (" in said
+    assert re.search(r"^CPU, \d+ cores: one process, float32, compile off, batch 6 per device, 0 workers$", said, re.M)
+    assert re.search(r"^throughput +[\d.,]+ pictures/s", said, re.M)
     assert f"written: outputs/vavae (from outputs/checkpoints/{names[0]})" in said
     assert said.splitlines()[-1].startswith("next: python -m vavae_tools.train --data_dir ")
 

@@ -18,11 +18,9 @@ from vavae_tools.data.images import PictureDataModule
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.draws import Draws
 from vavae_tools.errors import Stopped, UserError
-from vavae_tools.machine import Machine
 from vavae_tools.training import checkpoints as checkpoints_module
 from vavae_tools.training import devices
 from vavae_tools.training.checkpoints import WholeCheckpointIO, checkpoint_callbacks
-from vavae_tools.training.devices import precision_of, trainer_settings
 from vavae_tools.training.diffusion_module import DiffusionModule
 from vavae_tools.training.ema import EMA
 from vavae_tools.training.previews import Previews
@@ -448,56 +446,3 @@ def test_previews_come_now_and_then_and_at_the_end(tmp_path, data, length, steps
     assert names == [f"preview-{step:06d}.png" for step in steps] and len(shown) == len(steps)
     assert Image.open(tmp_path / "previews" / names[0]).size == (8, 8)
     assert fit.module.training or fit.trainer.state.finished
-
-
-# ---- devices
-
-
-T4, A100, CPU = Machine("t4", 2, "Tesla T4"), Machine("ampere", 1, "A100"), Machine("cpu", 1, "CPU")
-
-
-@pytest.mark.parametrize(
-    ("name", "machine", "precision"),
-    [
-        (None, CPU, "32-true"),
-        (None, T4, "16-mixed"),
-        (None, A100, "bf16-mixed"),
-        ("32", T4, "32-true"),
-        ("16-mixed", T4, "16-mixed"),
-        ("bf16", CPU, "bf16-mixed"),
-    ],
-)
-def test_precision(name, machine, precision):
-    assert precision_of(name, machine) == precision
-
-
-@pytest.mark.parametrize(
-    ("name", "machine", "message"),
-    [
-        ("16", CPU, "A CPU has no fp16 training: use --precision 32"),
-        ("bf16", T4, "Tesla T4 has no bf16"),
-        ("8", A100, "No precision '8'; there are 32, 16, bf16"),
-    ],
-)
-def test_precision_that_a_machine_cannot_do(name, machine, message):
-    with pytest.raises(UserError, match=message):
-        precision_of(name, machine)
-
-
-def test_settings_by_machine(monkeypatch):
-    monkeypatch.setattr(devices, "find_machine", lambda: T4)
-    settings = trainer_settings()
-    assert (settings["accelerator"], settings["devices"], settings["strategy"]) == ("gpu", 2, "ddp")
-    assert settings["precision"] == "16-mixed" and settings["use_distributed_sampler"] is False
-    assert trainer_settings(parts_may_go_unused=True)["strategy"] == "ddp_find_unused_parameters_true"
-    assert trainer_settings(devices=1)["strategy"] == "auto"
-    assert trainer_settings(devices=1, num_nodes=2)["strategy"] == "ddp"
-    assert trainer_settings(strategy="deepspeed")["strategy"] == "deepspeed"
-    with pytest.raises(UserError, match=r"--devices 4, but this machine has 2 \(Tesla T4\)"):
-        trainer_settings(devices=4)
-    cpu = trainer_settings(accelerator="cpu")
-    assert (cpu["accelerator"], cpu["devices"], cpu["precision"]) == ("cpu", 1, "32-true")
-    monkeypatch.setattr(devices, "find_machine", lambda: CPU)
-    assert trainer_settings()["accelerator"] == "cpu"
-    with pytest.raises(UserError, match="No GPU that torch can use here: take --accelerator cpu"):
-        trainer_settings(accelerator="gpu")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from difflib import get_close_matches
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -254,6 +255,9 @@ def _of_its_kind(key: str, value: Any, config: "DictConfig") -> Any:
 # ---- the run's folder
 
 
+_TURNS = count(1)
+
+
 def run_folder(config: "DictConfig", now: datetime | None = None) -> tuple[Path, str | None, str | None]:
     """Where a run writes, what it goes on from, and a line about it.
 
@@ -266,7 +270,8 @@ def run_folder(config: "DictConfig", now: datetime | None = None) -> tuple[Path,
     ranks = of_torchrun()
     if ranks.size > 1:  # the clock says another second to each of them
         found = _run_folder(config, now) if ranks.rank == 0 else None
-        folder, resume, said = ranks.share("vavae run folder", found and (str(found[0]), *found[1:]))
+        turn = f"vavae run folder {next(_TURNS)}"  # a process may train several
+        folder, resume, said = ranks.share(turn, found and (str(found[0]), *found[1:]))
         return Path(folder), resume, said
     return _run_folder(config, now)
 

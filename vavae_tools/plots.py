@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vavae_tools.screen import in_notebook
+from vavae_tools.screen import for_a_cell, in_notebook, send_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -174,9 +174,14 @@ def _lay_out(
 
 def show_inline(pixels: Tensor) -> None:
     """Show one picture, uint8 (1 or 3, H, W), below a notebook's cell while it runs; elsewhere do nothing."""
-    if not in_notebook():
+    if not in_notebook() and not for_a_cell():
         return
-    from IPython.display import display
     from PIL import Image
 
-    display(Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy()))
+    picture = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+    if for_a_cell():
+        send_picture(picture)
+    else:
+        from IPython.display import display
+
+        display(picture)

@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 import shlex
-import sys
 from pathlib import Path
 
 from vavae_tools.errors import UserError, run_command
@@ -25,7 +24,8 @@ def main() -> None:
     interval = _interval(options.cfg_interval)
     names = _names(options.class_list)
 
-    from vavae_tools.ranks import Ranks, run_ranks
+    from vavae_tools.launch import call_on_ranks
+    from vavae_tools.ranks import Ranks
     from vavae_tools.training.devices import trainer_settings
 
     if "RANK" in os.environ:  # one of several processes already
@@ -33,10 +33,8 @@ def main() -> None:
     else:
         found = trainer_settings(options.accelerator, options.devices)
         count, on_gpu = found["devices"], found["accelerator"] == "gpu"
-    if count < 1:
-        raise UserError(f"--devices {options.devices}: at least one, or auto")
     if count > 1:
-        run_ranks(count, [sys.executable, "-m", "vavae_tools.sample", *sys.argv[1:]])
+        call_on_ranks("vavae_tools.sample:main", {}, count)  # with the same command line
         return
     ranks = Ranks.from_environment()
 

@@ -2,12 +2,12 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from vavae_tools.errors import run_command
 from vavae_tools.experiments import (
     RUN_FOLDER,
-    CommandLine,
     compose,
     help_text,
     keep_config,
@@ -26,7 +26,7 @@ def main() -> None:
 
         print(OmegaConf.to_yaml(compose(line), resolve=True), end="")
     else:
-        _run(line, words)
+        _run(words)
 
 
 def run_experiment(*words: str) -> Path:
@@ -35,26 +35,32 @@ def run_experiment(*words: str) -> Path:
     Returns:
         What the experiment made, mostly the folder of a pipeline.
     """
-    return _run(read_command_line(words), words)
+    return _run(words)
 
 
-def _run(line: CommandLine, words: tuple[str, ...] | list[str]) -> Path:
-    config = compose(line)
-    folder, resume, said = run_folder(config)
+def _run(words: Sequence[str]) -> Path:
+    config = compose(read_command_line(words))
 
     from importlib import import_module
 
     from omegaconf import OmegaConf
 
+    from vavae_tools.launch import call_on_ranks, several_processes
     from vavae_tools.training.devices import trainer_settings
+
+    values = OmegaConf.to_container(config, resolve=True)
+    trainer_settings(**values["trainer"])  # what this machine cannot do is said before anything is written
+    several = several_processes(**values["trainer"])
+    if several:
+        return call_on_ranks("vavae_tools.train:_run", {"words": list(words)}, *several)
+
     from vavae_tools.training.progress import say
 
+    folder, resume, said = run_folder(config)
     if said:
         say(said)
-    values = OmegaConf.to_container(config, resolve=True)
     module, name = config.task.split(":")
     task = getattr(import_module(module), name)
-    trainer_settings(**values["trainer"])  # what this machine cannot do is said before anything is written
     keep_config(config, words, folder)
     rooms = {room: values[room] for room in ("data", "model", "trainer", "callbacks")}
     try:

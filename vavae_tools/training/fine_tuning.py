@@ -27,9 +27,9 @@ from vavae_tools.evaluation.conditions import compare_conditions
 from vavae_tools.files import save_model
 from vavae_tools.machine import find_machine
 from vavae_tools.training.checkpoints import checkpoint_callbacks
-from vavae_tools.training.devices import quiet_lightning
+from vavae_tools.training.devices import describe, quiet_lightning
 from vavae_tools.training.previews import ReconstructionPreviews
-from vavae_tools.training.processes import several_devices_from_a_cell
+from vavae_tools.training.processes import on_all_devices
 from vavae_tools.training.progress import say
 from vavae_tools.training.recipes import epochs_of_stages, find_recipe
 from vavae_tools.training.record import RunRecord, has_ended
@@ -44,7 +44,7 @@ MONITORS = {"reconstruction": "min", "psnr": "max", "ssim": "max", "right": "max
 """What `best-*.ckpt` can be chosen by, and whether less or more of it is better."""
 
 
-@several_devices_from_a_cell
+@on_all_devices
 def fine_tune_vavae(
     data_dir: str | Path,
     output_dir: str | Path = "outputs",
@@ -149,9 +149,11 @@ def fine_tune_vavae(
     world = settings["devices"] * settings["num_nodes"]
     say(
         f"Fine-tuning on {len(pictures.train_data):,} pictures of {pictures.num_classes} people, {batch_size} a step "
-        f"on each of {world} device{'s' if world > 1 else ''}, lr {numbers['lr']:g}, {settings['precision']} "
-        f"({data_dir})"
+        f"on each of {world} device{'s' if world > 1 else ''}, lr {numbers['lr']:g} ({data_dir})"
     )
+    say(describe(settings, batch_size=batch_size, num_workers=pictures.num_workers))
+    if pictures.remark:
+        say(pictures.remark)
     say(f"Recipe {recipe}: {_weights_in_words(module)}")
     if world > 1:
         lr = numbers["lr"]

@@ -24,9 +24,9 @@ from vavae_tools.files import save_model
 from vavae_tools.plots import picture_grid, show_inline
 from vavae_tools.ranks import is_first
 from vavae_tools.training.checkpoints import checkpoint_callbacks
-from vavae_tools.training.devices import quiet_lightning
+from vavae_tools.training.devices import describe, quiet_lightning
 from vavae_tools.training.previews import Previews
-from vavae_tools.training.processes import several_devices_from_a_cell
+from vavae_tools.training.processes import on_all_devices
 from vavae_tools.training.progress import say
 from vavae_tools.training.rae_module import RAEDecoderModule
 from vavae_tools.training.record import RunRecord
@@ -41,7 +41,7 @@ MEASURED = 256
 """Pictures that the PSNR before and after a training is measured on, at most."""
 
 
-@several_devices_from_a_cell
+@on_all_devices
 def fine_tune_rae_decoder(
     data: str | Path | dict[str, Any],
     rae: str | Path | dict[str, Any],
@@ -135,7 +135,10 @@ def fine_tune_rae_decoder(
     settings = module.trainer_settings(**(devices or {}))
     a_step = batch_size * settings["devices"] * settings["num_nodes"]
     epochs = -(-max_steps * module.accumulate_grad_batches // max(1, len(pictures.train_data) // a_step))
-    _say_plan(module, pictures, max_steps, a_step, epochs, settings["precision"], say)
+    _say_plan(module, pictures, max_steps, a_step, epochs, say)
+    say(describe(settings, batch_size=batch_size, num_workers=pictures.num_workers))
+    if pictures.remark:
+        say(pictures.remark)
 
     side = pictures.val_data if pictures.val_data is not None else pictures.train_data
     show, first = show or show_inline, is_first()
@@ -357,14 +360,13 @@ def _say_plan(
     max_steps: int,
     a_step: int,
     epochs: int,
-    precision: str,
     say: Callable[[str], None],
 ) -> None:
     settings, weights = module.hparams, sum(p.numel() for p in module.network.parameters())
     say(
         f"Training an RAE's decoder of {weights / 1e6:,.1f} M weights on {len(pictures.train_data):,} pictures: "
-        f"{max_steps:,} steps of {a_step * module.accumulate_grad_batches}, {epochs:,} epochs, lr {settings.lr:g}, "
-        f"{precision}; its encoder stays as it is"
+        f"{max_steps:,} steps of {a_step * module.accumulate_grad_batches}, {epochs:,} epochs, lr {settings.lr:g}; "
+        "its encoder stays as it is"
     )
     parts = [f"{name} {settings[name]:g}" for name in settings if name.endswith("_weight") and settings[name]]
     begins = f"; the discriminator begins at step {settings.disc_start:,} and is listened to from step "

@@ -25,12 +25,12 @@ from vavae_tools.errors import UserError
 from vavae_tools.files import keep_once, save_model
 from vavae_tools.machine import find_device
 from vavae_tools.places import find_split
-from vavae_tools.ranks import first_alone, is_first
+from vavae_tools.ranks import first_alone, is_first, of_torchrun
 from vavae_tools.training.checkpoints import checkpoint_callbacks
-from vavae_tools.training.devices import quiet_lightning
+from vavae_tools.training.devices import compiles, describe, quiet_lightning
 from vavae_tools.training.diffusion_module import DiffusionModule
 from vavae_tools.training.previews import SamplePreviews
-from vavae_tools.training.processes import several_devices_from_a_cell
+from vavae_tools.training.processes import on_all_devices
 from vavae_tools.training.progress import say
 from vavae_tools.training.record import RunRecord
 from vavae_tools.training.saving import Saving
@@ -49,7 +49,7 @@ def encode_split(
     say: Callable[[str], None] = say,
     latents_stats: str | Path | None = None,
 ) -> LatentFolder:
-    """Encode a split with a VA-VAE, a folder or a `.ckpt`, once.
+    """Encode a split with a VA-VAE, a folder or a `.ckpt`, once; several processes share the work.
 
     Args:
         latents_stats: the `latents_stats.pt` of published weights that training is to go on from; by default the
@@ -60,15 +60,21 @@ def encode_split(
         data_dir, fitting_size(model, image_size), seed=seed, channels=model.config.in_channels
     )
     statistics = read_latent_statistics(latents_stats) if latents_stats else None
-    with first_alone("latents"):
-        latents = encode_latents(
-            model, pictures, output_dir, flips, device=find_device(), seed=seed, statistics=statistics
-        )
+    latents = encode_latents(
+        model,
+        pictures,
+        output_dir,
+        flips,
+        device=find_device(),
+        seed=seed,
+        statistics=statistics,
+        ranks=of_torchrun(),
+    )
     say(str(latents))
     return latents
 
 
-@several_devices_from_a_cell
+@on_all_devices
 def train_dit(
     latents_dir: str | Path,
     autoencoder_dir: str | Path,
@@ -90,7 +96,7 @@ def train_dit(
     objective: dict[str, Any] | None = None,
     warmup_steps: int = 100,
     schedule: str = "cosine",
-    compile: bool = False,
+    compile: bool | None = None,
     gradient_checkpointing: bool = False,
     best: str = "best-",
     num_workers: int = 0,
@@ -113,7 +119,8 @@ def train_dit(
         devices: arguments of `devices.trainer_settings`, such as {"devices": 2, "precision": "16"}.
         saving: when checkpoints are written and training ends, a `Saving` or its numbers as a dict.
         objective: arguments of `FlowMatching`; time_shift None: by the latents' dimension (RAE).
-        warmup_steps, schedule, compile: see `DiffusionModule`.
+        warmup_steps, schedule: see `DiffusionModule`.
+        compile: `torch.compile` the blocks; None: where the card gains by it (`devices.compiles`).
         gradient_checkpointing: less memory for a third more time.
         best: how the name of the best checkpoint begins.
         init: arguments of `starting_point.start_from`: weights to go on from, and how.
@@ -136,7 +143,9 @@ def train_dit(
         _start_from(network, conditioner, latents, init, resume_from, seed, say)
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    model = _autoencoder_of(latents, autoencoder_dir, output_dir / "autoencoder")
+    compile = compiles(compile)
+    with first_alone("autoencoder"):  # the others may read what it writes
+        model = _autoencoder_of(latents, autoencoder_dir, output_dir / "autoencoder")
 
     module = DiffusionModule(
         network,
@@ -159,9 +168,9 @@ def train_dit(
     epochs = -(-max_steps * gathered // batches)
     say(
         f"Training a {type(network).__name__} of {weights / 1e6:,.1f} M weights on {len(latents.train_data):,} latents"
-        f": {max_steps:,} steps of {global_batch * gathered}, {epochs:,} epochs, "
-        f"{settings['precision']} ({latents_dir})"
+        f": {max_steps:,} steps of {global_batch * gathered}, {epochs:,} epochs ({latents_dir})"
     )
+    say(describe(settings, compile, batch_size, num_workers))
     columns = 8
 
     def make(trained: torch.nn.ModuleDict) -> Tensor:

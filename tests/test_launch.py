@@ -1,0 +1,151 @@
+"""A process for each device: what they know, what becomes of their words, and that none is left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from on_ranks import alive, gone
+
+from vavae_tools import launch
+from vavae_tools.errors import UserError
+from vavae_tools.launch import Nodes, call_on_ranks, several_processes
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "GROUP_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_each_knows_its_place_and_the_first_ones_result_comes_back(tmp_path):
+    said = "defined in a test"
+    found = call_on_ranks("on_ranks:place", {"folder": str(tmp_path), "what": lambda: said.upper()}, 3)
+    assert found == (["0", "0", "3", "3", "0"], "DEFINED IN A TEST", sys.argv)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        str(rank): f"{rank} {rank} 3 3 0" for rank in range(3)
+    }
+
+
+@pytest.mark.parametrize(
+    ("rank", "how", "error", "message", "said"),
+    [
+        (0, "user", UserError, "^no space$", ""),
+        (1, "user", UserError, r"^no space \(process 2 of 2\)$", ""),
+        (0, "fault", SystemExit, "^1$", "LookupError: a fault of ours\n(process 1 of 2)\n"),
+        (1, "fault", SystemExit, "^1$", "LookupError: a fault of ours\n(process 2 of 2)\n"),
+        (1, "signal", UserError, "^Process 2 of 2 was ended by signal 9", ""),
+        (1, "exit", SystemExit, "^3$", "gone without a word\n"),
+    ],
+)
+def test_one_that_fails_ends_the_others_and_says_why(capfd, rank, how, error, message, said):
+    with pytest.raises(error, match=message):
+        call_on_ranks("on_ranks:fail", {"rank": rank, "how": how}, 2)  # ten minutes, were the other one not ended
+    assert capfd.readouterr().err.endswith(said)
+
+
+def test_the_stop_button_ends_them_all(tmp_path, monkeypatch, capfd):
+    pressed = []
+
+    def interrupt(seconds):
+        if len(list(tmp_path.iterdir())) == 2 and not pressed:
+            pressed.append(True)
+            raise KeyboardInterrupt
+        really_sleep(seconds)
+
+    really_sleep = time.sleep
+    monkeypatch.setattr(launch.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        call_on_ranks("on_ranks:sleep", {"folder": str(tmp_path)}, 2)
+    assert len(pressed) == 1 and not any(alive(int(path.name)) for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_none_outlives_the_one_that_started_them(tmp_path, number):
+    call = f"call_on_ranks('on_ranks:sleep', {{'folder': {str(tmp_path)!r}}}, 2)"
+    program = f"from vavae_tools.launch import call_on_ranks; {call}"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL) as process:
+        while len(list(tmp_path.iterdir())) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(30) != 0
+    assert gone([int(path.name) for path in tmp_path.iterdir()])
+
+
+def test_several_machines_need_an_address(monkeypatch):
+    assert several_processes("cpu", 1) is None and several_processes("cpu", "auto") is None
+    assert several_processes("cpu", 3) == (3, Nodes())
+    with pytest.raises(UserError, match="--num_nodes 2, but it is not said where they meet"):
+        several_processes("cpu", 1, 2)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert several_processes("cpu", 1, 2) == (1, Nodes(2, 1, "10.0.0.1", 29500))
+    monkeypatch.setenv("NODE_RANK", "2")
+    with pytest.raises(UserError, match="NODE_RANK=2, expected 0 to 1"):
+        several_processes("cpu", 1, 2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # one of several already
+    assert several_processes("cpu", 2) is None
+
+
+def test_a_port_in_use_is_said_or_another_is_taken(tmp_path, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"Port {port} is in use .* set MASTER_PORT"):
+            call_on_ranks("on_ranks:place", {"folder": str(tmp_path)}, 1, Nodes(2, 0, "127.0.0.1", port))
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        assert call_on_ranks("on_ranks:place", {"folder": str(tmp_path)}, 1)[0][0] == "0"
+
+
+def test_two_machines_work_together_and_fall_together(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def machine(rank: int, call: str) -> subprocess.Popen:
+        program = f"""
+from vavae_tools.errors import run_command
+from vavae_tools.launch import Nodes, call_on_ranks
+run_command(lambda: call_on_ranks({call}, 1, Nodes.from_environment(2)))"""
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": str(rank)}
+        environment = {**os.environ, **where, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes)
+
+    both = [machine(rank, f"'on_ranks:place', {{'folder': {str(tmp_path)!r}}}") for rank in (0, 1)]
+    said = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "0 0 2 1 0", "1": "1 0 2 1 1"}
+
+    both = [machine(rank, "'on_ranks:fail', {'rank': 1, 'how': 'user'}") for rank in (0, 1)]
+    said = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [2, 2]
+    assert said[1] == "error: no space (process 2 of 2)\n"
+    assert said[0] == "error: Process 2 of 2 has failed on another machine: see there what it said\n"
+
+
+def test_lines_bars_and_pictures_come_into_the_cell(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "in_notebook", lambda: True)
+    shown = []
+    assert call_on_ranks("on_ranks:tell", {"folder": "x"}, 2, show=shown.append) == "x"
+    said = capsys.readouterr()
+    assert said.out == "a line of process 0\n"
+    assert "counting: 100%" in said.err and "3/3" in said.err
+    assert len(shown) == 1 and torch.equal(shown[0], torch.arange(12, dtype=torch.uint8).reshape(3, 2, 2))
+
+
+def test_a_fault_in_a_cell_brings_its_last_lines(monkeypatch):
+    monkeypatch.setattr(launch, "in_notebook", lambda: True)
+    with pytest.raises(UserError, match=r"^Process 2 of 2 failed: LookupError: a fault of ours(.|\n)*in fail\n"):
+        call_on_ranks("on_ranks:fail", {"rank": 1, "how": "fault"}, 2)
