@@ -1,5 +1,6 @@
 """What a machine is, what training takes on it, and what is said of what cannot be."""
 
+import re
 import sys
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
@@ -171,7 +172,12 @@ def test_torchrun_says_how_many(on, monkeypatch):
 
 def test_machines_that_do_not_know_where_they_meet_are_told_the_command(on, monkeypatch):
     on(A100)
-    command = "torchrun --nnodes=2 --nproc_per_node=4 --node_rank=0 --master_addr=ADDRESS --master_port=29500 -m vavae_"
+    command = "torchrun --nnodes=2 --nproc_per_node=4 --node_rank=0 --master_addr=ADDRESS --master_port=29500 "
+    monkeypatch.setattr(sys, "argv", ["my run.py", "--devices", "4"])
+    with pytest.raises(UserError, match=re.escape(f"{command}'my run.py' --devices 4")):
+        trainer_settings(devices=4, num_nodes=2)
+    monkeypatch.setattr(sys, "argv", ["-c"])
+    command += "-m vavae_"
     with pytest.raises(UserError) as error:
         trainer_settings(devices=4, num_nodes=2)
     assert command in str(error.value) and "\n" not in str(error.value)

@@ -14,6 +14,7 @@ import torch
 
 from vavae_tools.errors import UserError
 from vavae_tools.machine import Machine, find_machine
+from vavae_tools.screen import in_notebook
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "deepspeed")
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -191,8 +192,11 @@ def _check_launched(num_nodes: int, count: int) -> None:
 def _torchrun(num_nodes: int, count: int, slurm: bool = False) -> str:
     """The command that does on several machines what this process was asked for."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    ours = spec is not None and spec.name.startswith("vavae_tools.")
-    program = f"-m {spec.name} {shlex.join(sys.argv[1:])}".strip() if ours else "-m vavae_tools.train …"
+    if spec is not None and spec.name.startswith("vavae_tools."):
+        program = f"-m {spec.name} {shlex.join(sys.argv[1:])}".strip()
+    else:
+        script = sys.argv[0].endswith(".py") and not in_notebook()
+        program = shlex.join(sys.argv) if script else "-m vavae_tools.train …"
     meeting = "--node_rank=0 --master_addr=ADDRESS --master_port=29500"
     if slurm:  # the shell of the batch script, on the first machine, fills these in
         meeting = "--rdzv_backend=c10d --rdzv_endpoint=$(hostname):29500 --rdzv_id=$SLURM_JOB_ID"

@@ -33,10 +33,10 @@ def on_all_devices(run: Run) -> Run:
     def call(*args: Any, **named: Any) -> Path:
         arguments = signature.bind(*args, **named).arguments
         devices = arguments.get("devices") or {}
+        trainer_settings(**devices)  # what cannot be is said before anything is started
         several = several_processes(**devices)
         if several is None:
             return run(*args, **named)
-        trainer_settings(**devices)  # what cannot be is said before anything is started
         changes = arguments.pop("changes", {})  # what **changes gathered goes on by name, too
         arguments = {**arguments, **changes}
         arguments.pop("say", None)
@@ -94,10 +94,10 @@ def fit(
         "resume": resume,
         "saving": saving,
     }
+    trainer_settings(**devices)  # what cannot be is said before anything is started
     several = several_processes(**devices)
     if several is None:
         return _fit_here(**arguments, say=say)
-    trainer_settings(**devices)  # what cannot be is said before anything is started
     module.cpu()  # or all processes would take it to one card
     last = call_on_ranks(f"{__name__}:_fit_here", arguments, *several, show=show)
     module.load_state_dict(read_any(last, lambda line: None)["state_dict"])

@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 
 from vavae_tools.errors import Stopped
@@ -158,7 +159,7 @@ class Throughput(L.Callback):
         begin = self._end if self._end is not None else fetches[0][0] if fetches else None
         steps = trainer.global_step - self._steps_before
         if begin is not None and self._steps_before >= self._measured_from:
-            self._running.append((begin, fetches, end, steps, len(batch["index"])))
+            self._running.append((begin, fetches, end, steps, _samples(batch)))
         elif self._peak and self._flops is None and hasattr(module, "flops_of_a_sample"):
             self._flops = module.flops_of_a_sample(batch)  # while nothing is measured yet
         self._steps_before, self._end, self._fetches = trainer.global_step, end, []
@@ -224,6 +225,10 @@ class Throughput(L.Callback):
             self._flops * pictures.mean().item() if self._flops else None,
             self._peak,
         )
+
+
+def _samples(batch: Any) -> int:
+    return len(batch["index"]) if isinstance(batch, dict) and "index" in batch else extract_batch_size(batch)
 
 
 class _Fetches(Profiler):
