@@ -1,0 +1,160 @@
+"""Captioned shapes: what is drawn is what the words say, and a look at the pixels finds it again."""
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from vavae_tools.data.captioned_shapes import (
+    COLOURS,
+    EXAMPLE_PROMPTS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    CaptionedShapes,
+    Named,
+    captioned_shape_data,
+    judge,
+    named,
+    seen,
+    vocabulary,
+)
+from vavae_tools.data.shapes import draw_shapes
+from vavae_tools.errors import UserError
+
+DRAWN = CaptionedShapes(1000)
+FULL = [captions[0] for captions in DRAWN.captions]
+
+
+def generated_looking(pictures: Tensor, blur: float, noise: float) -> Tensor:
+    """With the faults that generated pictures have."""
+    weights = torch.exp(-(torch.arange(-4, 5.0) ** 2) / (2 * blur**2))
+    weights = (weights / weights.sum()).expand(3, 1, 1, -1)
+    soft = torch.nn.functional.pad(pictures.float(), (4, 4, 4, 4), mode="replicate")
+    soft = torch.nn.functional.conv2d(soft, weights, groups=3)
+    soft = torch.nn.functional.conv2d(soft, weights.transpose(2, 3), groups=3)
+    soft += noise * torch.randn(soft.shape, generator=torch.Generator().manual_seed(0))
+    return soft.round().clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize(("blur", "noise"), [(0.01, 0), (0.7, 8), (1.0, 8), (0.01, 16)])
+def test_real_ones_are_judged_right(blur, noise):
+    shares = judge(generated_looking(DRAWN.in_memory(), blur, noise), FULL)
+    assert shares.keys() == {"all", "colour", "shape", "size", "place"}
+    assert min(shares.values()) >= 0.99, shares
+
+
+@pytest.mark.parametrize("size", [16, 48])
+def test_other_sizes(size):
+    pictures = CaptionedShapes(300, size)
+    assert judge(pictures.in_memory(), [captions[0] for captions in pictures.captions])["all"] >= 0.99
+
+
+def test_captions_of_other_pictures_are_right_by_chance():
+    """What the judge says of a model that does not listen: one of the kinds' numbers, ± four standard deviations."""
+    shares = judge(DRAWN.in_memory(), FULL[1:] + FULL[:1])
+    for kind, count in (("colour", 6), ("shape", 5), ("size", 2), ("place", 5)):
+        chance = 1 / count
+        assert abs(shares[kind] - chance) < 4 * (chance * (1 - chance) / 1000) ** 0.5, kind
+
+
+def test_nothing_is_seen_where_nothing_is():
+    generator = torch.Generator().manual_seed(0)
+    for least, most in ((0, 256), (100, 156), (128, 129)):
+        noise = torch.randint(least, most, (60, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        assert set(seen(noise)) == {Named()}
+
+
+def test_a_blob_has_a_colour_alone():
+    picture = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+    red = torch.tensor([220, 40, 40], dtype=torch.uint8)[:, None, None]
+    picture[0, :, 4:28, 14:18] = picture[0, :, 4:8, 2:18] = picture[0, :, 24:28, 14:30] = red  # a Z
+    assert seen(picture) == [Named("red")]
+    assert judge(picture, ["a small red circle"]) == {"all": 0, "colour": 1, "shape": 0, "size": 0}
+
+
+def test_each_kind_is_judged_for_itself():
+    """One picture, drawn by hand: a large yellow cross at the top left edge of the middle."""
+    picture = draw_shapes(*(torch.tensor([v]) for v in (SHAPES.index("cross"), COLOURS.index("yellow"))),
+                          torch.tensor([[0.5, 0.3]]), torch.tensor([0.28]), torch.tensor([0.5]))  # fmt: skip
+    assert seen(picture) == [Named("yellow", "cross", "large", "top")]
+    assert judge(picture, ["a small yellow ring at the top"]) == {
+        "all": 0,
+        "colour": 1,
+        "shape": 0,
+        "size": 0,
+        "place": 1,
+    }
+    assert judge(picture, ["a yellow cross"]) == {"all": 1, "colour": 1, "shape": 1}
+    assert judge(picture, ["hello"]) == {}
+    assert judge(picture.expand(2, -1, -1, -1), ["a yellow cross", "red"]) == {"all": 0.5, "colour": 0.5, "shape": 1}
+
+
+def test_sentences_name_what_is_drawn():
+    for captions, shown in zip(DRAWN.captions, DRAWN.shown, strict=True):
+        assert named(captions[0]) == shown and len(set(captions)) == len(captions) >= 5
+        for caption in captions:
+            said = named(caption)
+            assert (said.colour, said.shape) == (shown.colour, shown.shape)
+            assert said.size in (shown.size, None) and said.place in (shown.place, None)
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("On the left there is a SMALL red circle.", Named("red", "circle", "small", "left")),
+        ("a big cyan ring in the centre", Named("cyan", "ring", "large", "middle")),
+        ("blue", Named("blue")),
+        ("", Named()),
+        ("a photograph of a redwood forest, topmost", Named()),
+    ],
+)
+def test_words(caption, expected):
+    assert named(caption) == expected
+
+
+def test_the_vocabulary_has_every_word_and_no_other():
+    used = {word for captions in DRAWN.captions for caption in captions for word in re.findall(r"[a-z]+", caption)}
+    assert used <= set(vocabulary()) and set(vocabulary()) - used <= {"centre", "center"}
+
+
+def test_all_that_can_be_named_comes_up():
+    for kind, values in (("colour", COLOURS), ("shape", SHAPES), ("size", SIZES), ("place", PLACES)):
+        counts = Counter(getattr(shown, kind) for shown in DRAWN.shown)
+        assert counts.keys() == set(values) and min(counts.values()) > 0.75 * 1000 / len(values)
+    assert len({named(prompt) for prompt in EXAMPLE_PROMPTS}) == 8
+    assert all(None not in vars(named(prompt)).values() for prompt in EXAMPLE_PROMPTS)
+
+
+def test_each_picture_follows_from_seed_side_and_index():
+    more, part = CaptionedShapes(1200), DRAWN.part([7, 3])
+    assert torch.equal(more.pictures([999, 5]), DRAWN.pictures([999, 5])) and more.captions[:1000] == DRAWN.captions
+    assert torch.equal(part.pictures([0, 1]), DRAWN.pictures([7, 3])) and part.captions[1] == DRAWN.captions[3]
+    assert part.shown == [DRAWN.shown[7], DRAWN.shown[3]]
+    assert torch.equal(part.in_memory(), part.drawn([0, 1]))
+    for other in (CaptionedShapes(1000, seed=1), CaptionedShapes(1000, side=1)):
+        assert other.shown != DRAWN.shown and other.fingerprint() != DRAWN.fingerprint()
+        assert not torch.equal(other.pictures([0]), DRAWN.pictures([0]))
+
+
+def test_nothing_touches_an_edge():
+    border = torch.ones(32, 32, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    edge = DRAWN.in_memory()[:, :, border].float()  # (N, 3, pixels)
+    assert (edge - edge.mean(1, keepdim=True)).abs().max() < 40  # of 120 and more where a pixel is all coloured
+
+
+def test_both_sides():
+    data = captioned_shape_data(40, batch_size=8, val_share=0.2)
+    assert (len(data.train_data), len(data.val_data)) == (40, 8)
+    batch = next(iter(data.train_dataloader()))
+    assert judge(batch["pictures"], batch["captions"])["all"] == 1
+    assert batch["captions"] != [data.train_data.captions[index][0] for index in batch["index"].tolist()]
+
+
+def test_numbers_that_cannot_be():
+    for options in ({"count": 0}, {"image_size": 8}, {"val_share": 1}):
+        with pytest.raises(UserError):
+            captioned_shape_data(**options)
