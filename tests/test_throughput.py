@@ -192,7 +192,7 @@ def run_all(folder: Path, latents_dir: Path, split_dir: Path) -> None:
     module = new_dit()
     strategy = "fsdp" if world > 1 else "auto"
     train(module, latents(), folder / "cut", strategy=strategy, accumulate_grad_batches=2, max_steps=6)
-    found["flops"] = module.flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8)})
+    found["flops"] = module.flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8), "labels": torch.zeros(1).long()})
 
     for name, steps in (("spoilt", range(2, 4)), ("ruined", range(2, 7))):
         module = new_vavae()
@@ -344,7 +344,7 @@ def test_a_run_that_goes_on_measures_its_own_time(monkeypatch, latents_dir, tmp_
 def test_the_use_of_a_known_card(monkeypatch, latents_dir, tmp_path):
     monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 5e6)
     (line, _), found, measured = timed(monkeypatch, latents_dir, tmp_path)
-    flops = new_dit().flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8)})
+    flops = new_dit().flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8), "labels": torch.zeros(1).long()})
     assert measured.speed.flops_per_second == pytest.approx(flops)  # a picture a second
     assert [value for _, value in found["throughput/utilisation"]] == pytest.approx([flops / 5e6] * 12)
     assert line.endswith(f", {flops / 5e6:.0%} of the card's 0 TFLOP/s")
@@ -405,7 +405,7 @@ def test_operations_of_a_denoiser(changed):
     before = {name: weight.clone() for name, weight in module.state_dict().items()}
     forward, without = products(tokens=4, channels=2 * 4 * 4, dim=16, depth=1)
     along_the_row = 2 * 4 * 16  # NormAndModulate's product of a row with the gain, of two norms and the last
-    found = module.flops_of_a_sample({"latents": torch.zeros(3, 2, 8, 8)})
+    found = module.flops_of_a_sample({"latents": torch.zeros(3, 2, 8, 8), "labels": torch.zeros(3).long()})
     assert found == 3 * forward - without + 3 * along_the_row
     assert all(torch.equal(weight, before[name]) for name, weight in module.state_dict().items())
     assert all(weight.grad is None for weight in module.parameters())
@@ -414,12 +414,12 @@ def test_operations_of_a_denoiser(changed):
 
 def test_frozen_weights_have_no_gradients_to_compute():
     module = new_dit()
-    whole = module.flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8)})
+    whole = module.flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8), "labels": torch.zeros(1).long()})
     module.network["denoiser"].blocks.requires_grad_(False)
     hidden = int(2 / 3 * 4 * 16)
     # of the weights of a block; its inputs' gradients go on to what is before it
     weights = 2 * (6 * 16 * 16 + 4 * (3 * 16 * 16 + 16 * 16 + 2 * hidden * 16 + hidden * 16))
-    assert whole - module.flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8)}) == weights
+    assert whole - module.flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8), "labels": torch.zeros(1).long()}) == weights
 
 
 def test_operations_of_the_autoencoder():

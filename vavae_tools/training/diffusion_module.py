@@ -77,8 +77,12 @@ class DiffusionModule(L.LightningModule):
         noise = draws.normal("noise", *latents.shape[1:])
         t = self.objective.sample_time(getattr(draws, self.objective.time_draws)("time"))
         drop = draws.uniform("condition dropout") < dropout if dropout else None
-        conditioning = network["conditioner"](batch["labels"], drop)
+        conditioning = network["conditioner"](self.conditions(batch), drop)
         return self.objective(network["denoiser"], latents, conditioning, noise, t)
+
+    def conditions(self, batch: dict[str, Tensor]) -> Any:
+        """What the conditioner takes of a batch: its labels (B,)."""
+        return batch["labels"]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = Draws(self.hparams.seed, self.current_epoch, batch["index"])
@@ -130,12 +134,16 @@ class DiffusionModule(L.LightningModule):
 
     def flops_of_a_sample(self, batch: dict[str, Tensor]) -> int:
         """What a training step computes for one latent of this batch (`throughput.flops_of`)."""
-        shape = batch["latents"].shape[1:]
 
         def loss(network: nn.ModuleDict) -> Tensor:
-            latents, t = torch.zeros(1, *shape), torch.zeros(1)  # (1, C, h, w)
-            conditioning = network["conditioner"](torch.zeros(1, dtype=torch.long))
-            return self.objective(network["denoiser"], latents, conditioning, latents, t)[0]
+            one = {
+                name: torch.zeros(1, *value.shape[1:], dtype=value.dtype)
+                for name, value in batch.items()
+                if isinstance(value, Tensor)
+            }
+            latents = one["latents"]  # (1, C, h, w)
+            conditioning = network["conditioner"](self.conditions(one))
+            return self.objective(network["denoiser"], latents, conditioning, latents, torch.zeros(1))[0]
 
         return flops_of(self._whole["network"], loss)
 

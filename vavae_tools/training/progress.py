@@ -18,6 +18,16 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def pace(made: int, left: int, seconds: float) -> tuple[float, float]:
+    """(steps a second so far, seconds for those that are left).
+
+    >>> pace(10, 30, 5.0)
+    (2.0, 15.0)
+    """
+    rate = made / max(seconds, 1e-9)
+    return rate, left / max(rate, 1e-9)
+
+
 class Progress(L.Callback):
     """A bar on a screen or in a notebook; a line for each twentieth of the way in a file.
 
@@ -45,9 +55,7 @@ class Progress(L.Callback):
             if step % trainer.log_every_n_steps == 0:
                 self._bar.set_postfix_str(self.losses(trainer), refresh=False)
         elif trainer.is_global_zero and (step % max(1, self.total // 20) == 0 or step == self.total):
-            passed = time.monotonic() - self.began
-            rate = (step - self.start) / max(passed, 1e-9)
-            left = (self.total - step) / max(rate, 1e-9)
+            rate, left = pace(step - self.start, self.total - step, time.monotonic() - self.began)
             self.say(f"step {step:>6,}/{self.total:,}  {rate:6.2f} steps/s  {clock(left)} left  {self.losses(trainer)}")
 
     def losses(self, trainer: L.Trainer) -> str:

@@ -4,6 +4,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,7 +52,7 @@ class RunRecord(L.Callback):
         return {
             "settings": settings,
             "data": self.data,
-            "versions": {name: found for name in PACKAGES if (found := _version(name))},
+            "versions": versions(),
             "machine": {"python": platform.python_version(), "device": str(module.device)},
             "command": list(sys.argv),
         }
@@ -107,8 +108,10 @@ def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def versions() -> dict[str, str]:
+    """Of the packages whose version may change numbers, those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

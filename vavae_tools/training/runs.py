@@ -11,7 +11,7 @@ from torch import Tensor
 from vavae_tools.autoencoders.loading import load_autoencoder
 from vavae_tools.autoencoders.vavae import fitting_size
 from vavae_tools.autoencoders.weights import load_vavae
-from vavae_tools.checkpoints.resuming import check_resumable, resume_path
+from vavae_tools.checkpoints.resuming import resume_path
 from vavae_tools.convert.lightningdit import read_latent_statistics
 from vavae_tools.data.images import PictureDataModule
 from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_latents, latents_digest
@@ -26,15 +26,12 @@ from vavae_tools.files import keep_once, save_model
 from vavae_tools.machine import find_device
 from vavae_tools.places import find_split
 from vavae_tools.ranks import first_alone, is_first, of_torchrun
-from vavae_tools.training.checkpoints import checkpoint_callbacks
-from vavae_tools.training.devices import compiles, describe, quiet_lightning
+from vavae_tools.training.denoising import train_denoiser
+from vavae_tools.training.devices import compiles, quiet_lightning
 from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.previews import SamplePreviews
 from vavae_tools.training.processes import on_all_devices
 from vavae_tools.training.progress import say
-from vavae_tools.training.record import RunRecord
 from vavae_tools.training.saving import Saving
-from vavae_tools.training.trainer import build_trainer, fit
 
 Show = Callable[[Tensor], None]
 
@@ -160,17 +157,6 @@ def train_dit(
         compile=compile,
     )
     module.hparams["people"] = latents.folder.people
-    settings = module.trainer_settings(**(devices or {}))
-    weights = sum(p.numel() for p in module.network.parameters())
-    global_batch = min(batch_size, len(latents.train_data)) * settings["devices"] * settings["num_nodes"]
-    batches = max(1, len(latents.train_data) // global_batch)
-    gathered = settings.get("accumulate_grad_batches", 1)
-    epochs = -(-max_steps * gathered // batches)
-    say(
-        f"Training a {type(network).__name__} of {weights / 1e6:,.1f} M weights on {len(latents.train_data):,} latents"
-        f": {max_steps:,} steps of {global_batch * gathered}, {epochs:,} epochs ({latents_dir})"
-    )
-    say(describe(settings, compile, batch_size, num_workers))
     columns = 8
 
     def make(trained: torch.nn.ModuleDict) -> Tensor:
@@ -186,20 +172,24 @@ def train_dit(
         model.to("cpu")  # its memory is training's
         return pictures
 
-    every = max(1, epochs // max(previews, 1))
-    has_validation = len(latents.val_data) > 0
-    callbacks = checkpoint_callbacks(checkpoints, "val/loss" if has_validation else None, saving, best=best)
-    if previews:
-        callbacks.append(SamplePreviews(make, columns, output_dir / "samples", every, show))
-    callbacks.append(
-        RunRecord(output_dir, {"precision": settings["precision"]}, latents.folder.key, saving.allow_changes, say)
+    trainer = train_denoiser(
+        module,
+        latents,
+        output_dir,
+        make,
+        columns,
+        previews,
+        data_key=latents.folder.key,
+        max_steps=max_steps,
+        devices=devices or {},
+        saving=saving,
+        best=best,
+        compile=compile,
+        resume_from=resume_from,
+        noted=noted,
+        show=show,
+        say=say,
     )
-    length = {"max_steps": max_steps, "max_epochs": -1, "check_val_every_n_epoch": max(1, epochs // 20)}
-    trainer = build_trainer({**length, **settings}, output_dir, callbacks, say)
-    if noted and trainer.is_global_zero:
-        trainer.logger.log_metrics(noted, step=0)
-    check_resumable(resume_from, module)
-    fit(trainer, module, latents, resume_from, say)
 
     folder = output_dir / "pipeline"
     if trainer.is_global_zero:

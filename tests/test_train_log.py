@@ -1,0 +1,245 @@
+"""`train.log`: that its lines are what Lightning has logged, where they stand, and what is said when training ends."""
+
+import os
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from tiny import tiny_dit, trained_looking
+
+from vavae_tools.data.latents import LatentDataModule
+from vavae_tools.errors import Stopped, UserError
+from vavae_tools.training.checkpoints import checkpoint_callbacks
+from vavae_tools.training.devices import quiet_lightning
+from vavae_tools.training.diffusion_module import DiffusionModule
+from vavae_tools.training.progress import pace
+from vavae_tools.training.saving import Saving
+from vavae_tools.training.train_log import NAME, TrainLog
+from vavae_tools.training.trainer import build_trainer, fit
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  (\w+) +(.*)")
+NUMBER = r"([\d.e+-]+)"
+STEP = re.compile(
+    rf" *(\d+)/(\d+)  epoch (\d+) +loss +{NUMBER}  lr +{NUMBER} +([\d.]+) steps/s +([\d:]+) left +([\d.]+) GB RAM"
+)
+
+
+def train(folder: Path, latents: Path, log: TrainLog, callbacks=(), resume=None, steps=12, validate=False, **settings):
+    """On 24 latents, four of them a batch: six batches an epoch."""
+    quiet_lightning()
+    denoiser, conditioner = tiny_dit()
+    module = DiffusionModule(trained_looking(denoiser), conditioner, lr=1e-3, warmup_steps=1, seed=1)
+    data = LatentDataModule(latents, batch_size=4, seed=1)
+    settings = {"limit_val_batches": 1.0 if validate else 0, "log_every_n_steps": 3, **settings}
+    settings["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
+    settings = module.trainer_settings(accelerator="cpu", devices=1, **settings)
+    length = {"max_steps": steps, "max_epochs": -1}
+    trainer = build_trainer({**length, **settings}, folder, [log, *callbacks], lambda line: None)
+    fit(trainer, module, data, resume, lambda line: None)
+    return trainer
+
+
+def lines(folder: Path) -> list[tuple[str, str]]:
+    """(what about, text) of each; times are checked."""
+    found = [LINE.fullmatch(line) for line in (folder / NAME).read_text(encoding="utf-8").splitlines() if line]
+    assert all(found)
+    assert [line[1] for line in found] == sorted(line[1] for line in found)
+    return [(line[2], line[3]) for line in found]
+
+
+def steps_said(folder: Path) -> list[str]:
+    return [text for about, text in lines(folder) if about == "step"]
+
+
+def steps(folder: Path) -> list[tuple[int, int, int, float, float]]:
+    """(step, total, epoch, loss, lr) of each line of a step."""
+    found = [STEP.fullmatch(text) for text in steps_said(folder)]
+    assert all(found) and all(float(line[6]) > 0 and float(line[8]) > 0.01 for line in found)
+    return [(*map(int, line.groups()[:3]), float(line[4]), float(line[5])) for line in found]
+
+
+def curves(folder: Path, tag: str) -> dict[int, float]:
+    """step → value, as TensorBoard has them; a step's number there is one less than in the log."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = {}
+    for version in sorted((folder / "lightning_logs").iterdir()):
+        events = EventAccumulator(str(version))
+        events.Reload()
+        values |= {event.step: event.value for event in events.Scalars(tag)}
+    return values
+
+
+def test_a_line_holds_its_own_steps_values(tmp_path, latents_dir):
+    train(tmp_path, latents_dir, TrainLog(tmp_path, 3), steps=11)
+    loss, lr = curves(tmp_path, "train/loss"), curves(tmp_path, "train/lr")
+    seen = steps(tmp_path)
+    assert [line[:3] for line in seen] == [(3, 11, 1), (6, 11, 1), (9, 11, 2), (11, 11, 2)]
+    logged = [3, 6, 9, 9]  # the last step is none that Lightning logs
+    assert [line[3] for line in seen] == pytest.approx([loss[step - 1] for step in logged], rel=1e-4)
+    assert [line[4] for line in seen] == pytest.approx([lr[step - 1] for step in logged], rel=1e-3)
+    assert len({line[3] for line in seen}) == 3
+
+
+def test_the_log_begins_and_ends_with_what_the_run_is(tmp_path, latents_dir, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/there/train.py", "data_dir=my pictures", "model.lr=1e-4"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", find_spec("vavae_tools.train"))
+    train(tmp_path, latents_dir, TrainLog(tmp_path, 6, machine="a machine, of a kind"))
+    found = lines(tmp_path)
+    assert [about for about, _ in found] == ["command", "versions", "machine", "begin", "step", "step", "end"]
+    said = dict(found)
+    assert said["command"] == "python -m vavae_tools.train 'data_dir=my pictures' model.lr=1e-4"
+    assert f"torch {torch.__version__}" in said["versions"] and f"lightning {L.__version__}" in said["versions"]
+    assert said["machine"] == "a machine, of a kind" and said["begin"] == "12 steps to go"
+    assert re.fullmatch(r"12 steps in \d:\d\d:\d\d, at step 12 of 12", said["end"])
+
+
+def test_the_machine_is_looked_up(tmp_path, latents_dir):
+    train(tmp_path, latents_dir, TrainLog(tmp_path, 6), steps=1)
+    assert dict(lines(tmp_path))["machine"] == "CPU: float32, 1 process"
+
+
+def test_columns_stand_below_each_other(tmp_path, latents_dir):
+    train(tmp_path, latents_dir, TrainLog(tmp_path, 1))
+    found = [line for line in (tmp_path / NAME).read_text().splitlines() if "  step " in line]
+    assert len(found) == 12
+    for word in ("/12  epoch", "loss", "lr", "steps/s", "left", "GB RAM"):
+        assert len({line.index(word) for line in found}) == 1
+
+
+def test_accumulated_batches_are_one_step(tmp_path, latents_dir):
+    train(tmp_path, latents_dir, TrainLog(tmp_path, 2), steps=4, accumulate_grad_batches=3, log_every_n_steps=1)
+    loss = curves(tmp_path, "train/loss")
+    assert [line[:3] for line in steps(tmp_path)] == [(2, 4, 1), (4, 4, 2)]
+    assert [line[3] for line in steps(tmp_path)] == pytest.approx([loss[1], loss[3]], rel=1e-4)
+
+
+def test_validation_and_checkpoints_have_lines(tmp_path, latents_dir):
+    saving = Saving(save_every_minutes=60, save_every_n_steps=5)
+    callbacks = checkpoint_callbacks(tmp_path / "checkpoints", "val/loss", saving)
+    trainer = train(tmp_path, latents_dir, TrainLog(tmp_path, 100), callbacks, validate=True)
+    found = lines(tmp_path)
+    validated = [text for about, text in found if about == "val"]
+    loss = curves(tmp_path, "val/loss")
+    assert [re.match(r" *(\d+)/12  epoch (\d)", text).groups() for text in validated] == [("6", "1"), ("12", "2")]
+    assert [float(text.rpartition(" ")[2]) for text in validated] == pytest.approx(list(loss.values()), rel=1e-4)
+    saved = [tuple(text.split("  step ")) for about, text in found if about == "saved"]
+    assert (str(tmp_path / "checkpoint-5"), "5") in saved and (str(tmp_path / "checkpoint-10"), "10") in saved
+    best = [path for path, _ in saved if "best-" in path]
+    assert (
+        best
+        and Path(best[-1]).is_file()
+        and Path(best[-1]).name == Path(trainer.checkpoint_callback.best_model_path).name
+    )
+    assert saved[-1] == (str(tmp_path / "checkpoints" / "last.ckpt"), "12") and found[-1][0] == "end"
+    assert found[-2][0] == "saved"  # the last one too, before the end
+
+
+class StopAt(L.Callback):
+    def __init__(self, step: int, error: BaseException) -> None:
+        self.step, self.error = step, error
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise self.error
+
+
+def test_what_goes_on_is_appended_and_says_so(tmp_path, latents_dir):
+    callbacks = checkpoint_callbacks(
+        tmp_path / "checkpoints", None, Saving(save_every_minutes=60, save_every_n_steps=4)
+    )
+    stop = Stopped("Stopped after step 7; go on with --resume last")
+    train(tmp_path, latents_dir, TrainLog(tmp_path, 3), [*callbacks, StopAt(7, stop)])
+    first = (tmp_path / NAME).read_text()
+    about, text = lines(tmp_path)[-1]
+    assert about == "stopped" and re.fullmatch(
+        r"Stopped after step 7; go on with --resume last \(7 steps in \d:\d\d:\d\d, at step 7 of 12\)", text
+    )
+    train(tmp_path, latents_dir, TrainLog(tmp_path, 3), resume=tmp_path / "checkpoint-4")
+    assert (tmp_path / NAME).read_text().startswith(first + "\n")
+    found = lines(tmp_path)
+    assert [text for about, text in found if about == "begin"] == ["12 steps to go", "going on after step 4 of 12"]
+    assert [line[0] for line in steps(tmp_path)] == [3, 6, 6, 9, 12]
+    assert found[-1][1].startswith("8 steps in")
+    before, again = (line for line in steps(tmp_path) if line[0] == 6)
+    assert before == again  # the same step, the same values
+
+
+def test_a_fault_is_the_last_line(tmp_path, latents_dir):
+    with pytest.raises(UserError, match="two"):
+        train(tmp_path, latents_dir, TrainLog(tmp_path, 3), [StopAt(2, UserError("of two\nlines"))])
+    about, text = lines(tmp_path)[-1]
+    assert about == "failed" and re.fullmatch(r"UserError: of two \(2 steps in [\d:]+, at step 2 of 12\)", text)
+
+
+def test_each_line_is_in_the_file_at_once(tmp_path, latents_dir):
+    seen = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append(len(steps_said(tmp_path)))
+
+    train(tmp_path, latents_dir, TrainLog(tmp_path, 2), [Look()], steps=6)
+    assert seen == [0, 1, 1, 2, 2, 3]
+
+
+def test_values_are_read_at_logged_steps_alone(tmp_path, latents_dir, monkeypatch):
+    """Elsewhere they are a GPU's, and reading them would wait for it."""
+    asked = []
+
+    class Watch(L.Callback):
+        def on_train_start(self, trainer, module):
+            connector = type(trainer._logger_connector)
+            real = connector.logged_metrics.fget
+
+            def logged_metrics(self):
+                asked.append(trainer.global_step)
+                return real(self)
+
+            monkeypatch.setattr(connector, "logged_metrics", property(logged_metrics))
+
+    quiet_lightning()
+    denoiser, conditioner = tiny_dit()
+    module = DiffusionModule(trained_looking(denoiser), conditioner, warmup_steps=1)
+    log = TrainLog(tmp_path, 2)
+    settings = module.trainer_settings(accelerator="cpu", devices=1, limit_val_batches=0, log_every_n_steps=5)
+    trainer = L.Trainer(
+        **settings, max_steps=12, callbacks=[Watch(), log], enable_progress_bar=False, enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, LatentDataModule(latents_dir, batch_size=4))
+    assert asked == [5, 10] and len(steps_said(tmp_path)) == 6
+
+
+def test_before_anything_is_logged_there_is_no_loss(tmp_path, latents_dir):
+    train(tmp_path, latents_dir, TrainLog(tmp_path, 1), steps=3)
+    first, second, third = steps_said(tmp_path)
+    assert re.search(r"loss +-  lr +[\d.e-]+ ", first) and re.search(r"loss +-  ", second)
+    assert not re.search(r"loss +-  ", third)
+
+
+@pytest.mark.skipif(os.getuid() == 0 and not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_full_disk_does_not_end_training(tmp_path, latents_dir):
+    (tmp_path / NAME).symlink_to("/dev/full")
+    said = []
+    trainer = train(tmp_path, latents_dir, TrainLog(tmp_path, 3, said.append))
+    assert trainer.global_step == 12
+    assert said == [f"{tmp_path / NAME} cannot be written (No space left on device): training goes on without it"]
+
+
+def test_a_folder_in_its_place_does_not_end_training(tmp_path, latents_dir):
+    (tmp_path / NAME).mkdir()
+    said = []
+    assert train(tmp_path, latents_dir, TrainLog(tmp_path, 3, said.append), steps=2).global_step == 2
+    assert len(said) == 1 and "Is a directory" in said[0]
+
+
+def test_pace():
+    assert pace(10, 30, 5.0) == (2.0, 15.0)
+    assert pace(0, 30, 5.0)[0] == 0.0
