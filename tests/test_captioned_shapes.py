@@ -16,7 +16,7 @@ from vavae_tools.data.captioned_shapes import (
     CaptionedShapes,
     Named,
     captioned_shape_data,
-    judge,
+    judge_shapes,
     named,
     seen,
     vocabulary,
@@ -41,7 +41,7 @@ def generated_looking(pictures: Tensor, blur: float, noise: float) -> Tensor:
 
 @pytest.mark.parametrize(("blur", "noise"), [(0.01, 0), (0.7, 8), (1.0, 8), (0.01, 16)])
 def test_real_ones_are_judged_right(blur, noise):
-    shares = judge(generated_looking(DRAWN.in_memory(), blur, noise), FULL)
+    shares = judge_shapes(generated_looking(DRAWN.in_memory(), blur, noise), FULL)
     assert shares.keys() == {"all", "colour", "shape", "size", "place"}
     assert min(shares.values()) >= 0.99, shares
 
@@ -49,12 +49,12 @@ def test_real_ones_are_judged_right(blur, noise):
 @pytest.mark.parametrize("size", [16, 48])
 def test_other_sizes(size):
     pictures = CaptionedShapes(300, size)
-    assert judge(pictures.in_memory(), [captions[0] for captions in pictures.captions])["all"] >= 0.99
+    assert judge_shapes(pictures.in_memory(), [captions[0] for captions in pictures.captions])["all"] >= 0.99
 
 
 def test_captions_of_other_pictures_are_right_by_chance():
     """What the judge says of a model that does not listen: one of the kinds' numbers, ± four standard deviations."""
-    shares = judge(DRAWN.in_memory(), FULL[1:] + FULL[:1])
+    shares = judge_shapes(DRAWN.in_memory(), FULL[1:] + FULL[:1])
     for kind, count in (("colour", 6), ("shape", 5), ("size", 2), ("place", 5)):
         chance = 1 / count
         assert abs(shares[kind] - chance) < 4 * (chance * (1 - chance) / 1000) ** 0.5, kind
@@ -72,7 +72,7 @@ def test_a_blob_has_a_colour_alone():
     red = torch.tensor([220, 40, 40], dtype=torch.uint8)[:, None, None]
     picture[0, :, 4:28, 14:18] = picture[0, :, 4:8, 2:18] = picture[0, :, 24:28, 14:30] = red  # a Z
     assert seen(picture) == [Named("red")]
-    assert judge(picture, ["a small red circle"]) == {"all": 0, "colour": 1, "shape": 0, "size": 0}
+    assert judge_shapes(picture, ["a small red circle"]) == {"all": 0, "colour": 1, "shape": 0, "size": 0}
 
 
 def test_each_kind_is_judged_for_itself():
@@ -80,16 +80,16 @@ def test_each_kind_is_judged_for_itself():
     picture = draw_shapes(*(torch.tensor([v]) for v in (SHAPES.index("cross"), COLOURS.index("yellow"))),
                           torch.tensor([[0.5, 0.3]]), torch.tensor([0.28]), torch.tensor([0.5]))  # fmt: skip
     assert seen(picture) == [Named("yellow", "cross", "large", "top")]
-    assert judge(picture, ["a small yellow ring at the top"]) == {
+    assert judge_shapes(picture, ["a small yellow ring at the top"]) == {
         "all": 0,
         "colour": 1,
         "shape": 0,
         "size": 0,
         "place": 1,
     }
-    assert judge(picture, ["a yellow cross"]) == {"all": 1, "colour": 1, "shape": 1}
-    assert judge(picture, ["hello"]) == {}
-    assert judge(picture.expand(2, -1, -1, -1), ["a yellow cross", "red"]) == {"all": 0.5, "colour": 0.5, "shape": 1}
+    assert judge_shapes(picture, ["a yellow cross"]) == {"all": 1, "colour": 1, "shape": 1}
+    assert judge_shapes(picture, ["hello"]) == {}
+    assert judge_shapes(picture.expand(2, -1, -1, -1), ["a yellow cross", "red"]) == {"all": 0.5, "colour": 0.5, "shape": 1}
 
 
 def test_sentences_name_what_is_drawn():
@@ -150,7 +150,7 @@ def test_both_sides():
     data = captioned_shape_data(40, batch_size=8, val_share=0.2)
     assert (len(data.train_data), len(data.val_data)) == (40, 8)
     batch = next(iter(data.train_dataloader()))
-    assert judge(batch["pictures"], batch["captions"])["all"] == 1
+    assert judge_shapes(batch["pictures"], batch["captions"])["all"] == 1
     assert batch["captions"] != [data.train_data.captions[index][0] for index in batch["index"].tolist()]
 
 

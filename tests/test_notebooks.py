@@ -15,6 +15,8 @@ SHORT = (
     "samples_per_person=2, num_steps=2, previews=1)"
 )
 
+TEXT = '["experiment=text_dummy", "data.num_samples=64", "model.hidden_size=48", "sampling.num_steps=2"]'
+
 
 def shortened(path: Path) -> nbformat.NotebookNode:
     """The notebook with fewer people, pictures, epochs and steps: its knobs are turned, nothing else."""
@@ -24,6 +26,8 @@ def shortened(path: Path) -> nbformat.NotebookNode:
             cell.source = cell.source.replace("vt.find_preset(place.built_in)", SHORT)
             cell.source = cell.source.replace("people=6, pictures=60", "people=2, pictures=10")
             cell.source = cell.source.replace('"count": 1024', '"count": 64').replace("(800, 2000)", "(4, 4)")
+            cell.source = cell.source.replace("else 1400", "else 4").replace('["experiment=text_dummy"]', TEXT)
+            cell.source = cell.source.replace('"num_samples": 4000', '"num_samples": 64').replace("[:64]", "[:4]")
     return notebook
 
 
@@ -55,6 +59,13 @@ def test_the_notebook_on_representation_autoencoders_needs_nothing(tmp_path, mon
     assert has_picture(run(path, tmp_path, monkeypatch))
     assert (tmp_path / "rae" / "decoder" / "rae" / "config.json").is_file()
     assert (tmp_path / "rae" / "dit" / "pipeline" / "model_index.json").is_file()
+
+
+def test_the_notebook_on_sentences_needs_nothing(tmp_path, monkeypatch):
+    (path,) = (path for path in NOTEBOOKS if path.stem == "06_text_to_image")
+    notebook = run(path, tmp_path, monkeypatch)
+    assert has_picture(notebook) and "image/png" in notebook.cells[-2].outputs[0].data  # the bars
+    assert (tmp_path / "text" / "pipeline" / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -419,7 +419,8 @@ def test_frozen_weights_have_no_gradients_to_compute():
     hidden = int(2 / 3 * 4 * 16)
     # of the weights of a block; its inputs' gradients go on to what is before it
     weights = 2 * (6 * 16 * 16 + 4 * (3 * 16 * 16 + 16 * 16 + 2 * hidden * 16 + hidden * 16))
-    assert whole - module.flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8), "labels": torch.zeros(1).long()}) == weights
+    batch = {"latents": torch.zeros(1, 2, 8, 8), "labels": torch.zeros(1).long()}
+    assert whole - module.flops_of_a_sample(batch) == weights
 
 
 def test_operations_of_the_autoencoder():

@@ -20,6 +20,8 @@ _HOME = {
     "load_rae": "autoencoders.rae_weights",
     "load_reference": "convert",
     "picture_data": "data.picture_sets",
+    "caption_data": "data.captions",
+    "captioned_shape_data": "data.captioned_shapes",
     "PictureDataModule": "data.images",
     "PictureFolder": "data.images",
     "channels_of": "data.images",
@@ -29,6 +31,8 @@ _HOME = {
     "load_vavae": "autoencoders.weights",
     "reconstruct": "autoencoders.vavae",
     "load_pipeline": "diffusion.pipeline",
+    "load_text_pipeline": "diffusion.text_pipeline",
+    "fit": "training.processes",
     "write_samples": "diffusion.sample_sets",
     "evaluate_pictures": "evaluation.report",
     "evaluate_reconstructions": "evaluation.reconstructions",
@@ -38,6 +42,7 @@ _HOME = {
     "pull_session": "training.sessions",
     "show_pictures": "plots",
     "show_rows": "plots",
+    "plot_followed": "plots",
 }
 
 __all__ = list(_HOME)

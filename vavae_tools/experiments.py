@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 CONFIGS = Path(str(files("vavae_tools") / "configs"))
 GROUPS = ("experiment", "data", "model", "trainer", "callbacks")
 DEFAULT = "vavae_dit"
+SECTIONS = {"training": "text_to_image"}
+"""Sections of a `--config` file that only one experiment has, and so name it."""
 RUNS = Path("logs/runs")
 RUN_FOLDER = "VAVAE_RUN_FOLDER"
 """Environment variable by which the processes of one run agree on its folder."""
@@ -102,7 +104,7 @@ def compose(line: CommandLine) -> "DictConfig":
     from omegaconf import OmegaConf
 
     given = _read_config(line.config) if line.config else {}
-    of_file = given.pop("experiment", None)
+    of_file = given.pop("experiment", None) or next((of for section, of in SECTIONS.items() if section in given), None)
     experiment = line.experiment or of_file or DEFAULT
     chosen = [text for text in line.overrides if text.partition("=")[0].lstrip("+") in GROUPS]
     chosen = [f"experiment={experiment}", *(text for text in chosen if "experiment=" not in text)]
@@ -158,8 +160,9 @@ def _read_config(path: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    ours = CONFIGS / Path(path).name  # such as configs/train_config.yaml, the example
     try:
-        read = OmegaConf.load(path)
+        read = OmegaConf.load(ours if not Path(path).exists() and ours.is_file() else path)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:

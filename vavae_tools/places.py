@@ -59,6 +59,10 @@ class Place:
         return self.work / "rae"
 
     @property
+    def text(self) -> Path:
+        return self.work / "text"
+
+    @property
     def samples(self) -> Path:
         return self.work / "samples"
 

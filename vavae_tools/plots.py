@@ -118,6 +118,23 @@ def plot_bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], y_lab
     return figure
 
 
+def plot_followed(pictures: Mapping[str, Tensor], prompts: Sequence[str]) -> "Figure | None":
+    """How many of each group's pictures show what their prompts say of a shape, judged by the pixels.
+
+    Args:
+        pictures: uint8 (N, 3, H, H) by the group's name, one for each prompt.
+
+    Returns:
+        Bars for colour, shape, size and place; None where no prompt is about shapes.
+    """
+    from vavae_tools.data.captioned_shapes import judge_shapes
+
+    found = {name: judge_shapes(made, prompts) for name, made in pictures.items()}
+    kinds = list(next(iter(found.values())))
+    groups = {name: [100 * shares[kind] for kind in kinds] for name, shares in found.items()}
+    return plot_bars(groups, kinds, "pictures that follow, %") if kinds else None
+
+
 def new_figure(size: tuple[float, float], tight: bool = True) -> "Figure":
     """An empty figure of (width, height) inches that a notebook can show, whether it has called pyplot or not."""
     from matplotlib.figure import Figure

@@ -5,15 +5,20 @@ import math
 import os
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vavae_tools.errors import UserError, run_command
 
+if TYPE_CHECKING:
+    from vavae_tools.ranks import Ranks
+
 CFG_SCALE = 1.25
+TEXT_CFG_SCALE = 7.5
 GUIDE_SCALE = 1.42
 """RAE's for 256 pixels"""
 _UNLESS_GIVEN = {  # of options whose help says itself what then happens
     **dict.fromkeys(("labels", "class_list", "solver", "timestep_shift", "cfg_scale", "guide", "guide_scale")),
-    "batch_size": None,
+    **dict.fromkeys(("batch_size", "num_samples", "prompt", "negative_prompt")),
     "overwrite": False,
 }
 
@@ -37,6 +42,10 @@ def main() -> None:
         call_on_ranks("vavae_tools.sample:main", {}, count)  # with the same command line
         return
     ranks = Ranks.from_environment()
+
+    if options.prompt:
+        _sample_prompts(options, ranks, _device(on_gpu, ranks.local_rank))
+        return
 
     from vavae_tools.diffusion.pipeline import load_guide, load_pipeline, swap_solver
     from vavae_tools.diffusion.sample_sets import write_samples
@@ -71,6 +80,30 @@ def main() -> None:
         _summary(options, written)
 
 
+def _sample_prompts(options: argparse.Namespace, ranks: "Ranks", device: str) -> None:
+    from vavae_tools.diffusion.prompt_files import write_prompted
+    from vavae_tools.diffusion.text_pipeline import load_text_pipeline
+
+    pipe = load_text_pipeline(options.checkpoint, options.weights == "ema", scheduler=options.solver)
+    pipe.set_progress_bar_config(disable=True)
+    written = write_prompted(
+        pipe.to(device),
+        options.prompt,
+        options.output_dir,
+        options.num_samples,
+        options.seed,
+        options.batch_size or 16,
+        options.overwrite,
+        ranks,
+        options.negative_prompt,
+        num_inference_steps=options.num_steps,
+        guidance_scale=TEXT_CFG_SCALE if options.cfg_scale is None else options.cfg_scale,
+    )
+    if ranks.rank == 0:
+        many = f" of {len(set(options.prompt))} prompts" if len(options.prompt) > 1 else ""
+        print(f"written: {len(written):,} pictures{many} ({written[0]} …), {written[0].with_name('grid.png')}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vavae_tools.sample",
@@ -82,16 +115,21 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, **none, help="pipeline folder, or a .ckpt of DiT training")
     add("--weights", choices=["ema", "live"], default="ema", help="of a .ckpt: the averaged or the live weights")
-    add("--num_samples", type=int, default=100, help="pictures in all, spread evenly over the labels")
+    add("--num_samples", type=int, **none, help="pictures in all, spread evenly over labels or prompts (default: 100, "
+        "of prompts one each)")  # fmt: skip
+    add("--prompt", nargs="+", **none, help='of text-to-image: what the pictures shall show, "a small red bird", one '
+        "or several")  # fmt: skip
+    add("--negative_prompt", **none, help="what guidance leads away from; without it the empty prompt")
     add("--labels", **none, help='who: labels or names with commas, "0,1,2" or "ID_1,ID_2"; without it everybody')
     add("--class_list", **none, help="file with a folder name per line, one for each label that the model knows, in "
         "their order; without it the trained names")  # fmt: skip
     add("--num_steps", type=int, default=50, help="steps of the solver; Euler's calls the denoiser once in each")
-    add("--solver", choices=["euler", "heun", "dpm++", "unipc"], **none, help="without it the pipeline's own, Euler's")
+    add("--solver", choices=["euler", "heun", "dpm++", "unipc", "ddpm", "ddim"], **none, help="without it "
+        "the pipeline's own: Euler's, of text-to-image DDIM")  # fmt: skip
     add("--timestep_shift", type=float, **none, help="LightningDiT's: below 1, steps are finer near the noise, 0 is no "
         "shift; without it training's own; RAE's shift s is 1/s here")  # fmt: skip
     add("--cfg_scale", type=float, **none, help="guidance scale: 1 is none, larger is more typical, less varied; not "
-        f"with --guide (default: {CFG_SCALE})")  # fmt: skip
+        f"with --guide (default: {CFG_SCALE}, of prompts {TEXT_CFG_SCALE})")  # fmt: skip
     add("--guide", **none, help="pipeline folder or .ckpt of a weaker model, which guides in place of --cfg_scale's "
         "null condition: autoguidance")  # fmt: skip
     add("--guide_scale", type=float, **none, help=f"its scale; 1 is none (default: {GUIDE_SCALE})")
@@ -112,7 +150,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.num_samples < 1:
+    if options.num_samples is None and not options.prompt:
+        options.num_samples = 100
+    if options.num_samples is not None and options.num_samples < 1:
         raise UserError(f"--num_samples {options.num_samples}: at least one picture is needed")
     if options.guide and options.cfg_scale is not None:
         raise UserError(

@@ -62,13 +62,14 @@ def _run(words: Sequence[str]) -> Path:
     module, name = config.task.split(":")
     task = getattr(import_module(module), name)
     keep_config(config, words, folder)
-    rooms = {room: values[room] for room in ("data", "model", "trainer", "callbacks")}
+    rooms = {name: value for name, value in values.items() if isinstance(value, dict) and name != "flags"}
     try:
         made = task(**rooms, output_dir=folder, resume=resume, seed=config.seed)
     finally:
         os.environ.pop(RUN_FOLDER, None)  # a notebook's next run has a folder of its own
     if made.name == "pipeline":
-        say(f"next: python -m vavae_tools.sample --checkpoint {made} --num_samples 100 --output_dir outputs/samples")
+        what = '--prompt "…"' if "text_encoder" in values else "--num_samples 100"
+        say(f"next: python -m vavae_tools.sample --checkpoint {made} {what} --output_dir outputs/samples")
     return made
 
 

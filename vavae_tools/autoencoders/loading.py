@@ -9,7 +9,10 @@ from vavae_tools.autoencoders.weights import load_vavae
 
 
 def load_autoencoder(source: str | Path) -> ModelMixin:
-    """The autoencoder in a folder that `save_pretrained` wrote, a `RAE` or a `VAVAE`, or what `load_vavae` takes.
+    """The autoencoder in a folder that `save_pretrained` wrote, or what `load_vavae` takes.
+
+    A folder holds a `RAE`, a `VAVAE`, or Stable Diffusion's AutoencoderKL with a scale of its latents; of a
+    pipeline with `vae/` the pipeline's folder can be named, too.
 
     Raises:
         UserError: nothing there, or no autoencoder.
@@ -19,4 +22,9 @@ def load_autoencoder(source: str | Path) -> ModelMixin:
         from vavae_tools.autoencoders.rae_weights import read_rae_folder
 
         return read_rae_folder(source)
+    if Path(source).is_dir():
+        from vavae_tools.autoencoders.stable_diffusion import is_stable_diffusion_vae, load_stable_diffusion_vae
+
+        if is_stable_diffusion_vae(source):
+            return load_stable_diffusion_vae(source)
     return load_vavae(source, say=lambda line: None)

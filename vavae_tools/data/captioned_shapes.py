@@ -261,7 +261,7 @@ def _blurred(drawn: Tensor, deviation: float) -> Tensor:
     return torch.nn.functional.conv2d(drawn, weights[..., None, :], padding=(0, reach))[:, 0]
 
 
-def judge(pictures: Tensor, captions: Sequence[str]) -> dict[str, float]:
+def judge_shapes(pictures: Tensor, captions: Sequence[str]) -> dict[str, float]:
     """The shares of pictures that show what their captions name: colour, shape, size, place, and "all" of these.
 
     A share is that of the pictures whose caption names such a thing; where none does, it is not given.

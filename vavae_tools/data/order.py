@@ -91,6 +91,10 @@ class OrderedDataModule(L.LightningDataModule):
 
     train_data: Dataset
     val_data: Dataset | None = None
+    persistent_workers = True
+    """Whether loading processes stay from epoch to epoch."""
+    prefetch_factor = 2
+    """Batches that each of them has ready."""
 
     def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -129,7 +133,8 @@ class OrderedDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=self.persistent_workers and self.num_workers > 0,
+            prefetch_factor=self.prefetch_factor if self.num_workers > 0 else None,
             worker_init_fn=_leave_interrupts,
         )
 

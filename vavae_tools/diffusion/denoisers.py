@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from vavae_tools.diffusion.ddt import DDT, DDT_SIZES
+from vavae_tools.diffusion.text_dit import TEXT_DIT_SIZES, TextDiT
 from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
 from vavae_tools.errors import UserError
 
@@ -20,18 +21,19 @@ OF_THE_CONDITIONER = {"num_classes", "class_dropout_prob"}
 WITHOUT_EFFECT = {"use_checkpoint", "use_gembed"}  # how the reference computes, or what it no longer reads
 
 
-def make_denoiser(config: Mapping[str, Any]) -> DiT | DDT:
-    """`DiT` or `DDT` from its arguments: with two numbers for hidden_size a `DDT`, with one a `DiT`.
+def make_denoiser(config: Mapping[str, Any]) -> DiT | DDT | TextDiT:
+    """`DiT`, `DDT` or `TextDiT` from its arguments: with two numbers for hidden_size a `DDT`, with one a `DiT`.
 
     Args:
         config: arguments under our names or the references' (`use_rope`, `wo_shift`, …). "size" stands for
-            hidden_size, depth and num_heads: "S" to "XL", with "head": "wide" those of the `DDT`.
+            hidden_size, depth and num_heads: "S" to "XL", with "head": "wide" those of the `DDT`. "head": "text" makes
+            a `TextDiT`, whose config says so.
 
     Raises:
-        UserError: an argument that neither has, also those of the conditioner (see `split_reference_arguments`).
+        UserError: an argument that it does not have, also those of the conditioner (see `split_reference_arguments`).
     """
     arguments = our_arguments(config)
-    made = DDT if _is_wide(arguments) else DiT
+    made = TextDiT if "head" in arguments else DDT if _is_wide(arguments) else DiT
     _check_known(arguments, inspect.signature(made.__init__).parameters.keys() - {"self"}, made.__name__)
     return made(**arguments)
 
@@ -44,19 +46,20 @@ def our_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             name, value = "adaln_shift", not value
         arguments[RENAMED.get(name, name)] = value if _is_plain(value) else tuple(value)
     size, head = arguments.pop("size", None), arguments.pop("head", None)
-    if head not in (None, "wide"):
-        raise UserError(f'head={head!r} is unknown; it is "wide", or left out.')
+    if head not in (None, "wide", "text"):
+        raise UserError(f'head={head!r} is unknown; it is "wide", "text", or left out.')
+    if head == "text":
+        arguments["head"] = head
     if size is None:
-        if head and not _is_wide(arguments):
+        if head == "wide" and not _is_wide(arguments):
             raise UserError(
                 "head=\"wide\" needs a size, or hidden_size with two numbers: the encoder's and the head's."
             )
         return arguments
-    sizes = DDT_SIZES if head else DiT_SIZES
+    sizes = {"wide": DDT_SIZES, "text": TEXT_DIT_SIZES}.get(head, DiT_SIZES)
     if size not in sizes:
-        raise UserError(
-            f"No denoiser of size {size!r}{' with a wide head' if head else ''}; there are {', '.join(sizes)}."
-        )
+        with_head = f" with a {head} head" if head else ""
+        raise UserError(f"No denoiser of size {size!r}{with_head}; there are {', '.join(sizes)}.")
     return {**sizes[size], **arguments}
 
 

@@ -246,6 +246,8 @@ def load_pipeline(path: str | Path, ema: bool = True, autoencoder_dir: str | Pat
     if path.is_dir() and not is_checkpoint(path):
         return _read_folder(path, ema)
     state, settings = _read_training(path)
+    if "text_dim" in settings.get("conditioner_config", {}):
+        raise UserError(_OF_TEXT.format(path))
     vae = load_autoencoder(autoencoder_dir or _autoencoder_beside(path))
     denoiser, conditioner = _trained_models(path, state, settings, ema)
     shift = settings.get("objective", {}).get("time_shift", 1.0)
@@ -281,23 +283,33 @@ def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> G
     return denoiser.to(pipe.device), conditioner.to(pipe.device)
 
 
+_OF_TEXT = '{} makes pictures from sentences: say which, with --prompt "…" (in Python load_text_pipeline)'
+
+
 def _import_own_parts(folder: Path) -> None:
     """diffusers loads parts of modules that are imported already; of ours, which of them a folder needs."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return  # what is wrong with it is said where it is read
-    for part in index.values() if isinstance(index, dict) else ():
+    for part in _index(folder).values():
         home = part[0] if isinstance(part, list) and part else None
         if isinstance(home, str) and home.startswith("vavae_tools.autoencoders."):
             with suppress(ImportError):
                 import_module(home)
 
 
+def _index(folder: Path) -> dict[str, Any]:
+    """What a pipeline's folder holds; nothing where that is damaged, which is said where it is read."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return index if isinstance(index, dict) else {}
+
+
 def _read_folder(path: Path, ema: bool, **parts: None) -> LatentDiTPipeline:
     if not (path / "model_index.json").is_file():
         there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise UserError(f"{path} is no pipeline (no model_index.json); it holds {there}. Name a .ckpt or pipeline/")
+    if _index(path).get("_class_name") == "TextToImagePipeline":
+        raise UserError(_OF_TEXT.format(path))
     if not ema:
         raise UserError(f"{path} holds the averaged weights alone: name a .ckpt of the training for the live ones")
     _import_own_parts(path)

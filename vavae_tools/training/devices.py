@@ -24,7 +24,7 @@ COMPILES_FROM = (7, 0)
 
 
 def precision_of(name: str | None, machine: Machine, strategy: str = "auto") -> str:
-    """`16 | 32 | bf16` as people type it → Lightning's precision; None takes what suits machine and strategy.
+    """`16 | 32 | bf16 | fp16 | no` as people type it → Lightning's precision; None: what suits machine and strategy.
 
     Raises:
         UserError: a precision that this machine or strategy cannot do, or does many times slower.
@@ -33,7 +33,9 @@ def precision_of(name: str | None, machine: Machine, strategy: str = "auto") -> 
     if name is None:
         kinds = {"cpu": "32", "t4": "16" if scaled else "32", "ampere": "bf16"}
         return PRECISIONS[kinds[machine.kind]]
-    name = {long: short for short, long in PRECISIONS.items()}.get(str(name), str(name))
+    also = {"fp16": "16", "fp32": "32", "no": "32", "False": "32"}  # YAML reads no as false
+    also |= {long: short for short, long in PRECISIONS.items()}
+    name = also.get(str(name), str(name))
     if name not in PRECISIONS:
         raise UserError(f"No precision {name!r}; there are {', '.join(PRECISIONS)}")
     if name == "bf16" and machine.kind == "t4":
@@ -270,6 +272,7 @@ def quiet_lightning() -> None:
         "exists and is not empty",  # going on in the same folder is meant
         "your dataloader is not resumable",  # its order is, see data/order.py
         "in eval mode at the start of training",  # the averaged weights
+        "You have overridden `on_after_batch_transfer`",  # the module encodes what the loader brings
         "returned a view tensor",  # FSDP2: nothing here changes the denoiser's output in place
         "nn.functional.all_gather is deprecated",  # Lightning's own
     ):

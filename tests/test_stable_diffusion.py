@@ -1,0 +1,160 @@
+"""Stable Diffusion's autoencoder: diffusers' own numbers times its scale, and a small one that learns shapes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from tiny import TWO_LEVELS, same, tiny_vavae
+
+from vavae_tools.autoencoders.loading import load_autoencoder
+from vavae_tools.autoencoders.stable_diffusion import (
+    StableDiffusionVAE,
+    _orthogonal,
+    load_stable_diffusion_vae,
+    reconstruction_psnr,
+    tiny_kl,
+    train_tiny_kl,
+)
+from vavae_tools.autoencoders.vavae import VAVAE
+from vavae_tools.data.latents import encode_latents
+from vavae_tools.data.pixels import to_unit
+from vavae_tools.data.shapes import ShapePictures, shape_data
+from vavae_tools.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    AutoencoderKL(**TWO_LEVELS, scaling_factor=0.5, shift_factor=0.25).save_pretrained(tmp_path / "sd" / "vae")
+    return tmp_path / "sd" / "vae"
+
+
+def pictures(count: int = 3) -> torch.Tensor:
+    return to_unit(ShapePictures(count, 36, 16).in_memory())
+
+
+@torch.no_grad()
+def test_it_is_diffusers_autoencoder_with_its_scale(folder):
+    vae, plain = load_stable_diffusion_vae(folder), AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False)
+    x, normal = pictures(), torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    posterior = plain.encode(x).latent_dist
+    assert same(vae.encode_pictures(x), (posterior.mode() - 0.25) * 0.5)
+    drawn = vae.encode_pictures(x, None, lambda *shape: normal)
+    assert same(drawn, (posterior.mean + posterior.std * normal - 0.25) * 0.5)
+    torch.testing.assert_close(vae.decode_latents(drawn), plain.decode(drawn / 0.5 + 0.25).sample)
+    assert vae.downsampling == 2 and vae.has_own_statistics and not vae.training
+
+
+@torch.no_grad()
+def test_slices_give_the_same(folder):
+    whole, slices = load_stable_diffusion_vae(folder), load_stable_diffusion_vae(folder, use_slicing=True)
+    assert slices.use_slicing and not whole.use_slicing
+    latents = whole.encode_pictures(pictures())
+    torch.testing.assert_close(slices.encode_pictures(pictures()), latents)
+    torch.testing.assert_close(slices.decode_latents(latents), whole.decode_latents(latents))
+
+
+def test_stable_diffusion_1_5_has_the_published_size():
+    levels = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+    }
+    with torch.device("meta"):
+        vae = StableDiffusionVAE(**levels)
+    assert vae.num_parameters() == 83_653_863
+    assert (vae.downsampling, vae.config.latent_channels, vae.config.scaling_factor) == (8, 4, 0.18215)
+
+
+def test_a_run_finds_it_by_its_config(folder, tmp_path):
+    for source in (folder, folder.parent):
+        assert isinstance(load_autoencoder(source), StableDiffusionVAE)
+    load_autoencoder(folder).save_pretrained(tmp_path / "again")
+    again = load_autoencoder(tmp_path / "again")
+    assert same(again.encode_pictures(pictures()), load_autoencoder(folder).encode_pictures(pictures()))
+    assert isinstance(AutoencoderKL.from_pretrained(tmp_path / "again", low_cpu_mem_usage=False), AutoencoderKL)
+
+
+def test_an_exported_vavae_stays_one(tmp_path):
+    tiny_vavae(condition_dim=0).save_pretrained(tmp_path / "vavae")
+    AutoencoderKL(**TWO_LEVELS, scaling_factor=1.0).save_pretrained(tmp_path / "exported")
+    statistics = {"latents_mean": [0.0, 1.0], "latents_std": [1.0, 2.0]}
+    AutoencoderKL(**TWO_LEVELS, **statistics).save_pretrained(tmp_path / "with statistics")
+    for name in ("vavae", "exported", "with statistics"):
+        assert type(load_autoencoder(tmp_path / name)) is VAVAE
+
+
+def test_weights_in_half_precision_and_as_a_pickle(folder, tmp_path):
+    expected = load_stable_diffusion_vae(folder).state_dict()
+    plain = AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False)
+    plain.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert all(same(load_stable_diffusion_vae(tmp_path / "bin").state_dict()[k], v) for k, v in expected.items())
+    plain.half().save_pretrained(tmp_path / "half", variant="fp16")
+    half = load_stable_diffusion_vae(tmp_path / "half").state_dict()
+    assert all(same(half[k], v.half().float()) for k, v in expected.items())
+
+
+def test_folders_that_are_none(folder, tmp_path):
+    with pytest.raises(UserError, match=r"No folder .*nowhere of a Stable Diffusion VAE"):
+        load_stable_diffusion_vae(tmp_path / "nowhere")
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    content = (other / "diffusion_pytorch_model.safetensors").read_bytes()
+    (other / "diffusion_pytorch_model.safetensors").write_bytes(content[:1000])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_stable_diffusion_vae(other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "_class_name": "VQModel"}))
+    with pytest.raises(UserError, match="holds a VQModel, expected an AutoencoderKL"):
+        load_stable_diffusion_vae(other)
+    (other / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.safetensors is missing"):
+        load_stable_diffusion_vae(other)
+    deeper = {**config, "layers_per_block": 2}
+    (folder / "config.json").write_text(json.dumps(deeper))
+    with pytest.raises(UserError, match="are missing, such as"):
+        load_stable_diffusion_vae(folder)
+    with pytest.raises(UserError, match="expected 2, 4 or 8"):
+        tiny_kl(downsampling=3)
+
+
+def test_the_small_one_learns_and_its_latents_have_unit_variance():
+    data = ShapePictures(64, 4, 16).in_memory()
+    trained = []
+    for _ in range(2):
+        vae = tiny_kl(downsampling=2)
+        before = reconstruction_psnr(vae, data)
+        psnr = train_tiny_kl(vae, data, steps=40)
+        trained.append(vae)
+    assert psnr > before + 5 and psnr == pytest.approx(reconstruction_psnr(vae, data))
+    assert all(same(a, b) for a, b in zip(*(vae.state_dict().values() for vae in trained), strict=True))
+    latents = vae.encode_pictures(to_unit(data))
+    assert latents.mean().abs() < 1e-4 and (latents.std() - 1).abs() < 1e-4
+    assert vae.config.scaling_factor != 1 and not any(weight.requires_grad for weight in vae.parameters())
+
+
+def test_steps_are_of_equal_length_in_all_directions():
+    matrix = torch.randn(6, 20, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -1, 6)[:, None]
+    for made in (_orthogonal(matrix), _orthogonal(matrix.T)):
+        values = torch.linalg.svdvals(made)
+        assert values.min() > 0.5 and values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    assert torch.nn.functional.cosine_similarity(_orthogonal(matrix).flatten(), (u @ v).flatten(), dim=0) > 0.95
+
+
+def test_latents_on_the_disk_know_the_scale(tmp_path):
+    data, vae = shape_data(8, 4, 16, num_workers=0), tiny_kl(downsampling=2)
+    first = encode_latents(vae, data, tmp_path, progress=False)
+    assert first.mean == [0.0] * 4 and first.std == [1.0] * 4
+    vae.register_to_config(scaling_factor=2.0)
+    assert encode_latents(vae, data, tmp_path, progress=False).key != first.key
+
+
+@pytest.mark.slow
+def test_a_minute_is_enough_for_the_small_one():
+    vae = tiny_kl()
+    train_tiny_kl(vae, ShapePictures(2048, 36, 32).in_memory())
+    assert reconstruction_psnr(vae, ShapePictures(256, 36, 32, side=1).in_memory()) > 25

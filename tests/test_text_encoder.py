@@ -1,0 +1,205 @@
+"""The frozen text encoder: transformers' own numbers, words told apart, folders that are not what they say."""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import same
+
+from vavae_tools.autoencoders.text_encoder import TextStates, load_text_encoder, tiny_text_encoder
+from vavae_tools.errors import UserError
+
+COLOURS = ("red", "blue", "green", "yellow", "magenta", "cyan")
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
+FORMS = ("a {} {} at the top left", "one small {} {}", "there is a large {} {} in the middle", "a tiny {} {} below")
+CAPTIONS = [(form.format(c, s), i, j) for form in FORMS for i, c in enumerate(COLOURS) for j, s in enumerate(SHAPES)]
+SENTENCES = [caption for caption, _, _ in CAPTIONS]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return tiny_text_encoder(SENTENCES)
+
+
+@pytest.fixture
+def folder(encoder, tmp_path):
+    encoder.save(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+def test_states_are_those_of_transformers(encoder):
+    captions = ["a tiny red circle", "", "one small blue ring at the top left"]
+    states = encoder.encode(captions)
+    rows = encoder.tokenizer(captions, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = encoder.model(**rows)
+    assert same(states.mask, rows["attention_mask"].bool())
+    torch.testing.assert_close(states.tokens[states.mask], expected.last_hidden_state[states.mask])
+    torch.testing.assert_close(states.pooled, expected.pooler_output)
+    assert states.mask.sum(1).tolist() == [6, 2, 10] and states.tokens.shape == (3, 10, encoder.dim)
+
+
+def test_padding_changes_nothing(encoder):
+    alone = encoder.encode(["a tiny red circle"])
+    beside = encoder.encode(["a tiny red circle", SENTENCES[-1] + " and more"])
+    assert beside.tokens.shape[1] > alone.tokens.shape[1]
+    torch.testing.assert_close(beside.tokens[:1, : alone.tokens.shape[1]], alone.tokens)
+    torch.testing.assert_close(beside.pooled[:1], alone.pooled)
+
+
+def test_long_captions_are_cut_and_counted_and_keep_their_end():
+    encoder = tiny_text_encoder(["red green blue"], max_tokens=5)
+    lengths, cut = encoder.lengths(["red", "red green blue", "red green blue red", ""])
+    assert (lengths, cut) == ([3, 5, 6, 2], 1)
+    states = encoder.encode(["red green blue red", "red green blue"])
+    assert states.tokens.shape[1] == 5 and same(states.pooled[0], states.pooled[1])
+    torch.testing.assert_close(states.pooled, states.tokens[:, 4])
+
+
+def test_every_word_is_one_token_and_others_are_spelled(encoder):
+    words = {word for sentence in SENTENCES for word in sentence.split()}
+    assert all(encoder.tokenizer.tokenize(word) == [f"{word}</w>"] for word in words)
+    spelled = encoder.tokenizer.tokenize("Xyzzy ß")
+    assert "".join(spelled[:-1]).startswith("xyzzy</w>") and len(spelled) > 3
+    assert encoder.tokenizer.unk_token_id not in encoder.tokenizer("Xyzzy ß")["input_ids"][1:-1]
+
+
+def read_linearly(x: torch.Tensor, labels: torch.Tensor) -> float:
+    """How many of the second half a linear map from the first half names rightly."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, labels = torch.cat([x, torch.ones(len(x), 1)], 1).double()[order], labels[order]
+    half, targets = len(x) // 2, torch.nn.functional.one_hot(labels).double()
+    ridge = x[:half].T @ x[:half] + 0.1 * torch.eye(x.shape[1])
+    weights = torch.linalg.solve(ridge, x[:half].T @ targets[:half])
+    return ((x[half:] @ weights).argmax(1) == labels[half:]).double().mean().item()
+
+
+def test_colour_and_shape_can_be_read_from_the_states(encoder):
+    sizes, places = ("small", "large", "tiny", "big"), ("above", "below", "in the middle")
+    made = itertools.product(range(6), range(6), sizes, places)
+    captions = [(f"a {size} {COLOURS[i]} {SHAPES[j]} {place}", i, j) for i, j, size, place in made]
+    encoder = tiny_text_encoder([caption for caption, _, _ in captions])
+    states = encoder.encode([caption for caption, _, _ in captions])
+    colours, shapes = (torch.tensor([row[k] for row in captions]) for k in (1, 2))
+    at_shape = states.tokens[:, 4]  # start, a, size, colour, shape
+    for x, labels in ((states.pooled, colours), (states.pooled, shapes), (at_shape, colours), (at_shape, shapes)):
+        assert read_linearly(x, labels) > 0.98
+    assert read_linearly(states.tokens[:, 2], colours) < 0.4  # the size has not seen the colour, which comes later
+    distances = torch.cdist(states.pooled, states.pooled).fill_diagonal_(torch.inf)
+    assert distances.min() > 0.1 * states.pooled.norm(dim=1).mean()
+
+
+def test_it_follows_from_its_seed_in_another_process_too(encoder):
+    assert tiny_text_encoder(SENTENCES).digest() == encoder.digest()
+    assert tiny_text_encoder(SENTENCES, seed=1).digest() != encoder.digest()
+    code = "from test_text_encoder import *; print(tiny_text_encoder(SENTENCES).digest())"
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+    assert said.split()[-1] == encoder.digest()
+
+
+def test_the_digest_knows_weights_and_tokenizer_but_not_what_was_asked(encoder, folder):
+    before = encoder.digest()
+    encoder.encode(["red", "a very long caption " * 30])
+    assert encoder.digest() == before == load_text_encoder(folder).digest()
+    other = load_text_encoder(folder)
+    other.model.final_layer_norm.bias[0] += 1e-3
+    assert other.digest() != before
+    words = tiny_text_encoder([*SENTENCES, "extra"])
+    assert words.digest() != before
+
+
+def test_folders_of_all_kinds_give_the_same_states(encoder, folder, tmp_path):
+    from transformers import CLIPConfig, CLIPModel
+
+    expected = encoder.encode(SENTENCES[:4])
+
+    def check(source):
+        states = load_text_encoder(source).encode(SENTENCES[:4])
+        assert same(states.tokens, expected.tokens) and same(states.pooled, expected.pooled)
+
+    check(folder)
+    pipeline = tmp_path / "stable-diffusion"
+    encoder.model.save_pretrained(pipeline / "text_encoder")
+    (pipeline / "tokenizer").mkdir()
+    (folder / "tokenizer_config.json").rename(pipeline / "tokenizer" / "tokenizer_config.json")
+    (folder / "tokenizer.json").rename(pipeline / "tokenizer" / "tokenizer.json")
+    check(pipeline)
+    check(pipeline / "text_encoder")
+
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    config = CLIPConfig(text_config=encoder.model.config.to_dict(), vision_config={**vision, "image_size": 32})
+    whole = CLIPModel(config)
+    loaded = getattr(whole.text_model, "text_model", whole.text_model).load_state_dict(encoder.model.state_dict())
+    assert not loaded.missing_keys
+    whole.save_pretrained(tmp_path / "whole")
+    encoder.tokenizer.save_pretrained(tmp_path / "whole")
+    check(tmp_path / "whole")
+
+
+def test_a_tokenizer_of_two_files_as_stable_diffusion_has_it(encoder, folder, tmp_path):
+    described = json.loads((folder / "tokenizer.json").read_text())["model"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    (folder / "vocab.json").write_text(json.dumps(described["vocab"]))
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in described["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n")
+    states = load_text_encoder(folder).encode(SENTENCES)
+    assert same(states.tokens, encoder.encode(SENTENCES).tokens)
+
+
+def test_a_folder_that_is_not_what_it_should_be(encoder, folder, tmp_path):
+    with pytest.raises(UserError, match=r"No folder .*nowhere of a text encoder"):
+        load_text_encoder(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"config.json is missing; it holds nothing"):
+        load_text_encoder(tmp_path / "empty")
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"a text encoder without a tokenizer: tokenizer\.json"):
+        load_text_encoder(broken)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no weights of a text encoder: expected model\.safetensors"):
+        load_text_encoder(broken)
+    (broken / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="type 'bert', which is no text encoder of CLIP"):
+        load_text_encoder(broken)
+    (broken / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        load_text_encoder(broken)
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    content = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot be loaded") as raised:
+        load_text_encoder(damaged)
+    assert "\n" not in str(raised.value)
+
+    tiny_text_encoder(SENTENCES, num_layers=1).save(tmp_path / "shallow")
+    shutil.copy(folder / "config.json", tmp_path / "shallow" / "config.json")
+    with pytest.raises(UserError, match=r"are missing, such as .*layers\.1"):
+        load_text_encoder(tmp_path / "shallow")
+
+    words = [*SENTENCES, "many other words which the model knows nothing of"]
+    tiny_text_encoder(words).tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="they belong to different models"):
+        load_text_encoder(folder)
+
+
+def test_rows_of_states_and_no_captions(encoder):
+    states = encoder.encode(SENTENCES[:3])
+    rows = states[torch.tensor([2, 0])]
+    assert isinstance(rows, TextStates) and len(rows) == 2 and same(rows.pooled, states.pooled[[2, 0]])
+    assert same(encoder.encode("red").pooled, encoder.encode(["red"]).pooled)
+    with pytest.raises(UserError, match="No captions"):
+        encoder.encode([])
+    with pytest.raises(UserError, match="expected a multiple of 16"):
+        tiny_text_encoder(["red"], dim=24)

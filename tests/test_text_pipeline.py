@@ -1,0 +1,369 @@
+"""Sentences → pictures: the mathematics of sampling, guidance from the empty prompt, folders that can be read back."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from tiny import same, trained_looking
+
+from vavae_tools.autoencoders.stable_diffusion import tiny_kl
+from vavae_tools.autoencoders.text_encoder import TextEncoder, tiny_text_encoder
+from vavae_tools.data.pixels import to_pixels
+from vavae_tools.diffusion.noise_prediction import NoisePrediction, make_objective, time_of
+from vavae_tools.diffusion.pipeline import SOLVERS
+from vavae_tools.diffusion.text_conditioning import TextCondition, TextConditioner
+from vavae_tools.diffusion.text_dit import TextDiT
+from vavae_tools.diffusion.text_pipeline import (
+    SCHEDULERS,
+    TextToImagePipeline,
+    guided_prediction,
+    load_text_pipeline,
+    make_scheduler,
+    sample_text,
+    swapped,
+)
+from vavae_tools.errors import UserError
+
+SENTENCES = ["a red circle", "one small blue square", "green"]
+OBJECTIVES = ("epsilon", "v_prediction", "flow_matching")
+QUICK = {"num_inference_steps": 3, "output_type": "pt", "seed": 0}
+
+
+def text_parts(seed: int = 0):
+    torch.manual_seed(seed)
+    encoder = tiny_text_encoder(SENTENCES, dim=16)
+    denoiser = TextDiT(input_size=4, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2)
+    conditioner = trained_looking(TextConditioner(16, 16, 32))
+    conditioner.set_empty(encoder.encode([""]))
+    return encoder, trained_looking(denoiser).eval(), conditioner.eval()
+
+
+def text_pipeline(objective: str = "epsilon") -> TextToImagePipeline:
+    encoder, denoiser, conditioner = text_parts()
+    vae = trained_looking(tiny_kl(downsampling=2))
+    scheduler = make_scheduler(objective=make_objective(objective))
+    pipe = TextToImagePipeline(vae, encoder.model, encoder.tokenizer, denoiser, conditioner, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe() -> TextToImagePipeline:
+    return text_pipeline()
+
+
+# ---- the mathematics
+
+NOTHING = TextCondition(torch.zeros(64, 1), torch.zeros(64, 1, 1))
+
+
+def noise(count: int = 64, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def shares_at(t: torch.Tensor, objective: NoisePrediction):
+    alpha = objective.scheduler.alphas_cumprod[objective.timestep_of(t)].view(-1, 1, 1, 1)
+    return alpha.sqrt(), (1 - alpha).sqrt()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("steps", [1, 7, 20])
+def test_who_knows_the_data_gets_them_back(name, prediction, steps):
+    objective, data = NoisePrediction(prediction), noise(seed=3)
+
+    def all_knowing(x, t, condition):
+        alpha, sigma = shares_at(t, objective)
+        eps = (x - alpha * data) / sigma
+        return eps if prediction == "epsilon" else alpha * eps - sigma * data
+
+    generators = [torch.Generator().manual_seed(i) for i in range(64)]
+    made = sample_text(all_knowing, make_scheduler(name, objective), noise(), NOTHING, None, steps, 1.0, generators)
+    torch.testing.assert_close(made, data, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_all_schedulers_make_a_gaussian_of_a_gaussian(prediction):
+    """Data of mean 2 and deviation ½: the best prediction is linear in x, and the path to them is known."""
+    objective, mean, std = NoisePrediction(prediction), 2.0, 0.5
+
+    def best(x, t, condition):
+        alpha, sigma = shares_at(t, objective)
+        variance = (alpha * std) ** 2 + sigma**2
+        eps = sigma * (x - alpha * mean) / variance
+        data = mean + alpha * std**2 * (x - alpha * mean) / variance
+        return eps if prediction == "epsilon" else alpha * eps - sigma * data
+
+    alpha, sigma = shares_at(time_of(torch.tensor([999])), objective)
+    expected = mean + std * (noise() - alpha * mean) / ((alpha * std) ** 2 + sigma**2).sqrt()
+    for name in ("ddim", "dpm++", "unipc"):
+        errors = [
+            (sample_text(best, make_scheduler(name, objective), noise(), NOTHING, None, steps) - expected).abs().max()
+            for steps in (50, 100, 200)
+        ]
+        assert errors[0] < 0.15 and errors[1] < 0.6 * errors[0] and errors[2] < 0.6 * errors[1], name
+    generators = [torch.Generator().manual_seed(i) for i in range(64)]
+    made = sample_text(best, make_scheduler("ddpm", objective), noise(), NOTHING, None, 200, 1.0, generators)
+    assert made.mean().item() == pytest.approx(mean, abs=0.05) and made.std().item() == pytest.approx(std, abs=0.05)
+    assert (made - expected).abs().max() > 0.3  # it has noise of its own
+
+
+def test_ddim_is_the_solver_of_first_order_that_stands_in_for_it():
+    data, objective = noise(seed=3), NoisePrediction()
+
+    def curved(x, t, condition):
+        return torch.tanh(x - data) * (1 - t.view(-1, 1, 1, 1))
+
+    first_order = DPMSolverMultistepScheduler(solver_order=1, timestep_spacing="trailing", **objective.schedule)
+    made = [
+        sample_text(curved, scheduler, noise(), NOTHING, None, 10)
+        for scheduler in (make_scheduler("ddim", objective), first_order)
+    ]
+    # at the end diffusers' DDIM takes ᾱ = 1 for the data, as the other does
+    torch.testing.assert_close(*made, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_flows_go_where_their_velocity_leads(name):
+    data = noise(seed=3)
+
+    def velocity(x, t, condition):
+        return (data - x) / (1 - t.view(-1, 1, 1, 1)).clamp_min(1e-6)
+
+    scheduler = make_scheduler(name, make_objective("flow_matching"))
+    torch.testing.assert_close(sample_text(velocity, scheduler, noise(), NOTHING, None, 8), data, rtol=0, atol=2e-3)
+
+
+def test_it_is_diffusers_own_loop(pipe):
+    """DDIM by hand, with diffusers' scheduler, and guidance by two calls."""
+    scheduler = swapped(pipe.scheduler, "ddim")
+    assert type(scheduler) is DDIMScheduler
+    condition, null = pipe.conditioner(pipe.encode(SENTENCES[:2])), pipe.conditioner.null(2)
+    x = start = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    hand = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
+    hand.set_timesteps(5)
+    assert hand.timesteps[0] == 999
+    with torch.no_grad():
+        for timestep in hand.timesteps:
+            t = time_of(timestep.repeat(2))
+            told, untold = (pipe.denoiser(x, t, c) for c in (condition, null))
+            x = hand.step(untold + 3 * (told - untold), timestep, x).prev_sample
+    made = sample_text(pipe.denoiser, scheduler, start, condition, null, 5, 3.0)
+    torch.testing.assert_close(made, x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_denoiser_is_asked_at_the_times_of_training():
+    asked = []
+
+    def denoiser(x, t, condition):
+        asked.append(t)
+        return torch.zeros_like(x)
+
+    sample_text(denoiser, make_scheduler("ddim"), noise(), NOTHING, None, 4)
+    timesteps = NoisePrediction().timestep_of(torch.stack(asked)[:, 0])
+    assert timesteps.tolist() == [999, 749, 499, 249]
+
+
+@torch.no_grad()
+def test_guidance_is_one_doubled_call_and_scale_1_the_caption_alone(pipe):
+    condition, null = pipe.conditioner(pipe.encode(SENTENCES)), pipe.conditioner.null(3)
+    x, calls = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0)), []
+
+    def counted(x, t, c):
+        calls.append(len(x))
+        return pipe.denoiser(x, t, c)
+
+    told, untold = (guided_prediction(counted, x, 0.3, c) for c in (condition, null))
+    torch.testing.assert_close(guided_prediction(counted, x, 0.3, condition, null, 1.0), told)
+    torch.testing.assert_close(guided_prediction(counted, x, 0.3, condition, null, 0.0), untold)
+    torch.testing.assert_close(guided_prediction(counted, x, 0.3, condition, null, 4.0), untold + 4 * (told - untold))
+    assert calls == [3, 3, 3, 6, 6] and (told - untold).abs().max() > 1e-3
+    with pytest.raises(UserError, match="needs the null condition"):
+        guided_prediction(counted, x, 0.3, condition, None, 2.0)
+
+
+# ---- the pipeline
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_pictures_follow_prompts_and_seeds(objective):
+    pipe = text_pipeline(objective)
+    made = pipe(SENTENCES, **QUICK).images
+    assert made.shape == (3, 3, 8, 8) and made.dtype == torch.uint8 and pipe.picture_size == (8, 8)
+    assert same(made, pipe(SENTENCES, **QUICK).images)
+    others = pipe([SENTENCES[1], *SENTENCES[1:]], **QUICK).images
+    assert not same(others[0], made[0]) and same(others[1:], made[1:])
+    assert not same(pipe(SENTENCES, **{**QUICK, "seed": 1}).images, made)
+    for name in SOLVERS if objective == "flow_matching" else SCHEDULERS:
+        pipe.swap_scheduler(name)
+        assert pipe(SENTENCES, **QUICK).images.shape == (3, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpm++"])
+@pytest.mark.parametrize("by", ["seed", "generator"])
+def test_batches_change_nothing(name, by):
+    pipe = text_pipeline()
+    pipe.swap_scheduler(name)
+
+    def made(batch_size):
+        noise = {"seed": 0} if by == "seed" else {"seed": None, "generator": torch.Generator().manual_seed(4)}
+        return pipe(SENTENCES, **{**QUICK, **noise}, batch_size=batch_size).images.int()
+
+    assert (made(1) - made(16)).abs().max() <= 1  # the last digit of a matrix product is the batch's
+    assert (made(2) - made(16)).abs().max() <= 1
+    assert made(16).float().std() > 1
+
+
+def test_a_picture_of_a_seed_is_the_same_alone():
+    pipe = text_pipeline()
+    pipe.swap_scheduler("ddpm")
+    made = pipe(SENTENCES, **QUICK).images
+    one = torch.tensor([2])
+    alone = pipe.make(pipe.encode(SENTENCES[2:]), pipe.noise(0, one), None, 3, 7.5, pipe.generators(0, one))
+    assert (alone[0].int() - made[2].int()).abs().max() <= 1
+
+
+def test_the_empty_prompt_is_the_null(pipe):
+    by_null = pipe(SENTENCES, **QUICK).images
+    assert same(pipe(SENTENCES, "", **QUICK).images, by_null)
+    assert same(pipe(SENTENCES, ["", "", ""], **QUICK).images, by_null)
+    away = pipe(SENTENCES, ["", "red", ""], **QUICK).images
+    changed = [not same(a, b) for a, b in zip(away, by_null, strict=True)]
+    assert changed[1] and (away[[0, 2]].int() - by_null[[0, 2]].int()).abs().max() <= 1
+    # guided from its own empty prompt, an empty prompt is not guided at all
+    empty = [pipe("", guidance_scale=scale, **QUICK).images.int() for scale in (1.0, 7.5)]
+    assert (empty[0] - empty[1]).abs().max() <= 1
+
+
+def test_guidance_1_asks_for_the_caption_alone(pipe):
+    told = pipe(SENTENCES, guidance_scale=1.0, **QUICK).images
+    assert same(pipe(SENTENCES, "blue", guidance_scale=1.0, **QUICK).images, told)
+    latents = sample_text(
+        pipe.denoiser, pipe.scheduler, pipe.noise(0, torch.arange(3)), pipe.conditioner(pipe.encode(SENTENCES)), None, 3
+    )
+    with torch.no_grad():
+        assert same(to_pixels(pipe.vae.decode_latents(latents)), told)
+    assert not same(pipe(SENTENCES, **QUICK).images, told)
+
+
+def test_text_is_encoded_once_and_each_prompt_only_once(pipe, monkeypatch):
+    asked = []
+    encode = TextEncoder.encode
+    monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: asked.append(list(texts)) or encode(self, texts))
+    made = pipe(["green", "a red circle", "green"], "blue", batch_size=2, **QUICK).images
+    assert asked == [["green", "a red circle"], ["blue"]] and not same(made[0], made[2])
+
+
+def test_output_types_and_latents(pipe):
+    made = pipe("green", **QUICK).images
+    images, arrays = (pipe("green", **{**QUICK, "output_type": kind}).images for kind in ("pil", "np"))
+    assert [np.asarray(image).tolist() for image in images] == made.permute(0, 2, 3, 1).tolist() == arrays.tolist()
+    latents = pipe.noise(0, torch.arange(1))
+    assert same(pipe("green", latents=latents, **{**QUICK, "seed": None}).images, made)
+    assert same(pipe("green", return_dict=False, **QUICK)[0], made)
+    generators = [torch.Generator().manual_seed(i) for i in (5, 6)]
+    both = pipe(["green", "green"], generator=generators, **{**QUICK, "seed": None}).images
+    alone = pipe("green", generator=[torch.Generator().manual_seed(6)], **{**QUICK, "seed": None}).images
+    assert (both[1].int() - alone[0].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"output_type": "latent"}, "No output_type 'latent'; there are pil, pt, np"),
+        ({"batch_size": 0}, "at least one picture at once"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"num_inference_steps": 0}, "expected 1 to 1000"),
+        ({"latents": torch.zeros(1, 3, 4, 4)}, r"latents are \(1, 3, 4, 4\), expected \(1, 4, 4, 4\)"),
+        ({"prompt": []}, "No prompts"),
+    ],
+)
+def test_what_cannot_be(pipe, options, said):
+    with pytest.raises(UserError, match=said):
+        pipe(**{"prompt": "green", **QUICK, **options})
+
+
+def test_schedulers_by_name():
+    flow, noisy = make_scheduler(objective=make_objective("flow_matching", time_shift=3.0)), make_scheduler()
+    assert swapped(flow, "heun").config.shift == 3.0 and swapped(flow, "unipc").config.flow_shift == 3.0
+    by_v = make_scheduler("ddim", NoisePrediction("v_prediction", "linear"))
+    for name in SCHEDULERS:
+        config = swapped(by_v, name).config
+        kept = (config.prediction_type, config.beta_schedule, config.beta_start, config.beta_end)
+        assert kept == ("v_prediction", "linear", 0.0001, 0.02)
+    with pytest.raises(UserError, match="No scheduler 'ddpm' for a denoiser that predicts a velocity"):
+        swapped(flow, "ddpm")
+    with pytest.raises(UserError, match="predicts noise or v; there are ddpm, ddim, dpm"):
+        swapped(noisy, "euler")
+
+
+# ---- from files
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_pipeline_comes_back_from_its_folder(objective, tmp_path):
+    pipe = text_pipeline(objective)
+    pipe.save_pretrained(tmp_path)
+    again = load_text_pipeline(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    for name in ("text_encoder", "tokenizer", "scheduler"):
+        assert type(getattr(again, name)) is type(getattr(pipe, name))
+    assert same(again(SENTENCES, "blue", **QUICK).images, pipe(SENTENCES, "blue", **QUICK).images)
+    other = load_text_pipeline(tmp_path, scheduler="unipc")
+    assert type(other.scheduler).__name__ == "UniPCMultistepScheduler"
+
+
+def run_of(tmp_path, objective="v_prediction"):
+    """A run's folders, as training leaves them; the averaged weights are others than the live ones."""
+    encoder, denoiser, conditioner = text_parts()
+    state = {}
+    for start, factor in (("network", 1.5), ("ema.network", 1.0)):
+        for name, model in (("denoiser", denoiser), ("conditioner", conditioner)):
+            state |= {f"{start}.{name}.{key}": factor * tensor for key, tensor in model.state_dict().items()}
+    configs = {
+        f"{name}_config": {k: v for k, v in model.config.items() if k[0] != "_"}
+        for name, model in (("denoiser", denoiser), ("conditioner", conditioner))
+    }
+    settings = {**configs, "objective": make_objective(objective).config}
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    torch.save({"state_dict": state, "hyper_parameters": settings}, path)
+    trained_looking(tiny_kl(downsampling=2)).save_pretrained(tmp_path / "autoencoder")
+    encoder.save(tmp_path / "text_encoder")
+    return path
+
+
+def test_a_checkpoint_of_training_becomes_a_pipeline(tmp_path):
+    path = run_of(tmp_path)
+    pipe, expected = load_text_pipeline(path), text_pipeline("v_prediction")
+    for made in (pipe, expected):
+        made.set_progress_bar_config(disable=True)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert same(pipe(SENTENCES, **QUICK).images, expected(SENTENCES, **QUICK).images)
+    live = load_text_pipeline(path, ema=False, scheduler="ddim")
+    assert type(live.scheduler) is DDIMScheduler
+    assert same(live.denoiser.x_embedder.proj.weight, 1.5 * expected.denoiser.x_embedder.proj.weight)
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    path = run_of(tmp_path)
+    tiny_text_encoder(SENTENCES, dim=32).save(tmp_path / "other")
+    with pytest.raises(UserError, match=r"states have 32 numbers, .* was trained with 16"):
+        load_text_pipeline(path, text_encoder_dir=tmp_path / "other")
+    (tmp_path / "text_encoder").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"No text encoder beside .*last\.ckpt"):
+        load_text_pipeline(path)
+    assert load_text_pipeline(path, text_encoder_dir=tmp_path / "moved").picture_size == (8, 8)
+    with pytest.raises(UserError, match="is no pipeline"):
+        load_text_pipeline(tmp_path)
+    with pytest.raises(UserError, match="No checkpoint"):
+        load_text_pipeline(tmp_path / "nowhere.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": {"denoiser_config": {}, "conditioner_config": {}}}, path)
+    with pytest.raises(UserError, match="training on classes, not on text"):
+        load_text_pipeline(path)

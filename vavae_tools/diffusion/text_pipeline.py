@@ -1,0 +1,443 @@
+"""Pictures from sentences as one object: a diffusers pipeline of text encoder, denoiser, solver and autoencoder."""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    ModelMixin,
+    UniPCMultistepScheduler,
+)
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from vavae_tools.autoencoders.loading import load_autoencoder
+from vavae_tools.autoencoders.text_encoder import TextEncoder, TextStates, load_text_encoder
+from vavae_tools.checkpoints.folders import is_checkpoint
+from vavae_tools.data.pixels import to_pixels
+from vavae_tools.diffusion.denoisers import make_denoiser
+from vavae_tools.diffusion.lora import merged_weights
+from vavae_tools.diffusion.noise_prediction import NoisePrediction, objective_of, time_of
+from vavae_tools.diffusion.pipeline import SOLVERS, _autoencoder_beside, _import_own_parts, _read_training
+from vavae_tools.diffusion.sampling import make_solver
+from vavae_tools.diffusion.text_conditioning import TextCondition, TextConditioner
+from vavae_tools.draws import Draws
+from vavae_tools.errors import UserError
+
+_TRAILING = {"timestep_spacing": "trailing"}  # from the noisiest step on: a latent of pure noise belongs there
+SCHEDULERS: dict[str, Callable[..., SchedulerMixin]] = {
+    "ddpm": lambda **schedule: DDPMScheduler(clip_sample=False, **_TRAILING, **schedule),
+    "ddim": lambda **schedule: DDIMScheduler(clip_sample=False, **_TRAILING, **schedule),
+    "dpm++": lambda **schedule: DPMSolverMultistepScheduler(**_TRAILING, **schedule),
+    "unipc": lambda **schedule: UniPCMultistepScheduler(**_TRAILING, **schedule),
+}
+"""For denoisers that predict noise or v; for those of flow matching there are `pipeline.SOLVERS`."""
+
+_SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")
+
+
+class TextToImagePipeline(DiffusionPipeline):
+    """Sentences → pictures: `pipe("a small red bird", guidance_scale=7.5, seed=0).images`.
+
+    Args:
+        vae: a `StableDiffusionVAE`, or another autoencoder with the statistics of its latents.
+        text_encoder, tokenizer: transformers' own, as a `TextEncoder` holds them.
+        denoiser, conditioner: a `TextDiT` and its `TextConditioner`, as trained.
+        scheduler: a scheduler of diffusers whose config says what the denoiser predicts; see `make_scheduler`.
+
+    `save_pretrained(folder)` and `load_text_pipeline(folder)` keep all of it.
+    """
+
+    model_cpu_offload_seq = "text_encoder->conditioner->denoiser->vae"
+
+    def __init__(
+        self,
+        vae: ModelMixin,
+        text_encoder: Any,
+        tokenizer: Any,
+        denoiser: ModelMixin,
+        conditioner: TextConditioner,
+        scheduler: SchedulerMixin,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            denoiser=denoiser,
+            conditioner=conditioner,
+            scheduler=scheduler,
+        )
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the pictures, in pixels."""
+        height, width = self.denoiser.latent_shape[1:]
+        return height * self.vae.downsampling, width * self.vae.downsampling
+
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        """The states of prompts, each different one computed once."""
+        different = list(dict.fromkeys(prompts))
+        states = TextEncoder(self.text_encoder, self.tokenizer).encode(different).to(self._execution_device)
+        if len(different) == len(prompts):
+            return states
+        place = {prompt: i for i, prompt in enumerate(different)}
+        return states[torch.tensor([place[prompt] for prompt in prompts], device=states.pooled.device)]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        seed: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        batch_size: int = 16,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Make one picture for each prompt.
+
+        Args:
+            prompt: one, or one for each picture.
+            negative_prompt: what guidance leads away from, one for all or one for each; by default the empty prompt, as
+                '' is.
+            num_inference_steps, guidance_scale: of `make`.
+            seed: of the noise; picture number i of a seed is the same whatever else is made beside it.
+            generator: of the noise in place of a seed, one for all or one for each picture.
+            latents: noise to start from, (number of prompts, C, h, w).
+            batch_size: pictures made at once; it changes memory and speed, not the pictures.
+            output_type: "pil" (grey ones have mode L), "pt" for uint8 (N, C, H, W), "np" for uint8 (N, H, W, C).
+        """
+        if output_type not in ("pil", "pt", "np"):
+            raise UserError(f"No output_type {output_type!r}; there are pil, pt, np")
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size}: at least one picture at once is needed")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise UserError("No prompts: at least one is needed")
+        device, shape = self._execution_device, (len(prompts), *self.denoiser.latent_shape)
+        if seed is not None:
+            numbers = torch.arange(len(prompts))
+            noise, generators = self.noise(seed, numbers), self.generators(seed, numbers)
+        else:
+            noise = None
+            if latents is None:
+                noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            generators = _one_for_each(generator, len(prompts))
+        if latents is not None:
+            if tuple(latents.shape) != shape:
+                raise UserError(f"latents are {tuple(latents.shape)}, expected {shape}")
+            noise = latents
+        states, negative = self.encode(prompts), None
+        if negative_prompt is not None and guidance_scale != 1:
+            negative = self.encode(_for_each(negative_prompt, len(prompts)))
+        pictures = []
+        with self.progress_bar(total=len(prompts)) as bar:
+            for start in range(0, len(prompts), batch_size):
+                rows = slice(start, start + batch_size)
+                pictures.append(
+                    self.make(
+                        states[rows],
+                        noise[rows].to(device),
+                        None if negative is None else negative[rows],
+                        num_inference_steps,
+                        guidance_scale,
+                        generators[rows],
+                    ).cpu()
+                )
+                bar.update(len(pictures[-1]))
+        images: Tensor | np.ndarray | list[Image.Image] = torch.cat(pictures)  # uint8 (N, C, H, W)
+        if output_type != "pt":
+            images = images.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
+        if output_type == "pil":
+            images = [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in images]
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def make(
+        self,
+        states: TextStates,
+        noise: Tensor,
+        negative: TextStates | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        generators: list[torch.Generator] | None = None,
+    ) -> Tensor:
+        """One batch: captions' states (B) and noise (B, C, h, w), where the models are → uint8 (B, C, H, W).
+
+        Args:
+            negative: states of what guidance leads away from; None: the empty prompt that the conditioner keeps.
+            num_inference_steps: updates; Heun's method calls the denoiser twice for each.
+            guidance_scale: how far from there towards the caption; 1 asks for the caption alone, at half the price.
+            generators: of the noise that DDPM adds on the way, one for each picture.
+        """
+        null = None
+        if guidance_scale != 1:
+            null = self.conditioner.null(len(states)) if negative is None else self.conditioner(negative)
+        latents = sample_text(
+            self.denoiser,
+            self.scheduler,
+            noise,
+            self.conditioner(states),
+            null,
+            num_inference_steps,
+            guidance_scale,
+            generators,
+        )
+        return to_pixels(self.vae.decode_latents(latents))
+
+    def noise(self, seed: int, indices: Tensor) -> Tensor:
+        """The noise of picture number i of a seed: the same whatever else is made beside it, on any device count."""
+        return Draws(seed, 0, indices).normal("sample", *self.denoiser.latent_shape)
+
+    def generators(self, seed: int, indices: Tensor) -> list[torch.Generator]:
+        """Where picture number i of a seed takes the noise from that DDPM adds on the way."""
+        seeds = (Draws(seed, 0, indices.cpu()).uniform("on the way", 2).double() * 2**23).long()  # (B, 2) of 23 bits
+        return [torch.Generator().manual_seed(a << 23 | b) for a, b in seeds.tolist()]
+
+    def swap_scheduler(self, name: str) -> None:
+        """Take another solver for what this denoiser predicts, on the same schedule: see `make_scheduler`."""
+        self.scheduler = swapped(self.scheduler, name)
+
+
+def _for_each(prompt: str | Sequence[str], count: int) -> list[str]:
+    prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
+    if len(prompts) != count:
+        raise UserError(f"{len(prompts)} negative prompts for {count} prompts: give one for all, or one for each")
+    return prompts
+
+
+def _one_for_each(generator: torch.Generator | list[torch.Generator] | None, count: int) -> list[torch.Generator]:
+    """Generators that do not depend on how pictures are put together in batches."""
+    if isinstance(generator, list):
+        return generator
+    device = generator.device if generator is not None else None
+    seeds = torch.randint(2**62, (count,), generator=generator, device=device)
+    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+
+
+# ---- sampling
+
+
+@torch.no_grad()
+def sample_text(
+    denoiser: Callable[..., Tensor],
+    scheduler: SchedulerMixin,
+    noise: Tensor,
+    condition: TextCondition,
+    null: TextCondition | None = None,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.0,
+    generators: list[torch.Generator] | None = None,
+    callback: Callable[[int, float, Tensor], None] | None = None,
+) -> Tensor:
+    """From noise (B, C, h, w) to latents, by any scheduler of `SCHEDULERS` or `pipeline.SOLVERS`; float32 throughout.
+
+    Args:
+        scheduler: its config says what the denoiser predicts: noise, v or a velocity. It is not changed.
+        condition, null: from the conditioner; null is needed for guidance only.
+        num_inference_steps: updates.
+        generators: of the noise added on the way, where a scheduler adds some; one for each sample.
+        callback: called after each update with its number, the time it started from, and the new x.
+    """
+    flow = solves_flows(scheduler)
+    if flow:
+        solver, times = make_solver(scheduler, num_inference_steps)
+    else:
+        solver, times = _laid_out(scheduler, num_inference_steps)
+    options = {}
+    if generators and "generator" in inspect.signature(solver.step).parameters:
+        options["generator"] = generators
+    x = noise.float() * (1.0 if flow else solver.init_noise_sigma)
+    for i, (timestep, t) in enumerate(zip(solver.timesteps, times, strict=True)):
+        prediction = guided_prediction(denoiser, x, t, condition, null, guidance_scale)
+        x = solver.step(-prediction if flow else prediction, timestep, x, return_dict=False, **options)[0]
+        if callback is not None:
+            callback(i, t, x)
+    return x
+
+
+def guided_prediction(
+    denoiser: Callable[..., Tensor],
+    x: Tensor,
+    t: float,
+    condition: TextCondition,
+    null: TextCondition | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """What is predicted at x (B, C, h, w) and time t, float32: null + scale · (conditional − null), by one call.
+
+    With scale 1 it is the conditional prediction, and only that is computed.
+    """
+    if guidance_scale == 1:
+        return denoiser(x, _times(t, x), condition).float()
+    if null is None:
+        raise UserError(
+            f"guidance_scale={guidance_scale:g} needs the null condition: pass conditioner.null(batch_size)."
+        )
+    twice = torch.cat([x, x])
+    conditional, weak = denoiser(twice, _times(t, twice), TextCondition.cat([condition, null])).float().chunk(2)
+    return torch.lerp(weak, conditional, guidance_scale)
+
+
+def _times(t: float, x: Tensor) -> Tensor:
+    return torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+
+
+def _laid_out(scheduler: SchedulerMixin, num_inference_steps: int) -> tuple[SchedulerMixin, list[float]]:
+    most = scheduler.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= most:
+        raise UserError(f"num_inference_steps={num_inference_steps}: expected 1 to {most}, the steps of the schedule.")
+    if isinstance(scheduler, DDIMScheduler) and most % num_inference_steps:
+        # diffusers' own takes strides of whole timesteps, misses its next one then, and ends before the data; DDIM is
+        # DPM-Solver of first order (Lu et al. 2022)
+        solver = DPMSolverMultistepScheduler.from_config(scheduler.config, solver_order=1)
+    else:
+        solver = type(scheduler).from_config(scheduler.config)
+    solver.set_timesteps(num_inference_steps)
+    return solver, [time_of(timestep, most) for timestep in solver.timesteps.tolist()]
+
+
+# ---- schedulers
+
+
+def solves_flows(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler takes velocities, of flow matching."""
+    return scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction"
+
+
+def make_scheduler(name: str | None = None, objective: Any = None) -> SchedulerMixin:
+    """A scheduler for what a denoiser was trained with.
+
+    Args:
+        name: "ddpm", "ddim", "dpm++" or "unipc"; of flow matching "euler", "heun", "dpm++" or "unipc". By default
+            "dpm++", and of flow matching "euler".
+        objective: a `NoisePrediction`, by default the usual one, or a `FlowMatching`.
+
+    Raises:
+        UserError: an unknown name, or one for another kind of training.
+    """
+    objective = objective or NoisePrediction()
+    if isinstance(objective, NoisePrediction):
+        return _known(SCHEDULERS, name or "dpm++", "noise or v")(**objective.schedule)
+    return _known(SOLVERS, name or "euler", "a velocity (flow matching)")(objective.time_shift)
+
+
+def swapped(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:
+    """Another scheduler for the same denoiser: it keeps the schedule and what is predicted, or a flow's time shift.
+
+    Raises:
+        UserError: an unknown name, or one for another kind of training.
+    """
+    config = scheduler.config
+    if solves_flows(scheduler):
+        return _known(SOLVERS, name, "a velocity (flow matching)")(config.get("shift", config.get("flow_shift", 1.0)))
+    return _known(SCHEDULERS, name, "noise or v")(**{key: config[key] for key in _SCHEDULE if key in config})
+
+
+def _known(table: dict[str, Callable[..., SchedulerMixin]], name: str, predicted: str) -> Callable[..., SchedulerMixin]:
+    if name not in table:
+        raise UserError(f"No scheduler {name!r} for a denoiser that predicts {predicted}; there are {', '.join(table)}")
+    return table[name]
+
+
+# ---- from files
+
+
+def load_text_pipeline(
+    path: str | Path,
+    ema: bool = True,
+    autoencoder_dir: str | Path | None = None,
+    text_encoder_dir: str | Path | None = None,
+    scheduler: str | None = None,
+) -> TextToImagePipeline:
+    """Load a pipeline from its folder, or from a checkpoint of text-to-image training.
+
+    Args:
+        path: a folder that `save_pretrained` wrote; a `.ckpt`, or a checkpoint's folder.
+        ema: of a checkpoint, take the averaged weights; False takes the live ones.
+        autoencoder_dir, text_encoder_dir: those of a checkpoint; by default `autoencoder/` and `text_encoder/` beside
+            the checkpoint or the folder of checkpoints.
+        scheduler: another one than the pipeline's, by its name (see `make_scheduler`).
+
+    Raises:
+        UserError: nothing there, a checkpoint of another kind, no autoencoder or text encoder beside it, or live
+            weights of a folder.
+    """
+    path = Path(path)
+    if path.is_dir() and not is_checkpoint(path):
+        pipe = _read_folder(path, ema)
+        if scheduler:
+            pipe.swap_scheduler(scheduler)
+        return pipe
+    state, settings = _read_training(path)
+    if "text_dim" not in settings.get("conditioner_config", {}):
+        raise UserError(f"{path} is a checkpoint of DiT training on classes, not on text: load it by load_pipeline")
+    denoiser, conditioner = _trained_models(path, state, settings, ema)
+    vae = load_autoencoder(autoencoder_dir or _autoencoder_beside(path))
+    encoder = load_text_encoder(text_encoder_dir or _text_encoder_beside(path))
+    if encoder.dim != conditioner.config.text_dim:
+        raise UserError(
+            f"The text encoder's states have {encoder.dim} numbers, {path} was trained with "
+            f"{conditioner.config.text_dim}: name the text encoder of its training (text_encoder_dir)"
+        )
+    solver = make_scheduler(scheduler, objective_of(settings.get("objective", {})))
+    return TextToImagePipeline(vae.eval(), encoder.model, encoder.tokenizer, denoiser, conditioner, solver)
+
+
+def _trained_models(
+    path: Path, state: dict[str, Tensor], settings: dict[str, Any], ema: bool
+) -> tuple[ModelMixin, TextConditioner]:
+    models = make_denoiser(settings["denoiser_config"]), TextConditioner(**settings["conditioner_config"])
+    for name, model in zip(("denoiser", "conditioner"), models, strict=True):
+        start = f"{'ema.network.' if ema else 'network.'}{name}."
+        weights = {key.removeprefix(start): tensor for key, tensor in state.items() if key.startswith(start)}
+        if name == "denoiser":
+            weights = merged_weights(weights, settings.get("lora"))
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"{path}: its {start}* do not fit its own settings ({reason}): copy it again") from None
+        model.eval()
+    return models
+
+
+def _text_encoder_beside(checkpoint: Path) -> Path:
+    folders: Iterable[Path] = (parent / "text_encoder" for parent in checkpoint.absolute().parents[:2])
+    for folder in folders:
+        if folder.is_dir():
+            return folder
+    raise UserError(f"No text encoder beside {checkpoint}: name the one of its training (text_encoder_dir)")
+
+
+def _read_folder(path: Path, ema: bool) -> TextToImagePipeline:
+    if not (path / "model_index.json").is_file():
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+        raise UserError(f"{path} is no pipeline (no model_index.json); it holds {there}. Name a .ckpt or pipeline/")
+    if not ema:
+        raise UserError(f"{path} holds the averaged weights alone: name a .ckpt of the training for the live ones")
+    _import_own_parts(path)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it loads within a second
+    try:  # without low_cpu_mem_usage it does not ask for a package that is of no use here
+        return TextToImagePipeline.from_pretrained(path, low_cpu_mem_usage=False, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"The pipeline {path} cannot be read ({str(error)[:200]}): copy it again") from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
