@@ -89,7 +89,11 @@ def test_each_kind_is_judged_for_itself():
     }
     assert judge_shapes(picture, ["a yellow cross"]) == {"all": 1, "colour": 1, "shape": 1}
     assert judge_shapes(picture, ["hello"]) == {}
-    assert judge_shapes(picture.expand(2, -1, -1, -1), ["a yellow cross", "red"]) == {"all": 0.5, "colour": 0.5, "shape": 1}
+    assert judge_shapes(picture.expand(2, -1, -1, -1), ["a yellow cross", "red"]) == {
+        "all": 0.5,
+        "colour": 0.5,
+        "shape": 1,
+    }
 
 
 def test_sentences_name_what_is_drawn():

@@ -26,7 +26,7 @@ def shortened(path: Path) -> nbformat.NotebookNode:
             cell.source = cell.source.replace("vt.find_preset(place.built_in)", SHORT)
             cell.source = cell.source.replace("people=6, pictures=60", "people=2, pictures=10")
             cell.source = cell.source.replace('"count": 1024', '"count": 64').replace("(800, 2000)", "(4, 4)")
-            cell.source = cell.source.replace("else 1400", "else 4").replace('["experiment=text_dummy"]', TEXT)
+            cell.source = cell.source.replace("else 2000", "else 4").replace('["experiment=text_dummy"]', TEXT)
             cell.source = cell.source.replace('"num_samples": 4000', '"num_samples": 64').replace("[:64]", "[:4]")
     return notebook
 

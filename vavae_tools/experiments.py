@@ -219,6 +219,8 @@ def _keys(config: "DictConfig") -> list[str]:
 def _leaves(values: Mapping[str, Any], known: Sequence[str], before: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         key = f"{before}{name}"
+        if value is None and any(other.startswith(f"{key}.") for other in known):
+            continue  # a section without content
         if isinstance(value, Mapping) and any(other.startswith(f"{key}.") for other in known):
             yield from _leaves(value, known, f"{key}.")
         else:

@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "their order; without it the trained names")  # fmt: skip
     add("--num_steps", type=int, default=50, help="steps of the solver; Euler's calls the denoiser once in each")
     add("--solver", choices=["euler", "heun", "dpm++", "unipc", "ddpm", "ddim"], **none, help="without it "
-        "the pipeline's own: Euler's, of text-to-image DDIM")  # fmt: skip
+        "the pipeline's own: Euler's, of noise prediction DPM-Solver++")  # fmt: skip
     add("--timestep_shift", type=float, **none, help="LightningDiT's: below 1, steps are finer near the noise, 0 is no "
         "shift; without it training's own; RAE's shift s is 1/s here")  # fmt: skip
     add("--cfg_scale", type=float, **none, help="guidance scale: 1 is none, larger is more typical, less varied; not "

@@ -159,7 +159,7 @@ def _load_model(folder: Path) -> nn.Module:
     except ImportError as error:
         raise UserError(f"A foundation model needs transformers ({error}): pip install 'transformers>=4.44'") from None
     try:
-        with _silent_transformers():
+        with silent_transformers():
             model, report = AutoModel.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
@@ -178,7 +178,7 @@ def _load_model(folder: Path) -> nn.Module:
 
 
 @contextmanager
-def _silent_transformers() -> Iterator[None]:
+def silent_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

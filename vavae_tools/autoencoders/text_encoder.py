@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.foundation import _silent_transformers
+from vavae_tools.autoencoders.foundation import silent_transformers
 from vavae_tools.data.latents import weights_digest
 from vavae_tools.errors import UserError
 from vavae_tools.files import save_model
@@ -130,7 +130,7 @@ class TextEncoder:
 
     def save(self, folder: str | Path) -> None:
         """Write model and tokenizer into one folder, each file whole, for `load_text_encoder` and transformers."""
-        with _silent_transformers():
+        with silent_transformers():
             save_model(self.model, folder)
             save_model(self.tokenizer, folder)
 
@@ -234,7 +234,7 @@ def _load_model(folder: Path) -> nn.Module:
 
     half = not any((folder / name).is_file() for name in _WEIGHT_FILES if "fp16" not in name)
     try:
-        with _silent_transformers():
+        with silent_transformers():
             model, report = CLIPTextModel.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, variant="fp16" if half else None
             )
@@ -255,7 +255,7 @@ def _load_tokenizer(folder: Path) -> Any:
 
     kind = AutoTokenizer if (folder / "tokenizer_config.json").is_file() else CLIPTokenizer
     try:
-        with _silent_transformers():
+        with silent_transformers():
             return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # as above
         reason = "".join(filter(str.isprintable, " ".join(str(error).split())))[:120]
@@ -334,7 +334,7 @@ def _word_tokenizer(sentences: Iterable[str], max_tokens: int) -> Any:
     def made(merges: list[tuple[str, str]]) -> Any:
         vocabulary = list(dict.fromkeys([*spelled, *(a + b for a, b in merges)]))
         pieces = {piece: number for number, piece in enumerate([*vocabulary, start, end])}  # in CLIP they are last, too
-        with TemporaryDirectory() as name, _silent_transformers():
+        with TemporaryDirectory() as name, silent_transformers():
             (Path(name) / "vocab.json").write_text(json.dumps(pieces), encoding="utf-8")
             lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
             (Path(name) / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

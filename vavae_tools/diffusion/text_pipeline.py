@@ -22,6 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from vavae_tools.autoencoders.foundation import silent_transformers
 from vavae_tools.autoencoders.loading import load_autoencoder
 from vavae_tools.autoencoders.text_encoder import TextEncoder, TextStates, load_text_encoder
 from vavae_tools.checkpoints.folders import is_checkpoint
@@ -435,7 +436,8 @@ def _read_folder(path: Path, ema: bool) -> TextToImagePipeline:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it loads within a second
     try:  # without low_cpu_mem_usage it does not ask for a package that is of no use here
-        return TextToImagePipeline.from_pretrained(path, low_cpu_mem_usage=False, local_files_only=True)
+        with silent_transformers():
+            return TextToImagePipeline.from_pretrained(path, low_cpu_mem_usage=False, local_files_only=True)
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"The pipeline {path} cannot be read ({str(error)[:200]}): copy it again") from None
     finally:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vavae_tools.autoencoders.foundation import _silent_transformers
+from vavae_tools.autoencoders.foundation import silent_transformers
 from vavae_tools.autoencoders.loading import load_autoencoder
 from vavae_tools.autoencoders.stable_diffusion import (
     StableDiffusionVAE,
@@ -198,7 +198,7 @@ def train_text_to_image(
         (output_dir / "samples").mkdir(exist_ok=True)
         (output_dir / "samples" / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
         pipe = load_text_pipeline(output_dir / "checkpoints" / "last.ckpt", scheduler=sampling["scheduler"])
-        with _silent_transformers():
+        with silent_transformers():
             save_model(pipe, made)
         keep_once(output_dir / "autoencoder", made / "vae")
         keep_once(output_dir / "text_encoder", made / "text_encoder")

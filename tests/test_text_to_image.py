@@ -1,0 +1,700 @@
+"""Text-to-image as people run it: one command that trains, YAML files, going on exactly, pictures of prompts."""
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file
+from test_experiments import values_of
+from tiny import same
+
+from vavae_tools import experiments, sample, train
+from vavae_tools.autoencoders.stable_diffusion import load_stable_diffusion_vae, tiny_kl
+from vavae_tools.autoencoders.text_encoder import TextEncoder, load_text_encoder, tiny_text_encoder
+from vavae_tools.checkpoints.folders import read_any
+from vavae_tools.data.captioned_shapes import EXAMPLE_PROMPTS, captioned_shape_data, vocabulary
+from vavae_tools.data.texts import TextLatentDataModule
+from vavae_tools.diffusion.noise_prediction import make_objective
+from vavae_tools.diffusion.text_conditioning import TextConditioner
+from vavae_tools.diffusion.text_dit import TextDiT
+from vavae_tools.diffusion.text_pipeline import load_text_pipeline
+from vavae_tools.errors import UserError
+from vavae_tools.experiments import compose, read_command_line
+from vavae_tools.training.checkpoints import LastCheckpoint
+from vavae_tools.training.devices import trainer_settings
+from vavae_tools.training.text_module import TextDiffusionModule
+from vavae_tools.training.text_to_image import _of_one_size
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["model.hidden_size=16", "model.num_layers=1", "model.num_heads=2", "sampling.num_steps=2"]
+SMALL += ["trainer.accelerator=cpu", "callbacks.previews=0"]
+SHAPES = ["experiment=text_dummy", "data.num_samples=36", "data.image_size=16", "data.val_share=0.2"]
+SHAPES += ["training.batch_size=4", "training.logging_steps=1", "training.learning_rate=1e-3", *SMALL]
+"""Nine batches an epoch, so that of two gathered ones each the last step has one."""
+QUICK = ["--num_steps", "3", "--accelerator", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory) -> Path:
+    """A small VAE, in vae/, that was never trained. Do not write into it."""
+    folder = tmp_path_factory.mktemp("frozen")
+    tiny_kl().save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    monkeypatch.setenv(experiments.RUN_FOLDER, "")  # so that it is put back as it was, whatever a run leaves there
+    monkeypatch.delenv(experiments.RUN_FOLDER)
+    return tmp_path
+
+
+@pytest.fixture
+def shapes(here, frozen, run_main):
+    """Train on made-up shapes: what was said."""
+
+    def run(*words) -> str:
+        status, said, err = run_main(train.main, *SHAPES, f"vae.name={frozen / 'vae'}", *words)
+        assert status == 0, err
+        return said
+
+    return run
+
+
+@pytest.fixture
+def fault(here, run_main):
+    """The one line that a command says where it cannot go on."""
+
+    def run(main, *words) -> str:
+        status, _, err = run_main(main, *words)
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+        return err
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def last(run: str | Path) -> dict:
+    return torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same(one, other, where: str = "") -> None:
+    """Bit by bit, tensors and plain values alike."""
+    if isinstance(one, torch.Tensor):
+        assert same(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for name in one:
+            assert_same(one[name], other[name], f"{where}.{name}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for place, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{place}]")
+    else:
+        assert one == other, where
+
+
+def assert_same_training(one: str | Path, other: str | Path) -> None:
+    one, other = last(one), last(other)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+        assert_same(one[part], other[part], part)
+
+
+# ---- a run and its pictures
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, frozen) -> Path:
+    """A run of nine steps, in a folder of its own. Do not write into it."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    words = [*SHAPES, f"vae.name={frozen / 'vae'}", "training.max_steps=9", "training.logging_steps=3"]
+    words += ["training.save_steps=9", "callbacks.previews=1", "training.learning_rate=0.01"]
+    assert train.run_experiment(*words, f"output_dir={run}") == run / "pipeline"
+    return run
+
+
+def test_a_run_leaves_what_people_look_for(trained):
+    assert json.loads((trained / "pipeline" / "model_index.json").read_text())["denoiser"][1] == "TextDiT"
+    assert (trained / "checkpoints" / "last.ckpt").is_file() and len(list(trained.glob("checkpoints/epoch=*"))) == 1
+    assert (trained / "checkpoint-9" / "ema_model.pt").is_file() and (trained / ".hydra/config.yaml").is_file()
+    lines = [line.split("  ", 1)[1] for line in (trained / "train.log").read_text().splitlines()]
+    steps = [re.sub(" +", " ", line) for line in lines if line.startswith("step")]
+    assert [line[:9] for line in steps] == ["step 3/9 ", "step 6/9 ", "step 9/9 "]
+    assert all(re.search(r" loss \d\.\d{4}e[+-]\d\d lr .* steps/s .* GB RAM", line) for line in steps)
+    (grid,) = (trained / "samples").glob("samples-*.png")
+    with Image.open(grid) as picture:  # a row of four for each prompt
+        assert picture.width < picture.height
+    assert (trained / "samples" / "prompts.txt").read_text().split("\n")[:-1] == list(EXAMPLE_PROMPTS)
+    for tag in ("train/loss", "train/mse", "train/lr", "val/loss"):
+        assert values_of(trained, tag), tag
+
+
+def test_pipeline_and_checkpoints_make_the_same_pictures(trained, here, run_main):
+    prompts = ["--prompt", "a small red circle", "a large blue ring"]
+    sources = ("pipeline", "checkpoints/last.ckpt", "checkpoint-9")
+    for source, folder in zip(sources, "abc", strict=True):
+        status, said, err = run_main(
+            *[sample.main, "--checkpoint", trained / source, *prompts, "--num_samples", 4, *QUICK],
+            *["--output_dir", folder, "--seed", 3],
+        )
+        assert status == 0 and said.startswith(f"written: 4 pictures of 2 prompts ({folder}/00000.png …)"), err
+    made = contents(here / "a")
+    assert sorted(made) == ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png", "samples.json"]
+    assert made == contents(here / "b") == contents(here / "c")
+    assert len({made[f"{number:05d}.png"] for number in range(4)}) == 4
+    assert Image.open("a/00000.png").size == (16, 16)
+    record = json.loads(made["samples.json"])
+    assert record["prompts"] == {f"{i:05d}.png": prompts[1 + i % 2] for i in range(4)}
+    assert record["settings"]["guidance_scale"] == 7.5 and record["settings"]["seed"] == 3
+
+
+def test_what_lacks_is_made_and_what_is_there_is_kept(trained, here, run_main, fault):
+    words = ["--checkpoint", trained / "pipeline", "--prompt", "a red circle", "a ring", *QUICK, "--output_dir", "out"]
+    assert run_main(sample.main, *words, "--num_samples", 5)[0] == 0
+    whole = contents(here / "out")
+    for name in ("00001.png", "00004.png", "grid.png"):
+        (here / "out" / name).unlink()
+    (here / "out" / "00003.png").write_bytes(b"damaged")
+    assert "out/00003.png is no picture any more" in fault(sample.main, *words, "--num_samples", 5)
+    (here / "out" / "00003.png").unlink()
+    before = (here / "out" / "00000.png").stat().st_mtime_ns
+    assert run_main(sample.main, *words, "--num_samples", 5)[0] == 0
+    assert contents(here / "out") == whole and (here / "out" / "00000.png").stat().st_mtime_ns == before
+    # fewer are there already, more are added
+    assert run_main(sample.main, *words, "--num_samples", 3)[0] == 0
+    assert {name: whole[name] for name in whole if name[0] == "0"}.items() <= contents(here / "out").items()
+    assert run_main(sample.main, *words, "--num_samples", 7)[0] == 0
+    more = contents(here / "out")
+    assert {name: whole[name] for name in whole if name[0] == "0"}.items() <= more.items() and "00006.png" in more
+    assert json.loads(more["samples.json"])["prompts"]["00006.png"] == "a red circle"
+
+
+def test_pictures_of_other_settings_are_refused_and_replaced(trained, here, run_main, fault):
+    words = ["--prompt", "a red circle", *QUICK, "--output_dir", "out"]
+    of_run = ["--checkpoint", trained / "pipeline"]
+    assert run_main(sample.main, *of_run, *words, "--num_samples", 3)[0] == 0
+    (here / "out" / "holiday.png").write_bytes(b"mine")
+    before = contents(here / "out")
+    changes = {
+        "cfg_scale or guide_scale 7.5 there, 3.0 here": ["--cfg_scale", 3],
+        "num_steps 3 there, 2 here": ["--num_steps", 2],
+        "seed 0 there, 1 here": ["--seed", 1],
+        "negative_prompt None there, blue here": ["--negative_prompt", "blue"],
+        "another model": ["--checkpoint", trained / "checkpoints/last.ckpt", "--weights", "live"],
+        "solver's name DPMSolverMultistepScheduler there, DDIMScheduler here": ["--solver", "ddim"],
+        "00000.png shows 'a red circle', not 'a ring'": ["--prompt", "a ring"],
+    }
+    for said, change in changes.items():
+        found = fault(sample.main, *of_run, *words, *change)
+        assert f"out holds pictures of other settings ({said})" in found and "--overwrite" in found, found
+        assert contents(here / "out") == before
+    assert run_main(sample.main, *of_run, *words, "--cfg_scale", 3, "--overwrite")[0] == 0
+    assert run_main(sample.main, *of_run, *words, "--cfg_scale", 3, "--output_dir", "new")[0] == 0
+    assert contents(here / "out") == {**contents(here / "new"), "holiday.png": b"mine"}
+    (here / "out" / "samples.json").write_text("[")
+    assert "samples.json" in fault(sample.main, *of_run, *words, "--cfg_scale", 3)
+
+
+def test_two_processes_make_the_same_bytes(trained, here, run_main):
+    words = ["--checkpoint", trained / "pipeline", "--prompt", "a red circle", "a ring", "--num_samples", 5, *QUICK]
+    for devices in (1, 2):
+        assert run_main(sample.main, *words, "--devices", devices, "--output_dir", f"of{devices}")[0] == 0
+    assert contents(here / "of1") == contents(here / "of2")
+
+
+# ---- YAML files
+
+
+PEOPLES = """
+data:
+  dataset_name: custom
+  dataset_path: ./data/mine
+  num_samples: 5000
+  image_size: 128
+model:
+  hidden_size: 768
+  num_layers: 16
+  num_heads: 12
+training:
+  batch_size: 96
+  gradient_accumulation_steps: 2
+  learning_rate: {lr}
+  num_epochs: 1000
+  mixed_precision: {precision}
+  max_grad_norm: 1.0
+  save_every_n_epochs: 10
+  save_steps: 500
+  logging_steps: 50
+  num_workers: 4
+  prefetch_factor: 3
+  persistent_workers: false
+  drop_last: true
+lr_scheduler:
+  type: linear
+  warmup_steps: 500
+text_encoder:
+  name: ./models/clip
+vae:
+  name: ./models/sd
+  use_slicing: true
+ema:
+  enabled: false
+"""
+
+
+def meant(*words: object) -> dict:
+    return OmegaConf.to_container(compose(read_command_line(list(map(str, words)))), resolve=True)
+
+
+@pytest.mark.parametrize("lr", ["1e-4", "0.0001", "1.0e-04"])
+@pytest.mark.parametrize(
+    ("precision", "trained_in"), [("bf16", "bf16-mixed"), ("no", "32-true"), ("'no'", "32-true"), ("false", "32-true")]
+)
+def test_a_file_means_the_same_as_overrides(tmp_path, lr, precision, trained_in):
+    (tmp_path / "mine.yaml").write_text(PEOPLES.format(lr=lr, precision=precision))
+    of_file = meant("--config", tmp_path / "mine.yaml")
+    typed = meant(
+        *["experiment=text_to_image", "data.dataset_name=custom", "data.dataset_path=./data/mine"],
+        *["data.num_samples=5000", "data.image_size=128", "training.gradient_accumulation_steps=2"],
+        *[
+            "--lr",
+            "1e-4",
+            f"training.mixed_precision={precision}",
+            "training.save_steps=500",
+            "training.logging_steps=50",
+        ],
+        *["training.num_workers=4", "training.prefetch_factor=3", "training.persistent_workers=false"],
+        *["lr_scheduler.type=linear", "--text_encoder", "./models/clip", "--vae", "./models/sd"],
+        *["vae.use_slicing=true", "ema.enabled=false"],
+    )
+    for config in (of_file, typed):
+        del config["training"]["mixed_precision"]  # no is false in YAML, and is what it is on a command line
+    settings = [trainer_settings(**{**config.pop("trainer"), "accelerator": "cpu"}) for config in (of_file, typed)]
+    assert settings[0] == settings[1] and settings[0]["precision"] == trained_in
+    assert settings[0]["accumulate_grad_batches"] == 2 and settings[0]["gradient_clip_val"] == 1.0
+    assert of_file == typed and of_file["training"]["learning_rate"] == 1e-4 and of_file["name"] == "text_to_image"
+
+
+def test_the_example_is_found_from_any_folder(here, run_main):
+    status, said, _ = run_main(train.main, "--config", "configs/train_config.yaml", "--print_config")
+    assert status == 0
+    shown = OmegaConf.to_container(OmegaConf.create(said))
+    assert shown["training"]["batch_size"] == 96 and shown["training"]["learning_rate"] == 1e-4
+    assert (shown["model"]["hidden_size"], shown["model"]["num_layers"], shown["model"]["num_heads"]) == (768, 16, 12)
+    assert shown["lr_scheduler"] == {"type": "cosine", "warmup_steps": 500}
+    assert shown["callbacks"]["save_every_n_epochs"] == 10 and shown["callbacks"]["save_every_n_steps"] == 500
+    (here / "configs").mkdir()
+    (here / "configs" / "train_config.yaml").write_text("training: {batch_size: 7}\n")  # one's own comes first
+    _, said, _ = run_main(
+        train.main, "--config", "configs/train_config.yaml", "--print_config", "data.dataset_name=shapes"
+    )
+    assert OmegaConf.create(said).training.batch_size == 7
+
+
+WRONG_FILES = {
+    "training:\n  batchsize: 3\n": "mine.yaml: No key 'training.batchsize'; did you mean training.batch_size?",
+    "training: {}\nmodell:\n  hidden_size: 3\n": "No key 'modell",
+    "training:\n\tbatch_size: 3\n": "--config mine.yaml is no YAML: ",
+    "training:\n  batch_size: many\n": "training.batch_size is 'many', expected a whole number such as 96",
+    "training:\n  learning_rate: '1e-4'\n": "training.learning_rate is '1e-4', expected a number",
+    "training:\n  persistent_workers: 1\n": "training.persistent_workers is 1, expected true or false",
+    "training:\n  mixed_precision: fp17\n": "No precision 'fp17'; there are 32, 16, bf16",
+    "training:\n  max_steps: many\n": "training.max_steps is 'many', expected a whole number",
+    "training:\n  num_workers: 1.5\n": "training.num_workers is 1.5, expected a whole number",
+    "training:\n  gradient_accumulation_steps: 0\n": "training.gradient_accumulation_steps is 0, expected 1 or more",
+    "training:\n  learning_rate: 0\n": "training.learning_rate is 0.0, expected more than 0",
+    "training:\n  prefetch_factor: 0\n": "training.prefetch_factor is 0, expected 1 or more",
+    "training:\n  num_epochs: 0\n": "training.num_epochs is 0, expected 1 or more",
+    "training: {}\nvae:\n  name: 5\n": "vae.name is 5, expected text",
+    "training: {}\ndata:\n  cache: maybe\n": "data.cache is 'maybe', expected true or false",
+    "training: {}\ndata:\n  image_size: large\n": "data.image_size is 'large', expected a whole number",
+    "training: {}\ndata:\n  dataset_name: shape\n": "No data set 'shape'; did you mean shapes? There are coco, cub",
+    "training: {}\nmodel:\n  objective: eps\n": "No objective 'eps'; there are epsilon, v_prediction, flow_matching",
+    "training: {}\nmodel:\n  caption_dropout: 1.5\n": "model.caption_dropout is 1.5, expected a share from 0 to 1",
+    "training: {}\nsampling:\n  scheduler: dpm\n": "No scheduler 'dpm' for a denoiser that predicts noise",
+    "training: {}\nlr_scheduler:\n  type: cosinus\n": "lr_scheduler.type is 'cosinus', expected one of cosine, linear",
+    "training: {}\nema:\n  decay: 1.5\n": "ema.decay is 1.5, expected a share from 0 to 1",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_FILES)
+def test_a_file_that_cannot_be_is_one_line(fault, here, text):
+    Path("mine.yaml").write_text(text)
+    words = [] if "dataset_name" in text else ["data.dataset_name=shapes"]
+    words += ["data.num_samples=8", "trainer.accelerator=cpu"]
+    said = fault(train.main, "--config", "mine.yaml", *words, "--output_dir", "run")
+    assert WRONG_FILES[text] in said
+    assert not list(here.rglob("*.ckpt")) and not list(here.rglob("*.safetensors"))  # before anything takes time
+
+
+# ---- going on
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "encoding"])
+def test_both_kinds_of_checkpoints_go_on_bit_by_bit(shapes, here, cache):
+    words = [f"data.cache={cache}", "training.num_epochs=3", "training.gradient_accumulation_steps=2"]
+    words += ["training.save_steps=3", "training.save_every_n_epochs=1", "callbacks.keep_last=9"]
+    said = shapes(*words, "--output_dir", "whole")
+    assert "15 steps of 8, 3 epochs" in said and ("encoded at every step" in said) == (not cache)
+    folders = sorted(path.name for path in Path("whole").glob("checkpoint-*"))
+    steps, epochs = (
+        [f"checkpoint-{step}" for step in (3, 6, 9, 12, 15)],
+        [f"checkpoint-epoch-{epoch}" for epoch in (1, 2, 3)],
+    )
+    assert folders == sorted([*steps, *epochs])
+    assert [read_any(Path("whole") / name, print)["global_step"] for name in epochs] == [5, 10, 15]
+    assert last("whole")["global_step"] == 15
+    ways = [("checkpoint-3", 0), ("checkpoint-epoch-2", 0)] + ([] if cache else [("checkpoint-6", 1)])
+    for name, workers in ways:  # within the first epoch, at an end, at the first batches of an epoch
+        run = f"from-{name}"
+        workers = [f"training.num_workers={workers}"]
+        said = shapes(*words, *workers, "--resume", f"whole/{name}", "--output_dir", run)
+        assert "going on after step" in said
+        assert_same_training("whole", run)
+    # without a folder it goes on in that of the run
+    before = last("whole")
+    (here / "whole" / "checkpoints" / "last.ckpt").unlink()
+    kept = list(Path("whole").glob("latents/*.safetensors"))
+    written = [path.stat().st_mtime_ns for path in kept]
+    assert "going on in whole" in shapes(*words, "--resume", "whole/checkpoint-12")
+    assert_same(before["state_dict"], last("whole")["state_dict"])
+    assert [path.stat().st_mtime_ns for path in kept] == written and bool(kept) == cache
+
+
+def test_a_stopped_run_goes_on_and_its_log_says_so(shapes, here, frozen, fault, monkeypatch):
+    words = ["training.max_steps=12", "training.logging_steps=2"]
+    shapes(*words, "--output_dir", "whole")
+    step_ends = LastCheckpoint.on_train_batch_end
+
+    def stop(self, trainer, *others):
+        self._stop = trainer.global_step == 7
+        step_ends(self, trainer, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LastCheckpoint, "on_train_batch_end", stop)
+        assert "Stopped after step 7" in shapes(*words)
+    (short,) = Path("logs/runs").glob("*/*")
+    said = shapes(*words, "ckpt_path=last")
+    assert f"ckpt_path=last: going on with {short}" in said
+    assert_same_training("whole", short)
+    log = (short / "train.log").read_text()
+    assert "  stopped   Stopped after step 7" in log and "going on after step 7 of 12" in log
+    other = [*SHAPES, f"vae.name={frozen / 'vae'}", *words, "--resume", short / "checkpoints/last.ckpt"]
+    assert "lr was 0.001, is 0.003" in fault(train.main, *other, "--lr", "0.003")
+    assert "the data are others" in fault(train.main, *other, "seed=0", "data.image_size=24", "data.val_share=0.2")
+
+
+def test_a_new_run_in_an_old_folder_takes_what_it_is_told(shapes, here):
+    words = ["training.max_steps=1", "--output_dir", "run"]
+    shapes(*words)
+    tiny_kl(seed=9).save_pretrained("other/vae")
+    tiny_text_encoder(vocabulary(), seed=9).save("other/clip")
+    shapes(*words, "vae.name=other/vae", "text_encoder.name=other/clip")
+    of_run, told = load_stable_diffusion_vae("run/autoencoder"), load_stable_diffusion_vae("other/vae")
+    assert_same(of_run.state_dict(), told.state_dict())
+    assert load_text_encoder("run/text_encoder").digest() == load_text_encoder("other/clip").digest()
+    pipe = load_text_pipeline("run/pipeline")
+    assert_same(pipe.vae.state_dict(), told.state_dict())
+    assert TextEncoder(pipe.text_encoder, pipe.tokenizer).digest() == load_text_encoder("other/clip").digest()
+    # one that was killed while it wrote leaves a folder that is not whole
+    shutil.rmtree("run/checkpoints")
+    Path("run/text_encoder/tokenizer.json").unlink()
+    Path("run/autoencoder/config.json").unlink()
+    shapes(*words)
+    assert load_text_encoder("run/text_encoder").dim == 64
+
+
+# ---- what is trained on
+
+
+def test_encoding_once_and_at_every_step_train_the_same_in_the_first_epoch(shapes):
+    """Posterior samples are drawn anew in each epoch, and the first one's are those that are kept."""
+    words = ["training.num_epochs=1", "lr_scheduler.warmup_steps=0", "training.learning_rate=0.02"]
+    shapes(*words, "data.cache=true", "--output_dir", "cached")
+    shapes(*words, "data.cache=false", "--output_dir", "encoding")
+    for tag, count in (("train/loss", 9), ("val/loss", 1)):
+        cached, encoding = (torch.tensor(values_of(Path(run), tag)) for run in ("cached", "encoding"))
+        assert len(cached) == count and torch.allclose(cached, encoding, rtol=1e-3, atol=0), tag
+        assert not torch.equal(cached, encoding), tag  # float16 in between
+    cached, encoding = (last(run)["state_dict"] for run in ("cached", "encoding"))
+    assert cached.keys() == encoding.keys()  # the frozen models are in no checkpoint
+    assert not any("vae" in name or "text_encoder" in name for name in encoding)
+
+
+@pytest.fixture(scope="module")
+def encoded(trained) -> tuple[TextDiffusionModule, dict, dict]:
+    """A module that encodes, a batch of pictures with captions, and the same one as it was kept."""
+    vae, encoder = load_stable_diffusion_vae(trained / "autoencoder"), load_text_encoder(trained / "text_encoder")
+    pictures = captioned_shape_data(36, 16, 4, seed=0, val_share=0.2)
+    kept = TextLatentDataModule(trained / "latents", trained / "latents" / "texts", 4)
+    denoiser = TextDiT((4, 4), 2, 4, hidden_size=16, depth=1, num_heads=2)
+    conditioner = TextConditioner(encoder.dim, encoder.pooled_dim, 16)
+    module = TextDiffusionModule(denoiser, conditioner, make_objective("epsilon"))
+    module.encode_with(vae, encoder)
+    pairs = [(5, 2), (0, 7), (17, 0), (35, 3)]
+    return module, pictures.train_data.__getitems__(pairs), kept.train_data.__getitems__(pairs)
+
+
+def test_a_batch_that_is_encoded_is_the_one_that_was_kept(encoded):
+    module, pictures, kept = encoded
+    made = module.on_after_batch_transfer(pictures, 0)
+    assert module.on_after_batch_transfer(kept, 0) is kept
+    assert made["index"].tolist() == kept["index"].tolist() == [5, 0, 17, 35]
+    assert same(made["text_mask"], kept["text_mask"])
+    mask = kept["text_mask"][..., None]
+    for name in ("text_tokens", "text_pooled", "latents"):
+        one, other = made[name], kept[name]
+        one, other = (one * mask, other * mask) if name == "text_tokens" else (one, other)
+        nearest = torch.finfo(torch.float16).eps * other.abs().clamp_min(2**-14)  # one float16 further at most
+        assert (one - other).abs().le(nearest).all(), name
+        assert (one.half() == other.half()).float().mean() > 0.99, name
+
+
+def test_epochs_have_posterior_samples_of_their_own_around_one_mean(encoded, monkeypatch):
+    module, pictures, _ = encoded
+    first = module.encoded(pictures)["latents"]
+    monkeypatch.setattr(TextDiffusionModule, "current_epoch", 1)
+    second = module.encoded(pictures)["latents"]
+    vae = module._vae
+    posterior = vae.encode(pictures["pictures"].float() / 127.5 - 1).latent_dist
+    normals = [(latents - posterior.mean) / posterior.std for latents in (first, second)]
+    assert not torch.allclose(*normals, atol=0.1)
+    for normal in normals:
+        assert abs(normal.mean()) < 0.2 and abs(normal.std() - 1) < 0.15  # of 256 numbers
+
+
+def test_warm_up_is_counted_in_optimiser_steps(shapes):
+    """Of 40 steps with two batches each: up to 1e-3 in four, then half a cosine of the other 36."""
+    words = ["training.max_steps=40", "training.gradient_accumulation_steps=2", "training.learning_rate=1e-3"]
+    shapes(*words, "lr_scheduler.warmup_steps=4", "training.logging_steps=1", "--output_dir", "run")
+    factors = [(step + 1) / 5 for step in range(4)]
+    factors += [0.5 * (1 + math.cos(math.pi * step / 36)) for step in range(36)]
+    assert values_of(Path("run"), "train/lr") == pytest.approx([1e-3 * factor for factor in factors], rel=1e-6)
+    assert last("run")["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] == 8  # five steps in each
+
+
+# ---- what is learnt
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "v_prediction", "flow_matching"])
+def test_all_objectives_train_and_sample(shapes, here, objective, run_main, fault):
+    shapes(f"model.objective={objective}", "training.max_steps=3", "callbacks.previews=1", "--output_dir", "run")
+    kind = {"epsilon": "epsilon", "v_prediction": "v_prediction"}.get(objective)
+    config = json.loads(Path("run/pipeline/scheduler/scheduler_config.json").read_text())
+    assert config.get("prediction_type", None) in ({kind} if kind else {None, "flow_prediction"})
+    assert list(Path("run/samples").glob("*.png"))
+    solvers = ["ddpm", "ddim", "dpm++", "unipc"] if kind else ["euler", "heun", "dpm++", "unipc"]
+    words = ["--checkpoint", "run/pipeline", "--prompt", "a red circle", *QUICK]
+    for solver in solvers:
+        assert run_main(sample.main, *words, "--solver", solver, "--output_dir", solver)[0] == 0
+        assert Image.open(f"{solver}/00000.png").size == (16, 16)
+    other = "euler" if kind else "ddim"
+    assert f"No scheduler '{other}' for a denoiser that predicts" in fault(sample.main, *words, "--solver", other)
+
+
+def test_the_chosen_scheduler_is_the_pipelines(shapes):
+    shapes("sampling.scheduler=unipc", "training.max_steps=1", "--output_dir", "run")
+    assert type(load_text_pipeline("run/pipeline").scheduler).__name__ == "UniPCMultistepScheduler"
+
+
+def test_without_the_average_the_live_weights_are_sampled(shapes, trained):
+    shapes("ema.enabled=false", "training.max_steps=5", "training.learning_rate=0.01", "--output_dir", "run")
+
+    def parts(run: Path) -> list[dict]:
+        weights = last(run)["state_dict"]
+        return [
+            {name.removeprefix(start): weight for name, weight in weights.items() if name.startswith(start)}
+            for start in ("network.", "ema.network.")
+        ]
+
+    assert_same(*parts(Path("run")))
+    live, averaged = parts(trained)
+    assert any(not same(live[name], averaged[name]) for name in live)
+    of_pipeline = load_file("run/pipeline/denoiser/diffusion_pytorch_model.safetensors")
+    live = parts(Path("run"))[0]
+    assert_same(of_pipeline, {name: live[f"denoiser.{name}"] for name in of_pipeline})
+
+
+def test_two_processes_train_what_one_does(shapes, here):
+    words = ["training.max_steps=10", "training.logging_steps=1"]
+    shapes(*words, "--output_dir", "one")
+    shapes(*words, "training.batch_size=2", "--devices", "2", "--output_dir", "two")
+    assert Path("two/pipeline/model_index.json").is_file()
+    one, two = last("one"), last("two")
+    assert one["global_step"] == two["global_step"] == 10
+    for name, weights in one["state_dict"].items():
+        assert torch.allclose(weights, two["state_dict"][name], atol=1e-4, rtol=0), name
+    for tag in ("train/loss", "val/loss"):
+        alone, together = (torch.tensor(values_of(Path(run), tag)) for run in ("one", "two"))
+        assert torch.allclose(alone, together, rtol=1e-4, atol=0), tag
+
+
+# ---- one's own pictures, without a network
+
+WORDS = ["a red bird on a branch", "two grey birds", "a blue bird in the sky", "a bird that flies", "small red birds"]
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    """pictures/ with captions, clip/ and sd/, which has Stable Diffusion's layout. Do not write into it."""
+    folder = tmp_path_factory.mktemp("own")
+    draws = torch.Generator().manual_seed(0)
+    (folder / "pictures").mkdir()
+    lines = []
+    for number in range(24):
+        pixels = torch.randint(256, (20, 24, 3), generator=draws, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / "pictures" / f"{number}.png")
+        captions = WORDS[number % 5] if number % 2 else [WORDS[number % 5], WORDS[number % 3]]
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": captions}))
+    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    tiny_text_encoder(WORDS, dim=32, num_layers=1, max_tokens=12).save(folder / "clip")
+    levels = 4
+    torch.manual_seed(0)
+    kl = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) * levels,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+    kl.save_pretrained(folder / "sd" / "vae")
+    tiny_kl(downsampling=4).save_pretrained(folder / "kl")
+    encoder = load_text_encoder(folder / "clip")
+    encoder.model.save_pretrained(folder / "sd" / "text_encoder")
+    encoder.tokenizer.save_pretrained(folder / "sd" / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*arguments: object) -> None:
+        raise AssertionError(f"asked the network: {arguments}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def own_words(own: Path, *words: object) -> list[object]:
+    return [
+        *["experiment=text_to_image", "--dataset_name", "custom", "--data_dir", own / "pictures", *SMALL],
+        *["data.image_size=16", "training.batch_size=4", "training.max_steps=3", "lr_scheduler.warmup_steps=0"],
+        *["training.num_workers=0", "--text_encoder", own / "clip", "--vae", own / "kl", "data.latents_dir=latents"],
+        *["training.save_steps=0", *words],
+    ]
+
+
+@pytest.mark.parametrize("layout", ["two folders", "stable diffusion"])
+def test_own_pictures_and_models_without_a_network(own, here, run_main, no_network, layout):
+    words = own_words(own, "--output_dir", "run", "data.val_share=0.25")
+    if layout == "stable diffusion":
+        words += ["--text_encoder", own / "sd", "--vae", own / "sd"]
+    status, said, err = run_main(train.main, *words)
+    assert status == 0, err
+    assert "train 18, val 6" in said
+    pipe = load_text_pipeline("run/pipeline")
+    factor, scale = (8, 0.18215) if layout == "stable diffusion" else (4, 1.0)
+    assert pipe.denoiser.latent_shape == (4, 16 // factor, 16 // factor) and pipe.vae.config.scaling_factor == scale
+    prompts = Path("run/samples/prompts.txt").read_text().split("\n")[:-1]
+    assert prompts and set(prompts) <= set(WORDS)  # the first captions that validate
+    status, _, err = run_main(
+        sample.main, "--checkpoint", "run/pipeline", "--prompt", "a red bird", *QUICK, "--output_dir", "made"
+    )
+    assert status == 0 and Image.open("made/00000.png").size == (16, 16), err
+
+
+def test_prompts_of_ones_own(own, here, run_main):
+    words = own_words(own, "--output_dir", "run", "callbacks.previews=1", "training.max_steps=1")
+    for given, expected in (("a red bird", ["a red bird"]), ("[two birds,'']", ["two birds", ""])):
+        status, _, err = run_main(train.main, *words, f"sampling.prompts={given}")
+        assert status == 0, err
+        assert Path("run/samples/prompts.txt").read_text().split("\n")[:-1] == expected
+
+
+def test_long_captions_are_cut_and_counted(own, here, run_main):
+    shutil.copytree(own / "pictures", "pictures")
+    captions = Path("pictures/metadata.jsonl").read_text().splitlines()
+    captions[3] = json.dumps({"file_name": "3.png", "text": "a red bird " * 20})
+    captions[4] = json.dumps({"file_name": "4.png", "text": "a blue bird " * 30})
+    Path("pictures/metadata.jsonl").write_text("\n".join(captions))
+    for cache in ("true", "false"):
+        words = own_words(own, "--data_dir", "pictures", f"data.cache={cache}", "--output_dir", f"run-{cache}")
+        status, said, err = run_main(train.main, *words)
+        assert status == 0, err
+        assert "2 captions were cut: they are longer than the 12 tokens the encoder takes" in said
+
+
+def test_what_is_missing_is_one_line(own, here, fault, run_main):
+    shutil.copytree(own / "pictures", "pictures")
+    for number in (2, 9):
+        Path(f"pictures/{number}.png").unlink()
+    words = own_words(own, "--data_dir", "pictures", "--output_dir", "run")
+    said = fault(train.main, *words)
+    assert "2 of 24 pictures that pictures/metadata.jsonl names are not in pictures: 2.png, 9.png" in said
+    assert "data.skip_missing=true" in said
+    status, said, _ = run_main(train.main, *words, "data.skip_missing=true", "data.val_share=0")
+    assert status == 0 and "are not in pictures: 2.png, 9.png; left out" in said and "train 22" in said
+    for number in (2, 9):
+        shutil.copy(own / "pictures" / f"{number}.png", "pictures")
+    lines = Path("pictures/metadata.jsonl").read_text().splitlines()
+    lines[7] = json.dumps({"file_name": "7.png", "text": " "})
+    Path("pictures/metadata.jsonl").write_text("\n".join(lines))
+    said = fault(train.main, *words)
+    assert "1 picture of pictures/metadata.jsonl with an empty caption or none: 7.png" in said
+    status, said, _ = run_main(train.main, *words, "data.skip_missing=true", "data.val_share=0")
+    assert status == 0 and "none: 7.png; left out" in said and "train 23" in said
+
+
+def test_models_that_are_not_there_are_one_line(own, here, fault, no_network):
+    shutil.copytree(own / "clip", "clip", ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copytree(own / "kl", "kl", ignore=shutil.ignore_patterns("*.safetensors"))
+    faults = {
+        "text_encoder.name=null": "text_encoder.name is missing: name a folder of transformers",
+        "vae.name=null": "vae.name is missing: name a folder of diffusers",
+        "text_encoder.name=clip": "clip holds a text encoder without a tokenizer: tokenizer.json, or vocab.json",
+        "text_encoder.name=./nowhere": "No folder ./nowhere of a text encoder",
+        "vae.name=./nowhere": "No folder ./nowhere of a Stable Diffusion VAE",
+        "vae.name=kl": "kl is no folder of a Stable Diffusion VAE: diffusion_pytorch_model.safetensors is missing",
+        "data.image_size=18": "image_size 18×18: this VAE takes multiples of 4",
+        "data.dataset_path=nowhere": "nowhere",
+        "data.dataset_name=kitti": "No data set 'kitti'. There are coco, cub, custom, shapes",
+        "data.num_samples=0": "num_samples 0: expected a whole number of at least 1",
+        "model.num_heads=3": "num_heads",
+    }
+    models = {"text_encoder.name": own / "clip", "vae.name": own / "kl", "data.dataset_path": own / "pictures"}
+    for change, said in faults.items():
+        given = [f"{key}={value}" for key, value in models.items()]
+        found = fault(train.main, *own_words(own)[:1], *SMALL, *given, "data.dataset_name=custom", change)
+        assert said in found, found
+
+
+def test_a_batch_of_any_size_has_the_longest_text(encoded):
+    module, pictures, kept = encoded
+    for batch in (pictures, kept):
+        made = _of_one_size(batch, 7, 32)
+        made = made if "latents" in made else module.encoded(made)
+        assert made["latents"].shape == (7, 4, 4, 4) and made["text_pooled"].shape == (7, 64)
+        assert made["text_tokens"].shape[:2] == made["text_mask"].shape == (7, 32) and made["text_mask"].all()
+
+
+def test_a_module_alone_says_what_it_lacks(encoded):
+    module, pictures, _ = encoded
+    alone = TextDiffusionModule(module.network["denoiser"], module.network["conditioner"])
+    with pytest.raises(UserError, match="encode_with"):
+        alone.on_after_batch_transfer(pictures, 0)
