@@ -4,6 +4,7 @@ A figure shows itself at the end of a notebook's cell, or with `display(figure)`
 Pictures are uint8, or floats in [-1, 1]: (N, C, H, W) with 1 or 3 channels, or a list of Pillow images.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -148,6 +149,12 @@ def new_figure(size: tuple[float, float], tight: bool = True) -> "Figure":
     return NotebookFigure(size, dpi=DPI, facecolor="white", layout="constrained" if tight else None)
 
 
+def _wrapped(title: str, width: int) -> str:
+    """A title in lines that are no wider than its picture, in pixels; one that has lines already stays as it is."""
+    fitting = max(8, width // 7)  # a letter of this size
+    return title if "\n" in title or len(title) <= fitting else textwrap.fill(title, fitting)
+
+
 def _lay_out(
     rows: list[list[Tensor]],
     titles: list[list[str]] | None = None,
@@ -166,6 +173,7 @@ def _lay_out(
     width = round(height * first.shape[2] / first.shape[1])
     height = round(height)
     left = _GAP + (10 * max(map(len, labels)) if labels else 0)
+    titles = [[_wrapped(title, width) for title in row] for row in titles] if titles else None
     tops, y = [], 0
     for i in range(len(rows)):
         lines = max((t.count("\n") + 1 for t in titles[i] if t), default=0) if titles else 0

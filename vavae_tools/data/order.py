@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vavae_tools.errors import UserError
+from vavae_tools.machine import find_device
 
 
 class EpochOrder(Sampler[int]):
@@ -132,7 +133,7 @@ class OrderedDataModule(L.LightningDataModule):
             **given,
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=find_device() == "cuda",  # not for a card that this torch cannot use
             persistent_workers=self.persistent_workers and self.num_workers > 0,
             prefetch_factor=self.prefetch_factor if self.num_workers > 0 else None,
             worker_init_fn=_leave_interrupts,

@@ -161,9 +161,8 @@ def grid_of(paths: Sequence[Path], prompts: Sequence[str], target: Path) -> None
     from vavae_tools.plots import show_pictures
 
     pictures = [_opened(path) for path in paths]
-    side = max(1.0, 128 / pictures[0].width)  # room for the words
-    titles = [textwrap.fill(prompt, 22, max_lines=3, placeholder=" …") for prompt in prompts]
-    figure = show_pictures(pictures, min(8, len(pictures)), titles, side)
+    titles = [textwrap.shorten(prompt, 90, placeholder=" …") for prompt in prompts]
+    figure = show_pictures(pictures, min(8, len(pictures)), titles, 1.6)
     with written_whole(target) as partial:
         figure.savefig(partial, format="png")
 
