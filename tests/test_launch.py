@@ -12,7 +12,7 @@ import pytest
 import torch
 from on_ranks import alive, gone
 
-from vavae_tools import launch
+from vavae_tools import launch, screen
 from vavae_tools.errors import UserError
 from vavae_tools.launch import Nodes, call_on_ranks, several_processes
 
@@ -117,7 +117,7 @@ def test_two_machines_work_together_and_fall_together(tmp_path):
         program = f"""
 from vavae_tools.errors import run_command
 from vavae_tools.launch import Nodes, call_on_ranks
-run_command(lambda: call_on_ranks({call}, 1, Nodes.from_environment(2)))"""
+run_command(lambda: print(call_on_ranks({call}, 1, Nodes.from_environment(2))))"""
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": str(rank)}
         environment = {**os.environ, **where, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -126,6 +126,7 @@ run_command(lambda: call_on_ranks({call}, 1, Nodes.from_environment(2)))"""
     both = [machine(rank, f"'on_ranks:place', {{'folder': {str(tmp_path)!r}}}") for rank in (0, 1)]
     said = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
+    assert [line.startswith(f"(['{rank}', '0', '2'") for rank, line in enumerate(said)] == [True, True], said
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "0 0 2 1 0", "1": "1 0 2 1 1"}
 
     both = [machine(rank, "'on_ranks:fail', {'rank': 1, 'how': 'user'}") for rank in (0, 1)]
@@ -143,6 +144,22 @@ def test_lines_bars_and_pictures_come_into_the_cell(monkeypatch, capsys):
     assert said.out == "a line of process 0\n"
     assert "counting: 100%" in said.err and "3/3" in said.err
     assert len(shown) == 1 and torch.equal(shown[0], torch.arange(12, dtype=torch.uint8).reshape(3, 2, 2))
+
+
+def test_no_picture_takes_the_place_of_one_that_was_not_shown_yet(tmp_path, monkeypatch, capsys):
+    """The reader removes pictures as it shows them, while others wait."""
+    from PIL import Image
+
+    monkeypatch.setenv(screen.CELL, str(tmp_path))
+    shown, grey = [], [Image.new("L", (1, 1), shade) for shade in (10, 20, 30)]
+    screen.send_picture(grey[0])
+    screen.send_picture(grey[1])
+    first, second = capsys.readouterr().out.strip("\n").split("\n")
+    assert screen.show_record(first, {}, shown.append)
+    screen.send_picture(grey[2])
+    for line in (second, capsys.readouterr().out.strip("\n")):
+        assert screen.show_record(line, {}, shown.append)
+    assert [picture[0, 0, 0].item() for picture in shown] == [10, 20, 30]
 
 
 def test_a_fault_in_a_cell_brings_its_last_lines(monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from on_ranks import children, gone
 from PIL import Image
 from tiny import SIZE, tiny_pipeline, trained_looking
 
@@ -183,25 +184,12 @@ def test_two_processes_killed_and_gone_on_by_one_equal_one(run, models, tmp_path
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(ranks) == 2
-    while any(map(alive, ranks)):  # nobody is left behind
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert gone(ranks)  # nobody is left behind
     there = len(list(parts.rglob("*.png")))
     assert there < 600, "it was killed too late to show anything"
     status, _, err = run(*amount, "--output_dir", "parts")
     assert status == 0 and f"; {there} were there" in err
     assert contents(parts) == contents(tmp_path / "whole")
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def test_two_processes_of_torchrun_write_the_same_npz(run, models, tmp_path):

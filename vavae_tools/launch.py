@@ -92,7 +92,7 @@ def call_on_ranks(
     nodes: Nodes | None = None,
     show: Callable[[Any], None] | None = None,
 ) -> Any:
-    """Call "module:function" with these arguments in `count` processes; what the first one's returns.
+    """Call "module:function" with these arguments in `count` processes; what it returns in this machine's first one.
 
     In a notebook the first one's lines, progress bars and pictures come into the cell.
 
@@ -151,7 +151,7 @@ def run_ranks(
             "TORCHELASTIC_RUN_ID": "vavae_tools",
             "TORCHELASTIC_RESTART_COUNT": "0",
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is this process's, which outlives them
-            PARENT: str(os.getpid()),
+            PARENT: "1",
             **({CELL: str(folder)} if in_cell else {}),
         }
         ranks = [Rank(number, folder, in_cell) for number in range(count)]
@@ -230,12 +230,21 @@ def _store(nodes: Nodes) -> Any:
 
     if nodes.rank:
         return TCPStore(nodes.address, nodes.port, is_master=False, timeout=timedelta(minutes=15))
-    port = nodes.port if nodes.count > 1 else 0
-    with suppress(OSError), socket.socket() as probe:
+    if nodes.count > 1:
+        _check_free(nodes.port)
+    return TCPStore(nodes.address, nodes.port, is_master=True, wait_for_workers=False, timeout=_LONG)
+
+
+def _check_free(port: int) -> None:
+    """Ask the system, as TCPStore would say it in many lines."""
+    with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("", port))
-        return TCPStore(nodes.address, port, is_master=True, wait_for_workers=False, timeout=_LONG)
-    raise UserError(f"Port {port} is in use on this machine: set MASTER_PORT to another one, the same on all machines")
+        try:
+            probe.bind(("", port))
+        except OSError:
+            raise UserError(
+                f"Port {port} is in use on this machine: set MASTER_PORT to another one, the same on all machines"
+            ) from None
 
 
 def _wait(ranks: list[Rank], store: Any, nodes: Nodes, screen: "_Cell | None") -> bool:
@@ -343,7 +352,7 @@ class _Cell:
 
     def __init__(self, output: IO[bytes], show: Callable[[Any], None] | None) -> None:
         self.show, self.last, self.bars = show, deque(maxlen=50), {}
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, args=(output,), daemon=True)
         self._reader.start()
 
@@ -375,7 +384,7 @@ def main() -> None:
     module, name = task["function"].split(":")
     try:
         made = getattr(import_module(module), name)(**task["arguments"])
-        if is_first():
+        if os.environ["LOCAL_RANK"] == "0":  # one on each machine
             Path(task["result"]).write_bytes(pickle.dumps(made))
     except Stopped as stop:
         if is_first():

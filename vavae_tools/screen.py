@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 CELL = "VAVAE_CELL"
@@ -50,10 +51,9 @@ def send_record(**values: Any) -> None:
 
 def send_picture(picture: Any) -> None:
     """Hand a Pillow picture to the cell."""
-    folder = Path(os.environ[CELL])
-    path = folder / f"picture-{len(list(folder.glob('picture-*'))):04d}.png"
-    picture.save(path)
-    send_record(picture=str(path))
+    with NamedTemporaryFile(dir=os.environ[CELL], suffix=".png", delete=False) as file:
+        picture.save(file, format="png")
+    send_record(picture=file.name)
 
 
 def show_record(line: str, bars: dict[int, Any], show: Callable[[Any], None] | None = None) -> bool:
