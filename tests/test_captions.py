@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 from tiny import tiny_vavae
 
-from vavae_tools.data.captions import CaptionOrder, bird_sentences, caption_data, missing_pictures
+from vavae_tools.data.birds import bird_sentences
+from vavae_tools.data.caption_files import missing_pictures
+from vavae_tools.data.captioned import CaptionOrder
+from vavae_tools.data.captions import caption_data
 from vavae_tools.data.latents import encode_latents
 from vavae_tools.data.order import EpochOrder
 from vavae_tools.errors import UserError

@@ -12,12 +12,15 @@ import torch
 from tiny import same, tiny_dit, trained_looking
 from torch import nn
 
+from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.errors import UserError
 from vavae_tools.ranks import Ranks
 from vavae_tools.training import memory
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.diffusion_module import DiffusionModule
+from vavae_tools.training.fine_tuning import fine_tune_vavae
 from vavae_tools.training.memory import (
+    RAE_DECODER,
     TEXT_TO_IMAGE,
     VAVAE_COMMAND,
     Names,
@@ -32,6 +35,10 @@ from vavae_tools.training.memory import (
     smallest,
     whole_steps,
 )
+from vavae_tools.training.processes import fit
+from vavae_tools.training.rae_decoder import fine_tune_rae_decoder
+from vavae_tools.training.rae_module import RAEDecoderModule
+from vavae_tools.training.vavae_module import VAVAEModule
 
 GB = 2**30
 CPU_FAULT = (
@@ -48,6 +55,11 @@ def cuda_fault(asked="2.00 GiB", total=24.0, free=0.5, mine=23.5, tensors=20.0, 
         f"allocated memory {tensors:.2f} GiB is allocated by PyTorch, and {spare:.2f} GiB is reserved by PyTorch but "
         "unallocated. If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF"
     )
+
+
+def line_for(batch_size, gathered=1, names=TEXT_TO_IMAGE, **named):
+    """What a training of sentences would say of an error."""
+    return lambda error: memory_fault(error, batch_size, gathered, names=names, **named)
 
 
 class Of(nn.Module):
@@ -79,7 +91,7 @@ class Of(nn.Module):
 )  # fmt: skip
 def test_faults_of_memory_are_known(error):
     assert is_memory_fault(error)
-    line = memory_fault(error, 8)
+    line = line_for(8)(error)
     assert "data.batch_size" not in line and "training.batch_size=" in line and "\n" not in line
 
 
@@ -95,7 +107,7 @@ def test_faults_of_memory_are_known(error):
 )
 def test_other_errors_stay_what_they_are(error):
     assert not is_memory_fault(error) and memory_fault(error, 8) is None
-    with pytest.raises(type(error)) as raised, memory_faults(8):
+    with pytest.raises(type(error)) as raised, memory_faults(line_for(8)):
         raise error
     assert raised.value is error
 
@@ -108,7 +120,7 @@ def test_a_fault_of_memory_that_another_error_wraps():
 
 def test_torch_says_it_in_these_words_here():
     said = r"^The memory of this machine \([\d.,]+ GiB\) does not suffice for batches of 7: 1,048,576.0 GiB more"
-    with pytest.raises(UserError, match=said), memory_faults(7):
+    with pytest.raises(UserError, match=said), memory_faults(line_for(7)):
         torch.empty(2**48, dtype=torch.float32)
 
 
@@ -117,7 +129,8 @@ def test_torch_says_it_in_these_words_here():
 
 def test_the_line_in_full():
     """1.5 GiB of weights and no step yet: 20 + 2 − 1.5 GiB for 96 are too many, of 0.92 · 24 − 6 GiB there fit 75."""
-    with pytest.raises(UserError) as raised, memory_faults(96, module=Of(1.5, checkpoints=False), slicing=False):
+    line = line_for(96, module=Of(1.5, checkpoints=False), slicing=False)
+    with pytest.raises(UserError) as raised, memory_faults(line):
         raise cuda_fault()
     assert str(raised.value) == (
         "The memory of GPU 0 (24.0 GiB) does not suffice for batches of 96: 2.0 GiB more were asked for, 0.5 GiB are "
@@ -159,7 +172,7 @@ def suggested(line: str) -> tuple[int, int]:
     ],
 )
 def test_values_keep_the_effective_batch_and_fit_the_card(batch, gathered, weights, stepped, fault, expected):
-    found = suggested(memory_fault(fault, batch, gathered, module=Of(weights), stepped=stepped))
+    found = suggested(line_for(batch, gathered, module=Of(weights), stepped=stepped)(fault))
     assert found == expected and found[0] * found[1] == batch * gathered and found[0] < batch
 
 
@@ -170,24 +183,24 @@ def test_without_room_for_the_weights_that_is_said():
 
 
 def test_a_batch_of_one_cannot_be_smaller():
-    line = memory_fault(cuda_fault(), 1, 8, module=Of(0.5, False), slicing=True)
+    line = line_for(1, 8, module=Of(0.5, False), slicing=True)(cuda_fault())
     assert "What helps: model.gradient_checkpointing=true" in line
     assert line.endswith("training.batch_size=1 and vae.use_slicing=true are set already")
-    line = memory_fault(cuda_fault(), 1, 8, module=Of(0.5, True))
+    line = line_for(1, 8, module=Of(0.5, True))(cuda_fault())
     assert "What is left: a smaller model" in line and "model.gradient_checkpointing=true are set" in line
 
 
 @pytest.mark.parametrize(("on", "said"), [(None, None), (False, "=true (a third"), (True, "=true is set already")])
 def test_gradient_checkpointing_is_looked_up_in_the_module(on, said):
-    line = memory_fault(cuda_fault(), 96, module=nn.Sequential(Of(0.5, on)))
+    line = line_for(96, module=nn.Sequential(Of(0.5, on)))(cuda_fault())
     assert said in line if said else "gradient_checkpointing" not in line
 
 
 def test_a_dit_tells_whether_it_checkpoints():
     denoiser, _ = tiny_dit()
-    assert "gradient_checkpointing=true (a third" in memory_fault(cuda_fault(), 96, module=denoiser)
+    assert "gradient_checkpointing=true (a third" in line_for(96, module=denoiser)(cuda_fault())
     denoiser.enable_gradient_checkpointing()
-    assert "gradient_checkpointing=true is set already" in memory_fault(cuda_fault(), 96, module=denoiser)
+    assert "gradient_checkpointing=true is set already" in line_for(96, module=denoiser)(cuda_fault())
 
 
 def test_other_processes_on_the_card_are_named():
@@ -197,9 +210,9 @@ def test_other_processes_on_the_card_are_named():
 
 
 def test_settings_have_the_names_of_their_command():
-    line = memory_fault(cuda_fault(), 16, gradient_checkpointing=False, names=VAVAE_COMMAND)
+    line = memory_fault(cuda_fault(), 16, module=Of(0.1, False), names=VAVAE_COMMAND)
     assert "--batch_size 8 --accumulate_grad_batches 2 (the same 16 a step), or --gradient_checkpointing (" in line
-    line = memory_fault(cuda_fault(), 16, gradient_checkpointing=False, slicing=False, names=Names())
+    line = memory_fault(cuda_fault(), 16, module=Of(0.1, False), slicing=False)
     assert "data.batch_size=8 trainer.accumulate_grad_batches=2" in line and "slicing" not in line
     names = Names(slicing="vae.use_slicing", cached="data.cache=true")
     assert "or data.cache=true (the VAE is not there" in memory_fault(cuda_fault(), 16, slicing=True, names=names)
@@ -216,12 +229,61 @@ def test_what_the_fallen_step_held_is_let_go():
 
     kept = None
     try:
-        with memory_faults(8):
+        with memory_faults(line_for(8)):
             step()
     except UserError as error:
         kept = error
     gc.collect()
     assert kept is not None and kept.__context__ is not None and held[0]() is None
+
+
+def falls_in_step(number, monkeypatch, kind):
+    """Let a module's training step of that number, counted from 1, end as on a full card."""
+    steps, real = [], kind.training_step
+
+    def step(self, *arguments):
+        steps.append(arguments)
+        if len(steps) == number:
+            raise cuda_fault()
+        return real(self, *arguments)
+
+    monkeypatch.setattr(kind, "training_step", step)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("number", "values"), [(1, (3, 4)), (3, (4, 3))])
+def test_fine_tuning_a_vavae_says_it_in_its_commands_words(split_dir, vavae_dir, tmp_path, monkeypatch, number, values):
+    """Two batches of 6 a step: in the first step at most half of one is named, after it what is a little smaller."""
+    falls_in_step(number, monkeypatch, VAVAEModule)
+    settings = {"image_size": 24, "batch_size": 6, "accumulate_grad_batches": 2, "devices": {"accelerator": "cpu"}}
+    settings |= {"original_vavae": vavae_dir, "condition_dim": 4, "say": lambda line: None}
+    with pytest.raises(UserError) as raised:
+        fine_tune_vavae(split_dir, tmp_path, **settings)
+    assert str(raised.value).endswith(
+        f"What helps: --batch_size {values[0]} --accumulate_grad_batches {values[1]} (the same 12 a step), or "
+        "--gradient_checkpointing (a third more time)"
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_fine_tuning_a_decoder_says_it_in_its_configs_words(tmp_path, monkeypatch):
+    falls_in_step(1, monkeypatch, RAEDecoderModule)
+    data = {"count": 16, "num_classes": 2, "val_share": 0.25}
+    settings = {"disc_weight": 0.0, "gradient_checkpointing": True, "devices": {"accelerator": "cpu"}}
+    with pytest.raises(UserError) as raised:
+        fine_tune_rae_decoder(data, "tiny", tmp_path, batch_size=4, max_steps=2, say=lambda line: None, **settings)
+    assert str(raised.value).endswith(
+        "What helps: data.batch_size=2 trainer.accumulate_grad_batches=2 (the same 4 a step); "
+        f"{RAE_DECODER.gradient_checkpointing}=true is set already"
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_anybodys_training_says_it_in_pythons_words(latents_dir, tmp_path, monkeypatch):
+    falls_in_step(1, monkeypatch, DiffusionModule)
+    devices = {"accelerator": "cpu", "accumulate_grad_batches": 3}
+    with pytest.raises(UserError, match=r"helps: batch_size=4 accumulate_grad_batches=6 \(the same 24 a step\)$"):
+        fit(new_dit(), LatentDataModule(latents_dir, 8), tmp_path, 2, devices=devices, say=lambda line: None)
 
 
 def test_bytes_at_rest():

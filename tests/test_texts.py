@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vavae_tools.data import texts
-from vavae_tools.data.captions import CaptionOrder
+from vavae_tools.data.captioned import CaptionOrder
 from vavae_tools.data.latents import LatentFolder
 from vavae_tools.data.texts import EncodedTexts, TextFolder, TextLatentDataModule, encode_texts, needed_bytes
 from vavae_tools.errors import UserError

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vavae_tools.autoencoders.hub import local_folder
 from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, VARIANCE_EPS, decoder_size
 from vavae_tools.autoencoders.representation import FrozenEncoder, common_name, encoder_class
 from vavae_tools.errors import UserError
@@ -79,7 +80,7 @@ def load_rae(
         if encoder_checkpoint_path == whole:
             encoder_checkpoint_path = None
     else:
-        kind, folder = encoder_class(encoder_cls), _local(encoder_config_path)
+        kind, folder = encoder_class(encoder_cls), _encoder_path(encoder_config_path)
         mean, std = _colours(folder)
         size = decoder_size(decoder) if _is_size(decoder) else _decoder_config(Path(decoder))
         if decoder_patch_size is not None:
@@ -382,25 +383,17 @@ def _decoder_config(path: Path) -> dict[str, Any]:
     return size
 
 
-def _local(source: str | Path | None) -> Path | None:
-    """A path as it is; a repository of the hub, which only its name can mean, as the folder it was downloaded to."""
+def _encoder_path(source: str | Path | None) -> Path | None:
     if source is None:
         return None
-    path = Path(source)
-    if path.exists():
-        return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) or str(source).endswith(".json"):
-        raise UserError(f"No folder or config.json {source} of an encoder: name one in transformers' format")
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # no network, no such repository, not allowed: of many classes
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"There is no folder {source}, and the hub's repository of that name cannot be reached ({reason}): "
-            "download its config.json, preprocessor_config.json and model.safetensors and name their folder"
-        ) from None
+    return local_folder(
+        source,
+        of="an encoder",
+        name="one in transformers' format",
+        instead="download its config.json, preprocessor_config.json and model.safetensors and name their folder",
+        patterns=["*.json", "*.safetensors"],
+        file="config.json",
+    )
 
 
 def _encoder_config(path: Path | None) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ Beside the class stands a small one that learns made-up pictures within a minute
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (a pipeline looks here for the base it loads with)
 from torch import Tensor
 
+from vavae_tools.autoencoders.hub import local_folder
 from vavae_tools.data.pixels import to_pixels, to_unit
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
@@ -97,7 +97,15 @@ def load_stable_diffusion_vae(source: str | Path, use_slicing: bool = False) -> 
     Raises:
         UserError: nothing there, no AutoencoderKL, no weights, or files that are damaged.
     """
-    folder = _folder_of_vae(_local(source))
+    files = ["config.json", "diffusion_pytorch_model.safetensors"]
+    there = local_folder(
+        source,
+        of="a Stable Diffusion VAE",
+        name="the one that holds its config.json or vae/",
+        instead="download its vae/ and name that folder",
+        patterns=[*files, *(f"vae/{file}" for file in files)],
+    )
+    folder = _folder_of_vae(there)
     config = folder / "config.json"
     there = sorted(path.name for path in folder.iterdir())
     if not config.is_file() or not any(name in there for name in _WEIGHT_FILES):
@@ -134,27 +142,6 @@ def load_stable_diffusion_vae(source: str | Path, use_slicing: bool = False) -> 
 def _folder_of_vae(folder: Path) -> Path:
     inside = folder / "vae"
     return inside if not (folder / "config.json").is_file() and inside.is_dir() else folder
-
-
-def _local(source: str | Path) -> Path:
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        raise UserError(
-            f"No folder {source} of a Stable Diffusion VAE: name the one that holds its config.json or vae/"
-        )
-    try:
-        from huggingface_hub import snapshot_download
-
-        names = ["config.json", "diffusion_pytorch_model.safetensors"]
-        return Path(snapshot_download(str(source), allow_patterns=[*names, *(f"vae/{name}" for name in names)]))
-    except Exception as error:  # no network, no such repository, not allowed: of many classes
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"There is no folder {source}, and the hub's repository of that name cannot be reached ({reason}): "
-            "download its vae/ and name that folder"
-        ) from None
 
 
 # ---- a small one

@@ -6,18 +6,16 @@ downloaded, except where a person names a repository of a hub.
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.foundation import silent_transformers
+from vavae_tools.autoencoders.hub import local_folder
 from vavae_tools.data.latents import weights_digest
 from vavae_tools.errors import UserError
 from vavae_tools.files import save_model
@@ -164,34 +162,19 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
     Raises:
         UserError: nothing there, no tokenizer, no weights, another kind of model, or files that are damaged.
     """
-    folder = _local(source)
+    files = ["*.json", "*.txt", "*.safetensors"]
+    folder = local_folder(
+        source,
+        of="a text encoder",
+        name="one in transformers' format, such as that of openai/clip-vit-base-patch32",
+        instead="download the text encoder and its tokenizer and name their folder",
+        patterns=[*files, *(f"{part}/{file}" for part in ("text_encoder", "tokenizer") for file in files)],
+        ignored=["unet/*", "vae/*"],
+    )
     of_model = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
     _check_model_folder(of_model)
     of_tokenizer = _tokenizer_folder(folder, of_model)
     return TextEncoder(_load_model(of_model), _load_tokenizer(of_tokenizer))
-
-
-def _local(source: str | Path) -> Path:
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        raise UserError(
-            f"No folder {source} of a text encoder: name one in transformers' format, such as that of "
-            "openai/clip-vit-base-patch32"
-        )
-    try:
-        from huggingface_hub import snapshot_download
-
-        wanted = ["*.json", "*.txt", "*.safetensors"]
-        patterns = [*wanted, *(f"{part}/{name}" for part in ("text_encoder", "tokenizer") for name in wanted)]
-        return Path(snapshot_download(str(source), allow_patterns=patterns, ignore_patterns=["unet/*", "vae/*"]))
-    except Exception as error:  # no network, no such repository, not allowed: of many classes
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"There is no folder {source}, and the hub's repository of that name cannot be reached ({reason}): "
-            "download the text encoder and its tokenizer and name their folder"
-        ) from None
 
 
 def _some(folder: Path) -> str:
@@ -324,57 +307,36 @@ def _spread(model: nn.Module, seed: int) -> nn.Module:
 
 
 def _word_tokenizer(sentences: Iterable[str], max_tokens: int) -> Any:
-    """A CLIPTokenizer, which merges pairs of pieces, whose pairs make one token of every word of the sentences."""
+    """A CLIPTokenizer that has a token for every word of the sentences, and letters for all others."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
     from transformers import CLIPTokenizer
 
-    letters = [chr(c) for c in _byte_letters()]
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    spelled = [*letters, *(letter + _END for letter in letters)]
-
-    def made(merges: list[tuple[str, str]]) -> Any:
-        vocabulary = list(dict.fromkeys([*spelled, *(a + b for a, b in merges)]))
-        pieces = {piece: number for number, piece in enumerate([*vocabulary, start, end])}  # in CLIP they are last, too
-        with TemporaryDirectory() as name, silent_transformers():
-            (Path(name) / "vocab.json").write_text(json.dumps(pieces), encoding="utf-8")
-            lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
-            (Path(name) / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            return CLIPTokenizer.from_pretrained(name, model_max_length=max_tokens)
-
-    cut = made([]).backend_tokenizer
+    cut = CLIPTokenizer().backend_tokenizer
     words = {
         word
         for sentence in sentences
         for word, _ in cut.pre_tokenizer.pre_tokenize_str(cut.normalizer.normalize_str(sentence))
     }
-    merges: dict[tuple[str, str], int] = {}  # a pair of pieces → its rank
-    for word in sorted(words):
-        pieces = _merged([*word[:-1], word[-1] + _END], merges)
-        while len(pieces) > 1:  # later pairs are merged after all earlier ones, so that no earlier word falls apart
-            merges[pieces[0], pieces[1]] = len(merges)
-            pieces = _merged([*word[:-1], word[-1] + _END], merges)
-    return made(list(merges))
+    letters = sorted(ByteLevel.alphabet())  # one for each byte
+    trainer = BpeTrainer(
+        vocab_size=2 * len(letters) + sum(map(len, words)),  # enough to merge pairs until each word is one piece
+        min_frequency=1,
+        initial_alphabet=letters,
+        special_tokens=[letter + _END for letter in letters],  # any may end a word; those found come in no fixed order
+        end_of_word_suffix=_END,
+        show_progress=False,
+    )
+    trained = Tokenizer(BPE(end_of_word_suffix=_END))
+    trained.train_from_iterator(sorted(words), trainer)
+    model = json.loads(trained.to_str())["model"]
+    pieces, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
+    for special in ("<|startoftext|>", "<|endoftext|>"):  # in CLIP they are last, too
+        pieces[special] = len(pieces)
+    return CLIPTokenizer(pieces, merges, model_max_length=max_tokens)
 
 
 _END = "</w>"
 """Marks the last piece of a word in CLIP's vocabularies."""
-
-
-def _merged(pieces: list[str], merges: dict[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding: again and again the pair of neighbours with the lowest rank becomes one piece."""
-    while len(pieces) > 1:
-        pair = min(pairwise(pieces), key=lambda pair: merges.get(pair, len(merges)))
-        if pair not in merges:
-            break
-        joined, i = [], 0
-        while i < len(pieces):
-            both = tuple(pieces[i : i + 2]) == pair
-            joined.append(pair[0] + pair[1] if both else pieces[i])
-            i += 1 + both
-        pieces = joined
-    return pieces
-
-
-def _byte_letters() -> list[int]:
-    """The characters that byte-level encodings write the 256 bytes with: the printable ones, then those from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [*printable, *(256 + i for i in range(256 - len(printable)))]

@@ -4,7 +4,6 @@ Whether a training learns to follow its prompts shows by the pixels alone: `judg
 colour, the shape, the size and the place are those that the captions name.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -15,8 +14,7 @@ import torch
 from torch import Tensor
 
 from vavae_tools.data import shapes
-from vavae_tools.data.captions import Captioned, CaptionedDataModule
-from vavae_tools.data.decoded import DecodedPictures
+from vavae_tools.data.captioned import Captioned, CaptionedDataModule
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 
@@ -105,7 +103,7 @@ def vocabulary() -> list[str]:
     return sorted({*words, *_WORDS} - {"colour", "shape", "size", "place", "other"})
 
 
-class CaptionedShapes(Captioned, DecodedPictures):
+class CaptionedShapes(Captioned, shapes.DrawnPictures):
     """Pictures of one shape each, with captions; each follows from seed, side and index alone.
 
     Args:
@@ -118,14 +116,11 @@ class CaptionedShapes(Captioned, DecodedPictures):
     """
 
     def __init__(self, count: int, image_size: int = 32, seed: int = 0, side: int = 0) -> None:
-        if not isinstance(image_size, int) or image_size < 16:
-            raise UserError(f"image_size {image_size}: captioned shapes need one number of at least 16 pixels")
-        if count < 1:
-            raise UserError(f"{count} pictures of shapes: at least one is needed")
-        self.seed, self.side, self.numbers = seed, side, torch.arange(count)
+        title = "captioned shapes"
+        shapes.check_drawn(title, count, image_size, 16)
         names = [f"{index:06d}" for index in range(count)]
-        super().__init__(names, torch.zeros(count, dtype=torch.int64), image_size, title="captioned shapes")
-        choices = self._choices(self.numbers).tolist()
+        super().__init__(names, torch.zeros(count, dtype=torch.int64), image_size, seed, side, title)
+        choices = _choices(Draws(seed, side, self.numbers)).tolist()
         kinds = [list(values) for values in (COLOURS, SHAPES, SIZES, PLACES)]
         all_named: dict[tuple[int, ...], Named] = {}
         for choice in map(tuple, choices):  # 300 of them: pictures that show the same share their sentences
@@ -135,26 +130,13 @@ class CaptionedShapes(Captioned, DecodedPictures):
         self.shown = [all_named[tuple(choice)] for choice in choices]
         self.captions = [captions[tuple(choice)] for choice in choices]
 
-    def _choices(self, numbers: Tensor) -> Tensor:
-        """Colour, shape, size, place, by their numbers: int64 (N, 4)."""
-        kinds = torch.tensor([len(COLOURS), len(SHAPES), len(SIZES), len(PLACES)])
-        return (Draws(self.seed, self.side, numbers).uniform("what", 4).double() * kinds).long()
-
-    def what_is_stored(self) -> list:
-        numbers = hashlib.sha256(self.numbers.numpy().tobytes()).hexdigest()
-        return ["captioned shapes 1", len(self), numbers, self.seed, self.side]
-
     def part(self, places: Sequence[int]) -> Self:
         part = super().part(places)
-        part.numbers = self.numbers[torch.as_tensor(places)]
         part.shown = [self.shown[place] for place in places]
         return part
 
-    def drawn(self, places: Sequence[int]) -> Tensor:
-        """The pictures at these places, uint8 (B, 3, H, W)."""
-        numbers = self.numbers[torch.as_tensor(places, dtype=torch.int64)]
-        draws = Draws(self.seed, self.side, numbers)
-        colours, forms, sizes, where = self._choices(numbers).unbind(1)
+    def draw(self, numbers: Tensor, draws: Draws) -> Tensor:
+        colours, forms, sizes, where = _choices(draws).unbind(1)
         smallest, largest = torch.tensor(list(SIZES.values()))[sizes].unbind(1)
         radii = smallest + (largest - smallest) * draws.uniform("radius", 1)[:, 0]
         directions = torch.tensor(list(PLACES.values()), dtype=torch.float32)[where]  # (B, 2)
@@ -164,13 +146,11 @@ class CaptionedShapes(Captioned, DecodedPictures):
         shades = 0.4 + 0.2 * draws.uniform("shade", 1)[:, 0]
         return shapes.draw_shapes(forms, colours, centres, radii, shades, self.image_size[0])
 
-    def in_memory(self) -> Tensor:
-        if self._memory is None:
-            self._memory = torch.cat([self.drawn(part) for part in torch.arange(len(self)).split(1024)])
-        return self._memory
 
-    def pictures(self, places: Sequence[int]) -> Tensor:
-        return self.drawn(places) if self._memory is None else self._memory[torch.as_tensor(places)]
+def _choices(draws: Draws) -> Tensor:
+    """Colour, shape, size, place, by their numbers: int64 (N, 4)."""
+    kinds = torch.tensor([len(COLOURS), len(SHAPES), len(SIZES), len(PLACES)])
+    return (draws.uniform("what", 4).double() * kinds).long()
 
 
 def captioned_shape_data(

@@ -102,7 +102,7 @@ def read_sides(
         UserError: `datasets` is not installed, the dataset is damaged, or a side, the pictures or the labels are not
             found in it.
     """
-    found = _load(data_dir)
+    found = load_folder(data_dir)
     if isinstance(found, dict):  # a DatasetDict
         if train_split not in found:
             raise UserError(f"No side {train_split!r} in {data_dir}; there are {', '.join(found)}: set train_split")
@@ -134,7 +134,12 @@ def read_sides(
     return labels, sides[0], sides[1] if len(sides) > 1 else None
 
 
-def _load(data_dir: Path) -> Any:
+def load_folder(data_dir: Path) -> Any:
+    """The Dataset or DatasetDict that `save_to_disk` wrote.
+
+    Raises:
+        UserError: `datasets` is not installed, or it is damaged.
+    """
     try:
         import datasets
     except ImportError:

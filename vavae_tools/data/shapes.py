@@ -117,7 +117,63 @@ def shape_names(num_classes: int) -> list[str]:
     return [f"{list(COLOURS)[colour]}_{list(SHAPES)[shape]}" for colour, shape in shape_classes(num_classes)]
 
 
-class ShapePictures(DecodedPictures):
+class DrawnPictures(DecodedPictures):
+    """Pictures that are drawn when they are asked for; each follows from seed, side and number alone.
+
+    A subclass draws them.
+
+    Args:
+        names, labels: the first ones stay the same when there are more.
+        image_size: pixels.
+        side: 0 for what trains, 1 for what validates; the pictures of both differ.
+    """
+
+    def __init__(
+        self, names: Sequence[str], labels: Tensor, image_size: int, seed: int = 0, side: int = 0, title: str = "shapes"
+    ) -> None:
+        super().__init__(names, labels, image_size, title=title)
+        self.seed, self.side, self.numbers = seed, side, torch.arange(len(names))
+
+    def draw(self, numbers: Tensor, draws: Draws) -> Tensor:
+        """The pictures of these numbers, uint8 (B, 3, H, W), with their random draws."""
+        raise NotImplementedError
+
+    def drawn(self, places: Sequence[int]) -> Tensor:
+        """The pictures at these places, uint8 (B, 3, H, W)."""
+        numbers = self.numbers[torch.as_tensor(places, dtype=torch.int64)]
+        return self.draw(numbers, Draws(self.seed, self.side, numbers))
+
+    def what_is_stored(self) -> list:
+        numbers = hashlib.sha256(self.numbers.numpy().tobytes()).hexdigest()
+        return [f"{self.title} 1", len(self), numbers, self.seed, self.side]
+
+    def part(self, places: Sequence[int]) -> Self:
+        part = super().part(places)
+        part.numbers = self.numbers[torch.as_tensor(places)]
+        return part
+
+    def in_memory(self) -> Tensor:
+        if self._memory is None:
+            self._memory = torch.cat([self.drawn(part) for part in torch.arange(len(self)).split(1024)])
+        return self._memory
+
+    def pictures(self, places: Sequence[int]) -> Tensor:
+        return self.drawn(places) if self._memory is None else self._memory[torch.as_tensor(places)]
+
+
+def check_drawn(what: str, count: int, image_size: int, smallest: int) -> None:
+    """Say what cannot be drawn.
+
+    Raises:
+        UserError: fewer pictures than one, or an `image_size` that is no whole number of at least `smallest` pixels.
+    """
+    if not isinstance(image_size, int) or image_size < smallest:
+        raise UserError(f"image_size {image_size}: {what} need one number of at least {smallest} pixels")
+    if count < 1:
+        raise UserError(f"{count} pictures of shapes: at least one is needed")
+
+
+class ShapePictures(DrawnPictures):
     """Pictures of shapes with random place, size and ground; each follows from seed, side and index alone.
 
     Args:
@@ -128,42 +184,22 @@ class ShapePictures(DecodedPictures):
     """
 
     def __init__(self, count: int, num_classes: int = 4, image_size: int = 32, seed: int = 0, side: int = 0) -> None:
-        if not isinstance(image_size, int) or image_size < 8:
-            raise UserError(f"image_size {image_size}: shapes need one number of at least 8 pixels")
-        if count < 1:
-            raise UserError(f"{count} pictures of shapes: at least one is needed")
+        check_drawn("shapes", count, image_size, 8)
         called = shape_names(num_classes)
-        self.num_classes, self.seed, self.side = num_classes, seed, side
-        self.numbers = torch.arange(count)
         names = [f"{called[index % num_classes]}/{index:06d}" for index in range(count)]
-        super().__init__(names, self.numbers % num_classes, image_size, title="shapes")
+        super().__init__(names, torch.arange(count) % num_classes, image_size, seed, side)
+        self.num_classes = num_classes
 
     def what_is_stored(self) -> list:
-        numbers = hashlib.sha256(self.numbers.numpy().tobytes()).hexdigest()
-        return ["shapes 1", len(self), numbers, self.num_classes, self.seed, self.side]
+        *pictures, seed, side = super().what_is_stored()
+        return [*pictures, self.num_classes, seed, side]
 
-    def part(self, places: Sequence[int]) -> Self:
-        part = super().part(places)
-        part.numbers = self.numbers[torch.as_tensor(places)]
-        return part
-
-    def drawn(self, places: Sequence[int]) -> Tensor:
-        """The pictures at these places, uint8 (B, 3, H, W)."""
-        numbers = self.numbers[torch.as_tensor(places, dtype=torch.int64)]
-        draws = Draws(self.seed, self.side, numbers)
+    def draw(self, numbers: Tensor, draws: Draws) -> Tensor:
         radii = SMALLEST + (LARGEST - SMALLEST) * draws.uniform("radius", 1)[:, 0]
         centres = radii[:, None] + (1 - 2 * radii[:, None]) * draws.uniform("place", 2)  # none is cut by an edge
         shades = 0.15 + 0.7 * draws.uniform("shade", 1)[:, 0]
         colours, shapes = torch.tensor(shape_classes(self.num_classes))[numbers % self.num_classes].unbind(1)
         return draw_shapes(shapes, colours, centres, radii, shades, self.image_size[0])
-
-    def in_memory(self) -> Tensor:
-        if self._memory is None:
-            self._memory = torch.cat([self.drawn(part) for part in torch.arange(len(self)).split(1024)])
-        return self._memory
-
-    def pictures(self, places: Sequence[int]) -> Tensor:
-        return self.drawn(places) if self._memory is None else self._memory[torch.as_tensor(places)]
 
 
 def shape_data(

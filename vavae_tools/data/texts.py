@@ -24,10 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from vavae_tools.data.captions import CaptionOrder, index_and_number
+from vavae_tools.data.captioned import CaptionOrderedDataModule, index_and_number
 from vavae_tools.data.folders import counted
 from vavae_tools.data.latents import LatentDataset, LatentFolder, _mapped
-from vavae_tools.data.order import OrderedDataModule
 from vavae_tools.errors import UserError
 from vavae_tools.files import disk_errors, write_json, written_whole
 
@@ -422,10 +421,10 @@ class TextLatentDataset(Dataset):
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
 
-class TextLatentDataModule(OrderedDataModule):
+class TextLatentDataModule(CaptionOrderedDataModule):
     """Both sides of a folder of latents, each picture with one of its captions, as batches for the denoiser.
 
-    In training the caption is chosen at random for each epoch and picture (`captions.CaptionOrder`); what validates
+    In training the caption is chosen at random for each epoch and picture (`captioned.CaptionOrder`); what validates
     has always its first.
 
     Args:
@@ -451,9 +450,3 @@ class TextLatentDataModule(OrderedDataModule):
         self.train_data = TextLatentDataset(self.folder, self.texts, "train")
         self.val_data = TextLatentDataset(self.folder, self.texts, "val")
         self.num_classes = self.folder.num_classes
-
-    def _new_order(self) -> CaptionOrder:
-        return CaptionOrder(self.train_data.caption_counts, self.batch_size, self.seed, *self._place())
-
-    def _what_orders(self, order: CaptionOrder) -> dict[str, int]:
-        return {**super()._what_orders(order), "captions": int(order.counts.sum())}

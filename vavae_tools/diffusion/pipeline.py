@@ -1,12 +1,8 @@
 """Sampling as one object: a diffusers pipeline of autoencoder, denoiser, conditioner and solver, in one folder."""
 
-import json
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,22 +16,25 @@ from diffusers import (
 )
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
 from vavae_tools.autoencoders.loading import load_autoencoder
-from vavae_tools.checkpoints.folders import is_checkpoint, read_any
+from vavae_tools.checkpoints.folders import is_checkpoint
 from vavae_tools.data.pixels import to_pixels
 from vavae_tools.diffusion.conditioning import ClassConditioner, check_labels
-from vavae_tools.diffusion.denoisers import make_denoiser
-from vavae_tools.diffusion.lora import merged_weights
+from vavae_tools.diffusion.pipeline_folders import (
+    autoencoder_beside,
+    read_index,
+    read_pipeline,
+    read_training,
+    trained_models,
+)
 from vavae_tools.diffusion.sample_sets import write_samples
 from vavae_tools.diffusion.sampling import sample
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
-from vavae_tools.files import read_checkpoint
 
 __all__ = [
     "SOLVERS",
@@ -146,8 +145,7 @@ class LatentDiTPipeline(DiffusionPipeline):
             batch_size: pictures made at once; it changes memory and speed, not the pictures.
             output_type: "pil" (grey ones have mode L), "pt" for uint8 (N, C, H, W), "np" for uint8 (N, H, W, C).
         """
-        if output_type not in ("pil", "pt", "np"):
-            raise UserError(f"No output_type {output_type!r}; there are pil, pt, np")
+        check_output_type(output_type)
         labels = self.labels_of(labels.tolist() if isinstance(labels, Tensor) else labels)
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: at least one picture at once is needed")
@@ -174,11 +172,7 @@ class LatentDiTPipeline(DiffusionPipeline):
                     ).cpu()
                 )
                 bar.update(len(of_batch))
-        images: Tensor | np.ndarray | list[Image.Image] = torch.cat(pictures)  # uint8 (N, C, H, W)
-        if output_type != "pt":
-            images = images.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
-        if output_type == "pil":
-            images = [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in images]
+        images = as_output_type(torch.cat(pictures), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
@@ -222,6 +216,26 @@ class LatentDiTPipeline(DiffusionPipeline):
         return Draws(seed, 0, indices).normal("sample", *self.denoiser.latent_shape)
 
 
+def check_output_type(output_type: str) -> None:
+    """Say it before anything is made if there is no such kind of output.
+
+    Raises:
+        UserError: it is none of "pil", "pt", "np".
+    """
+    if output_type not in ("pil", "pt", "np"):
+        raise UserError(f"No output_type {output_type!r}; there are pil, pt, np")
+
+
+def as_output_type(pictures: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image.Image]:
+    """Pictures uint8 (N, C, H, W) as they are ("pt"), as (N, H, W, C) ("np"), or as PIL's, grey ones in mode L."""
+    if output_type == "pt":
+        return pictures
+    arrays = pictures.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
+    if output_type == "np":
+        return arrays
+    return [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in arrays]
+
+
 def _some(names: Iterable[str]) -> str:
     names = iter(names)
     first = list(islice(names, 12))
@@ -245,11 +259,11 @@ def load_pipeline(path: str | Path, ema: bool = True, autoencoder_dir: str | Pat
     path = Path(path)
     if path.is_dir() and not is_checkpoint(path):
         return _read_folder(path, ema)
-    state, settings = _read_training(path)
+    state, settings = read_training(path)
     if "text_dim" in settings.get("conditioner_config", {}):
         raise UserError(_OF_TEXT.format(path))
-    vae = load_autoencoder(autoencoder_dir or _autoencoder_beside(path))
-    denoiser, conditioner = _trained_models(path, state, settings, ema)
+    vae = load_autoencoder(autoencoder_dir or autoencoder_beside(path))
+    denoiser, conditioner = trained_models(path, state, settings, ClassConditioner, ema)
     shift = settings.get("objective", {}).get("time_shift", 1.0)
     return LatentDiTPipeline(vae.eval(), denoiser, conditioner, solver(shift), settings.get("people"))
 
@@ -268,8 +282,8 @@ def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> G
         weak = _read_folder(path, ema, vae=None)
         denoiser, conditioner, people = weak.denoiser, weak.conditioner, weak.config.people
     else:
-        state, settings = _read_training(path)
-        denoiser, conditioner = _trained_models(path, state, settings, ema)
+        state, settings = read_training(path)
+        denoiser, conditioner = trained_models(path, state, settings, ClassConditioner, ema)
         people = settings.get("people")
     for what, found, expected in (
         ("latents of shape", denoiser.latent_shape, pipe.denoiser.latent_shape),
@@ -286,74 +300,10 @@ def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> G
 _OF_TEXT = '{} makes pictures from sentences: say which, with --prompt "…" (in Python load_text_pipeline)'
 
 
-def _import_own_parts(folder: Path) -> None:
-    """diffusers loads parts of modules that are imported already; of ours, which of them a folder needs."""
-    for part in _index(folder).values():
-        home = part[0] if isinstance(part, list) and part else None
-        if isinstance(home, str) and home.startswith("vavae_tools.autoencoders."):
-            with suppress(ImportError):
-                import_module(home)
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    """What a pipeline's folder holds; nothing where that is damaged, which is said where it is read."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
-    return index if isinstance(index, dict) else {}
-
-
 def _read_folder(path: Path, ema: bool, **parts: None) -> LatentDiTPipeline:
-    if not (path / "model_index.json").is_file():
-        there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-        raise UserError(f"{path} is no pipeline (no model_index.json); it holds {there}. Name a .ckpt or pipeline/")
-    if _index(path).get("_class_name") == "TextToImagePipeline":
+    if read_index(path).get("_class_name") == "TextToImagePipeline":
         raise UserError(_OF_TEXT.format(path))
-    if not ema:
-        raise UserError(f"{path} holds the averaged weights alone: name a .ckpt of the training for the live ones")
-    _import_own_parts(path)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it loads within a second
-    try:  # without low_cpu_mem_usage it does not ask for a package that is of no use here
-        return LatentDiTPipeline.from_pretrained(path, low_cpu_mem_usage=False, **parts)
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"The pipeline {path} cannot be read ({str(error)[:200]}): copy it again") from None
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _read_training(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Of a `.ckpt` of DiT training: the weights, and what the models are made of."""
-    checkpoint = read_any(path, lambda line: None) if path.is_dir() else read_checkpoint(path)
-    settings = checkpoint.get("hyper_parameters", {})
-    if "denoiser_config" not in settings:
-        raise UserError(f"{path} is no checkpoint of DiT training (it holds {', '.join(list(checkpoint)[:4])} …)")
-    return checkpoint["state_dict"], settings
-
-
-def _trained_models(path: Path, state: dict[str, Tensor], settings: dict[str, Any], ema: bool) -> Guide:
-    denoiser = make_denoiser(settings["denoiser_config"])
-    conditioner = ClassConditioner(**settings["conditioner_config"])
-    prefix = "ema.network." if ema else "network."
-    for name, model in (("denoiser", denoiser), ("conditioner", conditioner)):
-        start = f"{prefix}{name}."
-        weights = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
-        if model is denoiser:
-            weights = merged_weights(weights, settings.get("lora"))
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(f"{path}: its {start}* do not fit its own settings ({reason}): copy it again") from None
-    return denoiser.eval(), conditioner.eval()
-
-
-def _autoencoder_beside(checkpoint: Path) -> Path:
-    run = checkpoint.parent if (checkpoint.parent / "autoencoder").is_dir() else checkpoint.parent.parent
-    folder = run / "autoencoder"
-    return folder if folder.is_dir() else run / "vavae"  # as it was called before
+    return read_pipeline(LatentDiTPipeline, path, ema, **parts)
 
 
 def solver(time_shift: float = 1.0, name: str = "euler") -> SchedulerMixin:

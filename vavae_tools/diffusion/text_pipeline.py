@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -17,9 +16,7 @@ from diffusers import (
 )
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
 from vavae_tools.autoencoders.foundation import silent_transformers
@@ -27,10 +24,9 @@ from vavae_tools.autoencoders.loading import load_autoencoder
 from vavae_tools.autoencoders.text_encoder import TextEncoder, TextStates, load_text_encoder
 from vavae_tools.checkpoints.folders import is_checkpoint
 from vavae_tools.data.pixels import to_pixels
-from vavae_tools.diffusion.denoisers import make_denoiser
-from vavae_tools.diffusion.lora import merged_weights
 from vavae_tools.diffusion.noise_prediction import NoisePrediction, objective_of, time_of
-from vavae_tools.diffusion.pipeline import SOLVERS, _autoencoder_beside, _import_own_parts, _read_training
+from vavae_tools.diffusion.pipeline import SOLVERS, as_output_type, check_output_type
+from vavae_tools.diffusion.pipeline_folders import autoencoder_beside, read_pipeline, read_training, trained_models
 from vavae_tools.diffusion.sampling import make_solver
 from vavae_tools.diffusion.text_conditioning import TextCondition, TextConditioner
 from vavae_tools.draws import Draws
@@ -123,8 +119,7 @@ class TextToImagePipeline(DiffusionPipeline):
             batch_size: pictures made at once; it changes memory and speed, not the pictures.
             output_type: "pil" (grey ones have mode L), "pt" for uint8 (N, C, H, W), "np" for uint8 (N, H, W, C).
         """
-        if output_type not in ("pil", "pt", "np"):
-            raise UserError(f"No output_type {output_type!r}; there are pil, pt, np")
+        check_output_type(output_type)
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: at least one picture at once is needed")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -161,11 +156,7 @@ class TextToImagePipeline(DiffusionPipeline):
                     ).cpu()
                 )
                 bar.update(len(pictures[-1]))
-        images: Tensor | np.ndarray | list[Image.Image] = torch.cat(pictures)  # uint8 (N, C, H, W)
-        if output_type != "pt":
-            images = images.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
-        if output_type == "pil":
-            images = [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in images]
+        images = as_output_type(torch.cat(pictures), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
@@ -381,15 +372,16 @@ def load_text_pipeline(
     """
     path = Path(path)
     if path.is_dir() and not is_checkpoint(path):
-        pipe = _read_folder(path, ema)
+        with silent_transformers():
+            pipe = read_pipeline(TextToImagePipeline, path, ema, local_files_only=True)
         if scheduler:
             pipe.swap_scheduler(scheduler)
         return pipe
-    state, settings = _read_training(path)
+    state, settings = read_training(path)
     if "text_dim" not in settings.get("conditioner_config", {}):
         raise UserError(f"{path} is a checkpoint of DiT training on classes, not on text: load it by load_pipeline")
-    denoiser, conditioner = _trained_models(path, state, settings, ema)
-    vae = load_autoencoder(autoencoder_dir or _autoencoder_beside(path))
+    denoiser, conditioner = trained_models(path, state, settings, TextConditioner, ema)
+    vae = load_autoencoder(autoencoder_dir or autoencoder_beside(path))
     encoder = load_text_encoder(text_encoder_dir or _text_encoder_beside(path))
     if encoder.dim != conditioner.config.text_dim:
         raise UserError(
@@ -400,46 +392,9 @@ def load_text_pipeline(
     return TextToImagePipeline(vae.eval(), encoder.model, encoder.tokenizer, denoiser, conditioner, solver)
 
 
-def _trained_models(
-    path: Path, state: dict[str, Tensor], settings: dict[str, Any], ema: bool
-) -> tuple[ModelMixin, TextConditioner]:
-    models = make_denoiser(settings["denoiser_config"]), TextConditioner(**settings["conditioner_config"])
-    for name, model in zip(("denoiser", "conditioner"), models, strict=True):
-        start = f"{'ema.network.' if ema else 'network.'}{name}."
-        weights = {key.removeprefix(start): tensor for key, tensor in state.items() if key.startswith(start)}
-        if name == "denoiser":
-            weights = merged_weights(weights, settings.get("lora"))
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(f"{path}: its {start}* do not fit its own settings ({reason}): copy it again") from None
-        model.eval()
-    return models
-
-
 def _text_encoder_beside(checkpoint: Path) -> Path:
     folders: Iterable[Path] = (parent / "text_encoder" for parent in checkpoint.absolute().parents[:2])
     for folder in folders:
         if folder.is_dir():
             return folder
     raise UserError(f"No text encoder beside {checkpoint}: name the one of its training (text_encoder_dir)")
-
-
-def _read_folder(path: Path, ema: bool) -> TextToImagePipeline:
-    if not (path / "model_index.json").is_file():
-        there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-        raise UserError(f"{path} is no pipeline (no model_index.json); it holds {there}. Name a .ckpt or pipeline/")
-    if not ema:
-        raise UserError(f"{path} holds the averaged weights alone: name a .ckpt of the training for the live ones")
-    _import_own_parts(path)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it loads within a second
-    try:  # without low_cpu_mem_usage it does not ask for a package that is of no use here
-        with silent_transformers():
-            return TextToImagePipeline.from_pretrained(path, low_cpu_mem_usage=False, local_files_only=True)
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"The pipeline {path} cannot be read ({str(error)[:200]}): copy it again") from None
-    finally:
-        if bars:
-            logging.enable_progress_bar()

@@ -12,7 +12,7 @@ from vavae_tools.data.order import OrderedDataModule
 from vavae_tools.training.checkpoints import checkpoint_callbacks
 from vavae_tools.training.devices import describe
 from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.memory import Names, memory_faults
+from vavae_tools.training.memory import EXPERIMENT, Names
 from vavae_tools.training.previews import SamplePreviews
 from vavae_tools.training.record import RunRecord
 from vavae_tools.training.saving import Saving
@@ -39,7 +39,7 @@ def train_denoiser(
     noted: dict[str, float] | None = None,
     show: Callable[[Tensor], None] | None = None,
     callbacks: Sequence[L.Callback] = (),
-    names: Names | None = None,
+    names: Names = EXPERIMENT,
     slicing: bool | None = None,
 ) -> L.Trainer:
     """Train, to the end or until it is stopped in good order.
@@ -53,8 +53,7 @@ def train_denoiser(
         max_steps, max_epochs: the length, in one of them.
         noted: numbers known before training that its curves shall hold.
         callbacks: more that look on.
-        names: what the settings that save memory are called, for the line where it runs out.
-        slicing: whether a VAE that stands beside the training takes one picture after the other; None: there is none.
+        names, slicing: see `trainer.fit`.
 
     Returns:
         The Trainer; `checkpoints/last.ckpt` in `output_dir` holds what was trained.
@@ -85,8 +84,5 @@ def train_denoiser(
     if noted and trainer.is_global_zero:
         trainer.logger.log_metrics(noted, step=0)
     check_resumable(resume_from, module)
-    begun = trainer.global_step
-    stepped = {"stepped": lambda: trainer.global_step > begun}
-    with memory_faults(data.batch_size, gathered, module=module, slicing=slicing, names=names or Names(), **stepped):
-        fit(trainer, module, data, resume_from, say)
+    fit(trainer, module, data, resume_from, say, names, slicing)
     return trainer

@@ -28,6 +28,7 @@ from vavae_tools.files import save_model
 from vavae_tools.machine import find_machine
 from vavae_tools.training.checkpoints import checkpoint_callbacks
 from vavae_tools.training.devices import describe, quiet_lightning
+from vavae_tools.training.memory import VAVAE_COMMAND
 from vavae_tools.training.previews import ReconstructionPreviews
 from vavae_tools.training.processes import on_all_devices
 from vavae_tools.training.progress import say
@@ -169,7 +170,7 @@ def fine_tune_vavae(
     callbacks.append(RunRecord(output_dir, own, pictures.fingerprint(), saving.allow_changes, say))
     trainer = build_trainer(settings, output_dir, callbacks, say, max_epochs=max_epochs)
     check_resumable(resume_from, module)
-    fit(trainer, module, pictures, resume_from, say)
+    fit(trainer, module, pictures, resume_from, say, VAVAE_COMMAND)
 
     folder = output_dir / "vavae"
     if trainer.is_global_zero:

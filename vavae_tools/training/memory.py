@@ -57,6 +57,7 @@ class Names:
     """whole, such as "--auto_batch_size" """
 
 
+EXPERIMENT = Names()
 TEXT_TO_IMAGE = Names(
     "training.batch_size",
     "training.gradient_accumulation_steps",
@@ -66,34 +67,20 @@ TEXT_TO_IMAGE = Names(
 )
 RAE_DECODER = Names(gradient_checkpointing="model.decoder_module.gradient_checkpointing")
 VAVAE_COMMAND = Names("--batch_size", "--accumulate_grad_batches", "--gradient_checkpointing")
+PYTHON = Names("batch_size", "accumulate_grad_batches", None)
 
 
 # ---- where memory has run out
 
 
 @contextmanager
-def memory_faults(
-    batch_size: int,
-    gathered: int = 1,
-    *,
-    module: nn.Module | None = None,
-    gradient_checkpointing: bool | None = None,
-    slicing: bool | None = None,
-    names: Names = TEXT_TO_IMAGE,
-    stepped: Callable[[], bool] = lambda: False,
-) -> Iterator[None]:
+def memory_faults(line_for: Callable[[BaseException], str | None]) -> Iterator[None]:
     """Say in one line which settings help where memory runs out: for the block that trains.
 
     What the block's functions held on the device is let go, so that a notebook can go on with other settings.
 
     Args:
-        batch_size: of one device.
-        gathered: batches whose gradients make one step.
-        module: what is trained; its weights tell what of the memory does not belong to the batch.
-        gradient_checkpointing: whether it is on; None looks at the module, where nothing can it is not spoken of.
-        slicing: whether a VAE that stands beside the training takes one picture after the other; None: there is none.
-        names: of the settings.
-        stepped: whether an optimiser step has succeeded before: then the batch needs little less, else at most half.
+        line_for: an error → the line, or None for one that stays what it is; see `memory_fault`.
 
     Raises:
         UserError: in place of torch's error; several processes may each raise theirs.
@@ -101,16 +88,7 @@ def memory_faults(
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        line = memory_fault(
-            error,
-            batch_size,
-            gathered,
-            module=module,
-            gradient_checkpointing=gradient_checkpointing,
-            slicing=slicing,
-            names=names,
-            stepped=stepped(),
-        )
+        line = line_for(error)
         if line is None:
             raise
         _clear_frames(error)
@@ -124,21 +102,29 @@ def memory_fault(
     gathered: int = 1,
     *,
     module: nn.Module | None = None,
-    gradient_checkpointing: bool | None = None,
     slicing: bool | None = None,
-    names: Names = TEXT_TO_IMAGE,
+    names: Names = EXPERIMENT,
     stepped: bool = False,
 ) -> str | None:
-    """The line to say where memory has run out, see `memory_faults`; None for another error."""
+    """The line to say where memory has run out; None for another error.
+
+    Args:
+        batch_size: of one device.
+        gathered: batches whose gradients make one step.
+        module: what is trained; its weights tell what of the memory does not belong to the batch, and its parts whether
+            gradient checkpointing is on: where nothing can it is not spoken of.
+        slicing: whether a VAE that stands beside the training takes one picture after the other; None: there is none.
+        names: of the settings.
+        stepped: whether an optimiser step has succeeded before: then the batch needs little less, else at most half.
+    """
     if not is_memory_fault(error):
         return None
     shortage = Shortage.of(error)
-    if gradient_checkpointing is None and module is not None:
-        gradient_checkpointing = _checkpoints(module)
+    checkpoints = _checkpoints(module) if module is not None else None
     now, at_rest = bytes_at_rest(module, stepped) if module is not None else (0, 0)
     fitting = _reckoned(shortage, batch_size, now, at_rest, stepped)
     return f"{shortage.sentence(batch_size)}. " + _advice(
-        shortage, batch_size, gathered, fitting, at_rest, gradient_checkpointing, slicing, names
+        shortage, batch_size, gathered, fitting, at_rest, checkpoints, slicing, names
     )
 
 

@@ -16,6 +16,7 @@ from vavae_tools.launch import call_on_ranks, several_processes
 from vavae_tools.training import trainer as training
 from vavae_tools.training.checkpoints import checkpoint_callbacks
 from vavae_tools.training.devices import quiet_lightning, trainer_settings
+from vavae_tools.training.memory import PYTHON
 from vavae_tools.training.progress import say
 from vavae_tools.training.saving import Saving
 
@@ -125,5 +126,5 @@ def _fit_here(
     saves = checkpoint_callbacks(checkpoints, monitor, saving)
     trainer = training.build_trainer(settings, output_dir, [*callbacks, *saves], say, **length)
     check_resumable(resume_from, module)
-    training.fit(trainer, module, data, resume_from, say)
+    training.fit(trainer, module, data, resume_from, say, PYTHON)
     return checkpoints / "last.ckpt"

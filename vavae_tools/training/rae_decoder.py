@@ -25,6 +25,7 @@ from vavae_tools.plots import picture_grid, show_inline
 from vavae_tools.ranks import is_first
 from vavae_tools.training.checkpoints import checkpoint_callbacks
 from vavae_tools.training.devices import describe, quiet_lightning
+from vavae_tools.training.memory import RAE_DECODER
 from vavae_tools.training.previews import Previews
 from vavae_tools.training.processes import on_all_devices
 from vavae_tools.training.progress import say
@@ -155,7 +156,7 @@ def fine_tune_rae_decoder(
     length = {"max_steps": max_steps, "max_epochs": -1, "check_val_every_n_epoch": max(1, epochs // 20)}
     trainer = build_trainer({**length, **settings}, output_dir, callbacks, say)
     check_resumable(resume_from, module)
-    fit(trainer, module, pictures, resume_from, say)
+    fit(trainer, module, pictures, resume_from, say, RAE_DECODER)
 
     folder = output_dir / "rae"
     if trainer.is_global_zero:

@@ -20,8 +20,9 @@ from vavae_tools.autoencoders.stable_diffusion import (
 )
 from vavae_tools.autoencoders.text_encoder import TextEncoder, load_text_encoder, tiny_text_encoder
 from vavae_tools.checkpoints.resuming import resume_path
+from vavae_tools.data.captioned import CaptionedDataModule
 from vavae_tools.data.captioned_shapes import EXAMPLE_PROMPTS, vocabulary
-from vavae_tools.data.captions import CaptionedDataModule, caption_data
+from vavae_tools.data.captions import caption_data
 from vavae_tools.data.latents import LatentFolder, encode_latents, latents_digest
 from vavae_tools.data.texts import TextFolder, TextLatentDataModule, encode_texts, needed_bytes
 from vavae_tools.diffusion.noise_prediction import make_objective

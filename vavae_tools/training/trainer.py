@@ -13,6 +13,7 @@ from vavae_tools.errors import Stopped, UserError
 from vavae_tools.machine import keep_freed_memory
 from vavae_tools.training.checkpoints import WholeCheckpointIO
 from vavae_tools.training.devices import allow_tf32
+from vavae_tools.training.memory import EXPERIMENT, Names, memory_fault, memory_faults
 from vavae_tools.training.progress import Progress
 from vavae_tools.training.throughput import Throughput
 
@@ -50,14 +51,31 @@ def fit(
     data: L.LightningDataModule,
     resume_from: Path | None,
     say: Callable[[str], None],
+    names: Names = EXPERIMENT,
+    slicing: bool | None = None,
 ) -> None:
     """Train to the end, or until training is stopped in good order: then it is said how to go on, and all is saved.
 
+    Args:
+        names: what the settings that save memory are called, for the line where it runs out.
+        slicing: whether a VAE that stands beside the training takes one picture after the other; None: there is none.
+
     Raises:
-        UserError: a checkpoint that this run cannot go on from, such as one that is further than its length.
+        UserError: a checkpoint that this run cannot go on from, such as one that is further than its length; or memory
+            that does not suffice, where `data` has a `batch_size` that can be smaller.
     """
+    begun = trainer.global_step
+
+    def line_for(error: BaseException) -> str | None:
+        size = getattr(data, "batch_size", None)
+        if size is None:  # somebody's own data
+            return None
+        gathered = max(trainer.accumulate_grad_batches, getattr(module, "accumulate_grad_batches", 1))
+        stepped = trainer.global_step > begun
+        return memory_fault(error, size, gathered, module=module, slicing=slicing, names=names, stepped=stepped)
+
     try:
-        with loader_faults():
+        with memory_faults(line_for), loader_faults():
             trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
     except Stopped as stop:
         say(str(stop))
