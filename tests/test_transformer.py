@@ -14,6 +14,7 @@ from vavae_tools.diffusion.transformer import (
     DiT_SIZES,
     PatchEmbed,
     dit,
+    kept_patches,
     rope_table,
     rotate,
     sincos_table,
@@ -219,14 +220,62 @@ def test_wrong_inputs_are_named():
     model = DiT(**TINY)
     with pytest.raises(UserError, match=r"3×4×2 .* 3×4×4"):
         model(x[..., :2], t, c)
-    with pytest.raises(UserError, match="no mask"):
+    with pytest.raises(UserError, match=r"\(2, 1, 4, 4\), of these latents it is \(2, 4, 4\)"):
         model(x, t, c, mask=torch.ones(2, 1, 4, 4))
+    with pytest.raises(UserError, match="positions='line'"):
+        DiT(**TINY, positions="line")
     with pytest.raises(UserError, match="patches of 3×3"):
         DiT(**{**TINY, "patch_size": 3})
     with pytest.raises(UserError, match="num_heads 5"):
         DiT(**{**TINY, "num_heads": 5})
     with pytest.raises(UserError, match="S, B, L, XL"):
         dit("XXL")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rope": False}, {"qk_norm": True}, {"positions": "sequence", "patch_size": 2}]
+)
+def test_what_is_masked_is_neither_attended_to_nor_answered(options):
+    model = trained(**options)
+    p, (x, t, c) = model.patch_size, inputs(height=4)
+    mask = torch.zeros(2, 4, 4)
+    mask[0, :, :2], mask[1, 1, 3] = 1, 1  # of the second sample one patch alone
+    other = x.clone()
+    covered = torch.nn.functional.max_pool2d(mask[:, None], p).repeat_interleave(p, 2).repeat_interleave(p, 3)
+    other[(covered == 0).expand_as(other)] = 1e3
+    made = model(x, t, c, mask)
+    assert torch.equal(made, model(other, t, c, mask))
+    assert torch.equal(made != 0, (covered > 0).expand_as(made))
+    # a model whose grid is the left half alone says the same of it, where places do not depend on the grid
+    assert not torch.allclose(made, model(x, t, c) * covered)
+    torch.testing.assert_close(model(x, t, c, torch.ones(2, 4, 4)), model(x, t, c))
+
+
+def test_half_of_a_picture_is_answered_as_a_picture_of_that_half():
+    torch.manual_seed(0)
+    whole, half = DiT(**TINY), DiT(**{**TINY, "input_size": (2, 4)})
+    for parameter in whole.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    half.load_state_dict(whole.state_dict())
+    x, t, c = inputs()
+    mask = torch.zeros(2, 4, 4)
+    mask[:, :2] = 1
+    torch.testing.assert_close(whole(x, t, c, mask)[:, :, :2], half(x[:, :, :2], t, c))
+    kept = kept_patches(mask, 1)
+    assert kept.places.tolist() == [list(range(8))] * 2 and kept.there.all()
+    assert torch.equal(whole(x, t, c, kept), whole(x, t, c, mask))
+    short = torch.zeros(2, 4, 4)
+    short[0, 3], short[1, 0, 1] = 1, 1
+    assert kept_patches(short, 1).there.tolist() == [[True] * 4, [True, False, False, False]]
+    assert kept_patches(short, 1).places[:, 0].tolist() == [12, 1]
+
+
+def test_in_reading_order_places_follow_each_other_across_rows():
+    model = DiT(**TINY, positions="sequence")
+    cos, sin = rope_table(1, 16, 16)
+    assert torch.equal(model.rope_cos, cos) and torch.equal(model.rope_sin, sin)
+    assert torch.equal(model.pos_embed[0], sincos_table(1, 16, 32))
+    assert model.pos_embed[0].unique(dim=0).shape[0] == 16
 
 
 def test_dropping_all_labels_is_the_null():
@@ -337,7 +386,7 @@ def test_a_step_under_autocast_stays_near_float32(options, dtype, monkeypatch):
     monkeypatch.setattr(
         torch.nn.functional,
         "scaled_dot_product_attention",
-        lambda *qkv: attended.append({x.dtype for x in qkv}) or attention(*qkv),
+        lambda *qkv, **mask: attended.append({x.dtype for x in qkv}) or attention(*qkv, **mask),
     )
     x, t, c = inputs()
     gradients = []

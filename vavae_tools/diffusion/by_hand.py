@@ -56,13 +56,16 @@ class AddGated(torch.autograd.Function):
 
 
 class SplitAndRotate(torch.autograd.Function):
-    """The packed (B, N, 3, H, d) → q, k, v (B, H, N, d), q and k turned: as complex numbers, in a single pass."""
+    """The packed (B, N, 3, H, d) → q, k, v (B, H, N, d), q and k turned: as complex numbers, in a single pass.
+
+    The tables are (N, d), or (B, N, d) where every sample has its own.
+    """
 
     @staticmethod
     def forward(ctx, qkv: Tensor, cos: Tensor, signed_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        turn = torch.complex(cos[:, ::2], signed_sin[:, 1::2])[:, None]  # (N, 1, d / 2)
+        turn = torch.complex(cos[..., ::2], signed_sin[..., 1::2])[..., None, :]  # (N, 1, d / 2)
         ctx.save_for_backward(turn)
-        turned = as_complex(qkv[:, :, :2]) * turn[:, None]
+        turned = as_complex(qkv[:, :, :2]) * turn[..., None, :, :]
         q, k = torch.view_as_real(turned).flatten(-2).transpose(1, 3).unbind(2)
         return q, k, qkv[:, :, 2].transpose(1, 2)
 

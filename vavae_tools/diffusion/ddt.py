@@ -23,6 +23,7 @@ from vavae_tools.diffusion.transformer import (
     Rope,
     begin_as_identity,
     check_latents,
+    patch_grid,
     rope_table,
     sincos_table,
 )
@@ -71,24 +72,13 @@ class DDT(ModelMixin, ConfigMixin):
         super().__init__()
         height, width = _pair("input_size", input_size)
         patch_size = _one_patch_size(patch_size)
-        if height % patch_size or width % patch_size:
-            raise UserError(f"input_size {height}×{width} cannot be cut into patches of {patch_size}×{patch_size}.")
         heads, self.encoder_depth = _pair("num_heads", num_heads), _two("depth", depth)[0]
         encoder, head = _two("hidden_size", hidden_size)
         for part, dim, number in (("encoder", encoder, heads[0]), ("head", head, heads[1])):
-            if dim % number or dim % 4 or (rope and dim // number % 4):
-                raise UserError(
-                    f"The {part}'s hidden_size {dim} with num_heads {number}: the heads must divide it"
-                    + (
-                        " into parts that are multiples of 4 (for rope)."
-                        if rope
-                        else ", and 4 too (for the positions)."
-                    )
-                )
+            self.rows, self.columns = patch_grid((height, width), patch_size, dim, number, rope, f"The {part}'s ")
         self.in_channels, self.patch_size = in_channels, patch_size
         self.latent_shape = (in_channels, height, width)
         self.conditioning_size = encoder
-        self.rows, self.columns = height // patch_size, width // patch_size
         self.gradient_checkpointing = False
 
         self.s_embedder = PatchEmbed(patch_size, in_channels, encoder)

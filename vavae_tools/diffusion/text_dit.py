@@ -27,6 +27,7 @@ from vavae_tools.diffusion.transformer import (
     check_latents,
     make_norm,
     norm_and_modulate,
+    patch_grid,
     rope_table,
     sincos_table,
 )
@@ -127,18 +128,10 @@ class TextDiT(ModelMixin, ConfigMixin):
             raise UserError(f"head={head!r} of a TextDiT: it is 'text', or left out.")
         if time_embed not in TIME_EMBEDS:
             raise UserError(f"time_embed={time_embed!r} is unknown; it is {' or '.join(TIME_EMBEDS)}.")
-        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        if height % patch_size or width % patch_size:
-            raise UserError(f"input_size {height}×{width} cannot be cut into patches of {patch_size}×{patch_size}.")
-        if hidden_size % num_heads or hidden_size % 4 or (rope and hidden_size // num_heads % 4):
-            raise UserError(
-                f"hidden_size {hidden_size} with num_heads {num_heads}: the heads must divide it"
-                + (" into parts that are multiples of 4 (for rope)." if rope else ", and 4 too (for the positions).")
-            )
+        self.rows, self.columns = patch_grid(input_size, patch_size, hidden_size, num_heads, rope)
         self.in_channels, self.patch_size = in_channels, patch_size
-        self.latent_shape = (in_channels, height, width)
+        self.latent_shape = (in_channels, self.rows * patch_size, self.columns * patch_size)
         self.conditioning_size = hidden_size
-        self.rows, self.columns = height // patch_size, width // patch_size
         self.gradient_checkpointing = False
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)

@@ -7,6 +7,7 @@ nothing of noise schedules, classes or guidance: t in [0, 1] and a conditioning 
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,26 @@ from vavae_tools.diffusion.by_hand import GateBySwish, NormAndModulate, SplitAnd
 from vavae_tools.errors import UserError
 
 Rope = tuple[Tensor, Tensor]
+
+
+class Kept(NamedTuple):
+    """The patches that are computed, of each sample those in its mask, made equally many by some that are not.
+
+    Attributes:
+        places: their numbers, int64 (B, L), those in the mask first.
+        there: which of them are in the mask, bool (B, L): the others are not attended to.
+    """
+
+    places: Tensor
+    there: Tensor
+
+
+def kept_patches(mask: Tensor, patch_size: int) -> Kept:
+    """The patches that have any pixel in a mask (B, H, W). Of a mask on a GPU this waits for the GPU."""
+    there = F.max_pool2d(mask[:, None].float(), patch_size).flatten(1) > 0  # (B, N)
+    longest = max(1, int(there.sum(1).max()))
+    places = (~there).int().argsort(dim=1, stable=True)[:, :longest]
+    return Kept(places, there.gather(1, places))
 
 
 class RMSNorm(nn.Module):
@@ -153,7 +174,8 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, there: Tensor | None = None) -> Tensor:
+        """x (B, N, D), tables (N, head_dim) or (B, N, head_dim); where `there` (B, N) is false none attends to."""
         qkv = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.num_heads)
         if rope is not None and isinstance(self.q_norm, nn.Identity) and by_hand(qkv, *rope):
             q, k, v = SplitAndRotate.apply(qkv, *rope)
@@ -161,9 +183,11 @@ class Attention(nn.Module):
             q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, d)
             q, k = self.q_norm(q), self.k_norm(k)
             if rope is not None:
-                q, k = rotate(q, *rope), rotate(k, *rope)
+                cos, sin = (table.unsqueeze(-3) for table in rope)  # the same for all heads
+                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        attended = None if there is None else there[:, None, None]  # (B, 1, 1, N)
         # Norms and the table may have made q and k float32 under autocast; softmax is in float32 inside the kernel.
-        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=attended)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
@@ -206,14 +230,14 @@ class Block(nn.Module):
         self.mlp = SwiGLU(dim, int(2 / 3 * hidden)) if swiglu else MLP(dim, hidden)  # ⅔: as many weights as the MLP
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, (6 if adaln_shift else 4) * dim))
 
-    def forward(self, x: Tensor, c: Tensor, rope: Rope | None) -> Tensor:
-        """x (B, N, D); c (B, 1, D), or (B, N, D) with a conditioning of its own for each token."""
+    def forward(self, x: Tensor, c: Tensor, rope: Rope | None, there: Tensor | None = None) -> Tensor:
+        """x (B, N, D); c (B, 1, D), or (B, N, D) with a conditioning of its own for each token; `there` (B, N)."""
         if self.adaln_shift:
             shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         else:
             scale_1, gate_1, scale_2, gate_2 = self.adaLN_modulation(c).chunk(4, dim=-1)
             shift_1 = shift_2 = None
-        x = add_gated(x, gate_1, self.attn(norm_and_modulate(self.norm1, x, shift_1, scale_1), rope))
+        x = add_gated(x, gate_1, self.attn(norm_and_modulate(self.norm1, x, shift_1, scale_1), rope, there))
         return add_gated(x, gate_2, self.mlp(norm_and_modulate(self.norm2, x, shift_2, scale_2)))
 
 
@@ -227,6 +251,28 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.linear(norm_and_modulate(self.norm_final, x, shift, scale))
+
+
+def patch_grid(
+    input_size: int | tuple[int, int], patch_size: int, hidden_size: int, num_heads: int, rope: bool, part: str = ""
+) -> tuple[int, int]:
+    """Rows and columns of patches.
+
+    Args:
+        part: whose hidden_size it is, for the message.
+
+    Raises:
+        UserError: the patches do not fill the latents, or the heads the features.
+    """
+    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    if height % patch_size or width % patch_size:
+        raise UserError(f"input_size {height}×{width} cannot be cut into patches of {patch_size}×{patch_size}.")
+    if hidden_size % num_heads or hidden_size % 4 or (rope and hidden_size // num_heads % 4):
+        raise UserError(
+            f"{part}hidden_size {hidden_size} with num_heads {num_heads}: the heads must divide it"
+            + (" into parts that are multiples of 4 (for rope)." if rope else ", and 4 too (for the positions).")
+        )
+    return height // patch_size, width // patch_size
 
 
 def begin_as_identity(
@@ -259,6 +305,7 @@ class DiT(ModelMixin, ConfigMixin):
         time_embed: "sinusoidal", or "fourier" as in the models of RAE.
         reversed_time: the network itself is given the share of noise, 1 − t, and predicts noise − data, as RAE's do;
             `forward` turns both around, `predict` does not.
+        positions: "grid", rows and columns of patches, or "sequence", their place in reading order, as of text.
     """
 
     _supports_gradient_checkpointing = True
@@ -283,22 +330,17 @@ class DiT(ModelMixin, ConfigMixin):
         learn_sigma: bool = False,
         time_embed: str = "sinusoidal",
         reversed_time: bool = False,
+        positions: str = "grid",
     ) -> None:
         super().__init__()
+        if positions not in ("grid", "sequence"):
+            raise UserError(f"positions={positions!r} is unknown; it is 'grid' or 'sequence'.")
         if time_embed not in TIME_EMBEDS:
             raise UserError(f"time_embed={time_embed!r} is unknown; it is {' or '.join(TIME_EMBEDS)}.")
-        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        if height % patch_size or width % patch_size:
-            raise UserError(f"input_size {height}×{width} cannot be cut into patches of {patch_size}×{patch_size}.")
-        if hidden_size % num_heads or hidden_size % 4 or (rope and hidden_size // num_heads % 4):
-            raise UserError(
-                f"hidden_size {hidden_size} with num_heads {num_heads}: the heads must divide it"
-                + (" into parts that are multiples of 4 (for rope)." if rope else ", and 4 too (for the positions).")
-            )
+        self.rows, self.columns = patch_grid(input_size, patch_size, hidden_size, num_heads, rope)
         self.in_channels, self.patch_size = in_channels, patch_size
-        self.latent_shape = (in_channels, height, width)
+        self.latent_shape = (in_channels, self.rows * patch_size, self.columns * patch_size)
         self.conditioning_size, self.reversed_time = hidden_size, reversed_time
-        self.rows, self.columns = height // patch_size, width // patch_size
         self.gradient_checkpointing = False
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -310,9 +352,9 @@ class DiT(ModelMixin, ConfigMixin):
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels, rms_norm)
 
         # The tables follow from the numbers above, so they are not saved.
-        positions = sincos_table(self.rows, self.columns, hidden_size)
-        self.register_buffer("pos_embed", positions[None], persistent=False)  # (1, N, D)
-        cos, sin = rope_table(self.rows, self.columns, hidden_size // num_heads) if rope else (None, None)
+        grid = (self.rows, self.columns) if positions == "grid" else (1, self.rows * self.columns)
+        self.register_buffer("pos_embed", sincos_table(*grid, hidden_size)[None], persistent=False)  # (1, N, D)
+        cos, sin = rope_table(*grid, hidden_size // num_heads) if rope else (None, None)
         self.register_buffer("rope_cos", cos, persistent=False)  # (N, D / heads)
         self.register_buffer("rope_sin", sin, persistent=False)
         self.initialize_weights()
@@ -325,28 +367,46 @@ class DiT(ModelMixin, ConfigMixin):
                 nn.init.zeros_(module.bias)
         begin_as_identity([self.x_embedder], self.t_embedder, self.blocks, self.final_layer)
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, C, h, w), t (B,) with 0 = noise and 1 = data, conditioning (B, D) → velocity (B, C, h, w)."""
-        if mask is not None:
-            raise UserError("This denoiser takes no mask: leave it out.")
-        if self.reversed_time:
-            return -self.predict(x, 1 - t, conditioning)[:, : self.in_channels]
-        return self.predict(x, t, conditioning)[:, : self.in_channels]
+    def forward(self, x: Tensor, t: Tensor, conditioning: Tensor, mask: Tensor | Kept | None = None) -> Tensor:
+        """x (B, C, h, w), t (B,) with 0 = noise and 1 = data, conditioning (B, D) → velocity (B, C, h, w).
 
-    def predict(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+        Args:
+            mask: (B, h, w), or its `kept_patches`. Patches without any pixel in it are left out: they are not computed,
+                no other attends to them, and the answer there is 0.
+        """
+        if self.reversed_time:
+            return -self.predict(x, 1 - t, conditioning, mask)[:, : self.in_channels]
+        return self.predict(x, t, conditioning, mask)[:, : self.in_channels]
+
+    def predict(self, x: Tensor, t: Tensor, conditioning: Tensor, mask: Tensor | Kept | None = None) -> Tensor:
         """What the network itself says, in the convention of its weights: (B, C, h, w), with learn_sigma 2·C."""
         check_latents(x, self.latent_shape)
-        rope = None if self.rope_cos is None else (self.rope_cos, self.rope_sin)
+        rope, there = None if self.rope_cos is None else (self.rope_cos, self.rope_sin), None
+        given = x
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (B, N, D), float32 in autocast
+        if mask is not None:
+            places, there = mask if isinstance(mask, Kept) else self._kept(mask, given.shape)
+            batch, everything = torch.arange(len(x), device=x.device)[:, None], x.shape[1]
+            x = x[batch, places]  # (B, L, D)
+            rope = rope and tuple(table[places] for table in rope)  # (B, L, D / heads)
         c = (self.t_embedder(t) + conditioning)[:, None]  # (B, 1, D)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, c, rope)
+                x = self._gradient_checkpointing_func(block, x, c, rope, there)
             else:
-                x = block(x, c, rope)
+                x = block(x, c, rope, there)
         x = self.final_layer(x, c)  # (B, N, p·p·C)
+        if mask is not None:
+            x = x.masked_fill(~there[..., None], 0)
+            x = x.new_zeros(len(x), everything, x.shape[2]).index_put((batch, places), x)
         p = self.patch_size
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.rows, w=self.columns, p=p, q=p)
+
+    def _kept(self, mask: Tensor, shape: torch.Size) -> Kept:
+        expected = (shape[0], *shape[2:])
+        if mask.shape != expected:
+            raise UserError(f"The mask is {tuple(mask.shape)}, of these latents it is {expected}: (B, h, w).")
+        return kept_patches(mask, self.patch_size)
 
 
 def check_latents(x: Tensor, latent_shape: tuple[int, int, int]) -> None:
