@@ -1,6 +1,7 @@
-"""Make any number of pictures of chosen people, in a folder for each or as one .npz; interrupted, it goes on."""
+"""Make any number of pictures of chosen people, of prompts, or texts with token images; interrupted, it goes on."""
 
 import argparse
+import json
 import math
 import os
 import shlex
@@ -43,6 +44,11 @@ def main() -> None:
         return
     ranks = Ranks.from_environment()
 
+    from vavae_tools.diffusion.token_pipeline import is_token_pipeline
+
+    if ranks.share("kind", ranks.rank == 0 and is_token_pipeline(options.checkpoint)):
+        _sample_texts(options, ranks, _device(on_gpu, ranks.local_rank))
+        return
     if options.prompt:
         _sample_prompts(options, ranks, _device(on_gpu, ranks.local_rank))
         return
@@ -50,6 +56,8 @@ def main() -> None:
     from vavae_tools.diffusion.pipeline import load_guide, load_pipeline, swap_solver
     from vavae_tools.diffusion.sample_sets import write_samples
 
+    if options.num_samples is None:
+        options.num_samples = 100
     if ranks.rank:
         ranks.share("plan")  # once the first has found nothing wrong: one process says what is
     pipe = load_pipeline(options.checkpoint, ema=options.weights == "ema")
@@ -104,6 +112,30 @@ def _sample_prompts(options: argparse.Namespace, ranks: "Ranks", device: str) ->
         print(f"written: {len(written):,} pictures{many} ({written[0]} …), {written[0].with_name('grid.png')}")
 
 
+def _sample_texts(options: argparse.Namespace, ranks: "Ranks", device: str) -> None:
+    from vavae_tools.diffusion.token_pipeline import load_token_pipeline
+    from vavae_tools.diffusion.written_texts import write_texts
+
+    pipe = load_token_pipeline(options.checkpoint, options.weights == "ema").to(device)
+    pipe.set_progress_bar_config(disable=True)
+    written = write_texts(
+        pipe,
+        options.output_dir,
+        options.prompt or (),
+        options.num_samples,
+        options.seed,
+        options.batch_size or 64,
+        options.overwrite,
+        ranks,
+        num_inference_steps=options.num_steps,
+    )
+    if ranks.rank == 0:
+        lines = written.read_text(encoding="utf-8").splitlines()
+        for line in lines[:8]:
+            print(f"  {' '.join(json.loads(line)['text'].split())[:160]}")
+        print(f"written: {len(lines):,} texts ({written}), {written.with_name('grid.png')}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vavae_tools.sample",
@@ -118,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num_samples", type=int, **none, help="pictures in all, spread evenly over labels or prompts (default: 100, "
         "of prompts one each)")  # fmt: skip
     add("--prompt", nargs="+", **none, help='of text-to-image: what the pictures shall show, "a small red bird", one '
-        "or several")  # fmt: skip
+        "or several; of token images: how texts begin, or questions")  # fmt: skip
     add("--negative_prompt", **none, help="what guidance leads away from; without it the empty prompt")
     add("--labels", **none, help='who: labels or names with commas, "0,1,2" or "ID_1,ID_2"; without it everybody')
     add("--class_list", **none, help="file with a folder name per line, one for each label that the model knows, in "
@@ -150,8 +182,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.num_samples is None and not options.prompt:
-        options.num_samples = 100
     if options.num_samples is not None and options.num_samples < 1:
         raise UserError(f"--num_samples {options.num_samples}: at least one picture is needed")
     if options.guide and options.cfg_scale is not None:

@@ -25,7 +25,10 @@ STARTS_ANEW = {
     "scheduler": "the learning rate's schedule starts anew",
     "ema_model": "the average of the weights, where there is one, starts anew from them",
 }
-DATA_MODULES = ("PictureDataModule", "PictureSetDataModule", "LatentDataModule")
+DATA_MODULES = (
+    *("PictureDataModule", "PictureSetDataModule", "LatentDataModule"),
+    *("CaptionedDataModule", "TextLatentDataModule", "TokenImageDataModule"),
+)
 """Under whose names Lightning looks for the place in the data."""
 
 

@@ -27,8 +27,12 @@ class EpochOrder(Sampler[int]):
             `batch_size · world_size` stays the same.
 
     An epoch holds whole global batches only (its rest comes up in other epochs), so that every step has one shape;
-    data smaller than one global batch are one smaller batch.
+    data smaller than one global batch are one smaller batch. With `gathered` it holds whole optimiser steps only, of as
+    many batches each, if there is one.
     """
+
+    gathered = 1
+    """Batches whose gradients make one step."""
 
     def __init__(self, length: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
@@ -37,7 +41,8 @@ class EpochOrder(Sampler[int]):
 
     @property
     def batches(self) -> int:
-        return self.length // (self.batch_size * self.world_size)
+        found = self.length // (self.batch_size * self.world_size)
+        return found // self.gathered * self.gathered or found
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
@@ -96,6 +101,8 @@ class OrderedDataModule(L.LightningDataModule):
     """Whether loading processes stay from epoch to epoch."""
     prefetch_factor = 2
     """Batches that each of them has ready."""
+    gathered = 1
+    """Batches whose gradients make one step: an epoch has whole steps only (see `EpochOrder`)."""
 
     def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -105,8 +112,15 @@ class OrderedDataModule(L.LightningDataModule):
         self._order: EpochOrder | None = None
         self._resumed: tuple[int, int] | None = None
 
+    def batches_of(self, world_size: int) -> int:
+        """Batches of one process in an epoch."""
+        order = EpochOrder(len(self.train_data), self.batch_size, world_size=world_size)
+        order.gathered = self.gathered
+        return order.batches
+
     def train_dataloader(self) -> DataLoader:
         self._order = self._new_order()
+        self._order.gathered = self.gathered
         if self._resumed:
             self._order.resume(*self._resumed)
             self._resumed = None

@@ -262,6 +262,8 @@ def load_pipeline(path: str | Path, ema: bool = True, autoencoder_dir: str | Pat
     state, settings = read_training(path)
     if "text_dim" in settings.get("conditioner_config", {}):
         raise UserError(_OF_TEXT.format(path))
+    if "token_images" in settings:
+        raise UserError(f"{path} is of token images, which makes texts: load it by load_token_pipeline")
     vae = load_autoencoder(autoencoder_dir or autoencoder_beside(path))
     denoiser, conditioner = trained_models(path, state, settings, ClassConditioner, ema)
     shift = settings.get("objective", {}).get("time_shift", 1.0)

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from vavae_tools.autoencoders.text_encoder import TextEncoder
-from vavae_tools.diffusion.sample_record import RECORD, _changes, _digest
+from vavae_tools.diffusion.sample_record import RECORD, changes, digest_of
 from vavae_tools.errors import UserError
 from vavae_tools.files import write_json, written_whole
 from vavae_tools.ranks import Ranks
@@ -103,7 +103,7 @@ def settings_of(pipe: "TextToImagePipeline", **sampling: Any) -> dict[str, Any]:
     solver = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     settings = {
         **given,
-        "model": _digest(pipe.denoiser, pipe.conditioner, pipe.vae),
+        "model": digest_of(pipe.denoiser, pipe.conditioner, pipe.vae),
         "text encoder": TextEncoder(pipe.text_encoder, pipe.tokenizer).digest(),
         "solver": {"name": type(pipe.scheduler).__name__, **solver},
     }
@@ -146,11 +146,11 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _differences(record: dict[str, Any], settings: dict[str, Any], wanted: dict[str, str]) -> list[str]:
     before, models = record["settings"], ("model", "text encoder")
     found = [f"another {name}" for name in models if before.get(name) != settings[name]]
-    found += _changes(before, settings, sorted({*before, *settings} - {*models, "solver"}))
+    found += changes(before, settings, sorted({*before, *settings} - {*models, "solver"}))
     solvers = before.get("solver") or {}, settings["solver"]
     same_kind = solvers[0].get("name") == solvers[1]["name"]
     names = sorted(solvers[0].keys() & solvers[1]) if same_kind else ["name"]  # another diffusers may have more
-    found += [f"solver's {change}" for change in _changes(*solvers, names)]
+    found += [f"solver's {change}" for change in changes(*solvers, names)]
     shown = record["prompts"]
     others = [name for name in wanted if shown.get(name, wanted[name]) != wanted[name]]
     return found + [f"{name} shows {shown[name]!r}, not {wanted[name]!r}" for name in others[:1]]

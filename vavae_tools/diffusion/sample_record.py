@@ -43,8 +43,8 @@ def settings_of(pipe: "LatentDiTPipeline", sampling: dict[str, Any]) -> dict[str
     solver = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     settings = {
         **given,
-        "model": _digest(pipe.denoiser, pipe.conditioner, pipe.vae),
-        "guide": None if guide is None else _digest(*guide),
+        "model": digest_of(pipe.denoiser, pipe.conditioner, pipe.vae),
+        "guide": None if guide is None else digest_of(*guide),
         "solver": {"name": type(pipe.scheduler).__name__, **solver},
     }
     return json.loads(json.dumps(settings, default=str))
@@ -85,7 +85,7 @@ def note_start(
         all_foreign = f"{RECORD}, which says how they were made, is missing"
     else:
         all_foreign = "; ".join(_differences(record, settings, used))
-        npz_foreign = "; ".join(_changes(before, now, ("seed", "labels"))) if kind == "npz" and before else ""
+        npz_foreign = "; ".join(changes(before, now, ("seed", "labels"))) if kind == "npz" and before else ""
         npz_foreign = npz_foreign if before and not _same_order(before, now) else ""
     foreign = "; ".join(filter(None, (all_foreign, npz_foreign)))
     if foreign and not overwrite:
@@ -123,7 +123,7 @@ def note_finished(files: PictureFiles, count: int) -> None:
         write_json(files.output_dir / RECORD, record)
 
 
-def _digest(*models: Any) -> str:
+def digest_of(*models: Any) -> str:
     digest = hashlib.sha256()
     for model in models:
         config = {name: value for name, value in model.config.items() if not name.startswith("_")}
@@ -145,16 +145,16 @@ def _differences(record: dict[str, Any], settings: dict[str, Any], folders: dict
     solvers = there.get("solver", {}), here["solver"]
     same_kind = solvers[0].get("name") == solvers[1]["name"]
     names = sorted(solvers[0].keys() & solvers[1]) if same_kind else ["name"]  # another diffusers may have more
-    found += [f"solver's {change}" for change in _changes(*solvers, names)]
-    found += _changes(there, here, sorted({*there, *here} - {"model", "guide", "solver"}))
+    found += [f"solver's {change}" for change in changes(*solvers, names)]
+    found += changes(there, here, sorted({*there, *here} - {"model", "guide", "solver"}))
     of_folders = {name: record["folders"].get(name, folder) for name, folder in folders.items()}
-    found += [f"folder of label {change}" for change in _changes(of_folders, folders, folders)][:1]
+    found += [f"folder of label {change}" for change in changes(of_folders, folders, folders)][:1]
     return found
 
 
-def _changes(there: dict[str, Any], here: dict[str, Any], names: Iterable[str]) -> list[str]:
+def changes(there: dict[str, Any], here: dict[str, Any], names: Iterable[str]) -> list[str]:
     """
-    >>> _changes({"seed": 0, "labels": "1"}, {"seed": 3, "labels": "1"}, ["seed", "labels"])
+    >>> changes({"seed": 0, "labels": "1"}, {"seed": 3, "labels": "1"}, ["seed", "labels"])
     ['seed 0 there, 3 here']
     """
     return [

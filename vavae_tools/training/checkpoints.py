@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from vavae_tools.checkpoints.folders import clear_left_overs, keep_newest, read_any, remove, write_folder
+from vavae_tools.checkpoints.folders import clear_left_overs, keep_newest, read_any, remove, write_any
 from vavae_tools.errors import Stopped, UserError
 from vavae_tools.files import written_whole
 from vavae_tools.training.progress import say
@@ -36,8 +36,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """Writes beside, flushes, renames: a kill or a full disk leaves the checkpoint before it as it was.
 
     A step waits for a copy of the weights in memory; a thread brings it to the disk, one checkpoint after the other. A
-    path without an ending becomes a folder (`checkpoints.folders`). Where the disk gets full, `previous.ckpt` and then
-    periodic folders go, never the newest whole checkpoint, and that is said.
+    path without an ending becomes a folder, a `.pth` a file with such a folder's parts (`checkpoints.folders`). Where
+    the disk gets full, `previous.ckpt` and then periodic folders go, never the newest whole checkpoint, and that is
+    said.
     """
 
     def __init__(self, say: Callable[[str], None] = say) -> None:
@@ -89,12 +90,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def _write(self, checkpoint: dict[str, Any], path: Path, began: float) -> None:
         make_room(path, _bytes(checkpoint), self.say)
         try:
-            if path.suffix:
+            if path.suffix == ".ckpt":
                 with written_whole(path) as partial:
                     torch.save(checkpoint, partial)
                     _step_aside(path)
             else:
-                write_folder(checkpoint, path)
+                write_any(checkpoint, path)
         except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
             free = shutil.disk_usage(path.parent).free / 2**20
             raise UserError(
@@ -167,7 +168,7 @@ def make_room(path: Path, needed: int, say: Callable[[str], None]) -> None:
         remove(previous)
         say(f"The disk is nearly full: {previous} is removed ({last.name} stays)")
     if full():
-        for gone in keep_newest(path.parent if not path.suffix else path.parent.parent, 1):
+        for gone in keep_newest(path.parent.parent if path.suffix == ".ckpt" else path.parent, 1):
             say(f"The disk is nearly full: {gone.path} is removed")
 
 
@@ -206,7 +207,8 @@ class LastCheckpoint(ModelCheckpoint):
     An error saves nothing: the others would wait for a process that is gone, and `last.ckpt` is whole.
 
     Args:
-        folder: gets `last.ckpt`; the folder above it, the run's, gets `checkpoint-STEP/` and `checkpoint-epoch-N/`.
+        folder: gets `last.ckpt`; the folder above it, the run's, gets `checkpoint-STEP/` and `checkpoint-epoch-N/`,
+            or the same as single files.
         saving: when. Before a session's end training stops as early as saving takes, twice, and a minute for what
             comes after.
 
@@ -269,9 +271,9 @@ class LastCheckpoint(ModelCheckpoint):
         step, epoch = trainer.global_step, trainer.current_epoch + 1
         steps, epochs = self.saving.save_every_n_steps, self.saving.save_every_n_epochs
         if steps and step // steps > self._step // steps:
-            self._save_folder(trainer, f"checkpoint-{step}")
+            self._save_periodic(trainer, f"checkpoint-{step}")
         if epochs and epoch_ends and epoch % epochs == 0:
-            self._save_folder(trainer, f"checkpoint-epoch-{epoch}")
+            self._save_periodic(trainer, f"checkpoint-epoch-{epoch}")
         self._step = step
         if trainer.world_size > 1 and not ask and not self._agreement.due(step):
             return
@@ -309,7 +311,8 @@ class LastCheckpoint(ModelCheckpoint):
         trainer.save_checkpoint(path)
         self.best_model_path = path
 
-    def _save_folder(self, trainer: L.Trainer, name: str) -> None:
+    def _save_periodic(self, trainer: L.Trainer, name: str) -> None:
+        name = f"{name.replace('-', '_')}.pth" if self.saving.single_files else name
         trainer.save_checkpoint(self.run / name)
         if trainer.is_global_zero:
             trainer.strategy.checkpoint_io.wait()

@@ -23,7 +23,7 @@ def train_denoiser(
     module: DiffusionModule,
     data: OrderedDataModule,
     output_dir: Path,
-    make: Callable[[nn.ModuleDict], Tensor],
+    make: Callable[[nn.ModuleDict], Any],
     columns: int,
     previews: int,
     *,
@@ -41,6 +41,7 @@ def train_denoiser(
     callbacks: Sequence[L.Callback] = (),
     names: Names = EXPERIMENT,
     slicing: bool | None = None,
+    preview: type[SamplePreviews] = SamplePreviews,
 ) -> L.Trainer:
     """Train, to the end or until it is stopped in good order.
 
@@ -54,6 +55,7 @@ def train_denoiser(
         noted: numbers known before training that its curves shall hold.
         callbacks: more that look on.
         names, slicing: see `trainer.fit`.
+        preview: what `make` is given to.
 
     Returns:
         The Trainer; `checkpoints/last.ckpt` in `output_dir` holds what was trained.
@@ -62,7 +64,7 @@ def train_denoiser(
     processes, gathered = settings["devices"] * settings["num_nodes"], settings.get("accumulate_grad_batches", 1)
     count = len(data.train_data)
     global_batch = min(data.batch_size, count) * processes
-    batches = max(1, count // global_batch)
+    batches = max(1, data.batches_of(processes))
     epochs = max_epochs if max_epochs > 0 else -(-max_steps * gathered // batches)
     steps = max_steps if max_steps > 0 else -(-batches // gathered) * max_epochs
     weights = sum(weight.numel() for weight in module.network.parameters())
@@ -77,7 +79,7 @@ def train_denoiser(
     watching = checkpoint_callbacks(checkpoints, "val/loss" if validates else None, saving, best=best)
     if previews:
         every = max(1, epochs // previews)
-        watching.append(SamplePreviews(make, columns, output_dir / "samples", every, show))
+        watching.append(preview(make, columns, output_dir / "samples", every, show))
     watching.append(RunRecord(output_dir, {"precision": settings["precision"]}, data_key, saving.allow_changes, say))
     length = {"max_steps": max_steps, "max_epochs": max_epochs, "check_val_every_n_epoch": max(1, epochs // 20)}
     trainer = build_trainer({**length, **settings}, output_dir, [*watching, *callbacks], say)

@@ -272,7 +272,7 @@ def quiet_lightning() -> None:
         "exists and is not empty",  # going on in the same folder is meant
         "your dataloader is not resumable",  # its order is, see data/order.py
         "in eval mode at the start of training",  # the averaged weights
-        "You have overridden `on_after_batch_transfer`",  # the module encodes what the loader brings
+        "You have overridden `on_(before|after)_batch_transfer`",  # the module encodes what the loader brings
         "returned a view tensor",  # FSDP2: nothing here changes the denoiser's output in place
         "nn.functional.all_gather is deprecated",  # Lightning's own
     ):

@@ -102,7 +102,11 @@ class DiffusionModule(L.LightningModule):
         draws = Draws(self.hparams.seed + 1, 0, batch["index"])  # the same noise and times at every validation
         loss, parts = self.model_step(self.ema.network, batch, draws, dropout=0.0)
         parts = {"loss": loss, **parts}
-        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=float(len(batch["index"])), sync_dist=True)
+        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=self.weight_of(batch), sync_dist=True)
+
+    def weight_of(self, batch: dict[str, Tensor]) -> float:
+        """What a validation batch counts in the mean over all."""
+        return float(len(batch["index"]))
 
     def configure_model(self) -> None:
         """Cut denoiser, conditioner and their averages over the devices, where the strategy is `strategies.Sharded`.

@@ -65,6 +65,7 @@ TEXT_TO_IMAGE = Names(
     "vae.use_slicing",
     search="--auto_batch_size",
 )
+TOKEN_IMAGES = Names("--batch_size", "--gradient_accumulation_steps", "training.gradient_checkpointing")
 RAE_DECODER = Names(gradient_checkpointing="model.decoder_module.gradient_checkpointing")
 VAVAE_COMMAND = Names("--batch_size", "--accumulate_grad_batches", "--gradient_checkpointing")
 PYTHON = Names("batch_size", "accumulate_grad_batches", None)

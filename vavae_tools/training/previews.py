@@ -12,6 +12,7 @@ from torch import Tensor
 from vavae_tools.autoencoders.vavae import anothers, reconstruct_pictures
 from vavae_tools.files import written_whole
 from vavae_tools.plots import picture_grid, show_inline
+from vavae_tools.training.progress import say
 
 
 class Previews(L.Callback):
@@ -51,6 +52,10 @@ class Previews(L.Callback):
         if trainer.logger is not None:
             trainer.logger.experiment.add_image(self.name, grid, trainer.global_step)
         self.show(grid)
+        self.tell(trainer)
+
+    def tell(self, trainer: L.Trainer) -> None:
+        """What is to be said beside the grid."""
 
 
 class ReconstructionPreviews(Previews):
@@ -88,3 +93,37 @@ class SamplePreviews(Previews):
 
     def grid(self, module: L.LightningModule) -> Tensor:
         return picture_grid(self.make(module.ema.network), columns=self.columns)
+
+
+class TextPreviews(SamplePreviews):
+    """Samples that are texts: as pictures, and as text in `folder`, in TensorBoard and on the screen.
+
+    Args:
+        make: the averaged network → pictures and their texts.
+        say: gets a line for each text.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[torch.nn.ModuleDict], tuple[Tensor, list[str]]],
+        columns: int,
+        folder: str | Path,
+        every: int,
+        show: Callable[[Tensor], None] | None = None,
+        say: Callable[[str], None] = say,
+    ) -> None:
+        super().__init__(make, columns, folder, every, show)
+        self.say, self.texts = say, []
+
+    def grid(self, module: L.LightningModule) -> Tensor:
+        pictures, self.texts = self.make(module.ema.network)
+        return picture_grid(pictures, columns=self.columns)
+
+    def tell(self, trainer: L.Trainer) -> None:
+        with written_whole(self.folder / f"{self.name}-{trainer.global_step:06d}.txt") as partial:
+            partial.write_text("\n".join(self.texts) + "\n", encoding="utf-8")
+        if trainer.logger is not None:
+            listed = "\n".join(f"    {text}" for text in self.texts)  # Markdown's own text
+            trainer.logger.experiment.add_text(self.name, listed, trainer.global_step)
+        for text in self.texts:
+            self.say(f"  {' '.join(text.split())[:160]}")

@@ -28,6 +28,7 @@ class Saving:
     save_every_n_epochs: int = _knob(0, "epochs between two folders checkpoint-epoch-N/; 0 for none")
     keep_best: int = _knob(1, "of best-*.ckpt, how many stay")
     keep_last: int = _knob(3, "of the folders, how many stay")
+    single_files: bool = _knob(False, "in place of folders write files, checkpoint_STEP.pth and checkpoint_epoch_N.pth")
     max_time: str | None = _knob(None, "hours:minutes until it saves and ends; on Kaggle the session's own, 0 for none")
     allow_changes: bool = _knob(False, "go on from a checkpoint though settings or data are others than its own")
 

@@ -1,0 +1,198 @@
+"""Texts ↔ token numbers, by a tokenizer of transformers; built in is one whose tokens are the 256 bytes."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vavae_tools.data.text_files import Chat
+from vavae_tools.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_THREADS = "TOKENIZERS_PARALLELISM"
+_CHOSEN = os.environ.get(_THREADS)
+END, ASSISTANT = "<|end|>", "<|assistant|>"
+_FILES = "tokenizer.json and tokenizer_config.json, as save_pretrained writes them"
+SPECIAL = (END, "<|system|>", "<|user|>", ASSISTANT)
+_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '"
+    + END
+    + "' }}{% endfor %}{% if add_generation_prompt %}{{ '"
+    + ASSISTANT
+    + "' }}{% endif %}"
+)
+
+
+def byte_tokenizer() -> "PreTrainedTokenizerBase":
+    """Tokens 0 to 255 are the bytes of UTF-8, then come the end of a text and the roles of a chat."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {character: byte for byte, character in enumerate(_letters())}
+    bytewise = Tokenizer(BPE(vocab=letters, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, eos_token=END, additional_special_tokens=list(SPECIAL[1:])
+    )
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer
+
+
+def _letters() -> list[str]:
+    """How byte-level tokenizers write byte 0, 1, …: printable ones as they are, the others from character 256 on."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(sorted(letter for letter in ByteLevel.alphabet() if ord(letter) >= 256))
+    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
+
+
+def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
+    """A tokenizer of transformers from a folder on the disk; no code of the folder is run.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"No folder {folder} with a tokenizer ({_FILES}): leave it out for the built-in one, whose tokens are bytes"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library in Rust raises no narrower one
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"{folder} holds no tokenizer of transformers ({reason}): expected {_FILES}") from None
+    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):  # of a class, without its files
+        raise UserError(f"The tokenizer in {folder} has no tokens but special ones: expected {_FILES}")
+    return tokenizer
+
+
+@contextmanager
+def _threads() -> Iterator[None]:
+    """Let tokenizers use several threads here alone: it warns of each process that is forked from one that did."""
+    os.environ[_THREADS] = _CHOSEN or "true"
+    try:
+        yield
+    finally:
+        os.environ[_THREADS] = _CHOSEN or "false"
+
+
+class TextTokens:
+    """What a tokenizer makes of texts and chats, without anything added but the end.
+
+    Args:
+        tokenizer: transformers' own, or the folder of one; by default `byte_tokenizer`.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase | str | Path | None" = None) -> None:
+        self._bytewise = tokenizer is None
+        if tokenizer is None:
+            tokenizer = byte_tokenizer()
+        elif isinstance(tokenizer, str | Path):
+            tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer: Any = tokenizer
+        self.end: int | None = tokenizer.eos_token_id
+        self._count = max(tokenizer.get_vocab().values()) + 1
+
+    def __len__(self) -> int:
+        """How many numbers there are: the largest and one; gaps between them count."""
+        return self._count
+
+    def encode(self, texts: Sequence[str], end: bool = False) -> list[np.ndarray]:
+        """Token numbers of texts, int32; what looks like a special token in them is text like any other.
+
+        Args:
+            end: add the end, where the tokenizer has a token for it.
+        """
+        if self._bytewise:  # what the tokenizer says, FASTER
+            rows = (np.frombuffer(text.encode(), np.uint8) for text in texts)
+        else:
+            rows = iter(self._numbers(texts, split_special_tokens=True))
+        ends = [self.end] if end and self.end is not None else []
+        return [np.concatenate([row, ends], dtype=np.int32, casting="unsafe") for row in rows]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token numbers, special tokens left out; numbers that are no token's are left out, too."""
+        known = [token for token in tokens if token < len(self)]
+        return self.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def prompt(self, chat: Chat) -> list[int]:
+        """The tokens of a chat by its template, up to where the assistant begins.
+
+        Raises:
+            UserError: as `encode_chats`.
+        """
+        parts = self._parts(chat)
+        return sum(self._numbers([*parts, self._after("".join(parts), chat, ask=True)]), [])
+
+    def encode_chats(self, chats: Sequence[Chat]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The tokens of chats by their template, up to the last answer's end, and which of them are the assistant's.
+
+        What looks like a special token in a message is one, as transformers has it.
+
+        Raises:
+            UserError: the tokenizer has no chat template, one that refuses a chat, or that writes earlier messages anew.
+        """
+        parts = [self._parts(chat) for chat in chats]
+        tokens = iter(self._numbers([part for of_chat in parts for part in of_chat]))
+        rows, answers = [], []
+        for of_chat in parts:
+            encoded = [next(tokens) for _ in of_chat]  # what is asked, an answer, what is asked …
+            rows.append(np.concatenate(encoded).astype(np.int32))
+            is_answer = np.arange(len(encoded)) % 2 == 1
+            answers.append(np.repeat(is_answer, [len(part) for part in encoded]))
+        return rows, answers
+
+    def _parts(self, chat: Chat) -> list[str]:
+        """A chat's text up to the first answer, that answer, what follows up to the second …"""
+        parts = []
+        for number, message in enumerate(chat):
+            if message["role"] == "assistant":
+                parts.append(self._after("".join(parts), chat[:number], ask=True))
+                parts.append(self._after("".join(parts), chat[: number + 1], ask=False))
+        return parts
+
+    def _after(self, text: str, chat: Chat, ask: bool) -> str:
+        """What a chat's text has after the text of its first messages."""
+        longer = self._templated(chat, ask)
+        if not longer.startswith(text):
+            raise UserError(
+                "The tokenizer's chat template writes earlier messages otherwise when others follow, so that prompt "
+                "and answer cannot be told apart: take another template"
+            )
+        return longer[len(text) :]
+
+    def _templated(self, chat: Chat, ask: bool) -> str:
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                "The tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json): leave "
+                "use_chat_template out, or add one"
+            )
+        try:  # of a list of chats, since before the first message a chat is empty, which transformers takes for such
+            return self.tokenizer.apply_chat_template([chat], add_generation_prompt=ask, tokenize=False)[0]
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in chat[:5])
+            raise UserError(
+                f"The tokenizer's chat template refuses a chat of {roles or 'no message'} ({str(error)[:120]}): "
+                "write the chats as it expects them, or take another template"
+            ) from None
+
+    def _numbers(self, texts: Sequence[str], **options: bool) -> list[list[int]]:
+        """Token numbers of texts in which special tokens are meant, as a template writes them."""
+        if not texts:
+            return []
+        with _threads():
+            return self.tokenizer(
+                list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **options
+            ).input_ids
