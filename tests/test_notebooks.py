@@ -18,6 +18,9 @@ SHORT = (
 TEXT = '["experiment=text_dummy", "data.num_samples=64", "model.hidden_size=48", "sampling.num_steps=2"]'
 
 
+TOKENS = '["experiment=token_dummy", "training.max_steps=4", "model.hidden_size=16", "model.num_heads=2"]'
+
+
 def shortened(path: Path) -> nbformat.NotebookNode:
     """The notebook with fewer people, pictures, epochs and steps: its knobs are turned, nothing else."""
     notebook = nbformat.read(path, as_version=4)
@@ -27,6 +30,8 @@ def shortened(path: Path) -> nbformat.NotebookNode:
             cell.source = cell.source.replace("people=6, pictures=60", "people=2, pictures=10")
             cell.source = cell.source.replace('"count": 1024', '"count": 64').replace("(800, 2000)", "(4, 4)")
             cell.source = cell.source.replace("else 2000", "else 4").replace('["experiment=text_dummy"]', TEXT)
+            cell.source = cell.source.replace('["experiment=token_dummy"]', TOKENS)
+            cell.source = cell.source.replace("is_right=None", "num_samples=4, num_inference_steps=2, is_right=None")
             cell.source = cell.source.replace('"num_samples": 4000', '"num_samples": 64').replace("[:64]", "[:4]")
     return notebook
 
@@ -66,6 +71,13 @@ def test_the_notebook_on_sentences_needs_nothing(tmp_path, monkeypatch):
     notebook = run(path, tmp_path, monkeypatch)
     assert has_picture(notebook) and "image/png" in notebook.cells[-2].outputs[0].data  # the bars
     assert (tmp_path / "text" / "pipeline" / "model_index.json").is_file()
+
+
+def test_the_notebook_on_texts_as_pictures_needs_nothing(tmp_path, monkeypatch):
+    (path,) = (path for path in NOTEBOOKS if path.stem == "07_token_images")
+    notebook = run(path, tmp_path, monkeypatch)
+    assert has_picture(notebook) and "image/png" in notebook.cells[-2].outputs[-1].data  # the curve
+    assert json.loads((tmp_path / "tokens" / "evaluation" / "evaluation.json").read_text())
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

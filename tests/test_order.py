@@ -141,3 +141,13 @@ def test_a_data_module_takes_its_place_up_again(when):
     assert seen == of_epoch(EpochOrder(20, 5), 3)[10:]
     assert len(loader) == 4
     assert SquaresModule(batch_size=5).state_dict() == {}  # without a trainer there is no place
+
+
+def test_with_gathered_batches_an_epoch_has_whole_steps():
+    """19 pictures are 9 batches of 2, of which 8 make 2 steps of 4; of fewer than a step there is what there is."""
+    order = EpochOrder(19, 2, seed=3)
+    all_batches = list(order)
+    order.gathered = 4
+    assert (order.batches, len(order)) == (8, 16) and list(order) == all_batches[:16]
+    order.gathered = 10
+    assert order.batches == 9

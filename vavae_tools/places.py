@@ -63,6 +63,10 @@ class Place:
         return self.work / "text"
 
     @property
+    def tokens(self) -> Path:
+        return self.work / "tokens"
+
+    @property
     def samples(self) -> Path:
         return self.work / "samples"
 

@@ -210,3 +210,30 @@ def show_inline(pixels: Tensor) -> None:
         from IPython.display import display
 
         display(picture)
+
+
+def plot_curves(
+    x: Sequence[float],
+    curves: Mapping[str, Sequence[float]],
+    x_label: str,
+    y_label: str,
+    y_range: tuple[float, float] | None = None,
+) -> "Figure":
+    """Lines over the same x, one for each entry, such as {"cells": [0.2, 0.9, …]}, with their names above.
+
+    Args:
+        y_range: the smallest and the largest y; None: as the values ask for.
+    """
+    figure = new_figure((5.0, 3.4))
+    ax = figure.add_subplot()
+    for name, values in curves.items():
+        ax.plot(x, values, marker="o", markersize=3, label=name)
+    ax.set_xlabel(x_label)
+    ax.set_ylabel(y_label)
+    if y_range is not None:
+        margin = 0.03 * (y_range[1] - y_range[0])  # a line along the edge is seen whole
+        ax.set_ylim(y_range[0] - margin, y_range[1] + margin)
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(curves))
+    return figure

@@ -116,6 +116,13 @@ def _sample_texts(options: argparse.Namespace, ranks: "Ranks", device: str) -> N
     from vavae_tools.diffusion.token_pipeline import load_token_pipeline
     from vavae_tools.diffusion.written_texts import write_texts
 
+    of_pictures = ("labels", "class_list", "negative_prompt", "solver", "timestep_shift", "cfg_scale", "guide")
+    usual = {"cfg_interval": "0,1", "guidance_channels": "all", "format": "png"}
+    given = [f"--{name}" for name in (*of_pictures, *usual) if getattr(options, name) != usual.get(name)]
+    if given and ranks.rank == 0:
+        raise UserError(f"{options.checkpoint} makes texts, for which {', '.join(given)} has no meaning: leave it out")
+    if ranks.rank:
+        ranks.share("missing texts")  # once the first has found nothing wrong: one process says what is
     pipe = load_token_pipeline(options.checkpoint, options.weights == "ema").to(device)
     pipe.set_progress_bar_config(disable=True)
     written = write_texts(
@@ -130,7 +137,7 @@ def _sample_texts(options: argparse.Namespace, ranks: "Ranks", device: str) -> N
         num_inference_steps=options.num_steps,
     )
     if ranks.rank == 0:
-        lines = written.read_text(encoding="utf-8").splitlines()
+        lines = written.read_text(encoding="utf-8").split("\n")[:-1]  # a text may hold what splitlines() splits at
         for line in lines[:8]:
             print(f"  {' '.join(json.loads(line)['text'].split())[:160]}")
         print(f"written: {len(lines):,} texts ({written}), {written.with_name('grid.png')}")
@@ -147,8 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, **none, help="pipeline folder, or a .ckpt of DiT training")
     add("--weights", choices=["ema", "live"], default="ema", help="of a .ckpt: the averaged or the live weights")
-    add("--num_samples", type=int, **none, help="pictures in all, spread evenly over labels or prompts (default: 100, "
-        "of prompts one each)")  # fmt: skip
+    add("--num_samples", type=int, **none, help="pictures or texts in all, spread evenly over labels or prompts "
+        "(default: 100, of prompts one each)")  # fmt: skip
     add("--prompt", nargs="+", **none, help='of text-to-image: what the pictures shall show, "a small red bird", one '
         "or several; of token images: how texts begin, or questions")  # fmt: skip
     add("--negative_prompt", **none, help="what guidance leads away from; without it the empty prompt")
@@ -167,14 +174,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--guide_scale", type=float, **none, help=f"its scale; 1 is none (default: {GUIDE_SCALE})")
     add("--cfg_interval", default="0,1", help="times between which either guidance acts; 0 is noise, 1 is data")
     add("--guidance_channels", choices=["all", "first3"], default="all", help="first3 is LightningDiT's way")
-    add("--output_dir", default="outputs/samples", help="gets a folder for each person, and samples.json")
+    add("--output_dir", default="outputs/samples", help="gets a folder for each person, or texts.jsonl, and "
+        "samples.json")  # fmt: skip
     add(
         "--format", choices=["png", "npz"], default="png", help="picture files, or one .npz as ADM's evaluator reads it"
     )
-    add("--overwrite", action="store_true", **none, help="replace pictures of other settings in --output_dir; those of "
-        "the same settings are kept in any case, and only what is missing is made")  # fmt: skip
+    add("--overwrite", action="store_true", **none, help="replace pictures or texts of other settings in --output_dir; "
+        "those of the same settings are kept in any case, and only what is missing is made")  # fmt: skip
     add("--batch_size", type=int, **none, help="pictures made at once on each device; without it as many as fit the "
-        "memory; halved where they do not fit")  # fmt: skip
+        "memory; halved where they do not fit; of texts 64")  # fmt: skip
     add("--seed", type=int, default=0, help="the same seed gives the same pictures, whatever the devices")
     add("--accelerator", choices=["auto", "gpu", "cpu"], default="auto", help="what to run on")
     add("--devices", default="auto", help="how many, each with a process of its own; auto: all GPUs. torchrun, too")

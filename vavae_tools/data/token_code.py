@@ -18,9 +18,9 @@ class TokenCode:
 
     A cell's n = channels · cell_size² pixels (channel by channel, row by row) are the bits of a linear code: pixel j is
     the parity of those bits of the number that column j of the code names. With b bits for all numbers, columns 0 to
-    b − 1 name one bit each, so that different numbers always look different; the others, 1 + (j·s mod (2ᵇ − 1)) with s
-    near (√2 − 1)·(2ᵇ − 1) and prime to it, name many, so that cells differ in many pixels: with b = 9 and n = 48 in 13
-    or more, and in 24 on average.
+    b − 1 name one bit each, so that different numbers always look different; the others, 1 + (j²·s mod (2ᵇ − 1)) with s
+    nearest to (√2 − 1)·(2ᵇ − 1), name many, so that cells differ in many pixels: of n = 48 in 16 or more for b = 9 (260
+    tokens), in 10 or more for b = 16 (50,257), in 9 or more for b = 18 (152,000), and in 24 on average.
 
     Args:
         num_tokens: numbers go from 0 to num_tokens − 1.
@@ -47,10 +47,9 @@ class TokenCode:
         self.config = {"num_tokens": num_tokens, "cell_size": cell_size, "channels": channels}
         """The constructor's arguments: TokenCode(**config) is equal."""
         self._bits = bits
-        numbers = 2**bits - 1
-        step = next(s for s in range(max(1, round(numbers * _SPREAD)), 2 * numbers + 1) if math.gcd(s, numbers) == 1)
-        spread = [1 + j * step % numbers for j in range(self.length)]
-        self._columns = torch.tensor([2**j if j < bits else spread[j] for j in range(self.length)])
+        largest = 2**bits - 1
+        spread = round(largest * _SPREAD)
+        self._columns = torch.tensor([2**j if j < bits else 1 + j**2 * spread % largest for j in range(self.length)])
 
     def capacity(self, img_size: int) -> int:
         """Tokens in a square picture of this side.
@@ -90,14 +89,15 @@ class TokenCode:
         Raises:
             UserError: the cells do not fill the picture, or are fewer than the tokens.
         """
-        rest = self.capacity(img_size) - tokens.shape[1]
-        if rest < 0:
+        capacity, length = self.capacity(img_size), tokens.shape[1]
+        if length > capacity:
             raise UserError(
-                f"{tokens.shape[1]:,} tokens in a picture of {img_size}×{img_size}, which has {tokens.shape[1] + rest:,} "
-                "cells: cut the text, or take a larger img_size"
+                f"{length:,} tokens for a picture of {img_size}×{img_size}, which has {capacity:,} cells: cut the "
+                "text, or take a larger img_size"
             )
         cells = self.drawn(tokens) * there[..., None]  # (B, L, n)
-        return self.pictures(torch.nn.functional.pad(cells, (0, 0, 0, rest)), img_size // self.cell_size)
+        cells = torch.nn.functional.pad(cells, (0, 0, 0, capacity - length))
+        return self.pictures(cells, img_size // self.cell_size)
 
     def pictures(self, cells: Tensor, columns: int) -> Tensor:
         """Cells (B, L, n), whole rows of them → pictures (B, C, H, W)."""

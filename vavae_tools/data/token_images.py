@@ -15,6 +15,7 @@ from vavae_tools.data.order import OrderedDataModule
 from vavae_tools.data.text_files import read_texts
 from vavae_tools.data.text_tokens import TextTokens
 from vavae_tools.data.token_code import TokenCode
+from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 
 _TEXTS_AT_ONCE = 1024
@@ -127,6 +128,15 @@ class TokenImageDataset(Dataset):
         """The text of token numbers."""
         return self.tokens.decode(tokens)
 
+    def drowned(self, index: int, times: Sequence[float], seed: int = 0) -> dict[str, Tensor]:
+        """A picture in noise, t·picture + (1 − t)·noise, each time under what the nearest codes tell of its text."""
+        item = self[index]
+        noise = Draws(seed, 0, item["index"][None]).normal("noise", *item["clean"].shape)[0]
+        noisy = {t: t * item["clean"] + (1 - t) * noise for t in times}
+        texts = {t: self.text(self.decode(x, item["mask"])) for t, x in noisy.items()}
+        shown = {t: "".join(c if c.isascii() and c.isprintable() else "·" for c in text) for t, text in texts.items()}
+        return {f"t = {t:g}: {shown[t]}": x for t, x in noisy.items()}
+
     def prompts(self, indices: Sequence[int], share: float = 1 / 3) -> list[list[int]]:
         """Token numbers that pictures begin with: of chats all up to the first answer, of texts this share of them."""
         found = []
@@ -167,7 +177,7 @@ class TokenImageDataset(Dataset):
             raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
         validates = self._text_of >= self._of_train
         if not validates.any():
-            validates = self._drawn_to_validate(min(len(self) - 1, math.ceil(val_share * len(self))), seed)
+            validates = self._drawn_to_validate(min(len(self) - 1, math.ceil(round(val_share * len(self), 9))), seed)
         elif validates.all():
             raise UserError(f"The side train of {self.data_path} has no token in it: expected text")
         train, val = np.flatnonzero(~validates), np.flatnonzero(validates)
@@ -186,8 +196,7 @@ class TokenImageDataset(Dataset):
                 left -= count
         if not taken:
             longest = np.flatnonzero(self._text_of == pieces.argmax())
-            taken_from = len(longest) - wanted
-            return np.isin(np.arange(len(self)), longest[taken_from:])
+            return np.isin(np.arange(len(self)), longest[len(longest) - wanted :])
         return np.isin(self._text_of, taken)
 
     def fingerprint(self) -> str:

@@ -25,6 +25,7 @@ from vavae_tools.checkpoints.folders import is_checkpoint
 from vavae_tools.data.pixels import to_pixels
 from vavae_tools.diffusion.conditioning import ClassConditioner, check_labels
 from vavae_tools.diffusion.pipeline_folders import (
+    OF_TOKENS,
     autoencoder_beside,
     read_index,
     read_pipeline,
@@ -263,7 +264,7 @@ def load_pipeline(path: str | Path, ema: bool = True, autoencoder_dir: str | Pat
     if "text_dim" in settings.get("conditioner_config", {}):
         raise UserError(_OF_TEXT.format(path))
     if "token_images" in settings:
-        raise UserError(f"{path} is of token images, which makes texts: load it by load_token_pipeline")
+        raise UserError(OF_TOKENS.format(path))
     vae = load_autoencoder(autoencoder_dir or autoencoder_beside(path))
     denoiser, conditioner = trained_models(path, state, settings, ClassConditioner, ema)
     shift = settings.get("objective", {}).get("time_shift", 1.0)

@@ -15,10 +15,16 @@ from vavae_tools.checkpoints.folders import read_any
 from vavae_tools.diffusion.denoisers import make_denoiser
 from vavae_tools.diffusion.lora import merged_weights
 from vavae_tools.errors import UserError
-from vavae_tools.files import read_checkpoint
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 Conditioner = TypeVar("Conditioner", bound=ModelMixin)
+
+LOADERS = {
+    "LatentDiTPipeline": "load_pipeline",
+    "TextToImagePipeline": "load_text_pipeline",
+    "TokenImagePipeline": "load_token_pipeline",
+}
+OF_TOKENS = f"{{}} is of token images, which makes texts: load it by {LOADERS['TokenImagePipeline']}"
 
 
 # ---- a pipeline's own folder
@@ -37,11 +43,14 @@ def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -
     """The pipeline that `save_pretrained` wrote; `options` are those of `from_pretrained`.
 
     Raises:
-        UserError: no pipeline, live weights wanted (ema false), or files that are damaged.
+        UserError: no pipeline, one of another kind, live weights wanted (ema false), or files that are damaged.
     """
     if not (path / "model_index.json").is_file():
         there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise UserError(f"{path} is no pipeline (no model_index.json); it holds {there}. Name a .ckpt or pipeline/")
+    found = read_index(path).get("_class_name")
+    if found in LOADERS and found != kind.__name__:
+        raise UserError(f"{path} is a {found}: load it by {LOADERS[found]}")
     if not ema:
         raise UserError(f"{path} holds the averaged weights alone: name a .ckpt of the training for the live ones")
     _import_own_parts(path)
@@ -69,12 +78,12 @@ def _import_own_parts(folder: Path) -> None:
 
 
 def read_training(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Of a `.ckpt` of DiT training: the weights, and what the models are made of.
+    """Of a checkpoint of DiT training: the weights, and what the models are made of.
 
     Raises:
         UserError: a checkpoint of something else.
     """
-    checkpoint = read_any(path, lambda line: None) if path.is_dir() else read_checkpoint(path)
+    checkpoint = read_any(path, lambda line: None)
     settings = checkpoint.get("hyper_parameters", {})
     if "denoiser_config" not in settings:
         raise UserError(f"{path} is no checkpoint of DiT training (it holds {', '.join(list(checkpoint)[:4])} …)")

@@ -26,7 +26,13 @@ from vavae_tools.checkpoints.folders import is_checkpoint
 from vavae_tools.data.pixels import to_pixels
 from vavae_tools.diffusion.noise_prediction import NoisePrediction, objective_of, time_of
 from vavae_tools.diffusion.pipeline import SOLVERS, as_output_type, check_output_type
-from vavae_tools.diffusion.pipeline_folders import autoencoder_beside, read_pipeline, read_training, trained_models
+from vavae_tools.diffusion.pipeline_folders import (
+    OF_TOKENS,
+    autoencoder_beside,
+    read_pipeline,
+    read_training,
+    trained_models,
+)
 from vavae_tools.diffusion.sampling import make_solver
 from vavae_tools.diffusion.text_conditioning import TextCondition, TextConditioner
 from vavae_tools.draws import Draws
@@ -378,6 +384,8 @@ def load_text_pipeline(
             pipe.swap_scheduler(scheduler)
         return pipe
     state, settings = read_training(path)
+    if "token_images" in settings:
+        raise UserError(OF_TOKENS.format(path))
     if "text_dim" not in settings.get("conditioner_config", {}):
         raise UserError(f"{path} is a checkpoint of DiT training on classes, not on text: load it by load_pipeline")
     denoiser, conditioner = trained_models(path, state, settings, TextConditioner, ema)

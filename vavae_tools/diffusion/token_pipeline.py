@@ -1,8 +1,9 @@
 """Texts from noise as one object: a diffusers pipeline of tokenizer, denoiser and the code that draws tokens."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,12 +66,12 @@ class TokenImagePipeline(DiffusionPipeline):
         conditioner: ClassConditioner,
         tokenizer: Any,
         code: dict[str, int] | None = None,  # with a default diffusers keeps them as numbers, not as models
-        lengths: Sequence[int] = (),
+        lengths: list[int] | None = None,
         time_shift: float = 1.0,
         use_chat_template: bool = False,
     ) -> None:
         super().__init__()
-        if code is None or len(lengths) < 2:
+        if code is None or lengths is None or len(lengths) < 2:
             raise UserError("A TokenImagePipeline needs the code that draws tokens, and the lengths of texts")
         self.register_modules(denoiser=denoiser, conditioner=conditioner, tokenizer=tokenizer)
         self.register_to_config(
@@ -107,57 +108,69 @@ class TokenImagePipeline(DiffusionPipeline):
             prompts: beginnings of texts, or chats, a question or its messages, whose answers are wanted; or either as
                 token numbers; None: texts of their own.
             num_samples: texts in all without prompts, for each prompt with them.
-            max_new_tokens: the length to write; None: drawn from the lengths of training.
+            max_new_tokens: the length to write, at most up to the last cell; None: drawn from the lengths of training,
+                of texts that go on from the longer ones. Where none was longer they go on to the last cell.
             num_inference_steps: calls of the denoiser.
             eta: share of fresh noise in each step as in DDIM (Song et al. 2021): 1 corrects earlier errors, 0 is
                 Euler's method on the flow.
             seed: text number i of a seed is the same whatever else is made beside it.
             batch_size: made at once; it changes memory and speed, not the texts.
-            numbers: of the texts in the seed; None: 0, 1, …. Without prompts as many are made as there are numbers.
+            numbers: of the texts in the seed, one for each; None: 0, 1, …. Without prompts as many are made as there
+                are numbers.
 
         Raises:
-            UserError: a prompt that leaves no cell free, or numbers that cannot be.
+            UserError: as `beginnings`, or numbers that cannot be.
         """
-        counts = {"num_samples": num_samples, "batch_size": batch_size, "num_inference_steps": num_inference_steps}
-        for name, count in (counts | {"max_new_tokens": max_new_tokens or 1}).items():
-            if count < 1:
-                raise UserError(f"{name} {count}: expected 1 or more")
-        if prompts is None:
-            prompts = [None] if numbers is None else [None] * len(numbers)
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict | int))
-        rows = [row for prompt in ([prompts] if single else prompts) for row in [self._beginning(prompt)] * num_samples]
-        if not rows:
-            raise UserError("No prompts: give at least one, or None for texts of their own")
-        numbers = torch.arange(len(rows)) if numbers is None else torch.tensor(numbers)
-        new = self._new_lengths(rows, max_new_tokens, seed, numbers)
+        check_sampling(num_samples, max_new_tokens, num_inference_steps, eta, batch_size)
+        if prompts is None and numbers is not None:
+            num_samples = len(numbers)
+        starts = [start for start in self.beginnings(prompts) for _ in range(num_samples)]
+        numbers = range(len(starts)) if numbers is None else numbers
+        if not starts or len(numbers) != len(starts):
+            raise UserError(
+                f"{len(numbers)} numbers for {len(starts)} texts: give one for each text, and one text or more"
+            )
+        numbers = torch.tensor(list(numbers))
+        new = self._new_lengths(starts, max_new_tokens, seed, numbers)
         made = []
-        with self.progress_bar(total=len(rows)) as bar:
-            for part in torch.arange(len(rows)).split(batch_size):
-                of_part = [rows[i] for i in part.tolist()], [new[i] for i in part.tolist()]
+        with self.progress_bar(total=len(starts)) as bar:
+            for part in torch.arange(len(starts)).split(batch_size):
+                of_part = [starts[i] for i in part.tolist()], [new[i] for i in part.tolist()]
                 made.append(self._write(*of_part, seed, numbers[part], num_inference_steps, eta))
                 bar.update(len(part))
         pictures, mask, known = (torch.cat(parts) for parts in zip(*made, strict=True))
-        tokens = self.code.decode(pictures, mask)
-        shown = (
-            [row[len(start) :] for row, start in zip(tokens, rows, strict=True)]
-            if self.config.use_chat_template
-            else tokens
-        )
+        tokens = shown = self.code.decode(pictures, mask)
+        if self.config.use_chat_template:
+            shown = [row[len(start) :] for row, start in zip(tokens, starts, strict=True)]
         return Written([self.text_tokens.decode(row) for row in shown], tokens, pictures, mask, known)
 
-    def _beginning(self, prompt: Prompt | None) -> list[int]:
-        """The tokens of a prompt, which leave a cell free."""
-        if prompt is None:
-            return []
-        if len(prompt) and isinstance(prompt[0], int):
-            tokens = list(prompt)
+    def beginnings(self, prompts: Prompt | Sequence[Prompt] | None) -> list[list[int]]:
+        """The tokens of each prompt, or of a single one; None is a single text that begins with none.
+
+        Raises:
+            UserError: no prompts, one that leaves no cell free, or something that this model cannot go on with.
+        """
+        if prompts is None:
+            if self.config.use_chat_template:
+                raise UserError("This model answers: give it prompts, questions or messages")
+            return [[]]
+        return [self._beginning(prompt) for prompt in as_prompts(prompts)]
+
+    def _beginning(self, prompt: Prompt) -> list[int]:
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not isinstance(chat[0] if chat else 0, dict):
+            tokens = chat
         elif self.config.use_chat_template:
-            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             tokens = self.text_tokens.prompt(chat)
         elif isinstance(prompt, str):
             tokens = self.text_tokens.encode([prompt])[0].tolist()
         else:
             raise UserError("This model was trained on texts without a chat template: give it the beginning of a text")
+        most = self.code.num_tokens - 1
+        if tokens and not 0 <= min(tokens) <= max(tokens) <= most:
+            raise UserError(
+                f"The prompt has token numbers from {min(tokens)} to {max(tokens)}; they go from 0 to {most}"
+            )
         if len(tokens) >= self._cells:
             raise UserError(f"The prompt has {len(tokens)} tokens, and a picture {self._cells} cells: shorten it")
         return tokens
@@ -167,33 +180,30 @@ class TokenImagePipeline(DiffusionPipeline):
         """That a picture may have; as many as in training."""
         return len(self.config.lengths) - 1
 
-    def _new_lengths(self, rows: list[list[int]], wanted: int | None, seed: int, numbers: Tensor) -> list[int]:
+    def _new_lengths(self, starts: list[list[int]], wanted: int | None, seed: int, numbers: Tensor) -> list[int]:
         """How many tokens are written after each beginning."""
+        free = [self._cells - len(start) for start in starts]
         if wanted is not None:
-            return [min(wanted, self._cells - len(row)) for row in rows]
-        counts = torch.tensor(self.config.lengths, dtype=torch.float64)
-        counts[0] = 0
+            return [min(wanted, cells) for cells in free]
+        counts, new = torch.tensor(self.config.lengths, dtype=torch.float64), []
         uniform = Draws(seed, 0, numbers).uniform("length")
-        new = []
-        for row, draw in zip(rows, uniform.tolist(), strict=True):
-            known = len(row)
+        for known, cells, draw in zip(map(len, starts), free, uniform.tolist(), strict=True):
             # an answer has the length of answers, a text that goes on that of the longer texts
-            fitting = counts[: self._cells - known + 1] if self.config.use_chat_template else counts[known:].clone()
-            if not self.config.use_chat_template:
-                fitting[0] = 0
-            total = fitting.cumsum(0)
-            new.append(int((total <= draw * total[-1]).sum()) if total[-1] > 0 else self._cells - known)
+            fitting = counts[: cells + 1] if self.config.use_chat_template else counts[known:]
+            total = fitting[1:].cumsum(0)  # of texts with 1, 2, … new tokens
+            new.append(1 + int((total <= draw * total[-1]).sum()) if total[-1] > 0 else cells)
         return new
 
     def _write(
-        self, rows: list[list[int]], new: list[int], seed: int, numbers: Tensor, steps: int, eta: float
+        self, starts: list[list[int]], new: list[int], seed: int, numbers: Tensor, steps: int, eta: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        known = torch.tensor([len(row) for row in rows])[:, None]
+        """Pictures, their mask and what is known of them, on the CPU: see `Written`."""
+        known = torch.tensor([len(start) for start in starts])[:, None]
         lengths = known + torch.tensor(new)[:, None]
         place = torch.arange(int(lengths.max()))
-        tokens = torch.zeros(len(rows), len(place), dtype=torch.int64)
-        for row, of_row in zip(tokens, rows, strict=True):
-            row[: len(of_row)] = torch.tensor(of_row, dtype=torch.int64)
+        tokens = torch.zeros(len(starts), len(place), dtype=torch.int64)
+        for row, start in zip(tokens, starts, strict=True):
+            row[: len(start)] = torch.tensor(start, dtype=torch.int64)
         clean = self.code.draw(tokens, place < known, self.img_size)
         mask, given = (self.code.over_pixels((place < until).float(), self.img_size) for until in (lengths, known))
         device = self._execution_device
@@ -222,7 +232,13 @@ class TokenImagePipeline(DiffusionPipeline):
             times: (steps + 1,), from the time of x to 1; `sampling.time_grid`.
             eta, noise: see `__call__`; fresh noise for each step but the last, needed where eta is above 0.
             callback: called after each step with its number and the prediction.
+
+        Raises:
+            UserError: eta is no share, or above 0 without noise.
         """
+        check_sampling(eta=eta)
+        if eta and noise is None and len(times) > 2:
+            raise UserError(f"eta {eta:g} takes fresh noise in each step: give it, or eta=0")
         device = self._execution_device
         x, mask, known, clean = (value.to(device) for value in (x, mask, known, clean))
         kept, times = kept_patches(mask, self.code.cell_size), times.tolist()
@@ -240,8 +256,73 @@ class TokenImagePipeline(DiffusionPipeline):
         return torch.where(known[:, None] > 0, clean, predicted)
 
 
+def check_sampling(
+    num_samples: int = 1,
+    max_new_tokens: int | None = None,
+    num_inference_steps: int = 1,
+    eta: float = 1.0,
+    batch_size: int = 1,
+) -> None:
+    """Say which argument of a `TokenImagePipeline` cannot be.
+
+    Raises:
+        UserError: a number below 1, or an eta that is no share.
+    """
+    counts = {"num_samples": num_samples, "batch_size": batch_size, "num_inference_steps": num_inference_steps}
+    for name, count in {**counts, "max_new_tokens": 1 if max_new_tokens is None else max_new_tokens}.items():
+        if count < 1:
+            raise UserError(f"{name} {count}: expected 1 or more")
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta {eta:g}: expected a share of fresh noise from 0 to 1")
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Prompts, or a single one, as a list of texts, of messages and of plain token numbers.
+
+    Raises:
+        UserError: something else, or none.
+    """
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict | Integral))
+    found = [_as_prompt(prompt) for prompt in ([prompts] if single else prompts)]
+    if not found:
+        raise UserError("No prompts: give one or more, or None for texts of their own")
+    return found
+
+
+def _as_prompt(prompt: Any) -> Prompt:
+    if isinstance(prompt, str):
+        return _encodable(prompt)
+    parts = list(prompt) if isinstance(prompt, Iterable) else [None]
+    if all(isinstance(part, Integral) for part in parts):
+        return [int(part) for part in parts]
+    messages = [(part.get("role"), part.get("content")) for part in parts if isinstance(part, dict)]
+    if len(messages) < len(parts) or not all(isinstance(word, str) for message in messages for word in message):
+        raise UserError(
+            f'The prompt {str(prompt)[:80]} is neither a text, nor messages {{"role": …, "content": …}}, nor token '
+            "numbers"
+        )
+    return [{"role": _encodable(role), "content": _encodable(content)} for role, content in messages]
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, or a byte of a command line in another encoding
+        raise UserError(
+            f"The prompt is no text in UTF-8: character {error.start:,} is {text[error.start]!a}, take it out"
+        ) from None
+    return text
+
+
+# ---- from files
+
+
 def is_token_pipeline(path: str | Path) -> bool:
-    """Whether `load_token_pipeline` takes what is there; what is damaged is no matter of this function."""
+    """Whether what is there is for `load_token_pipeline`.
+
+    Raises:
+        UserError: no folder, and no checkpoint of DiT training.
+    """
     path = Path(path)
     if path.is_dir() and not is_checkpoint(path):
         return read_index(path).get("_class_name") == TokenImagePipeline.__name__
@@ -261,14 +342,27 @@ def load_token_pipeline(path: str | Path, ema: bool = True) -> TokenImagePipelin
     """
     path = Path(path)
     if path.is_dir() and not is_checkpoint(path):
-        return read_pipeline(TokenImagePipeline, path, ema, local_files_only=True)
-    state, settings = read_training(path)
-    if "token_images" not in settings:
-        raise UserError(f"{path} is a checkpoint of another training than that on token images")
-    folder = next(
-        (parent / "tokenizer" for parent in path.absolute().parents[:2] if (parent / "tokenizer").is_dir()), None
-    )
-    if folder is None:
-        raise UserError(f"No tokenizer/ beside {path}: copy it from the folder of its training")
-    denoiser, conditioner = trained_models(path, state, settings, ClassConditioner, ema)
-    return TokenImagePipeline(denoiser, conditioner, load_tokenizer(folder), **settings["token_images"])
+        own = is_token_pipeline(path)  # else it is said what it is
+        options = {"tokenizer": _load_tokenizer(path, [path])} if own else {}
+        pipe = read_pipeline(TokenImagePipeline, path, ema, local_files_only=True, **options)
+    else:
+        state, settings = read_training(path)
+        if "token_images" not in settings:
+            raise UserError(f"{path} is a checkpoint of another training than that on token images")
+        tokenizer = _load_tokenizer(path, path.absolute().parents[:2])
+        denoiser, conditioner = trained_models(path, state, settings, ClassConditioner, ema)
+        pipe = TokenImagePipeline(denoiser, conditioner, tokenizer, **settings["token_images"])
+    if len(pipe.text_tokens) != pipe.code.num_tokens:
+        tokens, known = len(pipe.text_tokens), pipe.code.num_tokens
+        raise UserError(
+            f"The tokenizer of {path} has {tokens:,} tokens, the model {known:,}: take the tokenizer/ of its training"
+        )
+    return pipe
+
+
+def _load_tokenizer(path: Path, homes: Sequence[Path]) -> Any:
+    for folder in (home / "tokenizer" for home in homes):
+        if folder.is_dir():
+            return load_tokenizer(folder)
+    where = "in" if path in homes else "beside"
+    raise UserError(f"No tokenizer/ {where} {path}: copy it from the folder of its training")

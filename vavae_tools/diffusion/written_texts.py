@@ -1,6 +1,9 @@
 """Texts of a token image model as a file: resumable, on several devices, with a grid of their pictures."""
 
+import hashlib
+import inspect
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +13,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from vavae_tools.diffusion.sample_record import RECORD, changes, digest_of
-from vavae_tools.diffusion.token_pipeline import Prompt, TokenImagePipeline, Written
+from vavae_tools.diffusion.token_pipeline import Prompt, TokenImagePipeline, Written, as_prompts, check_sampling
 from vavae_tools.errors import UserError
 from vavae_tools.files import write_json, written_whole
 from vavae_tools.plots import picture_grid
@@ -18,7 +21,10 @@ from vavae_tools.ranks import Ranks
 from vavae_tools.screen import someone_looks
 
 TEXTS, GRID = "texts.jsonl", "grid.png"
-_PART = ".part-{:05d}.jsonl"
+_PARTS = ".texts"
+"""Folder of what is made so far, START-STOP.jsonl with texts START to STOP − 1."""
+_SHOWN = 64
+"""Pictures in the grid, at most."""
 
 
 def write_texts(
@@ -45,64 +51,100 @@ def write_texts(
         sampling: further arguments of the pipeline, such as num_inference_steps.
 
     Raises:
-        UserError: texts of other settings in the folder.
+        UserError: prompts or numbers that cannot be, or samples of other settings in the folder.
     """
     ranks, output_dir = ranks or Ranks(), Path(output_dir)
-    count = num_samples or len(prompts) or 100
-    starts = range(0, count, batch_size)
-    parts = [output_dir / _PART.format(number) for number in range(len(starts))]
+    prompts = as_prompts(prompts) if len(prompts) else []
+    count = (len(prompts) or 100) if num_samples is None else num_samples
+    todo = None
     if ranks.rank == 0:
-        model = digest_of(pipe.denoiser, pipe.conditioner)
-        given = {"prompts": list(prompts), "texts": count, "seed": seed, "batch_size": batch_size, **sampling}
-        _begin(output_dir, {"model": model, **given}, overwrite)
-    missing = ranks.share("missing texts", _missing(output_dir, parts) if ranks.rank == 0 else None)
+        check_sampling(count, batch_size=batch_size, **sampling)
+        pipe.beginnings(prompts or None)
+        settings = {**_settings_of(pipe, **sampling), "prompts": prompts, "texts": count, "seed": seed}
+        _begin(output_dir, settings, overwrite)
+        todo = _missing(output_dir, count, batch_size)
+    todo = ranks.share("missing texts", todo)
     hidden = ranks.rank > 0 or not someone_looks()
-    with tqdm(total=len(missing) * batch_size, desc="writing", unit="text", disable=hidden) as bar:
-        for part in missing[ranks.rank :: ranks.size]:
-            numbers = range(starts[part], min(count, starts[part] + batch_size))
-            asked = [prompts[number % len(prompts)] for number in numbers] if prompts else None
-            made = pipe(asked, numbers=numbers, batch_size=batch_size, seed=seed, **sampling)
-            if part == 0:
+    with tqdm(total=sum(stop - start for start, stop in todo), desc="writing", unit="text", disable=hidden) as bar:
+        for start, stop in todo[ranks.rank :: ranks.size]:
+            asked = [prompts[number % len(prompts)] for number in range(start, stop)] if prompts else None
+            made = pipe(asked, numbers=range(start, stop), batch_size=batch_size, seed=seed, **sampling)
+            if start == 0:
                 _draw(made, output_dir / GRID)
-            with written_whole(parts[part]) as partial:
-                partial.write_text(_lines(made, asked), encoding="utf-8")
-            bar.update(ranks.add("texts", len(numbers)) - bar.n)
-        while ranks.rank == 0 and not all(part.exists() for part in parts) and missing:
+            with written_whole(_part(output_dir, start, stop)) as partial:
+                partial.write_text(_lines(made, asked), encoding="utf-8", newline="\n")
+            ranks.add("parts of texts", 1)
+            bar.update(ranks.add("texts", stop - start) - bar.n)
+        while ranks.rank == 0 and ranks.add("parts of texts", 0) < len(todo):
             time.sleep(0.05)
             bar.update(ranks.add("texts", 0) - bar.n)
-    if ranks.rank == 0 and missing:
-        with written_whole(output_dir / TEXTS) as partial:
-            partial.write_text("".join(part.read_text(encoding="utf-8") for part in parts), encoding="utf-8")
-        for part in parts:
-            part.unlink()
+    if ranks.rank == 0:
+        if todo:
+            with written_whole(output_dir / TEXTS) as partial, partial.open("wb") as file:
+                for start, stop in sorted(_parts(output_dir)):
+                    file.write(_part(output_dir, start, stop).read_bytes())
+        shutil.rmtree(output_dir / _PARTS, ignore_errors=True)
     return output_dir / TEXTS
 
 
-def _missing(output_dir: Path, parts: list[Path]) -> list[int]:
+def _part(output_dir: Path, start: int, stop: int) -> Path:
+    return output_dir / _PARTS / f"{start:05d}-{stop:05d}.jsonl"
+
+
+def _parts(output_dir: Path) -> list[tuple[int, int]]:
+    """First and last + 1 of the texts in each of the parts that are there."""
+    names = [path.stem.split("-") for path in (output_dir / _PARTS).glob("[0-9]*-[0-9]*.jsonl")]
+    return [(int(start), int(stop)) for start, stop in names]
+
+
+def _missing(output_dir: Path, count: int, batch_size: int) -> list[tuple[int, int]]:
+    """Batches that are still to be made, as first and last + 1."""
     if (output_dir / TEXTS).exists():
         return []
-    return [number for number, part in enumerate(parts) if not part.exists()]
+    todo, end = [], 0
+    for start, stop in [*sorted(_parts(output_dir)), (count, count)]:
+        todo += [(first, min(first + batch_size, start)) for first in range(end, start, batch_size)]
+        end = stop
+    return todo
+
+
+def _settings_of(pipe: TokenImagePipeline, **sampling: Any) -> dict[str, Any]:
+    """All that texts follow from besides seed, prompt and number, as plain values."""
+    given = inspect.signature(type(pipe).__call__).bind_partial(**sampling)
+    given.apply_defaults()
+    left_out = ("self", "prompts", "num_samples", "seed", "batch_size", "numbers")
+    given = {name: value for name, value in given.arguments.items() if name not in left_out}
+    of_pipeline = {name: pipe.config[name] for name in ("code", "lengths", "time_shift", "use_chat_template")}
+    words = [pipe.tokenizer.get_vocab(), pipe.tokenizer.chat_template]
+    model = json.dumps([digest_of(pipe.denoiser, pipe.conditioner), of_pipeline, words], sort_keys=True)
+    return {**given, "model": hashlib.sha256(model.encode()).hexdigest()}
 
 
 def _begin(output_dir: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Write down what is to be made, where that does not contradict what is there."""
-    settings = json.loads(json.dumps(settings, default=str))
-    there = [path for path in (output_dir / TEXTS, *output_dir.glob(".part-*.jsonl")) if path.exists()]
+    there, record = (output_dir / TEXTS).exists() or bool(_parts(output_dir)), output_dir / RECORD
     try:
-        before = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))["settings"]
-        foreign = "; ".join(changes(before, settings, sorted({*before, *settings})))
+        before = dict(json.loads(record.read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, LookupError, TypeError):  # none, or a damaged one, which is as good as none
-        foreign = f"{RECORD}, which says how they were made, is missing or damaged"
+        before = None
+    if before is not None and "texts" not in before:
+        raise UserError(
+            f"{output_dir} holds pictures, of which {RECORD} says how they were made: name another --output_dir"
+        )
+    foreign = f"{RECORD}, which says how they were made, is missing or damaged"
+    if before is not None:
+        found = ["another model"] if before.get("model") != settings["model"] else []
+        foreign = "; ".join([*found, *changes(before, settings, sorted({*before, *settings} - {"model"}))])
     if there and foreign and not overwrite:
         raise UserError(
             f"{output_dir} holds texts of other settings ({foreign}): name another --output_dir, or replace them by "
             "--overwrite"
         )
     if foreign:
-        for path in there:
-            path.unlink()
+        (output_dir / TEXTS).unlink(missing_ok=True)
+        shutil.rmtree(output_dir / _PARTS, ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / RECORD, {"settings": settings})
+    write_json(record, {"settings": settings})
 
 
 def _lines(made: Written, asked: Sequence[Prompt] | None) -> str:
@@ -113,5 +155,8 @@ def _lines(made: Written, asked: Sequence[Prompt] | None) -> str:
 
 
 def _draw(made: Written, path: Path) -> None:
+    pictures = made.pictures[:_SHOWN]
+    pictures = pictures[:, : 3 if pictures.shape[1] >= 3 else 1]  # codes may have other numbers of channels
+    grid = picture_grid(pictures, min(8, len(pictures))).permute(1, 2, 0)  # (H, W, 3)
     with written_whole(path) as partial:
-        Image.fromarray(picture_grid(made.pictures[:64], 8).permute(1, 2, 0).numpy()).save(partial, format="png")
+        Image.fromarray(grid.numpy()).save(partial, format="png")

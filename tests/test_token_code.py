@@ -1,0 +1,207 @@
+"""Tokens as cells of pixels: exact both ways, far apart, and the same for ever."""
+
+import hashlib
+import pickle
+
+import pytest
+import torch
+
+from vavae_tools.data.token_code import TokenCode
+from vavae_tools.errors import UserError
+
+CODES = [(260, 4, 3), (50257, 4, 3), (152000, 4, 3), (260, 4, 1), (260, 3, 1), (7, 1, 3), (2, 1, 1), (1, 2, 2)]
+
+
+def drawn_tokens(code: TokenCode, batch: int, img_size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(code.num_tokens)
+    return torch.randint(code.num_tokens, (batch, code.capacity(img_size)), generator=generator)
+
+
+def lengths_mask(lengths: list[int], cells: int) -> torch.Tensor:
+    return torch.arange(cells) < torch.tensor(lengths)[:, None]
+
+
+def weights(bits: int, length: int) -> torch.Tensor:
+    """In how many pixels the other numbers' cells differ from that of 0: for a linear code these are all distances."""
+    code = TokenCode(2**bits, 1, length)
+    assert code.cells(torch.zeros((), dtype=torch.int64)).eq(-1).all()
+    return torch.cat([(code.cells(part) > 0).sum(1) for part in torch.arange(1, 2**bits).split(2**13)])
+
+
+@pytest.mark.parametrize(("num_tokens", "cell_size", "channels"), CODES)
+def test_what_is_drawn_is_read_again(num_tokens, cell_size, channels):
+    code = TokenCode(num_tokens, cell_size, channels)
+    img_size, cells = 6 * cell_size, 36
+    tokens = drawn_tokens(code, 4, img_size)
+    lengths = [36, 1, 0, 17]
+    there = lengths_mask(lengths, cells)
+    pictures, mask = code.draw(tokens, there, img_size), code.over_pixels(there.float(), img_size)
+    assert pictures.shape == (4, channels, img_size, img_size) and pictures.dtype == torch.float32
+    assert mask.shape == (4, img_size, img_size) and mask.sum((1, 2)).tolist() == [n * cell_size**2 for n in lengths]
+    assert torch.equal(pictures.abs(), mask[:, None].expand_as(pictures))  # ±1 on tokens, 0 elsewhere
+    assert code.decode(pictures, mask) == [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
+    assert code.decode(0.01 * pictures.half(), mask)[0] == tokens[0].tolist()  # the contrast does not matter
+    assert torch.equal(code.over_cells(mask), there)
+    assert TokenCode(**code.config).decode(pictures, mask)[3] == tokens[3, :17].tolist()
+
+
+@pytest.mark.parametrize(("num_tokens", "cell_size", "channels"), CODES)
+def test_all_cells_differ(num_tokens, cell_size, channels):
+    code = TokenCode(num_tokens, cell_size, channels)
+    assert code.table.shape == (num_tokens, channels * cell_size**2)
+    assert len(torch.unique(code.table, dim=0)) == num_tokens
+    assert code.table.abs().eq(1).all()
+    some = drawn_tokens(code, 1, 4 * cell_size)
+    assert torch.equal(code.drawn(some), code.cells(some))
+
+
+def test_large_tables_are_reckoned_instead_of_looked_up():
+    code = TokenCode(152_000, 8, 3)
+    tokens = torch.tensor([[0, 1, 77, 151_999]])
+    assert torch.equal(code.drawn(tokens), code.cells(tokens))
+    assert "table" not in code.__dict__
+
+
+def test_cells_are_far_apart():
+    others = weights(9, 48)
+    assert others.min() == 16 and abs(others.double().mean() - 24) < 0.1
+    assert weights(16, 48).min() == 10
+    assert weights(18, 48).min() == 9
+    table = TokenCode(260).table
+    distances = (48 - table @ table.T) / 2
+    assert distances.fill_diagonal_(99).min() == 16
+
+
+def test_the_code_is_linear():
+    """The cell of a ⊕ b is the product of signs of those of a, b, and 0."""
+    code = TokenCode(512)
+    a, b = torch.randint(512, (2, 200), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(code.cells(a ^ b), code.cells(a) * code.cells(b) * code.cells(torch.tensor(0)))
+
+
+def test_a_cell_by_hand():
+    """Nine bits name themselves; pixel 9 is the parity of those in 1 + 9²·212 mod 511 = 310 = 100110110₂."""
+    cells = (TokenCode(260).cells(torch.tensor([0, 5, 1 << 3, 1 << 7])) > 0).int()
+    assert cells[0].sum() == 0
+    assert cells[1, :10].tolist() == [1, 0, 1, 0, 0, 0, 0, 0, 0, 1]
+    assert cells[2, :10].tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+    assert cells[3, :10].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 0, 0]
+    for j in range(9, 48):
+        column = 1 + j * j * 212 % 511
+        assert [int(cells[row, j]) for row in range(4)] == [
+            (n & column).bit_count() % 2 for n in (0, 5, 1 << 3, 1 << 7)
+        ]
+
+
+@pytest.mark.parametrize(("num_tokens", "cell_size", "channels", "digest"), [
+    (260, 4, 3, "0c345d592155fe56"),
+    (50257, 4, 3, "14e24ed6c471d477"),
+    (1000, 2, 3, "8d8600730242d8d2"),
+])  # fmt: skip
+def test_the_code_stays_what_it_was(num_tokens, cell_size, channels, digest):
+    """A model's pictures are read by the code they were drawn with."""
+    code = TokenCode(num_tokens, cell_size, channels)
+    tokens = (torch.arange(64) * 7919 % num_tokens)[None]
+    picture = code.draw(tokens, torch.ones(1, 64, dtype=torch.bool), 8 * cell_size)
+    assert hashlib.sha256((picture > 0).numpy().tobytes()).hexdigest()[:16] == digest
+
+
+def test_cells_stand_in_reading_order_and_their_pixels_too():
+    code = TokenCode(260)
+    tokens = torch.tensor([[65, 200, 7]])
+    picture = code.draw(tokens, torch.ones(1, 3, dtype=torch.bool), 8)[0]
+    cells = code.cells(tokens[0])
+    for cell, (row, column) in zip(cells, [(0, 0), (0, 4), (4, 0)], strict=True):
+        assert torch.equal(picture[:, row : row + 4, column : column + 4].flatten(), cell)
+    assert not picture[:, 4:, 4:].any()
+    assert torch.equal(code.cells_of(picture[None])[0, :3], cells)
+    assert picture[1, 2, 4 + 3] == cells[1, 1 * 16 + 2 * 4 + 3]  # channel, row, column
+
+
+def test_a_picture_need_not_be_square_to_be_cut_into_cells():
+    code = TokenCode(16, 2, 1)
+    pictures = torch.randn(2, 1, 4, 10, generator=torch.Generator().manual_seed(0))
+    cells = code.cells_of(pictures)
+    assert cells.shape == (2, 10, 4)
+    assert torch.equal(code.pictures(cells, columns=5), pictures)
+
+
+@pytest.mark.parametrize(("num_tokens", "cell_size", "channels"), [(260, 4, 3), (3000, 4, 3), (200, 2, 3)])
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 3.0])
+def test_the_nearest_is_that_of_brute_force(num_tokens, cell_size, channels, sigma):
+    code = TokenCode(num_tokens, cell_size, channels)
+    tokens = drawn_tokens(code, 1, 10 * cell_size)[0]
+    noise = torch.randn(100, code.length, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noisy = code.cells(tokens).double() + sigma * noise
+    nearest = torch.cdist(noisy, code.table.double()).argmin(1)
+    assert torch.equal(code.nearest(noisy), nearest)
+    assert torch.equal(code.nearest(noisy.view(4, 25, -1)), nearest.view(4, 25))
+    hit = (nearest == tokens).double().mean()
+    assert hit == 1 if (sigma, cell_size) == (0.3, 4) else hit < 1 if sigma == 3 else True
+
+
+def test_the_nearest_does_not_depend_on_how_many_are_asked_at_once(monkeypatch):
+    code = TokenCode(260)
+    noisy = torch.randn(50, 48, generator=torch.Generator().manual_seed(2))
+    whole = code.nearest(noisy)
+    monkeypatch.setattr("vavae_tools.data.token_code._AT_ONCE", 700)
+    assert torch.equal(code.nearest(noisy), whole)
+
+
+def test_up_to_seven_wrong_signs_are_mended():
+    """With a distance of 16, seven of 48 signs may be wrong."""
+    code = TokenCode(260)
+    tokens = torch.arange(260)
+    wrong = torch.rand(260, 48, generator=torch.Generator().manual_seed(3)).argsort(1)[:, :7]
+    cells = code.cells(tokens)
+    assert torch.equal(code.nearest(cells.scatter(1, wrong, -cells.gather(1, wrong))), tokens)
+
+
+def test_a_cell_is_valid_when_all_signs_are_a_tokens():
+    code = TokenCode(260)
+    cells = code.cells(torch.arange(260)) * torch.rand(260, 48, generator=torch.Generator().manual_seed(4)).add(0.01)
+    assert code.is_valid(cells).all()
+    for pixel in range(48):  # the nearest is the same, but it is no cell of a token
+        flipped = cells.index_copy(1, torch.tensor([pixel]), -cells[:, [pixel]])
+        assert not code.is_valid(flipped).any()
+    assert not code.is_valid(code.cells(torch.tensor([259])).index_fill(1, torch.tensor([20]), 0.0)).any()
+    assert not code.is_valid(torch.zeros(1, 48)).any()  # grey is no token
+    assert not code.is_valid(TokenCode(512).cells(torch.arange(260, 512))).any()  # of numbers there are none of
+    assert code.nearest(TokenCode(512).cells(torch.arange(260, 512))).max() < 260
+
+
+def test_no_cells_are_no_tokens():
+    code = TokenCode(260)
+    assert code.nearest(torch.zeros(0, 48)).shape == (0,)
+    assert code.decode(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8)) == [[], []]
+
+
+def test_it_travels_to_another_process():
+    code = pickle.loads(pickle.dumps(TokenCode(260)))
+    assert torch.equal(code.table, TokenCode(260).table)
+
+
+@pytest.mark.parametrize(("call", "says"), [
+    (lambda: TokenCode(152_000, 2), "152,000 tokens need 18 bits, a cell of 3×2×2 pixels has 12, enough for 4,096: "
+                                    "take cell_size 3 or larger, or more channels"),
+    (lambda: TokenCode(257, 2, 2), "257 tokens need 9 bits, a cell of 2×2×2 pixels has 8, enough for 256: "
+                                   "take cell_size 3 or larger, or more channels"),
+    (lambda: TokenCode(0), "0 tokens in 3 channels of 4×4: expected 1 or more"),
+    (lambda: TokenCode(5, 0), "5 tokens in 3 channels of 0×0: expected 1 or more"),
+    (lambda: TokenCode(5, 4, -1), "5 tokens in -1 channels of 4×4: expected 1 or more"),
+    (lambda: TokenCode(260).capacity(66), "img_size 66 is no multiple of cell_size 4: take 64, or another cell_size"),
+    (lambda: TokenCode(260).capacity(67), "img_size 67 is no multiple of cell_size 4: take 68, or another cell_size"),
+    (lambda: TokenCode(260).capacity(0), "img_size 0 is no multiple of cell_size 4: take 4, or another cell_size"),
+    (lambda: TokenCode(260).draw(torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5).bool(), 8),
+     "5 tokens for a picture of 8×8, which has 4 cells: cut the text, or take a larger img_size"),
+])  # fmt: skip
+def test_what_does_not_fit_is_said(call, says):
+    with pytest.raises(UserError) as error:
+        call()
+    assert str(error.value) == says
+
+
+def test_what_the_lines_name_fits():
+    assert TokenCode(152_000, 3).length == 27 and TokenCode(257, 3, 2).length == 18
+    assert TokenCode(256, 2, 2).length == 8  # as many bits as pixels
+    assert [TokenCode(260).capacity(size) for size in (4, 64, 256)] == [1, 256, 4096]

@@ -1,0 +1,384 @@
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from PIL import Image
+from torch import nn
+
+from vavae_tools.data.sentences import answers, is_grammatical, questions, sentences
+from vavae_tools.data.text_tokens import byte_tokenizer
+from vavae_tools.data.token_code import TokenCode
+from vavae_tools.data.token_images import TokenImageDataset
+from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.token_pipeline import TokenImagePipeline
+from vavae_tools.draws import Draws
+from vavae_tools.errors import UserError
+from vavae_tools.evaluation import token_images
+from vavae_tools.evaluation.token_images import (
+    KnownTexts,
+    bits_per_token,
+    evaluate_tokens,
+    novelty,
+    reconstruction_curve,
+    unigram_bits,
+    valid_share,
+)
+from vavae_tools.plots import plot_curves
+
+SIZE = 8
+"""Side of the toy's pictures: 16 cells of 2×2 grey pixels."""
+
+
+class Toy:
+    """Rows of token numbers as a data set of pictures, of which the first cells may be a prompt."""
+
+    data_path = "toy"
+    img_size = SIZE
+
+    def __init__(self, rows, num_tokens=8, prompt=0):
+        self.rows, self.prompt = torch.as_tensor(rows), prompt
+        self.code = TokenCode(num_tokens, cell_size=2, channels=1)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitems__(self, indices):
+        rows = self.rows[indices]
+        there = torch.ones(rows.shape, dtype=torch.bool)
+        known = there & (torch.arange(rows.shape[1]) < self.prompt)
+        clean = self.code.draw(rows, there, SIZE)
+        batch = {"clean": clean, "index": torch.tensor(indices)}
+        batch["mask"] = self.code.over_pixels((there & ~known).float(), SIZE)
+        if self.prompt:
+            batch["condition_mask"] = self.code.over_pixels(known.float(), SIZE)
+        return batch
+
+
+class Denoiser(ModelMixin, ConfigMixin):
+    """Predicts by a function of (x, t), and remembers the times it was asked at."""
+
+    config_name = "config.json"
+
+    def __init__(self, code, img_size, predict):
+        super().__init__()
+        self.none, self.predict, self.times = nn.Parameter(torch.zeros(())), predict, []
+        self.latent_shape = (code.channels + 1, img_size, img_size)
+
+    def forward(self, x, t, conditioning, mask=None):
+        self.times.append(t)
+        predicted = self.predict(x[:, :-1], t)
+        return torch.cat([predicted, torch.full_like(x[:, -1:], 7.0)], dim=1)  # of the last channel nobody asks
+
+
+def pipeline(data, predict, lengths=None, **settings):
+    denoiser = Denoiser(data.code, data.img_size, predict)
+    lengths = lengths or [0, 1]
+    conditioner = ClassConditioner(1, 4, dropout=0.0)
+    pipe = TokenImagePipeline(denoiser, conditioner, byte_tokenizer(), data.code.config, lengths, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def posterior_mean(code, img_size, shares):
+    """What a perfect denoiser says of cells with independent tokens: Σ p(token | cell)·code."""
+    log_shares = torch.as_tensor(shares, dtype=torch.float64).log()
+
+    def predict(x, t):
+        t = t.double()[:, None, None]
+        cells = code.cells_of(x).double()
+        table = code.table.double()
+        weights = (log_shares + t / (1 - t) ** 2 * (cells @ table.T)).softmax(-1)
+        return code.pictures((weights @ table).float(), img_size // code.cell_size)
+
+    return predict
+
+
+def drawn_rows(shares, count=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.multinomial(torch.tensor(shares), count * 16, replacement=True, generator=generator).view(count, 16)
+
+
+# ---- cells
+
+
+def test_valid_cells_are_those_with_all_signs_of_a_token():
+    code = TokenCode(5, cell_size=2, channels=1)  # three bits: 5, 6 and 7 are no tokens
+    tokens = torch.arange(16)[None] % 5
+    pictures = code.draw(tokens, torch.ones_like(tokens).bool(), SIZE)
+    mask = torch.ones(1, SIZE, SIZE)
+    assert valid_share(code, 0.1 * pictures, mask) == 1
+    pictures[0, :, :2, 2:4] *= -1  # the complement of the second cell
+    signs = {tuple(row) for row in code.table.tolist()}
+    assert tuple((-code.table[1]).tolist()) not in signs
+    assert valid_share(code, pictures, mask) == 15 / 16
+    known = torch.zeros(1, SIZE, SIZE)
+    known[:, :2, :4] = 1
+    assert valid_share(code, pictures, mask, known) == 1
+    mask[:, 4:] = 0
+    assert valid_share(code, pictures, mask) == 7 / 8
+
+
+def test_what_comes_back_is_counted_by_cells_and_by_pictures():
+    data = Toy(drawn_rows([1 / 8] * 8, 4))
+    rows = data.rows.clone()
+    rows[2, 5] = (rows[2, 5] + 1) % 8
+    rows[2, 9] = (rows[2, 9] + 1) % 8
+    wrong = data.code.draw(rows, torch.ones_like(rows).bool(), SIZE)
+    pipe = pipeline(data, lambda x, t: wrong)
+    curve = reconstruction_curve(pipe, data, times=(0.0, 0.5), count=9, steps=4)
+    assert [(one.t, one.cells, one.pictures) for one in curve] == [(0.0, 62 / 64, 3 / 4), (0.5, 62 / 64, 3 / 4)]
+    times = torch.stack(pipe.denoiser.times)
+    assert (times == times[:, :1]).all()  # the whole grid from noise, of the other what is left of it
+    assert times[:, 0].tolist() == [0, 0.25, 0.5, 0.75, 0.5, 0.75]
+
+
+def test_a_prompt_is_given_and_does_not_count():
+    data = Toy(drawn_rows([1 / 8] * 8, 4), prompt=6)
+    rows = data.rows.clone()
+    rows[:, :6], rows[1, 6] = (rows[:, :6] + 1) % 8, (rows[1, 6] + 1) % 8
+    wrong = data.code.draw(rows, torch.ones_like(rows).bool(), SIZE)
+    (found,) = reconstruction_curve(pipeline(data, lambda x, t: wrong), data, times=(0.3,), steps=3)
+    assert (found.cells, found.pictures) == (39 / 40, 3 / 4)
+    bits = bits_per_token(pipeline(data, lambda x, t: wrong), data)
+    assert bits.tokens == 40
+    squared = 4 * int((data.code.table[data.rows[1, 6]] != data.code.table[rows[1, 6]]).sum())
+    r = bits.last_time / (1 - bits.last_time)
+    assert bits.diffusion == pytest.approx(squared * r**2 / 2 / math.log(2) / 40, rel=0.15)
+
+
+def test_less_noise_brings_more_back_and_a_seed_the_same():
+    data = Toy(drawn_rows([1 / 8] * 8, 32))
+    pipe = pipeline(data, posterior_mean(data.code, SIZE, [1 / 8] * 8))
+    curve = reconstruction_curve(pipe, data, times=(0.0, 0.5, 0.85), steps=10, seed=3)
+    assert 0.05 < curve[0].cells < 0.2 < curve[1].cells < curve[2].cells and curve[2].cells > 0.99
+    assert curve == reconstruction_curve(pipe, data, times=(0.0, 0.5, 0.85), steps=10, seed=3)
+    assert curve[1] == reconstruction_curve(pipe, data, times=(0.5,), steps=10, seed=3)[0]
+    with pytest.raises(UserError, match="time 1"):
+        reconstruction_curve(pipe, data, times=(1,))
+
+
+# ---- copies
+
+
+def brute_force(rows, known, sizes, copied_span):
+    def has(span):
+        return any(list(text[i : i + len(span)]) == list(span) for text in known for i in range(len(text)))
+
+    ngrams = {}
+    for n in sizes:
+        grams = [has(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+        ngrams[n] = sum(grams) / len(grams) if grams else None
+    spans = [
+        [n for i in range(len(row)) for n in range(1, len(row) - i + 1) if has(row[i : i + n])] + [0] for row in rows
+    ]
+    copied = 0
+    for row in rows:
+        covered = set()
+        for i in range(len(row) - copied_span + 1):
+            if has(row[i : i + copied_span]):
+                covered |= set(range(i, i + copied_span))
+        copied += len(covered)
+    longest = [max(of_row) for of_row in spans]
+    whole = sum(any(list(row) == list(text) for text in known) for row in rows) / len(rows)
+    copied /= sum(map(len, rows))
+    return ngrams, (sum(longest) / len(rows), max(longest), copied, whole)
+
+
+@pytest.mark.parametrize("block", [2**18, 7, 1])
+@pytest.mark.parametrize("kinds", [2, 4, 40])
+def test_copies_are_those_that_a_search_by_hand_finds(monkeypatch, block, kinds):
+    monkeypatch.setattr(token_images, "_BLOCK", block)
+    rng = np.random.default_rng(kinds)
+    known = [rng.integers(0, kinds, rng.integers(1, 12)).astype(np.int32) for _ in range(25)]
+    rows = [rng.integers(0, kinds + 1, rng.integers(1, 15)).tolist() for _ in range(12)]
+    rows += [known[3].tolist(), [*known[5].tolist(), kinds], known[7][1:].tolist() or [0], [50_000]]
+    found = novelty(rows, KnownTexts(known), sizes=(1, 2, 3, 5, 30), copied_span=4)
+    ngrams, others = brute_force(rows, known, (1, 2, 3, 5, 30), 4)
+    assert found.texts == 16
+    assert found.ngrams == pytest.approx(ngrams)
+    assert (found.longest_mean, found.longest, found.copied, found.whole) == pytest.approx(others)
+    assert found.ngrams[30] is None and 0 < found.whole < 1
+
+
+def test_a_span_over_the_border_of_two_texts_is_none_of_theirs():
+    known = KnownTexts([[1, 2, 3], [4, 5, 6]])
+    found = novelty([[2, 3, 4, 5]], known, sizes=(1, 2), copied_span=3)
+    assert found.ngrams == {1: 1.0, 2: 2 / 3} and found.longest == 2 and found.copied == 0
+    assert novelty([[9]], known, wholes=[[4, 5, 6]]).whole == 1
+    assert known.longest_spans([[], [9], [6, 5], [3, 1, 2, 3, 1]]).tolist() == [0, 0, 1, 3]
+    with pytest.raises(UserError, match="No tokens"):
+        novelty([[]], known)
+
+
+# ---- bits
+
+
+def entropy(shares):
+    return -sum(p * math.log2(p) for p in shares if p)
+
+
+SKEWED = [0.8, 0.1, 0.05, 0.02, 0.01, 0.01, 0.005, 0.005]
+
+
+@pytest.mark.parametrize("num_tokens", [8, 5])
+def test_the_bound_of_a_perfect_denoiser_is_the_entropy(num_tokens):
+    shares = [1 / num_tokens] * num_tokens
+    data = Toy(drawn_rows(shares), num_tokens)
+    found = bits_per_token(pipeline(data, posterior_mean(data.code, SIZE, shares)), data)
+    assert found.error < 0.06 and found.tokens == 64 * 16
+    assert abs(found.bits - math.log2(num_tokens)) < 4 * found.error
+    assert found.reconstruction < 0.03 and found.bits == pytest.approx(found.diffusion + found.reconstruction)
+
+
+@pytest.mark.parametrize("last_time", [0.3, 0.6, 0.75, 0.9])
+def test_where_the_integral_ends_the_bound_of_a_perfect_denoiser_is_the_same(last_time):
+    """Of tokens that are equally likely, what is open at the end is told by the cells' own likelihoods."""
+    data = Toy(drawn_rows([1 / 8] * 8))
+    pipe = pipeline(data, posterior_mean(data.code, SIZE, [1 / 8] * 8))
+    found = bits_per_token(pipe, data, times=32, last_time=last_time)
+    assert found.last_time == pytest.approx(last_time)
+    assert abs(found.bits - 3) < 4 * found.error and found.error < 0.12
+
+
+def test_the_standard_error_is_how_far_other_seeds_come_out():
+    data = Toy(drawn_rows([1 / 8] * 8, 256))
+    pipe = pipeline(data, posterior_mean(data.code, SIZE, [1 / 8] * 8))
+    found = [bits_per_token(pipe, data, count=24, times=8, seed=seed) for seed in range(40)]
+    spread = np.std([one.bits for one in found])
+    assert spread == pytest.approx(np.mean([one.error for one in found]), rel=0.35)
+    assert abs(np.mean([one.bits for one in found]) - 3) < 4 * spread / math.sqrt(40)
+    assert found[0] == bits_per_token(pipe, data, count=24, times=8, seed=0)
+
+
+def test_the_bound_of_skewed_tokens_is_near_their_entropy_and_a_wrong_denoiser_is_far_above():
+    data = Toy(drawn_rows(SKEWED, 128))
+    counted = unigram_bits(data.rows.tolist())
+    assert abs(counted - entropy(SKEWED)) < 0.1
+    found = bits_per_token(pipeline(data, posterior_mean(data.code, SIZE, SKEWED)), data, count=128)
+    assert -4 * found.error < found.bits - counted < 4 * found.error + 0.05
+    even = bits_per_token(pipeline(data, posterior_mean(data.code, SIZE, [1 / 8] * 8)), data, count=128)
+    assert abs(even.bits - 3) < 4 * even.error and even.bits > found.bits + 1  # who knows no shares pays for it
+    nothing = bits_per_token(pipeline(data, lambda x, t: torch.zeros_like(x)), data, count=128)
+    r = nothing.last_time / (1 - nothing.last_time)
+    assert nothing.diffusion == pytest.approx(4 * r**2 / 2 / math.log(2), rel=0.02)
+    assert nothing.bits > 4 * even.bits
+
+
+def test_who_knows_the_tokens_pays_for_none_and_values_beyond_the_range_cost_nothing():
+    data = Toy(drawn_rows([1 / 8] * 8, 8))
+    clean = data.__getitems__(list(range(8)))["clean"]
+    found = bits_per_token(pipeline(data, lambda x, t: 1.5 * clean), data)
+    assert found.diffusion == 0 and found.bits == found.reconstruction < 0.05
+    assert bits_per_token(pipeline(Toy(data.rows[:1]), lambda x, t: clean[:1]), Toy(data.rows[:1])).error is None
+    with pytest.raises(UserError, match="times 0"):
+        bits_per_token(pipeline(data, lambda x, t: clean), data, times=0)
+
+
+def test_unigram_bits():
+    assert unigram_bits([[0, 1], [2, 3]]) == 2 and unigram_bits([[7, 7]]) == 0
+    assert unigram_bits([[0, 0, 5], [9]]) == pytest.approx(1.5)
+
+
+# ---- all of it
+
+
+def dataset(folder, rows, chats=False):
+    lines = [{"messages": row} if chats else {"text": row} for row in rows]
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return TokenImageDataset(path, img_size=40 if chats else 32, use_chat_template=chats)
+
+
+def written_by_heart(data, rows):
+    """A denoiser that writes the same tokens into every picture."""
+    tokens = torch.tensor(rows)[None]
+    picture = data.code.draw(tokens, torch.ones_like(tokens).bool(), data.img_size)
+    return lambda x, t: picture.expand(len(x), -1, -1, -1)
+
+
+def test_an_evaluation_of_texts_is_a_table_and_files(tmp_path):
+    train, val = dataset(tmp_path, sentences(40)).sides(0.2)
+    by_heart = train.tokens_of(0)
+    lengths = [0] * train.max_tokens + [0]
+    lengths[len(by_heart)] = 1
+    pipe = pipeline(train, written_by_heart(train, by_heart.tolist()), lengths)
+    said = []
+    out = tmp_path / "evaluation"
+    report = evaluate_tokens(pipe, train, val, out, 5, 2, is_right=is_grammatical, say=said.append)
+    samples, completed, real = (report.scores[name] for name in ("samples", "completions", "real"))
+    assert samples.right == samples.valid == samples.novelty.whole == 1 and samples.prompts_kept is None
+    assert samples.novelty.longest == samples.novelty.longest_mean == len(by_heart)
+    assert set(samples.novelty.ngrams.values()) == {1.0} and samples.novelty.copied == 1
+    assert completed.prompts_kept == 1 and completed.texts == 5 and completed.novelty.whole < 1
+    assert real.right == 1 and real.valid is None and real.novelty.whole == 0
+    assert list(report.bits) == ["validation", "training"] and report.bits["training"].bits > report.unigram_bits
+    counts = Counter(token for i in range(len(train)) for token in train.tokens_of(i).tolist())
+    total = sum(counts.values())
+    assert report.unigram_bits == pytest.approx(-sum(n / total * math.log2(n / total) for n in counts.values()))
+    assert len(report.curve) == 19 and report.curve_of == "validation" and not report.notes
+
+    table = str(report)
+    assert "samples" in table and "prompts kept" in table and "8-grams in training" in table
+    assert "written: evaluation.json, samples.jsonl, figures/reconstruction.png" in table
+    assert said and all("\n" not in line for line in said)
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found == json.loads(json.dumps(report.as_dict())) and found["scores"]["real"]["right"] == 1
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert lines[0] == {"text": train.text(by_heart), "prompt": None} and len(lines) == 10
+    assert all(line["prompt"] and line["text"].startswith(line["prompt"]) for line in lines[5:])
+    assert Image.open(out / "figures" / "reconstruction.png").size[0] > 300
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_without_texts_that_validate_their_rows_are_left_out_and_it_is_said(tmp_path):
+    train = dataset(tmp_path, sentences(6))
+    pipe = pipeline(train, written_by_heart(train, [1]), [0, 1])
+    report = evaluate_tokens(pipe, train, None, None, 3, 1, say=lambda line: None)
+    assert list(report.scores) == ["samples"] and list(report.bits) == ["training"] and report.curve_of == "training"
+    assert len(report.notes) == 1 and "no texts that validate" in str(report) and "written" not in str(report)
+    assert "right" not in str(report).split("copied whole")[0]
+    assert not list(tmp_path.rglob("evaluation.json"))
+
+
+def test_answers_are_judged_with_their_questions(tmp_path):
+    train, val = dataset(tmp_path, questions(30), chats=True).sides(0.2)
+    chosen = Draws(0, 0, torch.arange(len(val))).uniform("text").argsort()[:4].tolist()
+    clean = val.__getitems__(chosen)["clean"]
+
+    def remembered(x, t):
+        return clean if len(x) == len(clean) else torch.zeros_like(x)  # other pictures are those that are measured
+
+    pipe = pipeline(train, remembered, train.lengths().tolist(), use_chat_template=True)
+    pairs = []
+
+    def is_right(question, answer):
+        pairs.append((question, answer))
+        return answers(question, answer)
+
+    report = evaluate_tokens(pipe, train, val, None, 4, 2, is_right=is_right, say=lambda line: None)
+    assert list(report.scores) == ["answers", "real"]
+    assert report.scores["answers"].prompts_kept == 1 and report.scores["real"].right == 1
+    assert all(question.startswith("tell me about") for question, _ in pairs) and len(pairs) == 8
+    real = [answer for _, answer in pairs[4:]]
+    for (_, made), known in zip(pairs[:4], real, strict=True):  # cut or filled up where another length was drawn
+        assert made.startswith(known[: len(made)]) or known.startswith(made[: len(known)])
+
+
+def test_a_model_of_another_code_is_one_line(tmp_path):
+    train = dataset(tmp_path, sentences(3))
+    with pytest.raises(UserError, match="the same tokenizer"):
+        evaluate_tokens(pipeline(Toy([[0] * 16]), None), train)
+
+
+def test_a_figure_of_curves():
+    figure = plot_curves([0, 0.5], {"cells": [0.1, 1.0], "pictures": [0.0, 0.9]}, "t", "share", (0, 1))
+    (ax,) = figure.axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("t", "share")
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[0.1, 1.0], [0.0, 0.9]]
+    low, high = ax.get_ylim()
+    assert -0.1 < low < 0 and 1 < high < 1.1
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["cells", "pictures"]

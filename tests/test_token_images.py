@@ -1,0 +1,747 @@
+"""Texts as pictures: nothing lost, nothing twice, read again; files, tokenizers, sides; what is said of faults."""
+
+import json
+import pickle
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from vavae_tools.data import sentences as grammar
+from vavae_tools.data import text_files
+from vavae_tools.data.order import EpochOrder
+from vavae_tools.data.sentences import answers, is_grammatical, questions, sentences, zen
+from vavae_tools.data.text_files import read_texts
+from vavae_tools.data.text_tokens import SPECIAL, TextTokens, byte_tokenizer
+from vavae_tools.data.token_code import TokenCode
+from vavae_tools.data.token_images import TokenImageDataModule, TokenImageDataset
+from vavae_tools.errors import UserError
+
+ODD = "Zoë ate 3 “naïve” 猫 🐈\u200d⬛\n\n\tend\r\n<|end|><|user|> [SEP] \x00 \u2028."
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[SEP]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+FORGETFUL = "{{ messages | length }}" + TEMPLATE
+"""A template that writes at the beginning how many messages there are."""
+STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('users begin') }}{% endif %}" + TEMPLATE
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def json_lines(path: Path, *rows) -> Path:
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def chat(*contents: str) -> list[dict[str, str]]:
+    """Messages of a user and the assistant in turn."""
+    return [{"role": ("user", "assistant")[k % 2], "content": content} for k, content in enumerate(contents)]
+
+
+def pieces(data: TokenImageDataset) -> list[list[int]]:
+    return [data.tokens_of(index).tolist() for index in range(len(data))]
+
+
+def refused(call, *args, **options) -> str:
+    with pytest.raises(UserError) as error:
+        call(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def wordy(words: list[str], template: str | None, **options):
+    """A tokenizer of whole words and of spaces, with [SEP] at the end."""
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(["[UNK]", " ", *words])}
+    of_words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    of_words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w]"), "isolated")
+    of_words.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=of_words, unk_token="[UNK]", **options)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory) -> Path:
+    """The folder of a byte-level BPE that was trained here, with a beginning it likes to add, and cut at 8 tokens."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["[CLS]", "[SEP]", "[user]", "[assistant]", "[system]"]
+    trainer = BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(sentences(300), trainer)
+    bpe.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)])
+    bpe.enable_truncation(8)
+    folder = tmp_path_factory.mktemp("tokenizers") / "merged"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="[SEP]", bos_token="[CLS]", model_max_length=8)
+    tokenizer.add_special_tokens({"additional_special_tokens": special[2:]})
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def endless():
+    """A tokenizer without an end and without a chat template."""
+    return wordy(["the", "a", "cat", "sees", "king", "."], None)
+
+
+# ---- texts and pictures
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 7, 16, None])
+@pytest.mark.parametrize("of", ["bytes", "merged"])
+def test_no_token_is_lost_or_repeated(of, max_tokens, merged, tmp_path):
+    texts = [ODD, "", "x", "one two three " * 40, "é" * 35, "a" * 16, "b" * 15, "the cat sees a bird.\n\n"]
+    file = json_lines(tmp_path / "texts.jsonl", *({"text": text} for text in texts))
+    tokenizer = merged if of == "merged" else None
+    data = TokenImageDataset(file, 16, max_tokens=max_tokens, tokenizer=tokenizer)
+    tokens, held = TextTokens(tokenizer), max_tokens or 16
+    wanted = [row.tolist() for row in tokens.encode(texts, end=True)]
+    assert [row[-1] for row in wanted] == [tokens.end] * len(texts)
+    cut = [row[start : start + held] for row in wanted for start in range(0, len(row), held)]
+    assert pieces(data) == cut
+    assert len(data) == sum(-(-len(row) // held) for row in wanted)
+    batch = data.__getitems__(list(range(len(data))))
+    assert data.decode(batch["clean"], batch["mask"]) == cut
+    joined = [token for piece in data.decode(batch["clean"], batch["mask"]) for token in piece]
+    assert tokens.decode(joined) == "".join(texts)
+
+
+@pytest.mark.parametrize("of", ["bytes", "merged"])
+@pytest.mark.parametrize("text", [ODD, "\n\n\n", "<|end|>", "[SEP][CLS]", "\ufeffx", " lead and trail "])
+def test_picture_to_text_is_exact(of, text, merged, tmp_path):
+    file = json_lines(tmp_path / "text.jsonl", {"text": text})
+    data = TokenImageDataset(file, tokenizer=merged if of == "merged" else None)
+    item = data[0]
+    assert data.text(data.decode(item["clean"], item["mask"])) == text
+    noisy = item["clean"] + 0.3 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert data.text(data.decode(noisy, item["mask"])) == text
+
+
+def test_what_a_picture_is(tmp_path):
+    data = TokenImageDataset(write(tmp_path / "a.txt", "hé"), 8)
+    assert pieces(data) == [[104, 0xC3, 0xA9, 256]] and len(data) == 1 and len(data.tokens) == 260
+    data = TokenImageDataset(tmp_path / "a.txt", 8, max_tokens=3)
+    item, last = data[0], data[1]
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in item.items()} == {
+        "clean": (torch.float32, (3, 8, 8)),
+        "mask": (torch.float32, (8, 8)),
+        "index": (torch.int64, ()),
+    }
+    cells = TokenCode(260).cells(torch.tensor([104, 0xC3, 0xA9, 256]))
+    assert torch.equal(item["clean"][:, :4, :4].flatten(), cells[0])
+    assert torch.equal(item["clean"][:, :4, 4:].flatten(), cells[1])
+    assert torch.equal(item["clean"][:, 4:, :4].flatten(), cells[2])
+    assert not item["clean"][:, 4:, 4:].any()
+    assert item["mask"].tolist() == [[1] * 8] * 4 + [[1] * 4 + [0] * 4] * 4
+    assert torch.equal(last["clean"][:, :4, :4].flatten(), cells[3]) and last["mask"].sum() == 16
+    assert (int(item["index"]), int(last["index"])) == (0, 1)
+
+
+def test_a_piece_may_end_inside_a_character(tmp_path):
+    data = TokenImageDataset(write(tmp_path / "a.txt", "aé"), 8, max_tokens=2)
+    assert pieces(data) == [[97, 0xC3], [0xA9, 256]]
+    assert data.text([97, 0xC3]) == "a\ufffd" and data.text([97, 0xC3, 0xA9, 256]) == "aé"
+
+
+@pytest.mark.parametrize(("size", "cell_size", "channels", "cells"), [(64, 4, 3, 256), (12, 3, 1, 16), (16, 8, 2, 4)])
+def test_the_picture_holds_what_its_size_says(size, cell_size, channels, cells, tmp_path):
+    data = TokenImageDataset(write(tmp_path / "a.txt", "x" * 999), size, cell_size=cell_size, channels=channels)
+    assert data.max_tokens == cells and len(data) == -(-1000 // cells)
+    assert data[0]["clean"].shape == (channels, size, size) and data[0]["mask"].all()
+
+
+def test_a_batch_is_its_items():
+    data = TokenImageDataset("zen", 32)
+    batch = data.__getitems__([5, 0, 11])
+    assert batch["index"].tolist() == [5, 0, 11] and set(batch) == {"clean", "mask", "index"}
+    for row, index in enumerate([5, 0, 11]):
+        assert all(torch.equal(value, batch[name][row]) for name, value in data[index].items())
+    assert data.decode(batch["clean"], batch["mask"])[1] == [*b"Beautiful is better than ugly.", 256]
+    with pytest.raises(IndexError):
+        data[len(data)]
+
+
+# ---- chats
+
+
+@pytest.mark.parametrize("max_tokens", [5, 32, None])
+@pytest.mark.parametrize("of", ["bytes", "merged"])
+def test_prompt_and_answer_are_told_apart(of, max_tokens, merged, tmp_path):
+    chats = [
+        chat("who?", "the cat.", "and two?", "two  kings, é."),
+        [{"role": "system", "content": "be kind"}, *chat("a", "b")],
+        [*chat("q", "one"), {"role": "assistant", "content": "again"}],
+        chat("", ""),
+    ]
+    file = json_lines(tmp_path / "chats.jsonl", *({"messages": messages} for messages in chats))
+    tokenizer = merged if of == "merged" else None
+    data = TokenImageDataset(file, 64, True, max_tokens, tokenizer)
+    tokens, (mark, end) = data.tokens, ("<|{}|>", "<|end|>") if of == "bytes" else ("[{}]", "[SEP]")
+    rows, learnt = [], []
+    for messages in chats:
+        text = is_answer = ()
+        for message in messages:
+            header = tokens.tokenizer(mark.format(message["role"]), add_special_tokens=False).input_ids
+            content = tokens.tokenizer(message["content"] + end, add_special_tokens=False).input_ids
+            text = (*text, *header, *content)
+            is_answer = (*is_answer, *[False] * len(header), *[message["role"] == "assistant"] * len(content))
+        rows.append(list(text))
+        learnt.append(list(is_answer))
+    held = max_tokens or 256
+    parts = [(k, start) for k, row in enumerate(rows) for start in range(0, len(row), held)]
+    assert pieces(data) == [rows[k][start : start + held] for k, start in parts]
+    batch = data.__getitems__(list(range(len(data))))
+    assert set(batch) == {"clean", "mask", "condition", "condition_mask", "index"}
+    mask, prompt = batch["mask"], batch["condition_mask"]
+    for row, (k, start) in enumerate(parts):
+        of_answer = torch.tensor(learnt[k][start : start + held])
+        there = data.code.over_cells(mask[[row]])[0], data.code.over_cells(prompt[[row]])[0]
+        assert torch.equal(there[0][: len(of_answer)], of_answer) and torch.equal(
+            there[1][: len(of_answer)], ~of_answer
+        )
+        assert not there[0][len(of_answer) :].any() and not there[1][len(of_answer) :].any()
+    assert not (mask * prompt).any() and {float(value) for value in mask.unique()} <= {0, 1}
+    assert torch.equal(batch["condition"], batch["clean"] * prompt[:, None])  # the prompt's cells, and no others
+    assert torch.equal(batch["condition"].abs(), prompt[:, None].expand_as(batch["condition"]))
+    assert torch.equal(batch["clean"].abs(), (mask + prompt)[:, None].expand_as(batch["clean"]))
+    said = [data.text(row) for row in data.decode(batch["clean"], mask)]
+    if max_tokens is None:
+        assert said == ["the cat.two  kings, é.", "b", "oneagain", ""]
+        asked = data.decode(batch["condition"], prompt)
+        assert data.text(asked[1]) == "be kinda" and data.text(asked[0]) == "who?and two?"
+    learnt_of = torch.tensor([sum(learnt[k][start : start + held]) for k, start in parts])
+    assert torch.equal(data.lengths(), torch.bincount(learnt_of, minlength=data.max_tokens + 1))
+
+
+@pytest.mark.parametrize("of", ["bytes", "merged"])
+def test_what_is_asked_is_what_training_saw(of, merged):
+    """A prompt's tokens are those that come before an answer in training, in later turns too."""
+    tokens = TextTokens(merged if of == "merged" else None)
+    whole = chat("tell me", "the cat.", "and a bird", "sees.")
+    (row,), (is_answer,) = tokens.encode_chats([whole])
+    first, last = np.flatnonzero(is_answer)[0], np.flatnonzero(~is_answer)[-1] + 1
+    assert tokens.prompt(whole[:1]) == row[:first].tolist()
+    assert tokens.prompt(whole[:3]) == row[:last].tolist()
+    assert tokens.decode(tokens.prompt(whole[:1])) == "tell me"
+
+
+def test_a_chat_may_begin_with_an_answer_and_what_follows_the_last_is_left_out():
+    tokens = TextTokens()
+    (row,), (is_answer,) = tokens.encode_chats([[*chat("x", "hi")[1:], {"role": "user", "content": "unanswered"}]])
+    assert row.tolist() == [259, *b"hi", 256] and is_answer.tolist() == [False, True, True, True]
+
+
+def test_messages_are_texts_without_a_template(tmp_path):
+    file = json_lines(tmp_path / "chats.jsonl", {"messages": chat("a\nb", "c")})
+    data = TokenImageDataset(file, use_chat_template=False)
+    assert [data.text(row) for row in pieces(data)] == ["a\nb\nc"]
+    data = TokenImageDataset("questions")
+    assert len(data) == 20_000 and set(data[0]) == {"clean", "mask", "index"}
+    asked, answer = questions(1)[0]
+    assert data.text(data.tokens_of(0)) == asked["content"] + "\n" + answer["content"]
+
+
+@pytest.mark.parametrize(("template", "says"), [
+    (None, "The tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json): leave "
+           "use_chat_template out, or add one"),
+    (FORGETFUL, "The tokenizer's chat template writes earlier messages otherwise when others follow, so that prompt "
+                "and answer cannot be told apart: take another template"),
+    (STRICT, "The tokenizer's chat template refuses a chat of system, user (users begin): write the chats as it "
+             "expects them, or take another template"),
+    ("{{ messages[0]['name'].first }}", "The tokenizer's chat template refuses a chat of system, user ("),
+])  # fmt: skip
+def test_templates_that_do_not_do(template, says, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    file = json_lines(tmp_path / "a.jsonl", {"messages": [{"role": "system", "content": "s"}, *chat("a", "b")]})
+    assert refused(TokenImageDataset, file, use_chat_template=True, tokenizer=tokenizer).startswith(says)
+    assert len(TokenImageDataset(file, tokenizer=tokenizer)) == 1  # texts need none
+
+
+# ---- tokenizers
+
+
+def test_bytes_are_what_the_built_in_tokenizer_says():
+    tokenizer = byte_tokenizer()
+    every = "".join(map(chr, [*range(0x800), *range(0xE000, 0xE100), *range(0x1F600, 0x1F640)])) + "".join(SPECIAL)
+    fast, asked = TextTokens(), TextTokens(tokenizer)
+    texts = [every, "", ODD, *SPECIAL]
+    for ours, theirs in zip(fast.encode(texts, end=True), asked.encode(texts, end=True), strict=True):
+        assert ours.dtype == theirs.dtype == np.int32
+        assert ours.tolist() == theirs.tolist()
+    assert [row.tolist() for row in fast.encode(texts)] == [list(text.encode()) for text in texts]
+    assert [fast.decode(text.encode()) for text in texts] == texts
+    assert tokenizer.convert_tokens_to_ids(list(SPECIAL)) == [256, 257, 258, 259] and fast.end == 256
+    assert fast.decode([*b"ab", 256, 258, *b"c", 260, 511]) == "abc"  # 260 and 511 are none of its numbers
+
+
+def test_the_built_in_tokenizer_comes_back_from_a_folder(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    messages = chat("what<|end|>", "é 🐈")
+    again, first = TextTokens(tmp_path), TextTokens()
+    assert len(again) == 260 and again.prompt(messages) == first.prompt(messages)
+    assert again.encode([ODD], end=True)[0].tolist() == first.encode([ODD], end=True)[0].tolist()
+
+
+def test_a_tokenizer_without_an_end(endless, tmp_path):
+    write(tmp_path / "1.txt", "the cat sees.")
+    write(tmp_path / "2.txt", "a king.")
+    data = TokenImageDataset(tmp_path, tokenizer=endless)
+    assert pieces(data) == [[2, 1, 4, 1, 5, 7], [3, 1, 6, 7]]
+    assert data.code.num_tokens == 8 and data.text(data.tokens_of(1)) == "a king."
+    data = TokenImageDataset(json_lines(tmp_path / "b.jsonl", *({"text": t} for t in ("", "a", ""))), tokenizer=endless)
+    assert pieces(data) == [[3]] and data.sides(0.5)[1] is None
+    says = refused(TokenImageDataset, json_lines(tmp_path / "c.jsonl", {"text": ""}), tokenizer=endless)
+    assert says == f"{tmp_path / 'c.jsonl'} has no token in it: expected text"
+
+
+def test_numbers_may_have_gaps():
+    tokenizer = wordy(["the"], None)
+    tokenizer.add_tokens(["cat"])
+    tokens = TextTokens(tokenizer)
+    tokens.tokenizer.get_vocab = lambda: {"the": 2, "far": 900}  # as where a model reserves numbers
+    assert len(TextTokens(tokens.tokenizer)) == 901
+
+
+def test_a_tokenizer_of_transformers_adds_and_cuts_nothing(merged):
+    tokens = TextTokens(merged)
+    (row,) = tokens.encode(["the cat sees a bird. " * 20])
+    assert len(row) > 60 and not {0, 1} & set(row.tolist())
+    assert len(tokens) == tokens.tokenizer.vocab_size == 320
+    assert len(row) < 0.6 * len("the cat sees a bird. " * 20)  # it did learn
+
+
+# ---- files
+
+
+def test_folders_are_read_in_natural_order(tmp_path):
+    write(tmp_path / "part10.txt", "ten")
+    write(tmp_path / "part2.txt", "\ufefftwo\r\n")
+    json_lines(tmp_path / "sub" / "a.JSONL", {"text": "json 1"}, {"text": "json 2", "messages": chat("x", "y")})
+    write(tmp_path / "sub" / "b.jsonl", '\n{"text": "with \\u2028 \\ud83d\\ude00", "more": 1}\r\n\n')
+    write(tmp_path / "notes.md", "no")
+    for hidden in (".cache/a.txt", "__MACOSX/._part2.txt", "._part2.txt"):
+        write(tmp_path / hidden, b"\xff")
+    wanted = ["two\r\n", "ten", "json 1", "json 2", "with \u2028 😀"]
+    assert read_texts(tmp_path) == (wanted, []) == read_texts(str(tmp_path))
+    assert read_texts(tmp_path / "sub" / "a.JSONL")[0] == ["json 1", "json 2"]
+    assert pieces(TokenImageDataset(str(tmp_path))) == pieces(TokenImageDataset(tmp_path))
+    assert pieces(TokenImageDataset(tmp_path))[0] == [*b"two\r\n", 256]
+
+
+@pytest.mark.parametrize("form", ["one", "sides", "messages"])
+def test_datasets_on_the_disk(form, tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_dict({"id": [1, 2], "text": ["one", "zwei ü"]})
+    if form == "one":
+        rows.save_to_disk(tmp_path / "d")
+        assert read_texts(tmp_path / "d") == (["one", "zwei ü"], [])
+    elif form == "sides":
+        val = Dataset.from_dict({"text": ["val 1", "val 2", "val 3"]})
+        DatasetDict({"test": rows, "validation": val, "train": rows}).save_to_disk(tmp_path / "d")
+        assert read_texts(tmp_path / "d") == (["one", "zwei ü"], ["val 1", "val 2", "val 3"])
+        for share in (0, 0.9):  # its own side validates
+            train, val = TokenImageDataset(tmp_path / "d").sides(share)
+            assert [train.text(row) for row in pieces(train)] == ["one", "zwei ü"]
+            assert [val.text(row) for row in pieces(val)] == ["val 1", "val 2", "val 3"]
+    else:
+        Dataset.from_dict({"messages": [chat("a", "b"), chat("c", "d", "e", "f")]}).save_to_disk(tmp_path / "d")
+        assert read_texts(tmp_path / "d", chats=True)[0] == [chat("a", "b"), chat("c", "d", "e", "f")]
+        assert read_texts(tmp_path / "d")[0] == ["a\nb", "c\nd\ne\nf"]
+
+
+def test_datasets_that_do_not_do(endless, tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    some, none = Dataset.from_dict({"text": ["a"]}), Dataset.from_dict({"text": [""]})
+    Dataset.from_dict({"body": ["x"], "n": [1]}).save_to_disk(tmp_path / "columns")
+    DatasetDict({"test": some}).save_to_disk(tmp_path / "sides")
+    DatasetDict({"train": none, "validation": some}).save_to_disk(tmp_path / "empty")
+    none.save_to_disk(tmp_path / "nothing")
+    Dataset.from_dict({"text": ["x", None]}).save_to_disk(tmp_path / "null")
+    assert refused(read_texts, tmp_path / "columns") == (
+        f"{tmp_path / 'columns'} has no column text or messages; it has body, n: rename one"
+    )
+    assert (
+        refused(read_texts, tmp_path / "sides")
+        == f"No side 'train' in {tmp_path / 'sides'}; there are test: rename one"
+    )
+    assert refused(TokenImageDataset(tmp_path / "empty", tokenizer=endless).sides, 0.1) == (
+        f"The side train of {tmp_path / 'empty'} has no token in it: expected text"
+    )
+    says = refused(TokenImageDataset, tmp_path / "nothing", tokenizer=endless)
+    assert says == f"{tmp_path / 'nothing'} has no token in it: expected text"
+    assert refused(read_texts, tmp_path / "null").startswith(f'{tmp_path / "null"}, row 1 has neither "text" nor')
+    for file in (tmp_path / "null").glob("*.arrow"):
+        file.write_bytes(b"x")
+    assert refused(read_texts, tmp_path / "null").startswith(f"The dataset {tmp_path / 'null'} cannot be read (")
+
+
+JSON = '{"text": "fine"}\n'
+MESSAGES = 'a list of {"role": …, "content": …} with an answer of "assistant" in it'
+
+
+@pytest.mark.parametrize(("name", "content", "chats", "says"), [
+    ("a.txt", "", False, "{file} is empty: expected text in it, or take it away"),
+    ("a.txt", " \n", False, "{file} is empty: expected text in it, or take it away"),
+    ("a.jsonl", "\n\n", False, "{file} is empty: expected text in it, or take it away"),
+    ("a.txt", "Käse".encode("latin-1"), False,
+     "{file} is no text in UTF-8: byte 1 is 0xe4; save it as UTF-8 (iconv -t UTF-8)"),
+    ("a.txt", b"\xef\xbb\xbfab\xff", False,
+     "{file} is no text in UTF-8: byte 5 is 0xff; save it as UTF-8 (iconv -t UTF-8)"),
+    ("a.txt", "hi".encode("utf-16"), False,
+     "{file} is no text in UTF-8: byte 0 is 0xff; save it as UTF-8 (iconv -t UTF-8)"),
+    ("a.jsonl", JSON + '{"text": "x"', False, "{file}, line 2 is no JSON: Expecting ',' delimiter at column 13"),
+    ("a.jsonl", JSON + "\nhello", False, "{file}, line 3 is no JSON: Expecting value at column 1"),
+    ("a.jsonl", JSON + '{"body": "x"}', False,
+     '{file}, line 2 has neither "text" nor "messages": expected {{"text": "…"}} or {{"messages": […]}}'),
+    ("a.jsonl", "[1]", False,
+     '{file}, line 1 has neither "text" nor "messages": expected {{"text": "…"}} or {{"messages": […]}}'),
+    ("a.jsonl", '{"text": 5}', False,
+     '{file}, line 1 has neither "text" nor "messages": expected {{"text": "…"}} or {{"messages": […]}}'),
+    ("a.jsonl", JSON + '{"text": "ab\\ud83d"}', False,
+     "{file}, line 2: character 2 of the text is half of a surrogate pair, '\\ud83d': write the other half, or take it "
+     "out"),
+    ("a.jsonl", json.dumps({"messages": chat("a", "\ud83d")}), True,
+     "{file}, line 1: character 2 of the text is half of a surrogate pair, '\\ud83d': write the other half, or take it "
+     "out"),
+    ("a.jsonl", JSON, True,
+     "{file}, line 1 has no messages, " + MESSAGES + ": leave use_chat_template out, or give chats"),
+    ("a.txt", "hello", True, "{file} has no messages, " + MESSAGES + ": leave use_chat_template out, or give chats"),
+    *[("a.jsonl", json.dumps({"messages": messages}), chats, "{file}, line 1: its messages are not " + MESSAGES)
+      for chats in (False, True)
+      for messages in (5, "hi", ["hi"], [], chat("a"), [{"role": "assistant"}], [{"role": "assistant", "content": 1}])],
+    ("a.csv", "x", False, "{file}: expected a .txt or .jsonl file"),
+])  # fmt: skip
+def test_files_that_do_not_do(name, content, chats, says, tmp_path):
+    file = write(tmp_path / name, content)
+    said = says.replace("{file}", str(file)).replace("{{", "{").replace("}}", "}")
+    assert refused(TokenImageDataset, file, use_chat_template=chats) == said
+    if name != "a.csv":
+        assert refused(TokenImageDataset, tmp_path, use_chat_template=chats) == said
+
+
+def test_places_that_do_not_do(tmp_path):
+    assert refused(read_texts, tmp_path / "nowhere") == (
+        f"No {tmp_path / 'nowhere'}: expected a .txt or .jsonl file, a folder with them, a dataset of save_to_disk, or "
+        "one of the built-in sentences, questions, zen"
+    )
+    write(tmp_path / "a.csv", "x")
+    assert refused(read_texts, tmp_path).startswith(f"{tmp_path} has no .txt or .jsonl file; it has ")
+    assert refused(read_texts, "sentences", chats=True).startswith("the built-in sentences has no messages, a list of")
+
+
+def test_tokenizers_that_do_not_do(tmp_path):
+    folders = {
+        "nowhere": None,
+        "empty": {},
+        "broken": {"tokenizer.json": "{", "tokenizer_config.json": "{}"},
+        "half": {"tokenizer.json": "{}", "tokenizer_config.json": "{}"},
+        "list": {"tokenizer_config.json": "[]"},
+        "vocabulary": {
+            "vocab.json": "{",
+            "merges.txt": "",
+            "tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}',
+        },
+        "config": {"tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'},
+        "code": {
+            "tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["own.Own", null]}}',
+            "own.py": "raise OSError",
+        },
+    }
+    said = {}
+    for name, files in folders.items():
+        for file, content in (files or {}).items():
+            write(tmp_path / name / file, content)
+        if files == {}:
+            (tmp_path / name).mkdir()
+        said[name] = refused(TokenImageDataset, "zen", tokenizer=str(tmp_path / name)).replace(str(tmp_path), "HERE")
+    expected = "expected tokenizer.json and tokenizer_config.json, as save_pretrained writes them"
+    assert said.pop("nowhere") == (
+        "No folder HERE/nowhere with a tokenizer (tokenizer.json and tokenizer_config.json, as save_pretrained writes "
+        "them): leave it out for the built-in one, whose tokens are bytes"
+    )
+    for name, line in said.items():
+        assert line.startswith(
+            (f"HERE/{name} holds no tokenizer of transformers (", f"The tokenizer in HERE/{name} has")
+        )
+        assert line.endswith(expected) and len(line) < 360
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"max_tokens": 0}, "max_tokens 0: a picture of 64×64 has 1 to 256 cells"),
+    ({"max_tokens": 257}, "max_tokens 257: a picture of 64×64 has 1 to 256 cells"),
+    ({"img_size": 30}, "img_size 30 is no multiple of cell_size 4: take 32, or another cell_size"),
+    ({"cell_size": 1}, "260 tokens need 9 bits, a cell of 3×1×1 pixels has 3, enough for 8: take cell_size 2 or "
+                       "larger, or more channels"),
+])  # fmt: skip
+def test_sizes_that_do_not_fit(options, says):
+    assert refused(TokenImageDataset, "zen", **options) == says
+
+
+# ---- lengths, fingerprint, words
+
+
+def test_lengths_count_the_pictures(tmp_path):
+    file = json_lines(tmp_path / "a.jsonl", *({"text": "x" * n} for n in (0, 2, 2, 3, 9)))
+    data = TokenImageDataset(file, 16, max_tokens=4)
+    assert data.lengths().tolist() == [0, 1, 1, 2, 3] and data.lengths().dtype == torch.int64
+    assert data.part([0, 3]).lengths().tolist() == [0, 1, 0, 0, 1]
+
+
+def test_the_fingerprint_tells_data_apart(merged, tmp_path):
+    first, other = write(tmp_path / "a.txt", "some text"), write(tmp_path / "b.txt", "some texT")
+    same = write(tmp_path / "c" / "d.txt", "some text")
+    marks = [
+        TokenImageDataset(first).fingerprint(),
+        TokenImageDataset(other).fingerprint(),
+        TokenImageDataset(first, 32).fingerprint(),
+        TokenImageDataset(first, max_tokens=4).fingerprint(),
+        TokenImageDataset(first, tokenizer=merged).fingerprint(),
+        TokenImageDataset(first, cell_size=8).fingerprint(),
+        TokenImageDataset(first, channels=1).fingerprint(),
+        TokenImageDataset(first, max_tokens=4).part([0]).fingerprint(),
+        TokenImageDataset("questions").part(range(9)).fingerprint(),
+        TokenImageDataset(json_lines(tmp_path / "e.jsonl", {"messages": chat("a", "b")}), 64, True).fingerprint(),
+        TokenImageDataset(json_lines(tmp_path / "f.jsonl", {"messages": chat("a", "b")[1:]}), 64, True).fingerprint(),
+    ]
+    assert len(set(marks)) == len(marks)
+    assert TokenImageDataset(same).fingerprint() == marks[0]  # wherever it lies
+
+
+def test_it_says_what_it_is(tmp_path):
+    file = json_lines(tmp_path / "a.jsonl", *({"text": "x" * n} for n in (7, 15, 1)))
+    assert str(TokenImageDataset(file, 16, max_tokens=8)) == (
+        f"3 texts of {file}: 26 tokens (of 260 kinds) in 4 pictures of 16×16, 6 of 16 cells filled on average"
+    )
+    file = json_lines(file, {"messages": chat("ab", "cd")})
+    assert str(TokenImageDataset(file, 64, True)) == (
+        f"1 chats of {file}: 8 tokens (of 260 kinds) in 1 pictures of 64×64, 8 of 256 cells filled on average"
+    )
+
+
+# ---- sides
+
+
+def of_lengths(path: Path, *lengths: int) -> TokenImageDataset:
+    """Texts of that many pictures, of 4 tokens each."""
+    rows = ({"text": "x" * (4 * n - 1)} for n in lengths)
+    return TokenImageDataset(json_lines(path / "texts.jsonl", *rows), 8)
+
+
+def texts_of(data: TokenImageDataset | None) -> set[int]:
+    return set() if data is None else set(data._text_of.tolist())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_texts_stand_whole_on_one_side(seed, tmp_path):
+    data = of_lengths(tmp_path, *[1, 2, 3, 4, 1, 1, 20, 1, 6, 1])
+    train, val = data.sides(0.2, seed)
+    assert not texts_of(train) & texts_of(val) and texts_of(train) | texts_of(val) == set(range(10))
+    assert len(train) + len(val) == len(data) == 40 and len(val) <= 8
+    again = data.sides(0.2, seed)
+    assert [side.fingerprint() for side in again] == [side.fingerprint() for side in (train, val)]
+    assert pieces(val) == [
+        row for text in sorted(texts_of(val)) for row in pieces(data.part(np.flatnonzero(data._text_of == text)))
+    ]
+
+
+def test_sides_have_the_share_and_follow_from_the_seed(tmp_path):
+    data = of_lengths(tmp_path, *[1] * 200)
+    sides = {seed: data.sides(0.05, seed)[1] for seed in range(5)}
+    assert {len(val) for val in sides.values()} == {10}
+    assert len({tuple(sorted(texts_of(val))) for val in sides.values()}) == 5
+    assert len(data.sides(0.07)[1]) == 14 and len(data.sides(0.001)[1]) == 1  # not 15, not 0
+    train, val = data.sides(0)
+    assert val is None and train.fingerprint() == data.fingerprint()
+
+
+def test_of_a_single_text_the_end_validates(tmp_path):
+    data = of_lengths(tmp_path, 20)
+    for share, count in ((0.05, 1), (0.3, 6), (0.99, 19)):
+        train, val = data.sides(share, seed=1)
+        assert pieces(train) == pieces(data)[:-count] and pieces(val) == pieces(data)[-count:]
+    train, val = of_lengths(tmp_path, 1).sides(0.5)
+    assert len(train) == 1 and val is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_long_texts_the_end_of_the_longest(seed, tmp_path):
+    data = of_lengths(tmp_path, 30, 50, 20)
+    train, val = data.sides(0.1, seed)
+    assert texts_of(val) == {1} and len(val) == 10 and texts_of(train) == {0, 1, 2}
+    assert val._starts.tolist() == data._starts[70:80].tolist()
+    one_small = of_lengths(tmp_path, 1000, 1, 1, 1)  # the short ones, and never all
+    train, val = one_small.sides(0.05, seed)
+    assert texts_of(val) == {1, 2, 3} and len(train) == 1000
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, 1.5])
+def test_shares_that_cannot_be(share):
+    says = refused(TokenImageDataModule, TokenImageDataset("zen"), val_share=share)
+    assert says == f"val_share {share:g}: expected a share from 0 to below 1, such as 0.05"
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("when", ["before the loader is made", "after"])
+def test_batches_go_on_where_a_checkpoint_was_written(when):
+    module = TokenImageDataModule(TokenImageDataset("zen"), batch_size=4, val_share=0.1, seed=3)
+    assert (len(module.train_data), len(module.val_data)) == (17, 2)
+    module.train_dataloader()
+    whole = EpochOrder(17, 4, 3)
+    whole.set_epoch(2)
+    order = list(whole)
+    progress = SimpleNamespace(current=SimpleNamespace(processed=3, ready=3))
+    module.trainer = SimpleNamespace(
+        global_rank=0,
+        world_size=1,
+        fit_loop=SimpleNamespace(epoch_progress=progress, epoch_loop=SimpleNamespace(batch_progress=progress)),
+    )
+    state = module.state_dict()
+    assert state == {"epoch": 2, "batches_done": 3, "seed": 3, "samples": 17, "samples per step": 4}
+    again = TokenImageDataModule(TokenImageDataset("zen"), batch_size=4, val_share=0.1, seed=3)
+    loader = again.train_dataloader() if when == "after" else None
+    again.load_state_dict(state)
+    (batch,) = list(loader or again.train_dataloader())
+    assert batch["index"].tolist() == order[12:16]
+    wanted = module.train_data.__getitems__(order[12:16])
+    assert all(torch.equal(batch[name], wanted[name]) for name in wanted)
+    other = TokenImageDataModule(TokenImageDataset("zen"), batch_size=4, val_share=0.3, seed=3)
+    assert refused(other.load_state_dict, state).startswith(
+        "The checkpoint was written with samples = 17, here it is 13"
+    )
+
+
+def test_loading_processes_bring_the_same_and_say_nothing(merged, capfd, monkeypatch):
+    """tokenizers warns of every process that is forked after it used threads."""
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    dataset = TokenImageDataset("zen", tokenizer=merged)
+    alone, helped = (
+        TokenImageDataModule(dataset, batch_size=4, num_workers=workers, val_share=0.2) for workers in (0, 2)
+    )
+    for loader in ("train_dataloader", "val_dataloader"):
+        ours, theirs = list(getattr(alone, loader)()), list(getattr(helped, loader)())
+        assert len(ours) == len(theirs) > 0
+        for one, other in zip(ours, theirs, strict=True):
+            assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+    assert "tokenizers" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("of", ["bytes", "merged"])
+def test_it_travels_to_another_process(of, merged):
+    data = TokenImageDataset("zen", tokenizer=merged if of == "merged" else None)
+    again = pickle.loads(pickle.dumps(data))
+    assert again.fingerprint() == data.fingerprint() and str(again) == str(data)
+    item = again[3]
+    assert again.text(again.decode(item["clean"], item["mask"])) == "Complex is better than complicated."
+    assert again.tokens.encode([ODD])[0].tolist() == data.tokens.encode([ODD])[0].tolist()
+
+
+def test_parts_share_the_tokens(tmp_path):
+    data = of_lengths(tmp_path, 50)
+    train, val = data.sides(0.2)
+    assert train._numbers is data._numbers is val._numbers and data._numbers.dtype == np.int32
+
+
+# ---- built-in texts
+
+
+def test_there_are_288_000_sentences():
+    adjectives, nouns, verbs = len(set(grammar.ADJECTIVES)), len(grammar.NOUNS), len(grammar.VERBS)
+    one, many = (len(set(articles)) * adjectives * nouns for articles in (grammar.ONE, grammar.MANY))
+    assert (one + many) * verbs * (one + many) == 288_000
+    assert "288,000" in sentences.__doc__
+    phrases = {
+        grammar._phrase([(k + 0.5) / n for k, n in zip(choice, (2, 4, 5, 6), strict=True)])
+        for choice in product(range(2), range(4), range(5), range(6))
+    }
+    assert len(phrases) == one + many  # all different
+    assert all(is_grammatical(f"the cat sees {phrase}.") for phrase in phrases)
+
+
+def test_sentences_are_grammatical_and_follow_from_seed_and_number():
+    made = sentences(3000)
+    assert all(map(is_grammatical, made))
+    assert sentences(10) == made[:10] and sentences(10, seed=1) != made[:10]
+    assert len(set(made)) > 2900
+    words = set(" ".join(made).replace(".", "").split())
+    assert words == {*grammar.NOUNS, *grammar.NOUNS.values(), *grammar.VERBS, *grammar.VERBS.values(), "an",
+                     *grammar.ADJECTIVES[1:], *grammar.ONE, *grammar.MANY}  # fmt: skip
+
+
+def test_the_first_sentences_stay_what_they_were():
+    assert sentences(3) == [
+        "one happy bird hears these happy kings.",
+        "a red cat likes these happy dogs.",
+        "two happy cats see the old dogs.",
+    ]
+
+
+@pytest.mark.parametrize("text", [
+    "the cat see a bird.", "the cats sees a bird.", "two cat see a bird.", "a cats see a bird.", "one birds see a cat.",
+    "these king helps a cat.", "this kings help a cat.", "some robot finds the dog.",  # agreement
+    "a old cat sees a bird.", "an small cat sees a bird.", "an cat sees a bird.", "the cat sees a old bird.",  # an
+    "the cat sees a bird", "the cat sees a bird..", "the cat sees a bird. ", " the cat sees a bird.", "",  # the stop
+    "the cow sees a bird.", "the cat eats a bird.", "the green cat sees a bird.", "The cat sees a bird.",  # the words
+    "the cat sees.", "cat sees a bird.", "the cat a bird sees.", "the  cat sees a bird.", "the red old cat likes a bird",
+    "the red old cat likes a bird.",
+    "the cat sees a bird.\n", "the cat sees a bird. the cat sees a bird.",
+])  # fmt: skip
+def test_wrong_sentences_are_told(text):
+    assert not is_grammatical(text)
+
+
+@pytest.mark.parametrize("text", [
+    "the cat sees a bird.", "an old cat sees two birds.", "these red robots help some happy children.",
+    "two kings help an old dog.", "this small child hears one king.", "some cats like the dogs.",
+])  # fmt: skip
+def test_right_sentences_are_told(text):
+    assert is_grammatical(text)
+
+
+def test_questions_are_answered(monkeypatch):
+    made = questions(500)
+    assert [answer["content"] for _, answer in made] == sentences(500)
+    assert all(answers(asked["content"], answer["content"]) for asked, answer in made)
+    assert {tuple(message["role"] for message in chat) for chat in made} == {("user", "assistant")}
+    assert not answers("tell me about two cats.", "two dogs see a bird.")
+    assert not answers("tell me about two cats.", "two cats sees a bird.")
+    assert not answers("tell me about the cat.", "the cats see a bird.")
+    assert read_texts("questions", chats=True)[0][:500] == made
+    monkeypatch.setitem(text_files.BUILT_IN, "questions", lambda: questions(40))  # chats take 0.1 ms each
+    data = TokenImageDataset("questions", 64, True)
+    item = data[0]
+    assert data.text(data.decode(item["clean"], item["mask"])) == made[0][1]["content"]
+    assert data.text(data.decode(item["condition"], item["condition_mask"])) == made[0][0]["content"]
+    assert len(data) == 40 and data.lengths()[0] == 0
+
+
+def test_the_zen_is_said_by_nobody(capfd):
+    lines = zen()
+    assert len(lines) == 19 and lines[0] == "Beautiful is better than ugly." and lines[-1].endswith("more of those!")
+    assert zen() == lines
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,679 @@
+"""Tokens from noise: the mathematics of the steps, what is known, lengths and seeds, folders, and files of texts."""
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from tiny import same, tiny_pipeline, trained_looking
+from torch.distributed import HashStore
+
+from vavae_tools.data.text_tokens import ASSISTANT, END, byte_tokenizer
+from vavae_tools.data.token_code import TokenCode
+from vavae_tools.diffusion.clean_prediction import CleanPrediction, velocity_to
+from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.pipeline import load_pipeline
+from vavae_tools.diffusion.sampling import sample, time_grid
+from vavae_tools.diffusion.text_pipeline import load_text_pipeline
+from vavae_tools.diffusion.token_pipeline import TokenImagePipeline, is_token_pipeline, load_token_pipeline
+from vavae_tools.diffusion.transformer import DiT
+from vavae_tools.diffusion.written_texts import write_texts
+from vavae_tools.errors import UserError
+from vavae_tools.files import save_model
+from vavae_tools.ranks import Ranks
+from vavae_tools.sample import main
+from vavae_tools.training.token_module import TokenImageModule
+
+SIZE, CELL, CELLS = 16, 4, 16
+ALL = [0] * CELLS + [1]
+"""Lengths of a training in which all pictures are full."""
+CODE = {"num_tokens": 260, "cell_size": CELL, "channels": 3}
+TOKENIZER = byte_tokenizer()
+QUICK = {"num_inference_steps": 3}
+
+
+def models(seed: int = 0, size: int = SIZE, channels: int = 3) -> tuple[DiT, ClassConditioner]:
+    torch.manual_seed(seed)
+    denoiser = DiT(size, CELL, channels + 1, hidden_size=16, depth=1, num_heads=2, positions="sequence")
+    return trained_looking(denoiser).eval(), ClassConditioner(1, 16, dropout=0.0).eval()
+
+
+def tiny(lengths=ALL, chats=False, time_shift=1.0, size=SIZE, channels=3, seed=0) -> TokenImagePipeline:
+    code = {**CODE, "channels": channels}
+    pipe = TokenImagePipeline(*models(seed, size, channels), TOKENIZER, code, list(lengths), time_shift, chats)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def with_lengths(**shares: int) -> list[int]:
+    """of_3=1, of_9=2: one picture of three tokens, two of nine."""
+    return [shares.get(f"of_{length}", 0) for length in range(CELLS + 1)]
+
+
+def predicting(pipe: TokenImagePipeline, prediction) -> list[tuple]:
+    """Let (x, t) → the clean picture stand in for the denoiser; what it is asked is put down: (x, known, t, kept)."""
+    asked = []
+
+    def forward(seen, t, conditioning, kept):
+        x, known = seen[:, :-1], seen[:, -1]
+        asked.append((x, known, t, kept))
+        return torch.cat([prediction(x, t), known[:, None]], dim=1)
+
+    pipe.denoiser.forward = forward
+    return asked
+
+
+def noise(count: int = 4, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def refused(call, *arguments, **settings) -> str:
+    with pytest.raises(UserError) as raised:
+        call(*arguments, **settings)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+EVERYWHERE, NOWHERE = torch.ones(4, SIZE, SIZE), torch.zeros(4, SIZE, SIZE)
+
+
+# ---- the steps
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_who_knows_the_picture_writes_exactly_it(steps, eta):
+    pipe, text = tiny(time_shift=3.0), "all is well now!"
+    tokens = torch.tensor([list(text.encode())])
+    picture = pipe.code.draw(tokens, torch.ones(1, CELLS, dtype=torch.bool), SIZE)
+    asked = predicting(pipe, lambda x, t: picture.expand_as(x))
+    written = pipe(num_samples=3, num_inference_steps=steps, eta=eta)
+    assert written.texts == [text] * 3 and len(asked) == steps
+    assert same(written.pictures, picture.expand(3, -1, -1, -1))
+    fresh, data = iter([noise(seed=i) for i in range(9)]), noise(seed=20)
+    predicting(pipe, lambda x, t: data)
+    assert same(pipe.denoise(noise(), EVERYWHERE, NOWHERE, data, time_grid(steps), eta, fresh), data)
+
+
+@pytest.mark.parametrize("shift", [1.0, 4.0])
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_without_fresh_noise_it_is_eulers_method_on_the_flow(share, shift):
+    pipe, x, clean = tiny(), noise(), noise(seed=1).sign()
+    known = (torch.arange(SIZE) < share * SIZE).float().expand(4, SIZE, SIZE)
+    given = known[:, None].bool()
+
+    def best(x, t):  # anything curved, in which pixels look at each other, the known ones too
+        return torch.tanh(1.5 * x - x.roll(1, 3) + x.mean((2, 3), keepdim=True) + t.view(-1, 1, 1, 1))
+
+    asked = predicting(pipe, best)
+    made = pipe.denoise(x, EVERYWHERE, known, clean, time_grid(6, 1 / shift), eta=0)
+
+    def velocity(x, t, conditioning):
+        return velocity_to(best(torch.where(given, clean, x), t), x, t)
+
+    expected = sample(velocity, FlowMatchEulerDiscreteScheduler(shift=shift), x, torch.zeros(4, 1), None, 6)
+    expected = torch.where(given, clean, expected)
+    torch.testing.assert_close(made, expected, rtol=0, atol=2e-6)
+    r = torch.linspace(1, 0, 7)[:-1]  # shares of noise, and shifted: where training was
+    torch.testing.assert_close(torch.stack([t[0] for _, _, t, _ in asked]), 1 - shift * r / (1 + (shift - 1) * r))
+    assert (made - best(x, torch.zeros(4))).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_the_share_of_fresh_noise(eta):
+    """With one prediction at all times x is normal about t·data with deviation 1 − t, whatever eta, which is why
+    training knows it; and the noises of two steps are alike by √(1 − eta²) each."""
+    pipe, data, steps = tiny(), noise(64, seed=99), 4
+    asked = predicting(pipe, lambda x, t: data)
+    fresh = (noise(64, seed=i) for i in range(1, steps))
+    everywhere = torch.ones(64, SIZE, SIZE)
+    pipe.denoise(noise(64), everywhere, 0 * everywhere, data, time_grid(steps), eta, fresh)
+    noises = [(x - t[0] * data) / (1 - t[0]) for x, _, t, _ in asked]
+    assert [float(t[0]) for _, _, t, _ in asked] == [0, 0.25, 0.5, 0.75]
+    for step, of_step in enumerate(noises):
+        assert of_step.mean().item() == pytest.approx(0, abs=0.02)
+        assert of_step.var().item() == pytest.approx(1, abs=0.03)
+        alike = (of_step * noises[0]).mean().item()
+        assert alike == pytest.approx((1 - eta**2) ** (step / 2), abs=0.03)
+
+
+def test_the_last_step_draws_no_noise_and_callbacks_see_the_predictions():
+    pipe, seen = tiny(), []
+    predicting(pipe, lambda x, t: 2 * x)
+    fresh = iter([noise(seed=1), noise(seed=2)])
+    settings = {"callback": lambda step, predicted: seen.append((step, predicted))}
+    made = pipe.denoise(noise(), EVERYWHERE, NOWHERE, noise(), time_grid(3), 1.0, fresh, **settings)
+    assert next(fresh, None) is None and [step for step, _ in seen] == [0, 1, 2]
+    assert same(seen[0][1], 2 * noise()) and same(seen[2][1], made)
+    assert "eta 1 takes fresh noise in each step" in refused(
+        pipe.denoise, noise(), EVERYWHERE, NOWHERE, noise(), time_grid(3)
+    )
+
+
+# ---- what is known
+
+
+def test_known_cells_are_kept_at_every_step_and_in_the_result():
+    pipe, prompts = tiny(), ["two cats", "ab"]
+    asked = predicting(pipe, lambda x, t: -torch.ones_like(x))
+    written = pipe(prompts, max_new_tokens=5, num_inference_steps=4)
+    code, counts = TokenCode(**CODE), [8, 2]
+    rows = torch.tensor([list(prompt.encode().ljust(8)) for prompt in prompts])
+    there = torch.arange(8) < torch.tensor(counts)[:, None]
+    clean, known = code.draw(rows, there, SIZE), code.over_pixels(there.float(), SIZE)
+    assert len(asked) == 4
+    for x, channel, _, kept in asked:
+        assert same(channel, known)  # the extra channel says which
+        assert same(x * known[:, None], clean)
+        unknown = x[(known == 0)[:, None].expand_as(x)]
+        assert not (unknown.abs() == 1).any()
+        assert [sorted(row[is_in].tolist()) for row, is_in in zip(*kept, strict=True)] == [
+            list(range(13)),
+            list(range(7)),
+        ]
+    assert same(written.known, known)
+    assert same(written.pictures * known[:, None], clean)
+    assert written.mask.sum((1, 2)).tolist() == [13 * CELL**2, 7 * CELL**2]
+    assert [tokens[:count] for tokens, count in zip(written.tokens, counts, strict=True)] == [
+        list(prompt.encode()) for prompt in prompts
+    ]
+    assert [len(tokens) for tokens in written.tokens] == [13, 7]
+    assert [text[:count] for text, count in zip(written.texts, counts, strict=True)] == prompts
+    assert (written.pictures[0, :, 8:12, 0:4] == -1).all()  # the ninth cell, as it was predicted
+
+
+def test_a_model_goes_on_with_texts_and_token_numbers_alike():
+    pipe = tiny()
+    by_text = pipe(["two cats ", "täg"], **QUICK)
+    by_numbers = pipe([list(b"two cats "), np.array(list("täg".encode()), np.int32)], **QUICK)
+    assert by_text.texts == by_numbers.texts and same(by_text.pictures, by_numbers.pictures)
+    assert [text.startswith(start) for text, start in zip(by_text.texts, ["two cats ", "täg"], strict=True)] == [
+        True
+    ] * 2
+    for single in ("two cats ", list(b"two cats ")):  # not a list of letters, nor of prompts
+        alone = pipe(single, **QUICK)
+        assert alone.tokens == by_text.tokens[:1]
+    assert not same(pipe("two dogs ", **QUICK).pictures[0], by_text.pictures[0])
+
+
+def test_an_answer_is_told_alone_and_its_prompt_is_the_templates():
+    pipe = tiny(with_lengths(of_6=1), chats=True, size=32)  # 64 cells; max_tokens says 16
+    pipe.register_to_config(lengths=[0] * 6 + [1] + [0] * 58)
+    question = [{"role": "user", "content": "hi?"}]
+    templated = TOKENIZER.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    tokens = TOKENIZER(templated, add_special_tokens=False).input_ids
+    assert templated == f"<|user|>hi?{END}{ASSISTANT}" and len(tokens) == 6
+    answer = TOKENIZER("yes!!", add_special_tokens=False).input_ids + [TOKENIZER.eos_token_id]
+    row = torch.tensor([tokens + answer])
+    picture = pipe.code.draw(row, torch.ones_like(row, dtype=torch.bool), 32)
+    predicting(pipe, lambda x, t: picture.expand_as(x))
+    written = pipe(["hi?", question, tokens], **QUICK)
+    assert written.texts == ["yes!!"] * 3 and written.tokens == [tokens + answer] * 3
+    longer = [*question, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "why"}]
+    assert pipe(longer, **QUICK).tokens[0][:-6] == TOKENIZER.apply_chat_template(
+        longer, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert pipe(question, **QUICK).texts == ["yes!!"]  # one chat, not a list of them
+
+
+# ---- lengths
+
+
+def lengths_of(pipe: TokenImagePipeline, *arguments, **settings) -> list[int]:
+    predicting(pipe, lambda x, t: x)
+    return [len(tokens) for tokens in pipe(*arguments, num_inference_steps=1, **settings).tokens]
+
+
+def test_lengths_are_drawn_from_those_of_training():
+    pipe = tiny(with_lengths(of_0=50, of_4=1, of_10=3))
+    found = lengths_of(pipe, num_samples=2000)
+    assert set(found) == {4, 10}
+    assert found.count(10) / 2000 == pytest.approx(0.75, abs=0.04)  # four deviations
+    assert lengths_of(pipe, num_samples=2000, seed=1) != found
+    third = with_lengths(of_1=1, of_2=1, of_16=1)
+    found = lengths_of(tiny(third), num_samples=1500)
+    assert [found.count(n) / 1500 for n in (1, 2, 16)] == pytest.approx([1 / 3] * 3, abs=0.05)
+
+
+def test_a_text_that_goes_on_is_longer_than_its_prompt():
+    pipe = tiny(with_lengths(of_4=1, of_10=3, of_12=1))
+    assert set(lengths_of(pipe, ["abc"], num_samples=60)) == {4, 10, 12}
+    found = lengths_of(pipe, ["abcd"], num_samples=2000)
+    assert set(found) == {10, 12} and found.count(10) / 2000 == pytest.approx(0.75, abs=0.04)
+    assert set(lengths_of(pipe, ["a" * 10, "a" * 11], num_samples=20)) == {12}
+    # no text of training is longer: it goes on to the last cell
+    assert lengths_of(pipe, ["a" * 12, "a" * 15]) == [CELLS, CELLS]
+
+
+def test_an_answer_has_the_length_of_answers_as_far_as_there_are_cells():
+    pipe = tiny(with_lengths(of_2=1, of_9=3), chats=True)
+    found = lengths_of(pipe, [[1] * 7], num_samples=2000)
+    assert set(found) == {9, 16} and found.count(16) / 2000 == pytest.approx(0.75, abs=0.04)
+    assert set(lengths_of(pipe, [[1] * 8], num_samples=50)) == {10}
+    assert lengths_of(pipe, [[1] * 14, [1] * 15]) == [16, 16]  # no answer is as short as the last: one cell is filled
+
+
+def test_the_new_tokens_may_be_counted():
+    pipe = tiny(with_lengths(of_12=1))  # max_tokens of the training were all cells
+    assert lengths_of(pipe, num_samples=2, max_new_tokens=3) == [3, 3]
+    assert lengths_of(pipe, ["abc", "a" * 14], max_new_tokens=5) == [8, CELLS]
+    fewer = tiny([0, 0, 0, 0, 0, 1])  # trained on five tokens in a picture that has 16 cells
+    assert lengths_of(fewer, ["abc"], max_new_tokens=9) == lengths_of(fewer) == [5]
+
+
+@pytest.mark.parametrize(
+    ("chats", "arguments", "message"),
+    [
+        (False, {"prompts": "a" * 16}, "The prompt has 16 tokens, and a picture 16 cells: shorten it"),
+        (False, {"prompts": ["a", "a" * 99]}, "The prompt has 99 tokens"),
+        (True, {"prompts": "a" * 13}, "The prompt has 16 tokens"),
+        (False, {"prompts": [[{"role": "user", "content": "a"}]]}, "was trained on texts without a chat template"),
+        (True, {"prompts": None}, "This model answers: give it prompts"),
+        (True, {"prompts": [[{"role": "user"}]]}, "is neither a text, nor messages"),
+        (True, {"prompts": [[{"role": "user", "content": "a"}, "b"]]}, "is neither a text, nor messages"),
+        (False, {"prompts": ["a", None]}, "The prompt None is neither"),
+        (False, {"prompts": [0.5]}, "The prompt 0.5 is neither"),
+        (False, {"prompts": [[1, 260]]}, "token numbers from 1 to 260; they go from 0 to 259"),
+        (False, {"prompts": [[-1]]}, "token numbers from -1 to -1"),
+        (False, {"prompts": "a\ud83d"}, "The prompt is no text in UTF-8: character 1 is '\\ud83d'"),
+        (False, {"prompts": []}, "No prompts: give one or more"),
+        (False, {"numbers": []}, "0 numbers for 0 texts"),
+        (False, {"prompts": ["a", "b"], "numbers": [1]}, "1 numbers for 2 texts: give one for each text"),
+        (False, {"num_samples": 0}, "num_samples 0: expected 1 or more"),
+        (False, {"max_new_tokens": 0}, "max_new_tokens 0: expected"),
+        (False, {"max_new_tokens": -3}, "max_new_tokens -3: expected"),
+        (False, {"num_inference_steps": 0}, "num_inference_steps 0: expected"),
+        (False, {"batch_size": -1}, "batch_size -1: expected"),
+        (False, {"eta": 1.1}, "eta 1.1: expected a share of fresh noise from 0 to 1"),
+        (False, {"eta": float("nan")}, "eta nan: expected"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(chats, arguments, message):
+    assert message in refused(tiny(chats=chats), **arguments)
+
+
+def test_a_pipeline_needs_a_code_and_lengths():
+    denoiser, conditioner = models()
+    assert "needs the code" in refused(TokenImagePipeline, denoiser, conditioner, TOKENIZER, CODE)
+    assert "needs the code" in refused(TokenImagePipeline, denoiser, conditioner, TOKENIZER, None, ALL)
+
+
+# ---- seeds
+
+
+def test_a_text_of_a_seed_is_the_same_whatever_is_made_beside_it():
+    pipe = tiny(with_lengths(of_3=1, of_9=1, of_16=2))
+    settings = {"num_inference_steps": 5, "seed": 7}
+    whole = pipe(num_samples=7, **settings)
+    assert len(set(whole.texts)) == 7 and len({len(tokens) for tokens in whole.tokens}) > 1
+    for batch_size in (1, 3, 64):
+        made = pipe(num_samples=7, batch_size=batch_size, **settings)
+        assert made.texts == whole.texts and same(made.mask, whole.mask)
+        torch.testing.assert_close(made.pictures, whole.pictures, rtol=0, atol=1e-5)
+    some = pipe(numbers=[5, 2], **settings)
+    assert some.texts == [whole.texts[5], whole.texts[2]]
+    torch.testing.assert_close(some.pictures, whole.pictures[[5, 2]], rtol=0, atol=1e-5)
+    assert pipe(num_samples=7, **{**settings, "seed": 8}).texts != whole.texts
+
+
+def test_a_prompts_text_follows_from_its_number():
+    pipe, settings = tiny(with_lengths(of_9=1, of_16=2)), {"num_inference_steps": 5, "seed": 3}
+    whole = pipe(["ab", "longer", "c"], num_samples=2, **settings)
+    assert [tokens[0] for tokens in whole.tokens] == list(b"aallcc") and len(set(whole.texts)) == 6
+    alone = pipe(["longer", "c"], numbers=[3, 4], **settings)
+    assert alone.texts == whole.texts[3:5]
+    torch.testing.assert_close(alone.pictures, whole.pictures[3:5], rtol=0, atol=1e-5)
+
+
+# ---- folders and checkpoints
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    """pipeline/ and chats/, the run of a training, run/, and a pipeline of pictures, pictures/. Do not write into it."""
+    folder = tmp_path_factory.mktemp("kept")
+    tiny(with_lengths(of_3=1, of_9=1, of_16=2), time_shift=2.0).save_pretrained(folder / "pipeline")
+    tiny(with_lengths(of_4=1), chats=True).save_pretrained(folder / "chats")
+    tiny_pipeline().save_pretrained(folder / "pictures")
+    of_pipeline = {"code": CODE, "lengths": ALL, "time_shift": 2.0, "use_chat_template": False}
+    module = TokenImageModule(*models(), CleanPrediction(time_shift=2.0), of_pipeline)
+    state = module.state_dict()
+    state |= {name: tensor + 0.3 for name, tensor in state.items() if name.startswith("network.")}
+    (folder / "run" / "checkpoints").mkdir(parents=True)
+    checkpoint = {"state_dict": state, "hyper_parameters": dict(module.hparams), "epoch": 0, "global_step": 1}
+    for name in ("checkpoints/last.ckpt", "checkpoint_epoch_1.pth"):
+        torch.save(checkpoint, folder / "run" / name)
+    save_model(TOKENIZER, folder / "run" / "tokenizer")
+    return folder
+
+
+def test_a_folder_keeps_all_of_it_and_nothing_is_warned_of(kept, tmp_path, capfd, caplog, recwarn):
+    pipe = tiny(with_lengths(of_3=1, of_9=1, of_16=2), time_shift=2.0)
+    pipe.save_pretrained(tmp_path / "once")
+    save_model(pipe, tmp_path / "twice")
+    loaded = load_token_pipeline(tmp_path / "twice")
+    said = capfd.readouterr()
+    assert (said.out, said.err, caplog.text) == ("", "", "")
+    assert [warning for warning in recwarn if "diffusers" in str(warning.message).lower()] == []
+    assert sorted(path.name for path in (tmp_path / "twice").iterdir()) == [
+        "conditioner",
+        "denoiser",
+        "model_index.json",
+        "tokenizer",
+    ]
+    for name in ("code", "lengths", "time_shift", "use_chat_template"):
+        assert loaded.config[name] == pipe.config[name], name
+    loaded.set_progress_bar_config(disable=True)
+    before, after = (of(["ab", "c"], num_samples=3, **QUICK) for of in (pipe, loaded))
+    assert before.texts == after.texts and same(before.pictures, after.pictures)
+    chats = load_token_pipeline(kept / "chats")
+    chats.set_progress_bar_config(disable=True)
+    assert chats("hi", **QUICK).texts == tiny(with_lengths(of_4=1), chats=True)("hi", **QUICK).texts
+
+
+def test_a_checkpoint_of_training_with_its_tokenizer_beside_it(kept, tmp_path, capfd):
+    by_ckpt, by_pth = (
+        load_token_pipeline(kept / "run" / name) for name in ("checkpoints/last.ckpt", "checkpoint_epoch_1.pth")
+    )
+    live = load_token_pipeline(kept / "run" / "checkpoints" / "last.ckpt", ema=False)
+    assert capfd.readouterr() == ("", "")
+    for pipe in (by_ckpt, by_pth, live):
+        pipe.set_progress_bar_config(disable=True)
+        assert not pipe.denoiser.training and pipe.config.time_shift == 2.0 and pipe.img_size == SIZE
+    expected = tiny(time_shift=2.0)(num_samples=3, **QUICK)  # of the same weights
+    assert by_ckpt(num_samples=3, **QUICK).texts == by_pth(num_samples=3, **QUICK).texts == expected.texts
+    assert live(num_samples=3, **QUICK).texts != expected.texts
+    alone = tmp_path / "a" / "b" / "last.ckpt"
+    alone.parent.mkdir(parents=True)
+    shutil.copy(kept / "run" / "checkpoints" / "last.ckpt", alone)
+    assert "No tokenizer/ beside" in refused(load_token_pipeline, alone)
+    other = byte_tokenizer()
+    other.add_tokens(["word"])
+    save_model(other, tmp_path / "a" / "tokenizer")
+    assert "has 261 tokens, the model 260" in refused(load_token_pipeline, alone)
+
+
+def test_who_loads_something_else_is_told_what_it_is(kept, tmp_path):
+    assert [is_token_pipeline(kept / name) for name in ("pipeline", "pictures", "run/checkpoint_epoch_1.pth")] == [
+        True,
+        False,
+        True,
+    ]
+    assert not is_token_pipeline(tmp_path)
+    assert "is a LatentDiTPipeline: load it by load_pipeline" in refused(load_token_pipeline, kept / "pictures")
+    assert "is no pipeline (no model_index.json)" in refused(load_token_pipeline, tmp_path)
+    assert "No checkpoint" in refused(load_token_pipeline, tmp_path / "nothing")
+    assert "holds the averaged weights alone" in refused(load_token_pipeline, kept / "pipeline", ema=False)
+    for load in (load_pipeline, load_text_pipeline):
+        assert "is a TokenImagePipeline: load it by load_token_pipeline" in refused(load, kept / "pipeline")
+        for name in ("checkpoints/last.ckpt", "checkpoint_epoch_1.pth"):
+            assert "is of token images, which makes texts: load it by load_token" in refused(load, kept / "run" / name)
+    hyper = {"denoiser_config": {}, "conditioner_config": {}}
+    torch.save({"state_dict": {}, "hyper_parameters": hyper}, tmp_path / "dit.ckpt")
+    assert "another training than that on token images" in refused(load_token_pipeline, tmp_path / "dit.ckpt")
+    shutil.copytree(kept / "pipeline", tmp_path / "torn")
+    (tmp_path / "torn" / "denoiser" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
+    assert "cannot be read" in refused(load_token_pipeline, tmp_path / "torn")
+    shutil.rmtree(tmp_path / "torn" / "tokenizer")
+    assert "No tokenizer/ in" in refused(load_token_pipeline, tmp_path / "torn")
+
+
+# ---- files of texts
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def counted(pipe: TokenImagePipeline, until: int | None = None) -> list[int]:
+    """How many texts each call makes; with the next call after `until` of them the process ends."""
+    made, write = [], pipe._write
+
+    def counting(starts, *arguments):
+        if len(made) == until:
+            raise KeyboardInterrupt
+        made.append(len(starts))
+        return write(starts, *arguments)
+
+    pipe._write = counting
+    return made
+
+
+def test_texts_as_lines_with_their_prompts_and_a_grid(tmp_path):
+    pipe, prompts = tiny(), ["täg ", "b\u2028"]
+    path = write_texts(pipe, tmp_path / "out", prompts, 5, seed=2, **QUICK)
+    assert path == tmp_path / "out" / "texts.jsonl" and sorted(contents(path.parent)) == [
+        "grid.png",
+        "samples.json",
+        "texts.jsonl",
+    ]
+    asked = [prompts[i % 2] for i in range(5)]
+    assert lines(path) == [
+        {"text": text, "prompt": prompt} for text, prompt in zip(pipe(asked, seed=2, **QUICK).texts, asked, strict=True)
+    ]
+    assert '"prompt": "täg "' in path.read_bytes().decode()  # as it is, not \u00e4
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.mode == "RGB" and grid.size == (5 * SIZE + 4 * 2, SIZE)
+        first = np.asarray(grid)[:4, :4].transpose(2, 0, 1).ravel()
+    assert (first / 127.5 - 1).tolist() == pipe.code.cells(torch.tensor("täg ".encode()[0])).tolist()
+    assert len(lines(write_texts(pipe, tmp_path / "each", ["a", "b", "c"], **QUICK))) == 3
+    own = lines(write_texts(pipe, tmp_path / "own", **QUICK))
+    assert len(own) == 100 and own[0].keys() == {"text"}
+    with Image.open(tmp_path / "own" / "grid.png") as grid:
+        assert grid.size == (8 * SIZE + 7 * 2,) * 2
+    chats, question = tiny(with_lengths(of_4=1), chats=True), [{"role": "user", "content": "hi"}]
+    answered = lines(write_texts(chats, tmp_path / "chats", question, 2, **QUICK))
+    assert [row["prompt"] for row in answered] == [question] * 2
+    two = tiny(channels=2)
+    with Image.open(write_texts(two, tmp_path / "two", num_samples=1, **QUICK).with_name("grid.png")) as grid:
+        assert grid.size == (SIZE, SIZE)
+
+
+def test_many_prompts(tmp_path):
+    pipe, prompts = tiny(), [f"{i} " for i in range(300)]
+    predicting(pipe, lambda x, t: torch.ones_like(x))
+    made = lines(write_texts(pipe, tmp_path, prompts, num_inference_steps=1, batch_size=128))
+    assert [row["prompt"] for row in made] == prompts
+    assert all(row["text"].startswith(row["prompt"]) for row in made)
+
+
+def test_interrupted_it_goes_on_and_equals_one_that_was_not(tmp_path):
+    settings = {"num_samples": 11, "seed": 4, "batch_size": 4, **QUICK}
+    lengths = with_lengths(of_3=1, of_9=1, of_16=2)
+    write_texts(tiny(lengths), tmp_path / "whole", **settings)
+    stopped = tiny(lengths)
+    assert_made = counted(stopped, until=2)
+    with pytest.raises(KeyboardInterrupt):
+        write_texts(stopped, tmp_path / "parts", **settings)
+    assert assert_made == [4, 4] and not (tmp_path / "parts" / "texts.jsonl").exists()
+    (tmp_path / "parts" / ".texts" / ".00008-00011.jsonl.1.partial").write_text("{")  # as a kill leaves it
+    first = min((tmp_path / "parts" / ".texts").glob("0*.jsonl"))
+    first.unlink()
+    goes_on = tiny(lengths)
+    made = counted(goes_on)
+    write_texts(goes_on, tmp_path / "parts", **settings)
+    assert made == [4, 3]
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    again = tiny(lengths)
+    made, before = counted(again), os.stat(tmp_path / "parts" / "texts.jsonl")
+    write_texts(again, tmp_path / "parts", **{**settings, "batch_size": 5})
+    assert made == [] and os.stat(tmp_path / "parts" / "texts.jsonl").st_mtime_ns == before.st_mtime_ns
+
+
+def test_another_batch_size_goes_on_where_the_memory_was_too_small(tmp_path):
+    stopped, goes_on = tiny(), tiny()
+    counted(stopped, until=1)
+    with pytest.raises(KeyboardInterrupt):
+        write_texts(stopped, tmp_path, num_samples=11, batch_size=4, **QUICK)
+    made = counted(goes_on)
+    path = write_texts(goes_on, tmp_path, num_samples=11, batch_size=3, **QUICK)
+    assert made == [3, 3, 1]
+    assert [row["text"] for row in lines(path)] == tiny()(num_samples=11, **QUICK).texts
+
+
+def test_texts_of_other_settings_are_refused_and_replaced(tmp_path):
+    pipe = tiny()
+    path = write_texts(pipe, tmp_path / "out", ["ab"], 3, **QUICK)
+    before = contents(path.parent)
+    for other, found in (
+        ({"seed": 1}, "seed 0 there, 1 here"),
+        ({"num_inference_steps": 2}, "num_steps 3 there, 2 here"),
+        ({"eta": 0.5}, "eta 1.0 there, 0.5 here"),
+        ({"num_samples": 4}, "texts 3 there, 4 here"),
+        ({"prompts": ["cd"]}, "prompts ab there, cd here"),
+        ({"max_new_tokens": 2}, "max_new_tokens None there, 2 here"),
+        ({"pipe": tiny(seed=1)}, "another model"),
+        ({"pipe": tiny(with_lengths(of_9=1))}, "another model"),
+    ):
+        arguments = {"pipe": pipe, "output_dir": path.parent, "prompts": ["ab"], "num_samples": 3, **QUICK, **other}
+        said = refused(write_texts, **arguments)
+        assert f"holds texts of other settings ({found}): name another --output_dir, or replace them by" in said
+    assert contents(path.parent) == before
+    write_texts(pipe, path.parent, ["ab"], 3, eta=1.0, **QUICK)  # said or not, they are the same
+    assert contents(path.parent) == before
+    write_texts(pipe, path.parent, ["cd"], 4, overwrite=True, **QUICK)
+    write_texts(pipe, tmp_path / "new", ["cd"], 4, **QUICK)
+    assert contents(path.parent) == contents(tmp_path / "new")
+    (path.parent / "samples.json").write_text("{")
+    assert "samples.json, which says how they were made, is missing or damaged" in refused(
+        write_texts, pipe, path.parent, ["cd"], 4, **QUICK
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_samples": 0}, "num_samples 0: expected"),
+        ({"num_samples": -2}, "num_samples -2: expected"),
+        ({"batch_size": 0}, "batch_size 0: expected"),
+        ({"num_inference_steps": 0}, "num_inference_steps 0: expected"),
+        ({"eta": 2}, "eta 2: expected"),
+        ({"prompts": ["a", "a" * 16]}, "The prompt has 16 tokens"),
+        ({"prompts": ["a", ["b", "c"]]}, "The prompt ['b', 'c'] is neither"),
+    ],
+)
+def test_what_cannot_be_leaves_the_folder_as_it_was(tmp_path, arguments, message):
+    pipe = tiny()
+    write_texts(pipe, tmp_path, num_samples=2, **QUICK)
+    before = contents(tmp_path)
+    assert message in refused(write_texts, pipe, tmp_path, overwrite=True, **{**QUICK, **arguments})
+    assert contents(tmp_path) == before
+
+
+def test_pictures_in_the_folder_keep_their_record(tmp_path):
+    record = '{"settings": {"model": "x"}, "batch_size": 1, "folders": {}}'
+    (tmp_path / "samples.json").write_text(record)
+    for overwrite in (False, True):
+        said = refused(write_texts, tiny(), tmp_path, overwrite=overwrite, **QUICK)
+        assert "holds pictures" in said and "name another --output_dir" in said
+    assert contents(tmp_path) == {"samples.json": record.encode()}
+
+
+def together(folder: Path, store: HashStore, count: int = 2, **settings) -> None:
+    """As several processes, which have nothing in common but a store and the disk; the first one ends last."""
+    failed = []
+
+    def work(rank: int) -> None:
+        try:
+            write_texts(tiny(), folder, ranks=Ranks(rank, count, rank, store), **settings)
+            assert rank or (folder / "texts.jsonl").exists()
+        except BaseException as error:
+            failed.append(error)
+
+    workers = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert not failed and not any(worker.is_alive() for worker in workers)
+
+
+def test_several_make_the_same_bytes_as_one(tmp_path):
+    settings = {"prompts": ["ab", "täg"], "num_samples": 13, "batch_size": 3, **QUICK}
+    write_texts(tiny(), tmp_path / "one", **settings)
+    together(tmp_path / "two", HashStore(), **settings)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    together(tmp_path / "two", HashStore(), **settings)  # all is there: nobody waits for anybody
+    together(tmp_path / "six", HashStore(), count=6, **settings)  # more than there are batches
+    assert contents(tmp_path / "two") == contents(tmp_path / "six") == contents(tmp_path / "one")
+
+
+# ---- the command
+
+
+@pytest.fixture
+def run(monkeypatch, run_main, tmp_path, kept):
+    """Run the command here on a checkpoint of `kept`: its exit status, what it printed, and what it said on stderr."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    quick = ("--num_steps", 3, "--accelerator", "cpu")
+
+    def command(checkpoint, *words):
+        return run_main(main, "--checkpoint", kept / checkpoint, *quick, *words)
+
+    return command
+
+
+def test_the_command_writes_texts(run, kept, tmp_path):
+    status, said, err = run("pipeline", "--prompt", "a\x85b", "c", "--seed", 5, "--output_dir", "out")
+    assert (status, err) == (0, "")
+    written = write_texts(load_token_pipeline(kept / "pipeline"), tmp_path / "same", ["a\x85b", "c"], seed=5, **QUICK)
+    assert contents(tmp_path / "out") == contents(tmp_path / "same")
+    shown = [f"  {' '.join(row['text'].split())}" for row in lines(written)]
+    assert said.split("\n") == [*shown, "written: 2 texts (out/texts.jsonl), out/grid.png", ""]
+    status, said, _ = run("run/checkpoint_epoch_1.pth", "--output_dir", "own")
+    assert status == 0 and "written: 100 texts (own/texts.jsonl)" in said and said.count("\n") == 9
+    assert run("run/checkpoints/last.ckpt", "--weights", "live", "--num_samples", 3, "--output_dir", "live")[0] == 0
+    assert lines(tmp_path / "live" / "texts.jsonl") != lines(tmp_path / "own" / "texts.jsonl")[:3]
+    status, said, _ = run("chats", "--prompt", "hi", "--num_samples", 9, "--batch_size", 4, "--output_dir", "chats")
+    assert status == 0 and "written: 9 texts" in said and len(said.split("\n")) == 10
+    again = run("chats", "--prompt", "hi", "--num_samples", 9, "--output_dir", "chats")
+    assert again == (0, said, "")
+
+
+def test_two_processes_write_what_one_writes(run, tmp_path, kept):
+    amount = ("--num_samples", 9, "--batch_size", 2, "--seed", 1)
+    assert run("pipeline", *amount, "--output_dir", "one")[0] == 0
+    status, _, err = run("pipeline", *amount, "--output_dir", "two", "--devices", 2)
+    assert status == 0, err
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "words", "message"),
+    [
+        ("pipeline", "--labels 0", "pipeline makes texts, for which --labels has no meaning: leave it out"),
+        ("pipeline", "--cfg_scale 2 --format npz", "for which --cfg_scale, --format has no meaning"),
+        ("pipeline", "--guide pipeline --guide_scale 2", "for which --guide has no meaning"),
+        (
+            "pipeline",
+            "--cfg_interval 0,0.5 --guidance_channels first3",
+            "for which --cfg_interval, --guidance_channels",
+        ),
+        ("pipeline", "--solver heun --timestep_shift 0.3", "for which --solver, --timestep_shift has"),
+        ("pipeline", "--negative_prompt x --prompt y", "for which --negative_prompt has no meaning"),
+        ("pipeline", "--weights live", "holds the averaged weights alone"),
+        ("pipeline", "--num_samples 0", "--num_samples 0"),
+        ("pipeline", "--num_steps 0", "num_inference_steps 0: expected 1 or more"),
+        ("pipeline", "--batch_size -1", "batch_size -1: expected 1 or more"),
+        ("pipeline", "--prompt aaaaaaaaaaaaaaaa", "The prompt has 16 tokens, and a picture 16 cells"),
+        ("chats", "", "This model answers: give it prompts"),
+        ("nowhere", "", "No checkpoint"),
+    ],
+)
+def test_what_the_command_cannot_do_is_answered_by_one_line(run, tmp_path, checkpoint, words, message):
+    status, said, err = run(checkpoint, *words.split())
+    assert (status, said) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
