@@ -65,11 +65,12 @@ class Denoiser(ModelMixin, ConfigMixin):
 
     def __init__(self, code, img_size, predict):
         super().__init__()
-        self.none, self.predict, self.times = nn.Parameter(torch.zeros(())), predict, []
+        self.none, self.predict, self.times, self.seen = nn.Parameter(torch.zeros(())), predict, [], []
         self.latent_shape = (code.channels + 1, img_size, img_size)
 
     def forward(self, x, t, conditioning, mask=None):
         self.times.append(t)
+        self.seen.append(x)
         predicted = self.predict(x[:, :-1], t)
         return torch.cat([predicted, torch.full_like(x[:, -1:], 7.0)], dim=1)  # of the last channel nobody asks
 
@@ -141,9 +142,15 @@ def test_a_prompt_is_given_and_does_not_count():
     rows = data.rows.clone()
     rows[:, :6], rows[1, 6] = (rows[:, :6] + 1) % 8, (rows[1, 6] + 1) % 8
     wrong = data.code.draw(rows, torch.ones_like(rows).bool(), SIZE)
-    (found,) = reconstruction_curve(pipeline(data, lambda x, t: wrong), data, times=(0.3,), steps=3)
+    pipe = pipeline(data, lambda x, t: wrong)
+    (found,) = reconstruction_curve(pipe, data, times=(0.3,), steps=3)
     assert (found.cells, found.pictures) == (39 / 40, 3 / 4)
-    bits = bits_per_token(pipeline(data, lambda x, t: wrong), data)
+    bits = bits_per_token(pipe, data)
+    batch = data.__getitems__([0, 1, 2, 3])
+    known = batch["condition_mask"]
+    assert len(pipe.denoiser.seen) > 16  # of both
+    for x in pipe.denoiser.seen:
+        assert x[:, -1].equal(known) and (x[:, :-1] * known[:, None]).equal(batch["clean"] * known[:, None])
     assert bits.tokens == 40
     squared = 4 * int((data.code.table[data.rows[1, 6]] != data.code.table[rows[1, 6]]).sum())
     r = bits.last_time / (1 - bits.last_time)
@@ -332,6 +339,15 @@ def test_an_evaluation_of_texts_is_a_table_and_files(tmp_path):
     assert all(line["prompt"] and line["text"].startswith(line["prompt"]) for line in lines[5:])
     assert Image.open(out / "figures" / "reconstruction.png").size[0] > 300
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_completion_that_is_a_training_text_is_a_whole_copy(tmp_path):
+    train = dataset(tmp_path, sentences(6))
+    by_heart = train.tokens_of(2).tolist()
+    pipe = pipeline(train, written_by_heart(train, by_heart), [0] * len(by_heart) + [1, 0])
+    report = evaluate_tokens(pipe, train, train.part([2]), None, 1, 1, say=lambda line: None)
+    assert report.scores["completions"].novelty.whole == 1 == report.scores["real"].novelty.whole
+    assert report.scores["completions"].novelty.longest < len(by_heart)  # the prompt is nobody's copy
 
 
 def test_without_texts_that_validate_their_rows_are_left_out_and_it_is_said(tmp_path):

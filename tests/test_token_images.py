@@ -1,6 +1,7 @@
 """Texts as pictures: nothing lost, nothing twice, read again; files, tokenizers, sides; what is said of faults."""
 
 import json
+import os
 import pickle
 from itertools import product
 from pathlib import Path
@@ -27,6 +28,7 @@ TEMPLATE = (
 )
 FORGETFUL = "{{ messages | length }}" + TEMPLATE
 """A template that writes at the beginning how many messages there are."""
+GLUED = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('users begin') }}{% endif %}" + TEMPLATE
 
 
@@ -234,15 +236,19 @@ def test_prompt_and_answer_are_told_apart(of, max_tokens, merged, tmp_path):
     assert torch.equal(data.lengths(), torch.bincount(learnt_of, minlength=data.max_tokens + 1))
 
 
-@pytest.mark.parametrize("of", ["bytes", "merged"])
+@pytest.mark.parametrize("of", ["bytes", "merged", "glued"])
 def test_what_is_asked_is_what_training_saw(of, merged):
     """A prompt's tokens are those that come before an answer in training, in later turns too."""
-    tokens = TextTokens(merged if of == "merged" else None)
-    whole = chat("tell me", "the cat.", "and a bird", "sees.")
+    tokens = TextTokens(None if of == "bytes" else merged)
+    if of == "glued":  # a word that goes on in the next message is not one token
+        tokens.tokenizer.chat_template = GLUED
+    whole = chat("tell me", " of th", "e bird and", " sees.")
     (row,), (is_answer,) = tokens.encode_chats([whole])
     first, last = np.flatnonzero(is_answer)[0], np.flatnonzero(~is_answer)[-1] + 1
     assert tokens.prompt(whole[:1]) == row[:first].tolist()
     assert tokens.prompt(whole[:3]) == row[:last].tolist()
+    if of == "glued":
+        assert tokens.encode(["tell me of the bird and"])[0].tolist() != row[:last].tolist()
     assert tokens.decode(tokens.prompt(whole[:1])) == "tell me"
 
 
@@ -339,7 +345,7 @@ def test_folders_are_read_in_natural_order(tmp_path):
     write(tmp_path / "part10.txt", "ten")
     write(tmp_path / "part2.txt", "\ufefftwo\r\n")
     json_lines(tmp_path / "sub" / "a.JSONL", {"text": "json 1"}, {"text": "json 2", "messages": chat("x", "y")})
-    write(tmp_path / "sub" / "b.jsonl", '\n{"text": "with \\u2028 \\ud83d\\ude00", "more": 1}\r\n\n')
+    write(tmp_path / "sub" / "b.jsonl", '\n{"text": "with \u2028 \\ud83d\\ude00", "more": 1}\r\n\n')
     write(tmp_path / "notes.md", "no")
     for hidden in (".cache/a.txt", "__MACOSX/._part2.txt", "._part2.txt"):
         write(tmp_path / hidden, b"\xff")
@@ -527,6 +533,11 @@ def test_the_fingerprint_tells_data_apart(merged, tmp_path):
         TokenImageDataset(json_lines(tmp_path / "e.jsonl", {"messages": chat("a", "b")}), 64, True).fingerprint(),
         TokenImageDataset(json_lines(tmp_path / "f.jsonl", {"messages": chat("a", "b")[1:]}), 64, True).fingerprint(),
     ]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = GLUED
+    for messages in (chat("a", "b"), chat("", "ab")):  # the same tokens
+        file = json_lines(tmp_path / "g.jsonl", {"messages": messages})
+        marks.append(TokenImageDataset(file, 64, True, tokenizer=tokenizer).fingerprint())
     assert len(set(marks)) == len(marks)
     assert TokenImageDataset(same).fingerprint() == marks[0]  # wherever it lies
 
@@ -637,9 +648,10 @@ def test_batches_go_on_where_a_checkpoint_was_written(when):
 
 
 def test_loading_processes_bring_the_same_and_say_nothing(merged, capfd, monkeypatch):
-    """tokenizers warns of every process that is forked after it used threads."""
+    """Before 0.23 tokenizers warns of every process that is forked after it used threads, unless this is set."""
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     dataset = TokenImageDataset("zen", tokenizer=merged)
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
     alone, helped = (
         TokenImageDataModule(dataset, batch_size=4, num_workers=workers, val_share=0.2) for workers in (0, 2)
     )
@@ -707,8 +719,8 @@ def test_the_first_sentences_stay_what_they_were():
     "a old cat sees a bird.", "an small cat sees a bird.", "an cat sees a bird.", "the cat sees a old bird.",  # an
     "the cat sees a bird", "the cat sees a bird..", "the cat sees a bird. ", " the cat sees a bird.", "",  # the stop
     "the cow sees a bird.", "the cat eats a bird.", "the green cat sees a bird.", "The cat sees a bird.",  # the words
-    "the cat sees.", "cat sees a bird.", "the cat a bird sees.", "the  cat sees a bird.", "the red old cat likes a bird",
-    "the red old cat likes a bird.",
+    "the cat sees.", "cat sees a bird.", "the cat a bird sees.", "the  cat sees a bird.",
+    "the red old cat likes a bird.", "a cat sees", "the cat sees the cat sees a bird.",
     "the cat sees a bird.\n", "the cat sees a bird. the cat sees a bird.",
 ])  # fmt: skip
 def test_wrong_sentences_are_told(text):

@@ -78,7 +78,7 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
 
 @contextmanager
 def _threads() -> Iterator[None]:
-    """Let tokenizers use several threads here alone: it warns of each process that is forked from one that did."""
+    """Let tokenizers use several threads here alone: before 0.23 it warns of each process forked from one that did."""
     os.environ[_THREADS] = _CHOSEN or "true"
     try:
         yield
@@ -122,8 +122,7 @@ class TextTokens:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token numbers, special tokens left out; numbers that are no token's are left out, too."""
-        known = [token for token in tokens if token < len(self)]
-        return self.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def prompt(self, chat: Chat) -> list[int]:
         """The tokens of a chat by its template, up to where the assistant begins.

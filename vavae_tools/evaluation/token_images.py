@@ -209,7 +209,7 @@ class _Tokens:
 class KnownTexts:
     """Texts in which spans of others are looked up, by hashes of 64 bits; no span crosses the border of two.
 
-    Thirty million tokens take some 240 MB and, for all numbers of a `novelty`, well below a minute.
+    Thirty million tokens take 240 MB, and all numbers of a `novelty` of 200 texts 5 to 40 s on one core.
 
     Args:
         rows: token numbers of each text, or of each picture where texts are longer than these.
