@@ -23,7 +23,7 @@ _HOME = {
     "caption_data": "data.captions",
     "captioned_shape_data": "data.captioned_shapes",
     "TokenImageDataset": "data.token_images",
-    "is_grammatical": "data.sentences",
+    "grammatical_share": "data.sentences",
     "PictureDataModule": "data.images",
     "PictureFolder": "data.images",
     "channels_of": "data.images",

@@ -16,6 +16,8 @@ VERBS = {"sees": "see", "likes": "like", "finds": "find", "hears": "hear", "help
 ADJECTIVES = ("", "small", "old", "happy", "red")
 ONE, MANY = ("the", "a", "one", "this"), ("the", "two", "some", "these")
 ASKS = "tell me about"
+MOST = 6
+"""Sentences in a story."""
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -24,6 +26,13 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     Articles, nouns and verbs agree: one "a small king helps", many "two kings help", and "an" stands before a vowel.
     """
     return [f"{subject} {verb} {seen}." for subject, verb, seen in _parts(count, seed)]
+
+
+def stories(count: int, seed: int = 0) -> list[str]:
+    """Texts of one to `MOST` sentences."""
+    lengths = (Draws(seed, 1, torch.arange(count)).uniform("sentences") * MOST).long() + 1
+    rows = iter(sentences(int(lengths.sum()), seed))
+    return [" ".join(next(rows) for _ in range(length)) for length in lengths.tolist()]
 
 
 def questions(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
@@ -69,6 +78,18 @@ def is_grammatical(text: str) -> bool:
     (False, False)
     """
     return _SENTENCE.fullmatch(text) is not None
+
+
+def grammatical_share(text: str) -> float:
+    """The share of a text's sentences that are the grammar's.
+
+    >>> grammatical_share("two cats see a bird. two cats sees a bird."), grammatical_share("two cats")
+    (0.5, 0.0)
+    """
+    found = [f"{part.strip()}." for part in text.rstrip().removesuffix(".").split(".")]
+    if found and not text.rstrip().endswith("."):
+        found[-1] = found[-1][:-1]
+    return sum(map(is_grammatical, found)) / len(found)
 
 
 def answers(question: str, text: str) -> bool:

@@ -7,13 +7,13 @@ from typing import Any
 
 from vavae_tools.data.folders import contents, natural_key
 from vavae_tools.data.hugging_face import is_dataset, load_folder
-from vavae_tools.data.sentences import questions, sentences, zen
+from vavae_tools.data.sentences import questions, stories, zen
 from vavae_tools.errors import UserError
 
 Chat = list[dict[str, str]]
 """Messages, each with "role" and "content"."""
 BUILT_IN: dict[str, Callable[[], list[str] | list[Chat]]] = {
-    "sentences": lambda: sentences(20_000),
+    "sentences": lambda: stories(20_000),
     "questions": lambda: questions(20_000),
     "zen": zen,
 }

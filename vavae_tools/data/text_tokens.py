@@ -1,7 +1,7 @@
-"""Texts ↔ token numbers, by a tokenizer of transformers; built in is one whose tokens are the 256 bytes."""
+"""Texts ↔ token numbers, by a tokenizer of transformers: the bytes, one that is learnt from the texts, or any other."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,19 +30,57 @@ _TEMPLATE = (
 
 def byte_tokenizer() -> "PreTrainedTokenizerBase":
     """Tokens 0 to 255 are the bytes of UTF-8, then come the end of a text and the roles of a chat."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
 
     letters = {character: byte for byte, character in enumerate(_letters())}
-    bytewise = Tokenizer(BPE(vocab=letters, merges=[]))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytewise, eos_token=END, additional_special_tokens=list(SPECIAL[1:])
+    return _with_roles(_on_bytes(BPE(vocab=letters, merges=[])))
+
+
+def learn_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> "PreTrainedTokenizerBase":
+    """Byte-pair encoding (Sennrich et al. 2016) on bytes: frequent words become one token, any text stays exact.
+
+    Args:
+        vocab_size: tokens at most: 256 bytes, the end of a text and the roles of a chat, and pieces of words.
+
+    Raises:
+        UserError: no room for a piece.
+    """
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+
+    if vocab_size <= 256 + len(SPECIAL):
+        raise UserError(f"vocab_size {vocab_size}: {256 + len(SPECIAL)} are taken before the first piece of a word")
+    learnt = _on_bytes(BPE())
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer.chat_template = _TEMPLATE
+    with _threads():
+        learnt.train_from_iterator(texts, trainer)
+    return _with_roles(learnt)
+
+
+def _on_bytes(model: Any) -> Any:
+    """A tokenizer around a model of pieces that are written in bytes."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _with_roles(tokenizer: Any) -> "PreTrainedTokenizerBase":
+    from transformers import PreTrainedTokenizerFast
+
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, additional_special_tokens=list(SPECIAL[1:])
+    )
+    whole.chat_template = _TEMPLATE
+    return whole
 
 
 def _letters() -> list[str]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,11 +13,12 @@ from torch.utils.data import Dataset
 
 from vavae_tools.data.order import OrderedDataModule
 from vavae_tools.data.text_files import read_texts
-from vavae_tools.data.text_tokens import TextTokens
+from vavae_tools.data.text_tokens import TextTokens, learn_tokenizer
 from vavae_tools.data.token_code import TokenCode
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 
+LEARNT = "bpe"
 _TEXTS_AT_ONCE = 1024
 """That a tokenizer is given."""
 
@@ -34,7 +35,8 @@ class TokenImageDataset(Dataset):
         img_size: side of the pictures in pixels.
         use_chat_template: read chats, and tell prompts and answers apart by the tokenizer's chat template.
         max_tokens: in a picture; None: as many as it holds.
-        tokenizer: transformers' own or the folder of one; None: the 256 bytes (`text_tokens.byte_tokenizer`).
+        tokenizer: transformers' own or the folder of one; None: the 256 bytes (`text_tokens.byte_tokenizer`); "bpe":
+            one of `vocab_size` tokens is learnt from the texts (`text_tokens.learn_tokenizer`).
         cell_size, channels: of the code.
 
     Raises:
@@ -50,7 +52,12 @@ class TokenImageDataset(Dataset):
         tokenizer: Any = None,
         cell_size: int = 4,
         channels: int = 3,
+        vocab_size: int = 512,
     ) -> None:
+        texts = None
+        if tokenizer == LEARNT:
+            texts = read_texts(data_path, use_chat_template)
+            tokenizer = learn_tokenizer(_all_texts(texts[0]), vocab_size)
         self.tokens = TextTokens(tokenizer)
         self.code = TokenCode(len(self.tokens), cell_size, channels)
         self.img_size, self.use_chat_template = img_size, use_chat_template
@@ -58,7 +65,7 @@ class TokenImageDataset(Dataset):
         if max_tokens is not None and not 1 <= max_tokens <= cells:
             raise UserError(f"max_tokens {max_tokens}: a picture of {img_size}×{img_size} has 1 to {cells} cells")
         self.max_tokens, self.data_path = max_tokens or cells, str(data_path)
-        texts, validating = read_texts(data_path, use_chat_template)
+        texts, validating = texts or read_texts(data_path, use_chat_template)
         self._take([*texts, *validating])
         self._of_train = len(texts)
 
@@ -215,6 +222,11 @@ class TokenImageDataset(Dataset):
             f"{texts:,} {kind} of {self.data_path}: {tokens:,} tokens (of {self.code.num_tokens:,} kinds) in "
             f"{len(self):,} pictures of {side}×{side}, {tokens / len(self):.0f} of {cells} cells filled on average"
         )
+
+
+def _all_texts(found: Iterable[Any]) -> Iterator[str]:
+    for text in found:
+        yield from [text] if isinstance(text, str) else (message["content"] for message in text)
 
 
 class TokenImageDataModule(OrderedDataModule):

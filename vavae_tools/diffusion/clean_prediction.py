@@ -1,5 +1,6 @@
 """Learning to tell the clean picture (x0) from a noisy one, by the squared error of the pixels of a mask alone."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,8 @@ class CleanPrediction:
     Args:
         normalised: "channels" as above, or "pixels": without C, so C times larger.
         time: "lognorm" (most often in the middle of the path) or "uniform".
-        time_mean, time_std, time_shift: see `FlowMatching`. A shift above 1 learns more at high noise: all pixels of a
-            cell say together what it is where one alone does not.
+        time_mean, time_std, time_shift: see `FlowMatching`. Texts are decided where noise just hides a cell's token: a
+            mean of −ln of `hiding_noise` learns most there.
     """
 
     def __init__(
@@ -98,6 +99,15 @@ class CleanPrediction:
         x = with_known(self.add_noise(data, noise, t), data, known)
         prediction = denoiser(x, t, conditioning, mask + known if kept is None else kept)[:, : data.shape[1]]
         return self.loss(prediction, data, mask * (1 - known), pixels)
+
+
+def hiding_noise(length: int) -> float:
+    """(1 − t) / t at the time t before which a cell of `length` pixels of ±1 does not tell by itself which token it is.
+
+    Noise hides n pixels that mean one thing as well as one pixel at √n times the noise. The factor 0.6 was found in
+    training on sentences with n = 48: noise 4.2, t = 0.19.
+    """
+    return 0.6 * math.sqrt(length)
 
 
 def with_known(x: Tensor, data: Tensor, known: Tensor) -> Tensor:

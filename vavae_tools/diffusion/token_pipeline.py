@@ -54,7 +54,7 @@ class TokenImagePipeline(DiffusionPipeline):
         tokenizer: transformers' own.
         code: the arguments of `TokenCode`.
         lengths: how many of the training's pictures have 0, 1, … tokens to learn: lengths are drawn from it.
-        time_shift: of the objective it was trained with: sampling makes its steps where training was.
+        time_shift: above 1 most steps are made at high noise; `clean_prediction.hiding_noise` is a good one.
         use_chat_template: it was trained on chats, and prompts are messages.
 
     `save_pretrained(folder)` and `load_token_pipeline(folder)` keep all of it.

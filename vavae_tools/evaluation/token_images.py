@@ -562,7 +562,7 @@ def evaluate_tokens(
     num_samples: int = 256,
     num_inference_steps: int = 100,
     seed: int = 0,
-    is_right: Callable[..., bool] | None = None,
+    is_right: Callable[..., bool | float] | None = None,
     say: Callable[[str], None] = print,
 ) -> TokenReport:
     """Write texts and compare them with the data; write `evaluation.json`, `samples.jsonl` and a figure.
@@ -573,8 +573,8 @@ def evaluate_tokens(
     Args:
         train, val: the sides of the data (`TokenImageDataset.sides`).
         output_dir: None: nothing is written.
-        is_right: text → whether it is right, such as `data.sentences.is_grammatical`; of chats (question, answer) →,
-            such as `data.sentences.answers`.
+        is_right: text → whether, or how far, it is right, such as `data.sentences.grammatical_share`; of chats
+            (question, answer) →, such as `data.sentences.answers`.
         say: told what is being done, a line each; the report is returned.
 
     Raises:
@@ -652,7 +652,7 @@ def _write(report: TokenReport, lines: list[dict[str, str | None]], folder: Path
 class _Known:
     """The training side, to look up in, and what is right."""
 
-    def __init__(self, train: TokenImageDataset, is_right: Callable[..., bool] | None) -> None:
+    def __init__(self, train: TokenImageDataset, is_right: Callable[..., bool | float] | None) -> None:
         self._data, self._is_right = train, is_right
         rows = [train.tokens_of(index) for index in range(len(train))]
         wholes = _answers(train, range(len(train))) if train.use_chat_template else rows

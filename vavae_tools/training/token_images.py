@@ -1,5 +1,6 @@
 """Texts as pictures, whole: from text files to a pipeline that writes. `experiment=token_images`."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from vavae_tools.checkpoints.resuming import resume_path
 from vavae_tools.data.token_images import TokenImageDataModule, TokenImageDataset
-from vavae_tools.diffusion.clean_prediction import CleanPrediction
+from vavae_tools.diffusion.clean_prediction import CleanPrediction, hiding_noise
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.denoisers import make_denoiser
 from vavae_tools.diffusion.token_pipeline import TokenImagePipeline, load_token_pipeline
@@ -55,7 +56,16 @@ def train_token_images(
     quiet_lightning()
     output_dir = Path(output_dir)
     resume_from = resume_path(resume, output_dir / "checkpoints", say)
-    kinds = ("data_path", "img_size", "use_chat_template", "max_tokens", "tokenizer", "cell_size", "channels")
+    kinds = (
+        "data_path",
+        "img_size",
+        "use_chat_template",
+        "max_tokens",
+        "tokenizer",
+        "cell_size",
+        "channels",
+        "vocab_size",
+    )
     texts = TokenImageDataset(**{name: data[name] for name in kinds})
     say(str(texts))
     pictures = TokenImageDataModule(texts, training["batch_size"], data["val_share"], training["num_workers"], seed)
@@ -63,7 +73,11 @@ def train_token_images(
     if is_first():
         save_model(texts.tokens.tokenizer, output_dir / "tokenizer")
 
-    objective = CleanPrediction(**model["objective"])
+    noise = hiding_noise(texts.code.length)
+    times = model["objective"]
+    objective = CleanPrediction(
+        **{**times, "time_mean": -math.log(noise) if times["time_mean"] is None else times["time_mean"]}
+    )
     denoiser = make_denoiser(_denoiser_settings(data, model))
     if training["gradient_checkpointing"]:
         denoiser.enable_gradient_checkpointing()
@@ -71,7 +85,7 @@ def train_token_images(
     of_pipeline = {
         "code": texts.code.config,
         "lengths": pictures.train_data.lengths().tolist(),
-        "time_shift": objective.time_shift,
+        "time_shift": noise if sampling["time_shift"] is None else sampling["time_shift"],
         "use_chat_template": data["use_chat_template"],
     }
     module = TokenImageModule(
