@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vavae_tools.diffusion.clean_prediction import CleanPrediction, velocity_to, with_known
+from vavae_tools.diffusion.clean_prediction import CleanPrediction, hiding_noise, velocity_to, with_known
 from vavae_tools.diffusion.objectives import FlowMatching
 from vavae_tools.errors import UserError
 
@@ -76,3 +76,15 @@ def test_what_is_unknown_is_named():
         CleanPrediction("C")
     with pytest.raises(UserError, match="time='cosine' is unknown; it is 'lognorm' or 'uniform'"):
         CleanPrediction(time="cosine")
+
+
+@pytest.mark.parametrize("length", [48, 192])
+def test_where_noise_hides_a_cell_its_token_is_told_now_and_then(length):
+    """At this noise an orthogonal code of as many pixels is told from one other in most cases, from 255 in few."""
+    noise = hiding_noise(length)
+    assert noise == 0.6 * length**0.5
+    apart = (
+        length / 2
+    ) ** 0.5 / noise  # half the distance of two cells that differ in half of the pixels, in deviations
+    one = torch.special.ndtr(torch.tensor(apart)).item()
+    assert 0.85 < one < 0.95 and one**255 < 1e-6

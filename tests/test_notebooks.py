@@ -31,7 +31,9 @@ def shortened(path: Path) -> nbformat.NotebookNode:
             cell.source = cell.source.replace('"count": 1024', '"count": 64').replace("(800, 2000)", "(4, 4)")
             cell.source = cell.source.replace("else 2000", "else 4").replace('["experiment=text_dummy"]', TEXT)
             cell.source = cell.source.replace('["experiment=token_dummy"]', TOKENS)
-            cell.source = cell.source.replace("is_right=None", "num_samples=4, num_inference_steps=2, is_right=None")
+            cell.source = cell.source.replace(
+                "is_right=is_right", "is_right=is_right, num_samples=4, num_inference_steps=2"
+            )
             cell.source = cell.source.replace('"num_samples": 4000', '"num_samples": 64').replace("[:64]", "[:4]")
     return notebook
 

@@ -14,7 +14,7 @@ import torch
 from vavae_tools.data import sentences as grammar
 from vavae_tools.data import text_files
 from vavae_tools.data.order import EpochOrder
-from vavae_tools.data.sentences import answers, is_grammatical, questions, sentences, zen
+from vavae_tools.data.sentences import answers, grammatical_share, is_grammatical, questions, sentences, stories, zen
 from vavae_tools.data.text_files import read_texts
 from vavae_tools.data.text_tokens import SPECIAL, TextTokens, byte_tokenizer
 from vavae_tools.data.token_code import TokenCode
@@ -757,3 +757,48 @@ def test_the_zen_is_said_by_nobody(capfd):
     assert len(lines) == 19 and lines[0] == "Beautiful is better than ugly." and lines[-1].endswith("more of those!")
     assert zen() == lines
     assert capfd.readouterr() == ("", "")
+
+
+def test_stories_are_one_to_six_sentences_each():
+    made = stories(600)
+    lengths = [text.count(".") for text in made]
+    assert set(lengths) == set(range(1, 7)) and stories(5) == made[:5] and stories(5, seed=1) != made[:5]
+    assert " ".join(made[:100]) == " ".join(sentences(sum(lengths[:100])))
+    assert all(grammatical_share(text) == 1 for text in made)
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("two cats see a bird. two cats sees a bird. the dog helps the king.", 2 / 3),
+        ("two cats see a bird. two cats", 1 / 2),
+        ("two cats see a bird", 0),  # without its end
+        ("", 0),
+    ],
+)
+def test_the_share_of_right_sentences(text, share):
+    assert grammatical_share(text) == share
+
+
+# ---- a tokenizer that is learnt
+
+
+def test_a_learnt_tokenizer_has_words_and_any_text_stays_exact(tmp_path):
+    data = TokenImageDataset("sentences", tokenizer="bpe")
+    tokens = TextTokens(data.tokens.tokenizer)
+    words = {word for text in sentences(500) for word in text.rstrip(".").split()}
+    assert all(len(tokens.encode([f"the {word}"])[0]) == 2 for word in words)
+    odd = "Zebra äöü\n\t<|end|> 你好 \x00 two  cats"
+    assert tokens.decode(tokens.encode([odd])[0]) == odd
+    item = data[1]
+    assert data.text(data.decode(item["clean"], item["mask"])) == stories(2)[1]
+    tokens.tokenizer.save_pretrained(tmp_path)
+    again = TokenImageDataset("sentences", tokenizer=tmp_path)
+    assert again.fingerprint() == data.fingerprint() == TokenImageDataset("sentences", tokenizer="bpe").fingerprint()
+
+
+def test_a_learnt_tokenizer_has_as_many_tokens_as_were_asked_for():
+    assert len(TokenImageDataset("zen", tokenizer="bpe", vocab_size=300).tokens) == 300
+    assert len(TokenImageDataset("questions", use_chat_template=True, tokenizer="bpe").tokens) < 400
+    with pytest.raises(UserError, match="vocab_size 260: 260 are taken"):
+        TokenImageDataset("zen", tokenizer="bpe", vocab_size=260)

@@ -24,6 +24,7 @@ _HOME = {
     "captioned_shape_data": "data.captioned_shapes",
     "TokenImageDataset": "data.token_images",
     "grammatical_share": "data.sentences",
+    "answers": "data.sentences",
     "PictureDataModule": "data.images",
     "PictureFolder": "data.images",
     "channels_of": "data.images",

@@ -103,8 +103,13 @@ def train_token_images(
     )
     prompts = _first_prompts(pictures, sampling["prompts"])
 
+    def pipeline(trained: torch.nn.ModuleDict) -> TokenImagePipeline:
+        return TokenImagePipeline(trained["denoiser"], trained["conditioner"], texts.tokens.tokenizer, **of_pipeline)
+
+    pipeline(module.network).beginnings(prompts)  # what does not fit is said before anything takes time
+
     def make(trained: torch.nn.ModuleDict) -> tuple[Tensor, list[str]]:
-        pipe = TokenImagePipeline(trained["denoiser"], trained["conditioner"], texts.tokens.tokenizer, **of_pipeline)
+        pipe = pipeline(trained)
         pipe.set_progress_bar_config(disable=True)
         settings = {"num_inference_steps": sampling["num_steps"], "eta": sampling["eta"], "seed": seed}
         made = [pipe(num_samples=COLUMNS, **settings)] if not data["use_chat_template"] else []
