@@ -802,3 +802,21 @@ def test_a_learnt_tokenizer_has_as_many_tokens_as_were_asked_for():
     assert len(TokenImageDataset("questions", use_chat_template=True, tokenizer="bpe").tokens) < 400
     with pytest.raises(UserError, match="vocab_size 260: 260 are taken"):
         TokenImageDataset("zen", tokenizer="bpe", vocab_size=260)
+
+
+def test_answers_are_as_long_as_they_are_after_their_prompts(tmp_path):
+    def chat(*words: str) -> list[dict[str, str]]:
+        return [{"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(words)]
+
+    chats = [chat("ab", "xyz"), chat("ab", "xyz"), chat("abcd", "x"), chat("a", "xy", "bcd", "xyzxyz")]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in chats))
+    data = TokenImageDataset(path, use_chat_template=True)
+    # role, words, end, role; then the answer with its end; of several the first
+    assert data.answer_lengths() == [[4, 3, 1], [5, 4, 2], [7, 2, 1]]
+    cut = TokenImageDataset(path, use_chat_template=True, max_tokens=6)  # prompts alone, and answers that go on
+    assert cut.answer_lengths() == [
+        *([0, 1, 1], [0, 2, 1], [0, 3, 2]),
+        *([1, 2, 1], [1, 5, 1], [4, 2, 1], [5, 1, 2]),
+    ]
+    assert TokenImageDataset("zen").answer_lengths() == []

@@ -261,6 +261,15 @@ def test_an_answer_has_the_length_of_answers_as_far_as_there_are_cells():
     assert lengths_of(pipe, [[1] * 14, [1] * 15]) == [16, 16]  # no answer is as short as the last: one cell is filled
 
 
+def test_an_answer_is_as_long_as_those_to_prompts_of_its_length():
+    pipe = tiny(with_lengths(of_9=1), chats=True)
+    pipe.register_to_config(answer_lengths=[[3, 2, 150], [5, 4, 60], [5, 6, 180], [9, 7, 30], [10, 1, 90]])
+    assert set(lengths_of(pipe, [[1] * 2], num_samples=20)) == {2 + 2}
+    found = lengths_of(pipe, [[1] * 5], num_samples=1000)
+    assert set(found) == {5 + 4, 5 + 6} and found.count(11) / 1000 == pytest.approx(0.75, abs=0.055)
+    assert set(lengths_of(pipe, [[1] * 9], num_samples=200)) == {9 + 7, 9 + 1}  # 30 chats are too few alone
+
+
 def test_the_new_tokens_may_be_counted():
     pipe = tiny(with_lengths(of_12=1))  # max_tokens of the training were all cells
     assert lengths_of(pipe, num_samples=2, max_new_tokens=3) == [3, 3]

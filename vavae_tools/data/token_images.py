@@ -163,6 +163,18 @@ class TokenImageDataset(Dataset):
             counts = before[self._ends] - before[self._starts]
         return torch.from_numpy(np.bincount(counts, minlength=self.max_tokens + 1))
 
+    def answer_lengths(self) -> list[list[int]]:
+        """Of chats [tokens before the first answer, tokens of this answer, pictures with as many]; of texts nothing."""
+        if self._answers is None:
+            return []
+        answers, others = (np.concatenate([[0], flags.cumsum()]) for flags in (self._answers, ~self._answers))
+        first = answers.searchsorted(answers[self._starts], "right") - 1  # the first token that is an answer's
+        answered = first < self._ends
+        first, starts, ends = first[answered], self._starts[answered], self._ends[answered]
+        end = np.minimum(others.searchsorted(others[first], "right") - 1, ends)
+        kinds, counts = np.unique(np.stack([first - starts, end - first], 1), axis=0, return_counts=True)
+        return [[*kind, count] for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True)]
+
     def part(self, pieces: Sequence[int]) -> Self:
         """Some of the pictures, as a data set of the same code and tokenizer."""
         part = self.__class__.__new__(self.__class__)

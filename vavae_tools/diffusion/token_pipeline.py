@@ -19,10 +19,12 @@ from vavae_tools.diffusion.clean_prediction import with_known
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.pipeline_folders import read_index, read_pipeline, read_training, trained_models
 from vavae_tools.diffusion.sampling import time_grid
-from vavae_tools.diffusion.transformer import kept_patches
+from vavae_tools.diffusion.transformer import Kept, kept_patches
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 
+LIKE = 100
+"""Chats whose prompts are nearest in length say how long an answer is."""
 Prompt = str | Chat | list[int]
 """A text, messages, or the token numbers of either."""
 
@@ -56,6 +58,8 @@ class TokenImagePipeline(DiffusionPipeline):
         lengths: how many of the training's pictures have 0, 1, … tokens to learn: lengths are drawn from it.
         time_shift: above 1 most steps are made at high noise; `clean_prediction.hiding_noise` is a good one.
         use_chat_template: it was trained on chats, and prompts are messages.
+        answer_lengths: [tokens of the prompt, tokens of the answer, chats] of training: an answer's length is drawn
+            from those of about `LIKE` chats whose prompts are nearest in length; without it from `lengths`.
 
     `save_pretrained(folder)` and `load_token_pipeline(folder)` keep all of it.
     """
@@ -69,13 +73,18 @@ class TokenImagePipeline(DiffusionPipeline):
         lengths: list[int] | None = None,
         time_shift: float = 1.0,
         use_chat_template: bool = False,
+        answer_lengths: list[list[int]] | None = None,
     ) -> None:
         super().__init__()
         if code is None or lengths is None or len(lengths) < 2:
             raise UserError("A TokenImagePipeline needs the code that draws tokens, and the lengths of texts")
         self.register_modules(denoiser=denoiser, conditioner=conditioner, tokenizer=tokenizer)
         self.register_to_config(
-            code=code, lengths=list(lengths), time_shift=time_shift, use_chat_template=use_chat_template
+            code=code,
+            lengths=list(lengths),
+            time_shift=time_shift,
+            use_chat_template=use_chat_template,
+            answer_lengths=answer_lengths,
         )
 
     @cached_property
@@ -185,14 +194,27 @@ class TokenImagePipeline(DiffusionPipeline):
         free = [self._cells - len(start) for start in starts]
         if wanted is not None:
             return [min(wanted, cells) for cells in free]
-        counts, new = torch.tensor(self.config.lengths, dtype=torch.float64), []
+        new = []
         uniform = Draws(seed, 0, numbers).uniform("length")
         for known, cells, draw in zip(map(len, starts), free, uniform.tolist(), strict=True):
             # an answer has the length of answers, a text that goes on that of the longer texts
+            counts = self._lengths_after(known)
             fitting = counts[: cells + 1] if self.config.use_chat_template else counts[known:]
             total = fitting[1:].cumsum(0)  # of texts with 1, 2, … new tokens
             new.append(1 + int((total <= draw * total[-1]).sum()) if total[-1] > 0 else cells)
         return new
+
+    def _lengths_after(self, known: int) -> Tensor:
+        """How many of the training's texts, or of its answers to prompts of such a length, have 0, 1, … tokens."""
+        if not self.config.answer_lengths:
+            return torch.tensor(self.config.lengths, dtype=torch.float64)
+        counts, of_prompt = torch.zeros(self._cells + 1, dtype=torch.float64), -1
+        for prompt, answer, chats in sorted(self.config.answer_lengths, key=lambda row: abs(row[0] - known)):
+            if counts.sum() >= LIKE and abs(prompt - known) > of_prompt:
+                break
+            counts[answer] += chats
+            of_prompt = abs(prompt - known)
+        return counts
 
     def _write(
         self, starts: list[list[int]], new: list[int], seed: int, numbers: Tensor, steps: int, eta: float
@@ -242,11 +264,10 @@ class TokenImagePipeline(DiffusionPipeline):
         device = self._execution_device
         x, mask, known, clean = (value.to(device) for value in (x, mask, known, clean))
         kept, times = kept_patches(mask, self.code.cell_size), times.tolist()
-        conditioning = self.conditioner(torch.zeros(len(x), dtype=torch.int64, device=device))
         predicted = x
         for step, (t, later) in enumerate(pairwise(times)):
             at = torch.full((len(x),), t, dtype=torch.float32, device=device)
-            predicted = self.denoiser(with_known(x, clean, known), at, conditioning, kept)[:, : x.shape[1]].float()
+            predicted = self.predict(x, at, known, clean, kept)
             if callback is not None:
                 callback(step, predicted)
             if later < 1:
@@ -254,6 +275,20 @@ class TokenImagePipeline(DiffusionPipeline):
                 kept_noise = (x - t * predicted) / (1 - t)
                 x = later * predicted + (1 - later) * ((1 - eta**2) ** 0.5 * kept_noise + eta * fresh)
         return torch.where(known[:, None] > 0, clean, predicted)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, t: Tensor, known: Tensor, clean: Tensor, kept: Kept) -> Tensor:
+        """The clean picture that the denoiser tells from a noisy one, float32 (B, C, H, W) on its device.
+
+        Args:
+            x: (B, C, H, W) at the times t (B,).
+            known: pixels that `clean` (B, C, H, W) tells, (B, H, W).
+            kept: the cells that have a token, `transformer.kept_patches`.
+        """
+        device = self._execution_device
+        x, t, known, clean, *kept = (values.to(device) for values in (x, t, known, clean, *kept))
+        conditioning = self.conditioner(torch.zeros(len(x), dtype=torch.int64, device=device))
+        return self.denoiser(with_known(x, clean, known), t, conditioning, Kept(*kept))[:, : x.shape[1]].float()
 
 
 def check_sampling(

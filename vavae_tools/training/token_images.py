@@ -87,6 +87,7 @@ def train_token_images(
         "lengths": pictures.train_data.lengths().tolist(),
         "time_shift": noise if sampling["time_shift"] is None else sampling["time_shift"],
         "use_chat_template": data["use_chat_template"],
+        "answer_lengths": pictures.train_data.answer_lengths(),
     }
     module = TokenImageModule(
         denoiser,
