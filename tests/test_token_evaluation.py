@@ -9,7 +9,7 @@ from diffusers import ConfigMixin, ModelMixin
 from PIL import Image
 from torch import nn
 
-from vavae_tools.data.sentences import answers, is_grammatical, questions, sentences
+from vavae_tools.data.sentences import answers, grammatical_share, is_grammatical, questions, sentences
 from vavae_tools.data.text_tokens import byte_tokenizer
 from vavae_tools.data.token_code import TokenCode
 from vavae_tools.data.token_images import TokenImageDataset
@@ -17,16 +17,9 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.token_pipeline import TokenImagePipeline
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
-from vavae_tools.evaluation import token_images
-from vavae_tools.evaluation.token_images import (
-    KnownTexts,
-    bits_per_token,
-    evaluate_tokens,
-    novelty,
-    reconstruction_curve,
-    unigram_bits,
-    valid_share,
-)
+from vavae_tools.evaluation.novelty import KnownTexts, novelty
+from vavae_tools.evaluation.token_bits import bits_per_token, unigram_bits
+from vavae_tools.evaluation.token_images import evaluate_tokens, reconstruction_curve, valid_share
 from vavae_tools.plots import plot_curves
 
 SIZE = 8
@@ -118,7 +111,7 @@ def test_valid_cells_are_those_with_all_signs_of_a_token():
     assert valid_share(code, pictures, mask) == 15 / 16
     known = torch.zeros(1, SIZE, SIZE)
     known[:, :2, :4] = 1
-    assert valid_share(code, pictures, mask, known) == 1
+    assert valid_share(code, pictures, mask * (1 - known)) == 1
     mask[:, 4:] = 0
     assert valid_share(code, pictures, mask) == 7 / 8
 
@@ -198,7 +191,7 @@ def brute_force(rows, known, sizes, copied_span):
 @pytest.mark.parametrize("block", [2**18, 7, 1])
 @pytest.mark.parametrize("kinds", [2, 4, 40])
 def test_copies_are_those_that_a_search_by_hand_finds(monkeypatch, block, kinds):
-    monkeypatch.setattr(token_images, "_BLOCK", block)
+    monkeypatch.setattr("vavae_tools.evaluation.novelty._BLOCK", block)
     rng = np.random.default_rng(kinds)
     known = [rng.integers(0, kinds, rng.integers(1, 12)).astype(np.int32) for _ in range(25)]
     rows = [rng.integers(0, kinds + 1, rng.integers(1, 15)).tolist() for _ in range(12)]
@@ -358,6 +351,15 @@ def test_without_texts_that_validate_their_rows_are_left_out_and_it_is_said(tmp_
     assert len(report.notes) == 1 and "no texts that validate" in str(report) and "written" not in str(report)
     assert "right" not in str(report).split("copied whole")[0]
     assert not list(tmp_path.rglob("evaluation.json"))
+
+
+def test_texts_may_be_right_in_part(tmp_path):
+    """The mean of their shares: two of these three are half right."""
+    rows = ["two cats see a bird. two cats", "two cats see a bird.", "two dogs. a dog sees two cats."]
+    train, val = dataset(tmp_path, [*rows * 4]).part(range(9)), dataset(tmp_path, rows)
+    pipe = pipeline(train, written_by_heart(train, train.tokens_of(0).tolist()), train.lengths().tolist())
+    report = evaluate_tokens(pipe, train, val, None, 3, 1, is_right=grammatical_share, say=lambda line: None)
+    assert report.scores["real"].right == pytest.approx(2 / 3)
 
 
 def test_answers_are_judged_with_their_questions(tmp_path):

@@ -1,4 +1,4 @@
-"""Written texts beside real ones: do they decode, are they right, are they copies, and what the model knows of texts."""
+"""Written texts beside real ones: do they decode, are they right, are they copies, and what a model knows of texts."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -73,19 +73,19 @@ def reconstruction_curve(
         if not 0 <= t < 1:
             raise UserError(f"time {t:g}: expected times from 0 (noise) to below 1 (data)")
     grid = time_grid(steps, 1 / pipe.config.time_shift)
-    right, seen = torch.zeros(len(times), 2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)  # cells, pictures
+    lost, seen = torch.zeros(len(times), 2).double(), torch.zeros(2).double()  # cells, pictures
     for chosen in chosen_pictures(data, count, seed):
         draws, shape = Draws(seed, 0, chosen.index.to(pipe.device)), chosen.clean.shape[1:]
         noise = draws.normal("noise to start from", *shape).cpu()
         seen += torch.tensor([chosen.counted.sum(), len(chosen.counted)])
-        for t, found in zip(times, right, strict=True):
+        for t, of_time in zip(times, lost, strict=True):
             x = t * chosen.clean + (1 - t) * noise
             left = torch.cat([torch.tensor([t]), grid[grid > t + 1e-4]])  # no step of a rounding error
             fresh = (draws.normal(f"noise {step}", *shape) for step in range(len(left)))
             made = pipe.denoise(x, chosen.mask, chosen.known, chosen.clean, left, noise=fresh).cpu()
             wrong = (data.code.nearest(data.code.cells_of(made)) != chosen.tokens) & chosen.counted  # (B, L)
-            found += seen.new_tensor([(chosen.counted & ~wrong).sum(), (~wrong.any(1)).sum()])
-    return [Recovered(t, *shares) for t, shares in zip(times, (right / seen).tolist(), strict=True)]
+            of_time += torch.tensor([wrong.sum(), wrong.any(1).sum()])
+    return [Recovered(t, *shares) for t, shares in zip(times, ((seen - lost) / seen).tolist(), strict=True)]
 
 
 # ---- all of it
@@ -99,7 +99,7 @@ class TextScores:
     valid: float | None
     """Share of the written cells whose signs are a token's."""
     right: float | None
-    """Share of the texts that `is_right` takes."""
+    """Mean of what `is_right` says of the texts."""
     prompts_kept: float | None
     """Share of the texts that begin with all tokens of their prompts."""
     novelty: Novelty
@@ -314,12 +314,10 @@ class _Known:
             judged = [self._is_right(self._data.text(start), text) for start, text in zip(prompts, texts, strict=True)]
         else:
             judged = [self._is_right(text) for text in texts]
-        return sum(map(bool, judged)) / len(judged)
+        return sum(map(float, judged)) / len(judged)
 
 
-def _beginnings_and_rest(
-    data: TokenImageDataset, indices: Sequence[int]
-) -> tuple[list[list[int]], list[np.ndarray]]:
+def _beginnings_and_rest(data: TokenImageDataset, indices: Sequence[int]) -> tuple[list[list[int]], list[np.ndarray]]:
     """The prompts of chats, of texts nothing, and what follows them."""
     starts = data.prompts(indices) if data.use_chat_template else [[]] * len(indices)
     return starts, [data.tokens_of(index)[len(start) :] for index, start in zip(indices, starts, strict=True)]

@@ -29,7 +29,10 @@ from vavae_tools.errors import UserError
 from vavae_tools.files import read_checkpoint, write_json, written_whole
 from vavae_tools.places import DEEPEST, KAGGLE_INPUT
 
-NEEDED = ("last.ckpt", "best-*.ckpt", "epoch=*.ckpt", "*.safetensors", "*.pt", "*.json", "*.yaml")
+NEEDED = (
+    *("last.ckpt", "best-*.ckpt", "epoch=*.ckpt", "*.safetensors", "*.pt", "*.json", "*.yaml"),
+    *("chat_template.jinja", "merges.txt", "vocab.txt"),  # of tokenizers
+)
 WHOLE_FOLDERS = ("lightning_logs", "checkpoint-*")
 NEVER = ("foundation", "__pycache__")
 """Folders that are left out: features of the foundation model are gigabytes, and soon made again."""
