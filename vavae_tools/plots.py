@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DPI = 128  # a power of two, so that inches hold whole pixels exactly
 _GAP = 6  # screen pixels between pictures
-_LINE = 18  # screen pixels of a line of text
+_LINE = 20  # screen pixels of a line of text
 
 
 def as_pixels(picture: Any) -> Tensor:
@@ -151,7 +151,7 @@ def new_figure(size: tuple[float, float], tight: bool = True) -> "Figure":
 
 def _wrapped(title: str, width: int) -> str:
     """A title in lines that are no wider than its picture, in pixels; one that has lines already stays as it is."""
-    fitting = max(8, width // 7)  # a letter of this size
+    fitting = max(8, width // 8)  # a letter of this size
     return title if "\n" in title or len(title) <= fitting else textwrap.fill(title, fitting)
 
 

@@ -56,28 +56,16 @@ def train_token_images(
     quiet_lightning()
     output_dir = Path(output_dir)
     resume_from = resume_path(resume, output_dir / "checkpoints", say)
-    kinds = (
-        "data_path",
-        "img_size",
-        "use_chat_template",
-        "max_tokens",
-        "tokenizer",
-        "cell_size",
-        "channels",
-        "vocab_size",
-    )
-    texts = TokenImageDataset(**{name: data[name] for name in kinds})
+    texts = TokenImageDataset(**{name: value for name, value in data.items() if name != "val_share"})
     say(str(texts))
     pictures = TokenImageDataModule(texts, training["batch_size"], data["val_share"], training["num_workers"], seed)
     pictures.gathered = training["gradient_accumulation_steps"]
     if is_first():
         save_model(texts.tokens.tokenizer, output_dir / "tokenizer")
 
-    noise = hiding_noise(texts.code.length)
-    times = model["objective"]
-    objective = CleanPrediction(
-        **{**times, "time_mean": -math.log(noise) if times["time_mean"] is None else times["time_mean"]}
-    )
+    noise, times = hiding_noise(texts.code.length), model["objective"]
+    mean = -math.log(noise) if times["time_mean"] is None else times["time_mean"]
+    objective = CleanPrediction(**{**times, "time_mean": mean})
     denoiser = make_denoiser(_denoiser_settings(data, model))
     if training["gradient_checkpointing"]:
         denoiser.enable_gradient_checkpointing()
