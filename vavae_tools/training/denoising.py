@@ -19,6 +19,11 @@ from vavae_tools.training.saving import Saving
 from vavae_tools.training.trainer import build_trainer, fit
 
 
+def length_of(training: dict[str, Any]) -> dict[str, int]:
+    """How long an experiment's `training` goes on: max_steps where it says so, else num_epochs."""
+    return {"max_steps": training["max_steps"]} if training["max_steps"] else {"max_epochs": training["num_epochs"]}
+
+
 def train_denoiser(
     module: DiffusionModule,
     data: OrderedDataModule,

@@ -31,7 +31,7 @@ from vavae_tools.training.processes import on_all_devices
 from vavae_tools.training.progress import say
 from vavae_tools.training.rae_module import RAEDecoderModule
 from vavae_tools.training.record import RunRecord
-from vavae_tools.training.saving import Saving
+from vavae_tools.training.saving import Saving, saving_knobs
 from vavae_tools.training.trainer import build_trainer, fit
 
 Show = Callable[[Tensor], None]
@@ -208,7 +208,7 @@ def train_rae_decoder(
         show=show,
         say=say,
         devices=devices,
-        saving={name: value for name, value in callbacks.items() if not name.startswith("preview")},
+        saving=saving_knobs(callbacks),
         **numbers,
     )
     its_data = f"data.data_dir={data['data_dir']}" if "data_dir" in data else "data=shapes"

@@ -31,7 +31,7 @@ from vavae_tools.training.devices import compiles, quiet_lightning
 from vavae_tools.training.diffusion_module import DiffusionModule
 from vavae_tools.training.processes import on_all_devices
 from vavae_tools.training.progress import say
-from vavae_tools.training.saving import Saving
+from vavae_tools.training.saving import Saving, saving_knobs
 
 Show = Callable[[Tensor], None]
 
@@ -299,7 +299,6 @@ def experiment_arguments(
         denoiser = {k: v for k, v in denoiser.items() if k not in ("hidden_size", "depth", "num_heads")}
     if module["max_steps"] < 1:
         raise UserError(f"max_steps {module['max_steps']}: at least one step is needed")
-    saving = {k: v for k, v in callbacks.items() if k not in ("previews", "preview_guidance_scale")}
     return {
         "denoiser": denoiser,
         "batch_size": data["batch_size"],
@@ -311,7 +310,7 @@ def experiment_arguments(
         "previews": callbacks["previews"],
         "guidance_scale": callbacks["preview_guidance_scale"],
         "devices": trainer,
-        "saving": saving,
+        "saving": saving_knobs(callbacks),
         "best": "epoch=",
         "init": model["init"],
     }

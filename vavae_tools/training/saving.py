@@ -3,6 +3,7 @@
 import argparse
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ class Saving:
     def until(self) -> float | None:
         """`time.time()` at which training has to be over."""
         return session_end(self.max_time)
+
+
+def saving_knobs(callbacks: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of an experiment's `callbacks` that are `Saving`'s."""
+    return {knob.name: callbacks[knob.name] for knob in fields(Saving) if knob.name in callbacks}
 
 
 def add_saving_arguments(parser: argparse.ArgumentParser) -> None:

@@ -33,11 +33,11 @@ from vavae_tools.errors import UserError
 from vavae_tools.files import keep_once, save_model
 from vavae_tools.machine import find_device
 from vavae_tools.ranks import first_alone, is_first, of_torchrun
-from vavae_tools.training.denoising import train_denoiser
+from vavae_tools.training.denoising import length_of, train_denoiser
 from vavae_tools.training.devices import compiles, quiet_lightning
 from vavae_tools.training.memory import TEXT_TO_IMAGE, find_batch_size, keep_effective, of_size
 from vavae_tools.training.progress import say
-from vavae_tools.training.saving import Saving
+from vavae_tools.training.saving import Saving, saving_knobs
 from vavae_tools.training.schedule import DECAYS
 from vavae_tools.training.text_module import TextDiffusionModule
 from vavae_tools.training.train_log import TrainLog
@@ -172,8 +172,6 @@ def train_text_to_image(
         ]
         return torch.cat(parts)
 
-    length = {"max_steps": training["max_steps"]} if training["max_steps"] else {"max_epochs": training["num_epochs"]}
-    saving = Saving(**{name: value for name, value in callbacks.items() if not name.startswith("preview")})
     done = train_denoiser(
         module,
         train_on,
@@ -183,7 +181,7 @@ def train_text_to_image(
         callbacks["previews"],
         data_key=key,
         devices=devices,
-        saving=saving,
+        saving=Saving(**saving_knobs(callbacks)),
         best="epoch=",
         compile=compile,
         say=say,
@@ -192,7 +190,7 @@ def train_text_to_image(
         callbacks=[TrainLog(output_dir, training["logging_steps"], say)],
         names=TEXT_TO_IMAGE,
         slicing=None if cached else vae["use_slicing"],
-        **length,
+        **length_of(training),
     )
     made = output_dir / "pipeline"
     if done.is_global_zero:

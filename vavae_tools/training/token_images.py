@@ -18,12 +18,12 @@ from vavae_tools.diffusion.token_pipeline import TokenImagePipeline, load_token_
 from vavae_tools.errors import UserError
 from vavae_tools.files import save_model
 from vavae_tools.ranks import is_first
-from vavae_tools.training.denoising import train_denoiser
+from vavae_tools.training.denoising import length_of, train_denoiser
 from vavae_tools.training.devices import compiles, quiet_lightning
 from vavae_tools.training.memory import TOKEN_IMAGES
 from vavae_tools.training.previews import TextPreviews
 from vavae_tools.training.progress import say
-from vavae_tools.training.saving import Saving
+from vavae_tools.training.saving import Saving, saving_knobs
 from vavae_tools.training.schedule import DECAYS
 from vavae_tools.training.token_module import TokenImageModule
 from vavae_tools.training.train_log import TrainLog
@@ -105,8 +105,6 @@ def train_token_images(
         made += [pipe(prompts, **settings)] if prompts else []
         return torch.cat([of.pictures for of in made]), [text for of in made for text in of.texts]
 
-    length = {"max_steps": training["max_steps"]} if training["max_steps"] else {"max_epochs": training["num_epochs"]}
-    saving = Saving(**{name: value for name, value in callbacks.items() if not name.startswith("preview")})
     if trainer["precision"] is None and not training["use_amp"]:
         trainer = {**trainer, "precision": "32"}
     done = train_denoiser(
@@ -118,7 +116,7 @@ def train_token_images(
         callbacks["previews"],
         data_key=pictures.train_data.fingerprint(),
         devices={**trainer, "log_every_n_steps": training["logging_steps"]},
-        saving=saving,
+        saving=Saving(**saving_knobs(callbacks)),
         best="epoch=",
         compile=compile,
         say=say,
@@ -127,7 +125,7 @@ def train_token_images(
         callbacks=[TrainLog(output_dir, training["logging_steps"], say)],
         names=TOKEN_IMAGES,
         preview=TextPreviews,
-        **length,
+        **length_of(training),
     )
     made = output_dir / "pipeline"
     if done.is_global_zero:
