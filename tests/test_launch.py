@@ -70,6 +70,15 @@ def test_the_stop_button_ends_them_all(tmp_path, monkeypatch, capfd):
     assert len(pressed) == 1 and not any(alive(int(path.name)) for path in tmp_path.iterdir())
 
 
+def test_ranks_hear_of_the_stop_button_in_a_background_job_too(tmp_path, monkeypatch, capfd):
+    """Where the one that starts them ignores SIGINT, as shells have it for what ends in &, they would, too."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        test_the_stop_button_ends_them_all(tmp_path, monkeypatch, capfd)
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_none_outlives_the_one_that_started_them(tmp_path, number):
     call = f"call_on_ranks('on_ranks:sleep', {{'folder': {str(tmp_path)!r}}}, 2)"

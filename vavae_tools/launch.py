@@ -377,6 +377,7 @@ def main() -> None:
     from vavae_tools.ranks import end_with_parent, is_first
     from vavae_tools.screen import bars_into_cell
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell's background job makes its children ignore
     end_with_parent()
     bars_into_cell()
     task = pickle.loads(Path(sys.argv[1]).read_bytes())  # written by that process
