@@ -90,7 +90,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def _write(self, checkpoint: dict[str, Any], path: Path, began: float) -> None:
         make_room(path, _bytes(checkpoint), self.say)
         try:
-            if path.suffix == ".ckpt":
+            if path.suffix not in ("", ".pth"):
                 with written_whole(path) as partial:
                     torch.save(checkpoint, partial)
                     _step_aside(path)
@@ -168,7 +168,7 @@ def make_room(path: Path, needed: int, say: Callable[[str], None]) -> None:
         remove(previous)
         say(f"The disk is nearly full: {previous} is removed ({last.name} stays)")
     if full():
-        for gone in keep_newest(path.parent.parent if path.suffix == ".ckpt" else path.parent, 1):
+        for gone in keep_newest(path.parent if path.suffix in ("", ".pth") else path.parent.parent, 1):
             say(f"The disk is nearly full: {gone.path} is removed")
 
 
