@@ -176,7 +176,7 @@ def test_validation_is_shared_and_says_the_same(several, alone):
         for name in ("validated 13", "validated 1"):
             assert rank[name].keys() == alone[name].keys() > {"val/loss"}
             for value in rank[name].keys() - {"batches"}:
-                assert rank[name][value] == pytest.approx(alone[name][value], rel=1e-6), (name, value)
+                assert rank[name][value] == pytest.approx(alone[name][value], rel=1e-5), (name, value)
     batches = [rank["validated 13"]["batches"] for rank in ranks]
     assert sorted(index for of_rank in batches for batch in of_rank for index in batch) == list(range(13))
     assert len({len(of_rank) for of_rank in batches}) == 1
