@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from golden_cases import assert_close, load_case
@@ -469,15 +470,49 @@ def test_half_precision_is_another_key_and_nearly_the_same(split, tmp_path):
 # ---- reading
 
 
-def test_batches_are_normalised(split, tmp_path):
-    data = LatentDataModule(encode(split, tmp_path / "latents"), batch_size=24)
+class Looking(L.LightningModule):
+    """What each stage's steps get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.zeros(())), []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.trainer.state.fn.value, batch))
+        return self.weight * batch["latents"].mean()
+
+    def validation_step(self, batch, batch_idx) -> None:
+        self.seen.append(("validate", batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_batches_travel_as_they_are_stored_and_are_normalised_on_the_device(split, tmp_path, monkeypatch, dtype):
+    """What a step sees is bit by bit what the data set gives; the loader does no arithmetic, and half are half."""
+    monkeypatch.setattr(latents, "SHARD_SIZE", 10)
+    folder = encode(split, tmp_path / "latents", dtype=dtype, flips=True)
+    data = LatentDataModule(folder, batch_size=24)
+    stored = torch.cat([load_file(path)["latents"] for path in shards(folder)])
     (batch,) = data.train_dataloader()
-    z = batch["latents"]
-    assert z.shape == (24, 2, 8, 8) and z.dtype == torch.float32 and data.num_classes == 3
+    assert same(batch["latents"], stored[batch["index"]])
+    assert batch["latents_flip"].dtype == stored.dtype == getattr(torch, dtype)
+    del batch
+
+    module = Looking()
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = L.Trainer(max_epochs=1, num_sanity_val_steps=1, **options, enable_model_summary=False)
+    trainer.fit(module, data)
+    (train,) = (batch for stage, batch in module.seen if stage == "fit")
+    validations = [batch for stage, batch in module.seen if stage == "validate"]
+    for side, batch in (("train", train), ("val", validations[0]), ("val", validations[1])):
+        expected = LatentDataset(folder, side).__getitems__(batch["index"].tolist())
+        assert batch.keys() == expected.keys() and all(same(batch[name], expected[name]) for name in batch)
+    z = train["latents"]
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(2), rtol=0, atol=1e-5)
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(2), rtol=0, atol=1e-5)
-    (validation,) = data.val_dataloader()
-    assert validation["latents"].mean((0, 2, 3)).abs().max() > 1e-3  # by the training side's statistics
+    assert validations[0]["latents"].mean((0, 2, 3)).abs().max() > 1e-3  # by the training side's statistics
 
 
 def test_shards_are_one_data_set(split, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from vavae_tools.data.order import OrderedDataModule, _as_it_is, _leave_interrupts
@@ -57,7 +57,7 @@ class LatentFolder:
         shape: (C, h, w) of one latent.
         image_size: (height, width) in pixels of the pictures they were made of.
         people: name of a person or class → label.
-        dtype: of the latents on the disk, "float32" or "float16"; batches are float32.
+        dtype: of the latents on the disk and on their way to the device, "float32" or "float16".
     """
 
     path: Path
@@ -625,12 +625,13 @@ class LatentDataset(Dataset):
     """One side's latents, memory-mapped: only the rows of a batch are read.
 
     A batch is {"latents": float32 (B, C, h, w) normalised by the training side's mean and std, "labels", "index"},
-    and "latents_flip" where flips were encoded.
+    and "latents_flip" where flips were encoded. `stored` gives the latents as they are on the disk.
     """
 
     def __init__(self, folder: LatentFolder, side: str) -> None:
         self._shards: list[dict[str, Tensor]] = []
-        self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (folder.mean, folder.std))
+        self.statistics = tuple(torch.tensor(values).view(-1, 1, 1) for values in (folder.mean, folder.std))
+        """Mean and standard deviation, float32 (C, 1, 1) both."""
         for name in folder.shards.get(side, []):
             try:
                 self._shards.append(_mapped(folder.path / name))
@@ -648,27 +649,85 @@ class LatentDataset(Dataset):
 
     def _rows(self, key: str, index: Tensor) -> Tensor:
         if len(self._shards) == 1:
-            rows = self._shards[0][key][index]
-        else:
-            shards = torch.searchsorted(self._ends, index, right=True)  # (B,)
-            rows = torch.empty(len(index), *self._mean.shape[:1], *self._shards[0][key].shape[2:])
-            for shard in shards.unique().tolist():
-                here = shards == shard
-                rows[here] = self._shards[shard][key][index[here] - self._starts[shard]].float()
-        return rows.float().sub_(self._mean).div_(self._std)  # (B, C, h, w)
+            return self._shards[0][key][index]
+        shards = torch.searchsorted(self._ends, index, right=True)  # (B,)
+        rows = self._shards[0][key].new_empty(len(index), *self._shards[0][key].shape[1:])
+        for shard in shards.unique().tolist():
+            here = shards == shard
+            rows[here] = self._shards[shard][key][index[here] - self._starts[shard]]
+        return rows  # (B, C, h, w)
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def stored(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return a batch with its latents as they are stored: float16 or float32, not normalised."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         batch = {"latents": self._rows("latents", index), "labels": self.labels[index], "index": index}
         if self._shards and "latents_flip" in self._shards[0]:
             batch["latents_flip"] = self._rows("latents_flip", index)
         return batch
 
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return normalised(self.stored(indices), *self.statistics)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
 
-class LatentDataModule(OrderedDataModule):
+def normalised(batch: dict[str, Tensor], mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """Return a batch with all float16 numbers as float32 and its latents normalised, on the device where they are.
+
+    Args:
+        batch: with "latents" as they are stored, and perhaps "latents_flip", (B, C, h, w); it is changed in place.
+        mean, std: float32 (C, 1, 1), on the same device.
+    """
+
+    def value_of(name: str, value: Any) -> Any:
+        value = value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value
+        return value.sub_(mean).div_(std) if name in ("latents", "latents_flip") else value
+
+    return {name: value_of(name, value) for name, value in batch.items()}
+
+
+class StoredDataModule(OrderedDataModule):
+    """A data module whose batches travel as they are stored and are normalised on the device.
+
+    With float16 that is half the bytes to pin and to copy, and no arithmetic beside the training. What the module sees
+    is what the data sets give: those have `stored` and `statistics` (see `LatentDataset`).
+    """
+
+    def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
+        super().__init__(batch_size, num_workers, seed)
+        self._statistics: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    def _loader(self, data: Dataset, order: Sampler | list[list[int]], batch_size: int) -> DataLoader:
+        return super()._loader(_Stored(data), order, batch_size)
+
+    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> Any:
+        """Copy a batch as it is stored, and normalise it there.
+
+        Here and not in `on_after_batch_transfer`, which a module may have for itself: of that one Lightning calls the
+        data module's alone.
+        """
+        batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        here = batch["latents"].device
+        if here not in self._statistics:  # once: each copy makes the processor wait
+            self._statistics[here] = tuple(values.to(here) for values in self.train_data.statistics)
+        return normalised(batch, *self._statistics[here])
+
+
+class _Stored(Dataset):
+    """The batches of a data set as they are stored."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, indices: Sequence[Any]) -> dict[str, Tensor]:
+        return self.data.stored(indices)
+
+
+class LatentDataModule(StoredDataModule):
     """Both sides of a folder of latents as batches for the denoiser.
 
     Args:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from vavae_tools.data.captioned import CaptionOrderedDataModule, index_and_number
 from vavae_tools.data.folders import counted
-from vavae_tools.data.latents import LatentDataset, LatentFolder, _mapped
+from vavae_tools.data.latents import LatentDataset, LatentFolder, StoredDataModule, _mapped, normalised
 from vavae_tools.errors import UserError
 from vavae_tools.files import disk_errors, write_json, written_whole
 
@@ -339,7 +339,7 @@ class EncodedTexts:
             places: int64 (B,).
 
         Returns:
-            "text_tokens" float32 (B, L, D), "text_mask" bool (B, L), true where a token is, "text_pooled" float32
+            "text_tokens" float16 (B, L, D), "text_mask" bool (B, L), true where a token is, "text_pooled" float16
             (B, P).
         """
         lengths = self._lengths[places]
@@ -349,13 +349,14 @@ class EncodedTexts:
         for shard, row, first, length in zip(*(values.tolist() for values in rows), strict=True):
             tokens.append(self._shards[shard]["tokens"][first : first + length])
             pooled.append(self._shards[shard]["pooled"][row])
-        padded = pad_sequence(tokens, batch_first=True).float()  # (B, L, D)
+        padded = pad_sequence(tokens, batch_first=True)  # (B, L, D)
         mask = torch.arange(padded.shape[1]) < lengths[:, None]
-        return {"text_tokens": padded, "text_mask": mask, "text_pooled": torch.stack(pooled).float()}
+        return {"text_tokens": padded, "text_mask": mask, "text_pooled": torch.stack(pooled)}
 
     def empty(self) -> dict[str, Tensor]:
-        """The states of the empty prompt, a batch of one."""
-        return self.states(torch.zeros(1, dtype=torch.int64))
+        """The states of the empty prompt, a batch of one, in float32."""
+        states = self.states(torch.zeros(1, dtype=torch.int64))
+        return {name: value if name == "text_mask" else value.float() for name, value in states.items()}
 
 
 def _readable(path: Path) -> dict[str, Tensor]:
@@ -368,7 +369,8 @@ def _readable(path: Path) -> dict[str, Tensor]:
 class TextLatentDataset(Dataset):
     """One side's latents, each with one of its captions: the one that the sampler names, or the first.
 
-    A batch is that of `LatentDataset` and the states of `EncodedTexts`.
+    A batch is that of `LatentDataset` and the states of `EncodedTexts`, in float32; `stored` gives both as they are on
+    the disk.
 
     Args:
         latents, texts: of the same pictures.
@@ -410,18 +412,27 @@ class TextLatentDataset(Dataset):
     def __len__(self) -> int:
         return len(self.latents)
 
-    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> dict[str, Tensor]:
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """The latents' mean and standard deviation, float32 (C, 1, 1) both."""
+        return self.latents.statistics
+
+    def stored(self, indices: Sequence[int | tuple[int, int]]) -> dict[str, Tensor]:
+        """Return a batch as it is stored: float16 states, latents not normalised."""
         indices, numbers = index_and_number(indices)
         index = torch.tensor(indices, dtype=torch.int64)
         firsts = torch.where(index > 0, self._ends[index - 1], 0)
         states = self.texts.states(self._places[firsts + torch.tensor(numbers, dtype=torch.int64)])
-        return {**self.latents.__getitems__(indices), **states}
+        return {**self.latents.stored(indices), **states}
+
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> dict[str, Tensor]:
+        return normalised(self.stored(indices), *self.statistics)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
 
-class TextLatentDataModule(CaptionOrderedDataModule):
+class TextLatentDataModule(StoredDataModule, CaptionOrderedDataModule):
     """Both sides of a folder of latents, each picture with one of its captions, as batches for the denoiser.
 
     In training the caption is chosen at random for each epoch and picture (`captioned.CaptionOrder`); what validates
