@@ -1,12 +1,24 @@
-"""Which devices there are here, and whether this torch can use them."""
+"""Which devices there are here, whether this torch can use them, and how networks compute on them."""
 
 import ctypes
 import os
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from torch import nn
+
+from vavae_tools.errors import UserError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+PRECISIONS = {"32": "float32", "16": "fp16", "bf16": "bf16"}
+"""By the names that people type, as they are called where something is said of them."""
+HALF = {"16": torch.float16, "bf16": torch.bfloat16}
+_ALSO = {"fp16": "16", "fp32": "32", "float32": "32", "no": "32", "False": "32"}  # YAML reads no as false
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,65 @@ def find_machine() -> Machine:
 def find_device() -> str:
     """The device to run a model on here, "cuda" or "cpu"."""
     return "cpu" if find_machine().kind == "cpu" else "cuda"
+
+
+def machine_of(device: str | torch.device) -> Machine:
+    """What there is to compute on where this is the device."""
+    return find_machine() if torch.device(device).type == "cuda" else Machine("cpu", 1, "CPU")
+
+
+# ---- how networks compute
+
+
+def precision_on(machine: Machine, name: str | None = None) -> str:
+    """A precision as people type it → its name in `PRECISIONS`; None: the machine's own.
+
+    That is fp16 on a T4, bf16 from compute capability 8.0 on, and float32 on a CPU.
+
+    Raises:
+        UserError: a precision that there is not, or that this machine does many times slower.
+    """
+    if name is None:
+        return {"cpu": "32", "t4": "16", "ampere": "bf16"}[machine.kind]
+    name = _ALSO.get(str(name), str(name))
+    if name not in PRECISIONS:
+        raise UserError(f"No precision {name!r}; there are {', '.join(PRECISIONS)}")
+    if name == "bf16" and machine.kind == "t4":
+        raise UserError(f"{machine.name} has no bf16 (it is emulated and slow): use --precision 16 or 32")
+    if name == "16" and machine.kind == "cpu":
+        raise UserError("A CPU has no fp16: use --precision 32")
+    return name
+
+
+def computing_in(precision: str, device: str | torch.device) -> torch.autocast:
+    """Let matrix products and convolutions compute in a precision of `PRECISIONS`, by autocast; "32": in the weights'.
+
+    It holds whatever is set around it.
+    """
+    return torch.autocast(torch.device(device).type, HALF.get(precision), enabled=precision in HALF)
+
+
+def for_inference(model: Model, device: str | torch.device) -> Model:
+    """Lay the weights of convolutions out as a card takes them fastest, in place; on a CPU nothing happens.
+
+    Numbers, names and files stay the same.
+    """
+    return model.to(memory_format=torch.channels_last) if torch.device(device).type == "cuda" else model
+
+
+@contextmanager
+def trying_convolutions() -> Iterator[None]:
+    """Let cuDNN try its convolutions and keep the fastest: for many batches of one size, as a new one takes seconds.
+
+    Which one wins may change from run to run, and with it last bits: under `torch.use_deterministic_algorithms` none is
+    tried.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def keep_freed_memory() -> None:
