@@ -4,8 +4,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from test_training import Watch, assert_same
-from tiny import same, tiny_vavae
+from test_training import Watch
+from tiny import assert_same, same, tiny_vavae
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -197,7 +197,7 @@ def test_after_several_in_a_row_the_last_good_state_comes_back(split_dir, tmp_pa
                 module.vavae.decoder.conv_out.weight.data.fill_(torch.nan)
 
     module = new_module()
-    guard = FiniteSteps(1.0, in_a_row=3, every=2)
+    guard = FiniteSteps(1.0, in_a_row=3, every=2, look_every=1)
     module.configure_callbacks = lambda: [guard]
     trainer, _, _ = fit(tmp_path, split_dir, module, callbacks=[Damage()], max_epochs=3)
     assert (
@@ -209,7 +209,7 @@ def test_after_several_in_a_row_the_last_good_state_comes_back(split_dir, tmp_pa
 
 def test_if_it_happens_again_training_ends_with_advice(split_dir, tmp_path):
     module = new_module()
-    module.configure_callbacks = lambda: [FiniteSteps(1.0, in_a_row=2, every=100)]
+    module.configure_callbacks = lambda: [FiniteSteps(1.0, in_a_row=2, every=100, look_every=1)]
     with pytest.raises(UserError, match=r"not finite again after going back to step 0.*--precision 32"):
         fit(tmp_path, split_dir, module, callbacks=[Spoil(*range(1, 9))], max_epochs=3)
 

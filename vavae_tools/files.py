@@ -61,8 +61,19 @@ def disk_errors() -> Iterator[None]:
 
 
 def save_model(model: Any, folder: str | Path) -> None:
-    """`model.save_pretrained(folder)`, of a model or a pipeline, each file whole and what else is there untouched."""
+    """`model.save_pretrained(folder)`, of a model or a pipeline, each file whole and what else is there untouched.
+
+    Raises:
+        UserError: weights that are not finite; nothing is written then.
+    """
     folder = Path(folder)
+    for name, part in getattr(model, "components", {"": model}).items():
+        damaged = [weight for weight, values in _parameters_of(part) if not values.isfinite().all()]
+        if damaged:
+            raise UserError(
+                f"{folder} is not written: {len(damaged)} weights of {name or type(model).__name__} are not finite "
+                f"({damaged[0]} …). Resume from an earlier checkpoint, with a smaller learning rate or --precision 32"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as name, disk_errors():
         partial = Path(name)
@@ -75,6 +86,10 @@ def save_model(model: Any, folder: str | Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
             flush_folder(target.parent)
+
+
+def _parameters_of(part: Any) -> Iterator[tuple[str, Any]]:
+    return part.named_parameters() if hasattr(part, "named_parameters") else iter(())
 
 
 def keep_once(kept: Path, copies: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vavae_tools.training.devices import trainer_settings
-from vavae_tools.training.finite import FiniteSteps
+from vavae_tools.training.finite import FiniteSteps, has_scaler
 
 
 class AdversarialModule(L.LightningModule):
@@ -26,6 +26,7 @@ class AdversarialModule(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False  # two optimisers
+        self._scales: dict[int, Tensor] = {}  # that gathered gradients were scaled by
 
     def both_optimizers(self) -> tuple[Any, Any | None]:
         """The model's, and the discriminator's or None."""
@@ -42,6 +43,7 @@ class AdversarialModule(L.LightningModule):
         together = min(self.accumulate_grad_batches, self.trainer.num_training_batches - first)
         complete = batch_idx + 1 == first + together
         alone = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)  # processes agree once a step
+        self._rescale(optimizer, begins=batch_idx == first)
         with nullcontext() if complete else alone():
             self.manual_backward(loss / together)
         if complete:
@@ -51,6 +53,23 @@ class AdversarialModule(L.LightningModule):
             if schedule is not None and schedule.optimizer is optimizer.optimizer:
                 schedule.step()
         return complete
+
+    def _rescale(self, optimizer: Any, begins: bool) -> None:
+        """Bring gathered gradients to the scale of the next: the other optimiser's step may have changed it."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None or self.accumulate_grad_batches == 1:
+            return
+        scale = scaler.scale(torch.ones((), device=self.device))  # a tensor: `get_scale` waits for the device
+        if not begins:
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            gathered = [weight.grad for weight in weights if weight.grad is not None]
+            torch._foreach_mul_(gathered, scale / self._scales[id(optimizer)])
+        self._scales[id(optimizer)] = scale
+
+    def discriminator_optimizer(self) -> torch.optim.Optimizer:
+        """The reference's for its discriminator."""
+        fused = not has_scaler(self.trainer)
+        return torch.optim.Adam(self.discriminator.parameters(), self.hparams.disc_lr, betas=(0.5, 0.9), fused=fused)
 
     def judged(self, pictures: Tensor) -> Tensor:
         """The discriminator's logits in float32: it is small, and its BatchNorm and hinges do not suit fp16."""

@@ -15,6 +15,7 @@ from vavae_tools.draws import Draws
 from vavae_tools.training.curves import log_step
 from vavae_tools.training.devices import trainer_settings
 from vavae_tools.training.ema import EMA
+from vavae_tools.training.finite import SMALLER, FiniteSteps, has_scaler
 from vavae_tools.training.schedule import warmed_up
 from vavae_tools.training.throughput import flops_of, without_numbers
 from vavae_tools.training.vavae_module import plain_config
@@ -36,6 +37,9 @@ class DiffusionModule(L.LightningModule):
 
     Logs `train/…` and `val/…`: loss, mse, cosine; validation has its own noise, the same each time.
     """
+
+    qk_norm_key = "model.dit.qk_norm"
+    """What the setting is called that keeps attention finite in half precision."""
 
     def __init__(
         self,
@@ -87,9 +91,18 @@ class DiffusionModule(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = Draws(self.hparams.seed, self.current_epoch, batch["index"])
         loss, parts = self.model_step(self.network, batch, draws, self.network["conditioner"].dropout)
-        self.log("train/lr", self.lr_schedulers().get_last_lr()[0], batch_size=len(batch["index"]))
+        lr = torch.tensor(
+            self.lr_schedulers().get_last_lr()[0]
+        )  # Lightning would copy a number to the device, and wait
+        self.log("train/lr", lr, batch_size=len(batch["index"]))
         log_step(self, {"loss": loss, **parts}, len(batch["index"]))
         return loss
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [FiniteSteps(None, f"{SMALLER}, or a new run with {self.qk_norm_key}=true")]
+
+    def configure_gradient_clipping(self, *arguments: Any, **named: Any) -> None:
+        """Leave the gradients as `FiniteSteps` clipped them: Lightning itself refuses to where AdamW is fused."""
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
@@ -130,8 +143,8 @@ class DiffusionModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         weights = [weight for weight in self.network.parameters() if weight.requires_grad]
-        # one kernel for all weights; a gradient scaler would unscale inside it, where Lightning cannot clip any more
-        fused = self.trainer.precision != "16-mixed"
+        # one kernel for all weights; a gradient scaler would unscale inside it, where it is too late to clip
+        fused = not has_scaler(self.trainer)
         optimizer = torch.optim.AdamW(weights, self.hparams.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
         steps = self.trainer.estimated_stepping_batches
         return warmed_up(optimizer, self.hparams.warmup_steps, steps, self.hparams.schedule)

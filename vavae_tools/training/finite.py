@@ -5,41 +5,70 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vavae_tools.errors import UserError
-from vavae_tools.training.checkpoints import copied_to_cpu
 from vavae_tools.training.progress import say
+
+SMALLER = "take a smaller learning rate, --precision 32 (or bf16 where the card has it)"
+
+
+def has_scaler(trainer: L.Trainer) -> bool:
+    """Whether gradients are scaled (fp16), which no fused optimiser may unscale: they are clipped before."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
 class FiniteSteps(L.Callback):
-    """Clips gradients by their global norm, leaves out a step whose gradients are not finite, and counts these.
+    """Clip gradients by their global norm, leave out a step whose gradients are not finite, and count these.
 
-    After a few in a row the weights and optimisers go back to the last good state, a copy in the machine's memory.
-    From the same state it goes back once; then training ends, with advice.
+    Fused optimisers leave such a step out on the device, so that the processor waits for it nowhere; how many there
+    were is looked at every few steps. With a gradient scaler, which waits for the device itself, and with optimisers
+    that are not fused, it is looked at each time. After a few in a row the weights and optimisers go back to the last
+    good state, a copy in the machine's memory. From the same state it goes back once; then training ends, with advice.
 
     Args:
-        clip: largest global norm of each optimiser's gradients; 0 does not clip.
+        clip: largest global norm of each optimiser's gradients, 0 does not clip; None: the Trainer's
+            `gradient_clip_val`.
+        advice: what helps this model, said where it goes back.
         in_a_row: steps left out one after the other before going back. With fp16 four times as many, since its scaler
             finds its scale by leaving out steps.
         every: good steps between two copies.
+        look_every: steps between two looks at the counts, where that makes the processor wait.
 
     Logs `train/gradient_norm` and `train/skipped_steps`.
     """
 
-    def __init__(self, clip: float = 1.0, in_a_row: int = 5, every: int = 200) -> None:
-        self.clip, self.in_a_row, self.every = clip, in_a_row, every
-        self.skipped = 0
-        self._rows: dict[int, int] = {}  # of each optimiser
-        self._kept: tuple[int, dict[str, Tensor], list[dict[str, Any]]] | None = None
-        self._went_back_to = -1
+    def __init__(
+        self,
+        clip: float | None = 1.0,
+        advice: str = f"{SMALLER}, or fewer losses",
+        in_a_row: int = 5,
+        every: int = 200,
+        look_every: int = 10,
+    ) -> None:
+        self.clip, self.advice = clip, advice
+        self.in_a_row, self.every, self.look_every = in_a_row, every, look_every
+        self._skipped = torch.zeros(())
+        self._kept_at = self._went_back_to = -1
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were left out, of all optimisers."""
+        return int(self._skipped)
 
     def state_dict(self) -> dict[str, int]:
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.skipped = state_dict["skipped"]
+        self._skipped = torch.tensor(float(state_dict["skipped"]))
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.gradient_clip_algorithm == "value":
+            raise UserError("gradient_clip_algorithm=value: gradients are clipped by their norm here, leave it out")
+        self._skipped = self._skipped.to(module.device)
+        self._rows: list[Any] = [0] * len(trainer.optimizers)  # left out in a row; tensors where the device counts
+        self._began_at, self._began_with = trainer.global_step, self._skipped.clone()
         self._keep(trainer, module)
 
     def on_before_optimizer_step(
@@ -47,51 +76,83 @@ class FiniteSteps(L.Callback):
     ) -> None:
         number = next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-        if self.clip:
-            torch.nn.utils.clip_grads_with_norm_(weights, self.clip, norm)
-        # The one place where the processor waits for the GPU in a step, as fp16's scaler does anyway. The norm is the
-        # same on all processes, so that they decide alike.
-        if torch.isfinite(norm):
-            self._rows[number] = 0
-        else:
+        norm = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        clip = (trainer.gradient_clip_val or 0.0) if self.clip is None else self.clip
+        if clip:
+            clip_grads_with_norm_(weights, clip, norm)
+        # the norm is the same on all processes, so that they decide alike
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        bad = ~torch.isfinite(norm)
+        if self._skips_on_device(trainer, optimizer):
+            optimizer.found_inf = bad.float()
+        elif bad := bool(bad):
             optimizer.zero_grad(set_to_none=True)  # without gradients a step changes nothing
-            self.skipped, self._rows[number] = self.skipped + 1, self._rows.get(number, 0) + 1
-            self._mend_buffers(module)
+        self._skipped += bad
+        self._rows[number] = (self._rows[number] + 1) * bad
+        for buffer, last_good in self._buffers:  # running statistics that saw a NaN keep it for ever
+            buffer.copy_(torch.where(torch.isfinite(buffer).all(), buffer, last_good))
         if number == 0:
-            module.log_dict({"train/gradient_norm": norm, "train/skipped_steps": float(self.skipped)})
+            module.log_dict({"train/gradient_norm": norm, "train/skipped_steps": self._skipped.clone()})
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx) -> None:
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        row = max(self._rows.values(), default=0)
-        if row >= self.in_a_row * (4 if scaled else 1):
+        waits = all(self._skips_on_device(trainer, optimizer) for optimizer in trainer.optimizers)
+        if waits and trainer.global_step % self.look_every:
+            return
+        row = max(map(int, self._rows))
+        if row >= self.in_a_row * (4 if has_scaler(trainer) else 1):
             self._go_back(trainer, module, row)
-        elif not row and trainer.global_step - self._kept[0] >= self.every:
+        elif not row and trainer.global_step - self._kept_at >= self.every:
             self._keep(trainer, module)
 
-    def _keep(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        optimizers = [copied_to_cpu(optimizer.state_dict()) for optimizer in trainer.optimizers]
-        self._kept = trainer.global_step, copied_to_cpu(dict(module.state_dict())), optimizers
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        skipped, steps = int(self._skipped - self._began_with), trainer.global_step - self._began_at
+        if steps and skipped >= steps:  # too few to go back
+            say(f"None of {steps:,} steps had finite gradients, so nothing was learnt: {self.advice}")
 
+    @staticmethod
+    def _skips_on_device(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> bool:
+        return bool(optimizer.defaults.get("fused")) and not has_scaler(trainer)
+
+    @torch.no_grad()
+    def _keep(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # what is frozen stays as it is, but for averages, which no gradient trains
+        trained = [w for name, w in module.named_parameters() if w.requires_grad or name.startswith("ema.")]
+        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        self._kept = [(tensor, _copy(tensor)) for tensor in (*trained, *buffers)]
+        self._optimizers = [
+            {weight: {name: _copy(value) for name, value in state.items()} for weight, state in optimizer.state.items()}
+            for optimizer in trainer.optimizers
+        ]
+        statistics = [part for part in module.modules() if getattr(part, "running_mean", None) is not None]
+        self._buffers = [(b, b.clone()) for part in statistics for b in (part.running_mean, part.running_var)]
+        self._kept_at = trainer.global_step
+
+    @torch.no_grad()
     def _go_back(self, trainer: L.Trainer, module: L.LightningModule, row: int) -> None:
-        step, weights, optimizers = self._kept
-        advice = "take a smaller --lr, --precision 32 (or bf16 where the card has it), or fewer losses"
-        if step == self._went_back_to:
+        if self._kept_at == self._went_back_to:
             raise UserError(
-                f"Loss or gradients were not finite again after going back to step {step:,}; checkpoints of before are "
-                f"whole. Go on with --resume last and {advice}"
+                f"Loss or gradients were not finite again after going back to step {self._kept_at:,}; checkpoints of "
+                f"before are whole. Resume with --resume last and {self.advice}"
             )
         say(
             f"{row} steps in a row without finite gradients (step {trainer.global_step:,}): back to the weights "
-            f"of step {step:,}. If it happens again, {advice}"
+            f"of step {self._kept_at:,}. If it happens again, {self.advice}"
         )
-        module.load_state_dict(weights)
-        for optimizer, state in zip(trainer.optimizers, optimizers, strict=True):
-            optimizer.load_state_dict(copied_to_cpu(state))
-        self._went_back_to, self._rows = step, {}
+        for tensor, copy in self._kept:
+            _local(tensor).copy_(copy)
+        for optimizer, kept in zip(trainer.optimizers, self._optimizers, strict=True):
+            for weight in list(optimizer.state):
+                if weight not in kept:  # it was not stepped yet
+                    del optimizer.state[weight]
+                for name, copy in kept.get(weight, {}).items():
+                    _local(optimizer.state[weight][name]).copy_(copy)
+        self._went_back_to = self._kept_at
+        self._rows = [0] * len(self._rows)
 
-    def _mend_buffers(self, module: L.LightningModule) -> None:
-        """Running statistics that saw a NaN keep it for ever: take them from the last good state."""
-        for name, buffer in module.named_buffers():
-            if buffer.is_floating_point() and not torch.isfinite(buffer).all() and name in self._kept[1]:
-                buffer.copy_(self._kept[1][name])
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor  # this process's part where it is cut
+
+
+def _copy(tensor: Tensor) -> Any:
+    return _local(tensor.detach()).to("cpu", copy=True)

@@ -25,6 +25,7 @@ from vavae_tools.screen import someone_looks
 from vavae_tools.training.adversarial_module import AdversarialModule
 from vavae_tools.training.curves import log_step
 from vavae_tools.training.ema import EMA
+from vavae_tools.training.finite import has_scaler
 from vavae_tools.training.schedule import warmed_up
 from vavae_tools.training.throughput import flops_of
 
@@ -178,7 +179,8 @@ class RAEDecoderModule(AdversarialModule):
             parts["discriminator"] = hinge_loss(real, made)
             parts["discriminator_right"] = ((real > 0).float().mean() + (made < 0).float().mean()) / 2
             self.descend(adversary, parts["discriminator"], batch_idx)
-        self.log("train/lr", generator.param_groups[0]["lr"], batch_size=len(pictures))
+        lr = torch.tensor(generator.param_groups[0]["lr"])  # a number would be copied to the device, and waited for
+        self.log("train/lr", lr, batch_size=len(pictures))
         log_step(self, parts, len(pictures))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -238,12 +240,15 @@ class RAEDecoderModule(AdversarialModule):
     def configure_optimizers(self) -> list[dict[str, Any]]:
         settings = self.hparams
         optimizer = torch.optim.AdamW(
-            self.network.parameters(), settings.lr, settings.betas, weight_decay=settings.weight_decay
+            self.network.parameters(),
+            settings.lr,
+            settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=not has_scaler(self.trainer),
         )
         optimizers = [warmed_up(optimizer, settings.warmup_steps, self.total_steps, settings.schedule)]
         if settings.disc_weight:  # the discriminator is VA-VAE's, and so is its optimiser
-            adversary = torch.optim.Adam(self.discriminator.parameters(), settings.disc_lr, betas=(0.5, 0.9))
-            optimizers.append({"optimizer": adversary})
+            optimizers.append({"optimizer": self.discriminator_optimizer()})
         return optimizers
 
 

@@ -19,6 +19,7 @@ class TextDiffusionModule(DiffusionModule):
     After `encode_with` also on those of `data.captions`, {"pictures", "captions", "index"}, encoded at every step.
     """
 
+    qk_norm_key = "model.qk_norm"
     _vae: StableDiffusionVAE | None = None
     _text_encoder: TextEncoder | None = None
 

@@ -27,6 +27,7 @@ class TokenImageModule(DiffusionModule):
         settings: see `DiffusionModule`.
     """
 
+    qk_norm_key = "model.qk_norm"
     objective: CleanPrediction
 
     def __init__(

@@ -21,6 +21,7 @@ from vavae_tools.errors import UserError
 from vavae_tools.evaluation.metrics import psnr, ssim
 from vavae_tools.training.adversarial_module import AdversarialModule, right_rate
 from vavae_tools.training.curves import log_step
+from vavae_tools.training.finite import has_scaler
 from vavae_tools.training.schedule import warmed_up
 from vavae_tools.training.throughput import flops_of
 
@@ -244,15 +245,18 @@ class VAVAEModule(AdversarialModule):
         settings = self.hparams
         weights = [*self.vavae.parameters(), *(self.projection.parameters() if settings.vf_weight else [])]
         optimizer = torch.optim.AdamW(
-            [p for p in weights if p.requires_grad], settings.lr, settings.betas, weight_decay=settings.weight_decay
+            [p for p in weights if p.requires_grad],
+            settings.lr,
+            settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=not has_scaler(self.trainer),
         )
         if settings.schedule == "cosine":
             optimizers = [warmed_up(optimizer, settings.warmup_steps, self.total_steps)]
         else:
             optimizers = [{"optimizer": optimizer}]
         if settings.disc_weight:
-            adversary = torch.optim.Adam(self.discriminator.parameters(), settings.disc_lr, betas=(0.5, 0.9))
-            optimizers.append({"optimizer": adversary})
+            optimizers.append({"optimizer": self.discriminator_optimizer()})
         return optimizers
 
 

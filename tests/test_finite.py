@@ -1,0 +1,109 @@
+"""Steps of denoisers that are not finite: left out on the device, counted, gone back from, and never exported."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from tiny import PEOPLE, same, tiny_dit, tiny_pipeline, trained_looking
+
+from vavae_tools.data.latents import LatentDataModule
+from vavae_tools.errors import UserError
+from vavae_tools.files import save_model
+from vavae_tools.training.diffusion_module import DiffusionModule
+from vavae_tools.training.finite import FiniteSteps
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+
+
+class Spoil(L.Callback):
+    """Make the gradients of these batches NaN, and keep the weights as they were before each batch."""
+
+    def __init__(self, *batches: int) -> None:
+        self.spoilt, self.before, self.averages = batches, [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.before.append([weight.detach().clone() for weight in module.network.parameters()])
+        self.averages.append([weight.clone() for weight in module.ema.network.parameters()])
+
+    def on_after_backward(self, trainer, module):
+        if len(self.before) - 1 in self.spoilt:
+            next(module.network.parameters()).grad.fill_(torch.nan)
+
+
+def train(latents_dir, *callbacks, guard=None, max_steps=6, plugins=(), **choices):
+    denoiser, conditioner = tiny_dit()
+    module = DiffusionModule(trained_looking(denoiser), conditioner, lr=1e-3, warmup_steps=1)
+    if guard is not None:
+        module.configure_callbacks = lambda: [guard]
+    settings = {**module.trainer_settings(accelerator="cpu", devices=1, **choices), **QUIET, "plugins": list(plugins)}
+    if plugins:
+        settings["precision"] = None
+    trainer = L.Trainer(**settings, max_steps=max_steps, callbacks=list(callbacks))
+    trainer.fit(module, LatentDataModule(latents_dir, 8))
+    return trainer, module
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_a_step_with_nan_changes_no_weight_and_is_counted(latents_dir, precision):
+    spoil = Spoil(2)
+    trainer, module = train(latents_dir, spoil, precision=precision)
+    assert all(same(a, b) for a, b in zip(spoil.before[2], spoil.before[3], strict=True))
+    assert not all(same(a, b) for a, b in zip(spoil.before[3], spoil.before[4], strict=True))
+    assert all(weight.isfinite().all() for weight in module.state_dict().values())
+    assert not all(same(a, b) for a, b in zip(spoil.averages[2], spoil.averages[3], strict=True))  # it follows on
+    assert trainer.callback_metrics["train/skipped_steps"] == 1
+
+
+def test_a_skipped_step_leaves_no_trace_in_the_optimizer(latents_dir):
+    """Adam counts its own steps: bias correction goes on as if the step had not been."""
+    trainer, _ = train(latents_dir, Spoil(0, 1, 2, 3), max_steps=6)
+    steps = {int(state["step"]) for state in trainer.optimizers[0].state.values()}
+    assert steps == {2}
+
+
+def test_gradients_are_clipped_by_the_trainers_number(latents_dir):
+    """A clipped step equals the step of gradients that were scaled by hand."""
+    norms = []
+
+    class Note(L.Callback):
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            grads = [weight.grad for weight in module.network.parameters() if weight.grad is not None]
+            if grads:
+                norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+    train(latents_dir, Note(), max_steps=2, gradient_clip_val=0.01)
+    assert norms and all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms)
+    with pytest.raises(UserError, match="by their norm"):
+        train(latents_dir, gradient_clip_algorithm="value")
+
+
+def test_after_several_in_a_row_weights_average_and_optimizer_go_back(latents_dir, capsys):
+    class Damage(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step == 3:
+                next(module.network.parameters()).data.fill_(torch.nan)
+
+    guard = FiniteSteps(None, "advice", in_a_row=3, every=2, look_every=1)
+    trainer, module = train(latents_dir, Damage(), guard=guard, max_steps=9)
+    said = capsys.readouterr().out
+    assert "3 steps in a row without finite gradients (step 6): back to the weights of step 2" in said
+    assert guard.skipped == 3
+    assert all(weight.isfinite().all() for weight in module.network.state_dict().values())
+    assert {int(state["step"]) for state in trainer.optimizers[0].state.values()} == {2 + 3}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_training_without_a_finite_step_ends_with_advice(latents_dir, scaled):
+    """fp16 with activations beyond 65,504 skips every step: it used to go on to the end, and to be exported."""
+    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))] if scaled else []
+    with pytest.raises(UserError, match=r"not finite again after going back to step 0.*qk_norm"):
+        train(latents_dir, Spoil(*range(100)), max_steps=60, plugins=plugins)
+
+
+def test_weights_that_are_not_finite_are_never_exported(tmp_path):
+    pipe = tiny_pipeline()
+    save_model(pipe, tmp_path / "whole")
+    next(pipe.conditioner.parameters()).data[PEOPLE - 1, 0] = torch.inf
+    with pytest.raises(UserError, match=r"not written: 1 weights of conditioner are not finite"):
+        save_model(pipe, tmp_path / "pipeline")
+    assert (tmp_path / "whole" / "model_index.json").is_file() and not (tmp_path / "pipeline").exists()
