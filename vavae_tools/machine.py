@@ -1,6 +1,7 @@
 """Which devices there are here, whether this torch can use them, and how networks compute on them."""
 
 import ctypes
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -131,6 +132,17 @@ def trying_convolutions() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def release_memory() -> None:
+    """Give back to the card what this process keeps of it without a tensor in it: for what comes next, and for others.
+
+    A stage that ends, such as an encoding, would else hold it as long as its process lives.
+    """
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        with suppress(RuntimeError):  # of an earlier fault of the card
+            torch.cuda.empty_cache()
 
 
 def keep_freed_memory() -> None:
