@@ -170,17 +170,19 @@ def test_it_stays_frozen_and_in_evaluation(lpips):
 
 
 def test_under_autocast(lpips):
-    """Convolutions in bfloat16, the rest in float32: nearly the same, and exactly zero for equal pictures."""
+    """A loss has its convolutions in bfloat16 and the rest in float32, and is nearly the metric, all in float32."""
     a, b = pictures(), pictures(seed=1)
     expected = lpips(a, b)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert lpips.features(a)[0].dtype == torch.bfloat16
-        found = lpips(a, b)
-        assert (lpips(a, a) == 0).all()
+        assert torch.equal(lpips(a, b), expected)
+        a.requires_grad_()
+        loss = lpips(a, b)
+        assert (lpips(a, a.detach()) == 0).all()
         half = lpips(a.bfloat16(), b)  # as a reconstruction comes out of an autocast decoder
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
-    torch.testing.assert_close(half, expected, rtol=0.02, atol=0)
+    for found in (loss, half):
+        assert found.dtype == torch.float32 and not torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("prefix", ["", "loss.perceptual_loss.", "perceptual_loss."])

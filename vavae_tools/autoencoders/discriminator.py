@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vavae_tools.errors import UserError
+from vavae_tools.float32 import in_float32
 
 
 class PatchDiscriminator(nn.Module):
@@ -60,16 +61,19 @@ class PatchDiscriminator(nn.Module):
         return self.main(pictures)
 
 
+@in_float32
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """The discriminator's loss (Lim & Ye 2017): real logits below 1 and made ones above −1 cost, halved as in VQGAN."""
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
+@in_float32
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """The adversarial loss of what makes the pictures: minus the mean logit."""
     return -fake_logits.mean()
 
 
+@in_float32
 def adaptive_weight(reference_gradient: Tensor, gradient: Tensor, largest: float) -> Tensor:
     """The factor, 0 to `largest`, that makes one loss pull at a layer as strongly as the reference does (VQGAN).
 
@@ -79,5 +83,5 @@ def adaptive_weight(reference_gradient: Tensor, gradient: Tensor, largest: float
     Returns:
         A scalar without a graph.
     """
-    reference_norm, norm = (torch.linalg.vector_norm(g.detach().float()) for g in (reference_gradient, gradient))
+    reference_norm, norm = (torch.linalg.vector_norm(g.detach()) for g in (reference_gradient, gradient))
     return (reference_norm / (norm + 1e-4)).clamp(0.0, largest)

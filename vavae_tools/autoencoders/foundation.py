@@ -25,6 +25,7 @@ from vavae_tools.data.latents import weights_digest
 from vavae_tools.data.pixels import to_unit
 from vavae_tools.errors import UserError
 from vavae_tools.files import written_whole
+from vavae_tools.float32 import in_float32
 
 LARGEST_CACHE = 8 * 2**30
 """Bytes of features that are kept on the disk: those of 16,000 pictures on a grid of 16×16 by a ViT-L."""
@@ -192,6 +193,7 @@ def silent_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@in_float32
 def alignment_loss(
     projected: Tensor, features: Tensor, distance_margin: float = 0.0, cosine_margin: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -205,11 +207,10 @@ def alignment_loss(
         features: (B, channels, h, w), any precision; no gradient flows there.
         distance_margin, cosine_margin: differences up to these cost nothing.
     """
-    with torch.autocast(projected.device.type, enabled=False):
-        projected, features = projected.float(), features.detach().float()
-        difference = _similarities(projected) - _similarities(features)  # (B, h·w, h·w)
-        distance = F.relu(difference.abs() - distance_margin).mean()
-        cosine = F.relu(1 - cosine_margin - F.cosine_similarity(features, projected, dim=1)).mean()
+    features = features.detach()
+    difference = _similarities(projected) - _similarities(features)  # (B, h·w, h·w)
+    distance = F.relu(difference.abs() - distance_margin).mean()
+    cosine = F.relu(1 - cosine_margin - F.cosine_similarity(features, projected, dim=1)).mean()
     return distance, cosine
 
 

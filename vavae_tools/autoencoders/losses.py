@@ -14,13 +14,16 @@ from torch import Tensor
 
 from vavae_tools.autoencoders.discriminator import adaptive_weight
 from vavae_tools.errors import UserError
+from vavae_tools.float32 import in_float32
 
 
+@in_float32
 def l1(reconstruction: Tensor, pictures: Tensor) -> Tensor:
     """Mean absolute error, in the units of [-1, 1]."""
     return F.l1_loss(reconstruction, pictures)
 
 
+@in_float32
 def gradient(reconstruction: Tensor, pictures: Tensor, scales: int = 3) -> Tensor:
     """Mean absolute error of the differences between neighbours, at full, half and quarter size: edges stay edges."""
     total = reconstruction.new_zeros(())
@@ -32,6 +35,7 @@ def gradient(reconstruction: Tensor, pictures: Tensor, scales: int = 3) -> Tenso
     return total / scales
 
 
+@in_float32
 def spectral(reconstruction: Tensor, pictures: Tensor, windows: tuple[int, ...] = (8, 16)) -> Tensor:
     """Mean absolute error of the magnitudes of short 2-D Fourier transforms (half-overlapping Hann windows).
 
@@ -54,12 +58,11 @@ def spectral(reconstruction: Tensor, pictures: Tensor, windows: tuple[int, ...] 
 
 def _magnitudes(pictures: Tensor, window: Tensor) -> Tensor:
     size = len(window)
-    patches = (
-        pictures.float().unfold(2, size, size // 2).unfold(3, size, size // 2)
-    )  # (B, C, rows, columns, size, size)
+    patches = pictures.unfold(2, size, size // 2).unfold(3, size, size // 2)  # (B, C, rows, columns, size, size)
     return torch.fft.rfft2(patches * window).abs()
 
 
+@in_float32
 def kl(posterior: DiagonalGaussianDistribution, pictures: Tensor) -> Tensor:
     """KL divergence of the posterior from a standard normal, summed over the latent, per value of the picture.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vavae_tools.errors import UserError
 from vavae_tools.files import read_checkpoint
+from vavae_tools.float32 import in_float32
 
 VGG16_WIDTHS = (64, 128, 256, 512, 512)
 _DEPTHS = (2, 2, 3, 3, 3)  # convolutions of each block; features are taken after its last ReLU
@@ -62,7 +63,8 @@ class LPIPS(nn.Module):
     def forward(self, reconstruction: Tensor, pictures: Tensor) -> Tensor:
         """Distances (B,) in float32 of two batches (B, C, H, W) in [-1, 1]; C is 3, or 1 which is repeated.
 
-        Gradients flow to `reconstruction` alone. Under autocast the convolutions run in its precision.
+        Gradients flow to `reconstruction` alone. Where it wants them this is a loss, and under autocast its
+        convolutions run in that precision; without gradients it is a metric, and all of it runs in float32.
 
         Raises:
             UserError: pictures smaller than 16×16.
@@ -73,14 +75,11 @@ class LPIPS(nn.Module):
                 f"Pictures of {height}×{width} are too small for LPIPS: it needs {_SMALLEST}×{_SMALLEST} at least. "
                 f"{_NEEDS_NONE}"
             )
+        features = self.features if reconstruction.requires_grad else in_float32(self.features)
         with torch.no_grad():
-            expected = self.features(pictures)
-        found = self.features(reconstruction)
-        with torch.autocast(pictures.device.type, enabled=False):
-            distances = [
-                torch.einsum("bchw,c->bhw", (_unit(a) - _unit(b)).square(), weights).mean((1, 2))
-                for a, b, weights in zip(found, expected, self.linear, strict=True)
-            ]
+            expected = features(pictures)
+        found = features(reconstruction)
+        distances = [_distance(*layer) for layer in zip(found, expected, self.linear, strict=True)]
         return torch.stack(distances).sum(0)
 
     def features(self, pictures: Tensor) -> list[Tensor]:
@@ -96,9 +95,14 @@ class LPIPS(nn.Module):
         return features
 
 
+@in_float32
+def _distance(found: Tensor, expected: Tensor, weights: Tensor) -> Tensor:
+    """Of one block's features (B, C, h, w), twice, and the weights of their channels (C,): (B,)."""
+    return torch.einsum("bchw,c->bhw", (_unit(found) - _unit(expected)).square(), weights).mean((1, 2))
+
+
 def _unit(features: Tensor) -> Tensor:
     """Length 1 over the channels; the small number is under the root, where zeros have a gradient (as torchmetrics)."""
-    features = features.float()
     return features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()
 
 

@@ -19,6 +19,7 @@ from vavae_tools.data.images import PictureFolder
 from vavae_tools.data.pixels import to_unit
 from vavae_tools.draws import Draws
 from vavae_tools.files import disk_errors, written_whole
+from vavae_tools.float32 import in_float32
 
 FILE_NAME = "classifier.safetensors"
 BATCH_SIZE = 64
@@ -52,6 +53,7 @@ class PersonClassifier(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(before, num_classes)
 
+    @in_float32
     def features(self, x: Tensor) -> Tensor:
         """Pictures (B, C, H, W) in [-1, 1] → (B, D)."""
         return self.blocks(x).mean(dim=(2, 3))

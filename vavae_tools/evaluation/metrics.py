@@ -7,15 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vavae_tools.float32 import in_float32
+
 _CHUNK = 64  # pictures at a time
 
 
+@in_float32
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each pair, dB: (N, C, H, W) in [-1, 1], twice → float32 (N,); equal ones: inf."""
     error = torch.stack([(x.double() - y.double()).square().mean() for x, y in zip(a, b, strict=True)])
     return (10 * torch.log10(4 / error)).float()  # the peak is 2 high
 
 
+@in_float32
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) of each pair: (N, C, H, W) in [-1, 1], twice → float32 (N,).
 
@@ -24,29 +28,30 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     values = []
-    for x, y in zip(a.float().split(_CHUNK), b.float().split(_CHUNK), strict=True):
+    for x, y in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True):
         x, y = ((z.clamp(-1, 1) + 1) / 2 for z in (x, y))
         value = structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
         values.append(value.reshape(len(x)))
     return torch.cat(values)
 
 
+@in_float32
 def sharpness(a: Tensor, b: Tensor) -> Tensor:
     """How sharp each `b` is beside its `a`: (N, C, H, W) in [-1, 1], twice → float32 (N,).
 
     The mean absolute difference of neighbours, in both axes together, of `b` as a multiple of that of `a`: 1 is as
     sharp, less is blurred or pale, more is noisier. NaN where `a` is one flat colour.
     """
-    energies = torch.tensor([(_gradient_energy(x), _gradient_energy(y)) for x, y in zip(a, b, strict=True)])
-    of_a, of_b = energies.unbind(1)
-    return torch.where(of_a > 0, of_b / of_a, torch.nan)
+    of_a, of_b = (torch.stack([_gradient_energy(picture) for picture in pictures]) for pictures in (a, b))
+    return torch.where(of_a > 0, of_b / of_a, torch.nan).float()
 
 
-def _gradient_energy(picture: Tensor) -> float:
+def _gradient_energy(picture: Tensor) -> Tensor:
     differences = [picture.double().diff(dim=dim).abs().flatten() for dim in (-2, -1)]
-    return torch.cat(differences).mean().item()
+    return torch.cat(differences).mean()
 
 
+@in_float32
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of two Gaussians fitted to features (N, D), as in FID (Heusel et al. 2017).
 
@@ -79,6 +84,7 @@ class KernelDistance:
         return f"{self.value:.3g} [{self.low:.2g}, {self.high:.2g}]"
 
 
+@in_float32
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> KernelDistance:
     """Kernel distance of features (N, D), as in KID (Bińkowski et al. 2018): unbiased also where sets are small.
 
@@ -128,6 +134,7 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
+@in_float32
 def nearest(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """For each row of `a` (N, D), the place of the nearest row of `b`, int64 (N,), and its distance, float32 (N,).
 
