@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -13,13 +15,25 @@ import torch.distributed as dist
 from alike import assert_curves_alike
 from tiny import tiny_dit, tiny_vavae, trained_looking
 
+from vavae_tools.autoencoders.rae import tiny_rae
 from vavae_tools.data.images import PictureDataModule
 from vavae_tools.data.latents import LatentDataModule
+from vavae_tools.data.token_images import TokenImageDataset
+from vavae_tools.diffusion.clean_prediction import CleanPrediction
+from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.ddt import DDT
+from vavae_tools.diffusion.noise_prediction import make_objective
+from vavae_tools.diffusion.text_conditioning import TextConditioner
+from vavae_tools.diffusion.text_dit import TextDiT
+from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.errors import Stopped
 from vavae_tools.training import throughput
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.diffusion_module import DiffusionModule
+from vavae_tools.training.rae_module import RAEDecoderModule
+from vavae_tools.training.text_module import TextDiffusionModule
 from vavae_tools.training.throughput import Clock, Throughput, flops_of, peak_flops
+from vavae_tools.training.token_module import TokenImageModule
 from vavae_tools.training.trainer import build_trainer, fit
 from vavae_tools.training.vavae_module import VAVAEModule
 
@@ -117,10 +131,10 @@ class Ticks(Clock):
 def slow_data(latents_dir, batch_size: int, clock: Ticks, seconds: float) -> LatentDataModule:
     """Each batch takes so long."""
     data = LatentDataModule(latents_dir, batch_size)
-    take = type(data.train_data).__getitems__
+    take = type(data.train_data).stored
 
     class Slow(type(data.train_data)):
-        def __getitems__(self, rows):
+        def stored(self, rows):
             clock.now += seconds
             return take(self, rows)
 
@@ -439,6 +453,86 @@ def _through_encoder(both, vavae):
     return both[1](torch.zeros(1, 1)).sum()
 
 
+def new_text(objective: str) -> tuple[DiffusionModule, dict]:
+    module = TextDiffusionModule(
+        TextDiT((4, 4), 2, 4, hidden_size=16, depth=1, num_heads=2),
+        TextConditioner(8, 8, 16),
+        make_objective(objective),
+    )
+    texts = {
+        "text_tokens": torch.zeros(3, 5, 8),
+        "text_mask": torch.ones(3, 5).bool(),
+        "text_pooled": torch.zeros(3, 8),
+    }
+    return module, {"latents": torch.zeros(3, 4, 4, 4), "index": torch.arange(3), **texts}
+
+
+def new_rae_decoder() -> tuple[RAEDecoderModule, dict]:
+    return RAEDecoderModule(tiny_rae(16), disc_weight=0.0), {"pictures": torch.zeros(3, 3, 16, 16)}
+
+
+def new_tokens() -> tuple[TokenImageModule, dict]:
+    code = {"num_tokens": 260, "cell_size": 4, "channels": 3}
+    denoiser = DiT(32, 4, 4, 16, 1, 2, positions="sequence")
+    module = TokenImageModule(denoiser, ClassConditioner(1, 16, 0.0), CleanPrediction(), {"code": code})
+    return module, module.on_before_batch_transfer(TokenImageDataset("zen", 32).__getitems__([0, 1]), 0)
+
+
+def new_ddt() -> tuple[DiffusionModule, dict]:
+    denoiser = DDT((4, 4), 1, 2, (16, 24), (1, 1), (2, 2))
+    conditioner = ClassConditioner(2, denoiser.conditioning_size)
+    return DiffusionModule(denoiser, conditioner), {"latents": torch.zeros(3, 2, 4, 4), "labels": torch.zeros(3).long()}
+
+
+OTHERS = {
+    **{name: partial(new_text, name) for name in ("epsilon", "v_prediction", "flow_matching")},
+    **{"tokens": new_tokens, "rae": new_rae_decoder, "ddt": new_ddt},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_training_counts_its_operations(kind):
+    module, batch = OTHERS[kind]()
+    assert module.flops_of_a_sample(batch) == module.flops_of_a_sample(batch) > 0
+
+
+def test_an_objective_adds_no_products():
+    """Its table is real, and stays so."""
+    counts = {}
+    for name in ("epsilon", "flow_matching"):
+        module, batch = new_text(name)
+        counts[name] = module.flops_of_a_sample(batch)
+        scheduler = getattr(module.objective, "scheduler", None)
+        assert scheduler is None or type(scheduler.alphas_cumprod) is torch.Tensor
+    assert counts["epsilon"] == counts["flow_matching"]
+
+
+def test_real_tensors_beside_the_network_stay_real():
+    """A table that a network holds without naming it, and one that the loss moves as it is called."""
+    network = torch.nn.Linear(4, 3)
+    network.table = torch.ones(4)
+    network.tables = {"of a schedule": network.table}
+    held = SimpleNamespace(table=torch.arange(3.0))
+
+    def loss(network):
+        held.table = held.table.double()
+        return (network(torch.zeros(2, 4) + network.table) * held.table).sum()
+
+    assert flops_of(network, loss) == 2 * 2 * 2 * 4 * 3  # forwards, and the weight's gradient
+    assert type(held.table) is type(network.table) is torch.Tensor and held.table.tolist() == [0, 1, 2]
+
+
+def test_counting_that_fails_ends_no_training(monkeypatch, latents_dir, tmp_path):
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 5e6)
+    module = new_dit()
+    module.flops_of_a_sample = lambda batch: {}["a table"]
+    said = []
+    train(module, LatentDataModule(latents_dir, 4), tmp_path, say=said.append, max_steps=6)
+    (line,) = [line for line in said if "utilisation" in line]
+    assert line == "no utilisation of the card: what a step computes cannot be counted (KeyError: 'a table')"
+    assert any(line.startswith("throughput") and "TFLOP/s" not in line for line in said)
+
+
 @pytest.mark.parametrize(
     ("card", "precision", "expected"),
     [
@@ -447,12 +541,14 @@ def _through_encoder(both, vavae):
         ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989.4e12),
         ("NVIDIA H200", "bf16-mixed", 989.5e12),
         ("Tesla P100-PCIE-16GB", "32-true", None),
+        ("NVIDIA A100-SXM4-40GB MIG 2g.10gb", "bf16-mixed", 312e12 * 2 / 7),
+        ("NVIDIA H100 80GB HBM3 MIG 1c.3g.40gb", "bf16-mixed", 989.4e12 / 7),
     ],
 )
 def test_what_a_card_can_do(monkeypatch, card, precision, expected):
     """Dense products, as the makers' data sheets give them."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: card)
-    assert peak_flops(torch.device("cuda", 0), precision) == expected
+    assert peak_flops(torch.device("cuda", 0), precision) == (expected and pytest.approx(expected))
 
 
 def test_a_processor_has_no_known_peak():

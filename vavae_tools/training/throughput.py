@@ -2,12 +2,13 @@
 
 import copy
 import os
+import re
 import sys
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,11 +162,19 @@ class Throughput(L.Callback):
         if begin is not None and self._steps_before >= self._measured_from:
             self._running.append((begin, fetches, end, steps, _samples(batch)))
         elif self._peak and self._flops is None and hasattr(module, "flops_of_a_sample"):
-            self._flops = module.flops_of_a_sample(batch)  # while nothing is measured yet
+            self._count(module, batch)  # while nothing is measured yet
         self._steps_before, self._end, self._fetches = trainer.global_step, end, []
         self._look()
         if trainer.is_global_zero and trainer.loggers and self._lately.steps and is_written(trainer):
             self._log(trainer, module)
+
+    def _count(self, module: L.LightningModule, batch: Any) -> None:
+        try:
+            self._flops = module.flops_of_a_sample(batch)
+        except Exception as error:  # a figure beside the training, which goes on without it
+            self._peak = None
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.say(f"no utilisation of the card: what a step computes cannot be counted ({reason})")
 
     def _look(self) -> None:
         while self._running and self._clock.has_passed(self._running[0][2]):
@@ -290,15 +299,27 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower()
+    share = _share(name)
     half = next((flops for card, flops in _DENSE_HALF.items() if card in name), None)
     if half and "16" in precision:
-        return half
+        return share * half
     if half and torch.get_float32_matmul_precision() != "highest":  # TF32
-        return half / 2
+        return share * half / 2
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of cards that are not in its table
-        return get_available_flops(device, dtype)
+        whole = get_available_flops(device, dtype)
+    return share * whole if whole else None
+
+
+def _share(name: str) -> float:
+    """What part of a card's compute slices a device of this name has: less than 1 for a slice of MIG.
+
+    >>> _share("nvidia a100-sxm4-40gb mig 2g.10gb") == 2 / 7, _share("tesla t4")
+    (True, 1.0)
+    """
+    found = re.search(r"mig (?:(\d+)c\.)?(\d+)g\.", name)
+    return int(found[1] or found[2]) / 7 if found else 1.0  # seven on every card whose peak is known here
 
 
 def flops_of(network: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
@@ -309,26 +330,45 @@ def flops_of(network: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
     Chowdhery et al. 2022), gradients of frozen weights do not count.
 
     Args:
-        loss: network → a scalar; it makes its own tensors, on the CPU.
+        loss: network → a scalar; it makes its own tensors, on the CPU. Tables that it holds besides stay real.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import FlopCounterMode
 
+    class Shapes(FakeTensorMode):
+        """Tensors without numbers; what is computed of real ones alone, such as a noise schedule, stays real."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+                return func(*args, **(kwargs or {}))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
     # the plain formula of attention: the CPU's own kernel is not in the counter's table, GPUs' compute parts twice
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        loss(without_numbers(network)).backward()
+    shapes = Shapes(allow_non_fake_inputs=True)
+    copied = without_numbers(network, within=shapes)
+    with shapes, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss(copied).backward()
     return counter.get_total_flops()
 
 
-def without_numbers(network: nn.Module, device: str = "cpu") -> nn.Module:
-    """A copy without gradient checkpointing whose float32 weights are made anew, of the same shapes."""
+def without_numbers(
+    network: nn.Module, device: str = "cpu", within: AbstractContextManager[Any] | None = None
+) -> nn.Module:
+    """A copy without gradient checkpointing whose float32 weights are made anew, of the same shapes.
+
+    Args:
+        within: where they are made, such as a mode that gives them no numbers; tables that are no buffers are copied.
+    """
     memo: dict[int, Tensor] = {}
-    for weight in network.parameters():
-        memo[id(weight)] = nn.Parameter(torch.empty(weight.shape, device=device), weight.requires_grad)
-    for buffer in network.buffers():
-        dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
-        memo[id(buffer)] = torch.empty(buffer.shape, device=device, dtype=dtype)
+    with within or nullcontext():
+        for weight in network.parameters():
+            memo[id(weight)] = nn.Parameter(torch.empty(weight.shape, device=device), weight.requires_grad)
+        for buffer in network.buffers():
+            dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
+            memo[id(buffer)] = torch.empty(buffer.shape, device=device, dtype=dtype)
     made = copy.deepcopy(network, memo)
     for part in made.modules():
         if getattr(part, "gradient_checkpointing", False):
