@@ -637,10 +637,9 @@ def test_a_tiny_decoder_learns_two_pictures():
 
 
 def test_reconstruction_psnr():
-    rae = small_rae()
+    rae = small_rae(image_mean=[100 / 255] * 3)  # every reconstruction is this grey
     nn.init.zeros_(rae.decoder.decoder_pred.weight)
     nn.init.zeros_(rae.decoder.decoder_pred.bias)
-    rae.register_to_config(image_mean=[100 / 255] * 3)  # every reconstruction is this grey
     x = torch.full((2, 3, 16, 16), 100, dtype=torch.uint8)
     x[1] = 110
     made, psnr = reconstruction_psnr(rae, x)

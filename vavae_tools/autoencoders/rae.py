@@ -113,6 +113,9 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
             image_mean=mean,
             image_std=std,
         )
+        # in the module, so that no step waits for their copy to the device; the configuration keeps them
+        for name, values in (("colour_mean", mean), ("colour_std", std)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         if element_statistics:
             self.register_buffer("statistics_mean", torch.zeros(self.latent_shape))
             self.register_buffer("statistics_var", torch.ones(self.latent_shape))
@@ -259,11 +262,7 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
         return (self.statistics_var.float() + VARIANCE_EPS).sqrt()
 
     def _colour_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (
-            torch.tensor(values, device=like.device, dtype=like.dtype)[:, None, None]
-            for values in (self.config.image_mean, self.config.image_std)
-        )
-        return mean, std
+        return self.colour_mean.to(like), self.colour_std.to(like)
 
     def _shape(self) -> str:
         return "×".join(map(str, self.latent_shape))

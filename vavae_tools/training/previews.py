@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vavae_tools.autoencoders.vavae import anothers, reconstruct_pictures
 from vavae_tools.files import written_whole
+from vavae_tools.machine import release_memory
 from vavae_tools.plots import picture_grid, show_inline
 from vavae_tools.training.progress import say
 
@@ -42,11 +43,21 @@ class Previews(L.Callback):
             return  # of several processes one makes the pictures, but those that share a model make them together
         training = module.training
         module.eval()
-        with torch.inference_mode():
-            grid = self.grid(module)
-        module.train(training)
-        if not trainer.is_global_zero:
-            return
+        release_memory()  # what training keeps for its next step, pictures may take meanwhile
+        try:
+            with torch.inference_mode():
+                grid = self.grid(module)
+            if trainer.is_global_zero:
+                self.keep(trainer, grid)
+        except Exception as error:  # of any kind: hours of training are worth more than its pictures
+            why = next(iter(str(error).splitlines()), "")[:200]
+            say(f"preview left out at step {trainer.global_step:,} ({type(error).__name__}: {why})")
+        finally:
+            module.train(training)
+            release_memory()
+
+    def keep(self, trainer: L.Trainer, grid: Tensor) -> None:
+        """Write and show a grid."""
         with written_whole(self.folder / f"{self.name}-{trainer.global_step:06d}.png") as partial:
             Image.fromarray(grid.permute(1, 2, 0).numpy()).save(partial, format="png")
         if trainer.logger is not None:

@@ -144,7 +144,8 @@ def fine_tune_rae_decoder(
     side = pictures.val_data if pictures.val_data is not None else pictures.train_data
     show, first = show or show_inline, is_first()
     if first:
-        model.to("cuda" if settings["accelerator"] == "gpu" else "cpu")
+        device = "cuda" if settings["accelerator"] == "gpu" else "cpu"
+        model.to(device)
         before = _look(model, side, output_dir / "reconstructions" / "before.png", show)
     validated = pictures.val_data is not None
     callbacks = checkpoint_callbacks(checkpoints, "val/psnr" if validated else None, saving, "max", best="epoch=")
@@ -163,7 +164,7 @@ def fine_tune_rae_decoder(
         model.decoder.load_state_dict(module.ema.network.state_dict())
         model.register_to_config(noise_tau=noise_tau)
         model.disable_gradient_checkpointing()
-        after = _look(model.eval(), side, output_dir / "reconstructions" / "after.png")
+        after = _look(model.eval().to(device), side, output_dir / "reconstructions" / "after.png")
         save_model(model.to("cpu"), folder)
         where = "that validate" if validated else "that it was trained on, since none validate"
         say(f"PSNR {before:.1f} dB before, {after:.1f} dB after, on {min(len(side), MEASURED):,} pictures {where}")
