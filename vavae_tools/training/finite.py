@@ -22,10 +22,10 @@ def has_scaler(trainer: L.Trainer) -> bool:
 class FiniteSteps(L.Callback):
     """Clip gradients by their global norm, leave out a step whose gradients are not finite, and count these.
 
-    Fused optimisers leave such a step out on the device, so that the processor waits for it nowhere; how many there
-    were is looked at every few steps. With a gradient scaler, which waits for the device itself, and with optimisers
-    that are not fused, it is looked at each time. After a few in a row the weights and optimisers go back to the last
-    good state, a copy in the machine's memory. From the same state it goes back once; then training ends, with advice.
+    The optimisers, which must be fused where no gradient scaler does it, leave such a step out on the device, so that
+    the processor waits for it nowhere; how many there were is looked at every few steps. After a few in a row the
+    weights and optimisers go back to the last good state, a copy in the machine's memory. From the same state it goes
+    back once; then training ends, with advice.
 
     Args:
         clip: largest global norm of each optimiser's gradients, 0 does not clip; None: the Trainer's
@@ -34,7 +34,7 @@ class FiniteSteps(L.Callback):
         in_a_row: steps left out one after the other before going back. With fp16 four times as many, since its scaler
             finds its scale by leaving out steps.
         every: good steps between two copies.
-        look_every: steps between two looks at the counts, where that makes the processor wait.
+        look_every: steps between two looks at the counts, which make the processor wait.
 
     Logs `train/gradient_norm` and `train/skipped_steps`.
     """
@@ -67,7 +67,7 @@ class FiniteSteps(L.Callback):
         if trainer.gradient_clip_algorithm == "value":
             raise UserError("gradient_clip_algorithm=value: gradients are clipped by their norm here, leave it out")
         self._skipped = self._skipped.to(module.device)
-        self._rows: list[Any] = [0] * len(trainer.optimizers)  # left out in a row; tensors where the device counts
+        self._rows = torch.zeros(len(trainer.optimizers), device=module.device)  # left out in a row, by optimiser
         self._began_at, self._began_with = trainer.global_step, self._skipped.clone()
         self._keep(trainer, module)
 
@@ -83,10 +83,8 @@ class FiniteSteps(L.Callback):
         # the norm is the same on all processes, so that they decide alike
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         bad = ~torch.isfinite(norm)
-        if self._skips_on_device(trainer, optimizer):
-            optimizer.found_inf = bad.float()
-        elif bad := bool(bad):
-            optimizer.zero_grad(set_to_none=True)  # without gradients a step changes nothing
+        if not has_scaler(trainer):
+            optimizer.found_inf = bad.float()  # by which a scaler tells a fused optimiser the same
         self._skipped += bad
         self._rows[number] = (self._rows[number] + 1) * bad
         for buffer, last_good in self._buffers:  # running statistics that saw a NaN keep it for ever
@@ -95,10 +93,9 @@ class FiniteSteps(L.Callback):
             module.log_dict({"train/gradient_norm": norm, "train/skipped_steps": self._skipped.clone()})
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx) -> None:
-        waits = all(self._skips_on_device(trainer, optimizer) for optimizer in trainer.optimizers)
-        if waits and trainer.global_step % self.look_every:
+        if trainer.global_step % self.look_every:
             return
-        row = max(map(int, self._rows))
+        row = int(self._rows.max())
         if row >= self.in_a_row * (4 if has_scaler(trainer) else 1):
             self._go_back(trainer, module, row)
         elif not row and trainer.global_step - self._kept_at >= self.every:
@@ -108,10 +105,6 @@ class FiniteSteps(L.Callback):
         skipped, steps = int(self._skipped - self._began_with), trainer.global_step - self._began_at
         if steps and skipped >= steps:  # too few to go back
             say(f"None of {steps:,} steps had finite gradients, so nothing was learnt: {self.advice}")
-
-    @staticmethod
-    def _skips_on_device(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> bool:
-        return bool(optimizer.defaults.get("fused")) and not has_scaler(trainer)
 
     @torch.no_grad()
     def _keep(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -147,7 +140,7 @@ class FiniteSteps(L.Callback):
                 for name, copy in kept.get(weight, {}).items():
                     _local(optimizer.state[weight][name]).copy_(copy)
         self._went_back_to = self._kept_at
-        self._rows = [0] * len(self._rows)
+        self._rows.zero_()
 
 
 def _local(tensor: Tensor) -> Tensor:
