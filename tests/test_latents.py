@@ -454,9 +454,16 @@ def test_numbers_that_cannot_be_stored_are_told(tmp_path):
     encode_latents(Averages(1e6), data, tmp_path / "latents", progress=False)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("dtype", "int8"), ("precision", "64")])
-def test_settings_that_cannot_be_are_named(tmp_path, setting, value):
-    with pytest.raises(UserError, match=f"{setting} '{value}' of latents: expected one of"):
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("dtype", "int8", "dtype 'int8' of latents: expected one of float32, float16"),
+        ("precision", "64", "No precision '64'; there are 32, 16, bf16"),
+        ("precision", "16", "A CPU has no fp16"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(tmp_path, setting, value, message):
+    with pytest.raises(UserError, match=message):
         encode_latents(Averages(), shape_data(8, image_size=16), tmp_path / "latents", **{setting: value})
 
 
@@ -465,6 +472,39 @@ def test_half_precision_is_another_key_and_nearly_the_same(split, tmp_path):
     assert whole.key != half.key
     a, b = (load_file(shards(folder)[0])["latents"] for folder in (whole, half))
     assert b.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.2 * a.std()
+
+
+def test_latents_of_another_precision_are_kept_unless_one_is_asked_for(split, tmp_path, count_encoded):
+    half = encode(split, tmp_path / "latents", precision="bf16")
+    del count_encoded[:]
+    assert encode(split, tmp_path / "latents") == half and count_encoded == []
+    assert encode(split, tmp_path / "latents", seed=1).key != half.key  # all else must be the same
+    whole = encode(split, tmp_path / "latents", precision="32")
+    assert whole.key == encode(split, tmp_path / "other").key != half.key
+    assert encode(split, tmp_path / "latents", precision="bf16").key == half.key and sum(count_encoded) == 120
+
+
+class Overflowing(Averages):
+    """Latents of bright pictures are not finite in half precision."""
+
+    def encode_pictures(self, pictures, labels, normal):
+        latents = super().encode_pictures(pictures, labels, normal)
+        bright = (latents.mean((1, 2, 3), keepdim=True) > 0) & torch.is_autocast_enabled("cpu")
+        return torch.where(bright, torch.inf, latents)
+
+
+def test_what_overflows_in_half_precision_is_encoded_in_float32_and_said_once(tmp_path):
+    data, said = shape_data(24, image_size=16), []
+    options = {"batch_size": 1, "flips": True, "progress": False, "say": said.append}
+    half = encode_latents(Overflowing(), data, tmp_path / "half", precision="bf16", **options)
+    assert said == [
+        "Latents of this Overflowing are not finite in half precision: such batches are computed again in float32"
+    ]
+    whole = encode_latents(Overflowing(), data, tmp_path / "whole", **options)
+    for name in ("latents", "latents_flip"):
+        a, b = (torch.cat([load_file(path)[name] for path in shards(folder)]) for folder in (half, whole))
+        assert same(a, b)  # means of pixels are no product that autocast rounds
+    assert len(said) == 1 and (b.mean((1, 2, 3)) > 0).any()
 
 
 # ---- reading

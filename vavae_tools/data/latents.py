@@ -13,13 +13,14 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,8 @@ from vavae_tools.data.pixels import to_unit
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.files import disk_errors, write_json, written_whole
+from vavae_tools.frozen import Computing, at_work
+from vavae_tools.machine import PRECISIONS, for_inference, trying_convolutions
 from vavae_tools.ranks import Ranks
 
 SHARD_SIZE = 10_000
@@ -41,7 +44,6 @@ SHARD_BYTES = 2**30
 INDEX = "latents.json"
 _FORM = 2  # of the files; another form is another cache key
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
-_PRECISIONS = {"32": None, "16": torch.float16, "bf16": torch.bfloat16}
 _NAMES_OF_SHARDS = (("", ""), (".", ".*.partial"))
 _ALONE = (1, 1)
 """What a side is cut for by one process: nothing."""
@@ -112,12 +114,14 @@ def encode_latents(
     progress: bool = True,
     dtype: str = "float32",
     statistics: tuple[Tensor | Sequence[float], Tensor | Sequence[float]] | None = None,
-    precision: str = "32",
+    precision: str | None = None,
     ranks: Ranks | None = None,
+    say: Callable[[str], None] = lambda line: tqdm.write(line, file=sys.stderr),
 ) -> LatentFolder:
     """Encode both sides once; latents that are there already and belong to these weights and pictures are kept.
 
-    That holds for the whole shards of an encoding that was interrupted, too.
+    That holds for the whole shards of an encoding that was interrupted, too. Afterwards the autoencoder is on the
+    device where it was, and what encoding took of a card's memory is given back.
 
     Args:
         autoencoder: has `encode_pictures(pictures, labels, normal)`, `downsampling`, `has_own_statistics`, and
@@ -130,7 +134,9 @@ def encode_latents(
         dtype: "float32", or "float16", half as large on the disk.
         statistics: mean and standard deviation per channel, such as published ones, in place of those of the training
             side. An autoencoder with statistics of its own needs none: its latents have mean 0 and deviation 1.
-        precision: "32", or "16" or "bf16" for a GPU, where a frozen encoder computes faster and about as exactly.
+        precision: "32", "16" or "bf16"; None: "16" on a GPU, where a frozen encoder computes faster and about as
+            exactly, and "32" on a CPU. What is not finite in half precision is encoded again in float32. With None
+            latents that are there already are kept whatever their precision.
         ranks: those that all call this, with the same arguments, and share the work: each encodes its shards, on its
             own GPU where `device` is "cuda"; they hold the latents that one process alone would make. The folder must
             be on a disk that all of them see. By default this process works alone.
@@ -144,29 +150,34 @@ def encode_latents(
     sides = {"train": pictures.train_data, "val": pictures.val_data}
     sides = {side: data for side, data in sides.items() if data is not None and len(data)}
     _check_fit(autoencoder, pictures.train_data.image_size)
-    for setting, value, choices in (("dtype", dtype, _DTYPES), ("precision", precision, _PRECISIONS)):
-        if value not in choices:
-            raise UserError(f"{setting} {value!r} of latents: expected one of {', '.join(choices)}")
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype {dtype!r} of latents: expected one of {', '.join(_DTYPES)}")
     given = _flat(statistics) if statistics is not None else None
     together = _Together(ranks or Ranks())
     if together.size > 1 and str(device) == "cuda":
         device = f"cuda:{together.ranks.local_rank}"
+    computing = Computing(precision, device, f"Latents of this {type(autoencoder).__name__}", say)
     weights = latents_digest(autoencoder)
-    extra = {"dtype": dtype, "statistics": given, "precision": precision}
-    key = together.agree("key", lambda: _cache_key(autoencoder, weights, sides, flips, seed, extra))
+    # the key of what is made comes first; those after it are as good where it was not said how to encode
+    precisions = dict.fromkeys([computing.precision, *(PRECISIONS if precision is None else ())])
+    extras = [{"dtype": dtype, "statistics": given, "precision": one} for one in precisions]
+    keys = together.agree("keys", lambda: _cache_keys(autoencoder, weights, sides, flips, seed, extras))
+    key = keys[0]
     together.check_equal("weights", weights)
     together.check_equal("pictures", _digest_of_names(sides))
-    there = _complete(output_dir, key)
+    there = _complete(output_dir, keys)
     if together.count("complete", there is not None) == together.size:
         return there
     together.check_disk(output_dir)
 
-    encoder = _Encoder(autoencoder.to(device).eval(), sides, flips, batch_size, device, seed, dtype, precision)
-    encoder.shares = together.size > 1
-    plan = _Plan(**together.agree("plan", lambda: asdict(_planned(encoder, output_dir, key, together.size, given))))
     measured = _ChannelStatistics() if given is None and not autoencoder.has_own_statistics else None
     on_the_way = measured if together.size == 1 else None
-    _write_shards(encoder, plan, output_dir, key, on_the_way, pictures.num_workers, together, progress)
+    with at_work(autoencoder, device), trying_convolutions():
+        model = for_inference(autoencoder.eval(), device)
+        encoder = _Encoder(model, sides, flips, batch_size, device, seed, dtype, computing)
+        encoder.shares = together.size > 1
+        plan = _Plan(**together.agree("plan", lambda: asdict(_planned(encoder, output_dir, key, together.size, given))))
+        _write_shards(encoder, plan, output_dir, key, on_the_way, pictures.num_workers, together, progress)
 
     def finish() -> None:
         if measured and not on_the_way:
@@ -191,16 +202,16 @@ def encode_latents(
 
     together.agree("index", finish)
     until = time.monotonic() + 120
-    while together.size > 1 and _complete(output_dir, key) is None and time.monotonic() < until:
+    while together.size > 1 and _complete(output_dir, keys) is None and time.monotonic() < until:
         time.sleep(0.5)  # another machine may remember for a while that nothing was there
     return LatentFolder.read(output_dir)
 
 
-def _complete(folder: Path, key: str) -> LatentFolder | None:
-    """The latents of this key, where all of them are there."""
+def _complete(folder: Path, keys: Sequence[str]) -> LatentFolder | None:
+    """The latents of one of these keys, where all of them are there."""
     with suppress(UserError):  # no latents, or an index that is damaged: they are made anew
         there = LatentFolder.read(folder)
-        if there.key == key and all((folder / name).is_file() for names in there.shards.values() for name in names):
+        if there.key in keys and all((folder / name).is_file() for names in there.shards.values() for name in names):
             return there
     return None
 
@@ -457,11 +468,11 @@ class _Encoder:
         device: str | torch.device,
         seed: int,
         dtype: str,
-        precision: str,
+        computing: Computing,
     ) -> None:
         self.autoencoder, self.sides, self.flips = autoencoder, sides, flips
         self.batch_size, self.device, self.seed = batch_size, torch.device(device), seed
-        self.dtype, self.autocast = _DTYPES[dtype], _PRECISIONS[precision]
+        self.dtype, self.computing = _DTYPES[dtype], computing
         self.shares = False
         """whether others encode some of the pictures, so that this process decodes its own alone"""
         self._first: tuple[list[int], dict[str, Tensor]] | None = None
@@ -471,7 +482,7 @@ class _Encoder:
         data = self.sides["train"]
         rows = range(min(self.batch_size, SHARD_SIZE, len(data)))
         data = data.part(rows) if self.shares and hasattr(data, "part") else data
-        latents = self._encode(data.__getitems__(rows), "train")
+        latents = self._finished(self._begun(data.__getitems__(rows), "train"))
         self._first = (list(rows), latents)
         return tuple(latents["latents"].shape[1:])
 
@@ -496,10 +507,16 @@ class _Encoder:
             collate_fn=_as_it_is,
             worker_init_fn=_leave_interrupts,
         )
-        for batch in loader:
+        begun = None
+        for batch in loader:  # loaded while the device computes the one before, which is stored during this one
             if places is not None:
                 batch["index"] = places[batch["index"]]
-            yield self._encode(batch, side)
+            latents = self._finished(begun) if begun else None
+            begun = self._begun(batch, side)
+            if latents:
+                yield latents
+        if begun:
+            yield self._finished(begun)
 
     def shard(
         self,
@@ -522,28 +539,47 @@ class _Encoder:
         return shard
 
     @torch.inference_mode()
-    def _encode(self, batch: dict[str, Tensor], side: str) -> dict[str, Tensor]:
-        x = to_unit(batch["pictures"].to(self.device))
-        labels = batch["labels"].to(self.device)
-        draws = Draws(self.seed + list(self.sides).index(side), 0, batch["index"].to(self.device))
-        encoded = {"latents": self._latents(x, labels, functools.partial(draws.normal, "posterior"))}
-        if self.flips:
-            normal = functools.partial(draws.normal, "posterior of the mirrored picture")
-            encoded["latents_flip"] = self._latents(x.flip(3), labels, normal)
-        return encoded
+    def _begun(self, batch: dict[str, Tensor], side: str) -> dict[str, "_Begun"]:
+        x, labels, index = (batch[name].to(self.device) for name in ("pictures", "labels", "index"))
+        x, draws = to_unit(x), Draws(self.seed + list(self.sides).index(side), 0, index)
 
-    def _latents(self, x: Tensor, labels: Tensor, normal: Callable[..., Tensor]) -> Tensor:
-        with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
-            latents = self.autoencoder.encode_pictures(x, labels, normal)
-        largest = latents.abs().max().item()
+        def begin(x: Tensor, noise: str) -> _Begun:
+            def encode() -> Tensor:
+                return self.autoencoder.encode_pictures(x, labels, functools.partial(draws.normal, noise))
+
+            latents = self.computing(encode)
+            return _Begun(encode, latents, latents.abs().max())
+
+        begun = {"latents": begin(x, "posterior")}
+        if self.flips:
+            begun["latents_flip"] = begin(x.flip(3), "posterior of the mirrored picture")
+        return begun
+
+    @torch.inference_mode()
+    def _finished(self, begun: dict[str, "_Begun"]) -> dict[str, Tensor]:
+        """Wait for the device; the latents as they are stored, on the CPU."""
+        return {name: self._checked(*one) for name, one in begun.items()}
+
+    def _checked(self, encode: Callable[[], Tensor], latents: Tensor, largest: Tensor) -> Tensor:
+        largest = largest.item()
+        if self.computing.in_half and not math.isfinite(largest):
+            latents = self.computing.again(encode)
+            largest = latents.abs().max().item()
         if not math.isfinite(largest):
             raise UserError(
-                f"Latents of this {type(self.autoencoder).__name__} are not finite: its weights are damaged, or it "
-                "needs precision 32"
+                f"Latents of this {type(self.autoencoder).__name__} are not finite: its weights are damaged"
             )
         if largest > torch.finfo(self.dtype).max:
             raise UserError(f"Latents up to {largest:,.0f} are more than float16 holds (65,504): use float32")
         return latents.to(self.dtype).cpu()
+
+
+class _Begun(NamedTuple):
+    """A batch that the device may still be encoding: what encodes it, its latents and the largest number in them."""
+
+    encode: Callable[[], Tensor]
+    latents: Tensor
+    largest: Tensor
 
 
 class _ChannelStatistics:
@@ -581,32 +617,40 @@ def weights_digest(model: nn.Module, without: tuple[str, ...] = ()) -> str:
     return digest.hexdigest()
 
 
-def _cache_key(
+def _cache_keys(
     autoencoder: nn.Module,
     weights: str,
     sides: dict[str, Dataset],
     flips: bool,
     seed: int,
-    extra: dict[str, Any],
-) -> str:
-    digest = hashlib.sha256(f"form {_FORM}, flips {flips}, seed {seed}, {weights}".encode())
+    extras: Sequence[dict[str, Any]],
+) -> list[str]:
+    """The key for each of several settings; pictures are read once for all of them."""
     usual = {"dtype": "float32", "statistics": None, "precision": "32"}
-    if extra != usual:  # so that what was encoded before there were such settings is kept
-        digest.update(json.dumps(extra, sort_keys=True).encode())
+    begin = hashlib.sha256(f"form {_FORM}, flips {flips}, seed {seed}, {weights}".encode())
+    digests = [begin.copy() for _ in extras]
+    for digest, extra in zip(digests, extras, strict=True):
+        if extra != usual:  # so that what was encoded before there were such settings is kept
+            digest.update(json.dumps(extra, sort_keys=True).encode())
+
+    def update(content: bytes) -> None:
+        for digest in digests:
+            digest.update(content)
+
     if hasattr(autoencoder, "picture_size"):  # how it reads pictures is not among its weights
         config = {name: value for name, value in getattr(autoencoder, "config", {}).items() if name[0] != "_"}
         config = {name: value for name, value in config.items() if name not in ("latents_mean", "latents_std")}
-        digest.update(json.dumps(config, sort_keys=True).encode())
+        update(json.dumps(config, sort_keys=True).encode())
     for side, data in sides.items():
-        digest.update(f"{side} {data.image_size} {data.channels} {data.labels.tolist()}".encode())
+        update(f"{side} {data.image_size} {data.channels} {data.labels.tolist()}".encode())
         if not hasattr(data, "paths"):
-            digest.update(data.fingerprint().encode())
+            update(data.fingerprint().encode())
             continue
         if data.crop != "none":
-            digest.update(f"crop {data.crop}".encode())
+            update(f"crop {data.crop}".encode())
         for name, content in zip(data.names, _contents(data.paths), strict=True):
-            digest.update(name.encode() + content)
-    return digest.hexdigest()
+            update(name.encode() + content)
+    return [digest.hexdigest() for digest in digests]
 
 
 def _digest_of_names(sides: dict[str, Dataset]) -> str:
