@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import Fit, assert_same, assert_same_run, modules
+from test_training import Fit, assert_same_run, modules
 from test_vavae_training import fit as fit_vavae
 from test_vavae_training import new_module
-from tiny import tiny_dit
+from tiny import assert_same, tiny_dit
 
 from vavae_tools.checkpoints import folders as folder_checkpoints
 from vavae_tools.checkpoints.__main__ import consolidate_checkpoint

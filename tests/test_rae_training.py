@@ -6,8 +6,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from test_training import Watch, assert_same
-from tiny import same
+from test_training import Watch
+from tiny import assert_same, same
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.discriminator import PatchDiscriminator, generator_loss

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_folder_checkpoints import Malicious, names, run_folder, small
-from test_training import assert_same
 from test_vavae_training import new_module
-from tiny import tiny_dit, tiny_vavae
+from tiny import assert_same, tiny_dit, tiny_vavae
 
 from vavae_tools.checkpoints.__main__ import main
 from vavae_tools.checkpoints.folders import look_at, read_any, write_any, write_folder

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 from test_experiments import values_of
-from tiny import same
+from tiny import assert_same, assert_same_training, same
 
 from vavae_tools import experiments, sample, train
 from vavae_tools.autoencoders.stable_diffusion import load_stable_diffusion_vae, tiny_kl
@@ -93,28 +93,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def last(run: str | Path) -> dict:
     return torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def assert_same(one, other, where: str = "") -> None:
-    """Bit by bit, tensors and plain values alike."""
-    if isinstance(one, torch.Tensor):
-        assert same(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for name in one:
-            assert_same(one[name], other[name], f"{where}.{name}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for place, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}[{place}]")
-    else:
-        assert one == other, where
-
-
-def assert_same_training(one: str | Path, other: str | Path) -> None:
-    one, other = last(one), last(other)
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
-        assert_same(one[part], other[part], part)
 
 
 # ---- a run and its pictures

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from vavae_tools.data import sentences as grammar
-from vavae_tools.data import text_files
 from vavae_tools.data.order import EpochOrder
-from vavae_tools.data.sentences import answers, grammatical_share, is_grammatical, questions, sentences, stories, zen
+from vavae_tools.data.sentences import questions, sentences, stories
 from vavae_tools.data.text_files import read_texts
 from vavae_tools.data.text_tokens import SPECIAL, TextTokens, byte_tokenizer
 from vavae_tools.data.token_code import TokenCode
@@ -517,6 +514,24 @@ def test_lengths_count_the_pictures(tmp_path):
     assert data.part([0, 3]).lengths().tolist() == [0, 1, 0, 0, 1]
 
 
+def test_answers_are_as_long_as_they_are_after_their_prompts(tmp_path):
+    def chat(*words: str) -> list[dict[str, str]]:
+        return [{"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(words)]
+
+    chats = [chat("ab", "xyz"), chat("ab", "xyz"), chat("abcd", "x"), chat("a", "xy", "bcd", "xyzxyz")]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in chats))
+    data = TokenImageDataset(path, use_chat_template=True)
+    # role, words, end, role; then the answer with its end; of several the first
+    assert data.answer_lengths() == [[4, 3, 1], [5, 4, 2], [7, 2, 1]]
+    cut = TokenImageDataset(path, use_chat_template=True, max_tokens=6)  # prompts alone, and answers that go on
+    assert cut.answer_lengths() == [
+        *([0, 1, 1], [0, 2, 1], [0, 3, 2]),
+        *([1, 2, 1], [1, 5, 1], [4, 2, 1], [5, 1, 2]),
+    ]
+    assert TokenImageDataset("zen").answer_lengths() == []
+
+
 def test_the_fingerprint_tells_data_apart(merged, tmp_path):
     first, other = write(tmp_path / "a.txt", "some text"), write(tmp_path / "b.txt", "some texT")
     same = write(tmp_path / "c" / "d.txt", "some text")
@@ -679,107 +694,6 @@ def test_parts_share_the_tokens(tmp_path):
     assert train._numbers is data._numbers is val._numbers and data._numbers.dtype == np.int32
 
 
-# ---- built-in texts
-
-
-def test_there_are_288_000_sentences():
-    adjectives, nouns, verbs = len(set(grammar.ADJECTIVES)), len(grammar.NOUNS), len(grammar.VERBS)
-    one, many = (len(set(articles)) * adjectives * nouns for articles in (grammar.ONE, grammar.MANY))
-    assert (one + many) * verbs * (one + many) == 288_000
-    assert "288,000" in sentences.__doc__
-    phrases = {
-        grammar._phrase([(k + 0.5) / n for k, n in zip(choice, (2, 4, 5, 6), strict=True)])
-        for choice in product(range(2), range(4), range(5), range(6))
-    }
-    assert len(phrases) == one + many  # all different
-    assert all(is_grammatical(f"the cat sees {phrase}.") for phrase in phrases)
-
-
-def test_sentences_are_grammatical_and_follow_from_seed_and_number():
-    made = sentences(3000)
-    assert all(map(is_grammatical, made))
-    assert sentences(10) == made[:10] and sentences(10, seed=1) != made[:10]
-    assert len(set(made)) > 2900
-    words = set(" ".join(made).replace(".", "").split())
-    assert words == {*grammar.NOUNS, *grammar.NOUNS.values(), *grammar.VERBS, *grammar.VERBS.values(), "an",
-                     *grammar.ADJECTIVES[1:], *grammar.ONE, *grammar.MANY}  # fmt: skip
-
-
-def test_the_first_sentences_stay_what_they_were():
-    assert sentences(3) == [
-        "one happy bird hears these happy kings.",
-        "a red cat likes these happy dogs.",
-        "two happy cats see the old dogs.",
-    ]
-
-
-@pytest.mark.parametrize("text", [
-    "the cat see a bird.", "the cats sees a bird.", "two cat see a bird.", "a cats see a bird.", "one birds see a cat.",
-    "these king helps a cat.", "this kings help a cat.", "some robot finds the dog.",  # agreement
-    "a old cat sees a bird.", "an small cat sees a bird.", "an cat sees a bird.", "the cat sees a old bird.",  # an
-    "the cat sees a bird", "the cat sees a bird..", "the cat sees a bird. ", " the cat sees a bird.", "",  # the stop
-    "the cow sees a bird.", "the cat eats a bird.", "the green cat sees a bird.", "The cat sees a bird.",  # the words
-    "the cat sees.", "cat sees a bird.", "the cat a bird sees.", "the  cat sees a bird.",
-    "the red old cat likes a bird.", "a cat sees", "the cat sees the cat sees a bird.",
-    "the cat sees a bird.\n", "the cat sees a bird. the cat sees a bird.",
-])  # fmt: skip
-def test_wrong_sentences_are_told(text):
-    assert not is_grammatical(text)
-
-
-@pytest.mark.parametrize("text", [
-    "the cat sees a bird.", "an old cat sees two birds.", "these red robots help some happy children.",
-    "two kings help an old dog.", "this small child hears one king.", "some cats like the dogs.",
-])  # fmt: skip
-def test_right_sentences_are_told(text):
-    assert is_grammatical(text)
-
-
-def test_questions_are_answered(monkeypatch):
-    made = questions(500)
-    assert [answer["content"] for _, answer in made] == sentences(500)
-    assert all(answers(asked["content"], answer["content"]) for asked, answer in made)
-    assert {tuple(message["role"] for message in chat) for chat in made} == {("user", "assistant")}
-    assert not answers("tell me about two cats.", "two dogs see a bird.")
-    assert not answers("tell me about two cats.", "two cats sees a bird.")
-    assert not answers("tell me about the cat.", "the cats see a bird.")
-    assert read_texts("questions", chats=True)[0][:500] == made
-    monkeypatch.setitem(text_files.BUILT_IN, "questions", lambda: questions(40))  # chats take 0.1 ms each
-    data = TokenImageDataset("questions", 64, True)
-    item = data[0]
-    assert data.text(data.decode(item["clean"], item["mask"])) == made[0][1]["content"]
-    assert data.text(data.decode(item["condition"], item["condition_mask"])) == made[0][0]["content"]
-    assert len(data) == 40 and data.lengths()[0] == 0
-
-
-def test_the_zen_is_said_by_nobody(capfd):
-    lines = zen()
-    assert len(lines) == 19 and lines[0] == "Beautiful is better than ugly." and lines[-1].endswith("more of those!")
-    assert zen() == lines
-    assert capfd.readouterr() == ("", "")
-
-
-def test_stories_are_one_to_six_sentences_each():
-    made = stories(600)
-    lengths = [text.count(".") for text in made]
-    assert set(lengths) == set(range(1, 7)) and stories(5) == made[:5] and stories(5, seed=1) != made[:5]
-    assert " ".join(made[:100]) == " ".join(sentences(sum(lengths[:100])))
-    assert all(grammatical_share(text) == 1 for text in made)
-
-
-@pytest.mark.parametrize(
-    ("text", "share"),
-    [
-        ("two cats see a bird. two cats sees a bird. the dog helps the king.", 2 / 3),
-        ("two cats see a bird. two cats", 1 / 2),
-        ("two cats see a bird", 0),  # without its end
-        ("", 0),
-    ],
-)
-def test_the_share_of_right_sentences(text, share):
-    assert grammatical_share(text) == share
-
-
 # ---- a tokenizer that is learnt
 
 
@@ -804,19 +718,17 @@ def test_a_learnt_tokenizer_has_as_many_tokens_as_were_asked_for():
         TokenImageDataset("zen", tokenizer="bpe", vocab_size=260)
 
 
-def test_answers_are_as_long_as_they_are_after_their_prompts(tmp_path):
-    def chat(*words: str) -> list[dict[str, str]]:
-        return [{"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(words)]
+# ---- noise
 
-    chats = [chat("ab", "xyz"), chat("ab", "xyz"), chat("abcd", "x"), chat("a", "xy", "bcd", "xyzxyz")]
-    path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in chats))
-    data = TokenImageDataset(path, use_chat_template=True)
-    # role, words, end, role; then the answer with its end; of several the first
-    assert data.answer_lengths() == [[4, 3, 1], [5, 4, 2], [7, 2, 1]]
-    cut = TokenImageDataset(path, use_chat_template=True, max_tokens=6)  # prompts alone, and answers that go on
-    assert cut.answer_lengths() == [
-        *([0, 1, 1], [0, 2, 1], [0, 3, 2]),
-        *([1, 2, 1], [1, 5, 1], [4, 2, 1], [5, 1, 2]),
-    ]
-    assert TokenImageDataset("zen").answer_lengths() == []
+
+def test_a_picture_that_drowns_is_read_as_far_as_it_goes():
+    data = TokenImageDataset("zen")
+    drowned = data.drowned(0, [1.0, 0.9, 0.01], seed=2)
+    text, item = data.text(data.tokens_of(0)), data[0]
+    assert list(drowned)[:2] == [f"t = 1: {text}", f"t = 0.9: {text}"] and text not in list(drowned)[2]
+    clean, little, much = drowned.values()
+    assert torch.equal(clean, item["clean"])
+    noise = (little - 0.9 * item["clean"]) / 0.1
+    torch.testing.assert_close(much, 0.01 * item["clean"] + 0.99 * noise, atol=1e-5, rtol=1e-4)
+    assert noise.std().item() == pytest.approx(1, abs=0.03)
+    assert all(c == "·" or (c.isascii() and c.isprintable()) for title in drowned for c in title)

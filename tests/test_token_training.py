@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import assert_same_training
 
 from vavae_tools import experiments, train
 from vavae_tools.data.token_images import TokenImageDataset
@@ -57,16 +58,6 @@ def fault(here, run_main):
 
 def last(run: str) -> dict:
     return torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def assert_same_training(one: str, other: str) -> None:
-    one, other = last(one), last(other)
-    assert one["global_step"] == other["global_step"] and one["lr_schedulers"] == other["lr_schedulers"]
-    for name, tensor in one["state_dict"].items():
-        assert torch.equal(tensor, other["state_dict"][name]), name
-    states = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, other))
-    for mine, theirs in zip(*(state.values() for state in states), strict=True):
-        assert torch.equal(mine["exp_avg_sq"], theirs["exp_avg_sq"])
 
 
 def test_the_command_as_it_is_typed_and_gone_on_with_from_a_pth(run, here):

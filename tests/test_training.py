@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from PIL import Image
-from tiny import SIZE, same, tiny_dit, tiny_vavae
+from tiny import SIZE, assert_same, same, tiny_dit, tiny_vavae
 from torch import nn
 
 from vavae_tools.checkpoints.resuming import best_checkpoint, check_resumable, resume_path
@@ -78,21 +78,6 @@ class Fit:
     @property
     def last(self) -> dict:
         return torch.load(self.folder / "last.ckpt", weights_only=True)
-
-
-def assert_same(a, b, where: str = "") -> None:
-    """Bit by bit, all the way down."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}/{i}")
-    else:
-        assert same(a, b) if isinstance(a, torch.Tensor) else a == b, where
 
 
 def assert_same_run(resumed: Fit, whole: Fit) -> None:

@@ -1,5 +1,7 @@
 """The smallest models and data that still have every part: a step takes milliseconds on a CPU."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -64,3 +66,25 @@ def tiny_pipeline(seed: int = 0) -> LatentDiTPipeline:
 def same(a: Tensor, b: Tensor) -> bool:
     """Bit by bit."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+def assert_same(a, b, where: str = "") -> None:
+    """Bit by bit, all the way down."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    else:
+        assert same(a, b) if isinstance(a, torch.Tensor) else a == b, where
+
+
+def assert_same_training(one: str | Path, other: str | Path) -> None:
+    """That the `last.ckpt` of two runs' folders hold the same weights, optimiser, schedule and place."""
+    a, b = (torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True) for run in (one, other))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+        assert_same(a[part], b[part], part)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vavae_tools.diffusion.objectives import FlowMatching, expand_time
+from vavae_tools.diffusion.objectives import FlowMatching
 from vavae_tools.diffusion.transformer import Kept
 from vavae_tools.errors import UserError
 
@@ -47,10 +47,6 @@ class CleanPrediction:
         """The constructor's arguments, all plain numbers and names."""
         times = {name: getattr(self._path, name) for name in ("time", "time_mean", "time_std", "time_shift")}
         return {"normalised": self.normalised, **times}
-
-    @property
-    def time_shift(self) -> float:
-        return self._path.time_shift
 
     def sample_time(self, draws: Tensor) -> Tensor:
         """Times in [0, 1] from standard normal or uniform draws (B,), as `time_draws` says."""
@@ -104,8 +100,9 @@ class CleanPrediction:
 def hiding_noise(length: int) -> float:
     """(1 − t) / t at the time t before which a cell of `length` pixels of ±1 does not tell by itself which token it is.
 
-    Noise hides n pixels that mean one thing as well as one pixel at √n times the noise. The factor 0.6 was found in
-    training on sentences with n = 48: noise 4.2, t = 0.19.
+    Noise hides n pixels that mean one thing as well as one pixel at √n times the noise. With the factor 0.6 two cells
+    that differ in half of the pixels are told apart nine times of ten, and one from 255 others hardly ever; sentences
+    were learnt well with it (n = 48: noise 4.2, t = 0.19), other factors were not compared.
     """
     return 0.6 * math.sqrt(length)
 
@@ -114,8 +111,3 @@ def with_known(x: Tensor, data: Tensor, known: Tensor) -> Tensor:
     """What a denoiser sees: x (B, C, h, w) with the known pixels (B, h, w) clean, and in one more channel these."""
     known = known[:, None].to(x.dtype)
     return torch.cat([torch.where(known > 0, data, x), known], dim=1)  # (B, C + 1, h, w)
-
-
-def velocity_to(clean: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """The velocity that leads from x (B, C, h, w) at times t (B,) < 1 straight to the clean picture."""
-    return (clean - x) / (1 - expand_time(t, x))

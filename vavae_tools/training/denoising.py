@@ -46,7 +46,7 @@ def train_denoiser(
     callbacks: Sequence[L.Callback] = (),
     names: Names = EXPERIMENT,
     slicing: bool | None = None,
-    preview: type[SamplePreviews] = SamplePreviews,
+    preview: Callable[..., SamplePreviews] = SamplePreviews,
 ) -> L.Trainer:
     """Train, to the end or until it is stopped in good order.
 
