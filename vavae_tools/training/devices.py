@@ -275,5 +275,6 @@ def quiet_lightning() -> None:
         "You have overridden `on_(before|after)_batch_transfer`",  # the module encodes what the loader brings
         "returned a view tensor",  # FSDP2: nothing here changes the denoiser's output in place
         "nn.functional.all_gather is deprecated",  # Lightning's own
+        "Detected call of `lr_scheduler.step",  # the gradient scaler has left out a first step
     ):
         warnings.filterwarnings("ignore", message=f".*{text}.*")
