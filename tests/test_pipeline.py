@@ -1,10 +1,12 @@
 """The pipeline: labels → pictures, the same wherever it is loaded, in folders that can be read back."""
 
 import inspect
+import json
 import os
 import shutil
 import subprocess
 import sys
+from io import BytesIO
 from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
@@ -16,6 +18,7 @@ from tiny import SIZE, perturb_projections, same, tiny_dit, tiny_pipeline, tiny_
 from vavae_tools.data.images import PictureFolder, channels_of
 from vavae_tools.data.pixels import to_pixels
 from vavae_tools.data.split import split_folders
+from vavae_tools.diffusion import sample_sets
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.pipeline import (
     SOLVERS,
@@ -26,7 +29,7 @@ from vavae_tools.diffusion.pipeline import (
     swap_solver,
     write_samples,
 )
-from vavae_tools.diffusion.sample_sets import default_batch_size
+from vavae_tools.diffusion.portions import default_batch_size
 from vavae_tools.diffusion.sampling import sample
 from vavae_tools.errors import UserError
 from vavae_tools.training.diffusion_module import DiffusionModule
@@ -95,6 +98,83 @@ def test_one_generator_for_each_picture(pipe):
 
     both = of(5, 6)
     assert torch.equal(both[1], of(7, 6)[1]) and not torch.equal(both[0], both[1])
+
+
+# ---- precision
+
+
+def test_half_precision_makes_nearly_the_same_pictures(pipe, monkeypatch):
+    made, half = pictures(pipe), pictures(pipe, precision="bf16")
+    assert 0 < (half.int() - made.int()).abs().float().mean() < 3
+    states = []
+    monkeypatch.setattr(pipe.vae, "decode_latents", lambda z, labels: states.append(z) or torch.zeros(3, 3, 4, 4))
+    pictures(pipe, precision="bf16")
+    assert states[0].dtype == torch.float32 and not same(states[0], states[0].bfloat16().float())
+    with pytest.raises(UserError, match="No precision '8'; there are 32, 16, bf16"):
+        pictures(pipe, precision="8")
+
+
+def test_a_precision_holds_inside_of_autocast(pipe):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(pictures(pipe), pictures(pipe, precision="32"))
+    assert same(pictures(pipe), pictures(pipe, precision="32"))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_pipelines_whose_weights_are_half(kind):
+    whole, half = tiny_pipeline(), tiny_pipeline().to(kind)
+    difference = (pictures(half).int() - pictures(whole).int()).abs().float()
+    assert difference.mean() < 3
+    with pytest.raises(UserError, match=r"precision 32, but the weights are b?fp?16: take pipe\.to\(torch\.float32\)"):
+        pictures(half, precision="32")
+
+
+def test_what_is_not_finite_in_half_precision_is_made_in_float32(pipe, monkeypatch, capsys):
+    """Which picture that is shows in its label, so that the others stay as they are."""
+    forward, row = pipe.denoiser.forward, pipe.conditioner.embedding_table.weight[1]
+
+    def overflowing(x, t, conditioning, always=False):
+        made = forward(x, t, conditioning)
+        there = (conditioning == row).all(1) & (torch.is_autocast_enabled("cpu") | always)
+        return made.masked_fill(there[:, None, None, None], torch.inf)
+
+    whole, half = pictures(pipe), pictures(pipe, precision="bf16")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.denoiser, "forward", overflowing)
+        capsys.readouterr()
+        made = pictures(pipe, precision="bf16")
+    assert "1 of 3 latents are not finite in bf16: making them again in float32\n" in capsys.readouterr().err
+    assert (made[1].int() - whole[1].int()).abs().max() <= 1 and same(made[[0, 2]], half[[0, 2]])
+    monkeypatch.setattr(pipe.denoiser, "forward", lambda *given: overflowing(*given, always=True))
+    for precision in ("32", "bf16"):
+        with pytest.raises(UserError, match="1 of 3 latents are not finite in float32: the weights are ruined"):
+            pictures(pipe, precision=precision)
+
+
+# ---- models that are not there until they are called
+
+
+def test_offloaded_models_come_when_they_are_asked_anything(pipe):
+    """`enable_model_cpu_offload` brings each to the card by accelerate's hooks: here they bring the weights."""
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Bringing(hooks.ModelHook):
+        def init_hook(self, module):
+            self.weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+            for tensor in module.state_dict().values():
+                tensor.fill_(torch.nan)
+            return module
+
+        def pre_forward(self, module, *args, **kwargs):
+            module.load_state_dict(self.weights)
+            return args, kwargs
+
+    made = pictures(pipe)
+    offloaded = tiny_pipeline()
+    for model in (offloaded.conditioner, offloaded.denoiser, offloaded.vae):
+        hooks.add_hook_to_module(model, Bringing())
+    assert same(offloaded.conditioner.null(1), pipe.conditioner.null(1))
+    assert same(pictures(offloaded), made)
 
 
 # ---- a guide
@@ -390,6 +470,7 @@ class Counting:
         self.sizes.append(len(labels))
         self.fail(len(self.sizes), labels)
         self.made += labels.tolist()
+        self.sampling = sampling
         return self.make(labels, noise, **sampling)
 
 
@@ -518,6 +599,44 @@ def test_a_new_training_replaces_the_old_pictures(pipe, tmp_path):
     assert [path.read_bytes() for path in new] == [path.read_bytes() for path in elsewhere]
 
 
+def test_a_set_keeps_its_precision(pipe, tmp_path, monkeypatch, capsys):
+    options = {"overwrite": False, **QUICK}
+    write_samples(pipe, [0, 1], tmp_path, precision="bf16", **options)
+    before = contents(tmp_path)
+    assert json.loads(before["samples.json"])["settings"]["precision"] == "bf16"
+    with pytest.raises(UserError, match=r"\(precision bf16 there, 32 here\)"):
+        write_samples(pipe, [0, 1, 2], tmp_path, precision="32", **options)
+    capsys.readouterr()
+    write_samples(pipe, [0, 1, 2], tmp_path, **options)
+    said = "going on in bf16, as what is there was made; --overwrite --precision 32 makes it anew in float32\n"
+    assert capsys.readouterr().err.startswith(said)
+    write_samples(pipe, [0, 1, 2], tmp_path / "whole", precision="bf16", batch_size=3, **options)
+    new = contents(tmp_path / "whole")["ID_3/seed0_00000.png"]
+    assert np.abs(picture(contents(tmp_path)["ID_3/seed0_00000.png"]) - picture(new)).max() <= 1
+    assert contents(tmp_path).items() >= {k: v for k, v in before.items() if k.endswith(".png")}.items()
+    monkeypatch.setattr(sample_sets, "precisions_for", lambda pipe, name: ["32"])  # a machine without bf16
+    with pytest.raises(UserError, match=r"\(precision bf16 there, 32 here\)"):
+        write_samples(pipe, [0, 1, 2], tmp_path, **options)
+
+
+def test_a_folder_of_before_there_was_a_choice_goes_on_in_float32(pipe, tmp_path, monkeypatch):
+    write_samples(pipe, [0], tmp_path, **QUICK)
+    record = json.loads((tmp_path / "samples.json").read_text())
+    del record["settings"]["precision"]
+    (tmp_path / "samples.json").write_text(json.dumps(record))
+    with monkeypatch.context() as patch:
+        counting = Counting(pipe, patch)
+        patch.setattr(sample_sets, "precisions_for", lambda pipe, name: ["bf16", "32"])  # as on a GPU
+        write_samples(pipe, [0, 1], tmp_path, overwrite=False, **QUICK)
+        assert counting.made == [1] and counting.sampling["precision"] == "32"
+        write_samples(pipe, [0, 1], tmp_path, **{**QUICK, "guidance_scale": 1.0})  # replaced: there is a choice again
+        assert counting.made[1:] == [0, 1] and counting.sampling["precision"] == "bf16"
+
+
+def picture(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(BytesIO(png))).astype(int)
+
+
 def test_pictures_of_which_nothing_is_known(pipe, tmp_path):
     write_samples(pipe, [0, 1], tmp_path, **QUICK)
     (tmp_path / "samples.json").write_text("{")
@@ -544,7 +663,9 @@ def test_an_npz_of_another_order_is_another_one(pipe, tmp_path):
     assert all(path.is_file() for path in pngs)  # their order matters to nobody
 
 
-def test_where_the_memory_does_not_suffice_fewer_are_made_at_once(pipe, tmp_path, monkeypatch, capsys):
+def test_where_the_memory_does_not_suffice_fewer_are_made_at_once(tmp_path, monkeypatch, capsys):
+    pipe = tiny_pipeline()
+
     def full(call, labels):
         if len(labels) > 3:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -556,12 +677,19 @@ def test_where_the_memory_does_not_suffice_fewer_are_made_at_once(pipe, tmp_path
         written = write_samples(pipe, LABELS, tmp_path / "full", batch_size=8, **QUICK)
     assert counting.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 1]
     assert capsys.readouterr().err.splitlines()[:2] == [
-        "8 pictures at once do not fit the GPU's memory: making 4",
-        "4 pictures at once do not fit the GPU's memory: making 2",
+        "8 pictures at once do not fit the memory: making 4",
+        "4 pictures at once do not fit the memory: making 2",
     ]
+    with monkeypatch.context() as patch:
+        counting = Counting(pipe, patch, full)
+        pictures(pipe, [0] * 5)
+        assert counting.sizes == [2, 2, 1]  # what did not fit is not tried again
     for mine, theirs in zip(written, alone, strict=True):
         assert abs(np.asarray(Image.open(mine)).astype(int) - np.asarray(Image.open(theirs))).max() <= 1
+    pipe = tiny_pipeline()
     with monkeypatch.context() as patch:
+        counting = Counting(pipe, patch, full)
+        assert len(pictures(pipe, [0] * 5)) == 5 and counting.sizes == [5, 2, 2, 1]
         Counting(pipe, patch, stop_at(1, torch.cuda.OutOfMemoryError))
         with pytest.raises(UserError, match="memory does not suffice for one picture"):
             write_samples(pipe, [0], tmp_path / "none", **QUICK)
@@ -569,12 +697,18 @@ def test_where_the_memory_does_not_suffice_fewer_are_made_at_once(pipe, tmp_path
 
 def test_the_usual_batch_fits_the_memory(pipe, monkeypatch):
     assert default_batch_size(pipe) == 64
-    monkeypatch.setattr(type(pipe), "picture_size", (256, 256))  # 256 MiB each
-    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**22}  # 16 GiB, of which a quarter
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}  # 4 GiB, of which a quarter
     monkeypatch.setattr(os, "sysconf", pages.__getitem__)
-    assert default_batch_size(pipe) == 16
-    monkeypatch.setattr(type(pipe), "picture_size", (8192, 8192))
-    assert default_batch_size(pipe) == 1
+    for side, expected in ((256, 64), (512, 16), (8192, 1)):  # 8 channels: 240 bytes a pixel, 15 MiB of 256×256
+        monkeypatch.setattr(type(pipe), "picture_size", (side, side))
+        assert default_batch_size(pipe) == expected
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**34))  # another process has the rest
+    monkeypatch.setattr(type(pipe), "picture_size", (512, 512))
+    assert default_batch_size(pipe) == 8  # 0.8 GiB for 60 MiB each
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe.vae), "dtype", torch.float16)
+        assert default_batch_size(pipe) == 16
 
 
 def test_settings_that_cannot_be_leave_nothing_behind(pipe, tmp_path):

@@ -119,6 +119,15 @@ def test_pictures_of_other_settings_are_refused_and_replaced(run, tmp_path):
     assert contents(tmp_path / "outputs" / "samples") == contents(tmp_path / "new")
 
 
+def test_a_precision_by_its_flag(run, tmp_path):
+    assert run("--num_samples", 3)[0] == run("--num_samples", 3, "--precision", "bf16", "--output_dir", "half")[0] == 0
+    whole, half = pixels(tmp_path / "outputs" / "samples"), pixels(tmp_path / "half")
+    assert whole.keys() == half.keys() and any((whole[name] != half[name]).any() for name in whole)
+    said = one_line(run("--num_samples", 3, "--precision", 32, "--output_dir", "half"))
+    assert "half holds pictures of other settings (precision bf16 there, 32 here)" in said
+    assert "A CPU has no fp16: use --precision 32" in one_line(run("--precision", 16))
+
+
 def test_a_class_list_names_the_folders(run, tmp_path):
     (tmp_path / "names.txt").write_text("\ufeffJosé Müller\nben\n李\n", encoding="utf-8")
     status, said, _ = run("--num_samples", 3, "--labels", "2,0", "--class_list", "names.txt", "--output_dir", "out")

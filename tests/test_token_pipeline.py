@@ -16,7 +16,7 @@ from torch.distributed import HashStore
 from vavae_tools.checkpoints.folders import write_any
 from vavae_tools.data.text_tokens import ASSISTANT, END, byte_tokenizer
 from vavae_tools.data.token_code import TokenCode
-from vavae_tools.diffusion.clean_prediction import CleanPrediction, velocity_to
+from vavae_tools.diffusion.clean_prediction import CleanPrediction
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.pipeline import load_pipeline
 from vavae_tools.diffusion.sampling import sample, time_grid
@@ -117,7 +117,7 @@ def test_without_fresh_noise_it_is_eulers_method_on_the_flow(share, shift):
     made = pipe.denoise(x, EVERYWHERE, known, clean, time_grid(6, 1 / shift), eta=0)
 
     def velocity(x, t, conditioning):
-        return velocity_to(best(torch.where(given, clean, x), t), x, t)
+        return (best(torch.where(given, clean, x), t) - x) / (1 - t.view(-1, 1, 1, 1))
 
     expected = sample(velocity, FlowMatchEulerDiscreteScheduler(shift=shift), x, torch.zeros(4, 1), None, 6)
     expected = torch.where(given, clean, expected)
@@ -535,7 +535,8 @@ def test_another_batch_size_goes_on_where_the_memory_was_too_small(tmp_path):
 def test_texts_of_other_settings_are_refused_and_replaced(tmp_path):
     pipe = tiny()
     path = write_texts(pipe, tmp_path / "out", ["ab"], 3, **QUICK)
-    before = contents(path.parent)
+    before, of_answers = contents(path.parent), tiny()
+    of_answers.register_to_config(answer_lengths=[[3, 2, 100]])
     for other, found in (
         ({"seed": 1}, "seed 0 there, 1 here"),
         ({"num_inference_steps": 2}, "num_steps 3 there, 2 here"),
@@ -545,6 +546,7 @@ def test_texts_of_other_settings_are_refused_and_replaced(tmp_path):
         ({"max_new_tokens": 2}, "max_new_tokens None there, 2 here"),
         ({"pipe": tiny(seed=1)}, "another model"),
         ({"pipe": tiny(with_lengths(of_9=1))}, "another model"),
+        ({"pipe": of_answers}, "another model"),
     ):
         arguments = {"pipe": pipe, "output_dir": path.parent, "prompts": ["ab"], "num_samples": 3, **QUICK, **other}
         said = refused(write_texts, **arguments)

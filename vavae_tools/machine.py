@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,12 @@ from torch import nn
 from vavae_tools.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_MEMORY_FAULT = re.compile(
+    r"CUDA[\w ':]*out of memory|(CUBLAS|CUDNN|CUSPARSE|CUSOLVER)_STATUS_ALLOC_FAILED"
+    r"|DefaultCPUAllocator: (can't allocate|not enough) memory|HIP out of memory",
+    re.IGNORECASE,
+)
 
 PRECISIONS = {"32": "float32", "16": "fp16", "bf16": "bf16"}
 """By the names that people type, as they are called where something is said of them."""
@@ -143,6 +150,15 @@ def release_memory() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         with suppress(RuntimeError):  # of an earlier fault of the card
             torch.cuda.empty_cache()
+
+
+def is_memory_fault(error: BaseException) -> bool:
+    """Whether torch, CUDA's libraries or Python say that memory does not suffice, or something that they caused."""
+    return any(
+        isinstance(link, (torch.OutOfMemoryError, MemoryError))
+        or (isinstance(link, RuntimeError) and _MEMORY_FAULT.search(str(link)) is not None)
+        for link in (error, error.__cause__)
+    )
 
 
 def keep_freed_memory() -> None:

@@ -19,7 +19,7 @@ GUIDE_SCALE = 1.42
 """RAE's for 256 pixels"""
 _UNLESS_GIVEN = {  # of options whose help says itself what then happens
     **dict.fromkeys(("labels", "class_list", "solver", "timestep_shift", "cfg_scale", "guide", "guide_scale")),
-    **dict.fromkeys(("batch_size", "num_samples", "prompt", "negative_prompt")),
+    **dict.fromkeys(("batch_size", "num_samples", "precision", "prompt", "negative_prompt")),
     "overwrite": False,
 }
 
@@ -83,6 +83,7 @@ def main() -> None:
         guidance_channels=options.guidance_channels,
         timestep_shift=options.timestep_shift,
         guide=guide,
+        precision=options.precision,
     )
     if ranks.rank == 0:
         _summary(options, written)
@@ -100,12 +101,13 @@ def _sample_prompts(options: argparse.Namespace, ranks: "Ranks", device: str) ->
         options.output_dir,
         options.num_samples,
         options.seed,
-        options.batch_size or 16,
+        options.batch_size,
         options.overwrite,
         ranks,
         options.negative_prompt,
         num_inference_steps=options.num_steps,
         guidance_scale=TEXT_CFG_SCALE if options.cfg_scale is None else options.cfg_scale,
+        precision=options.precision,
     )
     if ranks.rank == 0:
         many = f" of {len(set(options.prompt))} prompts" if len(options.prompt) > 1 else ""
@@ -131,10 +133,11 @@ def _sample_texts(options: argparse.Namespace, ranks: "Ranks", device: str) -> N
         options.prompt or (),
         options.num_samples,
         options.seed,
-        options.batch_size or 64,
+        options.batch_size,
         options.overwrite,
         ranks,
         num_inference_steps=options.num_steps,
+        precision=options.precision,
     )
     if ranks.rank == 0:
         lines = written.read_text(encoding="utf-8").split("\n")[:-1]  # a text may hold what splitlines() splits at
@@ -181,8 +184,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--overwrite", action="store_true", **none, help="replace pictures or texts of other settings in --output_dir; "
         "those of the same settings are kept in any case, and only what is missing is made")  # fmt: skip
-    add("--batch_size", type=int, **none, help="pictures made at once on each device; without it as many as fit the "
-        "memory; halved where they do not fit; of texts 64")  # fmt: skip
+    add("--batch_size", type=int, **none, help="pictures or texts made at once on each device; without it as many as "
+        "fit the memory; halved where they do not fit")  # fmt: skip
+    add("--precision", choices=["16", "32", "bf16"], **none, help="what matrix products compute in; without it that of "
+        "what is there already, else fp16 on a T4, bf16 from A100 and L4 on, float32 on a CPU")  # fmt: skip
     add("--seed", type=int, default=0, help="the same seed gives the same pictures, whatever the devices")
     add("--accelerator", choices=["auto", "gpu", "cpu"], default="auto", help="what to run on")
     add("--devices", default="auto", help="how many, each with a process of its own; auto: all GPUs. torchrun, too")

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (a pipeline looks
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.statistics import LatentStatistics
@@ -158,6 +159,7 @@ class VAVAE(LatentStatistics, AutoencoderKL):
         posterior = self.encode(pictures, condition=vectors).latent_dist
         return posterior.mean if normal is None else posterior.mean + posterior.std * normal(*posterior.mean.shape[1:])
 
+    @apply_forward_hook
     def decode_latents(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """Normalised latents, as a denoiser makes them → pictures, which may lie slightly outside [-1, 1]."""
         vectors = self.condition_vectors(labels) if labels is not None and self.config.condition_dim else None

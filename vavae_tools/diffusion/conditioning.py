@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from vavae_tools.errors import UserError
@@ -33,6 +34,7 @@ class ClassConditioner(ModelMixin, ConfigMixin):
             labels = labels.masked_fill(drop.bool(), self.num_classes)
         return self.embedding_table(labels)
 
+    @apply_forward_hook
     def null(self, batch_size: int) -> Tensor:
         """The condition "any class", (batch_size, hidden_size)."""
         self._need_null()

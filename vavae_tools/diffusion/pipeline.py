@@ -32,6 +32,8 @@ from vavae_tools.diffusion.pipeline_folders import (
     read_training,
     trained_models,
 )
+from vavae_tools.diffusion.portions import Portions
+from vavae_tools.diffusion.precision import all_finite, decoded, precisions_for
 from vavae_tools.diffusion.sample_sets import write_samples
 from vavae_tools.diffusion.sampling import sample
 from vavae_tools.draws import Draws
@@ -132,47 +134,47 @@ class LatentDiTPipeline(DiffusionPipeline):
         guide: Guide | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        precision: str | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Make one picture for each label.
 
         Args:
             labels: of the people wanted, or their names.
-            num_inference_steps, guidance_scale, guidance_interval, guidance_channels, timestep_shift, guide: of `make`.
+            num_inference_steps, guidance_scale, guidance_interval, guidance_channels, timestep_shift, guide, precision:
+                of `make`.
             generator: of the noise, one for all or one for each picture.
             latents: noise to start from, (len(labels), C, h, w), in place of a generator's.
-            batch_size: pictures made at once; it changes memory and speed, not the pictures.
+            batch_size: pictures made at once, halved where memory does not suffice; None: by the memory there is. It
+                changes memory and speed, not the pictures.
             output_type: "pil" (grey ones have mode L), "pt" for uint8 (N, C, H, W), "np" for uint8 (N, H, W, C).
         """
         check_output_type(output_type)
         labels = self.labels_of(labels.tolist() if isinstance(labels, Tensor) else labels)
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size}: at least one picture at once is needed")
+        in_portions = Portions(self, batch_size)
         device, shape = self._execution_device, (len(labels), *self.denoiser.latent_shape)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
             raise UserError(f"latents are {tuple(latents.shape)}, expected {shape}")
-        pictures = []
+        settings = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_interval": guidance_interval,
+            "guidance_channels": guidance_channels,
+            "timestep_shift": timestep_shift,
+            "guide": guide,
+            "precision": precision,
+        }
+
+        def make(rows: slice) -> Tensor:
+            return self.make(torch.tensor(labels[rows], device=device), latents[rows].to(device), **settings).cpu()
+
         with self.progress_bar(total=len(labels)) as bar:
-            for start in range(0, len(labels), batch_size):
-                of_batch = torch.tensor(labels[start : start + batch_size], device=device)
-                noise = latents[start : start + batch_size].to(device)
-                pictures.append(
-                    self.make(
-                        of_batch,
-                        noise,
-                        num_inference_steps,
-                        guidance_scale,
-                        guidance_interval,
-                        guidance_channels,
-                        timestep_shift,
-                        guide,
-                    ).cpu()
-                )
-                bar.update(len(of_batch))
+            pictures = in_portions(len(labels), make, bar.update)
+        self.maybe_free_model_hooks()  # of `enable_model_cpu_offload`
         images = as_output_type(torch.cat(pictures), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -187,6 +189,7 @@ class LatentDiTPipeline(DiffusionPipeline):
         guidance_channels: str = "all",
         timestep_shift: float | None = None,
         guide: Guide | None = None,
+        precision: str | None = None,
     ) -> Tensor:
         """One batch: labels int64 (B,) and noise (B, C, h, w), where the models are → pictures uint8 (B, C, H, W).
 
@@ -194,23 +197,30 @@ class LatentDiTPipeline(DiffusionPipeline):
             num_inference_steps, timestep_shift: calls of the denoiser and their times; see `sampling.make_solver`.
             guidance_scale, guidance_interval, guidance_channels: see `sampling.guided_velocity`.
             guide: guides in place of the null condition (autoguidance), by the same scale; see `load_guide`.
+            precision: "32", "16" or "bf16", see `precision`; None: the machine's own, or that of half weights.
         """
         by_null = guidance_scale != 1 and guide is None
-        latents = sample(
-            self.denoiser,
-            self.scheduler,
-            noise,
-            self.conditioner(labels),
-            self.conditioner.null(len(labels)) if by_null else None,
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            guidance_channels,
-            timestep_shift,
-            guide=guide[0] if guide else None,
-            guide_conditioning=guide[1](labels) if guide else None,
-        )
-        return to_pixels(self.vae.decode_latents(latents, labels))
+        precision, count = precisions_for(self, precision)[0], len(labels)
+
+        def denoise(rows: slice | Tensor) -> Tensor:
+            conditioning = self.conditioner(labels[rows])
+            return sample(
+                self.denoiser,
+                self.scheduler,
+                noise[rows],
+                conditioning,
+                self.conditioner.null(len(conditioning)) if by_null else None,
+                num_inference_steps,
+                guidance_scale,
+                guidance_interval,
+                guidance_channels,
+                timestep_shift,
+                guide=guide[0] if guide else None,
+                guide_conditioning=guide[1](labels[rows]) if guide else None,
+            )
+
+        latents = all_finite(self, count, precision, denoise, "latents")
+        return to_pixels(decoded(self, latents, precision, labels))
 
     def noise(self, seed: int, indices: Tensor) -> Tensor:
         """The noise of picture number i of a seed: the same whatever else is made beside it, on any device count."""
@@ -272,7 +282,7 @@ def load_pipeline(path: str | Path, ema: bool = True, autoencoder_dir: str | Pat
 
 
 def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> Guide:
-    """Load the denoiser that guides a pipeline (autoguidance, Karras et al. 2024), onto the pipeline's device.
+    """Load the denoiser that guides a pipeline (autoguidance, Karras et al. 2024), to where the pipeline computes.
 
     Args:
         path: as in `load_pipeline`; of an autoencoder nothing is needed.
@@ -297,7 +307,7 @@ def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> G
         if known and (dict(found) != dict(expected) if what == "people" else found != expected):
             found, expected = (_some(v) if what == "people" else v for v in (found, expected))
             raise UserError(f"The guide {path} has {what} {found}, the model {expected}: it must be of the same data")
-    return denoiser.to(pipe.device), conditioner.to(pipe.device)
+    return denoiser.to(pipe._execution_device), conditioner.to(pipe._execution_device)
 
 
 _OF_TEXT = '{} makes pictures from sentences: say which, with --prompt "…" (in Python load_text_pipeline)'

@@ -14,7 +14,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from vavae_tools.autoencoders.text_encoder import TextEncoder
-from vavae_tools.diffusion.sample_record import RECORD, changes, digest_of
+from vavae_tools.diffusion.portions import Portions
+from vavae_tools.diffusion.precision import precisions_for
+from vavae_tools.diffusion.sample_record import RECORD, as_before, differences, digest_of
 from vavae_tools.errors import UserError
 from vavae_tools.files import write_json, written_whole
 from vavae_tools.ranks import Ranks
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from vavae_tools.diffusion.text_pipeline import TextToImagePipeline
 
 GRID = "grid.png"
+_MODELS = ("model", "text encoder")
 SHOWN = 64
 """Pictures in the grid, at most."""
 
@@ -34,7 +37,7 @@ def write_prompted(
     output_dir: str | Path,
     num_samples: int | None = None,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     overwrite: bool = False,
     ranks: Ranks | None = None,
     negative_prompt: str | None = None,
@@ -47,10 +50,12 @@ def write_prompted(
     Args:
         num_samples: pictures in all; by default one for each prompt.
         seed: picture number i follows from it, i and its prompt, whatever else is made beside it.
+        batch_size: pictures made at once, halved where memory does not suffice; None: by the memory there is.
         overwrite: replace pictures of other settings.
         ranks: the processes that share the work; the first one returns when all are done.
         negative_prompt: what guidance leads away from; by default the empty prompt.
-        sampling: further arguments of the pipeline, such as guidance_scale.
+        sampling: further arguments of the pipeline, such as guidance_scale. Without a precision it is the one of the
+            pictures that are there, of the same settings, where this machine has it; else the machine's own.
 
     Raises:
         UserError: no prompts, or pictures of other settings in the folder.
@@ -62,13 +67,17 @@ def write_prompted(
     count = num_samples or len(prompts)
     of_files = [prompts[number % len(prompts)] for number in range(count)]
     paths = [output_dir / f"{number:05d}.png" for number in range(count)]
+    plan = None
     if ranks.rank == 0:
-        settings = settings_of(pipe, seed=seed, negative_prompt=negative_prompt, **sampling)
-        _begin(
-            output_dir, {path.name: prompt for path, prompt in zip(paths, of_files, strict=True)}, settings, overwrite
-        )
-    missing = ranks.share("missing prompts", [number for number, path in enumerate(paths) if not path.exists()])
-    mine = missing[ranks.rank :: ranks.size]
+        precisions = precisions_for(pipe, sampling.get("precision"))
+        given = {**sampling, "precision": precisions[0], "seed": seed, "negative_prompt": negative_prompt}
+        wanted = {path.name: prompt for path, prompt in zip(paths, of_files, strict=True)}
+        precision = _begin(output_dir, wanted, settings_of(pipe, **given), overwrite, precisions)
+        missing = [number for number, path in enumerate(paths) if not path.exists()]
+        plan = {"precision": precision, "missing": missing}
+    plan = ranks.share("prompts", plan)
+    sampling, missing = {**sampling, "precision": plan["precision"]}, plan["missing"]
+    mine, batch_size = missing[ranks.rank :: ranks.size], Portions(pipe, batch_size).at_once
     hidden = ranks.rank > 0 or not someone_looks()
     with tqdm(total=len(missing), desc="sampling", unit="picture", disable=hidden) as bar:
         for start in range(0, len(mine), batch_size):
@@ -110,13 +119,16 @@ def settings_of(pipe: "TextToImagePipeline", **sampling: Any) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
-def _begin(output_dir: Path, wanted: dict[str, str], settings: dict[str, Any], overwrite: bool) -> None:
-    """Write down what is to be made, where that does not contradict what is there."""
+def _begin(
+    output_dir: Path, wanted: dict[str, str], settings: dict[str, Any], overwrite: bool, precisions: Sequence[str]
+) -> str:
+    """Write down what is to be made, where that does not contradict what is there; its precision."""
     record, there = _read(output_dir / RECORD), [path for path in output_dir.glob("*.png") if _is_ours(path.name)]
     foreign = ""
     if there and record is None:
         foreign = f"{RECORD}, which says how they were made, is missing or damaged"
     elif there:
+        settings = as_before(settings, record["settings"], precisions, _MODELS)
         foreign = "; ".join(_differences(record, settings, wanted))
     if foreign and not overwrite:
         raise UserError(
@@ -129,6 +141,7 @@ def _begin(output_dir: Path, wanted: dict[str, str], settings: dict[str, Any], o
     prompts = wanted if foreign or not there else {**record["prompts"], **wanted}
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / RECORD, {"settings": settings, "prompts": prompts})
+    return settings["precision"]
 
 
 def _is_ours(name: str) -> bool:
@@ -144,13 +157,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _differences(record: dict[str, Any], settings: dict[str, Any], wanted: dict[str, str]) -> list[str]:
-    before, models = record["settings"], ("model", "text encoder")
-    found = [f"another {name}" for name in models if before.get(name) != settings[name]]
-    found += changes(before, settings, sorted({*before, *settings} - {*models, "solver"}))
-    solvers = before.get("solver") or {}, settings["solver"]
-    same_kind = solvers[0].get("name") == solvers[1]["name"]
-    names = sorted(solvers[0].keys() & solvers[1]) if same_kind else ["name"]  # another diffusers may have more
-    found += [f"solver's {change}" for change in changes(*solvers, names)]
+    found = differences(record["settings"], settings, _MODELS)
     shown = record["prompts"]
     others = [name for name in wanted if shown.get(name, wanted[name]) != wanted[name]]
     return found + [f"{name} shows {shown[name]!r}, not {wanted[name]!r}" for name in others[:1]]

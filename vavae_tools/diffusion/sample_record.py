@@ -3,7 +3,8 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ from vavae_tools.diffusion.sample_files import PictureFiles, npz_in, pngs_in, re
 from vavae_tools.diffusion.sampling import make_solver
 from vavae_tools.errors import UserError
 from vavae_tools.files import write_json
+from vavae_tools.machine import PRECISIONS
 
 if TYPE_CHECKING:
     from vavae_tools.diffusion.pipeline import LatentDiTPipeline
 
 RECORD = "samples.json"
+_MODELS = ("model", "guide")
 
 _SHOWN = {  # settings as the command calls them; the others have the same name there
     "num_inference_steps": "num_steps",
@@ -59,15 +62,17 @@ def note_start(
     batch_size: int | None,
     usual_batch_size: int,
     overwrite: bool,
-) -> tuple[int, int]:
+    precisions: Sequence[str] = (),
+) -> tuple[int, int, str]:
     """Compare with what is there, remove it where it has to go, and note what will be made.
 
     Args:
         names: the folder of every label that the model knows.
         batch_size: None takes the one of before, in a new folder the usual one.
+        precisions: that may take the place of the settings', see `as_before`.
 
     Returns:
-        The batch size, and how many pictures of this set a run finished before.
+        The batch size, how many pictures of this set a run finished before, and the precision.
 
     Raises:
         UserError: pictures of other settings, unless `overwrite`.
@@ -84,6 +89,7 @@ def note_start(
     elif record is None:
         all_foreign = f"{RECORD}, which says how they were made, is missing"
     else:
+        settings = as_before(settings, record["settings"], precisions, _MODELS)
         all_foreign = "; ".join(_differences(record, settings, used))
         npz_foreign = "; ".join(changes(before, now, ("seed", "labels"))) if kind == "npz" and before else ""
         npz_foreign = npz_foreign if before and not _same_order(before, now) else ""
@@ -112,7 +118,7 @@ def note_start(
     }
     if new != record:
         write_json(directory / RECORD, new)
-    return new["batch_size"], now["finished"]
+    return new["batch_size"], now["finished"], settings["precision"]
 
 
 def note_finished(files: PictureFiles, count: int) -> None:
@@ -140,16 +146,46 @@ def _read(directory: Path) -> dict[str, Any] | None:
 
 
 def _differences(record: dict[str, Any], settings: dict[str, Any], folders: dict[str, str]) -> list[str]:
-    there, here = record["settings"], settings
-    found = [f"another {name}" for name in ("model", "guide") if there.get(name) != here[name]]
-    solvers = there.get("solver", {}), here["solver"]
-    same_kind = solvers[0].get("name") == solvers[1]["name"]
-    names = sorted(solvers[0].keys() & solvers[1]) if same_kind else ["name"]  # another diffusers may have more
-    found += [f"solver's {change}" for change in changes(*solvers, names)]
-    found += changes(there, here, sorted({*there, *here} - {"model", "guide", "solver"}))
+    found = differences(record["settings"], settings, _MODELS)
     of_folders = {name: record["folders"].get(name, folder) for name, folder in folders.items()}
     found += [f"folder of label {change}" for change in changes(of_folders, folders, folders)][:1]
     return found
+
+
+def differences(there: dict[str, Any], here: dict[str, Any], models: Sequence[str]) -> list[str]:
+    """In what settings differ, those of `models` without their digests."""
+    there = _with_precision(there)
+    found = [f"another {name}" for name in models if there.get(name) != here[name]]
+    solvers = there.get("solver") or {}, here.get("solver") or {}
+    same_kind = solvers[0].get("name") == solvers[1].get("name")
+    names = sorted(solvers[0].keys() & solvers[1]) if same_kind else ["name"]  # another diffusers may have more
+    found += [f"solver's {change}" for change in changes(*solvers, names)]
+    return found + changes(there, here, sorted({*there, *here} - {*models, "solver"}))
+
+
+def as_before(
+    settings: dict[str, Any],
+    there: dict[str, Any],
+    precisions: Sequence[str],
+    models: Sequence[str],
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> dict[str, Any]:
+    """Settings with the precision of what is there, if that is one of these and nothing else differs.
+
+    Args:
+        precisions: the settings' own first, and those that would do as well, see `precision.precisions_for`.
+    """
+    kept = {**settings, "precision": _with_precision(there)["precision"]}
+    if kept == settings or kept["precision"] not in precisions or differences(there, kept, models):
+        return settings
+    before, usual = (PRECISIONS[of["precision"]] for of in (kept, settings))
+    say(f"going on in {before}, as what is there was made; --overwrite --precision {settings['precision']} makes it "
+        f"anew in {usual}")  # fmt: skip
+    return kept
+
+
+def _with_precision(settings: dict[str, Any]) -> dict[str, Any]:
+    return {"precision": "32", **settings}  # the only one until there was a choice
 
 
 def changes(there: dict[str, Any], here: dict[str, Any], names: Iterable[str]) -> list[str]:

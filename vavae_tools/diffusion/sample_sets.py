@@ -11,22 +11,28 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
+from vavae_tools.diffusion.portions import Portions
+from vavae_tools.diffusion.precision import precisions_for
 from vavae_tools.diffusion.sample_files import Npz, PictureFiles, Pngs, numbers_of
 from vavae_tools.diffusion.sample_record import note_finished, note_start, settings_of
 from vavae_tools.errors import UserError
+from vavae_tools.machine import trying_convolutions
 from vavae_tools.ranks import Ranks
 from vavae_tools.screen import clock, someone_looks
 
 if TYPE_CHECKING:
     from vavae_tools.diffusion.pipeline import LatentDiTPipeline
+
+_MANY = 8
+"""Batches from which on it pays that cuDNN tries its convolutions."""
 
 
 def write_samples(
@@ -49,26 +55,27 @@ def write_samples(
         format: "png": `output_dir/ID_k/seed0_00000.png` …, where a split and any classifier find them. "npz": one file
             `samples_NxHxWx3.npz` as ADM's evaluator reads it: arr_0 uint8 (N, H, W, 3), arr_1 the labels int64 (N,),
             both in the order of `labels`.
-        batch_size: pictures made at once, halved where the memory of a GPU does not suffice; None: as before in this
-            folder, else by the memory there is.
+        batch_size: pictures made at once, halved where memory does not suffice; None: as before in this folder, else by
+            the memory there is.
         overwrite: what if the folder holds pictures of other settings: True replaces them, False raises an error.
         ranks: the processes that share the work. The first one returns when all are done.
-        sampling: further arguments of `pipe.make`.
+        sampling: further arguments of `pipe.make`. Without a precision it is the one of the pictures that are there, of
+            the same settings, where this machine has it; else the machine's own.
 
     Returns:
         The files, in the order of `labels`.
 
     Raises:
-        UserError: an unknown label, names that do not fit, settings that cannot be, pictures of other settings, or a
-            GPU on which not even one picture fits.
+        UserError: an unknown label, names that do not fit, settings that cannot be, pictures of other settings, or
+            memory that not even one picture fits into.
     """
     labels, ranks = pipe.labels_of(labels), ranks or Ranks()
     if not labels:
         raise UserError("No labels: at least one picture is needed")
     if format not in ("png", "npz"):
         raise UserError(f"No format {format!r}; there are png, npz")
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"batch_size {batch_size}: at least one picture at once is needed")
+    in_portions = Portions(pipe, batch_size)
+    precisions = precisions_for(pipe, sampling.get("precision"))
     folders = _folder_names(pipe, names)
     files: PictureFiles
     if format == "npz":
@@ -77,17 +84,20 @@ def write_samples(
         files = Pngs(Path(output_dir), labels, seed, folders)
     plan = None
     if ranks.rank == 0:
-        settings = settings_of(pipe, sampling)
-        usual = default_batch_size(pipe)
-        at_once, finished = note_start(files, settings, folders, labels, seed, batch_size, usual, overwrite)
+        settings = settings_of(pipe, {**sampling, "precision": precisions[0]})
+        usual = in_portions.at_once
+        at_once, finished, precision = note_start(
+            files, settings, folders, labels, seed, batch_size, usual, overwrite, precisions
+        )
         files.clear_up()
         there = files.there()
         batches = cut(len(labels), at_once, finished)
         todo = [(start, stop) for start, stop in batches if not there[start:stop].all()]
-        plan = {"batch_size": at_once, "todo": todo, "missing": int((~there).sum())}
+        plan = {"batch_size": at_once, "todo": todo, "missing": int((~there).sum()), "precision": precision}
     plan = ranks.share("plan", plan)
+    in_portions.at_once = min(in_portions.at_once, plan["batch_size"])
     with Progress(len(labels), plan["missing"], hidden=ranks.rank > 0) as progress:
-        _make_all(pipe, files, plan, labels, seed, sampling, ranks, progress)
+        _make_all(pipe, files, plan, labels, seed, sampling, ranks, progress, in_portions)
         if ranks.rank == 0:
             while ranks.add("ended", 0) < ranks.size:
                 progress.at(ranks.add("made", 0))
@@ -96,21 +106,6 @@ def write_samples(
             note_finished(files, len(labels))
             progress.at(ranks.add("made", 0))
     return files.paths()
-
-
-def default_batch_size(pipe: "LatentDiTPipeline") -> int:
-    """Pictures to make at once: a power of two for which the memory suffices, up to 256 on a GPU and 64 on a CPU.
-
-    The decoder's last level decides: it holds about eight arrays of 128 channels, of 4 bytes each, for every pixel.
-    """
-    height, width = pipe.picture_size
-    device = torch.device(pipe.device)
-    if device.type == "cuda":
-        memory, most = 0.8 * torch.cuda.mem_get_info(device)[0], 256
-    else:
-        memory, most = 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 64
-    fitting = int(memory // (height * width * 8 * 128 * 4))
-    return min(most, 1 << max(0, fitting.bit_length() - 1))
 
 
 # ---- making
@@ -125,62 +120,37 @@ def _make_all(
     sampling: dict[str, Any],
     ranks: Ranks,
     progress: "Progress",
+    in_portions: Portions,
 ) -> None:
-    make = _Maker(pipe, plan["batch_size"], sampling)
+    device, sampling = pipe._execution_device, {**sampling, "precision": plan["precision"]}
     of_label = torch.tensor(numbers_of(labels))
     all_labels = torch.tensor(labels)
     todo = plan["todo"][ranks.rank :: ranks.size]
     draw = [all_labels[start:stop] * 1_000_003 + of_label[start:stop] for start, stop in todo]
     waiting: deque[list[Future]] = deque()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    many = trying_convolutions() if len(todo) >= _MANY else nullcontext()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, many:
         noise = pool.submit(pipe.noise, seed, draw[0]) if todo else None
         for number, (start, stop) in enumerate(todo):
             of_batch = noise.result()
             if number + 1 < len(todo):  # drawn while the device is busy with this one
                 noise = pool.submit(pipe.noise, seed, draw[number + 1])
-            pictures = make(all_labels[start:stop], of_batch)
+            here = all_labels[start:stop].to(device), of_batch.to(device)
+            made = in_portions(
+                stop - start, lambda rows, here=here: pipe.make(*(x[rows] for x in here), **sampling).cpu()
+            )
+            pictures = torch.cat(made)
             waiting.append([pool.submit(*task) for task in files.tasks(start, pictures)])
             while len(waiting) > 1:  # the disk may be behind by one batch
                 progress.at(_written(waiting.popleft(), ranks))
         while waiting:
             progress.at(_written(waiting.popleft(), ranks))
+    pipe.maybe_free_model_hooks()  # of `enable_model_cpu_offload`
     ranks.add("ended", 1)
 
 
 def _written(tasks: list[Future], ranks: Ranks) -> int:
     return ranks.add("made", sum(task.result() for task in tasks))
-
-
-class _Maker:
-    """Makes batches, by smaller and smaller portions where the memory of the GPU does not suffice."""
-
-    def __init__(self, pipe: "LatentDiTPipeline", batch_size: int, sampling: dict[str, Any]) -> None:
-        self.pipe, self.at_once, self.sampling = pipe, batch_size, sampling
-
-    def __call__(self, labels: Tensor, noise: Tensor) -> Tensor:
-        """Labels (B,) and noise (B, C, h, w) on the CPU → pictures uint8 (B, C, H, W) on the CPU."""
-        device, made = self.pipe._execution_device, []
-        while (done := sum(map(len, made))) < len(labels):
-            portion = slice(done, done + self.at_once)
-            try:
-                made.append(
-                    self.pipe.make(labels[portion].to(device), noise[portion].to(device), **self.sampling).cpu()
-                )
-                continue
-            except torch.cuda.OutOfMemoryError:
-                tried = len(labels[portion])
-            self._take_fewer(tried)  # outside of `except`, whose traceback holds what is to be freed
-        return torch.cat(made)
-
-    def _take_fewer(self, tried: int) -> None:
-        if tried == 1:
-            raise UserError(
-                "The GPU's memory does not suffice for one picture: end what else runs there, or take a CPU"
-            )
-        self.at_once = tried // 2
-        tqdm.write(f"{tried} pictures at once do not fit the GPU's memory: making {self.at_once}", file=sys.stderr)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def cut(total: int, batch_size: int, seam: int = 0) -> list[tuple[int, int]]:

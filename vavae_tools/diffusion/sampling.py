@@ -7,15 +7,19 @@ derivative by sigma, −velocity. RAE's time is that sigma.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from vavae_tools.diffusion.objectives import shift_noise
 from vavae_tools.errors import UserError
+from vavae_tools.machine import computing_in
 
 GUIDED_CHANNELS = {"all": None, "first3": 3}
 """Which channels guidance acts on. LightningDiT guides the first three of 32 only ("first3"): its published scales,
@@ -157,6 +161,30 @@ def _solves_flows(config: dict) -> bool:
     return "shift" in config and not config.get("invert_sigmas", False)
 
 
+def solver_step(solver: SchedulerMixin, output: Tensor, timestep: Tensor, x: Tensor, **options: Any) -> Tensor:
+    """The next x by diffusers' own step: in float32 whatever is set around it, and without a wait for the card."""
+    with computing_in("32", x.device), _WithoutWaits() if x.device.type == "cuda" else nullcontext():
+        return solver.step(output, timestep, x, return_dict=False, **options)[0]
+
+
+class _WithoutWaits(TorchFunctionMode):
+    """What diffusers' solvers make on the CPU goes to the card unwaited for, and they solve equations unchecked.
+
+    UniPC takes shares of noise there one by one, and DDPM the noise of generators that are the CPU's.
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and "device" in kwargs:
+            return func(*args, **{**kwargs, "device": "cpu"}).pin_memory().to(kwargs["device"], non_blocking=True)
+        to_device = func is torch.Tensor.to and isinstance([*args, kwargs.get("device")][1], torch.device)
+        if to_device and args[0].device.type == "cpu":
+            return func(args[0].pin_memory(), *args[1:], **{**kwargs, "non_blocking": True})
+        if func is torch.linalg.solve:
+            return torch.linalg.solve_ex(*args, **kwargs).result
+        return func(*args, **kwargs)
+
+
 @torch.no_grad()
 def sample(
     denoiser: Callable[..., Tensor],
@@ -174,7 +202,7 @@ def sample(
     guide_conditioning: Tensor | None = None,
     last_noise: float = 0.0,
 ) -> Tensor:
-    """Follow the velocity from noise (B, C, h, w) at t = 0 to latents at t = 1; float32 throughout.
+    """Follow the velocity from noise (B, C, h, w) at t = 0 to latents at t = 1; float32, whatever the denoiser is.
 
     Args:
         scheduler: diffusers' FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, or DPMSolverMultistep- or
@@ -199,7 +227,7 @@ def sample(
             guide,
             guide_conditioning,
         )
-        x = solver.step(-velocity, timestep, x, return_dict=False)[0]
+        x = solver_step(solver, -velocity, timestep, x)
         if callback is not None:
             callback(i, t, x)
     return x

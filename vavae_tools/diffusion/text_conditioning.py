@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.text_encoder import TextStates
@@ -114,6 +115,7 @@ class TextConditioner(ModelMixin, ConfigMixin):
         kind = self.empty_tokens.dtype  # the weights', not those that an encoder in half precision gives
         return TextCondition(self.pooled_embedder(pooled.to(kind)), self.token_embedder(tokens.to(kind)), mask)
 
+    @apply_forward_hook
     def null(self, batch_size: int) -> TextCondition:
         """The condition that the empty prompt is, `batch_size` times."""
         self._need_empty()

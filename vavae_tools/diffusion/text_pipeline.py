@@ -33,7 +33,9 @@ from vavae_tools.diffusion.pipeline_folders import (
     read_training,
     trained_models,
 )
-from vavae_tools.diffusion.sampling import make_solver
+from vavae_tools.diffusion.portions import Portions
+from vavae_tools.diffusion.precision import all_finite, decoded, precisions_for
+from vavae_tools.diffusion.sampling import make_solver, solver_step
 from vavae_tools.diffusion.text_conditioning import TextCondition, TextConditioner
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
@@ -108,9 +110,10 @@ class TextToImagePipeline(DiffusionPipeline):
         seed: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        precision: str | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Make one picture for each prompt.
 
@@ -118,16 +121,16 @@ class TextToImagePipeline(DiffusionPipeline):
             prompt: one, or one for each picture.
             negative_prompt: what guidance leads away from, one for all or one for each; by default the empty prompt, as
                 '' is.
-            num_inference_steps, guidance_scale: of `make`.
+            num_inference_steps, guidance_scale, precision: of `make`.
             seed: of the noise; picture number i of a seed is the same whatever else is made beside it.
             generator: of the noise in place of a seed, one for all or one for each picture.
             latents: noise to start from, (number of prompts, C, h, w).
-            batch_size: pictures made at once; it changes memory and speed, not the pictures.
+            batch_size: pictures made at once, halved where memory does not suffice; None: by the memory there is. It
+                changes memory and speed, not the pictures.
             output_type: "pil" (grey ones have mode L), "pt" for uint8 (N, C, H, W), "np" for uint8 (N, H, W, C).
         """
         check_output_type(output_type)
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size}: at least one picture at once is needed")
+        in_portions = Portions(self, batch_size)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UserError("No prompts: at least one is needed")
@@ -147,21 +150,16 @@ class TextToImagePipeline(DiffusionPipeline):
         states, negative = self.encode(prompts), None
         if negative_prompt is not None and guidance_scale != 1:
             negative = self.encode(_for_each(negative_prompt, len(prompts)))
-        pictures = []
+
+        def make(rows: slice) -> Tensor:
+            leads_away = None if negative is None else negative[rows]
+            noise_of = noise[rows].to(device)
+            settings = num_inference_steps, guidance_scale, generators[rows], precision
+            return self.make(states[rows], noise_of, leads_away, *settings).cpu()
+
         with self.progress_bar(total=len(prompts)) as bar:
-            for start in range(0, len(prompts), batch_size):
-                rows = slice(start, start + batch_size)
-                pictures.append(
-                    self.make(
-                        states[rows],
-                        noise[rows].to(device),
-                        None if negative is None else negative[rows],
-                        num_inference_steps,
-                        guidance_scale,
-                        generators[rows],
-                    ).cpu()
-                )
-                bar.update(len(pictures[-1]))
+            pictures = in_portions(len(prompts), make, bar.update)
+        self.maybe_free_model_hooks()  # of `enable_model_cpu_offload`
         images = as_output_type(torch.cat(pictures), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -174,6 +172,7 @@ class TextToImagePipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         generators: list[torch.Generator] | None = None,
+        precision: str | None = None,
     ) -> Tensor:
         """One batch: captions' states (B) and noise (B, C, h, w), where the models are → uint8 (B, C, H, W).
 
@@ -182,21 +181,27 @@ class TextToImagePipeline(DiffusionPipeline):
             num_inference_steps: updates; Heun's method calls the denoiser twice for each.
             guidance_scale: how far from there towards the caption; 1 asks for the caption alone, at half the price.
             generators: of the noise that DDPM adds on the way, one for each picture.
+            precision: "32", "16" or "bf16", see `precision`; None: the machine's own, or that of half weights.
         """
-        null = None
-        if guidance_scale != 1:
-            null = self.conditioner.null(len(states)) if negative is None else self.conditioner(negative)
-        latents = sample_text(
-            self.denoiser,
-            self.scheduler,
-            noise,
-            self.conditioner(states),
-            null,
-            num_inference_steps,
-            guidance_scale,
-            generators,
-        )
-        return to_pixels(self.vae.decode_latents(latents))
+        precision, count = precisions_for(self, precision)[0], len(states)
+
+        def denoise(rows: slice | Tensor) -> Tensor:
+            null, of_rows = None, range(count)[rows] if isinstance(rows, slice) else rows.tolist()
+            if guidance_scale != 1:
+                null = self.conditioner.null(len(of_rows)) if negative is None else self.conditioner(negative[rows])
+            return sample_text(
+                self.denoiser,
+                self.scheduler,
+                noise[rows],
+                self.conditioner(states[rows]),
+                null,
+                num_inference_steps,
+                guidance_scale,
+                generators and [generators[row].clone_state() for row in of_rows],  # they may be asked again
+            )
+
+        latents = all_finite(self, count, precision, denoise, "latents")
+        return to_pixels(decoded(self, latents, precision))
 
     def noise(self, seed: int, indices: Tensor) -> Tensor:
         """The noise of picture number i of a seed: the same whatever else is made beside it, on any device count."""
@@ -243,7 +248,7 @@ def sample_text(
     generators: list[torch.Generator] | None = None,
     callback: Callable[[int, float, Tensor], None] | None = None,
 ) -> Tensor:
-    """From noise (B, C, h, w) to latents, by any scheduler of `SCHEDULERS` or `pipeline.SOLVERS`; float32 throughout.
+    """From noise (B, C, h, w) to latents, by any scheduler of `SCHEDULERS` or `pipeline.SOLVERS`; float32 themselves.
 
     Args:
         scheduler: its config says what the denoiser predicts: noise, v or a velocity. It is not changed.
@@ -263,7 +268,7 @@ def sample_text(
     x = noise.float() * (1.0 if flow else solver.init_noise_sigma)
     for i, (timestep, t) in enumerate(zip(solver.timesteps, times, strict=True)):
         prediction = guided_prediction(denoiser, x, t, condition, null, guidance_scale)
-        x = solver.step(-prediction if flow else prediction, timestep, x, return_dict=False, **options)[0]
+        x = solver_step(solver, -prediction if flow else prediction, timestep, x, **options)
         if callback is not None:
             callback(i, t, x)
     return x

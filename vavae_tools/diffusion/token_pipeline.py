@@ -18,6 +18,8 @@ from vavae_tools.data.token_code import TokenCode
 from vavae_tools.diffusion.clean_prediction import with_known
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.pipeline_folders import read_index, read_pipeline, read_training, trained_models
+from vavae_tools.diffusion.portions import Portions
+from vavae_tools.diffusion.precision import all_finite, precisions_for
 from vavae_tools.diffusion.sampling import time_grid
 from vavae_tools.diffusion.transformer import Kept, kept_patches
 from vavae_tools.draws import Draws
@@ -108,8 +110,9 @@ class TokenImagePipeline(DiffusionPipeline):
         num_inference_steps: int = 100,
         eta: float = 1.0,
         seed: int = 0,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         numbers: Sequence[int] | None = None,
+        precision: str | None = None,
     ) -> Written:
         """Write texts.
 
@@ -123,14 +126,17 @@ class TokenImagePipeline(DiffusionPipeline):
             eta: share of fresh noise in each step as in DDIM (Song et al. 2021): 1 corrects earlier errors, 0 is
                 Euler's method on the flow.
             seed: text number i of a seed is the same whatever else is made beside it.
-            batch_size: made at once; it changes memory and speed, not the texts.
+            batch_size: made at once, halved where memory does not suffice; None: by the memory there is. It changes
+                memory and speed, not the texts.
             numbers: of the texts in the seed, one for each; None: 0, 1, …. Without prompts as many are made as there
                 are numbers.
+            precision: "32", "16" or "bf16", see `precision`; None: the machine's own, or that of half weights.
 
         Raises:
             UserError: as `beginnings`, or numbers that cannot be.
         """
-        check_sampling(num_samples, max_new_tokens, num_inference_steps, eta, batch_size)
+        check_sampling(num_samples, max_new_tokens, num_inference_steps, eta)
+        precision, in_portions = precisions_for(self, precision)[0], Portions(self, batch_size, "text")
         if prompts is None and numbers is not None:
             num_samples = len(numbers)
         starts = [start for start in self.beginnings(prompts) for _ in range(num_samples)]
@@ -141,12 +147,12 @@ class TokenImagePipeline(DiffusionPipeline):
             )
         numbers = torch.tensor(list(numbers))
         new = self._new_lengths(starts, max_new_tokens, seed, numbers)
-        made = []
+
+        def write(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+            return self._write(starts[rows], new[rows], seed, numbers[rows], num_inference_steps, eta, precision)
+
         with self.progress_bar(total=len(starts)) as bar:
-            for part in torch.arange(len(starts)).split(batch_size):
-                of_part = [starts[i] for i in part.tolist()], [new[i] for i in part.tolist()]
-                made.append(self._write(*of_part, seed, numbers[part], num_inference_steps, eta))
-                bar.update(len(part))
+            made = in_portions(len(starts), write, bar.update)
         pictures, mask, known = (torch.cat(parts) for parts in zip(*made, strict=True))
         tokens = shown = self.code.decode(pictures, mask)
         if self.config.use_chat_template:
@@ -217,7 +223,14 @@ class TokenImagePipeline(DiffusionPipeline):
         return counts
 
     def _write(
-        self, starts: list[list[int]], new: list[int], seed: int, numbers: Tensor, steps: int, eta: float
+        self,
+        starts: list[list[int]],
+        new: list[int],
+        seed: int,
+        numbers: Tensor,
+        steps: int,
+        eta: float,
+        precision: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures, their mask and what is known of them, on the CPU: see `Written`."""
         known = torch.tensor([len(start) for start in starts])[:, None]
@@ -228,10 +241,16 @@ class TokenImagePipeline(DiffusionPipeline):
             row[: len(start)] = torch.tensor(start, dtype=torch.int64)
         clean = self.code.draw(tokens, place < known, self.img_size)
         mask, given = (self.code.over_pixels((place < until).float(), self.img_size) for until in (lengths, known))
-        device = self._execution_device
-        draws = Draws(seed, 1, numbers.to(device))
-        noise = (draws.normal(f"noise {step}", *clean.shape[1:]) for step in range(steps))
-        made = self.denoise(next(noise), mask, given, clean, time_grid(steps, 1 / self.config.time_shift), eta, noise)
+        numbers = numbers.to(self._execution_device)
+
+        def denoise(rows: slice | Tensor) -> Tensor:
+            here = rows if isinstance(rows, slice) else rows.cpu()
+            draws = Draws(seed, 1, numbers[rows])
+            noise = (draws.normal(f"noise {step}", *clean.shape[1:]) for step in range(steps))
+            given_here = mask[here], given[here], clean[here]
+            return self.denoise(next(noise), *given_here, time_grid(steps, 1 / self.config.time_shift), eta, noise)
+
+        made = all_finite(self, len(starts), precision, denoise, "texts")
         return made.cpu(), mask, given
 
     @torch.no_grad()
@@ -262,12 +281,12 @@ class TokenImagePipeline(DiffusionPipeline):
         if eta and noise is None and len(times) > 2:
             raise UserError(f"eta {eta:g} takes fresh noise in each step: give it, or eta=0")
         device = self._execution_device
-        x, mask, known, clean = (value.to(device) for value in (x, mask, known, clean))
         kept, times = kept_patches(mask, self.code.cell_size), times.tolist()
+        x, known, clean, *kept = (value.to(device) for value in (x, known, clean, *kept))
         predicted = x
         for step, (t, later) in enumerate(pairwise(times)):
             at = torch.full((len(x),), t, dtype=torch.float32, device=device)
-            predicted = self.predict(x, at, known, clean, kept)
+            predicted = self.predict(x, at, known, clean, Kept(*kept))
             if callback is not None:
                 callback(step, predicted)
             if later < 1:
@@ -296,14 +315,13 @@ def check_sampling(
     max_new_tokens: int | None = None,
     num_inference_steps: int = 1,
     eta: float = 1.0,
-    batch_size: int = 1,
 ) -> None:
     """Say which argument of a `TokenImagePipeline` cannot be.
 
     Raises:
         UserError: a number below 1, or an eta that is no share.
     """
-    counts = {"num_samples": num_samples, "batch_size": batch_size, "num_inference_steps": num_inference_steps}
+    counts = {"num_samples": num_samples, "num_inference_steps": num_inference_steps}
     for name, count in {**counts, "max_new_tokens": 1 if max_new_tokens is None else max_new_tokens}.items():
         if count < 1:
             raise UserError(f"{name} {count}: expected 1 or more")

@@ -12,7 +12,9 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from vavae_tools.diffusion.sample_record import RECORD, changes, digest_of
+from vavae_tools.diffusion.portions import Portions
+from vavae_tools.diffusion.precision import precisions_for
+from vavae_tools.diffusion.sample_record import RECORD, as_before, differences, digest_of
 from vavae_tools.diffusion.token_pipeline import Prompt, TokenImagePipeline, Written, as_prompts, check_sampling
 from vavae_tools.errors import UserError
 from vavae_tools.files import write_json, written_whole
@@ -33,7 +35,7 @@ def write_texts(
     prompts: Sequence[Prompt] = (),
     num_samples: int | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     overwrite: bool = False,
     ranks: Ranks | None = None,
     **sampling: Any,
@@ -45,10 +47,12 @@ def write_texts(
     Args:
         num_samples: texts in all; by default one for each prompt, without prompts 100.
         seed: text number i follows from it, i and its prompt, whatever else is made beside it.
-        batch_size: texts made at once, and between two savings.
+        batch_size: texts made at once, and between two savings, halved where memory does not suffice; None: by the
+            memory there is.
         overwrite: replace texts of other settings.
         ranks: the processes that share the work; the first one returns when all are done.
-        sampling: further arguments of the pipeline, such as num_inference_steps.
+        sampling: further arguments of the pipeline, such as num_inference_steps. Without a precision it is the one of
+            the texts that are there, of the same settings, where this machine has it; else the machine's own.
 
     Raises:
         UserError: prompts or numbers that cannot be, or samples of other settings in the folder.
@@ -56,19 +60,23 @@ def write_texts(
     ranks, output_dir = ranks or Ranks(), Path(output_dir)
     prompts = as_prompts(prompts) if len(prompts) else []
     count = (len(prompts) or 100) if num_samples is None else num_samples
-    todo = None
+    plan, precision = None, sampling.pop("precision", None)
     if ranks.rank == 0:
-        check_sampling(count, batch_size=batch_size, **sampling)
+        check_sampling(count, **sampling)
         pipe.beginnings(prompts or None)
-        settings = {**_settings_of(pipe, **sampling), "prompts": prompts, "texts": count, "seed": seed}
-        _begin(output_dir, settings, overwrite)
-        todo = _missing(output_dir, count, batch_size)
-    todo = ranks.share("missing texts", todo)
+        precisions = precisions_for(pipe, precision)
+        batch_size = Portions(pipe, batch_size, "text").at_once
+        settings = _settings_of(pipe, **sampling, precision=precisions[0])
+        settings |= {"prompts": prompts, "texts": count, "seed": seed}
+        precision = _begin(output_dir, settings, overwrite, precisions)
+        plan = {"precision": precision, "batch_size": batch_size, "todo": _missing(output_dir, count, batch_size)}
+    plan = ranks.share("missing texts", plan)
+    todo, sampling = plan["todo"], {**sampling, "precision": plan["precision"], "batch_size": plan["batch_size"]}
     hidden = ranks.rank > 0 or not someone_looks()
     with tqdm(total=sum(stop - start for start, stop in todo), desc="writing", unit="text", disable=hidden) as bar:
         for start, stop in todo[ranks.rank :: ranks.size]:
             asked = [prompts[number % len(prompts)] for number in range(start, stop)] if prompts else None
-            made = pipe(asked, numbers=range(start, stop), batch_size=batch_size, seed=seed, **sampling)
+            made = pipe(asked, numbers=range(start, stop), seed=seed, **sampling)
             if start == 0:
                 _draw(made, output_dir / GRID)
             with written_whole(_part(output_dir, start, stop)) as partial:
@@ -114,14 +122,15 @@ def _settings_of(pipe: TokenImagePipeline, **sampling: Any) -> dict[str, Any]:
     given.apply_defaults()
     left_out = ("self", "prompts", "num_samples", "seed", "batch_size", "numbers")
     given = {name: value for name, value in given.arguments.items() if name not in left_out}
-    of_pipeline = {name: pipe.config[name] for name in ("code", "lengths", "time_shift", "use_chat_template")}
+    of_models = ("denoiser", "conditioner", "tokenizer")
+    of_pipeline = {k: v for k, v in pipe.config.items() if not k.startswith("_") and k not in of_models}
     words = [pipe.tokenizer.get_vocab(), pipe.tokenizer.chat_template]
     model = json.dumps([digest_of(pipe.denoiser, pipe.conditioner), of_pipeline, words], sort_keys=True)
     return {**given, "model": hashlib.sha256(model.encode()).hexdigest()}
 
 
-def _begin(output_dir: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Write down what is to be made, where that does not contradict what is there."""
+def _begin(output_dir: Path, settings: dict[str, Any], overwrite: bool, precisions: Sequence[str]) -> str:
+    """Write down what is to be made, where that does not contradict what is there; its precision."""
     there, record = (output_dir / TEXTS).exists() or bool(_parts(output_dir)), output_dir / RECORD
     try:
         before = dict(json.loads(record.read_text(encoding="utf-8"))["settings"])
@@ -133,8 +142,8 @@ def _begin(output_dir: Path, settings: dict[str, Any], overwrite: bool) -> None:
         )
     foreign = f"{RECORD}, which says how they were made, is missing or damaged"
     if before is not None:
-        found = ["another model"] if before.get("model") != settings["model"] else []
-        foreign = "; ".join([*found, *changes(before, settings, sorted({*before, *settings} - {"model"}))])
+        settings = as_before(settings, before, precisions, ["model"])
+        foreign = "; ".join(differences(before, settings, ["model"]))
     if there and foreign and not overwrite:
         raise UserError(
             f"{output_dir} holds texts of other settings ({foreign}): name another --output_dir, or replace them by "
@@ -145,6 +154,7 @@ def _begin(output_dir: Path, settings: dict[str, Any], overwrite: bool) -> None:
         shutil.rmtree(output_dir / _PARTS, ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(record, {"settings": settings})
+    return settings["precision"]
 
 
 def _lines(made: Written, asked: Sequence[Prompt] | None) -> str:
