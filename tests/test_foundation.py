@@ -31,6 +31,7 @@ from vavae_tools.autoencoders.foundation import (
 from vavae_tools.data.images import PictureFolder
 from vavae_tools.data.pixels import to_unit
 from vavae_tools.errors import UserError
+from vavae_tools.frozen import Computing
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 DINO = {**SMALL, "image_size": 28, "patch_size": 14}
@@ -468,6 +469,21 @@ def test_features_that_are_there_stay_when_others_cannot_be_made(data, tmp_path)
         foundation_features(Brightness("b", factor=1e6), data, (2, 2), path, progress=False)
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures", "train.safetensors"]
+
+
+def test_features_that_overflow_in_half_precision_are_computed_in_float32(data, tmp_path, monkeypatch):
+    """As a card would."""
+
+    class Overflowing(Brightness):
+        def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
+            return super().__call__(pictures, grid) / (not torch.is_autocast_enabled("cpu"))
+
+    said = []
+    monkeypatch.setattr(module, "Computing", lambda precision, *rest: Computing("bf16", *rest))
+    arguments = {"data": data, "grid": (2, 2), "batch_size": 7, "progress": False}
+    expected = foundation_features(Brightness(), path=tmp_path / "whole.safetensors", **arguments)
+    found = foundation_features(Overflowing(), path=tmp_path / "half.safetensors", say=said.append, **arguments)
+    assert torch.equal(found, expected) and len(said) == 1 and "Features of this Overflowing" in said[0]
 
 
 def test_too_many_features_are_not_kept(data, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import same
+from tiny import assert_same, same
 from torch import Tensor
 
 from vavae_tools.data import texts
@@ -17,6 +17,7 @@ from vavae_tools.data.captioned import CaptionOrder
 from vavae_tools.data.latents import LatentFolder
 from vavae_tools.data.texts import EncodedTexts, TextFolder, TextLatentDataModule, encode_texts, needed_bytes
 from vavae_tools.errors import UserError
+from vavae_tools.frozen import Computing
 
 DIM, POOLED, MOST = 4, 3, 8
 
@@ -37,6 +38,10 @@ class WordEncoder:
     """A state for each word, one before and one after them; it counts what it encodes."""
 
     dim, pooled_dim, max_tokens = DIM, POOLED, MOST
+    device = torch.device("cpu")
+
+    def to(self, device):
+        self.device = torch.device(device)
 
     def __init__(self, name: str = "a", fails_after: int | None = None, factor: float = 1) -> None:
         self.name, self.encoded, self.fails_after, self.factor = name, [], fails_after, factor
@@ -223,6 +228,30 @@ def test_faults(tmp_path, monkeypatch):
     (tmp_path / texts.INDEX).write_text("{")
     with pytest.raises(UserError, match="damaged"):
         TextFolder.read(tmp_path)
+
+
+def test_states_that_overflow_in_half_precision_are_encoded_in_float32(folder, tmp_path, monkeypatch):
+    """As a card would; the encoder is there only while there is something to encode."""
+
+    class Overflowing(WordEncoder):
+        def encode(self, captions):
+            states = super().encode(captions)
+            if torch.is_autocast_enabled("cpu"):
+                states.tokens[-1, 0, 0] = torch.inf
+            return states
+
+    said, sent = [], []
+    monkeypatch.setattr(texts, "Computing", lambda precision, *rest: Computing("bf16", *rest))
+    monkeypatch.setattr(Overflowing, "to", lambda self, device: sent.append(device))
+    options = {"batch_size": 2, "progress": False, "say": said.append, "device": "cpu"}
+    found = encode_texts(Overflowing(), CAPTIONS, tmp_path / "half", **options)
+    for name in folder.shards:
+        assert_same(load_file(tmp_path / "half" / name), load_file(folder.path / name))
+    assert said == [
+        "States of this Overflowing are not finite in half precision: such batches are computed again in float32"
+    ]
+    assert sent == [torch.device("cpu")]
+    assert encode_texts(Overflowing(), CAPTIONS, tmp_path / "half", **options) == found and len(sent) == 1
 
 
 # ---- beside the latents

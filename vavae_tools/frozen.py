@@ -1,16 +1,23 @@
 """Frozen models that go through data once: on a card in half precision, and what they took of it is given back."""
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from vavae_tools.machine import computing_in, machine_of, precision_on, release_memory
 
 R = TypeVar("R")
+
+
+def tell(line: str) -> None:
+    """Print a line beside progress bars."""
+    tqdm.write(line, file=sys.stderr)
 
 
 @contextmanager
@@ -45,14 +52,14 @@ class Computing:
         precision: "32", "16" or "bf16"; None: fp16 on a card, whose ten bits after the point bf16 has only seven of,
             and float32 on a CPU.
         device: where it computes.
-        what: what it makes, such as "Latents of this VAVAE", for the line that `again` says.
+        what: what it makes, such as "Latents of this VAVAE", for the line that `again` tells `say`.
 
     Raises:
         UserError: a precision that there is not, or that this device does not have.
     """
 
     def __init__(
-        self, precision: str | None, device: str | torch.device, what: str, say: Callable[[str], None]
+        self, precision: str | None, device: str | torch.device, what: str, say: Callable[[str], None] = tell
     ) -> None:
         if precision is None:
             self.precision = "16" if torch.device(device).type == "cuda" else "32"

@@ -7,7 +7,7 @@ one is loaded.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,6 +26,8 @@ from vavae_tools.data.pixels import to_unit
 from vavae_tools.errors import UserError
 from vavae_tools.files import written_whole
 from vavae_tools.float32 import in_float32
+from vavae_tools.frozen import Computing, tell
+from vavae_tools.machine import release_memory
 
 LARGEST_CACHE = 8 * 2**30
 """Bytes of features that are kept on the disk: those of 16,000 pictures on a grid of 16×16 by a ViT-L."""
@@ -236,10 +238,12 @@ def foundation_features(
     device: str | torch.device = "cpu",
     batch_size: int = 32,
     progress: bool = True,
+    say: Callable[[str], None] = tell,
 ) -> Tensor | None:
     """The features of all pictures, computed once and kept in a file: float16 (N, channels, h, w), memory-mapped.
 
-    A file that is there is used if it belongs to this foundation model, grid, picture size and these very pictures.
+    A file that is there is used if it belongs to this foundation model, grid, picture size and these very pictures. A
+    GPU computes in fp16, where that is finite, for so they are kept.
 
     Args:
         data: rows are in the order of its `paths`.
@@ -258,7 +262,9 @@ def foundation_features(
     path, key = Path(path), _cache_key(foundation, data, grid)
     features = _read_features(path, key)
     if features is None:
-        _write_features(foundation.to(device), data, grid, path, key, device, batch_size, progress)
+        computing = Computing(None, device, f"Features of this {type(foundation).__name__}", say)
+        _write_features(foundation.to(device), computing, data, grid, path, key, batch_size, progress)
+        release_memory()
         features = _read_features(path, key)
     return features
 
@@ -281,11 +287,11 @@ def _read_features(path: Path, key: str) -> Tensor | None:
 
 def _write_features(
     foundation: Foundation,
+    computing: Computing,
     data: PictureFolder,
     grid: tuple[int, int],
     path: Path,
     key: str,
-    device: str | torch.device,
     batch_size: int,
     progress: bool,
 ) -> None:
@@ -299,7 +305,10 @@ def _write_features(
         file.write(len(header).to_bytes(8, "little") + header)
         for start in range(0, len(data), batch_size):
             batch = data.__getitems__(range(start, min(start + batch_size, len(data))))
-            features = foundation(to_unit(batch["pictures"].to(device)), grid).half()
+            look = partial(foundation, to_unit(batch["pictures"].to(computing.device)), grid)
+            features = computing(look).half()
+            if computing.in_half and not features.isfinite().all():
+                features = computing.again(look).half()
             if not features.isfinite().all():
                 name = data.names[start + int((~features.isfinite()).flatten(1).any(1).nonzero()[0])]
                 raise UserError(

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ from vavae_tools.data.pixels import to_unit
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.files import disk_errors, write_json, written_whole
-from vavae_tools.frozen import Computing, at_work
+from vavae_tools.frozen import Computing, at_work, tell
 from vavae_tools.machine import PRECISIONS, for_inference, trying_convolutions
 from vavae_tools.ranks import Ranks
 
@@ -116,7 +115,7 @@ def encode_latents(
     statistics: tuple[Tensor | Sequence[float], Tensor | Sequence[float]] | None = None,
     precision: str | None = None,
     ranks: Ranks | None = None,
-    say: Callable[[str], None] = lambda line: tqdm.write(line, file=sys.stderr),
+    say: Callable[[str], None] = tell,
 ) -> LatentFolder:
     """Encode both sides once; latents that are there already and belong to these weights and pictures are kept.
 

@@ -10,9 +10,10 @@ its header which encoder and captions it belongs to, so that an encoding that wa
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from vavae_tools.data.folders import counted
 from vavae_tools.data.latents import LatentDataset, LatentFolder, StoredDataModule, _mapped, normalised
 from vavae_tools.errors import UserError
 from vavae_tools.files import disk_errors, write_json, written_whole
+from vavae_tools.frozen import Computing, at_work, tell
 
 SHARD_SIZE = 16_384
 SHARD_BYTES = 2**30
@@ -54,6 +56,9 @@ class Encoder(Protocol):
     dim: int
     pooled_dim: int
     max_tokens: int
+    device: torch.device
+
+    def to(self, device: str | torch.device) -> Any: ...
 
     def encode(self, captions: list[str]) -> States: ...
 
@@ -121,17 +126,21 @@ def encode_texts(
     names_by_side: Mapping[str, Sequence[str]] | None = None,
     batch_size: int = 256,
     progress: bool = True,
+    device: str | torch.device | None = None,
+    say: Callable[[str], None] = tell,
 ) -> TextFolder:
     """Encode all captions once; what is there already and belongs to this encoder and these captions is kept.
 
-    That holds for the whole shards of an encoding that was interrupted, too. Of several processes one alone should call
-    this (`ranks.first_alone`), and the others then read what it made.
+    That holds for the whole shards of an encoding that was interrupted, too. A GPU computes in fp16, where that is
+    finite, for so the states are stored; afterwards its memory is given back. Of several processes one alone should
+    call this (`ranks.first_alone`), and the others then read what it made.
 
     Args:
-        encoder: frozen, on the device where it works.
+        encoder: frozen; afterwards it is on the device where it was.
         captions_by_side: "train" and, if there is one, "val": of each picture one caption or more.
         names_by_side: the pictures' names, so that `TextLatentDataset` sees that latents are those of these pictures.
         batch_size: captions that are encoded at once.
+        device: where it works, only while there is something to encode; None: where it is.
 
     Raises:
         UserError: a picture without a caption, no space on the disk, or states that are not finite or that float16
@@ -152,10 +161,13 @@ def encode_texts(
         lengths, cut[name] = encoder.lengths(rows.captions)
         needed += _bytes(encoder, lengths)
     _make_room(folder, needed, keep=shards.keys() - lacking.keys())
-    with tqdm(total=len(distinct), desc="encoding", unit="caption", disable=None if progress else True) as bar:
+    device = encoder.device if device is None else device
+    computing = Computing(None, device, f"States of this {type(encoder).__name__}", say)
+    bar = tqdm(total=len(distinct), desc="encoding", unit="caption", disable=None if progress else True)
+    with at_work(encoder, device) if lacking else nullcontext(), bar:
         for name, rows in shards.items():
             if name in lacking:
-                shard = _encoded(encoder, rows.captions, batch_size, bar)
+                shard = _encoded(encoder, computing, rows.captions, batch_size, bar)
                 says = {"key": rows.key, "cut": str(cut[name]), "tokens": str(len(shard["tokens"]))}
                 with written_whole(folder / name) as partial, disk_errors():
                     save_file(shard, partial, metadata=says)
@@ -290,10 +302,15 @@ def _make_room(folder: Path, needed: int, keep: set[str]) -> None:
 
 
 @torch.inference_mode()
-def _encoded(encoder: Encoder, captions: Sequence[str], batch_size: int, bar: tqdm) -> dict[str, Tensor]:
+def _encoded(
+    encoder: Encoder, computing: Computing, captions: Sequence[str], batch_size: int, bar: tqdm
+) -> dict[str, Tensor]:
     tokens, lengths, pooled = [], [], []
     for start in range(0, len(captions), batch_size):
-        states = encoder.encode(list(captions[start : start + batch_size]))
+        encode = partial(encoder.encode, list(captions[start : start + batch_size]))
+        states = computing(encode)
+        if computing.in_half and not states.tokens.isfinite().all():
+            states = computing.again(encode)
         mask = states.mask.bool()
         tokens.append(_as_stored(states.tokens[mask]))  # (T, D), caption after caption
         pooled.append(_as_stored(states.pooled))
