@@ -7,15 +7,19 @@ import sys
 from pathlib import Path
 
 import lightning as L
-from tiny import tiny_dit
+import torch
+from tiny import tiny_dit, tiny_pipeline
+from torch import Tensor, nn
 
 from vavae_tools.checkpoints.resuming import check_resumable, resume_path
 from vavae_tools.data.latents import LatentDataModule
+from vavae_tools.diffusion.pipeline import LatentDiTPipeline
 from vavae_tools.errors import run_command
 from vavae_tools.training import strategies
 from vavae_tools.training.checkpoints import checkpoint_callbacks
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.diffusion_module import DiffusionModule
+from vavae_tools.training.previews import SamplePreviews
 from vavae_tools.training.saving import Saving
 from vavae_tools.training.trainer import build_trainer, fit
 
@@ -42,6 +46,15 @@ def _full(value, path):
     raise OSError(28, "No space left on device")
 
 
+def make(network: nn.ModuleDict) -> Tensor:
+    """Two guided samples."""
+    whole = tiny_pipeline()
+    pipe = LatentDiTPipeline(whole.vae, network["denoiser"], network["conditioner"], whole.scheduler, whole.people)
+    pipe.set_progress_bar_config(disable=True)
+    people, noise = ["ID_1", "ID_2"], pipe.noise(0, torch.arange(2))
+    return pipe(people, 2, 2.0, latents=noise, output_type="pt").images
+
+
 def train(run, latents, resume=None, batch_size=4, checkpointing=False, at=None, saving=None, steps=8, **devices):
     L.seed_everything(0, verbose=False)
     quiet_lightning()
@@ -52,7 +65,9 @@ def train(run, latents, resume=None, batch_size=4, checkpointing=False, at=None,
     data = LatentDataModule(latents, batch_size, 0, seed=0)
     settings = module.trainer_settings(accelerator="cpu", **devices)
     saving = Saving(**{"save_every_minutes": 99, **(saving or {})})
-    callbacks = [*([At(*at)] if at else []), *checkpoint_callbacks(Path(run) / "checkpoints", "val/loss", saving)]
+    previews = SamplePreviews(make, 2, Path(run) / "samples", 1)
+    saves = checkpoint_callbacks(Path(run) / "checkpoints", "val/loss", saving)
+    callbacks = [*([At(*at)] if at else []), previews, *saves]
     trainer = build_trainer(settings, Path(run), callbacks, print, max_steps=steps, max_epochs=-1)
     resume_from = resume_path(resume, Path(run) / "checkpoints")
     check_resumable(resume_from, module)

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from vavae_tools.checkpoints.folders import (
@@ -109,6 +110,20 @@ class Sharded(WholeFolders, ModelParallelStrategy):
 
     def __str__(self) -> str:
         return "fsdp" + (" with sharded checkpoints" if self._save_distributed_checkpoint else "")
+
+    def on_train_start(self) -> None:
+        """Make the buffers for whole weights: those made in inference mode, by a preview, nothing else could use."""
+        for part in self._parts():
+            part.unshard()
+            part.reshard()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Cut again what validation and previews left whole: a forward pass keeps its root until a backward one."""
+        for part in self._parts():
+            part.reshard()
+
+    def _parts(self) -> list[FSDPModule]:
+        return [part for part in self.lightning_module.modules() if isinstance(part, FSDPModule)]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return self._for_checkpoint(self.lightning_module.state_dict())
