@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from vavae_tools.diffusion.portions import Portions
@@ -74,8 +75,6 @@ def write_samples(
         raise UserError("No labels: at least one picture is needed")
     if format not in ("png", "npz"):
         raise UserError(f"No format {format!r}; there are png, npz")
-    in_portions = Portions(pipe, batch_size)
-    precisions = precisions_for(pipe, sampling.get("precision"))
     folders = _folder_names(pipe, names)
     files: PictureFiles
     if format == "npz":
@@ -84,8 +83,8 @@ def write_samples(
         files = Pngs(Path(output_dir), labels, seed, folders)
     plan = None
     if ranks.rank == 0:
+        usual, precisions = Portions(pipe, batch_size).at_once, precisions_for(pipe, sampling.get("precision"))
         settings = settings_of(pipe, {**sampling, "precision": precisions[0]})
-        usual = in_portions.at_once
         at_once, finished, precision = note_start(
             files, settings, folders, labels, seed, batch_size, usual, overwrite, precisions
         )
@@ -95,9 +94,8 @@ def write_samples(
         todo = [(start, stop) for start, stop in batches if not there[start:stop].all()]
         plan = {"batch_size": at_once, "todo": todo, "missing": int((~there).sum()), "precision": precision}
     plan = ranks.share("plan", plan)
-    in_portions.at_once = min(in_portions.at_once, plan["batch_size"])
     with Progress(len(labels), plan["missing"], hidden=ranks.rank > 0) as progress:
-        _make_all(pipe, files, plan, labels, seed, sampling, ranks, progress, in_portions)
+        _make_all(pipe, files, plan, labels, seed, sampling, ranks, progress)
         if ranks.rank == 0:
             while ranks.add("ended", 0) < ranks.size:
                 progress.at(ranks.add("made", 0))
@@ -120,9 +118,9 @@ def _make_all(
     sampling: dict[str, Any],
     ranks: Ranks,
     progress: "Progress",
-    in_portions: Portions,
 ) -> None:
-    device, sampling = pipe._execution_device, {**sampling, "precision": plan["precision"]}
+    in_portions, device = Portions(pipe, plan["batch_size"]), pipe._execution_device
+    sampling = {**sampling, "precision": plan["precision"]}
     of_label = torch.tensor(numbers_of(labels))
     all_labels = torch.tensor(labels)
     todo = plan["todo"][ranks.rank :: ranks.size]
@@ -135,11 +133,12 @@ def _make_all(
             of_batch = noise.result()
             if number + 1 < len(todo):  # drawn while the device is busy with this one
                 noise = pool.submit(pipe.noise, seed, draw[number + 1])
-            here = all_labels[start:stop].to(device), of_batch.to(device)
-            made = in_portions(
-                stop - start, lambda rows, here=here: pipe.make(*(x[rows] for x in here), **sampling).cpu()
-            )
-            pictures = torch.cat(made)
+            batch = all_labels[start:stop].to(device), of_batch.to(device)
+
+            def make(rows: slice, batch: tuple[Tensor, Tensor] = batch) -> Tensor:
+                return pipe.make(*(values[rows] for values in batch), **sampling).cpu()
+
+            pictures = torch.cat(in_portions(stop - start, make))
             waiting.append([pool.submit(*task) for task in files.tasks(start, pictures)])
             while len(waiting) > 1:  # the disk may be behind by one batch
                 progress.at(_written(waiting.popleft(), ranks))
