@@ -12,6 +12,7 @@ from vavae_tools.data.pixels import to_pixels, to_unit
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
 from vavae_tools.evaluation.metrics import frechet_distance, percent, psnr, sharpness, ssim
+from vavae_tools.machine import release_memory
 
 
 @dataclass(frozen=True, repr=False)
@@ -125,7 +126,10 @@ def evaluate_vavae(
         raise UserError("This split has no validation side to reconstruct: make one with data_split.py --val_ratio 0.2")
     classifier = cached_classifier(data.train_data, data.num_classes, classifier_dir, seed, model.device, progress)
     originals, made = reconstruct(model, data.val_data)
-    return evaluate_reconstructions(originals, made, data.val_data.labels, classifier, as_many_others(data))
+    scores = evaluate_reconstructions(originals, made, data.val_data.labels, classifier, as_many_others(data))
+    del classifier
+    release_memory()
+    return scores
 
 
 def as_many_others(data: PictureDataModule) -> Tensor:

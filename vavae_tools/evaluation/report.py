@@ -24,7 +24,7 @@ from vavae_tools.evaluation.metrics import (
     percent,
 )
 from vavae_tools.files import write_json, written_whole
-from vavae_tools.machine import find_device
+from vavae_tools.machine import find_device, release_memory
 from vavae_tools.plots import plot_bars, show_rows
 
 if TYPE_CHECKING:
@@ -214,6 +214,8 @@ def evaluate_pictures(
         _Side(data, *classifier.judge(data)) if data is not None else None for data in (generated, train, validation)
     ]
     made, known, unseen = sides
+    del classifier
+    release_memory()
     people = {}
     for name, label in labels.items():
         if (generated.labels == label).any():

@@ -17,6 +17,7 @@ from vavae_tools.diffusion.token_pipeline import TokenImagePipeline
 from vavae_tools.diffusion.transformer import kept_patches
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
+from vavae_tools.float32 import in_float32
 
 _BATCH = 64  # pictures at a time
 _TOLD = 0.01  # bits that are left open of a token where the bound's integral ends
@@ -135,6 +136,7 @@ def bits_per_token(
     return BitsPerToken(bits, error, diffusion, reconstruction, end / (1 + end), len(each), int(tokens.sum()))
 
 
+@in_float32
 def _bits_alone(code: TokenCode, cells: Tensor, tokens: Tensor, r: float) -> Tensor:
     """−log₂ p(token | cell) of cells r·code + noise (N, n) with standard normal noise, all tokens as likely: (N,)."""
     bits = []
