@@ -13,7 +13,10 @@ from on_ranks import children, gone
 from PIL import Image
 from tiny import SIZE, tiny_pipeline, trained_looking
 
+from vavae_tools.diffusion import sample_sets
 from vavae_tools.diffusion.pipeline import load_pipeline, write_samples
+from vavae_tools.errors import UserError
+from vavae_tools.launch import Nodes
 from vavae_tools.ranks import Ranks
 from vavae_tools.sample import main
 
@@ -211,6 +214,21 @@ def test_two_processes_of_torchrun_write_the_same_npz(run, models, tmp_path):
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0 and said.count(f"written: 9 pictures (two/{name})") == 1, said
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_path_is_sampled_on_all_devices(models, tmp_path, monkeypatch):
+    pipe, settings = load_pipeline(models / "pipeline"), {"num_inference_steps": 2, "batch_size": 4}
+    alone = write_samples(pipe, ["ID_2", 0] * 5, tmp_path / "alone", 3, **settings)
+    one = write_samples(models / "pipeline", ["ID_2", 0] * 5, tmp_path / "one", 3, **settings)
+    monkeypatch.setattr(sample_sets, "several_processes", lambda: (2, Nodes()))
+    two = write_samples(models / "pipeline", ["ID_2", 0] * 5, tmp_path / "two", 3, **settings)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "alone")
+    for written, folder in ((alone, "alone"), (one, "one"), (two, "two")):
+        assert [path.relative_to(tmp_path / folder) for path in written] == [
+            path.relative_to(tmp_path / "two") for path in two
+        ]
+    with pytest.raises(UserError, match="Nobody called 'ID_9'"):
+        write_samples(models / "pipeline", ["ID_9"], tmp_path / "two", **settings)
 
 
 def test_one_alone_shares_with_itself():

@@ -82,6 +82,23 @@ def find_device() -> str:
     return "cpu" if find_machine().kind == "cpu" else "cuda"
 
 
+def device_of(number: int) -> str:
+    """The device of process number 0, 1, … on this machine, which is then the process's own: "cuda:0", …, or "cpu".
+
+    Raises:
+        UserError: there are fewer GPUs than processes.
+    """
+    if find_device() == "cpu":
+        return "cpu"
+    if number >= torch.cuda.device_count():
+        raise UserError(
+            f"There is no GPU for process {number + 1} on this machine, which has {torch.cuda.device_count()}: start "
+            "as many processes as there are GPUs"
+        )
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
+
+
 def machine_of(device: str | torch.device) -> Machine:
     """What there is to compute on where this is the device."""
     return find_machine() if torch.device(device).type == "cuda" else Machine("cpu", 1, "CPU")

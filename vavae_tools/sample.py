@@ -31,6 +31,7 @@ def main() -> None:
     names = _names(options.class_list)
 
     from vavae_tools.launch import call_on_ranks
+    from vavae_tools.machine import device_of
     from vavae_tools.ranks import Ranks
     from vavae_tools.training.devices import trainer_settings
 
@@ -43,14 +44,15 @@ def main() -> None:
         call_on_ranks("vavae_tools.sample:main", {}, count)  # with the same command line
         return
     ranks = Ranks.from_environment()
+    device = device_of(ranks.local_rank) if on_gpu else "cpu"
 
     from vavae_tools.diffusion.token_pipeline import is_token_pipeline
 
     if ranks.share("kind", ranks.rank == 0 and is_token_pipeline(options.checkpoint)):
-        _sample_texts(options, ranks, _device(on_gpu, ranks.local_rank))
+        _sample_texts(options, ranks, device)
         return
     if options.prompt:
-        _sample_prompts(options, ranks, _device(on_gpu, ranks.local_rank))
+        _sample_prompts(options, ranks, device)
         return
 
     from vavae_tools.diffusion.pipeline import load_guide, load_pipeline, swap_solver
@@ -61,7 +63,7 @@ def main() -> None:
     if ranks.rank:
         ranks.share("plan")  # once the first has found nothing wrong: one process says what is
     pipe = load_pipeline(options.checkpoint, ema=options.weights == "ema")
-    pipe.to(_device(on_gpu, ranks.local_rank))
+    pipe.to(device)
     if options.solver:
         swap_solver(pipe, options.solver)
     guide = load_guide(options.guide, pipe, ema=options.weights == "ema") if options.guide else None
@@ -238,20 +240,6 @@ def _names(path: str | None) -> list[str] | None:
         if name.startswith(".") or set(name) & set('/\\:*?"<>|\0'):
             raise UserError(f"--class_list {path}: {name!r} cannot be the name of a folder; write it without / and .")
     return names
-
-
-def _device(on_gpu: bool, number: int) -> str:
-    if not on_gpu:
-        return "cpu"
-    import torch
-
-    if number >= torch.cuda.device_count():
-        raise UserError(
-            f"There is no GPU for process {number + 1} on this machine, which has {torch.cuda.device_count()}: start "
-            "as many processes as there are GPUs"
-        )
-    torch.cuda.set_device(number)
-    return f"cuda:{number}"
 
 
 def _summary(options: argparse.Namespace, written: list[Path]) -> None:

@@ -25,7 +25,8 @@ from vavae_tools.diffusion.precision import precisions_for
 from vavae_tools.diffusion.sample_files import Npz, PictureFiles, Pngs, numbers_of
 from vavae_tools.diffusion.sample_record import note_finished, note_start, settings_of
 from vavae_tools.errors import UserError
-from vavae_tools.machine import trying_convolutions
+from vavae_tools.launch import call_on_ranks, several_processes
+from vavae_tools.machine import device_of, trying_convolutions
 from vavae_tools.ranks import Ranks
 from vavae_tools.screen import clock, someone_looks
 
@@ -37,7 +38,7 @@ _MANY = 8
 
 
 def write_samples(
-    pipe: "LatentDiTPipeline",
+    pipe: "LatentDiTPipeline | str | Path",
     labels: Iterable[int | str],
     output_dir: str | Path,
     seed: int = 0,
@@ -51,6 +52,7 @@ def write_samples(
     """Make a picture for each label; those that are there already, of the same settings, are kept.
 
     Args:
+        pipe: or the path of one, as `load_pipeline` takes it: then all GPUs of this machine make pictures.
         seed: the n-th picture of a label follows from it, the label and n; other seeds and labels can stand beside.
         names: folder names in the order of the labels that the pipeline knows, in place of its own.
         format: "png": `output_dir/ID_k/seed0_00000.png` …, where a split and any classifier find them. "npz": one file
@@ -70,6 +72,9 @@ def write_samples(
         UserError: an unknown label, names that do not fit, settings that cannot be, pictures of other settings, or
             memory that not even one picture fits into.
     """
+    if isinstance(pipe, str | Path):
+        settings = output_dir, seed, names, format, batch_size, overwrite
+        return _write_on_all_devices(pipe, list(labels), settings, sampling)
     labels, ranks = pipe.labels_of(labels), ranks or Ranks()
     if not labels:
         raise UserError("No labels: at least one picture is needed")
@@ -104,6 +109,28 @@ def write_samples(
             note_finished(files, len(labels))
             progress.at(ranks.add("made", 0))
     return files.paths()
+
+
+def _write_on_all_devices(
+    checkpoint: str | Path, labels: list[int | str], settings: tuple, sampling: dict[str, Any]
+) -> list[Path]:
+    several = several_processes()
+    if several is None:
+        return _write_on_this_device(checkpoint, labels, settings, sampling)
+    arguments = {"checkpoint": checkpoint, "labels": labels, "settings": settings, "sampling": sampling}
+    return call_on_ranks(f"{__name__}:_write_on_this_device", arguments, *several)
+
+
+def _write_on_this_device(
+    checkpoint: str | Path, labels: list[int | str], settings: tuple, sampling: dict[str, Any]
+) -> list[Path]:
+    from vavae_tools.diffusion.pipeline import load_pipeline  # which offers this file's functions, too
+
+    ranks = Ranks.from_environment()
+    if ranks.rank:
+        ranks.share("plan")  # once the first has found nothing wrong: one process says what is
+    pipe = load_pipeline(checkpoint).to(device_of(ranks.local_rank))
+    return write_samples(pipe, labels, *settings, ranks, **sampling)
 
 
 # ---- making
