@@ -31,8 +31,8 @@ def pace(made: int, left: int, seconds: float) -> tuple[float, float]:
 class Progress(L.Callback):
     """A bar on a screen or in a notebook; a line for each twentieth of the way in a file.
 
-    The losses are those of the last logged step and the last validation, read where Lightning has them on the CPU
-    anyway, so that the bar never makes a GPU wait.
+    The losses are those of the last logged step and the last validation. A GPU is waited for where they are shown, at
+    steps that are logged, and for each line.
     """
 
     def __init__(self, say: Callable[[str], None] = say) -> None:

@@ -44,7 +44,10 @@ class TokenImageModule(DiffusionModule):
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Find the cells to compute, here where no GPU has to be waited for."""
-        return {**batch, "kept": kept_patches(_all_cells(batch), self.code.cell_size)}
+        kept = kept_patches(_all_cells(batch), self.code.cell_size)
+        if self.device.type == "cuda":  # as the loader pins what it makes, so that the copy is not waited for
+            kept = Kept(*(tensor.pin_memory() for tensor in kept))
+        return {**batch, "kept": kept}
 
     def model_step(
         self, network: nn.ModuleDict, batch: dict[str, Any], draws: Draws, dropout: float
