@@ -43,7 +43,7 @@ class FlowMatching:
         time: str = "lognorm",
         time_mean: float = 0.0,
         time_std: float = 1.0,
-        cosine_eps: float = 1e-8,
+        cosine_eps: float = 1e-2,
         time_shift: float = 1.0,
         largest_noise: float = 1.0,
         path: str = "linear",

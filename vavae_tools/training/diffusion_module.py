@@ -61,8 +61,7 @@ class DiffusionModule(L.LightningModule):
         self.hparams["lora"] = lora_settings(denoiser)
         self.network = nn.ModuleDict({"denoiser": denoiser, "conditioner": conditioner})
         self.ema = EMA(self.network, ema_decay)
-        # a fresh denoiser predicts exactly zero, where the reference's eps makes gradients that fp16 cannot hold
-        self.objective = objective or FlowMatching(cosine_eps=1e-2)
+        self.objective = objective or FlowMatching()
         self.hparams["objective"] = dict(self.objective.config)
         self._sharded = False
         self._whole = {"network": self.network}  # in a dict: no part of its own

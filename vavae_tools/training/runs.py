@@ -147,7 +147,7 @@ def train_dit(
     module = DiffusionModule(
         network,
         conditioner,
-        _objective_for(latents, objective or {"cosine_eps": 1e-2}),
+        _objective_for(latents, objective or {}),
         lr=lr,
         ema_decay=ema_decay,
         warmup_steps=warmup_steps,
