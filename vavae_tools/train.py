@@ -46,6 +46,7 @@ def _run(words: Sequence[str]) -> Path:
     from omegaconf import OmegaConf
 
     from vavae_tools.launch import call_on_ranks, several_processes
+    from vavae_tools.machine import release_memory
     from vavae_tools.training.devices import trainer_settings
 
     values = OmegaConf.to_container(config, resolve=True)
@@ -67,6 +68,7 @@ def _run(words: Sequence[str]) -> Path:
         made = task(**rooms, output_dir=folder, resume=resume, seed=config.seed)
     finally:
         os.environ.pop(RUN_FOLDER, None)  # a notebook's next run has a folder of its own
+        release_memory()
     if made.name == "pipeline":
         what = '--prompt "…"' if "text_encoder" in values else "--num_samples 100"
         say(f"next: python -m vavae_tools.sample --checkpoint {made} {what} --output_dir outputs/samples")

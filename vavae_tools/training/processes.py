@@ -13,6 +13,7 @@ from vavae_tools.checkpoints.folders import read_any
 from vavae_tools.checkpoints.resuming import check_resumable, resume_path
 from vavae_tools.data.order import OrderedDataModule
 from vavae_tools.launch import call_on_ranks, several_processes
+from vavae_tools.machine import release_memory
 from vavae_tools.training import trainer as training
 from vavae_tools.training.checkpoints import checkpoint_callbacks
 from vavae_tools.training.devices import quiet_lightning, trainer_settings
@@ -37,7 +38,10 @@ def on_all_devices(run: Run) -> Run:
         trainer_settings(**devices)  # what cannot be is said before anything is started
         several = several_processes(**devices)
         if several is None:
-            return run(*args, **named)
+            try:
+                return run(*args, **named)
+            finally:
+                release_memory()  # a notebook's process lives on
         changes = arguments.pop("changes", {})  # what **changes gathered goes on by name, too
         arguments = {**arguments, **changes}
         arguments.pop("say", None)

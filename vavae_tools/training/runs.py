@@ -163,14 +163,14 @@ def train_dit(
         labels = sorted(latents.folder.people.values())[:columns]
         people = [label for label in labels for _ in range(columns)]
         vae = model.to(next(trained.parameters()).device)
-        shift = module.objective.time_shift
-        parts = trained["denoiser"], trained["conditioner"]
-        pipe = LatentDiTPipeline(vae, *parts, solver(shift), latents.folder.people)
-        pipe.set_progress_bar_config(disable=True)
-        noise = pipe.noise(seed, torch.arange(len(people)))
-        pictures = pipe(people, 20, guidance_scale, latents=noise, output_type="pt").images
-        model.to("cpu")  # its memory is training's
-        return pictures
+        try:
+            parts = trained["denoiser"], trained["conditioner"]
+            pipe = LatentDiTPipeline(vae, *parts, solver(module.objective.time_shift), latents.folder.people)
+            pipe.set_progress_bar_config(disable=True)
+            noise = pipe.noise(seed, torch.arange(len(people)))
+            return pipe(people, 20, guidance_scale, latents=noise, output_type="pt").images
+        finally:
+            model.to("cpu")  # its memory is training's
 
     trainer = train_denoiser(
         module,
