@@ -70,6 +70,7 @@ def main() -> None:
     add("--strategy", choices=strategies, default="auto", help="how several devices work together")
     add("--accelerator", choices=["gpu", "cpu", "auto"], default="auto", help="what to train on")
     add("--precision", choices=["16", "32", "bf16"], help="without it 16 on a T4, bf16 on newer cards, 32 on a CPU")
+    add("--deterministic", action="store_true", help="the same numbers each time on a GPU, too; slower")
     monitors = ["reconstruction", "psnr", "ssim", "right", "frechet"]
     add("--monitor", choices=monitors, default="reconstruction", help="what best-*.ckpt is chosen by")
     add("--output_dir", default="outputs", help="gets checkpoints/, lightning_logs/, reconstructions/, vavae/")
@@ -78,7 +79,8 @@ def main() -> None:
     add_saving_arguments(parser)
     options = vars(parser.parse_args())
     saving = saving_of(options)
-    choices = {name: options.pop(name) for name in ("devices", "num_nodes", "strategy", "accelerator", "precision")}
+    of_devices = ("devices", "num_nodes", "strategy", "accelerator", "precision", "deterministic")
+    choices = {name: options.pop(name) for name in of_devices}
     choices["devices"] = choices["devices"] or "auto"
 
     from vavae_tools.places import find_split

@@ -318,7 +318,7 @@ BAD_FINE_TUNING = {
     TUNE + " --disc_weight 0.5": "Pictures of 16×16 are too small for the discriminator: it needs 24×24",
     TUNE + " --l1_weight 0 --gradient_weight 0 --spectral_weight 0": "nothing compares the pictures",
     TUNE + " --accelerator gpu --devices 4": "No GPU that torch can use here",
-    TUNE + " --precision 16": "A CPU has no fp16 training: use --precision 32",
+    TUNE + " --precision 16": "A CPU has no fp16: use --precision 32",
     TUNE + " --strategy deepspeed": "deepspeed",
 }
 BAD_TRAINING = {

@@ -1,6 +1,8 @@
 """What a machine is, what training takes on it, and what is said of what cannot be."""
 
+import os
 import re
+import subprocess
 import sys
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
@@ -9,18 +11,35 @@ import pytest
 import torch
 
 from vavae_tools import machine
+from vavae_tools.card import prepare_environment
 from vavae_tools.errors import UserError
 from vavae_tools.machine import Machine, find_machine
 from vavae_tools.training import devices
 from vavae_tools.training.checkpoints import Agreement
-from vavae_tools.training.devices import allow_tf32, compiles, describe, precision_of, trainer_settings
+from vavae_tools.training.devices import (
+    allow_tf32,
+    compiles,
+    describe,
+    no_deterministic_form,
+    precision_of,
+    trainer_settings,
+)
+from vavae_tools.training.memory import memory_faults
 from vavae_tools.training.presets import find_preset
 
 T4S = Machine("t4", 2, "Tesla T4", 15_843_721_216)
 P100 = Machine("t4", 1, "Tesla P100-PCIE-16GB", 17_059_545_088, (6, 0))
 A100 = Machine("ampere", 8, "NVIDIA A100-SXM4-80GB", 85_097_971_712)
 CPU = Machine("cpu", 1, "CPU")
-LAUNCHED = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "NODE_RANK", "GROUP_RANK", "SLURM_NTASKS", "SLURM_PROCID")
+LAUNCHED = (
+    "TORCHELASTIC_RUN_ID",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "SLURM_NTASKS",
+    "SLURM_PROCID",
+)
 
 
 @pytest.fixture
@@ -43,6 +62,8 @@ def cards(monkeypatch, *found: tuple[str, tuple[int, int], int], built_for: tupl
         "get_device_capability": lambda card: found[card][1],
         "get_device_properties": lambda card: SimpleNamespace(total_memory=found[card][2]),
         "get_arch_list": lambda: list(built_for),
+        "mem_get_info": lambda card: (found[card][2], found[card][2]),
+        "memory_reserved": lambda card: 0,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(machine.torch.cuda, name, fake)
@@ -102,7 +123,7 @@ def test_precision(name, machine, strategy, precision):
 @pytest.mark.parametrize(
     ("name", "machine", "strategy", "message"),
     [
-        ("16", CPU, "auto", "A CPU has no fp16 training: use --precision 32"),
+        ("16", CPU, "auto", "A CPU has no fp16: use --precision 32"),
         ("bf16", T4S, "auto", "Tesla T4 has no bf16"),
         ("8", A100, "auto", "No precision '8'; there are 32, 16, bf16"),
         ("16", T4S, "fsdp", "no gradient scaler: take --precision 32, or --strategy ddp"),
@@ -114,16 +135,56 @@ def test_precision_that_cannot_be(name, machine, strategy, message):
         precision_of(name, machine, strategy)
 
 
-def test_compilation_by_machine(monkeypatch):
+@pytest.fixture
+def tools(monkeypatch, tmp_path):
+    """Sets which compilers there are, whether Python's headers, and Triton."""
+    include = tmp_path / "include"
+    include.mkdir()
+    for name in ("CC", "CXX", "CPATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(devices.sysconfig, "get_path", lambda name, scheme: str(include))
+
+    def tools(*compilers: str, headers: bool = True, triton: bool = True) -> None:
+        monkeypatch.setattr(devices.shutil, "which", lambda name: name if name in compilers else None)
+        monkeypatch.setattr(devices, "find_spec", lambda name: name if triton else None)
+        (include / "Python.h").touch() if headers else (include / "Python.h").unlink(missing_ok=True)
+
+    return tools
+
+
+def test_compilation_by_machine(tools):
+    tools("gcc", "g++")
     assert [compiles(None, found) for found in (CPU, P100, T4S, A100)] == [False, False, False, True]
-    assert compiles(True, T4S) is True and compiles(False, A100) is False
+    assert compiles(True, T4S) is True and compiles(True, CPU) is True and compiles(False, A100) is False
     with pytest.raises(UserError, match=r"Tesla P100-PCIE-16GB has compute capability 6\.0 and Triton needs 7\.0"):
         compiles(True, P100)
-    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match=r"there is no C\+\+ compiler here: install g\+\+"):
-        compiles(True, CPU)
     with pytest.raises(UserError, match="compile is 7, expected true, false, or null"):
         compiles(7, A100)
+
+
+def test_compilation_looks_for_what_it_needs_first(tools, monkeypatch, tmp_path):
+    for there, found, missing in (
+        ({"compilers": ["g++"]}, A100, r"no C compiler \(gcc or clang"),
+        ({"compilers": ["clang"], "headers": False}, A100, r"no Python\.h in \S+include \(apt-get install python3-dev"),
+        ({"compilers": ["gcc"], "triton": False}, A100, "no Triton"),
+        ({"compilers": [], "headers": False}, A100, r"no C compiler .* and no Python\.h"),
+        ({"compilers": ["gcc"]}, CPU, r"no C\+\+ compiler"),
+        ({"compilers": ["g++"], "headers": False}, CPU, r"no Python\.h"),
+    ):
+        tools(*there.pop("compilers"), **there)
+        with pytest.raises(UserError, match=f"compile=true, but there is {missing}") as error:
+            compiles(True, found)
+        assert "\n" not in str(error.value)
+        said = []
+        assert compiles(None, found, said.append) is False
+        assert len(said) == (found is A100) and all(re.match(f"compile stays off: there is {missing}", s) for s in said)
+    tools("gcc", headers=False)
+    monkeypatch.setenv("CC", "icc")
+    assert "no C compiler" in devices._missing_for_compilation(on_gpu=True)[0]
+    tools("icc", headers=False)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CPATH", f"{tmp_path}/nothing:{tmp_path}")
+    assert devices._missing_for_compilation(on_gpu=True) == []
 
 
 def test_tf32_comes_as_training_starts_and_only_where_it_is(on):
@@ -161,6 +222,7 @@ def test_settings_by_machine(on):
 
 def test_torchrun_says_how_many(on, monkeypatch):
     on(A100)
+    monkeypatch.setenv("LOCAL_RANK", "0")
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_WORLD_SIZE", "8"), ("WORLD_SIZE", "16")):
         monkeypatch.setenv(name, value)
     settings = trainer_settings(devices=1)
@@ -216,6 +278,7 @@ def test_a_strategy_that_is_unknown_or_does_not_suit(on, monkeypatch):
         ({"strategy": "deepspeed", "accelerator": "cpu"}, "--strategy deepspeed needs CUDA GPUs"),
         ({"strategy": "fsdp", "shardable": False}, "--strategy fsdp is for the denoiser"),
         ({"strategy": "ddp", "sharded_checkpoints": True}, "--strategy ddp has whole ones: it belongs to fsdp"),
+        ({"deterministic": "warn"}, "deterministic is 'warn', expected true or false"),
         ({"devices": "two"}, "--devices two: expected how many, at least one, or auto"),
         ({"devices": 0}, "--devices 0: expected how many"),
         ({"num_nodes": 0}, "--num_nodes 0: expected how many, at least one"),
@@ -256,10 +319,11 @@ def test_the_line_that_is_printed(on, monkeypatch):
     settings = trainer_settings()
     assert describe(settings, batch_size=8) == "CPU, 4 cores: one process, float32, compile off, batch 8 per device"
     on(T4S)
-    line = describe(trainer_settings(accumulate_grad_batches=4), batch_size=64, num_workers=2)
-    assert line == (
+    settings = trainer_settings(accumulate_grad_batches=4, deterministic=True)
+    assert settings["deterministic"] is True
+    assert describe(settings, batch_size=64, num_workers=2) == (
         "2 × Tesla T4 (15 GB each): ddp, fp16 with a gradient scaler, compile off, batch 64 per device, 4 batches a "
-        "step, 2 workers"
+        "step, deterministic, 2 workers"
     )
     on(A100)
     monkeypatch.setenv("MASTER_ADDR", "a")
@@ -273,6 +337,94 @@ def test_the_line_that_is_printed(on, monkeypatch):
 def test_larger_batches_where_there_is_room():
     assert find_preset(machine=A100).dit_batch_size == 256 and find_preset(machine=T4S).dit_batch_size == 64
     assert find_preset(machine=A100).vavae_batch_size > find_preset(machine=P100).vavae_batch_size
+
+
+# ---- the card
+
+
+def test_the_environment_is_set_before_a_card_is_used_and_only_where_the_user_has_not():
+    grows, workspace = "expandable_segments:True", {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    both = {"PYTORCH_ALLOC_CONF": grows, "PYTORCH_CUDA_ALLOC_CONF": grows}
+    for before, platform, after in (
+        ({}, "linux", {**both, **workspace}),
+        ({}, "win32", workspace),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "x"}, "linux", {"PYTORCH_CUDA_ALLOC_CONF": "x", **workspace}),
+        ({"PYTORCH_ALLOC_CONF": "", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}, "linux", {}),
+    ):
+        environment = dict(before)
+        prepare_environment(environment, platform)
+        assert environment == {**before, **after}
+    program = "import os, sys, vavae_tools; print('torch' in sys.modules, os.environ['PYTORCH_ALLOC_CONF'])"
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert made.stdout.split() == ["False", grows]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """A card with so much free, and so much kept by this process; the cards that were taken."""
+    taken = []
+
+    def card(free: float | str, kept: float = 0.0) -> list[int]:
+        def info(number):
+            if isinstance(free, str):
+                raise RuntimeError(f"CUDA error: {free}\nCompile with TORCH_USE_CUDA_DSA")
+            return int(free * 2**30), int(14.6 * 2**30)
+
+        fakes = {"is_available": lambda: True, "device_count": lambda: 2, "set_device": taken.append}
+        fakes |= {"mem_get_info": info, "memory_reserved": lambda number: int(kept * 2**30)}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        return taken
+
+    return card
+
+
+def test_a_card_that_another_process_holds_is_said_at_the_start(taken, on, monkeypatch):
+    on(Machine("t4", 1, "Tesla T4", 15_843_721_216))
+    taken(3.0)
+    assert trainer_settings()["devices"] == 1
+    for free, said in (
+        (0.2, r"GPU 0 has 0\.2 of its 14\.6 GiB free: another process holds it, such as a notebook's other kernel"),
+        ("out of memory", r"GPU 0 has no room for this process \(CUDA error: out of memory\): another process"),
+        ("all CUDA-capable devices are busy or unavailable", "End that one, or restart the notebook's kernels"),
+    ):
+        taken(free)
+        with pytest.raises(UserError, match=said) as error:
+            trainer_settings()
+        assert "\n" not in str(error.value)
+    taken(0.2, kept=8.0)  # its own, of an earlier cell
+    assert trainer_settings()["devices"] == 1
+    taken("an illegal memory access")
+    with pytest.raises(RuntimeError, match="illegal"):
+        trainer_settings()
+
+
+def test_each_process_takes_its_own_card_and_the_one_that_starts_them_none(taken, on, monkeypatch):
+    on(T4S)
+    found = taken(14.0)
+    trainer_settings()
+    assert found == []  # two processes will be started
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_WORLD_SIZE", "2"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    trainer_settings()
+    assert found == [1]
+
+
+def test_what_has_no_deterministic_form_is_said_in_a_line(monkeypatch):
+    error = RuntimeError("reflection_pad2d_backward_cuda does not have a deterministic implementation, but you set …")
+    assert no_deterministic_form(error) is None
+    torch.use_deterministic_algorithms(True)
+    try:
+        said = "^deterministic=true, but reflection_pad2d_backward_cuda has no deterministic form on this device: leave"
+        with pytest.raises(UserError, match=said), memory_faults(lambda error: None):
+            raise error
+        error = RuntimeError("… you must set an environment variable … CUBLAS_WORKSPACE_CONFIG=:4096:8 …")
+        assert "import vavae_tools first" in no_deterministic_form(error)
+        assert no_deterministic_form(RuntimeError("other")) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # ---- agreeing

@@ -14,6 +14,7 @@ from torch import nn
 
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.errors import UserError
+from vavae_tools.machine import is_memory_fault
 from vavae_tools.ranks import Ranks
 from vavae_tools.training import memory
 from vavae_tools.training.devices import quiet_lightning
@@ -27,7 +28,6 @@ from vavae_tools.training.memory import (
     bytes_at_rest,
     find_batch_size,
     fitting_batch_size,
-    is_memory_fault,
     keep_effective,
     memory_fault,
     memory_faults,
@@ -310,7 +310,7 @@ def test_keep_effective_is_exact_and_the_largest():
 @pytest.fixture
 def quick(monkeypatch):
     """Without collecting garbage after each try, which takes a tenth of a second in a process of many tests."""
-    monkeypatch.setattr(memory.gc, "collect", lambda: 0)
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 class Room:

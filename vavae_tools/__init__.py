@@ -5,6 +5,10 @@ The names that notebooks use; each is imported when it is first asked for, so th
 
 from importlib import import_module
 
+from vavae_tools.card import prepare_environment
+
+prepare_environment()  # before anything uses a card
+
 _HOME = {
     "write_gait_dataset": "data.gait",
     "split_folders": "data.split",

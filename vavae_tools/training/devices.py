@@ -2,22 +2,29 @@
 
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
+import sysconfig
 import warnings
+from collections.abc import Callable
 from difflib import get_close_matches
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from vavae_tools.card import take_card
 from vavae_tools.errors import UserError
-from vavae_tools.machine import Machine, find_machine
+from vavae_tools.machine import Machine, find_machine, precision_on
 from vavae_tools.screen import in_notebook
+from vavae_tools.training.progress import say
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "deepspeed")
-PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+LIGHTNING = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+"""What Lightning calls the precisions of `machine.PRECISIONS`."""
 SAID = {"32-true": "float32", "16-mixed": "fp16 with a gradient scaler", "bf16-mixed": "bf16"}
 COMPILES_FROM = (7, 0)
 """Triton's least compute capability: a V100's, not a P100's."""
@@ -29,49 +36,58 @@ def precision_of(name: str | None, machine: Machine, strategy: str = "auto") -> 
     Raises:
         UserError: a precision that this machine or strategy cannot do, or does many times slower.
     """
-    scaled = strategy not in ("fsdp", "deepspeed")  # theirs in Lightning have no gradient scaler
-    if name is None:
-        kinds = {"cpu": "32", "t4": "16" if scaled else "32", "ampere": "bf16"}
-        return PRECISIONS[kinds[machine.kind]]
-    also = {"fp16": "16", "fp32": "32", "no": "32", "False": "32"}  # YAML reads no as false
-    also |= {long: short for short, long in PRECISIONS.items()}
-    name = also.get(str(name), str(name))
-    if name not in PRECISIONS:
-        raise UserError(f"No precision {name!r}; there are {', '.join(PRECISIONS)}")
-    if name == "bf16" and machine.kind == "t4":
-        raise UserError(f"{machine.name} has no bf16 (it is emulated and slow): use --precision 16 or 32")
-    if name == "16" and machine.kind == "cpu":
-        raise UserError("A CPU has no fp16 training: use --precision 32")
-    if name == "16" and not scaled:
+    short = {long: short for short, long in LIGHTNING.items()}.get(str(name), name)
+    found = precision_on(machine, short)
+    if found == "16" and strategy in ("fsdp", "deepspeed"):  # theirs in Lightning have no gradient scaler
+        if name is None:
+            return LIGHTNING["32"]
         other = "--precision bf16" if machine.kind == "ampere" else "--precision 32, or --strategy ddp"
         raise UserError(f"--precision 16 with --strategy {strategy}, which has no gradient scaler: take {other}")
-    return PRECISIONS[name]
+    return LIGHTNING[found]
 
 
-def compiles(choice: bool | None, machine: Machine | None = None) -> bool:
+def compiles(choice: bool | None, machine: Machine | None = None, say: Callable[[str], None] = say) -> bool:
     """Whether to `torch.compile` here; None: from capability 8.0 on, where it pays within minutes.
 
+    Args:
+        say: gets a line where it would pay, and something that it needs is missing.
+
     Raises:
-        UserError: it was asked for and cannot be: a card below 7.0, or no C++ compiler for the CPU.
+        UserError: it was asked for and cannot be: a card below 7.0, or something that it needs is missing.
     """
     machine = machine or find_machine()
-    if choice is None:
-        return machine.kind == "ampere"
-    if not isinstance(choice, bool):
+    if choice is not None and not isinstance(choice, bool):
         raise UserError(f"compile is {choice!r}, expected true, false, or null for what suits the machine")
-    if choice and machine.kind == "cpu" and not _cpp_compiler():
-        raise UserError("compile=true, but there is no C++ compiler here: install g++ (or set CXX), or leave it off")
-    if choice and machine.kind != "cpu" and machine.capability < COMPILES_FROM:
+    if choice is False or (choice is None and machine.kind != "ampere"):
+        return False
+    if machine.kind != "cpu" and machine.capability < COMPILES_FROM:
         found, needed = (".".join(map(str, capability)) for capability in (machine.capability, COMPILES_FROM))
         raise UserError(
             f"compile=true, but {machine.name} has compute capability {found} and Triton needs {needed}: leave it off"
         )
-    return choice
+    missing = " and ".join(_missing_for_compilation(on_gpu=machine.kind != "cpu"))
+    if missing and choice:
+        raise UserError(f"compile=true, but there is {missing}; install what is missing, or leave it off")
+    if missing:
+        say(f"compile stays off: there is {missing}")
+    return not missing
 
 
-def _cpp_compiler() -> str | None:
-    """As torch's inductor looks for it."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "clang++", "cl"))), None)
+def _missing_for_compilation(on_gpu: bool) -> list[str]:
+    """What torch's inductor, and Triton on a card, look for as they first compile."""
+    environment, missing = os.environ, []
+    if on_gpu and find_spec("triton") is None:
+        missing.append("no Triton (pip install triton)")
+    if on_gpu and not any(map(shutil.which, [environment["CC"]] if environment.get("CC") else ["gcc", "clang"])):
+        missing.append("no C compiler (gcc or clang, or the one that CC names)")
+    if not on_gpu and not any(map(shutil.which, (environment.get("CXX") or "g++", "clang++", "cl"))):
+        missing.append("no C++ compiler (g++ or clang++, or the one that CXX names)")
+    scheme = sysconfig.get_default_scheme()  # Debian's own one names /usr/local
+    folder = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
+    folders = [folder, *filter(None, environment.get("CPATH", "").split(os.pathsep))]
+    if not any((Path(folder) / "Python.h").is_file() for folder in folders):
+        missing.append(f"no Python.h in {folder} (apt-get install python3-dev)")
+    return missing
 
 
 def trainer_settings(
@@ -84,6 +100,7 @@ def trainer_settings(
     gradient_clip_val: float | None = 1.0,
     shardable: bool = True,
     sharded_checkpoints: bool = False,
+    deterministic: bool = False,
     **lightning: Any,
 ) -> dict[str, Any]:
     """Arguments for `lightning.Trainer` on this machine, and on those that work together with it.
@@ -98,11 +115,14 @@ def trainer_settings(
         gradient_clip_val: largest norm of the gradients; None where the module clips.
         shardable: whether the module can be cut over devices: one optimiser, and `configure_model` knows how.
         sharded_checkpoints: of fsdp, write a folder with each process's part in place of one whole file.
+        deterministic: the same numbers each time on a card, too, where else the fastest way is taken, whose sums have
+            no fixed order.
         lightning: further arguments of `lightning.Trainer`, such as accumulate_grad_batches, taken as they are.
 
     Raises:
         UserError: what cannot be: more devices than there are, a strategy that is unknown, lacks its package or does
-            not suit, a precision that the machine cannot do, machines of which it is not said where they meet.
+            not suit, a precision that the machine cannot do, machines of which it is not said where they meet, a card
+            that another process holds.
     """
     started = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun, or a launcher like it, has made the processes
     if started:
@@ -110,6 +130,8 @@ def trainer_settings(
         num_nodes = int(os.environ["WORLD_SIZE"]) // devices
     if isinstance(strategy, str):
         _check_strategy(strategy, shardable, sharded_checkpoints)
+    if not isinstance(deterministic, bool):
+        raise UserError(f"deterministic is {deterministic!r}, expected true or false")
     machine = find_machine() if accelerator != "cpu" else Machine("cpu", 1, "CPU")
     if accelerator in ("gpu", "cuda") and machine.kind == "cpu":
         there = f"it has no code for the {machine.unusable}" if machine.unusable else "none is there"
@@ -135,6 +157,8 @@ def trainer_settings(
         strategy = Sharded(count * num_nodes, sharded_checkpoints)
     if strategy == "deepspeed":
         strategy = _deepspeed(on_gpu, precision)
+    if on_gpu and (started or count * num_nodes == 1):  # this process trains, and starts no others that do
+        take_card(int(os.environ["LOCAL_RANK"]) if started else 0)
     return {
         "accelerator": "gpu" if on_gpu else "cpu",
         "devices": count,
@@ -143,6 +167,7 @@ def trainer_settings(
         "precision": precision,
         "use_distributed_sampler": False,  # ours cuts the same batches on any number of devices
         "gradient_clip_val": gradient_clip_val,
+        "deterministic": deterministic,
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 10,
         "enable_model_summary": False,
@@ -249,6 +274,8 @@ def describe(
         said.append(f"batch {batch_size} per device")
     if settings.get("accumulate_grad_batches", 1) > 1:
         said.append(f"{settings['accumulate_grad_batches']} batches a step")
+    if settings.get("deterministic"):
+        said.append("deterministic")
     if num_workers is not None:
         said.append(f"{num_workers} workers" if num_workers != 1 else "1 worker")
     return f"{f'{nodes} machines of ' if nodes > 1 else ''}{where}: {', '.join(said)}"
@@ -258,6 +285,20 @@ def allow_tf32(settings: dict[str, Any]) -> None:
     """Let float32 matrices be multiplied as TF32 where the cards can (capability 8.0); called as training starts."""
     if settings["accelerator"] == "gpu" and find_machine().kind == "ampere":
         torch.set_float32_matmul_precision("high")
+
+
+def no_deterministic_form(error: BaseException) -> str | None:
+    """The line to say where `deterministic` meets something that is not; None for another error."""
+    text = str(error)
+    if not torch.are_deterministic_algorithms_enabled():
+        return None
+    if "CUBLAS_WORKSPACE_CONFIG" in text:
+        return (
+            "deterministic=true, but the card was used before CUBLAS_WORKSPACE_CONFIG was set, or that is neither "
+            ":4096:8 nor :16:8: restart the kernel, and import vavae_tools first"
+        )
+    found = re.search(r"(\S+) does not have a deterministic implementation", text)
+    return found and f"deterministic=true, but {found[1]} has no deterministic form on this device: leave it off"
 
 
 def quiet_lightning() -> None:

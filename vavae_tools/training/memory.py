@@ -5,7 +5,6 @@ a batch adds. A batch that is cut into n parts whose gradients are gathered trai
 """
 
 import copy
-import gc
 import os
 import re
 import traceback
@@ -22,7 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vavae_tools.errors import UserError
+from vavae_tools.machine import is_memory_fault, release_memory
 from vavae_tools.ranks import Ranks, of_torchrun
+from vavae_tools.training.devices import no_deterministic_form
 from vavae_tools.training.progress import say
 
 HEADROOM = 0.08
@@ -32,11 +33,6 @@ GRANULARITY = 8
 ADAM_STATES = 2
 """Numbers that AdamW keeps for each weight."""
 
-_MEANS_IT = re.compile(
-    r"CUDA[\w ':]*out of memory|(CUBLAS|CUDNN|CUSPARSE|CUSOLVER)_STATUS_ALLOC_FAILED"
-    r"|DefaultCPUAllocator: (can't allocate|not enough) memory|HIP out of memory",
-    re.IGNORECASE,
-)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SIZE = r"([\d.]+) (bytes|[KMGT]iB)"
 _SEARCHES = count(1)  # all processes search alike; the store keeps what was said in former searches
@@ -76,7 +72,7 @@ PYTHON = Names("batch_size", "accumulate_grad_batches", None)
 
 @contextmanager
 def memory_faults(line_for: Callable[[BaseException], str | None]) -> Iterator[None]:
-    """Say in one line which settings help where memory runs out: for the block that trains.
+    """Say in one line which settings help where memory runs out, or an operation is missing: for the block that trains.
 
     What the block's functions held on the device is let go, so that a notebook can go on with other settings.
 
@@ -89,11 +85,11 @@ def memory_faults(line_for: Callable[[BaseException], str | None]) -> Iterator[N
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        line = line_for(error)
+        line = line_for(error) or no_deterministic_form(error)
         if line is None:
             raise
         _clear_frames(error)
-        _empty_cache()
+        release_memory()
         raise UserError(line) from None
 
 
@@ -126,15 +122,6 @@ def memory_fault(
     fitting = _reckoned(shortage, batch_size, now, at_rest, stepped)
     return f"{shortage.sentence(batch_size)}. " + _advice(
         shortage, batch_size, gathered, fitting, at_rest, checkpoints, slicing, names
-    )
-
-
-def is_memory_fault(error: BaseException) -> bool:
-    """Whether torch, CUDA's libraries or Python say that memory does not suffice, or something that they caused."""
-    return any(
-        isinstance(link, (torch.OutOfMemoryError, MemoryError))
-        or (isinstance(link, RuntimeError) and _MEANS_IT.search(str(link)) is not None)
-        for link in (error, error.__cause__)
     )
 
 
@@ -305,13 +292,6 @@ def _clear_frames(error: BaseException) -> None:
             traceback.clear_frames(link.__traceback__)
 
 
-def _empty_cache() -> None:
-    gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        with suppress(RuntimeError):  # of an earlier fault of the card
-            torch.cuda.empty_cache()
-
-
 # ---- the largest batch that fits
 
 
@@ -385,7 +365,7 @@ def _succeeds(try_step: Callable[[int], None], size: int) -> bool:
         _clear_frames(error)
         return False
     finally:
-        _empty_cache()
+        release_memory()
 
 
 @contextmanager
@@ -393,7 +373,7 @@ def _kept_back(device: torch.device | None, headroom: float) -> Iterator[None]:
     if device is None or device.type != "cuda":
         yield
         return
-    _empty_cache()
+    release_memory()
     free, total = torch.cuda.mem_get_info(device)
     usable = free + torch.cuda.memory_reserved(device)
     torch.cuda.set_per_process_memory_fraction(min(1.0, (1 - headroom) * usable / total), device)

@@ -347,7 +347,8 @@ def _encode(
     sides = {"train": pictures.train_data, "val": pictures.val_data}
     names = {name: side.names for name, side in sides.items() if side is not None and len(side)}
     with first_alone("texts"):
-        texts = encode_texts(encoder.to(device), pictures.captions_by_side(), folder / "texts", names)
+        captions = pictures.captions_by_side()
+        texts = encode_texts(encoder, captions, folder / "texts", names, device=device)
     say(str(latents))
     say(str(texts))
     _say_cut(texts.cut, encoder.max_tokens, say)

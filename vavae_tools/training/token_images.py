@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def train_token_images(
         show=show,
         callbacks=[TrainLog(output_dir, training["logging_steps"], say)],
         names=TOKEN_IMAGES,
-        preview=TextPreviews,
+        preview=partial(TextPreviews, say=say),
         **length_of(training),
     )
     made = output_dir / "pipeline"
