@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -33,6 +34,8 @@ FAULT = "VAVAE_FAULT"
 """Environment variable: the file in which a process leaves what it raised, for the one that started it to say."""
 GRACE = 8.0
 """Seconds until a process is killed that does not end after another one has failed."""
+NCCL_SEGMENTS = 40_000_000
+"""Bytes of shared memory that NCCL takes for a process: of 9.6 MB one to send and one to receive, on two channels."""
 _LONG = timedelta(days=7)
 
 
@@ -141,6 +144,7 @@ def run_ranks(
         folder = Path(stack.enter_context(TemporaryDirectory()))
         shared = {
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
+            **_without_shared_memory(count),
             **os.environ,
             **(environment or {}),
             "WORLD_SIZE": str(count * nodes.count),
@@ -223,6 +227,23 @@ class Rank:
         """When it raised; later than all where it did not."""
         fault = self.fault()
         return fault["at"] if fault else float("inf")
+
+
+def _without_shared_memory(count: int, folder: str = "/dev/shm") -> dict[str, str]:
+    """What NCCL is told where shared memory has no room for its segments: else it ends all at the first gradient."""
+    from vavae_tools.machine import find_machine
+
+    if count == 1 or "NCCL_SHM_DISABLE" in os.environ or find_machine().kind == "cpu" or not Path(folder).is_dir():
+        return {}
+    free, needed = shutil.disk_usage(folder).free, count * NCCL_SEGMENTS
+    if free >= needed:
+        return {}
+    print(
+        f"{folder} has {free / 1e6:.0f} MB free, of which NCCL may need {needed / 1e6:.0f}: it does without it "
+        "(NCCL_SHM_DISABLE=1), which is slower between cards without NVLink; docker run --shm-size=1g gives it room",
+        flush=True,
+    )
+    return {"NCCL_SHM_DISABLE": "1"}
 
 
 def _store(nodes: Nodes) -> Any:
