@@ -13,7 +13,9 @@ from vavae_tools.diffusion.transformer import (
     DiT,
     DiT_SIZES,
     PatchEmbed,
+    SwiGLU,
     dit,
+    half_on_card,
     kept_patches,
     rope_table,
     rotate,
@@ -433,3 +435,32 @@ def test_a_compiled_step_equals_the_eager_one():
     largest = max(gradient.abs().max() for gradient in results[0][1:])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * max(1, largest.item()))
+
+
+@pytest.mark.parametrize("hidden", [21, 24, 2 * 2730 // 4])
+def test_zeros_behind_a_width_change_nothing(hidden):
+    """As on a card in half precision; here in float64, where the order of sums does not show."""
+    torch.manual_seed(0)
+    mlp, x = SwiGLU(8, hidden).double(), torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    assert (hidden + mlp.lacking) % 8 == 0 <= mlp.lacking < 8
+    found = []
+    for way in (mlp, lambda x: mlp.padded(x, torch.float64)):
+        made = way(x)
+        found.append((made, *torch.autograd.grad(made.square().sum(), [x, *mlp.parameters()])))
+    for plain, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_which_products_are_padded(monkeypatch):
+    many, few = (torch.empty(count, 256, 8, device="meta") for count in (16, 15))
+
+    class OnCard:  # a tensor's place and form
+        def __init__(self, x, dtype=torch.float32):
+            self.device, self.shape, self.dtype = torch.device("cuda"), x.shape, dtype
+
+    assert half_on_card(many) is None and half_on_card(OnCard(many)) is None
+    assert half_on_card(OnCard(many, torch.float16)) == torch.float16
+    assert half_on_card(OnCard(few, torch.float16)) is None
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    assert half_on_card(OnCard(many)) == torch.bfloat16 and half_on_card(OnCard(few)) is None

@@ -192,17 +192,50 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """A perceptron whose second half of features is let through by silu of the first.
+
+    In half precision a card's matrix units take rows of a multiple of 8, and ⅔ · 4 · 1024 is 2730: there zeros, which
+    change nothing, stand behind both halves. They are put there as the weights are cast, which autocast would do too.
+    """
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.w12 = nn.Linear(dim, 2 * hidden)
         self.w3 = nn.Linear(hidden, dim)
+        self.lacking = -hidden % 8
 
     def forward(self, x: Tensor) -> Tensor:
+        half = self.lacking and half_on_card(x)
+        if half and type(self.w12) is type(self.w3) is nn.Linear:  # no LoRA beside them
+            return self.padded(x, half)
         both = self.w12(x)
         if by_hand(both):
             return self.w3(GateBySwish.apply(both))
         gate, value = both.chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
+
+    def padded(self, x: Tensor, kind: torch.dtype) -> Tensor:
+        """The same with zeros behind gate and value, computed in `kind`."""
+        into, bias = (part.to(kind).unflatten(0, (2, -1)) for part in (self.w12.weight, self.w12.bias))  # (2, h, …)
+        into, bias = F.pad(into, (0, 0, 0, self.lacking)).flatten(0, 1), F.pad(bias, (0, self.lacking)).flatten()
+        gate, value = F.linear(x.to(kind), into, bias).chunk(2, dim=-1)
+        back = F.pad(self.w3.weight.to(kind), (0, self.lacking))
+        return F.linear(F.silu(gate) * value, back, self.w3.bias.to(kind))
+
+
+_MANY_TOKENS = 4096
+"""From here on the products cost far more than that weights are copied: at 256 tokens a picture, 16 pictures."""
+
+
+def half_on_card(x: Tensor) -> torch.dtype | None:
+    """The half precision that products with many tokens x (…, D) are computed in on a card; None elsewhere.
+
+    None under `torch.compile`, too: its products are padded by itself.
+    """
+    if x.device.type != "cuda" or x.shape[:-1].numel() < _MANY_TOKENS or torch.compiler.is_compiling():
+        return None
+    kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return kind if kind in (torch.float16, torch.bfloat16) else None
 
 
 class MLP(nn.Module):
