@@ -18,7 +18,7 @@ from tiny import SIZE, perturb_projections, same, tiny_dit, tiny_pipeline, tiny_
 from vavae_tools.data.images import PictureFolder, channels_of
 from vavae_tools.data.pixels import to_pixels
 from vavae_tools.data.split import split_folders
-from vavae_tools.diffusion import sample_sets
+from vavae_tools.diffusion import portions, sample_sets
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.pipeline import (
     SOLVERS,
@@ -709,6 +709,15 @@ def test_the_usual_batch_fits_the_memory(pipe, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(pipe.vae), "dtype", torch.float16)
         assert default_batch_size(pipe) == 16
+
+
+def test_processes_that_share_a_model_ask_it_equally_often(pipe, monkeypatch):
+    monkeypatch.setattr(portions, "_is_shared", lambda pipe: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor.fill_(5))  # another one's card
+    assert default_batch_size(pipe) == 4
+    Counting(pipe, monkeypatch, stop_at(1, torch.cuda.OutOfMemoryError))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        pictures(pipe, [0])
 
 
 def test_settings_that_cannot_be_leave_nothing_behind(pipe, tmp_path):

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from vavae_tools.errors import UserError
@@ -44,7 +45,7 @@ class Portions:
             try:
                 made.append(make(rows))
             except Exception as error:
-                if not is_memory_fault(error):
+                if not is_memory_fault(error) or _is_shared(self.pipe):  # whose other processes are in its midst
                     raise
                 fits = False
             else:
@@ -76,7 +77,16 @@ def default_batch_size(pipe: DiffusionPipeline) -> int:
     else:
         memory, most = 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 64
     fitting = int(memory // bytes_of_one(pipe))
+    if _is_shared(pipe):  # its processes have to call it equally often
+        least = torch.tensor(fitting, device=device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        fitting = int(least)
     return min(most, 1 << max(0, fitting.bit_length() - 1))
+
+
+def _is_shared(pipe: DiffusionPipeline) -> bool:
+    """Whether several processes hold parts of the denoiser's weights (FSDP)."""
+    return any(isinstance(weight, DTensor) for weight in pipe.denoiser.parameters())
 
 
 def bytes_of_one(pipe: DiffusionPipeline) -> int:
