@@ -69,7 +69,7 @@ static const std::set<std::string> WAITING = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim",
     "aten::unique_consecutive", "aten::equal", "aten::bincount"};
 static const std::set<std::string> INDEXING = {
-    "aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"};
+    "aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"};
 static const std::set<std::string> ABOUT_BOTH = {
     "aten::set_", "aten::is_same_size", "aten::_has_compatible_shallow_copy_type"};
 
@@ -83,7 +83,7 @@ static bool makes_views(const c10::FunctionSchema& schema) {
 
 static void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& name = op.operator_name().name;
-  const bool indexing = INDEXING.count(name) || INDEXING.count(name + "." + op.operator_name().overload_name);
+  const bool indexing = INDEXING.count(name);
   const size_t first = stack->size() - op.schema().arguments().size();
   std::vector<Tensor> ours, theirs;
   std::vector<c10::Storage> storages;
@@ -100,7 +100,8 @@ static void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     each_tensor(value, [&](const Tensor& tensor) {
       if (tensor.is_cuda()) {
         ours.push_back(tensor);
-        if (is_index && (tensor.scalar_type() == at::kBool || tensor.scalar_type() == at::kByte))
+        const bool is_mask = tensor.scalar_type() == at::kBool || tensor.scalar_type() == at::kByte;
+        if (is_index && is_mask && name != "aten::index")  // that one has asked for nonzero before
           note("wait", name + " by a mask");
       } else if (is_index) {
         note("wait", name + " by an index on the CPU");

@@ -78,7 +78,7 @@ def insert(kind: str) -> Card:
     """Put a card of `CARDS` into this process, which has not imported torch yet; it stays there."""
     if "torch" in sys.modules:
         raise RuntimeError("the emulated card must be inserted before torch is imported")
-    library = ctypes.CDLL(str(_built()))
+    library = ctypes.CDLL(str(build()))
     card = Card(library)
     import torch
 
@@ -136,7 +136,7 @@ def insert(kind: str) -> Card:
     return card
 
 
-def _built() -> Path:
+def build() -> Path:
     """The library, compiled once for each torch (half a minute) and kept among the system's temporary files."""
     source, torch = Path(__file__).with_suffix(".cpp"), Path(importlib.util.find_spec("torch").origin).parent
     made_of = source.read_bytes() + (torch / "version.py").read_bytes() + str(torch).encode()
