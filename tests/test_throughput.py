@@ -51,13 +51,15 @@ def new_vavae(**changes) -> VAVAEModule:
     return VAVAEModule(tiny_vavae(), **{"lr": 1e-3, "warmup_steps": 1, "schedule": "constant", **changes})
 
 
-def train(module, data, folder: Path, callbacks=(), say=lambda line: None, strategy="auto", **settings) -> L.Trainer:
+def train(
+    module, data, folder: Path, callbacks=(), say=lambda line: None, strategy="auto", resume=None, **settings
+) -> L.Trainer:
     quiet_lightning()
     length = {"max_steps": settings.pop("max_steps", 20), "max_epochs": -1}
     settings = {"limit_val_batches": 0, "enable_checkpointing": False, "log_every_n_steps": 1, **settings}
     settings = module.trainer_settings(accelerator="cpu", strategy=strategy, **settings)
     trainer = build_trainer({**length, **settings}, folder, list(callbacks), say)
-    fit(trainer, module, data, None, say)
+    fit(trainer, module, data, resume, say)
     return trainer
 
 
@@ -468,7 +470,8 @@ def new_text(objective: str) -> tuple[DiffusionModule, dict]:
 
 
 def new_rae_decoder() -> tuple[RAEDecoderModule, dict]:
-    return RAEDecoderModule(tiny_rae(16), disc_weight=0.0), {"pictures": torch.zeros(3, 3, 16, 16)}
+    module = RAEDecoderModule(tiny_rae(24), disc_start=0, generator_start=0, disc_width=8, spectral_weight=1.0)
+    return module, {"pictures": torch.zeros(3, 3, 24, 24, dtype=torch.uint8)}
 
 
 def new_tokens() -> tuple[TokenImageModule, dict]:

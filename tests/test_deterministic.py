@@ -1,0 +1,107 @@
+"""Trainings whose numbers are the same each time, on a card, too: as far as a processor can show."""
+
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from test_throughput import OTHERS, new_dit, new_vavae, train
+from test_vavae_training import new_module as whole_vavae
+from tiny import assert_same
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+
+from vavae_tools.data.images import PictureDataModule
+from vavae_tools.data.latents import LatentDataModule
+
+RAISE_ON_A_CARD = (
+    *("adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "avg_pool3d_backward", "fractional_max_pool"),
+    *("upsample_linear1d_backward", "upsample_bilinear2d_backward", "upsample_bicubic2d_backward", "max_unpool"),
+    *("upsample_trilinear3d_backward", "_upsample_bilinear2d_aa_backward", "_upsample_bicubic2d_aa_backward"),
+    *("reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward", "nll_loss2d", "ctc_loss"),
+    *("_embedding_bag", "put_.default", "histc", "grid_sampler_2d_backward", "scatter_reduce"),
+)
+"""What has no deterministic form on CUDA, as `torch.use_deterministic_algorithms` lists it; and sums along the way."""
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Operations(TorchDispatchMode):
+    """Notes what would raise on a card."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.found = 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removeprefix("aten.")
+        self.count += torch.are_deterministic_algorithms_enabled()
+        if name.startswith("cumsum"):
+            if any(isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in tree_leaves(args)):
+                self.found.add(name)
+        elif name.startswith(RAISE_ON_A_CARD):
+            self.found.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def picture_batch(module, size: int = 24) -> tuple:
+    labels = torch.arange(6) % 3
+    pictures = torch.randint(0, 256, (6, 3, size, size), dtype=torch.uint8)
+    return module, {"pictures": pictures, "labels": labels, "index": torch.arange(6)}
+
+
+def latent_batch() -> tuple:
+    return new_dit(), {"latents": torch.randn(4, 2, 8, 8), "labels": torch.arange(4) % 3, "index": torch.arange(4)}
+
+
+TRAININGS = {**OTHERS, "dit": latent_batch, "vavae": lambda: picture_batch(whole_vavae(disc_start=0))}
+
+
+@pytest.mark.parametrize("kind", TRAININGS)
+def test_every_training_has_a_deterministic_form(kind, tmp_path):
+    """On a processor it runs, and none of its operations is one that a card would refuse."""
+    module, batch = TRAININGS[kind]()
+    if kind in ("epsilon", "v_prediction", "flow_matching"):
+        module.network["conditioner"].dropout = 0.0  # which needs to know the empty prompt
+    batch.setdefault("index", torch.arange(len(next(iter(batch.values())))))
+    batch.pop("kept", None)  # found again as batches travel
+    with Operations() as operations:
+        train(module, DataLoader([batch] * 3, batch_size=None), tmp_path, deterministic=True, max_steps=3)
+    assert operations.count > 100 and operations.found == set()
+    assert torch.backends.cudnn.benchmark is False
+
+
+def test_what_a_card_would_refuse_is_seen():
+    pictures = torch.randn(1, 1, 4, 4, requires_grad=True)
+    for name in ("bilinear", "bicubic"):
+        with Operations() as operations:
+            torch.nn.functional.interpolate(pictures, scale_factor=2, mode=name).sum().backward()
+            assert len(operations.found) == 1
+    with Operations() as operations:
+        pictures.cumsum(0), torch.ones(3, dtype=torch.int64).cumsum(0)
+    assert operations.found == {"cumsum.default"}
+
+
+@pytest.mark.parametrize("kind", ["dit", "vavae"])
+def test_going_on_is_exact(kind, latents_dir, split_dir, tmp_path):
+    make = new_dit if kind == "dit" else partial(new_vavae, disc_weight=0.5, disc_start=0, disc_width=8)
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step in (5, 8):
+                trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    def steps(resume=None) -> dict:
+        data = LatentDataModule(latents_dir, 8) if kind == "dit" else PictureDataModule(split_dir, 24, 8)
+        train(make(), data, tmp_path, [Save()], deterministic=True, max_steps=8, resume=resume)
+        saved = torch.load(tmp_path / "8.ckpt", weights_only=True)
+        return {part: saved[part] for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
+
+    whole = steps()
+    assert_same(steps(tmp_path / "5.ckpt"), whole)
