@@ -277,7 +277,7 @@ def test_output_types_and_latents(pipe):
     ("options", "said"),
     [
         ({"output_type": "latent"}, "No output_type 'latent'; there are pil, pt, np"),
-        ({"batch_size": 0}, "batch_size 0: expected 1 or more"),
+        ({"batch_size": 0}, "at least one picture at once"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"num_inference_steps": 0}, "expected 1 to 1000"),
         ({"latents": torch.zeros(1, 3, 4, 4)}, r"latents are \(1, 3, 4, 4\), expected \(1, 4, 4, 4\)"),

@@ -300,7 +300,7 @@ def test_the_new_tokens_may_be_counted():
         (False, {"max_new_tokens": 0}, "max_new_tokens 0: expected"),
         (False, {"max_new_tokens": -3}, "max_new_tokens -3: expected"),
         (False, {"num_inference_steps": 0}, "num_inference_steps 0: expected"),
-        (False, {"batch_size": -1}, "batch_size -1: expected"),
+        (False, {"batch_size": -1}, "batch_size -1: at least one text at once"),
         (False, {"eta": 1.1}, "eta 1.1: expected a share of fresh noise from 0 to 1"),
         (False, {"eta": float("nan")}, "eta nan: expected"),
     ],
@@ -331,6 +331,23 @@ def test_a_text_of_a_seed_is_the_same_whatever_is_made_beside_it():
     assert some.texts == [whole.texts[5], whole.texts[2]]
     torch.testing.assert_close(some.pictures, whole.pictures[[5, 2]], rtol=0, atol=1e-5)
     assert pipe(num_samples=7, **{**settings, "seed": 8}).texts != whole.texts
+
+
+def test_models_may_wait_elsewhere_until_they_are_called():
+    pytest.importorskip("accelerate")
+    pipe, settings = tiny(), {"num_samples": 2, **QUICK}
+    made = pipe(**settings)
+    pipe.enable_model_cpu_offload(device="cpu")  # what it is asked for, without a card
+    assert same(pipe(**settings).pictures, made.pictures)
+
+
+def test_half_precision_predicts_nearly_the_same():
+    pipe = tiny()
+    whole, half = (pipe(num_samples=2, precision=precision, **QUICK).pictures for precision in (None, "bf16"))
+    assert half.dtype == torch.float32 and 0 < (half - whole).abs().mean() < 0.05
+    for kind in (torch.float16, torch.bfloat16):
+        torch.testing.assert_close(pipe.to(kind)(num_samples=2, **QUICK).pictures, whole, rtol=0, atol=0.2)
+        pipe.to(torch.float32)
 
 
 def test_a_prompts_text_follows_from_its_number():
@@ -568,7 +585,7 @@ def test_texts_of_other_settings_are_refused_and_replaced(tmp_path):
     [
         ({"num_samples": 0}, "num_samples 0: expected"),
         ({"num_samples": -2}, "num_samples -2: expected"),
-        ({"batch_size": 0}, "batch_size 0: expected"),
+        ({"batch_size": 0}, "batch_size 0: at least one text"),
         ({"num_inference_steps": 0}, "num_inference_steps 0: expected"),
         ({"eta": 2}, "eta 2: expected"),
         ({"prompts": ["a", "a" * 16]}, "The prompt has 16 tokens"),
@@ -717,7 +734,7 @@ def test_several_processes_of_the_command_speak_once(run, tmp_path, monkeypatch)
         ("pipeline", "--weights live", "holds the averaged weights alone"),
         ("pipeline", "--num_samples 0", "--num_samples 0"),
         ("pipeline", "--num_steps 0", "num_inference_steps 0: expected 1 or more"),
-        ("pipeline", "--batch_size -1", "batch_size -1: expected 1 or more"),
+        ("pipeline", "--batch_size -1", "batch_size -1: at least one text"),
         ("pipeline", "--prompt aaaaaaaaaaaaaaaa", "The prompt has 16 tokens, and a picture 16 cells"),
         ("chats", "", "This model answers: give it prompts"),
         ("nowhere", "", "No checkpoint"),

@@ -30,7 +30,7 @@ class Portions:
 
     def __init__(self, pipe: DiffusionPipeline, batch_size: int | None = None, what: str = "picture") -> None:
         if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size {batch_size}: expected 1 or more {what}s at once")
+            raise UserError(f"batch_size {batch_size}: at least one {what} at once is needed")
         self.pipe, self.what = pipe, what
         at_once = default_batch_size(pipe) if batch_size is None else batch_size
         self.at_once = min(at_once, getattr(pipe, "fitting", at_once))

@@ -66,6 +66,8 @@ class TokenImagePipeline(DiffusionPipeline):
     `save_pretrained(folder)` and `load_token_pipeline(folder)` keep all of it.
     """
 
+    model_cpu_offload_seq = "conditioner->denoiser"
+
     def __init__(
         self,
         denoiser: ModelMixin,
@@ -153,6 +155,7 @@ class TokenImagePipeline(DiffusionPipeline):
 
         with self.progress_bar(total=len(starts)) as bar:
             made = in_portions(len(starts), write, bar.update)
+        self.maybe_free_model_hooks()  # of `enable_model_cpu_offload`
         pictures, mask, known = (torch.cat(parts) for parts in zip(*made, strict=True))
         tokens = shown = self.code.decode(pictures, mask)
         if self.config.use_chat_template:
