@@ -172,6 +172,14 @@ def test_guidance_of_one_is_the_conditional_sample():
     assert not alone.requires_grad and alone.dtype == torch.float32
 
 
+def test_what_a_solver_computes_stays_float32_inside_of_autocast():
+    """Of third order UniPC multiplies matrices, which autocast would do in half precision."""
+    solver, noise = UniPCMultistepScheduler(solver_order=3, **FLOW), torch.randn(1, 2, 4, 4)
+    alone = sample(gaussian, solver, noise, torch.zeros(1, 1), num_inference_steps=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sample(gaussian, solver, noise, torch.zeros(1, 1), num_inference_steps=5), alone)
+
+
 def test_the_grid_is_the_solvers():
     for steps, shift, last in ((1, 1.0, 0.0), (7, 0.3, 0.0), (5, 1 / 6.93, 0.001), (4, 0.0, 0.2)):
         solver, times = make_solver(SOLVERS["euler"], steps, shift, last)
