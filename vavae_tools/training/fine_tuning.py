@@ -136,7 +136,7 @@ def fine_tune_vavae(
     numbers["lr"] = numbers.get("lr") or (2e-3 if model.config.block_out_channels[0] < 64 else 1e-4)
 
     if numbers.get("gradient_checkpointing") is None:
-        numbers["gradient_checkpointing"] = _needs_checkpointing(model, batch_size, image_size, say)
+        numbers["gradient_checkpointing"] = _needs_checkpointing(model, numbers, batch_size, image_size, say)
     if not lpips_weights and numbers.get("perceptual_weight") and found is not None:
         brought = any(name.startswith("loss.perceptual_loss.") for name in found.unused)
         lpips_weights = found.source if brought else None  # the reference's training checkpoints hold it
@@ -251,14 +251,24 @@ def _take_over(module: VAVAEModule, found: VAVAEWeights | None, say: Callable[[s
 
 
 def _needs_checkpointing(
-    model: VAVAE, batch_size: int, image_size: int | tuple[int, int], say: Callable[[str], None]
+    model: VAVAE,
+    numbers: dict[str, Any],
+    batch_size: int,
+    image_size: int | tuple[int, int],
+    say: Callable[[str], None],
 ) -> bool:
-    """Whether a step would not fit into the GPU's memory with all its activations kept."""
+    """Whether a step with all its activations kept would leave less than a tenth of the GPU's memory.
+
+    That tenth is for CUDA itself and for what a notebook's own process has of the card. Losses count from the first
+    step on, also a discriminator that begins later.
+    """
     memory = find_machine().memory
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-    # derived by benchmarks/vavae_memory.py: 1.45 GB for each picture of 256×256 in mixed precision, at 128 channels
+    # By benchmarks/memory.py, in GiB and mixed precision: a picture of 256×256 at 128 channels; weights, optimisers,
+    # DDP's copy of the gradients, and validation and previews between what training keeps.
     pictures = batch_size * height * width / 256**2 * model.config.block_out_channels[0] / 128
-    needed = 1.3 + 1.45 * pictures
+    more = any(numbers.get(f"{part}_weight") for part in ("perceptual", "disc", "vf"))
+    needed = 1.5 * pictures + (1.5 if more else 1.3)
     if not memory or needed < 0.9 * memory / 2**30:
         return False
     say(

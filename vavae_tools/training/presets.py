@@ -49,14 +49,16 @@ def find_preset(built_in: bool = False, machine: Machine | None = None) -> Prese
     machine = machine or find_machine()
     if machine.kind != "cpu" and not built_in:
         # One T4 makes about 10 pictures a second with f16d32 at 256 px, and 5 steps with DiT-S: hours, not a session.
-        roomy = machine.memory > 36e9  # reckoned: f16d32 takes some 1.5 GB a picture in training, DiT-S 0.1
+        # By benchmarks/memory.py f16d32 takes 1.5 GB a picture in training, DiT-S 0.1. A T4's 14.56 also have to hold
+        # CUDA, DDP's gradients and the notebook's own process: with six pictures no activation is computed twice.
+        roomy, tight = machine.memory > 36e9, machine.memory < 20e9
         return Preset(
             str(machine),
             image_size=256,
             original_vavae=None,
             vavae_size="f16d32",
             vavae_epochs=30,
-            vavae_batch_size=16 if roomy else 8,
+            vavae_batch_size=16 if roomy else 6 if tight else 8,
             vavae_lr=1e-4,
             dit={"size": "S", "patch_size": 1},
             dit_steps=40_000,
