@@ -1,16 +1,15 @@
 """How many are made at once, the same for all pipelines: as many as the memory takes, and fewer where it did not."""
 
 import os
-import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
 from torch.distributed.tensor import DTensor
-from tqdm.auto import tqdm
 
 from vavae_tools.errors import UserError
+from vavae_tools.frozen import tell
 from vavae_tools.machine import is_memory_fault, release_memory
 
 Made = TypeVar("Made")
@@ -64,8 +63,7 @@ class Portions:
             where = "end what else runs there, or take a CPU" if "GPU" in memory else "end what else runs here"
             raise UserError(f"The {memory} does not suffice for one {self.what}: {where}")
         self.at_once = self.pipe.fitting = tried // 2
-        line = f"{tried} {self.what}s at once do not fit the {memory}: making {self.at_once}"
-        tqdm.write(line, file=sys.stderr)
+        tell(f"{tried} {self.what}s at once do not fit the {memory}: making {self.at_once}")
 
 
 def default_batch_size(pipe: DiffusionPipeline) -> int:

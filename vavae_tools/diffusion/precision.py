@@ -4,14 +4,13 @@ By autocast, so that norms and softmax stay float32, as do the solver's state an
 decoded in fp16 on any card: it has 10 bits, of which bf16 has 7 and a picture needs 8.
 """
 
-import sys
 from collections.abc import Callable
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from vavae_tools.errors import UserError
+from vavae_tools.frozen import tell
 from vavae_tools.machine import HALF, PRECISIONS, computing_in, for_inference, machine_of, precision_on
 
 _OF_WEIGHTS = {kind: name for name, kind in HALF.items()}
@@ -46,7 +45,7 @@ def all_finite(
     precision: str,
     make: Callable[[slice | Tensor], Tensor],
     what: str = "pictures",
-    say: Callable[[str], None] = lambda line: tqdm.write(line, file=sys.stderr),
+    say: Callable[[str], None] = tell,
 ) -> Tensor:
     """What `make` makes of `count` rows in a precision; rows of it that are not finite, again in float32.
 
@@ -61,7 +60,10 @@ def all_finite(
         made = make(slice(None))
     lost = _not_finite(made)
     if len(lost) and precision != "32" and pipe.denoiser.dtype not in _OF_WEIGHTS:
-        say(f"{len(lost)} of {count} {what} are not finite in {called}: making them again in float32")
+        said = vars(pipe).setdefault("said_not_finite", set())
+        if what not in said:  # the first time
+            said.add(what)
+            say(f"{len(lost)} of {count} {what} are not finite in {called}: such ones are made again in float32")
         with computing_in("32", device):
             made[lost] = make(lost).to(made.dtype)
         lost, called = _not_finite(made), "float32"
