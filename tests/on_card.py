@@ -1,8 +1,9 @@
 """All that the package does on a card, on an emulated one: `python on_card.py t4 split vavae latents work` prints JSON.
 
 For each of `SCENARIOS` there is {"fault": last lines of a traceback or "", "seconds", "half": what computed in half
-precision within `FLOAT32`}; of trainings also "precision", "numbers" (the metrics), and what the `QUIET` steps made the
-processor wait for ("waits") and copied ("copies"); of sampling "waits" of its steps. Both are {"what @ where": times}.
+precision within `FLOAT32`}; of trainings also "precision", "numbers" (the metrics), "written" (what of `WRITTEN` there
+is), and what the `QUIET` steps made the processor wait for ("waits") and copied ("copies"); of sampling "waits" of its
+steps. Both are {"what @ where": times}.
 """
 
 import contextlib
@@ -29,8 +30,10 @@ SCENARIOS = (
     *("the_card", *TRAININGS, "encoding", "gone_on_with", "sampling", "sampling_of_texts", "sampling_of_tokens"),
     *("half_pipelines", "offloaded_pipelines", "sample_command", "evaluation"),
 )
-STEPS, QUIET = 7, range(3, 6)
-"""Of a training, and those of them at which nothing is logged, validated, shown, saved or met for the first time."""
+STEPS, QUIET = 8, range(3, 6)
+"""Of a training, one epoch; at the quiet ones nothing is logged, validated, shown, saved or met for the first time."""
+WRITTEN = ("checkpoint-6", "checkpoint_6.pth", "samples-000008.png", "reconstructions-000008.png")
+"""Of a training two, one of the first and one of the others."""
 FLOAT32 = (
     *("l1", "gradient", "spectral", "kl", "psnr", "ssim", "sharpness", "alignment_loss", "right_rate"),
     *("hinge_loss", "generator_loss", "adaptive_weight"),
@@ -52,7 +55,117 @@ def main(kind: str, split: str, vavae: str, latents: str, work: str, *names: str
     print(json.dumps(found))
 
 
-class OnCard:
+class Trainings:
+    """Tiny ones of each kind, in the working folder, with previews, validation and saving.
+
+    Args:
+        split, vavae, latents: folders.
+        change: how attributes of modules are set: (module, name, value).
+    """
+
+    def __init__(self, split: Path, vavae: Path, latents: Path, change: Callable[..., None] = setattr) -> None:
+        self.split, self.vavae, self.latents, self.change = split, vavae, latents, change
+
+    def train(self, name: str, out: Path, precision: str | None) -> None:
+        of_text = name.startswith("text_")
+        train = functools.partial(self.text_to_image, name.removeprefix("text_")) if of_text else getattr(self, name)
+        train(out, precision)
+
+    def vavae_light(self, out: Path, precision: str | None, **changes: Any) -> None:
+        from vavae_tools.evaluation import classifier
+        from vavae_tools.training.fine_tuning import fine_tune_vavae
+
+        self.change(classifier, "default_steps", lambda pictures: 2)
+        fine_tune_vavae(
+            self.split,
+            out,
+            self.vavae,
+            image_size=24,  # the smallest that the discriminator can judge
+            batch_size=3,
+            max_epochs=1,
+            monitor="ssim",
+            preview_every=1,
+            devices={"precision": precision},
+            saving={"save_every_n_steps": 6},
+            **changes,
+        )
+
+    def vavae_full(self, out: Path, precision: str | None) -> None:
+        import torch
+        from test_foundation import dinov2
+        from test_perceptual import WIDTHS, taming_file
+
+        from vavae_tools.autoencoders.perceptual import load_lpips
+        from vavae_tools.training import fine_tuning
+
+        out.mkdir()
+        torch.save(taming_file(), out / "lpips.ckpt")
+        dinov2().save_pretrained(out / "dino")
+        self.change(fine_tuning, "load_lpips", functools.partial(load_lpips, widths=WIDTHS))
+        sources = {"lpips_weights": out / "lpips.ckpt", "foundation_model": out / "dino"}
+        self.vavae_light(out / "run", precision, recipe="full", disc_start=0, disc_width=4, **sources)
+
+    def dit(self, out: Path, precision: str | None, **changes: Any) -> None:
+        from vavae_tools.training.runs import train_dit
+
+        train_dit(
+            self.latents,
+            self.vavae,
+            out,
+            {"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 4},
+            batch_size=3,
+            flip="half",
+            **{"max_steps": STEPS, "previews": 1, "devices": {"precision": precision}, **changes},
+            saving={"save_every_n_steps": 6},
+        )
+
+    def ddt(self, out: Path, precision: str | None) -> None:
+        self._run(
+            *(out, precision, "experiment=dit_dummy", "model.dit.hidden_size=[16,32]", "model.dit.depth=[1,1]"),
+            *("model.dit.num_heads=[2,2]", "data.num_pictures=32", "data.val_share=0.2", "data.batch_size=4"),
+            f"model.dit_module.max_steps={STEPS}",
+        )
+
+    def rae_decoder(self, out: Path, precision: str | None) -> None:
+        self._run(
+            *(out, precision, "experiment=rae_decoder", "data=shapes", "model.rae.folder=tiny", "data.num_pictures=16"),
+            *("data.batch_size=2", "data.val_share=0.2", "model.losses.disc_start=0"),
+            *("model.losses.generator_start=1", f"model.decoder_module.max_steps={STEPS}"),
+        )
+
+    def text_to_image(self, objective: str, out: Path, precision: str | None) -> None:
+        from vavae_tools.autoencoders.stable_diffusion import tiny_kl
+
+        of = ["data.cache=false"] if objective == "not_cached" else [f"model.objective={objective}"]
+        tiny_kl().save_pretrained("kl")
+        self._run(
+            *(out, precision, "experiment=text_dummy", "vae.name=kl", "data.num_samples=32", "data.image_size=16"),
+            *("data.val_share=0.2", "model.hidden_size=16", "model.num_layers=1", "model.num_heads=2"),
+            *("training.batch_size=4", "sampling.num_steps=2", f"training.max_steps={STEPS}", *of),
+        )
+
+    def token_images(self, out: Path, precision: str | None) -> None:
+        self._run(
+            *(
+                out,
+                precision,
+                "experiment=token_images",
+                "data.data_path=zen",
+                "data.img_size=32",
+                "data.val_share=0.25",
+            ),
+            *("model.hidden_size=16", "model.depth=1", "model.num_heads=2", "training.batch_size=2"),
+            *("sampling.num_steps=2", f"training.max_steps={STEPS}"),
+        )
+
+    def _run(self, out: Path, precision: str | None, *words: str) -> None:
+        from vavae_tools.train import run_experiment
+
+        every = ["callbacks.previews=1", "callbacks.save_every_n_steps=6", f"output_dir={out}"]
+        run_experiment(*words, *every, *(["--precision", precision] if precision else []))
+
+
+class OnCard(Trainings):
     """The scenarios as methods, in a process with a card, in an empty folder."""
 
     def __init__(self, card: Any, kind: str, split: Path, vavae: Path, latents: Path) -> None:
@@ -60,7 +173,8 @@ class OnCard:
 
         from vavae_tools.training import progress
 
-        self.card, self.split, self.vavae, self.latents = card, split, vavae, latents
+        super().__init__(split, vavae, latents)
+        self.card = card
         self.other = {"t4": "32", "a100": "16"}[kind]
         self.scaled = {"t4": None, "a100": "16"}[kind]  # the precision with a gradient scaler
         self._expect_float32()
@@ -76,21 +190,19 @@ class OnCard:
     def about(self, name: str) -> dict[str, Any]:
         base = name.removesuffix("_other")
         precision = self.other if name != base else None
-        arguments = (base.removeprefix("text_"),) if base.startswith("text_") else ()
-        scenario = self.text_to_image if arguments else getattr(self, base)
         self.steps = steps = _steps_of(self.card)
         gc.freeze()  # trainings and pipelines look for garbage, and need not look at all that was imported
         began, at = time.process_time(), len(self.card.heard)
         fault = ""
         try:
-            found = scenario(*arguments, *((Path(name), precision) if base in TRAININGS else ())) or {}
+            found = (self.train(base, Path(name), precision) if base in TRAININGS else getattr(self, name)()) or {}
         except BaseException:
             found, fault = {}, "".join(traceback.format_exc().splitlines(keepends=True)[-16:])
         half = dict(self.card.counted("half", at))
         found = {"fault": fault, "seconds": time.process_time() - began, "half": half, **found}
         if base in TRAININGS:
-            names = ("precision", "numbers", "waits", "copies")
-            found |= {name: getattr(steps, name) for name in names}
+            found |= {kind: getattr(steps, kind) for kind in ("precision", "numbers", "waits", "copies")}
+            found["written"] = sorted({path.name for path in Path(name).rglob("*") if path.name in WRITTEN})
         return found
 
     def _expect_float32(self) -> None:
@@ -165,94 +277,7 @@ class OnCard:
             assert half == ["aten::addmm"], half  # neither the conversion to float32 nor what follows
         return {"half": {}}  # as it shall be
 
-    # ---- trainings, each with previews, validation and saving
-
-    def vavae_light(self, out: Path, precision: str | None, **changes: Any) -> None:
-        from vavae_tools.evaluation import classifier
-        from vavae_tools.training.fine_tuning import fine_tune_vavae
-
-        classifier.default_steps = lambda pictures: 2
-        fine_tune_vavae(
-            self.split,
-            out,
-            self.vavae,
-            image_size=24,  # the smallest that the discriminator can judge
-            batch_size=3,
-            max_epochs=1,
-            monitor="ssim",
-            preview_every=1,
-            devices={"precision": precision},
-            saving={"save_every_n_steps": 6},
-            **changes,
-        )
-
-    def vavae_full(self, out: Path, precision: str | None) -> None:
-        import torch
-        from test_foundation import dinov2
-        from test_perceptual import WIDTHS, taming_file
-
-        from vavae_tools.autoencoders.perceptual import load_lpips
-        from vavae_tools.training import fine_tuning
-
-        out.mkdir()
-        torch.save(taming_file(), out / "lpips.ckpt")
-        dinov2().save_pretrained(out / "dino")
-        fine_tuning.load_lpips = functools.partial(load_lpips, widths=WIDTHS)
-        sources = {"lpips_weights": out / "lpips.ckpt", "foundation_model": out / "dino"}
-        self.vavae_light(out / "run", precision, recipe="full", disc_start=0, disc_width=4, **sources)
-
-    def dit(self, out: Path, precision: str | None, **changes: Any) -> None:
-        from vavae_tools.training.runs import train_dit
-
-        train_dit(
-            self.latents,
-            self.vavae,
-            out,
-            {"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 4},
-            batch_size=3,
-            flip="half",
-            **{"max_steps": STEPS, "previews": 1, "devices": {"precision": precision}, **changes},
-            saving={"save_every_n_steps": 6},
-        )
-
-    def ddt(self, out: Path, precision: str | None) -> None:
-        self._run(
-            *(out, precision, "experiment=dit_dummy", "model.dit.hidden_size=[16,32]", "model.dit.depth=[1,1]"),
-            *("model.dit.num_heads=[2,2]", "data.num_pictures=40", "data.val_share=0.2", "data.batch_size=4"),
-            f"model.dit_module.max_steps={STEPS}",
-        )
-
-    def rae_decoder(self, out: Path, precision: str | None) -> None:
-        self._run(
-            *(out, precision, "experiment=rae_decoder", "data=shapes", "model.rae.folder=tiny", "data.num_pictures=20"),
-            *("data.batch_size=2", "data.val_share=0.2", "model.losses.disc_start=0"),
-            *("model.losses.generator_start=1", f"model.decoder_module.max_steps={STEPS}"),
-        )
-
-    def text_to_image(self, objective: str, out: Path, precision: str | None) -> None:
-        from vavae_tools.autoencoders.stable_diffusion import tiny_kl
-
-        of = ["data.cache=false"] if objective == "not_cached" else [f"model.objective={objective}"]
-        if not Path("kl").exists():
-            tiny_kl().save_pretrained("kl")
-        self._run(
-            *(out, precision, "experiment=text_dummy", "vae.name=kl", "data.num_samples=40", "data.image_size=16"),
-            *("data.val_share=0.2", "model.hidden_size=16", "model.num_layers=1", "model.num_heads=2"),
-            *("training.batch_size=4", "sampling.num_steps=2", f"training.max_steps={STEPS}", *of),
-        )
-
-    def token_images(self, out: Path, precision: str | None) -> None:
-        self._run(
-            *(out, precision, "experiment=token_images", "data.data_path=zen", "data.img_size=32"),
-            *("model.hidden_size=16", "model.depth=1", "model.num_heads=2", "training.batch_size=2"),
-            *("sampling.num_steps=2", f"training.max_steps={STEPS}"),
-        )
-
-    def _run(self, out: Path, precision: str | None, *words: str) -> None:
-        from vavae_tools.train import run_experiment
-
-        every = ["callbacks.previews=1", "callbacks.save_every_n_steps=6", f"output_dir={out}"]
-        run_experiment(*words, *every, *(["--precision", precision] if precision else []))
+    # ---- what else is made with files
 
     def encoding(self) -> None:
         from vavae_tools.training.runs import encode_split
