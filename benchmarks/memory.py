@@ -578,6 +578,7 @@ def text_to_image(card: Any, case: Case) -> str:
     if case.number("gradient_checkpointing", False):
         denoiser.enable_gradient_checkpointing()
     conditioner = TextConditioner(512, 512, 768)
+    conditioner.empty_tokens.fill_(1.0)  # zeros stand for an empty prompt that is not known
     vae = StableDiffusionVAE(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -593,9 +594,10 @@ def text_to_image(card: Any, case: Case) -> str:
         }
 
     def make(network: nn.ModuleDict) -> Tensor:  # as in `text_to_image.train_text_to_image`
-        scheduler = make_scheduler(None, objective)
+        scheduler = make_scheduler("ddim", objective)  # dpm++ wants numbers
         pipe = TextToImagePipeline(vae.to("cuda"), None, None, network["denoiser"], network["conditioner"], scheduler)
-        return pipe.make(TextStates(*states(16).values()), torch.zeros(16, *denoiser.latent_shape), None, 2, 7.5)
+        noise = torch.zeros(16, *denoiser.latent_shape, device="cuda")
+        return pipe.make(TextStates(*states(16).values()).to("cuda"), noise, None, 2, 7.5)
 
     batch = {"latents": torch.zeros(batch_size, 4, 32, 32), "index": torch.arange(batch_size), **states(batch_size)}
     module = TextDiffusionModule(denoiser, conditioner, objective)

@@ -1,11 +1,14 @@
 """The simulated allocator against sequences worked out by hand, and what of a run on paper it is asked for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.memory import MACHINES, WORKSPACE, Allocator, simulated
+from benchmarks.memory import MACHINES, STAGES, WORKSPACE, Allocator, Case, simulated, verdict
 from vavae_tools.machine import find_machine
+from vavae_tools.training.presets import find_preset
 
 KIB, MIB = 2**10, 2**20
 
@@ -134,3 +137,34 @@ def test_a_copy_into_another_layout_counts_while_a_convolution_runs(inference):
         card.mark("")
         layer(plain)
         assert card.peak_alive - before == 16 * MIB
+
+
+def on_paper(stage: str, batch_size: int) -> list[tuple[str, int, int]]:
+    """Phases, bytes alive and reserved, of a small model's stage."""
+    small = {"vavae_size": "small", "image_size": 32, "dit": {"hidden_size": 32, "depth": 1, "num_heads": 2}}
+    machine = MACHINES["T4x1"]
+    with simulated(machine) as card:
+        STAGES[stage](
+            card, Case(machine, replace(find_preset(machine=machine), **small), True, {"batch_size": batch_size})
+        )
+    assert all(0 < alive <= reserved < machine.memory / 10 for _, alive, reserved in card.marks)
+    return card.marks
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's, of lengths that are none
+@pytest.mark.parametrize("stage", ["vavae_full", "dit"])
+def test_a_training_on_paper_has_steps_validation_and_previews(stage):
+    assert [phase for phase, _, _ in on_paper(stage, 4)] == ["training", "validation", "previews"]
+
+
+@pytest.mark.parametrize("stage", ["encoding", "sampling"])
+def test_twice_the_pictures_take_about_twice_as_much(stage):
+    (_, few, _), (_, many, _) = (on_paper(stage, count)[0] for count in (64, 128))
+    assert 1.5 * few < many < 2.1 * few
+
+
+def test_a_verdict_counts_contexts_and_other_processes():
+    gib = 2**30
+    cases = ((13.49, 0.5), (13.51, 0.5), (13.49, 0.6), (14.1, 0.0))
+    said = [verdict(int(reserved * gib), int(others * gib), int(14.56 * gib)) for reserved, others in cases]
+    assert said == ["fits", "tight", "does not fit", "does not fit"]
