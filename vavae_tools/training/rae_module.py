@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vavae_tools.data.pixels import to_pixels, to_unit
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation.metrics import psnr, ssim
+from vavae_tools.frozen import Computing
 from vavae_tools.screen import someone_looks
 from vavae_tools.training.adversarial_module import AdversarialModule
 from vavae_tools.training.curves import log_step
@@ -309,12 +311,16 @@ def tokens_of_all(
     channels, height, width = rae.latent_shape
     kept = torch.empty(len(data), height * width, channels, dtype=torch.float16)
     looked = someone_looks() and len(data) >= 500
+    computing = Computing(None, device, f"Tokens of this {type(rae).__name__}")
     with tqdm(total=len(data), desc="frozen encoder", unit="picture", disable=not looked) as bar:
         for start in range(0, len(data), batch_size):
             rows = range(start, min(start + batch_size, len(data)))
             pictures = data.__getitems__(rows)["pictures"].to(device)
             colours = (to_unit(pictures.flip(3) if mirrored else pictures) + 1) / 2
-            kept[rows.start : rows.stop] = rae.tokens(colours).half().cpu()
+            tokens = computing(partial(rae.tokens, colours)).half().cpu()
+            if computing.in_half and not tokens.isfinite().all():
+                tokens = computing.again(partial(rae.tokens, colours)).half().cpu()
+            kept[rows.start : rows.stop] = tokens
             bar.update(len(rows))
     return kept
 

@@ -10,7 +10,7 @@ from vavae_tools.data.latents import LatentFolder, encode_latents
 from vavae_tools.data.picture_sets import PictureSetDataModule
 from vavae_tools.errors import UserError
 from vavae_tools.files import save_model
-from vavae_tools.machine import find_device
+from vavae_tools.machine import find_device, release_memory
 from vavae_tools.ranks import first_alone, is_first, of_torchrun
 from vavae_tools.training.progress import say
 from vavae_tools.training.rae_decoder import check_reconstructions, pictures_arguments, pictures_for, rae_from
@@ -50,6 +50,7 @@ def train_rae_dit(
         noted["rae/psnr"] = check_reconstructions(rae, shown, output_dir / "reconstructions", say, show)
     latents = encode_pictures(rae, pictures, data, model["rae"]["encoder_cls"], output_dir, seed, say)
     rae.to("cpu")  # its memory is training's
+    release_memory()
     with first_alone("autoencoder"):
         if is_first():
             save_model(rae, copy)
@@ -91,6 +92,7 @@ def encode_pictures(
         seed=seed,
         dtype="float16",
         ranks=of_torchrun(),
+        say=say,
     )
     say(str(latents))
     return latents

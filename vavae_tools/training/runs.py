@@ -66,6 +66,7 @@ def encode_split(
         seed=seed,
         statistics=statistics,
         ranks=of_torchrun(),
+        say=say,
     )
     say(str(latents))
     return latents

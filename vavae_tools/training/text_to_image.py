@@ -342,13 +342,13 @@ def _encode(
 ) -> tuple[LatentFolder, TextFolder]:
     device = find_device()
     latents = encode_latents(
-        autoencoder, pictures, folder, device=device, seed=seed, dtype="float16", ranks=of_torchrun()
+        autoencoder, pictures, folder, device=device, seed=seed, dtype="float16", ranks=of_torchrun(), say=say
     )
     sides = {"train": pictures.train_data, "val": pictures.val_data}
     names = {name: side.names for name, side in sides.items() if side is not None and len(side)}
     with first_alone("texts"):
         captions = pictures.captions_by_side()
-        texts = encode_texts(encoder, captions, folder / "texts", names, device=device)
+        texts = encode_texts(encoder, captions, folder / "texts", names, device=device, say=say)
     say(str(latents))
     say(str(texts))
     _say_cut(texts.cut, encoder.max_tokens, say)

@@ -19,6 +19,7 @@ from vavae_tools.data.pixels import to_pixels, to_unit
 from vavae_tools.draws import Draws
 from vavae_tools.errors import UserError
 from vavae_tools.evaluation.metrics import psnr, ssim
+from vavae_tools.machine import release_memory
 from vavae_tools.training.adversarial_module import AdversarialModule, right_rate
 from vavae_tools.training.curves import log_step
 from vavae_tools.training.finite import has_scaler
@@ -232,6 +233,7 @@ class VAVAEModule(AdversarialModule):
                     return
                 pictures.along["foundation"] = features
         foundation.to("cpu")  # its memory is the training's now
+        release_memory()
 
     def _features(self, pictures: PictureFolder, path: Path) -> Tensor | None:
         grid = tuple(size // self.vavae.downsampling for size in pictures.image_size)
