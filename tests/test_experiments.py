@@ -70,6 +70,18 @@ def test_flags_stand_for_keys_and_hold():
     assert meant("--flips", "false").data.flips is False
 
 
+def test_every_experiment_can_be_deterministic_and_computes_as_the_machine_does_best():
+    for name in experiments.experiments():
+        data = [] if name.endswith("dummy") else ["--data_dir", "D"]
+        data += ["--dataset_name", "folder"] if name == "text_to_image" else []
+        config = meant(f"experiment={name}", *data, "--deterministic")
+        assert config.trainer.deterministic is True, name
+        assert OmegaConf.to_container(config, resolve=True)["trainer"]["precision"] is None, name
+        assert config.get("training", {}).get("use_amp", True) is True, name
+    for option in ("auto", "cpu", "ddp", "gpu"):
+        assert meant(f"trainer={option}").trainer.deterministic is False
+
+
 def test_a_file_of_values_is_between_the_experiment_and_what_is_typed(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
