@@ -214,10 +214,8 @@ class Simulated(TorchDispatchMode):
             return torch.empty(0, args[0].ndim, dtype=torch.int64)
         if function is aten._unique2.default:  # as if all were different
             return tuple(torch.empty_like(args[0]) for _ in range(3))
-        if (
-            torch.is_inference_mode_enabled() and function.namespace == "aten"
-        ):  # elsewhere torch has done so before it asks here
-            with self:
+        if torch.is_inference_mode_enabled() and function.namespace == "aten":
+            with self:  # elsewhere torch has taken it apart before it asks here
                 parts = function.decompose(*args, **(kwargs or {}))
             if parts is not NotImplemented:
                 return parts
@@ -357,7 +355,10 @@ def simulated(machine: Machine, others: int = 0, expandable_segments: bool = Fal
 
 @contextlib.contextmanager
 def measured(machine: Machine, others: int = 0, expandable_segments: bool = False) -> Iterator[Any]:
-    """The same on the card that is there, of which no more is used than that machine's has."""
+    """The same on the card that is there, of which no more is used than that machine's has.
+
+    Expandable segments are what the environment says, before torch starts.
+    """
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (machine.memory - others - CONTEXT) / total))
     marks: list[tuple[str, int, int]] = []
@@ -474,7 +475,11 @@ def fine_tuning(card: Any, case: Case, recipe: str) -> str:
         grid = size // model.downsampling
         batch["foundation"] = torch.zeros(batch_size, Features.channels, grid, grid, dtype=torch.float16)
     fit(card, case, module, batch, ReconstructionPreviews(pictures.few(8), "."))
-    return f"batch {batch_size}" + (", checkpointing" if numbers["gradient_checkpointing"] else "")
+    return said_of(batch_size, numbers["gradient_checkpointing"])
+
+
+def said_of(batch_size: int, checkpointing: bool) -> str:
+    return f"batch {batch_size}" + (", checkpointing" if checkpointing else "")
 
 
 def encoding(card: Any, case: Case) -> str:
@@ -508,7 +513,8 @@ def denoising(case: Case) -> tuple[nn.Module, nn.Module, VAVAE]:
 def dit(card: Any, case: Case) -> str:
     denoiser, conditioner, vae = denoising(case)
     batch_size = case.number("batch_size", case.preset.dit_batch_size)
-    if case.number("gradient_checkpointing", False):
+    checkpointing = case.number("gradient_checkpointing", False)
+    if checkpointing:
         denoiser.enable_gradient_checkpointing()
 
     def make(network: nn.ModuleDict) -> Tensor:  # as in `runs.train_dit`
@@ -522,7 +528,7 @@ def dit(card: Any, case: Case) -> str:
         "index": torch.arange(batch_size),
     }
     fit(card, case, DiffusionModule(denoiser, conditioner), batch, SamplePreviews(make, 8, ".", 1))
-    return f"batch {batch_size}"
+    return said_of(batch_size, checkpointing)
 
 
 def sampling(card: Any, case: Case) -> str:
@@ -567,7 +573,7 @@ def rae_decoder(card: Any, case: Case) -> str:
     batch = pictures.few(batch_size)
     batch["tokens"] = torch.zeros(batch_size, height * width, channels, dtype=torch.float16)
     fit(card, case, module, batch, DecoderPreviews(pictures.few(8)["pictures"], "."))
-    return f"batch {batch_size}" + (", checkpointing" if checkpointing else "")
+    return said_of(batch_size, checkpointing)
 
 
 def text_to_image(card: Any, case: Case) -> str:
@@ -575,7 +581,8 @@ def text_to_image(card: Any, case: Case) -> str:
     batch_size = case.number("batch_size", 96)
     objective = make_objective("epsilon")
     denoiser = TextDiT(input_size=32, in_channels=4, patch_size=2, hidden_size=768, depth=16, num_heads=12)
-    if case.number("gradient_checkpointing", False):
+    checkpointing = case.number("gradient_checkpointing", False)
+    if checkpointing:
         denoiser.enable_gradient_checkpointing()
     conditioner = TextConditioner(512, 512, 768)
     conditioner.empty_tokens.fill_(1.0)  # zeros stand for an empty prompt that is not known
@@ -602,7 +609,7 @@ def text_to_image(card: Any, case: Case) -> str:
     batch = {"latents": torch.zeros(batch_size, 4, 32, 32), "index": torch.arange(batch_size), **states(batch_size)}
     module = TextDiffusionModule(denoiser, conditioner, objective)
     fit(card, case, module, batch, SamplePreviews(make, 4, ".", 1))
-    return f"batch {batch_size}"
+    return said_of(batch_size, checkpointing)
 
 
 STAGES: dict[str, Callable[[Any, Case], str]] = {
