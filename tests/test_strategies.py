@@ -22,7 +22,7 @@ from vavae_tools.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 HERE = Path(__file__).parent
-CUT = {"strategy": "fsdp", "sharded_checkpoints": True}
+CUT = {"strategy": "fsdp", "sharded_checkpoints": True, "deterministic": True}
 
 
 def on_two_processes(*jobs: dict) -> subprocess.CompletedProcess:

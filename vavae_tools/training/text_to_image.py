@@ -123,7 +123,7 @@ def train_text_to_image(
         denoiser.enable_gradient_checkpointing()
     conditioner = TextConditioner(encoder.dim, encoder.pooled_dim, model["hidden_size"], model["caption_dropout"])
     conditioner.set_empty(empty)
-    compile = compiles(model["compile"])
+    compile = compiles(model["compile"], say=say)
     module = TextDiffusionModule(
         denoiser,
         conditioner,

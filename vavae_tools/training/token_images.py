@@ -70,7 +70,7 @@ def train_token_images(
     denoiser = make_denoiser(_denoiser_settings(data, model))
     if training["gradient_checkpointing"]:
         denoiser.enable_gradient_checkpointing()
-    compile = compiles(training["compile"])
+    compile = compiles(training["compile"], say=say)
     of_pipeline = {
         "code": texts.code.config,
         "lengths": pictures.train_data.lengths().tolist(),
