@@ -713,6 +713,17 @@ def test_the_usual_batch_fits_the_memory(pipe, monkeypatch):
         assert default_batch_size(pipe) == 16
 
 
+def test_a_card_without_room_for_the_models_is_named(monkeypatch):
+    pipe = tiny_pipeline()
+
+    def full(device):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipe, "to", full)
+    with pytest.raises(UserError, match=r"^The models take 0\.0 GiB, for which cuda:1 has no room: end what else runs"):
+        portions.placed(pipe, "cuda:1")
+
+
 def test_processes_that_share_a_model_ask_it_equally_often(pipe, monkeypatch):
     monkeypatch.setattr(portions, "_is_shared", lambda pipe: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor.fill_(5))  # another one's card

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from vavae_tools.card import take_card
 from vavae_tools.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -86,7 +87,7 @@ def device_of(number: int) -> str:
     """The device of process number 0, 1, … on this machine, which is then the process's own: "cuda:0", …, or "cpu".
 
     Raises:
-        UserError: there are fewer GPUs than processes.
+        UserError: there are fewer GPUs than processes, or one that another process holds.
     """
     if find_device() == "cpu":
         return "cpu"
@@ -95,7 +96,7 @@ def device_of(number: int) -> str:
             f"There is no GPU for process {number + 1} on this machine, which has {torch.cuda.device_count()}: start "
             "as many processes as there are GPUs"
         )
-    torch.cuda.set_device(number)
+    take_card(number)
     return f"cuda:{number}"
 
 

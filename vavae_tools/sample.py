@@ -56,6 +56,7 @@ def main() -> None:
         return
 
     from vavae_tools.diffusion.pipeline import load_guide, load_pipeline, swap_solver
+    from vavae_tools.diffusion.portions import placed
     from vavae_tools.diffusion.sample_sets import write_samples
 
     if options.num_samples is None:
@@ -63,7 +64,7 @@ def main() -> None:
     if ranks.rank:
         ranks.share("plan")  # once the first has found nothing wrong: one process says what is
     pipe = load_pipeline(options.checkpoint, ema=options.weights == "ema")
-    pipe.to(device)
+    placed(pipe, device)
     if options.solver:
         swap_solver(pipe, options.solver)
     guide = load_guide(options.guide, pipe, ema=options.weights == "ema") if options.guide else None
@@ -92,13 +93,14 @@ def main() -> None:
 
 
 def _sample_prompts(options: argparse.Namespace, ranks: "Ranks", device: str) -> None:
+    from vavae_tools.diffusion.portions import placed
     from vavae_tools.diffusion.prompt_files import write_prompted
     from vavae_tools.diffusion.text_pipeline import load_text_pipeline
 
     pipe = load_text_pipeline(options.checkpoint, options.weights == "ema", scheduler=options.solver)
     pipe.set_progress_bar_config(disable=True)
     written = write_prompted(
-        pipe.to(device),
+        placed(pipe, device),
         options.prompt,
         options.output_dir,
         options.num_samples,
@@ -117,6 +119,7 @@ def _sample_prompts(options: argparse.Namespace, ranks: "Ranks", device: str) ->
 
 
 def _sample_texts(options: argparse.Namespace, ranks: "Ranks", device: str) -> None:
+    from vavae_tools.diffusion.portions import placed
     from vavae_tools.diffusion.token_pipeline import load_token_pipeline
     from vavae_tools.diffusion.written_texts import write_texts
 
@@ -127,7 +130,7 @@ def _sample_texts(options: argparse.Namespace, ranks: "Ranks", device: str) -> N
         raise UserError(f"{options.checkpoint} makes texts, for which {', '.join(given)} has no meaning: leave it out")
     if ranks.rank:
         ranks.share("missing texts")  # once the first has found nothing wrong: one process says what is
-    pipe = load_token_pipeline(options.checkpoint, options.weights == "ema").to(device)
+    pipe = placed(load_token_pipeline(options.checkpoint, options.weights == "ema"), device)
     pipe.set_progress_bar_config(disable=True)
     written = write_texts(
         pipe,

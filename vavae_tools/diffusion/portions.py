@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from vavae_tools.errors import UserError
@@ -13,6 +14,7 @@ from vavae_tools.frozen import tell
 from vavae_tools.machine import is_memory_fault, release_memory
 
 Made = TypeVar("Made")
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 class Portions:
@@ -64,6 +66,27 @@ class Portions:
             raise UserError(f"The {memory} does not suffice for one {self.what}: {where}")
         self.at_once = self.pipe.fitting = tried // 2
         tell(f"{tried} {self.what}s at once do not fit the {memory}: making {self.at_once}")
+
+
+def placed(pipe: Pipeline, device: str | torch.device) -> Pipeline:
+    """The pipeline, moved to a device.
+
+    Raises:
+        UserError: it has no room there.
+    """
+    try:
+        return pipe.to(device)
+    except Exception as error:
+        if not is_memory_fault(error):
+            raise
+    weights = [
+        weight for part in pipe.components.values() if isinstance(part, nn.Module) for weight in part.parameters()
+    ]
+    size = sum(weight.nbytes for weight in weights) / 2**30
+    raise UserError(
+        f"The models take {size:.1f} GiB, for which {device} has no room: end what else runs there, or take "
+        "--accelerator cpu"
+    )
 
 
 def default_batch_size(pipe: DiffusionPipeline) -> int:

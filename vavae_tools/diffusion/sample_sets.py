@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vavae_tools.diffusion.portions import Portions
+from vavae_tools.diffusion.portions import Portions, placed
 from vavae_tools.diffusion.precision import precisions_for
 from vavae_tools.diffusion.sample_files import Npz, PictureFiles, Pngs, numbers_of
 from vavae_tools.diffusion.sample_record import note_finished, note_start, settings_of
@@ -129,7 +129,7 @@ def _write_on_this_device(
     ranks = Ranks.from_environment()
     if ranks.rank:
         ranks.share("plan")  # once the first has found nothing wrong: one process says what is
-    pipe = load_pipeline(checkpoint).to(device_of(ranks.local_rank))
+    pipe = placed(load_pipeline(checkpoint), device_of(ranks.local_rank))
     return write_samples(pipe, labels, *settings, ranks, **sampling)
 
 
