@@ -210,6 +210,11 @@ def test_settings_by_machine(on):
     assert settings["precision"] == "16-mixed" and settings["use_distributed_sampler"] is False
     assert trainer_settings(parts_may_go_unused=True)["strategy"] == "ddp_find_unused_parameters_true"
     assert trainer_settings(devices=1)["strategy"] == "auto"
+    assert trainer_settings(deterministic=True)["strategy"] == "ddp"
+    on(A100)
+    for choices in ({}, {"strategy": "ddp"}):  # groups of gradients stay as they are in the first step
+        assert trainer_settings(**choices, deterministic=True)["strategy"] == "ddp_find_unused_parameters_true"
+    on(T4S)
     with pytest.raises(UserError, match=r"--devices 4, but this machine has 2 \(Tesla T4\): take --devices 2"):
         trainer_settings(devices=4)
     cpu = trainer_settings(accelerator="cpu")

@@ -151,6 +151,10 @@ def trainer_settings(
     precision = precision_of(precision, machine, strategy if isinstance(strategy, str) else "auto")
     if strategy == "auto" and count * num_nodes > 1:
         strategy = "ddp_find_unused_parameters_true" if parts_may_go_unused else "ddp"
+    if strategy == "ddp" and deterministic and count * num_nodes > 2:
+        # plain DDP groups gradients anew after a run's first step, also one's that goes on: three are then added in
+        # another order (two have only one), and the last bits differ
+        strategy = "ddp_find_unused_parameters_true"
     if strategy == "fsdp":
         from vavae_tools.training.strategies import Sharded
 
