@@ -1,9 +1,9 @@
 """All that the package does on a card, on an emulated one: `python on_card.py t4 split vavae latents work` prints JSON.
 
 For each of `SCENARIOS` there is {"fault": last lines of a traceback or "", "seconds", "half": what computed in half
-precision within `FLOAT32`}; of trainings also "precision", "numbers" (the metrics), "written" (what of `WRITTEN` there
-is), and what the `QUIET` steps made the processor wait for ("waits") and copied ("copies"); of sampling "waits" of its
-steps. Both are {"what @ where": times}.
+precision within `FLOAT32`}; of trainings also "precision", the kind of "weights", "numbers" (the metrics), "written"
+(what of `WRITTEN` there is), and what the `QUIET` steps made the processor wait for ("waits") and copied ("copies"); of
+sampling "waits" of its steps. Both are {"what @ where": times}.
 """
 
 import contextlib
@@ -102,8 +102,9 @@ class Trainings:
         torch.save(taming_file(), out / "lpips.ckpt")
         dinov2().save_pretrained(out / "dino")
         self.change(fine_tuning, "load_lpips", functools.partial(load_lpips, widths=WIDTHS))
+        more = {"disc_start": 0, "disc_width": 4, "gradient_checkpointing": True}
         sources = {"lpips_weights": out / "lpips.ckpt", "foundation_model": out / "dino"}
-        self.vavae_light(out / "run", precision, recipe="full", disc_start=0, disc_width=4, **sources)
+        self.vavae_light(out / "run", precision, recipe="full", **more, **sources)
 
     def dit(self, out: Path, precision: str | None, **changes: Any) -> None:
         from vavae_tools.training.runs import train_dit
@@ -123,7 +124,7 @@ class Trainings:
         self._run(
             *(out, precision, "experiment=dit_dummy", "model.dit.hidden_size=[16,32]", "model.dit.depth=[1,1]"),
             *("model.dit.num_heads=[2,2]", "data.num_pictures=32", "data.val_share=0.2", "data.batch_size=4"),
-            f"model.dit_module.max_steps={STEPS}",
+            *(f"model.dit_module.max_steps={STEPS}", "model.dit_module.gradient_checkpointing=true"),
         )
 
     def rae_decoder(self, out: Path, precision: str | None) -> None:
@@ -201,7 +202,7 @@ class OnCard(Trainings):
         half = dict(self.card.counted("half", at))
         found = {"fault": fault, "seconds": time.process_time() - began, "half": half, **found}
         if base in TRAININGS:
-            found |= {kind: getattr(steps, kind) for kind in ("precision", "numbers", "waits", "copies")}
+            found |= {what: getattr(steps, what) for what in ("precision", "weights", "numbers", "waits", "copies")}
             found["written"] = sorted({path.name for path in Path(name).rglob("*") if path.name in WRITTEN})
         return found
 
@@ -285,11 +286,11 @@ class OnCard(Trainings):
         encode_split(self.split, self.vavae, "latents", flips=True)
 
     def gone_on_with(self) -> None:
-        """fp16: from a checkpoint on, weights, optimiser, schedule and gradient scaler come out bit by bit."""
+        """fp16, deterministic: from a checkpoint on, weights, optimiser, schedule and scaler come out bit by bit."""
         import torch
         from tiny import assert_same, assert_same_training
 
-        settings = {"previews": 0, "devices": {"precision": self.scaled}}
+        settings = {"previews": 0, "devices": {"precision": self.scaled, "deterministic": True}}
         self.dit(Path("whole"), None, **settings)
         self.dit(Path("resumed"), None, resume="whole/checkpoint-6", **settings)
         assert_same_training("whole", "resumed")
@@ -412,7 +413,7 @@ def _steps_of(card: Any) -> Any:
             self.numbers: dict[str, float] = {}
             self.waits: dict[str, int] = {}
             self.copies: dict[str, int] = {}
-            self.precision = ""
+            self.precision = self.weights = ""
             self._at, self._step = len(card.heard), 0
 
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -425,8 +426,9 @@ def _steps_of(card: Any) -> Any:
                         into[key] = into.get(key, 0) + 1
             self._at = len(card.heard)
 
-        def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
             self.precision = trainer.precision
+            self.weights = ", ".join(sorted({str(weights.dtype) for weights in module.parameters()}))
             self.numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     return Steps()

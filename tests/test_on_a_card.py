@@ -68,6 +68,7 @@ def test_on_a_card(found, card, scenario):
     assert numbers and all(map(math.isfinite, numbers.values())), numbers
     assert any(name.startswith("val/") for name in numbers)
     assert len(seen["written"]) == 2, seen["written"]
+    assert seen["weights"] == "torch.float32"  # also their averages
     precision = {"t4": "16-mixed", "a100": "bf16-mixed"}[card]
     if scenario.endswith("_other"):
         precision = {"t4": "32-true", "a100": "16-mixed"}[card]
