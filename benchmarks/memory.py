@@ -90,6 +90,8 @@ class Block:
     segment: int
     start: int
     size: int
+    missing: int = 0
+    """bytes of it that were given back to the card, of a free piece of a segment that grows"""
 
     @property
     def end(self) -> int:
@@ -114,9 +116,9 @@ class Allocator:
         self.expandable_segments = expandable_segments
         self.free_blocks: list[Block] = []
         self.segments: dict[int, int] = {}
+        """number → bytes from its beginning to its end"""
         self.alive = self.reserved = self.peak_alive = self.peak_reserved = 0
         self.marks: list[tuple[str, int, int]] = []
-        self._numbers = 2  # those of the two expandable segments come before
 
     def malloc(self, size: int) -> Block:
         """Take a block of at least so many bytes."""
@@ -124,16 +126,19 @@ class Allocator:
         small = size <= MIB
         fitting = [block for block in self.free_blocks if block.small == small and block.size >= size]
         if fitting:
-            block = min(fitting, key=lambda block: (block.size, block.segment, block.start))
+            block = min(fitting, key=lambda block: (block.missing > 0, block.size, block.segment, block.start))
             self.free_blocks.remove(block)
+            again = min(block.missing, _up_to(max(0, size - block.size + block.missing), _page(small)))
+            self._reserve(again)
+            block.missing -= again
         elif self.expandable_segments:
             block = self._grown(small, size)
         else:
             block = self._segment(small, size)
         rest = block.size - size
         if rest >= 512 if small or self.expandable_segments else rest > MIB:
-            self.free_blocks.append(Block(small, block.segment, block.start + size, rest))
-            block.size = size
+            self.free_blocks.append(Block(small, block.segment, block.start + size, rest, block.missing))
+            block.size, block.missing = size, 0
         self.alive += block.size
         self.peak_alive = max(self.peak_alive, self.alive)
         return block
@@ -151,16 +156,20 @@ class Allocator:
         for other in beside:
             self.free_blocks.remove(other)
         start = min(part.start for part in (block, *beside))
-        size = sum(part.size for part in (block, *beside))
-        self.free_blocks.append(Block(block.small, block.segment, start, size))
+        size, missing = (sum(getattr(part, name) for part in (block, *beside)) for name in ("size", "missing"))
+        self.free_blocks.append(Block(block.small, block.segment, start, size, missing))
 
     def empty_cache(self) -> None:
-        """Give back the segments of which nothing is taken; of those that grow, what is free at their ends."""
+        """Give back the segments of which nothing is taken; of those that grow, all pages of which nothing is."""
         for block in [*self.free_blocks]:
-            whole = block.start == 0 and block.size == self.segments[block.segment]
-            if whole or (self.expandable_segments and block.end == self.segments[block.segment]):
+            if self.expandable_segments:
+                page = _page(block.small)
+                gone = max(0, block.end // page * page - _up_to(block.start, page) - block.missing)
+                block.missing += gone
+                self._reserve(-gone)
+            elif block.size == self.segments[block.segment]:
                 self.free_blocks.remove(block)
-                self._reserve(block.segment, -block.size)
+                self._reserve(-block.size)
 
     def mark(self, name: str) -> None:
         """Note the peaks since the last mark under a name."""
@@ -169,25 +178,32 @@ class Allocator:
 
     def _segment(self, small: bool, size: int) -> Block:
         given = 2 * MIB if small else 20 * MIB if size < 10 * MIB else _up_to(size, 2 * MIB)
-        self._numbers += 1
-        self._reserve(self._numbers, given)
-        return Block(small, self._numbers, 0, given)
+        number = max(self.segments, default=0) + 1
+        self.segments[number] = given
+        self._reserve(given)
+        return Block(small, number, 0, given)
 
     def _grown(self, small: bool, size: int) -> Block:
-        number, page = (0, 2 * MIB) if small else (1, 20 * MIB)
+        number = 0 if small else 1
         end = self.segments.get(number, 0)
         last = next((block for block in self.free_blocks if block.segment == number and block.end == end), None)
-        if last is not None:
+        if last is None:
+            last = Block(small, number, end, 0)
+        else:
             self.free_blocks.remove(last)
-        start = end if last is None else last.start
-        given = _up_to(start + size, page) - end
-        self._reserve(number, given)
-        return Block(small, number, start, end + given - start)
+        given = _up_to(last.start + size, _page(small)) - end
+        self.segments[number] = end + given
+        self._reserve(given + last.missing)
+        return Block(small, number, last.start, last.size + given)
 
-    def _reserve(self, segment: int, size: int) -> None:
-        self.segments[segment] = self.segments.get(segment, 0) + size
+    def _reserve(self, size: int) -> None:
         self.reserved += size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
+
+
+def _page(small: bool) -> int:
+    """By how much an expandable segment grows."""
+    return 2 * MIB if small else 20 * MIB
 
 
 def _up_to(size: int, unit: int) -> int:

@@ -99,6 +99,18 @@ def test_an_expandable_segment_grows_by_what_lacks_at_its_end():
     assert card.malloc(KIB).segment != 1 and card.reserved == 62 * MIB
 
 
+def test_an_expandable_segment_gives_back_pages_between_blocks_and_takes_them_again():
+    card = Allocator(expandable_segments=True)
+    first, second = card.malloc(50 * MIB), card.malloc(20 * MIB)
+    assert card.reserved == 80 * MIB
+    card.free(first)
+    card.empty_cache()
+    assert card.reserved == 40 * MIB  # of the pages 0–20–40–60–80 two are free as a whole; 10 MiB are at the end
+    assert card.malloc(10 * MIB).start == 70 * MIB and card.reserved == 40 * MIB
+    assert card.malloc(25 * MIB).start == 0 and card.reserved == 60 * MIB
+    assert second.start == 50 * MIB and card.alive == 55 * MIB
+
+
 def test_tensors_without_contents_take_what_theirs_would():
     with simulated(MACHINES["T4x2"], others=MIB) as card:
         assert (find_machine().kind, find_machine().devices) == ("t4", 2)
