@@ -108,7 +108,11 @@ class TextEncoder:
         rows = self.tokenizer(
             _listed(captions), padding="longest", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
-        ids, mask = rows["input_ids"].to(self.device), rows["attention_mask"].to(self.device).bool()  # (B, L) both
+        ids, mask = rows["input_ids"], rows["attention_mask"]  # (B, L) both
+        if torch.device(self.device).type == "cuda":  # a copy from pinned memory is not waited for
+            ids, mask = ids.pin_memory(), mask.pin_memory()
+        ids, mask = (given.to(self.device, non_blocking=True) for given in (ids, mask))
+        mask = mask.bool()
         parts = [self.model(input_ids=part).last_hidden_state.float() for part in ids.split(_AT_ONCE)]
         tokens = torch.cat(parts)  # (B, L, D)
         last = mask.sum(1) - 1

@@ -26,6 +26,7 @@ from vavae_tools.data.captions import caption_data
 from vavae_tools.data.latents import LatentFolder, encode_latents, latents_digest
 from vavae_tools.data.texts import TextFolder, TextLatentDataModule, encode_texts, needed_bytes
 from vavae_tools.diffusion.noise_prediction import make_objective
+from vavae_tools.diffusion.portions import Portions
 from vavae_tools.diffusion.text_conditioning import TextConditioner
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.diffusion.text_pipeline import TextToImagePipeline, load_text_pipeline, make_scheduler
@@ -159,18 +160,12 @@ def train_text_to_image(
         pipe = TextToImagePipeline(decoder, None, None, trained["denoiser"], trained["conditioner"], scheduler)
         rows = torch.arange(len(states))
         noise, on_the_way = pipe.noise(seed, rows), pipe.generators(seed, rows)
-        parts = [
-            pipe.make(
-                states[part.tolist()].to(device),
-                noise[part].to(device),
-                None,
-                sampling["num_steps"],
-                sampling["cfg_scale"],
-                [on_the_way[row] for row in part.tolist()],
-            ).cpu()
-            for part in rows.split(16)
-        ]
-        return torch.cat(parts)
+        settings = sampling["num_steps"], sampling["cfg_scale"]
+
+        def make_some(part: slice) -> Tensor:
+            return pipe.make(states[part].to(device), noise[part].to(device), None, *settings, on_the_way[part]).cpu()
+
+        return torch.cat(Portions(pipe)(len(rows), make_some))
 
     done = train_denoiser(
         module,
