@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vavae_tools.card import take_card
 from vavae_tools.data.folders import PICTURE_EXTENSIONS, contents, listed
 from vavae_tools.data.images import PictureFolder, channels_of
 from vavae_tools.data.pixels import to_unit
@@ -199,6 +200,7 @@ def evaluate_pictures(
     )
     if device is None:
         device = find_device()
+        take_card()
     num_classes = max(labels.values()) + 1
     told_apart = len(train.labels.unique()) > 1
     if told_apart:

@@ -12,6 +12,7 @@ from vavae_tools.errors import UserError
 from vavae_tools.files import save_model
 from vavae_tools.machine import find_device, release_memory
 from vavae_tools.ranks import first_alone, is_first, of_torchrun
+from vavae_tools.training.devices import compiles
 from vavae_tools.training.progress import say
 from vavae_tools.training.rae_decoder import check_reconstructions, pictures_arguments, pictures_for, rae_from
 from vavae_tools.training.runs import Show, experiment_arguments, train_dit
@@ -39,6 +40,8 @@ def train_rae_dit(
     """
     output_dir = Path(output_dir)
     copy = output_dir / "autoencoder"
+    arguments = experiment_arguments(data, model, trainer, callbacks)
+    arguments["compile"] = compiles(arguments["compile"], say=say)  # what it lacks is said before anything takes time
     rae = read_rae_folder(copy) if resume and copy.is_dir() else rae_from(model["rae"], seed, say)
     pictures = pictures_for(rae, pictures_arguments(data), seed=seed)
     _check(model, rae, pictures)
@@ -54,7 +57,6 @@ def train_rae_dit(
     with first_alone("autoencoder"):
         if is_first():
             save_model(rae, copy)
-    arguments = experiment_arguments(data, model, trainer, callbacks)
     return train_dit(
         latents.path,
         copy,

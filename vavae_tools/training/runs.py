@@ -141,7 +141,7 @@ def train_dit(
         _start_from(network, conditioner, latents, init, resume_from, seed, say)
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    compile = compiles(compile)
+    compile = compiles(compile, say=say)
     with first_alone("autoencoder"):  # the others may read what it writes
         model = _autoencoder_of(latents, autoencoder_dir, output_dir / "autoencoder")
 
@@ -278,6 +278,8 @@ def train_vavae_dit(
 ) -> Path:
     """`experiment=vavae_dit`: what notebook 03 does, `encode_split` and `train_dit`, with the keys of `configs/`."""
     source = model["vavae"]["source"]
+    arguments = experiment_arguments(data, model, trainer, callbacks)
+    arguments["compile"] = compiles(arguments["compile"], say=say)  # what it lacks is said before anything takes time
     encode_split(
         data["data_dir"] or find_split(),
         source,
@@ -287,7 +289,6 @@ def train_vavae_dit(
         say=say,
         latents_stats=model["vavae"]["latents_stats"],
     )
-    arguments = experiment_arguments(data, model, trainer, callbacks)
     return train_dit(data["latents_dir"], source, output_dir, resume=resume, seed=seed, say=say, **arguments)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -83,4 +84,5 @@ def fit(
         raise UserError(str(error)) from None
     finally:
         trainer.strategy.checkpoint_io.teardown()  # the last one is on the disk; not every strategy sees to that
+        torch.use_deterministic_algorithms(False)  # what Lightning has set is this training's, not the whole process's
     trainer.strategy.barrier()  # so that every process finds it there
