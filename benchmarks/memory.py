@@ -48,7 +48,7 @@ from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.diffusion.text_pipeline import TextToImagePipeline, make_scheduler
 from vavae_tools.evaluation.classifier import train_classifier
 from vavae_tools.evaluation.metrics import aligned
-from vavae_tools.frozen import Computing
+from vavae_tools.frozen import Computing, at_work
 from vavae_tools.machine import Machine, for_inference
 from vavae_tools.training import previews, rae_module
 from vavae_tools.training.diffusion_module import DiffusionModule
@@ -267,13 +267,15 @@ class Simulated(TorchDispatchMode):
 
 
 class OnTheCPU(TorchFunctionMode):
-    """Takes the CPU where a card is named."""
+    """Takes the CPU where a tensor shall be on a card; what a device is called stays."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         def here(value: Any) -> Any:
             on_card = isinstance(value, str | torch.device) and str(value).startswith("cuda")
             return torch.device("cpu") if on_card else value
 
+        if function is torch.device:
+            return function(*args, **(kwargs or {}))
         return function(*map(here, args), **{name: here(value) for name, value in (kwargs or {}).items()})
 
 
@@ -500,14 +502,18 @@ def said_of(batch_size: int, checkpointing: bool) -> str:
 
 def encoding(card: Any, case: Case) -> str:
     preset, batch_size = case.preset, case.number("batch_size", 32)
-    model = vavae(preset.vavae_size, condition_dim=32, num_conditions=PEOPLE).eval().to("cuda")
+    model = vavae(preset.vavae_size, condition_dim=32, num_conditions=PEOPLE).eval()
     computing = Computing(None, "cuda", "Latents", print)
     sides = {"train": Pictures(3 * batch_size, preset.image_size)}
-    encoder = _Encoder(for_inference(model, "cuda"), sides, False, batch_size, "cuda", 0, "float32", computing)
-    for _ in encoder.batches("train", [range(3 * batch_size)], 0):
-        pass
+    with at_work(model, "cuda"):
+        encoder = _Encoder(for_inference(model, "cuda"), sides, False, batch_size, "cuda", 0, "float32", computing)
+        for latents in encoder.batches("train", [range(3 * batch_size)], 0):
+            del latents
+        if case.on_paper:  # where weights cannot go back to the processor's memory
+            del model, encoder
     card.mark("")
-    return f"batch {batch_size}"
+    card.mark("left behind")
+    return said_of(batch_size, False)
 
 
 def pipeline(case: Case, denoiser: nn.Module, conditioner: nn.Module, vae: VAVAE) -> LatentDiTPipeline:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.memory import MACHINES, STAGES, WORKSPACE, Allocator, Case, simulated, verdict
-from vavae_tools.machine import find_machine
+from vavae_tools.machine import find_device, find_machine
 from vavae_tools.training.presets import find_preset
 
 KIB, MIB = 2**10, 2**20
@@ -113,7 +113,8 @@ def test_an_expandable_segment_gives_back_pages_between_blocks_and_takes_them_ag
 
 def test_tensors_without_contents_take_what_theirs_would():
     with simulated(MACHINES["T4x2"], others=MIB) as card:
-        assert (find_machine().kind, find_machine().devices) == ("t4", 2)
+        assert (find_machine().kind, find_machine().devices, find_device()) == ("t4", 2, "cuda")
+        assert torch.device("cuda").type == "cuda"  # by which the package decides on half precision
         at_first = card.alive
         assert at_first == WORKSPACE // 512 * 512
         half = torch.zeros(2, 4, 512, 512, dtype=torch.float16, device="cuda")
