@@ -9,12 +9,14 @@ sampling "waits" of its steps. Both are {"what @ where": times}.
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import sys
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,12 +36,17 @@ STEPS, QUIET = 8, range(3, 6)
 """Of a training, one epoch; at the quiet ones nothing is logged, validated, shown, saved or met for the first time."""
 WRITTEN = ("checkpoint-6", "checkpoint_6.pth", "samples-000008.png", "reconstructions-000008.png")
 """Of a training two, one of the first and one of the others."""
-FLOAT32 = (
-    *("l1", "gradient", "spectral", "kl", "psnr", "ssim", "sharpness", "alignment_loss", "right_rate"),
-    *("hinge_loss", "generator_loss", "adaptive_weight"),
-    *("_unit", "_distance", "PatchDiscriminator.forward"),
-    *("FlowMatching.loss", "NoisePrediction.loss", "CleanPrediction.loss"),
-)
+FLOAT32 = {
+    "autoencoders.losses": ("l1", "gradient", "spectral", "kl"),
+    "autoencoders.perceptual": ("_unit", "_distance"),
+    "autoencoders.foundation": ("alignment_loss",),
+    "autoencoders.discriminator": ("hinge_loss", "generator_loss", "adaptive_weight", "PatchDiscriminator.forward"),
+    "diffusion.objectives": ("FlowMatching.loss",),
+    "diffusion.noise_prediction": ("NoisePrediction.loss",),
+    "diffusion.clean_prediction": ("CleanPrediction.loss",),
+    "evaluation.metrics": ("psnr", "ssim", "sharpness"),
+    "training.adversarial_module": ("right_rate",),
+}
 """Functions and methods of the package in which nothing may compute in half precision."""
 
 
@@ -147,16 +154,9 @@ class Trainings:
 
     def token_images(self, out: Path, precision: str | None) -> None:
         self._run(
-            *(
-                out,
-                precision,
-                "experiment=token_images",
-                "data.data_path=zen",
-                "data.img_size=32",
-                "data.val_share=0.25",
-            ),
-            *("model.hidden_size=16", "model.depth=1", "model.num_heads=2", "training.batch_size=2"),
-            *("sampling.num_steps=2", f"training.max_steps={STEPS}"),
+            *(out, precision, "experiment=token_images", "data.data_path=zen", "data.img_size=32"),
+            *("data.val_share=0.25", "model.hidden_size=16", "model.depth=1", "model.num_heads=2"),
+            *("training.batch_size=2", "sampling.num_steps=2", f"training.max_steps={STEPS}"),
         )
 
     def _run(self, out: Path, precision: str | None, *words: str) -> None:
@@ -207,29 +207,19 @@ class OnCard(Trainings):
         return found
 
     def _expect_float32(self) -> None:
-        """Watch `FLOAT32` wherever the package has them by name."""
-        from vavae_tools.autoencoders import discriminator, foundation, losses, perceptual
-        from vavae_tools.diffusion import clean_prediction, noise_prediction, objectives
-        from vavae_tools.evaluation import metrics
-        from vavae_tools.training import adversarial_module, fine_tuning, rae_decoder, runs, text_to_image, token_images
-
-        homes = [discriminator, foundation, losses, perceptual, clean_prediction, noise_prediction, objectives, metrics]
-        users = [adversarial_module, fine_tuning, rae_decoder, runs, text_to_image, token_images]
-        assert all(users)
-        for name in FLOAT32:
-            of, _, method = name.partition(".")
-            (home,) = {
-                vars(module)[of].__module__: module for module in (*homes, *users) if of in vars(module)
-            }.values()
-            if method:
-                owner = getattr(home, of)
-                setattr(owner, method, self._watched(getattr(owner, method)))
-                continue
-            plain = getattr(home, of)
-            watched = self._watched(plain)
-            for module in [module for key, module in sys.modules.items() if key.startswith("vavae_tools.")]:
-                for key in [key for key, value in vars(module).items() if value is plain]:
-                    setattr(module, key, watched)
+        """Watch `FLOAT32`, wherever the package's modules have it."""
+        homes = {importlib.import_module(f"vavae_tools.{home}"): names for home, names in FLOAT32.items()}
+        for home in ("fine_tuning", "rae_decoder", "runs", "text_to_image", "token_images"):
+            importlib.import_module(f"vavae_tools.training.{home}")  # those that take them from there
+        ours = [module for name, module in sys.modules.items() if name.startswith("vavae_tools.")]
+        for home, names in homes.items():
+            for name in names:
+                owner, _, name = name.rpartition(".")
+                owners = [getattr(home, owner)] if owner else ours
+                plain = getattr(owners[0] if owner else home, name)
+                for one in owners:
+                    for key in [key for key, value in vars(one).items() if value is plain]:
+                        setattr(one, key, self._watched(plain))
 
     def _watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -278,8 +268,6 @@ class OnCard(Trainings):
             assert half == ["aten::addmm"], half  # neither the conversion to float32 nor what follows
         return {"half": {}}  # as it shall be
 
-    # ---- what else is made with files
-
     def encoding(self) -> None:
         from vavae_tools.training.runs import encode_split
 
@@ -301,8 +289,6 @@ class OnCard(Trainings):
         assert one["scale"] > 0
         assert_same(one, other)
 
-    # ---- pipelines
-
     def _waits_a_step(self, make: Callable[[int], Any]) -> dict[str, int]:
         """What the processor waits for more often in 4 steps than in 3."""
         at = len(self.card.heard)
@@ -321,7 +307,7 @@ class OnCard(Trainings):
         guidance = {"guidance_scale": 1.0}, {}, {"guidance_interval": (0.2, 0.7)}
         for name in SOLVERS:
             swap_solver(pipe, name)
-            for settings in (*guidance, {"guide": weak}):
+            for settings in (*guidance, {"guide": weak}, {"precision": "32"}):
                 make = functools.partial(pipe, [0, 2], output_type="pt", **settings)
                 waits |= self._waits_a_step(lambda steps: make(num_inference_steps=steps))  # noqa: B023
         return {"waits": waits}
@@ -338,7 +324,8 @@ class OnCard(Trainings):
             for name in SOLVERS if objective == "flow_matching" else SCHEDULERS:
                 pipe.scheduler = make_scheduler(name, make_objective(objective))
                 waits |= self._waits_a_step(lambda steps: pipe("green", num_inference_steps=steps))  # noqa: B023
-            waits |= self._waits_a_step(lambda steps: pipe("green", num_inference_steps=steps, guidance_scale=1.0))  # noqa: B023
+            plain = functools.partial(pipe, "green", guidance_scale=1.0)
+            waits |= self._waits_a_step(lambda steps: plain(num_inference_steps=steps))  # noqa: B023
         return {"waits": waits}
 
     def sampling_of_tokens(self) -> dict[str, Any]:
@@ -381,8 +368,6 @@ class OnCard(Trainings):
             sys.argv += ["--prompt", asked[0]] if number else ["--guide", "pipeline-0"]
             sample.main()
 
-    # ---- evaluation
-
     def evaluation(self) -> None:
         from test_token_pipeline import tiny
         from tiny import tiny_vavae
@@ -411,19 +396,15 @@ def _steps_of(card: Any) -> Any:
     class Steps(L.Callback):
         def __init__(self) -> None:
             self.numbers: dict[str, float] = {}
-            self.waits: dict[str, int] = {}
-            self.copies: dict[str, int] = {}
+            self.waits, self.copies = Counter(), Counter()
             self.precision = self.weights = ""
             self._at, self._step = len(card.heard), 0
 
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        def on_train_batch_end(self, *_: Any) -> None:
             self._step += 1
             if self._step in QUIET:
-                for heard in card.heard[self._at :]:
-                    into = {"wait": self.waits, "copy": self.copies}.get(heard.kind)
-                    if into is not None:
-                        key = f"{heard.what} @ {heard.where}"
-                        into[key] = into.get(key, 0) + 1
+                self.waits += card.counted("wait", self._at)
+                self.copies += card.counted("copy", self._at)
             self._at = len(card.heard)
 
         def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
