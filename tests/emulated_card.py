@@ -83,9 +83,36 @@ def insert(kind: str) -> Card:
     import torch
 
     library.insert()
-    name, capability, memory = CARDS[kind]
+    _answer(card, *CARDS[kind])
+    torch.nn.Module.compile = _always(None)
+    torch.compile = lambda model=None, **_: model or (lambda function: function)
+    # whole storages, as deepcopy and torch.load move them: torch for CPUs has them on the CPU alone
+    torch.UntypedStorage.clone = lambda storage: _copied(storage, storage.device)
+    torch.serialization.register_package(
+        5, _always(None), lambda storage, place: _copied(storage, place) if place.startswith("cuda") else None
+    )
+    return card
+
+
+def _answer(card: Card, name: str, capability: tuple[int, int], memory: int) -> None:
+    """Let torch and Lightning answer in Python what they ask CUDA."""
+    import torch
+
     properties = {"name": name, "major": capability[0], "minor": capability[1], "total_memory": memory}
     properties |= {"multi_processor_count": 40, "uuid": "emulated", "gcnArchName": "", "warp_size": 32}
+    answers = {
+        **{"is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0},
+        **{"get_device_name": name, "get_device_capability": capability, "is_bf16_supported": True},
+        **{"get_device_properties": SimpleNamespace(**properties), "get_arch_list": ["sm_75", "sm_80", "sm_90"]},
+        **{"memory_allocated": 0, "max_memory_allocated": 0, "memory_reserved": 0, "max_memory_reserved": 0},
+        **{"mem_get_info": (memory, memory), "memory_stats": {}, "reset_peak_memory_stats": None, "empty_cache": None},
+        **{"_lazy_init": None, "set_device": None, "_exchange_device": 0, "_maybe_exchange_device": 0},
+        **{"manual_seed": None, "manual_seed_all": None, "get_rng_state": torch.zeros(16, dtype=torch.uint8)},
+        **{"set_rng_state": None, "get_rng_state_all": [], "set_rng_state_all": None},
+        **{"is_current_stream_capturing": False, "set_per_process_memory_fraction": None},
+    }
+    for question, answer in answers.items():
+        setattr(torch.cuda, question, _always(answer))
 
     class Event:
         def __init__(self, *_: Any, **__: Any) -> None:
@@ -105,35 +132,13 @@ def insert(kind: str) -> Card:
 
         synchronize = card.synchronized
 
-    answers = {
-        **{"is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0},
-        **{"get_device_name": name, "get_device_capability": capability, "is_bf16_supported": True},
-        **{"get_device_properties": SimpleNamespace(**properties), "get_arch_list": ["sm_75", "sm_80", "sm_90"]},
-        **{"memory_allocated": 0, "max_memory_allocated": 0, "memory_reserved": 0, "max_memory_reserved": 0},
-        **{"mem_get_info": (memory, memory), "memory_stats": {}, "reset_peak_memory_stats": None, "empty_cache": None},
-        **{"_lazy_init": None, "set_device": None, "_exchange_device": 0, "_maybe_exchange_device": 0},
-        **{"manual_seed": None, "manual_seed_all": None, "get_rng_state": torch.zeros(16, dtype=torch.uint8)},
-        **{"set_rng_state": None, "get_rng_state_all": [], "set_rng_state_all": None},
-        **{"is_current_stream_capturing": False, "set_per_process_memory_fraction": None},
-    }
-    for question, answer in answers.items():
-        setattr(torch.cuda, question, _always(answer))
     torch.cuda.Event, torch.cuda.synchronize = Event, card.synchronized
-    torch.nn.Module.compile = _always(None)
-    torch.compile = lambda model=None, **_: model or (lambda function: function)
     for module in ("torch.cuda.amp.common", "torch.amp.grad_scaler", "torch.amp.autocast_mode"):
         importlib.import_module(module).amp_definitely_not_available = _always(False)
-    # whole storages: torch for CPUs has these on the CPU alone
-    torch.UntypedStorage.clone = lambda storage: _storage(storage.nbytes(), storage.device).copy_(storage)
-    to_card = lambda storage, _: _storage(storage.nbytes(), "cuda").copy_(storage)  # noqa: E731
-    torch.serialization.register_package(
-        5, _always(None), lambda storage, place: to_card(storage, place) if place.startswith("cuda") else None
-    )
     for module in ("lightning.fabric.accelerators.cuda", "lightning.pytorch.accelerators.cuda"):
         importlib.import_module(module).num_cuda_devices = _always(1)
     fabric = importlib.import_module("lightning.fabric.accelerators.cuda")
     fabric.is_cuda_available, fabric._get_all_visible_cuda_devices = _always(True), _always([0])
-    return card
 
 
 def build() -> Path:
@@ -156,10 +161,10 @@ def _always(answer: Any) -> Callable[..., Any]:
     return lambda *_, **__: answer
 
 
-def _storage(size: int, device: Any) -> Any:
+def _copied(storage: Any, device: Any) -> Any:
     import torch
 
-    return torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
+    return torch.empty(storage.nbytes(), dtype=torch.uint8, device=device).untyped_storage().copy_(storage)
 
 
 def _where() -> str:
