@@ -252,6 +252,7 @@ def test_a_file_means_the_same_as_overrides(tmp_path, lr, precision, trained_in)
     typed = meant(
         *["experiment=text_to_image", "data.dataset_name=custom", "data.dataset_path=./data/mine"],
         *["data.num_samples=5000", "data.image_size=128", "training.gradient_accumulation_steps=2"],
+        "training.batch_size=96",
         *[
             "--lr",
             "1e-4",
@@ -275,7 +276,7 @@ def test_the_example_is_found_from_any_folder(here, run_main):
     status, said, _ = run_main(train.main, "--config", "configs/train_config.yaml", "--print_config")
     assert status == 0
     shown = OmegaConf.to_container(OmegaConf.create(said))
-    assert shown["training"]["batch_size"] == 96 and shown["training"]["learning_rate"] == 1e-4
+    assert shown["training"]["batch_size"] == 48 and shown["training"]["learning_rate"] == 1e-4
     assert (shown["model"]["hidden_size"], shown["model"]["num_layers"], shown["model"]["num_heads"]) == (768, 16, 12)
     assert shown["lr_scheduler"] == {"type": "cosine", "warmup_steps": 500}
     assert shown["callbacks"]["save_every_n_epochs"] == 10 and shown["callbacks"]["save_every_n_steps"] == 500
@@ -291,7 +292,7 @@ WRONG_FILES = {
     "training:\n  batchsize: 3\n": "mine.yaml: No key 'training.batchsize'; did you mean training.batch_size?",
     "training: {}\nmodell:\n  hidden_size: 3\n": "No key 'modell",
     "training:\n\tbatch_size: 3\n": "--config mine.yaml is no YAML: ",
-    "training:\n  batch_size: many\n": "training.batch_size is 'many', expected a whole number such as 96",
+    "training:\n  batch_size: many\n": "training.batch_size is 'many', expected a whole number such as 24",
     "training:\n  learning_rate: '1e-4'\n": "training.learning_rate is '1e-4', expected a number",
     "training:\n  persistent_workers: 1\n": "training.persistent_workers is 1, expected true or false",
     "training:\n  mixed_precision: fp17\n": "No precision 'fp17'; there are 32, 16, bf16",

@@ -47,7 +47,7 @@ def fine_tune_rae_decoder(
     data: str | Path | dict[str, Any],
     rae: str | Path | dict[str, Any],
     output_dir: str | Path = "outputs/rae_decoder",
-    batch_size: int = 16,
+    batch_size: int = 8,
     max_steps: int = 5000,
     lr: float = 2e-4,
     noise_tau: float = 0.8,
