@@ -21,7 +21,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,9 +38,9 @@ from vavae_tools.autoencoders.vavae import VAVAE, vavae
 from vavae_tools.checkpoints.folders import read_any
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.pipeline import LatentDiTPipeline, solver
-from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
+from vavae_tools.diffusion.transformer import DiT, DiT_SIZES, SwiGLU
 from vavae_tools.evaluation.metrics import ssim
-from vavae_tools.machine import find_machine
+from vavae_tools.machine import computing_in, find_machine, for_inference, trying_convolutions
 from vavae_tools.training.devices import allow_tf32, compiles, quiet_lightning
 from vavae_tools.training.diffusion_module import DiffusionModule
 from vavae_tools.training.throughput import peak_flops
@@ -226,6 +226,51 @@ def sampling(setup: Setup, count: int, num_steps: int) -> Result:
     return result
 
 
+def seconds_of(setup: Setup, function: Callable[[], Any], times: int = 5) -> float:
+    """The least of several calls, after one that does not count."""
+    taken = []
+    for _ in range(times + 1):
+        setup.wait()
+        began = time.perf_counter()
+        function()
+        setup.wait()
+        taken.append(time.perf_counter() - began)
+    return min(taken[1:])
+
+
+@torch.inference_mode()
+def decoding(setup: Setup, count: int) -> Result:
+    """Pictures a second decoded in fp16: as weights come, laid out for a card, and with convolutions tried."""
+    count, result = setup.batch(count), {}
+    model = setup.vavae().eval().to(setup.device)
+    size, labels = setup.image_size // model.downsampling, torch.zeros(count, dtype=torch.int64, device=setup.device)
+    latents = torch.randn(count, model.config.latent_channels, size, size, device=setup.device)
+    vectors = model.condition_vectors(labels)
+    with computing_in(setup.fp16, setup.device):
+        for name, tries in (
+            ("as_it_comes", nullcontext()),
+            ("channels_last", nullcontext()),
+            ("tried", trying_convolutions()),
+        ):
+            if name == "channels_last":
+                for_inference(model, setup.device)
+            with tries:
+                result[name] = count / seconds_of(setup, lambda: model.decode(latents, condition=vectors).sample)
+    return result
+
+
+@torch.inference_mode()
+def swiglu(setup: Setup, tokens: int) -> Result:
+    """The time of a width that is no multiple of 8 (2730, of size L), by that with zeros behind it."""
+    layer, tokens = SwiGLU(1024, 2730).to(setup.device), tokens // 64 if setup.tiny else tokens
+    x, result = torch.randn(tokens, 1024, device=setup.device), {}
+    with computing_in(setup.half, setup.device):
+        for name, lacking in (("with", layer.lacking), ("without", 0)):
+            layer.lacking = lacking
+            result[name] = seconds_of(setup, lambda: layer(x))
+    return {"times": result["without"] / result["with"]}
+
+
 @torch.inference_mode()
 def preview(setup: Setup, count: int) -> Result:
     """A preview's pictures, after an encoding in the same process."""
@@ -341,6 +386,8 @@ def checks(setup: Setup) -> dict[str, tuple[Callable[[Setup], Result], bool]]:
         "vavae_light_batch_8": (partial(vavae_steps, count=8, full=False, gradient_checkpointing=False), True),
         "preview_of_64": (partial(preview, count=64), True),
         "sampling": (partial(sampling, count=32, num_steps=50), False),
+        "decoding": (partial(decoding, count=32), False),
+        "swiglu": (partial(swiglu, tokens=16_384), False),
         "two_processes": (two_processes, False),
         "resume": (resumed, False),
         "resume_deterministic": (lambda setup: resumed(setup, "trainer.deterministic=true"), False),
