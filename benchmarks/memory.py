@@ -48,6 +48,7 @@ from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.diffusion.text_pipeline import TextToImagePipeline, make_scheduler
 from vavae_tools.evaluation.classifier import train_classifier
 from vavae_tools.evaluation.metrics import aligned
+from vavae_tools.experiments import compose, read_command_line
 from vavae_tools.frozen import Computing, at_work
 from vavae_tools.machine import Machine, for_inference
 from vavae_tools.training import previews, rae_module
@@ -585,7 +586,8 @@ def evaluation(card: Any, case: Case) -> str:
 
 def rae_decoder(card: Any, case: Case) -> str:
     """`experiment=rae_decoder`."""
-    batch_size = case.number("batch_size", 16)
+    config = compose(read_command_line(["experiment=rae_decoder", "data.data_dir=."]))
+    batch_size = case.number("batch_size", config.data.batch_size)
     rae = RAE(**RAE_SIZES["ViTXL"])
     numbers = {"perceptual_weight": 1.0, "disc_weight": 0.75}
     checkpointing = case.number("gradient_checkpointing", False)
@@ -600,7 +602,8 @@ def rae_decoder(card: Any, case: Case) -> str:
 
 def text_to_image(card: Any, case: Case) -> str:
     """`experiment=text_to_image`: CLIP ViT-B/32's texts and Stable Diffusion's latents, both encoded before."""
-    batch_size = case.number("batch_size", 96)
+    config = compose(read_command_line(["experiment=text_to_image", "data.dataset_name=shapes"]))
+    batch_size = case.number("batch_size", config.training.batch_size)
     objective = make_objective("epsilon")
     denoiser = TextDiT(input_size=32, in_channels=4, patch_size=2, hidden_size=768, depth=16, num_heads=12)
     checkpointing = case.number("gradient_checkpointing", False)
