@@ -119,8 +119,8 @@ def run(name: str, command: Sequence[str], folder: Path) -> bool:
 
 def installed(freeze: Sequence[str]) -> dict[str, str]:
     """The version of each package, by its name."""
-    lines = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout.splitlines()
-    return {_name(line): line.partition("==")[2] for line in lines if "==" in line}
+    listed = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout
+    return {_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", listed, re.M)}
 
 
 def _name(requirement: str) -> str:
