@@ -30,7 +30,7 @@ class Spoil(L.Callback):
             next(module.network.parameters()).grad.fill_(torch.nan)
 
 
-def train(latents_dir, *callbacks, guard=None, max_steps=6, plugins=(), **choices):
+def train(latents_dir, *callbacks, guard=None, max_steps=6, plugins=(), resume=None, **choices):
     denoiser, conditioner = tiny_dit()
     module = DiffusionModule(trained_looking(denoiser), conditioner, lr=1e-3, warmup_steps=1)
     if guard is not None:
@@ -39,8 +39,12 @@ def train(latents_dir, *callbacks, guard=None, max_steps=6, plugins=(), **choice
     if plugins:
         settings["precision"] = None
     trainer = L.Trainer(**settings, max_steps=max_steps, callbacks=list(callbacks))
-    trainer.fit(module, LatentDataModule(latents_dir, 8))
+    trainer.fit(module, LatentDataModule(latents_dir, 8), ckpt_path=resume, weights_only=True)
     return trainer, module
+
+
+def fp16() -> list[MixedPrecision]:
+    return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))]
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])
@@ -95,9 +99,20 @@ def test_after_several_in_a_row_weights_average_and_optimizer_go_back(latents_di
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_training_without_a_finite_step_ends_with_advice(latents_dir, scaled):
     """fp16 with activations beyond 65,504 skips every step: it used to go on to the end, and to be exported."""
-    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))] if scaled else []
+    plugins = fp16() if scaled else []
     with pytest.raises(UserError, match=r"not finite again after going back to step 0.*qk_norm"):
         train(latents_dir, Spoil(*range(100)), max_steps=60, plugins=plugins)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_training_goes_on_with_or_without_a_scaler(latents_dir, tmp_path, scaled):
+    """From a T4 to an A100 and back: a checkpoint says that its optimiser was fused, or that it was not."""
+    first, _ = train(latents_dir, max_steps=2, plugins=fp16() if scaled else [])
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    trainer, module = train(latents_dir, max_steps=5, plugins=[] if scaled else fp16(), resume=tmp_path / "two.ckpt")
+    assert trainer.global_step == 5 and trainer.optimizers[0].param_groups[0]["fused"] is scaled
+    assert {int(state["step"]) for state in trainer.optimizers[0].state.values()} == {5}
+    assert all(weight.isfinite().all() for weight in module.state_dict().values())
 
 
 def test_weights_that_are_not_finite_are_never_exported(tmp_path):

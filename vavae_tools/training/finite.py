@@ -66,6 +66,8 @@ class FiniteSteps(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.gradient_clip_algorithm == "value":
             raise UserError("gradient_clip_algorithm=value: gradients are clipped by their norm here, leave it out")
+        for optimizer in trainer.optimizers:
+            _fuse_as_made(optimizer)
         self._skipped = self._skipped.to(module.device)
         self._rows = torch.zeros(len(trainer.optimizers), device=module.device)  # left out in a row, by optimiser
         self._began_at, self._began_with = trainer.global_step, self._skipped.clone()
@@ -141,6 +143,22 @@ class FiniteSteps(L.Callback):
                     _local(optimizer.state[weight][name]).copy_(copy)
         self._went_back_to = self._kept_at
         self._rows.zero_()
+
+
+def _fuse_as_made(optimizer: torch.optim.Optimizer) -> None:
+    """Undo what a checkpoint of a training with (or without) a gradient scaler has brought along: its own choice.
+
+    Steps are counted on the device where an optimiser is fused, else on the CPU.
+    """
+    fused = optimizer.defaults.get("fused")
+    for group in optimizer.param_groups:
+        if "fused" not in group:
+            continue
+        group["fused"] = fused
+        for weight in group["params"]:
+            if weight in optimizer.state:
+                state = optimizer.state[weight]
+                state["step"] = state["step"].to(weight.device if fused else "cpu")
 
 
 def _local(tensor: Tensor) -> Tensor:
