@@ -172,7 +172,8 @@ def test_dinov2_on_other_grids(grid):
 
 
 def test_registers_are_dropped():
-    transformers = pytest.importorskip("transformers", minversion="4.48")
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.Dinov2WithRegistersConfig(**DINO, num_register_tokens=3)
     model, x = transformers.Dinov2WithRegistersModel(config).eval(), pictures(28)

@@ -254,6 +254,9 @@ def test_without_client_or_network_everything_else_goes_on(tmp_path, monkeypatch
     monkeypatch.setenv("PYTHONPATH", str(blocked))
     assert push_session(work, RUN, say=said.append) is None
     assert said[-1] == "not pushed: the kaggle client is not here (no module named kaggle): pip install kaggle"
+    (blocked / "kaggle.py").write_text("raise SystemExit(1)")  # as clients up to 2.2.0 without credentials
+    assert push_session(work, RUN, say=said.append) is None
+    assert said[-1].startswith("not pushed: no Kaggle credentials are here")
     assert push_session(work, None, say=said.append) is None and "no dataset is named" in said[-1]
 
 

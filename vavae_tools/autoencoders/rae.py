@@ -301,10 +301,8 @@ def noised(tokens: Tensor, tau: float, u: Tensor, n: Tensor) -> Tensor:
 
 def picture_decoder(grid: int, **numbers: Any) -> nn.Module:
     """diffusers' RAEDecoder for tokens on a grid, with the sin-cos table of just that grid."""
-    try:
-        from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
-    except ImportError:
-        raise UserError("An RAE needs a diffusers that has AutoencoderRAE: pip install -U diffusers") from None
+    from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
+
     width, heads, patch = (
         numbers[name] for name in ("decoder_hidden_size", "decoder_num_attention_heads", "patch_size")
     )

@@ -63,14 +63,9 @@ class FrozenEncoder(nn.Module):
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         model_type, arguments = self._arguments(config or {})
-        try:
-            import transformers
+        import transformers
 
-            config_class, model_class = (getattr(transformers, name) for name in self.kinds[model_type])
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"{type(self).__name__} needs a newer transformers ({error}): pip install -U 'transformers>=4.48'"
-            ) from None
+        config_class, model_class = (getattr(transformers, name) for name in self.kinds[model_type])
         try:
             full = config_class(**arguments)
             heads = full.num_attention_heads

@@ -31,6 +31,8 @@ def connect() -> Any:
         from kaggle.api.kaggle_api_extended import KaggleApi
     except ImportError as error:
         raise Fault("client", str(error)) from None
+    except SystemExit:  # clients up to 2.2.0 sign in as they are imported
+        raise Fault("credentials") from None
 
     class Client(KaggleApi):
         def _upload_file(self, file_name: str, *arguments: Any, **others: Any) -> Any:
