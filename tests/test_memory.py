@@ -119,7 +119,7 @@ def test_a_fault_of_memory_that_another_error_wraps():
 
 
 def test_torch_says_it_in_these_words_here():
-    said = r"^The memory of this machine \([\d.,]+ GiB\) does not suffice for batches of 7: 1,048,576.0 GiB more"
+    said = r"^The memory of this machine \([\d.,]+ GiB\) is too small for batches of 7: 1,048,576.0 GiB more"
     with pytest.raises(UserError, match=said), memory_faults(line_for(7)):
         torch.empty(2**48, dtype=torch.float32)
 
@@ -133,7 +133,7 @@ def test_the_line_in_full():
     with pytest.raises(UserError) as raised, memory_faults(line):
         raise cuda_fault()
     assert str(raised.value) == (
-        "The memory of GPU 0 (24.0 GiB) does not suffice for batches of 96: 2.0 GiB more were asked for, 0.5 GiB are "
+        "The memory of GPU 0 (24.0 GiB) is too small for batches of 96: 2.0 GiB more were asked for, 0.5 GiB are "
         "free, this process holds 23.5 GiB. What helps: training.batch_size=48 training.gradient_accumulation_steps=2 "
         "(the same 96 a step), or model.gradient_checkpointing=true (a third more time), or vae.use_slicing=true (the "
         "VAE takes one picture after the other); --auto_batch_size finds the largest batch that fits"

@@ -693,7 +693,7 @@ def test_where_the_memory_does_not_suffice_fewer_are_made_at_once(tmp_path, monk
         counting = Counting(pipe, patch, full)
         assert len(pictures(pipe, [0] * 5)) == 5 and counting.sizes == [5, 2, 2, 1]
         Counting(pipe, patch, stop_at(1, torch.cuda.OutOfMemoryError))
-        with pytest.raises(UserError, match="memory does not suffice for one picture"):
+        with pytest.raises(UserError, match="memory is too small for one picture"):
             write_samples(pipe, [0], tmp_path / "none", **QUICK)
 
 

@@ -35,7 +35,7 @@ def on_two_processes(*jobs: dict) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, latents_dir) -> tuple[Path, str]:
-    """`cut` never stopped, `stopped` by a signal to the second process and gone on with, `whole` gone on from `cut`.
+    """`cut` never stopped, `stopped` by a signal to the second process and resumed, `whole` resumed from `cut`.
 
     All of them validate, save and make previews on the way.
     """

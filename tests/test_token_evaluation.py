@@ -60,7 +60,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         super().__init__()
         self.none, self.predict, self.times, self.seen = nn.Parameter(torch.zeros(())), predict, [], []
         self.latent_shape = (code.channels + 1, img_size, img_size)
-        self.register_to_config(hidden_size=1)  # by which is reckoned how many pictures have room at once
+        self.register_to_config(hidden_size=1)  # by which is estimated how many pictures have room at once
         self.rows = self.columns = img_size // code.cell_size
 
     def forward(self, x, t, conditioning, mask=None):

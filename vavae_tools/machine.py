@@ -171,7 +171,7 @@ def release_memory() -> None:
 
 
 def is_memory_fault(error: BaseException) -> bool:
-    """Whether torch, CUDA's libraries or Python say that memory does not suffice, or something that they caused."""
+    """Whether torch, CUDA's libraries or Python say that memory is too small, or something that they caused."""
     return any(
         isinstance(link, (torch.OutOfMemoryError, MemoryError))
         or (isinstance(link, RuntimeError) and _MEMORY_FAULT.search(str(link)) is not None)

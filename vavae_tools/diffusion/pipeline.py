@@ -147,7 +147,7 @@ class LatentDiTPipeline(DiffusionPipeline):
                 of `make`.
             generator: of the noise, one for all or one for each picture.
             latents: noise to start from, (len(labels), C, h, w), in place of a generator's.
-            batch_size: pictures made at once, halved where memory does not suffice; None: by the memory there is. It
+            batch_size: pictures made at once, halved where memory runs out; None: by the memory there is. It
                 changes memory and speed, not the pictures.
             output_type: "pil" (grey ones have mode L), "pt" for uint8 (N, C, H, W), "np" for uint8 (N, H, W, C).
         """

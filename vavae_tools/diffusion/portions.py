@@ -18,7 +18,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 class Portions:
-    """Makes any number in portions that fit, halved where memory does not suffice.
+    """Makes any number in portions that fit, halved where memory runs out.
 
     Args:
         pipe: keeps as `fitting` what was found to fit, so that its next calls begin with that.
@@ -63,7 +63,7 @@ class Portions:
         memory = "GPU's memory" if self.pipe._execution_device.type == "cuda" else "memory"
         if tried == 1:
             where = "end what else runs there, or take a CPU" if "GPU" in memory else "end what else runs here"
-            raise UserError(f"The {memory} does not suffice for one {self.what}: {where}")
+            raise UserError(f"The {memory} is too small for one {self.what}: {where}")
         self.at_once = self.pipe.fitting = tried // 2
         tell(f"{tried} {self.what}s at once do not fit the {memory}: making {self.at_once}")
 

@@ -50,7 +50,7 @@ def write_prompted(
     Args:
         num_samples: pictures in all; by default one for each prompt.
         seed: picture number i follows from it, i and its prompt, whatever else is made beside it.
-        batch_size: pictures made at once, halved where memory does not suffice; None: by the memory there is.
+        batch_size: pictures made at once, halved where memory runs out; None: by the memory there is.
         overwrite: replace pictures of other settings.
         ranks: the processes that share the work; the first one returns when all are done.
         negative_prompt: what guidance leads away from; by default the empty prompt.

@@ -58,7 +58,7 @@ def write_samples(
         format: "png": `output_dir/ID_k/seed0_00000.png` …, where a split and any classifier find them. "npz": one file
             `samples_NxHxWx3.npz` as ADM's evaluator reads it: arr_0 uint8 (N, H, W, 3), arr_1 the labels int64 (N,),
             both in the order of `labels`.
-        batch_size: pictures made at once, halved where memory does not suffice; None: as before in this folder, else by
+        batch_size: pictures made at once, halved where memory runs out; None: as before in this folder, else by
             the memory there is.
         overwrite: what if the folder holds pictures of other settings: True replaces them, False raises an error.
         ranks: the processes that share the work. The first one returns when all are done.

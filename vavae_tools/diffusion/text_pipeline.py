@@ -125,7 +125,7 @@ class TextToImagePipeline(DiffusionPipeline):
             seed: of the noise; picture number i of a seed is the same whatever else is made beside it.
             generator: of the noise in place of a seed, one for all or one for each picture.
             latents: noise to start from, (number of prompts, C, h, w).
-            batch_size: pictures made at once, halved where memory does not suffice; None: by the memory there is. It
+            batch_size: pictures made at once, halved where memory runs out; None: by the memory there is. It
                 changes memory and speed, not the pictures.
             output_type: "pil" (grey ones have mode L), "pt" for uint8 (N, C, H, W), "np" for uint8 (N, H, W, C).
         """

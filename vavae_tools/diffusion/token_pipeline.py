@@ -128,7 +128,7 @@ class TokenImagePipeline(DiffusionPipeline):
             eta: share of fresh noise in each step as in DDIM (Song et al. 2021): 1 corrects earlier errors, 0 is
                 Euler's method on the flow.
             seed: text number i of a seed is the same whatever else is made beside it.
-            batch_size: made at once, halved where memory does not suffice; None: by the memory there is. It changes
+            batch_size: made at once, halved where memory runs out; None: by the memory there is. It changes
                 memory and speed, not the texts.
             numbers: of the texts in the seed, one for each; None: 0, 1, …. Without prompts as many are made as there
                 are numbers.

@@ -47,7 +47,7 @@ def write_texts(
     Args:
         num_samples: texts in all; by default one for each prompt, without prompts 100.
         seed: text number i follows from it, i and its prompt, whatever else is made beside it.
-        batch_size: texts made at once, and between two savings, halved where memory does not suffice; None: by the
+        batch_size: texts made at once, and between two savings, halved where memory runs out; None: by the
             memory there is.
         overwrite: replace texts of other settings.
         ranks: the processes that share the work; the first one returns when all are done.

@@ -183,7 +183,7 @@ class Shortage:
             f"others hold {_gib(self.others)}" if self.others > 0.05 * (self.total or 0) else "",
         ]
         told = ", ".join(filter(None, told))
-        return f"The memory of {self.device}{known} does not suffice for batches of {batch_size}" + (
+        return f"The memory of {self.device}{known} is too small for batches of {batch_size}" + (
             f": {told}" if told else ""
         )
 

@@ -63,7 +63,7 @@ def fit(
 
     Raises:
         UserError: a checkpoint that this run cannot go on from, such as one that is further than its length; or memory
-            that does not suffice, where `data` has a `batch_size` that can be smaller.
+            that is too small, where `data` has a `batch_size` that can be smaller.
     """
     begun = trainer.global_step
 
