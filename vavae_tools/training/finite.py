@@ -150,7 +150,7 @@ def _fuse_as_made(optimizer: torch.optim.Optimizer) -> None:
 
     Steps are counted on the device where an optimiser is fused, else on the CPU.
     """
-    fused = optimizer.defaults.get("fused")
+    fused = getattr(optimizer, "defaults", {}).get("fused")  # DeepSpeed has its own kind
     for group in optimizer.param_groups:
         if "fused" not in group:
             continue
