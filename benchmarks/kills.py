@@ -57,7 +57,7 @@ def run(command: list[str], output_dir: Path, after: float | None = None, resume
 
 
 def logged(output_dir: Path) -> dict[tuple[str, int], float]:
-    """All logged values of all sessions of a run, by name and step; a later session's count."""
+    """All logged values of all sessions of a run but its speed, by name and step; a later session's count."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     values: dict[tuple[str, int], float] = {}
@@ -65,7 +65,8 @@ def logged(output_dir: Path) -> dict[tuple[str, int], float]:
     for version in versions:
         events = EventAccumulator(str(version), size_guidance={"scalars": 0}).Reload()
         for name in events.Tags()["scalars"]:
-            values |= {(name, event.step): event.value for event in events.Scalars(name)}
+            if not name.startswith("throughput/"):  # which no two runs share
+                values |= {(name, event.step): event.value for event in events.Scalars(name)}
     return values
 
 
