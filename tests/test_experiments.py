@@ -285,3 +285,21 @@ def test_a_latent_size_or_class_number_that_does_not_fit_is_one_line(train):
     ):
         with pytest.raises(UserError, match=re.escape(said)):
             train(*SHORT, *SMALL, change)
+
+
+@pytest.mark.parametrize("word", ["lr=5e-5", "flags.lr=5e-5", "+flags.lr=5e-5", "~flags.lr"])
+def test_what_a_flag_stands_for_is_no_key(word):
+    """It was taken, and training went on at the default rate."""
+    with pytest.raises(UserError, match=r"did you mean model\.dit_module\.learning_rate\?"):
+        compose(read_command_line(["experiment=vavae_dit", "data.data_dir=x", "model.vavae.source=y", word]))
+
+
+def test_a_printed_configuration_is_read_again(tmp_path):
+    words = ["experiment=vavae_dit", "data.data_dir=x", "model.vavae.source=y", "--lr", "3e-4"]
+    config = compose(read_command_line(words))
+    (tmp_path / "mine.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    again = compose(read_command_line(["experiment=vavae_dit", "--config", str(tmp_path / "mine.yaml")]))
+    assert again.model == config.model and again.model.dit_module.learning_rate == 3e-4
+    (tmp_path / "wrong.yaml").write_text("flags: {lr: 5e-5}\n")
+    with pytest.raises(UserError, match=r"wrong.yaml: No key 'flags.lr'; did you mean model.dit_module.learning_rate"):
+        compose(read_command_line([*words, "--config", str(tmp_path / "wrong.yaml")]))

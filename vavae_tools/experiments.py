@@ -111,15 +111,18 @@ def compose(line: CommandLine) -> "DictConfig":
     for text in chosen:
         _check_option(*text.lstrip("+").split("=", 1))
     base = _hydra(chosen)
-    known = _keys(base)
+    known = [key for key in _keys(base) if not _of_flags(key)]
+    for name, key in given.pop("flags", {}).items():  # what --print_config says is read again
+        if base.flags.get(name) != key:
+            _check_key(f"flags.{name}", known, base.flags, f"{line.config}: ")
     for key, value in _leaves(given, known):
-        _check_key(key, known, f"{line.config}: ")
+        _check_key(key, known, base.flags, f"{line.config}: ")
         OmegaConf.update(base, key, _of_its_kind(key, value, base))
     typed = [text for text in line.overrides if text.partition("=")[0].lstrip("+") not in GROUPS]
     for text in typed:
         key = text.partition("=")[0]
-        if not key.startswith("+"):
-            _check_key(key.lstrip("~"), known)
+        if not key.startswith("+") or _of_flags(key.lstrip("+")):
+            _check_key(key.lstrip("~+"), known, base.flags)
     changed = _hydra([*chosen, *typed])
     for text in typed:
         key = text.partition("=")[0].lstrip("+~")
@@ -187,9 +190,17 @@ def _check_option(group: str, option: str) -> None:
         raise UserError(f"No {group}={option}{_nearest(option, options)}; there are {', '.join(options)}")
 
 
-def _check_key(key: str, known: Sequence[str], where: str = "") -> None:
-    if key not in known:
-        raise UserError(f"{where}No key {key!r}{_nearest(key, known)}; --print_config shows all keys")
+def _of_flags(key: str) -> bool:
+    """Whether a key only says what a flag stands for: to set it would train as if it had not been."""
+    return key.split(".")[0] == "flags"
+
+
+def _check_key(key: str, known: Sequence[str], flags: Mapping[str, str], where: str = "") -> None:
+    if key in known:
+        return
+    meant = flags.get(key.removeprefix("flags."))
+    near = f"; did you mean {meant}?" if meant else _nearest(key, known)
+    raise UserError(f"{where}No key {key!r}{near}; --print_config shows all keys")
 
 
 def _nearest(name: str, known: Sequence[str], before: str = "") -> str:
