@@ -1,10 +1,12 @@
 """Previews never end a training, whatever becomes of them."""
 
 import lightning as L
+import pytest
 import torch
 from tiny import tiny_dit
 
 from vavae_tools.data.latents import LatentDataModule
+from vavae_tools.errors import StoppedAtOnce
 from vavae_tools.training.diffusion_module import DiffusionModule
 from vavae_tools.training.previews import SamplePreviews
 
@@ -29,3 +31,14 @@ def test_a_preview_that_fails_is_left_out_and_training_goes_on(latents_dir, tmp_
     said = capsys.readouterr().out
     assert "preview left out at step 2 (OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.)" in said
     assert [path.name for path in tmp_path.iterdir()] == ["samples-000004.png"]
+
+
+def test_a_person_who_stops_twice_ends_a_preview_and_training(latents_dir, tmp_path):
+    def make(network):
+        raise StoppedAtOnce("Stopped at once")
+
+    module = DiffusionModule(*tiny_dit())
+    settings = {**module.trainer_settings(accelerator="cpu", devices=1), **QUIET}
+    trainer = L.Trainer(**settings, max_epochs=2, callbacks=[SamplePreviews(make, 2, tmp_path, every=1)])
+    with pytest.raises(StoppedAtOnce):
+        trainer.fit(module, LatentDataModule(latents_dir, 12))

@@ -11,6 +11,10 @@ class UserError(Exception):
     """Something the user can mend: the message says what was found, where, what was expected and what to do."""
 
 
+class StoppedAtOnce(UserError):
+    """A person stopped for the second time: whatever is under way ends, nothing is saved."""
+
+
 class Stopped(Exception):
     """Training was stopped in good order, by a person or the time: the message says where, and how to go on."""
 

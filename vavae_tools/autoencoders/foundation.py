@@ -160,7 +160,7 @@ def _load_model(folder: Path) -> nn.Module:
     try:
         from transformers import AutoModel
     except ImportError as error:
-        raise UserError(f"A foundation model needs transformers ({error}): pip install 'transformers>=4.44'") from None
+        raise UserError(f"A foundation model needs transformers ({error}): pip install 'transformers>=5.0'") from None
     try:
         with silent_transformers():
             model, report = AutoModel.from_pretrained(

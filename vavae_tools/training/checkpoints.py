@@ -19,7 +19,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from vavae_tools.checkpoints.folders import clear_left_overs, keep_newest, read_any, remove, write_any
-from vavae_tools.errors import Stopped, UserError
+from vavae_tools.errors import Stopped, StoppedAtOnce, UserError
 from vavae_tools.files import written_whole
 from vavae_tools.training.progress import say
 from vavae_tools.training.saving import Saving
@@ -247,7 +247,7 @@ class LastCheckpoint(ModelCheckpoint):
         if number == signal.SIGTERM and os.getpid() != self._process:  # one that loads data, forked with this handler
             os._exit(128 + number)
         if self._stop and number == signal.SIGINT:  # a launcher may say SIGTERM twice
-            raise UserError("Stopped at once, in the middle of a step; last.ckpt is as it was written before")
+            raise StoppedAtOnce("Stopped at once, in the middle of a step; last.ckpt is as it was written before")
         self._stop = True
 
     def on_train_batch_end(

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vavae_tools.autoencoders.vavae import anothers, reconstruct_pictures
+from vavae_tools.errors import StoppedAtOnce
 from vavae_tools.files import written_whole
 from vavae_tools.machine import release_memory
 from vavae_tools.plots import picture_grid, show_inline
@@ -49,6 +50,8 @@ class Previews(L.Callback):
                 grid = self.grid(module)
             if trainer.is_global_zero:
                 self.keep(trainer, grid)
+        except StoppedAtOnce:
+            raise
         except Exception as error:  # of any kind: hours of training are worth more than its pictures
             why = next(iter(str(error).splitlines()), "")[:200]
             say(f"preview left out at step {trainer.global_step:,} ({type(error).__name__}: {why})")
