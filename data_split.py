@@ -3,7 +3,7 @@
 import argparse
 
 from vavae_tools.data.split import CHECKS, LINKS, split_folders
-from vavae_tools.errors import run_command
+from vavae_tools.runtime.errors import run_command
 
 
 def main() -> None:

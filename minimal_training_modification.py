@@ -2,8 +2,8 @@
 
 import argparse
 
-from vavae_tools.errors import run_command
-from vavae_tools.training.saving import add_saving_arguments, saving_of
+from vavae_tools.runtime.errors import run_command
+from vavae_tools.training.config import add_saving_arguments, saving_of
 
 
 def size(text: str) -> int | tuple[int, int]:
@@ -83,9 +83,9 @@ def main() -> None:
     choices = {name: options.pop(name) for name in of_devices}
     choices["devices"] = choices["devices"] or "auto"
 
-    from vavae_tools.places import find_split
-    from vavae_tools.training.fine_tuning import fine_tune_vavae
-    from vavae_tools.training.progress import say
+    from vavae_tools.paths import find_split
+    from vavae_tools.recipes.vavae import fine_tune_vavae
+    from vavae_tools.runtime.console import say
 
     data_dir = options.pop("data_dir") or find_split()
     vavae_dir = fine_tune_vavae(data_dir, **options, devices=choices, saving=saving)

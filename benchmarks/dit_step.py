@@ -28,8 +28,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.objectives import FlowMatching
 from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
-from vavae_tools.machine import keep_freed_memory
-from vavae_tools.training.ema import EMA
+from vavae_tools.runtime.machine import keep_freed_memory
+from vavae_tools.training.optim import EMA
 
 SIZES = {
     "small": ({"hidden_size": 384, "depth": 6, "num_heads": 6}, 8),

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vavae_tools.data.gait import cores, write_gait_dataset
+from vavae_tools.data.demo.gait import cores, write_gait_dataset
 
 
 def write_noise(folder: str, size: int, number: int) -> None:

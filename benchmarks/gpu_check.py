@@ -33,18 +33,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import vavae_tools as vt
-from vavae_tools.autoencoders.perceptual import LPIPS
+from vavae_tools.autoencoders.lpips import LPIPS
 from vavae_tools.autoencoders.vavae import VAVAE, vavae
-from vavae_tools.checkpoints.folders import read_any
+from vavae_tools.checkpoints.formats import read_any
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.pipeline import LatentDiTPipeline, solver
-from vavae_tools.diffusion.transformer import DiT, DiT_SIZES, SwiGLU
+from vavae_tools.diffusion.layers import SwiGLU
+from vavae_tools.diffusion.solvers import solver
+from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
 from vavae_tools.evaluation.metrics import ssim
-from vavae_tools.machine import computing_in, find_machine, for_inference, trying_convolutions
+from vavae_tools.pipelines.classes import LatentDiTPipeline
+from vavae_tools.runtime.machine import find_machine
+from vavae_tools.runtime.precision import computing_in, for_inference, trying_convolutions
+from vavae_tools.training.autoencoder_module import VAVAEModule
+from vavae_tools.training.callbacks.throughput import peak_flops
+from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import allow_tf32, compiles, quiet_lightning
-from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.throughput import peak_flops
-from vavae_tools.training.vavae_module import VAVAEModule
 
 GIB = 2**30
 T4 = 14.56 * GIB

@@ -33,35 +33,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from vavae_tools.autoencoders.perceptual import LPIPS
+from vavae_tools.autoencoders.lpips import LPIPS
 from vavae_tools.autoencoders.rae import RAE, RAE_SIZES
 from vavae_tools.autoencoders.stable_diffusion import StableDiffusionVAE
-from vavae_tools.autoencoders.text_encoder import TextStates
 from vavae_tools.autoencoders.vavae import VAVAE, reconstruct, vavae
 from vavae_tools.data.latents import _Encoder
+from vavae_tools.diffusion.clip import TextStates
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.denoisers import make_denoiser
-from vavae_tools.diffusion.noise_prediction import make_objective
-from vavae_tools.diffusion.pipeline import LatentDiTPipeline, solver
+from vavae_tools.diffusion.factory import make_denoiser
+from vavae_tools.diffusion.objectives import make_objective
+from vavae_tools.diffusion.solvers import make_scheduler, solver
 from vavae_tools.diffusion.text_conditioning import TextConditioner
 from vavae_tools.diffusion.text_dit import TextDiT
-from vavae_tools.diffusion.text_pipeline import TextToImagePipeline, make_scheduler
 from vavae_tools.evaluation.classifier import train_classifier
 from vavae_tools.evaluation.metrics import aligned
-from vavae_tools.experiments import compose, read_command_line
-from vavae_tools.frozen import Computing, at_work
-from vavae_tools.machine import Machine, for_inference
-from vavae_tools.training import previews, rae_module
-from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.fine_tuning import _needs_checkpointing
-from vavae_tools.training.finite import FiniteSteps
-from vavae_tools.training.presets import Preset, find_preset
-from vavae_tools.training.previews import Previews, ReconstructionPreviews, SamplePreviews
-from vavae_tools.training.rae_decoder import DecoderPreviews
-from vavae_tools.training.rae_module import RAEDecoderModule
-from vavae_tools.training.recipes import RECIPES
-from vavae_tools.training.text_module import TextDiffusionModule
-from vavae_tools.training.vavae_module import VAVAEModule
+from vavae_tools.pipelines.classes import LatentDiTPipeline
+from vavae_tools.pipelines.text import TextToImagePipeline
+from vavae_tools.recipes.config import compose, read_command_line
+from vavae_tools.recipes.presets import Preset, find_preset
+from vavae_tools.recipes.rae import DecoderPreviews
+from vavae_tools.recipes.vavae import RECIPES, _needs_checkpointing
+from vavae_tools.runtime.machine import Machine, at_work
+from vavae_tools.runtime.precision import Computing, for_inference
+from vavae_tools.training import autoencoder_module as rae_module
+from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModule
+from vavae_tools.training.callbacks import previews
+from vavae_tools.training.callbacks.finite import FiniteSteps
+from vavae_tools.training.callbacks.previews import Previews, ReconstructionPreviews, SamplePreviews
+from vavae_tools.training.denoiser_module import DiffusionModule, TextDiffusionModule
 
 MIB, GIB = 2**20, 2**30
 MACHINES = {

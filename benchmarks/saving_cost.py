@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vavae_tools.training.checkpoints import WholeCheckpointIO
+from vavae_tools.training.callbacks.checkpointing import WholeCheckpointIO
 
 
 def seconds(work: torch.nn.Module, pictures: torch.Tensor) -> float:

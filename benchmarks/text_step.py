@@ -23,16 +23,16 @@ from torch import nn
 
 from benchmarks.dit_step import TYPES, half_precision, open_gates, timed
 from vavae_tools.autoencoders.stable_diffusion import StableDiffusionVAE, load_stable_diffusion_vae
-from vavae_tools.autoencoders.text_encoder import TextEncoder, load_text_encoder, tiny_text_encoder
-from vavae_tools.data.captioned_shapes import captioned_shape_data, vocabulary
+from vavae_tools.data.demo.shapes import captioned_shape_data, vocabulary
 from vavae_tools.data.latents import encode_latents
-from vavae_tools.data.texts import TextLatentDataModule, encode_texts
-from vavae_tools.diffusion.noise_prediction import make_objective
+from vavae_tools.data.text_states import TextLatentDataModule, encode_texts
+from vavae_tools.diffusion.clip import TextEncoder, load_text_encoder, tiny_text_encoder
+from vavae_tools.diffusion.objectives import make_objective
 from vavae_tools.diffusion.text_conditioning import TextConditioner
 from vavae_tools.diffusion.text_dit import TextDiT
-from vavae_tools.draws import Draws
-from vavae_tools.machine import keep_freed_memory
-from vavae_tools.training.text_module import TextDiffusionModule
+from vavae_tools.runtime.draws import Draws
+from vavae_tools.runtime.machine import keep_freed_memory
+from vavae_tools.training.denoiser_module import TextDiffusionModule
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from benchmarks.dit_step import TYPES, half_precision, open_gates, timed
-from vavae_tools.data.token_code import TokenCode
-from vavae_tools.diffusion.clean_prediction import CleanPrediction
+from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.objectives import CleanPrediction
 from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
-from vavae_tools.draws import Draws
-from vavae_tools.machine import keep_freed_memory
-from vavae_tools.training.token_module import TokenImageModule
+from vavae_tools.runtime.draws import Draws
+from vavae_tools.runtime.machine import keep_freed_memory
+from vavae_tools.training.denoiser_module import TokenImageModule
 
 SIZES = {"small": {"hidden_size": 128, "depth": 6, "num_heads": 4}, **DiT_SIZES}
 

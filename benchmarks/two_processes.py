@@ -63,10 +63,10 @@ def train(options: argparse.Namespace) -> None:
     """What each process does: train, and the first one writes down what it has seen."""
     from vavae_tools.diffusion.conditioning import ClassConditioner
     from vavae_tools.diffusion.transformer import DiT
+    from vavae_tools.training.callbacks.throughput import Speed, Throughput
+    from vavae_tools.training.denoiser_module import DiffusionModule
     from vavae_tools.training.devices import quiet_lightning
-    from vavae_tools.training.diffusion_module import DiffusionModule
-    from vavae_tools.training.throughput import Speed, Throughput
-    from vavae_tools.training.trainer import build_trainer
+    from vavae_tools.training.run import build_trainer
 
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ.get("LOCAL_RANK", 0)) % len(cores)]})

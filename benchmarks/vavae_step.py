@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vavae_tools.autoencoders.discriminator import PatchDiscriminator, adaptive_weight, generator_loss, hinge_loss
 from vavae_tools.autoencoders.foundation import TransformersFoundation, alignment_loss
-from vavae_tools.autoencoders.perceptual import LPIPS
+from vavae_tools.autoencoders.losses import PatchDiscriminator, adaptive_weight, generator_loss, hinge_loss
+from vavae_tools.autoencoders.lpips import LPIPS
 from vavae_tools.autoencoders.vavae import VAVAE, vavae
-from vavae_tools.data.pixels import to_unit
+from vavae_tools.data.images import to_unit
+from vavae_tools.recipes.vavae import RECIPES
+from vavae_tools.training.autoencoder_module import VAVAEModule
 from vavae_tools.training.devices import quiet_lightning
-from vavae_tools.training.recipes import RECIPES
-from vavae_tools.training.vavae_module import VAVAEModule
 
 VITS = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 

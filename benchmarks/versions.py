@@ -40,7 +40,7 @@ SETS = {
 }
 """Each set's Python, and the packages that are there before the project is installed."""
 
-WALKERS = "from vavae_tools.data.gait import write_gait_dataset as w; w('pictures', 3, 10, 32, 1, progress=False)"
+WALKERS = "from vavae_tools.data.demo.gait import write_gait_dataset as w; w('pictures', 3, 10, 32, 1, progress=False)"
 TRAIN = "-m vavae_tools.train"
 SAMPLE = "-m vavae_tools.sample --num_steps 2 --checkpoint"
 DIT = f"{TRAIN} --data_dir data_split --hidden_size 32 --depth 1 --num_heads 2 --previews 1 --output_dir outputs/dit"

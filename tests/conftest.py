@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture
 def run_main(monkeypatch, capsys):
     """Run a command's `main` here: its exit status, what it printed, and what it said on stderr."""
-    from vavae_tools.errors import run_command
+    from vavae_tools.runtime.errors import run_command
 
     def run(main, *words) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
@@ -30,7 +30,7 @@ def gait(tmp_path_factory) -> Path:
     """A folder of three simulated walkers with ten pictures of 16×16 each. Do not write into it."""
     from tiny import PEOPLE, SIZE
 
-    from vavae_tools.data.gait import write_gait_dataset
+    from vavae_tools.data.demo.gait import write_gait_dataset
 
     folder = tmp_path_factory.mktemp("gait") / "pictures"
     return write_gait_dataset(folder, PEOPLE, 10, SIZE, workers=1, progress=False)
@@ -59,7 +59,7 @@ def vavae_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def latents_dir(split_dir, vavae_dir, tmp_path_factory) -> Path:
     """The split's latents by that VA-VAE, mirrored ones too. Do not write into it."""
-    from vavae_tools.training.runs import encode_split
+    from vavae_tools.recipes.dit import encode_split
 
     folder = tmp_path_factory.mktemp("latents") / "latents"
     encode_split(split_dir, vavae_dir, folder, flips=True, say=lambda line: None)

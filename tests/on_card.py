@@ -80,7 +80,7 @@ class Trainings:
 
     def vavae_light(self, out: Path, precision: str | None, **changes: Any) -> None:
         from vavae_tools.evaluation import classifier
-        from vavae_tools.training.fine_tuning import fine_tune_vavae
+        from vavae_tools.recipes.vavae import fine_tune_vavae
 
         self.change(classifier, "default_steps", lambda pictures: 2)
         fine_tune_vavae(
@@ -102,8 +102,8 @@ class Trainings:
         from test_foundation import dinov2
         from test_perceptual import WIDTHS, taming_file
 
-        from vavae_tools.autoencoders.perceptual import load_lpips
-        from vavae_tools.training import fine_tuning
+        from vavae_tools.autoencoders.lpips import load_lpips
+        from vavae_tools.recipes import vavae as fine_tuning
 
         out.mkdir()
         torch.save(taming_file(), out / "lpips.ckpt")
@@ -114,7 +114,7 @@ class Trainings:
         self.vavae_light(out / "run", precision, recipe="full", **more, **sources)
 
     def dit(self, out: Path, precision: str | None, **changes: Any) -> None:
-        from vavae_tools.training.runs import train_dit
+        from vavae_tools.recipes.dit import train_dit
 
         train_dit(
             self.latents,
@@ -142,7 +142,7 @@ class Trainings:
         )
 
     def text_to_image(self, objective: str, out: Path, precision: str | None) -> None:
-        from vavae_tools.autoencoders.stable_diffusion import tiny_kl
+        from vavae_tools.autoencoders.tiny import tiny_kl
 
         of = ["data.cache=false"] if objective == "not_cached" else [f"model.objective={objective}"]
         tiny_kl().save_pretrained("kl")
@@ -172,7 +172,7 @@ class OnCard(Trainings):
     def __init__(self, card: Any, kind: str, split: Path, vavae: Path, latents: Path) -> None:
         import lightning as L
 
-        from vavae_tools.training import progress
+        from vavae_tools.training.callbacks import progress
 
         super().__init__(split, vavae, latents)
         self.card = card
@@ -269,7 +269,7 @@ class OnCard(Trainings):
         return {"half": {}}  # as it shall be
 
     def encoding(self) -> None:
-        from vavae_tools.training.runs import encode_split
+        from vavae_tools.recipes.dit import encode_split
 
         encode_split(self.split, self.vavae, "latents", flips=True)
 
@@ -300,7 +300,8 @@ class OnCard(Trainings):
     def sampling(self) -> dict[str, Any]:
         from tiny import tiny_dit, tiny_pipeline, trained_looking
 
-        from vavae_tools.diffusion.pipeline import SOLVERS, swap_solver
+        from vavae_tools.diffusion.solvers import SOLVERS
+        from vavae_tools.pipelines.classes import swap_solver
 
         pipe, waits = tiny_pipeline().to("cuda"), {}
         weak = tuple(trained_looking(part).eval().to("cuda") for part in tiny_dit(1))
@@ -315,8 +316,8 @@ class OnCard(Trainings):
     def sampling_of_texts(self) -> dict[str, Any]:
         from test_text_pipeline import OBJECTIVES, text_pipeline
 
-        from vavae_tools.diffusion.noise_prediction import make_objective
-        from vavae_tools.diffusion.text_pipeline import SCHEDULERS, SOLVERS, make_scheduler
+        from vavae_tools.diffusion.objectives import make_objective
+        from vavae_tools.diffusion.solvers import SCHEDULERS, SOLVERS, make_scheduler
 
         waits = {}
         for objective in OBJECTIVES:
@@ -373,12 +374,11 @@ class OnCard(Trainings):
         from tiny import tiny_vavae
 
         from vavae_tools.data.images import PictureDataModule
-        from vavae_tools.data.token_images import TokenImageDataset
+        from vavae_tools.data.tokens.dataset import TokenImageDataset
         from vavae_tools.evaluation import classifier
-        from vavae_tools.evaluation.conditions import compare_conditions
-        from vavae_tools.evaluation.reconstructions import evaluate_vavae
+        from vavae_tools.evaluation.reconstructions import compare_conditions, evaluate_vavae
         from vavae_tools.evaluation.report import evaluate_pictures
-        from vavae_tools.evaluation.token_images import evaluate_tokens
+        from vavae_tools.evaluation.texts import evaluate_tokens
 
         classifier.default_steps = lambda pictures: 2
         evaluate_pictures(self.split / "val", self.split, "evaluation", progress=False)

@@ -21,7 +21,7 @@ def place(folder: str, what: Any = None) -> tuple[list[str], Any, list[str]]:
 
 def fail(rank: int, how: str) -> None:
     """One process fails, the others would sleep for ten minutes."""
-    from vavae_tools.errors import UserError
+    from vavae_tools.runtime.errors import UserError
 
     if os.environ["RANK"] != str(rank):
         time.sleep(600)

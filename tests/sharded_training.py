@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from vavae_tools.checkpoints.resuming import check_resumable, resume_path
 from vavae_tools.data.latents import LatentDataModule
-from vavae_tools.diffusion.pipeline import LatentDiTPipeline
-from vavae_tools.errors import run_command
+from vavae_tools.pipelines.classes import LatentDiTPipeline
+from vavae_tools.runtime.errors import run_command
 from vavae_tools.training import strategies
-from vavae_tools.training.checkpoints import checkpoint_callbacks
+from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
+from vavae_tools.training.callbacks.previews import SamplePreviews
+from vavae_tools.training.config import Saving
+from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
-from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.previews import SamplePreviews
-from vavae_tools.training.saving import Saving
-from vavae_tools.training.trainer import build_trainer, fit
+from vavae_tools.training.run import build_trainer, fit
 
 
 class At(L.Callback):

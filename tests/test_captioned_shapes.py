@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vavae_tools.data.captioned_shapes import (
+from vavae_tools.data.demo.shapes import (
     COLOURS,
     EXAMPLE_PROMPTS,
     PLACES,
@@ -16,13 +16,13 @@ from vavae_tools.data.captioned_shapes import (
     CaptionedShapes,
     Named,
     captioned_shape_data,
+    draw_shapes,
     judge_shapes,
     named,
     seen,
     vocabulary,
 )
-from vavae_tools.data.shapes import draw_shapes
-from vavae_tools.errors import UserError
+from vavae_tools.runtime.errors import UserError
 
 DRAWN = CaptionedShapes(1000)
 FULL = [captions[0] for captions in DRAWN.captions]

@@ -9,13 +9,12 @@ import torch
 from PIL import Image
 from tiny import tiny_vavae
 
-from vavae_tools.data.birds import bird_sentences
-from vavae_tools.data.caption_files import missing_pictures
-from vavae_tools.data.captioned import CaptionOrder
-from vavae_tools.data.captions import caption_data
+from vavae_tools.data.captions import CaptionOrder, missing_pictures
+from vavae_tools.data.datasets import caption_data
 from vavae_tools.data.latents import encode_latents
-from vavae_tools.data.order import EpochOrder
-from vavae_tools.errors import UserError
+from vavae_tools.data.loader import EpochOrder
+from vavae_tools.data.sources.cub import bird_sentences
+from vavae_tools.runtime.errors import UserError
 
 
 def picture(path: Path, value: int = 0) -> None:

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from vavae_tools.diffusion.clean_prediction import CleanPrediction, hiding_noise, with_known
-from vavae_tools.diffusion.objectives import FlowMatching
-from vavae_tools.errors import UserError
+from vavae_tools.diffusion.objectives import CleanPrediction, FlowMatching, hiding_noise, with_known
+from vavae_tools.runtime.errors import UserError
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:

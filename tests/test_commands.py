@@ -20,8 +20,8 @@ from PIL import Image
 from tiny import SIZE, same, tiny_pipeline, tiny_vavae
 
 from vavae_tools.data.split import split_folders
-from vavae_tools.errors import run_command
-from vavae_tools.training.fine_tuning import fine_tune_vavae
+from vavae_tools.recipes.vavae import fine_tune_vavae
+from vavae_tools.runtime.errors import run_command
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on folders that are not empty
 

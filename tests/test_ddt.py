@@ -3,13 +3,14 @@ import torch
 import torch.nn.functional as F
 from golden_cases import SHARED, assert_close, load_case, load_weights
 
-from vavae_tools.convert.ddt import load_ddt
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT, DDT_SIZES, ddt
-from vavae_tools.diffusion.denoisers import make_denoiser, split_reference_arguments
-from vavae_tools.diffusion.sampling import guided_velocity
-from vavae_tools.diffusion.transformer import DiT, sincos_table
-from vavae_tools.errors import UserError
+from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
+from vavae_tools.diffusion.layers import sincos_table
+from vavae_tools.diffusion.solvers import guided_velocity
+from vavae_tools.diffusion.transformer import DiT
+from vavae_tools.published.ddt import load_ddt
+from vavae_tools.runtime.errors import UserError
 
 CASES = sorted({"ddt-a"} | {path.name for path in SHARED.glob("ddt-*")})
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}

@@ -10,12 +10,13 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from vavae_tools import machine
-from vavae_tools.card import prepare_environment
-from vavae_tools.errors import UserError
-from vavae_tools.machine import Machine, find_machine
+from vavae_tools.recipes.presets import find_preset
+from vavae_tools.runtime import machine
+from vavae_tools.runtime.card import prepare_environment
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.machine import Machine, find_machine
 from vavae_tools.training import devices
-from vavae_tools.training.checkpoints import Agreement
+from vavae_tools.training.callbacks.checkpointing import Agreement
 from vavae_tools.training.devices import (
     allow_tf32,
     compiles,
@@ -25,7 +26,6 @@ from vavae_tools.training.devices import (
     trainer_settings,
 )
 from vavae_tools.training.memory import memory_faults
-from vavae_tools.training.presets import find_preset
 
 T4S = Machine("t4", 2, "Tesla T4", 15_843_721_216)
 P100 = Machine("t4", 1, "Tesla P100-PCIE-16GB", 17_059_545_088, (6, 0))
@@ -438,7 +438,7 @@ def test_what_has_no_deterministic_form_is_said_in_a_line(monkeypatch):
 def test_processes_agree_about_once_a_second_on_a_number_of_steps(monkeypatch):
     """Two processes, of which one is slower: both ask after the same steps, though their clocks differ."""
     clock = [0.0]
-    monkeypatch.setattr("vavae_tools.training.checkpoints.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("vavae_tools.training.callbacks.checkpointing.time.monotonic", lambda: clock[0])
 
     def trainer(step: int, slower: float) -> SimpleNamespace:
         def reduce(asked: torch.Tensor, reduce_op: str) -> torch.Tensor:

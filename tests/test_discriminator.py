@@ -5,8 +5,8 @@ import torch
 from golden_cases import assert_close, load_case, load_weights
 from torch import nn
 
-from vavae_tools.autoencoders.discriminator import PatchDiscriminator, adaptive_weight, generator_loss, hinge_loss
-from vavae_tools.errors import UserError
+from vavae_tools.autoencoders.losses import PatchDiscriminator, adaptive_weight, generator_loss, hinge_loss
+from vavae_tools.runtime.errors import UserError
 
 
 def pictures(size: int = 32, batch: int = 2, seed: int = 0) -> torch.Tensor:

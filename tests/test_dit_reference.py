@@ -5,10 +5,11 @@ import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import Timesteps
 
-from vavae_tools.convert.dit import PLAIN, REFERENCE_DEFAULTS, PlainDiT, load_dit
-from vavae_tools.diffusion.denoisers import split_reference_arguments
-from vavae_tools.diffusion.transformer import DiT, sincos_table
-from vavae_tools.errors import UserError
+from vavae_tools.diffusion.factory import split_reference_arguments
+from vavae_tools.diffusion.layers import sincos_table
+from vavae_tools.diffusion.transformer import DiT
+from vavae_tools.published.dit import PLAIN, REFERENCE_DEFAULTS, PlainDiT, load_dit
+from vavae_tools.runtime.errors import UserError
 
 CONFIG = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
 BLOCK = {  # diffusers' name in a block → DiT's

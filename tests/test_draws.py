@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from vavae_tools.draws import Draws
+from vavae_tools.runtime.draws import Draws
 
 
 def draws(seed=0, epoch=0, samples=(0, 1, 2)) -> Draws:

@@ -13,18 +13,18 @@ from tiny import perturb_projections, tiny_dit, tiny_vavae, trained_looking
 
 from vavae_tools import evaluate
 from vavae_tools.autoencoders.vavae import reconstruct, reconstruct_pictures
-from vavae_tools.data.images import PictureDataModule, PictureFolder
-from vavae_tools.data.pixels import to_unit
+from vavae_tools.data.images import PictureDataModule, PictureFolder, to_unit
 from vavae_tools.data.split import split_folders
-from vavae_tools.diffusion.pipeline import LatentDiTPipeline, solver, write_samples
-from vavae_tools.draws import Draws
-from vavae_tools.errors import UserError
+from vavae_tools.diffusion.solvers import solver
 from vavae_tools.evaluation import classifier as classifier_module
 from vavae_tools.evaluation.classifier import PersonClassifier, augment, cached_classifier, train_classifier
-from vavae_tools.evaluation.conditions import compare_conditions
-from vavae_tools.evaluation.reconstructions import ReconstructionJudge, evaluate_reconstructions
+from vavae_tools.evaluation.reconstructions import ReconstructionJudge, compare_conditions, evaluate_reconstructions
 from vavae_tools.evaluation.report import evaluate_pictures
+from vavae_tools.pipelines.classes import LatentDiTPipeline
+from vavae_tools.pipelines.writer import write_samples
 from vavae_tools.plots import show_rows
+from vavae_tools.runtime.draws import Draws
+from vavae_tools.runtime.errors import UserError
 
 SIZE = 32
 

@@ -11,11 +11,11 @@ import torch
 from omegaconf import OmegaConf
 from tiny import same
 
-from vavae_tools import experiments
-from vavae_tools.errors import UserError
-from vavae_tools.experiments import compose, help_text, keep_config, read_command_line, run_folder
+from vavae_tools.recipes import config as experiments
+from vavae_tools.recipes.config import compose, help_text, keep_config, read_command_line, run_folder
+from vavae_tools.runtime.errors import UserError
 from vavae_tools.train import run_experiment
-from vavae_tools.training.checkpoints import LastCheckpoint
+from vavae_tools.training.callbacks.checkpointing import LastCheckpoint
 
 ROOT = Path(__file__).parents[1]
 

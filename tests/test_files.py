@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from vavae_tools.errors import Stopped, UserError, run_command
-from vavae_tools.files import keep_once, read_checkpoint, write_json, written_whole
+from vavae_tools.runtime.errors import Stopped, UserError, run_command
+from vavae_tools.runtime.files import keep_once, read_checkpoint, write_json, written_whole
 
 
 def names(folder) -> list[str]:
@@ -162,7 +162,7 @@ def test_bugs_keep_their_traceback():
 def test_a_reader_that_has_gone_is_no_fault():
     """`command | head -1`"""
     script = (
-        "from vavae_tools.errors import run_command\n"
+        "from vavae_tools.runtime.errors import run_command\n"
         "def main():\n    for i in range(100000): print('line', i)\n"
         "run_command(main)"
     )

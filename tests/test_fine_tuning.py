@@ -8,24 +8,24 @@ import torch
 from PIL import Image
 from tiny import perturb_projections, same, tiny_vavae
 
-from vavae_tools.autoencoders.discriminator import PatchDiscriminator
-from vavae_tools.autoencoders.reference_format import to_reference
+from vavae_tools.autoencoders.ldm_names import to_reference
+from vavae_tools.autoencoders.losses import PatchDiscriminator
 from vavae_tools.autoencoders.vavae import VAVAE, reconstruct_pictures
 from vavae_tools.autoencoders.weights import load_vavae, with_channels
 from vavae_tools.data.images import PictureDataModule
-from vavae_tools.diffusion.pipeline import load_pipeline, write_samples
-from vavae_tools.errors import UserError
-from vavae_tools.machine import Machine
-from vavae_tools.training import fine_tuning
-from vavae_tools.training.fine_tuning import fine_tune_vavae
-from vavae_tools.training.presets import find_preset
-from vavae_tools.training.previews import ReconstructionPreviews
-from vavae_tools.training.recipes import find_recipe
-from vavae_tools.training.record import has_ended
-from vavae_tools.training.runs import encode_split, train_dit
-from vavae_tools.training.saving import Saving
-from vavae_tools.training.vavae_module import VAVAEModule
-from vavae_tools.training.watch import Advice
+from vavae_tools.pipelines.classes import load_pipeline
+from vavae_tools.pipelines.writer import write_samples
+from vavae_tools.recipes import vavae as fine_tuning
+from vavae_tools.recipes.dit import encode_split, train_dit
+from vavae_tools.recipes.presets import find_preset
+from vavae_tools.recipes.vavae import find_recipe, fine_tune_vavae
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.machine import Machine
+from vavae_tools.training.autoencoder_module import VAVAEModule
+from vavae_tools.training.callbacks.previews import ReconstructionPreviews
+from vavae_tools.training.callbacks.record import has_ended
+from vavae_tools.training.callbacks.watch import Advice
+from vavae_tools.training.config import Saving
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 TINY = {"condition_dim": 4, "image_size": 24, "batch_size": 6, "disc_width": 8, "lr": 1e-3}

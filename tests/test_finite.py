@@ -7,10 +7,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from tiny import PEOPLE, same, tiny_dit, tiny_pipeline, trained_looking
 
 from vavae_tools.data.latents import LatentDataModule
-from vavae_tools.errors import UserError
-from vavae_tools.files import save_model
-from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.finite import FiniteSteps
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import save_model
+from vavae_tools.training.callbacks.finite import FiniteSteps
+from vavae_tools.training.denoiser_module import DiffusionModule
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
 

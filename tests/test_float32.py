@@ -7,13 +7,12 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tiny import same
 
-from vavae_tools.autoencoders.discriminator import adaptive_weight, generator_loss, hinge_loss
 from vavae_tools.autoencoders.foundation import alignment_loss
-from vavae_tools.autoencoders.losses import gradient, kl, l1, spectral
-from vavae_tools.autoencoders.perceptual import LPIPS
+from vavae_tools.autoencoders.losses import adaptive_weight, generator_loss, gradient, hinge_loss, kl, l1, spectral
+from vavae_tools.autoencoders.lpips import LPIPS
 from vavae_tools.evaluation.classifier import PersonClassifier
 from vavae_tools.evaluation.metrics import frechet_distance, kernel_distance, nearest, psnr, sharpness, ssim
-from vavae_tools.float32 import in_float32
+from vavae_tools.runtime.precision import in_float32
 
 
 def pictures(seed: int = 0, size: int = 24) -> torch.Tensor:

@@ -13,9 +13,9 @@ from test_vavae_training import fit as fit_vavae
 from test_vavae_training import new_module
 from tiny import assert_same, tiny_dit
 
-from vavae_tools.checkpoints import folders as folder_checkpoints
+from vavae_tools.checkpoints import formats as folder_checkpoints
 from vavae_tools.checkpoints.__main__ import consolidate_checkpoint
-from vavae_tools.checkpoints.folders import (
+from vavae_tools.checkpoints.formats import (
     checkpoints_in,
     clear_left_overs,
     keep_newest,
@@ -28,8 +28,8 @@ from vavae_tools.checkpoints.folders import (
 )
 from vavae_tools.checkpoints.resuming import check_resumable
 from vavae_tools.checkpoints.sharded import Cut
-from vavae_tools.errors import UserError
-from vavae_tools.training.diffusion_module import DiffusionModule
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.training.denoiser_module import DiffusionModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

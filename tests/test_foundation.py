@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vavae_tools.autoencoders import foundation as module
-from vavae_tools.autoencoders.discriminator import adaptive_weight
 from vavae_tools.autoencoders.foundation import (
     TransformersFoundation,
     alignment_loss,
@@ -28,10 +27,10 @@ from vavae_tools.autoencoders.foundation import (
     foundation_features,
     load_foundation,
 )
-from vavae_tools.data.images import PictureFolder
-from vavae_tools.data.pixels import to_unit
-from vavae_tools.errors import UserError
-from vavae_tools.frozen import Computing
+from vavae_tools.autoencoders.losses import adaptive_weight
+from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.precision import Computing
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 DINO = {**SMALL, "image_size": 28, "patch_size": 14}

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from vavae_tools import frozen
-from vavae_tools.frozen import Computing, at_work
+from vavae_tools.runtime import precision as frozen
+from vavae_tools.runtime.machine import at_work
+from vavae_tools.runtime.precision import Computing
 
 
 def moved(monkeypatch, device: str) -> list[str]:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vavae_tools.data import gait
-from vavae_tools.data.gait import simulate_picture, simulate_walk, write_gait_dataset
-from vavae_tools.data.radar import Radar, between, echo, spectrogram
-from vavae_tools.data.walking import (
+from vavae_tools.data.demo import gait
+from vavae_tools.data.demo.gait import simulate_picture, simulate_walk, write_gait_dataset
+from vavae_tools.data.demo.radar import Radar, between, echo, spectrogram
+from vavae_tools.data.demo.walking import (
     JOINTS,
     cycle_time,
     draw_person,
@@ -20,7 +20,7 @@ from vavae_tools.data.walking import (
     joint_positions,
     relative_support,
 )
-from vavae_tools.errors import UserError
+from vavae_tools.runtime.errors import UserError
 
 AVERAGE = replace(
     draw_person(0, 1),
@@ -51,7 +51,7 @@ def run_python(*arguments, cwd=None):
 
 
 def run_cli(*arguments):
-    return run_python("-m", "vavae_tools.data.gait", *arguments)
+    return run_python("-m", "vavae_tools.data.demo.gait", *arguments)
 
 
 # The walking model
@@ -338,7 +338,7 @@ def test_a_script_without_a_main_guard_and_with_torch_may_use_workers(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import torch\n"
-        "from vavae_tools.data.gait import write_gait_dataset\n"
+        "from vavae_tools.data.demo.gait import write_gait_dataset\n"
         "torch.ones(300, 300) @ torch.ones(300, 300)\n"
         "print(write_gait_dataset('data', people=2, pictures=4, size=16, workers=2))\n"
     )
@@ -348,6 +348,6 @@ def test_a_script_without_a_main_guard_and_with_torch_may_use_workers(tmp_path):
 
 
 def test_import_is_cheap():
-    code = "import sys, vavae_tools.data.gait; print(sorted({'torch', 'matplotlib', 'scipy'} & set(sys.modules)))"
+    code = "import sys, vavae_tools.data.demo.gait; print(sorted({'torch', 'matplotlib', 'scipy'} & set(sys.modules)))"
     done = run_python("-c", code)
     assert done.stdout == "[]\n", done.stderr

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from on_card import Trainings
 
-from vavae_tools.experiments import RUN_FOLDER
+from vavae_tools.recipes.config import RUN_FOLDER
 
 COMPARED = ("loss", "mse", "reconstruction", "l1", "psnr", "ssim", "perceptual", "cosine")
 """Values that no adaptive weight or adversary magnifies."""

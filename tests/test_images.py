@@ -5,11 +5,18 @@ import pytest
 import torch
 from PIL import Image
 
-from vavae_tools.data import decoded
-from vavae_tools.data.images import PictureDataModule, PictureFiles, PictureFolder, channels_of
-from vavae_tools.data.pixels import save_picture, to_pixels, to_unit
+from vavae_tools.data import images as decoded
+from vavae_tools.data.images import (
+    PictureDataModule,
+    PictureFiles,
+    PictureFolder,
+    channels_of,
+    save_picture,
+    to_pixels,
+    to_unit,
+)
 from vavae_tools.data.split import split_folders
-from vavae_tools.errors import UserError
+from vavae_tools.runtime.errors import UserError
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:

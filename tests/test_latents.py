@@ -15,21 +15,15 @@ from tiny import SIZE, perturb_projections, same, tiny_vavae
 
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.data import latents
-from vavae_tools.data.images import PictureDataModule
-from vavae_tools.data.latents import (
-    INDEX,
-    LatentDataModule,
-    LatentDataset,
-    LatentFolder,
-    encode_latents,
-    weights_digest,
-)
-from vavae_tools.data.picture_sets import picture_data
-from vavae_tools.data.pixels import to_unit
-from vavae_tools.data.shapes import shape_data
-from vavae_tools.draws import Draws
-from vavae_tools.errors import UserError
-from vavae_tools.training.runs import encode_split, train_dit
+from vavae_tools.data.datasets import picture_data
+from vavae_tools.data.demo.shapes import shape_data
+from vavae_tools.data.encoded import INDEX
+from vavae_tools.data.images import PictureDataModule, to_unit
+from vavae_tools.data.latents import LatentDataModule, LatentDataset, LatentFolder, encode_latents
+from vavae_tools.recipes.dit import encode_split, train_dit
+from vavae_tools.runtime.draws import Draws
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import weights_digest
 
 
 @pytest.fixture
@@ -645,8 +639,8 @@ def test_latents_of_another_vavae_are_refused(split, tmp_path):
 
 
 def test_another_decoder_leaves_the_latents_of_an_rae_valid(tmp_path):
-    from vavae_tools.autoencoders.rae import tiny_rae
-    from vavae_tools.data.shapes import shape_data
+    from vavae_tools.autoencoders.tiny import tiny_rae
+    from vavae_tools.data.demo.shapes import shape_data
 
     torch.manual_seed(0)
     rae, data = tiny_rae().eval(), shape_data(8, 2, 32, val_share=0)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from on_ranks import alive, gone
 
-from vavae_tools import launch, screen
-from vavae_tools.errors import UserError
-from vavae_tools.launch import Nodes, call_on_ranks, several_processes
-from vavae_tools.machine import Machine
+from vavae_tools.runtime import console as screen
+from vavae_tools.runtime import launch
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.launch import Nodes, call_on_ranks, several_processes
+from vavae_tools.runtime.machine import Machine
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +43,7 @@ def test_nccl_does_without_shared_memory_where_there_is_too_little(tmp_path, mon
     monkeypatch.delenv("NCCL_SHM_DISABLE", raising=False)
 
     def told(count: int, free: float, machine: Machine) -> tuple[dict[str, str], str]:
-        monkeypatch.setattr("vavae_tools.machine.find_machine", lambda: machine)
+        monkeypatch.setattr("vavae_tools.runtime.machine.find_machine", lambda: machine)
         monkeypatch.setattr(launch.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
         return launch._without_shared_memory(count, str(tmp_path)), capsys.readouterr().out
 
@@ -103,7 +104,7 @@ def test_ranks_hear_of_the_stop_button_in_a_background_job_too(tmp_path, monkeyp
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_none_outlives_the_one_that_started_them(tmp_path, number):
     call = f"call_on_ranks('on_ranks:sleep', {{'folder': {str(tmp_path)!r}}}, 2)"
-    program = f"from vavae_tools.launch import call_on_ranks; {call}"
+    program = f"from vavae_tools.runtime.launch import call_on_ranks; {call}"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     with subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL) as process:
         while len(list(tmp_path.iterdir())) < 2:
@@ -147,8 +148,8 @@ def test_two_machines_work_together_and_fall_together(tmp_path):
 
     def machine(rank: int, call: str) -> subprocess.Popen:
         program = f"""
-from vavae_tools.errors import run_command
-from vavae_tools.launch import Nodes, call_on_ranks
+from vavae_tools.runtime.errors import run_command
+from vavae_tools.runtime.launch import Nodes, call_on_ranks
 run_command(lambda: print(call_on_ranks({call}, 1, Nodes.from_environment(2))))"""
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": str(rank)}
         environment = {**os.environ, **where, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vavae_tools.data import decoded, loading
-from vavae_tools.data.loading import loader_faults, loading_workers, ranks_here, usable_cores, worker_fault
-from vavae_tools.data.picture_sets import PictureSetDataModule
-from vavae_tools.data.shapes import ShapePictures
-from vavae_tools.errors import UserError
+from vavae_tools.data import images as decoded
+from vavae_tools.data import loader as loading
+from vavae_tools.data.demo.shapes import ShapePictures
+from vavae_tools.data.images import PictureSetDataModule
+from vavae_tools.data.loader import loader_faults, loading_workers, ranks_here, usable_cores, worker_fault
+from vavae_tools.runtime.errors import UserError
 
 MB = 2**20
 Usage = namedtuple("Usage", "total used free")

@@ -14,10 +14,11 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
 from vavae_tools.diffusion.lora import add_lora, lora_settings, merge_lora, merged_weights
 from vavae_tools.diffusion.transformer import DiT
-from vavae_tools.errors import UserError
+from vavae_tools.recipes.init_from import start_from
+from vavae_tools.recipes.init_weights import read_starting_weights
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
-from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.starting_point import read_starting_weights, start_from
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on folders that are not empty

@@ -8,10 +8,19 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from golden_cases import load_case, load_weights
 
-from vavae_tools.autoencoders.discriminator import PatchDiscriminator, generator_loss, hinge_loss
 from vavae_tools.autoencoders.foundation import alignment_loss
-from vavae_tools.autoencoders.losses import PictureLoss, gradient, kl, l1, spectral, whole_loss
-from vavae_tools.errors import UserError
+from vavae_tools.autoencoders.losses import (
+    PatchDiscriminator,
+    PictureLoss,
+    generator_loss,
+    gradient,
+    hinge_loss,
+    kl,
+    l1,
+    spectral,
+    whole_loss,
+)
+from vavae_tools.runtime.errors import UserError
 
 
 def pictures(size: int = 32, batch: int = 2, seed: int = 0) -> torch.Tensor:

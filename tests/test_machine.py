@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny import same, tiny_vavae
 
-from vavae_tools.errors import UserError
-from vavae_tools.machine import Machine, computing_in, for_inference, precision_on, trying_convolutions
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.machine import Machine
+from vavae_tools.runtime.precision import computing_in, for_inference, precision_on, trying_convolutions
 
 CPU, T4, A100 = Machine("cpu", 1, "CPU"), Machine("t4", 2, "Tesla T4"), Machine("ampere", 1, "NVIDIA A100")
 

@@ -13,13 +13,15 @@ from tiny import same, tiny_dit, trained_looking
 from torch import nn
 
 from vavae_tools.data.latents import LatentDataModule
-from vavae_tools.errors import UserError
-from vavae_tools.machine import is_memory_fault
-from vavae_tools.ranks import Ranks
+from vavae_tools.recipes.rae import fine_tune_rae_decoder
+from vavae_tools.recipes.vavae import fine_tune_vavae
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.machine import is_memory_fault
+from vavae_tools.runtime.ranks import Ranks
 from vavae_tools.training import memory
+from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModule
+from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
-from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.fine_tuning import fine_tune_vavae
 from vavae_tools.training.memory import (
     RAE_DECODER,
     TEXT_TO_IMAGE,
@@ -35,10 +37,7 @@ from vavae_tools.training.memory import (
     smallest,
     whole_steps,
 )
-from vavae_tools.training.processes import fit
-from vavae_tools.training.rae_decoder import fine_tune_rae_decoder
-from vavae_tools.training.rae_module import RAEDecoderModule
-from vavae_tools.training.vavae_module import VAVAEModule
+from vavae_tools.training.run import fit
 
 GB = 2**30
 CPU_FAULT = (

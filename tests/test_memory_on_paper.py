@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from benchmarks.memory import MACHINES, STAGES, WORKSPACE, Allocator, Case, simulated, verdict
-from vavae_tools.machine import find_device, find_machine
-from vavae_tools.training.presets import find_preset
+from vavae_tools.recipes.presets import find_preset
+from vavae_tools.runtime.machine import find_device, find_machine
 
 KIB, MIB = 2**10, 2**20
 

@@ -5,14 +5,8 @@ import torch
 from diffusers import DDPMScheduler
 from tiny import same
 
-from vavae_tools.diffusion.noise_prediction import (
-    NoisePrediction,
-    make_objective,
-    objective_of,
-    time_of,
-)
-from vavae_tools.diffusion.objectives import FlowMatching
-from vavae_tools.errors import UserError
+from vavae_tools.diffusion.objectives import FlowMatching, NoisePrediction, make_objective, objective_of, time_of
+from vavae_tools.runtime.errors import UserError
 
 ALL = torch.arange(1000)
 

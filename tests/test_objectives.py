@@ -4,10 +4,10 @@ import pytest
 import torch
 from golden_cases import assert_close, load_case, load_weights
 
-from vavae_tools.convert import load_reference
 from vavae_tools.diffusion.objectives import FlowMatching, score_from_velocity, shift_noise, time_shift_of
-from vavae_tools.draws import Draws
-from vavae_tools.errors import UserError
+from vavae_tools.published import load_reference
+from vavae_tools.runtime.draws import Draws
+from vavae_tools.runtime.errors import UserError
 
 
 def test_path_target_and_loss_equal_the_reference():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from vavae_tools.data.order import EpochOrder, OrderedDataModule, batches_in_order
+from vavae_tools.data.loader import EpochOrder, OrderedDataModule, batches_in_order
 
 
 def of_epoch(order: EpochOrder, epoch: int) -> list[int]:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.perceptual import LPIPS, load_lpips
-from vavae_tools.errors import UserError
+from vavae_tools.autoencoders.lpips import LPIPS, load_lpips
+from vavae_tools.runtime.errors import UserError
 
 WIDTHS = (4, 5, 6, 7, 8)
 STACK = [WIDTHS[0]] * 2 + [WIDTHS[1]] * 2 + [WIDTHS[2]] * 3 + [WIDTHS[3]] * 3 + [WIDTHS[4]] * 3

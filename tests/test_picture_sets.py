@@ -11,12 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vavae_tools.data import decoded
-from vavae_tools.data.crops import CROPS, centre_crop
-from vavae_tools.data.decoded import Names
-from vavae_tools.data.images import PictureDataModule
-from vavae_tools.data.picture_sets import PictureSetDataModule, hold_out, picture_data
-from vavae_tools.data.shapes import (
+from vavae_tools.data import images as decoded
+from vavae_tools.data.datasets import hold_out, picture_data
+from vavae_tools.data.demo.shapes import (
     _AREAS,
     COLOURS,
     SHAPES,
@@ -29,9 +26,10 @@ from vavae_tools.data.shapes import (
     shape_data,
     shape_names,
 )
-from vavae_tools.data.sides import choose_sides
+from vavae_tools.data.images import CROPS, Names, PictureDataModule, PictureSetDataModule, centre_crop
+from vavae_tools.data.split import choose_sides
 from vavae_tools.data.split_report import Picture
-from vavae_tools.errors import UserError
+from vavae_tools.runtime.errors import UserError
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:

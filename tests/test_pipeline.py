@@ -15,24 +15,17 @@ import torch
 from PIL import Image
 from tiny import SIZE, perturb_projections, same, tiny_dit, tiny_pipeline, tiny_vavae, trained_looking
 
-from vavae_tools.data.images import PictureFolder, channels_of
-from vavae_tools.data.pixels import to_pixels
+from vavae_tools.data.images import PictureFolder, channels_of, to_pixels
 from vavae_tools.data.split import split_folders
-from vavae_tools.diffusion import portions, sample_sets
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.pipeline import (
-    SOLVERS,
-    LatentDiTPipeline,
-    load_guide,
-    load_pipeline,
-    solver,
-    swap_solver,
-    write_samples,
-)
-from vavae_tools.diffusion.portions import default_batch_size
-from vavae_tools.diffusion.sampling import sample
-from vavae_tools.errors import UserError
-from vavae_tools.training.diffusion_module import DiffusionModule
+from vavae_tools.diffusion.solvers import SOLVERS, sample, solver
+from vavae_tools.pipelines import portions
+from vavae_tools.pipelines import writer as sample_sets
+from vavae_tools.pipelines.classes import LatentDiTPipeline, load_guide, load_pipeline, swap_solver
+from vavae_tools.pipelines.portions import default_batch_size
+from vavae_tools.pipelines.writer import write_samples
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.training.denoiser_module import DiffusionModule
 
 QUICK = {"num_inference_steps": 3, "guidance_scale": 2.0}
 
@@ -747,13 +740,13 @@ def test_settings_that_cannot_be_leave_nothing_behind(pipe, tmp_path):
 
 
 def test_a_folder_with_an_rae_is_read_by_whoever_has_not_imported_it(tmp_path):
-    from vavae_tools.autoencoders.rae import tiny_rae
+    from vavae_tools.autoencoders.tiny import tiny_rae
     from vavae_tools.diffusion.ddt import DDT
 
     denoiser = DDT(4, 1, 64, (16, 32), (1, 1), 2)
     rae = tiny_rae(latents_mean=[0.0] * 64, latents_std=[1.0] * 64)
     LatentDiTPipeline(rae, denoiser, ClassConditioner(2, 16), solver()).save_pretrained(tmp_path)
-    load = "from vavae_tools.diffusion.pipeline import load_pipeline"
+    load = "from vavae_tools.pipelines.classes import load_pipeline"
     script = f"{load}; print(type(load_pipeline({str(tmp_path)!r}).vae))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert "vavae_tools.autoencoders.rae.RAE" in done.stdout, done.stderr

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from vavae_tools.data.gait import write_gait_dataset
+from vavae_tools.data.demo.gait import write_gait_dataset
 from vavae_tools.data.split import split_folders
-from vavae_tools.errors import UserError
-from vavae_tools.places import Place, find_place, find_split
+from vavae_tools.paths import Place, find_place, find_split
+from vavae_tools.runtime.errors import UserError
 
 
 @pytest.fixture(autouse=True)

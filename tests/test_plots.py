@@ -6,16 +6,8 @@ import torch
 from PIL import Image
 
 from vavae_tools import plots
-from vavae_tools.data.pixels import to_unit
-from vavae_tools.plots import (
-    as_pixels,
-    picture_grid,
-    plot_bars,
-    show_inline,
-    show_picture,
-    show_pictures,
-    show_rows,
-)
+from vavae_tools.data.images import to_unit
+from vavae_tools.plots import as_pixels, picture_grid, plot_bars, show_inline, show_picture, show_pictures, show_rows
 
 
 def some_pictures(n=5, channels=3, height=16, width=24):

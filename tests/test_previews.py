@@ -6,9 +6,9 @@ import torch
 from tiny import tiny_dit
 
 from vavae_tools.data.latents import LatentDataModule
-from vavae_tools.errors import StoppedAtOnce
-from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.previews import SamplePreviews
+from vavae_tools.runtime.errors import StoppedAtOnce
+from vavae_tools.training.callbacks.previews import SamplePreviews
+from vavae_tools.training.denoiser_module import DiffusionModule
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
 

@@ -8,15 +8,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.rae import (
-    RAE,
-    RAE_SIZES,
-    decoder_size,
-    noised,
-    picture_decoder,
-    reconstruction_psnr,
-    tiny_rae,
-)
+from vavae_tools.autoencoders.encoders import Dinov2withNorm, MAEwithNorm, SigLIPwithNorm, encoder_class
+from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, decoder_size, noised, picture_decoder, reconstruction_psnr
 from vavae_tools.autoencoders.rae_weights import (
     fit,
     is_rae_folder,
@@ -25,8 +18,8 @@ from vavae_tools.autoencoders.rae_weights import (
     read_rae_weights,
     read_statistics,
 )
-from vavae_tools.autoencoders.representation import Dinov2withNorm, MAEwithNorm, SigLIPwithNorm, encoder_class
-from vavae_tools.errors import UserError
+from vavae_tools.autoencoders.tiny import tiny_rae
+from vavae_tools.runtime.errors import UserError
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 DECODER = {

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from vavae_tools.autoencoders.rae import picture_decoder
 from vavae_tools.autoencoders.rae_weights import from_diffusers
-from vavae_tools.convert.rae import RAEReference, load_rae_encoder_reference, load_rae_reference
-from vavae_tools.errors import UserError
+from vavae_tools.published.rae import RAEReference, load_rae_encoder_reference, load_rae_reference
+from vavae_tools.runtime.errors import UserError
 
 NUMBERS = (
     "decoder_hidden_size",

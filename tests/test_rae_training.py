@@ -11,20 +11,21 @@ from test_training import Watch
 from tiny import assert_same, same
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.discriminator import PatchDiscriminator, generator_loss
-from vavae_tools.autoencoders.losses import PictureLoss
-from vavae_tools.autoencoders.rae import RAE, reconstruction_psnr, tiny_rae
+from vavae_tools.autoencoders.losses import PatchDiscriminator, PictureLoss, decoder_loss, generator_loss
+from vavae_tools.autoencoders.rae import RAE, reconstruction_psnr
 from vavae_tools.autoencoders.rae_weights import read_rae_folder
-from vavae_tools.data.pixels import to_unit
-from vavae_tools.data.shapes import ShapePictures, shape_data
-from vavae_tools.draws import Draws
-from vavae_tools.errors import UserError
-from vavae_tools.training import devices, rae_module
-from vavae_tools.training.checkpoints import checkpoint_callbacks
-from vavae_tools.training.rae_decoder import check_reconstructions, fine_tune_rae_decoder, train_rae_decoder
-from vavae_tools.training.rae_module import RAEDecoderModule, decoder_loss, tokens_of_all
-from vavae_tools.training.saving import Saving
-from vavae_tools.training.trainer import build_trainer
+from vavae_tools.autoencoders.tiny import tiny_rae
+from vavae_tools.data.demo.shapes import ShapePictures, shape_data
+from vavae_tools.data.images import to_unit
+from vavae_tools.recipes.rae import check_reconstructions, fine_tune_rae_decoder, train_rae_decoder
+from vavae_tools.runtime.draws import Draws
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.training import autoencoder_module as rae_module
+from vavae_tools.training import devices
+from vavae_tools.training.autoencoder_module import RAEDecoderModule, tokens_of_all
+from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
+from vavae_tools.training.config import Saving
+from vavae_tools.training.run import build_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -386,14 +387,14 @@ def test_the_tasks_keys_reach_the_training(tmp_path, encoder):
     """`experiment=rae_decoder data=shapes` as the command composes it, and `--resume last`."""
     from omegaconf import OmegaConf
 
-    from vavae_tools.experiments import compose, read_command_line
+    from vavae_tools.recipes.config import compose, read_command_line
 
     words = ["experiment=rae_decoder", "data=shapes", "trainer=cpu", "data.num_pictures=32", "--batch_size", "8"]
     words += [f"model.rae.{name}={value}" for name, value in encoder.items()]
     words += ["--max_steps", "6", "--lr", "0.002", "--noise_tau", "0.1", "--previews", "0"]
     words += ["model.losses.disc_width=4", "trainer.accumulate_grad_batches=2", "callbacks.save_every_n_steps=4"]
     values = OmegaConf.to_container(compose(read_command_line(words)), resolve=True)
-    assert values["task"] == "vavae_tools.training.rae_decoder:train_rae_decoder"
+    assert values["task"] == "vavae_tools.recipes.rae:train_rae_decoder"
     rooms = {room: values[room] for room in ("data", "model", "trainer", "callbacks")}
     said = []
     folder = train_rae_decoder(**rooms, output_dir=tmp_path / "run", seed=values["seed"], say=said.append)

@@ -6,18 +6,24 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from golden_cases import SHARED, assert_close, load_case, load_weights
 from test_ddt import split_weak
 
-from vavae_tools.convert.ddt import load_ddt
-from vavae_tools.convert.lightningdit import (
+from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
+from vavae_tools.diffusion.objectives import FlowMatching, score_from_velocity, shift_noise, time_shift_of
+from vavae_tools.diffusion.solvers import (
+    guided_velocity,
+    make_solver,
+    sample,
+    sample_midpoint,
+    sample_stochastic,
+    time_grid,
+)
+from vavae_tools.published.ddt import load_ddt
+from vavae_tools.published.lightningdit import (
     RAELightningDiT,
     load_lightningdit,
     load_rae_lightningdit,
     read_latent_statistics,
 )
-from vavae_tools.diffusion.denoisers import make_denoiser, split_reference_arguments
-from vavae_tools.diffusion.objectives import FlowMatching, score_from_velocity, shift_noise, time_shift_of
-from vavae_tools.diffusion.sampling import guided_velocity, make_solver, sample, sample_midpoint, time_grid
-from vavae_tools.diffusion.stochastic import sample_stochastic
-from vavae_tools.errors import UserError
+from vavae_tools.runtime.errors import UserError
 
 CASES = sorted({"rae-transport"} | {path.name for path in SHARED.glob("rae-transport*")})
 LIGHTNING = sorted({"rae-lightningdit"} | {path.name for path in SHARED.glob("rae-lightningdit*")})

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny import perturb_projections, same, tiny_vavae
 from torch import Tensor
 
-from vavae_tools.autoencoders.reference_format import (
+from vavae_tools.autoencoders.ldm_names import (
     from_reference,
     infer_config,
     plain_names,
@@ -25,11 +25,11 @@ from vavae_tools.autoencoders.reference_format import (
 )
 from vavae_tools.autoencoders.vavae import VAVAE, VAVAE_SIZES, vavae
 from vavae_tools.autoencoders.weights import build_vavae, load_vavae, read_vavae, with_channels
-from vavae_tools.convert import load_reference
-from vavae_tools.errors import UserError, run_command
 from vavae_tools.export import export_vavae
 from vavae_tools.export import main as export_main
-from vavae_tools.files import read_checkpoint
+from vavae_tools.published import load_reference
+from vavae_tools.runtime.errors import UserError, run_command
+from vavae_tools.runtime.files import read_checkpoint
 
 PUBLISHED = {
     "double_z": True,

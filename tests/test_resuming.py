@@ -11,11 +11,11 @@ from test_vavae_training import new_module
 from tiny import assert_same, tiny_dit, tiny_vavae
 
 from vavae_tools.checkpoints.__main__ import main
-from vavae_tools.checkpoints.folders import look_at, read_any, write_any, write_folder
-from vavae_tools.checkpoints.resuming import check_resumable, resume_path, whole
-from vavae_tools.errors import UserError
-from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.vavae_module import VAVAEModule
+from vavae_tools.checkpoints.formats import look_at, read_any, whole, write_any, write_folder
+from vavae_tools.checkpoints.resuming import check_resumable, resume_path
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.training.autoencoder_module import VAVAEModule
+from vavae_tools.training.denoiser_module import DiffusionModule
 
 
 def saved(path: Path, step: int = 7) -> Path:

@@ -13,11 +13,12 @@ from on_ranks import children, gone
 from PIL import Image
 from tiny import SIZE, tiny_pipeline, trained_looking
 
-from vavae_tools.diffusion import sample_sets
-from vavae_tools.diffusion.pipeline import load_pipeline, write_samples
-from vavae_tools.errors import UserError
-from vavae_tools.launch import Nodes
-from vavae_tools.ranks import Ranks
+from vavae_tools.pipelines import writer as sample_sets
+from vavae_tools.pipelines.classes import load_pipeline
+from vavae_tools.pipelines.writer import write_samples
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.launch import Nodes
+from vavae_tools.runtime.ranks import Ranks
 from vavae_tools.sample import main
 
 ROOT = Path(__file__).parents[1]

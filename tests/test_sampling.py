@@ -8,11 +8,18 @@ from diffusers import (
 )
 from golden_cases import assert_close, load_case, load_weights
 
-from vavae_tools.convert import load_reference
 from vavae_tools.diffusion.objectives import FlowMatching
-from vavae_tools.diffusion.sampling import guided_velocity, make_solver, sample, sample_midpoint, time_grid
-from vavae_tools.diffusion.stochastic import DIFFUSIONS, sample_stochastic
-from vavae_tools.errors import UserError
+from vavae_tools.diffusion.solvers import (
+    DIFFUSIONS,
+    guided_velocity,
+    make_solver,
+    sample,
+    sample_midpoint,
+    sample_stochastic,
+    time_grid,
+)
+from vavae_tools.published import load_reference
+from vavae_tools.runtime.errors import UserError
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SOLVERS = {

@@ -12,13 +12,13 @@ import torch
 from test_training import Fit, assert_same_run
 from tiny import SIZE
 
-from vavae_tools.checkpoints.folders import write_folder
+from vavae_tools.checkpoints.formats import write_folder
 from vavae_tools.checkpoints.resuming import resume_path
-from vavae_tools.errors import Stopped, UserError, run_command
-from vavae_tools.training import checkpoints
-from vavae_tools.training.checkpoints import WholeCheckpointIO
-from vavae_tools.training.fine_tuning import fine_tune_vavae
-from vavae_tools.training.saving import Saving, session_end
+from vavae_tools.recipes.vavae import fine_tune_vavae
+from vavae_tools.runtime.errors import Stopped, UserError, run_command
+from vavae_tools.training.callbacks import checkpointing as checkpoints
+from vavae_tools.training.callbacks.checkpointing import WholeCheckpointIO
+from vavae_tools.training.config import Saving, session_end
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -4,11 +4,19 @@ from itertools import product
 
 import pytest
 
-from vavae_tools.data import sentences as grammar
-from vavae_tools.data import text_files
-from vavae_tools.data.sentences import answers, grammatical_share, is_grammatical, questions, sentences, stories, zen
-from vavae_tools.data.text_files import read_texts
-from vavae_tools.data.token_images import TokenImageDataset
+from vavae_tools.data.demo import sentences as grammar
+from vavae_tools.data.demo.sentences import (
+    answers,
+    grammatical_share,
+    is_grammatical,
+    questions,
+    sentences,
+    stories,
+    zen,
+)
+from vavae_tools.data.tokens import text_files
+from vavae_tools.data.tokens.dataset import TokenImageDataset
+from vavae_tools.data.tokens.text_files import read_texts
 
 
 def test_there_are_288_000_sentences():

@@ -12,10 +12,10 @@ import pytest
 import torch
 from kaggle_stand_in import KEY, KaggleStandIn
 
-from vavae_tools.errors import UserError, run_command
+from vavae_tools.kaggle import session as sessions
+from vavae_tools.kaggle.session import Unavailable, pull_session, push_session, session_files
 from vavae_tools.kaggle_session import main, write_kernel
-from vavae_tools.training import sessions
-from vavae_tools.training.sessions import Unavailable, pull_session, push_session, session_files
+from vavae_tools.runtime.errors import UserError, run_command
 
 RUN = "me/gait-run"
 

@@ -174,7 +174,7 @@ def test_ctrl_c_lets_all_save_and_end(here):
 IN_A_CELL = """
 import os, torch, lightning as L
 from torch.utils.data import DataLoader, TensorDataset
-from vavae_tools.training.processes import fit
+from vavae_tools.training.run import fit
 
 class Line(L.LightningModule):
     fails = False

@@ -17,16 +17,17 @@ from torch.distributed import HashStore
 from torch.utils.data import Dataset
 
 from vavae_tools.data import latents
+from vavae_tools.data.demo.shapes import shape_data
+from vavae_tools.data.encoded import INDEX
 from vavae_tools.data.images import PictureDataModule
-from vavae_tools.data.latents import INDEX, LatentDataset, LatentFolder, encode_latents
-from vavae_tools.data.order import OrderedDataModule
-from vavae_tools.data.shapes import shape_data
-from vavae_tools.errors import UserError
-from vavae_tools.files import write_json
-from vavae_tools.ranks import Ranks, of_torchrun
-from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.vavae_module import VAVAEModule
-from vavae_tools.training.watch import ReconstructionWatch
+from vavae_tools.data.latents import LatentDataset, LatentFolder, encode_latents
+from vavae_tools.data.loader import OrderedDataModule
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import write_json
+from vavae_tools.runtime.ranks import Ranks, of_torchrun
+from vavae_tools.training.autoencoder_module import VAVAEModule
+from vavae_tools.training.callbacks.watch import ReconstructionWatch
+from vavae_tools.training.denoiser_module import DiffusionModule
 
 ROOT = Path(__file__).parents[1]
 

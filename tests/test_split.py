@@ -16,9 +16,9 @@ from PIL import Image
 
 from vavae_tools.data import split as split_module
 from vavae_tools.data.folders import can_read, labels_of, list_folders, natural_key
-from vavae_tools.data.split import choose_sides, read_split_info, split_folders
-from vavae_tools.data.split_report import Picture
-from vavae_tools.errors import UserError
+from vavae_tools.data.split import choose_sides, split_folders
+from vavae_tools.data.split_report import Picture, read_split_info
+from vavae_tools.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 

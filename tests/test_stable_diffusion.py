@@ -9,19 +9,13 @@ from diffusers import AutoencoderKL
 from tiny import TWO_LEVELS, same, tiny_vavae
 
 from vavae_tools.autoencoders.loading import load_autoencoder
-from vavae_tools.autoencoders.stable_diffusion import (
-    StableDiffusionVAE,
-    _orthogonal,
-    load_stable_diffusion_vae,
-    reconstruction_psnr,
-    tiny_kl,
-    train_tiny_kl,
-)
+from vavae_tools.autoencoders.stable_diffusion import StableDiffusionVAE, load_stable_diffusion_vae
+from vavae_tools.autoencoders.tiny import _orthogonal, reconstruction_psnr, tiny_kl, train_tiny_kl
 from vavae_tools.autoencoders.vavae import VAVAE
+from vavae_tools.data.demo.shapes import ShapePictures, shape_data
+from vavae_tools.data.images import to_unit
 from vavae_tools.data.latents import encode_latents
-from vavae_tools.data.pixels import to_unit
-from vavae_tools.data.shapes import ShapePictures, shape_data
-from vavae_tools.errors import UserError
+from vavae_tools.runtime.errors import UserError
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from tiny import same, tiny_pipeline, trained_looking
 from torch import Tensor
 from torch.nn.functional import silu
 
-from vavae_tools.convert.dit import load_dit
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.denoisers import make_denoiser, split_reference_arguments
+from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.transformer import DiT
-from vavae_tools.errors import UserError
-from vavae_tools.training.nearest_classes import nearest_classes
-from vavae_tools.training.starting_point import start_from
+from vavae_tools.published.dit import load_dit
+from vavae_tools.recipes.init_from import start_from
+from vavae_tools.recipes.nearest_classes import nearest_classes
+from vavae_tools.runtime.errors import UserError
 
 NUMBERS = {"input_size": 4, "patch_size": 2, "in_channels": 3, "hidden_size": 16, "depth": 2, "num_heads": 2}
 PLAIN = {"swiglu": False, "rope": False, "rms_norm": False}

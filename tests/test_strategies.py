@@ -16,9 +16,9 @@ from test_training import KEPT
 from tiny import assert_same
 
 from vavae_tools.checkpoints.__main__ import consolidate_checkpoint, verify_checkpoints
-from vavae_tools.checkpoints.folders import look_at, read_any, whole
+from vavae_tools.checkpoints.formats import look_at, read_any, whole
 from vavae_tools.checkpoints.resuming import resume_path
-from vavae_tools.errors import UserError
+from vavae_tools.runtime.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 HERE = Path(__file__).parent

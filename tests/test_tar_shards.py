@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vavae_tools.data import decoded, tar_index
-from vavae_tools.data.picture_sets import EXTENSIONS, picture_data
-from vavae_tools.data.tar_index import index_shard
-from vavae_tools.errors import UserError
+from vavae_tools.data import images as decoded
+from vavae_tools.data.datasets import picture_data
+from vavae_tools.data.images import EXTENSIONS
+from vavae_tools.data.sources import webdataset as tar_index
+from vavae_tools.data.sources.webdataset import index_shard
+from vavae_tools.runtime.errors import UserError
 
 
 def picture(seed: int, kind: str = "png", size: int = 8) -> bytes:

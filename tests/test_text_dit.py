@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny import same, trained_looking
 
-from vavae_tools.autoencoders.text_encoder import TextStates, tiny_text_encoder
-from vavae_tools.diffusion.denoisers import make_denoiser
+from vavae_tools.diffusion.clip import TextStates, tiny_text_encoder
+from vavae_tools.diffusion.factory import make_denoiser
 from vavae_tools.diffusion.text_conditioning import TextCondition, TextConditioner
 from vavae_tools.diffusion.text_dit import CrossAttention, TextDiT
-from vavae_tools.errors import UserError
+from vavae_tools.runtime.errors import UserError
 
 TINY = {"input_size": 4, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2}
 

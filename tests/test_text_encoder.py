@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny import same
 
-from vavae_tools.autoencoders.text_encoder import TextStates, load_text_encoder, tiny_text_encoder
-from vavae_tools.errors import UserError
+from vavae_tools.diffusion.clip import TextStates, load_text_encoder, tiny_text_encoder
+from vavae_tools.runtime.errors import UserError
 
 COLOURS = ("red", "blue", "green", "yellow", "magenta", "cyan")
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")

@@ -6,23 +6,15 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from tiny import same, trained_looking
 
-from vavae_tools.autoencoders.stable_diffusion import tiny_kl
-from vavae_tools.autoencoders.text_encoder import TextEncoder, tiny_text_encoder
-from vavae_tools.data.pixels import to_pixels
-from vavae_tools.diffusion.noise_prediction import NoisePrediction, make_objective, time_of
-from vavae_tools.diffusion.pipeline import SOLVERS
+from vavae_tools.autoencoders.tiny import tiny_kl
+from vavae_tools.data.images import to_pixels
+from vavae_tools.diffusion.clip import TextEncoder, tiny_text_encoder
+from vavae_tools.diffusion.objectives import NoisePrediction, make_objective, time_of
+from vavae_tools.diffusion.solvers import SCHEDULERS, SOLVERS, guided_prediction, make_scheduler, sample_text, swapped
 from vavae_tools.diffusion.text_conditioning import TextCondition, TextConditioner
 from vavae_tools.diffusion.text_dit import TextDiT
-from vavae_tools.diffusion.text_pipeline import (
-    SCHEDULERS,
-    TextToImagePipeline,
-    guided_prediction,
-    load_text_pipeline,
-    make_scheduler,
-    sample_text,
-    swapped,
-)
-from vavae_tools.errors import UserError
+from vavae_tools.pipelines.text import TextToImagePipeline, load_text_pipeline
+from vavae_tools.runtime.errors import UserError
 
 SENTENCES = ["a red circle", "one small blue square", "green"]
 OBJECTIVES = ("epsilon", "v_prediction", "flow_matching")

@@ -18,22 +18,24 @@ from safetensors.torch import load_file
 from test_experiments import values_of
 from tiny import assert_same, assert_same_training, same
 
-from vavae_tools import experiments, sample, train
-from vavae_tools.autoencoders.stable_diffusion import load_stable_diffusion_vae, tiny_kl
-from vavae_tools.autoencoders.text_encoder import TextEncoder, load_text_encoder, tiny_text_encoder
-from vavae_tools.checkpoints.folders import read_any
-from vavae_tools.data.captioned_shapes import EXAMPLE_PROMPTS, captioned_shape_data, vocabulary
-from vavae_tools.data.texts import TextLatentDataModule
-from vavae_tools.diffusion.noise_prediction import make_objective
+from vavae_tools import sample, train
+from vavae_tools.autoencoders.stable_diffusion import load_stable_diffusion_vae
+from vavae_tools.autoencoders.tiny import tiny_kl
+from vavae_tools.checkpoints.formats import read_any
+from vavae_tools.data.demo.shapes import EXAMPLE_PROMPTS, captioned_shape_data, vocabulary
+from vavae_tools.data.text_states import TextLatentDataModule
+from vavae_tools.diffusion.clip import TextEncoder, load_text_encoder, tiny_text_encoder
+from vavae_tools.diffusion.objectives import make_objective
 from vavae_tools.diffusion.text_conditioning import TextConditioner
 from vavae_tools.diffusion.text_dit import TextDiT
-from vavae_tools.diffusion.text_pipeline import load_text_pipeline
-from vavae_tools.errors import UserError
-from vavae_tools.experiments import compose, read_command_line
-from vavae_tools.training.checkpoints import LastCheckpoint
+from vavae_tools.pipelines.text import load_text_pipeline
+from vavae_tools.recipes import config as experiments
+from vavae_tools.recipes.config import compose, read_command_line
+from vavae_tools.recipes.text_to_image import _of_one_size
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.training.callbacks.checkpointing import LastCheckpoint
+from vavae_tools.training.denoiser_module import TextDiffusionModule
 from vavae_tools.training.devices import trainer_settings
-from vavae_tools.training.text_module import TextDiffusionModule
-from vavae_tools.training.text_to_image import _of_one_size
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

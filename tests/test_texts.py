@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from tiny import assert_same, same
 from torch import Tensor
 
-from vavae_tools.data import texts
-from vavae_tools.data.captioned import CaptionOrder
+from vavae_tools.data import text_states as texts
+from vavae_tools.data.captions import CaptionOrder
 from vavae_tools.data.latents import LatentFolder
-from vavae_tools.data.texts import EncodedTexts, TextFolder, TextLatentDataModule, encode_texts, needed_bytes
-from vavae_tools.errors import UserError
-from vavae_tools.frozen import Computing
+from vavae_tools.data.text_states import EncodedTexts, TextFolder, TextLatentDataModule, encode_texts, needed_bytes
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.precision import Computing
 
 DIM, POOLED, MOST = 4, 3, 8
 

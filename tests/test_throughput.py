@@ -15,27 +15,23 @@ import torch.distributed as dist
 from alike import assert_curves_alike
 from tiny import tiny_dit, tiny_vavae, trained_looking
 
-from vavae_tools.autoencoders.rae import tiny_rae
+from vavae_tools.autoencoders.tiny import tiny_rae
 from vavae_tools.data.images import PictureDataModule
 from vavae_tools.data.latents import LatentDataModule
-from vavae_tools.data.token_images import TokenImageDataset
-from vavae_tools.diffusion.clean_prediction import CleanPrediction
+from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
-from vavae_tools.diffusion.noise_prediction import make_objective
+from vavae_tools.diffusion.objectives import CleanPrediction, make_objective
 from vavae_tools.diffusion.text_conditioning import TextConditioner
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.diffusion.transformer import DiT
-from vavae_tools.errors import Stopped
-from vavae_tools.training import throughput
+from vavae_tools.runtime.errors import Stopped
+from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModule
+from vavae_tools.training.callbacks import throughput
+from vavae_tools.training.callbacks.throughput import Clock, Throughput, flops_of, peak_flops
+from vavae_tools.training.denoiser_module import DiffusionModule, TextDiffusionModule, TokenImageModule
 from vavae_tools.training.devices import quiet_lightning
-from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.rae_module import RAEDecoderModule
-from vavae_tools.training.text_module import TextDiffusionModule
-from vavae_tools.training.throughput import Clock, Throughput, flops_of, peak_flops
-from vavae_tools.training.token_module import TokenImageModule
-from vavae_tools.training.trainer import build_trainer, fit
-from vavae_tools.training.vavae_module import VAVAEModule
+from vavae_tools.training.run import build_trainer, fit
 
 ROOT = Path(__file__).parent.parent
 GLOBAL_BATCH = 8
@@ -168,7 +164,7 @@ def with_clock(monkeypatch_or_none, clock: Ticks) -> None:
     def first_callback(say):
         return Throughput(say, clock)
 
-    from vavae_tools.training import trainer
+    from vavae_tools.training import run as trainer
 
     if monkeypatch_or_none is None:
         trainer.Throughput = first_callback

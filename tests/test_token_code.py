@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 
-from vavae_tools.data.token_code import TokenCode
-from vavae_tools.errors import UserError
+from vavae_tools.data.tokens.code import TokenCode
+from vavae_tools.runtime.errors import UserError
 
 CODES = [(260, 4, 3), (50257, 4, 3), (152000, 4, 3), (260, 4, 1), (260, 3, 1), (7, 1, 3), (2, 1, 1), (1, 2, 2)]
 
@@ -144,7 +144,7 @@ def test_the_nearest_does_not_depend_on_how_many_are_asked_at_once(monkeypatch):
     code = TokenCode(260)
     noisy = torch.randn(50, 48, generator=torch.Generator().manual_seed(2))
     whole = code.nearest(noisy)
-    monkeypatch.setattr("vavae_tools.data.token_code._AT_ONCE", 700)
+    monkeypatch.setattr("vavae_tools.data.tokens.code._AT_ONCE", 700)
     assert torch.equal(code.nearest(noisy), whole)
 
 

@@ -9,18 +9,18 @@ from diffusers import ConfigMixin, ModelMixin
 from PIL import Image
 from torch import nn
 
-from vavae_tools.data.sentences import answers, grammatical_share, is_grammatical, questions, sentences
-from vavae_tools.data.text_tokens import byte_tokenizer
-from vavae_tools.data.token_code import TokenCode
-from vavae_tools.data.token_images import TokenImageDataset
+from vavae_tools.data.demo.sentences import answers, grammatical_share, is_grammatical, questions, sentences
+from vavae_tools.data.tokens.code import TokenCode
+from vavae_tools.data.tokens.dataset import TokenImageDataset
+from vavae_tools.data.tokens.tokenizer import byte_tokenizer
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.token_pipeline import TokenImagePipeline
-from vavae_tools.draws import Draws
-from vavae_tools.errors import UserError
+from vavae_tools.evaluation.bits import bits_per_token, unigram_bits
 from vavae_tools.evaluation.novelty import KnownTexts, novelty
-from vavae_tools.evaluation.token_bits import bits_per_token, unigram_bits
-from vavae_tools.evaluation.token_images import evaluate_tokens, reconstruction_curve, valid_share
+from vavae_tools.evaluation.texts import evaluate_tokens, reconstruction_curve, valid_share
+from vavae_tools.pipelines.tokens import TokenImagePipeline
 from vavae_tools.plots import plot_curves
+from vavae_tools.runtime.draws import Draws
+from vavae_tools.runtime.errors import UserError
 
 SIZE = 8
 """Side of the toy's pictures: 16 cells of 2×2 grey pixels."""

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from vavae_tools.data.order import EpochOrder
-from vavae_tools.data.sentences import questions, sentences, stories
-from vavae_tools.data.text_files import read_texts
-from vavae_tools.data.text_tokens import SPECIAL, TextTokens, byte_tokenizer
-from vavae_tools.data.token_code import TokenCode
-from vavae_tools.data.token_images import TokenImageDataModule, TokenImageDataset
-from vavae_tools.errors import UserError
+from vavae_tools.data.demo.sentences import questions, sentences, stories
+from vavae_tools.data.loader import EpochOrder
+from vavae_tools.data.tokens.code import TokenCode
+from vavae_tools.data.tokens.dataset import TokenImageDataModule, TokenImageDataset
+from vavae_tools.data.tokens.text_files import read_texts
+from vavae_tools.data.tokens.tokenizer import SPECIAL, TextTokens, byte_tokenizer
+from vavae_tools.runtime.errors import UserError
 
 ODD = "Zoë ate 3 “naïve” 猫 🐈\u200d⬛\n\n\tend\r\n<|end|><|user|> [SEP] \x00 \u2028."
 TEMPLATE = (

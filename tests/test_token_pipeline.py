@@ -13,22 +13,22 @@ from PIL import Image
 from tiny import same, tiny_pipeline, trained_looking
 from torch.distributed import HashStore
 
-from vavae_tools.checkpoints.folders import write_any
-from vavae_tools.data.text_tokens import ASSISTANT, END, byte_tokenizer
-from vavae_tools.data.token_code import TokenCode
-from vavae_tools.diffusion.clean_prediction import CleanPrediction
+from vavae_tools.checkpoints.formats import write_any
+from vavae_tools.data.tokens.code import TokenCode
+from vavae_tools.data.tokens.tokenizer import ASSISTANT, END, byte_tokenizer
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.pipeline import load_pipeline
-from vavae_tools.diffusion.sampling import sample, time_grid
-from vavae_tools.diffusion.text_pipeline import load_text_pipeline
-from vavae_tools.diffusion.token_pipeline import TokenImagePipeline, is_token_pipeline, load_token_pipeline
+from vavae_tools.diffusion.objectives import CleanPrediction
+from vavae_tools.diffusion.solvers import sample, time_grid
 from vavae_tools.diffusion.transformer import DiT
-from vavae_tools.diffusion.written_texts import write_texts
-from vavae_tools.errors import UserError
-from vavae_tools.files import save_model
-from vavae_tools.ranks import Ranks
+from vavae_tools.pipelines.classes import load_pipeline
+from vavae_tools.pipelines.text import load_text_pipeline
+from vavae_tools.pipelines.tokens import TokenImagePipeline, is_token_pipeline, load_token_pipeline
+from vavae_tools.pipelines.writer import write_texts
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import save_model
+from vavae_tools.runtime.ranks import Ranks
 from vavae_tools.sample import main
-from vavae_tools.training.token_module import TokenImageModule
+from vavae_tools.training.denoiser_module import TokenImageModule
 
 SIZE, CELL, CELLS = 16, 4, 16
 ALL = [0] * CELLS + [1]

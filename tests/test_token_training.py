@@ -10,14 +10,15 @@ import torch
 from alike import assert_weights_alike
 from tiny import assert_same_training
 
-from vavae_tools import experiments, train
-from vavae_tools.data.token_images import TokenImageDataset
-from vavae_tools.diffusion.clean_prediction import CleanPrediction
+from vavae_tools import train
+from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.token_pipeline import load_token_pipeline
+from vavae_tools.diffusion.objectives import CleanPrediction
 from vavae_tools.diffusion.transformer import DiT
-from vavae_tools.draws import Draws
-from vavae_tools.training.token_module import TokenImageModule
+from vavae_tools.pipelines.tokens import load_token_pipeline
+from vavae_tools.recipes import config as experiments
+from vavae_tools.runtime.draws import Draws
+from vavae_tools.training.denoiser_module import TokenImageModule
 
 ROOT = Path(__file__).parents[1]
 TINY = ("model.hidden_size=16", "model.depth=1", "model.num_heads=2", "sampling.num_steps=2", "callbacks.previews=0")

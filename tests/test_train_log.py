@@ -13,14 +13,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from tiny import tiny_dit, trained_looking
 
 from vavae_tools.data.latents import LatentDataModule
-from vavae_tools.errors import Stopped, UserError
-from vavae_tools.training.checkpoints import checkpoint_callbacks
+from vavae_tools.runtime.errors import Stopped, UserError
+from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
+from vavae_tools.training.callbacks.progress import pace
+from vavae_tools.training.callbacks.train_log import NAME, TrainLog
+from vavae_tools.training.config import Saving
+from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
-from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.progress import pace
-from vavae_tools.training.saving import Saving
-from vavae_tools.training.train_log import NAME, TrainLog
-from vavae_tools.training.trainer import build_trainer, fit
+from vavae_tools.training.run import build_trainer, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  (\w+) +(.*)")

@@ -16,18 +16,17 @@ from torch import nn
 from vavae_tools.checkpoints.resuming import best_checkpoint, check_resumable, resume_path
 from vavae_tools.data.images import PictureDataModule
 from vavae_tools.data.latents import LatentDataModule
-from vavae_tools.draws import Draws
-from vavae_tools.errors import Stopped, UserError
-from vavae_tools.training import checkpoints as checkpoints_module
+from vavae_tools.runtime.draws import Draws
+from vavae_tools.runtime.errors import Stopped, UserError
 from vavae_tools.training import devices
-from vavae_tools.training.checkpoints import WholeCheckpointIO, checkpoint_callbacks
-from vavae_tools.training.diffusion_module import DiffusionModule
-from vavae_tools.training.ema import EMA
-from vavae_tools.training.previews import Previews
-from vavae_tools.training.saving import Saving
-from vavae_tools.training.schedule import warmed_up
-from vavae_tools.training.trainer import build_trainer
-from vavae_tools.training.vavae_module import VAVAEModule
+from vavae_tools.training.autoencoder_module import VAVAEModule
+from vavae_tools.training.callbacks import checkpointing as checkpoints_module
+from vavae_tools.training.callbacks.checkpointing import WholeCheckpointIO, checkpoint_callbacks
+from vavae_tools.training.callbacks.previews import Previews
+from vavae_tools.training.config import Saving
+from vavae_tools.training.denoiser_module import DiffusionModule
+from vavae_tools.training.optim import EMA, warmed_up
+from vavae_tools.training.run import build_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on folders that are not empty
 

@@ -4,24 +4,22 @@ import pytest
 import torch
 from golden_cases import SHARED, assert_close, folder, load_case, load_weights
 
-from vavae_tools.convert import load_reference
-from vavae_tools.convert.lightningdit import split_config, split_state_dict
-from vavae_tools.diffusion.by_hand import AddGated, GateBySwish, NormAndModulate, SplitAndRotate
 from vavae_tools.diffusion.conditioning import ClassConditioner, check_labels
-from vavae_tools.diffusion.sampling import guided_velocity
-from vavae_tools.diffusion.transformer import (
-    DiT,
-    DiT_SIZES,
+from vavae_tools.diffusion.fused import AddGated, GateBySwish, NormAndModulate, SplitAndRotate
+from vavae_tools.diffusion.layers import (
     PatchEmbed,
     SwiGLU,
-    dit,
     half_on_card,
     kept_patches,
     rope_table,
     rotate,
     sincos_table,
 )
-from vavae_tools.errors import UserError
+from vavae_tools.diffusion.solvers import guided_velocity
+from vavae_tools.diffusion.transformer import DiT, DiT_SIZES, dit
+from vavae_tools.published import load_reference
+from vavae_tools.published.lightningdit import split_config, split_state_dict
+from vavae_tools.runtime.errors import UserError
 
 KNOWN = {"lightningdit-a", "lightningdit-b", "lightningdit-eps"}  # b is in ../shared only: tests/golden stays small
 CASES = sorted(KNOWN | {path.name for path in SHARED.glob("lightningdit-*")})

@@ -13,8 +13,8 @@ from tiny import SIZE, TWO_LEVELS, perturb_projections, same, tiny_dit, tiny_vav
 from vavae_tools.autoencoders.vavae import VAVAE, reconstruct, vavae
 from vavae_tools.autoencoders.weights import build_vavae, load_vavae, read_condition_file, read_vavae
 from vavae_tools.data.images import PictureFolder
-from vavae_tools.errors import UserError
-from vavae_tools.files import save_model
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import save_model
 
 
 def pictures(height: int = SIZE, width: int = SIZE, batch: int = 3) -> torch.Tensor:

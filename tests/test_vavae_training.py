@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vavae_tools.data.images import PictureDataModule
-from vavae_tools.errors import UserError
+from vavae_tools.recipes.vavae import RECIPES, epochs_of_stages, find_recipe
+from vavae_tools.runtime.errors import UserError
 from vavae_tools.training import devices
-from vavae_tools.training.checkpoints import checkpoint_callbacks
-from vavae_tools.training.finite import FiniteSteps
-from vavae_tools.training.recipes import RECIPES, epochs_of_stages, find_recipe
-from vavae_tools.training.saving import Saving
-from vavae_tools.training.trainer import build_trainer
-from vavae_tools.training.vavae_module import VAVAEModule
+from vavae_tools.training.autoencoder_module import VAVAEModule
+from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
+from vavae_tools.training.callbacks.finite import FiniteSteps
+from vavae_tools.training.config import Saving
+from vavae_tools.training.run import build_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from vavae_tools.errors import run_command
+from vavae_tools.runtime.errors import run_command
 
 
 def main() -> None:

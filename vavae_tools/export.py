@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vavae_tools.errors import UserError, run_command
+from vavae_tools.runtime.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from vavae_tools.autoencoders.vavae import VAVAE
@@ -69,7 +69,7 @@ def export_vavae(vavae: str | Path, format: str, output: str | Path, say: Callab
 def _write_diffusers(model: "VAVAE", folder: Path) -> tuple[list[Path], str]:
     from diffusers import AutoencoderKL
 
-    from vavae_tools.files import save_model
+    from vavae_tools.runtime.files import save_model
 
     of_vectors = ("condition_dim", "num_conditions")
     plain = AutoencoderKL(**{k: v for k, v in model.config.items() if not k.startswith("_") and k not in of_vectors})
@@ -82,7 +82,7 @@ def _write_diffusers(model: "VAVAE", folder: Path) -> tuple[list[Path], str]:
 def _write_reference(model: "VAVAE", path: Path) -> tuple[list[Path], str]:
     import torch
 
-    from vavae_tools.autoencoders.reference_format import reference_config, to_reference
+    from vavae_tools.autoencoders.ldm_names import reference_config, to_reference
     from vavae_tools.autoencoders.vavae import VAVAE_SIZES
 
     if path.is_dir():
@@ -104,7 +104,7 @@ def _write_reference(model: "VAVAE", path: Path) -> tuple[list[Path], str]:
 def _save(value: dict, path: Path) -> None:
     import torch
 
-    from vavae_tools.files import written_whole
+    from vavae_tools.runtime.files import written_whole
 
     try:
         with written_whole(path) as partial:

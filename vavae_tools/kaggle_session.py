@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vavae_tools.errors import UserError, run_command
+from vavae_tools.runtime.errors import UserError, run_command
 
 SHAPE = "NvidiaTeslaT4"
 """What Kaggle calls two T4."""
@@ -62,7 +62,7 @@ def main() -> None:
     if len(datasets) > 1:
         raise UserError(f"--dataset {' '.join(datasets)}: {given['do']} takes one")
 
-    from vavae_tools.training.sessions import pull_session, push_session
+    from vavae_tools.kaggle.session import pull_session, push_session
 
     dataset = datasets[0] if datasets else None
     if given["do"] == "push":
@@ -94,7 +94,7 @@ def write_kernel(
     Raises:
         UserError: no notebook, or names that Kaggle's client does not take.
     """
-    from vavae_tools.files import write_json, written_whole
+    from vavae_tools.runtime.files import write_json, written_whole
 
     notebook, output_dir = Path(notebook), Path(output_dir)
     try:

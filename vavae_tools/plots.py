@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vavae_tools.screen import for_a_cell, in_notebook, send_picture
+from vavae_tools.runtime.console import for_a_cell, in_notebook, send_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 DPI = 128  # a power of two, so that inches hold whole pixels exactly
 _GAP = 6  # screen pixels between pictures
@@ -30,13 +31,13 @@ def as_pixels(picture: Any) -> Tensor:
             return torch.stack([as_pixels(p) for p in picture])
         import numpy as np
 
-        from vavae_tools.data.pixels import in_channels, is_grey
+        from vavae_tools.data.images import in_channels, is_grey
 
         array = torch.from_numpy(np.array(in_channels(picture, 1 if is_grey(picture) else 3)))
         return array.permute(2, 0, 1) if array.ndim == 3 else array[None]
     picture = picture.detach().cpu()
     if picture.dtype != torch.uint8:
-        from vavae_tools.data.pixels import to_pixels
+        from vavae_tools.data.images import to_pixels
 
         picture = to_pixels(picture)
     if picture.ndim < 3 or picture.shape[-3] not in (1, 3):
@@ -128,7 +129,7 @@ def plot_followed(pictures: Mapping[str, Tensor], prompts: Sequence[str]) -> "Fi
     Returns:
         Bars for colour, shape, size and place; None where no prompt is about shapes.
     """
-    from vavae_tools.data.captioned_shapes import judge_shapes
+    from vavae_tools.data.demo.shapes import judge_shapes
 
     found = {name: judge_shapes(made, prompts) for name, made in pictures.items()}
     kinds = list(next(iter(found.values())))

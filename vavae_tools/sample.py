@@ -8,10 +8,11 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vavae_tools.errors import UserError, run_command
+from vavae_tools.runtime.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from vavae_tools.ranks import Ranks
+    from vavae_tools.runtime.ranks import Ranks
+
 
 CFG_SCALE = 1.25
 TEXT_CFG_SCALE = 7.5
@@ -30,9 +31,9 @@ def main() -> None:
     interval = _interval(options.cfg_interval)
     names = _names(options.class_list)
 
-    from vavae_tools.launch import call_on_ranks
-    from vavae_tools.machine import device_of
-    from vavae_tools.ranks import Ranks
+    from vavae_tools.runtime.launch import call_on_ranks
+    from vavae_tools.runtime.machine import device_of
+    from vavae_tools.runtime.ranks import Ranks
     from vavae_tools.training.devices import trainer_settings
 
     if "RANK" in os.environ:  # one of several processes already
@@ -46,7 +47,7 @@ def main() -> None:
     ranks = Ranks.from_environment()
     device = device_of(ranks.local_rank) if on_gpu else "cpu"
 
-    from vavae_tools.diffusion.token_pipeline import is_token_pipeline
+    from vavae_tools.pipelines.tokens import is_token_pipeline
 
     if ranks.share("kind", ranks.rank == 0 and is_token_pipeline(options.checkpoint)):
         _sample_texts(options, ranks, device)
@@ -55,9 +56,9 @@ def main() -> None:
         _sample_prompts(options, ranks, device)
         return
 
-    from vavae_tools.diffusion.pipeline import load_guide, load_pipeline, swap_solver
-    from vavae_tools.diffusion.portions import placed
-    from vavae_tools.diffusion.sample_sets import write_samples
+    from vavae_tools.pipelines.classes import load_guide, load_pipeline, swap_solver
+    from vavae_tools.pipelines.portions import placed
+    from vavae_tools.pipelines.writer import write_samples
 
     if options.num_samples is None:
         options.num_samples = 100
@@ -93,9 +94,9 @@ def main() -> None:
 
 
 def _sample_prompts(options: argparse.Namespace, ranks: "Ranks", device: str) -> None:
-    from vavae_tools.diffusion.portions import placed
-    from vavae_tools.diffusion.prompt_files import write_prompted
-    from vavae_tools.diffusion.text_pipeline import load_text_pipeline
+    from vavae_tools.pipelines.portions import placed
+    from vavae_tools.pipelines.text import load_text_pipeline
+    from vavae_tools.pipelines.writer import write_prompted
 
     pipe = load_text_pipeline(options.checkpoint, options.weights == "ema", scheduler=options.solver)
     pipe.set_progress_bar_config(disable=True)
@@ -119,9 +120,9 @@ def _sample_prompts(options: argparse.Namespace, ranks: "Ranks", device: str) ->
 
 
 def _sample_texts(options: argparse.Namespace, ranks: "Ranks", device: str) -> None:
-    from vavae_tools.diffusion.portions import placed
-    from vavae_tools.diffusion.token_pipeline import load_token_pipeline
-    from vavae_tools.diffusion.written_texts import write_texts
+    from vavae_tools.pipelines.portions import placed
+    from vavae_tools.pipelines.tokens import load_token_pipeline
+    from vavae_tools.pipelines.writer import write_texts
 
     of_pictures = ("labels", "class_list", "negative_prompt", "solver", "timestep_shift", "cfg_scale", "guide")
     usual = {"cfg_interval": "0,1", "guidance_channels": "all", "format": "png"}

@@ -5,15 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vavae_tools.errors import run_command
-from vavae_tools.experiments import (
-    RUN_FOLDER,
-    compose,
-    help_text,
-    keep_config,
-    read_command_line,
-    run_folder,
-)
+from vavae_tools.recipes.config import RUN_FOLDER, compose, help_text, keep_config, read_command_line, run_folder
+from vavae_tools.runtime.errors import run_command
 
 
 def main() -> None:
@@ -45,8 +38,8 @@ def _run(words: Sequence[str]) -> Path:
 
     from omegaconf import OmegaConf
 
-    from vavae_tools.launch import call_on_ranks, several_processes
-    from vavae_tools.machine import release_memory
+    from vavae_tools.runtime.launch import call_on_ranks, several_processes
+    from vavae_tools.runtime.machine import release_memory
     from vavae_tools.training.devices import trainer_settings
 
     values = OmegaConf.to_container(config, resolve=True)
@@ -55,7 +48,7 @@ def _run(words: Sequence[str]) -> Path:
     if several:
         return call_on_ranks("vavae_tools.train:_run", {"words": list(words)}, *several)
 
-    from vavae_tools.training.progress import say
+    from vavae_tools.runtime.console import say
 
     folder, resume, said = run_folder(config)
     if said:

@@ -7,8 +7,7 @@ one is loaded.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,14 +19,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vavae_tools.data.images import PictureFolder
-from vavae_tools.data.latents import weights_digest
-from vavae_tools.data.pixels import to_unit
-from vavae_tools.errors import UserError
-from vavae_tools.files import written_whole
-from vavae_tools.float32 import in_float32
-from vavae_tools.frozen import Computing, tell
-from vavae_tools.machine import release_memory
+from vavae_tools.autoencoders.loading import silent_transformers
+from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.runtime.console import tell
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import weights_digest, written_whole
+from vavae_tools.runtime.machine import release_memory
+from vavae_tools.runtime.precision import Computing, in_float32
 
 LARGEST_CACHE = 8 * 2**30
 """Bytes of features that are kept on the disk: those of 16,000 pictures on a grid of 16×16 by a ViT-L."""
@@ -178,21 +176,6 @@ def _load_model(folder: Path) -> nn.Module:
             f"{missing[0]}. Copy the folder anew"
         )
     return model
-
-
-@contextmanager
-def silent_transformers() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @in_float32

@@ -1,11 +1,28 @@
 """Any autoencoder from its folder."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers import ModelMixin
 
 from vavae_tools.autoencoders.weights import load_vavae
+
+
+@contextmanager
+def silent_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_autoencoder(source: str | Path) -> ModelMixin:

@@ -17,10 +17,10 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.representation import common_name, encoder_class
-from vavae_tools.autoencoders.statistics import LatentStatistics
-from vavae_tools.data.pixels import to_pixels, to_unit
-from vavae_tools.errors import UserError
+from vavae_tools.autoencoders.encoders import common_name, encoder_class
+from vavae_tools.autoencoders.vavae import LatentStatistics
+from vavae_tools.data.images import to_pixels, to_unit
+from vavae_tools.runtime.errors import UserError
 
 VARIANCE_EPS = 1e-5
 """Added to the variance of element-wise statistics, once."""
@@ -352,26 +352,6 @@ def decoder_size(size: str | Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise UserError(f"A decoder has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     return dict(size)
-
-
-def tiny_rae(picture_size: int = 32, **changes: Any) -> RAE:
-    """A small RAE with random weights, encoder too, for trials without any downloads: 0.2 M parameters.
-
-    Args:
-        picture_size: pixels of a side; a multiple of 8, whose eighth is the latents' grid: 64×4×4 for 32 pixels.
-        changes: further arguments of `RAE`.
-    """
-    if picture_size < 8 or picture_size % 8:
-        raise UserError(f"picture_size {picture_size}: the tiny RAE takes multiples of 8 pixels")
-    side = picture_size // 8 * 14
-    encoder = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": side,
-        "patch_size": 14,
-    }
-    return RAE(**{"encoder_config": encoder, "encoder_input_size": side, **RAE_SIZES["tiny"], **changes})
 
 
 @torch.inference_mode()

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.hub import local_folder
+from vavae_tools.autoencoders.encoders import FrozenEncoder, common_name, encoder_class
 from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, VARIANCE_EPS, decoder_size
-from vavae_tools.autoencoders.representation import FrozenEncoder, common_name, encoder_class
-from vavae_tools.errors import UserError
-from vavae_tools.files import read_checkpoint, read_saved
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import local_folder, read_checkpoint, read_saved
 
 PARTS = ("ema", "model", "state_dict")
 """Where a checkpoint's weights may stand, in the order they are looked for. The averaged weights come first, since the
@@ -246,8 +245,6 @@ def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None]:
 
 
 # ---- whole folders
-
-
 def is_rae_folder(path: str | Path) -> bool:
     """Whether it is a folder of a whole RAE: one from here, or of diffusers' AutoencoderRAE."""
     config = Path(path) / "config.json"
@@ -361,8 +358,6 @@ def keep_statistics(rae: RAE, statistics: tuple[Tensor | None, Tensor | None]) -
 
 
 # ---- files
-
-
 def _is_size(decoder: str | Path | Mapping[str, Any]) -> bool:
     return isinstance(decoder, Mapping) or (
         isinstance(decoder, str) and (decoder in RAE_SIZES or not Path(decoder).exists())

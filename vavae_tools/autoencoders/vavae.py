@@ -14,12 +14,40 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor, nn
+from torch import Tensor, nn, tensor
 
-from vavae_tools.autoencoders.statistics import LatentStatistics
-from vavae_tools.data.images import PictureFolder
-from vavae_tools.data.pixels import to_pixels, to_unit
-from vavae_tools.errors import UserError
+from vavae_tools.data.images import PictureFolder, to_pixels, to_unit
+from vavae_tools.runtime.errors import UserError
+
+# ---- Mean and standard deviation of an autoencoder's latents, which travel with it
+
+
+class LatentStatistics:
+    """For a diffusers model whose config has `latents_mean` and `latents_std`, a number per channel each."""
+
+    has_own_statistics = False
+    """Whether its latents come out normalised already, so that none are to be computed from the training side."""
+
+    decoding_alone: tuple[str, ...] = ()
+    """How the names of weights begin that the latents do not follow from: another decoder leaves them valid."""
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Latents as encoded → latents as the denoiser sees them: per channel (z − mean) / std."""
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`: what the denoiser made → what `decode` takes."""
+        mean, std = self._statistics(latents)
+        return latents * std + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.latents_mean is None or self.config.latents_std is None:
+            name = type(self).__name__
+            raise UserError(f"This {name} carries no latent statistics: encode the training side first (latents)")
+        mean = tensor(self.config.latents_mean, device=like.device, dtype=like.dtype)
+        std = tensor(self.config.latents_std, device=like.device, dtype=like.dtype)
+        return mean[:, None, None], std[:, None, None]
 
 
 class VAVAE(LatentStatistics, AutoencoderKL):

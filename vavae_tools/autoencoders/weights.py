@@ -10,16 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vavae_tools.autoencoders.reference_format import (
-    VAE,
-    from_reference,
-    infer_config,
-    plain_names,
-    vavae_arguments,
-)
+from vavae_tools.autoencoders.ldm_names import VAE, from_reference, infer_config, plain_names, vavae_arguments
 from vavae_tools.autoencoders.vavae import VAVAE
-from vavae_tools.errors import UserError
-from vavae_tools.files import read_checkpoint
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import read_checkpoint
 
 OF_VECTORS = ("conditions.", "encoder_projections.", "decoder_projections.")
 FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -232,8 +226,6 @@ def read_condition_file(path: str | Path, labels: dict[str, int]) -> Tensor:
 
 
 # ---- reading
-
-
 def _read_folder(folder: Path) -> VAVAEWeights:
     path = folder / FOLDER_WEIGHTS
     if not (folder / "config.json").is_file() or not path.is_file():
@@ -317,8 +309,6 @@ def _current_name(name: str) -> str:
 
 
 # ---- channels
-
-
 def _for_input(weight: Tensor, channels: int) -> Tensor:
     """A convolution's weight (out, in, k, k) for another number of equal input channels."""
     _check_channels(weight.shape[1], channels)

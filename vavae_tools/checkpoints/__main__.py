@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vavae_tools.errors import UserError, run_command
+from vavae_tools.runtime.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from vavae_tools.checkpoints.folders import Checkpoint
+    from vavae_tools.checkpoints.formats import Checkpoint
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def list_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -> 
     Raises:
         UserError: there is none.
     """
-    from vavae_tools.checkpoints.folders import whole
+    from vavae_tools.checkpoints.formats import whole
 
     rows = [("checkpoint", "step", "epoch", "metric", "size", "age", "state")]
     folder = Path(folder)
@@ -91,7 +91,7 @@ def inspect_checkpoint(path: str | Path, say: Callable[[str], None] = print) -> 
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    from vavae_tools.checkpoints.folders import look_at, read_any, whole
+    from vavae_tools.checkpoints.formats import look_at, read_any, whole
 
     checkpoint = read_any(path, say)
     fault = whole(path)
@@ -116,7 +116,7 @@ def prune_checkpoints(
     folder: str | Path, keep: int, dry_run: bool = False, say: Callable[[str], None] = print
 ) -> list["Checkpoint"]:
     """Remove a run's periodic checkpoints but the `keep` newest whole ones (`keep_newest`); say what is freed."""
-    from vavae_tools.checkpoints.folders import keep_newest
+    from vavae_tools.checkpoints.formats import keep_newest
 
     _found(Path(folder))
     gone = keep_newest(folder, keep, thoroughly=True, dry_run=dry_run)
@@ -132,7 +132,7 @@ def convert_checkpoint(source: str | Path, destination: str | Path, say: Callabl
     Raises:
         UserError: `source` cannot be read or is damaged, `destination` exists or cannot be written.
     """
-    from vavae_tools.checkpoints.folders import read_any, write_any
+    from vavae_tools.checkpoints.formats import read_any, write_any
     from vavae_tools.checkpoints.resuming import resume_path
 
     if Path(destination).exists():
@@ -157,7 +157,7 @@ def consolidate_checkpoint(
     Raises:
         UserError: `folder` is no such checkpoint or damaged, `output` exists or cannot be written.
     """
-    from vavae_tools.checkpoints.folders import main_file
+    from vavae_tools.checkpoints.formats import main_file
     from vavae_tools.checkpoints.resuming import resume_path
 
     source = resume_path(str(folder), Path(), say)
@@ -176,7 +176,7 @@ def verify_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -
     Raises:
         UserError: one is damaged, or none is there.
     """
-    from vavae_tools.checkpoints.folders import is_checkpoint, look_at, whole
+    from vavae_tools.checkpoints.formats import is_checkpoint, look_at, whole
 
     folder = Path(folder)
     alone = folder.is_file() or is_checkpoint(folder)
@@ -193,8 +193,8 @@ def verify_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -
 
 
 def _found(folder: Path) -> list["Checkpoint"]:
-    from vavae_tools.checkpoints.folders import checkpoints_in
     from vavae_tools.checkpoints.foreign import few
+    from vavae_tools.checkpoints.formats import checkpoints_in
 
     found = checkpoints_in(folder, also=("*.ckpt", "*.pth"))
     if not found:

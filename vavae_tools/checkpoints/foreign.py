@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vavae_tools.errors import UserError
+from vavae_tools.runtime.errors import UserError
 
 AVERAGE = "ema."
 """Where a module's state_dict has the averaged weights, each under its name in the network."""

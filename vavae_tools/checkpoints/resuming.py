@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vavae_tools.checkpoints.folders import (
+from vavae_tools.checkpoints.foreign import AVERAGE, few, plain_name
+from vavae_tools.checkpoints.formats import (
     Checkpoint,
     checkpoints_in,
     damaged_file,
@@ -19,9 +20,8 @@ from vavae_tools.checkpoints.folders import (
     read_any,
     whole,
 )
-from vavae_tools.checkpoints.foreign import AVERAGE, few, plain_name
-from vavae_tools.errors import UserError
-from vavae_tools.files import read_checkpoint
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import read_checkpoint
 
 if TYPE_CHECKING:
     import lightning as L

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vavae_tools.errors import UserError
-from vavae_tools.files import read_checkpoint, read_saved
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import read_checkpoint, read_saved
 
 CHECKPOINT = "checkpoint.pt"
 """Lightning's checkpoint, with a tensor without contents for each one that is cut."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vavae_tools.errors import UserError
+from vavae_tools.runtime.errors import UserError
 
 PICTURE_EXTENSIONS = ("png", "jpg", "jpeg")
 
@@ -100,8 +100,6 @@ def can_read(extension: str) -> bool:
 
 
 # ---- what to say when nothing is found
-
-
 def no_such_folder(directory: Path) -> str:
     if directory.exists():
         return f"{directory} is a file, expected the folder that holds the person folders (ID_1, ID_2 …)."
@@ -157,8 +155,6 @@ def _pictured(directory: Path, extensions: Collection[str]) -> int:
 
 
 # ---- words
-
-
 def listed(words: Iterable, most: int = 3) -> str:
     """The first few of many.
 

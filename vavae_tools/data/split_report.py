@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from vavae_tools.data.folders import counted, listed
-from vavae_tools.errors import UserError
+from vavae_tools.runtime.errors import UserError
 
 SIDES = ("train", "val")
 INFO_NAME = "split_info.json"

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from vavae_tools.diffusion.transformer import (
+from vavae_tools.diffusion.layers import (
     Block,
     FinalLayer,
     FourierTimeEmbed,
@@ -27,7 +27,7 @@ from vavae_tools.diffusion.transformer import (
     rope_table,
     sincos_table,
 )
-from vavae_tools.errors import UserError
+from vavae_tools.runtime.errors import UserError
 
 
 class DDT(ModelMixin, ConfigMixin):

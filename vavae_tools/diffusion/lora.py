@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vavae_tools.errors import UserError
+from vavae_tools.runtime.errors import UserError
 
 TARGETS = ("qkv", "proj", "w12", "w3")
 """The linear maps of all blocks' attention and of their perceptron (SwiGLU)."""

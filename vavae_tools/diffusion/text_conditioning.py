@@ -10,8 +10,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.text_encoder import TextStates
-from vavae_tools.errors import UserError
+from vavae_tools.diffusion.clip import TextStates
+from vavae_tools.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

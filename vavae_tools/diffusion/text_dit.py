@@ -11,13 +11,11 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from vavae_tools.diffusion.by_hand import add_gated
-from vavae_tools.diffusion.text_conditioning import TextCondition
-from vavae_tools.diffusion.transformer import (
+from vavae_tools.diffusion.fused import add_gated
+from vavae_tools.diffusion.layers import (
     MLP,
     TIME_EMBEDS,
     Attention,
-    DiT_SIZES,
     FinalLayer,
     PatchEmbed,
     RMSNorm,
@@ -31,7 +29,9 @@ from vavae_tools.diffusion.transformer import (
     rope_table,
     sincos_table,
 )
-from vavae_tools.errors import UserError
+from vavae_tools.diffusion.text_conditioning import TextCondition
+from vavae_tools.diffusion.transformer import DiT_SIZES
+from vavae_tools.runtime.errors import UserError
 
 TEXT_DIT_SIZES = {"T2I": {"hidden_size": 768, "depth": 16, "num_heads": 12}, **DiT_SIZES}
 """`DiT_SIZES`, and the one of the issue's configuration, which `TextDiT` takes when it is given no numbers."""

@@ -15,11 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vavae_tools.data.images import PictureFolder
-from vavae_tools.data.pixels import to_unit
-from vavae_tools.draws import Draws
-from vavae_tools.files import disk_errors, written_whole
-from vavae_tools.float32 import in_float32
+from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.runtime.draws import Draws
+from vavae_tools.runtime.files import disk_errors, written_whole
+from vavae_tools.runtime.precision import in_float32
 
 FILE_NAME = "classifier.safetensors"
 BATCH_SIZE = 64

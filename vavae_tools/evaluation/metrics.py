@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vavae_tools.float32 import in_float32
+from vavae_tools.runtime.precision import in_float32
 
 _CHUNK = 64  # pictures at a time
 

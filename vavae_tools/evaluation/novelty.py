@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vavae_tools.errors import UserError
+from vavae_tools.runtime.errors import UserError
 
 NGRAMS = (1, 2, 4, 8)
 """Lengths of the n-grams that are looked up in the data, in tokens."""

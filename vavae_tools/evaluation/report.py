@@ -9,12 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vavae_tools.card import take_card
-from vavae_tools.data.folders import PICTURE_EXTENSIONS, contents, listed
-from vavae_tools.data.images import PictureFolder, channels_of
-from vavae_tools.data.pixels import to_unit
-from vavae_tools.data.split import list_folders, read_split_info
-from vavae_tools.errors import UserError
+from vavae_tools.data.folders import PICTURE_EXTENSIONS, contents, list_folders, listed
+from vavae_tools.data.images import PictureFolder, channels_of, to_unit
+from vavae_tools.data.split_report import read_split_info
 from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
 from vavae_tools.evaluation.metrics import (
     KernelDistance,
@@ -24,12 +21,15 @@ from vavae_tools.evaluation.metrics import (
     nearest,
     percent,
 )
-from vavae_tools.files import write_json, written_whole
-from vavae_tools.machine import find_device, release_memory
 from vavae_tools.plots import plot_bars, show_rows
+from vavae_tools.runtime.card import take_card
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import write_json, written_whole
+from vavae_tools.runtime.machine import find_device, release_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 _MOST_ROWS = 8  # persons in the figure of real beside generated pictures
 _FEW = 4  # pictures of each kind beside each other
@@ -250,8 +250,6 @@ def evaluate_pictures(
 
 
 # ---- what is compared
-
-
 def _load(
     generated_dir: Path, data_dir: Path, image_size: int | tuple[int, int] | None, progress: bool
 ) -> tuple[dict[str, int], PictureFolder, PictureFolder | None, PictureFolder, list[str]]:
@@ -383,8 +381,6 @@ def _pixel_distance(generated: PictureFolder, train: PictureFolder, i: int, plac
 
 
 # ---- what is shown
-
-
 def _figures(
     people: dict[str, PersonScore],
     labels: dict[str, int],

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from vavae_tools.card import take_card
-from vavae_tools.errors import UserError
-from vavae_tools.machine import Machine, find_machine, precision_on
-from vavae_tools.screen import in_notebook
-from vavae_tools.training.progress import say
+from vavae_tools.runtime.card import take_card
+from vavae_tools.runtime.console import in_notebook, say
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.machine import Machine, find_machine
+from vavae_tools.runtime.precision import precision_on
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "deepspeed")
 LIGHTNING = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}

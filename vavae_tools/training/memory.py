@@ -20,11 +20,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vavae_tools.errors import UserError
-from vavae_tools.machine import is_memory_fault, release_memory
-from vavae_tools.ranks import Ranks, of_torchrun
+from vavae_tools.runtime.console import say
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.machine import is_memory_fault, release_memory
+from vavae_tools.runtime.ranks import Ranks, of_torchrun
 from vavae_tools.training.devices import no_deterministic_form
-from vavae_tools.training.progress import say
 
 HEADROOM = 0.08
 """Share of the memory that stays free: pieces between tensors that nothing fits into, and batches of longer texts."""
@@ -68,8 +68,6 @@ PYTHON = Names("batch_size", "accumulate_grad_batches", None)
 
 
 # ---- where memory has run out
-
-
 @contextmanager
 def memory_faults(line_for: Callable[[BaseException], str | None]) -> Iterator[None]:
     """Say in one line which settings help where memory runs out, or an operation is missing: for the block that trains.
@@ -293,8 +291,6 @@ def _clear_frames(error: BaseException) -> None:
 
 
 # ---- the largest batch that fits
-
-
 def keep_effective(effective: int, fitting: int) -> tuple[int, int]:
     """(batch, number of them gathered) whose product is the effective batch: its largest divisor that fits.
 

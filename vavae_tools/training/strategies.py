@@ -12,18 +12,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from vavae_tools.checkpoints.folders import (
-    begin_folder,
-    described,
-    finish_folder,
-    main_file,
-    not_written,
-    save_part,
-)
+from vavae_tools.checkpoints.formats import begin_folder, described, finish_folder, main_file, not_written, save_part
 from vavae_tools.checkpoints.resuming import as_own, open_any
 from vavae_tools.checkpoints.sharded import CHECKPOINT, OF_DEEPSPEED, Cut, cut_off, mapped, part_name
-from vavae_tools.errors import UserError
-from vavae_tools.training.checkpoints import former_of, make_room
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.training.callbacks.checkpointing import former_of, make_room
 
 
 class WholeFolders:

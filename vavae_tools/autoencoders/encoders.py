@@ -1,0 +1,250 @@
+"""Frozen encoders whose patch tokens are an autoencoder's latents (RAE, Zheng et al. 2025): DINOv2, SigLIP, MAE.
+
+Architectures are those of transformers, which is imported only where an encoder is built. Nothing is downloaded here.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vavae_tools.runtime.errors import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_KEPT = (  # what an encoder's tokens follow from
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "mlp_ratio",
+    "use_swiglu_ffn",
+    "hidden_act",
+    "layer_norm_eps",
+    "qkv_bias",
+    "layerscale_value",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "num_register_tokens",
+)
+
+
+class FrozenEncoder(nn.Module):
+    """A ViT whose patch tokens, after a last norm without affine weights, are what RAE encodes to.
+
+    It never leaves evaluation mode and asks for no gradients of its weights. Position tables are resampled to the
+    grid of the pictures as transformers does it.
+
+    Args:
+        config: arguments of a transformers configuration, or all that a `config.json` holds; what is left out is as
+            published by the RAE authors (the base size).
+
+    Attributes:
+        arguments: the same as plain JSON values, complete.
+        channels, patch_size: width of a token, pixels of a patch's side.
+
+    Raises:
+        UserError: a configuration of another kind of model, or one that transformers does not accept.
+    """
+
+    kinds: ClassVar[dict[str, tuple[str, str]]]
+    """model_type → transformers' classes of the configuration and of the model; the first is the published one"""
+    published: ClassVar[dict[str, Any]]
+    input_size: ClassVar[int]
+    """pixels of a side that the published RAE encodes at"""
+    mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
+    std: ClassVar[tuple[float, ...]] = IMAGENET_STD
+    norm: ClassVar[str] = "layernorm"
+
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        model_type, arguments = self._arguments(config or {})
+        import transformers
+
+        config_class, model_class = (getattr(transformers, name) for name in self.kinds[model_type])
+        try:
+            full = config_class(**arguments)
+            heads = full.num_attention_heads
+            if full.hidden_size % heads:
+                raise ValueError(f"hidden_size {full.hidden_size} is not divisible by {heads} attention heads")
+            model = model_class(full)
+        except Exception as error:  # of any kind: transformers' versions check a configuration in different ways
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"transformers cannot build a {model_type} of this encoder configuration ({reason}): take the "
+                "config.json that came with the weights"
+            ) from None
+        self.arguments = {key: value for key, value in full.to_dict().items() if key in _KEPT}
+        self.arguments["model_type"] = model_type
+        self.channels: int = full.hidden_size
+        self.patch_size = self.arguments["patch_size"] = _side(full.patch_size, "patch_size")
+        self.arguments["image_size"] = _side(full.image_size, "image_size")
+        if full.num_channels != 3:
+            raise UserError(f"The encoder's num_channels is {full.num_channels}, expected 3: RAE takes colour pictures")
+        self.model = getattr(model, "vision_model", model)  # until transformers 5 SigLIP's stood inside another
+        eps = getattr(self.model, self.norm).eps
+        setattr(self.model, self.norm, nn.LayerNorm(self.channels, eps=eps, elementwise_affine=False))
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def _arguments(cls, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The kind of model a configuration is of, and the arguments of its own configuration class."""
+        given = dict(config)
+        model_type = given.get("model_type") or next(iter(cls.kinds))
+        if model_type not in cls.kinds:
+            other = next((name for name, kind in ENCODERS.items() if model_type in kind.kinds), None)
+            advice = f"encoder_cls={other}" if other else f"there are {', '.join(_known_types())}"
+            raise UserError(
+                f"The encoder configuration is of a {model_type!r}, {cls.__name__} takes {' or '.join(cls.kinds)}: "
+                f"{advice}"
+            )
+        # a config.json leaves out what equals transformers' own defaults, which are not the published base size
+        is_file = "architectures" in given or "transformers_version" in given
+        defaults = cls.published if model_type == next(iter(cls.kinds)) and not is_file else {}
+        return model_type, {**defaults, **{key: given[key] for key in given if key in _KEPT and key != "model_type"}}
+
+    def train(self, mode: bool = True) -> "FrozenEncoder":
+        """It stays in evaluation mode, whatever the model around it does."""
+        return super().train(False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W), normalised as the encoder wants them → patch tokens (B, N, C), row by row."""
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise UserError(f"Pictures are {tuple(pixel_values.shape)}, expected (B, 3, H, W)")
+        height, width = pixel_values.shape[2:]
+        if height % self.patch_size or width % self.patch_size or not height * width:
+            raise UserError(f"Pictures of {height}×{width} do not fall into patches of {self.patch_size} pixels")
+        return self._tokens(pixel_values.to(self.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def _tokens(self, pixel_values: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Dinov2withNorm(FrozenEncoder):
+    """DINOv2 with registers, or without; its class token and registers are dropped."""
+
+    kinds: ClassVar = {
+        "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
+        "dinov2": ("Dinov2Config", "Dinov2Model"),
+    }
+    published: ClassVar = {"image_size": 518, "patch_size": 14}
+    input_size = 224
+
+    def _tokens(self, pixel_values: Tensor) -> Tensor:
+        leading = 1 + self.arguments.get("num_register_tokens", 0)
+        return self.model(pixel_values).last_hidden_state[:, leading:]  # (B, N, C)
+
+
+class SigLIPwithNorm(FrozenEncoder):
+    """SigLIP's or SigLIP 2's vision half without its pooling head; it has patch tokens only."""
+
+    kinds: ClassVar = {
+        "siglip_vision_model": ("SiglipVisionConfig", "SiglipVisionModel"),
+        "siglip": ("SiglipVisionConfig", "SiglipVisionModel"),
+    }
+    published: ClassVar = {"image_size": 256, "patch_size": 16}
+    input_size = 256
+    mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    norm = "post_layernorm"
+
+    @classmethod
+    def _arguments(cls, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        if isinstance(config.get("vision_config"), Mapping):  # of both halves
+            config = {"architectures": None, **config["vision_config"], "model_type": "siglip_vision_model"}
+        _, arguments = super()._arguments(config)
+        return "siglip_vision_model", {**arguments, "vision_use_head": False}
+
+    def _tokens(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values, interpolate_pos_encoding=True).last_hidden_state  # (B, N, C)
+
+
+class MAEwithNorm(FrozenEncoder):
+    """The encoder of a masked autoencoder; every patch is seen, in its place, and the class token is dropped."""
+
+    kinds: ClassVar = {"vit_mae": ("ViTMAEConfig", "ViTMAEModel")}
+    published: ClassVar = {"image_size": 224, "patch_size": 16}
+    input_size = 256
+
+    @classmethod
+    def _arguments(cls, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        model_type, arguments = super()._arguments(config)
+        return model_type, {**arguments, "mask_ratio": 0.0}
+
+    def _tokens(self, pixel_values: Tensor) -> Tensor:
+        count = (pixel_values.shape[2] // self.patch_size) * (pixel_values.shape[3] // self.patch_size)
+        # patches are sorted by this noise; whole numbers, since half precision cannot tell all of them apart
+        order = torch.arange(count, device=pixel_values.device).expand(len(pixel_values), -1)
+        tokens = self.model(pixel_values, noise=order, interpolate_pos_encoding=True).last_hidden_state
+        return tokens[:, 1:]  # (B, N, C)
+
+
+_KINDS: tuple[type[FrozenEncoder], ...] = (Dinov2withNorm, SigLIPwithNorm, MAEwithNorm)
+ENCODERS = {kind.__name__: kind for kind in _KINDS}
+_ALIASES = {  # the reference's names, then diffusers'
+    "siglip2wnorm": "SigLIPwithNorm",
+    "maewnorm": "MAEwithNorm",
+    "dinov2": "Dinov2withNorm",
+    "siglip2": "SigLIPwithNorm",
+    "siglip": "SigLIPwithNorm",
+    "mae": "MAEwithNorm",
+}
+
+
+def encoder_class(name: str) -> type[FrozenEncoder]:
+    """An encoder's class by its name here, in the RAE authors' code or in diffusers; case does not matter.
+
+    >>> encoder_class("SigLIP2wNorm") is encoder_class("siglip2") is SigLIPwithNorm
+    True
+    """
+    asked = name.strip().lower()
+    for known, kind in ENCODERS.items():
+        if asked == known.lower() or _ALIASES.get(asked) == known:
+            return kind
+    raise UserError(f"No encoder {name!r}; there are {', '.join(ENCODERS)}")
+
+
+def _known_types() -> list[str]:
+    return [model_type for kind in ENCODERS.values() for model_type in kind.kinds]
+
+
+def _side(value: Any, name: str) -> int:
+    sides = set(value) if isinstance(value, (list, tuple)) else {value}
+    if len(sides) != 1:
+        raise UserError(f"The encoder's {name} is {value}, expected a square")
+    return int(next(iter(sides)))
+
+
+# ---- names of weights, which differ between the versions of transformers, the RAE authors' decoder and diffusers'
+_PLACES = (
+    (re.compile(r"^(encoder\.)?layers?\.(?=\d)"), "layers."),
+    (re.compile(r"(attention\.attention\.query|attention\.to_q|(attention|self_attn)\.q_proj)(?=\.)"), "attention.q"),
+    (re.compile(r"(attention\.attention\.key|attention\.to_k|(attention|self_attn)\.k_proj)(?=\.)"), "attention.k"),
+    (re.compile(r"(attention\.attention\.value|attention\.to_v|(attention|self_attn)\.v_proj)(?=\.)"), "attention.v"),
+    (
+        re.compile(r"(attention\.output\.dense|attention\.to_out\.0|attention\.o_proj|self_attn\.out_proj)(?=\.)"),
+        "attention.o",
+    ),
+    (re.compile(r"(?<=\.)intermediate\.dense(?=\.)"), "mlp.fc1"),
+    (re.compile(r"(?<=\d\.)output\.dense(?=\.)"), "mlp.fc2"),
+)
+
+
+def common_name(name: str) -> str:
+    """A weight's name inside an encoder or a decoder, one for all versions of transformers and diffusers.
+
+    >>> common_name("encoder.layer.0.attention.attention.query.bias")
+    'layers.0.attention.q.bias'
+    >>> common_name("decoder_layers.1.attention.to_out.0.weight")
+    'decoder_layers.1.attention.o.weight'
+    """
+    for pattern, replacement in _PLACES:
+        name = pattern.sub(replacement, name)
+    return name

@@ -1,0 +1,302 @@
+"""Pictures that no split was made of, as batches: a folder per class, tar shards, or a Hugging Face dataset."""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vavae_tools.data.captions import CaptionedDataModule
+from vavae_tools.data.demo.shapes import captioned_shape_data
+from vavae_tools.data.folders import (
+    contents,
+    extension_of,
+    labels_of,
+    listed,
+    natural_key,
+    no_pictures,
+    no_such_folder,
+    person_folders,
+)
+from vavae_tools.data.images import EXTENSIONS, VALIDATION_SIDES, DecodedPictures, PictureFiles, PictureSetDataModule
+from vavae_tools.data.sources import hugging_face
+from vavae_tools.data.sources import webdataset as tar_shards
+from vavae_tools.data.sources.caption_folders import dataset_sides, own_sides
+from vavae_tools.data.sources.coco import coco_sides
+from vavae_tools.data.sources.cub import cub_sides
+from vavae_tools.data.split import choose_sides
+from vavae_tools.data.split_report import INFO_NAME, Picture, read_split_info
+from vavae_tools.runtime.errors import UserError
+
+
+def picture_data(
+    data_dir: str | Path,
+    image_size: int | tuple[int, int] = 256,
+    batch_size: int = 16,
+    num_workers: int | None = None,
+    seed: int = 0,
+    use_hf_dataset: bool | None = None,
+    train_split: str = "train",
+    val_share: float = 0.05,
+    crop: str | None = None,
+    channels: int = 3,
+    progress: bool = True,
+) -> PictureSetDataModule:
+    """The pictures in `data_dir` as a data module.
+
+    `data_dir` is one of
+
+    - a folder per class, with any names; pictures in folders below a class's own belong to it, as in torchvision's
+      ImageFolder;
+    - such folders in `train/`, and in `validation/ valid/ val/ dev/ test/` (the first one there) what validates;
+    - tar files (WebDataset shards), in it or in folders of the same names, or with these words in the files' names;
+      or the tar files themselves, as `data/train-{000..099}.tar` or `data/*.tar`: see `tar_shards`;
+    - a split of `data_split.py`, whose labels are kept;
+    - a dataset of Hugging Face's `datasets`, as `save_to_disk` writes it, alone or with the same sides.
+
+    Classes are numbered by `folders.labels_of`, those of a Hugging Face ClassLabel or a tar's numbers as they say.
+
+    Args:
+        image_size: pixels, one number or (height, width).
+        batch_size, num_workers: see `PictureSetDataModule`.
+        seed: of the order, and of what is held out.
+        use_hf_dataset: whether it is a Hugging Face dataset; None: see what is there.
+        train_split: what the training side is called.
+        val_share: where nothing validates, this share of each class is held out, chosen by seed and name: at least one
+            picture of a class with two; 0 for none.
+        crop: "adm", the centre (`crops.centre_crop`), or "none", the whole picture resized. By default "adm", but
+            "none" for a split of `data_split.py`, since a spectrogram's axes must stay whole.
+        channels: 3, or 1 for grey.
+
+    Raises:
+        UserError: nothing there, nothing that can be read, or settings that cannot be.
+    """
+    data_dir = Path(data_dir).expanduser()
+    if not 0 <= val_share < 1:
+        raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
+    names_shards = tar_shards.is_pattern(data_dir)
+    if not names_shards and not data_dir.is_dir():
+        raise UserError(no_such_folder(data_dir))
+    is_dataset = hugging_face.is_dataset(data_dir)
+    if use_hf_dataset and not is_dataset:
+        there = "it names tar files" if names_shards else f"it holds {contents(data_dir)}"
+        raise UserError(
+            f"{data_dir} is no Hugging Face dataset; {there}. Expected what save_to_disk writes "
+            f"({hugging_face.MARKS}); with use_hf_dataset=false tar files or a folder per class are read"
+        )
+    crop = crop or ("none" if (data_dir / INFO_NAME).is_file() else "adm")
+    options = {"image_size": image_size, "crop": crop, "channels": channels, "progress": progress}
+    if is_dataset and use_hf_dataset is not False:
+        labels, train, val = hugging_face.read_sides(data_dir, train_split, VALIDATION_SIDES, **options)
+    elif names_shards or _holds_shards_alone(data_dir, train_split):
+        labels, train, val = tar_shards.read_sides(data_dir, train_split, VALIDATION_SIDES, EXTENSIONS, **options)
+    else:
+        labels, train, val = _read_folders(data_dir, train_split, options)
+    if val is None:
+        train, val = hold_out(train, val_share, seed)
+    return PictureSetDataModule(train, val, labels, batch_size, num_workers, seed)
+
+
+def _holds_shards_alone(data_dir: Path, train_split: str) -> bool:
+    """Tar files; not beside folders of pictures, which they may have been unpacked to, nor in a split."""
+    if (data_dir / INFO_NAME).is_file() or not tar_shards.holds_shards(data_dir, train_split):
+        return False
+    return not any(
+        _files_by_class(folder, EXTENSIONS) for folder in (data_dir / train_split, data_dir) if folder.is_dir()
+    )
+
+
+def hold_out(data: DecodedPictures, share: float, seed: int = 0) -> tuple[DecodedPictures, DecodedPictures | None]:
+    """What trains, and what validates: `share` of each class, chosen by seed and name.
+
+    As in a split (`sides.choose_sides`): a class with two pictures or more has at least one on each side, and another
+    picture more moves few others. Equal files stand on one side; pictures in tar files and Hugging Face datasets are
+    not compared with each other, which would read all of them.
+    """
+    if not share:
+        return data, None
+    held = np.zeros(len(data), dtype=bool)
+    for pictures in _held_apart(data):
+        side_of = choose_sides(list(pictures.values()), share, seed)
+        held[[place for place, picture in pictures.items() if side_of[picture.key] == "val"]] = True
+    if not held.any():
+        return data, None
+    return data.part(np.flatnonzero(~held)), data.part(np.flatnonzero(held))
+
+
+def _held_apart(data: DecodedPictures) -> Iterator[dict[int, Picture]]:
+    """Place → picture, of those whose sides depend on each other: class by class where none equals another's.
+
+    So a million are never described at once, which would be more memory than a process has.
+    """
+    contents = _equal_files(data.paths) if isinstance(data, PictureFiles) else {}
+    of_each = [np.arange(len(data))] if contents else _places_by_label(data.labels.numpy())
+    for places in of_each:
+        yield {
+            place: Picture(str(label), data.names[place], path="", bytes=0, mtime_ns=0, sha256=contents.get(place))
+            for place, label in zip(places.tolist(), data.labels[places].tolist(), strict=True)
+        }
+
+
+def _places_by_label(labels: np.ndarray) -> list[np.ndarray]:
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+
+
+def _equal_files(paths: Sequence[Path]) -> dict[int, str]:
+    """Place → a hash of its contents, of those files alone that are as long as another one."""
+    of_length: dict[int, list[int]] = {}
+    for place, path in enumerate(paths):
+        of_length.setdefault(path.stat().st_size, []).append(place)
+    alike = [place for places in of_length.values() if len(places) > 1 for place in places]
+    return {place: hashlib.sha256(paths[place].read_bytes()).hexdigest() for place in alike}
+
+
+# ---- folders
+def _read_folders(
+    data_dir: Path, train_split: str, options: dict
+) -> tuple[dict[str, int], PictureFiles, PictureFiles | None]:
+    if (data_dir / INFO_NAME).is_file():
+        info = read_split_info(data_dir)
+        extensions, labels = info["image_extensions"], {name: int(label) for name, label in info["labels"].items()}
+    else:
+        extensions, labels = EXTENSIONS, None
+    folder, val_folder = data_dir, None
+    if _holds_folders(data_dir / train_split):
+        folder = data_dir / train_split
+        named = [data_dir / name for name in VALIDATION_SIDES if name != train_split]
+        val_folder = next((side for side in named if _holds_folders(side)), None)
+    elif train_split != "train" or labels is not None:
+        raise UserError(f"No folders of pictures in {data_dir / train_split}; {data_dir} holds {contents(data_dir)}")
+    train, val = _files_by_class(folder, extensions), _files_by_class(val_folder, extensions) if val_folder else {}
+    if not train:
+        raise UserError(no_pictures(folder, extensions, "data_dir"))
+    labels = labels or labels_of(train)
+    sides = []
+    for side, files in ((folder, train), (val_folder, val)):
+        unknown = files.keys() - labels.keys()
+        if unknown:
+            raise UserError(
+                f"{side} holds {listed(sorted(unknown, key=natural_key))}, which is no class of {folder}: expected the "
+                "same folders on both sides. Rename or move it"
+            )
+        paths = list(chain.from_iterable(files.values()))
+        if paths:
+            names = [path.relative_to(side).as_posix() for path in paths]
+            of_paths = torch.tensor([labels[name] for name, of_class in files.items() for _ in of_class])
+            sides.append(PictureFiles(paths, names, of_paths, title=side.name, **options))
+    return labels, sides[0], sides[1] if len(sides) > 1 else None
+
+
+def _holds_folders(folder: Path) -> bool:
+    return folder.is_dir() and bool(person_folders(folder))
+
+
+def _files_by_class(folder: Path, extensions: Collection[str]) -> dict[str, list[Path]]:
+    """The classes with pictures, and their files at any depth, in natural order."""
+    files = {name: list(_files_below(folder / name, extensions)) for name in person_folders(folder)}
+    return {name: paths for name, paths in files.items() if paths}
+
+
+def _files_below(folder: Path, extensions: Collection[str]) -> Iterable[Path]:
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural_key)
+        for name in sorted(names, key=natural_key):
+            if extension_of(name) in extensions:
+                yield Path(place, name)
+
+
+DATASETS = ("coco", "cub", "custom", "shapes")
+
+
+def caption_data(
+    dataset_name: str,
+    dataset_path: str | Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    num_samples: int | None = None,
+    batch_size: int = 16,
+    num_workers: int | None = None,
+    seed: int = 0,
+    val_share: float = 0.05,
+    skip_missing: bool = False,
+    crop: str = "adm",
+    annotations: str | Path | None = None,
+    pictures: str | Path | None = None,
+    channels: int = 3,
+    progress: bool = True,
+) -> CaptionedDataModule:
+    """Captioned pictures as a data module.
+
+    `dataset_name` says what `dataset_path` is:
+
+    - coco: `annotations/captions_train2017.json` (or another year) and the pictures in `train2017/`,
+      `images/train2017/` or `images/`; where val's are there as well, they validate;
+    - cub: CUB-200-2011, with captions in `text_c10/` or `text/`, a sentence a line, where they are there, else with
+      sentences made from class names and attributes; its test side validates;
+    - custom: a folder with `metadata.jsonl` or `.csv` (a file name and a caption, or a list of captions), or with a
+      .txt beside each picture, a caption a line, or with `train/` and `validation/` that are such; the jsonl or csv
+      itself; or a Hugging Face dataset, as `save_to_disk` writes it;
+    - shapes: made up here, see `captioned_shapes`; no path.
+
+    Args:
+        image_size: pixels, one number or (height, width); by default 256, of shapes 32.
+        num_samples: at most so many pictures of each side, chosen by seed and name, the same on every machine (of
+            shapes: how many there are). What is held out is held out of these.
+        batch_size, num_workers: see `PictureSetDataModule`.
+        seed: of order, choice of captions, `num_samples`, and what is held out.
+        val_share: where nothing validates, this share of the pictures is held out; 0 for none.
+        skip_missing: leave out pictures that are named but not there, or have no caption, instead of refusing them.
+        crop: "adm", the centre (`crops.centre_crop`), or "none", the whole picture resized.
+        annotations, pictures: of coco, the file with the captions and the folder with the pictures, where they are not
+            found by their usual names.
+        channels: 3, or 1 for grey.
+
+    Raises:
+        UserError: an unknown name, nothing there, files that cannot be read as what they are, missing pictures, empty
+            captions, or settings that cannot be.
+    """
+    name = str(dataset_name).lower()
+    if name not in DATASETS:
+        near = get_close_matches(name, DATASETS, 1, 0.4)
+        meant = f"; did you mean {near[0]}?" if near else "."
+        raise UserError(f"No data set {dataset_name!r}{meant} There are {', '.join(DATASETS)}")
+    if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
+        raise UserError(f"num_samples {num_samples}: expected a whole number of at least 1, or none for all pictures")
+    if not 0 <= val_share < 1:
+        raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
+    if name == "shapes":
+        size = 32 if image_size is None else image_size
+        return captioned_shape_data(num_samples or 10_000, size, batch_size, num_workers or 0, seed, val_share)
+    if dataset_path is None:
+        raise UserError(f"The data set {name} needs dataset_path, the folder where it lies")
+    path = Path(dataset_path).expanduser()
+    if not path.is_dir() and not (name == "custom" and path.is_file()):
+        raise UserError(f"{path} is a file, expected a folder" if path.is_file() else no_such_folder(path))
+    options = {"image_size": image_size or 256, "crop": crop, "channels": channels, "progress": progress}
+    notes: list[str] = []
+    if name == "custom" and path.is_dir() and hugging_face.is_dataset(path):
+        sides = dataset_sides(path, skip_missing, notes, options)
+    else:
+        if name == "coco":
+            found = coco_sides(path, annotations, pictures, notes)
+        else:
+            found = cub_sides(path, notes) if name == "cub" else own_sides(path, notes)
+        sides = [one.side(skip_missing, notes, options) for one in found]
+    if num_samples is not None:
+        sides = [_some(side, num_samples, seed) for side in sides]
+    train, val = sides if len(sides) > 1 else hold_out(sides[0], val_share, seed)
+    return CaptionedDataModule(train, val, batch_size, num_workers, seed, notes)
+
+
+def _some(side: DecodedPictures, count: int, seed: int) -> DecodedPictures:
+    """So many of the pictures, those with the least hashes of seed and name."""
+    if count >= len(side):
+        return side
+    ranks = [
+        hashlib.blake2b(f"samples {seed}/{name}".encode("utf-8", "surrogateescape")).digest() for name in side.names
+    ]
+    return side.part(sorted(sorted(range(len(side)), key=ranks.__getitem__)[:count]))

@@ -1,0 +1,1 @@
+"""Made-up pictures and texts that everything can be tried on."""

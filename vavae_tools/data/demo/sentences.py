@@ -1,0 +1,128 @@
+"""The built-in texts: sentences of a small grammar, which can be told right from wrong, and the Zen of Python."""
+
+import codecs
+import contextlib
+import io
+import re
+
+import torch
+
+from vavae_tools.runtime.draws import Draws
+
+NOUNS = {"cat": "cats", "dog": "dogs", "bird": "birds", "child": "children", "king": "kings", "robot": "robots"}
+"""Singular and plural."""
+VERBS = {"sees": "see", "likes": "like", "finds": "find", "hears": "hear", "helps": "help"}
+"""As one and as many do it."""
+ADJECTIVES = ("", "small", "old", "happy", "red")
+ONE, MANY = ("the", "a", "one", "this"), ("the", "two", "some", "these")
+ASKS = "tell me about"
+MOST = 6
+"""Sentences in a story."""
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Sentences such as "two old cats see the bird.", of which there are 288,000, each follows from seed and number.
+
+    Articles, nouns and verbs agree: one "a small king helps", many "two kings help", and "an" stands before a vowel.
+    """
+    return [f"{subject} {verb} {seen}." for subject, verb, seen in _parts(count, seed)]
+
+
+def stories(count: int, seed: int = 0) -> list[str]:
+    """Texts of one to `MOST` sentences."""
+    lengths = (Draws(seed, 1, torch.arange(count)).uniform("sentences") * MOST).long() + 1
+    rows = iter(sentences(int(lengths.sum()), seed))
+    return [" ".join(next(rows) for _ in range(length)) for length in lengths.tolist()]
+
+
+def questions(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
+    """Chats of a question such as "tell me about two old cats." and a sentence that begins with these words."""
+    return [
+        [
+            {"role": "user", "content": f"{ASKS} {subject}."},
+            {"role": "assistant", "content": f"{subject} {verb} {seen}."},
+        ]
+        for subject, verb, seen in _parts(count, seed)
+    ]
+
+
+def _parts(count: int, seed: int) -> list[tuple[str, str, str]]:
+    draws = Draws(seed, 0, torch.arange(count)).uniform("sentence", 9).tolist()  # nine choices for each
+    return [
+        (_phrase(row[:4]), _pick(VERBS.values() if row[0] < 0.5 else VERBS, row[8]), _phrase(row[4:8])) for row in draws
+    ]
+
+
+def _phrase(draws: list[float]) -> str:
+    many = draws[0] < 0.5
+    article, adjective = _pick(MANY if many else ONE, draws[1]), _pick(ADJECTIVES, draws[2])
+    words = [word for word in (adjective, _pick(NOUNS.values() if many else NOUNS, draws[3])) if word]
+    return " ".join([_before(article, words[0]), *words])
+
+
+def _pick(words, draw: float) -> str:
+    words = list(words)
+    return words[int(draw * len(words))]
+
+
+def _before(article: str, word: str) -> str:
+    return "an" if article == "a" and word[0] in "aeiou" else article
+
+
+def is_grammatical(text: str) -> bool:
+    """Whether a text is a sentence of the grammar.
+
+    >>> is_grammatical("an old cat sees two birds."), is_grammatical("a old cat sees two birds.")
+    (True, False)
+    >>> is_grammatical("two cats sees a bird."), is_grammatical("the cats see the bird")
+    (False, False)
+    """
+    return _SENTENCE.fullmatch(text) is not None
+
+
+def grammatical_share(text: str) -> float:
+    """The share of a text's sentences that are the grammar's.
+
+    >>> grammatical_share("two cats see a bird. two cats sees a bird."), grammatical_share("two cats")
+    (0.5, 0.0)
+    """
+    found = [f"{part.strip()}." for part in text.rstrip().removesuffix(".").split(".")]
+    if found and not text.rstrip().endswith("."):
+        found[-1] = found[-1][:-1]
+    return sum(map(is_grammatical, found)) / len(found)
+
+
+def answers(question: str, text: str) -> bool:
+    """Whether a text is a sentence about what a question of `questions` names.
+
+    >>> answers("tell me about two cats.", "two cats see a bird.")
+    True
+    """
+    return is_grammatical(text) and text.startswith(question.removeprefix(ASKS).strip(" .") + " ")
+
+
+def _alternatives(words) -> str:
+    return "(?:" + "|".join(words) + ")"
+
+
+def _grammar() -> re.Pattern[str]:
+    adjectives = [word for word in ADJECTIVES if word]
+    vowel = [word for word in adjectives if word[0] in "aeiou"]
+    consonant = [word for word in adjectives if word not in vowel]
+    nouns, plurals = _alternatives(NOUNS), _alternatives(NOUNS.values())
+    any_adjective = f"(?:{_alternatives(adjectives)} )?"
+    others = _alternatives(word for word in ONE if word != "a")
+    with_a = f"a (?:{_alternatives(consonant)} )?{nouns}|an {_alternatives(vowel)} {nouns}"
+    one = f"(?:{others} {any_adjective}{nouns}|{with_a})"
+    many = f"{_alternatives(MANY)} {any_adjective}{plurals}"
+    return re.compile(rf"(?:{one} {_alternatives(VERBS)}|{many} {_alternatives(VERBS.values())}) (?:{one}|{many})\.")
+
+
+_SENTENCE = _grammar()
+
+
+def zen() -> list[str]:
+    """The aphorisms of the Zen of Python (Tim Peters, PEP 20, public domain), which every Python brings along."""
+    with contextlib.redirect_stdout(io.StringIO()):  # importing it prints it
+        import this
+    return [line for line in codecs.decode(this.s, "rot13").splitlines()[2:] if line]

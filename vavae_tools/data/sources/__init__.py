@@ -1,0 +1,1 @@
+"""Where pictures and captions come from, other than folders of classes."""

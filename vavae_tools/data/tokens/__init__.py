@@ -1,0 +1,1 @@
+"""Texts as small pictures, a cell for each token."""

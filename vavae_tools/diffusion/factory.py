@@ -1,0 +1,106 @@
+"""A denoiser from plain numbers, under our names or the references'."""
+
+import inspect
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from vavae_tools.diffusion.ddt import DDT, DDT_SIZES
+from vavae_tools.diffusion.text_dit import TEXT_DIT_SIZES, TextDiT
+from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
+from vavae_tools.runtime.errors import UserError
+
+RENAMED = {  # the constructor arguments of LightningDiT and RAE that have other names here; `wo_shift` is turned around
+    "use_qknorm": "qk_norm",
+    "use_swiglu": "swiglu",
+    "use_rope": "rope",
+    "use_rmsnorm": "rms_norm",
+    "use_pos_embed": "pos_embed",
+}
+OF_THE_CONDITIONER = {"num_classes", "class_dropout_prob"}
+WITHOUT_EFFECT = {"use_checkpoint", "use_gembed"}  # how the reference computes, or what it no longer reads
+
+
+def make_denoiser(config: Mapping[str, Any]) -> DiT | DDT | TextDiT:
+    """`DiT`, `DDT` or `TextDiT` from its arguments: with two numbers for hidden_size a `DDT`, with one a `DiT`.
+
+    Args:
+        config: arguments under our names or the references' (`use_rope`, `wo_shift`, …). "size" stands for
+            hidden_size, depth and num_heads: "S" to "XL", with "head": "wide" those of the `DDT`. "head": "text" makes
+            a `TextDiT`, whose config says so.
+
+    Raises:
+        UserError: an argument that it does not have, also those of the conditioner (see `split_reference_arguments`).
+    """
+    arguments = our_arguments(config)
+    made = TextDiT if "head" in arguments else DDT if _is_wide(arguments) else DiT
+    _check_known(arguments, inspect.signature(made.__init__).parameters.keys() - {"self"}, made.__name__)
+    return made(**arguments)
+
+
+def our_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a denoiser under our names, a named size written out, two numbers as tuples."""
+    arguments = {}
+    for name, value in config.items():
+        if name == "wo_shift":
+            name, value = "adaln_shift", not value
+        arguments[RENAMED.get(name, name)] = value if _is_plain(value) else tuple(value)
+    size, head = arguments.pop("size", None), arguments.pop("head", None)
+    if head not in (None, "wide", "text"):
+        raise UserError(f'head={head!r} is unknown; it is "wide", "text", or left out.')
+    if head == "text":
+        arguments["head"] = head
+    if size is None:
+        if head == "wide" and not _is_wide(arguments):
+            raise UserError(
+                "head=\"wide\" needs a size, or hidden_size with two numbers: the encoder's and the head's."
+            )
+        return arguments
+    sizes = {"wide": DDT_SIZES, "text": TEXT_DIT_SIZES}.get(head, DiT_SIZES)
+    if size not in sizes:
+        with_head = f" with a {head} head" if head else ""
+        raise UserError(f"No denoiser of size {size!r}{with_head}; there are {', '.join(sizes)}.")
+    return {**sizes[size], **arguments}
+
+
+def split_reference_arguments(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A model's arguments, under our names or the references' → those of `make_denoiser` and of `ClassConditioner`.
+
+    The references' models hold both: num_classes (1000 where it is not given) and class_dropout_prob (0.1) are the
+    conditioner's, and its hidden_size is the denoiser's, with a wide head the encoder's.
+
+    Raises:
+        UserError: an argument that nobody knows, naming the nearest known one.
+    """
+    denoiser = our_arguments(
+        {name: value for name, value in config.items() if name not in {*OF_THE_CONDITIONER, *WITHOUT_EFFECT}}
+    )
+    known = {name for made in (DiT, DDT) for name in inspect.signature(made.__init__).parameters} - {"self"}
+    _check_known(denoiser, known)
+    made = DDT if _is_wide(denoiser) else DiT
+    width = denoiser.get("hidden_size", inspect.signature(made.__init__).parameters["hidden_size"].default)
+    conditioner = {
+        "num_classes": config.get("num_classes", 1000),
+        "hidden_size": width[0] if made is DDT else width,
+        "dropout": config.get("class_dropout_prob", 0.1),
+    }
+    return denoiser, conditioner
+
+
+def _is_wide(arguments: Mapping[str, Any]) -> bool:
+    return isinstance(arguments.get("hidden_size"), tuple)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)
+
+
+def _check_known(arguments: Mapping[str, Any], known: Collection[str], model: str | None = None) -> None:
+    for name in arguments:
+        if name in known:
+            continue
+        if name in OF_THE_CONDITIONER:
+            raise UserError(f"{name} is the conditioner's, not the denoiser's: use split_reference_arguments(config).")
+        names = {*known, *(reference for reference, ours in RENAMED.items() if ours in known), "wo_shift", "size"}
+        nearest = get_close_matches(name, names, n=1, cutoff=0)
+        raise UserError(f"{model or 'The model'} has no argument {name}; the nearest one is {nearest[0]}.")

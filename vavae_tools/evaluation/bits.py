@@ -1,0 +1,166 @@
+"""What a model that predicts clean pictures knows of their tokens, in bits: a variational bound."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from vavae_tools.data.tokens.code import TokenCode
+from vavae_tools.data.tokens.dataset import TokenImageDataset
+from vavae_tools.diffusion.layers import kept_patches
+from vavae_tools.diffusion.objectives import expand_time
+from vavae_tools.pipelines.tokens import TokenImagePipeline
+from vavae_tools.runtime.draws import Draws
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.precision import in_float32
+
+_BATCH = 64  # pictures at a time
+_TOLD = 0.01  # bits that are left open of a token where the bound's integral ends
+_AT_ONCE = 2**24  # numbers in a table of logits, cells × tokens
+
+
+class Chosen(NamedTuple):
+    """Pictures of the data and what is known of them."""
+
+    index: Tensor  # int64 (B,)
+    clean: Tensor  # (B, C, H, W), prompts included
+    mask: Tensor  # (B, H, W), 1 on all tokens
+    known: Tensor  # (B, H, W), 1 on a chat's prompt
+    counted: Tensor  # bool (B, L): cells that the model has to tell
+    tokens: Tensor  # int64 (B, L)
+
+
+def chosen_pictures(data: TokenImageDataset, count: int, seed: int) -> Iterator[Chosen]:
+    """A random choice of pictures, in batches; those without anything to tell are left out.
+
+    Raises:
+        UserError: no picture, or none with anything to tell.
+    """
+    if count < 1:
+        raise UserError(f"count {count}: expected 1 picture or more")
+    order, some = Draws(seed, 0, torch.arange(len(data))).uniform("picture").argsort(), False
+    for part in order[:count].sort().values.split(_BATCH):
+        batch = data.__getitems__(part.tolist())
+        known = batch.get("condition_mask", torch.zeros_like(batch["mask"]))
+        counted = data.code.over_cells(batch["mask"] * (1 - known))
+        tokens = data.code.nearest(data.code.cells_of(batch["clean"]))
+        chosen = Chosen(batch["index"], batch["clean"], batch["mask"] + known, known, counted, tokens)
+        if counted.any():
+            some = True
+            yield Chosen(*(values[counted.any(1)] for values in chosen))
+    if not some:
+        raise UserError(
+            f"None of {min(count, len(data)):,} pictures of {data.data_path} has a token to tell: take more"
+        )
+
+
+@dataclass(frozen=True)
+class BitsPerToken:
+    """An upper bound on −log₂ p(tokens) of texts, given their lengths and, of chats, the prompts; per token."""
+
+    bits: float
+    error: float | None
+    """Standard error over the pictures, bits; None of a single one."""
+    diffusion: float
+    reconstruction: float
+    """The two parts of `bits`."""
+    last_time: float
+    """Where the integral ends and the tokens are told by their own noisy cells alone."""
+    pictures: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.bits:.3f}" + (f" ± {self.error:.3f}" if self.error is not None else "")
+
+
+def bits_per_token(
+    pipe: TokenImagePipeline,
+    data: TokenImageDataset,
+    count: int = 64,
+    times: int = 16,
+    seed: int = 0,
+    last_time: float | None = None,
+) -> BitsPerToken:
+    """The variational bound of a diffusion model in continuous time (Kingma et al. 2021, "VDM") on discrete tokens.
+
+    −ln p(tokens) ≤ ½ ∫ SNR'(t)·E‖x − x̂(x_t, t)‖² dt + E[−ln p(tokens | x_last)], with SNR = (t / (1 − t))², over the
+    pixels of tokens that are not known. It begins at t = 0, where x_t is the prior's noise exactly: no term for the
+    prior is needed. x̂ is clipped to the pictures' range. At the last time, p of each token alone is the softmax of the
+    Gaussian log-likelihoods of all codes, whatever the denoiser says.
+
+    With r = √SNR the integral is ∫ r·E‖x − x̂‖² dr: r is drawn evenly (it is most of all between 0.2 and 1 that cells
+    become known), for each picture by one random shift of `times` even places, which keeps it unbiased.
+
+    Args:
+        count: pictures, chosen at random.
+        times: calls of the denoiser for each.
+        last_time: below 1. By default where `_TOLD` bits of a token are left open: earlier the cells do not tell it,
+            later the bound suffers from every pixel that is not −1 or 1 to the last digit.
+
+    Raises:
+        UserError: numbers that cannot be.
+    """
+    if times < 1 or (last_time is not None and not 0 < last_time < 1):
+        raise UserError(f"times {times}, last_time {last_time}: expected 1 or more, and a time between 0 and 1")
+    code = data.code
+    end = _where_told(data, seed) if last_time is None else last_time / (1 - last_time)
+    parts, lengths = [], []
+    for chosen in chosen_pictures(data, count, seed):
+        draws, shape = Draws(seed, 0, chosen.index), chosen.clean.shape[1:]
+        kept = kept_patches(chosen.mask, code.cell_size)
+        pixels = code.over_pixels(chosen.counted.float(), data.img_size)[:, None]  # (B, 1, H, W)
+        start, integral = draws.uniform("place"), torch.zeros(len(chosen.index), dtype=torch.float64)
+        for step in range(times):
+            r = (step + start) * (end / times)  # (B,)
+            signal, noise = expand_time(r, chosen.clean), draws.normal(f"bits {step}", *shape)
+            x = (signal * chosen.clean + noise) / (1 + signal)
+            predicted = pipe.predict(x, r / (1 + r), chosen.known, chosen.clean, kept).cpu().clamp(-1, 1)
+            squared = ((predicted - chosen.clean).square() * pixels).sum((1, 2, 3)).double()
+            integral += (end / times) * r * squared
+        cells = code.cells_of(end * chosen.clean + draws.normal("bits at the end", *shape))
+        told = torch.zeros(chosen.counted.shape, dtype=torch.float64)
+        told[chosen.counted] = _bits_alone(code, cells[chosen.counted], chosen.tokens[chosen.counted], end)
+        parts.append(torch.stack([integral / math.log(2), told.sum(1)], dim=1))
+        lengths.append(chosen.counted.sum(1))
+    each, tokens = torch.cat(parts), torch.cat(lengths).double()  # (N, 2), (N,)
+    diffusion, reconstruction = (each.sum(0) / tokens.sum()).tolist()
+    bits, error = diffusion + reconstruction, None
+    if len(each) > 1:  # of a ratio of two sums over pictures
+        off = each.sum(1) - bits * tokens
+        error = (off.square().sum() * len(each) / (len(each) - 1)).sqrt().item() / tokens.sum().item()
+    return BitsPerToken(bits, error, diffusion, reconstruction, end / (1 + end), len(each), int(tokens.sum()))
+
+
+@in_float32
+def _bits_alone(code: TokenCode, cells: Tensor, tokens: Tensor, r: float) -> Tensor:
+    """−log₂ p(token | cell) of cells r·code + noise (N, n) with standard normal noise, all tokens as likely: (N,)."""
+    bits = []
+    for rows, right in zip(
+        *(values.split(max(1, _AT_ONCE // code.num_tokens)) for values in (cells, tokens)), strict=True
+    ):
+        logits = (r * rows @ code.table.T).double()  # all codes are equally long: the likelihood's other terms cancel
+        bits.append(cross_entropy(logits, right, reduction="none") / math.log(2))
+    return torch.cat(bits)
+
+
+def _where_told(data: TokenImageDataset, seed: int) -> float:
+    """The smallest r on a grid where cells alone leave less than `_TOLD` bits of a token open."""
+    tokens = torch.cat([chosen.tokens[chosen.counted] for chosen in chosen_pictures(data, 8, seed)])
+    tokens = tokens.repeat(-(-512 // len(tokens)))[:1024]
+    noise = Draws(seed, 1, torch.arange(len(tokens))).normal("told", data.code.length)
+    cells, r = data.code.drawn(tokens), 0.25
+    while _bits_alone(data.code, r * cells + noise, tokens, r).mean() > _TOLD:
+        r *= 2**0.25
+    return r
+
+
+def unigram_bits(rows: Sequence[Sequence[int]]) -> float:
+    """Entropy of the tokens' frequencies, bits: what a token costs where nothing but these is known."""
+    counts = np.bincount(np.concatenate([np.asarray(row, np.int64) for row in rows]))
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log2(shares)).sum())

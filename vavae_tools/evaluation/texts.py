@@ -1,0 +1,322 @@
+"""Written texts beside real ones: do they decode, are they right, are they copies, and what a model knows of texts."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vavae_tools.data.tokens.code import TokenCode
+from vavae_tools.data.tokens.dataset import TokenImageDataset
+from vavae_tools.diffusion.solvers import time_grid
+from vavae_tools.evaluation.bits import BitsPerToken, bits_per_token, chosen_pictures, unigram_bits
+from vavae_tools.evaluation.metrics import aligned, percent
+from vavae_tools.evaluation.novelty import COPIED_SPAN, NGRAMS, KnownTexts, Novelty, novelty
+from vavae_tools.pipelines.tokens import TokenImagePipeline, Written
+from vavae_tools.plots import plot_curves
+from vavae_tools.runtime.draws import Draws
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import write_json, written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+TIMES = tuple(step / 20 for step in range(1, 20))
+
+
+def valid_share(code: TokenCode, pictures: Tensor, mask: Tensor) -> float:
+    """Share of cells whose signs are exactly those of a token's code; NaN where there is no cell.
+
+    Args:
+        pictures: (B, C, H, W), as a `TokenImagePipeline` predicted them.
+        mask: pixels of the cells that count, (B, H, W).
+    """
+    return code.is_valid(code.cells_of(pictures)[code.over_cells(mask)]).double().mean().item()
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What comes back exactly of clean pictures that were noised to t."""
+
+    t: float
+    cells: float
+    """Share of the tokens."""
+    pictures: float
+    """Share of the pictures with all of their tokens."""
+
+
+def reconstruction_curve(
+    pipe: TokenImagePipeline,
+    data: TokenImageDataset,
+    times: Sequence[float] = TIMES,
+    count: int = 64,
+    steps: int = 20,
+    seed: int = 0,
+) -> list[Recovered]:
+    """Noise pictures of the data to t·clean + (1 − t)·noise, denoise them from there on, and compare the tokens.
+
+    A chat's prompt is known and does not count. Of one seed all times see the same pictures and the same noise.
+
+    Args:
+        times: from 0, noise, to below 1, the data.
+        count: pictures, chosen at random.
+        steps: of the whole way; from t on those are made that are left of it.
+
+    Raises:
+        UserError: a time that is no such time, or no picture.
+    """
+    for t in times:
+        if not 0 <= t < 1:
+            raise UserError(f"time {t:g}: expected times from 0 (noise) to below 1 (data)")
+    grid = time_grid(steps, 1 / pipe.config.time_shift)
+    lost, seen = torch.zeros(len(times), 2).double(), torch.zeros(2).double()  # cells, pictures
+    for chosen in chosen_pictures(data, count, seed):
+        draws, shape = Draws(seed, 0, chosen.index.to(pipe.device)), chosen.clean.shape[1:]
+        noise = draws.normal("noise to start from", *shape).cpu()
+        seen += torch.tensor([chosen.counted.sum(), len(chosen.counted)])
+        for t, of_time in zip(times, lost, strict=True):
+            x = t * chosen.clean + (1 - t) * noise
+            left = torch.cat([torch.tensor([t]), grid[grid > t + 1e-4]])  # no step of a rounding error
+            fresh = (draws.normal(f"noise {step}", *shape) for step in range(len(left)))
+            made = pipe.denoise(x, chosen.mask, chosen.known, chosen.clean, left, noise=fresh).cpu()
+            wrong = (data.code.nearest(data.code.cells_of(made)) != chosen.tokens) & chosen.counted  # (B, L)
+            of_time += torch.tensor([wrong.sum(), wrong.any(1).sum()])
+    return [Recovered(t, *shares) for t, shares in zip(times, ((seen - lost) / seen).tolist(), strict=True)]
+
+
+# ---- all of it
+@dataclass(frozen=True)
+class TextScores:
+    """What was found of one set of texts; None is what cannot be said of it."""
+
+    texts: int
+    valid: float | None
+    """Share of the written cells whose signs are a token's."""
+    right: float | None
+    """Mean of what `is_right` says of the texts."""
+    prompts_kept: float | None
+    """Share of the texts that begin with all tokens of their prompts."""
+    novelty: Novelty
+    """Of what was written, without prompts; against the training side."""
+
+
+@dataclass(frozen=True, repr=False)
+class TokenReport:
+    """What an evaluation of written texts found. Printed, it is a table; `figures` shows the curve in a notebook."""
+
+    data: str
+    num_inference_steps: int
+    seed: int
+    scores: dict[str, TextScores]
+    """By set: "samples" and "completions", of chats "answers", and "real" texts that validate, as their scale."""
+    bits: dict[str, BitsPerToken]
+    """By side, "validation" and "training"."""
+    unigram_bits: float
+    """Entropy of the training side's token frequencies, the scale of `bits`."""
+    curve_of: str
+    """The side whose pictures were noised."""
+    curve: list[Recovered]
+    notes: list[str]
+    """What could not be said, and why."""
+    output_dir: str | None
+    figures: dict[str, "Figure"] = field(compare=False)
+
+    def as_dict(self) -> dict:
+        """Plain values for JSON."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "figures"}
+        for name in ("scores", "bits"):
+            plain[name] = {key: asdict(value) for key, value in plain[name].items()}
+        return {**plain, "curve": [asdict(one) for one in self.curve], "copied_span": COPIED_SPAN}
+
+    def __str__(self) -> str:
+        lines = [self._summary()]
+        if self.scores:
+            lines += ["", *aligned(_rows(self.scores))]
+        sides = ", ".join(f"{side} {bits}" for side, bits in self.bits.items())
+        lines += ["", f"bits per token, at most: {sides} (by their frequencies alone {self.unigram_bits:.3f})"]
+        few = self.curve[:: -(-len(self.curve) // 7)]
+        rows = [(f"noised {self.curve_of}, from t =", *(f"{one.t:.2f}" for one in few))]
+        rows += [(f"{name} that come back", *(percent(getattr(one, name)) for one in few)) for name in _CURVES]
+        lines += ["", *aligned(rows)] if few else []
+        lines += [f"note: {note}" for note in self.notes]
+        if self.output_dir is not None:
+            figures = ", ".join(f"figures/{name}.png" for name in self.figures)
+            lines.append(f"written: evaluation.json, samples.jsonl, {figures} ({self.output_dir})")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _summary(self) -> str:
+        said = []
+        for name, scores in self.scores.items():
+            if name != "real":
+                right = f"{percent(scores.right)} right, " if scores.right is not None else ""
+                said.append(f"{scores.texts:,} {name}, {right}{percent(scores.novelty.whole)} copied whole")
+        side, bits = next(iter(self.bits.items()))
+        return "; ".join([*said, f"{bits.bits:.2f} bits per token of {side} texts"]) + f" ({self.data})"
+
+
+_CURVES = {"cells": "cells", "pictures": "whole pictures"}
+
+
+def _rows(scores: dict[str, TextScores]) -> list[tuple[str, ...]]:
+    each = list(scores.values())
+    rows = [("", *scores), ("texts", *(f"{one.texts:,}" for one in each))]
+    shares = {"right": "right", "valid": "valid cells", "prompts_kept": "prompts kept"}
+    for name, title in shares.items():
+        values = [getattr(one, name) for one in each]
+        if any(value is not None for value in values):
+            rows.append((title, *map(percent, values)))
+    rows += [
+        (f"{n}-grams in training" if n > 1 else "tokens in training", *(percent(one.novelty.ngrams[n]) for one in each))
+        for n in NGRAMS
+    ]
+    return [
+        *rows,
+        (f"in copied spans of {COPIED_SPAN}+ tokens", *(percent(one.novelty.copied) for one in each)),
+        ("longest copied span, mean", *(f"{one.novelty.longest_mean:.1f}" for one in each)),
+        ("longest copied span, largest", *(f"{one.novelty.longest:,}" for one in each)),
+        ("copied whole", *(percent(one.novelty.whole) for one in each)),
+    ]
+
+
+def evaluate_tokens(
+    pipe: TokenImagePipeline,
+    train: TokenImageDataset,
+    val: TokenImageDataset | None = None,
+    output_dir: str | Path | None = None,
+    num_samples: int = 256,
+    num_inference_steps: int = 100,
+    seed: int = 0,
+    is_right: Callable[..., bool | float] | None = None,
+    say: Callable[[str], None] = print,
+) -> TokenReport:
+    """Write texts and compare them with the data; write `evaluation.json`, `samples.jsonl` and a figure.
+
+    Of texts, `num_samples` of their own and as many that go on with the first third of one that validates; of chats,
+    answers to questions that validate. Beside them the same numbers of real texts that validate.
+
+    Args:
+        train, val: the sides of the data (`TokenImageDataset.sides`).
+        output_dir: None: nothing is written.
+        is_right: text → whether, or how far, it is right, such as `data.sentences.grammatical_share`; of chats
+            (question, answer) →, such as `data.sentences.answers`.
+        say: told what is being done, a line each; the report is returned.
+
+    Raises:
+        UserError: the model draws tokens otherwise than the data.
+    """
+    if (pipe.code.config, pipe.img_size) != (train.code.config, train.img_size):
+        raise UserError(
+            f"The model draws {pipe.code.config} in pictures of {pipe.img_size}, the data {train.code.config} in "
+            f"pictures of {train.img_size}: give both the same tokenizer, cell_size, channels and img_size"
+        )
+    side, real = ("validation", val) if val is not None else ("training", train)
+    chats, notes = train.use_chat_template, []
+    if val is None:
+        missing = "answers are to training questions," if chats else "no completions,"
+        notes.append(f"no texts that validate: {missing} nothing real beside them, bits and curve of training texts")
+
+    known = _Known(train, is_right)
+    scores, lines = {}, []
+    settings = {"num_inference_steps": num_inference_steps, "seed": seed}
+    if not chats:
+        say(f"writing {num_samples:,} samples in {num_inference_steps} steps")
+        written = pipe(num_samples=num_samples, **settings)
+        scores["samples"] = known.scores(written, None)
+        lines += [{"text": text, "prompt": None} for text in written.texts]
+    chosen = Draws(seed, 0, torch.arange(len(real))).uniform("text").argsort()[:num_samples].tolist()
+    if chats or val is not None:
+        prompts = [prompt for prompt in real.prompts(chosen) if prompt and len(prompt) < train.max_tokens]
+        if prompts:
+            name = "answers" if chats else "completions"
+            say(f"writing {len(prompts):,} {name}")
+            written = pipe(prompts, **settings)
+            scores[name] = known.scores(written, prompts)
+            asked = [train.text(prompt) for prompt in prompts]
+            lines += [{"text": text, "prompt": of} for text, of in zip(written.texts, asked, strict=True)]
+        else:
+            notes.append(f"no {side} text begins with a prompt that leaves room to go on: nothing was completed")
+    if val is not None:
+        scores["real"] = known.of_real(val, chosen)
+    say("measuring bits per token and what comes back from noise")
+    bits = {side: bits_per_token(pipe, real, seed=seed)}
+    if val is not None:
+        bits["training"] = bits_per_token(pipe, train, seed=seed)
+    curve = reconstruction_curve(pipe, real, seed=seed)
+    shares = {title: [getattr(one, name) for one in curve] for name, title in _CURVES.items()}
+    figure = plot_curves(
+        [one.t for one in curve], shares, "t (0 is noise, 1 is data)", "share that comes back exactly", (0, 1)
+    )
+    report = TokenReport(
+        train.data_path,
+        num_inference_steps,
+        seed,
+        scores,
+        bits,
+        known.unigram_bits,
+        side,
+        curve,
+        notes,
+        None if output_dir is None else str(output_dir),
+        {"reconstruction": figure},
+    )
+    if output_dir is not None:
+        _write(report, lines, Path(output_dir))
+    return report
+
+
+def _write(report: TokenReport, lines: list[dict[str, str | None]], folder: Path) -> None:
+    for name, figure in report.figures.items():
+        with written_whole(folder / "figures" / f"{name}.png") as partial:
+            figure.savefig(partial, format="png")
+    with written_whole(folder / "samples.jsonl") as partial:
+        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    write_json(folder / "evaluation.json", report.as_dict())
+
+
+class _Known:
+    """The training side, to look up in, and what is right."""
+
+    def __init__(self, train: TokenImageDataset, is_right: Callable[..., bool | float] | None) -> None:
+        self._data, self._is_right = train, is_right
+        _, wholes = _beginnings_and_rest(train, range(len(train)))
+        self._texts = KnownTexts([train.tokens_of(index) for index in range(len(train))], wholes)
+        self.unigram_bits = unigram_bits(wholes)
+
+    def scores(self, written: Written, prompts: list[list[int]] | None) -> TextScores:
+        starts = prompts or [[]] * len(written.tokens)
+        new = [row[len(start) :] for row, start in zip(written.tokens, starts, strict=True)]
+        kept = [row[: len(start)] == start for row, start in zip(written.tokens, starts, strict=True)]
+        return TextScores(
+            len(new),
+            valid_share(self._data.code, written.pictures, written.mask * (1 - written.known)),
+            self._right(starts, written.texts),
+            sum(kept) / len(kept) if prompts else None,
+            novelty(new, self._texts, new if self._data.use_chat_template else written.tokens),
+        )
+
+    def of_real(self, val: TokenImageDataset, chosen: list[int]) -> TextScores:
+        starts, rows = _beginnings_and_rest(val, chosen)
+        right = self._right(starts, [val.text(row.tolist()) for row in rows])
+        return TextScores(len(rows), None, right, None, novelty(rows, self._texts))
+
+    def _right(self, prompts: list[list[int]], texts: list[str]) -> float | None:
+        if self._is_right is None:
+            return None
+        if self._data.use_chat_template:
+            judged = [self._is_right(self._data.text(start), text) for start, text in zip(prompts, texts, strict=True)]
+        else:
+            judged = [self._is_right(text) for text in texts]
+        return sum(map(float, judged)) / len(judged)
+
+
+def _beginnings_and_rest(data: TokenImageDataset, indices: Sequence[int]) -> tuple[list[list[int]], list[np.ndarray]]:
+    """The prompts of chats, of texts nothing, and what follows them."""
+    starts = data.prompts(indices) if data.use_chat_template else [[]] * len(indices)
+    return starts, [data.tokens_of(index)[len(start) :] for index, start in zip(indices, starts, strict=True)]

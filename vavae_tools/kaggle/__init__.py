@@ -1,0 +1,1 @@
+"""Runs that go on in the next Kaggle session."""

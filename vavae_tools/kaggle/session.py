@@ -1,0 +1,525 @@
+"""From session to session on Kaggle: what the next one needs goes into a private dataset, and comes out of it again.
+
+A dataset made here is flat: the large files under names that hold their place, all small ones in `small-files.pack` (a
+tar: thousands of uploads would take an hour, and Kaggle unpacks what is called .zip or .tar), and a manifest
+`session-DIGEST.json` with every file's place, length and hash. Its name differs from version to version, so that the
+listing tells whether the new one is there.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import IO, Any
+
+from vavae_tools.data.folders import PICTURE_EXTENSIONS
+from vavae_tools.data.split_report import INFO_NAME, SIDES
+from vavae_tools.paths import DEEPEST, KAGGLE_INPUT
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import read_checkpoint, write_json, written_whole
+
+NEEDED = (
+    *("last.ckpt", "best-*.ckpt", "epoch=*.ckpt", "*.safetensors", "*.pt", "*.json", "*.yaml"),
+    *("chat_template.jinja", "merges.txt", "vocab.txt"),  # of tokenizers
+)
+WHOLE_FOLDERS = ("lightning_logs", "checkpoint-*")
+NEVER = ("foundation", "__pycache__")
+"""Folders that are left out: features of the foundation model are gigabytes, and soon made again."""
+OF_RUN = ("checkpoints", *WHOLE_FOLDERS, "vavae", "autoencoder", "pipeline")
+"""What belongs to one run and goes together: never the new checkpoint with the old model."""
+RUNS = ("checkpoints", "vavae/checkpoints", "vavae/*/checkpoints", "dit/checkpoints", "logs/runs/*/*/checkpoints")
+MANIFEST = re.compile(r"session-[0-9a-f]{12}\.json")
+SMALL, PACK = 2**20, "small-files.pack"
+DATASET = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)/([a-z0-9][a-z0-9-]{4,48}[a-z0-9])(?:/[1-9][0-9]*)?")
+WORKER = Path(__file__).with_name("client.py")
+
+Say = Callable[[str], None]
+
+
+class Unavailable(UserError):
+    """What a notebook can do without: no credentials, no client, no network, nothing from an earlier session."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What was pushed, or pulled.
+
+    Attributes:
+        source: the dataset or the folder it came from; where it was pushed to.
+        steps: for each run (a folder below `work`) the last checkpoint's step and epoch.
+        files: written; those that were there already are left out.
+        kept: folders left as they are, because they are newer here.
+    """
+
+    source: str
+    steps: dict[str, tuple[int, int]]
+    files: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.progress}"
+
+    @property
+    def progress(self) -> str:
+        runs = [f"{run} at step {step:,} (epoch {epoch:,})" for run, (step, epoch) in self.steps.items()]
+        return ", ".join(runs) or "no checkpoints"
+
+
+def push_session(
+    work: str | Path,
+    dataset: str | None,
+    message: str = "",
+    pictures: bool = False,
+    wait: float = 600.0,
+    optional: bool = True,
+    say: Say = print,
+) -> Session | None:
+    """Push what the next session needs as a private Kaggle dataset: made the first time, later a new version of it.
+
+    Args:
+        work: the folder that outputs are in; nothing in it is changed.
+        dataset: "owner/name"; None pushes nothing.
+        message: notes of this version, by default how far each run is.
+        pictures: push the split's pictures too. Latents and the previews in the logs go in any case.
+        wait: seconds in which Kaggle must list the new version.
+        optional: say in one line that Kaggle cannot be used here, and return None, in place of raising it.
+
+    Raises:
+        UserError: nothing to push, a damaged `last.ckpt`, an upload that failed or lost a file. What Kaggle held
+            before is kept.
+    """
+    try:
+        return _push(Path(work), dataset, message, pictures, wait, say)
+    except Unavailable as reason:
+        if not optional:
+            raise
+        say(f"not pushed: {reason}")
+        return None
+
+
+def pull_session(
+    work: str | Path,
+    dataset: str | None = None,
+    input_roots: Sequence[Path] = (KAGGLE_INPUT,),
+    optional: bool = True,
+    say: Say = print,
+) -> Session | None:
+    """Put the newest state into `work`, so that `resume="last"` goes on from it; what is newer there is kept.
+
+    Args:
+        dataset: "owner/name", or "owner/name/2" for an older version: taken where it is attached, else downloaded.
+            None takes the newest that is attached: such a dataset, or the output of a notebook.
+        input_roots: where a Kaggle machine mounts what is attached.
+        optional: say in one line that there is nothing to pull, and return None, in place of raising it.
+
+    Raises:
+        UserError: what was found is not whole. `work` is as it was.
+    """
+    work = Path(work)
+    try:
+        if dataset:
+            _check_name(dataset)
+        attached = newest_attached(input_roots, dataset)
+        with TemporaryDirectory(prefix="vavae-pull-") as folder:
+            if attached is None:
+                attached = _downloaded(dataset, Path(folder))
+            return _put(attached, work, say)
+    except Unavailable as reason:
+        if not optional:
+            raise
+        say(f"nothing pulled: {reason}")
+        return None
+
+
+def session_files(work: Path, pictures: bool = False) -> list[str]:
+    """The files below `work` that a next session needs, as paths relative to it."""
+    found = []
+    for name, folders, names in os.walk(work):
+        folder = Path(name)
+        place = folder.relative_to(work)
+        split = INFO_NAME in names
+        folders[:] = sorted(
+            child
+            for child in folders
+            if (child == ".hydra" or not child.startswith("."))
+            and child not in NEVER
+            and not any((folder / child / mark).exists() for mark in (".git", "pyproject.toml"))
+            and (pictures or not (split and child in SIDES))
+        )
+        whole = any(fnmatch(part, pattern) for part in place.parts for pattern in WHOLE_FOLDERS)
+        in_split = any((work / parent / INFO_NAME).is_file() for parent in place.parents)
+        for name in sorted(names):
+            picture = name.rpartition(".")[2].lower() in PICTURE_EXTENSIONS
+            wanted = (pictures and in_split) if picture else whole or any(fnmatch(name, form) for form in NEEDED)
+            if wanted and not name.startswith("."):
+                found.append((place / name).as_posix())
+    return found
+
+
+# ---- there
+def _push(work: Path, dataset: str | None, message: str, pictures: bool, wait: float, say: Say) -> Session:
+    if not dataset:
+        raise Unavailable('no dataset is named; "your-name/your-run" is made where there is none')
+    owner, name, *version = _check_name(dataset).split("/")
+    if version:
+        raise UserError(f"--dataset {dataset}: a version is made, not chosen: name {owner}/{name}")
+    if not work.is_dir():
+        raise UserError(f"No such folder: {work}. Name the one that holds checkpoints/, latents/ …")
+    paths = session_files(work, pictures)
+    if not any(path.endswith((".ckpt", ".safetensors", ".pt")) for path in paths):
+        raise UserError(f"Nothing to push in {work}: it holds no checkpoint, latents or model. Train first")
+    with TemporaryDirectory(prefix="vavae-push-") as folder:
+        staging = Path(folder) / "dataset"
+        staging.mkdir()
+        files, steps = _stage(work, paths, staging)
+        session = Session(dataset, steps, tuple(files))
+        manifest = {"format": 1, "dataset": dataset, "made": time.time(), "steps": steps, "files": files}
+        text = json.dumps(manifest, indent=1)
+        marker = _manifest_name(text.encode())
+        (staging / marker).write_text(text, encoding="utf-8")
+        expected = {path.name: path.stat().st_size for path in staging.iterdir()}
+        metadata = {"title": name, "id": dataset, "licenses": [{"name": "copyright-authors"}]}
+        write_json(staging / "dataset-metadata.json", metadata)
+        say(f"pushing {len(files):,} files ({sum(expected.values()) / 1e6:,.1f} MB) from {work}")
+        request = {"do": "push", "dataset": dataset, "folder": str(staging), "files": expected, "marker": marker}
+        done = _ask({**request, "message": message or session.progress, "wait": wait}, Path(folder))
+    kind = "a new private dataset" if done["created"] else "a new version"
+    say(f"pushed {kind}, every file is listed whole ({session})")
+    say(f"next session: attach {dataset}, or have it downloaded: python -m vavae_tools.kaggle_session pull")
+    return session
+
+
+def _check_name(dataset: str) -> str:
+    if not DATASET.fullmatch(dataset):
+        raise UserError(
+            f"--dataset {dataset!r}: expected owner/name, the name of 6 to 50 small letters, digits and hyphens"
+        )
+    return dataset
+
+
+def _stage(work: Path, paths: list[str], staging: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """Link (or copy, where that cannot be) large files into `staging`, pack small ones; the manifest's two parts.
+
+    A hard link holds on to the file of this moment, though training writes the next one over its name.
+    """
+    files, taken = {}, set()
+    with tarfile.open(staging / PACK, "w") as pack:
+        for path in paths:
+            source = (work / path).resolve()
+            try:
+                state = source.stat()
+                entry = {"bytes": state.st_size, "mtime": state.st_mtime, "stored": PACK}
+                if state.st_size < SMALL and not path.endswith(".ckpt"):
+                    content = source.read_bytes()
+                    entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                    member = tarfile.TarInfo(path)
+                    member.size = len(content)
+                    pack.addfile(member, BytesIO(content))
+                else:
+                    entry["stored"] = _flat_name(path, taken)
+                    target = staging / entry["stored"]
+                    _link_or_copy(source, target)
+                    entry |= {"bytes": target.stat().st_size, "sha256": _digest(target)}
+            except FileNotFoundError:  # a training that goes on has replaced its best checkpoint
+                continue
+            files[path] = entry
+    steps = {}
+    for path, entry in files.items():
+        place = staging / entry["stored"] if entry["stored"] != PACK else work / path
+        try:
+            state = _state(place, Path(path).name)
+        except UserError as error:  # it would take the place of a good one
+            raise UserError(str(error).replace(str(place), str(work / path))) from None
+        if state is not None:
+            run = _run_of(path, files)
+            steps[run] = max(steps.get(run, (-1, 0)), state)
+    return files, steps
+
+
+def _manifest_name(content: bytes) -> str:
+    return f"session-{hashlib.sha256(content).hexdigest()[:12]}.json"
+
+
+def _flat_name(path: str, taken: set[str]) -> str:
+    """
+    >>> _flat_name("vavae/checkpoints/best of 3.ckpt", set())
+    'vavae__checkpoints__best_of_3.ckpt'
+    """
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", path.replace("/", "__"))[-150:]
+    name = next(name for n in range(len(taken) + 1) if (name := f"{n}-{plain}" if n else plain) not in taken)
+    taken.add(name)
+    return name
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _state(path: Path, name: str) -> tuple[int, int] | None:
+    """Step and epoch of a `last.ckpt` or a `training_state.json`, None for other files."""
+    if name == "last.ckpt":
+        values = read_checkpoint(path)
+    elif name == "training_state.json":
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError):
+            return None
+    else:
+        return None
+    if not isinstance(values, dict):
+        return None
+    return int(values.get("global_step") or 0), int(values.get("current_epoch", values.get("epoch")) or 0)
+
+
+def _run_of(path: str, paths: dict[str, Any]) -> str:
+    """The folder that `path` goes together with: its run's, its split's, else the one it is in.
+
+    >>> _run_of("dit/pipeline/vae/config.json", {"dit/checkpoints/last.ckpt": 0, "dit/pipeline/vae/config.json": 0})
+    'dit'
+    >>> _run_of("latents/latents.json", {"checkpoints/last.ckpt": 0, "latents/latents.json": 0})
+    'latents'
+    """
+    parents = list(PurePosixPath(path).parents)
+    for parent, child in zip(parents[1:], parents, strict=False):
+        within = "" if parent == PurePosixPath(".") else f"{parent}/"
+        has_run = any(other.startswith((f"{within}checkpoints/", f"{within}checkpoint-")) for other in paths)
+        if has_run and parent.name != "checkpoints" and any(fnmatch(child.name, form) for form in OF_RUN):
+            return str(parent)
+    for parent in parents:
+        if str(parent / INFO_NAME) in paths:
+            return str(parent)
+    return str(parents[0])
+
+
+def _ask(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Have `client.py` do it; what went wrong becomes one line."""
+    asked, answered = folder / "request.json", folder / "answer.json"
+    write_json(asked, request)
+    environment = {**os.environ, "TMPDIR": str(folder)}  # where the client keeps, for days, what it did not finish
+    command = [sys.executable, "-P", str(WORKER), str(asked), str(answered)]
+    quiet = subprocess.DEVNULL
+    status = subprocess.run(command, stdin=quiet, stdout=quiet, stderr=quiet, env=environment, check=False).returncode
+    try:
+        answer = json.loads(answered.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        answer = {"fault": "failed", "reason": f"the client ended with status {status}"}
+    if "done" in answer:
+        return answer["done"]
+    dataset, reason = request["dataset"], answer["reason"]
+    own = "make a token in the settings of your Kaggle account and set KAGGLE_API_TOKEN, or KAGGLE_USERNAME and "
+    own += "KAGGLE_KEY, in the environment or as secrets of the notebook. Nothing else needs them"
+    lines = {
+        "client": f"the kaggle client is not here ({reason}): pip install kaggle",
+        "credentials": f"no Kaggle credentials are here, or none that work: {own}",
+        "refused": f"Kaggle does not know these credentials ({reason}): {own}",
+        "network": f"Kaggle cannot be reached ({reason}): switch the internet on in the notebook's settings, or save "
+        "its version and attach its output to the next session",
+        "missing": f"there is no dataset {dataset} that you may read: it is made by the first push",
+    }
+    if answer["fault"] in lines:
+        raise Unavailable(lines[answer["fault"]])
+    if request["do"] == "pull":
+        raise UserError(f"{dataset} could not be downloaded ({reason}); what is here is as it was. Try it again")
+    if answer["fault"] == "late":
+        raise UserError(
+            f"{dataset}: Kaggle took every file, but does not list the new version after {reason}; the versions "
+            f"before are kept. Look later with kaggle datasets files {dataset}, or push again"
+        )
+    if answer["fault"] == "lost":
+        raise UserError(
+            f"{dataset} has lost something on the way: {reason}. Push again; the versions before are kept, such as "
+            f"{dataset}/1 for --dataset of pull"
+        )
+    raise UserError(f"{dataset} was not pushed ({reason}); what it held before is kept. Push again")
+
+
+# ---- and back
+class Source:
+    """A session's state in a folder: what `push_session` made of it, or the outputs of a notebook as they are."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], name: str) -> None:
+        self.folder, self.name = folder, name
+        try:
+            self.dataset = manifest.get("dataset")
+            self.made, self.files = float(manifest["made"]), dict(manifest["files"])
+            self.steps = {run: (int(step), int(epoch)) for run, (step, epoch) in manifest["steps"].items()}
+            for path, entry in self.files.items():
+                parts = (*PurePosixPath(path).parts, *PurePosixPath(entry["stored"]).parts)
+                if "\\" in path or ".." in parts or "/" in parts or not entry["sha256"] or entry["mtime"] < 0:
+                    raise ValueError(path)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{name}: its manifest cannot be read ({error!r:.100}): {self.instead}") from None
+
+    @property
+    def instead(self) -> str:
+        return 'push again, or take the version before it ("owner/name/NUMBER")'
+
+    def contents(self) -> Iterator[tuple[str, dict[str, Any], IO[bytes]]]:
+        """Each file's path, entry and open content.
+
+        Raises:
+            UserError: one is not there.
+        """
+        path = PACK
+        try:
+            packed = [path for path, entry in self.files.items() if entry["stored"] == PACK]
+            if packed:
+                with tarfile.open(self.folder / PACK) as pack:
+                    for path in packed:
+                        yield path, self.files[path], pack.extractfile(path)
+            # in the order they were written: the best of several is the latest
+            for path, entry in sorted(self.files.items(), key=lambda item: item[1]["mtime"]):
+                if entry["stored"] != PACK:
+                    with (self.folder / entry["stored"]).open("rb") as file:
+                        yield path, entry, file
+        except (KeyError, FileNotFoundError, tarfile.TarError):
+            raise UserError(f"{self.name} lacks {path}: {self.instead}") from None
+
+    def check(self) -> None:
+        """Read everything once, so that nothing is put in place of which a part is damaged."""
+        for path, entry, file in self.contents():
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise UserError(f"{self.name}: {path} is damaged: {self.instead}")
+
+
+def newest_attached(roots: Sequence[Path], dataset: str | None = None) -> Source | None:
+    """The newest session below `roots`; with a name, of this dataset only (its version is what was attached)."""
+    found: list[Source] = []
+    level = [root for root in roots if root.is_dir()]
+    for _ in range(DEEPEST + 1):
+        children = []
+        for folder in level:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            runs = [run for form in RUNS for run in folder.glob(form) if (run / "last.ckpt").is_file()]
+            if any(MANIFEST.fullmatch(entry.name) for entry in entries):
+                source = _source_in(folder)
+                if dataset is None or source.dataset == "/".join(dataset.split("/")[:2]):
+                    found.append(source)
+            elif runs and dataset is None:
+                found.append(_outputs_in(folder))
+            else:
+                children += [Path(entry) for entry in entries if entry.is_dir()]
+        level = children
+    return max(found, key=lambda source: source.made, default=None)
+
+
+def _source_in(folder: Path, name: str | None = None) -> Source:
+    """The session whose manifest is in `folder`."""
+    name = name or str(folder)
+    manifests = [path for path in folder.iterdir() if MANIFEST.fullmatch(path.name)]
+    if len(manifests) != 1:
+        raise UserError(f"{name} was not pushed from here: it has {len(manifests)} session-*.json, expected 1")
+    content = manifests[0].read_bytes()
+    whole = manifests[0].name == _manifest_name(content)
+    return Source(folder, json.loads(content) if whole else None, name)
+
+
+def _outputs_in(folder: Path) -> Source:
+    """The outputs of a notebook as they are."""
+    files = {}
+    for path in session_files(folder, pictures=True):
+        state = (folder / path).stat()
+        files[path] = {"mtime": state.st_mtime, "sha256": _digest(folder / path), "stored": path}
+        files[path]["bytes"] = state.st_size
+    steps = {}
+    for path in files:
+        if (state := _state(folder / path, Path(path).name)) is not None:
+            run = _run_of(path, files)
+            steps[run] = max(steps.get(run, (-1, 0)), state)
+    made = max(entry["mtime"] for path, entry in files.items() if path.endswith("last.ckpt"))
+    return Source(folder, {"made": made, "steps": steps, "files": files}, str(folder))
+
+
+def _downloaded(dataset: str | None, folder: Path) -> Source:
+    if not dataset:
+        raise Unavailable("no earlier session is attached; attach its dataset or its notebook's output, or name one")
+    (folder / "dataset").mkdir()
+    _ask({"do": "pull", "dataset": dataset, "folder": str(folder / "dataset")}, folder)
+    return _source_in(folder / "dataset", dataset)
+
+
+def _put(source: Source, work: Path, say: Say) -> Session:
+    """Copy into `work`, each file whole and the last checkpoints last, what is not newer there."""
+    source.check()
+    runs: dict[str, list[str]] = {}
+    for path in source.files:
+        runs.setdefault(_run_of(path, source.files), []).append(path)
+    wanted, kept = [], []
+    for run, paths in runs.items():
+        info = f"{run}/{INFO_NAME}" if run != "." else INFO_NAME
+        if paths == [info] and not (work / run / SIDES[0]).is_dir():
+            say(f"left out: {info}, which is no split without its pictures; notebook 01 makes the same one again")
+            continue
+        here, there = _progress(work, run, paths), source.steps.get(run)
+        differing = [path for path in paths if _differs(work / path, source.files[path])]
+        if here and there and here[0] != there[0]:
+            newer = there[0] > here[0]
+        else:
+            written = max((source.files[path]["mtime"] for path in differing), default=0)
+            newer = written >= max(((work / path).stat().st_mtime for path in differing), default=0)
+        if newer:
+            wanted += [path for path in paths if path in differing or not (work / path).exists()]
+        else:
+            kept.append(run)
+            of_both = [f"step {state[0]:,}" for state in (here, there) if state]
+            compared = f" ({' against '.join(of_both)})" if here else ""
+            say(f"kept: {work / run} is newer than what {source.name} holds{compared}")
+    size = sum(source.files[path]["bytes"] for path in wanted)
+    work.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(work).free < size:
+        raise UserError(f"{work} has no space for the {size / 1e6:,.0f} MB of {source.name}: free some and try again")
+    _copy(source, wanted, work)
+    session = Session(source.name, source.steps, tuple(wanted), tuple(kept))
+    say(f"found {session}")
+    say(f"put {len(wanted):,} files into {work} ({size / 1e6:,.1f} MB; {len(source.files) - len(wanted):,} stay)")
+    if any(run not in kept for run in source.steps):
+        say('next: resume = "last" in the notebook of that run, or --resume last')
+    return session
+
+
+def _copy(source: Source, wanted: list[str], work: Path) -> None:
+    chosen = set(wanted)
+    late = [path for path in wanted if path.endswith("last.ckpt")]
+    for last in (False, True):  # so that a pull that was cut off is done again from the start
+        for path, _, file in source.contents():
+            if path in chosen and (path in late) == last:
+                with written_whole(work / path) as partial, partial.open("wb") as target:
+                    shutil.copyfileobj(file, target, 2**20)
+
+
+def _progress(work: Path, run: str, paths: list[str]) -> tuple[int, int] | None:
+    """Step and epoch of a run as it stands in `work`; a damaged checkpoint counts as none."""
+    found = []
+    for path in {*paths, *(str(PurePosixPath(run) / "checkpoints" / "last.ckpt"),)}:
+        try:
+            state = _state(work / path, Path(path).name)
+        except (UserError, OSError):
+            continue
+        if state is not None:
+            found.append(state)
+    return max(found, default=None)
+
+
+def _differs(path: Path, entry: dict[str, Any]) -> bool:
+    return path.is_file() and (path.stat().st_size != entry["bytes"] or _digest(path) != entry["sha256"])

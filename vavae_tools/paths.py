@@ -1,0 +1,124 @@
+"""Where a notebook or command stands: its pictures, its split, and the folder its outputs survive in."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vavae_tools.data.folders import list_folders
+from vavae_tools.data.split_report import INFO_NAME, read_split_info
+from vavae_tools.runtime.errors import UserError
+
+KAGGLE_INPUT, KAGGLE_WORKING = Path("/kaggle/input"), Path("/kaggle/working")
+DEEPEST = 5
+"""Levels below a root that are searched for person folders: Kaggle mounts at …/datasets/OWNER/NAME/ANY/FOLDER."""
+
+
+@dataclass(frozen=True, repr=False)
+class Place:
+    """The folders of one project: notebooks 01 to 05 hand over to each other through them.
+
+    Attributes:
+        pictures: person folders, or None where the built-in data are to be used.
+        work: what is written goes below it.
+    """
+
+    pictures: Path | None
+    work: Path
+
+    def __str__(self) -> str:
+        return f"pictures: {self.pictures or 'simulated walkers (none were found or named)'}\noutputs:  {self.work}"
+
+    __repr__ = __str__
+
+    @property
+    def built_in(self) -> bool:
+        """Whether the split here (or, before there is one, the next) is of the built-in data."""
+        if (self.split / INFO_NAME).is_file():
+            return (Path(read_split_info(self.split)["input_dir"]) / "gait.json").is_file()
+        return self.pictures is None
+
+    @property
+    def split(self) -> Path:
+        return self.work / "data_split"
+
+    @property
+    def vavae(self) -> Path:
+        return self.work / "vavae"
+
+    @property
+    def latents(self) -> Path:
+        return self.work / "latents"
+
+    @property
+    def dit(self) -> Path:
+        return self.work / "dit"
+
+    @property
+    def rae(self) -> Path:
+        return self.work / "rae"
+
+    @property
+    def text(self) -> Path:
+        return self.work / "text"
+
+    @property
+    def tokens(self) -> Path:
+        return self.work / "tokens"
+
+    @property
+    def samples(self) -> Path:
+        return self.work / "samples"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.work / "evaluation"
+
+
+def find_place(
+    pictures: str | Path | None = None,
+    work: str | Path | None = None,
+    input_roots: Sequence[Path] = (KAGGLE_INPUT,),
+    working_root: Path = KAGGLE_WORKING,
+) -> Place:
+    """Find pictures and a folder for outputs: what is given, else what Kaggle mounted, else the built-in data.
+
+    Args:
+        pictures: folder of person folders; also from the environment variable `VAVAE_PICTURES`.
+        work: folder for outputs, also from `VAVAE_WORK`; by default `/kaggle/working` where it is, else `outputs`.
+        input_roots, working_root: where a Kaggle machine has them.
+
+    Raises:
+        UserError: `pictures` was given and is no folder.
+    """
+    pictures = pictures or os.environ.get("VAVAE_PICTURES")
+    work = work or os.environ.get("VAVAE_WORK") or (working_root if working_root.is_dir() else "outputs")
+    if pictures is not None:
+        if not Path(pictures).is_dir():
+            raise UserError(f"No such folder: {pictures}. Name the folder that holds ID_1, ID_2 …")
+        return Place(Path(pictures), Path(work))
+    return Place(next(_person_folders(input_roots), None), Path(work))
+
+
+def _person_folders(roots: Iterable[Path]) -> Iterable[Path]:
+    """Folders below `roots` that hold at least two folders with pictures, nearest first."""
+    level = [root for root in roots if root.is_dir()]
+    for _ in range(DEEPEST + 1):
+        for folder in level:
+            if sum(bool(paths) for paths in list_folders(folder).values()) >= 2:
+                yield folder
+        level = [child for folder in level for child in sorted(folder.iterdir()) if child.is_dir()]
+
+
+def find_split(work: str | Path | None = None) -> Path:
+    """The split that `data_split.py` wrote in its usual places.
+
+    Raises:
+        UserError: there is none.
+    """
+    tried = [find_place(work=work).split, Path("data_split")]
+    for folder in tried:
+        if (folder / INFO_NAME).is_file():
+            return folder
+    looked = " or ".join(str(folder) for folder in tried)
+    raise UserError(f"No split in {looked}: run data_split.py first, or name it with --data_dir")

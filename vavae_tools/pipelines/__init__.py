@@ -1,0 +1,1 @@
+"""From conditions to samples: diffusers pipelines, and files of what they make."""

@@ -1,0 +1,267 @@
+"""Pictures from sentences as one object: a diffusers pipeline of text encoder, denoiser, solver and autoencoder."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from vavae_tools.autoencoders.loading import load_autoencoder, silent_transformers
+from vavae_tools.checkpoints.formats import is_checkpoint
+from vavae_tools.data.images import to_pixels
+from vavae_tools.diffusion.clip import TextEncoder, TextStates, load_text_encoder
+from vavae_tools.diffusion.objectives import objective_of
+from vavae_tools.diffusion.solvers import make_scheduler, sample_text, swapped
+from vavae_tools.diffusion.text_conditioning import TextConditioner
+from vavae_tools.pipelines.base import (
+    OF_TOKENS,
+    as_output_type,
+    autoencoder_beside,
+    check_output_type,
+    read_pipeline,
+    read_training,
+    trained_models,
+)
+from vavae_tools.pipelines.portions import Portions
+from vavae_tools.pipelines.precision import all_finite, decoded, precisions_for
+from vavae_tools.runtime.draws import Draws
+from vavae_tools.runtime.errors import UserError
+
+
+class TextToImagePipeline(DiffusionPipeline):
+    """Sentences → pictures: `pipe("a small red bird", guidance_scale=7.5, seed=0).images`.
+
+    Args:
+        vae: a `StableDiffusionVAE`, or another autoencoder with the statistics of its latents.
+        text_encoder, tokenizer: transformers' own, as a `TextEncoder` holds them.
+        denoiser, conditioner: a `TextDiT` and its `TextConditioner`, as trained.
+        scheduler: a scheduler of diffusers whose config says what the denoiser predicts; see `make_scheduler`.
+
+    `save_pretrained(folder)` and `load_text_pipeline(folder)` keep all of it.
+    """
+
+    model_cpu_offload_seq = "text_encoder->conditioner->denoiser->vae"
+
+    def __init__(
+        self,
+        vae: ModelMixin,
+        text_encoder: Any,
+        tokenizer: Any,
+        denoiser: ModelMixin,
+        conditioner: TextConditioner,
+        scheduler: SchedulerMixin,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            denoiser=denoiser,
+            conditioner=conditioner,
+            scheduler=scheduler,
+        )
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the pictures, in pixels."""
+        height, width = self.denoiser.latent_shape[1:]
+        return height * self.vae.downsampling, width * self.vae.downsampling
+
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        """The states of prompts, each different one computed once."""
+        different = list(dict.fromkeys(prompts))
+        states = TextEncoder(self.text_encoder, self.tokenizer).encode(different).to(self._execution_device)
+        if len(different) == len(prompts):
+            return states
+        place = {prompt: i for i, prompt in enumerate(different)}
+        return states[torch.tensor([place[prompt] for prompt in prompts], device=states.pooled.device)]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        seed: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        batch_size: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        precision: str | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Make one picture for each prompt.
+
+        Args:
+            prompt: one, or one for each picture.
+            negative_prompt: what guidance leads away from, one for all or one for each; by default the empty prompt, as
+                '' is.
+            num_inference_steps, guidance_scale, precision: of `make`.
+            seed: of the noise; picture number i of a seed is the same whatever else is made beside it.
+            generator: of the noise in place of a seed, one for all or one for each picture.
+            latents: noise to start from, (number of prompts, C, h, w).
+            batch_size: pictures made at once, halved where memory runs out; None: by the memory there is. It
+                changes memory and speed, not the pictures.
+            output_type: "pil" (grey ones have mode L), "pt" for uint8 (N, C, H, W), "np" for uint8 (N, H, W, C).
+        """
+        check_output_type(output_type)
+        in_portions = Portions(self, batch_size)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise UserError("No prompts: at least one is needed")
+        device, shape = self._execution_device, (len(prompts), *self.denoiser.latent_shape)
+        if seed is not None:
+            numbers = torch.arange(len(prompts))
+            noise, generators = self.noise(seed, numbers), self.generators(seed, numbers)
+        else:
+            noise = None
+            if latents is None:
+                noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            generators = _one_for_each(generator, len(prompts))
+        if latents is not None:
+            if tuple(latents.shape) != shape:
+                raise UserError(f"latents are {tuple(latents.shape)}, expected {shape}")
+            noise = latents
+        states, negative = self.encode(prompts), None
+        if negative_prompt is not None and guidance_scale != 1:
+            negative = self.encode(_for_each(negative_prompt, len(prompts)))
+
+        def make(rows: slice) -> Tensor:
+            leads_away = None if negative is None else negative[rows]
+            noise_of = noise[rows].to(device)
+            settings = num_inference_steps, guidance_scale, generators[rows], precision
+            return self.make(states[rows], noise_of, leads_away, *settings).cpu()
+
+        with self.progress_bar(total=len(prompts)) as bar:
+            pictures = in_portions(len(prompts), make, bar.update)
+        self.maybe_free_model_hooks()  # of `enable_model_cpu_offload`
+        images = as_output_type(torch.cat(pictures), output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def make(
+        self,
+        states: TextStates,
+        noise: Tensor,
+        negative: TextStates | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        generators: list[torch.Generator] | None = None,
+        precision: str | None = None,
+    ) -> Tensor:
+        """One batch: captions' states (B) and noise (B, C, h, w), where the models are → uint8 (B, C, H, W).
+
+        Args:
+            negative: states of what guidance leads away from; None: the empty prompt that the conditioner keeps.
+            num_inference_steps: updates; Heun's method calls the denoiser twice for each.
+            guidance_scale: how far from there towards the caption; 1 asks for the caption alone, at half the price.
+            generators: of the noise that DDPM adds on the way, one for each picture.
+            precision: "32", "16" or "bf16", see `precision`; None: the machine's own, or that of half weights.
+        """
+        precision, count = precisions_for(self, precision)[0], len(states)
+
+        def denoise(rows: slice | Tensor) -> Tensor:
+            null, of_rows = None, range(count)[rows] if isinstance(rows, slice) else rows.tolist()
+            if guidance_scale != 1:
+                null = self.conditioner.null(len(of_rows)) if negative is None else self.conditioner(negative[rows])
+            return sample_text(
+                self.denoiser,
+                self.scheduler,
+                noise[rows],
+                self.conditioner(states[rows]),
+                null,
+                num_inference_steps,
+                guidance_scale,
+                generators and [generators[row].clone_state() for row in of_rows],  # they may be asked again
+            )
+
+        latents = all_finite(self, count, precision, denoise, "latents")
+        return to_pixels(decoded(self, latents, precision))
+
+    def noise(self, seed: int, indices: Tensor) -> Tensor:
+        """The noise of picture number i of a seed: the same whatever else is made beside it, on any device count."""
+        return Draws(seed, 0, indices).normal("sample", *self.denoiser.latent_shape)
+
+    def generators(self, seed: int, indices: Tensor) -> list[torch.Generator]:
+        """Where picture number i of a seed takes the noise from that DDPM adds on the way."""
+        seeds = (Draws(seed, 0, indices.cpu()).uniform("on the way", 2).double() * 2**23).long()  # (B, 2) of 23 bits
+        return [torch.Generator().manual_seed(a << 23 | b) for a, b in seeds.tolist()]
+
+    def swap_scheduler(self, name: str) -> None:
+        """Take another solver for what this denoiser predicts, on the same schedule: see `make_scheduler`."""
+        self.scheduler = swapped(self.scheduler, name)
+
+
+def _for_each(prompt: str | Sequence[str], count: int) -> list[str]:
+    prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
+    if len(prompts) != count:
+        raise UserError(f"{len(prompts)} negative prompts for {count} prompts: give one for all, or one for each")
+    return prompts
+
+
+def _one_for_each(generator: torch.Generator | list[torch.Generator] | None, count: int) -> list[torch.Generator]:
+    """Generators that do not depend on how pictures are put together in batches."""
+    if isinstance(generator, list):
+        return generator
+    device = generator.device if generator is not None else None
+    seeds = torch.randint(2**62, (count,), generator=generator, device=device)
+    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+
+
+# ---- from files
+def load_text_pipeline(
+    path: str | Path,
+    ema: bool = True,
+    autoencoder_dir: str | Path | None = None,
+    text_encoder_dir: str | Path | None = None,
+    scheduler: str | None = None,
+) -> TextToImagePipeline:
+    """Load a pipeline from its folder, or from a checkpoint of text-to-image training.
+
+    Args:
+        path: a folder that `save_pretrained` wrote; a `.ckpt`, or a checkpoint's folder.
+        ema: of a checkpoint, take the averaged weights; False takes the live ones.
+        autoencoder_dir, text_encoder_dir: those of a checkpoint; by default `autoencoder/` and `text_encoder/` beside
+            the checkpoint or the folder of checkpoints.
+        scheduler: another one than the pipeline's, by its name (see `make_scheduler`).
+
+    Raises:
+        UserError: nothing there, a checkpoint of another kind, no autoencoder or text encoder beside it, or live
+            weights of a folder.
+    """
+    path = Path(path)
+    if path.is_dir() and not is_checkpoint(path):
+        with silent_transformers():
+            pipe = read_pipeline(TextToImagePipeline, path, ema, local_files_only=True)
+        if scheduler:
+            pipe.swap_scheduler(scheduler)
+        return pipe
+    state, settings = read_training(path)
+    if "token_images" in settings:
+        raise UserError(OF_TOKENS.format(path))
+    if "text_dim" not in settings.get("conditioner_config", {}):
+        raise UserError(f"{path} is a checkpoint of DiT training on classes, not on text: load it by load_pipeline")
+    denoiser, conditioner = trained_models(path, state, settings, TextConditioner, ema)
+    vae = load_autoencoder(autoencoder_dir or autoencoder_beside(path))
+    encoder = load_text_encoder(text_encoder_dir or _text_encoder_beside(path))
+    if encoder.dim != conditioner.config.text_dim:
+        raise UserError(
+            f"The text encoder's states have {encoder.dim} numbers, {path} was trained with "
+            f"{conditioner.config.text_dim}: name the text encoder of its training (text_encoder_dir)"
+        )
+    solver = make_scheduler(scheduler, objective_of(settings.get("objective", {})))
+    return TextToImagePipeline(vae.eval(), encoder.model, encoder.tokenizer, denoiser, conditioner, solver)
+
+
+def _text_encoder_beside(checkpoint: Path) -> Path:
+    folders: Iterable[Path] = (parent / "text_encoder" for parent in checkpoint.absolute().parents[:2])
+    for folder in folders:
+        if folder.is_dir():
+            return folder
+    raise UserError(f"No text encoder beside {checkpoint}: name the one of its training (text_encoder_dir)")

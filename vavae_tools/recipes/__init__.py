@@ -1,0 +1,1 @@
+"""What each experiment is made of."""

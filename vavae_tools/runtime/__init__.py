@@ -1,0 +1,1 @@
+"""The machine, its processes, the screen, files, random draws and errors."""

@@ -1,0 +1,149 @@
+"""Whether there is a screen, what stands on it the same everywhere, and how a process's output comes into a cell."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from tqdm.auto import tqdm
+
+
+def tell(line: str) -> None:
+    """Print a line beside progress bars."""
+    tqdm.write(line, file=sys.stderr)
+
+
+CELL = "VAVAE_CELL"
+"""Environment variable: this process's output is read by a notebook's, and in this folder pictures may be left."""
+_RECORD = "\x1e"  # begins a line that is not text; ASCII's record separator
+
+
+def in_notebook() -> bool:
+    """Whether this code runs in a notebook's kernel, and not merely beside one."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
+
+
+def for_a_cell() -> bool:
+    """Whether this is the process whose output a notebook's cell shows (`launch.run_ranks`)."""
+    return CELL in os.environ and os.environ.get("LOCAL_RANK") == "0"
+
+
+def someone_looks() -> bool:
+    """Whether a bar that moves has a reader: a screen or a notebook, not a file."""
+    return sys.stderr.isatty() or in_notebook() or for_a_cell()
+
+
+def clock(seconds: float) -> str:
+    """
+    >>> clock(3725)
+    '1:02:05'
+    """
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+# ---- what is no text, from a process into the cell
+def send_record(**values: Any) -> None:
+    """Hand plain values to the cell that shows this process's output."""
+    print(_RECORD + json.dumps(values), flush=True)
+
+
+def send_picture(picture: Any) -> None:
+    """Hand a Pillow picture to the cell."""
+    with NamedTemporaryFile(dir=os.environ[CELL], suffix=".png", delete=False) as file:
+        picture.save(file, format="png")
+    send_record(picture=file.name)
+
+
+def show_record(line: str, bars: dict[int, Any], show: Callable[[Any], None] | None = None) -> bool:
+    """Show what `send_record` sent: a bar's state or a picture; False for a line of text.
+
+    Args:
+        bars: those that are shown, by number; changed here.
+        show: called with a picture, uint8 (3, H, W), in place of showing it.
+    """
+    if not line.startswith(_RECORD):
+        return False
+    values = json.loads(line[len(_RECORD) :])
+    if "picture" in values:
+        _show_picture(Path(values["picture"]), show)
+        return True
+    from tqdm.auto import tqdm
+
+    number, closed = values.pop("bar"), values.pop("closed")
+    bar = bars.get(number)
+    if bar is None:
+        bar = bars[number] = tqdm(**{name: values[name] for name in ("total", "initial", "unit", "desc")})
+    bar.n = values["n"]
+    bar.set_postfix_str(values["postfix"] or "", refresh=False)
+    bar.refresh()
+    if closed:
+        bars.pop(number).close()
+    return True
+
+
+def _show_picture(path: Path, show: Callable[[Any], None] | None) -> None:
+    from PIL import Image
+
+    with Image.open(path) as file:
+        picture = file.convert("RGB")
+    path.unlink()
+    if show is None:
+        from IPython.display import display
+
+        display(picture)
+    else:
+        import numpy as np
+        import torch
+
+        show(torch.from_numpy(np.array(picture)).permute(2, 0, 1))  # (3, H, W)
+
+
+def bars_into_cell() -> None:
+    """Let all bars of tqdm in this process move in the cell, where one shows its output; before they are imported."""
+    if not for_a_cell():
+        return
+    import tqdm.auto
+    from tqdm.std import tqdm as plain
+
+    class CellBar(plain):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            named |= {"file": StringIO(), "mininterval": 0.5, "disable": bool(named.get("disable"))}
+            super().__init__(*arguments, **named)
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+            self._send()
+            return True
+
+        def close(self) -> None:
+            if not self.disable:
+                self._send(closed=True)
+            super().close()
+
+        def _send(self, closed: bool = False) -> None:
+            send_record(
+                bar=id(self),
+                closed=closed,
+                n=self.n,
+                total=self.total,
+                initial=self.initial,
+                unit=self.unit,
+                desc=self.desc.removesuffix(": ") if self.desc else None,
+                postfix=self.postfix,
+            )
+
+    tqdm.auto.tqdm = CellBar
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """Print a line at once, and once: of several processes only the first speaks."""
+    print(line, flush=True)

@@ -1,0 +1,230 @@
+"""Files that are whole: written beside their final name, flushed to the disk, renamed; read without trusting them."""
+
+import filecmp
+import hashlib
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from diffusers import ConfigMixin
+from torch import nn
+
+from vavae_tools.runtime.errors import UserError
+
+# ---- Models that a person names by a folder, or by their repository on Hugging Face's hub
+
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def local_folder(
+    source: str | Path,
+    of: str,
+    name: str,
+    instead: str,
+    patterns: Sequence[str],
+    ignored: Sequence[str] = (),
+    file: str | None = None,
+) -> Path:
+    """A path as it is; "owner/name", where no such path is there, as the folder that the hub's repository comes to.
+
+    Args:
+        of: whose folder it is, such as "a text encoder", for messages.
+        name, instead: what messages say is to be named, and to be done where the hub cannot be reached.
+        patterns, ignored: of the files that are fetched, and of those among them that are not.
+        file: what a path may be in place of a folder, such as "config.json"; None: it must be a folder.
+
+    Raises:
+        UserError: no such path and no name of a repository, or one that cannot be reached.
+    """
+    path = Path(source)
+    if path.is_dir() or (file and path.exists()):
+        return path
+    is_file = file is not None and path.suffix == Path(file).suffix
+    if path.exists() or is_file or not _REPOSITORY.fullmatch(str(source)):
+        raise UserError(f"No {f'folder or {file}' if file else 'folder'} {source} of {of}: name {name}")
+    try:
+        from huggingface_hub import snapshot_download
+
+        found = snapshot_download(str(source), allow_patterns=list(patterns), ignore_patterns=list(ignored) or None)
+        return Path(found)
+    except Exception as error:  # no network, no such repository, not allowed: of many classes
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"There is no folder {source}, and the hub's repository of that name cannot be reached ({reason}): "
+            f"{instead}"
+        ) from None
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path in the same folder; on leaving, flush it to the disk and rename it to `path`.
+
+    After an error, a kill or a full disk, `path` is what it was before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+        flush_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder as durable as the files' contents (a no-op where the system cannot)."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn what safetensors raises where it cannot write (full disk) into the `OSError` it is."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+
+
+def save_model(model: Any, folder: str | Path) -> None:
+    """`model.save_pretrained(folder)`, of a model or a pipeline, each file whole and what else is there untouched.
+
+    Raises:
+        UserError: weights that are not finite; nothing is written then.
+    """
+    folder = Path(folder)
+    for name, part in getattr(model, "components", {"": model}).items():
+        damaged = [weight for weight, values in _parameters_of(part) if not values.isfinite().all()]
+        if damaged:
+            raise UserError(
+                f"{folder} is not written: {len(damaged)} weights of {name or type(model).__name__} are not finite "
+                f"({damaged[0]} …). Resume from an earlier checkpoint, with a smaller learning rate or --precision 32"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as name, disk_errors():
+        partial = Path(name)
+        model.save_pretrained(partial)
+        made = sorted((path for path in partial.rglob("*") if path.is_file()), key=lambda path: path.suffix == ".json")
+        for path in made:  # the weights first: a configuration is never without them
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            target = folder / path.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+            flush_folder(target.parent)
+
+
+def _parameters_of(part: Any) -> Iterator[tuple[str, Any]]:
+    return part.named_parameters() if hasattr(part, "named_parameters") else iter(())
+
+
+def keep_once(kept: Path, copies: Path) -> None:
+    """Let the files of a folder that equal those of another take no room of their own, where the disk has links.
+
+    Both stay whole whatever becomes of the other: here files are replaced, never written into.
+    """
+    for file in kept.glob("*.safetensors"):
+        copy = copies / file.name
+        if copy.is_file() and filecmp.cmp(file, copy, shallow=False):
+            partial = copy.with_name(f".{copy.name}.{os.getpid()}.partial")
+            with suppress(OSError):
+                os.link(file, partial)
+                partial.replace(copy)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """`read_saved`, of a file that holds a dict.
+
+    Raises:
+        UserError: as there, or it holds something else.
+    """
+    checkpoint = read_saved(path)
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, expected a dict of weights")
+    return checkpoint
+
+
+def read_saved(path: str | Path) -> Any:
+    """Read what `torch.save` wrote onto the CPU with `weights_only=True`: tensors and plain values, never code.
+
+    Tensors stay in the file until they are used.
+
+    Raises:
+        UserError: no such file, a damaged one, or one that would have to run code to be read.
+    """
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        hint = f"; {path.parent} holds {', '.join(beside)}" if beside else ""
+        raise UserError(f"No checkpoint {path}{hint}")
+    zipped = is_zipfile(path)
+    if not zipped and path.open("rb").read(1) != b"\x80":  # a zip, or before PyTorch 1.6 a pickle
+        raise UserError(f"{path} is damaged or no checkpoint: it is neither a zip nor a pickle, as torch.save writes")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError:
+        plain = path.with_suffix(".plain.pt")
+        raise UserError(
+            f"{path} holds more than tensors and plain values, so it is not opened. Where you trust its origin, run "
+            f"python -c \"import torch; c = torch.load({str(path)!r}, 'cpu', weights_only=False); "
+            f"torch.save({{'state_dict': c.get('state_dict', c)}}, {str(plain)!r})\" and name {plain}"
+        ) from None
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        AssertionError,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{path} is damaged or no checkpoint ({reason})") from None
+
+
+def weights_digest(model: nn.Module, without: tuple[str, ...] = ()) -> str:
+    """A hash of a model's weights, but for those whose names begin as said."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(without):
+            continue
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def plain_config(model: ConfigMixin) -> dict[str, Any]:
+    """A diffusers model's configuration as plain values, which `weights_only=True` can read."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in model.config.items() if not k.startswith("_")}

@@ -1,0 +1,158 @@
+"""Which devices there are here, whether this torch can use them, and how networks compute on them."""
+
+import ctypes
+import gc
+import itertools
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from vavae_tools.runtime.card import take_card
+from vavae_tools.runtime.errors import UserError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_MEMORY_FAULT = re.compile(
+    r"CUDA[\w ':]*out of memory|(CUBLAS|CUDNN|CUSPARSE|CUSOLVER)_STATUS_ALLOC_FAILED"
+    r"|DefaultCPUAllocator: (can't allocate|not enough) memory|HIP out of memory",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What training may use here."""
+
+    kind: str
+    """"cpu", "t4" (a T4 or another card without bf16) or "ampere" (compute capability 8.0 and above: bf16)."""
+    devices: int
+    name: str
+    memory: int = 0
+    """Bytes of each GPU."""
+    capability: tuple[int, int] = ()
+    """CUDA's, of the least of the GPUs; by default the kind's."""
+    unusable: str = ""
+    """A card that is there and that this torch has no code for."""
+
+    def __post_init__(self) -> None:
+        of_kind = {"cpu": (0, 0), "t4": (7, 5), "ampere": (8, 0)}
+        object.__setattr__(self, "capability", self.capability or of_kind[self.kind])
+
+    def __str__(self) -> str:
+        return f"{self.devices} × {self.name}" if self.kind != "cpu" else f"CPU, {os.cpu_count()} cores"
+
+
+def find_machine() -> Machine:
+    """Look which devices there are, and whether this torch can use them.
+
+    A card that this build of torch has no code for says `is_available()` and fails at its first operation (a P100 on
+    Kaggle's image): it is named in a warning and the CPU taken.
+    """
+    if not torch.cuda.is_available():
+        return Machine("cpu", 1, "CPU")
+    cards = range(torch.cuda.device_count())
+    capability, card = min((torch.cuda.get_device_capability(card), card) for card in cards)  # the least sets the pace
+    name, (major, minor) = torch.cuda.get_device_name(card), capability
+    built_for = [int(arch.split("_")[1].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+    if built_for and not any(arch // 10 == major and arch % 10 <= minor for arch in built_for):
+        unusable = f"{name} (sm_{major}{minor})"
+        warnings.warn(
+            f"torch {torch.__version__} of this image has no code for a {unusable}: the CPU is taken. Switch to "
+            "another accelerator, such as Kaggle's GPU T4 x2",
+            stacklevel=2,
+        )
+        return Machine("cpu", 1, "CPU", unusable=unusable)
+    # is_bf16_supported() is True on a T4, where it is emulated and slow: the capability decides
+    memory = min(torch.cuda.get_device_properties(card).total_memory for card in cards)
+    return Machine("ampere" if major >= 8 else "t4", len(cards), name, memory, capability)
+
+
+def find_device() -> str:
+    """The device to run a model on here, "cuda" or "cpu"."""
+    return "cpu" if find_machine().kind == "cpu" else "cuda"
+
+
+def device_of(number: int) -> str:
+    """The device of process number 0, 1, … on this machine, which is then the process's own: "cuda:0", …, or "cpu".
+
+    Raises:
+        UserError: there are fewer GPUs than processes, or one that another process holds.
+    """
+    if find_device() == "cpu":
+        return "cpu"
+    if number >= torch.cuda.device_count():
+        raise UserError(
+            f"There is no GPU for process {number + 1} on this machine, which has {torch.cuda.device_count()}: start "
+            "as many processes as there are GPUs"
+        )
+    take_card(number)
+    return f"cuda:{number}"
+
+
+def machine_of(device: str | torch.device) -> Machine:
+    """What there is to compute on where this is the device."""
+    return find_machine() if torch.device(device).type == "cuda" else Machine("cpu", 1, "CPU")
+
+
+def release_memory() -> None:
+    """Give back to the card what this process keeps of it without a tensor in it: for what comes next, and for others.
+
+    A stage that ends, such as an encoding, would else hold it as long as its process lives.
+    """
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        with suppress(RuntimeError):  # of an earlier fault of the card
+            torch.cuda.empty_cache()
+
+
+def is_memory_fault(error: BaseException) -> bool:
+    """Whether torch, CUDA's libraries or Python say that memory is too small, or something that they caused."""
+    return any(
+        isinstance(link, (torch.OutOfMemoryError, MemoryError))
+        or (isinstance(link, RuntimeError) and _MEMORY_FAULT.search(str(link)) is not None)
+        for link in (error, error.__cause__)
+    )
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that a step frees, for the next step: for training on a CPU.
+
+    glibc gives large blocks back to the system, which hands them out again page by page and zeroed, thousands of times
+    a step. The peak stays the same. Elsewhere than with glibc nothing happens.
+    """
+    with suppress(OSError, AttributeError):
+        adjust = ctypes.CDLL(None).mallopt
+        adjust(-4, 0)  # M_MMAP_MAX: none of the blocks comes from the system alone
+        adjust(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end is not given back
+
+
+@contextmanager
+def at_work(model: Any, device: str | torch.device) -> Iterator[None]:
+    """Have a model on a device; afterwards it is where it was, and the card's memory is given back.
+
+    Args:
+        model: an `nn.Module`, or what has `device` and `to`.
+    """
+    device, home = torch.device(device), _device_of(model)
+    try:
+        model.to(device)
+        yield
+    finally:
+        if home != _device_of(model):
+            model.to(home)
+        if device.type == "cuda":
+            release_memory()
+
+
+def _device_of(model: Any) -> torch.device:
+    if not isinstance(model, nn.Module):
+        return model.device
+    first = next(itertools.chain(model.parameters(), model.buffers()), torch.zeros(()))
+    return first.device

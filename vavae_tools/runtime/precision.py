@@ -1,0 +1,141 @@
+"""What measures and compares pictures is computed in float32, whatever precision the networks around it compute in."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from vavae_tools.runtime.console import tell
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.machine import Machine, Model, machine_of
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def in_float32(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate what half precision makes wrong: autocast is off in it, and tensors in half precision come as float32.
+
+    Sums over pictures, windows and neighbours lose their last digits there: an SSIM of 1 became 0.66. Gradients flow
+    through as before.
+    """
+
+    @functools.wraps(function)
+    def computed(*arguments: P.args, **named: P.kwargs) -> R:
+        kinds = {value.device.type for value in (*arguments, *named.values()) if isinstance(value, Tensor)}
+        with torch.autocast(next(iter(kinds), "cpu"), enabled=False):
+            return function(*map(_float32, arguments), **{name: _float32(value) for name, value in named.items()})
+
+    return computed
+
+
+def _float32(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
+PRECISIONS = {"32": "float32", "16": "fp16", "bf16": "bf16"}
+"""By the names that people type, as they are called where something is said of them."""
+HALF = {"16": torch.float16, "bf16": torch.bfloat16}
+_ALSO = {"fp16": "16", "fp32": "32", "float32": "32", "no": "32", "False": "32"}  # YAML reads no as false
+
+
+# ---- how networks compute
+def precision_on(machine: Machine, name: str | None = None) -> str:
+    """A precision as people type it → its name in `PRECISIONS`; None: the machine's own.
+
+    That is fp16 on a T4, bf16 from compute capability 8.0 on, and float32 on a CPU.
+
+    Raises:
+        UserError: a precision that there is not, or that this machine does many times slower.
+    """
+    if name is None:
+        return {"cpu": "32", "t4": "16", "ampere": "bf16"}[machine.kind]
+    name = _ALSO.get(str(name), str(name))
+    if name not in PRECISIONS:
+        raise UserError(f"No precision {name!r}; there are {', '.join(PRECISIONS)}")
+    if name == "bf16" and machine.kind == "t4":
+        raise UserError(f"{machine.name} has no bf16 (it is emulated and slow): use --precision 16 or 32")
+    if name == "16" and machine.kind == "cpu":
+        raise UserError("A CPU has no fp16: use --precision 32")
+    return name
+
+
+def computing_in(precision: str, device: str | torch.device) -> torch.autocast:
+    """Let matrix products and convolutions compute in a precision of `PRECISIONS`, by autocast; "32": in the weights'.
+
+    It holds whatever is set around it.
+    """
+    return torch.autocast(torch.device(device).type, HALF.get(precision), enabled=precision in HALF)
+
+
+def for_inference(model: Model, device: str | torch.device) -> Model:
+    """Lay the weights of convolutions out as a card takes them fastest, in place; on a CPU nothing happens.
+
+    Numbers, names and files stay the same.
+    """
+    return model.to(memory_format=torch.channels_last) if torch.device(device).type == "cuda" else model
+
+
+@contextmanager
+def trying_convolutions() -> Iterator[None]:
+    """Let cuDNN try its convolutions and keep the fastest: for many batches of one size, as a new one takes seconds.
+
+    Which one wins may change from run to run, and with it last bits: under `torch.use_deterministic_algorithms` none is
+    tried.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+# ---- Frozen models that go through data once: on a card in half precision, and what they took of it is given back
+
+
+R = TypeVar("R")
+
+
+class Computing:
+    """How a frozen model computes: `computing(function)`, and `computing.again(function)` where that is not finite.
+
+    Args:
+        precision: "32", "16" or "bf16"; None: fp16 on a card, whose ten bits after the point bf16 has only seven of,
+            and float32 on a CPU.
+        device: where it computes.
+        what: what it makes, such as "Latents of this VAVAE", for the line that `again` tells `say`.
+
+    Raises:
+        UserError: a precision that there is not, or that this device does not have.
+    """
+
+    def __init__(
+        self, precision: str | None, device: str | torch.device, what: str, say: Callable[[str], None] = tell
+    ) -> None:
+        if precision is None:
+            self.precision = "16" if torch.device(device).type == "cuda" else "32"
+        else:
+            self.precision = precision_on(machine_of(device), precision)
+        self.device, self.what, self.say = device, what, say
+        self._said = False
+
+    @property
+    def in_half(self) -> bool:
+        """Whether there is a reason to try again in float32."""
+        return self.precision != "32"
+
+    def __call__(self, function: Callable[[], R]) -> R:
+        with computing_in(self.precision, self.device):
+            return function()
+
+    def again(self, function: Callable[[], R]) -> R:
+        """Compute in float32, and say so the first time."""
+        if not self._said:
+            self._said = True
+            self.say(f"{self.what} are not finite in half precision: such batches are computed again in float32")
+        with computing_in("32", self.device):
+            return function()

@@ -1,0 +1,359 @@
+"""Checkpoints that are whole: `best-*.ckpt`, `last.ckpt` and periodic folders, written beside training."""
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import TorchCheckpointIO
+from torch import Tensor
+
+from vavae_tools.checkpoints.formats import clear_left_overs, keep_newest, read_any, remove, write_any
+from vavae_tools.runtime.console import say
+from vavae_tools.runtime.errors import Stopped, StoppedAtOnce, UserError
+from vavae_tools.runtime.files import written_whole
+from vavae_tools.training.config import Saving
+
+PREVIOUS = "previous.ckpt"
+"""What `last.ckpt` was before: taken where `last.ckpt` turns out to be damaged."""
+
+
+WRITTEN = ("checkpoints", "autoencoder", "vavae", "rae", "pipeline", "reconstructions", "samples", "classifier")
+"""Folders of a run that trainings write into."""
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes beside, flushes, renames: a kill or a full disk leaves the checkpoint before it as it was.
+
+    A step waits for a copy of the weights in memory; a thread brings it to the disk, one checkpoint after the other. A
+    path without an ending becomes a folder, a `.pth` a file with such a folder's parts (`checkpoints.folders`). Where
+    the disk gets full, `previous.ckpt` and then periodic folders go, never the newest whole checkpoint, and that is
+    said.
+    """
+
+    def __init__(self, say: Callable[[str], None] = say) -> None:
+        super().__init__()
+        self.say = say
+        self._writer: ThreadPoolExecutor | None = None
+        self._pending: Future | None = None
+        self.seconds = 0.0
+        """What the slowest checkpoint took so far, from the copy to the flushed file."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None = None) -> None:
+        self.wait()
+        began = time.monotonic()
+        copied = copied_to_cpu(checkpoint)  # training changes the weights while they are written
+        self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending = self._writer.submit(self._write, copied, Path(path), began)
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is on the disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def look(self) -> None:
+        """As `wait`, where the writing has ended anyway: a failure is told soon."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def remove_checkpoint(self, path: str) -> None:
+        self.wait()
+        if Path(path).exists():
+            remove(Path(path))
+
+    def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_any(path, self.say)
+
+    def teardown(self) -> None:
+        try:
+            self.wait()
+        finally:
+            if self._writer is not None:
+                self._writer.shutdown()
+                self._writer = None
+
+    def _write(self, checkpoint: dict[str, Any], path: Path, began: float) -> None:
+        make_room(path, _bytes(checkpoint), self.say)
+        try:
+            if path.suffix not in ("", ".pth"):
+                with written_whole(path) as partial:
+                    torch.save(checkpoint, partial)
+                    _step_aside(path)
+            else:
+                write_any(checkpoint, path)
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
+            free = shutil.disk_usage(path.parent).free / 2**20
+            raise UserError(
+                f"{path} could not be written ({free:,.0f} MB free): {str(error).splitlines()[0]}. The checkpoint "
+                "before it is whole: free some space and go on with --resume last"
+            ) from None
+        self.seconds = max(self.seconds, time.monotonic() - began)
+
+
+def copied_to_cpu(value: Any, copies: dict[tuple, Tensor] | None = None) -> Any:
+    """A deep copy with all tensors on the CPU; what shares its memory shares the copy, and is written once."""
+    copies = {} if copies is None else copies
+    if isinstance(value, Tensor):
+        place = value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
+        if place not in copies or not value.numel():
+            copies[place] = value.detach().to("cpu", copy=True)
+        return copies[place]
+    if isinstance(value, dict):
+        return type(value)((key, copied_to_cpu(item, copies)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied_to_cpu(item, copies) for item in value)
+    return value
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def former_of(path: Path) -> Path | None:
+    """What a checkpoint's predecessor is called when it takes its place; None: it goes."""
+    return path.with_name(PREVIOUS) if path.name == "last.ckpt" else None
+
+
+def _step_aside(path: Path) -> None:
+    """Keep the `last.ckpt` that a file is about to replace; a folder of this name, of a sharded run, makes way."""
+    former = former_of(path)
+    if path.is_dir():
+        if former is None:
+            remove(path)
+            return
+        if former.exists():
+            remove(former)
+        path.rename(former)
+    elif former is not None and path.is_file():
+        partial = path.with_name(f".{former.name}.{os.getpid()}.partial")
+        with suppress(OSError):  # a file system without links goes without
+            partial.unlink(missing_ok=True)
+            os.link(path, partial)
+            if former.is_dir():
+                remove(former)
+            partial.replace(former)
+
+
+def make_room(path: Path, needed: int, say: Callable[[str], None]) -> None:
+    """Remove what is no longer needed where `needed` bytes would not fit on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def full() -> bool:
+        return shutil.disk_usage(path.parent).free < needed * 1.05 + 2**24
+
+    if not full():
+        return
+    last = path.with_name("last.ckpt")
+    previous = path.with_name(PREVIOUS)
+    if previous.exists() and last.exists():
+        remove(previous)
+        say(f"The disk is nearly full: {previous} is removed ({last.name} stays)")
+    if full():
+        for gone in keep_newest(path.parent if path.suffix in ("", ".pth") else path.parent.parent, 1):
+            say(f"The disk is nearly full: {gone.path} is removed")
+
+
+class Agreement:
+    """What any of several processes wants, known to all of them about once a second.
+
+    To ask, they wait for each other; so not at every step, but after as many as the slowest of them makes in a second.
+    That number is agreed on with the answer, or they would ask at different steps and wait for ever.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.asked_at, self.asked_after, self.interval = time.monotonic(), step, 1
+
+    def due(self, step: int) -> bool:
+        """Whether step is one to `ask` after; the same in all processes."""
+        return step >= self.asked_after + self.interval
+
+    def ask(self, trainer: L.Trainer, *wishes: bool) -> list[bool]:
+        """For each of the wishes, whether any process has it."""
+        now, step = time.monotonic(), trainer.global_step
+        seconds = (now - self.asked_at) / max(1, step - self.asked_after)
+        asked = torch.tensor([*map(float, wishes), seconds], device=trainer.strategy.root_device)
+        *wanted, seconds = trainer.strategy.reduce(asked, reduce_op="max").tolist()
+        # at most doubled: the first steps are no measure, such as those that a GPU is still busy with
+        self.interval = max(1, min(2 * self.interval, int(1 / max(seconds, 1e-6)), 1000))
+        self.asked_at, self.asked_after = now, step
+        return [bool(wish) for wish in wanted]
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Writes `last.ckpt` every few minutes, periodic folders, and `last.ckpt` at the end however training ends.
+
+    Ctrl-C, a notebook's stop button, SIGTERM and the time limit end training after the step they fall into: between
+    two steps a checkpoint is exact, and `--resume last` goes on as if nothing had happened. A second Ctrl-C does not
+    wait. Of several processes it is enough that one is told; all stop after the same step, about a second later.
+    An error saves nothing: the others would wait for a process that is gone, and `last.ckpt` is whole.
+
+    Args:
+        folder: gets `last.ckpt`; the folder above it, the run's, gets `checkpoint-STEP/` and `checkpoint-epoch-N/`,
+            or the same as single files.
+        saving: when. Before a session's end training stops as early as saving takes, twice, and a minute for what
+            comes after.
+
+    Raises:
+        Stopped: after saving, where training was stopped.
+    """
+
+    def __init__(self, folder: Path, saving: Saving | None = None) -> None:
+        self.saving = saving or Saving()
+        interval = timedelta(minutes=self.saving.save_every_minutes)
+        super().__init__(folder, "last", train_time_interval=interval, enable_version_counter=False)
+        self.until = self.saving.until()
+        self._stop, self._former_handlers = False, {}
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, module, stage)
+        self.run = Path(self.dirpath).parent
+        if trainer.is_global_zero:
+            for folder in (self.run, *(self.run / name for name in WRITTEN)):
+                clear_left_overs(folder)  # of a process that was killed while it wrote
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        self._step = trainer.global_step
+        self._agreement = Agreement(self._step)
+        # Lightning from 2.6 on asks the first process before every batch, which a GPU has to be waited for, and ends
+        # without saving; and its SIGTERM calls a collective at a moment that the other processes cannot know
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        if threading.current_thread() is threading.main_thread():
+            self._process = os.getpid()
+            self._former_handlers = {
+                number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+            }
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        if number == signal.SIGTERM and os.getpid() != self._process:  # one that loads data, forked with this handler
+            os._exit(128 + number)
+        if self._stop and number == signal.SIGINT:  # a launcher may say SIGTERM twice
+            raise StoppedAtOnce("Stopped at once, in the middle of a step; last.ckpt is as it was written before")
+        self._stop = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        ends = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        gathered = getattr(module, "accumulate_grad_batches", trainer.accumulate_grad_batches)
+        if (batch_idx + 1) % gathered and not ends:
+            return  # the gradients gathered so far would be lost
+        validates = trainer.enable_validation and sum(trainer.num_val_batches) > 0
+        if ends and validates and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+            return  # it would be left out on resuming, and with it perhaps the best model: save after it
+        self._save_what_is_due(trainer, ends)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            ends = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+            self._save_what_is_due(trainer, ends, ask=True)
+
+    def _save_what_is_due(self, trainer: L.Trainer, epoch_ends: bool, ask: bool = False) -> None:
+        step, epoch = trainer.global_step, trainer.current_epoch + 1
+        steps, epochs = self.saving.save_every_n_steps, self.saving.save_every_n_epochs
+        if steps and step // steps > self._step // steps:
+            self._save_periodic(trainer, f"checkpoint-{step}")
+        if epochs and epoch_ends and epoch % epochs == 0:
+            self._save_periodic(trainer, f"checkpoint-epoch-{epoch}")
+        self._step = step
+        if trainer.world_size > 1 and not ask and not self._agreement.due(step):
+            return
+        writer, fault = trainer.strategy.checkpoint_io, None
+        try:
+            writer.look()
+        except UserError as error:
+            fault = error
+        now = time.monotonic()
+        due = now - self._last_time_checked >= self._train_time_interval.total_seconds()
+        late = self.until is not None and time.time() + 2 * writer.seconds + 60 > self.until
+        failed, stop = fault is not None, self._stop or trainer.received_sigterm
+        if trainer.world_size > 1:
+            due, stop, late, failed = self._agreement.ask(trainer, due, stop, late, failed)
+        if failed:
+            raise fault or UserError("The first process could not write a checkpoint, and says why")
+        if due or stop or late:
+            self._save(trainer)
+            self._last_time_checked = now
+        if stop or late:
+            writer.wait()
+            why = "The session's time is nearly over: stopped" if late else "Stopped"
+            raise Stopped(f"{why} after step {step:,}; go on with --resume last")
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._give_back_signals()
+        if trainer.global_step and not trainer.fast_dev_run:
+            self._save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self._give_back_signals()  # and nothing is saved, see above
+
+    def _save(self, trainer: L.Trainer) -> None:
+        path = self.format_checkpoint_name({}, filename="last")
+        trainer.save_checkpoint(path)
+        self.best_model_path = path
+
+    def _save_periodic(self, trainer: L.Trainer, name: str) -> None:
+        name = f"{name.replace('-', '_')}.pth" if self.saving.single_files else name
+        trainer.save_checkpoint(self.run / name)
+        if trainer.is_global_zero:
+            trainer.strategy.checkpoint_io.wait()
+            keep_newest(self.run, self.saving.keep_last)
+
+    def _give_back_signals(self) -> None:
+        for number, handler in self._former_handlers.items():
+            signal.signal(number, handler)
+        self._former_handlers = {}
+
+
+def checkpoint_callbacks(
+    folder: Path,
+    monitor: str | None,
+    saving: Saving | None = None,
+    mode: str = "min",
+    best: str = "best-",
+) -> list[ModelCheckpoint]:
+    """`last.ckpt`, periodic folders, and the best by `monitor` as `best-EPOCH-VALUE.ckpt`.
+
+    Args:
+        folder: of the checkpoints, in a run's folder.
+        monitor: the logged value that says which is best; None: none is.
+        saving: when they are written; by default every five minutes.
+        mode: whether "min" or "max" of it is best.
+        best: how the best one's name begins.
+    """
+    saving = saving or Saving()
+    callbacks: list[ModelCheckpoint] = []
+    if monitor:
+        name = f"{best}{{epoch:03d}}-{{{monitor}:.4f}}"
+        callbacks.append(
+            ModelCheckpoint(
+                folder,
+                name,
+                monitor=monitor,
+                mode=mode,
+                save_top_k=saving.keep_best,
+                auto_insert_metric_name=False,
+                save_on_train_epoch_end=False,  # from there Lightning does not resume exactly where max_steps is set
+                enable_version_counter=False,
+            )
+        )
+    return [*callbacks, LastCheckpoint(folder, saving)]  # last, so that it knows of the best

@@ -1,0 +1,143 @@
+"""Pictures while training: reconstructions beside their originals, samples of every person from fixed noise."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from PIL import Image
+from torch import Tensor
+
+from vavae_tools.autoencoders.vavae import anothers, reconstruct_pictures
+from vavae_tools.plots import picture_grid, show_inline
+from vavae_tools.runtime.console import say
+from vavae_tools.runtime.errors import StoppedAtOnce
+from vavae_tools.runtime.files import written_whole
+from vavae_tools.runtime.machine import release_memory
+
+
+class Previews(L.Callback):
+    """Writes a grid of pictures every few validations, to `folder` and TensorBoard, and hands it to `show`.
+
+    Args:
+        folder: grids are written here as `NAME-STEP.png`.
+        every: epochs between two grids; the last epoch always has one.
+        show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
+    """
+
+    name = "preview"
+
+    def __init__(self, folder: str | Path, every: int = 1, show: Callable[[Tensor], None] | None = None) -> None:
+        self.folder, self.every, self.show = Path(folder), every, show or show_inline
+
+    def grid(self, module: L.LightningModule) -> Tensor:
+        """The pictures, uint8 (3, H, W)."""
+        raise NotImplementedError
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        if epoch % self.every and not last:
+            return
+        if not trainer.is_global_zero and not isinstance(trainer.strategy, ModelParallelStrategy):
+            return  # of several processes one makes the pictures, but those that share a model make them together
+        training = module.training
+        module.eval()
+        release_memory()  # what training keeps for its next step, pictures may take meanwhile
+        try:
+            with torch.inference_mode():
+                grid = self.grid(module)
+            if trainer.is_global_zero:
+                self.keep(trainer, grid)
+        except StoppedAtOnce:
+            raise
+        except Exception as error:  # of any kind: hours of training are worth more than its pictures
+            why = next(iter(str(error).splitlines()), "")[:200]
+            say(f"preview left out at step {trainer.global_step:,} ({type(error).__name__}: {why})")
+        finally:
+            module.train(training)
+            release_memory()
+
+    def keep(self, trainer: L.Trainer, grid: Tensor) -> None:
+        """Write and show a grid."""
+        with written_whole(self.folder / f"{self.name}-{trainer.global_step:06d}.png") as partial:
+            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(partial, format="png")
+        if trainer.logger is not None:
+            trainer.logger.experiment.add_image(self.name, grid, trainer.global_step)
+        self.show(grid)
+        self.tell(trainer)
+
+    def tell(self, trainer: L.Trainer) -> None:
+        """What is to be said beside the grid."""
+
+
+class ReconstructionPreviews(Previews):
+    """Originals above their reconstructions (the posterior's mode): with each person's vector, another's, and none."""
+
+    name = "reconstructions"
+
+    def __init__(self, batch: dict[str, Tensor], folder: str | Path, every: int = 1, show=None) -> None:
+        super().__init__(folder, every, show)
+        self.batch = batch
+
+    def grid(self, module: L.LightningModule) -> Tensor:
+        vavae = module.vavae
+        pictures, labels = (self.batch[key].to(module.device) for key in ("pictures", "labels"))
+        rows = [labels, anothers(labels), None] if vavae.config.condition_dim else [None]
+        remade = [reconstruct_pictures(vavae, pictures, row).cpu() for row in rows]
+        return picture_grid(torch.cat([self.batch["pictures"], *remade]), columns=len(pictures))
+
+
+class SamplePreviews(Previews):
+    """Samples of the averaged denoiser, a row for each person, always from the same noise.
+
+    Args:
+        make: (denoiser, conditioner) → pictures uint8 (N, 3, H, W), a row after the other; e.g. a pipeline's.
+        columns: pictures in a row.
+    """
+
+    name = "samples"
+
+    def __init__(
+        self, make: Callable[[torch.nn.ModuleDict], Tensor], columns: int, folder: str | Path, every: int, show=None
+    ) -> None:
+        super().__init__(folder, every, show)
+        self.make, self.columns = make, columns
+
+    def grid(self, module: L.LightningModule) -> Tensor:
+        return picture_grid(self.make(module.ema.network), columns=self.columns)
+
+
+class TextPreviews(SamplePreviews):
+    """Samples that are texts: as pictures, and as text in `folder`, in TensorBoard and on the screen.
+
+    Args:
+        make: the averaged network → pictures and their texts.
+        say: gets a line for each text.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[torch.nn.ModuleDict], tuple[Tensor, list[str]]],
+        columns: int,
+        folder: str | Path,
+        every: int,
+        show: Callable[[Tensor], None] | None = None,
+        say: Callable[[str], None] = say,
+    ) -> None:
+        super().__init__(make, columns, folder, every, show)
+        self.say, self.texts = say, []
+
+    def grid(self, module: L.LightningModule) -> Tensor:
+        pictures, self.texts = self.make(module.ema.network)
+        return picture_grid(pictures, columns=self.columns)
+
+    def tell(self, trainer: L.Trainer) -> None:
+        with written_whole(self.folder / f"{self.name}-{trainer.global_step:06d}.txt") as partial:
+            partial.write_text("\n".join(self.texts) + "\n", encoding="utf-8")
+        if trainer.logger is not None:
+            listed = "\n".join(f"    {text}" for text in self.texts)  # Markdown's own text
+            trainer.logger.experiment.add_text(self.name, listed, trainer.global_step)
+        for text in self.texts:
+            self.say(f"  {' '.join(text.split())[:160]}")

@@ -1,0 +1,376 @@
+"""How fast a training goes and what holds it up, measured beside the steps, which never wait for it."""
+
+import copy
+import os
+import re
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor, nn
+
+from vavae_tools.runtime.console import say
+from vavae_tools.runtime.errors import Stopped
+from vavae_tools.training.callbacks.progress import is_written, written_as
+
+WARM_UP = 3
+"""Optimiser steps at a run's beginning that are not measured: code is compiled, memory and optimiser states made."""
+LEAST = 2
+"""Fewer steps than these say nothing."""
+TOO_LONG = 0.2
+"""Share of the time spent waiting for data from which on there is advice."""
+
+_FETCHING = "[_TrainingEpochLoop].train_dataloader_next"
+_DENSE_HALF = {"h200 nvl": 835.5e12, "h200": 989.5e12, "h100 nvl": 835.5e12}
+"""FLOP/s in half precision of cards that Lightning's table gives for sparse matrices."""
+
+
+class Clock:
+    """Marks in time as the processor sees it, for a training on it."""
+
+    def mark(self) -> Any:
+        return time.perf_counter()
+
+    def has_passed(self, mark: Any) -> bool:
+        return True
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        return end - begin
+
+    def wait(self) -> None:
+        """Until all marks have passed."""
+
+
+class GPUClock(Clock):
+    """Marks in a GPU's queue of work: between two of them lies what the GPU did, or that it had nothing to do."""
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def has_passed(self, mark: torch.cuda.Event) -> bool:
+        return mark.query()
+
+    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        return begin.elapsed_time(end) / 1000
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+
+@dataclass
+class Spent:
+    """What steps took on one process: batches of `samples` in all, `waited` of the `seconds` for data."""
+
+    steps: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def add(self, steps: int, samples: int, seconds: float, waited: float) -> None:
+        self.steps, self.samples = self.steps + steps, self.samples + samples
+        self.seconds, self.waited = self.seconds + seconds, self.waited + waited
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of a run, over all processes; see `__str__` for the units."""
+
+    pictures_per_second: float
+    step_seconds: float
+    waiting: float
+    """share of the time in which the loop, or the GPU, waited for data"""
+    memory: float
+    """bytes at the peak, of the process with the largest: the GPU's where there is one, else the process's own"""
+    processes: int = 1
+    flops_per_second: float | None = None
+    """of one device"""
+    peak_flops: float | None = None
+
+    def __str__(self) -> str:
+        together = f" ({self.processes} processes)" if self.processes > 1 else ""
+        line = (
+            f"throughput  {self.pictures_per_second:,.1f} pictures/s, {self.step_seconds * 1000:,.1f} ms a step"
+            f"{together}, {self.waiting:.0%} of it waiting for data, peak memory {self.memory / 1e9:.1f} GB"
+        )
+        if self.flops_per_second and self.peak_flops:
+            share = self.flops_per_second / self.peak_flops
+            line += f", {share:.0%} of the card's {self.peak_flops / 1e12:,.0f} TFLOP/s"
+        return line
+
+
+class Throughput(L.Callback):
+    """Pictures a second, time of a step, share of waiting for data, peak of memory, use of the card; said at the end.
+
+    Lightning's own ThroughputMonitor makes the GPU finish at every step and does not know what waiting for data is;
+    here marks are set in passing and looked at once they have passed. The time of a step goes from the end of the one
+    before it to its own end, unless something else came between: validation, a checkpoint, previews, another epoch.
+    Then it begins where the loop asks for the next batch. The first `WARM_UP` steps do not count, those of a run that
+    was gone on with neither.
+
+    Args:
+        say: gets a line at the end, also where training was stopped in good order, and one with advice where more than
+            `TOO_LONG` of the time went into waiting for data. A run of a few steps says nothing.
+        clock: by default that of the device.
+
+    Logs `throughput/…` where Lightning writes a step: the speed since the last time, as the first process sees it.
+    `speed` is the run's once it has ended.
+    """
+
+    def __init__(self, say: Callable[[str], None] = say, clock: Clock | None = None) -> None:
+        self.say, self.speed = say, None
+        self._given_clock = clock
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        on_gpu = module.device.type == "cuda"
+        self._clock = self._given_clock or (GPUClock() if on_gpu else Clock())
+        self._steps_before, self._measured_from = trainer.global_step, trainer.global_step + WARM_UP
+        self._whole, self._lately = Spent(), Spent()
+        self._running: deque[tuple[Sequence[Any], Any, int, int]] = deque()  # batches whose marks may not have passed
+        self._end: Any | None = None
+        self._fetches: list[list[Any]] = []
+        self._peak = peak_flops(module.device, str(trainer.precision)) if trainer.is_global_zero else None
+        self._flops: int | None = None
+        self.speed = None
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(module.device)
+        if not isinstance(trainer.profiler, _Fetches):
+            trainer.profiler = _Fetches(trainer.profiler)
+        trainer.profiler.begin, trainer.profiler.end = self._begin_fetch, self._end_fetch
+
+    def _begin_fetch(self) -> None:
+        self._fetches.append([self._clock.mark()])
+
+    def _end_fetch(self) -> None:
+        self._fetches[-1].append(self._clock.mark())
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx) -> None:
+        end, fetches = self._clock.mark(), self._fetches
+        begin = self._end if self._end is not None else fetches[0][0] if fetches else None
+        steps = trainer.global_step - self._steps_before
+        if begin is not None and self._steps_before >= self._measured_from:
+            self._running.append((begin, fetches, end, steps, _samples(batch)))
+        elif self._peak and self._flops is None and hasattr(module, "flops_of_a_sample"):
+            self._count(module, batch)  # while nothing is measured yet
+        self._steps_before, self._end, self._fetches = trainer.global_step, end, []
+        self._look()
+        if trainer.is_global_zero and trainer.loggers and self._lately.steps and is_written(trainer):
+            self._log(trainer, module)
+
+    def _count(self, module: L.LightningModule, batch: Any) -> None:
+        try:
+            self._flops = module.flops_of_a_sample(batch)
+        except Exception as error:  # a figure beside the training, which goes on without it
+            self._peak = None
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.say(f"no utilisation of the card: what a step computes cannot be counted ({reason})")
+
+    def _look(self) -> None:
+        while self._running and self._clock.has_passed(self._running[0][2]):
+            begin, fetches, end, steps, samples = self._running.popleft()
+            waited = sum(self._clock.seconds(*fetch) for fetch in fetches)
+            for spent in (self._whole, self._lately):
+                spent.add(steps, samples, self._clock.seconds(begin, end), waited)
+
+    def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        spent, self._lately = self._lately, Spent()
+        values = {
+            "pictures_per_second": trainer.world_size * spent.samples / spent.seconds,
+            "step_ms": 1000 * spent.seconds / spent.steps,
+            "waiting": spent.waited / spent.seconds,
+            "memory_gb": peak_memory(module.device) / 1e9,
+        }
+        if self._flops:
+            values["utilisation"] = self._flops * spent.samples / spent.seconds / self._peak
+        for logger in trainer.loggers:
+            logger.log_metrics({f"throughput/{name}": value for name, value in values.items()}, written_as(trainer))
+
+    def _something_else(self, *arguments: Any) -> None:
+        self._end = None
+
+    on_validation_start = on_train_epoch_end = on_save_checkpoint = _something_else
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._say(trainer, module)
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Stopped):  # which all processes are at the same step
+            self._say(trainer, module)
+
+    def _say(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._clock.wait()
+        self._look()
+        if self._whole.steps < LEAST:
+            return
+        self.speed = self._over_all(trainer, module)
+        if not trainer.is_global_zero:
+            return
+        self.say(str(self.speed))
+        if self.speed.waiting > TOO_LONG:
+            self.say(advice(self.speed.waiting, getattr(trainer.train_dataloader, "num_workers", 0)))
+
+    def _over_all(self, trainer: L.Trainer, module: L.LightningModule) -> Speed:
+        spent = self._whole
+        own = [spent.samples / spent.seconds, spent.seconds / spent.steps, spent.waited / spent.seconds]
+        own = torch.tensor([*own, peak_memory(module.device)], device=module.device, dtype=torch.float32)
+        pictures, seconds, waiting, memory = trainer.strategy.all_gather(own).view(-1, len(own)).unbind(1)
+        return Speed(
+            pictures.sum().item(),
+            seconds.mean().item(),
+            waiting.mean().item(),
+            memory.max().item(),
+            trainer.world_size,
+            self._flops * pictures.mean().item() if self._flops else None,
+            self._peak,
+        )
+
+
+def _samples(batch: Any) -> int:
+    return len(batch["index"]) if isinstance(batch, dict) and "index" in batch else extract_batch_size(batch)
+
+
+class _Fetches(Profiler):
+    """Lightning's profiler, or the one that was asked for, with ears for the loop's wait for a batch."""
+
+    begin: Callable[[], None]
+    end: Callable[[], None]
+
+    def __init__(self, inner: Profiler) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def start(self, action_name: str) -> None:
+        if action_name == _FETCHING:
+            self.begin()
+        self.inner.start(action_name)
+
+    def stop(self, action_name: str) -> None:
+        self.inner.stop(action_name)
+        if action_name == _FETCHING:
+            self.end()
+
+    def setup(self, *arguments: Any, **named: Any) -> None:
+        self.inner.setup(*arguments, **named)
+
+    def summary(self) -> str:
+        return self.inner.summary()
+
+    def describe(self) -> None:
+        self.inner.describe()
+
+    def teardown(self, *arguments: Any, **named: Any) -> None:
+        self.inner.teardown(*arguments, **named)
+
+
+def advice(waiting: float, num_workers: int) -> str:
+    """What to change where so large a share of the time is spent waiting for data."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        f"advice: {waiting:.0%} of the time went into waiting for data: try another num_workers (it was {num_workers}; "
+        f"there are {processors} processors for all processes of this machine), keep latents and pictures on its own "
+        "disk, or take smaller pictures"
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of a GPU what its tensors took at most since training began, else this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(ImportError):  # Windows has none
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """What a card can do in a second with dense matrices in that precision, as its maker gives it; None: not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower()
+    share = _share(name)
+    half = next((flops for card, flops in _DENSE_HALF.items() if card in name), None)
+    if half and "16" in precision:
+        return share * half
+    if half and torch.get_float32_matmul_precision() != "highest":  # TF32
+        return share * half / 2
+    dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of cards that are not in its table
+        whole = get_available_flops(device, dtype)
+    return share * whole if whole else None
+
+
+def _share(name: str) -> float:
+    """What part of a card's compute slices a device of this name has: less than 1 for a slice of MIG.
+
+    >>> _share("nvidia a100-sxm4-40gb mig 2g.10gb") == 2 / 7, _share("tesla t4")
+    (True, 1.0)
+    """
+    found = re.search(r"mig (?:(\d+)c\.)?(\d+)g\.", name)
+    return int(found[1] or found[2]) / 7 if found else 1.0  # seven on every card whose peak is known here
+
+
+def flops_of(network: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
+    """Floating-point operations of the matrix products in `loss(network)` and its gradients.
+
+    Counted on a copy that has shapes but no numbers, so that it takes neither memory nor the device, and compiled or
+    cut networks are left alone. What gradient checkpointing computes twice counts once (as in the model FLOPs of
+    Chowdhery et al. 2022), gradients of frozen weights do not count.
+
+    Args:
+        loss: network → a scalar; it makes its own tensors, on the CPU. Tables that it holds besides stay real.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils._pytree import tree_leaves
+    from torch.utils.flop_counter import FlopCounterMode
+
+    class Shapes(FakeTensorMode):
+        """Tensors without numbers; what is computed of real ones alone, such as a noise schedule, stays real."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+                return func(*args, **(kwargs or {}))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    # the plain formula of attention: the CPU's own kernel is not in the counter's table, GPUs' compute parts twice
+    shapes = Shapes(allow_non_fake_inputs=True)
+    copied = without_numbers(network, within=shapes)
+    with shapes, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss(copied).backward()
+    return counter.get_total_flops()
+
+
+def without_numbers(
+    network: nn.Module, device: str = "cpu", within: AbstractContextManager[Any] | None = None
+) -> nn.Module:
+    """A copy without gradient checkpointing whose float32 weights are made anew, of the same shapes.
+
+    Args:
+        within: where they are made, such as a mode that gives them no numbers; tables that are no buffers are copied.
+    """
+    memo: dict[int, Tensor] = {}
+    with within or nullcontext():
+        for weight in network.parameters():
+            memo[id(weight)] = nn.Parameter(torch.empty(weight.shape, device=device), weight.requires_grad)
+        for buffer in network.buffers():
+            dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
+            memo[id(buffer)] = torch.empty(buffer.shape, device=device, dtype=dtype)
+    made = copy.deepcopy(network, memo)
+    for part in made.modules():
+        if getattr(part, "gradient_checkpointing", False):
+            part.gradient_checkpointing = False
+    return made

@@ -1,0 +1,303 @@
+"""Training a denoiser on latents with Lightning: any denoiser, conditioner and objective that fit together."""
+
+import functools
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from vavae_tools.autoencoders.stable_diffusion import StableDiffusionVAE
+from vavae_tools.data.images import to_unit
+from vavae_tools.data.tokens.code import TokenCode
+from vavae_tools.diffusion.clip import TextEncoder, TextStates
+from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.ddt import DDT
+from vavae_tools.diffusion.layers import Kept, kept_patches
+from vavae_tools.diffusion.lora import lora_settings
+from vavae_tools.diffusion.objectives import CleanPrediction, FlowMatching
+from vavae_tools.diffusion.transformer import DiT
+from vavae_tools.runtime.draws import Draws
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import plain_config
+from vavae_tools.training.callbacks.finite import SMALLER, FiniteSteps, has_scaler
+from vavae_tools.training.callbacks.progress import log_step
+from vavae_tools.training.callbacks.throughput import flops_of, without_numbers
+from vavae_tools.training.devices import trainer_settings
+from vavae_tools.training.optim import EMA, warmed_up
+
+
+class DiffusionModule(L.LightningModule):
+    """Trains on batches {"latents": normalised (B, C, h, w), "labels": (B,), "index": (B,)}.
+
+    Args:
+        denoiser, conditioner: what is trained; their averages are `ema.network`.
+        objective: how latents are noised, what is predicted, and the loss.
+        lr: AdamW's after warm-up.
+        ema_decay: of the averaged weights, which validation and sampling use.
+        warmup_steps: optimiser steps of linear warm-up.
+        schedule: how the learning rate goes on from there: "cosine", "linear" (both to zero) or "constant".
+        compile: `torch.compile` the denoiser's blocks: the first step takes a minute, those after it less.
+        flip: "none", or "half": half of the latents are those of the mirrored pictures (they must be encoded).
+        seed: every random draw follows from it, the epoch and the sample.
+
+    Logs `train/…` and `val/…`: loss, mse, cosine; validation has its own noise, the same each time.
+    """
+
+    qk_norm_key = "model.dit.qk_norm"
+    """What the setting is called that keeps attention finite in half precision."""
+
+    def __init__(
+        self,
+        denoiser: DiT | DDT,
+        conditioner: ClassConditioner,
+        objective: FlowMatching | None = None,
+        lr: float = 2e-4,
+        ema_decay: float = 0.9999,
+        warmup_steps: int = 100,
+        flip: str = "none",
+        seed: int = 0,
+        schedule: str = "cosine",
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["denoiser", "conditioner", "objective", "compile"])
+        self.hparams["denoiser_config"] = plain_config(denoiser)
+        self.hparams["conditioner_config"] = plain_config(conditioner)
+        self.hparams["lora"] = lora_settings(denoiser)
+        self.network = nn.ModuleDict({"denoiser": denoiser, "conditioner": conditioner})
+        self.ema = EMA(self.network, ema_decay)
+        self.objective = objective or FlowMatching()
+        self.hparams["objective"] = dict(self.objective.config)
+        self._sharded = False
+        self._whole = {"network": self.network}  # in a dict: no part of its own
+        # tables of positions, the same everywhere: DDP would send them to all processes before every step
+        self._ddp_params_and_buffers_to_ignore = {name for name, _ in self.named_buffers()}
+        if compile:  # after the average was copied, which sees few steps
+            denoiser.compile_repeated_blocks()
+
+    def model_step(
+        self, network: nn.ModuleDict, batch: dict[str, Tensor], draws: Draws, dropout: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        latents = batch["latents"]
+        if self.hparams.flip == "half":
+            mirrored = draws.uniform("flip") < 0.5
+            latents = torch.where(mirrored[:, None, None, None], batch["latents_flip"], latents)
+        noise = draws.normal("noise", *latents.shape[1:])
+        t = self.objective.sample_time(getattr(draws, self.objective.time_draws)("time"))
+        drop = draws.uniform("condition dropout") < dropout if dropout else None
+        conditioning = network["conditioner"](self.conditions(batch), drop)
+        return self.objective(network["denoiser"], latents, conditioning, noise, t)
+
+    def conditions(self, batch: dict[str, Tensor]) -> Any:
+        """What the conditioner takes of a batch: its labels (B,)."""
+        return batch["labels"]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        draws = Draws(self.hparams.seed, self.current_epoch, batch["index"])
+        loss, parts = self.model_step(self.network, batch, draws, self.network["conditioner"].dropout)
+        lr = torch.tensor(
+            self.lr_schedulers().get_last_lr()[0]
+        )  # Lightning would copy a number to the device, and wait
+        self.log("train/lr", lr, batch_size=len(batch["index"]))
+        log_step(self, {"loss": loss, **parts}, len(batch["index"]))
+        return loss
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [FiniteSteps(None, f"{SMALLER}, or a new run with {self.qk_norm_key}=true")]
+
+    def configure_gradient_clipping(self, *arguments: Any, **named: Any) -> None:
+        """Leave the gradients as `FiniteSteps` clipped them: Lightning itself refuses to where AdamW is fused."""
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        super().optimizer_step(*arguments, **named)
+        if self.trainer.fit_loop._should_accumulate():
+            return  # DeepSpeed gathers batches itself, and is asked at each of them
+        # here, not in a callback: a checkpoint that is written after this step must hold this step's average
+        self.ema.update(self.network, self.trainer.global_step + 1)  # Lightning counts this step later
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        draws = Draws(self.hparams.seed + 1, 0, batch["index"])  # the same noise and times at every validation
+        loss, parts = self.model_step(self.ema.network, batch, draws, dropout=0.0)
+        parts = {"loss": loss, **parts}
+        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=self.weight_of(batch), sync_dist=True)
+
+    def weight_of(self, batch: dict[str, Tensor]) -> float:
+        """What a validation batch counts in the mean over all."""
+        return float(len(batch["index"]))
+
+    def configure_model(self) -> None:
+        """Cut denoiser, conditioner and their averages over the devices, where the strategy is `strategies.Sharded`.
+
+        Where batches are gathered, each one's gradients are cut at once too: kept whole until the step they would save
+        sending, and take on every device the memory of all weights, for whose sake the model is cut.
+        """
+        if self.device_mesh is None or self._sharded:
+            return
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        self._whole["network"] = without_numbers(self.network, "meta")
+        mesh = self.device_mesh["data_parallel"]
+        for network in (self.network, self.ema.network):
+            for block in network["denoiser"].blocks:
+                fully_shard(block, mesh=mesh)
+            for part in network.values():
+                fully_shard(part, mesh=mesh)
+            register_fsdp_forward_method(network["conditioner"], "null")
+        self._sharded = True
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        weights = [weight for weight in self.network.parameters() if weight.requires_grad]
+        # one kernel for all weights; a gradient scaler would unscale inside it, where it is too late to clip
+        fused = not has_scaler(self.trainer)
+        optimizer = torch.optim.AdamW(weights, self.hparams.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+        steps = self.trainer.estimated_stepping_batches
+        return warmed_up(optimizer, self.hparams.warmup_steps, steps, self.hparams.schedule)
+
+    def flops_of_a_sample(self, batch: dict[str, Tensor]) -> int:
+        """What a training step computes for one latent of this batch (`throughput.flops_of`)."""
+
+        def loss(network: nn.ModuleDict) -> Tensor:
+            one = {
+                name: torch.zeros(1, *value.shape[1:], dtype=value.dtype)
+                for name, value in batch.items()
+                if isinstance(value, Tensor)
+            }
+            latents = one["latents"]  # (1, C, h, w)
+            conditioning = network["conditioner"](self.conditions(one))
+            return self.objective(network["denoiser"], latents, conditioning, latents, torch.zeros(1))[0]
+
+        return flops_of(self._whole["network"], loss)
+
+    def trainer_settings(self, **choices: Any) -> dict[str, Any]:
+        """Arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`): Trainer(**settings)."""
+        return trainer_settings(**choices)
+
+
+# ---- Training a denoiser on captions: on latents and texts that were encoded once, or on pictures as they are
+
+
+class TextDiffusionModule(DiffusionModule):
+    """Trains a `TextDiT` and its `TextConditioner` on batches of `data.texts`.
+
+    After `encode_with` also on those of `data.captions`, {"pictures", "captions", "index"}, encoded at every step.
+    """
+
+    qk_norm_key = "model.qk_norm"
+    _vae: StableDiffusionVAE | None = None
+    _text_encoder: TextEncoder | None = None
+
+    def encode_with(self, vae: StableDiffusionVAE, text_encoder: TextEncoder) -> None:
+        """Take the frozen models that pictures and captions are encoded with; they are no part of this module."""
+        self.__dict__["_vae"], self._text_encoder = vae.eval().requires_grad_(False), text_encoder
+
+    def on_fit_start(self) -> None:
+        for frozen in (self._vae, self._text_encoder):
+            if frozen is not None:
+                frozen.to(self.device)
+
+    def conditions(self, batch: dict[str, Any]) -> TextStates:
+        return TextStates(batch["text_tokens"], batch["text_mask"], batch["text_pooled"])
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Encode pictures and captions; latents and texts come as they are."""
+        return batch if "latents" in batch else self.encoded(batch)
+
+    @torch.no_grad()
+    def encoded(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch that `data.texts` would give: in training with a posterior sample of this epoch's.
+
+        Raises:
+            UserError: `encode_with` was not called.
+        """
+        if self._vae is None:
+            raise UserError("A batch of pictures and captions, and nothing to encode them: encode_with(vae, encoder)")
+        seed, epoch = (self.hparams.seed, self.current_epoch) if self.training else (self.hparams.seed + 1, 0)
+        draws = Draws(seed, epoch, batch["index"])
+        labels = torch.zeros_like(batch["index"])
+        with torch.autocast(self.device.type, enabled=False):  # a VAE in half precision makes black pictures
+            normal = functools.partial(draws.normal, "posterior")
+            latents = self._vae.encode_pictures(to_unit(batch["pictures"]), labels, normal)
+            states = self._text_encoder.encode(batch["captions"]).to(self.device)
+        texts = {"text_tokens": states.tokens, "text_mask": states.mask, "text_pooled": states.pooled}
+        return {"latents": latents.float(), "index": batch["index"], **texts}
+
+
+# ---- Training a denoiser on token images: the clean picture is learnt, on the cells of tokens alone
+
+
+class TokenImageModule(DiffusionModule):
+    """Trains a `DiT` on batches of `data.token_images`; padding is neither computed nor attended to.
+
+    Args:
+        denoiser: its patches are the code's cells; in_channels is one more than the pictures have.
+        conditioner: of the one class "text".
+        token_images: what a `TokenImagePipeline` needs besides the models: code, lengths, time_shift,
+            use_chat_template.
+        prompt_share: of the samples, whose first cells, a number from none to all but one, are given clean and not
+            learnt: so it can go on with a text.
+        settings: see `DiffusionModule`.
+    """
+
+    qk_norm_key = "model.qk_norm"
+    objective: CleanPrediction
+
+    def __init__(
+        self,
+        denoiser: DiT,
+        conditioner: ClassConditioner,
+        objective: CleanPrediction,
+        token_images: dict[str, Any],
+        prompt_share: float = 0.5,
+        **settings: Any,
+    ) -> None:
+        super().__init__(denoiser, conditioner, objective, **settings)
+        self.code = TokenCode(**token_images["code"])
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Find the cells to compute, here where no GPU has to be waited for."""
+        kept = kept_patches(_all_cells(batch), self.code.cell_size)
+        if self.device.type == "cuda":  # as the loader pins what it makes, so that the copy is not waited for
+            kept = Kept(*(tensor.pin_memory() for tensor in kept))
+        return {**batch, "kept": kept}
+
+    def model_step(
+        self, network: nn.ModuleDict, batch: dict[str, Any], draws: Draws, dropout: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        clean, mask = batch["clean"], batch["mask"]
+        known = batch["condition_mask"] if "condition_mask" in batch else torch.zeros_like(mask)
+        if self.training and self.hparams.prompt_share:
+            known = known + self.beginnings(mask, draws)
+        noise = draws.normal("noise", *clean.shape[1:])
+        t = self.objective.sample_time(getattr(draws, self.objective.time_draws)("time"))
+        conditioning = network["conditioner"](torch.zeros_like(batch["index"]))
+        pixels = (mask * (1 - known)).sum()
+        if self.training and self.trainer.world_size > 1:  # so that many processes make the step that one would make
+            pixels = self.trainer.strategy.reduce(pixels, reduce_op="mean")
+        return self.objective(network["denoiser"], clean, conditioning, noise, t, mask, known, batch["kept"], pixels)
+
+    def beginnings(self, mask: Tensor, draws: Draws) -> Tensor:
+        """Pixels (B, H, W) of the first cells of a mask, in `prompt_share` of the samples."""
+        there = self.code.over_cells(mask)  # (B, N)
+        place = there.cumsum(1)
+        chosen = draws.uniform("beginning") < self.hparams.prompt_share  # (B,)
+        count = (draws.uniform("length") * place[:, -1]).floor() * chosen
+        return self.code.over_pixels((there & (place <= count[:, None])).float(), mask.shape[-1])
+
+    def weight_of(self, batch: dict[str, Any]) -> float:
+        return float(batch["mask"].sum())
+
+    def flops_of_a_sample(self, batch: dict[str, Any]) -> int:
+        cells = batch["kept"].places.shape[1]
+
+        def loss(network: nn.ModuleDict) -> Tensor:
+            clean, mask = torch.zeros(1, *batch["clean"].shape[1:]), torch.ones(1, *batch["mask"].shape[1:])
+            conditioning = network["conditioner"](torch.zeros(1, dtype=torch.int64))
+            kept = Kept(torch.arange(cells)[None], torch.ones(1, cells, dtype=torch.bool))
+            return self.objective(network["denoiser"], clean, conditioning, clean, torch.zeros(1), mask, kept=kept)[0]
+
+        return flops_of(self._whole["network"], loss)
+
+
+def _all_cells(batch: dict[str, Tensor]) -> Tensor:
+    return batch["mask"] + batch["condition_mask"] if "condition_mask" in batch else batch["mask"]
