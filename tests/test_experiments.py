@@ -1,21 +1,24 @@
 """Command lines of training: what they mean, where their runs go, and what is said of those that mean nothing."""
 
-import os
 import re
+import runpy
 import sys
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+import yaml
 from tiny import same
 
 from vavae_tools.recipes import config as experiments
-from vavae_tools.recipes.config import compose, help_text, keep_config, read_command_line, run_folder
+from vavae_tools.recipes.base import RECIPES
+from vavae_tools.recipes.config import _Keys, compose, help_text, keep_config, read_command_line, run_folder
 from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.machine import Machine
 from vavae_tools.train import run_experiment
 from vavae_tools.training.callbacks.checkpointing import LastCheckpoint
+from vavae_tools.training.config import settings_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,59 +30,115 @@ def meant(*words: str):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(experiments.RUN_FOLDER, "")  # so that it is put back as it was, whatever a run leaves there
-    monkeypatch.delenv(experiments.RUN_FOLDER)
     return tmp_path
 
 
 # ---- what a line means
 
 
+def values(*words: str) -> dict:
+    """Key → value of what a line means."""
+    found = {}
+
+    def walk(inner: dict, before: str) -> None:
+        for name, value in inner.items():
+            if isinstance(value, dict) and value:
+                walk(value, f"{before}{name}.")
+            else:
+                found[f"{before}{name}"] = value
+
+    walk(meant(*words).plain(), "")
+    return found
+
+
 def test_the_lines_of_the_specification():
-    config = meant(
+    found = values(
         *["experiment=dit_dino", "model.rae.encoder_checkpoint_path=F", "data.data_dir=D", "data.batch_size=16"],
         *["model.dit_module.learning_rate=1e-4", "model.dit_module.compile=true", "trainer=ddp", "trainer.devices=4"],
         *["trainer.strategy=fsdp", "trainer.accumulate_grad_batches=4", "ckpt_path=last"],
     )
-    assert config.model.rae.encoder_checkpoint_path == "F" and config.data.data_dir == "D"
-    assert config.data.batch_size == 16 and config.model.dit_module.learning_rate == 1e-4
-    assert config.model.dit_module.compile is True and config.ckpt_path == "last"
-    expected = {"accelerator": "auto", "devices": 4, "strategy": "fsdp", "accumulate_grad_batches": 4}
-    assert {name: config.trainer[name] for name in expected} == expected
+    expected = {"rae.encoder_checkpoint_path": "F", "data.data_dir": "D", "resume": "last"}
+    expected |= {"train.batch_size": 16, "train.lr": 1e-4, "train.compile": True, "train.accelerator": "auto"}
+    expected |= {"train.devices": 4, "train.strategy": "fsdp", "train.accumulate_grad_batches": 4}
+    assert {key: found[key] for key in expected} == expected
+    words = "--data_path D --img_size 64 --batch_size 32 --epochs 100 --use_amp --gradient_accumulation_steps 4"
+    found = values("experiment=token_images", *words.split(), "--resume", "output/checkpoint_epoch_50.pth")
+    expected = {"data.data_dir": "D", "data.image_size": 64, "train.batch_size": 32, "train.max_epochs": 100}
+    expected |= {
+        "train.accumulate_grad_batches": 4,
+        "train.precision": None,
+        "resume": "output/checkpoint_epoch_50.pth",
+    }
+    assert {key: found[key] for key in expected} == expected
+    words = "--data_dir DIR --original_vavae FILE --condition_dim 8 --kl_weight 1e-6 --batch_size 16 --max_epochs 100"
+    words += " --lr 1e-4 --devices 2 --num_nodes 1 --strategy ddp --accelerator gpu --precision 16 --output_dir outputs"
+    found = values("experiment=vavae", *words.split())
+    expected = {
+        "data.data_dir": "DIR",
+        "vavae.original_vavae": "FILE",
+        "vavae.condition_dim": 8,
+        "loss.kl_weight": 1e-6,
+    }
+    expected |= {"train.batch_size": 16, "train.max_epochs": 100, "train.lr": 1e-4, "train.devices": 2}
+    expected |= {"train.strategy": "ddp", "train.accelerator": "gpu", "train.precision": "16", "output_dir": "outputs"}
+    assert {key: found[key] for key in expected} == expected
+
+
+ALIASES = yaml.safe_load((experiments.CONFIGS / "aliases.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("old", [key for key in ALIASES["keys"] if not key.endswith(".")])
+def test_each_other_name_of_a_key_is_one_of_some_recipe(old):
+    homes = [_Keys(recipe()).home(old) for recipe in RECIPES.values()]
+    assert any(homes), old
 
 
 def test_the_published_model_is_the_default_of_rae():
-    dit = OmegaConf.to_container(meant("experiment=dit_dino", "data.data_dir=D").model, resolve=True)
-    assert dit["dit"]["hidden_size"] == [1152, 2048] and dit["dit"]["depth"] == [28, 2]
-    assert dit["dit"]["num_heads"] == [16, 16] and dit["dit"]["num_classes"] == 1000
-    module = dit["dit_module"]
-    assert (module["ema_decay"], module["learning_rate"], module["warmup_steps"]) == (0.9995, 2e-4, 5000)
-    assert (module["max_steps"], module["null_label"], module["latent_size"]) == (100_000, 1000, [768, 16, 16])
-
-
-def test_the_null_label_follows_the_number_of_classes():
-    config = meant("experiment=dit_dino", "data.data_dir=D", "model.dit.num_classes=31")
-    assert OmegaConf.to_container(config, resolve=True)["model"]["dit_module"]["null_label"] == 31
+    found = values("experiment=dit_dino", "data.data_dir=D")
+    assert found["model.hidden_size"] == [1152, 2048] and found["model.depth"] == [28, 2]
+    assert found["model.num_heads"] == [16, 16] and found["model.num_classes"] == 1000
+    assert (found["train.ema_decay"], found["train.lr"], found["train.warmup_steps"]) == (0.9995, 2e-4, 5000)
+    assert found["train.max_steps"] == 100_000 and found["objective.time_shift"] is None
 
 
 def test_flags_stand_for_keys_and_hold():
-    config = meant("--lr", "1e-4", "--batch-size=8", "--flips", "--devices", "2", "--size", "S", "--seed", "3")
-    assert config.name == "vavae_dit" and config.model.dit_module.learning_rate == 1e-4
-    assert config.data.batch_size == 8 and config.data.flips is True and config.trainer.devices == 2
-    assert config.model.dit.size == "S" and config.seed == 3
-    assert meant("--flips", "false").data.flips is False
+    words = ["--lr", "1e-4", "--batch-size=8", "--flips", "--devices", "2", "--size", "S", "--seed", "3"]
+    found = values(*words)
+    assert found["experiment"] == "vavae_dit" and found["train.lr"] == 1e-4 and found["seed"] == 3
+    assert found["train.batch_size"] == 8 and found["data.flips"] is True and found["train.devices"] == 2
+    assert found["model.size"] == "S" and values("--flips", "false")["data.flips"] is False
+    assert values("experiment=vavae", "--lpips_weights", "a.pth", "b.pth")["loss.lpips_weights"] == ["a.pth", "b.pth"]
+    assert values("experiment=vavae", "--image_size", "128x256")["data.image_size"] == [128, 256]
+    assert values("--vavae", "v", "--latents_dir", "2024")["data.latents_dir"] == "2024"
 
 
 def test_every_experiment_can_be_deterministic_and_computes_as_the_machine_does_best():
     for name in experiments.experiments():
         data = [] if name.endswith("dummy") else ["--data_dir", "D"]
-        data += ["--dataset_name", "folder"] if name == "text_to_image" else []
-        config = meant(f"experiment={name}", *data, "--deterministic")
-        assert config.trainer.deterministic is True, name
-        assert OmegaConf.to_container(config, resolve=True)["trainer"]["precision"] is None, name
-        assert config.get("training", {}).get("use_amp", True) is True, name
-    for option in ("auto", "cpu", "ddp", "gpu"):
-        assert meant(f"trainer={option}").trainer.deterministic is False
+        data += ["--dataset_name", "custom"] if name == "text_to_image" else []
+        found = values(f"experiment={name}", *data, "--deterministic")
+        assert found["train.deterministic"] is True and found["train.precision"] is None, name
+    expected = {"auto": ("auto", "auto", "auto"), "cpu": ("cpu", 1, "auto"), "gpu": ("gpu", 1, "auto")}
+    for option, (accelerator, devices, strategy) in {**expected, "ddp": ("auto", "auto", "ddp")}.items():
+        found = values(f"trainer={option}")
+        assert [found[f"train.{key}"] for key in ("accelerator", "devices", "strategy")] == [
+            accelerator,
+            devices,
+            strategy,
+        ]
+    assert values("trainer=cpu", "trainer.devices=2")["train.devices"] == 2
+    assert values("trainer.devices=2", "trainer=cpu")["train.devices"] == 2
+
+
+def test_switches_of_older_versions_mean_what_they_meant():
+    found = values("experiment=token_dummy", "training.use_amp=false", "ema.enabled=false")
+    assert found["train.precision"] == "32" and found["train.ema_decay"] == 0
+    found = values("experiment=token_dummy", "training.use_amp=true", "ema.enabled=true", "ema.decay=0.5")
+    assert found["train.precision"] is None and found["train.ema_decay"] == 0.5
+    found = values(
+        "experiment=dit_dummy", "data=shapes", "model.objective=epsilon", "callbacks.preview_guidance_scale=2"
+    )
+    assert found["objective.name"] == "epsilon" and found["sampling.guidance_scale"] == 2
 
 
 def test_a_file_of_values_is_between_the_experiment_and_what_is_typed(tmp_path):
@@ -88,33 +147,51 @@ def test_a_file_of_values_is_between_the_experiment_and_what_is_typed(tmp_path):
         "experiment: dit_dummy\nmodel:\n  dit_module:\n    learning_rate: 1e-4\n    max_steps: 7\n"
         "  dit:\n    hidden_size: [8, 16]\n"
     )
-    config = meant("--config", str(path), "model.dit_module.max_steps=9")
-    assert config.name == "dit_dummy" and config.model.dit_module.max_steps == 9
-    assert config.model.dit_module.learning_rate == 1e-4 and list(config.model.dit.hidden_size) == [8, 16]
-    assert meant("--config", str(path), "experiment=rae_dit", "data.data_dir=D").name == "rae_dit"
+    found = values("--config", str(path), "model.dit_module.max_steps=9")
+    assert found["experiment"] == "dit_dummy" and found["train.max_steps"] == 9
+    assert found["train.lr"] == 1e-4 and found["model.hidden_size"] == [8, 16]
+    assert values("--config", str(path), "experiment=rae_dit", "data.data_dir=D")["experiment"] == "rae_dit"
+
+
+def test_the_example_of_a_file_means_text_to_image():
+    found = values("--config", "configs/train_config.yaml", "--resume", "outputs/checkpoint-epoch-10")
+    assert found["experiment"] == "text_to_image" and found["data.dataset_name"] == "coco"
+    assert found["train.batch_size"] == 48 and found["train.accumulate_grad_batches"] == 2
+    assert found["train.precision"] == "bf16" and found["train.save_every_n_steps"] == 500
+    assert found["model.depth"] == 16 and found["train.warmup_steps"] == 500
 
 
 def test_what_lightning_knows_besides_can_be_added():
-    assert meant("+trainer.limit_val_batches=3").trainer.limit_val_batches == 3
+    assert values("+trainer.limit_val_batches=3")["train.trainer.limit_val_batches"] == 3
+    assert values("+trainer.logger=csv")["train.logger"] == "csv"
+    assert values("logger=[tensorboard,wandb]")["train.logger"] == ["tensorboard", "wandb"]
 
 
 WRONG = {
     "experiment=dit_din": "No experiment=dit_din; did you mean dit_dino?; there are dit_dino, dit_dummy",
-    "trainer=tpu": "there are auto, cpu, ddp, gpu",
-    "data.batch_sise=3": "No key 'data.batch_sise'; did you mean data.batch_size?",
-    "model.dit_module.learning_rat=1": "did you mean model.dit_module.learning_rate?",
-    "learning_rate=1": "did you mean model.dit_module.learning_rate?",
-    "data.batch_size=abc": "data.batch_size is 'abc', expected a whole number such as 32",
+    "trainer=tpu": "there are auto, cpu, gpu, ddp",
+    "data.batch_sise=3": "No key 'data.batch_sise'; did you mean train.batch_size?",
+    "model.dit_module.learning_rat=1": "did you mean train.lr?",
+    "learning_rate=1": "did you mean train.lr?",
+    "data.batch_size=abc": "data.batch_size is 'abc', expected a whole number",
     "data.batch_size=1.5": "data.batch_size is 1.5, expected a whole number",
-    "model.dit_module.gradient_checkpointing=7": "gradient_checkpointing is 7, expected true or false",
+    "data.batch_size=0": "data.batch_size is 0, expected a whole number of 1 or more",
+    "train.gradient_checkpointing=7": "gradient_checkpointing is 7, expected true or false",
     "model.dit_module.learning_rate=high": "learning_rate is 'high', expected a number",
+    "train.lr=0": "train.lr is 0, expected more than 0",
+    "train.ema_decay=1.5": "train.ema_decay is 1.5, expected a share from 0 to 1",
+    "train.schedule=slow": "train.schedule is 'slow', expected one of cosine, linear, constant",
+    "model.objective=velocity": "expected one of flow_matching, epsilon, v_prediction, sample",
     "experiment=dit_dino": "experiment=dit_dino needs data.data_dir=… (or --data_dir …)",
     "--learning_rat 3": "No --learning_rat",
     "--lrr 3": "No --lrr; did you mean --lr?",
     "--lr": "--lr needs a value",
+    "--lr 1 2": "'2' is neither --flag VALUE nor key=value",
+    "--num_classes": "--num_classes could be data.num_classes or model.num_classes",
     "--config": "--config needs a value",
     "--config none.yaml": "--config none.yaml: No such file or directory",
     "trainer.devices=[1": "trainer.devices=[1",
+    "train.lr=1,2": "train.lr=1,2: several values",
     "~seed": "a key cannot be taken away",
     "word": "'word' is neither --flag VALUE nor key=value",
 }
@@ -129,7 +206,8 @@ def test_a_line_that_means_nothing_is_answered_by_one(line):
 
 def test_a_file_that_means_nothing_is_named(tmp_path):
     for text, said in (
-        ("model:\n  dit:\n    hiden_size: 3\n", "No key 'model.dit.hiden_size'; did you mean model.dit.hidden_size?"),
+        ("model:\n  dit:\n    hiden_size: 3\n", "No key 'model.dit.hiden_size'; did you mean model.hidden_size?"),
+        ("train: {lr: fast}", "train.lr is 'fast', expected a number"),
         ("a: [1", "is no YAML"),
         ("- 1\n", "expected keys and values"),
     ):
@@ -140,11 +218,54 @@ def test_a_file_that_means_nothing_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", [None, *experiments.experiments()])
-def test_help_names_experiments_flags_and_keys(name):
+def test_help_names_experiments_and_each_key_with_its_meaning(name):
     text = help_text(name)
-    assert text.startswith("usage: ") and "learning_rate: " in text and "--resume" in text
+    assert text.startswith("usage: ") and "  lr [" in text and "--resume" in text
     for experiment in experiments.experiments():
         assert f"  {experiment}" in text
+    assert all(
+        setting.metadata.get("help") for recipe in RECIPES.values() for setting in settings_of(recipe()).values()
+    )
+
+
+MACHINES = {
+    "cpu": Machine("cpu", 1, "CPU"),
+    "T4": Machine("t4", 2, "Tesla T4", 15_800_000_000),
+    "A100": Machine("ampere", 1, "A100", 42_000_000_000),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_scripts_notebooks_and_experiments_train_by_the_same_numbers(machine, tmp_path, monkeypatch):
+    """Notebook 03 and `experiment=vavae_dit`, "what notebook 03 does", trained by other numbers."""
+    from vavae_tools.recipes import dit, presets, vavae
+
+    trained = []
+    monkeypatch.setattr(presets, "find_machine", lambda: MACHINES[machine])
+    for recipes in (dit, vavae):
+        monkeypatch.setattr(recipes, "train", lambda build, recipe, *others: trained.append(recipe) or Path("made"))
+    preset, folder = presets.find_preset(), tmp_path / "run"
+    run_experiment("experiment=vavae_dit", "--data_dir", "D", "--vavae", "V", f"--output_dir={folder}")
+    dit.train_dit("outputs/latents", "V", folder)
+    dit.train_dit(
+        *("outputs/latents", "V", folder, preset.dit, preset.dit_steps, preset.dit_batch_size, preset.dit_lr),
+        ema_decay=preset.ema_decay,
+        guidance_scale=preset.guidance_scale,
+    )
+    experiment, function, notebook = trained
+    for other in (function, notebook):
+        assert other.train == experiment.train and other.objective == experiment.objective
+        assert other.model == experiment.model and other.sampling == experiment.sampling
+    assert experiment.train.max_steps == preset.dit_steps and experiment.train.lr == preset.dit_lr
+
+    trained.clear()
+    run_experiment("experiment=vavae", "--data_dir", "D", f"--output_dir={folder}")
+    monkeypatch.setattr(sys, "argv", ["minimal_training_modification.py", "--data_dir", "D", f"--output_dir={folder}"])
+    runpy.run_path(str(ROOT / "minimal_training_modification.py"), {}, "__main__")
+    vavae.fine_tune_vavae("D", folder)
+    vavae.fine_tune_vavae("D", folder, batch_size=preset.vavae_batch_size, max_epochs=preset.vavae_epochs)
+    assert len(trained) == 4 and all(recipe == trained[0] for recipe in trained)
+    assert trained[0].train.max_epochs == preset.vavae_epochs
 
 
 # ---- where a run goes
@@ -182,7 +303,7 @@ def test_last_is_the_newest_run_of_the_same_experiment_with_a_checkpoint(here):
 
 def test_last_without_a_run_says_so(here):
     run_of("vavae_dit", "2026-01-04/09-00-00", "last.ckpt")
-    with pytest.raises(UserError, match=r"ckpt_path=last: no run of dit_dummy .*09-00-00 \(vavae_dit\)"):
+    with pytest.raises(UserError, match=r"resume=last: no run of dit_dummy .*09-00-00 \(vavae_dit\)"):
         run_folder(meant("experiment=dit_dummy", "ckpt_path=last"))
 
 
@@ -194,14 +315,39 @@ def test_a_checkpoint_of_a_run_goes_on_in_its_folder(here):
     assert run_folder(meant("experiment=dit_dummy", "ckpt_path=else.ckpt"))[0].parent.parent == Path("logs/runs")
 
 
-def test_the_configuration_is_kept_and_the_other_processes_are_told(here):
-    config = meant("experiment=dit_dummy", "seed=5")
-    keep_config(config, ["experiment=dit_dummy", "seed=5"], Path("run"))
-    kept = OmegaConf.load("run/.hydra/config.yaml")
-    assert kept.name == "dit_dummy" and kept.seed == 5 and kept.model.dit.hidden_size == [96, 192]
-    assert OmegaConf.load("run/.hydra/overrides.yaml") == ["experiment=dit_dummy", "seed=5"]
-    assert os.environ[experiments.RUN_FOLDER] == "run"
-    assert run_folder(config)[0] == Path("run")
+def test_the_configuration_is_kept_and_read_again(here):
+    plan = meant("experiment=dit_dummy", "seed=5", "+trainer.limit_val_batches=3", "--lr", "3e-4")
+    keep_config(plan, ["experiment=dit_dummy", "seed=5"], Path("run"))
+    kept = yaml.safe_load(Path("run/.hydra/config.yaml").read_text())
+    assert kept["experiment"] == "dit_dummy" and kept["seed"] == 5 and kept["model"]["hidden_size"] == [96, 192]
+    assert yaml.safe_load(Path("run/.hydra/overrides.yaml").read_text()) == ["experiment=dit_dummy", "seed=5"]
+    assert meant("--config", "run/.hydra/config.yaml") == plan
+
+
+def test_the_configuration_of_an_older_version_is_read(tmp_path):
+    (tmp_path / "config.yaml").write_text(OLDER)
+    found = values("--config", str(tmp_path / "config.yaml"))
+    expected = {"experiment": "vavae_dit", "train.lr": 3e-4, "train.max_steps": 6000, "train.precision": "32"}
+    expected |= {"vavae.source": "V", "model.hidden_size": 192, "model.qk_norm": True, "train.batch_size": 32}
+    expected |= {"objective.cosine_weight": 1.0, "sampling.guidance_scale": 1.25, "train.previews": 8, "seed": 3}
+    assert {key: found[key] for key in expected} == expected
+
+
+OLDER = """name: vavae_dit
+task: vavae_tools.training.runs:train_vavae_dit
+seed: 3
+ckpt_path: null
+flags: {lr: model.dit_module.learning_rate, vavae: model.vavae.source}
+data: {data_dir: D, latents_dir: L, image_size: null, batch_size: 32, flips: false}
+model:
+  vavae: {source: V, latents_stats: null}
+  dit: {size: null, hidden_size: 192, depth: 6, num_heads: 3, use_qknorm: true, class_dropout_prob: 0.1}
+  objective: {cosine_weight: 1.0, time: lognorm, time_shift: 1.0, largest_noise: 1.0, cosine_eps: 0.01}
+  dit_module: {learning_rate: 3.0e-4, schedule: cosine, warmup_steps: 100, max_steps: 6000, compile: null}
+  init: {weights: null, classes: new, lora_targets: [qkv, proj]}
+trainer: {accelerator: auto, devices: auto, precision: 32, gradient_clip_val: 1.0, accumulate_grad_batches: 1}
+callbacks: {previews: 8, preview_guidance_scale: 1.25, save_every_minutes: 5.0, max_time: null}
+"""
 
 
 # ---- whole runs
@@ -212,7 +358,6 @@ def train(here, monkeypatch, capsys):
     from vavae_tools.train import main
 
     def train(*words: str) -> str:
-        monkeypatch.delenv(experiments.RUN_FOLDER, raising=False)
         monkeypatch.setattr(sys, "argv", ["train", *words])
         capsys.readouterr()
         main()
@@ -269,7 +414,7 @@ def test_ckpt_path_last_goes_on_bit_by_bit(train, monkeypatch):
         assert "Stopped after step 6" in train(*numbers)
     said = train(*numbers, "ckpt_path=last")
     (short,) = Path("logs/runs").glob("*/*")
-    assert f"ckpt_path=last: going on with {short}" in said and "going on after step 6 of 10" in said
+    assert f"resume=last: resuming {short}" in said and "going on after step 6 of 10" in said
     weights = [
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for folder in (run, short)
     ]
@@ -279,9 +424,9 @@ def test_ckpt_path_last_goes_on_bit_by_bit(train, monkeypatch):
 def test_a_latent_size_or_class_number_that_does_not_fit_is_one_line(train):
     for change, said in (
         ("model.dit_module.latent_size=[768,16,16]", "latent_size 768×16×16 does not fit the encoder, whose latents"),
-        ("model.dit.input_size=5", "set model.dit.in_channels=64 model.dit.input_size=4"),
+        ("model.dit.input_size=5", "set model.in_channels=64 model.input_size=4"),
         ("model.dit.num_classes=3", "num_classes"),
-        ("model.dit_module.null_label=7", "model.dit_module.null_label=7, but the model has 4 classes"),
+        ("model.dit_module.null_label=7", "model.null_label=7, but the model has 4 classes"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):
             train(*SHORT, *SMALL, change)
@@ -290,16 +435,35 @@ def test_a_latent_size_or_class_number_that_does_not_fit_is_one_line(train):
 @pytest.mark.parametrize("word", ["lr=5e-5", "flags.lr=5e-5", "+flags.lr=5e-5", "~flags.lr"])
 def test_what_a_flag_stands_for_is_no_key(word):
     """It was taken, and training went on at the default rate."""
-    with pytest.raises(UserError, match=r"did you mean model\.dit_module\.learning_rate\?"):
-        compose(read_command_line(["experiment=vavae_dit", "data.data_dir=x", "model.vavae.source=y", word]))
+    with pytest.raises(UserError, match=r"did you mean train\.lr\?"):
+        meant("experiment=vavae_dit", "data.data_dir=x", "model.vavae.source=y", word)
 
 
-def test_a_printed_configuration_is_read_again(tmp_path):
-    words = ["experiment=vavae_dit", "data.data_dir=x", "model.vavae.source=y", "--lr", "3e-4"]
-    config = compose(read_command_line(words))
-    (tmp_path / "mine.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
-    again = compose(read_command_line(["experiment=vavae_dit", "--config", str(tmp_path / "mine.yaml")]))
-    assert again.model == config.model and again.model.dit_module.learning_rate == 3e-4
+def test_flags_in_a_file_are_no_keys(tmp_path):
     (tmp_path / "wrong.yaml").write_text("flags: {lr: 5e-5}\n")
-    with pytest.raises(UserError, match=r"wrong.yaml: No key 'flags.lr'; did you mean model.dit_module.learning_rate"):
-        compose(read_command_line([*words, "--config", str(tmp_path / "wrong.yaml")]))
+    with pytest.raises(UserError, match=r"wrong.yaml: No key 'flags.lr'; did you mean train.lr"):
+        meant("--config", str(tmp_path / "wrong.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        ("tensorboard", ["TensorBoardLogger", "CSVLogger"]),
+        (["csv", "tensorboard"], ["TensorBoardLogger", "CSVLogger"]),
+        ("none", ["CSVLogger"]),
+        (False, ["CSVLogger"]),
+    ],
+)
+def test_loggers_by_name_and_always_a_csv(names, kinds, tmp_path):
+    from vavae_tools.training.run import make_loggers
+
+    assert [type(logger).__name__ for logger in make_loggers(names, tmp_path)] == kinds
+
+
+def test_a_logger_that_is_not_there_is_one_line(tmp_path):
+    from vavae_tools.training.run import make_loggers
+
+    with pytest.raises(UserError, match="No logger 'tensorbord'; there are tensorboard, wandb, mlflow, csv and none"):
+        make_loggers("tensorbord", tmp_path)
+    with pytest.raises(UserError, match="logger=wandb needs the package wandb: pip install wandb"):
+        make_loggers("wandb", tmp_path)

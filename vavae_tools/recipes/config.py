@@ -1,35 +1,38 @@
-"""Experiments: what a command line of `vavae_tools.train` means, as one configuration, and the folder of its run.
+"""What a command line of training means: an experiment's recipe with what was typed, and the folder of its run.
 
-The configurations are Hydra's (`configs/`), its overrides are understood as they are typed; beside them flags, which
-stand for one key each. A run keeps its configuration in `.hydra/config.yaml`, and by it is found again.
+Words are Hydra's overrides, `key=value`, or flags, `--NAME VALUE`, where NAME is a key's last word. What older versions
+called otherwise is translated by `configs/aliases.yaml`. A run keeps its configuration in `.hydra/config.yaml`, and by
+it is found again.
 """
 
-import os
+import functools
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args, get_origin
 
+from vavae_tools.recipes.base import RECIPES, Recipe
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.ranks import is_first, of_torchrun
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
+from vavae_tools.training.config import Setting, checked, settings_of
 
 CONFIGS = Path(str(files("vavae_tools") / "configs"))
-GROUPS = ("experiment", "data", "model", "trainer", "callbacks")
 DEFAULT = "vavae_dit"
 SECTIONS = {"training": "text_to_image"}
 """Sections of a `--config` file that only one experiment has, and so name it."""
 RUNS = Path("logs/runs")
-RUN_FOLDER = "VAVAE_RUN_FOLDER"
-"""Environment variable by which the processes of one run agree on its folder."""
+_OF_THE_RUN = {
+    "resume": Setting((str, type(None)), None, {"help": "last, a .ckpt, .pth, checkpoint folder or run's folder"}),
+    "output_dir": Setting((str, type(None)), None, {"help": "of this run; null: logs/runs/YYYY-MM-DD/HH-MM-SS"}),
+}
+_NOT_NAMED = ("name", "task", "recipe", "experiment")
+"""Keys of a run's own configuration that are not set by hand."""
 
 
 @dataclass
@@ -38,11 +41,11 @@ class CommandLine:
 
     Attributes:
         overrides: Hydra's: `key=value`, `group=option`, `+key=value`, `~key`.
-        flags: name → the text after it; None where nothing followed.
+        flags: name → the words after it.
     """
 
     overrides: list[str] = field(default_factory=list)
-    flags: dict[str, str | None] = field(default_factory=dict)
+    flags: dict[str, list[str]] = field(default_factory=dict)
     config: str | None = None
     help: bool = False
     print_config: bool = False
@@ -52,6 +55,25 @@ class CommandLine:
         """The one that was named."""
         chosen = [text.partition("=")[2] for text in self.overrides if re.match(r"\+?experiment=", text)]
         return chosen[-1] if chosen else None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe under a name, and where its run goes."""
+
+    name: str
+    recipe: Recipe
+    resume: str | None = None
+    output_dir: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain values, as `--config` reads them."""
+        return {
+            "experiment": self.name,
+            "resume": self.resume,
+            "output_dir": self.output_dir,
+            **_plain(self.recipe),
+        }
 
 
 def read_command_line(arguments: Sequence[str]) -> CommandLine:
@@ -71,17 +93,19 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
         elif word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
-            text = value if equals else None
-            if not equals and words and not words[0].startswith("--") and not _is_override(words[0]):
-                text = words.pop(0)
+            texts = [value] if equals else []
+            while not equals and words and not words[0].startswith("--") and not _is_override(words[0]):
+                texts.append(words.pop(0))
             if name == "config":
-                line.config = _needs_value(name, text)
+                if not texts:
+                    raise UserError("--config needs a value")
+                line.config = texts[0]
             else:
-                line.flags[name] = text
+                line.flags[name] = texts
         elif _is_override(word):
-            line.overrides.append(word.replace("hydra.run.dir=", "output_dir=", 1))
+            line.overrides.append(word)
         else:
-            raise UserError(f"{word!r} is neither --flag VALUE nor key=value, such as trainer.devices=2 (see --help)")
+            raise UserError(f"{word!r} is neither --flag VALUE nor key=value, such as train.devices=2 (see --help)")
     return line
 
 
@@ -89,74 +113,215 @@ def _is_override(word: str) -> bool:
     return re.match(r"(~|\+{0,2})[A-Za-z_][\w./@-]*(=|$)", word) is not None and ("=" in word or word.startswith("~"))
 
 
-def _needs_value(name: str, text: str | None) -> str:
-    if text is None:
-        raise UserError(f"--{name} needs a value")
-    return text
-
-
-def compose(line: CommandLine) -> "DictConfig":
-    """The configuration that a command line means: the experiment's, then `--config`'s, then what was typed.
+def compose(line: CommandLine) -> Experiment:
+    """Return what a command line means: the experiment's values, then `--config`'s, then what was typed.
 
     Raises:
         UserError: an experiment, option or key that does not exist (the nearest that do are named), or a value of
             another kind than the key's.
     """
-    from omegaconf import OmegaConf
-
     given = _read_config(line.config) if line.config else {}
-    of_file = given.pop("experiment", None) or next((of for section, of in SECTIONS.items() if section in given), None)
-    experiment = line.experiment or of_file or DEFAULT
-    chosen = [text for text in line.overrides if text.partition("=")[0].lstrip("+") in GROUPS]
-    chosen = [f"experiment={experiment}", *(text for text in chosen if "experiment=" not in text)]
-    for text in chosen:
-        _check_option(*text.lstrip("+").split("=", 1))
-    base = _hydra(chosen)
-    known = [key for key in _keys(base) if not _of_flags(key)]
-    for name, key in given.pop("flags", {}).items():  # what --print_config says is read again
-        if base.flags.get(name) != key:
-            _check_key(f"flags.{name}", known, base.flags, f"{line.config}: ")
-    for key, value in _leaves(given, known):
-        _check_key(key, known, base.flags, f"{line.config}: ")
-        OmegaConf.update(base, key, _of_its_kind(key, value, base))
-    typed = [text for text in line.overrides if text.partition("=")[0].lstrip("+") not in GROUPS]
-    for text in typed:
-        key = text.partition("=")[0]
-        if not key.startswith("+") or _of_flags(key.lstrip("+")):
-            _check_key(key.lstrip("~+"), known, base.flags)
-    changed = _hydra([*chosen, *typed])
-    for text in typed:
-        key = text.partition("=")[0].lstrip("+~")
+    name = line.experiment or given.get("experiment") or given.get("name")
+    name = name or next((of for section, of in SECTIONS.items() if section in given), None) or DEFAULT
+    experiment = _read_experiment(name)
+    keys = _Keys(RECIPES[experiment.pop("recipe")]())
+    for key, value in _leaves(experiment, keys):
+        keys.set(key, value)
+    groups = _aliases()["groups"]
+    chosen = [text.lstrip("+").split("=", 1) for text in line.overrides if text.partition("=")[0].lstrip("+") in groups]
+    for group, option in chosen:
+        if option not in groups[group]:
+            raise UserError(
+                f"No {group}={option}{_nearest(option, groups[group])}; there are {', '.join(groups[group])}"
+            )
+        for key, value in groups[group][option].items():
+            keys.set(key, value)
+    where = f"{line.config}: "
+    for flag, meant in (given.pop("flags", None) or {}).items():  # what older versions' --print_config said
+        if keys.home(str(meant)) is None:
+            raise UserError(f"{where}No key {f'flags.{flag}'!r}{keys.near(flag)}; --print_config shows all keys")
+    for key, value in _leaves({k: v for k, v in given.items() if k not in _NOT_NAMED}, keys):
+        keys.set(key, value, where)
+    for text in line.overrides:
+        key = text.partition("=")[0].lstrip("+")
+        if key != "experiment" and key not in groups:
+            keys.set_typed(text)
+    for flag, texts in line.flags.items():
+        keys.set_flag(flag, texts)
+    needed = [key for key in keys.recipe.needs if keys.values[key] is None]
+    if needed:
+        raise UserError(f"experiment={name} needs {needed[0]}=… (or --{needed[0].rpartition('.')[2]} …)")
+    return Experiment(name, keys.built(), keys.values["resume"], keys.values["output_dir"])
+
+
+class _Keys:
+    """The keys of a recipe, by their own names and others, and the values that they get."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.settings = {**_OF_THE_RUN, **settings_of(recipe)}
+        self.values = {key: setting.default for key, setting in self.settings.items()}
+
+    def home(self, key: str) -> str | None:
+        """Return the recipe's own key of a name, None for one that it does not have."""
+        for _ in range(3):  # an alias may stand for an alias
+            if key in self.settings or key in _aliases()["values"]:
+                return key
+            found = _translated(key)
+            if found is None:
+                return None
+            key = found
+        return None
+
+    def set(self, key: str, value: Any, where: str = "") -> None:
+        """Set a key of any name.
+
+        Raises:
+            UserError: no such key, or a value that it does not take.
+        """
+        home = self.home(key)
+        if home is None:
+            raise UserError(f"{where}No key {key!r}{self.near(key)}; --print_config shows all keys")
+        meanings = _aliases()["values"].get(home)
+        if meanings is None:
+            self.values[home] = checked(f"{where}{key}", _as_size(value, self.settings[home]), self.settings[home])
+            return
+        if value not in meanings:
+            raise UserError(f"{where}{key} is {value!r}, expected {' or '.join(map(_written, meanings))}")
+        if meanings[value] != "keep":
+            for other, meant in meanings[value].items():
+                self.set(other, meant, where)
+
+    def set_typed(self, text: str) -> None:
+        """Set what an override says."""
+        key, value = _parsed(text)
         if text.startswith("~"):
+            if self.home(key) is None:
+                raise UserError(f"No key {key!r}{self.near(key)}; --print_config shows all keys")
             raise UserError(f"{text}: a key cannot be taken away; set it to null where it may be left out")
-        value = OmegaConf.select(changed, key)
-        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        in_base = not text.startswith("+") or key in known
-        OmegaConf.update(base, key, _of_its_kind(key, value, base) if in_base else value, force_add=not in_base)
-    for name, text in line.flags.items():
-        if name not in base.flags:
-            raise UserError(f"No --{name}{_nearest(name, base.flags, '--')}; python -m vavae_tools.train --help")
-        key = base.flags[name]
-        OmegaConf.update(base, key, _of_its_kind(key, _flag_value(name, text, OmegaConf.select(base, key)), base))
-    missing = OmegaConf.missing_keys(base)
-    if missing:
-        key = sorted(missing)[0]
-        flag = next((f"--{name} …" for name, target in base.flags.items() if target == key), None)
-        raise UserError(f"experiment={base.name} needs {key}=…{f' (or {flag})' if flag else ''}")
-    return base
+        further = re.fullmatch(r"train(?:er)?\.(?:trainer\.)?(\w+)", key)
+        if text.startswith("+") and further and self.home(key) is None:
+            self.values["train.trainer"] = {**self.values["train.trainer"], further[1]: value}
+        else:
+            self.set(key, value)
+
+    def set_flag(self, flag: str, texts: list[str]) -> None:
+        """Set what a flag says: `--NAME VALUE`, or several values for a list."""
+        key = self.of_flag(flag)
+        setting = self.settings.get(key)
+        takes_lists = setting is not None and any(get_origin(kind) is list for kind in setting.kinds)
+        if len(texts) > 1 and not takes_lists:
+            raise UserError(f"{texts[1]!r} is neither --flag VALUE nor key=value, such as train.devices=2 (see --help)")
+        if not texts and not (setting is None or bool in setting.kinds):
+            raise UserError(f"--{flag} needs a value")
+        values = [_read(text) for text in texts] or [True]
+        value = values[0] if len(values) == 1 else values
+        try:
+            self.set(key, value)
+        except UserError as error:
+            raise UserError(f"--{flag}: {error}" if f"--{flag}" not in str(error) else str(error)) from None
+
+    def of_flag(self, flag: str) -> str:
+        by_end: dict[str, list[str]] = {}
+        for key in self.settings:
+            by_end.setdefault(key.rpartition(".")[2], []).append(key)
+        meant = _aliases()["flags"].get(flag, [])
+        named = [key for name in ([meant] if isinstance(meant, str) else meant) if (key := self.home(name))]
+        found = named or by_end.get(flag, [])
+        if len(found) == 1 or named:
+            return found[0]
+        if found:
+            raise UserError(f"--{flag} could be {' or '.join(found)}: type the key, as {found[0]}=…")
+        near = get_close_matches(flag, [*by_end, *_aliases()["flags"]], n=1, cutoff=0.5)
+        meant = f"; did you mean --{near[0]}?" if near else ""
+        raise UserError(f"No --{flag}{meant}; python -m vavae_tools.train --help")
+
+    def near(self, key: str) -> str:
+        """Return the words that name the key that was meant, if there is one like it."""
+        end = key.rpartition(".")[2]
+        exact = [known for known in self.settings if known.rpartition(".")[2] == end]
+        flag = _aliases()["flags"].get(end)
+        if not exact and isinstance(flag, str) and self.home(flag):
+            exact = [self.home(flag)]
+        if exact:
+            return f"; did you mean {exact[0]}?"
+        by_alias = {old.rpartition(".")[2]: new for old in _aliases()["keys"] if (new := self.home(old))}
+        names = {**by_alias, **{known.rpartition(".")[2]: known for known in self.settings}}
+        found = [names[name] for name in get_close_matches(end, names, n=1, cutoff=0.6)]
+        found = found or get_close_matches(_translated(key) or key, list(self.settings), n=1, cutoff=0.5)
+        return f"; did you mean {found[0]}?" if found else ""
+
+    def built(self) -> Recipe:
+        return _with_values(self.recipe, {k: v for k, v in self.values.items() if k not in _OF_THE_RUN})
 
 
-def _hydra(overrides: list[str]) -> "DictConfig":
-    from hydra import compose, initialize_config_dir
+def _with_values(config: Any, values: Mapping[str, Any], before: str = "") -> Any:
+    changes = {}
+    for each in fields(config):
+        now, key = getattr(config, each.name), f"{before}{each.name}"
+        changes[each.name] = _with_values(now, values, f"{key}.") if is_dataclass(now) else values[key]
+    return replace(config, **changes)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return {
+        each.name: _plain(value) if is_dataclass(value := getattr(config, each.name)) else value
+        for each in fields(config)
+    }
+
+
+@functools.cache
+def _aliases() -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load((CONFIGS / "aliases.yaml").read_text(encoding="utf-8"))
+
+
+def _translated(key: str) -> str | None:
+    """Return what a key of another name stands for."""
+    others = _aliases()["keys"]
+    if key in others:
+        return others[key]
+    begins = [old for old in others if old.endswith(".") and key.startswith(old)]
+    if not begins:
+        return None
+    longest = max(begins, key=len)
+    return others[longest] + key.removeprefix(longest)
+
+
+def _as_size(value: Any, setting: Setting) -> Any:
+    """Return 128x256 as [128, 256] where a setting takes two whole numbers."""
+    takes = any(get_origin(kind) is list and get_args(kind) == (int,) for kind in setting.kinds)
+    if takes and isinstance(value, str) and re.fullmatch(r"\d+[xX]\d+", value):
+        return [int(side) for side in value.lower().split("x")]
+    return value
+
+
+def _parsed(text: str) -> tuple[str, Any]:
+    """Return an override's key and value, by Hydra's grammar."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return compose("train", overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        lines = [text for text in str(error.__cause__ or error).splitlines() if text.strip()]
-        raise UserError(f"{' '.join(overrides[1:]) or overrides[0]}: {' '.join(lines[:2])}") from None
+        override = OverridesParser.create().parse_override(text)
+        value = override.value()
+    except HydraException as error:
+        lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
+        raise UserError(f"{text}: {' '.join(lines[:2])}") from None
+    if override.is_sweep_override():
+        raise UserError(f"{text}: several values; one with a comma needs quotes, key='\"a,b\"', a list brackets, [a,b]")
+    return override.key_or_group, value
+
+
+def _read(text: str) -> Any:
+    """Return a flag's text as YAML reads it, 1e-4 as a number."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+
+
+def _written(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -172,140 +337,83 @@ def _read_config(path: str) -> dict[str, Any]:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())[:200]}") from None
     if not OmegaConf.is_dict(read):
-        raise UserError(f"--config {path}: expected keys and values, such as data: {{batch_size: 32}}")
-    return OmegaConf.to_container(read)
+        raise UserError(f"--config {path}: expected keys and values, such as train: {{batch_size: 32}}")
+    return OmegaConf.to_container(read, resolve=True)
 
 
 def experiments() -> dict[str, str]:
-    """Name → what it is, in a line."""
-    found = {}
-    for path in sorted((CONFIGS / "experiment").glob("*.yaml")):
-        comments = [text[1:].strip() for text in path.read_text(encoding="utf-8").splitlines() if text.startswith("#")]
-        found[path.stem] = next(text for text in comments if not text.startswith("@"))
-    return found
+    """Return name → what it is, in a line."""
+    paths = sorted((CONFIGS / "experiment").glob("*.yaml"))
+    return {path.stem: path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for path in paths}
 
 
-def _check_option(group: str, option: str) -> None:
-    options = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
-    if option not in options:
-        raise UserError(f"No {group}={option}{_nearest(option, options)}; there are {', '.join(options)}")
+def _read_experiment(name: str) -> dict[str, Any]:
+    import yaml
+
+    options = list(experiments())
+    if name not in options:
+        raise UserError(f"No experiment={name}{_nearest(name, options)}; there are {', '.join(options)}")
+    return yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def _of_flags(key: str) -> bool:
-    """Whether a key only says what a flag stands for: to set it would train as if it had not been."""
-    return key.split(".")[0] == "flags"
+def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
-def _check_key(key: str, known: Sequence[str], flags: Mapping[str, str], where: str = "") -> None:
-    if key in known:
-        return
-    meant = flags.get(key.removeprefix("flags."))
-    near = f"; did you mean {meant}?" if meant else _nearest(key, known)
-    raise UserError(f"{where}No key {key!r}{near}; --print_config shows all keys")
-
-
-def _nearest(name: str, known: Sequence[str], before: str = "") -> str:
-    by_end = {key.rpartition(".")[2]: key for key in known}
-    near = get_close_matches(name, known, n=1, cutoff=0.5) or [
-        by_end[end] for end in get_close_matches(name.rpartition(".")[2], by_end, n=1, cutoff=0.5)
-    ]
-    return f"; did you mean {before}{near[0]}?" if near else ""
-
-
-def _keys(config: "DictConfig") -> list[str]:
-    """All dotted keys, inner ones too."""
-    from omegaconf import OmegaConf
-
-    found: list[str] = []
-
-    def walk(value: Any, before: str) -> None:
-        for name, inner in value.items():
-            found.append(f"{before}{name}")
-            if isinstance(inner, dict):
-                walk(inner, f"{before}{name}.")
-
-    walk(OmegaConf.to_container(config), "")
-    return found
-
-
-def _leaves(values: Mapping[str, Any], known: Sequence[str], before: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(values: Mapping[str, Any], keys: _Keys, before: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         key = f"{before}{name}"
-        if value is None and any(other.startswith(f"{key}.") for other in known):
-            continue  # a section without content
-        if isinstance(value, Mapping) and any(other.startswith(f"{key}.") for other in known):
-            yield from _leaves(value, known, f"{key}.")
-        else:
+        home = keys.home(key)
+        is_section = any(
+            known.startswith(f"{key}.") for known in (*keys.settings, *_aliases()["keys"], *_aliases()["values"])
+        )
+        if isinstance(value, Mapping) and not (
+            home in keys.settings and dict in map(_origin, keys.settings[home].kinds)
+        ):
+            yield from _leaves(value, keys, f"{key}.")
+        elif not (value is None and home is None and is_section):  # a section without content
             yield key, value
 
 
-def _flag_value(name: str, text: str | None, now: Any) -> Any:
-    from omegaconf import OmegaConf
-
-    if text is None:
-        if isinstance(now, bool):
-            return True
-        raise UserError(f"--{name} needs a value")
-    return OmegaConf.from_dotlist([f"value={text}"]).value  # numbers as YAML with 1e-4 reads them
-
-
-def _of_its_kind(key: str, value: Any, config: "DictConfig") -> Any:
-    """`value`, where it is of the kind that the key's default is: a number for a number."""
-    from omegaconf import OmegaConf
-
-    default = OmegaConf.select(config, key, throw_on_missing=False)
-    if default is None or value is None or isinstance(default, str) or OmegaConf.is_config(default):
-        return value
-    if key.startswith("model.dit.") and isinstance(value, list):  # two numbers make a denoiser with a wide head
-        return value
-    if isinstance(default, bool):
-        fits, kind = isinstance(value, bool), "true or false"
-    elif isinstance(default, int):
-        fits, kind = isinstance(value, int) and not isinstance(value, bool), "a whole number"
-    else:
-        fits, kind = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
-    if not fits:
-        raise UserError(f"{key} is {value!r}, expected {kind} such as {default}")
-    return float(value) if isinstance(default, float) else value
+def _origin(kind: Any) -> Any:
+    return get_origin(kind) or kind
 
 
 # ---- the run's folder
 _TURNS = count(1)
 
 
-def run_folder(config: "DictConfig", now: datetime | None = None) -> tuple[Path, str | None, str | None]:
-    """Where a run writes, what it goes on from, and a line about it.
+def run_folder(plan: Experiment, now: datetime | None = None) -> tuple[Path, str | None, str | None]:
+    """Return where a run writes, what it resumes from, and a line about it.
 
-    `ckpt_path=last` takes the newest run of the same experiment and goes on in its folder, and so does a path into a
+    `resume=last` takes the newest run of the same experiment and writes into its folder, and so does a path into a
     run's folder; another checkpoint starts a folder of its own.
 
     Raises:
-        UserError: `ckpt_path=last`, and no run of this experiment has a checkpoint.
+        UserError: `resume=last`, and no run of this experiment has a checkpoint.
     """
     ranks = of_torchrun()
     if ranks.size > 1:  # the clock says another second to each of them
-        found = _run_folder(config, now) if ranks.rank == 0 else None
+        found = _run_folder(plan, now) if ranks.rank == 0 else None
         turn = f"vavae run folder {next(_TURNS)}"  # a process may train several
         folder, resume, said = ranks.share(turn, found and (str(found[0]), *found[1:]))
         return Path(folder), resume, said
-    return _run_folder(config, now)
+    return _run_folder(plan, now)
 
 
-def _run_folder(config: "DictConfig", now: datetime | None) -> tuple[Path, str | None, str | None]:
-    resume, chosen = config.ckpt_path, config.output_dir
-    shared = os.environ.get(RUN_FOLDER)
-    if resume is not None:
-        resume = str(resume)
-    if chosen is not None:
-        return Path(str(chosen)), resume, None
+def _run_folder(plan: Experiment, now: datetime | None) -> tuple[Path, str | None, str | None]:
+    resume = plan.resume
+    if plan.output_dir is not None:
+        return Path(plan.output_dir), resume, None
     if resume == "last":
-        found = Path(shared) if shared else _newest_run(config.name)
-        return found, "last", f"ckpt_path=last: going on with {found}"
+        found = _newest_run(plan.name)
+        return found, "last", f"resume=last: resuming {found}"
     if resume is not None:
         of_run = [folder for folder in (Path(resume), *Path(resume).parents) if (folder / ".hydra").is_dir()]
         if of_run:
-            return of_run[0], resume, f"going on in {of_run[0]}"
-    return Path(shared) if shared else _new_run(now or datetime.now()), resume, None
+            return of_run[0], resume, f"resuming {of_run[0]}"
+    return _new_run(now or datetime.now()), resume, None
 
 
 def _new_run(now: datetime) -> Path:
@@ -322,78 +430,71 @@ def _newest_run(name: str) -> Path:
 
     known = []
     for path in sorted(RUNS.glob("*/*/.hydra/config.yaml"), reverse=True):
-        of = OmegaConf.load(path).get("name")
+        kept = OmegaConf.load(path)
+        of = kept.get("experiment") or kept.get("name")  # as older versions wrote it
         run = path.parent.parent
         if of == name and any(run.glob("checkpoints/*.ckpt")):
             return run
         known.append(f"{run} ({of}{'' if of != name else ', no checkpoint yet'})")
     there = f"; there are {', '.join(known[:3])}" if known else ""
-    raise UserError(f"ckpt_path=last: no run of {name} with a checkpoint in {RUNS}{there}. Start one without ckpt_path")
+    raise UserError(f"resume=last: no run of {name} with a checkpoint in {RUNS}{there}. Start one without resume")
 
 
-def keep_config(config: "DictConfig", overrides: Sequence[str], folder: Path) -> None:
-    """Write `.hydra/config.yaml` and `.hydra/overrides.yaml`, as Hydra does, and tell the run's other processes."""
-    from omegaconf import OmegaConf
+def keep_config(plan: Experiment, words: Sequence[str], folder: Path) -> None:
+    """Write `.hydra/config.yaml` and `.hydra/overrides.yaml`, as Hydra does."""
+    import yaml
 
     from vavae_tools.runtime.files import written_whole
 
-    os.environ[RUN_FOLDER] = str(folder)
     if not is_first():
         return
-    for name, value in (("config", config), ("overrides", list(overrides))):
+    for name, value in (("config", plan.plain()), ("overrides", list(words))):
         with written_whole(folder / ".hydra" / f"{name}.yaml") as partial:
-            partial.write_text(OmegaConf.to_yaml(OmegaConf.create(value), resolve=name == "config"), encoding="utf-8")
+            partial.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def help_text(experiment: str | None) -> str:
-    """What `--help` prints: experiments, flags, and the keys of one experiment with their meanings."""
-    import yaml
-
+    """Return what `--help` prints: experiments, and the keys of one experiment with their meanings."""
     name = experiment or DEFAULT
-    _check_option("experiment", name)
-    groups = {"data": "split", "model": DEFAULT, "trainer": "auto", "callbacks": "default"}
-    flags = yaml.safe_load((CONFIGS / "train.yaml").read_text(encoding="utf-8"))["flags"]
-    texts = []
-    base: str | None = name
-    while base:  # an experiment, and the one that it is built on
-        texts.append((CONFIGS / "experiment" / f"{base}.yaml").read_text(encoding="utf-8"))
-        read = yaml.safe_load(texts[-1])
-        flags |= read.get("flags", {})
-        base = None
-        for entry in read.get("defaults", []):
-            if isinstance(entry, dict):
-                groups.update({group.removeprefix("override /"): option for group, option in entry.items()})
-            elif entry != "_self_":
-                base = entry
+    values = _read_experiment(name)
+    keys = _Keys(RECIPES[values.pop("recipe")]())
+    for key, value in _leaves(values, keys):
+        keys.set(key, value)
     width = max(map(len, experiments()))
     listed = "\n".join(f"  {each:<{width}}  {what}" for each, what in experiments().items())
-    wide = max(map(len, flags)) + 2
-    typed = "\n".join(f"  {f'--{flag}':<{wide}}  {key}" for flag, key in flags.items())
-    keys = "\n\n".join(
-        f"{group}:  # {option}\n"
-        + "".join(f"  {text}\n" for text in _without_title(CONFIGS / group / f"{option}.yaml")).rstrip()
-        for group, option in groups.items()
+    sections: dict[str, list[str]] = {"": []}
+    for key, setting in keys.settings.items():
+        section, _, end = key.rpartition(".")
+        sections.setdefault(section, []).append(_described(end, keys.values[key], setting))
+    recipe = keys.recipe
+    shown = [
+        f"{section}:" + (f"  # {(type(getattr(recipe, section)).__doc__ or '').splitlines()[0]}" if section else "")
+        for section in sections
+    ]
+    blocks = "\n\n".join(
+        "\n".join(([title] if section else []) + lines)
+        for title, (section, lines) in zip(shown, sections.items(), strict=True)
     )
-    own = next((text for text in reversed(texts) if re.search(r"^(data|model|trainer|callbacks):", text, re.M)), None)
-    replaced = f"\n\nand in their place:\n{own}" if own else ""
     return f"""usage: python -m vavae_tools.train [experiment=NAME] [key=value …] [--flag VALUE …]
 
-Train an experiment. Each run has its folder logs/runs/YYYY-MM-DD/HH-MM-SS/ with its checkpoints, curves and pictures.
+Train an experiment. Each run has its folder logs/runs/YYYY-MM-DD/HH-MM-SS/ with its checkpoints, curves and images.
 
 experiments (experiment=NAME --help shows its keys):
 {listed}
 
   --config FILE   a YAML file with keys and values, and its experiment under `experiment`
-  --resume PATH   as ckpt_path=PATH: last, a .ckpt, .pth, checkpoint folder or run's folder
+  --resume PATH   last, a .ckpt, .pth, checkpoint folder or run's folder: go on from there
   --print_config  show all that a run would use, and end
 
-flags of {name}, each for a key:
-{typed}
+keys of {name}, each also a flag by its last word, such as --batch_size 16 for train.batch_size=16; in brackets what
+holds where it is not typed:
 
-keys of {name}:
-{keys}{replaced}"""
+{blocks}"""
 
 
-def _without_title(path: Path) -> list[str]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return lines[1:] if lines[0].startswith("#") else lines
+def _described(name: str, value: Any, setting: Setting) -> str:
+    choices = [str(c) for kind in setting.kinds if str(get_origin(kind)) == "typing.Literal" for c in get_args(kind)]
+    text = setting.metadata.get("help", "")
+    text = f"{', '.join(choices)}: {text}" if len(choices) > 1 else text
+    before = f"  {name} [{_written(value)}]"
+    return textwrap.fill(f"{before}  {text}", 118, subsequent_indent=" " * 8, break_long_words=False)

@@ -1,17 +1,18 @@
-"""Latents and the DiT, whole: from a folder to a folder. Notebooks and commands call these."""
+"""A denoiser on latents of images of classes, whole: from a folder to a pipeline. Notebooks and commands call these."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vavae_tools.autoencoders.loading import load_autoencoder
 from vavae_tools.autoencoders.vavae import fitting_size
 from vavae_tools.autoencoders.weights import load_vavae
-from vavae_tools.checkpoints.resuming import resume_path
 from vavae_tools.data.images import PictureDataModule
 from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_latents, latents_digest
 from vavae_tools.diffusion.conditioning import ClassConditioner
@@ -23,17 +24,29 @@ from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.paths import find_split
 from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
 from vavae_tools.published.lightningdit import read_latent_statistics
+from vavae_tools.recipes.base import (
+    ClassSampling,
+    DenoiserModel,
+    InitFrom,
+    LatentData,
+    LatentRecipe,
+    Objective,
+    VAVAEDiTRecipe,
+)
+from vavae_tools.recipes.presets import resolved
 from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import keep_once, save_model
 from vavae_tools.runtime.machine import find_device
 from vavae_tools.runtime.ranks import first_alone, is_first, of_torchrun
-from vavae_tools.training.config import Saving, saving_knobs
+from vavae_tools.training.callbacks.previews import SamplePreviews
+from vavae_tools.training.config import Saving, python_settings
 from vavae_tools.training.denoiser_module import DiffusionModule
-from vavae_tools.training.devices import compiles, quiet_lightning
-from vavae_tools.training.run import on_all_devices, train_denoiser
+from vavae_tools.training.devices import compiles
+from vavae_tools.training.run import Run, Say, Show, train
 
-Show = Callable[[Tensor], None]
+COLUMNS = 8
+"""Samples of each person in a preview."""
 
 
 def encode_split(
@@ -43,14 +56,14 @@ def encode_split(
     image_size: int | tuple[int, int] | None = None,
     flips: bool = False,
     seed: int = 0,
-    say: Callable[[str], None] = say,
+    say: Say = say,
     latents_stats: str | Path | None = None,
 ) -> LatentFolder:
     """Encode a split with a VA-VAE, a folder or a `.ckpt`, once; several processes share the work.
 
     Args:
         latents_stats: the `latents_stats.pt` of published weights that training is to go on from; by default the
-            statistics are computed on the training side.
+            statistics are computed on the training subset.
     """
     model = load_vavae(vavae_dir, say=lambda line: None)
     pictures = PictureDataModule(
@@ -72,36 +85,33 @@ def encode_split(
     return latents
 
 
-@on_all_devices
 def train_dit(
     latents_dir: str | Path,
     autoencoder_dir: str | Path,
     output_dir: str | Path = "outputs/dit",
     denoiser: dict[str, Any] | None = None,
-    max_steps: int = 40_000,
-    batch_size: int = 64,
-    lr: float = 2e-4,
-    ema_decay: float = 0.9995,
+    max_steps: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    ema_decay: float | None = None,
     flip: str = "none",
     seed: int = 0,
     resume: str | None = None,
-    previews: int = 8,
-    guidance_scale: float = 1.25,
+    previews: int | None = None,
+    guidance_scale: float | None = None,
     show: Show | None = None,
-    say: Callable[[str], None] = say,
+    say: Say = say,
     devices: dict[str, Any] | None = None,
     saving: Saving | dict[str, Any] | None = None,
     objective: dict[str, Any] | None = None,
-    warmup_steps: int = 100,
-    schedule: str = "cosine",
+    warmup_steps: int | None = None,
+    schedule: str | None = None,
     compile: bool | None = None,
     gradient_checkpointing: bool = False,
-    best: str = "best-",
-    num_workers: int = 0,
+    num_workers: int | None = None,
     init: dict[str, Any] | None = None,
-    noted: dict[str, float] | None = None,
 ) -> Path:
-    """Train a denoiser on latents.
+    """Train a denoiser on latents; what is None is as in `experiment=vavae_dit`.
 
     Args:
         latents_dir: what `encode_latents` (or `encode_split`) wrote.
@@ -110,113 +120,220 @@ def train_dit(
             at the end `pipeline/`, ready to sample from.
         denoiser: {"size": "S" | "B" | "L" | "XL"}, or numbers (hidden_size, depth, num_heads), and patch_size; two
             numbers each make a DiT with the wide head. num_classes and class_dropout_prob go to the conditioner. See
-            `denoisers.make_denoiser`.
+            `factory.make_denoiser`.
         max_steps: optimiser steps.
-        flip: "half" trains half the time on mirrored pictures, where they were encoded.
+        flip: "half" trains half the time on mirrored images, where they were encoded.
         previews: grids of samples in all.
         devices: arguments of `devices.trainer_settings`, such as {"devices": 2, "precision": "16"}.
         saving: when checkpoints are written and training ends, a `Saving` or its numbers as a dict.
-        objective: arguments of `FlowMatching`; time_shift None: by the latents' dimension (RAE).
-        warmup_steps, schedule: see `DiffusionModule`.
+        objective: {"name": …} and its numbers, see `objectives.make_objective`.
         compile: `torch.compile` the blocks; None: where the card gains by it (`devices.compiles`).
         gradient_checkpointing: less memory for a third more time.
-        best: how the name of the best checkpoint begins.
-        init: arguments of `starting_point.start_from`: weights to go on from, and how.
-        noted: numbers known before training that its curves shall hold.
+        init: arguments of `init_from.start_from`: weights to go on from, and how.
 
     Returns:
         The folder of the pipeline, with the averaged weights of the last step.
     """
-    L.seed_everything(seed, verbose=False)
-    quiet_lightning()
-    saving = Saving(**saving) if isinstance(saving, dict) else saving or Saving()
-    output_dir = Path(output_dir)
-    checkpoints = output_dir / "checkpoints"
-    resume_from = resume_path(resume, checkpoints, say)
-    latents = LatentDataModule(latents_dir, batch_size, num_workers, seed=seed)
-    if flip == "half" and not latents.folder.flips:
-        raise UserError(f"flip='half' needs mirrored latents, which {latents_dir} lacks: encode them with flips=True")
-    network, conditioner = _denoiser_for(latents, denoiser or {})
-    if init and init.get("weights"):
-        _start_from(network, conditioner, latents, init, resume_from, seed, say)
-    if gradient_checkpointing:
-        network.enable_gradient_checkpointing()
-    compile = compiles(compile, say=say)
-    with first_alone("autoencoder"):  # the others may read what it writes
-        model = _autoencoder_of(latents, autoencoder_dir, output_dir / "autoencoder")
+    default = LatentRecipe()
+    model, further = default.model, {}
+    for name, value in (denoiser or {}).items():
+        name = {"class_dropout_prob": "condition_dropout"}.get(name, name)
+        if name in {each.name for each in fields(DenoiserModel)}:
+            model = replace(model, **{name: value})
+        else:
+            further[name] = value
+    given = {
+        "max_steps": max_steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "ema_decay": ema_decay,
+        "warmup_steps": warmup_steps,
+        "schedule": schedule,
+        "compile": compile,
+        "previews": previews,
+        "gradient_checkpointing": gradient_checkpointing,
+        **python_settings(devices, saving),
+    }
+    recipe = LatentRecipe(
+        seed=seed,
+        data=LatentData(latents_dir=str(latents_dir), flips=flip == "half", num_workers=num_workers),
+        model=model,
+        objective=Objective(**{**asdict(default.objective), **(objective or {})}),
+        init=InitFrom(**(init or {})),
+        sampling=default.sampling if guidance_scale is None else ClassSampling(guidance_scale=guidance_scale),
+        train=replace(default.train, **{name: value for name, value in given.items() if value is not None}),
+    )
+    build = partial(build_on_latents, autoencoder=str(autoencoder_dir), further=further, best="best-")
+    return train(build, resolved(recipe), output_dir, resume, show, say)
 
+
+def train_vavae_dit(
+    recipe: VAVAEDiTRecipe, output_dir: Path, resume: str | None = None, show: Show | None = None, say: Say = say
+) -> Path:
+    """`experiment=vavae_dit`, what notebook 03 does: encode a split, and train on its latents."""
+    return train(_build_vavae_dit, resolved(recipe), output_dir, resume, show, say)
+
+
+def _build_vavae_dit(
+    recipe: VAVAEDiTRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say
+) -> Run:
+    compiles(recipe.train.compile, say=say)  # what it lacks is said before anything takes time
+    encode_split(
+        recipe.data.data_dir or find_split(),
+        recipe.vavae.source,
+        recipe.data.latents_dir,
+        recipe.data.image_size,
+        recipe.data.flips,
+        say=say,
+        latents_stats=recipe.vavae.latents_stats,
+    )
+    return build_on_latents(recipe, output_dir, resume_from, show, say, autoencoder=recipe.vavae.source)
+
+
+def build_on_latents(
+    recipe: LatentRecipe,
+    output_dir: Path,
+    resume_from: Path | None,
+    show: Show | None,
+    say: Say,
+    autoencoder: str | Path,
+    further: Mapping[str, Any] | None = None,
+    logged: Mapping[str, float] | None = None,
+    best: str = "epoch=",
+) -> Run:
+    """Return the training of a denoiser on the latents in `recipe.data.latents_dir`.
+
+    Args:
+        autoencoder: the folder, or `.ckpt`, of what made them.
+        further: arguments of the denoiser that a recipe has no key for, such as a reference's own.
+        logged: numbers known before training that its curves shall hold.
+
+    Raises:
+        UserError: parts that do not fit together.
+    """
+    config, seed = recipe.train, recipe.seed
+    latents = LatentDataModule(recipe.data.latents_dir, config.batch_size, recipe.data.num_workers or 0, seed=seed)
+    if recipe.data.flips and not latents.folder.flips:
+        raise UserError(
+            f"Mirrored images are to be trained on, but {latents.folder.path} has no mirrored latents: encode them "
+            "with flips=True"
+        )
+    network, conditioner = _denoiser_for(latents, recipe.model, further or {})
+    if recipe.init.weights:
+        _start_from(network, conditioner, latents, asdict(recipe.init), resume_from, seed, say)
+    if config.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    config = replace(config, compile=compiles(config.compile, say=say))
+    with first_alone("autoencoder"):  # the others may read what it writes
+        model = _autoencoder_of(latents, autoencoder, output_dir / "autoencoder")
     module = DiffusionModule(
         network,
         conditioner,
-        _objective_for(latents, objective or {}),
-        lr=lr,
-        ema_decay=ema_decay,
-        warmup_steps=warmup_steps,
-        flip=flip,
+        objective_for(recipe.objective, type(recipe)().objective, latents.folder.shape),
+        lr=config.lr,
+        ema_decay=config.ema_decay,
+        warmup_steps=config.warmup_steps,
+        flip="half" if recipe.data.flips else "none",
         seed=seed,
-        schedule=schedule,
-        compile=compile,
+        schedule=config.schedule,
+        compile=config.compile,
     )
     module.hparams["people"] = latents.folder.people
-    columns = 8
 
-    def make(trained: torch.nn.ModuleDict) -> Tensor:
-        labels = sorted(latents.folder.people.values())[:columns]
-        people = [label for label in labels for _ in range(columns)]
+    def make(trained: nn.ModuleDict) -> Tensor:
+        labels = sorted(latents.folder.people.values())[:COLUMNS]
+        people = [label for label in labels for _ in range(COLUMNS)]
         vae = model.to(next(trained.parameters()).device)
         try:
             parts = trained["denoiser"], trained["conditioner"]
             pipe = LatentDiTPipeline(vae, *parts, solver(module.objective.time_shift), latents.folder.people)
             pipe.set_progress_bar_config(disable=True)
             noise = pipe.noise(seed, torch.arange(len(people)))
-            return pipe(people, 20, guidance_scale, latents=noise, output_type="pt").images
+            scale = recipe.sampling.guidance_scale
+            return pipe(people, recipe.sampling.num_steps, scale, latents=noise, output_type="pt").images
         finally:
             model.to("cpu")  # its memory is training's
 
-    trainer = train_denoiser(
-        module,
-        latents,
-        output_dir,
-        make,
-        columns,
-        previews,
-        data_key=latents.folder.key,
-        max_steps=max_steps,
-        devices=devices or {},
-        saving=saving,
-        best=best,
-        compile=compile,
-        resume_from=resume_from,
-        noted=noted,
-        show=show,
-        say=say,
-    )
+    folder, checkpoints, samples = output_dir / "pipeline", output_dir / "checkpoints", output_dir / "samples"
 
-    folder = output_dir / "pipeline"
-    if trainer.is_global_zero:
+    def export(trainer: Any) -> Path:
         save_model(load_pipeline(checkpoints / "last.ckpt"), folder)
         keep_once(output_dir / "autoencoder", folder / "vae")  # an RAE is 2 GB
-        say(f"written: {folder}, {checkpoints}/, {output_dir / 'samples'}/")
-    return folder
+        say(f"written: {folder}, {checkpoints}/, {samples}/")
+        return folder
+
+    return Run(
+        module=module,
+        data=latents,
+        fingerprint=latents.folder.key,
+        config=config,
+        network=module.network,
+        what=f"a {type(network).__name__}",
+        export=export,
+        folder=folder,
+        preview=lambda every: SamplePreviews(make, COLUMNS, samples, every, show),
+        best=best,
+        logged=logged or {},
+    )
 
 
-def _denoiser_for(latents: LatentDataModule, arguments: dict[str, Any]) -> tuple[DiT | DDT, ClassConditioner]:
+def objective_for(wanted: Objective, default: Objective, shape: tuple[int, ...]) -> FlowMatching:
+    """Return an objective by its name and numbers, on data of a shape (C, h, w).
+
+    What only the recipe's own objective has is left out for another one.
+
+    Args:
+        default: the recipe's.
+
+    Raises:
+        UserError: a number that this objective does not have.
+    """
+    from vavae_tools.diffusion.objectives import make_objective
+
+    numbers = asdict(wanted)
+    name = numbers.pop("name")
+    taken = inspect.signature(type(make_objective(name)).__init__).parameters
+    untouched = {key for key, value in numbers.items() if value == getattr(default, key)}
+    numbers = {key: value for key, value in numbers.items() if key in taken or key not in untouched}
+    if numbers.get("time_shift", 1.0) is None:
+        numbers["time_shift"] = max(1.0, time_shift_of(shape))
+    return make_objective(name, **{key: value for key, value in numbers.items() if value is not None})
+
+
+def _denoiser_for(
+    latents: LatentDataModule, model: DenoiserModel, further: Mapping[str, Any]
+) -> tuple[DiT | DDT, ClassConditioner]:
     channels, height, width = latents.folder.shape
-    arguments = {name: value for name, value in arguments.items() if value is not None}
+    arguments = {name: value for name, value in {**asdict(model), **further}.items() if value is not None}
+    if model.size:
+        arguments = {k: v for k, v in arguments.items() if k not in ("hidden_size", "depth", "num_heads")}
+    null_label, latent_size = arguments.pop("null_label", None), arguments.pop("latent_size", None)
     given = arguments.get("in_channels", channels), arguments.get("input_size", (height, width))
     side = given[1] if isinstance(given[1], int) else tuple(given[1])
     if given[0] != channels or side not in (height, (height, width)) or (side == height and height != width):
         found = f"{given[0]} channels of {side if isinstance(side, int) else '×'.join(map(str, side))}"
         raise UserError(
             f"The denoiser is made for {found}, the latents are {channels}×{height}×{width}: set "
-            f"model.dit.in_channels={channels} model.dit.input_size={height}"
+            f"model.in_channels={channels} model.input_size={height}, or leave them out"
+        )
+    if latent_size is not None and list(latent_size) != [channels, height, width]:
+        raise UserError(
+            f"latent_size {'×'.join(map(str, latent_size))} does not fit the encoder, whose latents are "
+            f"{channels}×{height}×{width}: leave it out"
         )
     arguments |= {"in_channels": channels, "input_size": (height, width)}
+    arguments["class_dropout_prob"] = arguments.pop("condition_dropout")
     of_denoiser, of_conditioner = split_reference_arguments({"num_classes": latents.num_classes, **arguments})
-    if of_conditioner["num_classes"] < latents.num_classes:
+    classes = of_conditioner["num_classes"]
+    if classes < latents.num_classes:
         raise UserError(
-            f"num_classes {of_conditioner['num_classes']}, but the data have {latents.num_classes} classes: set "
-            "model.dit.num_classes=null, or no fewer than they are"
+            f"num_classes {classes}, but the data have {latents.num_classes} classes: set model.num_classes=null, or "
+            "no fewer than they are"
+        )
+    if null_label not in (None, classes):
+        raise UserError(
+            f"model.null_label={null_label}, but the model has {classes} classes, and the label after the last one, "
+            f"{classes}, stands for any: leave it out, or set model.num_classes"
         )
     return make_denoiser(of_denoiser), ClassConditioner(**of_conditioner)
 
@@ -228,25 +345,19 @@ def _start_from(
     init: dict[str, Any],
     resume_from: Path | None,
     seed: int,
-    say: Callable[[str], None],
+    say: Say,
 ) -> None:
-    """The weights to begin with; a run that goes on has its own, and needs no more than the same form."""
+    """The weights to begin with; a run that resumes has its own, and needs no more than the same form."""
     from vavae_tools.diffusion.lora import TARGETS, add_lora
     from vavae_tools.recipes.init_from import start_from
 
     if resume_from is None:
         start_from(network, conditioner, latents=latents, seed=seed, say=say, **init)
-    elif init.get("lora_rank"):
-        add_lora(network, init["lora_rank"], init.get("lora_alpha"), init.get("lora_targets") or TARGETS)
+    elif init["lora_rank"]:
+        add_lora(network, init["lora_rank"], init["lora_alpha"], init["lora_targets"] or TARGETS)
 
 
-def _objective_for(latents: LatentDataModule, arguments: dict[str, Any]) -> FlowMatching:
-    if arguments.get("time_shift", 1.0) is None:
-        arguments = {**arguments, "time_shift": max(1.0, time_shift_of(latents.folder.shape))}
-    return FlowMatching(**arguments)
-
-
-def _autoencoder_of(latents: LatentDataModule, source: str | Path, copy: Path) -> torch.nn.Module:
+def _autoencoder_of(latents: LatentDataModule, source: str | Path, copy: Path) -> nn.Module:
     """The autoencoder of these latents with their statistics, of which a copy goes along with the checkpoints.
 
     Raises:
@@ -264,55 +375,3 @@ def _autoencoder_of(latents: LatentDataModule, source: str | Path, copy: Path) -
     else:
         save_model(model, copy)
     return model
-
-
-def train_vavae_dit(
-    data: dict[str, Any],
-    model: dict[str, Any],
-    trainer: dict[str, Any],
-    callbacks: dict[str, Any],
-    output_dir: str | Path,
-    resume: str | None = None,
-    seed: int = 0,
-    say: Callable[[str], None] = say,
-) -> Path:
-    """`experiment=vavae_dit`: what notebook 03 does, `encode_split` and `train_dit`, with the keys of `configs/`."""
-    source = model["vavae"]["source"]
-    arguments = experiment_arguments(data, model, trainer, callbacks)
-    arguments["compile"] = compiles(arguments["compile"], say=say)  # what it lacks is said before anything takes time
-    encode_split(
-        data["data_dir"] or find_split(),
-        source,
-        data["latents_dir"],
-        data["image_size"],
-        data["flips"],
-        say=say,
-        latents_stats=model["vavae"]["latents_stats"],
-    )
-    return train_dit(data["latents_dir"], source, output_dir, resume=resume, seed=seed, say=say, **arguments)
-
-
-def experiment_arguments(
-    data: dict[str, Any], model: dict[str, Any], trainer: dict[str, Any], callbacks: dict[str, Any]
-) -> dict[str, Any]:
-    """The arguments of `train_dit` from an experiment's keys."""
-    module, denoiser = model["dit_module"], dict(model["dit"])
-    if denoiser.get("size"):
-        denoiser = {k: v for k, v in denoiser.items() if k not in ("hidden_size", "depth", "num_heads")}
-    if module["max_steps"] < 1:
-        raise UserError(f"max_steps {module['max_steps']}: at least one step is needed")
-    return {
-        "denoiser": denoiser,
-        "batch_size": data["batch_size"],
-        "lr": module["learning_rate"],
-        **{k: module[k] for k in ("max_steps", "ema_decay", "warmup_steps", "schedule", "compile")},
-        "gradient_checkpointing": module["gradient_checkpointing"],
-        "objective": model["objective"],
-        "flip": "half" if data["flips"] else "none",
-        "previews": callbacks["previews"],
-        "guidance_scale": callbacks["preview_guidance_scale"],
-        "devices": trainer,
-        "saving": saving_knobs(callbacks),
-        "best": "epoch=",
-        "init": model["init"],
-    }

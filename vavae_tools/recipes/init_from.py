@@ -63,7 +63,7 @@ def start_from(
     if found.kind == "dit" and (lora_rank or classes == "nearest"):
         raise UserError(
             f"{found.source} predicts noise, so its last layer starts anew here and predicts nothing yet: train all "
-            "weights (model.init.lora_rank=0) with model.init.classes=new, or a list of its labels"
+            "weights (init.lora_rank=0) with init.classes=new, or a list of its labels"
         )
     _check_architecture(found, denoiser)
     loaded, anew = _load(found, denoiser)
@@ -84,7 +84,7 @@ def start_from(
     same = [name for name in _own_names(latents).values() if name in found.classes]
     if classes == "new" and same:
         few = ", ".join(same[:3])
-        say(f"{len(same)} classes bear names of the weights' ({few} …): model.init.classes=keep takes their rows")
+        say(f"{len(same)} classes bear names of the weights' ({few} …): init.classes=keep takes their rows")
     if lora_rank:
         rows = conditioner.embedding_table.weight.numel()
         whole = sum(weight.numel() for weight in denoiser.parameters()) + rows
@@ -96,18 +96,10 @@ def start_from(
 
 
 # ---- fitting and loading
-KEYS = {  # argument → its key in configs/model, below model.dit; with a + where it is not in there
-    "hidden_size": "hidden_size",
-    "depth": "depth",
-    "num_heads": "num_heads",
-    "patch_size": "patch_size",
-    "mlp_ratio": "mlp_ratio",
-    "qk_norm": "use_qknorm",
-    "swiglu": "use_swiglu",
-    "rope": "use_rope",
-    "rms_norm": "use_rmsnorm",
-}
+KEYS = ("hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio", "qk_norm", "swiglu", "rope", "rms_norm")
+"""Arguments of a denoiser that are always told."""
 MORE_KEYS = ("adaln_shift", "pos_embed", "learn_sigma", "time_embed", "reversed_time")
+"""Those that are told where they differ."""
 
 
 def _check_architecture(found: StartingWeights, denoiser: DiT | DDT) -> None:
@@ -128,16 +120,12 @@ def _check_architecture(found: StartingWeights, denoiser: DiT | DDT) -> None:
         return
     made = DDT if isinstance(theirs["hidden_size"], tuple) else DiT
     defaults = {name: value.default for name, value in signature(made.__init__).parameters.items()}
-    fitting = [f"model.dit.{KEYS[name]}={_text(theirs[name])}" for name in told if name in KEYS]
-    fitting += [
-        f"+model.dit.{name}={_text(theirs[name])}"
-        for name in told
-        if name in MORE_KEYS and (name in differing or theirs[name] != defaults[name])
-    ]
+    telling = [name for name in told if name in KEYS or name in differing or theirs[name] != defaults[name]]
+    fitting = [f"model.{name}={_text(theirs[name])}" for name in telling]
     differences = ", ".join(f"{name} {_text(theirs[name])} (here {_text(ours[name])})" for name in differing)
     raise UserError(
         f"{found.source} is another {KINDS[found.kind]} than the denoiser that was asked for: {differences}. It fits "
-        f"model.dit.size=null {' '.join(fitting)}"
+        f"model.size=null {' '.join(fitting)}"
     )
 
 

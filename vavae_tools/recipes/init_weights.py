@@ -205,12 +205,12 @@ def _kind_of(source: Path, weights: Mapping[str, Tensor], arguments: Mapping[str
     if kind is None and seen == "dit":
         raise UserError(
             f"{source} has the form of DiT's weights, and names do not tell what they predict: noise at timesteps 0 … "
-            "999, as DiT's, of which only patches, blocks and classes are kept (model.init.kind=dit), or velocities, "
-            "as SiT's, of which all is kept (model.init.kind=lightningdit)"
+            "999, as DiT's, of which only patches, blocks and classes are kept (init.kind=dit), or velocities, "
+            "as SiT's, of which all is kept (init.kind=lightningdit)"
         )
     if kind in (None, seen) or (kind == "lightningdit" and seen == "dit"):
         return kind or seen
-    raise UserError(f"{source} is a {KINDS[seen]} by its names, not a {KINDS[kind]}: set model.init.kind={seen}")
+    raise UserError(f"{source} is a {KINDS[seen]} by its names, not a {KINDS[kind]}: set init.kind={seen}")
 
 
 def arguments_of(weights: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""Stage 2 of a representation autoencoder (RAE), whole: pictures, a look at their reconstructions, latents, a DiT."""
+"""Representation autoencoders (RAE), whole: a look at their reconstructions, their decoder's training, and a DiT."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +16,24 @@ from vavae_tools.autoencoders.rae import RAE, reconstruction_psnr
 from vavae_tools.autoencoders.rae_weights import is_rae_folder, load_rae, read_rae_folder
 from vavae_tools.autoencoders.tiny import tiny_rae
 from vavae_tools.checkpoints.formats import read_any
-from vavae_tools.checkpoints.resuming import check_resumable, resume_path
 from vavae_tools.data.datasets import picture_data
 from vavae_tools.data.demo.shapes import shape_data
 from vavae_tools.data.images import DecodedPictures, PictureSetDataModule, save_picture, to_pixels, to_unit
 from vavae_tools.data.latents import LatentFolder, encode_latents
 from vavae_tools.plots import picture_grid, show_inline
-from vavae_tools.recipes.dit import Show, experiment_arguments, train_dit
+from vavae_tools.recipes.base import DecoderRecipe, ImageData, RAEDiTRecipe
+from vavae_tools.recipes.dit import build_on_latents
+from vavae_tools.recipes.presets import resolved
 from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
 from vavae_tools.runtime.machine import find_device, release_memory
 from vavae_tools.runtime.ranks import first_alone, is_first, of_torchrun
 from vavae_tools.training.autoencoder_module import RAEDecoderModule
-from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
 from vavae_tools.training.callbacks.previews import Previews
-from vavae_tools.training.callbacks.record import RunRecord
-from vavae_tools.training.config import Saving, saving_knobs
-from vavae_tools.training.devices import compiles, describe, quiet_lightning
-from vavae_tools.training.memory import RAE_DECODER
-from vavae_tools.training.run import build_trainer, fit_trainer, on_all_devices
-
-# ---- Fine-tuning the decoder of a representation autoencoder (RAE) on one's own pictures, whole; and a look at how
-# well an RAE reconstructs them.
-
+from vavae_tools.training.config import Saving, python_settings
+from vavae_tools.training.devices import compiles
+from vavae_tools.training.run import Run, Say, Show, train
 
 ENOUGH = 20.0
 """dB: an RAE whose reconstructions are further away does not see the pictures well."""
@@ -45,47 +41,46 @@ MEASURED = 256
 """Pictures that the PSNR before and after a training is measured on, at most."""
 
 
-@on_all_devices
 def fine_tune_rae_decoder(
     data: str | Path | dict[str, Any],
     rae: str | Path | dict[str, Any],
     output_dir: str | Path = "outputs/rae_decoder",
-    batch_size: int = 8,
-    max_steps: int = 5000,
-    lr: float = 2e-4,
-    noise_tau: float = 0.8,
+    batch_size: int | None = None,
+    max_steps: int | None = None,
+    lr: float | None = None,
+    noise_tau: float | None = None,
     lpips_weights: str | Path | list[str | Path] | None = None,
     perceptual_weight: float | None = None,
-    disc_weight: float = 0.75,
+    disc_weight: float | None = None,
     disc_start: int | None = None,
     generator_start: int | None = None,
     seed: int = 0,
     resume: str | None = None,
-    previews: int = 8,
+    previews: int | None = None,
     show: Show | None = None,
-    say: Callable[[str], None] = say,
+    say: Say = say,
     devices: dict[str, Any] | None = None,
     saving: Saving | dict[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
-    """Fine-tune the decoder of an RAE; its encoder, and so its latents, stay as they are.
+    """Fine-tune the decoder of an RAE, as `experiment=rae_decoder` does; its encoder stays as it is.
 
     Args:
-        data: a folder of pictures, or the arguments of `picture_data`, or those of `shape_data` for made-up ones; all
+        data: a folder of images, or the arguments of `picture_data`, or those of `shape_data` for made-up ones; all
             plain values.
         rae: a folder of a whole RAE, "tiny" for a small random one, or the arguments of `load_rae`.
         output_dir: gets `checkpoints/epoch=*.ckpt` (best by PSNR) and `last.ckpt`, `lightning_logs/`,
             `reconstructions/`, and at the end `rae/`: the whole RAE with the averaged decoder of the last step. Not the
-            best one's, since PSNR falls where the discriminator makes pictures sharper.
-        batch_size: pictures per device and step.
+            best one's, since PSNR falls where the discriminator makes images sharper.
+        batch_size: images per device and step.
         max_steps: optimiser steps of the decoder.
-        lr: AdamW's after warm-up; 2e-4 is the paper's, a tiny decoder takes ten times that.
+        lr: AdamW's after warm-up; a tiny decoder takes ten times the paper's 2e-4.
         noise_tau: see `RAEDecoderModule`.
-        lpips_weights: local files for the perceptual part (`perceptual.load_lpips`).
+        lpips_weights: local files for the perceptual part (`lpips.load_lpips`).
         perceptual_weight: None: 1, the paper's, where `lpips_weights` are named; else 0, which is said.
         disc_weight: of the adversarial part; 0: none.
         disc_start, generator_start: steps at which the discriminator begins, and the decoder to listen to it; None: at
-            3/8 and at half of all steps, as in the paper (epochs 6 and 8 of 16), or as in the run that goes on.
+            3/8 and at half of all steps, as in the paper (epochs 6 and 8 of 16), or as in the run that is resumed.
         previews: grids of reconstructions in all; 0: none.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
         devices: arguments of `devices.trainer_settings`, such as {"devices": 2, "precision": "16"}.
@@ -98,129 +93,138 @@ def fine_tune_rae_decoder(
     Raises:
         UserError: files that are not there, or settings that cannot be.
     """
-    L.seed_everything(seed, verbose=False)
-    quiet_lightning()
-    if max_steps < 1:
-        raise UserError(f"max_steps {max_steps}: at least one step is needed")
-    if perceptual_weight and not lpips_weights:
-        raise UserError(
-            f"perceptual_weight {perceptual_weight:g} needs LPIPS's weights: name them (lpips_weights), or leave "
-            "perceptual_weight out, and the absolute error alone compares the pictures"
-        )
-    saving = Saving(**saving) if isinstance(saving, dict) else saving or Saving()
-    output_dir = Path(output_dir)
-    checkpoints = output_dir / "checkpoints"
-    resume_from = resume_path(resume, checkpoints, say)
-    model = rae_from(rae, seed, say)
-    pictures = pictures_for(model, data, batch_size, seed)
-
-    lpips = load_lpips(lpips_weights) if lpips_weights else None
-    if perceptual_weight is None:
-        perceptual_weight = 1.0 if lpips is not None else 0.0
-    say(f"LPIPS: {lpips.origin}" if lpips is not None else "No lpips_weights: the perceptual part (LPIPS) is left out")
-    # a run that goes on to more steps keeps where the discriminator began
-    began = read_any(resume_from, lambda line: None).get("hyper_parameters", {}) if resume_from else {}
-    if disc_start is None:
-        disc_start = began.get("disc_start", max_steps * 3 // 8)
-    if generator_start is None:
-        generator_start = began.get("generator_start", max(disc_start + 1, max_steps // 2))
-    module = RAEDecoderModule(
-        model,
-        lr=lr,
-        noise_tau=noise_tau,
-        perceptual_weight=perceptual_weight,
-        disc_weight=disc_weight,
-        disc_start=disc_start,
-        generator_start=generator_start,
-        seed=seed,
-        lpips=lpips,
+    default = DecoderRecipe()
+    given = {
+        **{"batch_size": batch_size, "max_steps": max_steps, "lr": lr, "previews": previews},
+        **{"noise_tau": noise_tau, "lpips_weights": lpips_weights, "perceptual_weight": perceptual_weight},
+        **{"disc_weight": disc_weight, "disc_start": disc_start, "generator_start": generator_start},
+        **python_settings(devices, saving),
         **changes,
-    )
-    settings = module.trainer_settings(**(devices or {}))
-    a_step = batch_size * settings["devices"] * settings["num_nodes"]
-    epochs = -(-max_steps * module.accumulate_grad_batches // max(1, len(pictures.train_data) // a_step))
-    _say_plan(module, pictures, max_steps, a_step, epochs, say)
-    say(describe(settings, batch_size=batch_size, num_workers=pictures.num_workers))
-    if pictures.remark:
-        say(pictures.remark)
-
-    side = pictures.val_data if pictures.val_data is not None else pictures.train_data
-    show, first = show or show_inline, is_first()
-    if first:
-        device = "cuda" if settings["accelerator"] == "gpu" else "cpu"
-        model.to(device)
-        before = _look(model, side, output_dir / "reconstructions" / "before.png", show)
-    validated = pictures.val_data is not None
-    callbacks = checkpoint_callbacks(checkpoints, "val/psnr" if validated else None, saving, "max", best="epoch=")
-    if previews:
-        shown = side.few_of_each(8)["pictures"]
-        callbacks.append(DecoderPreviews(shown, output_dir / "reconstructions", max(1, epochs // previews), show))
-    own = {"batch_size": batch_size, "precision": settings["precision"]}
-    callbacks.append(RunRecord(output_dir, own, pictures.fingerprint(), saving.allow_changes, say))
-    length = {"max_steps": max_steps, "max_epochs": -1, "check_val_every_n_epoch": max(1, epochs // 20)}
-    trainer = build_trainer({**length, **settings}, output_dir, callbacks, say)
-    check_resumable(resume_from, module)
-    fit_trainer(trainer, module, pictures, resume_from, say, RAE_DECODER)
-
-    folder = output_dir / "rae"
-    if trainer.is_global_zero:
-        model.decoder.load_state_dict(module.ema.network.state_dict())
-        model.register_to_config(noise_tau=noise_tau)
-        model.disable_gradient_checkpointing()
-        after = _look(model.eval().to(device), side, output_dir / "reconstructions" / "after.png")
-        save_model(model.to("cpu"), folder)
-        where = "that validate" if validated else "that it was trained on, since none validate"
-        say(f"PSNR {before:.1f} dB before, {after:.1f} dB after, on {min(len(side), MEASURED):,} pictures {where}")
-        if after < ENOUGH:
-            say(
-                f"advice: below {ENOUGH:.0f} dB pictures are hard to know again: train longer, or with a larger decoder"
-            )
-        say(f"written: {folder}, {checkpoints}/, {output_dir / 'reconstructions'}/")
-    return folder
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    parts = {}
+    for part in ("loss", "train"):
+        names = {each.name for each in fields(getattr(default, part))}
+        own = {name: given.pop(name) for name in names & given.keys()}
+        parts[part] = replace(getattr(default, part), **own)
+    if parts["train"].max_steps < 1:
+        raise UserError(f"max_steps {parts['train'].max_steps}: at least one step is needed")
+    build = partial(_build_decoder, data=data, rae=rae, further=given)
+    return train(build, replace(default, seed=seed, **parts), output_dir, resume, show, say)
 
 
 def train_rae_decoder(
-    data: dict[str, Any],
-    model: dict[str, Any],
-    trainer: dict[str, Any],
-    callbacks: dict[str, Any],
-    output_dir: str | Path,
-    resume: str | None = None,
-    seed: int = 0,
-    say: Callable[[str], None] = say,
-    show: Show | None = None,
+    recipe: DecoderRecipe, output_dir: Path, resume: str | None = None, show: Show | None = None, say: Say = say
 ) -> Path:
-    """`experiment=rae_decoder`, with the keys of `configs/`; returns the folder of the RAE."""
-    devices = dict(trainer)
-    module, losses = dict(model["decoder_module"]), dict(model["losses"])
-    numbers = {
-        "lr": module.pop("learning_rate"),
-        "gradient_clip": devices.pop("gradient_clip_val"),  # the module clips and gathers, since it has two optimisers
-        "accumulate_grad_batches": devices.pop("accumulate_grad_batches"),
-        "flips": data["flips"],
-        **module,
-        **losses,
-    }
-    folder = fine_tune_rae_decoder(
-        pictures_arguments(data),
-        model["rae"],
-        output_dir,
-        data["batch_size"],
-        seed=seed,
-        resume=resume,
-        previews=callbacks["previews"],
-        show=show,
-        say=say,
-        devices=devices,
-        saving=saving_knobs(callbacks),
-        **numbers,
+    """`experiment=rae_decoder`; returns the folder of the RAE."""
+    build = partial(
+        _build_decoder,
+        data=images_arguments(recipe.data),
+        rae=asdict(recipe.rae),
+        further={"flips": recipe.data.flips},
     )
-    its_data = f"data.data_dir={data['data_dir']}" if "data_dir" in data else "data=shapes"
-    say(f"next: python -m vavae_tools.train experiment=rae_dit model.rae.folder={folder} {its_data}")
+    folder = train(build, recipe, output_dir, resume, show, say)
+    say(
+        f"next: python -m vavae_tools.train experiment=rae_dit rae.folder={folder} data.data_dir={recipe.data.data_dir}"
+    )
     return folder
 
 
-def rae_from(source: str | Path | Mapping[str, Any], seed: int = 0, say: Callable[[str], None] = say) -> RAE:
+def _build_decoder(
+    recipe: DecoderRecipe,
+    output_dir: Path,
+    resume_from: Path | None,
+    show: Show | None,
+    say: Say,
+    data: str | Path | Mapping[str, Any],
+    rae: str | Path | Mapping[str, Any],
+    further: Mapping[str, Any],
+) -> Run:
+    loss, config, seed = recipe.loss, recipe.train, recipe.seed
+    if loss.perceptual_weight and not loss.lpips_weights:
+        raise UserError(
+            f"perceptual_weight {loss.perceptual_weight:g} needs LPIPS's weights: name them (lpips_weights), or leave "
+            "perceptual_weight out, and the absolute error alone compares the images"
+        )
+    model = rae_from(rae, seed, say)
+    images = images_for(model, data, config.batch_size, seed)
+    lpips = load_lpips(loss.lpips_weights) if loss.lpips_weights else None
+    say(f"LPIPS: {lpips.origin}" if lpips is not None else "No lpips_weights: the perceptual part (LPIPS) is left out")
+    module = RAEDecoderModule(
+        model,
+        **{name: value for name, value in asdict(loss).items() if name not in ("lpips_weights", *_STARTS)},
+        **_starts(recipe, resume_from, images),
+        **{name: getattr(config, name) for name in ("lr", "schedule", "warmup_steps", "ema_decay")},
+        **{name: getattr(config, name) for name in ("gradient_clip", "accumulate_grad_batches")},
+        gradient_checkpointing=bool(config.gradient_checkpointing),
+        seed=seed,
+        lpips=lpips,
+        **further,
+    )
+    settings = module.hparams
+    parts = [f"{name} {settings[name]:g}" for name in settings if name.endswith("_weight") and settings[name]]
+    begins = f"; the discriminator begins at step {settings.disc_start:,} and is listened to from step "
+    begins += f"{settings.generator_start:,}"
+    remarks = [*filter(None, [images.remark])]
+    remarks += [f"Losses: {', '.join(parts)}{begins if settings.disc_weight else ''}"]
+
+    subset = images.val_data if images.val_data is not None else images.train_data
+    folder, checkpoints, reconstructions = (output_dir / name for name in ("rae", "checkpoints", "reconstructions"))
+    if is_first():
+        device = module.trainer_settings(**config.of_devices())["accelerator"].replace("gpu", "cuda")
+        model.to(device)
+        before = _look(model, subset, reconstructions / "before.png", show or show_inline)
+
+    def export(trainer: L.Trainer) -> Path:
+        model.decoder.load_state_dict(module.ema.network.state_dict())
+        model.register_to_config(noise_tau=loss.noise_tau)
+        model.disable_gradient_checkpointing()
+        after = _look(model.eval().to(device), subset, reconstructions / "after.png")
+        save_model(model.to("cpu"), folder)
+        where = "that validate" if images.val_data is not None else "that it was trained on, since none validate"
+        say(f"PSNR {before:.1f} dB before, {after:.1f} dB after, on {min(len(subset), MEASURED):,} images {where}")
+        if after < ENOUGH:
+            say(f"advice: below {ENOUGH:.0f} dB images are hard to know again: train longer, or with a larger decoder")
+        say(f"written: {folder}, {checkpoints}/, {reconstructions}/")
+        return folder
+
+    shown = subset.few_of_each(8)["pictures"]
+    return Run(
+        module=module,
+        data=images,
+        fingerprint=images.fingerprint(),
+        config=config,
+        network=module.network,
+        what="an RAE's decoder",
+        export=export,
+        folder=folder,
+        preview=lambda every: DecoderPreviews(shown, reconstructions, every, show or show_inline),
+        monitor=("val/psnr", "max"),
+        recorded={"batch_size": config.batch_size},
+        remarks=remarks,
+    )
+
+
+_STARTS = ("disc_start", "generator_start", "perceptual_weight")
+
+
+def _starts(recipe: DecoderRecipe, resume_from: Path | None, images: PictureSetDataModule) -> dict[str, Any]:
+    """What of the losses follows from the length and from what there is; a run that resumes keeps where it began."""
+    loss, config = recipe.loss, recipe.train
+    batches = max(1, -(-len(images.train_data) // config.batch_size) // config.accumulate_grad_batches)
+    steps = config.max_steps or (config.max_epochs or 1) * batches
+    began = read_any(resume_from, lambda line: None).get("hyper_parameters", {}) if resume_from else {}
+    disc_start, generator_start, perceptual = loss.disc_start, loss.generator_start, loss.perceptual_weight
+    if disc_start is None:
+        disc_start = began.get("disc_start", steps * 3 // 8)
+    if generator_start is None:
+        generator_start = began.get("generator_start", max(disc_start + 1, steps // 2))
+    if perceptual is None:
+        perceptual = 1.0 if loss.lpips_weights else 0.0
+    return {"disc_start": disc_start, "generator_start": generator_start, "perceptual_weight": perceptual}
+
+
+def rae_from(source: str | Path | Mapping[str, Any], seed: int = 0, say: Say = say) -> RAE:
     """An RAE: that of a folder, "tiny" for a small random one, or of the arguments of `load_rae`.
 
     Args:
@@ -247,18 +251,20 @@ def rae_from(source: str | Path | Mapping[str, Any], seed: int = 0, say: Callabl
     return read_rae_folder(folder)
 
 
-def pictures_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `configs/data/pictures.yaml` or `shapes.yaml` → the arguments of `picture_data` or `shape_data`."""
-    if "data_dir" in data:
-        names = ("data_dir", "image_size", "use_hf_dataset", "train_split", "val_share", "crop", "num_workers")
-        return {name: data[name] for name in names if name in data}
-    return {"count": data["num_pictures"], **{name: data[name] for name in ("num_classes", "image_size", "val_share")}}
+def images_arguments(data: ImageData) -> dict[str, Any]:
+    """Return the arguments of `picture_data`, or for data_dir "shapes" those of `shape_data`."""
+    size = tuple(data.image_size) if isinstance(data.image_size, list) else data.image_size
+    if data.data_dir == "shapes":
+        arguments = {"count": data.num_pictures, "num_classes": data.num_classes, "val_share": data.val_share}
+        return {**arguments, "image_size": size}
+    names = ("data_dir", "use_hf_dataset", "train_split", "val_share", "crop", "num_workers")
+    return {**{name: getattr(data, name) for name in names}, "image_size": size}
 
 
-def pictures_for(
+def images_for(
     rae: RAE, data: str | Path | Mapping[str, Any], batch_size: int = 16, seed: int = 0
 ) -> PictureSetDataModule:
-    """Pictures as large as the RAE's decoder makes them.
+    """Return images as large as the RAE's decoder makes them.
 
     Args:
         data: a folder, or the arguments of `picture_data`, or those of `shape_data`.
@@ -279,7 +285,7 @@ def check_reconstructions(
     rae: RAE,
     data: DecodedPictures,
     folder: str | Path,
-    say: Callable[[str], None] = say,
+    say: Say = say,
     show: Show | None = None,
     count: int = 16,
 ) -> float:
@@ -302,7 +308,7 @@ def check_reconstructions(
     if mean < ENOUGH:
         say(
             f"warning: below {ENOUGH:.0f} dB, which no denoiser makes good: fine-tune the decoder on these pictures "
-            "(python -m vavae_tools.train experiment=rae_decoder, with the same model.rae.… and data), or take another "
+            "(python -m vavae_tools.train experiment=rae_decoder, with the same rae.… and data), or take another "
             "encoder if that does not help"
         )
     return mean
@@ -357,122 +363,63 @@ def _look(
     return mean
 
 
-def _say_plan(
-    module: RAEDecoderModule,
-    pictures: PictureSetDataModule,
-    max_steps: int,
-    a_step: int,
-    epochs: int,
-    say: Callable[[str], None],
-) -> None:
-    settings, weights = module.hparams, sum(p.numel() for p in module.network.parameters())
-    say(
-        f"Training an RAE's decoder of {weights / 1e6:,.1f} M weights on {len(pictures.train_data):,} pictures: "
-        f"{max_steps:,} steps of {a_step * module.accumulate_grad_batches}, {epochs:,} epochs, lr {settings.lr:g}; "
-        "its encoder stays as it is"
-    )
-    parts = [f"{name} {settings[name]:g}" for name in settings if name.endswith("_weight") and settings[name]]
-    begins = f"; the discriminator begins at step {settings.disc_start:,} and is listened to from step "
-    begins += f"{settings.generator_start:,}"
-    say(f"Losses: {', '.join(parts)}{begins if settings.disc_weight else ''}")
-
-
 LATENTS = Path("logs/latents")
 
 
 def train_rae_dit(
-    data: dict[str, Any],
-    model: dict[str, Any],
-    trainer: dict[str, Any],
-    callbacks: dict[str, Any],
-    output_dir: str | Path,
-    resume: str | None = None,
-    seed: int = 0,
-    say: Callable[[str], None] = say,
-    show: Show | None = None,
+    recipe: RAEDiTRecipe, output_dir: Path, resume: str | None = None, show: Show | None = None, say: Say = say
 ) -> Path:
-    """`experiment=rae_dit`, `dit_dino`, `dit_dummy`, with the keys of `configs/`; returns the pipeline's folder.
+    """`experiment=rae_dit`, `dit_dino`, `dit_dummy`; returns the pipeline's folder.
 
-    The frozen RAE sees every picture once; training then reads latents alone.
+    The frozen RAE sees every image once; training then reads latents alone.
 
     Raises:
         UserError: a latent size or number of classes that does not fit the encoder or the data.
     """
-    output_dir = Path(output_dir)
-    copy = output_dir / "autoencoder"
-    arguments = experiment_arguments(data, model, trainer, callbacks)
-    arguments["compile"] = compiles(arguments["compile"], say=say)  # what it lacks is said before anything takes time
-    rae = read_rae_folder(copy) if resume and copy.is_dir() else rae_from(model["rae"], seed, say)
-    pictures = pictures_for(rae, pictures_arguments(data), seed=seed)
-    _check(model, rae, pictures)
-    noted = {}
+    return train(_build_rae_dit, resolved(recipe), output_dir, resume, show, say)
+
+
+def _build_rae_dit(
+    recipe: RAEDiTRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say
+) -> Run:
+    copy, seed = output_dir / "autoencoder", recipe.seed
+    compiles(recipe.train.compile, say=say)  # what it lacks is said before anything takes time
+    rae = read_rae_folder(copy) if resume_from and copy.is_dir() else rae_from(asdict(recipe.rae), seed, say)
+    images = images_for(rae, images_arguments(recipe.data), seed=seed)
+    logged = {}
     if is_first():
-        device = find_device()
-        rae.to(device).eval()
-        shown = pictures.val_data if pictures.val_data is not None else pictures.train_data
-        noted["rae/psnr"] = check_reconstructions(rae, shown, output_dir / "reconstructions", say, show)
-    latents = encode_pictures(rae, pictures, data, model["rae"]["encoder_cls"], output_dir, seed, say)
+        rae.to(find_device()).eval()
+        shown = images.val_data if images.val_data is not None else images.train_data
+        logged["rae/psnr"] = check_reconstructions(rae, shown, output_dir / "reconstructions", say, show)
+    latents = encode_images(rae, images, recipe, output_dir, say)
     rae.to("cpu")  # its memory is training's
     release_memory()
     with first_alone("autoencoder"):
         if is_first():
             save_model(rae, copy)
-    return train_dit(
-        latents.path,
-        copy,
-        output_dir,
-        resume=resume,
-        seed=seed,
-        say=say,
-        show=show,
-        noted=noted,
-        **arguments,
-    )
+    recipe = replace(recipe, data=replace(recipe.data, latents_dir=str(latents.path), num_workers=0))
+    return build_on_latents(recipe, output_dir, resume_from, show, say, autoencoder=copy, logged=logged)
 
 
-def encode_pictures(
-    rae: RAE,
-    pictures: PictureSetDataModule,
-    data: dict[str, Any],
-    encoder: str,
-    output_dir: Path,
-    seed: int,
-    say: Callable[[str], None] = say,
+def encode_images(
+    rae: RAE, images: PictureSetDataModule, recipe: RAEDiTRecipe, output_dir: Path, say: Say = say
 ) -> LatentFolder:
-    """The pictures' latents, made once, by all processes: in `data.latents_dir`, or in a folder named after data and
-    encoder."""
-    folder = data["latents_dir"]
-    if folder is None and "data_dir" in data:
-        folder = LATENTS / f"{Path(data['data_dir']).resolve().name}-{encoder}-{rae.config.encoder_input_size}"
+    """Encode images once, with all processes: in `data.latents_dir`, or in a folder named after data and encoder."""
+    data, folder = recipe.data, recipe.data.latents_dir
+    if folder is None and data.data_dir != "shapes":
+        encoder = f"{recipe.rae.encoder_cls}-{rae.config.encoder_input_size}"
+        folder = LATENTS / f"{Path(data.data_dir).resolve().name}-{encoder}"
     # float16: half the disk of latents with 768 channels, and its rounding lies far below the decoder's noise
     latents = encode_latents(
         rae,
-        pictures,
+        images,
         folder or output_dir / "latents",
-        data["flips"],
+        data.flips,
         device=find_device(),
-        seed=seed,
+        seed=recipe.seed,
         dtype="float16",
         ranks=of_torchrun(),
         say=say,
     )
     say(str(latents))
     return latents
-
-
-def _check(model: dict[str, Any], rae: RAE, pictures: PictureSetDataModule) -> None:
-    module, found = model["dit_module"], list(rae.latent_shape)
-    wanted = module.get("latent_size")
-    if wanted is not None and list(wanted) != found:
-        sizes = "×".join(map(str, wanted)), "×".join(map(str, found))
-        raise UserError(
-            f"latent_size {sizes[0]} does not fit the encoder, whose latents are {sizes[1]}: set "
-            f"model.dit.in_channels={found[0]} model.dit.input_size={found[1]}"
-        )
-    classes = model["dit"].get("num_classes") or pictures.num_classes
-    for name, expected in (("num_classes", classes), ("null_label", classes)):
-        if module.get(name) not in (None, expected):
-            raise UserError(
-                f"model.dit_module.{name}={module[name]}, but the model has {expected} classes, and the label after "
-                f"the last one, {expected}, stands for any: leave it out, or set model.dit.num_classes"
-            )

@@ -1,146 +1,131 @@
-"""Texts as pictures, whole: from text files to a pipeline that writes. `experiment=token_images`."""
+"""Texts as images, whole: from text files to a pipeline that writes. `experiment=token_images`."""
 
 import math
-from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vavae_tools.checkpoints.resuming import resume_path
 from vavae_tools.data.tokens.dataset import TokenImageDataModule, TokenImageDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.factory import make_denoiser
-from vavae_tools.diffusion.objectives import CleanPrediction, hiding_noise
+from vavae_tools.diffusion.objectives import hiding_noise
 from vavae_tools.pipelines.tokens import TokenImagePipeline, load_token_pipeline
+from vavae_tools.recipes.base import TokenImageRecipe
+from vavae_tools.recipes.dit import objective_for
 from vavae_tools.runtime.console import say
-from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
 from vavae_tools.runtime.ranks import is_first
 from vavae_tools.training.callbacks.previews import TextPreviews
 from vavae_tools.training.callbacks.train_log import TrainLog
-from vavae_tools.training.config import Saving, saving_knobs
 from vavae_tools.training.denoiser_module import TokenImageModule
-from vavae_tools.training.devices import compiles, quiet_lightning
-from vavae_tools.training.memory import TOKEN_IMAGES
-from vavae_tools.training.optim import DECAYS
-from vavae_tools.training.run import length_of, train_denoiser
+from vavae_tools.training.devices import compiles
+from vavae_tools.training.run import Run, Say, Show, train
 
 COLUMNS = 4
 """Of texts of their own, and below them of texts that go on."""
 
 
 def train_token_images(
-    data: dict[str, Any],
-    model: dict[str, Any],
-    training: dict[str, Any],
-    ema: dict[str, Any],
-    sampling: dict[str, Any],
-    trainer: dict[str, Any],
-    callbacks: dict[str, Any],
-    output_dir: str | Path,
-    resume: str | None = None,
-    seed: int = 0,
-    say: Callable[[str], None] = say,
-    show: Callable[[Tensor], None] | None = None,
+    recipe: TokenImageRecipe, output_dir: Path, resume: str | None = None, show: Show | None = None, say: Say = say
 ) -> Path:
-    """`experiment=token_images`, `token_dummy`, with the keys of `configs/`; returns the pipeline's folder.
+    """`experiment=token_images`, `token_dummy`; returns the pipeline's folder.
 
     Raises:
         UserError: texts that are not there, or settings that cannot be.
     """
-    _check(model, training, ema, sampling)
-    L.seed_everything(seed, verbose=False)
-    quiet_lightning()
-    output_dir = Path(output_dir)
-    resume_from = resume_path(resume, output_dir / "checkpoints", say)
-    texts = TokenImageDataset(**{name: value for name, value in data.items() if name != "val_share"})
+    return train(_build, recipe, output_dir, resume, show, say)
+
+
+def _build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say) -> Run:
+    data, config, sampling, seed = recipe.data, recipe.train, recipe.sampling, recipe.seed
+    texts = TokenImageDataset(
+        data.data_dir,
+        img_size=data.image_size,
+        **{name: getattr(data, name) for name in ("use_chat_template", "max_tokens", "tokenizer", "vocab_size")},
+        **{name: getattr(data, name) for name in ("cell_size", "channels")},
+    )
     say(str(texts))
-    pictures = TokenImageDataModule(texts, training["batch_size"], data["val_share"], training["num_workers"], seed)
-    pictures.gathered = training["gradient_accumulation_steps"]
+    images = TokenImageDataModule(texts, config.batch_size, data.val_share, data.num_workers, seed)
+    images.gathered = config.accumulate_grad_batches
     if is_first():
         save_model(texts.tokens.tokenizer, output_dir / "tokenizer")
 
-    noise, times = hiding_noise(texts.code.length), model["objective"]
-    mean = -math.log(noise) if times["time_mean"] is None else times["time_mean"]
-    objective = CleanPrediction(**{**times, "time_mean": mean})
-    denoiser = make_denoiser(_denoiser_settings(data, model))
-    if training["gradient_checkpointing"]:
+    noise, wanted = hiding_noise(texts.code.length), recipe.objective
+    if wanted.name == "sample" and wanted.time_mean is None:
+        wanted = replace(wanted, time_mean=-math.log(noise))  # most often where noise just hides a cell's token
+    shape = (data.channels, data.image_size, data.image_size)
+    objective = objective_for(wanted, TokenImageRecipe().objective, shape)
+    denoiser = make_denoiser(_denoiser_settings(recipe))
+    if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    compile = compiles(training["compile"], say=say)
+    config = replace(config, compile=compiles(config.compile, say=say))
     of_pipeline = {
         "code": texts.code.config,
-        "lengths": pictures.train_data.lengths().tolist(),
-        "time_shift": noise if sampling["time_shift"] is None else sampling["time_shift"],
-        "use_chat_template": data["use_chat_template"],
-        "answer_lengths": pictures.train_data.answer_lengths(),
+        "lengths": images.train_data.lengths().tolist(),
+        "time_shift": noise if sampling.time_shift is None else sampling.time_shift,
+        "use_chat_template": data.use_chat_template,
+        "answer_lengths": images.train_data.answer_lengths(),
     }
     module = TokenImageModule(
         denoiser,
         ClassConditioner(1, denoiser.conditioning_size, dropout=0.0),
         objective,
         of_pipeline,
-        training["prompt_share"],
-        lr=training["learning_rate"],
-        ema_decay=ema["decay"] if ema["enabled"] else 0.0,  # an average over nothing but the last step
-        warmup_steps=training["warmup_steps"],
-        schedule=training["schedule"],
+        recipe.prompt_share,
+        lr=config.lr,
+        ema_decay=config.ema_decay,
+        warmup_steps=config.warmup_steps,
+        schedule=config.schedule,
         seed=seed,
-        compile=compile,
+        compile=config.compile,
     )
-    prompts = _first_prompts(pictures, sampling["prompts"])
+    prompts = _first_prompts(images, sampling.prompts)
 
-    def pipeline(trained: torch.nn.ModuleDict) -> TokenImagePipeline:
+    def pipeline(trained: nn.ModuleDict) -> TokenImagePipeline:
         return TokenImagePipeline(trained["denoiser"], trained["conditioner"], texts.tokens.tokenizer, **of_pipeline)
 
     pipeline(module.network).beginnings(prompts)  # what does not fit is said before anything takes time
 
-    def make(trained: torch.nn.ModuleDict) -> tuple[Tensor, list[str]]:
+    def make(trained: nn.ModuleDict) -> tuple[Tensor, list[str]]:
         pipe = pipeline(trained)
         pipe.set_progress_bar_config(disable=True)
-        settings = {"num_inference_steps": sampling["num_steps"], "eta": sampling["eta"], "seed": seed}
-        made = [pipe(num_samples=COLUMNS, **settings)] if not data["use_chat_template"] else []
+        settings = {"num_inference_steps": sampling.num_steps, "eta": sampling.eta, "seed": seed}
+        made = [pipe(num_samples=COLUMNS, **settings)] if not data.use_chat_template else []
         made += [pipe(prompts, **settings)] if prompts else []
         return torch.cat([of.pictures for of in made]), [text for of in made for text in of.texts]
 
-    if trainer["precision"] is None and not training["use_amp"]:
-        trainer = {**trainer, "precision": "32"}
-    done = train_denoiser(
-        module,
-        pictures,
-        output_dir,
-        make,
-        COLUMNS,
-        callbacks["previews"],
-        data_key=pictures.train_data.fingerprint(),
-        devices={**trainer, "log_every_n_steps": training["logging_steps"]},
-        saving=Saving(**saving_knobs(callbacks)),
-        best="epoch=",
-        compile=compile,
-        say=say,
-        resume_from=resume_from,
-        show=show,
-        callbacks=[TrainLog(output_dir, training["logging_steps"], say)],
-        names=TOKEN_IMAGES,
-        preview=partial(TextPreviews, say=say),
-        **length_of(training),
+    folder, checkpoints, samples = (output_dir / name for name in ("pipeline", "checkpoints", "samples"))
+
+    def export(trainer: L.Trainer) -> Path:
+        save_model(load_token_pipeline(checkpoints / "last.ckpt"), folder)
+        say(f"written: {folder}, {checkpoints}/, {samples}/, {output_dir / 'train.log'}")
+        return folder
+
+    return Run(
+        module=module,
+        data=images,
+        fingerprint=images.train_data.fingerprint(),
+        config=config,
+        network=module.network,
+        what=f"a {type(denoiser).__name__}",
+        export=export,
+        folder=folder,
+        preview=lambda every: TextPreviews(make, COLUMNS, samples, every, show, say),
+        callbacks=[TrainLog(output_dir, config.log_every_n_steps, say)],
     )
-    made = output_dir / "pipeline"
-    if done.is_global_zero:
-        save_model(load_token_pipeline(output_dir / "checkpoints" / "last.ckpt"), made)
-        say(f"written: {made}, {output_dir / 'checkpoints'}/, {output_dir / 'samples'}/, {output_dir / 'train.log'}")
-    return made
 
 
-def _denoiser_settings(data: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    numbers = {name: value for name, value in model.items() if name != "objective" and value is not None}
+def _denoiser_settings(recipe: TokenImageRecipe) -> dict[str, Any]:
+    numbers = {name: value for name, value in asdict(recipe.model).items() if value is not None}
     if "size" in numbers:
         numbers = {k: v for k, v in numbers.items() if k not in ("hidden_size", "depth", "num_heads")}
-    in_channels = data["channels"] + 1  # and which cells are known
-    return {**numbers, "input_size": data["img_size"], "patch_size": data["cell_size"], "in_channels": in_channels}
+    in_channels = recipe.data.channels + 1  # and which cells are known
+    size = {"input_size": recipe.data.image_size, "patch_size": recipe.data.cell_size}
+    return {**numbers, **size, "in_channels": in_channels}
 
 
 def _first_prompts(pictures: TokenImageDataModule, given: list[Any] | str | None) -> list[Any]:
@@ -149,26 +134,3 @@ def _first_prompts(pictures: TokenImageDataModule, given: list[Any] | str | None
         return [given] if isinstance(given, str) else list(given)
     side = pictures.val_data if pictures.val_data is not None else pictures.train_data
     return side.prompts(range(min(COLUMNS, len(side))))
-
-
-def _check(model: dict[str, Any], training: dict[str, Any], ema: dict[str, Any], sampling: dict[str, Any]) -> None:
-    """Say what cannot be before anything takes time.
-
-    Raises:
-        UserError: the first of it.
-    """
-    if training["schedule"] not in DECAYS:
-        raise UserError(f"training.schedule is {training['schedule']!r}, expected one of {', '.join(DECAYS)}")
-    counts = {name: training[name] for name in ("batch_size", "gradient_accumulation_steps", "num_epochs")}
-    for name, count in {**counts, "max_steps": training["max_steps"] or 1, "num_steps": sampling["num_steps"]}.items():
-        if type(count) is not int or count < 1:
-            raise UserError(f"{name} is {count!r}, expected a whole number of 1 or more")
-    for name, share in {
-        "training.prompt_share": training["prompt_share"],
-        "ema.decay": ema["decay"],
-        "sampling.eta": sampling["eta"],
-    }.items():
-        if not 0 <= share <= 1:
-            raise UserError(f"{name} is {share!r}, expected a share from 0 to 1")
-    if not training["learning_rate"] > 0:
-        raise UserError(f"training.learning_rate is {training['learning_rate']!r}, expected more than 0")

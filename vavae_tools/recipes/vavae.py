@@ -1,11 +1,12 @@
-"""Fine-tuning the VA-VAE, whole: from a split to a model's folder. Notebook 02 and the command call this."""
+"""Fine-tuning the VA-VAE, whole: from a split to a model's folder. Notebook 02 and the commands call this."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from torch import Tensor
 
 from vavae_tools.autoencoders.foundation import load_foundation
 from vavae_tools.autoencoders.lpips import load_lpips
@@ -19,23 +20,23 @@ from vavae_tools.autoencoders.weights import (
     read_vavae,
     with_channels,
 )
-from vavae_tools.checkpoints.resuming import best_checkpoint, check_resumable, resume_path
+from vavae_tools.checkpoints.resuming import best_checkpoint
 from vavae_tools.data.images import PictureDataModule, channels_of
 from vavae_tools.data.split_report import read_split_info
 from vavae_tools.evaluation.reconstructions import compare_conditions
+from vavae_tools.paths import find_split
+from vavae_tools.recipes.base import FineTunedVAVAE, ImageData, VAVAELoss, VAVAERecipe
+from vavae_tools.recipes.presets import resolved
 from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
 from vavae_tools.runtime.machine import find_machine
 from vavae_tools.training.autoencoder_module import VAVAEModule
-from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
 from vavae_tools.training.callbacks.previews import ReconstructionPreviews
-from vavae_tools.training.callbacks.record import RunRecord, has_ended
+from vavae_tools.training.callbacks.record import has_ended
 from vavae_tools.training.callbacks.watch import Advice, ReconstructionWatch
-from vavae_tools.training.config import Saving
-from vavae_tools.training.devices import describe, quiet_lightning
-from vavae_tools.training.memory import VAVAE_COMMAND
-from vavae_tools.training.run import build_trainer, fit_trainer, on_all_devices
+from vavae_tools.training.config import Saving, python_settings
+from vavae_tools.training.run import Run, Say, Show, train
 
 # ---- How a VA-VAE is fine-tuned: named sets of losses, their weights, and the optimiser's numbers
 
@@ -54,7 +55,7 @@ _REFERENCE: dict[str, Any] = {
     "disc_lr": 1e-4,
 }
 
-RECIPES: dict[str, dict[str, Any]] = {
+LOSSES: dict[str, dict[str, Any]] = {
     # The autoencoder alone, with losses that need no weights from elsewhere: where a few thousand pictures are all
     # there is. Its learning rate depends on the model's size.
     "light": {},
@@ -71,15 +72,15 @@ STAGES = {"stage1": 100, "stage2": 15, "stage3": 15}
 """Epochs of the released model's stages: the shares that the recipe "staged" gives to each."""
 
 
-def find_recipe(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+def losses(name: str, changes: dict[str, Any]) -> dict[str, Any]:
     """The arguments for `VAVAEModule` of a recipe, with single numbers replaced; None keeps the recipe's.
 
     Raises:
         UserError: no such recipe.
     """
-    if name not in RECIPES:
-        raise UserError(f"No recipe {name!r}; there are {', '.join(RECIPES)}, and staged for stage1 to stage3 in turn")
-    return {**RECIPES[name], **{key: value for key, value in changes.items() if value is not None}}
+    if name not in LOSSES:
+        raise UserError(f"No recipe {name!r}; there are {', '.join(LOSSES)}, and staged for stage1 to stage3 in turn")
+    return {**LOSSES[name], **{key: value for key, value in changes.items() if value is not None}}
 
 
 def epochs_of_stages(max_epochs: int) -> dict[str, int]:
@@ -96,13 +97,10 @@ def epochs_of_stages(max_epochs: int) -> dict[str, int]:
     return {"stage1": max_epochs - sum(late.values()), **late}
 
 
-Show = Callable[[Tensor], None]
-
 MONITORS = {"reconstruction": "min", "psnr": "max", "ssim": "max", "right": "max", "frechet": "min"}
 """What `best-*.ckpt` can be chosen by, and whether less or more of it is better."""
 
 
-@on_all_devices
 def fine_tune_vavae(
     data_dir: str | Path,
     output_dir: str | Path = "outputs",
@@ -112,8 +110,8 @@ def fine_tune_vavae(
     condition_dim: int | None = None,
     condition_file: str | Path | None = None,
     recipe: str = "light",
-    batch_size: int = 16,
-    max_epochs: int = 100,
+    batch_size: int | None = None,
+    max_epochs: int | None = None,
     lpips_weights: str | Path | list[str | Path] | None = None,
     foundation_model: str | Path | None = None,
     monitor: str = "reconstruction",
@@ -122,15 +120,15 @@ def fine_tune_vavae(
     resume: str | None = None,
     preview_every: int | None = None,
     show: Show | None = None,
-    say: Callable[[str], None] = say,
+    say: Say = say,
     devices: dict[str, Any] | None = None,
     saving: Saving | dict[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
-    """Fine-tune a VA-VAE with a vector per person on one split.
+    """Fine-tune a VA-VAE with a vector per person, as `experiment=vavae` does.
 
     Args:
-        data_dir: a split.
+        data_dir: a split, or what else `datasets.picture_data` reads.
         output_dir: gets `checkpoints/best-*.ckpt` and `last.ckpt`, `lightning_logs/`, `reconstructions/`, and at the
             end `vavae/`, the best model as a diffusers folder.
         original_vavae: weights to start from: the published `.pt` or training `.ckpt`, a diffusers folder, a `.ckpt`
@@ -139,14 +137,15 @@ def fine_tune_vavae(
         image_size: pixels, one number or (height, width); by default the size the weights were made for.
         condition_dim: length of a person's vector, by default 32 or that of the file's; 0 for none.
         condition_file: safetensors with a fixed vector per person, in place of learned ones.
-        recipe: "light", "full", "stage1" to "stage3", or "staged" for these three in turn (`recipes.RECIPES`).
-        lpips_weights: local files for the perceptual part (`perceptual.load_lpips`); by default `original_vavae`, where
+        recipe: "light", "full", "stage1" to "stage3", or "staged" for these three in turn (`LOSSES`).
+        batch_size, max_epochs: by default what suits the machine (`presets`).
+        lpips_weights: local files for the perceptual part (`lpips.load_lpips`); by default `original_vavae`, where
             that is a training checkpoint which holds them.
         foundation_model: local folder of a DINOv2 for the alignment (`foundation.load_foundation`).
         monitor: what the best checkpoint is chosen by: "reconstruction", "psnr", "ssim", or by a classifier that is
-            trained on the real pictures, "right" or "frechet".
+            trained on the real images, "right" or "frechet".
         classifier_dir: keeps that classifier; by default `output_dir/classifier`.
-        resume: "last" or a `.ckpt`, to go on from.
+        resume: "last" or a `.ckpt`.
         preview_every: epochs between two grids of reconstructions; by default about ten in all.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
         devices: arguments of `devices.trainer_settings`, such as {"devices": 2, "precision": "16"}.
@@ -157,113 +156,177 @@ def fine_tune_vavae(
     Returns:
         The folder of the best model.
     """
-    if recipe == "staged":
-        return _stages(**{k: v for k, v in locals().items() if k not in ("recipe", "changes")}, **changes)
-    L.seed_everything(seed, verbose=False)
-    quiet_lightning()
-    if max_epochs < 1:
-        raise UserError(f"--max_epochs {max_epochs}: at least one pass over the pictures is needed")
-    if condition_dim is not None and condition_dim < 0:
-        raise UserError(f"--condition_dim {condition_dim}: the length of a vector, or 0 for none")
-    if monitor not in MONITORS:
-        raise UserError(f"--monitor {monitor}: there are {', '.join(MONITORS)}")
-    saving = Saving(**saving) if isinstance(saving, dict) else saving or Saving()
-    numbers = find_recipe(recipe, changes)
-    output_dir = Path(output_dir)
-    checkpoints = output_dir / "checkpoints"
-    resume_from = resume_path(resume, checkpoints, say)
-    split = read_split_info(data_dir)
+    given = {**python_settings(devices, saving), "batch_size": batch_size, "max_epochs": max_epochs}
+    wanted = VAVAERecipe(
+        seed=seed,
+        data=ImageData(data_dir=str(data_dir), image_size=image_size),
+        vavae=FineTunedVAVAE(
+            original_vavae=None if original_vavae is None else str(original_vavae),
+            size=size,
+            condition_dim=condition_dim,
+            condition_file=None if condition_file is None else str(condition_file),
+        ),
+        loss=VAVAELoss(recipe=recipe, lpips_weights=lpips_weights, foundation_model=foundation_model),
+        monitor=monitor,
+        classifier_dir=None if classifier_dir is None else str(classifier_dir),
+    )
+    further = {}
+    for name, value in changes.items():
+        of = {each.name: part for part in ("vavae", "loss", "train") for each in fields(getattr(wanted, part))}
+        if name in of:
+            given |= {name: value} if of[name] == "train" else {}
+            if of[name] != "train":
+                wanted = replace(wanted, **{of[name]: replace(getattr(wanted, of[name]), **{name: value})})
+        else:
+            further[name] = value
+    settings = {name: value for name, value in given.items() if value is not None}
+    wanted = resolved(replace(wanted, train=replace(wanted.train, **settings)))
+    if preview_every:
+        wanted = replace(wanted, train=replace(wanted.train, previews=max(1, wanted.train.max_epochs // preview_every)))
+    return _train(wanted, Path(output_dir), resume, show, say, further)
+
+
+def train_vavae(
+    recipe: VAVAERecipe, output_dir: Path, resume: str | None = None, show: Show | None = None, say: Say = say
+) -> Path:
+    """`experiment=vavae`; returns the folder of the best model."""
+    data_dir = recipe.data.data_dir or str(find_split())
+    recipe = resolved(replace(recipe, data=replace(recipe.data, data_dir=data_dir)))
+    folder = _train(recipe, output_dir, resume, show, say)
+    say(f"next: python -m vavae_tools.train --data_dir {data_dir} --vavae {folder}")
+    return folder
+
+
+def _train(
+    recipe: VAVAERecipe,
+    output_dir: Path,
+    resume: str | None,
+    show: Show | None,
+    say: Say,
+    further: Mapping[str, Any] | None = None,
+) -> Path:
+    build = partial(_build, further=further or {})
+    if recipe.loss.recipe != "staged":
+        return train(build, recipe, output_dir, resume, show, say)
+    # the released model's stages in turn, each in a folder of its own, each from the last weights of the former
+    folder = output_dir
+    for name, epochs in epochs_of_stages(recipe.train.max_epochs).items():
+        folder = output_dir / name
+        last = folder / "checkpoints" / "last.ckpt"
+        if resume and has_ended(folder):
+            say(f"{name} is complete ({folder})")
+        else:
+            stage = replace(
+                recipe,
+                loss=replace(recipe.loss, recipe=name),
+                train=replace(recipe.train, max_epochs=epochs, previews=min(recipe.train.previews, epochs)),
+                classifier_dir=recipe.classifier_dir,
+            )
+            train(build, stage, folder, "last" if resume and last.is_file() else None, show, say)
+        if not has_ended(folder):  # stopped: the next session goes on with this stage
+            break
+        recipe = replace(recipe, vavae=replace(recipe.vavae, original_vavae=str(last)))
+    return folder / "vavae"
+
+
+def _build(
+    recipe: VAVAERecipe,
+    output_dir: Path,
+    resume_from: Path | None,
+    show: Show | None,
+    say: Say,
+    further: Mapping[str, Any],
+) -> Run:
+    loss, start, config, seed = recipe.loss, recipe.vavae, recipe.train, recipe.seed
+    changes = {name: value for name, value in asdict(loss).items() if name not in _FILES}
+    own = ("lr", "schedule", "warmup_steps", "gradient_clip", "accumulate_grad_batches", "gradient_checkpointing")
+    changes |= {name: getattr(config, name) for name in own}
+    numbers = losses(loss.recipe, {**changes, **further})
+    numbers |= {"condition_dropout": start.condition_dropout, "freeze_encoder": start.freeze_encoder}
+    split = read_split_info(recipe.data.data_dir)
     people = split["labels"]
-    table = read_condition_file(condition_file, people) if condition_file else None
+    table = read_condition_file(start.condition_file, people) if start.condition_file else None
+    condition_dim = start.condition_dim
     if table is not None and condition_dim not in (None, table.shape[1]):
         raise UserError(
-            f"{condition_file} holds vectors of length {table.shape[1]}, but --condition_dim is {condition_dim}: leave "
-            "it out, or name another file"
+            f"{start.condition_file} holds vectors of length {table.shape[1]}, but --condition_dim is {condition_dim}: "
+            "leave it out, or name another file"
         )
     condition_dim = table.shape[1] if table is not None else 32 if condition_dim is None else condition_dim
-    channels = channels_of(Path(data_dir) / "train", split["image_extensions"])
-    found = _weights_to_start_from(original_vavae, channels)
-    model = _vavae_to_start_from(found, size, condition_dim, max(people.values()) + 1, channels, say)
+    channels = channels_of(Path(recipe.data.data_dir) / "train", split["image_extensions"])
+    found = _weights_to_start_from(start.original_vavae, channels)
+    model = _vavae_to_start_from(found, start.size, condition_dim, max(people.values()) + 1, channels, say)
     if table is not None:
         model.conditions.weight.data.copy_(table)
         model.conditions.requires_grad_(False)
-    image_size = fitting_size(model, image_size)
+    size = recipe.data.image_size
+    image_size = fitting_size(model, tuple(size) if isinstance(size, list) else size)
     model.register_to_config(sample_size=image_size)
-    pictures = PictureDataModule(data_dir, image_size, batch_size, seed=seed, channels=channels)
+    images = PictureDataModule(recipe.data.data_dir, image_size, config.batch_size, seed=seed, channels=channels)
     numbers["lr"] = numbers.get("lr") or (2e-3 if model.config.block_out_channels[0] < 64 else 1e-4)
-
     if numbers.get("gradient_checkpointing") is None:
-        numbers["gradient_checkpointing"] = _needs_checkpointing(model, numbers, batch_size, image_size, say)
+        numbers["gradient_checkpointing"] = _needs_checkpointing(model, numbers, config.batch_size, image_size, say)
+    lpips_weights = loss.lpips_weights
     if not lpips_weights and numbers.get("perceptual_weight") and found is not None:
         brought = any(name.startswith("loss.perceptual_loss.") for name in found.unused)
         lpips_weights = found.source if brought else None  # the reference's training checkpoints hold it
     lpips = load_lpips(lpips_weights) if lpips_weights else None
     if lpips is not None:
         say(f"LPIPS: {lpips.origin}")
-    foundation = load_foundation(foundation_model) if foundation_model and numbers.get("vf_weight") else None
+    foundation = load_foundation(loss.foundation_model) if loss.foundation_model and numbers.get("vf_weight") else None
     module = VAVAEModule(model, **numbers, seed=seed, lpips=lpips, foundation=foundation)
     _take_over(module, found, say)
-    settings = module.trainer_settings(**(devices or {}))
+    settings = module.trainer_settings(**config.of_devices())
     world = settings["devices"] * settings["num_nodes"]
-    say(
-        f"Fine-tuning on {len(pictures.train_data):,} pictures of {pictures.num_classes} people, {batch_size} a step "
-        f"on each of {world} device{'s' if world > 1 else ''}, lr {numbers['lr']:g} ({data_dir})"
-    )
-    say(describe(settings, batch_size=batch_size, num_workers=pictures.num_workers))
-    if pictures.remark:
-        say(pictures.remark)
-    say(f"Recipe {recipe}: {_weights_in_words(module)}")
+    remarks = [*filter(None, [images.remark]), f"Recipe {loss.recipe}: {_weights_in_words(module)}"]
     if world > 1:
         lr = numbers["lr"]
-        say(f"Rule of thumb for {world} devices: lr × sqrt({world}) = {lr * world**0.5:.2g}; lr stays as given")
-    validated = pictures.val_data is not None
-    callbacks = checkpoint_callbacks(checkpoints, f"val/{monitor}" if validated else None, saving, MONITORS[monitor])
-    shown = (pictures.val_data or pictures.train_data).few_of_each(8)
-    every = preview_every or max(1, max_epochs // 10)
-    callbacks.append(ReconstructionPreviews(shown, output_dir / "reconstructions", every, show))
-    if validated:
-        callbacks += [ReconstructionWatch(pictures, classifier_dir or output_dir / "classifier", seed), Advice(say)]
-    own = {"recipe": recipe, "image_size": image_size, "precision": settings["precision"]}
-    callbacks.append(RunRecord(output_dir, own, pictures.fingerprint(), saving.allow_changes, say))
-    trainer = build_trainer(settings, output_dir, callbacks, say, max_epochs=max_epochs)
-    check_resumable(resume_from, module)
-    fit_trainer(trainer, module, pictures, resume_from, say, VAVAE_COMMAND)
+        remarks.append(
+            f"Rule of thumb for {world} devices: lr × sqrt({world}) = {lr * world**0.5:.2g}; lr stays as given"
+        )
+    validated = images.val_data is not None
+    shown = (images.val_data or images.train_data).few_of_each(8)
+    watching = (
+        [ReconstructionWatch(images, recipe.classifier_dir or output_dir / "classifier", seed), Advice(say)]
+        if validated
+        else []
+    )
+    folder, checkpoints, reconstructions = (
+        output_dir / "vavae",
+        output_dir / "checkpoints",
+        output_dir / "reconstructions",
+    )
 
-    folder = output_dir / "vavae"
-    if trainer.is_global_zero:
+    def export(trainer: L.Trainer) -> Path:
         path = best_checkpoint(checkpoints)
         best = load_vavae(path, say=lambda line: None)
         save_model(best, folder)
         if best.config.condition_dim and validated:
-            say(str(compare_conditions(best.to(trainer.strategy.root_device), pictures.val_data)))
-        say(f"written: {folder} (from {path}), {output_dir / 'reconstructions'}/")
-    return folder
+            say(str(compare_conditions(best.to(trainer.strategy.root_device), images.val_data)))
+        say(f"written: {folder} (from {path}), {reconstructions}/")
+        return folder
+
+    return Run(
+        module=module,
+        data=images,
+        fingerprint=images.fingerprint(),
+        config=config,
+        network=model,
+        what=f"a VA-VAE of {images.num_classes} people",
+        export=export,
+        folder=folder,
+        preview=lambda every: ReconstructionPreviews(shown, reconstructions, every, show),
+        monitor=(f"val/{recipe.monitor}", MONITORS[recipe.monitor]),
+        best="best-",
+        callbacks=watching,
+        recorded={"recipe": loss.recipe, "image_size": image_size},
+        remarks=remarks,
+        validations=config.max_epochs or 1,
+    )
 
 
-def _stages(
-    output_dir: str | Path, original_vavae: str | Path | None, max_epochs: int, resume: str | None, **others: Any
-) -> Path:
-    """The released model's stages in turn, each in a folder of its own, each from the last weights of the former."""
-    folder = None
-    for name, epochs in epochs_of_stages(max_epochs).items():
-        folder = Path(output_dir) / name
-        last = folder / "checkpoints" / "last.ckpt"
-        if resume and has_ended(folder):
-            others["say"](f"{name} is complete ({folder})")
-        else:
-            go_on = "last" if resume and last.is_file() else None
-            fine_tune_vavae(
-                output_dir=folder,
-                original_vavae=original_vavae,
-                max_epochs=epochs,
-                resume=go_on,
-                recipe=name,
-                **others,
-            )
-        if not has_ended(folder):  # stopped: the next session goes on with this stage
-            break
-        original_vavae = last
-    return folder / "vavae"
+_FILES = ("recipe", "lpips_weights", "foundation_model")
+"""Of `VAVAELoss`, what is no argument of `VAVAEModule`."""
 
 
 def _weights_to_start_from(original: str | Path | None, channels: int) -> VAVAEWeights | None:
@@ -278,7 +341,7 @@ def _vavae_to_start_from(
     condition_dim: int,
     people: int,
     channels: int,
-    say: Callable[[str], None],
+    say: Say,
 ) -> VAVAE:
     people = people if condition_dim else 0
     if found is not None:
@@ -289,7 +352,7 @@ def _vavae_to_start_from(
     return vavae(size, **form)
 
 
-def _take_over(module: VAVAEModule, found: VAVAEWeights | None, say: Callable[[str], None]) -> None:
+def _take_over(module: VAVAEModule, found: VAVAEWeights | None, say: Say) -> None:
     """Discriminator and alignment projection go on where the weights to start from bring them along."""
     if found is None:
         return
@@ -312,7 +375,7 @@ def _needs_checkpointing(
     numbers: dict[str, Any],
     batch_size: int,
     image_size: int | tuple[int, int],
-    say: Callable[[str], None],
+    say: Say,
 ) -> bool:
     """Whether a step with all its activations kept would leave less than a tenth of the GPU's memory.
 

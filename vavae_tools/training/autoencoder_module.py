@@ -123,7 +123,15 @@ class AdversarialModule(L.LightningModule):
         return [FiniteSteps(self.hparams.gradient_clip)]
 
     def trainer_settings(self, **choices: Any) -> dict[str, Any]:
-        """Arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`): Trainer(**settings)."""
+        """Arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`): Trainer(**settings).
+
+        Raises:
+            UserError: batches gathered by the Trainer, which cannot where a module has two optimisers.
+        """
+        for name in ("gradient_clip_val", "accumulate_grad_batches"):  # this module clips and gathers itself
+            choice = choices.pop(name, None)
+            if name == "accumulate_grad_batches" and choice not in (None, self.accumulate_grad_batches):
+                raise UserError(f"accumulate_grad_batches={choice}: it is an argument of {type(self).__name__}")
         adversarial = self.hparams.disc_weight > 0
         if choices.get("strategy") == "ddp" and adversarial:
             # each optimiser's backward pass leaves the other's weights without a gradient, which plain ddp refuses

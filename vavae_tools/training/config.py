@@ -1,12 +1,16 @@
-"""When checkpoints are written, and when a session ends: the same knobs and flags for every training."""
+"""How a training goes, in one place: its length, steps, devices, checkpoints and previews, the same for every recipe.
 
-import argparse
+A setting is a dataclass's field; its type says which values it takes, its metadata what it means and its range. Nothing
+here imports torch, so that `--help` answers at once.
+"""
+
 import re
 import time
+import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from vavae_tools.runtime.errors import UserError
 
@@ -16,44 +20,97 @@ RESERVE_MINUTES = 15.0
 """Of Kaggle's time, for the cells after training."""
 
 
-def _knob(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def setting(default: Any, text: str, **limits: float) -> Any:
+    """Return a dataclass's field with its meaning, and its range: `least`, `most`, or what it is `above`."""
+    metadata = {"help": text, **limits}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Saving:
     """When checkpoints are written, and when training ends before its length."""
 
-    save_every_minutes: float = _knob(5.0, "between two of last.ckpt")
-    save_every_n_steps: int = _knob(0, "optimiser steps between two folders checkpoint-STEP/; 0 for none")
-    save_every_n_epochs: int = _knob(0, "epochs between two folders checkpoint-epoch-N/; 0 for none")
-    keep_best: int = _knob(1, "of best-*.ckpt, how many stay")
-    keep_last: int = _knob(3, "of the folders, how many stay")
-    single_files: bool = _knob(False, "in place of folders write files, checkpoint_STEP.pth and checkpoint_epoch_N.pth")
-    max_time: str | None = _knob(None, "hours:minutes until it saves and ends; on Kaggle the session's own, 0 for none")
-    allow_changes: bool = _knob(False, "go on from a checkpoint though settings or data are others than its own")
+    save_every_minutes: float = setting(5.0, "between two of last.ckpt", least=0)
+    save_every_n_steps: int = setting(0, "optimiser steps between two folders checkpoint-STEP/; 0 for none", least=0)
+    save_every_n_epochs: int = setting(0, "epochs between two folders checkpoint-epoch-N/; 0 for none", least=0)
+    keep_best: int = setting(1, "of the best checkpoints, how many stay")
+    keep_last: int = setting(3, "of the folders, how many stay", least=0)
+    single_files: bool = setting(False, "in place of folders write checkpoint_STEP.pth and checkpoint_epoch_N.pth")
+    max_time: str | None = setting(
+        None, "hours:minutes until it saves and ends; null: on Kaggle the session's own; 0: none"
+    )
+    allow_changes: bool = setting(False, "resume although settings or data are others than the checkpoint's")
 
     def until(self) -> float | None:
-        """`time.time()` at which training has to be over."""
+        """Return the `time.time()` at which training has to be over."""
         return session_end(self.max_time)
 
 
-def saving_knobs(callbacks: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of an experiment's `callbacks` that are `Saving`'s."""
-    return {knob.name: callbacks[knob.name] for knob in fields(Saving) if knob.name in callbacks}
+@dataclass(frozen=True)
+class TrainConfig(Saving):
+    """The numbers of a training; None stands for what the recipe or the machine suggests."""
+
+    batch_size: int | None = setting(None, "images per device and step; null: what suits the machine", least=1)
+    max_steps: int | None = setting(None, "optimiser steps, in place of max_epochs", least=1)
+    max_epochs: int | None = setting(None, "passes over the training subset", least=1)
+    lr: float | None = setting(None, "AdamW's peak learning rate; null: by the model's size", above=0)
+    schedule: Literal["cosine", "linear", "constant"] | None = setting("cosine", "after warm-up")
+    warmup_steps: int | None = setting(100, "optimiser steps of linear warm-up", least=0)
+    ema_decay: float | None = setting(0.999, "of the averaged weights", least=0, most=1)
+    accumulate_grad_batches: int = setting(1, "batches gathered in one step", least=1)
+    gradient_clip: float | None = setting(1.0, "largest norm of the gradients; 0 does not clip", least=0)
+    compile: bool | None = setting(None, "torch.compile the blocks; null: where the card gains by it")
+    gradient_checkpointing: bool | None = setting(False, "less memory, a third more time")
+    previews: int = setting(8, "grids of samples or reconstructions in all; 0 for none", least=0)
+    log_every_n_steps: int = setting(10, "optimiser steps between two values in the curves", least=1)
+    logger: list[str] | str | None = setting(
+        "tensorboard", "tensorboard, csv, wandb, mlflow, none; or several in a list. metrics.csv is always written"
+    )
+    accelerator: Literal["gpu", "cuda", "cpu", "auto"] = setting("auto", "what to train on")
+    devices: int | Literal["auto"] = setting("auto", "how many on each machine; auto: all there are", least=1)
+    num_nodes: int = setting(1, "machines", least=1)
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "deepspeed"] = setting(
+        "auto", "how several devices work together"
+    )
+    precision: str | None = setting(
+        None, "16, 32, bf16; null: 16 on a T4, bf16 from compute capability 8.0 on, 32 on a CPU"
+    )
+    deterministic: bool = setting(False, "the same numbers each time on a GPU, too; slower")
+    sharded_checkpoints: bool = setting(
+        False, "of fsdp: a folder with each process's part (python -m vavae_tools.checkpoints consolidate)"
+    )
+    trainer: dict[str, Any] = setting({}, "further arguments of lightning.Trainer, as +trainer.NAME=VALUE")
+
+    def of_devices(self) -> dict[str, Any]:
+        """Return the arguments of `devices.trainer_settings`."""
+        names = ("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic", "sharded_checkpoints")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "accumulate_grad_batches": self.accumulate_grad_batches,
+            "gradient_clip_val": self.gradient_clip,
+            "log_every_n_steps": self.log_every_n_steps,
+            **self.trainer,
+        }
+
+    def length(self) -> dict[str, int]:
+        """Return max_steps where it is given, else max_epochs, as `lightning.Trainer` takes them."""
+        if self.max_steps:
+            return {"max_steps": self.max_steps, "max_epochs": -1}
+        return {"max_steps": -1, "max_epochs": self.max_epochs or 1}
 
 
-def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for each of `Saving`'s fields."""
-    group = parser.add_argument_group("checkpoints and time")
-    for knob in fields(Saving):
-        kind = {"action": "store_true"} if knob.type is bool else {"type": str if knob.default is None else knob.type}
-        group.add_argument(f"--{knob.name}", default=knob.default, help=knob.metadata["help"], **kind)
-
-
-def saving_of(options: dict[str, object]) -> Saving:
-    """Take `Saving`'s fields out of parsed options."""
-    return Saving(**{knob.name: options.pop(knob.name) for knob in fields(Saving)})
+def python_settings(devices: Mapping[str, Any] | None, saving: Saving | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return fields of `TrainConfig` from what Python functions take: `devices` and `saving`."""
+    known = {each.name for each in fields(TrainConfig)}
+    given = dict(devices or {})
+    given["gradient_clip"] = given.pop("gradient_clip_val", None)
+    own = {name: value for name, value in given.items() if name in known and value is not None}
+    further = {name: value for name, value in given.items() if name not in known}
+    if isinstance(saving, Saving):
+        saving = {each.name: getattr(saving, each.name) for each in fields(Saving)}
+    return {**own, **({"trainer": further} if further else {}), **(saving or {})}
 
 
 def session_end(
@@ -76,9 +133,108 @@ def session_end(
         if not kaggle.is_dir() or not began.exists():
             return None
         return began.stat().st_ctime + KAGGLE_HOURS * 3600 - RESERVE_MINUTES * 60
-    found = re.fullmatch(r"(\d+)(?::([0-5]\d))?(?::([0-5]\d))?", max_time.strip())
+    found = re.fullmatch(r"(\d+)(?::([0-5]\d))?(?::([0-5]\d))?", str(max_time).strip())
     if not found:
         raise UserError(f"--max_time {max_time!r}: expected hours:minutes, such as 11:30")
     hours, minutes, seconds = (int(part or 0) for part in found.groups())
     seconds += hours * 3600 + minutes * 60
     return time.time() + seconds if seconds else None
+
+
+# ---- which values a setting takes
+
+
+class Setting(NamedTuple):
+    """A key, as its dataclass says it."""
+
+    kinds: tuple[Any, ...]
+    """Types that it takes, `Literal`s among them."""
+    default: Any
+    metadata: Mapping[str, Any]
+
+
+def settings_of(config: Any, before: str = "") -> dict[str, Setting]:
+    """Return dotted key → setting of a dataclass's instance, inner ones too."""
+    hints, found = get_type_hints(type(config)), {}
+    for each in fields(config):
+        value, key = getattr(config, each.name), f"{before}{each.name}"
+        if is_dataclass(value):
+            found |= settings_of(value, f"{key}.")
+            continue
+        kind = hints[each.name]
+        kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+        found[key] = Setting(kinds, value, each.metadata)
+    return found
+
+
+def checked(key: str, value: Any, setting: Setting) -> Any:
+    """Return a value as its setting takes it: a whole number for a fraction is a float, a number for a text a text.
+
+    Raises:
+        UserError: a value of another kind, or out of range.
+    """
+    taken = _of_kind(value, setting.kinds)
+    if taken is _NOT:
+        default = setting.default
+        such = f" such as {default}" if isinstance(default, (int, float)) and not isinstance(default, bool) else ""
+        expected = " or ".join(dict.fromkeys(words for kind in setting.kinds if (words := _in_words(kind))))
+        raise UserError(f"{key} is {value!r}, expected {expected}{such}")
+    least, most, above = (setting.metadata.get(name) for name in ("least", "most", "above"))
+    numbers = taken if isinstance(taken, list) else [taken]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            continue
+        if least is not None and most is not None and not least <= number <= most:
+            what = "a share" if isinstance(most, int) and (least, most) == (0, 1) else "a number"
+            raise UserError(f"{key} is {value!r}, expected {what} from {least:g} to {most:g}")
+        if least is not None and not number >= least:
+            whole = "a whole number of " if int in setting.kinds else ""
+            raise UserError(f"{key} is {value!r}, expected {whole}{least:g} or more")
+        if above is not None and not number > above:
+            raise UserError(f"{key} is {value!r}, expected more than {above:g}")
+    return taken
+
+
+_NOT = object()
+
+
+def _of_kind(value: Any, kinds: tuple[Any, ...]) -> Any:
+    for kind in kinds:
+        origin = get_origin(kind) or kind
+        if origin is Literal:
+            for choice in get_args(kind):
+                if str(value) == str(choice):
+                    return choice
+        elif origin is Any:
+            return value
+        elif origin is list and isinstance(value, (list, tuple)):
+            inner = [_of_kind(each, get_args(kind) or (Any,)) for each in value]
+            if _NOT not in inner:
+                return inner
+        elif origin is dict and isinstance(value, Mapping):
+            return dict(value)
+        elif kind in (types.NoneType, None):
+            if value is None:
+                return None
+        elif isinstance(value, bool):
+            if kind is bool:
+                return value
+        elif kind is float and isinstance(value, (int, float)):
+            return float(value)
+        elif kind in (int, str) and isinstance(value, kind):
+            return value
+    if str in kinds and isinstance(value, (int, float)):  # a folder that is called 2024, precision=16
+        return str(value)
+    return _NOT
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) is list:
+        return f"a list of {_in_words(get_args(kind)[0]).removeprefix('a ').removeprefix('an ')}s".replace(
+            "texts", "texts"
+        )
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}.get(
+        kind, ""
+    )

@@ -44,7 +44,7 @@ class DiffusionModule(L.LightningModule):
     Logs `train/…` and `val/…`: loss, mse, cosine; validation has its own noise, the same each time.
     """
 
-    qk_norm_key = "model.dit.qk_norm"
+    qk_norm_key = "model.qk_norm"
     """What the setting is called that keeps attention finite in half precision."""
 
     def __init__(
@@ -183,7 +183,6 @@ class TextDiffusionModule(DiffusionModule):
     After `encode_with` also on those of `data.captions`, {"pictures", "captions", "index"}, encoded at every step.
     """
 
-    qk_norm_key = "model.qk_norm"
     _vae: StableDiffusionVAE | None = None
     _text_encoder: TextEncoder | None = None
 
@@ -239,7 +238,6 @@ class TokenImageModule(DiffusionModule):
         settings: see `DiffusionModule`.
     """
 
-    qk_norm_key = "model.qk_norm"
     objective: CleanPrediction
 
     def __init__(

@@ -42,9 +42,9 @@ _SEARCHES = count(1)  # all processes search alike; the store keeps what was sai
 class Names:
     """What the settings that save memory are called where people type them: `key` (key=value) or `--flag`."""
 
-    batch_size: str = "data.batch_size"
-    gathered: str = "trainer.accumulate_grad_batches"
-    gradient_checkpointing: str | None = "model.dit_module.gradient_checkpointing"
+    batch_size: str = "train.batch_size"
+    gathered: str = "train.accumulate_grad_batches"
+    gradient_checkpointing: str | None = "train.gradient_checkpointing"
     slicing: str | None = None
     """of a VAE that stands beside the training"""
     cached: str | None = None
@@ -54,16 +54,7 @@ class Names:
 
 
 EXPERIMENT = Names()
-TEXT_TO_IMAGE = Names(
-    "training.batch_size",
-    "training.gradient_accumulation_steps",
-    "model.gradient_checkpointing",
-    "vae.use_slicing",
-    search="--auto_batch_size",
-)
-TOKEN_IMAGES = Names("--batch_size", "--gradient_accumulation_steps", "training.gradient_checkpointing")
-RAE_DECODER = Names(gradient_checkpointing="model.decoder_module.gradient_checkpointing")
-VAVAE_COMMAND = Names("--batch_size", "--accumulate_grad_batches", "--gradient_checkpointing")
+WITH_SEARCH = Names(slicing="vae.use_slicing", search="--auto_batch_size")
 PYTHON = Names("batch_size", "accumulate_grad_batches", None)
 
 

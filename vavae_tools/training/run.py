@@ -1,14 +1,13 @@
-"""The Trainer as all trainings here use it: whole checkpoints, one progress bar, TensorBoard, throughput."""
+"""One way to train anything: what a recipe has built, on the devices of this machine, with what looks on."""
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -20,20 +19,192 @@ from vavae_tools.runtime.errors import Stopped, UserError
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import keep_freed_memory, release_memory
 from vavae_tools.training.callbacks.checkpointing import WholeCheckpointIO, checkpoint_callbacks
-from vavae_tools.training.callbacks.previews import SamplePreviews
 from vavae_tools.training.callbacks.progress import Progress
 from vavae_tools.training.callbacks.record import RunRecord
 from vavae_tools.training.callbacks.throughput import Throughput
-from vavae_tools.training.config import Saving
-from vavae_tools.training.denoiser_module import DiffusionModule
+from vavae_tools.training.config import Saving, TrainConfig
 from vavae_tools.training.devices import allow_tf32, describe, quiet_lightning, trainer_settings
 from vavae_tools.training.memory import EXPERIMENT, PYTHON, Names, memory_fault, memory_faults
 
+Say = Callable[[str], None]
+Show = Callable[[Tensor], None]
+
+
+@dataclass
+class Run:
+    """What one training trains, and what becomes of it."""
+
+    module: L.LightningModule
+    """With `trainer_settings`."""
+    data: OrderedDataModule
+    fingerprint: str
+    """Of the data; a run that resumes must have the same."""
+    config: TrainConfig
+    """Its batch size and length are given."""
+    network: nn.Module
+    """What is trained, for the line that says so."""
+    what: str
+    """It is called there, with an article."""
+    export: Callable[[L.Trainer], Path]
+    """Called at the end by the first process; writes what the run was for, and returns its folder."""
+    folder: Path
+    """What `export` returns."""
+    preview: Callable[[int], L.Callback] | None = None
+    """How many epochs lie between two → the callback."""
+    monitor: tuple[str, str] = ("val/loss", "min")
+    """What the best checkpoint is chosen by, where anything validates."""
+    best: str = "epoch="
+    """How the best checkpoint's name begins."""
+    callbacks: Sequence[L.Callback] = ()
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    """Plain values that the run follows from besides the module's hyper-parameters."""
+    remarks: Sequence[str] = ()
+    logged: Mapping[str, float] = field(default_factory=dict)
+    """Numbers known before training that its curves shall hold."""
+    validations: int = 20
+    """In all, at most one an epoch."""
+    names: Names = EXPERIMENT
+    slicing: bool | None = None
+    """Whether a VAE that stands beside the training takes one image after the other; None: there is none."""
+
+
+Build = Callable[[Any, Path, Path | None, Show | None, Say], Run]
+"""(recipe, output_dir, the checkpoint to resume from, show, say) → what is to be trained."""
+
+
+def train(
+    build: Build,
+    recipe: Any,
+    output_dir: str | Path,
+    resume: str | Path | None = None,
+    show: Show | None = None,
+    say: Say = say,
+) -> Path:
+    """Train what `build` makes of a recipe, to the end or until it is stopped in good order.
+
+    Where its devices ask for several processes it is built and trained in each of them, from a cell too.
+
+    Args:
+        recipe: plain values, with a `TrainConfig` as `train` and a `seed`.
+        output_dir: gets `checkpoints/`, `lightning_logs/` and what the recipe writes.
+        resume: "last", a `.ckpt` or a folder.
+        show: called with each preview, uint8 (3, H, W); by default a notebook's cell shows it.
+
+    Returns:
+        What the run was for.
+
+    Raises:
+        UserError: settings that cannot be, or a process that failed: what it said.
+    """
+    devices = recipe.train.of_devices()
+    trainer_settings(**devices)  # what cannot be is said before anything is started
+    several = several_processes(**devices)
+    arguments = {"build": build, "recipe": recipe, "output_dir": Path(output_dir), "resume": resume}
+    if several is not None:
+        return call_on_ranks(f"{__name__}:_train_here", arguments, *several, show=show)
+    try:
+        return _train_here(**arguments, show=show, say=say)
+    finally:
+        release_memory()  # a notebook's process lives on
+
+
+def _train_here(
+    build: Build, recipe: Any, output_dir: Path, resume: str | None, show: Show | None = None, say: Say = say
+) -> Path:
+    L.seed_everything(recipe.seed, verbose=False)
+    quiet_lightning()
+    checkpoints = output_dir / "checkpoints"
+    resume_from = resume_path(resume, checkpoints, say)
+    run = build(recipe, output_dir, resume_from, show, say)
+    config, data = run.config, run.data
+    settings = run.module.trainer_settings(**config.of_devices())
+    gathered = config.accumulate_grad_batches
+    processes = settings["devices"] * settings["num_nodes"]
+    count, batches = len(data.train_data), max(1, data.batches_of(processes))
+    length = config.length()
+    steps, epochs = length["max_steps"], length["max_epochs"]
+    if steps > 0:
+        epochs = -(-steps * gathered // batches)
+    else:
+        steps = -(-batches // gathered) * epochs
+    weights = sum(weight.numel() for weight in run.network.parameters())
+    say(
+        f"Training {run.what} of {weights / 1e6:,.1f} M weights on {count:,} images: {steps:,} steps of "
+        f"{min(data.batch_size, count) * processes * gathered}, {epochs:,} epochs, lr {run.module.hparams.lr:g}"
+    )
+    say(describe(settings, bool(config.compile), data.batch_size, data.num_workers))
+    for remark in run.remarks:
+        say(remark)
+
+    validates = data.val_data is not None and len(data.val_data) > 0
+    monitor, mode = run.monitor
+    callbacks = checkpoint_callbacks(checkpoints, monitor if validates else None, config, mode, best=run.best)
+    if config.previews and run.preview is not None:
+        callbacks.append(run.preview(max(1, epochs // config.previews)))
+    recorded = {**run.recorded, "precision": settings["precision"]}
+    callbacks.append(RunRecord(output_dir, recorded, run.fingerprint, config.allow_changes, say))
+    length["check_val_every_n_epoch"] = max(1, epochs // run.validations)
+    trainer = build_trainer(
+        {**length, **settings}, output_dir, [*callbacks, *run.callbacks], say, make_loggers(config.logger, output_dir)
+    )
+    if run.logged and trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(run.logged), step=0)
+    check_resumable(resume_from, run.module)
+    fit_trainer(trainer, run.module, data, resume_from, say, run.names, run.slicing)
+    if trainer.is_global_zero:
+        run.export(trainer)
+    return run.folder
+
+
+# ---- loggers
+
+_LOGGERS = {
+    "tensorboard": ("TensorBoardLogger", "tensorboard", lambda folder: {"save_dir": folder}),
+    "wandb": ("WandbLogger", "wandb", lambda folder: {"save_dir": folder, "name": folder.name}),
+    "mlflow": ("MLFlowLogger", "mlflow", lambda folder: {"tracking_uri": f"file:{folder.absolute() / 'mlruns'}"}),
+}
+"""Name → Lightning's class, the package that it needs, and its arguments for a run's folder."""
+
+
+def make_loggers(names: str | Sequence[str] | bool | None, output_dir: Path) -> list[Logger]:
+    """Return Lightning's loggers by name; `metrics.csv` is always written, beside TensorBoard's files.
+
+    Args:
+        names: "tensorboard", "csv", "wandb", "mlflow", "none", or several of them, also as "a,b".
+
+    Raises:
+        UserError: an unknown name, or a package that is missing.
+    """
+    import lightning.pytorch.loggers as lightning_loggers
+
+    chosen = names.replace(" ", "").split(",") if isinstance(names, str) else list(names or ())
+    found: list[Logger] = []
+    for name in chosen:
+        if name.lower() in ("csv", "none", "false", ""):
+            continue
+        if name.lower() not in _LOGGERS:
+            raise UserError(f"No logger {name!r}; there are {', '.join(_LOGGERS)}, csv and none")
+        kind, package, arguments = _LOGGERS[name.lower()]
+        try:
+            found.append(getattr(lightning_loggers, kind)(**arguments(output_dir)))
+        except ModuleNotFoundError:
+            raise UserError(f"logger={name} needs the package {package}: pip install {package}") from None
+    version = next((logger.version for logger in found if isinstance(logger, TensorBoardLogger)), None)
+    return [*found, CSVLogger(output_dir, version=version)]
+
+
+# ---- Lightning's Trainer
+
 
 def build_trainer(
-    settings: dict[str, Any], output_dir: Path, callbacks: list[L.Callback], say: Callable[[str], None], **length: Any
+    settings: dict[str, Any],
+    output_dir: Path,
+    callbacks: list[L.Callback],
+    say: Say,
+    loggers: list[Logger] | None = None,
 ) -> L.Trainer:
-    """A Trainer with `settings` (`devices.trainer_settings`) whose `length` is in max_epochs or max_steps.
+    """Return a Trainer with `settings` (`devices.trainer_settings`), its length in max_epochs or max_steps.
 
     It shows where training is and, at the end, how fast it went (`throughput`).
 
@@ -46,14 +217,13 @@ def build_trainer(
     try:
         return L.Trainer(
             **settings,
-            **length,
             default_root_dir=output_dir,
-            logger=TensorBoardLogger(output_dir),
+            logger=make_loggers("tensorboard", output_dir) if loggers is None else loggers,
             callbacks=[Throughput(say), *callbacks, Progress(say)],  # the first: a step ends before what others do
             plugins=[WholeCheckpointIO(say)],
             enable_progress_bar=False,
         )
-    except MisconfigurationException as error:
+    except (MisconfigurationException, TypeError) as error:  # what +trainer.NAME= named and it does not know
         raise UserError(str(error)) from None
 
 
@@ -99,116 +269,7 @@ def fit_trainer(
     trainer.strategy.barrier()  # so that every process finds it there
 
 
-# ---- What all trainings of a denoiser share, once module and data are there: the plan, who looks on, and the Trainer
-
-
-def length_of(training: dict[str, Any]) -> dict[str, int]:
-    """How long an experiment's `training` goes on: max_steps where it says so, else num_epochs."""
-    return {"max_steps": training["max_steps"]} if training["max_steps"] else {"max_epochs": training["num_epochs"]}
-
-
-def train_denoiser(
-    module: DiffusionModule,
-    data: OrderedDataModule,
-    output_dir: Path,
-    make: Callable[[nn.ModuleDict], Any],
-    columns: int,
-    previews: int,
-    *,
-    data_key: str,
-    devices: dict[str, Any],
-    saving: Saving,
-    best: str,
-    compile: bool,
-    say: Callable[[str], None],
-    max_steps: int = -1,
-    max_epochs: int = -1,
-    resume_from: Path | None = None,
-    noted: dict[str, float] | None = None,
-    show: Callable[[Tensor], None] | None = None,
-    callbacks: Sequence[L.Callback] = (),
-    names: Names = EXPERIMENT,
-    slicing: bool | None = None,
-    preview: Callable[..., SamplePreviews] = SamplePreviews,
-) -> L.Trainer:
-    """Train, to the end or until it is stopped in good order.
-
-    Args:
-        make: the averaged network → pictures uint8 (N, 3, H, W), rows of `columns`, for the previews.
-        previews: grids of them in all.
-        data_key: fingerprint of the data; a run that goes on must have the same.
-        devices: arguments of `devices.trainer_settings`.
-        best: how the name of the best checkpoint begins.
-        max_steps, max_epochs: the length, in one of them.
-        noted: numbers known before training that its curves shall hold.
-        callbacks: more that look on.
-        names, slicing: see `trainer.fit`.
-        preview: what `make` is given to.
-
-    Returns:
-        The Trainer; `checkpoints/last.ckpt` in `output_dir` holds what was trained.
-    """
-    settings = module.trainer_settings(**devices)
-    processes, gathered = settings["devices"] * settings["num_nodes"], settings.get("accumulate_grad_batches", 1)
-    count = len(data.train_data)
-    global_batch = min(data.batch_size, count) * processes
-    batches = max(1, data.batches_of(processes))
-    epochs = max_epochs if max_epochs > 0 else -(-max_steps * gathered // batches)
-    steps = max_steps if max_steps > 0 else -(-batches // gathered) * max_epochs
-    weights = sum(weight.numel() for weight in module.network.parameters())
-    say(
-        f"Training a {type(module.network['denoiser']).__name__} of {weights / 1e6:,.1f} M weights on {count:,} "
-        f"pictures: {steps:,} steps of {global_batch * gathered}, {epochs:,} epochs"
-    )
-    say(describe(settings, compile, data.batch_size, data.num_workers))
-
-    checkpoints = output_dir / "checkpoints"
-    validates = data.val_data is not None and len(data.val_data) > 0
-    watching = checkpoint_callbacks(checkpoints, "val/loss" if validates else None, saving, best=best)
-    if previews:
-        every = max(1, epochs // previews)
-        watching.append(preview(make, columns, output_dir / "samples", every, show))
-    watching.append(RunRecord(output_dir, {"precision": settings["precision"]}, data_key, saving.allow_changes, say))
-    length = {"max_steps": max_steps, "max_epochs": max_epochs, "check_val_every_n_epoch": max(1, epochs // 20)}
-    trainer = build_trainer({**length, **settings}, output_dir, [*watching, *callbacks], say)
-    if noted and trainer.is_global_zero:
-        trainer.logger.log_metrics(noted, step=0)
-    check_resumable(resume_from, module)
-    fit_trainer(trainer, module, data, resume_from, say, names, slicing)
-    return trainer
-
-
-# ---- Trainings on all devices of a machine, wherever they are called from: a notebook's cell, a script, a command
-
-
-Run = TypeVar("Run", bound=Callable[..., Path])
-
-
-def on_all_devices(run: Run) -> Run:
-    """Let `run` be called anywhere: where its `devices` ask for several processes it runs in each of them.
-
-    `devices` holds the arguments of `devices.trainer_settings`; `say` stays behind, `show` is called here.
-    """
-    signature = inspect.signature(run)
-
-    @functools.wraps(run)
-    def call(*args: Any, **named: Any) -> Path:
-        arguments = signature.bind(*args, **named).arguments
-        devices = arguments.get("devices") or {}
-        trainer_settings(**devices)  # what cannot be is said before anything is started
-        several = several_processes(**devices)
-        if several is None:
-            try:
-                return run(*args, **named)
-            finally:
-                release_memory()  # a notebook's process lives on
-        changes = arguments.pop("changes", {})  # what **changes gathered goes on by name, too
-        arguments = {**arguments, **changes}
-        arguments.pop("say", None)
-        show = arguments.pop("show", None)
-        return call_on_ranks(f"{run.__module__}:{run.__name__}", arguments, *several, show=show)
-
-    return call  # type: ignore[return-value]
+# ---- modules of one's own
 
 
 def fit(
@@ -288,7 +349,7 @@ def _fit_here(
     checkpoints = output_dir / "checkpoints"
     resume_from = resume_path(resume, checkpoints, say)
     saves = checkpoint_callbacks(checkpoints, monitor, saving)
-    trainer = build_trainer(settings, output_dir, [*callbacks, *saves], say, **length)
+    trainer = build_trainer({**length, **settings}, output_dir, [*callbacks, *saves], say)
     check_resumable(resume_from, module)
     fit_trainer(trainer, module, data, resume_from, say, PYTHON)
     return checkpoints / "last.ckpt"

@@ -244,6 +244,6 @@ class Zero2(WholeFolders, DeepSpeedStrategy):
         if not path.is_dir() or main_file(path) != OF_DEEPSPEED:
             raise UserError(
                 f"{path} was not written by --strategy deepspeed, which goes on from its own folders alone: take "
-                f"--strategy ddp or fsdp, or start from its weights with model.init.weights={path}"
+                f"--strategy ddp or fsdp, or start from its weights with init.weights={path}"
             )
         return super().load_checkpoint(checkpoint_path, weights_only)

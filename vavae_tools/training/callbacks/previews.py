@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from torch import Tensor
@@ -61,10 +62,16 @@ class Previews(L.Callback):
 
     def keep(self, trainer: L.Trainer, grid: Tensor) -> None:
         """Write and show a grid."""
-        with written_whole(self.folder / f"{self.name}-{trainer.global_step:06d}.png") as partial:
-            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(partial, format="png")
-        if trainer.logger is not None:
-            trainer.logger.experiment.add_image(self.name, grid, trainer.global_step)
+        image, step = Image.fromarray(grid.permute(1, 2, 0).numpy()), trainer.global_step
+        with written_whole(self.folder / f"{self.name}-{step:06d}.png") as partial:
+            image.save(partial, format="png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(self.name, grid, step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_image(self.name, [image], step=step)
+            elif isinstance(logger, MLFlowLogger):
+                logger.experiment.log_image(logger.run_id, image, f"{self.name}-{step:06d}.png")
         self.show(grid)
         self.tell(trainer)
 
@@ -136,8 +143,10 @@ class TextPreviews(SamplePreviews):
     def tell(self, trainer: L.Trainer) -> None:
         with written_whole(self.folder / f"{self.name}-{trainer.global_step:06d}.txt") as partial:
             partial.write_text("\n".join(self.texts) + "\n", encoding="utf-8")
-        if trainer.logger is not None:
+        for logger in trainer.loggers:
+            if not isinstance(logger, TensorBoardLogger):
+                continue
             listed = "\n".join(f"    {text}" for text in self.texts)  # Markdown's own text
-            trainer.logger.experiment.add_text(self.name, listed, trainer.global_step)
+            logger.experiment.add_text(self.name, listed, trainer.global_step)
         for text in self.texts:
             self.say(f"  {' '.join(text.split())[:160]}")

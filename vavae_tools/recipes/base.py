@@ -1,0 +1,511 @@
+"""The recipes: what each experiment is made of, from plain values, and the function that trains it.
+
+A recipe is a dataclass of dataclasses: data, autoencoder, conditioner, objective, denoiser, how it is sampled while it
+trains, and `train`. Every default stands here and nowhere else; None stands for what the data, the model or the machine
+say. Nothing here imports torch, so that `--help` answers at once.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from vavae_tools.training.config import TrainConfig, setting
+
+# ---- data
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images of classes."""
+
+    data_dir: str | None = setting(
+        None,
+        "a split of data_split.py, a folder per class, a Hugging Face dataset on the disk, WebDataset shards (a folder "
+        "of them, or data/train-{000..099}.tar); shapes: made up here; null: the split in its usual place",
+    )
+    image_size: int | list[int] | None = setting(
+        None, "pixels, 256 or [height, width]; null: as large as the autoencoder's weights are for", least=1
+    )
+    use_hf_dataset: bool | None = setting(None, "true: datasets.load_from_disk; null: see what is there")
+    train_split: str = setting("train", "the training subset's name, in a Hugging Face dataset, a folder or shards")
+    val_share: float = setting(0.05, "held out where there is no validation subset", least=0, most=1)
+    crop: Literal["adm", "none"] | None = setting(
+        None, "adm: the centre, as in ADM; none: the whole image, resized; null: none for a split, else adm"
+    )
+    num_workers: int | None = setting(None, "loading processes; null: by cores and shared memory", least=0)
+    num_pictures: int = setting(1024, "of shapes: to train", least=1)
+    num_classes: int = setting(4, "of shapes", least=1)
+
+
+@dataclass(frozen=True)
+class LatentData(ImageData):
+    """Images of classes that are encoded once."""
+
+    latents_dir: str | None = setting(None, "where latents are kept; null: logs/latents/NAME…, of shapes the run's own")
+    flips: bool = setting(False, "also train on mirrored images (wrong for time–frequency images)")
+
+
+@dataclass(frozen=True)
+class FlippedData(ImageData):
+    """Images of classes, mirrored ones as well where that is asked for."""
+
+    flips: bool = setting(False, "also train on mirrored images (wrong for time–frequency images)")
+
+
+@dataclass(frozen=True)
+class CaptionData:
+    """Images with captions."""
+
+    dataset_name: Literal["coco", "cub", "custom", "shapes"] | None = setting(None, "what data_dir is")
+    data_dir: str | None = setting(None, "its folder; shapes needs none")
+    num_samples: int | None = setting(None, "at most so many of each subset, chosen by the seed; null: all", least=1)
+    image_size: int | list[int] | None = setting(None, "pixels; null: 256, of shapes 32", least=1)
+    val_share: float = setting(0.05, "held out where there is no validation subset", least=0, most=1)
+    skip_missing: bool = setting(False, "true: leave out images that are named but not there, or have no caption")
+    crop: Literal["adm", "none"] = setting("adm", "the centre, as in ADM; none: the whole image, resized")
+    annotations: str | None = setting(None, "of coco, where they have other names")
+    pictures: str | None = setting(None, "of coco, where they have other names")
+    cache: bool | None = setting(None, "encode images and texts once; null: where they fit on the disk")
+    latents_dir: str | None = setting(None, "where they are kept; null: logs/latents/NAME…")
+    num_workers: int | None = setting(None, "null: by cores and shared memory; 0 where all is cached", least=0)
+    prefetch_factor: int | None = setting(2, "batches that each of them has ready", least=1)
+    persistent_workers: bool = setting(True, "keep them from epoch to epoch")
+    drop_last: bool = setting(True, "whole batches only; their rest comes up in other epochs")
+    auto_batch_size: bool = setting(False, "find the largest batch that fits the card, and keep what makes one step")
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Texts, drawn as images."""
+
+    data_dir: str | None = setting(
+        None, ".txt or .jsonl, a folder of them, a dataset on the disk; or built in: sentences, questions, zen"
+    )
+    image_size: int = setting(64, "side of an image in pixels", least=1)
+    use_chat_template: bool = setting(False, 'chats ("messages"): answers are learnt, prompts given')
+    max_tokens: int | None = setting(None, "in an image; null: as many as it has cells", least=1)
+    tokenizer: str | None = setting(None, "a folder of transformers; null: the 256 bytes; bpe: learnt from the texts")
+    vocab_size: int = setting(512, "tokens of bpe", least=1)
+    cell_size: int = setting(4, "side of a token's cell in pixels; also of the DiT's patches", least=1)
+    channels: int = setting(3, "of an image; a cell of 3×4×4 pixels tells any tokenizer's tokens apart", least=1)
+    val_share: float = setting(0.05, "of the images, held out by whole texts", least=0, most=1)
+    num_workers: int | None = setting(0, "cells are drawn in milliseconds", least=0)
+
+
+# ---- autoencoders, text encoders
+
+
+@dataclass(frozen=True)
+class FineTunedVAVAE:
+    """The VA-VAE that is fine-tuned."""
+
+    original_vavae: str | None = setting(
+        None,
+        "weights to start from: the published .pt or a training .ckpt, a diffusers folder, or small (in the package); "
+        "null: fresh ones",
+    )
+    size: Literal["small", "f16d32"] | None = setting(None, "of fresh weights; null: small on a CPU, f16d32 on a GPU")
+    condition_dim: int | None = setting(
+        None, "length of each person's vector; null: 32 or the file's; 0 for none", least=0
+    )
+    condition_file: str | None = setting(
+        None, "safetensors with a fixed vector per person (keys ID_1 …), in place of learned ones"
+    )
+    freeze_encoder: bool = setting(False, "train the decoder alone: the latents stay as they are")
+    condition_dropout: float = setting(0.1, "share of images trained without their vector", least=0, most=1)
+
+
+@dataclass(frozen=True)
+class VAVAESource:
+    """The VA-VAE whose latents are learnt."""
+
+    source: str | None = setting("outputs/vavae", "what minimal_training_modification.py wrote, or published weights")
+    latents_stats: str | None = setting(
+        None, "latents_stats.pt of published weights; null: computed on the training subset"
+    )
+
+
+@dataclass(frozen=True)
+class RAEParts:
+    """A representation autoencoder."""
+
+    folder: str | None = setting(
+        None, "of a whole RAE (rae_decoder's or diffusers'), in place of what follows; tiny: a small random one"
+    )
+    encoder_cls: str = setting("Dinov2withNorm", "or SigLIPwithNorm, MAEwithNorm")
+    encoder_config_path: str | None = setting(
+        None, "a transformers folder or config.json; null: the published base size"
+    )
+    encoder_input_size: int | None = setting(
+        None, "pixels that the encoder sees; null: 224 for DINOv2, 256 for SigLIP and MAE", least=1
+    )
+    encoder_checkpoint_path: str | None = setting(None, "weights of the encoder, of the decoder, or of the whole RAE")
+    decoder: str = setting("ViTXL", "ViTB, ViTL, ViTXL, tiny; the published weights are ViTXL's")
+    decoder_path: str | None = setting(None, "its weights; null: it starts anew, and then needs more and longer")
+    statistics_path: str | None = setting(None, "stat.pt; null: computed on the training subset")
+
+
+@dataclass(frozen=True)
+class StableDiffusionSource:
+    """A frozen VAE of Stable Diffusion."""
+
+    name: str | None = setting(
+        None, "a folder of diffusers (Stable Diffusion 1.5), or a hub name; null: only for shapes, a small one"
+    )
+    use_slicing: bool = setting(False, "one image after the other: less memory")
+
+
+@dataclass(frozen=True)
+class TextEncoderSource:
+    """A frozen text encoder."""
+
+    name: str | None = setting(
+        None, "a folder of transformers (CLIP ViT-B/32), or a hub name; null: only for shapes, a tiny one"
+    )
+
+
+# ---- losses of autoencoders
+
+
+@dataclass(frozen=True)
+class VAVAELoss:
+    """In place of the loss recipe's own numbers; a weight of 0 turns its part off."""
+
+    recipe: Literal["light", "full", "stage1", "stage2", "stage3", "staged"] = setting(
+        "light", "losses and optimiser; light needs no weights from elsewhere"
+    )
+    kl_weight: float | None = setting(None, "of the KL divergence against absolute errors, both summed (1e-6)", least=0)
+    l1_weight: float | None = setting(None, "of the absolute error", least=0)
+    gradient_weight: float | None = setting(None, "of the multi-scale gradients", least=0)
+    spectral_weight: float | None = setting(None, "of the short-time spectra", least=0)
+    perceptual_weight: float | None = setting(None, "of LPIPS; needs lpips_weights", least=0)
+    lpips_weights: list[str] | str | None = setting(
+        None, "local files: VGG16's, LPIPS's, or a VA-VAE training .ckpt that holds both"
+    )
+    vf_weight: float | None = setting(None, "of the alignment; needs foundation_model", least=0)
+    foundation_model: str | None = setting(None, "local folder of a DINOv2 as transformers saves it")
+    distance_margin: float | None = setting(None, "of the alignment's distances")
+    cosine_margin: float | None = setting(None, "of the alignment's cosines")
+    disc_weight: float | None = setting(None, "of the adversarial part", least=0)
+    disc_start: int | None = setting(None, "optimiser step at which the discriminator begins", least=0)
+    disc_width: int | None = setting(None, "channels of the discriminator's first layer (64)", least=1)
+    disc_lr: float | None = setting(None, "learning rate of the discriminator (1e-4)", above=0)
+
+
+@dataclass(frozen=True)
+class DecoderLoss:
+    """What the decoder is trained by."""
+
+    noise_tau: float = setting(
+        0.8, "largest standard deviation of the noise on tokens, the published one; 0: none", least=0
+    )
+    l1_weight: float = setting(0.5, "of the absolute error in [-1, 1]: the paper's 1 in [0, 1]", least=0)
+    gradient_weight: float = setting(0.0, "of multi-scale gradients; 0.5 keeps edges where there is no LPIPS", least=0)
+    spectral_weight: float = setting(0.0, "of short-time spectra; 1 keeps texture where there is no LPIPS", least=0)
+    lpips_weights: list[str] | str | None = setting(None, "local files of LPIPS: a VGG16; nothing is downloaded")
+    perceptual_weight: float | None = setting(
+        None, "of LPIPS; null: 1, the paper's, where lpips_weights is named, else 0", least=0
+    )
+    disc_weight: float = setting(0.75, "of the adversarial part, the paper's; 0: no discriminator", least=0)
+    disc_start: int | None = setting(
+        None, "step at which the discriminator begins; null: at 3/8 of all, as in the paper", least=0
+    )
+    generator_start: int | None = setting(
+        None, "step from which the decoder listens to it; null: at half of all, as in the paper", least=0
+    )
+    disc_width: int = setting(64, "channels of its first layer, VA-VAE's", least=1)
+    disc_lr: float = setting(1e-4, "VA-VAE's, whose discriminator it is", above=0)
+
+
+# ---- denoisers and what they learn
+
+
+@dataclass(frozen=True)
+class DenoiserModel:
+    """A DiT, or with two numbers each one with the wide head (of the encoder and of the head)."""
+
+    size: Literal["S", "B", "L", "XL"] | None = setting(None, "null: the three numbers below")
+    head: Literal["wide"] | None = setting(None, "wide: the sizes of DiT^DH")
+    hidden_size: int | list[int] | None = setting(None, "features of a token; null: what suits the machine", least=1)
+    depth: int | list[int] | None = setting(None, "transformer blocks", least=1)
+    num_heads: int | list[int] | None = setting(None, "attention heads", least=1)
+    patch_size: int | None = setting(None, "side of the square of latent pixels that is one token", least=1)
+    mlp_ratio: float = setting(4.0, "features inside a block's MLP, in hidden_size", above=0)
+    condition_dropout: float = setting(
+        0.1, "how often the class is left out, so that guidance has its null", least=0, most=1
+    )
+    num_classes: int | None = setting(None, "null: as many as the data have", least=1)
+    null_label: int | None = setting(None, "the class that means any: always the one after the last; checked")
+    in_channels: int | None = setting(None, "of the latents; null: as they are", least=1)
+    input_size: int | list[int] | None = setting(None, "side of the latents; null: as they are", least=1)
+    latent_size: list[int] | None = setting(None, "channels, height, width of the latents; checked where it is given")
+    rope: bool = setting(True, "rotary positions")
+    rms_norm: bool = setting(True, "RMSNorm in place of LayerNorm")
+    swiglu: bool = setting(True, "SwiGLU in place of an MLP")
+    qk_norm: bool = setting(False, "true cures a half-precision run whose loss becomes NaN")
+    time_embed: str | None = setting(None, "fourier, and reversed_time: true, for weights of RAE's LightningDiT")
+    reversed_time: bool | None = setting(None, "see time_embed")
+    learn_sigma: bool | None = setting(None, "true for weights with a learned sigma")
+    adaln_shift: bool | None = setting(None, "false for weights without a shift in their modulation")
+    pos_embed: bool | None = setting(None, "of a wide head: added positions, besides rotary ones")
+
+
+@dataclass(frozen=True)
+class TextDenoiserModel:
+    """A DiT with cross-attention to a caption's tokens."""
+
+    hidden_size: int = setting(768, "features of a token", least=1)
+    depth: int = setting(16, "transformer blocks", least=1)
+    num_heads: int = setting(12, "attention heads", least=1)
+    patch_size: int = setting(2, "side of the square of latent pixels that is one token", least=1)
+    mlp_ratio: float = setting(4.0, "features inside a block's MLP, in hidden_size", above=0)
+    qk_norm: bool = setting(False, "true cures a half-precision run whose loss becomes NaN")
+    condition_dropout: float = setting(
+        0.1, "how often the caption is left out, so that guidance has its null", least=0, most=1
+    )
+
+
+@dataclass(frozen=True)
+class TokenDenoiserModel:
+    """A DiT on pixels."""
+
+    size: Literal["S", "B", "L", "XL"] | None = setting(None, "null: the three numbers below")
+    hidden_size: int = setting(384, "features of a cell", least=1)
+    depth: int = setting(12, "transformer blocks", least=1)
+    num_heads: int = setting(6, "attention heads", least=1)
+    mlp_ratio: float = setting(4.0, "features inside a block's MLP, in hidden_size", above=0)
+    qk_norm: bool = setting(True, "larger learning rates, and no NaN in half precision")
+    positions: Literal["sequence", "grid"] = setting("sequence", "places in reading order; grid: rows and columns")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the denoiser learns; null: the objective's own default."""
+
+    name: Literal["flow_matching", "epsilon", "v_prediction", "sample"] = setting(
+        "flow_matching", "the velocity; DDPM's noise ε; v; the clean image (x0)"
+    )
+    cosine_weight: float | None = setting(None, "flow_matching: of the velocity's direction", least=0)
+    cosine_eps: float | None = setting(None, "flow_matching: smallest length of a velocity in the cosine", above=0)
+    path: Literal["linear", "gvp"] | None = setting(None, "flow_matching: straight, or variance-preserving")
+    largest_noise: float | None = setting(None, "flow_matching: times with more noise are not drawn", above=0)
+    time: Literal["lognorm", "uniform"] | None = setting(None, "flow_matching, sample: how times are drawn")
+    time_mean: float | None = setting(None, "flow_matching, sample: of lognorm")
+    time_std: float | None = setting(None, "flow_matching, sample: of lognorm", above=0)
+    time_shift: float | None = setting(
+        1.0, "flow_matching, sample: above 1 learns more at high noise; null: by the latents' dimension", above=0
+    )
+    normalised: Literal["channels", "pixels"] | None = setting(
+        None, "sample: Σ error·mask / (Σ mask · C); pixels: without C"
+    )
+
+
+@dataclass(frozen=True)
+class InitFrom:
+    """Weights to go on from."""
+
+    weights: str | None = setting(None, "a pipeline/ or .ckpt from here, or published weights")
+    kind: str | None = setting(None, "of published weights: lightningdit, ddt, dit; null: seen in them")
+    classes: str | list[int] = setting(
+        "new",
+        "rows made anew; nearest: copied from the published classes that fit best; keep; or a list of published labels",
+    )
+    lora_rank: int = setting(0, "above 0: train low-rank additions of this rank, merged at the end", least=0)
+    lora_alpha: float | None = setting(None, "null: the rank")
+    lora_targets: list[str] = setting(["qkv", "proj", "w12", "w3"], "layers that get them")
+
+
+# ---- samples while training
+
+
+@dataclass(frozen=True)
+class ClassSampling:
+    """Samples while training."""
+
+    num_steps: int = setting(20, "of the previews", least=1)
+    guidance_scale: float = setting(1.25, "of the previews")
+
+
+@dataclass(frozen=True)
+class TextSampling:
+    """Samples while training."""
+
+    prompts: list[str] | str | None = setting(None, "of the previews; null: the first captions that validate")
+    num_steps: int = setting(50, "of the previews", least=1)
+    guidance_scale: float = setting(7.5, "of the previews")
+    solver: str | None = setting(
+        None, "ddpm, ddim, dpm++, unipc; of flows euler, heun, dpm++, unipc; null: dpm++, euler"
+    )
+
+
+@dataclass(frozen=True)
+class TokenSampling:
+    """Samples while training."""
+
+    prompts: list[Any] | str | None = setting(None, "of the previews; null: beginnings of texts that validate")
+    num_steps: int = setting(100, "of the previews", least=1)
+    eta: float = setting(1.0, "share of fresh noise in a step; 0: none (Euler's method)", least=0, most=1)
+    time_shift: float | None = setting(None, "above 1: more steps at high noise; null: as noise hides a cell", above=0)
+
+
+# ---- recipes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an experiment is made of."""
+
+    train_by: ClassVar[str]
+    """module:function (recipe, output_dir, resume, show, say) → what it made"""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Keys without a default."""
+
+    seed: int = setting(0, "the same seed, data and settings give the same weights", least=0)
+
+
+@dataclass(frozen=True)
+class VAVAERecipe(Recipe):
+    """A VA-VAE with a vector per person, fine-tuned."""
+
+    train_by = "vavae_tools.recipes.vavae:train_vavae"
+    data: ImageData = field(default_factory=ImageData)
+    vavae: FineTunedVAVAE = field(default_factory=FineTunedVAVAE)
+    loss: VAVAELoss = field(default_factory=VAVAELoss)
+    monitor: Literal["reconstruction", "psnr", "ssim", "right", "frechet"] = setting(
+        "reconstruction", "what best-*.ckpt is chosen by"
+    )
+    classifier_dir: str | None = setting(None, "keeps the classifier that watches; null: in the run's folder")
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            schedule=None,
+            warmup_steps=None,
+            ema_decay=None,
+            gradient_clip=None,
+            gradient_checkpointing=None,
+            previews=10,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class DecoderRecipe(Recipe):
+    """The decoder of a representation autoencoder (RAE)."""
+
+    train_by = "vavae_tools.recipes.rae:train_rae_decoder"
+    needs = ("data.data_dir",)
+    data: FlippedData = field(default_factory=FlippedData)
+    rae: RAEParts = field(default_factory=RAEParts)
+    loss: DecoderLoss = field(default_factory=DecoderLoss)
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            batch_size=8,  # a T4 takes no 12 (benchmarks/memory.py); the paper's 512: accumulate_grad_batches=64
+            max_steps=5000,  # a choice: the paper's 40,000 steps of 512 are for a fresh one on ImageNet
+            lr=2e-4,  # the paper's; 2e-3 for decoder=tiny
+            warmup_steps=300,  # a sixteenth of all, as in the paper
+            ema_decay=0.9978,  # the paper's: the average of some 450 steps
+        )
+    )
+
+
+@dataclass(frozen=True)
+class LatentRecipe(Recipe):
+    """A denoiser on latents of images of classes."""
+
+    data: LatentData = field(default_factory=LatentData)
+    model: DenoiserModel = field(default_factory=DenoiserModel)
+    objective: Objective = field(default_factory=Objective)
+    init: InitFrom = field(default_factory=InitFrom)
+    sampling: ClassSampling = field(default_factory=ClassSampling)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(ema_decay=None))
+
+
+@dataclass(frozen=True)
+class VAVAEDiTRecipe(LatentRecipe):
+    """A LightningDiT on the latents of a fine-tuned VA-VAE."""
+
+    train_by = "vavae_tools.recipes.dit:train_vavae_dit"
+    data: LatentData = field(default_factory=lambda: LatentData(latents_dir="outputs/latents"))
+    vavae: VAVAESource = field(default_factory=VAVAESource)
+
+
+@dataclass(frozen=True)
+class RAEDiTRecipe(LatentRecipe):
+    """A DiT with the wide DDT head on the latents of a representation autoencoder (RAE)."""
+
+    train_by = "vavae_tools.recipes.rae:train_rae_dit"
+    needs = ("data.data_dir",)
+    data: LatentData = field(default_factory=lambda: LatentData(flips=True))
+    rae: RAEParts = field(default_factory=RAEParts)
+    model: DenoiserModel = field(  # the published DiT^DH-XL
+        default_factory=lambda: DenoiserModel(
+            head="wide", hidden_size=[1152, 2048], depth=[28, 2], num_heads=[16, 16], patch_size=1, num_classes=1000
+        )
+    )
+    objective: Objective = field(  # RAE's: the squared error alone, times shifted towards noise
+        default_factory=lambda: Objective(cosine_weight=0.0, time_shift=None, largest_noise=0.999)
+    )
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            batch_size=32, max_steps=100_000, lr=2e-4, warmup_steps=5000, ema_decay=0.9995
+        )
+    )
+
+
+@dataclass(frozen=True)
+class TextToImageRecipe(Recipe):
+    """CLIP's text, a frozen Stable Diffusion VAE, a DiT with cross-attention."""
+
+    train_by = "vavae_tools.recipes.text_to_image:train_text_to_image"
+    needs = ("data.dataset_name",)
+    data: CaptionData = field(default_factory=CaptionData)
+    text_encoder: TextEncoderSource = field(default_factory=TextEncoderSource)
+    vae: StableDiffusionSource = field(default_factory=StableDiffusionSource)
+    model: TextDenoiserModel = field(default_factory=TextDenoiserModel)
+    objective: Objective = field(default_factory=lambda: Objective(name="epsilon"))
+    sampling: TextSampling = field(default_factory=TextSampling)
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            batch_size=24,  # a T4 takes no 32, or 96 with gradient checkpointing
+            max_epochs=1000,
+            lr=1e-4,
+            warmup_steps=500,
+            ema_decay=0.9999,  # the average of the last 10,000 steps
+            save_every_n_epochs=10,
+            save_every_n_steps=500,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class TokenImageRecipe(Recipe):
+    """Texts drawn as images: a DiT on pixels learns the clean image."""
+
+    train_by = "vavae_tools.recipes.token_images:train_token_images"
+    needs = ("data.data_dir",)
+    data: TextData = field(default_factory=TextData)
+    model: TokenDenoiserModel = field(default_factory=TokenDenoiserModel)
+    objective: Objective = field(default_factory=lambda: Objective(name="sample", time_std=0.7))
+    prompt_share: float = setting(
+        0.5, "of the images, whose first cells are given: so it can go on with a text", least=0, most=1
+    )
+    sampling: TokenSampling = field(default_factory=TokenSampling)
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            batch_size=32,
+            max_epochs=100,
+            lr=3e-4,
+            warmup_steps=500,
+            ema_decay=0.999,  # the average of the last 1,000 steps
+            save_every_n_epochs=10,
+            single_files=True,  # checkpoint_epoch_10.pth
+        )
+    )
+
+
+RECIPES: dict[str, type[Recipe]] = {
+    "vavae": VAVAERecipe,
+    "vavae_dit": VAVAEDiTRecipe,
+    "rae_decoder": DecoderRecipe,
+    "rae_dit": RAEDiTRecipe,
+    "text_to_image": TextToImageRecipe,
+    "token_images": TokenImageRecipe,
+}
