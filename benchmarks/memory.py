@@ -52,7 +52,7 @@ from vavae_tools.pipelines.text import TextToImagePipeline
 from vavae_tools.recipes.config import compose, read_command_line
 from vavae_tools.recipes.presets import Preset, find_preset
 from vavae_tools.recipes.rae import DecoderPreviews
-from vavae_tools.recipes.vavae import RECIPES, _needs_checkpointing
+from vavae_tools.recipes.vavae import LOSSES, _needs_checkpointing
 from vavae_tools.runtime.machine import Machine, at_work
 from vavae_tools.runtime.precision import Computing, for_inference
 from vavae_tools.training import autoencoder_module as rae_module
@@ -482,7 +482,7 @@ def fine_tuning(card: Any, case: Case, recipe: str) -> str:
     batch_size = case.number("batch_size", preset.vavae_batch_size)
     model = vavae(preset.vavae_size, condition_dim=32, num_conditions=PEOPLE)
     # from the first step on, what begins later: the discriminator
-    numbers = {**RECIPES[recipe], "lr": preset.vavae_lr, "disc_start": 0}
+    numbers = {**LOSSES[recipe], "lr": preset.vavae_lr, "disc_start": 0}
     checkpointing = _needs_checkpointing(model, numbers, batch_size, size, lambda line: None)
     numbers["gradient_checkpointing"] = case.number("gradient_checkpointing", checkpointing)
     lpips = LPIPS() if numbers.get("perceptual_weight") else None
@@ -586,7 +586,7 @@ def evaluation(card: Any, case: Case) -> str:
 def rae_decoder(card: Any, case: Case) -> str:
     """`experiment=rae_decoder`."""
     config = compose(read_command_line(["experiment=rae_decoder", "data.data_dir=."]))
-    batch_size = case.number("batch_size", config.data.batch_size)
+    batch_size = case.number("batch_size", config.recipe.train.batch_size)
     rae = RAE(**RAE_SIZES["ViTXL"])
     numbers = {"perceptual_weight": 1.0, "disc_weight": 0.75}
     checkpointing = case.number("gradient_checkpointing", False)
@@ -602,7 +602,7 @@ def rae_decoder(card: Any, case: Case) -> str:
 def text_to_image(card: Any, case: Case) -> str:
     """`experiment=text_to_image`: CLIP ViT-B/32's texts and Stable Diffusion's latents, both encoded before."""
     config = compose(read_command_line(["experiment=text_to_image", "data.dataset_name=shapes"]))
-    batch_size = case.number("batch_size", config.training.batch_size)
+    batch_size = case.number("batch_size", config.recipe.train.batch_size)
     objective = make_objective("epsilon")
     denoiser = TextDiT(input_size=32, in_channels=4, patch_size=2, hidden_size=768, depth=16, num_heads=12)
     checkpointing = case.number("gradient_checkpointing", False)

@@ -21,7 +21,7 @@ from vavae_tools.autoencoders.losses import PatchDiscriminator, adaptive_weight,
 from vavae_tools.autoencoders.lpips import LPIPS
 from vavae_tools.autoencoders.vavae import VAVAE, vavae
 from vavae_tools.data.images import to_unit
-from vavae_tools.recipes.vavae import RECIPES
+from vavae_tools.recipes.vavae import LOSSES
 from vavae_tools.training.autoencoder_module import VAVAEModule
 from vavae_tools.training.devices import quiet_lightning
 
@@ -106,7 +106,7 @@ def main() -> None:
     quiet_lightning()
 
     torch.manual_seed(0)
-    settings = {**RECIPES["full"], "disc_width": options.disc_width, "disc_start": 0}
+    settings = {**LOSSES["full"], "disc_width": options.disc_width, "disc_start": 0}
     lpips, foundation = LPIPS(), random_dinov2(options.foundation)
     reference = ReferenceLoop(vavae(options.size), lpips, foundation, settings)
     module = VAVAEModule(vavae(options.size), **settings, lpips=lpips, foundation=foundation)

@@ -153,6 +153,13 @@ def test_a_file_of_values_is_between_the_experiment_and_what_is_typed(tmp_path):
     assert values("--config", str(path), "experiment=rae_dit", "data.data_dir=D")["experiment"] == "rae_dit"
 
 
+def test_epochs_that_are_typed_hold_before_the_recipes_steps():
+    found = values("experiment=rae_decoder", "--data_dir", "D", "--max_epochs", "3")
+    assert (found["train.max_steps"], found["train.max_epochs"]) == (None, 3)
+    found = values("experiment=rae_decoder", "--data_dir", "D", "--max_epochs", "3", "--max_steps", "7")
+    assert found["train.max_steps"] == 7 and values("experiment=token_dummy")["train.max_steps"] == 1800
+
+
 def test_the_example_of_a_file_means_text_to_image():
     found = values("--config", "configs/train_config.yaml", "--resume", "outputs/checkpoint-epoch-10")
     assert found["experiment"] == "text_to_image" and found["data.dataset_name"] == "coco"

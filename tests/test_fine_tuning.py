@@ -18,7 +18,7 @@ from vavae_tools.pipelines.writer import write_samples
 from vavae_tools.recipes import vavae as fine_tuning
 from vavae_tools.recipes.dit import encode_split, train_dit
 from vavae_tools.recipes.presets import find_preset
-from vavae_tools.recipes.vavae import find_recipe, fine_tune_vavae
+from vavae_tools.recipes.vavae import fine_tune_vavae, loss_numbers
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine
 from vavae_tools.training.autoencoder_module import VAVAEModule
@@ -224,7 +224,7 @@ def test_gradient_checkpointing_comes_on_where_it_must(monkeypatch, recipe, gib,
     machine = Machine("t4", 1, "Tesla T4", int(gib * 2**30))
     monkeypatch.setattr(fine_tuning, "find_machine", lambda: machine)
     model, said = SimpleNamespace(config=SimpleNamespace(block_out_channels=(128,))), []
-    numbers = find_recipe(recipe, {})
+    numbers = loss_numbers(recipe, {})
     assert fine_tuning._needs_checkpointing(model, numbers, batch_size, image_size, said.append) == on == bool(said)
 
 
@@ -235,7 +235,7 @@ def test_no_preset_computes_activations_twice(monkeypatch, recipe, kind, gib):
     monkeypatch.setattr(fine_tuning, "find_machine", lambda: machine)
     preset, model = find_preset(machine=machine), SimpleNamespace(config=SimpleNamespace(block_out_channels=(128,)))
     batch_size, size = preset.vavae_batch_size, preset.image_size
-    assert not fine_tuning._needs_checkpointing(model, find_recipe(recipe, {}), batch_size, size, pytest.fail)
+    assert not fine_tuning._needs_checkpointing(model, loss_numbers(recipe, {}), batch_size, size, pytest.fail)
 
 
 # ---- what is missing

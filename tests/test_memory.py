@@ -23,9 +23,8 @@ from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModul
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.memory import (
-    RAE_DECODER,
-    TEXT_TO_IMAGE,
-    VAVAE_COMMAND,
+    PYTHON,
+    WITH_SEARCH,
     Names,
     bytes_at_rest,
     find_batch_size,
@@ -56,7 +55,7 @@ def cuda_fault(asked="2.00 GiB", total=24.0, free=0.5, mine=23.5, tensors=20.0, 
     )
 
 
-def line_for(batch_size, gathered=1, names=TEXT_TO_IMAGE, **named):
+def line_for(batch_size, gathered=1, names=WITH_SEARCH, **named):
     """What a training of sentences would say of an error."""
     return lambda error: memory_fault(error, batch_size, gathered, names=names, **named)
 
@@ -91,7 +90,7 @@ class Of(nn.Module):
 def test_faults_of_memory_are_known(error):
     assert is_memory_fault(error)
     line = line_for(8)(error)
-    assert "data.batch_size" not in line and "training.batch_size=" in line and "\n" not in line
+    assert "data.batch_size" not in line and "train.batch_size=" in line and "\n" not in line
 
 
 @pytest.mark.parametrize(
@@ -133,8 +132,8 @@ def test_the_line_in_full():
         raise cuda_fault()
     assert str(raised.value) == (
         "The memory of GPU 0 (24.0 GiB) is too small for batches of 96: 2.0 GiB more were asked for, 0.5 GiB are "
-        "free, this process holds 23.5 GiB. What helps: training.batch_size=48 training.gradient_accumulation_steps=2 "
-        "(the same 96 a step), or model.gradient_checkpointing=true (a third more time), or vae.use_slicing=true (the "
+        "free, this process holds 23.5 GiB. What helps: train.batch_size=48 train.accumulate_grad_batches=2 "
+        "(the same 96 a step), or train.gradient_checkpointing=true (a third more time), or vae.use_slicing=true (the "
         "VAE takes one picture after the other); --auto_batch_size finds the largest batch that fits"
     )
 
@@ -143,7 +142,7 @@ def suggested(line: str) -> tuple[int, int]:
     words = line.replace(",", " ").split()
     return tuple(
         int(next(word for word in words if word.startswith(name)).partition("=")[2])
-        for name in ("training.batch_size=", "training.gradient_accumulation_steps=")
+        for name in ("train.batch_size=", "train.accumulate_grad_batches=")
     )
 
 
@@ -183,10 +182,10 @@ def test_without_room_for_the_weights_that_is_said():
 
 def test_a_batch_of_one_cannot_be_smaller():
     line = line_for(1, 8, module=Of(0.5, False), slicing=True)(cuda_fault())
-    assert "What helps: model.gradient_checkpointing=true" in line
-    assert line.endswith("training.batch_size=1 and vae.use_slicing=true are set already")
+    assert "What helps: train.gradient_checkpointing=true" in line
+    assert line.endswith("train.batch_size=1 and vae.use_slicing=true are set already")
     line = line_for(1, 8, module=Of(0.5, True))(cuda_fault())
-    assert "What is left: a smaller model" in line and "model.gradient_checkpointing=true are set" in line
+    assert "What is left: a smaller model" in line and "train.gradient_checkpointing=true are set" in line
 
 
 @pytest.mark.parametrize(("on", "said"), [(None, None), (False, "=true (a third"), (True, "=true is set already")])
@@ -209,10 +208,10 @@ def test_other_processes_on_the_card_are_named():
 
 
 def test_settings_have_the_names_of_their_command():
-    line = memory_fault(cuda_fault(), 16, module=Of(0.1, False), names=VAVAE_COMMAND)
-    assert "--batch_size 8 --accumulate_grad_batches 2 (the same 16 a step), or --gradient_checkpointing (" in line
+    line = memory_fault(cuda_fault(), 16, module=Of(0.1, False), names=PYTHON)
+    assert "batch_size=8 accumulate_grad_batches=2 (the same 16 a step)" in line and "train." not in line
     line = memory_fault(cuda_fault(), 16, module=Of(0.1, False), slicing=False)
-    assert "data.batch_size=8 trainer.accumulate_grad_batches=2" in line and "slicing" not in line
+    assert "train.batch_size=8 train.accumulate_grad_batches=2" in line and "slicing" not in line
     names = Names(slicing="vae.use_slicing", cached="data.cache=true")
     assert "or data.cache=true (the VAE is not there" in memory_fault(cuda_fault(), 16, slicing=True, names=names)
 
@@ -259,21 +258,21 @@ def test_fine_tuning_a_vavae_says_it_in_its_commands_words(split_dir, vavae_dir,
     with pytest.raises(UserError) as raised:
         fine_tune_vavae(split_dir, tmp_path, **settings)
     assert str(raised.value).endswith(
-        f"What helps: --batch_size {values[0]} --accumulate_grad_batches {values[1]} (the same 12 a step), or "
-        "--gradient_checkpointing (a third more time)"
+        f"What helps: train.batch_size={values[0]} train.accumulate_grad_batches={values[1]} (the same 12 a step), or "
+        "train.gradient_checkpointing=true (a third more time)"
     )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_fine_tuning_a_decoder_says_it_in_its_configs_words(tmp_path, monkeypatch):
+def test_fine_tuning_a_decoder_says_it_in_its_keys(tmp_path, monkeypatch):
     falls_in_step(1, monkeypatch, RAEDecoderModule)
     data = {"count": 16, "num_classes": 2, "val_share": 0.25}
     settings = {"disc_weight": 0.0, "gradient_checkpointing": True, "devices": {"accelerator": "cpu"}}
     with pytest.raises(UserError) as raised:
         fine_tune_rae_decoder(data, "tiny", tmp_path, batch_size=4, max_steps=2, say=lambda line: None, **settings)
     assert str(raised.value).endswith(
-        "What helps: data.batch_size=2 trainer.accumulate_grad_batches=2 (the same 4 a step); "
-        f"{RAE_DECODER.gradient_checkpointing}=true is set already"
+        "What helps: train.batch_size=2 train.accumulate_grad_batches=2 (the same 4 a step); "
+        "train.gradient_checkpointing=true is set already"
     )
 
 
@@ -507,4 +506,4 @@ def test_all_processes_come_to_one_batch(monkeypatch, rooms, expected, quick):
 
 
 def test_names_of_the_text_to_image_experiment():
-    assert TEXT_TO_IMAGE.search == "--auto_batch_size" and TEXT_TO_IMAGE.slicing == "vae.use_slicing"
+    assert WITH_SEARCH.search == "--auto_batch_size" and WITH_SEARCH.slicing == "vae.use_slicing"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vavae_tools.data.images import PictureDataModule
-from vavae_tools.recipes.vavae import RECIPES, epochs_of_stages, find_recipe
+from vavae_tools.recipes.vavae import LOSSES, epochs_of_stages, loss_numbers
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.training import devices
 from vavae_tools.training.autoencoder_module import VAVAEModule
@@ -249,16 +249,16 @@ def test_parts_that_cannot_be_are_refused(changes, message):
 
 
 def test_recipes_hold_the_references_numbers():
-    stages = [RECIPES[f"stage{n}"] for n in (1, 2, 3)]
+    stages = [LOSSES[f"stage{n}"] for n in (1, 2, 3)]
     assert [stage["vf_weight"] for stage in stages] == [0.5, 0.1, 0.1]
     assert [stage["disc_start"] for stage in stages] == [(5001 - 1) // 2, 0, 0]
     assert all(stage["lr"] == 1e-4 and stage["betas"] == (0.5, 0.9) and stage["disc_weight"] == 0.5 for stage in stages)
     assert (stages[2]["distance_margin"], stages[2]["cosine_margin"]) == (0.25, 0.5)
-    assert find_recipe("full", {"kl_weight": None, "vf_weight": 0.0})["vf_weight"] == 0
-    for recipe in RECIPES.values():
+    assert loss_numbers("full", {"kl_weight": None, "vf_weight": 0.0})["vf_weight"] == 0
+    for recipe in LOSSES.values():
         VAVAEModule(tiny_vavae(), **{"lr": 1e-3, **recipe, "disc_width": 4}, lpips=Squares(), foundation=Colours())
     with pytest.raises(UserError, match="No recipe 'heavy'; there are light, full"):
-        find_recipe("heavy", {})
+        loss_numbers("heavy", {})
     with pytest.raises(UserError, match="at least one for each stage"):
         epochs_of_stages(2)
 

@@ -136,6 +136,7 @@ def compose(line: CommandLine) -> Experiment:
             )
         for key, value in groups[group][option].items():
             keys.set(key, value)
+    keys.given.clear()
     where = f"{line.config}: "
     for flag, meant in (given.pop("flags", None) or {}).items():  # what older versions' --print_config said
         if keys.home(str(meant)) is None:
@@ -161,6 +162,8 @@ class _Keys:
         self.recipe = recipe
         self.settings = {**_OF_THE_RUN, **settings_of(recipe)}
         self.values = {key: setting.default for key, setting in self.settings.items()}
+        self.given: set[str] = set()
+        """Keys that got a value."""
 
     def home(self, key: str) -> str | None:
         """Return the recipe's own key of a name, None for one that it does not have."""
@@ -185,6 +188,7 @@ class _Keys:
         meanings = _aliases()["values"].get(home)
         if meanings is None:
             self.values[home] = checked(f"{where}{key}", _as_size(value, self.settings[home]), self.settings[home])
+            self.given |= {home} if value is not None else set()
             return
         if value not in meanings:
             raise UserError(f"{where}{key} is {value!r}, expected {' or '.join(map(_written, meanings))}")
@@ -252,6 +256,8 @@ class _Keys:
         return f"; did you mean {found[0]}?" if found else ""
 
     def built(self) -> Recipe:
+        if "train.max_epochs" in self.given and "train.max_steps" not in self.given:
+            self.values["train.max_steps"] = None  # the recipe's own, which would hold in its place
         return _with_values(self.recipe, {k: v for k, v in self.values.items() if k not in _OF_THE_RUN})
 
 

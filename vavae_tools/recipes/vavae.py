@@ -72,7 +72,7 @@ STAGES = {"stage1": 100, "stage2": 15, "stage3": 15}
 """Epochs of the released model's stages: the shares that the recipe "staged" gives to each."""
 
 
-def losses(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+def loss_numbers(name: str, changes: dict[str, Any]) -> dict[str, Any]:
     """The arguments for `VAVAEModule` of a recipe, with single numbers replaced; None keeps the recipe's.
 
     Raises:
@@ -209,6 +209,8 @@ def _train(
     if recipe.loss.recipe != "staged":
         return train(build, recipe, output_dir, resume, show, say)
     # the released model's stages in turn, each in a folder of its own, each from the last weights of the former
+    if recipe.train.max_epochs is None:
+        raise UserError("The recipe staged counts in epochs: set max_epochs in place of max_steps")
     folder = output_dir
     for name, epochs in epochs_of_stages(recipe.train.max_epochs).items():
         folder = output_dir / name
@@ -241,7 +243,7 @@ def _build(
     changes = {name: value for name, value in asdict(loss).items() if name not in _FILES}
     own = ("lr", "schedule", "warmup_steps", "gradient_clip", "accumulate_grad_batches", "gradient_checkpointing")
     changes |= {name: getattr(config, name) for name in own}
-    numbers = losses(loss.recipe, {**changes, **further})
+    numbers = loss_numbers(loss.recipe, {**changes, **further})
     numbers |= {"condition_dropout": start.condition_dropout, "freeze_encoder": start.freeze_encoder}
     split = read_split_info(recipe.data.data_dir)
     people = split["labels"]
