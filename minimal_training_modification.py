@@ -5,5 +5,10 @@ import sys
 from vavae_tools.runtime.errors import run_command
 from vavae_tools.train import as_experiment
 
+
+def main() -> None:
+    as_experiment("vavae", sys.argv[1:])
+
+
 if __name__ == "__main__":
-    run_command(lambda: as_experiment("vavae", sys.argv[1:]))
+    run_command(main)

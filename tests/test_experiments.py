@@ -227,7 +227,7 @@ def test_a_file_that_means_nothing_is_named(tmp_path):
 @pytest.mark.parametrize("name", [None, *experiments.experiments()])
 def test_help_names_experiments_and_each_key_with_its_meaning(name):
     text = help_text(name)
-    assert text.startswith("usage: ") and "  lr [" in text and "--resume" in text
+    assert text.startswith("usage: ") and "  --lr [" in text and "--resume" in text
     for experiment in experiments.experiments():
         assert f"  {experiment}" in text
     assert all(

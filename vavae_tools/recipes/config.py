@@ -176,8 +176,12 @@ class _Keys:
             key = found
         return None
 
-    def set(self, key: str, value: Any, where: str = "") -> None:
+    def set(self, key: str, value: Any, where: str = "", called: str | None = None) -> None:
         """Set a key of any name.
+
+        Args:
+            where: before the line of a fault.
+            called: what was typed in place of the key.
 
         Raises:
             UserError: no such key, or a value that it does not take.
@@ -187,11 +191,11 @@ class _Keys:
             raise UserError(f"{where}No key {key!r}{self.near(key)}; --print_config shows all keys")
         meanings = _aliases()["values"].get(home)
         if meanings is None:
-            self.values[home] = checked(f"{where}{key}", _as_size(value, self.settings[home]), self.settings[home])
+            self.values[home] = checked(f"{where}{called or key}", _as_size(value, self.settings[home]), self.settings[home])
             self.given |= {home} if value is not None else set()
             return
         if value not in meanings:
-            raise UserError(f"{where}{key} is {value!r}, expected {' or '.join(map(_written, meanings))}")
+            raise UserError(f"{where}{called or key} is {value!r}, expected {' or '.join(map(_written, meanings))}")
         if meanings[value] != "keep":
             for other, meant in meanings[value].items():
                 self.set(other, meant, where)
@@ -219,11 +223,7 @@ class _Keys:
         if not texts and not (setting is None or bool in setting.kinds):
             raise UserError(f"--{flag} needs a value")
         values = [_read(text) for text in texts] or [True]
-        value = values[0] if len(values) == 1 else values
-        try:
-            self.set(key, value)
-        except UserError as error:
-            raise UserError(f"--{flag}: {error}" if f"--{flag}" not in str(error) else str(error)) from None
+        self.set(key, values[0] if len(values) == 1 else values, called=f"--{flag}")
 
     def of_flag(self, flag: str) -> str:
         by_end: dict[str, list[str]] = {}
@@ -469,9 +469,11 @@ def help_text(experiment: str | None) -> str:
     width = max(map(len, experiments()))
     listed = "\n".join(f"  {each:<{width}}  {what}" for each, what in experiments().items())
     sections: dict[str, list[str]] = {"": []}
+    ends = [key.rpartition(".")[2] for key in keys.settings]
     for key, setting in keys.settings.items():
         section, _, end = key.rpartition(".")
-        sections.setdefault(section, []).append(_described(end, keys.values[key], setting))
+        typed = f"--{end}" if ends.count(end) == 1 else f"{key}="
+        sections.setdefault(section, []).append(_described(typed, keys.values[key], setting))
     recipe = keys.recipe
     shown = [
         f"{section}:" + (f"  # {(type(getattr(recipe, section)).__doc__ or '').splitlines()[0]}" if section else "")
@@ -492,8 +494,7 @@ experiments (experiment=NAME --help shows its keys):
   --resume PATH   last, a .ckpt, .pth, checkpoint folder or run's folder: go on from there
   --print_config  show all that a run would use, and end
 
-keys of {name}, each also a flag by its last word, such as --batch_size 16 for train.batch_size=16; in brackets what
-holds where it is not typed:
+keys of {name}, typed as --NAME VALUE or SECTION.NAME=VALUE; in brackets what holds where they are not typed:
 
 {blocks}"""
 
