@@ -13,7 +13,8 @@ from tiny import perturb_projections, tiny_dit, tiny_vavae, trained_looking
 
 from vavae_tools import evaluate
 from vavae_tools.autoencoders.vavae import reconstruct, reconstruct_pictures
-from vavae_tools.data.images import PictureDataModule, PictureFolder, to_unit
+from vavae_tools.data.datasets import PictureDataModule
+from vavae_tools.data.images import PictureFolder, to_unit
 from vavae_tools.data.split import split_folders
 from vavae_tools.diffusion.solvers import solver
 from vavae_tools.evaluation import classifier as classifier_module
