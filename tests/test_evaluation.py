@@ -272,10 +272,11 @@ def test_bad_input_is_said_and_nothing_written(split, tmp_path, make, message):
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_no_split_is_said(tmp_path):
+def test_no_real_pictures_are_said(tmp_path):
     made = write_people(tmp_path / "made", (1,), 1, seed=0)
-    with pytest.raises(UserError, match=r"split_info\.json"):
-        evaluate_pictures(made, tmp_path, tmp_path / "out")
+    (tmp_path / "real" / "ID_1").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"No picture folder .* in .*real; it holds 1 folder, ID_1/"):
+        evaluate_pictures(made, tmp_path / "real", tmp_path / "out")
 
 
 def test_the_extensions_are_those_of_the_split(split, tmp_path, monkeypatch):

@@ -431,13 +431,14 @@ class PictureFolder(PictureFiles):
         progress: bool = True,
         extensions: Collection[str] = PICTURE_EXTENSIONS,
     ) -> None:
-        people = list_folders(folder, extensions)
+        self.folder = Path(folder)
+        people = list_folders(self.folder, extensions)
         labels = labels or labels_of(list(people))
         paths = [path for name in people for path in people[name]]
-        _check_any(paths, folder, extensions)
+        _check_any(paths, self.folder, extensions)
         names = [f"{path.parent.name}/{path.name}" for path in paths]
         of_each = torch.tensor([labels[path.parent.name] for path in paths], dtype=torch.int64)
-        options = {"image_size": image_size, "channels": channels, "title": Path(folder).name, "progress": progress}
+        options = {"image_size": image_size, "channels": channels, "title": self.folder.name, "progress": progress}
         super().__init__(paths, names, of_each, of_split=True, **options)
 
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -179,6 +179,7 @@ def evaluate_pictures(
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
+    **source: Any,
 ) -> Evaluation:
     """Compare generated pictures with the real ones that train and validate; write `evaluation.json` and figures.
 
@@ -191,12 +192,13 @@ def evaluate_pictures(
         image_size: pixels, to which all pictures are resized; by default the generated pictures' own.
         seed: of the classifier, of the subsets that are compared, and of what is held out where nothing validates.
         device: by default a GPU, if there is one that works.
+        source: how `PictureDataModule` reads the real pictures, such as train_split, val_share, crop.
 
     Raises:
         UserError: no real pictures, no generated ones, or a person who is not among the real ones.
     """
     labels, train, validation, generated, notes = _load(
-        Path(generated_dir), Path(data_dir), image_size, seed, progress=progress
+        Path(generated_dir), Path(data_dir), image_size, seed=seed, progress=progress, **source
     )
     if device is None:
         device = find_device()
@@ -251,12 +253,12 @@ def evaluate_pictures(
 
 # ---- what is compared
 def _load(
-    generated_dir: Path, data_dir: Path, image_size: int | tuple[int, int] | None, seed: int, progress: bool
+    generated_dir: Path, data_dir: Path, image_size: int | tuple[int, int] | None, progress: bool, **source: Any
 ) -> tuple[dict[str, int], DecodedPictures, DecodedPictures | None, PictureFolder, list[str]]:
     smallest = 16 if image_size is None else min(image_size) if isinstance(image_size, tuple) else image_size
     if smallest < 16:
         raise UserError(f"image_size {image_size} is too small to tell persons apart: take at least 16 pixels")
-    real = PictureDataModule(data_dir, image_size or smallest, num_workers=0, seed=seed, progress=progress)
+    real = PictureDataModule(data_dir, image_size or smallest, num_workers=0, progress=progress, **source)
     labels = real.labels
     folders = {name: paths for name, paths in list_folders(generated_dir).items() if paths}
     if not folders:
