@@ -373,7 +373,7 @@ class OnCard(Trainings):
         from test_token_pipeline import tiny
         from tiny import tiny_vavae
 
-        from vavae_tools.data.images import PictureDataModule
+        from vavae_tools.data.datasets import PictureDataModule
         from vavae_tools.data.tokens.dataset import TokenImageDataset
         from vavae_tools.evaluation import classifier
         from vavae_tools.evaluation.reconstructions import compare_conditions, evaluate_vavae

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from vavae_tools.data.images import PictureDataModule
+from vavae_tools.data.datasets import PictureDataModule
 from vavae_tools.data.latents import LatentDataModule
 
 RAISE_ON_A_CARD = (

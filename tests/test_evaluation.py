@@ -13,7 +13,8 @@ from tiny import perturb_projections, tiny_dit, tiny_vavae, trained_looking
 
 from vavae_tools import evaluate
 from vavae_tools.autoencoders.vavae import reconstruct, reconstruct_pictures
-from vavae_tools.data.images import PictureDataModule, PictureFolder, to_unit
+from vavae_tools.data.datasets import PictureDataModule
+from vavae_tools.data.images import PictureFolder, to_unit
 from vavae_tools.data.split import split_folders
 from vavae_tools.diffusion.solvers import solver
 from vavae_tools.evaluation import classifier as classifier_module
@@ -271,10 +272,11 @@ def test_bad_input_is_said_and_nothing_written(split, tmp_path, make, message):
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_no_split_is_said(tmp_path):
+def test_no_real_pictures_are_said(tmp_path):
     made = write_people(tmp_path / "made", (1,), 1, seed=0)
-    with pytest.raises(UserError, match=r"split_info\.json"):
-        evaluate_pictures(made, tmp_path, tmp_path / "out")
+    (tmp_path / "real" / "ID_1").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"No picture folder .* in .*real; it holds 1 folder, ID_1/"):
+        evaluate_pictures(made, tmp_path / "real", tmp_path / "out")
 
 
 def test_the_extensions_are_those_of_the_split(split, tmp_path, monkeypatch):

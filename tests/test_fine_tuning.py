@@ -12,7 +12,7 @@ from vavae_tools.autoencoders.ldm_names import to_reference
 from vavae_tools.autoencoders.losses import PatchDiscriminator
 from vavae_tools.autoencoders.vavae import VAVAE, reconstruct_pictures
 from vavae_tools.autoencoders.weights import load_vavae, with_channels
-from vavae_tools.data.images import PictureDataModule
+from vavae_tools.data.datasets import PictureDataModule
 from vavae_tools.pipelines.classes import load_pipeline
 from vavae_tools.pipelines.writer import write_samples
 from vavae_tools.recipes import vavae as fine_tuning

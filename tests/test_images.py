@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from vavae_tools.data import images as decoded
+from vavae_tools.data.datasets import PictureDataModule
 from vavae_tools.data.images import (
-    PictureDataModule,
     PictureFiles,
     PictureFolder,
     channels_of,
@@ -291,6 +291,6 @@ def test_a_split_without_validation(gait, tmp_path):
     assert data.val_data is None and data.val_dataloader() == [] and len(data.train_data) == 2
 
 
-def test_no_split_says_how_to_make_one(tmp_path):
-    with pytest.raises(UserError, match=r"it is no split\. Make one with python data_split\.py"):
+def test_a_folder_without_classes_says_what_is_expected(tmp_path):
+    with pytest.raises(UserError, match=r"it holds nothing\. Expected one folder of .* pictures per person"):
         PictureDataModule(tmp_path, 16)

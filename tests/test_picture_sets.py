@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from vavae_tools.data import images as decoded
-from vavae_tools.data.datasets import hold_out, picture_data
+from vavae_tools.data.datasets import PictureDataModule, hold_out, picture_data
 from vavae_tools.data.demo.shapes import (
     _AREAS,
     COLOURS,
@@ -26,7 +26,7 @@ from vavae_tools.data.demo.shapes import (
     shape_data,
     shape_names,
 )
-from vavae_tools.data.images import CROPS, Names, PictureDataModule, PictureSetDataModule, centre_crop
+from vavae_tools.data.images import CROPS, Names, PictureSetDataModule, centre_crop
 from vavae_tools.data.split import choose_sides
 from vavae_tools.data.split_report import Picture
 from vavae_tools.runtime.errors import UserError
@@ -197,14 +197,15 @@ def test_a_splits_labels_are_those_it_says(split_dir, tmp_path):
     }
 
 
-def test_grey_pictures_get_three_channels_and_large_ones_their_centre(tmp_path):
+def test_grey_pictures_stay_grey_unless_asked_and_large_ones_get_their_centre(tmp_path):
     array = noise(40, 60)
     (tmp_path / "a").mkdir()
     Image.fromarray(array).save(tmp_path / "a" / "1.png")
     expected = np.asarray(centre_crop(Image.fromarray(array), (16, 16)))
-    read = pixels(picture_data(tmp_path, 16).train_data, 0)
+    read = pixels(picture_data(tmp_path, 16, channels=3).train_data, 0)
     assert read.shape == (16, 16, 3) and all(np.array_equal(read[..., k], expected) for k in range(3))
-    assert np.array_equal(pixels(picture_data(tmp_path, 16, channels=1).train_data, 0)[..., 0], expected)
+    data = picture_data(tmp_path, 16)
+    assert data.channels == 1 and np.array_equal(pixels(data.train_data, 0)[..., 0], expected)
 
 
 # ---- what is held out
@@ -219,7 +220,7 @@ def folder_of(tmp_path: Path, counts: dict[str, int]) -> Path:
 
 
 def test_a_share_of_each_class_is_held_out(tmp_path):
-    data = picture_data(folder_of(tmp_path, {"a": 100, "b": 30, "c": 2, "d": 1}), 8, val_share=0.05)
+    data = picture_data(folder_of(tmp_path, {"a": 100, "b": 30, "c": 2, "d": 1}), 8, channels=3)
     train, val = data.train_data, data.val_data
     assert val.labels.bincount(minlength=4).tolist() == [5, 2, 1, 0]
     assert train.labels.bincount().tolist() == [95, 28, 1, 1]
@@ -233,7 +234,7 @@ def test_what_is_held_out_follows_from_the_seed(tmp_path):
     folder_of(tmp_path, {"a": 200})
 
     def held(**options):
-        return set(picture_data(tmp_path, 8, val_share=0.2, **options).val_data.names)
+        return set(picture_data(tmp_path, 8, val_share=0.2, channels=3, **options).val_data.names)
 
     first = held()
     assert held() == first and len(first) == 40 and held(seed=1) != first
@@ -245,14 +246,15 @@ def test_equal_files_are_never_on_both_sides(tmp_path):
     folder_of(tmp_path, {"a": 40})
     for i in range(20):  # each of them twice
         (tmp_path / "a" / f"{i + 20}.png").write_bytes((tmp_path / "a" / f"{i}.png").read_bytes())
-    data = picture_data(tmp_path, 8, val_share=0.3)
+    data = picture_data(tmp_path, 8, val_share=0.3, channels=3)
     sides = [{path.read_bytes() for path in side.paths} for side in (data.train_data, data.val_data)]
     assert not sides[0] & sides[1] and len(data.val_data) == 12
 
 
 def test_classes_are_held_out_one_by_one_as_all_at_once(tmp_path):
     """Where no pictures are equal: `choose_sides` for all, which needs a description of each at the same time."""
-    data = picture_data(folder_of(tmp_path, {f"{k}": 3 * k + 1 for k in range(9)}), 8, val_share=0).train_data
+    counts = {f"{k}": 3 * k + 1 for k in range(9)}
+    data = picture_data(folder_of(tmp_path, counts), 8, val_share=0, channels=3).train_data
     described = [
         Picture(str(label), name, path="", bytes=0, mtime_ns=0)
         for label, name in zip(data.labels.tolist(), data.names, strict=True)
@@ -265,12 +267,12 @@ def test_classes_are_held_out_one_by_one_as_all_at_once(tmp_path):
 
 @pytest.mark.parametrize(("share", "counts"), [(0, {"a": 9}), (0.5, {"a": 1, "b": 1})])
 def test_nothing_may_be_held_out(tmp_path, share, counts):
-    data = picture_data(folder_of(tmp_path, counts), 8, val_share=share)
+    data = picture_data(folder_of(tmp_path, counts), 8, val_share=share, channels=3)
     assert data.val_data is None and data.val_dataloader() == [] and len(data.train_data) == sum(counts.values())
 
 
 def test_every_class_keeps_one_to_train(tmp_path):
-    assert len(picture_data(folder_of(tmp_path, {"a": 3}), 8, val_share=0.99).train_data) == 1
+    assert len(picture_data(folder_of(tmp_path, {"a": 3}), 8, val_share=0.99, channels=3).train_data) == 1
 
 
 # ---- as a data module
@@ -345,7 +347,7 @@ def test_the_fingerprint_tells_data_apart(tmp_path, change):
             "seed": {"seed": 1},
         }[change]
     elif change == "a picture":
-        (tmp_path / "a" / "0.png").write_bytes(b"shorter")
+        flat(1, size=4).save(tmp_path / "a" / "0.png")
     elif change == "a name":
         (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "7.png")
     elif change == "labels":
@@ -478,7 +480,8 @@ def test_pictures_in_columns_of_other_types(hf, tmp_path, form):
         "lists": (array[..., 0].tolist(), [[hf.Value("int32")]]),
     }[form]
     folder = save(labelled(hf, [value, value], [0, 0], "pixel_values", picture_kind=kind), tmp_path / "d")
-    assert np.array_equal(pixels(picture_data(folder, 8, val_share=0).train_data, 1), array)
+    assert np.array_equal(pixels(picture_data(folder, 8, val_share=0, channels=3).train_data, 1), array)
+    assert picture_data(folder, 8).channels == (1 if form in ("grey array", "lists") else 3)
 
 
 @pytest.mark.parametrize("value", [np.full((8, 8), 0.5), np.full((8, 8), 256), np.zeros((8, 8, 2), int)])
@@ -500,7 +503,7 @@ def test_datasets_that_do_not_fit_the_memory(hf, tmp_path, monkeypatch):
     for batch in batches:
         for picture, place in zip(batch["pictures"], batch["index"], strict=True):
             expected = np.asarray(centre_crop(pictures[place], (8, 8)))
-            assert picture.shape == (3, 8, 8) and all(np.array_equal(channel, expected) for channel in picture)
+            assert picture.shape == (1, 8, 8) and np.array_equal(picture[0], expected)
 
 
 def test_only_the_rows_of_a_batch_are_taken_from_several_files(hf, tmp_path, monkeypatch):
@@ -701,7 +704,7 @@ def test_shapes_as_a_data_module():
         ({"num_classes": 0}, "0 classes"),
         ({"count": 0}, "0 pictures of shapes"),
         ({"image_size": 4}, "at least 8 pixels"),
-        ({"image_size": (32, 16)}, "one number"),
+        ({"image_size": (32, 7)}, "at least 8 pixels"),
         ({"val_share": 1.5}, "val_share 1.5"),
     ],
 )

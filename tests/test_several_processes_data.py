@@ -17,9 +17,9 @@ from torch.distributed import HashStore
 from torch.utils.data import Dataset
 
 from vavae_tools.data import latents
+from vavae_tools.data.datasets import PictureDataModule
 from vavae_tools.data.demo.shapes import shape_data
 from vavae_tools.data.encoded import INDEX
-from vavae_tools.data.images import PictureDataModule
 from vavae_tools.data.latents import LatentDataset, LatentFolder, encode_latents
 from vavae_tools.data.loader import OrderedDataModule
 from vavae_tools.runtime.errors import UserError

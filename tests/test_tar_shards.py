@@ -352,7 +352,7 @@ def test_where_nothing_may_be_written_the_index_is_made_each_time(tmp_path, monk
 def test_a_shard_that_changes_under_its_reader_is_named(tmp_path, monkeypatch):
     path = pack(tmp_path / "s.tar", labelled(4))
     monkeypatch.setattr(decoded, "MEMORY_LIMIT", 0)
-    data = picture_data(tmp_path, 8, val_share=0).train_data
+    data = picture_data(tmp_path, 8, val_share=0, channels=3).train_data
     pack(path, labelled(3))
     with pytest.raises(UserError, match=r"The shard .*s\.tar was changed or taken away while it was read"):
         data[0]

@@ -14,7 +14,7 @@ from tiny import SIZE, assert_same, same, tiny_dit, tiny_vavae
 from torch import nn
 
 from vavae_tools.checkpoints.resuming import best_checkpoint, check_resumable, resume_path
-from vavae_tools.data.images import PictureDataModule
+from vavae_tools.data.datasets import PictureDataModule
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import Stopped, UserError

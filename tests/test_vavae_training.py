@@ -10,7 +10,7 @@ from tiny import assert_same, same, tiny_vavae
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vavae_tools.data.images import PictureDataModule
+from vavae_tools.data.datasets import PictureDataModule
 from vavae_tools.recipes.vavae import LOSSES, epochs_of_stages, loss_numbers
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.training import devices

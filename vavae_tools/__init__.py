@@ -29,7 +29,7 @@ _HOME = {
     "TokenImageDataset": "data.tokens.dataset",
     "grammatical_share": "data.demo.sentences",
     "answers": "data.demo.sentences",
-    "PictureDataModule": "data.images",
+    "PictureDataModule": "data.datasets",
     "PictureFolder": "data.images",
     "channels_of": "data.images",
     "LatentDataModule": "data.latents",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vavae_tools.autoencoders.loading import silent_transformers
-from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.data.images import DecodedPictures, to_unit
 from vavae_tools.runtime.console import tell
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import weights_digest, written_whole
@@ -215,7 +215,7 @@ def features_bytes(count: int, channels: int, grid: tuple[int, int]) -> int:
 
 def foundation_features(
     foundation: Foundation,
-    data: PictureFolder,
+    data: DecodedPictures,
     grid: tuple[int, int],
     path: str | Path,
     device: str | torch.device = "cpu",
@@ -229,7 +229,7 @@ def foundation_features(
     GPU computes in fp16, where that is finite, for so they are kept.
 
     Args:
-        data: rows are in the order of its `paths`.
+        data: pictures in the order of the rows.
         grid: (h, w) of the latents.
         path: a safetensors file. It is written batch by batch, so that memory stays small.
         device: where `foundation` is moved to if there is something to compute.
@@ -252,11 +252,11 @@ def foundation_features(
     return features
 
 
-def _cache_key(foundation: Foundation, data: PictureFolder, grid: tuple[int, int]) -> str:
+def _cache_key(foundation: Foundation, data: DecodedPictures, grid: tuple[int, int]) -> str:
     settings = (_FORM, foundation.digest, tuple(grid), data.image_size, data.channels)
     digest = hashlib.sha256(str(settings).encode())
-    for name, path in zip(data.names, data.paths, strict=True):
-        digest.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    for part in data.contents():
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -271,7 +271,7 @@ def _read_features(path: Path, key: str) -> Tensor | None:
 def _write_features(
     foundation: Foundation,
     computing: Computing,
-    data: PictureFolder,
+    data: DecodedPictures,
     grid: tuple[int, int],
     path: Path,
     key: str,

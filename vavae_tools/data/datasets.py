@@ -1,4 +1,4 @@
-"""Pictures that no split was made of, as batches: a folder per class, tar shards, or a Hugging Face dataset."""
+"""Pictures as batches, wherever they lie: a split, a folder per class, tar shards, or a Hugging Face dataset."""
 
 import hashlib
 import os
@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,20 +34,8 @@ from vavae_tools.data.split_report import INFO_NAME, Picture, read_split_info
 from vavae_tools.runtime.errors import UserError
 
 
-def picture_data(
-    data_dir: str | Path,
-    image_size: int | tuple[int, int] = 256,
-    batch_size: int = 16,
-    num_workers: int | None = None,
-    seed: int = 0,
-    use_hf_dataset: bool | None = None,
-    train_split: str = "train",
-    val_share: float = 0.05,
-    crop: str | None = None,
-    channels: int = 3,
-    progress: bool = True,
-) -> PictureSetDataModule:
-    """The pictures in `data_dir` as a data module.
+class PictureDataModule(PictureSetDataModule):
+    """The pictures in `data_dir` as batches.
 
     `data_dir` is one of
 
@@ -67,17 +56,52 @@ def picture_data(
         use_hf_dataset: whether it is a Hugging Face dataset; None: see what is there.
         train_split: what the training side is called.
         val_share: where nothing validates, this share of each class is held out, chosen by seed and name: at least one
-            picture of a class with two; 0 for none.
+            picture of a class with two; 0 for none. By default 0.05, and 0 for a split of `data_split.py`.
         crop: "adm", the centre (`crops.centre_crop`), or "none", the whole picture resized. By default "adm", but
             "none" for a split of `data_split.py`, since a spectrogram's axes must stay whole.
-        channels: 3, or 1 for grey.
+        channels: 3, or 1 for grey; by default what the training side's pictures have.
 
     Raises:
         UserError: nothing there, nothing that can be read, or settings that cannot be.
     """
-    data_dir = Path(data_dir).expanduser()
-    if not 0 <= val_share < 1:
-        raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        image_size: int | tuple[int, int] = 256,
+        batch_size: int = 16,
+        num_workers: int | None = None,
+        seed: int = 0,
+        channels: int | None = None,
+        use_hf_dataset: bool | None = None,
+        train_split: str = "train",
+        val_share: float | None = None,
+        crop: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        data_dir = Path(data_dir).expanduser()
+        is_split = (data_dir / INFO_NAME).is_file()
+        if val_share is None:
+            val_share = 0 if is_split else 0.05
+        if not 0 <= val_share < 1:
+            raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
+        crop = crop or ("none" if is_split else "adm")
+        options = {"image_size": image_size, "crop": crop, "channels": channels or 3, "progress": progress}
+        labels, train, val = _read_sides(data_dir, use_hf_dataset, train_split, options)
+        if channels is None and (found := train.stored_channels()) != 3:
+            for side in (train, *([val] if val else [])):
+                side.channels = found
+        if val is None:
+            train, val = hold_out(train, val_share, seed)
+        super().__init__(train, val, labels, batch_size, num_workers, seed)
+
+
+picture_data = PictureDataModule
+Sides = tuple[dict[str, int], DecodedPictures, DecodedPictures | None]
+"""Class name → label, what trains, and what validates."""
+
+
+def _read_sides(data_dir: Path, use_hf_dataset: bool | None, train_split: str, options: dict[str, Any]) -> Sides:
     names_shards = tar_shards.is_pattern(data_dir)
     if not names_shards and not data_dir.is_dir():
         raise UserError(no_such_folder(data_dir))
@@ -88,17 +112,11 @@ def picture_data(
             f"{data_dir} is no Hugging Face dataset; {there}. Expected what save_to_disk writes "
             f"({hugging_face.MARKS}); with use_hf_dataset=false tar files or a folder per class are read"
         )
-    crop = crop or ("none" if (data_dir / INFO_NAME).is_file() else "adm")
-    options = {"image_size": image_size, "crop": crop, "channels": channels, "progress": progress}
     if is_dataset and use_hf_dataset is not False:
-        labels, train, val = hugging_face.read_sides(data_dir, train_split, VALIDATION_SIDES, **options)
-    elif names_shards or _holds_shards_alone(data_dir, train_split):
-        labels, train, val = tar_shards.read_sides(data_dir, train_split, VALIDATION_SIDES, EXTENSIONS, **options)
-    else:
-        labels, train, val = _read_folders(data_dir, train_split, options)
-    if val is None:
-        train, val = hold_out(train, val_share, seed)
-    return PictureSetDataModule(train, val, labels, batch_size, num_workers, seed)
+        return hugging_face.read_sides(data_dir, train_split, VALIDATION_SIDES, **options)
+    if names_shards or _holds_shards_alone(data_dir, train_split):
+        return tar_shards.read_sides(data_dir, train_split, VALIDATION_SIDES, EXTENSIONS, **options)
+    return _read_folders(data_dir, train_split, options)
 
 
 def _holds_shards_alone(data_dir: Path, train_split: str) -> bool:
@@ -157,10 +175,9 @@ def _equal_files(paths: Sequence[Path]) -> dict[int, str]:
 
 
 # ---- folders
-def _read_folders(
-    data_dir: Path, train_split: str, options: dict
-) -> tuple[dict[str, int], PictureFiles, PictureFiles | None]:
-    if (data_dir / INFO_NAME).is_file():
+def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> Sides:
+    is_split = (data_dir / INFO_NAME).is_file()
+    if is_split:
         info = read_split_info(data_dir)
         extensions, labels = info["image_extensions"], {name: int(label) for name, label in info["labels"].items()}
     else:
@@ -170,7 +187,7 @@ def _read_folders(
         folder = data_dir / train_split
         named = [data_dir / name for name in VALIDATION_SIDES if name != train_split]
         val_folder = next((side for side in named if _holds_folders(side)), None)
-    elif train_split != "train" or labels is not None:
+    elif train_split != "train" or is_split:
         raise UserError(f"No folders of pictures in {data_dir / train_split}; {data_dir} holds {contents(data_dir)}")
     train, val = _files_by_class(folder, extensions), _files_by_class(val_folder, extensions) if val_folder else {}
     if not train:
@@ -188,7 +205,7 @@ def _read_folders(
         if paths:
             names = [path.relative_to(side).as_posix() for path in paths]
             of_paths = torch.tensor([labels[name] for name, of_class in files.items() for _ in of_class])
-            sides.append(PictureFiles(paths, names, of_paths, title=side.name, **options))
+            sides.append(PictureFiles(paths, names, of_paths, is_split, title=side.name, **options))
     return labels, sides[0], sides[1] if len(sides) > 1 else None
 
 

@@ -9,11 +9,9 @@ an encoding that was interrupted goes on with what lacks. Several processes make
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,10 +161,3 @@ def _make_room(folder: Path, count: int, row_bytes: int, kept: set[str]) -> None
 def _digest_of_names(sides: dict[str, Dataset]) -> str:
     named = {side: [list(data.names), data.labels.tolist()] for side, data in sides.items()}
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
-
-
-def _contents(paths: Sequence[Path]) -> Iterator[bytes]:
-    """A hash of each file, by several threads: neither reading nor hashing holds the interpreter's lock."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(paths), 4096):  # a million at once would be a gigabyte of tasks
-            yield from pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), paths[start : start + 4096])

@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 
 from vavae_tools.data.folders import PICTURE_EXTENSIONS, labels_of, list_folders
 from vavae_tools.data.loader import OrderedDataModule, loading_workers, ranks_here, usable_cores
-from vavae_tools.data.split_report import read_split_info
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import written_whole
 
@@ -126,6 +125,7 @@ MEMORY_LIMIT = 4 * 2**30
 
 The processes of one machine share it, since each of them keeps all pictures."""
 _AT_ONCE = 64  # pictures that a thread decodes before it asks for more
+_HANDFUL = 32  # pictures that say what all are like
 
 
 class Names(Sequence[str]):
@@ -219,12 +219,16 @@ class DecodedPictures(Dataset):
     ) -> None:
         check_crop(crop)
         self.names, self.labels = names if isinstance(names, Names) else list(names), labels
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if min(self.image_size) < 1:
-            raise UserError(f"image_size {image_size}: at least one pixel is needed")
         self.crop, self.channels, self.title = crop, channels, title
         self.along: dict[str, Tensor] = {}
         self._progress = progress
+        self.resize(image_size)
+
+    def resize(self, image_size: int | tuple[int, int]) -> None:
+        """Read them at this size from now on: pixels, one number or (height, width)."""
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if min(self.image_size) < 1:
+            raise UserError(f"image_size {image_size}: at least one pixel is needed")
         self._memory: Tensor | None = None
 
     def stored(self, places: Sequence[int]) -> Sequence[Any]:
@@ -237,6 +241,22 @@ class DecodedPictures(Dataset):
     def what_is_stored(self) -> list:
         """Plain values that tell these pictures from others, for `fingerprint`."""
         raise NotImplementedError
+
+    def contents(self) -> Iterator[bytes]:
+        """What tells these very pictures from others, for the key of what is computed from them and kept."""
+        yield self.fingerprint().encode()
+
+    def stored_channels(self) -> int:
+        """1 where pictures are stored in grey, else 3: what the headers of a few, spread over all, say.
+
+        Grey and coloured ones together have 3 channels, and so have pictures with a palette.
+        """
+        places = range(0, len(self), max(1, len(self) // _HANDFUL))
+        for place, stored in zip(places, self.stored(places), strict=True):
+            with readable(self.where(place)), self.opened(stored) as picture:
+                if not is_grey(picture):
+                    return 3
+        return 1
 
     def where(self, place: int) -> str:
         """What a person finds a picture by."""
@@ -255,8 +275,7 @@ class DecodedPictures(Dataset):
 
     def fingerprint(self) -> str:
         """A hash of what is stored, and of the size, crop and channels that it is read with."""
-        settings = [self.what_is_stored(), self.image_size, self.crop, self.channels]
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+        return _hash_of([self.what_is_stored(), self.image_size, self.crop, self.channels])
 
     def fits_memory(self) -> bool:
         """Whether all of them, decoded, fit into this process's part of `MEMORY_LIMIT`."""
@@ -323,13 +342,8 @@ class DecodedPictures(Dataset):
         return self.__getitems__(in_turn[:count])
 
 
-_HANDFUL = 32  # pictures whose headers say what all are like
-
-
 def channels_of(pictures: str | Path | Sequence[Path], extensions: Collection[str] = PICTURE_EXTENSIONS) -> int:
-    """1 where pictures are stored in grey, else 3: what the headers of a few, spread over the folders, say.
-
-    Grey and coloured ones together have 3 channels, and so have pictures with a palette.
+    """1 where pictures are stored in grey, else 3 (`DecodedPictures.stored_channels`).
 
     Args:
         pictures: a folder that holds `ID_1/ ID_2/ …`, or files.
@@ -338,17 +352,10 @@ def channels_of(pictures: str | Path | Sequence[Path], extensions: Collection[st
     Raises:
         UserError: no such folder, no pictures in it, or a file that is none.
     """
-    where = pictures
     if isinstance(pictures, str | Path):
-        pictures = [path for paths in list_folders(pictures, extensions).values() for path in paths]
-    _check_any(pictures, where, extensions)
-    some = pictures[:: max(1, len(pictures) // _HANDFUL)]
-    return 1 if all(map(_file_is_grey, some)) else 3
-
-
-def _file_is_grey(path: Path) -> bool:
-    with readable(path), Image.open(path) as picture:
-        return is_grey(picture)
+        return PictureFolder(pictures, 1, extensions=extensions).stored_channels()
+    _check_any(pictures, pictures, extensions)
+    return PictureFiles(pictures, map(str, pictures), torch.empty(len(pictures)), image_size=1).stored_channels()
 
 
 def _check_any(paths: Sequence[Path], folder: object, extensions: Collection[str]) -> None:
@@ -357,11 +364,17 @@ def _check_any(paths: Sequence[Path], folder: object, extensions: Collection[str
 
 
 class PictureFiles(DecodedPictures):
-    """Pictures in files; further arguments are those of `DecodedPictures`."""
+    """Pictures in files; further arguments are those of `DecodedPictures`.
 
-    def __init__(self, paths: Sequence[Path], names: Sequence[str], labels: Tensor, **options: Any) -> None:
+    Args:
+        of_split: whether `data_split.py` wrote them, whose fingerprint says nothing of a crop where there is none.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], names: Sequence[str], labels: Tensor, of_split: bool = False, **options: Any
+    ) -> None:
         super().__init__(names, labels, **options)
-        self.paths = list(paths)
+        self.paths, self.of_split = list(paths), of_split
 
     def stored(self, places: Sequence[int]) -> list[Path]:
         return [self.paths[place] for place in places]
@@ -371,6 +384,20 @@ class PictureFiles(DecodedPictures):
 
     def what_is_stored(self) -> list:
         return [(name, path.stat().st_size) for name, path in zip(self.names, self.paths, strict=True)]
+
+    def fingerprint(self) -> str:
+        if not self.of_split or self.crop != "none":
+            return super().fingerprint()
+        return _hash_of([self.what_is_stored(), self.image_size, self.channels])
+
+    def contents(self) -> Iterator[bytes]:
+        if self.crop != "none":
+            yield f"crop {self.crop}".encode()
+        with ThreadPoolExecutor(usable_cores()) as pool:  # neither reading nor hashing holds the interpreter's lock
+            for start in range(0, len(self), 4096):  # a million at once would be a gigabyte of tasks
+                names, paths = (values[start : start + 4096] for values in (self.names, self.paths))
+                hashes = pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), paths)
+                yield from (name.encode() + content for name, content in zip(names, hashes, strict=True))
 
     def where(self, place: int) -> str:
         return str(self.paths[place])
@@ -412,59 +439,7 @@ class PictureFolder(PictureFiles):
         names = [f"{path.parent.name}/{path.name}" for path in paths]
         of_each = torch.tensor([labels[path.parent.name] for path in paths], dtype=torch.int64)
         options = {"image_size": image_size, "channels": channels, "title": self.folder.name, "progress": progress}
-        super().__init__(paths, names, of_each, **options)
-
-    def fingerprint(self) -> str:
-        """A hash of the pictures' names and lengths, and of the size and channels they are read with."""
-        settings = [self.what_is_stored(), self.image_size, self.channels]
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-
-
-class PictureDataModule(OrderedDataModule):
-    """The two sides of a split as batches.
-
-    Args:
-        data_dir: what `data_split.py` wrote: `train/`, `val/`, `split_info.json`.
-        image_size: pixels, one number or (height, width).
-        batch_size: pictures per device and step.
-        num_workers: loading processes per device; by default 0 where the pictures fit into memory, else 4 at most.
-        channels: 3, or 1 for grey; by default what the training side's pictures have.
-
-    Attributes:
-        remark: a line that says why there are fewer loading processes than cores; mostly empty.
-
-    Raises:
-        UserError: the folder holds no split.
-    """
-
-    def __init__(
-        self,
-        data_dir: str | Path,
-        image_size: int | tuple[int, int],
-        batch_size: int = 16,
-        num_workers: int | None = None,
-        seed: int = 0,
-        channels: int | None = None,
-    ) -> None:
-        info = read_split_info(data_dir)
-        labels = {name: int(label) for name, label in info["labels"].items()}
-        channels = channels or channels_of(Path(data_dir) / "train", info["image_extensions"])
-        options = {"labels": labels, "channels": channels, "extensions": info["image_extensions"]}
-        self.train_data = PictureFolder(Path(data_dir) / "train", image_size, **options)
-        val_folder = Path(data_dir) / "val"
-        has_validation = val_folder.is_dir() and any(list_folders(val_folder, info["image_extensions"]).values())
-        self.val_data = PictureFolder(val_folder, image_size, **options) if has_validation else None
-        self.remark = ""
-        if num_workers is None and not self.train_data.fits_memory():
-            num_workers, self.remark = loading_workers(batch_size * self.train_data.row_bytes())
-        super().__init__(batch_size, num_workers or 0, seed)
-        self.labels = labels
-        self.num_classes = max(labels.values()) + 1
-
-    def fingerprint(self) -> str:
-        """A hash of both sides (`PictureFolder.fingerprint`) and their labels."""
-        sides = [side.fingerprint() for side in (self.train_data, self.val_data) if side is not None]
-        return hashlib.sha256(json.dumps([sides, self.labels]).encode()).hexdigest()
+        super().__init__(paths, names, of_each, of_split=True, **options)
 
 
 VALIDATION_SIDES = ("validation", "valid", "val", "dev", "test")
@@ -473,7 +448,7 @@ EXTENSIONS = (*PICTURE_EXTENSIONS, "bmp", "webp", "tif", "tiff", "ppm", "pgm")
 
 
 class PictureSetDataModule(OrderedDataModule):
-    """Two sides as batches, wherever their pictures come from.
+    """Two sides as batches, wherever their pictures come from; `datasets.PictureDataModule` finds them.
 
     Args:
         train_data, val_data: the sides; None where nothing validates.
@@ -484,6 +459,8 @@ class PictureSetDataModule(OrderedDataModule):
         seed: of the order.
 
     Attributes:
+        num_classes: largest label + 1.
+        channels: 3, or 1 where pictures are read in grey.
         remark: a line that says why there are fewer loading processes than cores; mostly empty.
     """
 
@@ -503,17 +480,56 @@ class PictureSetDataModule(OrderedDataModule):
         self.num_classes = max(labels.values()) + 1
         self._find_workers()
 
+    @property
+    def channels(self) -> int:
+        return self.train_data.channels
+
+    def resize(self, image_size: int | tuple[int, int]) -> None:
+        """Read pictures at this size from now on: where the model that says it is made after the data are known."""
+        for side in self._sides():
+            side.resize(image_size)
+        self._find_workers()
+
+    def _sides(self) -> list[DecodedPictures]:
+        return [side for side in (self.train_data, self.val_data) if side is not None]
+
     def _find_workers(self) -> None:
-        if self._finds_workers and not self.train_data.fits_memory():
-            self.num_workers, self.remark = loading_workers(self.batch_size * self.train_data.row_bytes())
+        if self._finds_workers:
+            self.num_workers, self.remark = 0, ""
+            if not self.train_data.fits_memory():
+                self.num_workers, self.remark = loading_workers(self.batch_size * self.train_data.row_bytes())
 
     def fingerprint(self) -> str:
         """A hash of both sides and their labels."""
-        sides = [side.fingerprint() for side in (self.train_data, self.val_data) if side is not None]
-        return hashlib.sha256(json.dumps([sides, self.labels]).encode()).hexdigest()
+        return self._fingerprint_by(lambda side: side.fingerprint())
+
+    def _fingerprint_by(self, of_side: Callable[[DecodedPictures], str]) -> str:
+        return _hash_of([[of_side(side) for side in self._sides()], self.labels])
+
+    def take_over(self, checkpoint: dict[str, Any]) -> None:
+        """Read a checkpoint from when an RAE's data were of this class: its place in them is this module's, and a split
+        was known with its crop."""
+        former = checkpoint.get(PictureSetDataModule.__qualname__)
+        if former is not None and type(self).__qualname__ not in checkpoint:
+            checkpoint[type(self).__qualname__] = former
+            run = checkpoint.get("run", {})
+            if run.get("data") == self._fingerprint_by(DecodedPictures.fingerprint):
+                run["data"] = self.fingerprint()
 
     def _loader(self, data: DecodedPictures, order: Sampler | None, batch_size: int) -> DataLoader:
         self._find_workers()  # again, for what has come `along` since then
         if self.num_workers and data.fits_memory():
             data.in_memory()  # now, once, and not in each worker
         return super()._loader(data, order, batch_size)
+
+
+def __getattr__(name: str) -> Any:  # for recipes that still import it from here
+    from vavae_tools.data import datasets
+
+    if name == "PictureDataModule":
+        return datasets.PictureDataModule
+    raise AttributeError(name)
+
+
+def _hash_of(values: list) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -29,7 +29,6 @@ from vavae_tools.data.encoded import (
     INDEX,
     SHARD_BYTES,
     SHARD_SIZE,
-    _contents,
     _cut,
     _digest_of_names,
     _make_room,
@@ -130,8 +129,7 @@ def encode_latents(
         autoencoder: has `encode_pictures(pictures, labels, normal)`, `downsampling`, `has_own_statistics`, and
             `picture_size` where it takes one size only. Each latent of a VAVAE is one sample of the posterior, as in
             LightningDiT, with the picture's own person's vector.
-        pictures: any data module with `train_data`, `val_data` and `labels`, such as `images.PictureDataModule` or
-            `picture_sets.PictureSetDataModule`.
+        pictures: any data module with `train_data`, `val_data` and `labels`, such as `datasets.PictureDataModule`.
         flips: also encode the mirrored pictures. A time–frequency picture is not its mirror, so not by default.
         seed: of the posterior samples.
         dtype: "float32", or "float16", half as large on the disk.
@@ -512,13 +510,8 @@ def _cache_keys(
         update(json.dumps(config, sort_keys=True).encode())
     for side, data in sides.items():
         update(f"{side} {data.image_size} {data.channels} {data.labels.tolist()}".encode())
-        if not hasattr(data, "paths"):
-            update(data.fingerprint().encode())
-            continue
-        if data.crop != "none":
-            update(f"crop {data.crop}".encode())
-        for name, content in zip(data.names, _contents(data.paths), strict=True):
-            update(name.encode() + content)
+        for part in data.contents():
+            update(part)
     return [digest.hexdigest() for digest in digests]
 
 

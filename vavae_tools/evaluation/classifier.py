@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.data.images import DecodedPictures, to_unit
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.files import disk_errors, written_whole
 from vavae_tools.runtime.precision import in_float32
@@ -62,7 +62,7 @@ class PersonClassifier(nn.Module):
         return self.head(self.features(x))
 
     @torch.inference_mode()
-    def judge(self, pictures: Tensor | PictureFolder, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+    def judge(self, pictures: Tensor | DecodedPictures, batch_size: int = 256) -> tuple[Tensor, Tensor]:
         """Pictures, uint8 (N, C, H, W) or a folder of them → features (N, D) and labels (N,) on the CPU."""
         self.eval()
         device = self.head.weight.device
@@ -84,12 +84,12 @@ def _convolution(before: int, after: int, stride: int) -> list[nn.Module]:
     ]
 
 
-def _rows(data: PictureFolder, rows: range) -> Tensor:
+def _rows(data: DecodedPictures, rows: range) -> Tensor:
     return data.__getitems__(rows)["pictures"]
 
 
 def train_classifier(
-    train: PictureFolder,
+    train: DecodedPictures,
     num_classes: int,
     steps: int | None = None,
     seed: int = 0,
@@ -153,7 +153,7 @@ def augment(pictures: Tensor, draws: Draws) -> Tensor:
 
 
 def cached_classifier(
-    train: PictureFolder,
+    train: DecodedPictures,
     num_classes: int,
     folder: str | Path,
     seed: int = 0,
@@ -183,9 +183,9 @@ def _read_weights(path: Path, key: str) -> dict[str, Tensor] | None:
         return None
 
 
-def _cache_key(train: PictureFolder, num_classes: int, seed: int) -> str:
+def _cache_key(train: DecodedPictures, num_classes: int, seed: int) -> str:
     settings = [_FORM, num_classes, seed, train.image_size, train.channels, train.labels.tolist()]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for name, path in zip(train.names, train.paths, strict=True):
-        digest.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    for part in train.contents():
+        digest.update(part)
     return digest.hexdigest()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vavae_tools.autoencoders.vavae import VAVAE, anothers, reconstruct, reconstruct_pictures
-from vavae_tools.data.images import PictureDataModule, PictureFolder, to_pixels, to_unit
+from vavae_tools.data.images import DecodedPictures, PictureSetDataModule, to_pixels, to_unit
 from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
 from vavae_tools.evaluation.metrics import aligned, frechet_distance, percent, psnr, sharpness, ssim
 from vavae_tools.runtime.errors import UserError
@@ -52,7 +52,7 @@ class ConditionComparison:
     __repr__ = __str__
 
 
-def compare_conditions(model: VAVAE, data: PictureFolder, batch_size: int = 32) -> ConditionComparison:
+def compare_conditions(model: VAVAE, data: DecodedPictures, batch_size: int = 32) -> ConditionComparison:
     """Encode and decode each picture with its own person's vector, with another person's, and with none.
 
     The other person is the next one in `data`, after the last the first. The posterior's mode is decoded, and what
@@ -189,19 +189,19 @@ def evaluate_reconstructions(
 
 
 def evaluate_vavae(
-    model: VAVAE, data: PictureDataModule, classifier_dir: str | Path, seed: int = 0, progress: bool = True
+    model: VAVAE, data: PictureSetDataModule, classifier_dir: str | Path, seed: int = 0, progress: bool = True
 ) -> ReconstructionScores:
     """Reconstruct the validation side, with each person's vector, and let a classifier of the real pictures judge it.
 
     Args:
-        data: a split at the size to look at.
+        data: the pictures at the size to look at.
         classifier_dir: keeps the classifier; it is trained where it is not there yet.
 
     Raises:
-        UserError: the split has no validation side.
+        UserError: nothing validates.
     """
     if data.val_data is None:
-        raise UserError("This split has no validation side to reconstruct: make one with data_split.py --val_ratio 0.2")
+        raise UserError("No picture validates: make a split with data_split.py --val_ratio 0.2, or set val_share")
     classifier = cached_classifier(data.train_data, data.num_classes, classifier_dir, seed, model.device, progress)
     originals, made = reconstruct(model, data.val_data)
     scores = evaluate_reconstructions(originals, made, data.val_data.labels, classifier, as_many_others(data))
@@ -210,7 +210,7 @@ def evaluate_vavae(
     return scores
 
 
-def as_many_others(data: PictureDataModule) -> Tensor:
+def as_many_others(data: PictureSetDataModule) -> Tensor:
     """Training pictures, uint8 (M, C, H, W), of each person as many as the validation side has, where there are."""
     wanted, labels = data.val_data.labels, data.train_data.labels
     places = [torch.where(labels == label)[0][: int((wanted == label).sum())] for label in wanted.unique()]

@@ -3,15 +3,15 @@
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from vavae_tools.data.datasets import PictureDataModule
 from vavae_tools.data.folders import PICTURE_EXTENSIONS, contents, list_folders, listed
-from vavae_tools.data.images import PictureFolder, channels_of, to_unit
-from vavae_tools.data.split_report import read_split_info
+from vavae_tools.data.images import DecodedPictures, PictureFolder, channels_of, to_unit
 from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
 from vavae_tools.evaluation.metrics import (
     KernelDistance,
@@ -162,7 +162,7 @@ class Evaluation:
 class _Side:
     """One set of pictures and what the classifier makes of them."""
 
-    data: PictureFolder
+    data: DecodedPictures
     features: Tensor
     named: Tensor
 
@@ -179,24 +179,26 @@ def evaluate_pictures(
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
+    **source: Any,
 ) -> Evaluation:
-    """Compare generated pictures with the two sides of a split; write `evaluation.json` and figures.
+    """Compare generated pictures with the real ones that train and validate; write `evaluation.json` and figures.
 
     A classifier is trained on the real training side, once: it is kept in `output_dir` for the next evaluation. All
     pictures are read with as many channels as that side has.
 
     Args:
-        generated_dir: holds ID_1/ ID_2/ … with the names of the split's folders.
-        data_dir: the split: train/, val/ and split_info.json.
+        generated_dir: holds ID_1/ ID_2/ … with the names of the split's folders, or of the other data's classes.
+        data_dir: a split, or whatever else `PictureDataModule` reads.
         image_size: pixels, to which all pictures are resized; by default the generated pictures' own.
-        seed: of the classifier and of the subsets that are compared.
+        seed: of the classifier, of the subsets that are compared, and of what is held out where nothing validates.
         device: by default a GPU, if there is one that works.
+        source: how `PictureDataModule` reads the real pictures, such as train_split, val_share, crop.
 
     Raises:
-        UserError: no split, no generated pictures, or a person who is not in the split.
+        UserError: no real pictures, no generated ones, or a person who is not among the real ones.
     """
     labels, train, validation, generated, notes = _load(
-        Path(generated_dir), Path(data_dir), image_size, progress=progress
+        Path(generated_dir), Path(data_dir), image_size, seed=seed, progress=progress, **source
     )
     if device is None:
         device = find_device()
@@ -251,13 +253,13 @@ def evaluate_pictures(
 
 # ---- what is compared
 def _load(
-    generated_dir: Path, data_dir: Path, image_size: int | tuple[int, int] | None, progress: bool
-) -> tuple[dict[str, int], PictureFolder, PictureFolder | None, PictureFolder, list[str]]:
+    generated_dir: Path, data_dir: Path, image_size: int | tuple[int, int] | None, progress: bool, **source: Any
+) -> tuple[dict[str, int], DecodedPictures, DecodedPictures | None, PictureFolder, list[str]]:
     smallest = 16 if image_size is None else min(image_size) if isinstance(image_size, tuple) else image_size
     if smallest < 16:
         raise UserError(f"image_size {image_size} is too small to tell persons apart: take at least 16 pixels")
-    info = read_split_info(data_dir)
-    labels, extensions = {name: int(label) for name, label in info["labels"].items()}, info["image_extensions"]
+    real = PictureDataModule(data_dir, image_size or smallest, num_workers=0, progress=progress, **source)
+    labels = real.labels
     folders = {name: paths for name, paths in list_folders(generated_dir).items() if paths}
     if not folders:
         raise UserError(
@@ -268,21 +270,17 @@ def _load(
     unknown = [name for name in folders if name not in labels]
     if unknown:
         raise UserError(
-            f"{generated_dir} has pictures of {listed(unknown)}, but the split in {data_dir} knows "
-            f"{listed(labels, most=8)} only. Rename the folder, or name the split the pictures were learnt from"
+            f"{generated_dir} has pictures of {listed(unknown)}, but {data_dir} knows {listed(labels, most=8)} only. "
+            "Rename the folder, or name the data the pictures were learnt from"
         )
     notes: list[str] = []
     if image_size is None:
         image_size = _common_size([path for paths in folders.values() for path in paths], notes)
-    channels = channels_of(data_dir / "train", extensions)
-    if channels == 1 and channels_of(generated_dir) == 3:
+        real.resize(image_size)
+    if real.channels == 1 and channels_of(generated_dir) == 3:
         notes.append("the generated pictures are stored in colour, the real ones in grey: all are compared in grey")
-    train = PictureFolder(data_dir / "train", image_size, labels, channels, progress, extensions)
-    generated = PictureFolder(generated_dir, image_size, labels, channels, progress)
-    validation = None
-    if (data_dir / "val").is_dir() and any(list_folders(data_dir / "val", extensions).values()):
-        validation = PictureFolder(data_dir / "val", image_size, labels, channels, progress, extensions)
-    return labels, train, validation, generated, notes
+    generated = PictureFolder(generated_dir, image_size, labels, real.channels, progress)
+    return labels, real.train_data, real.val_data, generated, notes
 
 
 def _common_size(paths: list[Path], notes: list[str]) -> tuple[int, int]:
@@ -300,7 +298,7 @@ def _common_size(paths: list[Path], notes: list[str]) -> tuple[int, int]:
     return height, width
 
 
-def _untrained(num_classes: int, train: PictureFolder, seed: int, device: str | torch.device) -> PersonClassifier:
+def _untrained(num_classes: int, train: DecodedPictures, seed: int, device: str | torch.device) -> PersonClassifier:
     """Features of random weights still tell sets of pictures apart (Naeem et al. 2020 measure with such)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -375,7 +373,7 @@ def _check_copies(made: _Side, known: _Side, unseen: _Side | None) -> tuple[Copy
     return check, places, lengths
 
 
-def _pixel_distance(generated: PictureFolder, train: PictureFolder, i: int, place: int) -> float:
+def _pixel_distance(generated: PictureFolder, train: DecodedPictures, i: int, place: int) -> float:
     a, b = (to_unit(data.__getitems__([row])["pictures"]) for data, row in ((generated, i), (train, place)))
     return (a - b).square().mean().sqrt().item()
 
@@ -398,9 +396,10 @@ def _figures(
     titles = ["real", *[""] * (_FEW - 1), "generated"]
     figures = {"real_and_generated": show_rows(rows, titles, gap_after=_FEW)}
     closest = lengths.argsort()[: 2 * _FEW]
+    name_of = {label: name for name, label in labels.items()}
+    shown = made.data.labels[closest].tolist(), known.data.labels[places[closest]].tolist(), lengths[closest].tolist()
     titles = [
-        f"{made.data.paths[i].parent.name} / {known.data.paths[place].parent.name}\ndistance {lengths[i]:.2f}"
-        for i, place in zip(closest.tolist(), places[closest].tolist(), strict=True)
+        f"{name_of[one]} / {name_of[other]}\ndistance {length:.2f}" for one, other, length in zip(*shown, strict=True)
     ]
     pairs = {
         "generated": made.data.__getitems__(closest)["pictures"],
@@ -415,7 +414,7 @@ def _figures(
     return figures
 
 
-def _some(data: PictureFolder, label: int) -> Tensor:
+def _some(data: DecodedPictures, label: int) -> Tensor:
     """A few pictures of one label, from its first to its last; white where there are too few."""
     places = (data.labels == label).nonzero().flatten()
     if len(places) > _FEW:

@@ -28,7 +28,7 @@ from vavae_tools.autoencoders.losses import (
 from vavae_tools.autoencoders.lpips import LPIPS
 from vavae_tools.autoencoders.rae import RAE, noised
 from vavae_tools.autoencoders.vavae import VAVAE
-from vavae_tools.data.images import DecodedPictures, PictureDataModule, PictureFolder, to_pixels, to_unit
+from vavae_tools.data.images import DecodedPictures, PictureSetDataModule, to_pixels, to_unit
 from vavae_tools.evaluation.metrics import psnr, ssim
 from vavae_tools.runtime.console import someone_looks
 from vavae_tools.runtime.draws import Draws
@@ -61,6 +61,11 @@ class AdversarialModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False  # two optimisers
         self._scales: dict[int, Tensor] = {}  # that gathered gradients were scaled by
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = self._trainer and self.trainer.datamodule
+        if isinstance(data, PictureSetDataModule):
+            data.take_over(checkpoint)
 
     def both_optimizers(self) -> tuple[Any, Any | None]:
         """The model's, and the discriminator's or None."""
@@ -604,7 +609,7 @@ class VAVAEModule(AdversarialModule):
         """What the frozen foundation model makes of each picture is computed before training, not at every step."""
         data, foundation = getattr(self.trainer, "datamodule", None), self._frozen["foundation"]
         foundation.to(self.device)
-        if not isinstance(data, PictureDataModule):
+        if not isinstance(data, PictureSetDataModule):
             return
         folder = Path(self.trainer.default_root_dir) / "foundation"
         for side, pictures in (("train", data.train_data), ("val", data.val_data)):
@@ -616,7 +621,7 @@ class VAVAEModule(AdversarialModule):
         foundation.to("cpu")  # its memory is the training's now
         release_memory()
 
-    def _features(self, pictures: PictureFolder, path: Path) -> Tensor | None:
+    def _features(self, pictures: DecodedPictures, path: Path) -> Tensor | None:
         grid = tuple(size // self.vavae.downsampling for size in pictures.image_size)
         for first in (True, False):  # one process computes, then all read
             if first == self.trainer.is_global_zero:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -56,40 +56,48 @@ SMALLEST, LARGEST = 0.22, 0.4
 """Radii, of the picture's side."""
 
 
-def coverage(shapes: Tensor, places: Tensor, radii: Tensor, size: int) -> Tensor:
-    """How much of each pixel a shape covers: float32 (N, size, size) in [0, 1], with edges one pixel wide.
+def coverage(shapes: Tensor, places: Tensor, radii: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """How much of each pixel a shape covers: float32 (N, H, W) in [0, 1], with edges one pixel wide.
 
     Args:
         shapes: int64 (N,), their places in `SHAPES`.
-        places: float (N, 2), (x, y) of the centres, of the picture's side: (0, 0) is the top left corner.
-        radii: float (N,), of the picture's side.
-        size: pixels.
+        places: float (N, 2), (x, y) of the centres, of the picture's width and height: (0, 0) is the top left corner.
+        radii: float (N,), of the picture's shorter side.
+        size: pixels, one number or (height, width).
     """
-    pixel = (torch.arange(size, dtype=torch.float32) + 0.5) / size
-    covered = torch.empty(len(shapes), size, size)
+    height, width = (size, size) if isinstance(size, int) else size
+    size = min(height, width)
+    pixels = [(torch.arange(length, dtype=torch.float32) + 0.5) / size for length in (width, height)]
+    places = places * (torch.tensor([width, height]) / size)
+    covered = torch.empty(len(shapes), height, width)
     for number in shapes.unique().tolist():
         here = shapes == number
         radius = radii[here, None, None]
-        x, y = ((pixel - places[here, axis, None]) for axis in (0, 1))  # (n, size) each
-        x, y = torch.broadcast_tensors(x[:, None, :], y[:, :, None])  # (n, size, size)
+        x, y = ((pixels[axis] - places[here, axis, None]) for axis in (0, 1))  # (n, W), (n, H)
+        x, y = torch.broadcast_tensors(x[:, None, :], y[:, :, None])  # (n, H, W)
         outside = list(SHAPES.values())[number](x / radius, y / radius) * radius * size  # in pixels
         covered[here] = (0.5 - outside).clamp_(0, 1)
     return covered
 
 
 def draw_shapes(
-    shapes: Tensor, colours: Tensor, places: Tensor, radii: Tensor, shades: Tensor, size: int = 32
+    shapes: Tensor,
+    colours: Tensor,
+    places: Tensor,
+    radii: Tensor,
+    shades: Tensor,
+    size: int | tuple[int, int] = 32,
 ) -> Tensor:
-    """Draw one shape into each picture: uint8 (N, 3, size, size).
+    """Draw one shape into each picture: uint8 (N, 3, H, W).
 
     Args:
         shapes, colours: int64 (N,), their places in `SHAPES` and `COLOURS`.
         places, radii: see `coverage`.
         shades: float (N,), of the grey ground, 0 black, 1 white.
-        size: pixels.
+        size: pixels, one number or (height, width).
     """
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
-    covered = coverage(shapes, places, radii, size)[:, None]  # (N, 1, size, size)
+    covered = coverage(shapes, places, radii, size)[:, None]  # (N, 1, H, W)
     ground, colour = 255 * shades[:, None, None, None], palette[colours][:, :, None, None]
     return (ground + covered * (colour - ground)).round_().to(torch.uint8)
 
@@ -126,24 +134,46 @@ class DrawnPictures(DecodedPictures):
 
     Args:
         names, labels: the first ones stay the same when there are more.
-        image_size: pixels.
+        image_size: pixels, one number or (height, width).
         side: 0 for what trains, 1 for what validates; the pictures of both differ.
+        options: of `DecodedPictures`.
     """
 
+    smallest = 8
+    """Pixels of the shorter side below which nobody knows what is shown."""
+
     def __init__(
-        self, names: Sequence[str], labels: Tensor, image_size: int, seed: int = 0, side: int = 0, title: str = "shapes"
+        self,
+        names: Sequence[str],
+        labels: Tensor,
+        image_size: int | tuple[int, int],
+        seed: int = 0,
+        side: int = 0,
+        title: str = "shapes",
+        **options: Any,
     ) -> None:
-        super().__init__(names, labels, image_size, title=title)
+        if not names:
+            raise UserError(f"0 pictures of {title}: at least one is needed")
+        super().__init__(names, labels, image_size, title=title, **options)
         self.seed, self.side, self.numbers = seed, side, torch.arange(len(names))
+
+    def resize(self, image_size: int | tuple[int, int]) -> None:
+        super().resize(image_size)
+        if min(self.image_size) < self.smallest:
+            raise UserError(f"image_size {image_size}: {self.title} need at least {self.smallest} pixels")
 
     def draw(self, numbers: Tensor, draws: Draws) -> Tensor:
         """The pictures of these numbers, uint8 (B, 3, H, W), with their random draws."""
         raise NotImplementedError
 
     def drawn(self, places: Sequence[int]) -> Tensor:
-        """The pictures at these places, uint8 (B, 3, H, W)."""
+        """The pictures at these places, uint8 (B, C, H, W)."""
         numbers = self.numbers[torch.as_tensor(places, dtype=torch.int64)]
-        return self.draw(numbers, Draws(self.seed, self.side, numbers))
+        pictures = self.draw(numbers, Draws(self.seed, self.side, numbers))
+        if self.channels == 3:
+            return pictures
+        red, green, blue = pictures.int().split(1, dim=1)  # as `in_channels` has it: Pillow's grey
+        return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)
 
     def what_is_stored(self) -> list:
         numbers = hashlib.sha256(self.numbers.numpy().tobytes()).hexdigest()
@@ -163,33 +193,29 @@ class DrawnPictures(DecodedPictures):
         return self.drawn(places) if self._memory is None else self._memory[torch.as_tensor(places)]
 
 
-def check_drawn(what: str, count: int, image_size: int, smallest: int) -> None:
-    """Say what cannot be drawn.
-
-    Raises:
-        UserError: fewer pictures than one, or an `image_size` that is no whole number of at least `smallest` pixels.
-    """
-    if not isinstance(image_size, int) or image_size < smallest:
-        raise UserError(f"image_size {image_size}: {what} need one number of at least {smallest} pixels")
-    if count < 1:
-        raise UserError(f"{count} pictures of shapes: at least one is needed")
-
-
 class ShapePictures(DrawnPictures):
     """Pictures of shapes with random place, size and ground; each follows from seed, side and index alone.
 
     Args:
         count: how many pictures; the first ones stay the same when there are more.
         num_classes: colour × shape, see `shape_classes`; the labels take turns.
-        image_size: pixels.
+        image_size: pixels, one number or (height, width).
         side: 0 for what trains, 1 for what validates; the pictures of both differ.
+        channels: 3, or 1 for grey.
     """
 
-    def __init__(self, count: int, num_classes: int = 4, image_size: int = 32, seed: int = 0, side: int = 0) -> None:
-        check_drawn("shapes", count, image_size, 8)
+    def __init__(
+        self,
+        count: int,
+        num_classes: int = 4,
+        image_size: int | tuple[int, int] = 32,
+        seed: int = 0,
+        side: int = 0,
+        channels: int = 3,
+    ) -> None:
         called = shape_names(num_classes)
         names = [f"{called[index % num_classes]}/{index:06d}" for index in range(count)]
-        super().__init__(names, torch.arange(count) % num_classes, image_size, seed, side)
+        super().__init__(names, torch.arange(len(names)) % num_classes, image_size, seed, side, channels=channels)
         self.num_classes = num_classes
 
     def what_is_stored(self) -> list:
@@ -201,28 +227,33 @@ class ShapePictures(DrawnPictures):
         centres = radii[:, None] + (1 - 2 * radii[:, None]) * draws.uniform("place", 2)  # none is cut by an edge
         shades = 0.15 + 0.7 * draws.uniform("shade", 1)[:, 0]
         colours, shapes = torch.tensor(shape_classes(self.num_classes))[numbers % self.num_classes].unbind(1)
-        return draw_shapes(shapes, colours, centres, radii, shades, self.image_size[0])
+        return draw_shapes(shapes, colours, centres, radii, shades, self.image_size)
 
 
 def shape_data(
     count: int = 10_000,
     num_classes: int = 4,
-    image_size: int = 32,
+    image_size: int | tuple[int, int] = 32,
     batch_size: int = 64,
     num_workers: int = 0,
     seed: int = 0,
     val_share: float = 0.05,
+    channels: int | None = None,
 ) -> PictureSetDataModule:
     """Shapes as a data module: `count` to train, and `val_share` times as many more to validate.
+
+    Args:
+        image_size: pixels, one number or (height, width).
+        channels: 3, which is the default, or 1 for grey.
 
     Raises:
         UserError: numbers that cannot be.
     """
     if not 0 <= val_share < 1:
         raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
-    train = ShapePictures(count, num_classes, image_size, seed)
+    train = ShapePictures(count, num_classes, image_size, seed, channels=channels or 3)
     validating = math.ceil(count * val_share)
-    val = ShapePictures(validating, num_classes, image_size, seed, side=1) if validating else None
+    val = ShapePictures(validating, num_classes, image_size, seed, 1, train.channels) if validating else None
     labels = {name: label for label, name in enumerate(shape_names(num_classes))}
     return PictureSetDataModule(train, val, labels, batch_size, num_workers, seed)
 
@@ -390,18 +421,19 @@ class CaptionedShapes(Captioned, DrawnPictures):
 
     Args:
         count: how many pictures; the first ones stay the same when there are more.
-        image_size: pixels.
+        image_size: pixels, one number or (height, width).
         side: 0 for what trains, 1 for what validates; the pictures of both differ.
 
     Attributes:
         shown: what each picture shows.
     """
 
-    def __init__(self, count: int, image_size: int = 32, seed: int = 0, side: int = 0) -> None:
-        title = "captioned shapes"
-        check_drawn(title, count, image_size, 16)
+    smallest = 16
+
+    def __init__(self, count: int, image_size: int | tuple[int, int] = 32, seed: int = 0, side: int = 0) -> None:
         names = [f"{index:06d}" for index in range(count)]
-        super().__init__(names, torch.zeros(count, dtype=torch.int64), image_size, seed, side, title)
+        labels = torch.zeros(len(names), dtype=torch.int64)
+        super().__init__(names, labels, image_size, seed, side, "captioned shapes")
         choices = _choices(Draws(seed, side, self.numbers)).tolist()
         kinds = [list(values) for values in (CAPTION_COLOURS, CAPTION_SHAPES, SIZES, PLACES)]
         all_named: dict[tuple[int, ...], Named] = {}
@@ -426,7 +458,7 @@ class CaptionedShapes(Captioned, DrawnPictures):
         jitter = _JITTER * (2 * draws.uniform("jitter", 2) - 1)
         centres = 0.5 + directions * aside + jitter * (1 - directions.abs())
         shades = 0.4 + 0.2 * draws.uniform("shade", 1)[:, 0]
-        return draw_shapes(forms, colours, centres, radii, shades, self.image_size[0])
+        return draw_shapes(forms, colours, centres, radii, shades, self.image_size)
 
 
 def _choices(draws: Draws) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vavae_tools.data.images import PictureDataModule
+from vavae_tools.data.images import PictureSetDataModule
 from vavae_tools.evaluation.classifier import cached_classifier
 from vavae_tools.evaluation.reconstructions import ReconstructionJudge, as_many_others
 from vavae_tools.runtime.console import say, someone_looks
@@ -30,7 +30,7 @@ class ReconstructionWatch(L.Callback):
     it where they next meet, 30 minutes at most (torch's and Lightning's limit); a classifier takes a few.
     """
 
-    def __init__(self, data: PictureDataModule, folder: str | Path, seed: int = 0) -> None:
+    def __init__(self, data: PictureSetDataModule, folder: str | Path, seed: int = 0) -> None:
         self.data, self.folder, self.seed = data, Path(folder), seed
         self._made: dict[int, Tensor] = {}
         """by the picture's place on the validation side"""
