@@ -339,7 +339,7 @@ def test_fine_tuning_brings_the_pictures_nearer(tmp_path, encoder):
     after = reconstruction_psnr(rae, val)[1].mean().item()
     line = next(text for text in said if text.startswith("PSNR"))
     before = float(line.split()[1])
-    assert f"{before:.1f} dB before, {after:.1f} dB after, on 16 pictures that validate" in line
+    assert f"{before:.1f} dB before, {after:.1f} dB after, on 16 images that validate" in line
     assert after > before + 4
     assert rae.config.noise_tau == 0.2
     last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -385,28 +385,25 @@ def test_another_encoder_is_no_way_to_go_on(tmp_path, encoder):
 
 def test_the_tasks_keys_reach_the_training(tmp_path, encoder):
     """`experiment=rae_decoder data=shapes` as the command composes it, and `--resume last`."""
-    from omegaconf import OmegaConf
-
     from vavae_tools.recipes.config import compose, read_command_line
 
     words = ["experiment=rae_decoder", "data=shapes", "trainer=cpu", "data.num_pictures=32", "--batch_size", "8"]
     words += [f"model.rae.{name}={value}" for name, value in encoder.items()]
     words += ["--max_steps", "6", "--lr", "0.002", "--noise_tau", "0.1", "--previews", "0"]
     words += ["model.losses.disc_width=4", "trainer.accumulate_grad_batches=2", "callbacks.save_every_n_steps=4"]
-    values = OmegaConf.to_container(compose(read_command_line(words)), resolve=True)
-    assert values["task"] == "vavae_tools.recipes.rae:train_rae_decoder"
-    rooms = {room: values[room] for room in ("data", "model", "trainer", "callbacks")}
+    recipe = compose(read_command_line(words)).recipe
+    assert recipe.train_by == "vavae_tools.recipes.rae:train_rae_decoder"
     said = []
-    folder = train_rae_decoder(**rooms, output_dir=tmp_path / "run", seed=values["seed"], say=said.append)
+    folder = train_rae_decoder(recipe, tmp_path / "run", say=said.append)
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     expected = {"lr": 0.002, "noise_tau": 0.1, "disc_weight": 0.75, "disc_start": 2, "generator_start": 3}
     expected |= {"disc_width": 4, "accumulate_grad_batches": 2, "gradient_clip": 1.0, "l1_weight": 0.5, "flips": False}
     assert {name: settings[name] for name in expected} == expected and settings["betas"] == [0.9, 0.95]
-    assert said[-1].endswith(f"experiment=rae_dit model.rae.folder={folder} data=shapes")
+    assert said[-1].endswith(f"experiment=rae_dit rae.folder={folder} data.data_dir=shapes")
     first = read_rae_folder(folder).state_dict()
     part = tmp_path / "part"
     (part / "checkpoints").mkdir(parents=True)
-    train_rae_decoder(**rooms, output_dir=part, seed=0, say=said.append, resume=str(tmp_path / "run" / "checkpoint-4"))
+    train_rae_decoder(recipe, part, str(tmp_path / "run" / "checkpoint-4"), say=said.append)
     assert_same(dict(read_rae_folder(part / "rae").state_dict()), dict(first))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vavae_tools.data.captions import CaptionedDataModule
-from vavae_tools.data.demo.shapes import captioned_shape_data
+from vavae_tools.data.demo.shapes import captioned_shape_data, shape_data
 from vavae_tools.data.folders import (
     contents,
     extension_of,
@@ -97,6 +97,28 @@ class PictureDataModule(PictureSetDataModule):
 
 
 picture_data = PictureDataModule
+
+
+def class_data(
+    data_dir: str | Path,
+    image_size: int | tuple[int, int] | None = None,
+    num_pictures: int = 1024,
+    num_classes: int = 4,
+    **options: Any,
+) -> PictureSetDataModule:
+    """Return `PictureDataModule(data_dir, …)`, or for "shapes" made-up images (`shape_data`).
+
+    Args:
+        image_size: None: 256, of shapes 32.
+        num_pictures, num_classes: of shapes.
+    """
+    if str(data_dir) != "shapes":
+        return PictureDataModule(data_dir, image_size or 256, **options)
+    names = ("batch_size", "num_workers", "seed", "channels", "val_share")
+    own = {name: options[name] for name in names if options.get(name) is not None}
+    return shape_data(num_pictures, num_classes, image_size or 32, **own)
+
+
 Sides = tuple[dict[str, int], DecodedPictures, DecodedPictures | None]
 """Class name → label, what trains, and what validates."""
 

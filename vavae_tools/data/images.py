@@ -523,13 +523,5 @@ class PictureSetDataModule(OrderedDataModule):
         return super()._loader(data, order, batch_size)
 
 
-def __getattr__(name: str) -> Any:  # for recipes that still import it from here
-    from vavae_tools.data import datasets
-
-    if name == "PictureDataModule":
-        return datasets.PictureDataModule
-    raise AttributeError(name)
-
-
 def _hash_of(values: list) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -5,7 +5,7 @@ trains, and `train`. Every default stands here and nowhere else; None stands for
 say. Nothing here imports torch, so that `--help` answers at once.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from vavae_tools.training.config import TrainConfig, setting
@@ -27,13 +27,21 @@ class ImageData:
     )
     use_hf_dataset: bool | None = setting(None, "true: datasets.load_from_disk; null: see what is there")
     train_split: str = setting("train", "the training subset's name, in a Hugging Face dataset, a folder or shards")
-    val_share: float = setting(0.05, "held out where there is no validation subset", least=0, most=1)
+    val_share: float | None = setting(
+        None, "held out where there is no validation subset; null: 0.05, of a split none", least=0, most=1
+    )
     crop: Literal["adm", "none"] | None = setting(
         None, "adm: the centre, as in ADM; none: the whole image, resized; null: none for a split, else adm"
     )
     num_workers: int | None = setting(None, "loading processes; null: by cores and shared memory", least=0)
     num_pictures: int = setting(1024, "of shapes: to train", least=1)
     num_classes: int = setting(4, "of shapes", least=1)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `datasets.class_data`."""
+        found = {each.name: getattr(self, each.name) for each in fields(ImageData)}
+        size = self.image_size
+        return {**found, "image_size": tuple(size) if isinstance(size, list) else size}
 
 
 @dataclass(frozen=True)

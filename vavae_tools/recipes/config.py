@@ -191,7 +191,9 @@ class _Keys:
             raise UserError(f"{where}No key {key!r}{self.near(key)}; --print_config shows all keys")
         meanings = _aliases()["values"].get(home)
         if meanings is None:
-            self.values[home] = checked(f"{where}{called or key}", _as_size(value, self.settings[home]), self.settings[home])
+            self.values[home] = checked(
+                f"{where}{called or key}", _as_size(value, self.settings[home]), self.settings[home]
+            )
             self.given |= {home} if value is not None else set()
             return
         if value not in meanings:

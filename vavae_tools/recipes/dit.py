@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vavae_tools.autoencoders.loading import load_autoencoder
 from vavae_tools.autoencoders.vavae import fitting_size
 from vavae_tools.autoencoders.weights import load_vavae
-from vavae_tools.data.images import PictureDataModule
+from vavae_tools.data.datasets import class_data
 from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_latents, latents_digest
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
@@ -50,7 +50,7 @@ COLUMNS = 8
 
 
 def encode_split(
-    data_dir: str | Path,
+    data_dir: str | Path | Mapping[str, Any],
     vavae_dir: str | Path,
     output_dir: str | Path,
     image_size: int | tuple[int, int] | None = None,
@@ -62,13 +62,14 @@ def encode_split(
     """Encode a split with a VA-VAE, a folder or a `.ckpt`, once; several processes share the work.
 
     Args:
+        data_dir: a split, or what else `datasets.PictureDataModule` reads; or the arguments of `datasets.class_data`.
         latents_stats: the `latents_stats.pt` of published weights that training is to go on from; by default the
             statistics are computed on the training subset.
     """
     model = load_vavae(vavae_dir, say=lambda line: None)
-    pictures = PictureDataModule(
-        data_dir, fitting_size(model, image_size), seed=seed, channels=model.config.in_channels
-    )
+    given = dict(data_dir) if isinstance(data_dir, Mapping) else {"data_dir": data_dir}
+    size = fitting_size(model, given.pop("image_size", None) or image_size)
+    pictures = class_data(**given, image_size=size, seed=seed, channels=model.config.in_channels)
     statistics = read_latent_statistics(latents_stats) if latents_stats else None
     latents = encode_latents(
         model,
@@ -179,11 +180,10 @@ def _build_vavae_dit(
 ) -> Run:
     compiles(recipe.train.compile, say=say)  # what it lacks is said before anything takes time
     encode_split(
-        recipe.data.data_dir or find_split(),
+        {**recipe.data.arguments(), "data_dir": recipe.data.data_dir or find_split()},
         recipe.vavae.source,
         recipe.data.latents_dir,
-        recipe.data.image_size,
-        recipe.data.flips,
+        flips=recipe.data.flips,
         say=say,
         latents_stats=recipe.vavae.latents_stats,
     )

@@ -16,12 +16,12 @@ from vavae_tools.autoencoders.rae import RAE, reconstruction_psnr
 from vavae_tools.autoencoders.rae_weights import is_rae_folder, load_rae, read_rae_folder
 from vavae_tools.autoencoders.tiny import tiny_rae
 from vavae_tools.checkpoints.formats import read_any
-from vavae_tools.data.datasets import picture_data
+from vavae_tools.data.datasets import class_data
 from vavae_tools.data.demo.shapes import shape_data
 from vavae_tools.data.images import DecodedPictures, PictureSetDataModule, save_picture, to_pixels, to_unit
 from vavae_tools.data.latents import LatentFolder, encode_latents
 from vavae_tools.plots import picture_grid, show_inline
-from vavae_tools.recipes.base import DecoderRecipe, ImageData, RAEDiTRecipe
+from vavae_tools.recipes.base import DecoderRecipe, RAEDiTRecipe
 from vavae_tools.recipes.dit import build_on_latents
 from vavae_tools.recipes.presets import resolved
 from vavae_tools.runtime.console import say
@@ -66,7 +66,7 @@ def fine_tune_rae_decoder(
     """Fine-tune the decoder of an RAE, as `experiment=rae_decoder` does; its encoder stays as it is.
 
     Args:
-        data: a folder of images, or the arguments of `picture_data`, or those of `shape_data` for made-up ones; all
+        data: a folder of images, or the arguments of `class_data`, or those of `shape_data` for made-up ones; all
             plain values.
         rae: a folder of a whole RAE, "tiny" for a small random one, or the arguments of `load_rae`.
         output_dir: gets `checkpoints/epoch=*.ckpt` (best by PSNR) and `last.ckpt`, `lightning_logs/`,
@@ -119,7 +119,7 @@ def train_rae_decoder(
     """`experiment=rae_decoder`; returns the folder of the RAE."""
     build = partial(
         _build_decoder,
-        data=images_arguments(recipe.data),
+        data=recipe.data.arguments(),
         rae=asdict(recipe.rae),
         further={"flips": recipe.data.flips},
     )
@@ -251,23 +251,13 @@ def rae_from(source: str | Path | Mapping[str, Any], seed: int = 0, say: Say = s
     return read_rae_folder(folder)
 
 
-def images_arguments(data: ImageData) -> dict[str, Any]:
-    """Return the arguments of `picture_data`, or for data_dir "shapes" those of `shape_data`."""
-    size = tuple(data.image_size) if isinstance(data.image_size, list) else data.image_size
-    if data.data_dir == "shapes":
-        arguments = {"count": data.num_pictures, "num_classes": data.num_classes, "val_share": data.val_share}
-        return {**arguments, "image_size": size}
-    names = ("data_dir", "use_hf_dataset", "train_split", "val_share", "crop", "num_workers")
-    return {**{name: getattr(data, name) for name in names}, "image_size": size}
-
-
 def images_for(
     rae: RAE, data: str | Path | Mapping[str, Any], batch_size: int = 16, seed: int = 0
 ) -> PictureSetDataModule:
     """Return images as large as the RAE's decoder makes them.
 
     Args:
-        data: a folder, or the arguments of `picture_data`, or those of `shape_data`.
+        data: a folder, or the arguments of `class_data`, or those of `shape_data`.
 
     Raises:
         UserError: none there, or an `image_size` that is another.
@@ -276,8 +266,8 @@ def images_for(
     size = given.pop("image_size", None)
     if size not in (None, rae.picture_size):
         raise UserError(f"image_size {size}: this RAE's decoder makes pictures of {rae.picture_size}: leave it out")
-    options = {"image_size": rae.picture_size, "batch_size": batch_size, "seed": seed, **given}
-    return picture_data(**options) if "data_dir" in given else shape_data(**options)
+    options = {"image_size": rae.picture_size, "batch_size": batch_size, "seed": seed, "channels": 3, **given}
+    return class_data(**options) if "data_dir" in given else shape_data(**options)
 
 
 # ---- a look
@@ -385,7 +375,7 @@ def _build_rae_dit(
     copy, seed = output_dir / "autoencoder", recipe.seed
     compiles(recipe.train.compile, say=say)  # what it lacks is said before anything takes time
     rae = read_rae_folder(copy) if resume_from and copy.is_dir() else rae_from(asdict(recipe.rae), seed, say)
-    images = images_for(rae, images_arguments(recipe.data), seed=seed)
+    images = images_for(rae, recipe.data.arguments(), seed=seed)
     logged = {}
     if is_first():
         rae.to(find_device()).eval()

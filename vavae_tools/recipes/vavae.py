@@ -21,8 +21,7 @@ from vavae_tools.autoencoders.weights import (
     with_channels,
 )
 from vavae_tools.checkpoints.resuming import best_checkpoint
-from vavae_tools.data.images import PictureDataModule, channels_of
-from vavae_tools.data.split_report import read_split_info
+from vavae_tools.data.datasets import class_data
 from vavae_tools.evaluation.reconstructions import compare_conditions
 from vavae_tools.paths import find_split
 from vavae_tools.recipes.base import FineTunedVAVAE, ImageData, VAVAELoss, VAVAERecipe
@@ -128,7 +127,7 @@ def fine_tune_vavae(
     """Fine-tune a VA-VAE with a vector per person, as `experiment=vavae` does.
 
     Args:
-        data_dir: a split, or what else `datasets.picture_data` reads.
+        data_dir: a split, or what else `datasets.PictureDataModule` reads.
         output_dir: gets `checkpoints/best-*.ckpt` and `last.ckpt`, `lightning_logs/`, `reconstructions/`, and at the
             end `vavae/`, the best model as a diffusers folder.
         original_vavae: weights to start from: the published `.pt` or training `.ckpt`, a diffusers folder, a `.ckpt`
@@ -245,8 +244,8 @@ def _build(
     changes |= {name: getattr(config, name) for name in own}
     numbers = loss_numbers(loss.recipe, {**changes, **further})
     numbers |= {"condition_dropout": start.condition_dropout, "freeze_encoder": start.freeze_encoder}
-    split = read_split_info(recipe.data.data_dir)
-    people = split["labels"]
+    images = class_data(**recipe.data.arguments(), batch_size=config.batch_size, seed=seed)
+    people, channels = images.labels, images.channels
     table = read_condition_file(start.condition_file, people) if start.condition_file else None
     condition_dim = start.condition_dim
     if table is not None and condition_dim not in (None, table.shape[1]):
@@ -255,16 +254,14 @@ def _build(
             "leave it out, or name another file"
         )
     condition_dim = table.shape[1] if table is not None else 32 if condition_dim is None else condition_dim
-    channels = channels_of(Path(recipe.data.data_dir) / "train", split["image_extensions"])
     found = _weights_to_start_from(start.original_vavae, channels)
-    model = _vavae_to_start_from(found, start.size, condition_dim, max(people.values()) + 1, channels, say)
+    model = _vavae_to_start_from(found, start.size, condition_dim, images.num_classes, channels, say)
     if table is not None:
         model.conditions.weight.data.copy_(table)
         model.conditions.requires_grad_(False)
-    size = recipe.data.image_size
-    image_size = fitting_size(model, tuple(size) if isinstance(size, list) else size)
+    image_size = fitting_size(model, recipe.data.arguments()["image_size"])
     model.register_to_config(sample_size=image_size)
-    images = PictureDataModule(recipe.data.data_dir, image_size, config.batch_size, seed=seed, channels=channels)
+    images.resize(image_size)
     numbers["lr"] = numbers.get("lr") or (2e-3 if model.config.block_out_channels[0] < 64 else 1e-4)
     if numbers.get("gradient_checkpointing") is None:
         numbers["gradient_checkpointing"] = _needs_checkpointing(model, numbers, config.batch_size, image_size, say)

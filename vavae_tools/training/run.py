@@ -144,9 +144,8 @@ def _train_here(
     recorded = {**run.recorded, "precision": settings["precision"]}
     callbacks.append(RunRecord(output_dir, recorded, run.fingerprint, config.allow_changes, say))
     length["check_val_every_n_epoch"] = max(1, epochs // run.validations)
-    trainer = build_trainer(
-        {**length, **settings}, output_dir, [*callbacks, *run.callbacks], say, make_loggers(config.logger, output_dir)
-    )
+    loggers = make_loggers(config.logger, output_dir)
+    trainer = build_trainer(settings, output_dir, [*callbacks, *run.callbacks], say, loggers, **length)
     if run.logged and trainer.is_global_zero:
         for logger in trainer.loggers:
             logger.log_metrics(dict(run.logged), step=0)
@@ -203,8 +202,9 @@ def build_trainer(
     callbacks: list[L.Callback],
     say: Say,
     loggers: list[Logger] | None = None,
+    **length: Any,
 ) -> L.Trainer:
-    """Return a Trainer with `settings` (`devices.trainer_settings`), its length in max_epochs or max_steps.
+    """Return a Trainer with `settings` (`devices.trainer_settings`) whose `length` is in max_epochs or max_steps.
 
     It shows where training is and, at the end, how fast it went (`throughput`).
 
@@ -216,7 +216,7 @@ def build_trainer(
     allow_tf32(settings)
     try:
         return L.Trainer(
-            **settings,
+            **{**length, **settings},
             default_root_dir=output_dir,
             logger=make_loggers("tensorboard", output_dir) if loggers is None else loggers,
             callbacks=[Throughput(say), *callbacks, Progress(say)],  # the first: a step ends before what others do
@@ -349,7 +349,7 @@ def _fit_here(
     checkpoints = output_dir / "checkpoints"
     resume_from = resume_path(resume, checkpoints, say)
     saves = checkpoint_callbacks(checkpoints, monitor, saving)
-    trainer = build_trainer({**length, **settings}, output_dir, [*callbacks, *saves], say)
+    trainer = build_trainer(settings, output_dir, [*callbacks, *saves], say, **length)
     check_resumable(resume_from, module)
     fit_trainer(trainer, module, data, resume_from, say, PYTHON)
     return checkpoints / "last.ckpt"
