@@ -163,7 +163,8 @@ def test_the_same_expectation_told_otherwise_makes_the_same_samples(one, other):
         ):
             a, b = made(one, solver, **by), made(other, solver, **by)
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=lambda m: f"{solver} {by}: {m}")  # noqa: B023
-            assert not torch.allclose(a, made(one, solver, guidance_scale=1.0), atol=1e-2)
+            if "guidance_interval" not in by:  # after which all goes where it went without
+                assert (a - made(one, solver, guidance_scale=1.0)).abs().max() > 0.05
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])

@@ -729,7 +729,7 @@ def test_several_processes_of_the_command_speak_once(run, tmp_path, monkeypatch)
             "--cfg_interval 0,0.5 --guidance_channels first3",
             "for which --cfg_interval, --guidance_channels",
         ),
-        ("pipeline", "--solver ddpm", "No solver 'ddpm' for flow matching or sample; there are euler, heun, midpoint, sde"),
+        ("pipeline", "--solver ddpm", "No solver 'ddpm' for flow matching or sample; there are euler, heun"),
         ("pipeline", "--solver heun --timestep_shift 0.3", "for which --timestep_shift has"),
         ("pipeline", "--negative_prompt x --prompt y", "for which --negative_prompt has no meaning"),
         ("pipeline", "--weights live", "holds the averaged weights alone"),

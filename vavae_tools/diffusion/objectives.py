@@ -438,11 +438,10 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 ALIASES = {"v": "v_prediction", "x0": "sample"}
 
 
-def make_objective(name: str, usual: Mapping[str, Any] | None = None, **numbers: Any) -> Objective:
+def make_objective(name: str, **numbers: Any) -> Objective:
     """What is learned, by a name of `OBJECTIVES` or `ALIASES`.
 
     Args:
-        usual: arguments in place of the objective's own defaults, as far as it has them.
         numbers: arguments of the objective; those that are None are left out.
 
     Raises:
@@ -455,7 +454,7 @@ def make_objective(name: str, usual: Mapping[str, Any] | None = None, **numbers:
     known, numbers = inspect.signature(made).parameters, {k: v for k, v in numbers.items() if v is not None}
     for wrong in sorted(numbers.keys() - known.keys()):
         raise UserError(f"The objective {name} has no {wrong}{_nearest(wrong, known)}; it has {', '.join(known)}")
-    return made(**{**{k: v for k, v in (usual or {}).items() if k in known}, **numbers})
+    return made(**numbers)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -260,7 +260,8 @@ def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> G
         known = found is not None and expected is not None
         if known and (dict(found) != dict(expected) if what == "people" else found != expected):
             found, expected = (_some(v) if what == "people" else v for v in (found, expected))
-            raise UserError(f"The guide {path} has {what} {found}, the model {expected}: it must be of the same data and objective")
+            must = "it must be of the same data and objective"
+            raise UserError(f"The guide {path} has {what} {found}, the model {expected}: {must}")
     return denoiser.to(pipe._execution_device), conditioner.to(pipe._execution_device)
 
 
