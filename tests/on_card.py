@@ -41,9 +41,7 @@ FLOAT32 = {
     "autoencoders.perceptual": ("_unit", "_distance"),
     "autoencoders.foundation": ("alignment_loss",),
     "autoencoders.discriminator": ("hinge_loss", "generator_loss", "adaptive_weight", "PatchDiscriminator.forward"),
-    "diffusion.objectives": ("FlowMatching.loss",),
-    "diffusion.noise_prediction": ("NoisePrediction.loss",),
-    "diffusion.clean_prediction": ("CleanPrediction.loss",),
+    "diffusion.objectives": ("Objective.loss",),
     "evaluation.metrics": ("psnr", "ssim", "sharpness"),
     "training.adversarial_module": ("right_rate",),
 }
@@ -300,14 +298,13 @@ class OnCard(Trainings):
     def sampling(self) -> dict[str, Any]:
         from tiny import tiny_dit, tiny_pipeline, trained_looking
 
-        from vavae_tools.diffusion.solvers import SOLVERS
-        from vavae_tools.pipelines.classes import swap_solver
+        from vavae_tools.diffusion.solvers import solvers_for
 
         pipe, waits = tiny_pipeline().to("cuda"), {}
         weak = tuple(trained_looking(part).eval().to("cuda") for part in tiny_dit(1))
         guidance = {"guidance_scale": 1.0}, {}, {"guidance_interval": (0.2, 0.7)}
-        for name in SOLVERS:
-            swap_solver(pipe, name)
+        for name in solvers_for(pipe.objective):
+            pipe.swap_solver(name)
             for settings in (*guidance, {"guide": weak}, {"precision": "32"}):
                 make = functools.partial(pipe, [0, 2], output_type="pt", **settings)
                 waits |= self._waits_a_step(lambda steps: make(num_inference_steps=steps))  # noqa: B023
@@ -317,13 +314,13 @@ class OnCard(Trainings):
         from test_text_pipeline import OBJECTIVES, text_pipeline
 
         from vavae_tools.diffusion.objectives import make_objective
-        from vavae_tools.diffusion.solvers import SCHEDULERS, SOLVERS, make_scheduler
+        from vavae_tools.diffusion.solvers import make_solver, solvers_for
 
         waits = {}
         for objective in OBJECTIVES:
             pipe = text_pipeline(objective).to("cuda")
-            for name in SOLVERS if objective == "flow_matching" else SCHEDULERS:
-                pipe.scheduler = make_scheduler(name, make_objective(objective))
+            for name in solvers_for(make_objective(objective)):
+                pipe.scheduler = make_solver(name, make_objective(objective))
                 waits |= self._waits_a_step(lambda steps: pipe("green", num_inference_steps=steps))  # noqa: B023
             plain = functools.partial(pipe, "green", guidance_scale=1.0)
             waits |= self._waits_a_step(lambda steps: plain(num_inference_steps=steps))  # noqa: B023

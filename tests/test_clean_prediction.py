@@ -4,6 +4,9 @@ import torch
 from vavae_tools.diffusion.objectives import CleanPrediction, FlowMatching, hiding_noise, with_known
 from vavae_tools.runtime.errors import UserError
 
+T = torch.tensor([0.5])
+"""A time, which this loss does not look at, nor at the noise."""
+
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -12,28 +15,30 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_the_loss_is_the_mean_over_the_pixels_of_the_mask():
     prediction, data = torch.tensor([[[[1.0, 2.0]], [[3.0, 9.0]]]]), torch.zeros(1, 2, 1, 2)  # (1, 2, 1, 2)
     mask = torch.tensor([[[1.0, 0.0]]])
-    assert CleanPrediction().loss(prediction, data, mask)[0].item() == (1 + 9) / 2
-    assert CleanPrediction("pixels").loss(prediction, data, mask)[0].item() == 1 + 9  # C times as much
-    assert CleanPrediction().loss(prediction, data, mask, torch.tensor(5.0))[0].item() == (1 + 9) / 10
+    assert CleanPrediction().loss(prediction, data, data, T, mask)[0].item() == (1 + 9) / 2
+    assert CleanPrediction("pixels").loss(prediction, data, data, T, mask)[0].item() == 1 + 9  # C times as much
+    assert CleanPrediction().loss(prediction, data, data, T, mask, torch.tensor(5.0))[0].item() == (1 + 9) / 10
 
 
 def test_with_a_full_mask_it_is_the_mean_squared_error():
     prediction, data = numbers(2, 3, 4, 4), numbers(2, 3, 4, 4, seed=1)
-    loss, parts = CleanPrediction().loss(prediction, data, torch.ones(2, 4, 4))
+    loss, parts = CleanPrediction().loss(prediction, data, data, T, torch.ones(2, 4, 4))
     torch.testing.assert_close(loss, torch.nn.functional.mse_loss(prediction, data))
     assert parts["mse"] == loss and not parts["mse"].requires_grad
 
 
 def test_an_empty_mask_costs_nothing_and_breaks_nothing():
     prediction = numbers(2, 3, 4, 4).requires_grad_()
-    loss, _ = CleanPrediction().loss(prediction, numbers(2, 3, 4, 4, seed=1), torch.zeros(2, 4, 4))
+    data = numbers(2, 3, 4, 4, seed=1)
+    loss, _ = CleanPrediction().loss(prediction, data, data, T, torch.zeros(2, 4, 4))
     loss.backward()
     assert loss == 0 and torch.equal(prediction.grad, torch.zeros(2, 3, 4, 4))
 
 
 def test_what_half_precision_predicts_is_compared_in_float32():
     prediction = torch.full((1, 1, 64, 64), 300.0, dtype=torch.float16)  # whose square float16 cannot hold
-    assert CleanPrediction().loss(prediction, torch.zeros(1, 1, 64, 64), torch.ones(1, 64, 64))[0] == 90_000
+    data = torch.zeros(1, 1, 64, 64)
+    assert CleanPrediction().loss(prediction, data, data, T, torch.ones(1, 64, 64))[0] == 90_000
 
 
 @pytest.mark.parametrize("times", [{}, {"time": "lognorm", "time_mean": -0.5, "time_std": 2.0}, {"time_shift": 4.0}])

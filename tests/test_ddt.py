@@ -7,7 +7,7 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT, DDT_SIZES, ddt
 from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.layers import sincos_table
-from vavae_tools.diffusion.solvers import guided_velocity
+from vavae_tools.diffusion.solvers import guided_prediction
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.published.ddt import load_ddt
 from vavae_tools.runtime.errors import UserError
@@ -103,9 +103,9 @@ def test_guided_velocities_equal_the_reference(name):
         start, end = io["cfg.interval"].tolist()
         for interval, out in (((0.0, 1.0), "out"), ((1 - end, 1 - start), "out_interval")):
             null, scale = model.conditioner.null(1), io["cfg.scale"].item()
-            velocity = guided_velocity(model.denoiser, x, t, condition, null, scale, interval)
+            velocity = guided_prediction(model.denoiser, x, t, condition, null, scale, interval)
             assert_close(-velocity, io[f"cfg.{out}"][i : i + 1], TOLERANCE)
-            velocity = guided_velocity(
+            velocity = guided_prediction(
                 model.denoiser,
                 x,
                 t,

@@ -112,9 +112,9 @@ def test_objectives_by_name_and_from_what_they_keep():
 @pytest.mark.parametrize(
     ("name", "numbers", "said"),
     [
-        ("ddpm", {}, "No objective 'ddpm'; there are epsilon, v_prediction, flow_matching"),
-        ("epsilon", {"cosine_weight": 1}, "The objective epsilon has no cosine_weight; it has beta_end"),
-        ("flow_matching", {"betas": "linear"}, "flow_matching has no betas; it has cosine_eps"),
+        ("ddpm", {}, "No objective 'ddpm'; there are flow_matching, epsilon, v_prediction, sample"),
+        ("epsilon", {"cosine_weight": 1}, "The objective epsilon has no cosine_weight; it has betas"),
+        ("flow_matching", {"betas": "linear"}, "flow_matching has no betas; it has cosine_weight"),
         ("epsilon", {"betas": "cosine"}, "betas='cosine' is unknown"),
         ("epsilon", {"beta_end": 1.5}, "beta_end=1.5.*rise between 0 and 1"),
     ],

@@ -9,11 +9,11 @@ from test_ddt import split_weak
 from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.objectives import FlowMatching, score_from_velocity, shift_noise, time_shift_of
 from vavae_tools.diffusion.solvers import (
-    guided_velocity,
-    make_solver,
+    MidpointScheduler,
+    StochasticScheduler,
+    guided_prediction,
+    lay_out,
     sample,
-    sample_midpoint,
-    sample_stochastic,
     time_grid,
 )
 from vavae_tools.published.ddt import load_ddt
@@ -93,7 +93,7 @@ def test_euler_and_guidance_equal_the_reference(name):
     noise, condition, null = io["ode.z"], model.conditioner(io["ode.y"]), model.conditioner.null(len(io["ode.y"]))
     steps = case["sampler"]["ode_num_points"] - 1
     grid = {"num_inference_steps": steps, "timestep_shift": 1 / shift, "last_noise": 0.001}
-    solver, times = make_solver(EULER, **grid)
+    solver, times = lay_out(EULER, **grid)
     assert_close(solver.sigmas, io["ode.t_grid"], {"atol": 1e-6})
     assert_close(1 - time_grid(steps, 1 / shift, 0.001), io["ode.t_grid"], {"atol": 1e-6})
     assert_close(1 - torch.tensor(times), io["ode.t_grid"][:-1], {"atol": 1e-6})
@@ -128,26 +128,24 @@ def test_midpoint_and_stochastic_sampling_equal_the_reference(name):
     case, io, model, _, shift = reference(name)
     noise, condition = io["ode.z"], model.conditioner(io["ode.y"])
 
-    def velocity(x, t):
-        return guided_velocity(model.denoiser, x, t, condition, None)
-
-    grid = time_grid(case["sampler"]["ode_num_points"] - 1, 1 / shift, 0.001)
-    assert_close(sample_midpoint(velocity, noise, grid), io["ode.midpoint_final"], TOLERANCE)
+    grid = {"num_inference_steps": case["sampler"]["ode_num_points"] - 1, "timestep_shift": 1 / shift}
+    made = sample(model.denoiser, MidpointScheduler(), noise, condition, last_noise=0.001, **grid)
+    assert_close(made, io["ode.midpoint_final"], TOLERANCE)
 
     settings, states = case["sampler"]["sde"], []
-    size = settings["last_step_size"]
-    sample_stochastic(
-        velocity,
-        noise,
-        time_grid(settings["num_steps"] - 1, 1 / shift, size),
-        io["sde.noise"],
-        diffusion=settings["diffusion_form"],
-        diffusion_norm=settings["diffusion_norm"],
-        method=settings["sampling_method"],
-        last_step=settings["last_step"].lower(),
-        last_step_size=size,
-        callback=lambda i, t, x: states.append(x),
-    )
+    found = (settings[name] for name in ("diffusion_form", "diffusion_norm", "sampling_method", "last_step"))
+    assert tuple(found) == ("sigma", 1.0, "euler", "Mean")  # there is no other
+    solver, times = lay_out(StochasticScheduler(), settings["num_steps"], 1 / shift, settings["last_step_size"])
+    solver.set_begin_index(0)
+    x = noise
+    for timestep, t, increment in zip(solver.timesteps, times[:-1], io["sde.noise"], strict=False):
+        x = solver.step(-guided_prediction(model.denoiser, x, t, condition), timestep, x, variance_noise=increment)[0]
+        states.append(x)
+    # the reference's last step is that of an x with as much noise as before the shift
+    solver.sigmas = torch.tensor([settings["last_step_size"], 0.0])
+    solver.set_begin_index(0)
+    velocity = guided_prediction(model.denoiser, x, 1 - settings["last_step_size"], condition)
+    states.append(solver.step(-velocity, solver.timesteps[0], x)[0])
     assert_close(torch.stack(states), io["sde.traj"], TOLERANCE)
 
 

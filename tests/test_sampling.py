@@ -8,14 +8,13 @@ from diffusers import (
 )
 from golden_cases import assert_close, load_case, load_weights
 
-from vavae_tools.diffusion.objectives import FlowMatching
+from vavae_tools.diffusion.objectives import FlowMatching, make_objective
 from vavae_tools.diffusion.solvers import (
-    DIFFUSIONS,
-    guided_velocity,
+    guided_prediction,
+    lay_out,
     make_solver,
     sample,
-    sample_midpoint,
-    sample_stochastic,
+    solvers_for,
     time_grid,
 )
 from vavae_tools.published import load_reference
@@ -27,6 +26,8 @@ SOLVERS = {
     "heun": FlowMatchHeunDiscreteScheduler(),
     "dpm": DPMSolverMultistepScheduler(**FLOW),
     "unipc": UniPCMultistepScheduler(**FLOW),
+    "midpoint": make_solver("midpoint", FlowMatching()),
+    "sde": make_solver("sde", FlowMatching()),
 }
 
 
@@ -66,16 +67,16 @@ def test_grids_equal_the_reference():
     _, io = load_case("transport")
     for key in (key for key in io if key.startswith("tgrid_")):
         shift, points = key.removeprefix("tgrid_shift").split("_n")
-        solver, times = make_solver(SOLVERS["euler"], int(points) - 1, float(shift))
+        solver, times = lay_out(SOLVERS["euler"], int(points) - 1, float(shift))
         torch.testing.assert_close(torch.tensor([*times, 1.0]), io[key], rtol=0, atol=1e-6)
         assert solver.sigmas[-1] == 0
 
 
 def test_shift_of_one_or_zero_is_none():
-    plain = make_solver(SOLVERS["euler"], 7)[1]
-    assert plain == make_solver(SOLVERS["euler"], 7, 1.0)[1] == make_solver(SOLVERS["euler"], 7, 0.0)[1]
+    plain = lay_out(SOLVERS["euler"], 7)[1]
+    assert plain == lay_out(SOLVERS["euler"], 7, 1.0)[1] == lay_out(SOLVERS["euler"], 7, 0.0)[1]
     own = FlowMatchEulerDiscreteScheduler(shift=4.0)  # the scheduler's own shift holds unless one is given
-    assert make_solver(own, 7)[1] == make_solver(SOLVERS["euler"], 7, 0.25)[1]
+    assert lay_out(own, 7)[1] == lay_out(SOLVERS["euler"], 7, 0.25)[1]
     assert own.config.shift == 4.0 and len(own.timesteps) == 1000  # and it is left as it was
 
 
@@ -96,15 +97,74 @@ MEAN, STD = 1.5, 0.4
 
 def gaussian(x, t, conditioning, mask=None):
     """The exact velocity for data ~ N(MEAN, STD²), whose flow takes noise z to MEAN + STD·z."""
-    t = t.view(-1, 1, 1, 1).to(x.dtype)
-    variance = (t * STD) ** 2 + (1 - t) ** 2
-    return MEAN + (t * STD**2 - (1 - t)) / variance * (x - t * MEAN)
+    return best(FlowMatching())(x, t, conditioning)
 
 
-def error_on_gaussian_data(name, steps):
+def telling(objective, data_of):
+    """A denoiser that says what data it expects, data_of(x, t, alpha, sigma, conditioning), as the objective has it."""
+
+    def denoiser(x, t, conditioning, mask=None):
+        alpha, sigma = (share.to(x.dtype) for share in objective.shares(t.view(-1, 1, 1, 1)))
+        data = data_of(x, t, alpha, sigma, conditioning)
+        return objective.target(data, (x - alpha * data) / sigma, t)
+
+    return denoiser
+
+
+def best(objective):
+    """The best denoiser for such data."""
+    return telling(
+        objective,
+        lambda x, t, alpha, sigma, _: MEAN + alpha * STD**2 * (x - alpha * MEAN) / ((alpha * STD) ** 2 + sigma**2),
+    )
+
+
+def error_on_gaussian_data(name, steps, objective=None):
     noise = torch.linspace(-2, 2, 16).view(1, 1, 4, 4)
-    out = sample(gaussian, SOLVERS[name], noise, torch.zeros(1, 1), num_inference_steps=steps)
-    return (out - (MEAN + STD * noise)).abs().max().item()
+    solver = SOLVERS[name] if objective is None else make_solver(name, objective)
+    objective = objective or FlowMatching()
+    out = sample(best(objective), solver, noise, torch.zeros(1, 1), None, steps, objective=objective)
+    alpha, sigma = objective.shares(torch.zeros(1))  # a schedule begins with a little data
+    expected = MEAN + STD * (noise - alpha * MEAN) / ((alpha * STD) ** 2 + sigma**2).sqrt()
+    return (out - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("name", ["flow_matching", "epsilon", "v", "x0", "gvp"])
+def test_every_solver_that_fits_goes_where_the_flow_goes(name):
+    objective = FlowMatching(path="gvp") if name == "gvp" else make_objective(name)
+    fitting = solvers_for(objective)
+    expected = {"discrete": ["dpm++", "unipc", "ddpm", "ddim"], "gvp": ["euler", "heun", "midpoint", "sde"]}
+    assert fitting == expected.get(objective.path, ["euler", "heun", "midpoint", "sde", "dpm++", "unipc"])
+    for solver in set(fitting) - {"sde", "ddpm"}:  # which go their own ways
+        coarse, fine = (error_on_gaussian_data(solver, steps, objective) for steps in (20, 100))
+        assert fine < max(coarse / 3, 2e-3) and fine < 0.05, solver
+
+
+@pytest.mark.parametrize(("one", "other"), [("flow_matching", "sample"), ("epsilon", "v_prediction")])
+def test_the_same_expectation_told_otherwise_makes_the_same_samples(one, other):
+    noise, told, null = torch.randn(4, 4, 3, 3), torch.full((4, 1), 0.8), torch.zeros(4, 1)
+
+    def curved(x, t, alpha, sigma, conditioning):
+        return torch.tanh(alpha * x + x.roll(1, 3) * sigma + conditioning.view(-1, 1, 1, 1))
+
+    def made(name, solver, **by):
+        objective = make_objective(name)
+        by = {key: telling(objective, value) if key == "guide" else value for key, value in by.items()}
+        settings = {"num_inference_steps": 6, "guidance_scale": 2.0, "guidance_channels": "first3", **by}
+        return sample(
+            telling(objective, curved), make_solver(solver, objective), noise, told, objective=objective, **settings
+        )
+
+    for solver in solvers_for(make_objective(one)):
+        for by in (
+            {"null": null},
+            {"null": null, "guidance_interval": (0.2, 0.7)},
+            {"guide": lambda *of: curved(*of) / 2},
+        ):
+            a, b = made(one, solver, **by), made(other, solver, **by)
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=lambda m: f"{solver} {by}: {m}")  # noqa: B023
+            if "guidance_interval" not in by:  # after which all goes where it went without
+                assert (a - made(one, solver, guidance_scale=1.0)).abs().max() > 0.05
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
@@ -126,7 +186,7 @@ def test_model_calls_are_counted():
         return gaussian(x, t, conditioning)
 
     condition = torch.zeros(2, 1)
-    for name, expected in (("euler", 8), ("dpm", 8), ("unipc", 8), ("heun", 15)):
+    for name, expected in (("euler", 8), ("dpm", 8), ("unipc", 8), ("heun", 15), ("midpoint", 16), ("sde", 8)):
         calls.clear()
         sample(counted, SOLVERS[name], torch.randn(2, 1, 4, 4), condition, num_inference_steps=8)
         assert calls == [2] * expected, name
@@ -163,13 +223,13 @@ def test_every_grid_point_at_the_start_is_guided():
 def test_guidance_formula():
     x, condition, null = torch.randn(2, 4, 3, 3), torch.randn(2, 4), torch.randn(2, 4)
     c, u = constant(x, None, condition), constant(x, None, null)
-    torch.testing.assert_close(guided_velocity(constant, x, 0.5, condition, null, 3.0), u + 3 * (c - u))
-    first3 = guided_velocity(constant, x, 0.5, condition, null, 3.0, guidance_channels="first3")
+    torch.testing.assert_close(guided_prediction(constant, x, 0.5, condition, null, 3.0), u + 3 * (c - u))
+    first3 = guided_prediction(constant, x, 0.5, condition, null, 3.0, guidance_channels="first3")
     torch.testing.assert_close(first3[:, :3], (u + 3 * (c - u))[:, :3])
     assert torch.equal(first3[:, 3:], c[:, 3:])
-    assert torch.equal(guided_velocity(constant, x, 0.5, condition, null, 1.0), c)
-    assert torch.equal(guided_velocity(constant, x, 0.1, condition, null, 3.0, (0.125, 1.0)), c)
-    assert torch.equal(guided_velocity(constant, x, 0.9, condition, null, 3.0, (0.0, 0.8)), c)
+    assert torch.equal(guided_prediction(constant, x, 0.5, condition, null, 1.0), c)
+    assert torch.equal(guided_prediction(constant, x, 0.1, condition, null, 3.0, (0.125, 1.0)), c)
+    assert torch.equal(guided_prediction(constant, x, 0.9, condition, null, 3.0, (0.0, 0.8)), c)
 
 
 def test_guidance_of_one_is_the_conditional_sample():
@@ -189,7 +249,7 @@ def test_what_a_solver_computes_stays_float32_inside_of_autocast():
 
 def test_the_grid_is_the_solvers():
     for steps, shift, last in ((1, 1.0, 0.0), (7, 0.3, 0.0), (5, 1 / 6.93, 0.001), (4, 0.0, 0.2)):
-        solver, times = make_solver(SOLVERS["euler"], steps, shift, last)
+        solver, times = lay_out(SOLVERS["euler"], steps, shift, last)
         grid = time_grid(steps, shift, last)
         torch.testing.assert_close(grid, 1 - solver.sigmas, rtol=0, atol=1e-6)
         torch.testing.assert_close(grid[:-1], torch.tensor(times), rtol=0, atol=1e-6)
@@ -206,80 +266,64 @@ def test_the_last_noise_is_left_in(steps):
 def test_the_midpoint_method_converges_at_second_order():
     noise, errors, calls = torch.linspace(-2, 2, 16).view(1, 1, 4, 4), [], []
 
-    def decay(x, t):
-        calls.append(t)
+    def decay(x, t, conditioning):
+        calls.append(t.item())
         return -x
 
     for steps in (8, 16):
-        out = sample_midpoint(decay, noise, time_grid(steps))
+        out = sample(decay, SOLVERS["midpoint"], noise, torch.zeros(1, 1), None, steps)
         errors.append((out - noise * torch.tensor(-1.0).exp()).abs().max().item())
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.15)
     assert calls[:3] == pytest.approx([0, 1 / 16, 1 / 8]) and len(calls) == 2 * (8 + 16)
 
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
-@pytest.mark.parametrize("diffusion", DIFFUSIONS)
-def test_stochastic_samples_have_the_data_distribution(diffusion, method):
-    generator = torch.Generator().manual_seed(0)
-    noise, seen = torch.randn(1, 1, 100, 100, generator=generator), []
-    out = sample_stochastic(
-        lambda x, t: gaussian(x, torch.tensor([t]), None),
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+def test_stochastic_samples_have_the_data_distribution(path):
+    generator, seen = torch.Generator().manual_seed(0), []
+    noise, objective = torch.randn(100, 1, 10, 10, generator=generator), FlowMatching(path=path)
+    out = sample(
+        best(objective),
+        make_solver("sde", objective),
         noise,
-        time_grid(100, last_noise=0.02),
-        (torch.randn(noise.shape, generator=generator) for _ in range(100)),
-        diffusion=diffusion,
-        diffusion_norm=0.7,
-        method=method,
-        last_step="euler",  # "mean" takes the score's share without the noise that belongs to it
+        torch.zeros(100, 1),
+        num_inference_steps=100,
         callback=lambda i, t, x: seen.append((i, t)),
     )
     assert out.mean().item() == pytest.approx(MEAN, abs=0.03)
     assert out.std().item() == pytest.approx(STD, rel=0.06)
     assert abs(torch.corrcoef(torch.stack([out.flatten(), noise.flatten()]))[0, 1]) < 0.9  # the start is forgotten
-    assert [i for i, _ in seen] == list(range(101)) and seen[-1][1] == pytest.approx(0.98)
+    assert [i for i, _ in seen] == list(range(100)) and seen[-1][1] == pytest.approx(0.96)
 
 
-def test_without_diffusion_the_way_is_eulers():
-    noise, grid = torch.randn(1, 1, 4, 4), time_grid(5, 0.3, 0.1)
-    increments = torch.randn(5, 1, 1, 4, 4)
-
-    def velocity(x, t):
-        return gaussian(x, torch.tensor([t]), None)
-
-    for last, expected_end in (("none", 0.0), ("euler", 1 - grid[-1].item())):
-        out = sample_stochastic(velocity, noise, grid, increments, diffusion_norm=0.0, last_step=last)
-        x = noise
-        for t, later in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
-            x = x + (later - t) * velocity(x, t)
-        torch.testing.assert_close(out, x + expected_end * velocity(x, grid[-1].item()), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("path", ["linear", "gvp"])
-def test_tweedies_last_step_is_the_expected_data(path):
-    data, noise = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
-    objective, t = FlowMatching(path=path), torch.tensor([0.7])
-    velocity = objective.target(data, noise, t)  # of the only data there are: they are the expected ones
-    x = objective.add_noise(data, noise, t)
-    out = sample_stochastic(lambda x, t: velocity, x, t, [], last_step="tweedie", path=path)
-    torch.testing.assert_close(out, data, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("name", ["sde", "ddpm"])
+def test_the_noise_on_the_way_is_the_samples_own(name):
+    objective = make_objective("flow_matching" if name == "sde" else "epsilon")
+    noise, condition = torch.randn(3, 1, 4, 4), torch.zeros(3, 1)
+    made = sample(best(objective), make_solver(name, objective), noise, condition, None, 8)
+    alone = sample(best(objective), make_solver(name, objective), noise[1:2], condition[:1], None, 8)
+    torch.testing.assert_close(alone, made[1:2])
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2, 1)]
+    same_start = noise[:1].expand(3, -1, -1, -1)
+    made = sample(best(objective), make_solver(name, objective), same_start, condition, None, 8, generators=generators)
+    assert torch.equal(made[0], made[2]) and not torch.allclose(made[0], made[1], atol=1e-3)
 
 
 def test_autoguidance_leads_away_from_the_weaker_model():
     x, condition, of_guide = torch.randn(2, 4, 3, 3), torch.randn(2, 4), torch.randn(2, 4)
     strong, weak = constant(x, None, condition), constant(x, None, of_guide)
     by = {"guide": constant, "guide_conditioning": of_guide}
-    guided = guided_velocity(constant, x, 0.5, condition, None, 1.42, **by)
+    guided = guided_prediction(constant, x, 0.5, condition, None, 1.42, **by)
     torch.testing.assert_close(guided, weak + 1.42 * (strong - weak))
-    assert torch.equal(guided_velocity(constant, x, 0.5, condition, None, 1.0, **by), strong)
-    assert torch.equal(guided_velocity(constant, x, 0.5, condition, None, 2.0, (0.6, 1.0), **by), strong)
-    assert torch.equal(guided_velocity(constant, x, 0.5, condition, None, 2.0, (0.0, 0.4), **by), strong)
-    first3 = guided_velocity(constant, x, 0.5, condition, None, 2.0, guidance_channels="first3", **by)
+    assert torch.equal(guided_prediction(constant, x, 0.5, condition, None, 1.0, **by), strong)
+    assert torch.equal(guided_prediction(constant, x, 0.5, condition, None, 2.0, (0.6, 1.0), **by), strong)
+    assert torch.equal(guided_prediction(constant, x, 0.5, condition, None, 2.0, (0.0, 0.4), **by), strong)
+    first3 = guided_prediction(constant, x, 0.5, condition, None, 2.0, guidance_channels="first3", **by)
     torch.testing.assert_close(first3[:, :3], (weak + 2 * (strong - weak))[:, :3])
     assert torch.equal(first3[:, 3:], strong[:, 3:])
-    half = guided_velocity(constant, x, 0.5, condition, None, 2.0, guide=lambda x, t, c: 0.5 * constant(x, t, c))
+    half = guided_prediction(constant, x, 0.5, condition, None, 2.0, guide=lambda x, t, c: 0.5 * constant(x, t, c))
     torch.testing.assert_close(half, 1.5 * strong)  # by default the guide has the same conditions
     with pytest.raises(UserError, match="not both"):
-        guided_velocity(constant, x, 0.5, condition, condition, 2.0, **by)
+        guided_prediction(constant, x, 0.5, condition, condition, 2.0, **by)
 
 
 def test_the_guide_is_asked_inside_the_interval_only():
@@ -296,19 +340,6 @@ def test_the_guide_is_asked_inside_the_interval_only():
     torch.testing.assert_close(out, noise + 1.5 * condition[:, :, None, None])
 
 
-def test_wrong_requests_of_the_stochastic_sampler_are_named():
-    noise, grid = torch.randn(1, 1, 4, 4), time_grid(3, last_noise=0.1)
-    for settings, said in (
-        ({"diffusion": "SBDM"}, "diffusion='SBDM' is unknown; it is sigma, linear"),
-        ({"method": "midpoint"}, "method='midpoint'"),
-        ({"last_step": "Mean"}, "last_step='Mean' is unknown; it is mean"),
-    ):
-        with pytest.raises(UserError, match=said):
-            sample_stochastic(lambda x, t: x, noise, grid, [noise] * 3, **settings)
-    with pytest.raises(UserError, match="2 increments for 3 updates"):
-        sample_stochastic(lambda x, t: x, noise, grid, [noise] * 2)
-
-
 def test_wrong_requests_are_named():
     noise, condition = torch.randn(1, 2, 3, 3), torch.randn(1, 2)
     with pytest.raises(UserError, match="null"):
@@ -316,12 +347,12 @@ def test_wrong_requests_are_named():
     with pytest.raises(UserError, match="'all' or 'first3'"):
         sample(constant, SOLVERS["euler"], noise, condition, guidance_channels="three")
     with pytest.raises(UserError, match="does not solve flow matching"):
-        sample(constant, DPMSolverMultistepScheduler(), noise, condition)
+        sample(constant, DPMSolverMultistepScheduler(), noise, condition, objective=FlowMatching())
     with pytest.raises(UserError, match="at least one step"):
         sample(constant, SOLVERS["euler"], noise, condition, num_inference_steps=0)
     with pytest.raises(UserError, match="timestep_shift=-1"):
         sample(constant, SOLVERS["euler"], noise, condition, timestep_shift=-1)
-    with pytest.raises(UserError, match=r"last_noise=0\.001 is for FlowMatchEuler"):
+    with pytest.raises(UserError, match=r"last_noise=0\.001 is for euler, midpoint and sde"):
         sample(constant, SOLVERS["heun"], noise, condition, last_noise=0.001)
     with pytest.raises(UserError, match="last_noise=1: it is a share"):
         sample(constant, SOLVERS["euler"], noise, condition, last_noise=1)

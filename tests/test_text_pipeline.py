@@ -9,15 +9,16 @@ from tiny import same, trained_looking
 from vavae_tools.autoencoders.tiny import tiny_kl
 from vavae_tools.data.images import to_pixels
 from vavae_tools.diffusion.clip import TextEncoder, tiny_text_encoder
-from vavae_tools.diffusion.objectives import NoisePrediction, make_objective, time_of
-from vavae_tools.diffusion.solvers import SCHEDULERS, SOLVERS, guided_prediction, make_scheduler, sample_text, swapped
+from vavae_tools.diffusion.objectives import FlowMatching, NoisePrediction, make_objective, time_of
+from vavae_tools.diffusion.solvers import guided_prediction, make_solver, sample, solvers_for, swapped
 from vavae_tools.diffusion.text_conditioning import TextCondition, TextConditioner
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.pipelines.text import TextToImagePipeline, load_text_pipeline
 from vavae_tools.runtime.errors import UserError
 
 SENTENCES = ["a red circle", "one small blue square", "green"]
-OBJECTIVES = ("epsilon", "v_prediction", "flow_matching")
+OBJECTIVES = ("epsilon", "v_prediction", "flow_matching", "sample")
+OF_NOISE, OF_FLOWS = solvers_for(NoisePrediction()), solvers_for(FlowMatching())
 QUICK = {"num_inference_steps": 3, "output_type": "pt", "seed": 0}
 
 
@@ -33,8 +34,9 @@ def text_parts(seed: int = 0):
 def text_pipeline(objective: str = "epsilon") -> TextToImagePipeline:
     encoder, denoiser, conditioner = text_parts()
     vae = trained_looking(tiny_kl(downsampling=2))
-    scheduler = make_scheduler(objective=make_objective(objective))
-    pipe = TextToImagePipeline(vae, encoder.model, encoder.tokenizer, denoiser, conditioner, scheduler)
+    of = make_objective(objective)
+    parts = vae, encoder.model, encoder.tokenizer, denoiser, conditioner
+    pipe = TextToImagePipeline(*parts, make_solver(None, of), of.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -59,7 +61,7 @@ def shares_at(t: torch.Tensor, objective: NoisePrediction):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", OF_NOISE)
 @pytest.mark.parametrize("steps", [1, 7, 20])
 def test_who_knows_the_data_gets_them_back(name, prediction, steps):
     objective, data = NoisePrediction(prediction), noise(seed=3)
@@ -70,7 +72,7 @@ def test_who_knows_the_data_gets_them_back(name, prediction, steps):
         return eps if prediction == "epsilon" else alpha * eps - sigma * data
 
     generators = [torch.Generator().manual_seed(i) for i in range(64)]
-    made = sample_text(all_knowing, make_scheduler(name, objective), noise(), NOTHING, None, steps, 1.0, generators)
+    made = sample(all_knowing, make_solver(name, objective), noise(), NOTHING, None, steps, generators=generators)
     torch.testing.assert_close(made, data, rtol=0, atol=2e-3)
 
 
@@ -90,12 +92,12 @@ def test_all_schedulers_make_a_gaussian_of_a_gaussian(prediction):
     expected = mean + std * (noise() - alpha * mean) / ((alpha * std) ** 2 + sigma**2).sqrt()
     for name in ("ddim", "dpm++", "unipc"):
         errors = [
-            (sample_text(best, make_scheduler(name, objective), noise(), NOTHING, None, steps) - expected).abs().max()
+            (sample(best, make_solver(name, objective), noise(), NOTHING, None, steps) - expected).abs().max()
             for steps in (50, 100, 200)
         ]
         assert errors[0] < 0.15 and errors[1] < 0.6 * errors[0] and errors[2] < 0.6 * errors[1], name
     generators = [torch.Generator().manual_seed(i) for i in range(64)]
-    made = sample_text(best, make_scheduler("ddpm", objective), noise(), NOTHING, None, 200, 1.0, generators)
+    made = sample(best, make_solver("ddpm", objective), noise(), NOTHING, None, 200, generators=generators)
     assert made.mean().item() == pytest.approx(mean, abs=0.05) and made.std().item() == pytest.approx(std, abs=0.05)
     assert (made - expected).abs().max() > 0.3  # it has noise of its own
 
@@ -108,22 +110,22 @@ def test_ddim_is_the_solver_of_first_order_that_stands_in_for_it():
 
     first_order = DPMSolverMultistepScheduler(solver_order=1, timestep_spacing="trailing", **objective.schedule)
     made = [
-        sample_text(curved, scheduler, noise(), NOTHING, None, 10)
-        for scheduler in (make_scheduler("ddim", objective), first_order)
+        sample(curved, scheduler, noise(), NOTHING, None, 10)
+        for scheduler in (make_solver("ddim", objective), first_order)
     ]
     # at the end diffusers' DDIM takes ᾱ = 1 for the data, as the other does
     torch.testing.assert_close(*made, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", set(OF_FLOWS) - {"sde"})
 def test_flows_go_where_their_velocity_leads(name):
     data = noise(seed=3)
 
     def velocity(x, t, condition):
         return (data - x) / (1 - t.view(-1, 1, 1, 1)).clamp_min(1e-6)
 
-    scheduler = make_scheduler(name, make_objective("flow_matching"))
-    torch.testing.assert_close(sample_text(velocity, scheduler, noise(), NOTHING, None, 8), data, rtol=0, atol=2e-3)
+    scheduler = make_solver(name, make_objective("flow_matching"))
+    torch.testing.assert_close(sample(velocity, scheduler, noise(), NOTHING, None, 8), data, rtol=0, atol=2e-3)
 
 
 def test_it_is_diffusers_own_loop(pipe):
@@ -146,7 +148,7 @@ def test_it_is_diffusers_own_loop(pipe):
             t = time_of(timestep.repeat(2))
             told, untold = (pipe.denoiser(x, t, c) for c in (condition, null))
             x = hand.step(untold + 3 * (told - untold), timestep, x).prev_sample
-    made = sample_text(pipe.denoiser, scheduler, start, condition, null, 5, 3.0)
+    made = sample(pipe.denoiser, scheduler, start, condition, null, 5, 3.0)
     torch.testing.assert_close(made, x, rtol=1e-4, atol=1e-4)
 
 
@@ -157,7 +159,7 @@ def test_the_denoiser_is_asked_at_the_times_of_training():
         asked.append(t)
         return torch.zeros_like(x)
 
-    sample_text(denoiser, make_scheduler("ddim"), noise(), NOTHING, None, 4)
+    sample(denoiser, make_solver("ddim", NoisePrediction()), noise(), NOTHING, None, 4)
     timesteps = NoisePrediction().timestep_of(torch.stack(asked)[:, 0])
     assert timesteps.tolist() == [999, 749, 499, 249]
 
@@ -192,8 +194,8 @@ def test_pictures_follow_prompts_and_seeds(objective):
     others = pipe([SENTENCES[1], *SENTENCES[1:]], **QUICK).images
     assert not same(others[0], made[0]) and same(others[1:], made[1:])
     assert not same(pipe(SENTENCES, **{**QUICK, "seed": 1}).images, made)
-    for name in SOLVERS if objective == "flow_matching" else SCHEDULERS:
-        pipe.swap_scheduler(name)
+    for name in solvers_for(make_objective(objective)):
+        pipe.swap_solver(name)
         assert pipe(SENTENCES, **QUICK).images.shape == (3, 3, 8, 8)
 
 
@@ -201,7 +203,7 @@ def test_pictures_follow_prompts_and_seeds(objective):
 @pytest.mark.parametrize("by", ["seed", "generator"])
 def test_batches_change_nothing(name, by):
     pipe = text_pipeline()
-    pipe.swap_scheduler(name)
+    pipe.swap_solver(name)
 
     def made(batch_size):
         noise = {"seed": 0} if by == "seed" else {"seed": None, "generator": torch.Generator().manual_seed(4)}
@@ -214,7 +216,7 @@ def test_batches_change_nothing(name, by):
 
 def test_a_picture_of_a_seed_is_the_same_alone():
     pipe = text_pipeline()
-    pipe.swap_scheduler("ddpm")
+    pipe.swap_solver("ddpm")
     made = pipe(SENTENCES, **QUICK).images
     one = torch.tensor([2])
     alone = pipe.make(pipe.encode(SENTENCES[2:]), pipe.noise(0, one), None, 3, 7.5, pipe.generators(0, one))
@@ -236,7 +238,7 @@ def test_the_empty_prompt_is_the_null(pipe):
 def test_guidance_1_asks_for_the_caption_alone(pipe):
     told = pipe(SENTENCES, guidance_scale=1.0, **QUICK).images
     assert same(pipe(SENTENCES, "blue", guidance_scale=1.0, **QUICK).images, told)
-    latents = sample_text(
+    latents = sample(
         pipe.denoiser, pipe.scheduler, pipe.noise(0, torch.arange(3)), pipe.conditioner(pipe.encode(SENTENCES)), None, 3
     )
     with torch.no_grad():
@@ -282,16 +284,16 @@ def test_what_cannot_be(pipe, options, said):
 
 
 def test_schedulers_by_name():
-    flow, noisy = make_scheduler(objective=make_objective("flow_matching", time_shift=3.0)), make_scheduler()
+    flow, noisy = make_solver(None, FlowMatching(time_shift=3.0)), make_solver(None, NoisePrediction())
     assert swapped(flow, "heun").config.shift == 3.0 and swapped(flow, "unipc").config.flow_shift == 3.0
-    by_v = make_scheduler("ddim", NoisePrediction("v_prediction", "linear"))
-    for name in SCHEDULERS:
+    by_v = make_solver("ddim", NoisePrediction("v_prediction", "linear"))
+    for name in OF_NOISE:
         config = swapped(by_v, name).config
         kept = (config.prediction_type, config.beta_schedule, config.beta_start, config.beta_end)
         assert kept == ("v_prediction", "linear", 0.0001, 0.02)
-    with pytest.raises(UserError, match="No scheduler 'ddpm' for a denoiser that predicts a velocity"):
+    with pytest.raises(UserError, match="No solver 'ddpm' for flow matching or sample; there are euler, heun"):
         swapped(flow, "ddpm")
-    with pytest.raises(UserError, match="predicts noise or v; there are ddpm, ddim, dpm"):
+    with pytest.raises(UserError, match=r"No solver 'euler' for noise or v; there are dpm\+\+, unipc, ddpm, ddim"):
         swapped(noisy, "euler")
 
 

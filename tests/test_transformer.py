@@ -15,7 +15,7 @@ from vavae_tools.diffusion.layers import (
     rotate,
     sincos_table,
 )
-from vavae_tools.diffusion.solvers import guided_velocity
+from vavae_tools.diffusion.solvers import guided_prediction
 from vavae_tools.diffusion.transformer import DiT, DiT_SIZES, dit
 from vavae_tools.published import load_reference
 from vavae_tools.published.lightningdit import split_config, split_state_dict
@@ -80,7 +80,7 @@ def test_guidance_on_three_channels_equals_the_reference(name):
     x, labels = tensors["cfg_x"][:n], tensors["cfg_y"][:n]
     for run in case["cfg_cases"]:
         start = run["cfg_interval_start"] if run["cfg_interval"] else 0.0
-        velocity = guided_velocity(
+        velocity = guided_prediction(
             model.denoiser,
             x,
             run["t"],

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vavae_tools.diffusion import SOLVERS
 from vavae_tools.runtime.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def main() -> None:
         _sample_prompts(options, ranks, device)
         return
 
-    from vavae_tools.pipelines.classes import load_guide, load_pipeline, swap_solver
+    from vavae_tools.pipelines.classes import load_guide, load_pipeline
     from vavae_tools.pipelines.portions import placed
     from vavae_tools.pipelines.writer import write_samples
 
@@ -67,7 +68,7 @@ def main() -> None:
     pipe = load_pipeline(options.checkpoint, ema=options.weights == "ema")
     placed(pipe, device)
     if options.solver:
-        swap_solver(pipe, options.solver)
+        pipe.swap_solver(options.solver)
     guide = load_guide(options.guide, pipe, ema=options.weights == "ema") if options.guide else None
     who = [item.strip() for item in options.labels.split(",")] if options.labels else sorted(pipe.people.values())
     who = pipe.labels_of(who)
@@ -124,7 +125,7 @@ def _sample_texts(options: argparse.Namespace, ranks: "Ranks", device: str) -> N
     from vavae_tools.pipelines.tokens import load_token_pipeline
     from vavae_tools.pipelines.writer import write_texts
 
-    of_pictures = ("labels", "class_list", "negative_prompt", "solver", "timestep_shift", "cfg_scale", "guide")
+    of_pictures = ("labels", "class_list", "negative_prompt", "timestep_shift", "cfg_scale", "guide")
     usual = {"cfg_interval": "0,1", "guidance_channels": "all", "format": "png"}
     given = [f"--{name}" for name in (*of_pictures, *usual) if getattr(options, name) != usual.get(name)]
     if given and ranks.rank == 0:
@@ -132,6 +133,8 @@ def _sample_texts(options: argparse.Namespace, ranks: "Ranks", device: str) -> N
     if ranks.rank:
         ranks.share("missing texts")  # once the first has found nothing wrong: one process says what is
     pipe = placed(load_token_pipeline(options.checkpoint, options.weights == "ema"), device)
+    if options.solver:
+        pipe.swap_solver(options.solver)
     pipe.set_progress_bar_config(disable=True)
     written = write_texts(
         pipe,
@@ -172,8 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--class_list", **none, help="file with a folder name per line, one for each label that the model knows, in "
         "their order; without it the trained names")  # fmt: skip
     add("--num_steps", type=int, default=50, help="steps of the solver; Euler's calls the denoiser once in each")
-    add("--solver", choices=["euler", "heun", "dpm++", "unipc", "ddpm", "ddim"], **none, help="without it "
-        "the pipeline's own: Euler's, of noise prediction DPM-Solver++")  # fmt: skip
+    add("--solver", choices=list(SOLVERS), **none, help="one that fits what was trained; without it the pipeline's "
+        "own: Euler's, of noise prediction DPM-Solver++, of texts steps with fresh noise")  # fmt: skip
     add("--timestep_shift", type=float, **none, help="LightningDiT's: below 1, steps are finer near the noise, 0 is no "
         "shift; without it training's own; RAE's shift s is 1/s here")  # fmt: skip
     add("--cfg_scale", type=float, **none, help="guidance scale: 1 is none, larger is more typical, less varied; not "

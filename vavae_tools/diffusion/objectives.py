@@ -1,8 +1,10 @@
-"""What a denoiser learns: how data are noised, what is to be predicted, and the loss."""
+"""What a denoiser learns: how data are noised, what is to be predicted, and the loss; chosen by `make_objective`."""
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -15,14 +17,100 @@ from vavae_tools.diffusion.layers import Kept
 from vavae_tools.runtime.errors import UserError
 
 PATHS = ("linear", "gvp")
+Denoiser = Callable[..., Tensor]
 
 
-class FlowMatching:
+class Objective:
+    """What all objectives share. They draw nothing themselves: `noise` (standard normal) and `t` are arguments.
+
+    `config` keeps the arguments: Objective(**config) is equal, and so is `objective_of(config)`.
+    """
+
+    prediction: str
+    """What the denoiser predicts, by diffusers' names: "flow_prediction", "sample", "epsilon" or "v_prediction"."""
+    path: str
+    """How data and noise are mixed: one of `PATHS`, or "discrete", a schedule of timesteps."""
+    time_draws: str
+    """Which numbers, one per sample, `sample_time` takes: the method's name in `runtime.draws.Draws`."""
+    normalised = "channels"
+    cosine_weight = 0.0
+    cosine_eps = 1e-2
+
+    def loss(
+        self,
+        prediction: Tensor,
+        data: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        mask: Tensor | None = None,
+        pixels: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over the batch, in float32, and its parts; the weights do not depend on t.
+
+        Args:
+            prediction, data, noise: (B, C, h, w).
+            mask: (B, h, w), 1 where it counts; all do by default.
+            pixels: what the sum is divided by in place of this batch's own Σ mask, where others share the step.
+        """
+        prediction, target = prediction.float(), self.target(data.float(), noise.float(), t)
+        mse = self._mean((prediction - target).square(), mask, pixels)
+        if self.cosine_weight == 0:
+            return mse, {"mse": mse.detach()}
+        alike = F.cosine_similarity(prediction, target, dim=1, eps=self.cosine_eps)[:, None]  # (B, 1, h, w)
+        cosine = 1 - self._mean(alike, mask, pixels)
+        return mse + self.cosine_weight * cosine, {"mse": mse.detach(), "cosine": cosine.detach()}
+
+    def _mean(self, values: Tensor, mask: Tensor | None, pixels: Tensor | None) -> Tensor:
+        """Of values (B, C, h, w) over a mask (B, h, w): Σ values·mask / (Σ mask · C + 1e-8), or without C."""
+        channels = values.shape[1]
+        if mask is None:
+            return values.mean() * (1 if self.normalised == "channels" else channels)
+        pixels = mask.sum() if pixels is None else pixels
+        numbers = pixels * channels if self.normalised == "channels" else pixels
+        return (values * mask[:, None]).sum() / (numbers + 1e-8)
+
+    def squared_error(self, prediction: Tensor, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The mean squared error of each sample, float32 (B,)."""
+        return (prediction.float() - self.target(data.float(), noise.float(), t)).square().flatten(1).mean(1)
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        data: Tensor,
+        conditioning: Any,
+        noise: Tensor,
+        t: Tensor,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        kept: Kept | None = None,
+        pixels: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One training step's loss and its parts: noise the data, let the denoiser predict, compare.
+
+        Args:
+            mask: pixels that count, (B, h, w); patches without any of them, or of `known`, are left out of attention,
+                and the denoiser sees in one more channel what is known. None: all count, and there is no such channel.
+            known: pixels that are given clean, (B, h, w), and do not count.
+            kept: the patches that are computed, where they were found before (`layers.kept_patches`).
+            pixels: see `loss`.
+        """
+        x = self.add_noise(data, noise, t)
+        if mask is None:
+            return self.loss(denoiser(x, t, conditioning), data, noise, t)
+        known = torch.zeros_like(mask) if known is None else known
+        prediction = denoiser(with_known(x, data, known), t, conditioning, mask + known if kept is None else kept)
+        return self.loss(prediction[:, : data.shape[1]], data, noise, t, mask * (1 - known), pixels)
+
+    def for_solver(self, denoiser: Denoiser) -> Denoiser:
+        """The denoiser, saying what this objective's solvers take."""
+        return denoiser
+
+
+class FlowMatching(Objective):
     """Paths x_t = α·data + σ·noise; the velocity dx/dt is predicted (Lipman et al. 2023). Straight ones have α = t.
 
     As LightningDiT (Yao & Wang 2025): times log-normal, i.e. sigmoid of a normal number, and a loss on the velocity's
-    direction beside the squared error. It draws nothing itself: `noise` (standard normal) and `t` are arguments, and
-    `time_draws` says what `sample_time` is to be given. `config` keeps the arguments: FlowMatching(**config) is equal.
+    direction beside the squared error.
 
     RAE's objective (Zheng et al. 2025) is `FlowMatching(cosine_weight=0, largest_noise=0.999,
     time_shift=time_shift_of(latent_shape))`; its "logit-normal_μ_σ" has time_mean −μ, as it counts the noise.
@@ -39,6 +127,8 @@ class FlowMatching:
         largest_noise: times with a larger share of noise, before the shift, are not drawn.
         path: "linear", α = t and σ = 1 − t, or "gvp" (variance-preserving), α = sin(π·t/2) and σ = cos(π·t/2).
     """
+
+    prediction = "flow_prediction"
 
     def __init__(
         self,
@@ -62,7 +152,6 @@ class FlowMatching:
         self.time, self.time_mean, self.time_std = time, time_mean, time_std
         self.time_shift, self.largest_noise, self.path = time_shift, largest_noise, path
         self.time_draws = "normal" if time == "lognorm" and largest_noise == 1 else "uniform"
-        """Which numbers, one per sample, `sample_time` takes: the method's name in `runtime.draws.Draws`."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -111,25 +200,13 @@ class FlowMatching:
         alpha_rate, sigma_rate = _path_rates(self.path, expand_time(t, data))
         return alpha_rate * data + sigma_rate * noise
 
-    def loss(self, prediction: Tensor, data: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over the batch, in float32, and its parts; the weights do not depend on t."""
-        prediction, target = prediction.float(), self.target(data.float(), noise.float(), t)  # (B, C, h, w)
-        mse = (prediction - target).square().mean()
-        if self.cosine_weight == 0:
-            return mse, {"mse": mse.detach()}
-        cosine = 1 - F.cosine_similarity(prediction, target, dim=1, eps=self.cosine_eps).mean()
-        return mse + self.cosine_weight * cosine, {"mse": mse.detach(), "cosine": cosine.detach()}
+    def shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of data (α) and noise (σ) is in x at time t."""
+        return path_shares(self.path, t)
 
-    def squared_error(self, prediction: Tensor, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The mean squared error of each sample, float32 (B,)."""
-        return (prediction.float() - self.target(data.float(), noise.float(), t)).square().flatten(1).mean(1)
-
-    def __call__(
-        self, denoiser: Callable[..., Tensor], data: Tensor, conditioning: Tensor, noise: Tensor, t: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One training step's loss and its parts: noise the data, let the denoiser predict, compare."""
-        prediction = denoiser(self.add_noise(data, noise, t), t, conditioning)
-        return self.loss(prediction, data, noise, t)
+    def clean(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The data that a prediction at x and times t (B,) means."""
+        return _unmixed(prediction, x, t, self.path)[0]
 
 
 def shift_noise(noise_share: Tensor, shift: float) -> Tensor:
@@ -167,13 +244,15 @@ def _check_path(path: str) -> None:
 
 def score_from_velocity(velocity: Tensor, x: Tensor, t: Tensor, path: str = "linear") -> Tensor:
     """∇ log p_t(x) = −noise / σ for t < 1, with the noise that x and its velocity tell: x − t·v on straight paths."""
+    return -_unmixed(velocity, x, t, path)[1] / path_shares(path, expand_time(t, x))[1]
+
+
+def _unmixed(velocity: Tensor, x: Tensor, t: Tensor, path: str) -> tuple[Tensor, Tensor]:
+    """Data and noise of x = α·data + σ·noise and its velocity α'·data + σ'·noise."""
     t = expand_time(t, x)
-    if path == "linear":
-        return (t * velocity - x) / (1 - t)
-    alpha, sigma = path_shares(path, t)
-    alpha_rate, sigma_rate = _path_rates(path, t)
-    noise = (alpha_rate * x - alpha * velocity) / (alpha_rate * sigma - alpha * sigma_rate)
-    return -noise / sigma
+    (alpha, sigma), (alpha_rate, sigma_rate) = path_shares(path, t), _path_rates(path, t)
+    determinant = alpha_rate * sigma - alpha * sigma_rate
+    return (sigma * velocity - sigma_rate * x) / determinant, (alpha_rate * x - alpha * velocity) / determinant
 
 
 def expand_time(t: Tensor, x: Tensor) -> Tensor:
@@ -187,11 +266,8 @@ def expand_time(t: Tensor, x: Tensor) -> Tensor:
 NORMALISED = ("channels", "pixels")
 
 
-class CleanPrediction:
+class CleanPrediction(FlowMatching):
     """x_t = t·data + (1 − t)·noise; the data are predicted, Σ (x̂ − x)²·mask / (Σ mask · C + 1e-8).
-
-    Noise, times and their draws are those of `FlowMatching` on straight paths. `config` keeps the arguments:
-    CleanPrediction(**config) is equal.
 
     Args:
         normalised: "channels" as above, or "pixels": without C, so C times larger.
@@ -199,6 +275,8 @@ class CleanPrediction:
         time_mean, time_std, time_shift: see `FlowMatching`. Texts are decided where noise just hides a cell's token: a
             mean of −ln of `hiding_noise` learns most there.
     """
+
+    prediction = "sample"
 
     def __init__(
         self,
@@ -210,64 +288,28 @@ class CleanPrediction:
     ) -> None:
         if normalised not in NORMALISED:
             raise UserError(f"normalised={normalised!r} is unknown; it is {' or '.join(map(repr, NORMALISED))}.")
+        super().__init__(0.0, time, time_mean, time_std, time_shift=time_shift)
         self.normalised = normalised
-        self._path = FlowMatching(0.0, time, time_mean, time_std, time_shift=time_shift)
-        self.time_draws = self._path.time_draws
-        """Which numbers, one per sample, `sample_time` takes: the method's name in `runtime.draws.Draws`."""
 
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, all plain numbers and names."""
-        times = {name: getattr(self._path, name) for name in ("time", "time_mean", "time_std", "time_shift")}
-        return {"normalised": self.normalised, **times}
+        return {name: getattr(self, name) for name in ("normalised", "time", "time_mean", "time_std", "time_shift")}
 
-    def sample_time(self, draws: Tensor) -> Tensor:
-        """Times in [0, 1] from standard normal or uniform draws (B,), as `time_draws` says."""
-        return self._path.sample_time(draws)
+    def target(self, data: Tensor, noise: Tensor, t: Tensor | None = None) -> Tensor:
+        """The data themselves."""
+        return data
 
-    def add_noise(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return self._path.add_noise(data, noise, t)
+    def clean(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return prediction
 
-    def loss(
-        self, prediction: Tensor, data: Tensor, mask: Tensor, pixels: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The masked squared error over the batch, in float32, and its parts.
+    def for_solver(self, denoiser: Denoiser) -> Denoiser:
+        """A denoiser that says the velocity, (x̂ − x) / (1 − t), as solvers of flows take it."""
 
-        Args:
-            prediction, data: (B, C, h, w).
-            mask: (B, h, w), 1 where it counts.
-            pixels: what the sum is divided by in place of this batch's own Σ mask, where others share the step.
-        """
-        squared = (prediction.float() - data.float()).square() * mask[:, None]  # (B, C, h, w)
-        pixels = mask.sum() if pixels is None else pixels
-        numbers = pixels * data.shape[1] if self.normalised == "channels" else pixels
-        mse = squared.sum() / (numbers + 1e-8)
-        return mse, {"mse": mse.detach()}
+        def velocity(x: Tensor, t: Tensor, *conditions: Any) -> Tensor:
+            return (denoiser(x, t, *conditions).float() - x) / (1 - expand_time(t, x))
 
-    def __call__(
-        self,
-        denoiser: Callable[..., Tensor],
-        data: Tensor,
-        conditioning: Tensor,
-        noise: Tensor,
-        t: Tensor,
-        mask: Tensor,
-        known: Tensor | None = None,
-        kept: Kept | None = None,
-        pixels: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One training step's loss and its parts: noise the data, let the denoiser predict, compare.
-
-        Args:
-            mask: pixels that count, (B, h, w); patches without any of them, or of `known`, are left out of attention.
-            known: pixels that are given clean, (B, h, w), and do not count.
-            kept: the patches that are computed, where they were found before (`transformer.kept_patches`).
-            pixels: see `loss`.
-        """
-        known = torch.zeros_like(mask) if known is None else known
-        x = with_known(self.add_noise(data, noise, t), data, known)
-        prediction = denoiser(x, t, conditioning, mask + known if kept is None else kept)[:, : data.shape[1]]
-        return self.loss(prediction, data, mask * (1 - known), pixels)
+        return velocity
 
 
 def hiding_noise(length: int) -> float:
@@ -286,8 +328,7 @@ def with_known(x: Tensor, data: Tensor, known: Tensor) -> Tensor:
     return torch.cat([torch.where(known > 0, data, x), known], dim=1)  # (B, C + 1, h, w)
 
 
-# ---- Learning to tell the noise (DDPM, Ho et al. 2020), or v (Salimans & Ho 2022), on diffusers' schedule; and the
-# choice between that and flow matching by name.
+# ---- Learning to tell the noise (DDPM, Ho et al. 2020), or v (Salimans & Ho 2022), on diffusers' schedule
 
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -295,12 +336,11 @@ BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
 """Schedules by diffusers' names, with their first and last noise: Stable Diffusion's, and DDPM's own."""
 
 
-class NoisePrediction:
+class NoisePrediction(Objective):
     """x = √ᾱ·data + √(1 − ᾱ)·noise on a schedule of 1000 steps; the noise (or v) is predicted, by the squared error.
 
-    It is called as `FlowMatching` is. Our times run the other way, from noise at t = 0 to data at t = 1: timestep n of
-    the schedule is t = 1 − (n + ½) / 1000, in training and in sampling alike (`time_of`, `timestep_of`). `config` keeps
-    the arguments: NoisePrediction(**config) is equal.
+    Our times run the other way, from noise at t = 0 to data at t = 1: timestep n of the schedule is
+    t = 1 − (n + ½) / 1000, in training and in sampling alike (`time_of`, `timestep_of`).
 
     Args:
         prediction: "epsilon", the noise, or "v_prediction", √ᾱ·noise − √(1 − ᾱ)·data.
@@ -309,8 +349,7 @@ class NoisePrediction:
         num_timesteps: of the schedule.
     """
 
-    time_draws = "uniform"
-    """Which numbers, one per sample, `sample_time` takes: the method's name in `runtime.draws.Draws`."""
+    path, time_draws = "discrete", "uniform"
 
     def __init__(
         self,
@@ -368,21 +407,15 @@ class NoisePrediction:
         """What is to be predicted."""
         return noise if self.prediction == "epsilon" else self.scheduler.get_velocity(data, noise, self.timestep_of(t))
 
-    def loss(self, prediction: Tensor, data: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error over the batch, in float32, and its parts."""
-        mse = F.mse_loss(prediction.float(), self.target(data.float(), noise.float(), t))
-        return mse, {"mse": mse.detach()}
+    def shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of data (√ᾱ) and noise (√(1 − ᾱ)) is in x at time t."""
+        kept = self.scheduler.alphas_cumprod.to(t.device)[self.timestep_of(t)]
+        return kept.sqrt(), (1 - kept).sqrt()
 
-    def squared_error(self, prediction: Tensor, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The mean squared error of each sample, float32 (B,)."""
-        return (prediction.float() - self.target(data.float(), noise.float(), t)).square().flatten(1).mean(1)
-
-    def __call__(
-        self, denoiser: Callable[..., Tensor], data: Tensor, conditioning: Any, noise: Tensor, t: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One training step's loss and its parts: noise the data, let the denoiser predict, compare."""
-        prediction = denoiser(self.add_noise(data, noise, t), t, conditioning)
-        return self.loss(prediction, data, noise, t)
+    def clean(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The data that a prediction at x and times t (B,) means."""
+        alpha, sigma = self.shares(expand_time(t, x))
+        return (x - sigma * prediction) / alpha if self.prediction == "epsilon" else alpha * x - sigma * prediction
 
 
 def time_of(timestep: Tensor | float, num_timesteps: int = 1000) -> Any:
@@ -396,32 +429,40 @@ def time_of(timestep: Tensor | float, num_timesteps: int = 1000) -> Any:
     return round(1 - (timestep + 0.5) / num_timesteps, 12)
 
 
-OBJECTIVES: dict[str, Callable[..., NoisePrediction | FlowMatching]] = {
-    "epsilon": lambda **numbers: NoisePrediction(prediction="epsilon", **numbers),
-    "v_prediction": lambda **numbers: NoisePrediction(prediction="v_prediction", **numbers),
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "flow_matching": FlowMatching,
+    "epsilon": partial(NoisePrediction, "epsilon"),
+    "v_prediction": partial(NoisePrediction, "v_prediction"),
+    "sample": CleanPrediction,
 }
+ALIASES = {"v": "v_prediction", "x0": "sample"}
 
 
-def make_objective(name: str, **numbers: Any) -> NoisePrediction | FlowMatching:
-    """What is learned, by name: "epsilon" (DDPM), "v_prediction" or "flow_matching".
+def make_objective(name: str, **numbers: Any) -> Objective:
+    """What is learned, by a name of `OBJECTIVES` or `ALIASES`.
 
     Args:
-        numbers: arguments of `NoisePrediction` or `FlowMatching`.
+        numbers: arguments of the objective; those that are None are left out.
 
     Raises:
         UserError: an unknown name, or an argument that it does not have.
     """
-    if name not in OBJECTIVES:
-        raise UserError(f"No objective {name!r}; there are {', '.join(OBJECTIVES)}.")
-    made = FlowMatching if name == "flow_matching" else NoisePrediction
-    known = inspect.signature(made.__init__).parameters.keys() - {"self", "prediction"}
-    unknown = sorted(numbers.keys() - known)
-    if unknown:
-        raise UserError(f"The objective {name} has no {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
-    return OBJECTIVES[name](**numbers)
+    made = OBJECTIVES.get(ALIASES.get(name, name))
+    if made is None:
+        nearest = _nearest(name, [*OBJECTIVES, *ALIASES])
+        raise UserError(f"No objective {name!r}{nearest}; there are {', '.join(OBJECTIVES)}")
+    known, numbers = inspect.signature(made).parameters, {k: v for k, v in numbers.items() if v is not None}
+    for wrong in sorted(numbers.keys() - known.keys()):
+        raise UserError(f"The objective {name} has no {wrong}{_nearest(wrong, known)}; it has {', '.join(known)}")
+    return made(**numbers)
 
 
-def objective_of(config: Mapping[str, Any]) -> NoisePrediction | FlowMatching:
+def _nearest(word: str, known: Iterable[str]) -> str:
+    nearest = get_close_matches(word, known, 1)
+    return f" (did you mean {nearest[0]}?)" if nearest else ""
+
+
+def objective_of(config: Mapping[str, Any]) -> Objective:
     """The objective whose `config` this is, such as a checkpoint's hyper_parameters["objective"]."""
-    return NoisePrediction(**config) if "prediction" in config else FlowMatching(**config)
+    made = NoisePrediction if "prediction" in config else CleanPrediction if "normalised" in config else FlowMatching
+    return made(**config)

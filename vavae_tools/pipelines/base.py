@@ -1,8 +1,9 @@
-"""What both pipelines are read from: their own folders, and checkpoints of DiT training."""
+"""What all pipelines share, and what they are read from: their own folders, and checkpoints of DiT training."""
 
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,9 @@ from torch import Tensor
 from vavae_tools.checkpoints.formats import read_any
 from vavae_tools.diffusion.factory import make_denoiser
 from vavae_tools.diffusion.lora import merged_weights
+from vavae_tools.diffusion.objectives import Objective, objective_of
+from vavae_tools.diffusion.solvers import swapped
+from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -27,6 +31,33 @@ LOADERS = {
     "TokenImagePipeline": "load_token_pipeline",
 }
 OF_TOKENS = f"{{}} is of token images, which makes texts: load it by {LOADERS['TokenImagePipeline']}"
+
+
+class DenoiserPipeline(DiffusionPipeline):
+    """A denoiser that was trained with the objective in `config.objective`, and a solver that fits it."""
+
+    @cached_property
+    def objective(self) -> Objective | None:
+        """None: what its scheduler says, in folders that do not keep it."""
+        return objective_of(self.config.objective) if self.config.objective else None
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the pictures, in pixels."""
+        height, width = self.denoiser.latent_shape[1:]
+        return height * self.vae.downsampling, width * self.vae.downsampling
+
+    def noise(self, seed: int, indices: Tensor) -> Tensor:
+        """The noise of picture number i of a seed: the same whatever else is made beside it, on any device count."""
+        return Draws(seed, 0, indices).normal("sample", *self.denoiser.latent_shape)
+
+    def swap_solver(self, name: str) -> None:
+        """Take another solver of `diffusion.SOLVERS`, with the schedule or the time shift of the present one.
+
+        Raises:
+            UserError: an unknown name, or one for another objective.
+        """
+        self.scheduler = swapped(self.scheduler, name, self.objective)
 
 
 # ---- a pipeline's own folder

@@ -1,11 +1,13 @@
 """Sampling as one object: a diffusers pipeline of autoencoder, denoiser, conditioner and solver, in one folder."""
 
 from collections.abc import Iterable
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -15,9 +17,11 @@ from vavae_tools.autoencoders.loading import load_autoencoder
 from vavae_tools.checkpoints.formats import is_checkpoint
 from vavae_tools.data.images import to_pixels
 from vavae_tools.diffusion.conditioning import ClassConditioner, check_labels
-from vavae_tools.diffusion.solvers import SOLVERS, sample, solver
+from vavae_tools.diffusion.objectives import Objective, objective_of
+from vavae_tools.diffusion.solvers import make_solver, sample
 from vavae_tools.pipelines.base import (
     OF_TOKENS,
+    DenoiserPipeline,
     as_output_type,
     autoencoder_beside,
     check_output_type,
@@ -28,32 +32,22 @@ from vavae_tools.pipelines.base import (
 )
 from vavae_tools.pipelines.portions import Portions
 from vavae_tools.pipelines.precision import all_finite, decoded, precisions_for
-from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
-
-__all__ = [
-    "SOLVERS",
-    "Guide",
-    "LatentDiTPipeline",
-    "load_guide",
-    "load_pipeline",
-    "solver",
-    "swap_solver",
-]
 
 Guide = tuple[ModelMixin, ClassConditioner]
 """A weaker denoiser of the same latents and classes with its conditioner, for autoguidance."""
 
 
-class LatentDiTPipeline(DiffusionPipeline):
+class LatentDiTPipeline(DenoiserPipeline):
     """Labels → pictures: `pipe(labels=[0, 1], num_inference_steps=50, guidance_scale=1.25).images`.
 
     Args:
         vae: a `VAVAE` or `RAE`, with the statistics of its latents, which travel with it.
         denoiser, conditioner: a `DiT` or `DDT` and its `ClassConditioner`, as trained; the averaged weights unless one
             chose otherwise.
-        scheduler: any of diffusers' flow-matching solvers.
+        scheduler: of `make_solver`, or another one of diffusers that fits the objective.
         people: folder name → label, so that pictures can be asked for by name and are written to `ID_k/`.
+        objective: the config of what was trained with; None: flow matching.
 
     `save_pretrained(folder)` and `LatentDiTPipeline.from_pretrained(folder)` keep all of it, also people.
     """
@@ -67,22 +61,21 @@ class LatentDiTPipeline(DiffusionPipeline):
         conditioner: ClassConditioner,
         scheduler: SchedulerMixin,
         people: dict[str, int] | None = None,
+        objective: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, denoiser=denoiser, conditioner=conditioner, scheduler=scheduler)
-        self.register_to_config(people=people)
+        self.register_to_config(people=people, objective=objective)
+
+    @cached_property
+    def objective(self) -> Objective:
+        return objective_of(self.config.objective or {})
 
     @property
     def people(self) -> dict[str, int]:
         """Folder name → label; `ID_k` → k − 1 where no names were kept."""
         kept = self.config.people
         return dict(kept) if kept else {f"ID_{label + 1}": label for label in range(self.conditioner.num_classes)}
-
-    @property
-    def picture_size(self) -> tuple[int, int]:
-        """Height and width of the pictures, in pixels."""
-        height, width = self.denoiser.latent_shape[1:]
-        return height * self.vae.downsampling, width * self.vae.downsampling
 
     def labels_of(self, wanted: Iterable[int | str]) -> list[int]:
         """Labels, or people's names, as labels.
@@ -177,8 +170,8 @@ class LatentDiTPipeline(DiffusionPipeline):
         """One batch: labels int64 (B,) and noise (B, C, h, w), where the models are → pictures uint8 (B, C, H, W).
 
         Args:
-            num_inference_steps, timestep_shift: calls of the denoiser and their times; see `sampling.make_solver`.
-            guidance_scale, guidance_interval, guidance_channels: see `sampling.guided_velocity`.
+            num_inference_steps, timestep_shift: calls of the denoiser and their times; see `solvers.lay_out`.
+            guidance_scale, guidance_interval, guidance_channels: see `solvers.guided_prediction`.
             guide: guides in place of the null condition (autoguidance), by the same scale; see `load_guide`.
             precision: "32", "16" or "bf16", see `precision`; None: the machine's own, or that of half weights.
         """
@@ -200,14 +193,11 @@ class LatentDiTPipeline(DiffusionPipeline):
                 timestep_shift,
                 guide=guide[0] if guide else None,
                 guide_conditioning=guide[1](labels[rows]) if guide else None,
+                objective=self.objective,
             )
 
         latents = all_finite(self, count, precision, denoise, "latents")
         return to_pixels(decoded(self, latents, precision, labels))
-
-    def noise(self, seed: int, indices: Tensor) -> Tensor:
-        """The noise of picture number i of a seed: the same whatever else is made beside it, on any device count."""
-        return Draws(seed, 0, indices).normal("sample", *self.denoiser.latent_shape)
 
 
 def _some(names: Iterable[str]) -> str:
@@ -238,8 +228,9 @@ def load_pipeline(path: str | Path, ema: bool = True, autoencoder_dir: str | Pat
         raise UserError(OF_TOKENS.format(path))
     vae = load_autoencoder(autoencoder_dir or autoencoder_beside(path))
     denoiser, conditioner = trained_models(path, state, settings, ClassConditioner, ema)
-    shift = settings.get("objective", {}).get("time_shift", 1.0)
-    return LatentDiTPipeline(vae.eval(), denoiser, conditioner, solver(shift), settings.get("people"))
+    config = settings.get("objective", {})
+    solver = make_solver(None, objective_of(config))
+    return LatentDiTPipeline(vae.eval(), denoiser, conditioner, solver, settings.get("people"), config)
 
 
 def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> Guide:
@@ -255,19 +246,22 @@ def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> G
     if path.is_dir() and not is_checkpoint(path):
         weak = _read_folder(path, ema, vae=None)
         denoiser, conditioner, people = weak.denoiser, weak.conditioner, weak.config.people
+        objective = weak.objective
     else:
         state, settings = read_training(path)
         denoiser, conditioner = trained_models(path, state, settings, ClassConditioner, ema)
-        people = settings.get("people")
+        people, objective = settings.get("people"), objective_of(settings.get("objective", {}))
     for what, found, expected in (
         ("latents of shape", denoiser.latent_shape, pipe.denoiser.latent_shape),
         ("classes:", conditioner.num_classes, pipe.conditioner.num_classes),
         ("people", people, pipe.config.people),
+        ("a denoiser of", *(f"{of.prediction} ({of.path})" for of in (objective, pipe.objective))),
     ):
         known = found is not None and expected is not None
         if known and (dict(found) != dict(expected) if what == "people" else found != expected):
             found, expected = (_some(v) if what == "people" else v for v in (found, expected))
-            raise UserError(f"The guide {path} has {what} {found}, the model {expected}: it must be of the same data")
+            must = "it must be of the same data and objective"
+            raise UserError(f"The guide {path} has {what} {found}, the model {expected}: {must}")
     return denoiser.to(pipe._execution_device), conditioner.to(pipe._execution_device)
 
 
@@ -278,9 +272,3 @@ def _read_folder(path: Path, ema: bool, **parts: None) -> LatentDiTPipeline:
     if read_index(path).get("_class_name") == "TextToImagePipeline":
         raise UserError(_OF_TEXT.format(path))
     return read_pipeline(LatentDiTPipeline, path, ema, **parts)
-
-
-def swap_solver(pipe: LatentDiTPipeline, name: str) -> None:
-    """Give the pipeline another solver of `SOLVERS`, which keeps the time shift of its own."""
-    config = pipe.scheduler.config
-    pipe.scheduler = solver(config.get("shift", config.get("flow_shift", 1.0)), name)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vavae_tools.diffusion.solvers import make_solver
+from vavae_tools.diffusion.solvers import lay_out
 from vavae_tools.pipelines.formats import PictureFiles, npz_in, pngs_in, remove_npz, remove_pngs
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import weights_digest, write_json
@@ -39,7 +39,8 @@ def settings_of(pipe: "LatentDiTPipeline", sampling: dict[str, Any]) -> dict[str
     given = inspect.signature(pipe.make).bind(None, None, **sampling)
     given.apply_defaults()
     given = {name: value for name, value in given.arguments.items() if name not in ("labels", "noise")}
-    make_solver(pipe.scheduler, given["num_inference_steps"], given["timestep_shift"])  # which checks both
+    steps = given["num_inference_steps"], given["timestep_shift"]
+    lay_out(pipe.scheduler, *steps, objective=pipe.objective)  # which checks them
     guide = given["guide"]
     if guide is None and given["guidance_scale"] != 1:
         pipe.conditioner.null(1)  # which is there, or says what to do

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -16,10 +16,11 @@ from vavae_tools.checkpoints.formats import is_checkpoint
 from vavae_tools.data.images import to_pixels
 from vavae_tools.diffusion.clip import TextEncoder, TextStates, load_text_encoder
 from vavae_tools.diffusion.objectives import objective_of
-from vavae_tools.diffusion.solvers import make_scheduler, sample_text, swapped
+from vavae_tools.diffusion.solvers import make_solver, sample
 from vavae_tools.diffusion.text_conditioning import TextConditioner
 from vavae_tools.pipelines.base import (
     OF_TOKENS,
+    DenoiserPipeline,
     as_output_type,
     autoencoder_beside,
     check_output_type,
@@ -33,14 +34,15 @@ from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 
 
-class TextToImagePipeline(DiffusionPipeline):
+class TextToImagePipeline(DenoiserPipeline):
     """Sentences → pictures: `pipe("a small red bird", guidance_scale=7.5, seed=0).images`.
 
     Args:
         vae: a `StableDiffusionVAE`, or another autoencoder with the statistics of its latents.
         text_encoder, tokenizer: transformers' own, as a `TextEncoder` holds them.
         denoiser, conditioner: a `TextDiT` and its `TextConditioner`, as trained.
-        scheduler: a scheduler of diffusers whose config says what the denoiser predicts; see `make_scheduler`.
+        scheduler: of `make_solver`, or another one of diffusers that fits the objective.
+        objective: the config of what was trained with; None: what the scheduler says.
 
     `save_pretrained(folder)` and `load_text_pipeline(folder)` keep all of it.
     """
@@ -55,6 +57,7 @@ class TextToImagePipeline(DiffusionPipeline):
         denoiser: ModelMixin,
         conditioner: TextConditioner,
         scheduler: SchedulerMixin,
+        objective: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -65,12 +68,7 @@ class TextToImagePipeline(DiffusionPipeline):
             conditioner=conditioner,
             scheduler=scheduler,
         )
-
-    @property
-    def picture_size(self) -> tuple[int, int]:
-        """Height and width of the pictures, in pixels."""
-        height, width = self.denoiser.latent_shape[1:]
-        return height * self.vae.downsampling, width * self.vae.downsampling
+        self.register_to_config(objective=objective)
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
         """The states of prompts, each different one computed once."""
@@ -170,7 +168,7 @@ class TextToImagePipeline(DiffusionPipeline):
             null, of_rows = None, range(count)[rows] if isinstance(rows, slice) else rows.tolist()
             if guidance_scale != 1:
                 null = self.conditioner.null(len(of_rows)) if negative is None else self.conditioner(negative[rows])
-            return sample_text(
+            return sample(
                 self.denoiser,
                 self.scheduler,
                 noise[rows],
@@ -178,24 +176,17 @@ class TextToImagePipeline(DiffusionPipeline):
                 null,
                 num_inference_steps,
                 guidance_scale,
-                generators and [generators[row].clone_state() for row in of_rows],  # they may be asked again
+                objective=self.objective,
+                generators=generators and [generators[row].clone_state() for row in of_rows],  # asked again, maybe
             )
 
         latents = all_finite(self, count, precision, denoise, "latents")
         return to_pixels(decoded(self, latents, precision))
 
-    def noise(self, seed: int, indices: Tensor) -> Tensor:
-        """The noise of picture number i of a seed: the same whatever else is made beside it, on any device count."""
-        return Draws(seed, 0, indices).normal("sample", *self.denoiser.latent_shape)
-
     def generators(self, seed: int, indices: Tensor) -> list[torch.Generator]:
         """Where picture number i of a seed takes the noise from that DDPM adds on the way."""
         seeds = (Draws(seed, 0, indices.cpu()).uniform("on the way", 2).double() * 2**23).long()  # (B, 2) of 23 bits
         return [torch.Generator().manual_seed(a << 23 | b) for a, b in seeds.tolist()]
-
-    def swap_scheduler(self, name: str) -> None:
-        """Take another solver for what this denoiser predicts, on the same schedule: see `make_scheduler`."""
-        self.scheduler = swapped(self.scheduler, name)
 
 
 def _for_each(prompt: str | Sequence[str], count: int) -> list[str]:
@@ -229,7 +220,7 @@ def load_text_pipeline(
         ema: of a checkpoint, take the averaged weights; False takes the live ones.
         autoencoder_dir, text_encoder_dir: those of a checkpoint; by default `autoencoder/` and `text_encoder/` beside
             the checkpoint or the folder of checkpoints.
-        scheduler: another one than the pipeline's, by its name (see `make_scheduler`).
+        scheduler: another one than the pipeline's, by its name (see `make_solver`).
 
     Raises:
         UserError: nothing there, a checkpoint of another kind, no autoencoder or text encoder beside it, or live
@@ -240,7 +231,7 @@ def load_text_pipeline(
         with silent_transformers():
             pipe = read_pipeline(TextToImagePipeline, path, ema, local_files_only=True)
         if scheduler:
-            pipe.swap_scheduler(scheduler)
+            pipe.swap_solver(scheduler)
         return pipe
     state, settings = read_training(path)
     if "token_images" in settings:
@@ -255,8 +246,9 @@ def load_text_pipeline(
             f"The text encoder's states have {encoder.dim} numbers, {path} was trained with "
             f"{conditioner.config.text_dim}: name the text encoder of its training (text_encoder_dir)"
         )
-    solver = make_scheduler(scheduler, objective_of(settings.get("objective", {})))
-    return TextToImagePipeline(vae.eval(), encoder.model, encoder.tokenizer, denoiser, conditioner, solver)
+    config = settings.get("objective", {})
+    solver = make_solver(scheduler, objective_of(config))
+    return TextToImagePipeline(vae.eval(), encoder.model, encoder.tokenizer, denoiser, conditioner, solver, config)
 
 
 def _text_encoder_beside(checkpoint: Path) -> Path:

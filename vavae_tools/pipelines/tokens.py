@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from torch import Tensor
 
 from vavae_tools.checkpoints.formats import is_checkpoint
@@ -17,9 +17,9 @@ from vavae_tools.data.tokens.text_files import Chat
 from vavae_tools.data.tokens.tokenizer import TextTokens, load_tokenizer
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.layers import Kept, kept_patches
-from vavae_tools.diffusion.objectives import with_known
-from vavae_tools.diffusion.solvers import time_grid
-from vavae_tools.pipelines.base import read_index, read_pipeline, read_training, trained_models
+from vavae_tools.diffusion.objectives import CleanPrediction, Objective, objective_of, with_known
+from vavae_tools.diffusion.solvers import make_solver, sample, time_grid
+from vavae_tools.pipelines.base import DenoiserPipeline, read_index, read_pipeline, read_training, trained_models
 from vavae_tools.pipelines.portions import Portions
 from vavae_tools.pipelines.precision import all_finite, precisions_for
 from vavae_tools.runtime.draws import Draws
@@ -49,7 +49,7 @@ class Written(NamedTuple):
     known: Tensor
 
 
-class TokenImagePipeline(DiffusionPipeline):
+class TokenImagePipeline(DenoiserPipeline):
     """Texts of their own, continued prompts, or answers: `pipe(num_samples=4)`, `pipe(["two cats "])`.
 
     Args:
@@ -58,10 +58,12 @@ class TokenImagePipeline(DiffusionPipeline):
         tokenizer: transformers' own.
         code: the arguments of `TokenCode`.
         lengths: how many of the training's pictures have 0, 1, … tokens to learn: lengths are drawn from it.
-        time_shift: above 1 most steps are made at high noise; `clean_prediction.hiding_noise` is a good one.
+        time_shift: above 1 most steps are made at high noise; `objectives.hiding_noise` is a good one.
         use_chat_template: it was trained on chats, and prompts are messages.
         answer_lengths: [tokens of the prompt, tokens of the answer, chats] of training: an answer's length is drawn
             from those of about `LIKE` chats whose prompts are nearest in length; without it from `lengths`.
+        objective: the config of what was trained with; None: the clean picture.
+        solver: one of `diffusion.SOLVERS`; None: steps with fresh noise, see eta of `__call__`.
 
     `save_pretrained(folder)` and `load_token_pipeline(folder)` keep all of it.
     """
@@ -78,6 +80,8 @@ class TokenImagePipeline(DiffusionPipeline):
         time_shift: float = 1.0,
         use_chat_template: bool = False,
         answer_lengths: list[list[int]] | None = None,
+        objective: dict[str, Any] | None = None,
+        solver: str | None = None,
     ) -> None:
         super().__init__()
         if code is None or lengths is None or len(lengths) < 2:
@@ -89,7 +93,17 @@ class TokenImagePipeline(DiffusionPipeline):
             time_shift=time_shift,
             use_chat_template=use_chat_template,
             answer_lengths=answer_lengths,
+            objective=objective,
+            solver=solver,
         )
+
+    @cached_property
+    def objective(self) -> Objective:
+        return objective_of(self.config.objective) if self.config.objective else CleanPrediction()
+
+    def swap_solver(self, name: str) -> None:
+        make_solver(name, self.objective)  # which is there, or says what is
+        self.register_to_config(solver=name)
 
     @cached_property
     def code(self) -> TokenCode:
@@ -124,9 +138,9 @@ class TokenImagePipeline(DiffusionPipeline):
             num_samples: texts in all without prompts, for each prompt with them.
             max_new_tokens: the length to write, at most up to the last cell; None: drawn from the lengths of training,
                 of texts that go on from the longer ones. Where none was longer they go on to the last cell.
-            num_inference_steps: calls of the denoiser.
+            num_inference_steps: calls of the denoiser; Heun's and the midpoint method take two for each.
             eta: share of fresh noise in each step as in DDIM (Song et al. 2021): 1 corrects earlier errors, 0 is
-                Euler's method on the flow.
+                Euler's method on the flow. Where the pipeline has a solver, that says it.
             seed: text number i of a seed is the same whatever else is made beside it.
             batch_size: made at once, halved where memory runs out; None: by the memory there is. It changes
                 memory and speed, not the texts.
@@ -251,6 +265,8 @@ class TokenImagePipeline(DiffusionPipeline):
             draws = Draws(seed, 1, numbers[rows])
             noise = (draws.normal(f"noise {step}", *clean.shape[1:]) for step in range(steps))
             given_here = mask[here], given[here], clean[here]
+            if self.config.solver:
+                return self._solve(next(noise), *given_here, steps)
             return self.denoise(next(noise), *given_here, time_grid(steps, 1 / self.config.time_shift), eta, noise)
 
         made = all_finite(self, len(starts), precision, denoise, "texts")
@@ -273,7 +289,7 @@ class TokenImagePipeline(DiffusionPipeline):
         Args:
             x: (B, C, H, W) at the first of the times.
             mask, known: pixels with a token, and those of them that `clean` (B, C, H, W) tells, (B, H, W).
-            times: (steps + 1,), from the time of x to 1; `sampling.time_grid`.
+            times: (steps + 1,), from the time of x to 1; `solvers.time_grid`.
             eta, noise: see `__call__`; fresh noise for each step but the last, needed where eta is above 0.
             callback: called after each step with its number and the prediction.
 
@@ -294,9 +310,29 @@ class TokenImagePipeline(DiffusionPipeline):
                 callback(step, predicted)
             if later < 1:
                 fresh = next(noise) if eta else 0.0
-                kept_noise = (x - t * predicted) / (1 - t)
-                x = later * predicted + (1 - later) * ((1 - eta**2) ** 0.5 * kept_noise + eta * fresh)
+                alpha, sigma = self._shares(t)
+                kept_noise = (x - alpha * predicted) / sigma
+                alpha, sigma = self._shares(later)
+                x = alpha * predicted + sigma * ((1 - eta**2) ** 0.5 * kept_noise + eta * fresh)
         return torch.where(known[:, None] > 0, clean, predicted)
+
+    def _shares(self, t: float) -> list[float]:
+        return [share.item() for share in self.objective.shares(torch.tensor(t, dtype=torch.float64))]
+
+    def _solve(self, x: Tensor, mask: Tensor, known: Tensor, clean: Tensor, steps: int) -> Tensor:
+        """As `denoise`, by the pipeline's solver."""
+        device, kept = self._execution_device, kept_patches(mask, self.code.cell_size)
+        x, known, clean, *kept = (value.to(device) for value in (x, known, clean, *kept))
+        solver = make_solver(self.config.solver, self.objective, self.config.time_shift)
+
+        def predict(x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+            return self.denoiser(with_known(x, clean, known), t, conditioning, Kept(*kept))[:, : x.shape[1]]
+
+        made = sample(predict, solver, x, self._conditioning(x), None, steps, objective=self.objective)
+        return torch.where(known[:, None] > 0, clean, made)
+
+    def _conditioning(self, x: Tensor) -> Tensor:
+        return self.conditioner(torch.zeros(len(x), dtype=torch.int64, device=x.device))
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, known: Tensor, clean: Tensor, kept: Kept) -> Tensor:
@@ -305,12 +341,12 @@ class TokenImagePipeline(DiffusionPipeline):
         Args:
             x: (B, C, H, W) at the times t (B,).
             known: pixels that `clean` (B, C, H, W) tells, (B, H, W).
-            kept: the cells that have a token, `transformer.kept_patches`.
+            kept: the cells that have a token, `layers.kept_patches`.
         """
         device = self._execution_device
         x, t, known, clean, *kept = (values.to(device) for values in (x, t, known, clean, *kept))
-        conditioning = self.conditioner(torch.zeros(len(x), dtype=torch.int64, device=device))
-        return self.denoiser(with_known(x, clean, known), t, conditioning, Kept(*kept))[:, : x.shape[1]].float()
+        said = self.denoiser(with_known(x, clean, known), t, self._conditioning(x), Kept(*kept))
+        return self.objective.clean(said[:, : x.shape[1]].float(), x, t)
 
 
 def check_sampling(
@@ -405,7 +441,8 @@ def load_token_pipeline(path: str | Path, ema: bool = True) -> TokenImagePipelin
             raise UserError(f"{path} is a checkpoint of another training than that on token images")
         tokenizer = _load_tokenizer(path, path.absolute().parents[:2])
         denoiser, conditioner = trained_models(path, state, settings, ClassConditioner, ema)
-        pipe = TokenImagePipeline(denoiser, conditioner, tokenizer, **settings["token_images"])
+        of_pipeline = {**settings["token_images"], "objective": settings.get("objective")}
+        pipe = TokenImagePipeline(denoiser, conditioner, tokenizer, **of_pipeline)
     if len(pipe.text_tokens) != pipe.code.num_tokens:
         tokens, known = len(pipe.text_tokens), pipe.code.num_tokens
         raise UserError(

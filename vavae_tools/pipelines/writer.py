@@ -541,7 +541,9 @@ def _settings_of(pipe: TokenImagePipeline, **sampling: Any) -> dict[str, Any]:
     given.apply_defaults()
     left_out = ("self", "prompts", "num_samples", "seed", "batch_size", "numbers")
     given = {name: value for name, value in given.arguments.items() if name not in left_out}
-    of_models = ("denoiser", "conditioner", "tokenizer")
+    of_models = ("denoiser", "conditioner", "tokenizer", "objective", "solver")
+    if pipe.config.solver:
+        given["solver"] = {"name": pipe.config.solver}
     of_pipeline = {k: v for k, v in pipe.config.items() if not k.startswith("_") and k not in of_models}
     words = [pipe.tokenizer.get_vocab(), pipe.tokenizer.chat_template]
     model = json.dumps([digest_of(pipe.denoiser, pipe.conditioner), of_pipeline, words], sort_keys=True)

@@ -15,7 +15,7 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
 from vavae_tools.diffusion.layers import Kept, kept_patches
 from vavae_tools.diffusion.lora import lora_settings
-from vavae_tools.diffusion.objectives import CleanPrediction, FlowMatching
+from vavae_tools.diffusion.objectives import FlowMatching, Objective
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
@@ -32,7 +32,7 @@ class DiffusionModule(L.LightningModule):
 
     Args:
         denoiser, conditioner: what is trained; their averages are `ema.network`.
-        objective: how latents are noised, what is predicted, and the loss.
+        objective: how latents are noised, what is predicted, and the loss; of `make_objective`.
         lr: AdamW's after warm-up.
         ema_decay: of the averaged weights, which validation and sampling use.
         warmup_steps: optimiser steps of linear warm-up.
@@ -51,7 +51,7 @@ class DiffusionModule(L.LightningModule):
         self,
         denoiser: DiT | DDT,
         conditioner: ClassConditioner,
-        objective: FlowMatching | None = None,
+        objective: Objective | None = None,
         lr: float = 2e-4,
         ema_decay: float = 0.9999,
         warmup_steps: int = 100,
@@ -222,7 +222,7 @@ class TextDiffusionModule(DiffusionModule):
         return {"latents": latents.float(), "index": batch["index"], **texts}
 
 
-# ---- Training a denoiser on token images: the clean picture is learnt, on the cells of tokens alone
+# ---- Training a denoiser on token images, where the cells of tokens alone count
 
 
 class TokenImageModule(DiffusionModule):
@@ -238,13 +238,11 @@ class TokenImageModule(DiffusionModule):
         settings: see `DiffusionModule`.
     """
 
-    objective: CleanPrediction
-
     def __init__(
         self,
         denoiser: DiT,
         conditioner: ClassConditioner,
-        objective: CleanPrediction,
+        objective: Objective,
         token_images: dict[str, Any],
         prompt_share: float = 0.5,
         **settings: Any,

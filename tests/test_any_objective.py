@@ -1,0 +1,295 @@
+"""Every objective with every denoiser: its training learns, and its pipeline samples with every solver that fits."""
+
+import types
+
+import pytest
+import torch
+from test_text_pipeline import SENTENCES, text_parts
+from test_token_pipeline import ALL, CODE, SIZE, TOKENIZER
+from tiny import perturb_projections, same, tiny_dit, tiny_vavae, trained_looking
+
+from vavae_tools.autoencoders.tiny import tiny_kl
+from vavae_tools.checkpoints.formats import write_any
+from vavae_tools.data.tokens.code import TokenCode
+from vavae_tools.diffusion import SOLVERS
+from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.ddt import DDT
+from vavae_tools.diffusion.layers import kept_patches
+from vavae_tools.diffusion.objectives import FlowMatching, Objective, make_objective, objective_of
+from vavae_tools.diffusion.solvers import solvers_for
+from vavae_tools.diffusion.transformer import DiT
+from vavae_tools.pipelines.classes import load_guide, load_pipeline
+from vavae_tools.pipelines.text import load_text_pipeline
+from vavae_tools.pipelines.tokens import TokenImagePipeline, load_token_pipeline
+from vavae_tools.pipelines.writer import write_texts
+from vavae_tools.runtime.draws import Draws
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import save_model
+from vavae_tools.training.denoiser_module import DiffusionModule, TextDiffusionModule, TokenImageModule
+
+NAMES = ["flow_matching", "gvp", "epsilon", "v", "x0"]
+INDEX = torch.arange(8)
+
+
+def objective(name: str) -> Objective:
+    return FlowMatching(path="gvp") if name == "gvp" else make_objective(name)
+
+
+def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def class_training(of: Objective, wide: bool = False) -> tuple[DiffusionModule, dict]:
+    torch.manual_seed(0)
+    denoiser = tiny_dit(hidden_size=32, patch_size=2)[0]
+    if wide:
+        denoiser = DDT(8, 2, 2, hidden_size=(32, 48), depth=(1, 1), num_heads=2)
+    labels = INDEX % 3
+    data = seeded(3, 2, 8, 8)[labels]  # one image of each class
+    return DiffusionModule(denoiser, ClassConditioner(3, 32), of, lr=2e-3), {"latents": data, "labels": labels}
+
+
+def text_training(of: Objective) -> tuple[TextDiffusionModule, dict]:
+    encoder, denoiser, conditioner = text_parts()
+    which = INDEX % 3
+    states = encoder.encode(SENTENCES)[which]
+    texts = {"text_tokens": states.tokens, "text_mask": states.mask, "text_pooled": states.pooled}
+    return TextDiffusionModule(denoiser, conditioner, of, lr=2e-3), {"latents": seeded(3, 4, 4, 4)[which], **texts}
+
+
+def token_training(of: Objective) -> tuple[TokenImageModule, dict]:
+    torch.manual_seed(0)
+    denoiser = DiT(SIZE, 4, 4, hidden_size=32, depth=1, num_heads=2, positions="sequence")
+    of_pipeline = {"code": CODE, "lengths": ALL, "time_shift": 2.0, "use_chat_template": False}
+    module = TokenImageModule(denoiser, ClassConditioner(1, 32, dropout=0.0), of, of_pipeline, lr=2e-3)
+    code, tokens = TokenCode(**CODE), torch.tensor([list(b"ab"), list(b"cd")] * 4)
+    clean, mask = code.draw(tokens, torch.ones(8, 2, dtype=torch.bool), SIZE), torch.zeros(8, SIZE, SIZE)
+    mask[:, :4, :8] = 1
+    return module, {"clean": clean, "mask": mask, "kept": kept_patches(mask, 4)}
+
+
+TRAININGS = {
+    "DiT": class_training,
+    "DDT": lambda of: class_training(of, wide=True),
+    "text": text_training,
+    "tokens": token_training,
+}
+
+
+def train(module: DiffusionModule, batch: dict, steps: int = 150) -> tuple[float, float]:
+    """Its mean loss of the first and of the last ten steps, with the draws and the optimiser of training."""
+    batch = {"index": INDEX, **batch}
+    module._trainer = types.SimpleNamespace(world_size=1)
+    optimizer, losses = torch.optim.AdamW(module.network.parameters(), module.hparams.lr, betas=(0.9, 0.95)), []
+    for step in range(steps):
+        loss, parts = module.model_step(module.network, batch, Draws(0, step, INDEX), 0.1)
+        assert "mse" in parts
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    module.ema.network.load_state_dict(module.network.state_dict())
+    return sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+
+
+def checkpoint(module: DiffusionModule, folder):
+    path = folder / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    state = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "epoch": 0, "global_step": 1}
+    write_any(state, path)
+    return path
+
+
+def token_pipeline(of: Objective) -> TokenImagePipeline:
+    denoiser = DiT(SIZE, 4, 4, hidden_size=16, depth=1, num_heads=2)
+    conditioner = ClassConditioner(1, 16, dropout=0.0)
+    return silent(TokenImagePipeline(denoiser, conditioner, TOKENIZER, CODE, ALL, 2.0, objective=of.config))
+
+
+def silent(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["DiT", "DDT"])
+def test_of_classes(kind, name, tmp_path):
+    of = objective(name)
+    module, batch = TRAININGS[kind](of)
+    before, after = train(module, batch)
+    assert after < 0.75 * before
+    path = checkpoint(module, tmp_path)
+    perturb_projections(tiny_vavae(latents_mean=(0.0, 0.0), latents_std=(1.0, 1.0))).save_pretrained(
+        tmp_path / "autoencoder"
+    )
+    pipe, noise = silent(load_pipeline(path)), seeded(3, 2, 8, 8, seed=5)
+    assert pipe.objective.config == of.config and type(pipe.objective) is type(of)
+    pipe.vae.decode_latents = lambda z, labels: z.repeat(1, 2, 1, 1)[:, :3] / 4
+    guided = {"guidance_scale": 1.5, "guidance_interval": (0.2, 0.9), "guidance_channels": "first3"}
+    guide = load_guide(path, pipe)
+    for solver in SOLVERS:
+        if solver not in solvers_for(of):
+            with pytest.raises(UserError, match=rf"No solver '{solver.replace('+', '.')}' for .*; there are "):
+                pipe.swap_solver(solver)
+            continue
+        pipe.swap_solver(solver)
+        made = pipe([0, 1, 2], 30, latents=noise, output_type="pt", guidance_scale=1.0).images
+        assert made.float().std() > 5, solver
+        alone = pipe([1], 30, latents=noise[1:2], output_type="pt", guidance_scale=1.0).images
+        assert (alone[0].int() - made[1].int()).abs().max() <= 1, solver
+        assert not same(pipe([0, 1, 2], 30, latents=noise, output_type="pt", **guided).images, made), solver
+        by_guide = pipe([0, 1, 2], 30, latents=noise, output_type="pt", guidance_scale=1.5, guide=guide).images
+        assert (by_guide.int() - made.int()).abs().max() <= 1, solver  # a guide that is the model itself
+    pipe.swap_solver("sde" if "sde" in solvers_for(of) else "ddpm")
+    pipe.save_pretrained(tmp_path / "pipeline")
+    again = silent(load_pipeline(tmp_path / "pipeline"))
+    assert type(again.scheduler) is type(pipe.scheduler) and again.objective.config == of.config
+    again.vae.decode_latents = pipe.vae.decode_latents
+    by = {"latents": noise, "output_type": "pt", **guided}
+    assert same(again([0, 1, 2], 5, **by).images, pipe([0, 1, 2], 5, **by).images)
+
+
+def test_a_guide_of_another_objective_is_refused(tmp_path):
+    tiny_vavae().save_pretrained(tmp_path / "autoencoder")
+    paths = []
+    for name in ("flow_matching", "x0"):
+        module, _ = class_training(objective(name))
+        paths.append(checkpoint(module, tmp_path / name))
+    pipe = load_pipeline(paths[0], autoencoder_dir=tmp_path / "autoencoder")
+    with pytest.raises(UserError, match=r"has a denoiser of sample \(linear\), the model flow_prediction \(linear\)"):
+        load_guide(paths[1], pipe)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_of_texts(name, tmp_path):
+    of = objective(name)
+    module, batch = text_training(of)
+    before, after = train(module, batch)
+    assert after < 0.75 * before
+    path = checkpoint(module, tmp_path)
+    trained_looking(tiny_kl(downsampling=2)).save_pretrained(tmp_path / "autoencoder")
+    text_parts()[0].save(tmp_path / "text_encoder")
+    pipe = silent(load_text_pipeline(path))
+    for solver in solvers_for(of):
+        pipe.swap_solver(solver)
+        by = {"num_inference_steps": 5, "seed": 0, "output_type": "pt"}
+        made = pipe(SENTENCES, "blue", guidance_scale=2.0, **by).images
+        assert not same(pipe(SENTENCES, guidance_scale=1.0, **by).images, made), solver
+        pipe.save_pretrained(tmp_path / solver)
+        assert same(
+            silent(load_text_pipeline(tmp_path / solver))(SENTENCES, "blue", guidance_scale=2.0, **by).images, made
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_of_tokens(name, tmp_path):
+    of = objective(name)
+    module, batch = token_training(of)
+    before, after = train(module, batch)
+    assert after < 0.85 * before
+    path = checkpoint(module, tmp_path)
+    save_model(TOKENIZER, tmp_path / "tokenizer")
+    pipe, made = silent(load_token_pipeline(path)), {}
+    assert type(pipe.objective) is type(of) and pipe.objective.config == of.config
+    by = {"max_new_tokens": 2, "num_inference_steps": 5}
+    for solver in (None, *solvers_for(of)):
+        if solver:
+            pipe.swap_solver(solver)
+        made[solver] = pipe(["a", "zz"], **by)
+        known = made[solver].known[:, None].expand_as(made[solver].pictures) > 0
+        clean = pipe.code.draw(torch.tensor([[97, 0], [122, 122]]), torch.tensor([[1, 0], [1, 1]]) > 0, SIZE)
+        assert same(made[solver].pictures[known], clean[known]) and made[solver].pictures.isfinite().all()
+        assert [text[:count] for text, count in zip(made[solver].texts, (1, 2), strict=True)] == ["a", "zz"]
+        alone = pipe(["zz"], numbers=[1], **by)
+        torch.testing.assert_close(alone.pictures[0], made[solver].pictures[1], rtol=1e-3, atol=1e-3)
+        pipe.save_pretrained(tmp_path / str(solver))
+        again = silent(load_token_pipeline(tmp_path / str(solver)))
+        assert same(again(["a", "zz"], **by).pictures, made[solver].pictures)
+    assert not same(made["dpm++" if of.path == "discrete" else "heun"].pictures, made[None].pictures)
+    with pytest.raises(UserError, match="No solver"):
+        pipe.swap_solver("heun" if of.path == "discrete" else "ddpm")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_who_knows_the_texts_writes_them(name):
+    """The steps with fresh noise, and every solver, for a denoiser that says what is in any objective's words."""
+    of = objective(name)
+    pipe = token_pipeline(of)
+    text = "all is well now!"
+    data = pipe.code.draw(torch.tensor([list(text.encode())]), torch.ones(1, 16, dtype=torch.bool), SIZE)
+
+    def forward(seen, t, conditioning, kept):
+        x, (alpha, sigma) = seen[:, :-1], of.shares(t.view(-1, 1, 1, 1))
+        clean = data.expand_as(x)
+        return torch.cat([of.target(clean, (x - alpha * clean) / sigma, t), seen[:, -1:]], dim=1)
+
+    pipe.denoiser.forward = forward
+    for solver in (None, *solvers_for(of)):
+        if solver:
+            pipe.swap_solver(solver)
+        assert pipe(["all"], num_samples=2, num_inference_steps=9).texts == [text] * 2, solver
+
+
+def test_a_folder_of_texts_knows_its_solver(tmp_path):
+    pipe = token_pipeline(make_objective("sample"))
+    write_texts(pipe, tmp_path, num_samples=2, num_inference_steps=2)
+    pipe.swap_solver("heun")
+    with pytest.raises(UserError, match="solver's name None there, heun here"):
+        write_texts(pipe, tmp_path, num_samples=2, num_inference_steps=2)
+    write_texts(pipe, tmp_path, num_samples=2, num_inference_steps=2, overwrite=True)
+    pipe.swap_solver("euler")
+    with pytest.raises(UserError, match="solver's name heun there, euler here"):
+        write_texts(pipe, tmp_path, num_samples=2, num_inference_steps=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_counts_what_is_unknown_in_the_mask(name):
+    """Equal to the loss of a picture that has these pixels alone, and without a mask to that of a full one."""
+    of, data, noise = objective(name), seeded(4, 3, 4, 4), seeded(4, 3, 4, 4, seed=1)
+    t, prediction = torch.tensor([0.1, 0.4, 0.6, 0.9]), seeded(4, 3, 4, 4, seed=2)
+    mask, known = torch.zeros(4, 4, 4), torch.zeros(4, 4, 4)
+    mask[:, 1:], known[:, 2:] = 1, 1
+    seen = {}
+
+    def denoiser(x, t, conditioning, kept):
+        seen.update(x=x, kept=kept)
+        return torch.cat([prediction, x[:, -1:]], dim=1)
+
+    loss, parts = of(denoiser, data, None, noise, t, mask, known)
+    row, row_parts = of.loss(*(values[:, :, 1:2] for values in (prediction, data, noise)), t)
+    torch.testing.assert_close(loss, row)
+    assert parts.keys() == row_parts.keys()
+    assert (
+        same(seen["x"][:, :3, 2:], data[:, :, 2:]) and same(seen["x"][:, 3], known) and same(seen["kept"] > 0, mask > 0)
+    )
+    assert same(seen["x"][:, :3, :2], of.add_noise(data, noise, t)[:, :, :2])
+    full = of.loss(prediction, data, noise, t, torch.ones(4, 4, 4))[0]
+    torch.testing.assert_close(full, of(lambda *_: prediction, data, None, noise, t)[0])
+    # what is told means the data: of the true noise and data these themselves
+    x = of.add_noise(data, noise, t)
+    torch.testing.assert_close(of.clean(of.target(data, noise, t), x, t), data, rtol=1e-3, atol=1e-3)
+
+
+def test_names():
+    assert {name: type(make_objective(name)).__name__ for name in ("v", "x0", "epsilon", "flow_matching")} == {
+        "v": "NoisePrediction",
+        "x0": "CleanPrediction",
+        "epsilon": "NoisePrediction",
+        "flow_matching": "FlowMatching",
+    }
+    assert make_objective("v").config == make_objective("v_prediction", betas=None, beta_end=None).config
+    for name in NAMES:
+        assert type(objective_of(objective(name).config)) is type(objective(name))
+        assert objective_of(objective(name).config).config == objective(name).config
+    assert objective_of({}).config == FlowMatching().config  # checkpoints that say nothing
+    for name, numbers, said in (
+        (
+            "flow_maching",
+            {},
+            r"No objective 'flow_maching' \(did you mean flow_matching\?\); there are flow_matching, eps",
+        ),
+        ("x0", {"cosine_weight": 1}, "The objective x0 has no cosine_weight; it has normalised, time"),
+        ("flow_matching", {"time_shft": 1}, r"has no time_shft \(did you mean time_shift\?\); it has cosine_weight"),
+    ):
+        with pytest.raises(UserError, match=said):
+            make_objective(name, **numbers)
