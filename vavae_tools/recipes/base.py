@@ -491,7 +491,7 @@ class TokenImageRecipe(Recipe):
     needs = ("data.data_dir",)
     data: TextData = field(default_factory=TextData)
     model: TokenDenoiserModel = field(default_factory=TokenDenoiserModel)
-    objective: Objective = field(default_factory=lambda: Objective(name="sample", time_std=0.7))
+    objective: Objective = field(default_factory=lambda: Objective(name="sample", time="lognorm", time_std=0.7))
     prompt_share: float = setting(
         0.5, "of the images, whose first cells are given: so it can go on with a text", least=0, most=1
     )
