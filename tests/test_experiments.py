@@ -11,6 +11,7 @@ import torch
 import yaml
 from tiny import same
 
+from vavae_tools.diffusion.objectives import make_objective, objective_of
 from vavae_tools.recipes import config as experiments
 from vavae_tools.recipes.base import RECIPES
 from vavae_tools.recipes.config import _Keys, compose, help_text, keep_config, read_command_line, run_folder
@@ -188,7 +189,7 @@ WRONG = {
     "train.lr=0": "train.lr is 0, expected more than 0",
     "train.ema_decay=1.5": "train.ema_decay is 1.5, expected a share from 0 to 1",
     "train.schedule=slow": "train.schedule is 'slow', expected one of cosine, linear, constant",
-    "model.objective=velocity": "expected one of flow_matching, epsilon, v_prediction, sample",
+    "model.objective=velocity": "expected one of flow_matching, epsilon, v_prediction, v, sample, x0",
     "experiment=dit_dino": "experiment=dit_dino needs data.data_dir=… (or --data_dir …)",
     "--learning_rat 3": "No --learning_rat",
     "--lrr 3": "No --lrr; did you mean --lr?",
@@ -399,6 +400,20 @@ def test_the_dummy_leaves_what_a_lightning_hydra_project_expects(train):
         assert values_of(run, tag), tag
     assert "20 dB" in said and f"next: python -m vavae_tools.sample --checkpoint {run / 'pipeline'}" in said
     assert (run / "reconstructions" / "before.png").is_file() and list((run / "samples").glob("*.png"))
+
+
+@pytest.mark.parametrize("name", ["epsilon", "v_prediction", "sample"])
+def test_another_objective_is_a_word_away(name, train):
+    """`model.objective=epsilon` was a traceback on the main experiment."""
+    from vavae_tools import load_pipeline
+
+    train(*SHORT, *SMALL, "train.max_steps=2", "train.previews=0", f"objective.name={name}", "output_dir=run")
+    pipe = load_pipeline("run/pipeline")
+    assert torch.isfinite(pipe([0, 1], 2, output_type="pt").images.float()).all()
+    config = torch.load("run/checkpoints/last.ckpt", weights_only=True)["hyper_parameters"]["objective"]
+    assert type(objective_of(config)) is type(make_objective(name))
+    with pytest.raises(UserError, match=f"The objective {name} has no cosine_weight"):
+        train(*SHORT, *SMALL, f"objective.name={name}", "objective.cosine_weight=0.5", "output_dir=other")
 
 
 def test_each_run_of_a_notebook_has_its_own_folder(here):

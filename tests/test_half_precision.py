@@ -8,8 +8,6 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from on_card import Trainings
 
-from vavae_tools.recipes.config import RUN_FOLDER
-
 COMPARED = ("loss", "mse", "reconstruction", "l1", "psnr", "ssim", "perceptual", "cosine")
 """Values that no adaptive weight or adversary magnifies."""
 
@@ -18,8 +16,6 @@ COMPARED = ("loss", "mse", "reconstruction", "l1", "psnr", "ssim", "perceptual",
 def trained(split_dir, vavae_dir, latents_dir, tmp_path, monkeypatch):
     """(training, precision) → the Trainer that has trained."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(RUN_FOLDER, "")  # so that it is put back as it was, whatever a run leaves there
-    monkeypatch.delenv(RUN_FOLDER)
     trainings, made, trainer = Trainings(split_dir, vavae_dir, latents_dir, monkeypatch.setattr), [], L.Trainer
 
     def scaled(**settings) -> L.Trainer:

@@ -29,7 +29,6 @@ from vavae_tools.diffusion.objectives import make_objective
 from vavae_tools.diffusion.text_conditioning import TextConditioner
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.pipelines.text import load_text_pipeline
-from vavae_tools.recipes import config as experiments
 from vavae_tools.recipes.config import compose, read_command_line
 from vavae_tools.recipes.text_to_image import _of_one_size
 from vavae_tools.runtime.errors import UserError
@@ -61,8 +60,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    monkeypatch.setenv(experiments.RUN_FOLDER, "")  # so that it is put back as it was, whatever a run leaves there
-    monkeypatch.delenv(experiments.RUN_FOLDER)
     return tmp_path
 
 

@@ -16,7 +16,6 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.objectives import CleanPrediction
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.pipelines.tokens import load_token_pipeline
-from vavae_tools.recipes import config as experiments
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.training.denoiser_module import TokenImageModule
 
@@ -31,8 +30,6 @@ def here(tmp_path, monkeypatch):
     """In a folder of its own, where subprocesses find the package and the tests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    monkeypatch.setenv(experiments.RUN_FOLDER, "")  # so that it is put back as it was, whatever a run leaves there
-    monkeypatch.delenv(experiments.RUN_FOLDER)
     return tmp_path
 
 

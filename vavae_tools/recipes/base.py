@@ -289,8 +289,8 @@ class TokenDenoiserModel:
 class Objective:
     """What the denoiser learns; null: the objective's own default."""
 
-    name: Literal["flow_matching", "epsilon", "v_prediction", "sample"] = setting(
-        "flow_matching", "the velocity; DDPM's noise ε; v; the clean image (x0)"
+    name: Literal["flow_matching", "epsilon", "v_prediction", "v", "sample", "x0"] = setting(
+        "flow_matching", "the velocity; DDPM's noise ε; v; the clean image"
     )
     cosine_weight: float | None = setting(None, "flow_matching: of the velocity's direction", least=0)
     cosine_eps: float | None = setting(None, "flow_matching: smallest length of a velocity in the cosine", above=0)

@@ -18,8 +18,9 @@ from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_late
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
 from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
-from vavae_tools.diffusion.objectives import FlowMatching, time_shift_of
-from vavae_tools.diffusion.solvers import solver
+from vavae_tools.diffusion.objectives import ALIASES, OBJECTIVES, make_objective, time_shift_of
+from vavae_tools.diffusion.objectives import Objective as Learned
+from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.paths import find_split
 from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
@@ -246,7 +247,7 @@ def build_on_latents(
         vae = model.to(next(trained.parameters()).device)
         try:
             parts = trained["denoiser"], trained["conditioner"]
-            pipe = LatentDiTPipeline(vae, *parts, solver(module.objective.time_shift), latents.folder.people)
+            pipe = LatentDiTPipeline(vae, *parts, make_solver(None, module.objective), latents.folder.people)
             pipe.set_progress_bar_config(disable=True)
             noise = pipe.noise(seed, torch.arange(len(people)))
             scale = recipe.sampling.guidance_scale
@@ -277,7 +278,7 @@ def build_on_latents(
     )
 
 
-def objective_for(wanted: Objective, default: Objective, shape: tuple[int, ...]) -> FlowMatching:
+def objective_for(wanted: Objective, default: Objective, shape: tuple[int, ...]) -> Learned:
     """Return an objective by its name and numbers, on data of a shape (C, h, w).
 
     What only the recipe's own objective has is left out for another one.
@@ -288,11 +289,9 @@ def objective_for(wanted: Objective, default: Objective, shape: tuple[int, ...])
     Raises:
         UserError: a number that this objective does not have.
     """
-    from vavae_tools.diffusion.objectives import make_objective
-
     numbers = asdict(wanted)
     name = numbers.pop("name")
-    taken = inspect.signature(type(make_objective(name)).__init__).parameters
+    taken = inspect.signature(OBJECTIVES[ALIASES.get(name, name)]).parameters
     untouched = {key for key, value in numbers.items() if value == getattr(default, key)}
     numbers = {key: value for key, value in numbers.items() if key in taken or key not in untouched}
     if numbers.get("time_shift", 1.0) is None:

@@ -20,7 +20,7 @@ from vavae_tools.data.demo.shapes import EXAMPLE_PROMPTS, vocabulary
 from vavae_tools.data.latents import LatentFolder, encode_latents, latents_digest
 from vavae_tools.data.text_states import TextFolder, TextLatentDataModule, encode_texts, needed_bytes
 from vavae_tools.diffusion.clip import TextEncoder, load_text_encoder, tiny_text_encoder
-from vavae_tools.diffusion.solvers import make_scheduler
+from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.diffusion.text_conditioning import TextConditioner
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.pipelines.portions import Portions
@@ -62,7 +62,7 @@ def train_text_to_image(
 def _build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say) -> Run:
     data, model, sampling, config, seed = recipe.data, recipe.model, recipe.sampling, recipe.train, recipe.seed
     if sampling.solver:  # one that does not fit is said before anything takes time
-        make_scheduler(sampling.solver, objective_for(recipe.objective, TextToImageRecipe().objective, (4, 32, 32)))
+        make_solver(sampling.solver, objective_for(recipe.objective, TextToImageRecipe().objective, (4, 32, 32)))
     size = tuple(data.image_size) if isinstance(data.image_size, list) else data.image_size
     pictures = caption_data(
         data.dataset_name,
@@ -82,7 +82,7 @@ def _build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None
         autoencoder = _vae_for(recipe, pictures, output_dir / "autoencoder", goes_on, say)
     shape = _latent_shape(autoencoder, pictures)
     objective = objective_for(recipe.objective, TextToImageRecipe().objective, shape)
-    scheduler = make_scheduler(sampling.solver, objective)
+    scheduler = make_solver(sampling.solver, objective)
     prompts = sampling.prompts or _first_prompts(pictures, data.dataset_name)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     states = encoder.encode([prompt for prompt in prompts for _ in range(COLUMNS)])
