@@ -40,6 +40,7 @@ from vavae_tools.training.callbacks.finite import FiniteSteps, has_scaler
 from vavae_tools.training.callbacks.progress import log_step
 from vavae_tools.training.callbacks.throughput import flops_of
 from vavae_tools.training.devices import trainer_settings
+from vavae_tools.training.lightning_inside import count_no_steps_of
 from vavae_tools.training.optim import EMA, warmed_up
 
 # ---- What trainings with a discriminator share: two optimisers in one step, of which one counts
@@ -73,7 +74,7 @@ class AdversarialModule(L.LightningModule):
         model, *others = found if isinstance(found, list) else [found]
         for other in others:
             # Lightning counts every optimiser's steps as the training's: only the model's are
-            other._on_before_step = other._on_after_step = _not_counted
+            count_no_steps_of(other)
         return model, others[0] if others else None
 
     def descend(self, optimizer: Any, loss: Tensor, batch_idx: int) -> bool:
@@ -148,10 +149,6 @@ class AdversarialModule(L.LightningModule):
 def right_rate(real: Tensor, made: Tensor) -> Tensor:
     """How often the discriminator's patches are right; 0.5 is chance."""
     return ((real > 0).float().mean() + (made < 0).float().mean()) / 2
-
-
-def _not_counted() -> None:
-    pass
 
 
 # ---- Training the decoder of a representation autoencoder (RAE) with Lightning; its encoder stays as it is

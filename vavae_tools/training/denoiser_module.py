@@ -24,6 +24,7 @@ from vavae_tools.training.callbacks.finite import SMALLER, FiniteSteps, has_scal
 from vavae_tools.training.callbacks.progress import log_step
 from vavae_tools.training.callbacks.throughput import flops_of, without_numbers
 from vavae_tools.training.devices import trainer_settings
+from vavae_tools.training.lightning_inside import is_gathering
 from vavae_tools.training.optim import EMA, warmed_up
 
 
@@ -111,7 +112,7 @@ class DiffusionModule(L.LightningModule):
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
-        if self.trainer.fit_loop._should_accumulate():
+        if is_gathering(self.trainer):
             return  # DeepSpeed gathers batches itself, and is asked at each of them
         # here, not in a callback: a checkpoint that is written after this step must hold this step's average
         self.ema.update(self.network, self.trainer.global_step + 1)  # Lightning counts this step later

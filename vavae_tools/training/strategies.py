@@ -17,6 +17,7 @@ from vavae_tools.checkpoints.resuming import as_own, open_any
 from vavae_tools.checkpoints.sharded import CHECKPOINT, OF_DEEPSPEED, Cut, cut_off, mapped, part_name
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.training.callbacks.checkpointing import former_of, make_room
+from vavae_tools.training.lightning_inside import saves_parts, unwrapped
 
 
 class WholeFolders:
@@ -102,7 +103,7 @@ class Sharded(WholeFolders, ModelParallelStrategy):
         super().__init__(processes, 1, save_distributed_checkpoint=sharded_checkpoints)
 
     def __str__(self) -> str:
-        return "fsdp" + (" with sharded checkpoints" if self._save_distributed_checkpoint else "")
+        return "fsdp" + (" with sharded checkpoints" if saves_parts(self) else "")
 
     def on_train_start(self) -> None:
         """Make the buffers for whole weights: those made in inference mode, by a preview, nothing else could use."""
@@ -123,10 +124,10 @@ class Sharded(WholeFolders, ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         # by number in the optimiser's own order, as everywhere: Lightning's counts what is frozen, too
-        return self._for_checkpoint(getattr(optimizer, "_optimizer", optimizer).state_dict())
+        return self._for_checkpoint(unwrapped(optimizer).state_dict())
 
     def _for_checkpoint(self, state: dict[str, Any]) -> dict[str, Any]:
-        if self._save_distributed_checkpoint:
+        if saves_parts(self):
             return state
 
         def gathered(way: str, value: Any) -> Any:
@@ -140,7 +141,7 @@ class Sharded(WholeFolders, ModelParallelStrategy):
         return whole if self.is_global_zero else {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        if not self._save_distributed_checkpoint:
+        if not saves_parts(self):
             if self.is_global_zero:
                 self.checkpoint_io.save_checkpoint(checkpoint, filepath)
             return

@@ -23,6 +23,7 @@ from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import Stopped, StoppedAtOnce, UserError
 from vavae_tools.runtime.files import written_whole
 from vavae_tools.training.config import Saving
+from vavae_tools.training.lightning_inside import leave_sigterm_to_us
 
 PREVIOUS = "previous.ckpt"
 """What `last.ckpt` was before: taken where `last.ckpt` turns out to be damaged."""
@@ -234,9 +235,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, module)
         self._step = trainer.global_step
         self._agreement = Agreement(self._step)
-        # Lightning from 2.6 on asks the first process before every batch, which a GPU has to be waited for, and ends
-        # without saving; and its SIGTERM calls a collective at a moment that the other processes cannot know
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        leave_sigterm_to_us(trainer)
         if threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
             self._former_handlers = {

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vavae_tools.runtime.console import clock, say, someone_looks
+from vavae_tools.training.lightning_inside import is_gathering, written_as
 
 # ---- The curves of training: values of one step, the mean over all processes, without making any of them wait for it
 
@@ -34,16 +35,11 @@ def log_step(module: L.LightningModule, parts: dict[str, Tensor], batch_size: in
 
 def is_written(trainer: L.Trainer) -> bool:
     """Whether Lightning writes the values of the batch that is being trained on; the same on all processes."""
-    if trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate():
+    if trainer.lightning_module.automatic_optimization and is_gathering(trainer):
         return False
     every = trainer.log_every_n_steps
     # not Lightning's own answer, which also looks whether training shall stop: processes may learn that one by one
     return every > 0 and (written_as(trainer) + 1) % every == 0
-
-
-def written_as(trainer: L.Trainer) -> int:
-    """The number of the step under which Lightning writes this batch's values."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 SHOWN = ("train/loss", "val/loss", "val/psnr", "val/right", "val/frechet_ratio")

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import Stopped
-from vavae_tools.training.callbacks.progress import is_written, written_as
+from vavae_tools.training.callbacks.progress import is_written
+from vavae_tools.training.lightning_inside import FETCHING_A_BATCH, written_as
 
 WARM_UP = 3
 """Optimiser steps at a run's beginning that are not measured: code is compiled, memory and optimiser states made."""
@@ -30,7 +31,6 @@ LEAST = 2
 TOO_LONG = 0.2
 """Share of the time spent waiting for data from which on there is advice."""
 
-_FETCHING = "[_TrainingEpochLoop].train_dataloader_next"
 _DENSE_HALF = {"h200 nvl": 835.5e12, "h200": 989.5e12, "h100 nvl": 835.5e12}
 """FLOP/s in half precision of cards that Lightning's table gives for sparse matrices."""
 
@@ -251,13 +251,13 @@ class _Fetches(Profiler):
         self.inner = inner
 
     def start(self, action_name: str) -> None:
-        if action_name == _FETCHING:
+        if action_name == FETCHING_A_BATCH:
             self.begin()
         self.inner.start(action_name)
 
     def stop(self, action_name: str) -> None:
         self.inner.stop(action_name)
-        if action_name == _FETCHING:
+        if action_name == FETCHING_A_BATCH:
             self.end()
 
     def setup(self, *arguments: Any, **named: Any) -> None:
