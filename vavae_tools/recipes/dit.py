@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from vavae_tools.data.datasets import class_data
 from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_latents, latents_digest
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
+from vavae_tools.diffusion.factory import RENAMED as REFERENCE_NAMES
 from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.objectives import ALIASES, OBJECTIVES, make_objective, time_shift_of
 from vavae_tools.diffusion.objectives import Objective as Learned
@@ -25,15 +26,7 @@ from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.paths import find_split
 from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
 from vavae_tools.published.lightningdit import read_latent_statistics
-from vavae_tools.recipes.base import (
-    ClassSampling,
-    DenoiserModel,
-    InitFrom,
-    LatentData,
-    LatentRecipe,
-    Objective,
-    VAVAEDiTRecipe,
-)
+from vavae_tools.recipes.base import DenoiserModel, LatentRecipe, Objective, VAVAEDiTRecipe
 from vavae_tools.recipes.presets import resolved
 from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import UserError
@@ -41,11 +34,13 @@ from vavae_tools.runtime.files import keep_once, save_model
 from vavae_tools.runtime.machine import find_device
 from vavae_tools.runtime.ranks import first_alone, is_first, of_torchrun
 from vavae_tools.training.callbacks.previews import SamplePreviews
-from vavae_tools.training.config import Saving, python_settings
+from vavae_tools.training.config import Saving, filled
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import compiles
 from vavae_tools.training.run import Run, Say, Show, train
 
+RENAMED = {**REFERENCE_NAMES, "class_dropout_prob": "condition_dropout"}
+"""Arguments of a denoiser, as references call them, that are keys here under another name."""
 COLUMNS = 8
 """Samples of each person in a preview."""
 
@@ -136,34 +131,20 @@ def train_dit(
     Returns:
         The folder of the pipeline, with the averaged weights of the last step.
     """
-    default = LatentRecipe()
-    model, further = default.model, {}
-    for name, value in (denoiser or {}).items():
-        name = {"class_dropout_prob": "condition_dropout"}.get(name, name)
-        if name in {each.name for each in fields(DenoiserModel)}:
-            model = replace(model, **{name: value})
-        else:
-            further[name] = value
-    given = {
-        "max_steps": max_steps,
-        "batch_size": batch_size,
-        "lr": lr,
-        "ema_decay": ema_decay,
-        "warmup_steps": warmup_steps,
-        "schedule": schedule,
-        "compile": compile,
-        "previews": previews,
-        "gradient_checkpointing": gradient_checkpointing,
-        **python_settings(devices, saving),
+    settings = {
+        **{"latents_dir": latents_dir, "num_workers": num_workers, "seed": seed, "guidance_scale": guidance_scale},
+        **{"batch_size": batch_size, "max_steps": max_steps, "lr": lr, "ema_decay": ema_decay, "previews": previews},
+        **{"warmup_steps": warmup_steps, "schedule": schedule, "compile": compile, "devices": devices},
+        **{"gradient_checkpointing": gradient_checkpointing, "saving": saving, "flips": flip == "half"},
     }
-    recipe = LatentRecipe(
-        seed=seed,
-        data=LatentData(latents_dir=str(latents_dir), flips=flip == "half", num_workers=num_workers),
+    recipe, lightning = filled(LatentRecipe(), settings)
+    model, further = filled(recipe.model, {RENAMED.get(name, name): value for name, value in (denoiser or {}).items()})
+    recipe = replace(
+        recipe,
         model=model,
-        objective=Objective(**{**asdict(default.objective), **(objective or {})}),
-        init=InitFrom(**(init or {})),
-        sampling=default.sampling if guidance_scale is None else ClassSampling(guidance_scale=guidance_scale),
-        train=replace(default.train, **{name: value for name, value in given.items() if value is not None}),
+        objective=replace(recipe.objective, **(objective or {})),
+        init=replace(recipe.init, **(init or {})),
+        train=replace(recipe.train, trainer=lightning),
     )
     build = partial(build_on_latents, autoencoder=str(autoencoder_dir), further=further, best="best-")
     return train(build, resolved(recipe), output_dir, resume, show, say)

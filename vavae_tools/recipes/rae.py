@@ -1,7 +1,7 @@
 """Representation autoencoders (RAE), whole: a look at their reconstructions, their decoder's training, and a DiT."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from vavae_tools.runtime.machine import find_device, release_memory
 from vavae_tools.runtime.ranks import first_alone, is_first, of_torchrun
 from vavae_tools.training.autoencoder_module import RAEDecoderModule
 from vavae_tools.training.callbacks.previews import Previews
-from vavae_tools.training.config import Saving, python_settings
+from vavae_tools.training.config import Saving, filled
 from vavae_tools.training.devices import compiles
 from vavae_tools.training.run import Run, Say, Show, train
 
@@ -93,24 +93,19 @@ def fine_tune_rae_decoder(
     Raises:
         UserError: files that are not there, or settings that cannot be.
     """
-    default = DecoderRecipe()
-    given = {
-        **{"batch_size": batch_size, "max_steps": max_steps, "lr": lr, "previews": previews},
+    settings = {
+        **{"batch_size": batch_size, "max_steps": max_steps, "lr": lr, "previews": previews, "seed": seed},
         **{"noise_tau": noise_tau, "lpips_weights": lpips_weights, "perceptual_weight": perceptual_weight},
         **{"disc_weight": disc_weight, "disc_start": disc_start, "generator_start": generator_start},
-        **python_settings(devices, saving),
-        **changes,
+        **{"devices": devices, "saving": saving, **changes},
     }
-    given = {name: value for name, value in given.items() if value is not None}
-    parts = {}
-    for part in ("loss", "train"):
-        names = {each.name for each in fields(getattr(default, part))}
-        own = {name: given.pop(name) for name in names & given.keys()}
-        parts[part] = replace(getattr(default, part), **own)
-    if parts["train"].max_steps < 1:
-        raise UserError(f"max_steps {parts['train'].max_steps}: at least one step is needed")
-    build = partial(_build_decoder, data=data, rae=rae, further=given)
-    return train(build, replace(default, seed=seed, **parts), output_dir, resume, show, say)
+    recipe, further = filled(DecoderRecipe(), settings)
+    if recipe.train.max_steps < 1:
+        raise UserError(f"max_steps {recipe.train.max_steps}: at least one step is needed")
+    lightning = {name: further.pop(name) for name in (devices or {}).keys() & further.keys()}
+    recipe = replace(recipe, train=replace(recipe.train, trainer=lightning))
+    build = partial(_build_decoder, data=data, rae=rae, further=further)
+    return train(build, recipe, output_dir, resume, show, say)
 
 
 def train_rae_decoder(
@@ -121,7 +116,7 @@ def train_rae_decoder(
         _build_decoder,
         data=recipe.data.arguments(),
         rae=asdict(recipe.rae),
-        further={"flips": recipe.data.flips},
+        further={},
     )
     folder = train(build, recipe, output_dir, resume, show, say)
     say(
@@ -157,6 +152,7 @@ def _build_decoder(
         **{name: getattr(config, name) for name in ("lr", "schedule", "warmup_steps", "ema_decay")},
         **{name: getattr(config, name) for name in ("gradient_clip", "accumulate_grad_batches")},
         gradient_checkpointing=bool(config.gradient_checkpointing),
+        flips=recipe.data.flips,
         seed=seed,
         lpips=lpips,
         **further,

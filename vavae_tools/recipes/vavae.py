@@ -1,7 +1,7 @@
 """Fine-tuning the VA-VAE, whole: from a split to a model's folder. Notebook 02 and the commands call this."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from vavae_tools.checkpoints.resuming import best_checkpoint
 from vavae_tools.data.datasets import class_data
 from vavae_tools.evaluation.reconstructions import compare_conditions
 from vavae_tools.paths import find_split
-from vavae_tools.recipes.base import FineTunedVAVAE, ImageData, VAVAELoss, VAVAERecipe
+from vavae_tools.recipes.base import VAVAERecipe
 from vavae_tools.recipes.presets import resolved
 from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import UserError
@@ -34,7 +34,7 @@ from vavae_tools.training.autoencoder_module import VAVAEModule
 from vavae_tools.training.callbacks.previews import ReconstructionPreviews
 from vavae_tools.training.callbacks.record import has_ended
 from vavae_tools.training.callbacks.watch import Advice, ReconstructionWatch
-from vavae_tools.training.config import Saving, python_settings
+from vavae_tools.training.config import Saving, filled
 from vavae_tools.training.run import Run, Say, Show, train
 
 # ---- How a VA-VAE is fine-tuned: named sets of losses, their weights, and the optimiser's numbers
@@ -155,33 +155,20 @@ def fine_tune_vavae(
     Returns:
         The folder of the best model.
     """
-    given = {**python_settings(devices, saving), "batch_size": batch_size, "max_epochs": max_epochs}
-    wanted = VAVAERecipe(
-        seed=seed,
-        data=ImageData(data_dir=str(data_dir), image_size=image_size),
-        vavae=FineTunedVAVAE(
-            original_vavae=None if original_vavae is None else str(original_vavae),
-            size=size,
-            condition_dim=condition_dim,
-            condition_file=None if condition_file is None else str(condition_file),
-        ),
-        loss=VAVAELoss(recipe=recipe, lpips_weights=lpips_weights, foundation_model=foundation_model),
-        monitor=monitor,
-        classifier_dir=None if classifier_dir is None else str(classifier_dir),
-    )
-    further = {}
-    for name, value in changes.items():
-        of = {each.name: part for part in ("vavae", "loss", "train") for each in fields(getattr(wanted, part))}
-        if name in of:
-            given |= {name: value} if of[name] == "train" else {}
-            if of[name] != "train":
-                wanted = replace(wanted, **{of[name]: replace(getattr(wanted, of[name]), **{name: value})})
-        else:
-            further[name] = value
-    settings = {name: value for name, value in given.items() if value is not None}
-    wanted = resolved(replace(wanted, train=replace(wanted.train, **settings)))
+    settings = {
+        **{"data_dir": data_dir, "image_size": image_size, "original_vavae": original_vavae, "size": size},
+        **{"condition_dim": condition_dim, "condition_file": condition_file, "recipe": recipe, "seed": seed},
+        **{"lpips_weights": lpips_weights, "foundation_model": foundation_model, "monitor": monitor},
+        **{"classifier_dir": classifier_dir, "batch_size": batch_size, "max_epochs": max_epochs},
+        **{"devices": devices, "saving": saving, **changes},
+    }
+    wanted, further = filled(VAVAERecipe(), settings)
+    lightning = {name: further.pop(name) for name in (devices or {}).keys() & further.keys()}
+    config = replace(wanted.train, trainer=lightning)
+    wanted = resolved(replace(wanted, train=config))
     if preview_every:
-        wanted = replace(wanted, train=replace(wanted.train, previews=max(1, wanted.train.max_epochs // preview_every)))
+        previews = max(1, wanted.train.max_epochs // preview_every)
+        wanted = replace(wanted, train=replace(wanted.train, previews=previews))
     return _train(wanted, Path(output_dir), resume, show, say, further)
 
 

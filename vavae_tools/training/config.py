@@ -8,7 +8,7 @@ import re
 import time
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -101,16 +101,29 @@ class TrainConfig(Saving):
         return {"max_steps": -1, "max_epochs": self.max_epochs or 1}
 
 
-def python_settings(devices: Mapping[str, Any] | None, saving: Saving | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return fields of `TrainConfig` from what Python functions take: `devices` and `saving`."""
-    known = {each.name for each in fields(TrainConfig)}
-    given = dict(devices or {})
-    given["gradient_clip"] = given.pop("gradient_clip_val", None)
-    own = {name: value for name, value in given.items() if name in known and value is not None}
-    further = {name: value for name, value in given.items() if name not in known}
-    if isinstance(saving, Saving):
-        saving = {each.name: getattr(saving, each.name) for each in fields(Saving)}
-    return {**own, **({"trainer": further} if further else {}), **(saving or {})}
+def filled(recipe: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a recipe with values by their keys' last words, as flags have them, and the values that it has no key for.
+
+    Args:
+        recipe: a dataclass of dataclasses, with a `TrainConfig` as `train`.
+        given: what is None is left out. `devices` may be a dict with the arguments of `devices.trainer_settings`,
+            `saving` a `Saving` or its numbers.
+    """
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    devices, saving = values.pop("devices", None), values.pop("saving", None)
+    values |= devices if isinstance(devices, Mapping) else {"devices": devices}
+    values |= {each.name: getattr(saving, each.name) for each in fields(Saving)} if isinstance(saving, Saving) else {}
+    values |= saving if isinstance(saving, Mapping) else {}
+    values = {name: value for name, value in values.items() if value is not None}
+    changes: dict[str, Any] = {}
+    for each in fields(recipe):
+        part = getattr(recipe, each.name)
+        if is_dataclass(part):
+            own = {name: values.pop(name) for name in values.keys() & {inner.name for inner in fields(part)}}
+            changes[each.name] = replace(part, **own)
+        elif each.name in values:
+            changes[each.name] = values.pop(each.name)
+    return replace(recipe, **changes), values
 
 
 def session_end(
