@@ -439,12 +439,3 @@ class StochasticScheduler(FlowScheduler):
         if variance_noise is None:
             variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
         return (moved + math.sqrt(2 * diffusion * (here - later)) * variance_noise,)
-
-
-# ---- as recipes call them still
-def solver(time_shift: float = 1.0, name: str = "euler") -> SchedulerMixin:
-    return make_solver(name, FlowMatching(), time_shift)
-
-
-def make_scheduler(name: str | None = None, objective: Objective | None = None) -> SchedulerMixin:
-    return make_solver(name, objective or NoisePrediction())
