@@ -38,7 +38,7 @@ from vavae_tools.autoencoders.vavae import VAVAE, vavae
 from vavae_tools.checkpoints.formats import read_any
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.layers import SwiGLU
-from vavae_tools.diffusion.solvers import solver
+from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
 from vavae_tools.evaluation.metrics import ssim
 from vavae_tools.pipelines.classes import LatentDiTPipeline
@@ -204,7 +204,7 @@ def pipeline(setup: Setup) -> LatentDiTPipeline:
     channels = setup.vavae().config.latent_channels
     model = setup.vavae(latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
     denoiser, conditioner = setup.dit("S", input_size=setup.image_size // model.downsampling, in_channels=channels)
-    pipe = LatentDiTPipeline(model.eval(), denoiser.eval(), conditioner, solver()).to(setup.device)
+    pipe = LatentDiTPipeline(model.eval(), denoiser.eval(), conditioner, make_solver()).to(setup.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

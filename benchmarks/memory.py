@@ -42,7 +42,7 @@ from vavae_tools.diffusion.clip import TextStates
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.factory import make_denoiser
 from vavae_tools.diffusion.objectives import make_objective
-from vavae_tools.diffusion.solvers import make_scheduler, solver
+from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.diffusion.text_conditioning import TextConditioner
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.evaluation.classifier import train_classifier
@@ -519,7 +519,7 @@ def encoding(card: Any, case: Case) -> str:
 def pipeline(case: Case, denoiser: nn.Module, conditioner: nn.Module, vae: VAVAE) -> LatentDiTPipeline:
     channels = vae.config.latent_channels
     vae.register_to_config(latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
-    pipe = LatentDiTPipeline(vae, denoiser, conditioner, solver(), {f"ID_{k}": k for k in range(PEOPLE)})
+    pipe = LatentDiTPipeline(vae, denoiser, conditioner, make_solver(), {f"ID_{k}": k for k in range(PEOPLE)})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -625,7 +625,7 @@ def text_to_image(card: Any, case: Case) -> str:
         }
 
     def make(network: nn.ModuleDict) -> Tensor:  # as in `text_to_image.train_text_to_image`
-        scheduler = make_scheduler("ddim", objective)  # dpm++ wants numbers
+        scheduler = make_solver("ddim", objective)  # dpm++ wants numbers
         pipe = TextToImagePipeline(vae.to("cuda"), None, None, network["denoiser"], network["conditioner"], scheduler)
         noise = torch.zeros(16, *denoiser.latent_shape, device="cuda")
         return pipe.make(TextStates(*states(16).values()).to("cuda"), noise, None, 2, 7.5)

@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from test_sampling import telling
 from test_text_pipeline import SENTENCES, text_parts
 from test_token_pipeline import ALL, CODE, SIZE, TOKENIZER
 from tiny import perturb_projections, same, tiny_dit, tiny_vavae, trained_looking
@@ -11,6 +12,7 @@ from tiny import perturb_projections, same, tiny_dit, tiny_vavae, trained_lookin
 from vavae_tools.autoencoders.tiny import tiny_kl
 from vavae_tools.checkpoints.formats import write_any
 from vavae_tools.data.tokens.code import TokenCode
+from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.diffusion import SOLVERS
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
@@ -18,6 +20,8 @@ from vavae_tools.diffusion.layers import kept_patches
 from vavae_tools.diffusion.objectives import FlowMatching, Objective, make_objective, objective_of
 from vavae_tools.diffusion.solvers import solvers_for
 from vavae_tools.diffusion.transformer import DiT
+from vavae_tools.evaluation.bits import bits_per_token
+from vavae_tools.evaluation.texts import reconstruction_curve
 from vavae_tools.pipelines.classes import load_guide, load_pipeline
 from vavae_tools.pipelines.text import load_text_pipeline
 from vavae_tools.pipelines.tokens import TokenImagePipeline, load_token_pipeline
@@ -208,6 +212,35 @@ def test_of_tokens(name, tmp_path):
     assert not same(made["dpm++" if of.path == "discrete" else "heun"].pictures, made[None].pictures)
     with pytest.raises(UserError, match="No solver"):
         pipe.swap_solver("heun" if of.path == "discrete" else "ddpm")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_at_a_ratio_data_and_noise_are_in_it(name):
+    of, ratio = objective(name), torch.tensor([0.1, 0.5, 1.0, 3.0])
+    alpha, sigma = of.shares(of.time_at(ratio))
+    torch.testing.assert_close(alpha / sigma, ratio, rtol=0.02 if of.path == "discrete" else 1e-5, atol=1e-4)
+
+
+def test_an_evaluation_of_texts_asks_at_the_objectives_own_noise():
+    """Who expects the same of the same ratio of data and noise knows as many bits, and as much comes back."""
+    data, found = sentences(4), {}
+    for name in NAMES:
+        of = objective(name)
+        pipe = token_pipeline(of)
+        said = telling(of, lambda x, t, alpha, sigma, _: torch.tanh(alpha * x / sigma**2))
+        pipe.denoiser.forward = lambda seen, t, c, kept, said=said: said(seen, t, c)
+        curve = reconstruction_curve(pipe, data, times=(0.1, 0.7), count=4, steps=4)
+        found[name] = bits_per_token(pipe, data, count=4, times=16).bits, [row.cells for row in curve]
+    bits, curve = found.pop("x0")
+    assert curve[0] < 0.5 and curve[1] > 0.9
+    for name, (of_name, curve) in found.items():
+        assert of_name == pytest.approx(bits, rel=0.02 if name in ("epsilon", "v") else 1e-3), name
+        assert curve[1] > 0.9, name
+
+
+def sentences(count: int) -> TokenImageDataset:
+    """Texts of 16 letters, one for each picture."""
+    return TokenImageDataset("sentences", img_size=SIZE, cell_size=4).part(list(range(count)))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,7 +16,7 @@ from vavae_tools.autoencoders.vavae import reconstruct, reconstruct_pictures
 from vavae_tools.data.datasets import PictureDataModule
 from vavae_tools.data.images import PictureFolder, to_unit
 from vavae_tools.data.split import split_folders
-from vavae_tools.diffusion.solvers import solver
+from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.evaluation import classifier as classifier_module
 from vavae_tools.evaluation.classifier import PersonClassifier, augment, cached_classifier, train_classifier
 from vavae_tools.evaluation.reconstructions import ReconstructionJudge, compare_conditions, evaluate_reconstructions
@@ -350,7 +350,7 @@ def test_samples_of_a_grey_model_are_evaluated(grey_split, tmp_path, monkeypatch
     monkeypatch.setattr(classifier_module, "default_steps", lambda pictures: 2)
     vae = tiny_vavae(in_channels=1, out_channels=1, latents_mean=(0.5, -1.0), latents_std=(2.0, 0.5)).eval()
     denoiser, conditioner = tiny_dit(input_size=(HEIGHT // 2, WIDTH // 2))
-    pipe = LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner.eval(), solver())
+    pipe = LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner.eval(), make_solver())
     write_samples(pipe, [0, 1, 2] * 4, tmp_path / "samples", num_inference_steps=2)
     result = evaluate_pictures(tmp_path / "samples", grey_split, tmp_path / "out", progress=False)
     assert result.notes == [] and result.image_size == (HEIGHT, WIDTH) and result.total.generated == 12

@@ -19,7 +19,7 @@ from vavae_tools.data.images import PictureFolder, channels_of, to_pixels
 from vavae_tools.data.split import split_folders
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.objectives import FlowMatching
-from vavae_tools.diffusion.solvers import sample, solver, solvers_for
+from vavae_tools.diffusion.solvers import make_solver, sample, solvers_for
 from vavae_tools.pipelines import portions
 from vavae_tools.pipelines import writer as sample_sets
 from vavae_tools.pipelines.classes import LatentDiTPipeline, load_guide, load_pipeline
@@ -218,7 +218,7 @@ def test_a_guide_of_other_data_is_refused(pipe, run_folder, tmp_path):
         ({}, 5, "has classes: 5, the model 3"),
     ):
         denoiser, _ = tiny_dit(**changes)
-        weak = LatentDiTPipeline(tiny_vavae(), denoiser, ClassConditioner(classes, 16), solver())
+        weak = LatentDiTPipeline(tiny_vavae(), denoiser, ClassConditioner(classes, 16), make_solver())
         weak.save_pretrained(tmp_path / "weak")
         with pytest.raises(UserError, match=message):
             load_guide(tmp_path / "weak", pipe)
@@ -226,7 +226,7 @@ def test_a_guide_of_other_data_is_refused(pipe, run_folder, tmp_path):
 
 def tiny_pipeline_without_names() -> LatentDiTPipeline:
     denoiser, conditioner = tiny_dit()
-    return LatentDiTPipeline(tiny_vavae(), denoiser, conditioner, solver())
+    return LatentDiTPipeline(tiny_vavae(), denoiser, conditioner, make_solver())
 
 
 # ---- whom
@@ -259,7 +259,7 @@ def test_a_label_out_of_range(pipe, label, message):
 
 def test_rows_that_nobody_was_trained_with_make_no_pictures():
     denoiser, _ = tiny_dit()
-    parts = tiny_vavae(condition_dim=0), denoiser, ClassConditioner(1000, 16), solver()
+    parts = tiny_vavae(condition_dim=0), denoiser, ClassConditioner(1000, 16), make_solver()
     named = LatentDiTPipeline(*parts, {"anna": 0, "ben": 7})
     assert named.labels_of([7, "anna"]) == [7, 0]
     with pytest.raises(UserError, match=r"Label 999 is nobody's; there are 0 \(anna\), 7 \(ben\)"):
@@ -293,7 +293,7 @@ def test_another_solver_can_take_its_place(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = load_pipeline(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    loaded.scheduler = solver(2.0)
+    loaded.scheduler = make_solver(time_shift=2.0)
     exact = pictures(loaded, num_inference_steps=400).float()
 
     def error() -> float:
@@ -418,7 +418,7 @@ def grey_pipe() -> LatentDiTPipeline:
     statistics = {"latents_mean": (0.5, -1.0), "latents_std": (2.0, 0.5)}
     vae = perturb_projections(tiny_vavae(in_channels=1, out_channels=1, **statistics)).eval()
     denoiser, conditioner = tiny_dit(input_size=(8, 12))
-    pipe = LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner.eval(), solver())
+    pipe = LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner.eval(), make_solver())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -568,11 +568,11 @@ def test_pictures_of_other_settings_never_mix(pipe, tmp_path):
     trained.set_progress_bar_config(disable=True)
     with pytest.raises(UserError, match="another model"):
         write_samples(trained, [0], tmp_path, overwrite=False, **QUICK)
-    trained.denoiser, trained.scheduler = pipe.denoiser, solver(2.0)
+    trained.denoiser, trained.scheduler = pipe.denoiser, make_solver(time_shift=2.0)
     with pytest.raises(UserError, match=r"solver's shift 1\.0 there, 2\.0 here"):
         write_samples(trained, [0], tmp_path, overwrite=False, **QUICK)
     assert contents(tmp_path) == before
-    trained.scheduler = solver()
+    trained.scheduler = make_solver()
     write_samples(trained, [0, 0, 2], tmp_path, seed=7, overwrite=False, **QUICK)  # the same model: they stand beside
     assert contents(tmp_path).items() >= {k: v for k, v in before.items() if k.endswith(".png")}.items()
 
@@ -746,7 +746,7 @@ def test_a_folder_with_an_rae_is_read_by_whoever_has_not_imported_it(tmp_path):
 
     denoiser = DDT(4, 1, 64, (16, 32), (1, 1), 2)
     rae = tiny_rae(latents_mean=[0.0] * 64, latents_std=[1.0] * 64)
-    LatentDiTPipeline(rae, denoiser, ClassConditioner(2, 16), solver()).save_pretrained(tmp_path)
+    LatentDiTPipeline(rae, denoiser, ClassConditioner(2, 16), make_solver()).save_pretrained(tmp_path)
     load = "from vavae_tools.pipelines.classes import load_pipeline"
     script = f"{load}; print(type(load_pipeline({str(tmp_path)!r}).vae))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

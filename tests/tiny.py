@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.solvers import solver
+from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.pipelines.classes import LatentDiTPipeline
 
@@ -59,7 +59,7 @@ def tiny_pipeline(seed: int = 0) -> LatentDiTPipeline:
     vae = perturb_projections(tiny_vavae(seed, latents_mean=(0.5, -1.0), latents_std=(2.0, 0.5))).eval()
     denoiser, conditioner = tiny_dit(seed)
     people = {"ID_1": 0, "ID_2": 1, "ID_3": 2}
-    pipe = LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner.eval(), solver(), people)
+    pipe = LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner.eval(), make_solver(), people)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

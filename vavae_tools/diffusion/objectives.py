@@ -204,6 +204,10 @@ class FlowMatching(Objective):
         """How much of data (α) and noise (σ) is in x at time t."""
         return path_shares(self.path, t)
 
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """The time at which x has data and noise in this ratio."""
+        return ratio / (1 + ratio) if self.path == "linear" else ratio.atan() * (2 / math.pi)
+
     def clean(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The data that a prediction at x and times t (B,) means."""
         return _unmixed(prediction, x, t, self.path)[0]
@@ -411,6 +415,12 @@ class NoisePrediction(Objective):
         """How much of data (√ᾱ) and noise (√(1 − ᾱ)) is in x at time t."""
         kept = self.scheduler.alphas_cumprod.to(t.device)[self.timestep_of(t)]
         return kept.sqrt(), (1 - kept).sqrt()
+
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """The time of the timestep at which x has data and noise most nearly in this ratio (B,)."""
+        kept = self.scheduler.alphas_cumprod.to(ratio.device)
+        nearest = (kept.sqrt() / (1 - kept).sqrt() - ratio[:, None]).abs().argmin(1)
+        return time_of(nearest, self.num_timesteps)
 
     def clean(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The data that a prediction at x and times t (B,) means."""

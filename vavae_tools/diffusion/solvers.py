@@ -58,17 +58,21 @@ def solvers_for(objective: Objective) -> list[str]:
     return [name for name, (paths, _) in SOLVERS.items() if objective.path in paths]
 
 
-def make_solver(name: str | None, objective: Objective, time_shift: float | None = None) -> SchedulerMixin:
+def make_solver(
+    name: str | None = None, objective: Objective | None = None, time_shift: float | None = None
+) -> SchedulerMixin:
     """A solver for what a denoiser was trained with.
 
     Args:
         name: one of `solvers_for(objective)`; by default "euler", of noise and v prediction "dpm++".
+        objective: by default flow matching.
         time_shift: of a flow's steps, above 1 finer near the noise; by default that of training. `timestep_shift=0.3`
             at sampling gives the grid of LightningDiT's recipe.
 
     Raises:
         UserError: an unknown name, or one for another kind of training.
     """
+    objective = objective or FlowMatching()
     discrete = objective.path == "discrete"
     name, fitting = name or ("dpm++" if discrete else "euler"), solvers_for(objective)
     if name not in fitting:
@@ -435,12 +439,3 @@ class StochasticScheduler(FlowScheduler):
         if variance_noise is None:
             variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
         return (moved + math.sqrt(2 * diffusion * (here - later)) * variance_noise,)
-
-
-# ---- as they were called before
-def solver(time_shift: float = 1.0, name: str = "euler") -> SchedulerMixin:
-    return make_solver(name, FlowMatching(), time_shift)
-
-
-def make_scheduler(name: str | None = None, objective: Objective | None = None) -> SchedulerMixin:
-    return make_solver(name, objective or NoisePrediction())

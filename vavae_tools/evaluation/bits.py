@@ -118,8 +118,9 @@ def bits_per_token(
         for step in range(times):
             r = (step + start) * (end / times)  # (B,)
             signal, noise = expand_time(r, chosen.clean), draws.normal(f"bits {step}", *shape)
-            x = (signal * chosen.clean + noise) / (1 + signal)
-            predicted = pipe.predict(x, r / (1 + r), chosen.known, chosen.clean, kept).cpu().clamp(-1, 1)
+            t = pipe.objective.time_at(r)
+            x = (signal * chosen.clean + noise) / (1 + signal) * sum(pipe.objective.shares(expand_time(t, noise)))
+            predicted = pipe.predict(x, t, chosen.known, chosen.clean, kept).cpu().clamp(-1, 1)
             squared = ((predicted - chosen.clean).square() * pixels).sum((1, 2, 3)).double()
             integral += (end / times) * r * squared
         cells = code.cells_of(end * chosen.clean + draws.normal("bits at the end", *shape))

@@ -58,7 +58,7 @@ def reconstruction_curve(
     steps: int = 20,
     seed: int = 0,
 ) -> list[Recovered]:
-    """Noise pictures of the data to t·clean + (1 − t)·noise, denoise them from there on, and compare the tokens.
+    """Noise pictures of the data to what x is at time t, denoise them from there on, and compare the tokens.
 
     A chat's prompt is known and does not count. Of one seed all times see the same pictures and the same noise.
 
@@ -80,7 +80,8 @@ def reconstruction_curve(
         noise = draws.normal("noise to start from", *shape).cpu()
         seen += torch.tensor([chosen.counted.sum(), len(chosen.counted)])
         for t, of_time in zip(times, lost, strict=True):
-            x = t * chosen.clean + (1 - t) * noise
+            alpha, sigma = pipe.shares(t)
+            x = alpha * chosen.clean + sigma * noise
             left = torch.cat([torch.tensor([t]), grid[grid > t + 1e-4]])  # no step of a rounding error
             fresh = (draws.normal(f"noise {step}", *shape) for step in range(len(left)))
             made = pipe.denoise(x, chosen.mask, chosen.known, chosen.clean, left, noise=fresh).cpu()

@@ -310,13 +310,14 @@ class TokenImagePipeline(DenoiserPipeline):
                 callback(step, predicted)
             if later < 1:
                 fresh = next(noise) if eta else 0.0
-                alpha, sigma = self._shares(t)
+                alpha, sigma = self.shares(t)
                 kept_noise = (x - alpha * predicted) / sigma
-                alpha, sigma = self._shares(later)
+                alpha, sigma = self.shares(later)
                 x = alpha * predicted + sigma * ((1 - eta**2) ** 0.5 * kept_noise + eta * fresh)
         return torch.where(known[:, None] > 0, clean, predicted)
 
-    def _shares(self, t: float) -> list[float]:
+    def shares(self, t: float) -> list[float]:
+        """How much of the clean picture and of noise is in x at time t."""
         return [share.item() for share in self.objective.shares(torch.tensor(t, dtype=torch.float64))]
 
     def _solve(self, x: Tensor, mask: Tensor, known: Tensor, clean: Tensor, steps: int) -> Tensor:
