@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from vavae_tools.data.demo.shapes import (
-    COLOURS,
+    CAPTION_COLOURS,
+    CAPTION_SHAPES,
     EXAMPLE_PROMPTS,
     PLACES,
-    SHAPES,
     SIZES,
     CaptionedShapes,
     Named,
@@ -77,8 +77,8 @@ def test_a_blob_has_a_colour_alone():
 
 def test_each_kind_is_judged_for_itself():
     """One picture, drawn by hand: a large yellow cross at the top left edge of the middle."""
-    picture = draw_shapes(*(torch.tensor([v]) for v in (SHAPES.index("cross"), COLOURS.index("yellow"))),
-                          torch.tensor([[0.5, 0.3]]), torch.tensor([0.28]), torch.tensor([0.5]))  # fmt: skip
+    numbers = CAPTION_SHAPES.index("cross"), CAPTION_COLOURS.index("yellow"), [0.5, 0.3], 0.28, 0.5
+    picture = draw_shapes(*(torch.tensor([number]) for number in numbers))
     assert seen(picture) == [Named("yellow", "cross", "large", "top")]
     assert judge_shapes(picture, ["a small yellow ring at the top"]) == {
         "all": 0,
@@ -125,7 +125,7 @@ def test_the_vocabulary_has_every_word_and_no_other():
 
 
 def test_all_that_can_be_named_comes_up():
-    for kind, values in (("colour", COLOURS), ("shape", SHAPES), ("size", SIZES), ("place", PLACES)):
+    for kind, values in (("colour", CAPTION_COLOURS), ("shape", CAPTION_SHAPES), ("size", SIZES), ("place", PLACES)):
         counts = Counter(getattr(shown, kind) for shown in DRAWN.shown)
         assert counts.keys() == set(values) and min(counts.values()) > 0.75 * 1000 / len(values)
     assert len({named(prompt) for prompt in EXAMPLE_PROMPTS}) == 8

@@ -1,5 +1,7 @@
 """Pixels ↔ [-1, 1], and folders of pictures as batches."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -116,7 +118,7 @@ def test_how_many_channels_pictures_have(tmp_path, modes, channels):
         if mode == "I;16":
             picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
         picture.save(tmp_path / f"ID_{number + 1}" / "p.png")
-    assert channels_of(tmp_path) == channels_of(sorted(tmp_path.glob("*/p.png"))) == channels
+    assert channels_of(tmp_path) == channels
 
 
 def test_channels_are_told_from_headers_of_every_folder(tmp_path):
@@ -128,15 +130,14 @@ def test_channels_are_told_from_headers_of_every_folder(tmp_path):
             header = (tmp_path / person / f"{i}.png").read_bytes()[:60]
             (tmp_path / person / f"{i}.png").write_bytes(header)
     assert channels_of(tmp_path) == 3
-    assert channels_of(sorted(tmp_path.glob("ID_1/*"))) == 1
+    shutil.rmtree(tmp_path / "ID_2")
+    assert channels_of(tmp_path) == 1
 
 
 def test_channels_of_nothing_or_of_no_picture(tmp_path):
     (tmp_path / "ID_1").mkdir()
     with pytest.raises(UserError, match=r"No pictures \(png, jpg, jpeg\) in the folders of"):
         channels_of(tmp_path)
-    with pytest.raises(UserError, match="No pictures"):
-        channels_of([])
     (tmp_path / "ID_1" / "walk.bmp").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"walk\.bmp cannot be read as a picture"):
         channels_of(tmp_path, ["bmp"])

@@ -268,7 +268,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_lost(split, tmp_pat
 
     def disk(free):
         usage = type("Usage", (), {**nothing_else, "free": free})
-        monkeypatch.setattr(latents.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr("vavae_tools.data.encoded.shutil.disk_usage", lambda path: usage)
 
     disk(needed - stale - 1)
     with pytest.raises(

@@ -15,7 +15,7 @@ def main() -> None:
     add = parser.add_argument
     needed = {"required": True, "default": argparse.SUPPRESS}
     add("--generated_dir", help="folder of person folders (ID_1, ID_2 …) of generated pictures", **needed)
-    add("--data_dir", help="the split of the real pictures, as data_split.py wrote it", **needed)
+    add("--data_dir", help="real pictures: a split, a folder per class, a Hugging Face dataset, tar files", **needed)
     add("--output_dir", default="outputs/evaluation", help="folder for evaluation.json, figures/ and the classifier")
     add("--image_size", type=int, help="pixels, to which all are resized; without it the generated pictures' own")
     add("--seed", type=int, default=0, help="of the classifier and of the subsets that are compared")

@@ -342,25 +342,9 @@ class DecodedPictures(Dataset):
         return self.__getitems__(in_turn[:count])
 
 
-def channels_of(pictures: str | Path | Sequence[Path], extensions: Collection[str] = PICTURE_EXTENSIONS) -> int:
-    """1 where pictures are stored in grey, else 3 (`DecodedPictures.stored_channels`).
-
-    Args:
-        pictures: a folder that holds `ID_1/ ID_2/ …`, or files.
-        extensions: which files of a folder are pictures.
-
-    Raises:
-        UserError: no such folder, no pictures in it, or a file that is none.
-    """
-    if isinstance(pictures, str | Path):
-        return PictureFolder(pictures, 1, extensions=extensions).stored_channels()
-    _check_any(pictures, pictures, extensions)
-    return PictureFiles(pictures, map(str, pictures), torch.empty(len(pictures)), image_size=1).stored_channels()
-
-
-def _check_any(paths: Sequence[Path], folder: object, extensions: Collection[str]) -> None:
-    if not paths:
-        raise UserError(f"No pictures ({', '.join(extensions)}) in the folders of {folder}")
+def channels_of(folder: str | Path, extensions: Collection[str] = PICTURE_EXTENSIONS) -> int:
+    """`DecodedPictures.stored_channels` of a folder that holds `ID_1/ ID_2/ …`."""
+    return PictureFolder(folder, 1, extensions=extensions).stored_channels()
 
 
 class PictureFiles(DecodedPictures):
@@ -435,7 +419,8 @@ class PictureFolder(PictureFiles):
         people = list_folders(self.folder, extensions)
         labels = labels or labels_of(list(people))
         paths = [path for name in people for path in people[name]]
-        _check_any(paths, self.folder, extensions)
+        if not paths:
+            raise UserError(f"No pictures ({', '.join(extensions)}) in the folders of {folder}")
         names = [f"{path.parent.name}/{path.name}" for path in paths]
         of_each = torch.tensor([labels[path.parent.name] for path in paths], dtype=torch.int64)
         options = {"image_size": image_size, "channels": channels, "title": self.folder.name, "progress": progress}
