@@ -340,9 +340,7 @@ class TextSampling:
     prompts: list[str] | str | None = setting(None, "of the previews; null: the first captions that validate")
     num_steps: int = setting(50, "of the previews", least=1)
     guidance_scale: float = setting(7.5, "of the previews")
-    solver: str | None = setting(
-        None, "ddpm, ddim, dpm++, unipc; of flows euler, heun, dpm++, unipc; null: dpm++, euler"
-    )
+    solver: str | None = setting(None, "as of sample's --solver; null: dpm++, of flows euler")
 
 
 @dataclass(frozen=True)
@@ -352,6 +350,7 @@ class TokenSampling:
     prompts: list[Any] | str | None = setting(None, "of the previews; null: beginnings of texts that validate")
     num_steps: int = setting(100, "of the previews", least=1)
     eta: float = setting(1.0, "share of fresh noise in a step; 0: none (Euler's method)", least=0, most=1)
+    solver: str | None = setting(None, "as of sample's --solver; null: steps with fresh noise")
     time_shift: float | None = setting(None, "above 1: more steps at high noise; null: as noise hides a cell", above=0)
 
 
@@ -375,7 +374,7 @@ class VAVAERecipe(Recipe):
     """A VA-VAE with a vector per person, fine-tuned."""
 
     train_by = "vavae_tools.recipes.vavae:train_vavae"
-    data: ImageData = field(default_factory=ImageData)
+    data: ImageData = field(default_factory=lambda: ImageData(crop="none"))  # a spectrogram's axes stay whole
     vavae: FineTunedVAVAE = field(default_factory=FineTunedVAVAE)
     loss: VAVAELoss = field(default_factory=VAVAELoss)
     monitor: Literal["reconstruction", "psnr", "ssim", "right", "frechet"] = setting(
@@ -431,7 +430,7 @@ class VAVAEDiTRecipe(LatentRecipe):
     """A LightningDiT on the latents of a fine-tuned VA-VAE."""
 
     train_by = "vavae_tools.recipes.dit:train_vavae_dit"
-    data: LatentData = field(default_factory=lambda: LatentData(latents_dir="outputs/latents"))
+    data: LatentData = field(default_factory=lambda: LatentData(latents_dir="outputs/latents", crop="none"))
     vavae: VAVAESource = field(default_factory=VAVAESource)
 
 

@@ -65,7 +65,7 @@ def encode_split(
     model = load_vavae(vavae_dir, say=lambda line: None)
     given = dict(data_dir) if isinstance(data_dir, Mapping) else {"data_dir": data_dir}
     size = fitting_size(model, given.pop("image_size", None) or image_size)
-    pictures = class_data(**given, image_size=size, seed=seed, channels=model.config.in_channels)
+    pictures = class_data(**{"seed": seed, **given}, image_size=size, channels=model.config.in_channels)
     statistics = read_latent_statistics(latents_stats) if latents_stats else None
     latents = encode_latents(
         model,
@@ -162,7 +162,7 @@ def _build_vavae_dit(
 ) -> Run:
     compiles(recipe.train.compile, say=say)  # what it lacks is said before anything takes time
     encode_split(
-        {**recipe.data.arguments(), "data_dir": recipe.data.data_dir or find_split()},
+        {**recipe.data.arguments(), "data_dir": recipe.data.data_dir or find_split(), "seed": recipe.seed},
         recipe.vavae.source,
         recipe.data.latents_dir,
         flips=recipe.data.flips,
@@ -228,7 +228,8 @@ def build_on_latents(
         vae = model.to(next(trained.parameters()).device)
         try:
             parts = trained["denoiser"], trained["conditioner"]
-            pipe = LatentDiTPipeline(vae, *parts, make_solver(None, module.objective), latents.folder.people)
+            flow = make_solver(None, module.objective), latents.folder.people, module.objective.config
+            pipe = LatentDiTPipeline(vae, *parts, *flow)
             pipe.set_progress_bar_config(disable=True)
             noise = pipe.noise(seed, torch.arange(len(people)))
             scale = recipe.sampling.guidance_scale

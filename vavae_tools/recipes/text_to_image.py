@@ -132,7 +132,8 @@ def _build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None
     def make(trained: nn.ModuleDict) -> Tensor:
         device = next(trained.parameters()).device
         decoder = load_autoencoder(output_dir / "autoencoder").eval().to(device)  # its memory is training's elsewhen
-        pipe = TextToImagePipeline(decoder, None, None, trained["denoiser"], trained["conditioner"], scheduler)
+        parts = trained["denoiser"], trained["conditioner"], scheduler, objective.config
+        pipe = TextToImagePipeline(decoder, None, None, *parts)
         rows = torch.arange(len(states))
         noise, on_the_way = pipe.noise(seed, rows), pipe.generators(seed, rows)
         settings = sampling.num_steps, sampling.guidance_scale

@@ -55,7 +55,7 @@ def _build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None,
         save_model(texts.tokens.tokenizer, output_dir / "tokenizer")
 
     noise, wanted = hiding_noise(texts.code.length), recipe.objective
-    if wanted.name == "sample" and wanted.time_mean is None:
+    if wanted.name in ("sample", "x0", "flow_matching") and wanted.time_mean is None:
         wanted = replace(wanted, time_mean=-math.log(noise))  # most often where noise just hides a cell's token
     shape = (data.channels, data.image_size, data.image_size)
     objective = objective_for(wanted, TokenImageRecipe().objective, shape)
@@ -86,7 +86,8 @@ def _build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None,
     prompts = _first_prompts(images, sampling.prompts)
 
     def pipeline(trained: nn.ModuleDict) -> TokenImagePipeline:
-        return TokenImagePipeline(trained["denoiser"], trained["conditioner"], texts.tokens.tokenizer, **of_pipeline)
+        parts = trained["denoiser"], trained["conditioner"], texts.tokens.tokenizer
+        return TokenImagePipeline(*parts, **of_pipeline, objective=objective.config, solver=sampling.solver)
 
     pipeline(module.network).beginnings(prompts)  # what does not fit is said before anything takes time
 
