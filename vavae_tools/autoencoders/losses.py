@@ -152,6 +152,10 @@ def kl(posterior: DiagonalGaussianDistribution, pictures: Tensor) -> Tensor:
     return posterior.kl().mean() / pictures[0].numel()
 
 
+PICTURE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1, "gradient": gradient, "spectral": spectral}
+"""By name; a key NAME_weight of a recipe's loss weighs each of them."""
+
+
 class PictureLoss:
     """What is compared in the picture itself: `loss, parts = picture_loss(reconstruction, pictures)`.
 
@@ -161,6 +165,10 @@ class PictureLoss:
         spectral_weight: of the short-time spectra; with the gradients it keeps reconstructions sharp without weights
             from elsewhere.
         perceptual_weight: of LPIPS, which `lpips` computes: (reconstruction, pictures) → (B,).
+        more: NAME_weight of others in `PICTURE_LOSSES`.
+
+    Raises:
+        UserError: no such loss, or all weights are 0.
     """
 
     def __init__(
@@ -170,17 +178,17 @@ class PictureLoss:
         spectral_weight: float = 1.0,
         perceptual_weight: float = 0.0,
         lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+        **more: float,
     ) -> None:
         def perceptual(reconstruction: Tensor, pictures: Tensor) -> Tensor:
             return lpips(reconstruction, pictures).mean()
 
-        weighted = [
-            (l1, l1_weight),
-            (gradient, gradient_weight),
-            (spectral, spectral_weight),
-            (perceptual, perceptual_weight),
-        ]
-        self.parts = {part.__name__: (part, weight) for part, weight in weighted if weight}
+        known = {**PICTURE_LOSSES, "perceptual": perceptual}
+        weights = {"l1": l1_weight, "gradient": gradient_weight, "spectral": spectral_weight}
+        weights |= {"perceptual": perceptual_weight, **{name.removesuffix("_weight"): more[name] for name in more}}
+        for name in weights.keys() - known.keys():
+            raise UserError(f"No loss {name}; there are {', '.join(known)}")
+        self.parts = {name: (known[name], weight) for name, weight in weights.items() if weight}
         if not self.parts:
             raise UserError("All weights of the picture loss are 0: nothing compares the pictures. Take l1_weight 1")
 

@@ -371,7 +371,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class VAVAERecipe(Recipe):
-    """A VA-VAE with a vector per person, fine-tuned."""
+    """Stage 1 of the main path: a VA-VAE with a vector per person, fine-tuned."""
 
     train_by = "vavae_tools.recipes.vavae:train_vavae"
     data: ImageData = field(default_factory=lambda: ImageData(crop="none"))  # a spectrogram's axes stay whole
@@ -395,7 +395,7 @@ class VAVAERecipe(Recipe):
 
 @dataclass(frozen=True)
 class DecoderRecipe(Recipe):
-    """The decoder of a representation autoencoder (RAE)."""
+    """Stage 1 of a representation autoencoder (RAE): its decoder; the encoder stays as it is."""
 
     train_by = "vavae_tools.recipes.rae:train_rae_decoder"
     needs = ("data.data_dir",)
@@ -427,7 +427,7 @@ class LatentRecipe(Recipe):
 
 @dataclass(frozen=True)
 class VAVAEDiTRecipe(LatentRecipe):
-    """A LightningDiT on the latents of a fine-tuned VA-VAE."""
+    """The main path: images of classes, a fine-tuned VA-VAE, its latents, a LightningDiT."""
 
     train_by = "vavae_tools.recipes.dit:train_vavae_dit"
     data: LatentData = field(default_factory=lambda: LatentData(latents_dir="outputs/latents", crop="none"))
@@ -436,7 +436,7 @@ class VAVAEDiTRecipe(LatentRecipe):
 
 @dataclass(frozen=True)
 class RAEDiTRecipe(LatentRecipe):
-    """A DiT with the wide DDT head on the latents of a representation autoencoder (RAE)."""
+    """Stage 2 of a representation autoencoder (RAE): a DiT with the wide DDT head on its latents."""
 
     train_by = "vavae_tools.recipes.rae:train_rae_dit"
     needs = ("data.data_dir",)
@@ -459,7 +459,7 @@ class RAEDiTRecipe(LatentRecipe):
 
 @dataclass(frozen=True)
 class TextToImageRecipe(Recipe):
-    """CLIP's text, a frozen Stable Diffusion VAE, a DiT with cross-attention."""
+    """Images from sentences: CLIP's text, a frozen Stable Diffusion VAE, a DiT with cross-attention."""
 
     train_by = "vavae_tools.recipes.text_to_image:train_text_to_image"
     needs = ("data.dataset_name",)
@@ -484,7 +484,7 @@ class TextToImageRecipe(Recipe):
 
 @dataclass(frozen=True)
 class TokenImageRecipe(Recipe):
-    """Texts drawn as images: a DiT on pixels learns the clean image."""
+    """Texts drawn as images: a DiT on pixels learns the clean image, alone or after a prompt."""
 
     train_by = "vavae_tools.recipes.token_images:train_token_images"
     needs = ("data.data_dir",)

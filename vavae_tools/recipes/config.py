@@ -350,9 +350,11 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def experiments() -> dict[str, str]:
-    """Return name → what it is, in a line."""
-    paths = sorted((CONFIGS / "experiment").glob("*.yaml"))
-    return {path.stem: path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for path in paths}
+    """Return name → what it is, in a line: the recipes, and the variants in `configs/experiment/`."""
+    found = {name: (recipe.__doc__ or "").splitlines()[0].rstrip(".") for name, recipe in RECIPES.items()}
+    for path in (CONFIGS / "experiment").glob("*.yaml"):
+        found[path.stem] = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    return dict(sorted(found.items()))
 
 
 def _read_experiment(name: str) -> dict[str, Any]:
@@ -361,6 +363,8 @@ def _read_experiment(name: str) -> dict[str, Any]:
     options = list(experiments())
     if name not in options:
         raise UserError(f"No experiment={name}{_nearest(name, options)}; there are {', '.join(options)}")
+    if name in RECIPES:
+        return {"recipe": name}
     return yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 

@@ -239,11 +239,10 @@ def build_on_latents(
 
     folder, checkpoints, samples = output_dir / "pipeline", output_dir / "checkpoints", output_dir / "samples"
 
-    def export(trainer: Any) -> Path:
+    def export(trainer: Any) -> None:
         save_model(load_pipeline(checkpoints / "last.ckpt"), folder)
         keep_once(output_dir / "autoencoder", folder / "vae")  # an RAE is 2 GB
         say(f"written: {folder}, {checkpoints}/, {samples}/")
-        return folder
 
     return Run(
         module=module,

@@ -171,7 +171,7 @@ def _build_decoder(
         model.to(device)
         before = _look(model, subset, reconstructions / "before.png", show or show_inline)
 
-    def export(trainer: L.Trainer) -> Path:
+    def export(trainer: L.Trainer) -> None:
         model.decoder.load_state_dict(module.ema.network.state_dict())
         model.register_to_config(noise_tau=loss.noise_tau)
         model.disable_gradient_checkpointing()
@@ -182,7 +182,6 @@ def _build_decoder(
         if after < ENOUGH:
             say(f"advice: below {ENOUGH:.0f} dB images are hard to know again: train longer, or with a larger decoder")
         say(f"written: {folder}, {checkpoints}/, {reconstructions}/")
-        return folder
 
     shown = subset.few_of_each(8)["pictures"]
     return Run(

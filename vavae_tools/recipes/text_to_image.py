@@ -145,7 +145,7 @@ def _build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None
 
     folder, checkpoints, samples = (output_dir / name for name in ("pipeline", "checkpoints", "samples"))
 
-    def export(trainer: L.Trainer) -> Path:
+    def export(trainer: L.Trainer) -> None:
         samples.mkdir(exist_ok=True)
         (samples / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
         with silent_transformers():
@@ -153,7 +153,6 @@ def _build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None
         keep_once(output_dir / "autoencoder", folder / "vae")
         keep_once(output_dir / "text_encoder", folder / "text_encoder")
         say(f"written: {folder}, {checkpoints}/, {samples}/, {output_dir / 'train.log'}")
-        return folder
 
     return Run(
         module=module,

@@ -101,10 +101,9 @@ def _build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None,
 
     folder, checkpoints, samples = (output_dir / name for name in ("pipeline", "checkpoints", "samples"))
 
-    def export(trainer: L.Trainer) -> Path:
+    def export(trainer: L.Trainer) -> None:
         save_model(load_token_pipeline(checkpoints / "last.ckpt"), folder)
         say(f"written: {folder}, {checkpoints}/, {samples}/, {output_dir / 'train.log'}")
-        return folder
 
     return Run(
         module=module,

@@ -283,14 +283,13 @@ def _build(
         output_dir / "reconstructions",
     )
 
-    def export(trainer: L.Trainer) -> Path:
+    def export(trainer: L.Trainer) -> None:
         path = best_checkpoint(checkpoints)
         best = load_vavae(path, say=lambda line: None)
         save_model(best, folder)
         if best.config.condition_dim and validated:
             say(str(compare_conditions(best.to(trainer.strategy.root_device), images.val_data)))
         say(f"written: {folder} (from {path}), {reconstructions}/")
-        return folder
 
     return Run(
         module=module,

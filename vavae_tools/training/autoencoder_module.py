@@ -188,6 +188,7 @@ class RAEDecoderModule(AdversarialModule):
         gradient_checkpointing: compute the decoder's activations twice in place of keeping them.
         seed: every random draw follows from it, the epoch and the sample.
         lpips: for `perceptual_weight`; validation logs it also where its weight is 0.
+        more: weights of further losses, see `PictureLoss`.
 
     Logs `train/…` (loss and its parts) and `val/…`: PSNR in dB, SSIM, L1, of the averaged decoder without noise.
 
@@ -220,6 +221,7 @@ class RAEDecoderModule(AdversarialModule):
         gradient_checkpointing: bool = False,
         seed: int = 0,
         lpips: LPIPS | None = None,
+        **more: float,
     ) -> None:
         super().__init__()
         generator_start = disc_start + 1 if generator_start is None else generator_start
@@ -244,7 +246,7 @@ class RAEDecoderModule(AdversarialModule):
         self.ema = EMA(self.network, ema_decay)
         if gradient_checkpointing:
             rae.enable_gradient_checkpointing()
-        self.picture_loss = PictureLoss(l1_weight, gradient_weight, spectral_weight, perceptual_weight, lpips)
+        self.picture_loss = PictureLoss(l1_weight, gradient_weight, spectral_weight, perceptual_weight, lpips, **more)
         if disc_weight:
             self.discriminator = PatchDiscriminator(3, disc_width)
 
@@ -438,6 +440,7 @@ class VAVAEModule(AdversarialModule):
         lpips: (reconstruction, pictures) → (B,), for `perceptual_weight`; see `perceptual.load_lpips`. Validation logs
             it also where its weight is 0.
         foundation: for `vf_weight`; see `foundation.load_foundation`.
+        more: weights of further losses, see `PictureLoss`.
 
     Logs `train/…` and `val/…`: loss and its parts; validation also PSNR in dB, SSIM, the latents' mean and standard
     deviation, and the discriminator's right rate.
@@ -474,6 +477,7 @@ class VAVAEModule(AdversarialModule):
         seed: int = 0,
         lpips: LPIPS | None = None,
         foundation: Foundation | None = None,
+        **more: float,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["vavae", "lpips", "foundation"])
@@ -498,7 +502,7 @@ class VAVAEModule(AdversarialModule):
             vavae.freeze_encoder()
         if gradient_checkpointing:
             vavae.enable_gradient_checkpointing()
-        self.picture_loss = PictureLoss(l1_weight, gradient_weight, spectral_weight, perceptual_weight, lpips)
+        self.picture_loss = PictureLoss(l1_weight, gradient_weight, spectral_weight, perceptual_weight, lpips, **more)
         if disc_weight:
             self.discriminator = PatchDiscriminator(vavae.config.out_channels, disc_width)
         if vf_weight:

@@ -45,10 +45,10 @@ class Run:
     """What is trained, for the line that says so."""
     what: str
     """It is called there, with an article."""
-    export: Callable[[L.Trainer], Path]
-    """Called at the end by the first process; writes what the run was for, and returns its folder."""
+    export: Callable[[L.Trainer], None]
+    """Called at the end by the first process; writes what the run was for."""
     folder: Path
-    """What `export` returns."""
+    """Where it stands then."""
     preview: Callable[[int], L.Callback] | None = None
     """How many epochs lie between two → the callback."""
     monitor: tuple[str, str] = ("val/loss", "min")
