@@ -21,7 +21,7 @@ from vavae_tools.training.callbacks.previews import SamplePreviews
 from vavae_tools.training.config import Saving
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
-from vavae_tools.training.run import build_trainer, fit
+from vavae_tools.training.run import build_trainer, fit_trainer
 
 
 class At(L.Callback):
@@ -71,7 +71,7 @@ def train(run, latents, resume=None, batch_size=4, checkpointing=False, at=None,
     trainer = build_trainer(settings, Path(run), callbacks, print, max_steps=steps, max_epochs=-1)
     resume_from = resume_path(resume, Path(run) / "checkpoints")
     check_resumable(resume_from, module)
-    fit(trainer, module, data, resume_from, print)
+    fit_trainer(trainer, module, data, resume_from, print)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import lightning as L
 import torch
-from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -82,17 +81,3 @@ def test_unwrapped_is_torchs_own_optimiser():
 def test_saves_parts_is_what_the_strategy_was_told():
     for choice in (True, False):
         assert lightning_inside.saves_parts(ModelParallelStrategy(save_distributed_checkpoint=choice)) is choice
-
-
-def test_fetching_a_batch_is_told_a_profiler():
-    class Heard(Profiler):
-        names: list[str] = []  # noqa: RUF012
-
-        def start(self, action_name: str) -> None:
-            self.names.append(action_name)
-
-        def stop(self, action_name: str) -> None:
-            pass
-
-    trained(Line(), profiler=Heard())
-    assert Heard.names.count(lightning_inside.FETCHING_A_BATCH) >= 6

@@ -20,7 +20,7 @@ from vavae_tools.training.callbacks.train_log import NAME, TrainLog
 from vavae_tools.training.config import Saving
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
-from vavae_tools.training.run import build_trainer, fit
+from vavae_tools.training.run import build_trainer, fit_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  (\w+) +(.*)")
@@ -41,7 +41,7 @@ def train(folder: Path, latents: Path, log: TrainLog, callbacks=(), resume=None,
     settings = module.trainer_settings(accelerator="cpu", devices=1, **settings)
     length = {"max_steps": steps, "max_epochs": -1}
     trainer = build_trainer({**length, **settings}, folder, [log, *callbacks], lambda line: None)
-    fit(trainer, module, data, resume, lambda line: None)
+    fit_trainer(trainer, module, data, resume, lambda line: None)
     return trainer
 
 

@@ -9,9 +9,6 @@ import lightning as L
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-FETCHING_A_BATCH = "[_TrainingEpochLoop].train_dataloader_next"
-"""What the training loop calls its wait for a batch, as it tells a profiler."""
-
 
 def is_gathering(trainer: L.Trainer) -> bool:
     """Return whether this batch's gradients are gathered, and no step is made after it."""

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +15,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
-from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 
 from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import Stopped
 from vavae_tools.training.callbacks.progress import is_written
-from vavae_tools.training.lightning_inside import FETCHING_A_BATCH, written_as
+from vavae_tools.training.lightning_inside import written_as
 
 WARM_UP = 3
 """Optimiser steps at a run's beginning that are not measured: code is compiled, memory and optimiser states made."""
@@ -115,9 +114,9 @@ class Throughput(L.Callback):
 
     Lightning's own ThroughputMonitor makes the GPU finish at every step and does not know what waiting for data is;
     here marks are set in passing and looked at once they have passed. The time of a step goes from the end of the one
-    before it to its own end, unless something else came between: validation, a checkpoint, previews, another epoch.
-    Then it begins where the loop asks for the next batch. The first `WARM_UP` steps do not count, those of a run that
-    was gone on with neither.
+    before it to its own end, and what lies before its own start is waiting for data; unless something else came
+    between: validation, a checkpoint, previews, another epoch. Then it goes from its own start. The first `WARM_UP`
+    steps do not count, those of a run that was resumed with neither.
 
     Args:
         say: gets a line at the end, also where training was stopped in good order, and one with advice where more than
@@ -137,33 +136,25 @@ class Throughput(L.Callback):
         self._clock = self._given_clock or (GPUClock() if on_gpu else Clock())
         self._steps_before, self._measured_from = trainer.global_step, trainer.global_step + WARM_UP
         self._whole, self._lately = Spent(), Spent()
-        self._running: deque[tuple[Sequence[Any], Any, int, int]] = deque()  # batches whose marks may not have passed
+        self._running: deque[tuple[Any, Any, Any, int, int]] = deque()  # batches whose marks may not have passed
         self._end: Any | None = None
-        self._fetches: list[list[Any]] = []
         self._peak = peak_flops(module.device, str(trainer.precision)) if trainer.is_global_zero else None
         self._flops: int | None = None
         self.speed = None
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(module.device)
-        if not isinstance(trainer.profiler, _Fetches):
-            trainer.profiler = _Fetches(trainer.profiler)
-        trainer.profiler.begin, trainer.profiler.end = self._begin_fetch, self._end_fetch
 
-    def _begin_fetch(self) -> None:
-        self._fetches.append([self._clock.mark()])
-
-    def _end_fetch(self) -> None:
-        self._fetches[-1].append(self._clock.mark())
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch, batch_idx) -> None:
+        self._start = self._clock.mark()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx) -> None:
-        end, fetches = self._clock.mark(), self._fetches
-        begin = self._end if self._end is not None else fetches[0][0] if fetches else None
+        end, begin = self._clock.mark(), self._start if self._end is None else self._end
         steps = trainer.global_step - self._steps_before
-        if begin is not None and self._steps_before >= self._measured_from:
-            self._running.append((begin, fetches, end, steps, _samples(batch)))
+        if self._steps_before >= self._measured_from:
+            self._running.append((begin, self._start, end, steps, _samples(batch)))
         elif self._peak and self._flops is None and hasattr(module, "flops_of_a_sample"):
             self._count(module, batch)  # while nothing is measured yet
-        self._steps_before, self._end, self._fetches = trainer.global_step, end, []
+        self._steps_before, self._end = trainer.global_step, end
         self._look()
         if trainer.is_global_zero and trainer.loggers and self._lately.steps and is_written(trainer):
             self._log(trainer, module)
@@ -178,8 +169,8 @@ class Throughput(L.Callback):
 
     def _look(self) -> None:
         while self._running and self._clock.has_passed(self._running[0][2]):
-            begin, fetches, end, steps, samples = self._running.popleft()
-            waited = sum(self._clock.seconds(*fetch) for fetch in fetches)
+            begin, start, end, steps, samples = self._running.popleft()
+            waited = self._clock.seconds(begin, start)
             for spent in (self._whole, self._lately):
                 spent.add(steps, samples, self._clock.seconds(begin, end), waited)
 
@@ -238,39 +229,6 @@ class Throughput(L.Callback):
 
 def _samples(batch: Any) -> int:
     return len(batch["index"]) if isinstance(batch, dict) and "index" in batch else extract_batch_size(batch)
-
-
-class _Fetches(Profiler):
-    """Lightning's profiler, or the one that was asked for, with ears for the loop's wait for a batch."""
-
-    begin: Callable[[], None]
-    end: Callable[[], None]
-
-    def __init__(self, inner: Profiler) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def start(self, action_name: str) -> None:
-        if action_name == FETCHING_A_BATCH:
-            self.begin()
-        self.inner.start(action_name)
-
-    def stop(self, action_name: str) -> None:
-        self.inner.stop(action_name)
-        if action_name == FETCHING_A_BATCH:
-            self.end()
-
-    def setup(self, *arguments: Any, **named: Any) -> None:
-        self.inner.setup(*arguments, **named)
-
-    def summary(self) -> str:
-        return self.inner.summary()
-
-    def describe(self) -> None:
-        self.inner.describe()
-
-    def teardown(self, *arguments: Any, **named: Any) -> None:
-        self.inner.teardown(*arguments, **named)
 
 
 def advice(waiting: float, num_workers: int) -> str:
