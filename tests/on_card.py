@@ -37,13 +37,15 @@ STEPS, QUIET = 8, range(3, 6)
 WRITTEN = ("checkpoint-6", "checkpoint_6.pth", "samples-000008.png", "reconstructions-000008.png")
 """Of a training two, one of the first and one of the others."""
 FLOAT32 = {
-    "autoencoders.losses": ("l1", "gradient", "spectral", "kl"),
-    "autoencoders.perceptual": ("_unit", "_distance"),
+    "autoencoders.losses": (
+        *("l1", "gradient", "spectral", "kl"),
+        *("hinge_loss", "generator_loss", "adaptive_weight", "PatchDiscriminator.forward"),
+    ),
+    "autoencoders.lpips": ("_unit", "_distance"),
     "autoencoders.foundation": ("alignment_loss",),
-    "autoencoders.discriminator": ("hinge_loss", "generator_loss", "adaptive_weight", "PatchDiscriminator.forward"),
     "diffusion.objectives": ("Objective.loss",),
     "evaluation.metrics": ("psnr", "ssim", "sharpness"),
-    "training.adversarial_module": ("right_rate",),
+    "training.autoencoder_module": ("right_rate",),
 }
 """Functions and methods of the package in which nothing may compute in half precision."""
 
@@ -207,8 +209,8 @@ class OnCard(Trainings):
     def _expect_float32(self) -> None:
         """Watch `FLOAT32`, wherever the package's modules have it."""
         homes = {importlib.import_module(f"vavae_tools.{home}"): names for home, names in FLOAT32.items()}
-        for home in ("fine_tuning", "rae_decoder", "runs", "text_to_image", "token_images"):
-            importlib.import_module(f"vavae_tools.training.{home}")  # those that take them from there
+        for home in ("vavae", "rae", "dit", "text_to_image", "token_images"):
+            importlib.import_module(f"vavae_tools.recipes.{home}")  # those that take them from there
         ours = [module for name, module in sys.modules.items() if name.startswith("vavae_tools.")]
         for home, names in homes.items():
             for name in names:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vavae_tools.runtime import precision as frozen
+from vavae_tools.runtime import machine
 from vavae_tools.runtime.machine import at_work
 from vavae_tools.runtime.precision import Computing
 
@@ -13,8 +13,8 @@ def moved(monkeypatch, device: str) -> list[str]:
     model, happened = torch.nn.Linear(2, 2), []
     monkeypatch.setattr(model, "to", lambda device: happened.append(f"to {device}"))
     where = iter([torch.device("cpu"), torch.device(device)])
-    monkeypatch.setattr(frozen, "_device_of", lambda model: next(where))
-    monkeypatch.setattr(frozen, "release_memory", lambda: happened.append("given back"))
+    monkeypatch.setattr(machine, "_device_of", lambda model: next(where))
+    monkeypatch.setattr(machine, "release_memory", lambda: happened.append("given back"))
     with pytest.raises(RuntimeError, match="in the middle"), at_work(model, device):
         happened.append("works")
         raise RuntimeError("in the middle")
@@ -28,7 +28,7 @@ def test_it_goes_back_and_gives_back_also_where_its_work_fails(monkeypatch):
 
 def test_it_is_found_by_its_buffers_too():
     model = torch.nn.BatchNorm1d(2, affine=False, device="meta")
-    assert frozen._device_of(model).type == "meta" and frozen._device_of(torch.nn.Identity()).type == "cpu"
+    assert machine._device_of(model).type == "meta" and machine._device_of(torch.nn.Identity()).type == "cpu"
 
 
 def test_the_precision_of_a_device():

@@ -95,7 +95,7 @@ def test_another_architecture_is_told_with_the_overrides_that_fit(tmp_path, name
     assert "\n" not in message and "hidden_size" in message and "(here 24)" in message
     assert all(same(value, before[key]) for key, value in wrong.state_dict().items())
 
-    typed = dict(re.findall(r"model\.dit\.(\w+)=(\S+)", message))
+    typed = dict(re.findall(r"model\.(\w+)=(\S+)", message))
     arguments, of_conditioner = split_reference_arguments(
         {**side, "num_classes": 2, **{key: yaml.safe_load(value) for key, value in typed.items() if key != "size"}}
     )
@@ -170,7 +170,7 @@ def test_what_nothing_tells_is_said_to_be_as_given(tmp_path):
     path, *_ = published(tmp_path / "bare.pt", wrap=without_tables)
     said = Silent()
     start_from(*built(2), path, say=said)
-    assert "Not told by these weights, so as given: num_heads=2, use_rope=true" in str(said)
+    assert "Not told by these weights, so as given: num_heads=2, rope=true" in str(said)
     assert "not loaded: nothing" in str(said)
 
 
@@ -257,11 +257,11 @@ def test_a_pipeline_keeps_the_rows_of_the_people_it_knows(tmp_path):
     assert "class table kept, with 2 new rows (4 classes, were 3; the null row kept)" in str(said)
 
     start_from(denoiser, conditioner, tmp_path / "pipeline", latents=people, say=said)
-    assert "2 classes bear names of the weights' (ID_3, ID_1 …): model.init.classes=keep" in str(said)
+    assert "2 classes bear names of the weights' (ID_3, ID_1 …): init.classes=keep" in str(said)
     named = [None, "ID_2", None, "ID_2"]
     start_from(denoiser, conditioner, tmp_path / "pipeline", classes=named, latents=people, say=said)
     assert same(conditioner.embedding_table.weight[[1, 3]], theirs[[1, 1]])
-    with pytest.raises(UserError, match=r"depth 1 \(here 2\).*model.dit.depth=1"):
+    with pytest.raises(UserError, match=r"depth 1 \(here 2\).*model.depth=1"):
         start_from(DiT(**{**numbers, "depth": 2}), conditioner, tmp_path / "pipeline", say=said)
     with pytest.raises(UserError, match=r"holds no weights to go on from .*name .*run/pipeline"):
         (tmp_path / "run").mkdir()

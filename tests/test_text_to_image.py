@@ -6,13 +6,14 @@ import os
 import re
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from alike import assert_curves_alike, assert_weights_alike
 from diffusers import AutoencoderKL
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 from test_experiments import values_of
@@ -29,7 +30,7 @@ from vavae_tools.diffusion.objectives import make_objective
 from vavae_tools.diffusion.text_conditioning import TextConditioner
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.pipelines.text import load_text_pipeline
-from vavae_tools.recipes.config import compose, read_command_line
+from vavae_tools.recipes.config import Experiment, compose, read_command_line
 from vavae_tools.recipes.text_to_image import _of_one_size
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.training.callbacks.checkpointing import LastCheckpoint
@@ -237,8 +238,8 @@ ema:
 """
 
 
-def meant(*words: object) -> dict:
-    return OmegaConf.to_container(compose(read_command_line(list(map(str, words)))), resolve=True)
+def meant(*words: object) -> Experiment:
+    return compose(read_command_line(list(map(str, words))))
 
 
 @pytest.mark.parametrize("lr", ["1e-4", "0.0001", "1.0e-04"])
@@ -263,32 +264,33 @@ def test_a_file_means_the_same_as_overrides(tmp_path, lr, precision, trained_in)
         *["lr_scheduler.type=linear", "--text_encoder", "./models/clip", "--vae", "./models/sd"],
         *["vae.use_slicing=true", "ema.enabled=false"],
     )
-    for config in (of_file, typed):
-        del config["training"]["mixed_precision"]  # no is false in YAML, and is what it is on a command line
-    settings = [trainer_settings(**{**config.pop("trainer"), "accelerator": "cpu"}) for config in (of_file, typed)]
+    configs = [plan.recipe.train for plan in (of_file, typed)]
+    settings = [trainer_settings(**{**config.of_devices(), "accelerator": "cpu"}) for config in configs]
     assert settings[0] == settings[1] and settings[0]["precision"] == trained_in
     assert settings[0]["accumulate_grad_batches"] == 2 and settings[0]["gradient_clip_val"] == 1.0
-    assert of_file == typed and of_file["training"]["learning_rate"] == 1e-4 and of_file["name"] == "text_to_image"
+    same = {"precision": None}  # no is false in YAML, and is what it is on a command line
+    recipes = [replace(plan.recipe, train=replace(plan.recipe.train, **same)) for plan in (of_file, typed)]
+    assert recipes[0] == recipes[1] and configs[0].lr == 1e-4 and of_file.name == "text_to_image"
 
 
 def test_the_example_is_found_from_any_folder(here, run_main):
     status, said, _ = run_main(train.main, "--config", "configs/train_config.yaml", "--print_config")
     assert status == 0
-    shown = OmegaConf.to_container(OmegaConf.create(said))
-    assert shown["training"]["batch_size"] == 48 and shown["training"]["learning_rate"] == 1e-4
-    assert (shown["model"]["hidden_size"], shown["model"]["num_layers"], shown["model"]["num_heads"]) == (768, 16, 12)
-    assert shown["lr_scheduler"] == {"type": "cosine", "warmup_steps": 500}
-    assert shown["callbacks"]["save_every_n_epochs"] == 10 and shown["callbacks"]["save_every_n_steps"] == 500
+    shown = yaml.safe_load(said)
+    assert shown["train"]["batch_size"] == 48 and shown["train"]["lr"] == 1e-4
+    assert (shown["model"]["hidden_size"], shown["model"]["depth"], shown["model"]["num_heads"]) == (768, 16, 12)
+    assert (shown["train"]["schedule"], shown["train"]["warmup_steps"]) == ("cosine", 500)
+    assert shown["train"]["save_every_n_epochs"] == 10 and shown["train"]["save_every_n_steps"] == 500
     (here / "configs").mkdir()
     (here / "configs" / "train_config.yaml").write_text("training: {batch_size: 7}\n")  # one's own comes first
     _, said, _ = run_main(
         train.main, "--config", "configs/train_config.yaml", "--print_config", "data.dataset_name=shapes"
     )
-    assert OmegaConf.create(said).training.batch_size == 7
+    assert yaml.safe_load(said)["train"]["batch_size"] == 7
 
 
 WRONG_FILES = {
-    "training:\n  batchsize: 3\n": "mine.yaml: No key 'training.batchsize'; did you mean training.batch_size?",
+    "training:\n  batchsize: 3\n": "mine.yaml: No key 'training.batchsize'; did you mean train.batch_size?",
     "training: {}\nmodell:\n  hidden_size: 3\n": "No key 'modell",
     "training:\n\tbatch_size: 3\n": "--config mine.yaml is no YAML: ",
     "training:\n  batch_size: many\n": "training.batch_size is 'many', expected a whole number such as 24",
@@ -297,17 +299,17 @@ WRONG_FILES = {
     "training:\n  mixed_precision: fp17\n": "No precision 'fp17'; there are 32, 16, bf16",
     "training:\n  max_steps: many\n": "training.max_steps is 'many', expected a whole number",
     "training:\n  num_workers: 1.5\n": "training.num_workers is 1.5, expected a whole number",
-    "training:\n  gradient_accumulation_steps: 0\n": "training.gradient_accumulation_steps is 0, expected 1 or more",
-    "training:\n  learning_rate: 0\n": "training.learning_rate is 0.0, expected more than 0",
-    "training:\n  prefetch_factor: 0\n": "training.prefetch_factor is 0, expected 1 or more",
-    "training:\n  num_epochs: 0\n": "training.num_epochs is 0, expected 1 or more",
-    "training: {}\nvae:\n  name: 5\n": "vae.name is 5, expected text",
+    "training:\n  gradient_accumulation_steps: 0\n": "gradient_accumulation_steps is 0, expected a whole number of",
+    "training:\n  learning_rate: 0\n": "training.learning_rate is 0, expected more than 0",
+    "training:\n  prefetch_factor: 0\n": "training.prefetch_factor is 0, expected a whole number of 1 or more",
+    "training:\n  num_epochs: 0\n": "training.num_epochs is 0, expected a whole number of 1 or more",
+    "training: {}\nvae:\n  name: [5]\n": "vae.name is [5], expected text",
     "training: {}\ndata:\n  cache: maybe\n": "data.cache is 'maybe', expected true or false",
     "training: {}\ndata:\n  image_size: large\n": "data.image_size is 'large', expected a whole number",
-    "training: {}\ndata:\n  dataset_name: shape\n": "No data set 'shape'; did you mean shapes? There are coco, cub",
-    "training: {}\nmodel:\n  objective: eps\n": "No objective 'eps'; there are epsilon, v_prediction, flow_matching",
+    "training: {}\ndata:\n  dataset_name: shape\n": "data.dataset_name is 'shape', expected one of coco, cub",
+    "training: {}\nmodel:\n  objective: eps\n": "model.objective is 'eps', expected one of flow_matching",
     "training: {}\nmodel:\n  caption_dropout: 1.5\n": "model.caption_dropout is 1.5, expected a share from 0 to 1",
-    "training: {}\nsampling:\n  scheduler: dpm\n": "No scheduler 'dpm' for a denoiser that predicts noise",
+    "training: {}\nsampling:\n  scheduler: dpm\n": "No solver 'dpm' for noise or v; there are dpm++",
     "training: {}\nlr_scheduler:\n  type: cosinus\n": "lr_scheduler.type is 'cosinus', expected one of cosine, linear",
     "training: {}\nema:\n  decay: 1.5\n": "ema.decay is 1.5, expected a share from 0 to 1",
 }
@@ -352,7 +354,7 @@ def test_both_kinds_of_checkpoints_go_on_bit_by_bit(shapes, here, cache):
     (here / "whole" / "checkpoints" / "last.ckpt").unlink()
     kept = list(Path("whole").glob("latents/*.safetensors"))
     written = [path.stat().st_mtime_ns for path in kept]
-    assert "going on in whole" in shapes(*words, "--resume", "whole/checkpoint-12")
+    assert "resuming whole" in shapes(*words, "--resume", "whole/checkpoint-12")
     assert_same(before["state_dict"], last("whole")["state_dict"])
     assert [path.stat().st_mtime_ns for path in kept] == written and bool(kept) == cache
 
@@ -371,7 +373,7 @@ def test_a_stopped_run_goes_on_and_its_log_says_so(shapes, here, frozen, fault, 
         assert "Stopped after step 7" in shapes(*words)
     (short,) = Path("logs/runs").glob("*/*")
     said = shapes(*words, "ckpt_path=last")
-    assert f"ckpt_path=last: going on with {short}" in said
+    assert f"resume=last: resuming {short}" in said
     assert_same_training("whole", short)
     log = (short / "train.log").read_text()
     assert "  stopped   Stopped after step 7" in log and "going on after step 7 of 12" in log
@@ -485,7 +487,7 @@ def test_all_objectives_train_and_sample(shapes, here, objective, run_main, faul
         assert run_main(sample.main, *words, "--solver", solver, "--output_dir", solver)[0] == 0
         assert Image.open(f"{solver}/00000.png").size == (16, 16)
     other = "euler" if kind else "ddim"
-    assert f"No scheduler '{other}' for a denoiser that predicts" in fault(sample.main, *words, "--solver", other)
+    assert f"No solver '{other}' for " in fault(sample.main, *words, "--solver", other)
 
 
 def test_the_chosen_scheduler_is_the_pipelines(shapes):
@@ -650,8 +652,8 @@ def test_models_that_are_not_there_are_one_line(own, here, fault, no_network):
         "vae.name=kl": "kl is no folder of a Stable Diffusion VAE: diffusion_pytorch_model.safetensors is missing",
         "data.image_size=18": "image_size 18×18: this VAE takes multiples of 4",
         "data.dataset_path=nowhere": "nowhere",
-        "data.dataset_name=kitti": "No data set 'kitti'. There are coco, cub, custom, shapes",
-        "data.num_samples=0": "num_samples 0: expected a whole number of at least 1",
+        "data.dataset_name=kitti": "data.dataset_name is 'kitti', expected one of coco, cub, custom, shapes",
+        "data.num_samples=0": "data.num_samples is 0, expected a whole number of 1 or more",
         "model.num_heads=3": "num_heads",
     }
     models = {"text_encoder.name": own / "clip", "vae.name": own / "kl", "data.dataset_path": own / "pictures"}

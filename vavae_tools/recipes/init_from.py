@@ -79,7 +79,7 @@ def start_from(
     said.append(f"not loaded: {_said_of_left(found, denoiser)}")
     say(f"{found.source} ({KINDS[found.kind]}): {', '.join(said)}")
     if unknown := [name for name in ("num_heads", "rope") if name not in found.arguments]:
-        given = ", ".join(f"{KEYS[name]}={_text(_comparable(denoiser.config)[name])}" for name in unknown)
+        given = ", ".join(f"{name}={_text(_comparable(denoiser.config)[name])}" for name in unknown)
         say(f"Not told by these weights, so as given: {given}")
     same = [name for name in _own_names(latents).values() if name in found.classes]
     if classes == "new" and same:
