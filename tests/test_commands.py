@@ -293,7 +293,7 @@ def things(split_dir, vavae_dir, latents_dir, tmp_path_factory) -> dict[str, str
 
 TUNE = "--data_dir {split} --original_vavae {vavae} --condition_dim 4 --max_epochs 1"
 BAD_FINE_TUNING = {
-    "--data_dir nowhere": "No split_info.json in nowhere: it is no split. Make one with python data_split.py",
+    "--data_dir nowhere": "No such folder: nowhere.",
     "": "run data_split.py first, or name it with --data_dir",
     TUNE + " --original_vavae nowhere": "No VA-VAE at nowhere",
     TUNE + " --original_vavae {here}/dit.ckpt": "dit.ckpt is no checkpoint of VA-VAE training",

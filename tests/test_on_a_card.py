@@ -20,7 +20,7 @@ SCALER = "lightning/pytorch/plugins/precision/amp.py"
 """Where a gradient scaler asks the card whether an optimiser's gradients are finite."""
 BATCH = "lightning/fabric/utilities/apply_func.py"
 """Where Lightning copies a batch to the card."""
-CAPTIONS = "vavae_tools/autoencoders/text_encoder.py"
+CAPTIONS = "vavae_tools/diffusion/clip.py"
 """Where captions, which are numbered in each step unless they were encoded before, go to the card."""
 
 pytestmark = [

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -194,6 +195,7 @@ def build_on_latents(
         UserError: parts that do not fit together.
     """
     config, seed = recipe.train, recipe.seed
+    L.seed_everything(seed, verbose=False)  # the same weights, whether latents were encoded just now or not
     latents = LatentDataModule(recipe.data.latents_dir, config.batch_size, recipe.data.num_workers or 0, seed=seed)
     if recipe.data.flips and not latents.folder.flips:
         raise UserError(
