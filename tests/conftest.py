@@ -1,9 +1,35 @@
 """What several test files share: thirty tiny simulated pictures of three people, their split, their latents."""
 
+import gc
 import sys
 from pathlib import Path
 
 import pytest
+from forked import python, start_server
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # xdist's workers share the one of the process that started them
+        config.forks = start_server()
+
+
+def pytest_unconfigure(config):
+    if getattr(config, "forks", None):
+        config.forks.stdin.close()
+        config.forks.wait()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_that_stays_is_garbage():
+    """Trainings look for garbage: in what they made, not in all that was imported, which takes half a second each."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """What this test starts by `sys.executable`, itself or through the package, starts at once."""
+    monkeypatch.setattr(sys, "executable", python())
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import fork_of
 
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
@@ -55,7 +56,8 @@ def tell(folder: str) -> str:
 
 
 def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    pid = fork_of(pid)
+    return [fork_of(int(child)) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def alive(pid: int) -> bool:

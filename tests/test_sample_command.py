@@ -3,12 +3,12 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import python
 from on_ranks import children, gone
 from PIL import Image
 from tiny import SIZE, tiny_pipeline, trained_looking
@@ -52,7 +52,7 @@ def command(models, *arguments) -> list[str]:
 def start(models, folder, *arguments, program=("-m", "vavae_tools.sample")) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, *program, *command(models, *arguments)],
+        [python(), *program, *command(models, *arguments)],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -217,7 +217,7 @@ def test_two_processes_of_torchrun_write_the_same_npz(run, models, tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_a_path_is_sampled_on_all_devices(models, tmp_path, monkeypatch):
+def test_a_path_is_sampled_on_all_devices(models, tmp_path, monkeypatch, forked):
     pipe, settings = load_pipeline(models / "pipeline"), {"num_inference_steps": 2, "batch_size": 4}
     alone = write_samples(pipe, ["ID_2", 0] * 5, tmp_path / "alone", 3, **settings)
     one = write_samples(models / "pipeline", ["ID_2", 0] * 5, tmp_path / "one", 3, **settings)

@@ -13,6 +13,8 @@ import nbformat
 import pytest
 import torch
 from alike import assert_curves_alike, assert_weights_alike
+from forked import python
+from nbclient import NotebookClient
 from on_ranks import children, gone
 from test_experiments import SHORT, SMALL, values_of
 from tiny import same
@@ -40,8 +42,10 @@ def one(tmp_path_factory):
     return folder
 
 
-def start(words: list[str], program: list[str] | None = None, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, *(program or []), "-m", "vavae_tools.train", *words]
+def start(
+    words: list[str], program: list[str] | None = None, interpreter: str | None = None, **environment: str
+) -> subprocess.Popen:
+    command = [interpreter or python(), *(program or []), "-m", "vavae_tools.train", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with_package = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env={**os.environ, **with_package, **environment}, **pipes)
@@ -90,12 +94,9 @@ def by_a_cell(words: list[str]) -> list[str]:
 
 
 def executed(*cells: str) -> list:
-    """The cells, after `jupyter execute` went through them."""
-    cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), "cells.ipynb")
-    command = [sys.executable, "-m", "jupyter", "execute", "--inplace", "--allow-errors", "cells.ipynb"]
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
-    return nbformat.read("cells.ipynb", as_version=4).cells
+    """The cells, after a kernel went through them."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    return NotebookClient(notebook, timeout=240, allow_errors=True).execute().cells
 
 
 def text_of(cell) -> str:
@@ -110,7 +111,7 @@ WAYS = [by_flags, by_fsdp, by_torchrun, by_torchrun_on_two_nodes, by_flags_on_tw
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_two_processes_train_what_one_does(one, here, way):
+def test_two_processes_train_what_one_does(one, here, forked, way):
     said = way([*NUMBERS, *HALVES, "--output_dir", "two"])
     assert sum(text.count("written: two/pipeline") for text in said) == 1
     for tag in ("train/loss", "train/mse", "val/loss"):
@@ -139,11 +140,13 @@ def until_saved(process: subprocess.Popen, folder: str) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("by", ["flags", "torchrun"])
 def test_a_rank_that_is_killed_takes_the_others_along(here, rank, by):
+    """Once of each kind with interpreters that import all by themselves, as people have it."""
+    interpreter = sys.executable if rank else python()
     if by == "flags":
-        process = start([*LONG, "--devices", "2", "--output_dir", "run"])
+        process = start([*LONG, "--devices", "2", "--output_dir", "run"], interpreter=interpreter)
     else:
         program = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        process = start([*LONG, "--output_dir", "run"], program)
+        process = start([*LONG, "--output_dir", "run"], program, interpreter)
     until_saved(process, "run")
     ranks = children(process.pid)
     assert len(ranks) == 2
@@ -206,7 +209,7 @@ fit(line, Points(), "fails", max_epochs=20, devices={"devices": 2, "accelerator"
 """
 
 
-def test_what_a_cell_defines_is_trained_by_two_and_faults_come_back(here):
+def test_what_a_cell_defines_is_trained_by_two_and_faults_come_back(here, forked):
     trained, failed = executed(IN_A_CELL, FAILS)
     assert "line/checkpoints/last.ckpt 3.0 1.0\n" in text_of(trained)
     bars = [output for output in trained.outputs if output.output_type == "display_data"]
@@ -217,7 +220,7 @@ def test_what_a_cell_defines_is_trained_by_two_and_faults_come_back(here):
     assert "in training_step" in error.evalue
 
 
-def test_previews_come_into_the_cell(here):
+def test_previews_come_into_the_cell(here, forked):
     words = [*SHORT, *SMALL, *HALVES, "model.dit_module.max_steps=3", "trainer.devices=2", "--output_dir", "run"]
     (cell,) = executed(f"from vavae_tools.train import run_experiment; run_experiment(*{words!r})")
     pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]

@@ -11,6 +11,7 @@ from threading import Barrier, Thread
 import lightning as L
 import pytest
 import torch
+from forked import python
 from safetensors.torch import load_file
 from tiny import SIZE, perturb_projections, same, tiny_dit, tiny_vavae, trained_looking
 from torch.distributed import HashStore
@@ -143,7 +144,7 @@ def main(folder: str, split: str, latents_dir: str, classifier: str) -> None:
 def torchrun(processes: int, *words: object) -> subprocess.CompletedProcess:
     program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *program, *map(str, words)]
+    command = [python(), *program, *map(str, words)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 

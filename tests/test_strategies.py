@@ -3,13 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from alike import assert_weights_alike
+from forked import python
 from PIL import Image
 from sharded_training import train
 from test_training import KEPT
@@ -26,7 +26,7 @@ CUT = {"strategy": "fsdp", "sharded_checkpoints": True, "deterministic": True}
 
 
 def on_two_processes(*jobs: dict) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command += [str(HERE / "sharded_training.py"), json.dumps(jobs)]

@@ -191,7 +191,7 @@ def test_pictures_of_other_settings_are_refused_and_replaced(trained, here, run_
     assert "samples.json" in fault(sample.main, *of_run, *words, "--cfg_scale", 3)
 
 
-def test_two_processes_make_the_same_bytes(trained, here, run_main):
+def test_two_processes_make_the_same_bytes(trained, here, run_main, forked):
     words = ["--checkpoint", trained / "pipeline", "--prompt", "a red circle", "a ring", "--num_samples", 5, *QUICK]
     for devices in (1, 2):
         assert run_main(sample.main, *words, "--devices", devices, "--output_dir", f"of{devices}")[0] == 0
@@ -513,7 +513,7 @@ def test_without_the_average_the_live_weights_are_sampled(shapes, trained):
     assert_same(of_pipeline, {name: live[f"denoiser.{name}"] for name in of_pipeline})
 
 
-def test_two_processes_train_what_one_does(shapes, here):
+def test_two_processes_train_what_one_does(shapes, here, forked):
     words = ["training.max_steps=10", "training.logging_steps=1"]
     shapes(*words, "--output_dir", "one")
     shapes(*words, "training.batch_size=2", "--devices", "2", "--output_dir", "two")

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from alike import assert_curves_alike
+from forked import python
 from tiny import tiny_dit, tiny_vavae, trained_looking
 
 from vavae_tools.autoencoders.tiny import tiny_rae
@@ -225,7 +226,7 @@ def run_all(folder: Path, latents_dir: Path, split_dir: Path) -> None:
 def one_and_two(latents_dir, split_dir, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("processes")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    torchrun = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     (folder / "1").mkdir()
     (folder / "2").mkdir()
     words = [str(path) for path in (folder / "2", latents_dir, split_dir)]

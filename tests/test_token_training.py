@@ -110,7 +110,7 @@ def test_chats_are_learnt_and_answered(run, here):
     assert made.tokens[0][: len(prompt)] == prompt and len(made.tokens[0]) == len(prompt) + 2  # a figure and the end
 
 
-def test_two_processes_make_the_steps_of_one(run, here):
+def test_two_processes_make_the_steps_of_one(run, here, forked):
     """Though they have different numbers of cells, of which the loss is the mean."""
     words = ["training.max_steps=6", "training.learning_rate=0.01", "training.warmup_steps=1"]
     run(*words, "--output_dir", "one", "--batch_size", 4)
