@@ -64,46 +64,52 @@ def losses(last: Path) -> dict:
     return torch.load(last, weights_only=True)["state_dict"]
 
 
-def test_stages_go_on_from_each_other_and_from_published_weights(split_dir, published, dinov2, tmp_path):
-    said = []
-    arguments = {
-        "original_vavae": published,
-        "recipe": "staged",
-        "foundation_model": dinov2,
-        "perceptual_weight": 0.0,
-        "say": said.append,
-        **TINY,
-    }
-    folder = fine_tune_vavae(split_dir, tmp_path, max_epochs=3, **arguments)
-    assert folder == tmp_path / "stage3" / "vavae" and (folder / "config.json").is_file()
+@pytest.fixture(scope="module")
+def staged(published, dinov2) -> dict:
+    """Arguments of a training in stages."""
+    numbers = {"recipe": "staged", "foundation_model": dinov2, "perceptual_weight": 0.0, "max_epochs": 3}
+    return {"original_vavae": published, **numbers, **TINY}
+
+
+@pytest.fixture(scope="module")
+def whole(split_dir, staged, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The folder of one that was never stopped, and what it said. Do not write into it."""
+    folder, said = tmp_path_factory.mktemp("whole"), []
+    assert fine_tune_vavae(split_dir, folder, say=said.append, **staged) == folder / "stage3" / "vavae"
+    return folder, said
+
+
+def test_stages_go_on_from_each_other_and_from_published_weights(split_dir, published, staged, whole):
+    folder, said = whole
+    assert (folder / "stage3" / "vavae" / "config.json").is_file()
     told = "\n".join(said)
     assert f"The discriminator goes on from {published}" in told and f"The projection goes on from {published}" in told
     for stage in ("stage1", "stage2"):
-        last = tmp_path / stage / "checkpoints" / "last.ckpt"
+        last = folder / stage / "checkpoints" / "last.ckpt"
         assert f"The discriminator goes on from {last}" in told and f"The projection goes on from {last}" in told
     assert "Recipe stage1: kl_weight 1e-06, l1_weight 1, vf_weight 0.5, disc_weight 0.5" in told
     # nothing of stage 1 sees the discriminator, which starts at step 2,500
     assert same(
-        losses(tmp_path / "stage1" / "checkpoints" / "last.ckpt")["discriminator.main.0.weight"],
+        losses(folder / "stage1" / "checkpoints" / "last.ckpt")["discriminator.main.0.weight"],
         torch.load(published, weights_only=True)["state_dict"]["loss.discriminator.main.0.weight"],
     )
-    said.clear()
-    before = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
-    assert fine_tune_vavae(split_dir, tmp_path, max_epochs=3, resume="last", **arguments) == folder
-    assert [line.split(" (")[0] for line in said] == [f"stage{n} is complete" for n in (1, 2, 3)]
-    assert (folder / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    again, before = [], weights_of(folder)
+    made = fine_tune_vavae(split_dir, folder, resume="last", say=again.append, **staged)
+    assert made == folder / "stage3" / "vavae" and weights_of(folder) == before
+    assert [line.split(" (")[0] for line in again] == [f"stage{n} is complete" for n in (1, 2, 3)]
 
 
-def test_stages_that_were_stopped_go_on_where_they_were(split_dir, vavae_dir, dinov2, tmp_path):
-    numbers = {"recipe": "staged", "foundation_model": dinov2, "perceptual_weight": 0.0, "max_epochs": 3, **TINY}
-    numbers |= {"original_vavae": vavae_dir, "say": lambda line: None}
-    stopped = fine_tune_vavae(split_dir, tmp_path, saving=Saving(max_time="0:00:01"), **numbers)
+def weights_of(folder: Path) -> bytes:
+    return (folder / "stage3" / "vavae" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_stages_that_were_stopped_go_on_where_they_were(split_dir, staged, whole, tmp_path):
+    saving = Saving(max_time="0:00:01")  # less than it keeps for saving
+    stopped = fine_tune_vavae(split_dir, tmp_path, saving=saving, say=lambda line: None, **staged)
     assert stopped == tmp_path / "stage1" / "vavae" and not (tmp_path / "stage2").exists()
-    folder = fine_tune_vavae(split_dir, tmp_path, resume="last", **numbers)
+    folder = fine_tune_vavae(split_dir, tmp_path, resume="last", say=lambda line: None, **staged)
     assert folder == tmp_path / "stage3" / "vavae" and all(has_ended(tmp_path / f"stage{n}") for n in (1, 2, 3))
-    whole = fine_tune_vavae(split_dir, tmp_path / "whole", **numbers)
-    name = "diffusion_pytorch_model.safetensors"
-    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert weights_of(tmp_path) == weights_of(whole[0])
 
 
 def test_at_first_it_is_the_published_model_bit_by_bit(published, split_dir, tmp_path):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import python
 from on_ranks import alive, gone
 
 from vavae_tools.runtime import console as screen
@@ -69,13 +70,13 @@ def test_nccl_does_without_shared_memory_where_there_is_too_little(tmp_path, mon
         (1, "exit", SystemExit, "^3$", "gone without a word\n"),
     ],
 )
-def test_one_that_fails_ends_the_others_and_says_why(capfd, rank, how, error, message, said):
+def test_one_that_fails_ends_the_others_and_says_why(forked, capfd, rank, how, error, message, said):
     with pytest.raises(error, match=message):
         call_on_ranks("on_ranks:fail", {"rank": rank, "how": how}, 2)  # ten minutes, were the other one not ended
     assert capfd.readouterr().err.endswith(said)
 
 
-def test_the_stop_button_ends_them_all(tmp_path, monkeypatch, capfd):
+def test_the_stop_button_ends_them_all(forked, tmp_path, monkeypatch, capfd):
     pressed = []
 
     def interrupt(seconds):
@@ -96,17 +97,21 @@ def test_ranks_hear_of_the_stop_button_in_a_background_job_too(tmp_path, monkeyp
     """Where the one that starts them ignores SIGINT, as shells have it for what ends in &, they would, too."""
     former = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        test_the_stop_button_ends_them_all(tmp_path, monkeypatch, capfd)
+        test_the_stop_button_ends_them_all(None, tmp_path, monkeypatch, capfd)
     finally:
         signal.signal(signal.SIGINT, former)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_none_outlives_the_one_that_started_them(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "interpreter"),
+    [(signal.SIGTERM, python()), (signal.SIGKILL, sys.executable)],
+    ids=["terminated", "killed"],
+)
+def test_none_outlives_the_one_that_started_them(tmp_path, number, interpreter):
     call = f"call_on_ranks('on_ranks:sleep', {{'folder': {str(tmp_path)!r}}}, 2)"
     program = f"from vavae_tools.runtime.launch import call_on_ranks; {call}"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    with subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen([interpreter, "-c", program], env=environment, stderr=subprocess.DEVNULL) as process:
         while len(list(tmp_path.iterdir())) < 2:
             assert process.poll() is None
             time.sleep(0.05)
@@ -130,7 +135,7 @@ def test_several_machines_need_an_address(monkeypatch):
     assert several_processes("cpu", 2) is None
 
 
-def test_a_port_in_use_is_said_or_another_is_taken(tmp_path, monkeypatch):
+def test_a_port_in_use_is_said_or_another_is_taken(forked, tmp_path, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -146,7 +151,7 @@ def test_two_machines_work_together_and_fall_together(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
 
-    def machine(rank: int, call: str) -> subprocess.Popen:
+    def machine(rank: int, call: str, interpreter: str) -> subprocess.Popen:
         program = f"""
 from vavae_tools.runtime.errors import run_command
 from vavae_tools.runtime.launch import Nodes, call_on_ranks
@@ -154,22 +159,23 @@ run_command(lambda: print(call_on_ranks({call}, 1, Nodes.from_environment(2))))"
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": str(rank)}
         environment = {**os.environ, **where, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes)
+        return subprocess.Popen([interpreter, "-c", program], env=environment, **pipes)
 
-    both = [machine(rank, f"'on_ranks:place', {{'folder': {str(tmp_path)!r}}}") for rank in (0, 1)]
+    place = f"'on_ranks:place', {{'folder': {str(tmp_path)!r}}}"
+    both = [machine(rank, place, sys.executable) for rank in (0, 1)]
     said = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert [line.startswith(f"(['{rank}', '0', '2'") for rank, line in enumerate(said)] == [True, True], said
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "0 0 2 1 0", "1": "1 0 2 1 1"}
 
-    both = [machine(rank, "'on_ranks:fail', {'rank': 1, 'how': 'user'}") for rank in (0, 1)]
+    both = [machine(rank, "'on_ranks:fail', {'rank': 1, 'how': 'user'}", python()) for rank in (0, 1)]
     said = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [2, 2]
     assert said[1] == "error: no space (process 2 of 2)\n"
     assert said[0] == "error: Process 2 of 2 has failed on another machine: see there what it said\n"
 
 
-def test_lines_bars_and_pictures_come_into_the_cell(monkeypatch, capsys):
+def test_lines_bars_and_pictures_come_into_the_cell(forked, monkeypatch, capsys):
     monkeypatch.setattr(launch, "in_notebook", lambda: True)
     shown = []
     assert call_on_ranks("on_ranks:tell", {"folder": "x"}, 2, show=shown.append) == "x"
@@ -195,7 +201,7 @@ def test_no_picture_takes_the_place_of_one_that_was_not_shown_yet(tmp_path, monk
     assert [picture[0, 0, 0].item() for picture in shown] == [10, 20, 30]
 
 
-def test_a_fault_in_a_cell_brings_its_last_lines(monkeypatch):
+def test_a_fault_in_a_cell_brings_its_last_lines(forked, monkeypatch):
     monkeypatch.setattr(launch, "in_notebook", lambda: True)
     with pytest.raises(UserError, match=r"^Process 2 of 2 failed: LookupError: a fault of ours(.|\n)*in fail\n"):
         call_on_ranks("on_ranks:fail", {"rank": 1, "how": "fault"}, 2)

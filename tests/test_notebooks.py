@@ -7,6 +7,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from vavae_tools.data.captioned_shapes import captioned_shape_data
+
+from vavae_tools.autoencoders.stable_diffusion import load_stable_diffusion_vae, reconstruction_psnr
 
 pytestmark = pytest.mark.usefixtures("forked")
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
@@ -16,7 +19,7 @@ SHORT = (
     "samples_per_person=2, num_steps=2, previews=1)"
 )
 
-TEXT = '["experiment=text_dummy", "data.num_samples=64", "model.hidden_size=48", "sampling.num_steps=2"]'
+TEXT = '["experiment=text_dummy", "data.num_samples=256", "model.hidden_size=48", "sampling.num_steps=2"]'
 
 
 TOKENS = '["experiment=token_dummy", "training.max_steps=4", "model.hidden_size=16", "model.num_heads=2"]'
@@ -74,6 +77,9 @@ def test_the_notebook_on_sentences_needs_nothing(tmp_path, monkeypatch):
     notebook = run(path, tmp_path, monkeypatch)
     assert has_picture(notebook) and "image/png" in notebook.cells[-2].outputs[0].data  # the bars
     assert (tmp_path / "text" / "pipeline" / "model_index.json").is_file()
+    vae = load_stable_diffusion_vae(tmp_path / "text" / "autoencoder")
+    others = captioned_shape_data(1024, val_share=0.25).val_data
+    assert reconstruction_psnr(vae, others.pictures(range(256))) > 30
 
 
 def test_the_notebook_on_texts_as_pictures_needs_nothing(tmp_path, monkeypatch):

@@ -5,13 +5,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from io import BytesIO
 from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 import pytest
 import torch
+from forked import python
 from PIL import Image
 from tiny import SIZE, perturb_projections, same, tiny_dit, tiny_pipeline, tiny_vavae, trained_looking
 
@@ -749,5 +749,5 @@ def test_a_folder_with_an_rae_is_read_by_whoever_has_not_imported_it(tmp_path):
     LatentDiTPipeline(rae, denoiser, ClassConditioner(2, 16), make_solver()).save_pretrained(tmp_path)
     load = "from vavae_tools.pipelines.classes import load_pipeline"
     script = f"{load}; print(type(load_pipeline({str(tmp_path)!r}).vae))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([python(), "-c", script], capture_output=True, text=True, timeout=120)
     assert "vavae_tools.autoencoders.rae.RAE" in done.stdout, done.stderr

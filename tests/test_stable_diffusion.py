@@ -145,10 +145,3 @@ def test_latents_on_the_disk_know_the_scale(tmp_path):
     assert first.mean == [0.0] * 4 and first.std == [1.0] * 4
     vae.register_to_config(scaling_factor=2.0)
     assert encode_latents(vae, data, tmp_path, progress=False).key != first.key
-
-
-@pytest.mark.slow
-def test_a_minute_is_enough_for_the_small_one():
-    vae = tiny_kl()
-    train_tiny_kl(vae, ShapePictures(2048, 36, 32).in_memory())
-    assert reconstruction_psnr(vae, ShapePictures(256, 36, 32, side=1).in_memory()) > 25

@@ -4,11 +4,11 @@ import itertools
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import python
 from tiny import same
 
 from vavae_tools.diffusion.clip import TextStates, load_text_encoder, tiny_text_encoder
@@ -98,7 +98,7 @@ def test_it_follows_from_its_seed_in_another_process_too(encoder):
     assert tiny_text_encoder(SENTENCES).digest() == encoder.digest()
     assert tiny_text_encoder(SENTENCES, seed=1).digest() != encoder.digest()
     code = "from test_text_encoder import *; print(tiny_text_encoder(SENTENCES).digest())"
-    command = [sys.executable, "-c", code]
+    command = [python(), "-c", code]
     said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
     assert said.split()[-1] == encoder.digest()
 

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import signal
+from functools import cached_property
 from pathlib import Path
 
 import lightning as L
@@ -74,8 +75,9 @@ class Fit:
         finally:
             self.seen = watch.seen
 
-    @property
+    @cached_property
     def last(self) -> dict:
+        """As it was when it was first asked for."""
         return torch.load(self.folder / "last.ckpt", weights_only=True)
 
 
