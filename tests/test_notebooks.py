@@ -7,9 +7,10 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from vavae_tools.data.captioned_shapes import captioned_shape_data
 
-from vavae_tools.autoencoders.stable_diffusion import load_stable_diffusion_vae, reconstruction_psnr
+from vavae_tools.autoencoders.stable_diffusion import load_stable_diffusion_vae
+from vavae_tools.autoencoders.tiny import reconstruction_psnr
+from vavae_tools.data.demo.shapes import captioned_shape_data
 
 pytestmark = pytest.mark.usefixtures("forked")
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))

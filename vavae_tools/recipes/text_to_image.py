@@ -229,7 +229,7 @@ def _usual_folder(data: CaptionData, pictures: CaptionedDataModule, output_dir: 
     if data.data_dir is None:
         return output_dir / "latents"
     size = "x".join(map(str, pictures.train_data.image_size))
-    return LATENTS / f"{Path(data['dataset_path']).resolve().name}-{size}"
+    return LATENTS / f"{Path(data.data_dir).resolve().name}-{size}"
 
 
 def _fits_disk(
