@@ -111,6 +111,7 @@ def test_flags_stand_for_keys_and_hold():
     assert values("experiment=vavae", "--lpips_weights", "a.pth", "b.pth")["loss.lpips_weights"] == ["a.pth", "b.pth"]
     assert values("experiment=vavae", "--image_size", "128x256")["data.image_size"] == [128, 256]
     assert values("--vavae", "v", "--latents_dir", "2024")["data.latents_dir"] == "2024"
+    assert values("--objective.name", "v", "--model.dit.depth=3")["objective.name"] == "v"
 
 
 def test_every_experiment_can_be_deterministic_and_computes_as_the_machine_does_best():
@@ -297,6 +298,17 @@ def test_a_run_has_the_folder_of_its_day_and_time(here):
     assert run_folder(meant(), now)[0] == Path("logs/runs/2026-03-04/05-06-07-2")
     assert run_folder(meant("--output_dir", "mine"))[0] == Path("mine")
     assert run_folder(meant("hydra.run.dir=mine"))[0] == Path("mine")
+
+
+def test_what_the_machine_decides_is_printed(here, capsys, monkeypatch):
+    from vavae_tools.recipes import presets
+    from vavae_tools.train import main
+
+    monkeypatch.setattr(presets, "find_machine", lambda: MACHINES["T4"])
+    monkeypatch.setattr(sys, "argv", ["train", "experiment=vavae", "--print_config", "--max_epochs", "3"])
+    main()
+    shown = yaml.safe_load(capsys.readouterr().out)["train"]
+    assert (shown["batch_size"], shown["max_epochs"]) == (presets.find_preset().vavae_batch_size, 3)
 
 
 def test_last_is_the_newest_run_of_the_same_experiment_with_a_checkpoint(here):

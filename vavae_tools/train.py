@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vavae_tools.recipes.config import compose, help_text, keep_config, read_command_line, run_folder
@@ -16,7 +17,11 @@ def main() -> None:
     elif line.print_config:
         import yaml
 
-        print(yaml.safe_dump(compose(line).plain(), sort_keys=False, allow_unicode=True), end="")
+        from vavae_tools.recipes.presets import resolved
+
+        plan = compose(line)
+        plan = replace(plan, recipe=resolved(plan.recipe))  # with what this machine decides
+        print(yaml.safe_dump(plan.plain(), sort_keys=False, allow_unicode=True), end="")
     else:
         run_experiment(*words)
 

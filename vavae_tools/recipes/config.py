@@ -228,6 +228,9 @@ class _Keys:
         self.set(key, values[0] if len(values) == 1 else values, called=f"--{flag}")
 
     def of_flag(self, flag: str) -> str:
+        """Return the key that a flag stands for: one of its last word, or by all of its words."""
+        if "." in flag and self.home(flag):
+            return flag
         by_end: dict[str, list[str]] = {}
         for key in self.settings:
             by_end.setdefault(key.rpartition(".")[2], []).append(key)
