@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from golden_cases import load_case, load_weights
+from tiny import tiny_vavae
 
 from vavae_tools.autoencoders.foundation import alignment_loss
 from vavae_tools.autoencoders.losses import (
@@ -210,3 +211,15 @@ def test_gradients_flow_to_the_reconstruction_and_are_finite(part):
     black = torch.zeros(1, 3, 16, 16, requires_grad=True)  # where every magnitude is exactly zero
     part(black, torch.zeros(1, 3, 16, 16)).backward()
     assert black.grad.isfinite().all()
+
+
+def test_a_loss_of_the_table_needs_no_more_than_its_weight(monkeypatch):
+    from vavae_tools.autoencoders import losses
+    from vavae_tools.training.autoencoder_module import VAVAEModule
+
+    monkeypatch.setitem(losses.PICTURE_LOSSES, "squared", lambda made, pictures: (made - pictures).square().mean())
+    module = VAVAEModule(tiny_vavae(), l1_weight=0.0, gradient_weight=0.0, spectral_weight=0.0, squared_weight=2.0)
+    loss, parts = module.picture_loss(torch.full((1, 3, 8, 8), 0.5), torch.zeros(1, 3, 8, 8))
+    assert loss == 0.5 and parts["squared"] == 0.25 and module.hparams.squared_weight == 2.0
+    with pytest.raises(UserError, match="No loss cubed; there are l1, gradient, spectral, squared, perceptual"):
+        VAVAEModule(tiny_vavae(), cubed_weight=1.0)
