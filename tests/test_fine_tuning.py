@@ -1,5 +1,6 @@
 """Fine-tuning as it is called: from published weights, in stages, grey, not square, watched by a classifier."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -278,3 +279,17 @@ def test_lpips_comes_from_the_checkpoint_that_has_it(split_dir, published, tmp_p
     assert asked == [tmp_path / "with_lpips.ckpt", ["vgg.pth"]]
     with pytest.raises(UserError, match="needs LPIPS"):
         fine_tune_vavae(split_dir, tmp_path / "out", published, **numbers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"max_epochs": 0}, "max_epochs is 0, expected a whole number of 1 or more"),
+        ({"lr": 0.0}, "lr is 0.0, expected more than 0"),
+        ({"condition_dropout": 2.0}, "condition_dropout is 2.0, expected a share from 0 to 1"),
+        ({"saving": {"save_every_minutes": -1.0}}, "save_every_minutes is -1.0, expected 0 or more"),
+    ],
+)
+def test_numbers_given_in_python_are_checked_as_typed_ones_are(settings, said, tmp_path):
+    with pytest.raises(UserError, match=re.escape(said)):
+        fine_tune_vavae("nowhere", tmp_path, **settings)

@@ -477,7 +477,7 @@ def test_a_module_that_cannot_be(changes, message):
     [
         ({"perceptual_weight": 0.5}, r"perceptual_weight 0.5 needs LPIPS's weights: name them \(lpips_weights\)"),
         ({"lpips_weights": "nowhere.pth"}, "nowhere.pth"),
-        ({"max_steps": 0}, "max_steps 0"),
+        ({"max_steps": 0}, "max_steps is 0, expected a whole number of 1 or more"),
         ({"data": {**DATA, "image_size": 48}}, "image_size 48: this RAE's decoder makes pictures of 32"),
         ({"data": "no/such/folder"}, "no/such/folder"),
         ({"resume": "last"}, "No checkpoint"),

@@ -100,8 +100,6 @@ def fine_tune_rae_decoder(
         **{"devices": devices, "saving": saving, **changes},
     }
     recipe, further = filled(DecoderRecipe(), settings)
-    if recipe.train.max_steps < 1:
-        raise UserError(f"max_steps {recipe.train.max_steps}: at least one step is needed")
     lightning = {name: further.pop(name) for name in (devices or {}).keys() & further.keys()}
     recipe = replace(recipe, train=replace(recipe.train, trainer=lightning))
     build = partial(_build_decoder, data=data, rae=rae, further=further)

@@ -108,6 +108,9 @@ def filled(recipe: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         recipe: a dataclass of dataclasses, with a `TrainConfig` as `train`.
         given: what is None is left out. `devices` may be a dict with the arguments of `devices.trainer_settings`,
             `saving` a `Saving` or its numbers.
+
+    Raises:
+        UserError: a number out of its range.
     """
     values = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     devices, saving = values.pop("devices", None), values.pop("saving", None)
@@ -123,7 +126,11 @@ def filled(recipe: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
             changes[each.name] = replace(part, **own)
         elif each.name in values:
             changes[each.name] = values.pop(each.name)
-    return replace(recipe, **changes), values
+    made = replace(recipe, **changes)
+    for key, setting in settings_of(made).items():
+        if isinstance(setting.default, (int, float)):
+            checked(key.rpartition(".")[2], setting.default, setting)
+    return made, values
 
 
 def session_end(
