@@ -59,7 +59,8 @@ def test_the_layout_for_a_card_changes_no_number():
     assert all(same(tensor, kept[name]) for name, tensor in model.state_dict().items())
 
 
-def test_convolutions_are_tried_only_where_bits_may_change():
+def test_convolutions_are_tried_only_where_bits_may_change(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # whatever a training before left
     with trying_convolutions():
         assert torch.backends.cudnn.benchmark
     assert not torch.backends.cudnn.benchmark
