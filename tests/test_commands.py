@@ -250,7 +250,7 @@ def test_every_flag_of_the_specification_is_there(run, name):
 
 def test_the_package_imports_nothing_heavy_and_all_its_names_are_there():
     script = (
-        "import sys, vavae_tools\n"
+        "import sys, vavae_tools, vavae_tools.runtime.launch\n"
         "assert not {'torch', 'lightning', 'diffusers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "assert set(vavae_tools.__all__) <= set(dir(vavae_tools))\n"
         "try:\n    vavae_tools.nonsense\n"

@@ -9,12 +9,11 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
-from tqdm.auto import tqdm
-
 
 def tell(line: str) -> None:
     """Print a line beside progress bars."""
+    from tqdm.auto import tqdm
+
     tqdm.write(line, file=sys.stderr)
 
 
@@ -143,7 +142,8 @@ def bars_into_cell() -> None:
     tqdm.auto.tqdm = CellBar
 
 
-@rank_zero_only
 def say(line: str) -> None:
     """Print a line at once, and once: of several processes only the first speaks."""
-    print(line, flush=True)
+    from lightning.pytorch.utilities import rank_zero_only  # which takes seconds: not for those that say nothing
+
+    rank_zero_only(print)(line, flush=True)
