@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +17,7 @@ from on_ranks import alive, gone
 from vavae_tools.runtime import console as screen
 from vavae_tools.runtime import launch
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.launch import Nodes, call_on_ranks, several_processes
+from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import Machine
 
 ROOT = Path(__file__).parents[1]
@@ -27,8 +26,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "GROUP_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def test_each_knows_its_place_and_the_first_ones_result_comes_back(tmp_path):
@@ -120,59 +117,12 @@ def test_none_outlives_the_one_that_started_them(tmp_path, number, interpreter):
     assert gone([int(path.name) for path in tmp_path.iterdir()])
 
 
-def test_several_machines_need_an_address(monkeypatch):
+def test_how_many_processes_are_started(monkeypatch):
     assert several_processes("cpu", 1) is None and several_processes("cpu", "auto") is None
-    assert several_processes("cpu", 3) == (3, Nodes())
-    with pytest.raises(UserError, match="--num_nodes 2, but it is not said where they meet"):
-        several_processes("cpu", 1, 2)
-    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
-    monkeypatch.setenv("NODE_RANK", "1")
-    assert several_processes("cpu", 1, 2) == (1, Nodes(2, 1, "10.0.0.1", 29500))
-    monkeypatch.setenv("NODE_RANK", "2")
-    with pytest.raises(UserError, match="NODE_RANK=2, expected 0 to 1"):
-        several_processes("cpu", 1, 2)
+    assert several_processes("cpu", 3) == 3
+    assert several_processes("cpu", 3, 2) is None  # torchrun starts several machines
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # one of several already
     assert several_processes("cpu", 2) is None
-
-
-def test_a_port_in_use_is_said_or_another_is_taken(forked, tmp_path, monkeypatch):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"Port {port} is in use .* set MASTER_PORT"):
-            call_on_ranks("on_ranks:place", {"folder": str(tmp_path)}, 1, Nodes(2, 0, "127.0.0.1", port))
-        monkeypatch.setenv("MASTER_PORT", str(port))
-        assert call_on_ranks("on_ranks:place", {"folder": str(tmp_path)}, 1)[0][0] == "0"
-
-
-def test_two_machines_work_together_and_fall_together(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def machine(rank: int, call: str, interpreter: str) -> subprocess.Popen:
-        program = f"""
-from vavae_tools.runtime.errors import run_command
-from vavae_tools.runtime.launch import Nodes, call_on_ranks
-run_command(lambda: print(call_on_ranks({call}, 1, Nodes.from_environment(2))))"""
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": str(rank)}
-        environment = {**os.environ, **where, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen([interpreter, "-c", program], env=environment, **pipes)
-
-    place = f"'on_ranks:place', {{'folder': {str(tmp_path)!r}}}"
-    both = [machine(rank, place, sys.executable) for rank in (0, 1)]
-    said = [process.communicate(timeout=60)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert [line.startswith(f"(['{rank}', '0', '2'") for rank, line in enumerate(said)] == [True, True], said
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "0 0 2 1 0", "1": "1 0 2 1 1"}
-
-    both = [machine(rank, "'on_ranks:fail', {'rank': 1, 'how': 'user'}", python()) for rank in (0, 1)]
-    said = [process.communicate(timeout=60)[0] for process in both]
-    assert [process.returncode for process in both] == [2, 2]
-    assert said[1] == "error: no space (process 2 of 2)\n"
-    assert said[0] == "error: Process 2 of 2 has failed on another machine: see there what it said\n"
 
 
 def test_lines_bars_and_pictures_come_into_the_cell(forked, monkeypatch, capsys):

@@ -17,7 +17,6 @@ from vavae_tools.pipelines import writer as sample_sets
 from vavae_tools.pipelines.classes import load_pipeline
 from vavae_tools.pipelines.writer import write_samples
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.launch import Nodes
 from vavae_tools.runtime.ranks import Ranks
 from vavae_tools.sample import main
 
@@ -221,7 +220,7 @@ def test_a_path_is_sampled_on_all_devices(models, tmp_path, monkeypatch, forked)
     pipe, settings = load_pipeline(models / "pipeline"), {"num_inference_steps": 2, "batch_size": 4}
     alone = write_samples(pipe, ["ID_2", 0] * 5, tmp_path / "alone", 3, **settings)
     one = write_samples(models / "pipeline", ["ID_2", 0] * 5, tmp_path / "one", 3, **settings)
-    monkeypatch.setattr(sample_sets, "several_processes", lambda: (2, Nodes()))
+    monkeypatch.setattr(sample_sets, "several_processes", lambda: 2)
     two = write_samples(models / "pipeline", ["ID_2", 0] * 5, tmp_path / "two", 3, **settings)
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "alone")
     for written, folder in ((alone, "alone"), (one, "one"), (two, "two")):

@@ -81,12 +81,6 @@ def by_torchrun_on_two_nodes(words: list[str]) -> list[str]:
     return finish([start(words, [*program, f"--node_rank={node}"]) for node in (0, 1)])
 
 
-def by_flags_on_two_nodes(words: list[str]) -> list[str]:
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    words = [*words, "--devices", "1", "--num_nodes", "2"]
-    return finish([start(words, NODE_RANK=str(node), **meet) for node in (0, 1)])
-
-
 def by_a_cell(words: list[str]) -> list[str]:
     words = [*words, "trainer.devices=2"]
     (cell,) = executed(f"from vavae_tools.train import run_experiment; run_experiment(*{words!r})")
@@ -107,7 +101,7 @@ def weights(folder: Path | str) -> dict[str, torch.Tensor]:
     return torch.load(Path(folder) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
-WAYS = [by_flags, by_fsdp, by_torchrun, by_torchrun_on_two_nodes, by_flags_on_two_nodes, by_a_cell]
+WAYS = [by_flags, by_fsdp, by_torchrun, by_torchrun_on_two_nodes, by_a_cell]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)

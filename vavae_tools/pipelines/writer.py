@@ -303,7 +303,7 @@ def _write_on_all_devices(
     if several is None:
         return _write_on_this_device(checkpoint, labels, settings, sampling)
     arguments = {"checkpoint": checkpoint, "labels": labels, "settings": settings, "sampling": sampling}
-    return call_on_ranks(f"{__name__}:_write_on_this_device", arguments, *several)
+    return call_on_ranks(f"{__name__}:_write_on_this_device", arguments, several)
 
 
 def _write_on_this_device(

@@ -204,7 +204,7 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _check_launched(num_nodes: int, count: int) -> None:
-    """Several machines must know where they meet, and SLURM's own tasks are none of ours."""
+    """Raise a `UserError` that names torchrun's command for several machines, and for SLURM's own tasks."""
     environment = os.environ
     if int(environment.get("SLURM_NTASKS") or 1) > 1 and "SLURM_PROCID" in environment:
         raise UserError(
@@ -212,10 +212,9 @@ def _check_launched(num_nodes: int, count: int) -> None:
             "(--ntasks-per-node=1), and torchrun in it: "
             + _torchrun(int(environment.get("SLURM_NNODES") or num_nodes), count, slurm=True)
         )
-    met = "MASTER_ADDR" in environment and ("NODE_RANK" in environment or "GROUP_RANK" in environment)
-    if num_nodes > 1 and not met:
+    if num_nodes > 1:
         raise UserError(
-            f"--num_nodes {num_nodes}, but it is not said where the machines meet. On each of them, with its "
+            f"--num_nodes {num_nodes}: torchrun starts a training on several machines. On each of them, with its "
             f"--node_rank (0 to {num_nodes - 1}) and the first one's address: {_torchrun(num_nodes, count)}"
         )
 

@@ -101,7 +101,7 @@ def train(
     several = several_processes(**devices)
     arguments = {"build": build, "recipe": recipe, "output_dir": Path(output_dir), "resume": resume}
     if several is not None:
-        return call_on_ranks(f"{__name__}:_train_here", arguments, *several, show=show)
+        return call_on_ranks(f"{__name__}:_train_here", arguments, several, show=show)
     try:
         return _train_here(**arguments, show=show, say=say)
     finally:
@@ -325,7 +325,7 @@ def fit(
     if several is None:
         return _fit_here(**arguments, say=say)
     module.cpu()  # or all processes would take it to one card
-    last = call_on_ranks(f"{__name__}:_fit_here", arguments, *several, show=show)
+    last = call_on_ranks(f"{__name__}:_fit_here", arguments, several, show=show)
     module.load_state_dict(read_any(last, lambda line: None)["state_dict"])
     return last
 
