@@ -339,11 +339,6 @@ def test_a_training_that_is_stopped_says_it_too(monkeypatch, latents_dir, tmp_pa
     assert len(lines) == 2 and measured.speed.step_seconds == pytest.approx(2.8)  # two of five go from their start
 
 
-def test_a_few_steps_say_nothing(monkeypatch, latents_dir, tmp_path):
-    lines, _, measured = timed(monkeypatch, latents_dir, tmp_path, max_steps=4)
-    assert lines == [] and measured.speed is None
-
-
 def test_a_run_that_goes_on_measures_its_own_time(monkeypatch, latents_dir, tmp_path):
     timed(monkeypatch, latents_dir, tmp_path / "first", max_steps=8)
     clock, data, said = Ticks(), None, []
@@ -430,17 +425,6 @@ def test_operations_of_a_denoiser(changed):
     assert module.network["denoiser"].gradient_checkpointing == (changed == "checkpointing")
 
 
-def test_frozen_weights_have_no_gradients_to_compute():
-    module = new_dit()
-    whole = module.flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8), "labels": torch.zeros(1).long()})
-    module.network["denoiser"].blocks.requires_grad_(False)
-    hidden = int(2 / 3 * 4 * 16)
-    # of the weights of a block; its inputs' gradients go on to what is before it
-    weights = 2 * (6 * 16 * 16 + 4 * (3 * 16 * 16 + 16 * 16 + 2 * hidden * 16 + hidden * 16))
-    batch = {"latents": torch.zeros(1, 2, 8, 8), "labels": torch.zeros(1).long()}
-    assert whole - module.flops_of_a_sample(batch) == weights
-
-
 def test_operations_of_the_autoencoder():
     """A 1×1 picture of every layer by hand would be long: a frozen encoder costs its forward pass alone."""
     batch = {"pictures": torch.zeros(5, 3, 16, 16, dtype=torch.uint8)}
@@ -500,17 +484,6 @@ def test_every_training_counts_its_operations(kind):
     assert module.flops_of_a_sample(batch) == module.flops_of_a_sample(batch) > 0
 
 
-def test_an_objective_adds_no_products():
-    """Its table is real, and stays so."""
-    counts = {}
-    for name in ("epsilon", "flow_matching"):
-        module, batch = new_text(name)
-        counts[name] = module.flops_of_a_sample(batch)
-        scheduler = getattr(module.objective, "scheduler", None)
-        assert scheduler is None or type(scheduler.alphas_cumprod) is torch.Tensor
-    assert counts["epsilon"] == counts["flow_matching"]
-
-
 def test_real_tensors_beside_the_network_stay_real():
     """A table that a network holds without naming it, and one that the loss moves as it is called."""
     network = torch.nn.Linear(4, 3)
@@ -543,20 +516,14 @@ def test_counting_that_fails_ends_no_training(monkeypatch, latents_dir, tmp_path
         ("Tesla T4", "16-mixed", 65e12),
         ("NVIDIA A100-SXM4-40GB", "bf16-mixed", 312e12),
         ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989.4e12),
-        ("NVIDIA H200", "bf16-mixed", 989.5e12),
         ("Tesla P100-PCIE-16GB", "32-true", None),
-        ("NVIDIA A100-SXM4-40GB MIG 2g.10gb", "bf16-mixed", 312e12 * 2 / 7),
-        ("NVIDIA H100 80GB HBM3 MIG 1c.3g.40gb", "bf16-mixed", 989.4e12 / 7),
     ],
 )
 def test_what_a_card_can_do(monkeypatch, card, precision, expected):
     """Dense products, as the makers' data sheets give them."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: card)
     assert peak_flops(torch.device("cuda", 0), precision) == (expected and pytest.approx(expected))
-
-
-def test_a_processor_has_no_known_peak():
-    assert peak_flops(torch.device("cpu"), "32-true") is None
+    assert peak_flops(torch.device("cpu"), precision) is None
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from tiny import tiny_dit, trained_looking
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.runtime.errors import Stopped, UserError
 from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
-from vavae_tools.training.callbacks.progress import pace
-from vavae_tools.training.callbacks.train_log import NAME, TrainLog
+from vavae_tools.training.callbacks.progress import NAME, TrainLog, pace
 from vavae_tools.training.config import Saving
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
@@ -100,19 +99,6 @@ def test_the_log_begins_and_ends_with_what_the_run_is(tmp_path, latents_dir, mon
     assert re.fullmatch(r"12 steps in \d:\d\d:\d\d, at step 12 of 12", said["end"])
 
 
-def test_the_machine_is_looked_up(tmp_path, latents_dir):
-    train(tmp_path, latents_dir, TrainLog(tmp_path, 6), steps=1)
-    assert dict(lines(tmp_path))["machine"] == "CPU: float32, 1 process"
-
-
-def test_columns_stand_below_each_other(tmp_path, latents_dir):
-    train(tmp_path, latents_dir, TrainLog(tmp_path, 1))
-    found = [line for line in (tmp_path / NAME).read_text().splitlines() if "  step " in line]
-    assert len(found) == 12
-    for word in ("/12  epoch", "loss", "lr", "steps/s", "left", "GB RAM"):
-        assert len({line.index(word) for line in found}) == 1
-
-
 def test_accumulated_batches_are_one_step(tmp_path, latents_dir):
     train(tmp_path, latents_dir, TrainLog(tmp_path, 2), steps=4, accumulate_grad_batches=3, log_every_n_steps=1)
     loss = curves(tmp_path, "train/loss")
@@ -176,45 +162,6 @@ def test_a_fault_is_the_last_line(tmp_path, latents_dir):
         train(tmp_path, latents_dir, TrainLog(tmp_path, 3), [StopAt(2, UserError("of two\nlines"))])
     about, text = lines(tmp_path)[-1]
     assert about == "failed" and re.fullmatch(r"UserError: of two \(2 steps in [\d:]+, at step 2 of 12\)", text)
-
-
-def test_each_line_is_in_the_file_at_once(tmp_path, latents_dir):
-    seen = []
-
-    class Look(L.Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            seen.append(len(steps_said(tmp_path)))
-
-    train(tmp_path, latents_dir, TrainLog(tmp_path, 2), [Look()], steps=6)
-    assert seen == [0, 1, 1, 2, 2, 3]
-
-
-def test_values_are_read_at_logged_steps_alone(tmp_path, latents_dir, monkeypatch):
-    """Elsewhere they are a GPU's, and reading them would wait for it."""
-    asked = []
-
-    class Watch(L.Callback):
-        def on_train_start(self, trainer, module):
-            connector = type(trainer._logger_connector)
-            real = connector.logged_metrics.fget
-
-            def logged_metrics(self):
-                asked.append(trainer.global_step)
-                return real(self)
-
-            monkeypatch.setattr(connector, "logged_metrics", property(logged_metrics))
-
-    quiet_lightning()
-    denoiser, conditioner = tiny_dit()
-    module = DiffusionModule(trained_looking(denoiser), conditioner, warmup_steps=1)
-    log = TrainLog(tmp_path, 2)
-    settings = module.trainer_settings(accelerator="cpu", devices=1, limit_val_batches=0, log_every_n_steps=5)
-    trainer = L.Trainer(
-        **settings, max_steps=12, callbacks=[Watch(), log], enable_progress_bar=False, enable_checkpointing=False,
-        default_root_dir=tmp_path,
-    )  # fmt: skip
-    trainer.fit(module, LatentDataModule(latents_dir, batch_size=4))
-    assert asked == [5, 10] and len(steps_said(tmp_path)) == 6
 
 
 def test_before_anything_is_logged_there_is_no_loss(tmp_path, latents_dir):

@@ -33,7 +33,6 @@ from vavae_tools.runtime.files import keep_once, save_model
 from vavae_tools.runtime.machine import find_device
 from vavae_tools.runtime.ranks import first_alone, is_first, of_torchrun
 from vavae_tools.training.callbacks.previews import SamplePreviews
-from vavae_tools.training.callbacks.train_log import TrainLog
 from vavae_tools.training.denoiser_module import TextDiffusionModule
 from vavae_tools.training.devices import compiles
 from vavae_tools.training.memory import WITH_SEARCH, find_batch_size, keep_effective, of_size
@@ -164,7 +163,6 @@ def _build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None
         export=export,
         folder=folder,
         preview=lambda every: SamplePreviews(make, COLUMNS, samples, every, show),
-        callbacks=[TrainLog(output_dir, config.log_every_n_steps, say)],
         remarks=remarks,
         names=WITH_SEARCH,
         slicing=None if cached else recipe.vae.use_slicing,

@@ -20,7 +20,6 @@ from vavae_tools.runtime.console import say
 from vavae_tools.runtime.files import save_model
 from vavae_tools.runtime.ranks import is_first
 from vavae_tools.training.callbacks.previews import TextPreviews
-from vavae_tools.training.callbacks.train_log import TrainLog
 from vavae_tools.training.denoiser_module import TokenImageModule
 from vavae_tools.training.devices import compiles
 from vavae_tools.training.run import Run, Say, Show, train
@@ -115,7 +114,6 @@ def _build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None,
         export=export,
         folder=folder,
         preview=lambda every: TextPreviews(make, COLUMNS, samples, every, show, say),
-        callbacks=[TrainLog(output_dir, config.log_every_n_steps, say)],
     )
 
 

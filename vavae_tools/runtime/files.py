@@ -34,11 +34,11 @@ def local_folder(
     ignored: Sequence[str] = (),
     file: str | None = None,
 ) -> Path:
-    """A path as it is; "owner/name", where no such path is there, as the folder that the hub's repository comes to.
+    """Return a path as it is, or for "owner/name", where there is no such path, the folder of the hub's repository.
 
     Args:
         of: whose folder it is, such as "a text encoder", for messages.
-        name, instead: what messages say is to be named, and to be done where the hub cannot be reached.
+        name, instead: what is to be named, and to be done where the hub cannot be reached, for messages.
         patterns, ignored: of the files that are fetched, and of those among them that are not.
         file: what a path may be in place of a folder, such as "config.json"; None: it must be a folder.
 
@@ -54,8 +54,9 @@ def local_folder(
     try:
         from huggingface_hub import snapshot_download
 
-        found = snapshot_download(str(source), allow_patterns=list(patterns), ignore_patterns=list(ignored) or None)
-        return Path(found)
+        return Path(
+            snapshot_download(str(source), allow_patterns=list(patterns), ignore_patterns=list(ignored) or None)
+        )
     except Exception as error:  # no network, no such repository, not allowed: of many classes
         reason = " ".join(str(error).split())[:120]
         raise UserError(
@@ -66,10 +67,7 @@ def local_folder(
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder; on leaving, flush it to the disk and rename it to `path`.
-
-    After an error, a kill or a full disk, `path` is what it was before.
-    """
+    """Yield a temporary path beside `path`, which replaces it whole on leaving, and leaves it as it was on an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -86,7 +84,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in a folder as durable as the files' contents (a no-op where the system cannot)."""
+    """Make the names in a folder as durable as the files' contents, where the system can."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -110,41 +108,33 @@ def disk_errors() -> Iterator[None]:
 
 
 def save_model(model: Any, folder: str | Path) -> None:
-    """`model.save_pretrained(folder)`, of a model or a pipeline, each file whole and what else is there untouched.
+    """Call `model.save_pretrained(folder)`, of a model or a pipeline: each file is whole, others there stay.
 
     Raises:
         UserError: weights that are not finite; nothing is written then.
     """
     folder = Path(folder)
     for name, part in getattr(model, "components", {"": model}).items():
-        damaged = [weight for weight, values in _parameters_of(part) if not values.isfinite().all()]
+        weights = part.named_parameters() if isinstance(part, nn.Module) else ()
+        damaged = [weight for weight, values in weights if not values.isfinite().all()]
         if damaged:
             raise UserError(
                 f"{folder} is not written: {len(damaged)} weights of {name or type(model).__name__} are not finite "
                 f"({damaged[0]} …). Resume from an earlier checkpoint, with a smaller learning rate or --precision 32"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as name, disk_errors():
-        partial = Path(name)
+    with TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as partial, disk_errors():
         model.save_pretrained(partial)
-        made = sorted((path for path in partial.rglob("*") if path.is_file()), key=lambda path: path.suffix == ".json")
+        made = sorted((path for path in Path(partial).rglob("*") if path.is_file()), key=lambda p: p.suffix == ".json")
         for path in made:  # the weights first: a configuration is never without them
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            target = folder / path.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
-            flush_folder(target.parent)
-
-
-def _parameters_of(part: Any) -> Iterator[tuple[str, Any]]:
-    return part.named_parameters() if hasattr(part, "named_parameters") else iter(())
+            with written_whole(folder / path.relative_to(partial)) as whole:
+                path.replace(whole)
 
 
 def keep_once(kept: Path, copies: Path) -> None:
-    """Let the files of a folder that equal those of another take no room of their own, where the disk has links.
+    """Replace those .safetensors of `copies` that equal those of `kept` by hard links, where the disk has them.
 
-    Both stay whole whatever becomes of the other: here files are replaced, never written into.
+    This is safe as files are replaced here, never written into.
     """
     for file in kept.glob("*.safetensors"):
         copy = copies / file.name
@@ -156,33 +146,29 @@ def keep_once(kept: Path, copies: Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write `value` as indented JSON, whole."""
     with written_whole(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """`read_saved`, of a file that holds a dict.
-
-    Raises:
-        UserError: as there, or it holds something else.
-    """
+    """Return what `read_saved` reads, where that is a dict, and else raise a `UserError`."""
     checkpoint = read_saved(path)
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, expected a dict of weights")
     return checkpoint
 
 
-def read_saved(path: str | Path) -> Any:
-    """Read what `torch.save` wrote onto the CPU with `weights_only=True`: tensors and plain values, never code.
+_UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError)
+"""What `torch.load` raises of damaged files."""
 
-    Tensors stay in the file until they are used.
+
+def read_saved(path: str | Path) -> Any:
+    """Return what `torch.save` wrote, on the CPU, with `weights_only=True`; tensors stay in the file until used.
 
     Raises:
         UserError: no such file, a damaged one, or one that would have to run code to be read.
     """
-    import torch
-
     path = Path(path)
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
@@ -200,22 +186,13 @@ def read_saved(path: str | Path) -> Any:
             f"python -c \"import torch; c = torch.load({str(path)!r}, 'cpu', weights_only=False); "
             f"torch.save({{'state_dict': c.get('state_dict', c)}}, {str(plain)!r})\" and name {plain}"
         ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        AssertionError,
-    ) as error:
+    except _UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path} is damaged or no checkpoint ({reason})") from None
 
 
 def weights_digest(model: nn.Module, without: tuple[str, ...] = ()) -> str:
-    """A hash of a model's weights, but for those whose names begin as said."""
+    """Return a hash of a model's weights, but for those whose names begin with `without`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(without):
@@ -226,5 +203,5 @@ def weights_digest(model: nn.Module, without: tuple[str, ...] = ()) -> str:
 
 
 def plain_config(model: ConfigMixin) -> dict[str, Any]:
-    """A diffusers model's configuration as plain values, which `weights_only=True` can read."""
+    """Return a diffusers model's configuration as values that `weights_only=True` can read."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in model.config.items() if not k.startswith("_")}

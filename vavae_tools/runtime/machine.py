@@ -5,6 +5,7 @@ import gc
 import itertools
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -119,6 +120,17 @@ def is_memory_fault(error: BaseException) -> bool:
         or (isinstance(link, RuntimeError) and _MEMORY_FAULT.search(str(link)) is not None)
         for link in (error, error.__cause__)
     )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the bytes that a GPU's tensors took at most since training began, or else this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(ImportError):  # Windows has none
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
 
 
 def keep_freed_memory() -> None:

@@ -19,7 +19,7 @@ from vavae_tools.runtime.errors import Stopped, UserError
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import keep_freed_memory, release_memory
 from vavae_tools.training.callbacks.checkpointing import WholeCheckpointIO, checkpoint_callbacks
-from vavae_tools.training.callbacks.progress import Progress
+from vavae_tools.training.callbacks.progress import Progress, TrainLog
 from vavae_tools.training.callbacks.record import RunRecord
 from vavae_tools.training.callbacks.throughput import Throughput
 from vavae_tools.training.config import Saving, TrainConfig
@@ -132,7 +132,8 @@ def _train_here(
         f"Training {run.what} of {weights / 1e6:,.1f} M weights on {count:,} images: {steps:,} steps of "
         f"{min(data.batch_size, count) * processes * gathered}, {epochs:,} epochs, lr {run.module.hparams.lr:g}"
     )
-    say(describe(settings, bool(config.compile), data.batch_size, data.num_workers))
+    machine = describe(settings, bool(config.compile), data.batch_size, data.num_workers)
+    say(machine)
     for remark in run.remarks:
         say(remark)
 
@@ -143,6 +144,7 @@ def _train_here(
         callbacks.append(run.preview(max(1, epochs // config.previews)))
     recorded = {**run.recorded, "precision": settings["precision"]}
     callbacks.append(RunRecord(output_dir, recorded, run.fingerprint, config.allow_changes, say))
+    callbacks.append(TrainLog(output_dir, config.log_every_n_steps, say, machine))
     length["check_val_every_n_epoch"] = max(1, epochs // run.validations)
     loggers = make_loggers(config.logger, output_dir)
     trainer = build_trainer(settings, output_dir, [*callbacks, *run.callbacks], say, loggers, **length)

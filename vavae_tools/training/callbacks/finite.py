@@ -22,17 +22,13 @@ def has_scaler(trainer: L.Trainer) -> bool:
 class FiniteSteps(L.Callback):
     """Clip gradients by their global norm, leave out a step whose gradients are not finite, and count these.
 
-    The optimisers, which must be fused where no gradient scaler does it, leave such a step out on the device, so that
-    the processor waits for it nowhere; how many there were is looked at every few steps. After a few in a row the
-    weights and optimisers go back to the last good state, a copy in the machine's memory. From the same state it goes
-    back once; then training ends, with advice.
+    The optimisers, fused where there is no gradient scaler, leave such a step out on the device, so that the processor
+    does not wait. After a few in a row, weights and optimisers go back to the last good state, a copy in the machine's
+    memory; from the same state once, then training ends, with advice.
 
     Args:
-        clip: largest global norm of each optimiser's gradients, 0 does not clip; None: the Trainer's
-            `gradient_clip_val`.
-        advice: what helps this model, said where it goes back.
-        in_a_row: steps left out one after the other before going back. With fp16 four times as many, since its scaler
-            finds its scale by leaving out steps.
+        clip: largest global norm of each optimiser's gradients, 0: none; None: the Trainer's `gradient_clip_val`.
+        in_a_row: steps left out before going back; four times as many with fp16, whose scaler leaves out steps itself.
         every: good steps between two copies.
         look_every: steps between two looks at the counts, which make the processor wait.
 
@@ -54,7 +50,7 @@ class FiniteSteps(L.Callback):
 
     @property
     def skipped(self) -> int:
-        """Steps that were left out, of all optimisers."""
+        """Return how many steps were left out, of all optimisers."""
         return int(self._skipped)
 
     def state_dict(self) -> dict[str, int]:

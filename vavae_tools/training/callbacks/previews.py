@@ -19,10 +19,9 @@ from vavae_tools.runtime.machine import release_memory
 
 
 class Previews(L.Callback):
-    """Writes a grid of pictures every few validations, to `folder` and TensorBoard, and hands it to `show`.
+    """Write a grid of pictures as `NAME-STEP.png` to `folder` and to the loggers, and hand it to `show`.
 
     Args:
-        folder: grids are written here as `NAME-STEP.png`.
         every: epochs between two grids; the last epoch always has one.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
     """
@@ -33,7 +32,7 @@ class Previews(L.Callback):
         self.folder, self.every, self.show = Path(folder), every, show or show_inline
 
     def grid(self, module: L.LightningModule) -> Tensor:
-        """The pictures, uint8 (3, H, W)."""
+        """Return the pictures, uint8 (3, H, W)."""
         raise NotImplementedError
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -76,11 +75,11 @@ class Previews(L.Callback):
         self.tell(trainer)
 
     def tell(self, trainer: L.Trainer) -> None:
-        """What is to be said beside the grid."""
+        """Say what belongs to the grid."""
 
 
 class ReconstructionPreviews(Previews):
-    """Originals above their reconstructions (the posterior's mode): with each person's vector, another's, and none."""
+    """Show originals and reconstructions (the posterior's mode): with their person's vector, another's, or none."""
 
     name = "reconstructions"
 
@@ -97,10 +96,10 @@ class ReconstructionPreviews(Previews):
 
 
 class SamplePreviews(Previews):
-    """Samples of the averaged denoiser, a row for each person, always from the same noise.
+    """Show samples of the averaged denoiser, a row for each person, always from the same noise.
 
     Args:
-        make: (denoiser, conditioner) → pictures uint8 (N, 3, H, W), a row after the other; e.g. a pipeline's.
+        make: the averaged network → pictures uint8 (N, 3, H, W), one row after the other.
         columns: pictures in a row.
     """
 
@@ -117,11 +116,10 @@ class SamplePreviews(Previews):
 
 
 class TextPreviews(SamplePreviews):
-    """Samples that are texts: as pictures, and as text in `folder`, in TensorBoard and on the screen.
+    """Show samples that are texts: as pictures, and as text in `folder`, in TensorBoard and on the screen.
 
     Args:
         make: the averaged network → pictures and their texts.
-        say: gets a line for each text.
     """
 
     def __init__(

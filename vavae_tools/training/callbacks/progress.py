@@ -1,7 +1,13 @@
-"""One progress bar over a whole training: steps, rate, what is left, the losses; plain lines where output is piped."""
+"""How far a training is: a bar or lines on the screen, `train.log` in its folder, and the values that are logged."""
 
+import shlex
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
 
 import lightning as L
 import torch
@@ -10,17 +16,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vavae_tools.runtime.console import clock, say, someone_looks
+from vavae_tools.runtime.errors import Stopped
+from vavae_tools.runtime.machine import peak_memory
+from vavae_tools.training.callbacks.record import versions
 from vavae_tools.training.lightning_inside import is_gathering, written_as
-
-# ---- The curves of training: values of one step, the mean over all processes, without making any of them wait for it
 
 
 def log_step(module: L.LightningModule, parts: dict[str, Tensor], batch_size: int) -> None:
     """Log `train/NAME` of this batch; of several processes, whose batches are equally large, the mean.
 
-    They speak with each other at the batches that Lightning writes down, and then once: one sum of all values. At all
-    others a value is this process's own, which nobody reads. (Lightning's own `sync_dist` waits for all processes and
-    sums up value by value, at every batch.)
+    All values are summed at once, at the batches that Lightning logs; its own `sync_dist` sums value by value at every
+    batch.
 
     Args:
         parts: scalars on the module's device, the same names on all processes.
@@ -34,7 +40,7 @@ def log_step(module: L.LightningModule, parts: dict[str, Tensor], batch_size: in
 
 
 def is_written(trainer: L.Trainer) -> bool:
-    """Whether Lightning writes the values of the batch that is being trained on; the same on all processes."""
+    """Return whether Lightning logs the batch that is being trained on; the same on all processes."""
     if trainer.lightning_module.automatic_optimization and is_gathering(trainer):
         return False
     every = trainer.log_every_n_steps
@@ -42,11 +48,12 @@ def is_written(trainer: L.Trainer) -> bool:
     return every > 0 and (written_as(trainer) + 1) % every == 0
 
 
+NAME = "train.log"
 SHOWN = ("train/loss", "val/loss", "val/psnr", "val/right", "val/frechet_ratio")
 
 
 def pace(made: int, left: int, seconds: float) -> tuple[float, float]:
-    """(steps a second so far, seconds for those that are left).
+    """Return (steps a second so far, seconds for those that are left).
 
     >>> pace(10, 30, 5.0)
     (2.0, 15.0)
@@ -55,21 +62,35 @@ def pace(made: int, left: int, seconds: float) -> tuple[float, float]:
     return rate, left / max(rate, 1e-9)
 
 
-class Progress(L.Callback):
-    """A bar on a screen or in a notebook; a line for each twentieth of the way in a file.
+def losses(metrics: Mapping[str, Any], names: Sequence[str], form: str) -> str:
+    """Return those of the named metrics that there are, as text."""
+    return "  ".join(f"{name} {float(metrics[name]):{form}}" for name in names if name in metrics)
 
-    The losses are those of the last logged step and the last validation. A GPU is waited for where they are shown, at
-    steps that are logged, and for each line.
+
+class Paced(L.Callback):
+    """Know a training's steps, and when they began."""
+
+    def begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.total = int(getattr(module, "total_steps", trainer.estimated_stepping_batches))
+        self.start, self.began = trainer.global_step, time.monotonic()
+
+    def pace(self, step: int) -> tuple[float, float]:
+        """Return (steps a second so far, seconds for those that are left)."""
+        return pace(step - self.start, self.total - step, time.monotonic() - self.began)
+
+
+class Progress(Paced):
+    """Show a bar on a screen or in a notebook, and in a file a line for each twentieth of the steps.
+
+    The losses are those of the last logged step and the last validation.
     """
 
     def __init__(self, say: Callable[[str], None] = say) -> None:
-        self.say = say
-        self._live = someone_looks()
+        self.say, self._live = say, someone_looks()
         self._bar: tqdm | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.total = int(getattr(module, "total_steps", trainer.estimated_stepping_batches))
-        self.start, self.began = trainer.global_step, time.monotonic()
+        self.begin(trainer, module)
         if self.start:
             self.say(f"going on after step {self.start:,} of {self.total:,}")
         if self._live and trainer.is_global_zero:
@@ -80,22 +101,142 @@ class Progress(L.Callback):
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             if step % trainer.log_every_n_steps == 0:
-                self._bar.set_postfix_str(self.losses(trainer), refresh=False)
+                self._bar.set_postfix_str(losses(trainer.logged_metrics, SHOWN, ".4g"), refresh=False)
         elif trainer.is_global_zero and (step % max(1, self.total // 20) == 0 or step == self.total):
-            rate, left = pace(step - self.start, self.total - step, time.monotonic() - self.began)
-            self.say(f"step {step:>6,}/{self.total:,}  {rate:6.2f} steps/s  {clock(left)} left  {self.losses(trainer)}")
+            rate, left = self.pace(step)
+            shown = losses(trainer.logged_metrics, SHOWN, ".4g")
+            self.say(f"step {step:>6,}/{self.total:,}  {rate:6.2f} steps/s  {clock(left)} left  {shown}")
 
-    def losses(self, trainer: L.Trainer) -> str:
-        shown = {name: trainer.logged_metrics.get(name) for name in SHOWN}
-        return "  ".join(f"{name} {float(value):.4g}" for name, value in shown.items() if value is not None)
-
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._close()
-
-    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def _close(self) -> None:
+    def _close(self, *arguments: Any) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    on_train_end = on_exception = _close
+
+
+class TrainLog(Paced):
+    """Append to `train.log` in the run's folder: how training began, steps, validations, checkpoints, how it ended.
+
+    A line is a time, what it is about (`step`, `val`, `saved`, `end`, `stopped`, `failed`) and values with their
+    names. Only the first process writes. Loss and learning rate are those of the last step that Lightning logged, so
+    that the GPU is waited for at no other.
+
+    Args:
+        folder: of the run.
+        every: optimiser steps between two lines; the last step has one too.
+        say: gets a line where the file cannot be written; training continues.
+        machine: the line of `devices.describe`.
+    """
+
+    def __init__(self, folder: str | Path, every: int, say: Callable[[str], None] = say, machine: str = "") -> None:
+        self.path, self.every, self.say, self.machine = Path(folder) / NAME, max(1, every), say, machine
+        self._file: TextIO | None = None
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._close()
+        if not trainer.is_global_zero:
+            return
+        self.begin(trainer, module)
+        self._step, self._values = self.start, {}
+        self._note_checkpoints(trainer)
+        with self._given_up():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+            self._file.write("\n" if self._file.tell() else "")
+        self._write("command", _command())
+        self._write("versions", ", ".join(f"{name} {found}" for name, found in versions().items()))
+        self._write("machine", self.machine or str(trainer.strategy.root_device))
+        begun = f"going on after step {self.start} of {self.total}" if self.start else f"{self.total} steps to go"
+        self._write("begin", begun)
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # the last checkpoint is noted by then
+        if self._file is not None:
+            self._write("end", self._passed(trainer))
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        if self._file is not None:
+            reason = next(iter(str(exception).strip().splitlines()), "")
+            stopped = isinstance(exception, Stopped)
+            text = str(exception) if stopped else f"{type(exception).__name__}: {reason}"
+            self._write("stopped" if stopped else "failed", f"{text} ({self._passed(trainer)})")
+        self._close()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx) -> None:
+        if self._file is None:
+            return
+        if is_written(trainer):
+            values = trainer.logged_metrics  # with those of this batch
+            self._values = {name: float(values[name]) for name in ("train/loss", "train/lr") if name in values}
+        step, before, self._step = trainer.global_step, self._step, trainer.global_step
+        if step // self.every > before // self.every or before < step >= self.total:
+            self._write_step(trainer, module, step)
+
+    def _write_step(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        loss, lr = self._values.get("train/loss"), self._values.get("train/lr")
+        if lr is None and trainer.optimizers:
+            lr = trainer.optimizers[0].param_groups[0]["lr"]
+        rate, left = self.pace(step)
+        where = "GPU" if module.device.type == "cuda" else "RAM"
+        self._write(
+            "step",
+            f"{self._place(trainer)}  loss {_number(loss, '.4e'):>10}  lr {_number(lr, '.3e'):>9}  "
+            f"{rate:7.2f} steps/s  {clock(left):>8} left  {peak_memory(module.device) / 1e9:6.2f} GB {where}",
+        )
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._file is None or trainer.sanity_checking:
+            return
+        shown = losses(trainer.callback_metrics, SHOWN[1:], ".4e")
+        self._write("val", f"{self._place(trainer)}  {shown}".rstrip())
+
+    def _note_checkpoints(self, trainer: L.Trainer) -> None:
+        """Write a line for each checkpoint: Lightning tells callbacks that one is made, but not where."""
+        save = getattr(trainer.save_checkpoint, "unnoted", trainer.save_checkpoint)
+
+        def save_checkpoint(filepath: str | Path, *arguments: Any, **named: Any) -> None:
+            save(filepath, *arguments, **named)
+            self._write("saved", f"{filepath}  step {trainer.global_step}")
+
+        save_checkpoint.unnoted = save  # of a Trainer that fits once more
+        trainer.save_checkpoint = save_checkpoint
+
+    def _place(self, trainer: L.Trainer) -> str:
+        return f"{trainer.global_step:>{len(str(self.total))}}/{self.total}  epoch {trainer.current_epoch + 1:<4}"
+
+    def _passed(self, trainer: L.Trainer) -> str:
+        made = trainer.global_step - self.start
+        return f"{made} steps in {clock(time.monotonic() - self.began)}, at step {trainer.global_step} of {self.total}"
+
+    def _write(self, about: str, text: str) -> None:
+        if self._file is not None:
+            with self._given_up():
+                now = datetime.now().isoformat(" ", "seconds")
+                self._file.write(f"{now}  {about:<8}  {' '.join(text.splitlines())}\n")
+                self._file.flush()
+
+    @contextmanager
+    def _given_up(self) -> Iterator[None]:
+        """Say once that the file cannot be written, and leave it."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"{self.path} cannot be written ({error.strerror or error}): training goes on without it")
+            self._close()
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # what was not flushed
+                file.close()
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _command() -> str:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    program = ["python", "-m", spec.name.removesuffix(".__main__")] if spec is not None else sys.argv[:1]
+    return shlex.join([*program, *sys.argv[1:]])

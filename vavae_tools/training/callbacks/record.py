@@ -24,16 +24,16 @@ FREE = ("vavae_config", "denoiser_config", "conditioner_config", "people", "grad
 
 
 class RunRecord(L.Callback):
-    """Writes `run.json` where training starts, keeps the same in each checkpoint, and compares when it goes on.
+    """Write `run.json` where training starts, keep the same in each checkpoint, and compare it on resuming.
 
     Args:
         folder: of the run.
         settings: plain values that the run follows from besides the module's hyper-parameters.
         data: fingerprint of the data.
-        allow_changes: go on though settings or data differ from the checkpoint's; the differences are said.
+        allow_changes: resume though settings or data differ from the checkpoint's, and say what differs.
 
     Raises:
-        UserError: on going on with other settings or data, naming them.
+        UserError: settings or data differ.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class RunRecord(L.Callback):
         self.allow_changes, self.say = allow_changes, say
 
     def record(self, module: L.LightningModule) -> dict[str, Any]:
-        """Plain values: settings, data, versions, machine, command."""
+        """Return settings, data, versions, machine and command as plain values."""
         settings = {**self.settings, **{k: v for k, v in module.hparams.items() if k not in FREE}}
         return {
             "settings": settings,
@@ -76,11 +76,7 @@ class RunRecord(L.Callback):
         if before is None:  # from elsewhere
             return
         now = self.record(module)
-        found = [
-            f"{name} was {before['settings'].get(name)}, is {now['settings'].get(name)}"
-            for name in {**before["settings"], **now["settings"]}
-            if before["settings"].get(name) != now["settings"].get(name)
-        ]
+        found = [f"{name} was {old}, is {new}" for name, old, new in _differences(before, now, "settings")]
         if before["data"] != now["data"]:
             found.append("the data are others")
         if found and not self.allow_changes:
@@ -90,17 +86,19 @@ class RunRecord(L.Callback):
             )
         for difference in found:
             self.say(f"changed on going on: {difference}")
-        changed = [
-            f"{name} {before['versions'].get(name, '-')} → {now['versions'].get(name, '-')}"
-            for name in now["versions"]
-            if before["versions"].get(name) != now["versions"].get(name)
-        ]
+        changed = [f"{name} {old or '-'} → {new or '-'}" for name, old, new in _differences(before, now, "versions")]
         if changed:
             self.say(f"other versions than the checkpoint's, so numbers may differ in their last digits: {changed}")
 
 
+def _differences(before: dict[str, Any], now: dict[str, Any], of: str) -> list[tuple[str, Any, Any]]:
+    """Return (name, then, now) of the values that differ."""
+    then, here = before[of], now[of]
+    return [(name, then.get(name), here.get(name)) for name in {**then, **here} if then.get(name) != here.get(name)]
+
+
 def has_ended(folder: str | Path) -> bool:
-    """Whether the training in a run's folder came to its end, and was not stopped or killed before."""
+    """Return whether the training in a run's folder came to its end, and was not stopped or killed before."""
     path = Path(folder) / NAME
     return path.is_file() and "ended" in json.loads(path.read_text(encoding="utf-8"))
 
@@ -111,7 +109,7 @@ def _now() -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """Of the packages whose version may change numbers, those that are installed."""
+    """Return the versions of the installed packages that may change numbers."""
     found = {}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):

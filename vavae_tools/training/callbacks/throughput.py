@@ -2,13 +2,11 @@
 
 import copy
 import os
-import re
-import sys
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import Stopped
+from vavae_tools.runtime.machine import peak_memory
 from vavae_tools.training.callbacks.progress import is_written
 from vavae_tools.training.lightning_inside import written_as
 
@@ -29,9 +28,6 @@ LEAST = 2
 """Fewer steps than these say nothing."""
 TOO_LONG = 0.2
 """Share of the time spent waiting for data from which on there is advice."""
-
-_DENSE_HALF = {"h200 nvl": 835.5e12, "h200": 989.5e12, "h100 nvl": 835.5e12}
-"""FLOP/s in half precision of cards that Lightning's table gives for sparse matrices."""
 
 
 class Clock:
@@ -47,7 +43,7 @@ class Clock:
         return end - begin
 
     def wait(self) -> None:
-        """Until all marks have passed."""
+        """Wait until all marks have passed."""
 
 
 class GPUClock(Clock):
@@ -70,7 +66,7 @@ class GPUClock(Clock):
 
 @dataclass
 class Spent:
-    """What steps took on one process: batches of `samples` in all, `waited` of the `seconds` for data."""
+    """What steps took on one process: `seconds`, of which `waited` for data."""
 
     steps: int = 0
     samples: int = 0
@@ -84,17 +80,14 @@ class Spent:
 
 @dataclass(frozen=True)
 class Speed:
-    """Of a run, over all processes; see `__str__` for the units."""
+    """The speed of a run over all processes; `memory` in bytes, `waiting` a share, FLOP/s of one device."""
 
     pictures_per_second: float
     step_seconds: float
     waiting: float
-    """share of the time in which the loop, or the GPU, waited for data"""
     memory: float
-    """bytes at the peak, of the process with the largest: the GPU's where there is one, else the process's own"""
     processes: int = 1
     flops_per_second: float | None = None
-    """of one device"""
     peak_flops: float | None = None
 
     def __str__(self) -> str:
@@ -110,21 +103,19 @@ class Speed:
 
 
 class Throughput(L.Callback):
-    """Pictures a second, time of a step, share of waiting for data, peak of memory, use of the card; said at the end.
+    """Measure pictures a second, a step's time, the share of waiting for data, peak memory and the card's utilisation.
 
-    Lightning's own ThroughputMonitor makes the GPU finish at every step and does not know what waiting for data is;
-    here marks are set in passing and looked at once they have passed. The time of a step goes from the end of the one
-    before it to its own end, and what lies before its own start is waiting for data; unless something else came
-    between: validation, a checkpoint, previews, another epoch. Then it goes from its own start. The first `WARM_UP`
-    steps do not count, those of a run that was resumed with neither.
+    Lightning's own ThroughputMonitor makes the GPU finish at every step and does not measure the wait for data. A step
+    lasts from the end of the one before it to its own end, and what lies before its own start is waiting for data;
+    after validation, a checkpoint, previews or an epoch's end it lasts from its own start. The first `WARM_UP` steps do
+    not count.
 
     Args:
-        say: gets a line at the end, also where training was stopped in good order, and one with advice where more than
-            `TOO_LONG` of the time went into waiting for data. A run of a few steps says nothing.
+        say: gets a line at the end, also where training was stopped, and one with advice where more than `TOO_LONG` of
+            the time went into waiting for data.
         clock: by default that of the device.
 
-    Logs `throughput/…` where Lightning writes a step: the speed since the last time, as the first process sees it.
-    `speed` is the run's once it has ended.
+    Logs `throughput/…` of the first process where Lightning logs a step; `speed` is the run's once it has ended.
     """
 
     def __init__(self, say: Callable[[str], None] = say, clock: Clock | None = None) -> None:
@@ -232,7 +223,7 @@ def _samples(batch: Any) -> int:
 
 
 def advice(waiting: float, num_workers: int) -> str:
-    """What to change where so large a share of the time is spent waiting for data."""
+    """Return what to change where so large a share of the time is spent waiting for data."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return (
         f"advice: {waiting:.0%} of the time went into waiting for data: try another num_workers (it was {num_workers}; "
@@ -241,54 +232,24 @@ def advice(waiting: float, num_workers: int) -> str:
     )
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of a GPU what its tensors took at most since training began, else this process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with suppress(ImportError):  # Windows has none
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return 0
-
-
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """What a card can do in a second with dense matrices in that precision, as its maker gives it; None: not known."""
+    """Return the FLOP/s that a card's maker gives for dense matrices in a precision; None: not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device).lower()
-    share = _share(name)
-    half = next((flops for card, flops in _DENSE_HALF.items() if card in name), None)
-    if half and "16" in precision:
-        return share * half
-    if half and torch.get_float32_matmul_precision() != "highest":  # TF32
-        return share * half / 2
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of cards that are not in its table
-        whole = get_available_flops(device, dtype)
-    return share * whole if whole else None
-
-
-def _share(name: str) -> float:
-    """What part of a card's compute slices a device of this name has: less than 1 for a slice of MIG.
-
-    >>> _share("nvidia a100-sxm4-40gb mig 2g.10gb") == 2 / 7, _share("tesla t4")
-    (True, 1.0)
-    """
-    found = re.search(r"mig (?:(\d+)c\.)?(\d+)g\.", name)
-    return int(found[1] or found[2]) / 7 if found else 1.0  # seven on every card whose peak is known here
+        return get_available_flops(device, dtype)
 
 
 def flops_of(network: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
-    """Floating-point operations of the matrix products in `loss(network)` and its gradients.
+    """Return the floating-point operations of the matrix products in `loss(network)` and its gradients.
 
-    Counted on a copy that has shapes but no numbers, so that it takes neither memory nor the device, and compiled or
-    cut networks are left alone. What gradient checkpointing computes twice counts once (as in the model FLOPs of
-    Chowdhery et al. 2022), gradients of frozen weights do not count.
+    They are counted on a copy that has shapes but no numbers. What gradient checkpointing computes twice counts once
+    (as in Chowdhery et al. 2022), gradients of frozen weights do not count.
 
     Args:
-        loss: network → a scalar; it makes its own tensors, on the CPU. Tables that it holds besides stay real.
+        loss: network → a scalar; it makes its own tensors, on the CPU.
     """
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -315,10 +276,10 @@ def flops_of(network: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
 def without_numbers(
     network: nn.Module, device: str = "cpu", within: AbstractContextManager[Any] | None = None
 ) -> nn.Module:
-    """A copy without gradient checkpointing whose float32 weights are made anew, of the same shapes.
+    """Return a copy with new float32 weights of the same shapes and without gradient checkpointing.
 
     Args:
-        within: where they are made, such as a mode that gives them no numbers; tables that are no buffers are copied.
+        within: where the weights are made, such as a mode that gives them no numbers.
     """
     memo: dict[int, Tensor] = {}
     with within or nullcontext():

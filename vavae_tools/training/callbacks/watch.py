@@ -16,24 +16,22 @@ from vavae_tools.runtime.ranks import is_first
 
 
 class ReconstructionWatch(L.Callback):
-    """Judges the validation side's reconstructions at each validation, with a classifier trained on the real pictures.
+    """Judge the reconstructions at each validation, with a classifier trained on the real pictures.
+
+    Of several processes the first one trains the classifier and judges what all have reconstructed; the others wait,
+    30 minutes at most (torch's limit), where a classifier takes a few.
 
     Args:
         data: the split.
         folder: keeps the classifier, which is trained once.
 
-    Logs `val/right` and `val/originals_right` (shares named rightly), `val/frechet` and `val/originals_frechet`
-    (distances to as many real training pictures), and `val/frechet_ratio`, the first by the second: 1 is as good as
-    the originals.
-
-    Of several processes the first one trains the classifier and judges what all have reconstructed. The others wait for
-    it where they next meet, 30 minutes at most (torch's and Lightning's limit); a classifier takes a few.
+    Logs `val/right` and `val/originals_right` (the classifier's accuracy), `val/frechet` and `val/originals_frechet`
+    (distances to as many real training pictures), and `val/frechet_ratio`, the first by the second.
     """
 
     def __init__(self, data: PictureSetDataModule, folder: str | Path, seed: int = 0) -> None:
         self.data, self.folder, self.seed = data, Path(folder), seed
         self._made: dict[int, Tensor] = {}
-        """by the picture's place on the validation side"""
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -60,7 +58,7 @@ class ReconstructionWatch(L.Callback):
 
 
 def _at_the_first(trainer: L.Trainer, places: list[int], made: Tensor) -> list[tuple[list[int], Tensor]]:
-    """What each process has made in this batch, of which all have equally many; nothing for the others."""
+    """Return what each process has made in this batch at the first one, and nothing at the others."""
     if trainer.world_size == 1:
         return [(places, made)]
     parts: list = [None] * trainer.world_size
@@ -69,7 +67,7 @@ def _at_the_first(trainer: L.Trainer, places: list[int], made: Tensor) -> list[t
 
 
 class Advice(L.Callback):
-    """Says once, with advice, that the KL explodes, the latents collapse, or the discriminator wins."""
+    """Say once, with advice, that the KL explodes, the latents collapse, or the discriminator wins."""
 
     def __init__(self, say: Callable[[str], None] = say) -> None:
         self.say = say
