@@ -36,11 +36,7 @@ class Chosen(NamedTuple):
 
 
 def chosen_pictures(data: TokenImageDataset, count: int, seed: int) -> Iterator[Chosen]:
-    """A random choice of pictures, in batches; those without anything to tell are left out.
-
-    Raises:
-        UserError: no picture, or none with anything to tell.
-    """
+    """Yield a random choice of pictures in batches, without those that have no token to tell."""
     if count < 1:
         raise UserError(f"count {count}: expected 1 picture or more")
     order, some = Draws(seed, 0, torch.arange(len(data))).uniform("picture").argsort(), False
@@ -61,16 +57,19 @@ def chosen_pictures(data: TokenImageDataset, count: int, seed: int) -> Iterator[
 
 @dataclass(frozen=True)
 class BitsPerToken:
-    """An upper bound on −log₂ p(tokens) of texts, given their lengths and, of chats, the prompts; per token."""
+    """An upper bound on −log₂ p(tokens) of texts, given their lengths and, of chats, the prompts; per token.
+
+    Attributes:
+        bits: the sum of `diffusion` and `reconstruction`.
+        error: standard error over the pictures; None of a single one.
+        last_time: where the integral ends and the tokens are told by their own noisy cells alone.
+    """
 
     bits: float
     error: float | None
-    """Standard error over the pictures, bits; None of a single one."""
     diffusion: float
     reconstruction: float
-    """The two parts of `bits`."""
     last_time: float
-    """Where the integral ends and the tokens are told by their own noisy cells alone."""
     pictures: int
     tokens: int
 
@@ -86,24 +85,20 @@ def bits_per_token(
     seed: int = 0,
     last_time: float | None = None,
 ) -> BitsPerToken:
-    """The variational bound of a diffusion model in continuous time (Kingma et al. 2021, "VDM") on discrete tokens.
+    """Return the variational bound of a diffusion model in continuous time (Kingma et al. 2021, "VDM") on tokens.
 
     −ln p(tokens) ≤ ½ ∫ SNR'(t)·E‖x − x̂(x_t, t)‖² dt + E[−ln p(tokens | x_last)], with SNR = (t / (1 − t))², over the
     pixels of tokens that are not known. It begins at t = 0, where x_t is the prior's noise exactly: no term for the
     prior is needed. x̂ is clipped to the pictures' range. At the last time, p of each token alone is the softmax of the
     Gaussian log-likelihoods of all codes, whatever the denoiser says.
 
-    With r = √SNR the integral is ∫ r·E‖x − x̂‖² dr: r is drawn evenly (it is most of all between 0.2 and 1 that cells
-    become known), for each picture by one random shift of `times` even places, which keeps it unbiased.
+    With r = √SNR the integral is ∫ r·E‖x − x̂‖² dr: r is drawn evenly, for each picture by one random shift of `times`
+    even places, which keeps it unbiased.
 
     Args:
         count: pictures, chosen at random.
         times: calls of the denoiser for each.
-        last_time: below 1. By default where `_TOLD` bits of a token are left open: earlier the cells do not tell it,
-            later the bound suffers from every pixel that is not −1 or 1 to the last digit.
-
-    Raises:
-        UserError: numbers that cannot be.
+        last_time: below 1; None: where `_TOLD` bits of a token are left open.
     """
     if times < 1 or (last_time is not None and not 0 < last_time < 1):
         raise UserError(f"times {times}, last_time {last_time}: expected 1 or more, and a time between 0 and 1")
@@ -139,7 +134,7 @@ def bits_per_token(
 
 @in_float32
 def _bits_alone(code: TokenCode, cells: Tensor, tokens: Tensor, r: float) -> Tensor:
-    """−log₂ p(token | cell) of cells r·code + noise (N, n) with standard normal noise, all tokens as likely: (N,)."""
+    """Return −log₂ p(token | cell) of cells r·code + noise (N, n) with normal noise, all tokens as likely: (N,)."""
     bits = []
     for rows, right in zip(
         *(values.split(max(1, _AT_ONCE // code.num_tokens)) for values in (cells, tokens)), strict=True
@@ -150,7 +145,7 @@ def _bits_alone(code: TokenCode, cells: Tensor, tokens: Tensor, r: float) -> Ten
 
 
 def _where_told(data: TokenImageDataset, seed: int) -> float:
-    """The smallest r on a grid where cells alone leave less than `_TOLD` bits of a token open."""
+    """Return the smallest r on a grid where cells alone leave less than `_TOLD` bits of a token open."""
     tokens = torch.cat([chosen.tokens[chosen.counted] for chosen in chosen_pictures(data, 8, seed)])
     tokens = tokens.repeat(-(-512 // len(tokens)))[:1024]
     noise = Draws(seed, 1, torch.arange(len(tokens))).normal("told", data.code.length)
@@ -161,7 +156,7 @@ def _where_told(data: TokenImageDataset, seed: int) -> float:
 
 
 def unigram_bits(rows: Sequence[Sequence[int]]) -> float:
-    """Entropy of the tokens' frequencies, bits: what a token costs where nothing but these is known."""
+    """Return the entropy of the tokens' frequencies in bits."""
     counts = np.bincount(np.concatenate([np.asarray(row, np.int64) for row in rows]))
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log2(shares)).sum())

@@ -1,7 +1,7 @@
 """Generated pictures beside real ones: are they the right person, how far off, and are they copies."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,14 +39,12 @@ _FEWEST = 4  # pictures of a person that a distance can be measured with
 
 @dataclass(frozen=True)
 class PersonScore:
-    """How often the classifier names the right person, in pictures of one person or of all."""
+    """The classifier's accuracy on pictures of one person or of all; None where it cannot be measured."""
 
     generated: int
     generated_right: float | None
-    """Share of the generated pictures; None where it cannot be told."""
     validation: int
     validation_right: float | None
-    """The same of real pictures that the classifier has not seen: what can be reached."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,10 @@ class SetDistances:
 
     The Fréchet distances compare sets of one size with the same number of each person's pictures, so that the bias
     of small samples is the same in both; they are means over ten random draws of such sets. The kernel distances, which
-    have no bias, take all pictures, and are means over persons.
+    have no bias, take all pictures, and are means over persons. `pictures` is the number in each set.
     """
 
     pictures: int
-    """In each set."""
     frechet_generated: float
     frechet_real: float
     kernel_generated: KernelDistance
@@ -67,37 +64,41 @@ class SetDistances:
 
     @property
     def times_real(self) -> float:
-        """The Fréchet distance of generated pictures as a multiple of that of real ones.
+        """Return the Fréchet distance of generated pictures as a multiple of that of real ones.
 
-        Classifiers of other seeds see other details (blurred pictures were 12 to 42 times as far with three of them):
-        compare multiples of one classifier, or their mean over several seeds.
+        Compare multiples of one classifier, or their mean over several seeds: of blurred pictures three gave 12 to 42.
         """
         return self.frechet_generated / max(self.frechet_real, 1e-12)
 
 
 @dataclass(frozen=True)
 class CopyCheck:
-    """How near generated pictures come to single training pictures, in the classifier's features."""
+    """How near generated pictures come to single training pictures, in the classifier's features.
+
+    Attributes:
+        limit: distance below which one training picture in a hundred has another one.
+        generated_within, validation_within: share of the pictures with a training picture nearer than `limit`.
+        times_validation: median distance to the nearest training picture as a multiple of real validation pictures';
+            of copies it is near 0.
+    """
 
     limit: float
-    """Only one training picture in a hundred has another one nearer than this."""
     generated_within: float
-    """Share of generated pictures with a training picture nearer than `limit`: about 0.01 is as in real pictures."""
     validation_within: float | None
     times_validation: float | None
-    """Median distance to the nearest training picture as a multiple of real validation pictures'; copies are near 0."""
 
 
 @dataclass(frozen=True)
 class NearestPicture:
-    """The training picture that is nearest to a generated one."""
+    """The training picture that is nearest to a generated one in the classifier's features.
+
+    `pixel_distance` is the root of the mean squared difference, pictures in [-1, 1].
+    """
 
     generated: str
     training: str
     distance: float
-    """In the classifier's features."""
     pixel_distance: float
-    """Root of the mean squared difference, pictures in [-1, 1]."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,21 +115,15 @@ class Evaluation:
     copies: CopyCheck
     nearest: list[NearestPicture]
     notes: list[str]
-    """What could not be said, and why."""
     figures: dict[str, "Figure"] = field(compare=False)
 
     def as_dict(self) -> dict:
-        """Plain values for JSON."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("people", "figures", "nearest")}
-        for name in ("total", "distances", "copies"):
-            plain[name] = asdict(plain[name]) if plain[name] else None
+        """Return plain values for JSON."""
+        plain = asdict(replace(self, figures={}))
+        del plain["figures"]
         if self.distances:
             plain["distances"]["times_real"] = self.distances.times_real
-        return {
-            **plain,
-            "people": {name: asdict(score) for name, score in self.people.items()},
-            "nearest": [asdict(one) for one in self.nearest],
-        }
+        return plain
 
     def __str__(self) -> str:
         height, width = self.image_size
@@ -183,8 +178,7 @@ def evaluate_pictures(
 ) -> Evaluation:
     """Compare generated pictures with the real ones that train and validate; write `evaluation.json` and figures.
 
-    A classifier is trained on the real training side, once: it is kept in `output_dir` for the next evaluation. All
-    pictures are read with as many channels as that side has.
+    A classifier is trained on the real training pictures, once: it is kept in `output_dir` for the next evaluation.
 
     Args:
         generated_dir: holds ID_1/ ID_2/ … with the names of the split's folders, or of the other data's classes.

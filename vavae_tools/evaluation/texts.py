@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ TIMES = tuple(step / 20 for step in range(1, 20))
 
 
 def valid_share(code: TokenCode, pictures: Tensor, mask: Tensor) -> float:
-    """Share of cells whose signs are exactly those of a token's code; NaN where there is no cell.
+    """Return the share of cells whose signs are exactly those of a token's code; NaN where there is no cell.
 
     Args:
         pictures: (B, C, H, W), as a `TokenImagePipeline` predicted them.
@@ -58,17 +58,14 @@ def reconstruction_curve(
     steps: int = 20,
     seed: int = 0,
 ) -> list[Recovered]:
-    """Noise pictures of the data to what x is at time t, denoise them from there on, and compare the tokens.
+    """Noise pictures of the data to time t, denoise them from there on, and compare the tokens.
 
-    A chat's prompt is known and does not count. Of one seed all times see the same pictures and the same noise.
+    A chat's prompt is known and does not count. All times see the same pictures and the same noise.
 
     Args:
         times: from 0, noise, to below 1, the data.
         count: pictures, chosen at random.
-        steps: of the whole way; from t on those are made that are left of it.
-
-    Raises:
-        UserError: a time that is no such time, or no picture.
+        steps: of the whole way from 0 to 1.
     """
     for t in times:
         if not 0 <= t < 1:
@@ -93,46 +90,50 @@ def reconstruction_curve(
 # ---- all of it
 @dataclass(frozen=True)
 class TextScores:
-    """What was found of one set of texts; None is what cannot be said of it."""
+    """What was found of one set of texts; None is what cannot be said of it.
+
+    Attributes:
+        valid: share of the written cells whose signs are a token's.
+        right: mean of what `is_right` returns of the texts.
+        prompts_kept: share of the texts that begin with all tokens of their prompts.
+        novelty: of what was written, without prompts.
+    """
 
     texts: int
     valid: float | None
-    """Share of the written cells whose signs are a token's."""
     right: float | None
-    """Mean of what `is_right` says of the texts."""
     prompts_kept: float | None
-    """Share of the texts that begin with all tokens of their prompts."""
     novelty: Novelty
-    """Of what was written, without prompts; against the training side."""
 
 
 @dataclass(frozen=True, repr=False)
 class TokenReport:
-    """What an evaluation of written texts found. Printed, it is a table; `figures` shows the curve in a notebook."""
+    """What an evaluation of written texts found. Printed, it is a table; `figures` shows the curve in a notebook.
+
+    Attributes:
+        scores: by set: "samples" and "completions", of chats "answers", and "real" texts that validate.
+        bits: by subset, "validation" and "training"; `unigram_bits`, of token frequencies alone, is their scale.
+        curve: what comes back of noised pictures of the subset `curve_of`.
+        notes: what could not be measured, and why.
+    """
 
     data: str
     num_inference_steps: int
     seed: int
     scores: dict[str, TextScores]
-    """By set: "samples" and "completions", of chats "answers", and "real" texts that validate, as their scale."""
     bits: dict[str, BitsPerToken]
-    """By side, "validation" and "training"."""
     unigram_bits: float
-    """Entropy of the training side's token frequencies, the scale of `bits`."""
     curve_of: str
-    """The side whose pictures were noised."""
     curve: list[Recovered]
     notes: list[str]
-    """What could not be said, and why."""
     output_dir: str | None
     figures: dict[str, "Figure"] = field(compare=False)
 
     def as_dict(self) -> dict:
-        """Plain values for JSON."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "figures"}
-        for name in ("scores", "bits"):
-            plain[name] = {key: asdict(value) for key, value in plain[name].items()}
-        return {**plain, "curve": [asdict(one) for one in self.curve], "copied_span": COPIED_SPAN}
+        """Return plain values for JSON."""
+        plain = asdict(replace(self, figures={}))
+        del plain["figures"]
+        return {**plain, "copied_span": COPIED_SPAN}
 
     def __str__(self) -> str:
         lines = [self._summary()]
@@ -199,15 +200,14 @@ def evaluate_tokens(
 ) -> TokenReport:
     """Write texts and compare them with the data; write `evaluation.json`, `samples.jsonl` and a figure.
 
-    Of texts, `num_samples` of their own and as many that go on with the first third of one that validates; of chats,
-    answers to questions that validate. Beside them the same numbers of real texts that validate.
+    Of texts, `num_samples` of their own and as many completions of the first third of one that validates; of chats,
+    answers to questions that validate. Beside them stand as many real texts that validate.
 
     Args:
-        train, val: the sides of the data (`TokenImageDataset.sides`).
+        train, val: the subsets of the data (`TokenImageDataset.sides`).
         output_dir: None: nothing is written.
         is_right: text → whether, or how far, it is right, such as `data.sentences.grammatical_share`; of chats
             (question, answer) →, such as `data.sentences.answers`.
-        say: told what is being done, a line each; the report is returned.
 
     Raises:
         UserError: the model draws tokens otherwise than the data.
@@ -224,6 +224,8 @@ def evaluate_tokens(
         notes.append(f"no texts that validate: {missing} nothing real beside them, bits and curve of training texts")
 
     known = _Known(train, is_right)
+    if known.texts.texts < len(train):
+        notes.append(f"copies are looked for in the first {known.texts.texts:,} of {len(train):,} training texts")
     scores, lines = {}, []
     settings = {"num_inference_steps": num_inference_steps, "seed": seed}
     if not chats:
@@ -287,7 +289,7 @@ class _Known:
     def __init__(self, train: TokenImageDataset, is_right: Callable[..., bool | float] | None) -> None:
         self._data, self._is_right = train, is_right
         _, wholes = _beginnings_and_rest(train, range(len(train)))
-        self._texts = KnownTexts([train.tokens_of(index) for index in range(len(train))], wholes)
+        self.texts = KnownTexts([train.tokens_of(index) for index in range(len(train))], wholes)
         self.unigram_bits = unigram_bits(wholes)
 
     def scores(self, written: Written, prompts: list[list[int]] | None) -> TextScores:
@@ -299,13 +301,13 @@ class _Known:
             valid_share(self._data.code, written.pictures, written.mask * (1 - written.known)),
             self._right(starts, written.texts),
             sum(kept) / len(kept) if prompts else None,
-            novelty(new, self._texts, new if self._data.use_chat_template else written.tokens),
+            novelty(new, self.texts, new if self._data.use_chat_template else written.tokens),
         )
 
     def of_real(self, val: TokenImageDataset, chosen: list[int]) -> TextScores:
         starts, rows = _beginnings_and_rest(val, chosen)
         right = self._right(starts, [val.text(row.tolist()) for row in rows])
-        return TextScores(len(rows), None, right, None, novelty(rows, self._texts))
+        return TextScores(len(rows), None, right, None, novelty(rows, self.texts))
 
     def _right(self, prompts: list[list[int]], texts: list[str]) -> float | None:
         if self._is_right is None:
