@@ -88,7 +88,7 @@ def test_stages_go_on_from_each_other_and_from_published_weights(split_dir, publ
     for stage in ("stage1", "stage2"):
         last = folder / stage / "checkpoints" / "last.ckpt"
         assert f"The discriminator goes on from {last}" in told and f"The projection goes on from {last}" in told
-    assert "Recipe stage1: kl_weight 1e-06, l1_weight 1, vf_weight 0.5, disc_weight 0.5" in told
+    assert "Recipe stage1: l1_weight 1, disc_weight 0.5, kl_weight 1e-06, vf_weight 0.5" in told
     # nothing of stage 1 sees the discriminator, which starts at step 2,500
     assert same(
         losses(folder / "stage1" / "checkpoints" / "last.ckpt")["discriminator.main.0.weight"],

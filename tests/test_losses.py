@@ -13,13 +13,13 @@ from vavae_tools.autoencoders.foundation import alignment_loss
 from vavae_tools.autoencoders.losses import (
     PatchDiscriminator,
     PictureLoss,
+    autoencoder_loss,
     generator_loss,
     gradient,
     hinge_loss,
     kl,
     l1,
     spectral,
-    whole_loss,
 )
 from vavae_tools.runtime.errors import UserError
 
@@ -105,7 +105,7 @@ def test_parts_are_means_whatever_the_batch():
 def test_the_sum_is_weighted_and_its_parts_are_named():
     x, y = pictures().requires_grad_(), pictures(seed=1)
     latent = posterior(0.7, 0.4)
-    objective, parts = whole_loss(PictureLoss(2.0, 0.5, 0.25), x, y, latent, kl_weight=0.1)
+    objective, parts = autoencoder_loss(PictureLoss(2.0, 0.5, 0.25), x, y, latent, kl_weight=0.1)
     assert set(parts) == {"l1", "gradient", "spectral", "reconstruction", "kl", "loss"}
     expected = 2 * l1(x, y) + 0.5 * gradient(x, y) + 0.25 * spectral(x, y)
     torch.testing.assert_close(parts["reconstruction"], expected)
@@ -121,7 +121,7 @@ def test_weight_zero_removes_the_part(weights):
     *of_pictures, kl_weight = weights[:4]
     picture_loss = PictureLoss(*of_pictures, *weights[4:], lpips=lambda x, y: (x - y).square().mean(dim=(1, 2, 3)))
     x = pictures().requires_grad_()
-    _, parts = whole_loss(picture_loss, x, pictures(seed=1), posterior(0.7, 0.4), kl_weight)
+    _, parts = autoencoder_loss(picture_loss, x, pictures(seed=1), posterior(0.7, 0.4), kl_weight)
     assert set(parts) == {*names, "reconstruction", "loss"}
 
 
@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_has_no_finite_gradient():
     x = pictures().requires_grad_()
     latent = posterior(0.7, 0.4)
     latent.mean[0, 0, 0, 0] = math.inf  # the KL is infinite, though no picture is
-    objective, parts = whole_loss(PictureLoss(), x, pictures(seed=1), latent)
+    objective, parts = autoencoder_loss(PictureLoss(), x, pictures(seed=1), latent)
     assert not parts["loss"].isfinite() and not torch.autograd.grad(objective, x)[0].isfinite().any()
 
 
@@ -161,7 +161,7 @@ def golden_loss(index: int):
     margins = arguments["distmat_margin"], arguments["cos_margin"]
     aligned = alignment_loss(F.conv2d(z, projection), io["aux_feature"], *margins)
     listens = case["runs"][index]["log"]["disc_factor"] == 1.0
-    objective, parts = whole_loss(
+    objective, parts = autoencoder_loss(
         PictureLoss(1.0, 0.0, 0.0, 1.0, lpips=lambda x, y: io["perceptual_value"].flatten() + 0 * x.sum(dim=(1, 2, 3))),
         reconstruction,
         io["inputs"],
@@ -170,7 +170,7 @@ def golden_loss(index: int):
         adversary=(lambda made: generator_loss(discriminator(made))) if listens else None,
         disc_weight=arguments["disc_weight"],
         decoder_last=decoder_last,
-        alignment=sum(aligned),
+        alignment=aligned,
         vf_weight=arguments["vf_weight"],
         encoder_last=encoder_last,
     )

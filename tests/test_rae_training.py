@@ -11,7 +11,8 @@ from test_training import Watch
 from tiny import assert_same, same
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.losses import PatchDiscriminator, PictureLoss, decoder_loss, generator_loss
+from vavae_tools.autoencoders import foundation
+from vavae_tools.autoencoders.losses import PatchDiscriminator, PictureLoss, autoencoder_loss, generator_loss
 from vavae_tools.autoencoders.rae import RAE, reconstruction_psnr
 from vavae_tools.autoencoders.rae_weights import read_rae_folder
 from vavae_tools.autoencoders.tiny import tiny_rae
@@ -20,9 +21,8 @@ from vavae_tools.data.images import to_unit
 from vavae_tools.recipes.rae import check_reconstructions, fine_tune_rae_decoder, train_rae_decoder
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.training import autoencoder_module as rae_module
 from vavae_tools.training import devices
-from vavae_tools.training.autoencoder_module import RAEDecoderModule, tokens_of_all
+from vavae_tools.training.autoencoder_module import FrozenEncoder, RAEDecoderModule
 from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
 from vavae_tools.training.config import Saving
 from vavae_tools.training.run import build_trainer
@@ -104,12 +104,14 @@ def test_the_loss_and_its_gradient_are_autograds_by_hand(parts):
     assert 1e-5 < norms[1] < 1e-4  # where VQGAN's 1e-4 in place of 1e-6 would be seen
     expected = torch.autograd.grad(reference + weight * against, list(decoder.parameters()))
 
-    objective, found = decoder_loss(
+    objective, found = autoencoder_loss(
         picture_loss,
         decoder(x),
         y,
         adversary=lambda made: 1e-4 * generator_loss(discriminator(made)),
-        last=decoder.last.weight,
+        disc_weight=0.75,
+        decoder_last=decoder.last.weight,
+        adversary_by="means",
     )
     assert found["disc_weight"].item() == pytest.approx(weight.item(), rel=1e-5)
     assert found["loss"].item() == pytest.approx((reference + weight * against).item(), rel=1e-5)
@@ -121,14 +123,19 @@ def test_the_loss_and_its_gradient_are_autograds_by_hand(parts):
 
 def test_the_adversarys_weight_is_limited(parts):
     decoder, _, x, y = parts
-    arguments = {"adversary": lambda made: 1e-9 * made.mean(), "last": decoder.last.weight, "disc_weight": 0.5}
-    _, found = decoder_loss(PictureLoss(1e4, 0, 0), decoder(x), y, **arguments)
-    assert found["disc_weight"].item() == 0.5 * 1e4
+    arguments = {
+        "adversary": lambda made: 1e-9 * made.mean(),
+        "decoder_last": decoder.last.weight,
+        "disc_weight": 0.5,
+        "adversary_by": "means",
+    }
+    _, found = autoencoder_loss(PictureLoss(1e4, 0, 0), decoder(x), y, **arguments)
+    assert found["disc_weight"].item() == pytest.approx(0.5 * 1e4)
 
 
 def test_without_an_adversary_it_is_the_picture_loss(parts):
     decoder, _, x, y = parts
-    objective, found = decoder_loss(PictureLoss(1, 0.5, 0), decoder(x), y)
+    objective, found = autoencoder_loss(PictureLoss(1, 0.5, 0), decoder(x), y)
     reference = PictureLoss(1, 0.5, 0)
     value = sum(weight * part(decoder(x), y) for part, weight in reference.parts.values())
     assert found["loss"].item() == pytest.approx(value.item())
@@ -165,7 +172,7 @@ def test_the_encoder_is_asked_once_about_each_picture(tmp_path, monkeypatch):
     encoder.register_forward_hook(lambda *arguments: asked.append(len(arguments[1][0])))
     kept = fit(tmp_path / "kept", module, max_epochs=2)[1]
     assert sum(asked) == 24 + 6
-    monkeypatch.setattr(rae_module, "TOKENS_LIMIT", 0)
+    monkeypatch.setattr(foundation, "LARGEST_CACHE", 0)
     asked.clear()
     module = new_module()
     module._frozen["rae"].encoder.register_forward_hook(lambda *arguments: asked.append(len(arguments[1][0])))
@@ -184,8 +191,9 @@ def test_mirrored_pictures_go_with_their_own_tokens(kept):
     module, data = new_module(flips=True), pictures().train_data
     rae = module._frozen["rae"]
     if kept:
-        data.along["tokens"] = tokens_of_all(rae, data)
-        data.along["mirrored_tokens"] = tokens_of_all(rae, data, mirrored=True)
+        for name, mirrored in (("tokens", False), ("mirrored_tokens", True)):
+            features = FrozenEncoder(rae, mirrored)(to_unit(data.__getitems__(range(24))["pictures"]), (3, 3))
+            data.along[name] = features.half()
     batch = data.__getitems__(range(24))
     seen, tokens = module.looked_at(batch, Draws(0, 0, batch["index"]))
     mirrored = [not same(a, to_unit(b)) for a, b in zip(seen, batch["pictures"], strict=True)]
@@ -193,7 +201,7 @@ def test_mirrored_pictures_go_with_their_own_tokens(kept):
     for place, turned in enumerate(mirrored):
         assert same(seen[place], to_unit(batch["pictures"][place].flip(2) if turned else batch["pictures"][place]))
     torch.testing.assert_close(tokens, rae.tokens((seen + 1) / 2), rtol=1e-3, atol=1e-3)
-    assert same(module.looked_at(batch)[0], to_unit(batch["pictures"]))  # validation sees them as they are
+    assert same(module.eval().looked_at(batch, None)[0], to_unit(batch["pictures"]))  # validation sees them as they are
 
 
 # ---- training
@@ -274,7 +282,7 @@ def test_the_discriminator_begins_before_the_decoder_listens(tmp_path):
 
 
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**40])
-def test_half_precision(scale):
+def test_half_precision(tmp_path, scale):
     """fp16 with a scaler, here on the CPU: norms are those of unscaled gradients, too large a scale is halved."""
 
     def norms(precision: MixedPrecision | None, epochs: int) -> tuple[list[float], RAEDecoderModule]:
@@ -289,6 +297,7 @@ def test_half_precision(scale):
         if precision is not None:
             settings |= {"precision": None, "plugins": [precision]}
         plain = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+        plain["default_root_dir"] = tmp_path
         L.Trainer(**settings, **plain, max_epochs=epochs, callbacks=[Note()]).fit(module, pictures())
         return found, module
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from vavae_tools.checkpoints.resuming import best_checkpoint, check_resumable, resume_path
 from vavae_tools.data.datasets import PictureDataModule
+from vavae_tools.data.images import to_unit
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import Stopped, UserError
@@ -390,11 +391,11 @@ def test_psnr_of_a_known_error(split_dir, monkeypatch):
     logged = {}
     monkeypatch.setattr(module, "log_dict", lambda values, **options: logged.update(values))
 
-    def off_by(pictures, labels, draws, keep=None):
-        return torch.where(pictures > 0, pictures - 0.2, pictures + 0.2), posterior, posterior.mean
+    def off_by(batch, draws):
+        pictures = to_unit(batch["pictures"])
+        return pictures, torch.where(pictures > 0, pictures - 0.2, pictures + 0.2), {}
 
     with torch.no_grad():
-        posterior = module.reconstruct(torch.zeros(2, 3, 16, 16), batch["labels"], Draws(0, 0, batch["index"]))[1]
         monkeypatch.setattr(module, "reconstruct", off_by)
         module.validation_step(batch, 0)
     assert float(logged["val/psnr"]) == pytest.approx(20.0, abs=0.01)  # a tenth of the range

@@ -281,9 +281,9 @@ def gradient_norms(split_dir, epochs: int, precision: MixedPrecision | None = No
     reconstruct = module.reconstruct
 
     def noting(*arguments):
-        made, posterior, latents = reconstruct(*arguments)
-        dtypes.update({made.dtype, posterior.parameters.dtype, latents.dtype})
-        return made, posterior, latents
+        pictures, made, more = reconstruct(*arguments)
+        dtypes.update({made.dtype, more["posterior"].parameters.dtype, *(part.dtype for part in more["alignment"])})
+        return pictures, made, more
 
     module.reconstruct = noting
     settings = module.trainer_settings(accelerator="cpu", devices=1)

@@ -1,8 +1,8 @@
-"""What a good reconstruction is: the parts of the VA-VAE's loss, each with a weight; 0 turns a part off.
+"""What a good reconstruction is: the parts of an autoencoder's loss, each with a weight; 0 turns a part off.
 
 A part is a function of (reconstruction, pictures) or of the posterior that returns its mean over the batch, so that
-weights mean the same at any batch and picture size. Pictures are (B, C, H, W) in [-1, 1]. LDM and VA-VAE sum over a
-picture: their total is ours times C·H·W.
+weights mean the same at any batch and image size. Images are (B, C, H, W) in [-1, 1]. LDM and VA-VAE sum over an
+image: their total is ours times C·H·W.
 """
 
 from collections.abc import Callable
@@ -15,19 +15,18 @@ from torch import Tensor, nn
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.precision import in_float32
 
-# ---- The adversary of the VA-VAE's loss: a small network that judges patches, its losses, and how much they weigh
+# ---- the adversary
 
 
 class PatchDiscriminator(nn.Module):
-    """Tells real pictures from made ones, patch by patch: one logit for each, high for real.
+    """The PatchGAN of pix2pix (Isola et al. 2017): a logit for each patch of an image, high for real ones.
 
-    The PatchGAN of pix2pix (Isola et al. 2017) as VQGAN and VA-VAE train it, with their names of the weights
-    (`main.0.weight` …). A logit of the published one (3 layers) sees 70×70 pixels; they lie 8 pixels apart.
+    Weights are named as VQGAN and VA-VAE name them (`main.0.weight` …). A logit of the published one (3 layers) sees
+    70×70 pixels; they lie 8 pixels apart.
 
     Args:
-        in_channels: of the pictures.
         width: channels of the first layer; each further one doubles them, up to eight times as many.
-        layers: that halve the picture.
+        layers: that halve the image.
     """
 
     def __init__(self, in_channels: int = 3, width: int = 64, layers: int = 3) -> None:
@@ -36,31 +35,24 @@ class PatchDiscriminator(nn.Module):
         main: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for n in range(1, layers + 1):
             stride = 2 if n < layers else 1
-            main += [
-                nn.Conv2d(widths[n - 1], widths[n], 4, stride, padding=1, bias=False),  # BatchNorm brings the bias
-                nn.BatchNorm2d(widths[n]),
-                nn.LeakyReLU(0.2),
-            ]
+            conv = nn.Conv2d(widths[n - 1], widths[n], 4, stride, padding=1, bias=False)  # BatchNorm brings the bias
+            main += [conv, nn.BatchNorm2d(widths[n]), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*main, nn.Conv2d(widths[-1], 1, 4, padding=1))
         # the layers that halve must leave 3×3: the two after them take a pixel each
         self.smallest_size = 3 * 2**layers
-        self.initialize_weights()
-
-    def initialize_weights(self) -> None:
-        """DCGAN's (Radford et al. 2016): normal with standard deviation 0.02, BatchNorm's scale around 1."""
-        for module in self.modules():
+        for module in self.modules():  # as DCGAN (Radford et al. 2016)
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Judge pictures (B, C, H, W) in [-1, 1]: logits (B, 1, ⌊H/2^layers⌋ − 2, ⌊W/2^layers⌋ − 2).
+        """Return logits (B, 1, ⌊H/2^layers⌋ − 2, ⌊W/2^layers⌋ − 2) of images (B, C, H, W) in [-1, 1].
 
-        Call it once for real pictures and once for made ones: in training BatchNorm normalises each call by itself.
+        Call it once for real images and once for generated ones: in training BatchNorm normalises each call by itself.
 
         Raises:
-            UserError: pictures that are too small for a single patch.
+            UserError: images that are too small for a single patch.
         """
         height, width = pictures.shape[2:]
         if min(height, width) < self.smallest_size:
@@ -73,39 +65,40 @@ class PatchDiscriminator(nn.Module):
 
 @in_float32
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """The discriminator's loss (Lim & Ye 2017): real logits below 1 and made ones above −1 cost, halved as in VQGAN."""
+    """Return the discriminator's hinge loss (Lim & Ye 2017), halved as in VQGAN."""
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
 @in_float32
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """The adversarial loss of what makes the pictures: minus the mean logit."""
+    """Return the autoencoder's adversarial loss: minus the mean logit."""
     return -fake_logits.mean()
 
 
 @in_float32
-def adaptive_weight(reference_gradient: Tensor, gradient: Tensor, largest: float) -> Tensor:
-    """The factor, 0 to `largest`, that makes one loss pull at a layer as strongly as the reference does (VQGAN).
+def adaptive_weight(reference_gradient: Tensor, gradient: Tensor, largest: float, epsilon: float = 1e-4) -> Tensor:
+    """Return the factor, 0 to `largest`, that makes one loss pull at a layer as strongly as the reference (VQGAN).
 
     Args:
-        reference_gradient, gradient: of the two losses at the same weights, any shape; Frobenius norms are compared.
-
-    Returns:
-        A scalar without a graph.
+        reference_gradient, gradient: of the two losses at the same weights; their Frobenius norms are compared.
+        epsilon: added to the second norm.
     """
     reference_norm, norm = (torch.linalg.vector_norm(g.detach()) for g in (reference_gradient, gradient))
-    return (reference_norm / (norm + 1e-4)).clamp(0.0, largest)
+    return (reference_norm / (norm + epsilon)).clamp(0.0, largest)
+
+
+# ---- comparing images
 
 
 @in_float32
 def l1(reconstruction: Tensor, pictures: Tensor) -> Tensor:
-    """Mean absolute error, in the units of [-1, 1]."""
+    """Return the mean absolute error, in the units of [-1, 1]."""
     return F.l1_loss(reconstruction, pictures)
 
 
 @in_float32
 def gradient(reconstruction: Tensor, pictures: Tensor, scales: int = 3) -> Tensor:
-    """Mean absolute error of the differences between neighbours, at full, half and quarter size: edges stay edges."""
+    """Return the mean absolute error of differences between neighbours, at full, half and quarter size."""
     total = reconstruction.new_zeros(())
     for scale in range(scales):
         if scale:
@@ -117,11 +110,11 @@ def gradient(reconstruction: Tensor, pictures: Tensor, scales: int = 3) -> Tenso
 
 @in_float32
 def spectral(reconstruction: Tensor, pictures: Tensor, windows: tuple[int, ...] = (8, 16)) -> Tensor:
-    """Mean absolute error of the magnitudes of short 2-D Fourier transforms (half-overlapping Hann windows).
+    """Return the mean absolute error of the magnitudes of short 2-D Fourier transforms (half-overlapping Hann windows).
 
-    A blurred texture loses nothing in the mean but much of its magnitude; this part gives fine texture its strength
-    back even where its phase cannot be known, and needs no pretrained weights (as the multi-resolution STFT losses of
-    Parallel WaveGAN, Yamamoto et al. 2020, do for sound). Windows larger than the picture are left out.
+    A blurred texture loses nothing in the mean but much of its magnitude: this part gives fine texture its strength
+    back even where its phase cannot be known, without pretrained weights (as the multi-resolution STFT losses of
+    Parallel WaveGAN, Yamamoto et al. 2020, do for sound). Windows larger than the image are left out.
     """
     total, count = reconstruction.new_zeros(()), 0
     for size in windows:
@@ -144,10 +137,10 @@ def _magnitudes(pictures: Tensor, window: Tensor) -> Tensor:
 
 @in_float32
 def kl(posterior: DiagonalGaussianDistribution, pictures: Tensor) -> Tensor:
-    """KL divergence of the posterior from a standard normal, summed over the latent, per value of the picture.
+    """Return the KL divergence from a standard normal, summed over the latent and divided by the image's C·H·W.
 
-    In the reference's loss (LDM, VA-VAE) absolute errors are summed over a picture and so is this; here both are
-    divided by C·H·W. A `kl_weight` of 1e-6 means the same in both.
+    In the reference (LDM, VA-VAE) absolute errors are summed over an image and so is this: a `kl_weight` of 1e-6
+    means the same in both.
     """
     return posterior.kl().mean() / pictures[0].numel()
 
@@ -157,14 +150,10 @@ PICTURE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1, "grad
 
 
 class PictureLoss:
-    """What is compared in the picture itself: `loss, parts = picture_loss(reconstruction, pictures)`.
+    """The weighted sum of what compares images: `loss, parts = picture_loss(reconstruction, pictures)`.
 
     Args:
-        l1_weight: of the absolute error.
-        gradient_weight: of the multi-scale gradients.
-        spectral_weight: of the short-time spectra; with the gradients it keeps reconstructions sharp without weights
-            from elsewhere.
-        perceptual_weight: of LPIPS, which `lpips` computes: (reconstruction, pictures) → (B,).
+        lpips: (reconstruction, pictures) → (B,), for `perceptual_weight`.
         more: NAME_weight of others in `PICTURE_LOSSES`.
 
     Raises:
@@ -198,59 +187,69 @@ class PictureLoss:
         return loss, {**{name: value.detach() for name, value in parts.items()}, "reconstruction": loss.detach()}
 
 
-def whole_loss(
+# ---- the whole loss
+
+
+def autoencoder_loss(
     picture_loss: PictureLoss,
     reconstruction: Tensor,
     pictures: Tensor,
-    posterior: DiagonalGaussianDistribution,
+    posterior: DiagonalGaussianDistribution | None = None,
     kl_weight: float = 1e-6,
     adversary: Callable[[Tensor], Tensor] | None = None,
     disc_weight: float = 0.5,
     decoder_last: Tensor | None = None,
-    alignment: Tensor | None = None,
+    adversary_by: str = "sums",
+    alignment: tuple[Tensor, Tensor] | None = None,
     vf_weight: float = 0.1,
     encoder_last: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The autoencoder's loss with every part, as VA-VAE's (Yao & Wang 2025) divided by C·H·W.
+    """Combine every part as VA-VAE (Yao & Wang 2025) or RAE (Zheng et al. 2025) does, divided by C·H·W.
 
     The adversarial and the alignment part are weighed against the picture loss by the gradients that each has at a
-    layer (VQGAN, Esser et al. 2021). What compares pictures is differentiated once, down to the reconstruction, and
-    both weighing and training go on from there: LPIPS and the discriminator are passed backwards once instead of
-    three times, and what they kept is freed before the decoder's turn.
+    layer (VQGAN, Esser et al. 2021). What compares images is differentiated once, down to the reconstruction, and both
+    weighing and training go on from there: LPIPS and the discriminator are passed backwards once instead of three
+    times, and what they kept is freed before the decoder's turn.
 
     Args:
         reconstruction: (B, C, H, W) float32 with its graph.
         adversary: reconstruction → the generator's adversarial loss; None while there is none.
-        decoder_last: the weight of the decoder's last convolution, where `adversary` is weighed.
-        alignment: the alignment loss with its graph; None while there is none.
-        encoder_last: the weight of the encoder's last convolution, where `alignment` is weighed.
+        decoder_last: the weight of the decoder's last layer, where `adversary` is weighed.
+        adversary_by: which gradients are compared there: "sums", of errors summed over an image (VA-VAE), or "means"
+            (RAE), whose limit of 1e4 is C·H·W times as far away.
+        alignment: distance and cosine of the alignment, with their graphs; None while there is none.
+        encoder_last: the weight of the encoder's last layer, where `alignment` is weighed.
 
     Returns:
         A scalar to go backwards from (its value means nothing), and the parts by name: "loss" is the loss's value,
-        "disc_weight" and "vf_weight" the weights found in the reference's sums.
+        "disc_weight" and "vf_weight" the weights found, in sums or in means.
     """
     values = pictures[0].numel()
+    unit, epsilon = {"sums": (1, 1e-4), "means": (values, 1e-6)}[adversary_by]
     picture = reconstruction.detach().requires_grad_()
     loss, parts = picture_loss(picture, pictures)
-    # in the sums of the reference: also where a half-precision decoder follows, these numbers are neither tiny nor huge
+    # in sums: also where a half-precision decoder follows, these numbers are neither tiny nor huge
     (direction,) = torch.autograd.grad(loss * values, picture)  # (B, C, H, W)
     total, into = loss.detach(), direction
     if adversary is not None:
         parts["generator"] = adversary(picture)
         (against,) = torch.autograd.grad(parts["generator"], picture)
-        at_last = [_gradient(reconstruction, decoder_last, grad) for grad in (direction, against)]
-        parts["disc_weight"] = disc_weight * adaptive_weight(*at_last, largest=1e4)
-        total = total + parts["disc_weight"] * parts["generator"] / values
-        into = into + parts["disc_weight"] * against
+        found = _gradient(reconstruction, decoder_last, values * against) / values
+        reference = _gradient(reconstruction, decoder_last, direction) / unit
+        weight = disc_weight * adaptive_weight(reference, found, largest=1e4, epsilon=epsilon)
+        parts["disc_weight"] = weight
+        total = total + weight * unit * parts["generator"].detach() / values
+        into = into + weight * unit * against
     objective = (reconstruction * into).sum() / values
-    if kl_weight:
+    if kl_weight and posterior is not None:
         parts["kl"] = kl(posterior, pictures)
         total, objective = total + kl_weight * parts["kl"], objective + kl_weight * parts["kl"]
     if alignment is not None:
-        at_last = [_gradient(reconstruction, encoder_last, direction), _gradient(alignment, encoder_last)]
+        parts["distance"], parts["cosine"] = alignment
+        parts["alignment"] = parts["distance"] + parts["cosine"]
+        at_last = [_gradient(reconstruction, encoder_last, direction), _gradient(parts["alignment"], encoder_last)]
         parts["vf_weight"] = vf_weight * adaptive_weight(*at_last, largest=1e8)
-        parts["alignment"] = alignment
-        weighted = parts["vf_weight"] * alignment / values
+        weighted = parts["vf_weight"] * parts["alignment"] / values
         total, objective = total + weighted, objective + weighted
     parts["loss"] = total
     # a loss that is not finite must not look as if it had a gradient: on no process of several
@@ -260,48 +259,3 @@ def whole_loss(
 
 def _gradient(of: Tensor, at: Tensor, direction: Tensor | None = None) -> Tensor:
     return torch.autograd.grad(of, at, direction, retain_graph=True)[0]
-
-
-def decoder_loss(
-    picture_loss: PictureLoss,
-    reconstruction: Tensor,
-    pictures: Tensor,
-    adversary: Callable[[Tensor], Tensor] | None = None,
-    disc_weight: float = 0.75,
-    last: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """RAE's loss of the decoder: the picture loss + `disc_weight` · λ · the adversarial one.
-
-    λ = |∇ picture loss| / (|∇ adversarial loss| + 1e-6) at the decoder's last layer, at most 1e4. Both losses are
-    means: `losses.whole_loss`, whose limit is meant for VA-VAE's sums over a picture, would hold λ below 0.06 at 256
-    pixels. As there, each is differentiated once, down to the reconstruction.
-
-    Args:
-        reconstruction: (B, 3, H, W) float32 with its graph.
-        adversary: reconstruction → the generator's adversarial loss; None while there is none.
-        last: the weight of the decoder's last layer.
-
-    Returns:
-        A scalar to go backwards from (its value means nothing), and the parts by name: "loss" is the loss's value,
-        "disc_weight" is `disc_weight` · λ.
-    """
-    picture = reconstruction.detach().requires_grad_()
-    loss, parts = picture_loss(picture, pictures)
-    (into,) = torch.autograd.grad(loss, picture)  # (B, 3, H, W)
-    total = loss.detach()
-    if adversary is not None:
-        parts["generator"] = adversary(picture)
-        (against,) = torch.autograd.grad(parts["generator"], picture)
-        scale = pictures[0].numel()  # what single pixels pull is too little for a half-precision layer
-        pulls = [
-            torch.autograd.grad(reconstruction, last, scale * pull, retain_graph=True)[0].float() / scale
-            for pull in (into, against)
-        ]
-        # RAE adds 1e-6 to the norm where VQGAN, and so `adaptive_weight`, adds 1e-4
-        parts["disc_weight"] = disc_weight * adaptive_weight(*(100 * pull for pull in pulls), largest=1e4)
-        total = total + parts["disc_weight"] * parts["generator"].detach()
-        into = into + parts["disc_weight"] * against
-    parts["loss"] = total
-    # a loss that is not finite must not look as if it had a gradient: on no process of several
-    objective = (reconstruction * into).sum() * torch.where(torch.isfinite(total), 1.0, torch.nan)
-    return objective, {name: value.detach() for name, value in parts.items()}
