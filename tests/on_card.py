@@ -91,7 +91,7 @@ class Trainings:
             batch_size=3,
             max_epochs=1,
             monitor="ssim",
-            preview_every=1,
+            previews=1,
             devices={"precision": precision},
             saving={"save_every_n_steps": 6},
             **changes,

@@ -19,7 +19,7 @@ from vavae_tools.pipelines.writer import write_samples
 from vavae_tools.recipes import vavae as fine_tuning
 from vavae_tools.recipes.dit import encode_split, train_dit
 from vavae_tools.recipes.presets import find_preset
-from vavae_tools.recipes.vavae import fine_tune_vavae, loss_numbers
+from vavae_tools.recipes.vavae import LOSSES, fine_tune_vavae
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine
 from vavae_tools.training.autoencoder_module import VAVAEModule
@@ -146,7 +146,7 @@ def test_grey_pictures_that_are_not_square_go_all_the_way(tmp_path, vavae_dir):
     latents = encode_split(split, folder, tmp_path / "latents", **quiet)
     assert latents.shape == (2, 8, 12)
     numbers = {"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
-    dit = train_dit(tmp_path / "latents", folder, tmp_path / "dit", numbers, 2, 4, previews=1, **quiet)
+    dit = train_dit(tmp_path / "latents", folder, tmp_path / "dit", numbers, max_steps=2, batch_size=4, previews=1, **quiet)
     write_samples(load_pipeline(dit), [0, 1, 2], tmp_path / "samples", num_inference_steps=2)
     made = sorted((tmp_path / "samples").rglob("*.png"))
     assert len(made) == 3 and all((p.mode, p.size) == ("L", (24, 16)) for p in map(Image.open, made))
@@ -231,7 +231,7 @@ def test_gradient_checkpointing_comes_on_where_it_must(monkeypatch, recipe, gib,
     machine = Machine("t4", 1, "Tesla T4", int(gib * 2**30))
     monkeypatch.setattr(fine_tuning, "find_machine", lambda: machine)
     model, said = SimpleNamespace(config=SimpleNamespace(block_out_channels=(128,))), []
-    numbers = loss_numbers(recipe, {})
+    numbers = LOSSES[recipe]
     assert fine_tuning._needs_checkpointing(model, numbers, batch_size, image_size, said.append) == on == bool(said)
 
 
@@ -242,7 +242,7 @@ def test_no_preset_computes_activations_twice(monkeypatch, recipe, kind, gib):
     monkeypatch.setattr(fine_tuning, "find_machine", lambda: machine)
     preset, model = find_preset(machine=machine), SimpleNamespace(config=SimpleNamespace(block_out_channels=(128,)))
     batch_size, size = preset.vavae_batch_size, preset.image_size
-    assert not fine_tuning._needs_checkpointing(model, loss_numbers(recipe, {}), batch_size, size, pytest.fail)
+    assert not fine_tuning._needs_checkpointing(model, LOSSES[recipe], batch_size, size, pytest.fail)
 
 
 # ---- what is missing

@@ -389,7 +389,7 @@ def test_a_run_can_be_made_longer(tmp_path, encoder):
 def test_another_encoder_is_no_way_to_go_on(tmp_path, encoder):
     tune(tmp_path, encoder, max_steps=4)
     with pytest.raises(UserError, match=r"encoder was \w+, is \w+"):
-        tune(tmp_path, {**encoder, "image_mean": [0.5, 0.5, 0.5]}, max_steps=8, resume="last")
+        tune(tmp_path, {**encoder, "encoder_cls": "SigLIPwithNorm"}, max_steps=8, resume="last")
 
 
 def test_the_tasks_keys_reach_the_training(tmp_path, encoder):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vavae_tools.recipes.base import ImageData
 from vavae_tools.recipes.config import compose, help_text, keep_config, read_command_line, run_folder
 from vavae_tools.runtime.errors import run_command
 
@@ -12,9 +13,9 @@ from vavae_tools.runtime.errors import run_command
 def main() -> None:
     words = sys.argv[1:]
     line = read_command_line(words)
-    if line.help:
+    if "help" in line.flags:
         print(help_text(line.experiment))
-    elif line.print_config:
+    elif line.flags.pop("print_config", None) is not None:
         import yaml
 
         from vavae_tools.recipes.presets import resolved
@@ -36,6 +37,8 @@ def run_experiment(*words: str) -> Path:
 
     from importlib import import_module
 
+    from vavae_tools.paths import find_split
+    from vavae_tools.recipes.presets import resolved
     from vavae_tools.runtime.console import say
     from vavae_tools.training.devices import trainer_settings
 
@@ -43,19 +46,20 @@ def run_experiment(*words: str) -> Path:
     folder, resume, said = run_folder(plan)
     if said:
         say(said)
-    module, name = plan.recipe.train_by.split(":")
     keep_config(plan, words, folder)
-    made = getattr(import_module(module), name)(plan.recipe, folder, resume)
-    if made.name == "pipeline":
-        what = '--prompt "…"' if "text_encoder" in vars(plan.recipe) else "--num_samples 100"
-        say(f"next: python -m vavae_tools.sample --checkpoint {made} {what} --output_dir outputs/samples")
+    recipe = resolved(plan.recipe)
+    if isinstance(recipe.data, ImageData) and recipe.data.data_dir is None:
+        recipe = replace(recipe, data=replace(recipe.data, data_dir=str(find_split())))
+    module, name = recipe.train_by.split(":")
+    made = getattr(import_module(module), name)(recipe, folder, resume)
+    say(f"next: python -m vavae_tools.{recipe.next_command.format(made=made, data_dir=recipe.data.data_dir)}")
     return made
 
 
 def as_experiment(name: str, words: Sequence[str]) -> None:
     """Train one experiment by flags alone, as its own script does: without a folder named it is ./outputs."""
     line = read_command_line(words)
-    if line.help:
+    if "help" in line.flags:
         print(help_text(name))
         return
     named = "output_dir" in line.flags or any(word.startswith("output_dir=") for word in line.overrides)

@@ -1,27 +1,28 @@
 """What a command line of training means: an experiment's recipe with what was typed, and the folder of its run.
 
-Words are Hydra's overrides, `key=value`, or flags, `--NAME VALUE`, where NAME is a key's last word. What older versions
-called otherwise is translated by `configs/aliases.yaml`. A run keeps its configuration in `.hydra/config.yaml`, and by
-it is found again.
+Words are `key=value`, or flags, `--NAME VALUE`, where NAME is a key's last word; functions take them, too.
+What older versions called otherwise is translated by `configs/aliases.yaml`. A run is found again by what it keeps in
+`.hydra/config.yaml`.
 """
 
 import functools
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from vavae_tools.recipes.base import RECIPES, Recipe
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.ranks import is_first, of_torchrun
 from vavae_tools.training.config import Setting, checked, settings_of
 
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 CONFIGS = Path(str(files("vavae_tools") / "configs"))
 DEFAULT = "vavae_dit"
 SECTIONS = {"training": "text_to_image"}
@@ -31,29 +32,19 @@ _OF_THE_RUN = {
     "resume": Setting((str, type(None)), None, {"help": "last, a .ckpt, .pth, checkpoint folder or run's folder"}),
     "output_dir": Setting((str, type(None)), None, {"help": "of this run; null: logs/runs/YYYY-MM-DD/HH-MM-SS"}),
 }
-_NOT_NAMED = ("name", "task", "recipe", "experiment")
-"""Keys of a run's own configuration that are not set by hand."""
 
 
 @dataclass
 class CommandLine:
-    """What was typed, sorted.
-
-    Attributes:
-        overrides: Hydra's: `key=value`, `group=option`, `+key=value`, `~key`.
-        flags: name → the words after it.
-    """
+    """What was typed, sorted: `key=value`, and flag → the words after it."""
 
     overrides: list[str] = field(default_factory=list)
     flags: dict[str, list[str]] = field(default_factory=dict)
-    config: str | None = None
-    help: bool = False
-    print_config: bool = False
 
     @property
     def experiment(self) -> str | None:
         """The one that was named."""
-        chosen = [text.partition("=")[2] for text in self.overrides if re.match(r"\+?experiment=", text)]
+        chosen = [value for key, value in map(_cut, self.overrides) if key == "experiment"]
         return chosen[-1] if chosen else None
 
 
@@ -68,49 +59,35 @@ class Experiment:
 
     def plain(self) -> dict[str, Any]:
         """Return plain values, as `--config` reads them."""
-        return {
-            "experiment": self.name,
-            "resume": self.resume,
-            "output_dir": self.output_dir,
-            **_plain(self.recipe),
-        }
+        of_run = {"experiment": self.name, "resume": self.resume, "output_dir": self.output_dir}
+        return {**of_run, **asdict(self.recipe)}
 
 
 def read_command_line(arguments: Sequence[str]) -> CommandLine:
     """Sort the words of a command line.
 
     Raises:
-        UserError: a word that is neither an override nor belongs to a flag.
+        UserError: a word that is neither `key=value` nor belongs to a flag.
     """
-    line = CommandLine()
-    words = list(arguments)
-    while words:
-        word = words.pop(0)
-        if word in ("-h", "--help"):
-            line.help = True
-        elif word == "--print_config":
-            line.print_config = True
-        elif word.startswith("--") and len(word) > 2:
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            texts = [value] if equals else []
-            while not equals and words and not words[0].startswith("--") and not _is_override(words[0]):
-                texts.append(words.pop(0))
-            if name == "config":
-                if not texts:
-                    raise UserError("--config needs a value")
-                line.config = texts[0]
-            else:
-                line.flags[name] = texts
-        elif _is_override(word):
+    line, texts = CommandLine(), None
+    for word in arguments:
+        if word == "-h" or (word.startswith("--") and len(word) > 2):
+            name, equals, value = word.lstrip("-").partition("=")
+            name = {"h": "help"}.get(name, name.replace("-", "_"))
+            line.flags[name] = texts = [value] if equals else []
+        elif re.match(r"\+{0,2}[A-Za-z_][\w./@-]*=", word):
             line.overrides.append(word)
-        else:
+            texts = None
+        elif texts is None:
             raise UserError(f"{word!r} is neither --flag VALUE nor key=value, such as train.devices=2 (see --help)")
+        else:
+            texts.append(word)
     return line
 
 
-def _is_override(word: str) -> bool:
-    return re.match(r"(~|\+{0,2})[A-Za-z_][\w./@-]*(=|$)", word) is not None and ("=" in word or word.startswith("~"))
+def _cut(override: str) -> tuple[str, str]:
+    key, _, value = override.lstrip("+").partition("=")
+    return key, value
 
 
 def compose(line: CommandLine) -> Experiment:
@@ -120,39 +97,67 @@ def compose(line: CommandLine) -> Experiment:
         UserError: an experiment, option or key that does not exist (the nearest that do are named), or a value of
             another kind than the key's.
     """
-    given = _read_config(line.config) if line.config else {}
+    config = line.flags.get("config")
+    if config == []:
+        raise UserError("--config needs a value")
+    given = _read_config(config[0]) if config else {}
     name = line.experiment or given.get("experiment") or given.get("name")
     name = name or next((of for section, of in SECTIONS.items() if section in given), None) or DEFAULT
-    experiment = _read_experiment(name)
-    keys = _Keys(RECIPES[experiment.pop("recipe")]())
-    for key, value in _leaves(experiment, keys):
-        keys.set(key, value)
-    groups = _aliases()["groups"]
-    chosen = [text.lstrip("+").split("=", 1) for text in line.overrides if text.partition("=")[0].lstrip("+") in groups]
-    for group, option in chosen:
-        if option not in groups[group]:
-            raise UserError(
-                f"No {group}={option}{_nearest(option, groups[group])}; there are {', '.join(groups[group])}"
-            )
-        for key, value in groups[group][option].items():
-            keys.set(key, value)
+    keys, groups = _Keys.of_experiment(name), _aliases()["groups"]
+    for group, option in map(_cut, line.overrides):
+        if group in groups:
+            if option not in groups[group]:
+                raise UserError(f"No {group}={option}; there are {', '.join(groups[group])}")
+            keys.set_all(groups[group][option])
     keys.given.clear()
-    where = f"{line.config}: "
-    for flag, meant in (given.pop("flags", None) or {}).items():  # what older versions' --print_config said
-        if keys.home(str(meant)) is None:
-            raise UserError(f"{where}No key {f'flags.{flag}'!r}{keys.near(flag)}; --print_config shows all keys")
-    for key, value in _leaves({k: v for k, v in given.items() if k not in _NOT_NAMED}, keys):
-        keys.set(key, value, where)
+    for own in ("name", "task", "recipe", "experiment"):  # of a run's own configuration
+        given.pop(own, None)
+    try:
+        for flag, key in (given.pop("flags", None) or {}).items():  # what older versions' --print_config said
+            if keys.home(str(key)) is None:
+                raise keys.unknown(f"flags.{flag}")
+        keys.set_all(given)
+    except UserError as error:
+        raise UserError(f"{config[0]}: {error}") from None
     for text in line.overrides:
-        key = text.partition("=")[0].lstrip("+")
-        if key != "experiment" and key not in groups:
+        if _cut(text)[0] not in ("experiment", *groups):
             keys.set_typed(text)
     for flag, texts in line.flags.items():
-        keys.set_flag(flag, texts)
+        if flag != "config":
+            keys.set_flag(flag, texts)
     needed = [key for key in keys.recipe.needs if keys.values[key] is None]
     if needed:
-        raise UserError(f"experiment={name} needs {needed[0]}=… (or --{needed[0].rpartition('.')[2]} …)")
+        raise UserError(f"experiment={name} needs {needed[0]}=… (or --{_end(needed[0])} …)")
     return Experiment(name, keys.built(), keys.values["resume"], keys.values["output_dir"])
+
+
+def recipe_with(recipe: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
+    """Return a recipe with values as Python's functions take them, checked as typed ones are.
+
+    Args:
+        values: by their keys' last words, as flags have them; what is None is left out. A dict is a section's, such as
+            {"model": {"size": "S"}}; `devices` may be one with the arguments of `devices.trainer_settings`, also those
+            of lightning.Trainer, and `saving` one with the numbers of a `Saving`, or that.
+
+    Raises:
+        UserError: a name that no key has, or a value that its key does not take.
+    """
+    keys = _Keys(recipe)
+    sections = {each.name for each in fields(recipe) if is_dataclass(getattr(recipe, each.name))}
+    for name, value in values.items():
+        if is_dataclass(value):
+            value = asdict(value)
+        if name in ("devices", "saving") and isinstance(value, Mapping):
+            for inner, number in value.items():
+                if keys.home(f"train.{inner}"):
+                    keys.set(f"train.{inner}", number, inner)
+                else:
+                    keys.values["train.trainer"] = {**keys.values["train.trainer"], inner: number}
+        elif name in sections and isinstance(value, Mapping):
+            keys.set_all({f"{name}.{inner}": part for inner, part in value.items() if part is not None})
+        elif value is not None:
+            keys.set(keys.of_flag(name, ""), value, name)
+    return keys.built()
 
 
 class _Keys:
@@ -165,105 +170,107 @@ class _Keys:
         self.given: set[str] = set()
         """Keys that got a value."""
 
+    @classmethod
+    def of_experiment(cls, name: str) -> "_Keys":
+        values = _read_experiment(name)
+        keys = cls(RECIPES[values.pop("recipe")]())
+        keys.set_all(values)
+        return keys
+
     def home(self, key: str) -> str | None:
         """Return the recipe's own key of a name, None for one that it does not have."""
+        others = _aliases()["keys"]
         for _ in range(3):  # an alias may stand for an alias
             if key in self.settings or key in _aliases()["values"]:
                 return key
-            found = _translated(key)
-            if found is None:
+            begins = [old for old in others if key == old or (old.endswith(".") and key.startswith(old))]
+            if not begins:
                 return None
-            key = found
+            longest = max(begins, key=len)
+            key = others[longest] + key.removeprefix(longest)
         return None
 
-    def set(self, key: str, value: Any, where: str = "", called: str | None = None) -> None:
+    def set(self, key: str, value: Any, called: str | None = None) -> None:
         """Set a key of any name.
 
         Args:
-            where: before the line of a fault.
             called: what was typed in place of the key.
 
         Raises:
             UserError: no such key, or a value that it does not take.
         """
-        home = self.home(key)
+        home, called = self.home(key), called or key
         if home is None:
-            raise UserError(f"{where}No key {key!r}{self.near(key)}; --print_config shows all keys")
+            raise self.unknown(key)
         meanings = _aliases()["values"].get(home)
         if meanings is None:
-            self.values[home] = checked(
-                f"{where}{called or key}", _as_size(value, self.settings[home]), self.settings[home]
-            )
+            self.values[home] = checked(called, _plain(value, self.settings[home]), self.settings[home])
             self.given |= {home} if value is not None else set()
-            return
-        if value not in meanings:
-            raise UserError(f"{where}{called or key} is {value!r}, expected {' or '.join(map(_written, meanings))}")
-        if meanings[value] != "keep":
-            for other, meant in meanings[value].items():
-                self.set(other, meant, where)
+        elif value not in meanings:
+            raise UserError(f"{called} is {value!r}, expected {' or '.join(map(_written, meanings))}")
+        elif meanings[value] != "keep":
+            self.set_all(meanings[value])
+
+    def set_all(self, values: Mapping[str, Any], before: str = "") -> None:
+        """Set keys, also those in sections."""
+        for name, value in values.items():
+            key = f"{before}{name}"
+            if isinstance(value, Mapping) and self.home(key) != "train.trainer":
+                self.set_all(value, f"{key}.")
+            elif value is not None or not any(
+                known.startswith(f"{key}.") for known in (*self.settings, *_aliases()["keys"], *_aliases()["values"])
+            ):  # but for a section without content
+                self.set(key, value)
 
     def set_typed(self, text: str) -> None:
-        """Set what an override says."""
-        key, value = _parsed(text)
-        if text.startswith("~"):
-            if self.home(key) is None:
-                raise UserError(f"No key {key!r}{self.near(key)}; --print_config shows all keys")
-            raise UserError(f"{text}: a key cannot be taken away; set it to null where it may be left out")
-        further = re.fullmatch(r"train(?:er)?\.(?:trainer\.)?(\w+)", key)
-        if text.startswith("+") and further and self.home(key) is None:
-            self.values["train.trainer"] = {**self.values["train.trainer"], further[1]: value}
+        """Set what `key=value` says; `+trainer.NAME=VALUE` is an argument of lightning.Trainer."""
+        key, value = _cut(text)
+        further = re.fullmatch(r"\+train(?:er)?\.(?:trainer\.)?(\w+)", text.partition("=")[0])
+        if further and self.home(key) is None:
+            self.values["train.trainer"] = {**self.values["train.trainer"], further[1]: _read(value, text)}
         else:
-            self.set(key, value)
+            self.set(key, _read(value, text))
 
     def set_flag(self, flag: str, texts: list[str]) -> None:
         """Set what a flag says: `--NAME VALUE`, or several values for a list."""
         key = self.of_flag(flag)
-        setting = self.settings.get(key)
-        takes_lists = setting is not None and any(get_origin(kind) is list for kind in setting.kinds)
-        if len(texts) > 1 and not takes_lists:
+        kinds = self.settings[key].kinds if key in self.settings else (bool,)
+        if len(texts) > 1 and not any(get_origin(kind) is list for kind in kinds):
             raise UserError(f"{texts[1]!r} is neither --flag VALUE nor key=value, such as train.devices=2 (see --help)")
-        if not texts and not (setting is None or bool in setting.kinds):
+        if not texts and bool not in kinds:
             raise UserError(f"--{flag} needs a value")
-        values = [_read(text) for text in texts] or [True]
-        self.set(key, values[0] if len(values) == 1 else values, called=f"--{flag}")
+        values = [_read(text, f"--{flag} {text}") for text in texts] or [True]
+        self.set(key, values[0] if len(values) == 1 else values, f"--{flag}")
 
-    def of_flag(self, flag: str) -> str:
+    def of_flag(self, flag: str, dashes: str = "--") -> str:
         """Return the key that a flag stands for: one of its last word, or by all of its words."""
-        if "." in flag and self.home(flag):
-            return flag
-        by_end: dict[str, list[str]] = {}
-        for key in self.settings:
-            by_end.setdefault(key.rpartition(".")[2], []).append(key)
-        meant = _aliases()["flags"].get(flag, [])
-        named = [key for name in ([meant] if isinstance(meant, str) else meant) if (key := self.home(name))]
-        found = named or by_end.get(flag, [])
-        if len(found) == 1 or named:
+        others = [home for name in _aliases()["flags"].get(flag, []) if (home := self.home(name))]
+        found = others[:1] or [key for key in self.settings if _end(key) == flag]
+        if not found and "." in flag and self.home(flag):
+            found = [flag]
+        if len(found) == 1:
             return found[0]
         if found:
-            raise UserError(f"--{flag} could be {' or '.join(found)}: type the key, as {found[0]}=…")
-        near = get_close_matches(flag, [*by_end, *_aliases()["flags"]], n=1, cutoff=0.5)
-        meant = f"; did you mean --{near[0]}?" if near else ""
-        raise UserError(f"No --{flag}{meant}; python -m vavae_tools.train --help")
+            raise UserError(f"{dashes}{flag} could be {' or '.join(found)}: type the key, as {found[0]}=…")
+        meant = _meant([f"{dashes}{_end(key)}" for key in self.nearest(flag)])
+        raise UserError(f"No {dashes}{flag}{meant}; python -m vavae_tools.train --help")
 
-    def near(self, key: str) -> str:
-        """Return the words that name the key that was meant, if there is one like it."""
-        end = key.rpartition(".")[2]
-        exact = [known for known in self.settings if known.rpartition(".")[2] == end]
-        flag = _aliases()["flags"].get(end)
-        if not exact and isinstance(flag, str) and self.home(flag):
-            exact = [self.home(flag)]
-        if exact:
-            return f"; did you mean {exact[0]}?"
-        by_alias = {old.rpartition(".")[2]: new for old in _aliases()["keys"] if (new := self.home(old))}
-        names = {**by_alias, **{known.rpartition(".")[2]: known for known in self.settings}}
-        found = [names[name] for name in get_close_matches(end, names, n=1, cutoff=0.6)]
-        found = found or get_close_matches(_translated(key) or key, list(self.settings), n=1, cutoff=0.5)
-        return f"; did you mean {found[0]}?" if found else ""
+    def nearest(self, name: str) -> list[str]:
+        """Return the key that was meant, if there is one like it."""
+        others = _aliases()
+        known = {_end(old): self.home(old) for old in others["keys"]}
+        known |= {flag: next(filter(None, map(self.home, keys)), None) for flag, keys in others["flags"].items()}
+        known |= {_end(key): key for key in self.settings}
+        found = get_close_matches(_end(name), [name for name, key in known.items() if key], n=1, cutoff=0.5)
+        return [known[each] for each in found]
+
+    def unknown(self, key: str) -> UserError:
+        return UserError(f"No key {key!r}{_meant(self.nearest(key))}; --print_config shows all keys")
 
     def built(self) -> Recipe:
         if "train.max_epochs" in self.given and "train.max_steps" not in self.given:
             self.values["train.max_steps"] = None  # the recipe's own, which would hold in its place
-        return _with_values(self.recipe, {k: v for k, v in self.values.items() if k not in _OF_THE_RUN})
+        return _with_values(self.recipe, self.values)
 
 
 def _with_values(config: Any, values: Mapping[str, Any], before: str = "") -> Any:
@@ -274,11 +281,12 @@ def _with_values(config: Any, values: Mapping[str, Any], before: str = "") -> An
     return replace(config, **changes)
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    return {
-        each.name: _plain(value) if is_dataclass(value := getattr(config, each.name)) else value
-        for each in fields(config)
-    }
+def _end(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _meant(names: Sequence[str]) -> str:
+    return f"; did you mean {names[0]}?" if names else ""
 
 
 @functools.cache
@@ -288,68 +296,44 @@ def _aliases() -> dict[str, Any]:
     return yaml.safe_load((CONFIGS / "aliases.yaml").read_text(encoding="utf-8"))
 
 
-def _translated(key: str) -> str | None:
-    """Return what a key of another name stands for."""
-    others = _aliases()["keys"]
-    if key in others:
-        return others[key]
-    begins = [old for old in others if old.endswith(".") and key.startswith(old)]
-    if not begins:
-        return None
-    longest = max(begins, key=len)
-    return others[longest] + key.removeprefix(longest)
-
-
-def _as_size(value: Any, setting: Setting) -> Any:
-    """Return 128x256 as [128, 256] where a setting takes two whole numbers."""
+def _plain(value: Any, setting: Setting) -> Any:
+    """Return a path as text, and 128x256 as [128, 256] where a setting takes two whole numbers."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(each, setting) for each in value]
     takes = any(get_origin(kind) is list and get_args(kind) == (int,) for kind in setting.kinds)
     if takes and isinstance(value, str) and re.fullmatch(r"\d+[xX]\d+", value):
         return [int(side) for side in value.lower().split("x")]
     return value
 
 
-def _parsed(text: str) -> tuple[str, Any]:
-    """Return an override's key and value, by Hydra's grammar."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        override = OverridesParser.create().parse_override(text)
-        value = override.value()
-    except HydraException as error:
-        lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
-        raise UserError(f"{text}: {' '.join(lines[:2])}") from None
-    if override.is_sweep_override():
-        raise UserError(f"{text}: several values; one with a comma needs quotes, key='\"a,b\"', a list brackets, [a,b]")
-    return override.key_or_group, value
-
-
-def _read(text: str) -> Any:
-    """Return a flag's text as YAML reads it, 1e-4 as a number."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-
-
-def _written(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _read_config(path: str) -> dict[str, Any]:
+def _read(text: str, called: str) -> Any:
+    """Return what YAML says, 1e-4 being a number."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)["value"]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{called} is no YAML: {' '.join(str(error).split())[:200]}") from None
+
+
+def _read_config(path: str) -> dict[str, Any]:
     ours = CONFIGS / Path(path).name  # such as configs/train_config.yaml, the example
     try:
-        read = OmegaConf.load(ours if not Path(path).exists() and ours.is_file() else path)
+        text = (ours if not Path(path).exists() and ours.is_file() else Path(path)).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())[:200]}") from None
-    if not OmegaConf.is_dict(read):
+    read = _read(text, f"--config {path}")
+    if not isinstance(read, dict):
         raise UserError(f"--config {path}: expected keys and values, such as train: {{batch_size: 32}}")
-    return OmegaConf.to_container(read, resolve=True)
+    return read
+
+
+def _written(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def experiments() -> dict[str, str]:
@@ -365,34 +349,11 @@ def _read_experiment(name: str) -> dict[str, Any]:
 
     options = list(experiments())
     if name not in options:
-        raise UserError(f"No experiment={name}{_nearest(name, options)}; there are {', '.join(options)}")
+        near = _meant(get_close_matches(name, options, n=1, cutoff=0.5))
+        raise UserError(f"No experiment={name}{near}; there are {', '.join(options)}")
     if name in RECIPES:
         return {"recipe": name}
     return yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
-
-
-def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _leaves(values: Mapping[str, Any], keys: _Keys, before: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        key = f"{before}{name}"
-        home = keys.home(key)
-        is_section = any(
-            known.startswith(f"{key}.") for known in (*keys.settings, *_aliases()["keys"], *_aliases()["values"])
-        )
-        if isinstance(value, Mapping) and not (
-            home in keys.settings and dict in map(_origin, keys.settings[home].kinds)
-        ):
-            yield from _leaves(value, keys, f"{key}.")
-        elif not (value is None and home is None and is_section):  # a section without content
-            yield key, value
-
-
-def _origin(kind: Any) -> Any:
-    return get_origin(kind) or kind
 
 
 # ---- the run's folder
@@ -409,12 +370,12 @@ def run_folder(plan: Experiment, now: datetime | None = None) -> tuple[Path, str
         UserError: `resume=last`, and no run of this experiment has a checkpoint.
     """
     ranks = of_torchrun()
-    if ranks.size > 1:  # the clock says another second to each of them
-        found = _run_folder(plan, now) if ranks.rank == 0 else None
-        turn = f"vavae run folder {next(_TURNS)}"  # a process may train several
-        folder, resume, said = ranks.share(turn, found and (str(found[0]), *found[1:]))
-        return Path(folder), resume, said
-    return _run_folder(plan, now)
+    if ranks.size == 1:
+        return _run_folder(plan, now)
+    found = _run_folder(plan, now) if ranks.rank == 0 else None  # the clock says another second to each of them
+    turn = f"vavae run folder {next(_TURNS)}"  # a process may train several
+    folder, resume, said = ranks.share(turn, found and (str(found[0]), *found[1:]))
+    return Path(folder), resume, said
 
 
 def _run_folder(plan: Experiment, now: datetime | None) -> tuple[Path, str | None, str | None]:
@@ -424,28 +385,20 @@ def _run_folder(plan: Experiment, now: datetime | None) -> tuple[Path, str | Non
     if resume == "last":
         found = _newest_run(plan.name)
         return found, "last", f"resume=last: resuming {found}"
-    if resume is not None:
-        of_run = [folder for folder in (Path(resume), *Path(resume).parents) if (folder / ".hydra").is_dir()]
-        if of_run:
-            return of_run[0], resume, f"resuming {of_run[0]}"
-    return _new_run(now or datetime.now()), resume, None
-
-
-def _new_run(now: datetime) -> Path:
-    folder = RUNS / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}"
-    for number in range(2, 100):
-        if not folder.exists():
-            break
-        folder = folder.with_name(f"{now:%H-%M-%S}-{number}")  # another run of the same second
-    return folder
+    for folder in (Path(resume), *Path(resume).parents) if resume else ():
+        if (folder / ".hydra").is_dir():
+            return folder, resume, f"resuming {folder}"
+    begin = RUNS / f"{now or datetime.now():%Y-%m-%d/%H-%M-%S}"
+    folders = (begin, *(begin.with_name(f"{begin.name}-{number}") for number in range(2, 100)))  # of the same second
+    return next(folder for folder in folders if not folder.exists()), resume, None
 
 
 def _newest_run(name: str) -> Path:
-    from omegaconf import OmegaConf
+    import yaml
 
     known = []
     for path in sorted(RUNS.glob("*/*/.hydra/config.yaml"), reverse=True):
-        kept = OmegaConf.load(path)
+        kept = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         of = kept.get("experiment") or kept.get("name")  # as older versions wrote it
         run = path.parent.parent
         if of == name and any(run.glob("checkpoints/*.ckpt")):
@@ -471,27 +424,18 @@ def keep_config(plan: Experiment, words: Sequence[str], folder: Path) -> None:
 def help_text(experiment: str | None) -> str:
     """Return what `--help` prints: experiments, and the keys of one experiment with their meanings."""
     name = experiment or DEFAULT
-    values = _read_experiment(name)
-    keys = _Keys(RECIPES[values.pop("recipe")]())
-    for key, value in _leaves(values, keys):
-        keys.set(key, value)
+    keys = _Keys.of_experiment(name)
     width = max(map(len, experiments()))
     listed = "\n".join(f"  {each:<{width}}  {what}" for each, what in experiments().items())
     sections: dict[str, list[str]] = {"": []}
-    ends = [key.rpartition(".")[2] for key in keys.settings]
+    ends = [_end(key) for key in keys.settings]
     for key, setting in keys.settings.items():
         section, _, end = key.rpartition(".")
+        if section and section not in sections:
+            sections[section] = [f"{section}:  # {type(getattr(keys.recipe, section)).__doc__.splitlines()[0]}"]
         typed = f"--{end}" if ends.count(end) == 1 else f"{key}="
-        sections.setdefault(section, []).append(_described(typed, keys.values[key], setting))
-    recipe = keys.recipe
-    shown = [
-        f"{section}:" + (f"  # {(type(getattr(recipe, section)).__doc__ or '').splitlines()[0]}" if section else "")
-        for section in sections
-    ]
-    blocks = "\n\n".join(
-        "\n".join(([title] if section else []) + lines)
-        for title, (section, lines) in zip(shown, sections.items(), strict=True)
-    )
+        sections[section].append(_described(typed, keys.values[key], setting))
+    blocks = "\n\n".join("\n".join(lines) for lines in sections.values())
     return f"""usage: python -m vavae_tools.train [experiment=NAME] [key=value …] [--flag VALUE …]
 
 Train an experiment. Each run has its folder logs/runs/YYYY-MM-DD/HH-MM-SS/ with its checkpoints, curves and images.
@@ -509,8 +453,9 @@ keys of {name}, typed as --NAME VALUE or SECTION.NAME=VALUE; in brackets what ho
 
 
 def _described(name: str, value: Any, setting: Setting) -> str:
-    choices = [str(c) for kind in setting.kinds if str(get_origin(kind)) == "typing.Literal" for c in get_args(kind)]
+    choices = [str(choice) for kind in setting.kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     text = setting.metadata.get("help", "")
     text = f"{', '.join(choices)}: {text}" if len(choices) > 1 else text
-    before = f"  {name} [{_written(value)}]"
-    return textwrap.fill(f"{before}  {text}", 118, subsequent_indent=" " * 8, break_long_words=False)
+    return textwrap.fill(
+        f"  {name} [{_written(value)}]  {text}", 118, subsequent_indent=" " * 8, break_long_words=False
+    )

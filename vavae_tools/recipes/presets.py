@@ -11,29 +11,26 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 @dataclass(frozen=True, repr=False)
 class Preset:
-    """What notebooks 02–05 start from."""
+    """What notebooks 02–05 start from. Batch sizes are per device and step, image_size is in pixels."""
 
     machine: str
     image_size: int
-    """pixels"""
     original_vavae: str | None
     """weights to fine-tune; None: fresh ones"""
     vavae_size: str
     vavae_epochs: int
     vavae_batch_size: int
-    """pictures per device and step"""
     vavae_lr: float
     dit: dict[str, Any] = field(default_factory=dict)
     """the denoiser: a size by name, or numbers"""
     dit_steps: int = 0
     dit_batch_size: int = 64
-    """latents per device and step"""
     ema_decay: float = 0.999
     previews: int = 6
     """grids of samples in all"""
     samples_per_person: int = 50
     num_steps: int = 50
-    """calls of the denoiser for each picture"""
+    """calls of the denoiser for each image"""
     guidance_scale: float = 1.25
 
     @property
@@ -48,15 +45,15 @@ class Preset:
 
 
 def find_preset(built_in: bool = False, machine: Machine | None = None) -> Preset:
-    """The preset for this machine; with the built-in data one that ends within minutes.
+    """Return the preset for this machine; with the built-in data one that ends within minutes.
 
-    The lengths on a CPU are measured (README); those on a GPU are reckoned from its speed and the models' operations.
+    The lengths on a CPU are measured (README); those on a GPU are estimated from its speed and the models' operations.
     """
     machine = machine or find_machine()
     if machine.kind != "cpu" and not built_in:
-        # One T4 makes about 10 pictures a second with f16d32 at 256 px, and 5 steps with DiT-S: hours, not a session.
-        # By benchmarks/memory.py f16d32 takes 1.5 GB a picture in training, DiT-S 0.1. A T4's 14.56 also have to hold
-        # CUDA, DDP's gradients and the notebook's own process: with six pictures no activation is computed twice.
+        # One T4 makes about 10 images a second with f16d32 at 256 px, and 5 steps with DiT-S: hours, not a session.
+        # By benchmarks/memory.py f16d32 takes 1.5 GB an image in training, DiT-S 0.1. A T4's 14.56 also have to hold
+        # CUDA, DDP's gradients and the notebook's own process: with six images no activation is computed twice.
         roomy, tight = machine.memory > 36e9, machine.memory < 20e9
         return Preset(
             str(machine),
@@ -71,35 +68,31 @@ def find_preset(built_in: bool = False, machine: Machine | None = None) -> Prese
             dit_batch_size=256 if roomy else 64,
             ema_decay=0.9995,
         )
-    small = {
-        "machine": str(machine),
-        "image_size": 64,
-        "original_vavae": "small",
-        "vavae_size": "small",
-        "vavae_batch_size": 16,
-    }
-    if built_in:
-        # sixteen tokens a picture: a quarter of the work, and still the right person after two minutes
-        return Preset(
-            **small,
-            vavae_epochs=6,
-            vavae_lr=2e-3,
-            dit={"hidden_size": 256, "depth": 6, "num_heads": 4, "patch_size": 4},
-            dit_steps=1_100,
-            dit_batch_size=32,
-            ema_decay=0.99,
-            previews=2,
-            samples_per_person=20,
-            num_steps=20,
-            guidance_scale=2.5,
-        )
-    return Preset(
-        **small,
+    on_cpu = Preset(
+        str(machine),
+        image_size=64,
+        original_vavae="small",
+        vavae_size="small",
         vavae_epochs=60,
+        vavae_batch_size=16,
         vavae_lr=2e-3,
         dit={"hidden_size": 192, "depth": 6, "num_heads": 3, "patch_size": 2},
         dit_steps=4_000,
         dit_batch_size=32,
+    )
+    if not built_in:
+        return on_cpu
+    return replace(
+        on_cpu,
+        vavae_epochs=6,
+        # sixteen tokens an image: a quarter of the work, and still the right person after two minutes
+        dit={"hidden_size": 256, "depth": 6, "num_heads": 4, "patch_size": 4},
+        dit_steps=1_100,
+        ema_decay=0.99,
+        previews=2,
+        samples_per_person=20,
+        num_steps=20,
+        guidance_scale=2.5,
     )
 
 
@@ -114,21 +107,20 @@ def lr_for(hidden_size: int | list[int] | None) -> float:
 def resolved(recipe: AnyRecipe, machine: Machine | None = None) -> AnyRecipe:
     """Return a recipe in which what was left to the machine is as its preset says."""
     preset, config = find_preset(machine=machine), recipe.train
-    length = "max_epochs" if isinstance(recipe, VAVAERecipe) else "max_steps"
-    wanted: dict[str, Any] = {}
-    if config.max_steps is None and config.max_epochs is None:
-        wanted[length] = preset.vavae_epochs if isinstance(recipe, VAVAERecipe) else preset.dit_steps
+    wanted: dict[str, Any] = {"max_steps": preset.dit_steps}
     if isinstance(recipe, VAVAERecipe):
-        wanted["batch_size"] = preset.vavae_batch_size
-    if isinstance(recipe, LatentRecipe):
+        wanted = {"max_epochs": preset.vavae_epochs, "batch_size": preset.vavae_batch_size}
+    elif isinstance(recipe, LatentRecipe):
         model = recipe.model
-        own = (model.size, model.hidden_size, model.depth, model.num_heads)
-        missing = preset.dit if not any(own) else {"patch_size": preset.dit["patch_size"]}
-        if any(own) and not model.size:
-            missing |= {"hidden_size": 192, "depth": 6, "num_heads": 3}
+        missing = preset.dit
+        if model.size or model.hidden_size or model.depth or model.num_heads:
+            missing = {"patch_size": preset.dit["patch_size"]}
+            missing |= {} if model.size else {"hidden_size": 192, "depth": 6, "num_heads": 3}
         model = replace(model, **{name: value for name, value in missing.items() if getattr(model, name) is None})
+        recipe = replace(recipe, model=model)
         wanted |= {"batch_size": preset.dit_batch_size, "ema_decay": preset.ema_decay}
         wanted["lr"] = lr_for(None if model.size else model.hidden_size)
-        recipe = replace(recipe, model=model)
+    if config.max_steps or config.max_epochs:
+        wanted = {name: value for name, value in wanted.items() if name not in ("max_steps", "max_epochs")}
     wanted = {name: value for name, value in wanted.items() if getattr(config, name) is None}
     return replace(recipe, train=replace(config, **wanted))

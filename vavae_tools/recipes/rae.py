@@ -1,6 +1,5 @@
 """Representation autoencoders (RAE), whole: a look at their reconstructions, their decoder's training, and a DiT."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,75 +16,48 @@ from vavae_tools.autoencoders.rae_weights import is_rae_folder, load_rae, read_r
 from vavae_tools.autoencoders.tiny import tiny_rae
 from vavae_tools.checkpoints.formats import read_any
 from vavae_tools.data.datasets import class_data
-from vavae_tools.data.demo.shapes import shape_data
 from vavae_tools.data.images import DecodedPictures, PictureSetDataModule, save_picture, to_pixels, to_unit
-from vavae_tools.data.latents import LatentFolder, encode_latents
 from vavae_tools.plots import picture_grid, show_inline
-from vavae_tools.recipes.base import DecoderRecipe, RAEDiTRecipe
-from vavae_tools.recipes.dit import build_on_latents
-from vavae_tools.recipes.presets import resolved
+from vavae_tools.recipes.base import DecoderRecipe, ImageData, RAEDiTRecipe, RAEParts
+from vavae_tools.recipes.config import recipe_with
+from vavae_tools.recipes.dit import build_on_latents, encode_once, latents_folder
 from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
 from vavae_tools.runtime.machine import find_device, release_memory
-from vavae_tools.runtime.ranks import first_alone, is_first, of_torchrun
+from vavae_tools.runtime.ranks import first_alone, is_first
 from vavae_tools.training.autoencoder_module import RAEDecoderModule
 from vavae_tools.training.callbacks.previews import Previews
-from vavae_tools.training.config import Saving, filled
 from vavae_tools.training.devices import compiles
 from vavae_tools.training.run import Run, Say, Show, train
 
 ENOUGH = 20.0
-"""dB: an RAE whose reconstructions are further away does not see the pictures well."""
+"""dB: an RAE whose reconstructions are further away does not see the images well."""
 MEASURED = 256
-"""Pictures that the PSNR before and after a training is measured on, at most."""
+"""Images that the PSNR before and after a training is measured on, at most."""
 
 
 def fine_tune_rae_decoder(
     data: str | Path | dict[str, Any],
     rae: str | Path | dict[str, Any],
     output_dir: str | Path = "outputs/rae_decoder",
-    batch_size: int | None = None,
-    max_steps: int | None = None,
-    lr: float | None = None,
-    noise_tau: float | None = None,
-    lpips_weights: str | Path | list[str | Path] | None = None,
-    perceptual_weight: float | None = None,
-    disc_weight: float | None = None,
-    disc_start: int | None = None,
-    generator_start: int | None = None,
-    seed: int = 0,
     resume: str | None = None,
-    previews: int | None = None,
     show: Show | None = None,
     say: Say = say,
-    devices: dict[str, Any] | None = None,
-    saving: Saving | dict[str, Any] | None = None,
-    **changes: Any,
+    **settings: Any,
 ) -> Path:
-    """Fine-tune the decoder of an RAE, as `experiment=rae_decoder` does; its encoder stays as it is.
+    """Fine-tune the decoder of an RAE; what is not given is as in `experiment=rae_decoder`. Its encoder stays as it is.
 
     Args:
-        data: a folder of images, or the arguments of `class_data`, or those of `shape_data` for made-up ones; all
-            plain values.
-        rae: a folder of a whole RAE, "tiny" for a small random one, or the arguments of `load_rae`.
+        data: a folder of images, or the keys of the experiment's `data`; without data_dir made-up shapes.
+        rae: a folder of a whole RAE, "tiny" for a small random one, or the keys of the experiment's `rae`.
         output_dir: gets `checkpoints/epoch=*.ckpt` (best by PSNR) and `last.ckpt`, `lightning_logs/`,
             `reconstructions/`, and at the end `rae/`: the whole RAE with the averaged decoder of the last step. Not the
             best one's, since PSNR falls where the discriminator makes images sharper.
-        batch_size: images per device and step.
-        max_steps: optimiser steps of the decoder.
-        lr: AdamW's after warm-up; a tiny decoder takes ten times the paper's 2e-4.
-        noise_tau: see `RAEDecoderModule`.
-        lpips_weights: local files for the perceptual part (`lpips.load_lpips`).
-        perceptual_weight: None: 1, the paper's, where `lpips_weights` are named; else 0, which is said.
-        disc_weight: of the adversarial part; 0: none.
-        disc_start, generator_start: steps at which the discriminator begins, and the decoder to listen to it; None: at
-            3/8 and at half of all steps, as in the paper (epochs 6 and 8 of 16), or as in the run that is resumed.
-        previews: grids of reconstructions in all; 0: none.
+        resume: "last", a `.ckpt` or a folder.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
-        devices: arguments of `devices.trainer_settings`, such as {"devices": 2, "precision": "16"}.
-        saving: when checkpoints are written and training ends, a `Saving` or its numbers as a dict.
-        changes: further arguments of `RAEDecoderModule`.
+        settings: further keys by their last words (`experiment=rae_decoder --help`), such as batch_size, max_steps, lr,
+            noise_tau, disc_weight, lpips_weights; see `config.recipe_with` for devices and saving.
 
     Returns:
         The folder of the RAE.
@@ -93,45 +65,14 @@ def fine_tune_rae_decoder(
     Raises:
         UserError: files that are not there, or settings that cannot be.
     """
-    settings = {
-        **{"batch_size": batch_size, "max_steps": max_steps, "lr": lr, "previews": previews, "seed": seed},
-        **{"noise_tau": noise_tau, "lpips_weights": lpips_weights, "perceptual_weight": perceptual_weight},
-        **{"disc_weight": disc_weight, "disc_start": disc_start, "generator_start": generator_start},
-        **{"devices": devices, "saving": saving, **changes},
-    }
-    recipe, further = filled(DecoderRecipe(), settings)
-    lightning = {name: further.pop(name) for name in (devices or {}).keys() & further.keys()}
-    recipe = replace(recipe, train=replace(recipe.train, trainer=lightning))
-    build = partial(_build_decoder, data=data, rae=rae, further=further)
-    return train(build, recipe, output_dir, resume, show, say)
+    data = {"data_dir": "shapes", **data} if isinstance(data, dict) else {"data_dir": data}
+    rae = rae if isinstance(rae, dict) else {"folder": rae}
+    recipe = recipe_with(DecoderRecipe(), {"data": data, "rae": rae, **settings})
+    return train(build_decoder, recipe, output_dir, resume, show, say)
 
 
-def train_rae_decoder(
-    recipe: DecoderRecipe, output_dir: Path, resume: str | None = None, show: Show | None = None, say: Say = say
-) -> Path:
-    """`experiment=rae_decoder`; returns the folder of the RAE."""
-    build = partial(
-        _build_decoder,
-        data=recipe.data.arguments(),
-        rae=asdict(recipe.rae),
-        further={},
-    )
-    folder = train(build, recipe, output_dir, resume, show, say)
-    say(
-        f"next: python -m vavae_tools.train experiment=rae_dit rae.folder={folder} data.data_dir={recipe.data.data_dir}"
-    )
-    return folder
-
-
-def _build_decoder(
-    recipe: DecoderRecipe,
-    output_dir: Path,
-    resume_from: Path | None,
-    show: Show | None,
-    say: Say,
-    data: str | Path | Mapping[str, Any],
-    rae: str | Path | Mapping[str, Any],
-    further: Mapping[str, Any],
+def build_decoder(
+    recipe: DecoderRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say
 ) -> Run:
     loss, config, seed = recipe.loss, recipe.train, recipe.seed
     if loss.perceptual_weight and not loss.lpips_weights:
@@ -139,35 +80,32 @@ def _build_decoder(
             f"perceptual_weight {loss.perceptual_weight:g} needs LPIPS's weights: name them (lpips_weights), or leave "
             "perceptual_weight out, and the absolute error alone compares the images"
         )
-    model = rae_from(rae, seed, say)
-    images = images_for(model, data, config.batch_size, seed)
+    model = rae_from(recipe.rae, seed, say)
+    images = images_for(model, recipe.data, config.batch_size, seed)
     lpips = load_lpips(loss.lpips_weights) if loss.lpips_weights else None
     say(f"LPIPS: {lpips.origin}" if lpips is not None else "No lpips_weights: the perceptual part (LPIPS) is left out")
+    own = ("lr", "schedule", "warmup_steps", "ema_decay", "gradient_clip", "accumulate_grad_batches")
     module = RAEDecoderModule(
         model,
-        **{name: value for name, value in asdict(loss).items() if name not in ("lpips_weights", *_STARTS)},
-        **_starts(recipe, resume_from, images),
-        **{name: getattr(config, name) for name in ("lr", "schedule", "warmup_steps", "ema_decay")},
-        **{name: getattr(config, name) for name in ("gradient_clip", "accumulate_grad_batches")},
+        **{name: value for name, value in asdict(loss).items() if name != "lpips_weights"}
+        | _starts(recipe, resume_from, images),
+        **{name: getattr(config, name) for name in own},
         gradient_checkpointing=bool(config.gradient_checkpointing),
         flips=recipe.data.flips,
         seed=seed,
         lpips=lpips,
-        **further,
     )
     settings = module.hparams
-    parts = [f"{name} {settings[name]:g}" for name in settings if name.endswith("_weight") and settings[name]]
+    parts = ", ".join(f"{name} {value:g}" for name, value in settings.items() if name.endswith("_weight") and value)
     begins = f"; the discriminator begins at step {settings.disc_start:,} and is listened to from step "
     begins += f"{settings.generator_start:,}"
-    remarks = [*filter(None, [images.remark])]
-    remarks += [f"Losses: {', '.join(parts)}{begins if settings.disc_weight else ''}"]
+    remarks = [*filter(None, [images.remark]), f"Losses: {parts}{begins if settings.disc_weight else ''}"]
 
     subset = images.val_data if images.val_data is not None else images.train_data
     folder, checkpoints, reconstructions = (output_dir / name for name in ("rae", "checkpoints", "reconstructions"))
     if is_first():
         device = module.trainer_settings(**config.of_devices())["accelerator"].replace("gpu", "cuda")
-        model.to(device)
-        before = _look(model, subset, reconstructions / "before.png", show or show_inline)
+        before = _look(model.to(device), subset, reconstructions / "before.png", show or show_inline)
 
     def export(trainer: L.Trainer) -> None:
         model.decoder.load_state_dict(module.ema.network.state_dict())
@@ -198,11 +136,11 @@ def _build_decoder(
     )
 
 
-_STARTS = ("disc_start", "generator_start", "perceptual_weight")
+train_rae_decoder = partial(train, build_decoder)
 
 
 def _starts(recipe: DecoderRecipe, resume_from: Path | None, images: PictureSetDataModule) -> dict[str, Any]:
-    """What of the losses follows from the length and from what there is; a run that resumes keeps where it began."""
+    """Return what follows from the length and from what there is; a run that resumes keeps where it began."""
     loss, config = recipe.loss, recipe.train
     batches = max(1, -(-len(images.train_data) // config.batch_size) // config.accumulate_grad_batches)
     steps = config.max_steps or (config.max_epochs or 1) * batches
@@ -217,23 +155,22 @@ def _starts(recipe: DecoderRecipe, resume_from: Path | None, images: PictureSetD
     return {"disc_start": disc_start, "generator_start": generator_start, "perceptual_weight": perceptual}
 
 
-def rae_from(source: str | Path | Mapping[str, Any], seed: int = 0, say: Say = say) -> RAE:
-    """An RAE: that of a folder, "tiny" for a small random one, or of the arguments of `load_rae`.
+def rae_from(parts: RAEParts, seed: int = 0, say: Say = say) -> RAE:
+    """Return the RAE of a folder, a small random one, or one of several files.
 
     Args:
-        source: among the arguments `folder` may stand, and holds in place of the others.
         seed: of the weights that no file holds.
 
     Raises:
         UserError: nothing there, or another autoencoder.
     """
-    settings = dict(source) if isinstance(source, Mapping) else {"folder": source}
-    folder = settings.pop("folder", None)
+    settings = asdict(parts)
+    folder = settings.pop("folder")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if folder is None:
             return load_rae(**settings, say=say)
-        if str(folder) == "tiny":
+        if folder == "tiny":
             say("RAE: a tiny one with random weights, which shows how things go and not what they can reach")
             return tiny_rae().eval()
     if not is_rae_folder(folder):
@@ -244,23 +181,18 @@ def rae_from(source: str | Path | Mapping[str, Any], seed: int = 0, say: Say = s
     return read_rae_folder(folder)
 
 
-def images_for(
-    rae: RAE, data: str | Path | Mapping[str, Any], batch_size: int = 16, seed: int = 0
-) -> PictureSetDataModule:
+def images_for(rae: RAE, data: ImageData, batch_size: int = 16, seed: int = 0) -> PictureSetDataModule:
     """Return images as large as the RAE's decoder makes them.
-
-    Args:
-        data: a folder, or the arguments of `class_data`, or those of `shape_data`.
 
     Raises:
         UserError: none there, or an `image_size` that is another.
     """
-    given = dict(data) if isinstance(data, Mapping) else {"data_dir": data}
-    size = given.pop("image_size", None)
-    if size not in (None, rae.picture_size):
-        raise UserError(f"image_size {size}: this RAE's decoder makes pictures of {rae.picture_size}: leave it out")
-    options = {"image_size": rae.picture_size, "batch_size": batch_size, "seed": seed, "channels": 3, **given}
-    return class_data(**options) if "data_dir" in given else shape_data(**options)
+    if data.image_size not in (None, rae.picture_size):
+        raise UserError(
+            f"image_size {data.image_size}: this RAE's decoder makes images of {rae.picture_size}: leave it out"
+        )
+    options = {**data.arguments(), "image_size": rae.picture_size}
+    return class_data(**options, batch_size=batch_size, seed=seed, channels=3)
 
 
 # ---- a look
@@ -272,48 +204,49 @@ def check_reconstructions(
     show: Show | None = None,
     count: int = 16,
 ) -> float:
-    """Reconstruct some of a person's pictures before their latents are used, and say how near that is.
+    """Reconstruct some images before their latents are used, and log how near that is.
 
     Writes `before.png`, rows of originals above their reconstructions, and shows it. An RAE away from what it was
     trained on reconstructs badly: below 20 dB there is a line of advice.
 
     Args:
-        data: one side of the pictures; the first `count` are taken, one class after the other.
-        folder: of the picture.
-        show: called with it, uint8 (3, H, W); by default a notebook's cell shows it.
+        data: one subset of the images; the first `count` are taken, one class after the other.
+        show: called with the grid, uint8 (3, H, W); by default a notebook's cell shows it.
 
     Returns:
         The mean PSNR in dB.
     """
     path = Path(folder) / "before.png"
-    mean = _look(rae, data, path, show or show_inline, count, count)
-    say(f"The RAE's reconstructions of {min(count, len(data))} pictures: PSNR {mean:.1f} dB ({path})")
+    mean = _look(rae, data, path, show or show_inline, count)
+    say(f"The RAE's reconstructions of {min(count, len(data))} images: PSNR {mean:.1f} dB ({path})")
     if mean < ENOUGH:
         say(
-            f"warning: below {ENOUGH:.0f} dB, which no denoiser makes good: fine-tune the decoder on these pictures "
+            f"warning: below {ENOUGH:.0f} dB, which no denoiser makes good: fine-tune the decoder on these images "
             "(python -m vavae_tools.train experiment=rae_decoder, with the same rae.… and data), or take another "
             "encoder if that does not help"
         )
     return mean
 
 
-def reconstruct_some(rae: RAE, data: DecodedPictures, count: int, at_once: int = 16) -> tuple[Tensor, Tensor, float]:
-    """The first `count` pictures, one class after the other, as large as the RAE makes them.
-
-    Returns:
-        The originals and their reconstructions, uint8 (count, 3, S, S), and the mean PSNR in dB, each no more than 100.
-    """
+def _look(
+    rae: RAE, data: DecodedPictures, path: Path, show: Show | None = None, count: int = MEASURED, shown: int = 16
+) -> float:
+    """Write a grid of the first images, and return the mean PSNR in dB of `count`, each no more than 100."""
     originals = data.few_of_each(count)["pictures"]
-    found = [reconstruction_psnr(rae, part) for part in originals.split(at_once)]
+    found = [reconstruction_psnr(rae, part) for part in originals.split(16)]
     made, values = (torch.cat([part[i].cpu() for part in found]) for i in (0, 1))
     if originals.shape[2:] != made.shape[2:]:
         resized = F.interpolate(to_unit(originals), made.shape[2:], mode="bicubic", align_corners=False, antialias=True)
         originals = to_pixels(resized)
-    return originals, made, values.clamp_max(100).mean().item()
+    grid = originals_above(originals[:shown], made[:shown])
+    save_picture(grid, path)
+    if show is not None:
+        show(grid)
+    return values.clamp_max(100).mean().item()
 
 
 def originals_above(originals: Tensor, made: Tensor, columns: int = 8) -> Tensor:
-    """Rows of originals, each above their reconstructions, on white: uint8 (3, H, W)."""
+    """Return rows of originals, each above their reconstructions, on white: uint8 (3, H, W)."""
     columns = min(columns, len(originals))
     rows = []
     for above, below in zip(originals.split(columns), made.split(columns), strict=True):
@@ -335,74 +268,28 @@ class DecoderPreviews(Previews):
         return originals_above(self.pictures, module.reconstructed(self.pictures).cpu())
 
 
-def _look(
-    rae: RAE, data: DecodedPictures, path: Path, show: Show | None = None, count: int = MEASURED, shown: int = 16
-) -> float:
-    originals, made, mean = reconstruct_some(rae, data, count)
-    grid = originals_above(originals[:shown], made[:shown])
-    save_picture(grid, path)
-    if show is not None:
-        show(grid)
-    return mean
-
-
-LATENTS = Path("logs/latents")
-
-
-def train_rae_dit(
-    recipe: RAEDiTRecipe, output_dir: Path, resume: str | None = None, show: Show | None = None, say: Say = say
-) -> Path:
-    """`experiment=rae_dit`, `dit_dino`, `dit_dummy`; returns the pipeline's folder.
-
-    The frozen RAE sees every image once; training then reads latents alone.
-
-    Raises:
-        UserError: a latent size or number of classes that does not fit the encoder or the data.
-    """
-    return train(_build_rae_dit, resolved(recipe), output_dir, resume, show, say)
-
-
-def _build_rae_dit(
-    recipe: RAEDiTRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say
-) -> Run:
-    copy, seed = output_dir / "autoencoder", recipe.seed
+def build_rae_dit(recipe: RAEDiTRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say) -> Run:
+    """Encode images once, with all processes, and return the training on their latents; the RAE leaves the GPU."""
+    copy, seed, data = output_dir / "autoencoder", recipe.seed, recipe.data
     compiles(recipe.train.compile, say=say)  # what it lacks is said before anything takes time
-    rae = read_rae_folder(copy) if resume_from and copy.is_dir() else rae_from(asdict(recipe.rae), seed, say)
-    images = images_for(rae, recipe.data.arguments(), seed=seed)
+    rae = read_rae_folder(copy) if resume_from and copy.is_dir() else rae_from(recipe.rae, seed, say)
+    images = images_for(rae, data, seed=seed)
     logged = {}
     if is_first():
         rae.to(find_device()).eval()
         shown = images.val_data if images.val_data is not None else images.train_data
         logged["rae/psnr"] = check_reconstructions(rae, shown, output_dir / "reconstructions", say, show)
-    latents = encode_images(rae, images, recipe, output_dir, say)
+    encoder = f"{recipe.rae.encoder_cls}-{rae.config.encoder_input_size}"
+    folder = latents_folder(data.latents_dir, data.data_dir, encoder, output_dir)
+    # float16: half the disk of latents with 768 channels, and its rounding lies far below the decoder's noise
+    latents = encode_once(rae, images, folder, say, flips=data.flips, seed=seed, dtype="float16")
     rae.to("cpu")  # its memory is training's
     release_memory()
     with first_alone("autoencoder"):
         if is_first():
             save_model(rae, copy)
-    recipe = replace(recipe, data=replace(recipe.data, latents_dir=str(latents.path), num_workers=0))
+    recipe = replace(recipe, data=replace(data, latents_dir=str(latents.path), num_workers=0))
     return build_on_latents(recipe, output_dir, resume_from, show, say, autoencoder=copy, logged=logged)
 
 
-def encode_images(
-    rae: RAE, images: PictureSetDataModule, recipe: RAEDiTRecipe, output_dir: Path, say: Say = say
-) -> LatentFolder:
-    """Encode images once, with all processes: in `data.latents_dir`, or in a folder named after data and encoder."""
-    data, folder = recipe.data, recipe.data.latents_dir
-    if folder is None and data.data_dir != "shapes":
-        encoder = f"{recipe.rae.encoder_cls}-{rae.config.encoder_input_size}"
-        folder = LATENTS / f"{Path(data.data_dir).resolve().name}-{encoder}"
-    # float16: half the disk of latents with 768 channels, and its rounding lies far below the decoder's noise
-    latents = encode_latents(
-        rae,
-        images,
-        folder or output_dir / "latents",
-        data.flips,
-        device=find_device(),
-        seed=recipe.seed,
-        dtype="float16",
-        ranks=of_torchrun(),
-        say=say,
-    )
-    say(str(latents))
-    return latents
+train_rae_dit = partial(train, build_rae_dit)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +16,22 @@ from vavae_tools.diffusion.factory import make_denoiser
 from vavae_tools.diffusion.objectives import hiding_noise
 from vavae_tools.pipelines.tokens import TokenImagePipeline, load_token_pipeline
 from vavae_tools.recipes.base import TokenImageRecipe
-from vavae_tools.recipes.dit import objective_for
-from vavae_tools.runtime.console import say
+from vavae_tools.recipes.dit import denoiser_run, objective_for, optimisation, prepared
 from vavae_tools.runtime.files import save_model
 from vavae_tools.runtime.ranks import is_first
 from vavae_tools.training.callbacks.previews import TextPreviews
 from vavae_tools.training.denoiser_module import TokenImageModule
-from vavae_tools.training.devices import compiles
 from vavae_tools.training.run import Run, Say, Show, train
 
 COLUMNS = 4
 """Of texts of their own, and below them of texts that go on."""
 
 
-def train_token_images(
-    recipe: TokenImageRecipe, output_dir: Path, resume: str | None = None, show: Show | None = None, say: Say = say
-) -> Path:
-    """`experiment=token_images`, `token_dummy`; returns the pipeline's folder.
-
-    Raises:
-        UserError: texts that are not there, or settings that cannot be.
-    """
-    return train(_build, recipe, output_dir, resume, show, say)
-
-
-def _build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say) -> Run:
+def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say) -> Run:
     data, config, sampling, seed = recipe.data, recipe.train, recipe.sampling, recipe.seed
-    texts = TokenImageDataset(
-        data.data_dir,
-        img_size=data.image_size,
-        **{name: getattr(data, name) for name in ("use_chat_template", "max_tokens", "tokenizer", "vocab_size")},
-        **{name: getattr(data, name) for name in ("cell_size", "channels")},
-    )
+    names = ("use_chat_template", "max_tokens", "tokenizer", "vocab_size", "cell_size", "channels")
+    options = {name: getattr(data, name) for name in names}
+    texts = TokenImageDataset(data.data_dir, img_size=data.image_size, **options)
     say(str(texts))
     images = TokenImageDataModule(texts, config.batch_size, data.val_share, data.num_workers, seed)
     images.gathered = config.accumulate_grad_batches
@@ -59,9 +44,7 @@ def _build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None,
     shape = (data.channels, data.image_size, data.image_size)
     objective = objective_for(wanted, TokenImageRecipe().objective, shape)
     denoiser = make_denoiser(_denoiser_settings(recipe))
-    if config.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    config = replace(config, compile=compiles(config.compile, say=say))
+    config = prepared(config, denoiser, say)
     of_pipeline = {
         "code": texts.code.config,
         "lengths": images.train_data.lengths().tolist(),
@@ -69,52 +52,37 @@ def _build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None,
         "use_chat_template": data.use_chat_template,
         "answer_lengths": images.train_data.answer_lengths(),
     }
-    module = TokenImageModule(
-        denoiser,
-        ClassConditioner(1, denoiser.conditioning_size, dropout=0.0),
-        objective,
-        of_pipeline,
-        recipe.prompt_share,
-        lr=config.lr,
-        ema_decay=config.ema_decay,
-        warmup_steps=config.warmup_steps,
-        schedule=config.schedule,
-        seed=seed,
-        compile=config.compile,
-    )
-    prompts = _first_prompts(images, sampling.prompts)
+    conditioner, numbers = ClassConditioner(1, denoiser.conditioning_size, dropout=0.0), optimisation(config, seed)
+    module = TokenImageModule(denoiser, conditioner, objective, of_pipeline, recipe.prompt_share, **numbers)
+    subset = images.val_data if images.val_data is not None else images.train_data
+    prompts = sampling.prompts or subset.prompts(range(min(COLUMNS, len(subset))))
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
 
-    def pipeline(trained: nn.ModuleDict) -> TokenImagePipeline:
+    def pipeline_of(trained: nn.ModuleDict) -> TokenImagePipeline:
         parts = trained["denoiser"], trained["conditioner"], texts.tokens.tokenizer
         return TokenImagePipeline(*parts, **of_pipeline, objective=objective.config, solver=sampling.solver)
 
-    pipeline(module.network).beginnings(prompts)  # what does not fit is said before anything takes time
+    pipeline_of(module.network).beginnings(prompts)  # what does not fit is said before anything takes time
 
     def make(trained: nn.ModuleDict) -> tuple[Tensor, list[str]]:
-        pipe = pipeline(trained)
+        pipe = pipeline_of(trained)
         pipe.set_progress_bar_config(disable=True)
         settings = {"num_inference_steps": sampling.num_steps, "eta": sampling.eta, "seed": seed}
         made = [pipe(num_samples=COLUMNS, **settings)] if not data.use_chat_template else []
         made += [pipe(prompts, **settings)] if prompts else []
         return torch.cat([of.pictures for of in made]), [text for of in made for text in of.texts]
 
-    folder, checkpoints, samples = (output_dir / name for name in ("pipeline", "checkpoints", "samples"))
+    def export(checkpoint: Path, pipeline: Path) -> None:
+        save_model(load_token_pipeline(checkpoint), pipeline)
 
-    def export(trainer: L.Trainer) -> None:
-        save_model(load_token_pipeline(checkpoints / "last.ckpt"), folder)
-        say(f"written: {folder}, {checkpoints}/, {samples}/, {output_dir / 'train.log'}")
+    def preview(samples: Path, every: int) -> L.Callback:
+        return TextPreviews(make, COLUMNS, samples, every, show, say)
 
-    return Run(
-        module=module,
-        data=images,
-        fingerprint=images.train_data.fingerprint(),
-        config=config,
-        network=module.network,
-        what=f"a {type(denoiser).__name__}",
-        export=export,
-        folder=folder,
-        preview=lambda every: TextPreviews(make, COLUMNS, samples, every, show, say),
-    )
+    fingerprint = images.train_data.fingerprint()
+    return denoiser_run(module, config, output_dir, export, preview, say, data=images, fingerprint=fingerprint)
+
+
+train_token_images = partial(train, build)
 
 
 def _denoiser_settings(recipe: TokenImageRecipe) -> dict[str, Any]:
@@ -124,11 +92,3 @@ def _denoiser_settings(recipe: TokenImageRecipe) -> dict[str, Any]:
     in_channels = recipe.data.channels + 1  # and which cells are known
     size = {"input_size": recipe.data.image_size, "patch_size": recipe.data.cell_size}
     return {**numbers, **size, "in_channels": in_channels}
-
-
-def _first_prompts(pictures: TokenImageDataModule, given: list[Any] | str | None) -> list[Any]:
-    """Prompts of the previews: those given, or beginnings of texts, or questions, that validate."""
-    if given:
-        return [given] if isinstance(given, str) else list(given)
-    side = pictures.val_data if pictures.val_data is not None else pictures.train_data
-    return side.prompts(range(min(COLUMNS, len(side))))
