@@ -8,7 +8,7 @@ import re
 import time
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -99,38 +99,6 @@ class TrainConfig(Saving):
         if self.max_steps:
             return {"max_steps": self.max_steps, "max_epochs": -1}
         return {"max_steps": -1, "max_epochs": self.max_epochs or 1}
-
-
-def filled(recipe: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a recipe with values by their keys' last words, as flags have them, and the values that it has no key for.
-
-    Args:
-        recipe: a dataclass of dataclasses, with a `TrainConfig` as `train`.
-        given: what is None is left out. `devices` may be a dict with the arguments of `devices.trainer_settings`,
-            `saving` a `Saving` or its numbers.
-
-    Raises:
-        UserError: a number out of its range.
-    """
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    devices, saving = values.pop("devices", None), values.pop("saving", None)
-    values |= devices if isinstance(devices, Mapping) else {"devices": devices}
-    values |= {each.name: getattr(saving, each.name) for each in fields(Saving)} if isinstance(saving, Saving) else {}
-    values |= saving if isinstance(saving, Mapping) else {}
-    values = {name: value for name, value in values.items() if value is not None}
-    changes: dict[str, Any] = {}
-    for each in fields(recipe):
-        part = getattr(recipe, each.name)
-        if is_dataclass(part):
-            own = {name: values.pop(name) for name in values.keys() & {inner.name for inner in fields(part)}}
-            changes[each.name] = replace(part, **own)
-        elif each.name in values:
-            changes[each.name] = values.pop(each.name)
-    made = replace(recipe, **changes)
-    for key, setting in settings_of(made).items():
-        if isinstance(setting.default, (int, float)):
-            checked(key.rpartition(".")[2], setting.default, setting)
-    return made, values
 
 
 def session_end(
