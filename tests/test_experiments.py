@@ -460,7 +460,7 @@ def test_ckpt_path_last_goes_on_bit_by_bit(train, monkeypatch):
 
 def test_a_latent_size_or_class_number_that_does_not_fit_is_one_line(train):
     for change, said in (
-        ("model.dit_module.latent_size=[768,16,16]", "model.latent_size=[768, 16, 16] does not fit the latents, which are 64×4×4"),
+        ("model.dit_module.latent_size=[768,16,16]", "latent_size=[768, 16, 16] does not fit the latents"),
         ("model.dit.input_size=5", "model.input_size=5 does not fit the latents"),
         ("model.dit.num_classes=3", "num_classes"),
         ("model.dit_module.null_label=7", "model.null_label=7, but the model has 4 classes"),

@@ -146,7 +146,7 @@ def test_grey_pictures_that_are_not_square_go_all_the_way(tmp_path, vavae_dir):
     latents = encode_split(split, folder, tmp_path / "latents", **quiet)
     assert latents.shape == (2, 8, 12)
     numbers = {"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
-    dit = train_dit(tmp_path / "latents", folder, tmp_path / "dit", numbers, max_steps=2, batch_size=4, previews=1, **quiet)
+    dit = train_dit(tmp_path / "latents", folder, tmp_path / "dit", numbers, max_steps=2, previews=1, **quiet)
     write_samples(load_pipeline(dit), [0, 1, 2], tmp_path / "samples", num_inference_steps=2)
     made = sorted((tmp_path / "samples").rglob("*.png"))
     assert len(made) == 3 and all((p.mode, p.size) == ("L", (24, 16)) for p in map(Image.open, made))
