@@ -13,7 +13,7 @@ from vavae_tools.data.captions import CaptionOrder, missing_pictures
 from vavae_tools.data.datasets import caption_data
 from vavae_tools.data.latents import encode_latents
 from vavae_tools.data.loader import EpochOrder
-from vavae_tools.data.sources.cub import bird_sentences
+from vavae_tools.data.sources.coco_cub import bird_sentences
 from vavae_tools.runtime.errors import UserError
 
 
@@ -93,7 +93,7 @@ def test_missing_pictures_are_counted_and_left_out_only_when_told(tmp_path):
     for k in (1, 4):
         (tmp_path / "train2017" / f"{k:012d}.png").unlink()
     said = refused("coco", tmp_path)
-    assert "2 of 6 pictures" in said and "000000000001.png, 000000000004.png" in said
+    assert "2 of 6 images" in said and "000000000001.png, 000000000004.png" in said
     assert "data.skip_missing=true" in said
     data = read("coco", tmp_path, skip_missing=True)
     assert [grey for grey, _ in shown(data.train_data).values()] == [0, 20, 30, 50]
@@ -176,7 +176,7 @@ def test_cub_with_captions(tmp_path):
     captions = {name: captions for name, (_, captions) in shown(data.train_data).items()}
     assert captions["001.Indigo_Bunting/a.png"] == ("one bird.", "two birds.")
     assert captions["002.American_Crow/c.png"][0] == "an american crow"  # it alone has no text
-    assert data.val_data.captions == [("b",)] and "captions of 1 picture" in data.remark
+    assert data.val_data.captions == [("b",)] and "captions of 1 image" in data.remark
 
 
 def test_cub_that_is_none(tmp_path):
@@ -247,7 +247,7 @@ def test_custom_text_beside(tmp_path):
     }
     assert "1 .txt file" in data.remark
     (tmp_path / "b" / "10.txt").unlink()
-    assert "1 picture" in refused("custom", tmp_path) and "b/10.png" in refused("custom", tmp_path)
+    assert "1 image" in refused("custom", tmp_path) and "b/10.png" in refused("custom", tmp_path)
     assert len(read("custom", tmp_path, skip_missing=True).train_data) == 2
 
 
@@ -418,10 +418,11 @@ def test_fingerprints(tmp_path):
     other = read("custom", jsonl(root, [{"file_name": "0.png", "text": "b"}]))
     assert data.fingerprint() != other.fingerprint()
     assert data.train_data.fingerprint() == other.train_data.fingerprint()
+    before = other.fingerprint(), other.train_data.fingerprint()
     picture(root / "0.png", 1)
-    assert read("custom", root).fingerprint() == other.fingerprint()
+    assert read("custom", root).fingerprint() == before[0]
     Image.effect_noise((8, 8), 90).save(root / "0.png")
-    assert read("custom", root).train_data.fingerprint() != other.train_data.fingerprint()
+    assert read("custom", root).train_data.fingerprint() != before[1]
 
 
 def test_shapes_need_no_path():

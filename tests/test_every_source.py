@@ -1,7 +1,5 @@
 """Whatever pictures lie in, a VA-VAE trains on them, latents are made of them, and runs and caches are known again."""
 
-import io
-import tarfile
 from pathlib import Path
 
 import lightning as L
@@ -27,7 +25,7 @@ from vavae_tools.training.callbacks.record import RunRecord
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 SIZE = 16, 24
-SOURCES = ("split", "folders", "sides", "dataset", "shards", "shapes")
+SOURCES = ("split", "folders", "sides", "dataset", "shapes")
 
 
 def write_people(folder: Path, mode: str = "RGB", count: int = 8, size: tuple[int, int] = (40, 60)) -> Path:
@@ -55,13 +53,6 @@ def source(kind: str, root: Path, channels: int, image_size=SIZE, **options):
                 if int(path.stem) in numbers:
                     (root / "data" / side / name).parent.mkdir(parents=True, exist_ok=True)
                     (root / "data" / side / name).write_bytes(path.read_bytes())
-    elif kind == "shards":
-        (root / "data").mkdir()
-        with tarfile.open(root / "data" / "0.tar", "w") as tar:
-            for name, path in paths.items():
-                member = tarfile.TarInfo(name)
-                member.size = path.stat().st_size
-                tar.addfile(member, io.BytesIO(path.read_bytes()))
     elif kind == "dataset":
         hf = pytest.importorskip("datasets")
         names = [f"ID_{k}" for k in (1, 2, 3)]
@@ -159,8 +150,8 @@ def test_generated_pictures_beside_a_folder_per_class(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "figures" / "generated_and_nearest.png").is_file()
 
 
-def test_reconstructions_of_shards_are_judged_by_a_classifier_that_is_kept(tmp_path, monkeypatch):
-    data, _ = source("shards", tmp_path, 3, val_share=0.25)
+def test_reconstructions_of_a_dataset_are_judged_by_a_classifier_that_is_kept(tmp_path, monkeypatch):
+    data, _ = source("dataset", tmp_path, 3, val_share=0.25)
     monkeypatch.setattr(classifier, "default_steps", lambda pictures: 2)
     scores = evaluate_vavae(tiny_vavae(), data, tmp_path / "classifier", progress=False)
     assert scores.pictures == len(data.val_data) and scores.right is not None and scores.frechet > 0

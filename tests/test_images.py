@@ -136,10 +136,10 @@ def test_channels_are_told_from_headers_of_every_folder(tmp_path):
 
 def test_channels_of_nothing_or_of_no_picture(tmp_path):
     (tmp_path / "ID_1").mkdir()
-    with pytest.raises(UserError, match=r"No pictures \(png, jpg, jpeg\) in the folders of"):
+    with pytest.raises(UserError, match=r"No images \(png, jpg, jpeg\) in the folders of"):
         channels_of(tmp_path)
     (tmp_path / "ID_1" / "walk.bmp").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"walk\.bmp cannot be read as a picture"):
+    with pytest.raises(UserError, match=r"walk\.bmp cannot be read as an image"):
         channels_of(tmp_path, ["bmp"])
 
 
@@ -157,14 +157,14 @@ def test_other_sizes_are_resized_as_a_whole(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(30)])
 def test_a_file_that_is_no_picture_is_named(tmp_path, content):
     (tmp_path / "walk.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"walk\.png cannot be read as a picture .* data_split\.py names such"):
+    with pytest.raises(UserError, match=r"walk\.png cannot be read as an image .* data_split\.py names such"):
         read_picture(tmp_path / "walk.png", (8, 8))
 
 
 def test_a_truncated_jpeg_is_named(tmp_path):
     Image.fromarray(noise(64, 64, 3)).save(tmp_path / "walk.jpg")
     (tmp_path / "walk.jpg").write_bytes((tmp_path / "walk.jpg").read_bytes()[:900])
-    with pytest.raises(UserError, match=r"walk\.jpg cannot be read as a picture"):
+    with pytest.raises(UserError, match=r"walk\.jpg cannot be read as an image"):
         read_picture(tmp_path / "walk.jpg", (8, 8))
 
 
@@ -230,7 +230,7 @@ def test_rows_on_the_disk_go_along_through_the_loader(split_dir, tmp_path, num_w
 
 def test_a_folder_without_pictures_is_named(tmp_path):
     (tmp_path / "ID_1").mkdir()
-    with pytest.raises(UserError, match=r"No pictures \(png, jpg, jpeg\) in the folders of"):
+    with pytest.raises(UserError, match=r"No images \(png, jpg, jpeg\) in the folders of"):
         PictureFolder(tmp_path, 8)
     with pytest.raises(UserError, match="No such folder"):
         PictureFolder(tmp_path / "nowhere", 8)

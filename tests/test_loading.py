@@ -100,9 +100,9 @@ def test_batches_in_flight_fit_into_half_of_the_shared_memory(machine, shared, r
 def test_why_there_are_fewer_is_said(machine):
     machine(cores=4, shared=64 * MB)
     assert loading_workers(12 * MB)[1].startswith(
-        "/dev/shm has 64 MB free, and batches of 12 MB pass through it: 1 of 4 loading processes for each device."
+        "/dev/shm has 64 MB free, and batches of 12.0 MB pass through it: 1 of 4 loading processes for each device."
     )
-    assert "0.38 MB pass through it: no loading processes" in (machine(shared=MB), loading_workers(400_000))[1][1]
+    assert "0.4 MB pass through it: no loading processes" in (machine(shared=MB), loading_workers(400_000))[1][1]
 
 
 def module(**options) -> PictureSetDataModule:

@@ -1,4 +1,4 @@
-"""Pictures as batches, wherever they lie: a split, a folder per class, tar shards, or a Hugging Face dataset."""
+"""Images as batches, wherever they are: a split, a folder per class, a Hugging Face dataset; with captions."""
 
 import hashlib
 import os
@@ -25,10 +25,9 @@ from vavae_tools.data.folders import (
 )
 from vavae_tools.data.images import EXTENSIONS, VALIDATION_SIDES, DecodedPictures, PictureFiles, PictureSetDataModule
 from vavae_tools.data.sources import hugging_face
-from vavae_tools.data.sources import webdataset as tar_shards
-from vavae_tools.data.sources.caption_folders import dataset_sides, own_sides
-from vavae_tools.data.sources.coco import coco_sides
-from vavae_tools.data.sources.cub import cub_sides
+from vavae_tools.data.sources.caption_folders import own_sides
+from vavae_tools.data.sources.coco_cub import coco_sides, cub_sides
+from vavae_tools.data.sources.shards import refuse_shards
 from vavae_tools.data.split import choose_sides
 from vavae_tools.data.split_report import INFO_NAME, Picture, read_split_info
 from vavae_tools.runtime.errors import UserError
@@ -124,30 +123,19 @@ Sides = tuple[dict[str, int], DecodedPictures, DecodedPictures | None]
 
 
 def _read_sides(data_dir: Path, use_hf_dataset: bool | None, train_split: str, options: dict[str, Any]) -> Sides:
-    names_shards = tar_shards.is_pattern(data_dir)
-    if not names_shards and not data_dir.is_dir():
+    if not data_dir.is_dir():
+        refuse_shards(data_dir)
         raise UserError(no_such_folder(data_dir))
     is_dataset = hugging_face.is_dataset(data_dir)
     if use_hf_dataset and not is_dataset:
-        there = "it names tar files" if names_shards else f"it holds {contents(data_dir)}"
+        refuse_shards(data_dir)
         raise UserError(
-            f"{data_dir} is no Hugging Face dataset; {there}. Expected what save_to_disk writes "
-            f"({hugging_face.MARKS}); with use_hf_dataset=false tar files or a folder per class are read"
+            f"{data_dir} is no Hugging Face dataset; it holds {contents(data_dir)}. Expected what save_to_disk writes "
+            f"({hugging_face.MARKS}); with use_hf_dataset=false a folder per class is read"
         )
     if is_dataset and use_hf_dataset is not False:
-        return hugging_face.read_sides(data_dir, train_split, VALIDATION_SIDES, **options)
-    if names_shards or _holds_shards_alone(data_dir, train_split):
-        return tar_shards.read_sides(data_dir, train_split, VALIDATION_SIDES, EXTENSIONS, **options)
+        return hugging_face.read_sides(data_dir, train_split, **options)
     return _read_folders(data_dir, train_split, options)
-
-
-def _holds_shards_alone(data_dir: Path, train_split: str) -> bool:
-    """Tar files; not beside folders of pictures, which they may have been unpacked to, nor in a split."""
-    if (data_dir / INFO_NAME).is_file() or not tar_shards.holds_shards(data_dir, train_split):
-        return False
-    return not any(
-        _files_by_class(folder, EXTENSIONS) for folder in (data_dir / train_split, data_dir) if folder.is_dir()
-    )
 
 
 def hold_out(data: DecodedPictures, share: float, seed: int = 0) -> tuple[DecodedPictures, DecodedPictures | None]:
@@ -213,6 +201,7 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
         raise UserError(f"No folders of pictures in {data_dir / train_split}; {data_dir} holds {contents(data_dir)}")
     train, val = _files_by_class(folder, extensions), _files_by_class(val_folder, extensions) if val_folder else {}
     if not train:
+        refuse_shards(data_dir)
         raise UserError(no_pictures(folder, extensions, "data_dir"))
     labels = labels or labels_of(train)
     sides = []
@@ -314,11 +303,12 @@ def caption_data(
         raise UserError(f"The data set {name} needs dataset_path, the folder where it lies")
     path = Path(dataset_path).expanduser()
     if not path.is_dir() and not (name == "custom" and path.is_file()):
+        refuse_shards(path)
         raise UserError(f"{path} is a file, expected a folder" if path.is_file() else no_such_folder(path))
     options = {"image_size": image_size or 256, "crop": crop, "channels": channels, "progress": progress}
     notes: list[str] = []
     if name == "custom" and path.is_dir() and hugging_face.is_dataset(path):
-        sides = dataset_sides(path, skip_missing, notes, options)
+        sides = hugging_face.captioned_sides(path, skip_missing, notes, options)
     else:
         if name == "coco":
             found = coco_sides(path, annotations, pictures, notes)

@@ -1,13 +1,12 @@
-"""Picture folders as batches."""
+"""Images as arrays, tensors and batches; where they come from, a subclass of `DecodedPictures` says."""
 
 import copy
 import hashlib
 import json
-from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,82 +18,76 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from vavae_tools.data.folders import PICTURE_EXTENSIONS, labels_of, list_folders
-from vavae_tools.data.loader import OrderedDataModule, loading_workers, ranks_here, usable_cores
+from vavae_tools.data.loader import (
+    OrderedDataModule,
+    index_and_number,
+    loading_workers,
+    ranks_here,
+    usable_cores,
+)
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import written_whole
 
-# ---- How a picture of any size becomes one of the size wanted: its middle, or the whole of it
-
-
+VALIDATION_SIDES = ("validation", "valid", "val", "dev", "test")
+"""Names of the validation subset; the first one there is taken."""
+EXTENSIONS = (*PICTURE_EXTENSIONS, "bmp", "webp", "tif", "tiff", "ppm", "pgm")
 Size = tuple[int, int]
 """(height, width) in pixels"""
 
+# ---- Size: the centre of an image, or the whole of it
+
 
 def centre_crop(picture: Image.Image, size: Size) -> Image.Image:
-    """The middle of a picture, as large as can be, as class-to-image models see ImageNet (Dhariwal & Nichol 2021).
+    """Return the largest centred part, resized, as class-to-image models see ImageNet (Dhariwal & Nichol 2021).
 
-    Halved by averages while it stays at least as large as asked for, so that no pixel is passed over; then resized
-    bicubically until it just covers `size`; then what lies over is cut off, equally on both sides.
+    Halved by averages while it stays at least as large as `size`, then resized bicubically until it just covers it.
     """
     height, width = size
     while picture.height >= 2 * height and picture.width >= 2 * width:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = max(height / picture.height, width / picture.width)
     covering = (round(picture.width * scale), round(picture.height * scale))
-    picture = picture.resize(covering, Image.Resampling.BICUBIC)  # a copy where nothing is to be done
+    picture = picture.resize(covering, Image.Resampling.BICUBIC)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     return picture.crop((left, top, left + width, top + height))
 
 
 def resize_whole(picture: Image.Image, size: Size) -> Image.Image:
-    """The whole picture, resized bicubically: its axes keep their ends, as those of a spectrogram must."""
+    """Return the whole image, resized bicubically: the axes of a spectrogram keep their ends."""
     return picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
 CROPS: dict[str, Callable[[Image.Image, Size], Image.Image]] = {"adm": centre_crop, "none": resize_whole}
 
 
-def check_crop(crop: str) -> None:
-    """
-    Raises:
-        UserError: no such way to crop.
-    """
-    if crop not in CROPS:
-        raise UserError(f"No crop {crop!r}; there are {', '.join(CROPS)}")
-
-
-# ---- The one place where pixels become numbers in [-1, 1] and pictures again, and where files of pictures are written
+# ---- Values: pixels 0…255 and numbers in [-1, 1], converted nowhere else
 
 
 def to_unit(pixels: Tensor) -> Tensor:
-    """Pixels uint8 0…255 → float32 in [-1, 1], any shape."""
+    """Return uint8 0…255 as float32 in [-1, 1], any shape."""
     return pixels.float().div_(127.5).sub_(1.0)
 
 
 def to_pixels(pictures: Tensor) -> Tensor:
-    """Pictures in [-1, 1] (what lies outside is clipped) → uint8 0…255, rounded, any shape."""
+    """Return numbers in [-1, 1] (what lies outside is clipped) as uint8 0…255, rounded, any shape."""
     return pictures.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def is_grey(picture: Image.Image) -> bool:
-    """Whether a Pillow picture is stored in grey: black and white, 8, 16 or 32 bits, with or without alpha."""
+    """Return whether an image is stored in grey, of any depth, with or without alpha."""
     return Image.getmodebase(picture.mode) == "L"
 
 
 def in_channels(picture: Image.Image, channels: int) -> Image.Image:
-    """A Pillow picture with 3 channels (RGB) or 1 (grey, mode L), 8 bits each.
-
-    Of 16 bits, 65,535 becomes white, and what lies above it in 32 bits too. Alpha is dropped: a transparent pixel keeps
-    the colour that it is stored with.
-    """
-    if picture.mode.startswith("I"):  # integers of 16 or 32 bits, of which Pillow's own conversion makes 255 white
+    """Return an image with 3 channels (RGB) or 1 (L), 8 bits each: 65,535 of 16 or 32 is white, alpha is dropped."""
+    if picture.mode.startswith("I"):  # 16 or 32 bits, of which Pillow's own conversion makes 255 white
         array = (np.asarray(picture).clip(0, 65535).astype(np.uint32) + 128) // 257
         picture = Image.fromarray(array.astype(np.uint8))
     return picture.convert("RGB" if channels == 3 else "L")
 
 
 def save_picture(pixels: Tensor, path: Path) -> None:
-    """Write one picture, uint8 (C, H, W), under `path` (its ending names the format); it is whole or not there."""
+    """Write one image, uint8 (C, H, W), under `path` (its ending names the format), whole or not at all."""
     array = pixels.permute(1, 2, 0).cpu().numpy()
     picture = Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
     with written_whole(path) as partial:
@@ -103,207 +96,147 @@ def save_picture(pixels: Tensor, path: Path) -> None:
 
 @contextmanager
 def readable(name: str | Path) -> Iterator[None]:
-    """Name the picture that cannot be decoded.
-
-    Raises:
-        UserError: in place of what Pillow raises.
-    """
+    """Raise a UserError that names the image in place of what Pillow raises."""
     try:
         yield
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
-            f"{name} cannot be read as a picture ({error}): take it out or put a whole one there; data_split.py names "
-            "such files and leaves them out"
+            f"{name} cannot be read as an image ({error}): remove or replace it; data_split.py names such files and "
+            "leaves them out"
         ) from None
 
 
-# ---- Pictures of any source as one side of a data module: decoded once and kept in memory where they fit
+# ---- Subsets: many images, decoded once and kept in memory where they fit
 
 
 MEMORY_LIMIT = 4 * 2**30
-"""Decoded pictures up to this many bytes are kept in memory: 21,000 of 256×256, a seventh of what Kaggle has.
-
-The processes of one machine share it, since each of them keeps all pictures."""
-_AT_ONCE = 64  # pictures that a thread decodes before it asks for more
-_HANDFUL = 32  # pictures that say what all are like
-
-
-class Names(Sequence[str]):
-    """Many names as one run of bytes: a fifth of a list's memory, and no page of it is copied by a loading process.
-
-    >>> names = Names(["cat/1.png", "dog/2.png"])
-    >>> len(names), names[1], names.part([1]) == ["dog/2.png"]
-    (2, 'dog/2.png', True)
-    """
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._take(name.encode("utf-8", "surrogateescape") for name in names)
-
-    def _take(self, encoded: Iterable[bytes]) -> None:
-        text, ends = bytearray(), array("q", [0])
-        for name in encoded:
-            text += name
-            ends.append(len(text))
-        self.text, self.ends = bytes(text), np.array(ends, dtype=np.int64)
-
-    @classmethod
-    def of_bytes(cls, text: bytes, ends: np.ndarray) -> Self:
-        """Of what `text` and `ends` of other names are; `ends` int64 (N + 1,) begins with 0."""
-        names = cls.__new__(cls)
-        names.text, names.ends = text, ends
-        return names
-
-    @classmethod
-    def joined(cls, parts: Sequence["Names"]) -> Self:
-        """The names of one after those of the other."""
-        starts = np.cumsum([0, *(len(part.text) for part in parts)])
-        ends = [part.ends[1:] + start for part, start in zip(parts, starts[:-1], strict=True)]
-        return cls.of_bytes(b"".join(part.text for part in parts), np.concatenate([[0], *ends]).astype(np.int64))
-
-    def part(self, places: Sequence[int]) -> Self:
-        places = np.asarray(places, dtype=np.int64)
-        part = type(self).__new__(type(self))
-        bounds = zip(self.ends[places].tolist(), self.ends[places + 1].tolist(), strict=True)
-        part._take(self.text[start:end] for start, end in bounds)
-        return part
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, place: int | slice) -> Any:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        place = range(len(self))[place]
-        return self.text[self.ends[place] : self.ends[place + 1]].decode("utf-8", "surrogateescape")
-
-    def __iter__(self) -> Iterator[str]:
-        start = 0
-        for end in self.ends[1:].tolist():
-            yield self.text[start:end].decode("utf-8", "surrogateescape")
-            start = end
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
-
-    __hash__ = None
+"""Decoded images up to this many bytes are kept in memory, by all processes of a machine together: 21,000 of 256×256,
+a seventh of what Kaggle has."""
+DECODED_AT_ONCE = 64
+"""Images that a thread decodes before it asks for more."""
+HEADERS_READ = 32
+"""Images whose headers tell whether all are grey."""
 
 
 class DecodedPictures(Dataset):
-    """One side; a subclass says by `stored` and `opened` where pictures lie and how one is opened.
+    """One subset; a subclass tells by `stored` and `opened` where images are and how one is opened.
 
     Args:
-        names: of the pictures, each once; a list, or `Names` where they are many.
+        names: one for each image, unique.
         labels: int64 (N,).
         image_size: pixels, one number or (height, width).
-        crop: "adm" or "none", see `crops`.
-        channels: 3, or 1 for grey; pictures of the other kind are converted.
-        title: what the progress bar says is read.
+        crop: a key of `CROPS`.
+        channels: 3, or 1 for grey; images of the other kind are converted.
+        title: of the progress bar and of messages.
+        captions: for each image, one or more.
 
     Attributes:
-        along: further tensors with a row for each picture, in their order, such as cached features; empty at first.
-            Memory-mapped ones stay on the disk: only the rows of a batch are read.
+        along: further tensors with a row for each image, such as cached features; may be memory-mapped.
 
-    A batch is {"pictures": uint8 (B, C, H, W), "labels": int64 (B,), "index": int64 (B,)}, and the rows of `along`
-    under their own names.
+    A batch is {"pictures": uint8 (B, C, H, W), "labels": int64 (B,), "index": int64 (B,)}, the rows of `along` under
+    their names, and where there are captions, "captions": a list with one for each image.
     """
 
     def __init__(
         self,
         names: Sequence[str],
         labels: Tensor,
-        image_size: int | tuple[int, int],
+        image_size: int | Size,
         crop: str = "none",
         channels: int = 3,
         title: str = "pictures",
         progress: bool = True,
+        captions: Sequence[Sequence[str]] | None = None,
     ) -> None:
-        check_crop(crop)
-        self.names, self.labels = names if isinstance(names, Names) else list(names), labels
+        if crop not in CROPS:
+            raise UserError(f"No crop {crop!r}; there are {', '.join(CROPS)}")
+        self.names, self.labels = list(names), labels
         self.crop, self.channels, self.title = crop, channels, title
+        self.captions = None if captions is None else list(map(tuple, captions))
         self.along: dict[str, Tensor] = {}
         self._progress = progress
         self.resize(image_size)
 
-    def resize(self, image_size: int | tuple[int, int]) -> None:
-        """Read them at this size from now on: pixels, one number or (height, width)."""
+    def resize(self, image_size: int | Size) -> None:
+        """Read images at this size from now on."""
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if min(self.image_size) < 1:
             raise UserError(f"image_size {image_size}: at least one pixel is needed")
         self._memory: Tensor | None = None
 
     def stored(self, places: Sequence[int]) -> Sequence[Any]:
-        """What `opened` takes, of several pictures at once."""
+        """Return what `opened` takes, of several images at once."""
         raise NotImplementedError
 
     def opened(self, stored: Any) -> Image.Image:
         raise NotImplementedError
 
     def what_is_stored(self) -> list:
-        """Plain values that tell these pictures from others, for `fingerprint`."""
+        """Return plain values that tell these images from others, for `fingerprint`."""
         raise NotImplementedError
 
+    def fingerprint(self) -> str:
+        """Return a hash of what is stored, and of the size, crop and channels that it is read with."""
+        return hash_of([self.what_is_stored(), self.image_size, self.crop, self.channels])
+
     def contents(self) -> Iterator[bytes]:
-        """What tells these very pictures from others, for the key of what is computed from them and kept."""
+        """Yield what tells these very images from others, for the key of what is computed from them and kept."""
         yield self.fingerprint().encode()
 
-    def stored_channels(self) -> int:
-        """1 where pictures are stored in grey, else 3: what the headers of a few, spread over all, say.
-
-        Grey and coloured ones together have 3 channels, and so have pictures with a palette.
-        """
-        places = range(0, len(self), max(1, len(self) // _HANDFUL))
-        for place, stored in zip(places, self.stored(places), strict=True):
-            with readable(self.where(place)), self.opened(stored) as picture:
-                if not is_grey(picture):
-                    return 3
-        return 1
-
     def where(self, place: int) -> str:
-        """What a person finds a picture by."""
+        """Return how messages name an image."""
         return f"{self.names[place]} of {self.title}"
 
     def part(self, places: Sequence[int]) -> Self:
-        """Some of these pictures, as a side of their own; nothing is decoded for it."""
+        """Return some of these images as a subset of their own; nothing is decoded for it."""
         part = copy.copy(self)
-        taken = self.names.part(places) if isinstance(self.names, Names) else [self.names[place] for place in places]
-        part.names, part.labels = taken, self.labels[torch.as_tensor(places)]
+        part.names, part.labels = [self.names[place] for place in places], self.labels[torch.as_tensor(places)]
+        if self.captions is not None:
+            part.captions = [self.captions[place] for place in places]
         part.along, part._memory = {}, None
         return part
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def fingerprint(self) -> str:
-        """A hash of what is stored, and of the size, crop and channels that it is read with."""
-        return _hash_of([self.what_is_stored(), self.image_size, self.crop, self.channels])
+    @property
+    def caption_counts(self) -> Tensor:
+        """How many captions each image has: int64 (N,)."""
+        return torch.tensor([len(captions) for captions in self.captions], dtype=torch.int64)
+
+    def stored_channels(self) -> int:
+        """Return 1 where the headers of a few images, spread over all, are all of grey ones, else 3."""
+        places = range(0, len(self), max(1, len(self) // HEADERS_READ))
+        for place, stored in zip(places, self.stored(places), strict=True):
+            with readable(self.where(place)), self.opened(stored) as picture:
+                if not is_grey(picture):
+                    return 3
+        return 1
 
     def fits_memory(self) -> bool:
-        """Whether all of them, decoded, fit into this process's part of `MEMORY_LIMIT`."""
+        """Return whether all of them, decoded, fit into this process's part of `MEMORY_LIMIT`."""
         return len(self) * self._picture_bytes() <= MEMORY_LIMIT // ranks_here()
 
     def _picture_bytes(self) -> int:
         return self.image_size[0] * self.image_size[1] * self.channels
 
     def row_bytes(self) -> int:
-        """Bytes of one picture in a batch, with its rows of `along`."""
+        """Return the bytes of one image in a batch, with its rows of `along`."""
         along = sum(rows[:1].numel() * rows.element_size() for rows in self.along.values())
         return self._picture_bytes() + 2 * self.labels.element_size() + along
 
     def in_memory(self) -> Tensor:
-        """All pictures, uint8 (N, C, H, W), decoded by several threads on the first call."""
+        """Return all images, uint8 (N, C, H, W), decoded by several threads on the first call."""
         if self._memory is None:
             memory = np.empty((len(self), *self.image_size, self.channels), dtype=np.uint8)
-            parts = [range(start, min(start + _AT_ONCE, len(self))) for start in range(0, len(self), _AT_ONCE)]
+            starts = range(0, len(self), DECODED_AT_ONCE)
+            parts = [range(start, min(start + DECODED_AT_ONCE, len(self))) for start in starts]
             hidden = True if not self._progress or len(self) < 500 else None
             bar = tqdm(total=len(self), desc=f"reading {self.title}", unit="picture", disable=hidden)
             # Pillow decodes without the interpreter's lock
             with bar, ThreadPoolExecutor(max(1, usable_cores() // ranks_here())) as pool:
-                try:
-                    for done in pool.map(lambda part: self._decode_into(memory[part.start : part.stop], part), parts):
-                        bar.update(done)
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+                for done in pool.map(lambda part: self._decode_into(memory[part.start : part.stop], part), parts):
+                    bar.update(done)
             self._memory = torch.from_numpy(memory).permute(0, 3, 1, 2)  # (N, C, H, W)
         return self._memory
 
@@ -318,23 +251,28 @@ class DecodedPictures(Dataset):
         return len(places)
 
     def pictures(self, places: Sequence[int]) -> Tensor:
-        """uint8 (B, C, H, W), from memory where all fit, else decoded now."""
+        """Return uint8 (B, C, H, W), from memory where all fit, else decoded now."""
         if self.fits_memory():
             return self.in_memory()[torch.as_tensor(places, dtype=torch.int64)]
         memory = np.empty((len(places), *self.image_size, self.channels), dtype=np.uint8)
         self._decode_into(memory, places)
         return torch.from_numpy(memory).permute(0, 3, 1, 2)
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        index = torch.as_tensor(indices, dtype=torch.int64)
-        along = {name: rows[index] for name, rows in self.along.items()}
-        return {"pictures": self.pictures(indices), "labels": self.labels[index], "index": index, **along}
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> dict[str, Any]:
+        indices, numbers = index_and_number(indices)
+        index = torch.tensor(indices, dtype=torch.int64)
+        batch = {"pictures": self.pictures(indices), "labels": self.labels[index], "index": index}
+        batch |= {name: rows[index] for name, rows in self.along.items()}
+        if self.captions is not None:
+            captions = [self.captions[place][number] for place, number in zip(indices, numbers, strict=True)]
+            batch["captions"] = captions
+        return batch
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
-    def few_of_each(self, count: int) -> dict[str, Tensor]:
-        """A batch of the first `count` pictures when taken from one class after the other: for previews."""
+    def few_of_each(self, count: int) -> dict[str, Any]:
+        """Return a batch of the first `count` images when taken from one class after the other."""
         rows: dict[int, list[int]] = {}
         for place, label in enumerate(self.labels.tolist()):
             rows.setdefault(label, []).append(place)
@@ -342,13 +280,8 @@ class DecodedPictures(Dataset):
         return self.__getitems__(in_turn[:count])
 
 
-def channels_of(folder: str | Path, extensions: Collection[str] = PICTURE_EXTENSIONS) -> int:
-    """`DecodedPictures.stored_channels` of a folder that holds `ID_1/ ID_2/ …`."""
-    return PictureFolder(folder, 1, extensions=extensions).stored_channels()
-
-
 class PictureFiles(DecodedPictures):
-    """Pictures in files; further arguments are those of `DecodedPictures`.
+    """Images in files; further arguments are those of `DecodedPictures`.
 
     Args:
         of_split: whether `data_split.py` wrote them, whose fingerprint says nothing of a crop where there is none.
@@ -366,22 +299,26 @@ class PictureFiles(DecodedPictures):
     def opened(self, stored: Path) -> Image.Image:
         return Image.open(stored)
 
+    def sizes(self) -> list[int]:
+        """Return the files' lengths in bytes."""
+        parts = [self.paths[start : start + 1024] for start in range(0, len(self), 1024)]
+        with ThreadPoolExecutor(8) as pool:  # a remote disk answers each question late, but many at once
+            return list(chain.from_iterable(pool.map(lambda part: [path.stat().st_size for path in part], parts)))
+
     def what_is_stored(self) -> list:
-        return [(name, path.stat().st_size) for name, path in zip(self.names, self.paths, strict=True)]
+        return list(zip(self.names, self.sizes(), strict=True))
 
     def fingerprint(self) -> str:
         if not self.of_split or self.crop != "none":
             return super().fingerprint()
-        return _hash_of([self.what_is_stored(), self.image_size, self.channels])
+        return hash_of([self.what_is_stored(), self.image_size, self.channels])
 
     def contents(self) -> Iterator[bytes]:
         if self.crop != "none":
             yield f"crop {self.crop}".encode()
         with ThreadPoolExecutor(usable_cores()) as pool:  # neither reading nor hashing holds the interpreter's lock
-            for start in range(0, len(self), 4096):  # a million at once would be a gigabyte of tasks
-                names, paths = (values[start : start + 4096] for values in (self.names, self.paths))
-                hashes = pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), paths)
-                yield from (name.encode() + content for name, content in zip(names, hashes, strict=True))
+            hashes = pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), self.paths)
+            yield from (name.encode() + content for name, content in zip(self.names, hashes, strict=True))
 
     def where(self, place: int) -> str:
         return str(self.paths[place])
@@ -393,23 +330,20 @@ class PictureFiles(DecodedPictures):
 
 
 class PictureFolder(PictureFiles):
-    """Pictures of one folder per person, resized as a whole: nothing is cropped off their axes.
+    """Images of one folder per person, resized as a whole.
 
     Args:
-        folder: holds `ID_1/ ID_2/ …` (one side of a split).
-        image_size: pixels, one number or (height, width); pictures of other sizes are resized.
+        folder: holds `ID_1/ ID_2/ …` (one subset of a split).
+        image_size: pixels, one number or (height, width).
         labels: folder name → label; by default from the names in `folder`.
         channels: 3, or 1 for grey.
-        extensions: which files are pictures.
-
-    Raises:
-        UserError: no such folder, no pictures in it, or a picture that cannot be read.
+        extensions: of images.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        image_size: int | tuple[int, int],
+        image_size: int | Size,
         labels: dict[str, int] | None = None,
         channels: int = 3,
         progress: bool = True,
@@ -420,33 +354,35 @@ class PictureFolder(PictureFiles):
         labels = labels or labels_of(list(people))
         paths = [path for name in people for path in people[name]]
         if not paths:
-            raise UserError(f"No pictures ({', '.join(extensions)}) in the folders of {folder}")
+            raise UserError(f"No images ({', '.join(extensions)}) in the folders of {folder}")
         names = [f"{path.parent.name}/{path.name}" for path in paths]
         of_each = torch.tensor([labels[path.parent.name] for path in paths], dtype=torch.int64)
         options = {"image_size": image_size, "channels": channels, "title": self.folder.name, "progress": progress}
         super().__init__(paths, names, of_each, of_split=True, **options)
 
 
-VALIDATION_SIDES = ("validation", "valid", "val", "dev", "test")
-"""What the side that validates may be called; the first one there is taken."""
-EXTENSIONS = (*PICTURE_EXTENSIONS, "bmp", "webp", "tif", "tiff", "ppm", "pgm")
+def channels_of(folder: str | Path, extensions: Collection[str] = PICTURE_EXTENSIONS) -> int:
+    """Return `DecodedPictures.stored_channels` of a folder that holds `ID_1/ ID_2/ …`."""
+    return PictureFolder(folder, 1, extensions=extensions).stored_channels()
+
+
+# ---- Batches
 
 
 class PictureSetDataModule(OrderedDataModule):
-    """Two sides as batches, wherever their pictures come from; `datasets.PictureDataModule` finds them.
+    """Two subsets as batches, wherever their images come from; `datasets.PictureDataModule` finds them.
 
     Args:
-        train_data, val_data: the sides; None where nothing validates.
+        train_data, val_data: None where nothing validates.
         labels: class name → label.
-        batch_size: pictures per device and step.
-        num_workers: loading processes per device; by default 0 where the pictures fit into memory, else what
+        batch_size: images per device and step.
+        num_workers: loading processes per device; by default 0 where the images fit into memory, else what
             `loading_workers` finds.
         seed: of the order.
 
     Attributes:
         num_classes: largest label + 1.
-        channels: 3, or 1 where pictures are read in grey.
-        remark: a line that says why there are fewer loading processes than cores; mostly empty.
+        remark: why there are fewer loading processes than cores; mostly empty.
     """
 
     def __init__(
@@ -469,8 +405,8 @@ class PictureSetDataModule(OrderedDataModule):
     def channels(self) -> int:
         return self.train_data.channels
 
-    def resize(self, image_size: int | tuple[int, int]) -> None:
-        """Read pictures at this size from now on: where the model that says it is made after the data are known."""
+    def resize(self, image_size: int | Size) -> None:
+        """Read images at this size from now on."""
         for side in self._sides():
             side.resize(image_size)
         self._find_workers()
@@ -485,20 +421,16 @@ class PictureSetDataModule(OrderedDataModule):
                 self.num_workers, self.remark = loading_workers(self.batch_size * self.train_data.row_bytes())
 
     def fingerprint(self) -> str:
-        """A hash of both sides and their labels."""
-        return self._fingerprint_by(lambda side: side.fingerprint())
-
-    def _fingerprint_by(self, of_side: Callable[[DecodedPictures], str]) -> str:
-        return _hash_of([[of_side(side) for side in self._sides()], self.labels])
+        """Return a hash of both subsets and their labels."""
+        return hash_of([[side.fingerprint() for side in self._sides()], self.labels])
 
     def take_over(self, checkpoint: dict[str, Any]) -> None:
-        """Read a checkpoint from when an RAE's data were of this class: its place in them is this module's, and a split
-        was known with its crop."""
+        """Read a checkpoint from when an RAE's data were of this class, and a split was known with its crop."""
         former = checkpoint.get(PictureSetDataModule.__qualname__)
         if former is not None and type(self).__qualname__ not in checkpoint:
             checkpoint[type(self).__qualname__] = former
             run = checkpoint.get("run", {})
-            if run.get("data") == self._fingerprint_by(DecodedPictures.fingerprint):
+            if run.get("data") == hash_of([list(map(DecodedPictures.fingerprint, self._sides())), self.labels]):
                 run["data"] = self.fingerprint()
 
     def _loader(self, data: DecodedPictures, order: Sampler | None, batch_size: int) -> DataLoader:
@@ -508,5 +440,6 @@ class PictureSetDataModule(OrderedDataModule):
         return super()._loader(data, order, batch_size)
 
 
-def _hash_of(values: list) -> str:
+def hash_of(values: list) -> str:
+    """Return the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -1,14 +1,13 @@
-"""The order of the training data: a shuffle that follows from seed and epoch, and can be taken up at any batch.
+"""The order of the training data, which can be resumed at any batch, and how many processes load them.
 
-Lightning restores the epoch and the batch of a run, but not its place in the data; here the order is told both (the
-recipe that was found bit-exact within an epoch, at its boundary, with workers and with several processes).
+Lightning restores the epoch and the batch of a run, but not its place in the data; here the order is told both.
 """
 
 import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,79 +19,61 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import find_device
 
-# ---- How many processes load pictures beside a training, by the cores and the shared memory there are for them
+# ---- How many processes load images, by the cores and the shared memory that are there
 
 
 MOST_WORKERS = 4
-"""Loading processes per training process: four cores decode and crop some 1,100 pictures of 500×375 a second, which is
-more than a step of the models here takes from one GPU, and each process costs some hundred megabytes of memory."""
+"""Loading processes per training process: four cores decode and crop some 1,100 images of 500×375 a second, more than
+a step of the models here takes from one GPU, and each process costs some hundred megabytes."""
 PREFETCH = 2
-"""Batches that each of them has ready, as torch's DataLoader has it."""
+"""Batches that each of them has ready."""
 SHARED_MEMORY = Path("/dev/shm")
-"""Through it batches come from one process to another."""
-_SHARE = 0.5  # of what is free there: validation has loading processes of its own while those of training wait
+"""Through it batches come from one process to another; half of what is free may be used."""
 _CGROUP = Path("/sys/fs/cgroup")
 _KILLED = re.compile(r"DataLoader worker .*(is killed by signal: ([\w ]+)|exited unexpectedly)")
 _NO_ROOM = re.compile(r"Bus error|unable to [\w ]*(shared memory|file </torch_).*No space left", re.DOTALL)
 
 
 def loading_workers(batch_bytes: int) -> tuple[int, str]:
-    """How many processes should load batches of this size for this process, where the data do not stand in memory.
-
-    The cores that this process may use are shared by the processes of this machine (LOCAL_WORLD_SIZE), at most
-    `MOST_WORKERS` for each; the batches that they have ready fit into half of the free shared memory.
-
-    Returns:
-        The number, and a line that says why where shared memory makes it smaller; else an empty one.
-    """
+    """Return how many processes should load batches of this size, and why where shared memory makes it fewer."""
     workers = min(MOST_WORKERS, usable_cores() // ranks_here())
     free = free_shared_memory()
     if free is None:
         return workers, ""
-    fitting = int(free * _SHARE / ranks_here() // max(1, PREFETCH * batch_bytes))
+    fitting = int(free / 2 / ranks_here() // max(1, PREFETCH * batch_bytes))
     if fitting >= workers:
         return workers, ""
     how_many = f"{fitting} of {workers} loading processes" if fitting else "no loading processes"
     return fitting, (
-        f"{SHARED_MEMORY} has {_megabytes(free)} free, and batches of {_megabytes(batch_bytes)} pass through it: "
-        f"{how_many} for each device. More with docker run --shm-size=8g, a smaller batch_size, or num_workers=N"
+        f"{SHARED_MEMORY} has {free / 2**20:,.0f} MB free, and batches of {batch_bytes / 2**20:,.1f} MB pass through "
+        f"it: {how_many} for each device. More with docker run --shm-size=8g, a smaller batch_size, or num_workers=N"
     )
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 2**20:,.0f} MB" if count >= 2**20 else f"{count / 2**20:.2f} MB"
-
-
 def ranks_here() -> int:
-    """How many processes of this training share this machine; 1 where no launcher says it (LOCAL_WORLD_SIZE)."""
+    """Return how many processes of this training share this machine (LOCAL_WORLD_SIZE; 1 where it is not set)."""
     with suppress(ValueError):
         return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return 1
 
 
 def usable_cores() -> int:
-    """The cores this process may use: not those a container's quota or an affinity leaves to others."""
+    """Return the cores this process may use, by its affinity and its container's quota."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # only Linux has it
         cores = os.cpu_count() or 1
-    quota = _cpu_quota()
-    return cores if quota is None else min(cores, max(1, int(quota)))
-
-
-def _cpu_quota() -> float | None:
-    """Cores' worth of time that a container has, of either version of control groups; None without a limit."""
     with suppress(OSError, ValueError):
         quota, period = (_CGROUP / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    with suppress(OSError, ValueError, ZeroDivisionError):
+        return cores if quota == "max" else min(cores, max(1, int(quota) // int(period)))
+    with suppress(OSError, ValueError, ZeroDivisionError):  # version 1 of control groups; −1 for no limit
         quota, period = (int((_CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-        return quota / period if quota > 0 else None
-    return None
+        return min(cores, max(1, quota // period)) if quota > 0 else cores
+    return cores
 
 
 def free_shared_memory() -> int | None:
-    """Bytes free in /dev/shm; None where there is no such place, and so no limit that can be seen."""
+    """Return the bytes free in /dev/shm; None where there is no such place."""
     with suppress(OSError):
         return shutil.disk_usage(SHARED_MEMORY).free
     return None
@@ -100,19 +81,10 @@ def free_shared_memory() -> int | None:
 
 @contextmanager
 def loader_faults() -> Iterator[None]:
-    """Say in one line what became of a DataLoader's processes: for the block that takes batches from it.
-
-    Raises:
-        UserError: in place of torch's RuntimeError where one was killed, or of what it wraps around a UserError.
-    """
+    """Raise a UserError of one line where a DataLoader's process was killed or raised a UserError."""
     try:
         yield
-    except UserError as error:  # raised in a loading process: torch puts that one's traceback before the message
-        text = str(error)
-        if text.startswith("Caught UserError in DataLoader worker"):
-            raise UserError(text.rpartition("UserError: ")[2].strip()) from None
-        raise
-    except RuntimeError as error:
+    except (UserError, RuntimeError) as error:
         line = worker_fault(error)
         if line is None:
             raise
@@ -120,11 +92,15 @@ def loader_faults() -> Iterator[None]:
 
 
 def worker_fault(error: BaseException) -> str | None:
-    """The line to say for a loading process that was killed or found no shared memory; None for another error."""
+    """Return what to tell of a loading process that was killed or raised a UserError; None for another error."""
+    if isinstance(error, UserError):  # torch puts the loading process's traceback before the message
+        text = str(error)
+        wrapped = text.startswith("Caught UserError in DataLoader worker")
+        return text.rpartition("UserError: ")[2].strip() if wrapped else None
     text = " ".join(str(link) for link in (error, error.__cause__, error.__context__) if link is not None)
     if _NO_ROOM.search(text):
         free = free_shared_memory()
-        room = "" if free is None else f" ({_megabytes(free)} free now)"
+        room = "" if free is None else f" ({free / 2**20:,.0f} MB free now)"
         return (
             f"A loading process ended because {SHARED_MEMORY} is full{room}, through which its batches come: set "
             "num_workers=0, take a smaller batch_size, or start the container with --shm-size=8g"
@@ -136,8 +112,15 @@ def worker_fault(error: BaseException) -> str | None:
     return f"A loading process {how}, mostly because memory ran out: set num_workers=0 or a smaller number"
 
 
+# ---- The order
+
+
 class EpochOrder(Sampler[int]):
     """Indices of one process, epoch by epoch; every global batch is cut into equal parts for the ranks.
+
+    An epoch holds whole global batches only (its rest comes up in other epochs), so that every step has one shape;
+    data smaller than one global batch are one smaller batch. With `gathered` it holds whole optimiser steps only, of as
+    many batches each, if there is one.
 
     Args:
         length: samples in the data set.
@@ -145,10 +128,6 @@ class EpochOrder(Sampler[int]):
         seed: of the shuffles; the order of epoch e follows from (seed, e).
         rank, world_size: this process among all; the union over ranks does not depend on `world_size` when
             `batch_size · world_size` stays the same.
-
-    An epoch holds whole global batches only (its rest comes up in other epochs), so that every step has one shape;
-    data smaller than one global batch are one smaller batch. With `gathered` it holds whole optimiser steps only, of as
-    many batches each, if there is one.
     """
 
     gathered = 1
@@ -173,7 +152,7 @@ class EpochOrder(Sampler[int]):
             self.epoch, self._skip = epoch, 0
 
     def resume(self, epoch: int, batches_done: int) -> None:
-        """Go on in `epoch` after its first `batches_done` batches: the next iteration leaves them out, once."""
+        """Leave the first `batches_done` batches of `epoch` out of the next iteration, once."""
         self.epoch, self._skip = epoch, batches_done
 
     def __iter__(self) -> Iterator[int]:
@@ -185,13 +164,22 @@ class EpochOrder(Sampler[int]):
         return iter(mine.flatten().tolist())
 
 
-def batches_in_order(length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
-    """One process's share of data that all together go through once, in their order: for validation.
+def index_and_number(indices: Sequence[int | tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Return the indices and the numbers of captions that `captions.CaptionOrder` gives; a plain index has number 0.
 
-    Every process has as many batches as any other, since they meet in each (FSDP's forward, the sums of what is
-    logged), and none is empty. So for several processes the data are cut into nearly equal parts of at most
-    `batch_size` samples (of one or two for 1), and dealt out in turn. Of fewer samples than processes each has all: the
-    mean over processes is then still that over the samples.
+    >>> index_and_number([(5, 2), (7, 0)]), index_and_number([3, 4])
+    (([5, 7], [2, 0]), ([3, 4], [0, 0]))
+    """
+    pairs = [pair if isinstance(pair, tuple) else (int(pair), 0) for pair in indices]
+    return [index for index, _ in pairs], [number for _, number in pairs]
+
+
+def batches_in_order(length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """Return one process's batches of data that all go through once, in their order: for validation.
+
+    Every process has as many batches as any other, none empty, since they meet in each: for several processes the data
+    are cut into nearly equal parts of at most `batch_size` samples (of one or two for 1), dealt out in turn. Of fewer
+    samples than processes each has all: the mean over processes is then still that over the samples.
 
     >>> batches_in_order(7, 3), batches_in_order(7, 3, 0, 2), batches_in_order(7, 3, 1, 2)
     ([[0, 1, 2], [3, 4, 5], [6]], [[0], [3, 4]], [[1, 2], [5, 6]])
@@ -204,14 +192,14 @@ def batches_in_order(length: int, batch_size: int, rank: int = 0, world_size: in
 
 
 class OrderedDataModule(L.LightningDataModule):
-    """A DataModule whose training data go on at the very batch where a checkpoint was written.
+    """A DataModule whose training data resume at the very batch where a checkpoint was written.
 
-    A subclass sets `train_data` and `val_data` in `setup`: data sets whose `__getitems__` takes a list of indices and
-    returns one batch, a dict of tensors with the samples' places under "index".
+    A subclass sets `train_data` and `val_data`: data sets whose `__getitems__` takes a list of indices and returns one
+    batch, a dict of tensors with the samples' places under "index".
 
     Args:
         batch_size: samples per device and step.
-        num_workers: loading processes per device; 0 where the data stand in memory.
+        num_workers: loading processes per device; 0 where the data are in memory.
         seed: of the order.
     """
 
@@ -219,10 +207,9 @@ class OrderedDataModule(L.LightningDataModule):
     val_data: Dataset | None = None
     persistent_workers = True
     """Whether loading processes stay from epoch to epoch."""
-    prefetch_factor = 2
-    """Batches that each of them has ready."""
+    prefetch_factor = PREFETCH
     gathered = 1
-    """Batches whose gradients make one step: an epoch has whole steps only (see `EpochOrder`)."""
+    """Batches whose gradients make one step (see `EpochOrder`)."""
 
     def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -233,7 +220,7 @@ class OrderedDataModule(L.LightningDataModule):
         self._resumed: tuple[int, int] | None = None
 
     def batches_of(self, world_size: int) -> int:
-        """Batches of one process in an epoch."""
+        """Return the batches of one process in an epoch."""
         order = EpochOrder(len(self.train_data), self.batch_size, world_size=world_size)
         order.gathered = self.gathered
         return order.batches
@@ -250,7 +237,7 @@ class OrderedDataModule(L.LightningDataModule):
         return EpochOrder(len(self.train_data), self.batch_size, self.seed, *self._place())
 
     def _place(self) -> tuple[int, int]:
-        """This process's rank, and how many there are."""
+        """Return this process's rank, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -260,7 +247,7 @@ class OrderedDataModule(L.LightningDataModule):
         return self._loader(self.val_data, batches, self.batch_size)
 
     def _loader(self, data: Dataset, order: Sampler | list[list[int]], batch_size: int) -> DataLoader:
-        """Batches of `batch_size` in an order, or those of a list."""
+        """Return batches of `batch_size` in an order, or those of a list."""
         given = {"batch_sampler": order} if isinstance(order, list) else {"sampler": order, "batch_size": batch_size}
         return DataLoader(
             data,
@@ -288,7 +275,7 @@ class OrderedDataModule(L.LightningDataModule):
             for name, here in self._what_orders(self._new_order()).items():
                 if state_dict.get(name, here) != here:
                     raise UserError(
-                        f"The checkpoint was written with {name} = {state_dict[name]:,}, here it is {here:,}: go on "
+                        f"The checkpoint was written with {name} = {state_dict[name]:,}, here it is {here:,}: resume "
                         "with the data and settings of that run, or start anew without --resume"
                     )
             self._resumed = (state_dict["epoch"], state_dict["batches_done"])
@@ -296,7 +283,7 @@ class OrderedDataModule(L.LightningDataModule):
                 self._order.resume(*self._resumed)
 
     def _what_orders(self, order: EpochOrder) -> dict[str, int]:
-        """What a place in the data means nothing without."""
+        """Return what a place in the data means nothing without."""
         global_batch = order.batch_size * order.world_size
         return {"seed": self.seed, "samples": len(self.train_data), "samples per step": global_batch}
 

@@ -25,10 +25,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from vavae_tools.data.captions import CaptionOrderedDataModule, index_and_number
+from vavae_tools.data.captions import CaptionOrderedDataModule
 from vavae_tools.data.encoded import _mapped
 from vavae_tools.data.folders import counted
 from vavae_tools.data.latents import LatentDataset, LatentFolder, StoredDataModule, normalised
+from vavae_tools.data.loader import index_and_number
 from vavae_tools.runtime.console import tell
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import disk_errors, write_json, written_whole

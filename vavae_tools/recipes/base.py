@@ -37,14 +37,14 @@ class ImageData:
 
     data_dir: str | None = setting(
         None,
-        "a split of data_split.py, a folder per class, a Hugging Face dataset on the disk, WebDataset shards (a folder "
-        "of them, or data/train-{000..099}.tar); shapes: made up here; null: the split in its usual place",
+        "a split of data_split.py, a folder per class, or a Hugging Face dataset on the disk (also made of shards, by "
+        "python -m vavae_tools.data.sources.shards); shapes: made up here; null: the split in its usual place",
     )
     image_size: Size = setting(
         None, "pixels, 256 or [height, width]; null: what the autoencoder's weights are for", least=1
     )
     use_hf_dataset: bool | None = setting(None, "true: datasets.load_from_disk; null: see what is there")
-    train_split: str = setting("train", "the training subset's name, in a Hugging Face dataset, a folder or shards")
+    train_split: str = setting("train", "the training subset's name, in a Hugging Face dataset or a folder")
     val_share: float | None = share(None, "held out where there is no validation subset; null: 0.05, of a split none")
     crop: Literal["adm", "none"] | None = setting(None, "the centre as in ADM, or all; null: all of a split, else adm")
     num_workers: int | None = setting(None, "loading processes; null: by cores and shared memory", least=0)

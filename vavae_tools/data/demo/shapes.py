@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vavae_tools.data.captions import Captioned, CaptionedDataModule
+from vavae_tools.data.captions import CaptionedDataModule
 from vavae_tools.data.images import DecodedPictures, PictureSetDataModule
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
@@ -416,7 +416,7 @@ def vocabulary() -> list[str]:
     return sorted({*words, *_WORDS} - {"colour", "shape", "size", "place", "other"})
 
 
-class CaptionedShapes(Captioned, DrawnPictures):
+class CaptionedShapes(DrawnPictures):
     """Pictures of one shape each, with captions; each follows from seed, side and index alone.
 
     Args:

@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face's `datasets` on the disk as sides of a data module."""
+"""Datasets of Hugging Face's `datasets` on the disk as subsets."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,21 +11,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vavae_tools.data.captions import cleaned
 from vavae_tools.data.folders import either, labels_of, listed
-from vavae_tools.data.images import DecodedPictures, Names
+from vavae_tools.data.images import VALIDATION_SIDES, DecodedPictures
 from vavae_tools.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
 PICTURE_COLUMNS = ("image", "img", "picture", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "texts", "sentence", "sentences", "description")
 MARKS = "dataset_dict.json, or state.json and dataset_info.json"
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote it."""
+    """Return whether `save_to_disk` wrote it."""
     marks = (folder / "state.json", folder / "dataset_info.json")
     return (folder / "dataset_dict.json").is_file() or all(mark.is_file() for mark in marks)
 
@@ -34,12 +35,12 @@ class DatasetPictures(DecodedPictures):
     """Rows of a dataset; further arguments are those of `DecodedPictures`.
 
     Args:
-        dataset: only its picture column is read.
+        dataset: only its column of images is read.
         rows: int64 (N,), which of its rows.
     """
 
     def __init__(
-        self, dataset: "Dataset", column: str, rows: Tensor, names: Sequence[str], labels: Tensor, **options: object
+        self, dataset: "Dataset", column: str, rows: Tensor, names: Sequence[str], labels: Tensor, **options: Any
     ) -> None:
         from datasets import Image as ImageFeature
 
@@ -75,7 +76,7 @@ class DatasetPictures(DecodedPictures):
 
 
 def _picture_of(array: np.ndarray) -> Image.Image:
-    """Numbers 0…255, (H, W), (H, W, C) or (C, H, W) with 1 or 3 channels."""
+    """Return the image of whole numbers 0…255, (H, W), (H, W, C) or (C, H, W) with 1 or 3 channels."""
     if array.ndim == 3 and array.shape[2] not in (1, 3) and array.shape[0] in (1, 3):
         array = array.transpose(1, 2, 0)  # (H, W, C)
     if array.ndim == 3 and array.shape[2] == 1:
@@ -88,105 +89,127 @@ def _picture_of(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array, dtype=np.uint8))
 
 
+# ---- subsets with labels or captions
 def read_sides(
-    data_dir: Path, train_split: str, validation_sides: Sequence[str], **options: object
+    data_dir: Path, train_split: str, **options: Any
 ) -> tuple[dict[str, int], DatasetPictures, DatasetPictures | None]:
-    """Class name → label, the training side, and what validates if there is such a side.
+    """Return class name → label, the training subset, and what validates if there is such a subset.
 
     Args:
         data_dir: what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote.
-        train_split: the training side of a DatasetDict.
-        validation_sides: how the other one may be called, the first one there is taken.
+        train_split: the training subset of a DatasetDict.
         options: of `DecodedPictures`.
-
-    Raises:
-        UserError: `datasets` is not installed, the dataset is damaged, or a side, the pictures or the labels are not
-            found in it.
     """
-    found = load_folder(data_dir)
-    if isinstance(found, dict):  # a DatasetDict
-        if train_split not in found:
-            raise UserError(f"No side {train_split!r} in {data_dir}; there are {', '.join(found)}: set train_split")
-        others = (name for name in validation_sides if name != train_split and name in found and len(found[name]))
-        datasets = {name: found[name] for name in (train_split, *list(others)[:1])}
-    else:
-        datasets = {train_split: found}
+    datasets = _read_datasets(data_dir, train_split)
     first = datasets[train_split]
-    if not len(first):
-        raise UserError(f"The side {train_split} of {data_dir} is empty")
     picture, label = _picture_column(first, data_dir), _label_column(first, data_dir)
     for name, dataset in datasets.items():
         if missing := {picture, label} - set(dataset.column_names):
-            raise UserError(f"The side {name} of {data_dir} lacks the column {', '.join(missing)} of {train_split}")
-        own, firsts = (_types(side, picture, label) for side in (dataset, first))
-        if own != firsts:
+            raise UserError(f"The subset {name} of {data_dir} lacks the column {', '.join(missing)} of {train_split}")
+        types = [(one.features[picture], getattr(one.features[label], "names", None)) for one in (dataset, first)]
+        if types[0] != types[1]:
             raise UserError(
                 f"The columns {picture} and {label} of {data_dir} have other types or class names in {name} than in "
-                f"{train_split}: cast one side to the other's features and save it again"
+                f"{train_split}: cast one subset to the other's features and save it again"
             )
-    labels, of_rows = _numbered({name: _values(dataset, label) for name, dataset in datasets.items()}, first, label)
+    labels, of_rows = _numbered(
+        {name: column_values(dataset, label) for name, dataset in datasets.items()}, first, label
+    )
     name_of = {number: name for name, number in labels.items()}
     sides = []
     for name, dataset in datasets.items():
-        names = Names(f"{name_of[number]}/{row:06d}" for row, number in enumerate(of_rows[name].tolist()))
-        rows = torch.arange(len(dataset))
-        title = f"{data_dir.name}, {name}"
+        names = [f"{name_of[number]}/{row:06d}" for row, number in enumerate(of_rows[name].tolist())]
+        rows, title = torch.arange(len(dataset)), f"{data_dir.name}, {name}"
         sides.append(DatasetPictures(dataset, picture, rows, names, of_rows[name], title=title, **options))
     return labels, sides[0], sides[1] if len(sides) > 1 else None
 
 
-def load_folder(data_dir: Path) -> Any:
-    """The Dataset or DatasetDict that `save_to_disk` wrote.
+def captioned_sides(path: Path, skip_missing: bool, notes: list[str], options: dict[str, Any]) -> list[DatasetPictures]:
+    """Return the subsets of a dataset with captions; see `read_sides` and `captions.cleaned`."""
+    sides = []
+    for name, dataset in _read_datasets(path, "train").items():
+        picture = _picture_column(dataset, path)
+        caption = next((column for column in CAPTION_COLUMNS if column in dataset.column_names), None)
+        if caption is None:
+            _refuse(dataset, path, "captions", None, CAPTION_COLUMNS)
+        values = enumerate(column_values(dataset, caption))
+        given = {f"{row:06d}": value if isinstance(value, list) else [value] for row, value in values}
+        captions = cleaned(given, path / name, skip_missing, notes)
+        rows, zeros = torch.tensor(list(map(int, captions))), torch.zeros(len(captions), dtype=torch.int64)
+        own = {**options, "title": f"{path.name}, {name}", "captions": captions.values()}
+        sides.append(DatasetPictures(dataset, picture, rows, list(captions), zeros, **own))
+    return sides
 
-    Raises:
-        UserError: `datasets` is not installed, or it is damaged.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{data_dir} is a Hugging Face dataset, which `datasets` reads: pip install datasets") from None
+
+def load_folder(data_dir: Path) -> Any:
+    """Return the Dataset or DatasetDict that `save_to_disk` wrote; raise a UserError where that fails."""
+    datasets = datasets_library(f"{data_dir} is a Hugging Face dataset")
     try:
         return datasets.load_from_disk(str(data_dir))
     except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"The dataset {data_dir} cannot be read ({reason}): copy or save it again") from None
+        raise UserError(f"The dataset {data_dir} cannot be read ({first_line(error)}): copy or save it again") from None
+
+
+def datasets_library(what: str) -> Any:
+    """Return the module `datasets`; raise a UserError where it is not installed."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{what}, which `datasets` reads: pip install datasets") from None
+    return datasets
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def _read_datasets(data_dir: Path, train_split: str) -> "dict[str, Dataset]":
+    """Return the training subset by its name, and the one that validates if there is one."""
+    found = load_folder(data_dir)
+    if not isinstance(found, dict):  # a DatasetDict is one
+        found = {train_split: found}
+    if train_split not in found:
+        raise UserError(f"No subset {train_split!r} in {data_dir}; there are {', '.join(found)}: set train_split")
+    if not len(found[train_split]):
+        raise UserError(f"The subset {train_split} of {data_dir} is empty")
+    others = [name for name in VALIDATION_SIDES if name != train_split and name in found and len(found[name])]
+    return {name: found[name] for name in (train_split, *others[:1])}
 
 
 def _picture_column(dataset: "Dataset", data_dir: Path) -> str:
     from datasets import Image as ImageFeature
 
-    typed = [name for name, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
-    named = [name for name in PICTURE_COLUMNS if name in dataset.column_names]
-    column = next((name for name in named if name in typed), None) or next(iter(typed + named), None)
-    return column or _refuse(dataset, data_dir, "pictures", "Image", PICTURE_COLUMNS)
+    return _column(dataset, data_dir, "images", ImageFeature, PICTURE_COLUMNS)
 
 
 def _label_column(dataset: "Dataset", data_dir: Path) -> str:
     from datasets import ClassLabel
 
-    typed = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
-    named = [name for name in LABEL_COLUMNS if name in dataset.column_names]
-    column = next((name for name in named if name in typed), None) or next(iter(typed + named), None)
-    return column or _refuse(dataset, data_dir, "labels", "ClassLabel", LABEL_COLUMNS)
+    return _column(dataset, data_dir, "labels", ClassLabel, LABEL_COLUMNS)
 
 
-def _refuse(dataset: "Dataset", data_dir: Path, what: str, kind: str, names: Sequence[str]) -> str:
+def _column(dataset: "Dataset", data_dir: Path, what: str, kind: type, names: Sequence[str]) -> str:
+    """Return the column of that type, best with one of the names, else the one with the first of the names."""
+    typed = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
+    named = [name for name in names if name in dataset.column_names]
+    both = [name for name in named if name in typed]
+    return next(iter(both + typed + named), None) or _refuse(dataset, data_dir, what, kind, names)
+
+
+def _refuse(dataset: "Dataset", data_dir: Path, what: str, kind: type | None, names: Sequence[str]) -> str:
+    of_type = f"of type {kind.__name__} or " if kind else ""
     raise UserError(
-        f"No {what} in {data_dir}, which has the columns {', '.join(dataset.column_names)}: expected one of type "
-        f"{kind} or called {either(names)}. Rename yours with dataset.rename_column and save it again"
+        f"No {what} in {data_dir}, which has the columns {', '.join(dataset.column_names)}: expected one {of_type}"
+        f"called {either(names)}. Rename yours with dataset.rename_column and save it again"
     )
 
 
-def _types(dataset: "Dataset", picture: str, label: str) -> tuple:
-    return dataset.features[picture], getattr(dataset.features[label], "names", None)
-
-
-def _values(dataset: "Dataset", column: str) -> list:
+def column_values(dataset: "Dataset", column: str) -> list:
     return dataset.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
 
 
 def _numbered(values: dict[str, list], first: "Dataset", column: str) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Class name → label, and the labels int64 (N,) of each side's rows; the first side says which classes there are.
+    """Return class name → label, and the labels int64 (N,) of each subset's rows; the first tells which classes exist.
 
     Whole numbers are labels as they stand; words are numbered by `labels_of`.
     """
@@ -204,7 +227,7 @@ def _numbered(values: dict[str, list], first: "Dataset", column: str) -> tuple[d
         unknown = {value for value in of_side if not isinstance(value, int) or value not in known or value < 0}
         if unknown:
             raise UserError(
-                f"The column {column} of the side {side} holds {listed(sorted(map(repr, unknown)))}; expected the "
-                f"classes {listed(labels)} of the training side, as names or whole numbers from 0 on"
+                f"The column {column} of the subset {side} holds {listed(sorted(map(repr, unknown)))}; expected the "
+                f"classes {listed(labels)} of the training subset, as names or whole numbers from 0 on"
             )
     return labels, {side: torch.tensor(of_side, dtype=torch.int64) for side, of_side in values.items()}

@@ -26,7 +26,7 @@ from vavae_tools.data.demo.shapes import (
     shape_data,
     shape_names,
 )
-from vavae_tools.data.images import CROPS, Names, PictureSetDataModule, centre_crop
+from vavae_tools.data.images import CROPS, PictureSetDataModule, centre_crop
 from vavae_tools.data.split import choose_sides
 from vavae_tools.data.split_report import Picture
 from vavae_tools.runtime.errors import UserError
@@ -316,17 +316,6 @@ def test_each_picture_is_opened_once(tmp_path, monkeypatch):
     assert len(opened) == len(set(opened)) == 130
 
 
-def test_names_of_a_part_and_of_all():
-    given = ["a/1.png", "", "ü/日本.png", "b"]
-    names = Names(given)
-    assert len(names) == 4 and list(names) == given == [names[i] for i in range(4)] and names[-2:] == given[-2:]
-    assert names == given and names != [*given, "c"] and names != [*given[:3], "c"]
-    assert names.part([3, 0, 0]) == ["b", "a/1.png", "a/1.png"] and len(names.part([])) == 0
-    assert Names.joined([names, names.part([]), names.part([2])]) == [*given, "ü/日本.png"]
-    with pytest.raises(IndexError):
-        names[4]
-
-
 def test_previews_and_further_rows(tmp_path):
     data = picture_data(write(tmp_path, {f"{name}/{i}.png": i for name in "ab" for i in range(3)}), 8, val_share=0)
     data.train_data.along["features"] = torch.arange(6)
@@ -361,7 +350,7 @@ def test_the_fingerprint_tells_data_apart(tmp_path, change):
 def test_a_picture_that_cannot_be_read_is_named(tmp_path):
     write(tmp_path, {"a/1.png": 1})
     (tmp_path / "a" / "2.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"a/2\.png cannot be read as a picture \(.*\): take it out"):
+    with pytest.raises(UserError, match=r"a/2\.png cannot be read as an image \(.*\): remove or replace it"):
         picture_data(tmp_path, 8, val_share=0).train_data.in_memory()
 
 
@@ -434,7 +423,7 @@ def test_a_dataset_with_sides(hf, tmp_path):
     }
     swapped = picture_data(tmp_path / "d", 8, train_split="test")
     assert shown(swapped.train_data) == {"wolf/000000": 9} and len(swapped.val_data) == 2
-    with pytest.raises(UserError, match=r"No side 'all' in .*; there are test, train, validation: set train_split"):
+    with pytest.raises(UserError, match=r"No subset 'all' in .*; there are test, train, validation: set train_split"):
         picture_data(tmp_path / "d", 8, train_split="all")
 
 
@@ -488,7 +477,7 @@ def test_pictures_in_columns_of_other_types(hf, tmp_path, form):
 def test_numbers_that_are_no_picture(hf, tmp_path, value):
     kind = (hf.Array2D if value.ndim == 2 else hf.Array3D)(value.shape, str(value.dtype))
     folder = save(labelled(hf, [value], [0], picture_kind=kind), tmp_path / "d")
-    with pytest.raises(UserError, match=r"0/000000 of d, train cannot be read as a picture .*expected"):
+    with pytest.raises(UserError, match=r"0/000000 of d, train cannot be read as an image .*expected"):
         picture_data(folder, 8).train_data.in_memory()
 
 
@@ -570,7 +559,7 @@ def test_columns_that_are_not_found(hf, tmp_path):
         picture_data(save(unlabelled, tmp_path / "a"), 8)
     blind = hf.Dataset.from_dict({"text": ["a"], "label": [0]})
     with pytest.raises(
-        UserError, match=r"No pictures in .* columns text, label: .*Rename yours with dataset\.rename_col"
+        UserError, match=r"No images in .* columns text, label: .*Rename yours with dataset\.rename_col"
     ):
         picture_data(save(blind, tmp_path / "b"), 8)
 
@@ -578,7 +567,7 @@ def test_columns_that_are_not_found(hf, tmp_path):
 @pytest.mark.parametrize(
     ("labels", "kind", "message"),
     [
-        ([0, -1], "int64", r"label of the side train holds -1; expected the classes"),
+        ([0, -1], "int64", r"label of the subset train holds -1; expected the classes"),
         ([0, None], "int64", r"holds None; expected"),
         (["a", None], "string", r"holds 'a', None"),
         ([0.5, 1.0], "float32", r"holds 0\.5, 1\.0"),
@@ -593,10 +582,10 @@ def test_sides_that_do_not_go_together(hf, tmp_path):
     words = hf.Value("string")
     train = labelled(hf, [1, 2], ["a", "b"], kind=words)
     unknown = hf.DatasetDict(train=train, test=labelled(hf, [1], ["c"], kind=words))
-    with pytest.raises(UserError, match=r"side test holds 'c'; expected the classes a, b of the training side"):
+    with pytest.raises(UserError, match=r"subset test holds 'c'; expected the classes a, b of the training subset"):
         picture_data(save(unknown, tmp_path / "a"), 8)
     lacking = hf.DatasetDict(train=train, test=hf.Dataset.from_dict({"label": ["a"]}))
-    with pytest.raises(UserError, match=r"The side test of .* lacks the column image of train"):
+    with pytest.raises(UserError, match=r"The subset test of .* lacks the column image of train"):
         picture_data(save(lacking, tmp_path / "b"), 8)
     names = [labelled(hf, [1, 2], [0, 1], kind=hf.ClassLabel(names=names)) for names in (["a", "b"], ["b", "a"])]
     with pytest.raises(UserError, match="have other types or class names in test than in train"):

@@ -1,0 +1,206 @@
+"""COCO (Lin et al. 2014) and CUB-200-2011 (Wah et al. 2011) with their captions, as their archives unpack."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vavae_tools.data.captions import NamedPictures, missing_pictures, read_text
+from vavae_tools.data.folders import contents, counted
+from vavae_tools.runtime.errors import UserError
+
+# ---- COCO
+
+
+def coco_sides(
+    root: Path, annotations: str | Path | None, pictures: str | Path | None, notes: list[str]
+) -> list[NamedPictures]:
+    """Return what trains, and what validates where it is there.
+
+    Args:
+        annotations, pictures: the file with the captions and the folder with the images, where they are not found by
+            their usual names.
+        notes: gets lines about what was left out.
+    """
+    train = _annotations(root) if annotations is None else _given(root, annotations)
+    sides = [_coco_side(root, train, pictures)]
+    val = train.with_name(train.name.replace("train", "val"))
+    if val != train and val.is_file():
+        # where the images' folder was given, val's may still be beside it
+        found = [_coco_side(root, val, folder) for folder in (None, pictures)]
+        there = [one for one in found if len(missing_pictures(one.folder, one.captions)) < len(one.captions)]
+        if not there:
+            notes.append(f"none of the images of {val.name} is there: some of {train.name} are held out instead")
+        sides += there[:1]
+    return sides
+
+
+def _annotations(root: Path) -> Path:
+    for pattern in ("captions_train*.json", "captions*.json"):
+        for folder in (root / "annotations", root):
+            if found := sorted(folder.glob(pattern)):
+                return found[-1]
+    raise UserError(
+        f"No captions_train2017.json in {root / 'annotations'} or {root}, which holds {contents(root)}: put it there, "
+        "or name the file: data.annotations=FILE"
+    )
+
+
+def _given(root: Path, path: str | Path) -> Path:
+    """Return a path as it stands, or below the data set's."""
+    path = Path(path).expanduser()
+    return path if path.exists() else root / path
+
+
+def _coco_side(root: Path, annotations: Path, pictures: str | Path | None) -> NamedPictures:
+    captions = read_coco(annotations)
+    name = annotations.stem.removeprefix("captions_")
+    usual = [root / name, root / "images" / name, root / "images", root]
+    folders = usual if pictures is None else [_given(root, pictures) / name, _given(root, pictures)]
+    folders = [folder for folder in folders if folder.is_dir()]
+    if not folders:
+        raise UserError(f"No such folder of images: {_given(root, pictures)}")
+    folder = min(folders, key=lambda folder: len(missing_pictures(folder, captions)))
+    return NamedPictures(folder, annotations, captions)
+
+
+def read_coco(path: Path) -> dict[str, list[str]]:
+    """Return image → captions, of COCO's JSON with captions."""
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): fetch it again") from None
+    try:
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        captions: dict[str, list[str]] = {name: [] for name in names.values()}
+        for annotation in content["annotations"]:
+            captions[names[annotation["image_id"]]].append(annotation["caption"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} lacks {error} of COCO's captions: expected images with id and file_name, annotations with the "
+            "image_id of one of them and caption, as captions_train2017.json has them"
+        ) from None
+    if not captions:
+        raise UserError(f"{path} names no images")
+    return captions
+
+
+# ---- CUB: birds with sentences, written about them or made of their attributes
+
+
+CERTAIN = 3
+"""Of its certainties: 1 not visible, 2 guessing, 3 probably, 4 definitely."""
+_TEXT_FOLDERS = ("text_c10", "text", "text/text_c10", "captions", "cvpr2016_cub/text_c10")
+
+
+def cub_sides(path: Path, notes: list[str]) -> list[NamedPictures]:
+    """Return what trains, and what validates.
+
+    Args:
+        path: CUB_200_2011, or the folder that it is in.
+        notes: gets a line where captions are made up.
+    """
+    root = next((folder for folder in (path, path / "CUB_200_2011") if (folder / "images.txt").is_file()), None)
+    if root is None:
+        raise UserError(f"No images.txt in {path}, which holds {contents(path)}: expected the folder CUB_200_2011")
+    names, side_of = _numbered_lines(root / "images.txt"), _numbered_lines(root / "train_test_split.txt", False)
+    captions = _cub_captions(root, names, notes)
+    sides: dict[str, dict[str, Sequence[str]]] = {"1": {}, "0": {}}  # as train_test_split.txt says it
+    for number, name in names.items():
+        side = side_of.get(number, "1")
+        if side not in sides:
+            raise UserError(f"{root / 'train_test_split.txt'} says {side!r} of image {number}, expected 1 or 0")
+        sides[side][name] = captions[number]
+    return [NamedPictures(root / "images", root / "images.txt", of_side) for of_side in sides.values() if of_side]
+
+
+def _numbered_lines(path: Path, required: bool = True) -> dict[str, str]:
+    """Return the lines "number what" of a file of CUB."""
+    lines = {}
+    for place, line in enumerate(read_text(path).split("\n") if required or path.is_file() else [], 1):
+        if line.strip():
+            number, _, what = line.strip().partition(" ")
+            if not what:
+                raise UserError(f"{path}, line {place:,}, is {line.strip()!r}: expected a number and a word")
+            lines[number] = what.strip()
+    return lines
+
+
+def _cub_captions(root: Path, names: dict[str, str], notes: list[str]) -> dict[str, Sequence[str]]:
+    """Return image's number → captions: those of the first folder with texts, made up for images without."""
+    captions: dict[str, Sequence[str]] = {}
+    for folder in (home / name for home in (root, root.parent) for name in _TEXT_FOLDERS):
+        texts = {number: folder / Path(name).with_suffix(".txt") for number, name in names.items()}
+        if folder.is_dir() and (there := {number: text for number, text in texts.items() if text.is_file()}):
+            lines = {number: read_text(text).split("\n") for number, text in there.items()}
+            captions = {number: of_image for number, of_image in lines.items() if any(map(str.strip, of_image))}
+            break
+    if lacking := {number: name for number, name in names.items() if number not in captions}:
+        notes.append(f"captions of {counted(len(lacking), 'image')} of {root} made from class names and attributes")
+        captions |= _bird_captions(root, lacking)
+    return captions
+
+
+def _bird_captions(root: Path, names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    class_of, class_names = (_numbered_lines(root / f"{name}.txt", False) for name in ("image_class_labels", "classes"))
+    attributes = _certain_attributes(root)
+    made = {}
+    for number, name in names.items():
+        class_name = class_names.get(class_of.get(number), name.partition("/")[0])
+        made[number] = bird_sentences(class_name, attributes.get(number, []))
+    return made
+
+
+def _certain_attributes(root: Path) -> dict[str, list[str]]:
+    """Return image's number → the names of its attributes that somebody was certain of, in their order."""
+    labels = root / "attributes" / "image_attribute_labels.txt"
+    places = (root / "attributes" / "attributes.txt", root / "attributes.txt", root.parent / "attributes.txt")
+    called = next((path for path in places if path.is_file()), None)
+    if called is None or not labels.is_file():
+        return {}
+    names = _numbered_lines(called)
+    of_each: dict[str, list[str]] = {}
+    # image, attribute, whether it is there, certainty, seconds: 3.7 million lines, a few with fields too many
+    for image, attribute in re.findall(rf"^(\d+) (\d+) 1 [{CERTAIN}-4]\b", read_text(labels), re.MULTILINE):
+        if attribute in names:
+            of_each.setdefault(image, []).append(names[attribute])
+    return of_each
+
+
+_PLURAL = {"wing": "wings", "eye": "eyes", "leg": "legs", "upperparts": "upperparts", "underparts": "underparts"}
+
+
+def bird_sentences(class_name: str, attributes: Sequence[str]) -> tuple[str, ...]:
+    """Return sentences about a bird of CUB, by the name of its class and its attributes.
+
+    >>> bird_sentences("149.Brown_Thrasher", ["has_wing_color::brown", "has_size::small_(5_-_9_in)"])
+    ('a brown thrasher, a small bird', 'a small bird with brown wings')
+    """
+    name = re.sub(r"^\d+\.", "", class_name).replace("_", " ").lower()
+    values: dict[tuple[str, str], list[str]] = {}
+    for attribute in attributes:
+        what, _, value = attribute.removeprefix("has_").partition("::")
+        part, _, kind = what.rpartition("_")
+        value = re.sub(r"\s*\(.*", "", value.replace("_", " ")).replace("-", " ")
+        values.setdefault((part.replace("_", " "), kind), []).append(value)
+    first = [*values.pop(("", "size"), [])[:1], " and ".join(values.pop(("primary", "color"), []))]
+    bird = " ".join(filter(None, [*first, "bird"]))
+    described = {key: of_key for key, of_key in values.items() if key[0] and key[1] in ("color", "pattern", "shape")}
+    phrases = [_phrase(part, of_part) for (part, _), of_part in described.items()][:12]
+    sentences = [f"{_with_article(name)}, {_with_article(bird)}" if bird != "bird" else _with_article(name)]
+    for start in range(0, len(phrases), 3):
+        *others, last = phrases[start : start + 3]
+        who = name if start % 2 else bird
+        sentences.append(f"{_with_article(who)} with {' and '.join(filter(None, [', '.join(others), last]))}")
+    return tuple(sentences)
+
+
+def _phrase(part: str, values: Sequence[str]) -> str:
+    noun = _PLURAL.get(part, part)
+    words = " and ".join(value.removesuffix(noun).strip() for value in values)  # "forked tail", "rounded wings"
+    return f"{words} {noun}" if part in _PLURAL else _with_article(f"{words} {noun}")
+
+
+def _with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
