@@ -625,7 +625,7 @@ def test_what_is_missing_is_one_line(own, here, fault, run_main):
         Path(f"pictures/{number}.png").unlink()
     words = own_words(own, "--data_dir", "pictures", "--output_dir", "run")
     said = fault(train.main, *words)
-    assert "2 of 24 pictures that pictures/metadata.jsonl names are not in pictures: 2.png, 9.png" in said
+    assert "2 of 24 images that pictures/metadata.jsonl names are not in pictures: 2.png, 9.png" in said
     assert "data.skip_missing=true" in said
     status, said, _ = run_main(train.main, *words, "data.skip_missing=true", "data.val_share=0")
     assert status == 0 and "are not in pictures: 2.png, 9.png; left out" in said and "train 22" in said
