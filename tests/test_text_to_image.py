@@ -635,7 +635,7 @@ def test_what_is_missing_is_one_line(own, here, fault, run_main):
     lines[7] = json.dumps({"file_name": "7.png", "text": " "})
     Path("pictures/metadata.jsonl").write_text("\n".join(lines))
     said = fault(train.main, *words)
-    assert "1 picture of pictures/metadata.jsonl with an empty caption or none: 7.png" in said
+    assert "1 image of pictures/metadata.jsonl with an empty caption or none: 7.png" in said
     status, said, _ = run_main(train.main, *words, "data.skip_missing=true", "data.val_share=0")
     assert status == 0 and "none: 7.png; left out" in said and "train 23" in said
 
