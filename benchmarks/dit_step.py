@@ -204,12 +204,8 @@ def reference_class(folder: Path) -> type[nn.Module]:
 GROUPS = {
     "EMA": "EMA",
     "Optimizer.step": "AdamW",
-    "NormAndModulate": "norms, modulation",
-    "rms_norm": "norms, modulation",
-    "SplitAndRotate": "RoPE, splitting q k v",
-    "GateBySwish": "SwiGLU",
+    "rms_norm": "norms",
     "silu": "SwiGLU",
-    "AddGated": "gates",
     "CompiledFxGraph": "compiled elementwise",
     "Compiled": "compiled elementwise",
     "cosine_similarity": "loss",

@@ -9,9 +9,9 @@ from tiny import same, trained_looking
 from vavae_tools.autoencoders.tiny import tiny_kl
 from vavae_tools.data.images import to_pixels
 from vavae_tools.diffusion.clip import TextEncoder, tiny_text_encoder
+from vavae_tools.diffusion.conditioning import TextCondition, TextConditioner
 from vavae_tools.diffusion.objectives import FlowMatching, NoisePrediction, make_objective, time_of
 from vavae_tools.diffusion.solvers import guided_prediction, make_solver, sample, solvers_for, swapped
-from vavae_tools.diffusion.text_conditioning import TextCondition, TextConditioner
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.pipelines.text import TextToImagePipeline, load_text_pipeline
 from vavae_tools.runtime.errors import UserError

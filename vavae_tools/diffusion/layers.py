@@ -1,31 +1,30 @@
-"""The denoiser: LightningDiT (Yao & Wang 2025), a diffusion transformer (DiT, Peebles & Xie 2023) with modern parts.
+"""Layers of the denoisers, and `Backbone`, which `DiT`, `DDT` and `TextDiT` share.
 
-Against the plain DiT it has rotary positions (RoPE, Su et al. 2021), SwiGLU (Shazeer 2020) and RMSNorm (Zhang &
-Sennrich 2019). Parameters bear the reference's names, so that published weights load as they are. The network knows
-nothing of noise schedules, classes or guidance: t in [0, 1] and a conditioning vector come in, a velocity goes out.
+Blocks are LightningDiT's (Yao & Wang 2025): those of the diffusion transformer (DiT, Peebles & Xie 2023) with rotary
+positions (RoPE, Su et al. 2021), SwiGLU (Shazeer 2020) and RMSNorm (Zhang & Sennrich 2019). Parameters bear the
+references' names, so that published weights load as they are.
 """
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vavae_tools.diffusion.fused import GateBySwish, NormAndModulate, SplitAndRotate, add_gated, by_hand
 from vavae_tools.runtime.errors import UserError
 
 Rope = tuple[Tensor, Tensor]
 
 
 class Kept(NamedTuple):
-    """The patches that are computed, of each sample those in its mask, made equally many by some that are not.
+    """The patches that are computed, equally many of each sample.
 
     Attributes:
         places: their numbers, int64 (B, L), those in the mask first.
-        there: which of them are in the mask, bool (B, L): the others are not attended to.
+        there: which of them are in the mask, bool (B, L); the others fill up and are not attended to.
     """
 
     places: Tensor
@@ -33,7 +32,7 @@ class Kept(NamedTuple):
 
 
 def kept_patches(mask: Tensor, patch_size: int) -> Kept:
-    """The patches that have any pixel in a mask (B, H, W). Of a mask on a GPU this waits for the GPU."""
+    """Return the patches that have any pixel in a mask (B, H, W). Of a mask on a GPU this waits for the GPU."""
     there = F.max_pool2d(mask[:, None].float(), patch_size).flatten(1) > 0  # (B, N)
     longest = max(1, int(there.sum(1).max()))
     places = (~there).int().argsort(dim=1, stable=True)[:, :longest]
@@ -56,21 +55,29 @@ def make_norm(dim: int, rms_norm: bool) -> nn.Module:
     return RMSNorm(dim) if rms_norm else nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
 
+def make_qk_norm(dim: int, qk_norm: bool, rms_norm: bool) -> nn.Module:
+    if not qk_norm:
+        return nn.Identity()
+    return RMSNorm(dim) if rms_norm else nn.LayerNorm(dim)  # affine with eps 1e-5, unlike the blocks' own
+
+
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
     x = x * (1 + scale)
     return x if shift is None else x + shift
 
 
+def _angles(height: int, width: int, count: int) -> tuple[Tensor, Tensor]:
+    """Row and column of every token times `count` falling frequencies: float64 (height·width, count) each."""
+    frequency = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
+    rows = torch.arange(height, dtype=torch.float64).repeat_interleave(width)
+    columns = torch.arange(width, dtype=torch.float64).repeat(height)
+    return rows[:, None] * frequency, columns[:, None] * frequency
+
+
 def sincos_table(height: int, width: int, dim: int) -> Tensor:
     """Fixed 2-D position embedding (height·width, dim): the column in the first half of the features, then the row."""
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-
-    def one_axis(position: Tensor) -> Tensor:
-        angle = position[:, None] * omega
-        return torch.cat([angle.sin(), angle.cos()], dim=1)  # (h·w, dim / 2)
-
-    rows, columns = _grid(height, width)
-    return torch.cat([one_axis(columns), one_axis(rows)], dim=1).float()
+    rows, columns = _angles(height, width, dim // 4)
+    return torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1).float()
 
 
 def rope_table(height: int, width: int, head_dim: int) -> Rope:
@@ -79,32 +86,16 @@ def rope_table(height: int, width: int, head_dim: int) -> Rope:
     Neighbouring features are a pair (a, b) that turns by its angle to (a·cos − b·sin, b·cos + a·sin); the minus is
     already in the table, so that `rotate` needs only a swap of neighbours.
     """
-    half = head_dim // 2
-    frequency = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)
-    rows, columns = _grid(height, width)
-    angle = torch.cat([rows[:, None] * frequency, columns[:, None] * frequency], dim=1)  # (h·w, head_dim / 2)
+    angle = torch.cat(_angles(height, width, head_dim // 4), dim=1)  # (h·w, head_dim / 2)
     cos = angle.cos().repeat_interleave(2, dim=1)
     sin = torch.stack([-angle.sin(), angle.sin()], dim=2).flatten(1)
     return cos.float(), sin.float()
-
-
-def _grid(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Row and column of every token, row by row: float64 (height·width,)."""
-    rows = torch.arange(height, dtype=torch.float64).repeat_interleave(width)
-    columns = torch.arange(width, dtype=torch.float64).repeat(height)
-    return rows, columns
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Turn each pair of neighbouring features of x (..., N, head_dim) by its token's angle."""
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (a, b) → (b, a)
     return x * cos + swapped * signed_sin
-
-
-def norm_and_modulate(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-    if isinstance(norm, RMSNorm) and by_hand(x, scale, norm.weight):
-        return NormAndModulate.apply(x, norm.weight * (1 + scale), shift, norm.eps)
-    return modulate(norm(x), shift, scale)
 
 
 class PatchEmbed(nn.Module):
@@ -131,29 +122,30 @@ class TimeEmbed(nn.Module):
         self.num_features = num_features
         self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def forward(self, t: Tensor) -> Tensor:
+    def features(self, t: Tensor) -> Tensor:
         half = self.num_features // 2
         k = torch.arange(half, dtype=torch.float32, device=t.device)
-        angle = t.float()[:, None] * torch.exp(k * (-math.log(10000.0) / half))  # (B, half)
-        features = torch.cat([angle.cos(), angle.sin()], dim=1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))  # (B, D)
+        angle = t[:, None] * torch.exp(k * (-math.log(10000.0) / half))  # (B, half)
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(self.features(t.float()).to(self.mlp[0].weight.dtype))  # (B, D)
 
 
-class FourierTimeEmbed(nn.Module):
+class FourierTimeEmbed(TimeEmbed):
     """t in [0, 1] → sines and cosines of random frequencies → a two-layer network, as RAE's models (Zheng et al. 2025).
 
     The frequencies `W` are drawn once and belong to the weights: a model with others is a ruined one.
     """
 
     def __init__(self, dim: int, num_features: int = 512) -> None:
-        super().__init__()
-        self.W = nn.Parameter(torch.randn(num_features // 2), requires_grad=False)
-        self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
+        frequencies = torch.randn(num_features // 2)
+        super().__init__(dim, num_features)
+        self.W = nn.Parameter(frequencies, requires_grad=False)
 
-    def forward(self, t: Tensor) -> Tensor:
-        angle = t.float()[:, None] * self.W.float() * (2 * math.pi)  # (B, num_features / 2)
-        features = torch.cat([angle.sin(), angle.cos()], dim=1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))  # (B, D)
+    def features(self, t: Tensor) -> Tensor:
+        angle = t[:, None] * self.W.float() * (2 * math.pi)  # (B, num_features / 2)
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 TIME_EMBEDS = {"sinusoidal": TimeEmbed, "fourier": FourierTimeEmbed}
@@ -163,37 +155,50 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, rms_norm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        if qk_norm:  # the LayerNorm here is affine with eps 1e-5, unlike the blocks' own
-            self.q_norm = RMSNorm(head_dim) if rms_norm else nn.LayerNorm(head_dim)
-            self.k_norm = RMSNorm(head_dim) if rms_norm else nn.LayerNorm(head_dim)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+        self.q_norm = make_qk_norm(dim // num_heads, qk_norm, rms_norm)
+        self.k_norm = make_qk_norm(dim // num_heads, qk_norm, rms_norm)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rope: Rope | None, there: Tensor | None = None) -> Tensor:
         """x (B, N, D), tables (N, head_dim) or (B, N, head_dim); where `there` (B, N) is false none attends to."""
-        qkv = rearrange(self.qkv(x), "b n (three h d) -> b n three h d", three=3, h=self.num_heads)
-        if rope is not None and isinstance(self.q_norm, nn.Identity) and by_hand(qkv, *rope):
-            q, k, v = SplitAndRotate.apply(qkv, *rope)
-        else:
-            q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, d)
-            q, k = self.q_norm(q), self.k_norm(k)
-            if rope is not None:
-                cos, sin = (table.unsqueeze(-3) for table in rope)  # the same for all heads
-                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        attended = None if there is None else there[:, None, None]  # (B, 1, 1, N)
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            cos, sin = (table.unsqueeze(-3) for table in rope)  # the same for all heads
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mask = None if there is None else there[:, None, None]  # (B, 1, 1, N)
         # Norms and the table may have made q and k float32 under autocast; softmax is in float32 inside the kernel.
-        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=attended)
+        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class CrossAttention(nn.Module):
+    """Attention of image tokens (B, N, D) to text tokens (B, L, D)."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool, rms_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.q_norm = make_qk_norm(dim // num_heads, qk_norm, rms_norm)
+        self.k_norm = make_qk_norm(dim // num_heads, qk_norm, rms_norm)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, text: Tensor, seen: Tensor, any_text: Tensor) -> Tensor:
+        """`seen` bool (B, 1, 1, L), one token or more in each row; `any_text` bool (B, 1, 1): false gives 0."""
+        q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.num_heads)
+        k, v = rearrange(self.kv(text), "b l (two h d) -> two b h l d", two=2, h=self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=seen)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)").masked_fill(~any_text, 0))
 
 
 class SwiGLU(nn.Module):
     """A perceptron whose second half of features is let through by silu of the first.
 
-    In half precision a card's matrix units take rows of a multiple of 8, and ⅔ · 4 · 1024 is 2730: there zeros, which
-    change nothing, stand behind both halves. They are put there as the weights are cast, which autocast would do too.
+    A card's matrix units take half-precision rows of a multiple of 8, and ⅔ · 4 · 1024 is 2730: there zeros, which
+    change nothing, are put behind both halves as the weights are cast, which autocast would do too.
     """
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -206,10 +211,7 @@ class SwiGLU(nn.Module):
         half = self.lacking and half_on_card(x)
         if half and type(self.w12) is type(self.w3) is nn.Linear:  # no LoRA beside them
             return self.padded(x, half)
-        both = self.w12(x)
-        if by_hand(both):
-            return self.w3(GateBySwish.apply(both))
-        gate, value = both.chunk(2, dim=-1)
+        gate, value = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
 
     def padded(self, x: Tensor, kind: torch.dtype) -> Tensor:
@@ -222,13 +224,13 @@ class SwiGLU(nn.Module):
 
 
 _MANY_TOKENS = 4096
-"""From here on the products cost far more than that weights are copied: at 256 tokens a picture, 16 pictures."""
+"""From here on products cost far more than copies of weights: at 256 tokens an image, 16 images."""
 
 
 def half_on_card(x: Tensor) -> torch.dtype | None:
-    """The half precision that products with many tokens x (…, D) are computed in on a card; None elsewhere.
+    """Return the half precision of products with many tokens x (…, D) on a card; None elsewhere.
 
-    None under `torch.compile`, too: its products are padded by itself.
+    None under `torch.compile`, too: it pads by itself.
     """
     if x.device.type != "cuda" or x.shape[:-1].numel() < _MANY_TOKENS or torch.compiler.is_compiling():
         return None
@@ -247,29 +249,55 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a perceptron, each on a normed and modulated copy of x and added back through a gate (adaLN)."""
+    """Attention, to a text if asked, and a perceptron, each on a normed and modulated x, added through a gate (adaLN).
+
+    Args:
+        adaln_shift: modulate by scale and shift; False: by scale alone.
+        cross_attention: between the two, let the image look at a text.
+    """
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool, swiglu: bool, rms_norm: bool, adaln_shift: bool
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qk_norm: bool,
+        swiglu: bool,
+        rms_norm: bool,
+        adaln_shift: bool = True,
+        cross_attention: bool = False,
     ) -> None:
         super().__init__()
-        self.adaln_shift = adaln_shift
+        self.num_branches = 3 if cross_attention else 2
+        self.num_modulations = self.num_branches * (3 if adaln_shift else 2)
         hidden = int(dim * mlp_ratio)
         self.norm1 = make_norm(dim, rms_norm)
         self.attn = Attention(dim, num_heads, qk_norm, rms_norm)
         self.norm2 = make_norm(dim, rms_norm)
+        if cross_attention:
+            self.cross = CrossAttention(dim, num_heads, qk_norm, rms_norm)
+            self.norm3 = make_norm(dim, rms_norm)
         self.mlp = SwiGLU(dim, int(2 / 3 * hidden)) if swiglu else MLP(dim, hidden)  # ⅔: as many weights as the MLP
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, (6 if adaln_shift else 4) * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, self.num_modulations * dim))
 
-    def forward(self, x: Tensor, c: Tensor, rope: Rope | None, there: Tensor | None = None) -> Tensor:
-        """x (B, N, D); c (B, 1, D), or (B, N, D) with a conditioning of its own for each token; `there` (B, N)."""
-        if self.adaln_shift:
-            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-        else:
-            scale_1, gate_1, scale_2, gate_2 = self.adaLN_modulation(c).chunk(4, dim=-1)
-            shift_1 = shift_2 = None
-        x = add_gated(x, gate_1, self.attn(norm_and_modulate(self.norm1, x, shift_1, scale_1), rope, there))
-        return add_gated(x, gate_2, self.mlp(norm_and_modulate(self.norm2, x, shift_2, scale_2)))
+    def forward(
+        self, x: Tensor, c: Tensor, rope: Rope | None, there: Tensor | None = None, text: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        """x (B, N, D); c (B, 1, D) or (B, N, D); `there` (B, N), see `Attention`; text: what `CrossAttention` takes."""
+        parts = self.adaLN_modulation(c).chunk(self.num_modulations, dim=-1)
+        step = self.num_modulations // self.num_branches
+        modulations = [parts[start : start + step] for start in range(0, len(parts), step)]
+        x = self._add(x, modulations[0], self.norm1, self.attn, rope, there)
+        if text:
+            x = self._add(x, modulations[1], self.norm2, self.cross, *text)
+        return self._add(x, modulations[-1], self.norm3 if text else self.norm2, self.mlp)
+
+    def _add(
+        self, x: Tensor, modulation: tuple[Tensor, ...], norm: nn.Module, branch: nn.Module, *arguments: Any
+    ) -> Tensor:
+        """x + gate · branch(modulated norm of x), for (shift, scale, gate) or (scale, gate)."""
+        *shift, scale, gate = modulation
+        return x + gate * branch(modulate(norm(x), shift[0] if shift else None, scale), *arguments)
 
 
 class FinalLayer(nn.Module):
@@ -281,50 +309,125 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(norm_and_modulate(self.norm_final, x, shift, scale))
+        return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-def patch_grid(
-    input_size: int | tuple[int, int], patch_size: int, hidden_size: int, num_heads: int, rope: bool, part: str = ""
-) -> tuple[int, int]:
-    """Rows and columns of patches.
+class Backbone:
+    """Mixin of the denoisers: patches and their positions, a loop over blocks, and patches back to latents.
 
-    Args:
-        part: whose hidden_size it is, for the message.
-
-    Raises:
-        UserError: the patches do not fill the latents, or the heads the features.
+    Beside it stand `ModelMixin` and `ConfigMixin`, which diffusers looks for in the file of each model.
     """
-    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-    if height % patch_size or width % patch_size:
-        raise UserError(f"input_size {height}×{width} cannot be cut into patches of {patch_size}×{patch_size}.")
-    if hidden_size % num_heads or hidden_size % 4 or (rope and hidden_size // num_heads % 4):
-        raise UserError(
-            f"{part}hidden_size {hidden_size} with num_heads {num_heads}: the heads must divide it"
-            + (" into parts that are multiples of 4 (for rope)." if rope else ", and 4 too (for the positions).")
-        )
-    return height // patch_size, width // patch_size
 
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012  (diffusers wants a list)
+    _repeated_blocks = ["Block"]  # noqa: RUF012  (for compile_repeated_blocks: one block's code serves all)
+    gradient_checkpointing = False
 
-def begin_as_identity(
-    embedders: Iterable[PatchEmbed], t_embedder: nn.Module, blocks: Iterable[Block], final_layer: FinalLayer
-) -> None:
-    """The beginning that all DiTs share: blocks that pass x on unchanged, and an output of exactly zero."""
-    for embedder in embedders:
-        # The patch convolution is a linear map of each patch: initialised as the matrix it is.
-        nn.init.xavier_uniform_(embedder.proj.weight.view(embedder.proj.out_channels, -1))
-        nn.init.zeros_(embedder.proj.bias)
-    for layer in (t_embedder.mlp[0], t_embedder.mlp[2]):
-        nn.init.normal_(layer.weight, std=0.02)
-    # adaLN-zero: closed gates make each block the identity, from where deep models train well.
-    modulations = [part.adaLN_modulation[1] for part in (*blocks, final_layer)]
-    for layer in (*modulations, final_layer.linear):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    def _set_grid(self, input_size: int | Sequence[int], patch_size: int, in_channels: int) -> None:
+        """Keep the sizes, and rows and columns of patches.
 
+        Raises:
+            UserError: the patches do not fill the latents.
+        """
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if height % patch_size or width % patch_size:
+            raise UserError(f"input_size {height}×{width} cannot be cut into patches of {patch_size}×{patch_size}.")
+        self.rows, self.columns = height // patch_size, width // patch_size
+        self.in_channels, self.patch_size = in_channels, patch_size
+        self.latent_shape = (in_channels, height, width)
 
-def check_latents(x: Tensor, latent_shape: tuple[int, int, int]) -> None:
-    """Say it where latents (B, C, h, w) are not of the shape that a denoiser was made for."""
-    if x.shape[1:] != latent_shape:
-        found, expected = ("×".join(map(str, shape)) for shape in (x.shape[1:], latent_shape))
-        raise UserError(f"The latents are {found} (channels×height×width), this model was made for {expected}.")
+    def _blocks(
+        self, depth: int, dim: int, num_heads: int, rope: bool, part: str = "", **options: float
+    ) -> list[Block]:
+        """Return blocks with the `options` of `Block`.
+
+        Raises:
+            UserError: the heads do not fill the features of the `part`.
+        """
+        if dim % num_heads or dim % 4 or (rope and dim // num_heads % 4):
+            raise UserError(
+                f"{part}hidden_size {dim} with num_heads {num_heads}: the heads must divide it"
+                + (" into parts that are multiples of 4 (for rope)." if rope else ", and 4 too (for the positions).")
+            )
+        return [Block(dim, num_heads, **options) for _ in range(depth)]
+
+    def _build(
+        self,
+        depth: int,
+        hidden_size: int,
+        num_heads: int,
+        rope: bool,
+        rms_norm: bool,
+        time_embed: str,
+        out_channels: int,
+        positions: str = "grid",
+        **options: float,
+    ) -> None:
+        """Make the parts of a denoiser with one stack of blocks, after `_set_grid`; `options` are those of `Block`."""
+        if time_embed not in TIME_EMBEDS:
+            raise UserError(f"time_embed={time_embed!r} is unknown; it is {' or '.join(TIME_EMBEDS)}.")
+        self.conditioning_size = hidden_size
+        self.x_embedder = PatchEmbed(self.patch_size, self.in_channels, hidden_size)
+        self.t_embedder = TIME_EMBEDS[time_embed](hidden_size)
+        self.blocks = nn.ModuleList(self._blocks(depth, hidden_size, num_heads, rope, rms_norm=rms_norm, **options))
+        self.final_layer = FinalLayer(hidden_size, self.patch_size**2 * out_channels, rms_norm)
+        grid = (self.rows, self.columns) if positions == "grid" else (1, self.rows * self.columns)
+        self.register_buffer("pos_embed", sincos_table(*grid, hidden_size)[None], persistent=False)  # (1, N, D)
+        self._register_rope("rope", grid, hidden_size // num_heads if rope else None)
+        self.initialize_weights()
+
+    def _register_rope(self, name: str, grid: tuple[int, int], head_dim: int | None) -> None:
+        """Keep the tables of rotary positions, which follow from the sizes and are not saved; None: keep none."""
+        cos, sin = rope_table(*grid, head_dim) if head_dim else (None, None)
+        self.register_buffer(f"{name}_cos", cos, persistent=False)  # (N, D / heads)
+        self.register_buffer(f"{name}_sin", sin, persistent=False)
+
+    def _rope(self, name: str = "rope") -> Rope | None:
+        cos, sin = getattr(self, f"{name}_cos"), getattr(self, f"{name}_sin")
+        return None if cos is None else (cos, sin)
+
+    def initialize_weights(self) -> None:
+        """As the reference: at first every block passes x on unchanged and the output is exactly zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        self._begin_as_identity([self.x_embedder])
+
+    def _begin_as_identity(self, embedders: Iterable[PatchEmbed]) -> None:
+        for embedder in embedders:
+            # The patch convolution is a linear map of each patch: initialised as the matrix it is.
+            nn.init.xavier_uniform_(embedder.proj.weight.view(embedder.proj.out_channels, -1))
+            nn.init.zeros_(embedder.proj.bias)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        # adaLN-zero: closed gates make each block the identity, from where deep models train well.
+        modulations = [part.adaLN_modulation[1] for part in (*self.blocks, self.final_layer)]
+        for layer in (*modulations, self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def _embed(self, x: Tensor, embedder: PatchEmbed, positions: Tensor | None = None) -> Tensor:
+        """Latents (B, C, h, w) → tokens (B, N, D), under autocast float32 where positions are added.
+
+        Raises:
+            UserError: latents of another shape than this model was made for.
+        """
+        if x.shape[1:] != self.latent_shape:
+            found, expected = ("×".join(map(str, shape)) for shape in (x.shape[1:], self.latent_shape))
+            raise UserError(f"The latents are {found} (channels×height×width), this model was made for {expected}.")
+        x = embedder(x.to(embedder.proj.weight.dtype))
+        return x if positions is None else x + positions
+
+    def _run(self, blocks: Iterable[Block], x: Tensor, c: Tensor, rope: Rope | None, *arguments: Any) -> Tensor:
+        for block in blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, c, rope, *arguments)
+            else:
+                x = block(x, c, rope, *arguments)
+        return x
+
+    def _unpatchify(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, p·p·C) → (B, C, h, w)."""
+        p = self.patch_size
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.rows, w=self.columns, p=p, q=p)

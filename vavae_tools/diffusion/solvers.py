@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vavae_tools.diffusion import SOLVERS
+from vavae_tools.diffusion.conditioning import TextCondition
 from vavae_tools.diffusion.objectives import (
     FlowMatching,
     NoisePrediction,
@@ -38,7 +39,6 @@ from vavae_tools.diffusion.objectives import (
     shift_noise,
     time_of,
 )
-from vavae_tools.diffusion.text_conditioning import TextCondition
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.precision import computing_in
 

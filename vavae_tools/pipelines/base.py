@@ -1,6 +1,7 @@
 """What all pipelines share, and what they are read from: their own folders, and checkpoints of DiT training."""
 
 import json
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vavae_tools.checkpoints.formats import read_any
+from vavae_tools.diffusion import conditioning
 from vavae_tools.diffusion.factory import make_denoiser
 from vavae_tools.diffusion.lora import merged_weights
 from vavae_tools.diffusion.objectives import Objective, objective_of
@@ -96,8 +98,13 @@ def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -
             logging.enable_progress_bar()
 
 
+_MOVED = {"vavae_tools.diffusion.text_conditioning": conditioning}
+"""Modules that older pipelines name."""
+
+
 def _import_own_parts(folder: Path) -> None:
-    """diffusers loads parts of modules that are imported already; of ours, which of them a folder needs."""
+    """Import the modules of ours that a folder needs: diffusers loads parts of imported modules alone."""
+    sys.modules.update(_MOVED)
     for part in read_index(folder).values():
         home = part[0] if isinstance(part, list) and part else None
         if isinstance(home, str) and home.startswith("vavae_tools.autoencoders."):

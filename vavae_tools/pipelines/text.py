@@ -15,9 +15,9 @@ from vavae_tools.autoencoders.loading import load_autoencoder, silent_transforme
 from vavae_tools.checkpoints.formats import is_checkpoint
 from vavae_tools.data.images import to_pixels
 from vavae_tools.diffusion.clip import TextEncoder, TextStates, load_text_encoder
+from vavae_tools.diffusion.conditioning import TextConditioner
 from vavae_tools.diffusion.objectives import objective_of
 from vavae_tools.diffusion.solvers import make_solver, sample
-from vavae_tools.diffusion.text_conditioning import TextConditioner
 from vavae_tools.pipelines.base import (
     OF_TOKENS,
     DenoiserPipeline,
