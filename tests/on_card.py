@@ -142,7 +142,7 @@ class Trainings:
         )
 
     def text_to_image(self, objective: str, out: Path, precision: str | None) -> None:
-        from vavae_tools.autoencoders.tiny import tiny_kl
+        from tiny import tiny_kl
 
         of = ["data.cache=false"] if objective == "not_cached" else [f"model.objective={objective}"]
         tiny_kl().save_pretrained("kl")

@@ -7,9 +7,8 @@ import torch
 from test_sampling import telling
 from test_text_pipeline import SENTENCES, text_parts
 from test_token_pipeline import ALL, CODE, SIZE, TOKENIZER
-from tiny import perturb_projections, same, tiny_dit, tiny_vavae, trained_looking
+from tiny import perturb_projections, same, tiny_dit, tiny_kl, tiny_vavae, trained_looking
 
-from vavae_tools.autoencoders.tiny import tiny_kl
 from vavae_tools.checkpoints.formats import write_any
 from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.data.tokens.dataset import TokenImageDataset

@@ -9,7 +9,7 @@ from vavae_tools.diffusion.factory import make_denoiser, split_reference_argumen
 from vavae_tools.diffusion.layers import sincos_table
 from vavae_tools.diffusion.solvers import guided_prediction
 from vavae_tools.diffusion.transformer import DiT
-from vavae_tools.published.ddt import load_ddt
+from vavae_tools.published.denoisers import load_ddt
 from vavae_tools.runtime.errors import UserError
 
 CASES = sorted({"ddt-a"} | {path.name for path in SHARED.glob("ddt-*")})

@@ -8,7 +8,7 @@ from diffusers.models.embeddings import Timesteps
 from vavae_tools.diffusion.factory import split_reference_arguments
 from vavae_tools.diffusion.layers import sincos_table
 from vavae_tools.diffusion.transformer import DiT
-from vavae_tools.published.dit import PLAIN, REFERENCE_DEFAULTS, PlainDiT, load_dit
+from vavae_tools.published.denoisers import DIT_DEFAULTS, PlainDiT, load_dit
 from vavae_tools.runtime.errors import UserError
 
 CONFIG = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
@@ -99,9 +99,9 @@ def test_guidance_is_on_three_channels_of_the_first_halfs_x():
 
 
 def test_the_defaults_are_those_of_dit_xl_2():
-    denoiser, conditioner = split_reference_arguments(REFERENCE_DEFAULTS)
+    denoiser, conditioner = split_reference_arguments(DIT_DEFAULTS)
     with torch.device("meta"):
-        model = DiT(**{**PLAIN, **denoiser})
+        model = DiT(**denoiser)
     count = sum(tensor.numel() for tensor in (*model.parameters(), model.pos_embed))
     assert model.latent_shape == (4, 32, 32)
     assert count + 1001 * conditioner["hidden_size"] == 675_129_632  # 675 M (Peebles & Xie 2023)

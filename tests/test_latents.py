@@ -639,7 +639,7 @@ def test_latents_of_another_vavae_are_refused(split, tmp_path):
 
 
 def test_another_decoder_leaves_the_latents_of_an_rae_valid(tmp_path):
-    from vavae_tools.autoencoders.tiny import tiny_rae
+    from vavae_tools.autoencoders.rae import tiny_rae
     from vavae_tools.data.demo.shapes import shape_data
 
     torch.manual_seed(0)

@@ -741,7 +741,7 @@ def test_settings_that_cannot_be_leave_nothing_behind(pipe, tmp_path):
 
 
 def test_a_folder_with_an_rae_is_read_by_whoever_has_not_imported_it(tmp_path):
-    from vavae_tools.autoencoders.tiny import tiny_rae
+    from vavae_tools.autoencoders.rae import tiny_rae
     from vavae_tools.diffusion.ddt import DDT
 
     denoiser = DDT(4, 1, 64, (16, 32), (1, 1), 2)

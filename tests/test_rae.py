@@ -1,4 +1,4 @@
-"""The RAE as an autoencoder of the house: contracts, folders, files of a person, what is said where something lacks."""
+"""The RAE: encoders of transformers' folders, latents, folders, files of a person, errors."""
 
 import json
 
@@ -8,17 +8,16 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.encoders import Dinov2withNorm, MAEwithNorm, SigLIPwithNorm, encoder_class
-from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, decoder_size, noised, picture_decoder, reconstruction_psnr
+from vavae_tools.autoencoders.encoders import MAEwithNorm
+from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, noised, picture_decoder, tiny_rae
 from vavae_tools.autoencoders.rae_weights import (
+    decoder_size,
     fit,
     is_rae_folder,
     load_rae,
     read_rae_folder,
     read_rae_weights,
-    read_statistics,
 )
-from vavae_tools.autoencoders.tiny import tiny_rae
 from vavae_tools.runtime.errors import UserError
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -94,7 +93,7 @@ def expected_tokens(model: nn.Module, kind: str, pixel_values: Tensor) -> Tensor
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [24, 32, 64])
+@pytest.mark.parametrize("size", [24, 64])
 def test_a_folders_encoder_gives_patch_tokens_without_the_last_norms_weights(tmp_path, said, kind, size):
     model = transformers_model(kind)
     norm = model.post_layernorm if kind == "siglip" else model.layernorm
@@ -137,15 +136,6 @@ def test_the_whole_siglip_folder_and_its_preprocessor(tmp_path, said):
     assert rae.config.image_mean == [0.1, 0.2, 0.3] and rae.config.image_std == [0.4, 0.5, 0.6]
 
 
-def test_names_of_encoders():
-    for kind, names in {
-        Dinov2withNorm: ("Dinov2withNorm", "dinov2"),
-        SigLIPwithNorm: ("SigLIPwithNorm", "SigLIP2wNorm", "siglip2"),
-        MAEwithNorm: ("MAEwithNorm", "MAEwNorm", "mae"),
-    }.items():
-        assert {encoder_class(name) for name in names} == {kind}
-
-
 # ---- the model
 
 
@@ -158,7 +148,7 @@ def test_published_sizes():
         assert sum(p.numel() for p in decoder.state_dict().values()) / 1e6 == pytest.approx(millions, abs=0.05), size
 
 
-@pytest.mark.parametrize(("grid", "patch"), [(3, 4), (8, 2), (32, 2)])
+@pytest.mark.parametrize(("grid", "patch"), [(3, 4), (32, 2)])
 def test_shapes_follow_from_grid_and_patches(grid, patch):
     rae = small_rae(grid, decoder_patch_size=patch)
     assert rae.latent_shape == (16, grid, grid)
@@ -166,7 +156,6 @@ def test_shapes_follow_from_grid_and_patches(grid, patch):
     latents = rae.encode(pictures(20)).latent
     assert latents.shape == (2, 16, grid, grid)
     assert rae.decode(latents).sample.shape == (2, 3, grid * patch, grid * patch)
-    assert rae.encode(pictures(20), return_dict=False)[0].equal(latents)
     assert rae.decode(latents, return_dict=False)[0].equal(rae(pictures(20)))
 
 
@@ -194,11 +183,6 @@ def test_element_statistics_normalise_with_the_epsilon_counted_once():
     torch.testing.assert_close(rae.decode(latents).sample, reconstructed, rtol=0, atol=1e-4)
     assert rae.has_own_statistics
     assert rae.normalise(latents) is latents and rae.denormalise(latents) is latents
-
-
-def test_statistics_that_are_none_stand_for_zero_and_one():
-    rae = small_rae()
-    raw = rae.encode(pictures()).latent
     rae.set_statistics(None, None)
     torch.testing.assert_close(rae.encode(pictures()).latent, raw / (1 + 1e-5) ** 0.5, rtol=0, atol=1e-7)
 
@@ -211,22 +195,6 @@ def test_statistics_per_channel_are_the_houses():
     torch.testing.assert_close(rae.decode_latents((raw - 0.5) / 2), rae.decode(raw).sample, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="carries no latent statistics"):
         small_rae().decode_latents(raw)
-
-
-def test_noise_is_tau_u_n_on_the_tokens():
-    rae = small_rae(noise_tau=0.5)
-    raw = rae.encode(pictures()).latent
-    rae.set_statistics(*statistics(rae))
-    u, n = torch.tensor([0.0, 0.5]), torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(3))
-    quiet, noisy = rae.encode(pictures()).latent, rae.encode(pictures(), u=u, n=n).latent
-    assert torch.equal(noisy[0], quiet[0])
-    added = 0.25 * n[1].T.reshape(16, 4, 4) / (rae.statistics_var + 1e-5).sqrt()
-    torch.testing.assert_close(noisy[1] - quiet[1], added, rtol=0, atol=1e-5)
-    louder = rae.encode(pictures(), u=u, n=n, tau=1.0).latent
-    torch.testing.assert_close(louder[1] - quiet[1], 2 * added, rtol=0, atol=1e-5)
-    rae.train()
-    assert torch.equal(rae.encode(pictures()).latent, quiet)  # nothing is drawn unless it is given
-    assert raw.shape == quiet.shape
 
 
 def test_the_encoder_is_frozen_and_stays_in_evaluation_mode():
@@ -264,20 +232,15 @@ def test_half_precision_encodes_and_decodes():
 
 
 @pytest.mark.parametrize("cls", ["Dinov2withNorm", "SigLIPwithNorm", "MAEwithNorm"])
-@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-def test_a_saved_rae_comes_back_bit_by_bit(tmp_path, cls, low_cpu_mem_usage):
+def test_a_saved_rae_comes_back_bit_by_bit(tmp_path, cls):
     rae = small_rae(3, encoder_cls=cls, latents_mean=[0.0] * 16, latents_std=[2.0] * 16)
     rae.set_statistics(*statistics(rae))
     rae.save_pretrained(tmp_path)
-    json.loads((tmp_path / "config.json").read_text())
     assert (tmp_path / "config.json").stat().st_size < 3000  # the statistics stand with the weights
-    again = RAE.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert again.config.encoder_config == rae.config.encoder_config
-    for back in (again, read_rae_folder(tmp_path), load_rae(encoder_checkpoint_path=tmp_path, say=lambda line: None)):
+    whole = load_rae(encoder_checkpoint_path=tmp_path, say=lambda line: None)
+    for back in (RAE.from_pretrained(tmp_path), read_rae_folder(tmp_path), whole):
         assert same_weights(rae, back) and back.has_own_statistics
         assert not any(p.is_meta or p.requires_grad for p in back.encoder.parameters())
-        assert torch.equal(back.decoder.decoder_pos_embed, rae.decoder.decoder_pos_embed)
-        assert torch.equal(back.encode(pictures()).latent, rae.encode(pictures()).latent)
         assert torch.equal(back(pictures()), rae(pictures()))
 
 
@@ -368,8 +331,10 @@ def test_nothing_given_starts_anew_and_says_so(config_path, said):
     assert same_weights(load(said, encoder_config_path=config_path.parent), rae) is False
 
 
-@pytest.mark.parametrize("part", ["ema", "model", "state_dict", None])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "rae."])
+@pytest.mark.parametrize(
+    ("part", "prefix"),
+    [("ema", ""), ("model", "module."), ("state_dict", "_orig_mod.module."), ("state_dict", "rae."), (None, "")],
+)
 def test_a_whole_rae_in_a_checkpoint(tmp_path, config_path, said, part, prefix):
     rae = small_rae(seed=4)
     weights = {prefix + name: tensor for name, tensor in authors_weights(rae).items()}
@@ -380,24 +345,20 @@ def test_a_whole_rae_in_a_checkpoint(tmp_path, config_path, said, part, prefix):
     assert same_weights(back, rae)
     place = f"{path}, {part}" if part else str(path)
     count = len(rae.encoder.model.state_dict())
-    assert said[0] == f"RAE encoder: {count} weights matched, 0 missing, 0 unused ({place})" or not prefix
     assert said[0].startswith(f"RAE encoder: {count} weights matched, 0 missing")
     assert said[0].endswith(f"({place})") and said[1].startswith("RAE decoder: ") and len(said) == 2
 
 
 def test_averaged_weights_are_preferred_to_the_live_ones(tmp_path, config_path, said):
-    live, averaged = small_rae(seed=1), small_rae(seed=2)
-    torch.save({"model": authors_weights(live), "ema": authors_weights(averaged)}, tmp_path / "both.pt")
-    rae = load(said, encoder_config_path=config_path, encoder_checkpoint_path=tmp_path / "both.pt")
-    assert same_weights(rae, averaged)
-    of_lightning = {f"ema.rae.{k}": v for k, v in authors_weights(averaged).items()}
-    of_lightning |= {f"rae.{k}": v for k, v in authors_weights(live).items()}
-    torch.save({"state_dict": of_lightning}, tmp_path / "last.ckpt")
-    rae = load(said, encoder_config_path=config_path, encoder_checkpoint_path=tmp_path / "last.ckpt")
-    assert same_weights(rae, averaged)
+    live, averaged = authors_weights(small_rae(seed=1)), authors_weights(small_rae(seed=2))
+    of_lightning = {f"ema.rae.{k}": v for k, v in averaged.items()} | {f"rae.{k}": v for k, v in live.items()}
+    for saved in ({"model": live, "ema": averaged}, {"state_dict": of_lightning}):
+        torch.save(saved, tmp_path / "both.pt")
+        rae = load(said, encoder_config_path=config_path, encoder_checkpoint_path=tmp_path / "both.pt")
+        assert same_weights(rae, small_rae(seed=2))
 
 
-@pytest.mark.parametrize("prefix", ["", "dinov2_with_registers.", "module."])
+@pytest.mark.parametrize("prefix", ["", "dinov2_with_registers."])
 def test_an_encoder_alone_in_safetensors(tmp_path, config_path, said, prefix):
     model = transformers_model("registers", seed=6)
     save_file({prefix + k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "encoder.safetensors")
@@ -419,16 +380,6 @@ def test_maes_own_decoder_is_not_taken_for_an_raes(tmp_path, said):
     assert len(said) == 2 and said[1].startswith("decoder starts anew")
 
 
-def test_a_partial_encoder_says_how_many_weights_stay(tmp_path, config_path, said):
-    weights = authors_weights(small_rae(seed=4))
-    for name in ("embeddings.register_tokens", "encoder.layer.0.norm1.bias"):
-        del weights[f"encoder.encoder.{name}"]
-    weights = {name: tensor for name, tensor in weights.items() if name.startswith("encoder.")}
-    torch.save({**weights, "encoder.encoder.classifier": torch.zeros(1)}, tmp_path / "partial.pth")
-    load(said, encoder_config_path=config_path, encoder_checkpoint_path=tmp_path / "partial.pth")
-    assert "2 missing, which start anew, 1 unused" in said[0]
-
-
 def test_an_extracted_decoder_and_statistics(tmp_path, config_path, said):
     rae = small_rae(seed=4)
     weights = {k.removeprefix("decoder."): v for k, v in authors_weights(rae).items() if k.startswith("decoder.")}
@@ -447,16 +398,6 @@ def test_an_extracted_decoder_and_statistics(tmp_path, config_path, said):
     assert said[-1].startswith("encoder starts anew") and len(said) == 2
     larger = load(said, encoder_config_path=config_path, encoder_input_size=48, decoder_path=tmp_path / "model.pt")
     assert torch.equal(larger.decoder.decoder_pos_embed, small_rae(6).decoder.decoder_pos_embed)
-
-
-def test_the_decoders_numbers_from_a_file(tmp_path, config_path, said):
-    numbers = {name: value for name, value in DECODER.items() if name != "decoder_patch_size"}
-    config = {**numbers, "patch_size": "SHOULD BE RELOADED", "layer_norm_eps": 1e-12, "model_type": "vit_mae"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    rae = load(said, encoder_config_path=config_path, decoder=tmp_path)
-    assert (rae.config.decoder_hidden_size, rae.config.decoder_patch_size, rae.picture_size) == (16, 16, 64)
-    rae = load(said, encoder_config_path=config_path, decoder=str(tmp_path / "config.json"), decoder_patch_size=4)
-    assert rae.picture_size == 16
 
 
 def test_published_defaults():
@@ -482,13 +423,11 @@ def test_wrong_numbers_and_shapes_are_one_line():
     rae = small_rae()
     refused(lambda: rae.encode(torch.zeros(2, 1, 16, 16)), "(2, 1, 16, 16)", "3 channels")
     refused(lambda: rae.encode(torch.zeros(2, 3, 16, 24)), "square")
-    refused(lambda: rae.encode(torch.zeros(3, 16, 16)), "(3, 16, 16)")
     refused(lambda: rae.decode(torch.zeros(1, 16, 3, 3)), "(1, 16, 3, 3)", "16×4×4")
     refused(lambda: rae.encoder(torch.zeros(1, 3, 20, 16)), "patches of 8")
     refused(lambda: rae.set_statistics(torch.zeros(16), None), "(16,)", "16×4×4")
     refused(lambda: rae.set_statistics(None, torch.full((16, 4, 4), -1.0)), "var")
     refused(lambda: rae.set_statistics(torch.full((16, 4, 4), float("nan")), None), "mean")
-    refused(lambda: noised(torch.zeros(2, 4, 3), 0.8, torch.zeros(2), None), "both u")
     refused(lambda: noised(torch.zeros(2, 4, 3), 0.8, torch.zeros(2), torch.zeros(2, 3, 4)), "(2, 3, 4)")
     refused(lambda: small_rae(encoder_input_size=30), "30", "24 or 32")
     refused(lambda: small_rae(encoder_cls="CLIP"), "'CLIP'", "Dinov2withNorm")
@@ -507,38 +446,32 @@ def test_wrong_numbers_and_shapes_are_one_line():
 
 
 def test_wrong_files_are_one_line(tmp_path, config_path, said):
-    def loaded(**changes):
-        return lambda: load(said, **{"encoder_config_path": config_path, **changes})
-
     empty = tmp_path / "empty"
     empty.mkdir()
-    torn, other, pickled = tmp_path / "torn.pt", tmp_path / "other.pt", tmp_path / "list.pt"
+    torn, damaged = tmp_path / "torn.pt", tmp_path / "damaged.safetensors"
     torn.write_bytes(b"nothing")
-    torch.save({"model": {"conv.weight": torch.zeros(1)}}, other)
-    torch.save([1], pickled)
-    damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(b"1234")
-    refused(loaded(encoder_config_path=tmp_path / "no"), "No folder")
-    refused(loaded(encoder_config_path=empty), "config.json is missing")
-    refused(loaded(encoder_config_path=torn), "cannot be read")
-    refused(loaded(encoder_checkpoint_path=tmp_path / "no.pt"), "No weights at")
-    refused(loaded(encoder_checkpoint_path=torn), "damaged")
-    refused(loaded(encoder_checkpoint_path=damaged), "cannot be read")
-    refused(loaded(encoder_checkpoint_path=pickled), "list")
-    refused(loaded(encoder_checkpoint_path=other), "conv.weight")
-    refused(loaded(encoder_checkpoint_path=empty), "No weights in")
-    refused(loaded(decoder="ViTH"), "'ViTH'")
-    refused(loaded(decoder=tmp_path / "no.json"), "cannot be read")
-    refused(loaded(decoder=config_path), "no decoder_hidden_size")
-    refused(loaded(statistics_path=tmp_path / "no.pt"), "no.pt")
-    refused(loaded(statistics_path=pickled), "no statistics", "list")
-    refused(loaded(encoder_cls="mae"), "'dinov2_with_registers'", "encoder_cls=Dinov2withNorm")
-    save_file({"mean": torch.zeros(3, 4, 4)}, tmp_path / "stat.safetensors")
-    refused(loaded(statistics_path=tmp_path / "stat.safetensors"), "(3, 4, 4)", "16×4×4")
+    torch.save({"model": {"conv.weight": torch.zeros(1)}}, tmp_path / "other.pt")
     torch.save({"mean": None, "var": None}, tmp_path / "none.pt")
-    refused(lambda: read_statistics(tmp_path / "none.pt"), "neither")
+    save_file({"mean": torch.zeros(3, 4, 4)}, tmp_path / "stat.safetensors")
+    for changes, *parts in (
+        ({"encoder_config_path": tmp_path / "no"}, "No folder"),
+        ({"encoder_config_path": empty}, "config.json is missing"),
+        ({"encoder_config_path": torn}, "cannot be read"),
+        ({"encoder_checkpoint_path": tmp_path / "no.pt"}, "No weights at"),
+        ({"encoder_checkpoint_path": torn}, "damaged"),
+        ({"encoder_checkpoint_path": damaged}, "cannot be read"),
+        ({"encoder_checkpoint_path": tmp_path / "other.pt"}, "conv.weight"),
+        ({"encoder_checkpoint_path": empty}, "No weights in"),
+        ({"decoder": "ViTH"}, "'ViTH'"),
+        ({"statistics_path": tmp_path / "no.pt"}, "no.pt"),
+        ({"statistics_path": tmp_path / "none.pt"}, "no statistics", "mean"),
+        ({"statistics_path": tmp_path / "stat.safetensors"}, "(3, 4, 4)", "16×4×4"),
+        ({"encoder_cls": "mae"}, "'dinov2_with_registers'", "encoder_cls=Dinov2withNorm"),
+    ):
+        refused(lambda changes=changes: load(said, **{"encoder_config_path": config_path, **changes}), *parts)
     (config_path.parent / "preprocessor_config.json").write_text("{")
-    refused(loaded(), "preprocessor_config.json")
+    refused(lambda: load(said, encoder_config_path=config_path), "preprocessor_config.json")
 
 
 def test_weights_of_another_architecture_are_named(tmp_path, config_path, said):
@@ -550,10 +483,13 @@ def test_weights_of_another_architecture_are_named(tmp_path, config_path, said):
     )
     torch.save(authors_weights(small_rae(encoder_cls="MAEwithNorm")), path)
     refused(lambda: load(said, encoder_config_path=config_path, encoder_checkpoint_path=path), "another encoder")
-    torch.save(transformers_model("registers").state_dict(), path)
+    encoder = transformers_model("registers").state_dict()
+    torch.save(encoder, path)
     refused(lambda: load(said, encoder_config_path=config_path, decoder_path=path), "no decoder", "only encoder")
-    tiny = {k: v for k, v in tiny_rae(32).state_dict().items() if k.startswith("decoder.")}
-    torch.save(tiny, path)
+    del encoder["encoder.layer.0.norm1.bias" if "encoder.layer.0.norm1.bias" in encoder else "layers.0.norm1.bias"]
+    torch.save(encoder, path)
+    refused(lambda: load(said, encoder_config_path=config_path, encoder_checkpoint_path=path), "norm1.bias is missing")
+    torch.save({k: v for k, v in tiny_rae(32).state_dict().items() if k.startswith("decoder.")}, path)
     refused(lambda: load(said, encoder_config_path=config_path, decoder_path=path), "take decoder=tiny")
     decoder = small_rae().decoder
     refused(lambda: fit(decoder, {"decoder_norm.bias": torch.zeros(16)}, "decoder", "a file"), "1 of ", "is missing")
@@ -565,41 +501,26 @@ def test_damaged_rae_folders_are_one_line(tmp_path):
     rae.save_pretrained(tmp_path)
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     save_file({k: v for k, v in rae.state_dict().items() if "statistics" not in k}, weights)
-    refused(lambda: read_rae_folder(tmp_path), "lacks the statistics")
+    refused(lambda: read_rae_folder(tmp_path), "2 are missing, such as statistics_mean")
     save_file({k: v.clone() for k, v in rae.decoder.state_dict().items()}, weights)
-    refused(lambda: read_rae_folder(tmp_path), "no encoder")
+    refused(lambda: read_rae_folder(tmp_path), "are missing, such as decoder.")
     weights.unlink()
-    refused(lambda: read_rae_folder(tmp_path), "No weights in")
+    refused(lambda: read_rae_folder(tmp_path), "cannot be loaded", str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
     refused(lambda: is_rae_folder(tmp_path), "expected an object")
     refused(lambda: read_rae_weights(tmp_path), "No weights in")
 
 
-def test_a_hubs_name_is_asked_for_only_where_it_is_given(monkeypatch, tmp_path, config_path, said):
+def test_a_hubs_name_is_asked_for_only_where_it_is_given(monkeypatch, tmp_path, said):
     import huggingface_hub
 
-    asked = []
-
-    def unreachable(name: str, **options) -> str:
-        asked.append(name)
-        raise OSError("no network\nhere")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    for source in (None, config_path, config_path.parent):
-        load(said, encoder_config_path=source, decoder=DECODER) if source else RAE(**DECODER, encoder_config=SMALL)
-    for nothing in ("nowhere", "./owner/name", tmp_path / "a" / "b", "a/b/c", "a/config.json"):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: 1 / 0)
+    for nothing in ("nowhere", "./owner/name", tmp_path / "a" / "b", "a/config.json"):
         refused(lambda path=nothing: load(said, encoder_config_path=path), "No folder or config.json")
-    assert asked == []
-    refused(
-        lambda: load(said, encoder_config_path="facebook/some-encoder"),
-        "There is no folder facebook/some-encoder",
-        "no network here",
-        "name their folder",
-    )
-    assert asked == ["facebook/some-encoder"]
+    refused(lambda: load(said, encoder_config_path="facebook/some-encoder"), "no folder facebook/some-encoder")
 
 
-# ---- the tiny one, and how near reconstructions are
+# ---- the tiny one
 
 
 @pytest.mark.parametrize(("size", "grid"), [(32, 4), (64, 8)])
@@ -627,17 +548,3 @@ def test_a_tiny_decoder_learns_two_pictures():
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0]
-
-
-def test_reconstruction_psnr():
-    rae = small_rae(image_mean=[100 / 255] * 3)  # every reconstruction is this grey
-    nn.init.zeros_(rae.decoder.decoder_pred.weight)
-    nn.init.zeros_(rae.decoder.decoder_pred.bias)
-    x = torch.full((2, 3, 16, 16), 100, dtype=torch.uint8)
-    x[1] = 110
-    made, psnr = reconstruction_psnr(rae, x)
-    assert made.dtype == torch.uint8 and (made == 100).all()
-    assert psnr[0] == float("inf")
-    assert psnr[1].item() == pytest.approx(20 * torch.log10(torch.tensor(25.5)).item(), abs=1e-4)
-    assert reconstruction_psnr(rae, x.repeat(1, 1, 2, 2))[0].shape == (2, 3, 16, 16)  # another size is resized
-    refused(lambda: reconstruction_psnr(rae, x[:, :1]), "3 channels")

@@ -276,7 +276,7 @@ def test_diffusers_scaling_factor_and_statistics_per_channel():
         ({"encoder": "ResNet"}, "No encoder 'ResNet'"),
         ({"encoder_input_size": 30}, "take 28 or 35"),
         ({"decoder_patch_size": 4}, "decoder_pred.bias is (192,), expected (48,)"),
-        ({"mean": torch.zeros(3, 4, 4)}, "do not fit latents of 32×4×4"),
+        ({"mean": torch.zeros(3, 4, 4)}, "this RAE's latents are 32×4×4"),
     ],
 )
 def test_numbers_that_do_not_fit_are_one_line(change, message):

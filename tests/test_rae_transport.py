@@ -16,9 +16,9 @@ from vavae_tools.diffusion.solvers import (
     sample,
     time_grid,
 )
-from vavae_tools.published.ddt import load_ddt
-from vavae_tools.published.lightningdit import (
+from vavae_tools.published.denoisers import (
     RAELightningDiT,
+    load_ddt,
     load_lightningdit,
     load_rae_lightningdit,
     read_latent_statistics,

@@ -1,4 +1,4 @@
-"""Stable Diffusion's autoencoder: diffusers' own numbers times its scale, and a small one that learns shapes."""
+"""Stable Diffusion's autoencoder: diffusers' own numbers times its scale, and the small one that knows shapes."""
 
 import json
 import shutil
@@ -6,15 +6,15 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from tiny import TWO_LEVELS, same, tiny_vavae
+from tiny import TWO_LEVELS, same, tiny_kl, tiny_vavae
 
 from vavae_tools.autoencoders.loading import load_autoencoder
-from vavae_tools.autoencoders.stable_diffusion import StableDiffusionVAE, load_stable_diffusion_vae
-from vavae_tools.autoencoders.tiny import _orthogonal, reconstruction_psnr, tiny_kl, train_tiny_kl
+from vavae_tools.autoencoders.stable_diffusion import SHAPES_VAE, StableDiffusionVAE, load_stable_diffusion_vae
 from vavae_tools.autoencoders.vavae import VAVAE
-from vavae_tools.data.demo.shapes import ShapePictures, shape_data
+from vavae_tools.data.demo.shapes import CaptionedShapes, ShapePictures, shape_data
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.latents import encode_latents
+from vavae_tools.evaluation.metrics import psnr
 from vavae_tools.runtime.errors import UserError
 
 
@@ -111,32 +111,21 @@ def test_folders_that_are_none(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(deeper))
     with pytest.raises(UserError, match="are missing, such as"):
         load_stable_diffusion_vae(folder)
-    with pytest.raises(UserError, match="expected 2, 4 or 8"):
-        tiny_kl(downsampling=3)
 
 
-def test_the_small_one_learns_and_its_latents_have_unit_variance():
-    data = ShapePictures(64, 4, 16).in_memory()
-    trained = []
-    for _ in range(2):
-        vae = tiny_kl(downsampling=2)
-        before = reconstruction_psnr(vae, data)
-        psnr = train_tiny_kl(vae, data, steps=40)
-        trained.append(vae)
-    assert psnr > before + 5 and psnr == pytest.approx(reconstruction_psnr(vae, data))
-    assert all(same(a, b) for a, b in zip(*(vae.state_dict().values() for vae in trained), strict=True))
-    latents = vae.encode_pictures(to_unit(data))
-    assert latents.mean().abs() < 1e-4 and (latents.std() - 1).abs() < 1e-4
-    assert vae.config.scaling_factor != 1 and not any(weight.requires_grad for weight in vae.parameters())
-
-
-def test_steps_are_of_equal_length_in_all_directions():
-    matrix = torch.randn(6, 20, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -1, 6)[:, None]
-    for made in (_orthogonal(matrix), _orthogonal(matrix.T)):
-        values = torch.linalg.svdvals(made)
-        assert values.min() > 0.5 and values.max() < 1.3
-    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    assert torch.nn.functional.cosine_similarity(_orthogonal(matrix).flatten(), (u @ v).flatten(), dim=0) > 0.95
+@pytest.mark.parametrize("size", [32, 64])
+@torch.no_grad()
+def test_the_small_one_knows_shapes_and_its_latents_have_unit_variance(size):
+    """Reconstructions have 34 dB on average, each 28 or more; the package grows by less than 150 KB."""
+    vae = load_stable_diffusion_vae(SHAPES_VAE)
+    for data in (ShapePictures(64, 36, size), CaptionedShapes(64, size, side=1)):
+        x = to_unit(data.in_memory())
+        latents = vae.encode_pictures(x)
+        assert latents.shape == (64, 4, size // 4, size // 4)
+        assert latents.mean().abs() < 0.3 and 0.7 < latents.std() < 1.3
+        found = psnr(vae.decode_latents(latents).clamp(-1, 1), x)
+        assert found.mean() > 34 and found.min() > 28, found
+    assert sum(path.stat().st_size for path in SHAPES_VAE.iterdir()) < 150_000
 
 
 def test_latents_on_the_disk_know_the_scale(tmp_path):

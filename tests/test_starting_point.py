@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.transformer import DiT
-from vavae_tools.published.dit import load_dit
+from vavae_tools.published.denoisers import load_dit
 from vavae_tools.recipes.init_from import start_from
 from vavae_tools.recipes.nearest_classes import nearest_classes
 from vavae_tools.runtime.errors import UserError

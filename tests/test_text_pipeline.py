@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from tiny import same, trained_looking
+from tiny import same, tiny_kl, trained_looking
 
-from vavae_tools.autoencoders.tiny import tiny_kl
 from vavae_tools.data.images import to_pixels
 from vavae_tools.diffusion.clip import TextEncoder, tiny_text_encoder
 from vavae_tools.diffusion.conditioning import TextCondition, TextConditioner

@@ -17,11 +17,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from test_experiments import values_of
-from tiny import assert_same, assert_same_training, same
+from tiny import assert_same, assert_same_training, same, tiny_kl
 
 from vavae_tools import sample, train
 from vavae_tools.autoencoders.stable_diffusion import load_stable_diffusion_vae
-from vavae_tools.autoencoders.tiny import tiny_kl
 from vavae_tools.checkpoints.formats import read_any
 from vavae_tools.data.demo.shapes import EXAMPLE_PROMPTS, captioned_shape_data, vocabulary
 from vavae_tools.data.text_states import TextLatentDataModule

@@ -16,7 +16,7 @@ from alike import assert_curves_alike
 from forked import python
 from tiny import tiny_dit, tiny_vavae, trained_looking
 
-from vavae_tools.autoencoders.tiny import tiny_rae
+from vavae_tools.autoencoders.rae import tiny_rae
 from vavae_tools.data.datasets import PictureDataModule
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.data.tokens.dataset import TokenImageDataset

@@ -9,7 +9,7 @@ from vavae_tools.diffusion.layers import kept_patches, rope_table, sincos_table
 from vavae_tools.diffusion.solvers import guided_prediction
 from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
 from vavae_tools.published import load_reference
-from vavae_tools.published.lightningdit import split_config, split_state_dict
+from vavae_tools.published.denoisers import split_state_dict
 from vavae_tools.runtime.errors import UserError
 
 KNOWN = {"lightningdit-a", "lightningdit-b", "lightningdit-eps"}  # b is in ../shared only: tests/golden stays small
@@ -188,7 +188,7 @@ def test_reference_errors_say_what_is_known():
     with pytest.raises(UserError, match=r"known kinds: .*lightningdit"):
         load_reference("lightning", weights, case["constructor"])
     with pytest.raises(UserError, match="no argument hiden_size"):
-        split_config({"hiden_size": 3})
+        load_reference("lightningdit", {}, {"hiden_size": 3})
     with pytest.raises(UserError, match="do not fit"):
         load_reference("lightningdit", weights, {**case["constructor"], "depth": 3})
     with pytest.raises(UserError, match=r"pos_embed is \(1, 16, 32\)"):

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vavae_tools.autoencoders.stable_diffusion import StableDiffusionVAE
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.solvers import make_solver
@@ -30,6 +31,19 @@ TWO_LEVELS = {
 def tiny_vavae(seed: int = 0, condition_dim: int = 4, **changes) -> VAVAE:
     torch.manual_seed(seed)
     return VAVAE(**{**TWO_LEVELS, "condition_dim": condition_dim, "num_conditions": PEOPLE, **changes})
+
+
+def tiny_kl(seed: int = 0, downsampling: int = 4) -> StableDiffusionVAE:
+    torch.manual_seed(seed)
+    levels = downsampling.bit_length()
+    return StableDiffusionVAE(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) * levels,
+        norm_num_groups=4,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    ).eval()
 
 
 def perturb_projections(model: VAVAE) -> VAVAE:

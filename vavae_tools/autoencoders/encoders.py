@@ -14,8 +14,7 @@ from vavae_tools.runtime.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-_KEPT = (  # what an encoder's tokens follow from
-    "model_type",
+_KEPT = (  # what an encoder's tokens follow from, beside the model_type
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -37,7 +36,7 @@ class FrozenEncoder(nn.Module):
     """A ViT whose patch tokens, after a last norm without affine weights, are what RAE encodes to.
 
     It never leaves evaluation mode and asks for no gradients of its weights. Position tables are resampled to the
-    grid of the pictures as transformers does it.
+    grid of the images as transformers does it.
 
     Args:
         config: arguments of a transformers configuration, or all that a `config.json` holds; what is left out is as
@@ -71,6 +70,9 @@ class FrozenEncoder(nn.Module):
             heads = full.num_attention_heads
             if full.hidden_size % heads:
                 raise ValueError(f"hidden_size {full.hidden_size} is not divisible by {heads} attention heads")
+            if full.num_channels != 3:
+                raise ValueError(f"num_channels is {full.num_channels}, expected 3")
+            self.patch_size, image_size = int(full.patch_size), int(full.image_size)  # no lists: squares
             model = model_class(full)
         except Exception as error:  # of any kind: transformers' versions check a configuration in different ways
             reason = " ".join(str(error).split())[:200]
@@ -79,12 +81,8 @@ class FrozenEncoder(nn.Module):
                 "config.json that came with the weights"
             ) from None
         self.arguments = {key: value for key, value in full.to_dict().items() if key in _KEPT}
-        self.arguments["model_type"] = model_type
+        self.arguments |= {"model_type": model_type, "patch_size": self.patch_size, "image_size": image_size}
         self.channels: int = full.hidden_size
-        self.patch_size = self.arguments["patch_size"] = _side(full.patch_size, "patch_size")
-        self.arguments["image_size"] = _side(full.image_size, "image_size")
-        if full.num_channels != 3:
-            raise UserError(f"The encoder's num_channels is {full.num_channels}, expected 3: RAE takes colour pictures")
         self.model = getattr(model, "vision_model", model)  # until transformers 5 SigLIP's stood inside another
         eps = getattr(self.model, self.norm).eps
         setattr(self.model, self.norm, nn.LayerNorm(self.channels, eps=eps, elementwise_affine=False))
@@ -92,37 +90,31 @@ class FrozenEncoder(nn.Module):
 
     @classmethod
     def _arguments(cls, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """The kind of model a configuration is of, and the arguments of its own configuration class."""
-        given = dict(config)
-        model_type = given.get("model_type") or next(iter(cls.kinds))
+        """Return the model_type of a configuration, and the arguments of its class in transformers."""
+        published_type = next(iter(cls.kinds))
+        model_type = config.get("model_type") or published_type
         if model_type not in cls.kinds:
-            other = next((name for name, kind in ENCODERS.items() if model_type in kind.kinds), None)
-            advice = f"encoder_cls={other}" if other else f"there are {', '.join(_known_types())}"
+            other = next((f"encoder_cls={name}" for name, kind in ENCODERS.items() if model_type in kind.kinds), None)
+            known = ", ".join(name for kind in ENCODERS.values() for name in kind.kinds)
             raise UserError(
                 f"The encoder configuration is of a {model_type!r}, {cls.__name__} takes {' or '.join(cls.kinds)}: "
-                f"{advice}"
+                f"{other or f'there are {known}'}"
             )
         # a config.json leaves out what equals transformers' own defaults, which are not the published base size
-        is_file = "architectures" in given or "transformers_version" in given
-        defaults = cls.published if model_type == next(iter(cls.kinds)) and not is_file else {}
-        return model_type, {**defaults, **{key: given[key] for key in given if key in _KEPT and key != "model_type"}}
+        is_file = "architectures" in config or "transformers_version" in config
+        defaults = cls.published if model_type == published_type and not is_file else {}
+        return model_type, {**defaults, **{key: config[key] for key in _KEPT if key in config}}
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
-        """It stays in evaluation mode, whatever the model around it does."""
+        """Stay in evaluation mode, whatever the model around it does."""
         return super().train(False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), normalised as the encoder wants them → patch tokens (B, N, C), row by row."""
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise UserError(f"Pictures are {tuple(pixel_values.shape)}, expected (B, 3, H, W)")
+        """Images (B, 3, H, W), normalised as the encoder wants them → patch tokens (B, N, C), row by row."""
         height, width = pixel_values.shape[2:]
         if height % self.patch_size or width % self.patch_size or not height * width:
-            raise UserError(f"Pictures of {height}×{width} do not fall into patches of {self.patch_size} pixels")
-        return self._tokens(pixel_values.to(self.dtype))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+            raise UserError(f"Images of {height}×{width} do not fall into patches of {self.patch_size} pixels")
+        return self._tokens(pixel_values.to(next(self.model.parameters()).dtype))
 
     def _tokens(self, pixel_values: Tensor) -> Tensor:
         raise NotImplementedError
@@ -186,65 +178,48 @@ class MAEwithNorm(FrozenEncoder):
         return tokens[:, 1:]  # (B, N, C)
 
 
-_KINDS: tuple[type[FrozenEncoder], ...] = (Dinov2withNorm, SigLIPwithNorm, MAEwithNorm)
-ENCODERS = {kind.__name__: kind for kind in _KINDS}
-_ALIASES = {  # the reference's names, then diffusers'
-    "siglip2wnorm": "SigLIPwithNorm",
-    "maewnorm": "MAEwithNorm",
-    "dinov2": "Dinov2withNorm",
-    "siglip2": "SigLIPwithNorm",
-    "siglip": "SigLIPwithNorm",
-    "mae": "MAEwithNorm",
+ENCODERS: dict[str, type[FrozenEncoder]] = {
+    kind.__name__: kind for kind in (Dinov2withNorm, SigLIPwithNorm, MAEwithNorm)
+}
+_BY_NAME = {  # in lower case: ours, the RAE authors', diffusers'
+    **{name.lower(): kind for name, kind in ENCODERS.items()},
+    **{"siglip2wnorm": SigLIPwithNorm, "maewnorm": MAEwithNorm},
+    **{"dinov2": Dinov2withNorm, "siglip2": SigLIPwithNorm, "siglip": SigLIPwithNorm, "mae": MAEwithNorm},
 }
 
 
 def encoder_class(name: str) -> type[FrozenEncoder]:
-    """An encoder's class by its name here, in the RAE authors' code or in diffusers; case does not matter.
+    """Return an encoder's class by its name here, in the RAE authors' code or in diffusers; case does not matter.
 
     >>> encoder_class("SigLIP2wNorm") is encoder_class("siglip2") is SigLIPwithNorm
     True
     """
-    asked = name.strip().lower()
-    for known, kind in ENCODERS.items():
-        if asked == known.lower() or _ALIASES.get(asked) == known:
-            return kind
-    raise UserError(f"No encoder {name!r}; there are {', '.join(ENCODERS)}")
-
-
-def _known_types() -> list[str]:
-    return [model_type for kind in ENCODERS.values() for model_type in kind.kinds]
-
-
-def _side(value: Any, name: str) -> int:
-    sides = set(value) if isinstance(value, (list, tuple)) else {value}
-    if len(sides) != 1:
-        raise UserError(f"The encoder's {name} is {value}, expected a square")
-    return int(next(iter(sides)))
+    kind = _BY_NAME.get(name.strip().lower())
+    if kind is None:
+        raise UserError(f"No encoder {name!r}; there are {', '.join(ENCODERS)}")
+    return kind
 
 
 # ---- names of weights, which differ between the versions of transformers, the RAE authors' decoder and diffusers'
-_PLACES = (
-    (re.compile(r"^(encoder\.)?layers?\.(?=\d)"), "layers."),
-    (re.compile(r"(attention\.attention\.query|attention\.to_q|(attention|self_attn)\.q_proj)(?=\.)"), "attention.q"),
-    (re.compile(r"(attention\.attention\.key|attention\.to_k|(attention|self_attn)\.k_proj)(?=\.)"), "attention.k"),
-    (re.compile(r"(attention\.attention\.value|attention\.to_v|(attention|self_attn)\.v_proj)(?=\.)"), "attention.v"),
-    (
-        re.compile(r"(attention\.output\.dense|attention\.to_out\.0|attention\.o_proj|self_attn\.out_proj)(?=\.)"),
-        "attention.o",
-    ),
-    (re.compile(r"(?<=\.)intermediate\.dense(?=\.)"), "mlp.fc1"),
-    (re.compile(r"(?<=\d\.)output\.dense(?=\.)"), "mlp.fc2"),
-)
+_COMMON_NAMES = {
+    r"^(encoder\.)?layers?\.(?=\d)": "layers.",
+    r"(attention\.attention\.query|attention\.to_q|(attention|self_attn)\.q_proj)(?=\.)": "attention.q",
+    r"(attention\.attention\.key|attention\.to_k|(attention|self_attn)\.k_proj)(?=\.)": "attention.k",
+    r"(attention\.attention\.value|attention\.to_v|(attention|self_attn)\.v_proj)(?=\.)": "attention.v",
+    r"(attention\.(output\.dense|to_out\.0|o_proj)|self_attn\.out_proj)(?=\.)": "attention.o",
+    r"(?<=\.)intermediate\.dense(?=\.)": "mlp.fc1",
+    r"(?<=\d\.)output\.dense(?=\.)": "mlp.fc2",
+}
 
 
 def common_name(name: str) -> str:
-    """A weight's name inside an encoder or a decoder, one for all versions of transformers and diffusers.
+    """Return a weight's name inside an encoder or a decoder, one for all versions of transformers and diffusers.
 
     >>> common_name("encoder.layer.0.attention.attention.query.bias")
     'layers.0.attention.q.bias'
     >>> common_name("decoder_layers.1.attention.to_out.0.weight")
     'decoder_layers.1.attention.o.weight'
     """
-    for pattern, replacement in _PLACES:
-        name = pattern.sub(replacement, name)
+    for pattern, replacement in _COMMON_NAMES.items():
+        name = re.sub(pattern, replacement, name)
     return name

@@ -4,7 +4,7 @@ The decoder is diffusers' RAEDecoder. Its table of positions is the paper's for 
 for 16×16 alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,30 +19,48 @@ from torch import Tensor, nn
 
 from vavae_tools.autoencoders.encoders import common_name, encoder_class
 from vavae_tools.autoencoders.vavae import LatentStatistics
-from vavae_tools.data.images import to_pixels, to_unit
 from vavae_tools.runtime.errors import UserError
 
 VARIANCE_EPS = 1e-5
 """Added to the variance of element-wise statistics, once."""
 
 
+def _size(width: int, layers: int, heads: int, intermediate: int, patch_size: int) -> dict[str, int]:
+    return {
+        "decoder_hidden_size": width,
+        "decoder_num_hidden_layers": layers,
+        "decoder_num_attention_heads": heads,
+        "decoder_intermediate_size": intermediate,
+        "decoder_patch_size": patch_size,
+    }
+
+
+RAE_SIZES: dict[str, dict[str, int]] = {
+    "ViTB": _size(768, 12, 12, 3072, 16),  # 86 M parameters
+    "ViTL": _size(1024, 24, 16, 4096, 16),  # 304 M
+    "ViTXL": _size(1152, 28, 16, 4096, 16),  # 415 M
+    "tiny": _size(64, 2, 4, 128, 8),  # 0.1 M, for a look at how things go
+}
+"""Sizes of decoders by name; the first three are the published ones."""
+
+
 class RAE(LatentStatistics, ModelMixin, ConfigMixin):
     """A frozen encoder, whose patch tokens are the latents, and a ViT decoder.
 
     Args:
-        encoder_cls: Dinov2withNorm, SigLIPwithNorm or MAEwithNorm (`representation.ENCODERS`).
+        encoder_cls: Dinov2withNorm, SigLIPwithNorm or MAEwithNorm (`encoders.ENCODERS`).
         encoder_config: its transformers configuration, or a part of it; None: the published base size.
-        encoder_input_size: pixels of a side that pictures are resized to before they are encoded; None: the published
+        encoder_input_size: pixels of a side that images are resized to before they are encoded; None: the published
             one of the encoder.
         decoder_hidden_size … decoder_layer_norm_eps: of the decoder, see `RAE_SIZES`.
         image_mean, image_std: per colour, what the encoder's pixels are normalised by; None: the encoder's own.
-        noise_tau: the largest standard deviation of the noise on tokens, where noise is asked for.
-        latents_mean, latents_std: per channel, of the latents of the training side, as VAVAE has them.
+        noise_tau: the largest standard deviation of the noise on tokens in the decoder's training.
+        latents_mean, latents_std: per channel, of the training subset's latents, as VAVAE has them.
         element_statistics: whether a mean and a variance for each element of a latent are kept with the weights; its
             latents are then normalised already.
         in_channels, condition_dim, num_conditions: 3, 0 and 0, as other code asks any autoencoder for them.
 
-    Pictures are (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), C the encoder's width, h = w the patches of a side.
+    Images are (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), C the encoder's width, h = w the patches of a side.
 
     Raises:
         UserError: numbers that do not go together.
@@ -75,7 +93,7 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if in_channels != 3 or condition_dim or num_conditions:
-            raise UserError("An RAE takes pictures of 3 channels, and has no condition vectors")
+            raise UserError("An RAE takes images of 3 channels, and has no condition vectors")
         if noise_tau < 0:
             raise UserError(f"noise_tau {noise_tau} is a standard deviation: expected 0 or more")
         kind = encoder_class(encoder_cls)
@@ -121,10 +139,9 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
             self.register_buffer("statistics_var", torch.ones(self.latent_shape))
 
     # ---- what all autoencoders here have
-
     @property
     def has_own_statistics(self) -> bool:
-        """Whether element-wise statistics travel with the weights, so that latents come out normalised."""
+        """Return whether element-wise statistics travel with the weights, so that latents come out normalised."""
         return self.config.element_statistics
 
     def normalise(self, latents: Tensor) -> Tensor:
@@ -138,47 +155,29 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
     def encode_pictures(
         self, pictures: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
     ) -> Tensor:
-        """Pictures in [-1, 1] → their latents; nothing is drawn and there are no vectors, so the rest is not used."""
+        """Images in [-1, 1] → their latents; nothing is drawn and there are no vectors, so the rest is not used."""
         return self.encode(pictures).latent
 
     def decode_latents(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Normalised latents, as a denoiser makes them → pictures, which may lie outside [-1, 1]."""
+        """Normalised latents, as a denoiser makes them → images, which may lie outside [-1, 1]."""
         return self.decode(self.denormalise(latents)).sample
 
-    # ---- pictures ↔ latents
-
+    # ---- images ↔ latents
     @apply_forward_hook
-    def encode(
-        self,
-        pictures: Tensor,
-        return_dict: bool = True,
-        tau: float | None = None,
-        u: Tensor | None = None,
-        n: Tensor | None = None,
-    ) -> EncoderOutput | tuple[Tensor]:
-        """Pictures in [-1, 1] → `.latent` (B, C, h, w), without a graph.
-
-        Args:
-            pictures: (B, 3, S, S); any S, they are resized to `config.encoder_input_size`.
-            tau, u, n: of the noise that the decoder is trained with, see `noised`; no noise without u and n. tau is
-                the model's own unless given.
+    def encode(self, pictures: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Tensor]:
+        """Images (B, 3, S, S) in [-1, 1], of any S → `.latent` (B, C, h, w), without a graph.
 
         Raises:
-            UserError: pictures that are not square or not of three channels, noise of another shape.
+            UserError: images that are not square or not of three channels.
         """
         if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.shape[2] != pictures.shape[3]:
-            raise UserError(
-                f"Pictures are {tuple(pictures.shape)}, an RAE takes square ones of 3 channels: (B, 3, S, S)"
-            )
-        tokens = self.tokens((pictures.float() + 1) / 2)
-        if u is not None or n is not None:
-            tokens = noised(tokens, self.config.noise_tau if tau is None else tau, u, n)
-        latents = self.latents_of(tokens)
+            raise UserError(f"Images are {tuple(pictures.shape)}, an RAE takes square ones of 3 channels: (B, 3, S, S)")
+        latents = self.latents_of(self.tokens((pictures.float() + 1) / 2))
         return EncoderOutput(latent=latents) if return_dict else (latents,)
 
     @apply_forward_hook
     def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """What `encode` gives → `.sample`, pictures float32 (B, 3, `picture_size`, `picture_size`) near [-1, 1].
+        """What `encode` gives → `.sample`, images float32 (B, 3, `picture_size`, `picture_size`) near [-1, 1].
 
         Raises:
             UserError: latents of another shape.
@@ -189,21 +188,20 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
         return DecoderOutput(sample=pictures) if return_dict else (pictures,)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Pictures in [-1, 1] → their reconstructions."""
+        """Images in [-1, 1] → their reconstructions."""
         return self.decode(self.encode(pictures).latent).sample
 
     @torch.no_grad()
     def tokens(self, colours: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] → the encoder's tokens float32 (B, h·w, C)."""
+        """Images (B, 3, H, W) in [0, 1] → the encoder's tokens float32 (B, h·w, C)."""
         return self.encoder(self.pixel_values(colours)).float()
 
     def pixel_values(self, colours: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] → what the encoder takes: resized and normalised per colour."""
+        """Images (B, 3, H, W) in [0, 1] → what the encoder takes: resized and normalised per colour."""
         side = self.config.encoder_input_size
         if colours.shape[2:] != (side, side):
             colours = F.interpolate(colours, size=(side, side), mode="bicubic", align_corners=False)
-        mean, std = self._colour_statistics(colours)
-        return (colours - mean) / std
+        return (colours - self.colour_mean.to(colours)) / self.colour_std.to(colours)
 
     def latents_of(self, tokens: Tensor) -> Tensor:
         """Tokens (B, h·w, C) → latents (B, C, h, w), normalised where element-wise statistics are kept."""
@@ -219,14 +217,12 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
         return rearrange(latents, "b c h w -> b (h w) c")
 
     def colours(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, h·w, C) → pictures float32 (B, 3, H, W) that lie near [0, 1]; nothing is clipped."""
-        logits = self.logits(tokens.to(self.decoder.decoder_embed.weight.dtype))  # (B, h·w, 3·p·p)
+        """Tokens (B, h·w, C) → images float32 (B, 3, H, W) that lie near [0, 1]; nothing is clipped."""
+        logits = self._logits(tokens.to(self.decoder.decoder_embed.weight.dtype))  # (B, h·w, 3·p·p)
         pixels = self.decoder.unpatchify(logits).float()
-        mean, std = self._colour_statistics(pixels)
-        return pixels * std + mean
+        return pixels * self.colour_std.to(pixels) + self.colour_mean.to(pixels)
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """The decoder's patches of pixels (B, h·w, p·p·3) for tokens (B, h·w, C)."""
+    def _logits(self, tokens: Tensor) -> Tensor:
         decoder = self.decoder
         if not (decoder.gradient_checkpointing and torch.is_grad_enabled()):
             return decoder(tokens).logits
@@ -239,36 +235,31 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor | None, var: Tensor | None) -> None:
-        """Keep element-wise statistics with the weights: each (C, h, w), or None for 0 and 1.
+        """Keep element-wise statistics with the weights: each broadcasts to (C, h, w), or is None for 0 and 1.
 
         Raises:
-            UserError: statistics of another shape, or numbers that are none.
+            UserError: statistics of another shape, not finite, or a variance below 0.
         """
-        for name, given, default in (("mean", mean, torch.zeros), ("var", var, torch.ones)):
-            if given is None:
-                given = default(self.latent_shape)
-            if given.ndim == 4 and len(given) == 1:
-                given = given[0]
-            if tuple(given.shape) != self.latent_shape:
+        for name, given, default in (("mean", mean, 0.0), ("var", var, 1.0)):
+            given = torch.tensor(default) if given is None else given.detach()
+            try:
+                given = given.to(self.device, torch.float32).expand(1, *self.latent_shape)[0].clone()
+            except RuntimeError:
                 found = tuple(given.shape)
-                raise UserError(f"The statistics' {name} is {found}, this RAE's latents are {self._shape()}")
-            given = given.detach().to(self.device, torch.float32)
+                raise UserError(f"The statistics' {name} is {found}, this RAE's latents are {self._shape()}") from None
             if not given.isfinite().all() or (name == "var" and (given + VARIANCE_EPS).min() <= 0):
                 raise UserError(f"The statistics' {name} holds numbers that are none, or below 0: make them anew")
-            self.register_buffer(f"statistics_{name}", given.clone())
+            self.register_buffer(f"statistics_{name}", given)
         self.register_to_config(element_statistics=True)
 
     def _deviation(self) -> Tensor:
         return (self.statistics_var.float() + VARIANCE_EPS).sqrt()
 
-    def _colour_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self.colour_mean.to(like), self.colour_std.to(like)
-
     def _shape(self) -> str:
         return "×".join(map(str, self.latent_shape))
 
     def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
-        """A folder written beside another version of transformers has other names for the same weights."""
+        """Rename, in place, what a folder written beside another version of transformers calls otherwise."""
         ours = {_common(name): name for name in self.state_dict()}
         for name in [name for name in state_dict if _common(name) in ours]:
             state_dict[ours[_common(name)]] = state_dict.pop(name)
@@ -280,27 +271,17 @@ def _common(name: str) -> str:
 
 
 def noised(tokens: Tensor, tau: float, u: Tensor, n: Tensor) -> Tensor:
-    """Tokens (B, N, C) + tau·u·n: every picture's noise has a standard deviation of its own.
-
-    Args:
-        u: uniform numbers in [0, 1), (B,) or (B, 1, 1).
-        n: standard normal numbers (B, N, C).
-
-    Raises:
-        UserError: one of both is missing, or of another shape.
-    """
-    if u is None or n is None:
-        raise UserError("Noise on tokens needs both u (one number per picture) and n (one per number of the tokens)")
+    """Tokens (B, N, C) + tau·u·n: u uniform in [0, 1), one per image, n standard normal (B, N, C)."""
     if n.shape != tokens.shape or u.numel() != len(tokens):
         raise UserError(
             f"Noise n is {tuple(n.shape)} and u {tuple(u.shape)} for tokens {tuple(tokens.shape)}: expected n like the "
-            "tokens and one u per picture"
+            "tokens and one u per image"
         )
     return tokens + tau * u.reshape(-1, 1, 1).to(tokens) * n.to(tokens)
 
 
 def picture_decoder(grid: int, **numbers: Any) -> nn.Module:
-    """diffusers' RAEDecoder for tokens on a grid, with the sin-cos table of just that grid."""
+    """Return diffusers' RAEDecoder for tokens on a grid, with the sin-cos table of just that grid."""
     from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
 
     width, heads, patch = (
@@ -318,56 +299,19 @@ def picture_decoder(grid: int, **numbers: Any) -> nn.Module:
     return decoder
 
 
-def _size(width: int, layers: int, heads: int, intermediate: int, patch_size: int) -> dict[str, int]:
-    return {
-        "decoder_hidden_size": width,
-        "decoder_num_hidden_layers": layers,
-        "decoder_num_attention_heads": heads,
-        "decoder_intermediate_size": intermediate,
-        "decoder_patch_size": patch_size,
+def tiny_rae(picture_size: int = 32, **changes: Any) -> RAE:
+    """Return a small RAE with random weights, encoder too, for trials without any downloads: 0.2 M parameters.
+
+    Its latents are 64×S/8×S/8; `changes` are further arguments of `RAE`.
+    """
+    if picture_size < 8 or picture_size % 8:
+        raise UserError(f"picture_size {picture_size}: the tiny RAE takes multiples of 8 pixels")
+    side = picture_size // 8 * 14
+    encoder = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": side,
+        "patch_size": 14,
     }
-
-
-RAE_SIZES: dict[str, dict[str, int]] = {
-    "ViTB": _size(768, 12, 12, 3072, 16),  # 86 M parameters
-    "ViTL": _size(1024, 24, 16, 4096, 16),  # 304 M
-    "ViTXL": _size(1152, 28, 16, 4096, 16),  # 415 M
-    "tiny": _size(64, 2, 4, 128, 8),  # 0.1 M, for a look at how things go
-}
-"""Sizes of decoders by name; the first three are the published ones."""
-
-
-def decoder_size(size: str | Mapping[str, Any]) -> dict[str, Any]:
-    """A decoder's numbers by the name of its size, or those given, which need not be all.
-
-    Raises:
-        UserError: no such size, or numbers that a decoder does not have.
-    """
-    if isinstance(size, str):
-        if size not in RAE_SIZES:
-            raise UserError(f"No decoder size {size!r}; there are {', '.join(RAE_SIZES)}")
-        return dict(RAE_SIZES[size])
-    known = {*RAE_SIZES["ViTXL"], "decoder_layer_norm_eps"}
-    unknown = sorted(set(size) - known)
-    if unknown:
-        raise UserError(f"A decoder has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    return dict(size)
-
-
-@torch.inference_mode()
-def reconstruction_psnr(rae: RAE, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """What the RAE makes of pictures, and how near that is.
-
-    Args:
-        pictures: uint8 (B, 3, H, W), square; of another size than `picture_size` they are resized to it first.
-
-    Returns:
-        The reconstructions, uint8 (B, 3, picture_size, picture_size), and the peak signal-to-noise ratio of each in
-        dB, float32 (B,): infinite where they are the same.
-    """
-    originals, side = to_unit(pictures.to(rae.device)), rae.picture_size
-    if originals.ndim == 4 and originals.shape[2] == originals.shape[3] != side:
-        originals = F.interpolate(originals, size=(side, side), mode="bicubic", align_corners=False, antialias=True)
-    reconstructions = to_pixels(rae(originals))
-    error = (reconstructions.double() - to_pixels(originals).double()).square().mean(dim=(1, 2, 3))
-    return reconstructions, (20 * torch.log10(torch.tensor(255.0)) - 10 * torch.log10(error)).float()
+    return RAE(**{"encoder_config": encoder, "encoder_input_size": side, **RAE_SIZES["tiny"], **changes})

@@ -1,7 +1,4 @@
-"""Stable Diffusion's autoencoder (Rombach et al. 2022): diffusers' AutoencoderKL with the scale of its latents.
-
-Beside the class stands a small one that learns made-up pictures within a minute, for trials without any downloads.
-"""
+"""Stable Diffusion's autoencoder (Rombach et al. 2022): diffusers' AutoencoderKL with the scale of its latents."""
 
 import json
 from collections.abc import Callable
@@ -12,8 +9,10 @@ from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (a pipeline looks
 from torch import Tensor
 
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import local_folder
+from vavae_tools.runtime.files import load_model, local_folder
 
+SHAPES_VAE = Path(__file__).parent / "pretrained_shapes"
+"""A small one that comes with this package, for coloured shapes: latents 4×H/4×W/4 (`benchmarks/pretrain_small.py`)."""
 _WEIGHT_FILES = tuple(
     f"diffusion_pytorch_model{variant}.{ending}"
     for variant in ("", ".fp16")
@@ -25,12 +24,12 @@ class StableDiffusionVAE(AutoencoderKL):
     """AutoencoderKL as Stable Diffusion uses it: what it encodes is (z − shift_factor) · scaling_factor, of about unit
     variance, and what it decodes is that too. Arguments are AutoencoderKL's own.
 
-    Pictures are (B, C, H, W) in [-1, 1]; latents (B, latent_channels, H/f, W/f), of Stable Diffusion 1.5 (B, 4, H/8,
-    W/8). `enable_slicing()` takes pictures one by one, for less memory.
+    Images are (B, C, H, W) in [-1, 1]; latents (B, latent_channels, H/f, W/f), of Stable Diffusion 1.5 (B, 4, H/8,
+    W/8). `enable_slicing()` takes images one by one, for less memory.
     """
 
     has_own_statistics = True
-    """Its latents come out scaled already, so that no statistics are to be computed from the training side."""
+    """Its latents come out scaled already, so that no statistics are to be computed from the training subset."""
 
     decoding_alone: ClassVar = ("decoder.", "post_quant_conv.")
     """How the names of weights begin that the latents do not follow from: another decoder leaves them valid."""
@@ -40,13 +39,13 @@ class StableDiffusionVAE(AutoencoderKL):
 
     @property
     def downsampling(self) -> int:
-        """Pixels of a picture's side for one of a latent's."""
+        """Pixels of an image's side for one of a latent's."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     def encode_pictures(
         self, pictures: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
     ) -> Tensor:
-        """Pictures in [-1, 1] → one latent each, scaled: a sample of the posterior, or its mode.
+        """Images in [-1, 1] → one latent each, scaled: a sample of the posterior, or its mode.
 
         Args:
             labels: taken as every autoencoder's, and not used.
@@ -57,50 +56,49 @@ class StableDiffusionVAE(AutoencoderKL):
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
     def decode_latents(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Scaled latents, as a denoiser makes them → pictures, which may lie slightly outside [-1, 1]."""
+        """Scaled latents, as a denoiser makes them → images, which may lie slightly outside [-1, 1]."""
         z = latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
         return self.decode(z.to(self.dtype)).sample
 
 
 # ---- from files
 def is_stable_diffusion_vae(folder: str | Path) -> bool:
-    """Whether a folder, or the `vae/` in it, holds an AutoencoderKL whose own scale its latents are used with.
+    """Return whether a folder, or the `vae/` in it, holds an AutoencoderKL whose own scale its latents are used with.
 
     Without one (a scaling_factor of 1), or with a mean and deviation of each channel, it is a VA-VAE that was exported.
     """
-    config = _folder_of_vae(Path(folder)) / "config.json"
     try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads((_folder_of_vae(Path(folder)) / "config.json").read_text(encoding="utf-8"))
+        kind = found.get("_class_name")
+    except (OSError, ValueError, AttributeError):
         return False
-    if not isinstance(found, dict) or found.get("_class_name") not in ("AutoencoderKL", "StableDiffusionVAE"):
-        return False
-    plain = found["_class_name"] == "AutoencoderKL"
-    return not plain or (not found.get("latents_mean") and found.get("scaling_factor", 0.18215) != 1)
+    if kind == "AutoencoderKL":
+        return not found.get("latents_mean") and found.get("scaling_factor", 0.18215) != 1
+    return kind == "StableDiffusionVAE"
 
 
 def load_stable_diffusion_vae(source: str | Path, use_slicing: bool = False) -> StableDiffusionVAE:
-    """A Stable Diffusion VAE in float32, such as that of stabilityai/sd-vae-ft-mse.
+    """Return a Stable Diffusion VAE in float32, such as that of stabilityai/sd-vae-ft-mse.
 
     Args:
         source: a folder that `save_pretrained` wrote, a pipeline's folder with `vae/` in it, or "owner/name", a
             repository of Hugging Face's hub, read only where no such path is there.
-        use_slicing: encode and decode pictures one by one, for less memory.
+        use_slicing: encode and decode images one by one, for less memory.
 
     Raises:
         UserError: nothing there, no AutoencoderKL, no weights, or files that are damaged.
     """
     files = ["config.json", "diffusion_pytorch_model.safetensors"]
-    there = local_folder(
-        source,
-        of="a Stable Diffusion VAE",
-        name="the one that holds its config.json or vae/",
-        instead="download its vae/ and name that folder",
-        patterns=[*files, *(f"vae/{file}" for file in files)],
+    folder = _folder_of_vae(
+        local_folder(
+            source,
+            of="a Stable Diffusion VAE",
+            name="the one that holds its config.json or vae/",
+            instead="download its vae/ and name that folder",
+            patterns=[*files, *(f"vae/{file}" for file in files)],
+        )
     )
-    folder = _folder_of_vae(there)
-    config = folder / "config.json"
-    there = sorted(path.name for path in folder.iterdir())
+    config, there = folder / "config.json", sorted(path.name for path in folder.iterdir())
     if not config.is_file() or not any(name in there for name in _WEIGHT_FILES):
         missing = _WEIGHT_FILES[0] if config.is_file() else "config.json"
         raise UserError(
@@ -114,22 +112,10 @@ def load_stable_diffusion_vae(source: str | Path, use_slicing: bool = False) -> 
     if name not in ("AutoencoderKL", "StableDiffusionVAE"):
         raise UserError(f"{folder} holds a {name}, expected an AutoencoderKL as Stable Diffusion's vae/")
     half = not any(name in there for name in _WEIGHT_FILES if "fp16" not in name)
-    try:  # a .bin is read as tensors only; without low_cpu_mem_usage it does not ask for a package that is of no use
-        model, report = StableDiffusionVAE.from_pretrained(
-            folder, low_cpu_mem_usage=False, output_loading_info=True, variant="fp16" if half else None
-        )
-    except Exception as error:  # of any kind: what diffusers' versions stumble over in damaged files
-        reason = "".join(filter(str.isprintable, " ".join(str(error).split())))[:120]
-        raise UserError(f"The VAE in {folder} cannot be loaded ({reason}): copy the folder anew") from None
-    if report["missing_keys"]:  # diffusers goes on with random numbers there
-        missing = sorted(report["missing_keys"])
-        raise UserError(
-            f"The weights in {folder} are not those of its config.json: {len(missing)} are missing, such as "
-            f"{missing[0]}. Copy the folder anew"
-        )
+    model = load_model(StableDiffusionVAE, folder, variant="fp16" if half else None)
     if use_slicing:
         model.enable_slicing()
-    return model.float().eval()
+    return model
 
 
 def _folder_of_vae(folder: Path) -> Path:

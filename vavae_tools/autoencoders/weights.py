@@ -13,7 +13,7 @@ from torch import Tensor
 from vavae_tools.autoencoders.ldm_names import VAE, from_reference, infer_config, plain_names, vavae_arguments
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import read_checkpoint
+from vavae_tools.runtime.files import read_checkpoint, read_safetensors
 
 OF_VECTORS = ("conditions.", "encoder_projections.", "decoder_projections.")
 FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -83,7 +83,7 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
             "or the published .pt, .ckpt or .safetensors"
         )
     if source.suffix == ".safetensors":
-        return from_state_dict(_read_safetensors(source), source=source)
+        return from_state_dict(read_safetensors(source), source=source)
     checkpoint = read_checkpoint(source)
     settings = checkpoint.get("hyper_parameters")
     if isinstance(settings, Mapping) and "vavae_config" in settings:
@@ -234,7 +234,7 @@ def _read_folder(folder: Path) -> VAVAEWeights:
         config = VAVAE.load_config(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read ({error}): copy it again") from None
-    weights = {_current_name(name): tensor.float() for name, tensor in _read_safetensors(path).items()}
+    weights = {_current_name(name): tensor.float() for name, tensor in read_safetensors(path).items()}
     if not any(name.startswith("encoder.") for name in weights):
         some = ", ".join(list(weights)[:3]) or "none"
         raise UserError(
@@ -257,16 +257,6 @@ def _no_folder(folder: Path) -> str:
             f"AutoencoderKL.from_pretrained('{folder}', use_safetensors=False).save_pretrained('{folder}')\""
         )
     return f"{message}. Name the file itself: {folder / single[0]}" if single else message
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): copy it again") from None
 
 
 def _from_training(checkpoint: Mapping[str, Any], config: Mapping[str, Any], source: Path) -> VAVAEWeights:

@@ -24,7 +24,7 @@ from vavae_tools.diffusion.objectives import Objective as Learned
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
-from vavae_tools.published.lightningdit import read_latent_statistics
+from vavae_tools.published.denoisers import read_latent_statistics
 from vavae_tools.recipes.base import DenoiserModel, LatentRecipe, Objective, VAVAEDiTRecipe
 from vavae_tools.recipes.config import recipe_with
 from vavae_tools.recipes.presets import resolved

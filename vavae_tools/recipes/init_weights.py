@@ -14,7 +14,7 @@ from vavae_tools.checkpoints.formats import read_any
 from vavae_tools.diffusion.ddt import DDT_SIZES
 from vavae_tools.diffusion.lora import merged_weights
 from vavae_tools.diffusion.transformer import DiT_SIZES
-from vavae_tools.published.lightningdit import TABLES, WRAPPERS
+from vavae_tools.published.denoisers import TABLES, WRAPPERS
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import read_checkpoint
 

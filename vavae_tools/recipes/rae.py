@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vavae_tools.autoencoders.lpips import load_lpips
-from vavae_tools.autoencoders.rae import RAE, reconstruction_psnr
+from vavae_tools.autoencoders.rae import RAE, tiny_rae
 from vavae_tools.autoencoders.rae_weights import is_rae_folder, load_rae, read_rae_folder
-from vavae_tools.autoencoders.tiny import tiny_rae
 from vavae_tools.checkpoints.formats import read_any
 from vavae_tools.data.datasets import class_data
 from vavae_tools.data.images import DecodedPictures, PictureSetDataModule, save_picture, to_pixels, to_unit
+from vavae_tools.evaluation.metrics import psnr
 from vavae_tools.plots import picture_grid, show_inline
 from vavae_tools.recipes.base import DecoderRecipe, ImageData, RAEDiTRecipe, RAEParts
 from vavae_tools.recipes.config import recipe_with
@@ -228,21 +228,21 @@ def check_reconstructions(
     return mean
 
 
+@torch.inference_mode()
 def _look(
     rae: RAE, data: DecodedPictures, path: Path, show: Show | None = None, count: int = MEASURED, shown: int = 16
 ) -> float:
     """Write a grid of the first images, and return the mean PSNR in dB of `count`, each no more than 100."""
-    originals = data.few_of_each(count)["pictures"]
-    found = [reconstruction_psnr(rae, part) for part in originals.split(16)]
-    made, values = (torch.cat([part[i].cpu() for part in found]) for i in (0, 1))
-    if originals.shape[2:] != made.shape[2:]:
-        resized = F.interpolate(to_unit(originals), made.shape[2:], mode="bicubic", align_corners=False, antialias=True)
-        originals = to_pixels(resized)
+    originals, side = to_unit(data.few_of_each(count)["pictures"]), rae.picture_size
+    if originals.shape[2:] != (side, side):
+        originals = F.interpolate(originals, (side, side), mode="bicubic", align_corners=False, antialias=True)
+    made = torch.cat([to_pixels(rae(part.to(rae.device))).cpu() for part in originals.split(16)])
+    originals = to_pixels(originals)
     grid = originals_above(originals[:shown], made[:shown])
     save_picture(grid, path)
     if show is not None:
         show(grid)
-    return values.clamp_max(100).mean().item()
+    return psnr(to_unit(made), to_unit(originals)).clamp_max(100).mean().item()
 
 
 def originals_above(originals: Tensor, made: Tensor, columns: int = 8) -> Tensor:

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.loading import load_autoencoder, silent_transformers
-from vavae_tools.autoencoders.stable_diffusion import StableDiffusionVAE, load_stable_diffusion_vae
-from vavae_tools.autoencoders.tiny import tiny_kl, train_tiny_kl
+from vavae_tools.autoencoders.stable_diffusion import SHAPES_VAE, StableDiffusionVAE, load_stable_diffusion_vae
 from vavae_tools.data.captions import CaptionedDataModule
 from vavae_tools.data.datasets import caption_data
 from vavae_tools.data.demo.shapes import EXAMPLE_PROMPTS, vocabulary
@@ -59,7 +58,7 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     with first_alone("frozen models"):
         goes_on = resume_from is not None or not is_first()  # what is left of another run is not this one's
         encoder = _text_encoder_for(recipe, output_dir / "text_encoder", goes_on)
-        autoencoder = _vae_for(recipe, images, output_dir / "autoencoder", goes_on, say)
+        autoencoder = _vae_for(recipe, output_dir / "autoencoder", goes_on, say)
     shape = _latent_shape(autoencoder, images)
     objective = objective_of(shape)
     prompts = sampling.prompts or _first_prompts(images, data.dataset_name)
@@ -139,10 +138,9 @@ def _text_encoder_for(recipe: TextToImageRecipe, copy: Path, goes_on: bool) -> T
     return encoder
 
 
-def _vae_for(
-    recipe: TextToImageRecipe, images: CaptionedDataModule, copy: Path, goes_on: bool, say: Say
-) -> StableDiffusionVAE:
-    vae, seed = recipe.vae, recipe.seed
+def _vae_for(recipe: TextToImageRecipe, copy: Path, goes_on: bool, say: Say) -> StableDiffusionVAE:
+    """The autoencoder, of which a copy goes along with the checkpoints, and is that of a run that resumes."""
+    vae = recipe.vae
     if goes_on and (copy / "config.json").is_file():
         return load_stable_diffusion_vae(copy, vae.use_slicing)
     if vae.name is None and recipe.data.dataset_name != "shapes":
@@ -150,12 +148,9 @@ def _vae_for(
             "vae.name is missing: name a folder of diffusers with Stable Diffusion's AutoencoderKL "
             "(stabilityai/sd-vae-ft-mse downloaded), or its name on Hugging Face's hub where there is a network"
         )
-    if vae.name:
-        model = load_stable_diffusion_vae(vae.name, vae.use_slicing)
-    else:
-        model = tiny_kl(seed=seed)
-        psnr = train_tiny_kl(model, images.train_data.pictures(range(min(1024, len(images.train_data)))), seed=seed)
-        say(f"A small VAE is trained on the shapes: PSNR {psnr:.1f} dB")
+    if vae.name is None:
+        say("VAE: the small one for shapes that comes with the package")
+    model = load_stable_diffusion_vae(vae.name or SHAPES_VAE, vae.use_slicing)
     if is_first():
         save_model(model, copy)
     return model

@@ -131,6 +131,28 @@ def save_model(model: Any, folder: str | Path) -> None:
                 path.replace(whole)
 
 
+def load_model(kind: type[Any], folder: str | Path, **options: Any) -> Any:
+    """Return `kind.from_pretrained(folder)` in float32 and eval mode; `options` are diffusers'.
+
+    Raises:
+        UserError: damaged files, or weights that are missing, which diffusers would leave random.
+    """
+    try:  # a .bin is read as tensors only; without low_cpu_mem_usage it does not ask for a package that is of no use
+        model, report = kind.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True, **options)
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: what diffusers' versions stumble over in damaged files
+        reason = "".join(filter(str.isprintable, " ".join(str(error).split())))[:120]
+        raise UserError(f"The {kind.__name__} in {folder} cannot be loaded ({reason}): copy the folder anew") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"The weights in {folder} are not those of its config.json: {len(missing)} are missing, such as "
+            f"{missing[0]}. Copy the folder anew"
+        )
+    return model.float().eval()
+
+
 def keep_once(kept: Path, copies: Path) -> None:
     """Replace those .safetensors of `copies` that equal those of `kept` by hard links, where the disk has them.
 
@@ -157,6 +179,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, expected a dict of weights")
     return checkpoint
+
+
+def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        UserError: no such file, or a damaged one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): copy it again") from None
 
 
 _UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError)
