@@ -82,6 +82,9 @@ class KaggleStandIn:
         # the real one answers 403 for what is not there
         return (200, {"status": "READY"}) if self._versions(body) else (403, {"code": 403, "message": "Forbidden"})
 
+    def GetDataset(self, body: dict) -> tuple[int, dict]:
+        return 200, {"currentVersionNumber": len(self._versions(body))}
+
     def GetDatasetMetadata(self, body: dict) -> tuple[int, dict]:
         return 200, {"info": {"licenses": [{"name": "copyright-authors"}]}}
 
@@ -102,7 +105,10 @@ class KaggleStandIn:
         return 200, {"token": token, "createUrl": f"{self.base}/upload/{token}"}
 
     def CreateDataset(self, body: dict) -> tuple[int, dict]:
-        return self._made(f"{body['ownerSlug']}/{body['slug']}", body["files"])
+        dataset = f"{body['ownerSlug']}/{body['slug']}"
+        if dataset in self.datasets:
+            return 200, {"status": "error", "error": "already in use"}
+        return self._made(dataset, body["files"])
 
     def CreateDatasetVersion(self, body: dict) -> tuple[int, dict]:
         return self._made(f"{body['ownerSlug']}/{body['datasetSlug']}", body["body"]["files"])

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +33,22 @@ def kaggle(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         yield kaggle
     assert kaggle.strangers == []
+
+
+@pytest.fixture(params=["kagglehub", "kaggle"])
+def client(request, tmp_path, monkeypatch) -> str:
+    """Each of the two clients, as on a machine that lacks the other one."""
+    if find_spec(request.param) is None:
+        pytest.skip(f"{request.param} is not installed")
+    if request.param == "kaggle":
+        without(tmp_path / "blocked", "kagglehub", monkeypatch)
+    return request.param
+
+
+def without(folder: Path, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{package}.py").write_text(f"raise ImportError('no module named {package}')")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
 @pytest.fixture
@@ -112,35 +130,28 @@ def test_what_a_session_needs_and_no_picture(tmp_path):
     assert asked_for == {"data_split/train/ID_1/a.jpg", "data_split/val/ID_1/b.jpg"}
 
 
-def test_large_files_are_linked_or_else_copied(tmp_path, monkeypatch):
-    work = tmp_path / "work"
-    checkpoint(work / "dit/checkpoints/last.ckpt", 7, 300_000)
-    for number, same in enumerate((True, False)):
-        staging = tmp_path / f"staging {number}"
-        staging.mkdir()
-        files, steps = sessions._stage(work, session_files(work), staging)
-        staged = staging / files["dit/checkpoints/last.ckpt"]["stored"]
-        assert staged.samefile(work / "dit/checkpoints/last.ckpt") is same and steps == {"dit": (7, 0)}
-        assert staged.read_bytes() == (work / "dit/checkpoints/last.ckpt").read_bytes()
-        monkeypatch.setattr(os, "link", lambda source, target: (_ for _ in ()).throw(OSError("another disk")))
+def test_a_push_needs_room_for_what_it_packs(tmp_path, monkeypatch):
+    work = outputs(tmp_path / "work")
+    monkeypatch.setattr(sessions.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="are needed to push: free some, or set TMPDIR"):
+        push_session(work, RUN, say=lambda line: None)
 
 
 # ---- with the client
 
 
-def test_created_then_a_version_then_back_again(tmp_path, kaggle, said):
+def test_created_then_a_version_then_back_again(tmp_path, kaggle, client, said):
     work = outputs(tmp_path / "work")
     checkpoint(work / "dit/checkpoints/best-029-0.2.ckpt", 290, 300_000)  # a large one beside the small
     before = contents(work)
     pushed = push_session(work, RUN, say=said.append)
     assert pushed.steps == {"dit": (300, 30), "vavae": (70, 7)} and contents(work) == before
     assert "pushed a new private dataset, every file is listed whole" in said[1]
-    (made,) = kaggle.asked("CreateDataset")
+    made = kaggle.asked("CreateDataset")[0]
     assert made["isPrivate"] is True and (made["ownerSlug"], made["slug"]) == ("me", "gait-run")
     assert kaggle.asked("CreateDatasetVersion") == []
     stored = kaggle.datasets[RUN][0]
-    assert sorted(stored)[0] == "dit__checkpoints__best-029-0.2.ckpt" and len(stored) == 6
-    assert stored["vavae__checkpoints__last.ckpt"] == before["vavae/checkpoints/last.ckpt"]
+    assert sorted(stored)[1] == "small-files.pack" and sorted(stored)[0].startswith("session-") and len(stored) == 2
 
     outputs(work, vavae=90)
     kaggle.late = 1  # while Kaggle still processes the version, the one before it is listed
@@ -170,7 +181,7 @@ def assert_one_line(outcome: tuple[int, str, str], *words: str) -> None:
 
 
 FAULTS = {
-    "a refused file": ({"refused": ("vavae__checkpoints__last",)}, "vavae__checkpoints__last.ckpt", 1),
+    "a refused file": ({"refused": ("small-files",)}, "was not pushed (", 1),
     "a server error": ({"failing": {"StartBlobUpload": (500, {"code": 500, "message": "no room"})}}, "no room", 1),
     "an error with status 200": (
         {"failing": {"CreateDatasetVersion": (200, {"status": "error", "error": f"too big {KEY}"})}},
@@ -186,7 +197,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_upload_that_fails_is_noticed_and_what_was_there_is_kept(tmp_path, kaggle, monkeypatch, capsys, fault):
+def test_an_upload_that_fails_is_noticed_and_what_was_there_is_kept(
+    tmp_path, kaggle, client, monkeypatch, capsys, fault
+):
     faults, words, versions = FAULTS[fault]
     work = outputs(tmp_path / "work")
     kaggle.datasets[RUN] = [{"before": b"whole"}]
@@ -205,7 +218,7 @@ def test_a_version_that_is_never_listed_is_told(tmp_path, kaggle):
         push_session(outputs(tmp_path / "work"), RUN, wait=0.3, say=lambda line: None)
 
 
-def test_wrong_credentials(tmp_path, kaggle, monkeypatch, capsys, said):
+def test_wrong_credentials(tmp_path, kaggle, client, monkeypatch, capsys, said):
     monkeypatch.setenv("KAGGLE_KEY", "wrong-and-secret")
     work = outputs(tmp_path / "work")
     status, out, err = command("push", "--work", work, "--dataset", RUN, monkeypatch=monkeypatch, capsys=capsys)
@@ -249,11 +262,13 @@ def test_without_client_or_network_everything_else_goes_on(tmp_path, monkeypatch
     assert push_session(work, RUN, say=said.append) is None and pull_session(work, RUN, say=said.append) is None
     assert said[-2].startswith("not pushed: Kaggle cannot be reached (") and "attach its output" in said[-2]
     blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    (blocked / "kaggle.py").write_text("raise ImportError('no module named kaggle')")
-    monkeypatch.setenv("PYTHONPATH", str(blocked))
+    without(blocked, "kagglehub", monkeypatch)
+    without(blocked, "kaggle", monkeypatch)
     assert push_session(work, RUN, say=said.append) is None
-    assert said[-1] == "not pushed: the kaggle client is not here (no module named kaggle): pip install kaggle"
+    assert (
+        said[-1]
+        == "not pushed: neither kagglehub nor the kaggle client is here (no module named kaggle): pip install kaggle"
+    )
     (blocked / "kaggle.py").write_text("raise SystemExit(1)")  # as clients up to 2.2.0 without credentials
     assert push_session(work, RUN, say=said.append) is None
     assert said[-1].startswith("not pushed: no Kaggle credentials are here")
@@ -303,9 +318,11 @@ def attached(tmp_path) -> Path:
     work, folder = outputs(tmp_path / "pushed"), tmp_path / "input/datasets/me/gait-run"
     folder.mkdir(parents=True)
     (tmp_path / "input/pictures/ID_1").mkdir(parents=True)
-    files, steps = sessions._stage(work, session_files(work), folder)
-    manifest = {"format": 1, "dataset": RUN, "made": 1e9, "steps": steps, "files": files}
-    (folder / sessions._manifest_name(json.dumps(manifest).encode())).write_text(json.dumps(manifest))
+    files, steps = sessions.pack(work, session_files(work), folder)
+    large = "vavae/checkpoints/last.ckpt"  # as older versions pushed it
+    shutil.copy(work / large, folder / "vavae__checkpoints__last.ckpt")
+    files[large]["stored"] = "vavae__checkpoints__last.ckpt"
+    sessions.write_manifest(folder, {"dataset": RUN, "made": 1e9, "steps": steps, "files": files})
     return tmp_path / "input"
 
 

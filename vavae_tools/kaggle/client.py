@@ -1,7 +1,7 @@
-"""What speaks with Kaggle's client, as a program of its own: REQUEST.json in, ANSWER.json out.
+"""What speaks with Kaggle's clients, as a program of its own: REQUEST.json in, ANSWER.json out.
 
-Importing the client prints, closes stdin and may end the process, and its bars cannot be silenced: none of that may
-happen to a notebook. Needs nothing but the standard library and the client. No answer ever holds a token.
+Importing the kaggle client prints, closes stdin and may end the process, and the bars of both cannot be silenced: none
+of that may happen to a notebook. Needs nothing but the standard library and a client. No answer holds a token.
 """
 
 import json
@@ -17,88 +17,130 @@ LOOKS = 4
 
 
 class Fault(Exception):
-    """What went wrong: `kind` is what `sessions.py` makes a line of, `reason` its detail."""
+    """What went wrong: `kind` is what `session.py` makes a line of, `reason` its detail."""
 
     def __init__(self, kind: str, reason: str = "") -> None:
         super().__init__(reason)
         self.kind = kind
 
 
-def connect() -> Any:
-    """The real client with credentials, or a `Fault` that says what is missing."""
-    _take_secrets_of_the_notebook()
+class Hub:
+    """kagglehub, which is in Kaggle's image and signed in there."""
+
+    def __init__(self) -> None:
+        import kagglehub
+        from kagglehub.clients import build_kaggle_client
+        from kagglehub.config import get_kaggle_credentials
+
+        credentials = get_kaggle_credentials()
+        if credentials is None and "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
+            raise Fault("credentials")
+        self.hub, self.api, self.settings = kagglehub, build_kaggle_client, vars(credentials) if credentials else {}
+
+    def upload(self, dataset: str, folder: str, message: str, new: bool) -> None:
+        self.hub.dataset_upload(dataset, folder, message)
+
+    def download(self, dataset: str, folder: str) -> str:
+        owner, name, *version = dataset.split("/")
+        handle = "/".join([owner, name, *(["versions", *version] if version else [])])
+        return self.hub.dataset_download(handle, force_download=True, output_dir=folder)
+
+
+class Client:
+    """The kaggle client, where kagglehub is not."""
+
+    def __init__(self) -> None:
+        try:
+            from kaggle.api.kaggle_api_extended import KaggleApi
+
+            self.kaggle = KaggleApi()
+            self.kaggle.authenticate()
+        except SystemExit:  # clients up to 2.2.0 sign in as they are imported
+            raise Fault("credentials") from None
+        self.api, self.settings = self.kaggle.build_kaggle_client, self.kaggle.config_values
+
+    def upload(self, dataset: str, folder: str, message: str, new: bool) -> None:
+        metadata = {"title": dataset.split("/")[1], "id": dataset, "licenses": [{"name": "copyright-authors"}]}
+        (Path(folder) / "dataset-metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
+        if new:
+            answer = self.kaggle.dataset_create_new(folder, public=False, quiet=True)
+        else:
+            answer = self.kaggle.dataset_create_version(folder, message, quiet=True)
+        if answer.error or str(answer.status).lower() not in ("ok", "none", ""):  # errors come with HTTP status 200
+            raise Fault("failed", answer.error or f"status {answer.status}")
+
+    def download(self, dataset: str, folder: str) -> str:
+        self.kaggle.dataset_download_files(dataset, path=folder, force=True, quiet=True, unzip=True)
+        return folder
+
+
+def connect() -> Hub | Client:
+    """Return a client with credentials, or raise a `Fault` that says what is missing."""
+    if not any(os.environ.get(name) for name in ("KAGGLE_API_TOKEN", "KAGGLE_KEY")):
+        with suppress(Exception):  # not on Kaggle, or no secret of that name
+            from kaggle_secrets import UserSecretsClient
+
+            for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY"):
+                with suppress(Exception):
+                    os.environ[name] = UserSecretsClient().get_secret(name)
+    with suppress(ImportError):
+        return Hub()
     try:
-        from kaggle.api.kaggle_api_extended import KaggleApi
+        return Client()
     except ImportError as error:
         raise Fault("client", str(error)) from None
-    except SystemExit:  # clients up to 2.2.0 sign in as they are imported
-        raise Fault("credentials") from None
-
-    class Client(KaggleApi):
-        def _upload_file(self, file_name: str, *arguments: Any, **others: Any) -> Any:
-            # up to 2.2.4 a file that the server refuses is left out, and the version made without it
-            sent = super()._upload_file(file_name, *arguments, **others)
-            if sent is None:
-                raise Fault("failed", f"the server did not take {file_name}")
-            return sent
-
-    client = Client()
-    try:
-        client.authenticate()
-    except SystemExit:
-        raise Fault("credentials") from None
-    return client
 
 
-def _take_secrets_of_the_notebook() -> None:
-    if any(os.environ.get(name) for name in ("KAGGLE_API_TOKEN", "KAGGLE_KEY")):
-        return
-    with suppress(Exception):  # not on Kaggle, or no secret of that name
-        from kaggle_secrets import UserSecretsClient
-
-        for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY"):
-            with suppress(Exception):
-                os.environ[name] = UserSecretsClient().get_secret(name)
-
-
-def push(client: Any, request: dict[str, Any]) -> dict[str, Any]:
+def push(client: Hub | Client, request: dict[str, Any]) -> dict[str, Any]:
     """Create the dataset, or its next version, and see that every file is listed with its size."""
-    dataset, folder = request["dataset"], request["folder"]
-    there = _is_there(client, dataset)
-    if there:
-        answer = client.dataset_create_version(folder, request["message"], quiet=True)
-    else:
-        answer = client.dataset_create_new(folder, public=False, quiet=True)
-    if answer.error or str(answer.status).lower() not in ("ok", "none", ""):  # errors come with HTTP status 200
-        raise Fault("failed", answer.error or f"status {answer.status}")
+    dataset = request["dataset"]
+    new = _status(client, dataset) is None
+    client.upload(dataset, request["folder"], request["message"], new)
     _await_files(client, dataset, request["files"], request["marker"], request["wait"])
-    return {"created": not there}
+    return {"created": new}
 
 
-def _is_there(client: Any, dataset: str) -> bool:
+def pull(client: Hub | Client, request: dict[str, Any]) -> dict[str, Any]:
+    """Download and unpack a dataset; return where it is."""
+    dataset = request["dataset"]
+    if _status(client, dataset) is None:
+        raise Fault("missing")
+    try:
+        return {"folder": str(client.download(dataset, request["folder"]))}
+    except Exception as error:
+        if getattr(getattr(error, "response", None), "status_code", None) == 404:
+            raise Fault("missing") from None
+        raise
+
+
+def _status(client: Hub | Client, dataset: str) -> str | None:
+    """Return what Kaggle does with a dataset, such as "ready"; None where there is none that one may see."""
+    from kagglesdk.datasets.types.dataset_api_service import ApiGetDatasetStatusRequest
     from requests.exceptions import ConnectionError, HTTPError, Timeout
 
+    request = ApiGetDatasetStatusRequest()
+    request.owner_slug, request.dataset_slug = dataset.split("/")[:2]
     try:
-        client.dataset_status(dataset)
+        with client.api() as api:
+            return api.datasets.dataset_api_client.get_dataset_status(request).status.name.lower()
     except HTTPError as error:
         if error.response.status_code not in (403, 404):  # it hides whether what one may not see exists
             raise
-        return False
+        return None
     except (ConnectionError, Timeout) as error:
         raise Fault("network", type(error).__name__) from None
-    return True
 
 
-def _await_files(client: Any, dataset: str, expected: dict[str, int], marker: str, wait: float) -> None:
+def _await_files(client: Hub | Client, dataset: str, expected: dict[str, int], marker: str, wait: float) -> None:
     """Kaggle processes a version for a while, and lists the one before it meanwhile: `marker` is in this one only."""
     from requests.exceptions import RequestException
 
     end, pause, looks, lacking = time.monotonic() + wait, 0.2, 0, list(expected)
     while True:
-        with suppress(RequestException):  # the files are there: asking again is cheap
-            status, found = client.dataset_status(dataset), _listed(client, dataset)
+        with suppress(RequestException, Fault):  # the files are there: asking again is cheap
+            status, found = _status(client, dataset), _listed(client, dataset)
             if status in ("failed", "deleted"):
-                raise Fault("lost", f"its new version is {status}")
+                break
             if marker in found and status == "ready":
                 lacking = [name for name, size in expected.items() if found.get(name) != size]
                 looks += 1
@@ -106,41 +148,31 @@ def _await_files(client: Any, dataset: str, expected: dict[str, int], marker: st
                 return
         if looks == LOOKS:
             sizes = [f"{name} ({expected[name]:,} bytes sent, {found.get(name) or 0:,} there)" for name in lacking]
-            raise Fault("lost", ", ".join(sizes[:3]) + (" …" if len(sizes) > 3 else ""))
+            raise Fault("lost", ", ".join(sizes))
         if time.monotonic() > end:
             raise Fault("late", f"{wait:g} s")
         time.sleep(pause)
         pause = min(2 * pause, 15)
+    raise Fault("lost", f"its new version is {status}")
 
 
-def _listed(client: Any, dataset: str) -> dict[str, int]:
-    found, token = {}, None
+def _listed(client: Hub | Client, dataset: str) -> dict[str, int]:
+    from kagglesdk.datasets.types.dataset_api_service import ApiListDatasetFilesRequest
+
+    request, found = ApiListDatasetFilesRequest(), {}
+    request.owner_slug, request.dataset_slug = dataset.split("/")
+    request.page_size, request.page_token = 200, ""
     while True:
-        page = client.dataset_list_files(dataset, page_token=token, page_size=200)
+        with client.api() as api:
+            page = api.datasets.dataset_api_client.list_dataset_files(request)
         found |= {file.name: file.total_bytes for file in page.dataset_files}
-        token = page.next_page_token
-        if not token:
+        if not page.next_page_token:
             return found
-
-
-def pull(client: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Download and unpack a dataset."""
-    from requests.exceptions import HTTPError
-
-    dataset = request["dataset"]
-    if not _is_there(client, "/".join(dataset.split("/")[:2])):
-        raise Fault("missing")
-    try:
-        client.dataset_download_files(dataset, path=request["folder"], force=True, quiet=True, unzip=True)
-    except HTTPError as error:
-        if error.response.status_code == 404:
-            raise Fault("missing") from None
-        raise
-    return {}
+        request.page_token = page.next_page_token
 
 
 def answer_to(request: dict[str, Any]) -> dict[str, Any]:
-    """{"done": …}, or {"fault": its kind, "reason": one line without secrets}."""
+    """Return {"done": …}, or {"fault": its kind, "reason": one line without secrets}."""
     client = None
     try:
         client = connect()
@@ -151,9 +183,9 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         kind = "refused" if status == 401 else "failed"
         reason = str(error) if status else f"{type(error).__name__}: {error}"
-    known = [*getattr(client, "config_values", {}).items(), *os.environ.items()]
-    for secret in {value for name, value in known if str(name).lower().endswith(("key", "token")) and len(value) > 3}:
-        reason = reason.replace(secret, "…")
+    for name, secret in [*os.environ.items(), *(client.settings if client else {}).items()]:
+        if name.lower().endswith(("key", "token")) and len(str(secret)) > 3:
+            reason = reason.replace(str(secret), "…")
     return {"fault": kind, "reason": (" ".join(reason.split()) or kind)[:300]}
 
 

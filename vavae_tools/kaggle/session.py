@@ -1,9 +1,9 @@
 """From session to session on Kaggle: what the next one needs goes into a private dataset, and comes out of it again.
 
-A dataset made here is flat: the large files under names that hold their place, all small ones in `small-files.pack` (a
-tar: thousands of uploads would take an hour, and Kaggle unpacks what is called .zip or .tar), and a manifest
-`session-DIGEST.json` with every file's place, length and hash. Its name differs from version to version, so that the
-listing tells whether the new one is there.
+A dataset made here is one tar, `small-files.pack` (thousands of uploads would take an hour, and Kaggle unpacks what is
+called .zip or .tar), and a manifest `session-DIGEST.json` with every file's place, length and hash. Its name differs
+from version to version, so that the listing tells whether the new one is there. Older versions kept large files beside
+the tar; they are read as well.
 """
 
 import hashlib
@@ -11,23 +11,22 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from vavae_tools.data.folders import PICTURE_EXTENSIONS
 from vavae_tools.data.split_report import INFO_NAME, SIDES
+from vavae_tools.kaggle import Unavailable, ask
 from vavae_tools.paths import DEEPEST, KAGGLE_INPUT
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import read_checkpoint, write_json, written_whole
+from vavae_tools.runtime.files import read_checkpoint, written_whole
 
 NEEDED = (
     *("last.ckpt", "best-*.ckpt", "epoch=*.ckpt", "*.safetensors", "*.pt", "*.json", "*.yaml"),
@@ -40,15 +39,10 @@ OF_RUN = ("checkpoints", *WHOLE_FOLDERS, "vavae", "autoencoder", "pipeline")
 """What belongs to one run and goes together: never the new checkpoint with the old model."""
 RUNS = ("checkpoints", "vavae/checkpoints", "vavae/*/checkpoints", "dit/checkpoints", "logs/runs/*/*/checkpoints")
 MANIFEST = re.compile(r"session-[0-9a-f]{12}\.json")
-SMALL, PACK = 2**20, "small-files.pack"
+PACK = "small-files.pack"
 DATASET = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)/([a-z0-9][a-z0-9-]{4,48}[a-z0-9])(?:/[1-9][0-9]*)?")
-WORKER = Path(__file__).with_name("client.py")
 
 Say = Callable[[str], None]
-
-
-class Unavailable(UserError):
-    """What a notebook can do without: no credentials, no client, no network, nothing from an earlier session."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +52,8 @@ class Session:
     Attributes:
         source: the dataset or the folder it came from; where it was pushed to.
         steps: for each run (a folder below `work`) the last checkpoint's step and epoch.
-        files: written; those that were there already are left out.
-        kept: folders left as they are, because they are newer here.
+        files: those that were written.
+        kept: folders that are newer here.
     """
 
     source: str
@@ -85,15 +79,15 @@ def push_session(
     optional: bool = True,
     say: Say = print,
 ) -> Session | None:
-    """Push what the next session needs as a private Kaggle dataset: made the first time, later a new version of it.
+    """Push what the next session needs as a private Kaggle dataset: a new one, or its next version.
 
     Args:
-        work: the folder that outputs are in; nothing in it is changed.
+        work: the folder that outputs are in.
         dataset: "owner/name"; None pushes nothing.
         message: notes of this version, by default how far each run is.
-        pictures: push the split's pictures too. Latents and the previews in the logs go in any case.
+        pictures: push the split's pictures too.
         wait: seconds in which Kaggle must list the new version.
-        optional: say in one line that Kaggle cannot be used here, and return None, in place of raising it.
+        optional: return None and say why where Kaggle cannot be used, in place of raising it.
 
     Raises:
         UserError: nothing to push, a damaged `last.ckpt`, an upload that failed or lost a file. What Kaggle held
@@ -115,13 +109,13 @@ def pull_session(
     optional: bool = True,
     say: Say = print,
 ) -> Session | None:
-    """Put the newest state into `work`, so that `resume="last"` goes on from it; what is newer there is kept.
+    """Put the newest state into `work`, so that `resume="last"` resumes it; what is newer there is kept.
 
     Args:
         dataset: "owner/name", or "owner/name/2" for an older version: taken where it is attached, else downloaded.
-            None takes the newest that is attached: such a dataset, or the output of a notebook.
+            None takes the newest that is attached, also the output of a notebook.
         input_roots: where a Kaggle machine mounts what is attached.
-        optional: say in one line that there is nothing to pull, and return None, in place of raising it.
+        optional: return None and say why where there is nothing to pull, in place of raising it.
 
     Raises:
         UserError: what was found is not whole. `work` is as it was.
@@ -143,7 +137,7 @@ def pull_session(
 
 
 def session_files(work: Path, pictures: bool = False) -> list[str]:
-    """The files below `work` that a next session needs, as paths relative to it."""
+    """Return the files below `work` that a next session needs, as paths relative to it."""
     found = []
     for name, folders, names in os.walk(work):
         folder = Path(name)
@@ -182,18 +176,13 @@ def _push(work: Path, dataset: str | None, message: str, pictures: bool, wait: f
     with TemporaryDirectory(prefix="vavae-push-") as folder:
         staging = Path(folder) / "dataset"
         staging.mkdir()
-        files, steps = _stage(work, paths, staging)
+        files, steps = pack(work, paths, staging)
         session = Session(dataset, steps, tuple(files))
-        manifest = {"format": 1, "dataset": dataset, "made": time.time(), "steps": steps, "files": files}
-        text = json.dumps(manifest, indent=1)
-        marker = _manifest_name(text.encode())
-        (staging / marker).write_text(text, encoding="utf-8")
+        marker = write_manifest(staging, {"dataset": dataset, "made": time.time(), "steps": steps, "files": files})
         expected = {path.name: path.stat().st_size for path in staging.iterdir()}
-        metadata = {"title": name, "id": dataset, "licenses": [{"name": "copyright-authors"}]}
-        write_json(staging / "dataset-metadata.json", metadata)
         say(f"pushing {len(files):,} files ({sum(expected.values()) / 1e6:,.1f} MB) from {work}")
         request = {"do": "push", "dataset": dataset, "folder": str(staging), "files": expected, "marker": marker}
-        done = _ask({**request, "message": message or session.progress, "wait": wait}, Path(folder))
+        done = ask({**request, "message": message or session.progress, "wait": wait}, Path(folder))
     kind = "a new private dataset" if done["created"] else "a new version"
     say(f"pushed {kind}, every file is listed whole ({session})")
     say(f"next session: attach {dataset}, or have it downloaded: python -m vavae_tools.kaggle_session pull")
@@ -208,67 +197,40 @@ def _check_name(dataset: str) -> str:
     return dataset
 
 
-def _stage(work: Path, paths: list[str], staging: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """Link (or copy, where that cannot be) large files into `staging`, pack small ones; the manifest's two parts.
-
-    A hard link holds on to the file of this moment, though training writes the next one over its name.
-    """
-    files, taken = {}, set()
-    with tarfile.open(staging / PACK, "w") as pack:
-        for path in paths:
-            source = (work / path).resolve()
+def pack(work: Path, paths: list[str], folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """Write files into one tar in `folder`; return what the manifest says of each, and each run's step and epoch."""
+    needed, free = sum((work / path).stat().st_size for path in paths), shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder.parent} has {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} are needed to push: free some, or set "
+            "TMPDIR to a folder with room"
+        )
+    files: dict[str, Any] = {}
+    with tarfile.open(folder / PACK, "w") as packed:
+        for path in sorted(paths, key=_is_last):  # they are put in place in this order
             try:
-                state = source.stat()
-                entry = {"bytes": state.st_size, "mtime": state.st_mtime, "stored": PACK}
-                if state.st_size < SMALL and not path.endswith(".ckpt"):
-                    content = source.read_bytes()
-                    entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-                    member = tarfile.TarInfo(path)
-                    member.size = len(content)
-                    pack.addfile(member, BytesIO(content))
-                else:
-                    entry["stored"] = _flat_name(path, taken)
-                    target = staging / entry["stored"]
-                    _link_or_copy(source, target)
-                    entry |= {"bytes": target.stat().st_size, "sha256": _digest(target)}
+                file = (work / path).open("rb")  # this moment's, though training writes the next one over its name
             except FileNotFoundError:  # a training that goes on has replaced its best checkpoint
                 continue
-            files[path] = entry
-    steps = {}
-    for path, entry in files.items():
-        place = staging / entry["stored"] if entry["stored"] != PACK else work / path
-        try:
-            state = _state(place, Path(path).name)
-        except UserError as error:  # it would take the place of a good one
-            raise UserError(str(error).replace(str(place), str(work / path))) from None
-        if state is not None:
-            run = _run_of(path, files)
-            steps[run] = max(steps.get(run, (-1, 0)), state)
-    return files, steps
+            with file:
+                member = packed.gettarinfo(arcname=path, fileobj=file)
+                files[path] = {"bytes": member.size, "mtime": member.mtime, "stored": PACK}
+                files[path]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+                file.seek(0)
+                packed.addfile(member, file)
+    return files, _steps(work, files)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> str:
+    """Write the manifest under a name that holds its hash; return the name."""
+    content = json.dumps({"format": 1, **manifest}, indent=1).encode()
+    name = _manifest_name(content)
+    (folder / name).write_bytes(content)
+    return name
 
 
 def _manifest_name(content: bytes) -> str:
     return f"session-{hashlib.sha256(content).hexdigest()[:12]}.json"
-
-
-def _flat_name(path: str, taken: set[str]) -> str:
-    """
-    >>> _flat_name("vavae/checkpoints/best of 3.ckpt", set())
-    'vavae__checkpoints__best_of_3.ckpt'
-    """
-    plain = re.sub(r"[^A-Za-z0-9._-]", "_", path.replace("/", "__"))[-150:]
-    name = next(name for n in range(len(taken) + 1) if (name := f"{n}-{plain}" if n else plain) not in taken)
-    taken.add(name)
-    return name
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(source, target)
 
 
 def _digest(path: Path) -> str:
@@ -276,24 +238,31 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _state(path: Path, name: str) -> tuple[int, int] | None:
-    """Step and epoch of a `last.ckpt` or a `training_state.json`, None for other files."""
-    if name == "last.ckpt":
+def _steps(folder: Path, files: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return each run's last step and epoch; a damaged checkpoint is an error, as it would replace a good one."""
+    steps: dict[str, tuple[int, int]] = {}
+    for path in files:
+        if (state := _state(folder / path)) is not None:
+            run = _run_of(path, files)
+            steps[run] = max(steps.get(run, (-1, 0)), state)
+    return steps
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """Return step and epoch of a `last.ckpt` or a `training_state.json`, None for other files."""
+    values: Any = None
+    if path.name == "last.ckpt":
         values = read_checkpoint(path)
-    elif name == "training_state.json":
-        try:
+    elif path.name == "training_state.json":
+        with suppress(ValueError, OSError):
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError):
-            return None
-    else:
-        return None
     if not isinstance(values, dict):
         return None
     return int(values.get("global_step") or 0), int(values.get("current_epoch", values.get("epoch")) or 0)
 
 
 def _run_of(path: str, paths: dict[str, Any]) -> str:
-    """The folder that `path` goes together with: its run's, its split's, else the one it is in.
+    """Return the folder that `path` goes together with: its run's, its split's, else the one it is in.
 
     >>> _run_of("dit/pipeline/vae/config.json", {"dit/checkpoints/last.ckpt": 0, "dit/pipeline/vae/config.json": 0})
     'dit'
@@ -310,48 +279,6 @@ def _run_of(path: str, paths: dict[str, Any]) -> str:
         if str(parent / INFO_NAME) in paths:
             return str(parent)
     return str(parents[0])
-
-
-def _ask(request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Have `client.py` do it; what went wrong becomes one line."""
-    asked, answered = folder / "request.json", folder / "answer.json"
-    write_json(asked, request)
-    environment = {**os.environ, "TMPDIR": str(folder)}  # where the client keeps, for days, what it did not finish
-    command = [sys.executable, "-P", str(WORKER), str(asked), str(answered)]
-    quiet = subprocess.DEVNULL
-    status = subprocess.run(command, stdin=quiet, stdout=quiet, stderr=quiet, env=environment, check=False).returncode
-    try:
-        answer = json.loads(answered.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        answer = {"fault": "failed", "reason": f"the client ended with status {status}"}
-    if "done" in answer:
-        return answer["done"]
-    dataset, reason = request["dataset"], answer["reason"]
-    own = "make a token in the settings of your Kaggle account and set KAGGLE_API_TOKEN, or KAGGLE_USERNAME and "
-    own += "KAGGLE_KEY, in the environment or as secrets of the notebook. Nothing else needs them"
-    lines = {
-        "client": f"the kaggle client is not here ({reason}): pip install kaggle",
-        "credentials": f"no Kaggle credentials are here, or none that work: {own}",
-        "refused": f"Kaggle does not know these credentials ({reason}): {own}",
-        "network": f"Kaggle cannot be reached ({reason}): switch the internet on in the notebook's settings, or save "
-        "its version and attach its output to the next session",
-        "missing": f"there is no dataset {dataset} that you may read: it is made by the first push",
-    }
-    if answer["fault"] in lines:
-        raise Unavailable(lines[answer["fault"]])
-    if request["do"] == "pull":
-        raise UserError(f"{dataset} could not be downloaded ({reason}); what is here is as it was. Try it again")
-    if answer["fault"] == "late":
-        raise UserError(
-            f"{dataset}: Kaggle took every file, but does not list the new version after {reason}; the versions "
-            f"before are kept. Look later with kaggle datasets files {dataset}, or push again"
-        )
-    if answer["fault"] == "lost":
-        raise UserError(
-            f"{dataset} has lost something on the way: {reason}. Push again; the versions before are kept, such as "
-            f"{dataset}/1 for --dataset of pull"
-        )
-    raise UserError(f"{dataset} was not pushed ({reason}); what it held before is kept. Push again")
 
 
 # ---- and back
@@ -376,11 +303,7 @@ class Source:
         return 'push again, or take the version before it ("owner/name/NUMBER")'
 
     def contents(self) -> Iterator[tuple[str, dict[str, Any], IO[bytes]]]:
-        """Each file's path, entry and open content.
-
-        Raises:
-            UserError: one is not there.
-        """
+        """Yield each file's path, entry and open content; one that is not there is a `UserError`."""
         path = PACK
         try:
             packed = [path for path, entry in self.files.items() if entry["stored"] == PACK]
@@ -388,8 +311,8 @@ class Source:
                 with tarfile.open(self.folder / PACK) as pack:
                     for path in packed:
                         yield path, self.files[path], pack.extractfile(path)
-            # in the order they were written: the best of several is the latest
-            for path, entry in sorted(self.files.items(), key=lambda item: item[1]["mtime"]):
+            # in the order they were written: the best of several is the latest; a cut-off pull has no last checkpoint
+            for path, entry in sorted(self.files.items(), key=lambda item: (_is_last(item[0]), item[1]["mtime"])):
                 if entry["stored"] != PACK:
                     with (self.folder / entry["stored"]).open("rb") as file:
                         yield path, entry, file
@@ -404,7 +327,7 @@ class Source:
 
 
 def newest_attached(roots: Sequence[Path], dataset: str | None = None) -> Source | None:
-    """The newest session below `roots`; with a name, of this dataset only (its version is what was attached)."""
+    """Return the newest session below `roots`; with a name, of this dataset only (in the version that is attached)."""
     found: list[Source] = []
     level = [root for root in roots if root.is_dir()]
     for _ in range(DEEPEST + 1):
@@ -440,14 +363,10 @@ def _outputs_in(folder: Path) -> Source:
     files = {}
     for path in session_files(folder, pictures=True):
         state = (folder / path).stat()
-        files[path] = {"mtime": state.st_mtime, "sha256": _digest(folder / path), "stored": path}
-        files[path]["bytes"] = state.st_size
-    steps = {}
-    for path in files:
-        if (state := _state(folder / path, Path(path).name)) is not None:
-            run = _run_of(path, files)
-            steps[run] = max(steps.get(run, (-1, 0)), state)
-    made = max(entry["mtime"] for path, entry in files.items() if path.endswith("last.ckpt"))
+        entry = {"bytes": state.st_size, "mtime": state.st_mtime, "stored": path, "sha256": _digest(folder / path)}
+        files[path] = entry
+    steps = _steps(folder, files)
+    made = max(entry["mtime"] for path, entry in files.items() if _is_last(path))
     return Source(folder, {"made": made, "steps": steps, "files": files}, str(folder))
 
 
@@ -455,8 +374,12 @@ def _downloaded(dataset: str | None, folder: Path) -> Source:
     if not dataset:
         raise Unavailable("no earlier session is attached; attach its dataset or its notebook's output, or name one")
     (folder / "dataset").mkdir()
-    _ask({"do": "pull", "dataset": dataset, "folder": str(folder / "dataset")}, folder)
-    return _source_in(folder / "dataset", dataset)
+    done = ask({"do": "pull", "dataset": dataset, "folder": str(folder / "dataset")}, folder)
+    return _source_in(Path(done["folder"]), dataset)
+
+
+def _is_last(path: str) -> bool:
+    return path.endswith("last.ckpt")
 
 
 def _put(source: Source, work: Path, say: Say) -> Session:
@@ -489,7 +412,10 @@ def _put(source: Source, work: Path, say: Say) -> Session:
     work.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(work).free < size:
         raise UserError(f"{work} has no space for the {size / 1e6:,.0f} MB of {source.name}: free some and try again")
-    _copy(source, wanted, work)
+    for path, _, file in source.contents():
+        if path in wanted:
+            with written_whole(work / path) as partial, partial.open("wb") as target:
+                shutil.copyfileobj(file, target, 2**20)
     session = Session(source.name, source.steps, tuple(wanted), tuple(kept))
     say(f"found {session}")
     say(f"put {len(wanted):,} files into {work} ({size / 1e6:,.1f} MB; {len(source.files) - len(wanted):,} stay)")
@@ -498,22 +424,12 @@ def _put(source: Source, work: Path, say: Say) -> Session:
     return session
 
 
-def _copy(source: Source, wanted: list[str], work: Path) -> None:
-    chosen = set(wanted)
-    late = [path for path in wanted if path.endswith("last.ckpt")]
-    for last in (False, True):  # so that a pull that was cut off is done again from the start
-        for path, _, file in source.contents():
-            if path in chosen and (path in late) == last:
-                with written_whole(work / path) as partial, partial.open("wb") as target:
-                    shutil.copyfileobj(file, target, 2**20)
-
-
 def _progress(work: Path, run: str, paths: list[str]) -> tuple[int, int] | None:
-    """Step and epoch of a run as it stands in `work`; a damaged checkpoint counts as none."""
+    """Return step and epoch of a run as it stands in `work`; a damaged checkpoint counts as none."""
     found = []
     for path in {*paths, *(str(PurePosixPath(run) / "checkpoints" / "last.ckpt"),)}:
         try:
-            state = _state(work / path, Path(path).name)
+            state = _state(work / path)
         except (UserError, OSError):
             continue
         if state is not None:
