@@ -15,23 +15,18 @@ from torch.nn.functional import silu
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.transformer import DiT
-from vavae_tools.published.denoisers import load_dit
-from vavae_tools.recipes.init_from import start_from
-from vavae_tools.recipes.nearest_classes import nearest_classes
+from vavae_tools.recipes.init_from import nearest_classes, start_from
 from vavae_tools.runtime.errors import UserError
 
 NUMBERS = {"input_size": 4, "patch_size": 2, "in_channels": 3, "hidden_size": 16, "depth": 2, "num_heads": 2}
 PLAIN = {"swiglu": False, "rope": False, "rms_norm": False}
 
 
-class Silent(list):
-    """Keeps what is said."""
-
-    def __call__(self, line: str) -> None:
-        self.append(line)
-
-    def __str__(self) -> str:
-        return "\n".join(self)
+def start(denoiser, conditioner, path, **settings) -> list[str]:
+    """`start_from`: what was logged."""
+    said: list[str] = []
+    start_from(denoiser, conditioner, path, say=said.append, **settings)
+    return said
 
 
 def built(classes: int, **arguments) -> tuple[torch.nn.Module, ClassConditioner]:
@@ -70,7 +65,7 @@ def test_published_weights_with_other_classes_say_what_they_said(tmp_path, name)
     denoiser, conditioner = make_denoiser(arguments), ClassConditioner(**of_conditioner)
     y = tensors["y"]
     first, last = y[y < published_classes].unique()[[0, -1]].tolist()
-    start_from(denoiser, conditioner, path, classes=[last, None, first], say=Silent())
+    start(denoiser, conditioner, path, classes=[last, None, first])
 
     ours = {last: 0, first: 2, published_classes: 3}  # published label → the one here; the last is the null
     known = torch.tensor([label in ours for label in y.tolist()])
@@ -90,7 +85,7 @@ def test_another_architecture_is_told_with_the_overrides_that_fit(tmp_path, name
     wrong, conditioner = built(2, **side, patch_size=1, hidden_size=24)
     before = {key: value.clone() for key, value in wrong.state_dict().items()}
     with pytest.raises(UserError) as told:
-        start_from(wrong, conditioner, path, say=Silent())
+        start(wrong, conditioner, path)
     message = str(told.value)
     assert "\n" not in message and "hidden_size" in message and "(here 24)" in message
     assert all(same(value, before[key]) for key, value in wrong.state_dict().items())
@@ -102,7 +97,7 @@ def test_another_architecture_is_told_with_the_overrides_that_fit(tmp_path, name
     fitting = make_denoiser(arguments)
     expected, _ = split_reference_arguments(case["constructor"])
     assert fitting.config.num_heads == expected["num_heads"]
-    start_from(fitting, ClassConditioner(**of_conditioner), path, say=Silent())
+    start(fitting, ClassConditioner(**of_conditioner), path)
 
 
 def test_only_the_class_table_starts_anew_and_what_is_left_is_listed(tmp_path):
@@ -112,55 +107,23 @@ def test_only_the_class_table_starts_anew_and_what_is_left_is_listed(tmp_path):
 
     path, theirs, table = published(tmp_path / "lightningdit.pt", classes=5, wrap=as_trained)
     denoiser, conditioner = built(31)
-    said = Silent()
-    start_from(denoiser, conditioner, path, seed=4, say=said)
+    (said,) = start(denoiser, conditioner, path, seed=4)
     assert all(same(value, theirs.state_dict()[name]) for name, value in denoiser.state_dict().items())
     rows = conditioner.embedding_table.weight
     assert rows.shape == (32, 16) and same(rows[31], table.embedding_table.weight[5])
     assert rows[:31].std().item() == pytest.approx(0.02, rel=0.1)
-    assert f"{len(theirs.state_dict())} tensors matched" in str(said)
-    assert "class table anew (31 classes, were 5; the null row kept)" in str(said)
-    assert re.search(r"not loaded: pos_embed, feat_rope\S+, feat_rope\S+ \(the same, computed here\), ", str(said))
-    assert str(said).endswith("model, opt, epoch")
+    assert f"{len(theirs.state_dict())} tensors matched" in said
+    assert "class table anew (31 classes, were 5; the null row kept)" in said
+    assert re.search(r"not loaded: pos_embed, feat_rope\S+, feat_rope\S+ \(computed here\), epoch, model, opt$", said)
 
     again, other = built(31)[1], built(31)[1]
     torch.manual_seed(99)  # rows follow from `seed` alone
-    start_from(built(31)[0], again, path, seed=4, say=said)
-    start_from(built(31)[0], other, path, seed=5, say=said)
+    start(built(31)[0], again, path, seed=4)
+    start(built(31)[0], other, path, seed=5)
     assert same(again.embedding_table.weight, rows) and not same(other.embedding_table.weight, rows)
-
-
-def test_other_resolutions_keep_all_weights_and_compute_their_positions(tmp_path):
-    path, theirs, _ = published(tmp_path / "small.pt")
-    denoiser, conditioner = built(2, input_size=8)
-    said = Silent()
-    start_from(denoiser, conditioner, path, say=said)
-    assert all(same(value, theirs.state_dict()[name]) for name, value in denoiser.state_dict().items())
-    assert "for 16 tokens in place of 4" in str(said)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "expected"),
-    [
-        (lambda w: {k: v for k, v in w.items() if k != "blocks.1.attn.proj.bias"}, "lacks blocks.1.attn.proj.bias"),
-        (lambda w: {**w, "blocks.1.attn.extra": w["pos_embed"]}, "has besides blocks.1.attn.extra"),
-        (lambda w: {**w, "blocks.1.attn.proj.bias": torch.zeros(3)}, "blocks.1.attn.proj.bias is (3,), expected (16,)"),
-        (lambda w: {k: v for k, v in w.items() if not k.startswith("y_")}, "is no denoiser with classes"),
-        (lambda w: {"decoder.conv_in.weight": torch.zeros(1)}, "it holds decoder.conv_in.weight"),
-        (lambda w: {**w, "x_embedder.proj.weight": torch.zeros(3, 4)}, "is not whole, or no denoiser"),
-    ],
-)
-def test_files_that_are_not_whole_are_told_in_one_line(tmp_path, spoil, expected):
-    path, *_ = published(tmp_path / "spoiled.pt", wrap=spoil)
-    with pytest.raises(UserError) as told:
-        start_from(*built(2), path, say=Silent())
-    assert expected in str(told.value) and "\n" not in str(told.value)
-
-
-def test_latents_of_another_autoencoder_are_told(tmp_path):
-    path, *_ = published(tmp_path / "three.pt")
-    with pytest.raises(UserError, match=r"latents of 3 channels, these have 5: encode the pictures"):
-        start_from(*built(2, in_channels=5), path, say=Silent())
+    larger, conditioner = built(2, input_size=8)
+    assert "for 16 tokens in place of 4" in start(larger, conditioner, path)[0]
+    assert all(same(value, theirs.state_dict()[name]) for name, value in larger.state_dict().items())
 
 
 def test_what_nothing_tells_is_said_to_be_as_given(tmp_path):
@@ -168,10 +131,36 @@ def test_what_nothing_tells_is_said_to_be_as_given(tmp_path):
         return {name: tensor for name, tensor in weights.items() if not name.startswith(("pos_", "feat_"))}
 
     path, *_ = published(tmp_path / "bare.pt", wrap=without_tables)
-    said = Silent()
-    start_from(*built(2), path, say=said)
-    assert "Not told by these weights, so as given: num_heads=2, rope=true" in str(said)
-    assert "not loaded: nothing" in str(said)
+    said = start(*built(2), path)
+    assert "not loaded: nothing" in said[0] and said[1].endswith("so as given: num_heads=2, rope=true")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "settings", "expected"),
+    [
+        (lambda w: {k: v for k, v in w.items() if k != "blocks.1.attn.proj.bias"}, {}, "lacks blocks.1.attn.proj.bias"),
+        (lambda w: {**w, "blocks.1.attn.extra": w["pos_embed"]}, {}, "has besides blocks.1.attn.extra"),
+        (lambda w: {**w, "blocks.1.attn.proj.bias": torch.zeros(3)}, {}, "size mismatch for blocks.1.attn.proj.bias"),
+        (lambda w: {k: v for k, v in w.items() if not k.startswith("y_")}, {}, "is no denoiser with classes"),
+        (lambda w: {"decoder.conv_in.weight": torch.zeros(1)}, {}, "it holds decoder.conv_in.weight"),
+        (lambda w: {**w, "x_embedder.proj.weight": torch.zeros(3, 4)}, {}, "is not whole, or no denoiser"),
+        (dict, {"in_channels": 5}, "was trained on latents of 3 channels, these have 5"),
+        (dict, {"kind": "ddt"}, "is a LightningDiT by its names, not a DiT with the wide head: set init.kind=lightn"),
+        (dict, {"kind": "sit"}, "No weights of kind 'sit'; there are lightningdit, ddt, dit"),
+        (dict, {"classes": [0, 1, 2]}, "lists 3 labels, expected 2"),
+        (dict, {"classes": [0, 5]}, "no published label 5; they go from 0 to 4"),
+        (dict, {"classes": [0, "ID_1"]}, "no class 'ID_1' (only labels are known"),
+        (dict, {"classes": "keep"}, "none of the classes here (2) is one of the weights' (5)"),
+        (dict, {"classes": "nearest"}, "needs the latents"),
+        (dict, {"classes": "nearset"}, "'nearset' is unknown; it is new, nearest, keep"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_one_line(tmp_path, spoil, settings, expected):
+    path, *_ = published(tmp_path / "spoiled.pt", wrap=spoil)
+    of_model = {name: settings.pop(name) for name in ("in_channels",) if name in settings}
+    with pytest.raises(UserError) as told:
+        start(*built(2, **of_model), path, **settings)
+    assert expected in str(told.value) and "\n" not in str(told.value)
 
 
 # ---- DiT's own weights
@@ -180,11 +169,11 @@ def test_what_nothing_tells_is_said_to_be_as_given(tmp_path):
 def test_dit_weights_need_to_be_told_apart_from_those_of_the_same_form(tmp_path):
     path, theirs, table = published(tmp_path / "dit.pt", **PLAIN, learn_sigma=True)
     with pytest.raises(UserError, match=r"noise at timesteps.*kind=dit.*velocities.*kind=lightningdit"):
-        start_from(*built(2, **PLAIN), path, say=Silent())
+        start(*built(2, **PLAIN), path)
 
     # of velocities the half that is no variance is the whole model
     denoiser, conditioner = built(5, **PLAIN)
-    start_from(denoiser, conditioner, path, kind="lightningdit", classes="keep", say=Silent())
+    start(denoiser, conditioner, path, kind="lightningdit", classes="keep")
     x, t, y = torch.randn(3, 3, 4, 4), torch.rand(3), torch.tensor([0, 4, 5])
     with torch.no_grad():
         torch.testing.assert_close(denoiser(x, t, conditioner(y)), theirs(x, t, table(y)), rtol=0, atol=1e-6)
@@ -192,52 +181,16 @@ def test_dit_weights_need_to_be_told_apart_from_those_of_the_same_form(tmp_path)
     # of noise at timesteps neither the last layer nor the embedding of time says anything here
     fresh, conditioner = built(5, **PLAIN)
     before = {name: value.clone() for name, value in fresh.state_dict().items()}
-    said = Silent()
-    start_from(fresh, conditioner, path, kind="dit", classes="keep", say=said)
+    said = start(fresh, conditioner, path, kind="dit", classes="keep")[0]
     for name, value in fresh.state_dict().items():
         anew = name.startswith(("t_embedder.", "final_layer.linear."))
         assert same(value, before[name] if anew else theirs.state_dict()[name]), name
-    assert "anew: t_embedder.mlp.0.weight" in str(said) and "final_layer.linear.bias" in str(said)
+    assert "anew: final_layer.linear.bias, final_layer.linear.weight, t_embedder.mlp.0.bias" in said
     with pytest.raises(UserError, match="predicts nothing yet"):
-        start_from(*built(5, **PLAIN), path, kind="dit", lora_rank=4, say=Silent())
-
-
-def test_published_dit_says_the_same_as_its_own_loader(tmp_path):
-    """The table of the file that was made for these tests is DiT's: its loader takes it."""
-    path, theirs, table = published(tmp_path / "dit.pt", **PLAIN, learn_sigma=True)
-    model = load_dit(torch.load(path, weights_only=True), {**NUMBERS, "num_classes": 5})
-    x, t, y = torch.randn(2, 3, 4, 4), torch.tensor([0.0, 999.0]), torch.tensor([1, 5])
-    assert same(model(x, t, y), theirs.predict(x, t, table(y)))
-
-
-def test_a_kind_that_the_file_is_not_is_told(tmp_path):
-    path, *_ = published(tmp_path / "light.pt")
-    with pytest.raises(UserError, match=r"is a LightningDiT by its names.*kind=lightningdit"):
-        start_from(*built(2), path, kind="ddt", say=Silent())
-    with pytest.raises(UserError, match="No weights of kind 'sit'; there are lightningdit, ddt, dit"):
-        start_from(*built(2), path, kind="sit", say=Silent())
+        start(*built(5, **PLAIN), path, kind="dit", lora_rank=4)
 
 
 # ---- classes
-
-
-@pytest.mark.parametrize(
-    ("classes", "expected"),
-    [
-        ([0, 1, 2], "lists 3 labels, expected 2"),
-        ([0, 5], "no published label 5; they go from 0 to 4"),
-        ([0, -1], "no published label -1"),
-        ([0, "ID_1"], "no class 'ID_1' (only labels are known"),
-        ("keep", "the weights have 5 classes, here are 2"),
-        ("nearest", "needs the latents"),
-        ("nearset", "'nearset' is unknown; it is new, nearest, keep"),
-    ],
-)
-def test_classes_that_cannot_be_are_told(tmp_path, classes, expected):
-    path, *_ = published(tmp_path / "five.pt")
-    with pytest.raises(UserError) as told:
-        start_from(*built(2), path, classes=classes, say=Silent())
-    assert expected in str(told.value)
 
 
 def test_a_pipeline_keeps_the_rows_of_the_people_it_knows(tmp_path):
@@ -248,25 +201,21 @@ def test_a_pipeline_keeps_the_rows_of_the_people_it_knows(tmp_path):
     theirs = pipe.conditioner.embedding_table.weight
 
     denoiser, conditioner = DiT(**numbers), ClassConditioner(4, 16)
-    said = Silent()
-    start_from(denoiser, conditioner, tmp_path / "pipeline", classes="keep", latents=people, say=said)
+    said = start(denoiser, conditioner, tmp_path / "pipeline", classes="keep", latents=people)[0]
     assert all(same(value, pipe.denoiser.state_dict()[name]) for name, value in denoiser.state_dict().items())
     rows = conditioner.embedding_table.weight
     assert same(rows[[0, 2, 4]], theirs[[2, 0, 3]])
     assert not any(same(rows[i], row) for i in (1, 3) for row in theirs)
-    assert "class table kept, with 2 new rows (4 classes, were 3; the null row kept)" in str(said)
-
-    start_from(denoiser, conditioner, tmp_path / "pipeline", latents=people, say=said)
-    assert "2 classes bear names of the weights' (ID_3, ID_1 …): init.classes=keep" in str(said)
+    assert "class table kept, with 2 new rows (4 classes, were 3; the null row kept)" in said
     named = [None, "ID_2", None, "ID_2"]
-    start_from(denoiser, conditioner, tmp_path / "pipeline", classes=named, latents=people, say=said)
+    start(denoiser, conditioner, tmp_path / "pipeline", classes=named, latents=people)
     assert same(conditioner.embedding_table.weight[[1, 3]], theirs[[1, 1]])
     with pytest.raises(UserError, match=r"depth 1 \(here 2\).*model.depth=1"):
-        start_from(DiT(**{**numbers, "depth": 2}), conditioner, tmp_path / "pipeline", say=said)
-    with pytest.raises(UserError, match=r"holds no weights to go on from .*name .*run/pipeline"):
+        start(DiT(**{**numbers, "depth": 2}), conditioner, tmp_path / "pipeline")
+    with pytest.raises(UserError, match=r"holds no weights to go on from: name .*run/pipeline"):
         (tmp_path / "run").mkdir()
         (tmp_path / "pipeline").rename(tmp_path / "run" / "pipeline")
-        start_from(denoiser, conditioner, tmp_path / "run", say=said)
+        start(denoiser, conditioner, tmp_path / "run")
 
 
 CLASSES = 12
@@ -347,15 +296,13 @@ def test_rows_of_the_nearest_classes_are_copied_and_shown(tmp_path):
         num_classes=4, folder=SimpleNamespace(people=people), train_data=ClassLatents(permutation, 40)
     )
     denoiser, conditioner = built(4, patch_size=1)
-    said = Silent()
     path = tmp_path / "known.safetensors"
-    start_from(denoiser, conditioner, path, classes="nearest", latents=latents, lora_rank=2, say=said)
+    said = start(denoiser, conditioner, path, classes="nearest", latents=latents, lora_rank=2)
     rows, published_rows = conditioner.embedding_table.weight, table.embedding_table.weight
     assert same(rows[[0, 1, 2, 4]], published_rows[[7, 0, 11, CLASSES]])
     assert not any(same(rows[3], row) for row in published_rows)
-    shown = [line.split()[:2] for line in said[1:4]]
-    assert shown == [["ann", "7"], ["bob", "0"], ["cy", "11"]]
+    assert [line.split()[:2] for line in said[1:4]] == [["ann", "7"], ["bob", "0"], ["cy", "11"]]
     assert all("(-" in line for line in said[1:4])  # better than any class
-    assert "copied from the nearest, with 1 new rows for labels without latents" in str(said)
+    assert "copied from the nearest, with 1 new rows for labels without latents" in said[4]
     trained = [name for name, weight in denoiser.named_parameters() if weight.requires_grad]
     assert trained and all("lora_" in name for name in trained)  # as before the search

@@ -1,29 +1,38 @@
 """What a denoiser's training goes on from: weights from here or published ones, with other classes.
 
-All weights are kept but the rows of the class table. What was loaded, what starts anew and what was left is said.
+All weights are kept but the rows of the class table, which may be those of the published classes that explain the
+latents best. What was loaded, what starts anew and what was left is logged.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from tqdm.auto import tqdm
 
-from vavae_tools.data.latents import LatentDataModule
+from vavae_tools.checkpoints.foreign import few
+from vavae_tools.data.latents import LatentDataModule, LatentDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
 from vavae_tools.diffusion.lora import TARGETS, add_lora, lora_settings
+from vavae_tools.diffusion.objectives import FlowMatching, time_shift_of
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.recipes.init_weights import KINDS, StartingWeights, features, read_starting_weights
-from vavae_tools.recipes.nearest_classes import Nearest, nearest_classes
 from vavae_tools.runtime.console import say
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.machine import find_machine
+from vavae_tools.runtime.ranks import of_torchrun
+from vavae_tools.training.run import Say
 
 Classes = str | Sequence[int | str | None]
-CLASSES = ("new", "nearest", "keep")
-SHOWN_CLASSES = 40
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Latents (B, C, h, w), noise, and times (B,)."""
+PROBES = 128
+"""Random projections in all: they estimate the squared move of the predictions to 12 %."""
 
 
 def start_from(
@@ -37,19 +46,17 @@ def start_from(
     lora_targets: Sequence[str] = TARGETS,
     latents: LatentDataModule | None = None,
     seed: int = 0,
-    say: Callable[[str], None] = say,
+    say: Say = say,
 ) -> None:
-    """Load weights into a freshly built denoiser and conditioner, in place, and say what was loaded and what not.
+    """Load weights into a freshly built denoiser and conditioner, in place, and log what was loaded and what not.
 
     Args:
         weights: what `read_starting_weights` takes.
-        kind: of published weights, "lightningdit", "ddt" or "dit"; None: seen in them. "dit" are those of Peebles &
-            Xie, which predict noise at timesteps 0 … 999: their patches, blocks and classes are kept as a beginning,
-            the embedding of time and the last linear map start anew.
-        classes: "new": rows as in a fresh model; "nearest": of each class the row of the published class whose row
-            explains its latents best (`nearest_classes`); "keep": the rows of the classes of the same names, or all
-            rows where names are unknown and the numbers equal; or for each class a published label, or its name, or
-            None for a new row. The null row is always the published one.
+        kind: of published weights; None: seen in them. "dit" are those of Peebles & Xie, which predict noise: their
+            patches, blocks and classes are kept, the embedding of time and the last linear map start anew.
+        classes: "new": rows as in a fresh model; "nearest": see `nearest_classes`; "keep": the rows of the classes of
+            the same names, or all rows where names are unknown and the numbers equal; or for each class a published
+            label, or its name, or None for a new row. The null row is always the published one.
         lora_rank: above 0 the denoiser is frozen and gets low-rank additions, see `lora.add_lora`; they and the class
             table are trained.
         latents: what will be trained on; "nearest" needs it.
@@ -71,66 +78,54 @@ def start_from(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             trained = add_lora(denoiser, lora_rank, lora_alpha, lora_targets)
-    copied, how = _choose_rows(found, denoiser, conditioner, classes, latents, seed, say)
-    _fill_table(conditioner, found, copied, seed)
-    said = [f"{loaded} tensors matched", _said_of_table(found, conditioner, how)]
-    if anew:
-        said.append(f"anew: {', '.join(_grouped(anew))}")
-    said.append(f"not loaded: {_said_of_left(found, denoiser)}")
-    say(f"{found.source} ({KINDS[found.kind]}): {', '.join(said)}")
+    names = {} if latents is None else {label: name for name, label in latents.folder.people.items()}
+    copied, how = _choose_rows(found, denoiser, conditioner, classes, latents, names, seed, say)
+    null = _fill_table(conditioner, found, copied, seed)
+    table = f"class table {how} ({conditioner.num_classes:,} classes, were {len(found.table):,}; {null})"
+    said = [f"{loaded} tensors matched", table, *([f"anew: {few(anew)}"] if anew else [])]
+    left = [*_fixed_tables(found, denoiser), *([few(found.left)] if found.left else [])]
+    say(f"{found.source} ({KINDS[found.kind]}): {', '.join(said)}, not loaded: {', '.join(left) or 'nothing'}")
     if unknown := [name for name in ("num_heads", "rope") if name not in found.arguments]:
         given = ", ".join(f"{name}={_text(_comparable(denoiser.config)[name])}" for name in unknown)
         say(f"Not told by these weights, so as given: {given}")
-    same = [name for name in _own_names(latents).values() if name in found.classes]
-    if classes == "new" and same:
-        few = ", ".join(same[:3])
-        say(f"{len(same)} classes bear names of the weights' ({few} …): init.classes=keep takes their rows")
     if lora_rank:
         rows = conditioner.embedding_table.weight.numel()
         whole = sum(weight.numel() for weight in denoiser.parameters()) + rows
-        targets = lora_settings(denoiser)["targets"]
         say(
-            f"LoRA of rank {lora_rank} on {', '.join(targets)}: {trained + rows:,} of {whole:,} weights are trained, "
-            "the class table's among them"
+            f"LoRA of rank {lora_rank} on {', '.join(lora_settings(denoiser)['targets'])}: {trained + rows:,} of "
+            f"{whole:,} weights are trained, the class table's among them"
         )
 
 
 # ---- fitting and loading
-KEYS = ("hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio", "qk_norm", "swiglu", "rope", "rms_norm")
-"""Arguments of a denoiser that are always told."""
-MORE_KEYS = ("adaln_shift", "pos_embed", "learn_sigma", "time_embed", "reversed_time")
-"""Those that are told where they differ."""
 
 
 def _check_architecture(found: StartingWeights, denoiser: DiT | DDT) -> None:
-    """Say what differs between the weights and the denoiser that was built, and the overrides that fit."""
+    """Raise what differs between the weights and the denoiser that was built, with the overrides that fit."""
     ours, theirs = _comparable(denoiser.config), _comparable(found.arguments)
     if theirs["in_channels"] != ours["in_channels"]:
         raise UserError(
             f"{found.source} was trained on latents of {theirs['in_channels']} channels, these have "
-            f"{ours['in_channels']}: encode the pictures with the autoencoder that it was trained with"
+            f"{ours['in_channels']}: encode the images with the autoencoder that it was trained with"
         )
     if theirs.get("learn_sigma"):
         del theirs["learn_sigma"]  # what it says of the variance is left out
     if _hidden(theirs) == _hidden(ours):
         theirs["mlp_ratio"] = ours["mlp_ratio"]  # it may be 2.67 here and 2.6719 by the shapes there
-    told = [name for name in (*KEYS, *MORE_KEYS) if name in theirs]
-    differing = [name for name in told if name in ours and theirs[name] != ours[name]]
-    if not differing:
-        return
-    made = DDT if isinstance(theirs["hidden_size"], tuple) else DiT
-    defaults = {name: value.default for name, value in signature(made.__init__).parameters.items()}
-    telling = [name for name in told if name in KEYS or name in differing or theirs[name] != defaults[name]]
-    fitting = [f"model.{name}={_text(theirs[name])}" for name in telling]
-    differences = ", ".join(f"{name} {_text(theirs[name])} (here {_text(ours[name])})" for name in differing)
-    raise UserError(
-        f"{found.source} is another {KINDS[found.kind]} than the denoiser that was asked for: {differences}. It fits "
-        f"model.size=null {' '.join(fitting)}"
-    )
+    made = signature((DDT if isinstance(theirs["hidden_size"], tuple) else DiT).__init__).parameters
+    told = {name: value for name, value in theirs.items() if name in made and name not in ("input_size", "in_channels")}
+    differing = [name for name in told if name in ours and told[name] != ours[name]]
+    if differing:
+        differences = ", ".join(f"{name} {_text(told[name])} (here {_text(ours[name])})" for name in differing)
+        fitting = [f"model.{name}={_text(value)}" for name, value in told.items()]
+        raise UserError(
+            f"{found.source} is another {KINDS[found.kind]} than the denoiser that was asked for: {differences}. It "
+            f"fits model.size=null {' '.join(fitting)}"
+        )
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Pairs as tuples; of a wide head two numbers of heads, and one patch."""
+    """Return pairs as tuples; of a wide head two numbers of heads, and one patch."""
     plain = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()}
     if isinstance(plain.get("patch_size"), tuple):
         plain["patch_size"] = plain["patch_size"][0]
@@ -145,7 +140,7 @@ def _hidden(config: Mapping[str, Any]) -> list[int]:
 
 
 def _text(value: Any) -> str:
-    """As an override is typed.
+    """Return a value as an override is typed.
 
     >>> _text((1152, 2048)), _text(True)
     ('[1152,2048]', 'true')
@@ -156,9 +151,8 @@ def _text(value: Any) -> str:
 
 
 def _load(found: StartingWeights, denoiser: DiT | DDT) -> tuple[int, list[str]]:
-    """Put the weights into the denoiser; how many tensors were matched, and the names of those that start anew."""
-    weights = dict(found.denoiser)
-    anew: list[str] = []
+    """Load the weights; return how many tensors were matched, and the names of those that start anew."""
+    weights, anew = dict(found.denoiser), []
     if found.kind == "dit":
         anew = [name for name in weights if name.startswith(("t_embedder.", "final_layer.linear."))]
         weights = {name: tensor for name, tensor in weights.items() if name not in anew}
@@ -166,65 +160,32 @@ def _load(found: StartingWeights, denoiser: DiT | DDT) -> tuple[int, list[str]]:
         for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
             both = weights[name].unflatten(0, (-1, 2 * denoiser.in_channels))  # (p·p, 2·C, …)
             weights[name] = both[:, : denoiser.in_channels].flatten(0, 1)
-    own = denoiser.state_dict()
-    missing = [name for name in own if name not in weights and name not in anew]
-    unknown = [name for name in weights if name not in own]
-    other = [name for name in weights if name in own and weights[name].shape != own[name].shape]
-    for names, what in ((missing, "lacks"), (unknown, "has besides")):
+    try:
+        missing, unknown = denoiser.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # tensors of another shape
+        raise UserError(f"{found.source} is of another form: {str(error).splitlines()[1].strip()}") from None
+    for names, what in (([name for name in missing if name not in anew], "lacks"), (unknown, "has besides")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"{found.source} {what} {names[0]}{more}: it is not whole, or another model")
-    if other:
-        shapes = tuple(weights[other[0]].shape), tuple(own[other[0]].shape)
-        raise UserError(f"{found.source} is of another form: {other[0]} is {shapes[0]}, expected {shapes[1]}")
-    denoiser.load_state_dict(weights, strict=False)
     return len(weights), anew
 
 
-def _said_of_left(found: StartingWeights, denoiser: DiT | DDT) -> str:
-    said = []
-    if "input_size" in found.arguments and _side(found.arguments) != _side(denoiser.config):
-        said.append(
-            f"positions, computed here for latents of {_side(denoiser.config)} in place of {_side(found.arguments)}"
-        )
-    if found.tables:
-        own = denoiser.enc_pos_embed if isinstance(denoiser, DDT) else denoiser.pos_embed
-        theirs = found.tables.get("pos_embed")
-        if theirs is None or own is None:
-            why = "computed here"
-        elif theirs.shape != own.shape:
-            why = f"computed here, for {own.shape[1]} tokens in place of {theirs.shape[-2]}"
-        elif not torch.allclose(theirs.float(), own.cpu(), atol=1e-3):
-            why = "computed here; pos_embed is another than the fixed one, which is taken"
-        else:
-            why = "the same, computed here"
-        said.append(f"{', '.join(found.tables)} ({why})")
-    if found.left:
-        said.append(", ".join(_grouped(found.left)))
-    return ", ".join(said) or "nothing"
-
-
-def _side(config: Mapping[str, Any]) -> str:
-    size = config["input_size"]
-    return "×".join(map(str, (size, size) if isinstance(size, int) else size))
-
-
-def _grouped(names: Sequence[str], most: int = 6) -> list[str]:
-    """
-    >>> _grouped(["opt", "a.b.1", "a.b.2"], most=1)
-    ['opt', 'a.b.* (2)']
-    """
-    if len(names) <= most:
-        return list(names)
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(".".join(name.split(".")[:2]) if name.count(".") > 1 else name, []).append(name)
-    return [members[0] if len(members) == 1 else f"{begin}.* ({len(members)})" for begin, members in groups.items()]
+def _fixed_tables(found: StartingWeights, denoiser: DiT | DDT) -> list[str]:
+    """Return a word about the tables of positions, which are computed here."""
+    theirs = found.tables.get("pos_embed")
+    ours = denoiser.enc_pos_embed if isinstance(denoiser, DDT) else denoiser.pos_embed
+    why = "computed here"
+    if theirs is not None and ours is not None and theirs.shape != ours.shape:
+        why += f", for {ours.shape[1]} tokens in place of {theirs.shape[-2]}"
+    return [f"{', '.join(found.tables)} ({why})"] if found.tables else []
 
 
 # ---- the class table
-def _fill_table(conditioner: ClassConditioner, found: StartingWeights, copied: dict[int, int], seed: int) -> None:
-    """New rows are normal with a standard deviation of 0.02, as in a fresh model."""
+
+
+def _fill_table(conditioner: ClassConditioner, found: StartingWeights, copied: dict[int, int], seed: int) -> str:
+    """Copy rows; new ones have a standard deviation of 0.02, as in a fresh model. Return a word about the null row."""
     own = conditioner.embedding_table.weight.data
     rows = 0.02 * Draws(seed, 0, torch.arange(len(own))).normal("class table", own.shape[1])
     for label, theirs in copied.items():
@@ -232,17 +193,9 @@ def _fill_table(conditioner: ClassConditioner, found: StartingWeights, copied: d
     if conditioner.dropout > 0 and found.null is not None:
         rows[conditioner.num_classes] = found.null.float()
     own.copy_(rows)
-
-
-def _said_of_table(found: StartingWeights, conditioner: ClassConditioner, how: str) -> str:
-    null = "without a null row"
-    if conditioner.dropout > 0:
-        null = "the null row kept" if found.null is not None else "a new null row"
-    return f"class table {how} ({conditioner.num_classes:,} classes, were {len(found.table):,}; {null})"
-
-
-def _own_names(latents: LatentDataModule | None) -> dict[int, str]:
-    return {} if latents is None else {label: name for name, label in latents.folder.people.items()}
+    if not conditioner.dropout > 0:
+        return "without a null row"
+    return "the null row kept" if found.null is not None else "a new null row"
 
 
 def _choose_rows(
@@ -251,11 +204,12 @@ def _choose_rows(
     conditioner: ClassConditioner,
     classes: Classes,
     latents: LatentDataModule | None,
+    names: Mapping[int, str],
     seed: int,
-    say: Callable[[str], None],
+    say: Say,
 ) -> tuple[dict[int, int], str]:
-    """{own label: published label} of the rows to copy, and a word for it."""
-    number, names = conditioner.num_classes, _own_names(latents)
+    """Return {own label: published label} of the rows to copy, and a word for it."""
+    number = conditioner.num_classes
     if not isinstance(classes, str):
         copied = _listed(classes, found, latents.num_classes if latents else number, number)
         return copied, f"anew but for {len(copied)} copied rows" if len(copied) < number else "copied as listed"
@@ -263,15 +217,19 @@ def _choose_rows(
         return {}, "anew"
     if classes == "keep":
         copied = _kept(found, names, number)
-        new = number - len(copied)
-        return copied, "kept" if not new else f"kept, with {new} new rows"
+        return copied, "kept" if len(copied) == number else f"kept, with {number - len(copied)} new rows"
     if classes != "nearest":
-        raise UserError(f"classes={classes!r} is unknown; it is {', '.join(CLASSES)} or a list of published labels")
+        raise UserError(f"classes={classes!r} is unknown; it is new, nearest, keep or a list of published labels")
     if latents is None or found.null is None:
         lacking = "the latents to train on" if latents is None else f"a null row, which {found.source} has not"
         raise UserError(f"classes=nearest needs {lacking}: choose classes=new, or list the labels")
     nearest = nearest_classes(denoiser, found.table, found.null, latents.train_data, seed)
-    _say_nearest(nearest, names, {label: name for name, label in found.classes.items()}, say)
+    published = {label: name for name, label in found.classes.items()}
+    say("class  nearest  error, against that of any class")
+    for label, match in nearest.items():
+        change = 100 * (match.loss / match.loss_of_null - 1)
+        of = published.get(match.published, match.published)
+        say(f"{names.get(label, label):<5}  {of:>7}  {match.loss:.4f} ({change:+.1f} %)")
     copied = {label: match.published for label, match in nearest.items()}
     new = number - len(copied)
     return copied, "copied from the nearest" + (f", with {new} new rows for labels without latents" if new else "")
@@ -282,45 +240,155 @@ def _listed(classes: Sequence[int | str | None], found: StartingWeights, wanted:
         raise UserError(f"classes lists {len(classes)} labels, expected {wanted}: one, or null, for each class here")
     copied = {}
     for own, label in enumerate(classes):
-        if label is None:
-            continue
         if isinstance(label, str):
             if label not in found.classes:
                 there = ", ".join(list(found.classes)[:5]) or "only labels are known"
                 raise UserError(f"classes: the weights have no class {label!r} ({there} …); name a label or null")
             label = found.classes[label]
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(found.table):
-            raise UserError(f"classes: no published label {label}; they go from 0 to {len(found.table) - 1}")
-        copied[own] = label
+        if label is not None:
+            if label not in range(len(found.table)):
+                raise UserError(f"classes: no published label {label}; they go from 0 to {len(found.table) - 1}")
+            copied[own] = label
     return copied
 
 
-def _kept(found: StartingWeights, names: dict[int, str], number: int) -> dict[int, int]:
+def _kept(found: StartingWeights, names: Mapping[int, str], number: int) -> dict[int, int]:
     if found.classes and names:
         copied = {label: found.classes[name] for label, name in names.items() if name in found.classes}
-        if not copied:
-            here, there = (", ".join(list(known)[:3]) for known in (names.values(), found.classes))
-            raise UserError(
-                f"classes=keep: none of the classes here ({here} …) is one of the weights' ({there} …): choose new or "
-                "nearest, or list the labels"
-            )
-        return copied
-    if number != len(found.table):
+        here, there = (f"{', '.join(list(known)[:3])} …" for known in (names.values(), found.classes))
+    else:
+        copied = {label: label for label in range(number)} if number == len(found.table) else {}
+        here, there = f"{number:,}", f"{len(found.table):,}"
+    if not copied:
         raise UserError(
-            f"classes=keep: the weights have {len(found.table):,} classes, here are {number:,}: choose new or nearest, "
+            f"classes=keep: none of the classes here ({here}) is one of the weights' ({there}): choose new or nearest, "
             "or list the labels"
         )
-    return {label: label for label in range(number)}
+    return copied
 
 
-def _say_nearest(
-    nearest: Mapping[int, Nearest], names: Mapping[int, str], published: Mapping[int, str], say: Callable[[str], None]
-) -> None:
-    wide = max([5, *(len(names.get(label, str(label))) for label in nearest)])
-    say(f"{'class':<{wide}}  nearest  error, against that of any class")
-    for label, found in list(nearest.items())[:SHOWN_CLASSES]:
-        change = 100 * (found.loss / found.loss_of_null - 1)
-        of = published.get(found.published, found.published)
-        say(f"{names.get(label, label):<{wide}}  {of:>7}  {found.loss:.4f} ({change:+.1f} %)")
-    if len(nearest) > SHOWN_CLASSES:
-        say(f"… and {len(nearest) - SHOWN_CLASSES} more")
+# ---- which of the classes that a denoiser knows explains the latents of a new one best
+
+
+class Nearest(NamedTuple):
+    """The published class that explains a class's latents best, and the loss with it and with the null row."""
+
+    published: int
+    loss: float
+    loss_of_null: float
+
+
+def nearest_classes(
+    denoiser: DiT | DDT,
+    rows: Tensor,
+    null: Tensor,
+    data: LatentDataset,
+    seed: int = 0,
+    candidates: int = 8,
+    pairs: int = 32,
+    batch_size: int = 8,
+) -> dict[int, Nearest]:
+    """Return for each class in `data` the row with which the denoiser's squared error on its latents is smallest.
+
+    All classes share times evenly over the path, each latent with noise that follows from the seed. What the step from
+    the null row to each row would change is estimated there: to first order by the error's gradient with respect to the
+    conditioning, to second by how much the predictions move (Gauss–Newton, by random projections), since to first order
+    a row that changes much promises much. From so far away the second order overstates the move, three times in a
+    trained model, so a row is judged by the best part of the step to it. The rows that promise most are then tried.
+
+    Args:
+        rows: the published class table, (K, D); null: the row for any class, (D,).
+        candidates: how many rows are tried.
+        pairs: latents with noise and a time that each row is tried on.
+
+    Returns:
+        Own label → `Nearest`, for the labels that have latents.
+    """
+    machine = find_machine()
+    device = "cpu" if machine.kind == "cpu" else f"cuda:{of_torchrun().local_rank % machine.devices}"
+    home, trained = next(denoiser.parameters()).device, [w for w in denoiser.parameters() if w.requires_grad]
+    checkpointing = denoiser.gradient_checkpointing
+    rows, null = rows.float().to(device), null.float().to(device)
+    labels = sorted(set(data.labels.tolist()))
+    probes = -(-PROBES * batch_size // (len(labels) * pairs))  # for each batch
+
+    def batches(label: int) -> list[Batch]:
+        return _batches_of(label, data, denoiser.latent_shape, seed, pairs, batch_size, device)
+
+    denoiser.to(device).requires_grad_(False)
+    denoiser.enable_gradient_checkpointing()  # a large model's activations have to fit beside its weights
+    try:
+        half = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=machine.kind == "ampere")
+        with half, tqdm(total=2 * len(labels), desc="nearest classes", disable=None) as bar:
+            slopes, moved = {}, []
+            for label in labels:
+                slopes[label], moves = _slope(denoiser, null, batches(label), seed, probes)
+                moved += moves
+                bar.update()
+            steps = rows - null  # (K, D)
+            bend = pairs * (steps @ torch.stack(moved, dim=1)).square().mean(1)  # (K,): the squared move of predictions
+            found = {}
+            for label in labels:
+                slope = steps @ slopes[label]  # (K,)
+                part = (-slope / (2 * bend + 1e-12)).clamp(0, 1)  # of the step to each row, the best one
+                promise = part * slope + part.square() * bend  # the change of the error: the smaller the better
+                tried = {published: rows[published] for published in promise.argsort()[:candidates].tolist()}
+                losses = _losses(denoiser, {**tried, -1: null}, batches(label))
+                best = min(tried, key=losses.get)
+                found[label] = Nearest(best, losses[best], losses[-1])
+                bar.update()
+        return found
+    finally:
+        denoiser.to(home)
+        for weight in trained:
+            weight.requires_grad_()
+        if not checkpointing:
+            denoiser.disable_gradient_checkpointing()
+
+
+def _batches_of(
+    label: int, data: LatentDataset, shape: tuple[int, ...], seed: int, pairs: int, batch_size: int, device: str
+) -> list[Batch]:
+    """Return `pairs` of latents of one class with noise, and a time each; few latents come several times."""
+    places = (data.labels == label).nonzero().flatten()
+    places = places[torch.linspace(0, len(places) - 1, min(pairs, len(places))).round().long()]  # evenly over the class
+    rounds = -(-pairs // len(places))
+    latents = data.__getitems__(places.tolist())["latents"].repeat(rounds, 1, 1, 1)[:pairs]  # (pairs, C, h, w)
+    noise = torch.cat([Draws(seed, number, places).normal("nearest class", *shape) for number in range(rounds)])[:pairs]
+    path = FlowMatching(time="uniform", time_shift=max(1.0, time_shift_of(shape)))
+    t = path.sample_time((torch.arange(pairs) + 0.5) / pairs)
+    return list(zip(*(part.to(device).split(batch_size) for part in (latents, noise, t)), strict=True))
+
+
+def _error(denoiser: DiT | DDT, row: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the summed squared error of a batch, all of it with one row (D,) as conditioning, and the prediction."""
+    data, noise, t = batch
+    flow = FlowMatching(cosine_weight=0)
+    prediction = denoiser(flow.add_noise(data, noise, t), t, row.expand(len(data), -1))
+    return flow.squared_error(prediction, data, noise, t).sum(), prediction
+
+
+def _slope(
+    denoiser: DiT | DDT, null: Tensor, batches: list[Batch], seed: int, probes: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the error's gradient at the null row (D,), and vectors p (D,) with E (p·step)² = a squared move."""
+    slope, moves = torch.zeros_like(null), []
+    for number, batch in enumerate(batches):
+        row = null.clone().requires_grad_()
+        with torch.enable_grad():
+            error, prediction = _error(denoiser, row, batch)
+        slope += torch.autograd.grad(error, row, retain_graph=True)[0]
+        samples = torch.arange(len(prediction), device=prediction.device)
+        for probe in range(probes):
+            signs = Draws(seed, probe, samples).normal(f"probe {number}", *prediction.shape[1:])
+            move = torch.autograd.grad(prediction, row, signs.to(prediction.dtype), retain_graph=True)[0]
+            moves.append(move / prediction.numel() ** 0.5)
+    return slope, moves
+
+
+@torch.no_grad()
+def _losses(denoiser: DiT | DDT, rows: Mapping[int, Tensor], batches: list[Batch]) -> dict[int, float]:
+    number = sum(len(data) for data, _, _ in batches)
+    return {
+        label: sum(_error(denoiser, row, batch)[0].item() for batch in batches) / number for label, row in rows.items()
+    }

@@ -1,6 +1,5 @@
 """Weights that a denoiser's training can go on from: those of a training here, and published ones."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,10 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from vavae_tools.checkpoints.foreign import few
 from vavae_tools.checkpoints.formats import read_any
 from vavae_tools.diffusion.ddt import DDT_SIZES
 from vavae_tools.diffusion.lora import merged_weights
 from vavae_tools.diffusion.transformer import DiT_SIZES
+from vavae_tools.pipelines.base import read_pipeline
+from vavae_tools.pipelines.classes import LatentDiTPipeline
 from vavae_tools.published.denoisers import TABLES, WRAPPERS
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import read_checkpoint
@@ -23,30 +25,23 @@ KINDS = {"lightningdit": "LightningDiT", "ddt": "DiT with the wide head", "dit":
 
 @dataclass(frozen=True)
 class StartingWeights:
-    """Weights to go on from.
-
-    Attributes:
-        kind: "lightningdit", "ddt" or "dit".
-        arguments: of `make_denoiser`, as far as the file tells them.
-        denoiser: under our names.
-        table: one row for each class, (K, D).
-        null: the row that means any class, (D,); None where there is none.
-        classes: name → label, where they are known.
-        tables: the fixed tables in the file, which our constructors compute.
-        left: names of what else is there.
-        is_own: written by this package.
-    """
+    """Weights to go on from, under our names."""
 
     source: Path
     kind: str
     arguments: dict[str, Any]
+    """of `make_denoiser`, as far as the file tells them"""
     denoiser: dict[str, Tensor]
     table: Tensor
+    """(K, D), one row for each class"""
     null: Tensor | None
+    """(D,), the row that means any class"""
     classes: dict[str, int] = field(default_factory=dict)
+    """name → label, where they are known"""
     tables: dict[str, Tensor] = field(default_factory=dict)
+    """the fixed tables in the file, which our constructors compute"""
     left: tuple[str, ...] = ()
-    is_own: bool = False
+    """names of what else is there"""
 
 
 def read_starting_weights(source: str | Path, kind: str | None = None) -> StartingWeights:
@@ -63,145 +58,95 @@ def read_starting_weights(source: str | Path, kind: str | None = None) -> Starti
     source = Path(source)
     if kind is not None and kind not in KINDS:
         raise UserError(f"No weights of kind {kind!r}; there are {', '.join(KINDS)}, and null: seen in them")
-    if source.is_dir():
-        if (source / "model_index.json").is_file():
-            return _from_pipeline(source)
-        if not (source / "model.pt").is_file():
-            inside = [name for name in ("pipeline", "checkpoints/last.ckpt") if (source / name).exists()]
-            there = ", ".join(sorted(path.name for path in source.iterdir())[:6]) or "nothing"
-            hint = f"name {source / inside[0]}" if inside else "name a pipeline/, a .ckpt or published weights"
-            raise UserError(f"{source} holds no weights to go on from ({there}): {hint}")
+    if (source / "model_index.json").is_file():
+        pipe = read_pipeline(LatentDiTPipeline, source, ema=True, vae=None)
+        of_denoiser, of_conditioner = dict(pipe.denoiser.config), dict(pipe.conditioner.config)
+        weights = {f"denoiser.{name}": tensor for name, tensor in pipe.denoiser.state_dict().items()}
+        weights |= {f"conditioner.{name}": tensor for name, tensor in pipe.conditioner.state_dict().items()}
+        return _own(source, weights, of_denoiser, of_conditioner, pipe.config.people)
+    if source.is_dir() and not (source / "model.pt").is_file():
+        inside = [name for name in ("pipeline", "checkpoints/last.ckpt") if (source / name).exists()]
+        hint = f"name {source / inside[0]}" if inside else "name a pipeline/, a .ckpt or published weights"
+        raise UserError(f"{source} holds no weights to go on from: {hint}")
+    if source.suffix == ".safetensors":
+        return _published(source, _read_safetensors(source), kind)
+    saved = {} if source.is_dir() else read_checkpoint(source)
+    if source.is_dir() or isinstance(saved.get("trainer"), dict):
         saved = read_any(source, lambda line: None)
-    elif source.suffix == ".safetensors":
-        saved = _read_safetensors(source)
-    else:
-        saved = read_checkpoint(source)
-        if isinstance(saved.get("trainer"), dict):
-            saved = read_any(source, lambda line: None)
     settings = saved.get("hyper_parameters")
-    if isinstance(settings, Mapping) and "denoiser_config" in settings:
-        return _from_training(source, saved, settings)
-    return _published(source, saved, kind)
+    if not isinstance(settings, Mapping) or "denoiser_config" not in settings:
+        return _published(source, saved, kind)
+    weights = saved["state_dict"]
+    begin = "ema.network." if any(name.startswith("ema.network.") for name in weights) else "network."
+    own = {name.removeprefix(begin): tensor for name, tensor in weights.items() if name.startswith(begin)}
+    left = tuple(name for name in weights if not name.startswith(begin))
+    of_denoiser, of_conditioner = settings["denoiser_config"], settings["conditioner_config"]
+    return _own(source, own, of_denoiser, of_conditioner, settings.get("people"), settings.get("lora"), left)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise UserError(f"No weights {path}")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy it again") from None
 
 
-def _from_pipeline(folder: Path) -> StartingWeights:
-    def part(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        config = _read_json(folder / name / "config.json")
-        files = sorted((folder / name).glob("*.safetensors"))
-        if not files:
-            raise UserError(f"{folder / name} has no .safetensors: copy the pipeline again")
-        return config, {key: tensor for path in files for key, tensor in _read_safetensors(path).items()}
-
-    config, weights = part("denoiser")
-    of_conditioner, table = part("conditioner")
-    people = _read_json(folder / "model_index.json").get("people") or {}
-    return _own(folder, config, weights, of_conditioner, table, people, ())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): copy the pipeline again") from None
-
-
-def _from_training(path: Path, checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> StartingWeights:
-    named = checkpoint["state_dict"]
-    beginnings = ("ema.network.", "network.")
-    begin = next((b for b in beginnings if any(name.startswith(f"{b}denoiser.") for name in named)), None)
-    if begin is None:
-        raise UserError(f"{path} holds no denoiser: expected network.denoiser.* in its state_dict")
-
-    def part(name: str) -> dict[str, Tensor]:
-        start = f"{begin}{name}."
-        return {key.removeprefix(start): tensor for key, tensor in named.items() if key.startswith(start)}
-
-    left = tuple(name for name in named if not name.startswith((f"{begin}denoiser.", f"{begin}conditioner.")))
-    weights = merged_weights(part("denoiser"), settings.get("lora"))
-    of_conditioner, people = settings["conditioner_config"], settings.get("people") or {}
-    return _own(path, settings["denoiser_config"], weights, of_conditioner, part("conditioner"), people, left)
-
-
 def _own(
     source: Path,
-    config: Mapping[str, Any],
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
+    of_denoiser: Mapping[str, Any],
     of_conditioner: Mapping[str, Any],
-    of_table: dict[str, Tensor],
-    people: Mapping[str, int],
-    left: tuple[str, ...],
+    people: Mapping[str, int] | None,
+    lora: Mapping[str, Any] | None = None,
+    left: tuple[str, ...] = (),
 ) -> StartingWeights:
-    arguments = {name: value for name, value in config.items() if not name.startswith("_")}
-    kind = "ddt" if "s_embedder.proj.weight" in weights else "lightningdit"
+    begin, number = "denoiser.", of_conditioner["num_classes"]
+    denoiser = {name.removeprefix(begin): tensor for name, tensor in weights.items() if name.startswith(begin)}
+    if not denoiser:
+        raise UserError(f"{source} holds no denoiser: expected network.denoiser.* in its state_dict")
+    arguments = {name: value for name, value in of_denoiser.items() if not name.startswith("_")}
+    kind = "ddt" if "s_embedder.proj.weight" in denoiser else "lightningdit"
     if kind == "lightningdit":  # what older configurations leave out
         arguments = {"time_embed": "sinusoidal", "reversed_time": False, **arguments}
-    rows, number = of_table["embedding_table.weight"], of_conditioner["num_classes"]
+    rows, denoiser = weights["conditioner.embedding_table.weight"], merged_weights(denoiser, lora)
     null = rows[number] if len(rows) > number else None
-    return StartingWeights(source, kind, arguments, weights, rows[:number], null, dict(people), left=left, is_own=True)
+    return StartingWeights(source, kind, arguments, denoiser, rows[:number], null, dict(people or {}), left=left)
+
+
+# ---- published weights
 
 
 def _published(source: Path, saved: Mapping[str, Any], kind: str | None) -> StartingWeights:
     left: list[str] = []
     parts = ("ema", "ema_model", "state_dict", "model")
-    while part := next((part for part in parts if isinstance(saved.get(part), Mapping) and saved[part]), None):
-        left += [str(name) for name in saved if name != part]
+    if part := next((part for part in parts if isinstance(saved.get(part), Mapping)), None):
+        left = [str(name) for name in saved if name != part]
         saved = saved[part]
-    named = {WRAPPERS.sub("", str(name)): tensor for name, tensor in saved.items()}
+    weights = {WRAPPERS.sub("", str(name)): tensor for name, tensor in saved.items()}
     first, of_classes = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
-    beginnings = [name.removesuffix(first) for name in named if name == first or name.endswith(f".{first}")]
-    # a training's checkpoint may hold the live weights and their average side by side
-    begin = min(beginnings, key=lambda begin: ("ema" not in begin, len(begin)), default=None)
-    if begin is None or begin + of_classes not in named:
-        some = ", ".join(list(named)[:3]) or "nothing"
+    if first not in weights or of_classes not in weights:
         raise UserError(
-            f"{source} is no denoiser with classes: it holds {some} …, expected {first} and {of_classes} as in "
-            "LightningDiT's, RAE's or DiT's weights; one from here is a pipeline/ or a .ckpt"
+            f"{source} is no denoiser with classes: it holds {few(weights) or 'nothing'}, expected {first} and "
+            f"{of_classes} as in LightningDiT's, RAE's or DiT's weights; one from here is a pipeline/ or a .ckpt"
         )
-    inside = {name.removeprefix(begin): name for name in named if name.startswith(begin)}
-    weights, tables = {}, {}
-    for name, whole in inside.items():
-        if name.startswith(TABLES):
-            tables[name] = named[whole]
-        elif isinstance(named[whole], Tensor) and re.match(r"([xst]_embedder|s_projector|blocks|final_layer)\.", name):
-            weights[name] = named[whole]
-        elif name != of_classes:
-            left.append(whole)
-    left += [name for name in named if not name.startswith(begin)]
+    rows = weights.pop(of_classes)  # all that are published have the null row, the last one
+    tables = {name: weights.pop(name) for name in list(weights) if name.startswith(TABLES)}
     try:
         arguments = arguments_of(weights, tables)
     except (KeyError, ValueError) as error:
         raise UserError(f"{source} is not whole, or no denoiser that is known here ({error})") from None
-    rows = named[begin + of_classes]
-    return StartingWeights(
-        source,
-        _kind_of(source, weights, arguments, kind),
-        arguments,
-        weights,
-        rows[:-1],  # all that are published have the null row, the last one
-        rows[-1],
-        tables=tables,
-        left=tuple(left),
-    )
+    kind = _kind_of(source, arguments, kind)
+    return StartingWeights(source, kind, arguments, weights, rows[:-1], rows[-1], {}, tables, tuple(left))
 
 
-def _kind_of(source: Path, weights: Mapping[str, Tensor], arguments: Mapping[str, Any], kind: str | None) -> str:
-    if "s_embedder.proj.weight" in weights:
+def _kind_of(source: Path, arguments: Mapping[str, Any], kind: str | None) -> str:
+    plain = not arguments["swiglu"] and not arguments["rms_norm"] and arguments.get("learn_sigma")
+    seen = "dit" if plain and arguments["time_embed"] == "sinusoidal" else "lightningdit"
+    if isinstance(arguments["hidden_size"], tuple):
         seen = "ddt"
-    else:
-        plain = not arguments["swiglu"] and not arguments["rms_norm"] and arguments["learn_sigma"]
-        seen = "dit" if plain and arguments["time_embed"] == "sinusoidal" else "lightningdit"
     if kind is None and seen == "dit":
         raise UserError(
             f"{source} has the form of DiT's weights, and names do not tell what they predict: noise at timesteps 0 … "
@@ -214,7 +159,7 @@ def _kind_of(source: Path, weights: Mapping[str, Tensor], arguments: Mapping[str
 
 
 def arguments_of(weights: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A denoiser's arguments, under our names, as far as its weights' names and shapes tell them.
+    """Return a denoiser's arguments, under our names, as far as its weights' names and shapes tell them.
 
     Heads follow from the rotary table, from the norm of queries, or from a published width and depth; where nothing
     tells a value, it is left out.
@@ -260,13 +205,13 @@ def arguments_of(weights: Mapping[str, Tensor], tables: Mapping[str, Tensor]) ->
 
 
 def _mlp_ratio(width: int, hidden: int, swiglu: bool) -> float:
-    """A ratio with which a block of this width has `hidden` features in its perceptron."""
+    """Return a ratio with which a block of this width has `hidden` features in its perceptron."""
     tried = [4.0, hidden / width, *((math.ceil(1.5 * hidden) + more) / width for more in (0, 1))]
     return next((ratio for ratio in tried if features(width, ratio, swiglu) == hidden), hidden / width)
 
 
 def features(width: int, mlp_ratio: float, swiglu: bool) -> int:
-    """Hidden features of a block's perceptron, as `transformer.Block` counts them."""
+    """Return the hidden features of a block's perceptron, as `transformer.Block` counts them."""
     hidden = int(width * mlp_ratio)
     return int(2 / 3 * hidden) if swiglu else hidden
 
@@ -274,17 +219,17 @@ def features(width: int, mlp_ratio: float, swiglu: bool) -> int:
 def _heads(
     weights: Mapping[str, Tensor], tables: Mapping[str, Tensor], arguments: Mapping[str, Any], ropes: list[str]
 ) -> Any:
-    """Heads, two numbers for a wide head; None where nothing tells them."""
-    widths = arguments["hidden_size"] if len(ropes) == 2 else (arguments["hidden_size"],)
+    """Return the heads, two numbers for a wide head; None where nothing tells them."""
+    wide = len(ropes) == 2
     if all(name in tables for name in ropes):
         of_a_head = [tables[name].shape[-1] for name in ropes]
     elif arguments["qk_norm"] and "depth" in arguments:
-        firsts = (0, arguments["depth"][0]) if len(ropes) == 2 else (0,)
+        firsts = (0, arguments["depth"][0]) if wide else (0,)
         of_a_head = [len(weights[f"blocks.{i}.attn.q_norm.weight"]) for i in firsts]
     else:
-        for size in (DDT_SIZES if len(ropes) == 2 else DiT_SIZES).values():
-            if all(size[name] == arguments.get(name) for name in ("hidden_size", "depth")):
-                return size["num_heads"]
-        return None
+        sizes = (DDT_SIZES if wide else DiT_SIZES).values()
+        form = arguments["hidden_size"], arguments.get("depth")
+        return next((size["num_heads"] for size in sizes if (size["hidden_size"], size["depth"]) == form), None)
+    widths = arguments["hidden_size"] if wide else (arguments["hidden_size"],)
     heads = tuple(width // dim for width, dim in zip(widths, of_a_head, strict=True))
-    return heads if len(ropes) == 2 else heads[0]
+    return heads if wide else heads[0]
