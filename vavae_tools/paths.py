@@ -14,6 +14,10 @@ DEEPEST = 5
 """Levels below a root that are searched for person folders: Kaggle mounts at …/datasets/OWNER/NAME/ANY/FOLDER."""
 
 
+def _below_work(name: str) -> property:
+    return property(lambda place: place.work / name)
+
+
 @dataclass(frozen=True, repr=False)
 class Place:
     """The folders of one project: notebooks 01 to 05 hand over to each other through them.
@@ -33,46 +37,20 @@ class Place:
 
     @property
     def built_in(self) -> bool:
-        """Whether the split here (or, before there is one, the next) is of the built-in data."""
+        """Return whether the split here (or, before there is one, the next) is of the built-in data."""
         if (self.split / INFO_NAME).is_file():
             return (Path(read_split_info(self.split)["input_dir"]) / "gait.json").is_file()
         return self.pictures is None
 
-    @property
-    def split(self) -> Path:
-        return self.work / "data_split"
-
-    @property
-    def vavae(self) -> Path:
-        return self.work / "vavae"
-
-    @property
-    def latents(self) -> Path:
-        return self.work / "latents"
-
-    @property
-    def dit(self) -> Path:
-        return self.work / "dit"
-
-    @property
-    def rae(self) -> Path:
-        return self.work / "rae"
-
-    @property
-    def text(self) -> Path:
-        return self.work / "text"
-
-    @property
-    def tokens(self) -> Path:
-        return self.work / "tokens"
-
-    @property
-    def samples(self) -> Path:
-        return self.work / "samples"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.work / "evaluation"
+    split = _below_work("data_split")
+    vavae = _below_work("vavae")
+    latents = _below_work("latents")
+    dit = _below_work("dit")
+    rae = _below_work("rae")
+    text = _below_work("text")
+    tokens = _below_work("tokens")
+    samples = _below_work("samples")
+    evaluation = _below_work("evaluation")
 
 
 def find_place(
@@ -101,7 +79,7 @@ def find_place(
 
 
 def _person_folders(roots: Iterable[Path]) -> Iterable[Path]:
-    """Folders below `roots` that hold at least two folders with pictures, nearest first."""
+    """Yield folders below `roots` that hold at least two folders with pictures, nearest first."""
     level = [root for root in roots if root.is_dir()]
     for _ in range(DEEPEST + 1):
         for folder in level:
@@ -111,11 +89,7 @@ def _person_folders(roots: Iterable[Path]) -> Iterable[Path]:
 
 
 def find_split(work: str | Path | None = None) -> Path:
-    """The split that `data_split.py` wrote in its usual places.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the split that `data_split.py` wrote in its usual places; without one, raise a `UserError`."""
     tried = [find_place(work=work).split, Path("data_split")]
     for folder in tried:
         if (folder / INFO_NAME).is_file():

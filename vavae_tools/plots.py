@@ -25,7 +25,7 @@ _LINE = 20  # screen pixels of a line of text
 
 
 def as_pixels(picture: Any) -> Tensor:
-    """One picture or a batch of them, in any accepted form → uint8 (…, C, H, W) on the CPU."""
+    """Return one picture or a batch of them, in any accepted form, as uint8 (…, C, H, W) on the CPU."""
     if not isinstance(picture, Tensor):
         if isinstance(picture, Sequence):
             return torch.stack([as_pixels(p) for p in picture])
@@ -46,7 +46,7 @@ def as_pixels(picture: Any) -> Tensor:
 
 
 def picture_grid(pictures: Any, columns: int, gap: int = 2) -> Tensor:
-    """Pictures one beside the other on white, row by row: uint8 (3, H', W'), also of grey ones and for TensorBoard."""
+    """Return pictures one beside the other on white, row by row: uint8 (3, H', W')."""
     pictures = as_pixels(pictures)
     height, width = pictures.shape[2:]
     rows = -(-len(pictures) // columns)
@@ -58,10 +58,7 @@ def picture_grid(pictures: Any, columns: int, gap: int = 2) -> Tensor:
 
 
 def show_picture(picture: Any, ax: "Axes | None" = None, title: str | None = None, **imshow: Any) -> "Axes":
-    """Draw one picture, without ticks, on `ax` or on a figure of its own (`.figure` of what comes back).
-
-    Further arguments go to matplotlib's `imshow`.
-    """
+    """Draw one picture, without ticks, on `ax` or on a figure of its own; further arguments go to `imshow`."""
     pixels = as_pixels(picture)
     if ax is None:
         return _lay_out([[pixels]], [[title or ""]], size=2.0).axes[0]
@@ -77,11 +74,9 @@ def show_picture(picture: Any, ax: "Axes | None" = None, title: str | None = Non
 
 
 def show_pictures(pictures: Any, columns: int = 8, titles: Sequence[str] | None = None, size: float = 1.0) -> "Figure":
-    """Pictures row by row.
+    """Show pictures row by row, with a title for each.
 
     Args:
-        columns: pictures in a row.
-        titles: one for each picture.
         size: height of a picture in inches; small ones are enlarged by a whole number, so that nothing is blurred.
     """
     pictures = list(as_pixels(pictures))
@@ -93,7 +88,7 @@ def show_pictures(pictures: Any, columns: int = 8, titles: Sequence[str] | None 
 def show_rows(
     rows: Mapping[str, Any], titles: Sequence[str] | None = None, gap_after: int | None = None, size: float = 1.0
 ) -> "Figure":
-    """A named row for each entry, such as {"original": …, "reconstruction": …}.
+    """Show a named row for each entry, such as {"original": …, "reconstruction": …}.
 
     Args:
         titles: above the first row, one for each column.
@@ -106,7 +101,7 @@ def show_rows(
 
 
 def plot_bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], y_label: str) -> "Figure":
-    """Bars side by side: for each of `names` one of every group, {"real": [98.0, …], "generated": [91.0, …]}."""
+    """Plot bars for each of `names`, one of every group: {"real": [98.0, …], "generated": [91.0, …]}."""
     figure = new_figure((max(4.0, 1.5 + 0.35 * len(names) * len(groups)), 3.2))
     ax = figure.add_subplot()
     width = 0.8 / len(groups)
@@ -121,13 +116,13 @@ def plot_bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], y_lab
 
 
 def plot_followed(pictures: Mapping[str, Tensor], prompts: Sequence[str]) -> "Figure | None":
-    """How many of each group's pictures show what their prompts say of a shape, judged by the pixels.
+    """Plot how many of each group's pictures show the colour, shape, size and place that their prompts name.
 
     Args:
         pictures: uint8 (N, 3, H, H) by the group's name, one for each prompt.
 
     Returns:
-        Bars for colour, shape, size and place; None where no prompt is about shapes.
+        None where no prompt is about shapes.
     """
     from vavae_tools.data.demo.shapes import judge_shapes
 
@@ -138,7 +133,7 @@ def plot_followed(pictures: Mapping[str, Tensor], prompts: Sequence[str]) -> "Fi
 
 
 def new_figure(size: tuple[float, float], tight: bool = True) -> "Figure":
-    """An empty figure of (width, height) inches that a notebook can show, whether it has called pyplot or not."""
+    """Return an empty figure of (width, height) inches that a notebook shows without pyplot."""
     from matplotlib.figure import Figure
 
     class NotebookFigure(Figure):
@@ -151,7 +146,7 @@ def new_figure(size: tuple[float, float], tight: bool = True) -> "Figure":
 
 
 def _wrapped(title: str, width: int) -> str:
-    """A title in lines that are no wider than its picture, in pixels; one that has lines already stays as it is."""
+    """Return a title in lines that are no wider than its picture in pixels; one that has lines already as it is."""
     fitting = max(8, width // 8)  # a letter of this size
     return title if "\n" in title or len(title) <= fitting else textwrap.fill(title, fitting)
 
@@ -220,11 +215,7 @@ def plot_curves(
     y_label: str,
     y_range: tuple[float, float] | None = None,
 ) -> "Figure":
-    """Lines over the same x, one for each entry, such as {"cells": [0.2, 0.9, …]}, with their names above.
-
-    Args:
-        y_range: the smallest and the largest y; None: as the values ask for.
-    """
+    """Plot lines over the same x, one for each entry, such as {"cells": [0.2, 0.9, …]}, with their names above."""
     figure = new_figure((5.0, 3.4))
     ax = figure.add_subplot()
     for name, values in curves.items():

@@ -184,13 +184,13 @@ class Throughput(L.Callback):
     on_validation_start = on_train_epoch_end = on_save_checkpoint = _something_else
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._say(trainer, module)
+        self._report(trainer, module)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Stopped):  # which all processes are at the same step
-            self._say(trainer, module)
+            self._report(trainer, module)
 
-    def _say(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _report(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._clock.wait()
         self._look()
         if self._whole.steps < LEAST:
