@@ -1,7 +1,6 @@
 """Pictures that no split was made of: folders of classes, Hugging Face datasets, made-up shapes; how they are cut."""
 
 import json
-import math
 import shutil
 import sys
 from pathlib import Path
@@ -14,17 +13,8 @@ from PIL import Image
 from vavae_tools.data import images as decoded
 from vavae_tools.data.datasets import PictureDataModule, hold_out, picture_data
 from vavae_tools.data.demo.shapes import (
-    _AREAS,
-    COLOURS,
-    SHAPES,
     ShapePictures,
-    coverage,
-    draw_shapes,
-    looks_like,
-    recognise,
-    shape_classes,
     shape_data,
-    shape_names,
 )
 from vavae_tools.data.images import CROPS, PictureSetDataModule, centre_crop
 from vavae_tools.data.split import choose_sides
@@ -595,82 +585,6 @@ def test_sides_that_do_not_go_together(hf, tmp_path):
 # ---- shapes
 
 
-def test_a_square_and_its_ground_are_exact():
-    """A square of half the side in the middle of 32 pixels covers pixels 8 … 23."""
-    half = torch.tensor([0.25 * math.sqrt(2)])
-    square, blue = (torch.tensor([list(table).index(name)]) for table, name in ((SHAPES, "square"), (COLOURS, "blue")))
-    picture = draw_shapes(square, blue, torch.tensor([[0.5, 0.5]]), half, torch.tensor([0.4]), 32)[0]
-    expected = torch.full((3, 32, 32), 102, dtype=torch.uint8)
-    expected[:, 8:24, 8:24] = torch.tensor(COLOURS["blue"], dtype=torch.uint8)[:, None, None]
-    assert torch.equal(picture, expected)
-
-
-@pytest.mark.parametrize("shape", range(len(SHAPES)))
-def test_every_shape_has_its_area_around_its_place(shape):
-    place, radius = torch.tensor([[0.4, 0.55]]), torch.tensor([0.35])
-    covered = coverage(torch.tensor([shape]), place, radius, 64)[0]
-    assert covered.mean().item() == pytest.approx(_AREAS[shape] * 0.35**2, rel=0.02)
-    pixel = (torch.arange(64) + 0.5) / 64
-    centre = (covered * pixel).sum() / covered.sum(), (covered * pixel[:, None]).sum() / covered.sum()
-    torch.testing.assert_close(torch.stack(centre), place[0], rtol=0, atol=0.005)
-    outside = torch.hypot(pixel - 0.4, pixel[:, None] - 0.55) > 0.35 + 1 / 64
-    assert covered[outside].max() == 0
-
-
-def test_pictures_follow_from_seed_side_and_index_alone():
-    data = ShapePictures(60, 6, 24, seed=3)
-    assert data.labels.tolist() == [index % 6 for index in range(60)]
-    batch = data.__getitems__([41, 7])
-    assert batch["pictures"].shape == (2, 3, 24, 24) and batch["pictures"].dtype == torch.uint8
-    assert batch["labels"].tolist() == [5, 1] and batch["index"].tolist() == [41, 7]
-    assert torch.equal(data[7]["pictures"], batch["pictures"][1])
-    assert torch.equal(ShapePictures(2000, 6, 24, seed=3)[41]["pictures"], batch["pictures"][0])
-    assert torch.equal(data.in_memory()[[41, 7]], batch["pictures"])
-    assert torch.equal(data.__getitems__([41, 7])["pictures"], batch["pictures"])  # now from memory
-    for other in (ShapePictures(60, 6, 24, seed=4), ShapePictures(60, 6, 24, seed=3, side=1)):
-        assert not torch.equal(other[41]["pictures"], batch["pictures"][0])
-
-
-@pytest.mark.parametrize(("num_classes", "size"), [(1, 32), (4, 32), (4, 16), (36, 32), (36, 64)])
-def test_pictures_look_like_their_class(num_classes, size):
-    data = ShapePictures(720, num_classes, size)
-    assert (looks_like(data.in_memory(), num_classes) == data.labels).float().mean() >= 0.99
-
-
-def test_pictures_that_show_no_class_look_like_none():
-    data = ShapePictures(72, 36)
-    seen = looks_like(data.in_memory(), 4)  # of 36 colours and shapes, four are classes
-    pairs, wanted = shape_classes(36), shape_classes(4)
-    assert seen.tolist() == [wanted.index(pairs[k]) if pairs[k] in wanted else -1 for k in data.labels]
-    nothing = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert (looks_like(nothing, 36) == -1).all()
-    assert (looks_like(torch.full((2, 3, 32, 32), 77, dtype=torch.uint8), 36) == -1).all()
-
-
-def test_pictures_with_noise_look_like_their_class():
-    data = ShapePictures(200, 4)
-    noisy = data.in_memory() + 15 * torch.randn(200, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert (looks_like(noisy.clamp(0, 255).to(torch.uint8)) == data.labels).float().mean() >= 0.99
-
-
-def test_place_and_size_are_recognised():
-    shapes, colours = torch.arange(36) % 6, torch.arange(36) // 6
-    generator = torch.Generator().manual_seed(0)
-    radii = 0.2 + 0.15 * torch.rand(36, generator=generator)
-    places = 0.4 + 0.2 * torch.rand(36, 2, generator=generator)
-    found = recognise(draw_shapes(shapes, colours, places, radii, torch.full((36,), 0.5), 48))
-    assert torch.equal(found[0], colours) and torch.equal(found[1], shapes)
-    torch.testing.assert_close(found[2], places, rtol=0, atol=0.01)
-    torch.testing.assert_close(found[3], radii, rtol=0, atol=0.02)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 12, 36])
-def test_classes_are_different_pairs(count):
-    pairs = shape_classes(count)
-    assert len(set(pairs)) == len(set(shape_names(count))) == count
-    assert max(c for c, _ in pairs) < 6 and max(s for _, s in pairs) < 6
-
-
 def test_shapes_as_a_data_module():
     data = shape_data(20, image_size=16, batch_size=8, val_share=0.2)
     assert isinstance(data, PictureSetDataModule) and data.num_classes == 4
@@ -691,7 +605,7 @@ def test_shapes_as_a_data_module():
     [
         ({"num_classes": 37}, "37 classes of shapes: expected 1 to 36"),
         ({"num_classes": 0}, "0 classes"),
-        ({"count": 0}, "0 pictures of shapes"),
+        ({"count": 0}, "0 images of shapes"),
         ({"image_size": 4}, "at least 8 pixels"),
         ({"image_size": (32, 7)}, "at least 8 pixels"),
         ({"val_share": 1.5}, "val_share 1.5"),

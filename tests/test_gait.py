@@ -11,7 +11,7 @@ from PIL import Image
 
 from vavae_tools.data.demo import gait
 from vavae_tools.data.demo.gait import simulate_picture, simulate_walk, write_gait_dataset
-from vavae_tools.data.demo.radar import Radar, between, echo, spectrogram
+from vavae_tools.data.demo.radar import Radar, echo, spectrogram
 from vavae_tools.data.demo.walking import (
     JOINTS,
     cycle_time,
@@ -50,10 +50,6 @@ def run_python(*arguments, cwd=None):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=ENVIRONMENT)
 
 
-def run_cli(*arguments):
-    return run_python("-m", "vavae_tools.data.demo.gait", *arguments)
-
-
 # The walking model
 
 
@@ -61,7 +57,7 @@ def test_cycle_of_an_average_walker_is_the_published_one():
     assert AVERAGE.relative_speed == pytest.approx(1.509, abs=1e-3)
     assert AVERAGE.stride_time == pytest.approx(1.0956, abs=1e-3)
     assert AVERAGE.stride == pytest.approx(1.53, abs=0.01)
-    assert AVERAGE.cadence == pytest.approx(110, abs=1)
+    assert 120 / AVERAGE.stride_time == pytest.approx(110, abs=1)  # steps a minute
     assert relative_support(AVERAGE.relative_speed) == pytest.approx(0.62, abs=0.005)
 
 
@@ -74,7 +70,7 @@ def test_joint_curves_pass_through_the_published_points(joint, phase, degrees):
     assert np.interp(phase, np.linspace(0, 1, len(curve)), curve) == pytest.approx(degrees, abs=2)
 
 
-@pytest.mark.parametrize("person", [AVERAGE, replace(AVERAGE, speed=1.1), draw_person(0, 1), draw_person(0, 2)])
+@pytest.mark.parametrize("person", [AVERAGE, replace(AVERAGE, speed=1.1), draw_person(0, 1)])
 def test_a_foot_stands_still_then_swings_at_more_than_three_times_the_walking_speed(person):
     speed = forward_speed(person, "right ankle")
     assert abs(speed[100:450].mean()) < 0.08
@@ -83,9 +79,9 @@ def test_a_foot_stands_still_then_swings_at_more_than_three_times_the_walking_sp
     assert 0.65 < np.argmax(speed) / 1000 < 0.95  # in the swing of the right leg
 
 
-@pytest.mark.parametrize("joint", JOINTS)
-def test_every_joint_goes_as_fast_as_the_walker_over_a_stride(joint):
-    assert forward_speed(AVERAGE, joint).mean() == pytest.approx(AVERAGE.speed, abs=1e-6)
+def test_every_joint_goes_as_fast_as_the_walker_over_a_stride():
+    for joint in JOINTS:
+        assert forward_speed(AVERAGE, joint).mean() == pytest.approx(AVERAGE.speed, abs=1e-6)
 
 
 def test_left_side_does_what_the_right_one_did_half_a_stride_before():
@@ -107,7 +103,7 @@ def test_people_are_within_human_ranges_and_differ():
     assert len({person.height for person in people}) == 100
     assert all(1.5 < person.height < 1.95 for person in people)
     assert all(1.0 < person.speed < 1.7 for person in people)
-    assert all(80 < person.cadence < 140 for person in people)
+    assert all(80 < 120 / person.stride_time < 140 for person in people)
     assert np.std([person.speed for person in people]) == pytest.approx(0.17, rel=0.1)
     assert draw_person(3, 7) == people[6]
     assert draw_person(4, 7) != people[6]
@@ -116,8 +112,7 @@ def test_people_are_within_human_ranges_and_differ():
 # The radar
 
 
-@pytest.mark.parametrize("size", [256, 300])
-@pytest.mark.parametrize("speed", [-4.0, -0.5, 1.37, 6.0])
+@pytest.mark.parametrize(("speed", "size"), [(-4.0, 256), (-0.5, 300), (1.37, 256), (6.0, 300)])
 def test_a_point_that_comes_nearer_at_a_steady_speed_is_a_line_at_that_speed(speed, size):
     radar = Radar()
     ranges = 30.0 - speed * radar.pose_times[None]
@@ -128,13 +123,6 @@ def test_a_point_that_comes_nearer_at_a_steady_speed_is_a_line_at_that_speed(spe
     # Two window widths away from the line there is nothing: the phase runs smoothly between the poses.
     far = np.abs(speeds - speed) > 4 * radar.wavelength / radar.window / 2
     assert power[far].max() < 1e-4 * power.max()
-
-
-def test_between_poses_a_slow_curve_is_followed_closely():
-    radar = Radar()
-    pulses = np.arange((len(radar.pose_times) - 3) * 32) / radar.pulse_rate
-    curve = between(np.sin(2 * np.pi * 2 * radar.pose_times)[None])[0]
-    np.testing.assert_allclose(curve, np.sin(2 * np.pi * 2 * pulses), atol=1e-4)
 
 
 def test_walking_away_is_walking_towards_upside_down():
@@ -231,7 +219,7 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(tmp_path
     picture.write_bytes(b"as it was")
     assert write_gait_dataset(tmp_path, 1, 2, 16, progress=False) == tmp_path
     assert picture.read_bytes() == b"as it was"
-    with pytest.raises(UserError, match=r"seed 0.*asked for.*seed 1.*another --output_dir"):
+    with pytest.raises(UserError, match=r"'seed': 0.*asked for.*'seed': 1.*another --output_dir"):
         write_gait_dataset(tmp_path, 1, 2, 16, seed=1, progress=False)
 
 
@@ -256,7 +244,6 @@ def test_an_interrupted_folder_is_gone_on_with(tmp_path, monkeypatch):
         write_gait_dataset(cut, 2, 4, 16, progress=False)
 
     (cut / "ID_1" / ".walk_003.jpg.99.tmp").write_bytes(b"half")  # what a kill may leave
-    (cut / "ID_1" / "walk_003.jpg").write_bytes(b"")
     write_gait_dataset(cut, 2, 3, 16, progress=False)
     assert contents(cut) == whole
 
@@ -284,70 +271,38 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
         write_gait_dataset(tmp_path, 1, 1, 16, progress=False)
     assert list(tmp_path.iterdir()) == [tmp_path / "ID_1"]
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file"):
-        write_gait_dataset(tmp_path / "file", 1, 1, 16, progress=False)
-    with pytest.raises(UserError, match="Cannot make the folder"):
-        write_gait_dataset(tmp_path / "file" / "new", 1, 1, 16, progress=False)
-
-
-def test_what_a_full_disk_cuts_short_never_has_its_final_name(tmp_path, monkeypatch):
-    write_bytes = Path.write_bytes
-
-    def half(path, content):
-        write_bytes(path, content[: len(content) // 2])
-        if "walk_002" in path.name:
-            raise OSError(28, "No space left on device", str(path))
-        write_bytes(path, content)
-
-    monkeypatch.setattr(Path, "write_bytes", half)
-    with pytest.raises(OSError, match="No space"):
-        write_gait_dataset(tmp_path, 1, 3, 16, workers=1, progress=False)
-    assert [path.name for path in (tmp_path / "ID_1").iterdir()] == ["walk_001.jpg"]
-
-
-def test_pictures_refuse_bad_numbers():
-    with pytest.raises(UserError, match="at least 16"):
-        simulate_walk(AVERAGE, rng(), size=15)
-    with pytest.raises(UserError, match="from 0 on"):
-        simulate_picture(-1, 1, 1)
+    for name in ("file", "file/new"):
+        with pytest.raises(UserError, match="Cannot make the folder"):
+            write_gait_dataset(tmp_path / name, 1, 1, 16, progress=False)
 
 
 # As a user starts it
 
 
 def test_command_line(tmp_path):
-    arguments = ("--output_dir", tmp_path / "data", "--people", 2, "--pictures", 2, "--size", 16, "--workers", 2)
-    done = run_cli(*arguments)
+    command = ["-m", "vavae_tools.data.demo.gait", "--output_dir", tmp_path / "data"]
+    command += ["--people", 2, "--pictures", 2, "--size", 16, "--workers", 2]
+    done = run_python(*command)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "4 pictures of 2 simulated walkers" in done.stdout
+    assert "4 images of 2 simulated walkers" in done.stdout
     assert f"python data_split.py --input_dir {tmp_path / 'data'}" in done.stdout
     assert len(list((tmp_path / "data").glob("ID_*/walk_*.jpg"))) == 4
-    assert "there already" in run_cli(*arguments).stdout
-
-    wrong = run_cli(*arguments, "--seed", 3)
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: ")
-    assert wrong.stderr.count("\n") == 1
-
-    text = run_cli("--help").stdout
-    assert "Boulic" in text
-    assert "(default: jet)" in text
+    assert "there already" in run_python(*command).stdout
+    wrong = run_python(*command, "--seed", 3)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
 
 
 def test_a_script_without_a_main_guard_and_with_torch_may_use_workers(tmp_path):
+    """Importing it is cheap: 1,000 images take seconds, torch alone takes three."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import torch\n"
+        "import sys\n"
         "from vavae_tools.data.demo.gait import write_gait_dataset\n"
+        "assert not {'torch', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "import torch\n"
         "torch.ones(300, 300) @ torch.ones(300, 300)\n"
         "print(write_gait_dataset('data', people=2, pictures=4, size=16, workers=2))\n"
     )
     done = run_python(script, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "data\n"), done.stderr
     assert len(list(tmp_path.glob("data/ID_*/*.jpg"))) == 8
-
-
-def test_import_is_cheap():
-    code = "import sys, vavae_tools.data.demo.gait; print(sorted({'torch', 'matplotlib', 'scipy'} & set(sys.modules)))"
-    done = run_python("-c", code)
-    assert done.stdout == "[]\n", done.stderr

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -41,15 +40,14 @@ def simulate_walk(
     aspect: float | None = None,
     radar: Radar = DEFAULT_RADAR,
 ) -> np.ndarray:
-    """One walk of `person` as a micro-Doppler picture before it is coloured (Boulic, Thalmann & Thalmann 1990; Chen).
+    """Return one walk of `person` as a micro-Doppler image before it is coloured: (size, size) uint8.
 
-    Returns (size, size) uint8: row 0 is the highest speed towards the radar, + `radar.top_speed` m/s, the last row the
-    highest away from it, time runs to the right, and 255 is `radar.decibels` dB above 0. Where they are None, `towards`
-    (the radar, or away) and `aspect` (degrees between path and line of sight, within ± 15) are drawn from `rng`.
-    UserError for a size under 16.
+    Row 0 is the highest speed towards the radar, + `radar.top_speed` m/s, the last row the highest away from it, time
+    runs to the right, and 255 is `radar.decibels` dB above 0. Where they are None, `towards` (the radar, or away) and
+    `aspect` (degrees between path and line of sight, within ± 15) are drawn from `rng`. UserError for a size under 16.
     """
     if size < 16:
-        raise UserError(f"A picture size of {size} pixels: expected at least 16, such as 64 or 256.")
+        raise UserError(f"An image size of {size} pixels: expected at least 16, such as 64 or 256.")
     drawn_towards, drawn_aspect = rng.random() < 0.5, rng.uniform(-15, 15)
     towards = drawn_towards if towards is None else towards
     aspect = drawn_aspect if aspect is None else aspect
@@ -67,24 +65,18 @@ def simulate_walk(
 def simulate_picture(
     seed: int, person_number: int, picture_number: int, size: int = 256, colormap: str = "jet"
 ) -> np.ndarray:
-    """Picture `picture_number` of person `person_number` of the people of `seed`: the same, whatever else is made.
+    """Return an image of a person of the people of `seed`, (size, size, 3) uint8: the same, whatever else is made.
 
-    Returns (size, size, 3) uint8, coloured with the matplotlib `colormap`; rows and columns as in `simulate_walk`.
-    UserError for a size under 16, a negative number or an unknown colour map.
+    It is coloured with the matplotlib `colormap`; rows and columns are as in `simulate_walk`.
     """
-    table = colormap_table(colormap)
-    if min(seed, person_number, picture_number) < 0:
-        raise UserError(
-            f"Seed {seed}, person {person_number}, picture {picture_number}: expected whole numbers from 0 on."
-        )
     source = np.random.SeedSequence(seed, spawn_key=(person_number, picture_number))
     rng = np.random.Generator(np.random.Philox(source))
-    return table.take(simulate_walk(draw_person(seed, person_number), rng, size), axis=0)
+    return colormap_table(colormap).take(simulate_walk(draw_person(seed, person_number), rng, size), axis=0)
 
 
 @lru_cache(maxsize=8)
 def colormap_table(name: str) -> np.ndarray:
-    """The 256 colours (256, 3) uint8 of matplotlib's colour map `name`."""
+    """Return the 256 colours (256, 3) uint8 of matplotlib's colour map `name`."""
     import matplotlib
 
     if name not in matplotlib.colormaps:
@@ -104,23 +96,28 @@ def write_gait_dataset(
 ) -> Path:
     """Write `pictures` of each of `people` walkers as ID_1/walk_001.jpg … and return the folder.
 
-    The bytes of a picture depend on `size` (pixels), `seed` and `colormap` alone: with more people or pictures the
-    first ones stay the same, and `workers` (processes; None: one per core) only set the pace. gait.json, written last,
-    holds the settings and how each person walks. A folder of these very settings is left as it is; an interrupted one
-    is gone on with. UserError for numbers out of range, an unknown colour map, or a folder that holds anything else.
+    The bytes of an image depend on `size` (pixels), `seed` and `colormap` alone: with more people or images the first
+    ones stay the same, and `workers` (processes; None: one per core) only set the pace. gait.json, written last, holds
+    the settings and how each person walks. A finished folder of these very settings is left as it is; an interrupted
+    one is completed. UserError for numbers out of range, an unknown colour map, or a folder that holds anything else.
     """
     output_dir = Path(output_dir)
     settings = {"people": people, "pictures": pictures, "size": size, "seed": seed, "colormap": colormap}
-    _check(settings, workers)
+    for name, value, lowest in (
+        *zip(settings, settings.values(), (1, 1, 16, 0), strict=False),
+        ("workers", workers, 1),
+    ):
+        if value is not None and value < lowest:
+            raise UserError(f"{name} is {value}: expected {lowest} or more.")
+    colormap_table(colormap)
     if not _begin(output_dir, settings):
         return output_dir
 
     for person in range(1, people + 1):
         (output_dir / f"ID_{person}").mkdir(exist_ok=True)
     tasks = [(person, picture) for person in range(1, people + 1) for picture in range(1, pictures + 1)]
-    tasks = [task for task in tasks if not _is_there(picture_path(output_dir, *task))]
-    write = partial(_write_picture, output_dir, size, seed, colormap)
-    _run(write, tasks, workers or cores(), progress)
+    tasks = [task for task in tasks if not picture_path(output_dir, *task).is_file()]
+    _run(partial(_write_picture, output_dir, size, seed, colormap), tasks, workers or cores(), progress)
 
     for leftover in output_dir.rglob(".*.tmp"):  # of a run that was killed
         leftover.unlink(missing_ok=True)
@@ -131,70 +128,39 @@ def write_gait_dataset(
 
 
 def picture_path(output_dir: Path, person: int, picture: int) -> Path:
-    """Where a picture of the dataset lies."""
     return output_dir / f"ID_{person}" / f"walk_{picture:03d}.jpg"
 
 
 def cores() -> int:
-    """Processor cores this process may use."""
+    """Return how many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check(settings: dict, workers: int | None) -> None:
-    for name, lowest, example in (("people", 1, 6), ("pictures", 1, 60), ("size", 16, 256), ("seed", 0, 0)):
-        if settings[name] < lowest:
-            raise UserError(f"{name} is {settings[name]}: expected {lowest} or more, such as --{name} {example}.")
-    if workers is not None and workers < 1:
-        raise UserError(f"workers is {workers}: expected 1 or more, or leave it out for one per core.")
-    colormap_table(settings["colormap"])
-
-
 def _begin(output_dir: Path, settings: dict) -> bool:
-    """Make the folder ready for a dataset of these settings; False where it is there already."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"{output_dir} is a file: expected a folder for the pictures. Choose another --output_dir.")
-    for name in (FINISHED, STARTED):
-        if (output_dir / name).is_file():
-            found = _settings_in(output_dir / name)
-            if found != settings:
-                raise UserError(
-                    f"{output_dir} holds simulated pictures of other settings ({_words(found)}; asked for: "
-                    f"{_words(settings)}). Choose another --output_dir, or delete that folder."
-                )
-            return name == STARTED
+    """Make the folder ready for a dataset of these settings; False where it is finished."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+    except OSError as error:
         raise UserError(
             f"Cannot make the folder {output_dir} ({error.strerror}). Choose another --output_dir."
         ) from None
+    for name in (FINISHED, STARTED):
+        if (output_dir / name).is_file():
+            found = json.loads((output_dir / name).read_text())["settings"]
+            if found != settings:
+                raise UserError(
+                    f"{output_dir} holds simulated images of other settings ({found}; asked for: {settings}). Choose "
+                    "another --output_dir, or delete that folder."
+                )
+            return name == STARTED
     others = sorted(path.name for path in output_dir.iterdir() if not path.name.startswith("."))
     if others:
-        names = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
         raise UserError(
-            f"{output_dir} already holds other files or folders ({names}): expected a new or an empty folder. "
-            "Choose another --output_dir."
+            f"{output_dir} already holds other files or folders ({', '.join(others[:3])}): expected a new or an empty "
+            "folder. Choose another --output_dir."
         )
     _write_whole(output_dir / STARTED, json.dumps({"settings": settings}).encode())
     return True
-
-
-def _settings_in(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not the settings of a simulated dataset ({error!r}). Choose another --output_dir, or delete "
-            f"{path.parent}."
-        ) from None
-
-
-def _words(settings: dict) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items())
-
-
-def _is_there(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
 
 
 def _write_picture(output_dir: Path, size: int, seed: int, colormap: str, task: tuple[int, int]) -> None:
@@ -204,13 +170,10 @@ def _write_picture(output_dir: Path, size: int, seed: int, colormap: str, task: 
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Under its final name a file is whole: it is written beside it, then renamed."""
+    """Write beside the file, then rename; `runtime.files` would import torch into every worker."""
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    part.write_bytes(content)
+    part.replace(path)
 
 
 def _run(write: partial, tasks: list[tuple[int, int]], workers: int, progress: bool) -> None:
@@ -220,7 +183,7 @@ def _run(write: partial, tasks: list[tuple[int, int]], workers: int, progress: b
     from tqdm.auto import tqdm
 
     workers = min(workers, len(tasks))
-    with tqdm(total=len(tasks), unit="picture", disable=not progress or not tasks) as bar:
+    with tqdm(total=len(tasks), unit="image", disable=not progress or not tasks) as bar:
         if workers < 2 or multiprocessing.current_process().daemon:  # a daemon may have no children
             for task in tasks:
                 write(task)
@@ -228,7 +191,8 @@ def _run(write: partial, tasks: list[tuple[int, int]], workers: int, progress: b
             return
         # A fork needs no `if __name__ == "__main__"` in the caller's script; but only Linux forks safely.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        pool = ProcessPoolExecutor(workers, context, _start_worker)
+        # Ctrl-C is the parent's
+        pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
         try:
             for _ in pool.map(write, tasks, chunksize=min(8, -(-len(tasks) // workers))):
                 bar.update()
@@ -239,17 +203,6 @@ def _run(write: partial, tasks: list[tuple[int, int]], workers: int, progress: b
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def main() -> None:
@@ -274,7 +227,7 @@ def main() -> None:
     write_gait_dataset(**options, progress=sys.stderr.isatty())
     seconds = time.perf_counter() - start
     print(
-        f"{options['people'] * options['pictures']:,} pictures of {options['people']:,} simulated walkers, "
+        f"{options['people'] * options['pictures']:,} images of {options['people']:,} simulated walkers, "
         f"{options['size']} × {options['size']} pixels, {'were there already' if there else f'in {seconds:.1f} s'} "
         f"({output_dir}/ID_1/walk_001.jpg …)\n"
         f"Settings, and how each person walks: {output_dir / FINISHED}\n"

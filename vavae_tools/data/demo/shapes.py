@@ -1,17 +1,18 @@
-"""Made-up pictures: one coloured shape each on a grey ground, drawn when they are asked for.
+"""Made-up images: one coloured shape each on a grey ground, drawn when they are asked for, with or without captions.
 
-Whoever tries a training out sees at a glance whether it learns: a class is a colour and a shape, and `looks_like` says
-by the pixels alone which class a picture shows.
+Whether a training learns to follow its prompts shows by the pixels alone: `judge_shapes` tells of which share of images
+the colour, the shape, the size and the place are those that the captions name.
 """
 
 import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vavae_tools.data.captions import CaptionedDataModule
@@ -27,13 +28,12 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "magenta": (215, 50, 215),
     "cyan": (40, 205, 215),
 }
+_PALETTE = torch.tensor(list(COLOURS.values()), dtype=torch.float32)  # (colours, 3)
 
-_THIRD = 2 * math.pi / 3
 
-
-def _polygon(x: Tensor, y: Tensor, *normals: float, inner: float) -> Tensor:
-    """How far outside the polygon around 0 with these directions of its sides, `inner` from 0 to each."""
-    return torch.stack([x * math.cos(a) + y * math.sin(a) for a in normals]).amax(0) - inner
+def _triangle(x: Tensor, y: Tensor) -> Tensor:
+    sides = (math.pi / 2, math.pi / 2 - 2 * math.pi / 3, math.pi / 2 + 2 * math.pi / 3)  # the directions they face
+    return torch.stack([x * math.cos(a) + y * math.sin(a) for a in sides]).amax(0) - 0.5
 
 
 def _cross(x: Tensor, y: Tensor) -> Tensor:
@@ -44,25 +44,27 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
 SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "circle": lambda x, y: torch.hypot(x, y) - 1,
     "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - math.sqrt(0.5),
-    "triangle": lambda x, y: _polygon(x, y, math.pi / 2, math.pi / 2 - _THIRD, math.pi / 2 + _THIRD, inner=0.5),
+    "triangle": _triangle,
     "cross": _cross,
     "ring": lambda x, y: (torch.hypot(x, y) - 0.75).abs() - 0.25,
     "diamond": lambda x, y: (x.abs() + y.abs() - 1) * math.sqrt(0.5),
 }
 """How far a place (x to the right, y down, in radii from the centre) lies outside each shape; every shape touches the
 circle of radius 1 from inside."""
-
+AREAS = (math.pi, 2.0, 3 * math.sqrt(3) / 4, 4 * (2 * 0.94 * 0.34 - 0.34**2), math.pi * (1 - 0.5**2), 2.0)
+"""Of the shapes of radius 1, in the order of `SHAPES`."""
 SMALLEST, LARGEST = 0.22, 0.4
-"""Radii, of the picture's side."""
+"""Radii, of the image's side."""
 
 
+# ---- drawing
 def coverage(shapes: Tensor, places: Tensor, radii: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """How much of each pixel a shape covers: float32 (N, H, W) in [0, 1], with edges one pixel wide.
+    """Return how much of each pixel a shape covers: float32 (N, H, W) in [0, 1], with edges one pixel wide.
 
     Args:
         shapes: int64 (N,), their places in `SHAPES`.
-        places: float (N, 2), (x, y) of the centres, of the picture's width and height: (0, 0) is the top left corner.
-        radii: float (N,), of the picture's shorter side.
+        places: float (N, 2), (x, y) of the centres, of the image's width and height: (0, 0) is the top left corner.
+        radii: float (N,), of the image's shorter side.
         size: pixels, one number or (height, width).
     """
     height, width = (size, size) if isinstance(size, int) else size
@@ -88,22 +90,20 @@ def draw_shapes(
     shades: Tensor,
     size: int | tuple[int, int] = 32,
 ) -> Tensor:
-    """Draw one shape into each picture: uint8 (N, 3, H, W).
+    """Draw one shape into each image: uint8 (N, 3, H, W).
 
     Args:
-        shapes, colours: int64 (N,), their places in `SHAPES` and `COLOURS`.
-        places, radii: see `coverage`.
+        colours: int64 (N,), their places in `COLOURS`.
+        shapes, places, radii, size: see `coverage`.
         shades: float (N,), of the grey ground, 0 black, 1 white.
-        size: pixels, one number or (height, width).
     """
-    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
     covered = coverage(shapes, places, radii, size)[:, None]  # (N, 1, H, W)
-    ground, colour = 255 * shades[:, None, None, None], palette[colours][:, :, None, None]
+    ground, colour = 255 * shades[:, None, None, None], _PALETTE[colours][:, :, None, None]
     return (ground + covered * (colour - ground)).round_().to(torch.uint8)
 
 
 def shape_classes(num_classes: int) -> list[tuple[int, int]]:
-    """The (colour, shape) of each label, of about as many shapes as colours.
+    """Return the (colour, shape) of each label, of about as many shapes as colours.
 
     >>> [f"{list(COLOURS)[c]} {list(SHAPES)[s]}" for c, s in shape_classes(4)]
     ['red circle', 'blue circle', 'red square', 'blue square']
@@ -118,28 +118,11 @@ def shape_classes(num_classes: int) -> list[tuple[int, int]]:
     return [(label % colours, label // colours) for label in range(num_classes)]
 
 
-def shape_names(num_classes: int) -> list[str]:
-    """What the classes are called.
-
-    >>> shape_names(2)
-    ['red_circle', 'red_square']
-    """
-    return [f"{list(COLOURS)[colour]}_{list(SHAPES)[shape]}" for colour, shape in shape_classes(num_classes)]
-
-
 class DrawnPictures(DecodedPictures):
-    """Pictures that are drawn when they are asked for; each follows from seed, side and number alone.
+    """Images that follow from seed, subset (`side`: 0 trains, 1 validates) and number alone."""
 
-    A subclass draws them.
-
-    Args:
-        names, labels: the first ones stay the same when there are more.
-        image_size: pixels, one number or (height, width).
-        side: 0 for what trains, 1 for what validates; the pictures of both differ.
-        options: of `DecodedPictures`.
-    """
-
-    smallest = 8
+    title: str
+    smallest: int
     """Pixels of the shorter side below which nobody knows what is shown."""
 
     def __init__(
@@ -149,25 +132,23 @@ class DrawnPictures(DecodedPictures):
         image_size: int | tuple[int, int],
         seed: int = 0,
         side: int = 0,
-        title: str = "shapes",
         **options: Any,
     ) -> None:
         if not names:
-            raise UserError(f"0 pictures of {title}: at least one is needed")
-        super().__init__(names, labels, image_size, title=title, **options)
+            raise UserError(f"0 images of {self.title}: at least one is needed")
+        super().__init__(names, labels, image_size, title=self.title, **options)
         self.seed, self.side, self.numbers = seed, side, torch.arange(len(names))
+
+    def draw(self, numbers: Tensor, draws: Draws) -> Tensor:
+        """Return the images of these numbers, uint8 (B, 3, H, W), with their random draws."""
+        raise NotImplementedError
 
     def resize(self, image_size: int | tuple[int, int]) -> None:
         super().resize(image_size)
         if min(self.image_size) < self.smallest:
             raise UserError(f"image_size {image_size}: {self.title} need at least {self.smallest} pixels")
 
-    def draw(self, numbers: Tensor, draws: Draws) -> Tensor:
-        """The pictures of these numbers, uint8 (B, 3, H, W), with their random draws."""
-        raise NotImplementedError
-
     def drawn(self, places: Sequence[int]) -> Tensor:
-        """The pictures at these places, uint8 (B, C, H, W)."""
         numbers = self.numbers[torch.as_tensor(places, dtype=torch.int64)]
         pictures = self.draw(numbers, Draws(self.seed, self.side, numbers))
         if self.channels == 3:
@@ -193,16 +174,21 @@ class DrawnPictures(DecodedPictures):
         return self.drawn(places) if self._memory is None else self._memory[torch.as_tensor(places)]
 
 
-class ShapePictures(DrawnPictures):
-    """Pictures of shapes with random place, size and ground; each follows from seed, side and index alone.
+def _subsets(
+    draw: Callable[[int, int], DrawnPictures], count: int, val_share: float
+) -> tuple[DrawnPictures, DrawnPictures | None]:
+    """Return `draw(count, 0)`, and `draw(…, 1)` of `val_share` times as many more."""
+    if not 0 <= val_share < 1:
+        raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
+    validating = math.ceil(count * val_share)
+    return draw(count, 0), draw(validating, 1) if validating else None
 
-    Args:
-        count: how many pictures; the first ones stay the same when there are more.
-        num_classes: colour × shape, see `shape_classes`; the labels take turns.
-        image_size: pixels, one number or (height, width).
-        side: 0 for what trains, 1 for what validates; the pictures of both differ.
-        channels: 3, or 1 for grey.
-    """
+
+# ---- with classes
+class ShapePictures(DrawnPictures):
+    """Shapes with random place, size and ground; the labels, colour × shape (see `shape_classes`), take turns."""
+
+    title, smallest = "shapes", 8
 
     def __init__(
         self,
@@ -213,8 +199,9 @@ class ShapePictures(DrawnPictures):
         side: int = 0,
         channels: int = 3,
     ) -> None:
-        called = shape_names(num_classes)
-        names = [f"{called[index % num_classes]}/{index:06d}" for index in range(count)]
+        classes = shape_classes(num_classes)
+        self.class_names = [f"{list(COLOURS)[colour]}_{list(SHAPES)[shape]}" for colour, shape in classes]
+        names = [f"{self.class_names[index % num_classes]}/{index:06d}" for index in range(count)]
         super().__init__(names, torch.arange(len(names)) % num_classes, image_size, seed, side, channels=channels)
         self.num_classes = num_classes
 
@@ -240,103 +227,30 @@ def shape_data(
     val_share: float = 0.05,
     channels: int | None = None,
 ) -> PictureSetDataModule:
-    """Shapes as a data module: `count` to train, and `val_share` times as many more to validate.
+    """Return shapes as a data module: `count` to train, and `val_share` times as many more to validate.
 
     Args:
         image_size: pixels, one number or (height, width).
-        channels: 3, which is the default, or 1 for grey.
+        channels: 1 for grey; None: 3.
 
     Raises:
         UserError: numbers that cannot be.
     """
-    if not 0 <= val_share < 1:
-        raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
-    train = ShapePictures(count, num_classes, image_size, seed, channels=channels or 3)
-    validating = math.ceil(count * val_share)
-    val = ShapePictures(validating, num_classes, image_size, seed, 1, train.channels) if validating else None
-    labels = {name: label for label, name in enumerate(shape_names(num_classes))}
+    train, val = _subsets(
+        lambda count, side: ShapePictures(count, num_classes, image_size, seed, side, channels or 3), count, val_share
+    )
+    labels = {name: label for label, name in enumerate(train.class_names)}
     return PictureSetDataModule(train, val, labels, batch_size, num_workers, seed)
 
 
-def looks_like(pictures: Tensor, num_classes: int = 4) -> Tensor:
-    """Which class pictures show, by their pixels (see `recognise`): labels int64 (N,), −1 for none of them.
-
-    Args:
-        pictures: uint8 (N, 3, H, H).
-    """
-    labels = torch.full((len(COLOURS) + 1, len(SHAPES) + 1), -1)  # the last row and column are for −1
-    for label, (colour, shape) in enumerate(shape_classes(num_classes)):
-        labels[colour, shape] = label
-    colours, shapes, _, _ = recognise(pictures)
-    return labels[colours, shapes]
-
-
-def recognise(pictures: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What was drawn: colours and shapes int64 (N,), both −1 where nothing is seen, places (N, 2), radii (N,).
-
-    The colour is the nearest tint. Its strength, which grey has not, says how far each pixel is covered; every shape is
-    drawn with the same area around the same centre, and the one that differs least is it.
-
-    Args:
-        pictures: uint8 (N, 3, H, H), like those of `draw_shapes`.
-    """
-    parts = [_recognise(part) for part in pictures.split(256)]  # few at once: seven pictures are drawn for each
-    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
-
-
-def _recognise(pictures: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pixels, size = pictures.float(), pictures.shape[-1]
-    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
-    tints = pixels - pixels.mean(1, keepdim=True)  # (N, 3, H, H), 0 for grey; where c is covered, c · the colour's own
-    own = palette - palette.mean(1, keepdim=True)  # (colours, 3)
-    tint = (tints * tints.square().sum(1, keepdim=True)).sum((2, 3))  # (N, 3), mostly of the strongest pixels
-    colours = torch.nn.functional.cosine_similarity(tint[:, None], own, dim=2).argmax(1)
-    covered = torch.einsum("nchw, nc -> nhw", tints, own[colours]) / own[colours].square().sum(1)[:, None, None]
-    covered = covered.masked_fill(covered < WEAKEST, 0).clamp(max=1)
-
-    area = covered.mean((1, 2)).clamp_min(1e-6)  # of the picture
-    pixel = (torch.arange(size) + 0.5) / size
-    places = torch.stack([(covered * pixel).mean((1, 2)), (covered * pixel[:, None]).mean((1, 2))], 1) / area[:, None]
-    radii = (area[:, None] / torch.tensor(_AREAS)).sqrt()  # (N, shapes)
-    differences = []
-    for shape in range(len(SHAPES)):
-        drawn = coverage(torch.full((len(pictures),), shape), places, radii[:, shape], size)
-        differences.append((drawn - covered).abs().mean((1, 2)) / area)
-    least, shapes = torch.stack(differences, 1).min(1)
-    radii = radii.gather(1, shapes[:, None])[:, 0]
-    seen = (least < MOST_DIFFERENT) & (area > SMALLEST_AREA)
-    return colours.where(seen, -1), shapes.where(seen, -1), places, radii
-
-
-WEAKEST = 0.3
-"""Of a pixel: what has less of the colour is noise."""
-SMALLEST_AREA = 0.02
-"""Of the picture: less than this is a speck."""
-MOST_DIFFERENT = 0.5
-"""Of a shape's area: what differs more from every shape shows none."""
-_AREAS = [
-    math.pi,
-    2.0,
-    3 * math.sqrt(3) / 4,
-    4 * (2 * 0.94 * 0.34 - 0.34**2),
-    math.pi * (1 - 0.5**2),
-    2.0,
-]
-"""Of the shapes of radius 1, in the order of `SHAPES`."""
-
-
-# ---- Made-up pictures with sentences about them: one coloured shape each, of a size and at a place that the words name
-#
-# Whether a training learns to follow its prompts shows by the pixels alone: `judge` says of which share of pictures the
-# colour, the shape, the size and the place are those that the captions name.
-
-
+# ---- with sentences, which name a colour, a shape, a size and a place
 CAPTION_COLOURS = tuple(COLOURS)
 CAPTION_SHAPES = tuple(SHAPES)[:5]
 SIZES = {"small": (0.16, 0.19), "large": (0.26, 0.3)}
-"""Radii from … to, of the picture's side."""
+"""Radii from … to, of the image's side."""
 PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "middle": (0, 0)}
 """Directions (x, y) from the middle."""
+KINDS = {"colour": CAPTION_COLOURS, "shape": CAPTION_SHAPES, "size": tuple(SIZES), "place": tuple(PLACES)}
 _PHRASES = {
     "left": "on the left",
     "right": "on the right",
@@ -344,7 +258,6 @@ _PHRASES = {
     "bottom": "at the bottom",
     "middle": "in the middle",
 }
-_SYNONYMS = {"little": "small", "big": "large", "centre": "middle", "center": "middle"}
 WORDINGS = (
     "a {size} {colour} {shape} {place}",
     "{place} there is a {size} {colour} {shape}",
@@ -366,15 +279,16 @@ EXAMPLE_PROMPTS = (
     "a large red triangle at the bottom",
     "a small blue cross on the left",
 )
+_WORDS = {word: (kind, word) for kind, words in KINDS.items() for word in words}
+_SYNONYMS = {"little": "small", "big": "large", "centre": "middle", "center": "middle"}
+_WORDS |= {word: _WORDS[same] for word, same in _SYNONYMS.items()}
 _NEAREST, _JITTER = 0.17, 0.05
-"""From the middle, of the picture's side: what stands aside at least, and by how much else places differ."""
-_ASIDE = (_NEAREST + _JITTER) / 2
-_LARGE = math.sqrt(SIZES["small"][1] * SIZES["large"][0])
+"""From the middle, of the image's side: what stands aside at least, and by how much else places differ."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """What a caption names or a picture shows; None for what it does not."""
+    """What a caption names or an image shows; None for what it does not."""
 
     colour: str | None = None
     shape: str | None = None
@@ -384,70 +298,40 @@ class Named:
     @property
     def captions(self) -> tuple[str, ...]:
         """The sentences about it, one for each of `WORDINGS`."""
-        other_size = {"small": "little", "large": "big"}[self.size]
-        words = {"colour": self.colour, "shape": self.shape, "size": self.size, "other_size": other_size}
-        return tuple(wording.format(place=_PHRASES[self.place], **words) for wording in WORDINGS)
-
-
-_WORDS = {
-    **{word: ("colour", word) for word in CAPTION_COLOURS},
-    **{word: ("shape", word) for word in CAPTION_SHAPES},
-    **{word: ("size", word) for word in SIZES},
-    **{word: ("place", word) for word in PLACES},
-}
-_WORDS |= {word: _WORDS[same] for word, same in _SYNONYMS.items()}
+        words = {**asdict(self), "place": _PHRASES[self.place]}
+        words["other_size"] = {"small": "little", "large": "big"}[self.size]
+        return tuple(wording.format(**words) for wording in WORDINGS)
 
 
 def named(caption: str) -> Named:
-    """What a caption names, by its words.
+    """Return what a caption names, by its words.
 
     >>> named("a small red circle on the left")
     Named(colour='red', shape='circle', size='small', place='left')
     >>> named("A big ring")
     Named(colour=None, shape='ring', size='large', place=None)
     """
-    found = (_WORDS[word] for word in re.findall(r"[a-z]+", caption.lower()) if word in _WORDS)
-    return Named(**dict(found))
+    return Named(**dict(_WORDS[word] for word in re.findall(r"[a-z]+", caption.lower()) if word in _WORDS))
 
 
 def vocabulary() -> list[str]:
-    """All words of the captions, in alphabetical order: what a tokenizer must know."""
+    """Return all words of the captions, in alphabetical order: what a tokenizer must know."""
     words = re.findall(r"[a-z]+", " ".join([*WORDINGS, *_PHRASES.values()]))
-    return sorted({*words, *_WORDS} - {"colour", "shape", "size", "place", "other"})
+    return sorted({*words, *_WORDS} - {*KINDS, "other"})
 
 
 class CaptionedShapes(DrawnPictures):
-    """Pictures of one shape each, with captions; each follows from seed, side and index alone.
+    """Shapes with sentences about them, of which the first names all that is shown."""
 
-    Args:
-        count: how many pictures; the first ones stay the same when there are more.
-        image_size: pixels, one number or (height, width).
-        side: 0 for what trains, 1 for what validates; the pictures of both differ.
-
-    Attributes:
-        shown: what each picture shows.
-    """
-
-    smallest = 16
+    title, smallest = "captioned shapes", 16
 
     def __init__(self, count: int, image_size: int | tuple[int, int] = 32, seed: int = 0, side: int = 0) -> None:
         names = [f"{index:06d}" for index in range(count)]
-        labels = torch.zeros(len(names), dtype=torch.int64)
-        super().__init__(names, labels, image_size, seed, side, "captioned shapes")
+        super().__init__(names, torch.zeros(len(names), dtype=torch.int64), image_size, seed, side)
         choices = _choices(Draws(seed, side, self.numbers)).tolist()
-        kinds = [list(values) for values in (CAPTION_COLOURS, CAPTION_SHAPES, SIZES, PLACES)]
-        all_named: dict[tuple[int, ...], Named] = {}
-        for choice in map(tuple, choices):  # 300 of them: pictures that show the same share their sentences
-            if choice not in all_named:
-                all_named[choice] = Named(*(kind[number] for kind, number in zip(kinds, choice, strict=True)))
-        captions = {choice: shown.captions for choice, shown in all_named.items()}
-        self.shown = [all_named[tuple(choice)] for choice in choices]
-        self.captions = [captions[tuple(choice)] for choice in choices]
-
-    def part(self, places: Sequence[int]) -> Self:
-        part = super().part(places)
-        part.shown = [self.shown[place] for place in places]
-        return part
+        shown = [Named(*(words[number] for words, number in zip(KINDS.values(), row, strict=True))) for row in choices]
+        captions = {one: one.captions for one in set(shown)}  # 300: images that show the same share their sentences
+        self.captions = [captions[one] for one in shown]
 
     def draw(self, numbers: Tensor, draws: Draws) -> Tensor:
         colours, forms, sizes, where = _choices(draws).unbind(1)
@@ -462,9 +346,8 @@ class CaptionedShapes(DrawnPictures):
 
 
 def _choices(draws: Draws) -> Tensor:
-    """Colour, shape, size, place, by their numbers: int64 (N, 4)."""
-    kinds = torch.tensor([len(CAPTION_COLOURS), len(CAPTION_SHAPES), len(SIZES), len(PLACES)])
-    return (draws.uniform("what", 4).double() * kinds).long()
+    """Return colour, shape, size, place, by their numbers: int64 (N, 4)."""
+    return (draws.uniform("what", 4).double() * torch.tensor([len(words) for words in KINDS.values()])).long()
 
 
 def captioned_shape_data(
@@ -475,103 +358,97 @@ def captioned_shape_data(
     seed: int = 0,
     val_share: float = 0.05,
 ) -> CaptionedDataModule:
-    """Captioned shapes as a data module: `count` to train, and `val_share` times as many more to validate.
-
-    Raises:
-        UserError: numbers that cannot be.
-    """
-    if not 0 <= val_share < 1:
-        raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
-    train, validating = CaptionedShapes(count, image_size, seed), math.ceil(count * val_share)
-    val = CaptionedShapes(validating, image_size, seed, side=1) if validating else None
+    """Return captioned shapes as a data module, as `shape_data` does."""
+    train, val = _subsets(lambda count, side: CaptionedShapes(count, image_size, seed, side), count, val_share)
     return CaptionedDataModule(train, val, batch_size, num_workers, seed)
 
 
+# ---- seeing
+WEAKEST = 0.3
+"""Of a pixel: what has less of the colour is noise."""
+SMALLEST_AREA = 0.02
+"""Of the image: less than this is a speck."""
+MOST_DIFFERENT = 0.5
+"""Of a shape's area: what differs more from every shape shows none."""
+ONE_COLOUR = 0.7
+"""Of the strength of all tints: what has less in common is of several colours."""
+BLURS = (0.0, 0.02, 0.04)
+"""Standard deviations, of the image's side."""
+
+
 def seen(pictures: Tensor) -> list[Named]:
-    """What pictures show, by their pixels alone: nothing in grey or noise, of a blob that is no shape its colour.
+    """Return what images uint8 (N, 3, H, H) show: nothing in noise, of a blob that is no shape its colour.
 
-    As `recognise` has it, with what generated pictures need: shapes are compared in several degrees of blur, and
-    noise beside the shape is left out instead of being counted as a part of it.
-
-    Args:
-        pictures: uint8 (N, 3, H, H).
+    The colour is the nearest tint. Its strength, which grey has not, tells how far each pixel is covered, and noise
+    beside the shape is left out. Every shape is drawn with the same area around the same centre, in several degrees of
+    blur, and the one that differs least is it.
     """
     return [one for part in pictures.split(256) for one in _seen(part)]  # few at once: many are drawn for each
 
 
 def _seen(pictures: Tensor) -> list[Named]:
     size = pictures.shape[-1]
-    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
-    tints, own = (values - values.mean(1, keepdim=True) for values in (pictures.float(), palette))  # 0 for grey
+    tints, own = (values - values.mean(1, keepdim=True) for values in (pictures.float(), _PALETTE))  # 0 for grey
     tint = (tints * tints.square().sum(1, keepdim=True)).sum((2, 3))  # (N, 3), mostly of the strongest pixels
-    colours = torch.nn.functional.cosine_similarity(tint[:, None], own, dim=2).argmax(1)
+    colours = F.cosine_similarity(tint[:, None], own, dim=2).argmax(1)
     covered = torch.einsum("nchw, nc -> nhw", tints, own[colours]) / own[colours].square().sum(1)[:, None, None]
-    smooth = torch.nn.functional.avg_pool2d(covered[:, None], 3, 1, 1, count_include_pad=False)
-    near = torch.nn.functional.max_pool2d((smooth > WEAKEST).float(), 3, 1, 1)[:, 0]  # (N, H, H)
+    smooth = F.avg_pool2d(covered[:, None], 3, 1, 1, count_include_pad=False)
+    near = F.max_pool2d((smooth > WEAKEST).float(), 3, 1, 1)[:, 0]  # (N, H, H)
     covered = covered * near
     strength = (tints.norm(dim=1) * near).sum((1, 2)).clamp_min(1e-6)
     one_colour = (tints * near[:, None]).sum((2, 3)).norm(dim=1) / strength  # 1 where all of it has the same tint
 
-    area = covered.mean((1, 2)).clamp_min(1e-6)  # of the picture
+    area = covered.mean((1, 2)).clamp_min(1e-6)  # of the image
     pixel = (torch.arange(size) + 0.5) / size
     centres = torch.stack([(covered * pixel).mean((1, 2)), (covered * pixel[:, None]).mean((1, 2))], 1) / area[:, None]
-    radii = (area[:, None] / torch.tensor(_AREAS[: len(CAPTION_SHAPES)])).sqrt()  # (N, shapes)
+    radii = (area[:, None] / torch.tensor(AREAS[: len(CAPTION_SHAPES)])).sqrt()  # (N, shapes)
     differences = []
     for form in range(len(CAPTION_SHAPES)):
         drawn = coverage(torch.full((len(pictures),), form), centres, radii[:, form], size)
-        of_blurs = [(_blurred(drawn, blur * size) - covered).abs().mean((1, 2)) / area for blur in _BLURS]
+        of_blurs = [(_blurred(drawn, blur * size) - covered).abs().mean((1, 2)) / area for blur in BLURS]
         differences.append(torch.stack(of_blurs).amin(0))
     least, forms = torch.stack(differences, 1).min(1)
-    radii = radii.gather(1, forms[:, None])[:, 0]
-    coloured = (area > SMALLEST_AREA) & (one_colour > _ONE_COLOUR)
+    is_large = radii.gather(1, forms[:, None])[:, 0] > math.sqrt(SIZES["small"][1] * SIZES["large"][0])
+    coloured = (area > SMALLEST_AREA) & (one_colour > ONE_COLOUR)
     shaped = coloured & (least < MOST_DIFFERENT)
 
     found = []
-    rows = (values.tolist() for values in (coloured, shaped, colours, forms, centres - 0.5, radii))
-    for is_coloured, is_shaped, colour, form, (x, y), radius in zip(*rows, strict=True):
+    rows = (values.tolist() for values in (coloured, shaped, colours, forms, centres - 0.5, is_large))
+    for is_coloured, is_shaped, colour, form, (x, y), large in zip(*rows, strict=True):
         if not is_shaped:
             found.append(Named(CAPTION_COLOURS[colour] if is_coloured else None))
             continue
         place = "middle"
-        if max(abs(x), abs(y)) > _ASIDE:
+        if max(abs(x), abs(y)) > (_NEAREST + _JITTER) / 2:
             place = ("left", "right")[x > 0] if abs(x) > abs(y) else ("top", "bottom")[y > 0]
-        found.append(Named(CAPTION_COLOURS[colour], CAPTION_SHAPES[form], ("small", "large")[radius > _LARGE], place))
+        found.append(Named(CAPTION_COLOURS[colour], CAPTION_SHAPES[form], ("small", "large")[large], place))
     return found
 
 
-_ONE_COLOUR = 0.7
-_BLURS = (0.0, 0.02, 0.04)
-"""Standard deviations, of the picture's side."""
-
-
 def _blurred(drawn: Tensor, deviation: float) -> Tensor:
-    """Pictures (N, H, H), blurred by a Gaussian; grey ground around them."""
+    """Return images (N, H, H), blurred by a Gaussian; grey ground around them."""
     if not deviation:
         return drawn
     reach = math.ceil(3 * deviation)
     weights = torch.exp(-((torch.arange(-reach, reach + 1) / deviation) ** 2) / 2)
     weights = (weights / weights.sum())[None, None]  # (1, 1, 2 reach + 1)
-    drawn = torch.nn.functional.conv2d(drawn[:, None], weights[..., None], padding=(reach, 0))
-    return torch.nn.functional.conv2d(drawn, weights[..., None, :], padding=(0, reach))[:, 0]
+    drawn = F.conv2d(drawn[:, None], weights[..., None], padding=(reach, 0))
+    return F.conv2d(drawn, weights[..., None, :], padding=(0, reach))[:, 0]
 
 
 def judge_shapes(pictures: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """The shares of pictures that show what their captions name: colour, shape, size, place, and "all" of these.
+    """Return the shares of images that show what their captions name: colour, shape, size, place, "all" of these.
 
-    A share is that of the pictures whose caption names such a thing; where none does, it is not given.
+    A share is that of the images whose caption names such a thing; where none does, it is not given.
 
     Args:
         pictures: uint8 (N, 3, H, H).
-        captions: of each picture, the one that it was made by.
+        captions: of each image, the one that it was made by.
     """
-    wanted, shown = [named(caption) for caption in captions], seen(pictures)
     right: dict[str, list[bool]] = {"all": []}
-    for one, other in zip(wanted, shown, strict=True):
-        of_each = {
-            field.name: getattr(one, field.name) == getattr(other, field.name)
-            for field in fields(Named)
-            if getattr(one, field.name) is not None
-        }
+    for caption, shown in zip(captions, seen(pictures), strict=True):
+        wanted = {kind: word for kind, word in asdict(named(caption)).items() if word is not None}
+        of_each = {kind: getattr(shown, kind) == word for kind, word in wanted.items()}
         for kind, is_right in of_each.items():
             right.setdefault(kind, []).append(is_right)
         if of_each:

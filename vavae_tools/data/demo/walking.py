@@ -19,7 +19,6 @@ TORSO, NECK_AND_HEAD = 0.288, 0.182
 UPPER_ARM, FOREARM = 0.188, 0.152
 HALF_HIPS, HALF_SHOULDERS = 0.0955, 0.1295
 
-FLEXIONS = ("hip", "knee", "ankle", "elbow", "shoulder", "thorax")
 LIMB_JOINTS = ("hip", "knee", "ankle", "toe", "shoulder", "elbow", "hand")
 JOINTS = ("pelvis", "neck", "head", *(f"{side} {joint}" for side in ("left", "right") for joint in LIMB_JOINTS))
 LATTICE = 1.2207440846 ** -np.arange(1.0, 4.0)  # powers of the root of x⁴ = x + 1
@@ -60,11 +59,6 @@ class Person:
         return self.speed / self.leg
 
     @property
-    def cadence(self) -> float:
-        """Steps per minute."""
-        return 120 / self.stride_time
-
-    @property
     def stride(self) -> float:
         """Length of two steps, m."""
         return self.speed * self.stride_time
@@ -81,7 +75,7 @@ def relative_support(relative_speed: float) -> float:
 
 
 def draw_person(seed: int, number: int) -> Person:
-    """Person `number` of the people of `seed`: always the same one, however many are drawn.
+    """Return person `number` of the people of `seed`: always the same one, however many are drawn.
 
     The spreads are those of published gait studies of healthy adults; no value is further than 2.2 standard deviations
     from its mean. Speed, cadence and arm swing, which show most, are spread evenly over the people of a seed (a
@@ -118,7 +112,7 @@ def draw_person(seed: int, number: int) -> Person:
 
 
 def walk_again(person: Person, rng: np.random.Generator) -> Person:
-    """The same person on another walk: a little faster or slower, arms a little looser, another shirt."""
+    """Return the same person on another walk: a little faster or slower, arms a little looser, another shirt."""
 
     def normal(deviation: float) -> float:
         return deviation * float(np.clip(rng.standard_normal(), -2.2, 2.2))
@@ -145,7 +139,7 @@ def walk_again(person: Person, rng: np.random.Generator) -> Person:
 
 
 def joint_positions(person: Person, phase: np.ndarray) -> np.ndarray:
-    """Where the joints (`JOINTS`) are at each `phase` (T,) of the stride: (17, T, 3) metres in the body frame.
+    """Return where the joints (`JOINTS`) are at each `phase` (T,) of the stride: (17, T, 3) metres in the body frame.
 
     The pelvis' sideways tilt is left out: it lifts a hip by 7 mm, across the radar's line of sight.
     """
@@ -195,7 +189,7 @@ def joint_positions(person: Person, phase: np.ndarray) -> np.ndarray:
 
 
 def still_foot_gain(person: Person) -> float:
-    """The factor on the hip's swing with which the foot on the ground stands still on average.
+    """Return the factor on the hip's swing with which the foot on the ground stands still on average.
 
     The published curves alone let it creep backwards or forwards, the more so for a person whose cadence is not the
     model's own; on a radar picture a foot on the ground is at zero velocity.
@@ -216,7 +210,7 @@ def still_foot_gain(person: Person) -> float:
 
 
 def joint_curves(relative_speed: float) -> dict[str, np.ndarray]:
-    """Degrees over one stride for each of `FLEXIONS`, forward and bending positive: (513,), closed."""
+    """Return degrees over one stride, (513,) and closed, of hip, knee, ankle, elbow, thorax and shoulder."""
     return _curves(round(100 * relative_speed))
 
 
@@ -230,7 +224,7 @@ def _curves(speed_in_hundredths: int) -> dict[str, np.ndarray]:
 
 
 def _knots(rv: float) -> dict[str, list[tuple[float, float]]]:
-    """The paper's control points (phase, degrees); its three ranges of speed share one expression here."""
+    """Return the paper's control points (phase, degrees); its three ranges of speed share one expression here."""
     slow = min(rv / 0.5, 1)
     middle = min(max((rv - 0.5) / 0.8, 0), 1)
     fast = min(max((rv - 1.3) / 1.7, 0), 1)
@@ -259,7 +253,7 @@ def _knots(rv: float) -> dict[str, list[tuple[float, float]]]:
 
 
 def _smooth_curve(knots: list[tuple[float, float]]) -> np.ndarray:
-    """The periodic curve through `knots`, without overshoot and without its harmonics above the seventh."""
+    """Return the periodic curve through `knots`, without overshoot and without its harmonics above the seventh."""
     from scipy.interpolate import PchipInterpolator
 
     by_phase = {round(phase % 1, 6): degrees for phase, degrees in knots}  # two knots at one phase count once

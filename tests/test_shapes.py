@@ -1,5 +1,6 @@
-"""Captioned shapes: what is drawn is what the words say, and a look at the pixels finds it again."""
+"""Made-up shapes: how they are drawn, and that a look at the pixels finds again what names and captions say."""
 
+import math
 import re
 from collections import Counter
 
@@ -8,24 +9,88 @@ import torch
 from torch import Tensor
 
 from vavae_tools.data.demo.shapes import (
+    AREAS,
     CAPTION_COLOURS,
     CAPTION_SHAPES,
+    COLOURS,
     EXAMPLE_PROMPTS,
-    PLACES,
-    SIZES,
+    KINDS,
+    SHAPES,
     CaptionedShapes,
     Named,
+    ShapePictures,
     captioned_shape_data,
+    coverage,
     draw_shapes,
     judge_shapes,
     named,
     seen,
+    shape_classes,
     vocabulary,
 )
 from vavae_tools.runtime.errors import UserError
 
 DRAWN = CaptionedShapes(1000)
 FULL = [captions[0] for captions in DRAWN.captions]
+
+
+# ---- drawing
+
+
+def test_a_square_and_its_ground_are_exact():
+    """A square of half the side in the middle of 32 pixels covers pixels 8 … 23."""
+    half = torch.tensor([0.25 * math.sqrt(2)])
+    square, blue = (torch.tensor([list(table).index(name)]) for table, name in ((SHAPES, "square"), (COLOURS, "blue")))
+    picture = draw_shapes(square, blue, torch.tensor([[0.5, 0.5]]), half, torch.tensor([0.4]), 32)[0]
+    expected = torch.full((3, 32, 32), 102, dtype=torch.uint8)
+    expected[:, 8:24, 8:24] = torch.tensor(COLOURS["blue"], dtype=torch.uint8)[:, None, None]
+    assert torch.equal(picture, expected)
+
+
+@pytest.mark.parametrize("shape", range(len(SHAPES)))
+def test_every_shape_has_its_area_around_its_place(shape):
+    place, radius = torch.tensor([[0.4, 0.55]]), torch.tensor([0.35])
+    covered = coverage(torch.tensor([shape]), place, radius, 64)[0]
+    assert covered.mean().item() == pytest.approx(AREAS[shape] * 0.35**2, rel=0.02)
+    pixel = (torch.arange(64) + 0.5) / 64
+    centre = (covered * pixel).sum() / covered.sum(), (covered * pixel[:, None]).sum() / covered.sum()
+    torch.testing.assert_close(torch.stack(centre), place[0], rtol=0, atol=0.005)
+    outside = torch.hypot(pixel - 0.4, pixel[:, None] - 0.55) > 0.35 + 1 / 64
+    assert covered[outside].max() == 0
+
+
+def test_pictures_follow_from_seed_side_and_index_alone():
+    data = ShapePictures(60, 6, 24, seed=3)
+    assert data.labels.tolist() == [index % 6 for index in range(60)]
+    batch = data.__getitems__([41, 7])
+    assert batch["pictures"].shape == (2, 3, 24, 24) and batch["pictures"].dtype == torch.uint8
+    assert batch["labels"].tolist() == [5, 1] and batch["index"].tolist() == [41, 7]
+    assert torch.equal(data[7]["pictures"], batch["pictures"][1])
+    assert torch.equal(ShapePictures(2000, 6, 24, seed=3)[41]["pictures"], batch["pictures"][0])
+    assert torch.equal(data.in_memory()[[41, 7]], batch["pictures"])
+    assert torch.equal(data.__getitems__([41, 7])["pictures"], batch["pictures"])  # now from memory
+    for other in (ShapePictures(60, 6, 24, seed=4), ShapePictures(60, 6, 24, seed=3, side=1)):
+        assert not torch.equal(other[41]["pictures"], batch["pictures"][0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 36])
+def test_classes_are_different_pairs(count):
+    pairs = shape_classes(count)
+    assert len(set(pairs)) == count and max(map(max, pairs)) < 6
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_class_pictures_show_what_their_names_say(size):
+    data = ShapePictures(360, 36, size)
+    wanted = [name.split("/")[0].split("_") for name in data.names]
+    pairs = [
+        (Named(colour, shape), found) for (colour, shape), found in zip(wanted, seen(data.in_memory()), strict=True)
+    ]
+    right = [(found.colour, found.shape) == (of.colour, of.shape) for of, found in pairs if of.shape != "diamond"]
+    assert sum(right) >= 0.98 * len(right)
+
+
+# ---- seeing and naming
 
 
 def generated_looking(pictures: Tensor, blur: float, noise: float) -> Tensor:
@@ -97,7 +162,7 @@ def test_each_kind_is_judged_for_itself():
 
 
 def test_sentences_name_what_is_drawn():
-    for captions, shown in zip(DRAWN.captions, DRAWN.shown, strict=True):
+    for captions, shown in zip(DRAWN.captions, seen(DRAWN.in_memory()), strict=True):
         assert named(captions[0]) == shown and len(set(captions)) == len(captions) >= 5
         for caption in captions:
             said = named(caption)
@@ -125,8 +190,8 @@ def test_the_vocabulary_has_every_word_and_no_other():
 
 
 def test_all_that_can_be_named_comes_up():
-    for kind, values in (("colour", CAPTION_COLOURS), ("shape", CAPTION_SHAPES), ("size", SIZES), ("place", PLACES)):
-        counts = Counter(getattr(shown, kind) for shown in DRAWN.shown)
+    for kind, values in KINDS.items():
+        counts = Counter(getattr(named(caption), kind) for caption in FULL)
         assert counts.keys() == set(values) and min(counts.values()) > 0.75 * 1000 / len(values)
     assert len({named(prompt) for prompt in EXAMPLE_PROMPTS}) == 8
     assert all(None not in vars(named(prompt)).values() for prompt in EXAMPLE_PROMPTS)
@@ -136,10 +201,9 @@ def test_each_picture_follows_from_seed_side_and_index():
     more, part = CaptionedShapes(1200), DRAWN.part([7, 3])
     assert torch.equal(more.pictures([999, 5]), DRAWN.pictures([999, 5])) and more.captions[:1000] == DRAWN.captions
     assert torch.equal(part.pictures([0, 1]), DRAWN.pictures([7, 3])) and part.captions[1] == DRAWN.captions[3]
-    assert part.shown == [DRAWN.shown[7], DRAWN.shown[3]]
     assert torch.equal(part.in_memory(), part.drawn([0, 1]))
     for other in (CaptionedShapes(1000, seed=1), CaptionedShapes(1000, side=1)):
-        assert other.shown != DRAWN.shown and other.fingerprint() != DRAWN.fingerprint()
+        assert other.captions != DRAWN.captions and other.fingerprint() != DRAWN.fingerprint()
         assert not torch.equal(other.pictures([0]), DRAWN.pictures([0]))
 
 
