@@ -50,7 +50,6 @@ from vavae_tools.pipelines.classes import LatentDiTPipeline
 from vavae_tools.pipelines.text import TextToImagePipeline
 from vavae_tools.recipes.config import compose, read_command_line
 from vavae_tools.recipes.presets import Preset, find_preset
-from vavae_tools.recipes.rae import DecoderPreviews
 from vavae_tools.recipes.vavae import LOSSES, _needs_checkpointing
 from vavae_tools.runtime.machine import Machine, at_work
 from vavae_tools.runtime.precision import Computing, for_inference
@@ -594,7 +593,7 @@ def rae_decoder(card: Any, case: Case) -> str:
     pictures = Pictures(1000, rae.picture_size)
     batch = pictures.few(batch_size)
     batch["tokens"] = torch.zeros(batch_size, height * width, channels, dtype=torch.float16)
-    fit(card, case, module, batch, DecoderPreviews(pictures.few(8)["pictures"], "."))
+    fit(card, case, module, batch, ReconstructionPreviews(pictures.few(8), "."))
     return said_of(batch_size, checkpointing)
 
 

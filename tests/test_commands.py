@@ -315,7 +315,7 @@ BAD_FINE_TUNING = {
     + " --vf_weight 0.1": "needs a vision foundation model: name its folder (foundation_model), or take vf_weight 0",
     TUNE + " --vf_weight 0.1 --foundation_model {here}": "is no folder of a foundation model: config.json is missing",
     TUNE + " --vf_weight 0.1 --foundation_model nowhere": "No folder nowhere of a vision foundation model",
-    TUNE + " --recipe full": "perceptual_weight needs LPIPS: name its weights (lpips_weights), or take",
+    TUNE + " --recipe full --vf_weight 0": "perceptual_weight needs LPIPS: name its weights (lpips_weights), or take",
     TUNE + " --lpips_weights {here}/other.ckpt": "other.ckpt: 0 of the 26 tensors of LPIPS's VGG16",
     TUNE + " --recipe staged --max_epochs 2": "needs at least one for each stage",
     TUNE + " --disc_weight 0.5": "Pictures of 16×16 are too small for the discriminator: it needs 24×24",

@@ -8,9 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from vavae_tools.autoencoders.lpips import load_lpips
 from vavae_tools.autoencoders.rae import RAE, tiny_rae
 from vavae_tools.autoencoders.rae_weights import is_rae_folder, load_rae, read_rae_folder
 from vavae_tools.checkpoints.formats import read_any
@@ -21,13 +19,14 @@ from vavae_tools.plots import picture_grid, show_inline
 from vavae_tools.recipes.base import DecoderRecipe, ImageData, RAEDiTRecipe, RAEParts
 from vavae_tools.recipes.config import recipe_with
 from vavae_tools.recipes.dit import build_on_latents, encode_once, latents_folder
+from vavae_tools.recipes.vavae import given_numbers, lpips_of, weights_in_words
 from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
 from vavae_tools.runtime.machine import find_device, release_memory
 from vavae_tools.runtime.ranks import first_alone, is_first
 from vavae_tools.training.autoencoder_module import RAEDecoderModule
-from vavae_tools.training.callbacks.previews import Previews
+from vavae_tools.training.callbacks.previews import ReconstructionPreviews
 from vavae_tools.training.devices import compiles
 from vavae_tools.training.run import Run, Say, Show, train
 
@@ -75,31 +74,18 @@ def build_decoder(
     recipe: DecoderRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say
 ) -> Run:
     loss, config, seed = recipe.loss, recipe.train, recipe.seed
-    if loss.perceptual_weight and not loss.lpips_weights:
-        raise UserError(
-            f"perceptual_weight {loss.perceptual_weight:g} needs LPIPS's weights: name them (lpips_weights), or leave "
-            "perceptual_weight out, and the absolute error alone compares the images"
-        )
     model = rae_from(recipe.rae, seed, say)
     images = images_for(model, recipe.data, config.batch_size, seed)
-    lpips = load_lpips(loss.lpips_weights) if loss.lpips_weights else None
-    say(f"LPIPS: {lpips.origin}" if lpips is not None else "No lpips_weights: the perceptual part (LPIPS) is left out")
-    own = ("lr", "schedule", "warmup_steps", "ema_decay", "gradient_clip", "accumulate_grad_batches")
-    module = RAEDecoderModule(
-        model,
-        **{name: value for name, value in asdict(loss).items() if name != "lpips_weights"}
-        | _starts(recipe, resume_from, images),
-        **{name: getattr(config, name) for name in own},
-        gradient_checkpointing=bool(config.gradient_checkpointing),
-        flips=recipe.data.flips,
-        seed=seed,
-        lpips=lpips,
-    )
-    settings = module.hparams
-    parts = ", ".join(f"{name} {value:g}" for name, value in settings.items() if name.endswith("_weight") and value)
-    begins = f"; the discriminator begins at step {settings.disc_start:,} and is listened to from step "
-    begins += f"{settings.generator_start:,}"
-    remarks = [*filter(None, [images.remark]), f"Losses: {parts}{begins if settings.disc_weight else ''}"]
+    lpips = lpips_of(loss.lpips_weights, say)
+    if lpips is None:
+        say("No lpips_weights: the perceptual part (LPIPS) is left out")
+    numbers = _numbers(recipe, resume_from, len(images.train_data))
+    own = {"ema_decay": config.ema_decay, "flips": recipe.data.flips, "seed": seed}
+    module = RAEDecoderModule(model, **numbers, **own, lpips=lpips)
+    begins = f"; the discriminator begins at step {numbers['disc_start']:,} and is listened to from step "
+    begins += f"{numbers['generator_start']:,}"
+    remarks = [*filter(None, [images.remark]), f"Losses: {weights_in_words(module)}"]
+    remarks[-1] += begins if loss.disc_weight else ""
 
     subset = images.val_data if images.val_data is not None else images.train_data
     folder, checkpoints, reconstructions = (output_dir / name for name in ("rae", "checkpoints", "reconstructions"))
@@ -119,7 +105,7 @@ def build_decoder(
             say(f"advice: below {ENOUGH:.0f} dB images are hard to know again: train longer, or with a larger decoder")
         say(f"written: {folder}, {checkpoints}/, {reconstructions}/")
 
-    shown = subset.few_of_each(8)["pictures"]
+    shown = subset.few_of_each(8)
     return Run(
         module=module,
         data=images,
@@ -129,7 +115,7 @@ def build_decoder(
         what="an RAE's decoder",
         export=export,
         folder=folder,
-        preview=lambda every: DecoderPreviews(shown, reconstructions, every, show or show_inline),
+        preview=lambda every: ReconstructionPreviews(shown, reconstructions, every, show),
         monitor=("val/psnr", "max"),
         recorded={"batch_size": config.batch_size},
         remarks=remarks,
@@ -139,20 +125,17 @@ def build_decoder(
 train_rae_decoder = partial(train, build_decoder)
 
 
-def _starts(recipe: DecoderRecipe, resume_from: Path | None, images: PictureSetDataModule) -> dict[str, Any]:
-    """Return what follows from the length and from what there is; a run that resumes keeps where it began."""
+def _numbers(recipe: DecoderRecipe, resume_from: Path | None, count: int) -> dict[str, Any]:
+    """Return the module's arguments; a run that resumes keeps the steps at which the adversary began."""
     loss, config = recipe.loss, recipe.train
-    batches = max(1, -(-len(images.train_data) // config.batch_size) // config.accumulate_grad_batches)
+    numbers = given_numbers(loss, config)
+    batches = max(1, -(-count // config.batch_size) // config.accumulate_grad_batches)
     steps = config.max_steps or (config.max_epochs or 1) * batches
     began = read_any(resume_from, lambda line: None).get("hyper_parameters", {}) if resume_from else {}
-    disc_start, generator_start, perceptual = loss.disc_start, loss.generator_start, loss.perceptual_weight
-    if disc_start is None:
-        disc_start = began.get("disc_start", steps * 3 // 8)
-    if generator_start is None:
-        generator_start = began.get("generator_start", max(disc_start + 1, steps // 2))
-    if perceptual is None:
-        perceptual = 1.0 if loss.lpips_weights else 0.0
-    return {"disc_start": disc_start, "generator_start": generator_start, "perceptual_weight": perceptual}
+    numbers.setdefault("perceptual_weight", 1.0 if loss.lpips_weights else 0.0)
+    numbers.setdefault("disc_start", began.get("disc_start", steps * 3 // 8))
+    numbers.setdefault("generator_start", began.get("generator_start", max(numbers["disc_start"] + 1, steps // 2)))
+    return numbers
 
 
 def rae_from(parts: RAEParts, seed: int = 0, say: Say = say) -> RAE:
@@ -197,17 +180,12 @@ def images_for(rae: RAE, data: ImageData, batch_size: int = 16, seed: int = 0) -
 
 # ---- a look
 def check_reconstructions(
-    rae: RAE,
-    data: DecodedPictures,
-    folder: str | Path,
-    say: Say = say,
-    show: Show | None = None,
-    count: int = 16,
+    rae: RAE, data: DecodedPictures, folder: str | Path, say: Say = say, show: Show | None = None, count: int = 16
 ) -> float:
     """Reconstruct some images before their latents are used, and log how near that is.
 
-    Writes `before.png`, rows of originals above their reconstructions, and shows it. An RAE away from what it was
-    trained on reconstructs badly: below 20 dB there is a line of advice.
+    Writes `before.png`, originals above their reconstructions, and shows it. An RAE away from what it was trained on
+    reconstructs badly: below 20 dB there is a line of advice.
 
     Args:
         data: one subset of the images; the first `count` are taken, one class after the other.
@@ -229,43 +207,18 @@ def check_reconstructions(
 
 
 @torch.inference_mode()
-def _look(
-    rae: RAE, data: DecodedPictures, path: Path, show: Show | None = None, count: int = MEASURED, shown: int = 16
-) -> float:
-    """Write a grid of the first images, and return the mean PSNR in dB of `count`, each no more than 100."""
+def _look(rae: RAE, data: DecodedPictures, path: Path, show: Show | None = None, count: int = MEASURED) -> float:
+    """Write a grid of eight images, and return the mean PSNR in dB of `count`, each no more than 100."""
     originals, side = to_unit(data.few_of_each(count)["pictures"]), rae.picture_size
     if originals.shape[2:] != (side, side):
         originals = F.interpolate(originals, (side, side), mode="bicubic", align_corners=False, antialias=True)
     made = torch.cat([to_pixels(rae(part.to(rae.device))).cpu() for part in originals.split(16)])
     originals = to_pixels(originals)
-    grid = originals_above(originals[:shown], made[:shown])
+    grid = picture_grid(torch.cat([originals[:8], made[:8]]), columns=len(made[:8]))
     save_picture(grid, path)
     if show is not None:
         show(grid)
     return psnr(to_unit(made), to_unit(originals)).clamp_max(100).mean().item()
-
-
-def originals_above(originals: Tensor, made: Tensor, columns: int = 8) -> Tensor:
-    """Return rows of originals, each above their reconstructions, on white: uint8 (3, H, W)."""
-    columns = min(columns, len(originals))
-    rows = []
-    for above, below in zip(originals.split(columns), made.split(columns), strict=True):
-        for row in (above, below):
-            rows += [row, row.new_full((columns - len(row), *row.shape[1:]), 255)]
-    return picture_grid(torch.cat(rows), columns)
-
-
-class DecoderPreviews(Previews):
-    """Originals above what the averaged decoder makes of them."""
-
-    name = "reconstructions"
-
-    def __init__(self, pictures: Tensor, folder: str | Path, every: int = 1, show: Show | None = None) -> None:
-        super().__init__(folder, every, show)
-        self.pictures = pictures
-
-    def grid(self, module: L.LightningModule) -> Tensor:
-        return originals_above(self.pictures, module.reconstructed(self.pictures).cpu())
 
 
 def build_rae_dit(recipe: RAEDiTRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say) -> Run:

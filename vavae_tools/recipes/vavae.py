@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 
 from vavae_tools.autoencoders.foundation import load_foundation
-from vavae_tools.autoencoders.lpips import load_lpips
+from vavae_tools.autoencoders.lpips import LPIPS, load_lpips
 from vavae_tools.autoencoders.vavae import VAVAE, fitting_size, vavae
 from vavae_tools.autoencoders.weights import (
     VAVAEWeights,
@@ -22,7 +22,7 @@ from vavae_tools.checkpoints.resuming import best_checkpoint
 from vavae_tools.data.datasets import class_data
 from vavae_tools.data.images import PictureSetDataModule
 from vavae_tools.evaluation.reconstructions import compare_conditions
-from vavae_tools.recipes.base import FineTunedVAVAE, VAVAELoss, VAVAERecipe
+from vavae_tools.recipes.base import AutoencoderLoss, FineTunedVAVAE, VAVAELoss, VAVAERecipe
 from vavae_tools.recipes.config import recipe_with
 from vavae_tools.recipes.presets import resolved
 from vavae_tools.runtime.console import say
@@ -33,6 +33,7 @@ from vavae_tools.training.autoencoder_module import VAVAEModule
 from vavae_tools.training.callbacks.previews import ReconstructionPreviews
 from vavae_tools.training.callbacks.record import has_ended
 from vavae_tools.training.callbacks.watch import Advice, ReconstructionWatch
+from vavae_tools.training.config import TrainConfig
 from vavae_tools.training.run import Run, Say, Show, train
 
 # ---- named sets of losses, their weights, and the optimiser's numbers: arguments of VAVAEModule
@@ -154,9 +155,7 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
         _take_over(module, found, say)
     settings = module.trainer_settings(**config.of_devices())
     world, lr = settings["devices"] * settings["num_nodes"], numbers["lr"]
-    weights = {name: value for name, value in module.hparams.items() if name.endswith("_weight") and value}
-    remarks = [*filter(None, [images.remark])]
-    remarks.append(f"Recipe {loss.recipe}: {', '.join(f'{name} {value:g}' for name, value in weights.items())}")
+    remarks = [*filter(None, [images.remark]), f"Recipe {loss.recipe}: {weights_in_words(module)}"]
     if world > 1:
         rule = f"lr × sqrt({world}) = {lr * world**0.5:.2g}"
         remarks.append(f"Rule of thumb for {world} devices: {rule}; lr stays as given")
@@ -222,11 +221,8 @@ def _model_to_start_from(
 
 def _numbers(recipe: VAVAERecipe, model: VAVAE, image_size: int | tuple[int, int], say: Say) -> dict[str, Any]:
     """Return the arguments of the module: the loss recipe's, with what was given in their place."""
-    loss, config, start = asdict(recipe.loss), recipe.train, recipe.vavae
-    given = {name: loss[name] for name in loss if name not in ("recipe", "lpips_weights", "foundation_model")}
-    own = ("lr", "schedule", "warmup_steps", "gradient_clip", "accumulate_grad_batches", "gradient_checkpointing")
-    given |= {name: getattr(config, name) for name in own}
-    numbers = {**LOSSES[recipe.loss.recipe], **{name: value for name, value in given.items() if value is not None}}
+    config, start = recipe.train, recipe.vavae
+    numbers = {**LOSSES[recipe.loss.recipe], **given_numbers(recipe.loss, config)}
     numbers |= {"condition_dropout": start.condition_dropout, "freeze_encoder": start.freeze_encoder}
     numbers.setdefault("lr", 2e-3 if model.config.block_out_channels[0] < 64 else 1e-4)
     if "gradient_checkpointing" not in numbers:
@@ -240,11 +236,9 @@ def _judges(loss: VAVAELoss, numbers: dict[str, Any], found: VAVAEWeights | None
     if not files and numbers.get("perceptual_weight") and found is not None:
         brought = any(name.startswith("loss.perceptual_loss.") for name in found.unused)
         files = found.source if brought else None  # the reference's training checkpoints hold it
-    lpips = load_lpips(files) if files else None
-    if lpips is not None:
-        say(f"LPIPS: {lpips.origin}")
     aligned = loss.foundation_model and numbers.get("vf_weight")
-    return {"lpips": lpips, "foundation": load_foundation(loss.foundation_model) if aligned else None}
+    foundation = load_foundation(loss.foundation_model) if aligned else None
+    return {"lpips": lpips_of(files, say), "foundation": foundation}
 
 
 def _take_over(module: VAVAEModule, found: VAVAEWeights, say: Say) -> None:
@@ -283,3 +277,28 @@ def _needs_checkpointing(
         "(a smaller --batch_size is faster)"
     )
     return True
+
+
+# ---- what both autoencoders' trainings share
+
+
+def given_numbers(loss: AutoencoderLoss, config: TrainConfig) -> dict[str, Any]:
+    """Return the arguments of an autoencoder's module that have a value."""
+    names = ("lr", "schedule", "warmup_steps", "gradient_clip", "accumulate_grad_batches", "gradient_checkpointing")
+    given = {**asdict(loss), **{name: getattr(config, name) for name in names}}
+    files = ("recipe", "lpips_weights", "foundation_model")
+    return {name: value for name, value in given.items() if value is not None and name not in files}
+
+
+def lpips_of(files: str | Path | list[str] | None, say: Say) -> LPIPS | None:
+    """Return LPIPS of local files, and log where it is from."""
+    lpips = load_lpips(files) if files else None
+    if lpips is not None:
+        say(f"LPIPS: {lpips.origin}")
+    return lpips
+
+
+def weights_in_words(module: L.LightningModule) -> str:
+    """Return the losses that are not turned off."""
+    weights = {name: value for name, value in module.hparams.items() if name.endswith("_weight") and value}
+    return ", ".join(f"{name} {value:g}" for name, value in weights.items())

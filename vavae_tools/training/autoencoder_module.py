@@ -21,7 +21,7 @@ from vavae_tools.autoencoders.losses import (
 )
 from vavae_tools.autoencoders.lpips import LPIPS
 from vavae_tools.autoencoders.rae import RAE, noised
-from vavae_tools.autoencoders.vavae import VAVAE
+from vavae_tools.autoencoders.vavae import VAVAE, anothers, reconstruct_pictures
 from vavae_tools.data.images import DecodedPictures, PictureSetDataModule, to_pixels, to_unit
 from vavae_tools.evaluation.metrics import psnr, ssim
 from vavae_tools.runtime.draws import Draws
@@ -359,6 +359,12 @@ class VAVAEModule(AutoencoderModule):
             more |= {"alignment": self.alignment(latents, batch, pictures), "vf_weight": settings.vf_weight}
         return pictures, reconstruction, more
 
+    def reconstructions(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """Return the posterior's modes, decoded with each person's vector, with another's, and with none."""
+        pictures, labels = (batch[name].to(self.device) for name in ("pictures", "labels"))
+        of_whom = [labels, anothers(labels), None] if self.vavae.config.condition_dim else [None]
+        return [reconstruct_pictures(self.vavae, pictures, row) for row in of_whom]
+
     def alignment(self, latents: Tensor, batch: dict[str, Tensor], pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Return the two parts of the alignment loss."""
         features = batch.get("foundation")  # (B, channels, h, w)
@@ -456,9 +462,9 @@ class RAEDecoderModule(AutoencoderModule):
         self.ema.update(self.network, self.global_step)
 
     @torch.inference_mode()
-    def reconstructed(self, pictures: Tensor) -> Tensor:
-        """Return what the averaged decoder makes of images uint8 (B, 3, S, S), uint8."""
-        return to_pixels(self.rae_with(self.ema.network)(to_unit(pictures.to(self.device))))
+    def reconstructions(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """Return what the averaged decoder makes of images, uint8 (B, 3, S, S)."""
+        return [to_pixels(self.rae_with(self.ema.network)(to_unit(batch["pictures"].to(self.device))))]
 
     def flops_of_a_sample(self, batch: dict[str, Tensor]) -> int:
         """Return what the RAE computes for one image in a step; losses' networks do not count."""

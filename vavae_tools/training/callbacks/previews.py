@@ -10,7 +10,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from torch import Tensor
 
-from vavae_tools.autoencoders.vavae import anothers, reconstruct_pictures
 from vavae_tools.plots import picture_grid, show_inline
 from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import StoppedAtOnce
@@ -79,7 +78,7 @@ class Previews(L.Callback):
 
 
 class ReconstructionPreviews(Previews):
-    """Show originals and reconstructions (the posterior's mode): with their person's vector, another's, or none."""
+    """Show originals, and below them what the module's `reconstructions(batch)` are."""
 
     name = "reconstructions"
 
@@ -88,11 +87,8 @@ class ReconstructionPreviews(Previews):
         self.batch = batch
 
     def grid(self, module: L.LightningModule) -> Tensor:
-        vavae = module.vavae
-        pictures, labels = (self.batch[key].to(module.device) for key in ("pictures", "labels"))
-        rows = [labels, anothers(labels), None] if vavae.config.condition_dim else [None]
-        remade = [reconstruct_pictures(vavae, pictures, row).cpu() for row in rows]
-        return picture_grid(torch.cat([self.batch["pictures"], *remade]), columns=len(pictures))
+        rows = [row.cpu() for row in module.reconstructions(self.batch)]
+        return picture_grid(torch.cat([self.batch["pictures"], *rows]), columns=len(rows[0]))
 
 
 class SamplePreviews(Previews):
