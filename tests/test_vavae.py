@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 
 import pytest
 import torch
@@ -32,6 +31,10 @@ def plain_copy(model: VAVAE) -> AutoencoderKL:
 LABELS = torch.tensor([2, 0, 1])
 
 
+def small() -> VAVAE:
+    return vavae("small", condition_dim=4, num_conditions=3)
+
+
 def quiet(line: str) -> None:
     pass
 
@@ -45,6 +48,7 @@ def test_with_fresh_projections_it_is_autoencoderkl_bit_by_bit(attention):
     changes = {"mid_block_add_attention": attention}
     model, plain = tiny_vavae(**changes).eval(), AutoencoderKL(**TWO_LEVELS, **changes).eval()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    assert plain.state_dict().keys() == tiny_vavae(condition_dim=0, **changes).state_dict().keys()
     x, vectors = pictures(), model.condition_vectors(LABELS)
     assert vectors.abs().min() > 0
     expected = plain.encode(x).latent_dist
@@ -54,12 +58,6 @@ def test_with_fresh_projections_it_is_autoencoderkl_bit_by_bit(attention):
         assert same(model.decode(expected.mean, condition=condition).sample, plain.decode(expected.mean).sample)
         assert same(model.decode(expected.mean, False, condition=condition)[0], plain.decode(expected.mean, False)[0])
         assert same(model.encode(x, False, condition=condition)[0].mean, expected.mean)
-
-
-@torch.no_grad()
-def test_a_model_without_vectors_has_none_of_their_weights():
-    model = tiny_vavae(condition_dim=0)
-    assert set(model.state_dict()) == set(AutoencoderKL(**TWO_LEVELS).state_dict())
 
 
 @torch.no_grad()
@@ -93,23 +91,13 @@ def test_every_projection_matters(half):
 
 
 @torch.no_grad()
-def test_levels_may_have_different_widths():
-    """Each projection fits its own level: the small model has 16, 32 and 48 channels."""
-    model = perturb_projections(vavae("small", condition_dim=4, num_conditions=3)).eval()
+@pytest.mark.parametrize(("make", "latents"), [(tiny_vavae, (2, 8, 12)), (small, (8, 4, 6))])
+def test_images_need_not_be_square_nor_levels_of_one_width(make, latents):
+    model = perturb_projections(make()).eval()
     vectors = model.condition_vectors(LABELS)
-    posterior = model.encode(pictures(), condition=vectors).latent_dist
-    assert posterior.mean.shape == (3, 8, 4, 4)
-    assert model.decode(posterior.mean, condition=vectors).sample.shape == (3, 3, SIZE, SIZE)
-
-
-@torch.no_grad()
-def test_pictures_need_not_be_square():
-    model = perturb_projections(tiny_vavae()).eval()
-    x = pictures(16, 24)
-    vectors = model.condition_vectors(LABELS)
-    posterior = model.encode(x, condition=vectors).latent_dist
-    assert posterior.mean.shape == (3, 2, 8, 12)
-    assert model.decode(posterior.mean, condition=vectors).sample.shape == x.shape
+    posterior = model.encode(pictures(16, 24), condition=vectors).latent_dist
+    assert posterior.mean.shape == (3, *latents)
+    assert model.decode(posterior.mean, condition=vectors).sample.shape == (3, 3, 16, 24)
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -147,8 +135,7 @@ def test_named_sizes():
 
     assert (round(count(model.encoder) / 1e6, 2), round(count(model.decoder) / 1e6, 2)) == (28.41, 41.42)
     assert (count(model.quant_conv), count(model.post_quant_conv)) == (4160, 1056)
-    small = vavae("small", condition_dim=4, num_conditions=2)
-    assert small.downsampling == 4 and small.conditions.weight.shape == (2, 4)
+    assert small().downsampling == 4 and small().conditions.weight.shape == (3, 4)
     with pytest.raises(UserError, match="No VA-VAE size 'huge'; there are f16d32, small"):
         vavae("huge")
 
@@ -192,28 +179,12 @@ def test_vectors_of_other_people_are_dropped_with_their_projections(tmp_path):
         assert same(loaded.encoder.conv_in.weight, model.encoder.conv_in.weight)
         assert "7 start anew, 0 unused" in said[0]
     assert same(load_vavae(tmp_path, 4, 3, say=quiet).conditions.weight, model.conditions.weight)
-
-
-def test_vectors_can_be_left_out(tmp_path):
-    """--condition_dim 0 with weights that have vectors, of fewer people than the split has."""
-    perturb_projections(tiny_vavae()).save_pretrained(tmp_path)
-    model = load_vavae(tmp_path, 0, 0, say=quiet)
-    assert model.config.condition_dim == 0 and not hasattr(model, "conditions")
+    assert not hasattr(load_vavae(tmp_path, 0, 0, say=quiet), "conditions")  # --condition_dim 0
 
 
 def test_half_precision_weights_are_loaded_as_float32(tmp_path):
     tiny_vavae().half().save_pretrained(tmp_path)
     assert {weights.dtype for weights in load_vavae(tmp_path, say=quiet).parameters()} == {torch.float32}
-
-
-def test_a_training_checkpoint_is_loaded(tmp_path):
-    model = perturb_projections(tiny_vavae())
-    config = {k: list(v) if isinstance(v, tuple) else v for k, v in model.config.items() if not k.startswith("_")}
-    weights = {f"vavae.{k}": v for k, v in model.state_dict().items()}
-    checkpoint = {"state_dict": {**weights, "loss.extra": torch.ones(1)}, "hyper_parameters": {"vavae_config": config}}
-    torch.save(checkpoint, tmp_path / "best.ckpt")
-    loaded = load_vavae(tmp_path / "best.ckpt", say=quiet)
-    assert all(same(loaded.state_dict()[name], weights) for name, weights in model.state_dict().items())
 
 
 def test_what_came_with_a_training_checkpoint_is_kept(tmp_path):
@@ -224,7 +195,7 @@ def test_what_came_with_a_training_checkpoint_is_kept(tmp_path):
     checkpoint = {"state_dict": {**weights, **others, "x": torch.ones(1)}, "hyper_parameters": {"vavae_config": config}}
     torch.save(checkpoint, tmp_path / "best.ckpt")
     found, said = read_vavae(tmp_path / "best.ckpt"), []
-    assert found.weights.keys() == model.state_dict().keys() and found.config == config
+    assert found.config == config and all(same(found.weights[name], w) for name, w in model.state_dict().items())
     assert found.discriminator.keys() == {"main.0.weight"} and found.unused == ("x",)
     assert same(found.projection, others["projection.weight"])
     grey = build_vavae(found, channels=1, say=said.append)
@@ -234,16 +205,6 @@ def test_what_came_with_a_training_checkpoint_is_kept(tmp_path):
         f"projection ({tmp_path / 'best.ckpt'})"
     ]
     assert found.config["in_channels"] == 3 and found.discriminator["main.0.weight"].shape[1] == 3  # as it was read
-
-
-@torch.no_grad()
-def test_diffusers_itself_loads_a_folder_of_ours(tmp_path):
-    model = perturb_projections(tiny_vavae()).eval()
-    model.save_pretrained(tmp_path)
-    plain = AutoencoderKL.from_pretrained(tmp_path, low_cpu_mem_usage=False)
-    posterior, expected = (m.encode(pictures()).latent_dist for m in (plain, model))
-    assert type(plain) is AutoencoderKL and same(posterior.parameters, expected.parameters)
-    assert same(plain.decode(posterior.mean).sample, model.decode(posterior.mean).sample)
 
 
 def test_older_folders_of_diffusers_are_read(tmp_path):
@@ -266,17 +227,6 @@ def test_older_folders_of_diffusers_are_read(tmp_path):
     assert model.config.scaling_factor == 0.18215
 
 
-def test_a_folder_of_pickled_weights_is_refused_with_the_way_round(tmp_path):
-    plain = plain_copy(tiny_vavae())
-    plain.save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(
-        UserError, match=r"found config\.json, diffusion_pytorch_model\.bin\. A \.bin may hold"
-    ) as refused:
-        load_vavae(tmp_path)
-    exec(re.search(r'run python -c "(.*)"$', str(refused.value))[1])
-    assert same(load_vavae(tmp_path, say=quiet).encoder.conv_in.weight, plain.encoder.conv_in.weight)
-
-
 def test_what_cannot_be_loaded_is_said(tmp_path):
     with pytest.raises(UserError, match=r"No VA-VAE at .*nowhere: expected a folder with config\.json or a \.ckpt"):
         load_vavae(tmp_path / "nowhere")
@@ -294,17 +244,14 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
 def test_weights_of_another_architecture_are_refused(tmp_path):
     tiny_vavae().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "block_out_channels": [8, 16]}))
-    with pytest.raises(UserError, match=r"of another architecture: \S+ is \(8,.*\), expected \(16,.*\)"):
-        load_vavae(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**config, "layers_per_block": 2}))
-    with pytest.raises(UserError, match=r"lacks \d+ of the model's weights, the first "):
-        load_vavae(tmp_path)
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
+    for change, message in (
+        (json.dumps({**config, "block_out_channels": [8, 16]}), "of another architecture: size mismatch for "),
+        (json.dumps({**config, "layers_per_block": 2}), r"lacks \d+ of the model's weights, the first "),
+        ("{ no json", "cannot be read"),
+    ):
+        (tmp_path / "config.json").write_text(change)
+        with pytest.raises(UserError, match=message):
+            load_vavae(tmp_path)
 
 
 def test_code_and_damage_are_refused(tmp_path, monkeypatch):
@@ -318,16 +265,16 @@ def test_code_and_damage_are_refused(tmp_path, monkeypatch):
     weights.write_bytes(weights.read_bytes()[:2000])
     with pytest.raises(UserError, match=r"safetensors cannot be read .*: copy it again"):
         load_vavae("model")
-    (tmp_path / "model" / "config.json").write_text("{ no json")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_vavae("model")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
 
 
 def test_saving_over_a_model_keeps_it_whole(tmp_path, monkeypatch):
     """A full disk leaves the former weights, and nothing half-written beside them."""
-    former = tiny_vavae(seed=1)
-    save_model(former, tmp_path)
-    (tmp_path / "notes.txt").write_text("mine")
+    save_model(tiny_vavae(seed=1), tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full(*arguments, **options):
@@ -338,7 +285,6 @@ def test_saving_over_a_model_keeps_it_whole(tmp_path, monkeypatch):
         save_model(tiny_vavae(seed=2), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
     save_model(tiny_vavae(seed=2), tmp_path)
-    assert set(files) == {path.name for path in tmp_path.iterdir()}
     assert same(load_vavae(tmp_path, say=quiet).conditions.weight, tiny_vavae(seed=2).conditions.weight)
 
 
@@ -361,19 +307,13 @@ def test_condition_file(tmp_path):
         ({"ID_1": torch.zeros(2)}, "has no vector for ID_4; it holds 1 vectors"),
         ({"ID_1": torch.zeros(2), "ID_4": torch.zeros(3)}, "differ in shape"),
         ({"ID_1": torch.zeros(2, 2), "ID_4": torch.zeros(2, 2)}, "expected one length"),
+        (None, "No condition file"),
     ],
 )
 def test_bad_condition_files(tmp_path, vectors, message):
-    save_file(vectors, tmp_path / "c.safetensors")
+    if vectors is not None:
+        save_file(vectors, tmp_path / "c.safetensors")
     with pytest.raises(UserError, match=message):
-        read_condition_file(tmp_path / "c.safetensors", PEOPLE)
-
-
-def test_a_condition_file_that_is_none(tmp_path):
-    with pytest.raises(UserError, match="No condition file"):
-        read_condition_file(tmp_path / "c.safetensors", PEOPLE)
-    (tmp_path / "c.safetensors").write_text("ID_1: 0.3")
-    with pytest.raises(UserError, match="cannot be read as safetensors"):
         read_condition_file(tmp_path / "c.safetensors", PEOPLE)
 
 
@@ -388,8 +328,3 @@ def test_reconstructions_stand_beside_their_originals(split_dir):
     again = reconstruct(model, data, batch_size=6)[1]
     assert (made.int() - again.int()).abs().max() <= 1  # no random number in it; the batch size rounds at most
     assert torch.equal(made, reconstruct(model, data, batch_size=4)[1])
-
-
-def test_from_config_builds_the_same_model_again():
-    model = VAVAE.from_config(tiny_vavae(condition_dim=3, num_conditions=2).config)
-    assert model.state_dict().keys() == tiny_vavae(condition_dim=3, num_conditions=2).state_dict().keys()

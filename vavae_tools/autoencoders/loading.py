@@ -12,6 +12,7 @@ from vavae_tools.autoencoders.weights import load_vavae
 
 @contextmanager
 def silent_transformers() -> Iterator[None]:
+    """Keep transformers from printing bars and warnings."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -26,10 +27,10 @@ def silent_transformers() -> Iterator[None]:
 
 
 def load_autoencoder(source: str | Path) -> ModelMixin:
-    """The autoencoder in a folder that `save_pretrained` wrote, or what `load_vavae` takes.
+    """Load a `RAE`, a `VAVAE`, or Stable Diffusion's AutoencoderKL.
 
-    A folder holds a `RAE`, a `VAVAE`, or Stable Diffusion's AutoencoderKL with a scale of its latents; of a
-    pipeline with `vae/` the pipeline's folder can be named, too.
+    Args:
+        source: the folder that `save_pretrained` wrote, of a pipeline with `vae/` too, or what `load_vavae` takes.
 
     Raises:
         UserError: nothing there, or no autoencoder.
@@ -39,9 +40,8 @@ def load_autoencoder(source: str | Path) -> ModelMixin:
         from vavae_tools.autoencoders.rae_weights import read_rae_folder
 
         return read_rae_folder(source)
-    if Path(source).is_dir():
-        from vavae_tools.autoencoders.stable_diffusion import is_stable_diffusion_vae, load_stable_diffusion_vae
+    from vavae_tools.autoencoders.stable_diffusion import is_stable_diffusion_vae, load_stable_diffusion_vae
 
-        if is_stable_diffusion_vae(source):
-            return load_stable_diffusion_vae(source)
+    if Path(source).is_dir() and is_stable_diffusion_vae(source):
+        return load_stable_diffusion_vae(source)
     return load_vavae(source, say=lambda line: None)

@@ -5,6 +5,7 @@ AutoencoderKL reproduces. What is added here is one vector per person (or class)
 decoder by projections that start at zero: at first the model equals the one without vectors, bit by bit.
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -14,30 +15,30 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor, nn, tensor
+from torch import Tensor, nn
 
 from vavae_tools.data.images import PictureFolder, to_pixels, to_unit
 from vavae_tools.runtime.errors import UserError
 
-# ---- Mean and standard deviation of an autoencoder's latents, which travel with it
+_OF_AUTOENCODER_KL = set(inspect.signature(AutoencoderKL.__init__).parameters) - {"self"}
 
 
 class LatentStatistics:
-    """For a diffusers model whose config has `latents_mean` and `latents_std`, a number per channel each."""
+    """A diffusers model whose config has `latents_mean` and `latents_std`, a number per channel each."""
 
     has_own_statistics = False
-    """Whether its latents come out normalised already, so that none are to be computed from the training side."""
+    """Whether its latents come out normalised already, so that none are to be computed from the training subset."""
 
     decoding_alone: tuple[str, ...] = ()
     """How the names of weights begin that the latents do not follow from: another decoder leaves them valid."""
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Latents as encoded → latents as the denoiser sees them: per channel (z − mean) / std."""
+        """Return latents as the denoiser sees them: per channel (z − mean) / std."""
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalise`: what the denoiser made → what `decode` takes."""
+        """Return the inverse of `normalise`: what `decode` takes."""
         mean, std = self._statistics(latents)
         return latents * std + mean
 
@@ -45,21 +46,21 @@ class LatentStatistics:
         if self.config.latents_mean is None or self.config.latents_std is None:
             name = type(self).__name__
             raise UserError(f"This {name} carries no latent statistics: encode the training side first (latents)")
-        mean = tensor(self.config.latents_mean, device=like.device, dtype=like.dtype)
-        std = tensor(self.config.latents_std, device=like.device, dtype=like.dtype)
-        return mean[:, None, None], std[:, None, None]
+        return tuple(
+            torch.tensor(v).to(like)[:, None, None] for v in (self.config.latents_mean, self.config.latents_std)
+        )
 
 
 class VAVAE(LatentStatistics, AutoencoderKL):
     """AutoencoderKL with a condition vector; its other arguments are AutoencoderKL's own.
 
     Args:
+        latents_mean, latents_std: per channel, of the latents this model makes of the training subset; they travel
+            with the model, so that whoever samples needs no training data.
         condition_dim: length of the condition vector; 0 builds the plain AutoencoderKL.
         num_conditions: how many people (or classes) have a vector of their own in `conditions`.
-        latents_mean, latents_std: per channel, of the latents this model makes of the training side; they travel
-            with the model, so that whoever samples needs no training data.
 
-    Pictures are (B, C, H, W) in [-1, 1]; latents (B, latent_channels, H/f, W/f), not normalised.
+    Images are (B, C, H, W) in [-1, 1]; latents (B, latent_channels, H/f, W/f), not normalised.
     """
 
     @register_to_config
@@ -86,27 +87,9 @@ class VAVAE(LatentStatistics, AutoencoderKL):
         condition_dim: int = 0,
         num_conditions: int = 0,
     ) -> None:
+        given = locals()
         # by name: diffusers takes what is given by place for defaults, and from_config would leave it out
-        super().__init__(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            down_block_types=down_block_types,
-            up_block_types=up_block_types,
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            act_fn=act_fn,
-            latent_channels=latent_channels,
-            norm_num_groups=norm_num_groups,
-            sample_size=sample_size,
-            scaling_factor=scaling_factor,
-            shift_factor=shift_factor,
-            latents_mean=latents_mean,
-            latents_std=latents_std,
-            force_upcast=force_upcast,
-            use_quant_conv=use_quant_conv,
-            use_post_quant_conv=use_post_quant_conv,
-            mid_block_add_attention=mid_block_add_attention,
-        )
+        super().__init__(**{name: value for name, value in given.items() if name in _OF_AUTOENCODER_KL})
         self.downsampling = 2 ** (len(block_out_channels) - 1)
         if condition_dim:
             self.conditions = nn.Embedding(num_conditions, condition_dim)
@@ -115,15 +98,17 @@ class VAVAE(LatentStatistics, AutoencoderKL):
             into = [block_out_channels[-1], block_out_channels[-1], *block_out_channels[:0:-1]]
             self.decoder_projections = nn.ModuleList(_zero_linear(condition_dim, width) for width in into)
 
-    def condition_vectors(self, labels: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Labels int64 (B,) → their vectors (B, condition_dim); zero (no condition) where `keep` (B,) is False."""
+    def condition_vectors(self, labels: Tensor | None, keep: Tensor | None = None) -> Tensor | None:
+        """Return vectors (B, condition_dim) of labels int64 (B,), zero where `keep` (B,) is False; None without any."""
+        if labels is None or not self.config.condition_dim:
+            return None
         vectors = self.conditions(labels)
         return vectors if keep is None else vectors * keep[:, None].to(vectors.dtype)
 
     def encode(
         self, x: Tensor, return_dict: bool = True, condition: Tensor | None = None
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Pictures → the posterior of their latents; `condition` is (B, condition_dim), None stands for no vector."""
+        """Return the posterior of images' latents; `condition` is (B, condition_dim), None stands for no vector."""
         if condition is None:
             return super().encode(x, return_dict)
         posterior = DiagonalGaussianDistribution(self._encode(x, condition))
@@ -140,7 +125,7 @@ class VAVAE(LatentStatistics, AutoencoderKL):
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: None = None, condition: Tensor | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents (not normalised) → pictures, which may lie slightly outside [-1, 1]."""
+        """Return images of latents (not normalised), which may lie slightly outside [-1, 1]."""
         if condition is None:
             return super().decode(z, return_dict, generator)
         return self._decode(z, return_dict, condition)
@@ -177,25 +162,24 @@ class VAVAE(LatentStatistics, AutoencoderKL):
     def encode_pictures(
         self, pictures: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
     ) -> Tensor:
-        """Pictures in [-1, 1] → one latent each, not normalised: a sample of the posterior, or its mode.
+        """Return a latent for each image in [-1, 1], not normalised: a sample of the posterior, or its mode.
 
         Args:
             labels: int64 (B,), of the people whose vectors are used, where the model has vectors.
             normal: gives standard normal numbers of the shape (B, *sizes) when called with `sizes`; None: the mode.
         """
-        vectors = self.condition_vectors(labels) if labels is not None and self.config.condition_dim else None
-        posterior = self.encode(pictures, condition=vectors).latent_dist
+        posterior = self.encode(pictures, condition=self.condition_vectors(labels)).latent_dist
         return posterior.mean if normal is None else posterior.mean + posterior.std * normal(*posterior.mean.shape[1:])
 
     @apply_forward_hook
     def decode_latents(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Normalised latents, as a denoiser makes them → pictures, which may lie slightly outside [-1, 1]."""
-        vectors = self.condition_vectors(labels) if labels is not None and self.config.condition_dim else None
-        return self.decode(self.denormalise(latents).to(self.dtype), condition=vectors).sample
+        """Return images of normalised latents, which may lie slightly outside [-1, 1]."""
+        condition = self.condition_vectors(labels)
+        return self.decode(self.denormalise(latents).to(self.dtype), condition=condition).sample
 
 
 def _float32_under_autocast(h: Tensor) -> torch.autocast | nullcontext:
-    """The last layer of each half is computed in float32 also where the rest is fp16.
+    """Compute the last layer of each half in float32 also where the rest is fp16.
 
     A log-variance goes up to 20 and its variance to e²⁰, a gradient of the last weights is summed over all places of
     all pictures: fp16 ends at 65,504.
@@ -205,7 +189,7 @@ def _float32_under_autocast(h: Tensor) -> torch.autocast | nullcontext:
 
 
 def _zero_linear(condition_dim: int, width: int) -> nn.Linear:
-    """A projection that adds nothing until it has learned to."""
+    """Return a projection that adds nothing until it has learned to."""
     linear = nn.Linear(condition_dim, width, bias=False)
     nn.init.zeros_(linear.weight)
     return linear
@@ -242,14 +226,14 @@ VAVAE_SIZES: dict[str, dict] = {
 
 
 def vavae(size: str = "f16d32", **arguments: object) -> VAVAE:
-    """A VA-VAE with fresh weights, of a named size (`VAVAE_SIZES`); further arguments replace single values."""
+    """Return a VA-VAE with fresh weights, of a size of `VAVAE_SIZES`; further arguments replace single values."""
     if size not in VAVAE_SIZES:
         raise UserError(f"No VA-VAE size {size!r}; there are {', '.join(VAVAE_SIZES)}")
     return VAVAE(**{**VAVAE_SIZES[size], **arguments})
 
 
 def fitting_size(model: VAVAE, image_size: int | tuple[int, int] | None = None) -> int | tuple[int, int]:
-    """A picture size in pixels that this model can take, one number or (height, width); None: the one it was made for.
+    """Return an image size in pixels that this model takes, one number or (height, width); None: its own.
 
     Raises:
         UserError: a side that is not divisible by the model's down-sampling.
@@ -267,23 +251,20 @@ def fitting_size(model: VAVAE, image_size: int | tuple[int, int] | None = None) 
 
 @torch.inference_mode()
 def reconstruct_pictures(model: VAVAE, pictures: Tensor, labels: Tensor | None = None) -> Tensor:
-    """What the model makes of pictures, uint8 (B, C, H, W), with the vectors of `labels` (B,), or with none: uint8.
-
-    The posterior's mode is decoded, so that the same pictures have the same reconstructions.
-    """
-    vectors = model.condition_vectors(labels) if labels is not None and model.config.condition_dim else None
-    posterior = model.encode(to_unit(pictures), condition=vectors).latent_dist
-    return to_pixels(model.decode(posterior.mode(), condition=vectors).sample)
+    """Return reconstructions, uint8 (B, C, H, W) as the images, by the posterior's mode and the vectors of `labels`."""
+    condition = model.condition_vectors(labels)
+    posterior = model.encode(to_unit(pictures), condition=condition).latent_dist
+    return to_pixels(model.decode(posterior.mode(), condition=condition).sample)
 
 
 def anothers(labels: Tensor) -> Tensor:
-    """For each label (B,) the next one that occurs among them, in turn: another person's, where there are two."""
+    """Return for each label (B,) the next one that occurs among them: another person's, where there are two."""
     known, place = labels.unique(return_inverse=True)
     return known[(place + 1) % len(known)]
 
 
 def reconstruct(model: VAVAE, data: PictureFolder, batch_size: int = 32) -> tuple[Tensor, Tensor]:
-    """All pictures of a folder, and what the model makes of them with each person's vector: uint8 (N, C, H, W) both."""
+    """Return all images and their reconstructions with each person's vector, uint8 (N, C, H, W) both."""
     model = model.eval()
     originals, reconstructions = [], []
     for start in range(0, len(data), batch_size):

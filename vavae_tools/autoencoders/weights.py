@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vavae_tools.autoencoders.ldm_names import VAE, from_reference, infer_config, plain_names, vavae_arguments
+from vavae_tools.autoencoders.ldm_names import VAE, from_reference, plain_names, vavae_arguments
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import read_checkpoint, read_safetensors
@@ -21,26 +21,23 @@ FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class VAVAEWeights:
-    """Weights of a VA-VAE, and what came with them.
-
-    Attributes:
-        config: VAVAE's arguments.
-        weights: under VAVAE's names, float32.
-        discriminator: under `main.0.weight` …, where the checkpoint of a training held one.
-        projection: of the alignment with a foundation model: (its channels, latent channels, 1, 1).
-        unused: names of what else was there.
-    """
+    """Weights of a VA-VAE, and what came with them."""
 
     source: Path
     config: dict[str, Any]
+    """VAVAE's arguments."""
     weights: dict[str, Tensor]
+    """Under VAVAE's names."""
     discriminator: dict[str, Tensor] | None = None
+    """Under `main.0.weight` …, where the checkpoint of a training held one."""
     projection: Tensor | None = None
+    """Of the alignment with a foundation model: (its channels, latent channels, 1, 1)."""
     unused: tuple[str, ...] = ()
+    """Names of what else was there."""
 
 
 def pretrained_small_folder() -> Path:
-    """The folder of the small VA-VAE that comes with this package (trained on simulated walkers)."""
+    """Return the folder of the small VA-VAE that comes with this package (trained on simulated walkers)."""
     return Path(str(files("vavae_tools.autoencoders") / "pretrained_small"))
 
 
@@ -51,15 +48,7 @@ def load_vavae(
     say: Callable[[str], None] = print,
     channels: int | None = None,
 ) -> VAVAE:
-    """Load a VA-VAE to fine-tune; vectors and projections that the weights do not hold start anew.
-
-    Args:
-        source: what `read_vavae` takes.
-        condition_dim, num_conditions, channels: of the model wanted, see `build_vavae`.
-
-    Raises:
-        UserError: nothing there, not a VA-VAE, or weights of another shape.
-    """
+    """Load a VA-VAE to fine-tune: what `read_vavae` takes, as `build_vavae` builds it."""
     return build_vavae(read_vavae(source), condition_dim, num_conditions, channels, say)
 
 
@@ -69,14 +58,14 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
     Args:
         source: a folder that `save_pretrained` wrote (of a VAVAE or of diffusers' AutoencoderKL), a `.ckpt` of
             VA-VAE training here, or weights under the reference's names: the released `.pt`, a `.ckpt` of the
-            reference's training, a `.safetensors` file. The latter tell their configuration by names and shapes.
+            reference's training, a `.safetensors` file.
 
     Raises:
         UserError: nothing there, damaged, or not a VA-VAE.
     """
     source = Path(source)
-    if source.is_dir():
-        return _read_folder(source)
+    if source.is_dir() or source.name == FOLDER_WEIGHTS:
+        return _read_folder(source if source.is_dir() else source.parent)
     if not source.is_file():
         raise UserError(
             f"No VA-VAE at {source}: expected a folder with config.json or a .ckpt of VA-VAE training, "
@@ -87,7 +76,11 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
     checkpoint = read_checkpoint(source)
     settings = checkpoint.get("hyper_parameters")
     if isinstance(settings, Mapping) and "vavae_config" in settings:
-        return _from_training(checkpoint, settings["vavae_config"], source)
+        named = plain_names(checkpoint)
+        weights = {k.removeprefix("vavae."): tensor for k, tensor in named.items() if k.startswith("vavae.")}
+        others = {name: tensor for name, tensor in named.items() if not name.startswith("vavae.")}
+        beside = _beside(others, "discriminator.", "projection.weight")
+        return VAVAEWeights(source, dict(settings["vavae_config"]), weights, **beside)
     return from_state_dict(checkpoint, source=source)
 
 
@@ -98,30 +91,18 @@ def from_state_dict(
 
     Args:
         state_dict: bare, or a checkpoint that holds it under "state_dict".
-        config: {"ddconfig": {…}, "embed_dim": …}; by default what names and shapes tell.
+        config: {"ddconfig": {…}, "embed_dim": …}, see `vavae_arguments`.
         source: what messages call them.
     """
     named = {name: tensor for name, tensor in plain_names(state_dict).items() if isinstance(tensor, Tensor)}
-    if config is None:
-        named = named or {name: torch.empty(0) for name in state_dict}  # what it holds in place of weights is told
-        config = infer_config(named, source)
-    try:
-        arguments = vavae_arguments(config)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-    projection = named.get("linear_proj.weight")
-    if projection is not None and projection.shape[1:] != (arguments["latent_channels"], 1, 1):
-        projection = None  # from the foundation model's channels to the latent's
-    own = [name for name in named if name.startswith(VAE)]
-    return _sorted_weights(
-        Path(source),
-        arguments,
-        from_reference({name: named[name] for name in own}),
-        named,
-        own,
-        "loss.discriminator.",
-        None if projection is None else "linear_proj.weight",
-    )
+    # where it holds no weights, what it holds in their place is told
+    arguments = vavae_arguments(named or dict.fromkeys(state_dict, torch.empty(0)), config, source)
+    projection = "linear_proj.weight"
+    if projection in named and named[projection].shape[1:] != (arguments["latent_channels"], 1, 1):
+        projection = ""  # from the foundation model's channels to the latent's
+    others = {name: tensor for name, tensor in named.items() if not name.startswith(VAE)}
+    beside = _beside(others, "loss.discriminator.", projection)
+    return VAVAEWeights(Path(source), arguments, from_reference(named), **beside)
 
 
 def build_vavae(
@@ -131,11 +112,11 @@ def build_vavae(
     channels: int | None = None,
     say: Callable[[str], None] = print,
 ) -> VAVAE:
-    """The model with these weights; vectors and projections that they do not hold start anew.
+    """Build the model with these weights; vectors and projections that they do not hold start anew.
 
     Args:
         condition_dim, num_conditions: of the model wanted; None keeps what the weights have, 0 drops it.
-        channels: of the pictures, see `with_channels`; None keeps them.
+        channels: of the images, see `with_channels`; None keeps them.
 
     Raises:
         UserError: weights that are missing, or of another shape.
@@ -146,17 +127,15 @@ def build_vavae(
     if condition_dim is not None:
         config = {**config, "condition_dim": condition_dim, "num_conditions": num_conditions}
     model = VAVAE.from_config(config)
-    own = model.state_dict()
-    other_people = "conditions.weight" in weights and weights["conditions.weight"].shape != tuple(
-        own.get("conditions.weight", torch.empty(0)).shape
-    )
-    if other_people:  # vectors of other people, or of another length, say nothing here
+    there, wanted = weights.get("conditions.weight"), model.state_dict().get("conditions.weight")
+    if there is not None and (wanted is None or there.shape != wanted.shape):
+        # vectors of other people, or of another length, say nothing here
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(OF_VECTORS)}
-    wrong = [name for name in weights if name in own and own[name].shape != weights[name].shape]
-    if wrong:
-        shapes = tuple(weights[wrong[0]].shape), tuple(own[wrong[0]].shape)
-        raise UserError(f"{found.source} is of another architecture: {wrong[0]} is {shapes[0]}, expected {shapes[1]}")
-    loaded = model.load_state_dict(weights, strict=False)
+    try:
+        loaded = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise UserError(f"{found.source} is of another architecture: {first}") from None
     fresh = [name for name in loaded.missing_keys if not name.startswith(OF_VECTORS)]
     if fresh:
         raise UserError(
@@ -164,35 +143,47 @@ def build_vavae(
         )
     parts = {"a discriminator": found.discriminator, "an alignment projection": found.projection}
     came = [part for part, there in parts.items() if there is not None]
-    also = f", with {' and '.join(came)}" if came else ""
     say(
         f"VA-VAE weights: {len(weights) - len(loaded.unexpected_keys)} matched, {len(loaded.missing_keys)} start anew, "
-        f"{len(loaded.unexpected_keys) + len(found.unused)} unused{also} ({found.source})"
+        f"{len(loaded.unexpected_keys) + len(found.unused)} unused{', with ' if came else ''}{' and '.join(came)} "
+        f"({found.source})"
     )
     return model
 
 
 def with_channels(found: VAVAEWeights, channels: int) -> VAVAEWeights:
-    """The same weights for pictures of one channel in place of several, or the reverse.
+    """Return the same weights for images of one channel in place of several, or the reverse.
 
-    A grey picture stands for one of equal channels, so that nothing that was learned is lost: the grey model equals
+    A grey image stands for one of equal channels, so that nothing that was learned is lost: the grey model equals
     the other one fed with equal channels, its output averaged over them; and so does the discriminator.
 
     Raises:
         UserError: neither the number now nor the one wanted is 1.
     """
-    discriminator = found.discriminator
-    conv_in, conv_out, first = "encoder.conv_in.weight", "decoder.conv_out.", "main.0.weight"
-    weights = dict(found.weights)
-    for name, tensor in found.weights.items():
-        if name == conv_in:
-            weights[name] = _for_input(tensor, channels)
-        elif name.startswith(conv_out):
-            weights[name] = _for_output(tensor, channels)
+    now, first, discriminator = found.config["in_channels"], "main.0.weight", found.discriminator
+    if channels < 1 or (channels != now and 1 not in (channels, now)):
+        raise UserError(f"channels={channels}: weights for {now} channels can become weights for 1, not for {channels}")
+    fitted = {"encoder.conv_in.weight": _for_input}
+    fitted |= {"decoder.conv_out.weight": _for_output, "decoder.conv_out.bias": _for_output}
+    weights = {name: fitted[name](w, channels) if name in fitted else w for name, w in found.weights.items()}
     if discriminator is not None and first in discriminator:
         discriminator = {**discriminator, first: _for_input(discriminator[first], channels)}
     config = {**found.config, "in_channels": channels, "out_channels": channels}
     return replace(found, config=config, weights=weights, discriminator=discriminator)
+
+
+def _for_input(weight: Tensor, channels: int) -> Tensor:
+    """Fit a convolution's weight (out, in, k, k) to another number of equal input channels."""
+    if channels == 1:
+        return weight.float().sum(1, keepdim=True)
+    return weight if weight.shape[1] == channels else weight.expand(-1, channels, -1, -1) / channels
+
+
+def _for_output(tensor: Tensor, channels: int) -> Tensor:
+    """Fit a convolution's weight (out, in, k, k) or bias (out,) to another number of output channels."""
+    if channels == 1:
+        return tensor.float().mean(0, keepdim=True)
+    return tensor if len(tensor) == channels else tensor.repeat_interleave(channels, 0)
 
 
 def read_condition_file(path: str | Path, labels: dict[str, int]) -> Tensor:
@@ -200,26 +191,17 @@ def read_condition_file(path: str | Path, labels: dict[str, int]) -> Tensor:
 
     Returns:
         float32 (number of labels, condition_dim), in the order of the labels.
-
-    Raises:
-        UserError: no such file, a person without a vector, or vectors of different lengths.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not Path(path).is_file():
         raise UserError(f"No condition file {path}; it holds one vector per person under the folder's name (ID_1 …)")
-    try:
-        vectors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error})") from None
+    vectors = read_safetensors(path)
     missing = sorted(set(labels) - set(vectors))
     if missing:
         raise UserError(f"{path} has no vector for {', '.join(missing[:5])}; it holds {len(vectors)} vectors")
-    shapes = {tuple(vectors[name].shape) for name in labels}
-    if len(shapes) > 1 or len(next(iter(shapes))) != 1:
-        raise UserError(f"The vectors of {path} differ in shape: {sorted(shapes)}; expected one length for all")
-    table = torch.zeros(max(labels.values()) + 1, next(iter(shapes))[0])
+    shapes = sorted({tuple(vectors[name].shape) for name in labels})
+    if len(shapes) > 1 or len(shapes[0]) != 1:
+        raise UserError(f"The vectors of {path} differ in shape: {shapes}; expected one length for all")
+    table = torch.zeros(max(labels.values()) + 1, *shapes[0])
     for name, label in labels.items():
         table[label] = vectors[name].float()
     return table
@@ -229,94 +211,38 @@ def read_condition_file(path: str | Path, labels: dict[str, int]) -> Tensor:
 def _read_folder(folder: Path) -> VAVAEWeights:
     path = folder / FOLDER_WEIGHTS
     if not (folder / "config.json").is_file() or not path.is_file():
-        raise UserError(_no_folder(folder))
+        names = sorted(found.name for found in folder.iterdir())
+        single = [name for name in names if name.endswith((".pt", ".ckpt", ".safetensors"))]
+        raise UserError(
+            f"{folder} is no VA-VAE folder: expected config.json and {FOLDER_WEIGHTS}, found "
+            f"{', '.join(names[:5]) or 'nothing'}{f'. Name the file itself: {folder / single[0]}' if single else ''}"
+        )
     try:
         config = VAVAE.load_config(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read ({error}): copy it again") from None
-    weights = {_current_name(name): tensor.float() for name, tensor in read_safetensors(path).items()}
+    weights = {_current_name(name): tensor for name, tensor in read_safetensors(path).items()}
     if not any(name.startswith("encoder.") for name in weights):
-        some = ", ".join(list(weights)[:3]) or "none"
         raise UserError(
-            f"{folder} is no VA-VAE folder: its {len(weights)} weights are {some} …, expected encoder.* and decoder.*"
+            f"{folder} is no VA-VAE folder: its {len(weights)} weights are {', '.join(list(weights)[:3]) or 'none'} …, "
+            "expected encoder.* and decoder.*"
         )
     if config.get("_class_name") == "AutoencoderKL":
         config = {"scaling_factor": 0.18215, **config}  # its default, which older folders leave out
     return VAVAEWeights(folder, {k: v for k, v in config.items() if not k.startswith("_")}, weights)
 
 
-def _no_folder(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    message = f"{folder} is no VA-VAE folder: expected config.json and {FOLDER_WEIGHTS}, found "
-    message += ", ".join(names[:5]) or "nothing"
-    pickles = [name for name in names if name.endswith(".bin")]
-    single = [name for name in names if name.endswith((".pt", ".ckpt", ".safetensors"))]
-    if "config.json" in names and pickles:
-        return (
-            f'{message}. A .bin may hold code: where you trust it, run python -c "from diffusers import AutoencoderKL; '
-            f"AutoencoderKL.from_pretrained('{folder}', use_safetensors=False).save_pretrained('{folder}')\""
-        )
-    return f"{message}. Name the file itself: {folder / single[0]}" if single else message
-
-
-def _from_training(checkpoint: Mapping[str, Any], config: Mapping[str, Any], source: Path) -> VAVAEWeights:
-    named = plain_names({"state_dict": checkpoint.get("state_dict", {})})
-    own = [name for name in named if name.startswith("vavae.")]
-    weights = {name.removeprefix("vavae."): named[name] for name in own}
-    return _sorted_weights(source, dict(config), weights, named, own, "discriminator.", "projection.weight")
-
-
-def _sorted_weights(
-    source: Path,
-    config: dict[str, Any],
-    weights: dict[str, Tensor],
-    named: Mapping[str, Tensor],
-    own: list[str],
-    discriminator: str,
-    projection: str | None,
-) -> VAVAEWeights:
-    """Only what is used becomes float32: a foundation model of 300 M frozen weights may stand in the same file."""
-    of_discriminator = [name for name in named if name.startswith(f"{discriminator}main.")]
-    used = {*own, *of_discriminator, projection}
-    return VAVAEWeights(
-        source,
-        config,
-        {name: tensor.float() for name, tensor in weights.items()},
-        {name.removeprefix(discriminator): _float(named[name]) for name in of_discriminator} or None,
-        named[projection].float() if projection in named else None,
-        tuple(name for name in named if name not in used),
-    )
-
-
-def _float(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor  # batch normalisation counts its batches
+def _beside(others: Mapping[str, Tensor], discriminator: str, projection: str) -> dict[str, Any]:
+    """Sort what stands beside an autoencoder's weights in a checkpoint of its training."""
+    judge = [name for name in others if name.startswith(f"{discriminator}main.")]
+    return {
+        "discriminator": {name.removeprefix(discriminator): others[name] for name in judge} or None,
+        "projection": others.get(projection),
+        "unused": tuple(name for name in others if name not in (*judge, projection)),
+    }
 
 
 def _current_name(name: str) -> str:
-    """Attention as AutoencoderKL names it now, in place of its former names."""
+    """Return attention's name in AutoencoderKL now, of a former one."""
     now = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     return re.sub(rf"(?<=\.attentions\.0\.)({'|'.join(now)})(?=\.)", lambda found: now[found[1]], name)
-
-
-# ---- channels
-def _for_input(weight: Tensor, channels: int) -> Tensor:
-    """A convolution's weight (out, in, k, k) for another number of equal input channels."""
-    _check_channels(weight.shape[1], channels)
-    if weight.shape[1] == channels:
-        return weight
-    if channels == 1:
-        return weight.sum(1, keepdim=True)
-    return weight.repeat_interleave(channels, 1) / channels
-
-
-def _for_output(tensor: Tensor, channels: int) -> Tensor:
-    """A convolution's weight (out, in, k, k) or bias (out,) for another number of output channels."""
-    _check_channels(tensor.shape[0], channels)
-    if tensor.shape[0] == channels:
-        return tensor
-    return tensor.mean(0, keepdim=True) if channels == 1 else tensor.repeat_interleave(channels, 0)
-
-
-def _check_channels(found: int, wanted: int) -> None:
-    if wanted < 1 or (wanted != found and 1 not in (found, wanted)):
-        raise UserError(f"channels={wanted}: weights for {found} channels can become weights for 1, not for {wanted}")

@@ -344,10 +344,8 @@ class VAVAEModule(AutoencoderModule):
     def reconstruct(self, batch: dict[str, Tensor], draws: Draws) -> Reconstruction:
         settings, vavae = self.hparams, self.vavae
         pictures = to_unit(batch["pictures"]).contiguous(memory_format=torch.channels_last)
-        condition = None
-        if vavae.config.condition_dim:
-            keep = draws.uniform("condition dropout") >= settings.condition_dropout if self.training else None
-            condition = vavae.condition_vectors(batch["labels"], keep)
+        keep = draws.uniform("condition dropout") >= settings.condition_dropout if self.training else None
+        condition = vavae.condition_vectors(batch["labels"], keep)
         with torch.no_grad() if settings.freeze_encoder else nullcontext():
             posterior = vavae.encode(pictures, condition=condition).latent_dist
         noise = draws.normal("posterior", *posterior.mean.shape[1:]).to(posterior.mean.dtype)
@@ -380,7 +378,7 @@ class VAVAEModule(AutoencoderModule):
 
         def loss(vavae: VAVAE) -> Tensor:
             pictures, label = torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long)  # (1, C, H, W)
-            condition = vavae.condition_vectors(label) if vavae.config.condition_dim else None
+            condition = vavae.condition_vectors(label)
             with torch.no_grad() if self.hparams.freeze_encoder else nullcontext():
                 latents = vavae.encode(pictures, condition=condition).latent_dist.mean
             return vavae.decode(latents, condition=condition).sample.sum()

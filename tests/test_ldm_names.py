@@ -1,10 +1,6 @@
 """Published weights in and out: names, configurations, golden cases, files of every form, export."""
 
 import json
-import logging
-import os
-import re
-import sys
 
 import pytest
 import torch
@@ -17,18 +13,17 @@ from torch import Tensor
 
 from vavae_tools.autoencoders.ldm_names import (
     from_reference,
-    infer_config,
     plain_names,
     reference_config,
     to_reference,
     vavae_arguments,
 )
 from vavae_tools.autoencoders.vavae import VAVAE, VAVAE_SIZES, vavae
-from vavae_tools.autoencoders.weights import build_vavae, load_vavae, read_vavae, with_channels
+from vavae_tools.autoencoders.weights import build_vavae, from_state_dict, load_vavae, read_vavae, with_channels
 from vavae_tools.export import export_vavae
 from vavae_tools.export import main as export_main
 from vavae_tools.published import load_reference
-from vavae_tools.runtime.errors import UserError, run_command
+from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import read_checkpoint
 
 PUBLISHED = {
@@ -43,13 +38,36 @@ PUBLISHED = {
     "attn_resolutions": [16],
     "dropout": 0.0,
 }
-TWO = {**PUBLISHED, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 4, "resolution": 32}
-THREE = {**TWO, "ch_mult": [1, 2, 2], "num_res_blocks": 2, "resolution": 32}  # attention in the middle level
-NONE = {**TWO, "attn_resolutions": []}
 
 
-def whole(ddconfig: dict) -> dict:
-    return {"ddconfig": ddconfig, "embed_dim": ddconfig["z_channels"]}
+def arguments(widths: tuple[int, ...], attention_at: tuple[int, ...], blocks: int = 1, channels: int = 3) -> dict:
+    """Return a VAVAE's arguments."""
+    levels = range(len(widths))
+    return {
+        "in_channels": channels,
+        "out_channels": channels,
+        "down_block_types": tuple(f"{'Attn' * (i in attention_at)}DownEncoderBlock2D" for i in levels),
+        "up_block_types": tuple(f"{'Attn' * (i in attention_at)}UpDecoderBlock2D" for i in reversed(levels)),
+        "block_out_channels": widths,
+        "layers_per_block": blocks,
+        "latent_channels": 4,
+        "norm_num_groups": 32,
+        "sample_size": 32,
+        "mid_block_add_attention": True,
+    }
+
+
+TWO, THREE, NONE = arguments((32, 64), (1,)), arguments((32, 64, 64), (1,), 2), arguments((32, 64), ())
+GREY = arguments((32, 64), (1,), channels=1)
+
+
+def random_weights(config: dict) -> dict[str, Tensor]:
+    """Return random weights under the reference's names."""
+    generator, weights = torch.Generator().manual_seed(0), VAVAE(**config).state_dict()
+    for name, tensor in weights.items():
+        spread = 1.5 / max(1, tensor.shape[1:].numel()) ** 0.5 if tensor.ndim > 1 else 0.3
+        weights[name] = torch.randn(tensor.shape, generator=generator) * spread + ("norm" in name and "weight" in name)
+    return to_reference(weights)
 
 
 def quiet(line: str) -> None:
@@ -59,78 +77,11 @@ def quiet(line: str) -> None:
 # ---- a second implementation, in plain torch on the reference's names
 
 
-def shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the reference's autoencoder, written down from its description."""
-    found = {}
-    z, ch, blocks = config["z_channels"], config["ch"], config["num_res_blocks"]
-    widths = [ch * m for m in config["ch_mult"]]
-    attention = [config["resolution"] // 2**i in config["attn_resolutions"] for i in range(len(widths))]
-
-    def layer(name: str, *shape: int) -> None:
-        found[f"{name}.weight"], found[f"{name}.bias"] = shape, shape[:1]
-
-    def block(name: str, into: int, out: int) -> None:
-        layer(f"{name}.norm1", into)
-        layer(f"{name}.conv1", out, into, 3, 3)
-        layer(f"{name}.norm2", out)
-        layer(f"{name}.conv2", out, out, 3, 3)
-        if into != out:
-            layer(f"{name}.nin_shortcut", out, into, 1, 1)
-
-    def attend(name: str, width: int) -> None:
-        layer(f"{name}.norm", width)
-        for part in ("q", "k", "v", "proj_out"):
-            layer(f"{name}.{part}", width, width, 1, 1)
-
-    def middle(half: str) -> None:
-        block(f"{half}.mid.block_1", widths[-1], widths[-1])
-        attend(f"{half}.mid.attn_1", widths[-1])
-        block(f"{half}.mid.block_2", widths[-1], widths[-1])
-
-    layer("encoder.conv_in", ch, config["in_channels"], 3, 3)
-    into = ch
-    for i, out in enumerate(widths):
-        for j in range(blocks):
-            block(f"encoder.down.{i}.block.{j}", into, out)
-            into = out
-            if attention[i]:
-                attend(f"encoder.down.{i}.attn.{j}", out)
-        if i + 1 < len(widths):
-            layer(f"encoder.down.{i}.downsample.conv", out, out, 3, 3)
-    middle("encoder")
-    layer("encoder.norm_out", widths[-1])
-    layer("encoder.conv_out", 2 * z, widths[-1], 3, 3)
-    layer("decoder.conv_in", widths[-1], z, 3, 3)
-    middle("decoder")
-    for i in reversed(range(len(widths))):
-        for j in range(blocks + 1):
-            block(f"decoder.up.{i}.block.{j}", into, widths[i])
-            into = widths[i]
-            if attention[i]:
-                attend(f"decoder.up.{i}.attn.{j}", into)
-        if i:
-            layer(f"decoder.up.{i}.upsample.conv", into, into, 3, 3)
-    layer("decoder.norm_out", ch)
-    layer("decoder.conv_out", config["out_ch"], ch, 3, 3)
-    layer("quant_conv", 2 * z, 2 * z, 1, 1)
-    layer("post_quant_conv", z, z, 1, 1)
-    return found
-
-
-def random_weights(config: dict, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, shape in shapes(config).items():
-        spread = 1.5 / max(1, torch.Size(shape[1:]).numel()) ** 0.5 if len(shape) == 4 else 0.3
-        weights[name] = torch.randn(shape, generator=generator) * spread + (".norm" in name and "weight" in name)
-    return weights
-
-
 class Reference:
     """The mathematics of the reference's autoencoder."""
 
     def __init__(self, weights: dict[str, Tensor], config: dict) -> None:
-        self.weights, self.levels, self.blocks = weights, len(config["ch_mult"]), config["num_res_blocks"]
+        self.weights, self.levels, self.blocks = weights, len(config["block_out_channels"]), config["layers_per_block"]
 
     def conv(self, name: str, x: Tensor, **how: int) -> Tensor:
         return F.conv2d(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], **how)
@@ -190,7 +141,7 @@ def pictures(channels: int = 3) -> Tensor:
 @pytest.mark.parametrize("config", [TWO, THREE, NONE], ids=["two levels", "three levels", "no attention at levels"])
 def test_the_same_mathematics(config):
     weights = random_weights(config)
-    reference, model = Reference(weights, config), load_reference("vavae", weights, whole(config))
+    reference, model = Reference(weights, config), load_reference("vavae", weights, reference_config(config))
     assert not model.training and model.config.condition_dim == 0
     moments = reference.encode(pictures())
     posterior = model.encode(pictures()).latent_dist
@@ -231,7 +182,7 @@ def test_golden(name):
 def test_names_there_and_back():
     weights = random_weights(THREE)
     ours = from_reference(weights)
-    assert ours.keys() == VAVAE(**vavae_arguments(whole(THREE))).state_dict().keys()
+    assert ours.keys() == VAVAE(**vavae_arguments(weights)).state_dict().keys()
     assert ours["encoder.down_blocks.1.attentions.1.to_q.weight"].shape == (64, 64)
     assert same(ours["decoder.up_blocks.0.resnets.1.conv2.weight"], weights["decoder.up.2.block.1.conv2.weight"])
     assert same(
@@ -254,102 +205,62 @@ def test_prefixes_of_wrappers_are_removed():
     assert list(plain_names(dict.fromkeys(names))) == ["encoder.conv_in.bias", "quant_conv.bias", "decoder.x", "a.b"]
     assert plain_names({"state_dict": {"module.a": 1}, "epoch": 3}) == {"a": 1}
     assert list(plain_names({"my_module.a": 1})) == ["my_module.a"]
-    weights = {f"_orig_mod.{name}": tensor for name, tensor in random_weights(TWO).items()}
-    model = load_reference("vavae", {"state_dict": weights}, whole(TWO))
-    assert same(model.encoder.conv_in.weight, weights["_orig_mod.encoder.conv_in.weight"])
 
 
 # ---- configurations
 
 
 def test_the_published_configuration():
-    arguments = vavae_arguments(whole(PUBLISHED))
-    assert {name: arguments[name] for name in VAVAE_SIZES["f16d32"]} == VAVAE_SIZES["f16d32"]
-    assert reference_config({**arguments, "in_channels": 3, "out_channels": 3}) == whole(PUBLISHED)
-
-
-@pytest.mark.parametrize("config", [TWO, THREE, NONE, {**NONE, "attn_type": "none"}, {**TWO, "in_channels": 1}])
-def test_configurations_there_and_back(config):
-    arguments = vavae_arguments(whole(config))
-    assert reference_config(arguments) == whole(config)
-    assert vavae_arguments(reference_config(VAVAE(**arguments).config)) == arguments
-
-
-def test_attention_stands_by_nominal_resolution():
-    arguments = vavae_arguments(whole({**THREE, "resolution": 100, "attn_resolutions": [25, 100]}))
-    assert [kind.startswith("Attn") for kind in arguments["down_block_types"]] == [True, False, True]
-    assert [kind.startswith("Attn") for kind in arguments["up_block_types"]] == [True, False, True]
-    arguments = vavae_arguments(whole({**THREE, "resolution": 50, "attn_resolutions": [50, 24]}))
-    assert [kind.startswith("Attn") for kind in arguments["down_block_types"]] == [True, False, False]
-    assert [kind.startswith("Attn") for kind in arguments["up_block_types"]] == [False, True, False]  # 12, 24, 48
-
-
-def test_the_configuration_is_told_by_the_weights():
     with torch.device("meta"):
         weights = to_reference(vavae("f16d32").state_dict())
-    config = infer_config(weights)
-    assert vavae_arguments(config) == vavae_arguments(whole(PUBLISHED))
-    for small in (TWO, THREE, NONE):
-        told = vavae_arguments(infer_config(random_weights(small)))
-        assert {**told, "sample_size": 32} == vavae_arguments(whole(small))
-    without = {k: v for k, v in random_weights(NONE).items() if ".attn_1." not in k}
-    assert vavae_arguments(infer_config(without))["mid_block_add_attention"] is False
+    arguments = vavae_arguments(weights)
+    assert {name: arguments[name] for name in VAVAE_SIZES["f16d32"]} == VAVAE_SIZES["f16d32"]
+    assert reference_config(arguments) == {"ddconfig": PUBLISHED, "embed_dim": 32}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"double_z": False}, r"double_z=False: AutoencoderKL has no such network, only double_z=True"),
-        ({"tanh_out": True}, "tanh_out=True"),
-        ({"resamp_with_conv": False}, "resamp_with_conv=False"),
-        ({"use_linear_attn": True}, "use_linear_attn=True"),
-        ({"attn_type": "linear"}, "attn_type='linear'"),
-        ({"z_channels": 8}, "embed_dim=4 and z_channels=8 differ"),
-        ({"ch": 48}, "ch=48: it must be divisible by 32"),
-        ({"ch_mult": [2, 2]}, r"ch_mult=\[2, 2\]: .*the first of them 1"),
-        ({"ch_mult": [1, 1.5]}, r"ch_mult=\[1, 1.5\]: .*whole numbers"),
-        ({"heads": 3, "ch_mul": [1]}, "ddconfig of the reference has no ch_mul, heads; it has attn_resolutions, "),
-    ],
-)
-def test_what_autoencoderkl_cannot_represent(change, message):
-    with pytest.raises(UserError, match=message):
-        vavae_arguments({"ddconfig": {**TWO, **change}, "embed_dim": 4})
-
-
-def test_configurations_that_are_none():
-    assert vavae_arguments({**whole({**TWO, "dropout": 0.3}), "use_vf": "dinov2"}) == vavae_arguments(whole(TWO))
-    with pytest.raises(UserError, match="The configuration of the reference has no embed, size; it has "):
-        vavae_arguments({**whole(TWO), "embed": 1, "size": 2})
-    with pytest.raises(UserError, match="The configuration lacks embed_dim; it holds ddconfig"):
-        vavae_arguments({"ddconfig": TWO})
-    with pytest.raises(UserError, match=r"ddconfig lacks ch, ch_mult, .*; it holds z_channels"):
-        vavae_arguments({"ddconfig": {"z_channels": 4}, "embed_dim": 4})
+@pytest.mark.parametrize("config", [TWO, THREE, NONE, GREY])
+def test_configurations_there_and_back(config):
+    assert vavae_arguments(random_weights(config), reference_config(config)) == config
+    without = {name: weight for name, weight in random_weights(NONE).items() if ".attn_1." not in name}
+    assert reference_config(vavae_arguments(without))["ddconfig"]["attn_type"] == "none"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"norm_num_groups": 16}, "norm_num_groups=16: the reference has no such network, only norm_num_groups=32"),
-        ({"use_quant_conv": False}, "use_quant_conv=False"),
         ({"block_out_channels": (32, 48)}, r"block_out_channels=\[32, 48\]: the reference needs multiples"),
-        ({"up_block_types": ["UpDecoderBlock2D"] * 2}, "up_block_types: .*at the same levels"),
-        ({"mid_block_add_attention": False}, "mid_block_add_attention=False"),
+        ({"up_block_types": ["UpDecoderBlock2D"] * 2}, "at the same levels"),
+        ({"mid_block_add_attention": False}, "mid_block_add_attention"),
     ],
 )
 def test_what_the_reference_cannot_represent(change, message):
     with pytest.raises(UserError, match=message):
-        reference_config({**vavae_arguments(whole(TWO)), **change})
+        reference_config({**TWO, **change})
 
 
-def test_weights_that_do_not_fit_their_configuration():
-    weights = random_weights(TWO)
-    with pytest.raises(UserError, match=r"state_dict is of another architecture: \S+ is \(.*\), expected \("):
-        load_reference("vavae", weights, whole({**TWO, "ch_mult": [1, 1]}))
-    with pytest.raises(UserError, match=r"state_dict lacks \d+ of the model's weights, the first "):
-        load_reference("vavae", weights, whole({**TWO, "num_res_blocks": 2}))
-    weights["encoder.mid.attn_1.q.weight"] = torch.zeros(64, 64, 3, 3)
-    with pytest.raises(UserError, match=r"to_q.weight is \(64, 64, 3, 3\), expected \(64, 64\)"):
-        load_reference("vavae", weights, whole(TWO))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder.down.1.block.0.conv1.weight": torch.zeros(40, 32, 3, 3)}, r"\[32, 40\] channels .* multiples of 32"),
+        ({"encoder.conv_out.weight": torch.zeros(4, 64, 3, 3)}, r"latents of \(4, 4, 4\)"),
+        (
+            {"decoder.up.0.block.1.conv2.weight": torch.zeros(32, 32, 1, 1)},
+            r"another architecture: size mismatch for decoder\.up_blocks\.1\.resnets\.1\.conv2",
+        ),
+        (
+            {"encoder.mid.attn_1.q.weight": torch.zeros(64, 64, 3, 3)},
+            "size mismatch for encoder.mid_block.attentions.0.to_q.weight",
+        ),
+        ({"decoder.conv_out.bias": None}, "lacks 1 of the model's weights, the first decoder.conv_out.bias"),
+    ],
+)
+def test_weights_of_strange_shapes(change, message):
+    weights = {name: tensor for name, tensor in {**random_weights(TWO), **change}.items() if tensor is not None}
+    with pytest.raises(UserError, match=message):
+        load_reference("vavae", weights, reference_config(TWO))
+    with pytest.raises(UserError, match="tanh_out=True: AutoencoderKL has no such network"):
+        load_reference("vavae", weights, {"ddconfig": {"tanh_out": True}})
 
 
 # ---- files
@@ -364,6 +275,8 @@ PARTS = {
     "foundation_model.model.cls_token": torch.rand(1, 1, 77).half(),
     "linear_proj.weight": torch.rand(6, 4, 1, 1).half(),
 }
+FORWARD = {"linear_proj.weight": torch.rand(4, 6, 1, 1)}
+"""From the foundation model to the latents, which is another projection."""
 
 
 def training_checkpoint() -> dict:
@@ -394,32 +307,18 @@ def test_every_form_of_published_weights(tmp_path, form):
         assert said == [f"{counts}0 unused ({path})"]
 
 
-def test_what_a_training_checkpoint_holds(tmp_path, monkeypatch):
+def test_what_a_training_checkpoint_holds(tmp_path):
     torch.save(training_checkpoint(), tmp_path / "last.ckpt")
-    converted = []
-    to_float = Tensor.float
-    with monkeypatch.context() as context:
-        context.setattr(Tensor, "float", lambda tensor: converted.append(tensor.numel()) or to_float(tensor))
-        found = read_vavae(tmp_path / "last.ckpt")
-    assert 77 not in converted and 24 in converted  # of the foundation model nothing is copied, of the projection it is
+    found = read_vavae(tmp_path / "last.ckpt")
     assert set(found.discriminator) == {"main.0.weight", "main.3.running_mean", "main.3.num_batches_tracked"}
-    assert same(found.discriminator["main.3.num_batches_tracked"], torch.tensor(7))
-    assert found.discriminator["main.3.running_mean"].dtype == torch.float32
-    assert same(found.projection, PARTS["linear_proj.weight"].float())
+    assert same(found.projection, PARTS["linear_proj.weight"])
     assert found.unused == (
         "loss.logvar",
         "loss.perceptual_loss.lin0.model.1.weight",
         "foundation_model.model.cls_token",
     )
-    assert found.source == tmp_path / "last.ckpt" and found.config["latent_channels"] == 4
-    assert {tensor.dtype for tensor in found.weights.values()} == {torch.float32}
-
-
-def test_a_projection_from_the_foundation_model_to_the_latents_is_none(tmp_path):
-    state = {**random_weights(TWO), "linear_proj.weight": torch.rand(4, 6, 1, 1), "linear_proj.bias": torch.rand(4)}
-    torch.save(state, tmp_path / "forward.ckpt")
-    found = read_vavae(tmp_path / "forward.ckpt")
-    assert found.projection is None and found.unused == ("linear_proj.weight", "linear_proj.bias")
+    found = from_state_dict({**random_weights(TWO), **FORWARD})
+    assert found.projection is None and found.unused == ("linear_proj.weight",)
 
 
 @pytest.mark.parametrize(("form", "count"), [("f16d32_vfdinov2", 741), ("f16d32_ldm", 398)])
@@ -428,7 +327,7 @@ def test_checkpoints_of_the_published_training_load_whole(tmp_path, form, count)
     assert len(keys) == count
     with torch.device("meta"):  # shapes without their memory
         state = {name: torch.empty(shape) for name, shape in keys.items()}
-        model = load_reference("vavae", state, whole(PUBLISHED))
+        model = load_reference("vavae", state, {"ddconfig": PUBLISHED, "embed_dim": 32})
     own = [name for name in keys if name.startswith(("encoder", "decoder", "quant", "post_quant"))]
     assert len(model.state_dict()) == len(own) == len(from_reference(state))
 
@@ -450,41 +349,18 @@ def test_checkpoints_of_the_published_training_load_whole(tmp_path, form, count)
 
 def test_files_that_are_no_vavae(tmp_path):
     torch.save({"model": {"x": torch.ones(1)}, "ema": {}, "opt": {}, "config": 1}, tmp_path / "dit.pt")
-    with pytest.raises(
-        UserError,
-        match=r"dit\.pt is no checkpoint of VA-VAE training and no published VA-VAE: it has no "
-        r"encoder\.conv_in\.weight among its 4 entries \(model, ema, opt …\)$",
-    ):
-        read_vavae(tmp_path / "dit.pt")
     save_file({"blocks.0.weight": torch.ones(1)}, tmp_path / "dit.safetensors")
-    with pytest.raises(
-        UserError, match=r"it has no encoder\.conv_in\.weight among its 1 entries \(blocks\.0\.weight\)$"
-    ):
-        read_vavae(tmp_path / "dit.safetensors")
     tiny_vavae().save_pretrained(tmp_path / "ours")
-    with pytest.raises(UserError, match=r"these are diffusers' names: name the folder with their config\.json"):
-        read_vavae(tmp_path / "ours" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(UserError, match=r"Name the file itself: .*dit\.pt"):
-        read_vavae(tmp_path)
-
-
-def test_weights_of_strange_shapes(tmp_path):
-    weights = random_weights(TWO)
-    for change, message in (
-        ({"encoder.conv_in.weight": torch.zeros(32)}, r"encoder\.conv_in\.weight is \(32,\), expected a convolution"),
+    for name, message in (
         (
-            {"encoder.down.1.block.0.conv1.weight": torch.zeros(40, 32, 3, 3)},
-            r"have \[32, 40\] channels, expected mult",
+            "dit.pt",
+            r"no published VA-VAE: it has no encoder\.conv_in\.weight among its 4 entries \(model, ema, opt …\)$",
         ),
-        ({"encoder.conv_out.weight": torch.zeros(4, 64, 3, 3)}, "double_z=False"),
-        (
-            {"decoder.up.0.block.1.conv2.weight": torch.zeros(32, 32, 1, 1)},
-            r"is \(32, 32, 1, 1\), expected \(32, 32, 3",
-        ),
+        ("dit.safetensors", r"among its 1 entries \(blocks\.0\.weight\)$"),
+        (".", r"Name the file itself: .*dit\.pt"),
     ):
-        torch.save({**weights, **change}, tmp_path / "v.pt")
         with pytest.raises(UserError, match=message):
-            load_vavae(tmp_path / "v.pt", say=quiet)
+            read_vavae(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["v.pt", "v.safetensors"])
@@ -494,22 +370,6 @@ def test_truncated_files(tmp_path, name):
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(UserError, match=rf"{name} (is damaged or no checkpoint|cannot be read)"):
         read_vavae(path)
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
-def test_code_is_refused_and_the_way_round_it_works(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    weights = random_weights(TWO)
-    torch.save({"state_dict": weights, "callbacks": Malicious()}, "foreign.ckpt")
-    with pytest.raises(UserError, match="more than tensors and plain values") as refused:
-        read_vavae("foreign.ckpt")
-    assert not (tmp_path / "executed").exists()
-    exec(re.search(r'python -c "(.*)" and name foreign\.plain\.pt', str(refused.value))[1])
-    assert read_vavae("foreign.plain.pt").weights.keys() == from_reference(weights).keys()
 
 
 # ---- grey pictures
@@ -537,7 +397,7 @@ def test_a_grey_model_is_the_one_of_equal_channels_averaged(tmp_path):
 
 @torch.no_grad()
 def test_a_model_for_colours_from_a_grey_one(tmp_path):
-    torch.save(random_weights({**TWO, "in_channels": 1, "out_ch": 1}), tmp_path / "grey.pt")
+    torch.save(random_weights(GREY), tmp_path / "grey.pt")
     grey, rgb = load_vavae(tmp_path / "grey.pt", say=quiet), load_vavae(tmp_path / "grey.pt", say=quiet, channels=3)
     assert same(rgb.encoder.conv_in.weight, (grey.encoder.conv_in.weight / 3).expand(-1, 3, -1, -1))
     assert same(rgb.decoder.conv_out.weight, grey.decoder.conv_out.weight.expand(3, -1, -1, -1))
@@ -561,7 +421,7 @@ STATISTICS = {"latents_mean": (0.5, -1.0, 0.0, 2.0), "latents_std": (1.0, 2.0, 3
 
 def published_like(folder) -> VAVAE:
     """A model with vectors and statistics that the reference can represent, and its folder."""
-    model = perturb_projections(VAVAE(**vavae_arguments(whole(TWO)), condition_dim=4, num_conditions=3, **STATISTICS))
+    model = perturb_projections(VAVAE(**TWO, condition_dim=4, num_conditions=3, **STATISTICS))
     model.save_pretrained(folder)
     return model.eval()
 
@@ -572,8 +432,7 @@ def test_export_for_the_reference(tmp_path):
     path = tmp_path / "out" / "vavae.pt"
     assert export_vavae(tmp_path / "vavae", "reference", path, said.append) == [path, tmp_path / "out/latents_stats.pt"]
     written = read_checkpoint(path)
-    assert list(written) == ["state_dict"] and written["state_dict"].keys() == shapes(TWO).keys()
-    assert all(tuple(written["state_dict"][name].shape) == shape for name, shape in shapes(TWO).items())
+    assert list(written) == ["state_dict"] and written["state_dict"].keys() == random_weights(TWO).keys()
     assert {(type(t), t.dtype, t.is_contiguous()) for t in written["state_dict"].values()} == {
         (Tensor, torch.float32, True)
     }
@@ -600,15 +459,6 @@ def test_export_for_the_reference(tmp_path):
     assert all(same(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
-def test_a_model_without_statistics_or_vectors_is_exported_without(tmp_path):
-    torch.save(random_weights(TWO), tmp_path / "v.pt")
-    said = []
-    assert export_vavae(tmp_path / "v.pt", "reference", tmp_path / "w.pt", said.append) == [tmp_path / "w.pt"]
-    assert [line.split(":")[0] for line in said] == ["written", "next"]
-    before, after = (read_checkpoint(tmp_path / name) for name in ("v.pt", "w.pt"))
-    assert all(same(after["state_dict"][name], tensor) for name, tensor in before.items())
-
-
 @torch.no_grad()
 def test_export_for_diffusers(tmp_path, caplog):
     model, said = published_like(tmp_path / "vavae"), []
@@ -619,15 +469,8 @@ def test_export_for_diffusers(tmp_path, caplog):
     assert said[0].startswith("left out: the vectors of 3 people") and said[-1].startswith(
         "next: from diffusers import"
     )
-    logger = logging.getLogger("diffusers")
-    logger.addHandler(caplog.handler)
-    try:
-        plain = AutoencoderKL.from_pretrained(tmp_path / "plain", low_cpu_mem_usage=False)
-        assert caplog.messages == []
-        AutoencoderKL.from_pretrained(tmp_path / "vavae", low_cpu_mem_usage=False)
-        assert "condition_dim" in caplog.text  # what the plain folder avoids
-    finally:
-        logger.removeHandler(caplog.handler)
+    plain = AutoencoderKL.from_pretrained(tmp_path / "plain", low_cpu_mem_usage=False)
+    assert caplog.messages == []
     posterior, expected = (m.encode(pictures()).latent_dist for m in (plain, model))
     assert same(posterior.parameters, expected.parameters)
     assert same(plain.decode(posterior.mean).sample, model.decode(posterior.mean).sample)
@@ -644,47 +487,21 @@ def test_the_published_size_goes_into_the_tokenizer(tmp_path, monkeypatch):
     assert said[-1] == f"next: in LightningDiT, ckpt_path: {tmp_path / 'v.pt'} in tokenizer/configs/vavae_f16d32.yaml"
 
 
-def test_the_export_command(tmp_path, monkeypatch, capsys):
+def test_the_export_command(tmp_path, monkeypatch, run_main):
     published_like(tmp_path / "vavae")
     tiny_vavae().save_pretrained(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
-
-    def run(line: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["export", *line.split()])
-        status = 0
-        try:
-            run_command(export_main)
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
-
-    assert run("--vavae vavae --format reference --output v.pt")[0] == 0
-    status, out, _ = run("--vavae v.pt --format diffusers --output plain")
+    assert run_main(export_main, *["--vavae", "vavae", "--format", "reference", "--output", "v.pt"])[0] == 0
+    status, out, _ = run_main(export_main, *["--vavae", "v.pt", "--format", "diffusers", "--output", "plain"])
     assert status == 0 and out.splitlines()[0].startswith("written: plain/config.json, plain/diffusion_pytorch_model")
     for line, message in (
         ("--vavae nowhere --format diffusers --output d", "No VA-VAE at nowhere"),
         ("--vavae vavae --format diffusers --output vavae", "--output vavae is the VA-VAE itself: name another place"),
-        ("--vavae v.pt --format reference --output v.pt", "--output v.pt is the VA-VAE itself"),
-        (
-            "--vavae vavae --format reference --output plain",
-            "--output plain is a folder, expected a file such as plain/",
-        ),
+        ("--vavae vavae --format reference --output plain", "--output plain is a folder, expected a file such as"),
         ("--vavae vavae --format diffusers --output v.pt", "v.pt is a file, expected a folder"),
         ("--vavae tiny --format reference --output t.pt", "norm_num_groups=4: the reference has no such network"),
         ("--vavae vavae --format onnx --output t", "invalid choice"),
     ):
-        status, _, err = run(line)
+        status, _, err = run_main(export_main, *line.split())
         assert status == 2 and message in err.splitlines()[-1], err
     assert not (tmp_path / "t.pt").exists()
-
-
-def test_a_full_disk_is_said(tmp_path, monkeypatch):
-    torch.save(random_weights(TWO), tmp_path / "v.pt")
-
-    def full(value, path):
-        raise RuntimeError("basic_ios::clear: iostream error")
-
-    monkeypatch.setattr("torch.save", full)
-    with pytest.raises(UserError, match=r"w\.pt could not be written \(basic_ios.*\): free some space"):
-        export_vavae(tmp_path / "v.pt", "reference", tmp_path / "w.pt", quiet)
-    assert [path.name for path in tmp_path.iterdir()] == ["v.pt"]
