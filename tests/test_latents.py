@@ -17,9 +17,8 @@ from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.data import latents
 from vavae_tools.data.datasets import PictureDataModule, picture_data
 from vavae_tools.data.demo.shapes import shape_data
-from vavae_tools.data.encoded import INDEX
 from vavae_tools.data.images import to_unit
-from vavae_tools.data.latents import LatentDataModule, LatentDataset, LatentFolder, encode_latents
+from vavae_tools.data.latents import INDEX, LatentDataModule, LatentDataset, LatentFolder, encode_latents
 from vavae_tools.recipes.dit import encode_split, train_dit
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,11 +18,9 @@ from tiny import SIZE, perturb_projections, same, tiny_dit, tiny_vavae, trained_
 from torch.distributed import HashStore
 from torch.utils.data import Dataset
 
-from vavae_tools.data import latents
 from vavae_tools.data.datasets import PictureDataModule
 from vavae_tools.data.demo.shapes import shape_data
-from vavae_tools.data.encoded import INDEX
-from vavae_tools.data.latents import LatentDataset, LatentFolder, encode_latents
+from vavae_tools.data.latents import INDEX, LatentDataset, LatentFolder, encode_latents
 from vavae_tools.data.loader import OrderedDataModule
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import write_json
@@ -117,8 +116,7 @@ class Counted(torch.nn.Module):
 
 
 def encoded(split: str, folder: str, ranks: Ranks | None = None, **options) -> int:
-    """Encode, with shards of ten and batches of two → how many pictures this process has encoded."""
-    latents.SHARD_SIZE = 10
+    """Encode, with batches of two and shards of four → how many images this process has encoded."""
     encoder = Counted(**options)
     encode_latents(encoder, PictureDataModule(split, SIZE), folder, True, 2, progress=False, seed=3, ranks=ranks)
     return encoder.count
@@ -131,7 +129,10 @@ def main(folder: str, split: str, latents_dir: str, classifier: str) -> None:
     found["watched"] = watched(ranks.size, split, classifier)
     found["encoded"] = [encoded(split, latents_dir, ranks)]
     found["encoded"].append(encoded(split, latents_dir, ranks))  # it is all there
+    ranks.add("second", 1)
     if ranks.rank == 0:
+        while ranks.add("second", 0) < ranks.size:
+            time.sleep(0.1)
         (Path(latents_dir) / INDEX).unlink()
         (Path(latents_dir) / "train-00001.safetensors").unlink()
     found["encoded"].append(encoded(split, latents_dir, ranks))
@@ -152,9 +153,7 @@ def torchrun(processes: int, *words: object) -> subprocess.CompletedProcess:
 def alone(split_dir, tmp_path_factory) -> dict:
     """What one process makes."""
     folder = tmp_path_factory.mktemp("alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latents, "SHARD_SIZE", 10)
-        encoded(split_dir, folder / "latents")
+    encoded(split_dir, folder / "latents")
     return {
         **{f"validated {count}": validated(1, count, batch_size=2) for count in (13, 1)},
         "watched": watched(1, str(split_dir), str(folder / "classifier")),
@@ -215,26 +214,21 @@ def test_all_encode_and_the_latents_are_those_of_one(several, alone):
     for values, wanted in ((found.mean, expected.mean), (found.std, expected.std)):
         torch.testing.assert_close(torch.tensor(values), torch.tensor(wanted), rtol=1e-9, atol=1e-12)
     first, second, third = zip(*(rank["encoded"] for rank in ranks), strict=True)
-    shape = 2 * 2  # a batch is encoded, for the shape, by the first one
-    assert 60 <= sum(first) <= 60 + shape and min(first) >= 60 // len(ranks) - 2 * shape
+    one = 2  # an image and its mirrored one, which each process encodes for the shape
+    assert sum(first) == 60 + one * len(ranks) and min(first) >= 60 // len(ranks) - 4
     assert sum(second) == 0
-    lost = len(load_file(folder / "train-00001.safetensors")["labels"])
-    assert sum(third) == 2 * lost and sorted(third)[-1] == 2 * lost
+    assert sorted(third) == [one] * (len(ranks) - 1) + [one + 2 * 4]
     left = sorted(path.name for path in folder.iterdir())
     assert left == sorted([INDEX, *found.shards["train"], *found.shards["val"]])
 
 
-def test_one_process_goes_on_where_several_were_interrupted(several, alone, split_dir, tmp_path, monkeypatch):
-    import shutil
-
-    monkeypatch.setattr(latents, "SHARD_SIZE", 10)
+def test_one_process_goes_on_where_several_were_interrupted(several, alone, split_dir, tmp_path):
     _, made = several
     folder = shutil.copytree(made, tmp_path / "latents")
     (folder / INDEX).unlink()
     gone = folder / "train-00002.safetensors"
-    rows = len(load_file(gone)["labels"])
     gone.unlink()
-    assert encoded(split_dir, folder) == 2 * rows
+    assert encoded(split_dir, folder) == 2 * 4 + 2
     for mine, theirs in zip(rows_of(folder), rows_of(alone["latents"]), strict=True):
         assert all(same(*pair) for pair in zip(mine, theirs, strict=True))
     assert LatentFolder.read(folder).mean == pytest.approx(LatentFolder.read(alone["latents"]).mean, rel=1e-9)
@@ -302,8 +296,7 @@ class Averages(torch.nn.Module):
 
 @pytest.mark.parametrize("size", [2, 4, 7])
 @pytest.mark.parametrize("count", [1, 5, 64])
-def test_any_number_of_processes_encode_any_number_of_pictures(tmp_path, monkeypatch, size, count):
-    monkeypatch.setattr(latents, "SHARD_SIZE", 12)
+def test_any_number_of_processes_encode_any_number_of_pictures(tmp_path, size, count):
     data = shape_data(count, image_size=16, val_share=0.2)
 
     def encode(folder, ranks=None):
@@ -324,63 +317,28 @@ def test_any_number_of_processes_encode_any_number_of_pictures(tmp_path, monkeyp
     assert again == [found[0]] * 3
 
 
-def test_shards_are_cut_between_batches_and_evenly():
-    def lengths(*arguments):
-        return [len(rows) for rows in latents._cut(*arguments)]
-
-    assert lengths(25, 10, 1, 1) == [10, 10, 5]  # one process
-    assert lengths(45, 10, 2, 2) == [10, 10, 10, 10, 2, 3]  # whole ones for both, the rest is cut
-    assert lengths(25, 10, 3, 2) == [2, 4, 4, 2, 4, 4, 2, 2, 1]
-    assert lengths(3, 10, 4, 2) == [2, 1] and lengths(1, 10, 4, 2) == [1]
-    for length in range(1, 90):
-        cut = latents._cut(length, 12, 4, 5)
-        assert [row for rows in cut for row in rows] == list(range(length)) and min(map(len, cut)) > 0
-
-
-def test_shards_that_another_number_of_processes_has_left_are_not_taken_for_ones_own(tmp_path):
-    """Of ten pictures, the second shard of three processes is as long as that of four, and begins elsewhere."""
-    data = shape_data(10, image_size=16, val_share=0)
-    assert (latents._cut(10, 12, 3, 1)[1], latents._cut(10, 12, 4, 1)[1]) == (range(3, 6), range(2, 5))
-
-    def encode(folder, size):
-        def work(ranks):
-            return encode_latents(Averages(), data, folder, batch_size=1, progress=False, ranks=ranks)
-
-        return at_once(size, work)[0]
-
-    expected = LatentDataset(encode(tmp_path / "four", 4), "train")
-    encode(tmp_path / "three", 3)
-    for name in ("train-00000.safetensors", INDEX):
-        (tmp_path / "three" / name).unlink()
-    there = encode(tmp_path / "three", 4)  # goes on as three would
-    assert len(there.shards["train"]) == 3
-    rows = list(range(10))
-    found = LatentDataset(there, "train").__getitems__(rows)["latents"]
-    assert torch.equal(found, expected.__getitems__(rows)["latents"])
-
-
 def test_another_autoencoder_or_other_pictures_are_told_by_the_process_that_has_them(tmp_path):
     def encode(ranks, scale=0.0, count=0):
         odd = ranks.rank == 1
         data = shape_data(8 + odd * count, image_size=16)
         return encode_latents(Averages(1 + odd * scale), data, tmp_path, progress=False, ranks=ranks)
 
-    for options, what in (({"scale": 1.0}, "weights"), ({"count": 1}, "pictures")):
+    for options in ({"scale": 1.0}, {"count": 1}):
         _, error, *_ = at_once(2, lambda ranks, options=options: encode(ranks, **options))
-        assert isinstance(error, UserError) and f"Process 2 of 2 has other {what} than the first" in str(error)
+        assert isinstance(error, UserError) and "Process 2 of 2 has other weights or images than" in str(error)
 
 
-def test_machines_without_a_common_disk_are_told(tmp_path):
+def test_machines_without_a_common_disk_are_told(tmp_path, monkeypatch):
     """Unless each has encoded before: what is there is taken."""
+    monkeypatch.setattr("vavae_tools.data.encoded.PATIENCE", 0.0)
     data = shape_data(8, image_size=16)
 
     def encode(ranks, machine=None):
         folder = tmp_path / str(ranks.rank if machine is None else machine)
         return encode_latents(Averages(), data, folder, progress=False, ranks=ranks)
 
-    _, error = at_once(2, encode)
-    assert isinstance(error, UserError) and "Process 2 of 2 does not see" in str(error)
-    assert "encode the pictures on each machine first" in str(error)
+    error = next(error for error in at_once(2, encode) if isinstance(error, UserError))
+    assert "of 2 does not see" in str(error) and "encode on each machine first" in str(error)
     before = [encode(Ranks(), machine) for machine in range(2)]
     assert at_once(2, encode) == before
 

@@ -15,17 +15,16 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from vavae_tools.autoencoders.loading import silent_transformers
+from vavae_tools.data.encoded import Rows, Store, agree, cut, encode, mapped
 from vavae_tools.data.images import DecodedPictures, to_unit
 from vavae_tools.runtime.console import tell
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import weights_digest, written_whole
-from vavae_tools.runtime.machine import release_memory
+from vavae_tools.runtime.files import weights_digest
 from vavae_tools.runtime.precision import Computing, in_float32
+from vavae_tools.runtime.ranks import Ranks
 
 LARGEST_CACHE = 8 * 2**30
 """Bytes of features that are kept on the disk: those of 16,000 pictures on a grid of 16×16 by a ViT-L."""
@@ -204,15 +203,6 @@ def _similarities(features: Tensor) -> Tensor:
     return unit.transpose(1, 2) @ unit
 
 
-def features_bytes(count: int, channels: int, grid: tuple[int, int]) -> int:
-    """The size of `count` pictures' features on the disk, in float16.
-
-    >>> features_bytes(1000, 1024, (16, 16)) / 2**20
-    500.0
-    """
-    return 2 * count * channels * grid[0] * grid[1]
-
-
 def foundation_features(
     foundation: Foundation,
     data: DecodedPictures,
@@ -222,34 +212,48 @@ def foundation_features(
     batch_size: int = 32,
     progress: bool = True,
     say: Callable[[str], None] = tell,
-) -> Tensor | None:
-    """The features of all pictures, computed once and kept in a file: float16 (N, channels, h, w), memory-mapped.
-
-    A file that is there is used if it belongs to this foundation model, grid, picture size and these very pictures. A
-    GPU computes in fp16, where that is finite, for so they are kept.
+    ranks: Ranks | None = None,
+) -> Rows | None:
+    """Return the features of all images, float16 rows (channels, h, w), computed once and kept in shards.
 
     Args:
-        data: pictures in the order of the rows.
+        foundation: is on `device`.
+        data: images in the order of the rows.
         grid: (h, w) of the latents.
-        path: a safetensors file. It is written batch by batch, so that memory stays small.
-        device: where `foundation` is moved to if there is something to compute.
+        path: of a safetensors file; the shards are beside it, under its name with a number.
+        ranks: those that all call this, and share the work.
 
     Returns:
-        None where the file would be larger than `LARGEST_CACHE`: compute the features of each batch as it comes.
+        None where they take more than `LARGEST_CACHE` or the disk has: compute the features of each batch as it comes.
 
     Raises:
         UserError: features that float16 cannot hold.
     """
-    if features_bytes(len(data), foundation.channels, grid) > LARGEST_CACHE:
+    path, ranks, row_bytes = Path(path), ranks or Ranks(), 2 * foundation.channels * math.prod(grid)
+    store, needed = Store(path.parent, (path.stem,)), len(data) * row_bytes
+
+    def look() -> tuple[str, bool, bool]:
+        key = _cache_key(foundation, data, grid)
+        return key, store.key_of(path.name) == key, needed <= min(LARGEST_CACHE, store.free_bytes())
+
+    key, is_former, fits = agree(ranks, foundation.digest, look)
+    if is_former:  # one file, as there was before there were shards
+        return Rows([mapped(path)["features"]])
+    if not fits:
         return None
-    path, key = Path(path), _cache_key(foundation, data, grid)
-    features = _read_features(path, key)
-    if features is None:
-        computing = Computing(None, device, f"Features of this {type(foundation).__name__}", say)
-        _write_features(foundation.to(device), computing, data, grid, path, key, batch_size, progress)
-        release_memory()
-        features = _read_features(path, key)
-    return features
+    shards = cut(path.stem, len(data), row_bytes, batch_size, key)
+    encode(
+        store,
+        {path.stem: shards},
+        {path.stem: data},
+        lambda _, batch: {"features": foundation(to_unit(batch["pictures"].to(device)), grid)},
+        Computing(None, device, f"Features of this {type(foundation).__name__}", say),
+        lambda shard: len(shard.rows) * row_bytes,
+        batch_size,
+        ranks=ranks,
+        progress=progress,
+    )
+    return Rows([mapped(path.parent / name)["features"] for name in shards])
 
 
 def _cache_key(foundation: Foundation, data: DecodedPictures, grid: tuple[int, int]) -> str:
@@ -258,44 +262,3 @@ def _cache_key(foundation: Foundation, data: DecodedPictures, grid: tuple[int, i
     for part in data.contents():
         digest.update(part)
     return digest.hexdigest()
-
-
-def _read_features(path: Path, key: str) -> Tensor | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("features") if (file.metadata() or {}).get("key") == key else None
-    except (SafetensorError, FileNotFoundError):  # damaged, or not there yet
-        return None
-
-
-def _write_features(
-    foundation: Foundation,
-    computing: Computing,
-    data: DecodedPictures,
-    grid: tuple[int, int],
-    path: Path,
-    key: str,
-    batch_size: int,
-    progress: bool,
-) -> None:
-    shape = (len(data), foundation.channels, *grid)
-    tensor = {"dtype": "F16", "shape": shape, "data_offsets": (0, features_bytes(*shape[:2], grid))}
-    header = json.dumps({"__metadata__": {"format": "pt", "key": key}, "features": tensor}).encode()
-    header += b" " * (-len(header) % 8)  # so that the numbers are aligned
-    bar = tqdm(total=len(data), desc="foundation model", unit="picture", disable=None if progress else True)
-    # safetensors' own function wants everything in memory; the format is a length, a JSON header and the numbers
-    with bar, written_whole(path) as partial_path, partial_path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for start in range(0, len(data), batch_size):
-            batch = data.__getitems__(range(start, min(start + batch_size, len(data))))
-            look = partial(foundation, to_unit(batch["pictures"].to(computing.device)), grid)
-            features = computing(look).half()
-            if computing.in_half and not features.isfinite().all():
-                features = computing.again(look).half()
-            if not features.isfinite().all():
-                name = data.names[start + int((~features.isfinite()).flatten(1).any(1).nonzero()[0])]
-                raise UserError(
-                    f"The foundation model's features of {name} are not finite in float16: take another one"
-                )
-            file.write(features.cpu().contiguous().numpy().tobytes())
-            bar.update(len(features))

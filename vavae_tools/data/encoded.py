@@ -1,163 +1,327 @@
-"""Latents: every picture encoded once, kept as safetensors shards, read memory-mapped.
+"""What is encoded once: latents, text states, features of frozen encoders, as safetensors shards in a folder.
 
-A folder of latents holds `train-00000.safetensors … val-00000.safetensors` with LightningDiT's keys (`latents`,
-`latents_flip` where flips were asked for, `labels`) and `latents.json`: the cache key, the pictures' names, and per
-channel mean and standard deviation of the training side. Each shard says in its header which key it belongs to, so that
-an encoding that was interrupted goes on with what lacks. Several processes make a share of the shards each.
+The header of each shard holds its key, which follows from the encoder's weights, the samples, the settings and the
+shard's rows. So an encoding that was interrupted resumes with the shards that are missing, shards of another key make
+room for new ones, and several processes make a share of the shards each.
 """
 
-import hashlib
-import itertools
-import json
+import math
 import shutil
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
+from vavae_tools.data.loader import _as_it_is, _leave_interrupts
 from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import disk_errors, written_whole
+from vavae_tools.runtime.precision import Computing
 from vavae_tools.runtime.ranks import Ranks
 
 SHARD_SIZE = 10_000
 SHARD_BYTES = 2**30
-"""A shard holds at most so many pictures and bytes: one is in memory while it is made, and is lost with a kill."""
-INDEX = "latents.json"
+"""The most samples and bytes of a shard: one is in memory while it is made, and is lost when the process is killed."""
+MIN_SHARDS = 8
+"""Shards of a subset where it has as many batches: for several processes to share, and to resume with."""
+PATIENCE = 120.0
+"""Seconds until files that another machine wrote must be visible: network disks cache that there was nothing."""
 
-
-_NAMES_OF_SHARDS = (("", ""), (".", ".*.partial"))
-_ALONE = (1, 1)
-"""What a side is cut for by one process: nothing."""
-
-
-class _Together:
-    """Those that encode together; what they tell each other goes under names of this encoding alone."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self.size, self.is_first = ranks, ranks.size, ranks.rank == 0
-        number = ranks.counts["encodings"] = ranks.counts.get("encodings", 0) + 1  # each process counts for itself
-        self._name = f"encoding {number}"
-
-    def agree(self, what: str, make: Callable[[], Any]) -> Any:
-        """What the first process makes, plain values, for all; the others wait for it."""
-        return self.ranks.share(f"{self._name} {what}", make() if self.is_first else None)
-
-    def add(self, what: str, count: int) -> int:
-        """Add to what all count together → the sum so far."""
-        return self.ranks.add(f"{self._name} {what}", count)
-
-    def count(self, what: str, yes: bool) -> int:
-        """How many of them say yes."""
-        self.add(what, int(yes))
-        self.wait(what)
-        return self.agree(f"{what}, of all", lambda: self.add(what, 0))
-
-    def wait(self, what: str, meanwhile: Callable[[], object] = lambda: None) -> None:
-        """Until all have come here."""
-        self.add(f"{what}, here", 1)
-        while self.is_first and self.add(f"{what}, here", 0) < self.size:
-            meanwhile()
-            time.sleep(0.05)
-        self.agree(f"{what}, all here", lambda: True)
-
-    def check_equal(self, what: str, digest: str) -> None:
-        """Raises a UserError where this process has something else than the first."""
-        if self.agree(what, lambda: digest) != digest:
-            raise UserError(
-                f"Process {self.ranks.rank + 1} of {self.size} has other {what} than the first: give all machines the "
-                "same, then start again"
-            )
-
-    def check_disk(self, folder: Path) -> None:
-        """Raises a UserError where this process does not see the folder that the first sees."""
-        if self.size == 1:
-            return
-        mark = folder / ".train-together.safetensors.mark.partial"  # after a kill it goes as half-written shards do
-        if self.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            mark.touch()
-        self.agree("mark", lambda: True)
-        if not mark.is_file():
-            raise UserError(
-                f"Process {self.ranks.rank + 1} of {self.size} does not see {folder.absolute()} of the first one: name "
-                "a folder on a disk that all machines share, or encode the pictures on each machine first"
-            )
-        self.wait("mark")
-        if self.is_first:
-            mark.unlink()
-
-
-def _cut(length: int, most: int, processes: int, batch_size: int) -> list[range]:
-    """The rows of each shard of a side, so that each of some processes can make as many as any other.
-
-    One process makes shards of `most` rows. Of these several processes take a whole one each as long as there are
-    enough for all; the rest is cut between its batches, so that these stay those of one process, and with them every
-    bit of what an encoder makes.
-    """
-    shards = [range(start, min(start + most, length)) for start in range(0, length, most)]
-    as_they_are = length // most // processes * processes
-    parts = shards[:as_they_are]
-    for rows in shards[as_they_are:]:
-        batches = -(-len(rows) // batch_size)
-        count = min(processes, batches)
-        starts = [rows.start + batches * part // count * batch_size for part in range(count)]
-        parts += [range(start, end) for start, end in itertools.pairwise([*starts, rows.stop])]
-    return parts
-
-
-def _shard_files(folder: Path) -> list[Path]:
-    """Also what a killed process left half written: a folder belongs to one encoding at a time."""
-    patterns = [f"{start}{side}-*.safetensors{end}" for side in ("train", "val") for start, end in _NAMES_OF_SHARDS]
-    return [path for pattern in patterns for path in folder.glob(pattern)]
+Fields = Callable[[str, Any], dict[str, Tensor]]
+"""Encodes a batch of a subset: name → tensor with a row for each sample, on any device."""
 
 
 @dataclass(frozen=True)
-class _Whole:
-    """A shard that is there: how many latents of which shape (C, h, w), and what its side was cut for."""
+class Shard:
+    """Rows of a subset, and the key of what is made of them."""
 
-    count: int
-    shape: tuple[int, ...]
-    cut: tuple[int, ...]
-
-
-def _whole_shards(folder: Path, key: str) -> dict[str, _Whole]:
-    """The shards that an encoding of this key wrote."""
-    found = {}
-    for path in _shard_files(folder):
-        with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
-            says = file.metadata() or {}
-            if says.get("key") == key:
-                count, *shape = file.get_slice("latents").get_shape()
-                found[path.name] = _Whole(count, tuple(shape), tuple(json.loads(says.get("cut", str([*_ALONE])))))
-    return found
+    rows: range
+    key: str
 
 
-def _mapped(path: Path) -> dict[str, Tensor]:
-    """A shard's tensors, which stay in the file until their rows are used."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def cut(subset: str, length: int, row_bytes: int, batch_size: int, key: str) -> dict[str, Shard]:
+    """Return the shards of a subset by their file names: whole batches, the same for any number of processes."""
+    most = max(1, min(SHARD_SIZE, SHARD_BYTES // row_bytes))
+    size = min(most, -(-length // (MIN_SHARDS * batch_size)) * batch_size)
+    parts = [range(start, min(start + size, length)) for start in range(0, length, size or 1)]
+    return {
+        f"{subset}-{number:05d}.safetensors": Shard(rows, f"{key} {rows.start}:{rows.stop}")
+        for number, rows in enumerate(parts)
+    }
 
 
-def _make_room(folder: Path, count: int, row_bytes: int, kept: set[str]) -> None:
-    """Delete what belongs to other weights or pictures, if after that the disk has room for `count` latents more."""
-    stale = [path for path in _shard_files(folder) if path.name not in kept]
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(there).free + sum(path.stat().st_size for path in stale)
-    if count * row_bytes > free:
+class Store:
+    """A folder of shards; it belongs to one encoding at a time.
+
+    Args:
+        subsets: what file names begin with.
+        index: a file that is written last, by the caller: whatever has an index is whole.
+    """
+
+    def __init__(self, folder: str | Path, subsets: Sequence[str] = ("train", "val"), index: str = "") -> None:
+        self.folder, self.subsets, self.index = Path(folder), subsets, index
+
+    def missing(self, shards: Mapping[str, Shard]) -> list[str]:
+        """Return the names of the shards that are not there, or are damaged or of another key."""
+        return [name for name, shard in shards.items() if self.key_of(name) != shard.key]
+
+    def key_of(self, name: str) -> str | None:
+        with suppress(SafetensorError, OSError), safe_open(self.folder / name, framework="pt") as file:
+            return (file.metadata() or {}).get("key")
+        return None
+
+    def _stale(self, keep: Collection[str]) -> list[Path]:
+        forms = ("{}-*.safetensors", "{}.safetensors", ".{}*.safetensors.*.partial")
+        paths = [path for subset in self.subsets for form in forms for path in self.folder.glob(form.format(subset))]
+        return [path for path in paths if path.name not in keep]
+
+    def free_bytes(self, keep: Collection[str] = ()) -> int:
+        """Return how much room there is on the disk when all shards but these are deleted."""
+        there = next(path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.is_dir())
+        return shutil.disk_usage(there).free + sum(path.stat().st_size for path in self._stale(keep))
+
+    def make_room(self, needed: int, keep: Collection[str], what: str) -> None:
+        """Delete the index and all shards but those to keep.
+
+        Raises:
+            UserError: the disk would still have less than `needed` bytes; nothing is deleted.
+        """
+        free = self.free_bytes(keep)
+        if needed > free:
+            raise UserError(
+                f"No space: {what} need {needed / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free for "
+                f"{self.folder.absolute()}. Free some space, or choose another folder"
+            )
+        for path in ([self.folder / self.index] if self.index else []) + self._stale(keep):
+            path.unlink(missing_ok=True)
+
+    def wait_for(self, names: Collection[str], ranks: Ranks) -> None:
+        """Wait until files that other processes have written are visible to this one.
+
+        Raises:
+            UserError: they are not, after `PATIENCE`.
+        """
+        until = time.monotonic() + PATIENCE
+        while hidden := [name for name in names if not (self.folder / name).is_file()]:
+            if ranks.size == 1 or time.monotonic() > until:
+                raise UserError(
+                    f"Process {ranks.rank + 1} of {ranks.size} does not see {hidden[0]} of another one in "
+                    f"{self.folder.absolute()}: name a folder on a disk that all machines share, or encode on each "
+                    "machine first"
+                )
+            time.sleep(0.2)
+
+
+def encode(
+    store: Store,
+    shards: Mapping[str, Mapping[str, Shard]],
+    samples: Mapping[str, Any],
+    fields: Fields,
+    computing: Computing,
+    bytes_of: Callable[[Shard], int],
+    batch_size: int = 32,
+    dtype: torch.dtype = torch.float16,
+    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    num_workers: int = 0,
+    ranks: Ranks | None = None,
+    unit: str = "image",
+    progress: bool = True,
+) -> None:
+    """Make the shards that are missing; return when all processes have made theirs.
+
+    Args:
+        shards: subset → its shards.
+        samples: subset → a data set whose `__getitems__` gives a batch, or a sequence.
+        computing: what is not finite in half precision is encoded again in float32.
+        bytes_of: says how large a shard will be.
+        dtype: of the tensors that are stored, but for integers.
+        finish: makes the tensors of a shard of the concatenated ones of its batches.
+        ranks: those that all call this, and share the work.
+
+    Raises:
+        UserError: no space on the disk; or numbers that are not finite, or too large for `dtype`.
+    """
+    ranks, files = ranks or Ranks(), {name: shard for of_subset in shards.values() for name, shard in of_subset.items()}
+    this = _name_of_encoding(ranks)
+
+    def plan() -> list[str]:
+        missing = store.missing(files)
+        store.make_room(sum(bytes_of(files[name]) for name in missing), files.keys() - missing, computing.what)
+        return missing
+
+    missing = ranks.share(f"{this} missing", plan() if ranks.rank == 0 else None)
+    mine = set(missing[ranks.rank :: ranks.size])
+    counts = {name: len(shard.rows) for name, shard in files.items()}
+    there = sum(counts.values()) - sum(counts[name] for name in missing)
+    hidden = None if progress and ranks.rank == 0 else True
+    with tqdm(total=sum(counts.values()), initial=there, desc="encoding", unit=unit, disable=hidden) as bar:
+
+        def advance(count: int = 0) -> None:
+            bar.update(there + ranks.add(f"{this} samples", count) - bar.n)
+
+        for subset, of_subset in shards.items():
+            own = {name: shard for name, shard in of_subset.items() if name in mine}
+            batches = _batches(samples[subset], [s.rows for s in own.values()], batch_size, num_workers)
+            encoded = _encoded(subset, batches, fields, computing, dtype)
+            for name, shard in own.items():
+                _write(store.folder / name, shard, encoded, batch_size, finish, advance)
+        ranks.add(f"{this} finished", 1)
+        while ranks.rank == 0 and ranks.add(f"{this} finished", 0) < ranks.size:
+            advance()
+            time.sleep(0.05)
+    ranks.share(f"{this} written", True)
+    store.wait_for(files, ranks)
+
+
+def _name_of_encoding(ranks: Ranks) -> str:
+    """Return the prefix of what processes tell each other about this encoding; each counts its encodings itself."""
+    number = ranks.counts["encodings"] = ranks.counts.get("encodings", 0) + 1
+    return f"encoding {number}"
+
+
+def agree(ranks: Ranks, identity: str, make: Callable[[], Any]) -> Any:
+    """Return what the first process makes, plain values.
+
+    Args:
+        identity: a hash of the encoder and the samples' names.
+
+    Raises:
+        UserError: this process has another encoder or other samples than the first.
+    """
+    this = _name_of_encoding(ranks)
+    first, made = ranks.share(f"{this} agreed", [identity, make()] if ranks.rank == 0 else None)
+    if first != identity:
         raise UserError(
-            f"No space for the latents of {count:,} pictures: {count * row_bytes / 1e9:,.3f} GB needed, "
-            f"{free / 1e9:,.3f} GB free in {there}. Free some space, choose another folder, or store them as float16"
+            f"Process {ranks.rank + 1} of {ranks.size} has other weights or images than the first: give all machines "
+            "the same, then start again"
         )
-    (folder / INDEX).unlink(missing_ok=True)  # first: whatever has an index is whole
-    for path in stale:
-        path.unlink(missing_ok=True)
+    return made
 
 
-def _digest_of_names(sides: dict[str, Dataset]) -> str:
-    named = {side: [list(data.names), data.labels.tolist()] for side, data in sides.items()}
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+def _batches(data: Any, parts: Sequence[range], batch_size: int, num_workers: int) -> Iterator[Any]:
+    """Yield the batches of some rows; none has rows of two parts. Only these are decoded."""
+    rows = [list(part[k : k + batch_size]) for part in parts for k in range(0, len(part), batch_size)]
+    places = torch.tensor([row for batch in rows for row in batch], dtype=torch.int64)
+    renumbered = hasattr(data, "part") and len(places) < len(data)
+    if renumbered and len(places):
+        data = data.part(places.tolist())
+        rows = [part.tolist() for part in torch.arange(len(places)).split([len(batch) for batch in rows])]
+    if num_workers and hasattr(data, "fits_memory") and data.fits_memory():
+        data.in_memory()  # now, once, and not in each worker
+    loader = DataLoader(
+        data,
+        batch_sampler=rows,
+        num_workers=num_workers if len(rows) > num_workers else 0,
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_interrupts,
+    )
+    for batch in loader:
+        if renumbered:
+            batch["index"] = places[batch["index"]]
+        yield batch
+
+
+def _encoded(
+    subset: str, batches: Iterator[Any], fields: Fields, computing: Computing, dtype: torch.dtype
+) -> Iterator[dict[str, Tensor]]:
+    """Yield encoded batches on the CPU. The next one is begun before: it is loaded while the device computes."""
+    begun = None
+    for batch in batches:
+        finished = begun.finished(computing, dtype) if begun else None
+        begun = _Begun(partial(fields, subset, batch), computing)
+        if finished:
+            yield finished
+    if begun:
+        yield begun.finished(computing, dtype)
+
+
+class _Begun:
+    """A batch that the device may still be encoding."""
+
+    @torch.inference_mode()
+    def __init__(self, call: Callable[[], dict[str, Tensor]], computing: Callable[..., dict[str, Tensor]]) -> None:
+        self.call, self.made = call, computing(call)
+        floats = [values for values in self.made.values() if values.is_floating_point()]
+        self.largest = torch.stack([values.abs().max().float() for values in floats]).max()
+
+    def finished(self, computing: Computing, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Wait for the device; return what is stored."""
+        largest = self.largest.item()
+        if math.isfinite(largest) and largest <= torch.finfo(dtype).max:
+            return {name: (v.to(dtype) if v.is_floating_point() else v).cpu() for name, v in self.made.items()}
+        if computing.in_half and not math.isfinite(largest):
+            return _Begun(self.call, computing.again).finished(Computing("32", computing.device, computing.what), dtype)
+        if not math.isfinite(largest):
+            raise UserError(f"{computing.what} are not finite: its weights are damaged")
+        raise UserError(
+            f"{computing.what} reach {largest:,.0f}, and float16 holds up to 65,504: store them as float32, or take "
+            "another model"
+        )
+
+
+def _write(
+    path: Path,
+    shard: Shard,
+    encoded: Iterator[dict[str, Tensor]],
+    batch_size: int,
+    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    advance: Callable[[int], None],
+) -> None:
+    parts, left = defaultdict(list), len(shard.rows)
+    for batch in islice(encoded, -(-left // batch_size)):
+        for name, values in batch.items():
+            parts[name].append(values)
+        advance(min(batch_size, left))
+        left -= batch_size
+    tensors = finish({name: torch.cat(parts.pop(name)).contiguous() for name in list(parts)})
+    with written_whole(path) as partial, disk_errors():
+        save_file(tensors, partial, metadata={"key": shard.key})
+
+
+def mapped(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a shard, memory-mapped: they stay in the file until their rows are used.
+
+    Raises:
+        UserError: the shard cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete it and encode again") from None
+
+
+class Rows:
+    """The rows of a field over all shards of a subset: `rows[index]` copies those of an int64 (B,) alone."""
+
+    def __init__(self, shards: Sequence[Tensor]) -> None:
+        self.shards = list(shards)
+        self.ends = torch.tensor([len(shard) for shard in shards], dtype=torch.int64).cumsum(0)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.shards))
+
+    def shard_of(self, index: Tensor) -> Tensor:
+        """Return the number of the shard of each row, int64 (B,)."""
+        return torch.searchsorted(self.ends, index, right=True)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        if len(self.shards) == 1:
+            return self.shards[0][index]
+        numbers = self.shard_of(index)
+        rows = self.shards[0].new_empty(len(index), *self.shards[0].shape[1:])
+        for number in numbers.unique().tolist():
+            here = numbers == number
+            rows[here] = self.shards[number][index[here] - self.ends[number] + len(self.shards[number])]
+        return rows

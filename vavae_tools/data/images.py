@@ -222,7 +222,7 @@ class DecodedPictures(Dataset):
 
     def row_bytes(self) -> int:
         """Return the bytes of one image in a batch, with its rows of `along`."""
-        along = sum(rows[:1].numel() * rows.element_size() for rows in self.along.values())
+        along = sum(rows[torch.zeros(1, dtype=torch.int64)].nbytes for rows in self.along.values())
         return self._picture_bytes() + 2 * self.labels.element_size() + along
 
     def in_memory(self) -> Tensor:

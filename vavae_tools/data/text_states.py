@@ -1,32 +1,27 @@
-"""Texts: every caption encoded once, kept as safetensors shards, read memory-mapped beside the pictures' latents.
+"""Texts: every caption encoded once, kept as safetensors shards, read memory-mapped beside the images' latents.
 
 A folder of texts holds `tokens-00000.safetensors …`, each with some thousand captions: the states of their tokens one
 after the other without any padding (`tokens` float16 (T, D), `ends` int64 (n,)) and `pooled` float16 (n, P); further
-`captions.safetensors`, which says for each picture of each side which of them are its own, and `texts.json`. Equal
-captions are stored once, in alphabetical order; the first is the empty one, which guidance needs. Each shard says in
-its header which encoder and captions it belongs to, so that an encoding that was interrupted goes on with what lacks.
+`captions.safetensors`, which says for each image of each subset which of them are its own, and `texts.json`. Equal
+captions are stored once, in alphabetical order; the first is the empty one, which guidance needs.
 """
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from vavae_tools.data.captions import CaptionOrderedDataModule
-from vavae_tools.data.encoded import _mapped
+from vavae_tools.data.encoded import SHARD_BYTES, Rows, Shard, Store, encode, mapped
 from vavae_tools.data.folders import counted
 from vavae_tools.data.latents import LatentDataset, LatentFolder, StoredDataModule, normalised
 from vavae_tools.data.loader import index_and_number
@@ -37,13 +32,14 @@ from vavae_tools.runtime.machine import at_work
 from vavae_tools.runtime.precision import Computing
 
 SHARD_SIZE = 16_384
-SHARD_BYTES = 2**30
-"""A shard holds at most so many captions, and bytes if all were as long as the encoder takes: one is in memory while it
-is made, and is lost with a kill."""
+"""The most captions of a shard."""
 INDEX = "texts.json"
 CAPTIONS = "captions.safetensors"
 _FORM = 1  # of the files; another form is another cache key
 _NUMBER = 2  # bytes of a float16
+
+Captions = Mapping[str, Sequence[Sequence[str]]]
+"""Subset → of each image its captions."""
 
 
 class States(Protocol):
@@ -125,7 +121,7 @@ class TextFolder:
 
 def encode_texts(
     encoder: Encoder,
-    captions_by_side: Mapping[str, Sequence[Sequence[str]]],
+    captions_by_side: Captions,
     folder: str | Path,
     names_by_side: Mapping[str, Sequence[str]] | None = None,
     batch_size: int = 256,
@@ -135,52 +131,50 @@ def encode_texts(
 ) -> TextFolder:
     """Encode all captions once; what is there already and belongs to this encoder and these captions is kept.
 
-    That holds for the whole shards of an encoding that was interrupted, too. A GPU computes in fp16, where that is
-    finite, for so the states are stored; afterwards its memory is given back. Of several processes one alone should
-    call this (`ranks.first_alone`), and the others then read what it made.
+    Of several processes one alone should call this (`ranks.first_alone`), and the others then read what it made.
 
     Args:
         encoder: frozen; afterwards it is on the device where it was.
-        captions_by_side: "train" and, if there is one, "val": of each picture one caption or more.
-        names_by_side: the pictures' names, so that `TextLatentDataset` sees that latents are those of these pictures.
+        captions_by_side: "train" and, if there is one, "val": of each image one caption or more.
+        names_by_side: the images' names, so that `TextLatentDataset` sees that latents are those of these images.
         batch_size: captions that are encoded at once.
-        device: where it works, only while there is something to encode; None: where it is.
+        device: where it works, in fp16 on a GPU, only while there is something to encode; None: where it is.
 
     Raises:
-        UserError: a picture without a caption, no space on the disk, or states that are not finite or that float16
+        UserError: an image without a caption, no space on the disk, or states that are not finite or that float16
             cannot hold.
     """
-    folder = Path(folder)
-    distinct = _distinct(captions_by_side)
+    folder, distinct, about = Path(folder), _distinct(captions_by_side), _about(encoder)
     names = {side: _digest(list(of_side)) for side, of_side in (names_by_side or {}).items()}
-    about = _about(encoder)
     key = _digest([about, {side: list(map(list, one)) for side, one in captions_by_side.items()}, names])
-    there = _complete(folder, key)
-    if there:
-        return there
+    with suppress(UserError):  # no texts, or an index that is damaged: they are made anew
+        there = TextFolder.read(folder)
+        if there.key == key and all((folder / name).is_file() for name in (*there.shards, CAPTIONS)):
+            return there
+
+    def fields(subset: str, captions: list[str]) -> dict[str, Tensor]:
+        states = encoder.encode(captions)
+        mask = states.mask.bool()  # the states of tokens alone are stored, caption after caption
+        return {"tokens": states.tokens[mask], "ends": mask.sum(1), "pooled": states.pooled}
+
     shards = _shards(encoder, about, distinct)
-    lacking = {name: rows for name, rows in shards.items() if not _is_whole(folder, name, rows.key)}
-    cut, needed = {}, _rows_bytes(captions_by_side)
-    for name, rows in lacking.items():
-        lengths, cut[name] = encoder.lengths(rows.captions)
-        needed += _bytes(encoder, lengths)
-    _make_room(folder, needed, keep=shards.keys() - lacking.keys())
     device = encoder.device if device is None else device
-    computing = Computing(None, device, f"States of this {type(encoder).__name__}", say)
-    bar = tqdm(total=len(distinct), desc="encoding", unit="caption", disable=None if progress else True)
-    with at_work(encoder, device) if lacking else nullcontext(), bar:
-        for name, rows in shards.items():
-            if name in lacking:
-                shard = _encoded(encoder, computing, rows.captions, batch_size, bar)
-                says = {"key": rows.key, "cut": str(cut[name]), "tokens": str(len(shard["tokens"]))}
-                with written_whole(folder / name) as partial, disk_errors():
-                    save_file(shard, partial, metadata=says)
-            else:
-                bar.update(len(rows.captions))
+    with at_work(encoder, device):
+        encode(
+            Store(folder, ("tokens",), INDEX),
+            {"tokens": shards},
+            {"tokens": distinct},
+            fields,
+            Computing(None, device, f"States of this {type(encoder).__name__}", say),
+            lambda shard: _bytes(encoder, [distinct[row] for row in shard.rows]),
+            batch_size,
+            finish=lambda shard: {**shard, "ends": shard["ends"].cumsum(0)},
+            unit="caption",
+            progress=progress,
+        )
     place_of = {caption: place for place, caption in enumerate(distinct)}
     with written_whole(folder / CAPTIONS) as partial, disk_errors():
         save_file(_owned(captions_by_side, place_of), partial)
-    headers = [_header(folder / name) for name in shards]
     found = TextFolder(
         path=folder,
         key=key,
@@ -190,54 +184,50 @@ def encode_texts(
         pictures={side: len(captions) for side, captions in captions_by_side.items()},
         captions={side: sum(map(len, captions)) for side, captions in captions_by_side.items()},
         distinct=len(distinct),
-        tokens=sum(int(header["tokens"]) for header in headers),
-        cut=sum(int(header["cut"]) for header in headers),
-        shards={name: len(rows.captions) for name, rows in shards.items()},
+        tokens=sum(int(mapped(folder / name)["ends"][-1]) for name in shards),
+        cut=encoder.lengths(distinct)[1],
+        shards={name: len(shard.rows) for name, shard in shards.items()},
         names=names,
     )
     write_json(folder / INDEX, {name: value for name, value in asdict(found).items() if name != "path"})
     return found
 
 
-def needed_bytes(
-    encoder: Encoder, captions_by_side: Mapping[str, Sequence[Sequence[str]]], folder: str | Path | None = None
-) -> int:
-    """How many bytes `encode_texts` would write, by the tokenizer alone.
+def needed_bytes(encoder: Encoder, captions_by_side: Captions, folder: str | Path | None = None) -> int:
+    """Return how many bytes `encode_texts` would write, by the tokenizer alone.
 
     Args:
         folder: where they would go: what of them is there already is not counted.
     """
     distinct = _distinct(captions_by_side)
-    needed = _rows_bytes(captions_by_side)
-    for name, rows in _shards(encoder, _about(encoder), distinct).items():
-        if folder is None or not _is_whole(Path(folder), name, rows.key):
-            needed += _bytes(encoder, encoder.lengths(rows.captions)[0])
-    return needed
+    shards = _shards(encoder, _about(encoder), distinct)
+    missing = shards if folder is None else Store(folder).missing(shards)
+    captions = [distinct[row] for name in missing for row in shards[name].rows]
+    places = sum(8 * (len(captions) + sum(map(len, captions))) for captions in captions_by_side.values())
+    return _bytes(encoder, captions) + places
 
 
 # ---- what is stored where
-@dataclass(frozen=True)
-class _Shard:
-    captions: list[str]
-    key: str
 
 
-def _distinct(captions_by_side: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
+def _distinct(captions_by_side: Captions) -> list[str]:
     distinct = {""}
     for side, captions in captions_by_side.items():
-        for place, of_picture in enumerate(captions):
-            if not of_picture:
-                raise UserError(f"Picture {place:,} of the side {side} has no caption: expected one or more for each")
-            distinct.update(of_picture)
+        for place, of_image in enumerate(captions):
+            if not of_image:
+                raise UserError(f"Image {place:,} of the subset {side} has no caption: expected one or more for each")
+            distinct.update(of_image)
     return sorted(distinct)
 
 
-def _shards(encoder: Encoder, about: list, distinct: Sequence[str]) -> dict[str, _Shard]:
-    longest = _bytes(encoder, [encoder.max_tokens])
+def _shards(encoder: Encoder, about: list, distinct: Sequence[str]) -> dict[str, Shard]:
+    """Return the shards, whose keys follow from their own captions: they are kept when other captions change."""
+    longest = _NUMBER * (encoder.max_tokens * encoder.dim + encoder.pooled_dim) + 8
     most = max(1, min(SHARD_SIZE, SHARD_BYTES // longest))
-    parts = [list(distinct[start : start + most]) for start in range(0, len(distinct), most)]
+    parts = [range(start, min(start + most, len(distinct))) for start in range(0, len(distinct), most)]
     return {
-        f"tokens-{number:05d}.safetensors": _Shard(part, _digest([about, part])) for number, part in enumerate(parts)
+        f"tokens-{number:05d}.safetensors": Shard(rows, _digest([about, list(distinct[rows.start : rows.stop])]))
+        for number, rows in enumerate(parts)
     }
 
 
@@ -249,89 +239,24 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _bytes(encoder: Encoder, lengths: Sequence[int]) -> int:
-    tokens = sum(min(int(length), encoder.max_tokens) for length in lengths)
-    return _NUMBER * (tokens * encoder.dim + len(lengths) * encoder.pooled_dim) + 8 * len(lengths)
+def _bytes(encoder: Encoder, captions: list[str]) -> int:
+    tokens = sum(min(int(length), encoder.max_tokens) for length in encoder.lengths(captions)[0])
+    return _NUMBER * (tokens * encoder.dim + len(captions) * encoder.pooled_dim) + 8 * len(captions)
 
 
-def _rows_bytes(captions_by_side: Mapping[str, Sequence[Sequence[str]]]) -> int:
-    return sum(8 * (len(captions) + sum(map(len, captions))) for captions in captions_by_side.values())
-
-
-def _owned(captions_by_side: Mapping[str, Sequence[Sequence[str]]], place_of: Mapping[str, int]) -> dict[str, Tensor]:
-    """Of each side: the places of its captions, picture by picture, and where each picture's end."""
+def _owned(captions_by_side: Captions, place_of: Mapping[str, int]) -> dict[str, Tensor]:
+    """Of each subset: the places of its captions, image by image, and where each image's end."""
     owned = {}
     for side, captions in captions_by_side.items():
-        places = [place_of[caption] for of_picture in captions for caption in of_picture]
-        counts = torch.tensor([len(of_picture) for of_picture in captions], dtype=torch.int64)
+        places = [place_of[caption] for of_image in captions for caption in of_image]
+        counts = torch.tensor([len(of_image) for of_image in captions], dtype=torch.int64)
         owned[f"{side}.places"], owned[f"{side}.ends"] = torch.tensor(places, dtype=torch.int64), counts.cumsum(0)
     return owned
 
 
-def _complete(folder: Path, key: str) -> TextFolder | None:
-    """The texts of this key, where all of them are there."""
-    with suppress(UserError):  # no texts, or an index that is damaged: they are made anew
-        there = TextFolder.read(folder)
-        if there.key == key and all((folder / name).is_file() for name in (*there.shards, CAPTIONS)):
-            return there
-    return None
-
-
-def _header(path: Path) -> dict[str, str]:
-    with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
-    return {}
-
-
-def _is_whole(folder: Path, name: str, key: str) -> bool:
-    return (folder / name).is_file() and _header(folder / name).get("key") == key
-
-
-def _make_room(folder: Path, needed: int, keep: set[str]) -> None:
-    """Delete what belongs to other captions or another encoder, if after that the disk has room for `needed` bytes."""
-    files = [path for pattern in ("tokens-*.safetensors", ".*.partial", CAPTIONS) for path in folder.glob(pattern)]
-    stale = [path for path in files if path.name not in keep]
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(there).free + sum(path.stat().st_size for path in stale)
-    if needed > free:
-        raise UserError(
-            f"No space for the encoded captions: {needed / 1e9:,.3f} GB needed, {free / 1e9:,.3f} GB free in {there}. "
-            "Free some space, choose another folder, or encode them in each step, without a cache"
-        )
-    (folder / INDEX).unlink(missing_ok=True)  # first: whatever has an index is whole
-    for path in stale:
-        path.unlink(missing_ok=True)
-
-
-@torch.inference_mode()
-def _encoded(
-    encoder: Encoder, computing: Computing, captions: Sequence[str], batch_size: int, bar: tqdm
-) -> dict[str, Tensor]:
-    tokens, lengths, pooled = [], [], []
-    for start in range(0, len(captions), batch_size):
-        encode = partial(encoder.encode, list(captions[start : start + batch_size]))
-        states = computing(encode)
-        if computing.in_half and not states.tokens.isfinite().all():
-            states = computing.again(encode)
-        mask = states.mask.bool()
-        tokens.append(_as_stored(states.tokens[mask]))  # (T, D), caption after caption
-        pooled.append(_as_stored(states.pooled))
-        lengths.append(mask.sum(1).cpu())
-        bar.update(len(mask))
-    return {"tokens": torch.cat(tokens), "ends": torch.cat(lengths).cumsum(0), "pooled": torch.cat(pooled)}
-
-
-def _as_stored(states: Tensor) -> Tensor:
-    largest = states.abs().max().item()
-    if not largest <= torch.finfo(torch.float16).max:
-        raise UserError(
-            f"States of this text encoder reach {largest:,.0f}, and float16 holds up to 65,504: its weights are "
-            "damaged, or another encoder is needed"
-        )
-    return states.to(torch.float16).cpu()
-
-
 # ---- what is read
+
+
 class EncodedTexts:
     """The stored states of a folder's captions, memory-mapped: only those of a batch are read.
 
@@ -341,46 +266,31 @@ class EncodedTexts:
 
     def __init__(self, folder: TextFolder) -> None:
         self.folder = folder
-        self._shards = [_readable(folder.path / name) for name in folder.shards]
-        counts = torch.tensor(list(folder.shards.values()), dtype=torch.int64)
-        self._ends = counts.cumsum(0)  # (shards,), the places after each one's last caption
-        self._starts = self._ends - counts
-        ends = [shard["ends"] for shard in self._shards]
+        shards = [mapped(folder.path / name) for name in folder.shards]
+        self._tokens, self._pooled = [shard["tokens"] for shard in shards], Rows([shard["pooled"] for shard in shards])
+        ends = [shard["ends"] for shard in shards]
         self._lengths = torch.cat([one.diff(prepend=one.new_zeros(1)) for one in ends])  # (captions,), in tokens
         self._firsts = torch.cat(ends) - self._lengths  # each caption's first token in its shard
 
     def states(self, places: Tensor) -> dict[str, Tensor]:
-        """The states of captions by their places, padded with zeros to the longest of them.
+        """Return the states of captions by their places int64 (B,), padded with zeros to the longest of them.
 
-        Args:
-            places: int64 (B,).
-
-        Returns:
-            "text_tokens" float16 (B, L, D), "text_mask" bool (B, L), true where a token is, "text_pooled" float16
-            (B, P).
+        "text_tokens" float16 (B, L, D), "text_mask" bool (B, L), true where a token is, "text_pooled" float16 (B, P).
         """
         lengths = self._lengths[places]
-        tokens, pooled = [], []
-        shards = torch.searchsorted(self._ends, places, right=True)
-        rows = (shards, places - self._starts[shards], self._firsts[places], lengths)
-        for shard, row, first, length in zip(*(values.tolist() for values in rows), strict=True):
-            tokens.append(self._shards[shard]["tokens"][first : first + length])
-            pooled.append(self._shards[shard]["pooled"][row])
+        rows = (self._pooled.shard_of(places), self._firsts[places], lengths)
+        tokens = [
+            self._tokens[shard][first : first + length]
+            for shard, first, length in zip(*(values.tolist() for values in rows), strict=True)
+        ]
         padded = pad_sequence(tokens, batch_first=True)  # (B, L, D)
         mask = torch.arange(padded.shape[1]) < lengths[:, None]
-        return {"text_tokens": padded, "text_mask": mask, "text_pooled": torch.stack(pooled)}
+        return {"text_tokens": padded, "text_mask": mask, "text_pooled": self._pooled[places]}
 
     def empty(self) -> dict[str, Tensor]:
-        """The states of the empty prompt, a batch of one, in float32."""
+        """Return the states of the empty prompt, a batch of one, in float32."""
         states = self.states(torch.zeros(1, dtype=torch.int64))
         return {name: value if name == "text_mask" else value.float() for name, value in states.items()}
-
-
-def _readable(path: Path) -> dict[str, Tensor]:
-    try:
-        return _mapped(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete {INDEX} beside it and encode again") from None
 
 
 class TextLatentDataset(Dataset):
@@ -412,7 +322,7 @@ class TextLatentDataset(Dataset):
                 f"The captions in {folder.path} are those of other pictures of the side {side} than the latents in "
                 f"{latents.path}: encode both for the same pictures"
             )
-        owned = _readable(folder.path / CAPTIONS) if pictures else {}
+        owned = mapped(folder.path / CAPTIONS) if pictures else {}
         self._places = owned.get(f"{side}.places", torch.empty(0, dtype=torch.int64))
         self._ends = owned.get(f"{side}.ends", torch.empty(0, dtype=torch.int64))
 

@@ -27,6 +27,7 @@ from vavae_tools.evaluation.metrics import psnr, ssim
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import plain_config, weights_digest
+from vavae_tools.runtime.ranks import Ranks, of_torchrun
 from vavae_tools.training.callbacks.finite import FiniteSteps, has_scaler
 from vavae_tools.training.callbacks.progress import log_step
 from vavae_tools.training.callbacks.throughput import flops_of
@@ -270,14 +271,15 @@ class AutoencoderModule(L.LightningModule):
 
     def _look_once(self, subsets: dict[str, DecodedPictures | None]) -> None:
         """Compute what frozen networks make of each image before training, where all of it can be kept."""
-        folder = Path(self.trainer.default_root_dir) / "foundation"
+        folder, ranks = Path(self.trainer.default_root_dir) / "foundation", of_torchrun()
+        ranks = ranks if ranks.size == self.trainer.world_size else Ranks()
         for subset, pictures in subsets.items():
             for name, network in self._once.items() if pictures is not None else ():
                 path = folder / name.removeprefix("foundation") / f"{subset}.safetensors"
                 grid = tuple(size // self.downsampling for size in pictures.image_size)
-                for first in (True, False):  # one process computes, then all read
-                    if first == self.trainer.is_global_zero:
-                        features = foundation_features(network, pictures, grid, path, self.device)
+                for first in (True, False):  # where Lightning has started the others, one computes, then all read
+                    if ranks.size > 1 or first == self.trainer.is_global_zero:
+                        features = foundation_features(network, pictures, grid, path, self.device, ranks=ranks)
                     self.trainer.strategy.barrier()
                 if features is None:  # too many to keep
                     return
