@@ -37,6 +37,7 @@ from vavae_tools.autoencoders.lpips import LPIPS
 from vavae_tools.autoencoders.rae import RAE, RAE_SIZES
 from vavae_tools.autoencoders.stable_diffusion import StableDiffusionVAE
 from vavae_tools.autoencoders.vavae import VAVAE, reconstruct, vavae
+from vavae_tools.data.encoded import _batches, _encoded
 from vavae_tools.data.latents import _Encoder
 from vavae_tools.diffusion.clip import TextStates
 from vavae_tools.diffusion.conditioning import ClassConditioner, TextConditioner
@@ -504,8 +505,9 @@ def encoding(card: Any, case: Case) -> str:
     computing = Computing(None, "cuda", "Latents", print)
     sides = {"train": Pictures(3 * batch_size, preset.image_size)}
     with at_work(model, "cuda"):
-        encoder = _Encoder(for_inference(model, "cuda"), sides, False, batch_size, "cuda", 0, "float32", computing)
-        for latents in encoder.batches("train", [range(3 * batch_size)], 0):
+        encoder = _Encoder(for_inference(model, "cuda"), sides, False, 0, torch.float32, computing)
+        batches = _batches(sides["train"], [range(3 * batch_size)], batch_size, 0)
+        for latents in _encoded("train", batches, encoder.fields, computing, torch.float32):
             del latents
         if case.on_paper:  # where weights cannot go back to the processor's memory
             del model, encoder

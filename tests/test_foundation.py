@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from golden_cases import assert_close, load_case
 from safetensors.torch import load_file, save_file
+from tiny import same
 from torch import Tensor
 
 from vavae_tools.autoencoders import foundation as module
 from vavae_tools.autoencoders.foundation import (
     TransformersFoundation,
     alignment_loss,
-    features_bytes,
     foundation_features,
     load_foundation,
 )
@@ -379,7 +379,7 @@ def test_transformers_is_only_needed_to_load(dino_dir, monkeypatch):
     """Everything else works where it cannot be imported; loading says what to install."""
     monkeypatch.setitem(sys.modules, "transformers", None)
     names = runpy.run_path(importlib.util.find_spec(module.__name__).origin)
-    assert names["features_bytes"](2, 3, (4, 5)) == 240
+    assert names["LARGEST_CACHE"] > 0
     with pytest.raises(UserError, match=r"needs transformers .*pip install"):
         names["load_foundation"](dino_dir)
 
@@ -409,22 +409,29 @@ def data(gait, tmp_path) -> PictureFolder:
     return PictureFolder(shutil.copytree(gait, tmp_path / "pictures"), 16)
 
 
+def all_of(rows) -> Tensor:
+    return rows[torch.arange(len(rows))]
+
+
 def test_features_are_computed_once(data, tmp_path):
     model, path = Brightness(), tmp_path / "features" / "train.safetensors"
-    features = foundation_features(model, data, (2, 4), path, batch_size=7, progress=False)
-    assert features.shape == (30, 3, 2, 4) and features.dtype == torch.float16
+    rows = foundation_features(model, data, (2, 4), path, batch_size=2, progress=False)
     expected = F.adaptive_avg_pool2d(to_unit(data.in_memory()), (2, 4)).half()  # in the order of data.paths
-    assert torch.equal(features, expected)
+    assert same(all_of(rows), expected) and model.seen == 30
     assert len(expected.flatten(1).unique(dim=0)) > 10  # so that the order can be seen
-    assert (model.seen, model.devices) == (30, ["cpu"])
-    again = foundation_features(Brightness(), data, (2, 4), path, progress=False)
-    assert torch.equal(again, expected)
-    never = Brightness()
-    foundation_features(never, data, (2, 4), path, progress=False)
-    assert (never.seen, never.devices) == (0, [])
-    assert torch.equal(load_file(path)["features"], expected)  # an ordinary file
-    assert path.stat().st_size - features_bytes(30, 3, (2, 4)) < 400
-    assert [p.name for p in path.parent.iterdir()] == ["train.safetensors"]
+    assert sorted(p.name for p in path.parent.iterdir()) == [f"train-{n:05d}.safetensors" for n in range(8)]
+    (path.parent / "train-00003.safetensors").unlink()
+    again = Brightness()
+    assert same(all_of(foundation_features(again, data, (2, 4), path, batch_size=2, progress=False)), expected)
+    assert again.seen == 4
+
+
+def test_a_file_from_before_there_were_shards_is_read(data, tmp_path):
+    path, kept = tmp_path / "train.safetensors", torch.arange(30 * 3 * 8.0).view(30, 3, 2, 4).half()
+    save_file({"features": kept}, path, metadata={"key": module._cache_key(Brightness(), data, (2, 4))})
+    assert same(all_of(foundation_features(Brightness(), data, (2, 4), path, progress=False)), kept)
+    foundation_features(Brightness("b"), data, (2, 4), path, progress=False)
+    assert [p.name for p in tmp_path.glob("*.safetensors")] == ["train-00000.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -450,7 +457,8 @@ def test_stale_features_are_not_used(change, data, tmp_path):
         data.paths.reverse()
         data.names.reverse()
     elif change == "damage":
-        path.write_bytes(path.read_bytes()[:-1])
+        shard = path.with_name("train-00000.safetensors")
+        shard.write_bytes(shard.read_bytes()[:-1])
     model.seen = 0
     if change in ("picture", "name"):
         data = PictureFolder(data.folder, 16)
@@ -458,17 +466,12 @@ def test_stale_features_are_not_used(change, data, tmp_path):
     assert model.seen == (0 if change == "none" else 30)
     if change != "order":
         expected = F.adaptive_avg_pool2d(to_unit(data.in_memory()), grid) * model.factor
-        assert torch.equal(features, expected.half())
+        assert same(all_of(features), expected.half())
 
 
-def test_features_that_are_there_stay_when_others_cannot_be_made(data, tmp_path):
-    path = tmp_path / "train.safetensors"
-    foundation_features(Brightness(), data, (2, 2), path, progress=False)
-    before = path.read_bytes()
-    with pytest.raises(UserError, match=r"features of \S+/\S+ are not finite in float16"):
-        foundation_features(Brightness("b", factor=1e6), data, (2, 2), path, progress=False)
-    assert path.read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures", "train.safetensors"]
+def test_features_that_float16_cannot_hold_are_told(data, tmp_path):
+    with pytest.raises(UserError, match=r"Features of this Brightness reach .*, and float16 holds up to 65,504"):
+        foundation_features(Brightness("b", factor=1e6), data, (2, 2), tmp_path / "train.safetensors", progress=False)
 
 
 def test_features_that_overflow_in_half_precision_are_computed_in_float32(data, tmp_path, monkeypatch):
@@ -481,25 +484,25 @@ def test_features_that_overflow_in_half_precision_are_computed_in_float32(data, 
     said = []
     monkeypatch.setattr(module, "Computing", lambda precision, *rest: Computing("bf16", *rest))
     arguments = {"data": data, "grid": (2, 2), "batch_size": 7, "progress": False}
-    expected = foundation_features(Brightness(), path=tmp_path / "whole.safetensors", **arguments)
-    found = foundation_features(Overflowing(), path=tmp_path / "half.safetensors", say=said.append, **arguments)
-    assert torch.equal(found, expected) and len(said) == 1 and "Features of this Overflowing" in said[0]
+    expected = foundation_features(Brightness(), path=tmp_path / "a" / "train.safetensors", **arguments)
+    found = foundation_features(Overflowing(), path=tmp_path / "b" / "train.safetensors", say=said.append, **arguments)
+    assert same(all_of(found), all_of(expected)) and len(said) == 1 and "Features of this Overflowing" in said[0]
 
 
 def test_too_many_features_are_not_kept(data, tmp_path, monkeypatch):
     model, path = Brightness(), tmp_path / "train.safetensors"
-    monkeypatch.setattr(module, "LARGEST_CACHE", features_bytes(30, 3, (2, 2)) - 1)
+    monkeypatch.setattr(module, "LARGEST_CACHE", 2 * 30 * 3 * 4 - 1)
     assert foundation_features(model, data, (2, 2), path, progress=False) is None
     assert model.seen == 0 and not path.exists()
-    monkeypatch.setattr(module, "LARGEST_CACHE", features_bytes(30, 3, (2, 2)))
+    monkeypatch.setattr(module, "LARGEST_CACHE", 2 * 30 * 3 * 4)
     assert foundation_features(model, data, (2, 2), path, progress=False) is not None
 
 
 def test_features_of_a_model_from_a_folder(data, dino_dir, tmp_path):
     model, path = load_foundation(dino_dir), tmp_path / "train.safetensors"
     features = foundation_features(model, data, (2, 2), path, batch_size=8, progress=False)
-    expected = model(to_unit(data.in_memory()[11:13]), (2, 2))
-    torch.testing.assert_close(features[11:13].float(), expected, rtol=1e-3, atol=1e-3)
+    some = features[torch.tensor([11, 12])]
+    torch.testing.assert_close(some.float(), model(to_unit(data.in_memory()[11:13]), (2, 2)), rtol=1e-3, atol=1e-3)
     latents = features_like(2, 32, 2, 2).requires_grad_()
-    sum(alignment_loss(latents, features[torch.tensor([11, 12])])).backward()
+    sum(alignment_loss(latents, some)).backward()
     assert latents.grad.isfinite().all()

@@ -214,15 +214,15 @@ def test_a_damaged_shard_is_made_anew(folder):
 
 
 def test_faults(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="Picture 1 of the side train has no caption"):
+    with pytest.raises(UserError, match="Image 1 of the subset train has no caption"):
         encode_texts(WordEncoder(), {"train": [("a",), ()]}, tmp_path, progress=False)
     for factor in (1e6, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="float16"):
+        with pytest.raises(UserError, match="States of this WordEncoder"):
             encode_texts(WordEncoder(factor=factor), CAPTIONS, tmp_path / str(factor), progress=False)
     usage = type("Usage", (), {"free": needed_bytes(WordEncoder(), CAPTIONS) - 1})
-    monkeypatch.setattr(texts.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("vavae_tools.data.encoded.shutil.disk_usage", lambda path: usage)
     encoder = WordEncoder()
-    with pytest.raises(UserError, match="No space for the encoded captions"):
+    with pytest.raises(UserError, match="No space: States of this WordEncoder need"):
         encode_texts(encoder, CAPTIONS, tmp_path / "full", progress=False)
     assert encoder.encoded == []
     (tmp_path / texts.INDEX).write_text("{")

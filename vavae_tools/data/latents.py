@@ -267,7 +267,7 @@ def _check_fit(autoencoder: nn.Module, image_size: tuple[int, int]) -> None:
     else:
         return
     name = type(autoencoder).__name__.replace("VAVAE", "VA-VAE")
-    raise UserError(f"Pictures of {image_size[0]}×{image_size[1]} do not fit this {name}: {expected}")
+    raise UserError(f"Images of {image_size[0]}×{image_size[1]} do not fit this {name}: {expected}")
 
 
 def _flat(statistics: tuple[Tensor | Sequence[float], Tensor | Sequence[float]]) -> tuple[list[float], list[float]]:

@@ -240,7 +240,8 @@ def _digest(value: Any) -> str:
 
 
 def _bytes(encoder: Encoder, captions: list[str]) -> int:
-    tokens = sum(min(int(length), encoder.max_tokens) for length in encoder.lengths(captions)[0])
+    lengths = encoder.lengths(captions)[0] if captions else []
+    tokens = sum(min(int(length), encoder.max_tokens) for length in lengths)
     return _NUMBER * (tokens * encoder.dim + len(captions) * encoder.pooled_dim) + 8 * len(captions)
 
 
