@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from vavae_tools.checkpoints.formats import whole
+from vavae_tools.checkpoints.resuming import whole
 from vavae_tools.data.demo.gait import write_gait_dataset
 from vavae_tools.data.split import split_folders
 

@@ -202,10 +202,6 @@ def main() -> None:
         run([*words, *stopped, "--output_dir", f"stopped/{name}"])
         expected[name] = end_of(Path(name), Path("stopped", name, "checkpoints", "last.ckpt"))
         kept |= {f"{name}/{what}": f"stopped/{name}/{what}" for what in KEPT}
-        if name == "vavae_dit":
-            parts = ["--devices", "2", "--batch_size", "6", "--strategy", "fsdp", "trainer.sharded_checkpoints=true"]
-            run([*words, *parts, *stopped, "--output_dir", "sharded"])
-            kept["sharded/checkpoints/last.ckpt"] = "sharded/checkpoints/last.ckpt"
     for name, words in SAMPLES.items():
         for source in (f"{name}/pipeline", f"stopped/{name}/checkpoints/last.ckpt"):
             made = f"samples/{name}/{Path(source).name}"

@@ -15,7 +15,6 @@ from vavae_tools.checkpoints.resuming import check_resumable, resume_path
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.pipelines.classes import LatentDiTPipeline
 from vavae_tools.runtime.errors import run_command
-from vavae_tools.training import strategies
 from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
 from vavae_tools.training.callbacks.previews import SamplePreviews
 from vavae_tools.training.config import Saving
@@ -24,26 +23,15 @@ from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.run import build_trainer, fit_trainer
 
 
-class At(L.Callback):
-    """Something that happens to one process from a step on."""
+class Stop(L.Callback):
+    """A signal to one process before a step."""
 
-    def __init__(self, what: str, step: int, rank: int) -> None:
-        self.what, self.step, self.rank = what, step, rank
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step != self.step or trainer.global_rank != self.rank:
-            return
-        if self.what == "a full disk":
-            strategies.save_part = _full
-        elif self.what == "killed as a folder gets its name":
-            strategies.finish_folder = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        else:
-            os.kill(os.getpid(), signal.Signals[self.what])
-
-
-def _full(value, path):
-    path.write_bytes(b"half")
-    raise OSError(28, "No space left on device")
+        if (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def make(network: nn.ModuleDict) -> Tensor:
@@ -55,7 +43,7 @@ def make(network: nn.ModuleDict) -> Tensor:
     return pipe(people, 2, 2.0, latents=noise, output_type="pt").images
 
 
-def train(run, latents, resume=None, batch_size=4, checkpointing=False, at=None, saving=None, steps=8, **devices):
+def train(run, latents, resume=None, batch_size=4, checkpointing=False, stop=None, saving=None, steps=8, **devices):
     L.seed_everything(0, verbose=False)
     quiet_lightning()
     denoiser, conditioner = tiny_dit(depth=2)
@@ -67,7 +55,7 @@ def train(run, latents, resume=None, batch_size=4, checkpointing=False, at=None,
     saving = Saving(**{"save_every_minutes": 99, **(saving or {})})
     previews = SamplePreviews(make, 2, Path(run) / "samples", 1)
     saves = checkpoint_callbacks(Path(run) / "checkpoints", "val/loss", saving)
-    callbacks = [*([At(*at)] if at else []), previews, *saves]
+    callbacks = [*([Stop(*stop)] if stop else []), previews, *saves]
     trainer = build_trainer(settings, Path(run), callbacks, print, max_steps=steps, max_epochs=-1)
     resume_from = resume_path(resume, Path(run) / "checkpoints")
     check_resumable(resume_from, module)

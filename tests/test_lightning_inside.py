@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -70,14 +69,3 @@ def test_leave_sigterm_to_us_replaces_what_the_loop_asks():
 
     trained(Line(), callbacks=[Early()])
     assert not asked
-
-
-def test_unwrapped_is_torchs_own_optimiser():
-    own: list[object] = []
-    trained(Line(lambda module: own.append(lightning_inside.unwrapped(module.optimizers()))))
-    assert type(own[0]) is torch.optim.SGD and lightning_inside.unwrapped(own[0]) is own[0]
-
-
-def test_saves_parts_is_what_the_strategy_was_told():
-    for choice in (True, False):
-        assert lightning_inside.saves_parts(ModelParallelStrategy(save_distributed_checkpoint=choice)) is choice

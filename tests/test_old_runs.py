@@ -24,7 +24,6 @@ pytestmark = [
 
 KEPT = Path(__file__).parent / "fixtures" / "old_runs"
 EXPECTED = json.loads((KEPT / "expected.json").read_text(encoding="utf-8"))
-SHARDED = "sharded/checkpoints/last.ckpt"
 NEAR = 1e-4
 """Relative; other instructions, libraries and numbers of threads make differences up to 2e-6."""
 
@@ -90,22 +89,20 @@ def test_a_run_that_was_stopped_goes_on(run, data, name):
         assert_alike(Path("made"), KEPT / "samples" / name / "pipeline")
 
 
-@pytest.mark.parametrize(("path", "step"), [*((path, SAVED) for path in old_runs.FOLDERS), (SHARDED, STOPPED)])
-def test_folders_and_single_files_are_gone_on_with(run, path, step):
-    name = "vavae_dit" if path == SHARDED else path.split("/")[0]
+@pytest.mark.parametrize("path", old_runs.FOLDERS)
+def test_folders_and_single_files_are_gone_on_with(run, path):
+    name = path.split("/")[0]
     said = run(*RUNS[name], "--output_dir", "again", "--resume", path)
-    assert f"going on after step {step} of {STEPS}" in said
+    assert f"going on after step {SAVED} of {STEPS}" in said
     found = end_of(Path("again"), KEPT / name / "checkpoints" / "last.ckpt")
     assert found == pytest.approx(EXPECTED[name], rel=NEAR)
 
 
 def test_checkpoints_are_whole_and_become_others(run):
-    for name in (*RUNS, "sharded"):
+    for name in RUNS:
         assert "damaged" not in run("checkpoints", "verify", name)
-    run("checkpoints", "consolidate", SHARDED, "--output", "one.ckpt")
-    run("checkpoints", "convert", old_runs.FOLDERS[0], "two.ckpt")
-    for path, step in (("one.ckpt", STOPPED), ("two.ckpt", SAVED)):
-        assert f"\nstep {step}, epoch " in run("checkpoints", "inspect", path)
+    run("checkpoints", "convert", old_runs.FOLDERS[0], "one.ckpt")
+    assert f"\nstep {SAVED}, epoch " in run("checkpoints", "inspect", "one.ckpt")
 
 
 @pytest.mark.parametrize("source", ["pipeline", "checkpoints/last.ckpt"])

@@ -64,7 +64,7 @@ def test_a_failed_write_is_told_at_the_next_step(tmp_path, monkeypatch):
         if writer._pending.done():
             break
         time.sleep(0.01)
-    with pytest.raises(UserError, match=r"last\.ckpt could not be written .* go on with --resume last"):
+    with pytest.raises(UserError, match=r"last\.ckpt could not be written .* resumes with --resume last"):
         writer.look()
     writer.look()  # told once
     assert not list(tmp_path.iterdir())

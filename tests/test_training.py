@@ -57,7 +57,10 @@ class Watch(L.Callback):
             shutil.copy(self.folder / "last.ckpt", self.folder / f"{trainer.global_step:02d}.kept")
 
     def on_validation_end(self, trainer, module):
-        trainer.save_checkpoint(self.folder / f"{trainer.global_step:02d} validated.kept")
+        path = self.folder / f"{trainer.global_step:02d} validated.ckpt"
+        trainer.save_checkpoint(path)
+        trainer.strategy.checkpoint_io.wait()
+        path.rename(path.with_suffix(".kept"))
 
 
 class Fit:
@@ -241,7 +244,7 @@ def test_a_failing_write_leaves_the_former_checkpoint(tmp_path, data, monkeypatc
         save(checkpoint, path)
 
     monkeypatch.setattr(checkpoints_module.torch, "save", full)
-    message = r"last\.ckpt could not be written \(.* MB free\): .* The checkpoint before it is whole: free some space"
+    message = r"last\.ckpt could not be written \(.* MB free\): .* What was there is whole: free some space"
     with pytest.raises(UserError, match=message):
         Fit(tmp_path, "dit", data, max_epochs=2)
     folder = tmp_path / "checkpoints"
@@ -304,7 +307,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, other, message):
     torch.save({"state_dict": here.state_dict(), "optimizer_states": [], "loops": {}}, path)
     check_resumable(path, here)
     torch.save({"state_dict": here.state_dict()}, path)
-    with pytest.raises(UserError, match="has no optimizer_states: training cannot go on from it"):
+    with pytest.raises(UserError, match="has no optimizer_states: training cannot resume from it"):
         check_resumable(path, here)
 
 

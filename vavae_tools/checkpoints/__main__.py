@@ -9,51 +9,35 @@ from typing import TYPE_CHECKING, Any
 from vavae_tools.runtime.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from vavae_tools.checkpoints.formats import Checkpoint
+    from vavae_tools.checkpoints.resuming import Checkpoint
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vavae_tools.checkpoints", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, text: str, **paths: str) -> argparse.ArgumentParser:
+    def add(function: Callable[..., Any], name: str, text: str, **paths: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:], allow_abbrev=False)
+        command.set_defaults(function=function)
         for path, meaning in paths.items():
             command.add_argument(path, metavar=path.upper(), help=meaning)
         return command
 
-    run = "a run's folder, or the checkpoints/ in it"
-    add("list", "a table of a run's checkpoints: step, epoch, metric, size, age, whole or damaged", folder=run)
-    add("inspect", "what is in a checkpoint", path="a .ckpt, .pth or checkpoint folder")
-    prune = add("prune", "remove a run's periodic checkpoints (checkpoint-*) but the newest whole ones", folder=run)
+    run, one = "a run's folder, or the checkpoints/ in it", "a .ckpt, .pth or checkpoint folder"
+    table = "a table of a run's checkpoints: step, epoch, metric, size, age, whole or damaged"
+    add(list_checkpoints, "list", table, folder=run)
+    add(inspect_checkpoint, "inspect", "what is in a checkpoint", path=one)
+    prune = "remove a run's periodic checkpoints (checkpoint-*) but the newest whole ones"
+    prune = add(prune_checkpoints, "prune", prune, folder=run)
     prune.add_argument("--keep", type=int, required=True, metavar="N", help="how many stay; last and best-* always do")
     prune.add_argument("--dry_run", action="store_true", help="say what would go, and remove nothing")
-    add(
-        "convert",
-        "write a checkpoint as another kind: .ckpt, .pth, or a folder",
-        source="a .ckpt, .pth or checkpoint folder",
-        destination="NAME.ckpt, NAME.pth or a folder's name, which does not exist yet",
-    )
-    consolidate = add(
-        "consolidate",
-        "make one file of a folder with the parts of several processes (fsdp, deepspeed)",
-        folder="what sharded_checkpoints=true or strategy=deepspeed wrote, such as checkpoints/last.ckpt",
-    )
-    consolidate.add_argument("--output", metavar="FILE", help="NAME.ckpt; by default beside the folder, -whole.ckpt")
-    add("verify", "read everything, and end with status 2 where a checkpoint is damaged", folder=f"{run}; or one alone")
-    args = parser.parse_args()
-    if args.command == "list":
-        list_checkpoints(args.folder)
-    elif args.command == "inspect":
-        inspect_checkpoint(args.path)
-    elif args.command == "prune":
-        prune_checkpoints(args.folder, args.keep, args.dry_run)
-    elif args.command == "convert":
-        convert_checkpoint(args.source, args.destination)
-    elif args.command == "consolidate":
-        consolidate_checkpoint(args.folder, args.output)
-    else:
-        verify_checkpoints(args.folder)
+    new = "NAME.ckpt, NAME.pth or a folder's name, which does not exist yet"
+    kinds = "write a checkpoint as another kind: .ckpt, .pth, or a folder"
+    add(convert_checkpoint, "convert", kinds, source=one, destination=new)
+    damage = "read everything, and end with status 2 where a checkpoint is damaged"
+    add(verify_checkpoints, "verify", damage, folder=f"{run}; or one alone")
+    options = vars(parser.parse_args())
+    options.pop("function")(**options)
 
 
 def list_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -> None:
@@ -62,23 +46,14 @@ def list_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -> 
     Raises:
         UserError: there is none.
     """
-    from vavae_tools.checkpoints.formats import whole
-
     rows = [("checkpoint", "step", "epoch", "metric", "size", "age", "state")]
     folder = Path(folder)
     for c in _found(folder):
-        fault = whole(c.path)
-        rows.append(
-            (
-                str(c.path.relative_to(folder)) if c.path.is_relative_to(folder) else str(c.path),
-                "-" if c.step is None else f"{c.step:,}",
-                "-" if c.epoch is None else f"{c.epoch:,}",
-                c.metric or "-",
-                _size(c.bytes),
-                _age(time.time() - c.written),
-                "whole" if fault is None else f"damaged: {fault}",
-            )
-        )
+        name = str(c.path.relative_to(folder)) if c.path.is_relative_to(folder) else str(c.path)
+        place = ["-" if number is None else f"{number:,}" for number in (c.step, c.epoch)]
+        fault = c.damage()
+        state = "whole" if fault is None else f"damaged: {fault}"
+        rows.append((name, *place, c.metric or "-", _size(c.bytes), _age(time.time() - c.written), state))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, *numbers, state in rows:
         cells = [number.rjust(width) for number, width in zip(numbers, widths[1:-1], strict=True)]
@@ -91,11 +66,12 @@ def inspect_checkpoint(path: str | Path, say: Callable[[str], None] = print) -> 
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    from vavae_tools.checkpoints.formats import look_at, read_any, whole
+    from vavae_tools.checkpoints.formats import read_any
+    from vavae_tools.checkpoints.resuming import look_at
 
-    checkpoint = read_any(path, say)
-    fault = whole(path)
-    say(f"{path}: {_size(look_at(path).bytes)}, {'whole' if fault is None else f'damaged ({fault})'}")
+    checkpoint, found = read_any(path, say), look_at(path)
+    fault = found.damage()
+    say(f"{path}: {_size(found.bytes)}, {'whole' if fault is None else f'damaged ({fault})'}")
     say(f"step {checkpoint.get('global_step', '-')}, epoch {checkpoint.get('epoch', '-')}")
     _say_weights(checkpoint.get("state_dict", {}), say)
     for number, state in enumerate(checkpoint.get("optimizer_states", [])):
@@ -104,10 +80,12 @@ def inspect_checkpoint(path: str | Path, say: Callable[[str], None] = print) -> 
         say(f"optimiser {number}: {sum(len(group['params']) for group in groups):,} tensors, lr {rates}")
     for number, state in enumerate(checkpoint.get("lr_schedulers", [])):
         say(f"schedule {number}: step {state.get('last_epoch', '-')}")
-    versions = {"lightning": checkpoint.get("pytorch-lightning_version", "-"), **_run(checkpoint).get("versions", {})}
+    run = checkpoint.get("run")
+    run = run if isinstance(run, dict) else {}
+    versions = {"lightning": checkpoint.get("pytorch-lightning_version", "-"), **run.get("versions", {})}
     say("versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()))
-    if _run(checkpoint).get("command"):
-        say("command: " + " ".join(map(str, _run(checkpoint)["command"])))
+    if run.get("command"):
+        say("command: " + " ".join(map(str, run["command"])))
     for name, value in checkpoint.get("hyper_parameters", {}).items():
         say(f"  {name}: {value}")
 
@@ -115,8 +93,8 @@ def inspect_checkpoint(path: str | Path, say: Callable[[str], None] = print) -> 
 def prune_checkpoints(
     folder: str | Path, keep: int, dry_run: bool = False, say: Callable[[str], None] = print
 ) -> list["Checkpoint"]:
-    """Remove a run's periodic checkpoints but the `keep` newest whole ones (`keep_newest`); say what is freed."""
-    from vavae_tools.checkpoints.formats import keep_newest
+    """Remove a run's periodic checkpoints but the `keep` newest whole ones; say what is freed."""
+    from vavae_tools.checkpoints.resuming import keep_newest
 
     _found(Path(folder))
     gone = keep_newest(folder, keep, thoroughly=True, dry_run=dry_run)
@@ -143,45 +121,18 @@ def convert_checkpoint(source: str | Path, destination: str | Path, say: Callabl
     return written
 
 
-def consolidate_checkpoint(
-    folder: str | Path, output: str | Path | None = None, say: Callable[[str], None] = print
-) -> Path:
-    """Make one `.ckpt`, which every strategy goes on from, of a folder with the parts of several processes.
-
-    It needs memory for all of it. Of DeepSpeed's the optimiser's state is left behind.
-
-    Args:
-        folder: such a checkpoint, or a run's folder for its newest one.
-        output: by default `last-whole.ckpt` for `last.ckpt/`, beside it.
-
-    Raises:
-        UserError: `folder` is no such checkpoint or damaged, `output` exists or cannot be written.
-    """
-    from vavae_tools.checkpoints.formats import main_file
-    from vavae_tools.checkpoints.resuming import resume_path
-
-    source = resume_path(str(folder), Path(), say)
-    if source.is_file() or main_file(source) == "model.pt":
-        raise UserError(f"{source} is whole already: any strategy goes on from it, and convert makes other kinds of it")
-    name = source.with_name(source.name.removesuffix(".ckpt") + "-whole.ckpt")
-    output = Path(output) if output else name
-    if output.suffix != ".ckpt":
-        raise UserError(f"--output {output}: expected a file NAME.ckpt")
-    return convert_checkpoint(source, output, say)
-
-
 def verify_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -> None:
     """Read a checkpoint, or all of a run, and say of each whether it is whole.
 
     Raises:
         UserError: one is damaged, or none is there.
     """
-    from vavae_tools.checkpoints.formats import is_checkpoint, look_at, whole
+    from vavae_tools.checkpoints.formats import is_checkpoint
+    from vavae_tools.checkpoints.resuming import look_at
 
     folder = Path(folder)
-    alone = folder.is_file() or is_checkpoint(folder)
-    found = [look_at(folder)] if alone else _found(folder)
-    faults = {c.path: whole(c.path) for c in found}
+    found = [look_at(folder)] if folder.is_file() or is_checkpoint(folder) else _found(folder)
+    faults = {c.path: c.damage() for c in found}
     for path, fault in faults.items():
         say(f"{path}: {fault or 'whole'}")
     damaged = [path.name for path, fault in faults.items() if fault]
@@ -194,12 +145,12 @@ def verify_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -
 
 def _found(folder: Path) -> list["Checkpoint"]:
     from vavae_tools.checkpoints.foreign import few
-    from vavae_tools.checkpoints.formats import checkpoints_in
+    from vavae_tools.checkpoints.resuming import checkpoints_in
 
     found = checkpoints_in(folder, also=("*.ckpt", "*.pth"))
     if not found:
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        holds = "is not there" if not folder.is_dir() else f"holds {few(names)}" if names else "is empty"
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else None
+        holds = "is not there" if names is None else f"holds {few(names)}" if names else "is empty"
         raise UserError(
             f"No checkpoints in {folder}: it {holds}; expected a run's folder with last.ckpt, best-*.ckpt or "
             "checkpoint-*/, there or in checkpoints/"
@@ -216,11 +167,6 @@ def _say_weights(weights: dict[str, Any], say: Callable[[str], None]) -> None:
     for part, tensors in parts.items():
         kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
         say(f"{part}: {sum(tensor.numel() for tensor in tensors):,} weights in {len(tensors):,} tensors, {kinds}")
-
-
-def _run(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    run = checkpoint.get("run")
-    return run if isinstance(run, dict) else {}
 
 
 def _size(number: float) -> str:

@@ -1,21 +1,15 @@
-"""Checkpoints as folders, `checkpoint-epoch-118/` and `checkpoint-5000/`, and as files of other trainings.
+"""Checkpoints on the disk: folders, `checkpoint-epoch-118/` and `checkpoint-5000/`, and single files of any training.
 
-A folder may also hold the parts of several processes (`checkpoints.sharded`). Inside, every kind is Lightning's
-checkpoint, a dict. A folder that was written here holds all of it, so that it comes back bit by bit; from one that was
-not, training goes on at the beginning of the epoch after the finished one.
+Inside, every kind is Lightning's checkpoint, a dict. A folder that was written here holds all of it, so that it comes
+back bit by bit; from one that was not, training resumes at the beginning of the epoch after the finished one.
 """
 
-import ctypes
-import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
@@ -33,7 +27,6 @@ from vavae_tools.checkpoints.foreign import (
     place_in_name,
     plain_name,
 )
-from vavae_tools.checkpoints.sharded import CHECKPOINT, OF_DEEPSPEED, open_parts, read_deepspeed, whole_tensors
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import flush_folder, read_checkpoint, read_saved, written_whole
 
@@ -41,95 +34,82 @@ STATE = "training_state.json"
 PARTS = {"optimizer": "optimizer_states", "scheduler": "lr_schedulers"}
 """Parts of a folder, and what Lightning calls them."""
 FILES = (".ckpt", ".pth", ".pt")
-NAMES_OF_CHECKPOINTS = ("last.ckpt", "previous.ckpt", "best-*.ckpt", "epoch=*.ckpt", "checkpoint-*", "checkpoint_*")
-"""What a run goes on from; the latter two are periodic."""
+_PARTS = ("model", "ema_model", *PARTS, "trainer", "scaler")
 
 
 # ---- folders
 def write_folder(checkpoint: dict[str, Any], folder: str | Path) -> Path:
-    """Write Lightning's checkpoint as a folder that is whole under its name, in place of one that may be there.
+    """Write Lightning's checkpoint as a folder that is whole under its name.
 
     `model.pt` and `ema_model.pt` have the weights under the same names, `optimizer.pt` and `scheduler.pt` lists of
-    state_dicts, `trainer.pt` all the rest; `training_state.json` lists every file's length and SHA-256.
+    state_dicts, `trainer.pt` all the rest; `training_state.json` lists every file's length.
 
     Raises:
         UserError: it cannot be written (what was there is as before), or something else has this name.
     """
     folder = Path(folder)
-    partial = begin_folder(folder)
+    if folder.exists() and not is_checkpoint(folder):
+        raise UserError(f"{folder} exists and is no checkpoint (no model.pt): name another folder")
+    partial, former = _hidden(folder), _hidden(folder, "former")
+    state = {"global_step": checkpoint.get("global_step", 0), "current_epoch": checkpoint.get("epoch", 0), "files": {}}
     try:
-        files = {f"{part}.pt": save_part(value, partial / f"{part}.pt") for part, value in _split(checkpoint).items()}
-        finish_folder(partial, folder, checkpoint, files)
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for part, value in _split(checkpoint).items():
+            path = partial / f"{part}.pt"
+            torch.save(value, path)
+            _flush(path)
+            state["files"][path.name] = {"bytes": path.stat().st_size}
+        (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        _flush(partial / STATE)
+        flush_folder(partial)
+        if folder.exists():  # by a run that resumed from an earlier checkpoint, which stays through a kill here
+            folder.rename(former)
+        partial.rename(folder)
+        flush_folder(folder.parent)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
         raise not_written(folder, error) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_over in (partial, former):
+            shutil.rmtree(left_over, ignore_errors=True)
     return folder
 
 
-def begin_folder(folder: Path) -> Path:
-    """An empty folder beside, for the files of a checkpoint.
-
-    Raises:
-        UserError: something else has its name, or it cannot be made.
-    """
-    a_file = folder.suffix == ".ckpt" and folder.is_file()  # of the same run, before it was sharded
-    if folder.exists() and not (a_file or is_checkpoint(folder)):
-        raise UserError(f"{folder} exists and is no checkpoint (no model.pt): name another folder")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    except OSError as error:
-        raise not_written(folder, error) from None
-    return partial
-
-
-def finish_folder(
-    partial: Path,
-    folder: Path,
-    checkpoint: dict[str, Any],
-    files: dict[str, dict[str, Any]],
-    former: Path | None = None,
-) -> None:
-    """List the files of `partial`, flushed, and give it its name; what had it gets the name `former`, or is gone."""
-    state = {"global_step": checkpoint.get("global_step", 0), "current_epoch": checkpoint.get("epoch", 0)}
-    with (partial / STATE).open("w", encoding="utf-8") as file:
-        file.write(json.dumps({**state, "files": files}, indent=2) + "\n")
-        file.flush()
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
         os.fsync(file.fileno())
-    flush_folder(partial)
-    _put_in_place(partial, folder, former)
-    flush_folder(folder.parent)
+
+
+def _hidden(path: Path, what: str = "") -> Path:
+    """Return a name beside `path` that `clear_left_overs` removes."""
+    return path.with_name(f".{path.name}.{os.getpid()}{what and f'.{what}'}.partial")
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a checkpoint, and not a run's folder or something else."""
-    return main_file(folder) is not None
+    """Return whether a folder is a checkpoint, also one that `read_any` refuses, and not a run's folder."""
+    return is_deepspeed(folder) or any((folder / name).is_file() for name in ("model.pt", "checkpoint.pt"))
 
 
-def main_file(folder: Path) -> str | None:
-    """The file by which a checkpoint's folder is known: of parts by name, of processes' parts, or of DeepSpeed."""
-    return next((name for name in ("model.pt", CHECKPOINT, OF_DEEPSPEED) if (folder / name).is_file()), None)
+def is_deepspeed(folder: Path) -> bool:
+    """Return whether Lightning's DeepSpeed strategy has written this folder, which it alone resumes from."""
+    return (folder / "checkpoint" / "mp_rank_00_model_states.pt").is_file()
 
 
 def read_folder(folder: str | Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Lightning's checkpoint from a folder; `say` gets a line for everything that is not there and starts anew.
+    """Return Lightning's checkpoint from a folder; `say` gets a line for everything that is missing and starts anew.
 
     Raises:
         UserError: no such folder, no weights in it, or a damaged file.
     """
     folder = Path(folder)
-    recover_former(folder.parent)
     if not (folder / "model.pt").is_file():
         raise UserError(no_weights(folder))
-    faults = damaged_files(folder)
+    faults = damaged_files(folder, quickly=True)
     for name, fault in faults.items():
-        if fault != "missing" or name == "model.pt":
+        if fault != "missing":
             raise UserError(f"{folder} is damaged ({name}: {fault}): take another checkpoint")
     parts = {p: read_saved(folder / f"{p}.pt") for p in _PARTS if (folder / f"{p}.pt").is_file()}
-    state = _state(folder)
+    state = read_state(folder)
     if "trainer" in parts:
         lost = [name.removesuffix(".pt") for name in faults]
         for part in lost:
@@ -142,12 +122,10 @@ def read_folder(folder: str | Path, say: Callable[[str], None]) -> dict[str, Any
     return from_elsewhere(parts, {**place_in_name(folder), **place_in(state)}, folder, ".pt", say)
 
 
-_PARTS = ("model", "ema_model", *PARTS, "trainer", "scaler")
-
-
 def _split(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Lightning's checkpoint → the parts that become files; what a part has no file of stays in "trainer"."""
-    weights, rest = checkpoint["state_dict"], {k: v for k, v in checkpoint.items() if k != "state_dict"}
+    """Return the parts that become files; what a part has no file of stays in "trainer"."""
+    rest = dict(checkpoint)
+    weights = rest.pop("state_dict")
     model = type(weights)((plain_name(k), v) for k, v in weights.items() if not k.startswith(AVERAGE))
     average = {plain_name(k.removeprefix(AVERAGE)): v for k, v in weights.items() if k.startswith(AVERAGE)}
     if len(model) + len(average) < len(weights):
@@ -159,8 +137,8 @@ def _split(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {**parts, "trainer": rest}
 
 
-def _joined(parts: dict[str, Any], lost: list[str] = ()) -> dict[str, Any]:
-    """The reverse of `_split`; parts that are `lost` come back empty."""
+def _joined(parts: dict[str, Any], lost: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the reverse of `_split`; parts that are `lost` come back empty."""
     weights = parts["model"]
     weights.update({AVERAGE + name: tensor for name, tensor in parts.get("ema_model", {}).items()})
     checkpoint = {**parts["trainer"], "state_dict": weights}
@@ -170,96 +148,47 @@ def _joined(parts: dict[str, Any], lost: list[str] = ()) -> dict[str, Any]:
     return checkpoint
 
 
-def save_part(value: Any, path: Path) -> dict[str, Any]:
-    """Write one file of a checkpoint's folder, flushed → its length and SHA-256."""
-    torch.save(value, path)
-    return described(path)
+def no_weights(folder: Path) -> str:
+    """Return the line to say of a folder that cannot be read as a checkpoint."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if "checkpoint.pt" in names:
+        return (
+            f"{folder} holds the parts of several processes, as an older version wrote with sharded_checkpoints=true: "
+            f"make one file of it with that version (python -m vavae_tools.checkpoints consolidate {folder})"
+        )
+    if is_deepspeed(folder):
+        return (
+            f"{folder} was written by DeepSpeed: resume from it with --strategy deepspeed, or make a file of its "
+            "weights by lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict"
+        )
+    found = f"holds {few(names)}" if names else "is empty" if folder.is_dir() else "is not there"
+    return f"{folder} is no checkpoint: it {found}, expected model.pt"
 
 
-def described(path: Path) -> dict[str, Any]:
-    """A file's length and SHA-256, flushed to the disk before."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return `training_state.json`, or {} where there is none."""
+    path = folder / STATE
+    if not path.is_file():
+        return {}
+    with suppress(ValueError):
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(state, dict):
+            return state
+    raise UserError(
+        f"{path} is damaged: it is no JSON object. Mend it, or remove it: then the epoch is taken from the name"
+    )
 
 
-def _put_in_place(partial: Path, path: Path, former: Path | None = None) -> None:
-    """Rename `partial` to `path`; what is there, file or folder, gets the name `former`, or is gone."""
-    if not path.exists():
-        partial.rename(path)
-        return
-    if former is not None and former.exists():
-        remove(former)
-    aside = partial
-    if not _exchanged(partial, path):
-        # two renames, and a kill between them leaves the former one under its hidden name: see `recover_former`
-        aside = path.with_name(f".{path.name}.former")
-        _delete(aside)
-        path.rename(aside)
-        partial.rename(path)
-    if former is not None:
-        aside.rename(former)
-    else:
-        _delete(aside)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _exchanged(a: Path, b: Path) -> bool:
-    """Exchange two names at once, where the system can (Linux, most file systems)."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return renameat2(here, os.fsencode(a), here, os.fsencode(b), ctypes.c_uint(exchange)) == 0
-
-
-def recover_former(parent: Path) -> None:
-    """Give folders their names back whose replacement was killed halfway (only where names cannot be exchanged)."""
-    for former in parent.glob(".*.former") if parent.is_dir() else ():
-        folder = former.with_name(former.name[1:].removesuffix(".former"))
-        with suppress(OSError):
-            if not folder.exists():
-                former.rename(folder)
-
-
-def clear_left_overs(folder: Path) -> None:
-    """Remove what a process that was killed left of checkpoints it was writing or removing, files and folders."""
-    recover_former(folder)
-    for left_over in [*folder.glob(".*.partial"), *folder.glob(".*.former")]:
-        _delete(left_over)
-
-
-def open_folder(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """As `read_folder`, of any kind; tensors that lie in the parts of several processes stay there, as a `Cut`.
-
-    Raises:
-        UserError: as there.
-    """
-    kind = main_file(folder)
-    if kind not in (CHECKPOINT, OF_DEEPSPEED):
-        return read_folder(folder, say)
-    for name, fault in damaged_files(folder, quickly=True).items():
-        raise UserError(f"{folder} is damaged ({name}: {fault}): take another checkpoint")
-    return open_parts(folder) if kind == CHECKPOINT else read_deepspeed(folder, say)
-
-
-# ---- single files
+# ---- files
 def read_any(path: str | Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Lightning's checkpoint from a `.ckpt`, a `.pth` or `.pt` of this or another training, or a folder.
+    """Return Lightning's checkpoint from a `.ckpt`, a `.pth` or `.pt` of this or another training, or a folder.
 
     Raises:
         UserError: it is not there, damaged, would have to run code to be read, or has no weights.
     """
     path = Path(path)
     if path.is_dir():
-        return whole_tensors(open_folder(path, say))
+        return read_folder(path, say)
     saved = read_checkpoint(path)
     if path.suffix == ".ckpt" or "pytorch-lightning_version" in saved:
         return saved
@@ -279,7 +208,8 @@ def read_any(path: str | Path, say: Callable[[str], None]) -> dict[str, Any]:
 def write_any(checkpoint: dict[str, Any], path: str | Path) -> Path:
     """Write Lightning's checkpoint as what the name says: a `.ckpt`, a single `.pth` or `.pt`, else a folder.
 
-    A `.pth` has the parts of a folder as its keys, and `epoch` and `global_step`.
+    A `.pth` has the parts of a folder as its keys, and `epoch` and `global_step`. What `last.ckpt` was before becomes
+    `previous.ckpt`.
     """
     path = Path(path)
     if path.suffix not in FILES:
@@ -290,200 +220,87 @@ def write_any(checkpoint: dict[str, Any], path: str | Path) -> Path:
     try:
         with written_whole(path) as partial:
             torch.save(checkpoint, partial)
+            if path.name == "last.ckpt" and path.is_file():
+                _keep_as_previous(path)
     except (OSError, RuntimeError) as error:
         raise not_written(path, error) from None
     return path
 
 
+def _keep_as_previous(last: Path) -> None:
+    previous = last.with_name("previous.ckpt")
+    partial = _hidden(previous)
+    with suppress(OSError):  # a file system without links goes without
+        partial.unlink(missing_ok=True)
+        os.link(last, partial)
+        partial.replace(previous)
+
+
 def not_written(path: Path, error: Exception) -> UserError:
-    """What to say of a checkpoint that could not be written."""
     free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.is_dir())).free / 2**20
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return UserError(
         f"{path} could not be written ({free:,.0f} MB free): {reason}. What was there is whole: free some space, or "
-        "choose a folder that is yours"
+        "choose a folder that is yours; a training resumes with --resume last"
     )
 
 
-# ---- damage
-def damaged_file(path: Path) -> str | None:
-    """Why a file of `torch.save` is damaged: its length, or the CRC-32 of one of its records; None where it is not."""
-    if not path.is_file():
-        return "missing"
-    if not is_zipfile(path):  # also before PyTorch 1.6, a pickle without a checksum: reading it tells
-        return None if path.open("rb").read(1) == b"\x80" else "no file of torch.save, or its end is missing"
-    try:
-        with ZipFile(path) as records:
-            record = records.testzip()
-    except (BadZipFile, OSError, ValueError, NotImplementedError, EOFError, RuntimeError) as error:
-        return f"cannot be read: {error}"
-    return f"other contents than were written ({record})" if record else None
-
-
-def damaged_files(folder: Path, quickly: bool = False) -> dict[str, str]:
-    """Files of a checkpoint's folder that are not as `training_state.json` lists them: {name: what is wrong}.
-
-    Without a list, as from elsewhere, each file's own checksums are looked at; `quickly` looks at lengths alone.
-    """
-    try:
-        listed = _state(folder).get("files")
-    except UserError:
-        return {STATE: "no JSON object"}
-    if not isinstance(listed, dict) or not all(isinstance(e, dict) and "bytes" in e for e in listed.values()):
-        found = {path.name: damaged_file(path) for path in sorted(folder.glob("*.pt")) if not quickly}
-        return {name: fault for name, fault in found.items() if fault}
-    faults = {}
-    for name, expected in listed.items():
-        path = folder.joinpath(*(part for part in PurePosixPath(name).parts if part not in ("/", "..")))
-        if not path.is_file():
-            faults[name] = "missing"
-        elif path.stat().st_size != expected["bytes"]:
-            faults[name] = f"{path.stat().st_size:,} bytes, expected {expected['bytes']:,}"
-        elif not quickly and described(path) != expected:
-            faults[name] = "other contents than were written"
-    return faults
-
-
-def no_weights(folder: Path) -> str:
-    """What to say of a folder that is no checkpoint."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if ".metadata" in names:
-        return (
-            f"{folder} was written by torch.distributed.checkpoint: its .metadata is a pickle, which is not opened. "
-            "Where you trust its origin, run python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
-            f"{folder} FILE.pt, and name that file"
-        )
-    found = f"holds {few(names)}" if names else "is empty" if folder.is_dir() else "is not there"
-    return f"{folder} is no checkpoint: it {found}, expected model.pt"
-
-
-def _state(folder: Path) -> dict[str, Any]:
-    """`training_state.json`, or {} where there is none."""
-    path = folder / STATE
-    if not path.is_file():
-        return {}
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        state = None
-    if not isinstance(state, dict):
-        raise UserError(
-            f"{path} is damaged: it is no JSON object. Mend it, or remove it: then the epoch is taken from the name"
-        )
-    return state
-
-
-# ---- what is on the disk
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on the disk, as far as it is known without its tensors; `step` and `epoch` are None where unknown.
-
-    The metric is what the name of a `best-EPOCH-METRIC.ckpt` or `epoch=EPOCH-METRIC.ckpt` says.
-    """
-
-    path: Path
-    step: int | None
-    epoch: int | None
-    metric: str
-    bytes: int
-    written: float
-    """seconds since 1970"""
-    fault: str | None
-    """why it cannot be read"""
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    @property
-    def order(self) -> tuple[int, float]:
-        """Newest last."""
-        return (-1 if self.step is None else self.step, self.written)
-
-
-def look_at(path: str | Path) -> Checkpoint:
-    """Read step and epoch of a checkpoint; its tensors stay on the disk."""
-    path = Path(path)
-    place, fault = {}, None
-    try:
-        place = {**place_in_name(path), **place_in(_state(path) if path.is_dir() else read_checkpoint(path))}
-        if path.is_dir() and not is_checkpoint(path):
-            fault = "model.pt: missing"
-    except UserError as error:
-        fault = str(error).removeprefix(f"{path} ").removeprefix("is damaged or no checkpoint").strip(" :()")
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    metric = re.fullmatch(r"(?:best-|epoch=)\d+-(-?[\d.]+|-?inf|nan)\.ckpt", path.name)
-    return Checkpoint(
-        path,
-        place.get("global_step"),
-        place.get("epoch"),
-        metric[1] if metric else "",
-        sum(file.stat().st_size for file in files),
-        path.stat().st_mtime,
-        fault,
-    )
-
-
-def checkpoints_in(run: str | Path, also: tuple[str, ...] = ()) -> list[Checkpoint]:
-    """Checkpoints of a run, in its folder and in `checkpoints/` there, the newest first: by step, then by time.
-
-    Args:
-        run: its folder, or the `checkpoints/` in it.
-        also: patterns of further names.
-    """
-    run = Path(run)
-    run = run.parent if run.name == "checkpoints" else run
-    found = []
-    for folder in (run, run / "checkpoints"):
-        recover_former(folder)
-        names = {path for pattern in (*NAMES_OF_CHECKPOINTS, *also) for path in folder.glob(pattern)}
-        found += [path for path in names if path.is_dir() or path.suffix in FILES]
-    return sorted(map(look_at, found), key=lambda checkpoint: checkpoint.order, reverse=True)
-
-
-def whole(path: str | Path, quickly: bool = False) -> str | None:
-    """Why a checkpoint is damaged, or None.
-
-    Of a file the CRC-32 of each record is compared, of a folder each file's length and SHA-256; `quickly` leaves out
-    what has to read everything.
-    """
-    path = Path(path)
-    fault = damaged_file(path) if not path.is_dir() and not (quickly and path.is_file()) else look_at(path).fault
-    if fault or path.is_file():
-        return fault or look_at(path).fault
-    return "; ".join(f"{name}: {fault}" for name, fault in damaged_files(path, quickly).items()) or None
-
-
-def keep_newest(run: str | Path, n: int, thoroughly: bool = False, dry_run: bool = False) -> list[Checkpoint]:
-    """Remove a run's periodic checkpoints, `checkpoint-*`, but the `n` newest whole ones; never the only whole one.
-
-    `last.ckpt`, `previous.ckpt` and the best stay.
-
-    Args:
-        thoroughly: compare all contents to tell what is whole; otherwise lengths, which no step has to wait for.
-        dry_run: remove nothing.
-
-    Returns:
-        What is removed.
-    """
-    if n < 0:
-        raise UserError(f"--keep {n}: the number of checkpoints to keep, 0 or more")
-    found = checkpoints_in(run)
-    periodic = [checkpoint for checkpoint in found if checkpoint.path.name.startswith("checkpoint")]
-    if len(periodic) <= n:
-        return []
-    kept = list(islice((c for c in periodic if not whole(c.path, not thoroughly)), max(n, 1)))
-    if n == 0 and any(not whole(c.path, not thoroughly) for c in found if c not in periodic):
-        kept = []
-    elif not kept:
-        return []  # nothing is whole: what is there is left for a person to look at
-    gone = [checkpoint for checkpoint in periodic if checkpoint not in kept]
-    for checkpoint in gone if not dry_run else ():
-        remove(checkpoint.path)
-    return gone
+def clear_left_overs(folder: Path) -> None:
+    """Remove what a process that was killed left of checkpoints it was writing or removing, files and folders."""
+    for left_over in folder.glob(".*.partial"):
+        shutil.rmtree(left_over, ignore_errors=True) if left_over.is_dir() else left_over.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:
     """Remove a checkpoint; half of one never stands under its name."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _hidden(path)
     path.rename(partial)
     shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+# ---- damage
+def damaged_files(path: Path, quickly: bool = False) -> dict[str, str]:
+    """Return {name: what is wrong} of a checkpoint's file, or of those that its folder lists or has.
+
+    Looked at are a folder's list, the lengths there and, unless `quickly`, the CRC-32 of every record that torch.save
+    wrote.
+    """
+    folder, listed = path.parent, {path.name: None}
+    if is_deepspeed(path):  # which no one else can read
+        return {}
+    if path.is_dir():
+        try:
+            folder, listed = path, read_state(path).get("files")
+        except UserError:
+            return {STATE: "no JSON object"}
+        if not isinstance(listed, dict):  # from elsewhere
+            listed = dict.fromkeys(sorted(file.name for file in path.glob("*.pt")))
+    faults = {name: _damage(folder / name, entry, quickly) for name, entry in listed.items()}
+    return {name: fault for name, fault in faults.items() if fault}
+
+
+def _damage(path: Path, entry: Any, quickly: bool) -> str | None:
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    expected = entry.get("bytes", size) if isinstance(entry, dict) else size
+    if size != expected:
+        return f"{size:,} bytes, expected {expected:,}"
+    if quickly:
+        return None
+    try:
+        if not is_zipfile(path) and path.open("rb").read(1) != b"\x80":  # a pickle, as before PyTorch 1.6
+            return "no file of torch.save, or its end is missing"
+        read_saved(path)
+        with ZipFile(path) if is_zipfile(path) else nullcontext() as records:
+            record = records and records.testzip()
+    except (BadZipFile, OSError, ValueError, NotImplementedError, EOFError, RuntimeError) as error:
+        return f"cannot be read: {error}"
+    except UserError as error:
+        return reason_of(error, path)
+    return f"other contents than were written ({record})" if record else None
+
+
+def reason_of(error: UserError, path: Path) -> str:
+    """Return why a checkpoint cannot be read, without its name."""
+    return str(error).removeprefix(f"{path} ").removeprefix("is damaged or no checkpoint").strip(" :()")

@@ -1,24 +1,26 @@
-"""What a training goes on from: found, checked, judged."""
+"""Which checkpoints a run has, which of them are whole, and whether a training can resume from one."""
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vavae_tools.checkpoints.foreign import AVERAGE, few, plain_name
+from vavae_tools.checkpoints.foreign import AVERAGE, few, place_in, place_in_name, plain_name
 from vavae_tools.checkpoints.formats import (
-    Checkpoint,
-    checkpoints_in,
-    damaged_file,
+    FILES,
     damaged_files,
     is_checkpoint,
+    is_deepspeed,
     no_weights,
-    open_folder,
     read_any,
-    whole,
+    read_state,
+    reason_of,
+    remove,
 )
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import read_checkpoint
@@ -26,9 +28,100 @@ from vavae_tools.runtime.files import read_checkpoint
 if TYPE_CHECKING:
     import lightning as L
 
+NAMES_OF_CHECKPOINTS = ("last.ckpt", "previous.ckpt", "best-*.ckpt", "epoch=*.ckpt", "checkpoint-*", "checkpoint_*")
+"""What a run resumes from; the latter two are periodic, `previous.ckpt` is what `last.ckpt` was before."""
 
+
+# ---- what is on the disk
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a checkpoint on the disk without its tensors; `step` and `epoch` are None where unknown."""
+
+    path: Path
+    step: int | None
+    epoch: int | None
+    metric: str
+    """what the name of a `best-EPOCH-METRIC.ckpt` or `epoch=EPOCH-METRIC.ckpt` says"""
+    bytes: int
+    written: float
+    """seconds since 1970"""
+    fault: str | None
+    """why it cannot be read"""
+
+    def damage(self, quickly: bool = False) -> str | None:
+        """Return what is wrong with its contents, or None; `quickly` leaves out what has to read everything."""
+        faults = damaged_files(self.path, quickly)
+        named = [fault if self.path.is_file() else f"{name}: {fault}" for name, fault in faults.items()]
+        return "; ".join(named) or self.fault
+
+
+def whole(path: str | Path, quickly: bool = False) -> str | None:
+    """Return why a checkpoint is damaged, or None."""
+    return look_at(path).damage(quickly)
+
+
+def look_at(path: str | Path) -> Checkpoint:
+    """Read step and epoch of a checkpoint; its tensors stay on the disk."""
+    path = Path(path)
+    place, fault = {}, None
+    try:
+        place = {**place_in_name(path), **place_in(read_state(path) if path.is_dir() else read_checkpoint(path))}
+        if path.is_dir() and not is_checkpoint(path):
+            fault = "model.pt: missing"
+    except UserError as error:
+        fault = reason_of(error, path)
+    sizes = [file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+    metric = re.fullmatch(r"(?:best-|epoch=)\d+-(-?[\d.]+|-?inf|nan)\.ckpt", path.name)
+    written = path.stat().st_mtime if path.exists() else 0.0
+    step, epoch = place.get("global_step"), place.get("epoch")
+    return Checkpoint(path, step, epoch, metric[1] if metric else "", sum(sizes), written, fault)
+
+
+def checkpoints_in(run: str | Path, also: tuple[str, ...] = ()) -> list[Checkpoint]:
+    """Return a run's checkpoints, in its folder and in `checkpoints/` there, the newest first: by step, then by time.
+
+    Args:
+        run: its folder, or the `checkpoints/` in it.
+        also: patterns of further names.
+    """
+    run = Path(run)
+    run = run.parent if run.name == "checkpoints" else run
+    patterns = (*NAMES_OF_CHECKPOINTS, *also)
+    names = {path for folder in (run, run / "checkpoints") for pattern in patterns for path in folder.glob(pattern)}
+    found = [look_at(path) for path in names if path.is_dir() or path.suffix in FILES]
+    return sorted(found, key=lambda c: (-1 if c.step is None else c.step, c.written), reverse=True)
+
+
+def keep_newest(run: str | Path, n: int, thoroughly: bool = False, dry_run: bool = False) -> list[Checkpoint]:
+    """Remove a run's periodic checkpoints, `checkpoint-*`, but the `n` newest whole ones; never the only whole one.
+
+    Args:
+        thoroughly: compare all contents to tell what is whole; otherwise lengths, which no step has to wait for.
+        dry_run: remove nothing.
+
+    Returns:
+        What is removed.
+    """
+    if n < 0:
+        raise UserError(f"--keep {n}: the number of checkpoints to keep, 0 or more")
+    found = checkpoints_in(run)
+    periodic = [checkpoint for checkpoint in found if checkpoint.path.name.startswith("checkpoint")]
+    if len(periodic) <= n:
+        return []
+    sound = [checkpoint for checkpoint in found if not checkpoint.damage(not thoroughly)]
+    others = any(checkpoint not in periodic for checkpoint in sound)
+    kept = [checkpoint for checkpoint in periodic if checkpoint in sound][: n if others else max(n, 1)]
+    if not sound or (n and not kept):
+        return []  # what is there is left for a person to look at
+    gone = [checkpoint for checkpoint in periodic if checkpoint not in kept]
+    for checkpoint in gone if not dry_run else ():
+        remove(checkpoint.path)
+    return gone
+
+
+# ---- which one
 def resume_path(resume: str | None, run: str | Path, say: Callable[[str], None] = print) -> Path | None:
-    """`--resume` → the checkpoint to go on from, whole; None starts anew.
+    """Return the whole checkpoint that `--resume` means; None starts anew.
 
     Args:
         resume: "last"; a `.ckpt`, a `.pth` or a checkpoint's folder; or a run's folder, for its newest whole one.
@@ -41,69 +134,73 @@ def resume_path(resume: str | None, run: str | Path, say: Callable[[str], None] 
     if resume is None:
         return None
     if str(resume) == "last":
-        found = _first_whole(_last_first(Path(run)), say)
-        if found is None:
+        found = checkpoints_in(run)
+        names = ("last.ckpt", "previous.ckpt")
+        first = [c for name in names for c in found if c.path.name == name]
+        path = _first_whole([*first, *(c for c in found if c not in first)], say)
+        if path is None:
             raise UserError(_not_there(Path(run) / "last.ckpt"))
-        return found
+        return path
     path = Path(resume)
     if not path.exists():
         raise UserError(_not_there(path))
     if path.is_dir() and not is_checkpoint(path):
-        found = _first_whole(iter(checkpoints_in(path)), say)
-        if found is None:
+        newest = _first_whole(checkpoints_in(path), say)
+        if newest is None:
             runs = "last.ckpt, best-*.ckpt or checkpoint-*/ as in a run's"
             raise UserError(f"{no_weights(path)} as in a checkpoint's folder, or {runs}")
-        return found
+        return newest
     if path.is_file():
-        fault = damaged_file(path)
-        if fault:
-            raise UserError(f"{path} is damaged ({fault}): go on with --resume last, or name another one")
         read_checkpoint(path)  # refuses what would run code
-    # a file that was taken out on purpose is no damage: reading says what starts anew
-    for name, fault in damaged_files(path).items() if path.is_dir() else ():
-        if fault != "missing":
-            raise UserError(f"{path} is damaged ({name}: {fault}): go on with --resume last, or name another one")
+    for name, fault in damaged_files(path).items():
+        if path.is_file() or fault != "missing":  # what was taken out of a folder on purpose starts anew
+            what = fault if path.is_file() else f"{name}: {fault}"
+            raise UserError(f"{path} is damaged ({what}): resume with --resume last, or name another one")
     return path
 
 
-def _last_first(run: Path) -> Iterator[Checkpoint]:
-    """`last.ckpt`, what it was before, then all others, the newest first."""
-    found = checkpoints_in(run)
-    names = ["last.ckpt", "previous.ckpt"]
-    for name in names:
-        yield from (checkpoint for checkpoint in found if checkpoint.path.name == name)
-    yield from (checkpoint for checkpoint in found if checkpoint.path.name not in names)
-
-
-def _first_whole(found: Iterator[Checkpoint], say: Callable[[str], None]) -> Path | None:
+def _first_whole(found: list[Checkpoint], say: Callable[[str], None]) -> Path | None:
     damaged: list[str] = []
     for checkpoint in found:
-        fault = whole(checkpoint.path)
+        fault = checkpoint.damage()
         if fault is None:
             if damaged:
                 step = "" if checkpoint.step is None else f", step {checkpoint.step:,}"
-                say(f"{'; '.join(damaged)}: going on from {checkpoint.path}{step}")
+                say(f"{'; '.join(damaged)}: resuming from {checkpoint.path}{step}")
             return checkpoint.path
         damaged.append(f"{checkpoint.path} is damaged ({fault})")
     if damaged:
-        raise UserError(f"{'; '.join(damaged)}; nothing else is there to go on from: start anew without --resume")
+        raise UserError(f"{'; '.join(damaged)}; nothing else is there to resume from: start anew without --resume")
     return None
 
 
 def _not_there(path: Path) -> str:
-    """What to say of a path that is not there: the nearest names that are."""
     missing = path
     while not missing.parent.is_dir():
         missing = missing.parent
     names = [beside.name for beside in missing.parent.iterdir() if not beside.name.startswith(".")]
     near = get_close_matches(missing.name, names, n=3, cutoff=0.5)
-    if near:
-        return f"No checkpoint {path}; nearest in {missing.parent}: {', '.join(near)}"
-    return f"No checkpoint {path}; {missing.parent} {'holds ' + few(names) if names else 'is empty'}"
+    holds = f"holds {', '.join(near) or few(names)}" if names else "is empty"
+    return f"No checkpoint {path}; {missing.parent} {holds}"
 
 
+def best_checkpoint(folder: str | Path) -> Path:
+    """Return the `best-*.ckpt` (or `epoch=*.ckpt`) of a run, or `last.ckpt` where nothing was monitored.
+
+    Raises:
+        UserError: neither is there.
+    """
+    folder = Path(folder)
+    best = [*folder.glob("best-*.ckpt"), *folder.glob("epoch=*.ckpt")]
+    found = sorted(best, key=lambda path: path.stat().st_mtime) or list(folder.glob("last.ckpt"))
+    if not found:
+        raise UserError(f"No best-*.ckpt or last.ckpt in {folder}: train first")
+    return found[-1]
+
+
+# ---- of the same model
 def check_resumable(path: Path | None, module: "L.LightningModule") -> None:
-    """Say what differs between a checkpoint to go on from and the module that is to go on.
+    """Raise where a checkpoint is not of the module that shall resume from it.
 
     Where a checkpoint from elsewhere names the weights otherwise, but in one way only, or lacks their average, the
     module is told, and takes them when Lightning loads them.
@@ -111,12 +208,12 @@ def check_resumable(path: Path | None, module: "L.LightningModule") -> None:
     Raises:
         UserError: the checkpoint is of another model, or holds no more than weights.
     """
-    if path is None:
+    if path is None or is_deepspeed(path):  # which its strategy checks and reads
         return
-    checkpoint, own = open_any(path), module.state_dict()
+    checkpoint, own = read_any(path, lambda line: None), module.state_dict()
     lacking = [part for part in ("state_dict", "optimizer_states", "loops") if part not in checkpoint]
     if lacking:
-        raise UserError(f"{path} has no {lacking[0]}: training cannot go on from it; name a last.ckpt or best-*.ckpt")
+        raise UserError(f"{path} has no {lacking[0]}: training cannot resume from it; name a last.ckpt or best-*.ckpt")
     found = as_own(checkpoint["state_dict"], own)
     _check_weights(path, found, own)
     _check_optimizers(path, checkpoint["optimizer_states"], module)
@@ -130,42 +227,25 @@ def check_resumable(path: Path | None, module: "L.LightningModule") -> None:
         module.register_load_state_dict_pre_hook(take)
 
 
-def open_any(path: Path) -> dict[str, Any]:
-    """As `read_any`; what lies in the parts of several processes stays there, as a `Cut`."""
-    return open_folder(path, lambda line: None) if path.is_dir() else read_any(path, lambda line: None)
+def as_own(found: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a checkpoint's weights under a module's names; an average that is missing starts from the weights.
 
-
-def as_own(found: dict[str, Any], own: dict[str, Tensor]) -> dict[str, Any]:
-    """A checkpoint's weights under a module's names; an average that is missing altogether starts from the weights."""
-    return _with_average(_renamed(found, _own_names(found, own)), own)
-
-
-def _own_names(found: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, str]:
-    """{a checkpoint's name: this module's}: compiled or not, and with the beginning that all lack, if only one fits."""
+    Names may be those of a compiled network or not, and lack a beginning that all have here, if only one fits.
+    """
     plain = {plain_name(name): name for name in own}
-    theirs = {name: plain_name(name) for name in found}
-    parts = [name.removeprefix(AVERAGE) for name in theirs.values()]
+    theirs = {plain_name(name): tensor for name, tensor in found.items()}
+    parts = [name.removeprefix(AVERAGE) for name in theirs]
     if not any(part in plain for part in parts):
         trained = [name for name in plain if not name.startswith(AVERAGE)]
         beginnings = {name[: i + 1] for name in trained for i, letter in enumerate(name) if letter == "."}
         fitting = [begin for begin in beginnings if all(begin + part in plain for part in parts)]
         if len(fitting) == 1:
-            averaged = [AVERAGE if name.startswith(AVERAGE) else "" for name in theirs.values()]
-            whole_names = [a + fitting[0] + part for a, part in zip(averaged, parts, strict=True)]
-            theirs = dict(zip(theirs, whole_names, strict=True))
-    return {name: plain.get(their, name) for name, their in theirs.items()}
-
-
-def _renamed(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    return {names.get(name, name): tensor for name, tensor in weights.items()}
-
-
-def _with_average(weights: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An average that is missing altogether starts from the weights."""
-    if any(name.startswith(AVERAGE) for name in weights):
-        return weights
-    trained = {AVERAGE + plain_name(name): tensor for name, tensor in weights.items()}
-    return {**weights, **{name: trained[plain_name(name)] for name in own if plain_name(name) in trained}}
+            averages = [AVERAGE if name.startswith(AVERAGE) else "" for name in theirs]
+            names = [a + fitting[0] + part for a, part in zip(averages, parts, strict=True)]
+            theirs = dict(zip(names, theirs.values(), strict=True))
+    if not any(name.startswith(AVERAGE) for name in theirs):
+        theirs |= {AVERAGE + name: tensor for name, tensor in theirs.items() if AVERAGE + name in plain}
+    return {plain.get(name, name): tensor for name, tensor in theirs.items()}
 
 
 def _check_weights(path: Path, found: dict[str, Tensor], own: dict[str, Tensor]) -> None:
@@ -177,17 +257,17 @@ def _check_weights(path: Path, found: dict[str, Tensor], own: dict[str, Tensor])
         return
     first, more = other[0], other[1:]
     others = f", and {len(more)} more differ ({', '.join(more[:3])})" if more else ""
+    here_only, there_only = (all(name not in weights for name in other) for weights in (found, own))
     if all(name not in found for name in own):
-        cause = "none of its names is known here: weights to start from are no checkpoint to go on from"
-    elif all(name not in found for name in other):
-        cause = "usually a part is switched on here that was off there, such as disc_weight, vf_weight or condition_dim"
-    elif all(name not in own for name in other):
-        cause = "usually a part is switched off here that was on there, such as disc_weight, vf_weight or condition_dim"
+        cause = "none of its names is known here: weights to start from are no checkpoint to resume from"
+    elif here_only or there_only:
+        switched = "on here that was off" if here_only else "off here that was on"
+        cause = f"usually a part is switched {switched} there, such as disc_weight, vf_weight or condition_dim"
     else:
         cause = "usually another size, number of people or condition_dim"
     raise UserError(
         f"{path} is of another model: {first} is {form(found, first)}, expected {form(own, first)}{others}; {cause}. "
-        "Go on with the settings of that run, or start anew without --resume"
+        "Resume with the settings of that run, or start anew without --resume"
     )
 
 
@@ -201,20 +281,6 @@ def _check_optimizers(path: Path, states: list[dict[str, Any]], module: "L.Light
     if states and (held != len(trained) or Counter(known) - Counter(trained)):
         raise UserError(
             f"{path}: its optimisers' state is of {held} tensors of weights, here {len(trained)} are trained, of these "
-            "and no other shapes. Go on with the settings of that run (such as freeze_encoder); in a checkpoint's "
+            "and no other shapes. Resume with the settings of that run (such as freeze_encoder); in a checkpoint's "
             "folder, remove optimizer.pt, and the optimiser starts anew"
         )
-
-
-def best_checkpoint(folder: str | Path) -> Path:
-    """The `best-*.ckpt` (or `epoch=*.ckpt`) of a run, or `last.ckpt` where nothing was monitored.
-
-    Raises:
-        UserError: neither is there.
-    """
-    folder = Path(folder)
-    best = [*folder.glob("best-*.ckpt"), *folder.glob("epoch=*.ckpt")]
-    found = sorted(best, key=lambda path: path.stat().st_mtime) or list(folder.glob("last.ckpt"))
-    if not found:
-        raise UserError(f"No best-*.ckpt or last.ckpt in {folder}: train first")
-    return found[-1]

@@ -33,7 +33,7 @@ from vavae_tools.runtime.machine import find_device
 from vavae_tools.runtime.ranks import first_alone, is_first
 from vavae_tools.training.callbacks.previews import SamplePreviews
 from vavae_tools.training.denoiser_module import TextDiffusionModule
-from vavae_tools.training.memory import WITH_SEARCH, find_batch_size, keep_effective, of_size
+from vavae_tools.training.memory import find_batch_size, keep_effective, of_size
 from vavae_tools.training.run import Run, Say, Show, train
 
 COLUMNS = 4
@@ -106,7 +106,10 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     def preview(samples: Path, every: int) -> L.Callback:
         return SamplePreviews(make, COLUMNS, samples, every, show)
 
-    further = {"names": WITH_SEARCH, "slicing": None if cached else recipe.vae.use_slicing, "remarks": remarks}
+    saves_memory = ["--auto_batch_size (the largest batch that fits)"]
+    if not cached and not recipe.vae.use_slicing:
+        saves_memory.append("vae.use_slicing=true (the VAE takes one image after the other)")
+    further = {"saves_memory": saves_memory, "remarks": remarks}
     return denoiser_run(module, config, output_dir, export, preview, say, data=train_on, fingerprint=key, **further)
 
 

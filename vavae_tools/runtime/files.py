@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from zipfile import is_zipfile
+from zipfile import BadZipFile, is_zipfile
 
 import torch
 from diffusers import ConfigMixin
@@ -211,10 +211,11 @@ def read_saved(path: str | Path) -> Any:
         beside = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         hint = f"; {path.parent} holds {', '.join(beside)}" if beside else ""
         raise UserError(f"No checkpoint {path}{hint}")
-    zipped = is_zipfile(path)
-    if not zipped and path.open("rb").read(1) != b"\x80":  # a zip, or before PyTorch 1.6 a pickle
-        raise UserError(f"{path} is damaged or no checkpoint: it is neither a zip nor a pickle, as torch.save writes")
     try:
+        zipped = is_zipfile(path)
+        if not zipped and path.open("rb").read(1) != b"\x80":  # a zip, or before PyTorch 1.6 a pickle
+            what = "it is neither a zip nor a pickle, as torch.save writes"
+            raise UserError(f"{path} is damaged or no checkpoint: {what}")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         plain = path.with_suffix(".plain.pt")
@@ -223,7 +224,7 @@ def read_saved(path: str | Path) -> Any:
             f"python -c \"import torch; c = torch.load({str(path)!r}, 'cpu', weights_only=False); "
             f"torch.save({{'state_dict': c.get('state_dict', c)}}, {str(plain)!r})\" and name {plain}"
         ) from None
-    except _UNREADABLE as error:
+    except (*_UNREADABLE, BadZipFile) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path} is damaged or no checkpoint ({reason})") from None
 

@@ -71,21 +71,18 @@ class TrainConfig(Saving):
     accelerator: Literal["gpu", "cuda", "cpu", "auto"] = setting("auto", "what to train on")
     devices: int | Literal["auto"] = setting("auto", "how many on each machine; auto: all there are", least=1)
     num_nodes: int = setting(1, "machines", least=1)
-    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "deepspeed"] = setting(
-        "auto", "how several devices work together"
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "deepspeed", "deepspeed_stage_2"] = (
+        setting("auto", "how several devices work together")
     )
     precision: str | None = setting(
         None, "16, 32, bf16; null: 16 on a T4, bf16 from compute capability 8.0 on, 32 on a CPU"
     )
     deterministic: bool = setting(False, "the same numbers each time on a GPU, too; slower")
-    sharded_checkpoints: bool = setting(
-        False, "of fsdp: a folder with each process's part (python -m vavae_tools.checkpoints consolidate)"
-    )
     trainer: dict[str, Any] = setting({}, "further arguments of lightning.Trainer, as +trainer.NAME=VALUE")
 
     def of_devices(self) -> dict[str, Any]:
         """Return the arguments of `devices.trainer_settings`."""
-        names = ("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic", "sharded_checkpoints")
+        names = ("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic")
         return {
             **{name: getattr(self, name) for name in names},
             "accumulate_grad_batches": self.accumulate_grad_batches,

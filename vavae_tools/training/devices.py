@@ -3,12 +3,11 @@
 import logging
 import os
 import re
-import shlex
 import shutil
-import sys
 import sysconfig
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +16,12 @@ from typing import Any
 import torch
 
 from vavae_tools.runtime.card import take_card
-from vavae_tools.runtime.console import in_notebook, say
+from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine, find_machine
 from vavae_tools.runtime.precision import precision_on
 
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "deepspeed")
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "deepspeed", "deepspeed_stage_2")
 LIGHTNING = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 """What Lightning calls the precisions of `machine.PRECISIONS`."""
 SAID = {"32-true": "float32", "16-mixed": "fp16 with a gradient scaler", "bf16-mixed": "bf16"}
@@ -31,23 +30,25 @@ COMPILES_FROM = (7, 0)
 
 
 def precision_of(name: str | None, machine: Machine, strategy: str = "auto") -> str:
-    """`16 | 32 | bf16 | fp16 | no` as people type it → Lightning's precision; None: what suits machine and strategy.
+    """Return Lightning's precision for `16 | 32 | bf16 | fp16 | no`; None takes what suits machine and strategy.
 
     Raises:
         UserError: a precision that this machine or strategy cannot do, or does many times slower.
     """
     short = {long: short for short, long in LIGHTNING.items()}.get(str(name), name)
     found = precision_on(machine, short)
-    if found == "16" and strategy in ("fsdp", "deepspeed"):  # theirs in Lightning have no gradient scaler
-        if name is None:
-            return LIGHTNING["32"]
-        other = "--precision bf16" if machine.kind == "ampere" else "--precision 32, or --strategy ddp"
-        raise UserError(f"--precision 16 with --strategy {strategy}, which has no gradient scaler: take {other}")
-    return LIGHTNING[found]
+    reason = ""
+    if found == "16" and strategy == "fsdp":
+        reason = "which has no gradient scaler"
+    if found != "32" and strategy.startswith("deepspeed"):
+        reason = "which would round the averaged weights to it"
+    if reason and name is not None:
+        raise UserError(f"--precision {name} with --strategy {strategy}, {reason}: take --precision 32, or ddp")
+    return LIGHTNING["32" if reason else found]
 
 
 def compiles(choice: bool | None, machine: Machine | None = None, say: Callable[[str], None] = say) -> bool:
-    """Whether to `torch.compile` here; None: from capability 8.0 on, where it pays within minutes.
+    """Return whether to `torch.compile` here; None: from capability 8.0 on, where it pays within minutes.
 
     Args:
         say: gets a line where it would pay, and something that it needs is missing.
@@ -56,16 +57,15 @@ def compiles(choice: bool | None, machine: Machine | None = None, say: Callable[
         UserError: it was asked for and cannot be: a card below 7.0, or something that it needs is missing.
     """
     machine = machine or find_machine()
-    if choice is not None and not isinstance(choice, bool):
-        raise UserError(f"compile is {choice!r}, expected true, false, or null for what suits the machine")
     if choice is False or (choice is None and machine.kind != "ampere"):
         return False
-    if machine.kind != "cpu" and machine.capability < COMPILES_FROM:
+    on_gpu = machine.kind != "cpu"
+    if on_gpu and machine.capability < COMPILES_FROM:
         found, needed = (".".join(map(str, capability)) for capability in (machine.capability, COMPILES_FROM))
         raise UserError(
             f"compile=true, but {machine.name} has compute capability {found} and Triton needs {needed}: leave it off"
         )
-    missing = " and ".join(_missing_for_compilation(on_gpu=machine.kind != "cpu"))
+    missing = _missing_for_compilation(on_gpu)
     if missing and choice:
         raise UserError(f"compile=true, but there is {missing}; install what is missing, or leave it off")
     if missing:
@@ -73,21 +73,22 @@ def compiles(choice: bool | None, machine: Machine | None = None, say: Callable[
     return not missing
 
 
-def _missing_for_compilation(on_gpu: bool) -> list[str]:
-    """What torch's inductor, and Triton on a card, look for as they first compile."""
+def _missing_for_compilation(on_gpu: bool) -> str:
+    """Return what torch's inductor, and Triton on a card, look for as they first compile, and do not find."""
     environment, missing = os.environ, []
     if on_gpu and find_spec("triton") is None:
         missing.append("no Triton (pip install triton)")
-    if on_gpu and not any(map(shutil.which, [environment["CC"]] if environment.get("CC") else ["gcc", "clang"])):
-        missing.append("no C compiler (gcc or clang, or the one that CC names)")
-    if not on_gpu and not any(map(shutil.which, (environment.get("CXX") or "g++", "clang++", "cl"))):
-        missing.append("no C++ compiler (g++ or clang++, or the one that CXX names)")
+    variable, usual = ("CC", ["gcc", "clang"]) if on_gpu else ("CXX", ["g++", "clang++", "cl"])
+    if not any(map(shutil.which, [environment[variable]] if environment.get(variable) else usual)):
+        missing.append(
+            f"no {'C' if on_gpu else 'C++'} compiler ({usual[0]} or {usual[1]}, or the one that {variable} names)"
+        )
     scheme = sysconfig.get_default_scheme()  # Debian's own one names /usr/local
     folder = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
     folders = [folder, *filter(None, environment.get("CPATH", "").split(os.pathsep))]
     if not any((Path(folder) / "Python.h").is_file() for folder in folders):
         missing.append(f"no Python.h in {folder} (apt-get install python3-dev)")
-    return missing
+    return " and ".join(missing)
 
 
 def trainer_settings(
@@ -99,22 +100,20 @@ def trainer_settings(
     parts_may_go_unused: bool = False,
     gradient_clip_val: float | None = 1.0,
     shardable: bool = True,
-    sharded_checkpoints: bool = False,
     deterministic: bool = False,
     **lightning: Any,
 ) -> dict[str, Any]:
-    """Arguments for `lightning.Trainer` on this machine, and on those that work together with it.
+    """Return the arguments for `lightning.Trainer` on this machine, and on those that work together with it.
 
     Args:
         accelerator: "gpu", "cpu" or "auto".
         devices: how many, or "auto" for all there are; started by torchrun, as many as that says, and nodes too.
-        strategy: one of `STRATEGIES`; "auto" takes one process on one device, "ddp" on more. "fsdp" and "deepspeed"
-            see `strategies`. A strategy of Lightning's own is taken as it is.
+        strategy: one of `STRATEGIES`; "auto" takes one process on one device, "ddp" on more. A strategy of Lightning's
+            own is taken as it is.
         precision: "16", "32", "bf16"; None: fp16 with a scaler on a T4, bf16 from Ampere on, float32 on a CPU.
         parts_may_go_unused: some weights may get no gradient in a step, which plain ddp refuses.
         gradient_clip_val: largest norm of the gradients; None where the module clips.
         shardable: whether the module can be cut over devices: one optimiser, and `configure_model` knows how.
-        sharded_checkpoints: of fsdp, write a folder with each process's part in place of one whole file.
         deterministic: the same numbers each time on a card, too, where else the fastest way is taken, whose sums have
             no fixed order.
         lightning: further arguments of `lightning.Trainer`, such as accumulate_grad_batches, taken as they are.
@@ -128,40 +127,26 @@ def trainer_settings(
     if started:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         num_nodes = int(os.environ["WORLD_SIZE"]) // devices
-    if isinstance(strategy, str):
-        _check_strategy(strategy, shardable, sharded_checkpoints)
-    if not isinstance(deterministic, bool):
-        raise UserError(f"deterministic is {deterministic!r}, expected true or false")
-    machine = find_machine() if accelerator != "cpu" else Machine("cpu", 1, "CPU")
-    if accelerator in ("gpu", "cuda") and machine.kind == "cpu":
-        there = f"it has no code for the {machine.unusable}" if machine.unusable else "none is there"
-        raise UserError(
-            f"No GPU that torch can use here ({there}): take --accelerator cpu, or switch the GPU on in the settings "
-            "(Kaggle: GPU T4 x2)"
-        )
+    machine = _machine_for(accelerator)
     on_gpu = machine.kind != "cpu"
-    count = _whole("devices", (machine.devices if on_gpu else 1) if devices == "auto" else devices)
-    num_nodes = _whole("num_nodes", num_nodes)
-    if on_gpu and count > machine.devices:
-        asked = f"torchrun started {count} processes here" if started else f"--devices {count}"
-        mend = f"--nproc_per_node={machine.devices}" if started else f"--devices {machine.devices}"
-        raise UserError(f"{asked}, but this machine has {machine.devices} ({machine.name}): take {mend}")
-    if not started:
-        _check_launched(num_nodes, count)
-    precision = precision_of(precision, machine, strategy if isinstance(strategy, str) else "auto")
-    if strategy == "auto" and count * num_nodes > 1:
+    count = _at_least_one("devices", (machine.devices if on_gpu else 1) if devices == "auto" else devices)
+    num_nodes = _at_least_one("num_nodes", num_nodes)
+    _check_count(count, num_nodes, machine, started)
+    name = strategy if isinstance(strategy, str) else "auto"
+    _check_strategy(name, shardable, on_gpu)
+    precision = precision_of(precision, machine, name)
+    several = count * num_nodes > 1
+    if strategy == "auto" and several:
         strategy = "ddp_find_unused_parameters_true" if parts_may_go_unused else "ddp"
     if strategy == "ddp" and deterministic and count * num_nodes > 2:
-        # plain DDP groups gradients anew after a run's first step, also one's that goes on: three are then added in
+        # plain DDP groups gradients anew after a run's first step, also one's that resumes: three are then added in
         # another order (two have only one), and the last bits differ
         strategy = "ddp_find_unused_parameters_true"
     if strategy == "fsdp":
         from vavae_tools.training.strategies import Sharded
 
-        strategy = Sharded(count * num_nodes, sharded_checkpoints)
-    if strategy == "deepspeed":
-        strategy = _deepspeed(on_gpu, precision)
-    if on_gpu and (started or count * num_nodes == 1):  # this process trains, and starts no others that do
+        strategy = Sharded(count * num_nodes)
+    if on_gpu and (started or not several):  # this process trains, and starts no others that do
         take_card(int(os.environ["LOCAL_RANK"]) if started else 0)
     return {
         "accelerator": "gpu" if on_gpu else "cpu",
@@ -179,69 +164,57 @@ def trainer_settings(
     }
 
 
-def _check_strategy(strategy: str, shardable: bool, sharded_checkpoints: bool) -> None:
+def _machine_for(accelerator: str) -> Machine:
+    machine = find_machine() if accelerator != "cpu" else Machine("cpu", 1, "CPU")
+    if accelerator in ("gpu", "cuda") and machine.kind == "cpu":
+        there = f"it has no code for the {machine.unusable}" if machine.unusable else "none is there"
+        raise UserError(
+            f"No GPU that torch can use here ({there}): take --accelerator cpu, or switch the GPU on in the settings "
+            "(Kaggle: GPU T4 x2)"
+        )
+    return machine
+
+
+def _check_strategy(strategy: str, shardable: bool, on_gpu: bool) -> None:
     if strategy not in STRATEGIES:
         near = get_close_matches(strategy, STRATEGIES, n=1, cutoff=0.4)
         meant = f"; did you mean {near[0]}?" if near else ";"
         raise UserError(f"No --strategy {strategy}{meant} There are {', '.join(STRATEGIES)}")
-    if strategy in ("fsdp", "deepspeed") and not shardable:
+    if strategy.startswith(("fsdp", "deepspeed")) and not shardable:
         raise UserError(
             f"--strategy {strategy} is for the denoiser: an autoencoder, 70 M weights and a discriminator with an "
             "optimiser of its own, fits on each card: take --strategy ddp"
         )
-    if sharded_checkpoints and strategy != "fsdp":
-        raise UserError(f"sharded_checkpoints=true, but --strategy {strategy} has whole ones: it belongs to fsdp")
+    if strategy.startswith("deepspeed") and not on_gpu:
+        raise UserError(f"--strategy {strategy} needs CUDA GPUs: take --strategy ddp or fsdp on a CPU")
+    if strategy.startswith("deepspeed") and find_spec("deepspeed") is None:
+        raise UserError(f"--strategy {strategy} needs its package: pip install deepspeed, or take fsdp")
 
 
-def _whole(name: str, value: Any) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1:
-        raise UserError(f"--{name} {value}: expected how many, at least one{', or auto' if name == 'devices' else ''}")
-    return number
+def _at_least_one(name: str, value: Any) -> int:
+    with suppress(TypeError, ValueError):
+        if int(value) >= 1:
+            return int(value)
+    raise UserError(f"--{name} {value}: expected how many, at least one{', or auto' if name == 'devices' else ''}")
 
 
-def _check_launched(num_nodes: int, count: int) -> None:
-    """Raise a `UserError` that names torchrun's command for several machines, and for SLURM's own tasks."""
-    environment = os.environ
-    if int(environment.get("SLURM_NTASKS") or 1) > 1 and "SLURM_PROCID" in environment:
-        raise UserError(
-            f"SLURM has {environment['SLURM_NTASKS']} tasks here, each of which would train alone: ask for one a node "
-            "(--ntasks-per-node=1), and torchrun in it: "
-            + _torchrun(int(environment.get("SLURM_NNODES") or num_nodes), count, slurm=True)
-        )
-    if num_nodes > 1:
-        raise UserError(
-            f"--num_nodes {num_nodes}: torchrun starts a training on several machines. On each of them, with its "
-            f"--node_rank (0 to {num_nodes - 1}) and the first one's address: {_torchrun(num_nodes, count)}"
-        )
-
-
-def _torchrun(num_nodes: int, count: int, slurm: bool = False) -> str:
-    """The command that does on several machines what this process was asked for."""
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if spec is not None and spec.name.startswith("vavae_tools."):
-        program = f"-m {spec.name} {shlex.join(sys.argv[1:])}".strip()
-    else:
-        script = sys.argv[0].endswith(".py") and not in_notebook()
-        program = shlex.join(sys.argv) if script else "-m vavae_tools.train …"
-    meeting = "--node_rank=0 --master_addr=ADDRESS --master_port=29500"
-    if slurm:  # the shell of the batch script, on the first machine, fills these in
-        meeting = "--rdzv_backend=c10d --rdzv_endpoint=$(hostname):29500 --rdzv_id=$SLURM_JOB_ID"
-    srun = "srun " if slurm else ""
-    return f"{srun}torchrun --nnodes={num_nodes} --nproc_per_node={count} {meeting} {program}"
-
-
-def _deepspeed(on_gpu: bool, precision: str) -> Any:
-    if not on_gpu:
-        raise UserError("--strategy deepspeed needs CUDA GPUs: take --strategy ddp or fsdp on a CPU")
-    if find_spec("deepspeed") is None:
-        raise UserError("--strategy deepspeed needs its package: pip install deepspeed (0.17 or newer), or take fsdp")
-    from vavae_tools.training.strategies import Zero2
-
-    return Zero2(precision)
+def _check_count(count: int, num_nodes: int, machine: Machine, started: bool) -> None:
+    """Raise where there are fewer devices, or where torchrun should have started the processes."""
+    if machine.kind != "cpu" and count > machine.devices:
+        asked = f"torchrun started {count} processes here" if started else f"--devices {count}"
+        mend = f"--nproc_per_node={machine.devices}" if started else f"--devices {machine.devices}"
+        raise UserError(f"{asked}, but this machine has {machine.devices} ({machine.name}): take {mend}")
+    tasks = int(os.environ.get("SLURM_NTASKS") or 1) if "SLURM_PROCID" in os.environ else 1
+    if started or (tasks == num_nodes == 1):
+        return
+    found = (
+        f"SLURM has {tasks} tasks here, each of which would train alone" if tasks > 1 else f"--num_nodes {num_nodes}"
+    )
+    raise UserError(
+        f"{found}: torchrun starts a training on several machines, once on each: torchrun --nnodes={num_nodes} "
+        f"--nproc_per_node={count} --node_rank=0 --master_addr=ADDRESS --master_port=29500 -m vavae_tools.train … "
+        "(with Slurm, --ntasks-per-node=1 and srun torchrun, see README.md, Two machines)"
+    )
 
 
 def describe(
@@ -251,7 +224,7 @@ def describe(
     num_workers: int | None = None,
     machine: Machine | None = None,
 ) -> str:
-    """What `trainer_settings` has chosen, in one line.
+    """Return what `trainer_settings` has chosen, in one line.
 
     >>> cards = Machine("t4", 2, "Tesla T4", 15_800_000_000)
     >>> settings = {"accelerator": "gpu", "devices": 2, "num_nodes": 1, "strategy": "ddp", "precision": "16-mixed"}
@@ -268,20 +241,17 @@ def describe(
         where += f", {count} processes" if count > 1 else ""
     if machine.unusable:
         where += f" (this torch has no code for the {machine.unusable}: switch to another, such as GPU T4 x2)"
+    gathered = settings.get("accumulate_grad_batches", 1)
     said = [
         "one process" if strategy == "auto" else str(strategy),
         SAID.get(settings["precision"], str(settings["precision"])),
         f"compile {'on' if compile else 'off'}",
+        f"batch {batch_size} per device" if batch_size is not None else "",
+        f"{gathered} batches a step" if gathered > 1 else "",
+        "deterministic" if settings.get("deterministic") else "",
+        f"{num_workers} worker{'s' * (num_workers != 1)}" if num_workers is not None else "",
     ]
-    if batch_size is not None:
-        said.append(f"batch {batch_size} per device")
-    if settings.get("accumulate_grad_batches", 1) > 1:
-        said.append(f"{settings['accumulate_grad_batches']} batches a step")
-    if settings.get("deterministic"):
-        said.append("deterministic")
-    if num_workers is not None:
-        said.append(f"{num_workers} workers" if num_workers != 1 else "1 worker")
-    return f"{f'{nodes} machines of ' if nodes > 1 else ''}{where}: {', '.join(said)}"
+    return f"{f'{nodes} machines of ' if nodes > 1 else ''}{where}: {', '.join(filter(None, said))}"
 
 
 def allow_tf32(settings: dict[str, Any]) -> None:
@@ -291,7 +261,7 @@ def allow_tf32(settings: dict[str, Any]) -> None:
 
 
 def no_deterministic_form(error: BaseException) -> str | None:
-    """The line to say where `deterministic` meets something that is not; None for another error."""
+    """Return the line to say where `deterministic` meets something that is not; None for another error."""
     text = str(error)
     if not torch.are_deterministic_algorithms_enabled():
         return None

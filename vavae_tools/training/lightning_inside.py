@@ -3,11 +3,8 @@
 Found in lightning 2.6; `tests/test_lightning_inside.py` says what has to hold where a later version is tried.
 """
 
-from typing import Any
-
 import lightning as L
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 def is_gathering(trainer: L.Trainer) -> bool:
@@ -32,16 +29,6 @@ def leave_sigterm_to_us(trainer: L.Trainer) -> None:
     and its SIGTERM calls a collective at a moment that the other processes cannot know.
     """
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """Return torch's optimiser inside of Lightning's, or itself."""
-    return getattr(optimizer, "_optimizer", optimizer)
-
-
-def saves_parts(strategy: ModelParallelStrategy) -> bool:
-    """Return whether a strategy writes each process's part of a checkpoint (`save_distributed_checkpoint`)."""
-    return strategy._save_distributed_checkpoint
 
 
 def _nothing() -> None:

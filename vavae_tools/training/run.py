@@ -24,7 +24,7 @@ from vavae_tools.training.callbacks.record import RunRecord
 from vavae_tools.training.callbacks.throughput import Throughput
 from vavae_tools.training.config import Saving, TrainConfig
 from vavae_tools.training.devices import allow_tf32, describe, quiet_lightning, trainer_settings
-from vavae_tools.training.memory import EXPERIMENT, PYTHON, Names, memory_fault, memory_faults
+from vavae_tools.training.memory import memory_fault, memory_faults
 
 Say = Callable[[str], None]
 Show = Callable[[Tensor], None]
@@ -63,9 +63,8 @@ class Run:
     """Numbers known before training that its curves shall hold."""
     validations: int = 20
     """In all, at most one an epoch."""
-    names: Names = EXPERIMENT
-    slicing: bool | None = None
-    """Whether a VAE that stands beside the training takes one image after the other; None: there is none."""
+    saves_memory: Sequence[str] = ()
+    """Settings that help where memory runs out, besides those of every training."""
 
 
 Build = Callable[[Any, Path, Path | None, Show | None, Say], Run]
@@ -152,7 +151,7 @@ def _train_here(
         for logger in trainer.loggers:
             logger.log_metrics(dict(run.logged), step=0)
     check_resumable(resume_from, run.module)
-    fit_trainer(trainer, run.module, data, resume_from, say, run.names, run.slicing)
+    fit_trainer(trainer, run.module, data, resume_from, say, run.saves_memory)
     if trainer.is_global_zero:
         run.export(trainer)
     return run.folder
@@ -235,28 +234,25 @@ def fit_trainer(
     data: L.LightningDataModule,
     resume_from: Path | None,
     say: Callable[[str], None],
-    names: Names = EXPERIMENT,
-    slicing: bool | None = None,
+    saves_memory: Sequence[str] = (),
+    prefix: str = "train.",
 ) -> None:
-    """Train to the end, or until training is stopped in good order: then it is said how to go on, and all is saved.
+    """Train to the end, or until training is stopped in good order: then all is saved, and a line says how to resume.
 
     Args:
-        names: what the settings that save memory are called, for the line where it runs out.
-        slicing: whether a VAE that stands beside the training takes one picture after the other; None: there is none.
+        saves_memory, prefix: of settings, for the line where memory runs out (`memory.memory_fault`).
 
     Raises:
-        UserError: a checkpoint that this run cannot go on from, such as one that is further than its length; or memory
+        UserError: a checkpoint that this run cannot resume from, such as one that is further than its length; or memory
             that is too small, where `data` has a `batch_size` that can be smaller.
     """
-    begun = trainer.global_step
 
     def line_for(error: BaseException) -> str | None:
         size = getattr(data, "batch_size", None)
         if size is None:  # somebody's own data
             return None
         gathered = max(trainer.accumulate_grad_batches, getattr(module, "accumulate_grad_batches", 1))
-        stepped = trainer.global_step > begun
-        return memory_fault(error, size, gathered, module=module, slicing=slicing, names=names, stepped=stepped)
+        return memory_fault(error, size, gathered, module, saves_memory, prefix)
 
     try:
         with memory_faults(line_for), loader_faults():
@@ -353,5 +349,5 @@ def _fit_here(
     saves = checkpoint_callbacks(checkpoints, monitor, saving)
     trainer = build_trainer(settings, output_dir, [*callbacks, *saves], say, **length)
     check_resumable(resume_from, module)
-    fit_trainer(trainer, module, data, resume_from, say, PYTHON)
+    fit_trainer(trainer, module, data, resume_from, say, prefix="")
     return checkpoints / "last.ckpt"

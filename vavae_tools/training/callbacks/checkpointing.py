@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,15 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from vavae_tools.checkpoints.formats import clear_left_overs, keep_newest, read_any, remove, write_any
+from vavae_tools.checkpoints.formats import clear_left_overs, read_any, remove, write_any
+from vavae_tools.checkpoints.resuming import keep_newest
 from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import Stopped, StoppedAtOnce, UserError
-from vavae_tools.runtime.files import written_whole
 from vavae_tools.training.config import Saving
 from vavae_tools.training.lightning_inside import leave_sigterm_to_us
-
-PREVIOUS = "previous.ckpt"
-"""What `last.ckpt` was before: taken where `last.ckpt` turns out to be damaged."""
-
 
 WRITTEN = ("checkpoints", "autoencoder", "vavae", "rae", "pipeline", "reconstructions", "samples", "classifier")
 """Folders of a run that trainings write into."""
@@ -37,9 +33,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """Writes beside, flushes, renames: a kill or a full disk leaves the checkpoint before it as it was.
 
     A step waits for a copy of the weights in memory; a thread brings it to the disk, one checkpoint after the other. A
-    path without an ending becomes a folder, a `.pth` a file with such a folder's parts (`checkpoints.folders`). Where
+    path without an ending becomes a folder, a `.pth` a file with such a folder's parts (`checkpoints.formats`). Where
     the disk gets full, `previous.ckpt` and then periodic folders go, never the newest whole checkpoint, and that is
-    said.
+    logged.
     """
 
     def __init__(self, say: Callable[[str], None] = say) -> None:
@@ -52,13 +48,27 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None = None) -> None:
         self.wait()
-        began = time.monotonic()
-        copied = copied_to_cpu(checkpoint)  # training changes the weights while they are written
+        began, copies = time.monotonic(), {}
+
+        def copied(tensor: Tensor) -> Tensor:
+            """What shares its memory shares the copy, and is written once."""
+            place = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+            if place not in copies:
+                copies[place] = tensor.detach().to("cpu", copy=True)
+            return copies[place]
+
+        checkpoint = apply_to_collection(checkpoint, Tensor, copied)  # training changes the weights meanwhile
+        size = sum(tensor.nbytes for tensor in copies.values())
         self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
-        self._pending = self._writer.submit(self._write, copied, Path(path), began)
+        self._pending = self._writer.submit(self._write, checkpoint, Path(path), size, began)
+
+    def _write(self, checkpoint: dict[str, Any], path: Path, size: int, began: float) -> None:
+        make_room(path, size, self.say)
+        write_any(checkpoint, path)
+        self.seconds = max(self.seconds, time.monotonic() - began)
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is on the disk.
+        """Wait until the checkpoint that is being written is on the disk.
 
         Raises:
             UserError: it could not be written.
@@ -88,71 +98,6 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 self._writer.shutdown()
                 self._writer = None
 
-    def _write(self, checkpoint: dict[str, Any], path: Path, began: float) -> None:
-        make_room(path, _bytes(checkpoint), self.say)
-        try:
-            if path.suffix not in ("", ".pth"):
-                with written_whole(path) as partial:
-                    torch.save(checkpoint, partial)
-                    _step_aside(path)
-            else:
-                write_any(checkpoint, path)
-        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
-            free = shutil.disk_usage(path.parent).free / 2**20
-            raise UserError(
-                f"{path} could not be written ({free:,.0f} MB free): {str(error).splitlines()[0]}. The checkpoint "
-                "before it is whole: free some space and go on with --resume last"
-            ) from None
-        self.seconds = max(self.seconds, time.monotonic() - began)
-
-
-def copied_to_cpu(value: Any, copies: dict[tuple, Tensor] | None = None) -> Any:
-    """A deep copy with all tensors on the CPU; what shares its memory shares the copy, and is written once."""
-    copies = {} if copies is None else copies
-    if isinstance(value, Tensor):
-        place = value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
-        if place not in copies or not value.numel():
-            copies[place] = value.detach().to("cpu", copy=True)
-        return copies[place]
-    if isinstance(value, dict):
-        return type(value)((key, copied_to_cpu(item, copies)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return type(value)(copied_to_cpu(item, copies) for item in value)
-    return value
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(_bytes, value.values()))
-    return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
-
-
-def former_of(path: Path) -> Path | None:
-    """What a checkpoint's predecessor is called when it takes its place; None: it goes."""
-    return path.with_name(PREVIOUS) if path.name == "last.ckpt" else None
-
-
-def _step_aside(path: Path) -> None:
-    """Keep the `last.ckpt` that a file is about to replace; a folder of this name, of a sharded run, makes way."""
-    former = former_of(path)
-    if path.is_dir():
-        if former is None:
-            remove(path)
-            return
-        if former.exists():
-            remove(former)
-        path.rename(former)
-    elif former is not None and path.is_file():
-        partial = path.with_name(f".{former.name}.{os.getpid()}.partial")
-        with suppress(OSError):  # a file system without links goes without
-            partial.unlink(missing_ok=True)
-            os.link(path, partial)
-            if former.is_dir():
-                remove(former)
-            partial.replace(former)
-
 
 def make_room(path: Path, needed: int, say: Callable[[str], None]) -> None:
     """Remove what is no longer needed where `needed` bytes would not fit on the disk."""
@@ -161,13 +106,10 @@ def make_room(path: Path, needed: int, say: Callable[[str], None]) -> None:
     def full() -> bool:
         return shutil.disk_usage(path.parent).free < needed * 1.05 + 2**24
 
-    if not full():
-        return
-    last = path.with_name("last.ckpt")
-    previous = path.with_name(PREVIOUS)
-    if previous.exists() and last.exists():
+    previous = path.with_name("previous.ckpt")
+    if full() and previous.exists() and path.with_name("last.ckpt").exists():
         remove(previous)
-        say(f"The disk is nearly full: {previous} is removed ({last.name} stays)")
+        say(f"The disk is nearly full: {previous} is removed (last.ckpt stays)")
     if full():
         for gone in keep_newest(path.parent if path.suffix in ("", ".pth") else path.parent.parent, 1):
             say(f"The disk is nearly full: {gone.path} is removed")
@@ -184,11 +126,11 @@ class Agreement:
         self.asked_at, self.asked_after, self.interval = time.monotonic(), step, 1
 
     def due(self, step: int) -> bool:
-        """Whether step is one to `ask` after; the same in all processes."""
+        """Return whether to `ask` after this step; the same in all processes."""
         return step >= self.asked_after + self.interval
 
     def ask(self, trainer: L.Trainer, *wishes: bool) -> list[bool]:
-        """For each of the wishes, whether any process has it."""
+        """Return for each of the wishes whether any process has it."""
         now, step = time.monotonic(), trainer.global_step
         seconds = (now - self.asked_at) / max(1, step - self.asked_after)
         asked = torch.tensor([*map(float, wishes), seconds], device=trainer.strategy.root_device)
@@ -202,10 +144,10 @@ class Agreement:
 class LastCheckpoint(ModelCheckpoint):
     """Writes `last.ckpt` every few minutes, periodic folders, and `last.ckpt` at the end however training ends.
 
-    Ctrl-C, a notebook's stop button, SIGTERM and the time limit end training after the step they fall into: between
-    two steps a checkpoint is exact, and `--resume last` goes on as if nothing had happened. A second Ctrl-C does not
-    wait. Of several processes it is enough that one is told; all stop after the same step, about a second later.
-    An error saves nothing: the others would wait for a process that is gone, and `last.ckpt` is whole.
+    Ctrl-C, a notebook's stop button, SIGTERM and the time limit end training after the step they fall into, since
+    between two steps a checkpoint is exact. A second Ctrl-C does not wait. Of several processes it is enough that one
+    is told; all stop after the same step, about a second later. An error saves nothing: the others would wait for a
+    process that is gone, and `last.ckpt` is whole.
 
     Args:
         folder: gets `last.ckpt`; the folder above it, the run's, gets `checkpoint-STEP/` and `checkpoint-epoch-N/`,
@@ -324,13 +266,9 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 def checkpoint_callbacks(
-    folder: Path,
-    monitor: str | None,
-    saving: Saving | None = None,
-    mode: str = "min",
-    best: str = "best-",
+    folder: Path, monitor: str | None, saving: Saving | None = None, mode: str = "min", best: str = "best-"
 ) -> list[ModelCheckpoint]:
-    """`last.ckpt`, periodic folders, and the best by `monitor` as `best-EPOCH-VALUE.ckpt`.
+    """Return those for `last.ckpt`, periodic folders, and the best by `monitor` as `best-EPOCH-VALUE.ckpt`.
 
     Args:
         folder: of the checkpoints, in a run's folder.
@@ -340,19 +278,17 @@ def checkpoint_callbacks(
         best: how the best one's name begins.
     """
     saving = saving or Saving()
-    callbacks: list[ModelCheckpoint] = []
-    if monitor:
-        name = f"{best}{{epoch:03d}}-{{{monitor}:.4f}}"
-        callbacks.append(
-            ModelCheckpoint(
-                folder,
-                name,
-                monitor=monitor,
-                mode=mode,
-                save_top_k=saving.keep_best,
-                auto_insert_metric_name=False,
-                save_on_train_epoch_end=False,  # from there Lightning does not resume exactly where max_steps is set
-                enable_version_counter=False,
-            )
-        )
-    return [*callbacks, LastCheckpoint(folder, saving)]  # last, so that it knows of the best
+    last = LastCheckpoint(folder, saving)
+    if not monitor:
+        return [last]
+    of_best = ModelCheckpoint(
+        folder,
+        f"{best}{{epoch:03d}}-{{{monitor}:.4f}}",
+        monitor=monitor,
+        mode=mode,
+        save_top_k=saving.keep_best,
+        auto_insert_metric_name=False,
+        save_on_train_epoch_end=False,  # from there Lightning does not resume exactly where max_steps is set
+        enable_version_counter=False,
+    )
+    return [of_best, last]  # last, so that it knows of the best
