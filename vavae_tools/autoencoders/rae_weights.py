@@ -71,13 +71,13 @@ def load_rae(
         size = decoder_size(decoder)
         if decoder_patch_size is not None:
             size["decoder_patch_size"] = decoder_patch_size
-        folder = _encoder_path(encoder_config_path)
         settings = {"encoder_cls": encoder_cls, "encoder_input_size": encoder_input_size, "noise_tau": noise_tau}
-        mean, std = _colours(folder)
-        settings |= {"image_mean": image_mean or mean, "image_std": image_std or std}
-        rae, fresh = RAE(encoder_config=_encoder_config(folder), **settings, **size), {"encoder", "decoder"}
-        if folder is not None and folder.is_dir() and _weight_files(folder):
-            _take(rae, folder, ("encoder",), fresh, say)
+        own = {"image_mean": image_mean, "image_std": image_std}
+        of_encoder, weights = _encoder_files(encoder_config_path)
+        own = {**of_encoder, **{name: value for name, value in own.items() if value is not None}}
+        rae, fresh = RAE(**settings, **own, **size), {"encoder", "decoder"}
+        if weights is not None:
+            _take(rae, weights, ("encoder",), fresh, say)
     if encoder_checkpoint_path is not None:
         _take(rae, encoder_checkpoint_path, ("encoder",) if decoder_path else ("encoder", "decoder"), fresh, say)
     if decoder_path is not None:
@@ -152,6 +152,7 @@ def sorted_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     for statistics in (
         (last.get("statistics_mean"), last.get("statistics_var")),
         (last.get("latent_mean"), last.get("latent_var")),
+        (last.get("mean"), last.get("var")),
         _from_deviation(last.get("_latents_mean"), last.get("_latents_std")),
     ):
         if any(tensor is not None for tensor in statistics):
@@ -298,10 +299,11 @@ def decoder_size(decoder: str | Mapping[str, Any]) -> dict[str, Any]:
     return dict(decoder)
 
 
-def _encoder_path(source: str | Path | None) -> Path | None:
+def _encoder_files(source: str | Path | None) -> tuple[dict[str, Any], Path | None]:
+    """Return the arguments of `RAE` that a folder in transformers' format, or a config.json, holds, and its weights."""
     if source is None:
-        return None
-    return local_folder(
+        return {}, None
+    path = local_folder(
         source,
         of="an encoder",
         name="one in transformers' format",
@@ -309,24 +311,14 @@ def _encoder_path(source: str | Path | None) -> Path | None:
         patterns=["*.json", "*.safetensors"],
         file="config.json",
     )
-
-
-def _encoder_config(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    config = path / "config.json" if path.is_dir() else path
+    folder, config = (path, path / "config.json") if path.is_dir() else (path.parent, path)
     if not config.is_file():
         raise UserError(f"{path} is no encoder's folder: config.json is missing; it holds {_names_in(path)}")
-    return _read_json(config)
-
-
-def _colours(path: Path | None) -> tuple[list[float] | None, list[float] | None]:
-    """Return the mean and standard deviation per colour of the preprocessor beside an encoder's configuration."""
-    if path is None:
-        return None, None
-    file = (path if path.is_dir() else path.parent) / "preprocessor_config.json"
-    config = _read_json(file) if file.is_file() else {}
-    return config.get("image_mean"), config.get("image_std")
+    preprocessor = folder / "preprocessor_config.json"
+    colours = _read_json(preprocessor) if preprocessor.is_file() else {}
+    arguments = {name: colours[name] for name in ("image_mean", "image_std") if name in colours}
+    has_weights = path.is_dir() and bool(_weight_files(path))
+    return {"encoder_config": _read_json(config), **arguments}, path if has_weights else None
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (a pipeline looks here for the base it loads with)
 from torch import Tensor
@@ -13,11 +13,6 @@ from vavae_tools.runtime.files import load_model, local_folder
 
 SHAPES_VAE = Path(__file__).parent / "pretrained_shapes"
 """A small one that comes with this package, for coloured shapes: latents 4×H/4×W/4 (`benchmarks/pretrain_small.py`)."""
-_WEIGHT_FILES = tuple(
-    f"diffusion_pytorch_model{variant}.{ending}"
-    for variant in ("", ".fp16")
-    for ending in ("safetensors", "safetensors.index.json", "bin")
-)
 
 
 class StableDiffusionVAE(AutoencoderKL):
@@ -67,14 +62,10 @@ def is_stable_diffusion_vae(folder: str | Path) -> bool:
 
     Without one (a scaling_factor of 1), or with a mean and deviation of each channel, it is a VA-VAE that was exported.
     """
-    try:
-        found = json.loads((_folder_of_vae(Path(folder)) / "config.json").read_text(encoding="utf-8"))
-        kind = found.get("_class_name")
-    except (OSError, ValueError, AttributeError):
-        return False
-    if kind == "AutoencoderKL":
+    found = _config_in(_folder_of_vae(Path(folder)))
+    if found.get("_class_name") == "AutoencoderKL":
         return not found.get("latents_mean") and found.get("scaling_factor", 0.18215) != 1
-    return kind == "StableDiffusionVAE"
+    return found.get("_class_name") == "StableDiffusionVAE"
 
 
 def load_stable_diffusion_vae(source: str | Path, use_slicing: bool = False) -> StableDiffusionVAE:
@@ -98,24 +89,25 @@ def load_stable_diffusion_vae(source: str | Path, use_slicing: bool = False) -> 
             patterns=[*files, *(f"vae/{file}" for file in files)],
         )
     )
-    config, there = folder / "config.json", sorted(path.name for path in folder.iterdir())
-    if not config.is_file() or not any(name in there for name in _WEIGHT_FILES):
-        missing = _WEIGHT_FILES[0] if config.is_file() else "config.json"
-        raise UserError(
-            f"{folder} is no folder of a Stable Diffusion VAE: {missing} is missing; it holds "
-            f"{', '.join(there[:5]) or 'nothing'}{' …' if len(there) > 5 else ''}"
-        )
-    try:
-        name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{config} is damaged ({error}): copy the folder anew") from None
+    name = _config_in(folder).get("_class_name")
     if name not in ("AutoencoderKL", "StableDiffusionVAE"):
-        raise UserError(f"{folder} holds a {name}, expected an AutoencoderKL as Stable Diffusion's vae/")
-    half = not any(name in there for name in _WEIGHT_FILES if "fp16" not in name)
+        found = f"holds a {name}" if name else "has no config.json that can be read"
+        raise UserError(f"{folder} {found}, expected an AutoencoderKL as Stable Diffusion's vae/")
+    weights = [path.name for path in folder.glob("diffusion_pytorch_model*")]
+    half = bool(weights) and all(".fp16." in name for name in weights)
     model = load_model(StableDiffusionVAE, folder, variant="fp16" if half else None)
     if use_slicing:
         model.enable_slicing()
     return model
+
+
+def _config_in(folder: Path) -> dict[str, Any]:
+    """Return what the config.json of a folder holds; empty where there is none, or a damaged one."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _folder_of_vae(folder: Path) -> Path:

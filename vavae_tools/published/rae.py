@@ -13,8 +13,6 @@ from vavae_tools.autoencoders.rae_weights import fit, from_diffusers, sorted_wei
 from vavae_tools.runtime.errors import UserError
 
 _DECODER = [name for name in RAE_SIZES["ViTXL"] if name != "decoder_patch_size"]
-_ENCODER_NAMES = ("encoder", "encoder_cls", "encoder_type", "cls")
-_ENCODER_CONFIGS = ("encoder_config", "encoder_params", "config")
 
 
 class RAEReference(nn.Module):
@@ -69,9 +67,8 @@ def load_rae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any])
       of the decoder may also stand beside the rest. Element-wise statistics are tensors in it, {"statistics":
       {"mean", "var"}} (also "stat", or "mean" and "var" beside the rest), or stand in the weights as `stat.mean` and
       `stat.var`, or `latent_mean` and `latent_var`. diffusers' AutoencoderRAE, by its own arguments, is one too.
-    - the decoder alone (bare names or `decoder.*`, the authors' or diffusers'), with the four `decoder_…` numbers,
-      `patch_size`, and `image_size` or `num_patches` in `config`, flat or as above: `model(tokens).logits`,
-      `model.unpatchify(logits)`.
+    - the decoder alone (bare names or `decoder.*`, the authors' or diffusers'), with the four `decoder_…` numbers, and
+      `image_size` or `num_patches`, in `config`: `model(tokens).logits`, `model.unpatchify(logits)`.
     - encoders alone, one or several, see `load_rae_encoder_reference`.
 
     Raises:
@@ -81,10 +78,10 @@ def load_rae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any])
     if "decoder" not in found:
         return load_rae_encoder_reference(state_dict, config)
     if config.get("encoder_type"):
-        return RAEReference(from_diffusers(config, dict(state_dict))).eval()
+        return RAEReference(from_diffusers(config, state_dict)).eval()
     weights = found["decoder"]
     numbers = _decoder_numbers(config, weights)
-    if "encoder" not in found or not _first(config, *_ENCODER_NAMES):
+    if "encoder" not in found or "encoder" not in config:
         decoder = picture_decoder(_grid(config, weights, numbers["patch_size"]), **numbers)
         fit(decoder, weights, "decoder", "state_dict")
         return decoder.eval()
@@ -94,16 +91,19 @@ def load_rae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any])
         encoder_input_size=config.get("encoder_input_size"),
         decoder_patch_size=numbers["patch_size"],
         decoder_layer_norm_eps=numbers["layer_norm_eps"],
-        image_mean=_first(config, "image_processor_mean", "image_mean", "encoder_mean"),
-        image_std=_first(config, "image_processor_std", "image_std", "encoder_std"),
-        noise_tau=_first(config, "noise_tau", default=0.8),
+        image_mean=config.get("image_processor_mean"),
+        image_std=config.get("image_processor_std"),
+        noise_tau=config.get("noise_tau", 0.8),
         **{name: numbers[name] for name in _DECODER},
     )
     fit(rae.encoder, found["encoder"], "encoder", "state_dict")
     fit(rae.decoder, weights, "decoder", "state_dict")
-    mean, var = _statistics(config, state_dict, found)
+    given = config.get("statistics") or config.get("stat") or config
+    mean, var = given.get("mean"), given.get("var")
+    if mean is None and var is None:
+        mean, var = found.get("statistics", (None, None))
     if mean is not None or var is not None:
-        eps = _first(config, "normalization_eps", "eps", default=VARIANCE_EPS)
+        eps = config.get("normalization_eps", VARIANCE_EPS)
         rae.set_statistics(mean, (torch.ones(1) if var is None else var) + (eps - VARIANCE_EPS))
     return RAEReference(rae, config.get("reshape_to_2d", True)).eval()
 
@@ -116,17 +116,14 @@ def load_rae_encoder_reference(state_dict: Mapping[str, Any], config: Mapping[st
         config: {"encoder": "MAEwNorm", "encoder_config": {…}} of one; {"mae": {"config": {…}}, "siglip2": {…},
             "layer_norm_eps": {"mae": …}} of several, which gives an `RAEEncoders`.
     """
-    beside = (*_ENCODER_CONFIGS, "layer_norm_eps", "decoder_config")
-    several = {name: value for name, value in config.items() if isinstance(value, Mapping) and name not in beside}
+    several = {name: value for name, value in config.items() if isinstance(value, Mapping) and "config" in value}
     if not several:
         return _encoder_alone(state_dict, config)
     encoders, eps = {}, config.get("layer_norm_eps", {})
     for name, value in several.items():
         weights = {key.removeprefix(f"{name}."): t for key, t in state_dict.items() if key.startswith(f"{name}.")}
-        own = {"encoder": name, "encoder_config": _first(value, *_ENCODER_CONFIGS, default=value)}
-        if isinstance(eps, Mapping) and name in eps:
-            own["layer_norm_eps"] = eps[name]
-        encoders[name] = _encoder_alone(weights or state_dict, own)
+        own = {"encoder": name, "encoder_config": value["config"], "layer_norm_eps": eps.get(name)}
+        encoders[name] = _encoder_alone(weights, own)
     return RAEEncoders(encoders).eval()
 
 
@@ -144,16 +141,16 @@ def _encoder_alone(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> 
 
 
 def _encoder_name(config: Mapping[str, Any]) -> str:
-    name = _first(config, *_ENCODER_NAMES)
-    if not isinstance(name, str) or not name.strip():
+    name = str(config.get("encoder") or "").split()  # what follows is a remark
+    if not name:
         raise UserError("The configuration names no encoder: expected encoder, such as Dinov2withNorm")
-    return name.split()[0].split(".")[-1]  # what follows is a remark, what precedes it a module
+    return name[0]
 
 
 def _encoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
     eps = config.get("layer_norm_eps")
     own = {"layer_norm_eps": eps} if isinstance(eps, float) else {}
-    return {**own, **_first(config, *_ENCODER_CONFIGS, default={})}
+    return {**own, **(config.get("encoder_config") or {})}
 
 
 def _decoder_numbers(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -166,12 +163,12 @@ def _decoder_numbers(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -
     for name in ("decoder_embed.weight", "decoder_pred.bias"):
         if name not in weights:
             raise UserError(f"The decoder's weights have no {name}, which tells its sizes")
-    patch_size = _first(given, "decoder_patch_size", "patch_size")
+    patch_size = config.get("decoder_patch_size", given.get("patch_size"))
     if not isinstance(patch_size, int):  # the last layer has p·p·3 outputs
         patch_size = round((len(weights["decoder_pred.bias"]) / 3) ** 0.5)
-    eps = _first(config, "decoder_layer_norm_eps", default=inner.get("layer_norm_eps"))
-    if eps is None and "encoder_config" not in config and isinstance(config.get("layer_norm_eps"), float):
-        eps = config["layer_norm_eps"]
+    eps = config.get("decoder_layer_norm_eps", inner.get("layer_norm_eps"))
+    if eps is None and "encoder_config" not in config:  # beside it, it is the encoder's
+        eps = config.get("layer_norm_eps")
     return {
         "hidden_size": weights["decoder_embed.weight"].shape[1],
         "patch_size": patch_size,
@@ -182,7 +179,7 @@ def _decoder_numbers(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -
 
 def _grid(config: Mapping[str, Any], weights: Mapping[str, Tensor], patch_size: int) -> int:
     """Return the patches of a side."""
-    image_size, patches = _first(config, "decoder_image_size", "image_size"), config.get("num_patches")
+    image_size, patches = config.get("decoder_image_size", config.get("image_size")), config.get("num_patches")
     if patches is None and image_size is not None:
         patches = (image_size // patch_size) ** 2
     if patches is None and "decoder_pos_embed" in weights:
@@ -191,18 +188,3 @@ def _grid(config: Mapping[str, Any], weights: Mapping[str, Tensor], patch_size: 
     if not grid or grid**2 != patches:
         raise UserError(f"num_patches is {patches}, expected a square number: give num_patches, or image_size")
     return grid
-
-
-def _statistics(
-    config: Mapping[str, Any], state_dict: Mapping[str, Any], found: Mapping[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
-    for source in (config.get("statistics") or {}, config.get("stat") or {}, config, state_dict):
-        for names in (("mean", "var"), ("latent_mean", "latent_var"), ("stat.mean", "stat.var")):
-            tensors = tuple(source.get(name) for name in names)
-            if any(isinstance(tensor, Tensor) for tensor in tensors):
-                return tensors
-    return found.get("statistics", (None, None))
-
-
-def _first(config: Mapping[str, Any], *names: str, default: Any = None) -> Any:
-    return next((config[name] for name in names if config.get(name) is not None), default)
