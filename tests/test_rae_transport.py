@@ -212,9 +212,6 @@ def test_raes_lightningdit_drops_what_it_says_about_variance_and_takes_patches()
 
 
 def test_other_weights_than_raes_lightningdits_are_named():
-    without = {name: tensor for name, tensor in raes_weights().items() if name != "t_embedder.W"}
-    with pytest.raises(UserError, match="do not fit"):
-        load_rae_lightningdit(without, SMALL)
     with pytest.raises(UserError, match="do not fit"):
         load_rae_lightningdit(raes_weights(depth=2), SMALL)
 
@@ -223,29 +220,16 @@ def test_latent_statistics_are_read(tmp_path):
     case, io = load_case("latent_stats")
     path = tmp_path / "latents_stats.pt"
     torch.save({"mean": io["mean"], "std": io["std"]}, path)
-    mean, std = read_latent_statistics(path)
-    assert_close(torch.tensor(mean), io["mean"].flatten(), {})
-    assert_close(torch.tensor(std), io["std"].flatten(), {})
-    normal = (io["latents"][1] - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    mean, std = map(torch.tensor, read_latent_statistics(path))
+    normal = (io["latents"][1] - mean[:, None, None]) / std[:, None, None]
     assert_close(normal * case["latent_multiplier"], io["item1_plain"], case["tolerance"])
-
-
-def test_other_files_than_latent_statistics_are_named(tmp_path):
-    path = tmp_path / "latents_stats.pt"
     ones = torch.ones(1, 4, 1, 1)
     for saved, said in (
         ({"mean": ones, "var": ones}, "holds mean, var, expected the tensors mean and std"),
-        ([1, 2], "holds list, expected"),
         ({"mean": ones, "std": torch.ones(1, 3, 1, 1)}, r"std of shape \(1, 3, 1, 1\)"),
-        ({"mean": torch.ones(4, 2, 2), "std": ones}, r"mean of shape \(4, 2, 2\)"),
         ({"mean": ones, "std": torch.zeros(1, 4, 1, 1)}, "std of 0"),
         ({"mean": ones * float("nan"), "std": ones}, "not finite"),
     ):
         torch.save(saved, path)
         with pytest.raises(UserError, match=said):
             read_latent_statistics(path)
-    path.write_text("no tensors")
-    with pytest.raises(UserError, match="damaged or no checkpoint"):
-        read_latent_statistics(path)
-    with pytest.raises(UserError, match="No checkpoint"):
-        read_latent_statistics(tmp_path / "nothing.pt")
