@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,7 +97,7 @@ def merged(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def endless():
     """A tokenizer without an end and without a chat template."""
     return wordy(["the", "a", "cat", "sees", "king", "."], None)
@@ -127,14 +126,14 @@ def test_no_token_is_lost_or_repeated(of, max_tokens, merged, tmp_path):
 
 
 @pytest.mark.parametrize("of", ["bytes", "merged"])
-@pytest.mark.parametrize("text", [ODD, "\n\n\n", "<|end|>", "[SEP][CLS]", "\ufeffx", " lead and trail "])
-def test_picture_to_text_is_exact(of, text, merged, tmp_path):
-    file = json_lines(tmp_path / "text.jsonl", {"text": text})
-    data = TokenImageDataset(file, tokenizer=merged if of == "merged" else None)
-    item = data[0]
-    assert data.text(data.decode(item["clean"], item["mask"])) == text
-    noisy = item["clean"] + 0.3 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert data.text(data.decode(noisy, item["mask"])) == text
+def test_image_to_text_is_exact(of, merged, tmp_path):
+    tokenizer = merged if of == "merged" else None
+    texts = [ODD, "\n\n\n", "<|end|>", "[SEP][CLS]", "\ufeffx", " lead and trail "]
+    data = TokenImageDataset(json_lines(tmp_path / "a.jsonl", *({"text": t} for t in texts)), tokenizer=tokenizer)
+    batch = data.__getitems__(range(len(texts)))
+    noise = 0.3 * torch.randn(batch["clean"].shape, generator=torch.Generator().manual_seed(0))
+    for x in (batch["clean"], batch["clean"] + noise):
+        assert [data.text(tokens) for tokens in data.decode(x, batch["mask"])] == texts
 
 
 def test_what_a_picture_is(tmp_path):
@@ -157,17 +156,12 @@ def test_what_a_picture_is(tmp_path):
     assert (int(item["index"]), int(last["index"])) == (0, 1)
 
 
-def test_a_piece_may_end_inside_a_character(tmp_path):
-    data = TokenImageDataset(write(tmp_path / "a.txt", "aé"), 8, max_tokens=2)
-    assert pieces(data) == [[97, 0xC3], [0xA9, 256]]
-    assert data.text([97, 0xC3]) == "a\ufffd" and data.text([97, 0xC3, 0xA9, 256]) == "aé"
-
-
 @pytest.mark.parametrize(("size", "cell_size", "channels", "cells"), [(64, 4, 3, 256), (12, 3, 1, 16), (16, 8, 2, 4)])
-def test_the_picture_holds_what_its_size_says(size, cell_size, channels, cells, tmp_path):
+def test_the_image_holds_what_its_size_says(size, cell_size, channels, cells, tmp_path):
     data = TokenImageDataset(write(tmp_path / "a.txt", "x" * 999), size, cell_size=cell_size, channels=channels)
     assert data.max_tokens == cells and len(data) == -(-1000 // cells)
     assert data[0]["clean"].shape == (channels, size, size) and data[0]["mask"].all()
+    assert len(pickle.dumps(data)) and str(pickle.loads(pickle.dumps(data))) == str(data)
 
 
 def test_a_batch_is_its_items():
@@ -266,12 +260,9 @@ def test_messages_are_texts_without_a_template(tmp_path):
 
 
 @pytest.mark.parametrize(("template", "says"), [
-    (None, "The tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json): leave "
-           "use_chat_template out, or add one"),
-    (FORGETFUL, "The tokenizer's chat template writes earlier messages otherwise when others follow, so that prompt "
-                "and answer cannot be told apart: take another template"),
-    (STRICT, "The tokenizer's chat template refuses a chat of system, user (users begin): write the chats as it "
-             "expects them, or take another template"),
+    (None, "The tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json): leave"),
+    (FORGETFUL, "The tokenizer's chat template writes earlier messages otherwise when others follow"),
+    (STRICT, "The tokenizer's chat template refuses a chat of system, user (users begin): write the chats as it "),
     ("{{ messages[0]['name'].first }}", "The tokenizer's chat template refuses a chat of system, user ("),
 ])  # fmt: skip
 def test_templates_that_do_not_do(template, says, tmp_path):
@@ -285,7 +276,7 @@ def test_templates_that_do_not_do(template, says, tmp_path):
 # ---- tokenizers
 
 
-def test_bytes_are_what_the_built_in_tokenizer_says():
+def test_bytes_are_what_the_built_in_tokenizer_says(tmp_path):
     tokenizer = byte_tokenizer()
     every = "".join(map(chr, [*range(0x800), *range(0xE000, 0xE100), *range(0x1F600, 0x1F640)])) + "".join(SPECIAL)
     fast, asked = TextTokens(), TextTokens(tokenizer)
@@ -297,14 +288,10 @@ def test_bytes_are_what_the_built_in_tokenizer_says():
     assert [fast.decode(text.encode()) for text in texts] == texts
     assert tokenizer.convert_tokens_to_ids(list(SPECIAL)) == [256, 257, 258, 259] and fast.end == 256
     assert fast.decode([*b"ab", 256, 258, *b"c", 260, 511]) == "abc"  # 260 and 511 are none of its numbers
-
-
-def test_the_built_in_tokenizer_comes_back_from_a_folder(tmp_path):
-    byte_tokenizer().save_pretrained(tmp_path)
-    messages = chat("what<|end|>", "é 🐈")
-    again, first = TextTokens(tmp_path), TextTokens()
-    assert len(again) == 260 and again.prompt(messages) == first.prompt(messages)
-    assert again.encode([ODD], end=True)[0].tolist() == first.encode([ODD], end=True)[0].tolist()
+    tokenizer.save_pretrained(tmp_path)
+    messages, again = chat("what<|end|>", "é 🐈"), TextTokens(tmp_path)
+    assert len(again) == 260 and again.prompt(messages) == fast.prompt(messages)
+    assert again.encode([ODD], end=True)[0].tolist() == fast.encode([ODD], end=True)[0].tolist()
 
 
 def test_a_tokenizer_without_an_end(endless, tmp_path):
@@ -317,14 +304,8 @@ def test_a_tokenizer_without_an_end(endless, tmp_path):
     assert pieces(data) == [[3]] and data.sides(0.5)[1] is None
     says = refused(TokenImageDataset, json_lines(tmp_path / "c.jsonl", {"text": ""}), tokenizer=endless)
     assert says == f"{tmp_path / 'c.jsonl'} has no token in it: expected text"
-
-
-def test_numbers_may_have_gaps():
-    tokenizer = wordy(["the"], None)
-    tokenizer.add_tokens(["cat"])
-    tokens = TextTokens(tokenizer)
-    tokens.tokenizer.get_vocab = lambda: {"the": 2, "far": 900}  # as where a model reserves numbers
-    assert len(TextTokens(tokens.tokenizer)) == 901
+    endless.get_vocab = lambda: {"the": 2, "far": 900}  # as where a model reserves numbers
+    assert len(TextTokens(endless)) == 901
 
 
 def test_a_tokenizer_of_transformers_adds_and_cuts_nothing(merged):
@@ -353,49 +334,32 @@ def test_folders_are_read_in_natural_order(tmp_path):
     assert pieces(TokenImageDataset(tmp_path))[0] == [*b"two\r\n", 256]
 
 
-@pytest.mark.parametrize("form", ["one", "sides", "messages"])
-def test_datasets_on_the_disk(form, tmp_path):
+def test_datasets_on_the_disk(endless, tmp_path):
     from datasets import Dataset, DatasetDict
 
     rows = Dataset.from_dict({"id": [1, 2], "text": ["one", "zwei ü"]})
-    if form == "one":
-        rows.save_to_disk(tmp_path / "d")
-        assert read_texts(tmp_path / "d") == (["one", "zwei ü"], [])
-    elif form == "sides":
-        val = Dataset.from_dict({"text": ["val 1", "val 2", "val 3"]})
-        DatasetDict({"test": rows, "validation": val, "train": rows}).save_to_disk(tmp_path / "d")
-        assert read_texts(tmp_path / "d") == (["one", "zwei ü"], ["val 1", "val 2", "val 3"])
-        for share in (0, 0.9):  # its own side validates
-            train, val = TokenImageDataset(tmp_path / "d").sides(share)
-            assert [train.text(row) for row in pieces(train)] == ["one", "zwei ü"]
-            assert [val.text(row) for row in pieces(val)] == ["val 1", "val 2", "val 3"]
-    else:
-        Dataset.from_dict({"messages": [chat("a", "b"), chat("c", "d", "e", "f")]}).save_to_disk(tmp_path / "d")
-        assert read_texts(tmp_path / "d", chats=True)[0] == [chat("a", "b"), chat("c", "d", "e", "f")]
-        assert read_texts(tmp_path / "d")[0] == ["a\nb", "c\nd\ne\nf"]
-
-
-def test_datasets_that_do_not_do(endless, tmp_path):
-    from datasets import Dataset, DatasetDict
+    rows.save_to_disk(tmp_path / "one")
+    assert read_texts(tmp_path / "one") == (["one", "zwei ü"], [])
+    val = Dataset.from_dict({"text": ["val 1", "val 2", "val 3"]})
+    DatasetDict({"test": rows, "validation": val, "train": rows}).save_to_disk(tmp_path / "subsets")
+    for share in (0, 0.9):  # its own subset validates
+        train, val = TokenImageDataset(tmp_path / "subsets").sides(share)
+        assert [train.text(row) for row in pieces(train)] == ["one", "zwei ü"]
+        assert [val.text(row) for row in pieces(val)] == ["val 1", "val 2", "val 3"]
+    chats = [chat("a", "b"), chat("c", "d", "e", "f")]
+    Dataset.from_dict({"messages": chats}).save_to_disk(tmp_path / "chats")
+    assert read_texts(tmp_path / "chats", chats=True)[0] == chats
+    assert read_texts(tmp_path / "chats")[0] == ["a\nb", "c\nd\ne\nf"]
 
     some, none = Dataset.from_dict({"text": ["a"]}), Dataset.from_dict({"text": [""]})
     Dataset.from_dict({"body": ["x"], "n": [1]}).save_to_disk(tmp_path / "columns")
-    DatasetDict({"test": some}).save_to_disk(tmp_path / "sides")
+    DatasetDict({"test": some}).save_to_disk(tmp_path / "test")
     DatasetDict({"train": none, "validation": some}).save_to_disk(tmp_path / "empty")
-    none.save_to_disk(tmp_path / "nothing")
     Dataset.from_dict({"text": ["x", None]}).save_to_disk(tmp_path / "null")
-    assert refused(read_texts, tmp_path / "columns") == (
-        f"{tmp_path / 'columns'} has no column text or messages; it has body, n: rename one"
-    )
-    assert (
-        refused(read_texts, tmp_path / "sides")
-        == f"No side 'train' in {tmp_path / 'sides'}; there are test: rename one"
-    )
-    assert refused(TokenImageDataset(tmp_path / "empty", tokenizer=endless).sides, 0.1) == (
-        f"The side train of {tmp_path / 'empty'} has no token in it: expected text"
-    )
-    says = refused(TokenImageDataset, tmp_path / "nothing", tokenizer=endless)
-    assert says == f"{tmp_path / 'nothing'} has no token in it: expected text"
+    assert refused(read_texts, tmp_path / "columns").endswith("no column text or messages; it has body, n: rename one")
+    assert refused(read_texts, tmp_path / "test").startswith("No subset 'train' in")
+    says = refused(TokenImageDataset(tmp_path / "empty", tokenizer=endless).sides, 0.1)
+    assert says == f"The subset train of {tmp_path / 'empty'} has no token in it: expected text"
     assert refused(read_texts, tmp_path / "null").startswith(f'{tmp_path / "null"}, row 1 has neither "text" nor')
     for file in (tmp_path / "null").glob("*.arrow"):
         file.write_bytes(b"x")
@@ -403,105 +367,68 @@ def test_datasets_that_do_not_do(endless, tmp_path):
 
 
 JSON = '{"text": "fine"}\n'
-MESSAGES = 'a list of {"role": …, "content": …} with an answer of "assistant" in it'
+HALF = "character 2 of the text is half of a surrogate pair, '\\ud83d'"
 
 
 @pytest.mark.parametrize(("name", "content", "chats", "says"), [
-    ("a.txt", "", False, "{file} is empty: expected text in it, or take it away"),
-    ("a.txt", " \n", False, "{file} is empty: expected text in it, or take it away"),
-    ("a.jsonl", "\n\n", False, "{file} is empty: expected text in it, or take it away"),
-    ("a.txt", "Käse".encode("latin-1"), False,
-     "{file} is no text in UTF-8: byte 1 is 0xe4; save it as UTF-8 (iconv -t UTF-8)"),
-    ("a.txt", b"\xef\xbb\xbfab\xff", False,
-     "{file} is no text in UTF-8: byte 5 is 0xff; save it as UTF-8 (iconv -t UTF-8)"),
-    ("a.txt", "hi".encode("utf-16"), False,
-     "{file} is no text in UTF-8: byte 0 is 0xff; save it as UTF-8 (iconv -t UTF-8)"),
-    ("a.jsonl", JSON + '{"text": "x"', False, "{file}, line 2 is no JSON: Expecting ',' delimiter at column 13"),
-    ("a.jsonl", JSON + "\nhello", False, "{file}, line 3 is no JSON: Expecting value at column 1"),
-    ("a.jsonl", JSON + '{"body": "x"}', False,
-     '{file}, line 2 has neither "text" nor "messages": expected {{"text": "…"}} or {{"messages": […]}}'),
-    ("a.jsonl", "[1]", False,
-     '{file}, line 1 has neither "text" nor "messages": expected {{"text": "…"}} or {{"messages": […]}}'),
-    ("a.jsonl", '{"text": 5}', False,
-     '{file}, line 1 has neither "text" nor "messages": expected {{"text": "…"}} or {{"messages": […]}}'),
-    ("a.jsonl", JSON + '{"text": "ab\\ud83d"}', False,
-     "{file}, line 2: character 2 of the text is half of a surrogate pair, '\\ud83d': write the other half, or take it "
-     "out"),
-    ("a.jsonl", json.dumps({"messages": chat("a", "\ud83d")}), True,
-     "{file}, line 1: character 2 of the text is half of a surrogate pair, '\\ud83d': write the other half, or take it "
-     "out"),
-    ("a.jsonl", JSON, True,
-     "{file}, line 1 has no messages, " + MESSAGES + ": leave use_chat_template out, or give chats"),
-    ("a.txt", "hello", True, "{file} has no messages, " + MESSAGES + ": leave use_chat_template out, or give chats"),
-    *[("a.jsonl", json.dumps({"messages": messages}), chats, "{file}, line 1: its messages are not " + MESSAGES)
+    ("a.txt", " \n", False, " is empty: expected text in it, or take it away"),
+    ("a.jsonl", "\n\n", False, " is empty"),
+    ("a.txt", b"ab\n\xff", False, ", line 2, is no UTF-8"),
+    ("a.jsonl", JSON + '{"text": "x"', False, ", line 2 is no JSON: Expecting ',' delimiter at column 13"),
+    ("a.jsonl", JSON + "\nhello", False, ", line 3 is no JSON: Expecting value at column 1"),
+    ("a.jsonl", JSON + '{"body": "x"}', False, ', line 2 has neither "text" nor "messages"'),
+    ("a.jsonl", "[1]", False, ', line 1 has neither "text" nor "messages"'),
+    ("a.jsonl", '{"text": 5}', False, ', line 1 has neither "text" nor "messages"'),
+    ("a.jsonl", JSON + '{"text": "ab\\ud83d"}', False, f", line 2: {HALF}"),
+    ("a.jsonl", json.dumps({"messages": chat("a", "\ud83d")}), True, f", line 1: {HALF}"),
+    ("a.jsonl", JSON, True, ", line 1 has no messages, "),
+    ("a.txt", "hello", True, " has no messages, "),
+    *[("a.jsonl", json.dumps({"messages": messages}), chats, ", line 1: its messages are not ")
       for chats in (False, True)
       for messages in (5, "hi", ["hi"], [], chat("a"), [{"role": "assistant"}], [{"role": "assistant", "content": 1}])],
-    ("a.csv", "x", False, "{file}: expected a .txt or .jsonl file"),
+    ("a.csv", "x", False, ": expected a .txt or .jsonl file"),
 ])  # fmt: skip
 def test_files_that_do_not_do(name, content, chats, says, tmp_path):
     file = write(tmp_path / name, content)
-    said = says.replace("{file}", str(file)).replace("{{", "{").replace("}}", "}")
-    assert refused(TokenImageDataset, file, use_chat_template=chats) == said
+    assert refused(TokenImageDataset, file, use_chat_template=chats).startswith(f"{file}{says}")
     if name != "a.csv":
-        assert refused(TokenImageDataset, tmp_path, use_chat_template=chats) == said
+        assert refused(TokenImageDataset, tmp_path, use_chat_template=chats).startswith(f"{file}{says}")
 
 
 def test_places_that_do_not_do(tmp_path):
-    assert refused(read_texts, tmp_path / "nowhere") == (
-        f"No {tmp_path / 'nowhere'}: expected a .txt or .jsonl file, a folder with them, a dataset of save_to_disk, or "
-        "one of the built-in sentences, questions, zen"
-    )
+    says = refused(read_texts, tmp_path / "nowhere")
+    assert says.startswith(f"No {tmp_path / 'nowhere'}: ") and says.endswith("the built-in sentences, questions, zen")
     write(tmp_path / "a.csv", "x")
     assert refused(read_texts, tmp_path).startswith(f"{tmp_path} has no .txt or .jsonl file; it has ")
     assert refused(read_texts, "sentences", chats=True).startswith("the built-in sentences has no messages, a list of")
 
 
-def test_tokenizers_that_do_not_do(tmp_path):
-    folders = {
-        "nowhere": None,
-        "empty": {},
-        "broken": {"tokenizer.json": "{", "tokenizer_config.json": "{}"},
-        "half": {"tokenizer.json": "{}", "tokenizer_config.json": "{}"},
-        "list": {"tokenizer_config.json": "[]"},
-        "vocabulary": {
-            "vocab.json": "{",
-            "merges.txt": "",
-            "tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}',
-        },
-        "config": {"tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'},
-        "code": {
-            "tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["own.Own", null]}}',
-            "own.py": "raise OSError",
-        },
-    }
-    said = {}
-    for name, files in folders.items():
-        for file, content in (files or {}).items():
-            write(tmp_path / name / file, content)
-        if files == {}:
-            (tmp_path / name).mkdir()
-        said[name] = refused(TokenImageDataset, "zen", tokenizer=str(tmp_path / name)).replace(str(tmp_path), "HERE")
-    expected = "expected tokenizer.json and tokenizer_config.json, as save_pretrained writes them"
-    assert said.pop("nowhere") == (
-        "No folder HERE/nowhere with a tokenizer (tokenizer.json and tokenizer_config.json, as save_pretrained writes "
-        "them): leave it out for the built-in one, whose tokens are bytes"
-    )
-    for name, line in said.items():
-        assert line.startswith(
-            (f"HERE/{name} holds no tokenizer of transformers (", f"The tokenizer in HERE/{name} has")
-        )
-        assert line.endswith(expected) and len(line) < 360
+@pytest.mark.parametrize("files", [
+    {},
+    {"tokenizer.json": "{", "tokenizer_config.json": "{}"},
+    {"tokenizer.json": "{}", "tokenizer_config.json": "{}"},
+    {"tokenizer_config.json": "[]"},
+    {"vocab.json": "{", "merges.txt": "", "tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'},
+    {"tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'},
+    {"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["own.Own", null]}}', "own.py": "raise OSError"},
+])  # fmt: skip
+def test_tokenizers_that_do_not_do(files, tmp_path):
+    for name, content in files.items():
+        write(tmp_path / name, content)
+    says = refused(TokenImageDataset, "zen", tokenizer=str(tmp_path))
+    beginnings = (f"{tmp_path} holds no tokenizer of transformers (", f"The tokenizer in {tmp_path} has")
+    assert says.startswith(beginnings) and says.endswith("as save_pretrained writes them") and len(says) < 500
+    assert refused(TextTokens, tmp_path / "nowhere").startswith(f"No folder {tmp_path / 'nowhere'} with a tokenizer")
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    ({"max_tokens": 0}, "max_tokens 0: a picture of 64×64 has 1 to 256 cells"),
-    ({"max_tokens": 257}, "max_tokens 257: a picture of 64×64 has 1 to 256 cells"),
+    ({"max_tokens": 0}, "max_tokens 0: an image of 64×64 has 1 to 256 cells"),
+    ({"max_tokens": 257}, "max_tokens 257: an image of 64×64 has 1 to 256 cells"),
     ({"img_size": 30}, "img_size 30 is no multiple of cell_size 4: take 32, or another cell_size"),
-    ({"cell_size": 1}, "260 tokens need 9 bits, a cell of 3×1×1 pixels has 3, enough for 8: take cell_size 2 or "
-                       "larger, or more channels"),
+    ({"cell_size": 1}, "260 tokens need 9 bits, a cell of 3×1×1 pixels has 3"),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit(options, says):
-    assert refused(TokenImageDataset, "zen", **options) == says
+    assert refused(TokenImageDataset, "zen", **options).startswith(says)
 
 
 # ---- lengths, fingerprint, words
@@ -515,12 +442,8 @@ def test_lengths_count_the_pictures(tmp_path):
 
 
 def test_answers_are_as_long_as_they_are_after_their_prompts(tmp_path):
-    def chat(*words: str) -> list[dict[str, str]]:
-        return [{"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(words)]
-
     chats = [chat("ab", "xyz"), chat("ab", "xyz"), chat("abcd", "x"), chat("a", "xy", "bcd", "xyzxyz")]
-    path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in chats))
+    path = json_lines(tmp_path / "chats.jsonl", *({"messages": each} for each in chats))
     data = TokenImageDataset(path, use_chat_template=True)
     # role, words, end, role; then the answer with its end; of several the first
     assert data.answer_lengths() == [[4, 3, 1], [5, 4, 2], [7, 2, 1]]
@@ -535,36 +458,22 @@ def test_answers_are_as_long_as_they_are_after_their_prompts(tmp_path):
 def test_the_fingerprint_tells_data_apart(merged, tmp_path):
     first, other = write(tmp_path / "a.txt", "some text"), write(tmp_path / "b.txt", "some texT")
     same = write(tmp_path / "c" / "d.txt", "some text")
-    marks = [
-        TokenImageDataset(first).fingerprint(),
-        TokenImageDataset(other).fingerprint(),
-        TokenImageDataset(first, 32).fingerprint(),
-        TokenImageDataset(first, max_tokens=4).fingerprint(),
-        TokenImageDataset(first, tokenizer=merged).fingerprint(),
-        TokenImageDataset(first, cell_size=8).fingerprint(),
-        TokenImageDataset(first, channels=1).fingerprint(),
-        TokenImageDataset(first, max_tokens=4).part([0]).fingerprint(),
-        TokenImageDataset("questions").part(range(9)).fingerprint(),
-        TokenImageDataset(json_lines(tmp_path / "e.jsonl", {"messages": chat("a", "b")}), 64, True).fingerprint(),
-        TokenImageDataset(json_lines(tmp_path / "f.jsonl", {"messages": chat("a", "b")[1:]}), 64, True).fingerprint(),
-    ]
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = GLUED
-    for messages in (chat("a", "b"), chat("", "ab")):  # the same tokens
-        file = json_lines(tmp_path / "g.jsonl", {"messages": messages})
-        marks.append(TokenImageDataset(file, 64, True, tokenizer=tokenizer).fingerprint())
-    assert len(set(marks)) == len(marks)
-    assert TokenImageDataset(same).fingerprint() == marks[0]  # wherever it lies
+    options = ({}, {"img_size": 32}, {"max_tokens": 4}, {"tokenizer": merged}, {"cell_size": 8}, {"channels": 1})
+    found = [TokenImageDataset(first, **option) for option in options]
+    found += [TokenImageDataset(other), found[2].part([0]), TokenImageDataset("questions").part(range(9))]
+    glued = byte_tokenizer()
+    glued.chat_template = GLUED
+    for messages in (chat("a", "b"), chat("a", "b")[1:], chat("", "ab")):
+        file = json_lines(tmp_path / "e.jsonl", {"messages": messages})
+        found += [TokenImageDataset(file, 64, True, tokenizer=glued)]
+    assert len({data.fingerprint() for data in found}) == len(found)
+    assert TokenImageDataset(same).fingerprint() == found[0].fingerprint()  # wherever it lies
 
 
 def test_it_says_what_it_is(tmp_path):
     file = json_lines(tmp_path / "a.jsonl", *({"text": "x" * n} for n in (7, 15, 1)))
     assert str(TokenImageDataset(file, 16, max_tokens=8)) == (
-        f"3 texts of {file}: 26 tokens (of 260 kinds) in 4 pictures of 16×16, 6 of 16 cells filled on average"
-    )
-    file = json_lines(file, {"messages": chat("ab", "cd")})
-    assert str(TokenImageDataset(file, 64, True)) == (
-        f"1 chats of {file}: 8 tokens (of 260 kinds) in 1 pictures of 64×64, 8 of 256 cells filled on average"
+        f"3 texts of {file}: 26 tokens (of 260 kinds) in 4 images of 16×16, 6 of 16 cells filled on average"
     )
 
 
@@ -609,6 +518,7 @@ def test_of_a_single_text_the_end_validates(tmp_path):
     for share, count in ((0.05, 1), (0.3, 6), (0.99, 19)):
         train, val = data.sides(share, seed=1)
         assert pieces(train) == pieces(data)[:-count] and pieces(val) == pieces(data)[-count:]
+    assert train._numbers is data._numbers is val._numbers  # parts share the tokens
     train, val = of_lengths(tmp_path, 1).sides(0.5)
     assert len(train) == 1 and val is None
 
@@ -624,7 +534,7 @@ def test_of_long_texts_the_end_of_the_longest(seed, tmp_path):
     assert texts_of(val) == {1, 2, 3} and len(train) == 1000
 
 
-@pytest.mark.parametrize("share", [-0.1, 1, 1.5])
+@pytest.mark.parametrize("share", [-0.1, 1])
 def test_shares_that_cannot_be(share):
     says = refused(TokenImageDataModule, TokenImageDataset("zen"), val_share=share)
     assert says == f"val_share {share:g}: expected a share from 0 to below 1, such as 0.05"
@@ -633,33 +543,18 @@ def test_shares_that_cannot_be(share):
 # ---- batches
 
 
-@pytest.mark.parametrize("when", ["before the loader is made", "after"])
-def test_batches_go_on_where_a_checkpoint_was_written(when):
+def test_batches_resume_where_a_checkpoint_was_written():
     module = TokenImageDataModule(TokenImageDataset("zen"), batch_size=4, val_share=0.1, seed=3)
     assert (len(module.train_data), len(module.val_data)) == (17, 2)
-    module.train_dataloader()
     whole = EpochOrder(17, 4, 3)
     whole.set_epoch(2)
-    order = list(whole)
-    progress = SimpleNamespace(current=SimpleNamespace(processed=3, ready=3))
-    module.trainer = SimpleNamespace(
-        global_rank=0,
-        world_size=1,
-        fit_loop=SimpleNamespace(epoch_progress=progress, epoch_loop=SimpleNamespace(batch_progress=progress)),
-    )
-    state = module.state_dict()
-    assert state == {"epoch": 2, "batches_done": 3, "seed": 3, "samples": 17, "samples per step": 4}
-    again = TokenImageDataModule(TokenImageDataset("zen"), batch_size=4, val_share=0.1, seed=3)
-    loader = again.train_dataloader() if when == "after" else None
-    again.load_state_dict(state)
-    (batch,) = list(loader or again.train_dataloader())
-    assert batch["index"].tolist() == order[12:16]
-    wanted = module.train_data.__getitems__(order[12:16])
+    state = {"epoch": 2, "batches_done": 3, "seed": 3, "samples": 17, "samples per step": 4}
+    module.load_state_dict(state)
+    (batch,) = module.train_dataloader()
+    wanted = module.train_data.__getitems__(list(whole)[12:16])
     assert all(torch.equal(batch[name], wanted[name]) for name in wanted)
     other = TokenImageDataModule(TokenImageDataset("zen"), batch_size=4, val_share=0.3, seed=3)
-    assert refused(other.load_state_dict, state).startswith(
-        "The checkpoint was written with samples = 17, here it is 13"
-    )
+    assert "samples = 17, here it is 13" in refused(other.load_state_dict, state)
 
 
 def test_loading_processes_bring_the_same_and_say_nothing(merged, capfd, monkeypatch):
@@ -676,22 +571,6 @@ def test_loading_processes_bring_the_same_and_say_nothing(merged, capfd, monkeyp
         for one, other in zip(ours, theirs, strict=True):
             assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
     assert "tokenizers" not in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("of", ["bytes", "merged"])
-def test_it_travels_to_another_process(of, merged):
-    data = TokenImageDataset("zen", tokenizer=merged if of == "merged" else None)
-    again = pickle.loads(pickle.dumps(data))
-    assert again.fingerprint() == data.fingerprint() and str(again) == str(data)
-    item = again[3]
-    assert again.text(again.decode(item["clean"], item["mask"])) == "Complex is better than complicated."
-    assert again.tokens.encode([ODD])[0].tolist() == data.tokens.encode([ODD])[0].tolist()
-
-
-def test_parts_share_the_tokens(tmp_path):
-    data = of_lengths(tmp_path, 50)
-    train, val = data.sides(0.2)
-    assert train._numbers is data._numbers is val._numbers and data._numbers.dtype == np.int32
 
 
 # ---- a tokenizer that is learnt

@@ -1,16 +1,16 @@
-"""Tokens as squares of a picture and back: a linear code, one cell per token, in reading order."""
+"""Tokens as squares of an image and back: a linear code, one cell per token, in reading order."""
 
 import math
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vavae_tools.runtime.errors import UserError
 
-_SPREAD = math.sqrt(2) - 1
-_AT_ONCE = 2**24
-"""Numbers in a table of likenesses, cells × tokens."""
+_TABLE_LIMIT = 2**24
+"""Numbers in a table of cells, or of distances."""
 
 
 class TokenCode:
@@ -25,7 +25,6 @@ class TokenCode:
     Args:
         num_tokens: numbers go from 0 to num_tokens − 1.
         cell_size: a cell's side in pixels.
-        channels: of the picture.
 
     Raises:
         UserError: a cell has fewer pixels than the numbers have bits.
@@ -38,45 +37,45 @@ class TokenCode:
                 f"{num_tokens} tokens in {channels} channels of {cell_size}×{cell_size}: expected 1 or more"
             )
         if bits > self.length:
+            fitting = math.isqrt(-(-bits // channels) - 1) + 1
             raise UserError(
                 f"{num_tokens:,} tokens need {bits} bits, a cell of {channels}×{cell_size}×{cell_size} pixels has "
-                f"{self.length}, enough for {2**self.length:,}: take cell_size {_side(bits, channels)} or larger, "
-                "or more channels"
+                f"{self.length}, enough for {2**self.length:,}: take cell_size {fitting} or larger, or more channels"
             )
         self.num_tokens, self.cell_size, self.channels = num_tokens, cell_size, channels
         self.config = {"num_tokens": num_tokens, "cell_size": cell_size, "channels": channels}
         """The constructor's arguments: TokenCode(**config) is equal."""
         self._bits = bits
         largest = 2**bits - 1
-        spread = round(largest * _SPREAD)
+        spread = round(largest * (math.sqrt(2) - 1))
         self._columns = torch.tensor([2**j if j < bits else 1 + j**2 * spread % largest for j in range(self.length)])
 
     def capacity(self, img_size: int) -> int:
-        """Tokens in a square picture of this side.
+        """Return how many tokens a square image of this side has.
 
         Raises:
             UserError: the cells do not fill it.
         """
-        if img_size < 1 or img_size % self.cell_size:
-            size = self.cell_size
+        size = self.cell_size
+        if img_size < 1 or img_size % size:
             near = max(size, round(img_size / size) * size)
             raise UserError(
                 f"img_size {img_size} is no multiple of cell_size {size}: take {near}, or another cell_size"
             )
-        return (img_size // self.cell_size) ** 2
+        return (img_size // size) ** 2
 
     def cells(self, tokens: Tensor) -> Tensor:
-        """Token numbers int64 (...) → their pixels, float32 −1 or 1 (..., n)."""
+        """Return the pixels of token numbers int64 (...): float32 −1 or 1 (..., n)."""
         bits = tokens[..., None] & self._columns.to(tokens.device)
         for shift in (32, 16, 8, 4, 2, 1):  # the parity of all bits ends up in the last
             bits = bits ^ (bits >> shift)
         return (bits & 1).float() * 2 - 1
 
     def drawn(self, tokens: Tensor) -> Tensor:
-        """As `cells`, looked up where that is a small table."""
-        if self.num_tokens * self.length > _AT_ONCE:
+        """Return `cells`, looked up where that is a small table."""
+        if self.num_tokens * self.length > _TABLE_LIMIT:
             return self.cells(tokens)
-        return torch.nn.functional.embedding(tokens, self.table.to(tokens.device))
+        return F.embedding(tokens, self.table.to(tokens.device))
 
     @cached_property
     def table(self) -> Tensor:
@@ -84,69 +83,63 @@ class TokenCode:
         return self.cells(torch.arange(self.num_tokens))
 
     def draw(self, tokens: Tensor, there: Tensor, img_size: int) -> Tensor:
-        """Token numbers int64 (B, L) → pictures (B, C, H, W); where `there` (B, L) is false the cell is 0, grey.
+        """Draw token numbers int64 (B, L) as images (B, C, H, W); where `there` (B, L) is false the cell is 0, grey.
 
         Raises:
-            UserError: the cells do not fill the picture, or are fewer than the tokens.
+            UserError: the cells do not fill the image, or are fewer than the tokens.
         """
         capacity, length = self.capacity(img_size), tokens.shape[1]
         if length > capacity:
             raise UserError(
-                f"{length:,} tokens for a picture of {img_size}×{img_size}, which has {capacity:,} cells: cut the "
+                f"{length:,} tokens for an image of {img_size}×{img_size}, which has {capacity:,} cells: cut the "
                 "text, or take a larger img_size"
             )
-        cells = self.drawn(tokens) * there[..., None]  # (B, L, n)
-        cells = torch.nn.functional.pad(cells, (0, 0, 0, capacity - length))
+        cells = F.pad(self.drawn(tokens) * there[..., None], (0, 0, 0, capacity - length))
         return self.pictures(cells, img_size // self.cell_size)
 
     def pictures(self, cells: Tensor, columns: int) -> Tensor:
-        """Cells (B, L, n), whole rows of them → pictures (B, C, H, W)."""
+        """Put cells (B, L, n), whole rows of them, together to images (B, C, H, W)."""
         p = self.cell_size
         cells = cells.unflatten(1, (-1, columns)).unflatten(3, (self.channels, p, p))  # (B, h, w, C, p, q)
         return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
     def cells_of(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) → cells (B, L, n): the reverse of `pictures`."""
+        """Cut images (B, C, H, W) into cells (B, L, n): the reverse of `pictures`."""
         p = self.cell_size
         cells = pictures.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, q)
         return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def over_pixels(self, of_cells: Tensor, img_size: int) -> Tensor:
-        """A number for each of the first cells (B, L) → for each pixel (B, H, W); 0 for the other cells."""
+        """Spread a number for each of the first cells (B, L) over pixels (B, H, W); 0 for the other cells."""
         side, p = img_size // self.cell_size, self.cell_size
-        of_cells = torch.nn.functional.pad(of_cells, (0, side**2 - of_cells.shape[1])).unflatten(1, (side, side))
+        of_cells = F.pad(of_cells, (0, side**2 - of_cells.shape[1])).unflatten(1, (side, side))
         return of_cells.repeat_interleave(p, 1).repeat_interleave(p, 2)
 
     def over_cells(self, mask: Tensor) -> Tensor:
-        """A mask of pixels (B, H, W) → of cells, bool (B, L): those that have any pixel in it."""
-        return torch.nn.functional.max_pool2d(mask[:, None].float(), self.cell_size).flatten(1) > 0
+        """Return which cells have any pixel in a mask (B, H, W): bool (B, L)."""
+        return F.max_pool2d(mask[:, None].float(), self.cell_size).flatten(1) > 0
 
     def nearest(self, cells: Tensor) -> Tensor:
-        """Cells (..., n) → the token whose cell is nearest (all have the same length: the likest), int64 (...)."""
+        """Return the tokens whose cells are nearest to cells (..., n), all of the same length: int64 (...)."""
         rows = cells.reshape(-1, self.length).float()
         found, valid = self._by_signs(rows)
         others = rows[~valid]  # no cell can be nearer than one that has all the signs
         if len(others):
             table = self.table.to(rows.device).T
-            parts = others.split(max(1, _AT_ONCE // self.num_tokens))
+            parts = others.split(max(1, _TABLE_LIMIT // self.num_tokens))
             found[~valid] = torch.cat([(part @ table).argmax(1) for part in parts])
         return found.view(cells.shape[:-1])
 
     def is_valid(self, cells: Tensor) -> Tensor:
-        """Whether the signs of all of a cell's pixels (..., n) are those of one token's: bool (...); 0 has no sign."""
+        """Return whether the signs of all of a cell's pixels (..., n) are those of one token: bool (...)."""
         return self._by_signs(cells)[1]
 
     def _by_signs(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """The numbers that the first pixels show, int64 (...), and whether all other signs are that token's."""
+        """Return the numbers that the first pixels show, int64 (...), and whether all other signs are that token's."""
         numbers = ((cells[..., : self._bits] > 0) << torch.arange(self._bits, device=cells.device)).sum(-1)
         return numbers, (numbers < self.num_tokens) & (cells * self.cells(numbers) > 0).all(-1)
 
     def decode(self, pictures: Tensor, mask: Tensor) -> list[list[int]]:
-        """Pictures (B, C, H, W) and their masks (B, H, W) → token numbers: exact of clean ones, else the nearest."""
+        """Read images (B, C, H, W) and their masks (B, H, W): token numbers, exact of clean ones, else the nearest."""
         found, there = self.nearest(self.cells_of(pictures)), self.over_cells(mask)
         return [tokens[kept].tolist() for tokens, kept in zip(found, there, strict=True)]
-
-
-def _side(bits: int, channels: int) -> int:
-    """Of the smallest cell with as many pixels as bits."""
-    return math.isqrt(-(-bits // channels) - 1) + 1

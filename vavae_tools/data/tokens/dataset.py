@@ -1,8 +1,8 @@
-"""Texts as pictures: every token a cell of pixels, every text cut into as many pictures as it needs."""
+"""Texts as images: every token a cell of pixels, every text cut into as many images as it needs."""
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,29 +18,25 @@ from vavae_tools.data.tokens.tokenizer import TextTokens, learn_tokenizer
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 
-LEARNT = "bpe"
-_TEXTS_AT_ONCE = 1024
-"""That a tokenizer is given."""
-
 
 class TokenImageDataset(Dataset):
     """Items {"clean": float32 (C, H, W) in [−1, 1], "mask": float32 (H, W), "index": int64}; of a list, a batch.
 
-    `clean` has a cell of ±1 for each token (`token_code`) and 0 elsewhere, `mask` is 1 on the cells of tokens. With a
+    `clean` has a cell of ±1 for each token (`TokenCode`) and 0 elsewhere, `mask` is 1 on the cells of tokens. With a
     chat template `mask` is 1 on the answers alone; "condition" has the prompts' cells, 0 elsewhere, "condition_mask" is
     1 on them. A text, with its end, is cut into pieces of `max_tokens`, no token lost and none repeated.
 
     Args:
         data_path: files, a folder, a dataset or a built-in name, see `text_files.read_texts`.
-        img_size: side of the pictures in pixels.
+        img_size: side of the images in pixels.
         use_chat_template: read chats, and tell prompts and answers apart by the tokenizer's chat template.
-        max_tokens: in a picture; None: as many as it holds.
-        tokenizer: transformers' own or the folder of one; None: the 256 bytes (`text_tokens.byte_tokenizer`); "bpe":
-            one of `vocab_size` tokens is learnt from the texts (`text_tokens.learn_tokenizer`).
+        max_tokens: in an image; None: as many as it holds.
+        tokenizer: transformers' own or the folder of one; None: the 256 bytes (`byte_tokenizer`); "bpe": one of
+            `vocab_size` tokens is learnt from the texts (`learn_tokenizer`).
         cell_size, channels: of the code.
 
     Raises:
-        UserError: texts that cannot be read, or a picture, a code and a tokenizer that do not fit together.
+        UserError: texts that cannot be read, or an image, a code and a tokenizer that do not fit together.
     """
 
     def __init__(
@@ -55,46 +51,39 @@ class TokenImageDataset(Dataset):
         vocab_size: int = 512,
     ) -> None:
         texts = None
-        if tokenizer == LEARNT:
+        if tokenizer == "bpe":
             texts = read_texts(data_path, use_chat_template)
-            tokenizer = learn_tokenizer(_all_texts(texts[0]), vocab_size)
+            words = ([text] if isinstance(text, str) else [m["content"] for m in text] for text in texts[0])
+            tokenizer = learn_tokenizer((word for of_text in words for word in of_text), vocab_size)
         self.tokens = TextTokens(tokenizer)
         self.code = TokenCode(len(self.tokens), cell_size, channels)
         self.img_size, self.use_chat_template = img_size, use_chat_template
         cells = self.code.capacity(img_size)
         if max_tokens is not None and not 1 <= max_tokens <= cells:
-            raise UserError(f"max_tokens {max_tokens}: a picture of {img_size}×{img_size} has 1 to {cells} cells")
+            raise UserError(f"max_tokens {max_tokens}: an image of {img_size}×{img_size} has 1 to {cells} cells")
         self.max_tokens, self.data_path = max_tokens or cells, str(data_path)
         texts, validating = texts or read_texts(data_path, use_chat_template)
-        self._take([*texts, *validating])
         self._of_train = len(texts)
+        self._cut([*texts, *validating])
 
-    def _take(self, texts: list[Any]) -> None:
-        rows, answers = self._encoded(texts)
+    def _cut(self, texts: list[Any]) -> None:
+        rows, answers = [], []
+        for start in range(0, len(texts), 1024):  # that a tokenizer is given at once
+            part = texts[start : start + 1024]
+            of_part, of_answers = self.tokens.encode_chats(part) if self.use_chat_template else (None, [])
+            rows += of_part or self.tokens.encode(part, end=True)
+            answers += of_answers
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         if not lengths.any():
             raise UserError(f"{self.data_path} has no token in it: expected text")
         self._numbers = np.concatenate(rows)  # int32, all tokens
-        self._answers = None if answers is None else np.concatenate(answers)  # bool, which are an answer's
+        self._answers = np.concatenate(answers) if answers else None  # bool, which are an answer's
         pieces = -(-lengths // self.max_tokens)
         self._text_of = np.repeat(np.arange(len(texts)), pieces)  # of each piece
-        first = np.concatenate([[0], pieces.cumsum()[:-1]])
-        number = np.arange(pieces.sum()) - np.repeat(first, pieces)  # of a piece in its text
-        start = np.concatenate([[0], lengths.cumsum()[:-1]])
-        self._starts = np.repeat(start, pieces) + number * self.max_tokens
-        self._ends = np.minimum(self._starts + self.max_tokens, np.repeat(start + lengths, pieces))
-
-    def _encoded(self, texts: list[Any]) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-        rows, answers = [], []
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            part = texts[start : start + _TEXTS_AT_ONCE]
-            if self.use_chat_template:
-                of_part, of_answers = self.tokens.encode_chats(part)
-                answers += of_answers
-            else:
-                of_part = self.tokens.encode(part, end=True)
-            rows += of_part
-        return rows, answers if self.use_chat_template else None
+        number = np.arange(pieces.sum()) - np.repeat(pieces.cumsum() - pieces, pieces)  # of a piece in its text
+        ends = lengths.cumsum()
+        self._starts = np.repeat(ends - lengths, pieces) + number * self.max_tokens
+        self._ends = np.minimum(self._starts + self.max_tokens, np.repeat(ends, pieces))
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -108,44 +97,43 @@ class TokenImageDataset(Dataset):
         at = starts + np.arange((ends - starts).max())  # (B, L)
         there, at = torch.from_numpy(at < ends), np.minimum(at, ends - 1)
         numbers = torch.from_numpy(self._numbers[at].astype(np.int64))
-        batch = {"clean": self.code.draw(numbers, there, self.img_size), "index": torch.from_numpy(places)}
-        if self._answers is None:
-            return {**batch, "mask": self.code.over_pixels(there.float(), self.img_size)}
-        answers = torch.from_numpy(self._answers[at]) & there
-        prompt = there & ~answers
-        of_prompt = self.code.over_pixels(prompt.float(), self.img_size)
-        return {
-            **batch,
+        answers = there if self._answers is None else torch.from_numpy(self._answers[at]) & there
+        batch = {
+            "clean": self.code.draw(numbers, there, self.img_size),
+            "index": torch.from_numpy(places),
             "mask": self.code.over_pixels(answers.float(), self.img_size),
-            "condition": batch["clean"] * of_prompt[:, None],
-            "condition_mask": of_prompt,
         }
+        if self._answers is not None:
+            prompt = batch["condition_mask"] = self.code.over_pixels((there & ~answers).float(), self.img_size)
+            batch["condition"] = batch["clean"] * prompt[:, None]
+        return batch
 
     def tokens_of(self, index: int) -> np.ndarray:
-        """The token numbers of a picture, int32."""
+        """Return the token numbers of an image, int32."""
         return self._numbers[self._starts[index] : self._ends[index]]
 
     def decode(self, picture: Tensor, mask: Tensor) -> Any:
-        """A picture (C, H, W) and its mask (H, W) → token numbers, of noisy cells the nearest; of a batch, lists."""
+        """Read an image (C, H, W) and its mask (H, W): token numbers, of noisy cells the nearest; of a batch, lists."""
         if picture.ndim == 3:
             return self.code.decode(picture[None], mask[None])[0]
         return self.code.decode(picture, mask)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of token numbers."""
+        """Return the text of token numbers."""
         return self.tokens.decode(tokens)
 
     def drowned(self, index: int, times: Sequence[float], seed: int = 0) -> dict[str, Tensor]:
-        """A picture in noise, t·picture + (1 − t)·noise, each time under what the nearest codes tell of its text."""
-        item = self[index]
+        """Return t·image + (1 − t)·noise for each time, by a title with the text that the nearest codes tell."""
+        item, found = self[index], {}
         noise = Draws(seed, 0, item["index"][None]).normal("noise", *item["clean"].shape)[0]
-        noisy = {t: t * item["clean"] + (1 - t) * noise for t in times}
-        texts = {t: self.text(self.decode(x, item["mask"])) for t, x in noisy.items()}
-        shown = {t: "".join(c if c.isascii() and c.isprintable() else "·" for c in text) for t, text in texts.items()}
-        return {f"t = {t:g}: {shown[t]}": x for t, x in noisy.items()}
+        for t in times:
+            x = t * item["clean"] + (1 - t) * noise
+            text = self.text(self.decode(x, item["mask"]))
+            found[f"t = {t:g}: {''.join(c if c.isascii() and c.isprintable() else '·' for c in text)}"] = x
+        return found
 
     def prompts(self, indices: Sequence[int], share: float = 1 / 3) -> list[list[int]]:
-        """Token numbers that pictures begin with: of chats all up to the first answer, of texts this share of them."""
+        """Return the tokens that images begin with: of chats all up to the first answer, of texts this share."""
         found = []
         for index in indices:
             tokens = self.tokens_of(index)
@@ -156,7 +144,7 @@ class TokenImageDataset(Dataset):
         return found
 
     def lengths(self) -> Tensor:
-        """How many pictures have 0, 1, … tokens that are learnt: int64 (max_tokens + 1,)."""
+        """Return how many images have 0, 1, … tokens that are learnt: int64 (max_tokens + 1,)."""
         counts = self._ends - self._starts
         if self._answers is not None:
             before = np.concatenate([[0], self._answers.cumsum()])
@@ -164,7 +152,7 @@ class TokenImageDataset(Dataset):
         return torch.from_numpy(np.bincount(counts, minlength=self.max_tokens + 1))
 
     def answer_lengths(self) -> list[list[int]]:
-        """Of chats [tokens before the first answer, tokens of this answer, pictures with as many]; of texts nothing."""
+        """Return [tokens before the first answer, tokens of this answer, images with as many] of chats."""
         if self._answers is None:
             return []
         answers, others = (np.concatenate([[0], flags.cumsum()]) for flags in (self._answers, ~self._answers))
@@ -176,7 +164,7 @@ class TokenImageDataset(Dataset):
         return [[*kind, count] for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True)]
 
     def part(self, pieces: Sequence[int]) -> Self:
-        """Some of the pictures, as a data set of the same code and tokenizer."""
+        """Return some of the images, as a data set of the same code and tokenizer."""
         part = self.__class__.__new__(self.__class__)
         part.__dict__.update(self.__dict__)
         for name in ("_starts", "_ends", "_text_of"):
@@ -184,10 +172,10 @@ class TokenImageDataset(Dataset):
         return part
 
     def sides(self, val_share: float, seed: int = 0) -> tuple[Self, Self | None]:
-        """What trains and what validates: whole texts, or the end of the longest where all are longer than the share.
+        """Return what trains and what validates: whole texts, or the end of the longest where all are too long.
 
         Args:
-            val_share: of the pictures; of a dataset with a side of its own to validate that side is taken.
+            val_share: of the images; of a dataset with a subset of its own to validate that subset is taken.
 
         Raises:
             UserError: a share that cannot be, or that dataset has nothing to train on.
@@ -198,12 +186,12 @@ class TokenImageDataset(Dataset):
         if not validates.any():
             validates = self._drawn_to_validate(min(len(self) - 1, math.ceil(round(val_share * len(self), 9))), seed)
         elif validates.all():
-            raise UserError(f"The side train of {self.data_path} has no token in it: expected text")
+            raise UserError(f"The subset train of {self.data_path} has no token in it: expected text")
         train, val = np.flatnonzero(~validates), np.flatnonzero(validates)
         return self.part(train), self.part(val) if len(val) else None
 
     def _drawn_to_validate(self, wanted: int, seed: int) -> np.ndarray:
-        """Which pictures, bool (N,): no more than wanted, of texts in a drawn order that are not too long for it."""
+        """Return which images, bool (N,): no more than wanted, of texts in a drawn order that are not too long."""
         pieces = np.bincount(self._text_of)
         order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).numpy()
         taken, left = [], wanted
@@ -219,7 +207,7 @@ class TokenImageDataset(Dataset):
         return np.isin(self._text_of, taken)
 
     def fingerprint(self) -> str:
-        """What pictures these are: changes with the texts, the tokenizer and the code."""
+        """Return a hash of the texts, the tokenizer and the code."""
         digest = hashlib.sha256(repr(("token images 1", self.img_size, self.code.config)).encode())
         for array in (self._numbers, self._answers, self._starts, self._ends):
             if array is not None:
@@ -232,21 +220,16 @@ class TokenImageDataset(Dataset):
         cells, side = self.code.capacity(self.img_size), self.img_size
         return (
             f"{texts:,} {kind} of {self.data_path}: {tokens:,} tokens (of {self.code.num_tokens:,} kinds) in "
-            f"{len(self):,} pictures of {side}×{side}, {tokens / len(self):.0f} of {cells} cells filled on average"
+            f"{len(self):,} images of {side}×{side}, {tokens / len(self):.0f} of {cells} cells filled on average"
         )
 
 
-def _all_texts(found: Iterable[Any]) -> Iterator[str]:
-    for text in found:
-        yield from [text] if isinstance(text, str) else (message["content"] for message in text)
-
-
 class TokenImageDataModule(OrderedDataModule):
-    """A `TokenImageDataset` in an order that goes on at any batch.
+    """A `TokenImageDataset` in an order that resumes at any batch.
 
     Args:
         dataset: all texts.
-        val_share: of the pictures, to validate.
+        val_share: of the images, to validate.
         batch_size, num_workers, seed: see `OrderedDataModule`.
     """
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vavae_tools.data.captions import read_text
 from vavae_tools.data.demo.sentences import questions, stories, zen
 from vavae_tools.data.folders import contents, natural_key
 from vavae_tools.data.sources.hugging_face import is_dataset, load_folder
@@ -17,121 +18,98 @@ BUILT_IN: dict[str, Callable[[], list[str] | list[Chat]]] = {
     "questions": lambda: questions(20_000),
     "zen": zen,
 }
-"""Names that stand for texts of `data.sentences`."""
+"""Names that stand for texts of `data.demo.sentences`."""
 _MESSAGES = 'a list of {"role": …, "content": …} with an answer of "assistant" in it'
+_EXTENSIONS = (".txt", ".jsonl")
+_Row = tuple[str | Chat | dict[str, Any], str]
+"""What was found, and where."""
 
 
 def read_texts(data_path: str | Path, chats: bool = False) -> tuple[list[Any], list[Any]]:
-    """All texts, or all chats, in the natural order of the files' names, and those that only validate.
+    """Return all texts, or all chats, in the natural order of the files' names, and those that only validate.
 
     Args:
         data_path: a .txt file (one text) or a .jsonl file (a JSON object in each line, with "text" or "messages"), a
             folder with such files at any depth, a dataset that `save_to_disk` wrote with such a column (of several
-            sides "train" and, to validate, "validation", "valid" or "val"), or a name of `BUILT_IN`.
+            subsets "train" and, to validate, "validation", "valid" or "val"), or a name of `BUILT_IN`.
         chats: read messages; else those become a text, one message below the other.
 
     Raises:
         UserError: nothing is there, a file is empty or no UTF-8, or a line has neither text nor messages.
     """
-    path = Path(data_path)
-    if not path.exists():
-        if str(data_path) not in BUILT_IN:
-            raise UserError(
-                f"No {path}: expected a .txt or .jsonl file, a folder with them, a dataset of save_to_disk, or one of "
-                f"the built-in {', '.join(BUILT_IN)}"
-            )
-        found = BUILT_IN[str(data_path)]()
-        return [_as_asked(text, chats, f"the built-in {data_path}") for text in found], []
+    path, val = Path(data_path), iter(())
     if path.is_dir() and is_dataset(path):
-        return _of_dataset(path, chats)
+        train, val = _rows_of_dataset(path)
+    elif path.exists():
+        train = _rows_of_files(path)
+    elif str(data_path) in BUILT_IN:
+        train = ((found, f"the built-in {data_path}") for found in BUILT_IN[str(data_path)]())
+    else:
+        raise UserError(
+            f"No {path}: expected a .txt or .jsonl file, a folder with them, a dataset of save_to_disk, or one of the "
+            f"built-in {', '.join(BUILT_IN)}"
+        )
+    return tuple([_as_asked(found, chats, where) for found, where in rows] for rows in (train, val))
+
+
+def _rows_of_files(path: Path) -> Iterator[_Row]:
     files = [path]
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.suffix.lower() in _READERS and file.is_file()]
-        files = [file for file in files if not _hidden(file.relative_to(path))]
-        files.sort(key=lambda file: natural_key(str(file.relative_to(path))))
+        names = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+        names = [name for name in names if not any(part[0] == "." or part == "__MACOSX" for part in name.parts)]
+        files = [path / name for name in sorted(names, key=lambda name: natural_key(str(name)))]
+        files = [file for file in files if file.suffix.lower() in _EXTENSIONS]
         if not files:
             raise UserError(f"{path} has no .txt or .jsonl file; it has {contents(path)}")
-    return [text for file in files for text in _of_file(file, chats)], []
-
-
-def _hidden(path: Path) -> bool:
-    """Copies of editors and what unpacking leaves, as in folders of pictures."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-
-
-def _of_file(path: Path, chats: bool) -> Iterator[str | Chat]:
-    read = _READERS.get(path.suffix.lower())
-    if read is None:
-        raise UserError(f"{path}: expected a .txt or .jsonl file")
-    try:
-        content = path.read_bytes().decode().removeprefix("\ufeff")  # not utf-8-sig, which counts bytes after the mark
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(
-            f"{path} is no text in UTF-8: byte {error.start:,} is {byte:#04x}; save it as UTF-8 (iconv -t UTF-8)"
-        ) from None
-    if not content.strip():
-        raise UserError(f"{path} is empty: expected text in it, or take it away")
-    for text, where in read(content, path):
-        yield _as_asked(text, chats, where)
-
-
-def _plain(content: str, path: Path) -> Iterator[tuple[str, str]]:
-    yield content, str(path)
-
-
-def _json_lines(content: str, path: Path) -> Iterator[tuple[Any, str]]:
-    for number, line in enumerate(content.split("\n"), 1):  # not splitlines: a string may hold other separators
-        if not line.strip():
+    for file in files:
+        if file.suffix.lower() not in _EXTENSIONS:
+            raise UserError(f"{file}: expected a .txt or .jsonl file")
+        content = read_text(file)
+        if not content.strip():
+            raise UserError(f"{file} is empty: expected text in it, or take it away")
+        if file.suffix.lower() == ".txt":
+            yield content, str(file)
             continue
-        where = f"{path}, line {number:,}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is no JSON: {error.msg} at column {error.colno}") from None
-        yield row if isinstance(row, dict) else {}, where
+        for number, line in enumerate(content.split("\n"), 1):  # not splitlines: a string may hold other separators
+            where = f"{file}, line {number:,}"
+            try:
+                row = json.loads(line) if line.strip() else None
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where} is no JSON: {error.msg} at column {error.colno}") from None
+            if line.strip():
+                yield row if isinstance(row, dict) else {}, where
 
 
-_READERS = {".txt": _plain, ".jsonl": _json_lines}
-
-
-def _of_dataset(path: Path, chats: bool) -> tuple[list[Any], list[Any]]:
+def _rows_of_dataset(path: Path) -> tuple[Iterator[_Row], Iterator[_Row]]:
     found = load_folder(path)
     if not isinstance(found, dict):
-        return _of_side(found, chats, str(path)), []
+        return _rows_of_subset(found, str(path)), iter(())
     if "train" not in found:
-        raise UserError(f"No side 'train' in {path}; there are {', '.join(found)}: rename one")
+        raise UserError(f"No subset 'train' in {path}; there are {', '.join(found)}: rename one")
     val = next((name for name in ("validation", "valid", "val") if name in found), None)
-    return (
-        _of_side(found["train"], chats, f"{path}, train"),
-        _of_side(found[val], chats, f"{path}, {val}") if val else [],
-    )
+    of_val = _rows_of_subset(found[val], f"{path}, {val}") if val else iter(())
+    return _rows_of_subset(found["train"], f"{path}, train"), of_val
 
 
-def _of_side(dataset: Any, chats: bool, where: str) -> list[Any]:
+def _rows_of_subset(dataset: Any, where: str) -> Iterator[_Row]:
     columns = [name for name in ("text", "messages") if name in dataset.column_names]
     if not columns:
         raise UserError(f"{where} has no column text or messages; it has {', '.join(dataset.column_names)}: rename one")
-    rows = dataset.select_columns(columns).with_format(None)
-    return [_as_asked(row, chats, f"{where}, row {number:,}") for number, row in enumerate(rows)]
+    for number, row in enumerate(dataset.select_columns(columns).with_format(None)):
+        yield row, f"{where}, row {number:,}"
 
 
 def _as_asked(found: str | Chat | dict[str, Any], chats: bool, where: str) -> str | Chat:
-    """What was found as the text, or as the chat, that it is to be."""
+    """Return what was found as the text, or as the chat, that it is to be."""
     row = found if isinstance(found, dict) else {"text" if isinstance(found, str) else "messages": found}
     text, messages = row.get("text"), row.get("messages")
     if messages is not None and (chats or text is None):
-        messages = _checked(messages, where)
-        text = _checked_text("\n".join(message["content"] for message in messages), where)
-        return messages if chats else text
-    if chats:
+        messages = _checked_messages(messages, where)
+        text = "\n".join(message["content"] for message in messages)
+    elif chats:
         raise UserError(f"{where} has no messages, {_MESSAGES}: leave use_chat_template out, or give chats")
     if not isinstance(text, str):
         raise UserError(f'{where} has neither "text" nor "messages": expected {{"text": "…"}} or {{"messages": […]}}')
-    return _checked_text(text, where)
-
-
-def _checked_text(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON's \ud83d without the half that belongs to it
@@ -139,10 +117,10 @@ def _checked_text(text: str, where: str) -> str:
             f"{where}: character {error.start:,} of the text is half of a surrogate pair, {text[error.start]!a}: "
             "write the other half, or take it out"
         ) from None
-    return text
+    return messages if chats else text
 
 
-def _checked(messages: Any, where: str) -> Chat:
+def _checked_messages(messages: Any, where: str) -> Chat:
     fits = isinstance(messages, Iterable) and all(
         isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         for message in messages

@@ -14,11 +14,7 @@ from vavae_tools.runtime.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-_THREADS = "TOKENIZERS_PARALLELISM"
-_CHOSEN = os.environ.get(_THREADS)
 END, ASSISTANT = "<|end|>", "<|assistant|>"
-_FILES = "tokenizer.json and tokenizer_config.json, as save_pretrained writes them"
 SPECIAL = (END, "<|system|>", "<|user|>", ASSISTANT)
 _TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '"
@@ -27,18 +23,25 @@ _TEMPLATE = (
     + ASSISTANT
     + "' }}{% endif %}"
 )
+_FILES = "tokenizer.json and tokenizer_config.json, as save_pretrained writes them"
+_THREADS = "TOKENIZERS_PARALLELISM"
+_CHOSEN = os.environ.get(_THREADS)
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerBase":
-    """Tokens 0 to 255 are the bytes of UTF-8, then come the end of a text and the roles of a chat."""
+    """Make the built-in tokenizer: 0 to 255 are the bytes of UTF-8, then come the end of a text and a chat's roles."""
     from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
 
-    letters = {character: byte for byte, character in enumerate(_letters())}
-    return _with_roles(_on_bytes(BPE(vocab=letters, merges=[])))
+    # byte-level tokenizers write printable bytes as they are, and the others as characters from 256 on
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(sorted(letter for letter in ByteLevel.alphabet() if ord(letter) >= 256))
+    letters = {chr(byte) if byte in printable else next(others): byte for byte in range(256)}
+    return _for_chats(_byte_level(BPE(vocab=letters, merges=[])))
 
 
 def learn_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> "PreTrainedTokenizerBase":
-    """Byte-pair encoding (Sennrich et al. 2016) on bytes: frequent words become one token, any text stays exact.
+    """Learn byte-pair encoding (Sennrich et al. 2016) on bytes: frequent words become one token, any text stays exact.
 
     Args:
         vocab_size: tokens at most: 256 bytes, the end of a text and the roles of a chat, and pieces of words.
@@ -52,20 +55,13 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> "PreTrainedT
 
     if vocab_size <= 256 + len(SPECIAL):
         raise UserError(f"vocab_size {vocab_size}: {256 + len(SPECIAL)} are taken before the first piece of a word")
-    learnt = _on_bytes(BPE())
-    trainer = BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    learnt, options = _byte_level(BPE()), {"initial_alphabet": ByteLevel.alphabet(), "show_progress": False}
     with _threads():
-        learnt.train_from_iterator(texts, trainer)
-    return _with_roles(learnt)
+        learnt.train_from_iterator(texts, BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), **options))
+    return _for_chats(learnt)
 
 
-def _on_bytes(model: Any) -> Any:
-    """A tokenizer around a model of pieces that are written in bytes."""
+def _byte_level(model: Any) -> Any:
     from tokenizers import Tokenizer, decoders, pre_tokenizers
 
     tokenizer = Tokenizer(model)
@@ -74,27 +70,17 @@ def _on_bytes(model: Any) -> Any:
     return tokenizer
 
 
-def _with_roles(tokenizer: Any) -> "PreTrainedTokenizerBase":
+def _for_chats(tokenizer: Any) -> "PreTrainedTokenizerBase":
     from transformers import PreTrainedTokenizerFast
 
-    whole = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, additional_special_tokens=list(SPECIAL[1:])
-    )
+    roles = list(SPECIAL[1:])
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, additional_special_tokens=roles)
     whole.chat_template = _TEMPLATE
     return whole
 
 
-def _letters() -> list[str]:
-    """How byte-level tokenizers write byte 0, 1, …: printable ones as they are, the others from character 256 on."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(sorted(letter for letter in ByteLevel.alphabet() if ord(letter) >= 256))
-    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
-
-
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
-    """A tokenizer of transformers from a folder on the disk; no code of the folder is run.
+    """Load a tokenizer of transformers from a folder on the disk; no code of the folder is run.
 
     Raises:
         UserError: there is none.
@@ -143,11 +129,11 @@ class TextTokens:
         self._count = max(tokenizer.get_vocab().values()) + 1
 
     def __len__(self) -> int:
-        """How many numbers there are: the largest and one; gaps between them count."""
+        """Return the largest number and one; gaps between them count."""
         return self._count
 
     def encode(self, texts: Sequence[str], end: bool = False) -> list[np.ndarray]:
-        """Token numbers of texts, int32; what looks like a special token in them is text like any other.
+        """Return token numbers of texts, int32; what looks like a special token in them is text like any other.
 
         Args:
             end: add the end, where the tokenizer has a token for it.
@@ -160,21 +146,19 @@ class TextTokens:
         return [np.concatenate([row, ends], dtype=np.int32, casting="unsafe") for row in rows]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token numbers, special tokens left out; numbers that are no token's are left out, too."""
+        """Return the text of token numbers; special tokens and numbers that are no token's are left out."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def prompt(self, chat: Chat) -> list[int]:
-        """The tokens of a chat by its template, up to where the assistant begins.
+        """Return the tokens of a chat by its template, up to where the assistant begins.
 
         Raises:
             UserError: as `encode_chats`.
         """
-        parts = self._parts(chat)
-        parts.append(self._after("".join(parts), chat, ask=True))
-        return [token for part in self._numbers(parts) for token in part]
+        return [token for part in self._numbers(self._parts(chat, ask=True)) for token in part]
 
     def encode_chats(self, chats: Sequence[Chat]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """The tokens of chats by their template, up to the last answer's end, and which of them are the assistant's.
+        """Return the tokens of chats by their template, up to the last answer's end, and which are the assistant's.
 
         What looks like a special token in a message is one, as transformers has it.
 
@@ -187,28 +171,24 @@ class TextTokens:
         for of_chat in parts:
             encoded = [next(tokens) for _ in of_chat]  # what is asked, an answer, what is asked …
             rows.append(np.concatenate(encoded).astype(np.int32))
-            is_answer = np.arange(len(encoded)) % 2 == 1
-            answers.append(np.repeat(is_answer, [len(part) for part in encoded]))
+            answers.append(np.repeat(np.arange(len(encoded)) % 2 == 1, [len(part) for part in encoded]))
         return rows, answers
 
-    def _parts(self, chat: Chat) -> list[str]:
-        """A chat's text up to the first answer, that answer, what follows up to the second …"""
-        parts = []
-        for number, message in enumerate(chat):
-            if message["role"] == "assistant":
-                parts.append(self._after("".join(parts), chat[:number], ask=True))
-                parts.append(self._after("".join(parts), chat[: number + 1], ask=False))
+    def _parts(self, chat: Chat, ask: bool = False) -> list[str]:
+        """Return a chat's text up to the first answer, that answer, what follows up to the second …"""
+        answers = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
+        ends = [end for number in answers for end in ((number, True), (number + 1, False))]
+        parts, former = [], ""
+        for end, asks in [*ends, (len(chat), True)] if ask else ends:
+            text = self._templated(chat[:end], asks)
+            if not text.startswith(former):
+                raise UserError(
+                    "The tokenizer's chat template writes earlier messages otherwise when others follow, so that "
+                    "prompt and answer cannot be told apart: take another template"
+                )
+            parts.append(text[len(former) :])
+            former = text
         return parts
-
-    def _after(self, text: str, chat: Chat, ask: bool) -> str:
-        """What a chat's text has after the text of its first messages."""
-        longer = self._templated(chat, ask)
-        if not longer.startswith(text):
-            raise UserError(
-                "The tokenizer's chat template writes earlier messages otherwise when others follow, so that prompt "
-                "and answer cannot be told apart: take another template"
-            )
-        return longer[len(text) :]
 
     def _templated(self, chat: Chat, ask: bool) -> str:
         from jinja2 import TemplateError
@@ -228,7 +208,7 @@ class TextTokens:
             ) from None
 
     def _numbers(self, texts: Sequence[str], **options: bool) -> list[list[int]]:
-        """Token numbers of texts in which special tokens are meant, as a template writes them."""
+        """Return token numbers of texts in which special tokens are meant, as a template writes them."""
         if not texts:
             return []
         with _threads():
