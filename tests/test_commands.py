@@ -18,7 +18,7 @@ import pytest
 import torch
 from forked import python
 from PIL import Image
-from tiny import SIZE, same, tiny_pipeline, tiny_vavae
+from tiny import SIZE, same, tiny_vavae
 
 import vavae_tools
 from vavae_tools.data.split import split_folders
@@ -275,22 +275,17 @@ def assert_one_line(outcome: tuple[int, str, str], message: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def things(split_dir, vavae_dir, latents_dir, tmp_path_factory) -> dict[str, str]:
+def things(split_dir, vavae_dir, tmp_path_factory) -> dict[str, str]:
     """Paths for the commands below."""
     folder = tmp_path_factory.mktemp("things")
-    tiny_pipeline().save_pretrained(folder / "pipeline")
     torch.save({"state_dict": {}, "hyper_parameters": {"denoiser_config": {}}}, folder / "dit.ckpt")
     other = {"vavae." + name: weights for name, weights in tiny_vavae(condition_dim=0).state_dict().items()}
     torch.save({"state_dict": other, "optimizer_states": [], "loops": {}}, folder / "other.ckpt")
     (folder / "file").write_text("a file")
-    (folder / "two.txt").write_text("anna\nben\n")
-    (folder / "twice.txt").write_text("anna\nben\nanna\n")
     return {
         "here": str(folder),
         "split": str(split_dir),
         "vavae": str(vavae_dir),
-        "latents": str(latents_dir),
-        "pipeline": str(folder / "pipeline"),
     }
 
 
@@ -305,56 +300,33 @@ BAD_FINE_TUNING = {
     TUNE + " --resume {here}/other.ckpt": "other.ckpt is of another model",
     TUNE + " --image_size 17": "--image_size 17 does not fit this VA-VAE: it must be divisible by 2",
     TUNE + " --image_size -16": "--image_size is -16, expected a whole number of 1 or more",
-    TUNE + " --image_size 0": "--image_size is 0, expected a whole number of 1 or more",
-    TUNE + " --batch_size 0": "--batch_size is 0, expected a whole number of 1 or more",
-    TUNE + " --max_epochs 0": "--max_epochs is 0, expected a whole number of 1 or more",
-    TUNE + " --condition_dim -1": "--condition_dim is -1, expected a whole number of 0 or more",
     TUNE + " --condition_file {here}/none": "No condition file",
     TUNE + " --output_dir {here}/file": "file is a file, expected a folder",
-    TUNE
-    + " --vf_weight 0.1": "needs a vision foundation model: name its folder (foundation_model), or take vf_weight 0",
+    TUNE + " --vf_weight 0.1": "needs a vision foundation model: name its folder (foundation_model), or take vf_weight",
     TUNE + " --vf_weight 0.1 --foundation_model {here}": "is no folder of a foundation model: config.json is missing",
-    TUNE + " --vf_weight 0.1 --foundation_model nowhere": "No folder nowhere of a vision foundation model",
     TUNE + " --recipe full --vf_weight 0": "perceptual_weight needs LPIPS: name its weights (lpips_weights), or take",
     TUNE + " --lpips_weights {here}/other.ckpt": "other.ckpt: 0 of the 26 tensors of LPIPS's VGG16",
     TUNE + " --recipe staged --max_epochs 2": "needs at least one for each stage",
-    TUNE + " --disc_weight 0.5": "Pictures of 16×16 are too small for the discriminator: it needs 24×24",
-    TUNE + " --l1_weight 0 --gradient_weight 0 --spectral_weight 0": "nothing compares the pictures",
+    TUNE + " --disc_weight 0.5": "of 16×16 are too small for the discriminator: it needs 24×24",
+    TUNE + " --l1_weight 0 --gradient_weight 0 --spectral_weight 0": "nothing compares the",
     TUNE + " --accelerator gpu --devices 4": "No GPU that torch can use here",
     TUNE + " --precision 16": "A CPU has no fp16: use --precision 32",
     TUNE + " --strategy deepspeed": "deepspeed",
+    "--devices two": "--devices is 'two', expected a whole number or one of auto",
+    "--max_epoch 4": "No --max_epoch; did you mean --max_epochs?",
+    "--strategy dp": "--strategy is 'dp', expected one of auto, ddp",
 }
 BAD_TRAINING = {
     "--data_dir {split} --vavae nowhere": "No VA-VAE at nowhere",
     "--data_dir {split} --vavae {vavae} --max_steps 0": "--max_steps is 0, expected a whole number of 1 or more",
-    "--data_dir {split} --vavae {vavae} --batch_size 0": "--batch_size is 0, expected a whole number of 1 or more",
     "--data_dir {split} --vavae {vavae} --hidden_size 30 --num_heads 4": "hidden_size",
     "--data_dir {split} --vavae {vavae} --patch_size 3": "input_size 8×8 cannot be cut into patches of 3×3",
     "--data_dir {split} --vavae {vavae} --latents_dir {here}/file": "file is a file, expected a folder",
     "--data_dir {split} --vavae {vavae} --resume {here}/other.ckpt": "other.ckpt is of another model",
 }
-BAD_SAMPLING = {
-    "--checkpoint nowhere": "No checkpoint nowhere",
-    "--checkpoint {here}": "is no pipeline (no model_index.json)",
-    "--checkpoint {here}/other.ckpt": "other.ckpt is no checkpoint of DiT training",
-    "--checkpoint {pipeline} --labels 0,3": "Label 3 does not exist: labels go from 0 to 2 (3 classes).",
-    "--checkpoint {pipeline} --labels -1": "Label -1 does not exist",
-    "--checkpoint {pipeline} --labels ID_9": "Nobody called 'ID_9'; there are ID_1, ID_2, ID_3",
-    "--checkpoint {pipeline} --cfg_interval 0.5": "--cfg_interval '0.5': expected two times such as 0.1,1",
-    "--checkpoint {pipeline} --cfg_interval a,b": "--cfg_interval 'a,b': expected two times",
-    "--checkpoint {pipeline} --cfg_interval 0.9,0.1": "expected 0 ≤ start ≤ end ≤ 1",
-    "--checkpoint {pipeline} --cfg_interval 0,nan": "expected 0 ≤ start ≤ end ≤ 1",
-    "--checkpoint {pipeline} --num_samples 0": "--num_samples 0: at least one picture",
-    "--checkpoint {pipeline} --num_steps 0": "at least one step is needed",
-    "--checkpoint {pipeline} --batch_size 0": "batch_size 0: at least one",
-    "--checkpoint {pipeline} --class_list none.txt": "--class_list none.txt: No such file or directory",
-    "--checkpoint {pipeline} --class_list {here}/two.txt": "The class list has 2 names, the model 3 classes",
-    "--checkpoint {pipeline} --class_list {here}/twice.txt": "names somebody twice",
-    "--checkpoint {pipeline} --output_dir {here}/file --num_steps 1": "file is a file, expected a folder",
-}
 BAD = [
     (name, line, message)
-    for name, lines in (("fine_tune", BAD_FINE_TUNING), ("train", BAD_TRAINING), ("sample", BAD_SAMPLING))
+    for name, lines in (("fine_tune", BAD_FINE_TUNING), ("train", BAD_TRAINING))
     for line, message in lines.items()
 ]
 
@@ -366,12 +338,6 @@ def test_bad_input_is_answered_by_one_line(run, things, name, line, message):
     before = files(Path(things["here"]))
     assert_one_line(run(name, *line.format(**things).split()), message)
     assert files(Path(things["here"])) == before
-
-
-@pytest.mark.parametrize("line", ["--devices two", "--max_epoch 4", "--kl_weight much", "--strategy dp"])
-def test_unknown_choices_and_flags_are_refused(run, line):
-    status, _, err = run("fine_tune", *line.split())
-    assert status == 2 and "Traceback" not in err and line.split()[0] in err.splitlines()[-1]
 
 
 # ---- a full disk
@@ -406,10 +372,3 @@ def test_a_full_disk_while_encoding_says_so(run, things, tmp_path):
         outcome = run("train", "--data_dir", things["split"], "--vavae", "vavae", *TINY_DIT, "--max_steps", "1")
     assert_one_line(outcome, "No space left on the disk")
     assert files(tmp_path / "outputs" / "latents") == {} and files(tmp_path / "vavae") == before
-
-
-def test_a_full_disk_while_sampling_leaves_whole_pictures_only(run, things, tmp_path):
-    with full_disk(100):
-        outcome = run("sample", "--checkpoint", things["pipeline"], "--num_samples", "2", "--num_steps", "1")
-    assert_one_line(outcome, "No space left on the disk")
-    assert files(tmp_path / "outputs") == {}

@@ -52,37 +52,68 @@ def values(*words: str) -> dict:
     return found
 
 
-def test_the_lines_of_the_specification():
-    found = values(
-        *["experiment=dit_dino", "model.rae.encoder_checkpoint_path=F", "data.data_dir=D", "data.batch_size=16"],
-        *["model.dit_module.learning_rate=1e-4", "model.dit_module.compile=true", "trainer=ddp", "trainer.devices=4"],
-        *["trainer.strategy=fsdp", "trainer.accumulate_grad_batches=4", "ckpt_path=last"],
-    )
-    expected = {"rae.encoder_checkpoint_path": "F", "data.data_dir": "D", "resume": "last"}
-    expected |= {"train.batch_size": 16, "train.lr": 1e-4, "train.compile": True, "train.accelerator": "auto"}
-    expected |= {"train.devices": 4, "train.strategy": "fsdp", "train.accumulate_grad_batches": 4}
-    assert {key: found[key] for key in expected} == expected
-    words = "--data_path D --img_size 64 --batch_size 32 --epochs 100 --use_amp --gradient_accumulation_steps 4"
-    found = values("experiment=token_images", *words.split(), "--resume", "output/checkpoint_epoch_50.pth")
-    expected = {"data.data_dir": "D", "data.image_size": 64, "train.batch_size": 32, "train.max_epochs": 100}
-    expected |= {
-        "train.accumulate_grad_batches": 4,
-        "train.precision": None,
-        "resume": "output/checkpoint_epoch_50.pth",
-    }
-    assert {key: found[key] for key in expected} == expected
-    words = "--data_dir DIR --original_vavae FILE --condition_dim 8 --kl_weight 1e-6 --batch_size 16 --max_epochs 100"
-    words += " --lr 1e-4 --devices 2 --num_nodes 1 --strategy ddp --accelerator gpu --precision 16 --output_dir outputs"
-    found = values("experiment=vavae", *words.split())
-    expected = {
-        "data.data_dir": "DIR",
-        "vavae.original_vavae": "FILE",
-        "vavae.condition_dim": 8,
-        "loss.kl_weight": 1e-6,
-    }
-    expected |= {"train.batch_size": 16, "train.max_epochs": 100, "train.lr": 1e-4, "train.devices": 2}
-    expected |= {"train.strategy": "ddp", "train.accelerator": "gpu", "train.precision": "16", "output_dir": "outputs"}
-    assert {key: found[key] for key in expected} == expected
+LINES = {
+    "experiment=dit_dino model.rae.encoder_checkpoint_path=F data.data_dir=D data.batch_size=16 trainer.devices=4 "
+    "model.dit_module.learning_rate=1e-4 model.dit_module.compile=true trainer=ddp trainer.strategy=fsdp "
+    "trainer.accumulate_grad_batches=4 ckpt_path=last": {
+        **{"rae.encoder_checkpoint_path": "F", "data.data_dir": "D", "resume": "last", "train.strategy": "fsdp"},
+        **{"train.batch_size": 16, "train.lr": 1e-4, "train.compile": True, "train.accelerator": "auto"},
+        **{"train.devices": 4, "train.accumulate_grad_batches": 4, "model.hidden_size": [1152, 2048]},
+        **{"model.num_classes": 1000, "train.max_steps": 100_000, "objective.time_shift": None},
+    },
+    "experiment=token_images --data_path D --img_size 64 --batch_size 32 --epochs 100 --use_amp "
+    "--gradient_accumulation_steps 4 --resume output/checkpoint_epoch_50.pth": {
+        **{"data.data_dir": "D", "data.image_size": 64, "train.batch_size": 32, "train.max_epochs": 100},
+        **{"train.accumulate_grad_batches": 4, "train.precision": None, "resume": "output/checkpoint_epoch_50.pth"},
+    },
+    "experiment=vavae --data_dir DIR --original_vavae FILE --condition_dim 8 --kl_weight 1e-6 --batch_size 16 "
+    "--max_epochs 100 --lr 1e-4 --devices 2 --num_nodes 1 --strategy ddp --accelerator gpu --precision 16 "
+    "--output_dir outputs": {
+        **{"data.data_dir": "DIR", "vavae.original_vavae": "FILE", "vavae.condition_dim": 8, "loss.kl_weight": 1e-6},
+        **{"train.batch_size": 16, "train.max_epochs": 100, "train.lr": 1e-4, "train.devices": 2},
+        **{"train.strategy": "ddp", "train.accelerator": "gpu", "train.precision": "16", "output_dir": "outputs"},
+    },
+    "--config configs/train_config.yaml --resume outputs/checkpoint-epoch-10": {
+        **{"experiment": "text_to_image", "data.dataset_name": "coco", "train.batch_size": 48, "train.lr": 1e-4},
+        **{"train.accumulate_grad_batches": 2, "train.precision": "bf16", "train.save_every_n_steps": 500},
+        **{"model.depth": 16, "train.warmup_steps": 500, "resume": "outputs/checkpoint-epoch-10"},
+    },
+    "experiment=vavae_dit data.data_dir=data_split model.size=S train.lr=2e-4 logger=[tensorboard,wandb]": {
+        **{"model.size": "S", "train.lr": 2e-4, "train.logger": ["tensorboard", "wandb"]},
+    },
+    "--lr 1e-4 --batch-size=8 --flips --devices 2 --size S --seed 3 --vavae v --latents_dir 2024": {
+        **{"experiment": "vavae_dit", "train.lr": 1e-4, "seed": 3, "train.batch_size": 8, "data.flips": True},
+        **{"train.devices": 2, "model.size": "S", "vavae.source": "v", "data.latents_dir": "2024"},
+    },
+    "experiment=vavae --lpips_weights a.pth b.pth --image_size 128x256": {
+        **{"loss.lpips_weights": ["a.pth", "b.pth"], "data.image_size": [128, 256]},
+    },
+    "--flips false --objective.name v --model.dit.depth=3 trainer=cpu trainer.devices=2": {
+        **{"data.flips": False, "objective.name": "v", "model.depth": 3},
+        **{"train.accelerator": "cpu", "train.devices": 2},
+    },
+    "experiment=token_dummy training.use_amp=false ema.enabled=false": {
+        **{"train.precision": "32", "train.ema_decay": 0, "train.max_steps": 1800},
+    },
+    "experiment=token_dummy training.use_amp=true ema.enabled=true ema.decay=0.5": {
+        **{"train.precision": None, "train.ema_decay": 0.5},
+    },
+    "experiment=dit_dummy data=shapes model.objective=epsilon callbacks.preview_guidance_scale=2 trainer=gpu": {
+        **{"objective.name": "epsilon", "sampling.guidance_scale": 2, "train.accelerator": "gpu"},
+    },
+    # epochs that are typed hold before the recipe's steps
+    "experiment=rae_decoder --data_dir D --max_epochs 3": {"train.max_steps": None, "train.max_epochs": 3},
+    "experiment=rae_decoder --data_dir D --max_epochs 3 --max_steps 7": {"train.max_steps": 7},
+    "+trainer.limit_val_batches=3 +trainer.logger=csv": {
+        **{"train.trainer.limit_val_batches": 3, "train.logger": "csv"},
+    },
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_what_a_line_means(line):
+    found = values(*line.split())
+    assert {key: found[key] for key in LINES[line]} == LINES[line]
 
 
 ALIASES = yaml.safe_load((experiments.CONFIGS / "aliases.yaml").read_text(encoding="utf-8"))
@@ -94,53 +125,12 @@ def test_each_other_name_of_a_key_is_one_of_some_recipe(old):
     assert any(homes), old
 
 
-def test_the_published_model_is_the_default_of_rae():
-    found = values("experiment=dit_dino", "data.data_dir=D")
-    assert found["model.hidden_size"] == [1152, 2048] and found["model.depth"] == [28, 2]
-    assert found["model.num_heads"] == [16, 16] and found["model.num_classes"] == 1000
-    assert (found["train.ema_decay"], found["train.lr"], found["train.warmup_steps"]) == (0.9995, 2e-4, 5000)
-    assert found["train.max_steps"] == 100_000 and found["objective.time_shift"] is None
-
-
-def test_flags_stand_for_keys_and_hold():
-    words = ["--lr", "1e-4", "--batch-size=8", "--flips", "--devices", "2", "--size", "S", "--seed", "3"]
-    found = values(*words)
-    assert found["experiment"] == "vavae_dit" and found["train.lr"] == 1e-4 and found["seed"] == 3
-    assert found["train.batch_size"] == 8 and found["data.flips"] is True and found["train.devices"] == 2
-    assert found["model.size"] == "S" and values("--flips", "false")["data.flips"] is False
-    assert values("experiment=vavae", "--lpips_weights", "a.pth", "b.pth")["loss.lpips_weights"] == ["a.pth", "b.pth"]
-    assert values("experiment=vavae", "--image_size", "128x256")["data.image_size"] == [128, 256]
-    assert values("--vavae", "v", "--latents_dir", "2024")["data.latents_dir"] == "2024"
-    assert values("--objective.name", "v", "--model.dit.depth=3")["objective.name"] == "v"
-
-
 def test_every_experiment_can_be_deterministic_and_computes_as_the_machine_does_best():
     for name in experiments.experiments():
         data = [] if name.endswith("dummy") else ["--data_dir", "D"]
         data += ["--dataset_name", "custom"] if name == "text_to_image" else []
         found = values(f"experiment={name}", *data, "--deterministic")
         assert found["train.deterministic"] is True and found["train.precision"] is None, name
-    expected = {"auto": ("auto", "auto", "auto"), "cpu": ("cpu", 1, "auto"), "gpu": ("gpu", 1, "auto")}
-    for option, (accelerator, devices, strategy) in {**expected, "ddp": ("auto", "auto", "ddp")}.items():
-        found = values(f"trainer={option}")
-        assert [found[f"train.{key}"] for key in ("accelerator", "devices", "strategy")] == [
-            accelerator,
-            devices,
-            strategy,
-        ]
-    assert values("trainer=cpu", "trainer.devices=2")["train.devices"] == 2
-    assert values("trainer.devices=2", "trainer=cpu")["train.devices"] == 2
-
-
-def test_switches_of_older_versions_mean_what_they_meant():
-    found = values("experiment=token_dummy", "training.use_amp=false", "ema.enabled=false")
-    assert found["train.precision"] == "32" and found["train.ema_decay"] == 0
-    found = values("experiment=token_dummy", "training.use_amp=true", "ema.enabled=true", "ema.decay=0.5")
-    assert found["train.precision"] is None and found["train.ema_decay"] == 0.5
-    found = values(
-        "experiment=dit_dummy", "data=shapes", "model.objective=epsilon", "callbacks.preview_guidance_scale=2"
-    )
-    assert found["objective.name"] == "epsilon" and found["sampling.guidance_scale"] == 2
 
 
 def test_a_file_of_values_is_between_the_experiment_and_what_is_typed(tmp_path):
@@ -153,27 +143,6 @@ def test_a_file_of_values_is_between_the_experiment_and_what_is_typed(tmp_path):
     assert found["experiment"] == "dit_dummy" and found["train.max_steps"] == 9
     assert found["train.lr"] == 1e-4 and found["model.hidden_size"] == [8, 16]
     assert values("--config", str(path), "experiment=rae_dit", "data.data_dir=D")["experiment"] == "rae_dit"
-
-
-def test_epochs_that_are_typed_hold_before_the_recipes_steps():
-    found = values("experiment=rae_decoder", "--data_dir", "D", "--max_epochs", "3")
-    assert (found["train.max_steps"], found["train.max_epochs"]) == (None, 3)
-    found = values("experiment=rae_decoder", "--data_dir", "D", "--max_epochs", "3", "--max_steps", "7")
-    assert found["train.max_steps"] == 7 and values("experiment=token_dummy")["train.max_steps"] == 1800
-
-
-def test_the_example_of_a_file_means_text_to_image():
-    found = values("--config", "configs/train_config.yaml", "--resume", "outputs/checkpoint-epoch-10")
-    assert found["experiment"] == "text_to_image" and found["data.dataset_name"] == "coco"
-    assert found["train.batch_size"] == 48 and found["train.accumulate_grad_batches"] == 2
-    assert found["train.precision"] == "bf16" and found["train.save_every_n_steps"] == 500
-    assert found["model.depth"] == 16 and found["train.warmup_steps"] == 500
-
-
-def test_what_lightning_knows_besides_can_be_added():
-    assert values("+trainer.limit_val_batches=3")["train.trainer.limit_val_batches"] == 3
-    assert values("+trainer.logger=csv")["train.logger"] == "csv"
-    assert values("logger=[tensorboard,wandb]")["train.logger"] == ["tensorboard", "wandb"]
 
 
 WRONG = {
@@ -203,6 +172,9 @@ WRONG = {
     "train.lr=1,2": "train.lr is '1,2', expected a number",
     "~seed": "is neither --flag VALUE nor key=value",
     "word": "'word' is neither --flag VALUE nor key=value",
+    # what a flag stands for is no key: it was taken, and training went on at the default rate
+    "lr=5e-5": "did you mean train.lr?",
+    "+flags.lr=5e-5": "did you mean train.lr?",
 }
 
 
@@ -219,6 +191,7 @@ def test_a_file_that_means_nothing_is_named(tmp_path):
         ("train: {lr: fast}", "train.lr is 'fast', expected a number"),
         ("a: [1", "is no YAML"),
         ("- 1\n", "expected keys and values"),
+        ("flags: {lr: 5e-5}\n", "No key 'flags.lr'; did you mean train.lr"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(UserError, match=re.escape(said)) as error:
@@ -314,28 +287,19 @@ def test_what_the_machine_decides_is_printed(here, capsys, monkeypatch):
     assert (shown["batch_size"], shown["max_epochs"]) == (presets.find_preset().vavae_batch_size, 3)
 
 
-def test_last_is_the_newest_run_of_the_same_experiment_with_a_checkpoint(here):
-    run_of("dit_dummy", "2026-01-01/10-00-00", "last.ckpt")
+def test_what_a_run_resumes_from(here):
+    first = run_of("dit_dummy", "2026-01-01/10-00-00", "last.ckpt")
     newest = run_of("dit_dummy", "2026-01-02/09-00-00", "last.ckpt")
     run_of("dit_dummy", "2026-01-03/09-00-00")
     run_of("vavae_dit", "2026-01-04/09-00-00", "last.ckpt")
     folder, resume, said = run_folder(meant("experiment=dit_dummy", "ckpt_path=last"))
     assert (folder, resume) == (newest, "last") and str(newest) in said
-    assert run_folder(meant("experiment=dit_dummy", "--resume", "last"))[0] == newest
-
-
-def test_last_without_a_run_says_so(here):
-    run_of("vavae_dit", "2026-01-04/09-00-00", "last.ckpt")
-    with pytest.raises(UserError, match=r"resume=last: no run of dit_dummy .*09-00-00 \(vavae_dit\)"):
-        run_folder(meant("experiment=dit_dummy", "ckpt_path=last"))
-
-
-def test_a_checkpoint_of_a_run_goes_on_in_its_folder(here):
-    folder = run_of("dit_dummy", "2026-01-01/10-00-00", "last.ckpt")
-    for path in (folder / "checkpoints" / "last.ckpt", folder, folder / "checkpoint-5"):
+    for path in (first / "checkpoints" / "last.ckpt", first, first / "checkpoint-5"):
         found, resume, said = run_folder(meant("experiment=dit_dummy", f"ckpt_path={path}"))
-        assert (found, resume) == (folder, str(path)) and str(folder) in said
+        assert (found, resume) == (first, str(path)) and str(first) in said
     assert run_folder(meant("experiment=dit_dummy", "ckpt_path=else.ckpt"))[0].parent.parent == Path("logs/runs")
+    with pytest.raises(UserError, match=r"resume=last: no run of text_dummy .*09-00-00 \(vavae_dit\)"):
+        run_folder(meant("experiment=text_dummy", "--resume", "last"))
 
 
 def test_the_configuration_is_kept_and_read_again(here):
@@ -414,6 +378,7 @@ def test_the_dummy_leaves_what_a_lightning_hydra_project_expects(train):
     for tag in ("train/loss", "val/loss", "train/lr", "rae/psnr"):
         assert values_of(run, tag), tag
     assert "20 dB" in said and f"next: python -m vavae_tools.sample --checkpoint {run / 'pipeline'}" in said
+    assert run_experiment(*SHORT, *SMALL, "train.max_steps=1", "train.previews=0").parent != run
     assert (run / "reconstructions" / "before.png").is_file() and list((run / "samples").glob("*.png"))
 
 
@@ -429,12 +394,6 @@ def test_another_objective_is_a_word_away(name, train):
     assert type(objective_of(config)) is type(make_objective(name))
     with pytest.raises(UserError, match=f"The objective {name} has no cosine_weight"):
         train(*SHORT, *SMALL, f"objective.name={name}", "objective.cosine_weight=0.5", "output_dir=other")
-
-
-def test_each_run_of_a_notebook_has_its_own_folder(here):
-    short = [*SHORT, *SMALL, "model.dit_module.max_steps=1", "callbacks.previews=0"]
-    made = {run_experiment(*short).parent for _ in range(2)}
-    assert len(made) == 2 == len(list(Path("logs/runs").glob("*/*")))
 
 
 def test_ckpt_path_last_goes_on_bit_by_bit(train, monkeypatch):
@@ -469,37 +428,12 @@ def test_a_latent_size_or_class_number_that_does_not_fit_is_one_line(train):
             train(*SHORT, *SMALL, change)
 
 
-@pytest.mark.parametrize("word", ["lr=5e-5", "flags.lr=5e-5", "+flags.lr=5e-5"])
-def test_what_a_flag_stands_for_is_no_key(word):
-    """It was taken, and training went on at the default rate."""
-    with pytest.raises(UserError, match=r"did you mean train\.lr\?"):
-        meant("experiment=vavae_dit", "data.data_dir=x", "model.vavae.source=y", word)
-
-
-def test_flags_in_a_file_are_no_keys(tmp_path):
-    (tmp_path / "wrong.yaml").write_text("flags: {lr: 5e-5}\n")
-    with pytest.raises(UserError, match=r"wrong.yaml: No key 'flags.lr'; did you mean train.lr"):
-        meant("--config", str(tmp_path / "wrong.yaml"))
-
-
-@pytest.mark.parametrize(
-    ("names", "kinds"),
-    [
-        ("tensorboard", ["TensorBoardLogger", "CSVLogger"]),
-        (["csv", "tensorboard"], ["TensorBoardLogger", "CSVLogger"]),
-        ("none", ["CSVLogger"]),
-        (False, ["CSVLogger"]),
-    ],
-)
-def test_loggers_by_name_and_always_a_csv(names, kinds, tmp_path):
+def test_loggers_by_name_and_always_a_csv(tmp_path):
     from vavae_tools.training.run import make_loggers
 
-    assert [type(logger).__name__ for logger in make_loggers(names, tmp_path)] == kinds
-
-
-def test_a_logger_that_is_not_there_is_one_line(tmp_path):
-    from vavae_tools.training.run import make_loggers
-
+    kinds = ["TensorBoardLogger", "CSVLogger"]
+    for names, expected in (("tensorboard", kinds), (["csv", "tensorboard"], kinds), ("none", kinds[1:])):
+        assert [type(logger).__name__ for logger in make_loggers(names, tmp_path)] == expected
     with pytest.raises(UserError, match="No logger 'tensorbord'; there are tensorboard, wandb, mlflow, csv and none"):
         make_loggers("tensorbord", tmp_path)
     with pytest.raises(UserError, match="logger=wandb needs the package wandb: pip install wandb"):

@@ -79,14 +79,6 @@ def test_the_command_as_it_is_typed_and_gone_on_with_from_a_pth(run, here):
     assert json.loads(Path("whole/pipeline/model_index.json").read_text())["code"]["num_tokens"] == 260
 
 
-def test_stopped_in_the_middle_of_an_epoch_it_goes_on_exactly(run, monkeypatch):
-    run("training.max_steps=12", "--output_dir", "whole")
-    saved = ["--save_every_n_steps", 4, "training.max_steps=12", "callbacks.single_files=false"]
-    run(*saved, "--output_dir", "first")
-    run(*saved, "--output_dir", "second", "--resume", "first/checkpoint-4")
-    assert_same_training("whole", "second")
-
-
 def test_texts_and_pictures_are_shown_while_training(run):
     said = run("training.max_steps=4", "callbacks.previews=1", "--output_dir", "run", "sampling.prompts=[Beautiful]")
     assert len(re.findall("^  Beautiful", said, re.M)) == 1
@@ -181,8 +173,3 @@ def test_padding_changes_nothing():
         learnt.network["denoiser"], clean, conditioning, noise.expand(2, -1, -1, -1), t, mask, kept=beside["kept"]
     )
     torch.testing.assert_close(one[0], both[0])
-
-
-def test_a_sample_of_fewer_cells_computes_less():
-    learnt = module()
-    assert learnt.flops_of_a_sample(batch(learnt, 0)) < 0.5 * learnt.flops_of_a_sample(batch(learnt, -1))

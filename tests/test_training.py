@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -11,19 +12,17 @@ import lightning as L
 import pytest
 import torch
 from PIL import Image
-from tiny import SIZE, assert_same, same, tiny_dit, tiny_vavae
+from tiny import SIZE, assert_same, tiny_dit, tiny_vavae
 from torch import nn
 
-from vavae_tools.checkpoints.resuming import best_checkpoint, check_resumable, resume_path
+from vavae_tools.checkpoints.resuming import best_checkpoint, resume_path
 from vavae_tools.data.datasets import PictureDataModule
-from vavae_tools.data.images import to_unit
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import Stopped, UserError
 from vavae_tools.training import devices
 from vavae_tools.training.autoencoder_module import VAVAEModule
-from vavae_tools.training.callbacks import checkpointing as checkpoints_module
-from vavae_tools.training.callbacks.checkpointing import WholeCheckpointIO, checkpoint_callbacks
+from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
 from vavae_tools.training.callbacks.previews import Previews
 from vavae_tools.training.config import Saving
 from vavae_tools.training.denoiser_module import DiffusionModule
@@ -146,30 +145,21 @@ def test_a_run_that_is_stopped_again_and_again(tmp_path, data):
             if trainer.global_step == self.end:
                 raise RuntimeError("the session is over")
 
-    session = Session()
-    for session.end in (3, 6, 9):
-        resume = resume_path("last" if session.end > 3 else None, tmp_path / "run" / "checkpoints")
-        with pytest.raises(RuntimeError, match="the session is over"):
-            Fit(tmp_path / "run", "dit", data, resume, callbacks=[session], max_epochs=3)
-    resumed = Fit(tmp_path / "run", "dit", data, resume_path("last", tmp_path / "run" / "checkpoints"), max_epochs=3)
+    session, checkpoints = Session(), tmp_path / "run" / "checkpoints"
+    for session.end in (3, 6, 9, 99):
+        resume = resume_path("last" if session.end > 3 else None, checkpoints)
+        with pytest.raises(RuntimeError, match="the session is over") if session.end < 99 else nullcontext():
+            resumed = Fit(tmp_path / "run", "dit", data, resume, callbacks=[session], max_epochs=3)
     assert_same_run(resumed, whole)
     names = sorted(path.name for path in resumed.folder.iterdir() if path.suffix != ".kept")
     assert names == [best_checkpoint(whole.folder).name, "last.ckpt", "previous.ckpt"]
 
 
-def test_a_longer_run_goes_on_in_the_right_order(tmp_path, data):
-    first = Fit(tmp_path / "run", "dit", data, max_epochs=2)
-    longer = Fit(tmp_path / "run", "dit", data, first.folder / "last.ckpt", num_workers=2, max_epochs=4)
-    whole = Fit(tmp_path / "whole", "dit", data, max_epochs=4)
-    assert longer.seen == whole.seen[8:]  # the learning rate has gone another way, the data not
-
-
-@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_steps": 5, "max_epochs": -1}])
-def test_gradients_may_be_gathered_over_several_batches(tmp_path, data, length):
-    length["accumulate_grad_batches"] = 2
+def test_gradients_may_be_gathered_over_several_batches(tmp_path, data):
+    length = {"max_steps": 5, "max_epochs": -1, "accumulate_grad_batches": 2}
     whole = Fit(tmp_path / "whole", "dit", data, **length)
-    assert whole.last["global_step"] == {3: 6}.get(length["max_epochs"], 5)
-    for path in sorted(whole.folder.glob("0[1-4]*.kept")):
+    assert whole.last["global_step"] == 5
+    for path in sorted(whole.folder.glob("0[23]*.kept")):  # at the end of an epoch, within one
         assert_same_run(Fit(tmp_path / path.stem, "dit", data, path, **length), whole)
 
 
@@ -211,60 +201,22 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, data):
 # ---- what is on the disk
 
 
-@pytest.mark.parametrize(("kind", "metric"), [("vavae", "val/reconstruction"), ("dit", "val/loss")])
-def test_the_best_is_named_by_its_metric(tmp_path, data, kind, metric):
+def test_the_best_is_named_by_its_metric(tmp_path, data):
     losses = []
 
     class Note(L.Callback):
         def on_validation_end(self, trainer, module):
-            losses.append(float(trainer.callback_metrics[metric]))
+            losses.append(float(trainer.callback_metrics["val/loss"]))
 
-    fit = Fit(tmp_path, kind, data, callbacks=[Note()], max_epochs=3)
+    fit = Fit(tmp_path, "dit", data, callbacks=[Note()], max_epochs=3)
     best = min(losses)
     (path,) = fit.folder.glob("best-*")
     assert path.name == f"best-{losses.index(best):03d}-{best:.4f}.ckpt" and best_checkpoint(fit.folder) == path
-    checkpoint = torch.load(path, weights_only=True)  # plain values and tensors only
-    assert checkpoint["global_step"] == 4 * (losses.index(best) + 1)
-
-
-def test_without_validation_the_last_is_the_best(tmp_path, data):
-    fit = Fit(tmp_path, "dit", data, monitor=False, max_epochs=1)
+    assert torch.load(path, weights_only=True)["global_step"] == 4 * (losses.index(best) + 1)  # plain values only
+    path.unlink()
     assert best_checkpoint(fit.folder) == fit.folder / "last.ckpt"
     with pytest.raises(UserError, match=r"No best-\*\.ckpt or last\.ckpt in .*: train first"):
         best_checkpoint(tmp_path)
-
-
-def test_a_failing_write_leaves_the_former_checkpoint(tmp_path, data, monkeypatch):
-    save = torch.save
-
-    def full(checkpoint, path):
-        if checkpoint["global_step"] == 3:
-            Path(path).write_bytes(b"PK half of an archive")
-            raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0\nmore")
-        save(checkpoint, path)
-
-    monkeypatch.setattr(checkpoints_module.torch, "save", full)
-    message = r"last\.ckpt could not be written \(.* MB free\): .* What was there is whole: free some space"
-    with pytest.raises(UserError, match=message):
-        Fit(tmp_path, "dit", data, max_epochs=2)
-    folder = tmp_path / "checkpoints"
-    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 2
-    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".kept") == ["last.ckpt", "previous.ckpt"]
-
-
-def test_writing_goes_beside_and_then_under_the_name(tmp_path, monkeypatch):
-    seen, save = [], torch.save
-
-    def watched(checkpoint, path):
-        seen.append(Path(path))
-        save(checkpoint, path)
-
-    monkeypatch.setattr(checkpoints_module.torch, "save", watched)
-    writer = WholeCheckpointIO()
-    writer.save_checkpoint({"w": torch.ones(3)}, str(tmp_path / "deep" / "last.ckpt"))
-    writer.wait()
-    assert seen[0].parent == tmp_path / "deep" and seen[0].name != "last.ckpt"
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["last.ckpt"]
 
 
 def test_what_a_killed_process_left_is_cleaned(tmp_path, data):
@@ -274,41 +226,6 @@ def test_what_a_killed_process_left_is_cleaned(tmp_path, data):
     (tmp_path / "vavae" / ".x3k4.partial" / "config.json").write_bytes(b"{")
     Fit(tmp_path, "dit", data, max_epochs=1)
     assert not list(tmp_path.rglob(".*"))
-
-
-def test_resume_path(tmp_path):
-    assert resume_path(None, tmp_path) is None
-    with pytest.raises(UserError, match=r"No checkpoint .*last\.ckpt"):
-        resume_path("last", tmp_path)
-    (tmp_path / "last.ckpt").write_bytes(b"half an archive")
-    with pytest.raises(UserError, match=r"last\.ckpt is damaged"):
-        resume_path("last", tmp_path)
-    torch.save({}, tmp_path / "best-001.ckpt")
-    assert resume_path(str(tmp_path / "best-001.ckpt"), tmp_path) == tmp_path / "best-001.ckpt"
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (lambda: VAVAEModule(tiny_vavae()), "of another model: network.denoiser.* is .*not there"),
-        (lambda: DiffusionModule(*tiny_dit(hidden_size=32)), r"of another model: network\.denoiser\S+ is \(.*\), exp"),
-        (
-            lambda: DiffusionModule(*tiny_dit(depth=2)),
-            r"of another model: network\.denoiser\S+ is \(16,\), expected not there",
-        ),
-    ],
-)
-def test_a_checkpoint_of_another_model_is_refused(tmp_path, other, message):
-    here = DiffusionModule(*tiny_dit())
-    path = tmp_path / "last.ckpt"
-    torch.save({"state_dict": other().state_dict(), "optimizer_states": [], "loops": {}}, path)
-    with pytest.raises(UserError, match=message):
-        check_resumable(path, here)
-    torch.save({"state_dict": here.state_dict(), "optimizer_states": [], "loops": {}}, path)
-    check_resumable(path, here)
-    torch.save({"state_dict": here.state_dict()}, path)
-    with pytest.raises(UserError, match="has no optimizer_states: training cannot resume from it"):
-        check_resumable(path, here)
 
 
 def test_a_place_in_other_data_is_refused(tmp_path, data):
@@ -342,23 +259,6 @@ def test_ema_follows_with_a_decay_that_warms_up():
     assert not ema.network.training
 
 
-def test_ema_copies_what_is_counted():
-    network = nn.BatchNorm1d(2)
-    ema = EMA(network)
-    network(torch.randn(8, 2))
-    ema.update(network, 1)
-    assert ema.network.num_batches_tracked == 1 and same(ema.network.running_mean, network.running_mean)
-
-
-def test_the_first_step_is_number_one_for_the_average(tmp_path, data):
-    steps = []
-    update = EMA.update
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EMA, "update", lambda self, network, step: (steps.append(step), update(self, network, step)))
-        Fit(tmp_path, "dit", data, max_epochs=1)
-    assert steps == [1, 2, 3, 4]
-
-
 def test_the_average_in_a_checkpoint_is_that_of_its_step(tmp_path, data):
     """Not of the step before, as where a callback updates it."""
     fit = Fit(tmp_path, "dit", data, max_steps=2, max_epochs=-1)
@@ -388,22 +288,6 @@ def test_the_learning_rate_rises_and_falls():
     assert rates(2, math.inf, 10)[2:] == [2.0] * 8
 
 
-def test_psnr_of_a_known_error(split_dir, monkeypatch):
-    module = VAVAEModule(tiny_vavae())
-    batch = PictureDataModule(split_dir, SIZE).val_data.__getitems__([0, 1])
-    logged = {}
-    monkeypatch.setattr(module, "log_dict", lambda values, **options: logged.update(values))
-
-    def off_by(batch, draws):
-        pictures = to_unit(batch["pictures"])
-        return pictures, torch.where(pictures > 0, pictures - 0.2, pictures + 0.2), {}
-
-    with torch.no_grad():
-        monkeypatch.setattr(module, "reconstruct", off_by)
-        module.validation_step(batch, 0)
-    assert float(logged["val/psnr"]) == pytest.approx(20.0, abs=0.01)  # a tenth of the range
-
-
 def test_dropped_conditions_and_flips_follow_from_the_sample(data):
     """Other company in the batch changes neither loss nor choice."""
     module, latents, _ = modules("dit", *data)
@@ -426,10 +310,8 @@ class Still(Previews):
         return torch.zeros(3, 8, 8, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize(
-    ("length", "steps"), [({"max_epochs": 3}, [8, 12]), ({"max_steps": 10, "max_epochs": -1}, [8, 10])]
-)
-def test_previews_come_now_and_then_and_at_the_end(tmp_path, data, length, steps):
+def test_previews_come_now_and_then_and_at_the_end(tmp_path, data):
+    length, steps = {"max_steps": 10, "max_epochs": -1}, [8, 10]
     shown = []
     fit = Fit(tmp_path, "dit", data, callbacks=[Still(tmp_path / "previews", 2, shown.append)], **length)
     names = sorted(path.name for path in (tmp_path / "previews").iterdir())
