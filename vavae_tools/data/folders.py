@@ -127,7 +127,7 @@ def no_pictures(directory: Path, extensions: Sequence[str], flag: str = "--input
     readable = [kind for kind, _ in others.most_common() if can_read(kind)]
     if readable:
         kinds = listed([f"{n:,} .{kind}" for kind, n in others.most_common()])
-        return f"No {either(extensions)} picture in {directory}; it holds {kinds}. Try --image_extensions {readable[0]}"
+        return f"No {either(extensions)} image in {directory}; it holds {kinds}. Try --image_extensions {readable[0]}"
     return f"{found} Expected one folder of {either(extensions)} pictures per person."
 
 

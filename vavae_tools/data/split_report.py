@@ -1,6 +1,7 @@
-"""What a split holds, for people (a table) and for programs (split_info.json)."""
+"""What a split holds: split_info.json, for programs, and a table, for people."""
 
 import json
+import os
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -13,14 +14,7 @@ from vavae_tools.runtime.errors import UserError
 SIDES = ("train", "val")
 INFO_NAME = "split_info.json"
 INFO_VERSION = 1
-
-# What a loader has to convert to RGB, by Pillow's mode.
-CONVERTED = {
-    **dict.fromkeys(("1", "L", "LA", "La"), "grey"),
-    **dict.fromkeys(("I", "F", "I;16", "I;16L", "I;16B", "I;16N"), "16-bit grey"),
-    **dict.fromkeys(("RGBA", "RGBa", "RGBX"), "RGBA"),
-    **dict.fromkeys(("P", "PA"), "palette"),
-}
+LINES_SHOWN = 20
 
 
 @dataclass(slots=True)
@@ -33,10 +27,9 @@ class Picture:
     bytes: int
     mtime_ns: int
     fault: str = ""
-    """Why it is left out; empty for a good picture."""
+    """Why it is left out; empty for a good image."""
     sha256: str | None = None
     size: tuple[int, int] | None = None
-    mode: str | None = None
 
     @property
     def key(self) -> str:
@@ -54,13 +47,11 @@ class SplitReport:
     totals: dict[str, int]
     labels: dict[str, int]
     unreadable: dict[str, str]
-    """For each picture that is left out, why."""
+    """For each image that is left out, why."""
     duplicates: list[list[str]]
-    """Files with the same content: each list stands on one side."""
-    converted: dict[str, int]
-    """How many pictures a loader converts to RGB, by kind."""
+    """Files with the same content: each list is in one subset."""
     sizes: dict[str, int]
-    """How many pictures have which size, as "widthxheight"."""
+    """How many images have which size, as "widthxheight"."""
     warnings: list[str]
     already_there: bool = False
 
@@ -74,28 +65,32 @@ class SplitReport:
         for person, row in self.counts.items():
             rows.append((person, str(self.labels.get(person, "-")), *(f"{n:,}" for n in row.values())))
         rows.append(("total", "", *(f"{n:,}" for n in self.totals.values())))
-        lines = [*_aligned(rows), ""]
-        lines += [f"warning: {warning}" for warning in self.warnings]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        lines += ["", *(f"warning: {warning}" for warning in self.warnings)]
         lines += _shortened([f"left out: {key}: {why}" for key, why in self.unreadable.items()])
-        lines += _shortened([f"identical, on one side: {' = '.join(keys)}" for keys in self.duplicates])
+        lines += _shortened([f"identical, in one subset: {' = '.join(keys)}" for keys in self.duplicates])
         if self.sizes:
             lines.append("sizes: " + listed(f"{size} ({n:,})" for size, n in self.sizes.items()))
-        if self.converted:
-            kinds = listed(f"{n:,} {kind}" for kind, n in self.converted.items())
-            lines.append(f"converted to RGB when loaded: {kinds}")
         done = "already there, left as it is" if self.already_there else "written"
-        split = f"{self.totals['train']:,} pictures to train, {self.totals['val']:,} to validate"
-        lines.append(f"{done}: {split} ({self.output_dir}; every file's side is in {INFO_NAME})")
+        split = f"{self.totals['train']:,} images to train, {self.totals['val']:,} to validate"
+        lines.append(f"{done}: {split} ({self.output_dir}; every file's subset is in {INFO_NAME})")
         lines.append(f"next: python minimal_training_modification.py --data_dir {shlex.quote(self.output_dir)}")
         return "\n".join(lines).encode(errors="backslashreplace").decode()  # a name may be no text at all
 
     __repr__ = __str__
 
 
+def _shortened(lines: list[str]) -> list[str]:
+    more = len(lines) - LINES_SHOWN
+    return lines if more <= 0 else [*lines[:LINES_SHOWN], f"… and {more:,} more (all in {INFO_NAME})"]
+
+
+# ---- split_info.json
 def split_info(
     settings: dict, persons: Sequence[str], pictures: Sequence[Picture], labels: dict[str, int], sides: dict[str, str]
 ) -> dict:
-    """What split_info.json says about pictures that were looked at and given a side."""
+    """Return what split_info.json says about images that were looked at and given a subset."""
     good = [picture for picture in pictures if not picture.fault]
     counts = {person: {"train": 0, "val": 0, "left_out": 0} for person in persons}
     twins = defaultdict(list)
@@ -105,7 +100,6 @@ def split_info(
         if picture.sha256:
             twins[picture.sha256].append(picture)
     duplicates = [group for group in twins.values() if len(group) > 1]
-    kinds = Counter(CONVERTED.get(picture.mode, picture.mode) for picture in good)
     sizes = Counter(picture.size for picture in good if picture.size)
     return {
         "version": INFO_VERSION,
@@ -116,19 +110,41 @@ def split_info(
         "warnings": _remarks(counts, duplicates),
         "unreadable": {picture.key: picture.fault for picture in pictures if picture.fault},
         "duplicates": [[picture.key for picture in group] for group in duplicates],
-        "converted": {kind: n for kind, n in kinds.most_common() if kind not in ("RGB", None)},
         "sizes": {f"{width}x{height}": n for (width, height), n in sizes.most_common()},
         "files": file_entries(pictures, sides),
     }
 
 
 def file_entries(pictures: Sequence[Picture], sides: dict[str, str]) -> dict[str, dict]:
-    """Every file's side (None: left out), length and content hash (None: its length alone tells it from all others)."""
+    """Return every file's subset (None: left out), length and hash (None: no other is as long)."""
     return {p.key: {"side": sides.get(p.key), "bytes": p.bytes, "sha256": p.sha256} for p in pictures}
 
 
+def _remarks(counts: dict[str, dict[str, int]], duplicates: list[list[Picture]]) -> list[str]:
+    """Return what a person should know before training on the split."""
+    remarks = []
+    usable = {person: row for person, row in counts.items() if row["train"] + row["val"]}
+    if len(usable) == 1:
+        remarks.append(f"there is one person only ({next(iter(usable))}): a classifier needs two")
+    for person, row in counts.items():
+        if person not in usable and row["left_out"]:
+            remarks.append(f"{person} has no label: none of its images can be used ({row['left_out']:,} left out)")
+    for person, row in usable.items():
+        if row["train"] + row["val"] == 1:
+            remarks.append(f"{person} has one image: it is in train, and val has none")
+        elif not row["train"] or not row["val"]:
+            side, other = SIDES if row["train"] else reversed(SIDES)
+            n = counted(row[side], "image")
+            remarks.append(f"{person} has nothing in {other}: its {n} are identical or of one recording, all in {side}")
+    shared = [group for group in duplicates if len({picture.person for picture in group}) > 1]
+    if shared:
+        names = listed(" = ".join(picture.key for picture in group) for group in shared)
+        remarks.append(f"{counted(len(shared), 'image')} under more than one person, so mislabelled: {names}")
+    return remarks
+
+
 def write_split_info(info: dict, directory: Path) -> None:
-    """Indented, with one line per file."""
+    """Write it indented, with one line per file."""
     files = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entry)}" for key, entry in info["files"].items())
     head = json.dumps({key: value for key, value in info.items() if key != "files"}, indent=2)
     text = f'{head[:-2]},\n  "files": {{\n{files}\n  }}\n}}\n'
@@ -136,7 +152,7 @@ def write_split_info(info: dict, directory: Path) -> None:
 
 
 def read_split_info(directory: str | Path) -> dict:
-    """What `directory`/split_info.json says."""
+    """Return what `directory`/split_info.json says."""
     path = Path(directory) / INFO_NAME
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
@@ -151,33 +167,39 @@ def read_split_info(directory: str | Path) -> dict:
     return info
 
 
-def _remarks(counts: dict[str, dict[str, int]], duplicates: list[list[Picture]]) -> list[str]:
-    """What a person should know before training on the split."""
-    remarks = []
-    usable = {person: row for person, row in counts.items() if row["train"] + row["val"]}
-    if len(usable) == 1:
-        remarks.append(f"there is one person only ({next(iter(usable))}): a classifier needs two")
-    for person, row in counts.items():
-        if person not in usable and row["left_out"]:
-            remarks.append(f"{person} has no label: none of its pictures can be used ({row['left_out']:,} left out)")
-    for person, row in usable.items():
-        if row == {**row, "train": 1, "val": 0}:
-            remarks.append(f"{person} has one picture: it is in train, and val has none")
-        elif not row["train"] or not row["val"]:
-            side, other = SIDES if row["train"] else reversed(SIDES)
-            n = counted(row[side], "picture")
-            remarks.append(f"{person} has nothing in {other}: its {n} are identical or of one recording, all in {side}")
-    shared = [group for group in duplicates if len({picture.person for picture in group}) > 1]
-    if shared:
-        names = listed(" = ".join(picture.key for picture in group) for group in shared)
-        remarks.append(f"{counted(len(shared), 'picture')} under more than one person, so mislabelled: {names}")
-    return remarks
+def existing_split(target: Path) -> dict | None:
+    """Return the split that is in `target`, None if nothing is there; what is no split is never replaced."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file. Choose another --output_dir.")
+    names = sorted(path.name for path in target.iterdir()) if target.exists() else []
+    if not names:
+        return None
+    if INFO_NAME not in names:
+        raise UserError(f"{target} is no split, it holds {listed(names)}. Choose an --output_dir that is new or empty.")
+    info = read_split_info(target)
+    own = {f"{entry['side']}/{key}" for key, entry in info["files"].items()}
+    foreign = [name for name in names if name not in (*SIDES, INFO_NAME) and not name.startswith(".")]
+    foreign += sorted(_split_files(target).keys() - own)
+    if foreign:
+        raise UserError(
+            f"{target} holds more than its split: {listed(foreign)}. Move that away, or choose another --output_dir."
+        )
+    return info
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+def missing_files(target: Path, info: dict) -> list[str]:
+    """Return the files of a split that are gone, or have another length."""
+    there = _split_files(target)
+    wanted = {f"{entry['side']}/{key}": entry["bytes"] for key, entry in info["files"].items() if entry["side"]}
+    return [name for name, length in wanted.items() if there.get(name) != length]
 
 
-def _shortened(lines: list[str], most: int = 20) -> list[str]:
-    return lines if len(lines) <= most else [*lines[:most], f"… and {len(lines) - most:,} more (all in {INFO_NAME})"]
+def _split_files(target: Path) -> dict[str, int]:
+    """Return the files under train/ and val/ with their lengths; −1 for a link that leads nowhere."""
+    found = {}
+    for side in SIDES:
+        for folder, _, names in os.walk(target / side):
+            place = Path(folder).relative_to(target).as_posix()
+            for path in (Path(folder, name) for name in names if not name.startswith(".")):
+                found[f"{place}/{path.name}"] = path.stat().st_size if path.exists() else -1
+    return found
