@@ -1,30 +1,22 @@
 """The pipeline: labels → pictures, the same wherever it is loaded, in folders that can be read back."""
 
-import inspect
-import json
 import os
 import shutil
 import subprocess
-from io import BytesIO
-from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 import pytest
 import torch
 from forked import python
-from PIL import Image
 from tiny import SIZE, perturb_projections, same, tiny_dit, tiny_pipeline, tiny_vavae, trained_looking
 
-from vavae_tools.data.images import PictureFolder, channels_of, to_pixels
-from vavae_tools.data.split import split_folders
+from vavae_tools.data.images import to_pixels
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.objectives import FlowMatching
 from vavae_tools.diffusion.solvers import make_solver, sample, solvers_for
-from vavae_tools.pipelines import portions
-from vavae_tools.pipelines import writer as sample_sets
+from vavae_tools.pipelines import batches
+from vavae_tools.pipelines.batches import default_batch_size
 from vavae_tools.pipelines.classes import LatentDiTPipeline, load_guide, load_pipeline
-from vavae_tools.pipelines.portions import default_batch_size
-from vavae_tools.pipelines.writer import write_samples
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.training.denoiser_module import DiffusionModule
 
@@ -372,43 +364,6 @@ def test_a_damaged_pipeline_is_named(pipe, tmp_path):
         load_pipeline(tmp_path)
 
 
-# ---- folders of pictures
-
-
-def test_written_samples_can_be_read_back(pipe, tmp_path):
-    labels = [0, 1, 2, 0, 1, 0]
-    written = write_samples(pipe, labels, tmp_path / "samples", seed=5, **QUICK)
-    assert [path.relative_to(tmp_path / "samples").as_posix() for path in written[:4]] == [
-        "ID_1/seed5_00000.png",
-        "ID_2/seed5_00000.png",
-        "ID_3/seed5_00000.png",
-        "ID_1/seed5_00001.png",
-    ]
-    data = PictureFolder(tmp_path / "samples", SIZE, progress=False)
-    assert data.labels.tolist() == [0, 0, 0, 1, 1, 2]
-    assert len({bytes(picture) for picture in data.in_memory().numpy()}) == 6  # none is made twice
-    report = split_folders(tmp_path / "samples", tmp_path / "split", progress=False)
-    assert "6" in str(report)
-    assert sorted(p.name for p in tmp_path.glob("split/*/ID_1/*.png")) == [f"seed5_0000{n}.png" for n in range(3)]
-
-
-def test_a_sample_follows_from_seed_label_and_number(pipe, tmp_path):
-    first = write_samples(pipe, [0, 2, 2], tmp_path / "a", seed=5, **QUICK)
-    other = write_samples(pipe, [2, 1, 2], tmp_path / "b", seed=5, batch_size=1, **QUICK)
-    for mine, theirs in ((first[1], other[0]), (first[2], other[2])):
-        difference = np.asarray(Image.open(mine)).astype(int) - np.asarray(Image.open(theirs))
-        assert abs(difference).max() <= 1 and mine.name == theirs.name
-    another = write_samples(pipe, [2], tmp_path / "c", seed=6, **QUICK)
-    assert another[0].read_bytes() != other[0].read_bytes()
-
-
-def test_folders_can_be_named_otherwise(pipe, tmp_path):
-    written = write_samples(pipe, ["ID_2", 0], tmp_path, names=["anna", "ben", "carl"], **QUICK)
-    assert [path.parent.name for path in written] == ["ben", "anna"]
-    with pytest.raises(UserError, match="The class list has 2 names, the model 3 classes"):
-        write_samples(pipe, [0], tmp_path, names=["anna", "ben"], **QUICK)
-
-
 # ---- grey pictures that are not square
 
 
@@ -437,258 +392,54 @@ def test_grey_pictures_come_out_grey(grey_pipe, tmp_path):
     assert torch.equal(pictures(loaded), made)
 
 
-def test_grey_samples_are_written_and_read_back_in_grey(grey_pipe, tmp_path):
-    written = write_samples(grey_pipe, [0, 1, 2, 0], tmp_path, seed=5, **QUICK)
-    assert [Image.open(path).mode for path in written] == ["L"] * 4 and channels_of(tmp_path) == 1
-    noise = grey_pipe.noise(5, torch.tensor([0, 1_000_003, 2 * 1_000_003, 1]))
-    made = grey_pipe([0, 1, 2, 0], latents=noise, output_type="pt", **QUICK).images
-    data = PictureFolder(tmp_path, (16, 24), channels=1, progress=False)
-    rows = [data.paths.index(path) for path in written]
-    assert torch.equal(data.in_memory()[rows], made)
-
-
-# ---- many pictures
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+# ---- memory
 
 
 class Counting:
     """`pipe.make`, counting; it fails where told to."""
 
     def __init__(self, pipe, monkeypatch, fail=lambda call, labels: None):
-        self.made, self.sizes, self.make, self.fail = [], [], pipe.make, fail
+        self.sizes, self.make, self.fail = [], pipe.make, fail
         monkeypatch.setattr(pipe, "make", self)
-        self.__signature__ = inspect.signature(self.make)
 
     def __call__(self, labels, noise, **sampling):
         self.sizes.append(len(labels))
         self.fail(len(self.sizes), labels)
-        self.made += labels.tolist()
-        self.sampling = sampling
         return self.make(labels, noise, **sampling)
 
 
-def stop_at(number, error=KeyboardInterrupt):
-    def fail(call, labels):
-        if call == number:
-            raise error("stopped")
-
-    return fail
-
-
-LABELS = [0, 1, 2] * 5
-
-
-@pytest.mark.parametrize("format", ["png", "npz"])
-def test_interrupted_and_gone_on_equals_never_interrupted(pipe, tmp_path, monkeypatch, format):
-    options = {"format": format, "batch_size": 4, **QUICK}
-    write_samples(pipe, LABELS, tmp_path / "whole", **options)
-    with monkeypatch.context() as patch:
-        Counting(pipe, patch, stop_at(3))
-        with pytest.raises(KeyboardInterrupt):
-            write_samples(pipe, LABELS, tmp_path / "parts", **options)
-    there = [path for path in (tmp_path / "parts").rglob("*") if path.suffix in (".png", ".npy")]
-    assert there and len(there) < 15 and not list((tmp_path / "parts").rglob("*.npz"))
-    if format == "png":
-        there.pop().unlink()  # a batch of which only a part was written
-        assert there
-    else:
-        (tmp_path / "parts" / ".parts" / ".00000008-00000012.npy.1.partial").write_bytes(b"half")
-    old = {path: path.stat().st_mtime_ns for path in there}
-    with monkeypatch.context() as patch:
-        counting = Counting(pipe, patch)
-        write_samples(pipe, LABELS, tmp_path / "parts", **{**options, "batch_size": None})  # as it was
-    assert len(counting.made) < 15
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-    assert format == "npz" or {path: path.stat().st_mtime_ns for path in there} == old
-    with monkeypatch.context() as patch:
-        counting = Counting(pipe, patch)
-        write_samples(pipe, LABELS, tmp_path / "parts", **options)
-    assert counting.made == []
-
-
-def test_more_pictures_later_are_the_new_ones_alone(pipe, tmp_path, monkeypatch):
-    options = {"batch_size": 4, **QUICK}
-    for format in ("png", "npz"):
-        first = write_samples(pipe, LABELS[:6], tmp_path / format, format=format, **options)
-        before = {path: path.stat().st_mtime_ns for path in first}
-        with monkeypatch.context() as patch:
-            counting = Counting(pipe, patch)
-            both = write_samples(pipe, LABELS, tmp_path / format, format=format, **options)
-        assert counting.made == LABELS[6:]
-        assert {path: path.stat().st_mtime_ns for path in first} == before
-    arrays = np.load(both[0])["arr_0"]
-    assert np.array_equal(arrays[:6], np.load(first[0])["arr_0"])
-    pngs = write_samples(pipe, LABELS, tmp_path / "png", **options)
-    assert np.array_equal(arrays, [np.asarray(Image.open(path)) for path in pngs])
-    with monkeypatch.context() as patch:
-        counting = Counting(pipe, patch)
-        fewer = write_samples(pipe, LABELS[:4], tmp_path / "npz", format="npz", **options)
-    assert counting.made == [] and np.array_equal(np.load(fewer[0])["arr_0"], arrays[:4])
-
-
-def test_an_npz_holds_the_same_pictures_and_the_labels(pipe, grey_pipe, tmp_path):
-    labels = [2, 0, 1, 1, 2]
-    pngs = write_samples(pipe, labels, tmp_path, seed=3, batch_size=2, **QUICK)
-    (npz,) = write_samples(pipe, labels, tmp_path, seed=3, batch_size=2, format="npz", **QUICK)
-    assert npz == tmp_path / f"samples_5x{SIZE}x{SIZE}x3.npz" and not (tmp_path / ".parts").exists()
-    with np.load(npz) as arrays:
-        assert arrays.files == ["arr_0", "arr_1"] and arrays["arr_0"].dtype == np.uint8
-        assert np.array_equal(arrays["arr_0"], [np.asarray(Image.open(path)) for path in pngs])
-        assert arrays["arr_1"].dtype == np.int64 and arrays["arr_1"].tolist() == labels
-    with ZipFile(npz) as archive:
-        assert archive.testzip() is None and {info.compress_type for info in archive.infolist()} == {ZIP_STORED}
-    (grey,) = write_samples(grey_pipe, [0, 2], tmp_path / "grey", format="npz", **QUICK)
-    pngs = write_samples(grey_pipe, [0, 2], tmp_path / "grey", **QUICK)
-    assert grey.name == "samples_2x16x24x3.npz"
-    three = np.stack([np.stack([np.asarray(Image.open(path))] * 3, axis=2) for path in pngs])
-    assert np.array_equal(np.load(grey)["arr_0"], three)
-
-
-def test_pictures_of_other_settings_never_mix(pipe, tmp_path):
-    names = ["anna", "ben", "carl"]
-    write_samples(pipe, LABELS, tmp_path, overwrite=False, **QUICK)
-    (tmp_path / "ID_1" / "drawn_by_hand.png").write_bytes(b"mine")
-    before = contents(tmp_path)
-    other = trained_looking(tiny_pipeline().denoiser, seed=11)
-    guide = other, pipe.conditioner
-    for change, message in (
-        ({"num_inference_steps": 4}, "num_steps 3 there, 4 here"),
-        ({"guidance_scale": 3.0}, "cfg_scale or guide_scale 2.0 there, 3.0 here"),
-        ({"guidance_interval": (0.1, 1.0)}, "cfg_interval 0.0,1.0 there, 0.1,1.0 here"),
-        ({"timestep_shift": 0.3}, "timestep_shift None there, 0.3 here"),
-        ({"guide": guide}, "another guide"),
-        ({"names": names}, "folder of label 0 ID_1 there, anna here"),
-    ):
-        with pytest.raises(UserError, match=rf"holds pictures of other settings \({message}\), .* by --overwrite$"):
-            write_samples(pipe, [0, 1], tmp_path, overwrite=False, **{**QUICK, **change})
-    trained = LatentDiTPipeline(pipe.vae, other, pipe.conditioner, pipe.scheduler, pipe.people)
-    trained.set_progress_bar_config(disable=True)
-    with pytest.raises(UserError, match="another model"):
-        write_samples(trained, [0], tmp_path, overwrite=False, **QUICK)
-    trained.denoiser, trained.scheduler = pipe.denoiser, make_solver(time_shift=2.0)
-    with pytest.raises(UserError, match=r"solver's shift 1\.0 there, 2\.0 here"):
-        write_samples(trained, [0], tmp_path, overwrite=False, **QUICK)
-    assert contents(tmp_path) == before
-    trained.scheduler = make_solver()
-    write_samples(trained, [0, 0, 2], tmp_path, seed=7, overwrite=False, **QUICK)  # the same model: they stand beside
-    assert contents(tmp_path).items() >= {k: v for k, v in before.items() if k.endswith(".png")}.items()
-
-
-def test_a_new_training_replaces_the_old_pictures(pipe, tmp_path):
-    """As notebook 04 is run again: pictures of the old model would otherwise stay where fewer are made now."""
-    write_samples(pipe, LABELS, tmp_path, **QUICK)
-    write_samples(pipe, LABELS, tmp_path, format="npz", **QUICK)
-    (tmp_path / "ID_1" / "drawn_by_hand.png").write_bytes(b"mine")
-    trained = tiny_pipeline()
-    trained_looking(trained.denoiser, seed=11)
-    new = write_samples(trained, [0, 1], tmp_path, **QUICK)
-    assert sorted(contents(tmp_path)) == [
-        "ID_1/drawn_by_hand.png",
-        "ID_1/seed0_00000.png",
-        "ID_2/seed0_00000.png",
-        "samples.json",
-    ]
-    elsewhere = write_samples(trained, [0, 1], tmp_path / "new", **QUICK)
-    assert [path.read_bytes() for path in new] == [path.read_bytes() for path in elsewhere]
-
-
-def test_a_set_keeps_its_precision(pipe, tmp_path, monkeypatch, capsys):
-    options = {"overwrite": False, **QUICK}
-    write_samples(pipe, [0, 1], tmp_path, precision="bf16", **options)
-    before = contents(tmp_path)
-    assert json.loads(before["samples.json"])["settings"]["precision"] == "bf16"
-    with pytest.raises(UserError, match=r"\(precision bf16 there, 32 here\)"):
-        write_samples(pipe, [0, 1, 2], tmp_path, precision="32", **options)
-    capsys.readouterr()
-    write_samples(pipe, [0, 1, 2], tmp_path, **options)
-    said = "going on in bf16, as what is there was made; --overwrite --precision 32 makes it anew in float32\n"
-    assert capsys.readouterr().err.startswith(said)
-    write_samples(pipe, [0, 1, 2], tmp_path / "whole", precision="bf16", batch_size=3, **options)
-    new = contents(tmp_path / "whole")["ID_3/seed0_00000.png"]
-    assert np.abs(picture(contents(tmp_path)["ID_3/seed0_00000.png"]) - picture(new)).max() <= 1
-    assert contents(tmp_path).items() >= {k: v for k, v in before.items() if k.endswith(".png")}.items()
-    monkeypatch.setattr(sample_sets, "precisions_for", lambda pipe, name: ["32"])  # a machine without bf16
-    with pytest.raises(UserError, match=r"\(precision bf16 there, 32 here\)"):
-        write_samples(pipe, [0, 1, 2], tmp_path, **options)
-
-
-def test_a_folder_of_before_there_was_a_choice_goes_on_in_float32(pipe, tmp_path, monkeypatch):
-    write_samples(pipe, [0], tmp_path, **QUICK)
-    record = json.loads((tmp_path / "samples.json").read_text())
-    del record["settings"]["precision"]
-    (tmp_path / "samples.json").write_text(json.dumps(record))
-    with monkeypatch.context() as patch:
-        counting = Counting(pipe, patch)
-        patch.setattr(sample_sets, "precisions_for", lambda pipe, name: ["bf16", "32"])  # as on a GPU
-        write_samples(pipe, [0, 1], tmp_path, overwrite=False, **QUICK)
-        assert counting.made == [1] and counting.sampling["precision"] == "32"
-        write_samples(pipe, [0, 1], tmp_path, **{**QUICK, "guidance_scale": 1.0})  # replaced: there is a choice again
-        assert counting.made[1:] == [0, 1] and counting.sampling["precision"] == "bf16"
-
-
-def picture(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(BytesIO(png))).astype(int)
-
-
-def test_pictures_of_which_nothing_is_known(pipe, tmp_path):
-    write_samples(pipe, [0, 1], tmp_path, **QUICK)
-    (tmp_path / "samples.json").write_text("{")
-    with pytest.raises(UserError, match=r"samples\.json, which says how they were made, is missing"):
-        write_samples(pipe, [1], tmp_path, overwrite=False, **QUICK)
-    write_samples(pipe, [1], tmp_path, **QUICK)
-    assert sorted(contents(tmp_path)) == ["ID_2/seed0_00000.png", "samples.json"]
-    shutil.rmtree(tmp_path / "ID_2")  # by hand: nothing is left to mix with
-    write_samples(pipe, [1], tmp_path, overwrite=False, **{**QUICK, "guidance_scale": 1.0})
-
-
-def test_an_npz_of_another_order_is_another_one(pipe, tmp_path):
-    options = {"format": "npz", "overwrite": False, **QUICK}
-    write_samples(pipe, LABELS, tmp_path, **options)
-    pngs = write_samples(pipe, LABELS, tmp_path, **{**options, "format": "png"})
-    for change, message in (
-        ({"labels": [0, 1, 1]}, "labels 0,1,2 there, 0,1,1 here"),
-        ({"seed": 2}, "seed 0 there, 2 here"),
-    ):
-        with pytest.raises(UserError, match=message):
-            write_samples(pipe, **{"labels": LABELS, "output_dir": tmp_path, **options, **change})
-    (npz,) = write_samples(pipe, [0, 1, 1], tmp_path, **{**options, "overwrite": True})
-    assert [path.name for path in tmp_path.glob("*.npz")] == [npz.name] and np.load(npz)["arr_1"].tolist() == [0, 1, 1]
-    assert all(path.is_file() for path in pngs)  # their order matters to nobody
-
-
-def test_where_the_memory_does_not_suffice_fewer_are_made_at_once(tmp_path, monkeypatch, capsys):
+def test_where_the_memory_does_not_suffice_fewer_are_made_at_once(monkeypatch, capsys):
     pipe = tiny_pipeline()
+    alone = pictures(pipe, [0, 1, 2] * 5, batch_size=1)
 
     def full(call, labels):
         if len(labels) > 3:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    alone = write_samples(pipe, LABELS, tmp_path / "alone", batch_size=1, **QUICK)
+    counting = Counting(pipe, monkeypatch, full)
     capsys.readouterr()
-    with monkeypatch.context() as patch:
-        counting = Counting(pipe, patch, full)
-        written = write_samples(pipe, LABELS, tmp_path / "full", batch_size=8, **QUICK)
-    assert counting.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 1]
+    made = pictures(pipe, [0, 1, 2] * 5, batch_size=8)
+    assert counting.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 1] and (made.int() - alone.int()).abs().max() <= 1
     assert capsys.readouterr().err.splitlines()[:2] == [
         "8 pictures at once do not fit the memory: making 4",
         "4 pictures at once do not fit the memory: making 2",
     ]
-    with monkeypatch.context() as patch:
-        counting = Counting(pipe, patch, full)
-        pictures(pipe, [0] * 5)
-        assert counting.sizes == [2, 2, 1]  # what did not fit is not tried again
-    for mine, theirs in zip(written, alone, strict=True):
-        assert abs(np.asarray(Image.open(mine)).astype(int) - np.asarray(Image.open(theirs))).max() <= 1
-    pipe = tiny_pipeline()
-    with monkeypatch.context() as patch:
-        counting = Counting(pipe, patch, full)
-        assert len(pictures(pipe, [0] * 5)) == 5 and counting.sizes == [5, 2, 2, 1]
-        Counting(pipe, patch, stop_at(1, torch.cuda.OutOfMemoryError))
-        with pytest.raises(UserError, match="memory is too small for one picture"):
-            write_samples(pipe, [0], tmp_path / "none", **QUICK)
+    counting.sizes.clear()
+    pictures(pipe, [0] * 5)
+    assert counting.sizes == [2, 2, 1]  # what did not fit is not tried again
+
+    def never(call, labels):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    counting.fail = never
+    with pytest.raises(UserError, match="memory is too small for one picture"):
+        pictures(pipe, [0])
+    monkeypatch.setattr(batches, "_is_sharded", lambda pipe: True)  # then other processes are in the midst of it
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        pictures(pipe, [0])
+    monkeypatch.setattr(pipe, "to", lambda device: never(0, []))
+    with pytest.raises(UserError, match=r"^cuda:1 has no room for the models: end what else runs"):
+        batches.placed(pipe, "cuda:1")
 
 
 def test_the_usual_batch_fits_the_memory(pipe, monkeypatch):
@@ -705,39 +456,6 @@ def test_the_usual_batch_fits_the_memory(pipe, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(pipe.vae), "dtype", torch.float16)
         assert default_batch_size(pipe) == 16
-
-
-def test_a_card_without_room_for_the_models_is_named(monkeypatch):
-    pipe = tiny_pipeline()
-
-    def full(device):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(pipe, "to", full)
-    with pytest.raises(UserError, match=r"^The models take 0\.0 GiB, for which cuda:1 has no room: end what else runs"):
-        portions.placed(pipe, "cuda:1")
-
-
-def test_processes_that_share_a_model_ask_it_equally_often(pipe, monkeypatch):
-    monkeypatch.setattr(portions, "_is_shared", lambda pipe: True)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor.fill_(5))  # another one's card
-    assert default_batch_size(pipe) == 4
-    Counting(pipe, monkeypatch, stop_at(1, torch.cuda.OutOfMemoryError))
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        pictures(pipe, [0])
-
-
-def test_settings_that_cannot_be_leave_nothing_behind(pipe, tmp_path):
-    for change, message in (
-        ({"num_inference_steps": 0}, "at least one step"),
-        ({"batch_size": 0}, "batch_size 0"),
-        ({"format": "gif"}, "No format 'gif'; there are png, npz"),
-        ({"labels": []}, "No labels"),
-        ({"names": ["anna"]}, r"has 1 names, the model 3 classes: .* from label 0 \(ID_1\) to label 2 \(ID_3\)"),
-    ):
-        with pytest.raises(UserError, match=message):
-            write_samples(pipe, **{"labels": [0], "output_dir": tmp_path / "out", **QUICK, **change})
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_an_rae_is_read_by_whoever_has_not_imported_it(tmp_path):

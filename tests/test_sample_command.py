@@ -1,5 +1,6 @@
 """`python -m vavae_tools.sample` as a whole: settings, formats, several processes, and kills."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,13 +12,15 @@ import pytest
 from forked import python
 from on_ranks import children, gone
 from PIL import Image
+from test_text_pipeline import text_pipeline
+from test_token_pipeline import tiny, with_lengths
 from tiny import SIZE, tiny_pipeline, trained_looking
 
-from vavae_tools.pipelines import writer as sample_sets
+from vavae_tools.pipelines import writer
 from vavae_tools.pipelines.classes import load_pipeline
-from vavae_tools.pipelines.writer import write_samples
+from vavae_tools.pipelines.tokens import load_token_pipeline
+from vavae_tools.pipelines.writer import write_samples, write_texts
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.ranks import Ranks
 from vavae_tools.sample import main
 
 ROOT = Path(__file__).parents[1]
@@ -26,38 +29,34 @@ QUICK = ["--num_steps", "2", "--batch_size", "4", "--accelerator", "cpu"]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """pipeline/ and a weaker one, weak/. Do not write into it."""
+    """pipeline/ and a weaker one, weak/; text/, tokens/ and chats/. Do not write into it."""
     folder = tmp_path_factory.mktemp("models")
-    tiny_pipeline().save_pretrained(folder / "pipeline")
     weak = tiny_pipeline()
     trained_looking(weak.denoiser, seed=9)
-    weak.save_pretrained(folder / "weak")
+    tokens, chats = tiny(with_lengths(of_3=1, of_9=1)), tiny(with_lengths(of_4=1), chats=True)
+    for name, pipe in {"pipeline": tiny_pipeline(), "weak": weak, "text": text_pipeline(), "tokens": tokens}.items():
+        pipe.save_pretrained(folder / name)
+    chats.save_pretrained(folder / "chats")
     return folder
 
 
 @pytest.fixture
 def run(monkeypatch, run_main, tmp_path, models):
-    """Run the command here: its exit status, what it printed, and what it said on stderr."""
+    """Run the command here, by default on pipeline/: its exit status, what it printed, and what it said on stderr."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    return lambda *words: run_main(main, *command(models, *words))
+    return lambda *words, of="pipeline": run_main(main, *command(models, *words, of=of))
 
 
-def command(models, *arguments) -> list[str]:
-    return ["--checkpoint", str(models / "pipeline"), *QUICK, *map(str, arguments)]
+def command(models, *arguments, of="pipeline") -> list[str]:
+    return ["--checkpoint", str(models / of), *QUICK, *map(str, arguments)]
 
 
 def start(models, folder, *arguments, program=("-m", "vavae_tools.sample")) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [python(), *program, *command(models, *arguments)],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([python(), *program, *command(models, *arguments)], cwd=folder, env=environment, **streams)
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -78,22 +77,16 @@ def one_line(outcome) -> str:
 
 
 def test_flags_are_the_arguments_of_the_pipeline(run, models, tmp_path):
-    pipe = load_pipeline(models / "pipeline")
-    status, said, err = run(
-        *["--num_samples", 4, "--labels", "2,ID_1", "--cfg_scale", 3, "--cfg_interval", "0.1,0.9", "--seed", 5],
-        *["--guidance_channels", "first3", "--timestep_shift", 0.3, "--output_dir", "flags"],
-    )
+    words = ["--num_samples", 4, "--labels", "2,ID_1", "--cfg_scale", 3, "--cfg_interval", "0.1,0.9", "--seed", 5]
+    words += ["--guidance_channels", "first3", "--timestep_shift", 0.3, "--output_dir", "flags"]
+    status, said, err = run(*words)
     assert status == 0 and said.startswith("written: 4 pictures of 2 people (flags/ID_1 …)\nnext: python -m vavae_")
-    assert err.startswith("sampling: 4 pictures made in 0:00:0") and err.count("\n") == 1 and "pictures/s" in err
+    assert "sampling" in err and "4/4" in err
     options = {"guidance_interval": (0.1, 0.9), "guidance_channels": "first3", "timestep_shift": 0.3}
-    labels = [2, 0, 2, 0]
+    pipe, labels = load_pipeline(models / "pipeline"), [2, 0, 2, 0]
     write_samples(pipe, labels, "same", 5, num_inference_steps=2, guidance_scale=3.0, batch_size=4, **options)
     assert contents(tmp_path / "flags") == contents(tmp_path / "same")
-    status, said, err = run(
-        *["--num_samples", 4, "--labels", "2,ID_1", "--cfg_scale", 3, "--cfg_interval", "0.1,0.9", "--seed", 5],
-        *["--guidance_channels", "first3", "--timestep_shift", 0.3, "--output_dir", "flags"],
-    )
-    assert said.startswith("written: 4 pictures") and "0 pictures made" in err and "4 were there" in err
+    assert run(*words)[1] == said
 
 
 def test_a_guide_and_a_solver(run, models, tmp_path):
@@ -111,24 +104,34 @@ def test_a_guide_and_a_solver(run, models, tmp_path):
     assert euler.keys() == heun.keys() and any((euler[name] != heun[name]).any() for name in euler)
 
 
-def test_pictures_of_other_settings_are_refused_and_replaced(run, tmp_path):
+def test_images_of_other_settings_are_refused_and_replaced(run, tmp_path):
     assert run("--num_samples", 6)[0] == 0
     before = contents(tmp_path)
     said = one_line(run("--num_samples", 3, "--cfg_scale", 2))
     assert "outputs/samples holds pictures of other settings (cfg_scale or guide_scale 1.25 there, 2.0 here)" in said
-    assert "another --output_dir, or replace them by --overwrite" in said and contents(tmp_path) == before
-    assert run("--num_samples", 3, "--cfg_scale", 2, "--overwrite")[0] == 0
-    assert run("--num_samples", 3, "--cfg_scale", 2, "--output_dir", "new")[0] == 0
+    assert contents(tmp_path) == before
+    assert run("--num_samples", 3, "--cfg_scale", 2, "--precision", "bf16", "--overwrite")[0] == 0
+    assert run("--num_samples", 3, "--cfg_scale", 2, "--precision", "bf16", "--output_dir", "new")[0] == 0
     assert contents(tmp_path / "outputs" / "samples") == contents(tmp_path / "new")
+    assert "new holds pictures of other settings (precision bf16 there, 32 here)" in one_line(
+        run("--num_samples", 3, "--cfg_scale", 2, "--precision", 32, "--output_dir", "new")
+    )
 
 
-def test_a_precision_by_its_flag(run, tmp_path):
-    assert run("--num_samples", 3)[0] == run("--num_samples", 3, "--precision", "bf16", "--output_dir", "half")[0] == 0
-    whole, half = pixels(tmp_path / "outputs" / "samples"), pixels(tmp_path / "half")
-    assert whole.keys() == half.keys() and any((whole[name] != half[name]).any() for name in whole)
-    said = one_line(run("--num_samples", 3, "--precision", 32, "--output_dir", "half"))
-    assert "half holds pictures of other settings (precision bf16 there, 32 here)" in said
-    assert "A CPU has no fp16: use --precision 32" in one_line(run("--precision", 16))
+def test_texts_and_images_of_prompts(run, models, tmp_path):
+    status, said, _ = run("--prompt", "a\x85b", "c", "--seed", 5, "--output_dir", "out", of="tokens")
+    pipe = load_token_pipeline(models / "tokens")
+    written = write_texts(pipe, "same", ["a\x85b", "c"], seed=5, batch_size=4, num_inference_steps=2)
+    assert status == 0 and contents(tmp_path / "out") == contents(tmp_path / "same")
+    rows = [json.loads(line) for line in written.read_text(encoding="utf-8").split("\n")[:-1]]
+    shown = [f"  {' '.join(row['text'].split())}" for row in rows]
+    assert said.split("\n") == [*shown, "written: 2 texts (out/texts.jsonl), out/grid.png", ""]
+    status, said, _ = run("--output_dir", "own", of="tokens")
+    assert status == 0 and "written: 100 texts (own/texts.jsonl)" in said and said.count("\n") == 9
+    words = ("--prompt", "hi", "--num_samples", 9, "--output_dir", "chats")
+    assert run(*words, of="chats")[1] == run(*words, of="chats")[1]
+    status, said, _ = run("--prompt", "green", "red", "--num_samples", 3, "--output_dir", "text", of="text")
+    assert status == 0 and said == "written: 3 pictures of 2 prompts (text/00000.png …), text/grid.png\n"
 
 
 def test_a_class_list_names_the_folders(run, tmp_path):
@@ -163,20 +166,30 @@ def test_a_class_list_that_does_not_fit(run, tmp_path, names, message):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("of", "line", "message"),
     [
-        ("--guide nowhere", "No checkpoint nowhere"),
-        ("--guide nowhere --cfg_scale 2", "--cfg_scale 2 with --guide: a guide takes the null condition's place"),
-        ("--guide_scale 2", "--guide_scale 2 without --guide"),
-        ("--cfg_scale nan", "no number to guide by"),
-        ("--weights live", "holds the averaged weights alone"),
-        ("--devices 0", "--devices 0: expected how many, at least one, or auto"),
-        ("--devices some", "--devices some: expected how many, at least one, or auto"),
-        ("--timestep_shift -1", "it is above 0"),
+        ("pipeline", "--guide nowhere", "No checkpoint nowhere"),
+        ("pipeline", "--guide nowhere --cfg_scale 2", "--cfg_scale 2 with --guide: a guide takes the null condition's"),
+        ("pipeline", "--guide_scale 2", "--guide_scale 2 without --guide"),
+        ("pipeline", "--cfg_scale nan", "no number to guide by"),
+        ("pipeline", "--weights live", "holds the averaged weights alone"),
+        ("pipeline", "--devices 0", "--devices 0: expected how many, at least one, or auto"),
+        ("pipeline", "--devices some", "--devices some: expected how many, at least one, or auto"),
+        ("pipeline", "--timestep_shift -1", "it is above 0"),
+        ("pipeline", "--precision 16", "A CPU has no fp16: use --precision 32"),
+        ("pipeline", "--prompt x", "pipeline makes pictures of classes, for which --prompt has no meaning: leave it"),
+        ("text", "--prompt x --labels 0 --format npz", "pictures of prompts, for which --labels, --format has no"),
+        ("text", "", 'makes pictures from sentences: say which, with --prompt "…"'),
+        ("tokens", "--cfg_scale 2 --format npz", "makes texts, for which --format, --cfg_scale has no meaning"),
+        ("tokens", "--cfg_interval 0,0.5 --prompt y --negative_prompt x", "for which --cfg_interval, --negative_pr"),
+        ("tokens", "--solver ddpm", "No solver 'ddpm' for flow matching or sample; there are euler, heun"),
+        ("tokens", "--num_samples 0", "--num_samples 0"),
+        ("tokens", "--prompt aaaaaaaaaaaaaaaa", "The prompt has 16 tokens, and a picture 16 cells"),
+        ("chats", "", "This model answers: give it prompts"),
     ],
 )
-def test_bad_input_is_answered_by_one_line(run, tmp_path, line, message):
-    assert message in one_line(run(*line.split()))
+def test_bad_input_is_answered_by_one_line(run, tmp_path, of, line, message):
+    assert message in one_line(run(*line.split(), of=of))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,7 +213,7 @@ def test_two_processes_killed_and_gone_on_by_one_equal_one(run, models, tmp_path
     there = len(list(parts.rglob("*.png")))
     assert there < 600, "it was killed too late to show anything"
     status, _, err = run(*amount, "--output_dir", "parts")
-    assert status == 0 and f"; {there} were there" in err
+    assert status == 0 and f"{there}/600" in err
     assert contents(parts) == contents(tmp_path / "whole")
 
 
@@ -220,18 +233,11 @@ def test_a_path_is_sampled_on_all_devices(models, tmp_path, monkeypatch, forked)
     pipe, settings = load_pipeline(models / "pipeline"), {"num_inference_steps": 2, "batch_size": 4}
     alone = write_samples(pipe, ["ID_2", 0] * 5, tmp_path / "alone", 3, **settings)
     one = write_samples(models / "pipeline", ["ID_2", 0] * 5, tmp_path / "one", 3, **settings)
-    monkeypatch.setattr(sample_sets, "several_processes", lambda: 2)
+    monkeypatch.setattr(writer, "several_processes", lambda: 2)
     two = write_samples(models / "pipeline", ["ID_2", 0] * 5, tmp_path / "two", 3, **settings)
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "alone")
-    for written, folder in ((alone, "alone"), (one, "one"), (two, "two")):
-        assert [path.relative_to(tmp_path / folder) for path in written] == [
-            path.relative_to(tmp_path / "two") for path in two
-        ]
+    sets = ((alone, "alone"), (one, "one"), (two, "two"))
+    names = [[path.relative_to(tmp_path / folder) for path in written] for written, folder in sets]
+    assert names[0] == names[1] == names[2]
     with pytest.raises(UserError, match="Nobody called 'ID_9'"):
         write_samples(models / "pipeline", ["ID_9"], tmp_path / "two", **settings)
-
-
-def test_one_alone_shares_with_itself():
-    ranks = Ranks()
-    assert ranks.share("plan", [1]) == [1]
-    assert [ranks.add("made", 3), ranks.add("made", 2), ranks.add("ended", 0)] == [3, 5, 0]

@@ -358,5 +358,5 @@ def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(UserError, match="No checkpoint"):
         load_text_pipeline(tmp_path / "nowhere.ckpt")
     torch.save({"state_dict": {}, "hyper_parameters": {"denoiser_config": {}, "conditioner_config": {}}}, path)
-    with pytest.raises(UserError, match="training on classes, not on text"):
+    with pytest.raises(UserError, match="makes pictures of classes"):
         load_text_pipeline(path)

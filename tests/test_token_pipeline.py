@@ -1,17 +1,13 @@
 """Tokens from noise: the mathematics of the steps, what is known, lengths and seeds, folders, and files of texts."""
 
-import json
 import shutil
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from PIL import Image
 from tiny import same, tiny_pipeline, trained_looking
-from torch.distributed import HashStore
 
 from vavae_tools.checkpoints.formats import write_any
 from vavae_tools.data.tokens.code import TokenCode
@@ -20,14 +16,12 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.objectives import CleanPrediction
 from vavae_tools.diffusion.solvers import sample, time_grid
 from vavae_tools.diffusion.transformer import DiT
+from vavae_tools.pipelines.base import kind_of
 from vavae_tools.pipelines.classes import load_pipeline
 from vavae_tools.pipelines.text import load_text_pipeline
-from vavae_tools.pipelines.tokens import TokenImagePipeline, is_token_pipeline, load_token_pipeline
-from vavae_tools.pipelines.writer import write_texts
+from vavae_tools.pipelines.tokens import TokenImagePipeline, load_token_pipeline
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
-from vavae_tools.runtime.ranks import Ranks
-from vavae_tools.sample import main
 from vavae_tools.training.denoiser_module import TokenImageModule
 
 SIZE, CELL, CELLS = 16, 4, 16
@@ -145,14 +139,12 @@ def test_the_share_of_fresh_noise(eta):
         assert alike == pytest.approx((1 - eta**2) ** (step / 2), abs=0.03)
 
 
-def test_the_last_step_draws_no_noise_and_callbacks_see_the_predictions():
-    pipe, seen = tiny(), []
-    predicting(pipe, lambda x, t: 2 * x)
-    fresh = iter([noise(seed=1), noise(seed=2)])
-    settings = {"callback": lambda step, predicted: seen.append((step, predicted))}
-    made = pipe.denoise(noise(), EVERYWHERE, NOWHERE, noise(), time_grid(3), 1.0, fresh, **settings)
-    assert next(fresh, None) is None and [step for step, _ in seen] == [0, 1, 2]
-    assert same(seen[0][1], 2 * noise()) and same(seen[2][1], made)
+def test_the_last_step_draws_no_noise():
+    pipe, fresh = tiny(), iter([noise(seed=1), noise(seed=2)])
+    asked = predicting(pipe, lambda x, t: 2 * x)
+    made = pipe.denoise(noise(), EVERYWHERE, NOWHERE, noise(), time_grid(3), 1.0, fresh)
+    assert next(fresh, None) is None and len(asked) == 3 and same(asked[0][0], noise())
+    assert same(made, 2 * asked[2][0])
     assert "eta 1 takes fresh noise in each step" in refused(
         pipe.denoise, noise(), EVERYWHERE, NOWHERE, noise(), time_grid(3)
     )
@@ -292,7 +284,6 @@ def test_the_new_tokens_may_be_counted():
         (False, {"prompts": [0.5]}, "The prompt 0.5 is neither"),
         (False, {"prompts": [[1, 260]]}, "token numbers from 1 to 260; they go from 0 to 259"),
         (False, {"prompts": [[-1]]}, "token numbers from -1 to -1"),
-        (False, {"prompts": "a\ud83d"}, "The prompt is no text in UTF-8: character 1 is '\\ud83d'"),
         (False, {"prompts": []}, "No prompts: give one or more"),
         (False, {"numbers": []}, "0 numbers for 0 texts"),
         (False, {"prompts": ["a", "b"], "numbers": [1]}, "1 numbers for 2 texts: give one for each text"),
@@ -420,7 +411,7 @@ def test_a_checkpoint_of_training_with_its_tokenizer_beside_it(kept, tmp_path, c
     alone = tmp_path / "a" / "b" / "last.ckpt"
     alone.parent.mkdir(parents=True)
     shutil.copy(kept / "run" / "checkpoints" / "last.ckpt", alone)
-    assert "No tokenizer/ beside" in refused(load_token_pipeline, alone)
+    assert "No tokenizer/ in or beside" in refused(load_token_pipeline, alone)
     other = byte_tokenizer()
     other.add_tokens(["word"])
     save_model(other, tmp_path / "a" / "tokenizer")
@@ -428,321 +419,20 @@ def test_a_checkpoint_of_training_with_its_tokenizer_beside_it(kept, tmp_path, c
 
 
 def test_who_loads_something_else_is_told_what_it_is(kept, tmp_path):
-    assert [is_token_pipeline(kept / name) for name in ("pipeline", "pictures", "run/checkpoint_epoch_1.pth")] == [
-        True,
-        False,
-        True,
-    ]
-    assert not is_token_pipeline(tmp_path)
-    assert "is a LatentDiTPipeline: load it by load_pipeline" in refused(load_token_pipeline, kept / "pictures")
+    kinds = [kind_of(kept / name) for name in ("pipeline", "pictures", "run/checkpoint_epoch_1.pth")]
+    assert kinds == ["TokenImagePipeline", "LatentDiTPipeline", "TokenImagePipeline"] and not kind_of(tmp_path)
+    assert "makes pictures of classes: load it by load_pipeline" in refused(load_token_pipeline, kept / "pictures")
     assert "is no pipeline (no model_index.json)" in refused(load_token_pipeline, tmp_path)
     assert "No checkpoint" in refused(load_token_pipeline, tmp_path / "nothing")
     assert "holds the averaged weights alone" in refused(load_token_pipeline, kept / "pipeline", ema=False)
     for load in (load_pipeline, load_text_pipeline):
-        assert "is a TokenImagePipeline: load it by load_token_pipeline" in refused(load, kept / "pipeline")
-        for name in ("checkpoints/last.ckpt", "checkpoint_epoch_1.pth"):
-            assert "is of token images, which makes texts: load it by load_token" in refused(load, kept / "run" / name)
+        for name in ("pipeline", "run/checkpoints/last.ckpt", "run/checkpoint_epoch_1.pth"):
+            assert "makes texts: load it by load_token_pipeline" in refused(load, kept / name)
     hyper = {"denoiser_config": {}, "conditioner_config": {}}
     torch.save({"state_dict": {}, "hyper_parameters": hyper}, tmp_path / "dit.ckpt")
-    assert "another training than that on token images" in refused(load_token_pipeline, tmp_path / "dit.ckpt")
+    assert "makes pictures of classes" in refused(load_token_pipeline, tmp_path / "dit.ckpt")
     shutil.copytree(kept / "pipeline", tmp_path / "torn")
     (tmp_path / "torn" / "denoiser" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
     assert "cannot be read" in refused(load_token_pipeline, tmp_path / "torn")
     shutil.rmtree(tmp_path / "torn" / "tokenizer")
-    assert "No tokenizer/ in" in refused(load_token_pipeline, tmp_path / "torn")
-
-
-# ---- files of texts
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def counted(pipe: TokenImagePipeline, until: int | None = None) -> list[int]:
-    """How many texts each call makes; with the next call after `until` of them the process ends."""
-    made, write = [], pipe._write
-
-    def counting(starts, *arguments):
-        if len(made) == until:
-            raise KeyboardInterrupt
-        made.append(len(starts))
-        return write(starts, *arguments)
-
-    pipe._write = counting
-    return made
-
-
-def test_texts_as_lines_with_their_prompts_and_a_grid(tmp_path):
-    pipe, prompts = tiny(), ["täg ", "b\u2028"]
-    path = write_texts(pipe, tmp_path / "out", prompts, 5, seed=2, **QUICK)
-    assert path == tmp_path / "out" / "texts.jsonl" and sorted(contents(path.parent)) == [
-        "grid.png",
-        "samples.json",
-        "texts.jsonl",
-    ]
-    asked = [prompts[i % 2] for i in range(5)]
-    assert lines(path) == [
-        {"text": text, "prompt": prompt} for text, prompt in zip(pipe(asked, seed=2, **QUICK).texts, asked, strict=True)
-    ]
-    assert '"prompt": "täg "' in path.read_bytes().decode()  # as it is, not \u00e4
-    with Image.open(tmp_path / "out" / "grid.png") as grid:
-        assert grid.mode == "RGB" and grid.size == (5 * SIZE + 4 * 2, SIZE)
-        first = np.asarray(grid)[:4, :4].transpose(2, 0, 1).ravel()
-    assert (first / 127.5 - 1).tolist() == pipe.code.cells(torch.tensor("täg ".encode()[0])).tolist()
-    assert len(lines(write_texts(pipe, tmp_path / "each", ["a", "b", "c"], **QUICK))) == 3
-    own = lines(write_texts(pipe, tmp_path / "own", **QUICK))
-    assert len(own) == 100 and own[0].keys() == {"text"}
-    with Image.open(tmp_path / "own" / "grid.png") as grid:
-        assert grid.size == (8 * SIZE + 7 * 2,) * 2
-    chats, question = tiny(with_lengths(of_4=1), chats=True), [{"role": "user", "content": "hi"}]
-    answered = lines(write_texts(chats, tmp_path / "chats", question, 2, **QUICK))
-    assert [row["prompt"] for row in answered] == [question] * 2
-    two = tiny(channels=2)
-    with Image.open(write_texts(two, tmp_path / "two", num_samples=1, **QUICK).with_name("grid.png")) as grid:
-        assert grid.size == (SIZE, SIZE)
-
-
-def test_many_prompts(tmp_path):
-    pipe, prompts = tiny(), [f"{i} " for i in range(300)]
-    predicting(pipe, lambda x, t: torch.ones_like(x))
-    made = lines(write_texts(pipe, tmp_path, prompts, num_inference_steps=1, batch_size=128))
-    assert [row["prompt"] for row in made] == prompts
-    assert all(row["text"].startswith(row["prompt"]) for row in made)
-
-
-def test_interrupted_it_goes_on_and_equals_one_that_was_not(tmp_path):
-    settings = {"num_samples": 11, "seed": 4, "batch_size": 4, **QUICK}
-    lengths = with_lengths(of_3=1, of_9=1, of_16=2)
-    write_texts(tiny(lengths), tmp_path / "whole", **settings)
-    stopped = tiny(lengths)
-    assert_made = counted(stopped, until=2)
-    with pytest.raises(KeyboardInterrupt):
-        write_texts(stopped, tmp_path / "parts", **settings)
-    assert assert_made == [4, 4] and not (tmp_path / "parts" / "texts.jsonl").exists()
-    (tmp_path / "parts" / ".texts" / ".00008-00011.jsonl.1.partial").write_text("{")  # as a kill leaves it
-    first = min((tmp_path / "parts" / ".texts").glob("0*.jsonl"))
-    first.unlink()
-    goes_on = tiny(lengths)
-    made = counted(goes_on)
-    write_texts(goes_on, tmp_path / "parts", **settings)
-    assert made == [4, 3]
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-    again = tiny(lengths)
-    made, before = counted(again), (tmp_path / "parts" / "texts.jsonl").stat()
-    write_texts(again, tmp_path / "parts", **{**settings, "batch_size": 5})
-    assert made == [] and (tmp_path / "parts" / "texts.jsonl").stat().st_mtime_ns == before.st_mtime_ns
-
-
-def test_another_batch_size_goes_on_where_the_memory_was_too_small(tmp_path):
-    stopped, goes_on = tiny(), tiny()
-    counted(stopped, until=1)
-    with pytest.raises(KeyboardInterrupt):
-        write_texts(stopped, tmp_path, num_samples=11, batch_size=4, **QUICK)
-    made = counted(goes_on)
-    path = write_texts(goes_on, tmp_path, num_samples=11, batch_size=3, **QUICK)
-    assert made == [3, 3, 1]
-    assert [row["text"] for row in lines(path)] == tiny()(num_samples=11, **QUICK).texts
-
-
-def test_texts_of_other_settings_are_refused_and_replaced(tmp_path):
-    pipe = tiny()
-    path = write_texts(pipe, tmp_path / "out", ["ab"], 3, **QUICK)
-    before, of_answers = contents(path.parent), tiny()
-    of_answers.register_to_config(answer_lengths=[[3, 2, 100]])
-    for other, found in (
-        ({"seed": 1}, "seed 0 there, 1 here"),
-        ({"num_inference_steps": 2}, "num_steps 3 there, 2 here"),
-        ({"eta": 0.5}, "eta 1.0 there, 0.5 here"),
-        ({"num_samples": 4}, "texts 3 there, 4 here"),
-        ({"prompts": ["cd"]}, "prompts ab there, cd here"),
-        ({"max_new_tokens": 2}, "max_new_tokens None there, 2 here"),
-        ({"pipe": tiny(seed=1)}, "another model"),
-        ({"pipe": tiny(with_lengths(of_9=1))}, "another model"),
-        ({"pipe": of_answers}, "another model"),
-    ):
-        arguments = {"pipe": pipe, "output_dir": path.parent, "prompts": ["ab"], "num_samples": 3, **QUICK, **other}
-        said = refused(write_texts, **arguments)
-        assert f"holds texts of other settings ({found}): name another --output_dir, or replace them by" in said
-    assert contents(path.parent) == before
-    write_texts(pipe, path.parent, ["ab"], 3, eta=1.0, **QUICK)  # said or not, they are the same
-    assert contents(path.parent) == before
-    write_texts(pipe, path.parent, ["cd"], 4, overwrite=True, **QUICK)
-    write_texts(pipe, tmp_path / "new", ["cd"], 4, **QUICK)
-    assert contents(path.parent) == contents(tmp_path / "new")
-    (path.parent / "samples.json").write_text("{")
-    assert "samples.json, which says how they were made, is missing or damaged" in refused(
-        write_texts, pipe, path.parent, ["cd"], 4, **QUICK
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_samples": 0}, "num_samples 0: expected"),
-        ({"num_samples": -2}, "num_samples -2: expected"),
-        ({"batch_size": 0}, "batch_size 0: at least one text"),
-        ({"num_inference_steps": 0}, "num_inference_steps 0: expected"),
-        ({"eta": 2}, "eta 2: expected"),
-        ({"prompts": ["a", "a" * 16]}, "The prompt has 16 tokens"),
-        ({"prompts": ["a", ["b", "c"]]}, "The prompt ['b', 'c'] is neither"),
-    ],
-)
-def test_what_cannot_be_leaves_the_folder_as_it_was(tmp_path, arguments, message):
-    pipe = tiny()
-    write_texts(pipe, tmp_path, num_samples=2, **QUICK)
-    before = contents(tmp_path)
-    assert message in refused(write_texts, pipe, tmp_path, overwrite=True, **{**QUICK, **arguments})
-    assert contents(tmp_path) == before
-
-
-def test_pictures_in_the_folder_keep_their_record(tmp_path):
-    record = '{"settings": {"model": "x"}, "batch_size": 1, "folders": {}}'
-    (tmp_path / "samples.json").write_text(record)
-    for overwrite in (False, True):
-        said = refused(write_texts, tiny(), tmp_path, overwrite=overwrite, **QUICK)
-        assert "holds pictures" in said and "name another --output_dir" in said
-    assert contents(tmp_path) == {"samples.json": record.encode()}
-
-
-def together(work, count: int = 2) -> None:
-    """Call work(ranks) as several processes do, which have nothing in common but a store and the disk.
-
-    Threads stand in for them: test_sample_command.py has the processes, and each takes its seconds to start.
-    """
-    store, failed = HashStore(), []
-
-    def of(rank: int) -> None:
-        try:
-            work(Ranks(rank, count, rank, store))
-        except BaseException as error:
-            failed.append(error)
-
-    workers = [threading.Thread(target=of, args=(rank,), daemon=True) for rank in range(count)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert not failed and not any(worker.is_alive() for worker in workers)
-
-
-def test_several_make_the_same_bytes_as_one(tmp_path):
-    settings = {"prompts": ["ab", "täg"], "num_samples": 13, "batch_size": 3, **QUICK}
-    one = contents(write_texts(tiny(), tmp_path / "one", **settings).parent)
-    pipes, done = [tiny() for _ in range(6)], []
-
-    def write(ranks: Ranks, folder: Path) -> None:
-        path = write_texts(pipes[ranks.rank], folder, ranks=ranks, **settings)
-        if ranks.rank == 0:  # which returns when all are done
-            done.append(contents(path.parent))
-
-    together(lambda ranks: write(ranks, tmp_path / "two"))
-    together(lambda ranks: write(ranks, tmp_path / "two"))  # all is there: nobody waits for anybody
-    together(lambda ranks: write(ranks, tmp_path / "six"), count=6)  # more than there are batches
-    assert done == [one, one, one]
-
-
-def test_the_first_one_waits_for_the_slowest(tmp_path):
-    pipes, may_write, ended = [tiny(), tiny()], threading.Event(), []
-    write = pipes[1]._write
-
-    def slow(*arguments):
-        assert may_write.wait(60)
-        assert ended == [] and not (tmp_path / "texts.jsonl").exists()
-        return write(*arguments)
-
-    def work(ranks: Ranks) -> None:
-        threading.Timer(0.3, may_write.set).start()
-        write_texts(pipes[ranks.rank], tmp_path, num_samples=4, batch_size=2, ranks=ranks, **QUICK)
-        ended.append(ranks.rank)
-
-    pipes[1]._write = slow
-    together(work)
-    assert len(lines(tmp_path / "texts.jsonl")) == 4
-
-
-# ---- the command
-
-
-@pytest.fixture
-def run(monkeypatch, run_main, tmp_path, kept):
-    """Run the command here on a checkpoint of `kept`: its exit status, what it printed, and what it said on stderr."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    quick = ("--num_steps", 3, "--accelerator", "cpu")
-
-    def command(checkpoint, *words, of=main):
-        return run_main(of, "--checkpoint", kept / checkpoint, *quick, *words)
-
-    return command
-
-
-def test_the_command_writes_texts(run, kept, tmp_path):
-    status, said, err = run("pipeline", "--prompt", "a\x85b", "c", "--seed", 5, "--output_dir", "out")
-    assert (status, err) == (0, "")
-    written = write_texts(load_token_pipeline(kept / "pipeline"), tmp_path / "same", ["a\x85b", "c"], seed=5, **QUICK)
-    assert contents(tmp_path / "out") == contents(tmp_path / "same")
-    shown = [f"  {' '.join(row['text'].split())}" for row in lines(written)]
-    assert said.split("\n") == [*shown, "written: 2 texts (out/texts.jsonl), out/grid.png", ""]
-    status, said, _ = run("run/checkpoint_epoch_1.pth", "--output_dir", "own")
-    assert status == 0 and "written: 100 texts (own/texts.jsonl)" in said and said.count("\n") == 9
-    assert run("run/checkpoints/last.ckpt", "--weights", "live", "--num_samples", 3, "--output_dir", "live")[0] == 0
-    assert lines(tmp_path / "live" / "texts.jsonl") != lines(tmp_path / "own" / "texts.jsonl")[:3]
-    status, said, _ = run("chats", "--prompt", "hi", "--num_samples", 9, "--batch_size", 4, "--output_dir", "chats")
-    assert status == 0 and "written: 9 texts" in said and len(said.split("\n")) == 10
-    again = run("chats", "--prompt", "hi", "--num_samples", 9, "--output_dir", "chats")
-    assert again == (0, said, "")
-
-
-def test_several_processes_of_the_command_speak_once(run, tmp_path, monkeypatch):
-    amount, here = ("--num_samples", 9, "--batch_size", 2, "--seed", 1), threading.local()
-    assert run("pipeline", *amount, "--output_dir", "one")[0] == 0
-    words = ("pipeline", *amount, "--output_dir", "two")
-    monkeypatch.setenv("RANK", "0")  # one of several already
-    monkeypatch.setattr(Ranks, "from_environment", lambda: here.ranks)
-
-    def all_of_them() -> None:
-        def work(ranks: Ranks) -> None:
-            here.ranks = ranks
-            main()
-
-        together(work)
-
-    status, said, err = run(*words, of=all_of_them)
-    assert status == 0 and said.count("written: 9 texts (two/texts.jsonl)") == 1 and said.count("\n") == 9, err
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "words", "message"),
-    [
-        ("pipeline", "--labels 0", "pipeline makes texts, for which --labels has no meaning: leave it out"),
-        ("pipeline", "--cfg_scale 2 --format npz", "for which --cfg_scale, --format has no meaning"),
-        ("pipeline", "--guide pipeline --guide_scale 2", "for which --guide has no meaning"),
-        (
-            "pipeline",
-            "--cfg_interval 0,0.5 --guidance_channels first3",
-            "for which --cfg_interval, --guidance_channels",
-        ),
-        ("pipeline", "--solver ddpm", "No solver 'ddpm' for flow matching or sample; there are euler, heun"),
-        ("pipeline", "--solver heun --timestep_shift 0.3", "for which --timestep_shift has"),
-        ("pipeline", "--negative_prompt x --prompt y", "for which --negative_prompt has no meaning"),
-        ("pipeline", "--weights live", "holds the averaged weights alone"),
-        ("pipeline", "--num_samples 0", "--num_samples 0"),
-        ("pipeline", "--num_steps 0", "num_inference_steps 0: expected 1 or more"),
-        ("pipeline", "--batch_size -1", "batch_size -1: at least one text"),
-        ("pipeline", "--prompt aaaaaaaaaaaaaaaa", "The prompt has 16 tokens, and a picture 16 cells"),
-        ("chats", "", "This model answers: give it prompts"),
-        ("nowhere", "", "No checkpoint"),
-    ],
-)
-def test_what_the_command_cannot_do_is_answered_by_one_line(run, tmp_path, checkpoint, words, message):
-    status, said, err = run(checkpoint, *words.split())
-    assert (status, said) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
-    assert message in err
-    assert list(tmp_path.iterdir()) == []
+    assert "No tokenizer/ in or beside" in refused(load_token_pipeline, tmp_path / "torn")

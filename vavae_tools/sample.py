@@ -1,4 +1,4 @@
-"""Make any number of pictures of chosen people, of prompts, or texts with token images; interrupted, it goes on."""
+"""Make any number of images of chosen people or of prompts, or texts with token images; interrupted, it resumes."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vavae_tools.diffusion import SOLVERS
 from vavae_tools.runtime.errors import UserError, run_command
@@ -14,203 +14,159 @@ from vavae_tools.runtime.errors import UserError, run_command
 if TYPE_CHECKING:
     from vavae_tools.runtime.ranks import Ranks
 
-
 CFG_SCALE = 1.25
 TEXT_CFG_SCALE = 7.5
 GUIDE_SCALE = 1.42
 """RAE's for 256 pixels"""
-_UNLESS_GIVEN = {  # of options whose help says itself what then happens
-    **dict.fromkeys(("labels", "class_list", "solver", "timestep_shift", "cfg_scale", "guide", "guide_scale")),
-    **dict.fromkeys(("batch_size", "num_samples", "precision", "prompt", "negative_prompt")),
-    "overwrite": False,
+_OF_CLASSES = ("labels", "class_list", "timestep_shift", "guide", "cfg_interval", "guidance_channels", "format")
+UNUSED = {
+    "LatentDiTPipeline": ("pictures of classes", ("prompt", "negative_prompt")),
+    "TextToImagePipeline": ("pictures of prompts", _OF_CLASSES),
+    "TokenImagePipeline": ("texts", (*_OF_CLASSES, "negative_prompt", "cfg_scale")),
 }
+"""What each pipeline makes, and the flags that have no meaning for it."""
 
 
 def main() -> None:
-    options = _parser().parse_args(namespace=argparse.Namespace(**_UNLESS_GIVEN))
+    parser = _parser()
+    options = parser.parse_args()
     _check(options)
-    interval = _interval(options.cfg_interval)
-    names = _names(options.class_list)
+    interval, names = _interval(options.cfg_interval), _names(options.class_list)
 
     from vavae_tools.runtime.launch import call_on_ranks
     from vavae_tools.runtime.machine import device_of
     from vavae_tools.runtime.ranks import Ranks
     from vavae_tools.training.devices import trainer_settings
 
-    if "RANK" in os.environ:  # one of several processes already
-        count, on_gpu = 1, trainer_settings(options.accelerator, 1)["accelerator"] == "gpu"
-    else:
-        found = trainer_settings(options.accelerator, options.devices)
-        count, on_gpu = found["devices"], found["accelerator"] == "gpu"
-    if count > 1:
-        call_on_ranks("vavae_tools.sample:main", {}, count)  # with the same command line
+    inside = "RANK" in os.environ  # one of several processes already
+    found = trainer_settings(options.accelerator, 1 if inside else options.devices)
+    if found["devices"] > 1 and not inside:
+        call_on_ranks("vavae_tools.sample:main", {}, found["devices"])  # with the same command line
         return
     ranks = Ranks.from_environment()
-    device = device_of(ranks.local_rank) if on_gpu else "cpu"
+    device = device_of(ranks.local_rank) if found["accelerator"] == "gpu" else "cpu"
 
-    from vavae_tools.pipelines.tokens import is_token_pipeline
+    from vavae_tools.pipelines import base, classes, text, tokens
+    from vavae_tools.pipelines.batches import placed
 
-    if ranks.share("kind", ranks.rank == 0 and is_token_pipeline(options.checkpoint)):
-        _sample_texts(options, ranks, device)
-        return
-    if options.prompt:
-        _sample_prompts(options, ranks, device)
-        return
-
-    from vavae_tools.pipelines.classes import load_guide, load_pipeline
-    from vavae_tools.pipelines.portions import placed
-    from vavae_tools.pipelines.writer import write_samples
-
-    if options.num_samples is None:
-        options.num_samples = 100
+    kind = ranks.share("kind", None if ranks.rank else base.kind_of(options.checkpoint))
+    makes, unused = UNUSED.get(kind, ("", ()))
+    given = [f"--{name}" for name in unused if getattr(options, name) != parser.get_default(name)]
     if ranks.rank:
-        ranks.share("plan")  # once the first has found nothing wrong: one process says what is
-    pipe = load_pipeline(options.checkpoint, ema=options.weights == "ema")
-    placed(pipe, device)
+        ranks.share(base.PLAN)  # once the first has found nothing wrong: one process says what is
+    elif given:
+        has = f"for which {', '.join(given)} has no meaning"
+        raise UserError(f"{options.checkpoint} makes {makes}, {has}: leave it out")
+    elif kind == "TextToImagePipeline" and not options.prompt:
+        raise UserError(f"{options.checkpoint} {base.KINDS[kind]}")
+    loaders = {"TextToImagePipeline": text.load_text_pipeline, "TokenImagePipeline": tokens.load_token_pipeline}
+    pipe = placed(loaders.get(kind, classes.load_pipeline)(options.checkpoint, options.weights == "ema"), device)
     if options.solver:
         pipe.swap_solver(options.solver)
-    guide = load_guide(options.guide, pipe, ema=options.weights == "ema") if options.guide else None
+    written = _write(pipe, options, ranks, interval, names)
+    if ranks.rank == 0:
+        print(_summary(kind, options, written))
+
+
+def _write(
+    pipe: Any, options: argparse.Namespace, ranks: "Ranks", interval: tuple[float, float], names: list[str] | None
+) -> list[Path]:
+    from vavae_tools.pipelines import classes, writer
+
+    settings: dict[str, Any] = {
+        **{name: getattr(options, name) for name in ("output_dir", "seed", "batch_size", "overwrite", "precision")},
+        "num_inference_steps": options.num_steps,
+        "ranks": ranks,
+    }
+    if pipe.makes == "text":
+        return [writer.write_texts(pipe, prompts=options.prompt or (), num_samples=options.num_samples, **settings)]
+    if options.prompt:
+        settings["guidance_scale"] = TEXT_CFG_SCALE if options.cfg_scale is None else options.cfg_scale
+        settings |= {"negative_prompt": options.negative_prompt, "num_samples": options.num_samples}
+        return writer.write_prompted(pipe, options.prompt, **settings)
     who = [item.strip() for item in options.labels.split(",")] if options.labels else sorted(pipe.people.values())
     who = pipe.labels_of(who)
-    written = write_samples(
-        pipe,
-        [who[i % len(who)] for i in range(options.num_samples)],
-        options.output_dir,
-        options.seed,
-        names,
-        options.format,
-        options.batch_size,
-        options.overwrite,
-        ranks,
-        num_inference_steps=options.num_steps,
-        guidance_scale=_scale(options),
-        guidance_interval=interval,
-        guidance_channels=options.guidance_channels,
-        timestep_shift=options.timestep_shift,
-        guide=guide,
-        precision=options.precision,
-    )
-    if ranks.rank == 0:
-        _summary(options, written)
+    labels = [who[i % len(who)] for i in range(options.num_samples or 100)]
+    settings |= {name: getattr(options, name) for name in ("format", "guidance_channels", "timestep_shift")}
+    guide = classes.load_guide(options.guide, pipe, options.weights == "ema") if options.guide else None
+    settings |= {"guide": guide, "guidance_scale": _scale(options), "guidance_interval": interval, "names": names}
+    return writer.write_samples(pipe, labels, **settings)
 
 
-def _sample_prompts(options: argparse.Namespace, ranks: "Ranks", device: str) -> None:
-    from vavae_tools.pipelines.portions import placed
-    from vavae_tools.pipelines.text import load_text_pipeline
-    from vavae_tools.pipelines.writer import write_prompted
-
-    pipe = load_text_pipeline(options.checkpoint, options.weights == "ema", scheduler=options.solver)
-    pipe.set_progress_bar_config(disable=True)
-    written = write_prompted(
-        placed(pipe, device),
-        options.prompt,
-        options.output_dir,
-        options.num_samples,
-        options.seed,
-        options.batch_size,
-        options.overwrite,
-        ranks,
-        options.negative_prompt,
-        num_inference_steps=options.num_steps,
-        guidance_scale=TEXT_CFG_SCALE if options.cfg_scale is None else options.cfg_scale,
-        precision=options.precision,
-    )
-    if ranks.rank == 0:
+def _summary(kind: str, options: argparse.Namespace, written: list[Path]) -> str:
+    grid = written[0].with_name("grid.png")
+    if kind == "TokenImagePipeline":
+        lines = written[0].read_text(encoding="utf-8").split("\n")[:-1]  # a text may hold what splitlines() splits at
+        shown = [f"  {' '.join(json.loads(line)['text'].split())[:160]}" for line in lines[:8]]
+        return "\n".join([*shown, f"written: {len(lines):,} texts ({written[0]}), {grid}"])
+    if kind == "TextToImagePipeline":
         many = f" of {len(set(options.prompt))} prompts" if len(options.prompt) > 1 else ""
-        print(f"written: {len(written):,} pictures{many} ({written[0]} …), {written[0].with_name('grid.png')}")
+        return f"written: {len(written):,} pictures{many} ({written[0]} …), {grid}"
+    if options.format == "npz":
+        following = f"python evaluator.py REFERENCE.npz {shlex.quote(str(written[0]))} (of ADM's evaluations)"
+        return f"written: {options.num_samples or 100:,} pictures ({written[0]})\nnext: {following}"
+    folders = sorted({path.parent.name for path in written})
+    following = f"python -m vavae_tools.evaluate --generated_dir {options.output_dir} --data_dir data_split"
+    many = f"{len(written):,} pictures of {len(folders)} people ({options.output_dir}/{folders[0]} …)"
+    return f"written: {many}\nnext: {following}"
 
 
-def _sample_texts(options: argparse.Namespace, ranks: "Ranks", device: str) -> None:
-    from vavae_tools.pipelines.portions import placed
-    from vavae_tools.pipelines.tokens import load_token_pipeline
-    from vavae_tools.pipelines.writer import write_texts
-
-    of_pictures = ("labels", "class_list", "negative_prompt", "timestep_shift", "cfg_scale", "guide")
-    usual = {"cfg_interval": "0,1", "guidance_channels": "all", "format": "png"}
-    given = [f"--{name}" for name in (*of_pictures, *usual) if getattr(options, name) != usual.get(name)]
-    if given and ranks.rank == 0:
-        raise UserError(f"{options.checkpoint} makes texts, for which {', '.join(given)} has no meaning: leave it out")
-    if ranks.rank:
-        ranks.share("missing texts")  # once the first has found nothing wrong: one process says what is
-    pipe = placed(load_token_pipeline(options.checkpoint, options.weights == "ema"), device)
-    if options.solver:
-        pipe.swap_solver(options.solver)
-    pipe.set_progress_bar_config(disable=True)
-    written = write_texts(
-        pipe,
-        options.output_dir,
-        options.prompt or (),
-        options.num_samples,
-        options.seed,
-        options.batch_size,
-        options.overwrite,
-        ranks,
-        num_inference_steps=options.num_steps,
-        precision=options.precision,
-    )
-    if ranks.rank == 0:
-        lines = written.read_text(encoding="utf-8").split("\n")[:-1]  # a text may hold what splitlines() splits at
-        for line in lines[:8]:
-            print(f"  {' '.join(json.loads(line)['text'].split())[:160]}")
-        print(f"written: {len(lines):,} texts ({written}), {written.with_name('grid.png')}")
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return (
+            action.help if action.default in (None, "") or action.default is False else super()._get_help_string(action)
+        )
 
 
+# fmt: off
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m vavae_tools.sample",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    none = {"default": argparse.SUPPRESS}  # of which the help says nothing
+        prog="python -m vavae_tools.sample", description=__doc__, formatter_class=_Help, allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, **none, help="pipeline folder, or a .ckpt of DiT training")
+    add("--checkpoint", required=True, help="pipeline folder, or a .ckpt of DiT training")
     add("--weights", choices=["ema", "live"], default="ema", help="of a .ckpt: the averaged or the live weights")
-    add("--num_samples", type=int, **none, help="pictures or texts in all, spread evenly over labels or prompts "
-        "(default: 100, of prompts one each)")  # fmt: skip
-    add("--prompt", nargs="+", **none, help='of text-to-image: what the pictures shall show, "a small red bird", one '
-        "or several; of token images: how texts begin, or questions")  # fmt: skip
-    add("--negative_prompt", **none, help="what guidance leads away from; without it the empty prompt")
-    add("--labels", **none, help='who: labels or names with commas, "0,1,2" or "ID_1,ID_2"; without it everybody')
-    add("--class_list", **none, help="file with a folder name per line, one for each label that the model knows, in "
-        "their order; without it the trained names")  # fmt: skip
+    add("--num_samples", type=int, help="images or texts in all, spread evenly over labels or prompts (default: 100, "
+        "of prompts one each)")
+    add("--prompt", nargs="+", help='of text-to-image: what the images shall show, "a small red bird", one or several; '
+        "of token images: how texts begin, or questions")
+    add("--negative_prompt", help="what guidance leads away from; without it the empty prompt")
+    add("--labels", help='who: labels or names with commas, "0,1,2" or "ID_1,ID_2"; without it everybody')
+    add("--class_list", help="file with a folder name per line, one for each label that the model knows, in their "
+        "order; without it the trained names")
     add("--num_steps", type=int, default=50, help="steps of the solver; Euler's calls the denoiser once in each")
-    add("--solver", choices=list(SOLVERS), **none, help="one that fits what was trained; without it the pipeline's "
-        "own: Euler's, of noise prediction DPM-Solver++, of texts steps with fresh noise")  # fmt: skip
-    add("--timestep_shift", type=float, **none, help="LightningDiT's: below 1, steps are finer near the noise, 0 is no "
-        "shift; without it training's own; RAE's shift s is 1/s here")  # fmt: skip
-    add("--cfg_scale", type=float, **none, help="guidance scale: 1 is none, larger is more typical, less varied; not "
-        f"with --guide (default: {CFG_SCALE}, of prompts {TEXT_CFG_SCALE})")  # fmt: skip
-    add("--guide", **none, help="pipeline folder or .ckpt of a weaker model, which guides in place of --cfg_scale's "
-        "null condition: autoguidance")  # fmt: skip
-    add("--guide_scale", type=float, **none, help=f"its scale; 1 is none (default: {GUIDE_SCALE})")
+    add("--solver", choices=list(SOLVERS), help="one that fits what was trained; without it the pipeline's own: "
+        "Euler's, of noise prediction DPM-Solver++, of texts steps with fresh noise")
+    add("--timestep_shift", type=float, help="LightningDiT's: below 1, steps are finer near the noise, 0 is no shift; "
+        "without it training's own; RAE's shift s is 1/s here")
+    add("--cfg_scale", type=float, help="guidance scale: 1 is none, larger is more typical, less varied; not with "
+        f"--guide (default: {CFG_SCALE}, of prompts {TEXT_CFG_SCALE})")
+    add("--guide", help="pipeline folder or .ckpt of a weaker model, which guides in place of --cfg_scale's null "
+        "condition: autoguidance")
+    add("--guide_scale", type=float, help=f"its scale; 1 is none (default: {GUIDE_SCALE})")
     add("--cfg_interval", default="0,1", help="times between which either guidance acts; 0 is noise, 1 is data")
     add("--guidance_channels", choices=["all", "first3"], default="all", help="first3 is LightningDiT's way")
     add("--output_dir", default="outputs/samples", help="gets a folder for each person, or texts.jsonl, and "
-        "samples.json")  # fmt: skip
-    add(
-        "--format", choices=["png", "npz"], default="png", help="picture files, or one .npz as ADM's evaluator reads it"
-    )
-    add("--overwrite", action="store_true", **none, help="replace pictures or texts of other settings in --output_dir; "
-        "those of the same settings are kept in any case, and only what is missing is made")  # fmt: skip
-    add("--batch_size", type=int, **none, help="pictures or texts made at once on each device; without it as many as "
-        "fit the memory; halved where they do not fit")  # fmt: skip
-    add("--precision", choices=["16", "32", "bf16"], **none, help="what matrix products compute in; without it that of "
-        "what is there already, else fp16 on a T4, bf16 from A100 and L4 on, float32 on a CPU")  # fmt: skip
-    add("--seed", type=int, default=0, help="the same seed gives the same pictures, whatever the devices")
+        "samples.json")
+    add("--format", choices=["png", "npz"], default="png", help="image files, or one .npz as ADM's evaluator reads it")
+    add("--overwrite", action="store_true", help="replace images or texts of other settings in --output_dir; those of "
+        "the same settings are kept in any case, and only what is missing is made")
+    add("--batch_size", type=int, help="images or texts made at once on each device; without it as many as fit the "
+        "memory; halved where they do not fit")
+    add("--precision", choices=["16", "32", "bf16"], help="what matrix products compute in; without it that of what is "
+        "there already, else fp16 on a T4, bf16 from A100 and L4 on, float32 on a CPU")
+    add("--seed", type=int, default=0, help="the same seed gives the same images, whatever the devices")
     add("--accelerator", choices=["auto", "gpu", "cpu"], default="auto", help="what to run on")
     add("--devices", default="auto", help="how many, each with a process of its own; auto: all GPUs. torchrun, too")
     return parser
+# fmt: on
 
 
 def _check(options: argparse.Namespace) -> None:
     if options.num_samples is not None and options.num_samples < 1:
         raise UserError(f"--num_samples {options.num_samples}: at least one picture is needed")
     if options.guide and options.cfg_scale is not None:
-        raise UserError(
-            f"--cfg_scale {options.cfg_scale:g} with --guide: a guide takes the null condition's place, so give its "
-            "--guide_scale alone"
-        )
+        instead = "a guide takes the null condition's place, so give its --guide_scale alone"
+        raise UserError(f"--cfg_scale {options.cfg_scale:g} with --guide: {instead}")
     if options.guide_scale is not None and not options.guide:
         raise UserError(f"--guide_scale {options.guide_scale:g} without --guide: name the weaker model's checkpoint")
     if not math.isfinite(_scale(options)):
@@ -224,7 +180,7 @@ def _scale(options: argparse.Namespace) -> float:
 
 def _interval(text: str) -> tuple[float, float]:
     try:
-        start, end = (float(part) for part in text.split(","))
+        start, end = map(float, text.split(","))
     except ValueError:
         raise UserError(f"--cfg_interval {text!r}: expected two times such as 0.1,1") from None
     if not 0 <= start <= end <= 1:
@@ -247,16 +203,6 @@ def _names(path: str | None) -> list[str] | None:
         if name.startswith(".") or set(name) & set('/\\:*?"<>|\0'):
             raise UserError(f"--class_list {path}: {name!r} cannot be the name of a folder; write it without / and .")
     return names
-
-
-def _summary(options: argparse.Namespace, written: list[Path]) -> None:
-    if options.format == "npz":
-        print(f"written: {options.num_samples:,} pictures ({written[0]})")
-        print(f"next: python evaluator.py REFERENCE.npz {shlex.quote(str(written[0]))} (of ADM's evaluations)")
-        return
-    folders = sorted({path.parent.name for path in written})
-    print(f"written: {len(written):,} pictures of {len(folders)} people ({options.output_dir}/{folders[0]} …)")
-    print(f"next: python -m vavae_tools.evaluate --generated_dir {options.output_dir} --data_dir data_split")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What all pipelines share, and what they are read from: their own folders, and checkpoints of DiT training."""
+"""What all pipelines share, and what they are read from: their own folders, and checkpoints of denoiser training."""
 
+import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from importlib import import_module
@@ -10,47 +11,52 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from vavae_tools.checkpoints.formats import read_any
+from vavae_tools.checkpoints.formats import is_checkpoint, read_any
+from vavae_tools.data.images import to_pixels
 from vavae_tools.diffusion import conditioning
 from vavae_tools.diffusion.factory import make_denoiser
 from vavae_tools.diffusion.lora import merged_weights
 from vavae_tools.diffusion.objectives import Objective, objective_of
-from vavae_tools.diffusion.solvers import swapped
+from vavae_tools.diffusion.solvers import sample, swapped
+from vavae_tools.pipelines.batches import Rows, all_finite, decoded, in_batches, precisions_for
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import weights_digest
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 Conditioner = TypeVar("Conditioner", bound=ModelMixin)
+Images = Tensor | np.ndarray | list[Image.Image]
 
-LOADERS = {
-    "LatentDiTPipeline": "load_pipeline",
-    "TextToImagePipeline": "load_text_pipeline",
-    "TokenImagePipeline": "load_token_pipeline",
+PLAN = "plan"
+"""What the first of several processes shares once it has found nothing wrong."""
+KINDS = {
+    "LatentDiTPipeline": "makes pictures of classes: load it by load_pipeline",
+    "TextToImagePipeline": 'makes pictures from sentences: say which, with --prompt "…" (in Python load_text_pipeline)',
+    "TokenImagePipeline": "makes texts: load it by load_token_pipeline",
 }
-OF_TOKENS = f"{{}} is of token images, which makes texts: load it by {LOADERS['TokenImagePipeline']}"
+"""Class → what is said to who takes its folder or checkpoint for another one's."""
 
 
 class DenoiserPipeline(DiffusionPipeline):
     """A denoiser that was trained with the objective in `config.objective`, and a solver that fits it."""
+
+    makes = "picture"
 
     @cached_property
     def objective(self) -> Objective | None:
         """None: what its scheduler says, in folders that do not keep it."""
         return objective_of(self.config.objective) if self.config.objective else None
 
-    @property
-    def picture_size(self) -> tuple[int, int]:
-        """Height and width of the pictures, in pixels."""
-        height, width = self.denoiser.latent_shape[1:]
-        return height * self.vae.downsampling, width * self.vae.downsampling
-
     def noise(self, seed: int, indices: Tensor) -> Tensor:
-        """The noise of picture number i of a seed: the same whatever else is made beside it, on any device count."""
+        """Return the noise of image number i of a seed: the same in any batch, on any number of devices."""
         return Draws(seed, 0, indices).normal("sample", *self.denoiser.latent_shape)
 
     def swap_solver(self, name: str) -> None:
@@ -62,9 +68,130 @@ class DenoiserPipeline(DiffusionPipeline):
         self.scheduler = swapped(self.scheduler, name, self.objective)
 
 
-# ---- a pipeline's own folder
-def read_index(folder: Path) -> dict[str, Any]:
-    """What a pipeline's folder holds; nothing where that is missing or damaged, which is said where it is read."""
+class ImagePipeline(DenoiserPipeline):
+    """Noise → latents → images, by a denoiser that is told something and an autoencoder."""
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        height, width = self.denoiser.latent_shape[1:]
+        return height * self.vae.downsampling, width * self.vae.downsampling
+
+    def facts(self) -> dict[str, Any]:
+        """Return what images follow from besides the arguments of `make`: the models' digest, and the solver."""
+        solver = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
+        model = digest_of(self.denoiser, self.conditioner, self.vae)
+        return {"model": model, "solver": {"name": type(self.scheduler).__name__, **solver}}
+
+    def _start(
+        self, count: int, latents: Tensor | None, generator: torch.Generator | Sequence[torch.Generator] | None
+    ) -> Tensor:
+        """Return noise to start from, (count, C, h, w): the latents given, or drawn.
+
+        Raises:
+            UserError: latents of another shape.
+        """
+        shape = (count, *self.denoiser.latent_shape)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        if tuple(latents.shape) != shape:
+            raise UserError(f"latents are {tuple(latents.shape)}, expected {shape}")
+        return latents
+
+    def _sampled(
+        self, noise: Tensor, told: Callable[[Rows], dict[str, Any]], precision: str, labels: Tensor | None = None,
+        **settings: Any,
+    ) -> Tensor:  # fmt: skip
+        """Return images uint8 (B, C, H, W) from noise (B, C, h, w), where the models are.
+
+        Args:
+            told: some rows → the conditions that `solvers.sample` takes.
+            labels: of the decoder's user-condition vectors.
+            settings: further arguments of `solvers.sample`.
+        """
+        precision = precisions_for(self, precision)[0]
+
+        def denoise(rows: Rows) -> Tensor:
+            models = self.denoiser, self.scheduler
+            return sample(*models, noise[rows], objective=self.objective, **told(rows), **settings)
+
+        latents = all_finite(self, len(noise), precision, denoise, "latents")
+        return to_pixels(decoded(self, latents, precision, labels))
+
+    def _output(
+        self,
+        count: int,
+        make: Callable[[slice], Tensor],
+        batch_size: int | None,
+        output_type: str,
+        return_dict: bool,
+    ) -> ImagePipelineOutput | tuple[Images]:
+        """Return `count` images as a pipeline's call does, made batch by batch."""
+        with self.progress_bar(total=count) as bar:
+            images = as_output_type(torch.cat(in_batches(self, count, make, batch_size, bar.update)), output_type)
+        self.maybe_free_model_hooks()  # of `enable_model_cpu_offload`
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def digest_of(*models: ModelMixin) -> str:
+    """Return a hash of models' weights and configurations."""
+    digest = hashlib.sha256()
+    for model in models:
+        config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+        digest.update(json.dumps([weights_digest(model), config], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def check_output_type(output_type: str) -> None:
+    """
+    Raises:
+        UserError: it is none of "pil", "pt", "np".
+    """
+    if output_type not in ("pil", "pt", "np"):
+        raise UserError(f"No output_type {output_type!r}; there are pil, pt, np")
+
+
+def as_output_type(images: Tensor, output_type: str) -> Images:
+    """Return images uint8 (N, C, H, W) as they are ("pt"), as (N, H, W, C) ("np"), or as PIL's, grey ones in mode L."""
+    if output_type == "pt":
+        return images
+    arrays = images.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
+    if output_type == "np":
+        return arrays
+    return [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in arrays]
+
+
+# ---- from files
+def is_folder_of_pipeline(path: Path) -> bool:
+    """Return whether a path is for `read_pipeline`, and not a checkpoint for `read_training`."""
+    return path.is_dir() and not is_checkpoint(path)
+
+
+def kind_of(path: str | Path) -> str:
+    """Return the pipeline's class, of `KINDS`, of a folder or a checkpoint; "" of another folder.
+
+    Raises:
+        UserError: neither a folder nor a checkpoint of denoiser training.
+    """
+    path = Path(path)
+    if is_folder_of_pipeline(path):
+        return str(_read_index(path).get("_class_name", ""))
+    return _kind_trained(_read_checkpoint(path)["hyper_parameters"])
+
+
+def _kind_trained(settings: dict[str, Any]) -> str:
+    if "token_images" in settings:
+        return "TokenImagePipeline"
+    return "TextToImagePipeline" if "text_dim" in settings.get("conditioner_config", {}) else "LatentDiTPipeline"
+
+
+def _check_kind(path: Path, found: str, wanted: type[DiffusionPipeline]) -> None:
+    if found in KINDS and found != wanted.__name__:
+        raise UserError(f"{path} {KINDS[found]}")
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """Return model_index.json; nothing where it is missing or damaged, which is said where it is read."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -73,7 +200,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -> Pipeline:
-    """The pipeline that `save_pretrained` wrote; `options` are those of `from_pretrained`.
+    """Return the pipeline that `save_pretrained` wrote; `options` are those of `from_pretrained`.
 
     Raises:
         UserError: no pipeline, one of another kind, live weights wanted (ema false), or files that are damaged.
@@ -81,12 +208,16 @@ def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -
     if not (path / "model_index.json").is_file():
         there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise UserError(f"{path} is no pipeline (no model_index.json); it holds {there}. Name a .ckpt or pipeline/")
-    found = read_index(path).get("_class_name")
-    if found in LOADERS and found != kind.__name__:
-        raise UserError(f"{path} is a {found}: load it by {LOADERS[found]}")
+    index = _read_index(path)
+    _check_kind(path, str(index.get("_class_name")), kind)
     if not ema:
         raise UserError(f"{path} holds the averaged weights alone: name a .ckpt of the training for the live ones")
-    _import_own_parts(path)
+    sys.modules["vavae_tools.diffusion.text_conditioning"] = conditioning  # as older pipelines name it
+    for part in index.values():  # diffusers finds our classes in modules that are imported already
+        home = part[0] if isinstance(part, list) and part else None
+        if isinstance(home, str) and home.startswith("vavae_tools.autoencoders."):
+            with suppress(ImportError):
+                import_module(home)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it loads within a second
     try:  # without low_cpu_mem_usage it does not ask for a package that is of no use here
@@ -98,47 +229,29 @@ def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -
             logging.enable_progress_bar()
 
 
-_MOVED = {"vavae_tools.diffusion.text_conditioning": conditioning}
-"""Modules that older pipelines name."""
-
-
-def _import_own_parts(folder: Path) -> None:
-    """Import the modules of ours that a folder needs: diffusers loads parts of imported modules alone."""
-    sys.modules.update(_MOVED)
-    for part in read_index(folder).values():
-        home = part[0] if isinstance(part, list) and part else None
-        if isinstance(home, str) and home.startswith("vavae_tools.autoencoders."):
-            with suppress(ImportError):
-                import_module(home)
-
-
-# ---- a checkpoint of training
-def read_training(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Of a checkpoint of DiT training: the weights, and what the models are made of.
-
-    Raises:
-        UserError: a checkpoint of something else.
-    """
+def _read_checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = read_any(path, lambda line: None)
-    settings = checkpoint.get("hyper_parameters", {})
-    if "denoiser_config" not in settings:
+    if "denoiser_config" not in checkpoint.get("hyper_parameters", {}):
         raise UserError(f"{path} is no checkpoint of DiT training (it holds {', '.join(list(checkpoint)[:4])} …)")
-    return checkpoint["state_dict"], settings
+    return checkpoint
 
 
-def trained_models(
-    path: Path, state: Mapping[str, Tensor], settings: Mapping[str, Any], kind: type[Conditioner], ema: bool
-) -> tuple[ModelMixin, Conditioner]:
-    """Denoiser and conditioner of a checkpoint, as `read_training` gives it, to be used.
+def read_training(
+    kind: type[DiffusionPipeline], path: Path, ema: bool, conditioner: type[Conditioner]
+) -> tuple[ModelMixin, Conditioner, dict[str, Any]]:
+    """Return denoiser and conditioner of a checkpoint, in evaluation mode, and the settings of its training.
 
     Args:
-        kind: of the conditioner.
+        kind: of pipeline, whose training it has to be.
         ema: take the averaged weights; False takes the live ones.
 
     Raises:
-        UserError: weights that do not fit.
+        UserError: a checkpoint of something else, or weights that do not fit.
     """
-    models = make_denoiser(settings["denoiser_config"]), kind(**settings["conditioner_config"])
+    checkpoint = _read_checkpoint(path)
+    state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
+    _check_kind(path, _kind_trained(settings), kind)
+    models = make_denoiser(settings["denoiser_config"]), conditioner(**settings["conditioner_config"])
     for name, model in zip(("denoiser", "conditioner"), models, strict=True):
         start = f"{'ema.network.' if ema else 'network.'}{name}."
         weights = {key.removeprefix(start): tensor for key, tensor in state.items() if key.startswith(start)}
@@ -150,31 +263,11 @@ def trained_models(
             reason = " ".join(str(error).split())[:120]
             raise UserError(f"{path}: its {start}* do not fit its own settings ({reason}): copy it again") from None
         model.eval()
-    return models
+    return *models, settings
 
 
 def autoencoder_beside(checkpoint: Path) -> Path:
-    """The autoencoder's folder of a training, by one of its checkpoints."""
+    """Return the autoencoder's folder of a training, by one of its checkpoints."""
     run = checkpoint.parent if (checkpoint.parent / "autoencoder").is_dir() else checkpoint.parent.parent
     folder = run / "autoencoder"
     return folder if folder.is_dir() else run / "vavae"  # as it was called before
-
-
-def check_output_type(output_type: str) -> None:
-    """Say it before anything is made if there is no such kind of output.
-
-    Raises:
-        UserError: it is none of "pil", "pt", "np".
-    """
-    if output_type not in ("pil", "pt", "np"):
-        raise UserError(f"No output_type {output_type!r}; there are pil, pt, np")
-
-
-def as_output_type(pictures: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image.Image]:
-    """Pictures uint8 (N, C, H, W) as they are ("pt"), as (N, H, W, C) ("np"), or as PIL's, grey ones in mode L."""
-    if output_type == "pt":
-        return pictures
-    arrays = pictures.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
-    if output_type == "np":
-        return arrays
-    return [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in arrays]

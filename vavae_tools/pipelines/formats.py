@@ -1,223 +1,326 @@
-"""Pictures on disk: a file for each in a folder for each person, or one .npz of all as ADM's evaluator reads it."""
+"""Numbered samples on disk: image files, ADM's .npz, lines of texts; and `samples.json`, which says how they were made.
 
-import os
+What a set follows from is compared with the record beside it, so that samples of two settings never mix.
+"""
+
+import json
 import re
 import shutil
+import sys
+import textwrap
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from PIL import Image
 from torch import Tensor
 
 from vavae_tools.data.images import save_picture
+from vavae_tools.pipelines.tokens import Prompt, Written
+from vavae_tools.plots import picture_grid, show_pictures
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import written_whole
+from vavae_tools.runtime.files import write_json, written_whole
+from vavae_tools.runtime.precision import PRECISIONS
 
-_PNG = re.compile(r"seed\d+_\d{5,}\.png")
-_NPZ = re.compile(r"samples_(\d+)x\d+x\d+x3\.npz")
-_PART = re.compile(r"(\d+)-(\d+)\.npy")
-_PARTS = ".parts"
+RECORD, GRID = "samples.json", "grid.png"
+SHOWN = 64
+"""Images in a grid, at most."""
+Batch = tuple[int, int]
+"""Numbers of its first sample and behind its last one."""
 
 
-def numbers_of(labels: Iterable[int]) -> list[int]:
-    """How often each label came before.
+class SampleFiles:
+    """The files of a set of samples 0 … count − 1 in a folder.
 
-    >>> numbers_of([4, 7, 4, 4])
-    [0, 0, 1, 2]
+    Attributes:
+        globs, ours: where the files of such sets, also of other settings, are, and the names that nothing else has.
+        family: key in the record of `shown`, name → what it shows; sets of other families are others' pipelines'.
+        order: what gives a sample its number, where not every set of a folder has the same.
     """
-    counts: dict[int, int] = {}
-    numbers = []
-    for label in labels:
-        numbers.append(counts.get(label, 0))
-        counts[label] = numbers[-1] + 1
-    return numbers
 
+    globs: tuple[str, ...]
+    ours: re.Pattern[str]
+    family, unit = "folders", "picture"
+    order: dict[str, Any] | None = None
 
-class PictureFiles(Protocol):
-    """Where pictures go."""
+    def __init__(self, output_dir: Path, count: int, shown: dict[str, str]) -> None:
+        self.output_dir, self.count, self.shown = output_dir, count, shown
 
-    kind: str
-    """"png" or "npz"""
-    output_dir: Path
+    def found(self) -> list[Path]:
+        """Return the files of such sets."""
+        paths = (path for glob in self.globs for path in self.output_dir.glob(glob))
+        return [path for path in paths if self.ours.fullmatch(path.name)]
 
-    def there(self) -> np.ndarray:
-        """Which of the pictures are there, bool (N,)."""
+    def remove(self) -> None:
+        """Remove the files of such sets, and folders that are empty then; nothing else."""
+        for path in self.found():
+            path.unlink()
+            if path.parent != self.output_dir:
+                with suppress(OSError):  # something else is in it
+                    path.parent.rmdir()
 
     def clear_up(self) -> None:
         """Remove what a killed run left unfinished."""
-
-    def tasks(self, start: int, pictures: Tensor) -> list[tuple]:
-        """Functions with their arguments that write a batch and return how many pictures were new."""
-
-    def finish(self) -> None:
-        """Bring them into their last form, when all are there."""
-
-    def paths(self) -> list[Path]:
-        """The files in their last form."""
+        for folder in {Path(glob).parent for glob in self.globs}:
+            for path in self.output_dir.glob(f"{folder}/.*.partial"):
+                path.unlink(missing_ok=True)
 
 
-class Pngs:
-    """A folder for each person, a file for each picture."""
+class Pngs(SampleFiles):
+    """A file for each image, by default in a folder for each class."""
 
-    kind = "png"
+    globs, ours = ("*/*.png",), re.compile(r"seed\d+_\d{5,}\.png")
 
-    def __init__(self, output_dir: Path, labels: list[int], seed: int, folders: dict[int, str]) -> None:
-        self.output_dir = output_dir
-        self.names = [
-            (folders[label], f"seed{seed}_{number:05d}.png")
-            for label, number in zip(labels, numbers_of(labels), strict=True)
-        ]
-        self.folders = {folder for folder, _ in self.names}
+    def __init__(self, output_dir: Path, names: Sequence[str], shown: dict[str, str]) -> None:
+        super().__init__(output_dir, len(names), shown)
+        self.names = names
 
-    def there(self) -> np.ndarray:
-        found = {folder: set(_names_in(self.output_dir / folder)) for folder in self.folders}
-        return np.array([name in found[folder] for folder, name in self.names])
+    def missing(self, batch: Batch) -> int:
+        """Return how many of a batch are not there."""
+        return sum(not (self.output_dir / name).is_file() for name in self.names[slice(*batch)])
 
-    def clear_up(self) -> None:
-        for folder in self.folders:
-            for name in _names_in(self.output_dir / folder):
-                if name.startswith(".seed") and name.endswith(".partial"):
-                    (self.output_dir / folder / name).unlink(missing_ok=True)
+    def tasks(self, batch: Batch, made: ImagePipelineOutput) -> list[tuple]:
+        """Return functions with their arguments that write a batch and return how many samples were new."""
+        return [(self._write, *named) for named in zip(made.images, self.names[slice(*batch)], strict=True)]
 
-    def tasks(self, start: int, pictures: Tensor) -> list[tuple]:
-        return [(self._write, picture, *self.names[start + i]) for i, picture in enumerate(pictures)]
-
-    def _write(self, picture: Tensor, folder: str, name: str) -> bool:
-        path = self.output_dir / folder / name
-        if path.is_file():
-            return False
-        save_picture(picture, path)
-        return True
-
-    def finish(self) -> None:
-        pass
-
-    def paths(self) -> list[Path]:
-        return [self.output_dir / folder / name for folder, name in self.names]
-
-
-class Npz:
-    """One file as ADM's evaluator reads it; until all is there, a file for each batch in `.parts`."""
-
-    kind = "npz"
-
-    def __init__(self, output_dir: Path, labels: list[int], size: tuple[int, int]) -> None:
-        self.output_dir, self.labels = output_dir, np.array(labels, dtype=np.int64)
-        self.shape = (len(labels), *size, 3)  # (N, H, W, 3)
-        self.parts = output_dir / _PARTS
-        self.path = output_dir / f"samples_{'x'.join(map(str, self.shape))}.npz"
-
-    def there(self) -> np.ndarray:
-        there = np.zeros(len(self.labels), dtype=bool)
-        for start, stop, _ in self._sources():
-            there[start:stop] = True
-        return there
-
-    def clear_up(self) -> None:
-        for folder, start in ((self.parts, "."), (self.output_dir, ".samples_")):
-            for name in _names_in(folder):
-                if name.startswith(start) and name.endswith(".partial"):
-                    (folder / name).unlink(missing_ok=True)
-
-    def tasks(self, start: int, pictures: Tensor) -> list[tuple]:
-        return [(self._write, start, pictures)]
-
-    def _write(self, start: int, pictures: Tensor) -> int:
-        rows = pictures.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()  # (n, H, W, 3), grey three times
-        new = len(rows) - int(self.there()[start : start + len(rows)].sum())
-        with (
-            written_whole(self.parts / f"{start:08d}-{start + len(rows):08d}.npy") as partial,
-            partial.open("wb") as file,
-        ):
-            np.save(file, rows)
+    def _write(self, image: Tensor, name: str) -> int:
+        if new := not (self.output_dir / name).is_file():
+            save_picture(image, self.output_dir / name)
         return new
 
-    def finish(self) -> None:
+    def finish(self, batches: Sequence[Batch]) -> list[Path]:
+        """Bring the files into their last form, when all are there, and return them."""
+        return [self.output_dir / name for name in self.names]
+
+
+class PromptPngs(Pngs):
+    """00000.png …, and a grid of the first of them, each below its prompt."""
+
+    globs, ours, family = ("*.png",), re.compile(r"\d{5,}\.png|grid\.png"), "prompts"
+
+    def finish(self, batches: Sequence[Batch]) -> list[Path]:
+        images, paths = [], super().finish(batches)
+        for path in paths[:SHOWN]:
+            try:
+                with Image.open(path) as image:
+                    images.append(image.convert("RGB"))
+            except OSError as error:
+                raise UserError(f"{path} is no picture any more ({error}): delete it, and it is made anew") from None
+        titles = [textwrap.shorten(self.shown[path.name], 90, placeholder=" …") for path in paths[:SHOWN]]
+        figure = show_pictures(images, min(8, len(images)), titles, 1.6)
+        with written_whole(self.output_dir / GRID) as partial:
+            figure.savefig(partial, format="png")
+        return paths
+
+
+class OneFile(SampleFiles):
+    """All in one file; until they are, a file for each batch in a hidden folder."""
+
+    path: Path
+    part: str
+    """Path of a batch's file, with places for its first number and the one behind its last."""
+
+    def _part(self, batch: Batch) -> Path:
+        return self.output_dir / self.part.format(*batch)
+
+    def missing(self, batch: Batch) -> int:
+        return 0 if self.path.is_file() or self._part(batch).is_file() else batch[1] - batch[0]
+
+    def tasks(self, batch: Batch, made: Any) -> list[tuple]:
+        return [(self._write, batch, made)]
+
+    def _write(self, batch: Batch, made: Any) -> int:
+        with written_whole(self._part(batch)) as partial:
+            self.write(partial, batch, made)
+        return batch[1] - batch[0]
+
+    def finish(self, batches: Sequence[Batch]) -> list[Path]:
         if not self.path.is_file():
-            with written_whole(self.path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-                _put(archive, "arr_0", np.uint8, self.shape, self._rows())
-                _put(archive, "arr_1", np.int64, self.labels.shape, [self.labels])
-        shutil.rmtree(self.parts, ignore_errors=True)
-
-    def _sources(self) -> list[tuple[int, int, Path]]:
-        """Files with pictures start … stop − 1."""
-        files = [(0, int(m[1]), self.output_dir / m[0]) for n in _names_in(self.output_dir) if (m := _NPZ.fullmatch(n))]
-        parts = [(int(m[1]), int(m[2]), self.parts / m[0]) for n in _names_in(self.parts) if (m := _PART.fullmatch(n))]
-        return files + parts
-
-    def _rows(self) -> Iterator[np.ndarray]:
-        """All pictures in order, some at a time."""
-        done = 0
-        for start, stop, path in sorted(self._sources(), key=lambda source: (source[0], -source[1])):
-            stop = min(stop, len(self.labels))
-            if start <= done < stop:
-                yield from _read_rows(path, done - start, stop - start)
-                done = stop
-        if done < len(self.labels):
-            raise UserError(f"{self.parts} lost pictures from number {done} on while they were made: run it again")
-
-    def paths(self) -> list[Path]:
+            with written_whole(self.path) as partial:
+                self.join(partial, [self._part(batch) for batch in batches])
+        shutil.rmtree(self._part((0, 0)).parent, ignore_errors=True)
         return [self.path]
 
 
-def pngs_in(directory: Path, folders: Iterable[str]) -> bool:
-    """Whether there are pictures by these names in any of the folders."""
-    return any(_PNG.fullmatch(name) for folder in folders for name in _names_in(directory / folder))
+class Npz(OneFile):
+    """arr_0 uint8 (N, H, W, 3) and arr_1 the labels int64 (N,), as ADM's evaluator reads it."""
+
+    globs, ours = ("samples_*.npz", ".parts/*.npy"), re.compile(r"samples_\d+x\d+x\d+x3\.npz|\d+-\d+\.npy")
+    part = ".parts/{:08d}-{:08d}.npy"
+
+    def __init__(self, output_dir: Path, labels: list[int], seed: int, size: tuple[int, int]) -> None:
+        super().__init__(output_dir, len(labels), {})
+        self.labels, self.shape = np.array(labels, dtype=np.int64), (len(labels), *size, 3)
+        self.path = output_dir / f"samples_{'x'.join(map(str, self.shape))}.npz"
+        self.order = {"seed": seed, "labels": cycle(labels), "num_samples": len(labels)}
+
+    def write(self, path: Path, batch: Batch, made: ImagePipelineOutput) -> None:
+        with path.open("wb") as file:
+            np.save(file, made.images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())  # (n, H, W, 3), grey too
+
+    def join(self, path: Path, parts: list[Path]) -> None:
+        arrays = {
+            "arr_0": (np.uint8, self.shape, map(np.load, parts)),
+            "arr_1": (np.int64, (self.count,), [self.labels]),
+        }
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for name, (dtype, shape, rows) in arrays.items():
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+                    "fortran_order": False,
+                    "shape": shape,
+                }
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:  # dated 1980: always the same bytes
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for some in rows:
+                        file.write(some.tobytes())
 
 
-def npz_in(directory: Path) -> bool:
-    """Whether there is such a file, or a part of one."""
-    return any(_NPZ.fullmatch(name) or name == _PARTS for name in _names_in(directory))
+class Jsonl(OneFile):
+    """texts.jsonl, {"text": …, "prompt": …} in each line, and a grid of the first batch's images."""
+
+    globs, ours = ("texts.jsonl", GRID, ".texts/*.jsonl"), re.compile(r"texts\.jsonl|grid\.png|\d+-\d+\.jsonl")
+    part, family, unit = ".texts/{:05d}-{:05d}.jsonl", "texts", "text"
+
+    def __init__(self, output_dir: Path, count: int, prompts: Sequence[Prompt]) -> None:
+        super().__init__(output_dir, count, {})
+        self.prompts, self.path = prompts, output_dir / "texts.jsonl"
+
+    def write(self, path: Path, batch: Batch, made: Written) -> None:
+        if batch[0] == 0:
+            images = made.pictures[:SHOWN]
+            images = images[:, : 3 if images.shape[1] >= 3 else 1]  # codes may have other numbers of channels
+            save_picture(picture_grid(images, min(8, len(images))), self.output_dir / GRID)
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            for number, text in enumerate(made.texts, batch[0]):
+                asked = {"prompt": self.prompts[number % len(self.prompts)]} if self.prompts else {}
+                file.write(json.dumps({"text": text, **asked}, ensure_ascii=False) + "\n")
+
+    def join(self, path: Path, parts: list[Path]) -> None:
+        path.write_bytes(b"".join(part.read_bytes() for part in parts))
 
 
-def remove_pngs(directory: Path, folders: Iterable[str]) -> None:
-    """Remove pictures by these names, and folders that are empty then; nothing else."""
-    for folder in folders:
-        ours = [name for name in _names_in(directory / folder) if _PNG.fullmatch(name)]
-        for name in ours:
-            (directory / folder / name).unlink()
-        if ours:
-            with suppress(OSError):  # something else is in it
-                (directory / folder).rmdir()
+# ---- what a folder's samples follow from
+_MODELS = ("model", "guide", "text encoder")
+"""Settings that are digests."""
+_OPTIONS = {  # settings as the command calls them; the others have the same name there
+    "num_inference_steps": "num_steps",
+    "guidance_scale": "cfg_scale or guide_scale",
+    "guidance_interval": "cfg_interval",
+}
 
 
-def remove_npz(directory: Path) -> None:
-    """Remove such files and parts of them; nothing else."""
-    for name in _names_in(directory):
-        if _NPZ.fullmatch(name):
-            (directory / name).unlink()
-    shutil.rmtree(directory / _PARTS, ignore_errors=True)
+def begin(
+    files: SampleFiles,
+    formats: Collection[SampleFiles],
+    settings: dict[str, Any],
+    precisions: Sequence[str],
+    batch_size: int | None,
+    usual: int,
+    overwrite: bool,
+) -> tuple[int, str]:
+    """Compare with what is there, remove what is replaced, and write down what will be made.
+
+    Args:
+        formats: files of all formats that the folder may hold.
+        precisions: the settings' own, and those that would do as well (`precisions_for`).
+        batch_size: None takes the one of before, in a new folder the usual one.
+
+    Returns:
+        The batch size and the precision to make the samples in.
+
+    Raises:
+        UserError: samples of other settings, unless `overwrite`, or of another kind of pipeline.
+    """
+    folder, record, foreign, of_order = files.output_dir, _read(files.output_dir), [], []
+    if record and _family(record) != files.family:
+        raise UserError(f"{folder} holds samples of another kind of pipeline ({RECORD}): name another --output_dir")
+    if not any(of.found() for of in formats):
+        record = {}  # of samples that are gone, or were never made
+    elif record:
+        there, shown = {"precision": "32", **record["settings"]}, record.get(files.family, {})  # 32: the only one once
+        settings = _as_before(settings, there, precisions)
+        other = [name for name, now in files.shown.items() if shown.get(name, now) != now][:1]
+        foreign = _differences(there, settings)
+        foreign += [f"{files.family[:-1]} of {change}" for change in _changes(shown, files.shown, other)]
+        if files.order and "npz" in record and files.found():
+            of_order = _changes(record["npz"], files.order, files.order)
+    else:
+        foreign = [f"{RECORD}, which says how they were made, is missing or damaged"]
+    if (foreign or of_order) and not overwrite:
+        found = f"{folder} holds {files.unit}s of other settings ({'; '.join(foreign + of_order)})"
+        raise UserError(f"{found}: name another --output_dir, or replace them by --overwrite")
+    for each in formats if foreign else [files] if of_order else []:
+        each.remove()
+    if foreign:
+        record = {}
+    shown, order = {**record.get(files.family, {}), **files.shown}, files.order or record.get("npz")
+    new = {"settings": settings, "batch_size": batch_size or record.get("batch_size", usual), files.family: shown}
+    write_json(folder / RECORD, {**new, "npz": order} if order else new)
+    return new["batch_size"], settings["precision"]
 
 
-def _names_in(folder: Path) -> list[str]:
-    with suppress(FileNotFoundError, NotADirectoryError):
-        return [path.name for path in folder.iterdir()]
-    return []
+def _read(folder: Path) -> dict[str, Any]:
+    """Return the record; {} where there is none, or a damaged one, which is as good as none."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return record if isinstance(record["settings"], dict) else {}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
-def _put(archive: zipfile.ZipFile, name: str, dtype: type, shape: tuple, rows: Iterable[np.ndarray]) -> None:
-    member = zipfile.ZipInfo(f"{name}.npy")  # dated 1980, so that the same pictures are the same bytes
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    with archive.open(member, "w", force_zip64=True) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for some in rows:
-            file.write(np.ascontiguousarray(some).data)
+def _family(record: dict[str, Any]) -> str:
+    return "texts" if "texts" in record["settings"] else "prompts" if "prompts" in record else "folders"
 
 
-def _read_rows(path: Path, first: int, last: int, at_once: int = 64) -> Iterator[np.ndarray]:
-    """Rows first … last − 1 of a `.npy`, or of arr_0 in one of our `.npz`, some at a time."""
-    if path.suffix == ".npy":
-        array = np.load(path, mmap_mode="r")
-        yield from (array[i : min(i + at_once, last)] for i in range(first, last, at_once))
-        return
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        size = int(np.prod(shape[1:])) * dtype.itemsize
-        file.seek(first * size, os.SEEK_CUR)
-        for i in range(first, last, at_once):
-            count = min(at_once, last - i)
-            yield np.frombuffer(file.read(count * size), dtype).reshape(count, *shape[1:])
+def _as_before(settings: dict[str, Any], there: dict[str, Any], precisions: Sequence[str]) -> dict[str, Any]:
+    """Return settings with the precision of what is there, if that is one of these and nothing else differs."""
+    kept = {**settings, "precision": there["precision"]}
+    if kept == settings or kept["precision"] not in precisions or _differences(there, kept):
+        return settings
+    before, usual = (PRECISIONS[of["precision"]] for of in (kept, settings))
+    again = f"--overwrite --precision {settings['precision']} makes it anew in {usual}"
+    print(f"resuming in {before}, as what is there was made; {again}", file=sys.stderr)
+    return kept
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Return in what settings differ, models without their digests."""
+    found = [f"another {name}" for name in _MODELS if there.get(name) != here.get(name)]
+    solvers = there.get("solver") or {}, here.get("solver") or {}
+    same_kind = solvers[0].get("name") == solvers[1].get("name")
+    names = sorted(solvers[0].keys() & solvers[1]) if same_kind else ["name"]  # another diffusers may have more
+    found += [f"solver's {change}" for change in _changes(*solvers, names)]
+    return found + _changes(there, here, sorted({*there, *here} - {*_MODELS, "solver"}))
+
+
+def _changes(there: dict[str, Any], here: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """
+    >>> _changes({"seed": 0, "labels": "1"}, {"seed": 3, "labels": "1"}, ["seed", "labels"])
+    ['seed 0 there, 3 here']
+    """
+    return [
+        f"{_OPTIONS.get(name, name)} {_short(there.get(name))} there, {_short(here.get(name))} here"
+        for name in names
+        if there.get(name) != here.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) < 40 else text[:39] + "…"
+
+
+def cycle(labels: Sequence[int]) -> str:
+    """Return the labels until they repeat.
+
+    >>> cycle([0, 2, 0, 2, 0]), cycle([0, 0, 1])
+    ('0,2', '0,0,1')
+    """
+    row = np.array(labels)
+    length = next(n for n in range(1, len(row) + 1) if np.array_equal(row[n:], row[: len(row) - n]))
+    return ",".join(map(str, labels[:length]))

@@ -1,6 +1,6 @@
-"""Pictures from sentences as one object: a diffusers pipeline of text encoder, denoiser, solver and autoencoder."""
+"""Images from sentences as one object: a diffusers pipeline of text encoder, denoiser, solver and autoencoder."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,34 +8,28 @@ import torch
 from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from vavae_tools.autoencoders.loading import load_autoencoder, silent_transformers
-from vavae_tools.checkpoints.formats import is_checkpoint
-from vavae_tools.data.images import to_pixels
 from vavae_tools.diffusion.clip import TextEncoder, TextStates, load_text_encoder
 from vavae_tools.diffusion.conditioning import TextConditioner
 from vavae_tools.diffusion.objectives import objective_of
-from vavae_tools.diffusion.solvers import make_solver, sample
+from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines.base import (
-    OF_TOKENS,
-    DenoiserPipeline,
-    as_output_type,
+    ImagePipeline,
     autoencoder_beside,
     check_output_type,
+    is_folder_of_pipeline,
     read_pipeline,
     read_training,
-    trained_models,
 )
-from vavae_tools.pipelines.portions import Portions
-from vavae_tools.pipelines.precision import all_finite, decoded, precisions_for
+from vavae_tools.pipelines.batches import Rows
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 
 
-class TextToImagePipeline(DenoiserPipeline):
-    """Sentences → pictures: `pipe("a small red bird", guidance_scale=7.5, seed=0).images`.
+class TextToImagePipeline(ImagePipeline):
+    """Sentences → images: `pipe("a small red bird", guidance_scale=7.5, seed=0).images`.
 
     Args:
         vae: a `StableDiffusionVAE`, or another autoencoder with the statistics of its latents.
@@ -60,24 +54,21 @@ class TextToImagePipeline(DenoiserPipeline):
         objective: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            denoiser=denoiser,
-            conditioner=conditioner,
-            scheduler=scheduler,
-        )
+        models = {"vae": vae, "text_encoder": text_encoder, "denoiser": denoiser, "conditioner": conditioner}
+        self.register_modules(**models, tokenizer=tokenizer, scheduler=scheduler)
         self.register_to_config(objective=objective)
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
-        """The states of prompts, each different one computed once."""
+        """Return the states of prompts, each different one computed once."""
         different = list(dict.fromkeys(prompts))
         states = TextEncoder(self.text_encoder, self.tokenizer).encode(different).to(self._execution_device)
         if len(different) == len(prompts):
             return states
         place = {prompt: i for i, prompt in enumerate(different)}
         return states[torch.tensor([place[prompt] for prompt in prompts], device=states.pooled.device)]
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "text encoder": TextEncoder(self.text_encoder, self.tokenizer).digest()}
 
     @torch.no_grad()
     def __call__(
@@ -94,53 +85,39 @@ class TextToImagePipeline(DenoiserPipeline):
         return_dict: bool = True,
         precision: str | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Make one picture for each prompt.
+        """Make one image for each prompt.
 
         Args:
-            prompt: one, or one for each picture.
+            prompt: one, or one for each image.
             negative_prompt: what guidance leads away from, one for all or one for each; by default the empty prompt, as
                 '' is.
             num_inference_steps, guidance_scale, precision: of `make`.
-            seed: of the noise; picture number i of a seed is the same whatever else is made beside it.
-            generator: of the noise in place of a seed, one for all or one for each picture.
+            seed: of the noise; image number i of a seed is the same whatever else is made beside it.
+            generator: of the noise in place of a seed, one for all or one for each image.
             latents: noise to start from, (number of prompts, C, h, w).
-            batch_size: pictures made at once, halved where memory runs out; None: by the memory there is. It
-                changes memory and speed, not the pictures.
+            batch_size: images made at once, halved where memory runs out; None: by the memory there is. It changes
+                memory and speed, not the images.
             output_type: "pil" (grey ones have mode L), "pt" for uint8 (N, C, H, W), "np" for uint8 (N, H, W, C).
         """
         check_output_type(output_type)
-        in_portions = Portions(self, batch_size)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UserError("No prompts: at least one is needed")
-        device, shape = self._execution_device, (len(prompts), *self.denoiser.latent_shape)
-        if seed is not None:
-            numbers = torch.arange(len(prompts))
-            noise, generators = self.noise(seed, numbers), self.generators(seed, numbers)
-        else:
-            noise = None
-            if latents is None:
-                noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-            generators = _one_for_each(generator, len(prompts))
-        if latents is not None:
-            if tuple(latents.shape) != shape:
-                raise UserError(f"latents are {tuple(latents.shape)}, expected {shape}")
-            noise = latents
+        device, numbers = self._execution_device, torch.arange(len(prompts))
+        if latents is None and seed is not None:
+            latents = self.noise(seed, numbers)
+        noise = self._start(len(prompts), latents, generator)
+        generators = _one_for_each(generator, len(prompts)) if seed is None else self.generators(seed, numbers)
         states, negative = self.encode(prompts), None
         if negative_prompt is not None and guidance_scale != 1:
             negative = self.encode(_for_each(negative_prompt, len(prompts)))
 
         def make(rows: slice) -> Tensor:
             leads_away = None if negative is None else negative[rows]
-            noise_of = noise[rows].to(device)
             settings = num_inference_steps, guidance_scale, generators[rows], precision
-            return self.make(states[rows], noise_of, leads_away, *settings).cpu()
+            return self.make(states[rows], noise[rows].to(device), leads_away, *settings).cpu()
 
-        with self.progress_bar(total=len(prompts)) as bar:
-            pictures = in_portions(len(prompts), make, bar.update)
-        self.maybe_free_model_hooks()  # of `enable_model_cpu_offload`
-        images = as_output_type(torch.cat(pictures), output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._output(len(prompts), make, batch_size, output_type, return_dict)
 
     @torch.no_grad()
     def make(
@@ -153,38 +130,32 @@ class TextToImagePipeline(DenoiserPipeline):
         generators: list[torch.Generator] | None = None,
         precision: str | None = None,
     ) -> Tensor:
-        """One batch: captions' states (B) and noise (B, C, h, w), where the models are → uint8 (B, C, H, W).
+        """Make one batch: captions' states (B) and noise (B, C, h, w), where the models are → uint8 (B, C, H, W).
 
         Args:
             negative: states of what guidance leads away from; None: the empty prompt that the conditioner keeps.
             num_inference_steps: updates; Heun's method calls the denoiser twice for each.
             guidance_scale: how far from there towards the caption; 1 asks for the caption alone, at half the price.
-            generators: of the noise that DDPM adds on the way, one for each picture.
-            precision: "32", "16" or "bf16", see `precision`; None: the machine's own, or that of half weights.
+            generators: of the noise that DDPM adds on the way, one for each image.
+            precision: "32", "16" or "bf16"; None: the machine's own, or that of half weights.
         """
-        precision, count = precisions_for(self, precision)[0], len(states)
+        count = len(states)
 
-        def denoise(rows: slice | Tensor) -> Tensor:
-            null, of_rows = None, range(count)[rows] if isinstance(rows, slice) else rows.tolist()
+        def told(rows: Rows) -> dict[str, Any]:
+            of_rows = range(count)[rows] if isinstance(rows, slice) else rows.tolist()
+            conditions = {"conditioning": self.conditioner(states[rows])}
             if guidance_scale != 1:
                 null = self.conditioner.null(len(of_rows)) if negative is None else self.conditioner(negative[rows])
-            return sample(
-                self.denoiser,
-                self.scheduler,
-                noise[rows],
-                self.conditioner(states[rows]),
-                null,
-                num_inference_steps,
-                guidance_scale,
-                objective=self.objective,
-                generators=generators and [generators[row].clone_state() for row in of_rows],  # asked again, maybe
-            )
+                conditions["null"] = null
+            if generators:
+                conditions["generators"] = [generators[row].clone_state() for row in of_rows]  # asked again, maybe
+            return conditions
 
-        latents = all_finite(self, count, precision, denoise, "latents")
-        return to_pixels(decoded(self, latents, precision))
+        settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        return self._sampled(noise, told, precision, **settings)
 
     def generators(self, seed: int, indices: Tensor) -> list[torch.Generator]:
-        """Where picture number i of a seed takes the noise from that DDPM adds on the way."""
+        """Return where image number i of a seed takes the noise from that DDPM adds on the way."""
         seeds = (Draws(seed, 0, indices.cpu()).uniform("on the way", 2).double() * 2**23).long()  # (B, 2) of 23 bits
         return [torch.Generator().manual_seed(a << 23 | b) for a, b in seeds.tolist()]
 
@@ -197,7 +168,7 @@ def _for_each(prompt: str | Sequence[str], count: int) -> list[str]:
 
 
 def _one_for_each(generator: torch.Generator | list[torch.Generator] | None, count: int) -> list[torch.Generator]:
-    """Generators that do not depend on how pictures are put together in batches."""
+    """Return generators that do not depend on how images are put together in batches."""
     if isinstance(generator, list):
         return generator
     device = generator.device if generator is not None else None
@@ -227,18 +198,13 @@ def load_text_pipeline(
             weights of a folder.
     """
     path = Path(path)
-    if path.is_dir() and not is_checkpoint(path):
+    if is_folder_of_pipeline(path):
         with silent_transformers():
             pipe = read_pipeline(TextToImagePipeline, path, ema, local_files_only=True)
         if scheduler:
             pipe.swap_solver(scheduler)
         return pipe
-    state, settings = read_training(path)
-    if "token_images" in settings:
-        raise UserError(OF_TOKENS.format(path))
-    if "text_dim" not in settings.get("conditioner_config", {}):
-        raise UserError(f"{path} is a checkpoint of DiT training on classes, not on text: load it by load_pipeline")
-    denoiser, conditioner = trained_models(path, state, settings, TextConditioner, ema)
+    denoiser, conditioner, settings = read_training(TextToImagePipeline, path, ema, TextConditioner)
     vae = load_autoencoder(autoencoder_dir or autoencoder_beside(path))
     encoder = load_text_encoder(text_encoder_dir or _text_encoder_beside(path))
     if encoder.dim != conditioner.config.text_dim:
@@ -252,8 +218,7 @@ def load_text_pipeline(
 
 
 def _text_encoder_beside(checkpoint: Path) -> Path:
-    folders: Iterable[Path] = (parent / "text_encoder" for parent in checkpoint.absolute().parents[:2])
-    for folder in folders:
-        if folder.is_dir():
-            return folder
+    for parent in checkpoint.absolute().parents[:2]:
+        if (parent / "text_encoder").is_dir():
+            return parent / "text_encoder"
     raise UserError(f"No text encoder beside {checkpoint}: name the one of its training (text_encoder_dir)")

@@ -1,6 +1,8 @@
 """Texts from noise as one object: a diffusers pipeline of tokenizer, denoiser and the code that draws tokens."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from numbers import Integral
@@ -11,7 +13,6 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from vavae_tools.checkpoints.formats import is_checkpoint
 from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.data.tokens.text_files import Chat
 from vavae_tools.data.tokens.tokenizer import TextTokens, load_tokenizer
@@ -19,9 +20,15 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.layers import Kept, kept_patches
 from vavae_tools.diffusion.objectives import CleanPrediction, Objective, objective_of, with_known
 from vavae_tools.diffusion.solvers import make_solver, sample, time_grid
-from vavae_tools.pipelines.base import DenoiserPipeline, read_index, read_pipeline, read_training, trained_models
-from vavae_tools.pipelines.portions import Portions
-from vavae_tools.pipelines.precision import all_finite, precisions_for
+from vavae_tools.pipelines.base import (
+    DenoiserPipeline,
+    digest_of,
+    is_folder_of_pipeline,
+    kind_of,
+    read_pipeline,
+    read_training,
+)
+from vavae_tools.pipelines.batches import Rows, all_finite, in_batches, precisions_for
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 
@@ -32,21 +39,13 @@ Prompt = str | Chat | list[int]
 
 
 class Written(NamedTuple):
-    """What a `TokenImagePipeline` made.
-
-    Attributes:
-        texts: a prompt with its continuation, or a chat's answer alone.
-        tokens: token numbers of all cells, those of the prompts too.
-        pictures: float32 (N, C, H, W); known cells are ±1, the others as they were predicted.
-        mask: 1 on all cells with a token, (N, H, W).
-        known: 1 on the prompts' cells, (N, H, W).
-    """
+    """What a `TokenImagePipeline` made: texts are prompts with their continuations, or a chat's answers alone."""
 
     texts: list[str]
-    tokens: list[list[int]]
-    pictures: Tensor
-    mask: Tensor
-    known: Tensor
+    tokens: list[list[int]]  # of all cells, those of the prompts too
+    pictures: Tensor  # float32 (N, C, H, W); known cells are ±1, the others as they were predicted
+    mask: Tensor  # 1 on all cells with a token, (N, H, W)
+    known: Tensor  # 1 on the prompts' cells, (N, H, W)
 
 
 class TokenImagePipeline(DenoiserPipeline):
@@ -57,18 +56,19 @@ class TokenImagePipeline(DenoiserPipeline):
         conditioner: of the one class "text".
         tokenizer: transformers' own.
         code: the arguments of `TokenCode`.
-        lengths: how many of the training's pictures have 0, 1, … tokens to learn: lengths are drawn from it.
+        lengths: how many of the training's images have 0, 1, … tokens to learn: lengths are drawn from it.
         time_shift: above 1 most steps are made at high noise; `objectives.hiding_noise` is a good one.
         use_chat_template: it was trained on chats, and prompts are messages.
         answer_lengths: [tokens of the prompt, tokens of the answer, chats] of training: an answer's length is drawn
             from those of about `LIKE` chats whose prompts are nearest in length; without it from `lengths`.
-        objective: the config of what was trained with; None: the clean picture.
+        objective: the config of what was trained with; None: the clean image.
         solver: one of `diffusion.SOLVERS`; None: steps with fresh noise, see eta of `__call__`.
 
     `save_pretrained(folder)` and `load_token_pipeline(folder)` keep all of it.
     """
 
     model_cpu_offload_seq = "conditioner->denoiser"
+    makes = "text"
 
     def __init__(
         self,
@@ -87,14 +87,9 @@ class TokenImagePipeline(DenoiserPipeline):
         if code is None or lengths is None or len(lengths) < 2:
             raise UserError("A TokenImagePipeline needs the code that draws tokens, and the lengths of texts")
         self.register_modules(denoiser=denoiser, conditioner=conditioner, tokenizer=tokenizer)
+        settings = {"time_shift": time_shift, "objective": objective, "use_chat_template": use_chat_template}
         self.register_to_config(
-            code=code,
-            lengths=list(lengths),
-            time_shift=time_shift,
-            use_chat_template=use_chat_template,
-            answer_lengths=answer_lengths,
-            objective=objective,
-            solver=solver,
+            code=code, lengths=list(lengths), answer_lengths=answer_lengths, solver=solver, **settings
         )
 
     @cached_property
@@ -117,6 +112,24 @@ class TokenImagePipeline(DenoiserPipeline):
     def img_size(self) -> int:
         return self.denoiser.latent_shape[1]
 
+    def shares(self, t: float) -> list[float]:
+        """Return how much of the clean image and of noise is in x at time t."""
+        return [share.item() for share in self.objective.shares(torch.tensor(t, dtype=torch.float64))]
+
+    @property
+    def _cells(self) -> int:
+        """How many cells a text may have: as many as in training."""
+        return len(self.config.lengths) - 1
+
+    def facts(self) -> dict[str, Any]:
+        """Return what texts follow from besides the arguments of the call."""
+        others = ("denoiser", "conditioner", "tokenizer", "objective", "solver")
+        config = {k: v for k, v in self.config.items() if not k.startswith("_") and k not in others}
+        words = [self.tokenizer.get_vocab(), self.tokenizer.chat_template]
+        model = json.dumps([digest_of(self.denoiser, self.conditioner), config, words], sort_keys=True)
+        solver = {"solver": {"name": self.config.solver}} if self.config.solver else {}
+        return {"model": hashlib.sha256(model.encode()).hexdigest(), **solver}
+
     @torch.no_grad()
     def __call__(
         self,
@@ -135,32 +148,28 @@ class TokenImagePipeline(DenoiserPipeline):
         Args:
             prompts: beginnings of texts, or chats, a question or its messages, whose answers are wanted; or either as
                 token numbers; None: texts of their own.
-            num_samples: texts in all without prompts, for each prompt with them.
-            max_new_tokens: the length to write, at most up to the last cell; None: drawn from the lengths of training,
-                of texts that go on from the longer ones. Where none was longer they go on to the last cell.
+            num_samples: texts for each prompt, or without prompts in all.
+            max_new_tokens: the length to write, at most up to the last cell; None: drawn from the lengths of training
+                that are longer than the prompt; up to the last cell where none was.
             num_inference_steps: calls of the denoiser; Heun's and the midpoint method take two for each.
             eta: share of fresh noise in each step as in DDIM (Song et al. 2021): 1 corrects earlier errors, 0 is
-                Euler's method on the flow. Where the pipeline has a solver, that says it.
+                Euler's method on the flow. Of no effect where the pipeline has a solver.
             seed: text number i of a seed is the same whatever else is made beside it.
-            batch_size: made at once, halved where memory runs out; None: by the memory there is. It changes
-                memory and speed, not the texts.
-            numbers: of the texts in the seed, one for each; None: 0, 1, …. Without prompts as many are made as there
-                are numbers.
-            precision: "32", "16" or "bf16", see `precision`; None: the machine's own, or that of half weights.
+            batch_size, precision: as of `LatentDiTPipeline`.
+            numbers: of the texts in the seed, in place of 0, 1, … and of num_samples.
 
         Raises:
             UserError: as `beginnings`, or numbers that cannot be.
         """
         check_sampling(num_samples, max_new_tokens, num_inference_steps, eta)
-        precision, in_portions = precisions_for(self, precision)[0], Portions(self, batch_size, "text")
+        precision = precisions_for(self, precision)[0]
         if prompts is None and numbers is not None:
             num_samples = len(numbers)
         starts = [start for start in self.beginnings(prompts) for _ in range(num_samples)]
         numbers = range(len(starts)) if numbers is None else numbers
         if not starts or len(numbers) != len(starts):
-            raise UserError(
-                f"{len(numbers)} numbers for {len(starts)} texts: give one for each text, and one text or more"
-            )
+            many = f"{len(numbers)} numbers for {len(starts)} texts"
+            raise UserError(f"{many}: give one for each text, and one text or more")
         numbers = torch.tensor(list(numbers))
         new = self._new_lengths(starts, max_new_tokens, seed, numbers)
 
@@ -168,7 +177,7 @@ class TokenImagePipeline(DenoiserPipeline):
             return self._write(starts[rows], new[rows], seed, numbers[rows], num_inference_steps, eta, precision)
 
         with self.progress_bar(total=len(starts)) as bar:
-            made = in_portions(len(starts), write, bar.update)
+            made = in_batches(self, len(starts), write, batch_size, bar.update)
         self.maybe_free_model_hooks()  # of `enable_model_cpu_offload`
         pictures, mask, known = (torch.cat(parts) for parts in zip(*made, strict=True))
         tokens = shown = self.code.decode(pictures, mask)
@@ -176,17 +185,18 @@ class TokenImagePipeline(DenoiserPipeline):
             shown = [row[len(start) :] for row, start in zip(tokens, starts, strict=True)]
         return Written([self.text_tokens.decode(row) for row in shown], tokens, pictures, mask, known)
 
+    # ---- beginnings and lengths
     def beginnings(self, prompts: Prompt | Sequence[Prompt] | None) -> list[list[int]]:
-        """The tokens of each prompt, or of a single one; None is a single text that begins with none.
+        """Return the tokens of each prompt, or of a single one; None is a single text that begins with none.
 
         Raises:
-            UserError: no prompts, one that leaves no cell free, or something that this model cannot go on with.
+            UserError: no prompts, or one that this model cannot go on with.
         """
-        if prompts is None:
-            if self.config.use_chat_template:
-                raise UserError("This model answers: give it prompts, questions or messages")
-            return [[]]
-        return [self._beginning(prompt) for prompt in as_prompts(prompts)]
+        if prompts is not None:
+            return [self._beginning(prompt) for prompt in as_prompts(prompts)]
+        if self.config.use_chat_template:
+            raise UserError("This model answers: give it prompts, questions or messages")
+        return [[]]
 
     def _beginning(self, prompt: Prompt) -> list[int]:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -200,35 +210,27 @@ class TokenImagePipeline(DenoiserPipeline):
             raise UserError("This model was trained on texts without a chat template: give it the beginning of a text")
         most = self.code.num_tokens - 1
         if tokens and not 0 <= min(tokens) <= max(tokens) <= most:
-            raise UserError(
-                f"The prompt has token numbers from {min(tokens)} to {max(tokens)}; they go from 0 to {most}"
-            )
+            found = f"token numbers from {min(tokens)} to {max(tokens)}"
+            raise UserError(f"The prompt has {found}; they go from 0 to {most}")
         if len(tokens) >= self._cells:
             raise UserError(f"The prompt has {len(tokens)} tokens, and a picture {self._cells} cells: shorten it")
         return tokens
 
-    @property
-    def _cells(self) -> int:
-        """That a picture may have; as many as in training."""
-        return len(self.config.lengths) - 1
-
     def _new_lengths(self, starts: list[list[int]], wanted: int | None, seed: int, numbers: Tensor) -> list[int]:
-        """How many tokens are written after each beginning."""
-        free = [self._cells - len(start) for start in starts]
+        """Return how many tokens are written after each beginning."""
         if wanted is not None:
-            return [min(wanted, cells) for cells in free]
+            return [min(wanted, self._cells - len(start)) for start in starts]
         new = []
-        uniform = Draws(seed, 0, numbers).uniform("length")
-        for known, cells, draw in zip(map(len, starts), free, uniform.tolist(), strict=True):
+        for known, draw in zip(map(len, starts), Draws(seed, 0, numbers).uniform("length").tolist(), strict=True):
             # an answer has the length of answers, a text that goes on that of the longer texts
-            counts = self._lengths_after(known)
-            fitting = counts[: cells + 1] if self.config.use_chat_template else counts[known:]
+            free, counts = self._cells - known, self._lengths_after(known)
+            fitting = counts[: free + 1] if self.config.use_chat_template else counts[known:]
             total = fitting[1:].cumsum(0)  # of texts with 1, 2, … new tokens
-            new.append(1 + int((total <= draw * total[-1]).sum()) if total[-1] > 0 else cells)
+            new.append(1 + int((total <= draw * total[-1]).sum()) if total[-1] > 0 else free)
         return new
 
     def _lengths_after(self, known: int) -> Tensor:
-        """How many of the training's texts, or of its answers to prompts of such a length, have 0, 1, … tokens."""
+        """Return how many of training's texts, or answers to prompts of such a length, have 0, 1, … tokens."""
         if not self.config.answer_lengths:
             return torch.tensor(self.config.lengths, dtype=torch.float64)
         counts, of_prompt = torch.zeros(self._cells + 1, dtype=torch.float64), -1
@@ -239,6 +241,7 @@ class TokenImagePipeline(DenoiserPipeline):
             of_prompt = abs(prompt - known)
         return counts
 
+    # ---- denoising
     def _write(
         self,
         starts: list[list[int]],
@@ -249,7 +252,7 @@ class TokenImagePipeline(DenoiserPipeline):
         eta: float,
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures, their mask and what is known of them, on the CPU: see `Written`."""
+        """Return images, their mask and what is known of them, on the CPU: see `Written`."""
         known = torch.tensor([len(start) for start in starts])[:, None]
         lengths = known + torch.tensor(new)[:, None]
         place = torch.arange(int(lengths.max()))
@@ -260,14 +263,14 @@ class TokenImagePipeline(DenoiserPipeline):
         mask, given = (self.code.over_pixels((place < until).float(), self.img_size) for until in (lengths, known))
         numbers = numbers.to(self._execution_device)
 
-        def denoise(rows: slice | Tensor) -> Tensor:
+        def denoise(rows: Rows) -> Tensor:
             here = rows if isinstance(rows, slice) else rows.cpu()
             draws = Draws(seed, 1, numbers[rows])
             noise = (draws.normal(f"noise {step}", *clean.shape[1:]) for step in range(steps))
-            given_here = mask[here], given[here], clean[here]
+            told = mask[here], given[here], clean[here]
             if self.config.solver:
-                return self._solve(next(noise), *given_here, steps)
-            return self.denoise(next(noise), *given_here, time_grid(steps, 1 / self.config.time_shift), eta, noise)
+                return self._solve(next(noise), *told, steps)
+            return self.denoise(next(noise), *told, time_grid(steps, 1 / self.config.time_shift), eta, noise)
 
         made = all_finite(self, len(starts), precision, denoise, "texts")
         return made.cpu(), mask, given
@@ -282,16 +285,14 @@ class TokenImagePipeline(DenoiserPipeline):
         times: Tensor,
         eta: float = 1.0,
         noise: Iterator[Tensor] | None = None,
-        callback: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """From a noisy picture to the clean one that is predicted at the last step, float32 (B, C, H, W).
+        """Return the clean image that is predicted at the last step, float32 (B, C, H, W).
 
         Args:
             x: (B, C, H, W) at the first of the times.
             mask, known: pixels with a token, and those of them that `clean` (B, C, H, W) tells, (B, H, W).
             times: (steps + 1,), from the time of x to 1; `solvers.time_grid`.
             eta, noise: see `__call__`; fresh noise for each step but the last, needed where eta is above 0.
-            callback: called after each step with its number and the prediction.
 
         Raises:
             UserError: eta is no share, or above 0 without noise.
@@ -299,45 +300,41 @@ class TokenImagePipeline(DenoiserPipeline):
         check_sampling(eta=eta)
         if eta and noise is None and len(times) > 2:
             raise UserError(f"eta {eta:g} takes fresh noise in each step: give it, or eta=0")
-        device = self._execution_device
-        kept, times = kept_patches(mask, self.code.cell_size), times.tolist()
-        x, known, clean, *kept = (value.to(device) for value in (x, known, clean, *kept))
+        x, known, clean, kept = self._placed(x, mask, known, clean)
         predicted = x
-        for step, (t, later) in enumerate(pairwise(times)):
-            at = torch.full((len(x),), t, dtype=torch.float32, device=device)
-            predicted = self.predict(x, at, known, clean, Kept(*kept))
-            if callback is not None:
-                callback(step, predicted)
+        for t, later in pairwise(times.tolist()):
+            at = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+            predicted = self.predict(x, at, known, clean, kept)
             if later < 1:
-                fresh = next(noise) if eta else 0.0
-                alpha, sigma = self.shares(t)
-                kept_noise = (x - alpha * predicted) / sigma
-                alpha, sigma = self.shares(later)
-                x = alpha * predicted + sigma * ((1 - eta**2) ** 0.5 * kept_noise + eta * fresh)
+                (alpha, sigma), (alpha_later, sigma_later) = self.shares(t), self.shares(later)
+                kept_noise, fresh = (x - alpha * predicted) / sigma, next(noise) if eta else 0.0
+                x = alpha_later * predicted + sigma_later * ((1 - eta**2) ** 0.5 * kept_noise + eta * fresh)
         return torch.where(known[:, None] > 0, clean, predicted)
 
-    def shares(self, t: float) -> list[float]:
-        """How much of the clean picture and of noise is in x at time t."""
-        return [share.item() for share in self.objective.shares(torch.tensor(t, dtype=torch.float64))]
-
     def _solve(self, x: Tensor, mask: Tensor, known: Tensor, clean: Tensor, steps: int) -> Tensor:
-        """As `denoise`, by the pipeline's solver."""
-        device, kept = self._execution_device, kept_patches(mask, self.code.cell_size)
-        x, known, clean, *kept = (value.to(device) for value in (x, known, clean, *kept))
+        """Return what `denoise` does, by the pipeline's solver."""
+        x, known, clean, kept = self._placed(x, mask, known, clean)
         solver = make_solver(self.config.solver, self.objective, self.config.time_shift)
 
-        def predict(x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
-            return self.denoiser(with_known(x, clean, known), t, conditioning, Kept(*kept))[:, : x.shape[1]]
+        def ask(x: Tensor, t: Tensor, _: Tensor) -> Tensor:
+            return self._ask(x, t, known, clean, kept)
 
-        made = sample(predict, solver, x, self._conditioning(x), None, steps, objective=self.objective)
+        made = sample(ask, solver, x, x, None, steps, objective=self.objective)
         return torch.where(known[:, None] > 0, clean, made)
 
-    def _conditioning(self, x: Tensor) -> Tensor:
-        return self.conditioner(torch.zeros(len(x), dtype=torch.int64, device=x.device))
+    def _ask(self, x: Tensor, t: Tensor, known: Tensor, clean: Tensor, kept: Kept) -> Tensor:
+        conditioning = self.conditioner(torch.zeros(len(x), dtype=torch.int64, device=x.device))
+        return self.denoiser(with_known(x, clean, known), t, conditioning, kept)[:, : x.shape[1]]
+
+    def _placed(self, x: Tensor, mask: Tensor, known: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor, Kept]:
+        """Return x, known, clean and the cells of the mask where the pipeline computes."""
+        kept = kept_patches(mask, self.code.cell_size)
+        x, known, clean, *kept = (values.to(self._execution_device) for values in (x, known, clean, *kept))
+        return x, known, clean, Kept(*kept)
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, known: Tensor, clean: Tensor, kept: Kept) -> Tensor:
-        """The clean picture that the denoiser tells from a noisy one, float32 (B, C, H, W) on its device.
+        """Return the clean image that the denoiser tells from a noisy one, float32 (B, C, H, W) on its device.
 
         Args:
             x: (B, C, H, W) at the times t (B,).
@@ -346,31 +343,27 @@ class TokenImagePipeline(DenoiserPipeline):
         """
         device = self._execution_device
         x, t, known, clean, *kept = (values.to(device) for values in (x, t, known, clean, *kept))
-        said = self.denoiser(with_known(x, clean, known), t, self._conditioning(x), Kept(*kept))
-        return self.objective.clean(said[:, : x.shape[1]].float(), x, t)
+        return self.objective.clean(self._ask(x, t, known, clean, Kept(*kept)).float(), x, t)
 
 
+# ---- what is asked
 def check_sampling(
-    num_samples: int = 1,
-    max_new_tokens: int | None = None,
-    num_inference_steps: int = 1,
-    eta: float = 1.0,
+    num_samples: int = 1, max_new_tokens: int | None = None, num_inference_steps: int = 1, eta: float = 1.0
 ) -> None:
-    """Say which argument of a `TokenImagePipeline` cannot be.
-
+    """
     Raises:
         UserError: a number below 1, or an eta that is no share.
     """
-    counts = {"num_samples": num_samples, "num_inference_steps": num_inference_steps}
-    for name, count in {**counts, "max_new_tokens": 1 if max_new_tokens is None else max_new_tokens}.items():
-        if count < 1:
+    counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "num_inference_steps": num_inference_steps}
+    for name, count in counts.items():
+        if count is not None and count < 1:
             raise UserError(f"{name} {count}: expected 1 or more")
     if not 0 <= eta <= 1:
         raise UserError(f"eta {eta:g}: expected a share of fresh noise from 0 to 1")
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Prompts, or a single one, as a list of texts, of messages and of plain token numbers.
+    """Return prompts, or a single one, as a list of texts, of messages and of plain token numbers.
 
     Raises:
         UserError: something else, or none.
@@ -384,42 +377,18 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def _as_prompt(prompt: Any) -> Prompt:
     if isinstance(prompt, str):
-        return _encodable(prompt)
+        return prompt
     parts = list(prompt) if isinstance(prompt, Iterable) else [None]
     if all(isinstance(part, Integral) for part in parts):
         return [int(part) for part in parts]
-    messages = [(part.get("role"), part.get("content")) for part in parts if isinstance(part, dict)]
-    if len(messages) < len(parts) or not all(isinstance(word, str) for message in messages for word in message):
-        raise UserError(
-            f'The prompt {str(prompt)[:80]} is neither a text, nor messages {{"role": …, "content": …}}, nor token '
-            "numbers"
-        )
-    return [{"role": _encodable(role), "content": _encodable(content)} for role, content in messages]
-
-
-def _encodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, or a byte of a command line in another encoding
-        raise UserError(
-            f"The prompt is no text in UTF-8: character {error.start:,} is {text[error.start]!a}, take it out"
-        ) from None
-    return text
+    chat = [{name: part.get(name) for name in ("role", "content")} for part in parts if isinstance(part, dict)]
+    if len(chat) < len(parts) or not all(isinstance(word, str) for message in chat for word in message.values()):
+        neither = 'neither a text, nor messages {"role": …, "content": …}, nor token numbers'
+        raise UserError(f"The prompt {str(prompt)[:80]} is {neither}")
+    return chat
 
 
 # ---- from files
-def is_token_pipeline(path: str | Path) -> bool:
-    """Whether what is there is for `load_token_pipeline`.
-
-    Raises:
-        UserError: no folder, and no checkpoint of DiT training.
-    """
-    path = Path(path)
-    if path.is_dir() and not is_checkpoint(path):
-        return read_index(path).get("_class_name") == TokenImagePipeline.__name__
-    return "token_images" in read_training(path)[1]
-
-
 def load_token_pipeline(path: str | Path, ema: bool = True) -> TokenImagePipeline:
     """Load a pipeline from its folder, or from a checkpoint of training on token images.
 
@@ -432,29 +401,24 @@ def load_token_pipeline(path: str | Path, ema: bool = True) -> TokenImagePipelin
         UserError: nothing there, a checkpoint of another kind, no tokenizer beside it, or live weights of a folder.
     """
     path = Path(path)
-    if path.is_dir() and not is_checkpoint(path):
-        own = is_token_pipeline(path)  # else it is said what it is
+    if is_folder_of_pipeline(path):
+        own = kind_of(path) == TokenImagePipeline.__name__  # else it is said what it is
         options = {"tokenizer": _load_tokenizer(path, [path])} if own else {}
         pipe = read_pipeline(TokenImagePipeline, path, ema, local_files_only=True, **options)
     else:
-        state, settings = read_training(path)
-        if "token_images" not in settings:
-            raise UserError(f"{path} is a checkpoint of another training than that on token images")
+        denoiser, conditioner, settings = read_training(TokenImagePipeline, path, ema, ClassConditioner)
         tokenizer = _load_tokenizer(path, path.absolute().parents[:2])
-        denoiser, conditioner = trained_models(path, state, settings, ClassConditioner, ema)
         of_pipeline = {**settings["token_images"], "objective": settings.get("objective")}
         pipe = TokenImagePipeline(denoiser, conditioner, tokenizer, **of_pipeline)
-    if len(pipe.text_tokens) != pipe.code.num_tokens:
-        tokens, known = len(pipe.text_tokens), pipe.code.num_tokens
-        raise UserError(
-            f"The tokenizer of {path} has {tokens:,} tokens, the model {known:,}: take the tokenizer/ of its training"
-        )
+    tokens, known = len(pipe.text_tokens), pipe.code.num_tokens
+    if tokens != known:
+        found = f"The tokenizer of {path} has {tokens:,} tokens, the model {known:,}"
+        raise UserError(f"{found}: take the tokenizer/ of its training")
     return pipe
 
 
 def _load_tokenizer(path: Path, homes: Sequence[Path]) -> Any:
-    for folder in (home / "tokenizer" for home in homes):
-        if folder.is_dir():
-            return load_tokenizer(folder)
-    where = "in" if path in homes else "beside"
-    raise UserError(f"No tokenizer/ {where} {path}: copy it from the folder of its training")
+    for home in homes:
+        if (home / "tokenizer").is_dir():
+            return load_tokenizer(home / "tokenizer")
+    raise UserError(f"No tokenizer/ in or beside {path}: copy it from the folder of its training")

@@ -23,7 +23,7 @@ from vavae_tools.diffusion.clip import TextEncoder, load_text_encoder, tiny_text
 from vavae_tools.diffusion.conditioning import TextConditioner
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.diffusion.text_dit import TextDiT
-from vavae_tools.pipelines.portions import Portions
+from vavae_tools.pipelines.batches import in_batches
 from vavae_tools.pipelines.text import TextToImagePipeline, load_text_pipeline
 from vavae_tools.recipes.base import CaptionData, TextToImageRecipe, as_tuple
 from vavae_tools.recipes.dit import denoiser_run, encode_once, latents_folder, objective_for, optimisation, prepared
@@ -92,7 +92,7 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
         def make_some(part: slice) -> Tensor:
             return pipe.make(states[part].to(device), noise[part].to(device), None, *settings, on_the_way[part]).cpu()
 
-        return torch.cat(Portions(pipe)(len(rows), make_some))
+        return torch.cat(in_batches(pipe, len(rows), make_some))
 
     def export(checkpoint: Path, pipeline: Path) -> None:
         samples = output_dir / "samples"

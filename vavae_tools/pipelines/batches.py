@@ -1,0 +1,202 @@
+"""How a batch is made: as many at once as the memory takes, in half precision where the device has it.
+
+Half precision is by autocast, so that norms, softmax, the solver's state and guidance stay float32. Images are decoded
+in fp16 on any card: it has 10 bits, of which bf16 has 7 and an image needs 8.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from vavae_tools.runtime.console import tell
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.machine import is_memory_fault, machine_of, release_memory
+from vavae_tools.runtime.precision import HALF, PRECISIONS, computing_in, for_inference, precision_on
+
+Made = TypeVar("Made")
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+Rows = slice | Tensor
+"""Some of a batch."""
+_OF_WEIGHTS = {kind: name for name, kind in HALF.items()}
+
+
+# ---- how many at once
+def in_batches(
+    pipe: DiffusionPipeline,
+    count: int,
+    make: Callable[[slice], Made],
+    batch_size: int | None = None,
+    done: Callable[[int], object] = lambda rows: None,
+) -> list[Made]:
+    """Return what `make` makes of `count` rows, batch by batch, halved where memory runs out.
+
+    Args:
+        batch_size: at most; None: see `default_batch_size`. What was found to fit, the pipeline keeps as `fitting`.
+        done: called with the number of rows after each batch.
+
+    Raises:
+        UserError: a batch size below 1, or memory that not even one fits.
+    """
+    at_once, made, start = batch_size_for(pipe, batch_size), [], 0
+    while start < count:
+        rows = slice(start, min(start + at_once, count))
+        size, fits = rows.stop - rows.start, True
+        try:
+            made.append(make(rows))
+        except Exception as error:
+            if not is_memory_fault(error) or _is_sharded(pipe):  # whose other processes are in its midst
+                raise
+            fits = False
+        if fits:
+            start = rows.stop
+            done(size)
+        else:  # outside of `except`, whose traceback holds what is to be freed
+            at_once = pipe.fitting = _fewer(pipe, size)
+    return made
+
+
+def batch_size_for(pipe: DiffusionPipeline, batch_size: int | None = None) -> int:
+    """Return how many are made at once: as asked or by default, and no more than was found to fit before.
+
+    Raises:
+        UserError: a batch size below 1.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: at least one {pipe.makes} at once is needed")
+    at_once = default_batch_size(pipe) if batch_size is None else batch_size
+    return min(at_once, getattr(pipe, "fitting", at_once))
+
+
+def _fewer(pipe: DiffusionPipeline, tried: int) -> int:
+    release_memory()
+    memory = "GPU's memory" if pipe._execution_device.type == "cuda" else "memory"
+    if tried == 1:
+        raise UserError(f"The {memory} is too small for one {pipe.makes}: end what else runs, or take another device")
+    tell(f"{tried} {pipe.makes}s at once do not fit the {memory}: making {tried // 2}")
+    return tried // 2
+
+
+def placed(pipe: Pipeline, device: str | torch.device) -> Pipeline:
+    """Return the pipeline, moved to a device.
+
+    Raises:
+        UserError: it has no room there.
+    """
+    try:
+        return pipe.to(device)
+    except Exception as error:
+        if not is_memory_fault(error):
+            raise
+    raise UserError(f"{device} has no room for the models: end what else runs there, or take --accelerator cpu")
+
+
+def default_batch_size(pipe: DiffusionPipeline) -> int:
+    """Return as many as have room in what is free: a power of two, up to 256 on a GPU and 64 on a CPU."""
+    device = pipe._execution_device
+    if _is_sharded(pipe):  # its processes have to call it equally often
+        return 16
+    if device.type == "cuda":
+        release_memory()  # what this process keeps without need is free as well
+        memory, most = 0.8 * torch.cuda.mem_get_info(device)[0], 256
+    else:
+        memory, most = 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 64
+    return min(most, 1 << max(0, int(memory // bytes_of_one(pipe)).bit_length() - 1))
+
+
+def _is_sharded(pipe: DiffusionPipeline) -> bool:
+    """Return whether several processes hold parts of the denoiser's weights (FSDP)."""
+    return any(isinstance(weight, DTensor) for weight in pipe.denoiser.parameters())
+
+
+def bytes_of_one(pipe: DiffusionPipeline) -> int:
+    """Return the memory that one image, or text, takes in the denoiser or the decoder, whichever needs more.
+
+    By a simulated allocator, within 15 %: a decoder of convolutions holds 7.5 arrays of its last level, which gets the
+    channels of the one below, for every pixel; a transformer 20 numbers of its width for every token, and guidance
+    makes two of one. Autocast changes neither: it has more arrays of half the size.
+    """
+    denoiser, vae = pipe.denoiser, getattr(pipe, "vae", None)
+    width = np.max(denoiser.config.hidden_size)
+    of_denoiser = 2 * 20 * denoiser.rows * denoiser.columns * width * denoiser.dtype.itemsize
+    if vae is None:
+        return int(of_denoiser)
+    pixels = math.prod(pipe.picture_size)
+    if "block_out_channels" in vae.config:
+        numbers = 7.5 * np.mean(vae.config.block_out_channels[:2]) * pixels
+    else:
+        numbers = 20 * pixels / vae.downsampling**2 * vae.config.decoder_hidden_size
+    return int(max(of_denoiser, numbers * vae.dtype.itemsize))
+
+
+# ---- in which precision
+def precisions_for(pipe: DiffusionPipeline, name: str | None = None) -> list[str]:
+    """Return the precision to compute in, and, where none is named, behind it those that would do as well.
+
+    That is the weights' own where they are half (`pipe.to(torch.float16)`), else the machine's (`precision_on`).
+
+    Raises:
+        UserError: an unknown precision, or one that this machine or these weights do not have.
+    """
+    machine, of_weights = machine_of(pipe._execution_device), _OF_WEIGHTS.get(pipe.denoiser.dtype)
+    if name is None and of_weights:
+        return [of_weights]
+    first = precision_on(machine, name)
+    if first == "32" and of_weights:
+        raise UserError(
+            f"precision 32, but the weights are {PRECISIONS[of_weights]}: take pipe.to(torch.float32) first"
+        )
+    slow = {"cpu": "16", "t4": "bf16"}.get(machine.kind)
+    others = [other for other in PRECISIONS if other not in (first, slow)]
+    return [first, *others] if name is None else [first]
+
+
+def all_finite(
+    pipe: DiffusionPipeline, count: int, precision: str, make: Callable[[Rows], Tensor], what: str
+) -> Tensor:
+    """Return what `make` makes of `count` rows, (B, …); rows that are not finite are made again in float32.
+
+    Raises:
+        UserError: rows that are not finite in the weights' own precision.
+    """
+    device, half_weights = pipe._execution_device, pipe.denoiser.dtype in _OF_WEIGHTS
+    with computing_in(precision, device):
+        made = make(slice(None))
+    lost = _not_finite(made)
+    if len(lost) and precision != "32" and not half_weights:
+        said = vars(pipe).setdefault("said_not_finite", set())
+        if what not in said:  # the first time
+            said.add(what)
+            found = f"{len(lost)} of {count} {what} are not finite in {PRECISIONS[precision]}"
+            tell(f"{found}: such ones are made again in float32")
+        precision = "32"
+        with computing_in(precision, device):
+            made[lost] = make(lost).to(made.dtype)
+        lost = _not_finite(made)
+    if len(lost):
+        help = "take pipe.to(torch.float32)" if half_weights else "the weights are ruined, take an earlier checkpoint"
+        raise UserError(f"{len(lost)} of {count} {what} are not finite in {PRECISIONS[precision]}: {help}")
+    return made
+
+
+def _not_finite(made: Tensor) -> Tensor:
+    """Return the rows that hold NaN or infinity. This waits for a GPU, once a batch."""
+    return (~made.isfinite().flatten(1).all(1)).nonzero().flatten()
+
+
+def decoded(pipe: DiffusionPipeline, latents: Tensor, precision: str, labels: Tensor | None = None) -> Tensor:
+    """Return images near [-1, 1], all finite, of latents (B, C, h, w) that were made in a precision."""
+    half = precision != "32" and pipe._execution_device.type == "cuda"
+    if half:
+        for_inference(pipe.vae, pipe._execution_device)
+
+    def decode(rows: Rows) -> Tensor:
+        return pipe.vae.decode_latents(latents[rows], None if labels is None else labels[rows])
+
+    return all_finite(pipe, len(latents), "16" if half else "32", decode, "pictures")
