@@ -7,10 +7,10 @@ see radar.py.
 """
 
 import argparse
-import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vavae_tools.data.demo.radar import Radar, echo, received, spectrogram, walk_before_radar
+from vavae_tools.data.demo.radar import echo, received, spectrogram, walk_before_radar
 from vavae_tools.data.demo.walking import Person, draw_person, walk_again
 from vavae_tools.runtime.errors import UserError, run_command
 
 GRID = 256  # a smaller picture is this one, averaged
-DEFAULT_RADAR = Radar()
-STARTED, FINISHED = ".gait_unfinished.json", "gait.json"
+DECIBELS = 42.0  # from the lowest colour to the highest
+FINISHED = "gait.json"
 
 
 def simulate_walk(
@@ -38,12 +38,11 @@ def simulate_walk(
     size: int = 256,
     towards: bool | None = None,
     aspect: float | None = None,
-    radar: Radar = DEFAULT_RADAR,
 ) -> np.ndarray:
     """Return one walk of `person` as a micro-Doppler image before it is coloured: (size, size) uint8.
 
-    Row 0 is the highest speed towards the radar, + `radar.top_speed` m/s, the last row the highest away from it, time
-    runs to the right, and 255 is `radar.decibels` dB above 0. Where they are None, `towards` (the radar, or away) and
+    Row 0 is the highest speed towards the radar, + 7 m/s, the last row the highest away from it, time
+    runs to the right, and 255 is `DECIBELS` above 0. Where they are None, `towards` (the radar, or away) and
     `aspect` (degrees between path and line of sight, within ± 15) are drawn from `rng`. UserError for a size under 16.
     """
     if size < 16:
@@ -52,10 +51,10 @@ def simulate_walk(
     towards = drawn_towards if towards is None else towards
     aspect = drawn_aspect if aspect is None else aspect
 
-    ranges, strengths = walk_before_radar(walk_again(person, rng), rng, towards, aspect, radar)
-    power = spectrogram(received(echo(ranges, strengths, radar), rng, radar), max(size, GRID), radar)
+    ranges, strengths = walk_before_radar(walk_again(person, rng), rng, towards, aspect)
+    power = spectrogram(received(echo(ranges, strengths), rng), max(size, GRID))
     reference = np.quantile(power[:, ::8], 0.997)  # an eighth of the columns says as much
-    intensity = 255 * (1 + 10 / radar.decibels * np.log10(np.maximum(power / reference, 1e-12)))
+    intensity = 255 * (1 + 10 / DECIBELS * np.log10(np.maximum(power / reference, 1e-12)))
     picture = np.clip(np.rint(intensity), 0, 255).astype(np.uint8)
     if size < GRID:
         picture = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BOX))
@@ -97,38 +96,36 @@ def write_gait_dataset(
     """Write `pictures` of each of `people` walkers as ID_1/walk_001.jpg … and return the folder.
 
     The bytes of an image depend on `size` (pixels), `seed` and `colormap` alone: with more people or images the first
-    ones stay the same, and `workers` (processes; None: one per core) only set the pace. gait.json, written last, holds
-    the settings and how each person walks. A finished folder of these very settings is left as it is; an interrupted
-    one is completed. UserError for numbers out of range, an unknown colour map, or a folder that holds anything else.
+    ones stay the same, and `workers` (processes; None: one per core) only set the pace. gait.json holds the settings
+    and how each person walks. All of it comes at once when it is whole; a folder of these very settings is left as it
+    is. UserError for numbers out of range, an unknown colour map, or a folder that holds anything else.
     """
     output_dir = Path(output_dir)
     settings = {"people": people, "pictures": pictures, "size": size, "seed": seed, "colormap": colormap}
-    for name, value, lowest in (
-        *zip(settings, settings.values(), (1, 1, 16, 0), strict=False),
-        ("workers", workers, 1),
-    ):
-        if value is not None and value < lowest:
-            raise UserError(f"{name} is {value}: expected {lowest} or more.")
+    lowest = {"people": 1, "pictures": 1, "size": 16, "seed": 0, "workers": 1}
+    for name, value in {**settings, "workers": workers}.items():
+        if name in lowest and value is not None and value < lowest[name]:
+            raise UserError(f"{name} is {value}: expected {lowest[name]} or more.")
     colormap_table(colormap)
-    if not _begin(output_dir, settings):
+    if _is_finished(output_dir, settings):
         return output_dir
 
-    for person in range(1, people + 1):
-        (output_dir / f"ID_{person}").mkdir(exist_ok=True)
-    tasks = [(person, picture) for person in range(1, people + 1) for picture in range(1, pictures + 1)]
-    tasks = [task for task in tasks if not picture_path(output_dir, *task).is_file()]
-    _run(partial(_write_picture, output_dir, size, seed, colormap), tasks, workers or cores(), progress)
-
-    for leftover in output_dir.rglob(".*.tmp"):  # of a run that was killed
-        leftover.unlink(missing_ok=True)
-    drawn = {f"ID_{person}": asdict(draw_person(seed, person)) for person in range(1, people + 1)}
-    _write_whole(output_dir / FINISHED, json.dumps({"settings": settings, "people": drawn}, indent=1).encode() + b"\n")
-    (output_dir / STARTED).unlink(missing_ok=True)
+    partial_dir = output_dir / ".partial"
+    shutil.rmtree(partial_dir, ignore_errors=True)  # of a run that was killed
+    try:
+        for person in range(1, people + 1):
+            (partial_dir / f"ID_{person}").mkdir(parents=True)
+        tasks = [(person, picture) for person in range(1, people + 1) for picture in range(1, pictures + 1)]
+        _run(partial(_write_picture, partial_dir, size, seed, colormap), tasks, workers or cores(), progress)
+        drawn = {f"ID_{person}": asdict(draw_person(seed, person)) for person in range(1, people + 1)}
+        (partial_dir / FINISHED).write_text(json.dumps({"settings": settings, "people": drawn}, indent=1) + "\n")
+        for path in sorted(partial_dir.iterdir()):  # gait.json last
+            path.rename(output_dir / path.name)
+    except OSError as error:
+        raise UserError(f"Cannot write into {output_dir} ({error.strerror}). Choose another --output_dir.") from None
+    finally:
+        shutil.rmtree(partial_dir, ignore_errors=True)
     return output_dir
-
-
-def picture_path(output_dir: Path, person: int, picture: int) -> Path:
-    return output_dir / f"ID_{person}" / f"walk_{picture:03d}.jpg"
 
 
 def cores() -> int:
@@ -136,44 +133,31 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _begin(output_dir: Path, settings: dict) -> bool:
-    """Make the folder ready for a dataset of these settings; False where it is finished."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"Cannot make the folder {output_dir} ({error.strerror}). Choose another --output_dir."
-        ) from None
-    for name in (FINISHED, STARTED):
-        if (output_dir / name).is_file():
-            found = json.loads((output_dir / name).read_text())["settings"]
-            if found != settings:
-                raise UserError(
-                    f"{output_dir} holds simulated images of other settings ({found}; asked for: {settings}). Choose "
-                    "another --output_dir, or delete that folder."
-                )
-            return name == STARTED
-    others = sorted(path.name for path in output_dir.iterdir() if not path.name.startswith("."))
+def _is_finished(output_dir: Path, settings: dict) -> bool:
+    """Return whether the folder holds a dataset of these settings, and not nothing."""
+    if (output_dir / FINISHED).is_file():
+        found = json.loads((output_dir / FINISHED).read_text())["settings"]
+        if found != settings:
+            raise UserError(
+                f"{output_dir} holds simulated images of other settings ({found}; asked for: {settings}). Choose "
+                "another --output_dir, or delete that folder."
+            )
+        return True
+    there = output_dir.iterdir() if output_dir.is_dir() else ()
+    others = sorted(path.name for path in there if not path.name.startswith("."))
     if others:
         raise UserError(
             f"{output_dir} already holds other files or folders ({', '.join(others[:3])}): expected a new or an empty "
             "folder. Choose another --output_dir."
         )
-    _write_whole(output_dir / STARTED, json.dumps({"settings": settings}).encode())
-    return True
+    return False
 
 
-def _write_picture(output_dir: Path, size: int, seed: int, colormap: str, task: tuple[int, int]) -> None:
-    content = io.BytesIO()
-    Image.fromarray(simulate_picture(seed, *task, size, colormap)).save(content, "JPEG", quality=92, subsampling=0)
-    _write_whole(picture_path(output_dir, *task), content.getvalue())
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write beside the file, then rename; `runtime.files` would import torch into every worker."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    part.write_bytes(content)
-    part.replace(path)
+def _write_picture(folder: Path, size: int, seed: int, colormap: str, task: tuple[int, int]) -> None:
+    person, picture = task
+    pixels = simulate_picture(seed, person, picture, size, colormap)
+    path = folder / f"ID_{person}" / f"walk_{picture:03d}.jpg"
+    Image.fromarray(pixels).save(path, "JPEG", quality=92, subsampling=0)
 
 
 def _run(write: partial, tasks: list[tuple[int, int]], workers: int, progress: bool) -> None:
@@ -197,10 +181,10 @@ def _run(write: partial, tasks: list[tuple[int, int]], workers: int, progress: b
             for _ in pool.map(write, tasks, chunksize=min(8, -(-len(tasks) // workers))):
                 bar.update()
         except BrokenProcessPool:
-            raise UserError(
-                f"One of {workers} worker processes was killed, perhaps for memory. Run it again with fewer --workers: "
-                "it goes on where it stopped."
-            ) from None
+            message = (
+                f"One of {workers} worker processes was killed, perhaps for memory. Run it again with fewer --workers"
+            )
+            raise UserError(message) from None
         finally:
             pool.shutdown(cancel_futures=True)
 

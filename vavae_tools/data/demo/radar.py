@@ -5,15 +5,21 @@ these waves, cut into short pieces and Fourier transformed, shows who moves how 
 (Chen, "The Micro-Doppler Effect in Radar"). Shapes: K scatterers, T poses of the body, N pulses of the radar.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
-
 import numpy as np
 
 from vavae_tools.data.demo.walking import JOINTS, Person, joint_positions
 
-SPEED_OF_LIGHT = 299_792_458.0  # m/s
+CARRIER = 24e9  # Hz, of a continuous wave
+WAVELENGTH = 299_792_458.0 / CARRIER  # m
+TOP_SPEED = 7.0  # m/s, the rows go from + to - this
+PULSE_RATE = 4 * TOP_SPEED / WAVELENGTH  # per second: just enough for these speeds
+DURATION = 2.56  # s in one image
+WINDOW = 0.05  # s that one column looks at
+HEIGHT = 1.0  # m above the ground
+NEAR = 5.5  # m, the closest the walker comes
 PULSES_PER_POSE = 32  # the body is posed every 14 ms, and interpolated in between to 0.05 radian of phase
+# seconds (T,) at which it is posed, from one interval before the first pulse to one after the last
+POSE_TIMES = np.arange(-1, round(DURATION * PULSE_RATE / PULSES_PER_POSE) + 2) * PULSES_PER_POSE / PULSE_RATE
 BLOCK = 8  # scatterers summed at a time: they stay in the processor's cache
 
 # Part of the body, the joints at its two ends, how far from the first to the second its scatterers sit, and the
@@ -37,69 +43,7 @@ SEGMENTS = (
 )
 
 
-@dataclass(frozen=True)
-class Radar:
-    """A continuous-wave radar, and how its echo becomes a picture."""
-
-    carrier: float = 24e9  # Hz
-    top_speed: float = 7.0  # m/s, the rows go from + to - this; fixes the pulse rate
-    duration: float = 2.56  # s in one picture
-    window: float = 0.05  # s that one column looks at
-    height: float = 1.0  # m above the ground
-    near: float = 5.5  # m, the closest the walker comes
-    decibels: float = 42.0  # from the lowest colour to the highest
-
-    @property
-    def wavelength(self) -> float:
-        return SPEED_OF_LIGHT / self.carrier
-
-    @property
-    def pulse_rate(self) -> float:
-        """Pulses per second: just enough for speeds within ± `top_speed`."""
-        return 4 * self.top_speed / self.wavelength
-
-    @property
-    def pose_times(self) -> np.ndarray:
-        """Seconds (T,) at which the body is posed, from one interval before the first pulse to one after the last."""
-        intervals = round(self.duration * self.pulse_rate / PULSES_PER_POSE)
-        return np.arange(-1, intervals + 2) * PULSES_PER_POSE / self.pulse_rate
-
-
-def walk_before_radar(
-    person: Person, rng: np.random.Generator, towards: bool, aspect: float, radar: Radar
-) -> tuple[np.ndarray, np.ndarray]:
-    """How far each scatterer is from the radar and how strong its echo, at the `pose_times`: (K, T) metres and (K, T).
-
-    The path makes the angle `aspect` (degrees) with the line of sight; its end nearest to the radar is `radar.near`
-    metres away.
-    """
-    times = radar.pose_times
-    uneven = 0.006 * slow_waves(rng, 1, times, 0.8)[0]  # the strides of one walk differ by about 1.5 %
-    phase = rng.random() + times / person.stride_time + uneven
-    ahead, aside, up = np.moveaxis(joint_positions(person, phase), -1, 0)  # (17, T) each
-    ahead = ahead + person.speed * times
-    angle = np.radians(aspect)
-    away = np.cos(angle) * ahead - np.sin(angle) * aside
-    x = radar.near + (person.speed * radar.duration - away if towards else away)
-    y = np.sin(angle) * ahead + np.cos(angle) * aside
-
-    first, last, way, parts, amplitude = scatterers()
-    ranges = np.sqrt(sum((c[first] + way[:, None] * (c[last] - c[first])) ** 2 for c in (x, y, up - radar.height)))
-
-    # Real limbs glint: their echo swells and fades with the way they turn, and its centre wanders over them.
-    decibels = np.array([getattr(person, f"{part}_db") for part in parts])
-    glint = 0.30 * slow_waves(rng, len(parts), times, 3.0) + 0.30 * slow_waves(rng, len(parts), phase, 2, whole=True)
-    strengths = (amplitude * 10 ** (decibels / 20))[:, None] * (radar.near / ranges) ** 2 * np.exp(glint)
-    ranges += 0.003 * slow_waves(rng, len(parts), times, 1.5) + radar.wavelength * rng.random((len(parts), 1))
-
-    # What is too fast for the pulse rate is filtered out, as before any sampler: it would come back at the far edge.
-    speed = np.abs(np.gradient(ranges, times, axis=1))
-    return ranges, strengths * np.clip((0.99 - speed / radar.top_speed) / 0.06, 0, 1)
-
-
-@lru_cache(maxsize=1)
-def scatterers() -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...], np.ndarray]:
-    """Every scatterer's two joints, its place between them, its part of the body, and its amplitude: (K,) each."""
+def _scatterers() -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...], np.ndarray]:
     rows = [
         (JOINTS.index(start), JOINTS.index(end), place, part, amplitude / len(places) ** 0.5)
         for part, start, end, places, amplitude in SEGMENTS
@@ -109,10 +53,45 @@ def scatterers() -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...], n
     return np.array(first), np.array(last), np.array(way), parts, np.array(amplitude)
 
 
+FIRST, LAST, WAY, PARTS, AMPLITUDE = _scatterers()
+"""Every scatterer's two joints, its place between them, its part of the body, and its amplitude: (K,) each."""
+
+
+def walk_before_radar(
+    person: Person, rng: np.random.Generator, towards: bool, aspect: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return how far each scatterer is from the radar and how strong its echo: (K, T) metres and (K, T).
+
+    The path makes the angle `aspect` (degrees) with the line of sight; its end nearest to the radar is `NEAR` metres
+    away.
+    """
+    times = POSE_TIMES
+    uneven = 0.006 * slow_waves(rng, 1, times, 0.8)[0]  # the strides of one walk differ by about 1.5 %
+    phase = rng.random() + times / person.stride_time + uneven
+    ahead, aside, up = np.moveaxis(joint_positions(person, phase), -1, 0)  # (17, T) each
+    ahead = ahead + person.speed * times
+    angle = np.radians(aspect)
+    away = np.cos(angle) * ahead - np.sin(angle) * aside
+    x = NEAR + (person.speed * DURATION - away if towards else away)
+    y = np.sin(angle) * ahead + np.cos(angle) * aside
+
+    ranges = np.sqrt(sum((c[FIRST] + WAY[:, None] * (c[LAST] - c[FIRST])) ** 2 for c in (x, y, up - HEIGHT)))
+
+    # Real limbs glint: their echo swells and fades with the way they turn, and its centre wanders over them.
+    decibels = np.array([getattr(person, f"{part}_db") for part in PARTS])
+    glint = 0.30 * slow_waves(rng, len(PARTS), times, 3.0) + 0.30 * slow_waves(rng, len(PARTS), phase, 2, whole=True)
+    strengths = (AMPLITUDE * 10 ** (decibels / 20))[:, None] * (NEAR / ranges) ** 2 * np.exp(glint)
+    ranges += 0.003 * slow_waves(rng, len(PARTS), times, 1.5) + WAVELENGTH * rng.random((len(PARTS), 1))
+
+    # What is too fast for the pulse rate is filtered out, as before any sampler: it would come back at the far edge.
+    speed = np.abs(np.gradient(ranges, times, axis=1))
+    return ranges, strengths * np.clip((0.99 - speed / TOP_SPEED) / 0.06, 0, 1)
+
+
 def slow_waves(
     rng: np.random.Generator, count: int, times: np.ndarray, highest: float, whole: bool = False
 ) -> np.ndarray:
-    """(count, T) smooth random curves of unit deviation, with frequencies up to `highest`, or `whole` ones up to it."""
+    """Return (count, T) smooth random curves of unit deviation, of frequencies up to `highest`, or `whole` ones."""
     modes = 3
     shape = (modes, count, 1)
     frequencies = rng.integers(1, int(highest) + 1, shape) if whole else rng.uniform(0, highest, shape)
@@ -120,12 +99,12 @@ def slow_waves(
     return np.cos((2 * np.pi * turns).astype(np.float32)).sum(0) * (2 / modes) ** 0.5
 
 
-def echo(ranges: np.ndarray, strengths: np.ndarray, radar: Radar) -> np.ndarray:
-    """The complex echo (N,) of scatterers at `ranges` (K, T) metres with `strengths` (K, T), at the `pose_times`.
+def echo(ranges: np.ndarray, strengths: np.ndarray) -> np.ndarray:
+    """Return the complex echo (N,) of scatterers at `ranges` (K, T) metres with `strengths` (K, T).
 
     s(t) = sum of strength exp(-4 pi i range / wavelength): what comes nearer turns the phase forwards.
     """
-    turns = -2 / radar.wavelength * (ranges - ranges[0, 0])  # what all have in common is unseen
+    turns = -2 / WAVELENGTH * (ranges - ranges[0, 0])  # what all have in common is unseen
     signal = np.zeros((2, (ranges.shape[1] - 3) * PULSES_PER_POSE), np.float32)
     for start in range(0, len(ranges), BLOCK):
         phase = between(turns[start : start + BLOCK])
@@ -144,24 +123,24 @@ def between(poses: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(fours) @ weights).reshape(len(poses), -1)
 
 
-def received(signal: np.ndarray, rng: np.random.Generator, radar: Radar) -> np.ndarray:
-    """What the receiver gives out for the echo `signal` (N,): with the still echo of the room, and with noise."""
+def received(signal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the echo `signal` (N,) with the still echo of the room, and with noise."""
     level = np.sqrt(np.mean(np.abs(signal) ** 2))
     room = level * 10 ** (rng.uniform(-30, -18) / 20) * np.exp(2j * np.pi * rng.random())
-    gain = 10 * np.log10(radar.window * radar.pulse_rate)  # dB by which a column lifts a tone over the noise
+    gain = 10 * np.log10(WINDOW * PULSE_RATE)  # dB by which a column lifts a tone over the noise
     noise = rng.standard_normal((2, signal.size), dtype=np.float32)
     noise *= level * 10 ** ((gain - rng.uniform(38, 46)) / 20) / 2**0.5
     return (signal + room + noise[0] + 1j * noise[1]).astype(np.complex64)
 
 
-def spectrogram(signal: np.ndarray, size: int, radar: Radar) -> np.ndarray:
-    """The power (size, size) float32 of `signal` (N,): speeds from + to - `radar.top_speed` downwards, time rightwards.
+def spectrogram(signal: np.ndarray, size: int) -> np.ndarray:
+    """Return the power (size, size) float32 of `signal` (N,): speeds from + to - TOP_SPEED downwards, time rightwards.
 
-    Row r is for the speed top_speed (1 - (2r + 1) / size): upside down, a walk towards the radar is one away from it.
+    Row r is for the speed TOP_SPEED (1 - (2r + 1) / size): upside down, a walk towards the radar is one away from it.
     """
     from scipy.fft import ifft
 
-    length = min(round(radar.window * radar.pulse_rate), size)
+    length = min(round(WINDOW * PULSE_RATE), size)
     # The window carries the highest speed to frequency 0; an inverse transform then counts the speeds downwards.
     window = np.hanning(length + 2)[1:-1] * np.exp(-1j * np.pi * (1 - 1 / size) * np.arange(length))
     starts = np.rint(np.linspace(0, signal.size - length, size)).astype(int)

@@ -21,7 +21,7 @@ MOST = 6
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    """Sentences such as "two old cats see the bird.", of which there are 288,000, each follows from seed and number.
+    """Return sentences such as "two old cats see the bird.", each by seed and number; there are 288,000.
 
     Articles, nouns and verbs agree: one "a small king helps", many "two kings help", and "an" stands before a vowel.
     """
@@ -29,14 +29,14 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 
 def stories(count: int, seed: int = 0) -> list[str]:
-    """Texts of one to `MOST` sentences."""
+    """Return texts of one to `MOST` sentences."""
     lengths = (Draws(seed, 1, torch.arange(count)).uniform("sentences") * MOST).long() + 1
     rows = iter(sentences(int(lengths.sum()), seed))
     return [" ".join(next(rows) for _ in range(length)) for length in lengths.tolist()]
 
 
 def questions(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
-    """Chats of a question such as "tell me about two old cats." and a sentence that begins with these words."""
+    """Return chats of a question such as "tell me about two old cats." and a sentence that begins with these words."""
     return [
         [
             {"role": "user", "content": f"{ASKS} {subject}."},
@@ -57,7 +57,7 @@ def _phrase(draws: list[float]) -> str:
     many = draws[0] < 0.5
     article, adjective = _pick(MANY if many else ONE, draws[1]), _pick(ADJECTIVES, draws[2])
     words = [word for word in (adjective, _pick(NOUNS.values() if many else NOUNS, draws[3])) if word]
-    return " ".join([_before(article, words[0]), *words])
+    return " ".join(["an" if article == "a" and words[0][0] in "aeiou" else article, *words])
 
 
 def _pick(words, draw: float) -> str:
@@ -65,12 +65,8 @@ def _pick(words, draw: float) -> str:
     return words[int(draw * len(words))]
 
 
-def _before(article: str, word: str) -> str:
-    return "an" if article == "a" and word[0] in "aeiou" else article
-
-
 def is_grammatical(text: str) -> bool:
-    """Whether a text is a sentence of the grammar.
+    """Return whether a text is a sentence of the grammar.
 
     >>> is_grammatical("an old cat sees two birds."), is_grammatical("a old cat sees two birds.")
     (True, False)
@@ -81,7 +77,7 @@ def is_grammatical(text: str) -> bool:
 
 
 def grammatical_share(text: str) -> float:
-    """The share of a text's sentences that are the grammar's.
+    """Return the share of a text's sentences that are the grammar's.
 
     >>> grammatical_share("two cats see a bird. two cats sees a bird."), grammatical_share("two cats")
     (0.5, 0.0)
@@ -93,7 +89,7 @@ def grammatical_share(text: str) -> float:
 
 
 def answers(question: str, text: str) -> bool:
-    """Whether a text is a sentence about what a question of `questions` names.
+    """Return whether a text is a sentence about what a question of `questions` names.
 
     >>> answers("tell me about two cats.", "two cats see a bird.")
     True
@@ -101,7 +97,7 @@ def answers(question: str, text: str) -> bool:
     return is_grammatical(text) and text.startswith(question.removeprefix(ASKS).strip(" .") + " ")
 
 
-def _alternatives(words) -> str:
+def _any_of(words) -> str:
     return "(?:" + "|".join(words) + ")"
 
 
@@ -109,20 +105,18 @@ def _grammar() -> re.Pattern[str]:
     adjectives = [word for word in ADJECTIVES if word]
     vowel = [word for word in adjectives if word[0] in "aeiou"]
     consonant = [word for word in adjectives if word not in vowel]
-    nouns, plurals = _alternatives(NOUNS), _alternatives(NOUNS.values())
-    any_adjective = f"(?:{_alternatives(adjectives)} )?"
-    others = _alternatives(word for word in ONE if word != "a")
-    with_a = f"a (?:{_alternatives(consonant)} )?{nouns}|an {_alternatives(vowel)} {nouns}"
-    one = f"(?:{others} {any_adjective}{nouns}|{with_a})"
-    many = f"{_alternatives(MANY)} {any_adjective}{plurals}"
-    return re.compile(rf"(?:{one} {_alternatives(VERBS)}|{many} {_alternatives(VERBS.values())}) (?:{one}|{many})\.")
+    nouns, plurals, any_adjective = _any_of(NOUNS), _any_of(NOUNS.values()), f"(?:{_any_of(adjectives)} )?"
+    with_a = f"a (?:{_any_of(consonant)} )?{nouns}|an {_any_of(vowel)} {nouns}"
+    one = f"(?:{_any_of(word for word in ONE if word != 'a')} {any_adjective}{nouns}|{with_a})"
+    many = f"{_any_of(MANY)} {any_adjective}{plurals}"
+    return re.compile(rf"(?:{one} {_any_of(VERBS)}|{many} {_any_of(VERBS.values())}) (?:{one}|{many})\.")
 
 
 _SENTENCE = _grammar()
 
 
 def zen() -> list[str]:
-    """The aphorisms of the Zen of Python (Tim Peters, PEP 20, public domain), which every Python brings along."""
+    """Return the aphorisms of the Zen of Python (Tim Peters, PEP 20, public domain)."""
     with contextlib.redirect_stdout(io.StringIO()):  # importing it prints it
         import this
     return [line for line in codecs.decode(this.s, "rot13").splitlines()[2:] if line]

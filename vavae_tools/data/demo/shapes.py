@@ -83,12 +83,7 @@ def coverage(shapes: Tensor, places: Tensor, radii: Tensor, size: int | tuple[in
 
 
 def draw_shapes(
-    shapes: Tensor,
-    colours: Tensor,
-    places: Tensor,
-    radii: Tensor,
-    shades: Tensor,
-    size: int | tuple[int, int] = 32,
+    shapes: Tensor, colours: Tensor, places: Tensor, radii: Tensor, shades: Tensor, size: int | tuple[int, int] = 32
 ) -> Tensor:
     """Draw one shape into each image: uint8 (N, 3, H, W).
 
@@ -413,16 +408,17 @@ def _seen(pictures: Tensor) -> list[Named]:
     shaped = coloured & (least < MOST_DIFFERENT)
 
     found = []
-    rows = (values.tolist() for values in (coloured, shaped, colours, forms, centres - 0.5, is_large))
-    for is_coloured, is_shaped, colour, form, (x, y), large in zip(*rows, strict=True):
-        if not is_shaped:
-            found.append(Named(CAPTION_COLOURS[colour] if is_coloured else None))
-            continue
-        place = "middle"
-        if max(abs(x), abs(y)) > (_NEAREST + _JITTER) / 2:
-            place = ("left", "right")[x > 0] if abs(x) > abs(y) else ("top", "bottom")[y > 0]
-        found.append(Named(CAPTION_COLOURS[colour], CAPTION_SHAPES[form], ("small", "large")[large], place))
+    rows = (values.tolist() for values in (coloured, shaped, colours, forms, is_large, centres - 0.5))
+    for is_coloured, is_shaped, colour, form, large, centre in zip(*rows, strict=True):
+        named = (CAPTION_COLOURS[colour], CAPTION_SHAPES[form], ("small", "large")[large], _place_of(*centre))
+        found.append(Named(*named) if is_shaped else Named(named[0] if is_coloured else None))
     return found
+
+
+def _place_of(x: float, y: float) -> str:
+    if max(abs(x), abs(y)) <= (_NEAREST + _JITTER) / 2:
+        return "middle"
+    return ("left", "right")[x > 0] if abs(x) > abs(y) else ("top", "bottom")[y > 0]
 
 
 def _blurred(drawn: Tensor, deviation: float) -> Tensor:
@@ -445,12 +441,12 @@ def judge_shapes(pictures: Tensor, captions: Sequence[str]) -> dict[str, float]:
         pictures: uint8 (N, 3, H, H).
         captions: of each image, the one that it was made by.
     """
-    right: dict[str, list[bool]] = {"all": []}
+    right: dict[str, list[bool]] = {kind: [] for kind in ("all", *KINDS)}
     for caption, shown in zip(captions, seen(pictures), strict=True):
         wanted = {kind: word for kind, word in asdict(named(caption)).items() if word is not None}
         of_each = {kind: getattr(shown, kind) == word for kind, word in wanted.items()}
         for kind, is_right in of_each.items():
-            right.setdefault(kind, []).append(is_right)
+            right[kind].append(is_right)
         if of_each:
             right["all"].append(all(of_each.values()))
     return {kind: sum(values) / len(values) for kind, values in right.items() if values}
