@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vavae_tools import prepare_environment
 from vavae_tools.recipes.presets import find_preset
 from vavae_tools.runtime import machine
-from vavae_tools.runtime.card import prepare_environment
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine, find_machine
 from vavae_tools.training import devices

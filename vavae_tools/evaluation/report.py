@@ -22,10 +22,9 @@ from vavae_tools.evaluation.metrics import (
     percent,
 )
 from vavae_tools.plots import plot_bars, show_rows
-from vavae_tools.runtime.card import take_card
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import write_json, written_whole
-from vavae_tools.runtime.machine import find_device, release_memory
+from vavae_tools.runtime.machine import find_device, release_memory, take_card
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,19 +23,19 @@ _RECORD = "\x1e"  # begins a line that is not text; ASCII's record separator
 
 
 def in_notebook() -> bool:
-    """Whether this code runs in a notebook's kernel, and not merely beside one."""
+    """Return whether this code runs in a notebook's kernel."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return getattr(shell, "kernel", None) is not None
 
 
 def for_a_cell() -> bool:
-    """Whether this is the process whose output a notebook's cell shows (`launch.run_ranks`)."""
+    """Return whether this is the process whose output a notebook's cell shows (`launch.call_on_ranks`)."""
     return CELL in os.environ and os.environ.get("LOCAL_RANK") == "0"
 
 
 def someone_looks() -> bool:
-    """Whether a bar that moves has a reader: a screen or a notebook, not a file."""
+    """Return whether progress bars are displayed: on a screen or in a notebook, not in a file."""
     return sys.stderr.isatty() or in_notebook() or for_a_cell()
 
 
@@ -63,7 +63,7 @@ def send_picture(picture: Any) -> None:
 
 
 def show_record(line: str, bars: dict[int, Any], show: Callable[[Any], None] | None = None) -> bool:
-    """Show what `send_record` sent: a bar's state or a picture; False for a line of text.
+    """Show what `send_record` sent, a bar's state or a picture; return False for a line of text.
 
     Args:
         bars: those that are shown, by number; changed here.
@@ -107,7 +107,7 @@ def _show_picture(path: Path, show: Callable[[Any], None] | None) -> None:
 
 
 def bars_into_cell() -> None:
-    """Let all bars of tqdm in this process move in the cell, where one shows its output; before they are imported."""
+    """Let all bars of tqdm that are imported from now on move in the cell, where one shows this process's output."""
     if not for_a_cell():
         return
     import tqdm.auto

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from vavae_tools.runtime.card import take_card
 from vavae_tools.runtime.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
 
+LEAST_ROOM = 2**30
+"""Bytes: less than CUDA's context, its libraries' workspaces and the smallest training take."""
 _MEMORY_FAULT = re.compile(
     r"CUDA[\w ':]*out of memory|(CUBLAS|CUDNN|CUSPARSE|CUSOLVER)_STATUS_ALLOC_FAILED"
     r"|DefaultCPUAllocator: (can't allocate|not enough) memory|HIP out of memory",
@@ -51,10 +52,9 @@ class Machine:
 
 
 def find_machine() -> Machine:
-    """Look which devices there are, and whether this torch can use them.
+    """Return the devices that this torch can use.
 
-    A card that this build of torch has no code for says `is_available()` and fails at its first operation (a P100 on
-    Kaggle's image): it is named in a warning and the CPU taken.
+    A card that this build of torch has no code for (a P100 on Kaggle's image) is named in a warning, and the CPU taken.
     """
     if not torch.cuda.is_available():
         return Machine("cpu", 1, "CPU")
@@ -76,12 +76,12 @@ def find_machine() -> Machine:
 
 
 def find_device() -> str:
-    """The device to run a model on here, "cuda" or "cpu"."""
+    """Return the device to run a model on here, "cuda" or "cpu"."""
     return "cpu" if find_machine().kind == "cpu" else "cuda"
 
 
 def device_of(number: int) -> str:
-    """The device of process number 0, 1, … on this machine, which is then the process's own: "cuda:0", …, or "cpu".
+    """Take the device of process number 0, 1, … on this machine, and return it: "cuda:0", …, or "cpu".
 
     Raises:
         UserError: there are fewer GPUs than processes, or one that another process holds.
@@ -97,16 +97,39 @@ def device_of(number: int) -> str:
     return f"cuda:{number}"
 
 
+def take_card(number: int = 0) -> None:
+    """Let "cuda" mean this card in this process, where there is one.
+
+    Raises:
+        UserError: less than `LEAST_ROOM` is free beside what this process holds, or another process keeps the card.
+    """
+    if not torch.cuda.is_available() or number >= torch.cuda.device_count():
+        return
+    try:
+        if number:
+            torch.cuda.set_device(number)
+        free, total = torch.cuda.mem_get_info(number)
+        room = free + torch.cuda.memory_reserved(number)
+        what = f"{free / 2**30:.1f} of its {total / 2**30:.1f} GiB free"
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not any(word in reason.lower() for word in ("out of memory", "busy")):
+            raise
+        room, what = 0, f"no room for this process ({reason})"
+    if room < LEAST_ROOM:
+        raise UserError(
+            f"GPU {number} has {what}: another process holds it, such as a notebook's other kernel or a run that "
+            "still goes on (nvidia-smi names it). End that one, or restart the notebook's kernels, and try again"
+        )
+
+
 def machine_of(device: str | torch.device) -> Machine:
-    """What there is to compute on where this is the device."""
+    """Return what there is to compute on where this is the device."""
     return find_machine() if torch.device(device).type == "cuda" else Machine("cpu", 1, "CPU")
 
 
 def release_memory() -> None:
-    """Give back to the card what this process keeps of it without a tensor in it: for what comes next, and for others.
-
-    A stage that ends, such as an encoding, would else hold it as long as its process lives.
-    """
+    """Give back to the card what this process keeps of its memory without a tensor in it."""
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         with suppress(RuntimeError):  # of an earlier fault of the card
@@ -134,11 +157,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that a step frees, for the next step: for training on a CPU.
-
-    glibc gives large blocks back to the system, which hands them out again page by page and zeroed, thousands of times
-    a step. The peak stays the same. Elsewhere than with glibc nothing happens.
-    """
+    """Let this process keep the memory that a step on a CPU frees, where glibc would give it back each time."""
     with suppress(OSError, AttributeError):
         adjust = ctypes.CDLL(None).mallopt
         adjust(-4, 0)  # M_MMAP_MAX: none of the blocks comes from the system alone
@@ -147,11 +166,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def at_work(model: Any, device: str | torch.device) -> Iterator[None]:
-    """Have a model on a device; afterwards it is where it was, and the card's memory is given back.
-
-    Args:
-        model: an `nn.Module`, or what has `device` and `to`.
-    """
+    """Have a model (an `nn.Module`, or what has `device` and `to`) on a device, and afterwards where it was."""
     device, home = torch.device(device), _device_of(model)
     try:
         model.to(device)

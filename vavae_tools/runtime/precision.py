@@ -16,11 +16,7 @@ P, R = ParamSpec("P"), TypeVar("R")
 
 
 def in_float32(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate what half precision makes wrong: autocast is off in it, and tensors in half precision come as float32.
-
-    Sums over pictures, windows and neighbours lose their last digits there: an SSIM of 1 became 0.66. Gradients flow
-    through as before.
-    """
+    """Decorate what half precision makes wrong (an SSIM of 1 became 0.66): it computes in float32, without autocast."""
 
     @functools.wraps(function)
     def computed(*arguments: P.args, **named: P.kwargs) -> R:
@@ -44,12 +40,10 @@ _ALSO = {"fp16": "16", "fp32": "32", "float32": "32", "no": "32", "False": "32"}
 
 # ---- how networks compute
 def precision_on(machine: Machine, name: str | None = None) -> str:
-    """A precision as people type it → its name in `PRECISIONS`; None: the machine's own.
-
-    That is fp16 on a T4, bf16 from compute capability 8.0 on, and float32 on a CPU.
+    """Return a precision's name in `PRECISIONS`; None: fp16 on a T4, bf16 on newer cards, float32 on a CPU.
 
     Raises:
-        UserError: a precision that there is not, or that this machine does many times slower.
+        UserError: there is no such precision, or this machine emulates it.
     """
     if name is None:
         return {"cpu": "32", "t4": "16", "ampere": "bf16"}[machine.kind]
@@ -64,27 +58,20 @@ def precision_on(machine: Machine, name: str | None = None) -> str:
 
 
 def computing_in(precision: str, device: str | torch.device) -> torch.autocast:
-    """Let matrix products and convolutions compute in a precision of `PRECISIONS`, by autocast; "32": in the weights'.
-
-    It holds whatever is set around it.
-    """
+    """Return autocast to a precision of `PRECISIONS`; "32" switches it off."""
     return torch.autocast(torch.device(device).type, HALF.get(precision), enabled=precision in HALF)
 
 
 def for_inference(model: Model, device: str | torch.device) -> Model:
-    """Lay the weights of convolutions out as a card takes them fastest, in place; on a CPU nothing happens.
-
-    Numbers, names and files stay the same.
-    """
+    """Lay the weights of convolutions out as a card takes them fastest, in place; on a CPU nothing happens."""
     return model.to(memory_format=torch.channels_last) if torch.device(device).type == "cuda" else model
 
 
 @contextmanager
 def trying_convolutions() -> Iterator[None]:
-    """Let cuDNN try its convolutions and keep the fastest: for many batches of one size, as a new one takes seconds.
+    """Let cuDNN try its convolutions and keep the fastest, but under `torch.use_deterministic_algorithms`.
 
-    Which one wins may change from run to run, and with it last bits: under `torch.use_deterministic_algorithms` none is
-    tried.
+    This is for many batches of one size, as a new one takes seconds.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
@@ -125,7 +112,7 @@ class Computing:
 
     @property
     def in_half(self) -> bool:
-        """Whether there is a reason to try again in float32."""
+        """Return whether there is a reason to try again in float32."""
         return self.precision != "32"
 
     def __call__(self, function: Callable[[], R]) -> R:

@@ -22,19 +22,20 @@ _LONG = timedelta(days=7)
 
 @dataclass
 class Ranks:
-    """This process's place among those that work together; without arguments, the only one."""
+    """This process's place among those that work together; without arguments, the only one.
+
+    `local_rank` is its place on this machine, the number of its device; `counts` stand in for a store where it is alone.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """place among those of this machine, and so the number of its device"""
     store: Any = None
     counts: dict[str, int] = field(default_factory=dict)
-    """of the only one, in a store's place"""
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """As torchrun or `launch.run_ranks` started this process; alone if neither did."""
+        """Return the place that torchrun or `launch` gave this process."""
         end_with_parent()
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
@@ -45,7 +46,7 @@ class Ranks:
         return cls(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store)
 
     def share(self, name: str, value: Any = None) -> Any:
-        """What the first process gives under this name, plain values, to all of them; the others wait for it."""
+        """Return to all what the first process gives under this name, plain values; the others wait for it."""
         if self.store is None:
             return value
         if self.rank == 0:
@@ -54,7 +55,7 @@ class Ranks:
         return json.loads(self.store.get(name))
 
     def add(self, name: str, number: int) -> int:
-        """Add to a count that all share → the sum so far; adding 0 reads it."""
+        """Add to a count that all share, and return the sum so far."""
         if self.store is None:
             self.counts[name] = self.counts.get(name, 0) + number
             return self.counts[name]
@@ -62,21 +63,18 @@ class Ranks:
 
 
 def is_first() -> bool:
-    """Whether this process is the first of a training, or the only one: it speaks, and writes what all share."""
+    """Return whether this process is the first of a training, or the only one."""
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
 
 
 def started_already() -> bool:
-    """Whether this is one of several processes, or the only one that torchrun was asked for."""
+    """Return whether torchrun or `launch` started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @cache
 def of_torchrun() -> Ranks:
-    """This process's place where torchrun or `launch` started it; alone elsewhere.
-
-    Lightning starts further processes once the first one has come to training: by then there is nothing to agree on.
-    """
+    """Return this process's place where torchrun or `launch` started it; elsewhere it is the only one."""
     return Ranks.from_environment() if started_already() else Ranks()
 
 
@@ -85,7 +83,7 @@ _TURNS = count(1)  # all processes pass the same blocks; the store keeps what wa
 
 @contextmanager
 def first_alone(name: str) -> Iterator[None]:
-    """The first process goes through this block alone; the others wait, and then find what it has made."""
+    """Let the first process go through this block before the others."""
     ranks = of_torchrun()
     turn = f"vavae {name} {next(_TURNS)}"
     if ranks.rank:
@@ -98,11 +96,11 @@ def first_alone(name: str) -> Iterator[None]:
 @cache
 def end_with_parent() -> None:
     """Let this process end when the one that started it does, however that ends."""
+
+    def wait() -> None:
+        while os.read(0, 1):  # not sys.stdin, whose lock would be held at exit
+            pass
+        os._exit(1)
+
     if PARENT in os.environ:
-        threading.Thread(target=_wait_for_the_end, daemon=True).start()
-
-
-def _wait_for_the_end() -> None:
-    while os.read(0, 1):  # not sys.stdin, whose lock would be held at exit
-        pass
-    os._exit(1)
+        threading.Thread(target=wait, daemon=True).start()

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from vavae_tools.runtime.card import take_card
 from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.machine import Machine, find_machine
+from vavae_tools.runtime.machine import Machine, find_machine, take_card
 from vavae_tools.runtime.precision import precision_on
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "deepspeed", "deepspeed_stage_2")
