@@ -24,7 +24,7 @@ _LONG = timedelta(days=7)
 class Ranks:
     """This process's place among those that work together; without arguments, the only one.
 
-    `local_rank` is its place on this machine, the number of its device; `counts` stand in for a store where it is alone.
+    `local_rank` is its place on this machine and its device's number; `counts` stand in for a store where it is alone.
     """
 
     rank: int = 0
