@@ -594,7 +594,7 @@ def rae_decoder(card: Any, case: Case) -> str:
     channels, height, width = rae.latent_shape
     pictures = Pictures(1000, rae.picture_size)
     batch = pictures.few(batch_size)
-    batch["tokens"] = torch.zeros(batch_size, height * width, channels, dtype=torch.float16)
+    batch["tokens"] = torch.zeros(batch_size, channels, height, width, dtype=torch.float16)
     fit(card, case, module, batch, ReconstructionPreviews(pictures.few(8), "."))
     return said_of(batch_size, checkpointing)
 

@@ -105,7 +105,9 @@ def test_parts_are_means_whatever_the_batch():
 def test_the_sum_is_weighted_and_its_parts_are_named():
     x, y = pictures().requires_grad_(), pictures(seed=1)
     latent = posterior(0.7, 0.4)
-    objective, parts = autoencoder_loss(PictureLoss(2.0, 0.5, 0.25), x, y, latent, kl_weight=0.1)
+    objective, parts = autoencoder_loss(
+        PictureLoss({"l1": 2.0, "gradient": 0.5, "spectral": 0.25}), x, y, latent, kl_weight=0.1
+    )
     assert set(parts) == {"l1", "gradient", "spectral", "reconstruction", "kl", "loss"}
     expected = 2 * l1(x, y) + 0.5 * gradient(x, y) + 0.25 * spectral(x, y)
     torch.testing.assert_close(parts["reconstruction"], expected)
@@ -117,24 +119,24 @@ def test_the_sum_is_weighted_and_its_parts_are_named():
 @pytest.mark.parametrize("weights", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (1, 0, 0, 1e-6), (0, 0, 0, 0, 2.0)])
 def test_weight_zero_removes_the_part(weights):
     names = ["l1", "gradient", "spectral", "kl", "perceptual"]
-    names = [name for name, weight in zip(names, weights, strict=False) if weight]
-    *of_pictures, kl_weight = weights[:4]
-    picture_loss = PictureLoss(*of_pictures, *weights[4:], lpips=lambda x, y: (x - y).square().mean(dim=(1, 2, 3)))
+    weights = {name: weight for name, weight in zip(names, weights, strict=False) if weight}
+    names, kl_weight = list(weights), weights.pop("kl", 0.0)
+    picture_loss = PictureLoss(weights, lpips=lambda x, y: (x - y).square().mean(dim=(1, 2, 3)))
     x = pictures().requires_grad_()
     _, parts = autoencoder_loss(picture_loss, x, pictures(seed=1), posterior(0.7, 0.4), kl_weight)
     assert set(parts) == {*names, "reconstruction", "loss"}
 
 
 def test_pictures_must_be_compared_by_something():
-    with pytest.raises(UserError, match="nothing compares the pictures"):
-        PictureLoss(0, 0, 0, 0)
+    with pytest.raises(UserError, match="nothing compares the images"):
+        PictureLoss({"l1": 0})
 
 
 def test_a_loss_that_is_not_finite_has_no_finite_gradient():
     x = pictures().requires_grad_()
     latent = posterior(0.7, 0.4)
     latent.mean[0, 0, 0, 0] = math.inf  # the KL is infinite, though no picture is
-    objective, parts = autoencoder_loss(PictureLoss(), x, pictures(seed=1), latent)
+    objective, parts = autoencoder_loss(PictureLoss({"l1": 1.0}), x, pictures(seed=1), latent)
     assert not parts["loss"].isfinite() and not torch.autograd.grad(objective, x)[0].isfinite().any()
 
 
@@ -162,7 +164,9 @@ def golden_loss(index: int):
     aligned = alignment_loss(F.conv2d(z, projection), io["aux_feature"], *margins)
     listens = case["runs"][index]["log"]["disc_factor"] == 1.0
     objective, parts = autoencoder_loss(
-        PictureLoss(1.0, 0.0, 0.0, 1.0, lpips=lambda x, y: io["perceptual_value"].flatten() + 0 * x.sum(dim=(1, 2, 3))),
+        PictureLoss(
+            {"l1": 1.0, "perceptual": 1.0}, lambda x, y: io["perceptual_value"].flatten() + 0 * x.sum(dim=(1, 2, 3))
+        ),
         reconstruction,
         io["inputs"],
         latent,

@@ -100,7 +100,7 @@ def parts():
 def test_the_loss_and_its_gradient_are_autograds_by_hand(parts):
     """The adversary's share is as strong at the last layer as the picture loss, times 0.75 (RAE)."""
     decoder, discriminator, x, y = parts
-    picture_loss = PictureLoss(0.5, 0, 0)
+    picture_loss = PictureLoss({"l1": 0.5})
     reference = 0.5 * (decoder(x) - y).abs().mean()
     against = -1e-4 * discriminator(decoder(x)).mean()
     norms = [
@@ -135,14 +135,14 @@ def test_the_adversarys_weight_is_limited(parts):
         "disc_weight": 0.5,
         "adversary_by": "means",
     }
-    _, found = autoencoder_loss(PictureLoss(1e4, 0, 0), decoder(x), y, **arguments)
+    _, found = autoencoder_loss(PictureLoss({"l1": 1e4}), decoder(x), y, **arguments)
     assert found["disc_weight"].item() == pytest.approx(0.5 * 1e4)
 
 
 def test_without_an_adversary_it_is_the_picture_loss(parts):
     decoder, _, x, y = parts
-    objective, found = autoencoder_loss(PictureLoss(1, 0.5, 0), decoder(x), y)
-    reference = PictureLoss(1, 0.5, 0)
+    objective, found = autoencoder_loss(PictureLoss({"l1": 1.0, "gradient": 0.5}), decoder(x), y)
+    reference = PictureLoss({"l1": 1.0, "gradient": 0.5})
     value = sum(weight * part(decoder(x), y) for part, weight in reference.parts.values())
     assert found["loss"].item() == pytest.approx(value.item())
     for mine, theirs in zip(
@@ -198,7 +198,7 @@ def test_mirrored_pictures_go_with_their_own_tokens(kept):
     rae = module._frozen["rae"]
     if kept:
         for name, mirrored in (("tokens", False), ("mirrored_tokens", True)):
-            features = FrozenEncoder(rae, mirrored)(to_unit(data.__getitems__(range(24))["pictures"]), (3, 3))
+            features = FrozenEncoder(rae, "", mirrored)(to_unit(data.__getitems__(range(24))["pictures"]), (3, 3))
             data.along[name] = features.half()
     batch = data.__getitems__(range(24))
     seen, tokens = module.looked_at(batch, Draws(0, 0, batch["index"]))
@@ -477,7 +477,7 @@ def test_a_look_takes_pictures_of_any_size_and_each_class(tmp_path):
         ({"perceptual_weight": 1.0}, "perceptual_weight needs LPIPS"),
         ({"noise_tau": -0.1}, "noise_tau -0.1 is a standard deviation"),
         ({"disc_start": 5, "generator_start": 4}, "generator_start 4 lies before disc_start 5"),
-        ({"l1_weight": 0.0}, "nothing compares the pictures"),
+        ({"l1_weight": 0.0}, "nothing compares the images"),
     ],
 )
 def test_a_module_that_cannot_be(changes, message):

@@ -5,7 +5,7 @@ weights mean the same at any batch and image size. Images are (B, C, H, W) in [-
 image: their total is ours times C·H·W.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -153,33 +153,20 @@ class PictureLoss:
     """The weighted sum of what compares images: `loss, parts = picture_loss(reconstruction, pictures)`.
 
     Args:
-        lpips: (reconstruction, pictures) → (B,), for `perceptual_weight`.
-        more: NAME_weight of others in `PICTURE_LOSSES`.
+        weights: by name, of `PICTURE_LOSSES` and of "perceptual"; 0 turns a part off.
+        lpips: (reconstruction, pictures) → (B,), the perceptual part.
 
     Raises:
         UserError: no such loss, or all weights are 0.
     """
 
-    def __init__(
-        self,
-        l1_weight: float = 1.0,
-        gradient_weight: float = 0.5,
-        spectral_weight: float = 1.0,
-        perceptual_weight: float = 0.0,
-        lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
-        **more: float,
-    ) -> None:
-        def perceptual(reconstruction: Tensor, pictures: Tensor) -> Tensor:
-            return lpips(reconstruction, pictures).mean()
-
-        known = {**PICTURE_LOSSES, "perceptual": perceptual}
-        weights = {"l1": l1_weight, "gradient": gradient_weight, "spectral": spectral_weight}
-        weights |= {"perceptual": perceptual_weight, **{name.removesuffix("_weight"): more[name] for name in more}}
+    def __init__(self, weights: Mapping[str, float], lpips: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        known = {**PICTURE_LOSSES, "perceptual": lambda made, pictures: lpips(made, pictures).mean()}
         for name in weights.keys() - known.keys():
             raise UserError(f"No loss {name}; there are {', '.join(known)}")
         self.parts = {name: (known[name], weight) for name, weight in weights.items() if weight}
         if not self.parts:
-            raise UserError("All weights of the picture loss are 0: nothing compares the pictures. Take l1_weight 1")
+            raise UserError("All weights of the picture loss are 0: nothing compares the images. Take l1_weight 1")
 
     def __call__(self, reconstruction: Tensor, pictures: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         parts = {name: part(reconstruction, pictures) for name, (part, _) in self.parts.items()}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +48,14 @@ class AutoencoderModule(L.LightningModule):
 
     Args:
         codec: the autoencoder.
-        lr, betas, weight_decay: AdamW's, of the model; lr is not scaled by batch or devices.
-        l1_weight, gradient_weight, spectral_weight, perceptual_weight: see `losses`.
-        disc_weight: of the adversarial part, relative to the picture loss's gradient at the decoder's last layer.
-        disc_start: optimiser step at which the discriminator begins.
-        generator_start: the step from which the model listens to it; None: the one after `disc_start`.
-        disc_width: channels of the discriminator's first layer; 64 is the published one.
-        disc_lr: Adam's, of the discriminator.
-        gradient_clip: largest global norm of the gradients; 0 does not clip.
-        accumulate_grad_batches: batches gathered in one step.
+        generator_start: the step from which the model listens to the discriminator; None: the one after `disc_start`.
         seed: every random draw follows from it, the epoch and the sample.
         lpips: for `perceptual_weight`; validation logs it also where its weight is 0.
-        more: weights of further losses, see `PictureLoss`.
+        more: NAME_weight of further losses in `losses.PICTURE_LOSSES`.
+
+    The others are keys of a recipe, described in `recipes.base` and `training.config`.
 
     Logs `train/…` and `val/…`: loss and its parts; validation also PSNR in dB and SSIM.
-
-    Raises:
-        UserError: settings that cannot be.
     """
 
     parts_may_go_unused = False
@@ -98,7 +90,7 @@ class AutoencoderModule(L.LightningModule):
         self.save_hyperparameters(ignore=["vavae", "rae", "codec", "lpips", "foundation"])
         self.hparams["betas"] = list(betas)
         self.automatic_optimization = False  # two optimisers
-        self.accumulate_grad_batches, self.warmup_steps = accumulate_grad_batches, warmup_steps
+        self.accumulate_grad_batches, self.warmup_steps, self.ema = accumulate_grad_batches, warmup_steps, None
         self.generator_start = disc_start + 1 if generator_start is None else generator_start
         if perceptual_weight and lpips is None:
             raise UserError(
@@ -114,8 +106,10 @@ class AutoencoderModule(L.LightningModule):
         self._frozen: dict[str, Any] = {"lpips": lpips}
         self._once: dict[str, Foundation] = {}  # name in a batch: whose features of each image are computed once
         self._scales: dict[int, Tensor] = {}  # that gathered gradients were scaled by
-        self.downsampling = codec.downsampling
-        self.picture_loss = PictureLoss(l1_weight, gradient_weight, spectral_weight, perceptual_weight, lpips, **more)
+        self._codec = (codec,)  # in a tuple for the same reason
+        weights = {"l1": l1_weight, "gradient": gradient_weight, "spectral": spectral_weight}
+        weights |= {"perceptual": perceptual_weight, **{k.removesuffix("_weight"): more[k] for k in more}}
+        self.picture_loss = PictureLoss(weights, lpips)
         if disc_weight:
             self.discriminator = PatchDiscriminator(codec.config.in_channels, disc_width)
 
@@ -136,10 +130,13 @@ class AutoencoderModule(L.LightningModule):
             disc_weight=settings.disc_weight,
             **more,
         )
-        generator, adversary = self.both_optimizers()
-        if self.descend(generator, loss, batch_idx):
-            self.on_step_made()
+        found = self.optimizers()
+        generator, adversary = found if isinstance(found, list) else (found, None)
+        if self.descend(generator, loss, batch_idx) and self.ema is not None:
+            # here, not in a callback: a checkpoint that is written after this step must hold this step's average
+            self.ema.update(self.network, self.global_step)
         if adversary is not None and step >= settings.disc_start:
+            count_no_steps_of(adversary)  # Lightning counts every optimiser's steps as the training's
             real, made = self.judged(pictures), self.judged(reconstruction.detach())
             parts["discriminator"] = hinge_loss(real, made)
             parts["discriminator_right"] = right_rate(real, made)
@@ -147,9 +144,6 @@ class AutoencoderModule(L.LightningModule):
         lr = torch.tensor(generator.param_groups[0]["lr"])  # a number would be copied to the device, and waited for
         self.log("train/lr", lr, batch_size=len(pictures))
         log_step(self, parts, len(pictures))
-
-    def on_step_made(self) -> None:
-        """Do what follows a step of the model's: here, as a checkpoint written after this batch must hold it."""
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         draws = Draws(self.hparams.seed + 1, 0, batch["index"])  # the same noise at every validation
@@ -171,6 +165,19 @@ class AutoencoderModule(L.LightningModule):
         self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=float(len(pictures)), sync_dist=True)
         return {"reconstructions": to_pixels(reconstruction)}
 
+    def flops_of_a_sample(self, batch: dict[str, Tensor]) -> int:
+        """Return what the model computes for one image in a step; losses' networks do not count."""
+        shape, trains = batch["pictures"].shape[1:], not self.hparams.get("freeze_encoder")
+
+        def loss(codec: VAVAE | RAE) -> Tensor:
+            if "tokens" in batch:
+                return codec.decode(torch.zeros(1, *batch["tokens"].shape[1:])).sample.sum()
+            with torch.set_grad_enabled(trains):
+                latents = codec.encode_pictures(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64))
+            return codec.decode(latents).sample.sum()
+
+        return flops_of(self._codec[0], loss)
+
     def judged(self, pictures: Tensor) -> Tensor:
         """Return the discriminator's logits in float32: it is small, and its BatchNorm and hinges do not suit fp16."""
         with torch.autocast(self.device.type, enabled=False):
@@ -182,21 +189,12 @@ class AutoencoderModule(L.LightningModule):
         settings, fused = self.hparams, not has_scaler(self.trainer)
         adversary = list(self.discriminator.parameters()) if settings.disc_weight else []
         of_adversary = {id(weight) for weight in adversary}
-        weights = [w for w in self.parameters() if w.requires_grad and id(w) not in of_adversary]
+        weights = [weight for weight in self.parameters() if weight.requires_grad and id(weight) not in of_adversary]
         model = torch.optim.AdamW(weights, settings.lr, settings.betas, weight_decay=settings.weight_decay, fused=fused)
         optimizers = [warmed_up(model, self.warmup_steps, self.total_steps, settings.schedule)]
         if adversary:  # as the reference trains it
             optimizers.append({"optimizer": torch.optim.Adam(adversary, settings.disc_lr, (0.5, 0.9), fused=fused)})
         return optimizers
-
-    def both_optimizers(self) -> tuple[Any, Any | None]:
-        """Return the model's, and the discriminator's or None."""
-        found = self.optimizers()
-        model, *others = found if isinstance(found, list) else [found]
-        for other in others:
-            # Lightning counts every optimiser's steps as the training's: only the model's are
-            count_no_steps_of(other)
-        return model, others[0] if others else None
 
     def descend(self, optimizer: Any, loss: Tensor, batch_idx: int) -> bool:
         """Go backwards, and make a step once as many batches are gathered as belong together; return whether it was."""
@@ -230,11 +228,11 @@ class AutoencoderModule(L.LightningModule):
     @property
     def total_steps(self) -> float:
         """Optimiser steps of the whole training; the model's, not those of both optimisers."""
-        if self.trainer.max_epochs == -1:
-            return self.trainer.estimated_stepping_batches
-        self.trainer.estimated_stepping_batches  # noqa: B018  (sets the data up, so that their batches are known)
-        steps = -(-self.trainer.num_training_batches // self.accumulate_grad_batches) * self.trainer.max_epochs
-        return steps if self.trainer.max_steps == -1 else min(steps, self.trainer.max_steps)
+        trainer = self.trainer
+        batches = trainer.estimated_stepping_batches  # sets the data up, so that their batches are known
+        if trainer.max_epochs == -1:
+            return batches
+        return min(batches, -(-trainer.num_training_batches // self.accumulate_grad_batches) * trainer.max_epochs)
 
     def configure_callbacks(self) -> list[L.Callback]:
         return [FiniteSteps(self.hparams.gradient_clip)]
@@ -245,16 +243,16 @@ class AutoencoderModule(L.LightningModule):
         Raises:
             UserError: batches gathered by the Trainer, which cannot where a module has two optimisers.
         """
-        for name in ("gradient_clip_val", "accumulate_grad_batches"):  # this module clips and gathers itself
-            choice = choices.pop(name, None)
-            if name == "accumulate_grad_batches" and choice not in (None, self.accumulate_grad_batches):
-                raise UserError(f"accumulate_grad_batches={choice}: it is an argument of {type(self).__name__}")
+        gathered = choices.pop("accumulate_grad_batches", None)
+        if gathered not in (None, self.accumulate_grad_batches):
+            raise UserError(f"accumulate_grad_batches={gathered}: it is an argument of {type(self).__name__}")
         adversarial = self.hparams.disc_weight > 0
         if choices.get("strategy") == "ddp" and adversarial:
             # each optimiser's backward pass leaves the other's weights without a gradient, which plain ddp refuses
             choices["strategy"] = "ddp_find_unused_parameters_true"
         unused = adversarial or self.parts_may_go_unused
-        return trainer_settings(parts_may_go_unused=unused, gradient_clip_val=None, shardable=False, **choices)
+        choices |= {"parts_may_go_unused": unused, "gradient_clip_val": None}  # this module clips itself
+        return trainer_settings(shardable=False, **choices)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self._trainer and self.trainer.datamodule
@@ -276,7 +274,7 @@ class AutoencoderModule(L.LightningModule):
         for subset, pictures in subsets.items():
             for name, network in self._once.items() if pictures is not None else ():
                 path = folder / name.removeprefix("foundation") / f"{subset}.safetensors"
-                grid = tuple(size // self.downsampling for size in pictures.image_size)
+                grid = tuple(size // self._codec[0].downsampling for size in pictures.image_size)
                 for first in (True, False):  # where Lightning has started the others, one computes, then all read
                     if ranks.size > 1 or first == self.trainer.is_global_zero:
                         features = foundation_features(network, pictures, grid, path, self.device, ranks=ranks)
@@ -284,8 +282,8 @@ class AutoencoderModule(L.LightningModule):
                 if features is None:  # too many to keep
                     return
                 pictures.along[name] = features
-        for network in self._once.values():
-            network.to("cpu")  # its memory is the training's now
+        if "foundation" in self._once:
+            self._once["foundation"].to("cpu")  # its memory is the training's now
 
 
 def right_rate(real: Tensor, made: Tensor) -> Tensor:
@@ -298,12 +296,7 @@ class VAVAEModule(AutoencoderModule):
 
     Args:
         vavae: the model; with `condition_dim` 0 labels are not used.
-        kl_weight: of the KL divergence, see `losses.kl`.
-        vf_weight: of the alignment with a vision foundation model (VA-VAE), relative to the picture loss's gradient
-            at the encoder's last layer; needs `foundation`.
-        distance_margin, cosine_margin: differences of the alignment up to these are free.
-        condition_dropout: share of images that are trained without their vector, so that "no vector" stays a
-            meaningful condition.
+        condition_dropout: share of images that are trained without their vector, so that none has a meaning, too.
         freeze_encoder: train the decoder alone, on latents that stay as they are.
         foundation: for `vf_weight`; see `foundation.load_foundation`.
         settings: of `AutoencoderModule`.
@@ -356,7 +349,13 @@ class VAVAEModule(AutoencoderModule):
         more = {"posterior": posterior, "kl_weight": 0.0 if settings.freeze_encoder else settings.kl_weight}
         more |= {"decoder_last": vavae.decoder.conv_out.weight, "encoder_last": vavae.encoder.conv_out.weight}
         if settings.vf_weight:
-            more |= {"alignment": self.alignment(latents, batch, pictures), "vf_weight": settings.vf_weight}
+            features = batch.get("foundation")  # (B, channels, h, w)
+            if features is None:
+                features = self._frozen["foundation"](pictures, tuple(latents.shape[2:]))
+            with torch.autocast(self.device.type, enabled=False):
+                projected = self.projection(latents.float())  # (B, channels, h, w)
+            margins = settings.distance_margin, settings.cosine_margin
+            more |= {"alignment": alignment_loss(projected, features, *margins), "vf_weight": settings.vf_weight}
         return pictures, reconstruction, more
 
     def reconstructions(self, batch: dict[str, Tensor]) -> list[Tensor]:
@@ -364,28 +363,6 @@ class VAVAEModule(AutoencoderModule):
         pictures, labels = (batch[name].to(self.device) for name in ("pictures", "labels"))
         of_whom = [labels, anothers(labels), None] if self.vavae.config.condition_dim else [None]
         return [reconstruct_pictures(self.vavae, pictures, row) for row in of_whom]
-
-    def alignment(self, latents: Tensor, batch: dict[str, Tensor], pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the two parts of the alignment loss."""
-        features = batch.get("foundation")  # (B, channels, h, w)
-        if features is None:
-            features = self._frozen["foundation"](pictures, tuple(latents.shape[2:]))
-        with torch.autocast(self.device.type, enabled=False):
-            projected = self.projection(latents.float())  # (B, channels, h, w)
-        return alignment_loss(projected, features, self.hparams.distance_margin, self.hparams.cosine_margin)
-
-    def flops_of_a_sample(self, batch: dict[str, Tensor]) -> int:
-        """Return what the model computes for one image in a step; losses' networks do not count."""
-        shape = batch["pictures"].shape[1:]
-
-        def loss(vavae: VAVAE) -> Tensor:
-            pictures, label = torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long)  # (1, C, H, W)
-            condition = vavae.condition_vectors(label)
-            with torch.no_grad() if self.hparams.freeze_encoder else nullcontext():
-                latents = vavae.encode(pictures, condition=condition).latent_dist.mean
-            return vavae.decode(latents, condition=condition).sample.sum()
-
-        return flops_of(self.vavae, loss)
 
 
 RAE_DEFAULTS = {
@@ -399,14 +376,12 @@ class RAEDecoderModule(AutoencoderModule):
     """Trains the decoder of an RAE; its encoder stays as it is.
 
     The first stage of RAE (Zheng et al. 2025): an image's tokens are noised by tau·u·n, each image by a share u of its
-    own, so that the decoder bears what a denoiser will make; it learns by absolute error, LPIPS and a discriminator.
-    Three things differ: the discriminator is VA-VAE's patch discriminator, since the paper's stands on DINO weights
-    that cannot be shipped; it sees whole images as they were decoded, without augmentation or rounding to 8 bits; and
-    images are not cropped, so that the frozen encoder sees each once, before training, and its tokens stay valid.
+    own, so that the decoder bears what a denoiser will make. Other than there, the discriminator is VA-VAE's, since the
+    paper's stands on DINO weights that cannot be shipped, and sees whole images without augmentation or rounding; and
+    images are not cropped, so that the frozen encoder sees each once.
 
     Args:
         rae: its decoder is trained, in place.
-        noise_tau: the largest standard deviation of the noise on tokens; 0: none.
         ema_decay: of the decoder's averaged weights, which validation and what is saved take.
         flips: half of the images are mirrored.
         settings: of `AutoencoderModule`; the paper's absolute error is of [0, 1], half of ours.
@@ -418,10 +393,10 @@ class RAEDecoderModule(AutoencoderModule):
         if noise_tau < 0:
             raise UserError(f"noise_tau {noise_tau} is a standard deviation: expected 0 or more")
         super().__init__(rae, **{**RAE_DEFAULTS, **settings})
-        self.hparams["encoder"] = encoder_digest(rae)
-        self._frozen["rae"], self._once["tokens"] = rae, FrozenEncoder(rae)
+        digest = self.hparams["encoder"] = encoder_digest(rae)
+        self._frozen["rae"], self._once["tokens"] = rae, FrozenEncoder(rae, digest)
         if flips:
-            self._once["mirrored_tokens"] = FrozenEncoder(rae, mirrored=True)
+            self._once["mirrored_tokens"] = FrozenEncoder(rae, f"{digest} mirrored", mirrored=True)
         self.network = rae.decoder.requires_grad_()
         self.ema = EMA(self.network, ema_decay)
         if self.hparams.gradient_checkpointing:
@@ -449,7 +424,7 @@ class RAEDecoderModule(AutoencoderModule):
                 features = torch.where(mirrored, batch["mirrored_tokens"], features)
         if features is None:
             return pictures, self._frozen["rae"].tokens((pictures + 1) / 2)
-        return pictures, features.flatten(2).transpose(1, 2).float()
+        return pictures, features.flatten(2).mT.float()
 
     def noised_tokens(self, tokens: Tensor, draws: Draws) -> Tensor:
         """Return tokens (B, N, C) + tau·u·n, u one number per image."""
@@ -458,49 +433,27 @@ class RAEDecoderModule(AutoencoderModule):
             return tokens
         return noised(tokens, tau, draws.uniform("noise level"), draws.normal("noise", *tokens.shape[1:]))
 
-    def on_step_made(self) -> None:
-        self.ema.update(self.network, self.global_step)
-
     @torch.inference_mode()
     def reconstructions(self, batch: dict[str, Tensor]) -> list[Tensor]:
         """Return what the averaged decoder makes of images, uint8 (B, 3, S, S)."""
         return [to_pixels(self.rae_with(self.ema.network)(to_unit(batch["pictures"].to(self.device))))]
 
-    def flops_of_a_sample(self, batch: dict[str, Tensor]) -> int:
-        """Return what the RAE computes for one image in a step; losses' networks do not count."""
-        shape, looked_once = batch["pictures"].shape[1:], "tokens" in batch
-        channels, height, width = self._frozen["rae"].latent_shape
 
-        def loss(rae: RAE) -> Tensor:
-            tokens = torch.zeros(1, height * width, channels)  # (1, N, C)
-            if not looked_once:
-                tokens = rae.tokens(torch.zeros(1, *shape))
-            return rae.colours(tokens).sum()
-
-        return flops_of(self._frozen["rae"], loss)
-
-
+@dataclass
 class FrozenEncoder:
-    """An RAE's encoder as a `Foundation`: its tokens are features.
+    """An RAE's encoder as a `Foundation`: its tokens, of images as they are or turned left to right."""
 
-    Args:
-        mirrored: features of the images turned left to right.
-    """
+    rae: RAE
+    digest: str
+    mirrored: bool = False
 
-    def __init__(self, rae: RAE, mirrored: bool = False) -> None:
-        self.rae, self.mirrored, self.channels = rae, mirrored, rae.latent_shape[0]
-
-    def to(self, device: str | torch.device) -> "FrozenEncoder":
-        """Stay where the RAE is."""
-        return self
+    @property
+    def channels(self) -> int:
+        return self.rae.latent_shape[0]
 
     def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
         tokens = self.rae.tokens(((pictures.flip(3) if self.mirrored else pictures) + 1) / 2)  # (B, h·w, C)
-        return tokens.transpose(1, 2).unflatten(2, grid)
-
-    @property
-    def digest(self) -> str:
-        return f"{encoder_digest(self.rae)}{' mirrored' if self.mirrored else ''}"
+        return tokens.mT.unflatten(2, grid)
 
 
 def encoder_digest(rae: RAE) -> str:
