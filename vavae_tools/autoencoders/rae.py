@@ -50,8 +50,7 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
     Args:
         encoder_cls: Dinov2withNorm, SigLIPwithNorm or MAEwithNorm (`encoders.ENCODERS`).
         encoder_config: its transformers configuration, or a part of it; None: the published base size.
-        encoder_input_size: pixels of a side that images are resized to before they are encoded; None: the published
-            one of the encoder.
+        encoder_input_size: pixels of a side that images are resized to before they are encoded; None: the published.
         decoder_hidden_size … decoder_layer_norm_eps: of the decoder, see `RAE_SIZES`.
         image_mean, image_std: per colour, what the encoder's pixels are normalised by; None: the encoder's own.
         noise_tau: the largest standard deviation of the noise on tokens in the decoder's training.
@@ -102,12 +101,9 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
         patch = self.encoder.patch_size
         if side < patch or side % patch:
             below = max(side // patch, 1) * patch
-            raise UserError(
-                f"encoder_input_size {side} does not fall into patches of {patch} pixels: take {below} or "
-                f"{below + patch}"
-            )
-        self.grid = side // patch
-        self.downsampling = decoder_patch_size
+            fitting = f"take {below} or {below + patch}"
+            raise UserError(f"encoder_input_size {side} does not fall into patches of {patch} pixels: {fitting}")
+        self.grid, self.downsampling = side // patch, decoder_patch_size
         self.picture_size = self.grid * decoder_patch_size
         self.latent_shape = (self.encoder.channels, self.grid, self.grid)
         self.decoder = picture_decoder(
@@ -120,8 +116,7 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
             patch_size=decoder_patch_size,
             layer_norm_eps=decoder_layer_norm_eps,
         )
-        mean = list(kind.mean if image_mean is None else image_mean)
-        std = list(kind.std if image_std is None else image_std)
+        mean, std = list(image_mean or kind.mean), list(image_std or kind.std)
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise UserError(f"image_mean {mean} and image_std {std}: expected three numbers each, std above 0")
         self.register_to_config(
@@ -132,8 +127,8 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
             image_std=std,
         )
         # in the module, so that no step waits for their copy to the device; the configuration keeps them
-        for name, values in (("colour_mean", mean), ("colour_std", std)):
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        self.register_buffer("colour_mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("colour_std", torch.tensor(std)[:, None, None], persistent=False)
         if element_statistics:
             self.register_buffer("statistics_mean", torch.zeros(self.latent_shape))
             self.register_buffer("statistics_var", torch.ones(self.latent_shape))
@@ -143,14 +138,6 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
     def has_own_statistics(self) -> bool:
         """Return whether element-wise statistics travel with the weights, so that latents come out normalised."""
         return self.config.element_statistics
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        """Latents as encoded → latents as the denoiser sees them; those with own statistics are that already."""
-        return latents if self.has_own_statistics else super().normalise(latents)
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalise`."""
-        return latents if self.has_own_statistics else super().denormalise(latents)
 
     def encode_pictures(
         self, pictures: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
@@ -284,9 +271,7 @@ def picture_decoder(grid: int, **numbers: Any) -> nn.Module:
     """Return diffusers' RAEDecoder for tokens on a grid, with the sin-cos table of just that grid."""
     from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
 
-    width, heads, patch = (
-        numbers[name] for name in ("decoder_hidden_size", "decoder_num_attention_heads", "patch_size")
-    )
+    width, heads, patch = map(numbers.get, ("decoder_hidden_size", "decoder_num_attention_heads", "patch_size"))
     if heads < 1 or width % heads or width % 4 or width < 4:
         raise UserError(f"decoder_hidden_size {width} must be divisible by 4 and by its {heads} attention heads")
     if patch < 1:

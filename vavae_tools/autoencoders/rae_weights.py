@@ -118,10 +118,7 @@ def read_rae_weights(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: nothing there, damaged, or neither an encoder nor a decoder in it.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"No weights at {path}: expected a .pt, .pth, .ckpt or .safetensors file")
-    checkpoint = _folder_weights(path) if path.is_dir() else _file_weights(path)
+    checkpoint = _weights_in(Path(path))
     candidates = [(f", {part}", checkpoint[part]) for part in PARTS if isinstance(checkpoint.get(part), Mapping)]
     found: dict[str, Any] = {}
     for part, tensors in [*candidates, ("", checkpoint)]:
@@ -212,7 +209,7 @@ def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None]:
     Raises:
         UserError: no such file, damaged, or neither of both in it.
     """
-    saved = _file_weights(Path(path))
+    saved = _weights_in(Path(path))
     mean, var = (saved[name].float() if isinstance(saved.get(name), Tensor) else None for name in ("mean", "var"))
     if mean is None and var is None:
         there = ", ".join(map(str, list(saved)[:4])) or "nothing"
@@ -235,7 +232,7 @@ def read_rae_folder(folder: str | Path) -> RAE:
     """
     config = _read_json(Path(folder) / "config.json")
     if config["_class_name"] == "AutoencoderRAE":
-        return from_diffusers(config, _folder_weights(Path(folder)), str(folder)).eval()
+        return from_diffusers(config, _weights_in(Path(folder)), str(folder)).eval()
     return load_model(RAE, folder)
 
 
@@ -326,15 +323,16 @@ def _weight_files(folder: Path) -> list[Path]:
     return next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
 
 
-def _folder_weights(folder: Path) -> dict[str, Any]:
-    files = _weight_files(folder)
+def _weights_in(path: Path) -> dict[str, Any]:
+    """Return what a file holds, or all weight files of a folder."""
+    if not path.exists():
+        raise UserError(f"No weights at {path}: expected a .pt, .pth, .ckpt or .safetensors file")
+    if not path.is_dir():
+        return read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+    files = _weight_files(path)
     if not files:
-        raise UserError(f"No weights in {folder}: expected model.safetensors, found {_names_in(folder)}")
-    return {name: tensor for file in files for name, tensor in _file_weights(file).items()}
-
-
-def _file_weights(path: Path) -> dict[str, Any]:
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+        raise UserError(f"No weights in {path}: expected model.safetensors, found {_names_in(path)}")
+    return {name: tensor for file in files for name, tensor in _weights_in(file).items()}
 
 
 def _names_in(folder: Path) -> str:

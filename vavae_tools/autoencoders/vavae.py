@@ -34,11 +34,15 @@ class LatentStatistics:
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Return latents as the denoiser sees them: per channel (z − mean) / std."""
+        if self.has_own_statistics:
+            return latents
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Return the inverse of `normalise`: what `decode` takes."""
+        if self.has_own_statistics:
+            return latents
         mean, std = self._statistics(latents)
         return latents * std + mean
 

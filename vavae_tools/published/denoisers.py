@@ -108,20 +108,12 @@ class RAELightningDiT(LightningDiT):
         return _guided_by_list(self(x, t, y), weak, t, cfg_scale, cfg_interval, interval_cfg)
 
 
-class DiTDH(PublishedDenoiser):
-    """DiT^DH's: t is the share of noise, the answer noise − data."""
+class DiTDH(RAELightningDiT):
+    """DiT^DH's, in the same convention; its autoguidance (Karras et al. 2024) is of the whole batch."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, s: Tensor | None = None) -> Tensor:
         """With the encoder's answer s (B, N, D) only the head is computed."""
         return self.denoiser.predict(x, t, self.conditioner(y), s)
-
-    def forward_with_cfg(
-        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_interval: Interval = (0, 1)
-    ) -> Tensor:
-        """Return [guided | guided]."""
-        conditional, null = self._twice(x, t, y).chunk(2)
-        guided = _guided_between(conditional, null, t[: len(x) // 2], cfg_scale, cfg_interval)
-        return torch.cat([guided, guided])
 
     def forward_with_autoguidance(
         self,
@@ -132,7 +124,6 @@ class DiTDH(PublishedDenoiser):
         additional_model_forward: Callable[..., Tensor],
         cfg_interval: Interval = (0, 1),
     ) -> Tensor:
-        """Return the whole batch, guided away from what a weaker model predicts (Karras et al. 2024)."""
         weak = additional_model_forward(x, t, y)[:, : self.denoiser.in_channels]
         return _guided_between(self(x, t, y), weak, t, cfg_scale, cfg_interval)
 

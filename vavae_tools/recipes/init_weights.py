@@ -18,7 +18,7 @@ from vavae_tools.pipelines.base import read_pipeline
 from vavae_tools.pipelines.classes import LatentDiTPipeline
 from vavae_tools.published.denoisers import TABLES, WRAPPERS
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import read_checkpoint
+from vavae_tools.runtime.files import read_checkpoint, read_safetensors
 
 KINDS = {"lightningdit": "LightningDiT", "ddt": "DiT with the wide head", "dit": "DiT"}
 
@@ -69,7 +69,7 @@ def read_starting_weights(source: str | Path, kind: str | None = None) -> Starti
         hint = f"name {source / inside[0]}" if inside else "name a pipeline/, a .ckpt or published weights"
         raise UserError(f"{source} holds no weights to go on from: {hint}")
     if source.suffix == ".safetensors":
-        return _published(source, _read_safetensors(source), kind)
+        return _published(source, read_safetensors(source), kind)
     saved = {} if source.is_dir() else read_checkpoint(source)
     if source.is_dir() or isinstance(saved.get("trainer"), dict):
         saved = read_any(source, lambda line: None)
@@ -82,16 +82,6 @@ def read_starting_weights(source: str | Path, kind: str | None = None) -> Starti
     left = tuple(name for name in weights if not name.startswith(begin))
     of_denoiser, of_conditioner = settings["denoiser_config"], settings["conditioner_config"]
     return _own(source, own, of_denoiser, of_conditioner, settings.get("people"), settings.get("lora"), left)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): copy it again") from None
 
 
 def _own(
