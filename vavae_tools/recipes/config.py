@@ -25,9 +25,8 @@ from vavae_tools.training.config import Setting, checked, settings_of
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 CONFIGS = Path(str(files("vavae_tools") / "configs"))
 DEFAULT = "vavae_dit"
-SECTIONS = {"training": "text_to_image"}
-"""Sections of a `--config` file that only one experiment has, and so name it."""
 RUNS = Path("logs/runs")
+_TRAINER = "train.trainer"
 _OF_THE_RUN = {
     "resume": Setting((str, type(None)), None, {"help": "last, a .ckpt, .pth, checkpoint folder or run's folder"}),
     "output_dir": Setting((str, type(None)), None, {"help": "of this run; null: logs/runs/YYYY-MM-DD/HH-MM-SS"}),
@@ -102,7 +101,7 @@ def compose(line: CommandLine) -> Experiment:
         raise UserError("--config needs a value")
     given = _read_config(config[0]) if config else {}
     name = line.experiment or given.get("experiment") or given.get("name")
-    name = name or next((of for section, of in SECTIONS.items() if section in given), None) or DEFAULT
+    name = name or ("text_to_image" if "training" in given else DEFAULT)  # that alone has this section
     keys, groups = _Keys.of_experiment(name), _aliases()["groups"]
     for group, option in map(_cut, line.overrides):
         if group in groups:
@@ -149,10 +148,8 @@ def recipe_with(recipe: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
             value = asdict(value)
         if name in ("devices", "saving") and isinstance(value, Mapping):
             for inner, number in value.items():
-                if keys.home(f"train.{inner}"):
-                    keys.set(f"train.{inner}", number, inner)
-                else:
-                    keys.values["train.trainer"] = {**keys.values["train.trainer"], inner: number}
+                home = keys.home(f"train.{inner}") or f"{_TRAINER}.{inner}"
+                keys.set(home, number, inner)
         elif name in sections and isinstance(value, Mapping):
             keys.set_all({f"{name}.{inner}": part for inner, part in value.items() if part is not None})
         elif value is not None:
@@ -200,6 +197,9 @@ class _Keys:
             UserError: no such key, or a value that it does not take.
         """
         home, called = self.home(key), called or key
+        if home is None and key.startswith(f"{_TRAINER}."):
+            self.values[_TRAINER] = {**self.values[_TRAINER], _end(key): value}
+            return
         if home is None:
             raise self.unknown(key)
         meanings = _aliases()["values"].get(home)
@@ -215,7 +215,7 @@ class _Keys:
         """Set keys, also those in sections."""
         for name, value in values.items():
             key = f"{before}{name}"
-            if isinstance(value, Mapping) and self.home(key) != "train.trainer":
+            if isinstance(value, Mapping) and key != _TRAINER:
                 self.set_all(value, f"{key}.")
             elif value is not None or not any(
                 known.startswith(f"{key}.") for known in (*self.settings, *_aliases()["keys"], *_aliases()["values"])
@@ -225,11 +225,9 @@ class _Keys:
     def set_typed(self, text: str) -> None:
         """Set what `key=value` says; `+trainer.NAME=VALUE` is an argument of lightning.Trainer."""
         key, value = _cut(text)
-        further = re.fullmatch(r"\+train(?:er)?\.(?:trainer\.)?(\w+)", text.partition("=")[0])
-        if further and self.home(key) is None:
-            self.values["train.trainer"] = {**self.values["train.trainer"], further[1]: _read(value, text)}
-        else:
-            self.set(key, _read(value, text))
+        if text.startswith("+") and self.home(key) is None and re.match(r"train(er)?\.", key):
+            key = f"{_TRAINER}.{_end(key)}"
+        self.set(key, _read(value, text))
 
     def set_flag(self, flag: str, texts: list[str]) -> None:
         """Set what a flag says: `--NAME VALUE`, or several values for a list."""
@@ -244,10 +242,8 @@ class _Keys:
 
     def of_flag(self, flag: str, dashes: str = "--") -> str:
         """Return the key that a flag stands for: one of its last word, or by all of its words."""
-        others = [home for name in _aliases()["flags"].get(flag, []) if (home := self.home(name))]
-        found = others[:1] or [key for key in self.settings if _end(key) == flag]
-        if not found and "." in flag and self.home(flag):
-            found = [flag]
+        home = self.home(flag)
+        found = [home] if home else [key for key in self.settings if _end(key) == flag]
         if len(found) == 1:
             return found[0]
         if found:
@@ -257,10 +253,7 @@ class _Keys:
 
     def nearest(self, name: str) -> list[str]:
         """Return the key that was meant, if there is one like it."""
-        others = _aliases()
-        known = {_end(old): self.home(old) for old in others["keys"]}
-        known |= {flag: next(filter(None, map(self.home, keys)), None) for flag, keys in others["flags"].items()}
-        known |= {_end(key): key for key in self.settings}
+        known = {_end(name): self.home(name) for name in (*_aliases()["keys"], *self.settings)}
         found = get_close_matches(_end(name), [name for name, key in known.items() if key], n=1, cutoff=0.5)
         return [known[each] for each in found]
 
@@ -403,9 +396,9 @@ def _newest_run(name: str) -> Path:
         run = path.parent.parent
         if of == name and any(run.glob("checkpoints/*.ckpt")):
             return run
-        known.append(f"{run} ({of}{'' if of != name else ', no checkpoint yet'})")
-    there = f"; there are {', '.join(known[:3])}" if known else ""
-    raise UserError(f"resume=last: no run of {name} with a checkpoint in {RUNS}{there}. Start one without resume")
+        known.append(f"{run} ({of})")
+    there = ", ".join(known[:3]) or "none"
+    raise UserError(f"resume=last: no run of {name} with a checkpoint; in {RUNS} there are {there}")
 
 
 def keep_config(plan: Experiment, words: Sequence[str], folder: Path) -> None:
