@@ -21,7 +21,6 @@ from PIL import Image
 from tiny import SIZE, same, tiny_vavae
 
 import vavae_tools
-from vavae_tools.data.split import split_folders
 from vavae_tools.recipes.vavae import fine_tune_vavae
 from vavae_tools.runtime.errors import run_command
 
@@ -179,18 +178,6 @@ def test_sampling_writes_a_folder_for_each_person(run, trained, checkpoint, tmp_
     again = sorted((tmp_path / "others").rglob("*.png"))
     assert [path.parent.name for path in again] == ["anna"] * 3 + ["carl"] * 2
     assert [path.read_bytes() for path in again] == list(first.values())
-
-
-def test_one_person_alone_goes_all_the_way(run, gait, vavae_dir, tmp_path):
-    shutil.copytree(gait / "ID_2", tmp_path / "in" / "ID_2")
-    split_folders(tmp_path / "in", tmp_path / "split", progress=False)
-    arguments = ["--data_dir", "split", "--original_vavae", vavae_dir, *FINE_TUNE, "--max_epochs", "1"]
-    assert run("fine_tune", *arguments)[0] == 0
-    status, _, err = run("train", "--data_dir", "split", *TINY_DIT, "--max_steps", "2", "--output_dir", "outputs/dit")
-    assert status == 0, err
-    status, _, err = run("sample", "--checkpoint", "outputs/dit/pipeline", "--num_samples", "2", "--num_steps", "1")
-    assert status == 0, err
-    assert [path.parent.name for path in (tmp_path / "outputs" / "samples").rglob("*.png")] == ["ID_2"] * 2
 
 
 # ---- --help

@@ -11,14 +11,13 @@ from tiny import perturb_projections, same, tiny_vavae
 
 from vavae_tools.autoencoders.ldm_names import to_reference
 from vavae_tools.autoencoders.losses import PatchDiscriminator
-from vavae_tools.autoencoders.vavae import VAVAE, reconstruct_pictures
-from vavae_tools.autoencoders.weights import load_vavae, with_channels
+from vavae_tools.autoencoders.vavae import VAVAE
+from vavae_tools.autoencoders.weights import load_vavae
 from vavae_tools.data.datasets import PictureDataModule
 from vavae_tools.pipelines.classes import load_pipeline
 from vavae_tools.pipelines.writer import write_samples
 from vavae_tools.recipes import vavae as fine_tuning
 from vavae_tools.recipes.dit import encode_split, train_dit
-from vavae_tools.recipes.presets import find_preset
 from vavae_tools.recipes.vavae import LOSSES, fine_tune_vavae
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine
@@ -113,15 +112,6 @@ def test_stages_that_were_stopped_go_on_where_they_were(split_dir, staged, whole
     assert weights_of(tmp_path) == weights_of(whole[0])
 
 
-def test_at_first_it_is_the_published_model_bit_by_bit(published, split_dir, tmp_path):
-    plain, model = load_vavae(published, 0, say=lambda line: None), load_vavae(published, 4, 3, say=lambda line: None)
-    pictures = PictureDataModule(split_dir, 24).val_data.__getitems__([0, 1, 2])
-    assert same(
-        reconstruct_pictures(plain.eval(), pictures["pictures"]),
-        reconstruct_pictures(model.eval(), pictures["pictures"], pictures["labels"]),
-    )
-
-
 def test_grey_pictures_that_are_not_square_go_all_the_way(tmp_path, vavae_dir):
     """From weights for colour: read, trained, encoded, sampled and written in grey, 16 high and 24 wide."""
     from vavae_tools.data.split import split_folders
@@ -150,17 +140,6 @@ def test_grey_pictures_that_are_not_square_go_all_the_way(tmp_path, vavae_dir):
     write_samples(load_pipeline(dit), [0, 1, 2], tmp_path / "samples", num_inference_steps=2)
     made = sorted((tmp_path / "samples").rglob("*.png"))
     assert len(made) == 3 and all((p.mode, p.size) == ("L", (24, 16)) for p in map(Image.open, made))
-
-
-def test_a_grey_copy_of_a_discriminator_sees_what_it_saw(published):
-    from vavae_tools.autoencoders.weights import read_vavae
-
-    found = read_vavae(published)
-    colour, grey = PatchDiscriminator(3, 8).eval(), PatchDiscriminator(1, 8).eval()
-    colour.load_state_dict(found.discriminator)
-    grey.load_state_dict(with_channels(found, 1).discriminator)
-    x = torch.rand(2, 1, 24, 24) * 2 - 1
-    torch.testing.assert_close(grey(x), colour(x.expand(-1, 3, -1, -1)))
 
 
 # ---- watched
@@ -229,16 +208,6 @@ def test_gradient_checkpointing_comes_on_where_it_must(monkeypatch, recipe, gib,
     model, said = SimpleNamespace(config=SimpleNamespace(block_out_channels=(128,))), []
     numbers = LOSSES[recipe]
     assert fine_tuning._needs_checkpointing(model, numbers, batch_size, image_size, said.append) == on == bool(said)
-
-
-@pytest.mark.parametrize("recipe", ["light", "full"])
-@pytest.mark.parametrize("kind, gib", [("t4", 14.56), ("ampere", 22.06), ("ampere", 39.39)])
-def test_no_preset_computes_activations_twice(monkeypatch, recipe, kind, gib):
-    machine = Machine(kind, 1, "a card", int(gib * 2**30))
-    monkeypatch.setattr(fine_tuning, "find_machine", lambda: machine)
-    preset, model = find_preset(machine=machine), SimpleNamespace(config=SimpleNamespace(block_out_channels=(128,)))
-    batch_size, size = preset.vavae_batch_size, preset.image_size
-    assert not fine_tuning._needs_checkpointing(model, LOSSES[recipe], batch_size, size, pytest.fail)
 
 
 # ---- what is missing

@@ -19,18 +19,15 @@ from tiny import assert_same, assert_same_training, same, tiny_kl
 from vavae_tools import sample, train
 from vavae_tools.autoencoders.stable_diffusion import load_stable_diffusion_vae
 from vavae_tools.checkpoints.formats import read_any
-from vavae_tools.data.demo.shapes import EXAMPLE_PROMPTS, captioned_shape_data, vocabulary
+from vavae_tools.data.demo.shapes import EXAMPLE_PROMPTS, captioned_shape_data
 from vavae_tools.data.text_states import TextLatentDataModule
-from vavae_tools.diffusion.clip import TextEncoder, load_text_encoder, tiny_text_encoder
+from vavae_tools.diffusion.clip import load_text_encoder, tiny_text_encoder
 from vavae_tools.diffusion.conditioning import TextConditioner
 from vavae_tools.diffusion.objectives import make_objective
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.pipelines.text import load_text_pipeline
-from vavae_tools.recipes.config import Experiment, compose, read_command_line
 from vavae_tools.recipes.text_to_image import _of_one_size
-from vavae_tools.runtime.errors import UserError
 from vavae_tools.training.denoiser_module import TextDiffusionModule
-from vavae_tools.training.devices import trainer_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -142,57 +139,6 @@ def test_pipeline_and_checkpoints_make_the_same_pictures(trained, here, run_main
 # ---- YAML files
 
 
-PEOPLES = """
-data:
-  dataset_name: custom
-  dataset_path: ./data/mine
-  num_samples: 5000
-training:
-  batch_size: 96
-  gradient_accumulation_steps: 2
-  learning_rate: {lr}
-  num_epochs: 1000
-  mixed_precision: {precision}
-  max_grad_norm: 1.0
-  save_steps: 500
-  prefetch_factor: 3
-  persistent_workers: false
-lr_scheduler:
-  type: linear
-text_encoder:
-  name: ./models/clip
-vae:
-  name: ./models/sd
-  use_slicing: true
-ema:
-  enabled: false
-sampling:
-"""
-
-
-def meant(*words: object) -> Experiment:
-    return compose(read_command_line(list(map(str, words))))
-
-
-@pytest.mark.parametrize(
-    ("lr", "precision", "trained_in"), [("1e-4", "bf16", "bf16-mixed"), ("0.0001", "no", "32-true")]
-)
-def test_a_file_means_the_same_as_overrides(here, lr, precision, trained_in):
-    Path("configs").mkdir()
-    Path("configs/train_config.yaml").write_text(PEOPLES.format(lr=lr, precision=precision))  # before the package's
-    of_file = meant("--config", "configs/train_config.yaml")
-    typed = meant(
-        *["experiment=text_to_image", "data.dataset_name=custom", "data.dataset_path=./data/mine", "--lr", "1e-4"],
-        *["data.num_samples=5000", "training.gradient_accumulation_steps=2", "training.batch_size=96"],
-        *[f"training.mixed_precision={precision}", "training.save_steps=500", "training.prefetch_factor=3"],
-        *["training.persistent_workers=false", "lr_scheduler.type=linear", "--text_encoder", "./models/clip"],
-        *["--vae", "./models/sd", "vae.use_slicing=true", "ema.enabled=false"],
-    )
-    assert of_file == typed and of_file.name == "text_to_image" and typed.recipe.train.lr == 1e-4
-    settings = trainer_settings(**{**of_file.recipe.train.of_devices(), "accelerator": "cpu"})
-    assert settings["precision"] == trained_in and settings["accumulate_grad_batches"] == 2
-
-
 WRONG_FILES = {
     "training:\n  batchsize: 3\n": "mine.yaml: No key 'training.batchsize'; did you mean train.batch_size?",
     "training: {}\nmodell:\n  hidden_size: 3\n": "No key 'modell",
@@ -247,26 +193,6 @@ def test_both_kinds_of_checkpoints_go_on_bit_by_bit(shapes, here, cache):
     assert [path.stat().st_mtime_ns for path in kept] == written and bool(kept) == cache
 
 
-def test_a_new_run_in_an_old_folder_takes_what_it_is_told(shapes, here):
-    words = ["training.max_steps=1", "--output_dir", "run"]
-    shapes(*words)
-    tiny_kl(seed=9).save_pretrained("other/vae")
-    tiny_text_encoder(vocabulary(), seed=9).save("other/clip")
-    shapes(*words, "vae.name=other/vae", "text_encoder.name=other/clip")
-    of_run, told = load_stable_diffusion_vae("run/autoencoder"), load_stable_diffusion_vae("other/vae")
-    assert_same(of_run.state_dict(), told.state_dict())
-    assert load_text_encoder("run/text_encoder").digest() == load_text_encoder("other/clip").digest()
-    pipe = load_text_pipeline("run/pipeline")
-    assert_same(pipe.vae.state_dict(), told.state_dict())
-    assert TextEncoder(pipe.text_encoder, pipe.tokenizer).digest() == load_text_encoder("other/clip").digest()
-    # one that was killed while it wrote leaves a folder that is not whole
-    shutil.rmtree("run/checkpoints")
-    Path("run/text_encoder/tokenizer.json").unlink()
-    Path("run/autoencoder/config.json").unlink()
-    shapes(*words)
-    assert load_text_encoder("run/text_encoder").dim == 64
-
-
 # ---- what is trained on
 
 
@@ -311,19 +237,6 @@ def test_a_batch_that_is_encoded_is_the_one_that_was_kept(encoded):
         nearest = torch.finfo(torch.float16).eps * other.abs().clamp_min(2**-14)  # one float16 further at most
         assert (one - other).abs().le(nearest).all(), name
         assert (one.half() == other.half()).float().mean() > 0.99, name
-
-
-def test_epochs_have_posterior_samples_of_their_own_around_one_mean(encoded, monkeypatch):
-    module, pictures, _ = encoded
-    first = module.encoded(pictures)["latents"]
-    monkeypatch.setattr(TextDiffusionModule, "current_epoch", 1)
-    second = module.encoded(pictures)["latents"]
-    vae = module._vae
-    posterior = vae.encode(pictures["pictures"].float() / 127.5 - 1).latent_dist
-    normals = [(latents - posterior.mean) / posterior.std for latents in (first, second)]
-    assert not torch.allclose(*normals, atol=0.1)
-    for normal in normals:
-        assert abs(normal.mean()) < 0.2 and abs(normal.std() - 1) < 0.15  # of 256 numbers
 
 
 # ---- what is learnt
@@ -475,10 +388,3 @@ def test_a_batch_of_any_size_has_the_longest_text(encoded):
         made = made if "latents" in made else module.encoded(made)
         assert made["latents"].shape == (7, 4, 4, 4) and made["text_pooled"].shape == (7, 64)
         assert made["text_tokens"].shape[:2] == made["text_mask"].shape == (7, 32) and made["text_mask"].all()
-
-
-def test_a_module_alone_says_what_it_lacks(encoded):
-    module, pictures, _ = encoded
-    alone = TextDiffusionModule(module.network["denoiser"], module.network["conditioner"])
-    with pytest.raises(UserError, match="encode_with"):
-        alone.on_after_batch_transfer(pictures, 0)
