@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tiny import tiny_vavae
 
-from vavae_tools.data.captions import CaptionOrder, missing_pictures
+from vavae_tools.data.captions import CaptionOrder
 from vavae_tools.data.datasets import caption_data
 from vavae_tools.data.latents import encode_latents
 from vavae_tools.data.loader import EpochOrder
@@ -121,13 +121,6 @@ def test_coco_files_that_are_none(tmp_path):
     assert "line 1, is no UTF-8" in refused("coco", tmp_path)
 
 
-def test_listings_answer_for_names_in_any_folder(tmp_path):
-    for name in ("a/1.png", "b/c/2.png", "3.png"):
-        picture(tmp_path / name)
-    names = ["a/1.png", "a/2.png", "b/c/2.png", "none/1.png", "3.png", "3.png/1.png", str(tmp_path / "3.png")]
-    assert missing_pictures(tmp_path, names) == ["a/2.png", "none/1.png", "3.png/1.png"]
-
-
 # ---- cub
 
 
@@ -157,11 +150,11 @@ def test_cub_without_captions_makes_them(tmp_path):
         "001.Indigo_Bunting/a.png": (
             50,
             (
-                "an indigo bunting, a small blue bird",
-                "a small blue bird with blue and black wings and a forked tail",
+                "an indigo bunting",
+                "a small blue bird with blue and black wing, forked tail",
             ),
         ),
-        "002.American_Crow/c.png": (150, ("an american crow", "a bird with a forked tail")),
+        "002.American_Crow/c.png": (150, ("an american crow", "a bird with forked tail")),
     }
     assert shown(data.val_data) == {"001.Indigo_Bunting/b.png": (100, ("an indigo bunting",))}
     assert "made from class names" in data.remark
@@ -190,8 +183,8 @@ def test_sentences_have_three_things_each():
     attributes = [f"has_{part}_color::red" for part in ("bill", "eye", "leg", "crown", "nape")]
     assert bird_sentences("1.Gull", attributes) == (
         "a gull",
-        "a bird with a red bill, red eyes and red legs",
-        "a gull with a red crown and a red nape",
+        "a bird with red bill, red eye, red leg",
+        "a bird with red crown, red nape",
     )
 
 
@@ -423,11 +416,6 @@ def test_fingerprints(tmp_path):
     assert read("custom", root).fingerprint() == before[0]
     Image.effect_noise((8, 8), 90).save(root / "0.png")
     assert read("custom", root).train_data.fingerprint() != before[1]
-
-
-def test_shapes_need_no_path():
-    data = caption_data("Shapes", num_samples=40, batch_size=8, val_share=0.1)
-    assert len(data.train_data) == 40 and len(data.val_data) == 4 and data.train_data.image_size == (32, 32)
 
 
 def test_latents_follow_from_the_pictures_alone(tmp_path):

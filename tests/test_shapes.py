@@ -26,8 +26,10 @@ from vavae_tools.data.demo.shapes import (
     named,
     seen,
     shape_classes,
+    shape_data,
     vocabulary,
 )
+from vavae_tools.data.images import PictureSetDataModule
 from vavae_tools.runtime.errors import UserError
 
 DRAWN = CaptionedShapes(1000)
@@ -226,3 +228,34 @@ def test_numbers_that_cannot_be():
     for options in ({"count": 0}, {"image_size": 8}, {"val_share": 1}):
         with pytest.raises(UserError):
             captioned_shape_data(**options)
+
+
+def test_shapes_as_a_data_module():
+    data = shape_data(20, image_size=16, batch_size=8, val_share=0.2)
+    assert isinstance(data, PictureSetDataModule) and data.num_classes == 4
+    assert data.labels == {"red_circle": 0, "blue_circle": 1, "red_square": 2, "blue_square": 3}
+    batches = list(data.train_dataloader())
+    assert [batch["pictures"].shape for batch in batches] == [(8, 3, 16, 16)] * 2
+    assert (len(data.train_data), len(data.val_data), data.train_data.channels) == (20, 4, 3)
+    train, val = (set(map(bytes, side.in_memory().numpy())) for side in (data.train_data, data.val_data))
+    assert len(train) == 20 and not train & val
+    assert shape_data(20, val_share=0).val_data is None
+    prints = {shape_data(*arguments).fingerprint() for arguments in ((20,), (21,), (20, 5), (20, 4, 16))}
+    assert len(prints | {shape_data(20, seed=1).fingerprint()}) == 5
+    assert shape_data(20).fingerprint() in prints
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 37}, "37 classes of shapes: expected 1 to 36"),
+        ({"num_classes": 0}, "0 classes"),
+        ({"count": 0}, "0 images of shapes"),
+        ({"image_size": 4}, "at least 8 pixels"),
+        ({"image_size": (32, 7)}, "at least 8 pixels"),
+        ({"val_share": 1.5}, "val_share 1.5"),
+    ],
+)
+def test_shapes_that_cannot_be(options, message):
+    with pytest.raises(UserError, match=message):
+        shape_data(**options)

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
@@ -14,6 +14,8 @@ import torch
 from vavae_tools.data.captions import CaptionedDataModule
 from vavae_tools.data.demo.shapes import captioned_shape_data, shape_data
 from vavae_tools.data.folders import (
+    EXTENSIONS,
+    VALIDATION_SIDES,
     contents,
     extension_of,
     labels_of,
@@ -23,7 +25,7 @@ from vavae_tools.data.folders import (
     no_such_folder,
     person_folders,
 )
-from vavae_tools.data.images import EXTENSIONS, VALIDATION_SIDES, DecodedPictures, PictureFiles, PictureSetDataModule
+from vavae_tools.data.images import DecodedPictures, PictureFiles, PictureSetDataModule
 from vavae_tools.data.sources import hugging_face
 from vavae_tools.data.sources.caption_folders import own_sides
 from vavae_tools.data.sources.coco_cub import coco_sides, cub_sides
@@ -34,34 +36,28 @@ from vavae_tools.runtime.errors import UserError
 
 
 class PictureDataModule(PictureSetDataModule):
-    """The pictures in `data_dir` as batches.
+    """The images in `data_dir` as batches.
 
     `data_dir` is one of
 
-    - a folder per class, with any names; pictures in folders below a class's own belong to it, as in torchvision's
-      ImageFolder;
+    - a folder per class, with any names; images in folders below a class's own belong to it;
     - such folders in `train/`, and in `validation/ valid/ val/ dev/ test/` (the first one there) what validates;
-    - tar files (WebDataset shards), in it or in folders of the same names, or with these words in the files' names;
-      or the tar files themselves, as `data/train-{000..099}.tar` or `data/*.tar`: see `tar_shards`;
     - a split of `data_split.py`, whose labels are kept;
-    - a dataset of Hugging Face's `datasets`, as `save_to_disk` writes it, alone or with the same sides.
+    - a dataset of Hugging Face's `datasets`, as `save_to_disk` writes it, alone or with the same subsets; of
+      WebDataset shards `sources.shards` makes one.
 
-    Classes are numbered by `folders.labels_of`, those of a Hugging Face ClassLabel or a tar's numbers as they say.
+    Classes are numbered by `folders.labels_of`, those of a Hugging Face ClassLabel as it says.
 
     Args:
         image_size: pixels, one number or (height, width).
         batch_size, num_workers: see `PictureSetDataModule`.
         seed: of the order, and of what is held out.
         use_hf_dataset: whether it is a Hugging Face dataset; None: see what is there.
-        train_split: what the training side is called.
-        val_share: where nothing validates, this share of each class is held out, chosen by seed and name: at least one
-            picture of a class with two; 0 for none. By default 0.05, and 0 for a split of `data_split.py`.
-        crop: "adm", the centre (`crops.centre_crop`), or "none", the whole picture resized. By default "adm", but
-            "none" for a split of `data_split.py`, since a spectrogram's axes must stay whole.
-        channels: 3, or 1 for grey; by default what the training side's pictures have.
-
-    Raises:
-        UserError: nothing there, nothing that can be read, or settings that cannot be.
+        train_split: the name of the training subset.
+        val_share: where nothing validates, this share of each class is held out; by default 0.05, and 0 for a split.
+        crop: "adm", the centre, or "none", the whole image resized; by default "adm", and "none" for a split, since a
+            spectrogram's axes must stay whole.
+        channels: 3, or 1 for grey; by default what the training subset's images have.
     """
 
     def __init__(
@@ -118,8 +114,7 @@ def class_data(
     return shape_data(num_pictures, num_classes, image_size or 32, **own)
 
 
-Sides = tuple[dict[str, int], DecodedPictures, DecodedPictures | None]
-"""Class name → label, what trains, and what validates."""
+Sides = tuple[dict[str, int], DecodedPictures, DecodedPictures | None]  # class name → label; train; validation
 
 
 def _read_sides(data_dir: Path, use_hf_dataset: bool | None, train_split: str, options: dict[str, Any]) -> Sides:
@@ -139,44 +134,24 @@ def _read_sides(data_dir: Path, use_hf_dataset: bool | None, train_split: str, o
 
 
 def hold_out(data: DecodedPictures, share: float, seed: int = 0) -> tuple[DecodedPictures, DecodedPictures | None]:
-    """What trains, and what validates: `share` of each class, chosen by seed and name.
+    """Return what trains, and what validates: `share` of each class, chosen by seed and name as in a split.
 
-    As in a split (`sides.choose_sides`): a class with two pictures or more has at least one on each side, and another
-    picture more moves few others. Equal files stand on one side; pictures in tar files and Hugging Face datasets are
-    not compared with each other, which would read all of them.
+    Equal files are in one subset; images of Hugging Face datasets are not compared, which would read all of them.
     """
     if not share:
         return data, None
-    held = np.zeros(len(data), dtype=bool)
-    for pictures in _held_apart(data):
-        side_of = choose_sides(list(pictures.values()), share, seed)
-        held[[place for place, picture in pictures.items() if side_of[picture.key] == "val"]] = True
+    hashes = _equal_files(data.paths) if isinstance(data, PictureFiles) else {}
+    rows = enumerate(zip(data.labels.tolist(), data.names, strict=True))
+    pictures = [Picture(str(label), name, "", 0, 0, sha256=hashes.get(place)) for place, (label, name) in rows]
+    side_of = choose_sides(pictures, share, seed)
+    held = np.array([side_of[picture.key] == "val" for picture in pictures])
     if not held.any():
         return data, None
     return data.part(np.flatnonzero(~held)), data.part(np.flatnonzero(held))
 
 
-def _held_apart(data: DecodedPictures) -> Iterator[dict[int, Picture]]:
-    """Place → picture, of those whose sides depend on each other: class by class where none equals another's.
-
-    So a million are never described at once, which would be more memory than a process has.
-    """
-    contents = _equal_files(data.paths) if isinstance(data, PictureFiles) else {}
-    of_each = [np.arange(len(data))] if contents else _places_by_label(data.labels.numpy())
-    for places in of_each:
-        yield {
-            place: Picture(str(label), data.names[place], path="", bytes=0, mtime_ns=0, sha256=contents.get(place))
-            for place, label in zip(places.tolist(), data.labels[places].tolist(), strict=True)
-        }
-
-
-def _places_by_label(labels: np.ndarray) -> list[np.ndarray]:
-    order = np.argsort(labels, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-
-
 def _equal_files(paths: Sequence[Path]) -> dict[int, str]:
-    """Place → a hash of its contents, of those files alone that are as long as another one."""
+    """Return place → a hash of its contents, of those files alone that are as long as another one."""
     of_length: dict[int, list[int]] = {}
     for place, path in enumerate(paths):
         of_length.setdefault(path.stat().st_size, []).append(place)
@@ -206,14 +181,13 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
     labels = labels or labels_of(train)
     sides = []
     for side, files in ((folder, train), (val_folder, val)):
-        unknown = files.keys() - labels.keys()
-        if unknown:
+        if unknown := files.keys() - labels.keys():
             raise UserError(
                 f"{side} holds {listed(sorted(unknown, key=natural_key))}, which is no class of {folder}: expected the "
-                "same folders on both sides. Rename or move it"
+                "same folders in both. Rename or move it"
             )
-        paths = list(chain.from_iterable(files.values()))
-        if paths:
+        if files:
+            paths = list(chain.from_iterable(files.values()))
             names = [path.relative_to(side).as_posix() for path in paths]
             of_paths = torch.tensor([labels[name] for name, of_class in files.items() for _ in of_class])
             sides.append(PictureFiles(paths, names, of_paths, is_split, title=side.name, **options))
@@ -257,35 +231,28 @@ def caption_data(
     channels: int = 3,
     progress: bool = True,
 ) -> CaptionedDataModule:
-    """Captioned pictures as a data module.
+    """Return captioned images as a data module.
 
     `dataset_name` says what `dataset_path` is:
 
-    - coco: `annotations/captions_train2017.json` (or another year) and the pictures in `train2017/`,
-      `images/train2017/` or `images/`; where val's are there as well, they validate;
+    - coco: `annotations/captions_train2017.json` (or another year) and the images in `train2017/`, `images/train2017/`
+      or `images/`; where val's are there as well, they validate;
     - cub: CUB-200-2011, with captions in `text_c10/` or `text/`, a sentence a line, where they are there, else with
-      sentences made from class names and attributes; its test side validates;
+      sentences made from class names and attributes; its test subset validates;
     - custom: a folder with `metadata.jsonl` or `.csv` (a file name and a caption, or a list of captions), or with a
-      .txt beside each picture, a caption a line, or with `train/` and `validation/` that are such; the jsonl or csv
+      .txt beside each image, a caption a line, or with `train/` and `validation/` that are such; the jsonl or csv
       itself; or a Hugging Face dataset, as `save_to_disk` writes it;
-    - shapes: made up here, see `captioned_shapes`; no path.
+    - shapes: made up here; no path.
 
     Args:
         image_size: pixels, one number or (height, width); by default 256, of shapes 32.
-        num_samples: at most so many pictures of each side, chosen by seed and name, the same on every machine (of
-            shapes: how many there are). What is held out is held out of these.
+        num_samples: at most so many images of each subset, chosen by seed and name (of shapes: how many there are).
         batch_size, num_workers: see `PictureSetDataModule`.
         seed: of order, choice of captions, `num_samples`, and what is held out.
-        val_share: where nothing validates, this share of the pictures is held out; 0 for none.
-        skip_missing: leave out pictures that are named but not there, or have no caption, instead of refusing them.
-        crop: "adm", the centre (`crops.centre_crop`), or "none", the whole picture resized.
-        annotations, pictures: of coco, the file with the captions and the folder with the pictures, where they are not
+        val_share: where nothing validates, this share of the images is held out; 0 for none.
+        skip_missing: leave out images that are named but not there, or have no caption, instead of refusing them.
+        annotations, pictures: of coco, the file with the captions and the folder with the images, where they are not
             found by their usual names.
-        channels: 3, or 1 for grey.
-
-    Raises:
-        UserError: an unknown name, nothing there, files that cannot be read as what they are, missing pictures, empty
-            captions, or settings that cannot be.
     """
     name = str(dataset_name).lower()
     if name not in DATASETS:
@@ -322,10 +289,8 @@ def caption_data(
 
 
 def _some(side: DecodedPictures, count: int, seed: int) -> DecodedPictures:
-    """So many of the pictures, those with the least hashes of seed and name."""
+    """Return so many of the images, those with the least hashes of seed and name."""
     if count >= len(side):
         return side
-    ranks = [
-        hashlib.blake2b(f"samples {seed}/{name}".encode("utf-8", "surrogateescape")).digest() for name in side.names
-    ]
+    ranks = [hashlib.blake2b(os.fsencode(f"samples {seed}/{name}")).digest() for name in side.names]
     return side.part(sorted(sorted(range(len(side)), key=ranks.__getitem__)[:count]))

@@ -1,4 +1,4 @@
-"""Person folders on disk: which there are, in which order, with which label, and the pictures in them."""
+"""Person folders on disk: which there are, in which order, with which label, and the images in them."""
 
 import os
 import re
@@ -12,13 +12,16 @@ from PIL import Image
 from vavae_tools.runtime.errors import UserError
 
 PICTURE_EXTENSIONS = ("png", "jpg", "jpeg")
+EXTENSIONS = (*PICTURE_EXTENSIONS, "bmp", "webp", "tif", "tiff", "ppm", "pgm")
+VALIDATION_SIDES = ("validation", "valid", "val", "dev", "test")
+"""Names of the validation subset; the first one there is taken."""
 
 _PERSON = re.compile(r"ID_(\d+)")
 _DIGITS = re.compile(r"(\d+)")
 
 
 def natural_key(name: str) -> tuple:
-    """The key that sorts names as a person does.
+    """Return the key that sorts names as a person does.
 
     >>> sorted(["ID_10", "ID_2", "anna"], key=natural_key)
     ['ID_2', 'ID_10', 'anna']
@@ -29,7 +32,7 @@ def natural_key(name: str) -> tuple:
 
 
 def labels_of(names: Iterable[str]) -> dict[str, int]:
-    """The label of each person folder: k − 1 when all are named `ID_k`, else its place in natural order.
+    """Return the label of each person folder: k − 1 when all are named `ID_k`, else its place in natural order.
 
     >>> labels_of(["ID_10", "ID_2"])
     {'ID_2': 1, 'ID_10': 9}
@@ -47,7 +50,7 @@ def labels_of(names: Iterable[str]) -> dict[str, int]:
 
 
 def list_folders(directory: str | Path, extensions: Collection[str] = PICTURE_EXTENSIONS) -> dict[str, list[Path]]:
-    """Each person folder in `directory` with its pictures, both in natural order; a folder may be empty."""
+    """Return each person folder in `directory` with its images, both in natural order; a folder may be empty."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(no_such_folder(directory))
@@ -58,16 +61,16 @@ def list_folders(directory: str | Path, extensions: Collection[str] = PICTURE_EX
 
 
 def person_folders(directory: str | Path) -> list[str]:
-    """The names of the folders in `directory`, in natural order; hidden ones and __MACOSX are no persons."""
+    """Return the names of the folders in `directory`, in natural order; hidden ones and __MACOSX are no persons."""
     with os.scandir(directory) as entries:
         names = [e.name for e in entries if not e.name.startswith(".") and e.name != "__MACOSX" and e.is_dir()]
     return sorted(names, key=natural_key)
 
 
 def picture_entries(folder: str | Path, extensions: Collection[str]) -> list[os.DirEntry]:
-    """The files with these extensions, in small or capital letters, in natural order.
+    """Return the files with these extensions, in small or capital letters, in natural order.
 
-    A link that leads nowhere is among them, so that whoever reads it can name it.
+    A link that leads nowhere is among them: whoever reads it names it.
     """
     with os.scandir(folder) as entries:
         found = [e for e in entries if extension_of(e.name) in extensions]
@@ -76,14 +79,14 @@ def picture_entries(folder: str | Path, extensions: Collection[str]) -> list[os.
 
 
 def other_files(folder: str | Path, extensions: Collection[str]) -> Counter:
-    """How many files have other extensions, by extension."""
+    """Return how many files have other extensions, by extension."""
     with os.scandir(folder) as entries:
         found = [kind for e in entries if (kind := extension_of(e.name)) not in extensions and kind and e.is_file()]
     return Counter(found)
 
 
 def extension_of(name: str) -> str:
-    """The extension in small letters, without the dot; a hidden file has none.
+    """Return the extension in small letters, without the dot; a hidden file has none.
 
     >>> extension_of("walk.0.JPG"), extension_of("._walk.jpg"), extension_of("notes")
     ('jpg', '', '')
@@ -92,7 +95,7 @@ def extension_of(name: str) -> str:
 
 
 def can_read(extension: str) -> bool:
-    """Whether Pillow reads pictures with this extension."""
+    """Return whether Pillow reads images with this extension."""
     Image.preinit()  # the common formats; all of them only if that is not enough
     if f".{extension}" not in Image.EXTENSION:
         Image.init()
@@ -108,7 +111,7 @@ def no_such_folder(directory: Path) -> str:
 
 
 def no_pictures(directory: Path, extensions: Sequence[str], flag: str = "--input_dir") -> str:
-    """Why there are no person folders with pictures in `directory`, and which path to try instead."""
+    """Return why there are no person folders with images in `directory`, and which path to try instead."""
     found = f"No picture folder (ID_1, ID_2 …) in {directory}; it holds {contents(directory)}."
     if picture_entries(directory, extensions):
         parent = directory.resolve().parent
@@ -132,7 +135,7 @@ def no_pictures(directory: Path, extensions: Sequence[str], flag: str = "--input
 
 
 def contents(folder: Path) -> str:
-    """What a folder holds, in words: "2 folders, a/, b/ and 1 file"."""
+    """Return what a folder holds, in words: "2 folders, a/, b/ and 1 file"."""
     names = person_folders(folder)
     with os.scandir(folder) as entries:
         files = sum(entry.is_file() and not entry.name.startswith(".") for entry in entries)
@@ -142,7 +145,7 @@ def contents(folder: Path) -> str:
 
 
 def _below(directory: Path, depth: int = 4) -> Iterable[Path]:
-    """`directory` and the folders in it, upper levels first."""
+    """Yield `directory` and the folders in it, upper levels first."""
     level = [directory]
     for _ in range(depth):
         yield from level
@@ -150,13 +153,13 @@ def _below(directory: Path, depth: int = 4) -> Iterable[Path]:
 
 
 def _pictured(directory: Path, extensions: Collection[str]) -> int:
-    """How many folders in `directory` hold pictures."""
+    """Return how many folders in `directory` hold images."""
     return sum(bool(picture_entries(directory / name, extensions)) for name in person_folders(directory))
 
 
 # ---- words
 def listed(words: Iterable, most: int = 3) -> str:
-    """The first few of many.
+    """Return the first few of many.
 
     >>> listed("abcde")
     'a, b, c and 2 more'

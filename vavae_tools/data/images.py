@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,19 +19,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from vavae_tools.data.folders import PICTURE_EXTENSIONS, labels_of, list_folders
-from vavae_tools.data.loader import (
-    OrderedDataModule,
-    index_and_number,
-    loading_workers,
-    ranks_here,
-    usable_cores,
-)
+from vavae_tools.data.loader import OrderedDataModule, index_and_number, loading_workers, ranks_here, usable_cores
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import written_whole
 
-VALIDATION_SIDES = ("validation", "valid", "val", "dev", "test")
-"""Names of the validation subset; the first one there is taken."""
-EXTENSIONS = (*PICTURE_EXTENSIONS, "bmp", "webp", "tif", "tiff", "ppm", "pgm")
 Size = tuple[int, int]
 """(height, width) in pixels"""
 
@@ -87,7 +79,7 @@ def in_channels(picture: Image.Image, channels: int) -> Image.Image:
 
 
 def save_picture(pixels: Tensor, path: Path) -> None:
-    """Write one image, uint8 (C, H, W), under `path` (its ending names the format), whole or not at all."""
+    """Write one image, uint8 (C, H, W), whole or not at all; the ending of `path` names the format."""
     array = pixels.permute(1, 2, 0).cpu().numpy()
     picture = Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
     with written_whole(path) as partial:
@@ -112,14 +104,13 @@ def readable(name: str | Path) -> Iterator[None]:
 MEMORY_LIMIT = 4 * 2**30
 """Decoded images up to this many bytes are kept in memory, by all processes of a machine together: 21,000 of 256×256,
 a seventh of what Kaggle has."""
-DECODED_AT_ONCE = 64
-"""Images that a thread decodes before it asks for more."""
-HEADERS_READ = 32
-"""Images whose headers tell whether all are grey."""
+_AT_ONCE = 64  # images that a thread decodes before it asks for more
+_HEADERS = 32  # read to tell whether all images are grey
 
 
 class DecodedPictures(Dataset):
-    """One subset; a subclass tells by `stored` and `opened` where images are and how one is opened.
+    """One subset. A subclass has `stored(places)`, a sequence of what `opened(stored)` makes a Pillow image of, and
+    `what_is_stored()`, plain values that tell these images from others.
 
     Args:
         names: one for each image, unique.
@@ -164,17 +155,6 @@ class DecodedPictures(Dataset):
             raise UserError(f"image_size {image_size}: at least one pixel is needed")
         self._memory: Tensor | None = None
 
-    def stored(self, places: Sequence[int]) -> Sequence[Any]:
-        """Return what `opened` takes, of several images at once."""
-        raise NotImplementedError
-
-    def opened(self, stored: Any) -> Image.Image:
-        raise NotImplementedError
-
-    def what_is_stored(self) -> list:
-        """Return plain values that tell these images from others, for `fingerprint`."""
-        raise NotImplementedError
-
     def fingerprint(self) -> str:
         """Return a hash of what is stored, and of the size, crop and channels that it is read with."""
         return hash_of([self.what_is_stored(), self.image_size, self.crop, self.channels])
@@ -206,7 +186,7 @@ class DecodedPictures(Dataset):
 
     def stored_channels(self) -> int:
         """Return 1 where the headers of a few images, spread over all, are all of grey ones, else 3."""
-        places = range(0, len(self), max(1, len(self) // HEADERS_READ))
+        places = range(0, len(self), max(1, len(self) // _HEADERS))
         for place, stored in zip(places, self.stored(places), strict=True):
             with readable(self.where(place)), self.opened(stored) as picture:
                 if not is_grey(picture):
@@ -215,22 +195,18 @@ class DecodedPictures(Dataset):
 
     def fits_memory(self) -> bool:
         """Return whether all of them, decoded, fit into this process's part of `MEMORY_LIMIT`."""
-        return len(self) * self._picture_bytes() <= MEMORY_LIMIT // ranks_here()
-
-    def _picture_bytes(self) -> int:
-        return self.image_size[0] * self.image_size[1] * self.channels
+        return len(self) * math.prod(self.image_size) * self.channels <= MEMORY_LIMIT // ranks_here()
 
     def row_bytes(self) -> int:
         """Return the bytes of one image in a batch, with its rows of `along`."""
         along = sum(rows[torch.zeros(1, dtype=torch.int64)].nbytes for rows in self.along.values())
-        return self._picture_bytes() + 2 * self.labels.element_size() + along
+        return math.prod(self.image_size) * self.channels + 2 * self.labels.element_size() + along
 
     def in_memory(self) -> Tensor:
         """Return all images, uint8 (N, C, H, W), decoded by several threads on the first call."""
         if self._memory is None:
             memory = np.empty((len(self), *self.image_size, self.channels), dtype=np.uint8)
-            starts = range(0, len(self), DECODED_AT_ONCE)
-            parts = [range(start, min(start + DECODED_AT_ONCE, len(self))) for start in starts]
+            parts = [range(len(self))[start : start + _AT_ONCE] for start in range(0, len(self), _AT_ONCE)]
             hidden = True if not self._progress or len(self) < 500 else None
             bar = tqdm(total=len(self), desc=f"reading {self.title}", unit="picture", disable=hidden)
             # Pillow decodes without the interpreter's lock
@@ -264,8 +240,7 @@ class DecodedPictures(Dataset):
         batch = {"pictures": self.pictures(indices), "labels": self.labels[index], "index": index}
         batch |= {name: rows[index] for name, rows in self.along.items()}
         if self.captions is not None:
-            captions = [self.captions[place][number] for place, number in zip(indices, numbers, strict=True)]
-            batch["captions"] = captions
+            batch["captions"] = [self.captions[place][n] for place, n in zip(indices, numbers, strict=True)]
         return batch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -273,10 +248,8 @@ class DecodedPictures(Dataset):
 
     def few_of_each(self, count: int) -> dict[str, Any]:
         """Return a batch of the first `count` images when taken from one class after the other."""
-        rows: dict[int, list[int]] = {}
-        for place, label in enumerate(self.labels.tolist()):
-            rows.setdefault(label, []).append(place)
-        in_turn = [row for turn in zip_longest(*rows.values()) for row in turn if row is not None]
+        rows = [(self.labels == label).nonzero().flatten().tolist() for label in dict.fromkeys(self.labels.tolist())]
+        in_turn = [row for turn in zip_longest(*rows) for row in turn if row is not None]
         return self.__getitems__(in_turn[:count])
 
 
@@ -334,10 +307,7 @@ class PictureFolder(PictureFiles):
 
     Args:
         folder: holds `ID_1/ ID_2/ …` (one subset of a split).
-        image_size: pixels, one number or (height, width).
         labels: folder name → label; by default from the names in `folder`.
-        channels: 3, or 1 for grey.
-        extensions: of images.
     """
 
     def __init__(
@@ -357,8 +327,8 @@ class PictureFolder(PictureFiles):
             raise UserError(f"No images ({', '.join(extensions)}) in the folders of {folder}")
         names = [f"{path.parent.name}/{path.name}" for path in paths]
         of_each = torch.tensor([labels[path.parent.name] for path in paths], dtype=torch.int64)
-        options = {"image_size": image_size, "channels": channels, "title": self.folder.name, "progress": progress}
-        super().__init__(paths, names, of_each, of_split=True, **options)
+        read = {"image_size": image_size, "channels": channels, "title": self.folder.name, "progress": progress}
+        super().__init__(paths, names, of_each, of_split=True, **read)
 
 
 def channels_of(folder: str | Path, extensions: Collection[str] = PICTURE_EXTENSIONS) -> int:
@@ -375,14 +345,7 @@ class PictureSetDataModule(OrderedDataModule):
     Args:
         train_data, val_data: None where nothing validates.
         labels: class name → label.
-        batch_size: images per device and step.
-        num_workers: loading processes per device; by default 0 where the images fit into memory, else what
-            `loading_workers` finds.
-        seed: of the order.
-
-    Attributes:
-        num_classes: largest label + 1.
-        remark: why there are fewer loading processes than cores; mostly empty.
+        num_workers: loading processes per device; None: 0 where the images fit into memory, else `loading_workers`.
     """
 
     def __init__(
@@ -395,6 +358,7 @@ class PictureSetDataModule(OrderedDataModule):
         seed: int = 0,
     ) -> None:
         self.remark = ""
+        """Why there are fewer loading processes than cores."""
         self._finds_workers = num_workers is None
         super().__init__(batch_size, num_workers or 0, seed)
         self.train_data, self.val_data, self.labels = train_data, val_data, labels

@@ -66,9 +66,6 @@ def usable_cores() -> int:
     with suppress(OSError, ValueError):
         quota, period = (_CGROUP / "cpu.max").read_text().split()
         return cores if quota == "max" else min(cores, max(1, int(quota) // int(period)))
-    with suppress(OSError, ValueError, ZeroDivisionError):  # version 1 of control groups; −1 for no limit
-        quota, period = (int((_CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-        return min(cores, max(1, quota // period)) if quota > 0 else cores
     return cores
 
 

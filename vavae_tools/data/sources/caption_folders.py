@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from vavae_tools.data.captions import NamedPictures, read_text
-from vavae_tools.data.folders import contents, counted, either, extension_of, listed, natural_key
-from vavae_tools.data.images import EXTENSIONS, VALIDATION_SIDES
+from vavae_tools.data.folders import (
+    EXTENSIONS,
+    VALIDATION_SIDES,
+    contents,
+    counted,
+    either,
+    extension_of,
+    listed,
+    natural_key,
+)
 from vavae_tools.data.sources.hugging_face import CAPTION_COLUMNS, MARKS
 from vavae_tools.data.sources.shards import refuse_shards
 from vavae_tools.runtime.errors import UserError

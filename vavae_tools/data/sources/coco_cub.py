@@ -168,39 +168,24 @@ def _certain_attributes(root: Path) -> dict[str, list[str]]:
     return of_each
 
 
-_PLURAL = {"wing": "wings", "eye": "eyes", "leg": "legs", "upperparts": "upperparts", "underparts": "underparts"}
-
-
 def bird_sentences(class_name: str, attributes: Sequence[str]) -> tuple[str, ...]:
-    """Return sentences about a bird of CUB, by the name of its class and its attributes.
+    """Return sentences about a bird of CUB, by the name of its class and its attributes, of which each names three.
 
     >>> bird_sentences("149.Brown_Thrasher", ["has_wing_color::brown", "has_size::small_(5_-_9_in)"])
-    ('a brown thrasher, a small bird', 'a small bird with brown wings')
+    ('a brown thrasher', 'a small bird with brown wing')
     """
     name = re.sub(r"^\d+\.", "", class_name).replace("_", " ").lower()
     values: dict[tuple[str, str], list[str]] = {}
     for attribute in attributes:
-        what, _, value = attribute.removeprefix("has_").partition("::")
-        part, _, kind = what.rpartition("_")
-        value = re.sub(r"\s*\(.*", "", value.replace("_", " ")).replace("-", " ")
-        values.setdefault((part.replace("_", " "), kind), []).append(value)
-    first = [*values.pop(("", "size"), [])[:1], " and ".join(values.pop(("primary", "color"), []))]
-    bird = " ".join(filter(None, [*first, "bird"]))
-    described = {key: of_key for key, of_key in values.items() if key[0] and key[1] in ("color", "pattern", "shape")}
-    phrases = [_phrase(part, of_part) for (part, _), of_part in described.items()][:12]
-    sentences = [f"{_with_article(name)}, {_with_article(bird)}" if bird != "bird" else _with_article(name)]
-    for start in range(0, len(phrases), 3):
-        *others, last = phrases[start : start + 3]
-        who = name if start % 2 else bird
-        sentences.append(f"{_with_article(who)} with {' and '.join(filter(None, [', '.join(others), last]))}")
-    return tuple(sentences)
-
-
-def _phrase(part: str, values: Sequence[str]) -> str:
-    noun = _PLURAL.get(part, part)
-    words = " and ".join(value.removesuffix(noun).strip() for value in values)  # "forked tail", "rounded wings"
-    return f"{words} {noun}" if part in _PLURAL else _with_article(f"{words} {noun}")
-
-
-def _with_article(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+        what, _, value = attribute.removeprefix("has_").replace("_", " ").partition("::")
+        part, _, kind = what.rpartition(" ")
+        values.setdefault((part, kind), []).append(re.sub(r"\s*\(.*", "", value).replace("-", " "))
+    known = [*values.pop(("", "size"), [])[:1], *values.pop(("primary", "color"), [])[:1]]
+    phrases = [
+        f"{' and '.join(of_part).removesuffix(part).strip()} {part}"  # of a tail the value is "forked tail"
+        for (part, kind), of_part in values.items()
+        if part and kind in ("color", "pattern", "shape")
+    ]
+    who = f"a {' '.join([*known, 'bird'])}"
+    name = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    return name, *(f"{who} with {', '.join(phrases[start : start + 3])}" for start in range(0, len(phrases), 3))

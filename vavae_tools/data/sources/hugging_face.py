@@ -6,14 +6,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from vavae_tools.data.captions import cleaned
-from vavae_tools.data.folders import either, labels_of, listed
-from vavae_tools.data.images import VALIDATION_SIDES, DecodedPictures
+from vavae_tools.data.folders import VALIDATION_SIDES, either, labels_of, listed
+from vavae_tools.data.images import DecodedPictures
 from vavae_tools.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,8 +48,6 @@ class DatasetPictures(DecodedPictures):
         dataset = dataset.select_columns([column]).with_format(None)
         if isinstance(dataset.features[column], ImageFeature):
             dataset = dataset.cast_column(column, ImageFeature(decode=False))  # threads decode them here
-        elif getattr(dataset.features[column], "dtype", None) not in ("binary", "large_binary", "string"):
-            dataset = dataset.with_format("numpy")
         self._dataset = dataset
 
     def stored(self, places: Sequence[int]) -> Sequence[Any]:
@@ -61,8 +58,8 @@ class DatasetPictures(DecodedPictures):
             stored = stored["bytes"] if stored.get("bytes") is not None else stored.get("path")
         if stored is None:
             raise ValueError("it is empty")
-        if isinstance(stored, np.ndarray):
-            return _picture_of(stored)
+        if not isinstance(stored, bytes | str):
+            raise ValueError("expected a column of type Image, bytes or paths")
         return Image.open(BytesIO(stored) if isinstance(stored, bytes) else stored)
 
     def what_is_stored(self) -> list:
@@ -73,20 +70,6 @@ class DatasetPictures(DecodedPictures):
         part = super().part(places)
         part.rows = self.rows[torch.as_tensor(places)]
         return part
-
-
-def _picture_of(array: np.ndarray) -> Image.Image:
-    """Return the image of whole numbers 0…255, (H, W), (H, W, C) or (C, H, W) with 1 or 3 channels."""
-    if array.ndim == 3 and array.shape[2] not in (1, 3) and array.shape[0] in (1, 3):
-        array = array.transpose(1, 2, 0)  # (H, W, C)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
-    if not fits or not np.issubdtype(array.dtype, np.integer) or array.size == 0:
-        raise ValueError(f"{array.dtype} {array.shape}, expected whole numbers (H, W), (H, W, 3) or (3, H, W)")
-    if array.min() < 0 or array.max() > 255:
-        raise ValueError(f"numbers {array.min()} … {array.max()}, expected 0 … 255")
-    return Image.fromarray(np.ascontiguousarray(array, dtype=np.uint8))
 
 
 # ---- subsets with labels or captions

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vavae_tools.data.folders import extension_of, listed, no_such_folder
-from vavae_tools.data.images import EXTENSIONS, VALIDATION_SIDES
+from vavae_tools.data.folders import EXTENSIONS, VALIDATION_SIDES, extension_of, listed, no_such_folder
 from vavae_tools.data.sources.hugging_face import column_values, datasets_library, first_line
 from vavae_tools.runtime.errors import UserError, run_command
 

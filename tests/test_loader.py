@@ -1,0 +1,318 @@
+"""The order of the training data, resumed at any batch; how many processes load them, and what becomes of these."""
+
+import os
+import shutil
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vavae_tools.data import images as decoded
+from vavae_tools.data import loader as loading
+from vavae_tools.data.demo.shapes import ShapePictures
+from vavae_tools.data.images import PictureSetDataModule
+from vavae_tools.data.loader import (
+    EpochOrder,
+    OrderedDataModule,
+    batches_in_order,
+    loader_faults,
+    loading_workers,
+    ranks_here,
+    usable_cores,
+    worker_fault,
+)
+from vavae_tools.runtime.errors import UserError
+
+MB = 2**20
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with so many cores, free bytes of /dev/shm (None: no such place), ranks and a quota."""
+
+    def stand_in(cores=8, shared=2**34, ranks=None, quota=None):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+
+        def usage(path):
+            assert str(path) == "/dev/shm"
+            if shared is None:
+                raise FileNotFoundError(path)
+            return Usage(2 * shared, shared, shared)
+
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        if ranks is not None:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        (tmp_path / "cpu.max").unlink(missing_ok=True)
+        if quota is not None:
+            (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+        monkeypatch.setattr(loading, "_CGROUP", tmp_path)
+
+    return stand_in
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "workers"),
+    [(64, None, 4), (64, 8, 4), (4, 2, 2), (4, 1, 4), (3, 2, 1), (2, 1, 2), (1, 1, 1), (1, 2, 0), (2, "?", 2)],
+)
+def test_cores_are_shared_by_the_ranks_of_a_machine(machine, cores, ranks, workers):
+    machine(cores=cores, ranks=ranks)
+    assert loading_workers(MB) == (workers, "")
+    assert ranks_here() == (ranks if isinstance(ranks, int) else 1)
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max", 8), (200_000, 2), (250_000, 2), (50_000, 1), (1_600_000, 8), ("?", 8)]
+)
+def test_a_containers_quota_counts(machine, quota, cores):
+    machine(cores=8, quota=quota)
+    assert usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("shared", "ranks", "batch", "workers"),
+    [
+        (64 * MB, 1, 6 * MB, 2),  # docker's: 32 MB for them, 12 of each
+        (64 * MB, 2, 6 * MB, 1),
+        (64 * MB, 1, 16 * MB, 1),
+        (64 * MB, 1, 16 * MB + 1, 0),
+        (2**31, 2, 48 * MB, 4),
+        (0, 1, 1, 0),
+        (None, 1, 2**40, 4),
+    ],
+)
+def test_batches_in_flight_fit_into_half_of_the_shared_memory(machine, shared, ranks, batch, workers):
+    machine(cores=8 * ranks, shared=shared, ranks=ranks)
+    found, line = loading_workers(batch)
+    assert found == workers and bool(line) == (workers < 4) and "\n" not in line
+    if shared is not None:
+        assert found == 4 or (found + 1) * 2 * batch * ranks > shared / 2 >= found * 2 * batch * ranks
+
+
+def module(**options) -> PictureSetDataModule:
+    return PictureSetDataModule(ShapePictures(64, 4, 32), None, {"a": 0}, batch_size=16, **options)
+
+
+def test_a_module_has_those_workers(machine, monkeypatch):
+    machine(cores=8, shared=64 * MB)
+    data = module()
+    assert (data.num_workers, data.remark) == (0, "")  # in memory
+    monkeypatch.setattr(decoded, "MEMORY_LIMIT", 64 * 32 * 32 * 3 - 1)
+    assert (module().num_workers, module().remark) == (4, "") and module(num_workers=7).num_workers == 7
+    machine(cores=8, shared=5 * 4 * 16 * (3 * 32 * 32 + 16))  # for five batches in half of it: two processes and a half
+    data = module()
+    assert data.num_workers == 4 and not data.remark
+    machine(cores=8, shared=2 * 5 * 16 * (3 * 32 * 32 + 16))
+    data = module()
+    assert data.num_workers == 2 and "2 of 4 loading processes" in data.remark
+    assert module(num_workers=3).num_workers == 3 and not module(num_workers=3).remark
+    data.train_data.along["tokens"] = torch.zeros(64, 3 * 32 * 32 + 16, dtype=torch.uint8)  # as many bytes again
+    assert data.train_dataloader().num_workers == 1
+
+
+def test_the_processes_of_a_machine_share_the_limit_of_memory(machine, monkeypatch):
+    data = ShapePictures(10, 4, 32)
+    monkeypatch.setattr(decoded, "MEMORY_LIMIT", 2 * 10 * 32 * 32 * 3)
+    for ranks, fits in ((1, True), (2, True), (3, False)):
+        machine(ranks=ranks)
+        assert data.fits_memory() == fits
+
+
+# ---- what becomes of them
+
+
+class Ends(Dataset):
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, place: int) -> int:
+        if self.how == "killed":
+            os.kill(os.getpid(), 9)
+        if self.how == "user":
+            raise UserError("b/2.png of s.tar cannot be read: take it out")
+        raise ValueError("another one")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("killed", r"^A loading process was ended by signal Killed, mostly because memory ran out: set num_workers=0"),
+        ("user", r"^b/2\.png of s\.tar cannot be read: take it out$"),
+    ],
+)
+def test_a_loading_process_that_ends_is_one_line(how, message):
+    with pytest.raises(UserError, match=message) as error, loader_faults():
+        list(DataLoader(Ends(how), num_workers=1))
+    assert "\n" not in str(error.value)
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(ValueError, match="another one"), loader_faults():
+        list(DataLoader(Ends("else"), num_workers=1))
+    for error in (RuntimeError("CUDA out of memory"), UserError("two\nlines")):
+        with pytest.raises(type(error), match=str(error)), loader_faults():
+            raise error
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that dataloader's workers are out "
+        "of shared memory. Please try to raise your shared memory limit.",
+        "Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm) for file "
+        "</torch_7_1_0>: No space left on device (28)",
+        "unable to write to file </torch_10_2>: No space left on device (28)",
+    ],
+)
+def test_full_shared_memory_is_named(machine, text):
+    machine(shared=3 * MB)
+    try:
+        raise RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly") from RuntimeError(text)
+    except RuntimeError as error:
+        lines = [worker_fault(error), worker_fault(RuntimeError(text))]
+    assert lines[0] == lines[1] and lines[0].startswith("A loading process ended because /dev/shm is full (3 MB free")
+    assert "set num_workers=0" in lines[0]
+    assert worker_fault(RuntimeError("unable to write to file </data/x>: No space left on device")) is None
+    assert "ended unexpectedly" in worker_fault(RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"))
+
+
+# ---- the order
+
+
+def of_epoch(order: EpochOrder, epoch: int) -> list[int]:
+    order.set_epoch(epoch)
+    return list(order)
+
+
+def test_each_epoch_is_a_permutation_of_its_own():
+    order = EpochOrder(24, 6, seed=3)
+    epochs = [of_epoch(order, epoch) for epoch in range(5)]
+    assert all(sorted(indices) == list(range(24)) for indices in epochs)
+    assert len({tuple(indices) for indices in epochs}) == 5
+    assert of_epoch(order, 2) == epochs[2]  # also when asked again
+    assert of_epoch(EpochOrder(24, 6, seed=4), 0) != epochs[0]
+    assert of_epoch(EpochOrder(24, 4, seed=3), 0) == epochs[0]  # the batch size cuts the same order
+
+
+def test_first_order_stays_what_it_was():
+    assert list(EpochOrder(8, 2, seed=5)) == [1, 7, 3, 5, 6, 0, 4, 2]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_share_the_global_batches_of_one(world_size):
+    alone = EpochOrder(50, 8, seed=1)
+    ranks = [EpochOrder(50, 8 // world_size, 1, rank, world_size) for rank in range(world_size)]
+    for epoch in range(3):
+        whole = torch.tensor(of_epoch(alone, epoch)).view(-1, 8)
+        parts = [torch.tensor(of_epoch(rank, epoch)).view(-1, 8 // world_size) for rank in ranks]
+        assert torch.equal(torch.cat(parts, dim=1), whole)
+    assert {len(rank) for rank in ranks} == {len(alone) // world_size}
+
+
+def test_an_epoch_holds_whole_batches_and_its_rest_comes_up_elsewhere():
+    order = EpochOrder(50, 8)
+    assert order.batches == 6 and len(order) == len(list(order)) == 48
+    assert set().union(*(of_epoch(order, epoch) for epoch in range(8))) == set(range(50))
+
+
+@pytest.mark.parametrize(("length", "world_size", "batch", "total"), [(5, 1, 5, 5), (5, 2, 2, 2), (1, 1, 1, 1)])
+def test_few_data_are_one_smaller_batch(length, world_size, batch, total):
+    order = EpochOrder(length, 64, 0, world_size - 1, world_size)
+    assert (order.batches, order.batch_size, len(order), len(list(order))) == (1, batch, total, total)
+
+
+def test_resuming_skips_once_and_the_length_stays_full():
+    order = EpochOrder(24, 6)
+    whole = of_epoch(order, 2)
+    order = EpochOrder(24, 6)
+    order.resume(2, 3)
+    assert len(order) == 24
+    order.set_epoch(2)  # Lightning says so after the first iter()
+    assert list(order) == whole[18:]
+    assert list(order) == whole  # only once
+    order.resume(2, 3)
+    assert of_epoch(order, 3) == of_epoch(EpochOrder(24, 6), 3)  # another epoch is not shortened
+    order.resume(4, 0)
+    assert list(order) == of_epoch(EpochOrder(24, 6), 4)
+
+
+class Squares(Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitems__(self, indices):
+        index = torch.tensor(indices)
+        return {"square": index**2, "index": index}
+
+
+class SquaresModule(OrderedDataModule):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.train_data = Squares()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_arrive_as_the_data_set_made_them(num_workers):
+    data = SquaresModule(batch_size=6, num_workers=num_workers, seed=1)
+    batches = list(data.train_dataloader())
+    assert [len(batch["index"]) for batch in batches] == [6, 6, 6]
+    assert torch.cat([batch["index"] for batch in batches]).tolist() == list(EpochOrder(20, 6, 1))
+    assert all(torch.equal(batch["square"], batch["index"] ** 2) for batch in batches)
+    assert data.val_dataloader() == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_processes_validate_all_once_in_as_many_batches_each(world_size, batch_size):
+    for length in range(1, 60):
+        ranks = [batches_in_order(length, batch_size, rank, world_size) for rank in range(world_size)]
+        sizes = [len(batch) for batches in ranks for batch in batches]
+        assert len({len(batches) for batches in ranks}) == 1 and min(sizes) > 0
+        if length < world_size:  # every process all of them: the mean over processes is theirs
+            assert ranks == [batches_in_order(length, batch_size)] * world_size
+            continue
+        in_turn = [index for together in zip(*ranks, strict=True) for batch in together for index in batch]
+        assert in_turn == list(range(length))
+        assert max(sizes) <= max(batch_size, 2 if world_size > 1 else 1)
+        assert world_size == 1 or max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_process_validates_its_share_again_and_again(num_workers):
+    shares = []
+    for rank in range(3):
+        data = SquaresModule(batch_size=4, num_workers=num_workers)
+        data.val_data, data.trainer = Squares(), SimpleNamespace(global_rank=rank, world_size=3)
+        loader = data.val_dataloader()
+        seen = [[batch["index"].tolist() for batch in loader] for _ in range(2)]  # the second time by the same workers
+        assert seen[0] == seen[1] == batches_in_order(20, 4, rank, 3) and len(loader) == 2
+        shares += seen[0]
+    assert sorted(index for batch in shares for index in batch) == list(range(20))
+
+
+@pytest.mark.parametrize("when", ["before the loader is made", "after"])
+def test_a_data_module_takes_its_place_up_again(when):
+    data = SquaresModule(batch_size=5)
+    loader = data.train_dataloader() if when == "after" else None
+    data.load_state_dict({"epoch": 3, "batches_done": 2, "seed": 0, "samples": 20})
+    loader = loader or data.train_dataloader()
+    seen = torch.cat([batch["index"] for batch in loader]).tolist()
+    assert seen == of_epoch(EpochOrder(20, 5), 3)[10:]
+    assert len(loader) == 4
+    assert SquaresModule(batch_size=5).state_dict() == {}  # without a trainer there is no place
+
+
+def test_with_gathered_batches_an_epoch_has_whole_steps():
+    """19 pictures are 9 batches of 2, of which 8 make 2 steps of 4; of fewer than a step there is what there is."""
+    order = EpochOrder(19, 2, seed=3)
+    all_batches = list(order)
+    order.gathered = 4
+    assert (order.batches, len(order)) == (8, 16) and list(order) == all_batches[:16]
+    order.gathered = 10
+    assert order.batches == 9
