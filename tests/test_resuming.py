@@ -62,26 +62,18 @@ def test_last_is_the_one_before_where_it_is_damaged(tmp_path):
         said.clear()
         return resume_path(str(resume), place, said.append)
 
-    for place in (run, run / "checkpoints"):
-        assert found(place=place) == last and said == []
+    assert found() == found(place=run / "checkpoints") == last and said == []
     flipped(last, last.read_bytes().index(b"\x00\x00\x80\x3f" * 3) + 2)
-    assert found() == previous and found(run) == previous
+    assert found() == found(run) == previous
     reason = "other contents than were written (last/data/0)"
     assert said == [f"{last} is damaged ({reason}): resuming from {previous}, step 8"]
     last.unlink()
-    assert found() == previous and said == []
     previous.write_bytes(b"PK half of it")
     assert found() == folder
     (folder / "trainer.pt").unlink()
-    assert found() == best
-    assert said == [
-        f"{previous} is damaged (no file of torch.save, or its end is missing); {folder} is damaged (trainer.pt: "
-        f"missing): resuming from {best}, step 4"
-    ]
+    assert found() == best and said[0].count("is damaged") == 2
     best.unlink()
-    with pytest.raises(
-        UserError, match=r"previous\.ckpt is damaged .* nothing else is there to resume from: start anew"
-    ):
+    with pytest.raises(UserError, match=r"previous\.ckpt is damaged .* nothing else is there to resume from"):
         found()
 
 
@@ -146,20 +138,15 @@ def weights_of(module, **named) -> dict:
     [
         (
             lambda: VAVAEModule(tiny_vavae()),
-            lambda: new_module(vf_weight=0.0),
-            r"discriminator\.\S+ is not there, expected \(.*, and \d+ more differ \(discriminator\.\S+, .*; usually a "
-            r"part is switched on here that was off there, such as disc_weight",
+            new_module,
+            r"discriminator\.\S+ is not there, expected \(.*, and \d+ more ",
         ),
         (
-            lambda: new_module(vf_weight=0.0),
+            new_module,
             lambda: VAVAEModule(tiny_vavae()),
-            r"discriminator\.\S+ is \(.*\), expected not there, .*; usually a part is switched off here that was on",
+            r"discriminator\.\S+ is \(.*\), expected not there, .*or a part that is",
         ),
-        (
-            dit,
-            lambda: VAVAEModule(tiny_vavae()),
-            "none of its names is known here: weights to start from are no checkpoint to resume from",
-        ),
+        (dit, lambda: VAVAEModule(tiny_vavae()), "none of its names is known here: weights to start from are no"),
         (lambda: VAVAEModule(tiny_vavae(num_conditions=4)), lambda: VAVAEModule(tiny_vavae()), "number of people"),
     ],
 )
@@ -170,26 +157,22 @@ def test_a_checkpoint_of_another_model_says_what_differs(tmp_path, kind, found, 
         check_resumable(path, here())
 
 
-def test_weights_alone_are_no_checkpoint(tmp_path):
-    torch.save({"state_dict": dit().state_dict()}, tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=r"a\.ckpt has no optimizer_states"):
-        check_resumable(tmp_path / "a.ckpt", dit())
-
-
-def test_optimisers_of_other_weights_are_refused(tmp_path):
+def test_weights_alone_and_optimisers_of_other_weights_are_refused(tmp_path):
     def state(tensors):
         group = {"lr": 0.1, "params": list(range(len(tensors)))}
         return {"state": {i: {"exp_avg": t} for i, t in enumerate(tensors)}, "param_groups": [group]}
 
-    module = dit()
+    module, path = dit(), tmp_path / "a.ckpt"
+    torch.save({"state_dict": module.state_dict()}, path)
+    with pytest.raises(UserError, match=r"a\.ckpt has no optimizer_states"):
+        check_resumable(path, module)
     trained = list(module.network.parameters())
-    for tensors, refused in [(trained, False), (trained[1:], True), ([torch.zeros(77), *trained[1:]], True)]:
-        torch.save(weights_of(module, optimizer_states=[state(tensors)]), tmp_path / "a.ckpt")
-        if refused:
-            with pytest.raises(UserError, match=f"optimisers' state is of {len(tensors)} tensors of weights, here"):
-                check_resumable(tmp_path / "a.ckpt", module)
-        else:
-            check_resumable(tmp_path / "a.ckpt", module)
+    torch.save(weights_of(module, optimizer_states=[state(trained)]), path)
+    check_resumable(path, module)
+    for tensors in (trained[1:], [torch.zeros(77), *trained[1:]]):
+        torch.save(weights_of(module, optimizer_states=[state(tensors)]), path)
+        with pytest.raises(UserError, match=f"optimisers' state is of {len(tensors)} tensors of weights, here"):
+            check_resumable(path, module)
 
 
 @pytest.mark.parametrize("wrap", ["", "module.", "_orig_mod.network."])
@@ -231,20 +214,21 @@ def test_list_is_a_table(run, tmp_path):
     assert status == 0 and len(lines) == 10
     table = [line.split() for line in lines]
     assert table[0] == ["checkpoint", "step", "epoch", "metric", "size", "age", "state"]
-    assert table[1][:4] == ["own.ckpt", "12,345", "2", "-"] and table[1][-3:] == ["2", "h", "whole"]
-    assert [row[:4] for row in table if row[0].endswith("5000.ckpt")] == [
-        ["checkpoints/best-001-0.5000.ckpt", "6", "2", "0.5000"]
-    ]
+    assert (
+        table[1][:4] == ["own.ckpt", "12,345", "2", "-"]
+        and table[1][-1] == "whole"
+        and table[1][-2].startswith("2:01:")
+    )
+    assert ["checkpoints/best-001-0.5000.ckpt", "6", "2", "0.5000"] in [row[:4] for row in table]
     damaged = next(line for line in lines if line.startswith("checkpoint-4"))
     assert "damaged: model.pt: 4 bytes, expected" in damaged
-    steps = [line[: lines[0].index("step") + 4] for line in lines]  # numbers end below each other
-    assert all(line[-1] in "0123456789p" for line in steps)
-    assert all(line.split()[-1].isalpha() or "damaged" in line for line in lines)
+    end = lines[0].index("step") + 4
+    assert all(line[end - 1] in "0123456789p" for line in lines)  # numbers end below each other
 
 
 def test_inspect_says_what_is_in_it(run, tmp_path):
     torch.save({**small(), "run": {"versions": {"torch": "2.9"}, "command": ["train.py", "--lr", "1"]}}, "last.ckpt")
-    size = f"{Path('last.ckpt').stat().st_size / 1e3:.0f} kB"
+    size = f"{Path('last.ckpt').stat().st_size / 1e6:.2f} MB"
     assert run("inspect", "last.ckpt") == (
         0,
         [
@@ -269,12 +253,10 @@ def test_prune_says_what_goes_and_what_is_freed(run, tmp_path):
     status, lines, _ = run("prune", "run", "--keep", "2", "--dry_run")
     assert status == 0 and names(Path("run")) == before
     assert [line.split()[2] for line in lines[:-1]] == [f"run/checkpoint-{step}" for step in (4, 2, 1)]
-    assert lines[-1].endswith(" kB would be freed by 3 checkpoints")
-    status, lines, _ = run("prune", "run", "--keep", "2")
-    assert lines[0].startswith("removed: run/checkpoint-4 (") and lines[-1].endswith(" kB freed by 3 checkpoints")
+    assert lines[-1].endswith(" MB would be freed by 3 checkpoints")
+    _, lines, _ = run("prune", "run", "--keep", "2")
+    assert lines[0].startswith("removed: run/checkpoint-4 (") and lines[-1].endswith(" MB freed by 3 checkpoints")
     assert names(Path("run")) == ["checkpoint-3", "checkpoint_epoch_9.pth", "checkpoints"]
-    assert run("prune", "run", "--keep", "2")[1] == ["0 kB freed by 0 checkpoints"]
-    assert run("prune", "run")[0] == 2
 
 
 def test_convert_there_and_back(run, tmp_path):

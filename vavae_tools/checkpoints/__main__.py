@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +42,7 @@ def main() -> None:
 
 
 def list_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -> None:
-    """Print a table of a run's checkpoints, the newest first.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Print a table of a run's checkpoints, the newest first."""
     rows = [("checkpoint", "step", "epoch", "metric", "size", "age", "state")]
     folder = Path(folder)
     for c in _found(folder):
@@ -53,7 +50,8 @@ def list_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -> 
         place = ["-" if number is None else f"{number:,}" for number in (c.step, c.epoch)]
         fault = c.damage()
         state = "whole" if fault is None else f"damaged: {fault}"
-        rows.append((name, *place, c.metric or "-", _size(c.bytes), _age(time.time() - c.written), state))
+        age = str(timedelta(seconds=int(time.time() - c.written)))  # such as 2:01:40
+        rows.append((name, *place, c.metric or "-", _size(c.bytes), age, state))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, *numbers, state in rows:
         cells = [number.rjust(width) for number, width in zip(numbers, widths[1:-1], strict=True)]
@@ -61,11 +59,7 @@ def list_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -> 
 
 
 def inspect_checkpoint(path: str | Path, say: Callable[[str], None] = print) -> None:
-    """Print what is in a checkpoint: weights by part, optimisers, hyper-parameters, versions.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
+    """Print what is in a checkpoint: weights by part, optimisers, hyper-parameters, versions."""
     from vavae_tools.checkpoints.formats import read_any
     from vavae_tools.checkpoints.resuming import look_at
 
@@ -93,7 +87,7 @@ def inspect_checkpoint(path: str | Path, say: Callable[[str], None] = print) -> 
 def prune_checkpoints(
     folder: str | Path, keep: int, dry_run: bool = False, say: Callable[[str], None] = print
 ) -> list["Checkpoint"]:
-    """Remove a run's periodic checkpoints but the `keep` newest whole ones; say what is freed."""
+    """Remove a run's periodic checkpoints but the `keep` newest whole ones; print what is freed."""
     from vavae_tools.checkpoints.resuming import keep_newest
 
     _found(Path(folder))
@@ -105,11 +99,7 @@ def prune_checkpoints(
 
 
 def convert_checkpoint(source: str | Path, destination: str | Path, say: Callable[[str], None] = print) -> Path:
-    """Write the checkpoint `source` as what the name `destination` says: a `.ckpt`, a `.pth`, or a folder.
-
-    Raises:
-        UserError: `source` cannot be read or is damaged, `destination` exists or cannot be written.
-    """
+    """Write the checkpoint `source` as what the name `destination` says: a `.ckpt`, a `.pth`, or a folder."""
     from vavae_tools.checkpoints.formats import read_any, write_any
     from vavae_tools.checkpoints.resuming import resume_path
 
@@ -122,11 +112,7 @@ def convert_checkpoint(source: str | Path, destination: str | Path, say: Callabl
 
 
 def verify_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -> None:
-    """Read a checkpoint, or all of a run, and say of each whether it is whole.
-
-    Raises:
-        UserError: one is damaged, or none is there.
-    """
+    """Read a checkpoint, or all of a run, and print of each whether it is whole; raise where one is not."""
     from vavae_tools.checkpoints.formats import is_checkpoint
     from vavae_tools.checkpoints.resuming import look_at
 
@@ -169,26 +155,8 @@ def _say_weights(weights: dict[str, Any], say: Callable[[str], None]) -> None:
         say(f"{part}: {sum(tensor.numel() for tensor in tensors):,} weights in {len(tensors):,} tensors, {kinds}")
 
 
-def _size(number: float) -> str:
-    """
-    >>> _size(512), _size(3_200_000), _size(1.25e10)
-    ('1 kB', '3.2 MB', '12.5 GB')
-    """
-    for unit, bytes in (("GB", 1e9), ("MB", 1e6)):
-        if number >= bytes:
-            return f"{number / bytes:.1f} {unit}"
-    return f"{number / 1e3:.0f} kB"
-
-
-def _age(seconds: float) -> str:
-    """
-    >>> _age(40), _age(300), _age(7300), _age(200_000)
-    ('40 s', '5 min', '2 h', '2 d')
-    """
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds // length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
+def _size(number: int) -> str:
+    return f"{number / 1e6:,.2f} MB"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints that another training wrote → what Lightning goes on from, at the beginning of an epoch."""
+"""Checkpoints that another training wrote → what Lightning resumes from, at the beginning of an epoch."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -33,28 +33,26 @@ DATA_MODULES = (
 
 
 def place_in(state: dict[str, Any]) -> dict[str, int]:
-    """`epoch` and `global_step` as far as a training's plain values tell them, under their several names."""
+    """Return `epoch` and `global_step` as far as a training's plain values tell them, under their several names."""
     names = {"epoch": ("current_epoch", "epoch"), "global_step": ("global_step", "step")}
     found = {own: state[name] for own, known in names.items() for name in reversed(known) if name in state}
     return {name: int(value) for name, value in found.items() if isinstance(value, (int, float, Tensor))}
 
 
 def place_in_name(path: Path) -> dict[str, int]:
-    """What a name tells.
+    """Return what a name tells.
 
     >>> place_in_name(Path("checkpoint-epoch-118")), place_in_name(Path("checkpoint-5000"))
     ({'epoch': 118}, {'global_step': 5000})
     >>> place_in_name(Path("checkpoint_epoch_50.pth")), place_in_name(Path("weights"))
     ({'epoch': 50}, {})
     """
-    epoch, step = (
-        re.search(p, path.name) for p in (r"epoch[-_=]?(\d+)", r"(?:step[-_=]?|checkpoint[-_])(\d+)(?:\.\w+)?$")
-    )
-    return {name: int(m[1]) for name, m in (("epoch", epoch), ("global_step", step)) if m}
+    patterns = {"epoch": r"epoch[-_=]?(\d+)", "global_step": r"(?:step[-_=]?|checkpoint[-_])(\d+)(?:\.\w+)?$"}
+    return {name: int(found[1]) for name, p in patterns.items() if (found := re.search(p, path.name))}
 
 
 def plain_name(name: str) -> str:
-    """A weight's name without what `torch.compile` and DataParallel put before it.
+    """Return a weight's name without what `torch.compile` and DataParallel put before it.
 
     >>> plain_name("module._orig_mod.network._orig_mod.pos")
     'network.pos'
@@ -73,14 +71,14 @@ def from_name(path: Path) -> str:
 def from_elsewhere(
     parts: dict[str, Any], place: dict[str, int], where: Path, ending: str, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Parts that another training wrote → what Lightning goes on from, at the beginning of an epoch."""
+    """Return what Lightning resumes from, at the beginning of an epoch, of parts that another training wrote."""
     model = _weights_in(parts["model"])
     if model is None:
         raise UserError(f"{where} has no weights: its model{ending} holds no tensors by name")
     average = _weights_in(parts.get("ema_model")) or {}
-    states = {part: _states_in(parts.get(part), key) for part, key in (("optimizer", "state"), ("scheduler", ""))}
-    if any("lr_lambdas" not in state for state in states["scheduler"]):
-        states["scheduler"] = []  # of another kind: a LambdaLR cannot take it up
+    # a scheduler of another kind, without lr_lambdas, a LambdaLR cannot take up
+    needed = {"optimizer": "state", "scheduler": "lr_lambdas"}
+    states = {part: _states_in(parts.get(part), key) for part, key in needed.items()}
     for part, found in {**states, "ema_model": average}.items():
         if not found:
             has = "cannot be used here" if part in parts else "is not there"
@@ -103,7 +101,7 @@ def from_elsewhere(
 
 
 def _weights_in(part: Any) -> dict[str, Tensor] | None:
-    """The weights by their plain names, also out of a dict around them; None where there are none."""
+    """Return the weights by their plain names, also out of a dict around them; None where there are none."""
     if not isinstance(part, dict):
         return None
     for key in NAMES["model"]:
@@ -114,20 +112,19 @@ def _weights_in(part: Any) -> dict[str, Tensor] | None:
 
 
 def _states_in(part: Any, key: str) -> list[dict[str, Any]]:
-    """State_dicts of optimisers or schedulers: one, or a list of them."""
+    """Return state_dicts of optimisers or schedulers, given one or a list; none where one lacks this key."""
     found = part if isinstance(part, list) else [part]
-    whole = found and all(isinstance(state, dict) and (not key or key in state) for state in found)
-    return found if whole else []
+    return found if all(isinstance(state, dict) and key in state for state in found) else []
 
 
 def _steps_of(optimizers: list[dict[str, Any]]) -> int:
-    """Optimiser steps made, as the first optimiser counted them."""
+    """Return the optimiser steps made, as the first optimiser counted them."""
     states = optimizers[0]["state"].values() if optimizers else []
     return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
 def _loops(epoch: int, step: int) -> dict[str, Any]:
-    """Lightning's progress at the beginning of `epoch`: what is left out of it starts at zero."""
+    """Return Lightning's progress at the beginning of `epoch`; what is left out of it starts at zero."""
     begun = dict.fromkeys(("ready", "started", "processed", "completed"), epoch)
     made = {"ready": step, "completed": step}
     steps = {"total": made, "current": {"ready": 0, "completed": 0}}

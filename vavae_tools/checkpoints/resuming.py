@@ -257,14 +257,9 @@ def _check_weights(path: Path, found: dict[str, Tensor], own: dict[str, Tensor])
         return
     first, more = other[0], other[1:]
     others = f", and {len(more)} more differ ({', '.join(more[:3])})" if more else ""
-    here_only, there_only = (all(name not in weights for name in other) for weights in (found, own))
+    cause = "usually another size or number of people, or a part that is on only here or there, such as disc_weight"
     if all(name not in found for name in own):
         cause = "none of its names is known here: weights to start from are no checkpoint to resume from"
-    elif here_only or there_only:
-        switched = "on here that was off" if here_only else "off here that was on"
-        cause = f"usually a part is switched {switched} there, such as disc_weight, vf_weight or condition_dim"
-    else:
-        cause = "usually another size, number of people or condition_dim"
     raise UserError(
         f"{path} is of another model: {first} is {form(found, first)}, expected {form(own, first)}{others}; {cause}. "
         "Resume with the settings of that run, or start anew without --resume"

@@ -29,11 +29,7 @@ COMPILES_FROM = (7, 0)
 
 
 def precision_of(name: str | None, machine: Machine, strategy: str = "auto") -> str:
-    """Return Lightning's precision for `16 | 32 | bf16 | fp16 | no`; None takes what suits machine and strategy.
-
-    Raises:
-        UserError: a precision that this machine or strategy cannot do, or does many times slower.
-    """
+    """Return Lightning's precision for `16 | 32 | bf16 | fp16 | no`; None takes what suits machine and strategy."""
     short = {long: short for short, long in LIGHTNING.items()}.get(str(name), name)
     found = precision_on(machine, short)
     reason = ""
@@ -49,9 +45,6 @@ def precision_of(name: str | None, machine: Machine, strategy: str = "auto") -> 
 def compiles(choice: bool | None, machine: Machine | None = None, say: Callable[[str], None] = say) -> bool:
     """Return whether to `torch.compile` here; None: from capability 8.0 on, where it pays within minutes.
 
-    Args:
-        say: gets a line where it would pay, and something that it needs is missing.
-
     Raises:
         UserError: it was asked for and cannot be: a card below 7.0, or something that it needs is missing.
     """
@@ -64,17 +57,7 @@ def compiles(choice: bool | None, machine: Machine | None = None, say: Callable[
         raise UserError(
             f"compile=true, but {machine.name} has compute capability {found} and Triton needs {needed}: leave it off"
         )
-    missing = _missing_for_compilation(on_gpu)
-    if missing and choice:
-        raise UserError(f"compile=true, but there is {missing}; install what is missing, or leave it off")
-    if missing:
-        say(f"compile stays off: there is {missing}")
-    return not missing
-
-
-def _missing_for_compilation(on_gpu: bool) -> str:
-    """Return what torch's inductor, and Triton on a card, look for as they first compile, and do not find."""
-    environment, missing = os.environ, []
+    environment, missing = os.environ, []  # what torch's inductor, and Triton on a card, look for as they first compile
     if on_gpu and find_spec("triton") is None:
         missing.append("no Triton (pip install triton)")
     variable, usual = ("CC", ["gcc", "clang"]) if on_gpu else ("CXX", ["g++", "clang++", "cl"])
@@ -87,7 +70,11 @@ def _missing_for_compilation(on_gpu: bool) -> str:
     folders = [folder, *filter(None, environment.get("CPATH", "").split(os.pathsep))]
     if not any((Path(folder) / "Python.h").is_file() for folder in folders):
         missing.append(f"no Python.h in {folder} (apt-get install python3-dev)")
-    return " and ".join(missing)
+    if missing and choice:
+        raise UserError(f"compile=true, but there is {' and '.join(missing)}; install what is missing, or leave it off")
+    if missing:
+        say(f"compile stays off: there is {' and '.join(missing)}")
+    return not missing
 
 
 def trainer_settings(
@@ -106,21 +93,17 @@ def trainer_settings(
 
     Args:
         accelerator: "gpu", "cpu" or "auto".
-        devices: how many, or "auto" for all there are; started by torchrun, as many as that says, and nodes too.
-        strategy: one of `STRATEGIES`; "auto" takes one process on one device, "ddp" on more. A strategy of Lightning's
-            own is taken as it is.
+        devices: how many, or "auto" for all there are; torchrun decides that itself, and nodes too.
+        strategy: one of `STRATEGIES`, or an object of Lightning's; "auto" takes "ddp" on more than one device.
         precision: "16", "32", "bf16"; None: fp16 with a scaler on a T4, bf16 from Ampere on, float32 on a CPU.
         parts_may_go_unused: some weights may get no gradient in a step, which plain ddp refuses.
         gradient_clip_val: largest norm of the gradients; None where the module clips.
         shardable: whether the module can be cut over devices: one optimiser, and `configure_model` knows how.
-        deterministic: the same numbers each time on a card, too, where else the fastest way is taken, whose sums have
-            no fixed order.
-        lightning: further arguments of `lightning.Trainer`, such as accumulate_grad_batches, taken as they are.
+        deterministic: the same numbers each time on a card, too, where the fastest sums have no fixed order.
+        lightning: further arguments of `lightning.Trainer`, such as accumulate_grad_batches.
 
     Raises:
-        UserError: what cannot be: more devices than there are, a strategy that is unknown, lacks its package or does
-            not suit, a precision that the machine cannot do, machines of which it is not said where they meet, a card
-            that another process holds.
+        UserError: what cannot be on this machine, or a card that another process holds.
     """
     started = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun, or a launcher like it, has made the processes
     if started:
@@ -223,13 +206,7 @@ def describe(
     num_workers: int | None = None,
     machine: Machine | None = None,
 ) -> str:
-    """Return what `trainer_settings` has chosen, in one line.
-
-    >>> cards = Machine("t4", 2, "Tesla T4", 15_800_000_000)
-    >>> settings = {"accelerator": "gpu", "devices": 2, "num_nodes": 1, "strategy": "ddp", "precision": "16-mixed"}
-    >>> describe(settings, batch_size=64, machine=cards)
-    '2 × Tesla T4 (15 GB each): ddp, fp16 with a gradient scaler, compile off, batch 64 per device'
-    """
+    """Return what `trainer_settings` has chosen, in one line."""
     machine = machine or find_machine()
     count, nodes, strategy = settings["devices"], settings["num_nodes"], settings["strategy"]
     if settings["accelerator"] == "gpu":
@@ -254,7 +231,7 @@ def describe(
 
 
 def allow_tf32(settings: dict[str, Any]) -> None:
-    """Let float32 matrices be multiplied as TF32 where the cards can (capability 8.0); called as training starts."""
+    """Let float32 matrices be multiplied as TF32 where the cards can (capability 8.0)."""
     if settings["accelerator"] == "gpu" and find_machine().kind == "ampere":
         torch.set_float32_matmul_precision("high")
 

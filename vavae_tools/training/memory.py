@@ -23,8 +23,6 @@ from vavae_tools.training.devices import no_deterministic_form
 
 HEADROOM = 0.08
 """Share of the memory that stays free: pieces between tensors that nothing fits into, and batches of longer texts."""
-GRANULARITY = 8
-"""Batches above `2 * GRANULARITY` are multiples of it: matrix units take eights, and a search ends sooner."""
 _CONTEXT = 2**29
 """Bytes of a process on a card beside its tensors, at most."""
 
@@ -118,9 +116,9 @@ def keep_effective(effective: int, fitting: int) -> tuple[int, int]:
 def fitting_batch_size(
     try_step: Callable[[int], None], start: int = 1, largest: int | None = None, device: torch.device | None = None
 ) -> int:
-    """Return the largest batch for which `try_step` finds memory: doubled from `start`, or halved, then bisected.
+    """Return a batch for which `try_step` finds memory, less than a sixteenth below the largest one.
 
-    Above twice the granularity only its multiples are tried. Random states are afterwards what they were.
+    It is doubled from `start`, or halved, then bisected. Random states are afterwards what they were.
 
     Args:
         try_step: makes a whole optimiser step with a batch of that size, and leaves no trace.
@@ -130,33 +128,26 @@ def fitting_batch_size(
     Raises:
         UserError: not even one fits.
     """
-    size: int | None = max(1, start if largest is None else min(start, largest))
-    fits, fails = 0, None
+    most = largest or 2**30
+    size, fits, fails = max(1, min(start, most)), 0, None
     with isolate_rng(include_cuda=False), nullcontext() if device is None else _less_of(device):
-        while size is not None:
+        while size:
             if _succeeds(try_step, size):
                 fits = size
             else:
                 fails = size
-            size = _next_size(fits, fails, largest)
+            if fails is None:
+                size = min(2 * fits, most) if fits < most else 0
+            elif fits == 0 or fails - fits > max(1, fits // 16):
+                size = (fits + fails) // 2
+            else:
+                break
     if not fits:
         raise UserError(
             "Not even a batch of 1 fits into memory: take a smaller model or smaller images, set gradient "
             "checkpointing, or end what else runs on that card"
         )
     return fits
-
-
-def _next_size(fits: int, fails: int | None, largest: int | None) -> int | None:
-    """Return what to try between what fits (0: nothing yet) and what does not; None: the answer is known."""
-    if fails is None:
-        return None if fits == largest else 2 * fits if largest is None else min(2 * fits, largest)
-    if not fits:
-        return fails // 2 or None
-    step = GRANULARITY if fits >= 2 * GRANULARITY else 1
-    middle = (fits + fails) // 2 // step * step
-    size = middle if middle > fits else fits // step * step + step
-    return size if size < fails else None
 
 
 def _succeeds(try_step: Callable[[int], None], size: int) -> bool:
@@ -197,8 +188,7 @@ def find_batch_size(
     """Return the largest batch of which whole training steps fit into this GPU; the first process tries for all.
 
     Lightning's BatchSizeFinder refuses several processes, leaves the random states changed and asks the data for the
-    batches, of which small data have none so large. A network that is cut over devices (fsdp) is tried whole, so that
-    less is found than fits.
+    batches, of which small data have none so large.
 
     Args:
         module: on the CPU.

@@ -13,14 +13,8 @@ from vavae_tools.runtime.errors import UserError
 class EMA(nn.Module):
     """A copy of `network` whose weights follow it: average ← average + (1 − decay) · (weights − average).
 
-    Args:
-        network: the trained network alone, not what is frozen beside it.
-        decay: reached after the warm-up; 0.9999 averages over the last 10,000 steps.
-
-    What is frozen in `network` is shared with it, not copied: it equals its average.
-
-    The decay at step n is min(decay, (1 + n) / (10 + n)): it follows from the step, so there is nothing to save but
-    the average. Use `ema.network` for validation and sampling.
+    What is frozen in `network` is shared with it, not copied. The decay at step n is min(decay, (1 + n) / (10 + n)): it
+    follows from the step, so there is nothing to save but the average.
     """
 
     def __init__(self, network: nn.Module, decay: float = 0.9999) -> None:
@@ -55,15 +49,12 @@ DECAYS = ("cosine", "linear", "constant")
 def warmed_up(
     optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: float, decay: str = "cosine"
 ) -> dict[str, Any]:
-    """Linear warm-up, then to zero along half a cosine or a line, counted in optimiser steps.
+    """Return an optimiser and its rate's schedule, as a LightningModule's `configure_optimizers` returns them.
 
     Args:
-        warmup_steps: at most a tenth of all steps are taken.
+        warmup_steps: of linear warm-up; at most a tenth of all steps are taken.
         total_steps: of the whole training; without an end (inf) the rate stays.
-        decay: "cosine", "linear", or "constant", which stays.
-
-    Returns:
-        What a LightningModule's `configure_optimizers` returns.
+        decay: to zero along half a "cosine" or "linear", or "constant".
     """
     if decay not in DECAYS:
         raise UserError(f"schedule {decay!r} is unknown; there are {', '.join(DECAYS)}")

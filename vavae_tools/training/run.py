@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -79,18 +79,13 @@ def train(
     show: Show | None = None,
     say: Say = say,
 ) -> Path:
-    """Train what `build` makes of a recipe, to the end or until it is stopped in good order.
-
-    Where its devices ask for several processes it is built and trained in each of them, from a cell too.
+    """Train what `build` makes of a recipe, on as many processes as its devices ask for; return what it was for.
 
     Args:
         recipe: plain values, with a `TrainConfig` as `train` and a `seed`.
         output_dir: gets `checkpoints/`, `lightning_logs/` and what the recipe writes.
         resume: "last", a `.ckpt` or a folder.
         show: called with each preview, uint8 (3, H, W); by default a notebook's cell shows it.
-
-    Returns:
-        What the run was for.
 
     Raises:
         UserError: settings that cannot be, or a process that failed: what it said.
@@ -160,24 +155,18 @@ def _train_here(
 # ---- loggers
 
 _LOGGERS = {
-    "tensorboard": ("TensorBoardLogger", "tensorboard", lambda folder: {"save_dir": folder}),
-    "wandb": ("WandbLogger", "wandb", lambda folder: {"save_dir": folder, "name": folder.name}),
-    "mlflow": ("MLFlowLogger", "mlflow", lambda folder: {"tracking_uri": f"file:{folder.absolute() / 'mlruns'}"}),
+    "tensorboard": lambda folder: TensorBoardLogger(folder),
+    "wandb": lambda folder: WandbLogger(folder.name, folder),
+    "mlflow": lambda folder: MLFlowLogger(tracking_uri=f"file:{folder.absolute() / 'mlruns'}"),
 }
-"""Name → Lightning's class, the package that it needs, and its arguments for a run's folder."""
 
 
 def make_loggers(names: str | Sequence[str] | bool | None, output_dir: Path) -> list[Logger]:
-    """Return Lightning's loggers by name; `metrics.csv` is always written, beside TensorBoard's files.
-
-    Args:
-        names: "tensorboard", "csv", "wandb", "mlflow", "none", or several of them, also as "a,b".
+    """Return Lightning's loggers by name, also as "a,b"; `metrics.csv` is always written, beside TensorBoard's files.
 
     Raises:
         UserError: an unknown name, or a package that is missing.
     """
-    import lightning.pytorch.loggers as lightning_loggers
-
     chosen = names.replace(" ", "").split(",") if isinstance(names, str) else list(names or ())
     found: list[Logger] = []
     for name in chosen:
@@ -185,11 +174,10 @@ def make_loggers(names: str | Sequence[str] | bool | None, output_dir: Path) -> 
             continue
         if name.lower() not in _LOGGERS:
             raise UserError(f"No logger {name!r}; there are {', '.join(_LOGGERS)}, csv and none")
-        kind, package, arguments = _LOGGERS[name.lower()]
         try:
-            found.append(getattr(lightning_loggers, kind)(**arguments(output_dir)))
+            found.append(_LOGGERS[name.lower()](output_dir))
         except ModuleNotFoundError:
-            raise UserError(f"logger={name} needs the package {package}: pip install {package}") from None
+            raise UserError(f"logger={name} needs the package {name.lower()}: pip install {name.lower()}") from None
     version = next((logger.version for logger in found if isinstance(logger, TensorBoardLogger)), None)
     return [*found, CSVLogger(output_dir, version=version)]
 
@@ -207,10 +195,8 @@ def build_trainer(
 ) -> L.Trainer:
     """Return a Trainer with `settings` (`devices.trainer_settings`) whose `length` is in max_epochs or max_steps.
 
-    It shows where training is and, at the end, how fast it went (`throughput`).
-
     Raises:
-        UserError: settings that Lightning cannot use, such as a strategy whose package is missing.
+        UserError: settings that Lightning cannot use.
     """
     if settings.get("accelerator") == "cpu":
         keep_freed_memory()
@@ -284,40 +270,28 @@ def fit(
     show: Callable[[Tensor], None] | None = None,
     say: Callable[[str], None] = say,
 ) -> Path:
-    """Train any module on any data with the devices of this machine, from a notebook's cell or a script.
+    """Train any module on any data with the devices of this machine; return `last.ckpt`.
 
-    On one device this process trains. On several there is a process for each; module, data and callbacks go there, and
-    the trained weights come back into `module`. So CUDA may have been used before, and classes be defined in a cell.
+    On several devices there is a process for each; module, data and callbacks go there, and the trained weights come
+    back into `module`. So CUDA may have been used before, and classes be defined in a cell.
 
     Args:
-        data: an `OrderedDataModule` is cut over the devices, and gone on with, exactly; any other by itself.
+        data: an `OrderedDataModule` is cut over the devices, and resumed, exactly; any other by itself.
         output_dir: gets `checkpoints/` and `lightning_logs/`.
         max_steps, max_epochs: the length, in one of them.
-        devices: how many, "auto" for all there are, or the arguments of `devices.trainer_settings`, such as
-            {"devices": 2, "precision": "16"}.
+        devices: how many, "auto" for all, or a dict with arguments of `devices.trainer_settings`.
         monitor: the logged value whose lowest keeps `best-*.ckpt`.
-        resume: "last", a `.ckpt` or a folder to go on from.
+        resume: "last", a `.ckpt` or a folder.
         saving: when checkpoints are written and training ends.
         show: called with each preview, uint8 (3, H, W); by default the cell shows it.
-
-    Returns:
-        `last.ckpt`; where training was stopped it holds how far it came.
 
     Raises:
         UserError: settings that cannot be, or a process that failed: what it said.
     """
     devices = devices if isinstance(devices, dict) else {"devices": devices}
-    arguments = {
-        "module": module,
-        "data": data,
-        "output_dir": Path(output_dir),
-        "length": {"max_steps": max_steps, "max_epochs": -1 if max_epochs is None and max_steps > 0 else max_epochs},
-        "devices": devices,
-        "callbacks": list(callbacks),
-        "monitor": monitor,
-        "resume": resume,
-        "saving": saving,
-    }
+    length = {"max_steps": max_steps, "max_epochs": -1 if max_epochs is None and max_steps > 0 else max_epochs}
+    what = {"module": module, "data": data, "output_dir": Path(output_dir), "length": length, "devices": devices}
+    arguments = {**what, "callbacks": list(callbacks), "monitor": monitor, "resume": resume, "saving": saving}
     trainer_settings(**devices)  # what cannot be is said before anything is started
     several = several_processes(**devices)
     if several is None:

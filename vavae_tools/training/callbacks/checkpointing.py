@@ -118,8 +118,8 @@ def make_room(path: Path, needed: int, say: Callable[[str], None]) -> None:
 class Agreement:
     """What any of several processes wants, known to all of them about once a second.
 
-    To ask, they wait for each other; so not at every step, but after as many as the slowest of them makes in a second.
-    That number is agreed on with the answer, or they would ask at different steps and wait for ever.
+    To ask, they wait for each other; so they do after as many steps as the slowest makes in a second, a number that is
+    agreed on with the answer.
     """
 
     def __init__(self, step: int) -> None:
@@ -149,11 +149,11 @@ class LastCheckpoint(ModelCheckpoint):
     is told; all stop after the same step, about a second later. An error saves nothing: the others would wait for a
     process that is gone, and `last.ckpt` is whole.
 
+    Before a session's end it stops as early as saving takes, twice, and a minute for what comes after.
+
     Args:
         folder: gets `last.ckpt`; the folder above it, the run's, gets `checkpoint-STEP/` and `checkpoint-epoch-N/`,
             or the same as single files.
-        saving: when. Before a session's end training stops as early as saving takes, twice, and a minute for what
-            comes after.
 
     Raises:
         Stopped: after saving, where training was stopped.
@@ -273,8 +273,6 @@ def checkpoint_callbacks(
     Args:
         folder: of the checkpoints, in a run's folder.
         monitor: the logged value that says which is best; None: none is.
-        saving: when they are written; by default every five minutes.
-        mode: whether "min" or "max" of it is best.
         best: how the best one's name begins.
     """
     saving = saving or Saving()
