@@ -558,12 +558,12 @@ def test_damaged_shards_are_named(split, tmp_path):
 @pytest.mark.parametrize("content", ['{"key": ', "{}", "[]", '{"key": "a", "shape": 3, "image_size": 4}'])
 def test_a_damaged_index_is_named(tmp_path, content):
     (tmp_path / INDEX).write_text(content)
-    with pytest.raises(UserError, match=r"latents\.json is damaged .* encode the images again"):
+    with pytest.raises(UserError, match=r"latents\.json is damaged .* encode again"):
         LatentFolder.read(tmp_path)
 
 
 def test_no_latents(tmp_path):
-    with pytest.raises(UserError, match=r"No latents in .* \(latents\.json is missing\): encode the images first"):
+    with pytest.raises(UserError, match=r"No latents in .* \(latents\.json is missing\): encode them first"):
         LatentDataModule(tmp_path)
 
 

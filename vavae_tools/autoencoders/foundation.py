@@ -234,10 +234,13 @@ def foundation_features(
 
     def look() -> tuple[str, bool, bool]:
         key = _cache_key(foundation, data, grid)
-        return key, store.key_of(path.name) == key, needed <= min(LARGEST_CACHE, store.free_bytes())
+        former = store.key_of(path.name) == key  # one file, as there was before there were shards
+        if not former:
+            path.unlink(missing_ok=True)
+        return key, former, needed <= min(LARGEST_CACHE, store.free_bytes())
 
-    key, is_former, fits = agree(ranks, foundation.digest, look)
-    if is_former:  # one file, as there was before there were shards
+    key, former, fits = agree(ranks, look, foundation.digest)
+    if former:
         return Rows([mapped(path)["features"]])
     if not fits:
         return None

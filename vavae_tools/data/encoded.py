@@ -5,17 +5,18 @@ shard's rows. So an encoding that was interrupted resumes with the shards that a
 room for new ones, and several processes make a share of the shards each.
 """
 
+import json
 import math
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 
 from vavae_tools.data.loader import _as_it_is, _leave_interrupts
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import disk_errors, written_whole
+from vavae_tools.runtime.files import disk_errors, write_json, written_whole
 from vavae_tools.runtime.precision import Computing
 from vavae_tools.runtime.ranks import Ranks
 
@@ -39,7 +40,7 @@ PATIENCE = 120.0
 """Seconds until files that another machine wrote must be visible: network disks cache that there was nothing."""
 
 Fields = Callable[[str, Any], dict[str, Tensor]]
-"""Encodes a batch of a subset: name → tensor with a row for each sample, on any device."""
+"""Encodes a batch of a subset: name → tensor, on any device."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,53 @@ def cut(subset: str, length: int, row_bytes: int, batch_size: int, key: str) -> 
     }
 
 
+@dataclass(frozen=True)
+class EncodedFolder:
+    """A folder of shards and what its index says, which is written last: whatever has an index is whole."""
+
+    INDEX: ClassVar[str]
+    CONTENTS: ClassVar[str]
+    path: Path
+    key: str
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read the index of a folder.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        index = Path(path) / cls.INDEX
+        if not index.is_file():
+            raise UserError(f"No {cls.CONTENTS} in {path} ({cls.INDEX} is missing): encode them first")
+        try:
+            return cls(path=Path(path), **json.loads(index.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{index} is damaged ({error!r}): delete it and encode again") from None
+
+    @classmethod
+    def find(cls, path: Path, keys: Collection[str]) -> Self | None:
+        """Return the folder if it is whole and of one of these keys."""
+        with suppress(UserError):
+            found = cls.read(path)
+            if found.key in keys and all((path / name).is_file() for name in found.files()):
+                return found
+        return None
+
+    def files(self) -> list[str]:
+        """Return the names of all files but the index."""
+        raise NotImplementedError
+
+    def write(self) -> None:
+        write_json(self.path / self.INDEX, {name: value for name, value in asdict(self).items() if name != "path"})
+
+
 class Store:
     """A folder of shards; it belongs to one encoding at a time.
 
     Args:
         subsets: what file names begin with.
-        index: a file that is written last, by the caller: whatever has an index is whole.
+        index: a file that the caller writes last, and that is deleted first.
     """
 
     def __init__(self, folder: str | Path, subsets: Sequence[str] = ("train", "val"), index: str = "") -> None:
@@ -82,9 +124,8 @@ class Store:
         return None
 
     def _stale(self, keep: Collection[str]) -> list[Path]:
-        forms = ("{}-*.safetensors", "{}.safetensors", ".{}*.safetensors.*.partial")
-        paths = [path for subset in self.subsets for form in forms for path in self.folder.glob(form.format(subset))]
-        return [path for path in paths if path.name not in keep]
+        patterns = [form.format(name) for name in self.subsets for form in ("{}-*.safetensors", ".{}-*.partial")]
+        return [path for pattern in patterns for path in self.folder.glob(pattern) if path.name not in keep]
 
     def free_bytes(self, keep: Collection[str] = ()) -> int:
         """Return how much room there is on the disk when all shards but these are deleted."""
@@ -123,6 +164,25 @@ class Store:
             time.sleep(0.2)
 
 
+def agree(ranks: Ranks, make: Callable[[], Any], identity: str = "") -> Any:
+    """Return what the first process makes, plain values; the others wait for it.
+
+    Args:
+        identity: a hash of the encoder and the samples' names.
+
+    Raises:
+        UserError: this process has another identity than the first.
+    """
+    number = ranks.counts["agreed"] = ranks.counts.get("agreed", 0) + 1  # each process counts for itself
+    first, made = ranks.share(f"agreed {number}", [identity, make()] if ranks.rank == 0 else None)
+    if first != identity:
+        raise UserError(
+            f"Process {ranks.rank + 1} of {ranks.size} has other weights or images than the first: give all machines "
+            "the same, then start again"
+        )
+    return made
+
+
 def encode(
     store: Store,
     shards: Mapping[str, Mapping[str, Shard]],
@@ -153,22 +213,26 @@ def encode(
         UserError: no space on the disk; or numbers that are not finite, or too large for `dtype`.
     """
     ranks, files = ranks or Ranks(), {name: shard for of_subset in shards.values() for name, shard in of_subset.items()}
-    this = _name_of_encoding(ranks)
 
     def plan() -> list[str]:
         missing = store.missing(files)
         store.make_room(sum(bytes_of(files[name]) for name in missing), files.keys() - missing, computing.what)
         return missing
 
-    missing = ranks.share(f"{this} missing", plan() if ranks.rank == 0 else None)
-    mine = set(missing[ranks.rank :: ranks.size])
-    counts = {name: len(shard.rows) for name, shard in files.items()}
-    there = sum(counts.values()) - sum(counts[name] for name in missing)
+    missing = agree(ranks, plan)
+    mine, this = set(missing[ranks.rank :: ranks.size]), f"encoding {ranks.counts['agreed']}"
+    total = sum(len(shard.rows) for shard in files.values())
+    there = total - sum(len(files[name].rows) for name in missing)
     hidden = None if progress and ranks.rank == 0 else True
-    with tqdm(total=sum(counts.values()), initial=there, desc="encoding", unit=unit, disable=hidden) as bar:
+    with tqdm(total=total, initial=there, desc="encoding", unit=unit, disable=hidden) as bar:
 
         def advance(count: int = 0) -> None:
             bar.update(there + ranks.add(f"{this} samples", count) - bar.n)
+
+        def wait_for_all() -> None:
+            while ranks.add(f"{this} finished", 0) < ranks.size:
+                advance()
+                time.sleep(0.05)
 
         for subset, of_subset in shards.items():
             own = {name: shard for name, shard in of_subset.items() if name in mine}
@@ -177,36 +241,8 @@ def encode(
             for name, shard in own.items():
                 _write(store.folder / name, shard, encoded, batch_size, finish, advance)
         ranks.add(f"{this} finished", 1)
-        while ranks.rank == 0 and ranks.add(f"{this} finished", 0) < ranks.size:
-            advance()
-            time.sleep(0.05)
-    ranks.share(f"{this} written", True)
+        agree(ranks, wait_for_all)
     store.wait_for(files, ranks)
-
-
-def _name_of_encoding(ranks: Ranks) -> str:
-    """Return the prefix of what processes tell each other about this encoding; each counts its encodings itself."""
-    number = ranks.counts["encodings"] = ranks.counts.get("encodings", 0) + 1
-    return f"encoding {number}"
-
-
-def agree(ranks: Ranks, identity: str, make: Callable[[], Any]) -> Any:
-    """Return what the first process makes, plain values.
-
-    Args:
-        identity: a hash of the encoder and the samples' names.
-
-    Raises:
-        UserError: this process has another encoder or other samples than the first.
-    """
-    this = _name_of_encoding(ranks)
-    first, made = ranks.share(f"{this} agreed", [identity, make()] if ranks.rank == 0 else None)
-    if first != identity:
-        raise UserError(
-            f"Process {ranks.rank + 1} of {ranks.size} has other weights or images than the first: give all machines "
-            "the same, then start again"
-        )
-    return made
 
 
 def _batches(data: Any, parts: Sequence[range], batch_size: int, num_workers: int) -> Iterator[Any]:

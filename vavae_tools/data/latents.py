@@ -5,11 +5,11 @@ A folder of latents holds `train-00000.safetensors … val-00000.safetensors` wi
 channel mean and standard deviation of the training subset.
 """
 
+import copy
 import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vavae_tools.data.encoded import Rows, Store, agree, cut, encode, mapped
+from vavae_tools.data.encoded import EncodedFolder, Rows, Store, agree, cut, encode, mapped
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.loader import OrderedDataModule
 from vavae_tools.runtime.console import tell
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import weights_digest, write_json
+from vavae_tools.runtime.files import weights_digest
 from vavae_tools.runtime.machine import at_work
 from vavae_tools.runtime.precision import PRECISIONS, Computing, for_inference, trying_convolutions
 from vavae_tools.runtime.ranks import Ranks
@@ -36,7 +36,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
-class LatentFolder:
+class LatentFolder(EncodedFolder):
     """A folder of latents and what its index says.
 
     Attributes:
@@ -48,8 +48,7 @@ class LatentFolder:
         dtype: of the latents on the disk and on their way to the device, "float32" or "float16".
     """
 
-    path: Path
-    key: str
+    INDEX, CONTENTS = INDEX, "latents"
     weights: str
     mean: list[float]
     std: list[float]
@@ -61,37 +60,17 @@ class LatentFolder:
     shards: dict[str, list[str]]
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        for name in ("shape", "image_size"):  # lists in JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     @property
     def num_classes(self) -> int:
         """One more than the largest label."""
         return max(self.people.values()) + 1
 
-    @classmethod
-    def read(cls, path: str | Path) -> "LatentFolder":
-        """Read the index of a folder that `encode_latents` wrote.
-
-        Raises:
-            UserError: there are no latents, or their index is damaged.
-        """
-        index = Path(path) / INDEX
-        if not index.is_file():
-            raise UserError(f"No latents in {path} ({INDEX} is missing): encode the images first")
-        try:
-            entries = json.loads(index.read_text(encoding="utf-8"))
-            entries["shape"], entries["image_size"] = tuple(entries["shape"]), tuple(entries["image_size"])
-            return cls(path=Path(path), **entries)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{index} is damaged ({error!r}): delete it and encode the images again") from None
-
-    @classmethod
-    def find(cls, path: Path, keys: Sequence[str]) -> "LatentFolder | None":
-        """Return the latents of one of these keys, where all of them are there."""
-        with suppress(UserError):  # no latents, or an index that is damaged: they are made anew
-            found = cls.read(path)
-            names = [name for of_subset in found.shards.values() for name in of_subset]
-            if found.key in keys and all((path / name).is_file() for name in names):
-                return found
-        return None
+    def files(self) -> list[str]:
+        return [name for of_subset in self.shards.values() for name in of_subset]
 
     def __str__(self) -> str:
         counts = ", ".join(f"{subset} {len(names):,}" for subset, names in self.names.items())
@@ -157,7 +136,7 @@ def encode_latents(
 
     named = [[subset, list(data.names), data.labels.tolist()] for subset, data in subsets.items()]
     identity = hashlib.sha256(f"{weights} {json.dumps(named)}".encode()).hexdigest()
-    keys, complete = agree(ranks, identity, look)
+    keys, complete = agree(ranks, look, identity)
     if not complete:
         encoder = _Encoder(autoencoder.eval(), subsets, flips, seed, _DTYPES[dtype], computing)
         with at_work(autoencoder, device):
@@ -165,12 +144,11 @@ def encode_latents(
 
         def write_index() -> None:
             mean, std = given or _statistics(autoencoder, [folder / name for name in shards["train"]], shape)
-            index = {"key": keys[0], "weights": weights, "mean": mean, "std": std, "shape": shape}
-            index |= {"image_size": list(pictures.train_data.image_size), "flips": flips, "people": pictures.labels}
-            index |= {"names": {subset: list(data.names) for subset, data in subsets.items()}}
-            write_json(folder / INDEX, {**index, "shards": shards, "dtype": dtype})
+            size, names = pictures.train_data.image_size, {subset: list(data.names) for subset, data in subsets.items()}
+            of = (weights, mean, std, shape, size, flips, pictures.labels, names, shards, dtype)
+            LatentFolder(folder, keys[0], *of).write()
 
-        agree(ranks, identity, write_index)
+        agree(ranks, write_index)
     Store(folder).wait_for([INDEX], ranks)
     return LatentFolder.read(folder)
 
@@ -323,6 +301,9 @@ class LatentDataset(Dataset):
     and "latents_flip" where flips were encoded. `stored` gives the latents as they are on the disk.
     """
 
+    as_stored = False
+    """Whether batches are those of `stored`."""
+
     def __init__(self, folder: LatentFolder, side: str) -> None:
         self.statistics = tuple(torch.tensor(values).view(-1, 1, 1) for values in (folder.mean, folder.std))
         """Mean and standard deviation, float32 (C, 1, 1) both."""
@@ -334,24 +315,24 @@ class LatentDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def stored(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def stored(self, indices: Sequence[Any]) -> dict[str, Tensor]:
         """Return a batch with its latents as they are stored: float16 or float32, not normalised."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         rows = {name: rows[index] for name, rows in self._rows.items()}
         return {**rows, "labels": self.labels[index], "index": index}
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        return normalised(self.stored(indices), *self.statistics)
+    def __getitems__(self, indices: Sequence[Any]) -> dict[str, Tensor]:
+        batch = self.stored(indices)
+        return batch if self.as_stored else normalised(batch, *self.statistics)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> dict[str, Any]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
 
 def normalised(batch: dict[str, Tensor], mean: Tensor, std: Tensor) -> dict[str, Tensor]:
-    """Return a batch with all float16 numbers as float32 and its latents normalised, on the device where they are.
+    """Return a batch with all float16 numbers as float32, and its latents (B, C, h, w) normalised in place.
 
     Args:
-        batch: with "latents" as they are stored, and perhaps "latents_flip", (B, C, h, w); it is changed in place.
         mean, std: float32 (C, 1, 1), on the same device.
     """
 
@@ -362,48 +343,11 @@ def normalised(batch: dict[str, Tensor], mean: Tensor, std: Tensor) -> dict[str,
     return {name: value_of(name, value) for name, value in batch.items()}
 
 
-class StoredDataModule(OrderedDataModule):
-    """A data module whose batches travel as they are stored and are normalised on the device.
+class LatentDataModule(OrderedDataModule):
+    """Both subsets of a folder of latents as batches for the denoiser.
 
-    With float16 that is half the bytes to pin and to copy, and no arithmetic beside the training. What the module sees
-    is what the data sets give: those have `stored` and `statistics` (see `LatentDataset`).
-    """
-
-    def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
-        super().__init__(batch_size, num_workers, seed)
-        self._statistics: dict[torch.device, tuple[Tensor, ...]] = {}
-
-    def _loader(self, data: Dataset, order: Sampler | list[list[int]], batch_size: int) -> DataLoader:
-        return super()._loader(_Stored(data), order, batch_size)
-
-    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> Any:
-        """Copy a batch as it is stored, and normalise it there.
-
-        Here and not in `on_after_batch_transfer`, which a module may have for itself: of that one Lightning calls the
-        data module's alone.
-        """
-        batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        here = batch["latents"].device
-        if here not in self._statistics:  # once: each copy makes the processor wait
-            self._statistics[here] = tuple(values.to(here) for values in self.train_data.statistics)
-        return normalised(batch, *self._statistics[here])
-
-
-class _Stored(Dataset):
-    """The batches of a data set as they are stored."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitems__(self, indices: Sequence[Any]) -> dict[str, Tensor]:
-        return self.data.stored(indices)
-
-
-class LatentDataModule(StoredDataModule):
-    """Both sides of a folder of latents as batches for the denoiser.
+    Batches travel as they are stored and are normalised on the device: with float16 that is half the bytes to pin and
+    to copy, and no arithmetic beside the training.
 
     Args:
         folder: what `encode_latents` wrote.
@@ -413,6 +357,23 @@ class LatentDataModule(StoredDataModule):
     def __init__(self, folder: str | Path | LatentFolder, batch_size: int = 64, num_workers: int = 0, seed: int = 0):
         super().__init__(batch_size, num_workers, seed)
         self.folder = folder if isinstance(folder, LatentFolder) else LatentFolder.read(folder)
-        self.train_data = LatentDataset(self.folder, "train")
-        self.val_data = LatentDataset(self.folder, "val")
+        self.train_data, self.val_data = (LatentDataset(self.folder, subset) for subset in ("train", "val"))
         self.num_classes = self.folder.num_classes
+        self._statistics: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    def _loader(self, data: LatentDataset, order: Sampler | list[list[int]], batch_size: int) -> DataLoader:
+        data = copy.copy(data)
+        data.as_stored = True
+        return super()._loader(data, order, batch_size)
+
+    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> Any:
+        """Copy a batch as it is stored, and normalise it there.
+
+        Not in `on_after_batch_transfer`, which a module may have for itself: of that one Lightning calls the data
+        module's alone.
+        """
+        batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        here = batch["latents"].device
+        if here not in self._statistics:  # once: each copy makes the processor wait
+            self._statistics[here] = tuple(values.to(here) for values in self.train_data.statistics)
+        return normalised(batch, *self._statistics[here])

@@ -9,8 +9,7 @@ captions are stored once, in alphabetical order; the first is the empty one, whi
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,16 +17,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
 
 from vavae_tools.data.captions import CaptionOrderedDataModule
-from vavae_tools.data.encoded import SHARD_BYTES, Rows, Shard, Store, encode, mapped
+from vavae_tools.data.encoded import SHARD_BYTES, EncodedFolder, Rows, Shard, Store, encode, mapped
 from vavae_tools.data.folders import counted
-from vavae_tools.data.latents import LatentDataset, LatentFolder, StoredDataModule, normalised
+from vavae_tools.data.latents import LatentDataModule, LatentDataset, LatentFolder
 from vavae_tools.data.loader import index_and_number
 from vavae_tools.runtime.console import tell
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import disk_errors, write_json, written_whole
+from vavae_tools.runtime.files import disk_errors, written_whole
 from vavae_tools.runtime.machine import at_work
 from vavae_tools.runtime.precision import Computing
 
@@ -42,16 +40,8 @@ Captions = Mapping[str, Sequence[Sequence[str]]]
 """Subset → of each image its captions."""
 
 
-class States(Protocol):
-    """tokens (B, L, D), mask bool (B, L), true where a token is, pooled (B, P)."""
-
-    tokens: Tensor
-    mask: Tensor
-    pooled: Tensor
-
-
 class Encoder(Protocol):
-    """What encodes captions, such as `autoencoders.text_encoder.TextEncoder`."""
+    """What encodes captions, such as `diffusion.clip.TextEncoder`."""
 
     dim: int
     pooled_dim: int
@@ -60,33 +50,31 @@ class Encoder(Protocol):
 
     def to(self, device: str | torch.device) -> Any: ...
 
-    def encode(self, captions: list[str]) -> States: ...
+    def encode(self, captions: list[str]) -> Any:
+        """Return tokens (B, L, D), mask bool (B, L), true where a token is, and pooled (B, P)."""
 
     def lengths(self, captions: list[str]) -> tuple[Sequence[int], int]:
-        """How many tokens each has, and how many captions have more than `max_tokens` and are cut to that."""
-        ...
+        """Return how many tokens each has, and how many captions have more than `max_tokens` and are cut to that."""
 
     def digest(self) -> str:
-        """A hash of weights and tokenizer."""
-        ...
+        """Return a hash of weights and tokenizer."""
 
 
 @dataclass(frozen=True)
-class TextFolder:
+class TextFolder(EncodedFolder):
     """A folder of encoded captions and what its index says.
 
     Attributes:
         key, encoder: hashes of all that the states follow from, and of the encoder alone.
         dim, pooled_dim: numbers of each token's state, and of a caption's pooled one.
-        pictures, captions: of each side, how many there are.
+        pictures, captions: of each subset, how many there are.
         distinct, tokens: how many different captions are stored, the empty one among them, and how many tokens.
         cut: how many of them are longer than the encoder takes, and were cut.
         shards: file → captions in it.
-        names: of each side, a hash of the pictures' names where these were given.
+        names: of each subset, a hash of the images' names where these were given.
     """
 
-    path: Path
-    key: str
+    INDEX, CONTENTS = INDEX, "encoded captions"
     encoder: str
     dim: int
     pooled_dim: int
@@ -98,25 +86,13 @@ class TextFolder:
     shards: dict[str, int]
     names: dict[str, str]
 
-    @classmethod
-    def read(cls, path: str | Path) -> "TextFolder":
-        """Read the index of a folder that `encode_texts` wrote.
-
-        Raises:
-            UserError: there are no texts, or their index is damaged.
-        """
-        index = Path(path) / INDEX
-        if not index.is_file():
-            raise UserError(f"No encoded captions in {path} ({INDEX} is missing): encode them first")
-        try:
-            return cls(path=Path(path), **json.loads(index.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{index} is damaged ({error!r}): delete it and encode the captions again") from None
+    def files(self) -> list[str]:
+        return [*self.shards, CAPTIONS]
 
     def __str__(self) -> str:
         counts = ", ".join(f"{side} {count:,} of {self.pictures[side]:,}" for side, count in self.captions.items())
         cut = f", {self.cut:,} cut because they are too long" if self.cut else ""
-        return f"Captions of pictures: {counts}; {self.distinct:,} different, {self.tokens:,} tokens{cut} ({self.path})"
+        return f"Captions of images: {counts}; {self.distinct:,} different, {self.tokens:,} tokens{cut} ({self.path})"
 
 
 def encode_texts(
@@ -147,10 +123,8 @@ def encode_texts(
     folder, distinct, about = Path(folder), _distinct(captions_by_side), _about(encoder)
     names = {side: _digest(list(of_side)) for side, of_side in (names_by_side or {}).items()}
     key = _digest([about, {side: list(map(list, one)) for side, one in captions_by_side.items()}, names])
-    with suppress(UserError):  # no texts, or an index that is damaged: they are made anew
-        there = TextFolder.read(folder)
-        if there.key == key and all((folder / name).is_file() for name in (*there.shards, CAPTIONS)):
-            return there
+    if there := TextFolder.find(folder, [key]):
+        return there
 
     def fields(subset: str, captions: list[str]) -> dict[str, Tensor]:
         states = encoder.encode(captions)
@@ -189,7 +163,7 @@ def encode_texts(
         shards={name: len(shard.rows) for name, shard in shards.items()},
         names=names,
     )
-    write_json(folder / INDEX, {name: value for name, value in asdict(found).items() if name != "path"})
+    found.write()
     return found
 
 
@@ -294,85 +268,59 @@ class EncodedTexts:
         return {name: value if name == "text_mask" else value.float() for name, value in states.items()}
 
 
-class TextLatentDataset(Dataset):
-    """One side's latents, each with one of its captions: the one that the sampler names, or the first.
+class TextLatentDataset(LatentDataset):
+    """One subset's latents, each with one of its captions: the one that the sampler names, or the first.
 
     A batch is that of `LatentDataset` and the states of `EncodedTexts`, in float32; `stored` gives both as they are on
     the disk.
 
-    Args:
-        latents, texts: of the same pictures.
-        side: "train" or "val".
-
     Raises:
-        UserError: they are of other pictures, or cannot be read.
+        UserError: latents and texts are of different images, or cannot be read.
     """
 
-    def __init__(self, latents: LatentFolder, texts: TextFolder | EncodedTexts, side: str) -> None:
-        self.latents = LatentDataset(latents, side)
-        self.texts = texts if isinstance(texts, EncodedTexts) else EncodedTexts(texts)
-        folder = self.texts.folder
+    def __init__(self, latents: LatentFolder, texts: EncodedTexts, side: str) -> None:
+        super().__init__(latents, side)
+        self.texts, folder = texts, texts.folder
         pictures, named = folder.pictures.get(side, 0), folder.names.get(side)
-        if pictures != len(self.latents):
+        if pictures != len(self):
             raise UserError(
-                f"{latents.path} has latents of {counted(len(self.latents), 'picture')} of the side {side}, "
-                f"{folder.path} captions of {pictures:,}: encode both for the same pictures"
+                f"{latents.path} has latents of {counted(len(self), 'image')} of the subset {side}, {folder.path} "
+                f"captions of {pictures:,}: encode both for the same images"
             )
         if named and named != _digest(list(latents.names.get(side, []))):
             raise UserError(
-                f"The captions in {folder.path} are those of other pictures of the side {side} than the latents in "
-                f"{latents.path}: encode both for the same pictures"
+                f"The captions in {folder.path} are those of other images of the subset {side} than the latents in "
+                f"{latents.path}: encode both for the same images"
             )
         owned = mapped(folder.path / CAPTIONS) if pictures else {}
         self._places = owned.get(f"{side}.places", torch.empty(0, dtype=torch.int64))
         self._ends = owned.get(f"{side}.ends", torch.empty(0, dtype=torch.int64))
 
     @property
-    def labels(self) -> Tensor:
-        """int64 (N,)."""
-        return self.latents.labels
-
-    @property
     def caption_counts(self) -> Tensor:
-        """How many captions each picture has: int64 (N,)."""
+        """How many captions each image has: int64 (N,)."""
         return self._ends.diff(prepend=self._ends.new_zeros(1))
 
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    @property
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """The latents' mean and standard deviation, float32 (C, 1, 1) both."""
-        return self.latents.statistics
-
     def stored(self, indices: Sequence[int | tuple[int, int]]) -> dict[str, Tensor]:
-        """Return a batch as it is stored: float16 states, latents not normalised."""
         indices, numbers = index_and_number(indices)
         index = torch.tensor(indices, dtype=torch.int64)
         firsts = torch.where(index > 0, self._ends[index - 1], 0)
         states = self.texts.states(self._places[firsts + torch.tensor(numbers, dtype=torch.int64)])
-        return {**self.latents.stored(indices), **states}
-
-    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> dict[str, Tensor]:
-        return normalised(self.stored(indices), *self.statistics)
-
-    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
-        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+        return {**super().stored(indices), **states}
 
 
-class TextLatentDataModule(StoredDataModule, CaptionOrderedDataModule):
-    """Both sides of a folder of latents, each picture with one of its captions, as batches for the denoiser.
+class TextLatentDataModule(LatentDataModule, CaptionOrderedDataModule):
+    """Both subsets of a folder of latents, each image with one of its captions, as batches for the denoiser.
 
-    In training the caption is chosen at random for each epoch and picture (`captioned.CaptionOrder`); what validates
-    has always its first.
+    In training the caption is chosen at random for each epoch and image (`captions.CaptionOrder`); what validates has
+    always its first.
 
     Args:
-        latents: what `latents.encode_latents` wrote.
-        texts: what `encode_texts` wrote, of the same pictures.
+        latents, texts: what `encode_latents` and `encode_texts` wrote, of the same images.
         batch_size: latents per device and step.
 
     Raises:
-        UserError: they are of other pictures, or cannot be read.
+        UserError: they are of other images, or cannot be read.
     """
 
     def __init__(
@@ -383,9 +331,8 @@ class TextLatentDataModule(StoredDataModule, CaptionOrderedDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed)
-        self.folder = latents if isinstance(latents, LatentFolder) else LatentFolder.read(latents)
+        super().__init__(latents, batch_size, num_workers, seed)
         self.texts = EncodedTexts(texts if isinstance(texts, TextFolder) else TextFolder.read(texts))
-        self.train_data = TextLatentDataset(self.folder, self.texts, "train")
-        self.val_data = TextLatentDataset(self.folder, self.texts, "val")
-        self.num_classes = self.folder.num_classes
+        self.train_data, self.val_data = (
+            TextLatentDataset(self.folder, self.texts, subset) for subset in ("train", "val")
+        )
