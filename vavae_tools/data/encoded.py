@@ -343,21 +343,20 @@ class Rows:
 
     def __init__(self, shards: Sequence[Tensor]) -> None:
         self.shards = list(shards)
-        self.ends = torch.tensor([len(shard) for shard in shards], dtype=torch.int64).cumsum(0)
+        lengths = torch.tensor([len(shard) for shard in shards], dtype=torch.int64)
+        self._ends = lengths.cumsum(0)
+        self._starts = self._ends - lengths
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))
 
     def shard_of(self, index: Tensor) -> Tensor:
         """Return the number of the shard of each row, int64 (B,)."""
-        return torch.searchsorted(self.ends, index, right=True)
+        return torch.searchsorted(self._ends, index, right=True)
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        if len(self.shards) == 1:
+        if len(self.shards) == 1 or not len(index):
             return self.shards[0][index]
         numbers = self.shard_of(index)
-        rows = self.shards[0].new_empty(len(index), *self.shards[0].shape[1:])
-        for number in numbers.unique().tolist():
-            here = numbers == number
-            rows[here] = self.shards[number][index[here] - self.ends[number] + len(self.shards[number])]
-        return rows
+        places = index - self._starts[numbers]
+        return torch.stack([self.shards[n][place] for n, place in zip(numbers.tolist(), places.tolist(), strict=True)])
