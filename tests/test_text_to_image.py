@@ -369,7 +369,7 @@ def test_models_that_are_not_there_are_one_line(own, here, fault, no_network):
         "text_encoder.name=clip": "clip holds a text encoder without a tokenizer: tokenizer.json, or vocab.json",
         "text_encoder.name=./nowhere": "No folder ./nowhere of a text encoder",
         "vae.name=./nowhere": "No folder ./nowhere of a Stable Diffusion VAE",
-        "vae.name=kl": "kl is no folder of a Stable Diffusion VAE: diffusion_pytorch_model.safetensors is missing",
+        "vae.name=kl": "The StableDiffusionVAE in kl cannot be loaded",
         "data.image_size=18": "image_size 18×18: this VAE takes multiples of 4",
         "data.dataset_path=nowhere": "nowhere",
         "model.num_heads=3": "num_heads",

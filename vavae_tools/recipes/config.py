@@ -319,10 +319,9 @@ def _read_config(path: str) -> dict[str, Any]:
         text = (ours if not Path(path).exists() and ours.is_file() else Path(path)).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from None
-    read = _read(text, f"--config {path}")
-    if not isinstance(read, dict):
-        raise UserError(f"--config {path}: expected keys and values, such as train: {{batch_size: 32}}")
-    return read
+    if isinstance(read := _read(text, f"--config {path}"), dict):
+        return read
+    raise UserError(f"--config {path}: expected keys and values, such as train: {{batch_size: 32}}")
 
 
 def _written(value: Any) -> str:

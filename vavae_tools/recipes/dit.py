@@ -19,6 +19,7 @@ from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_late
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
 from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
+from vavae_tools.diffusion.lora import add_lora
 from vavae_tools.diffusion.objectives import ALIASES, OBJECTIVES, make_objective, time_shift_of
 from vavae_tools.diffusion.objectives import Objective as Learned
 from vavae_tools.diffusion.solvers import make_solver
@@ -27,6 +28,7 @@ from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
 from vavae_tools.published.denoisers import read_latent_statistics
 from vavae_tools.recipes.base import DenoiserModel, LatentRecipe, Objective, VAVAEDiTRecipe
 from vavae_tools.recipes.config import recipe_with
+from vavae_tools.recipes.init_from import start_from
 from vavae_tools.recipes.presets import resolved
 from vavae_tools.runtime.console import say
 from vavae_tools.runtime.errors import UserError
@@ -92,17 +94,12 @@ def train_dit(
         latents_dir: what `encode_split` wrote.
         autoencoder_dir: the autoencoder that made them; a copy with their statistics goes along with the checkpoints.
         output_dir: gets `checkpoints/best-*.ckpt` and `last.ckpt`, `lightning_logs/`, `samples/`, `autoencoder/`, and
-            at the end `pipeline/`, ready to sample from.
-        denoiser: {"size": "S" | "B" | "L" | "XL"}, or numbers (hidden_size, depth, num_heads), and patch_size; two
-            numbers each make a DiT with the wide head. The keys of `model`.
+            at the end `pipeline/`, with the averaged weights of the last step, whose path is returned.
+        denoiser: keys of `model`, such as {"size": "S", "patch_size": 1}.
         flip: "half" trains half the time on mirrored images, where they were encoded.
-        resume: "last", a `.ckpt` or a folder.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
         settings: the experiment's keys by their last words (`experiment=vavae_dit --help`), such as max_steps,
             batch_size, lr, seed; `objective` and `init` as dicts; see `config.recipe_with` for devices and saving.
-
-    Returns:
-        The folder of the pipeline, with the averaged weights of the last step.
     """
     given = {"latents_dir": latents_dir, "model": denoiser, "flips": flip == "half", **settings}
     build = partial(build_on_latents, autoencoder=str(autoencoder_dir), best="best-")
@@ -156,8 +153,11 @@ def build_on_latents(
             f"Mirrored images are to be trained on, but {folder.path} has no mirrored latents: encode with flips=True"
         )
     network, conditioner = _denoiser_for(latents, recipe.model)
-    if recipe.init.weights:
-        _initialise(network, conditioner, latents, asdict(recipe.init), resume_from is not None, seed, say)
+    init = asdict(recipe.init)
+    if init["weights"] and resume_from is None:
+        start_from(network, conditioner, latents=latents, seed=seed, say=say, **init)
+    elif init["weights"] and init["lora_rank"]:  # a run that resumes has its weights, and needs the same form
+        add_lora(network, init["lora_rank"], init["lora_alpha"], init["lora_targets"])
     config = prepared(config, network, say)
     with first_alone("autoencoder"):  # the others may read what it writes
         model = _autoencoder_of(latents, autoencoder, output_dir / "autoencoder")
@@ -224,12 +224,11 @@ def denoiser_run(
     say: Say,
     **further: Any,
 ) -> Run:
-    """Return a `Run` that ends with a pipeline.
+    """Return a `Run` with further fields that ends with a pipeline.
 
     Args:
         export: (the last checkpoint, a folder) → the pipeline in that folder.
         preview: (a folder, epochs between two) → the callback.
-        further: of `Run`.
     """
     folder, checkpoints, samples = (output_dir / name for name in ("pipeline", "checkpoints", "samples"))
 
@@ -303,25 +302,6 @@ def _denoiser_for(latents: LatentDataModule, model: DenoiserModel) -> tuple[DiT 
     arguments["class_dropout_prob"] = arguments.pop("condition_dropout")
     of_denoiser, of_conditioner = split_reference_arguments(arguments)
     return make_denoiser(of_denoiser), ClassConditioner(**of_conditioner)
-
-
-def _initialise(
-    network: DiT | DDT,
-    conditioner: ClassConditioner,
-    latents: LatentDataModule,
-    init: dict[str, Any],
-    resumes: bool,
-    seed: int,
-    say: Say,
-) -> None:
-    """Load the weights to begin with; a run that resumes has its own, and needs no more than the same form."""
-    from vavae_tools.diffusion.lora import add_lora
-    from vavae_tools.recipes.init_from import start_from
-
-    if not resumes:
-        start_from(network, conditioner, latents=latents, seed=seed, say=say, **init)
-    elif init["lora_rank"]:
-        add_lora(network, init["lora_rank"], init["lora_alpha"], init["lora_targets"])
 
 
 def _autoencoder_of(latents: LatentDataModule, source: str | Path, copy: Path) -> nn.Module:

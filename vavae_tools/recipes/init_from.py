@@ -4,6 +4,7 @@ All weights are kept but the rows of the class table, which may be those of the 
 latents best. What was loaded, what starts anew and what was left is logged.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -29,10 +30,8 @@ from vavae_tools.runtime.ranks import of_torchrun
 from vavae_tools.training.run import Say
 
 Classes = str | Sequence[int | str | None]
-Batch = tuple[Tensor, Tensor, Tensor]
-"""Latents (B, C, h, w), noise, and times (B,)."""
-PROBES = 128
-"""Random projections in all: they estimate the squared move of the predictions to 12 %."""
+Batch = tuple[Tensor, Tensor, Tensor]  # latents (B, C, h, w), noise, and times (B,)
+PROBES = 128  # random projections in all: they estimate the squared move of the predictions to 12 %
 
 
 def start_from(
@@ -51,14 +50,12 @@ def start_from(
     """Load weights into a freshly built denoiser and conditioner, in place, and log what was loaded and what not.
 
     Args:
-        weights: what `read_starting_weights` takes.
-        kind: of published weights; None: seen in them. "dit" are those of Peebles & Xie, which predict noise: their
-            patches, blocks and classes are kept, the embedding of time and the last linear map start anew.
+        weights, kind: see `read_starting_weights`. Of "dit", which predicts noise, patches, blocks and classes are
+            kept, the embedding of time and the last linear map start anew.
         classes: "new": rows as in a fresh model; "nearest": see `nearest_classes`; "keep": the rows of the classes of
             the same names, or all rows where names are unknown and the numbers equal; or for each class a published
             label, or its name, or None for a new row. The null row is always the published one.
-        lora_rank: above 0 the denoiser is frozen and gets low-rank additions, see `lora.add_lora`; they and the class
-            table are trained.
+        lora_rank: above 0 low-rank additions (`lora.add_lora`) and the class table alone are trained.
         latents: what will be trained on; "nearest" needs it.
         seed: of new rows, of additions, and of the noise in "nearest".
 
@@ -79,11 +76,12 @@ def start_from(
             torch.manual_seed(seed)
             trained = add_lora(denoiser, lora_rank, lora_alpha, lora_targets)
     names = {} if latents is None else {label: name for name, label in latents.folder.people.items()}
-    copied, how = _choose_rows(found, denoiser, conditioner, classes, latents, names, seed, say)
+    copied, how = _choose_rows(found, denoiser, conditioner.num_classes, classes, latents, names, seed, say)
     null = _fill_table(conditioner, found, copied, seed)
-    table = f"class table {how} ({conditioner.num_classes:,} classes, were {len(found.table):,}; {null})"
-    said = [f"{loaded} tensors matched", table, *([f"anew: {few(anew)}"] if anew else [])]
-    left = [*_fixed_tables(found, denoiser), *([few(found.left)] if found.left else [])]
+    said = [f"{loaded} tensors matched"]
+    said += [f"class table {how} ({conditioner.num_classes:,} classes, were {len(found.table):,}; {null})"]
+    said += [f"anew: {few(anew)}"] if anew else []
+    left = [*_fixed_tables(found, denoiser), *filter(None, [few(found.left)])]
     say(f"{found.source} ({KINDS[found.kind]}): {', '.join(said)}, not loaded: {', '.join(left) or 'nothing'}")
     if unknown := [name for name in ("num_heads", "rope") if name not in found.arguments]:
         given = ", ".join(f"{name}={_text(_comparable(denoiser.config)[name])}" for name in unknown)
@@ -140,14 +138,8 @@ def _hidden(config: Mapping[str, Any]) -> list[int]:
 
 
 def _text(value: Any) -> str:
-    """Return a value as an override is typed.
-
-    >>> _text((1152, 2048)), _text(True)
-    ('[1152,2048]', 'true')
-    """
-    if isinstance(value, tuple):
-        return f"[{','.join(map(str, value))}]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """Return a value as an override is typed, [1152,2048] or true."""
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _load(found: StartingWeights, denoiser: DiT | DDT) -> tuple[int, list[str]]:
@@ -172,13 +164,12 @@ def _load(found: StartingWeights, denoiser: DiT | DDT) -> tuple[int, list[str]]:
 
 
 def _fixed_tables(found: StartingWeights, denoiser: DiT | DDT) -> list[str]:
-    """Return a word about the tables of positions, which are computed here."""
+    """Return a word about the tables of positions in the file."""
     theirs = found.tables.get("pos_embed")
     ours = denoiser.enc_pos_embed if isinstance(denoiser, DDT) else denoiser.pos_embed
-    why = "computed here"
-    if theirs is not None and ours is not None and theirs.shape != ours.shape:
-        why += f", for {ours.shape[1]} tokens in place of {theirs.shape[-2]}"
-    return [f"{', '.join(found.tables)} ({why})"] if found.tables else []
+    differ = theirs is not None and ours is not None and theirs.shape != ours.shape
+    of_size = f", for {ours.shape[1]} tokens in place of {theirs.shape[-2]}" if differ else ""
+    return [f"{', '.join(found.tables)} (computed here{of_size})"] if found.tables else []
 
 
 # ---- the class table
@@ -201,7 +192,7 @@ def _fill_table(conditioner: ClassConditioner, found: StartingWeights, copied: d
 def _choose_rows(
     found: StartingWeights,
     denoiser: DiT | DDT,
-    conditioner: ClassConditioner,
+    number: int,
     classes: Classes,
     latents: LatentDataModule | None,
     names: Mapping[int, str],
@@ -209,7 +200,6 @@ def _choose_rows(
     say: Say,
 ) -> tuple[dict[int, int], str]:
     """Return {own label: published label} of the rows to copy, and a word for it."""
-    number = conditioner.num_classes
     if not isinstance(classes, str):
         copied = _listed(classes, found, latents.num_classes if latents else number, number)
         return copied, f"anew but for {len(copied)} copied rows" if len(copied) < number else "copied as listed"
@@ -288,7 +278,7 @@ def nearest_classes(
     pairs: int = 32,
     batch_size: int = 8,
 ) -> dict[int, Nearest]:
-    """Return for each class in `data` the row with which the denoiser's squared error on its latents is smallest.
+    """Return own label → the row with which the denoiser's squared error on the latents of that class is smallest.
 
     All classes share times evenly over the path, each latent with noise that follows from the seed. What the step from
     the null row to each row would change is estimated there: to first order by the error's gradient with respect to the
@@ -298,11 +288,7 @@ def nearest_classes(
 
     Args:
         rows: the published class table, (K, D); null: the row for any class, (D,).
-        candidates: how many rows are tried.
-        pairs: latents with noise and a time that each row is tried on.
-
-    Returns:
-        Own label → `Nearest`, for the labels that have latents.
+        candidates: how many rows are tried, each on `pairs` of latents with noise and a time.
     """
     machine = find_machine()
     device = "cpu" if machine.kind == "cpu" else f"cuda:{of_torchrun().local_rank % machine.devices}"

@@ -45,24 +45,17 @@ def fine_tune_rae_decoder(
     say: Say = say,
     **settings: Any,
 ) -> Path:
-    """Fine-tune the decoder of an RAE; what is not given is as in `experiment=rae_decoder`. Its encoder stays as it is.
+    """Fine-tune the decoder of an RAE, not its encoder; what is not given is as in `experiment=rae_decoder`.
 
     Args:
         data: a folder of images, or the keys of the experiment's `data`; without data_dir made-up shapes.
         rae: a folder of a whole RAE, "tiny" for a small random one, or the keys of the experiment's `rae`.
         output_dir: gets `checkpoints/epoch=*.ckpt` (best by PSNR) and `last.ckpt`, `lightning_logs/`,
-            `reconstructions/`, and at the end `rae/`: the whole RAE with the averaged decoder of the last step. Not the
-            best one's, since PSNR falls where the discriminator makes images sharper.
-        resume: "last", a `.ckpt` or a folder.
+            `reconstructions/`, and at the end `rae/`, whose path is returned: the whole RAE with the averaged decoder
+            of the last step. Not the best one's: PSNR falls where the discriminator makes images sharper.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
         settings: further keys by their last words (`experiment=rae_decoder --help`), such as batch_size, max_steps, lr,
             noise_tau, disc_weight, lpips_weights; see `config.recipe_with` for devices and saving.
-
-    Returns:
-        The folder of the RAE.
-
-    Raises:
-        UserError: files that are not there, or settings that cannot be.
     """
     data = {"data_dir": "shapes", **data} if isinstance(data, dict) else {"data_dir": data}
     rae = rae if isinstance(rae, dict) else {"folder": rae}

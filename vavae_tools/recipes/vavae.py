@@ -101,18 +101,14 @@ def fine_tune_vavae(
     Args:
         data_dir: a split, or what else `datasets.PictureDataModule` reads.
         output_dir: gets `checkpoints/best-*.ckpt` and `last.ckpt`, `lightning_logs/`, `reconstructions/`, and at the
-            end `vavae/`, the best model as a diffusers folder.
+            end `vavae/`, the best model as a diffusers folder, whose path is returned.
         original_vavae: weights to start from: the published `.pt` or training `.ckpt`, a diffusers folder, a `.ckpt`
             of this training, or "small" for those that come with the package; None starts from fresh ones.
         size: "small" or "f16d32" for fresh weights; by default what suits the machine.
         image_size: pixels, one number or (height, width); by default the size the weights were made for.
-        resume: "last" or a `.ckpt`.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
         settings: the experiment's keys by their last words (`experiment=vavae --help`), such as recipe, max_epochs,
             batch_size, lr, kl_weight, condition_dim, monitor; see `config.recipe_with` for devices and saving.
-
-    Returns:
-        The folder of the best model.
     """
     given = {"data_dir": data_dir, "original_vavae": original_vavae, "size": size, "image_size": image_size}
     recipe = resolved(recipe_with(VAVAERecipe(), {**given, **settings}))
