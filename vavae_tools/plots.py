@@ -7,12 +7,14 @@ Pictures are uint8, or floats in [-1, 1]: (N, C, H, W) with 1 or 3 channels, or 
 import textwrap
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vavae_tools.runtime.console import for_a_cell, in_notebook, send_picture
+from vavae_tools.runtime.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,6 +145,13 @@ def new_figure(size: tuple[float, float], tight: bool = True) -> "Figure":
             return buffer.getvalue()
 
     return NotebookFigure(size, dpi=DPI, facecolor="white", layout="constrained" if tight else None)
+
+
+def save_figures(figures: "Mapping[str, Figure]", folder: Path) -> None:
+    """Write each figure as `NAME.png`, whole."""
+    for name, figure in figures.items():
+        with written_whole(folder / f"{name}.png") as partial:
+            figure.savefig(partial, format="png")
 
 
 def _wrapped(title: str, width: int) -> str:

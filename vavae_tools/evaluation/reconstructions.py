@@ -22,26 +22,26 @@ OWN, ANOTHERS, NONE = "own vector", "another's vector", "no vector"
 
 @dataclass(frozen=True)
 class ConditionScore:
-    """How true reconstructions with one choice of vectors are, over all pictures."""
+    """Means over all pictures, in [-1, 1], reconstructed with one choice of vectors; PSNR in dB."""
 
     absolute_error: float
-    """Mean, of pictures in [-1, 1]."""
     psnr: float
-    """Mean, dB."""
 
 
 @dataclass(frozen=True, repr=False)
 class ConditionComparison:
-    """What the vectors do to reconstructions. Printed, it is a table; `plots.show_rows(pictures)` shows it."""
+    """What the vectors do to reconstructions. Printed, it is a table; `plots.show_rows(pictures)` shows it.
+
+    Attributes:
+        another: None where the pictures are all of one person.
+        pictures: the first picture of each of a few people and its reconstructions, rows of uint8 (N, C, H, W).
+    """
 
     count: int
-    """Pictures compared."""
     own: ConditionScore
     another: ConditionScore | None
-    """None where the pictures are all of one person."""
     none: ConditionScore
     pictures: dict[str, Tensor] = field(compare=False)
-    """The first picture of each of a few people and its reconstructions, a row of uint8 (N, C, H, W) each."""
 
     def __str__(self) -> str:
         rows = [(f"{self.count:,} pictures", "absolute error", "PSNR, dB")]
@@ -55,9 +55,7 @@ class ConditionComparison:
 def compare_conditions(model: VAVAE, data: DecodedPictures, batch_size: int = 32) -> ConditionComparison:
     """Encode and decode each picture with its own person's vector, with another person's, and with none.
 
-    The other person is the next one in `data`, after the last the first. The posterior's mode is decoded, and what
-    lies outside [-1, 1] is clipped. If the vectors carry anything, own is best; if all three are alike, they carry
-    nothing.
+    The other person is the next one in `data`, after the last the first. If the vectors carry anything, own is best.
 
     Raises:
         UserError: the model has no vectors.
@@ -95,19 +93,18 @@ def compare_conditions(model: VAVAE, data: DecodedPictures, batch_size: int = 32
 
 @dataclass(frozen=True, repr=False)
 class ReconstructionScores:
-    """How true reconstructions are; what needs a classifier is None without one."""
+    """Means over reconstructions; what needs a classifier (its accuracy, the Fréchet distance) is None without one.
+
+    PSNR is in dB; a sharpness of 1 is the originals', without those that are flat.
+    """
 
     pictures: int
     psnr: float
-    """Mean, dB."""
     ssim: float
     sharpness: float
-    """Mean of `metrics.sharpness`: 1 is as sharp as the originals; flat originals have no say (NaN if all are)."""
     right: float | None = None
-    """Share that the classifier names rightly."""
     originals_right: float | None = None
     frechet: float | None = None
-    """Fréchet distance to other real pictures."""
     originals_frechet: float | None = None
 
     def __str__(self) -> str:
@@ -124,16 +121,13 @@ class ReconstructionScores:
 
 
 class ReconstructionJudge:
-    """What a trained classifier makes of reconstructions of the same pictures, again and again while a model learns.
-
-    What the originals come to is worked out once, here.
+    """Judge reconstructions of the same pictures again and again while a model learns.
 
     Args:
-        classifier: on any device.
         originals: uint8 (N, C, H, W).
-        labels: int64 (N,); with them, how many are named rightly.
-        others: uint8 (M, C, H, W), further real pictures with no more of each person than `originals`; with them, the
-            Fréchet distance to them.
+        labels: int64 (N,), for the accuracy.
+        others: uint8 (M, C, H, W), further real pictures with no more of each person than `originals`, for the Fréchet
+            distance to them.
     """
 
     def __init__(
@@ -149,8 +143,7 @@ class ReconstructionJudge:
         self._originals = {f"originals_{name}": value for name, value in self._scores(originals).items()}
 
     def judge(self, reconstructions: Tensor) -> dict[str, float]:
-        """Reconstructions, uint8 (N, C, H, W) in the originals' order → "right", the share that is named rightly, and
-        "frechet", beside "originals_right" and "originals_frechet" as their scale."""
+        """Return "right", the accuracy, and "frechet" of uint8 (N, C, H, W) in the originals' order, beside theirs."""
         return {**self._scores(reconstructions), **self._originals}
 
     def _scores(self, pictures: Tensor) -> dict[str, float]:
@@ -174,9 +167,7 @@ def evaluate_reconstructions(
 
     Args:
         pictures, reconstructions: (N, C, H, W), uint8 or floats in [-1, 1]; what lies outside is clipped.
-        labels: int64 (N,); with a classifier, how often it names them rightly.
-        others: further real pictures of the same persons, such as the training side's; with a classifier, the Fréchet
-            distance to them from the reconstructions, and from the originals as the scale.
+        labels, classifier, others: see `ReconstructionJudge`.
     """
     originals, remade = (_in_range(x) for x in (pictures, reconstructions))
     scores = {"psnr": psnr(originals, remade).mean().item(), "ssim": ssim(originals, remade).mean().item()}

@@ -21,9 +21,9 @@ from vavae_tools.evaluation.metrics import (
     nearest,
     percent,
 )
-from vavae_tools.plots import plot_bars, show_rows
+from vavae_tools.plots import plot_bars, save_figures, show_rows
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import write_json, written_whole
+from vavae_tools.runtime.files import write_json
 from vavae_tools.runtime.machine import find_device, release_memory, take_card
 
 if TYPE_CHECKING:
@@ -237,9 +237,7 @@ def evaluate_pictures(
         notes,
         _figures(people, labels, made, known, unseen, places, lengths, told_apart),
     )
-    for name, figure in evaluation.figures.items():
-        with written_whole(Path(output_dir) / "figures" / f"{name}.png") as partial:
-            figure.savefig(partial, format="png")
+    save_figures(evaluation.figures, Path(output_dir) / "figures")
     write_json(Path(output_dir) / "evaluation.json", evaluation.as_dict())
     return evaluation
 

@@ -17,7 +17,7 @@ from vavae_tools.evaluation.bits import BitsPerToken, bits_per_token, chosen_pic
 from vavae_tools.evaluation.metrics import aligned, percent
 from vavae_tools.evaluation.novelty import COPIED_SPAN, NGRAMS, KnownTexts, Novelty, novelty
 from vavae_tools.pipelines.tokens import TokenImagePipeline, Written
-from vavae_tools.plots import plot_curves
+from vavae_tools.plots import plot_curves, save_figures
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import write_json, written_whole
@@ -226,25 +226,22 @@ def evaluate_tokens(
     known = _Known(train, is_right)
     if known.texts.texts < len(train):
         notes.append(f"copies are looked for in the first {known.texts.texts:,} of {len(train):,} training texts")
-    scores, lines = {}, []
-    settings = {"num_inference_steps": num_inference_steps, "seed": seed}
-    if not chats:
-        say(f"writing {num_samples:,} samples in {num_inference_steps} steps")
-        written = pipe(num_samples=num_samples, **settings)
-        scores["samples"] = known.scores(written, None)
-        lines += [{"text": text, "prompt": None} for text in written.texts]
     chosen = Draws(seed, 0, torch.arange(len(real))).uniform("text").argsort()[:num_samples].tolist()
+    asked: dict[str, list[list[int]] | None] = {} if chats else {"samples": None}
     if chats or val is not None:
         prompts = [prompt for prompt in real.prompts(chosen) if prompt and len(prompt) < train.max_tokens]
         if prompts:
-            name = "answers" if chats else "completions"
-            say(f"writing {len(prompts):,} {name}")
-            written = pipe(prompts, **settings)
-            scores[name] = known.scores(written, prompts)
-            asked = [train.text(prompt) for prompt in prompts]
-            lines += [{"text": text, "prompt": of} for text, of in zip(written.texts, asked, strict=True)]
+            asked["answers" if chats else "completions"] = prompts
         else:
             notes.append(f"no {side} text begins with a prompt that leaves room to go on: nothing was completed")
+    scores, texts = {}, []
+    for name, prompts in asked.items():
+        count = num_samples if prompts is None else len(prompts)
+        say(f"writing {count:,} {name} in {num_inference_steps} steps")
+        of_what = {"num_samples": count} if prompts is None else {"prompts": prompts}
+        written = pipe(**of_what, num_inference_steps=num_inference_steps, seed=seed)
+        scores[name] = known.scores(written, prompts)
+        texts += zip(written.texts, map(train.text, prompts) if prompts else [None] * count, strict=True)
     if val is not None:
         scores["real"] = known.of_real(val, chosen)
     say("measuring bits per token and what comes back from noise")
@@ -270,17 +267,13 @@ def evaluate_tokens(
         {"reconstruction": figure},
     )
     if output_dir is not None:
-        _write(report, lines, Path(output_dir))
+        folder = Path(output_dir)
+        save_figures(report.figures, folder / "figures")
+        with written_whole(folder / "samples.jsonl") as partial:
+            lines = [json.dumps({"text": text, "prompt": prompt}, ensure_ascii=False) for text, prompt in texts]
+            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_json(folder / "evaluation.json", report.as_dict())
     return report
-
-
-def _write(report: TokenReport, lines: list[dict[str, str | None]], folder: Path) -> None:
-    for name, figure in report.figures.items():
-        with written_whole(folder / "figures" / f"{name}.png") as partial:
-            figure.savefig(partial, format="png")
-    with written_whole(folder / "samples.jsonl") as partial:
-        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    write_json(folder / "evaluation.json", report.as_dict())
 
 
 class _Known:
