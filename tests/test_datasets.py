@@ -32,16 +32,6 @@ def pixels(data, place: int) -> np.ndarray:
 # ---- the crop
 
 
-def test_the_centre_of_halved_pictures_is_the_mean_of_their_blocks():
-    """64×96 to 16: twice halved, every pixel is the mean of 4×4; the middle 16 of 24 columns stay."""
-    array = 16 * np.random.default_rng(0).integers(0, 16, (64, 96, 3))  # so that no mean has a fraction
-    means = array.reshape(16, 4, 24, 4, 3).mean((1, 3))
-    cut = centre_crop(Image.fromarray(array.astype(np.uint8)), (16, 16))
-    assert np.array_equal(np.asarray(cut), means[:, 4:20])
-    tall = centre_crop(Image.fromarray(array.astype(np.uint8).transpose(1, 0, 2)), (16, 16))
-    assert np.array_equal(np.asarray(tall), means.transpose(1, 0, 2)[4:20])
-
-
 def cubic(x: np.ndarray) -> np.ndarray:
     """Keys' kernel with a = −1/2."""
     x = np.abs(x)

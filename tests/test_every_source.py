@@ -121,18 +121,6 @@ def test_pictures_are_read_at_another_size_once_it_is_known(tmp_path, monkeypatc
         assert (data.num_workers, data.remark) == found
 
 
-@pytest.mark.parametrize("size", [(20, 44), (44, 20)])
-def test_shapes_of_pictures_that_are_not_square_are_whole(size):
-    data, grey = (shape_data(40, 4, size, seed=2, channels=channels).train_data.in_memory() for channels in (3, 1))
-    assert data.shape == (40, 3, *size) and grey.shape == (40, 1, *size)
-    for picture, one in zip(data, grey, strict=True):
-        assert np.array_equal(one[0], np.asarray(Image.fromarray(picture.permute(1, 2, 0).numpy()).convert("L")))
-        shape = (picture != picture[:, :1, :1]).any(0)
-        rows, columns = (shape.any(axis).nonzero() for axis in (1, 0))
-        assert all(5 <= np.ptp(lines) + 1 <= 18 for lines in (rows, columns))  # the radius is 4.4 to 8 pixels
-        assert not (shape[0].any() and shape[-1].any()) and not (shape[:, 0].any() and shape[:, -1].any())
-
-
 # ---- evaluation
 
 
@@ -251,13 +239,6 @@ def test_a_run_from_when_an_rae_had_a_data_module_of_its_own_goes_on(tmp_path, d
     else:
         with pytest.raises(UserError, match="the data are others"):
             fit(tmp_path / "former.ckpt")
-
-
-def test_somebody_the_split_does_not_know_is_named(tmp_path):
-    split = known(tmp_path) / "split"
-    (split / "train" / "ID_1").rename(split / "train" / "ID_9")
-    with pytest.raises(UserError, match=r"train holds ID_9, which is no class of"):
-        PictureDataModule(split, 8)
 
 
 def test_contents_tell_pictures_of_one_length_apart(tmp_path):

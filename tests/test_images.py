@@ -1,7 +1,5 @@
 """Pixels ↔ [-1, 1], and folders of pictures as batches."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -107,19 +105,6 @@ def test_how_many_channels_pictures_have(tmp_path, modes, channels):
     assert channels_of(tmp_path) == channels
 
 
-def test_channels_are_told_from_headers_of_every_folder(tmp_path):
-    """Also where the coloured person is one of many pictures; and nothing is decoded."""
-    for person, count, mode in (("ID_1", 200, "L"), ("ID_2", 10, "RGB")):
-        (tmp_path / person).mkdir()
-        for i in range(count):
-            Image.fromarray(noise(64, 64, 3)).convert(mode).save(tmp_path / person / f"{i}.png")
-            header = (tmp_path / person / f"{i}.png").read_bytes()[:60]
-            (tmp_path / person / f"{i}.png").write_bytes(header)
-    assert channels_of(tmp_path) == 3
-    shutil.rmtree(tmp_path / "ID_2")
-    assert channels_of(tmp_path) == 1
-
-
 def test_other_sizes_are_resized_as_a_whole(tmp_path):
     """A frequency axis that is cropped would no longer be the frequency axis."""
     halves = np.zeros((20, 40, 3), dtype=np.uint8)
@@ -217,13 +202,3 @@ def test_labels_are_those_of_the_split_even_if_a_side_lacks_somebody(gait, tmp_p
     (tmp_path / "s" / "val" / "ID_1").rmdir()
     data = PictureDataModule(tmp_path / "s", 16)
     assert set(data.val_data.labels.tolist()) == {1, 2}
-
-
-def test_the_extensions_of_the_split_are_those_of_its_pictures(folder, tmp_path_factory):
-    for path in folder.glob("*/*.png"):
-        Image.open(path).save(path.with_suffix(".bmp"))
-        path.unlink()
-    split = tmp_path_factory.mktemp("bmp") / "split"
-    split_folders(folder, split, extensions=["bmp"], progress=False)
-    data = PictureDataModule(split, 8)
-    assert len(data.train_data) + len(data.val_data) == 6

@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections import namedtuple
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,14 +110,6 @@ def test_a_module_has_those_workers(machine, monkeypatch):
     assert module(num_workers=3).num_workers == 3 and not module(num_workers=3).remark
     data.train_data.along["tokens"] = torch.zeros(64, 3 * 32 * 32 + 16, dtype=torch.uint8)  # as many bytes again
     assert data.train_dataloader().num_workers == 1
-
-
-def test_the_processes_of_a_machine_share_the_limit_of_memory(machine, monkeypatch):
-    data = ShapePictures(10, 4, 32)
-    monkeypatch.setattr(decoded, "MEMORY_LIMIT", 2 * 10 * 32 * 32 * 3)
-    for ranks, fits in ((1, True), (2, True), (3, False)):
-        machine(ranks=ranks)
-        assert data.fits_memory() == fits
 
 
 # ---- what becomes of them
@@ -281,19 +272,6 @@ def test_processes_validate_all_once_in_as_many_batches_each(world_size, batch_s
         assert in_turn == list(range(length))
         assert max(sizes) <= max(batch_size, 2 if world_size > 1 else 1)
         assert world_size == 1 or max(sizes) - min(sizes) <= 1
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_process_validates_its_share_again_and_again(num_workers):
-    shares = []
-    for rank in range(3):
-        data = SquaresModule(batch_size=4, num_workers=num_workers)
-        data.val_data, data.trainer = Squares(), SimpleNamespace(global_rank=rank, world_size=3)
-        loader = data.val_dataloader()
-        seen = [[batch["index"].tolist() for batch in loader] for _ in range(2)]  # the second time by the same workers
-        assert seen[0] == seen[1] == batches_in_order(20, 4, rank, 3) and len(loader) == 2
-        shares += seen[0]
-    assert sorted(index for batch in shares for index in batch) == list(range(20))
 
 
 @pytest.mark.parametrize("when", ["before the loader is made", "after"])

@@ -173,7 +173,7 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
         named = [data_dir / name for name in VALIDATION_SIDES if name != train_split]
         val_folder = next((side for side in named if _holds_folders(side)), None)
     elif train_split != "train" or is_split:
-        raise UserError(f"No folders of pictures in {data_dir / train_split}; {data_dir} holds {contents(data_dir)}")
+        raise UserError(f"No folders of images in {data_dir / train_split}; {data_dir} holds {contents(data_dir)}")
     train, val = _files_by_class(folder, extensions), _files_by_class(val_folder, extensions) if val_folder else {}
     if not train:
         refuse_shards(data_dir)
@@ -199,7 +199,7 @@ def _holds_folders(folder: Path) -> bool:
 
 
 def _files_by_class(folder: Path, extensions: Collection[str]) -> dict[str, list[Path]]:
-    """The classes with pictures, and their files at any depth, in natural order."""
+    """Return the classes with images, and their files at any depth, in natural order."""
     files = {name: list(_files_below(folder / name, extensions)) for name in person_folders(folder)}
     return {name: paths for name, paths in files.items() if paths}
 
@@ -240,8 +240,8 @@ def caption_data(
     - cub: CUB-200-2011, with captions in `text_c10/` or `text/`, a sentence a line, where they are there, else with
       sentences made from class names and attributes; its test subset validates;
     - custom: a folder with `metadata.jsonl` or `.csv` (a file name and a caption, or a list of captions), or with a
-      .txt beside each image, a caption a line, or with `train/` and `validation/` that are such; the jsonl or csv
-      itself; or a Hugging Face dataset, as `save_to_disk` writes it;
+      .txt beside each image, a caption a line, or with `train/` and `validation/` that are such; the table itself; or
+      a Hugging Face dataset;
     - shapes: made up here; no path.
 
     Args:
@@ -259,10 +259,8 @@ def caption_data(
         near = get_close_matches(name, DATASETS, 1, 0.4)
         meant = f"; did you mean {near[0]}?" if near else "."
         raise UserError(f"No data set {dataset_name!r}{meant} There are {', '.join(DATASETS)}")
-    if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
-        raise UserError(f"num_samples {num_samples}: expected a whole number of at least 1, or none for all pictures")
-    if not 0 <= val_share < 1:
-        raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
+    if not (num_samples is None or (isinstance(num_samples, int) and num_samples > 0)) or not 0 <= val_share < 1:
+        raise UserError(f"num_samples {num_samples}, val_share {val_share:g}: expected at least 1, and 0 to below 1")
     if name == "shapes":
         size = 32 if image_size is None else image_size
         return captioned_shape_data(num_samples or 10_000, size, batch_size, num_workers or 0, seed, val_share)
@@ -274,7 +272,7 @@ def caption_data(
         raise UserError(f"{path} is a file, expected a folder" if path.is_file() else no_such_folder(path))
     options = {"image_size": image_size or 256, "crop": crop, "channels": channels, "progress": progress}
     notes: list[str] = []
-    if name == "custom" and path.is_dir() and hugging_face.is_dataset(path):
+    if name == "custom" and hugging_face.is_dataset(path):
         sides = hugging_face.captioned_sides(path, skip_missing, notes, options)
     else:
         if name == "coco":

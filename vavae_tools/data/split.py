@@ -6,7 +6,6 @@ matter, and an image more moves few others. What belongs together goes together:
 with the same content, even under two persons.
 """
 
-import errno
 import hashlib
 import io
 import os
@@ -250,24 +249,18 @@ class _Split:
             info = split_info(settings, person_folders(self.source), self.pictures, labels, sides)
             info["warnings"] += notes
             write_split_info(info, partial)
-            self._put_in_place(partial, old)
+            shutil.rmtree(old, ignore_errors=True)
+            if self.target.exists():
+                try:
+                    self.target.rename(old)
+                except OSError as error:  # a disk's own folder
+                    raise UserError(f"{self.target} cannot be replaced: {error.strerror}. Name one in it") from None
+            partial.rename(self.target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         shutil.rmtree(old, ignore_errors=True)
         return info
-
-    def _put_in_place(self, partial: Path, old: Path) -> None:
-        shutil.rmtree(old, ignore_errors=True)
-        if self.target.exists():
-            try:
-                self.target.rename(old)
-            except OSError as error:
-                instead = self.target / "data_split"
-                raise UserError(
-                    f"{self.target} cannot be replaced: {error.strerror}. Try --output_dir {instead}"
-                ) from None
-        partial.rename(self.target)
 
     def difference_from(self, old: dict) -> str | None:
         """Return how this split would differ from the one that is there; None if it is the same, and complete."""
@@ -302,8 +295,6 @@ class _Split:
             try:
                 (os.link if kind == "hard" else os.symlink)(picture.path, path)
             except OSError as error:
-                if error.errno == errno.ENOSPC:
-                    raise
                 raise UserError(
                     f"No {kind} link to {picture.path} can be made in {self.target.parent}: {error.strerror}. Use "
                     f"--link {'symbolic' if kind == 'hard' else 'hard'} or --link copy."

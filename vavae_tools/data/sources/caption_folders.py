@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from vavae_tools.runtime.errors import UserError
 
 FILE_COLUMNS = ("file_name", "image", "path", "image_path", "filename", "file", "img", "picture")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
+_COLUMNS = (("file names", FILE_COLUMNS), ("captions", CAPTION_COLUMNS))
 _EXAMPLE = '{"file_name": "1.png", "text": "a caption"}'
 
 
@@ -79,61 +80,46 @@ def _table_in(folder: Path) -> Path | None:
 # ---- a table
 def read_records(path: Path) -> dict[str, list[str]]:
     """Return image → captions, of a .jsonl, .csv or .tsv, in their order; an image may be on several lines."""
-    text = read_text(path)
     captions: dict[str, list[str]] = {}
-    for line, name, given in _json_lines(path, text) if path.suffix.lower() == ".jsonl" else _table_rows(path, text):
+    text = read_text(path)
+    for line, record in (_json_lines if path.suffix.lower() == ".jsonl" else _table_rows)(path, text):
+        name, given = (_value(f"{path}, line {line:,}", record, *column) for column in _COLUMNS)
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{path}, line {line:,}: the file name is {name!r}, expected text")
-        several = given if isinstance(given, list) else [given]
-        captions.setdefault(name.strip().replace("\\", "/").removeprefix("./"), []).extend(several)
+        name = name.strip().replace("\\", "/").removeprefix("./")
+        captions.setdefault(name, []).extend(given if isinstance(given, list) else [given])
     if not captions:
         raise UserError(f"{path} is empty, expected a line for each image")
     return captions
 
 
-def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any, Any]]:
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: captions may hold other ends of lines
-        if not line.strip():
-            continue
         try:
-            record = json.loads(line)
+            record = json.loads(line) if line.strip() else {}
         except ValueError as error:
             raise UserError(f"{path}, line {number:,}, is no JSON ({error}): expected {_EXAMPLE}") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number:,}, is a {type(record).__name__}: expected {_EXAMPLE}")
-        file, caption = _columns(f"{path}, line {number:,},", record)
-        yield number, record[file], record[caption]
+        if record:
+            yield number, record
 
 
-def _table_rows(path: Path, text: str) -> Iterator[tuple[int, Any, Any]]:
-    head = text.partition("\n")[0]
+def _table_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    head, _, body = text.partition("\n")
     delimiter = max(",;\t", key=head.count)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    names = [name.strip().lower() for row in csv.reader([head], delimiter=delimiter) for name in row]
+    rows = csv.reader(io.StringIO(body, newline=""), delimiter=delimiter, strict=True)
     try:
-        header = [name.strip().lower() for name in next(rows, [])]
-        file, caption = map(header.index, _columns(path, header))
         for row in filter(None, rows):
-            if len(row) != len(header):
+            if len(row) != len(names):
                 raise UserError(
-                    f"{path}, line {rows.line_num:,}, has {counted(len(row), 'field')}, its head {len(header)}: put "
+                    f"{path}, line {rows.line_num + 1:,}, has {counted(len(row), 'field')}, its head {len(names)}: put "
                     'captions with a comma into quotes ("…")'
                 )
-            yield rows.line_num, row[file], _several(row[caption])
+            yield rows.line_num + 1, dict(zip(names, map(_several, row), strict=True))
     except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num:,}, cannot be read as a table ({error})") from None
-
-
-def _columns(where: object, columns: Iterable[str]) -> tuple[str, str]:
-    """Return which columns name the files and the captions."""
-    found = []
-    for what, names in (("file names", FILE_COLUMNS), ("captions", CAPTION_COLUMNS)):
-        if not (there := [name for name in names if name in columns]):
-            raise UserError(
-                f"{where} has no column for {what}, only {listed(columns, 6) or 'nothing'}: expected one called "
-                f"{either(names)}"
-            )
-        found.append(there[0])
-    return tuple(found)
+        raise UserError(f"{path}, line {rows.line_num + 1:,}, cannot be read as a table ({error})") from None
 
 
 def _several(cell: str) -> str | list[str]:
@@ -143,6 +129,14 @@ def _several(cell: str) -> str | list[str]:
     except ValueError:
         return cell
     return values if isinstance(values, list) and all(isinstance(value, str) for value in values) else cell
+
+
+def _value(where: str, record: dict[str, Any], what: str, names: Sequence[str]) -> Any:
+    """Return the value under the first of the names that is there."""
+    for name in names:
+        if name in record:
+            return record[name]
+    raise UserError(f"{where} has no column for {what}, only {listed(record, 6)}: expected one called {either(names)}")
 
 
 # ---- texts beside images

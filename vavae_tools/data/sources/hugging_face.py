@@ -85,7 +85,8 @@ def read_sides(
     """
     datasets = _read_datasets(data_dir, train_split)
     first = datasets[train_split]
-    picture, label = _picture_column(first, data_dir), _label_column(first, data_dir)
+    picture = _column(first, data_dir, "images", "Image", PICTURE_COLUMNS)
+    label = _column(first, data_dir, "labels", "ClassLabel", LABEL_COLUMNS)
     for name, dataset in datasets.items():
         if missing := {picture, label} - set(dataset.column_names):
             raise UserError(f"The subset {name} of {data_dir} lacks the column {', '.join(missing)} of {train_split}")
@@ -111,10 +112,8 @@ def captioned_sides(path: Path, skip_missing: bool, notes: list[str], options: d
     """Return the subsets of a dataset with captions; see `read_sides` and `captions.cleaned`."""
     sides = []
     for name, dataset in _read_datasets(path, "train").items():
-        picture = _picture_column(dataset, path)
-        caption = next((column for column in CAPTION_COLUMNS if column in dataset.column_names), None)
-        if caption is None:
-            _refuse(dataset, path, "captions", None, CAPTION_COLUMNS)
+        picture = _column(dataset, path, "images", "Image", PICTURE_COLUMNS)
+        caption = _column(dataset, path, "captions", "", CAPTION_COLUMNS)
         values = enumerate(column_values(dataset, caption))
         given = {f"{row:06d}": value if isinstance(value, list) else [value] for row, value in values}
         captions = cleaned(given, path / name, skip_missing, notes)
@@ -159,32 +158,18 @@ def _read_datasets(data_dir: Path, train_split: str) -> "dict[str, Dataset]":
     return {name: found[name] for name in (train_split, *others[:1])}
 
 
-def _picture_column(dataset: "Dataset", data_dir: Path) -> str:
-    from datasets import Image as ImageFeature
-
-    return _column(dataset, data_dir, "images", ImageFeature, PICTURE_COLUMNS)
-
-
-def _label_column(dataset: "Dataset", data_dir: Path) -> str:
-    from datasets import ClassLabel
-
-    return _column(dataset, data_dir, "labels", ClassLabel, LABEL_COLUMNS)
-
-
-def _column(dataset: "Dataset", data_dir: Path, what: str, kind: type, names: Sequence[str]) -> str:
+def _column(dataset: "Dataset", data_dir: Path, what: str, kind: str, names: Sequence[str]) -> str:
     """Return the column of that type, best with one of the names, else the one with the first of the names."""
-    typed = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
+    typed = [name for name, feature in dataset.features.items() if type(feature).__name__ == kind]
     named = [name for name in names if name in dataset.column_names]
-    both = [name for name in named if name in typed]
-    return next(iter(both + typed + named), None) or _refuse(dataset, data_dir, what, kind, names)
-
-
-def _refuse(dataset: "Dataset", data_dir: Path, what: str, kind: type | None, names: Sequence[str]) -> str:
-    of_type = f"of type {kind.__name__} or " if kind else ""
-    raise UserError(
-        f"No {what} in {data_dir}, which has the columns {', '.join(dataset.column_names)}: expected one {of_type}"
-        f"called {either(names)}. Rename yours with dataset.rename_column and save it again"
-    )
+    found = [*(name for name in named if name in typed), *typed, *named]
+    if not found:
+        of_type = f"of type {kind} or " if kind else ""
+        raise UserError(
+            f"No {what} in {data_dir}, which has the columns {', '.join(dataset.column_names)}: expected one {of_type}"
+            f"called {either(names)}. Rename yours with dataset.rename_column and save it again"
+        )
+    return found[0]
 
 
 def column_values(dataset: "Dataset", column: str) -> list:
