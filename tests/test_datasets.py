@@ -115,7 +115,7 @@ def test_which_side_trains_can_be_said(tmp_path):
     write(tmp_path, {f"{side}/{name}/{i}.png": i for side in ("train", "val") for name in "ab" for i in range(2)})
     data = picture_data(tmp_path, 8, train_split="val", val_share=0.5)
     assert len(data.train_data) == len(data.val_data) == 2  # val has the names' first place, and is cut
-    with pytest.raises(UserError, match=r"No folders of pictures in .*extra; .* holds 2 folders, train/, val/"):
+    with pytest.raises(UserError, match=r"No folders of images in .*extra; .* holds 2 folders, train/, val/"):
         picture_data(tmp_path, 8, train_split="extra")
 
 
