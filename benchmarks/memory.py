@@ -59,7 +59,7 @@ from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModul
 from vavae_tools.training.callbacks import previews
 from vavae_tools.training.callbacks.finite import FiniteSteps
 from vavae_tools.training.callbacks.previews import Previews, ReconstructionPreviews, SamplePreviews
-from vavae_tools.training.denoiser_module import DiffusionModule, TextDiffusionModule
+from vavae_tools.training.denoiser_module import DiffusionModule
 
 MIB, GIB = 2**20, 2**30
 MACHINES = {
@@ -631,7 +631,7 @@ def text_to_image(card: Any, case: Case) -> str:
         return pipe.make(TextStates(*states(16).values()).to("cuda"), noise, None, 2, 7.5)
 
     batch = {"latents": torch.zeros(batch_size, 4, 32, 32), "index": torch.arange(batch_size), **states(batch_size)}
-    module = TextDiffusionModule(denoiser, conditioner, objective)
+    module = DiffusionModule(denoiser, conditioner, objective)
     fit(card, case, module, batch, SamplePreviews(make, 4, ".", 1))
     return said_of(batch_size, checkpointing)
 

@@ -32,7 +32,7 @@ from vavae_tools.diffusion.objectives import make_objective
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.machine import keep_freed_memory
-from vavae_tools.training.denoiser_module import TextDiffusionModule
+from vavae_tools.training.denoiser_module import DiffusionModule
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ SIZES = {
 
 
 class Steps:
-    """Training steps of one network, as `TextDiffusionModule` makes them, without Lightning."""
+    """Training steps of one network, as `DiffusionModule` makes them, without Lightning."""
 
     def __init__(self, size: Size, options: argparse.Namespace, folder: Path) -> None:
         torch.manual_seed(0)
@@ -75,7 +75,7 @@ class Steps:
         denoiser = TextDiT((side, side), 2, vae.config.latent_channels, **size.denoiser)
         conditioner = TextConditioner(encoder.dim, encoder.pooled_dim, size.denoiser["hidden_size"])
         conditioner.set_empty(encoder.encode([""]))
-        self.module = TextDiffusionModule(denoiser, conditioner, make_objective("epsilon"))
+        self.module = DiffusionModule(denoiser, conditioner, make_objective("epsilon"))
         open_gates(self.module.network)
         self.module.to(self.device).encode_with(vae, encoder)
         network = self.module.network

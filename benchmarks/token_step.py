@@ -23,7 +23,7 @@ from vavae_tools.diffusion.objectives import CleanPrediction
 from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.machine import keep_freed_memory
-from vavae_tools.training.denoiser_module import TokenImageModule
+from vavae_tools.training.denoiser_module import DiffusionModule
 
 SIZES = {"small": {"hidden_size": 128, "depth": 6, "num_heads": 4}, **DiT_SIZES}
 
@@ -36,8 +36,8 @@ class Steps:
         code = TokenCode(260, options.cell_size)
         denoiser = DiT(img_size, options.cell_size, code.channels + 1, positions="sequence", **SIZES[options.size])
         conditioner = ClassConditioner(1, denoiser.conditioning_size, dropout=0.0)
-        self.module = TokenImageModule(
-            denoiser, conditioner, CleanPrediction(time_shift=4.0), {"code": code.config}, 0.0
+        self.module = DiffusionModule(
+            denoiser, conditioner, CleanPrediction(time_shift=4.0), token_images={"code": code.config}, prompt_share=0.0
         )
         open_gates(self.module.network)
         self.module.to(options.device).eval()  # nothing in it draws by itself

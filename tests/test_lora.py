@@ -12,7 +12,7 @@ from torch import Tensor
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
-from vavae_tools.diffusion.lora import add_lora, lora_settings, merge_lora, merged_weights
+from vavae_tools.diffusion.lora import add_lora, lora_settings, merged_weights
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.recipes.init_from import start_from
 from vavae_tools.recipes.init_weights import read_starting_weights
@@ -61,7 +61,7 @@ def test_at_first_they_add_nothing_and_they_alone_are_trained(kind):
 
 @pytest.mark.parametrize("alpha", [None, 12.0])
 @pytest.mark.parametrize("kind", ["dit", "ddt"])
-def test_merged_it_is_the_same_model_with_the_plain_names(tmp_path, kind, alpha):
+def test_merged_it_is_the_same_model_with_the_plain_names(kind, alpha):
     denoiser = denoiser_of(kind)
     plain = {name: value.clone() for name, value in denoiser.state_dict().items()}
     before = denoiser(*inputs())
@@ -75,22 +75,12 @@ def test_merged_it_is_the_same_model_with_the_plain_names(tmp_path, kind, alpha)
     low_rank = by_hand.lora_B["default"].weight @ by_hand.lora_A["default"].weight
     weights = merged_weights(denoiser.state_dict(), settings)
 
-    merged = merge_lora(denoiser)
-    assert merged is denoiser and lora_settings(merged) is None and type(merged.blocks[0].attn.qkv) is torch.nn.Linear
-    assert merged.state_dict().keys() == weights.keys() == plain.keys()
-    assert all(same(weights[name], value) for name, value in merged.state_dict().items())
+    merged = denoiser_of(kind)
+    merged.load_state_dict(weights)
     qkv = "blocks.0.attn.qkv.weight"
     torch.testing.assert_close(weights[qkv], plain[qkv] + (alpha or 4.0) / 4 * low_rank, rtol=0, atol=1e-6)
     assert same(weights["final_layer.linear.weight"], plain["final_layer.linear.weight"])
     torch.testing.assert_close(merged(*inputs()), expected, rtol=0, atol=1e-6)
-    frozen = [name for name, weight in merged.named_parameters() if not weight.requires_grad]
-    assert frozen == (["t_embedder.W"] if kind == "ddt" else [])
-
-    merged.save_pretrained(tmp_path / "merged")
-    again = type(merged).from_pretrained(tmp_path / "merged", low_cpu_mem_usage=False)
-    with torch.no_grad():
-        assert same(again(*inputs()), merged(*inputs()))
-    add_lora(merged, 2)  # and so it can be gone on from
 
 
 def test_wrong_arguments_are_told_in_one_line(monkeypatch):

@@ -1,13 +1,35 @@
+"""Objectives: paths, times, targets and losses against the references, formulas and diffusers' schedule."""
+
 import copy
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from golden_cases import assert_close, load_case, load_weights
+from tiny import same
 
-from vavae_tools.diffusion.objectives import FlowMatching, score_from_velocity, shift_noise, time_shift_of
+from vavae_tools.diffusion.objectives import (
+    CleanPrediction,
+    FlowMatching,
+    NoisePrediction,
+    hiding_noise,
+    make_objective,
+    objective_of,
+    shift_noise,
+    time_of,
+    time_shift_of,
+    unmix,
+    with_known,
+)
 from vavae_tools.published import load_reference
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
+
+ALL = torch.arange(1000)
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_path_target_and_loss_equal_the_reference():
@@ -15,7 +37,9 @@ def test_path_target_and_loss_equal_the_reference():
     objective, tolerance = FlowMatching(cosine_eps=1e-8), case["tolerance"]
     data, noise, t = io["x1"], io["x0"], io["t"]
     assert_close(objective.add_noise(data, noise, t), io["xt"], tolerance)
-    assert_close(objective.target(data, noise), io["ut"], tolerance)
+    assert_close(objective.target(data, noise, t), io["ut"], tolerance)
+    told = unmix(io["model_output"][1:-1], io["xt"][1:-1], t[1:-1])[1]
+    assert_close(-told / (1 - t[1:-1].view(-1, 1, 1, 1)), io["score_from_velocity"], tolerance)
 
     prediction = io["model_output"].clone().requires_grad_()
     loss, parts = objective.loss(prediction, data, noise, t)
@@ -30,83 +54,36 @@ def test_path_target_and_loss_equal_the_reference():
         assert_close(parts["cosine"], io["cos_loss"][i], tolerance)
 
 
-def test_score_equals_the_reference():
-    case, io = load_case("transport")
-    score = score_from_velocity(io["model_output"][1:-1], io["xt"][1:-1], io["t"][1:-1])
-    assert_close(score, io["score_from_velocity"], case["tolerance"])
-
-
-def test_score_of_the_true_velocity_is_that_of_the_noise():
-    data, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0.1, 0.5, 0.9])
-    objective = FlowMatching()
-    score = score_from_velocity(objective.target(data, noise), objective.add_noise(data, noise, t), t)
-    torch.testing.assert_close(score, -noise / (1 - t.view(-1, 1, 1, 1)), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("source", ["torch", "draws"])
-def test_times_have_the_reference_quantiles(source):
+def test_times_have_the_reference_quantiles():
     case, _ = load_case("transport")
-    objective, count = FlowMatching(), 200_000
+    objective, draws = FlowMatching(), Draws(seed=0, epoch=0, samples=torch.arange(200_000))
     assert objective.time_draws == "normal"
-    if source == "torch":
-        draws = torch.randn(count, generator=torch.Generator().manual_seed(0))
-    else:
-        draws = getattr(Draws(seed=0, epoch=0, samples=torch.arange(count)), objective.time_draws)("time")
-    t = objective.sample_time(draws)
+    t = objective.sample_time(draws.normal("time"))
     for p, expected in case["lognorm_quantiles_1M_samples"]["mu=0,sigma=1"].items():
         assert t.quantile(float(p)).item() == pytest.approx(expected, abs=0.005)
-
-
-def test_uniform_times_are_the_draws():
-    objective = FlowMatching(time="uniform")
-    draws = torch.rand(5)
-    assert objective.time_draws == "uniform" and torch.equal(objective.sample_time(draws), draws)
-    with pytest.raises(UserError, match="'lognorm' or 'uniform'"):
-        FlowMatching(time="normal")
+    objective, uniform = FlowMatching(time="uniform"), draws.uniform("time")
+    assert objective.time_draws == "uniform" and same(objective.sample_time(uniform), uniform)
 
 
 @pytest.mark.parametrize("path", ["linear", "gvp"])
 def test_targets_are_the_derivative_of_the_path(path):
-    objective = FlowMatching(path=path)
-    data, noise = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()
-    t, step = torch.tensor([0.2, 0.9], dtype=torch.float64), 1e-6
+    objective, t, step = FlowMatching(path=path), torch.tensor([0.2, 0.9], dtype=torch.float64), 1e-6
+    data, noise = numbers(2, 3, 4, 4).double(), numbers(2, 3, 4, 4, seed=1).double()
     rate = (objective.add_noise(data, noise, t + step) - objective.add_noise(data, noise, t - step)) / (2 * step)
     torch.testing.assert_close(objective.target(data, noise, t), rate, rtol=1e-6, atol=1e-6)
     ends = [objective.add_noise(data, noise, torch.full((2,), end, dtype=torch.float64)) for end in (0.0, 1.0)]
     torch.testing.assert_close(torch.stack(ends), torch.stack([noise, data]))
-    score = score_from_velocity(rate, objective.add_noise(data, noise, t), t, path)
-    sigma = 1 - t if path == "linear" else torch.cos(t * torch.pi / 2)
-    torch.testing.assert_close(score, -noise / sigma.view(-1, 1, 1, 1), rtol=1e-5, atol=1e-5)
-
-
-def test_the_variance_preserving_path_keeps_variance():
-    data, noise = torch.randn(1, 1, 200, 200), torch.randn(1, 1, 200, 200)
-    for t in (0.1, 0.5, 0.8):
-        mixed = FlowMatching(path="gvp").add_noise(data, noise, torch.tensor([t]))
-        assert mixed.var().item() == pytest.approx(1, abs=0.03)
-
-
-def test_paths_and_settings_that_do_not_exist_are_named():
-    data, t = torch.randn(2, 3, 4, 4), torch.rand(2)
-    with pytest.raises(UserError, match="path='vp' is unknown; it is 'linear' or 'gvp'"):
-        FlowMatching(path="vp")
-    with pytest.raises(UserError, match="give target its t"):
-        FlowMatching(path="gvp").target(data, data)
-    with pytest.raises(UserError, match="path='GVP'"):
-        score_from_velocity(data, data, t, path="GVP")
-    with pytest.raises(UserError, match="time_shift=0"):
-        FlowMatching(time_shift=0)
-    for wrong in (0, 1.5):
-        with pytest.raises(UserError, match="largest_noise"):
-            FlowMatching(largest_noise=wrong)
+    told = unmix(rate, objective.add_noise(data, noise, t), t, path)
+    torch.testing.assert_close(torch.stack(told), torch.stack([data, noise]), rtol=1e-5, atol=1e-5)
+    if path == "gvp":  # it keeps the variance
+        alpha, sigma = objective.shares(torch.linspace(0, 1, 9))
+        torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(9))
 
 
 def test_the_shift_depends_on_the_size_of_latents():
     assert time_shift_of((768, 16, 16)) == pytest.approx(6.928203230275509)
-    assert time_shift_of((768, 32, 32)) == pytest.approx(13.856406460551018)
     assert time_shift_of((4, 32, 32)) == 1
     r = torch.linspace(0, 1, 9)
-    assert torch.equal(shift_noise(r, 1.0), r)
     torch.testing.assert_close(shift_noise(shift_noise(r, 3.0), 1 / 3.0), r)  # the inverse is that of 1/s
     # the same of every signal is hidden: σ/α grows s-fold
     ratio = shift_noise(r[1:-1], 5.0) / (1 - shift_noise(r[1:-1], 5.0))
@@ -116,11 +93,10 @@ def test_the_shift_depends_on_the_size_of_latents():
 @pytest.mark.parametrize("time", ["lognorm", "uniform"])
 def test_shifted_times_are_plain_times_moved_to_the_noise(time):
     plain, shifted = FlowMatching(time=time), FlowMatching(time=time, time_shift=4.0)
-    assert plain.time_draws == shifted.time_draws
     draws = getattr(Draws(0, 0, torch.arange(100)), plain.time_draws)("time")
     t, moved = plain.sample_time(draws), shifted.sample_time(draws)
     torch.testing.assert_close(moved, t / (4 - 3 * t))
-    assert (moved < t).all()
+    assert plain.time_draws == shifted.time_draws and (moved < t).all()
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.7])
@@ -140,61 +116,29 @@ def test_truncated_times_are_the_plain_ones_that_are_kept(mean):
     torch.testing.assert_close(1 - flat, limit * uniform)
 
 
-def test_an_objective_is_made_again_from_its_config():
-    assert FlowMatching(**FlowMatching().config).config == FlowMatching().config
-    other = {
-        "cosine_weight": 0.0,
-        "time": "uniform",
-        "time_mean": 0.5,
-        "time_std": 0.8,
-        "cosine_eps": 1e-2,
-        "time_shift": 6.9,
-        "largest_noise": 0.999,
-        "path": "gvp",
-    }
-    assert FlowMatching(**other).config == other
-
-
-def test_without_its_weight_the_direction_is_not_computed():
-    data, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.rand(3)
-    wrong = torch.randn(3, 2, 4, 4)
-    for path in ("linear", "gvp"):
-        objective = FlowMatching(cosine_weight=0, path=path)
-        loss, parts = objective.loss(wrong, data, noise, t)
-        assert set(parts) == {"mse"} and torch.equal(loss, parts["mse"])
-        errors = objective.squared_error(wrong, data, noise, t)
-        assert errors.shape == (3,)
-        torch.testing.assert_close(errors.mean(), loss)
-        one = objective.loss(wrong[1:2], data[1:2], noise[1:2], t[1:2])[0]
-        torch.testing.assert_close(errors[1], one)
-
-
-def test_ends_of_the_path():
-    data, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    assert torch.equal(FlowMatching().add_noise(data, noise, torch.zeros(2)), noise)
-    assert torch.equal(FlowMatching().add_noise(data, noise, torch.ones(2)), data)
-
-
-def test_the_true_velocity_has_no_loss_and_the_weight_counts():
-    data, noise, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.rand(2)
-    loss, _ = FlowMatching().loss(data - noise, data, noise, t)
-    assert loss.abs() < 1e-6
-    wrong = torch.randn(2, 3, 4, 4)
-    loss, parts = FlowMatching(cosine_weight=0.3).loss(wrong, data, noise, t)
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+def test_the_weight_of_the_direction_counts(path):
+    data, noise, wrong, t = *(numbers(3, 2, 4, 4, seed=i) for i in range(3)), torch.rand(3)
+    objective = FlowMatching(cosine_weight=0, path=path)
+    loss, parts = objective.loss(wrong, data, noise, t)
+    assert set(parts) == {"mse"} and same(loss, parts["mse"])
+    errors = objective.squared_error(wrong, data, noise, t)
+    torch.testing.assert_close(errors.mean(), loss)
+    torch.testing.assert_close(errors[1], objective.loss(*(part[1:2] for part in (wrong, data, noise, t)))[0])
+    loss, parts = FlowMatching(cosine_weight=0.3, path=path).loss(wrong, data, noise, t)
     torch.testing.assert_close(loss, parts["mse"] + 0.3 * parts["cosine"])
-    loss, parts = FlowMatching().loss(wrong.half(), data.half(), noise.half(), t)
+    assert FlowMatching(path=path).loss(objective.target(data, noise, t), data, noise, t)[0].abs() < 1e-6
+    loss, parts = FlowMatching(path=path).loss(wrong.half(), data.half(), noise.half(), t)
     assert loss.dtype == parts["mse"].dtype == torch.float32
 
 
 def test_cosine_eps_tames_the_gradient_of_a_fresh_model():
-    data, noise, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.rand(2)
+    data, noise, wrong, t = *(numbers(2, 3, 4, 4, seed=i) for i in range(3)), torch.rand(2)
     for eps, low, high in ((1e-8, 1e5, float("inf")), (1e-2, 0, 10)):
         prediction = torch.zeros(2, 3, 4, 4, requires_grad=True)
         FlowMatching(cosine_eps=eps).loss(prediction, data, noise, t)[0].backward()
         assert low < prediction.grad.abs().max() < high
-    wrong = torch.randn(2, 3, 4, 4)
-    losses = [FlowMatching(cosine_eps=eps).loss(wrong, data, noise, t)[0] for eps in (1e-8, 1e-2)]
-    assert torch.equal(*losses)
+    assert same(*(FlowMatching(cosine_eps=eps).loss(wrong, data, noise, t)[0] for eps in (1e-8, 1e-2)))
 
 
 def test_three_training_steps_equal_the_reference():
@@ -202,31 +146,22 @@ def test_three_training_steps_equal_the_reference():
     constructor = load_case("lightningdit-a")[0]["constructor"]
     settings, tolerance = case["settings"], case["tolerance"]
     model = load_reference("lightningdit", load_weights("lightningdit-a"), constructor).train()
-    ema = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings["lr"],
-        betas=settings["betas"],
-        weight_decay=settings["weight_decay"],
-        eps=settings["eps"],
-    )
-    objective = FlowMatching()
-    checked = 0
+    ema, objective, checked = copy.deepcopy(model), FlowMatching(), 0
+    of_adam = {name: settings[name] for name in ("lr", "betas", "weight_decay", "eps")}
+    optimizer = torch.optim.AdamW(model.parameters(), **of_adam)
     for step, expected in enumerate(case["losses"]):
         data, noise, t, labels, drop = (io[f"{name}_{step}"] for name in ("x1", "x0", "t", "y", "drop"))
         loss, parts = objective(model.denoiser, data, model.conditioner(labels, drop), noise, t)
-        assert loss.item() == pytest.approx(expected["total"], rel=tolerance["loss"]["rtol"])
-        assert parts["mse"].item() == pytest.approx(expected["mse"], rel=tolerance["loss"]["rtol"])
-        assert parts["cosine"].item() == pytest.approx(expected["cos"], rel=tolerance["loss"]["rtol"])
+        for found, name in ((loss, "total"), (parts["mse"], "mse"), (parts["cosine"], "cos")):
+            assert found.item() == pytest.approx(expected[name], rel=tolerance["loss"]["rtol"])
         optimizer.zero_grad()
         loss.backward()
-        if step == 0:
-            for name, parameter in named(model).items():
-                if f"grad0.{name}" in io:
-                    assert_close(parameter.grad, io[f"grad0.{name}"], tolerance["gradients"])
-                    checked += 1
-                norm = case["gradient_norms_step0"][name]
-                assert parameter.grad.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6)
+        for name, parameter in named(model).items() if step == 0 else ():
+            if f"grad0.{name}" in io:
+                assert_close(parameter.grad, io[f"grad0.{name}"], tolerance["gradients"])
+                checked += 1
+            norm = case["gradient_norms_step0"][name]
+            assert parameter.grad.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6)
         optimizer.step()
         with torch.no_grad():
             for averaged, parameter in zip(ema.parameters(), model.parameters(), strict=True):
@@ -239,9 +174,155 @@ def test_three_training_steps_equal_the_reference():
     assert checked == sum(key.startswith(("grad0.", "param_after.", "ema_after.")) for key in io)
 
 
-def named(model):
+def named(model) -> dict[str, torch.nn.Parameter]:
     """Parameters under the reference's names."""
     return {
         name.replace("conditioner.", "y_embedder.").removeprefix("denoiser."): parameter
         for name, parameter in model.named_parameters()
     }
+
+
+# ---- the clean image, of the pixels of a mask alone
+def test_the_loss_is_the_mean_over_the_pixels_of_the_mask():
+    prediction, data = torch.tensor([[[[1.0, 2.0]], [[3.0, 9.0]]]]), torch.zeros(1, 2, 1, 2)  # (1, 2, 1, 2)
+    mask, t = torch.tensor([[[1.0, 0.0]]]), torch.tensor([0.5])
+    assert CleanPrediction().loss(prediction, data, data, t, mask)[0].item() == (1 + 9) / 2
+    assert CleanPrediction("pixels").loss(prediction, data, data, t, mask)[0].item() == 1 + 9  # C times as much
+    assert CleanPrediction().loss(prediction, data, data, t, mask, torch.tensor(5.0))[0].item() == (1 + 9) / 10
+    empty = prediction.clone().requires_grad_()
+    loss = CleanPrediction().loss(empty, data, data, t, torch.zeros(1, 1, 2))[0]
+    loss.backward()
+    assert loss == 0 and same(empty.grad, torch.zeros_like(empty))
+    large = torch.full((1, 1, 64, 64), 300.0, dtype=torch.float16)  # whose square float16 cannot hold
+    assert CleanPrediction().loss(large, large * 0, large, t, torch.ones(1, 64, 64))[0] == 90_000
+
+
+@pytest.mark.parametrize("times", [{}, {"time": "lognorm", "time_mean": -0.5, "time_std": 2.0}, {"time_shift": 4.0}])
+def test_noise_and_times_of_clean_images_are_those_of_flow_matching(times):
+    ours, flow = CleanPrediction(**times), FlowMatching(**{"time": "uniform", **times})
+    data, noise, t = numbers(5, 3, 2, 2), numbers(5, 3, 2, 2, seed=1), ours.sample_time(torch.linspace(0.1, 0.9, 5))
+    assert ours.time_draws == flow.time_draws == ("normal" if "time" in times else "uniform")
+    assert same(t, flow.sample_time(torch.linspace(0.1, 0.9, 5)))
+    assert same(ours.add_noise(data, noise, t), flow.add_noise(data, noise, t))
+    assert ours.config == {**CleanPrediction().config, **times}
+
+
+def test_known_pixels_are_seen_clean_and_do_not_count():
+    data, noise, t = numbers(2, 3, 4, 4), numbers(2, 3, 4, 4, seed=1), torch.tensor([0.2, 0.7])
+    mask, known = torch.zeros(2, 4, 4), torch.zeros(2, 4, 4)
+    mask[:, :2], known[:, 0] = 1, 1
+    seen = {}
+
+    def denoiser(x, t, conditioning, kept):
+        seen.update(x=x, t=t, conditioning=conditioning, kept=kept)
+        return torch.zeros(2, 4, 4, 4)  # and a channel that nobody asked for
+
+    loss, _ = CleanPrediction()(denoiser, data, "text", noise, t, mask, known)
+    assert same(seen["x"][:, :3, 0], data[:, :, 0]) and same(seen["x"][:, 3], known)
+    assert same(seen["x"][:, :3, 1:], CleanPrediction().add_noise(data, noise, t)[:, :, 1:])
+    assert same(seen["kept"] > 0, mask > 0) and seen["conditioning"] == "text" and same(seen["t"], t)
+    torch.testing.assert_close(loss, data[:, :, 1].square().mean())
+    # what a chat asks is no part of the mask, but attended to
+    CleanPrediction()(denoiser, data, "text", noise, t, mask - known, known)
+    assert same(seen["kept"] > 0, mask > 0)
+    assert same(with_known(data, noise, torch.ones(2, 4, 4))[:, :3], noise)
+
+
+@pytest.mark.parametrize("length", [48, 192])
+def test_where_noise_hides_a_cell_its_token_is_told_now_and_then(length):
+    """At this noise an orthogonal code of as many pixels is told from one other in most cases, from 255 in few."""
+    # half the distance of two cells that differ in half of the pixels, in deviations
+    apart = (length / 2) ** 0.5 / hiding_noise(length)
+    one = torch.special.ndtr(torch.tensor(apart)).item()
+    assert 0.85 < one < 0.95 and one**255 < 1e-6
+
+
+# ---- noise and v, on diffusers' schedule
+def test_every_timestep_comes_back_from_its_time():
+    objective, t, draws = NoisePrediction(), time_of(ALL), (torch.arange(4000) + 0.5) / 4000
+    assert t.dtype == torch.float32 and t.min() > 0 and t.max() < 1 and (t.diff() < 0).all()
+    assert same(objective.timestep_of(t), ALL)
+    assert objective.timestep_of(torch.tensor([0.0, 1.0])).tolist() == [999, 0]
+    assert objective.time_draws == "uniform"  # and its draws fall on every timestep equally often
+    assert objective.timestep_of(objective.sample_time(draws)).bincount().tolist() == [4] * 1000
+    assert objective.timestep_of(objective.sample_time(torch.tensor([1 - 2.0**-24, 2.0**-24]))).tolist() == [999, 0]
+
+
+@pytest.mark.parametrize("betas", ["scaled_linear", "linear"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_it_is_the_formula_and_diffusers_scheduler(betas, prediction):
+    objective, t = NoisePrediction(prediction, betas), time_of(ALL)
+    data, noise = numbers(1000, 2, 2, 2), numbers(1000, 2, 2, 2, seed=1)
+    power = 0.5 if betas == "scaled_linear" else 1.0
+    rising = torch.linspace(objective.beta_start**power, objective.beta_end**power, 1000, dtype=torch.float64)
+    kept = (1 - rising ** (1 / power)).cumprod(0).view(-1, 1, 1, 1)
+    alpha, sigma = kept.sqrt().float(), (1 - kept).sqrt().float()
+    noisy, target = objective.add_noise(data, noise, t), objective.target(data, noise, t)
+    torch.testing.assert_close(noisy, alpha * data + sigma * noise, rtol=0, atol=2e-5)
+    expected = noise if prediction == "epsilon" else alpha * noise - sigma * data
+    torch.testing.assert_close(target, expected, rtol=0, atol=2e-5)
+    ends = {"beta_start": objective.beta_start, "beta_end": objective.beta_end}
+    scheduler = DDPMScheduler(beta_schedule=betas, prediction_type=prediction, **ends)
+    assert same(noisy, scheduler.add_noise(data, noise, ALL))
+    if betas == "scaled_linear":  # Stable Diffusion's published largest sigma
+        assert (sigma[-1] / alpha[-1]).item() == pytest.approx(14.6146, abs=1e-4)
+
+
+def test_the_loss_is_the_mean_squared_error_of_what_the_denoiser_predicts():
+    data, noise = numbers(6, 2, 2, 2), numbers(6, 2, 2, 2, seed=1)
+    t, seen = time_of(torch.tensor([0, 10, 200, 500, 800, 999])), []
+    loss, parts = NoisePrediction()(
+        lambda *given: seen.append(given) or torch.full_like(data, 0.5), data, "a", noise, t
+    )
+    assert loss.item() == pytest.approx((noise - 0.5).square().mean().item()) == pytest.approx(parts["mse"].item())
+    assert same(seen[0][0], NoisePrediction().add_noise(data, noise, t)) and seen[0][1:] == (t, "a")
+    by_v = NoisePrediction("v_prediction")
+    assert by_v(lambda x, t, _: by_v.target(data, noise, t), data, None, noise, t)[0] == 0
+    loss, _ = NoisePrediction().loss(noise.bfloat16(), data, noise, t)
+    assert loss.dtype == torch.float32 and 0 < loss < 1e-4
+
+
+# ---- by name
+def test_objectives_by_name_and_from_what_they_keep():
+    names = {"flow_matching": FlowMatching, "sample": CleanPrediction, "x0": CleanPrediction}
+    for name in ("epsilon", "v_prediction", "v"):
+        names[name] = NoisePrediction
+    for name, kind in names.items():
+        objective = make_objective(name, betas=None)
+        again = objective_of(objective.config)
+        assert type(objective) is type(again) is kind and again.config == objective.config
+    assert make_objective("v").config == make_objective("v_prediction").config
+    objective = make_objective("epsilon", betas="linear", beta_end=0.01)
+    assert objective.config == {
+        "prediction": "epsilon",
+        "betas": "linear",
+        "beta_start": 0.0001,
+        "beta_end": 0.01,
+        "num_timesteps": 1000,
+    }
+    other = {"cosine_weight": 0.0, "time": "uniform", "time_mean": 0.5, "time_std": 0.8, "cosine_eps": 1e-2}
+    other |= {"time_shift": 6.9, "largest_noise": 0.999, "path": "gvp"}
+    assert objective_of(other).config == other
+    assert objective_of({}).config == FlowMatching().config  # checkpoints that tell nothing
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("ddpm", {}, "No objective 'ddpm'; there are flow_matching, epsilon, v_prediction, sample"),
+        ("flow_maching", {}, r"No objective 'flow_maching' \(did you mean flow_matching\?\); there are flow_matching"),
+        ("epsilon", {"cosine_weight": 1}, "The objective epsilon has no cosine_weight; it has betas"),
+        ("x0", {"cosine_weight": 1}, "The objective x0 has no cosine_weight; it has normalised, time"),
+        ("flow_matching", {"time_shft": 1}, r"has no time_shft \(did you mean time_shift\?\); it has cosine_weight"),
+        ("epsilon", {"betas": "cosine"}, "betas='cosine' is unknown"),
+        ("epsilon", {"beta_end": 1.5}, "beta_end=1.5.*rise between 0 and 1"),
+        ("flow_matching", {"path": "vp"}, "path='vp' is unknown; it is 'linear' or 'gvp'"),
+        ("flow_matching", {"time": "normal"}, "'lognorm' or 'uniform'"),
+        ("flow_matching", {"time_shift": 0}, "time_shift=0"),
+        ("flow_matching", {"largest_noise": 1.5}, "largest_noise=1.5"),
+        ("sample", {"normalised": "C"}, "normalised='C' is unknown; it is 'channels' or 'pixels'"),
+    ],
+)
+def test_objectives_that_cannot_be(name, settings, message):
+    with pytest.raises(UserError, match=message):
+        make_objective(name, **settings)

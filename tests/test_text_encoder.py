@@ -157,7 +157,7 @@ def test_a_folder_that_is_not_what_it_should_be(encoder, folder, tmp_path):
     with pytest.raises(UserError, match=r"No folder .*nowhere of a text encoder"):
         load_text_encoder(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"config.json is missing; it holds nothing"):
+    with pytest.raises(UserError, match=r"The text encoder in .*empty cannot be loaded"):
         load_text_encoder(tmp_path / "empty")
 
     broken = tmp_path / "broken"
@@ -165,15 +165,10 @@ def test_a_folder_that_is_not_what_it_should_be(encoder, folder, tmp_path):
     (broken / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"a text encoder without a tokenizer: tokenizer\.json"):
         load_text_encoder(broken)
-    (broken / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds no weights of a text encoder: expected model\.safetensors"):
-        load_text_encoder(broken)
-    (broken / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="type 'bert', which is no text encoder of CLIP"):
-        load_text_encoder(broken)
-    (broken / "config.json").write_text("{")
-    with pytest.raises(UserError, match="is damaged"):
-        load_text_encoder(broken)
+    for damage in (lambda: (broken / "model.safetensors").unlink(), lambda: (broken / "config.json").write_text("{")):
+        damage()
+        with pytest.raises(UserError, match=r"The text encoder in .*broken cannot be loaded"):
+            load_text_encoder(broken)
 
     damaged = tmp_path / "damaged"
     shutil.copytree(folder, damaged)
@@ -201,5 +196,3 @@ def test_rows_of_states_and_no_captions(encoder):
     assert same(encoder.encode("red").pooled, encoder.encode(["red"]).pooled)
     with pytest.raises(UserError, match="No captions"):
         encoder.encode([])
-    with pytest.raises(UserError, match="expected a multiple of 16"):
-        tiny_text_encoder(["red"], dim=24)

@@ -27,7 +27,7 @@ from vavae_tools.diffusion.objectives import make_objective
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.pipelines.text import load_text_pipeline
 from vavae_tools.recipes.text_to_image import _of_one_size
-from vavae_tools.training.denoiser_module import TextDiffusionModule
+from vavae_tools.training.denoiser_module import DiffusionModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -211,14 +211,14 @@ def test_encoding_once_and_at_every_step_train_the_same_in_the_first_epoch(shape
 
 
 @pytest.fixture(scope="module")
-def encoded(trained) -> tuple[TextDiffusionModule, dict, dict]:
+def encoded(trained) -> tuple[DiffusionModule, dict, dict]:
     """A module that encodes, a batch of pictures with captions, and the same one as it was kept."""
     vae, encoder = load_stable_diffusion_vae(trained / "autoencoder"), load_text_encoder(trained / "text_encoder")
     pictures = captioned_shape_data(36, 16, 4, seed=0, val_share=0.2)
     kept = TextLatentDataModule(trained / "latents", trained / "latents" / "texts", 4)
     denoiser = TextDiT((4, 4), 2, 4, hidden_size=16, depth=1, num_heads=2)
     conditioner = TextConditioner(encoder.dim, encoder.pooled_dim, 16)
-    module = TextDiffusionModule(denoiser, conditioner, make_objective("epsilon"))
+    module = DiffusionModule(denoiser, conditioner, make_objective("epsilon"))
     module.encode_with(vae, encoder)
     pairs = [(5, 2), (0, 7), (17, 0), (35, 3)]
     return module, pictures.train_data.__getitems__(pairs), kept.train_data.__getitems__(pairs)

@@ -306,7 +306,7 @@ class Watching(L.LightningModule):
         self.weight, self.batches, self.save = torch.nn.Parameter(torch.zeros(())), [], save
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
-        """As `TextDiffusionModule`, which leaves latents and texts as they are."""
+        """As `DiffusionModule`, which leaves latents and texts as they are."""
         assert batch["latents"].dtype == batch["text_tokens"].dtype == batch["text_pooled"].dtype == torch.float32
         return batch
 

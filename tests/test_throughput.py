@@ -29,7 +29,7 @@ from vavae_tools.runtime.errors import Stopped
 from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModule
 from vavae_tools.training.callbacks import throughput
 from vavae_tools.training.callbacks.throughput import Clock, Throughput, flops_of, peak_flops
-from vavae_tools.training.denoiser_module import DiffusionModule, TextDiffusionModule, TokenImageModule
+from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.run import build_trainer, fit_trainer
 
@@ -439,7 +439,7 @@ def _through_encoder(both, vavae):
 
 
 def new_text(objective: str) -> tuple[DiffusionModule, dict]:
-    module = TextDiffusionModule(
+    module = DiffusionModule(
         TextDiT((4, 4), 2, 4, hidden_size=16, depth=1, num_heads=2),
         TextConditioner(8, 8, 16),
         make_objective(objective),
@@ -457,10 +457,10 @@ def new_rae_decoder() -> tuple[RAEDecoderModule, dict]:
     return module, {"pictures": torch.zeros(3, 3, 24, 24, dtype=torch.uint8)}
 
 
-def new_tokens() -> tuple[TokenImageModule, dict]:
+def new_tokens() -> tuple[DiffusionModule, dict]:
     code = {"num_tokens": 260, "cell_size": 4, "channels": 3}
     denoiser = DiT(32, 4, 4, 16, 1, 2, positions="sequence")
-    module = TokenImageModule(denoiser, ClassConditioner(1, 16, 0.0), CleanPrediction(), {"code": code})
+    module = DiffusionModule(denoiser, ClassConditioner(1, 16, 0.0), CleanPrediction(), token_images={"code": code})
     return module, module.on_before_batch_transfer(TokenImageDataset("zen", 32).__getitems__([0, 1]), 0)
 
 

@@ -22,7 +22,7 @@ from vavae_tools.pipelines.text import load_text_pipeline
 from vavae_tools.pipelines.tokens import TokenImagePipeline, load_token_pipeline
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
-from vavae_tools.training.denoiser_module import TokenImageModule
+from vavae_tools.training.denoiser_module import DiffusionModule
 
 SIZE, CELL, CELLS = 16, 4, 16
 ALL = [0] * CELLS + [1]
@@ -361,7 +361,7 @@ def kept(tmp_path_factory) -> Path:
     tiny(with_lengths(of_4=1), chats=True).save_pretrained(folder / "chats")
     tiny_pipeline().save_pretrained(folder / "pictures")
     of_pipeline = {"code": CODE, "lengths": ALL, "time_shift": 2.0, "use_chat_template": False}
-    module = TokenImageModule(*models(), CleanPrediction(time_shift=2.0), of_pipeline)
+    module = DiffusionModule(*models(), CleanPrediction(time_shift=2.0), token_images=of_pipeline)
     state = module.state_dict()
     state |= {name: tensor + 0.3 for name, tensor in state.items() if name.startswith("network.")}
     (folder / "run" / "checkpoints").mkdir(parents=True)

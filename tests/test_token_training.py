@@ -17,7 +17,7 @@ from vavae_tools.diffusion.objectives import CleanPrediction
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.pipelines.tokens import load_token_pipeline
 from vavae_tools.runtime.draws import Draws
-from vavae_tools.training.denoiser_module import TokenImageModule
+from vavae_tools.training.denoiser_module import DiffusionModule
 
 ROOT = Path(__file__).parents[1]
 TINY = ("model.hidden_size=16", "model.depth=1", "model.num_heads=2", "sampling.num_steps=2", "callbacks.previews=0")
@@ -131,16 +131,18 @@ def test_bad_input_is_one_line(fault, here, run):
 # ---- the module
 
 
-def module(**changes) -> TokenImageModule:
+def module(**changes) -> DiffusionModule:
     torch.manual_seed(0)
     code = {"num_tokens": 260, "cell_size": 4, "channels": 3}
     denoiser = DiT(32, 4, 4, 16, 1, 2, positions="sequence")
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    return TokenImageModule(denoiser, ClassConditioner(1, 16, 0.0), CleanPrediction(), {"code": code}, **changes)
+    return DiffusionModule(
+        denoiser, ClassConditioner(1, 16, 0.0), CleanPrediction(), token_images={"code": code}, **changes
+    )
 
 
-def batch(of: TokenImageModule, *places: int) -> dict:
+def batch(of: DiffusionModule, *places: int) -> dict:
     """Texts by their place among all, the shortest first."""
     data = TokenImageDataset("zen", 32)
     by_length = sorted(range(len(data)), key=lambda index: len(data.tokens_of(index)))

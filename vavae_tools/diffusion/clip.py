@@ -1,12 +1,12 @@
-"""What a sentence says, as numbers: a frozen CLIP text encoder (Radford et al. 2021) with its tokenizer.
+"""A frozen CLIP text encoder (Radford et al. 2021) with its tokenizer: captions → states.
 
 Architecture and files are those of transformers, which is imported only where an encoder is loaded or made. Nothing is
-downloaded, except where a person names a repository of a hub.
+downloaded, except where a repository of a hub is named.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,8 @@ from vavae_tools.autoencoders.loading import silent_transformers
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import local_folder, save_model, weights_digest
 
-_MODEL_TYPES = ("clip_text_model", "clip")
-_WEIGHT_FILES = tuple(
-    f"{name}{end}"
-    for name in ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")
-    for end in ("", ".index.json")
-)
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _KEPT = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps")  # not to be seen in the weights
-_AT_ONCE = 256
+_BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,6 @@ class TextStates:
     pooled: Tensor
 
     def to(self, device: str | torch.device) -> "TextStates":
-        """The same on a device."""
         return TextStates(self.tokens.to(device), self.mask.to(device), self.pooled.to(device))
 
     def __len__(self) -> int:
@@ -98,7 +90,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextStates:
-        """Captions → their states on the encoder's device, as long as the longest of them.
+        """Return states on the encoder's device, as long as those of the longest caption.
 
         What is longer than `max_tokens` is cut at its end and keeps the end token (`lengths` counts such captions). The
         attention looks back only, so that the states do not depend on padding.
@@ -107,14 +99,12 @@ class TextEncoder:
             _listed(captions), padding="longest", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
         ids, mask = rows["input_ids"], rows["attention_mask"]  # (B, L) both
-        if torch.device(self.device).type == "cuda":  # a copy from pinned memory is not waited for
+        if self.device.type == "cuda":  # a copy from pinned memory is not waited for
             ids, mask = ids.pin_memory(), mask.pin_memory()
         ids, mask = (given.to(self.device, non_blocking=True) for given in (ids, mask))
-        mask = mask.bool()
-        parts = [self.model(input_ids=part).last_hidden_state.float() for part in ids.split(_AT_ONCE)]
+        parts = [self.model(input_ids=part).last_hidden_state.float() for part in ids.split(_BATCH_SIZE)]
         tokens = torch.cat(parts)  # (B, L, D)
-        last = mask.sum(1) - 1
-        return TextStates(tokens, mask, tokens[torch.arange(len(tokens), device=tokens.device), last])
+        return TextStates(tokens, mask.bool(), tokens[torch.arange(len(ids), device=self.device), mask.sum(1) - 1])
 
     def lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:
         """How many tokens each caption has before it is cut, with start and end, and how many captions are cut."""
@@ -150,9 +140,8 @@ def _words_of(tokenizer: Any) -> dict[str, Any]:
     return {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
 
 
-# ---- from files
 def load_text_encoder(source: str | Path) -> TextEncoder:
-    """A frozen CLIP text encoder from its folder, such as that of openai/clip-vit-base-patch32.
+    """Return a frozen CLIP text encoder from its folder, such as that of openai/clip-vit-base-patch32.
 
     Args:
         source: a folder of transformers with a CLIPTextModel, or a whole CLIPModel whose text half is taken, and its
@@ -171,85 +160,49 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
         patterns=[*files, *(f"{part}/{file}" for part in ("text_encoder", "tokenizer") for file in files)],
         ignored=["unet/*", "vae/*"],
     )
+    from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer
+
     of_model = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
-    _check_model_folder(of_model)
-    of_tokenizer = _tokenizer_folder(folder, of_model)
-    return TextEncoder(_load_model(of_model), _load_tokenizer(of_tokenizer))
-
-
-def _some(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return (", ".join(names[:5]) or "nothing") + (" …" if len(names) > 5 else "")
-
-
-def _check_model_folder(folder: Path) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UserError(f"{folder} is no text encoder's folder: config.json is missing; it holds {_some(folder)}")
-    try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{config} is damaged ({error}): copy the folder anew") from None
-    if model_type not in _MODEL_TYPES:
-        raise UserError(
-            f"{folder} holds a model of type {model_type!r}, which is no text encoder of CLIP: expected "
-            f"{' or '.join(_MODEL_TYPES)}"
-        )
-    if not any((folder / name).is_file() for name in _WEIGHT_FILES):
-        raise UserError(
-            f"{folder} holds no weights of a text encoder: expected model.safetensors, found {_some(folder)}"
-        )
-
-
-def _tokenizer_folder(folder: Path, of_model: Path) -> Path:
-    places = (folder / "tokenizer", of_model, folder, of_model.parent / "tokenizer")
-    for place in places:
-        if any((place / name).is_file() for name in _TOKENIZER_FILES):
-            return place
-    raise UserError(
-        f"{folder} holds a text encoder without a tokenizer: tokenizer.json, or vocab.json and merges.txt, is missing "
-        f"there and in {places[0]}; copy it from where the weights came from"
+    weights = [path.name for path in of_model.glob("*") if path.name.startswith(("model.", "pytorch_model."))]
+    variant = "fp16" if weights and all("fp16" in name for name in weights) else None
+    model, report = _loaded(
+        lambda: CLIPTextModel.from_pretrained(
+            of_model, local_files_only=True, output_loading_info=True, variant=variant
+        ),
+        f"The text encoder in {of_model}",
     )
+    missing = sorted(name for name in report["missing_keys"] if "position_ids" not in name)
+    if missing:  # of another kind of model, too: transformers goes on with random numbers there
+        raise UserError(
+            f"The weights in {of_model} are not those of a CLIP text encoder as its config.json says: {len(missing)} "
+            f"are missing, such as {missing[0]}. Copy the folder anew"
+        )
+    places = (folder / "tokenizer", of_model, folder, of_model.parent / "tokenizer")
+    found = [place for place in places if any((place / name).is_file() for name in ("tokenizer.json", "vocab.json"))]
+    if not found:
+        raise UserError(
+            f"{folder} holds a text encoder without a tokenizer: tokenizer.json, or vocab.json and merges.txt, is "
+            f"missing there and in {places[0]}; copy it from where the weights came from"
+        )
+    kind = AutoTokenizer if (found[0] / "tokenizer_config.json").is_file() else CLIPTokenizer
+    tokenizer = _loaded(lambda: kind.from_pretrained(found[0], local_files_only=True), f"The tokenizer in {found[0]}")
+    return TextEncoder(model.float(), tokenizer)
 
 
-def _load_model(folder: Path) -> nn.Module:
-    from transformers import CLIPTextModel
-
-    half = not any((folder / name).is_file() for name in _WEIGHT_FILES if "fp16" not in name)
+def _loaded(load: Callable[[], Any], what: str) -> Any:
     try:
         with silent_transformers():
-            model, report = CLIPTextModel.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, variant="fp16" if half else None
-            )
+            return load()
     except Exception as error:  # of any kind: what transformers' versions stumble over in damaged files
         reason = "".join(filter(str.isprintable, " ".join(str(error).split())))[:120]
-        raise UserError(f"The text encoder in {folder} cannot be loaded ({reason}): copy the folder anew") from None
-    missing = sorted(name for name in report["missing_keys"] if "position_ids" not in name)
-    if missing:  # transformers goes on with random numbers there
-        raise UserError(
-            f"The weights in {folder} are not those of its config.json: {len(missing)} are missing, such as "
-            f"{missing[0]}. Copy the folder anew"
-        )
-    return model.float()
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer, CLIPTokenizer
-
-    kind = AutoTokenizer if (folder / "tokenizer_config.json").is_file() else CLIPTokenizer
-    try:
-        with silent_transformers():
-            return kind.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # as above
-        reason = "".join(filter(str.isprintable, " ".join(str(error).split())))[:120]
-        raise UserError(f"The tokenizer in {folder} cannot be loaded ({reason}): copy its files anew") from None
+        raise UserError(f"{what} cannot be loaded ({reason}): copy the folder anew") from None
 
 
 # ---- a small one
 def tiny_text_encoder(
     sentences: Iterable[str], dim: int = 64, num_layers: int = 2, max_tokens: int = 32, seed: int = 0
 ) -> TextEncoder:
-    """A small random CLIP text encoder whose tokenizer knows the words of some sentences, for trials without downloads.
+    """Return a small random CLIP text encoder whose tokenizer knows the words of some sentences, for trials.
 
     Words are told apart without any training: each has a random vector of its own, and a caption's end token gathers
     them all. Other words are spelled, letter by letter. The same arguments give the same encoder.
@@ -257,16 +210,9 @@ def tiny_text_encoder(
     Args:
         dim: width of the states, a multiple of 16.
         max_tokens: of a caption, with the start and the end token.
-
-    Raises:
-        UserError: a width that is no multiple of 16, or max_tokens below 3.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    if dim < 16 or dim % 16:
-        raise UserError(f"dim {dim} of the tiny text encoder: expected a multiple of 16")
-    if max_tokens < 3:
-        raise UserError(f"max_tokens {max_tokens}: a caption needs room for its start, its end and a word, 3 or more")
     tokenizer = _word_tokenizer(sentences, max_tokens)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -318,23 +264,20 @@ def _word_tokenizer(sentences: Iterable[str], max_tokens: int) -> Any:
         for sentence in sentences
         for word, _ in cut.pre_tokenizer.pre_tokenize_str(cut.normalizer.normalize_str(sentence))
     }
+    end = "</w>"  # marks the last piece of a word in CLIP's vocabularies
     letters = sorted(ByteLevel.alphabet())  # one for each byte
     trainer = BpeTrainer(
         vocab_size=2 * len(letters) + sum(map(len, words)),  # enough to merge pairs until each word is one piece
         min_frequency=1,
         initial_alphabet=letters,
-        special_tokens=[letter + _END for letter in letters],  # any may end a word; those found come in no fixed order
-        end_of_word_suffix=_END,
+        special_tokens=[letter + end for letter in letters],  # any may end a word; those found come in no fixed order
+        end_of_word_suffix=end,
         show_progress=False,
     )
-    trained = Tokenizer(BPE(end_of_word_suffix=_END))
+    trained = Tokenizer(BPE(end_of_word_suffix=end))
     trained.train_from_iterator(sorted(words), trainer)
     model = json.loads(trained.to_str())["model"]
     pieces, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
     for special in ("<|startoftext|>", "<|endoftext|>"):  # in CLIP they are last, too
         pieces[special] = len(pieces)
     return CLIPTokenizer(pieces, merges, model_max_length=max_tokens)
-
-
-_END = "</w>"
-"""Marks the last piece of a word in CLIP's vocabularies."""

@@ -1,4 +1,4 @@
-"""A denoiser from plain numbers, under our names or the references'."""
+"""Denoisers from plain numbers, under our names or the references'."""
 
 import inspect
 from collections.abc import Collection, Mapping
@@ -22,12 +22,11 @@ WITHOUT_EFFECT = {"use_checkpoint", "use_gembed"}  # how the reference computes,
 
 
 def make_denoiser(config: Mapping[str, Any]) -> DiT | DDT | TextDiT:
-    """`DiT`, `DDT` or `TextDiT` from its arguments: with two numbers for hidden_size a `DDT`, with one a `DiT`.
+    """Return a `DiT`, with two numbers for hidden_size a `DDT`, with "head": "text" a `TextDiT`.
 
     Args:
         config: arguments under our names or the references' (`use_rope`, `wo_shift`, …). "size" stands for
-            hidden_size, depth and num_heads: "S" to "XL", with "head": "wide" those of the `DDT`. "head": "text" makes
-            a `TextDiT`, whose config says so.
+            hidden_size, depth and num_heads: "S" to "XL", with "head": "wide" those of the `DDT`.
 
     Raises:
         UserError: an argument that it does not have, also those of the conditioner (see `split_reference_arguments`).
@@ -39,12 +38,13 @@ def make_denoiser(config: Mapping[str, Any]) -> DiT | DDT | TextDiT:
 
 
 def our_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a denoiser under our names, a named size written out, two numbers as tuples."""
+    """Return arguments of a denoiser under our names, a named size written out, two numbers as tuples."""
     arguments = {}
     for name, value in config.items():
         if name == "wo_shift":
             name, value = "adaln_shift", not value
-        arguments[RENAMED.get(name, name)] = value if _is_plain(value) else tuple(value)
+        is_plain = value is None or isinstance(value, str | int | float)
+        arguments[RENAMED.get(name, name)] = value if is_plain else tuple(value)
     size, head = arguments.pop("size", None), arguments.pop("head", None)
     if head not in (None, "wide", "text"):
         raise UserError(f'head={head!r} is unknown; it is "wide", "text", or left out.')
@@ -64,10 +64,10 @@ def our_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_reference_arguments(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A model's arguments, under our names or the references' → those of `make_denoiser` and of `ClassConditioner`.
+    """Return the arguments of `make_denoiser` and of `ClassConditioner` from a reference's model, which holds both.
 
-    The references' models hold both: num_classes (1000 where it is not given) and class_dropout_prob (0.1) are the
-    conditioner's, and its hidden_size is the denoiser's, with a wide head the encoder's.
+    num_classes (1000 where it is not given) and class_dropout_prob (0.1) are the conditioner's, and its hidden_size is
+    the denoiser's, with a wide head the encoder's.
 
     Raises:
         UserError: an argument that nobody knows, naming the nearest known one.
@@ -89,10 +89,6 @@ def split_reference_arguments(config: Mapping[str, Any]) -> tuple[dict[str, Any]
 
 def _is_wide(arguments: Mapping[str, Any]) -> bool:
     return isinstance(arguments.get("hidden_size"), tuple)
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float)
 
 
 def _check_known(arguments: Mapping[str, Any], known: Collection[str], model: str | None = None) -> None:

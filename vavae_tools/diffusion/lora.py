@@ -1,7 +1,7 @@
 """Low-rank additions (LoRA, Hu et al. 2022) to a denoiser's linear maps, by the package peft, and merged into them.
 
 A map W of a large published model stays as it is; what is trained is scale·B·A beside it, of a small rank, a few
-percent of the weights. Afterwards W + scale·B·A is one map again, and the model one like any other.
+percent of the weights. Afterwards W + scale·B·A is one map again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _BASE, _A, _B = ".base_layer.", f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTE
 
 
 def add_lora(denoiser: nn.Module, rank: int, alpha: float | None = None, targets: Sequence[str] = TARGETS) -> int:
-    """Freeze a `DiT` or `DDT` and put low-rank additions beside its linear maps, in place: at first they add nothing.
+    """Freeze a denoiser and put low-rank additions beside its linear maps, in place: at first they add nothing.
 
     Args:
         rank: of the additions; 4 to 64.
@@ -26,7 +26,7 @@ def add_lora(denoiser: nn.Module, rank: int, alpha: float | None = None, targets
         targets: ends of the maps' names, at a dot: "qkv" is that of every block, "final_layer.linear" one map.
 
     Returns:
-        How many weights are trained. The conditioner is another model and stays as it is, trainable.
+        How many weights are trained.
 
     Raises:
         UserError: peft is not installed, no such target (those that exist are named), or additions are there already.
@@ -38,7 +38,7 @@ def add_lora(denoiser: nn.Module, rank: int, alpha: float | None = None, targets
     if rank < 1 or isinstance(rank, bool):
         raise UserError(f"lora_rank={rank}: it is a whole number above 0, such as 16; 0 trains all weights")
     if lora_settings(denoiser):
-        raise UserError("This denoiser has low-rank additions already: merge_lora(denoiser) first")
+        raise UserError("This denoiser has low-rank additions already")
     alpha, targets = float(rank if alpha is None else alpha), [targets] if isinstance(targets, str) else list(targets)
     if not alpha > 0:
         raise UserError(f"lora_alpha={alpha:g}: it is above 0, such as the rank, {rank}")
@@ -54,29 +54,12 @@ def lora_settings(denoiser: nn.Module) -> dict[str, Any] | None:
     return getattr(denoiser, "lora", None)
 
 
-def merge_lora(denoiser: nn.Module) -> nn.Module:
-    """The same denoiser with its additions merged, in place: plain linear maps, plain names, all weights trainable."""
-    settings = lora_settings(denoiser)
-    if settings is None:
-        return denoiser
-    weights = merged_weights(denoiser.state_dict(), settings)
-    for name, module in list(denoiser.named_modules()):
-        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-            parent, _, last = name.rpartition(".")
-            setattr(denoiser.get_submodule(parent), last, module.base_layer)
-    del denoiser.lora
-    denoiser.load_state_dict(weights)
-    for name, weight in denoiser.named_parameters():
-        weight.requires_grad_(name != "t_embedder.W")  # random frequencies are never trained
-    return denoiser
-
-
 def merged_weights(weights: Mapping[str, Tensor], settings: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    """A denoiser's weights with additions → those of the plain denoiser: W + scale·B·A. It needs no peft.
+    """Return the weights of the plain denoiser, W + scale·B·A, without peft.
 
     Args:
         weights: the state_dict after `add_lora`.
-        settings: what `lora_settings` told, in a training's checkpoint `hyper_parameters["lora"]`; None: no additions.
+        settings: of `lora_settings`, in a training's checkpoint `hyper_parameters["lora"]`; None: no additions.
     """
     if settings is None:
         return dict(weights)

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from statistics import NormalDist
@@ -16,25 +16,26 @@ from torch import Tensor
 from vavae_tools.diffusion.layers import Kept
 from vavae_tools.runtime.errors import UserError
 
-PATHS = ("linear", "gvp")
 Denoiser = Callable[..., Tensor]
 
 
 class Objective:
-    """What all objectives share. They draw nothing themselves: `noise` (standard normal) and `t` are arguments.
-
-    `config` keeps the arguments: Objective(**config) is equal, and so is `objective_of(config)`.
-    """
+    """Base of the objectives. They draw nothing themselves: `noise` (standard normal) and `t` are arguments."""
 
     prediction: str
     """What the denoiser predicts, by diffusers' names: "flow_prediction", "sample", "epsilon" or "v_prediction"."""
     path: str
-    """How data and noise are mixed: one of `PATHS`, or "discrete", a schedule of timesteps."""
+    """How data and noise are mixed: "linear", "gvp", or "discrete", a schedule of timesteps."""
     time_draws: str
     """Which numbers, one per sample, `sample_time` takes: the method's name in `runtime.draws.Draws`."""
     normalised = "channels"
     cosine_weight = 0.0
     cosine_eps = 1e-2
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, all plain numbers and names: `objective_of(config)` is equal to this."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def loss(
         self,
@@ -102,7 +103,7 @@ class Objective:
         return self.loss(prediction[:, : data.shape[1]], data, noise, t, mask * (1 - known), pixels)
 
     def for_solver(self, denoiser: Denoiser) -> Denoiser:
-        """The denoiser, saying what this objective's solvers take."""
+        """Return the denoiser, predicting what this objective's solvers take."""
         return denoiser
 
 
@@ -119,9 +120,9 @@ class FlowMatching(Objective):
         cosine_weight: weight of the direction's loss against the squared error's 1; 0 leaves it out.
         time: "lognorm" (most often in the middle of the path) or "uniform".
         time_mean, time_std: of the normal number in "lognorm"; a mean above 0 learns nearer the data.
-        cosine_eps: smallest length of a velocity in the cosine. The reference's 1e-8 gives a vector of exactly zero a
-            gradient of about 1e8, and every vector is that in a fresh model (its last layer is zero): in float16 such a
-            gradient overflows. 1e-2 tames it and changes nothing else, as true velocities are longer by far.
+        cosine_eps: smallest length of a velocity in the cosine. The reference's 1e-8 gives a vector of exactly zero,
+            as all are in a fresh model, a gradient of about 1e8, which overflows in float16. True velocities are
+            longer than 1e-2 by far.
         time_shift: s in r → s·r / (1 + (s − 1)·r) of the share of noise r = 1 − t; above 1 learns more at high noise,
             as latents of many numbers need (`time_shift_of`).
         largest_noise: times with a larger share of noise, before the shift, are not drawn.
@@ -141,9 +142,8 @@ class FlowMatching(Objective):
         largest_noise: float = 1.0,
         path: str = "linear",
     ) -> None:
-        if time not in ("lognorm", "uniform"):
-            raise UserError(f"time={time!r} is unknown; it is 'lognorm' or 'uniform'.")
-        _check_path(path)
+        _check_known("time", time, ("lognorm", "uniform"))
+        _check_known("path", path, ("linear", "gvp"))
         if not time_shift > 0:
             raise UserError(f"time_shift={time_shift:g}: it is above 0, with 1 for none.")
         if not 0 < largest_noise <= 1:
@@ -153,28 +153,13 @@ class FlowMatching(Objective):
         self.time_shift, self.largest_noise, self.path = time_shift, largest_noise, path
         self.time_draws = "normal" if time == "lognorm" and largest_noise == 1 else "uniform"
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments, all plain numbers and names."""
-        return {
-            "cosine_weight": self.cosine_weight,
-            "time": self.time,
-            "time_mean": self.time_mean,
-            "time_std": self.time_std,
-            "cosine_eps": self.cosine_eps,
-            "time_shift": self.time_shift,
-            "largest_noise": self.largest_noise,
-            "path": self.path,
-        }
-
     def sample_time(self, draws: Tensor) -> Tensor:
         """Times in [0, 1] from standard normal or uniform draws (B,), as `time_draws` says.
 
         With largest_noise below 1 a large draw means much noise, as in RAE; else it means little.
         """
         if self.largest_noise < 1:
-            noise_share = self._truncated(draws)
-            return 1 - shift_noise(noise_share, self.time_shift)
+            return 1 - shift_noise(self._truncated(draws), self.time_shift)
         t = torch.sigmoid(self.time_mean + self.time_std * draws) if self.time == "lognorm" else draws
         return t if self.time_shift == 1 else 1 - shift_noise(1 - t, self.time_shift)
 
@@ -188,21 +173,19 @@ class FlowMatching(Objective):
         return torch.sigmoid(self.time_std * normal - self.time_mean).clamp(max=self.largest_noise)
 
     def add_noise(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = path_shares(self.path, expand_time(t, data))
+        alpha, sigma = self.shares(expand_time(t, data))
         return alpha * data + sigma * noise
 
-    def target(self, data: Tensor, noise: Tensor, t: Tensor | None = None) -> Tensor:
-        """The velocity; straight paths have the same one, data − noise, at all times."""
+    def target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The velocity."""
         if self.path == "linear":
             return data - noise
-        if t is None:
-            raise UserError(f"The velocity of the path {self.path!r} changes with time: give target its t.")
-        alpha_rate, sigma_rate = _path_rates(self.path, expand_time(t, data))
+        *_, alpha_rate, sigma_rate = path_shares(self.path, expand_time(t, data))
         return alpha_rate * data + sigma_rate * noise
 
     def shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """How much of data (α) and noise (σ) is in x at time t."""
-        return path_shares(self.path, t)
+        return path_shares(self.path, t)[:2]
 
     def time_at(self, ratio: Tensor) -> Tensor:
         """The time at which x has data and noise in this ratio."""
@@ -210,7 +193,7 @@ class FlowMatching(Objective):
 
     def clean(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The data that a prediction at x and times t (B,) means."""
-        return _unmixed(prediction, x, t, self.path)[0]
+        return unmix(prediction, x, t, self.path)[0]
 
 
 def shift_noise(noise_share: Tensor, shift: float) -> Tensor:
@@ -226,35 +209,17 @@ def time_shift_of(latent_shape: Sequence[int], base: int = 4096) -> float:
     return math.sqrt(math.prod(latent_shape) / base)
 
 
-def path_shares(path: str, t: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of data (α) and noise (σ) is in x at time t."""
-    _check_path(path)
+def path_shares(path: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How much of data (α) and noise (σ) is in x at time t, and the derivatives of both by t."""
     if path == "linear":
-        return t, 1 - t
-    return torch.sin(t * (math.pi / 2)), torch.cos(t * (math.pi / 2))
+        return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
+    angle = t * (math.pi / 2)
+    return angle.sin(), angle.cos(), angle.cos() * (math.pi / 2), angle.sin() * (-math.pi / 2)
 
 
-def _path_rates(path: str, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The derivatives of `path_shares` by t."""
-    if path == "linear":
-        return torch.ones_like(t), -torch.ones_like(t)
-    return torch.cos(t * (math.pi / 2)) * (math.pi / 2), torch.sin(t * (math.pi / 2)) * (-math.pi / 2)
-
-
-def _check_path(path: str) -> None:
-    if path not in PATHS:
-        raise UserError(f"path={path!r} is unknown; it is {' or '.join(map(repr, PATHS))}.")
-
-
-def score_from_velocity(velocity: Tensor, x: Tensor, t: Tensor, path: str = "linear") -> Tensor:
-    """∇ log p_t(x) = −noise / σ for t < 1, with the noise that x and its velocity tell: x − t·v on straight paths."""
-    return -_unmixed(velocity, x, t, path)[1] / path_shares(path, expand_time(t, x))[1]
-
-
-def _unmixed(velocity: Tensor, x: Tensor, t: Tensor, path: str) -> tuple[Tensor, Tensor]:
-    """Data and noise of x = α·data + σ·noise and its velocity α'·data + σ'·noise."""
-    t = expand_time(t, x)
-    (alpha, sigma), (alpha_rate, sigma_rate) = path_shares(path, t), _path_rates(path, t)
+def unmix(velocity: Tensor, x: Tensor, t: Tensor, path: str = "linear") -> tuple[Tensor, Tensor]:
+    """Data and noise of x = α·data + σ·noise and its velocity α'·data + σ'·noise at times t (B,)."""
+    alpha, sigma, alpha_rate, sigma_rate = path_shares(path, expand_time(t, x))
     determinant = alpha_rate * sigma - alpha * sigma_rate
     return (sigma * velocity - sigma_rate * x) / determinant, (alpha_rate * x - alpha * velocity) / determinant
 
@@ -264,20 +229,13 @@ def expand_time(t: Tensor, x: Tensor) -> Tensor:
     return t.view(-1, *[1] * (x.ndim - 1))
 
 
-# ---- Learning to tell the clean picture (x0) from a noisy one, by the squared error of the pixels of a mask alone
-
-
-NORMALISED = ("channels", "pixels")
-
-
 class CleanPrediction(FlowMatching):
-    """x_t = t·data + (1 − t)·noise; the data are predicted, Σ (x̂ − x)²·mask / (Σ mask · C + 1e-8).
+    """x_t = t·data + (1 − t)·noise; the data (x0) are predicted, Σ (x̂ − x)²·mask / (Σ mask · C + 1e-8).
 
     Args:
         normalised: "channels" as above, or "pixels": without C, so C times larger.
-        time: "lognorm" (most often in the middle of the path) or "uniform".
-        time_mean, time_std, time_shift: see `FlowMatching`. Texts are decided where noise just hides a cell's token: a
-            mean of −ln of `hiding_noise` learns most there.
+        time, time_mean, time_std, time_shift: see `FlowMatching`. Texts are decided where noise just hides a cell's
+            token: a mean of −ln of `hiding_noise` learns most there.
     """
 
     prediction = "sample"
@@ -290,17 +248,11 @@ class CleanPrediction(FlowMatching):
         time_std: float = 1.0,
         time_shift: float = 1.0,
     ) -> None:
-        if normalised not in NORMALISED:
-            raise UserError(f"normalised={normalised!r} is unknown; it is {' or '.join(map(repr, NORMALISED))}.")
+        _check_known("normalised", normalised, ("channels", "pixels"))
         super().__init__(0.0, time, time_mean, time_std, time_shift=time_shift)
         self.normalised = normalised
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments, all plain numbers and names."""
-        return {name: getattr(self, name) for name in ("normalised", "time", "time_mean", "time_std", "time_shift")}
-
-    def target(self, data: Tensor, noise: Tensor, t: Tensor | None = None) -> Tensor:
+    def target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The data themselves."""
         return data
 
@@ -308,7 +260,7 @@ class CleanPrediction(FlowMatching):
         return prediction
 
     def for_solver(self, denoiser: Denoiser) -> Denoiser:
-        """A denoiser that says the velocity, (x̂ − x) / (1 − t), as solvers of flows take it."""
+        """Return a denoiser that predicts the velocity, (x̂ − x) / (1 − t), as solvers of flows take it."""
 
         def velocity(x: Tensor, t: Tensor, *conditions: Any) -> Tensor:
             return (denoiser(x, t, *conditions).float() - x) / (1 - expand_time(t, x))
@@ -320,37 +272,33 @@ def hiding_noise(length: int) -> float:
     """(1 − t) / t at the time t before which a cell of `length` pixels of ±1 does not tell by itself which token it is.
 
     Noise hides n pixels that mean one thing as well as one pixel at √n times the noise. With the factor 0.6 two cells
-    that differ in half of the pixels are told apart nine times of ten, and one from 255 others hardly ever; sentences
-    were learnt well with it (n = 48: noise 4.2, t = 0.19), other factors were not compared.
+    that differ in half of the pixels are told apart nine times of ten, and one from 255 others hardly ever; other
+    factors were not compared.
     """
     return 0.6 * math.sqrt(length)
 
 
 def with_known(x: Tensor, data: Tensor, known: Tensor) -> Tensor:
-    """What a denoiser sees: x (B, C, h, w) with the known pixels (B, h, w) clean, and in one more channel these."""
+    """x (B, C, h, w) with the known pixels (B, h, w) clean, and in one more channel these: (B, C + 1, h, w)."""
     known = known[:, None].to(x.dtype)
-    return torch.cat([torch.where(known > 0, data, x), known], dim=1)  # (B, C + 1, h, w)
+    return torch.cat([torch.where(known > 0, data, x), known], dim=1)
 
 
-# ---- Learning to tell the noise (DDPM, Ho et al. 2020), or v (Salimans & Ho 2022), on diffusers' schedule
-
-
-PREDICTIONS = ("epsilon", "v_prediction")
 BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
 """Schedules by diffusers' names, with their first and last noise: Stable Diffusion's, and DDPM's own."""
 
 
 class NoisePrediction(Objective):
-    """x = √ᾱ·data + √(1 − ᾱ)·noise on a schedule of 1000 steps; the noise (or v) is predicted, by the squared error.
+    """x = √ᾱ·data + √(1 − ᾱ)·noise on diffusers' schedule of 1000 steps.
 
     Our times run the other way, from noise at t = 0 to data at t = 1: timestep n of the schedule is
     t = 1 − (n + ½) / 1000, in training and in sampling alike (`time_of`, `timestep_of`).
 
     Args:
-        prediction: "epsilon", the noise, or "v_prediction", √ᾱ·noise − √(1 − ᾱ)·data.
+        prediction: "epsilon", the noise (Ho et al. 2020), or "v_prediction", √ᾱ·noise − √(1 − ᾱ)·data (Salimans & Ho
+            2022).
         betas: "scaled_linear", as Stable Diffusion, or "linear", as DDPM.
         beta_start, beta_end: noise of the first and the last step; by default those of the schedule's name.
-        num_timesteps: of the schedule.
     """
 
     path, time_draws = "discrete", "uniform"
@@ -363,37 +311,24 @@ class NoisePrediction(Objective):
         beta_end: float | None = None,
         num_timesteps: int = 1000,
     ) -> None:
-        if prediction not in PREDICTIONS:
-            raise UserError(f"prediction={prediction!r} is unknown; it is {' or '.join(map(repr, PREDICTIONS))}.")
-        if betas not in BETAS:
-            raise UserError(f"betas={betas!r} is unknown; it is {' or '.join(map(repr, BETAS))}.")
-        start, end = BETAS[betas]
+        _check_known("prediction", prediction, ("epsilon", "v_prediction"))
+        _check_known("betas", betas, BETAS)
         self.prediction, self.betas, self.num_timesteps = prediction, betas, num_timesteps
-        self.beta_start = start if beta_start is None else beta_start
-        self.beta_end = end if beta_end is None else beta_end
+        self.beta_start = BETAS[betas][0] if beta_start is None else beta_start
+        self.beta_end = BETAS[betas][1] if beta_end is None else beta_end
         if not 0 < self.beta_start <= self.beta_end < 1 or num_timesteps < 1:
             raise UserError(
                 f"beta_start={self.beta_start:g}, beta_end={self.beta_end:g}, num_timesteps={num_timesteps}: expected "
                 "shares of noise that rise between 0 and 1, and at least one step."
             )
-        self.scheduler = DDPMScheduler(**self.schedule)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments, all plain numbers and names."""
-        names = ("prediction", "betas", "beta_start", "beta_end", "num_timesteps")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def schedule(self) -> dict[str, Any]:
-        """The same for a scheduler of diffusers."""
-        return {
-            "num_train_timesteps": self.num_timesteps,
-            "beta_schedule": self.betas,
+        self.schedule = {
+            "num_train_timesteps": num_timesteps,
+            "beta_schedule": betas,
             "beta_start": self.beta_start,
             "beta_end": self.beta_end,
-            "prediction_type": self.prediction,
+            "prediction_type": prediction,
         }
+        self.scheduler = DDPMScheduler(**self.schedule)
 
     def sample_time(self, draws: Tensor) -> Tensor:
         """Times of timesteps that are equally likely, from uniform draws (B,)."""
@@ -408,7 +343,6 @@ class NoisePrediction(Objective):
         return self.scheduler.add_noise(data, noise, self.timestep_of(t))
 
     def target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What is to be predicted."""
         return noise if self.prediction == "epsilon" else self.scheduler.get_velocity(data, noise, self.timestep_of(t))
 
     def shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -428,15 +362,9 @@ class NoisePrediction(Objective):
         return (x - sigma * prediction) / alpha if self.prediction == "epsilon" else alpha * x - sigma * prediction
 
 
-def time_of(timestep: Tensor | float, num_timesteps: int = 1000) -> Any:
-    """Our time, in (0, 1), of a timestep of a noise schedule: 1 − (timestep + ½) / num_timesteps; float32 of tensors.
-
-    >>> time_of(0), time_of(999)
-    (0.9995, 0.0005)
-    """
-    if isinstance(timestep, torch.Tensor):
-        return (1 - (timestep.double() + 0.5) / num_timesteps).float()
-    return round(1 - (timestep + 0.5) / num_timesteps, 12)
+def time_of(timestep: Tensor, num_timesteps: int = 1000) -> Tensor:
+    """Our time, float32 in (0, 1), of a timestep of a noise schedule: 1 − (timestep + ½) / num_timesteps."""
+    return (1 - (timestep.double() + 0.5) / num_timesteps).float()
 
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
@@ -449,10 +377,7 @@ ALIASES = {"v": "v_prediction", "x0": "sample"}
 
 
 def make_objective(name: str, **numbers: Any) -> Objective:
-    """What is learned, by a name of `OBJECTIVES` or `ALIASES`.
-
-    Args:
-        numbers: arguments of the objective; those that are None are left out.
+    """Return an objective by a name of `OBJECTIVES` or `ALIASES`; of its arguments those that are None are left out.
 
     Raises:
         UserError: an unknown name, or an argument that it does not have.
@@ -467,12 +392,17 @@ def make_objective(name: str, **numbers: Any) -> Objective:
     return made(**numbers)
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def objective_of(config: Mapping[str, Any]) -> Objective:
+    """Return the objective whose `config` this is, such as a checkpoint's hyper_parameters["objective"]."""
+    made = NoisePrediction if "prediction" in config else CleanPrediction if "normalised" in config else FlowMatching
+    return made(**config)
+
+
+def _nearest(word: str, known: Collection[str]) -> str:
     nearest = get_close_matches(word, known, 1)
     return f" (did you mean {nearest[0]}?)" if nearest else ""
 
 
-def objective_of(config: Mapping[str, Any]) -> Objective:
-    """The objective whose `config` this is, such as a checkpoint's hyper_parameters["objective"]."""
-    made = NoisePrediction if "prediction" in config else CleanPrediction if "normalised" in config else FlowMatching
-    return made(**config)
+def _check_known(name: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise UserError(f"{name}={value!r} is unknown; it is {' or '.join(map(repr, known))}.")

@@ -35,33 +35,28 @@ from vavae_tools.diffusion.objectives import (
     NoisePrediction,
     Objective,
     path_shares,
-    score_from_velocity,
     shift_noise,
     time_of,
+    unmix,
 )
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.precision import computing_in
 
 Condition = Tensor | TextCondition
-GUIDED_CHANNELS = {"all": None, "first3": 3}
-"""Which channels guidance acts on. LightningDiT guides the first three of 32 only ("first3"): its published scales,
-such as 6.7 and 10, make sense with that alone. We guide all of them unless told otherwise, by 1.25 to 2.5."""
-
-
-# ---- the table
 SOLVED = {"linear": "flow matching or sample", "gvp": "flow matching on the path gvp", "discrete": "noise or v"}
 """What those of a path predict, for messages."""
 
 
+# ---- the table
 def solvers_for(objective: Objective) -> list[str]:
-    """Names in `SOLVERS` that fit."""
+    """Return the names in `SOLVERS` that fit."""
     return [name for name, (paths, _) in SOLVERS.items() if objective.path in paths]
 
 
 def make_solver(
     name: str | None = None, objective: Objective | None = None, time_shift: float | None = None
 ) -> SchedulerMixin:
-    """A solver for what a denoiser was trained with.
+    """Return a solver for what a denoiser was trained with.
 
     Args:
         name: one of `solvers_for(objective)`; by default "euler", of noise and v prediction "dpm++".
@@ -90,13 +85,10 @@ def make_solver(
 
 
 def swapped(scheduler: SchedulerMixin, name: str, objective: Objective | None = None) -> SchedulerMixin:
-    """Another solver for the same denoiser, which keeps a flow's time shift.
+    """Return another solver for the same denoiser, which keeps a flow's time shift; see `make_solver`.
 
     Args:
         objective: by default what the scheduler says: a velocity, noise or v, and its schedule.
-
-    Raises:
-        UserError: an unknown name, or one for another kind of training.
     """
     config = scheduler.config
     if objective is None and solves_flows(scheduler):
@@ -108,12 +100,11 @@ def swapped(scheduler: SchedulerMixin, name: str, objective: Objective | None = 
 
 
 def solves_flows(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler takes velocities, of flow matching."""
     return scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction"
 
 
 def _paths(scheduler: SchedulerMixin) -> tuple[str, ...]:
-    """What a scheduler solves, by `Objective.path`."""
+    """What a scheduler, also one that was not made here, solves, by `Objective.path`."""
     config = scheduler.config
     if not solves_flows(scheduler):
         return ("discrete",)
@@ -137,60 +128,40 @@ def guided_prediction(
     guide: Callable[..., Tensor] | None = None,
     guide_conditioning: Condition | None = None,
 ) -> Tensor:
-    """What is predicted at x (B, C, h, w) and time t, float32: null + scale · (conditional − null), by one call.
+    """Return the prediction at x (B, C, h, w) and time t, float32: null + scale · (conditional − null), by one call.
 
     Outside the interval start ≤ t ≤ end, and with scale 1, it is the conditional one, and only that is computed. An
     interval of RAE's times a to b is 1 − b to 1 − a here.
 
     Args:
+        guidance_channels: "all" (scales of 1.25 to 2.5), or "first3", as LightningDiT guides the first three of 32
+            only: its published scales, such as 6.7 and 10, make sense with that alone.
         guide: a weaker denoiser of the same kind, smaller or less trained, in the null's place: autoguidance. The null
             is not asked then and must be None.
         guide_conditioning: the same conditions from the guide's own conditioner; by default `conditioning`.
     """
-    if guidance_channels not in GUIDED_CHANNELS:
+    if guidance_channels not in ("all", "first3"):
         raise UserError(f"guidance_channels={guidance_channels!r} is unknown; it is 'all' or 'first3'.")
     start, end = guidance_interval
     rounding = 1e-6  # a grid point that is `start` but for float32's last digit belongs to the interval
+    times = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
     if guidance_scale == 1 or not start - rounding <= t <= end + rounding:
-        return denoiser(x, _times(t, x), conditioning).float()
-    if guide is not None:
-        conditional, weak = _strong_and_weak(denoiser, guide, x, t, conditioning, null, guide_conditioning)
-    else:
-        conditional, weak = _with_and_without(denoiser, x, t, conditioning, null, guidance_scale)
-    guided = torch.lerp(weak, conditional, guidance_scale)
-    channels = GUIDED_CHANNELS[guidance_channels]
-    return guided if channels is None else torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
-
-
-def _with_and_without(
-    denoiser: Callable[..., Tensor], x: Tensor, t: float, conditioning: Condition, null: Condition | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    if null is None:
-        raise UserError(
-            f"guidance_scale={scale:g} needs the null condition: pass conditioner.null(batch_size), or a guide."
-        )
-    twice, cat = torch.cat([x, x]), TextCondition.cat if isinstance(conditioning, TextCondition) else torch.cat
-    return denoiser(twice, _times(t, twice), cat([conditioning, null])).float().chunk(2)
-
-
-def _strong_and_weak(
-    denoiser: Callable[..., Tensor],
-    guide: Callable[..., Tensor],
-    x: Tensor,
-    t: float,
-    conditioning: Condition,
-    null: Condition | None,
-    guide_conditioning: Condition | None,
-) -> tuple[Tensor, Tensor]:
-    if null is not None:
+        return denoiser(x, times, conditioning).float()
+    if guide is not None and null is not None:
         raise UserError("Guidance is by the null condition or by a guide, not both: pass null=None with a guide.")
-    times = _times(t, x)
-    of_guide = conditioning if guide_conditioning is None else guide_conditioning
-    return denoiser(x, times, conditioning).float(), guide(x, times, of_guide).float()
-
-
-def _times(t: float, x: Tensor) -> Tensor:
-    return torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+    if guide is not None:
+        conditional = denoiser(x, times, conditioning).float()
+        weak = guide(x, times, conditioning if guide_conditioning is None else guide_conditioning).float()
+    elif null is not None:
+        cat = TextCondition.cat if isinstance(conditioning, TextCondition) else torch.cat
+        twice = denoiser(torch.cat([x, x]), torch.cat([times, times]), cat([conditioning, null]))
+        conditional, weak = twice.float().chunk(2)
+    else:
+        raise UserError(
+            f"guidance_scale={guidance_scale:g} needs the null condition, conditioner.null(batch_size), or a guide."
+        )
+    guided = torch.lerp(weak, conditional, guidance_scale)
+    return guided if guidance_channels == "all" else torch.cat([guided[:, :3], conditional[:, 3:]], dim=1)
 
 
 # ---- steps
@@ -210,7 +181,7 @@ def lay_out(
     last_noise: float = 0.0,
     objective: Objective | None = None,
 ) -> tuple[SchedulerMixin, list[float]]:
-    """A fresh copy of the scheduler with its grid laid out, and the time t of each of its model calls.
+    """Return a fresh copy of the scheduler with its grid laid out, and the time t of each of its model calls.
 
     Args:
         num_inference_steps: model calls, and so updates (Heun's method makes 2n − 1 calls, the midpoint method 2n).
@@ -239,7 +210,7 @@ def lay_out(
             raise UserError(
                 "timestep_shift and last_noise are for flow matching, not for noise prediction: leave it out"
             )
-        return _laid_out(scheduler, num_inference_steps)
+        return _lay_out_discrete(scheduler, num_inference_steps)
     if num_inference_steps < 1:
         raise UserError(f"num_inference_steps={num_inference_steps}: at least one step is needed.")
     if not 0 <= last_noise < 1:
@@ -251,7 +222,10 @@ def lay_out(
         changes["shift" if "shift" in config else "flow_shift"] = 1 / (timestep_shift or 1)
     solver = type(scheduler).from_config(config, **changes)
     if isinstance(solver, FlowMatchEulerDiscreteScheduler) and not config.use_dynamic_shifting:
-        _lay_out_euler(solver, num_inference_steps, last_noise)
+        # its own grid ends at sigma 1/1000 instead of evenly at 1/n, and is shifted twice there
+        last = last_noise + (1 - last_noise) / num_inference_steps
+        solver.set_timesteps(sigmas=np.linspace(1, last, num_inference_steps))
+        solver.sigmas[-1] = shift_noise(last_noise, solver.shift)
     elif isinstance(solver, FlowScheduler):
         solver.set_timesteps(num_inference_steps, last_noise)
     elif last_noise:
@@ -263,14 +237,7 @@ def lay_out(
     return solver, [1 - sigma for sigma in solver.sigmas[: len(solver.timesteps)].tolist()]
 
 
-def _lay_out_euler(solver: FlowMatchEulerDiscreteScheduler, steps: int, last_noise: float) -> None:
-    """Its own grid ends at sigma 1/1000 instead of evenly at 1/n, and is shifted twice there."""
-    solver.set_timesteps(sigmas=np.linspace(1, last_noise + (1 - last_noise) / steps, steps))
-    if last_noise:
-        solver.sigmas[-1] = shift_noise(last_noise, solver.shift)
-
-
-def _laid_out(scheduler: SchedulerMixin, num_inference_steps: int) -> tuple[SchedulerMixin, list[float]]:
+def _lay_out_discrete(scheduler: SchedulerMixin, num_inference_steps: int) -> tuple[SchedulerMixin, list[float]]:
     most = scheduler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= most:
         raise UserError(f"num_inference_steps={num_inference_steps}: expected 1 to {most}, the steps of the schedule.")
@@ -281,11 +248,11 @@ def _laid_out(scheduler: SchedulerMixin, num_inference_steps: int) -> tuple[Sche
     else:
         solver = type(scheduler).from_config(scheduler.config)
     solver.set_timesteps(num_inference_steps)
-    return solver, [time_of(timestep, most) for timestep in solver.timesteps.tolist()]
+    return solver, time_of(solver.timesteps, most).tolist()
 
 
 def solver_step(solver: SchedulerMixin, output: Tensor, timestep: Tensor, x: Tensor, **options: Any) -> Tensor:
-    """The next x by diffusers' own step: in float32 whatever is set around it, and without a wait for the card."""
+    """Return the next x by diffusers' own step: in float32 whatever is set around it, and not waiting for the card."""
     with computing_in("32", x.device), _WithoutWaits() if x.device.type == "cuda" else nullcontext():
         return solver.step(output, timestep, x, return_dict=False, **options)[0]
 
@@ -364,7 +331,7 @@ def _generators_of(noise: Tensor) -> list[torch.Generator]:
 
 # ---- solvers of flows that diffusers does not have, called as its own are
 class FlowScheduler(SchedulerMixin, ConfigMixin):
-    """Steps of a velocity along shares of noise `sigmas`.
+    """Base of solvers that take a velocity along shares of noise `sigmas`.
 
     Args:
         shift: above 1, steps are finer near the noise.
@@ -376,35 +343,28 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         self.set_timesteps(1)
 
     def set_timesteps(self, num_inference_steps: int, last_noise: float = 0.0) -> None:
-        self._go_through(1 - time_grid(num_inference_steps, 1 / self.config.shift, last_noise))
-
-    def _go_through(self, sigmas: Tensor) -> None:
-        self.sigmas, self.timesteps = sigmas, 1000 * sigmas[:-1]
+        self.sigmas = self.grid(num_inference_steps, last_noise)
+        self.timesteps = 1000 * self.sigmas[:-1]
         self.set_begin_index(0)
 
     def set_begin_index(self, index: int) -> None:
         self.place = index
 
-    def _next(self) -> list[float]:
-        """The shares of noise before the last call, at this one and at the next one."""
-        self.place += 1
-        return self.sigmas[max(0, self.place - 2) : self.place + 1].tolist()
-
 
 class MidpointScheduler(FlowScheduler):
     """The midpoint method: two calls an update, and an error of second order."""
 
-    def set_timesteps(self, num_inference_steps: int, last_noise: float = 0.0) -> None:
-        grid = 1 - time_grid(num_inference_steps, 1 / self.config.shift, last_noise)
-        between = (grid[:-1] + grid[1:]) / 2
-        self._go_through(torch.cat([torch.stack([grid[:-1], between], 1).flatten(), grid[-1:]]))
+    def grid(self, num_inference_steps: int, last_noise: float) -> Tensor:
+        ends = 1 - time_grid(num_inference_steps, 1 / self.config.shift, last_noise)
+        between = (ends[:-1] + ends[1:]) / 2
+        return torch.cat([torch.stack([ends[:-1], between], 1).flatten(), ends[-1:]])
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        *before, here, later = self._next()
-        if self.place % 2:  # to the middle
+        if self.place % 2 == 0:  # to the middle
             self.start = sample
-            return (sample + (later - here) * model_output,)
-        return (self.start + (later - before[0]) * model_output,)
+        start, later = self.sigmas[[self.place - self.place % 2, self.place + 1]].tolist()
+        self.place += 1
+        return (self.start + (later - start) * model_output,)
 
 
 class StochasticScheduler(FlowScheduler):
@@ -412,13 +372,14 @@ class StochasticScheduler(FlowScheduler):
 
     For any amount of diffusion w ≥ 0, dx = (v + w·score)·dt + √(2w)·dW has the same x at every time as the velocity v
     alone (Albergo et al. 2023, Ma et al. 2024): what one step gets wrong, later noise can hide and later steps mend.
-    Here w is σ, as in SiT and RAE. The score is infinite at the data: the last but one step ends at a share of noise of
-    `last_noise`, by default RAE's 0.04 (before the shift), and the last takes what is left away without fresh noise.
+    Here w is σ, as in SiT and RAE, and so w·score is −noise. At the data the score is infinite: the last but one step
+    ends at a share of noise of `last_noise`, by default RAE's 0.04 (before the shift), and the last takes what is left
+    away without fresh noise.
     """
 
-    def set_timesteps(self, num_inference_steps: int, last_noise: float = 0.0) -> None:
-        grid = time_grid(num_inference_steps - 1, 1 / self.config.shift, last_noise or 0.04)
-        self._go_through(torch.cat([1 - grid, torch.zeros(1)]))
+    def grid(self, num_inference_steps: int, last_noise: float) -> Tensor:
+        ends = time_grid(num_inference_steps - 1, 1 / self.config.shift, last_noise or 0.04)
+        return torch.cat([1 - ends, torch.zeros(1)])
 
     def step(
         self,
@@ -429,13 +390,14 @@ class StochasticScheduler(FlowScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
-        here, later = self._next()[-2:]
+        here, later = self.sigmas[self.place : self.place + 2].tolist()
+        self.place += 1
         t, path = torch.full((len(sample),), 1 - here, dtype=torch.float32, device=sample.device), self.config.path
-        diffusion = path_shares(path, torch.tensor(1 - here, dtype=torch.float64))[1].item()
-        score = score_from_velocity(-model_output, sample, t, path)
-        moved = sample + (here - later) * (diffusion * score - model_output)
+        noise = unmix(-model_output, sample, t, path)[1]
+        moved = sample - (here - later) * (noise + model_output)
         if later == 0:
             return (moved,)
         if variance_noise is None:
             variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        diffusion = path_shares(path, torch.tensor(1 - here, dtype=torch.float64))[1].item()
         return (moved + math.sqrt(2 * diffusion * (here - later)) * variance_noise,)

@@ -32,7 +32,7 @@ from vavae_tools.runtime.files import keep_once, save_model
 from vavae_tools.runtime.machine import find_device
 from vavae_tools.runtime.ranks import first_alone, is_first
 from vavae_tools.training.callbacks.previews import SamplePreviews
-from vavae_tools.training.denoiser_module import TextDiffusionModule
+from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.memory import find_batch_size, keep_effective, of_size
 from vavae_tools.training.run import Run, Say, Show, train
 
@@ -72,7 +72,7 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     conditioner.set_empty(encoder.encode([""]))
     denoiser = TextDiT(input_size=shape[1:], in_channels=shape[0], **numbers)
     config = prepared(config, denoiser, say)
-    module = TextDiffusionModule(denoiser, conditioner, objective, **optimisation(config, seed))
+    module = DiffusionModule(denoiser, conditioner, objective, **optimisation(config, seed))
     longest = encoder.max_tokens
     train_on, key, cached = _training_data(recipe, module, images, autoencoder, encoder, output_dir, say)
     del autoencoder, encoder  # where all is encoded nobody has them any more
@@ -179,7 +179,7 @@ def _first_prompts(images: CaptionedDataModule, dataset_name: str) -> Sequence[s
 
 def _training_data(
     recipe: TextToImageRecipe,
-    module: TextDiffusionModule,
+    module: DiffusionModule,
     images: CaptionedDataModule,
     autoencoder: StableDiffusionVAE,
     encoder: TextEncoder,
@@ -232,7 +232,7 @@ def _fits_disk(
     return fits
 
 
-def _fit_batch(module: TextDiffusionModule, data: Any, devices: dict[str, Any], longest: int, say: Say) -> int:
+def _fit_batch(module: DiffusionModule, data: Any, devices: dict[str, Any], longest: int, say: Say) -> int:
     """Give `data` the largest batch that fits, of captions as long as any; return how many make the same step."""
     effective = data.batch_size * devices.get("accumulate_grad_batches", 1)
     one, settings = data.train_data.__getitems__([0]), module.trainer_settings(**devices)

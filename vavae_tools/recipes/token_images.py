@@ -20,7 +20,7 @@ from vavae_tools.recipes.dit import denoiser_run, objective_for, optimisation, p
 from vavae_tools.runtime.files import save_model
 from vavae_tools.runtime.ranks import is_first
 from vavae_tools.training.callbacks.previews import TextPreviews
-from vavae_tools.training.denoiser_module import TokenImageModule
+from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.run import Run, Say, Show, train
 
 COLUMNS = 4
@@ -53,7 +53,8 @@ def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, 
         "answer_lengths": images.train_data.answer_lengths(),
     }
     conditioner, numbers = ClassConditioner(1, denoiser.conditioning_size, dropout=0.0), optimisation(config, seed)
-    module = TokenImageModule(denoiser, conditioner, objective, of_pipeline, recipe.prompt_share, **numbers)
+    of_tokens = {"token_images": of_pipeline, "prompt_share": recipe.prompt_share}
+    module = DiffusionModule(denoiser, conditioner, objective, **numbers, **of_tokens)
     subset = images.val_data if images.val_data is not None else images.train_data
     prompts = sampling.prompts or subset.prompts(range(min(COLUMNS, len(subset))))
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)

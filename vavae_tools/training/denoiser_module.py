@@ -1,4 +1,4 @@
-"""Training a denoiser on latents with Lightning: any denoiser, conditioner and objective that fit together."""
+"""Training a denoiser on latents, captioned images or token images: any denoiser, conditioner and objective."""
 
 import functools
 from typing import Any
@@ -11,12 +11,10 @@ from vavae_tools.autoencoders.stable_diffusion import StableDiffusionVAE
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.diffusion.clip import TextEncoder, TextStates
-from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.ddt import DDT
-from vavae_tools.diffusion.layers import Kept, kept_patches
+from vavae_tools.diffusion.conditioning import ClassConditioner, TextConditioner
+from vavae_tools.diffusion.layers import Backbone, Kept, kept_patches
 from vavae_tools.diffusion.lora import lora_settings
 from vavae_tools.diffusion.objectives import FlowMatching, Objective
-from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import plain_config
@@ -29,29 +27,39 @@ from vavae_tools.training.optim import EMA, warmed_up
 
 
 class DiffusionModule(L.LightningModule):
-    """Trains on batches {"latents": normalised (B, C, h, w), "labels": (B,), "index": (B,)}.
+    """Trains a denoiser and its conditioner on batches that have one "index" a sample, "labels" or texts, and data.
+
+    - Data are "latents", normalised (B, C, h, w), with flip="half" also "latents_flip"; or "clean" (B, C, H, W) in the
+      patches of "mask" (B, H, W) alone, with what is known beforehand in "condition_mask": token images.
+    - Texts are "text_tokens", "text_mask" and "text_pooled", the fields of `TextStates`. Without labels or texts all
+      samples are of class 0.
+    - After `encode_with`, {"pictures", "captions", "index"} are encoded at every step.
 
     Args:
         denoiser, conditioner: what is trained; their averages are `ema.network`.
-        objective: how latents are noised, what is predicted, and the loss; of `make_objective`.
+        objective: how data are noised, what is predicted, and the loss; of `make_objective`.
         lr: AdamW's after warm-up.
         ema_decay: of the averaged weights, which validation and sampling use.
         warmup_steps: optimiser steps of linear warm-up.
         schedule: how the learning rate goes on from there: "cosine", "linear" (both to zero) or "constant".
         compile: `torch.compile` the denoiser's blocks: the first step takes a minute, those after it less.
-        flip: "none", or "half": half of the latents are those of the mirrored pictures (they must be encoded).
+        flip: "none", or "half": half of the latents are those of the mirrored images (they must be encoded).
         seed: every random draw follows from it, the epoch and the sample.
+        token_images: of token images what a `TokenImagePipeline` needs besides the models: code, lengths, time_shift,
+            use_chat_template. The denoiser's patches are the code's cells, and it has one channel more than the images.
+        prompt_share: of the token images, whose first cells, a number from none to all but one, are given clean and
+            not learnt: so it can go on with a text.
 
     Logs `train/…` and `val/…`: loss, mse, cosine; validation has its own noise, the same each time.
     """
 
-    qk_norm_key = "model.qk_norm"
-    """What the setting is called that keeps attention finite in half precision."""
+    _vae: StableDiffusionVAE | None = None
+    _text_encoder: TextEncoder | None = None
 
     def __init__(
         self,
-        denoiser: DiT | DDT,
-        conditioner: ClassConditioner,
+        denoiser: Backbone,
+        conditioner: ClassConditioner | TextConditioner,
         objective: Objective | None = None,
         lr: float = 2e-4,
         ema_decay: float = 0.9999,
@@ -60,9 +68,12 @@ class DiffusionModule(L.LightningModule):
         seed: int = 0,
         schedule: str = "cosine",
         compile: bool = False,
+        token_images: dict[str, Any] | None = None,
+        prompt_share: float = 0.5,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["denoiser", "conditioner", "objective", "compile"])
+        elsewhere = () if token_images else ("token_images", "prompt_share")
+        self.save_hyperparameters(ignore=["denoiser", "conditioner", "objective", "compile", *elsewhere])
         self.hparams["denoiser_config"] = plain_config(denoiser)
         self.hparams["conditioner_config"] = plain_config(conditioner)
         self.hparams["lora"] = lora_settings(denoiser)
@@ -70,6 +81,7 @@ class DiffusionModule(L.LightningModule):
         self.ema = EMA(self.network, ema_decay)
         self.objective = objective or FlowMatching()
         self.hparams["objective"] = dict(self.objective.config)
+        self.code = TokenCode(**token_images["code"]) if token_images else None
         self._sharded = False
         self._whole = {"network": self.network}  # in a dict: no part of its own
         # tables of positions, the same everywhere: DDP would send them to all processes before every step
@@ -77,35 +89,91 @@ class DiffusionModule(L.LightningModule):
         if compile:  # after the average was copied, which sees few steps
             denoiser.compile_repeated_blocks()
 
+    # ---- from batches to losses
+    def encode_with(self, vae: StableDiffusionVAE, text_encoder: TextEncoder) -> None:
+        """Take the frozen models that images and captions are encoded with; they are no part of this module."""
+        self.__dict__["_vae"], self._text_encoder = vae.eval().requires_grad_(False), text_encoder
+
+    def on_fit_start(self) -> None:
+        for frozen in (self._vae, self._text_encoder):
+            if frozen is not None:
+                frozen.to(self.device)
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Find the cells to compute, here where no GPU has to be waited for."""
+        if "mask" not in batch:
+            return batch
+        everything = batch["mask"] + batch["condition_mask"] if "condition_mask" in batch else batch["mask"]
+        kept = kept_patches(everything, self.code.cell_size)
+        if self.device.type == "cuda":  # as the loader pins what it makes, so that the copy is not waited for
+            kept = Kept(*(tensor.pin_memory() for tensor in kept))
+        return {**batch, "kept": kept}
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        return self.encoded(batch) if "captions" in batch else batch
+
+    @torch.no_grad()
+    def encoded(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return latents and texts of images and captions, in training by a posterior sample of this epoch's.
+
+        Raises:
+            UserError: `encode_with` was not called.
+        """
+        if self._vae is None:
+            raise UserError("A batch of images and captions, and nothing to encode them: encode_with(vae, encoder)")
+        seed, epoch = (self.hparams.seed, self.current_epoch) if self.training else (self.hparams.seed + 1, 0)
+        draws = Draws(seed, epoch, batch["index"])
+        labels = torch.zeros_like(batch["index"])
+        with torch.autocast(self.device.type, enabled=False):  # a VAE in half precision makes black images
+            normal = functools.partial(draws.normal, "posterior")
+            latents = self._vae.encode_pictures(to_unit(batch["pictures"]), labels, normal)
+            states = self._text_encoder.encode(batch["captions"]).to(self.device)
+        texts = {"text_tokens": states.tokens, "text_mask": states.mask, "text_pooled": states.pooled}
+        return {"latents": latents.float(), "index": batch["index"], **texts}
+
     def model_step(
-        self, network: nn.ModuleDict, batch: dict[str, Tensor], draws: Draws, dropout: float
+        self, network: nn.ModuleDict, batch: dict[str, Any], draws: Draws, dropout: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        latents = batch["latents"]
+        masked = self._masks(batch, draws) if "mask" in batch else {}
+        data = batch["clean"] if masked else batch["latents"]
         if self.hparams.flip == "half":
             mirrored = draws.uniform("flip") < 0.5
-            latents = torch.where(mirrored[:, None, None, None], batch["latents_flip"], latents)
-        noise = draws.normal("noise", *latents.shape[1:])
+            data = torch.where(mirrored[:, None, None, None], batch["latents_flip"], data)
+        noise = draws.normal("noise", *data.shape[1:])
         t = self.objective.sample_time(getattr(draws, self.objective.time_draws)("time"))
         drop = draws.uniform("condition dropout") < dropout if dropout else None
-        conditioning = network["conditioner"](self.conditions(batch), drop)
-        return self.objective(network["denoiser"], latents, conditioning, noise, t)
+        conditioning = network["conditioner"](_conditions(batch), drop)
+        return self.objective(network["denoiser"], data, conditioning, noise, t, **masked)
 
-    def conditions(self, batch: dict[str, Tensor]) -> Any:
-        """What the conditioner takes of a batch: its labels (B,)."""
-        return batch["labels"]
+    def _masks(self, batch: dict[str, Any], draws: Draws) -> dict[str, Any]:
+        """What counts of token images, what is known of them, and what the sum is divided by."""
+        mask = batch["mask"]
+        known = batch["condition_mask"] if "condition_mask" in batch else torch.zeros_like(mask)
+        if self.training and self.hparams.prompt_share:
+            known = known + self.beginnings(mask, draws)
+        pixels = (mask * (1 - known)).sum()
+        if self.training and self.trainer.world_size > 1:  # so that many processes make the step that one would make
+            pixels = self.trainer.strategy.reduce(pixels, reduce_op="mean")
+        return {"mask": mask, "known": known, "kept": batch["kept"], "pixels": pixels}
+
+    def beginnings(self, mask: Tensor, draws: Draws) -> Tensor:
+        """Pixels (B, H, W) of the first cells of a mask, in `prompt_share` of the samples."""
+        there = self.code.over_cells(mask)  # (B, N)
+        place = there.cumsum(1)
+        chosen = draws.uniform("beginning") < self.hparams.prompt_share  # (B,)
+        count = (draws.uniform("length") * place[:, -1]).floor() * chosen
+        return self.code.over_pixels((there & (place <= count[:, None])).float(), mask.shape[-1])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = Draws(self.hparams.seed, self.current_epoch, batch["index"])
         loss, parts = self.model_step(self.network, batch, draws, self.network["conditioner"].dropout)
-        lr = torch.tensor(
-            self.lr_schedulers().get_last_lr()[0]
-        )  # Lightning would copy a number to the device, and wait
-        self.log("train/lr", lr, batch_size=len(batch["index"]))
+        lr = self.lr_schedulers().get_last_lr()[0]
+        self.log("train/lr", torch.tensor(lr), batch_size=len(batch["index"]))  # of a number the device would wait
         log_step(self, {"loss": loss, **parts}, len(batch["index"]))
         return loss
 
     def configure_callbacks(self) -> list[L.Callback]:
-        return [FiniteSteps(None, f"{SMALLER}, or a new run with {self.qk_norm_key}=true")]
+        return [FiniteSteps(None, f"{SMALLER}, or a new run with model.qk_norm=true")]
 
     def configure_gradient_clipping(self, *arguments: Any, **named: Any) -> None:
         """Leave the gradients as `FiniteSteps` clipped them: Lightning itself refuses to where AdamW is fused."""
@@ -120,13 +188,11 @@ class DiffusionModule(L.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         draws = Draws(self.hparams.seed + 1, 0, batch["index"])  # the same noise and times at every validation
         loss, parts = self.model_step(self.ema.network, batch, draws, dropout=0.0)
+        weight = batch["mask"].sum() if "mask" in batch else len(batch["index"])  # in the mean over all batches
         parts = {"loss": loss, **parts}
-        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=self.weight_of(batch), sync_dist=True)
+        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=float(weight), sync_dist=True)
 
-    def weight_of(self, batch: dict[str, Tensor]) -> float:
-        """What a validation batch counts in the mean over all."""
-        return float(len(batch["index"]))
-
+    # ---- optimiser and devices
     def configure_model(self) -> None:
         """Cut denoiser, conditioner and their averages over the devices, where the strategy is `strategies.Sharded`.
 
@@ -155,18 +221,18 @@ class DiffusionModule(L.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         return warmed_up(optimizer, self.hparams.warmup_steps, steps, self.hparams.schedule)
 
-    def flops_of_a_sample(self, batch: dict[str, Tensor]) -> int:
-        """What a training step computes for one latent of this batch (`throughput.flops_of`)."""
+    def flops_of_a_sample(self, batch: dict[str, Any]) -> int:
+        """Return what a training step computes for one sample of this batch (`throughput.flops_of`)."""
 
         def loss(network: nn.ModuleDict) -> Tensor:
-            one = {
-                name: torch.zeros(1, *value.shape[1:], dtype=value.dtype)
-                for name, value in batch.items()
-                if isinstance(value, Tensor)
-            }
-            latents = one["latents"]  # (1, C, h, w)
-            conditioning = network["conditioner"](self.conditions(one))
-            return self.objective(network["denoiser"], latents, conditioning, latents, torch.zeros(1))[0]
+            one = {k: torch.zeros(1, *v.shape[1:], dtype=v.dtype) for k, v in batch.items() if isinstance(v, Tensor)}
+            masked, data = {}, one["clean"] if "mask" in batch else one["latents"]  # (1, C, h, w)
+            if "mask" in batch:
+                cells = batch["kept"].places.shape[1]
+                kept = Kept(torch.arange(cells)[None], torch.ones(1, cells, dtype=torch.bool))
+                masked = {"mask": torch.ones_like(one["mask"]), "kept": kept}
+            conditioning = network["conditioner"](_conditions({"index": torch.zeros(1, dtype=torch.int64), **one}))
+            return self.objective(network["denoiser"], data, conditioning, data, torch.zeros(1), **masked)[0]
 
         return flops_of(self._whole["network"], loss)
 
@@ -175,126 +241,8 @@ class DiffusionModule(L.LightningModule):
         return trainer_settings(**choices)
 
 
-# ---- Training a denoiser on captions: on latents and texts that were encoded once, or on pictures as they are
-
-
-class TextDiffusionModule(DiffusionModule):
-    """Trains a `TextDiT` and its `TextConditioner` on batches of `data.texts`.
-
-    After `encode_with` also on those of `data.captions`, {"pictures", "captions", "index"}, encoded at every step.
-    """
-
-    _vae: StableDiffusionVAE | None = None
-    _text_encoder: TextEncoder | None = None
-
-    def encode_with(self, vae: StableDiffusionVAE, text_encoder: TextEncoder) -> None:
-        """Take the frozen models that pictures and captions are encoded with; they are no part of this module."""
-        self.__dict__["_vae"], self._text_encoder = vae.eval().requires_grad_(False), text_encoder
-
-    def on_fit_start(self) -> None:
-        for frozen in (self._vae, self._text_encoder):
-            if frozen is not None:
-                frozen.to(self.device)
-
-    def conditions(self, batch: dict[str, Any]) -> TextStates:
+def _conditions(batch: dict[str, Any]) -> Tensor | TextStates:
+    """What the conditioner takes of a batch."""
+    if "text_tokens" in batch:
         return TextStates(batch["text_tokens"], batch["text_mask"], batch["text_pooled"])
-
-    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Encode pictures and captions; latents and texts come as they are."""
-        return batch if "latents" in batch else self.encoded(batch)
-
-    @torch.no_grad()
-    def encoded(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch that `data.texts` would give: in training with a posterior sample of this epoch's.
-
-        Raises:
-            UserError: `encode_with` was not called.
-        """
-        if self._vae is None:
-            raise UserError("A batch of pictures and captions, and nothing to encode them: encode_with(vae, encoder)")
-        seed, epoch = (self.hparams.seed, self.current_epoch) if self.training else (self.hparams.seed + 1, 0)
-        draws = Draws(seed, epoch, batch["index"])
-        labels = torch.zeros_like(batch["index"])
-        with torch.autocast(self.device.type, enabled=False):  # a VAE in half precision makes black pictures
-            normal = functools.partial(draws.normal, "posterior")
-            latents = self._vae.encode_pictures(to_unit(batch["pictures"]), labels, normal)
-            states = self._text_encoder.encode(batch["captions"]).to(self.device)
-        texts = {"text_tokens": states.tokens, "text_mask": states.mask, "text_pooled": states.pooled}
-        return {"latents": latents.float(), "index": batch["index"], **texts}
-
-
-# ---- Training a denoiser on token images, where the cells of tokens alone count
-
-
-class TokenImageModule(DiffusionModule):
-    """Trains a `DiT` on batches of `data.token_images`; padding is neither computed nor attended to.
-
-    Args:
-        denoiser: its patches are the code's cells; in_channels is one more than the pictures have.
-        conditioner: of the one class "text".
-        token_images: what a `TokenImagePipeline` needs besides the models: code, lengths, time_shift,
-            use_chat_template.
-        prompt_share: of the samples, whose first cells, a number from none to all but one, are given clean and not
-            learnt: so it can go on with a text.
-        settings: see `DiffusionModule`.
-    """
-
-    def __init__(
-        self,
-        denoiser: DiT,
-        conditioner: ClassConditioner,
-        objective: Objective,
-        token_images: dict[str, Any],
-        prompt_share: float = 0.5,
-        **settings: Any,
-    ) -> None:
-        super().__init__(denoiser, conditioner, objective, **settings)
-        self.code = TokenCode(**token_images["code"])
-
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Find the cells to compute, here where no GPU has to be waited for."""
-        kept = kept_patches(_all_cells(batch), self.code.cell_size)
-        if self.device.type == "cuda":  # as the loader pins what it makes, so that the copy is not waited for
-            kept = Kept(*(tensor.pin_memory() for tensor in kept))
-        return {**batch, "kept": kept}
-
-    def model_step(
-        self, network: nn.ModuleDict, batch: dict[str, Any], draws: Draws, dropout: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        clean, mask = batch["clean"], batch["mask"]
-        known = batch["condition_mask"] if "condition_mask" in batch else torch.zeros_like(mask)
-        if self.training and self.hparams.prompt_share:
-            known = known + self.beginnings(mask, draws)
-        noise = draws.normal("noise", *clean.shape[1:])
-        t = self.objective.sample_time(getattr(draws, self.objective.time_draws)("time"))
-        conditioning = network["conditioner"](torch.zeros_like(batch["index"]))
-        pixels = (mask * (1 - known)).sum()
-        if self.training and self.trainer.world_size > 1:  # so that many processes make the step that one would make
-            pixels = self.trainer.strategy.reduce(pixels, reduce_op="mean")
-        return self.objective(network["denoiser"], clean, conditioning, noise, t, mask, known, batch["kept"], pixels)
-
-    def beginnings(self, mask: Tensor, draws: Draws) -> Tensor:
-        """Pixels (B, H, W) of the first cells of a mask, in `prompt_share` of the samples."""
-        there = self.code.over_cells(mask)  # (B, N)
-        place = there.cumsum(1)
-        chosen = draws.uniform("beginning") < self.hparams.prompt_share  # (B,)
-        count = (draws.uniform("length") * place[:, -1]).floor() * chosen
-        return self.code.over_pixels((there & (place <= count[:, None])).float(), mask.shape[-1])
-
-    def weight_of(self, batch: dict[str, Any]) -> float:
-        return float(batch["mask"].sum())
-
-    def flops_of_a_sample(self, batch: dict[str, Any]) -> int:
-        cells = batch["kept"].places.shape[1]
-
-        def loss(network: nn.ModuleDict) -> Tensor:
-            clean, mask = torch.zeros(1, *batch["clean"].shape[1:]), torch.ones(1, *batch["mask"].shape[1:])
-            conditioning = network["conditioner"](torch.zeros(1, dtype=torch.int64))
-            kept = Kept(torch.arange(cells)[None], torch.ones(1, cells, dtype=torch.bool))
-            return self.objective(network["denoiser"], clean, conditioning, clean, torch.zeros(1), mask, kept=kept)[0]
-
-        return flops_of(self._whole["network"], loss)
-
-
-def _all_cells(batch: dict[str, Tensor]) -> Tensor:
-    return batch["mask"] + batch["condition_mask"] if "condition_mask" in batch else batch["mask"]
+    return batch["labels"] if "labels" in batch else torch.zeros_like(batch["index"])
