@@ -85,7 +85,9 @@ def train(module: DiffusionModule, batch: dict, steps: int = 150) -> tuple[float
     module._trainer = types.SimpleNamespace(world_size=1)
     optimizer, losses = torch.optim.AdamW(module.network.parameters(), module.hparams.lr, betas=(0.9, 0.95)), []
     for step in range(steps):
-        loss, parts = module.model_step(module.network, batch, Draws(0, step, INDEX), 0.1)
+        loss, parts = module.model_step(
+            module.network, batch, Draws(0, step, INDEX), module.network["conditioner"].dropout
+        )
         assert "mse" in parts
         optimizer.zero_grad()
         loss.backward()

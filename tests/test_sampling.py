@@ -216,7 +216,9 @@ def test_every_grid_point_at_the_start_is_guided():
     for k in range(10):
         guided.clear()
         interval = (k / 10, 1.0)
-        sample(spy, SOLVERS["euler"], torch.zeros(1, 1, 2, 2), one, one, 10, 2.0, guidance_interval=interval)
+        sample(
+            spy, SOLVERS["euler"], torch.zeros(1, 1, 2, 2), one, one, 10, guidance_scale=2.0, guidance_interval=interval
+        )
         assert guided == [False] * k + [True] * (10 - k)
 
 

@@ -52,11 +52,6 @@ class TextEncoder:
 
     Args:
         model: transformers' CLIPTextModel; it is frozen and put into evaluation mode.
-        tokenizer: its tokenizer.
-
-    Attributes:
-        dim, pooled_dim: width of a token's and of the pooled states.
-        max_tokens: how many tokens a caption may have, with the start and the end token.
 
     Raises:
         UserError: a tokenizer that knows more tokens than the model, or none that ends a caption.
@@ -67,7 +62,7 @@ class TextEncoder:
         config = model.config
         self.dim: int = config.hidden_size
         self.pooled_dim: int = config.hidden_size
-        self.max_tokens = min(int(tokenizer.model_max_length), config.max_position_embeddings)
+        self.max_tokens = min(int(tokenizer.model_max_length), config.max_position_embeddings)  # with start and end
         if len(tokenizer) > config.vocab_size:
             raise UserError(
                 f"The tokenizer has {len(tokenizer):,} tokens, the text encoder {config.vocab_size:,}: they belong to "

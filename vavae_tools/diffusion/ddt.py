@@ -52,17 +52,13 @@ class DDT(Backbone, ModelMixin, ConfigMixin):
         pos_embed: bool = True,
     ) -> None:
         super().__init__()
-        heads, depths, (encoder, head) = (
-            _pair("num_heads", num_heads),
-            _two("depth", depth),
-            _two("hidden_size", hidden_size),
-        )
+        heads, depths, widths = _pair("num_heads", num_heads), _two("depth", depth), _two("hidden_size", hidden_size)
         patch_size, of_head = _pair("patch_size", patch_size)
         if patch_size != of_head:  # a token of the encoder conditions the head's token in the same place
             raise UserError(f"patch_size {patch_size} and {of_head}: encoder and head need the same; give one number.")
         self._set_grid(_pair("input_size", input_size), patch_size, in_channels)
-        self.conditioning_size, self.encoder_depth = encoder, depths[0]
-
+        self.encoder_depth, (encoder, head) = depths[0], widths
+        self.conditioning_size = encoder
         self.s_embedder = PatchEmbed(patch_size, in_channels, encoder)
         self.x_embedder = PatchEmbed(patch_size, in_channels, head)
         self.t_embedder = FourierTimeEmbed(encoder)
@@ -70,11 +66,9 @@ class DDT(Backbone, ModelMixin, ConfigMixin):
         self.blocks, grid = nn.ModuleList(), (self.rows, self.columns)
         positions = sincos_table(*grid, encoder)[None] if pos_embed else None
         self.register_buffer("enc_pos_embed", positions, persistent=False)  # (1, N, D of the encoder)
-        options = {"mlp_ratio": mlp_ratio, "qk_norm": qk_norm, "swiglu": swiglu, "rms_norm": rms_norm}
-        options["adaln_shift"] = adaln_shift
-        for i, (name, dim) in enumerate((("encoder", encoder), ("head", head))):
-            self.blocks.extend(self._blocks(depths[i], dim, heads[i], rope, f"The {name}'s ", **options))
-            self._register_rope("enc_rope" if i == 0 else "dec_rope", grid, dim // heads[i] if rope else None)
+        for i, (name, part) in enumerate((("enc_rope", "The encoder's "), ("dec_rope", "The head's "))):
+            self.blocks.extend(self._make_blocks(depths[i], widths[i], heads[i], part=part))
+            self._register_rope(name, grid, widths[i] // heads[i])
         self.final_layer = FinalLayer(head, patch_size**2 * in_channels, rms_norm)
         self.initialize_weights()
 

@@ -198,7 +198,7 @@ class SwiGLU(nn.Module):
     """A perceptron whose second half of features is let through by silu of the first.
 
     A card's matrix units take half-precision rows of a multiple of 8, and ⅔ · 4 · 1024 is 2730: there zeros, which
-    change nothing, are put behind both halves as the weights are cast, which autocast would do too.
+    change nothing, are put behind both halves.
     """
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -223,16 +223,12 @@ class SwiGLU(nn.Module):
         return F.linear(F.silu(gate) * value, back, self.w3.bias.to(kind))
 
 
-_MANY_TOKENS = 4096
-"""From here on products cost far more than copies of weights: at 256 tokens an image, 16 images."""
-
-
 def half_on_card(x: Tensor) -> torch.dtype | None:
-    """Return the half precision of products with many tokens x (…, D) on a card; None elsewhere.
+    """Return the half precision of products with 4096 tokens or more, x (…, D), on a card; None elsewhere.
 
-    None under `torch.compile`, too: it pads by itself.
+    With fewer, copies of weights cost as much as they save; `torch.compile` pads by itself.
     """
-    if x.device.type != "cuda" or x.shape[:-1].numel() < _MANY_TOKENS or torch.compiler.is_compiling():
+    if x.device.type != "cuda" or x.shape[:-1].numel() < 4096 or torch.compiler.is_compiling():
         return None
     kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     return kind if kind in (torch.float16, torch.bfloat16) else None
@@ -268,8 +264,8 @@ class Block(nn.Module):
         cross_attention: bool = False,
     ) -> None:
         super().__init__()
-        self.num_branches = 3 if cross_attention else 2
-        self.num_modulations = self.num_branches * (3 if adaln_shift else 2)
+        self.adaln_shift = adaln_shift
+        self.num_modulations = (3 if cross_attention else 2) * (3 if adaln_shift else 2)
         hidden = int(dim * mlp_ratio)
         self.norm1 = make_norm(dim, rms_norm)
         self.attn = Attention(dim, num_heads, qk_norm, rms_norm)
@@ -285,12 +281,11 @@ class Block(nn.Module):
     ) -> Tensor:
         """x (B, N, D); c (B, 1, D) or (B, N, D); `there` (B, N), see `Attention`; text: what `CrossAttention` takes."""
         parts = self.adaLN_modulation(c).chunk(self.num_modulations, dim=-1)
-        step = self.num_modulations // self.num_branches
-        modulations = [parts[start : start + step] for start in range(0, len(parts), step)]
-        x = self._add(x, modulations[0], self.norm1, self.attn, rope, there)
+        step = 3 if self.adaln_shift else 2
+        x = self._add(x, parts[:step], self.norm1, self.attn, rope, there)
         if text:
-            x = self._add(x, modulations[1], self.norm2, self.cross, *text)
-        return self._add(x, modulations[-1], self.norm3 if text else self.norm2, self.mlp)
+            x = self._add(x, parts[step : 2 * step], self.norm2, self.cross, *text)
+        return self._add(x, parts[-step:], self.norm3 if text else self.norm2, self.mlp)
 
     def _add(
         self, x: Tensor, modulation: tuple[Tensor, ...], norm: nn.Module, branch: nn.Module, *arguments: Any
@@ -324,11 +319,6 @@ class Backbone:
     gradient_checkpointing = False
 
     def _set_grid(self, input_size: int | Sequence[int], patch_size: int, in_channels: int) -> None:
-        """Keep the sizes, and rows and columns of patches.
-
-        Raises:
-            UserError: the patches do not fill the latents.
-        """
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         if height % patch_size or width % patch_size:
             raise UserError(f"input_size {height}×{width} cannot be cut into patches of {patch_size}×{patch_size}.")
@@ -336,49 +326,40 @@ class Backbone:
         self.in_channels, self.patch_size = in_channels, patch_size
         self.latent_shape = (in_channels, height, width)
 
-    def _blocks(
-        self, depth: int, dim: int, num_heads: int, rope: bool, part: str = "", **options: float
-    ) -> list[Block]:
-        """Return blocks with the `options` of `Block`.
+    def _make_blocks(self, depth: int, dim: int, num_heads: int, cross_attention: bool = False, part: str = "") -> list:
+        """Return blocks as `config` says.
 
         Raises:
             UserError: the heads do not fill the features of the `part`.
         """
-        if dim % num_heads or dim % 4 or (rope and dim // num_heads % 4):
+        config = self.config
+        if dim % num_heads or dim % 4 or (config.rope and dim // num_heads % 4):
             raise UserError(
                 f"{part}hidden_size {dim} with num_heads {num_heads}: the heads must divide it"
-                + (" into parts that are multiples of 4 (for rope)." if rope else ", and 4 too (for the positions).")
+                + (" into parts that are multiples of 4 (for rope)." if config.rope else ", and 4 too (for positions).")
             )
+        options = {name: config[name] for name in ("mlp_ratio", "qk_norm", "swiglu", "rms_norm")}
+        options |= {"adaln_shift": config.get("adaln_shift", True), "cross_attention": cross_attention}
         return [Block(dim, num_heads, **options) for _ in range(depth)]
 
-    def _build(
-        self,
-        depth: int,
-        hidden_size: int,
-        num_heads: int,
-        rope: bool,
-        rms_norm: bool,
-        time_embed: str,
-        out_channels: int,
-        positions: str = "grid",
-        **options: float,
-    ) -> None:
-        """Make the parts of a denoiser with one stack of blocks, after `_set_grid`; `options` are those of `Block`."""
-        if time_embed not in TIME_EMBEDS:
-            raise UserError(f"time_embed={time_embed!r} is unknown; it is {' or '.join(TIME_EMBEDS)}.")
-        self.conditioning_size = hidden_size
-        self.x_embedder = PatchEmbed(self.patch_size, self.in_channels, hidden_size)
-        self.t_embedder = TIME_EMBEDS[time_embed](hidden_size)
-        self.blocks = nn.ModuleList(self._blocks(depth, hidden_size, num_heads, rope, rms_norm=rms_norm, **options))
-        self.final_layer = FinalLayer(hidden_size, self.patch_size**2 * out_channels, rms_norm)
+    def _build(self, out_channels: int, positions: str = "grid", cross_attention: bool = False) -> None:
+        """Make a denoiser with one stack of blocks as `config` says, after `_set_grid`."""
+        config, dim = self.config, self.config.hidden_size
+        if config.time_embed not in TIME_EMBEDS:
+            raise UserError(f"time_embed={config.time_embed!r} is unknown; it is {' or '.join(TIME_EMBEDS)}.")
+        self.conditioning_size = dim
+        self.x_embedder = PatchEmbed(self.patch_size, self.in_channels, dim)
+        self.t_embedder = TIME_EMBEDS[config.time_embed](dim)
+        self.blocks = nn.ModuleList(self._make_blocks(config.depth, dim, config.num_heads, cross_attention))
+        self.final_layer = FinalLayer(dim, self.patch_size**2 * out_channels, config.rms_norm)
         grid = (self.rows, self.columns) if positions == "grid" else (1, self.rows * self.columns)
-        self.register_buffer("pos_embed", sincos_table(*grid, hidden_size)[None], persistent=False)  # (1, N, D)
-        self._register_rope("rope", grid, hidden_size // num_heads if rope else None)
+        self.register_buffer("pos_embed", sincos_table(*grid, dim)[None], persistent=False)  # (1, N, D)
+        self._register_rope("rope", grid, dim // config.num_heads)
         self.initialize_weights()
 
-    def _register_rope(self, name: str, grid: tuple[int, int], head_dim: int | None) -> None:
-        """Keep the tables of rotary positions, which follow from the sizes and are not saved; None: keep none."""
-        cos, sin = rope_table(*grid, head_dim) if head_dim else (None, None)
+    def _register_rope(self, name: str, grid: tuple[int, int], head_dim: int) -> None:
+        """Keep the tables of rotary positions, which follow from the sizes and are not saved."""
+        cos, sin = rope_table(*grid, head_dim) if self.config.rope else (None, None)
         self.register_buffer(f"{name}_cos", cos, persistent=False)  # (N, D / heads)
         self.register_buffer(f"{name}_sin", sin, persistent=False)
 
@@ -408,11 +389,7 @@ class Backbone:
             nn.init.zeros_(layer.bias)
 
     def _embed(self, x: Tensor, embedder: PatchEmbed, positions: Tensor | None = None) -> Tensor:
-        """Latents (B, C, h, w) → tokens (B, N, D), under autocast float32 where positions are added.
-
-        Raises:
-            UserError: latents of another shape than this model was made for.
-        """
+        """Latents (B, C, h, w) → tokens (B, N, D), under autocast float32 where positions are added."""
         if x.shape[1:] != self.latent_shape:
             found, expected = ("×".join(map(str, shape)) for shape in (x.shape[1:], self.latent_shape))
             raise UserError(f"The latents are {found} (channels×height×width), this model was made for {expected}.")

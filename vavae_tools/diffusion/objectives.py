@@ -110,21 +110,18 @@ class Objective:
 class FlowMatching(Objective):
     """Paths x_t = α·data + σ·noise; the velocity dx/dt is predicted (Lipman et al. 2023). Straight ones have α = t.
 
-    As LightningDiT (Yao & Wang 2025): times log-normal, i.e. sigmoid of a normal number, and a loss on the velocity's
-    direction beside the squared error.
-
-    RAE's objective (Zheng et al. 2025) is `FlowMatching(cosine_weight=0, largest_noise=0.999,
-    time_shift=time_shift_of(latent_shape))`; its "logit-normal_μ_σ" has time_mean −μ, as it counts the noise.
+    As LightningDiT (Yao & Wang 2025): log-normal times, i.e. sigmoid of a normal number, and a loss on the velocity's
+    direction beside the squared error. RAE's objective (Zheng et al. 2025) is `FlowMatching(cosine_weight=0,
+    largest_noise=0.999, time_shift=time_shift_of(latent_shape))`; its "logit-normal_μ_σ" has time_mean −μ.
 
     Args:
-        cosine_weight: weight of the direction's loss against the squared error's 1; 0 leaves it out.
+        cosine_weight: weight of the direction's loss against the squared error's 1.
         time: "lognorm" (most often in the middle of the path) or "uniform".
         time_mean, time_std: of the normal number in "lognorm"; a mean above 0 learns nearer the data.
         cosine_eps: smallest length of a velocity in the cosine. The reference's 1e-8 gives a vector of exactly zero,
-            as all are in a fresh model, a gradient of about 1e8, which overflows in float16. True velocities are
-            longer than 1e-2 by far.
+            as all are in a fresh model, a gradient of about 1e8, which overflows in float16.
         time_shift: s in r → s·r / (1 + (s − 1)·r) of the share of noise r = 1 − t; above 1 learns more at high noise,
-            as latents of many numbers need (`time_shift_of`).
+            as latents of many numbers need.
         largest_noise: times with a larger share of noise, before the shift, are not drawn.
         path: "linear", α = t and σ = 1 − t, or "gvp" (variance-preserving), α = sin(π·t/2) and σ = cos(π·t/2).
     """
@@ -272,8 +269,7 @@ def hiding_noise(length: int) -> float:
     """(1 − t) / t at the time t before which a cell of `length` pixels of ±1 does not tell by itself which token it is.
 
     Noise hides n pixels that mean one thing as well as one pixel at √n times the noise. With the factor 0.6 two cells
-    that differ in half of the pixels are told apart nine times of ten, and one from 255 others hardly ever; other
-    factors were not compared.
+    that differ in half of the pixels are told apart nine times of ten, and one from 255 others hardly ever.
     """
     return 0.6 * math.sqrt(length)
 

@@ -187,11 +187,9 @@ def lay_out(
         num_inference_steps: model calls, and so updates (Heun's method makes 2n − 1 calls, the midpoint method 2n).
             LightningDiT's and RAE's `num_steps` counts grid points instead, one more: 250 steps are our 249.
         timestep_shift: LightningDiT's s in t → s·t / (1 + (s − 1)·t); 0.3 steps finer near the noise. It is diffusers'
-            shift 1/s, and RAE's too: its shift of 6.93 is our timestep_shift 1/6.93. 0 and 1 mean no shift, None leaves
-            the scheduler's own. Of flows only.
+            and RAE's shift 1/s. 0 and 1 mean no shift, None leaves the scheduler's own. Of flows only.
         last_noise: share of noise, before the shift, at which the last update ends; of Euler's and the midpoint method,
-            and of "sde" the last but one. 0, all the way to the data, is better; RAE stops at 0.001, which its shift
-            makes 0.007 at 256 pixels.
+            and of "sde" the last but one. 0, all the way to the data, is better; RAE stops at 0.001.
         objective: what the scheduler must fit.
 
     Raises:
@@ -283,16 +281,13 @@ def sample(
     conditioning: Condition,
     null: Condition | None = None,
     num_inference_steps: int = 50,
-    guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    guidance_channels: str = "all",
     timestep_shift: float | None = None,
     callback: Callable[[int, float, Tensor], None] | None = None,
     guide: Callable[..., Tensor] | None = None,
-    guide_conditioning: Condition | None = None,
     last_noise: float = 0.0,
     objective: Objective | None = None,
     generators: list[torch.Generator] | None = None,
+    **guidance: Any,
 ) -> Tensor:
     """From noise (B, C, h, w) at t = 0 to latents at t = 1; float32, whatever the denoiser is.
 
@@ -300,7 +295,7 @@ def sample(
         scheduler: of `make_solver`, or one of diffusers whose config says what it takes. It is not changed.
         conditioning, null: from the conditioner; null is needed for guidance only.
         num_inference_steps, timestep_shift, last_noise: see `lay_out`.
-        guidance_scale, guidance_interval, guidance_channels, guide, guide_conditioning: see `guided_prediction`.
+        guide, guidance: the arguments of `guided_prediction`.
         callback: called after each update with its number, the time it started from, and the new x.
         objective: what denoiser and guide were trained with; by default what the scheduler takes as it is.
         generators: of the noise added on the way, where a scheduler adds some, one for each sample; by default it
@@ -314,9 +309,8 @@ def sample(
         adds_noise = isinstance(solver, DDPMScheduler | StochasticScheduler)
         options["generator"] = _generators_of(noise) if adds_noise and not generators else generators
     x = noise.float() * (1.0 if flow else solver.init_noise_sigma)
-    by = guidance_scale, guidance_interval, guidance_channels, guide, guide_conditioning
     for i, (timestep, t) in enumerate(zip(solver.timesteps, times, strict=True)):
-        prediction = guided_prediction(denoiser, x, t, conditioning, null, *by)
+        prediction = guided_prediction(denoiser, x, t, conditioning, null, guide=guide, **guidance)
         x = solver_step(solver, -prediction if flow else prediction, timestep, x, **options)
         if callback is not None:
             callback(i, t, x)

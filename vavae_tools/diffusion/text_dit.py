@@ -49,8 +49,7 @@ class TextDiT(Backbone, ModelMixin, ConfigMixin):
         if head != "text":
             raise UserError(f"head={head!r} of a TextDiT: it is 'text', or left out.")
         self._set_grid(input_size, patch_size, in_channels)
-        blocks = {"mlp_ratio": mlp_ratio, "qk_norm": qk_norm, "swiglu": swiglu, "cross_attention": True}
-        self._build(depth, hidden_size, num_heads, rope, rms_norm, time_embed, in_channels, **blocks)
+        self._build(in_channels, cross_attention=True)
 
     def forward(self, x: Tensor, t: Tensor, condition: TextCondition) -> Tensor:
         """x (B, C, h, w), t (B,) with 0 = noise and 1 = data → (B, C, h, w)."""

@@ -54,9 +54,7 @@ class DiT(Backbone, ModelMixin, ConfigMixin):
             raise UserError(f"positions={positions!r} is unknown; it is 'grid' or 'sequence'.")
         self.reversed_time = reversed_time
         self._set_grid(input_size, patch_size, in_channels)
-        blocks = {"mlp_ratio": mlp_ratio, "qk_norm": qk_norm, "swiglu": swiglu, "adaln_shift": adaln_shift}
-        out_channels = in_channels * (2 if learn_sigma else 1)
-        self._build(depth, hidden_size, num_heads, rope, rms_norm, time_embed, out_channels, positions, **blocks)
+        self._build(in_channels * (2 if learn_sigma else 1), positions)
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Tensor, mask: Tensor | Kept | None = None) -> Tensor:
         """x (B, C, h, w), t (B,) with 0 = noise and 1 = data, conditioning (B, D) → velocity (B, C, h, w).
