@@ -94,29 +94,18 @@ def test_guidance_equals_the_reference(name):
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_guided_velocities_equal_the_reference(name):
-    # the house's own guidance, time by time, in its convention
+    # this package's own guidance, time by time, in its convention
     model, weak, io = reference(name)
-    n = len(io["cfg.x"]) // 2
-    for i in range(n):
-        x, y = io["cfg.x"][i : i + 1], io["cfg.y"][i : i + 1]
-        t, condition = 1 - io["cfg.t"][i].item(), model.conditioner(y)
-        start, end = io["cfg.interval"].tolist()
+    start, end = io["cfg.interval"].tolist()
+    for i in range(len(io["cfg.x"]) // 2):
+        rows = slice(i, i + 1)
+        y, given = io["cfg.y"][rows], (model.denoiser, io["cfg.x"][rows], 1 - io["cfg.t"][i].item())
         for interval, out in (((0.0, 1.0), "out"), ((1 - end, 1 - start), "out_interval")):
-            null, scale = model.conditioner.null(1), io["cfg.scale"].item()
-            velocity = guided_prediction(model.denoiser, x, t, condition, null, scale, interval)
-            assert_close(-velocity, io[f"cfg.{out}"][i : i + 1], TOLERANCE)
-            velocity = guided_prediction(
-                model.denoiser,
-                x,
-                t,
-                condition,
-                None,
-                io["ag.scale"].item(),
-                interval,
-                guide=weak.denoiser,
-                guide_conditioning=weak.conditioner(y),
-            )
-            assert_close(-velocity, io[f"ag.{out}"][i : i + 1], TOLERANCE)
+            by_null = model.conditioner(y), model.conditioner.null(1), io["cfg.scale"].item(), interval
+            assert_close(-guided_prediction(*given, *by_null), io[f"cfg.{out}"][rows], TOLERANCE)
+            by_guide = model.conditioner(y), None, io["ag.scale"].item(), interval, "all", weak.denoiser
+            velocity = guided_prediction(*given, *by_guide, weak.conditioner(y))
+            assert_close(-velocity, io[f"ag.{out}"][rows], TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CASES)

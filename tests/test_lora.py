@@ -37,48 +37,34 @@ def inputs(batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.linspace(0.1, 0.9, batch), c
 
 
-def learned(denoiser: torch.nn.Module, seed: int = 1) -> None:
-    """Additions as after some training."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in denoiser.named_parameters():
-        if "lora_" in name:
-            weight.data.normal_(0, 0.1, generator=generator)
-
-
-@pytest.mark.parametrize("kind", ["dit", "ddt"])
-def test_at_first_they_add_nothing_and_they_alone_are_trained(kind):
+@pytest.mark.parametrize(("kind", "alpha"), [("dit", None), ("ddt", 12.0)])
+def test_at_first_they_add_nothing_and_merged_it_is_one_model(kind, alpha):
     denoiser = denoiser_of(kind)
-    before = denoiser(*inputs())
+    plain, before = {name: value.clone() for name, value in denoiser.state_dict().items()}, denoiser(*inputs())
     shapes = {name: tuple(module.weight.shape) for name, module in denoiser.named_modules() if hasattr(module, "bias")}
-    number = add_lora(denoiser, 3)
+    number = add_lora(denoiser, 4, alpha)
     assert same(denoiser(*inputs()), before)
     trained = {name: w for name, w in denoiser.named_parameters() if w.requires_grad}
-    assert all("lora_" in name for name in trained)
     wanted = [name for name in shapes if name.split(".")[-1] in ("qkv", "w12", "w3") or name.endswith("attn.proj")]
     assert len(wanted) == 4 * len(denoiser.blocks)  # and no convolution that is called proj
-    assert number == sum(w.numel() for w in trained.values()) == sum(3 * sum(shapes[name]) for name in wanted)
+    assert number == sum(w.numel() for w in trained.values()) == sum(4 * sum(shapes[name]) for name in wanted)
 
-
-@pytest.mark.parametrize("alpha", [None, 12.0])
-@pytest.mark.parametrize("kind", ["dit", "ddt"])
-def test_merged_it_is_the_same_model_with_the_plain_names(kind, alpha):
-    denoiser = denoiser_of(kind)
-    plain = {name: value.clone() for name, value in denoiser.state_dict().items()}
-    before = denoiser(*inputs())
-    add_lora(denoiser, 4, alpha)
-    learned(denoiser)
-    expected = denoiser(*inputs())
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in trained.items():  # as after some training
+        assert "lora_" in name
+        weight.data.normal_(0, 0.1, generator=generator)
+    expected, settings = denoiser(*inputs()), lora_settings(denoiser)
     assert (expected - before).abs().max() > 1e-3
-    settings = lora_settings(denoiser)
     assert settings == {"rank": 4, "alpha": alpha or 4.0, "targets": ["qkv", "proj", "w12", "w3"]}
-    by_hand = denoiser.blocks[0].attn.qkv
-    low_rank = by_hand.lora_B["default"].weight @ by_hand.lora_A["default"].weight
-    weights = merged_weights(denoiser.state_dict(), settings)
-
-    merged = denoiser_of(kind)
+    qkv = denoiser.blocks[0].attn.qkv
+    low_rank = qkv.lora_B["default"].weight @ qkv.lora_A["default"].weight
+    weights, merged, name = (
+        merged_weights(denoiser.state_dict(), settings),
+        denoiser_of(kind),
+        "blocks.0.attn.qkv.weight",
+    )
     merged.load_state_dict(weights)
-    qkv = "blocks.0.attn.qkv.weight"
-    torch.testing.assert_close(weights[qkv], plain[qkv] + (alpha or 4.0) / 4 * low_rank, rtol=0, atol=1e-6)
+    torch.testing.assert_close(weights[name], plain[name] + (alpha or 4.0) / 4 * low_rank, rtol=0, atol=1e-6)
     assert same(weights["final_layer.linear.weight"], plain["final_layer.linear.weight"])
     torch.testing.assert_close(merged(*inputs()), expected, rtol=0, atol=1e-6)
 
