@@ -297,6 +297,8 @@ def test_the_loss_counts_what_is_unknown_in_the_mask(name):
         same(seen["x"][:, :3, 2:], data[:, :, 2:]) and same(seen["x"][:, 3], known) and same(seen["kept"] > 0, mask > 0)
     )
     assert same(seen["x"][:, :3, :2], of.add_noise(data, noise, t)[:, :, :2])
+    of(denoiser, data, None, noise, t, mask - known, known)  # what a chat asks is no part of the mask, but attended to
+    assert same(seen["kept"] > 0, mask > 0)
     full = of.loss(prediction, data, noise, t, torch.ones(4, 4, 4))[0]
     torch.testing.assert_close(full, of(lambda *_: prediction, data, None, noise, t)[0])
     # what is told means the data: of the true noise and data these themselves

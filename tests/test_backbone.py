@@ -104,17 +104,9 @@ def test_a_step_under_autocast_stays_near_float32(kind, precision, monkeypatch):
     assert (mixed - exact).norm() < (0.01 if precision == torch.float16 else 0.05) * exact.norm()
 
 
-@KINDS
-@torch.no_grad()
-def test_half_precision_weights(kind):
-    model, (x, t, condition) = trained(kind, qk_norm=True), inputs(kind)
-    whole = model(x, t, condition)
-    condition = condition.bfloat16() if kind is not TextDiT else condition
-    if kind is TextDiT:
-        condition = TextCondition(condition.vector.bfloat16(), condition.tokens.bfloat16(), condition.mask)
-    assert (model.bfloat16()(x, t, condition).float() - whole).norm() < 0.05 * whole.norm()
-    # A square of 300 is more than float16 holds: the norm must be computed in float32.
-    assert model.blocks[0].norm1.half()(torch.full((1, 32), 300.0, dtype=torch.float16)).isfinite().all()
+def test_norms_of_half_precision_weights_do_not_overflow():
+    # a square of 300 is more than float16 holds
+    assert trained(DiT).blocks[0].norm1.half()(torch.full((1, 32), 300.0, dtype=torch.float16)).isfinite().all()
 
 
 @KINDS

@@ -214,14 +214,6 @@ def test_reference_checkpoints_are_unwrapped_and_their_positions_read():
         load_ddt(weights, {**case["constructor"], "depth": [2, 2]})
 
 
-def test_without_label_dropout_there_is_no_null_row():
-    config = {**TINY, "num_classes": 7, "class_dropout_prob": 0.0}
-    denoiser, conditioner = split_reference_arguments(config)
-    assert conditioner == {"num_classes": 7, "hidden_size": 16, "dropout": 0.0}
-    weights = {**make_denoiser(denoiser).state_dict(), "y_embedder.embedding_table.weight": torch.ones(7, 16)}
-    assert load_ddt(weights, config).conditioner.embedding_table.num_embeddings == 7
-
-
 def test_two_widths_make_a_wide_head():
     wide = make_denoiser({**TINY, "use_qknorm": True, "wo_shift": True, "hidden_size": [16, 32]})
     assert isinstance(wide, DDT) and wide.config.qk_norm and not wide.config.adaln_shift
@@ -237,19 +229,17 @@ def test_two_widths_make_a_wide_head():
 
 
 def test_a_models_arguments_are_split():
-    config = {
-        "hidden_size": [16, 32],
-        "use_swiglu": False,
-        "num_classes": 5,
-        "class_dropout_prob": 0.2,
-        "depth": [1, 1],
-    }
-    denoiser, conditioner = split_reference_arguments(config)
+    config = {"hidden_size": [16, 32], "use_swiglu": False, "depth": [1, 1]}
+    denoiser, conditioner = split_reference_arguments({**config, "num_classes": 5, "class_dropout_prob": 0.2})
     assert denoiser == {"hidden_size": (16, 32), "swiglu": False, "depth": (1, 1)}
     assert conditioner == {"num_classes": 5, "hidden_size": 16, "dropout": 0.2}
     assert split_reference_arguments({"size": "XL"})[1] == {"num_classes": 1000, "hidden_size": 1152, "dropout": 0.1}
     assert split_reference_arguments({"size": "S", "head": "wide"})[1]["hidden_size"] == 384
     assert split_reference_arguments({})[1]["hidden_size"] == make_denoiser({"depth": 0}).conditioning_size
+    config = {**TINY, "num_classes": 7, "class_dropout_prob": 0.0}  # and there is no null row
+    weights = make_denoiser(split_reference_arguments(config)[0]).state_dict()
+    weights["y_embedder.embedding_table.weight"] = torch.ones(7, 16)
+    assert load_ddt(weights, config).conditioner.embedding_table.num_embeddings == 7
 
 
 def test_unknown_arguments_are_named_with_the_nearest():

@@ -10,7 +10,6 @@ from tiny import PEOPLE, same, tiny_dit, trained_looking
 from torch import Tensor
 
 from vavae_tools.data.latents import LatentDataModule
-from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
 from vavae_tools.diffusion.lora import add_lora, lora_settings, merged_weights
 from vavae_tools.diffusion.transformer import DiT
@@ -101,43 +100,6 @@ def test_wrong_arguments_are_told_in_one_line(monkeypatch):
 # ---- training
 
 
-def start(published) -> tuple[DiT, ClassConditioner]:
-    denoiser, conditioner = tiny_dit(seed=8)
-    start_from(denoiser, conditioner, published, classes=[1, 0, None], lora_rank=2, say=lambda line: None)
-    return denoiser, conditioner
-
-
-class SaveAfter(L.Callback):
-    """A checkpoint after each step, as a kill would leave it."""
-
-    def __init__(self, folder) -> None:
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer, *others):
-        trainer.save_checkpoint(self.folder / f"after-{trainer.global_step}.ckpt")
-
-
-class Run:
-    """Four steps from published weights with additions, or those after a checkpoint."""
-
-    def __init__(self, folder, published, latents_dir, resume=None):
-        quiet_lightning()
-        denoiser, conditioner = start(published)
-        self.before = {name: value.clone() for name, value in denoiser.state_dict().items()}
-        self.rows = conditioner.embedding_table.weight.detach().clone()
-        self.module = DiffusionModule(denoiser, conditioner, lr=1e-2, warmup_steps=2, schedule="constant")
-        self.module.hparams["lora"] = lora_settings(denoiser)
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        settings = {"accelerator": "cpu", "devices": 1, "max_steps": 4, "limit_val_batches": 0, **quiet}
-        callbacks = {"callbacks": [SaveAfter(folder)], "enable_checkpointing": False}
-        trainer = L.Trainer(**settings, **callbacks, default_root_dir=folder)
-        trainer.fit(self.module, LatentDataModule(latents_dir, batch_size=6), ckpt_path=resume, weights_only=True)
-        self.folder, self.path = folder, folder / "after-4.ckpt"
-
-    def after(self) -> dict[str, Tensor]:
-        return self.module.network["denoiser"].state_dict()
-
-
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     denoiser, conditioner = (trained_looking(part) for part in tiny_dit(seed=5))
@@ -145,6 +107,27 @@ def published(tmp_path_factory):
     table = {"y_embedder.embedding_table.weight": conditioner.embedding_table.weight.data}
     torch.save({"ema": {**denoiser.state_dict(), **table}}, path)
     return path
+
+
+class Run:
+    """Four steps from published weights with additions."""
+
+    def __init__(self, folder, published, latents_dir):
+        quiet_lightning()
+        denoiser, conditioner = tiny_dit(seed=8)
+        start_from(denoiser, conditioner, published, classes=[1, 0, None], lora_rank=2, say=lambda line: None)
+        self.before = {name: value.clone() for name, value in denoiser.state_dict().items()}
+        self.rows = conditioner.embedding_table.weight.detach().clone()
+        self.module = DiffusionModule(denoiser, conditioner, lr=1e-2, warmup_steps=2, schedule="constant")
+        settings = {"accelerator": "cpu", "devices": 1, "max_steps": 4, "limit_val_batches": 0, "logger": False}
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        trainer = L.Trainer(**settings, **quiet, default_root_dir=folder)
+        trainer.fit(self.module, LatentDataModule(latents_dir, batch_size=6))
+        self.path = folder / "after-4.ckpt"
+        trainer.save_checkpoint(self.path)
+
+    def after(self) -> dict[str, Tensor]:
+        return self.module.network["denoiser"].state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -164,19 +147,6 @@ def test_training_changes_the_additions_and_the_class_table_alone(whole, publish
     averaged = whole.module.ema.network["denoiser"].state_dict()
     moved = {name for name, value in averaged.items() if not same(value, whole.before[name])}
     assert moved == changed and not any(same(averaged[name], whole.after()[name]) for name in moved)
-
-
-def test_a_run_that_was_stopped_goes_on_exactly(tmp_path, whole, published, latents_dir):
-    resumed = Run(tmp_path, published, latents_dir, resume=whole.folder / "after-2.ckpt")
-    assert not (tmp_path / "after-2.ckpt").exists()
-    one, other = (torch.load(run.path, weights_only=True) for run in (whole, resumed))
-    weights, others = one["state_dict"], other["state_dict"]
-    assert weights.keys() == others.keys() and all(same(weights[name], others[name]) for name in weights)
-    moments, others = (
-        [value for state in found["optimizer_states"][0]["state"].values() for value in state.values()]
-        for found in (one, other)
-    )
-    assert len(moments) == len(others) and all(map(same, moments, others))
 
 
 def test_a_checkpoint_gives_one_merged_model(whole):

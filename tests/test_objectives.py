@@ -19,7 +19,6 @@ from vavae_tools.diffusion.objectives import (
     time_of,
     time_shift_of,
     unmix,
-    with_known,
 )
 from vavae_tools.published import load_reference
 from vavae_tools.runtime.draws import Draws
@@ -205,27 +204,6 @@ def test_noise_and_times_of_clean_images_are_those_of_flow_matching(times):
     assert same(t, flow.sample_time(torch.linspace(0.1, 0.9, 5)))
     assert same(ours.add_noise(data, noise, t), flow.add_noise(data, noise, t))
     assert ours.config == {**CleanPrediction().config, **times}
-
-
-def test_known_pixels_are_seen_clean_and_do_not_count():
-    data, noise, t = numbers(2, 3, 4, 4), numbers(2, 3, 4, 4, seed=1), torch.tensor([0.2, 0.7])
-    mask, known = torch.zeros(2, 4, 4), torch.zeros(2, 4, 4)
-    mask[:, :2], known[:, 0] = 1, 1
-    seen = {}
-
-    def denoiser(x, t, conditioning, kept):
-        seen.update(x=x, t=t, conditioning=conditioning, kept=kept)
-        return torch.zeros(2, 4, 4, 4)  # and a channel that nobody asked for
-
-    loss, _ = CleanPrediction()(denoiser, data, "text", noise, t, mask, known)
-    assert same(seen["x"][:, :3, 0], data[:, :, 0]) and same(seen["x"][:, 3], known)
-    assert same(seen["x"][:, :3, 1:], CleanPrediction().add_noise(data, noise, t)[:, :, 1:])
-    assert same(seen["kept"] > 0, mask > 0) and seen["conditioning"] == "text" and same(seen["t"], t)
-    torch.testing.assert_close(loss, data[:, :, 1].square().mean())
-    # what a chat asks is no part of the mask, but attended to
-    CleanPrediction()(denoiser, data, "text", noise, t, mask - known, known)
-    assert same(seen["kept"] > 0, mask > 0)
-    assert same(with_known(data, noise, torch.ones(2, 4, 4))[:, :3], noise)
 
 
 @pytest.mark.parametrize("length", [48, 192])

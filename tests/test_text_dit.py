@@ -90,16 +90,14 @@ def test_the_default_is_the_configuration_of_the_issue():
     assert model.num_parameters() == 16 * block + embedders + last
 
 
-def test_numbers_make_it_and_bring_it_back(tmp_path):
+def test_numbers_make_it():
     model, (x, t, condition) = trained(input_size=(4, 4)), inputs()
-    model.save_pretrained(tmp_path)
-    assert same(TextDiT.from_pretrained(tmp_path, low_cpu_mem_usage=False)(x, t, condition), model(x, t, condition))
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in model.config.items() if k[0] != "_"}
     again = make_denoiser(config)
     again.load_state_dict(model.state_dict())
+    assert type(again) is TextDiT and same(again(x, t, condition), model(x, t, condition))
     with pytest.raises(UserError, match="TextDiT has no argument dept; the nearest one is depth"):
         make_denoiser({"head": "text", "dept": 2})
-    assert type(again) is TextDiT and same(again(x, t, condition), model(x, t, condition))
     with torch.device("meta"):
         assert make_denoiser({"head": "text", "size": "S", "input_size": 8}).conditioning_size == 384
         assert make_denoiser({"head": "text"}).num_parameters() == TextDiT().num_parameters()
