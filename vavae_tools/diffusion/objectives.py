@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import partial
 from statistics import NormalDist
@@ -34,8 +35,8 @@ class Objective:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, all plain numbers and names: `objective_of(config)` is equal to this."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        """The arguments, all plain numbers and names: `objective_of(config)` is equal to this."""
+        return asdict(self)
 
     def loss(
         self,
@@ -107,48 +108,21 @@ class Objective:
         return denoiser
 
 
-class FlowMatching(Objective):
-    """Paths x_t = α·data + σ·noise; the velocity dx/dt is predicted (Lipman et al. 2023). Straight ones have α = t.
+class _OnAPath(Objective):
+    """x_t = α·data + σ·noise at times t from 0 to 1; see `FlowMatching`."""
 
-    As LightningDiT (Yao & Wang 2025): log-normal times, i.e. sigmoid of a normal number, and a loss on the velocity's
-    direction beside the squared error. RAE's objective (Zheng et al. 2025) is `FlowMatching(cosine_weight=0,
-    largest_noise=0.999, time_shift=time_shift_of(latent_shape))`; its "logit-normal_μ_σ" has time_mean −μ.
+    path = "linear"
+    largest_noise = 1.0
 
-    Args:
-        cosine_weight: weight of the direction's loss against the squared error's 1.
-        time: "lognorm" (most often in the middle of the path) or "uniform".
-        time_mean, time_std: of the normal number in "lognorm"; a mean above 0 learns nearer the data.
-        cosine_eps: smallest length of a velocity in the cosine. The reference's 1e-8 gives a vector of exactly zero,
-            as all are in a fresh model, a gradient of about 1e8, which overflows in float16.
-        time_shift: s in r → s·r / (1 + (s − 1)·r) of the share of noise r = 1 − t; above 1 learns more at high noise,
-            as latents of many numbers need.
-        largest_noise: times with a larger share of noise, before the shift, are not drawn.
-        path: "linear", α = t and σ = 1 − t, or "gvp" (variance-preserving), α = sin(π·t/2) and σ = cos(π·t/2).
-    """
-
-    prediction = "flow_prediction"
-
-    def __init__(
-        self,
-        cosine_weight: float = 1.0,
-        time: str = "lognorm",
-        time_mean: float = 0.0,
-        time_std: float = 1.0,
-        cosine_eps: float = 1e-2,
-        time_shift: float = 1.0,
-        largest_noise: float = 1.0,
-        path: str = "linear",
-    ) -> None:
-        _check_known("time", time, ("lognorm", "uniform"))
-        _check_known("path", path, ("linear", "gvp"))
-        if not time_shift > 0:
-            raise UserError(f"time_shift={time_shift:g}: it is above 0, with 1 for none.")
-        if not 0 < largest_noise <= 1:
-            raise UserError(f"largest_noise={largest_noise:g}: it is a share above 0 and up to 1, such as 0.999.")
-        self.cosine_weight, self.cosine_eps = cosine_weight, cosine_eps
-        self.time, self.time_mean, self.time_std = time, time_mean, time_std
-        self.time_shift, self.largest_noise, self.path = time_shift, largest_noise, path
-        self.time_draws = "normal" if time == "lognorm" and largest_noise == 1 else "uniform"
+    def __post_init__(self) -> None:
+        _check_known("time", self.time, ("lognorm", "uniform"))
+        _check_known("path", self.path, ("linear", "gvp"))
+        _check_known("normalised", self.normalised, ("channels", "pixels"))
+        if not self.time_shift > 0:
+            raise UserError(f"time_shift={self.time_shift:g}: it is above 0, with 1 for none.")
+        if not 0 < self.largest_noise <= 1:
+            raise UserError(f"largest_noise={self.largest_noise:g}: it is a share above 0 and up to 1, such as 0.999.")
+        self.time_draws = "normal" if self.time == "lognorm" and self.largest_noise == 1 else "uniform"
 
     def sample_time(self, draws: Tensor) -> Tensor:
         """Times in [0, 1] from standard normal or uniform draws (B,), as `time_draws` says.
@@ -173,13 +147,6 @@ class FlowMatching(Objective):
         alpha, sigma = self.shares(expand_time(t, data))
         return alpha * data + sigma * noise
 
-    def target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The velocity."""
-        if self.path == "linear":
-            return data - noise
-        *_, alpha_rate, sigma_rate = path_shares(self.path, expand_time(t, data))
-        return alpha_rate * data + sigma_rate * noise
-
     def shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """How much of data (α) and noise (σ) is in x at time t."""
         return path_shares(self.path, t)[:2]
@@ -187,6 +154,45 @@ class FlowMatching(Objective):
     def time_at(self, ratio: Tensor) -> Tensor:
         """The time at which x has data and noise in this ratio."""
         return ratio / (1 + ratio) if self.path == "linear" else ratio.atan() * (2 / math.pi)
+
+
+@dataclass
+class FlowMatching(_OnAPath):
+    """Paths x_t = α·data + σ·noise; the velocity dx/dt is predicted (Lipman et al. 2023). Straight ones have α = t.
+
+    As LightningDiT (Yao & Wang 2025): log-normal times, i.e. sigmoid of a normal number, and a loss on the velocity's
+    direction beside the squared error. RAE's objective (Zheng et al. 2025) is `FlowMatching(cosine_weight=0,
+    largest_noise=0.999, time_shift=time_shift_of(latent_shape))`; its "logit-normal_μ_σ" has time_mean −μ.
+
+    Args:
+        cosine_weight: weight of the direction's loss against the squared error's 1.
+        time: "lognorm" (most often in the middle of the path) or "uniform".
+        time_mean, time_std: of the normal number in "lognorm"; a mean above 0 learns nearer the data.
+        cosine_eps: smallest length of a velocity in the cosine. The reference's 1e-8 gives a vector of exactly zero,
+            as all are in a fresh model, a gradient of about 1e8, which overflows in float16.
+        time_shift: s in r → s·r / (1 + (s − 1)·r) of the share of noise r = 1 − t; above 1 learns more at high noise,
+            as latents of many numbers need.
+        largest_noise: times with a larger share of noise, before the shift, are not drawn.
+        path: "linear", α = t and σ = 1 − t, or "gvp" (variance-preserving), α = sin(π·t/2) and σ = cos(π·t/2).
+    """
+
+    prediction = "flow_prediction"
+
+    cosine_weight: float = 1.0
+    time: str = "lognorm"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    cosine_eps: float = 1e-2
+    time_shift: float = 1.0
+    largest_noise: float = 1.0
+    path: str = "linear"
+
+    def target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The velocity."""
+        if self.path == "linear":
+            return data - noise
+        *_, alpha_rate, sigma_rate = path_shares(self.path, expand_time(t, data))
+        return alpha_rate * data + sigma_rate * noise
 
     def clean(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The data that a prediction at x and times t (B,) means."""
@@ -226,7 +232,8 @@ def expand_time(t: Tensor, x: Tensor) -> Tensor:
     return t.view(-1, *[1] * (x.ndim - 1))
 
 
-class CleanPrediction(FlowMatching):
+@dataclass
+class CleanPrediction(_OnAPath):
     """x_t = t·data + (1 − t)·noise; the data (x0) are predicted, Σ (x̂ − x)²·mask / (Σ mask · C + 1e-8).
 
     Args:
@@ -237,17 +244,11 @@ class CleanPrediction(FlowMatching):
 
     prediction = "sample"
 
-    def __init__(
-        self,
-        normalised: str = "channels",
-        time: str = "uniform",
-        time_mean: float = 0.0,
-        time_std: float = 1.0,
-        time_shift: float = 1.0,
-    ) -> None:
-        _check_known("normalised", normalised, ("channels", "pixels"))
-        super().__init__(0.0, time, time_mean, time_std, time_shift=time_shift)
-        self.normalised = normalised
+    normalised: str = "channels"
+    time: str = "uniform"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    time_shift: float = 1.0
 
     def target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The data themselves."""
@@ -284,6 +285,7 @@ BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
 """Schedules by diffusers' names, with their first and last noise: Stable Diffusion's, and DDPM's own."""
 
 
+@dataclass
 class NoisePrediction(Objective):
     """x = √ᾱ·data + √(1 − ᾱ)·noise on diffusers' schedule of 1000 steps.
 
@@ -299,30 +301,28 @@ class NoisePrediction(Objective):
 
     path, time_draws = "discrete", "uniform"
 
-    def __init__(
-        self,
-        prediction: str = "epsilon",
-        betas: str = "scaled_linear",
-        beta_start: float | None = None,
-        beta_end: float | None = None,
-        num_timesteps: int = 1000,
-    ) -> None:
-        _check_known("prediction", prediction, ("epsilon", "v_prediction"))
-        _check_known("betas", betas, BETAS)
-        self.prediction, self.betas, self.num_timesteps = prediction, betas, num_timesteps
-        self.beta_start = BETAS[betas][0] if beta_start is None else beta_start
-        self.beta_end = BETAS[betas][1] if beta_end is None else beta_end
-        if not 0 < self.beta_start <= self.beta_end < 1 or num_timesteps < 1:
+    prediction: str = "epsilon"
+    betas: str = "scaled_linear"
+    beta_start: float | None = None
+    beta_end: float | None = None
+    num_timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        _check_known("prediction", self.prediction, ("epsilon", "v_prediction"))
+        _check_known("betas", self.betas, BETAS)
+        self.beta_start = BETAS[self.betas][0] if self.beta_start is None else self.beta_start
+        self.beta_end = BETAS[self.betas][1] if self.beta_end is None else self.beta_end
+        if not 0 < self.beta_start <= self.beta_end < 1 or self.num_timesteps < 1:
             raise UserError(
-                f"beta_start={self.beta_start:g}, beta_end={self.beta_end:g}, num_timesteps={num_timesteps}: expected "
-                "shares of noise that rise between 0 and 1, and at least one step."
+                f"beta_start={self.beta_start:g}, beta_end={self.beta_end:g}, num_timesteps={self.num_timesteps}: "
+                "expected shares of noise that rise between 0 and 1, and at least one step."
             )
         self.schedule = {
-            "num_train_timesteps": num_timesteps,
-            "beta_schedule": betas,
+            "num_train_timesteps": self.num_timesteps,
+            "beta_schedule": self.betas,
             "beta_start": self.beta_start,
             "beta_end": self.beta_end,
-            "prediction_type": prediction,
+            "prediction_type": self.prediction,
         }
         self.scheduler = DDPMScheduler(**self.schedule)
 
