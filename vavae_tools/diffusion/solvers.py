@@ -281,13 +281,16 @@ def sample(
     conditioning: Condition,
     null: Condition | None = None,
     num_inference_steps: int = 50,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_channels: str = "all",
     timestep_shift: float | None = None,
     callback: Callable[[int, float, Tensor], None] | None = None,
     guide: Callable[..., Tensor] | None = None,
+    guide_conditioning: Condition | None = None,
     last_noise: float = 0.0,
     objective: Objective | None = None,
     generators: list[torch.Generator] | None = None,
-    **guidance: Any,
 ) -> Tensor:
     """From noise (B, C, h, w) at t = 0 to latents at t = 1; float32, whatever the denoiser is.
 
@@ -295,7 +298,7 @@ def sample(
         scheduler: of `make_solver`, or one of diffusers whose config says what it takes. It is not changed.
         conditioning, null: from the conditioner; null is needed for guidance only.
         num_inference_steps, timestep_shift, last_noise: see `lay_out`.
-        guide, guidance: the arguments of `guided_prediction`.
+        guidance_scale, guidance_interval, guidance_channels, guide, guide_conditioning: see `guided_prediction`.
         callback: called after each update with its number, the time it started from, and the new x.
         objective: what denoiser and guide were trained with; by default what the scheduler takes as it is.
         generators: of the noise added on the way, where a scheduler adds some, one for each sample; by default it
@@ -308,9 +311,10 @@ def sample(
     if "generator" in inspect.signature(solver.step).parameters:
         adds_noise = isinstance(solver, DDPMScheduler | StochasticScheduler)
         options["generator"] = _generators_of(noise) if adds_noise and not generators else generators
+    by = guidance_scale, guidance_interval, guidance_channels, guide, guide_conditioning
     x = noise.float() * (1.0 if flow else solver.init_noise_sigma)
     for i, (timestep, t) in enumerate(zip(solver.timesteps, times, strict=True)):
-        prediction = guided_prediction(denoiser, x, t, conditioning, null, guide=guide, **guidance)
+        prediction = guided_prediction(denoiser, x, t, conditioning, null, *by)
         x = solver_step(solver, -prediction if flow else prediction, timestep, x, **options)
         if callback is not None:
             callback(i, t, x)
