@@ -244,26 +244,6 @@ def sentences(count: int) -> TokenImageDataset:
     return TokenImageDataset("sentences", img_size=SIZE, cell_size=4).part(list(range(count)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_who_knows_the_texts_writes_them(name):
-    """The steps with fresh noise, and every solver, for a denoiser that says what is in any objective's words."""
-    of = objective(name)
-    pipe = token_pipeline(of)
-    text = "all is well now!"
-    data = pipe.code.draw(torch.tensor([list(text.encode())]), torch.ones(1, 16, dtype=torch.bool), SIZE)
-
-    def forward(seen, t, conditioning, kept):
-        x, (alpha, sigma) = seen[:, :-1], of.shares(t.view(-1, 1, 1, 1))
-        clean = data.expand_as(x)
-        return torch.cat([of.target(clean, (x - alpha * clean) / sigma, t), seen[:, -1:]], dim=1)
-
-    pipe.denoiser.forward = forward
-    for solver in (None, *solvers_for(of)):
-        if solver:
-            pipe.swap_solver(solver)
-        assert pipe(["all"], num_samples=2, num_inference_steps=9).texts == [text] * 2, solver
-
-
 def test_a_folder_of_texts_knows_its_solver(tmp_path):
     pipe = token_pipeline(make_objective("sample"))
     write_texts(pipe, tmp_path, num_samples=2, num_inference_steps=2)
