@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from vavae_tools.training.config import TrainConfig, setting
 
-Size = int | list[int] | None
-"""One number, or two: (height, width), or those of an encoder and a wide head."""
+Size = int | list[int] | None  # one number, or two: (height, width), or those of an encoder and a wide head
 NamedSize = Literal["S", "B", "L", "XL"]
 LossRecipe = Literal["light", "full", "stage1", "stage2", "stage3", "staged"]
 ObjectiveName = Literal["flow_matching", "epsilon", "v_prediction", "v", "sample", "x0"]
@@ -26,9 +25,6 @@ def share(default: float | None, text: str) -> Any:
 def as_tuple(size: Size) -> int | tuple[int, ...] | None:
     """Return a size as data modules take it: one number, or (height, width)."""
     return tuple(size) if isinstance(size, list) else size
-
-
-# ---- data
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ class TextData:
     num_workers: int | None = setting(0, "cells are drawn in milliseconds", least=0)
 
 
-# ---- autoencoders, text encoders
+# ---- autoencoders, text encoders, losses
 
 
 @dataclass(frozen=True)
@@ -159,9 +155,6 @@ class StableDiffusionSource:
 
     name: str | None = setting(None, "a folder of diffusers (Stable Diffusion 1.5), or a hub name; shapes need none")
     use_slicing: bool = setting(False, "one image after the other: less memory")
-
-
-# ---- losses of autoencoders
 
 
 @dataclass(frozen=True)
@@ -281,9 +274,6 @@ class InitFrom:
     lora_targets: list[str] = setting(["qkv", "proj", "w12", "w3"], "layers that get them")
 
 
-# ---- samples while training
-
-
 @dataclass(frozen=True)
 class ClassSampling:
     """Samples while training."""
@@ -318,12 +308,9 @@ class TokenSampling:
 class Recipe:
     """What an experiment is made of."""
 
-    train_by: ClassVar[str]
-    """module:function (recipe, output_dir, resume, show, say) → what it made"""
+    train_by: ClassVar[str]  # module:function (recipe, output_dir, resume, show, say) → what it made
     next_command: ClassVar[str] = "sample --checkpoint {made} --num_samples 100 --output_dir outputs/samples"
-    """of `python -m vavae_tools`, with what was made and the data"""
-    needs: ClassVar[tuple[str, ...]] = ()
-    """keys without a default"""
+    needs: ClassVar[tuple[str, ...]] = ()  # keys without a default
 
     seed: int = setting(0, "the same seed, data and settings give the same weights", least=0)
 

@@ -58,8 +58,8 @@ class Experiment:
 
     def plain(self) -> dict[str, Any]:
         """Return plain values, as `--config` reads them."""
-        of_run = {"experiment": self.name, "resume": self.resume, "output_dir": self.output_dir}
-        return {**of_run, **asdict(self.recipe)}
+        run = {"experiment": self.name, "resume": self.resume, "output_dir": self.output_dir}
+        return {**run, **asdict(self.recipe)}
 
 
 def read_command_line(arguments: Sequence[str]) -> CommandLine:
@@ -109,13 +109,13 @@ def compose(line: CommandLine) -> Experiment:
                 raise UserError(f"No {group}={option}; there are {', '.join(groups[group])}")
             keys.set_all(groups[group][option])
     keys.given.clear()
-    for own in ("name", "task", "recipe", "experiment"):  # of a run's own configuration
-        given.pop(own, None)
+    flags = given.pop("flags", None) or {}  # what older versions' --print_config said: flag → key
     try:
-        for flag, key in (given.pop("flags", None) or {}).items():  # what older versions' --print_config said
-            if keys.home(str(key)) is None:
-                raise keys.unknown(f"flags.{flag}")
-        keys.set_all(given)
+        for flag in (flag for flag, key in flags.items() if keys.home(str(key)) is None):
+            raise keys.unknown(f"flags.{flag}")
+        keys.set_all(
+            {key: value for key, value in given.items() if key not in ("name", "task", "recipe", "experiment")}
+        )
     except UserError as error:
         raise UserError(f"{config[0]}: {error}") from None
     for text in line.overrides:
@@ -124,9 +124,9 @@ def compose(line: CommandLine) -> Experiment:
     for flag, texts in line.flags.items():
         if flag != "config":
             keys.set_flag(flag, texts)
-    needed = [key for key in keys.recipe.needs if keys.values[key] is None]
-    if needed:
-        raise UserError(f"experiment={name} needs {needed[0]}=… (or --{_end(needed[0])} …)")
+    for key in keys.recipe.needs:
+        if keys.values[key] is None:
+            raise UserError(f"experiment={name} needs {key}=… (or --{_end(key)} …)")
     return Experiment(name, keys.built(), keys.values["resume"], keys.values["output_dir"])
 
 
@@ -188,14 +188,7 @@ class _Keys:
         return None
 
     def set(self, key: str, value: Any, called: str | None = None) -> None:
-        """Set a key of any name.
-
-        Args:
-            called: what was typed in place of the key.
-
-        Raises:
-            UserError: no such key, or a value that it does not take.
-        """
+        """Set a key of any name, or raise a `UserError` about what was `called` so."""
         home, called = self.home(key), called or key
         if home is None and key.startswith(f"{_TRAINER}."):
             self.values[_TRAINER] = {**self.values[_TRAINER], _end(key): value}
@@ -390,9 +383,8 @@ def _newest_run(name: str) -> Path:
 
     known = []
     for path in sorted(RUNS.glob("*/*/.hydra/config.yaml"), reverse=True):
-        kept = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        kept, run = yaml.safe_load(path.read_text(encoding="utf-8")) or {}, path.parent.parent
         of = kept.get("experiment") or kept.get("name")  # as older versions wrote it
-        run = path.parent.parent
         if of == name and any(run.glob("checkpoints/*.ckpt")):
             return run
         known.append(f"{run} ({of})")
