@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from importlib import import_module
@@ -34,6 +34,7 @@ from vavae_tools.runtime.files import weights_digest
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 Conditioner = TypeVar("Conditioner", bound=ModelMixin)
 Images = Tensor | np.ndarray | list[Image.Image]
+Generators = torch.Generator | list[torch.Generator] | None
 
 PLAN = "plan"
 """What the first of several processes shares once it has found nothing wrong."""
@@ -83,9 +84,7 @@ class ImagePipeline(DenoiserPipeline):
         model = digest_of(self.denoiser, self.conditioner, self.vae)
         return {"model": model, "solver": {"name": type(self.scheduler).__name__, **solver}}
 
-    def _start(
-        self, count: int, latents: Tensor | None, generator: torch.Generator | Sequence[torch.Generator] | None
-    ) -> Tensor:
+    def _start(self, count: int, latents: Tensor | None, generator: Generators) -> Tensor:
         """Return noise to start from, (count, C, h, w): the latents given, or drawn.
 
         Raises:
@@ -98,33 +97,23 @@ class ImagePipeline(DenoiserPipeline):
             raise UserError(f"latents are {tuple(latents.shape)}, expected {shape}")
         return latents
 
-    def _sampled(
-        self, noise: Tensor, told: Callable[[Rows], dict[str, Any]], precision: str, labels: Tensor | None = None,
-        **settings: Any,
-    ) -> Tensor:  # fmt: skip
+    def _sampled(self, noise: Tensor, told: Callable, precision: str, labels: Tensor | None, **by: Any) -> Tensor:
         """Return images uint8 (B, C, H, W) from noise (B, C, h, w), where the models are.
 
         Args:
-            told: some rows → the conditions that `solvers.sample` takes.
+            told: some rows → their conditions, arguments of `solvers.sample` as `by` are for all rows.
             labels: of the decoder's user-condition vectors.
-            settings: further arguments of `solvers.sample`.
         """
         precision = precisions_for(self, precision)[0]
 
         def denoise(rows: Rows) -> Tensor:
-            models = self.denoiser, self.scheduler
-            return sample(*models, noise[rows], objective=self.objective, **told(rows), **settings)
+            return sample(self.denoiser, self.scheduler, noise[rows], objective=self.objective, **told(rows), **by)
 
         latents = all_finite(self, len(noise), precision, denoise, "latents")
         return to_pixels(decoded(self, latents, precision, labels))
 
     def _output(
-        self,
-        count: int,
-        make: Callable[[slice], Tensor],
-        batch_size: int | None,
-        output_type: str,
-        return_dict: bool,
+        self, count: int, make: Callable[[slice], Tensor], batch_size: int | None, output_type: str, return_dict: bool
     ) -> ImagePipelineOutput | tuple[Images]:
         """Return `count` images as a pipeline's call does, made batch by batch."""
         with self.progress_bar(total=count) as bar:

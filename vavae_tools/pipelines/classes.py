@@ -17,6 +17,7 @@ from vavae_tools.diffusion.conditioning import ClassConditioner, check_labels
 from vavae_tools.diffusion.objectives import Objective, objective_of
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines.base import (
+    Generators,
     ImagePipeline,
     autoencoder_beside,
     check_output_type,
@@ -36,12 +37,9 @@ class LatentDiTPipeline(ImagePipeline):
 
     Args:
         vae: a `VAVAE` or `RAE`, with the statistics of its latents, which travel with it.
-        denoiser, conditioner: a `DiT` or `DDT` and its `ClassConditioner`, as trained.
-        scheduler: of `make_solver`, or another one of diffusers that fits the objective.
+        denoiser, conditioner, scheduler: a `DiT` or `DDT`, its `ClassConditioner` and a solver of `make_solver`.
         people: folder name → label, so that images can be asked for by name and are written to `ID_k/`.
         objective: the config of what was trained with; None: flow matching.
-
-    `save_pretrained(folder)` and `LatentDiTPipeline.from_pretrained(folder)` keep all of it, also people.
     """
 
     model_cpu_offload_seq = "conditioner->denoiser->vae"
@@ -70,11 +68,7 @@ class LatentDiTPipeline(ImagePipeline):
         return dict(kept) if kept else {f"ID_{label + 1}": label for label in range(self.conditioner.num_classes)}
 
     def labels_of(self, wanted: Iterable[int | str]) -> list[int]:
-        """Return labels, or people's names, as labels.
-
-        Raises:
-            UserError: a label out of range or of nobody, or an unknown name.
-        """
+        """Return labels, or people's names, as labels; `UserError` where there is no such."""
         people, labels = self.people, []
         for item in wanted:
             by_name = isinstance(item, str) and not item.removeprefix("-").isdecimal()
@@ -95,7 +89,7 @@ class LatentDiTPipeline(ImagePipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 1.25,
         *,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
@@ -155,17 +149,9 @@ class LatentDiTPipeline(ImagePipeline):
                 conditions |= {"guide": guide[0], "guide_conditioning": guide[1](labels[rows])}
             return conditions
 
-        return self._sampled(
-            noise,
-            told,
-            precision,
-            labels,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            guidance_channels=guidance_channels,
-            timestep_shift=timestep_shift,
-        )
+        by = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
+        by |= {"num_inference_steps": num_inference_steps, "timestep_shift": timestep_shift}
+        return self._sampled(noise, told, precision, labels, guidance_channels=guidance_channels, **by)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from vavae_tools.diffusion.conditioning import TextConditioner
 from vavae_tools.diffusion.objectives import objective_of
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines.base import (
+    Generators,
     ImagePipeline,
     autoencoder_beside,
     check_output_type,
@@ -34,11 +35,8 @@ class TextToImagePipeline(ImagePipeline):
     Args:
         vae: a `StableDiffusionVAE`, or another autoencoder with the statistics of its latents.
         text_encoder, tokenizer: transformers' own, as a `TextEncoder` holds them.
-        denoiser, conditioner: a `TextDiT` and its `TextConditioner`, as trained.
-        scheduler: of `make_solver`, or another one of diffusers that fits the objective.
+        denoiser, conditioner, scheduler: a `TextDiT`, its `TextConditioner` and a solver of `make_solver`.
         objective: the config of what was trained with; None: what the scheduler says.
-
-    `save_pretrained(folder)` and `load_text_pipeline(folder)` keep all of it.
     """
 
     model_cpu_offload_seq = "text_encoder->conditioner->denoiser->vae"
@@ -78,7 +76,7 @@ class TextToImagePipeline(ImagePipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         seed: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
@@ -88,16 +86,10 @@ class TextToImagePipeline(ImagePipeline):
         """Make one image for each prompt.
 
         Args:
-            prompt: one, or one for each image.
-            negative_prompt: what guidance leads away from, one for all or one for each; by default the empty prompt, as
-                '' is.
+            negative_prompt: what guidance leads away from, one for all or one for each; by default the empty prompt.
             num_inference_steps, guidance_scale, precision: of `make`.
             seed: of the noise; image number i of a seed is the same whatever else is made beside it.
-            generator: of the noise in place of a seed, one for all or one for each image.
-            latents: noise to start from, (number of prompts, C, h, w).
-            batch_size: images made at once, halved where memory runs out; None: by the memory there is. It changes
-                memory and speed, not the images.
-            output_type: "pil" (grey ones have mode L), "pt" for uint8 (N, C, H, W), "np" for uint8 (N, H, W, C).
+            generator, latents, batch_size, output_type: as of `LatentDiTPipeline`.
         """
         check_output_type(output_type)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -107,15 +99,20 @@ class TextToImagePipeline(ImagePipeline):
         if latents is None and seed is not None:
             latents = self.noise(seed, numbers)
         noise = self._start(len(prompts), latents, generator)
-        generators = _one_for_each(generator, len(prompts)) if seed is None else self.generators(seed, numbers)
+        generators = generator if isinstance(generator, list) else None
+        if seed is not None:
+            generators = self.generators(seed, numbers)
         states, negative = self.encode(prompts), None
         if negative_prompt is not None and guidance_scale != 1:
-            negative = self.encode(_for_each(negative_prompt, len(prompts)))
+            away = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+            if len(away) != len(prompts):
+                many = f"{len(away)} negative prompts for {len(prompts)} prompts"
+                raise UserError(f"{many}: give one for all, or one for each")
+            negative = self.encode(away)
 
         def make(rows: slice) -> Tensor:
-            leads_away = None if negative is None else negative[rows]
-            settings = num_inference_steps, guidance_scale, generators[rows], precision
-            return self.make(states[rows], noise[rows].to(device), leads_away, *settings).cpu()
+            of_rows = negative and negative[rows], num_inference_steps, guidance_scale, generators and generators[rows]
+            return self.make(states[rows], noise[rows].to(device), *of_rows, precision).cpu()
 
         return self._output(len(prompts), make, batch_size, output_type, return_dict)
 
@@ -136,7 +133,7 @@ class TextToImagePipeline(ImagePipeline):
             negative: states of what guidance leads away from; None: the empty prompt that the conditioner keeps.
             num_inference_steps: updates; Heun's method calls the denoiser twice for each.
             guidance_scale: how far from there towards the caption; 1 asks for the caption alone, at half the price.
-            generators: of the noise that DDPM adds on the way, one for each image.
+            generators: of the noise that DDPM adds on the way, one for each image; by default it follows from `noise`.
             precision: "32", "16" or "bf16"; None: the machine's own, or that of half weights.
         """
         count = len(states)
@@ -151,29 +148,13 @@ class TextToImagePipeline(ImagePipeline):
                 conditions["generators"] = [generators[row].clone_state() for row in of_rows]  # asked again, maybe
             return conditions
 
-        settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        return self._sampled(noise, told, precision, **settings)
+        by = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        return self._sampled(noise, told, precision, None, **by)
 
     def generators(self, seed: int, indices: Tensor) -> list[torch.Generator]:
         """Return where image number i of a seed takes the noise from that DDPM adds on the way."""
         seeds = (Draws(seed, 0, indices.cpu()).uniform("on the way", 2).double() * 2**23).long()  # (B, 2) of 23 bits
         return [torch.Generator().manual_seed(a << 23 | b) for a, b in seeds.tolist()]
-
-
-def _for_each(prompt: str | Sequence[str], count: int) -> list[str]:
-    prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
-    if len(prompts) != count:
-        raise UserError(f"{len(prompts)} negative prompts for {count} prompts: give one for all, or one for each")
-    return prompts
-
-
-def _one_for_each(generator: torch.Generator | list[torch.Generator] | None, count: int) -> list[torch.Generator]:
-    """Return generators that do not depend on how images are put together in batches."""
-    if isinstance(generator, list):
-        return generator
-    device = generator.device if generator is not None else None
-    seeds = torch.randint(2**62, (count,), generator=generator, device=device)
-    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 
 
 # ---- from files
@@ -187,15 +168,13 @@ def load_text_pipeline(
     """Load a pipeline from its folder, or from a checkpoint of text-to-image training.
 
     Args:
-        path: a folder that `save_pretrained` wrote; a `.ckpt`, or a checkpoint's folder.
-        ema: of a checkpoint, take the averaged weights; False takes the live ones.
+        path, ema: as of `load_pipeline`.
         autoencoder_dir, text_encoder_dir: those of a checkpoint; by default `autoencoder/` and `text_encoder/` beside
             the checkpoint or the folder of checkpoints.
         scheduler: another one than the pipeline's, by its name (see `make_solver`).
 
     Raises:
-        UserError: nothing there, a checkpoint of another kind, no autoencoder or text encoder beside it, or live
-            weights of a folder.
+        UserError: as of `load_pipeline`, or no text encoder.
     """
     path = Path(path)
     if is_folder_of_pipeline(path):
@@ -208,10 +187,9 @@ def load_text_pipeline(
     vae = load_autoencoder(autoencoder_dir or autoencoder_beside(path))
     encoder = load_text_encoder(text_encoder_dir or _text_encoder_beside(path))
     if encoder.dim != conditioner.config.text_dim:
-        raise UserError(
-            f"The text encoder's states have {encoder.dim} numbers, {path} was trained with "
-            f"{conditioner.config.text_dim}: name the text encoder of its training (text_encoder_dir)"
-        )
+        trained = f"{path} was trained with {conditioner.config.text_dim}"
+        named = "name the text encoder of its training (text_encoder_dir)"
+        raise UserError(f"The text encoder's states have {encoder.dim} numbers, {trained}: {named}")
     config = settings.get("objective", {})
     solver = make_solver(scheduler, objective_of(config))
     return TextToImagePipeline(vae.eval(), encoder.model, encoder.tokenizer, denoiser, conditioner, solver, config)

@@ -10,9 +10,9 @@ import json
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _MANY = 8
 """Batches from which on it pays that cuDNN tries its convolutions."""
+_CHECKED = ("max_new_tokens", "num_inference_steps", "eta")
 _ASKED = ("negative", "generators", "prompts", "num_samples", "seed", "batch_size", "numbers")
 """Arguments of a pipeline that are no settings of a whole set, but are asked for of each sample."""
 
@@ -48,12 +49,10 @@ def write_samples(
     seed: int = 0,
     names: Sequence[str] | None = None,
     format: str = "png",
-    batch_size: int | None = None,
     overwrite: bool = True,
-    ranks: Ranks | None = None,
-    **sampling: Any,
+    **settings: Any,
 ) -> list[Path]:
-    """Make an image for each label; those that are there already, of the same settings, are kept.
+    """Make an image for each label, and return the files; those that are there, of the same settings, are kept.
 
     Args:
         pipe: or the path of one, as `load_pipeline` takes it: then all GPUs of this machine make images.
@@ -62,23 +61,18 @@ def write_samples(
         format: "png": `output_dir/ID_k/seed0_00000.png` …, where a split and any classifier find them. "npz": one file
             `samples_NxHxWx3.npz` as ADM's evaluator reads it: arr_0 uint8 (N, H, W, 3), arr_1 the labels int64 (N,),
             both in the order of `labels`.
-        batch_size: images made at once, halved where memory runs out; None: as before in this folder, else by the
-            memory there is.
         overwrite: what if the folder holds images of other settings: True replaces them, False raises an error.
-        ranks: the processes that share the work. The first one returns when all are done.
-        sampling: further arguments of `pipe.make`. Without a precision it is the one of the images that are there, of
-            the same settings, where this machine has it; else the machine's own.
-
-    Returns:
-        The files, in the order of `labels`.
+        settings: arguments of `pipe.make`, where without a precision it is the one of the images that are there, of the
+            same settings, or the machine's own; batch_size, made at once, by default as before in this folder, or by
+            the memory there is; ranks, the processes that share the work, of which the first returns when all are done.
 
     Raises:
         UserError: an unknown label, names that do not fit, settings that cannot be, images of other settings, or memory
             that not even one image fits into.
     """
     if isinstance(pipe, str | Path):
-        settings = list(labels), output_dir, seed, names, format, batch_size, overwrite
-        arguments, several = {"path": pipe, "settings": settings, "sampling": sampling}, several_processes()
+        settings |= {"labels": list(labels), "output_dir": output_dir, "seed": seed, "names": names, "format": format}
+        arguments, several = {"path": pipe, "settings": {**settings, "overwrite": overwrite}}, several_processes()
         if several is None:
             return _load_and_write(**arguments)
         return call_on_ranks(f"{__name__}:_load_and_write", arguments, several)
@@ -101,16 +95,16 @@ def write_samples(
     def asked(start: int, stop: int) -> dict[str, Any]:
         return {"labels": labels[start:stop], "latents": pipe.noise(seed, draws[start:stop]), "output_type": "pt"}
 
-    return _write(pipe, formats[format], formats.values(), asked, sampling, {}, batch_size, overwrite, ranks)
+    return _write(pipe, formats[format], formats.values(), asked, {}, overwrite=overwrite, **settings)
 
 
-def _load_and_write(path: str | Path, settings: tuple, sampling: dict[str, Any]) -> list[Path]:
+def _load_and_write(path: str | Path, settings: dict[str, Any]) -> list[Path]:
     from vavae_tools.pipelines.classes import load_pipeline
 
     ranks = Ranks.from_environment()
     if ranks.rank:
         ranks.share(PLAN)  # one process says what is wrong
-    return write_samples(placed(load_pipeline(path), device_of(ranks.local_rank)), *settings, ranks, **sampling)
+    return write_samples(placed(load_pipeline(path), device_of(ranks.local_rank)), ranks=ranks, **settings)
 
 
 def _folder_names(pipe: "LatentDiTPipeline", names: Sequence[str] | None) -> dict[int, str]:
@@ -132,19 +126,15 @@ def write_prompted(
     output_dir: str | Path,
     num_samples: int | None = None,
     seed: int = 0,
-    batch_size: int | None = None,
-    overwrite: bool = False,
-    ranks: Ranks | None = None,
     negative_prompt: str | None = None,
-    **sampling: Any,
+    **settings: Any,
 ) -> list[Path]:
     """Write `00000.png` …, the prompts taken in turn, and `grid.png` with the first of them and their prompts.
 
     Args:
         num_samples: images in all; by default one for each prompt.
         seed: image number i follows from it, i and its prompt.
-        negative_prompt: what guidance leads away from; by default the empty prompt.
-        batch_size, overwrite, ranks, sampling: as of `write_samples`.
+        settings: as of `write_samples`, and overwrite, by default false.
 
     Raises:
         UserError: no prompts, settings that cannot be, or images of other settings in the folder.
@@ -160,8 +150,8 @@ def write_prompted(
         noise = {"latents": pipe.noise(seed, numbers), "generator": pipe.generators(seed, numbers)}
         return {"prompt": prompts[start:stop], "negative_prompt": negative_prompt, **noise, "output_type": "pt"}
 
-    files, also = PromptPngs(Path(output_dir), list(of_files), of_files), {"negative_prompt": negative_prompt}
-    return _write(pipe, files, [files], asked, sampling, {"seed": seed, **also}, batch_size, overwrite, ranks)
+    files = PromptPngs(Path(output_dir), list(of_files), of_files)
+    return _write(pipe, files, [files], asked, {"seed": seed, "negative_prompt": negative_prompt}, **settings)
 
 
 def write_texts(
@@ -170,10 +160,7 @@ def write_texts(
     prompts: Sequence[Prompt] = (),
     num_samples: int | None = None,
     seed: int = 0,
-    batch_size: int | None = None,
-    overwrite: bool = False,
-    ranks: Ranks | None = None,
-    **sampling: Any,
+    **settings: Any,
 ) -> Path:
     """Write `texts.jsonl`, {"text": …, "prompt": …} in each line, and `grid.png` with the first of their images.
 
@@ -181,14 +168,14 @@ def write_texts(
         prompts: taken in turn; none: texts of their own.
         num_samples: texts in all; by default one for each prompt, without prompts 100.
         seed: text number i follows from it, i and its prompt.
-        batch_size, overwrite, ranks, sampling: as of `write_samples`.
+        settings: as of `write_samples`, and overwrite, by default false.
 
     Raises:
         UserError: prompts or numbers that cannot be, or samples of other settings in the folder.
     """
     prompts = as_prompts(prompts) if len(prompts) else []
     count = (len(prompts) or 100) if num_samples is None else num_samples
-    check_sampling(count, **{name: value for name, value in sampling.items() if name != "precision"})
+    check_sampling(count, **{name: settings[name] for name in _CHECKED if name in settings})
     pipe.beginnings(prompts or None)
 
     def asked(start: int, stop: int) -> dict[str, Any]:
@@ -196,7 +183,7 @@ def write_texts(
         return {"prompts": own, "numbers": range(start, stop), "seed": seed}
 
     files, also = Jsonl(Path(output_dir), count, prompts), {"prompts": prompts, "texts": count, "seed": seed}
-    _write(pipe, files, [files], asked, sampling, also, batch_size, overwrite, ranks)
+    _write(pipe, files, [files], asked, also, **settings)
     return files.path
 
 
@@ -206,11 +193,11 @@ def _write(
     files: SampleFiles,
     formats: Collection[SampleFiles],
     asked: Callable[[int, int], dict[str, Any]],
-    sampling: dict[str, Any],
     also: dict[str, Any],
-    batch_size: int | None,
-    overwrite: bool,
-    ranks: Ranks | None,
+    batch_size: int | None = None,
+    overwrite: bool = False,
+    ranks: Ranks | None = None,
+    **sampling: Any,
 ) -> list[Path]:
     """Make the batches of which anything is missing, each process its share, and return the files when all are done.
 
@@ -233,11 +220,11 @@ def _write(
     todo = plan["todo"][ranks.rank :: ranks.size]
     sampling = {**sampling, "precision": plan["precision"], "batch_size": plan["batch_size"]}
     many = trying_convolutions() if len(todo) >= _MANY else nullcontext()
-    with (
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        many,
-        _bar(pipe, files, plan["missing"], ranks) as bar,
-    ):
+    bars, often = getattr(pipe, "_progress_bar_config", {}), 0.1 if someone_looks() else 60  # in a file seldom
+    pipe.set_progress_bar_config(disable=True)
+    bar = tqdm(desc="sampling", total=files.count, initial=files.count - plan["missing"], unit=files.unit,
+               mininterval=often, maxinterval=often, dynamic_ncols=True, disable=ranks.rank > 0)  # fmt: skip
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, many, bar:
         waiting: deque[list[Future]] = deque()
 
         def show(tasks: list[Future]) -> None:
@@ -259,28 +246,8 @@ def _write(
         while ranks.rank == 0 and ranks.add("ended", 0) < ranks.size:
             time.sleep(0.05)
             show([])
-        return files.finish(plan["cut"]) if ranks.rank == 0 else []
-
-
-@contextmanager
-def _bar(pipe: DenoiserPipeline, files: SampleFiles, missing: int, ranks: Ranks) -> Iterator[tqdm]:
-    """Show one bar, of the first process, in place of the pipeline's own for each batch; in a file seldom."""
-    bars, often = getattr(pipe, "_progress_bar_config", {}), 0.1 if someone_looks() else 60
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        with tqdm(
-            desc="sampling",
-            total=files.count,
-            initial=files.count - missing,
-            unit=files.unit,
-            mininterval=often,
-            maxinterval=often,
-            dynamic_ncols=True,
-            disable=ranks.rank > 0,
-        ) as bar:
-            yield bar
-    finally:
-        pipe.set_progress_bar_config(**bars)
+    pipe.set_progress_bar_config(**bars)
+    return files.finish(plan["cut"]) if ranks.rank == 0 else []
 
 
 def _settings_of(pipe: DenoiserPipeline, sampling: dict[str, Any], also: dict[str, Any]) -> dict[str, Any]:
