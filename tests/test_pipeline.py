@@ -55,7 +55,7 @@ def test_it_is_sampling_then_the_statistics_then_the_decoder_with_the_vectors(pi
     assert torch.equal(pipe(labels, latents=noise, output_type="pt", **QUICK).images, to_pixels(decoded))
 
 
-def test_everything_asked_for_matters(pipe):
+def test_everything_asked_for_matters_but_the_batch_size(pipe):
     made = pictures(pipe)
     for change in (
         {"labels": (1, 1, 2)},
@@ -67,14 +67,9 @@ def test_everything_asked_for_matters(pipe):
     ):
         assert not torch.equal(pictures(pipe, **change), made), change
     assert torch.equal(pictures(pipe), made)
-
-
-def test_the_batch_size_does_not_matter(pipe):
-    made = pictures(pipe, [0, 1, 2, 2, 1])
     for batch_size in (1, 2, 64):
-        again = pictures(pipe, [0, 1, 2, 2, 1], batch_size=batch_size)
+        again = pictures(pipe, batch_size=batch_size)
         assert (again.int() - made.int()).abs().max() <= 1  # another order of the same sums
-    torch.testing.assert_close(pictures(pipe, [0, 1, 2, 2, 1]), made)
 
 
 def test_one_generator_for_each_picture(pipe):
@@ -98,12 +93,6 @@ def test_half_precision_makes_nearly_the_same_pictures(pipe, monkeypatch):
     assert states[0].dtype == torch.float32 and not same(states[0], states[0].bfloat16().float())
     with pytest.raises(UserError, match="No precision '8'; there are 32, 16, bf16"):
         pictures(pipe, precision="8")
-
-
-def test_a_precision_holds_inside_of_autocast(pipe):
-    with torch.autocast("cpu", torch.bfloat16):
-        assert same(pictures(pipe), pictures(pipe, precision="32"))
-    assert same(pictures(pipe), pictures(pipe, precision="32"))
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
@@ -189,8 +178,9 @@ def test_a_guide_takes_the_nulls_place(pipe):
 
 def test_a_guide_is_loaded_without_an_autoencoder(pipe, run_folder, tmp_path):
     folder, module = run_folder
+    nameless = LatentDiTPipeline(tiny_vavae(), *tiny_dit(), make_solver())
     for ema, network in ((True, module.ema.network), (False, module.network)):
-        denoiser, conditioner = load_guide(folder / "checkpoints" / "last.ckpt", tiny_pipeline_without_names(), ema)
+        denoiser, conditioner = load_guide(folder / "checkpoints" / "last.ckpt", nameless, ema)
         for part, loaded in (("denoiser", denoiser), ("conditioner", conditioner)):
             expected = network[part].state_dict()
             assert all(same(value, expected[name]) for name, value in loaded.state_dict().items())
@@ -216,11 +206,6 @@ def test_a_guide_of_other_data_is_refused(pipe, run_folder, tmp_path):
             load_guide(tmp_path / "weak", pipe)
 
 
-def tiny_pipeline_without_names() -> LatentDiTPipeline:
-    denoiser, conditioner = tiny_dit()
-    return LatentDiTPipeline(tiny_vavae(), denoiser, conditioner, make_solver())
-
-
 # ---- whom
 
 
@@ -235,18 +220,16 @@ def test_people_by_label_and_by_name(pipe):
     ("label", "message"),
     [
         (3, "Label 3 does not exist: labels go from 0 to 2"),
-        ("3", "Label 3 does not exist"),
-        (-1, "Label -1 does not exist"),
         ("-1", "Label -1 does not exist"),
         ("ID_4", "Nobody called 'ID_4'; there are ID_1, ID_2, ID_3"),
-        ("", "Nobody called ''"),
-        ("1.5", "Nobody called '1.5'"),
         ("²", "Nobody called '²'"),
     ],
 )
 def test_a_label_out_of_range(pipe, label, message):
     with pytest.raises(UserError, match=message):
         pipe([0, label], **QUICK)
+    with pytest.raises(UserError, match=r"latents are \(1, 2, 8, 8\), expected \(2, 2, 8, 8\)"):
+        pipe([0, 1], latents=torch.zeros(1, 2, 8, 8), **QUICK)
 
 
 def test_rows_that_nobody_was_trained_with_make_no_pictures():
@@ -261,11 +244,6 @@ def test_rows_that_nobody_was_trained_with_make_no_pictures():
         LatentDiTPipeline(*parts).labels_of(["x"])
 
 
-def test_noise_of_another_shape(pipe):
-    with pytest.raises(UserError, match=r"latents are \(1, 2, 8, 8\), expected \(2, 2, 8, 8\)"):
-        pipe([0, 1], latents=torch.zeros(1, 2, 8, 8), **QUICK)
-
-
 # ---- folders of models
 
 
@@ -277,25 +255,11 @@ def test_a_saved_pipeline_makes_the_same_pictures(pipe, tmp_path):
         assert loaded.people == pipe.people
         assert tuple(loaded.vae.config.latents_mean) == (0.5, -1.0)  # it needs no training data
         assert tuple(loaded.vae.config.latents_std) == (2.0, 0.5)
-
-
-@torch.no_grad()
-def test_another_solver_can_take_its_place(pipe, tmp_path):
-    """Each goes to where Euler's method goes by many small steps, and keeps the shift."""
-    pipe.save_pretrained(tmp_path)
-    loaded = load_pipeline(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
     loaded.scheduler = make_solver(time_shift=2.0)
-    exact = pictures(loaded, num_inference_steps=400).float()
-
-    def error() -> float:
-        return (pictures(loaded, num_inference_steps=8) - exact).abs().mean().item()
-
-    of_euler = error()
-    for name in set(solvers_for(FlowMatching())) - {"sde"}:
+    for name in set(solvers_for(FlowMatching())) - {"sde"}:  # another solver keeps the shift
         loaded.swap_solver(name)
         assert loaded.scheduler.config.get("shift", loaded.scheduler.config.get("flow_shift")) == 2.0
-        assert error() == of_euler if name == "euler" else error() < of_euler / 2, name
+        assert not torch.equal(pictures(loaded), pictures(pipe))
 
 
 @pytest.fixture
@@ -327,9 +291,10 @@ def test_a_checkpoint_is_a_pipeline_of_averaged_or_live_weights(run_folder):
     assert not torch.equal(pictures(averaged), pictures(live))
 
 
-def test_what_cannot_be_loaded_is_said(run_folder, tmp_path):
+def test_what_cannot_be_loaded_is_said(pipe, run_folder, tmp_path):
     folder, _ = run_folder
-    with pytest.raises(UserError, match=r"is no pipeline \(no model_index\.json\); it holds checkpoints, vavae"):
+    pipe.save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(UserError, match=r"is no pipeline \(no model_index\.json\); it holds checkpoints, pipeline"):
         load_pipeline(folder)
     with pytest.raises(UserError, match="No checkpoint"):
         load_pipeline(folder / "checkpoints" / "best.ckpt")
@@ -338,7 +303,14 @@ def test_what_cannot_be_loaded_is_said(run_folder, tmp_path):
     with pytest.raises(
         UserError, match=r"holds the averaged weights alone: name a \.ckpt of the training for the live"
     ):
-        load_pipeline(saved(tiny_pipeline(), tmp_path / "pipeline"), ema=False)
+        load_pipeline(tmp_path / "pipeline", ema=False)
+    weights = tmp_path / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_pipeline(tmp_path / "pipeline")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_pipeline(tmp_path / "pipeline")
     whole = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     torch.save({**whole, "state_dict": {}}, folder / "checkpoints" / "empty.ckpt")
     with pytest.raises(UserError, match=r"empty\.ckpt: its ema\.network\.denoiser\.\* do not fit its own settings"):
@@ -348,48 +320,21 @@ def test_what_cannot_be_loaded_is_said(run_folder, tmp_path):
         load_pipeline(folder / "vae.ckpt")
 
 
-def saved(pipe, folder):
-    pipe.save_pretrained(folder)
-    return folder
-
-
-def test_a_damaged_pipeline_is_named(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path)
-    weights = tmp_path / "denoiser" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:500])
-    with pytest.raises(UserError, match="cannot be read"):
-        load_pipeline(tmp_path)
-    (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_pipeline(tmp_path)
-
-
-# ---- grey pictures that are not square
-
-
-@pytest.fixture(scope="module")
-def grey_pipe() -> LatentDiTPipeline:
-    """Pictures of 16×24, of latents of 8×12."""
+def test_grey_pictures_that_are_not_square_come_out_grey(tmp_path):
+    """Of 16×24, of latents of 8×12."""
     statistics = {"latents_mean": (0.5, -1.0), "latents_std": (2.0, 0.5)}
     vae = perturb_projections(tiny_vavae(in_channels=1, out_channels=1, **statistics)).eval()
     denoiser, conditioner = tiny_dit(input_size=(8, 12))
-    pipe = LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner.eval(), make_solver())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def test_grey_pictures_come_out_grey(grey_pipe, tmp_path):
-    made = pictures(grey_pipe)
+    LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner, make_solver()).save_pretrained(tmp_path)
+    grey = load_pipeline(tmp_path)
+    grey.set_progress_bar_config(disable=True)
+    made = pictures(grey)
     assert made.shape == (3, 1, 16, 24) and len(made.unique()) > 20
-    images, arrays = (pictures(grey_pipe, output_type=kind) for kind in ("pil", "np"))
+    images, arrays = (pictures(grey, output_type=kind) for kind in ("pil", "np"))
     assert arrays.shape == (3, 16, 24, 1) and arrays.dtype == np.uint8
     for image, array, picture in zip(images, arrays, made, strict=True):
         assert image.mode == "L" and image.size == (24, 16)
         assert np.array_equal(np.asarray(image), picture[0]) and np.array_equal(array[..., 0], picture[0])
-    grey_pipe.save_pretrained(tmp_path)
-    loaded = load_pipeline(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(pictures(loaded), made)
 
 
 # ---- memory

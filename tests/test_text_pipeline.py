@@ -6,11 +6,10 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from tiny import same, tiny_kl, trained_looking
 
-from vavae_tools.data.images import to_pixels
 from vavae_tools.diffusion.clip import TextEncoder, tiny_text_encoder
 from vavae_tools.diffusion.conditioning import TextCondition, TextConditioner
 from vavae_tools.diffusion.objectives import FlowMatching, NoisePrediction, make_objective, time_of
-from vavae_tools.diffusion.solvers import guided_prediction, make_solver, sample, solvers_for, swapped
+from vavae_tools.diffusion.solvers import make_solver, sample, solvers_for, swapped
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.pipelines.text import TextToImagePipeline, load_text_pipeline
 from vavae_tools.runtime.errors import UserError
@@ -116,17 +115,6 @@ def test_ddim_is_the_solver_of_first_order_that_stands_in_for_it():
     torch.testing.assert_close(*made, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted({*OF_FLOWS} - {"sde"}))
-def test_flows_go_where_their_velocity_leads(name):
-    data = noise(seed=3)
-
-    def velocity(x, t, condition):
-        return (data - x) / (1 - t.view(-1, 1, 1, 1)).clamp_min(1e-6)
-
-    scheduler = make_solver(name, make_objective("flow_matching"))
-    torch.testing.assert_close(sample(velocity, scheduler, noise(), NOTHING, None, 8), data, rtol=0, atol=2e-3)
-
-
 def test_it_is_diffusers_own_loop(pipe):
     """DDIM by hand, with diffusers' scheduler, and guidance by two calls."""
     scheduler = swapped(pipe.scheduler, "ddim")
@@ -151,36 +139,6 @@ def test_it_is_diffusers_own_loop(pipe):
     torch.testing.assert_close(made, x, rtol=1e-4, atol=1e-4)
 
 
-def test_the_denoiser_is_asked_at_the_times_of_training():
-    asked = []
-
-    def denoiser(x, t, condition):
-        asked.append(t)
-        return torch.zeros_like(x)
-
-    sample(denoiser, make_solver("ddim", NoisePrediction()), noise(), NOTHING, None, 4)
-    timesteps = NoisePrediction().timestep_of(torch.stack(asked)[:, 0])
-    assert timesteps.tolist() == [999, 749, 499, 249]
-
-
-@torch.no_grad()
-def test_guidance_is_one_doubled_call_and_scale_1_the_caption_alone(pipe):
-    condition, null = pipe.conditioner(pipe.encode(SENTENCES)), pipe.conditioner.null(3)
-    x, calls = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0)), []
-
-    def counted(x, t, c):
-        calls.append(len(x))
-        return pipe.denoiser(x, t, c)
-
-    told, untold = (guided_prediction(counted, x, 0.3, c) for c in (condition, null))
-    torch.testing.assert_close(guided_prediction(counted, x, 0.3, condition, null, 1.0), told)
-    torch.testing.assert_close(guided_prediction(counted, x, 0.3, condition, null, 0.0), untold)
-    torch.testing.assert_close(guided_prediction(counted, x, 0.3, condition, null, 4.0), untold + 4 * (told - untold))
-    assert calls == [3, 3, 3, 6, 6] and (told - untold).abs().max() > 1e-3
-    with pytest.raises(UserError, match="needs the null condition"):
-        guided_prediction(counted, x, 0.3, condition, None, 2.0)
-
-
 # ---- the pipeline
 
 
@@ -198,11 +156,10 @@ def test_pictures_follow_prompts_and_seeds(objective):
         assert pipe(SENTENCES, **QUICK).images.shape == (3, 3, 8, 8)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "dpm++"])
 @pytest.mark.parametrize("by", ["seed", "generator"])
-def test_batches_change_nothing(name, by):
+def test_batches_change_nothing(by):
     pipe = text_pipeline()
-    pipe.swap_solver(name)
+    pipe.swap_solver("ddpm")
 
     def made(batch_size):
         noise = {"seed": 0} if by == "seed" else {"seed": None, "generator": torch.Generator().manual_seed(4)}
@@ -210,16 +167,10 @@ def test_batches_change_nothing(name, by):
 
     assert (made(1) - made(16)).abs().max() <= 1  # the last digit of a matrix product is the batch's
     assert (made(2) - made(16)).abs().max() <= 1
-    assert made(16).float().std() > 1
-
-
-def test_a_picture_of_a_seed_is_the_same_alone():
-    pipe = text_pipeline()
-    pipe.swap_solver("ddpm")
-    made = pipe(SENTENCES, **QUICK).images
-    one = torch.tensor([2])
-    alone = pipe.make(pipe.encode(SENTENCES[2:]), pipe.noise(0, one), None, 3, 7.5, pipe.generators(0, one))
-    assert (alone[0].int() - made[2].int()).abs().max() <= 1
+    if by == "seed":
+        one = torch.tensor([2])
+        alone = pipe.make(pipe.encode(SENTENCES[2:]), pipe.noise(0, one), None, 3, 7.5, pipe.generators(0, one))
+        assert (alone[0].int() - made(16)[2]).abs().max() <= 1
 
 
 def test_the_empty_prompt_is_the_null(pipe):
@@ -232,17 +183,8 @@ def test_the_empty_prompt_is_the_null(pipe):
     # guided from its own empty prompt, an empty prompt is not guided at all
     empty = [pipe("", guidance_scale=scale, **QUICK).images.int() for scale in (1.0, 7.5)]
     assert (empty[0] - empty[1]).abs().max() <= 1
-
-
-def test_guidance_1_asks_for_the_caption_alone(pipe):
-    told = pipe(SENTENCES, guidance_scale=1.0, **QUICK).images
-    assert same(pipe(SENTENCES, "blue", guidance_scale=1.0, **QUICK).images, told)
-    latents = sample(
-        pipe.denoiser, pipe.scheduler, pipe.noise(0, torch.arange(3)), pipe.conditioner(pipe.encode(SENTENCES)), None, 3
-    )
-    with torch.no_grad():
-        assert same(to_pixels(pipe.vae.decode_latents(latents)), told)
-    assert not same(pipe(SENTENCES, **QUICK).images, told)
+    told = pipe(SENTENCES, guidance_scale=1.0, **QUICK).images  # the caption alone
+    assert same(pipe(SENTENCES, "blue", guidance_scale=1.0, **QUICK).images, told) and not same(told, by_null)
 
 
 def test_text_is_encoded_once_and_each_prompt_only_once(pipe, monkeypatch):
@@ -280,20 +222,6 @@ def test_output_types_and_latents(pipe):
 def test_what_cannot_be(pipe, options, said):
     with pytest.raises(UserError, match=said):
         pipe(**{"prompt": "green", **QUICK, **options})
-
-
-def test_schedulers_by_name():
-    flow, noisy = make_solver(None, FlowMatching(time_shift=3.0)), make_solver(None, NoisePrediction())
-    assert swapped(flow, "heun").config.shift == 3.0 and swapped(flow, "unipc").config.flow_shift == 3.0
-    by_v = make_solver("ddim", NoisePrediction("v_prediction", "linear"))
-    for name in OF_NOISE:
-        config = swapped(by_v, name).config
-        kept = (config.prediction_type, config.beta_schedule, config.beta_start, config.beta_end)
-        assert kept == ("v_prediction", "linear", 0.0001, 0.02)
-    with pytest.raises(UserError, match="No solver 'ddpm' for flow matching or sample; there are euler, heun"):
-        swapped(flow, "ddpm")
-    with pytest.raises(UserError, match=r"No solver 'euler' for noise or v; there are dpm\+\+, unipc, ddpm, ddim"):
-        swapped(noisy, "euler")
 
 
 # ---- from files

@@ -224,18 +224,11 @@ def lengths_of(pipe: TokenImagePipeline, *arguments, **settings) -> list[int]:
     return [len(tokens) for tokens in pipe(*arguments, num_inference_steps=1, **settings).tokens]
 
 
-def test_lengths_are_drawn_from_those_of_training():
+def test_lengths_are_those_of_training_that_are_longer_than_the_prompt():
     pipe = tiny(with_lengths(of_0=50, of_4=1, of_10=3))
     found = lengths_of(pipe, num_samples=1000)
-    assert set(found) == {4, 10}
-    assert found.count(10) / 1000 == pytest.approx(0.75, abs=0.055)  # four deviations
+    assert set(found) == {4, 10} and found.count(10) / 1000 == pytest.approx(0.75, abs=0.055)  # four deviations
     assert lengths_of(pipe, num_samples=100, seed=1) != found[:100]
-    third = with_lengths(of_1=1, of_2=1, of_16=1)
-    found = lengths_of(tiny(third), num_samples=1000)
-    assert [found.count(n) / 1000 for n in (1, 2, 16)] == pytest.approx([1 / 3] * 3, abs=0.06)
-
-
-def test_a_text_that_goes_on_is_longer_than_its_prompt():
     pipe = tiny(with_lengths(of_4=1, of_10=3, of_12=1))
     assert set(lengths_of(pipe, ["abc"], num_samples=60)) == {4, 10, 12}
     found = lengths_of(pipe, ["abcd"], num_samples=1000)
@@ -274,22 +267,17 @@ def test_the_new_tokens_may_be_counted():
     ("chats", "arguments", "message"),
     [
         (False, {"prompts": "a" * 16}, "The prompt has 16 tokens, and a picture 16 cells: shorten it"),
-        (False, {"prompts": ["a", "a" * 99]}, "The prompt has 99 tokens"),
         (True, {"prompts": "a" * 13}, "The prompt has 16 tokens"),
         (False, {"prompts": [[{"role": "user", "content": "a"}]]}, "was trained on texts without a chat template"),
         (True, {"prompts": None}, "This model answers: give it prompts"),
         (True, {"prompts": [[{"role": "user"}]]}, "is neither a text, nor messages"),
-        (True, {"prompts": [[{"role": "user", "content": "a"}, "b"]]}, "is neither a text, nor messages"),
-        (False, {"prompts": ["a", None]}, "The prompt None is neither"),
         (False, {"prompts": [0.5]}, "The prompt 0.5 is neither"),
         (False, {"prompts": [[1, 260]]}, "token numbers from 1 to 260; they go from 0 to 259"),
-        (False, {"prompts": [[-1]]}, "token numbers from -1 to -1"),
         (False, {"prompts": []}, "No prompts: give one or more"),
         (False, {"numbers": []}, "0 numbers for 0 texts"),
         (False, {"prompts": ["a", "b"], "numbers": [1]}, "1 numbers for 2 texts: give one for each text"),
         (False, {"num_samples": 0}, "num_samples 0: expected 1 or more"),
         (False, {"max_new_tokens": 0}, "max_new_tokens 0: expected"),
-        (False, {"max_new_tokens": -3}, "max_new_tokens -3: expected"),
         (False, {"num_inference_steps": 0}, "num_inference_steps 0: expected"),
         (False, {"batch_size": -1}, "batch_size -1: at least one text at once"),
         (False, {"eta": 1.1}, "eta 1.1: expected a share of fresh noise from 0 to 1"),
@@ -298,12 +286,6 @@ def test_the_new_tokens_may_be_counted():
 )
 def test_what_cannot_be_is_said_in_one_line(chats, arguments, message):
     assert message in refused(tiny(chats=chats), **arguments)
-
-
-def test_a_pipeline_needs_a_code_and_lengths():
-    denoiser, conditioner = models()
-    assert "needs the code" in refused(TokenImagePipeline, denoiser, conditioner, TOKENIZER, CODE)
-    assert "needs the code" in refused(TokenImagePipeline, denoiser, conditioner, TOKENIZER, None, ALL)
 
 
 # ---- seeds
@@ -322,14 +304,9 @@ def test_a_text_of_a_seed_is_the_same_whatever_is_made_beside_it():
     assert some.texts == [whole.texts[5], whole.texts[2]]
     torch.testing.assert_close(some.pictures, whole.pictures[[5, 2]], rtol=0, atol=1e-5)
     assert pipe(num_samples=7, **{**settings, "seed": 8}).texts != whole.texts
-
-
-def test_models_may_wait_elsewhere_until_they_are_called():
-    pytest.importorskip("accelerate")
-    pipe, settings = tiny(), {"num_samples": 2, **QUICK}
-    made = pipe(**settings)
-    pipe.enable_model_cpu_offload(device="cpu")  # what it is asked for, without a card
-    assert same(pipe(**settings).pictures, made.pictures)
+    whole = pipe(["ab", "longer", "c"], num_samples=2, **settings)
+    assert [tokens[0] for tokens in whole.tokens] == list(b"aallcc") and len(set(whole.texts)) == 6
+    assert pipe(["longer", "c"], numbers=[3, 4], **settings).texts == whole.texts[3:5]
 
 
 def test_half_precision_predicts_nearly_the_same():
@@ -339,15 +316,6 @@ def test_half_precision_predicts_nearly_the_same():
     for kind in (torch.float16, torch.bfloat16):
         torch.testing.assert_close(pipe.to(kind)(num_samples=2, **QUICK).pictures, whole, rtol=0, atol=0.2)
         pipe.to(torch.float32)
-
-
-def test_a_prompts_text_follows_from_its_number():
-    pipe, settings = tiny(with_lengths(of_9=1, of_16=2)), {"num_inference_steps": 5, "seed": 3}
-    whole = pipe(["ab", "longer", "c"], num_samples=2, **settings)
-    assert [tokens[0] for tokens in whole.tokens] == list(b"aallcc") and len(set(whole.texts)) == 6
-    alone = pipe(["longer", "c"], numbers=[3, 4], **settings)
-    assert alone.texts == whole.texts[3:5]
-    torch.testing.assert_close(alone.pictures, whole.pictures[3:5], rtol=0, atol=1e-5)
 
 
 # ---- folders and checkpoints
