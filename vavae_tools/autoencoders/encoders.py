@@ -50,9 +50,11 @@ class FrozenEncoder(nn.Module):
         UserError: a configuration of another kind of model, or one that transformers does not accept.
     """
 
-    kinds: ClassVar[dict[str, tuple[str, str]]]
-    """model_type → transformers' classes of the configuration and of the model; the first is the published one"""
+    kinds: ClassVar[dict[str, str]]
+    """model_type → how transformers' classes are called before "Config" and "Model"; the first is the published one"""
     published: ClassVar[dict[str, Any]]
+    fixed: ClassVar[dict[str, Any]] = {}
+    """arguments that no configuration changes"""
     input_size: ClassVar[int]
     """pixels of a side that the published RAE encodes at"""
     mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
@@ -64,7 +66,9 @@ class FrozenEncoder(nn.Module):
         model_type, arguments = self._arguments(config or {})
         import transformers
 
-        config_class, model_class = (getattr(transformers, name) for name in self.kinds[model_type])
+        config_class, model_class = (
+            getattr(transformers, self.kinds[model_type] + part) for part in ("Config", "Model")
+        )
         try:
             full = config_class(**arguments)
             heads = full.num_attention_heads
@@ -103,7 +107,7 @@ class FrozenEncoder(nn.Module):
         # a config.json leaves out what equals transformers' own defaults, which are not the published base size
         is_file = "architectures" in config or "transformers_version" in config
         defaults = cls.published if model_type == published_type and not is_file else {}
-        return model_type, {**defaults, **{key: config[key] for key in _KEPT if key in config}}
+        return model_type, {**defaults, **{key: config[key] for key in _KEPT if key in config}, **cls.fixed}
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
         """Stay in evaluation mode, whatever the model around it does."""
@@ -123,10 +127,7 @@ class FrozenEncoder(nn.Module):
 class Dinov2withNorm(FrozenEncoder):
     """DINOv2 with registers, or without; its class token and registers are dropped."""
 
-    kinds: ClassVar = {
-        "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
-        "dinov2": ("Dinov2Config", "Dinov2Model"),
-    }
+    kinds: ClassVar = {"dinov2_with_registers": "Dinov2WithRegisters", "dinov2": "Dinov2"}
     published: ClassVar = {"image_size": 518, "patch_size": 14}
     input_size = 224
 
@@ -138,11 +139,9 @@ class Dinov2withNorm(FrozenEncoder):
 class SigLIPwithNorm(FrozenEncoder):
     """SigLIP's or SigLIP 2's vision half without its pooling head; it has patch tokens only."""
 
-    kinds: ClassVar = {
-        "siglip_vision_model": ("SiglipVisionConfig", "SiglipVisionModel"),
-        "siglip": ("SiglipVisionConfig", "SiglipVisionModel"),
-    }
+    kinds: ClassVar = {"siglip_vision_model": "SiglipVision"}
     published: ClassVar = {"image_size": 256, "patch_size": 16}
+    fixed: ClassVar = {"vision_use_head": False}
     input_size = 256
     mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     norm = "post_layernorm"
@@ -151,8 +150,7 @@ class SigLIPwithNorm(FrozenEncoder):
     def _arguments(cls, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         if isinstance(config.get("vision_config"), Mapping):  # of both halves
             config = {"architectures": None, **config["vision_config"], "model_type": "siglip_vision_model"}
-        _, arguments = super()._arguments(config)
-        return "siglip_vision_model", {**arguments, "vision_use_head": False}
+        return super()._arguments(config)
 
     def _tokens(self, pixel_values: Tensor) -> Tensor:
         return self.model(pixel_values, interpolate_pos_encoding=True).last_hidden_state  # (B, N, C)
@@ -161,14 +159,10 @@ class SigLIPwithNorm(FrozenEncoder):
 class MAEwithNorm(FrozenEncoder):
     """The encoder of a masked autoencoder; every patch is seen, in its place, and the class token is dropped."""
 
-    kinds: ClassVar = {"vit_mae": ("ViTMAEConfig", "ViTMAEModel")}
+    kinds: ClassVar = {"vit_mae": "ViTMAE"}
     published: ClassVar = {"image_size": 224, "patch_size": 16}
+    fixed: ClassVar = {"mask_ratio": 0.0}
     input_size = 256
-
-    @classmethod
-    def _arguments(cls, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        model_type, arguments = super()._arguments(config)
-        return model_type, {**arguments, "mask_ratio": 0.0}
 
     def _tokens(self, pixel_values: Tensor) -> Tensor:
         count = (pixel_values.shape[2] // self.patch_size) * (pixel_values.shape[3] // self.patch_size)
