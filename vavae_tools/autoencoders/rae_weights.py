@@ -149,7 +149,7 @@ def sorted_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     for statistics in (
         (last.get("statistics_mean"), last.get("statistics_var")),
         (last.get("latent_mean"), last.get("latent_var")),
-        (last.get("mean"), last.get("var")),
+        (named.get("stat.mean"), named.get("stat.var")),
         _from_deviation(last.get("_latents_mean"), last.get("_latents_std")),
     ):
         if any(tensor is not None for tensor in statistics):
