@@ -507,7 +507,9 @@ def test_batches_travel_as_they_are_stored_and_are_normalised_on_the_device(spli
     assert of_val.mean((0, 2, 3)).abs().max() > 1e-3  # by the training subset's statistics
 
 
-def test_shards_are_one_data_set(split, tmp_path):
+@pytest.mark.parametrize("read_at_once", [0, 2**20])
+def test_shards_are_one_data_set(split, tmp_path, monkeypatch, read_at_once):
+    monkeypatch.setattr(encoded, "READ_AT_ONCE", read_at_once)
     whole = LatentDataset(encode(split, tmp_path / "one", flips=True), "train")
     folder = encode(split, tmp_path / "many", flips=True, batch_size=3)
     assert folder.shards["train"] == [f"train-{n:05d}.safetensors" for n in range(8)]

@@ -37,7 +37,7 @@ _FORM = 1  # of the features; another form is another cache key
 
 
 class Foundation(Protocol):
-    """What latents can be aligned with: any frozen encoder of pictures.
+    """What latents can be aligned with: any frozen encoder of images.
 
     Attributes:
         channels: of its features.
@@ -47,20 +47,17 @@ class Foundation(Protocol):
     channels: int
     digest: str
 
-    def to(self, device: str | torch.device) -> "Foundation":
-        """Move it to a device; pictures are expected there."""
-        ...
+    def to(self, device: str | torch.device) -> "Foundation": ...
 
     def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Features (B, channels, h, w) for a grid (h, w), without a graph, of pictures (B, C, H, W) in [-1, 1]."""
-        ...
+        """Return features (B, channels, h, w) for a grid (h, w), without a graph, of images (B, C, H, W) in [-1, 1]."""
 
 
 class TransformersFoundation:
     """The patch tokens after the last layer's norm of a ViT from transformers; a `Foundation`.
 
-    As the reference does, pictures keep the range [-1, 1], without the model's own mean and standard deviation, and
-    are resized (bilinear) so that its patches fall on the grid asked for: 224 pixels for 16×16 patches of 14. Position
+    As the reference does, images keep the range [-1, 1], without the model's own mean and standard deviation, and are
+    resized (bilinear) so that its patches fall on the grid asked for: 224 pixels for 16×16 patches of 14. Position
     embeddings are resampled as the reference's library timm does it, not as transformers, whose way depends on its
     version. It is no `nn.Module`, so it stays in evaluation mode and out of the checkpoints of what holds it.
 
@@ -80,13 +77,12 @@ class TransformersFoundation:
         embeddings.interpolate_pos_encoding = partial(_positions, embeddings.position_embeddings, self.patch_size)
 
     def to(self, device: str | torch.device) -> "TransformersFoundation":
-        """Move the model to a device, in place."""
         self.model.to(device)
         return self
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Features float32 (B, channels, h, w) of pictures (B, C, H, W) in [-1, 1]; C is 3, or 1 which is repeated."""
+        """Return features float32 (B, channels, h, w) of images (B, C, H, W) in [-1, 1], in RGB or grey."""
         height, width = grid
         size = (height * self.patch_size, width * self.patch_size)
         pictures = F.interpolate(pictures.float(), size=size, mode="bilinear", align_corners=False)
@@ -106,7 +102,7 @@ class TransformersFoundation:
 
 
 def _positions(table: Tensor, patch_size: int, tokens: Tensor, height: int, width: int) -> Tensor:
-    """The position embeddings (1, 1 + n·n, D) for pictures of height × width pixels, in place of the model's own way.
+    """Return the position embeddings (1, 1 + n·n, D) for images of height × width pixels, in the model's place.
 
     timm, which the reference runs, resamples with bicubic antialiasing.
     """
@@ -120,7 +116,7 @@ def _positions(table: Tensor, patch_size: int, tokens: Tensor, height: int, widt
 
 
 def load_foundation(folder: str | Path) -> TransformersFoundation:
-    """A frozen DINOv2 (with or without registers) or ViT-MAE from its folder, such as that of facebook/dinov2-large.
+    """Load a frozen DINOv2 (with or without registers) or ViT-MAE from its folder, such as facebook/dinov2-large's.
 
     Safetensors are preferred; pickled weights are only read as tensors (`weights_only`).
 
@@ -135,12 +131,11 @@ def load_foundation(folder: str | Path) -> TransformersFoundation:
             "(of facebook/dinov2-large, for example), or take vf_weight 0"
         )
     there = sorted(path.name for path in folder.iterdir())
-    if "config.json" not in there or not any(name in there for name in _WEIGHT_FILES):
-        missing = "config.json" if "config.json" not in there else "model.safetensors"
-        raise UserError(
-            f"{folder} is no folder of a foundation model: {missing} is missing; it holds "
-            f"{', '.join(there[:5]) or 'nothing'}{' …' if len(there) > 5 else ''}"
-        )
+    missing = [] if "config.json" in there else ["config.json"]
+    missing += [] if any(name in there for name in _WEIGHT_FILES) else ["model.safetensors"]
+    if missing:
+        held = ", ".join(there[:5]) or "nothing"
+        raise UserError(f"{folder} is no folder of a foundation model: {missing[0]} is missing; it holds {held}")
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
@@ -165,8 +160,9 @@ def _load_model(folder: Path) -> nn.Module:
             )
     except Exception as error:  # of any kind: what transformers' versions stumble over in damaged files
         reason = "".join(filter(str.isprintable, " ".join(str(error).split())))[:120]
-        safe = any(path.name.startswith("model.safetensors") for path in folder.iterdir())
-        advice = "copy the folder anew" if safe else "pickled weights may hold tensors only, so take model.safetensors"
+        advice = "pickled weights may hold tensors only, so take model.safetensors"
+        if any(folder.glob("model.safetensors*")):
+            advice = "copy the folder anew"
         raise UserError(f"The foundation model in {folder} cannot be loaded ({reason}): {advice}") from None
     missing = sorted(name for name in report["missing_keys"] if "mask_token" not in name)  # only training has masks
     if missing:  # transformers goes on with random numbers there
@@ -181,9 +177,9 @@ def _load_model(folder: Path) -> nn.Module:
 def alignment_loss(
     projected: Tensor, features: Tensor, distance_margin: float = 0.0, cosine_margin: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """How far latents are from a foundation model's features (VA-VAE): two means, whose sum is the reference's VF loss.
+    """Return two means that say how far latents are from a foundation model's features; their sum is VA-VAE's VF loss.
 
-    The marginal distance-matrix similarity compares, inside each picture, the cosines between all pairs of positions;
+    The marginal distance-matrix similarity compares, inside each image, the cosines between all pairs of positions;
     the marginal cosine similarity compares each position's vector itself. Both are computed in float32.
 
     Args:

@@ -36,6 +36,7 @@ SHARD_BYTES = 2**30
 """The most samples and bytes of a shard: one is in memory while it is made, and is lost when the process is killed."""
 MIN_SHARDS = 8
 """Shards of a subset where it has as many batches: for several processes to share, and to resume with."""
+READ_AT_ONCE = 2**28
 PATIENCE = 120.0
 """Seconds until files that another machine wrote must be visible: network disks cache that there was nothing."""
 
@@ -339,10 +340,14 @@ def mapped(path: Path) -> dict[str, Tensor]:
 
 
 class Rows:
-    """The rows of a field over all shards of a subset: `rows[index]` copies those of an int64 (B,) alone."""
+    """The rows of a field over all shards of a subset: `rows[index]` copies those of an int64 (B,) alone.
+
+    Several shards that are small together are read into memory as one.
+    """
 
     def __init__(self, shards: Sequence[Tensor]) -> None:
-        self.shards = list(shards)
+        is_small = len(shards) > 1 and sum(shard.nbytes for shard in shards) <= READ_AT_ONCE
+        shards = self.shards = [torch.cat(list(shards))] if is_small else list(shards)
         lengths = torch.tensor([len(shard) for shard in shards], dtype=torch.int64)
         self._ends = lengths.cumsum(0)
         self._starts = self._ends - lengths
@@ -350,13 +355,9 @@ class Rows:
     def __len__(self) -> int:
         return sum(map(len, self.shards))
 
-    def shard_of(self, index: Tensor) -> Tensor:
-        """Return the number of the shard of each row, int64 (B,)."""
-        return torch.searchsorted(self._ends, index, right=True)
-
     def __getitem__(self, index: Tensor) -> Tensor:
         if len(self.shards) == 1 or not len(index):
             return self.shards[0][index]
-        numbers = self.shard_of(index)
+        numbers = torch.searchsorted(self._ends, index, right=True)
         places = index - self._starts[numbers]
         return torch.stack([self.shards[n][place] for n, place in zip(numbers.tolist(), places.tolist(), strict=True)])

@@ -246,6 +246,7 @@ class EncodedTexts:
         ends = [shard["ends"] for shard in shards]
         self._lengths = torch.cat([one.diff(prepend=one.new_zeros(1)) for one in ends])  # (captions,), in tokens
         self._firsts = torch.cat(ends) - self._lengths  # each caption's first token in its shard
+        self._shard_of = torch.arange(len(ends)).repeat_interleave(torch.tensor(list(map(len, ends))))
 
     def states(self, places: Tensor) -> dict[str, Tensor]:
         """Return the states of captions by their places int64 (B,), padded with zeros to the longest of them.
@@ -253,7 +254,7 @@ class EncodedTexts:
         "text_tokens" float16 (B, L, D), "text_mask" bool (B, L), true where a token is, "text_pooled" float16 (B, P).
         """
         lengths = self._lengths[places]
-        rows = (self._pooled.shard_of(places), self._firsts[places], lengths)
+        rows = (self._shard_of[places], self._firsts[places], lengths)
         tokens = [
             self._tokens[shard][first : first + length]
             for shard, first, length in zip(*(values.tolist() for values in rows), strict=True)
