@@ -363,6 +363,14 @@ def test_an_extracted_decoder_and_statistics(tmp_path, config_path, said):
     assert torch.equal(larger.decoder.decoder_pos_embed, small_rae(6).decoder.decoder_pos_embed)
 
 
+def test_the_decoders_numbers_from_a_file(tmp_path, config_path, said):
+    numbers = {name: value for name, value in DECODER.items() if name != "decoder_patch_size"}
+    (tmp_path / "config.json").write_text(json.dumps({**numbers, "patch_size": "SHOULD BE RELOADED"}))
+    for decoder in (tmp_path, str(tmp_path / "config.json")):
+        rae = load(said, encoder_config_path=config_path, decoder=decoder)
+        assert (rae.config.decoder_hidden_size, rae.config.decoder_patch_size) == (16, 16)
+
+
 def test_published_defaults():
     rae = RAE(**DECODER, encoder_config={"num_hidden_layers": 1})
     assert rae.latent_shape == (768, 16, 16) and rae.config.encoder_input_size == 224
@@ -429,6 +437,7 @@ def test_wrong_files_are_one_line(tmp_path, config_path, said):
         ({"encoder_checkpoint_path": tmp_path / "other.pt"}, "conv.weight"),
         ({"encoder_checkpoint_path": empty}, "No weights in"),
         ({"decoder": "ViTH"}, "'ViTH'"),
+        ({"decoder": config_path}, "no decoder_hidden_size"),
         ({"statistics_path": tmp_path / "no.pt"}, "no.pt"),
         ({"statistics_path": tmp_path / "none.pt"}, "no statistics", "mean"),
         ({"statistics_path": tmp_path / "stat.safetensors"}, "(3, 4, 4)", "16×4×4"),

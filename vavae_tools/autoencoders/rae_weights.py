@@ -35,7 +35,7 @@ def load_rae(
     encoder_config_path: str | Path | None = None,
     encoder_input_size: int | None = None,
     encoder_checkpoint_path: str | Path | None = None,
-    decoder: str | Mapping[str, Any] = "ViTXL",
+    decoder: str | Path | Mapping[str, Any] = "ViTXL",
     decoder_path: str | Path | None = None,
     statistics_path: str | Path | None = None,
     decoder_patch_size: int | None = None,
@@ -279,21 +279,28 @@ def from_diffusers(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], 
 
 
 # ---- files
-def decoder_size(decoder: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Return a decoder's numbers by the name of its size, or those given, which need not be all.
+def decoder_size(decoder: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Return a decoder's numbers: "ViTB", "ViTL", "ViTXL", "tiny", some numbers, or a config.json or its folder.
 
     Raises:
-        UserError: no such size, or numbers that a decoder does not have.
+        UserError: no such size or file, or numbers that a decoder does not have.
     """
-    if isinstance(decoder, str):
-        if decoder not in RAE_SIZES:
-            raise UserError(f"No decoder size {decoder!r}; there are {', '.join(RAE_SIZES)}")
-        return dict(RAE_SIZES[decoder])
     known = {*RAE_SIZES["ViTXL"], "decoder_layer_norm_eps"}
-    unknown = sorted(set(decoder) - known)
-    if unknown:
-        raise UserError(f"A decoder has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    return dict(decoder)
+    if isinstance(decoder, Mapping):
+        unknown = sorted(set(decoder) - known)
+        if unknown:
+            raise UserError(f"A decoder has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        return dict(decoder)
+    if decoder in RAE_SIZES:
+        return dict(RAE_SIZES[decoder])
+    path = Path(decoder)
+    if not path.exists():
+        raise UserError(f"No decoder size {str(decoder)!r}, nor a config.json there; there are {', '.join(RAE_SIZES)}")
+    config = _read_json(path / "config.json" if path.is_dir() else path)
+    if "decoder_hidden_size" not in config:
+        raise UserError(f"{path} is no decoder's configuration: it has no decoder_hidden_size")
+    config["decoder_layer_norm_eps"] = config.get("layer_norm_eps", 1e-12)
+    return {name: value for name, value in config.items() if name in known}  # patch_size is a word there: 16
 
 
 def _encoder_files(source: str | Path | None) -> tuple[dict[str, Any], Path | None]:
