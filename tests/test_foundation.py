@@ -30,7 +30,6 @@ from vavae_tools.autoencoders.foundation import (
 from vavae_tools.autoencoders.losses import adaptive_weight
 from vavae_tools.data.images import PictureFolder, to_unit
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.precision import Computing
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 DINO = {**SMALL, "image_size": 28, "patch_size": 14}
@@ -417,21 +416,6 @@ def test_stale_features_are_not_used(change, data, tmp_path):
 def test_features_that_float16_cannot_hold_are_told(data, tmp_path):
     with pytest.raises(UserError, match=r"Features of this Brightness reach .*, and float16 holds up to 65,504"):
         foundation_features(Brightness("b", factor=1e6), data, (2, 2), tmp_path / "train.safetensors", progress=False)
-
-
-def test_features_that_overflow_in_half_precision_are_computed_in_float32(data, tmp_path, monkeypatch):
-    """As a card would."""
-
-    class Overflowing(Brightness):
-        def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
-            return super().__call__(pictures, grid) / (not torch.is_autocast_enabled("cpu"))
-
-    said = []
-    monkeypatch.setattr(module, "Computing", lambda precision, *rest: Computing("bf16", *rest))
-    arguments = {"data": data, "grid": (2, 2), "batch_size": 7, "progress": False}
-    expected = foundation_features(Brightness(), path=tmp_path / "a" / "train.safetensors", **arguments)
-    found = foundation_features(Overflowing(), path=tmp_path / "b" / "train.safetensors", say=said.append, **arguments)
-    assert same(all_of(found), all_of(expected)) and len(said) == 1 and "Features of this Overflowing" in said[0]
 
 
 def test_too_many_features_are_not_kept(data, tmp_path, monkeypatch):

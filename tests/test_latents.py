@@ -18,7 +18,7 @@ from tiny import SIZE, perturb_projections, same, tiny_vavae
 from vavae_tools.autoencoders.rae import tiny_rae
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.data import encoded, latents
-from vavae_tools.data.datasets import PictureDataModule, picture_data
+from vavae_tools.data.datasets import PictureDataModule
 from vavae_tools.data.demo.shapes import shape_data
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.latents import INDEX, LatentDataModule, LatentDataset, LatentFolder, encode_latents
@@ -308,27 +308,6 @@ def test_pictures_of_any_source_by_any_autoencoder(tmp_path, num_workers):
         assert torch.equal(batch["labels"], pictures.labels[order])
     others = shape_data(20, num_classes=3, image_size=16, seed=5, val_share=0.2)
     assert encode_latents(Averages(), others, tmp_path / "latents", progress=False).key != folder.key
-
-
-@pytest.mark.parametrize("change", ["crop", "a picture", "the side"])
-def test_picture_sets_are_known_by_crop_and_contents(gait, tmp_path, change):
-    folder = shutil.copytree(gait, tmp_path / "pictures")
-    options = {"image_size": SIZE, "crop": "adm", "seed": 0}
-
-    def key():
-        data = picture_data(folder, progress=False, **options)
-        return encode_latents(Averages(), data, tmp_path / "latents", progress=False).key
-
-    first = key()
-    assert key() == first
-    if change == "crop":
-        options["crop"] = "none"
-    elif change == "the side":
-        options["seed"] = 1
-    else:
-        path = folder / "ID_2" / "walk_003.jpg"
-        Image.new("RGB", (SIZE, SIZE), "red").save(path)
-    assert key() != first
 
 
 def test_images_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):

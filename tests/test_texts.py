@@ -4,12 +4,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-import lightning as L
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import assert_same, same
+from tiny import same
 from torch import Tensor
 
 from vavae_tools.data import text_states as texts
@@ -17,7 +15,6 @@ from vavae_tools.data.captions import CaptionOrder
 from vavae_tools.data.latents import LatentFolder
 from vavae_tools.data.text_states import EncodedTexts, TextFolder, TextLatentDataModule, encode_texts, needed_bytes
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.precision import Computing
 
 DIM, POOLED, MOST = 4, 3, 8
 
@@ -200,19 +197,6 @@ def test_stale_texts_are_never_used(folder):
     assert [distinct[place] for place in data["train.places"]] == [*fewer["train"][1], *fewer["train"][0]]
 
 
-def test_a_damaged_shard_is_made_anew(folder):
-    (name,) = folder.shards
-    (folder.path / name).write_bytes((folder.path / name).read_bytes()[:100])
-    with pytest.raises(UserError, match="encode again"):
-        EncodedTexts(folder)
-    (folder.path / texts.INDEX).unlink()
-    encoder = WordEncoder()
-    assert encode_texts(encoder, CAPTIONS, folder.path, progress=False).key == folder.key
-    assert encoder.encoded == DISTINCT
-    with safe_open(folder.path / name, framework="pt") as file:
-        assert file.get_slice("pooled").get_shape() == [len(DISTINCT), POOLED]
-
-
 def test_faults(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Image 1 of the subset train has no caption"):
         encode_texts(WordEncoder(), {"train": [("a",), ()]}, tmp_path, progress=False)
@@ -228,30 +212,6 @@ def test_faults(tmp_path, monkeypatch):
     (tmp_path / texts.INDEX).write_text("{")
     with pytest.raises(UserError, match="damaged"):
         TextFolder.read(tmp_path)
-
-
-def test_states_that_overflow_in_half_precision_are_encoded_in_float32(folder, tmp_path, monkeypatch):
-    """As a card would; the encoder is there only while there is something to encode."""
-
-    class Overflowing(WordEncoder):
-        def encode(self, captions):
-            states = super().encode(captions)
-            if torch.is_autocast_enabled("cpu"):
-                states.tokens[-1, 0, 0] = torch.inf
-            return states
-
-    said, sent = [], []
-    monkeypatch.setattr(texts, "Computing", lambda precision, *rest: Computing("bf16", *rest))
-    monkeypatch.setattr(Overflowing, "to", lambda self, device: sent.append(device))
-    options = {"batch_size": 2, "progress": False, "say": said.append, "device": "cpu"}
-    found = encode_texts(Overflowing(), CAPTIONS, tmp_path / "half", **options)
-    for name in folder.shards:
-        assert_same(load_file(tmp_path / "half" / name), load_file(folder.path / name))
-    assert said == [
-        "States of this Overflowing are not finite in half precision: such batches are computed again in float32"
-    ]
-    assert sent == [torch.device("cpu")]
-    assert encode_texts(Overflowing(), CAPTIONS, tmp_path / "half", **options) == found and len(sent) == 1
 
 
 # ---- beside the latents
@@ -298,57 +258,16 @@ def test_texts_of_other_pictures_are_refused(tmp_path, folder):
         TextLatentDataModule(latents, other)
 
 
-class Watching(L.LightningModule):
-    """Keeps what it sees, and saves after its last step; it has a weight, so that there is something to train."""
-
-    def __init__(self, save=None) -> None:
-        super().__init__()
-        self.weight, self.batches, self.save = torch.nn.Parameter(torch.zeros(())), [], save
-
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        """As `DiffusionModule`, which leaves latents and texts as they are."""
-        assert batch["latents"].dtype == batch["text_tokens"].dtype == batch["text_pooled"].dtype == torch.float32
-        return batch
-
-    def training_step(self, batch, batch_idx):
-        self.batches.append({name: values.clone() for name, values in batch.items()})
-        return self.weight * 0
-
-    def on_train_batch_end(self, *_) -> None:
-        if self.save and self.trainer.global_step == self.trainer.max_steps:
-            self.trainer.save_checkpoint(self.save)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def watched(folder, tmp_path, steps: int, workers: int = 0, ckpt_path=None, save=None) -> list[dict[str, Tensor]]:
-    data = TextLatentDataModule(LatentFolder.read(tmp_path / "latents"), folder, 2, workers, seed=1)
-    module = Watching(save)
-    trainer = L.Trainer(
-        max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
-        enable_model_summary=False, use_distributed_sampler=False,
-    )  # fmt: skip
-    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=False if ckpt_path else None)
-    return module.batches
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_training_goes_on_with_the_very_captions(folder, tmp_path, workers):
-    """Stopped within its second epoch of two steps, also with loading processes."""
-    write_latents(tmp_path / "latents")
-    whole = watched(folder, tmp_path, 8)
-    begun = watched(folder, tmp_path, 3, save=tmp_path / "a.ckpt")
-    resumed = watched(folder, tmp_path, 8, workers, ckpt_path=tmp_path / "a.ckpt")
-    assert len(begun) == 3 and len(resumed) == 5
-    for one, other in zip(whole, begun + resumed, strict=True):
-        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_other_captions_are_no_going_on(folder, tmp_path):
-    write_latents(tmp_path / "latents")
-    watched(folder, tmp_path, 3, save=tmp_path / "a.ckpt")
-    more = {**CAPTIONS, "train": [(*of, "one more") for of in CAPTIONS["train"]]}
-    other = encode_texts(WordEncoder(), more, tmp_path / "other", progress=False)
-    with pytest.raises(UserError, match="captions = 11, here it is 16"):
-        watched(other, tmp_path, 8, ckpt_path=tmp_path / "a.ckpt")
+def test_batches_resume_with_the_very_captions(folder, tmp_path):
+    """Within the second epoch of two steps; other captions are refused."""
+    latents = write_latents(tmp_path / "latents")
+    order = CaptionOrder(torch.tensor([2, 3, 1, 4, 1]), 2, 1)
+    order.set_epoch(1)
+    state = {"epoch": 1, "batches_done": 1, "seed": 1, "samples": 5, "samples per step": 2, "captions": 11}
+    data = TextLatentDataModule(latents, folder, 2, seed=1)
+    data.load_state_dict(state)
+    (batch,) = data.train_dataloader()
+    assert batch["index"].tolist() == [index for index, _ in list(order)[2:]]
+    assert_states(batch, [CAPTIONS["train"][index][number] for index, number in list(order)[2:]], torch.float16)
+    with pytest.raises(UserError, match="captions = 16, here it is 11"):
+        data.load_state_dict({**state, "captions": 16})

@@ -1,7 +1,6 @@
 """Texts as pictures: nothing lost, nothing twice, read again; files, tokenizers, sides; what is said of faults."""
 
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from vavae_tools.data.demo.sentences import questions, sentences, stories
-from vavae_tools.data.loader import EpochOrder
 from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.data.tokens.dataset import TokenImageDataModule, TokenImageDataset
 from vavae_tools.data.tokens.text_files import read_texts
@@ -308,14 +306,6 @@ def test_a_tokenizer_without_an_end(endless, tmp_path):
     assert len(TextTokens(endless)) == 901
 
 
-def test_a_tokenizer_of_transformers_adds_and_cuts_nothing(merged):
-    tokens = TextTokens(merged)
-    (row,) = tokens.encode(["the cat sees a bird. " * 20])
-    assert len(row) > 60 and not {0, 1} & set(row.tolist())
-    assert len(tokens) == tokens.tokenizer.vocab_size == 320
-    assert len(row) < 0.6 * len("the cat sees a bird. " * 20)  # it did learn
-
-
 # ---- files
 
 
@@ -434,13 +424,6 @@ def test_sizes_that_do_not_fit(options, says):
 # ---- lengths, fingerprint, words
 
 
-def test_lengths_count_the_pictures(tmp_path):
-    file = json_lines(tmp_path / "a.jsonl", *({"text": "x" * n} for n in (0, 2, 2, 3, 9)))
-    data = TokenImageDataset(file, 16, max_tokens=4)
-    assert data.lengths().tolist() == [0, 1, 1, 2, 3] and data.lengths().dtype == torch.int64
-    assert data.part([0, 3]).lengths().tolist() == [0, 1, 0, 0, 1]
-
-
 def test_answers_are_as_long_as_they_are_after_their_prompts(tmp_path):
     chats = [chat("ab", "xyz"), chat("ab", "xyz"), chat("abcd", "x"), chat("a", "xy", "bcd", "xyzxyz")]
     path = json_lines(tmp_path / "chats.jsonl", *({"messages": each} for each in chats))
@@ -538,39 +521,6 @@ def test_of_long_texts_the_end_of_the_longest(seed, tmp_path):
 def test_shares_that_cannot_be(share):
     says = refused(TokenImageDataModule, TokenImageDataset("zen"), val_share=share)
     assert says == f"val_share {share:g}: expected a share from 0 to below 1, such as 0.05"
-
-
-# ---- batches
-
-
-def test_batches_resume_where_a_checkpoint_was_written():
-    module = TokenImageDataModule(TokenImageDataset("zen"), batch_size=4, val_share=0.1, seed=3)
-    assert (len(module.train_data), len(module.val_data)) == (17, 2)
-    whole = EpochOrder(17, 4, 3)
-    whole.set_epoch(2)
-    state = {"epoch": 2, "batches_done": 3, "seed": 3, "samples": 17, "samples per step": 4}
-    module.load_state_dict(state)
-    (batch,) = module.train_dataloader()
-    wanted = module.train_data.__getitems__(list(whole)[12:16])
-    assert all(torch.equal(batch[name], wanted[name]) for name in wanted)
-    other = TokenImageDataModule(TokenImageDataset("zen"), batch_size=4, val_share=0.3, seed=3)
-    assert "samples = 17, here it is 13" in refused(other.load_state_dict, state)
-
-
-def test_loading_processes_bring_the_same_and_say_nothing(merged, capfd, monkeypatch):
-    """Before 0.23 tokenizers warns of every process that is forked after it used threads, unless this is set."""
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    dataset = TokenImageDataset("zen", tokenizer=merged)
-    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
-    alone, helped = (
-        TokenImageDataModule(dataset, batch_size=4, num_workers=workers, val_share=0.2) for workers in (0, 2)
-    )
-    for loader in ("train_dataloader", "val_dataloader"):
-        ours, theirs = list(getattr(alone, loader)()), list(getattr(helped, loader)())
-        assert len(ours) == len(theirs) > 0
-        for one, other in zip(ours, theirs, strict=True):
-            assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
-    assert "tokenizers" not in capfd.readouterr().err
 
 
 # ---- a tokenizer that is learnt
