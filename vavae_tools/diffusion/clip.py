@@ -142,9 +142,6 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
         source: a folder of transformers with a CLIPTextModel, or a whole CLIPModel whose text half is taken, and its
             tokenizer; a folder of Stable Diffusion with `text_encoder/` and `tokenizer/`; or "owner/name", a repository
             of Hugging Face's hub, read only where no such path is there.
-
-    Raises:
-        UserError: nothing there, no tokenizer, no weights, another kind of model, or files that are damaged.
     """
     files = ["*.json", "*.txt", "*.safetensors"]
     folder = local_folder(
@@ -200,11 +197,7 @@ def tiny_text_encoder(
     """Return a small random CLIP text encoder whose tokenizer knows the words of some sentences, for trials.
 
     Words are told apart without any training: each has a random vector of its own, and a caption's end token gathers
-    them all. Other words are spelled, letter by letter. The same arguments give the same encoder.
-
-    Args:
-        dim: width of the states, a multiple of 16.
-        max_tokens: of a caption, with the start and the end token.
+    them all. Other words are spelled, letter by letter. `dim` is a multiple of 16.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 

@@ -101,8 +101,7 @@ class TextConditioner(ModelMixin, ConfigMixin):
 
     Args:
         text_dim, pooled_dim: widths of the states, of a token and of the whole caption.
-        hidden_size: the denoiser's.
-        dropout: as of `ClassConditioner`.
+        dropout: see `ClassConditioner`.
         empty_length: tokens of the empty prompt; CLIP's has a start and an end token. `set_empty` puts it right.
     """
 
@@ -119,11 +118,7 @@ class TextConditioner(ModelMixin, ConfigMixin):
         self._knows_empty = False
 
     def set_empty(self, states: TextStates) -> None:
-        """Keep the empty prompt's states, `encoder.encode([""])`.
-
-        Raises:
-            UserError: states of several captions, or of other widths.
-        """
+        """Keep the empty prompt's states, `encoder.encode([""])`."""
         tokens, pooled = states.tokens[:, states.mask[0]], states.pooled  # (1, L, D) without padding, (1, P)
         expected = (1, self.config.text_dim), (1, self.config.pooled_dim)
         if ((len(tokens), tokens.shape[2]), tuple(pooled.shape)) != expected:

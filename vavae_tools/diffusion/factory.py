@@ -27,9 +27,6 @@ def make_denoiser(config: Mapping[str, Any]) -> DiT | DDT | TextDiT:
     Args:
         config: arguments under our names or the references' (`use_rope`, `wo_shift`, …). "size" stands for
             hidden_size, depth and num_heads: "S" to "XL", with "head": "wide" those of the `DDT`.
-
-    Raises:
-        UserError: an argument that it does not have, also those of the conditioner (see `split_reference_arguments`).
     """
     arguments = our_arguments(config)
     made = TextDiT if "head" in arguments else DDT if _is_wide(arguments) else DiT
@@ -68,9 +65,6 @@ def split_reference_arguments(config: Mapping[str, Any]) -> tuple[dict[str, Any]
 
     num_classes (1000 where it is not given) and class_dropout_prob (0.1) are the conditioner's, and its hidden_size is
     the denoiser's, with a wide head the encoder's.
-
-    Raises:
-        UserError: an argument that nobody knows, naming the nearest known one.
     """
     denoiser = our_arguments(
         {name: value for name, value in config.items() if name not in {*OF_THE_CONDITIONER, *WITHOUT_EFFECT}}

@@ -20,15 +20,12 @@ Rope = tuple[Tensor, Tensor]
 
 
 class Kept(NamedTuple):
-    """The patches that are computed, equally many of each sample.
-
-    Attributes:
-        places: their numbers, int64 (B, L), those in the mask first.
-        there: which of them are in the mask, bool (B, L); the others fill up and are not attended to.
-    """
+    """The patches that are computed, equally many of each sample."""
 
     places: Tensor
+    """Their numbers, int64 (B, L), those in the mask first."""
     there: Tensor
+    """Which of them are in the mask, bool (B, L); the others fill up and are not attended to."""
 
 
 def kept_patches(mask: Tensor, patch_size: int) -> Kept:
@@ -83,8 +80,7 @@ def sincos_table(height: int, width: int, dim: int) -> Tensor:
 def rope_table(height: int, width: int, head_dim: int) -> Rope:
     """Cosines and signed sines (height·width, head_dim) for `rotate`: rows turn the first half, columns the second.
 
-    Neighbouring features are a pair (a, b) that turns by its angle to (a·cos − b·sin, b·cos + a·sin); the minus is
-    already in the table, so that `rotate` needs only a swap of neighbours.
+    Neighbouring features (a, b) turn to (a·cos − b·sin, b·cos + a·sin); the minus is in the table.
     """
     angle = torch.cat(_angles(height, width, head_dim // 4), dim=1)  # (h·w, head_dim / 2)
     cos = angle.cos().repeat_interleave(2, dim=1)
@@ -99,10 +95,7 @@ def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Each square of patch_size² pixels → a vector: a convolution by its weights, a matrix product in practice.
-
-    The convolution's own output has the features before the tokens in memory, and all that follows would inherit it.
-    """
+    """Each square of patch_size² pixels → a vector: a convolution, as a matrix product for the memory's order."""
 
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
@@ -133,10 +126,7 @@ class TimeEmbed(nn.Module):
 
 
 class FourierTimeEmbed(TimeEmbed):
-    """t in [0, 1] → sines and cosines of random frequencies → a two-layer network, as RAE's models (Zheng et al. 2025).
-
-    The frequencies `W` are drawn once and belong to the weights: a model with others is a ruined one.
-    """
+    """As `TimeEmbed` with random frequencies `W`, which belong to the weights, as RAE's models (Zheng et al. 2025)."""
 
     def __init__(self, dim: int, num_features: int = 512) -> None:
         frequencies = torch.randn(num_features // 2)
@@ -245,12 +235,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, to a text if asked, and a perceptron, each on a normed and modulated x, added through a gate (adaLN).
-
-    Args:
-        adaln_shift: modulate by scale and shift; False: by scale alone.
-        cross_attention: between the two, let the image look at a text.
-    """
+    """Attention, if asked also to a text, and a perceptron, each of a normed and modulated x, added by a gate (adaLN)."""
 
     def __init__(
         self,
@@ -308,10 +293,7 @@ class FinalLayer(nn.Module):
 
 
 class Backbone:
-    """Mixin of the denoisers: patches and their positions, a loop over blocks, and patches back to latents.
-
-    Beside it stand `ModelMixin` and `ConfigMixin`, which diffusers looks for in the file of each model.
-    """
+    """Mixin of the denoisers: patches and their positions, a loop over blocks, and patches back to latents."""
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012  (diffusers wants a list)
@@ -327,11 +309,7 @@ class Backbone:
         self.latent_shape = (in_channels, height, width)
 
     def _make_blocks(self, depth: int, dim: int, num_heads: int, cross_attention: bool = False, part: str = "") -> list:
-        """Return blocks as `config` says.
-
-        Raises:
-            UserError: the heads do not fill the features of the `part`.
-        """
+        """Return blocks as `config` says; `part` names them in a message."""
         config = self.config
         if dim % num_heads or dim % 4 or (config.rope and dim // num_heads % 4):
             raise UserError(

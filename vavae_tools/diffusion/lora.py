@@ -27,9 +27,6 @@ def add_lora(denoiser: nn.Module, rank: int, alpha: float | None = None, targets
 
     Returns:
         How many weights are trained.
-
-    Raises:
-        UserError: peft is not installed, no such target (those that exist are named), or additions are there already.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -55,12 +52,7 @@ def lora_settings(denoiser: nn.Module) -> dict[str, Any] | None:
 
 
 def merged_weights(weights: Mapping[str, Tensor], settings: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    """Return the weights of the plain denoiser, W + scale·B·A, without peft.
-
-    Args:
-        weights: the state_dict after `add_lora`.
-        settings: of `lora_settings`, in a training's checkpoint `hyper_parameters["lora"]`; None: no additions.
-    """
+    """Return the plain denoiser's weights, W + scale·B·A, from a state_dict and `lora_settings`, without peft."""
     if settings is None:
         return dict(weights)
     scale = settings["alpha"] / settings["rank"]

@@ -373,11 +373,7 @@ ALIASES = {"v": "v_prediction", "x0": "sample"}
 
 
 def make_objective(name: str, **numbers: Any) -> Objective:
-    """Return an objective by a name of `OBJECTIVES` or `ALIASES`; of its arguments those that are None are left out.
-
-    Raises:
-        UserError: an unknown name, or an argument that it does not have.
-    """
+    """Return an objective by a name of `OBJECTIVES` or `ALIASES`; of its arguments those that are None are left out."""
     made = OBJECTIVES.get(ALIASES.get(name, name))
     if made is None:
         nearest = _nearest(name, [*OBJECTIVES, *ALIASES])

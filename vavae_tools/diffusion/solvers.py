@@ -63,9 +63,6 @@ def make_solver(
         objective: by default flow matching.
         time_shift: of a flow's steps, above 1 finer near the noise; by default that of training. `timestep_shift=0.3`
             at sampling gives the grid of LightningDiT's recipe.
-
-    Raises:
-        UserError: an unknown name, or one for another kind of training.
     """
     objective = objective or FlowMatching()
     discrete = objective.path == "discrete"
@@ -256,10 +253,7 @@ def solver_step(solver: SchedulerMixin, output: Tensor, timestep: Tensor, x: Ten
 
 
 class _WithoutWaits(TorchFunctionMode):
-    """What diffusers' solvers make on the CPU goes to the card unwaited for, and they solve equations unchecked.
-
-    UniPC takes shares of noise there one by one, and DDPM the noise of generators that are the CPU's.
-    """
+    """Let tensors that UniPC and DDPM make on the CPU go to the card unwaited for, and solve equations unchecked."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -329,12 +323,7 @@ def _generators_of(noise: Tensor) -> list[torch.Generator]:
 
 # ---- solvers of flows that diffusers does not have, called as its own are
 class FlowScheduler(SchedulerMixin, ConfigMixin):
-    """Base of solvers that take a velocity along shares of noise `sigmas`.
-
-    Args:
-        shift: above 1, steps are finer near the noise.
-        path: as in `FlowMatching`.
-    """
+    """Base of solvers that take a velocity along shares of noise `sigmas`; a shift above 1 is finer near the noise."""
 
     @register_to_config
     def __init__(self, shift: float = 1.0, path: str = "linear") -> None:
@@ -368,11 +357,10 @@ class MidpointScheduler(FlowScheduler):
 class StochasticScheduler(FlowScheduler):
     """A stochastic differential equation by Euler–Maruyama: fresh noise in every step, and less than is taken away.
 
-    For any amount of diffusion w ≥ 0, dx = (v + w·score)·dt + √(2w)·dW has the same x at every time as the velocity v
-    alone (Albergo et al. 2023, Ma et al. 2024): what one step gets wrong, later noise can hide and later steps mend.
-    Here w is σ, as in SiT and RAE, and so w·score is −noise. At the data the score is infinite: the last but one step
-    ends at a share of noise of `last_noise`, by default RAE's 0.04 (before the shift), and the last takes what is left
-    away without fresh noise.
+    For any diffusion w ≥ 0, dx = (v + w·score)·dt + √(2w)·dW has the same x at every time as the velocity v alone
+    (Albergo et al. 2023, Ma et al. 2024). Here w is σ, as in SiT and RAE, and so w·score is −noise. The last but one
+    step ends at a share of noise of `last_noise`, by default RAE's 0.04 (before the shift), as at the data the score is
+    infinite; the last one adds no noise.
     """
 
     def grid(self, num_inference_steps: int, last_noise: float) -> Tensor:

@@ -114,11 +114,7 @@ class DiffusionModule(L.LightningModule):
 
     @torch.no_grad()
     def encoded(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return latents and texts of images and captions, in training by a posterior sample of this epoch's.
-
-        Raises:
-            UserError: `encode_with` was not called.
-        """
+        """Return latents and texts of images and captions, in training by a posterior sample of this epoch's."""
         if self._vae is None:
             raise UserError("A batch of images and captions, and nothing to encode them: encode_with(vae, encoder)")
         seed, epoch = (self.hparams.seed, self.current_epoch) if self.training else (self.hparams.seed + 1, 0)
@@ -194,11 +190,7 @@ class DiffusionModule(L.LightningModule):
 
     # ---- optimiser and devices
     def configure_model(self) -> None:
-        """Cut denoiser, conditioner and their averages over the devices, where the strategy is `strategies.Sharded`.
-
-        Where batches are gathered, each one's gradients are cut at once too: kept whole until the step they would save
-        sending, and take on every device the memory of all weights, for whose sake the model is cut.
-        """
+        """Cut denoiser, conditioner and their averages over the devices, where the strategy is `strategies.Sharded`."""
         if self.device_mesh is None or self._sharded:
             return
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
