@@ -235,7 +235,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, if asked also to a text, and a perceptron, each of a normed and modulated x, added by a gate (adaLN)."""
+    """Attention, if asked also to a text, and a perceptron: each of a normed, modulated x, added by a gate (adaLN)."""
 
     def __init__(
         self,
