@@ -101,18 +101,12 @@ class TrainConfig(Saving):
 def session_end(
     max_time: str | None, kaggle: Path = Path("/kaggle/working"), began: Path = Path("/proc/1")
 ) -> float | None:
-    """`time.time()` at which training has to be over; None where nothing limits it.
+    """Return the `time.time()` at which training has to be over; None where nothing limits it.
 
     Args:
         max_time: "11:30", hours and minutes from now; "0" for no limit; None takes Kaggle's where we are there.
         kaggle: a folder that only exists there.
         began: a file that is as old as the session.
-
-    Raises:
-        UserError: a time that cannot be read.
-
-    >>> session_end("0:00") is None, session_end(None, Path("/nowhere")) is None
-    (True, True)
     """
     if max_time is None:
         if not kaggle.is_dir() or not began.exists():
@@ -165,18 +159,18 @@ def checked(key: str, value: Any, setting: Setting) -> Any:
         expected = " or ".join(dict.fromkeys(words for kind in setting.kinds if (words := _in_words(kind))))
         raise UserError(f"{key} is {value!r}, expected {expected}{such}")
     least, most, above = (setting.metadata.get(name) for name in ("least", "most", "above"))
-    numbers = taken if isinstance(taken, list) else [taken]
-    for number in numbers:
+    if above is not None:
+        expected = f"more than {above:g}"
+    elif most is not None:
+        expected = f"{'a share' if (least, most) == (0, 1) else 'a number'} from {least:g} to {most:g}"
+    elif least is not None:
+        expected = f"{'a whole number of ' if int in setting.kinds else ''}{least:g} or more"
+    for number in taken if isinstance(taken, list) else [taken]:
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue
-        if least is not None and most is not None and not least <= number <= most:
-            what = "a share" if isinstance(most, int) and (least, most) == (0, 1) else "a number"
-            raise UserError(f"{key} is {value!r}, expected {what} from {least:g} to {most:g}")
-        if least is not None and not number >= least:
-            whole = "a whole number of " if int in setting.kinds else ""
-            raise UserError(f"{key} is {value!r}, expected {whole}{least:g} or more")
-        if above is not None and not number > above:
-            raise UserError(f"{key} is {value!r}, expected more than {above:g}")
+        within = (least is None or number >= least) and (most is None or number <= most)
+        if not within or not (above is None or number > above):
+            raise UserError(f"{key} is {value!r}, expected {expected}")
     return taken
 
 
@@ -217,9 +211,6 @@ def _in_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is list:
-        return f"a list of {_in_words(get_args(kind)[0]).removeprefix('a ').removeprefix('an ')}s".replace(
-            "texts", "texts"
-        )
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}.get(
-        kind, ""
-    )
+        return f"a list of {_in_words(get_args(kind)[0]).removeprefix('a ')}s"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
+    return words.get(kind, "")

@@ -61,9 +61,9 @@ def memory_fault(
     Args:
         batch_size: of one device.
         gathered: batches whose gradients make one step.
-        module: what is trained; its parts tell whether gradient checkpointing can be switched on.
+        module: its parts tell whether gradient checkpointing can be switched on.
         further: settings that save memory besides.
-        prefix: what the settings' names begin with; "" where they are a function's arguments.
+        prefix: of the settings' names; "" where they are a function's arguments.
     """
     if not is_memory_fault(error):
         return None
@@ -221,10 +221,7 @@ def whole_steps(
     """Return what `fitting_batch_size` tries: two optimiser steps of two batches each, on a copy, on the first device.
 
     In the second step weights, averages, optimiser states, gathered gradients and a batch's activations are there all
-    at once, in the precision of `settings`.
-
-    Args:
-        gradients_twice: also keep as much as all gradients: DDP's buckets, in which they are sent.
+    at once; `gradients_twice`, so are DDP's buckets, in which gradients are sent.
     """
     on_gpu = settings["accelerator"] == "gpu"
     alone = {"devices": [0] if on_gpu else 1, "num_nodes": 1, "strategy": "auto"}
