@@ -171,8 +171,7 @@ class DecodedPictures(Dataset):
         """Return some of these images as a subset of their own; nothing is decoded for it."""
         part = copy.copy(self)
         part.names, part.labels = [self.names[place] for place in places], self.labels[torch.as_tensor(places)]
-        if self.captions is not None:
-            part.captions = [self.captions[place] for place in places]
+        part.captions = None if self.captions is None else [self.captions[place] for place in places]
         part.along, part._memory = {}, None
         return part
 
@@ -208,7 +207,7 @@ class DecodedPictures(Dataset):
             memory = np.empty((len(self), *self.image_size, self.channels), dtype=np.uint8)
             parts = [range(len(self))[start : start + _AT_ONCE] for start in range(0, len(self), _AT_ONCE)]
             hidden = True if not self._progress or len(self) < 500 else None
-            bar = tqdm(total=len(self), desc=f"reading {self.title}", unit="picture", disable=hidden)
+            bar = tqdm(total=len(self), desc=f"reading {self.title}", unit="image", disable=hidden)
             # Pillow decodes without the interpreter's lock
             with bar, ThreadPoolExecutor(max(1, usable_cores() // ranks_here())) as pool:
                 for done in pool.map(lambda part: self._decode_into(memory[part.start : part.stop], part), parts):

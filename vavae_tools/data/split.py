@@ -281,7 +281,7 @@ class _Split:
     def _write(self, partial: Path) -> dict[str, str]:
         """Copy or link each image to where it belongs in one pass, unless it turns out broken or twice there."""
         kind = self.settings["link"]
-        planned = self._sides(self.pictures)
+        planned = self._sides(with_faults=True)
 
         def write(picture: Picture, data: bytes) -> None:
             path = f"{partial}/{planned[picture.key]}/{picture.key}"
@@ -307,9 +307,8 @@ class _Split:
                 (partial / planned[key] / key).rename(partial / side / key)
         return sides
 
-    def _sides(self, pictures: Sequence[Picture] | None = None) -> dict[str, str]:
-        if pictures is None:
-            pictures = [picture for picture in self.pictures if not picture.fault]
+    def _sides(self, with_faults: bool = False) -> dict[str, str]:
+        pictures = [picture for picture in self.pictures if with_faults or not picture.fault]
         return choose_sides(pictures, self.settings["val_ratio"], self.settings["seed"], self.recording_of)
 
     def _examine(
@@ -322,27 +321,24 @@ class _Split:
         read_all = decode or self.settings["link"] == "copy"
         length = Counter(picture.bytes for picture in self.pictures)
 
-        def examine(picture: Picture) -> None:
-            data = b""
-            if read_all or length[picture.bytes] > 1 or not picture.bytes:  # equal contents have equal lengths
-                try:
-                    with io.FileIO(picture.path) as file:
-                        data = file.readall()
-                except OSError as error:
-                    picture.fault = f"cannot be read: {error.strerror}"
-                    return
-                picture.fault = "" if data else "an empty file"
-                picture.sha256 = hashlib.sha256(data).hexdigest()
-                if faults and picture.sha256 in faults:
-                    picture.fault = faults[picture.sha256]
-                elif decode and data:
-                    picture.fault, picture.size = _decoded(data)
-            if write and not picture.fault:
-                write(picture, data)
-
-        def examine_all(part: Sequence[Picture]) -> int:
+        def examine(part: Sequence[Picture]) -> int:
             for picture in part:
-                examine(picture)
+                data = b""
+                if read_all or length[picture.bytes] > 1 or not picture.bytes:  # equal contents have equal lengths
+                    try:
+                        with io.FileIO(picture.path) as file:
+                            data = file.readall()
+                    except OSError as error:
+                        picture.fault = f"cannot be read: {error.strerror}"
+                        continue
+                    picture.fault = "" if data else "an empty file"
+                    picture.sha256 = hashlib.sha256(data).hexdigest()
+                    if faults and picture.sha256 in faults:
+                        picture.fault = faults[picture.sha256]
+                    elif decode and data:
+                        picture.fault, picture.size = _decoded(data)
+                if write and not picture.fault:
+                    write(picture, data)
             return len(part)
 
         parts = [self.pictures[start : start + 32] for start in range(0, len(self.pictures), 32)]
@@ -350,7 +346,7 @@ class _Split:
         bar = tqdm(total=len(self.pictures), desc="splitting" if write else "checking", unit=" images", disable=disable)
         with warnings.catch_warnings(), ThreadPoolExecutor(self.workers) as pool, bar:
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata and very large images
-            for done in pool.map(examine_all, parts):  # reading, hashing, decoding and writing let go of the GIL
+            for done in pool.map(examine, parts):  # reading, hashing, decoding and writing let go of the GIL
                 bar.update(done)
 
 
