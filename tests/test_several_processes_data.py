@@ -18,8 +18,10 @@ from tiny import SIZE, perturb_projections, same, tiny_dit, tiny_vavae, trained_
 from torch.distributed import HashStore
 from torch.utils.data import Dataset
 
+from vavae_tools.autoencoders.foundation import foundation_features
 from vavae_tools.data.datasets import PictureDataModule
 from vavae_tools.data.demo.shapes import shape_data
+from vavae_tools.data.images import to_unit
 from vavae_tools.data.latents import INDEX, LatentDataset, LatentFolder, encode_latents
 from vavae_tools.data.loader import OrderedDataModule
 from vavae_tools.runtime.errors import UserError
@@ -315,6 +317,28 @@ def test_any_number_of_processes_encode_any_number_of_pictures(tmp_path, size, c
     assert found[0].mean == pytest.approx(one.mean, rel=1e-9) and found[0].std == pytest.approx(one.std, rel=1e-9)
     again = at_once(3, lambda ranks: encode("all", ranks))
     assert again == [found[0]] * 3
+
+
+class Means:
+    """A foundation model that counts the images that it is asked about."""
+
+    channels, digest, asked = 3, "means", 0
+
+    def __call__(self, pictures, grid):
+        self.asked += len(pictures)
+        return torch.nn.functional.adaptive_avg_pool2d(pictures, grid)
+
+
+def test_features_of_a_foundation_model_are_shared_too(tmp_path):
+    data, models = shape_data(24, image_size=16, val_share=0).train_data, [Means(), Means()]
+
+    def features(ranks):
+        path = tmp_path / "train.safetensors"
+        return foundation_features(models[ranks.rank], data, (2, 2), path, "cpu", 3, progress=False, ranks=ranks)
+
+    rows = [found[torch.arange(24)] for found in at_once(2, features)]
+    expected = torch.nn.functional.adaptive_avg_pool2d(to_unit(data.in_memory()), (2, 2)).half()
+    assert [model.asked for model in models] == [12, 12] and all(same(found, expected) for found in rows)
 
 
 def test_another_autoencoder_or_other_pictures_are_told_by_the_process_that_has_them(tmp_path):

@@ -143,7 +143,9 @@ def encode_latents(
             shape, shards = encoder.write(folder, keys[0], given, batch_size, pictures.num_workers, ranks, progress)
 
         def write_index() -> None:
-            mean, std = given or _statistics(autoencoder, [folder / name for name in shards["train"]], shape)
+            own = ([0.0] * shape[0], [1.0] * shape[0]) if autoencoder.has_own_statistics else None
+            made = (mapped(folder / name)["latents"] for name in shards["train"])
+            mean, std = given or own or channel_statistics(made)
             size, names = pictures.train_data.image_size, {subset: list(data.names) for subset, data in subsets.items()}
             of = (weights, mean, std, shape, size, flips, pictures.labels, names, shards, dtype)
             LatentFolder(folder, keys[0], *of).write()
@@ -213,14 +215,6 @@ class _Encoder:
                 progress=progress,
             )
         return shape, {subset: list(of_subset) for subset, of_subset in shards.items()}
-
-
-def _statistics(
-    autoencoder: nn.Module, shards: Iterable[Path], shape: Sequence[int]
-) -> tuple[list[float], list[float]]:
-    if autoencoder.has_own_statistics:
-        return [0.0] * shape[0], [1.0] * shape[0]
-    return channel_statistics(mapped(path)["latents"] for path in shards)
 
 
 def channel_statistics(parts: Iterable[Tensor]) -> tuple[list[float], list[float]]:
