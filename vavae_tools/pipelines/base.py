@@ -61,11 +61,7 @@ class DenoiserPipeline(DiffusionPipeline):
         return Draws(seed, 0, indices).normal("sample", *self.denoiser.latent_shape)
 
     def swap_solver(self, name: str) -> None:
-        """Take another solver of `diffusion.SOLVERS`, with the schedule or the time shift of the present one.
-
-        Raises:
-            UserError: an unknown name, or one for another objective.
-        """
+        """Take another solver of `diffusion.SOLVERS` for the objective, with the present one's schedule or shift."""
         self.scheduler = swapped(self.scheduler, name, self.objective)
 
 
@@ -85,11 +81,7 @@ class ImagePipeline(DenoiserPipeline):
         return {"model": model, "solver": {"name": type(self.scheduler).__name__, **solver}}
 
     def _start(self, count: int, latents: Tensor | None, generator: Generators) -> Tensor:
-        """Return noise to start from, (count, C, h, w): the latents given, or drawn.
-
-        Raises:
-            UserError: latents of another shape.
-        """
+        """Return noise to start from, (count, C, h, w): the latents given, or drawn."""
         shape = (count, *self.denoiser.latent_shape)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
@@ -100,9 +92,7 @@ class ImagePipeline(DenoiserPipeline):
     def _sampled(self, noise: Tensor, told: Callable, precision: str, labels: Tensor | None, **by: Any) -> Tensor:
         """Return images uint8 (B, C, H, W) from noise (B, C, h, w), where the models are.
 
-        Args:
-            told: some rows → their conditions, arguments of `solvers.sample` as `by` are for all rows.
-            labels: of the decoder's user-condition vectors.
+        `told` turns rows into their conditions, arguments of `solvers.sample` as `by` are for all rows.
         """
         precision = precisions_for(self, precision)[0]
 
@@ -132,10 +122,7 @@ def digest_of(*models: ModelMixin) -> str:
 
 
 def check_output_type(output_type: str) -> None:
-    """
-    Raises:
-        UserError: it is none of "pil", "pt", "np".
-    """
+    """Raise `UserError` if it is none of "pil", "pt", "np"."""
     if output_type not in ("pil", "pt", "np"):
         raise UserError(f"No output_type {output_type!r}; there are pil, pt, np")
 
@@ -157,11 +144,7 @@ def is_folder_of_pipeline(path: Path) -> bool:
 
 
 def kind_of(path: str | Path) -> str:
-    """Return the pipeline's class, of `KINDS`, of a folder or a checkpoint; "" of another folder.
-
-    Raises:
-        UserError: neither a folder nor a checkpoint of denoiser training.
-    """
+    """Return the pipeline's class, of `KINDS`, of a folder or a checkpoint of training; "" of another folder."""
     path = Path(path)
     if is_folder_of_pipeline(path):
         return str(_read_index(path).get("_class_name", ""))
@@ -182,17 +165,16 @@ def _check_kind(path: Path, found: str, wanted: type[DiffusionPipeline]) -> None
 def _read_index(folder: Path) -> dict[str, Any]:
     """Return model_index.json; nothing where it is missing or damaged, which is said where it is read."""
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
-    return index if isinstance(index, dict) else {}
 
 
 def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -> Pipeline:
     """Return the pipeline that `save_pretrained` wrote; `options` are those of `from_pretrained`.
 
     Raises:
-        UserError: no pipeline, one of another kind, live weights wanted (ema false), or files that are damaged.
+        UserError: no pipeline, one of another kind, live weights wanted (ema false), or damaged files.
     """
     if not (path / "model_index.json").is_file():
         there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
@@ -230,12 +212,8 @@ def read_training(
 ) -> tuple[ModelMixin, Conditioner, dict[str, Any]]:
     """Return denoiser and conditioner of a checkpoint, in evaluation mode, and the settings of its training.
 
-    Args:
-        kind: of pipeline, whose training it has to be.
-        ema: take the averaged weights; False takes the live ones.
-
     Raises:
-        UserError: a checkpoint of something else, or weights that do not fit.
+        UserError: a checkpoint of something else than training for this kind of pipeline, or weights that do not fit.
     """
     checkpoint = _read_checkpoint(path)
     state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]

@@ -37,37 +37,25 @@ def in_batches(
 ) -> list[Made]:
     """Return what `make` makes of `count` rows, batch by batch, halved where memory runs out.
 
-    Args:
-        batch_size: at most; None: see `default_batch_size`. What was found to fit, the pipeline keeps as `fitting`.
-        done: called with the number of rows after each batch.
-
-    Raises:
-        UserError: a batch size below 1, or memory that not even one fits.
+    What was found to fit, the pipeline keeps as `fitting`. `done` is called with the number of rows after each batch.
     """
     at_once, made, start = batch_size_for(pipe, batch_size), [], 0
     while start < count:
-        rows = slice(start, min(start + at_once, count))
-        size, fits = rows.stop - rows.start, True
+        size = min(at_once, count - start)
         try:
-            made.append(make(rows))
+            made.append(make(slice(start, start + size)))
+            start += size
+            done(size)
+            continue
         except Exception as error:
             if not is_memory_fault(error) or _is_sharded(pipe):  # whose other processes are in its midst
                 raise
-            fits = False
-        if fits:
-            start = rows.stop
-            done(size)
-        else:  # outside of `except`, whose traceback holds what is to be freed
-            at_once = pipe.fitting = _fewer(pipe, size)
+        at_once = pipe.fitting = _fewer(pipe, size)  # outside of `except`, whose traceback holds what is to be freed
     return made
 
 
 def batch_size_for(pipe: DiffusionPipeline, batch_size: int | None = None) -> int:
-    """Return how many are made at once: as asked or by default, and no more than was found to fit before.
-
-    Raises:
-        UserError: a batch size below 1.
-    """
+    """Return how many are made at once: as asked or by default, and no more than was found to fit before."""
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size {batch_size}: at least one {pipe.makes} at once is needed")
     at_once = default_batch_size(pipe) if batch_size is None else batch_size
@@ -84,11 +72,7 @@ def _fewer(pipe: DiffusionPipeline, tried: int) -> int:
 
 
 def placed(pipe: Pipeline, device: str | torch.device) -> Pipeline:
-    """Return the pipeline, moved to a device.
-
-    Raises:
-        UserError: it has no room there.
-    """
+    """Return the pipeline, moved to a device; `UserError` if it has no room there."""
     try:
         return pipe.to(device)
     except Exception as error:
@@ -140,9 +124,6 @@ def precisions_for(pipe: DiffusionPipeline, name: str | None = None) -> list[str
     """Return the precision to compute in, and, where none is named, behind it those that would do as well.
 
     That is the weights' own where they are half (`pipe.to(torch.float16)`), else the machine's (`precision_on`).
-
-    Raises:
-        UserError: an unknown precision, or one that this machine or these weights do not have.
     """
     machine, of_weights = machine_of(pipe._execution_device), _OF_WEIGHTS.get(pipe.denoiser.dtype)
     if name is None and of_weights:
@@ -160,11 +141,7 @@ def precisions_for(pipe: DiffusionPipeline, name: str | None = None) -> list[str
 def all_finite(
     pipe: DiffusionPipeline, count: int, precision: str, make: Callable[[Rows], Tensor], what: str
 ) -> Tensor:
-    """Return what `make` makes of `count` rows, (B, …); rows that are not finite are made again in float32.
-
-    Raises:
-        UserError: rows that are not finite in the weights' own precision.
-    """
+    """Return what `make` makes of `count` rows, (B, …); rows that are not finite are made again in float32."""
     device, half_weights = pipe._execution_device, pipe.denoiser.dtype in _OF_WEIGHTS
     with computing_in(precision, device):
         made = make(slice(None))

@@ -103,14 +103,9 @@ class PromptPngs(Pngs):
     globs, ours, family = ("*.png",), re.compile(r"\d{5,}\.png|grid\.png"), "prompts"
 
     def finish(self, batches: Sequence[Batch]) -> list[Path]:
-        images, paths = [], super().finish(batches)
-        for path in paths[:SHOWN]:
-            try:
-                with Image.open(path) as image:
-                    images.append(image.convert("RGB"))
-            except OSError as error:
-                raise UserError(f"{path} is no picture any more ({error}): delete it, and it is made anew") from None
+        paths = super().finish(batches)
         titles = [textwrap.shorten(self.shown[path.name], 90, placeholder=" …") for path in paths[:SHOWN]]
+        images = [Image.open(path).convert("RGB") for path in paths[:SHOWN]]
         figure = show_pictures(images, min(8, len(images)), titles, 1.6)
         with written_whole(self.output_dir / GRID) as partial:
             figure.savefig(partial, format="png")

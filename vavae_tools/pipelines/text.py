@@ -172,9 +172,6 @@ def load_text_pipeline(
         autoencoder_dir, text_encoder_dir: those of a checkpoint; by default `autoencoder/` and `text_encoder/` beside
             the checkpoint or the folder of checkpoints.
         scheduler: another one than the pipeline's, by its name (see `make_solver`).
-
-    Raises:
-        UserError: as of `load_pipeline`, or no text encoder.
     """
     path = Path(path)
     if is_folder_of_pipeline(path):

@@ -187,11 +187,7 @@ class TokenImagePipeline(DenoiserPipeline):
 
     # ---- beginnings and lengths
     def beginnings(self, prompts: Prompt | Sequence[Prompt] | None) -> list[list[int]]:
-        """Return the tokens of each prompt, or of a single one; None is a single text that begins with none.
-
-        Raises:
-            UserError: no prompts, or one that this model cannot go on with.
-        """
+        """Return the tokens of each prompt, or of a single one; None is a single text that begins with none."""
         if prompts is not None:
             return [self._beginning(prompt) for prompt in as_prompts(prompts)]
         if self.config.use_chat_template:
@@ -293,9 +289,6 @@ class TokenImagePipeline(DenoiserPipeline):
             mask, known: pixels with a token, and those of them that `clean` (B, C, H, W) tells, (B, H, W).
             times: (steps + 1,), from the time of x to 1; `solvers.time_grid`.
             eta, noise: see `__call__`; fresh noise for each step but the last, needed where eta is above 0.
-
-        Raises:
-            UserError: eta is no share, or above 0 without noise.
         """
         check_sampling(eta=eta)
         if eta and noise is None and len(times) > 2:
@@ -350,10 +343,7 @@ class TokenImagePipeline(DenoiserPipeline):
 def check_sampling(
     num_samples: int = 1, max_new_tokens: int | None = None, num_inference_steps: int = 1, eta: float = 1.0
 ) -> None:
-    """
-    Raises:
-        UserError: a number below 1, or an eta that is no share.
-    """
+    """Raise `UserError` for a number below 1, or an eta that is no share."""
     counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "num_inference_steps": num_inference_steps}
     for name, count in counts.items():
         if count is not None and count < 1:
@@ -363,11 +353,7 @@ def check_sampling(
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Return prompts, or a single one, as a list of texts, of messages and of plain token numbers.
-
-    Raises:
-        UserError: something else, or none.
-    """
+    """Return prompts, or a single one, as a list of texts, of messages and of plain token numbers."""
     single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict | Integral))
     found = [_as_prompt(prompt) for prompt in ([prompts] if single else prompts)]
     if not found:
@@ -393,12 +379,7 @@ def load_token_pipeline(path: str | Path, ema: bool = True) -> TokenImagePipelin
     """Load a pipeline from its folder, or from a checkpoint of training on token images.
 
     Args:
-        path: a folder that `save_pretrained` wrote; a `.ckpt`, a `.pth` or a checkpoint's folder, with `tokenizer/`
-            beside it or above.
-        ema: of a checkpoint, take the averaged weights; False takes the live ones.
-
-    Raises:
-        UserError: nothing there, a checkpoint of another kind, no tokenizer beside it, or live weights of a folder.
+        path, ema: as of `load_pipeline`; a checkpoint has `tokenizer/` beside it or above.
     """
     path = Path(path)
     if is_folder_of_pipeline(path):
