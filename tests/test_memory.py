@@ -12,12 +12,11 @@ from tiny import same, tiny_dit, trained_looking
 from torch import nn
 
 from vavae_tools.data.latents import LatentDataModule
-from vavae_tools.recipes.rae import fine_tune_rae_decoder
 from vavae_tools.recipes.vavae import fine_tune_vavae
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import is_memory_fault
 from vavae_tools.training import memory
-from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModule
+from vavae_tools.training.autoencoder_module import VAVAEModule
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.memory import (
@@ -132,7 +131,7 @@ def test_what_the_fallen_step_held_is_let_go():
     assert kept is not None and kept.__context__ is not None and held[0]() is None
 
 
-@pytest.mark.parametrize("kind", [VAVAEModule, RAEDecoderModule, DiffusionModule])
+@pytest.mark.parametrize("kind", [VAVAEModule, DiffusionModule])
 def test_trainings_name_their_settings(split_dir, vavae_dir, latents_dir, tmp_path, monkeypatch, kind):
     """In the words of commands, and of `fit` in Python's."""
 
@@ -140,21 +139,16 @@ def test_trainings_name_their_settings(split_dir, vavae_dir, latents_dir, tmp_pa
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(kind, "training_step", step)
-    common = {"devices": {"accelerator": "cpu"}, "say": lambda line: None}
+    devices, say = {"accelerator": "cpu"}, lambda line: None
     said = r"train\.batch_size=3 train\.accumulate_grad_batches=4 \(the same 12 a step\), or train\.gradient_check"
     with pytest.raises(UserError) as raised:
         if kind is VAVAEModule:
             settings = {"image_size": 24, "batch_size": 6, "accumulate_grad_batches": 2, "condition_dim": 4}
-            fine_tune_vavae(split_dir, tmp_path, original_vavae=vavae_dir, **settings, **common)
-        if kind is RAEDecoderModule:
-            said = r"What helps: train\.batch_size=2 train\.accumulate_grad_batches=2 \(the same 4 a step\)$"
-            data = {"count": 16, "num_classes": 2, "val_share": 0.25}
-            settings = {"disc_weight": 0.0, "gradient_checkpointing": True, "batch_size": 4, "max_steps": 2}
-            fine_tune_rae_decoder(data, "tiny", tmp_path, **settings, **common)
-        if kind is DiffusionModule:
+            fine_tune_vavae(split_dir, tmp_path, original_vavae=vavae_dir, devices=devices, say=say, **settings)
+        else:
             said = r"What helps: batch_size=4 accumulate_grad_batches=6 \(the same 24 a step\)$"
-            common["devices"]["accumulate_grad_batches"] = 3
-            fit(new_dit(), LatentDataModule(latents_dir, 8), tmp_path, 2, **common)
+            devices["accumulate_grad_batches"] = 3
+            fit(new_dit(), LatentDataModule(latents_dir, 8), tmp_path, 2, devices=devices, say=say)
     raised.match(said)
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks.memory import MACHINES, STAGES, WORKSPACE, Allocator, Case, simulated, verdict
 from vavae_tools.recipes.presets import find_preset
@@ -98,27 +97,6 @@ def test_tensors_without_contents_take_what_theirs_would():
         free, total = torch.cuda.mem_get_info()
         assert total - free == card.reserved + 513 * MIB
     assert find_machine().kind == "cpu"
-
-
-def test_autocast_on_a_card_norms_in_float32_and_convolves_in_half():
-    with simulated(MACHINES["T4x1"]), torch.autocast("cuda", torch.float16):
-        layer = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
-        made = layer(torch.zeros(1, 3, 16, 16))
-        assert made.dtype.itemsize == 2 and made.is_contiguous(memory_format=torch.channels_last)
-        normed = nn.GroupNorm(2, 8)(made)
-        assert normed.dtype == torch.float32 and normed.is_contiguous()
-        assert nn.LayerNorm(14)(made).dtype == torch.float32
-
-
-@pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
-def test_a_copy_into_another_layout_counts_while_a_convolution_runs(inference):
-    with simulated(MACHINES["T4x1"]) as card, inference():
-        layer = nn.Conv2d(8, 8, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
-        plain = torch.zeros(1, 8, 512, 512)  # 8 MiB, as what is made of it
-        before = card.alive
-        card.mark("")
-        layer(plain)
-        assert card.peak_alive - before == 16 * MIB
 
 
 def on_paper(stage: str, batch_size: int) -> list[tuple[str, int, int]]:
