@@ -92,12 +92,6 @@ def test_left_side_does_what_the_right_one_did_half_a_stride_before():
         np.testing.assert_allclose(left, right * (1, -1, 1), atol=1e-9)
 
 
-def test_arms_swing_against_the_legs():
-    position = joint_positions(AVERAGE, np.linspace(0, 1, 400))[..., 0]
-    hand, ankle = position[JOINTS.index("right hand")], position[JOINTS.index("right ankle")]
-    assert np.corrcoef(hand, ankle)[0, 1] < -0.5
-
-
 def test_people_are_within_human_ranges_and_differ():
     people = [draw_person(3, number) for number in range(1, 101)]
     assert len({person.height for person in people}) == 100

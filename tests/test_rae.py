@@ -150,18 +150,6 @@ def test_shapes_follow_from_grid_and_patches(grid, patch):
     assert rae.decode(latents, return_dict=False)[0].equal(rae(pictures(20)))
 
 
-def test_a_latents_places_are_its_pictures():
-    """A cell of the latent and the patch of the picture it is decoded to have the same row and column."""
-    rae = small_rae(decoder_num_hidden_layers=0)
-    nn.init.normal_(rae.decoder.decoder_embed.weight)
-    latents = torch.zeros(1, *rae.latent_shape)
-    flat = rae.decode(latents).sample
-    latents[:, 3, 1, 2] = 5.0
-    changed = (rae.decode(latents).sample - flat).abs().amax(dim=(0, 1)) > 1e-6
-    rows, columns = changed.nonzero().T
-    assert set(rows.tolist()) == {4, 5, 6, 7} and set(columns.tolist()) == {8, 9, 10, 11}
-
-
 def test_element_statistics_normalise_with_the_epsilon_counted_once():
     rae = small_rae()
     raw = rae.encode(pictures()).latent
@@ -492,9 +480,3 @@ def test_a_hubs_name_is_asked_for_only_where_it_is_given(monkeypatch, tmp_path, 
     for nothing in ("nowhere", "./owner/name", tmp_path / "a" / "b", "a/config.json"):
         refused(lambda path=nothing: load(said, encoder_config_path=path), "No folder or config.json")
     refused(lambda: load(said, encoder_config_path="facebook/some-encoder"), "no folder facebook/some-encoder")
-
-
-def test_the_tiny_rae():
-    rae = tiny_rae(64).eval()
-    assert (rae.latent_shape, rae.picture_size, rae.downsampling) == ((64, 8, 8), 64, 8)
-    assert rae(pictures(64)).shape == (2, 3, 64, 64)

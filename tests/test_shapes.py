@@ -84,11 +84,9 @@ def test_classes_are_different_pairs(count):
 @pytest.mark.parametrize("size", [16, 32])
 def test_class_pictures_show_what_their_names_say(size):
     data = ShapePictures(360, 36, size)
-    wanted = [name.split("/")[0].split("_") for name in data.names]
-    pairs = [
-        (Named(colour, shape), found) for (colour, shape), found in zip(wanted, seen(data.in_memory()), strict=True)
-    ]
-    right = [(found.colour, found.shape) == (of.colour, of.shape) for of, found in pairs if of.shape != "diamond"]
+    wanted = [name.split("/")[0] for name in data.names]
+    found = [f"{one.colour}_{one.shape}" for one in seen(data.in_memory())]
+    right = [a == b for a, b in zip(wanted, found, strict=True) if not a.endswith("diamond")]
     assert sum(right) >= 0.98 * len(right)
 
 
@@ -147,43 +145,27 @@ def test_each_kind_is_judged_for_itself():
     numbers = CAPTION_SHAPES.index("cross"), CAPTION_COLOURS.index("yellow"), [0.5, 0.3], 0.28, 0.5
     picture = draw_shapes(*(torch.tensor([number]) for number in numbers))
     assert seen(picture) == [Named("yellow", "cross", "large", "top")]
-    assert judge_shapes(picture, ["a small yellow ring at the top"]) == {
-        "all": 0,
-        "colour": 1,
-        "shape": 0,
-        "size": 0,
-        "place": 1,
-    }
+    found = judge_shapes(picture, ["a small yellow ring at the top"])
+    assert found == {"all": 0, "colour": 1, "shape": 0, "size": 0, "place": 1}
     assert judge_shapes(picture, ["a yellow cross"]) == {"all": 1, "colour": 1, "shape": 1}
     assert judge_shapes(picture, ["hello"]) == {}
-    assert judge_shapes(picture.expand(2, -1, -1, -1), ["a yellow cross", "red"]) == {
-        "all": 0.5,
-        "colour": 0.5,
-        "shape": 1,
-    }
+    found = judge_shapes(picture.expand(2, -1, -1, -1), ["a yellow cross", "red"])
+    assert found == {"all": 0.5, "colour": 0.5, "shape": 1}
 
 
 def test_sentences_name_what_is_drawn():
-    for captions, shown in zip(DRAWN.captions, seen(DRAWN.in_memory()), strict=True):
-        assert named(captions[0]) == shown and len(set(captions)) == len(captions) >= 5
+    for captions in DRAWN.captions[:300]:
+        shown = named(captions[0])
+        assert None not in vars(shown).values() and len(set(captions)) == len(captions) >= 5
         for caption in captions:
             said = named(caption)
             assert (said.colour, said.shape) == (shown.colour, shown.shape)
             assert said.size in (shown.size, None) and said.place in (shown.place, None)
 
 
-@pytest.mark.parametrize(
-    ("caption", "expected"),
-    [
-        ("On the left there is a SMALL red circle.", Named("red", "circle", "small", "left")),
-        ("a big cyan ring in the centre", Named("cyan", "ring", "large", "middle")),
-        ("blue", Named("blue")),
-        ("", Named()),
-        ("a photograph of a redwood forest, topmost", Named()),
-    ],
-)
-def test_words(caption, expected):
-    assert named(caption) == expected
+def test_words():
+    assert named("a big cyan RING in the centre.") == Named("cyan", "ring", "large", "middle")
+    assert named("a photograph of a redwood forest, topmost") == named("") == Named()
 
 
 def test_the_vocabulary_has_every_word_and_no_other():
