@@ -75,15 +75,6 @@ def test_16_bits_become_8_by_scale(tmp_path):
     assert Image.open(tmp_path / "p.tif").mode == "I"
 
 
-@pytest.mark.parametrize("mode", ["LA", "RGBA"])
-def test_alpha_is_dropped(tmp_path, mode):
-    grey, alpha = noise(8, 8), noise(8, 8, seed=1)
-    bands = [grey] * (len(mode) - 1)
-    Image.merge(mode, [Image.fromarray(band) for band in [*bands, alpha]]).save(tmp_path / "p.png")
-    for channels in (1, 3):
-        assert np.array_equal(read_picture(tmp_path / "p.png", (8, 8), channels), np.stack([grey] * channels, axis=2))
-
-
 @pytest.mark.parametrize(
     ("modes", "channels"),
     [

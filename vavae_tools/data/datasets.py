@@ -50,7 +50,6 @@ class PictureDataModule(PictureSetDataModule):
 
     Args:
         image_size: pixels, one number or (height, width).
-        batch_size, num_workers: see `PictureSetDataModule`.
         seed: of the order, and of what is held out.
         use_hf_dataset: whether it is a Hugging Face dataset; None: see what is there.
         train_split: the name of the training subset.
@@ -231,28 +230,23 @@ def caption_data(
     channels: int = 3,
     progress: bool = True,
 ) -> CaptionedDataModule:
-    """Return captioned images as a data module.
+    """Return captioned images as a data module; `dataset_name` tells what `dataset_path` is.
 
-    `dataset_name` says what `dataset_path` is:
-
-    - coco: `annotations/captions_train2017.json` (or another year) and the images in `train2017/`, `images/train2017/`
-      or `images/`; where val's are there as well, they validate;
-    - cub: CUB-200-2011, with captions in `text_c10/` or `text/`, a sentence a line, where they are there, else with
-      sentences made from class names and attributes; its test subset validates;
-    - custom: a folder with `metadata.jsonl` or `.csv` (a file name and a caption, or a list of captions), or with a
-      .txt beside each image, a caption a line, or with `train/` and `validation/` that are such; the table itself; or
-      a Hugging Face dataset;
+    - coco: `annotations/captions_train2017.json` (or another year) and the images in `train2017/` or `images/`; where
+      val's are there as well, they validate;
+    - cub: CUB-200-2011, with captions in `text_c10/` or `text/`, a sentence a line, or else with sentences made from
+      class names and attributes; its test subset validates;
+    - custom: a folder with `metadata.jsonl` or `.csv` (a file name and one caption or a list of them), or with a .txt
+      beside each image, a caption a line, or with `train/` and `validation/` that are such; the table itself; or a
+      Hugging Face dataset;
     - shapes: made up here; no path.
 
     Args:
         image_size: pixels, one number or (height, width); by default 256, of shapes 32.
         num_samples: at most so many images of each subset, chosen by seed and name (of shapes: how many there are).
-        batch_size, num_workers: see `PictureSetDataModule`.
-        seed: of order, choice of captions, `num_samples`, and what is held out.
-        val_share: where nothing validates, this share of the images is held out; 0 for none.
+        val_share: where nothing validates, this share of the images is held out.
         skip_missing: leave out images that are named but not there, or have no caption, instead of refusing them.
-        annotations, pictures: of coco, the file with the captions and the folder with the images, where they are not
-            found by their usual names.
+        annotations, pictures: of coco, the file with the captions and the folder with the images, if elsewhere.
     """
     name = str(dataset_name).lower()
     if name not in DATASETS:

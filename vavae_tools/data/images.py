@@ -105,7 +105,6 @@ MEMORY_LIMIT = 4 * 2**30
 """Decoded images up to this many bytes are kept in memory, by all processes of a machine together: 21,000 of 256×256,
 a seventh of what Kaggle has."""
 _AT_ONCE = 64  # images that a thread decodes before it asks for more
-_HEADERS = 32  # read to tell whether all images are grey
 
 
 class DecodedPictures(Dataset):
@@ -185,7 +184,7 @@ class DecodedPictures(Dataset):
 
     def stored_channels(self) -> int:
         """Return 1 where the headers of a few images, spread over all, are all of grey ones, else 3."""
-        places = range(0, len(self), max(1, len(self) // _HEADERS))
+        places = range(0, len(self), max(1, len(self) // 32))
         for place, stored in zip(places, self.stored(places), strict=True):
             with readable(self.where(place)), self.opened(stored) as picture:
                 if not is_grey(picture):

@@ -37,8 +37,9 @@ _NO_ROOM = re.compile(r"Bus error|unable to [\w ]*(shared memory|file </torch_).
 def loading_workers(batch_bytes: int) -> tuple[int, str]:
     """Return how many processes should load batches of this size, and why where shared memory makes it fewer."""
     workers = min(MOST_WORKERS, usable_cores() // ranks_here())
-    free = free_shared_memory()
-    if free is None:
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:  # only Linux has it
         return workers, ""
     fitting = int(free / 2 / ranks_here() // max(1, PREFETCH * batch_bytes))
     if fitting >= workers:
@@ -69,13 +70,6 @@ def usable_cores() -> int:
     return cores
 
 
-def free_shared_memory() -> int | None:
-    """Return the bytes free in /dev/shm; None where there is no such place."""
-    with suppress(OSError):
-        return shutil.disk_usage(SHARED_MEMORY).free
-    return None
-
-
 @contextmanager
 def loader_faults() -> Iterator[None]:
     """Raise a UserError of one line where a DataLoader's process was killed or raised a UserError."""
@@ -91,44 +85,37 @@ def loader_faults() -> Iterator[None]:
 def worker_fault(error: BaseException) -> str | None:
     """Return what to tell of a loading process that was killed or raised a UserError; None for another error."""
     if isinstance(error, UserError):  # torch puts the loading process's traceback before the message
-        text = str(error)
-        wrapped = text.startswith("Caught UserError in DataLoader worker")
-        return text.rpartition("UserError: ")[2].strip() if wrapped else None
+        wrapped = str(error).startswith("Caught UserError in DataLoader worker")
+        return str(error).rpartition("UserError: ")[2].strip() if wrapped else None
     text = " ".join(str(link) for link in (error, error.__cause__, error.__context__) if link is not None)
     if _NO_ROOM.search(text):
-        free = free_shared_memory()
-        room = "" if free is None else f" ({free / 2**20:,.0f} MB free now)"
         return (
-            f"A loading process ended because {SHARED_MEMORY} is full{room}, through which its batches come: set "
+            f"A loading process ended because {SHARED_MEMORY} is full, through which its batches come: set "
             "num_workers=0, take a smaller batch_size, or start the container with --shm-size=8g"
         )
-    match = _KILLED.search(text)
-    if match is None:
-        return None
-    how = f"was ended by signal {match[2]}" if match[2] else "ended unexpectedly"
-    return f"A loading process {how}, mostly because memory ran out: set num_workers=0 or a smaller number"
+    if match := _KILLED.search(text):
+        how = f"was ended by signal {match[2]}" if match[2] else "ended unexpectedly"
+        return f"A loading process {how}, mostly because memory ran out: set num_workers=0 or a smaller number"
+    return None
 
 
 # ---- The order
 
 
 class EpochOrder(Sampler[int]):
-    """Indices of one process, epoch by epoch; every global batch is cut into equal parts for the ranks.
+    """Indices of one process, epoch by epoch; the order of epoch e follows from (seed, e).
 
-    An epoch holds whole global batches only (its rest comes up in other epochs), so that every step has one shape;
-    data smaller than one global batch are one smaller batch. With `gathered` it holds whole optimiser steps only, of as
-    many batches each, if there is one.
+    Every global batch is cut into equal parts for the ranks, so that their union does not depend on `world_size` when
+    `batch_size · world_size` stays the same. An epoch holds whole global batches only (its rest comes up in other
+    epochs); data smaller than one global batch are one smaller batch.
 
     Args:
         length: samples in the data set.
         batch_size: samples per process and step.
-        seed: of the shuffles; the order of epoch e follows from (seed, e).
-        rank, world_size: this process among all; the union over ranks does not depend on `world_size` when
-            `batch_size · world_size` stays the same.
     """
 
     gathered = 1
-    """Batches whose gradients make one step."""
+    """Batches whose gradients make one step: an epoch holds whole steps only, if there is one."""
 
     def __init__(self, length: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size

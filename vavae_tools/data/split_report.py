@@ -26,8 +26,7 @@ class Picture:
     path: str
     bytes: int
     mtime_ns: int
-    fault: str = ""
-    """Why it is left out; empty for a good image."""
+    fault: str = ""  # why it is left out; empty for a good image
     sha256: str | None = None
     size: tuple[int, int] | None = None
 
@@ -42,16 +41,12 @@ class SplitReport:
 
     input_dir: str
     output_dir: str
-    counts: dict[str, dict[str, int]]
-    """For each person {"train": …, "val": …, "left_out": …}."""
+    counts: dict[str, dict[str, int]]  # person → {"train": …, "val": …, "left_out": …}
     totals: dict[str, int]
     labels: dict[str, int]
-    unreadable: dict[str, str]
-    """For each image that is left out, why."""
-    duplicates: list[list[str]]
-    """Files with the same content: each list is in one subset."""
-    sizes: dict[str, int]
-    """How many images have which size, as "widthxheight"."""
+    unreadable: dict[str, str]  # image → why it is left out
+    duplicates: list[list[str]]  # files with the same content
+    sizes: dict[str, int]  # "widthxheight" → how many images
     warnings: list[str]
     already_there: bool = False
 
