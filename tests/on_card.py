@@ -100,7 +100,7 @@ class Trainings:
     def vavae_full(self, out: Path, precision: str | None) -> None:
         import torch
         from test_foundation import dinov2
-        from test_perceptual import WIDTHS, taming_file
+        from test_lpips import WIDTHS, taming_file
 
         from vavae_tools.autoencoders.lpips import load_lpips
         from vavae_tools.recipes import vavae as fine_tuning
