@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vavae_tools.data.captions import CaptionedDataModule
-from vavae_tools.data.images import DecodedPictures, PictureSetDataModule
+from vavae_tools.data.images import DecodedPictures, PictureSetDataModule, Size
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 
@@ -58,7 +58,7 @@ SMALLEST, LARGEST = 0.22, 0.4
 
 
 # ---- drawing
-def coverage(shapes: Tensor, places: Tensor, radii: Tensor, size: int | tuple[int, int]) -> Tensor:
+def coverage(shapes: Tensor, places: Tensor, radii: Tensor, size: int | Size) -> Tensor:
     """Return how much of each pixel a shape covers: float32 (N, H, W) in [0, 1], with edges one pixel wide.
 
     Args:
@@ -83,7 +83,7 @@ def coverage(shapes: Tensor, places: Tensor, radii: Tensor, size: int | tuple[in
 
 
 def draw_shapes(
-    shapes: Tensor, colours: Tensor, places: Tensor, radii: Tensor, shades: Tensor, size: int | tuple[int, int] = 32
+    shapes: Tensor, colours: Tensor, places: Tensor, radii: Tensor, shades: Tensor, size: int | Size = 32
 ) -> Tensor:
     """Draw one shape into each image: uint8 (N, 3, H, W).
 
@@ -121,13 +121,7 @@ class DrawnPictures(DecodedPictures):
     """Pixels of the shorter side below which nobody knows what is shown."""
 
     def __init__(
-        self,
-        names: Sequence[str],
-        labels: Tensor,
-        image_size: int | tuple[int, int],
-        seed: int = 0,
-        side: int = 0,
-        **options: Any,
+        self, names: list[str], labels: Tensor, image_size: int | Size, seed: int = 0, side: int = 0, **options: Any
     ) -> None:
         if not names:
             raise UserError(f"0 images of {self.title}: at least one is needed")
@@ -138,7 +132,7 @@ class DrawnPictures(DecodedPictures):
         """Return the images of these numbers, uint8 (B, 3, H, W), with their random draws."""
         raise NotImplementedError
 
-    def resize(self, image_size: int | tuple[int, int]) -> None:
+    def resize(self, image_size: int | Size) -> None:
         super().resize(image_size)
         if min(self.image_size) < self.smallest:
             raise UserError(f"image_size {image_size}: {self.title} need at least {self.smallest} pixels")
@@ -189,7 +183,7 @@ class ShapePictures(DrawnPictures):
         self,
         count: int,
         num_classes: int = 4,
-        image_size: int | tuple[int, int] = 32,
+        image_size: int | Size = 32,
         seed: int = 0,
         side: int = 0,
         channels: int = 3,
@@ -215,7 +209,7 @@ class ShapePictures(DrawnPictures):
 def shape_data(
     count: int = 10_000,
     num_classes: int = 4,
-    image_size: int | tuple[int, int] = 32,
+    image_size: int | Size = 32,
     batch_size: int = 64,
     num_workers: int = 0,
     seed: int = 0,
@@ -320,7 +314,7 @@ class CaptionedShapes(DrawnPictures):
 
     title, smallest = "captioned shapes", 16
 
-    def __init__(self, count: int, image_size: int | tuple[int, int] = 32, seed: int = 0, side: int = 0) -> None:
+    def __init__(self, count: int, image_size: int | Size = 32, seed: int = 0, side: int = 0) -> None:
         names = [f"{index:06d}" for index in range(count)]
         super().__init__(names, torch.zeros(len(names), dtype=torch.int64), image_size, seed, side)
         choices = _choices(Draws(seed, side, self.numbers)).tolist()
