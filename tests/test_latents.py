@@ -85,42 +85,28 @@ def test_statistics_are_those_of_the_training_subset(split, tmp_path):
 
 
 @torch.no_grad()
-def test_each_picture_is_encoded_with_its_own_vector_and_noise(split, tmp_path):
-    vae = model().eval()
-    folder = encode(split, tmp_path / "latents", vae, batch_size=5, seed=3)
-    assert folder.shape == (2, 8, 8) and folder.image_size == (SIZE, SIZE) and not folder.flips
-    data = PictureDataModule(split, SIZE)
-    for side, pictures, seed in (("train", data.train_data, 3), ("val", data.val_data, 4)):
-        shard = LatentDataset(folder, side).stored(range(len(pictures)))
-        assert set(shard) == {"latents", "labels", "index"} and torch.equal(shard["labels"], pictures.labels)
-        assert folder.names[side] == pictures.names
-        for i in range(len(pictures)):  # one by one, in place of batches
-            batch = pictures.__getitems__([i])
-            vectors = vae.condition_vectors(batch["labels"])
-            posterior = vae.encode(to_unit(batch["pictures"]), condition=vectors).latent_dist
-            noise = Draws(seed, 0, torch.tensor([i])).normal("posterior", 2, 8, 8)
-            expected = posterior.mean + posterior.std * noise
-            torch.testing.assert_close(shard["latents"][i : i + 1], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_flips_are_encoded_only_when_asked_for(split, tmp_path, count_encoded):
-    encode(split, tmp_path / "plain")
-    assert sum(count_encoded) == 30 + SHAPE
-    folder = encode(split, tmp_path / "flips", flips=True)
+def test_each_image_is_encoded_with_its_own_vector_and_noise(split, tmp_path, count_encoded):
+    """And mirrored only when asked for: the image is mirrored, not the latent."""
+    vae, data = model().eval(), PictureDataModule(split, SIZE)
+    plain = encode(split, tmp_path / "plain", vae, batch_size=5, seed=3)
+    assert sum(count_encoded) == 30 + SHAPE and not plain.flips
+    folder = encode(split, tmp_path / "flips", vae, batch_size=5, seed=3, flips=True)
     assert sum(count_encoded) == 3 * (30 + SHAPE) and folder.flips
-    batch = LatentDataset(folder, "train").__getitems__([0, 1])
-    assert batch["latents_flip"].shape == batch["latents"].shape
-    assert "latents_flip" not in LatentDataset(LatentFolder.read(tmp_path / "plain"), "train")[0]
-    plain, both = (load_file(tmp_path / name / "train-00000.safetensors") for name in ("plain", "flips"))
-    assert same(plain["latents"], both["latents"])
-
-    with torch.no_grad():  # the mirrored picture is encoded, not the latent mirrored
-        vae, data = model().eval(), PictureDataModule(split, SIZE).train_data
-        batch = data.__getitems__([4])
-        vectors = vae.condition_vectors(batch["labels"])
-        posterior = vae.encode(to_unit(batch["pictures"]).flip(3), condition=vectors).latent_dist
-        noise = Draws(0, 0, torch.tensor([4])).normal("posterior of the mirrored picture", 2, 8, 8)
-    torch.testing.assert_close(both["latents_flip"][4:5], posterior.mean + posterior.std * noise, rtol=1e-4, atol=1e-4)
+    assert folder.shape == (2, 8, 8) and folder.image_size == (SIZE, SIZE)
+    for side, images, seed in (("train", data.train_data, 3), ("val", data.val_data, 4)):
+        rows = range(len(images))
+        found, without = (LatentDataset(one, side).stored(rows) for one in (folder, plain))
+        assert set(without) == {"latents", "labels", "index"} and same(without["latents"], found["latents"])
+        assert torch.equal(found["labels"], images.labels) and folder.names[side] == images.names
+        for i in rows:  # one by one, in place of batches
+            batch = images.__getitems__([i])
+            x, vectors = to_unit(batch["pictures"]), vae.condition_vectors(batch["labels"])
+            mirrored = ("latents_flip", "posterior of the mirrored picture", x.flip(3))
+            for name, noise, seen in (("latents", "posterior", x), mirrored):
+                posterior = vae.encode(seen, condition=vectors).latent_dist
+                drawn = Draws(seed, 0, torch.tensor([i])).normal(noise, 2, 8, 8)
+                expected = posterior.mean + posterior.std * drawn
+                torch.testing.assert_close(found[name][i : i + 1], expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- once

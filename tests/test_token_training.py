@@ -114,7 +114,7 @@ def test_bad_input_is_one_line(fault, here, run):
     Path("empty.txt").write_text("\n")
     Path("latin.txt").write_bytes("schön".encode("latin-1"))
     assert "empty.txt is empty" in fault("--data_path", "empty.txt")
-    assert "no text in UTF-8" in fault("--data_path", "latin.txt")
+    assert "line 1, is no UTF-8" in fault("--data_path", "latin.txt")
     assert "No nowhere" in fault("--data_path", "nowhere")
     assert "260 tokens need 9 bits" in fault("data.channels=1", "--cell_size", 2)
     assert "img_size 30 is no multiple of cell_size 4" in fault("--img_size", 30)

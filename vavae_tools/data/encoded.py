@@ -74,11 +74,7 @@ class EncodedFolder:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read the index of a folder.
-
-        Raises:
-            UserError: there is none, or it is damaged.
-        """
+        """Read the index of a folder; raise a UserError if there is none, or it is damaged."""
         index = Path(path) / cls.INDEX
         if not index.is_file():
             raise UserError(f"No {cls.CONTENTS} in {path} ({cls.INDEX} is missing): encode them first")
@@ -149,18 +145,13 @@ class Store:
             path.unlink(missing_ok=True)
 
     def wait_for(self, names: Collection[str], ranks: Ranks) -> None:
-        """Wait until files that other processes have written are visible to this one.
-
-        Raises:
-            UserError: they are not, after `PATIENCE`.
-        """
+        """Wait until files that other processes have written are visible to this one, at most for `PATIENCE`."""
         until = time.monotonic() + PATIENCE
         while hidden := [name for name in names if not (self.folder / name).is_file()]:
             if ranks.size == 1 or time.monotonic() > until:
                 raise UserError(
-                    f"Process {ranks.rank + 1} of {ranks.size} does not see {hidden[0]} of another one in "
-                    f"{self.folder.absolute()}: name a folder on a disk that all machines share, or encode on each "
-                    "machine first"
+                    f"Process {ranks.rank + 1} of {ranks.size} does not see {(self.folder / hidden[0]).absolute()} of "
+                    "another one: name a folder on a disk that all machines share, or encode on each machine first"
                 )
             time.sleep(0.2)
 
@@ -299,12 +290,10 @@ class _Begun:
             return {name: (v.to(dtype) if v.is_floating_point() else v).cpu() for name, v in self.made.items()}
         if computing.in_half and not math.isfinite(largest):
             return _Begun(self.call, computing.again).finished(Computing("32", computing.device, computing.what), dtype)
-        if not math.isfinite(largest):
-            raise UserError(f"{computing.what} are not finite: its weights are damaged")
-        raise UserError(
-            f"{computing.what} reach {largest:,.0f}, and float16 holds up to 65,504: store them as float32, or take "
-            "another model"
-        )
+        if math.isfinite(largest):
+            limit = "float16 holds up to 65,504: store them as float32, or take another model"
+            raise UserError(f"{computing.what} reach {largest:,.0f}, and {limit}")
+        raise UserError(f"{computing.what} are not finite: its weights are damaged")
 
 
 def _write(
