@@ -172,7 +172,7 @@ CHANGES = {
         ({"guide": tiny_dit(1)}, "another guide"),
         ({"names": ["anna", "ben", "carl"]}, "folder of 0 ID_1 there, anna here"),
     ],
-    "npz": [({"seed": 1}, "seed 0 there, 1 here"), ({"count": 10}, "num_samples 11 there, 10 here")],
+    "npz": [({"seed": 1}, "seed 0 there, 1 here"), ({"count": 2}, "labels 0,1,2 there, 0,1 here")],
     "prompts": [
         ({"seed": 1}, "seed 0 there, 1 here"),
         ({"negative_prompt": "blue"}, "negative_prompt None there, blue here"),
@@ -245,6 +245,8 @@ def test_pngs_and_an_npz_stand_beside_each_other(tmp_path):
         assert arrays["arr_1"].dtype == np.int64 and arrays["arr_1"].tolist() == LABELS
     with ZipFile(npz) as archive:
         assert archive.testzip() is None and {info.compress_type for info in archive.infolist()} == {ZIP_STORED}
+    (fewer,) = write_samples(pipe, LABELS[:6], tmp_path, seed=3, format="npz", **options)
+    assert npz.is_file() and fewer.name == f"samples_6x{SIZE}x{SIZE}x3.npz"  # it stands beside
     write_samples(pipe, [1], tmp_path, seed=4, **options)  # the same model: other seeds stand beside
     (other,) = write_samples(pipe, [0, 1, 1], tmp_path, format="npz", **{**options, "overwrite": True})
     assert list(tmp_path.glob("*.npz")) == [other] and all(path.is_file() for path in pngs)

@@ -125,14 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, help="pipeline folder, or a .ckpt of DiT training")
     add("--weights", choices=["ema", "live"], default="ema", help="of a .ckpt: the averaged or the live weights")
-    add("--num_samples", type=int, help="images or texts in all, spread evenly over labels or prompts (default: 100, "
-        "of prompts one each)")
+    add("--num_samples", type=int, help="in all, spread over labels or prompts (default: 100, of prompts one each)")
     add("--prompt", nargs="+", help='of text-to-image: what the images shall show, "a small red bird", one or several; '
         "of token images: how texts begin, or questions")
     add("--negative_prompt", help="what guidance leads away from; without it the empty prompt")
     add("--labels", help='who: labels or names with commas, "0,1,2" or "ID_1,ID_2"; without it everybody')
-    add("--class_list", help="file with a folder name per line, one for each label that the model knows, in their "
-        "order; without it the trained names")
+    add("--class_list", help="file with a folder name per line, for each label in order, in place of the trained ones")
     add("--num_steps", type=int, default=50, help="steps of the solver; Euler's calls the denoiser once in each")
     add("--solver", choices=list(SOLVERS), help="one that fits what was trained; without it the pipeline's own: "
         "Euler's, of noise prediction DPM-Solver++, of texts steps with fresh noise")
@@ -140,18 +138,15 @@ def _parser() -> argparse.ArgumentParser:
         "without it training's own; RAE's shift s is 1/s here")
     add("--cfg_scale", type=float, help="guidance scale: 1 is none, larger is more typical, less varied; not with "
         f"--guide (default: {CFG_SCALE}, of prompts {TEXT_CFG_SCALE})")
-    add("--guide", help="pipeline folder or .ckpt of a weaker model, which guides in place of --cfg_scale's null "
-        "condition: autoguidance")
+    add("--guide", help="folder or .ckpt of a weaker model that guides in the null condition's place: autoguidance")
     add("--guide_scale", type=float, help=f"its scale; 1 is none (default: {GUIDE_SCALE})")
     add("--cfg_interval", default="0,1", help="times between which either guidance acts; 0 is noise, 1 is data")
     add("--guidance_channels", choices=["all", "first3"], default="all", help="first3 is LightningDiT's way")
-    add("--output_dir", default="outputs/samples", help="gets a folder for each person, or texts.jsonl, and "
-        "samples.json")
+    add("--output_dir", default="outputs/samples", help="gets a folder per person, or texts.jsonl, and samples.json")
     add("--format", choices=["png", "npz"], default="png", help="image files, or one .npz as ADM's evaluator reads it")
     add("--overwrite", action="store_true", help="replace images or texts of other settings in --output_dir; those of "
         "the same settings are kept in any case, and only what is missing is made")
-    add("--batch_size", type=int, help="images or texts made at once on each device; without it as many as fit the "
-        "memory; halved where they do not fit")
+    add("--batch_size", type=int, help="made at once on each device; without it as many as fit; halved if they do not")
     add("--precision", choices=["16", "32", "bf16"], help="what matrix products compute in; without it that of what is "
         "there already, else fp16 on a T4, bf16 from A100 and L4 on, float32 on a CPU")
     add("--seed", type=int, default=0, help="the same seed gives the same images, whatever the devices")

@@ -243,7 +243,7 @@ def begin(
         foreign = _differences(there, settings)
         foreign += [f"{files.family[:-1]} of {change}" for change in _changes(shown, files.shown, other)]
         if files.order and "npz" in record and files.found():
-            of_order = _changes(record["npz"], files.order, files.order)
+            of_order = _changes(record["npz"], files.order, ("seed", "labels"))
     else:
         foreign = [f"{RECORD}, which says how they were made, is missing or damaged"]
     if (foreign or of_order) and not overwrite:
