@@ -228,12 +228,8 @@ def test_scripts_notebooks_and_experiments_train_by_the_same_numbers(machine, tm
     run_experiment("experiment=vavae_dit", "--data_dir", "D", "--vavae", "V", f"--output_dir={folder}")
     dit.train_dit("outputs/latents", "V", folder)
     numbers = {"max_steps": preset.dit_steps, "batch_size": preset.dit_batch_size, "lr": preset.dit_lr}
-    dit.train_dit(
-        *("outputs/latents", "V", folder, preset.dit),
-        **numbers,
-        ema_decay=preset.ema_decay,
-        guidance_scale=preset.guidance_scale,
-    )
+    numbers |= {"ema_decay": preset.ema_decay, "guidance_scale": preset.guidance_scale}
+    dit.train_dit("outputs/latents", "V", folder, preset.dit, **numbers)
     experiment, function, notebook = trained
     for other in (function, notebook):
         assert other.train == experiment.train and other.objective == experiment.objective

@@ -149,11 +149,10 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
     module = VAVAEModule(model, **numbers, seed=seed, **_judges(loss, numbers, found, say))
     if found is not None:
         _take_over(module, found, say)
-    settings = module.trainer_settings(**config.of_devices())
-    world, lr = settings["devices"] * settings["num_nodes"], numbers["lr"]
     remarks = [*filter(None, [images.remark]), f"Recipe {loss.recipe}: {weights_in_words(module)}"]
-    if world > 1:
-        rule = f"lr × sqrt({world}) = {lr * world**0.5:.2g}"
+    settings = module.trainer_settings(**config.of_devices())
+    if (world := settings["devices"] * settings["num_nodes"]) > 1:
+        rule = f"lr × sqrt({world}) = {numbers['lr'] * world**0.5:.2g}"
         remarks.append(f"Rule of thumb for {world} devices: {rule}; lr stays as given")
     watching: list[L.Callback] = []
     if images.val_data is not None:
