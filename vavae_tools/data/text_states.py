@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -38,26 +38,6 @@ _NUMBER = 2  # bytes of a float16
 
 Captions = Mapping[str, Sequence[Sequence[str]]]
 """Subset → of each image its captions."""
-
-
-class Encoder(Protocol):
-    """What encodes captions, such as `diffusion.clip.TextEncoder`."""
-
-    dim: int
-    pooled_dim: int
-    max_tokens: int
-    device: torch.device
-
-    def to(self, device: str | torch.device) -> Any: ...
-
-    def encode(self, captions: list[str]) -> Any:
-        """Return tokens (B, L, D), mask bool (B, L), true where a token is, and pooled (B, P)."""
-
-    def lengths(self, captions: list[str]) -> tuple[Sequence[int], int]:
-        """Return how many tokens each has, and how many captions have more than `max_tokens` and are cut to that."""
-
-    def digest(self) -> str:
-        """Return a hash of weights and tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +76,7 @@ class TextFolder(EncodedFolder):
 
 
 def encode_texts(
-    encoder: Encoder,
+    encoder: Any,
     captions_by_side: Captions,
     folder: str | Path,
     names_by_side: Mapping[str, Sequence[str]] | None = None,
@@ -110,7 +90,8 @@ def encode_texts(
     Of several processes one alone should call this (`ranks.first_alone`), and the others then read what it made.
 
     Args:
-        encoder: frozen; afterwards it is on the device where it was.
+        encoder: a `diffusion.clip.TextEncoder`, or what has its `dim`, `pooled_dim`, `max_tokens`, `device`, `to`,
+            `encode`, `lengths` and `digest`. Afterwards it is on the device where it was.
         captions_by_side: "train" and, if there is one, "val": of each image one caption or more.
         names_by_side: the images' names, so that `TextLatentDataset` sees that latents are those of these images.
         batch_size: captions that are encoded at once.
@@ -167,7 +148,7 @@ def encode_texts(
     return found
 
 
-def needed_bytes(encoder: Encoder, captions_by_side: Captions, folder: str | Path | None = None) -> int:
+def needed_bytes(encoder: Any, captions_by_side: Captions, folder: str | Path | None = None) -> int:
     """Return how many bytes `encode_texts` would write, by the tokenizer alone.
 
     Args:
@@ -194,7 +175,7 @@ def _distinct(captions_by_side: Captions) -> list[str]:
     return sorted(distinct)
 
 
-def _shards(encoder: Encoder, about: list, distinct: Sequence[str]) -> dict[str, Shard]:
+def _shards(encoder: Any, about: list, distinct: Sequence[str]) -> dict[str, Shard]:
     """Return the shards, whose keys follow from their own captions: they are kept when other captions change."""
     longest = _NUMBER * (encoder.max_tokens * encoder.dim + encoder.pooled_dim) + 8
     most = max(1, min(SHARD_SIZE, SHARD_BYTES // longest))
@@ -205,7 +186,7 @@ def _shards(encoder: Encoder, about: list, distinct: Sequence[str]) -> dict[str,
     }
 
 
-def _about(encoder: Encoder) -> list:
+def _about(encoder: Any) -> list:
     return [_FORM, encoder.digest(), encoder.dim, encoder.pooled_dim, encoder.max_tokens]
 
 
@@ -213,7 +194,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _bytes(encoder: Encoder, captions: list[str]) -> int:
+def _bytes(encoder: Any, captions: list[str]) -> int:
     lengths = encoder.lengths(captions)[0] if captions else []
     tokens = sum(min(int(length), encoder.max_tokens) for length in lengths)
     return _NUMBER * (tokens * encoder.dim + len(captions) * encoder.pooled_dim) + 8 * len(captions)
