@@ -265,7 +265,7 @@ def from_diffusers(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], 
         image_std=list(std),
         noise_tau=given["noise_tau"],
     )
-    scale = given["scaling_factor"]
+    scale = given.get("scaling_factor", 1.0)
     if scale != 1:
         state_dict = {**state_dict, "_latents_std": state_dict.get("_latents_std", torch.ones(1)).float() / scale}
     found = sorted_weights(state_dict)
