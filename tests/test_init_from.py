@@ -48,7 +48,7 @@ def published(path, classes: int = 5, seed: int = 3, wrap=lambda weights: weight
 
 def golden_file(name: str, path) -> tuple[dict, dict[str, Tensor], str]:
     case, tensors = load_case(name)
-    save_file({key: tensor for key, tensor in load_weights(name).items() if "__weak__" not in key}, path)
+    save_file(load_weights(name), path)
     return case, tensors, str(path)
 
 
@@ -124,6 +124,19 @@ def test_only_the_class_table_starts_anew_and_what_is_left_is_listed(tmp_path):
     larger, conditioner = built(2, input_size=8)
     assert "for 16 tokens in place of 4" in start(larger, conditioner, path)[0]
     assert all(same(value, theirs.state_dict()[name]) for name, value in larger.state_dict().items())
+
+
+def test_the_average_beside_the_live_weights_is_taken(tmp_path):
+    def beside(weights):
+        live = {f"network.live.{name}": tensor + 1 for name, tensor in weights.items()}
+        average = {f"network.ema.{name}": tensor for name, tensor in weights.items()}
+        return {"epoch": 3, "state_dict": {**live, **average, "network.ema.extra.weight": torch.zeros(2)}}
+
+    path, denoiser, _ = published(tmp_path / "a.pt", wrap=beside)
+    fresh, conditioner = built(5)
+    said = " ".join(start(fresh, conditioner, path))
+    assert all(same(*pair) for pair in zip(fresh.parameters(), denoiser.parameters(), strict=True))
+    assert "epoch" in said and "extra" in said
 
 
 def test_what_nothing_tells_is_said_to_be_as_given(tmp_path):

@@ -109,21 +109,32 @@ def _own(
 # ---- published weights
 
 
+PARTS = re.compile(r"([xst]_embedder|s_projector|blocks|final_layer)\.")
+"""What a denoiser's tensors are named by; others in a file are left."""
+
+
 def _published(source: Path, saved: Mapping[str, Any], kind: str | None) -> StartingWeights:
     left: list[str] = []
     parts = ("ema", "ema_model", "state_dict", "model")
-    if part := next((part for part in parts if isinstance(saved.get(part), Mapping)), None):
-        left = [str(name) for name in saved if name != part]
+    while part := next((part for part in parts if isinstance(saved.get(part), Mapping) and saved[part]), None):
+        left += [str(name) for name in saved if name != part]
         saved = saved[part]
-    weights = {WRAPPERS.sub("", str(name)): tensor for name, tensor in saved.items()}
+    named = {WRAPPERS.sub("", str(name)): tensor for name, tensor in saved.items()}
     first, of_classes = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
+    # a training's checkpoint may hold the live weights and their average side by side
+    begins = [name.removesuffix(first) for name in named if f".{name}".endswith(f".{first}")]
+    begin = min(begins, key=lambda begin: ("ema" not in begin, len(begin)), default="")
+    weights = {name.removeprefix(begin): tensor for name, tensor in named.items() if name.startswith(begin)}
+    left += [name for name in named if not name.startswith(begin)]
     if first not in weights or of_classes not in weights:
         raise UserError(
-            f"{source} is no denoiser with classes: it holds {few(weights) or 'nothing'}, expected {first} and "
+            f"{source} is no denoiser with classes: it holds {few(named) or 'nothing'}, expected {first} and "
             f"{of_classes} as in LightningDiT's, RAE's or DiT's weights; one from here is a pipeline/ or a .ckpt"
         )
     rows = weights.pop(of_classes)  # all that are published have the null row, the last one
     tables = {name: weights.pop(name) for name in list(weights) if name.startswith(TABLES)}
+    others = [name for name, value in weights.items() if not (isinstance(value, Tensor) and PARTS.match(name))]
+    left += [begin + name for name in others if weights.pop(name) is not None]
     try:
         arguments = arguments_of(weights, tables)
     except (KeyError, ValueError) as error:
