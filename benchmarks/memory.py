@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from vavae_tools.autoencoders import rae as rae_module
 from vavae_tools.autoencoders.lpips import LPIPS
 from vavae_tools.autoencoders.rae import RAE, RAE_SIZES
 from vavae_tools.autoencoders.stable_diffusion import StableDiffusionVAE
@@ -54,7 +55,6 @@ from vavae_tools.recipes.presets import Preset, find_preset
 from vavae_tools.recipes.vavae import LOSSES, _needs_checkpointing
 from vavae_tools.runtime.machine import Machine, at_work
 from vavae_tools.runtime.precision import Computing, for_inference
-from vavae_tools.training import autoencoder_module as rae_module
 from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModule
 from vavae_tools.training.callbacks import previews
 from vavae_tools.training.callbacks.finite import FiniteSteps

@@ -4,7 +4,10 @@ The decoder is diffusers' RAEDecoder. Its table of positions is the paper's for 
 for 16×16 alone.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from vavae_tools.autoencoders.encoders import common_name, encoder_class
 from vavae_tools.autoencoders.vavae import LatentStatistics
 from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import weights_digest
 
 VARIANCE_EPS = 1e-5
 """Added to the variance of element-wise statistics, once."""
@@ -300,3 +304,27 @@ def tiny_rae(picture_size: int = 32, **changes: Any) -> RAE:
         "patch_size": 14,
     }
     return RAE(**{"encoder_config": encoder, "encoder_input_size": side, **RAE_SIZES["tiny"], **changes})
+
+
+@dataclass
+class FrozenEncoder:
+    """An RAE's encoder as a `Foundation`: its tokens, of images as they are or turned left to right."""
+
+    rae: RAE
+    digest: str
+    mirrored: bool = False
+
+    @property
+    def channels(self) -> int:
+        return self.rae.latent_shape[0]
+
+    def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
+        tokens = self.rae.tokens(((pictures.flip(3) if self.mirrored else pictures) + 1) / 2)  # (B, h·w, C)
+        return tokens.mT.unflatten(2, grid)
+
+
+def encoder_digest(rae: RAE) -> str:
+    """Return a hash of an RAE's encoder: weights and how images are given to it."""
+    given = {key: value for key, value in rae.config.items() if key.startswith(("encoder_", "image_"))}
+    of_config = json.dumps(given, sort_keys=True, default=list)
+    return hashlib.sha256((weights_digest(rae.encoder) + of_config).encode()).hexdigest()[:16]

@@ -1,9 +1,6 @@
 """Training autoencoders with Lightning: glue between the model, its loss, its adversary and the Trainer."""
 
-import hashlib
-import json
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +18,13 @@ from vavae_tools.autoencoders.losses import (
     kl,
 )
 from vavae_tools.autoencoders.lpips import LPIPS
-from vavae_tools.autoencoders.rae import RAE, noised
+from vavae_tools.autoencoders.rae import RAE, FrozenEncoder, encoder_digest, noised
 from vavae_tools.autoencoders.vavae import VAVAE, anothers, reconstruct_pictures
 from vavae_tools.data.images import DecodedPictures, PictureSetDataModule, to_pixels, to_unit
 from vavae_tools.evaluation.metrics import psnr, ssim
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import plain_config, weights_digest
+from vavae_tools.runtime.files import plain_config
 from vavae_tools.runtime.ranks import Ranks, of_torchrun
 from vavae_tools.training.callbacks.finite import FiniteSteps, has_scaler
 from vavae_tools.training.callbacks.progress import log_step
@@ -437,27 +434,3 @@ class RAEDecoderModule(AutoencoderModule):
     def reconstructions(self, batch: dict[str, Tensor]) -> list[Tensor]:
         """Return what the averaged decoder makes of images, uint8 (B, 3, S, S)."""
         return [to_pixels(self.rae_with(self.ema.network)(to_unit(batch["pictures"].to(self.device))))]
-
-
-@dataclass
-class FrozenEncoder:
-    """An RAE's encoder as a `Foundation`: its tokens, of images as they are or turned left to right."""
-
-    rae: RAE
-    digest: str
-    mirrored: bool = False
-
-    @property
-    def channels(self) -> int:
-        return self.rae.latent_shape[0]
-
-    def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
-        tokens = self.rae.tokens(((pictures.flip(3) if self.mirrored else pictures) + 1) / 2)  # (B, h·w, C)
-        return tokens.mT.unflatten(2, grid)
-
-
-def encoder_digest(rae: RAE) -> str:
-    """Return a hash of an RAE's encoder: weights and how images are given to it."""
-    given = {key: value for key, value in rae.config.items() if key.startswith(("encoder_", "image_"))}
-    of_config = json.dumps(given, sort_keys=True, default=list)
-    return hashlib.sha256((weights_digest(rae.encoder) + of_config).encode()).hexdigest()[:16]
