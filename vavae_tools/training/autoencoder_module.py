@@ -235,13 +235,10 @@ class AutoencoderModule(L.LightningModule):
         return [FiniteSteps(self.hparams.gradient_clip)]
 
     def trainer_settings(self, **choices: Any) -> dict[str, Any]:
-        """Return arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`).
-
-        Raises:
-            UserError: batches gathered by the Trainer, which cannot where a module has two optimisers.
-        """
+        """Return arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`)."""
         gathered = choices.pop("accumulate_grad_batches", None)
         if gathered not in (None, self.accumulate_grad_batches):
+            # the Trainer cannot gather where a module has two optimisers
             raise UserError(f"accumulate_grad_batches={gathered}: it is an argument of {type(self).__name__}")
         adversarial = self.hparams.disc_weight > 0
         if choices.get("strategy") == "ddp" and adversarial:
@@ -316,7 +313,7 @@ class VAVAEModule(AutoencoderModule):
     ) -> None:
         if vf_weight and foundation is None:
             raise UserError(
-                "vf_weight needs a vision foundation model: name its folder (foundation_model), or take vf_weight 0"
+                "vf_weight needs a vision foundation model (foundation_model): name it, or take vf_weight 0"
             )
         if vf_weight and freeze_encoder:
             raise UserError("vf_weight aligns the latents, which freeze_encoder keeps as they are: take one of them")
