@@ -313,7 +313,7 @@ class VAVAEModule(AutoencoderModule):
     ) -> None:
         if vf_weight and foundation is None:
             raise UserError(
-                "vf_weight needs a vision foundation model (foundation_model): name it, or take vf_weight 0"
+                "vf_weight needs a vision foundation model: name its folder (foundation_model), or take vf_weight 0"
             )
         if vf_weight and freeze_encoder:
             raise UserError("vf_weight aligns the latents, which freeze_encoder keeps as they are: take one of them")
