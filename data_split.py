@@ -1,4 +1,4 @@
-"""Split picture folders, one per person, into train/ and val/, with no picture on both sides."""
+"""Split image folders, one per person, into train/ and val/, with no image in both subsets."""
 
 import argparse
 
@@ -13,13 +13,13 @@ def main() -> None:
     add = parser.add_argument
     add("--input_dir", required=True, help="folder of person folders (ID_1, ID_2 …)", default=argparse.SUPPRESS)
     add("--output_dir", default="data_split", help="folder for train/, val/ and split_info.json")
-    add("--train_ratio", type=float, default=0.8, help="share of each person's pictures to train on")
-    add("--val_ratio", type=float, default=0.2, help="share of each person's pictures to validate on")
-    add("--image_extensions", default="png,jpg,jpeg", help="what pictures end in, in small or capital letters")
+    add("--train_ratio", type=float, default=0.8, help="share of each person's images to train on")
+    add("--val_ratio", type=float, default=0.2, help="share of each person's images to validate on")
+    add("--image_extensions", default="png,jpg,jpeg", help="what images end in, in small or capital letters")
     add("--seed", type=int, default=0, help="the same seed and files give the same split")
-    add("--link", choices=LINKS, default="copy", help="copy the pictures, or link to them")
-    add("--group_pattern", metavar="REGEX", help="its first group names the recording, which stays on one side")
-    add("--check", choices=CHECKS, default="decode", help="decode each picture once, or compare file contents only")
+    add("--link", choices=LINKS, default="copy", help="copy the images, or link to them")
+    add("--group_pattern", metavar="REGEX", help="its first group names the recording, which stays in one subset")
+    add("--check", choices=CHECKS, default="decode", help="decode each image once, or compare file contents only")
     add("--overwrite", action="store_true", help="replace a different split in output_dir")
     add("--workers", type=int, help="threads; without it one per core, at most 8")
     args = vars(parser.parse_args())

@@ -33,13 +33,13 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=60, help="per person, of 6 people")
     parser.add_argument("--workers", type=int, default=cores(), help="processes")
     options = parser.parse_args()
-    count = 6 * options.pictures
+    count = 6 * options.images
 
-    print(f"{count:,} pictures by {options.workers} processes; the machine's load was {os.getloadavg()[0]:.1f}")
+    print(f"{count:,} images by {options.workers} processes; the machine's load was {os.getloadavg()[0]:.1f}")
     for size in (256, 64):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            write_gait_dataset(f"{folder}/gait", 6, options.pictures, size, workers=options.workers, progress=False)
+            write_gait_dataset(f"{folder}/gait", 6, options.images, size, workers=options.workers, progress=False)
             gait = time.perf_counter() - start
 
             start = time.perf_counter()
@@ -47,7 +47,7 @@ def main() -> None:
                 list(pool.map(partial(write_noise, folder, size), range(count), chunksize=8))
             noise = time.perf_counter() - start
         print(
-            f"{size:>3} × {size:<3} {count / gait:7.1f} pictures/s   noise JPEGs {count / noise:7.1f}/s   "
+            f"{size:>3} × {size:<3} {count / gait:7.1f} images/s   noise JPEGs {count / noise:7.1f}/s   "
             f"ratio of times {gait / noise:.1f}"
         )
 

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 import vavae_tools as vt
 from vavae_tools.autoencoders.lpips import LPIPS
 from vavae_tools.autoencoders.vavae import VAVAE, vavae
-from vavae_tools.checkpoints.formats import read_any
+from vavae_tools.checkpoints.formats import read_any_format
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.layers import SwiGLU
 from vavae_tools.diffusion.solvers import make_solver
@@ -190,14 +190,12 @@ def vavae_steps(setup: Setup, count: int, full: bool, gradient_checkpointing: bo
     model = setup.vavae()
     module = VAVAEModule(model, gradient_checkpointing=gradient_checkpointing, **(losses if full else {}))
     size, grid = setup.image_size, setup.image_size // model.downsampling
-    pictures = torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
+    images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
     features = torch.randn(count, Features.channels, grid, grid).half()
-    return steps_of(
-        setup, module, some_batch(count, pictures=pictures, foundation=features), 8, 3, precision=setup.fp16
-    )
+    return steps_of(setup, module, some_batch(count, images=images, foundation=features), 8, 3, precision=setup.fp16)
 
 
-# ---- pictures
+# ---- images
 
 
 def pipeline(setup: Setup) -> LatentDiTPipeline:
@@ -210,7 +208,7 @@ def pipeline(setup: Setup) -> LatentDiTPipeline:
 
 
 def sampling(setup: Setup, count: int, num_steps: int) -> Result:
-    """Pictures a second in each precision, and how far they are from float32's, in levels of 255."""
+    """Images a second in each precision, and how far they are from float32's, in levels of 255."""
     count, num_steps = setup.batch(count), setup.batch(num_steps)
     pipe, result, reference = pipeline(setup), {}, None
     labels = torch.arange(count, device=setup.device) % PEOPLE
@@ -225,7 +223,7 @@ def sampling(setup: Setup, count: int, num_steps: int) -> Result:
         reference = made if reference is None else reference
         flat = int((made.flatten(1).float().std(1) == 0).sum())  # black, or of another single colour
         off = (made.float() - reference.float()).abs().mean().item()
-        result[precision] = {"pictures_a_second": count / seconds, "levels_off": off, "flat_pictures": flat}
+        result[precision] = {"images_a_second": count / seconds, "levels_off": off, "flat_images": flat}
     return result
 
 
@@ -243,7 +241,7 @@ def seconds_of(setup: Setup, function: Callable[[], Any], times: int = 5) -> flo
 
 @torch.inference_mode()
 def decoding(setup: Setup, count: int) -> Result:
-    """Pictures a second decoded in fp16: as weights come, laid out for a card, and with convolutions tried."""
+    """Images a second decoded in fp16: as weights come, laid out for a card, and with convolutions tried."""
     count, result = setup.batch(count), {}
     model = setup.vavae().eval().to(setup.device)
     size, labels = setup.image_size // model.downsampling, torch.zeros(count, dtype=torch.int64, device=setup.device)
@@ -276,20 +274,20 @@ def swiglu(setup: Setup, tokens: int) -> Result:
 
 @torch.inference_mode()
 def preview(setup: Setup, count: int) -> Result:
-    """A preview's pictures, after an encoding in the same process."""
+    """A preview's images, after an encoding in the same process."""
     pipe, half = pipeline(setup), setup.batch(count) // 2
     nobody = torch.zeros(half, dtype=torch.int64, device=setup.device)
-    pictures = torch.zeros(half, 3, setup.image_size, setup.image_size, device=setup.device)
-    pipe.vae.encode_pictures(pictures, nobody)
+    images = torch.zeros(half, 3, setup.image_size, setup.image_size, device=setup.device)
+    pipe.vae.encode_images(images, nobody)
     kept = torch.cuda.memory_reserved() / GIB if setup.on_gpu else 0.0
     pipe([0] * setup.batch(count), num_inference_steps=1)
     return {"reserved_after_encoding_gib": kept}
 
 
 def ssim_in_autocast(setup: Setup) -> Result:
-    picture = torch.linspace(-1, 1, 64, device=setup.device).expand(1, 3, 64, 64)
+    image = torch.linspace(-1, 1, 64, device=setup.device).expand(1, 3, 64, 64)
     with torch.autocast(setup.device, torch.float16 if setup.on_gpu else torch.bfloat16):
-        return {"of_equal_pictures": ssim(picture, picture).item()}
+        return {"of_equal_images": ssim(image, image).item()}
 
 
 # ---- whole trainings
@@ -316,7 +314,7 @@ def resumed(setup: Setup, *words: str) -> Result:
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
-    state = read_any(path, lambda line: None)["state_dict"]
+    state = read_any_format(path, lambda line: None)["state_dict"]
     return {name: weight.clone() for name, weight in state.items()}  # the file goes with its folder
 
 
@@ -351,7 +349,7 @@ def one_of_two(setup: Setup) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    batch = some_batch(4, pictures=torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8))
+    batch = some_batch(4, images=torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8))
     batch["index"] += 4 * rank
     trainer.fit(module, DataLoader([batch] * 6, batch_size=None))
     weights = sum(weight.double().abs().sum().item() for weight in module.parameters())

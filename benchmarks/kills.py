@@ -1,6 +1,6 @@
 """Kill trainings at random moments and go on: is the end, bit by bit, that of the training that was never stopped?
 
-Each training is a command in a process of its own on a few simulated pictures; it saves after every step, so that many
+Each training is a command in a process of its own on a few simulated images; it saves after every step, so that many
 kills (SIGKILL) fall into the writing of a checkpoint. Compared are weights, averaged weights, optimisers, schedules and
 all logged losses; looked for are damaged checkpoints and what is left over.
 

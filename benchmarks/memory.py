@@ -444,8 +444,8 @@ def fit(card: Any, case: Case, module: L.LightningModule, batch: dict[str, Any],
     del kept
 
 
-class Pictures:
-    """A folder of pictures without contents."""
+class Images:
+    """A folder of images without contents."""
 
     channels = 3
 
@@ -486,12 +486,12 @@ def fine_tuning(card: Any, case: Case, recipe: str) -> str:
     numbers["gradient_checkpointing"] = case.number("gradient_checkpointing", checkpointing)
     lpips = LPIPS() if numbers.get("perceptual_weight") else None
     module = VAVAEModule(model, **numbers, lpips=lpips, foundation=Features())
-    pictures = Pictures(1000, size)
-    batch = pictures.few(batch_size)
+    images = Images(1000, size)
+    batch = images.few(batch_size)
     if numbers.get("vf_weight"):
         grid = size // model.downsampling
         batch["foundation"] = torch.zeros(batch_size, Features.channels, grid, grid, dtype=torch.float16)
-    fit(card, case, module, batch, ReconstructionPreviews(pictures.few(8), "."))
+    fit(card, case, module, batch, ReconstructionPreviews(images.few(8), "."))
     return said_of(batch_size, numbers["gradient_checkpointing"])
 
 
@@ -503,7 +503,7 @@ def encoding(card: Any, case: Case) -> str:
     preset, batch_size = case.preset, case.number("batch_size", 32)
     model = vavae(preset.vavae_size, condition_dim=32, num_conditions=PEOPLE).eval()
     computing = Computing(None, "cuda", "Latents", print)
-    sides = {"train": Pictures(3 * batch_size, preset.image_size)}
+    sides = {"train": Images(3 * batch_size, preset.image_size)}
     with at_work(model, "cuda"):
         encoder = _Encoder(for_inference(model, "cuda"), sides, False, 0, torch.float32, computing)
         batches = _batches(sides["train"], [range(3 * batch_size)], batch_size, 0)
@@ -573,12 +573,12 @@ def sampling(card: Any, case: Case) -> str:
 
 
 def evaluation(card: Any, case: Case) -> str:
-    pictures = Pictures(1000, case.preset.image_size)
-    reconstruct(denoising(case)[2].to("cuda"), Pictures(96, case.preset.image_size))
+    images = Images(1000, case.preset.image_size)
+    reconstruct(denoising(case)[2].to("cuda"), Images(96, case.preset.image_size))
     card.mark("reconstructions")
-    classifier = train_classifier(pictures, PEOPLE, steps=2, device="cuda", progress=False)
+    classifier = train_classifier(images, PEOPLE, steps=2, device="cuda", progress=False)
     card.mark("classifier")
-    classifier.judge(pictures)
+    classifier.judge(images)
     card.mark("judging")
     return "batch 32, 64, 256"
 
@@ -592,10 +592,10 @@ def rae_decoder(card: Any, case: Case) -> str:
     checkpointing = case.number("gradient_checkpointing", False)
     module = RAEDecoderModule(rae, **numbers, gradient_checkpointing=checkpointing, lpips=LPIPS())
     channels, height, width = rae.latent_shape
-    pictures = Pictures(1000, rae.picture_size)
-    batch = pictures.few(batch_size)
+    images = Images(1000, rae.image_size)
+    batch = images.few(batch_size)
     batch["tokens"] = torch.zeros(batch_size, channels, height, width, dtype=torch.float16)
-    fit(card, case, module, batch, ReconstructionPreviews(pictures.few(8), "."))
+    fit(card, case, module, batch, ReconstructionPreviews(images.few(8), "."))
     return said_of(batch_size, checkpointing)
 
 

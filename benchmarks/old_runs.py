@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 STEPS, SAVED, STOPPED = 20, 16, 17
 SIZE = 24
-"""Pixels: the smallest pictures that the discriminator can judge."""
+"""Pixels: the smallest images that the discriminator can judge."""
 _TRAIN = ["--accelerator", "cpu", "--batch_size", "12"]
 _STEPS = [*_TRAIN, "--max_steps", str(STEPS), "--lr", "1e-2", "--ema_decay", "0.9", "--previews", "0"]
 _SMALL = ["model.hidden_size=8", "model.num_heads=2", "sampling.num_steps=2"]
@@ -91,7 +91,7 @@ def run(words: list[str]) -> None:
 
 
 def png(pixels: bytes, side: int) -> bytes:
-    """A picture whose file is the same bytes everywhere: what goes on compares names and lengths of files."""
+    """An image whose file is the same bytes everywhere: what goes on compares names and lengths of files."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -103,8 +103,8 @@ def png(pixels: bytes, side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + data
 
 
-def write_pictures(folder: Path) -> None:
-    """Three people with ten pictures each, stripes of a colour and a width; a caption beside each."""
+def write_images(folder: Path) -> None:
+    """Three people with ten images each, stripes of a colour and a width; a caption beside each."""
     for person, colour in enumerate(("red", "green", "blue")):
         (folder / f"ID_{person + 1}").mkdir(parents=True)
         for number in range(10):
@@ -153,8 +153,8 @@ def write_models(folder: Path) -> None:
 
 
 def write_data(folder: Path) -> None:
-    """Pictures and their split."""
-    write_pictures(folder / "pictures")
+    """Images and their split."""
+    write_images(folder / "pictures")
     run(["data_split.py", "--input_dir", str(folder / "pictures"), "--output_dir", str(folder / "data_split")])
 
 

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 
 from vavae_tools.autoencoders.stable_diffusion import StableDiffusionVAE
 from vavae_tools.autoencoders.vavae import VAVAE, vavae
-from vavae_tools.data.demo.gait import colormap_table, simulate_picture
-from vavae_tools.data.demo.shapes import CaptionedShapes, ShapePictures
+from vavae_tools.data.demo.gait import colormap_table, simulate_image
+from vavae_tools.data.demo.shapes import CaptionedShapes, ShapeImages
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.loader import OrderedDataModule
 from vavae_tools.runtime.draws import Draws
@@ -27,7 +27,7 @@ from vavae_tools.runtime.errors import run_command
 from vavae_tools.training.autoencoder_module import VAVAEModule
 from vavae_tools.training.callbacks.checkpointing import LastCheckpoint, WholeCheckpointIO
 from vavae_tools.training.callbacks.progress import Progress
-from vavae_tools.training.config import Saving
+from vavae_tools.training.config import SaveConfig
 from vavae_tools.training.devices import quiet_lightning
 
 COLORMAPS = ("jet", "jet", "viridis", "viridis", "turbo", "inferno", "magma", "plasma", "gray", "hot", "cividis")
@@ -39,7 +39,7 @@ SIMULATED, SHOWN = 128, 64
 
 
 class AugmentedWalkers(Dataset):
-    """Item i is always the same picture: a crop, turned, stretched in contrast, coloured."""
+    """Item i is always the same image: a crop, turned, stretched in contrast, coloured."""
 
     def __init__(self, intensities: Tensor, length: int, seed: int) -> None:
         self.intensities, self.length, self.seed = intensities, length, seed  # uint8 (N, 128, 128)
@@ -51,8 +51,8 @@ class AugmentedWalkers(Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         index = torch.tensor(indices)
         numbers = Draws(self.seed, 0, index).uniform("augmentation", 8).tolist()
-        pictures = [self._augment(i % len(self.intensities), *u) for i, u in zip(indices, numbers, strict=True)]
-        return {"pictures": torch.stack(pictures), "labels": torch.zeros_like(index), "index": index}
+        images = [self._augment(i % len(self.intensities), *u) for i, u in zip(indices, numbers, strict=True)]
+        return {"pictures": torch.stack(images), "labels": torch.zeros_like(index), "index": index}
 
     def _augment(
         self,
@@ -66,7 +66,7 @@ class AugmentedWalkers(Dataset):
         offset: float,
         colour: float,
     ) -> Tensor:
-        side = int(SHOWN + zoom * (SIMULATED - SHOWN))  # between a true-size crop and the whole picture
+        side = int(SHOWN + zoom * (SIMULATED - SHOWN))  # between a true-size crop and the whole image
         y, x = int(top * (SIMULATED - side + 1)), int(left * (SIMULATED - side + 1))
         crop = self.intensities[i, y : y + side, x : x + side].float()[None, None]
         crop = F.interpolate(crop, (SHOWN, SHOWN), mode="bilinear", antialias=True, align_corners=False)[0, 0]
@@ -82,16 +82,16 @@ class WalkerDataModule(OrderedDataModule):
         self.train_data = walkers
 
 
-def simulate_walkers(people: int, pictures: int) -> Tensor:
-    """Intensities before the colour map: uint8 (people · pictures, 128, 128)."""
-    tasks = [(person, picture) for person in range(1, people + 1) for picture in range(1, pictures + 1)]
+def simulate_walkers(people: int, images: int) -> Tensor:
+    """Intensities before the colour map: uint8 (people · images, 128, 128)."""
+    tasks = [(person, image) for person in range(1, people + 1) for image in range(1, images + 1)]
     with ProcessPoolExecutor() as pool:
         return torch.from_numpy(np.stack(list(pool.map(_simulate, tasks, chunksize=32))))
 
 
 def _simulate(task: tuple[int, int]) -> np.ndarray:
     # in grey the colour is the intensity
-    return simulate_picture(PEOPLE_SEED, *task, size=SIMULATED, colormap="gray")[..., 0].copy()
+    return simulate_image(PEOPLE_SEED, *task, size=SIMULATED, colormap="gray")[..., 0].copy()
 
 
 def train_vavae(walkers: Tensor, steps: int, batch_size: int, lr: float, seed: int, folder: Path) -> VAVAE:
@@ -104,7 +104,7 @@ def train_vavae(walkers: Tensor, steps: int, batch_size: int, lr: float, seed: i
         **module.trainer_settings(),
         max_epochs=1,
         default_root_dir=folder,
-        callbacks=[LastCheckpoint(folder / "checkpoints", Saving(save_every_minutes=2)), Progress()],
+        callbacks=[LastCheckpoint(folder / "checkpoints", SaveConfig(save_every_minutes=2)), Progress()],
         plugins=[WholeCheckpointIO()],
         enable_progress_bar=False,
     )
@@ -138,17 +138,17 @@ def random_shapes_vae(seed: int) -> StableDiffusionVAE:
 def train_shapes(steps: int, batch_size: int, lr: float, seed: int) -> StableDiffusionVAE:
     """Return a VAE trained on shapes of 32 and, every fourth step, 64 pixels; its latents have unit variance."""
     vae = random_shapes_vae(seed)
-    pictures = {}
+    images = {}
     for size in (32, 64):
-        kinds = ShapePictures(4096, 36, size, SHAPES_SEED), CaptionedShapes(4096, size, SHAPES_SEED)
-        pictures[size] = torch.cat([kind.in_memory() for kind in kinds])  # uint8 (8192, 3, size, size)
+        kinds = ShapeImages(4096, 36, size, SHAPES_SEED), CaptionedShapes(4096, size, SHAPES_SEED)
+        images[size] = torch.cat([kind.in_memory() for kind in kinds])  # uint8 (8192, 3, size, size)
     optimizer = torch.optim.Adam(vae.parameters(), betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
     for step in range(steps):
         size = 64 if step % 4 == 3 else 32
         count = batch_size * 32**2 // size**2
         draws = Draws(seed, step, torch.arange(count))
-        x = to_unit(pictures[size][(draws.uniform("picture") * len(pictures[size])).long()])
+        x = to_unit(images[size][(draws.uniform("picture") * len(images[size])).long()])
         posterior = vae.encode(x).latent_dist
         made = vae.decode(posterior.mean + posterior.std * draws.normal("posterior", *posterior.mean.shape[1:])).sample
         error = F.mse_loss(made, x)
@@ -161,7 +161,7 @@ def train_shapes(steps: int, batch_size: int, lr: float, seed: int) -> StableDif
         if step % 200 == 199:
             print(f"step {step + 1:,}: PSNR {10 * math.log10(4 / error.item()):.1f} dB", flush=True)
     with torch.no_grad():
-        latents = vae.encode(to_unit(pictures[32][::16])).latent_dist.mean
+        latents = vae.encode(to_unit(images[32][::16])).latent_dist.mean
     vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
     return vae
 
@@ -180,7 +180,7 @@ def main() -> None:
 
     folder, size, seed = Path(options.output_dir), options.batch_size, options.seed
     if options.model == "vavae":
-        walkers = simulate_walkers(options.people, options.pictures)
+        walkers = simulate_walkers(options.people, options.images)
         model = train_vavae(walkers, options.steps or 3400, size, options.lr or 2e-3, seed, folder)
     else:
         model = train_shapes(options.steps or 8000, size, options.lr or 4e-3, seed)

@@ -14,9 +14,9 @@ import torch
 from vavae_tools.training.callbacks.checkpointing import WholeCheckpointIO
 
 
-def seconds(work: torch.nn.Module, pictures: torch.Tensor) -> float:
+def seconds(work: torch.nn.Module, images: torch.Tensor) -> float:
     began = time.perf_counter()
-    work(pictures).square().mean().backward()
+    work(images).square().mean().backward()
     return time.perf_counter() - began
 
 
@@ -29,8 +29,8 @@ def main() -> None:
     options = parser.parse_args()
     checkpoint = {"state_dict": {str(i): torch.randn(2**18) for i in range(options.megabytes)}}
     work = torch.nn.Sequential(*(torch.nn.Conv2d(64, 64, 3, padding=1) for _ in range(4)))
-    pictures = torch.randn(8, 64, 64, 64)
-    alone = statistics.median(seconds(work, pictures) for _ in range(20))
+    images = torch.randn(8, 64, 64, 64)
+    alone = statistics.median(seconds(work, images) for _ in range(20))
     waits, writes, extra = [], [], []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         writer = WholeCheckpointIO()
@@ -40,7 +40,7 @@ def main() -> None:
             waits.append(time.perf_counter() - began)
             steps = []
             while not writer._pending.done():
-                steps.append(seconds(work, pictures))
+                steps.append(seconds(work, images))
             writes.append(time.perf_counter() - began)
             extra.append(sum(steps) - len(steps) * alone)  # what these steps took longer than alone
             writer.wait()

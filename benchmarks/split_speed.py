@@ -1,10 +1,10 @@
-"""Time `split_folders` against the package split-folders, which copies blindly, on the same pictures in one run.
+"""Time `split_folders` against the package split-folders, which copies blindly, on the same images in one run.
 
     pip install split-folders
     python benchmarks/split_speed.py
 
 Everything is timed in alternation, because other work on the machine comes and goes; the ratios are of the medians.
-The pictures' folder decides which disk is measured: --directory. Files are removed at the end only: on ext4, making
+The images' folder decides which disk is measured: --directory. Files are removed at the end only: on ext4, making
 files right after removing many is several times slower, and would hit whichever is timed next.
 """
 
@@ -38,7 +38,7 @@ WAYS = {
 }
 
 
-def make_pictures(root: Path, count: int, size: int, persons: int = 31) -> int:
+def make_images(root: Path, count: int, size: int, persons: int = 31) -> int:
     """Smooth noise as JPEG, each file different; returns the bytes written."""
     total = 0
     for i in range(count):
@@ -68,8 +68,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         source = Path(folder, "pictures")
-        total = make_pictures(source, args.pictures, args.size)
-        print(f"{args.pictures:,} JPEGs of {args.size} px, {total / 1e6:.0f} MB ({folder}), {args.rounds} rounds")
+        total = make_images(source, args.images, args.size)
+        print(f"{args.images:,} JPEGs of {args.size} px, {total / 1e6:.0f} MB ({folder}), {args.rounds} rounds")
         seconds = {name: [] for name in WAYS}
         for place in range(args.rounds):
             for name, options in WAYS.items():

@@ -1,8 +1,8 @@
-"""Time of a training step on cached latents and texts against one that encodes pictures and captions every time.
+"""Time of a training step on cached latents and texts against one that encodes images and captions every time.
 
 Both are steps of the same text-to-image training: forward, backward, AdamW and EMA of a TextDiT. The one reads a batch
-from the disk, memory-mapped, as training does by default; the other passes pictures that are in memory already through
-the VAE's encoder and captions through the text encoder (decoding picture files comes on top, in other processes). They
+from the disk, memory-mapped, as training does by default; the other passes images that are in memory already through
+the VAE's encoder and captions through the text encoder (decoding image files comes on top, in other processes). They
 take turns, so that a machine that gets slower in the meantime does so for both; times are medians, the ratio that of
 the turns.
 
@@ -38,7 +38,7 @@ from vavae_tools.training.denoiser_module import DiffusionModule
 @dataclass(frozen=True)
 class Size:
     """The denoiser's numbers, channels of the VAE at each of its four sizes, the text encoder's width, layers, heads,
-    and pixels and pictures of a step."""
+    and pixels and images of a step."""
 
     denoiser: dict[str, int]
     vae: tuple[int, ...]
@@ -65,10 +65,10 @@ class Steps:
         vae.to(self.device)
         encoder.to(self.device)
         pixels = options.image_size or size.image_size
-        pictures = captioned_shape_data(2 * self.batch_size, pixels, self.batch_size, val_share=0)
-        self.pictures = pictures.train_data
-        latents = encode_latents(vae, pictures, folder, device=self.device, dtype="float16")
-        texts = encode_texts(encoder, pictures.captions_by_side(), folder / "texts", progress=False)
+        images = captioned_shape_data(2 * self.batch_size, pixels, self.batch_size, val_share=0)
+        self.images = images.train_data
+        latents = encode_latents(vae, images, folder, device=self.device, dtype="float16")
+        texts = encode_texts(encoder, images.captions_by_subset(), folder / "texts", progress=False)
         self.cached = TextLatentDataModule(latents, texts, self.batch_size).train_data
 
         side = pixels // vae.downsampling
@@ -84,7 +84,7 @@ class Steps:
         self.tokens, self.count = (side // 2) ** 2, 0
 
     def rows(self) -> list[tuple[int, int]]:
-        """Pictures and their captions' numbers, of the two batches in turn."""
+        """Images and their captions' numbers, of the two batches in turn."""
         start = self.count % 2 * self.batch_size
         return [(place, self.count % 8) for place in range(start, start + self.batch_size)]
 
@@ -92,7 +92,7 @@ class Steps:
         return self.on_device(self.cached.__getitems__(self.rows()))
 
     def encoded(self) -> dict:
-        return self.module.encoded(self.on_device(self.pictures.__getitems__(self.rows())))
+        return self.module.encoded(self.on_device(self.images.__getitems__(self.rows())))
 
     def on_device(self, batch: dict) -> dict:
         return {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}

@@ -1,7 +1,7 @@
-"""Time and memory of a training step on token images: 64 against 256 pixels, and half-empty pictures against full ones.
+"""Time and memory of a training step on token images: 64 against 256 pixels, and half-empty images against full ones.
 
 All are steps of the same training: forward, backward, AdamW and EMA of a DiT whose patches are the cells. 256 pixels
-have 16 times the cells of 64, and attention among them 256 times the pairs; what is left of half a picture's cells is
+have 16 times the cells of 64, and attention among them 256 times the pairs; what is left of half an image's cells is
 neither computed nor attended to. Kinds take turns, so that a machine that gets slower in the meantime does so for all;
 times are medians, ratios those of the turns. Memory is that of one step above what weights and optimiser take, at its
 peak: on a GPU as the allocator counts it, on a CPU the tensors that autograd keeps.
@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks.dit_step import TYPES, half_precision, open_gates, timed
 from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.objectives import CleanPrediction
+from vavae_tools.diffusion.objectives import SamplePrediction
 from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.machine import keep_freed_memory
@@ -29,7 +29,7 @@ SIZES = {"small": {"hidden_size": 128, "depth": 6, "num_heads": 4}, **DiT_SIZES}
 
 
 class Steps:
-    """Training steps on pictures of one size, the given share of whose cells have a token."""
+    """Training steps on images of one size, the given share of whose cells have a token."""
 
     def __init__(self, img_size: int, filled: float, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
@@ -37,7 +37,11 @@ class Steps:
         denoiser = DiT(img_size, options.cell_size, code.channels + 1, positions="sequence", **SIZES[options.size])
         conditioner = ClassConditioner(1, denoiser.conditioning_size, dropout=0.0)
         self.module = DiffusionModule(
-            denoiser, conditioner, CleanPrediction(time_shift=4.0), token_images={"code": code.config}, prompt_share=0.0
+            denoiser,
+            conditioner,
+            SamplePrediction(time_shift=4.0),
+            token_images={"code": code.config},
+            prompt_share=0.0,
         )
         open_gates(self.module.network)
         self.module.to(options.device).eval()  # nothing in it draws by itself
@@ -46,7 +50,7 @@ class Steps:
         there = (torch.arange(cells) < round(filled * cells)).expand(len(tokens), -1)
         batch = {
             "clean": code.draw(tokens, there, img_size),
-            "mask": code.over_pixels(there.float(), img_size),
+            "mask": code.spread_to_pixels(there.float(), img_size),
             "index": torch.arange(len(tokens)),
         }
         batch = self.module.on_before_batch_transfer(batch, 0)

@@ -87,7 +87,7 @@ def train(options: argparse.Namespace) -> None:
         return next(part for part in trainer.callbacks if isinstance(part, Throughput)).speed
 
     speed = speed_with([], options.steps)
-    found |= {"pictures": speed.pictures_per_second, "seconds": speed.step_seconds}
+    found |= {"pictures": speed.images_per_second, "seconds": speed.step_seconds}
     if together:
         silence = Silence()
         speed_with([silence], options.steps)
@@ -136,7 +136,7 @@ def main() -> None:
             both.append(measured(2, options, Path(folder)))
             one, two = alone[-1], both[-1]
             print(
-                f"turn {turn + 1}: one process {one['pictures']:6.1f} pictures/s, two {two['pictures']:6.1f}: "
+                f"turn {turn + 1}: one process {one['pictures']:6.1f} images/s, two {two['pictures']:6.1f}: "
                 f"× {two['pictures'] / one['pictures']:.2f}; a step that sends nothing {two['unsent'] * 1000:.1f} ms, "
                 f"gradients {two['sent'] * 1000:.1f} ms",
                 flush=True,

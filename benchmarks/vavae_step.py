@@ -1,8 +1,8 @@
 """Time of a fine-tuning step with every loss, as a ratio to the same losses in the order of the reference's loop.
 
-The reference's loop (LightningDiT's VA-VAE) asks the foundation model about every picture at every step, computes LPIPS
+The reference's loop (LightningDiT's VA-VAE) asks the foundation model about every image at every step, computes LPIPS
 for both optimisers, and goes backwards through it once for each weight it needs. Both loops train the same networks of
-random weights on the same pictures in one process, in turn; the first step of each turn is not counted.
+random weights on the same images in one process, in turn; the first step of each turn is not counted.
 
     python -m benchmarks.vavae_step --size small --image_size 64 --batch_size 8
 """
@@ -47,19 +47,19 @@ class ReferenceLoop:
         self.generator = torch.optim.Adam(weights, 1e-4, betas=(0.5, 0.9))
         self.adversary = torch.optim.Adam(self.discriminator.parameters(), 1e-4, betas=(0.5, 0.9))
 
-    def picture_loss(self, pictures: Tensor, made: Tensor) -> Tensor:
-        error = (pictures - made).abs() + self.lpips(made, pictures)[:, None, None, None]
+    def image_loss(self, images: Tensor, made: Tensor) -> Tensor:
+        error = (images - made).abs() + self.lpips(made, images)[:, None, None, None]
         return error.sum() / len(error)
 
-    def step(self, pictures: Tensor) -> None:
+    def step(self, images: Tensor) -> None:
         settings = self.settings
-        posterior = self.model.encode(pictures).latent_dist
+        posterior = self.model.encode(images).latent_dist
         latents = posterior.sample()
         made = self.model.decode(latents).sample
-        features = self.foundation(pictures, tuple(latents.shape[2:]))
+        features = self.foundation(images, tuple(latents.shape[2:]))
         projected = self.projection(latents)
 
-        nll = self.picture_loss(pictures, made)
+        nll = self.image_loss(images, made)
         kl = posterior.kl().mean()
         adversarial = generator_loss(self.discriminator(made))
         last = self.model.decoder.conv_out.weight
@@ -74,9 +74,9 @@ class ReferenceLoop:
         (nll + 1e-6 * kl + disc_weight * adversarial + vf_weight * aligned).backward()
         self.generator.step()
 
-        self.picture_loss(pictures, made)  # computed for the second optimiser too, and not used
+        self.image_loss(images, made)  # computed for the second optimiser too, and not used
         posterior.kl()
-        loss = hinge_loss(self.discriminator(pictures), self.discriminator(made.detach()))
+        loss = hinge_loss(self.discriminator(images), self.discriminator(made.detach()))
         self.adversary.zero_grad()
         loss.backward()
         self.adversary.step()
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["small", "f16d32"], default="small", help="of the VA-VAE")
     parser.add_argument("--image_size", type=int, default=64, help="pixels")
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures a step")
+    parser.add_argument("--batch_size", type=int, default=8, help="images a step")
     parser.add_argument("--foundation", choices=VITS, default="small", help="DINOv2's size")
     parser.add_argument("--disc_width", type=int, default=64, help="channels of the discriminator's first layer")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each turn")
@@ -110,14 +110,14 @@ def main() -> None:
     lpips, foundation = LPIPS(), random_dinov2(options.foundation)
     reference = ReferenceLoop(vavae(options.size), lpips, foundation, settings)
     module = VAVAEModule(vavae(options.size), **settings, lpips=lpips, foundation=foundation)
-    pictures = torch.randint(0, 256, (options.batch_size, 3, options.image_size, options.image_size)).to(torch.uint8)
+    images = torch.randint(0, 256, (options.batch_size, 3, options.image_size, options.image_size)).to(torch.uint8)
     grid = (options.image_size // module.vavae.downsampling,) * 2
     index = torch.arange(options.batch_size)
     batch = {
-        "pictures": pictures,
+        "pictures": images,
         "labels": torch.zeros_like(index),
         "index": index,
-        "foundation": foundation(to_unit(pictures), grid).half(),  # as kept by the first look at each picture
+        "foundation": foundation(to_unit(images), grid).half(),  # as kept by the first look at each image
     }
     ours, theirs = [], []
     for _ in range(options.turns):
@@ -134,7 +134,7 @@ def main() -> None:
         ours += clock.times[2:]  # the discriminator is heard from the second step on
         for step in range(options.steps + 1):
             began = time.perf_counter()
-            reference.step(to_unit(pictures))
+            reference.step(to_unit(images))
             if step:
                 theirs.append(time.perf_counter() - began)
     mine, other = statistics.median(ours), statistics.median(theirs)

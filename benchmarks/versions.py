@@ -40,13 +40,13 @@ SETS = {
 }
 """Each set's Python, and the packages that are there before the project is installed."""
 
-WALKERS = "from vavae_tools.data.demo.gait import write_gait_dataset as w; w('pictures', 3, 10, 32, 1, progress=False)"
+WALKERS = "from vavae_tools.data.demo.gait import write_gait_dataset as w; w('images', 3, 10, 32, 1, progress=False)"
 TRAIN = "-m vavae_tools.train"
 SAMPLE = "-m vavae_tools.sample --num_steps 2 --checkpoint"
 DIT = f"{TRAIN} --data_dir data_split --hidden_size 32 --depth 1 --num_heads 2 --previews 1 --output_dir outputs/dit"
 PATH = {
     "walkers": f'-c "{WALKERS}"',
-    "split": f"{ROOT}/data_split.py --input_dir pictures",
+    "split": f"{ROOT}/data_split.py --input_dir images",
     "VA-VAE, 2 steps": f"{ROOT}/minimal_training_modification.py --data_dir data_split --original_vavae small "
     "--image_size 32 --batch_size 12 --max_epochs 1",
     "latents, DiT, 2 steps": f"{DIT} --max_steps 2",

@@ -1,4 +1,4 @@
-"""What several test files share: thirty tiny simulated pictures of three people, their split, their latents."""
+"""What several test files share: thirty tiny simulated images of three people, their split, their latents."""
 
 import gc
 import sys
@@ -53,18 +53,18 @@ def run_main(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def gait(tmp_path_factory) -> Path:
-    """A folder of three simulated walkers with ten pictures of 16×16 each. Do not write into it."""
+    """A folder of three simulated walkers with ten images of 16×16 each. Do not write into it."""
     from tiny import PEOPLE, SIZE
 
     from vavae_tools.data.demo.gait import write_gait_dataset
 
-    folder = tmp_path_factory.mktemp("gait") / "pictures"
+    folder = tmp_path_factory.mktemp("gait") / "images"
     return write_gait_dataset(folder, PEOPLE, 10, SIZE, workers=1, progress=False)
 
 
 @pytest.fixture(scope="session")
 def split_dir(gait, tmp_path_factory) -> Path:
-    """Its split: 24 pictures to train, 6 to validate. Do not write into it."""
+    """Its split: 24 images to train, 6 to validate. Do not write into it."""
     from vavae_tools.data.split import split_folders
 
     folder = tmp_path_factory.mktemp("split") / "data_split"
@@ -88,5 +88,5 @@ def latents_dir(split_dir, vavae_dir, tmp_path_factory) -> Path:
     from vavae_tools.recipes.dit import encode_split
 
     folder = tmp_path_factory.mktemp("latents") / "latents"
-    encode_split(split_dir, vavae_dir, folder, flips=True, say=lambda line: None)
+    encode_split(split_dir, vavae_dir, folder, flips=True, log=lambda line: None)
     return folder

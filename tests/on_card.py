@@ -2,8 +2,8 @@
 
 For each of `SCENARIOS` there is {"fault": last lines of a traceback or "", "seconds", "half": what computed in half
 precision within `FLOAT32`}; of trainings also "precision", the kind of "weights", "numbers" (the metrics), "written"
-(what of `WRITTEN` there is), and what the `QUIET` steps made the processor wait for ("waits") and copied ("copies"); of
-sampling "waits" of its steps. Both are {"what @ where": times}.
+(what of `OUTPUT_FOLDERS` there is), and what the `QUIET` steps made the processor wait for ("waits") and copied
+("copies"); of sampling "waits" of its steps. Both are {"what @ where": times}.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ SCENARIOS = (
 )
 STEPS, QUIET = 8, range(3, 6)
 """Of a training, one epoch; at the quiet ones nothing is logged, validated, shown, saved or met for the first time."""
-WRITTEN = ("checkpoint-6", "checkpoint_6.pth", "samples-000008.png", "reconstructions-000008.png")
+OUTPUT_FOLDERS = ("checkpoint-6", "checkpoint_6.pth", "samples-000008.png", "reconstructions-000008.png")
 """Of a training two, one of the first and one of the others."""
 FLOAT32 = {
     "autoencoders.losses": (
@@ -45,7 +45,7 @@ FLOAT32 = {
     "autoencoders.foundation": ("alignment_loss",),
     "diffusion.objectives": ("Objective.loss",),
     "evaluation.metrics": ("psnr", "ssim", "sharpness"),
-    "training.autoencoder_module": ("right_rate",),
+    "training.autoencoder_module": ("discriminator_accuracy",),
 }
 """Functions and methods of the package in which nothing may compute in half precision."""
 
@@ -82,7 +82,7 @@ class Trainings:
         from vavae_tools.evaluation import classifier
         from vavae_tools.recipes.vavae import fine_tune_vavae
 
-        self.change(classifier, "default_steps", lambda pictures: 2)
+        self.change(classifier, "default_steps", lambda images: 2)
         fine_tune_vavae(
             self.split,
             out,
@@ -130,13 +130,13 @@ class Trainings:
     def ddt(self, out: Path, precision: str | None) -> None:
         self._run(
             *(out, precision, "experiment=dit_dummy", "model.dit.hidden_size=[16,32]", "model.dit.depth=[1,1]"),
-            *("model.dit.num_heads=[2,2]", "data.num_pictures=32", "data.val_share=0.2", "data.batch_size=4"),
+            *("model.dit.num_heads=[2,2]", "data.num_images=32", "data.val_share=0.2", "data.batch_size=4"),
             *(f"model.dit_module.max_steps={STEPS}", "model.dit_module.gradient_checkpointing=true"),
         )
 
     def rae_decoder(self, out: Path, precision: str | None) -> None:
         self._run(
-            *(out, precision, "experiment=rae_decoder", "data=shapes", "model.rae.folder=tiny", "data.num_pictures=16"),
+            *(out, precision, "experiment=rae_decoder", "data=shapes", "model.rae.folder=tiny", "data.num_images=16"),
             *("data.batch_size=2", "data.val_share=0.2", "model.losses.disc_start=0"),
             *("model.losses.generator_start=1", f"model.decoder_module.max_steps={STEPS}"),
         )
@@ -179,7 +179,7 @@ class OnCard(Trainings):
         self.other = {"t4": "32", "a100": "16"}[kind]
         self.scaled = {"t4": None, "a100": "16"}[kind]  # the precision with a gradient scaler
         self._expect_float32()
-        progress.someone_looks = lambda: True  # a bar, in place of lines that read losses from the card
+        progress.is_interactive = lambda: True  # a bar, in place of lines that read losses from the card
         fit = L.Trainer.fit
 
         def watched(trainer: L.Trainer, *arguments: Any, **named: Any) -> None:
@@ -203,7 +203,7 @@ class OnCard(Trainings):
         found = {"fault": fault, "seconds": time.process_time() - began, "half": half, **found}
         if base in TRAININGS:
             found |= {what: getattr(steps, what) for what in ("precision", "weights", "numbers", "waits", "copies")}
-            found["written"] = sorted({path.name for path in Path(name).rglob("*") if path.name in WRITTEN})
+            found["written"] = sorted({path.name for path in Path(name).rglob("*") if path.name in OUTPUT_FOLDERS})
         return found
 
     def _expect_float32(self) -> None:
@@ -372,18 +372,18 @@ class OnCard(Trainings):
         from test_token_pipeline import tiny
         from tiny import tiny_vavae
 
-        from vavae_tools.data.datasets import PictureDataModule
+        from vavae_tools.data.datasets import ImageDataModule
         from vavae_tools.data.tokens.dataset import TokenImageDataset
         from vavae_tools.evaluation import classifier
         from vavae_tools.evaluation.reconstructions import compare_conditions, evaluate_vavae
-        from vavae_tools.evaluation.report import evaluate_pictures
+        from vavae_tools.evaluation.report import evaluate_images
         from vavae_tools.evaluation.texts import evaluate_tokens
 
-        classifier.default_steps = lambda pictures: 2
-        evaluate_pictures(self.split / "val", self.split, "evaluation", progress=False)
-        pictures, vae = PictureDataModule(self.split, 16), tiny_vavae().eval().to("cuda")
-        evaluate_vavae(vae, pictures, "evaluation", progress=False)
-        compare_conditions(vae, pictures.val_data)
+        classifier.default_steps = lambda images: 2
+        evaluate_images(self.split / "val", self.split, "evaluation", progress=False)
+        images, vae = ImageDataModule(self.split, 16), tiny_vavae().eval().to("cuda")
+        evaluate_vavae(vae, images, "evaluation", progress=False)
+        compare_conditions(vae, images.val_data)
         texts = TokenImageDataset("zen", img_size=32)
         evaluate_tokens(tiny([0] * 64 + [1], size=32).to("cuda"), texts, texts, "tokens", 2, 2)
 

@@ -42,7 +42,7 @@ def sleep(folder: str) -> None:
 
 
 def tell(folder: str) -> str:
-    """Lines, a bar and a picture, as trainings have them."""
+    """Lines, a bar and an image, as trainings have them."""
     from tqdm.auto import tqdm
 
     from vavae_tools.plots import show_inline

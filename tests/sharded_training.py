@@ -17,7 +17,7 @@ from vavae_tools.pipelines.classes import LatentDiTPipeline
 from vavae_tools.runtime.errors import run_command
 from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
 from vavae_tools.training.callbacks.previews import SamplePreviews
-from vavae_tools.training.config import Saving
+from vavae_tools.training.config import SaveConfig
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.run import build_trainer, fit_trainer
@@ -52,7 +52,7 @@ def train(run, latents, resume=None, batch_size=4, checkpointing=False, stop=Non
     module = DiffusionModule(denoiser, conditioner, lr=1e-2, ema_decay=0.9, warmup_steps=2)
     data = LatentDataModule(latents, batch_size, 0, seed=0)
     settings = module.trainer_settings(accelerator="cpu", **devices)
-    saving = Saving(**{"save_every_minutes": 99, **(saving or {})})
+    saving = SaveConfig(**{"save_every_minutes": 99, **(saving or {})})
     previews = SamplePreviews(make, 2, Path(run) / "samples", 1)
     saves = checkpoint_callbacks(Path(run) / "checkpoints", "val/loss", saving)
     callbacks = [*([Stop(*stop)] if stop else []), previews, *saves]

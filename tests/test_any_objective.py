@@ -9,13 +9,13 @@ from test_text_pipeline import SENTENCES, text_parts
 from test_token_pipeline import ALL, CODE, SIZE, TOKENIZER
 from tiny import perturb_projections, same, tiny_dit, tiny_kl, tiny_vavae, trained_looking
 
-from vavae_tools.checkpoints.formats import write_any
+from vavae_tools.checkpoints.formats import write_any_format
 from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.diffusion import SOLVERS
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
-from vavae_tools.diffusion.layers import kept_patches
+from vavae_tools.diffusion.layers import select_tokens
 from vavae_tools.diffusion.objectives import FlowMatching, Objective, make_objective
 from vavae_tools.diffusion.solvers import solvers_for
 from vavae_tools.diffusion.transformer import DiT
@@ -68,7 +68,7 @@ def token_training(of: Objective) -> tuple[DiffusionModule, dict]:
     code, tokens = TokenCode(**CODE), torch.tensor([list(b"ab"), list(b"cd")] * 4)
     clean, mask = code.draw(tokens, torch.ones(8, 2, dtype=torch.bool), SIZE), torch.zeros(8, SIZE, SIZE)
     mask[:, :4, :8] = 1
-    return module, {"clean": clean, "mask": mask, "kept": kept_patches(mask, 4)}
+    return module, {"clean": clean, "mask": mask, "kept": select_tokens(mask, 4)}
 
 
 TRAININGS = {
@@ -101,7 +101,7 @@ def checkpoint(module: DiffusionModule, folder):
     path = folder / "checkpoints" / "last.ckpt"
     path.parent.mkdir(parents=True)
     state = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "epoch": 0, "global_step": 1}
-    write_any(state, path)
+    write_any_format(state, path)
     return path
 
 
@@ -201,16 +201,16 @@ def test_of_tokens(name, tmp_path):
         if solver:
             pipe.swap_solver(solver)
         made[solver] = pipe(["a", "zz"], **by)
-        known = made[solver].known[:, None].expand_as(made[solver].pictures) > 0
+        known = made[solver].known[:, None].expand_as(made[solver].images) > 0
         clean = pipe.code.draw(torch.tensor([[97, 0], [122, 122]]), torch.tensor([[1, 0], [1, 1]]) > 0, SIZE)
-        assert same(made[solver].pictures[known], clean[known]) and made[solver].pictures.isfinite().all()
+        assert same(made[solver].images[known], clean[known]) and made[solver].images.isfinite().all()
         assert [text[:count] for text, count in zip(made[solver].texts, (1, 2), strict=True)] == ["a", "zz"]
         alone = pipe(["zz"], numbers=[1], **by)
-        torch.testing.assert_close(alone.pictures[0], made[solver].pictures[1], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(alone.images[0], made[solver].images[1], rtol=1e-3, atol=1e-3)
         pipe.save_pretrained(tmp_path / str(solver))
         again = silent(load_token_pipeline(tmp_path / str(solver)))
-        assert same(again(["a", "zz"], **by).pictures, made[solver].pictures)
-    assert not same(made["dpm++" if of.path == "discrete" else "heun"].pictures, made[None].pictures)
+        assert same(again(["a", "zz"], **by).images, made[solver].images)
+    assert not same(made["dpm++" if of.path == "discrete" else "heun"].images, made[None].images)
     with pytest.raises(UserError, match="No solver"):
         pipe.swap_solver("heun" if of.path == "discrete" else "ddpm")
 
@@ -240,7 +240,7 @@ def test_an_evaluation_of_texts_asks_at_the_objectives_own_noise():
 
 
 def sentences(count: int) -> TokenImageDataset:
-    """Texts of 16 letters, one for each picture."""
+    """Texts of 16 letters, one for each image."""
     return TokenImageDataset("sentences", img_size=SIZE, cell_size=4).part(list(range(count)))
 
 
@@ -258,7 +258,7 @@ def test_a_folder_of_texts_knows_its_solver(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_counts_what_is_unknown_in_the_mask(name):
-    """Equal to the loss of a picture that has these pixels alone, and without a mask to that of a full one."""
+    """Equal to the loss of an image that has these pixels alone, and without a mask to that of a full one."""
     of, data, noise = objective(name), seeded(4, 3, 4, 4), seeded(4, 3, 4, 4, seed=1)
     t, prediction = torch.tensor([0.1, 0.4, 0.6, 0.9]), seeded(4, 3, 4, 4, seed=2)
     mask, known = torch.zeros(4, 4, 4), torch.zeros(4, 4, 4)

@@ -6,7 +6,7 @@ from tiny import same, trained_looking
 
 from vavae_tools.diffusion.conditioning import TextCondition
 from vavae_tools.diffusion.ddt import DDT
-from vavae_tools.diffusion.layers import Backbone, PatchEmbed, SwiGLU, half_on_card, rope_table, rotate
+from vavae_tools.diffusion.layers import Backbone, PatchEmbed, SwiGLU, half_precision_of, rope_table, rotate
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.runtime.errors import UserError
@@ -197,9 +197,9 @@ def test_which_products_are_padded(monkeypatch):
         def __init__(self, x, dtype=torch.float32):
             self.device, self.shape, self.dtype = torch.device("cuda"), x.shape, dtype
 
-    assert half_on_card(many) is None and half_on_card(OnCard(many)) is None
-    assert half_on_card(OnCard(many, torch.float16)) == torch.float16
-    assert half_on_card(OnCard(few, torch.float16)) is None
+    assert half_precision_of(many) is None and half_precision_of(OnCard(many)) is None
+    assert half_precision_of(OnCard(many, torch.float16)) == torch.float16
+    assert half_precision_of(OnCard(few, torch.float16)) is None
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
-    assert half_on_card(OnCard(many)) == torch.bfloat16 and half_on_card(OnCard(few)) is None
+    assert half_precision_of(OnCard(many)) == torch.bfloat16 and half_precision_of(OnCard(few)) is None

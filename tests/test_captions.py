@@ -1,4 +1,4 @@
-"""Captioned pictures: COCO, CUB, one's own and Hugging Face's; which are chosen, and what is said of faults."""
+"""Captioned images: COCO, CUB, one's own and Hugging Face's; which are chosen, and what is said of faults."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,8 @@ from vavae_tools.data.loader import EpochOrder
 from vavae_tools.runtime.errors import UserError
 
 
-def picture(path: Path, value: int = 0) -> None:
-    """A picture that says by its grey which one it is."""
+def image(path: Path, value: int = 0) -> None:
+    """An image that says by its grey which one it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), (value, value, value)).save(path)
 
@@ -25,8 +25,8 @@ def read(name: str, path: Path, **options):
 
 
 def shown(data) -> dict[str, tuple[int, tuple[str, ...]]]:
-    """Name → grey and captions, as a side is read."""
-    greys = [int(data[place]["pictures"].float().mean()) for place in range(len(data))]
+    """Name → grey and captions, as a subset is read."""
+    greys = [int(data[place]["images"].float().mean()) for place in range(len(data))]
     return {name: (grey, captions) for name, grey, captions in zip(data.names, greys, data.captions, strict=True)}
 
 
@@ -43,7 +43,7 @@ def refused(name: str, path: Path | None, **options) -> str:
 def coco(root: Path, count: int = 6, year: str = "train2017", folder: str = "train2017", first: int = 0) -> Path:
     images = [{"id": 100 + k, "file_name": f"{k:012d}.png"} for k in range(first, first + count)]
     captions = [
-        {"image_id": 100 + k, "caption": f" picture {k}, \n sentence {n}. "}
+        {"image_id": 100 + k, "caption": f" image {k}, \n sentence {n}. "}
         for n in range(3)
         for k in range(first, first + count)
     ]
@@ -51,7 +51,7 @@ def coco(root: Path, count: int = 6, year: str = "train2017", folder: str = "tra
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"images": images, "annotations": captions}))
     for k in range(first, first + count):
-        picture(root / folder / f"{k:012d}.png", 10 * k)
+        image(root / folder / f"{k:012d}.png", 10 * k)
     return root
 
 
@@ -60,7 +60,7 @@ def test_coco(tmp_path, folder):
     data = read("coco", coco(tmp_path, folder=folder))
     assert data.labels == {"any": 0} and data.num_classes == 1 and data.val_data is None and data.remark == ""
     assert data.train_data.labels.tolist() == [0] * 6
-    sentences = tuple(f"picture 4, sentence {n}." for n in range(3))
+    sentences = tuple(f"image 4, sentence {n}." for n in range(3))
     assert shown(data.train_data)["000000000004.png"] == (40, sentences)
 
 
@@ -71,7 +71,7 @@ def test_coco_with_validation(tmp_path):
     (tmp_path / "val2017" / "000000000020.png").unlink()
     assert "captions_val2017.json" in refused("coco", tmp_path)
     (tmp_path / "val2017" / "000000000021.png").unlink()
-    data = read("coco", tmp_path, val_share=0.3)  # nobody fetched val's pictures
+    data = read("coco", tmp_path, val_share=0.3)  # nobody fetched val's images
     assert len(data.train_data) == 4 and len(data.val_data) == 2 and "val2017" in data.remark
 
 
@@ -81,11 +81,11 @@ def test_coco_with_files_elsewhere(tmp_path):
     other.parent.mkdir()
     (tmp_path / "a" / "annotations" / "captions_train2017.json").rename(other)
     assert "data.annotations" in refused("coco", tmp_path / "a")
-    data = read("coco", tmp_path / "b", annotations=other, pictures=tmp_path / "a" / "train2017")
+    data = read("coco", tmp_path / "b", annotations=other, images=tmp_path / "a" / "train2017")
     assert shown(data.train_data)["000000000003.png"][0] == 30
 
 
-def test_missing_pictures_are_counted_and_left_out_only_when_told(tmp_path):
+def test_missing_images_are_counted_and_left_out_only_when_told(tmp_path):
     coco(tmp_path)
     for k in (1, 4):
         (tmp_path / "train2017" / f"{k:012d}.png").unlink()
@@ -94,7 +94,7 @@ def test_missing_pictures_are_counted_and_left_out_only_when_told(tmp_path):
     assert "data.skip_missing=true" in said
     data = read("coco", tmp_path, skip_missing=True)
     assert [grey for grey, _ in shown(data.train_data).values()] == [0, 20, 30, 50]
-    assert shown(data.train_data)["000000000005.png"][1][0] == "picture 5, sentence 0."
+    assert shown(data.train_data)["000000000005.png"][1][0] == "image 5, sentence 0."
     assert "2 of 6" in data.remark and "left out" in data.remark and "\n" not in data.remark
     for path in (tmp_path / "train2017").iterdir():
         path.unlink()
@@ -125,7 +125,7 @@ def cub(root: Path) -> Path:
     root = root / "CUB_200_2011"
     names = ["001.Indigo_Bunting/a.png", "001.Indigo_Bunting/b.png", "002.American_Crow/c.png"]
     for k, name in enumerate(names):
-        picture(root / "images" / name, 50 * (k + 1))
+        image(root / "images" / name, 50 * (k + 1))
     (root / "images.txt").write_text("".join(f"{k + 1} {name}\n" for k, name in enumerate(names)))
     (root / "train_test_split.txt").write_text("1 1\n2 0\n3 1\n")
     (root / "image_class_labels.txt").write_text("1 1\n2 1\n3 2\n")
@@ -181,7 +181,7 @@ def jsonl(root: Path, records: list, name: str = "metadata.jsonl") -> Path:
 
 def test_custom_jsonl(tmp_path):
     for k in range(3):
-        picture(tmp_path / "images" / f"{k}.png", k)
+        image(tmp_path / "images" / f"{k}.png", k)
     records = [
         {"file_name": "images/0.png", "text": "a cat\u2028here"},  # an end of a line to str.splitlines
         "",
@@ -203,14 +203,14 @@ def test_custom_table(tmp_path, delimiter):
     rows = [["width", "Caption", '"File_Name"'], ["8", '"red, round"', "0.png"], ["8", '"[""a"", ""b""]"', "1.png"]]
     (tmp_path / "list.csv").write_text("\ufeff" + "\r\n".join(map(delimiter.join, rows)) + "\r\n", encoding="utf-8")
     for k in range(2):
-        picture(tmp_path / f"{k}.png", k)
+        image(tmp_path / f"{k}.png", k)
     expected = {"0.png": (0, ("red, round",)), "1.png": (1, ("a", "b"))}
     assert shown(read("custom", tmp_path).train_data) == expected
 
 
 def test_custom_text_beside(tmp_path):
     for k, name in enumerate(("b/10.png", "b/2.JPG", "a.png")):
-        picture(tmp_path / name, 0)
+        image(tmp_path / name, 0)
         (tmp_path / name).with_suffix(".txt").write_text(f"caption {k}\n\nother {k}\n")
     (tmp_path / "readme.txt").write_text("about")
     data = read("custom", tmp_path)
@@ -226,9 +226,9 @@ def test_custom_text_beside(tmp_path):
 
 
 def test_custom_sides(tmp_path):
-    for side, value in (("train", 1), ("validation", 2)):
-        picture(tmp_path / side / "x.png", value)
-        jsonl(tmp_path / side, [{"file_name": "x.png", "text": side}])
+    for subset, value in (("train", 1), ("validation", 2)):
+        image(tmp_path / subset / "x.png", value)
+        jsonl(tmp_path / subset, [{"file_name": "x.png", "text": subset}])
     data = read("custom", tmp_path, val_share=0.3)
     assert shown(data.train_data) == {"x.png": (1, ("train",))}
     assert shown(data.val_data) == {"x.png": (2, ("validation",))}
@@ -236,7 +236,7 @@ def test_custom_sides(tmp_path):
 
 def test_empty_captions(tmp_path):
     for k in range(3):
-        picture(tmp_path / f"{k}.png", k)
+        image(tmp_path / f"{k}.png", k)
     jsonl(tmp_path, [{"file_name": f"{k}.png", "text": text} for k, text in enumerate(("a", " ", ["", "c"]))])
     said = refused("custom", tmp_path)
     assert "1.png" in said and "2.png" not in said and "data.skip_missing=true" in said
@@ -263,7 +263,7 @@ def test_empty_captions(tmp_path):
     ],
 )
 def test_damaged_lists(tmp_path, name, content, words):
-    picture(tmp_path / "0.png")
+    image(tmp_path / "0.png")
     (tmp_path / name).write_bytes(content)
     said = refused("custom", tmp_path)
     assert words in said and name in said
@@ -274,7 +274,7 @@ def test_nothing_there(tmp_path):
     assert "coco, cub, custom, shapes" in refused("flowers", tmp_path)
     assert "dataset_path" in refused("coco", None)
     assert "No such folder" in refused("cub", tmp_path / "none")
-    picture(tmp_path / "0.png")
+    image(tmp_path / "0.png")
     assert "metadata.jsonl" in refused("custom", tmp_path)
     for setting, value in (("num_samples", 0), ("num_samples", "5"), ("val_share", 1)):
         assert setting in refused("shapes", None, **{setting: value})
@@ -285,10 +285,10 @@ def test_nothing_there(tmp_path):
 
 def test_hugging_face_datasets(tmp_path):
     datasets = pytest.importorskip("datasets")
-    pictures = [np.full((8, 8, 3), 20 * k, dtype=np.uint8) for k in range(4)]
+    images = [np.full((8, 8, 3), 20 * k, dtype=np.uint8) for k in range(4)]
 
     def made(values: list, column: str):
-        columns = {"image": [Image.fromarray(p) for p in pictures], column: values}
+        columns = {"image": [Image.fromarray(p) for p in images], column: values}
         features = {"image": datasets.Image(), column: datasets.Value("string")}
         if isinstance(values[0], list):
             features[column] = datasets.Sequence(datasets.Value("string"))
@@ -310,7 +310,7 @@ def test_hugging_face_datasets(tmp_path):
     assert "image, title" in refused("custom", tmp_path / "three")
 
 
-# ---- which pictures, which captions
+# ---- which images, which captions
 
 
 def test_a_subset_follows_from_seed_and_names(tmp_path):
@@ -327,7 +327,7 @@ def test_a_subset_follows_from_seed_and_names(tmp_path):
     }
 
 
-def test_captions_are_chosen_by_seed_epoch_and_picture_alone():
+def test_captions_are_chosen_by_seed_epoch_and_image_alone():
     counts = torch.arange(50) % 5 + 1
 
     def chosen(epoch: int, **options) -> list[tuple[int, int]]:
@@ -345,7 +345,7 @@ def test_captions_are_chosen_by_seed_epoch_and_picture_alone():
             often[index, number] += 1
     shares = often / 400
     expected = (torch.arange(5) < counts[:, None]) / counts[:, None]
-    assert shares[expected == 0].max() == 0  # none that a picture does not have
+    assert shares[expected == 0].max() == 0  # none that an image does not have
     assert (shares - expected).abs().max() < 0.1  # four standard deviations of 400 draws
 
 
@@ -364,21 +364,21 @@ def test_batches_have_their_captions(tmp_path):
         assert batch["index"].tolist() == [index for index, _ in pairs]
         assert batch["captions"] == [data.train_data.captions[index][number] for index, number in pairs]
         greys = [10 * int(data.train_data.names[index][:-4]) for index, _ in pairs]
-        assert batch["pictures"].float().mean((1, 2, 3)).tolist() == greys
+        assert batch["images"].float().mean((1, 2, 3)).tolist() == greys
     (batch,) = data.val_dataloader()
     assert batch["captions"] == [captions[0] for captions in data.val_data.captions]
 
 
 def test_fingerprints(tmp_path):
-    """The module's holds pictures and captions, a side's the pictures alone, by which latents are known."""
+    """The module's holds images and captions, a side's the images alone, by which latents are known."""
     root = tmp_path
-    picture(root / "0.png", 1)
+    image(root / "0.png", 1)
     data = read("custom", jsonl(root, [{"file_name": "0.png", "text": "a"}]))
     other = read("custom", jsonl(root, [{"file_name": "0.png", "text": "b"}]))
     assert data.fingerprint() != other.fingerprint()
     assert data.train_data.fingerprint() == other.train_data.fingerprint()
     before = other.fingerprint(), other.train_data.fingerprint()
-    picture(root / "0.png", 1)
+    image(root / "0.png", 1)
     assert read("custom", root).fingerprint() == before[0]
     Image.effect_noise((8, 8), 90).save(root / "0.png")
     assert read("custom", root).train_data.fingerprint() != before[1]

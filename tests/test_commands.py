@@ -1,4 +1,4 @@
-"""The commands as people type them: the whole path on tiny pictures, and one line for everything that is wrong."""
+"""The commands as people type them: the whole path on tiny images, and one line for everything that is wrong."""
 
 import importlib
 import json
@@ -90,7 +90,7 @@ def killed_and_resumed(split_dir, vavae_dir, tmp_path_factory) -> tuple[Path, st
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"going on after step {step} of 16" in done.stdout
+    assert f"resuming after step {step} of 16" in done.stdout
     return folder / "outputs", done.stdout
 
 
@@ -105,7 +105,7 @@ def test_fine_tuning_writes_what_it_says(killed_and_resumed):
     assert list((outputs / "reconstructions").glob("*.png")) and list((outputs / "lightning_logs").rglob("events*"))
     assert "Training a VA-VAE of 3 people of 0." in said and "on 24 images: " in said and "steps of 6, " in said
     assert re.search(r"^CPU, \d+ cores: one process, float32, compile off, batch 6 per device, 0 workers$", said, re.M)
-    assert re.search(r"^throughput +[\d.,]+ pictures/s", said, re.M)
+    assert re.search(r"^throughput +[\d.,]+ images/s", said, re.M)
     assert f"written: outputs/vavae (from outputs/checkpoints/{names[0]})" in said
     assert said.splitlines()[-1].startswith("next: python -m vavae_tools.train --data_dir ")
 
@@ -114,7 +114,7 @@ def test_killed_and_resumed_equals_never_stopped(killed_and_resumed, split_dir, 
     outputs, _ = killed_and_resumed
     said = []
     numbers = {"condition_dim": 4, "image_size": SIZE, "batch_size": 6, "max_epochs": 4}
-    fine_tune_vavae(split_dir, tmp_path, vavae_dir, show=lambda grid: None, say=said.append, **numbers)
+    fine_tune_vavae(split_dir, tmp_path, vavae_dir, show=lambda grid: None, log=said.append, **numbers)
     resumed, whole = (weights_of(folder / "checkpoints" / "last.ckpt") for folder in (outputs, tmp_path))
     assert resumed.keys() == whole.keys() and all(same(resumed[name], whole[name]) for name in whole)
     best, other = (next((folder / "checkpoints").glob("best-*")) for folder in (outputs, tmp_path))
@@ -157,9 +157,9 @@ def test_sampling_writes_a_folder_for_each_person(run, trained, checkpoint, tmp_
     written = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
     expected = {"ID_1": 3, "ID_3": 2}  # spread evenly
     assert written == [f"outputs/samples/{name}/seed4_{n:05d}.png" for name in expected for n in range(expected[name])]
-    assert said.startswith("written: 5 pictures of 2 people (outputs/samples/ID_1 …)\nnext: python -m vavae_tools.eval")
-    with Image.open(tmp_path / written[0]) as picture:
-        assert picture.size == (SIZE, SIZE)
+    assert said.startswith("written: 5 images of 2 people (outputs/samples/ID_1 …)\nnext: python -m vavae_tools.eval")
+    with Image.open(tmp_path / written[0]) as image:
+        assert image.size == (SIZE, SIZE)
     first = {name: (tmp_path / name).read_bytes() for name in written}
     names = tmp_path / "names.txt"
     names.write_text("anna\nben\ncarl\n\n")
@@ -213,7 +213,7 @@ FLAGS = {  # SPEC §2
     "sample": ["checkpoint", "num_samples", "cfg_scale", "num_steps", "labels", "class_list", "output_dir"],
     "export": ["vavae", "format", "output"],
     "checkpoints prune": ["keep", "dry_run"],
-    "kaggle_session": ["work", "dataset", "message", "pictures", "notebook", "output_dir", "internet"],
+    "kaggle_session": ["work", "dataset", "message", "images", "notebook", "output_dir", "internet"],
 }
 
 

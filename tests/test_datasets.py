@@ -1,4 +1,4 @@
-"""Pictures that no split was made of: folders of classes, Hugging Face datasets, made-up shapes; how they are cut."""
+"""Images that no split was made of: folders of classes, Hugging Face datasets, made-up shapes; how they are cut."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vavae_tools.data import images as decoded
-from vavae_tools.data.datasets import picture_data
+from vavae_tools.data.datasets import image_data
 from vavae_tools.data.images import CROPS, centre_crop
 from vavae_tools.runtime.errors import UserError
 
@@ -20,13 +20,13 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def flat(value: int, size: int = 8) -> Image.Image:
-    """A picture that says by its grey which one it is."""
+    """An image that says by its grey which one it is."""
     return Image.new("RGB", (size, size), (value, value, value))
 
 
 def pixels(data, place: int) -> np.ndarray:
-    """(H, W, C) of one picture of a side."""
-    return data[place]["pictures"].permute(1, 2, 0).numpy()
+    """(H, W, C) of one image of a subset."""
+    return data[place]["images"].permute(1, 2, 0).numpy()
 
 
 # ---- the crop
@@ -57,8 +57,8 @@ def resampled(array: np.ndarray, width: int, height: int, kernel) -> np.ndarray:
 @pytest.mark.parametrize(
     ("height", "width", "size"), [(50, 37, 20), (37, 50, 37), (9, 14, 16), (43, 83, 11), (20, 31, 10), (40, 20, 20)]
 )
-def test_the_centre_of_any_picture(height, width, size):
-    """By the definition: halved while the smaller side is at least twice the size, then resized to it, then cut."""
+def test_the_centre_of_any_image(height, width, size):
+    """By the definition: halved while the smaller subset is at least twice the size, then resized to it, then cut."""
     array = noise(height, width, 3)
     expected = array.astype(float)
     while min(expected.shape[:2]) >= 2 * size:
@@ -89,13 +89,13 @@ def write(folder: Path, values: dict[str, int]) -> Path:
 
 
 def shown(data) -> dict[str, int]:
-    """Name → grey, as the pictures of a side are read."""
+    """Name → grey, as the images of a subset are read."""
     return {name: int(pixels(data, place).mean()) for place, name in enumerate(data.names)}
 
 
 def test_a_folder_per_class(tmp_path):
     values = {"dog/2.png": 10, "dog/10.png": 20, "cat/b.jpg": 30, "cat/young/a.PNG": 40, "cat/.hidden/a.png": 50}
-    data = picture_data(write(tmp_path, values), 8, val_share=0)
+    data = image_data(write(tmp_path, values), 8, val_share=0)
     assert data.labels == {"cat": 0, "dog": 1} and data.num_classes == 2 and data.val_data is None
     assert data.train_data.names == ["cat/b.jpg", "cat/young/a.PNG", "dog/2.png", "dog/10.png"]
     assert data.train_data.labels.tolist() == [0, 0, 1, 1]
@@ -104,25 +104,25 @@ def test_a_folder_per_class(tmp_path):
 
 
 @pytest.mark.parametrize("side", ["validation", "valid", "val", "dev", "test"])
-def test_sides_in_folders(tmp_path, side):
-    values = {"train/dog/1.png": 1, "train/cat/1.png": 2, f"{side}/dog/1.png": 3, "unused/fox/1.png": 4}
-    data = picture_data(write(tmp_path, values), 8)
+def test_sides_in_folders(tmp_path, subset):
+    values = {"train/dog/1.png": 1, "train/cat/1.png": 2, f"{subset}/dog/1.png": 3, "unused/fox/1.png": 4}
+    data = image_data(write(tmp_path, values), 8)
     assert shown(data.train_data) == {"cat/1.png": 2, "dog/1.png": 1} and shown(data.val_data) == {"dog/1.png": 3}
     assert data.labels == {"cat": 0, "dog": 1} and data.val_data.labels.tolist() == [1]
 
 
 def test_which_side_trains_can_be_said(tmp_path):
-    write(tmp_path, {f"{side}/{name}/{i}.png": i for side in ("train", "val") for name in "ab" for i in range(2)})
-    data = picture_data(tmp_path, 8, train_split="val", val_share=0.5)
+    write(tmp_path, {f"{subset}/{name}/{i}.png": i for subset in ("train", "val") for name in "ab" for i in range(2)})
+    data = image_data(tmp_path, 8, train_split="val", val_share=0.5)
     assert len(data.train_data) == len(data.val_data) == 2  # val has the names' first place, and is cut
     with pytest.raises(UserError, match=r"No folders of images in .*extra; .* holds 2 folders, train/, val/"):
-        picture_data(tmp_path, 8, train_split="extra")
+        image_data(tmp_path, 8, train_split="extra")
 
 
 def test_validation_of_other_classes_is_refused(tmp_path):
     write(tmp_path, {"train/cat/1.png": 1, "val/images/1.png": 2})
     with pytest.raises(UserError, match=r"val holds images, which is no class of .*train: expected the same folders"):
-        picture_data(tmp_path, 8)
+        image_data(tmp_path, 8)
 
 
 def test_a_splits_labels_are_those_it_says(split_dir, tmp_path):
@@ -130,7 +130,7 @@ def test_a_splits_labels_are_those_it_says(split_dir, tmp_path):
     info = json.loads((split / "split_info.json").read_text())
     info["labels"] = {"ID_1": 5, "ID_2": 0, "ID_3": 2}
     (split / "split_info.json").write_text(json.dumps(info))
-    data = picture_data(split, 16)
+    data = image_data(split, 16)
     assert data.num_classes == 6
     assert {n.split("/")[0]: k for n, k in zip(data.val_data.names, data.val_data.labels.tolist(), strict=True)} == {
         "ID_1": 5,
@@ -139,14 +139,14 @@ def test_a_splits_labels_are_those_it_says(split_dir, tmp_path):
     }
 
 
-def test_grey_pictures_stay_grey_unless_asked_and_large_ones_get_their_centre(tmp_path):
+def test_grey_images_stay_grey_unless_asked_and_large_ones_get_their_centre(tmp_path):
     array = noise(40, 60)
     (tmp_path / "a").mkdir()
     Image.fromarray(array).save(tmp_path / "a" / "1.png")
     expected = np.asarray(centre_crop(Image.fromarray(array), (16, 16)))
-    read = pixels(picture_data(tmp_path, 16, channels=3).train_data, 0)
+    read = pixels(image_data(tmp_path, 16, channels=3).train_data, 0)
     assert read.shape == (16, 16, 3) and all(np.array_equal(read[..., k], expected) for k in range(3))
-    data = picture_data(tmp_path, 16)
+    data = image_data(tmp_path, 16)
     assert data.channels == 1 and np.array_equal(pixels(data.train_data, 0)[..., 0], expected)
 
 
@@ -162,21 +162,21 @@ def folder_of(tmp_path: Path, counts: dict[str, int]) -> Path:
 
 
 def test_a_share_of_each_class_is_held_out(tmp_path):
-    data = picture_data(folder_of(tmp_path, {"a": 100, "b": 30, "c": 2, "d": 1}), 8, channels=3)
+    data = image_data(folder_of(tmp_path, {"a": 100, "b": 30, "c": 2, "d": 1}), 8, channels=3)
     train, val = data.train_data, data.val_data
     assert val.labels.bincount(minlength=4).tolist() == [5, 2, 1, 0]
     assert train.labels.bincount().tolist() == [95, 28, 1, 1]
     assert not set(train.names) & set(val.names) and len(set(train.names) | set(val.names)) == 133
-    for side in (train, val):
-        assert [path.parent.name for path in side.paths] == ["abcd"[label] for label in side.labels]
-        assert ["/".join(path.parts[-2:]) for path in side.paths] == side.names
+    for subset in (train, val):
+        assert [path.parent.name for path in subset.paths] == ["abcd"[label] for label in subset.labels]
+        assert ["/".join(path.parts[-2:]) for path in subset.paths] == subset.names
 
 
 def test_what_is_held_out_follows_from_the_seed(tmp_path):
     folder_of(tmp_path, {"a": 200})
 
     def held(**options):
-        return set(picture_data(tmp_path, 8, val_share=0.2, channels=3, **options).val_data.names)
+        return set(image_data(tmp_path, 8, val_share=0.2, channels=3, **options).val_data.names)
 
     first = held()
     assert held() == first and len(first) == 40 and held(seed=1) != first
@@ -188,14 +188,14 @@ def test_equal_files_are_never_on_both_sides(tmp_path):
     folder_of(tmp_path, {"a": 40})
     for i in range(20):  # each of them twice
         (tmp_path / "a" / f"{i + 20}.png").write_bytes((tmp_path / "a" / f"{i}.png").read_bytes())
-    data = picture_data(tmp_path, 8, val_share=0.3, channels=3)
-    sides = [{path.read_bytes() for path in side.paths} for side in (data.train_data, data.val_data)]
-    assert not sides[0] & sides[1] and len(data.val_data) == 12
+    data = image_data(tmp_path, 8, val_share=0.3, channels=3)
+    subsets = [{path.read_bytes() for path in subset.paths} for subset in (data.train_data, data.val_data)]
+    assert not subsets[0] & subsets[1] and len(data.val_data) == 12
 
 
 @pytest.mark.parametrize(("share", "counts"), [(0, {"a": 9}), (0.5, {"a": 1, "b": 1})])
 def test_nothing_may_be_held_out(tmp_path, share, counts):
-    data = picture_data(folder_of(tmp_path, counts), 8, val_share=share, channels=3)
+    data = image_data(folder_of(tmp_path, counts), 8, val_share=share, channels=3)
     assert data.val_data is None and data.val_dataloader() == [] and len(data.train_data) == sum(counts.values())
 
 
@@ -207,25 +207,25 @@ def test_batches_come_in_order_from_memory_or_disk(tmp_path, monkeypatch):
     batches = []
     for limit, workers in ((2**30, None), (0, 0), (0, 1), (2**30, 1)):
         monkeypatch.setattr(decoded, "MEMORY_LIMIT", limit)
-        data = picture_data(folder, 8, batch_size=4, num_workers=workers, val_share=0.2)
+        data = image_data(folder, 8, batch_size=4, num_workers=workers, val_share=0.2)
         assert data.num_workers == (workers or 0)
         batches.append([*data.train_dataloader(), *data.val_dataloader()])
         assert (data.train_data._memory is None) == (limit == 0)
     for others in batches[1:]:
         assert len(others) == len(batches[0]) == 4  # 15 of 4, the rest in another epoch; 3
         for batch, other in zip(batches[0], others, strict=True):
-            assert batch.keys() == other.keys() == {"pictures", "labels", "index"}
+            assert batch.keys() == other.keys() == {"images", "labels", "index"}
             assert all(torch.equal(batch[name], other[name]) for name in batch)
     for batch in batches[0][:3]:
-        assert batch["pictures"].shape == (4, 3, 8, 8) and batch["pictures"].dtype == torch.uint8
-        assert torch.equal(batch["pictures"][:, 0, 0, 0] // 10, batch["labels"])
+        assert batch["images"].shape == (4, 3, 8, 8) and batch["images"].dtype == torch.uint8
+        assert torch.equal(batch["images"][:, 0, 0, 0] // 10, batch["labels"])
 
 
-@pytest.mark.parametrize("change", [None, "size", "crop", "channels", "a picture", "seed", "a name", "labels"])
+@pytest.mark.parametrize("change", [None, "size", "crop", "channels", "an image", "seed", "a name", "labels"])
 def test_the_fingerprint_tells_data_apart(tmp_path, change):
     write(tmp_path, {f"{name}/{i}.png": i for name in "ab" for i in range(6)})
     options = {"image_size": 8}
-    before = picture_data(tmp_path, **options).fingerprint()
+    before = image_data(tmp_path, **options).fingerprint()
     if change in ("size", "crop", "channels", "seed"):
         options |= {
             "size": {"image_size": 9},
@@ -233,13 +233,13 @@ def test_the_fingerprint_tells_data_apart(tmp_path, change):
             "channels": {"channels": 1},
             "seed": {"seed": 1},
         }[change]
-    elif change == "a picture":
+    elif change == "an image":
         flat(1, size=4).save(tmp_path / "a" / "0.png")
     elif change == "a name":
         (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "7.png")
     elif change == "labels":
         write(tmp_path, {"0/1.png": 1})
-    assert (picture_data(tmp_path, **options).fingerprint() == before) == (change is None)
+    assert (image_data(tmp_path, **options).fingerprint() == before) == (change is None)
 
 
 # ---- what cannot be
@@ -247,12 +247,12 @@ def test_the_fingerprint_tells_data_apart(tmp_path, change):
 
 def test_folders_that_hold_no_data_are_named(tmp_path):
     with pytest.raises(UserError, match=r"No such folder: .*nowhere"):
-        picture_data(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"No picture folder .* in .*; it holds nothing"):
-        picture_data(tmp_path)
+        image_data(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"No image folder .* in .*; it holds nothing"):
+        image_data(tmp_path)
     write(tmp_path / "loose", {"1.png": 1})
-    with pytest.raises(UserError, match=r"it holds 1 file\. Put each person's pictures into a folder of their own"):
-        picture_data(tmp_path / "loose")
+    with pytest.raises(UserError, match=r"it holds 1 file\. Put each person's images into a folder of their own"):
+        image_data(tmp_path / "loose")
 
 
 @pytest.mark.parametrize(
@@ -272,4 +272,4 @@ def test_folders_that_hold_no_data_are_named(tmp_path):
 def test_settings_that_cannot_be_are_named(tmp_path, options, message):
     write(tmp_path, {"a/1.png": 1})
     with pytest.raises(UserError, match=message):
-        picture_data(tmp_path, **options)
+        image_data(tmp_path, **options)

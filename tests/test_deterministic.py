@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from vavae_tools.data.datasets import PictureDataModule
+from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.latents import LatentDataModule
 
 RAISE_ON_A_CARD = (
@@ -50,17 +50,17 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def picture_batch(module, size: int = 24) -> tuple:
+def image_batch(module, size: int = 24) -> tuple:
     labels = torch.arange(6) % 3
-    pictures = torch.randint(0, 256, (6, 3, size, size), dtype=torch.uint8)
-    return module, {"pictures": pictures, "labels": labels, "index": torch.arange(6)}
+    images = torch.randint(0, 256, (6, 3, size, size), dtype=torch.uint8)
+    return module, {"images": images, "labels": labels, "index": torch.arange(6)}
 
 
 def latent_batch() -> tuple:
     return new_dit(), {"latents": torch.randn(4, 2, 8, 8), "labels": torch.arange(4) % 3, "index": torch.arange(4)}
 
 
-TRAININGS = {**OTHERS, "dit": latent_batch, "vavae": lambda: picture_batch(whole_vavae(disc_start=0))}
+TRAININGS = {**OTHERS, "dit": latent_batch, "vavae": lambda: image_batch(whole_vavae(disc_start=0))}
 
 
 @pytest.mark.parametrize("kind", TRAININGS)
@@ -78,13 +78,13 @@ def test_every_training_has_a_deterministic_form(kind, tmp_path):
 
 
 def test_what_a_card_would_refuse_is_seen():
-    pictures = torch.randn(1, 1, 4, 4, requires_grad=True)
+    images = torch.randn(1, 1, 4, 4, requires_grad=True)
     for name in ("bilinear", "bicubic"):
         with Operations() as operations:
-            torch.nn.functional.interpolate(pictures, scale_factor=2, mode=name).sum().backward()
+            torch.nn.functional.interpolate(images, scale_factor=2, mode=name).sum().backward()
             assert len(operations.found) == 1
     with Operations() as operations:
-        pictures.cumsum(0), torch.ones(3, dtype=torch.int64).cumsum(0)
+        images.cumsum(0), torch.ones(3, dtype=torch.int64).cumsum(0)
     assert operations.found == {"cumsum.default"}
 
 
@@ -98,7 +98,7 @@ def test_going_on_is_exact(kind, latents_dir, split_dir, tmp_path):
                 trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
 
     def steps(resume=None) -> dict:
-        data = LatentDataModule(latents_dir, 8) if kind == "dit" else PictureDataModule(split_dir, 24, 8)
+        data = LatentDataModule(latents_dir, 8) if kind == "dit" else ImageDataModule(split_dir, 24, 8)
         train(make(), data, tmp_path, [Save()], deterministic=True, max_steps=8, resume=resume)
         saved = torch.load(tmp_path / "8.ckpt", weights_only=True)
         return {part: saved[part] for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}

@@ -16,7 +16,7 @@ from vavae_tools.runtime import machine
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine, find_machine
 from vavae_tools.training import devices
-from vavae_tools.training.callbacks.checkpointing import Agreement
+from vavae_tools.training.callbacks.checkpointing import StopConsensus
 from vavae_tools.training.devices import (
     allow_tf32,
     compiles,
@@ -359,7 +359,7 @@ def test_processes_agree_about_once_a_second_on_a_number_of_steps(monkeypatch):
         strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
         return SimpleNamespace(global_step=step, strategy=strategy)
 
-    agreement, asked = Agreement(0), []
+    agreement, asked = StopConsensus(0), []
     for step in range(1, 200):
         clock[0] += 0.05
         if agreement.due(step):

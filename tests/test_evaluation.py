@@ -12,15 +12,15 @@ from tiny import SIZE as TINY_SIZE
 from tiny import perturb_projections, tiny_dit, tiny_vavae, trained_looking
 
 from vavae_tools import evaluate
-from vavae_tools.autoencoders.vavae import reconstruct, reconstruct_pictures
-from vavae_tools.data.datasets import PictureDataModule
-from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.autoencoders.vavae import reconstruct, reconstruct_images
+from vavae_tools.data.datasets import ImageDataModule
+from vavae_tools.data.images import ImageFolder, to_unit
 from vavae_tools.data.split import split_folders
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.evaluation import classifier as classifier_module
 from vavae_tools.evaluation.classifier import PersonClassifier, augment, cached_classifier, train_classifier
 from vavae_tools.evaluation.reconstructions import ReconstructionJudge, compare_conditions, evaluate_reconstructions
-from vavae_tools.evaluation.report import evaluate_pictures
+from vavae_tools.evaluation.report import evaluate_images
 from vavae_tools.pipelines.classes import LatentDiTPipeline
 from vavae_tools.pipelines.writer import write_samples
 from vavae_tools.plots import show_rows
@@ -30,10 +30,10 @@ from vavae_tools.runtime.errors import UserError
 SIZE = 32
 
 
-def picture(person, rng):
+def image(person, rng):
     """Stripes whose distance tells the person, anywhere in time, in noise."""
-    across, along = np.meshgrid(np.arange(SIZE), np.arange(SIZE), indexing="ij")
-    wave = np.sin(2 * np.pi * (across * (person + 2) / SIZE + along / SIZE + rng.uniform()))
+    across, extra_fields = np.meshgrid(np.arange(SIZE), np.arange(SIZE), indexing="ij")
+    wave = np.sin(2 * np.pi * (across * (person + 2) / SIZE + extra_fields / SIZE + rng.uniform()))
     grey = 128 + 70 * wave + rng.normal(0, 20, (SIZE, SIZE))
     return Image.fromarray(np.stack([grey, 255 - grey, grey / 2], axis=2).clip(0, 255).astype(np.uint8))
 
@@ -43,12 +43,12 @@ def write_people(folder, people, count, seed):
     for person in people:
         (folder / f"ID_{person}").mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            picture(person, rng).save(folder / f"ID_{person}" / f"{i:03d}.png")
+            image(person, rng).save(folder / f"ID_{person}" / f"{i:03d}.png")
     return folder
 
 
-def copy_side(side, folder, rename=lambda name: name):
-    for person in side.iterdir():
+def copy_subset(subset, folder, rename=lambda name: name):
+    for person in subset.iterdir():
         shutil.copytree(person, folder / rename(person.name))
     return folder
 
@@ -65,17 +65,17 @@ def split(tmp_path_factory):
 def trained(split, tmp_path_factory):
     """A folder with a classifier in it, so that the tests train once."""
     folder = tmp_path_factory.mktemp("classifier")
-    return folder, cached_classifier(PictureFolder(split / "train", SIZE), 3, folder, progress=False)
+    return folder, cached_classifier(ImageFolder(split / "train", SIZE), 3, folder, progress=False)
 
 
 @pytest.fixture
 def run(split, trained, tmp_path):
-    """Evaluate pictures with the classifier that is there."""
+    """Evaluate images with the classifier that is there."""
 
     def evaluate_there(generated, data_dir=split, **settings):
         (tmp_path / "out").mkdir(exist_ok=True)
         shutil.copy(trained[0] / "classifier.safetensors", tmp_path / "out")
-        return evaluate_pictures(generated, data_dir, tmp_path / "out", progress=False, **settings)
+        return evaluate_images(generated, data_dir, tmp_path / "out", progress=False, **settings)
 
     return evaluate_there
 
@@ -84,7 +84,7 @@ def run(split, trained, tmp_path):
 
 
 def test_the_classifier_learns_the_persons(split, trained):
-    validation = PictureFolder(split / "val", SIZE)
+    validation = ImageFolder(split / "val", SIZE)
     features, named = trained[1].judge(validation)
     assert features.shape == (36, 128) and (named == validation.labels).float().mean() >= 0.95
     again = trained[1].judge(validation.in_memory(), batch_size=7)
@@ -93,7 +93,7 @@ def test_the_classifier_learns_the_persons(split, trained):
 
 
 def test_training_follows_its_seed_and_leaves_the_global_random_numbers_alone(split):
-    train = PictureFolder(split / "train", SIZE)
+    train = ImageFolder(split / "train", SIZE)
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
@@ -107,13 +107,13 @@ def test_training_follows_its_seed_and_leaves_the_global_random_numbers_alone(sp
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 80), (128, 128), (256, 64), (256, 256)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pictures_of_any_usual_size(size, channels):
+def test_images_of_any_usual_size(size, channels):
     model = PersonClassifier(5, size, channels).eval()
     x = torch.randn(2, channels, *size)
     assert model.features(x).shape == (2, 128) and model(x).shape == (2, 5)
 
 
-def test_the_classifier_is_trained_once_for_the_same_pictures(split, tmp_path, monkeypatch):
+def test_the_classifier_is_trained_once_for_the_same_images(split, tmp_path, monkeypatch):
     shutil.copytree(split / "train", tmp_path / "train")
     calls = []
 
@@ -124,7 +124,7 @@ def test_the_classifier_is_trained_once_for_the_same_pictures(split, tmp_path, m
     monkeypatch.setattr(classifier_module, "train_classifier", train_briefly)
 
     def get(seed=0, size=SIZE):
-        return cached_classifier(PictureFolder(tmp_path / "train", size), 3, tmp_path / "out", seed, progress=False)
+        return cached_classifier(ImageFolder(tmp_path / "train", size), 3, tmp_path / "out", seed, progress=False)
 
     first, kept = get(), get()
     assert len(calls) == 1
@@ -133,7 +133,7 @@ def test_the_classifier_is_trained_once_for_the_same_pictures(split, tmp_path, m
     get(seed=1)
     get(seed=1, size=48)
     assert len(calls) == 3
-    picture(1, np.random.default_rng(9)).save(next((tmp_path / "train" / "ID_2").iterdir()))
+    image(1, np.random.default_rng(9)).save(next((tmp_path / "train" / "ID_2").iterdir()))
     get(seed=1, size=48)
     assert len(calls) == 4
     (tmp_path / "out" / "classifier.safetensors").write_bytes(b"cut off")
@@ -152,22 +152,22 @@ def test_augmentation_moves_in_time_and_mirrors_nothing():
     assert (changed - to_unit(ramp)).abs().mean() < 0.3
 
 
-# ---- generated pictures
+# ---- generated images
 
 
-def test_real_pictures_pass_for_real(split, run, tmp_path):
-    result = run(copy_side(split / "val", tmp_path / "made"))
+def test_real_images_pass_for_real(split, run, tmp_path):
+    result = run(copy_subset(split / "val", tmp_path / "made"))
     assert result.image_size == (SIZE, SIZE)
-    assert result.total.generated_right == result.total.validation_right >= 0.95
+    assert result.total.generated_accuracy == result.total.validation_accuracy >= 0.95
     assert {name: score.generated for name, score in result.people.items()} == {"ID_1": 12, "ID_2": 12, "ID_3": 12}
-    assert result.distances.pictures == 36
+    assert result.distances.images == 36
     assert result.distances.frechet_generated < 1e-6 < result.distances.frechet_real
     assert result.copies.times_validation == pytest.approx(1)
     assert result.copies.generated_within == result.copies.validation_within
     assert result.notes == []
 
 
-def test_noise_is_far_from_real_pictures_and_nobody(run, tmp_path):
+def test_noise_is_far_from_real_images_and_nobody(run, tmp_path):
     rng = np.random.default_rng(0)
     for person in (1, 2, 3):
         (tmp_path / "made" / f"ID_{person}").mkdir(parents=True)
@@ -175,19 +175,19 @@ def test_noise_is_far_from_real_pictures_and_nobody(run, tmp_path):
             noise = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
             noise.save(tmp_path / "made" / f"ID_{person}" / f"{i}.png")
     result = run(tmp_path / "made")
-    assert result.total.generated_right < 0.7 < result.total.validation_right
-    assert result.distances.pictures == 18 and result.distances.times_real > 5
+    assert result.total.generated_accuracy < 0.7 < result.total.validation_accuracy
+    assert result.distances.images == 18 and result.distances.times_real > 5
     assert result.distances.kernel_generated.low > max(0, result.distances.kernel_real.value)
     assert result.copies.times_validation > 1.5
 
 
 def test_swapped_persons_are_noticed(split, run, tmp_path):
-    result = run(copy_side(split / "val", tmp_path / "made", lambda name: f"ID_{int(name[3]) % 3 + 1}"))
-    assert result.total.generated_right < 0.05
+    result = run(copy_subset(split / "val", tmp_path / "made", lambda name: f"ID_{int(name[3]) % 3 + 1}"))
+    assert result.total.generated_accuracy < 0.05
     assert result.distances.kernel_generated.low > result.distances.kernel_real.high
 
 
-def test_copies_of_training_pictures_are_found(split, run, tmp_path):
+def test_copies_of_training_images_are_found(split, run, tmp_path):
     for person in (1, 2, 3):
         (tmp_path / "made" / f"ID_{person}").mkdir(parents=True)
         for path in sorted((split / "train" / f"ID_{person}").iterdir())[:5]:
@@ -209,14 +209,14 @@ def test_what_is_written_and_printed(split, run, tmp_path):
         assert Image.open(out / "figures" / f"{name}.png").size[0] > 200
     assert not list(out.rglob("*.partial"))
     text = str(result)
-    assert text.startswith("12 generated pictures of 2 persons, 32×32 (")
-    assert "Fréchet distance" in text and "kernel distance" in text and "nearest training picture" in text
+    assert text.startswith("12 generated images of 2 persons, 32×32 (")
+    assert "Fréchet distance" in text and "kernel distance" in text and "nearest training image" in text
     assert str(out) in text.splitlines()[-1]
     assert run(tmp_path / "made") == result  # the same seed, the same numbers
 
 
 def test_the_size_can_be_chosen_and_mixed_sizes_are_named(split, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(classifier_module, "default_steps", lambda pictures: 2)
+    monkeypatch.setattr(classifier_module, "default_steps", lambda images: 2)
     made = write_people(tmp_path / "made", (1, 2), 4, seed=5)
     Image.open(made / "ID_1" / "000.png").resize((40, 48)).save(made / "ID_1" / "000.png")
     assert any("2 sizes, all are resized to 32×32" in note for note in run(made).notes)
@@ -225,20 +225,22 @@ def test_the_size_can_be_chosen_and_mixed_sizes_are_named(split, run, tmp_path, 
         run(made, image_size=8)
 
 
-def test_without_validation_pictures_the_rest_is_said(split, run, tmp_path):
-    copy_side(split / "train", tmp_path / "split" / "train")
+def test_without_validation_images_the_rest_is_said(split, run, tmp_path):
+    copy_subset(split / "train", tmp_path / "split" / "train")
     shutil.copy(split / "split_info.json", tmp_path / "split")
     result = run(write_people(tmp_path / "made", (1, 2, 3), 4, seed=5), tmp_path / "split")
-    assert result.distances is None and result.total.validation_right is None and result.copies.times_validation is None
-    assert result.total.generated_right > 0.8
-    assert any("no real validation pictures" in note for note in result.notes) and "note: no real" in str(result)
+    assert (
+        result.distances is None and result.total.validation_accuracy is None and result.copies.times_validation is None
+    )
+    assert result.total.generated_accuracy > 0.8
+    assert any("no real validation images" in note for note in result.notes) and "note: no real" in str(result)
 
 
-def test_too_few_pictures_of_a_person_are_named(run, tmp_path):
+def test_too_few_images_of_a_person_are_named(run, tmp_path):
     made = write_people(tmp_path / "made", (1, 2), 5, seed=5)
     write_people(made, (3,), 2, seed=6)
     result = run(made)
-    assert result.distances.pictures == 10
+    assert result.distances.images == 10
     assert any(note.startswith("ID_3: fewer than 4") and "leave them out" in note for note in result.notes)
     shutil.rmtree(made)
     result = run(write_people(made, (1, 2), 1, seed=5))
@@ -249,8 +251,8 @@ def test_one_person_only(tmp_path):
     write_people(tmp_path / "people", (1,), 20, seed=0)
     split_folders(tmp_path / "people", tmp_path / "split", 0.6, 0.4, progress=False)
     made = write_people(tmp_path / "made", (1,), 8, seed=5)
-    result = evaluate_pictures(made, tmp_path / "split", tmp_path / "out", progress=False)
-    assert result.total.generated_right is None and any("one person only" in note for note in result.notes)
+    result = evaluate_images(made, tmp_path / "split", tmp_path / "out", progress=False)
+    assert result.total.generated_accuracy is None and any("one person only" in note for note in result.notes)
     assert result.distances.frechet_generated > 0 and "right_person" not in result.figures
     assert not (tmp_path / "out" / "classifier.safetensors").exists()
     str(result)
@@ -259,38 +261,38 @@ def test_one_person_only(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: folder.mkdir(), r"No generated pictures in .*made; it holds nothing.*ID_1/, ID_2/, ID_3/"),
+        (lambda folder: folder.mkdir(), r"No generated images in .*made; it holds nothing.*ID_1/, ID_2/, ID_3/"),
         (lambda folder: None, "No such folder"),
-        (lambda folder: write_people(folder, (1, 7), 1, 0), "has pictures of ID_7, but .* knows ID_1, ID_2, ID_3 only"),
+        (lambda folder: write_people(folder, (1, 7), 1, 0), "has images of ID_7, but .* knows ID_1, ID_2, ID_3 only"),
         (lambda folder: ((folder / "ID_1").mkdir(parents=True), (folder / "ID_1/a.png").write_bytes(b"x")), "a.png"),
     ],
 )
 def test_bad_input_is_said_and_nothing_written(split, tmp_path, make, message):
     make(tmp_path / "made")
     with pytest.raises(UserError, match=message) as caught:
-        evaluate_pictures(tmp_path / "made", split, tmp_path / "out", progress=False)
+        evaluate_images(tmp_path / "made", split, tmp_path / "out", progress=False)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_no_real_pictures_are_said(tmp_path):
+def test_no_real_images_are_said(tmp_path):
     made = write_people(tmp_path / "made", (1,), 1, seed=0)
     (tmp_path / "real" / "ID_1").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"No picture folder .* in .*real; it holds 1 folder, ID_1/"):
-        evaluate_pictures(made, tmp_path / "real", tmp_path / "out")
+    with pytest.raises(UserError, match=r"No image folder .* in .*real; it holds 1 folder, ID_1/"):
+        evaluate_images(made, tmp_path / "real", tmp_path / "out")
 
 
 def test_the_extensions_are_those_of_the_split(split, tmp_path, monkeypatch):
-    monkeypatch.setattr(classifier_module, "default_steps", lambda pictures: 2)
+    monkeypatch.setattr(classifier_module, "default_steps", lambda images: 2)
     for path in split.glob("*/*/*.png"):
         target = tmp_path / "people" / path.parent.name / path.with_suffix(".bmp").name
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.open(path).save(target)
     split_folders(tmp_path / "people", tmp_path / "split", extensions=["bmp"], progress=False)
     made = write_people(tmp_path / "made", (1, 2, 3), 4, seed=5)
-    assert evaluate_pictures(made, tmp_path / "split", tmp_path / "out", progress=False).distances is not None
+    assert evaluate_images(made, tmp_path / "split", tmp_path / "out", progress=False).distances is not None
 
 
-# ---- grey pictures that are not square
+# ---- grey images that are not square
 
 
 HEIGHT, WIDTH = 24, 40
@@ -311,48 +313,48 @@ def grey_split(tmp_path_factory):
     return folder / "split"
 
 
-def test_grey_pictures_that_are_not_square_are_judged(grey_split, tmp_path):
+def test_grey_images_that_are_not_square_are_judged(grey_split, tmp_path):
     out = tmp_path / "out"
     made = write_grey(tmp_path / "made", (1, 2, 3), 8, seed=5)
-    result = evaluate_pictures(made, grey_split, out, progress=False)
+    result = evaluate_images(made, grey_split, out, progress=False)
     assert result.image_size == (HEIGHT, WIDTH) and result.notes == []
-    assert result.total.generated_right > 0.9 and result.total.validation_right > 0.9
+    assert result.total.generated_accuracy > 0.9 and result.total.validation_accuracy > 0.9
     assert result.distances.times_real < 10
-    assert str(result).startswith("24 generated pictures of 3 persons, 24×40 (")
+    assert str(result).startswith("24 generated images of 3 persons, 24×40 (")
     figure = np.asarray(Image.open(out / "figures" / "real_and_generated.png").convert("RGB")).astype(int)
     assert np.ptp(figure, axis=2).max() == 0  # grey everywhere
-    # the same pictures stored in colour have the same numbers
-    coloured = evaluate_pictures(
+    # the same images stored in colour have the same numbers
+    coloured = evaluate_images(
         write_grey(tmp_path / "coloured", (1, 2, 3), 8, seed=5, mode="RGB"), grey_split, out, progress=False
     )
     assert coloured.notes == [
-        "the generated pictures are stored in colour, the real ones in grey: all are compared in grey"
+        "the generated images are stored in colour, the real ones in grey: all are compared in grey"
     ]
     assert (coloured.total, coloured.distances, coloured.copies) == (result.total, result.distances, result.copies)
-    asked = evaluate_pictures(made, grey_split, tmp_path / "asked", image_size=(16, 48), progress=False)
-    assert asked.image_size == (16, 48) and asked.total.generated_right > 0.9
+    asked = evaluate_images(made, grey_split, tmp_path / "asked", image_size=(16, 48), progress=False)
+    assert asked.image_size == (16, 48) and asked.total.generated_accuracy > 0.9
 
 
-def test_grey_pictures_beside_real_ones_that_store_grey_in_colour(grey_split, tmp_path):
-    for side in ("train", "val"):
-        for path in (grey_split / side).glob("*/*.png"):
+def test_grey_images_beside_real_ones_that_store_grey_in_colour(grey_split, tmp_path):
+    for subset in ("train", "val"):
+        for path in (grey_split / subset).glob("*/*.png"):
             target = tmp_path / "split" / path.relative_to(grey_split)
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.open(path).convert("RGB").save(target)
     shutil.copy(grey_split / "split_info.json", tmp_path / "split")
-    made = copy_side(grey_split / "val", tmp_path / "made")
-    result = evaluate_pictures(made, tmp_path / "split", tmp_path / "out", progress=False)
+    made = copy_subset(grey_split / "val", tmp_path / "made")
+    result = evaluate_images(made, tmp_path / "split", tmp_path / "out", progress=False)
     assert result.notes == [] and result.distances.frechet_generated < 1e-6
-    assert result.total.generated_right == result.total.validation_right > 0.9
+    assert result.total.generated_accuracy == result.total.validation_accuracy > 0.9
 
 
 def test_samples_of_a_grey_model_are_evaluated(grey_split, tmp_path, monkeypatch):
-    monkeypatch.setattr(classifier_module, "default_steps", lambda pictures: 2)
+    monkeypatch.setattr(classifier_module, "default_steps", lambda images: 2)
     vae = tiny_vavae(in_channels=1, out_channels=1, latents_mean=(0.5, -1.0), latents_std=(2.0, 0.5)).eval()
     denoiser, conditioner = tiny_dit(input_size=(HEIGHT // 2, WIDTH // 2))
     pipe = LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner.eval(), make_solver())
     write_samples(pipe, [0, 1, 2] * 4, tmp_path / "samples", num_inference_steps=2)
-    result = evaluate_pictures(tmp_path / "samples", grey_split, tmp_path / "out", progress=False)
+    result = evaluate_images(tmp_path / "samples", grey_split, tmp_path / "out", progress=False)
     assert result.notes == [] and result.image_size == (HEIGHT, WIDTH) and result.total.generated == 12
     assert result.distances.frechet_generated > 0
 
@@ -361,21 +363,21 @@ def test_samples_of_a_grey_model_are_evaluated(grey_split, tmp_path, monkeypatch
 
 
 def test_reconstructions_beside_their_originals(split, trained):
-    validation, train = (PictureFolder(split / side, SIZE) for side in ("val", "train"))
+    validation, train = (ImageFolder(split / subset, SIZE) for subset in ("val", "train"))
     originals = validation.in_memory()
     x = to_unit(originals)
     noisy = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     alone = evaluate_reconstructions(x, x + 0.1)
     assert alone.right is None and 26 < alone.psnr < 26.1 and 0.9 < alone.ssim < 1
     full = evaluate_reconstructions(originals, noisy, validation.labels, trained[1], train.in_memory())
-    assert full.psnr < alone.psnr and full.originals_right >= 0.95
-    assert full.frechet > full.originals_frechet > 0
+    assert full.psnr < alone.psnr and full.real_accuracy >= 0.95
+    assert full.frechet > full.real_frechet > 0
     same = evaluate_reconstructions(originals, originals, validation.labels, trained[1], train.in_memory())
-    assert same.right == same.originals_right and same.frechet == same.originals_frechet and same.ssim == 1
+    assert same.right == same.real_accuracy and same.frechet == same.real_frechet and same.ssim == 1
     assert same.sharpness == 1 < full.sharpness and alone.sharpness == pytest.approx(1, abs=0.02)
     assert evaluate_reconstructions(x, x / 2).sharpness == 0.5
-    assert "SSIM 1.000, sharpness 1.00; named rightly" in str(same)
-    assert "named rightly" in str(full) and "times" in str(full) and "named" not in str(alone)
+    assert "SSIM 1.000, sharpness 1.00; accuracy" in str(same)
+    assert "accuracy" in str(full) and "times" in str(full) and "named" not in str(alone)
 
 
 def test_flat_originals_have_no_say_in_the_sharpness():
@@ -388,27 +390,27 @@ def test_flat_originals_have_no_say_in_the_sharpness():
 
 
 def test_a_judge_looks_at_the_originals_once(split, trained, monkeypatch):
-    validation, train = (PictureFolder(split / side, SIZE) for side in ("val", "train"))
+    validation, train = (ImageFolder(split / subset, SIZE) for subset in ("val", "train"))
     originals, others = validation.in_memory(), train.in_memory()[::3]
-    looked_at = []
+    prepare_batch = []
     judge_of = PersonClassifier.judge
-    monkeypatch.setattr(PersonClassifier, "judge", lambda self, x: (looked_at.append(len(x)), judge_of(self, x))[1])
+    monkeypatch.setattr(PersonClassifier, "judge", lambda self, x: (prepare_batch.append(len(x)), judge_of(self, x))[1])
     judge = ReconstructionJudge(trained[1], originals, validation.labels, others)
-    assert sorted(looked_at) == [len(others), len(originals)]
-    looked_at.clear()
+    assert sorted(prepare_batch) == [len(others), len(originals)]
+    prepare_batch.clear()
     remade = [255 - originals, originals // 2, originals]
-    scores = [judge.judge(pictures) for pictures in remade]
-    assert looked_at == [len(originals)] * 3
-    for pictures, found in zip(remade, scores, strict=True):
-        expected = evaluate_reconstructions(originals, pictures, validation.labels, trained[1], others)
+    scores = [judge.judge(images) for images in remade]
+    assert prepare_batch == [len(originals)] * 3
+    for images, found in zip(remade, scores, strict=True):
+        expected = evaluate_reconstructions(originals, images, validation.labels, trained[1], others)
         assert found == {name: getattr(expected, name) for name in found}
-        assert set(found) == {"right", "originals_right", "frechet", "originals_frechet"}
+        assert set(found) == {"right", "real_accuracy", "frechet", "real_frechet"}
         assert all(type(value) is float for value in found.values())
-    assert scores[2]["right"] == scores[2]["originals_right"] > scores[0]["right"]
-    assert scores[2]["frechet"] == scores[2]["originals_frechet"] < scores[1]["frechet"]
+    assert scores[2]["right"] == scores[2]["real_accuracy"] > scores[0]["right"]
+    assert scores[2]["frechet"] == scores[2]["real_frechet"] < scores[1]["frechet"]
     assert set(ReconstructionJudge(trained[1], originals, validation.labels).judge(originals)) == {
         "right",
-        "originals_right",
+        "real_accuracy",
     }
     assert "frechet" in ReconstructionJudge(trained[1], originals, others=others).judge(originals)
 
@@ -417,63 +419,63 @@ def test_a_judge_looks_at_the_originals_once(split, trained, monkeypatch):
 
 
 def test_what_the_vectors_do(split_dir):
-    model, data = perturb_projections(tiny_vavae()).train(), PictureFolder(split_dir / "train", TINY_SIZE)
+    model, data = perturb_projections(tiny_vavae()).train(), ImageFolder(split_dir / "train", TINY_SIZE)
     compared = compare_conditions(model, data, batch_size=7)
     originals, own = reconstruct(model, data)
     expected = {
         "own": own,
-        "another": reconstruct_pictures(model, originals, (data.labels + 1) % 3),  # 0, 1, 2 → 1, 2, 0
-        "none": reconstruct_pictures(model, originals),
+        "another": reconstruct_images(model, originals, (data.labels + 1) % 3),  # 0, 1, 2 → 1, 2, 0
+        "none": reconstruct_images(model, originals),
     }
     for name, remade in expected.items():
         score = getattr(compared, name)
         assert score.psnr == pytest.approx(evaluate_reconstructions(originals, remade).psnr, rel=1e-6)
         assert score.absolute_error == pytest.approx((to_unit(remade) - to_unit(originals)).abs().mean().item())
     assert len({compared.own, compared.another, compared.none}) == 3
-    assert [len(row) for row in compared.pictures.values()] == [3] * 4
+    assert [len(row) for row in compared.images.values()] == [3] * 4
     first = [data.labels.tolist().index(label) for label in range(3)]
-    assert compared.pictures["original"].equal(originals[first])
+    assert compared.images["original"].equal(originals[first])
     for name, remade in zip(("own vector", "another's vector", "no vector"), expected.values(), strict=True):
-        difference = compared.pictures[name].int() - remade[first]
-        assert compared.pictures[name].dtype == torch.uint8 and difference.abs().max() <= 1
-    show_rows(compared.pictures)
+        difference = compared.images[name].int() - remade[first]
+        assert compared.images[name].dtype == torch.uint8 and difference.abs().max() <= 1
+    show_rows(compared.images)
     lines = str(compared).splitlines()
-    assert len(lines) == 4 and lines[0] == "24 pictures       absolute error  PSNR, dB"
+    assert len(lines) == 4 and lines[0] == "24 images       absolute error  PSNR, dB"
     assert lines[2].startswith("another's vector") and lines[2].endswith(f"  {compared.another.psnr:.2f}")
     assert len({len(line) for line in lines}) == 1 and repr(compared) == str(compared)
 
 
 def test_vectors_that_have_learnt_nothing_change_nothing(split_dir):
-    compared = compare_conditions(tiny_vavae(), PictureFolder(split_dir / "val", TINY_SIZE))
+    compared = compare_conditions(tiny_vavae(), ImageFolder(split_dir / "val", TINY_SIZE))
     assert compared.own == compared.another == compared.none
-    assert compared.pictures["own vector"].equal(compared.pictures["another's vector"])
+    assert compared.images["own vector"].equal(compared.images["another's vector"])
 
 
 def test_another_is_the_next_one_who_occurs(split_dir, tmp_path):
     shutil.copytree(split_dir / "val" / "ID_1", tmp_path / "ID_1")
     model = perturb_projections(tiny_vavae(num_conditions=5))
-    alone = compare_conditions(model, PictureFolder(tmp_path, TINY_SIZE))
-    assert alone.another is None and "another's vector" not in alone.pictures
+    alone = compare_conditions(model, ImageFolder(tmp_path, TINY_SIZE))
+    assert alone.another is None and "another's vector" not in alone.images
     assert str(alone).splitlines()[2].split() == ["another's", "vector", "-", "-"]
     shutil.copytree(split_dir / "val" / "ID_2", tmp_path / "ID_5")
-    data = PictureFolder(tmp_path, TINY_SIZE)
+    data = ImageFolder(tmp_path, TINY_SIZE)
     compared = compare_conditions(model, data)
-    remade = reconstruct_pictures(model, data.in_memory(), 4 - data.labels)
+    remade = reconstruct_images(model, data.in_memory(), 4 - data.labels)
     expected = evaluate_reconstructions(data.in_memory(), remade).psnr
     assert compared.another.psnr == pytest.approx(expected, rel=1e-6)
 
 
-def test_vectors_with_grey_pictures_that_are_not_square(grey_split):
-    data = PictureDataModule(grey_split, (HEIGHT, WIDTH)).val_data
+def test_vectors_with_grey_images_that_are_not_square(grey_split):
+    data = ImageDataModule(grey_split, (HEIGHT, WIDTH)).val_data
     compared = compare_conditions(perturb_projections(tiny_vavae(in_channels=1, out_channels=1)), data)
-    assert all(row.shape == (3, 1, HEIGHT, WIDTH) for row in compared.pictures.values())
+    assert all(row.shape == (3, 1, HEIGHT, WIDTH) for row in compared.images.values())
     assert compared.count == 36 and compared.own != compared.none
 
 
 def test_a_model_without_vectors_is_said(split_dir):
     model = tiny_vavae(condition_dim=0, num_conditions=0)
     with pytest.raises(UserError, match="This VA-VAE has no vectors to compare") as caught:
-        compare_conditions(model, PictureFolder(split_dir / "val", TINY_SIZE))
+        compare_conditions(model, ImageFolder(split_dir / "val", TINY_SIZE))
     assert "\n" not in str(caught.value)
 
 

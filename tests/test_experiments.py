@@ -14,7 +14,7 @@ from tiny import same
 from vavae_tools.diffusion.objectives import make_objective, objective_of
 from vavae_tools.recipes import config as experiments
 from vavae_tools.recipes.base import RECIPES
-from vavae_tools.recipes.config import _Keys, compose, help_text, keep_config, read_command_line, run_folder
+from vavae_tools.recipes.config import RecipeSettings, compose, help_text, keep_config, read_command_line, run_folder
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine
 from vavae_tools.train import run_experiment
@@ -126,7 +126,7 @@ ALIASES = yaml.safe_load((experiments.CONFIGS / "aliases.yaml").read_text(encodi
 
 @pytest.mark.parametrize("old", [key for key in ALIASES["keys"] if not key.endswith(".")])
 def test_each_other_name_of_a_key_is_one_of_some_recipe(old):
-    homes = [_Keys(recipe()).home(old) for recipe in RECIPES.values()]
+    homes = [RecipeSettings(recipe()).home(old) for recipe in RECIPES.values()]
     assert any(homes), old
 
 
@@ -346,7 +346,7 @@ def train(here, monkeypatch, capsys):
     return train
 
 
-SHORT = ["experiment=dit_dummy", "data.num_pictures=48", "data.batch_size=8", "callbacks.previews=1", "trainer=cpu"]
+SHORT = ["experiment=dit_dummy", "data.num_images=48", "data.batch_size=8", "callbacks.previews=1", "trainer=cpu"]
 SMALL = ["model.dit.hidden_size=[16,32]", "model.dit.depth=[1,1]", "model.dit.num_heads=[2,2]"]
 
 
@@ -403,7 +403,7 @@ def test_ckpt_path_last_goes_on_bit_by_bit(train, monkeypatch):
         assert "Stopped after step 6" in train(*numbers)
     said = train(*numbers, "ckpt_path=last")
     (short,) = Path("logs/runs").glob("*/*")
-    assert f"resume=last: resuming {short}" in said and "going on after step 6 of 10" in said
+    assert f"resume=last: resuming {short}" in said and "resuming after step 6 of 10" in said
     weights = [
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for folder in (run, short)
     ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vavae_tools.runtime.errors import Stopped, UserError, run_command
-from vavae_tools.runtime.files import keep_once, read_checkpoint, write_json, written_whole
+from vavae_tools.runtime.files import atomic_write, hardlink_duplicates, read_checkpoint, write_json
 
 
 def names(folder) -> list[str]:
@@ -20,7 +20,7 @@ def names(folder) -> list[str]:
 def test_written_whole_makes_folders_and_replaces(tmp_path):
     path = tmp_path / "a" / "b.txt"
     for text in ("first", "second"):
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             assert partial.parent == path.parent and partial != path  # renaming works on one file system only
             partial.write_text(text)
             assert not path.exists() or path.read_text() == "first"
@@ -32,7 +32,7 @@ def test_written_whole_makes_folders_and_replaces(tmp_path):
 def test_an_error_leaves_the_former_file_and_nothing_beside_it(tmp_path, error):
     path = tmp_path / "file.txt"
     path.write_text("former")
-    with pytest.raises(type(error)), written_whole(path) as partial:
+    with pytest.raises(type(error)), atomic_write(path) as partial:
         partial.write_text("half of the n")
         raise error
     assert path.read_text() == "former" and names(tmp_path) == ["file.txt"]
@@ -43,7 +43,7 @@ def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda handle: events.append("flush"))
     replace = type(tmp_path).replace
     monkeypatch.setattr(type(tmp_path), "replace", lambda self, to: (events.append("rename"), replace(self, to)))
-    with written_whole(tmp_path / "file.txt") as partial:
+    with atomic_write(tmp_path / "file.txt") as partial:
         partial.write_text("text")
     assert events == ["flush", "rename", "flush"]  # the file, its name, the folder that holds the name
 
@@ -177,8 +177,8 @@ def test_equal_files_of_two_folders_take_the_room_of_one(tmp_path):
     for folder, content in (("kept", b"weights"), ("copies", b"weights"), ("others", b"wEights")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.safetensors").write_bytes(content)
-    keep_once(tmp_path / "kept", tmp_path / "copies")
-    keep_once(tmp_path / "kept", tmp_path / "others")
+    hardlink_duplicates(tmp_path / "kept", tmp_path / "copies")
+    hardlink_duplicates(tmp_path / "kept", tmp_path / "others")
     kept = tmp_path / "kept" / "a.safetensors"
     assert [kept.samefile(tmp_path / folder / kept.name) for folder in ("copies", "others")] == [True, False]
     assert (tmp_path / "others" / kept.name).read_bytes() == b"wEights"

@@ -13,7 +13,7 @@ from vavae_tools.autoencoders.ldm_names import to_reference
 from vavae_tools.autoencoders.losses import PatchDiscriminator
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.autoencoders.weights import load_vavae
-from vavae_tools.data.datasets import PictureDataModule
+from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.pipelines.classes import load_pipeline
 from vavae_tools.pipelines.writer import write_samples
 from vavae_tools.recipes import vavae as fine_tuning
@@ -23,9 +23,9 @@ from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine
 from vavae_tools.training.autoencoder_module import VAVAEModule
 from vavae_tools.training.callbacks.previews import ReconstructionPreviews
-from vavae_tools.training.callbacks.record import has_ended
+from vavae_tools.training.callbacks.record import is_finished
 from vavae_tools.training.callbacks.watch import Advice
-from vavae_tools.training.config import Saving
+from vavae_tools.training.config import SaveConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 TINY = {"condition_dim": 4, "image_size": 24, "batch_size": 6, "disc_width": 8, "lr": 1e-3}
@@ -75,7 +75,7 @@ def staged(published, dinov2) -> dict:
 def whole(split_dir, staged, tmp_path_factory) -> tuple[Path, list[str]]:
     """The folder of one that was never stopped, and what it said. Do not write into it."""
     folder, said = tmp_path_factory.mktemp("whole"), []
-    assert fine_tune_vavae(split_dir, folder, say=said.append, **staged) == folder / "stage3" / "vavae"
+    assert fine_tune_vavae(split_dir, folder, log=said.append, **staged) == folder / "stage3" / "vavae"
     return folder, said
 
 
@@ -94,7 +94,7 @@ def test_stages_go_on_from_each_other_and_from_published_weights(split_dir, publ
         torch.load(published, weights_only=True)["state_dict"]["loss.discriminator.main.0.weight"],
     )
     again, before = [], weights_of(folder)
-    made = fine_tune_vavae(split_dir, folder, resume="last", say=again.append, **staged)
+    made = fine_tune_vavae(split_dir, folder, resume="last", log=again.append, **staged)
     assert made == folder / "stage3" / "vavae" and weights_of(folder) == before
     assert [line.split(" (")[0] for line in again] == [f"stage{n} is complete" for n in (1, 2, 3)]
 
@@ -104,28 +104,28 @@ def weights_of(folder: Path) -> bytes:
 
 
 def test_stages_that_were_stopped_go_on_where_they_were(split_dir, staged, whole, tmp_path):
-    saving = Saving(max_time="0:00:01")  # less than it keeps for saving
-    stopped = fine_tune_vavae(split_dir, tmp_path, saving=saving, say=lambda line: None, **staged)
+    saving = SaveConfig(max_time="0:00:01")  # less than it keeps for saving
+    stopped = fine_tune_vavae(split_dir, tmp_path, saving=saving, log=lambda line: None, **staged)
     assert stopped == tmp_path / "stage1" / "vavae" and not (tmp_path / "stage2").exists()
-    folder = fine_tune_vavae(split_dir, tmp_path, resume="last", say=lambda line: None, **staged)
-    assert folder == tmp_path / "stage3" / "vavae" and all(has_ended(tmp_path / f"stage{n}") for n in (1, 2, 3))
+    folder = fine_tune_vavae(split_dir, tmp_path, resume="last", log=lambda line: None, **staged)
+    assert folder == tmp_path / "stage3" / "vavae" and all(is_finished(tmp_path / f"stage{n}") for n in (1, 2, 3))
     assert weights_of(tmp_path) == weights_of(whole[0])
 
 
-def test_grey_pictures_that_are_not_square_go_all_the_way(tmp_path, vavae_dir):
+def test_grey_images_that_are_not_square_go_all_the_way(tmp_path, vavae_dir):
     """From weights for colour: read, trained, encoded, sampled and written in grey, 16 high and 24 wide."""
     from vavae_tools.data.split import split_folders
 
     generator = torch.Generator().manual_seed(3)
     for person in range(1, 4):
         for number in range(6):
-            path = tmp_path / "pictures" / f"ID_{person}" / f"{number}.png"
+            path = tmp_path / "images" / f"ID_{person}" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = torch.randint(40 * person, 40 * person + 80, (16, 24), generator=generator).to(torch.uint8)
             Image.fromarray(pixels.numpy()).save(path)
     split = tmp_path / "split"
-    split_folders(tmp_path / "pictures", split, progress=False)
-    quiet = {"say": lambda line: None}
+    split_folders(tmp_path / "images", split, progress=False)
+    quiet = {"log": lambda line: None}
     folder = fine_tune_vavae(
         split, tmp_path / "vavae", vavae_dir, image_size=(16, 24), condition_dim=4, batch_size=4, max_epochs=1, **quiet
     )
@@ -147,7 +147,7 @@ def test_grey_pictures_that_are_not_square_go_all_the_way(tmp_path, vavae_dir):
 
 def test_the_best_can_be_what_a_classifier_says(split_dir, vavae_dir, tmp_path):
     fine_tune_vavae(
-        split_dir, tmp_path, vavae_dir, image_size=16, batch_size=6, max_epochs=2, monitor="frechet", say=lambda x: None
+        split_dir, tmp_path, vavae_dir, image_size=16, batch_size=6, max_epochs=2, monitor="frechet", log=lambda x: None
     )
     (best,) = (tmp_path / "checkpoints").glob("best-*.ckpt")
     callbacks = torch.load(best, weights_only=True)["callbacks"]
@@ -164,7 +164,7 @@ def test_advice_comes_once_and_when_it_is_due():
         advice.on_validation_end(SimpleNamespace(callback_metrics={f"val/{k}": v for k, v in values.items()}), None)
 
     for _ in range(3):
-        validated(kl=0.01, latent_std=1.2, discriminator_right=0.7)
+        validated(kl=0.01, latent_std=1.2, discriminator_accuracy=0.7)
     assert not said
     validated(kl=0.5, latent_std=1.2)
     validated(kl=0.9, latent_std=1.2)
@@ -172,20 +172,20 @@ def test_advice_comes_once_and_when_it_is_due():
     validated(kl=0.01, latent_std=0.02)
     assert len(said) == 2 and "The latents collapse" in said[1] and "lower --kl_weight" in said[1]
     for rate in (0.99, 0.98, 0.5, 0.99, 0.99, 0.99, 1.0):
-        validated(kl=0.01, latent_std=1.0, discriminator_right=rate)
+        validated(kl=0.01, latent_std=1.0, discriminator_accuracy=rate)
     assert len(said) == 3 and "The discriminator is right 99%" in said[2]
 
 
 def test_previews_show_what_the_vectors_do(split_dir, tmp_path):
-    data = PictureDataModule(split_dir, 16).val_data
+    data = ImageDataModule(split_dir, 16).val_data
     module = VAVAEModule(perturb_projections(tiny_vavae())).eval()
-    shown = data.few_of_each(3)
+    shown = data.preview_batch(3)
     rows = ReconstructionPreviews(shown, tmp_path).grid(module)
     plain = ReconstructionPreviews(shown, tmp_path).grid(VAVAEModule(tiny_vavae(condition_dim=0)).eval())
     height, distance = plain.shape[1], (rows.shape[1] - plain.shape[1]) // 2
     assert rows.shape[1] == height + 2 * distance and rows.shape[2] == plain.shape[2]  # two rows more
-    own, anothers, none = (rows[:, distance * i : distance * (i + 1)].float() for i in (1, 2, 3))
-    assert (own[:, :16] - anothers[:, :16]).abs().max() > 0 and (own[:, :16] - none[:, :16]).abs().max() > 0
+    own, other_labels, none = (rows[:, distance * i : distance * (i + 1)].float() for i in (1, 2, 3))
+    assert (own[:, :16] - other_labels[:, :16]).abs().max() > 0 and (own[:, :16] - none[:, :16]).abs().max() > 0
 
 
 # ---- memory
@@ -220,8 +220,8 @@ def test_vectors_of_another_length_than_asked_for(split_dir, vavae_dir, tmp_path
     arguments = {"condition_file": tmp_path / "vectors.safetensors", "max_epochs": 1, "image_size": 16}
     with pytest.raises(UserError, match="holds vectors of length 6, but --condition_dim is 4"):
         fine_tune_vavae(split_dir, tmp_path / "out", vavae_dir, condition_dim=4, **arguments)
-    folder = fine_tune_vavae(split_dir, tmp_path / "out", vavae_dir, **arguments, say=lambda line: None)
-    assert load_vavae(folder, say=lambda line: None).config.condition_dim == 6
+    folder = fine_tune_vavae(split_dir, tmp_path / "out", vavae_dir, **arguments, log=lambda line: None)
+    assert load_vavae(folder, log=lambda line: None).config.condition_dim == 6
 
 
 def test_lpips_comes_from_the_checkpoint_that_has_it(split_dir, published, tmp_path, monkeypatch):
@@ -234,11 +234,11 @@ def test_lpips_comes_from_the_checkpoint_that_has_it(split_dir, published, tmp_p
     class Asked(torch.nn.Module):
         origin = "a test"
 
-        def forward(self, reconstruction, pictures):
-            return (reconstruction - pictures).square().mean(dim=(1, 2, 3))
+        def forward(self, reconstruction, images):
+            return (reconstruction - images).square().mean(dim=(1, 2, 3))
 
     monkeypatch.setattr(fine_tuning, "load_lpips", lambda files: asked.append(files) or Asked())
-    numbers = {**TINY, "max_epochs": 1, "perceptual_weight": 1.0, "say": lambda line: None}
+    numbers = {**TINY, "max_epochs": 1, "perceptual_weight": 1.0, "log": lambda line: None}
     fine_tune_vavae(split_dir, tmp_path / "out", tmp_path / "with_lpips.ckpt", **numbers)
     fine_tune_vavae(split_dir, tmp_path / "out", tmp_path / "with_lpips.ckpt", lpips_weights=["vgg.pth"], **numbers)
     assert asked == [tmp_path / "with_lpips.ckpt", ["vgg.pth"]]

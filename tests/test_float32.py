@@ -1,4 +1,4 @@
-"""What measures and compares pictures gives the same numbers inside autocast and outside, to the last digit."""
+"""What measures and compares images gives the same numbers inside autocast and outside, to the last digit."""
 
 import math
 
@@ -15,7 +15,7 @@ from vavae_tools.evaluation.metrics import frechet_distance, kernel_distance, ne
 from vavae_tools.runtime.precision import in_float32
 
 
-def pictures(seed: int = 0, size: int = 24) -> torch.Tensor:
+def images(seed: int = 0, size: int = 24) -> torch.Tensor:
     """Numbers that bfloat16 holds exactly."""
     return (torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1).bfloat16().float()
 
@@ -53,8 +53,8 @@ MEASURES = {
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_the_same_number_inside_autocast(name):
-    """Also of pictures that come in half precision, as an autocast decoder makes them."""
-    x, y = pictures(), pictures(1)
+    """Also of images that come in half precision, as an autocast decoder makes them."""
+    x, y = images(), images(1)
     expected = MEASURES[name](x, y)
     with torch.autocast("cpu", torch.bfloat16):
         whole, half = MEASURES[name](x, y), MEASURES[name](x.bfloat16(), y.bfloat16())
@@ -68,17 +68,17 @@ def test_the_same_number_inside_autocast(name):
     ("name", "value"),
     [("psnr", math.inf), ("ssim", 1), ("sharpness", 1), ("l1", 0), ("gradient", 0), ("spectral", 0), ("lpips", 0)],
 )
-def test_equal_pictures_are_equal_inside_autocast(name, value):
-    x = (0.8 + pictures() / 50).bfloat16().float()  # nearly flat, as most of a spectrogram is
+def test_equal_images_are_equal_inside_autocast(name, value):
+    x = (0.8 + images() / 50).bfloat16().float()  # nearly flat, as most of a spectrogram is
     with torch.autocast("cpu", torch.bfloat16):
         assert (MEASURES[name](x, x) == value).all()
         assert (MEASURES[name](x.bfloat16(), x) == value).all()
 
 
 def test_gradients_go_through_to_half_precision():
-    x = pictures().bfloat16().requires_grad_()
+    x = images().bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        (gradient(x, pictures(1)) + spectral(x, pictures(1))).backward()
+        (gradient(x, images(1)) + spectral(x, images(1))).backward()
     assert x.grad.dtype == torch.bfloat16 and x.grad.isfinite().all() and (x.grad != 0).any()
 
 

@@ -13,12 +13,18 @@ from test_vavae_training import fit as fit_vavae
 from test_vavae_training import new_module
 from tiny import assert_same, tiny_dit
 
-from vavae_tools.checkpoints.formats import clear_left_overs, read_any, read_folder, write_any, write_folder
+from vavae_tools.checkpoints.formats import (
+    clear_left_overs,
+    read_any_format,
+    read_folder,
+    write_any_format,
+    write_folder,
+)
 from vavae_tools.checkpoints.resuming import (
     check_resumable,
+    checkpoint_info,
     checkpoints_in,
     keep_newest,
-    look_at,
     resume_path,
     whole,
 )
@@ -81,7 +87,7 @@ def test_a_folder_holds_a_checkpoint_bit_by_bit(tmp_path, dit):
     state = json.loads((folder / "training_state.json").read_text())
     assert (state["global_step"], state["current_epoch"]) == (6, 1) and sorted(state["files"]) == files[:-1]
     assert_same(read_folder(folder, quiet), after(dit, 6))
-    assert whole(folder) is None and look_at(folder).step == 6
+    assert whole(folder) is None and checkpoint_info(folder).step == 6
 
     checkpoint = {"state_dict": {"vavae.w": torch.ones(2)}, "optimizer_states": [], "global_step": 1}
     folder = write_folder(checkpoint, tmp_path / "checkpoint-1")  # what there is none of has no file
@@ -91,9 +97,9 @@ def test_a_folder_holds_a_checkpoint_bit_by_bit(tmp_path, dit):
 
 @pytest.mark.parametrize("way", ["a.pth", "a.pt", "folder", "a.ckpt"])
 def test_every_kind_becomes_every_other(tmp_path, way):
-    path = write_any(small(), tmp_path / way)
+    path = write_any_format(small(), tmp_path / way)
     assert path == tmp_path / way and path.is_dir() == (way == "folder")
-    back = write_any(read_any(path, quiet), tmp_path / "back.ckpt")
+    back = write_any_format(read_any_format(path, quiet), tmp_path / "back.ckpt")
     assert_same(torch.load(back, weights_only=True), small())
     if way == "a.pth":
         saved = torch.load(path, weights_only=True)
@@ -210,18 +216,18 @@ def test_a_full_disk_leaves_the_former_folder(tmp_path, monkeypatch):
 
 
 def test_what_is_no_checkpoint_is_not_replaced(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "1.png").touch()
-    for name in ("pictures", "pictures/1.png"):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").touch()
+    for name in ("images", "pictures/1.png"):
         with pytest.raises(UserError, match=r"exists and is no checkpoint \(no model\.pt\): name another folder"):
             write_folder(small(), tmp_path / name)
-    assert names(tmp_path / "pictures") == ["1.png"]
+    assert names(tmp_path / "images") == ["1.png"]
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "checkpoint-7/model.pt", "checkpoint-7/trainer.pt"])
 def test_a_change_is_found_or_changes_nothing(tmp_path, name):
     """Of the bytes between the records: whatever `whole` lets pass is read as it was written."""
-    path = write_any(small(), tmp_path / name.split("/")[0])
+    path = write_any_format(small(), tmp_path / name.split("/")[0])
     file, passed = tmp_path / name, 0
     contents = file.read_bytes()
     for place in range(0, len(contents), 13):
@@ -229,7 +235,7 @@ def test_a_change_is_found_or_changes_nothing(tmp_path, name):
         changed[place] ^= 1
         file.write_bytes(changed)
         if whole(path) is None:
-            assert_same(read_any(path, quiet), small())
+            assert_same(read_any_format(path, quiet), small())
             passed += 1
     assert 0 < passed < len(contents) / 13 / 2
     file.write_bytes(contents)
@@ -292,7 +298,7 @@ def test_what_another_training_wrote_goes_on_with_the_next_epoch(tmp_path, data,
         named = {key: parts[part] for key, part in {**keys, "scheduler": "scheduler"}.items()}
         foreign = tmp_path / "checkpoint_epoch_1.pth"
         torch.save({**named, "epoch": 1, "global_step": 8}, foreign)
-    assert read_any(foreign, quiet)["epoch"] == 2
+    assert read_any_format(foreign, quiet)["epoch"] == 2
     resumed = checked_fit(tmp_path / "run", data, foreign, **length)
     assert resumed.seen == dit.seen[8:] and resumed.trainer.global_step == 12
     assert_same_run(resumed, dit)
@@ -360,13 +366,13 @@ def test_the_place_comes_from_the_state_or_the_name(tmp_path, name, state, place
 def test_schedulers_scalers_and_weights_alone_of_single_files(tmp_path):
     said = []
     torch.save({"model": {"a": torch.ones(1)}, "scheduler": {"T_max": 3}, "epoch": 1}, tmp_path / "a.pth")
-    assert read_any(tmp_path / "a.pth", said.append)["lr_schedulers"] == []
+    assert read_any_format(tmp_path / "a.pth", said.append)["lr_schedulers"] == []
     assert f"{tmp_path / 'a.pth'}: scheduler cannot be used here: the learning rate's schedule starts anew" in said
     torch.save({"net": {"a": torch.ones(1)}, "scaler": {"scale": 4.0}, "epoch": torch.tensor(3)}, tmp_path / "a.pth")
-    found = read_any(tmp_path / "a.pth", said.append)
+    found = read_any_format(tmp_path / "a.pth", said.append)
     assert found["MixedPrecision"] == {"scale": 4.0} and found["epoch"] == 4
     torch.save({"a": torch.ones(1)}, tmp_path / "checkpoint_epoch_50.pth")
-    assert read_any(tmp_path / "checkpoint_epoch_50.pth", said.append)["epoch"] == 51
+    assert read_any_format(tmp_path / "checkpoint_epoch_50.pth", said.append)["epoch"] == 51
 
 
 class Malicious:
@@ -380,7 +386,7 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path, monkeypatch):
 
     def refused(path: Path | str, message: str) -> None:
         with pytest.raises(UserError, match=message):
-            read_any(path, lambda line: None)
+            read_any_format(path, lambda line: None)
 
     refused(folder, "No checkpoint checkpoint-1")
     folder.mkdir()
@@ -411,9 +417,9 @@ def test_folders_that_only_others_read_are_refused_in_one_line(tmp_path):
         file.parent.mkdir(parents=True)
         torch.save({}, file)
     with pytest.raises(UserError, match=r"sharded_checkpoints=true: make one file .* consolidate \S+/last\.ckpt\)$"):
-        read_any(parts, print)
+        read_any_format(parts, print)
     with pytest.raises(UserError, match="was written by DeepSpeed: resume from it with --strategy deepspeed"):
-        read_any(deepspeed, print)
+        read_any_format(deepspeed, print)
     assert resume_path("last", tmp_path) == deepspeed
     check_resumable(deepspeed, DiffusionModule(*tiny_dit()))
 

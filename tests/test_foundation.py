@@ -26,7 +26,7 @@ from vavae_tools.autoencoders.foundation import (
     load_foundation,
 )
 from vavae_tools.autoencoders.losses import adaptive_weight
-from vavae_tools.data.images import PictureFolder, to_unit
+from vavae_tools.data.images import ImageFolder, to_unit
 from vavae_tools.runtime.errors import UserError
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -34,7 +34,7 @@ DINO = {**SMALL, "image_size": 28, "patch_size": 14}
 MAE = {**SMALL, "image_size": 24, "patch_size": 8, "intermediate_size": 64, "decoder_hidden_size": 16}
 
 
-def pictures(size: int | tuple[int, int] = 32, batch: int = 2, seed: int = 0, channels: int = 3) -> Tensor:
+def images(size: int | tuple[int, int] = 32, batch: int = 2, seed: int = 0, channels: int = 3) -> Tensor:
     size = (size, size) if isinstance(size, int) else size
     return torch.rand(batch, channels, *size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
@@ -118,7 +118,7 @@ def test_what_the_loss_does_not_see():
         assert part.abs() < 1e-6
     rotation = torch.linalg.qr(features_like(6, 6, seed=2)).Q
     turned = torch.einsum("dc,bchw->bdhw", rotation, y)
-    distance, cosine = alignment_loss(turned, y)  # distances inside a picture are blind to it, directions are not
+    distance, cosine = alignment_loss(turned, y)  # distances inside an image are blind to it, directions are not
     assert distance < 1e-6 and cosine > 0.5
     one_by_one = [torch.stack(alignment_loss(x[i : i + 1], y[i : i + 1])) for i in range(2)]
     torch.testing.assert_close(torch.stack(expected), torch.stack(one_by_one).mean(0))  # other images
@@ -136,7 +136,7 @@ def test_dinov2_on_any_grid(grid):
 
     Positions are resampled as timm does it: a model whose own table is like that gives the same.
     """
-    model, x = dinov2(image_size=56), pictures((grid[0] * 14, grid[1] * 14))
+    model, x = dinov2(image_size=56), images((grid[0] * 14, grid[1] * 14))
     with torch.no_grad():
         table = model.embeddings.position_embeddings
         patches = F.interpolate(as_grid(table[:, 1:], 4, 4), grid, mode="bicubic", antialias=True)
@@ -156,7 +156,7 @@ def test_registers_are_dropped():
 
     torch.manual_seed(0)
     config = transformers.Dinov2WithRegistersConfig(**DINO, num_register_tokens=3)
-    model, x = transformers.Dinov2WithRegistersModel(config).eval(), pictures(28)
+    model, x = transformers.Dinov2WithRegistersModel(config).eval(), images(28)
     with torch.no_grad():
         tokens = model(x).last_hidden_state
     assert tokens.shape[1] == 1 + 3 + 4
@@ -165,7 +165,7 @@ def test_registers_are_dropped():
 
 def test_mae_sees_every_patch_in_order():
     """transformers shuffles them; put back by its own record they are ours."""
-    model, x = vit_mae(mask_ratio=0.0), pictures(24)
+    model, x = vit_mae(mask_ratio=0.0), images(24)
     with torch.no_grad():
         output = model(x)
     tokens = output.last_hidden_state[:, 1:]
@@ -177,9 +177,9 @@ def test_mae_sees_every_patch_in_order():
 
 
 @pytest.mark.parametrize("make", [dinov2, vit_mae])
-def test_features_of_any_pictures(make):
+def test_features_of_any_images(make):
     found = TransformersFoundation(make())
-    x = pictures((40, 24))
+    x = images((40, 24))
     size = (2 * found.patch_size, 3 * found.patch_size)
     resized = F.interpolate(x, size, mode="bilinear", align_corners=False)
     torch.manual_seed(0)
@@ -188,7 +188,7 @@ def test_features_of_any_pictures(make):
     torch.testing.assert_close(found(x, (2, 3)), features, rtol=0, atol=0)  # nothing in it is random
     torch.testing.assert_close(found(resized, (2, 3)), features)
     assert features.shape == (2, 32, 2, 3) and features.dtype == torch.float32
-    grey = pictures(channels=1)
+    grey = images(channels=1)
     torch.testing.assert_close(found(grey, (2, 2)), found(grey.repeat(1, 3, 1, 1), (2, 2)))
     assert torch.equal(found(x.half(), (2, 3)), found(x.half().float(), (2, 3)))
 
@@ -198,7 +198,7 @@ def test_it_is_frozen():
     found = TransformersFoundation(model)
     assert not any(weights.requires_grad for weights in model.parameters())
     assert not any(part.training for part in model.modules())
-    assert not found(pictures().requires_grad_(), (2, 2)).requires_grad
+    assert not found(images().requires_grad_(), (2, 2)).requires_grad
 
 
 def test_the_digest_follows_from_weights_and_settings():
@@ -238,7 +238,7 @@ def test_loading_without_network_or_noise(dino_dir, monkeypatch, capfd, said):
     found = load_foundation(str(dino_dir))
     assert (capfd.readouterr(), said) == (("", ""), [])
     assert (chatter.get_verbosity(), chatter.is_progress_bar_enabled()) == before
-    x = pictures()
+    x = images()
     torch.testing.assert_close(found(x, (2, 3)), TransformersFoundation(dinov2())(x, (2, 3)))
 
 
@@ -250,7 +250,7 @@ def test_loading_the_pretraining_model_of_mae(tmp_path):
     )
     model = ViTMAEForPreTraining(config)
     model.save_pretrained(tmp_path)  # with a decoder and other names
-    x = pictures()
+    x = images()
     torch.testing.assert_close(load_foundation(tmp_path)(x, (3, 3)), TransformersFoundation(model.vit)(x, (3, 3)))
 
 
@@ -338,14 +338,14 @@ class Brightness:
         self.devices.append(str(device))
         return self
 
-    def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
-        self.seen += len(pictures)
-        return self.factor * F.adaptive_avg_pool2d(pictures, grid)
+    def __call__(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        self.seen += len(images)
+        return self.factor * F.adaptive_avg_pool2d(images, grid)
 
 
 @pytest.fixture
-def data(gait, tmp_path) -> PictureFolder:
-    return PictureFolder(shutil.copytree(gait, tmp_path / "pictures"), 16)
+def data(gait, tmp_path) -> ImageFolder:
+    return ImageFolder(shutil.copytree(gait, tmp_path / "images"), 16)
 
 
 def all_of(rows) -> Tensor:
@@ -373,9 +373,7 @@ def test_a_file_from_before_there_were_shards_is_read(data, tmp_path):
     assert [p.name for p in tmp_path.glob("*.safetensors")] == ["train-00000.safetensors"]
 
 
-@pytest.mark.parametrize(
-    "change", ["weights", "grid", "size", "channels", "picture", "name", "order", "damage", "none"]
-)
+@pytest.mark.parametrize("change", ["weights", "grid", "size", "channels", "image", "name", "order", "damage", "none"])
 def test_stale_features_are_not_used(change, data, tmp_path):
     path, grid, model = tmp_path / "train.safetensors", (2, 2), Brightness()
     foundation_features(model, data, grid, path, progress=False)
@@ -384,11 +382,11 @@ def test_stale_features_are_not_used(change, data, tmp_path):
     elif change == "grid":
         grid = (4, 1)
     elif change == "size":
-        data = PictureFolder(data.folder, 8)
+        data = ImageFolder(data.folder, 8)
     elif change == "channels":
-        data = PictureFolder(data.folder, 16, channels=1)
+        data = ImageFolder(data.folder, 16, channels=1)
         model.channels = 1
-    elif change == "picture":
+    elif change == "image":
         shutil.copyfile(data.paths[4], data.paths[5])
     elif change == "name":
         data.paths[-1].rename(data.paths[-1].with_stem("zz"))
@@ -399,8 +397,8 @@ def test_stale_features_are_not_used(change, data, tmp_path):
         shard = path.with_name("train-00000.safetensors")
         shard.write_bytes(shard.read_bytes()[:-1])
     model.seen = 0
-    if change in ("picture", "name"):
-        data = PictureFolder(data.folder, 16)
+    if change in ("image", "name"):
+        data = ImageFolder(data.folder, 16)
     features = foundation_features(model, data, grid, path, progress=False)
     assert model.seen == (0 if change == "none" else 30)
     if change != "order":

@@ -37,7 +37,7 @@ def test_the_precision_of_a_device():
     )
     half = Computing("bf16", "cpu", "States", print)
     a, said = torch.full((1, 1), 1 + 2**-12), []
-    half.say = said.append
+    half.log = said.append
     with torch.autocast("cpu", torch.bfloat16):
         assert half.in_half and half(lambda: a @ a) == 1 and half.again(lambda: a @ a) > 1 and half.again(lambda: a) > 1
     assert said == ["States are not finite in half precision: such batches are computed again in float32"]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vavae_tools.data.demo import gait
-from vavae_tools.data.demo.gait import simulate_picture, simulate_walk, write_gait_dataset
+from vavae_tools.data.demo.gait import simulate_image, simulate_walk, write_gait_dataset
 from vavae_tools.data.demo.radar import POSE_TIMES, TOP_SPEED, WAVELENGTH, WINDOW, echo, spectrogram
 from vavae_tools.data.demo.walking import (
     JOINTS,
@@ -128,10 +128,10 @@ def test_walking_away_is_walking_towards_upside_down():
 
 
 def test_the_brightest_line_is_the_torso_and_the_lobes_reach_the_foot():
-    picture = simulate_walk(AVERAGE, rng(1), towards=True, aspect=0)
+    image = simulate_walk(AVERAGE, rng(1), towards=True, aspect=0)
     speeds = 7 * (1 - (2 * np.arange(256) + 1) / 256)
-    assert np.median(speeds[picture.argmax(axis=0)]) == pytest.approx(AVERAGE.speed, abs=0.2)
-    bright = picture > 100
+    assert np.median(speeds[image.argmax(axis=0)]) == pytest.approx(AVERAGE.speed, abs=0.2)
+    bright = image > 100
     highest = speeds[bright.argmax(axis=0)]
     toe = forward_speed(AVERAGE, "right toe").max()
     assert 0.7 * toe < highest.max() < 1.15 * toe
@@ -139,25 +139,25 @@ def test_the_brightest_line_is_the_torso_and_the_lobes_reach_the_foot():
     assert 4 <= steps <= 6  # 2.56 s at 110 steps a minute
 
 
-# Pictures
+# Images
 
 
-def test_a_picture_depends_on_its_own_numbers_alone():
-    picture = simulate_picture(0, 2, 3, size=64)
-    simulate_picture(0, 1, 1, size=64)
-    np.testing.assert_array_equal(simulate_picture(0, 2, 3, size=64), picture)
+def test_a_image_depends_on_its_own_numbers_alone():
+    image = simulate_image(0, 2, 3, size=64)
+    simulate_image(0, 1, 1, size=64)
+    np.testing.assert_array_equal(simulate_image(0, 2, 3, size=64), image)
     for other in ((1, 2, 3), (0, 3, 3), (0, 2, 4)):
-        assert not np.array_equal(simulate_picture(*other, size=64), picture)
+        assert not np.array_equal(simulate_image(*other, size=64), image)
 
 
-def test_a_small_picture_is_the_large_one_averaged_and_a_larger_one_shows_the_same_walk():
+def test_a_small_image_is_the_large_one_averaged_and_a_larger_one_shows_the_same_walk():
     large, small, larger = (simulate_walk(AVERAGE, rng(2), size).astype(float) for size in (256, 64, 512))
     assert np.abs(large.reshape(64, 4, 64, 4).mean(axis=(1, 3)) - small).max() <= 1
     assert np.abs(larger.reshape(256, 2, 256, 2).mean(axis=(1, 3)) - large).mean() < 12
 
 
 def test_colours_are_those_of_the_colour_map():
-    jet, gray = simulate_picture(0, 1, 1, 32), simulate_picture(0, 1, 1, 32, colormap="gray")
+    jet, gray = simulate_image(0, 1, 1, 32), simulate_image(0, 1, 1, 32, colormap="gray")
     assert jet.shape == (32, 32, 3)
     assert jet.dtype == np.uint8
     assert np.array_equal(gray[..., 0], gray[..., 1])
@@ -185,7 +185,7 @@ def test_people_can_be_told_apart():
 # The dataset
 
 
-def test_same_bytes_with_any_number_of_workers_people_and_pictures(tmp_path):
+def test_same_bytes_with_any_number_of_workers_people_and_images(tmp_path):
     one = contents(write_gait_dataset(tmp_path / "one", 2, 5, 32, seed=7, workers=1, progress=False))
     two = contents(write_gait_dataset(tmp_path / "two", 2, 5, 32, seed=7, workers=2, progress=False))
     more = contents(write_gait_dataset(tmp_path / "more", 3, 6, 32, seed=7, workers=3, progress=False))
@@ -196,22 +196,22 @@ def test_same_bytes_with_any_number_of_workers_people_and_pictures(tmp_path):
 
 def test_layout_settings_and_pixels(tmp_path):
     folder = write_gait_dataset(tmp_path / "new" / "gait", 2, 3, 64, seed=1, progress=False)
-    names = [f"ID_{person}/walk_00{picture}.jpg" for person in (1, 2) for picture in (1, 2, 3)]
+    names = [f"ID_{person}/walk_00{image}.jpg" for person in (1, 2) for image in (1, 2, 3)]
     assert list(contents(folder)) == [*names, "gait.json"]
     saved = json.loads((folder / "gait.json").read_text())
-    assert saved["settings"] == {"people": 2, "pictures": 3, "size": 64, "seed": 1, "colormap": "jet"}
+    assert saved["settings"] == {"people": 2, "images": 3, "size": 64, "seed": 1, "colormap": "jet"}
     assert saved["people"]["ID_2"] == asdict(draw_person(1, 2))
-    with Image.open(folder / "ID_2" / "walk_003.jpg") as image:
-        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 64))
-        assert np.abs(np.asarray(image).astype(float) - simulate_picture(1, 2, 3, 64)).mean() < 8
+    with Image.open(folder / "ID_2" / "walk_003.jpg") as opened:
+        assert (opened.format, opened.mode, opened.size) == ("JPEG", "RGB", (64, 64))
+        assert np.abs(np.asarray(opened).astype(float) - simulate_image(1, 2, 3, 64)).mean() < 8
 
 
 def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(tmp_path):
     write_gait_dataset(tmp_path, 1, 2, 16, progress=False)
-    picture = tmp_path / "ID_1" / "walk_001.jpg"
-    picture.write_bytes(b"as it was")
+    image = tmp_path / "ID_1" / "walk_001.jpg"
+    image.write_bytes(b"as it was")
     assert write_gait_dataset(tmp_path, 1, 2, 16, progress=False) == tmp_path
-    assert picture.read_bytes() == b"as it was"
+    assert image.read_bytes() == b"as it was"
     with pytest.raises(UserError, match=r"'seed': 0.*asked for.*'seed': 1.*another --output_dir"):
         write_gait_dataset(tmp_path, 1, 2, 16, seed=1, progress=False)
 
@@ -221,7 +221,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(gait, "_write_picture", stop)
+        patched.setattr(gait, "_write_image", stop)
         write_gait_dataset(tmp_path, 1, 3, 16, workers=1, progress=False)
     assert not list(tmp_path.iterdir())
     (tmp_path / ".partial" / "ID_7").mkdir(parents=True)  # what a kill may leave
@@ -232,7 +232,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     ("wrong", "message"),
     [
         ({"people": 0}, "people is 0: expected 1 or more"),
-        ({"pictures": -1}, "pictures is -1"),
+        ({"images": -1}, "images is -1"),
         ({"size": 8}, "size is 8: expected 16 or more"),
         ({"seed": -1}, "seed is -1"),
         ({"workers": 0}, "workers is 0"),
@@ -281,7 +281,7 @@ def test_a_script_without_a_main_guard_and_with_torch_may_use_workers(tmp_path):
         "assert not {'torch', 'matplotlib', 'scipy'} & set(sys.modules)\n"
         "import torch\n"
         "torch.ones(300, 300) @ torch.ones(300, 300)\n"
-        "print(write_gait_dataset('data', people=2, pictures=4, size=16, workers=2))\n"
+        "print(write_gait_dataset('data', people=2, images=4, size=16, workers=2))\n"
     )
     done = run_python(script, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "data\n"), done.stderr

@@ -12,7 +12,7 @@ def test_checks_run_and_end_in_one_json(run_main):
     status, out, err = run_main(main, "--device", "cpu", "--tiny", "--only", "ssim", "sampling", "vavae_light")
     found = json.loads(out)
     assert status == 0 and {"ssim_in_autocast", "sampling", "vavae_light_batch_8", "seconds"} == found.keys()
-    assert found["ssim_in_autocast"]["of_equal_pictures"] == 1
+    assert found["ssim_in_autocast"]["of_equal_images"] == 1
     assert found["sampling"]["32"]["levels_off"] == 0
     assert found["vavae_light_batch_8"]["weights_finite"] and found["vavae_light_batch_8"]["ms_a_step"] > 0
     assert "sampling" in err

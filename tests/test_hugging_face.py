@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vavae_tools.data import images as decoded
-from vavae_tools.data.datasets import picture_data
+from vavae_tools.data.datasets import image_data
 from vavae_tools.data.images import centre_crop
 from vavae_tools.runtime.errors import UserError
 
@@ -19,17 +19,17 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def flat(value: int, size: int = 8) -> Image.Image:
-    """A picture that says by its grey which one it is."""
+    """An image that says by its grey which one it is."""
     return Image.new("RGB", (size, size), (value, value, value))
 
 
 def pixels(data, place: int) -> np.ndarray:
-    """(H, W, C) of one picture of a side."""
-    return data[place]["pictures"].permute(1, 2, 0).numpy()
+    """(H, W, C) of one image of a subset."""
+    return data[place]["images"].permute(1, 2, 0).numpy()
 
 
 def shown(data) -> dict[str, int]:
-    """Name → grey, as the pictures of a side are read."""
+    """Name → grey, as the images of a subset are read."""
     return {name: int(pixels(data, place).mean()) for place, name in enumerate(data.names)}
 
 
@@ -38,11 +38,11 @@ def hf():
     return pytest.importorskip("datasets")
 
 
-def labelled(hf, values, labels, picture="image", label="label", kind=None, picture_kind=None):
-    """A dataset of flat pictures."""
-    features = hf.Features({picture: picture_kind or hf.Image(), label: kind or hf.Value("int64")})
-    pictures = [flat(value) if isinstance(value, int) else value for value in values]
-    return hf.Dataset.from_dict({picture: pictures, label: labels}, features=features)
+def labelled(hf, values, labels, image="image", label="label", kind=None, image_kind=None):
+    """A dataset of flat images."""
+    features = hf.Features({image: image_kind or hf.Image(), label: kind or hf.Value("int64")})
+    images = [flat(value) if isinstance(value, int) else value for value in values]
+    return hf.Dataset.from_dict({image: images, label: labels}, features=features)
 
 
 def save(data, folder: Path) -> Path:
@@ -52,96 +52,96 @@ def save(data, folder: Path) -> Path:
 
 def test_a_dataset_with_sides(hf, tmp_path):
     kind = hf.ClassLabel(names=["wolf", "bear", "fox"])
-    sides = {
+    subsets = {
         "test": labelled(hf, [9], [0], kind=kind),
         "train": labelled(hf, [1, 2, 3], [2, 0, 2], kind=kind),
         "validation": labelled(hf, [4, 5], [0, 2], kind=kind),
     }
-    data = picture_data(save(hf.DatasetDict(sides), tmp_path / "d"), 8, batch_size=3)
+    data = image_data(save(hf.DatasetDict(subsets), tmp_path / "d"), 8, batch_size=3)
     assert data.labels == {"wolf": 0, "bear": 1, "fox": 2} and data.num_classes == 3
     assert shown(data.train_data) == {"fox/000000": 1, "wolf/000001": 2, "fox/000002": 3}
     assert shown(data.val_data) == {"wolf/000000": 4, "fox/000001": 5}
     (batch,) = data.train_dataloader()
-    assert {int(p[0, 0, 0]): int(k) for p, k in zip(batch["pictures"], batch["labels"], strict=True)} == {
+    assert {int(p[0, 0, 0]): int(k) for p, k in zip(batch["images"], batch["labels"], strict=True)} == {
         1: 2,
         2: 0,
         3: 2,
     }
-    swapped = picture_data(tmp_path / "d", 8, train_split="test")
+    swapped = image_data(tmp_path / "d", 8, train_split="test")
     assert shown(swapped.train_data) == {"wolf/000000": 9} and len(swapped.val_data) == 2
     with pytest.raises(UserError, match=r"No subset 'all' in .*; there are test, train, validation: set train_split"):
-        picture_data(tmp_path / "d", 8, train_split="all")
+        image_data(tmp_path / "d", 8, train_split="all")
 
 
 def test_one_dataset_has_a_share_held_out(hf, tmp_path):
     words = ["zebra", "ape"] * 20
     folder = save(labelled(hf, list(range(40)), words, kind=hf.Value("string")), tmp_path / "d")
-    data = picture_data(folder, 8, val_share=0.1)
+    data = image_data(folder, 8, val_share=0.1)
     assert data.labels == {"ape": 0, "zebra": 1}
     assert data.val_data.labels.bincount().tolist() == [2, 2]
     both = shown(data.train_data) | shown(data.val_data)
     assert both == {f"{words[i]}/{i:06d}": i for i in range(40)}
-    again, other = picture_data(folder, 8, val_share=0.1), picture_data(folder, 8, val_share=0.1, seed=1)
+    again, other = image_data(folder, 8, val_share=0.1), image_data(folder, 8, val_share=0.1, seed=1)
     assert again.fingerprint() == data.fingerprint() != other.fingerprint()
     assert again.val_data.names == data.val_data.names != other.val_data.names
 
 
-@pytest.mark.parametrize("picture", ["image", "img", "picture", "pixel_values", "photo"])
+@pytest.mark.parametrize("image", ["image", "img", "image", "pixel_values", "photo"])
 @pytest.mark.parametrize("label", ["label", "labels", "fine_label", "class"])
-def test_columns_are_found_by_type_and_name(hf, tmp_path, picture, label):
-    data = picture_data(save(labelled(hf, [7, 8], [1, 0], picture, label), tmp_path / "d"), 8, val_share=0)
+def test_columns_are_found_by_type_and_name(hf, tmp_path, image, label):
+    data = image_data(save(labelled(hf, [7, 8], [1, 0], image, label), tmp_path / "d"), 8, val_share=0)
     assert list(shown(data.train_data).values()) == [7, 8] and data.train_data.labels.tolist() == [1, 0]
     assert data.labels == {"0": 0, "1": 1}
 
 
 @pytest.mark.parametrize("kind", ["binary", "string"])
-def test_pictures_in_columns_of_other_types(hf, tmp_path, kind):
+def test_images_in_columns_of_other_types(hf, tmp_path, kind):
     array = noise(8, 8, 3)
     Image.fromarray(array).save(tmp_path / "p.png")
     value = (tmp_path / "p.png").read_bytes() if kind == "binary" else str(tmp_path / "p.png")
-    folder = save(labelled(hf, [value, value], [0, 0], "pixel_values", picture_kind=hf.Value(kind)), tmp_path / "d")
-    assert np.array_equal(pixels(picture_data(folder, 8, val_share=0).train_data, 1), array)
-    numbers = save(labelled(hf, [array[..., 0]], [0], picture_kind=hf.Array2D((8, 8), "uint8")), tmp_path / "n")
+    folder = save(labelled(hf, [value, value], [0, 0], "pixel_values", image_kind=hf.Value(kind)), tmp_path / "d")
+    assert np.array_equal(pixels(image_data(folder, 8, val_share=0).train_data, 1), array)
+    numbers = save(labelled(hf, [array[..., 0]], [0], image_kind=hf.Array2D((8, 8), "uint8")), tmp_path / "n")
     with pytest.raises(UserError, match="expected a column of type Image"):
-        picture_data(numbers, 8)
+        image_data(numbers, 8)
 
 
 def test_datasets_that_do_not_fit_the_memory(hf, tmp_path, monkeypatch):
     """Grey ones, cut out, in batches by a worker."""
-    pictures = [Image.fromarray(noise(20, 30, seed=i)) for i in range(9)]
-    folder = save(labelled(hf, pictures, list(range(9))), tmp_path / "d")
+    images = [Image.fromarray(noise(20, 30, seed=i)) for i in range(9)]
+    folder = save(labelled(hf, images, list(range(9))), tmp_path / "d")
     monkeypatch.setattr(decoded, "MEMORY_LIMIT", 0)
-    data = picture_data(folder, 8, batch_size=4, num_workers=1, val_share=0)
+    data = image_data(folder, 8, batch_size=4, num_workers=1, val_share=0)
     batches = list(data.train_dataloader())
     assert len(batches) == 2 and data.train_data._memory is None
     for batch in batches:
-        for picture, place in zip(batch["pictures"], batch["index"], strict=True):
-            expected = np.asarray(centre_crop(pictures[place], (8, 8)))
-            assert picture.shape == (1, 8, 8) and np.array_equal(picture[0], expected)
+        for image, place in zip(batch["images"], batch["index"], strict=True):
+            expected = np.asarray(centre_crop(images[place], (8, 8)))
+            assert image.shape == (1, 8, 8) and np.array_equal(image[0], expected)
 
 
 def test_the_fingerprint_of_a_dataset_follows_its_contents(hf, tmp_path):
     first, other = (save(labelled(hf, [1, value], [0, 1]), tmp_path / str(value)) for value in (2, 3))
-    here = picture_data(first, 8).fingerprint()
-    assert here == picture_data(shutil.copytree(first, tmp_path / "copy"), 8).fingerprint()
-    assert here != picture_data(other, 8).fingerprint() and here != picture_data(first, 9).fingerprint()
+    here = image_data(first, 8).fingerprint()
+    assert here == image_data(shutil.copytree(first, tmp_path / "copy"), 8).fingerprint()
+    assert here != image_data(other, 8).fingerprint() and here != image_data(first, 9).fingerprint()
 
 
 def test_without_datasets_one_line_says_so(hf, tmp_path, monkeypatch):
     folder = save(labelled(hf, [1, 2], [0, 1]), tmp_path / "d")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r": pip install datasets$"):
-        picture_data(folder, 8)
+        image_data(folder, 8)
 
 
 def test_a_damaged_dataset(hf, tmp_path):
     folder = save(labelled(hf, [1, 2], [0, 1]), tmp_path / "d")
     (folder / "state.json").write_text("{")
     with pytest.raises(UserError, match=r"The dataset .*d cannot be read \(.*\): copy or save it again"):
-        picture_data(folder, 8)
+        image_data(folder, 8)
     (folder / "state.json").unlink()
     with pytest.raises(UserError, match=r"no Hugging Face dataset; it holds 2 files"):
-        picture_data(folder, 8, use_hf_dataset=True)
+        image_data(folder, 8, use_hf_dataset=True)
 
 
 def test_columns_that_are_not_found(hf, tmp_path):
@@ -149,12 +149,12 @@ def test_columns_that_are_not_found(hf, tmp_path):
     with pytest.raises(
         UserError, match=r"No labels in .* columns image, weight: expected one of type ClassLabel or call"
     ):
-        picture_data(save(unlabelled, tmp_path / "a"), 8)
+        image_data(save(unlabelled, tmp_path / "a"), 8)
     blind = hf.Dataset.from_dict({"text": ["a"], "label": [0]})
     with pytest.raises(
         UserError, match=r"No images in .* columns text, label: .*Rename yours with dataset\.rename_col"
     ):
-        picture_data(save(blind, tmp_path / "b"), 8)
+        image_data(save(blind, tmp_path / "b"), 8)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_columns_that_are_not_found(hf, tmp_path):
 )
 def test_labels_that_are_none(hf, tmp_path, labels, kind, message):
     with pytest.raises(UserError, match=message):
-        picture_data(save(labelled(hf, [1, 2], labels, kind=hf.Value(kind)), tmp_path / "d"), 8)
+        image_data(save(labelled(hf, [1, 2], labels, kind=hf.Value(kind)), tmp_path / "d"), 8)
 
 
 def test_sides_that_do_not_go_together(hf, tmp_path):
@@ -176,10 +176,10 @@ def test_sides_that_do_not_go_together(hf, tmp_path):
     train = labelled(hf, [1, 2], ["a", "b"], kind=words)
     unknown = hf.DatasetDict(train=train, test=labelled(hf, [1], ["c"], kind=words))
     with pytest.raises(UserError, match=r"subset test holds 'c'; expected the classes a, b of the training subset"):
-        picture_data(save(unknown, tmp_path / "a"), 8)
+        image_data(save(unknown, tmp_path / "a"), 8)
     lacking = hf.DatasetDict(train=train, test=hf.Dataset.from_dict({"label": ["a"]}))
     with pytest.raises(UserError, match=r"The subset test of .* lacks the column image of train"):
-        picture_data(save(lacking, tmp_path / "b"), 8)
+        image_data(save(lacking, tmp_path / "b"), 8)
     names = [labelled(hf, [1, 2], [0, 1], kind=hf.ClassLabel(names=names)) for names in (["a", "b"], ["b", "a"])]
     with pytest.raises(UserError, match="have other types or class names in test than in train"):
-        picture_data(save(hf.DatasetDict(train=names[0], test=names[1]), tmp_path / "c"), 8)
+        image_data(save(hf.DatasetDict(train=names[0], test=names[1]), tmp_path / "c"), 8)

@@ -1,4 +1,4 @@
-"""Pixels ↔ [-1, 1], and folders of pictures as batches."""
+"""Pixels ↔ [-1, 1], and folders of images as batches."""
 
 import numpy as np
 import pytest
@@ -6,12 +6,12 @@ import torch
 from PIL import Image
 
 from vavae_tools.data import images as decoded
-from vavae_tools.data.datasets import PictureDataModule
+from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.images import (
-    PictureFiles,
-    PictureFolder,
+    ImageFiles,
+    ImageFolder,
     channels_of,
-    save_picture,
+    save_image,
     to_pixels,
     to_unit,
 )
@@ -23,10 +23,10 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def read_picture(path, size, channels: int = 3) -> np.ndarray:
+def read_image(path, size, channels: int = 3) -> np.ndarray:
     """uint8 (height, width, channels)"""
-    side = PictureFiles([path], ["p"], torch.zeros(1, dtype=torch.int64), image_size=size, channels=channels)
-    return side.pictures([0])[0].permute(1, 2, 0).numpy()
+    subset = ImageFiles([path], ["p"], torch.zeros(1, dtype=torch.int64), image_size=size, channels=channels)
+    return subset.images([0])[0].permute(1, 2, 0).numpy()
 
 
 def test_pixels_and_numbers_are_inverse():
@@ -45,23 +45,23 @@ def test_numbers_are_rounded_and_clipped_not_wrapped():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_written_picture_is_read_back(tmp_path, channels):
+def test_a_written_image_is_read_back(tmp_path, channels):
     pixels = torch.from_numpy(noise(channels, 5, 9))
-    save_picture(pixels, tmp_path / "p.png")
-    read = read_picture(tmp_path / "p.png", (5, 9), channels)
+    save_image(pixels, tmp_path / "p.png")
+    read = read_image(tmp_path / "p.png", (5, 9), channels)
     assert read.shape == (5, 9, channels)
     assert torch.equal(torch.from_numpy(read.copy()).permute(2, 0, 1), pixels)
     assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "1", "CMYK"])
-def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
-    picture = Image.fromarray(noise(8, 8, 3)).convert(mode)
+def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
+    image = Image.fromarray(noise(8, 8, 3)).convert(mode)
     path = tmp_path / ("p.jpg" if mode == "CMYK" else "p.png")
-    picture.save(path)
+    image.save(path)
     with Image.open(path) as reopened:
         expected = np.asarray(reopened.convert("RGB"))
-    assert np.array_equal(read_picture(path, (8, 8)), expected)
+    assert np.array_equal(read_image(path, (8, 8)), expected)
 
 
 def test_16_bits_become_8_by_scale(tmp_path):
@@ -70,8 +70,8 @@ def test_16_bits_become_8_by_scale(tmp_path):
     Image.fromarray((257 * grey).astype(np.uint16)).save(tmp_path / "p.png")
     Image.fromarray((257 * grey + np.where(grey < 128, 128, -128)).astype(np.int32)).save(tmp_path / "p.tif")
     for name in ("p.png", "p.tif"):
-        assert np.array_equal(read_picture(tmp_path / name, (16, 16), 1)[..., 0], grey)
-        assert np.array_equal(read_picture(tmp_path / name, (16, 16), 3), np.stack([grey] * 3, axis=2))
+        assert np.array_equal(read_image(tmp_path / name, (16, 16), 1)[..., 0], grey)
+        assert np.array_equal(read_image(tmp_path / name, (16, 16), 3), np.stack([grey] * 3, axis=2))
     assert Image.open(tmp_path / "p.tif").mode == "I"
 
 
@@ -86,13 +86,13 @@ def test_16_bits_become_8_by_scale(tmp_path):
         (["L", "L", "RGB"], 3),
     ],
 )
-def test_how_many_channels_pictures_have(tmp_path, modes, channels):
+def test_how_many_channels_images_have(tmp_path, modes, channels):
     for number, mode in enumerate(modes):
         (tmp_path / f"ID_{number + 1}").mkdir()
-        picture = Image.fromarray(noise(8, 8, 3, seed=number)).convert("L" if mode == "I;16" else mode)
+        image = Image.fromarray(noise(8, 8, 3, seed=number)).convert("L" if mode == "I;16" else mode)
         if mode == "I;16":
-            picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
-        picture.save(tmp_path / f"ID_{number + 1}" / "p.png")
+            image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+        image.save(tmp_path / f"ID_{number + 1}" / "p.png")
     assert channels_of(tmp_path) == channels
 
 
@@ -102,21 +102,21 @@ def test_other_sizes_are_resized_as_a_whole(tmp_path):
     halves[:, 20:] = 255
     halves[:, 0] = 255  # the very edge
     Image.fromarray(halves).save(tmp_path / "p.png")
-    read = read_picture(tmp_path / "p.png", (10, 16))
+    read = read_image(tmp_path / "p.png", (10, 16))
     assert read.shape == (10, 16, 3)
     assert (read[:, 9:] > 250).all() and (read[:, 2:7] < 5).all() and (read[:, 0] > 60).all()
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(30)])
-def test_a_file_that_is_no_picture_is_named(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(30)])
+def test_a_file_that_is_no_image_is_named(tmp_path, content):
     (tmp_path / "walk.png").write_bytes(content)
     with pytest.raises(UserError, match=r"walk\.png cannot be read as an image .* data_split\.py names such"):
-        read_picture(tmp_path / "walk.png", (8, 8))
+        read_image(tmp_path / "walk.png", (8, 8))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """ID_1 with two pictures, ID_3 with three, ID_12 with one; none is like another."""
+    """ID_1 with two images, ID_3 with three, ID_12 with one; none is like another."""
     for number, (person, count) in enumerate([("ID_12", 1), ("ID_1", 2), ("ID_3", 3)]):
         (tmp_path / person).mkdir()
         for i in range(count):
@@ -128,68 +128,68 @@ def folder(tmp_path):
 def test_batches_of_a_folder(folder, monkeypatch, limit):
     """The same from the disk and from memory."""
     monkeypatch.setattr(decoded, "MEMORY_LIMIT", limit)
-    data = PictureFolder(folder, (8, 12), progress=False)
+    data = ImageFolder(folder, (8, 12), progress=False)
     assert data.names == ["ID_1/p0.png", "ID_1/p1.png", "ID_3/p0.png", "ID_3/p1.png", "ID_3/p2.png", "ID_12/p0.png"]
     assert data.labels.tolist() == [0, 0, 2, 2, 2, 11]
     batch = data.__getitems__([5, 0])
-    assert batch["pictures"].shape == (2, 3, 8, 12) and batch["pictures"].dtype == torch.uint8
+    assert batch["images"].shape == (2, 3, 8, 12) and batch["images"].dtype == torch.uint8
     assert batch["labels"].tolist() == [11, 0] and batch["index"].tolist() == [5, 0]
-    for picture, name in zip(batch["pictures"], ["ID_12/p0.png", "ID_1/p0.png"], strict=True):
-        assert np.array_equal(picture.permute(1, 2, 0).numpy(), np.asarray(Image.open(folder / name)))
+    for image, name in zip(batch["images"], ["ID_12/p0.png", "ID_1/p0.png"], strict=True):
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(Image.open(folder / name)))
     one = data[5]
-    assert torch.equal(one["pictures"], batch["pictures"][0]) and one["labels"] == 11
+    assert torch.equal(one["images"], batch["images"][0]) and one["labels"] == 11
     assert (data._memory is None) == (limit == 0)
 
 
 def test_previews_take_people_in_turn(folder):
-    few = PictureFolder(folder, (8, 12), progress=False).few_of_each(5)
+    few = ImageFolder(folder, (8, 12), progress=False).preview_batch(5)
     assert few["labels"].tolist() == [0, 2, 11, 0, 2]
     assert len(set(few["index"].tolist())) == 5
-    assert len(PictureFolder(folder, (8, 12), progress=False).few_of_each(100)["labels"]) == 6
+    assert len(ImageFolder(folder, (8, 12), progress=False).preview_batch(100)["labels"]) == 6
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_rows_on_the_disk_go_along_through_the_loader(split_dir, tmp_path, num_workers):
-    data = PictureDataModule(split_dir, 16, batch_size=5, num_workers=num_workers)
+    data = ImageDataModule(split_dir, 16, batch_size=5, num_workers=num_workers)
     np.arange(24 * 3, dtype=np.float16).reshape(24, 3).tofile(tmp_path / "features")
-    mapped = np.memmap(tmp_path / "features", np.float16, "r+", shape=(24, 3))
-    data.train_data.along["features"] = torch.from_numpy(mapped)
+    tree_map_with_path = np.memmap(tmp_path / "features", np.float16, "r+", shape=(24, 3))
+    data.train_data.extra_fields["features"] = torch.from_numpy(tree_map_with_path)
     batches = list(data.train_dataloader())
     assert len(batches) == 4
     for batch in batches:
-        assert torch.equal(batch["features"], torch.from_numpy(mapped)[batch["index"]])
-        assert torch.equal(batch["pictures"], data.train_data.in_memory()[batch["index"]])
+        assert torch.equal(batch["features"], torch.from_numpy(tree_map_with_path)[batch["index"]])
+        assert torch.equal(batch["images"], data.train_data.in_memory()[batch["index"]])
     assert "features" not in next(iter(data.val_dataloader()))
 
 
-def test_a_folder_without_pictures_is_named(tmp_path):
+def test_a_folder_without_images_is_named(tmp_path):
     (tmp_path / "ID_1").mkdir()
     with pytest.raises(UserError, match=r"No images \(png, jpg, jpeg\) in the folders of"):
-        PictureFolder(tmp_path, 8)
+        ImageFolder(tmp_path, 8)
     with pytest.raises(UserError, match="No such folder"):
-        PictureFolder(tmp_path / "nowhere", 8)
+        ImageFolder(tmp_path / "nowhere", 8)
 
 
-def test_grey_pictures_that_are_not_square_come_as_they_are(tmp_path):
+def test_grey_images_that_are_not_square_come_as_they_are(tmp_path):
     for person in ("ID_1", "ID_2"):
         (tmp_path / "in" / person).mkdir(parents=True)
         for i in range(4):
-            picture = Image.fromarray(noise(16, 24, seed=10 * i + int(person[-1])))
-            picture.save(tmp_path / "in" / person / f"{i}.png")
+            image = Image.fromarray(noise(16, 24, seed=10 * i + int(person[-1])))
+            image.save(tmp_path / "in" / person / f"{i}.png")
     split_folders(tmp_path / "in", tmp_path / "s", 0.5, 0.5, progress=False)
-    data = PictureDataModule(tmp_path / "s", (16, 24), batch_size=2)
+    data = ImageDataModule(tmp_path / "s", (16, 24), batch_size=2)
     batch = next(iter(data.train_dataloader()))
-    assert batch["pictures"].shape == (2, 1, 16, 24) and data.val_data.channels == 1
-    for picture, place in zip(batch["pictures"], batch["index"], strict=True):
-        assert np.array_equal(picture[0], np.asarray(Image.open(data.train_data.paths[place])))
-    asked = PictureDataModule(tmp_path / "s", (16, 24), channels=3).train_data.in_memory()
+    assert batch["images"].shape == (2, 1, 16, 24) and data.val_data.channels == 1
+    for image, place in zip(batch["images"], batch["index"], strict=True):
+        assert np.array_equal(image[0], np.asarray(Image.open(data.train_data.paths[place])))
+    asked = ImageDataModule(tmp_path / "s", (16, 24), channels=3).train_data.in_memory()
     assert torch.equal(asked, data.train_data.in_memory().expand(-1, 3, -1, -1))
 
 
 def test_labels_are_those_of_the_split_even_if_a_side_lacks_somebody(gait, tmp_path):
     split_folders(gait, tmp_path / "s", progress=False)
-    for picture in (tmp_path / "s" / "val" / "ID_1").iterdir():
-        picture.unlink()
+    for image in (tmp_path / "s" / "val" / "ID_1").iterdir():
+        image.unlink()
     (tmp_path / "s" / "val" / "ID_1").rmdir()
-    data = PictureDataModule(tmp_path / "s", 16)
+    data = ImageDataModule(tmp_path / "s", 16)
     assert set(data.val_data.labels.tolist()) == {1, 2}

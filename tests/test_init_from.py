@@ -25,7 +25,7 @@ PLAIN = {"swiglu": False, "rope": False, "rms_norm": False}
 def start(denoiser, conditioner, path, **settings) -> list[str]:
     """`start_from`: what was logged."""
     said: list[str] = []
-    start_from(denoiser, conditioner, path, say=said.append, **settings)
+    start_from(denoiser, conditioner, path, log=said.append, **settings)
     return said
 
 

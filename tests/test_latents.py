@@ -1,4 +1,4 @@
-"""Latents: encoded once, with the training side's statistics, read memory-mapped; stale ones are never used."""
+"""Latents: encoded once, with the training subset's statistics, read memory-mapped; stale ones are never used."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from tiny import SIZE, perturb_projections, same, tiny_vavae
 from vavae_tools.autoencoders.rae import tiny_rae
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.data import encoded, latents
-from vavae_tools.data.datasets import PictureDataModule
+from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.demo.shapes import shape_data
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.latents import INDEX, LatentDataModule, LatentDataset, LatentFolder, encode_latents
@@ -39,7 +39,7 @@ def split(split_dir, tmp_path) -> Path:
 
 @pytest.fixture
 def count_encoded(monkeypatch) -> list[int]:
-    """How many pictures each call of `VAVAE.encode` got."""
+    """How many images each call of `VAVAE.encode` got."""
     counts, encode = [], VAVAE.encode
 
     def counting(self, x, *arguments, **options):
@@ -55,7 +55,7 @@ def model(seed: int = 0) -> VAVAE:
 
 
 def encode(split, folder, vae=None, **options) -> LatentFolder:
-    return encode_latents(vae or model(), PictureDataModule(split, SIZE), folder, progress=False, **options)
+    return encode_latents(vae or model(), ImageDataModule(split, SIZE), folder, progress=False, **options)
 
 
 # ---- statistics
@@ -75,8 +75,8 @@ def test_statistics_are_those_of_the_training_subset(split, tmp_path):
     z = load_file(folder.path / "train-00000.safetensors")["latents"].double()
     torch.testing.assert_close(torch.tensor(folder.mean), z.mean((0, 2, 3)).float())
     torch.testing.assert_close(torch.tensor(folder.std), z.std((0, 2, 3)).float())
-    for picture in (split / "val").glob("*/*.jpg"):
-        Image.new("RGB", (SIZE, SIZE), "white").save(picture)
+    for image in (split / "val").glob("*/*.jpg"):
+        Image.new("RGB", (SIZE, SIZE), "white").save(image)
     changed = encode(split, tmp_path / "others", flips=True)
     assert (changed.mean, changed.std) == (folder.mean, folder.std) and changed.key != folder.key
 
@@ -87,20 +87,20 @@ def test_statistics_are_those_of_the_training_subset(split, tmp_path):
 @torch.no_grad()
 def test_each_image_is_encoded_with_its_own_vector_and_noise(split, tmp_path, count_encoded):
     """And mirrored only when asked for: the image is mirrored, not the latent."""
-    vae, data = model().eval(), PictureDataModule(split, SIZE)
+    vae, data = model().eval(), ImageDataModule(split, SIZE)
     plain = encode(split, tmp_path / "plain", vae, batch_size=5, seed=3)
     assert sum(count_encoded) == 30 + SHAPE and not plain.flips
     folder = encode(split, tmp_path / "flips", vae, batch_size=5, seed=3, flips=True)
     assert sum(count_encoded) == 3 * (30 + SHAPE) and folder.flips
     assert folder.shape == (2, 8, 8) and folder.image_size == (SIZE, SIZE)
-    for side, images, seed in (("train", data.train_data, 3), ("val", data.val_data, 4)):
+    for subset, images, seed in (("train", data.train_data, 3), ("val", data.val_data, 4)):
         rows = range(len(images))
-        found, without = (LatentDataset(one, side).stored(rows) for one in (folder, plain))
+        found, without = (LatentDataset(one, subset).stored(rows) for one in (folder, plain))
         assert set(without) == {"latents", "labels", "index"} and same(without["latents"], found["latents"])
-        assert torch.equal(found["labels"], images.labels) and folder.names[side] == images.names
+        assert torch.equal(found["labels"], images.labels) and folder.names[subset] == images.names
         for i in rows:  # one by one, in place of batches
             batch = images.__getitems__([i])
-            x, vectors = to_unit(batch["pictures"]), vae.condition_vectors(batch["labels"])
+            x, vectors = to_unit(batch["images"]), vae.condition_vectors(batch["labels"])
             mirrored = ("latents_flip", "posterior of the mirrored picture", x.flip(3))
             for name, noise, seen in (("latents", "posterior", x), mirrored):
                 posterior = vae.encode(seen, condition=vectors).latent_dist
@@ -118,7 +118,7 @@ def test_what_is_there_is_not_encoded_again(split, tmp_path, count_encoded):
     assert encode(split, tmp_path / "latents") == first and count_encoded == []
 
 
-@pytest.mark.parametrize("change", ["weights", "a vector", "a picture", "another split", "flips", "seed", "size"])
+@pytest.mark.parametrize("change", ["weights", "a vector", "an image", "another split", "flips", "seed", "size"])
 def test_what_is_stale_is(split, tmp_path, count_encoded, change):
     first = encode(split, tmp_path / "latents")
     del count_encoded[:]
@@ -127,7 +127,7 @@ def test_what_is_stale_is(split, tmp_path, count_encoded, change):
         vae.decoder.conv_out.bias.data[0] += 1e-6
     elif change == "a vector":
         vae.conditions.weight.data[2, 3] += 1e-6
-    elif change == "a picture":
+    elif change == "an image":
         Image.new("RGB", (SIZE, SIZE), "red").save(next((split / "val").glob("*/*.jpg")))
     elif change == "another split":
         moved = next((split / "val" / "ID_2").iterdir())
@@ -136,7 +136,7 @@ def test_what_is_stale_is(split, tmp_path, count_encoded, change):
         size = 2 * SIZE
     else:
         options = {"flips": True} if change == "flips" else {"seed": 1}
-    folder = encode_latents(vae, PictureDataModule(split, size), tmp_path / "latents", progress=False, **options)
+    folder = encode_latents(vae, ImageDataModule(split, size), tmp_path / "latents", progress=False, **options)
     assert sum(count_encoded) == (30 + SHAPE) * (1 + (change == "flips")) and folder.key != first.key
     assert LatentFolder.read(tmp_path / "latents") == folder
 
@@ -218,13 +218,13 @@ def test_an_unfinished_encoding_of_an_earlier_version_is_not_taken(split, tmp_pa
 
 
 def test_caches_of_earlier_versions_keep_their_key(split, tmp_path):
-    vae, data = model(), PictureDataModule(split, SIZE)
+    vae, data = model(), ImageDataModule(split, SIZE)
     digest = hashlib.sha256(f"form 2, flips False, seed 3, {weights_digest(vae)}".encode())
-    for side in ("train", "val"):
-        pictures = sorted((split / side).glob("*/*.jpg"))  # ID_1, ID_2, ID_3, walk_001 …
-        labels = [int(path.parent.name[3:]) - 1 for path in pictures]
-        digest.update(f"{side} ({SIZE}, {SIZE}) 3 {labels}".encode())
-        for path in pictures:
+    for subset in ("train", "val"):
+        images = sorted((split / subset).glob("*/*.jpg"))  # ID_1, ID_2, ID_3, walk_001 …
+        labels = [int(path.parent.name[3:]) - 1 for path in images]
+        digest.update(f"{subset} ({SIZE}, {SIZE}) 3 {labels}".encode())
+        for path in images:
             digest.update(f"{path.parent.name}/{path.name}".encode() + hashlib.sha256(path.read_bytes()).digest())
     assert encode_latents(vae, data, tmp_path / "latents", seed=3, progress=False).key == digest.hexdigest()
 
@@ -274,24 +274,24 @@ class Averages(torch.nn.Module):
         for name, value in attributes.items():
             setattr(self, name, value)
 
-    def encode_pictures(self, pictures, labels, normal):
-        return self.scale * torch.nn.functional.avg_pool2d(pictures, 8)
+    def encode_images(self, images, labels, normal):
+        return self.scale * torch.nn.functional.avg_pool2d(images, 8)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_pictures_of_any_source_by_any_autoencoder(tmp_path, num_workers):
+def test_images_of_any_source_by_any_autoencoder(tmp_path, num_workers):
     data = shape_data(20, num_classes=3, image_size=16, seed=4, val_share=0.2, num_workers=num_workers)
     folder = encode_latents(Averages(), data, tmp_path / "latents", batch_size=3, progress=False)
     assert folder.shape == (3, 2, 2) and folder.num_classes == 3
     assert folder.people == {"red_circle": 0, "blue_circle": 1, "red_square": 2}
-    for side, pictures in (("train", data.train_data), ("val", data.val_data)):
-        read = LatentDataset(folder, side)
-        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0)).tolist()
+    for subset, images in (("train", data.train_data), ("val", data.val_data)):
+        read = LatentDataset(folder, subset)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
         batch = read.__getitems__(order)
-        means = to_unit(pictures.__getitems__(order)["pictures"]).unflatten(2, (2, 8)).unflatten(4, (2, 8)).mean((3, 5))
+        means = to_unit(images.__getitems__(order)["images"]).unflatten(2, (2, 8)).unflatten(4, (2, 8)).mean((3, 5))
         mean, std = (torch.tensor(values)[:, None, None] for values in (folder.mean, folder.std))
         torch.testing.assert_close(batch["latents"] * std + mean, means, rtol=0, atol=1e-5)
-        assert torch.equal(batch["labels"], pictures.labels[order])
+        assert torch.equal(batch["labels"], images.labels[order])
     others = shape_data(20, num_classes=3, image_size=16, seed=5, val_share=0.2)
     assert encode_latents(Averages(), others, tmp_path / "latents", progress=False).key != folder.key
 
@@ -300,20 +300,20 @@ def test_images_that_do_not_fit_are_refused_before_anything_is_written(tmp_path)
     data = shape_data(8, image_size=24)
     for size in (16, (16, 16)):
         with pytest.raises(UserError, match="Images of 24×24 do not fit this Averages: it takes 16×16"):
-            encode_latents(Averages(picture_size=size), data, tmp_path / "latents", progress=False)
+            encode_latents(Averages(image_size=size), data, tmp_path / "latents", progress=False)
     with pytest.raises(UserError, match="Images of 12×12 do not fit this Averages: both must be divisible by 8"):
         encode_latents(Averages(), shape_data(8, image_size=12), tmp_path / "latents", progress=False)
     assert not (tmp_path / "latents").exists()
     fitting = shape_data(8, image_size=16)
-    assert encode_latents(Averages(picture_size=16), fitting, tmp_path / "latents", progress=False).shape == (3, 2, 2)
+    assert encode_latents(Averages(image_size=16), fitting, tmp_path / "latents", progress=False).shape == (3, 2, 2)
 
 
-def test_how_an_autoencoder_reads_pictures_is_part_of_the_key(tmp_path):
+def test_how_an_autoencoder_reads_images_is_part_of_the_key(tmp_path):
     """Its configuration; not the statistics that are kept with it afterwards, nor where it was read from."""
     data = shape_data(8, image_size=16)
 
     def key(**config):
-        vae = Averages(picture_size=16, config={"image_mean": [0.5], "latents_mean": None, **config})
+        vae = Averages(image_size=16, config={"image_mean": [0.5], "latents_mean": None, **config})
         return encode_latents(vae, data, tmp_path / "latents", progress=False).key
 
     assert key() == key(latents_mean=[1.0, 2.0, 3.0], _name_or_path="elsewhere") != key(image_mean=[0.4])
@@ -406,17 +406,17 @@ def test_latents_of_another_precision_are_kept_unless_one_is_asked_for(split, tm
 
 
 class Overflowing(Averages):
-    """Latents of bright pictures are not finite in half precision."""
+    """Latents of bright images are not finite in half precision."""
 
-    def encode_pictures(self, pictures, labels, normal):
-        latents = super().encode_pictures(pictures, labels, normal)
+    def encode_images(self, images, labels, normal):
+        latents = super().encode_images(images, labels, normal)
         bright = (latents.mean((1, 2, 3), keepdim=True) > 0) & torch.is_autocast_enabled("cpu")
         return torch.where(bright, torch.inf, latents)
 
 
 def test_what_overflows_in_half_precision_is_encoded_in_float32_and_said_once(tmp_path):
     data, said = shape_data(24, image_size=16), []
-    options = {"batch_size": 1, "flips": True, "progress": False, "say": said.append}
+    options = {"batch_size": 1, "flips": True, "progress": False, "log": said.append}
     half = encode_latents(Overflowing(), data, tmp_path / "half", precision="bf16", **options)
     assert said == [
         "Latents of this Overflowing are not finite in half precision: such batches are computed again in float32"
@@ -462,10 +462,10 @@ def test_batches_travel_as_they_are_stored_and_are_normalised_on_the_device(spli
     module = Looking()
     options = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     L.Trainer(max_epochs=1, num_sanity_val_steps=1, accelerator="cpu", **options).fit(module, data)
-    for side, batch in module.seen:
-        expected = LatentDataset(folder, side).__getitems__(batch["index"].tolist())
+    for subset, batch in module.seen:
+        expected = LatentDataset(folder, subset).__getitems__(batch["index"].tolist())
         assert batch.keys() == expected.keys() and all(same(batch[name], expected[name]) for name in batch)
-    assert [side for side, _ in module.seen] == ["val", "train", "val"]
+    assert [subset for subset, _ in module.seen] == ["val", "train", "val"]
     z, of_val = module.seen[1][1]["latents"], module.seen[2][1]["latents"]
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(2), rtol=0, atol=1e-5)
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(2), rtol=0, atol=1e-5)
@@ -533,20 +533,20 @@ def test_encoding_a_split_leaves_the_vavae_as_it_is(split, tmp_path, count_encod
     vae.save_pretrained(tmp_path / "vavae")
     before = {path.name: path.read_bytes() for path in (tmp_path / "vavae").iterdir()}
     said = []
-    folder = encode_split(split, tmp_path / "vavae", tmp_path / "latents", say=said.append)
+    folder = encode_split(split, tmp_path / "vavae", tmp_path / "latents", log=said.append)
     assert {path.name: path.read_bytes() for path in (tmp_path / "vavae").iterdir()} == before
     assert folder.weights == weights_digest(vae) and folder.weights != weights_digest(model(1))
     assert said[0] == f"Latents 2×8×8 of images 16×16: train 24, val 6 ({tmp_path / 'latents'})"
     assert json.loads((tmp_path / "latents" / INDEX).read_text())["people"] == {"ID_1": 0, "ID_2": 1, "ID_3": 2}
     del count_encoded[:]
-    assert encode_split(split, tmp_path / "vavae", tmp_path / "latents", say=said.append) == folder
+    assert encode_split(split, tmp_path / "vavae", tmp_path / "latents", log=said.append) == folder
     assert count_encoded == []
 
 
 def test_latents_of_another_vavae_are_refused(split, tmp_path):
     for seed in (0, 1):
         model(seed).save_pretrained(tmp_path / f"vavae{seed}")
-    encode_split(split, tmp_path / "vavae0", tmp_path / "latents", say=lambda line: None)
+    encode_split(split, tmp_path / "vavae0", tmp_path / "latents", log=lambda line: None)
     with pytest.raises(UserError, match=r"latents was not made by .*vavae1: encode the images again"):
         train_dit(tmp_path / "latents", tmp_path / "vavae1", tmp_path / "dit", {"hidden_size": 16, "num_heads": 2})
     assert not (tmp_path / "dit").exists()

@@ -125,7 +125,7 @@ def test_how_many_processes_are_started(monkeypatch):
     assert several_processes("cpu", 2) is None
 
 
-def test_lines_bars_and_pictures_come_into_the_cell(forked, monkeypatch, capsys):
+def test_lines_bars_and_images_come_into_the_cell(forked, monkeypatch, capsys):
     monkeypatch.setattr(launch, "in_notebook", lambda: True)
     shown = []
     assert call_on_ranks("on_ranks:tell", {"folder": "x"}, 2, show=shown.append) == "x"
@@ -135,20 +135,20 @@ def test_lines_bars_and_pictures_come_into_the_cell(forked, monkeypatch, capsys)
     assert len(shown) == 1 and torch.equal(shown[0], torch.arange(12, dtype=torch.uint8).reshape(3, 2, 2))
 
 
-def test_no_picture_takes_the_place_of_one_that_was_not_shown_yet(tmp_path, monkeypatch, capsys):
-    """The reader removes pictures as it shows them, while others wait."""
+def test_no_image_takes_the_place_of_one_that_was_not_shown_yet(tmp_path, monkeypatch, capsys):
+    """The reader removes images as it shows them, while others wait."""
     from PIL import Image
 
     monkeypatch.setenv(screen.CELL, str(tmp_path))
     shown, grey = [], [Image.new("L", (1, 1), shade) for shade in (10, 20, 30)]
-    screen.send_picture(grey[0])
-    screen.send_picture(grey[1])
+    screen.send_image(grey[0])
+    screen.send_image(grey[1])
     first, second = capsys.readouterr().out.strip("\n").split("\n")
     assert screen.show_record(first, {}, shown.append)
-    screen.send_picture(grey[2])
+    screen.send_image(grey[2])
     for line in (second, capsys.readouterr().out.strip("\n")):
         assert screen.show_record(line, {}, shown.append)
-    assert [picture[0, 0, 0].item() for picture in shown] == [10, 20, 30]
+    assert [image[0, 0, 0].item() for image in shown] == [10, 20, 30]
 
 
 def test_a_fault_in_a_cell_brings_its_last_lines(forked, monkeypatch):

@@ -112,7 +112,7 @@ class Reference:
         return self.block(f"{half}.mid.block_2", x)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Pictures → moments."""
+        """Images → moments."""
         h = self.conv("encoder.conv_in", x, padding=1)
         for i in range(self.levels):
             for j in range(self.blocks):
@@ -133,7 +133,7 @@ class Reference:
         return self.conv("decoder.conv_out", self.active("decoder.norm_out", h), padding=1)
 
 
-def pictures(channels: int = 3) -> Tensor:
+def images(channels: int = 3) -> Tensor:
     return torch.rand(2, channels, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -143,8 +143,8 @@ def test_the_same_mathematics(config):
     weights = random_weights(config)
     reference, model = Reference(weights, config), load_reference("vavae", weights, reference_config(config))
     assert not model.training and model.config.condition_dim == 0
-    moments = reference.encode(pictures())
-    posterior = model.encode(pictures()).latent_dist
+    moments = reference.encode(images())
+    posterior = model.encode(images()).latent_dist
     assert 0.1 < moments.std() < 10
     torch.testing.assert_close(posterior.parameters, moments, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(posterior.mode(), moments.chunk(2, 1)[0], rtol=1e-4, atol=1e-4)
@@ -291,12 +291,12 @@ def test_every_form_of_published_weights(tmp_path, form):
     else:
         forms = {"bare.pt": weights, "wrapped.pt": {"state_dict": weights}, "training.ckpt": training_checkpoint()}
         torch.save(forms[form], path)
-    model = load_vavae(path, 5, 7, say=said.append).eval()
+    model = load_vavae(path, 5, 7, log=said.append).eval()
     assert model.config.sample_size == 256 and model.conditions.weight.shape == (7, 5)
     with torch.no_grad():
         torch.testing.assert_close(
-            model.encode(pictures()).latent_dist.parameters,
-            Reference(weights, TWO).encode(pictures()),
+            model.encode(images()).latent_dist.parameters,
+            Reference(weights, TWO).encode(images()),
             rtol=1e-4,
             atol=1e-4,
         )
@@ -341,7 +341,7 @@ def test_checkpoints_of_the_published_training_load_whole(tmp_path, form, count)
     assert (found.projection is not None) == (count == 741)
     found.weights.update({name: tensor.to("meta") for name, tensor in found.weights.items()})
     with torch.device("meta"):
-        build_vavae(found, say=said.append)
+        build_vavae(found, log=said.append)
     assert said[0].startswith(
         f"VA-VAE weights: {len(own)} matched, 0 start anew, {len(found.unused)} unused, with a disc"
     )
@@ -363,18 +363,18 @@ def test_files_that_are_no_vavae(tmp_path):
             read_vavae(tmp_path / name)
 
 
-# ---- grey pictures
+# ---- grey images
 
 
 @torch.no_grad()
 def test_a_grey_model_is_the_one_of_equal_channels_averaged(tmp_path):
     torch.save(training_checkpoint(), tmp_path / "last.ckpt")
-    rgb, grey = load_vavae(tmp_path / "last.ckpt", say=quiet), load_vavae(tmp_path / "last.ckpt", say=quiet, channels=1)
+    rgb, grey = load_vavae(tmp_path / "last.ckpt", log=quiet), load_vavae(tmp_path / "last.ckpt", log=quiet, channels=1)
     assert (grey.config.in_channels, grey.config.out_channels) == (1, 1)
     assert same(grey.encoder.conv_in.weight, rgb.encoder.conv_in.weight.sum(1, keepdim=True))
     assert same(grey.decoder.conv_out.weight, rgb.decoder.conv_out.weight.mean(0, keepdim=True))
     assert same(grey.decoder.conv_out.bias, rgb.decoder.conv_out.bias.mean(0, keepdim=True))
-    x = pictures(1)
+    x = images(1)
     expected = rgb.encode(x.expand(-1, 3, -1, -1)).latent_dist.parameters
     torch.testing.assert_close(grey.encode(x).latent_dist.parameters, expected, rtol=1e-4, atol=1e-4)
     z = expected.chunk(2, 1)[0]
@@ -389,11 +389,11 @@ def test_a_grey_model_is_the_one_of_equal_channels_averaged(tmp_path):
 @torch.no_grad()
 def test_a_model_for_colours_from_a_grey_one(tmp_path):
     torch.save(random_weights(GREY), tmp_path / "grey.pt")
-    grey, rgb = load_vavae(tmp_path / "grey.pt", say=quiet), load_vavae(tmp_path / "grey.pt", say=quiet, channels=3)
+    grey, rgb = load_vavae(tmp_path / "grey.pt", log=quiet), load_vavae(tmp_path / "grey.pt", log=quiet, channels=3)
     assert same(rgb.encoder.conv_in.weight, (grey.encoder.conv_in.weight / 3).expand(-1, 3, -1, -1))
     assert same(rgb.decoder.conv_out.weight, grey.decoder.conv_out.weight.expand(3, -1, -1, -1))
     assert same(rgb.decoder.conv_out.bias, grey.decoder.conv_out.bias.expand(3))
-    x = pictures(1)
+    x = images(1)
     expected = grey.encode(x).latent_dist.parameters
     torch.testing.assert_close(
         rgb.encode(x.expand(-1, 3, -1, -1)).latent_dist.parameters, expected, rtol=1e-4, atol=1e-4
@@ -428,8 +428,8 @@ def test_export_for_the_reference(tmp_path):
         (Tensor, torch.float32, True)
     }
     reference = Reference(written["state_dict"], TWO)
-    posterior = model.encode(pictures()).latent_dist
-    torch.testing.assert_close(reference.encode(pictures()), posterior.parameters, rtol=1e-4, atol=1e-4)
+    posterior = model.encode(images()).latent_dist
+    torch.testing.assert_close(reference.encode(images()), posterior.parameters, rtol=1e-4, atol=1e-4)
     made = model.decode(posterior.mean).sample
     torch.testing.assert_close(reference.decode(posterior.mean), made, rtol=1e-4, atol=1e-4)
     statistics = read_checkpoint(tmp_path / "out" / "latents_stats.pt")
@@ -446,7 +446,7 @@ def test_export_for_the_reference(tmp_path):
     assert (
         said[2].startswith("next: LightningDiT's tokenizer is f16d32 alone") and "'attn_resolutions': [16]" in said[2]
     )
-    again = load_vavae(path, say=quiet)
+    again = load_vavae(path, log=quiet)
     assert all(same(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
@@ -462,10 +462,10 @@ def test_export_for_diffusers(tmp_path, caplog):
     )
     plain = AutoencoderKL.from_pretrained(tmp_path / "plain", low_cpu_mem_usage=False)
     assert caplog.messages == []
-    posterior, expected = (m.encode(pictures()).latent_dist for m in (plain, model))
+    posterior, expected = (m.encode(images()).latent_dist for m in (plain, model))
     assert same(posterior.parameters, expected.parameters)
     assert same(plain.decode(posterior.mean).sample, model.decode(posterior.mean).sample)
-    assert same(load_vavae(tmp_path / "plain", say=quiet).encoder.conv_in.weight, model.encoder.conv_in.weight)
+    assert same(load_vavae(tmp_path / "plain", log=quiet).encoder.conv_in.weight, model.encoder.conv_in.weight)
 
 
 def test_the_export_command(tmp_path, monkeypatch, run_main):

@@ -23,7 +23,7 @@ class Line(L.LightningModule):
         if self.automatic_optimization:
             return self.network(batch).square().mean()
         first, second = self.optimizers()
-        lightning_inside.count_no_steps_of(second)
+        lightning_inside.exclude_from_global_step(second)
         for optimiser in (first, second):
             optimiser.zero_grad()
             self.manual_backward(self.network(batch).square().mean())
@@ -50,7 +50,7 @@ def test_is_gathering_says_after_which_batches_no_step_is_made():
 
 def test_written_as_is_the_step_of_the_values():
     found: list[int] = []
-    trained(Line(lambda module: found.append(lightning_inside.written_as(module.trainer))), accumulate_grad_batches=3)
+    trained(Line(lambda module: found.append(lightning_inside.logged_step(module.trainer))), accumulate_grad_batches=3)
     assert found == [0, 0, 0, 1, 1, 1]
 
 

@@ -10,15 +10,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from vavae_tools.data import images as decoded
 from vavae_tools.data import loader as loading
-from vavae_tools.data.demo.shapes import ShapePictures
-from vavae_tools.data.images import PictureSetDataModule
+from vavae_tools.data.demo.shapes import ShapeImages
+from vavae_tools.data.images import ImageSetDataModule
 from vavae_tools.data.loader import (
     EpochOrder,
     OrderedDataModule,
     batches_in_order,
     loader_faults,
     loading_workers,
-    ranks_here,
+    local_world_size,
     usable_cores,
     worker_fault,
 )
@@ -60,7 +60,7 @@ def machine(monkeypatch, tmp_path):
 def test_cores_are_shared_by_the_ranks_of_a_machine(machine, cores, ranks, workers):
     machine(cores=cores, ranks=ranks)
     assert loading_workers(MB) == (workers, "")
-    assert ranks_here() == (ranks if isinstance(ranks, int) else 1)
+    assert local_world_size() == (ranks if isinstance(ranks, int) else 1)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_batches_in_flight_fit_into_half_of_the_shared_memory(machine, shared, r
         assert found == 4 or (found + 1) * 2 * batch * ranks > shared / 2 >= found * 2 * batch * ranks
 
 
-def module(**options) -> PictureSetDataModule:
-    return PictureSetDataModule(ShapePictures(64, 4, 32), None, {"a": 0}, batch_size=16, **options)
+def module(**options) -> ImageSetDataModule:
+    return ImageSetDataModule(ShapeImages(64, 4, 32), None, {"a": 0}, batch_size=16, **options)
 
 
 def test_a_module_has_those_workers(machine, monkeypatch):
@@ -108,7 +108,7 @@ def test_a_module_has_those_workers(machine, monkeypatch):
     data = module()
     assert data.num_workers == 2 and "2 of 4 loading processes" in data.remark
     assert module(num_workers=3).num_workers == 3 and not module(num_workers=3).remark
-    data.train_data.along["tokens"] = torch.zeros(64, 3 * 32 * 32 + 16, dtype=torch.uint8)  # as many bytes again
+    data.train_data.extra_fields["tokens"] = torch.zeros(64, 3 * 32 * 32 + 16, dtype=torch.uint8)  # as many bytes again
     assert data.train_dataloader().num_workers == 1
 
 
@@ -286,7 +286,7 @@ def test_a_data_module_takes_its_place_up_again(when):
 
 
 def test_with_gathered_batches_an_epoch_has_whole_steps():
-    """19 pictures are 9 batches of 2, of which 8 make 2 steps of 4; of fewer than a step there is what there is."""
+    """19 images are 9 batches of 2, of which 8 make 2 steps of 4; of fewer than a step there is what there is."""
     order = EpochOrder(19, 2, seed=3)
     all_batches = list(order)
     order.gathered = 4

@@ -115,7 +115,7 @@ class Run:
     def __init__(self, folder, published, latents_dir):
         quiet_lightning()
         denoiser, conditioner = tiny_dit(seed=8)
-        start_from(denoiser, conditioner, published, classes=[1, 0, None], lora_rank=2, say=lambda line: None)
+        start_from(denoiser, conditioner, published, classes=[1, 0, None], lora_rank=2, log=lambda line: None)
         self.before = {name: value.clone() for name, value in denoiser.state_dict().items()}
         self.rows = conditioner.embedding_table.weight.detach().clone()
         self.module = DiffusionModule(denoiser, conditioner, lr=1e-2, warmup_steps=2, schedule="constant")
@@ -161,6 +161,6 @@ def test_a_checkpoint_gives_one_merged_model(whole):
         torch.testing.assert_close(denoiser(x, t, c), average["denoiser"](x, t, c), rtol=0, atol=1e-6)
     assert same(found.table, average["conditioner"].embedding_table.weight[:PEOPLE].data)
 
-    start_from(denoiser, conditioner, whole.path, classes="keep", say=lambda line: None)
+    start_from(denoiser, conditioner, whole.path, classes="keep", log=lambda line: None)
     assert same(conditioner.embedding_table.weight, average["conditioner"].embedding_table.weight)
     assert all(weight.requires_grad for weight in denoiser.parameters())

@@ -12,8 +12,8 @@ from torch import nn
 
 from vavae_tools.autoencoders.foundation import alignment_loss
 from vavae_tools.autoencoders.losses import (
+    ImageLoss,
     PatchDiscriminator,
-    PictureLoss,
     adaptive_weight,
     autoencoder_loss,
     generator_loss,
@@ -26,7 +26,7 @@ from vavae_tools.autoencoders.losses import (
 from vavae_tools.runtime.errors import UserError
 
 
-def pictures(size: int = 32, batch: int = 2, seed: int = 0) -> torch.Tensor:
+def images(size: int = 32, batch: int = 2, seed: int = 0) -> torch.Tensor:
     return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -42,7 +42,7 @@ def posterior(mean: float, std: float, shape=(2, 4, 8, 8)) -> DiagonalGaussianDi
 
 
 def test_a_constant_offset():
-    x = pictures() * 0.5
+    x = images() * 0.5
     torch.testing.assert_close(l1(x + 0.25, x), torch.tensor(0.25))
     assert gradient(x + 0.25, x) < 1e-6  # differences do not see it
 
@@ -75,15 +75,15 @@ def test_spectra_of_a_constant_offset_by_hand():
     torch.testing.assert_close(spectral(x + 0.1, x, windows=(8,)), expected)
 
 
-def test_windows_larger_than_the_picture_are_left_out():
-    x, y = pictures(8), pictures(8, seed=1)
+def test_windows_larger_than_the_image_are_left_out():
+    x, y = images(8), images(8, seed=1)
     torch.testing.assert_close(spectral(x, y), spectral(x, y, windows=(8,)))
     assert spectral(x[..., :4], y[..., :4]) == 0  # none fits: nothing, not NaN
-    assert spectral(pictures(16), pictures(16, seed=1)) > 0
+    assert spectral(images(16), images(16, seed=1)) > 0
 
 
 def test_kl_in_closed_form():
-    mean, std, x = 0.7, 0.4, pictures()
+    mean, std, x = 0.7, 0.4, images()
     by_hand = 0.5 * (mean**2 + std**2 - 1 - math.log(std**2))  # per number of the latent
     expected = by_hand * (4 * 8 * 8) / (3 * 32 * 32)
     torch.testing.assert_close(kl(posterior(mean, std), x), torch.tensor(expected))
@@ -91,10 +91,10 @@ def test_kl_in_closed_form():
 
 
 def test_the_sum_is_weighted_and_its_parts_are_named():
-    x, y = pictures().requires_grad_(), pictures(seed=1)
+    x, y = images().requires_grad_(), images(seed=1)
     latent = posterior(0.7, 0.4)
     objective, parts = autoencoder_loss(
-        PictureLoss({"l1": 2.0, "gradient": 0.5, "spectral": 0.25}), x, y, latent, kl_weight=0.1
+        ImageLoss({"l1": 2.0, "gradient": 0.5, "spectral": 0.25}), x, y, latent, kl_weight=0.1
     )
     assert set(parts) == {"l1", "gradient", "spectral", "reconstruction", "kl", "loss"}
     expected = 2 * l1(x, y) + 0.5 * gradient(x, y) + 0.25 * spectral(x, y)
@@ -109,17 +109,17 @@ def test_weight_zero_removes_the_part(weights):
     names = ["l1", "gradient", "spectral", "kl", "perceptual"]
     weights = {name: weight for name, weight in zip(names, weights, strict=False) if weight}
     names, kl_weight = list(weights), weights.pop("kl", 0.0)
-    picture_loss = PictureLoss(weights, lpips=lambda x, y: (x - y).square().mean(dim=(1, 2, 3)))
-    x = pictures().requires_grad_()
-    _, parts = autoencoder_loss(picture_loss, x, pictures(seed=1), posterior(0.7, 0.4), kl_weight)
+    image_loss = ImageLoss(weights, lpips=lambda x, y: (x - y).square().mean(dim=(1, 2, 3)))
+    x = images().requires_grad_()
+    _, parts = autoencoder_loss(image_loss, x, images(seed=1), posterior(0.7, 0.4), kl_weight)
     assert set(parts) == {*names, "reconstruction", "loss"}
 
 
 def test_a_loss_that_is_not_finite_has_no_finite_gradient():
-    x = pictures().requires_grad_()
+    x = images().requires_grad_()
     latent = posterior(0.7, 0.4)
-    latent.mean[0, 0, 0, 0] = math.inf  # the KL is infinite, though no picture is
-    objective, parts = autoencoder_loss(PictureLoss({"l1": 1.0}), x, pictures(seed=1), latent)
+    latent.mean[0, 0, 0, 0] = math.inf  # the KL is infinite, though no image is
+    objective, parts = autoencoder_loss(ImageLoss({"l1": 1.0}), x, images(seed=1), latent)
     assert not parts["loss"].isfinite() and not torch.autograd.grad(objective, x)[0].isfinite().any()
 
 
@@ -147,7 +147,7 @@ def golden_loss(index: int):
     aligned = alignment_loss(F.conv2d(z, projection), io["aux_feature"], *margins)
     listens = case["runs"][index]["log"]["disc_factor"] == 1.0
     objective, parts = autoencoder_loss(
-        PictureLoss(
+        ImageLoss(
             {"l1": 1.0, "perceptual": 1.0}, lambda x, y: io["perceptual_value"].flatten() + 0 * x.sum(dim=(1, 2, 3))
         ),
         reconstruction,
@@ -191,8 +191,8 @@ def test_every_part_equals_the_reference(index):
 
 @pytest.mark.parametrize("part", [l1, gradient, spectral])
 def test_gradients_flow_to_the_reconstruction_and_are_finite(part):
-    x = pictures().requires_grad_()
-    part(x, pictures(seed=1)).backward()
+    x = images().requires_grad_()
+    part(x, images(seed=1)).backward()
     assert x.grad.isfinite().all()
     assert (x.grad[:, :, 1:-1, 1:-1] != 0).float().mean() > 0.9  # the spectra's windows are zero on the very border
     black = torch.zeros(1, 3, 16, 16, requires_grad=True)  # where every magnitude is exactly zero
@@ -204,14 +204,14 @@ def test_a_loss_of_the_table_needs_no_more_than_its_weight(monkeypatch):
     from vavae_tools.autoencoders import losses
     from vavae_tools.training.autoencoder_module import VAVAEModule
 
-    monkeypatch.setitem(losses.PICTURE_LOSSES, "squared", lambda made, pictures: (made - pictures).square().mean())
+    monkeypatch.setitem(losses.IMAGE_LOSSES, "squared", lambda made, images: (made - images).square().mean())
     module = VAVAEModule(tiny_vavae(), l1_weight=0.0, gradient_weight=0.0, spectral_weight=0.0, squared_weight=2.0)
-    loss, parts = module.picture_loss(torch.full((1, 3, 8, 8), 0.5), torch.zeros(1, 3, 8, 8))
+    loss, parts = module.image_loss(torch.full((1, 3, 8, 8), 0.5), torch.zeros(1, 3, 8, 8))
     assert loss == 0.5 and parts["squared"] == 0.25 and module.hparams.squared_weight == 2.0
     with pytest.raises(UserError, match="No loss cubed; there are l1, gradient, spectral, squared, perceptual"):
         VAVAEModule(tiny_vavae(), cubed_weight=1.0)
     with pytest.raises(UserError, match="nothing compares the images"):
-        PictureLoss({"l1": 0})
+        ImageLoss({"l1": 0})
 
 
 # ---- the adversary
@@ -295,13 +295,13 @@ def test_a_logit_sees_70_pixels():
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_smallest_pictures(layers):
+def test_smallest_images(layers):
     model = PatchDiscriminator(width=2, layers=layers).train()
     size = model.smallest_size
-    logits = model(pictures(size, batch=1))
+    logits = model(images(size, batch=1))
     assert logits.shape == (1, 1, 1, 1) and logits.isfinite().all()  # BatchNorm still has several values
     with pytest.raises(UserError, match=rf"{size}×{size - 1}.*at least"):
-        model(pictures(size)[..., :-1])
+        model(images(size)[..., :-1])
 
 
 def test_losses_by_hand():

@@ -15,7 +15,7 @@ SLICES = [1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5]
 BLOCKS_END = [1, 3, 6, 9, 12]  # the convolutions whose ReLU is compared
 
 
-def pictures(size: int = 32, batch: int = 2, seed: int = 0, channels: int = 3) -> Tensor:
+def images(size: int = 32, batch: int = 2, seed: int = 0, channels: int = 3) -> Tensor:
     return torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -72,7 +72,7 @@ def test_torchmetrics_own(monkeypatch, tmp_path):
 
     monkeypatch.setattr(theirs, "_get_tv_model_features", stack)
     reference = theirs._LPIPS(net="vgg")
-    a, b = pictures(), pictures(seed=1)
+    a, b = images(), images(seed=1)
     expected = reference(a, b).flatten()
     save_file(weights, tmp_path / "vgg16.safetensors")
     found = load_lpips(tmp_path / "vgg16.safetensors")
@@ -83,7 +83,7 @@ def test_torchmetrics_own(monkeypatch, tmp_path):
 
 
 def test_a_distance(lpips):
-    a, b = pictures(), pictures(seed=1)
+    a, b = images(), images(seed=1)
     torch.testing.assert_close(lpips(a, a), torch.zeros(2), rtol=0, atol=0)
     torch.testing.assert_close(lpips(a, b), lpips(b, a))
     near, far = (lpips(a + noise * (b - a), a) for noise in (0.1, 0.5))
@@ -92,13 +92,13 @@ def test_a_distance(lpips):
     torch.testing.assert_close(lpips(a, b), one_by_one)
 
 
-def test_grey_pictures_are_repeated(lpips):
-    a, b = pictures(channels=1), pictures(channels=1, seed=1)
+def test_grey_images_are_repeated(lpips):
+    a, b = images(channels=1), images(channels=1, seed=1)
     torch.testing.assert_close(lpips(a, b), lpips(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1)))
 
 
 def test_gradients_flow_to_the_reconstruction_alone(lpips):
-    a, b = pictures().requires_grad_(), pictures(seed=1).requires_grad_()
+    a, b = images().requires_grad_(), images(seed=1).requires_grad_()
     lpips(a, b).mean().backward()
     assert b.grad is None
     assert a.grad.isfinite().all() and (a.grad != 0).float().mean() > 0.9
@@ -108,8 +108,8 @@ def test_dead_features_have_finite_gradients(lpips):
     for convolution in lpips.convolutions:
         convolution.weight.data.zero_()
         convolution.bias.data.fill_(-1.0)
-    x = pictures().requires_grad_()
-    lpips(x, pictures(seed=1)).sum().backward()
+    x = images().requires_grad_()
+    lpips(x, images(seed=1)).sum().backward()
     assert x.grad.isfinite().all()
 
 
@@ -121,7 +121,7 @@ def test_it_stays_frozen_and_in_evaluation(lpips):
 
 def test_under_autocast(lpips):
     """A loss has its convolutions in bfloat16 and the rest in float32, and is nearly the metric, all in float32."""
-    a, b = pictures(), pictures(seed=1)
+    a, b = images(), images(seed=1)
     expected = lpips(a, b)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert lpips.features(a)[0].dtype == torch.bfloat16
@@ -137,7 +137,7 @@ def test_under_autocast(lpips):
 
 @pytest.mark.parametrize("prefix", ["", "loss.perceptual_loss.", "perceptual_loss."])
 def test_files_of_vqgan_and_vavae(prefix, tmp_path, lpips):
-    a, b = pictures(), pictures(seed=1)
+    a, b = images(), images(seed=1)
     others = {"encoder.conv_in.weight": torch.zeros(2), "loss.discriminator.main.0.weight": torch.zeros(3)}
     torch.save({"epoch": 3, "state_dict": {**others, **taming_file(prefix)}}, tmp_path / "vavae.ckpt")
     found = load_lpips(str(tmp_path / "vavae.ckpt"), WIDTHS)
@@ -148,7 +148,7 @@ def test_files_of_vqgan_and_vavae(prefix, tmp_path, lpips):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_torchvision_and_lpips_files_combined(zipped, tmp_path, lpips):
     """Old files are no zip archives: torchvision's VGG16 is one."""
-    a, b = pictures(), pictures(seed=1)
+    a, b = images(), images(seed=1)
     classifier = {"classifier.0.weight": torch.zeros(3), "classifier.0.bias": torch.zeros(3)}
     vgg, linear = tmp_path / "vgg16.pth", tmp_path / "vgg.pth"
     torch.save({**torchvision_file(), **classifier}, vgg, _use_new_zipfile_serialization=zipped)
@@ -192,7 +192,7 @@ def test_files_that_cannot_be_read(damage, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_small_pictures(lpips):
-    assert lpips(pictures(16), pictures(16, seed=1)).isfinite().all()
+def test_small_images(lpips):
+    assert lpips(images(16), images(16, seed=1)).isfinite().all()
     with pytest.raises(UserError, match="15×15 are too small for LPIPS"):
-        lpips(pictures(15), pictures(15, seed=1))
+        lpips(images(15), images(15, seed=1))

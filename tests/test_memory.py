@@ -139,16 +139,16 @@ def test_trainings_name_their_settings(split_dir, vavae_dir, latents_dir, tmp_pa
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(kind, "training_step", step)
-    devices, say = {"accelerator": "cpu"}, lambda line: None
+    devices, log = {"accelerator": "cpu"}, lambda line: None
     said = r"train\.batch_size=3 train\.accumulate_grad_batches=4 \(the same 12 a step\), or train\.gradient_check"
     with pytest.raises(UserError) as raised:
         if kind is VAVAEModule:
             settings = {"image_size": 24, "batch_size": 6, "accumulate_grad_batches": 2, "condition_dim": 4}
-            fine_tune_vavae(split_dir, tmp_path, original_vavae=vavae_dir, devices=devices, say=say, **settings)
+            fine_tune_vavae(split_dir, tmp_path, original_vavae=vavae_dir, devices=devices, log=log, **settings)
         else:
             said = r"What helps: batch_size=4 accumulate_grad_batches=6 \(the same 24 a step\)$"
             devices["accumulate_grad_batches"] = 3
-            fit(new_dit(), LatentDataModule(latents_dir, 8), tmp_path, 2, devices=devices, say=say)
+            fit(new_dit(), LatentDataModule(latents_dir, 8), tmp_path, 2, devices=devices, log=log)
     raised.match(said)
 
 
@@ -278,9 +278,9 @@ def test_one_of_several_processes_tries_alone(monkeypatch):
 
 def test_what_is_logged_of_a_search(monkeypatch):
     said = []
-    assert find_batch_size(None, None, {"accelerator": "cpu"}, 96, say=said.append) == 96
+    assert find_batch_size(None, None, {"accelerator": "cpu"}, 96, log=said.append) == 96
     monkeypatch.setattr(memory, "whole_steps", lambda *arguments, **named: Room(29))
     monkeypatch.setattr(memory, "fitting_batch_size", lambda step, start, *_: fitting_batch_size(step, start))
     card(monkeypatch)
-    assert find_batch_size(None, None, {"accelerator": "gpu"}, 16, say=said.append) == 29
+    assert find_batch_size(None, None, {"accelerator": "gpu"}, 16, log=said.append) == 29
     assert "the batch stays 96" in said[0] and said[1].endswith("29 fit into Tesla T4, 8% of it kept free")

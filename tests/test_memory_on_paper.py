@@ -118,7 +118,7 @@ def test_a_training_on_paper_has_steps_validation_and_previews(stage):
 
 
 @pytest.mark.parametrize("stage", ["encoding", "sampling"])
-def test_twice_the_pictures_take_about_twice_as_much(stage):
+def test_twice_the_images_take_about_twice_as_much(stage):
     (_, few, _), (_, many, _) = (on_paper(stage, count)[0] for count in (64, 128))
     assert 1.5 * few < many < 2.1 * few
 

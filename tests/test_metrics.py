@@ -38,7 +38,7 @@ def test_psnr_of_a_constant_offset(offset):
     assert psnr(a, a + offset).tolist() == pytest.approx([20 * math.log10(2 / offset)] * 3, rel=1e-5)
 
 
-def test_psnr_and_ssim_are_per_picture_and_know_equal_ones():
+def test_psnr_and_ssim_are_per_image_and_know_equal_ones():
     a = normal(70, 3, 16, 16).clamp(-1, 1).float()
     b = a.clone()
     b[1:] = -a[1:]
@@ -48,7 +48,7 @@ def test_psnr_and_ssim_are_per_picture_and_know_equal_ones():
     assert ssim(a[:1], b[:1]).shape == (1,)
 
 
-def test_sharpness_is_1_of_equal_pictures_and_a_half_at_half_the_contrast():
+def test_sharpness_is_1_of_equal_images_and_a_half_at_half_the_contrast():
     a = normal(3, 3, 16, 24).clamp(-1, 1).float()
     assert sharpness(a, a).tolist() == [1, 1, 1]
     assert sharpness(a, a / 2).tolist() == [0.5, 0.5, 0.5]
@@ -58,7 +58,7 @@ def test_sharpness_is_1_of_equal_pictures_and_a_half_at_half_the_contrast():
     assert sharpness(a, mixed).tolist() == [1, 0.5, 0]
 
 
-def test_sharpness_by_hand_and_of_flat_pictures():
+def test_sharpness_by_hand_and_of_flat_images():
     ramp, flat = torch.tensor([[[0.0, 0.5], [0.0, 0.5]]]), torch.full((1, 2, 2), 0.25)  # differences ½, ½, 0, 0
     checks = torch.tensor([[[0.0, 0.5], [0.5, 0.0]]])  # all four ½
     assert sharpness(torch.stack([ramp, checks, ramp]), torch.stack([checks, ramp, flat])).tolist() == [2, 0.5, 0]
@@ -79,7 +79,7 @@ def test_frechet_distance_is_the_closed_form_of_two_gaussians():
     assert measured == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_frechet_distance_with_fewer_pictures_than_features():
+def test_frechet_distance_with_fewer_images_than_features():
     a = normal(8, 30)
     assert frechet_distance(a, a + 2) == pytest.approx(30 * 4)
     assert frechet_distance(a, a * 3) == pytest.approx(  # only the spread differs: tr (3 − 1)² C + |2 μ|²

@@ -23,12 +23,12 @@ TOKENS = '["experiment=token_dummy", "training.max_steps=4", "model.hidden_size=
 
 
 def shortened(path: Path) -> nbformat.NotebookNode:
-    """The notebook with fewer people, pictures, epochs and steps: its knobs are turned, nothing else."""
+    """The notebook with fewer people, images, epochs and steps: its knobs are turned, nothing else."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.source = cell.source.replace("vt.find_preset(place.built_in)", SHORT)
-            cell.source = cell.source.replace("people=6, pictures=60", "people=2, pictures=10")
+            cell.source = cell.source.replace("people=6, images=60", "people=2, images=10")
             cell.source = cell.source.replace('"count": 1024', '"count": 64').replace("(800, 2000)", "(4, 4)")
             cell.source = cell.source.replace("else 2000", "else 4").replace('["experiment=text_dummy"]', TEXT)
             cell.source = cell.source.replace('["experiment=token_dummy"]', TOKENS)
@@ -46,14 +46,14 @@ def run(path: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> nbformat.Not
     return client.execute()
 
 
-def has_picture(notebook: nbformat.NotebookNode) -> bool:
+def has_image(notebook: nbformat.NotebookNode) -> bool:
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return any("image/png" in output.get("data", {}) for output in outputs)
 
 
 def test_five_notebooks_hand_over_to_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in NOTEBOOKS[:5]:
-        assert has_picture(run(path, tmp_path, monkeypatch)), f"{path.name} shows no picture"
+        assert has_image(run(path, tmp_path, monkeypatch)), f"{path.name} shows no image"
 
     assert json.loads((tmp_path / "data_split" / "split_info.json").read_text())["totals"]["val"] == 4
     assert (tmp_path / "vavae" / "checkpoints" / "last.ckpt").is_file()
@@ -64,7 +64,7 @@ def test_five_notebooks_hand_over_to_each_other(tmp_path: Path, monkeypatch: pyt
 
 def test_the_notebook_on_representation_autoencoders_needs_nothing(tmp_path, monkeypatch):
     (path,) = (path for path in NOTEBOOKS if path.stem == "08_rae_dit")
-    assert has_picture(run(path, tmp_path, monkeypatch))
+    assert has_image(run(path, tmp_path, monkeypatch))
     assert (tmp_path / "rae" / "decoder" / "rae" / "config.json").is_file()
     assert (tmp_path / "rae" / "dit" / "pipeline" / "model_index.json").is_file()
 
@@ -72,14 +72,14 @@ def test_the_notebook_on_representation_autoencoders_needs_nothing(tmp_path, mon
 def test_the_notebook_on_sentences_needs_nothing(tmp_path, monkeypatch):
     (path,) = (path for path in NOTEBOOKS if path.stem == "06_text_to_image")
     notebook = run(path, tmp_path, monkeypatch)
-    assert has_picture(notebook) and "image/png" in notebook.cells[-2].outputs[0].data  # the bars
+    assert has_image(notebook) and "image/png" in notebook.cells[-2].outputs[0].data  # the bars
     assert (tmp_path / "text" / "pipeline" / "model_index.json").is_file()
 
 
-def test_the_notebook_on_texts_as_pictures_needs_nothing(tmp_path, monkeypatch):
+def test_the_notebook_on_texts_as_images_needs_nothing(tmp_path, monkeypatch):
     (path,) = (path for path in NOTEBOOKS if path.stem == "07_token_images")
     notebook = run(path, tmp_path, monkeypatch)
-    assert has_picture(notebook) and "image/png" in notebook.cells[-2].outputs[-1].data  # the curve
+    assert has_image(notebook) and "image/png" in notebook.cells[-2].outputs[-1].data  # the curve
     assert json.loads((tmp_path / "tokens" / "evaluation" / "evaluation.json").read_text())
 
 

@@ -9,11 +9,11 @@ from golden_cases import assert_close, load_case, load_weights
 from tiny import same
 
 from vavae_tools.diffusion.objectives import (
-    CleanPrediction,
     FlowMatching,
     NoisePrediction,
-    hiding_noise,
+    SamplePrediction,
     make_objective,
+    noise_level_hiding_a_token,
     objective_of,
     shift_noise,
     time_of,
@@ -56,12 +56,12 @@ def test_path_target_and_loss_equal_the_reference():
 def test_times_have_the_reference_quantiles():
     case, _ = load_case("transport")
     objective, draws = FlowMatching(), Draws(seed=0, epoch=0, samples=torch.arange(200_000))
-    assert objective.time_draws == "normal"
+    assert objective.time_distribution == "normal"
     t = objective.sample_time(draws.normal("time"))
     for p, expected in case["lognorm_quantiles_1M_samples"]["mu=0,sigma=1"].items():
         assert t.quantile(float(p)).item() == pytest.approx(expected, abs=0.005)
     objective, uniform = FlowMatching(time="uniform"), draws.uniform("time")
-    assert objective.time_draws == "uniform" and same(objective.sample_time(uniform), uniform)
+    assert objective.time_distribution == "uniform" and same(objective.sample_time(uniform), uniform)
 
 
 @pytest.mark.parametrize("path", ["linear", "gvp"])
@@ -92,10 +92,10 @@ def test_the_shift_depends_on_the_size_of_latents():
 @pytest.mark.parametrize("time", ["lognorm", "uniform"])
 def test_shifted_times_are_plain_times_moved_to_the_noise(time):
     plain, shifted = FlowMatching(time=time), FlowMatching(time=time, time_shift=4.0)
-    draws = getattr(Draws(0, 0, torch.arange(100)), plain.time_draws)("time")
+    draws = getattr(Draws(0, 0, torch.arange(100)), plain.time_distribution)("time")
     t, moved = plain.sample_time(draws), shifted.sample_time(draws)
     torch.testing.assert_close(moved, t / (4 - 3 * t))
-    assert plain.time_draws == shifted.time_draws and (moved < t).all()
+    assert plain.time_distribution == shifted.time_distribution and (moved < t).all()
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.7])
@@ -104,7 +104,7 @@ def test_truncated_times_are_the_plain_ones_that_are_kept(mean):
     limit, count = 0.8, 100_000
     uniform = Draws(0, 0, torch.arange(count)).uniform("time")
     truncated = FlowMatching(time_mean=mean, time_std=1.5, largest_noise=limit)
-    assert truncated.time_draws == "uniform"
+    assert truncated.time_distribution == "uniform"
     t = truncated.sample_time(uniform)
     assert (1 - t).max() <= limit + 1e-6
     plain = FlowMatching(time_mean=mean, time_std=1.5).sample_time(Draws(1, 0, torch.arange(count)).normal("time"))
@@ -185,32 +185,32 @@ def named(model) -> dict[str, torch.nn.Parameter]:
 def test_the_loss_is_the_mean_over_the_pixels_of_the_mask():
     prediction, data = torch.tensor([[[[1.0, 2.0]], [[3.0, 9.0]]]]), torch.zeros(1, 2, 1, 2)  # (1, 2, 1, 2)
     mask, t = torch.tensor([[[1.0, 0.0]]]), torch.tensor([0.5])
-    assert CleanPrediction().loss(prediction, data, data, t, mask)[0].item() == (1 + 9) / 2
-    assert CleanPrediction("pixels").loss(prediction, data, data, t, mask)[0].item() == 1 + 9  # C times as much
-    assert CleanPrediction().loss(prediction, data, data, t, mask, torch.tensor(5.0))[0].item() == (1 + 9) / 10
+    assert SamplePrediction().loss(prediction, data, data, t, mask)[0].item() == (1 + 9) / 2
+    assert SamplePrediction("pixels").loss(prediction, data, data, t, mask)[0].item() == 1 + 9  # C times as much
+    assert SamplePrediction().loss(prediction, data, data, t, mask, torch.tensor(5.0))[0].item() == (1 + 9) / 10
     empty = prediction.clone().requires_grad_()
-    loss = CleanPrediction().loss(empty, data, data, t, torch.zeros(1, 1, 2))[0]
+    loss = SamplePrediction().loss(empty, data, data, t, torch.zeros(1, 1, 2))[0]
     loss.backward()
     assert loss == 0 and same(empty.grad, torch.zeros_like(empty))
     large = torch.full((1, 1, 64, 64), 300.0, dtype=torch.float16)  # whose square float16 cannot hold
-    assert CleanPrediction().loss(large, large * 0, large, t, torch.ones(1, 64, 64))[0] == 90_000
+    assert SamplePrediction().loss(large, large * 0, large, t, torch.ones(1, 64, 64))[0] == 90_000
 
 
 @pytest.mark.parametrize("times", [{}, {"time": "lognorm", "time_mean": -0.5, "time_std": 2.0}, {"time_shift": 4.0}])
 def test_noise_and_times_of_clean_images_are_those_of_flow_matching(times):
-    ours, flow = CleanPrediction(**times), FlowMatching(**{"time": "uniform", **times})
+    ours, flow = SamplePrediction(**times), FlowMatching(**{"time": "uniform", **times})
     data, noise, t = numbers(5, 3, 2, 2), numbers(5, 3, 2, 2, seed=1), ours.sample_time(torch.linspace(0.1, 0.9, 5))
-    assert ours.time_draws == flow.time_draws == ("normal" if "time" in times else "uniform")
+    assert ours.time_distribution == flow.time_distribution == ("normal" if "time" in times else "uniform")
     assert same(t, flow.sample_time(torch.linspace(0.1, 0.9, 5)))
     assert same(ours.add_noise(data, noise, t), flow.add_noise(data, noise, t))
-    assert ours.config == {**CleanPrediction().config, **times}
+    assert ours.config == {**SamplePrediction().config, **times}
 
 
 @pytest.mark.parametrize("length", [48, 192])
 def test_where_noise_hides_a_cell_its_token_is_told_now_and_then(length):
     """At this noise an orthogonal code of as many pixels is told from one other in most cases, from 255 in few."""
     # half the distance of two cells that differ in half of the pixels, in deviations
-    apart = (length / 2) ** 0.5 / hiding_noise(length)
+    apart = (length / 2) ** 0.5 / noise_level_hiding_a_token(length)
     one = torch.special.ndtr(torch.tensor(apart)).item()
     assert 0.85 < one < 0.95 and one**255 < 1e-6
 
@@ -221,7 +221,7 @@ def test_every_timestep_comes_back_from_its_time():
     assert t.dtype == torch.float32 and t.min() > 0 and t.max() < 1 and (t.diff() < 0).all()
     assert same(objective.timestep_of(t), ALL)
     assert objective.timestep_of(torch.tensor([0.0, 1.0])).tolist() == [999, 0]
-    assert objective.time_draws == "uniform"  # and its draws fall on every timestep equally often
+    assert objective.time_distribution == "uniform"  # and its draws fall on every timestep equally often
     assert objective.timestep_of(objective.sample_time(draws)).bincount().tolist() == [4] * 1000
     assert objective.timestep_of(objective.sample_time(torch.tensor([1 - 2.0**-24, 2.0**-24]))).tolist() == [999, 0]
 
@@ -262,7 +262,7 @@ def test_the_loss_is_the_mean_squared_error_of_what_the_denoiser_predicts():
 
 # ---- by name
 def test_objectives_by_name_and_from_what_they_keep():
-    names = {"flow_matching": FlowMatching, "sample": CleanPrediction, "x0": CleanPrediction}
+    names = {"flow_matching": FlowMatching, "sample": SamplePrediction, "x0": SamplePrediction}
     for name in ("epsilon", "v_prediction", "v"):
         names[name] = NoisePrediction
     for name, kind in names.items():

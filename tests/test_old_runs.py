@@ -30,7 +30,7 @@ NEAR = 1e-4
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The pictures and the split of that day, the same to the byte. Do not write into it."""
+    """The images and the split of that day, the same to the byte. Do not write into it."""
     folder = tmp_path_factory.mktemp("old")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", sys.argv)
@@ -57,7 +57,7 @@ def run(data, tmp_path, monkeypatch, run_main):
 
 
 def assert_alike(made: Path, kept: Path) -> None:
-    """The same pictures, but for two levels of 255."""
+    """The same images, but for two levels of 255."""
     names = sorted(path.relative_to(kept) for path in kept.rglob("*.png"))
     assert names and names == sorted(path.relative_to(made) for path in made.rglob("*.png"))
     for name in names:
@@ -81,7 +81,7 @@ def test_a_run_that_was_stopped_goes_on(run, data, name):
         said = run(*RUNS[name], "--output_dir", name, "--resume", "last")
         # the next of them finds it there, as a session after this one would, and need not train it
         shutil.copytree(folder / "classifier", data / "vavae_full" / "classifier", dirs_exist_ok=True)
-    assert f"going on after step {STOPPED} of {STEPS}" in said
+    assert f"resuming after step {STOPPED} of {STEPS}" in said
     assert end_of(folder, KEPT / name / "checkpoints" / "last.ckpt") == pytest.approx(EXPECTED[name], rel=NEAR)
     assert stored() == before
     if name in SAMPLES:
@@ -93,7 +93,7 @@ def test_a_run_that_was_stopped_goes_on(run, data, name):
 def test_folders_and_single_files_are_gone_on_with(run, path):
     name = path.split("/")[0]
     said = run(*RUNS[name], "--output_dir", "again", "--resume", path)
-    assert f"going on after step {SAVED} of {STEPS}" in said
+    assert f"resuming after step {SAVED} of {STEPS}" in said
     found = end_of(Path("again"), KEPT / name / "checkpoints" / "last.ckpt")
     assert found == pytest.approx(EXPECTED[name], rel=NEAR)
 

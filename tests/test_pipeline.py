@@ -1,4 +1,4 @@
-"""The pipeline: labels → pictures, the same wherever it is loaded, in folders that can be read back."""
+"""The pipeline: labels → images, the same wherever it is loaded, in folders that can be read back."""
 
 import os
 import shutil
@@ -28,18 +28,18 @@ def pipe() -> LatentDiTPipeline:
     return tiny_pipeline()
 
 
-def pictures(pipe, labels=(0, 1, 2), seed=0, **options) -> torch.Tensor:
+def images(pipe, labels=(0, 1, 2), seed=0, **options) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return pipe(labels=list(labels), generator=generator, **{"output_type": "pt", **QUICK, **options}).images
 
 
-def test_pictures_as_tensors_and_as_images(pipe):
-    made = pictures(pipe)
+def test_images_as_tensors_and_as_images(pipe):
+    made = images(pipe)
     assert made.shape == (3, 3, SIZE, SIZE) and made.dtype == torch.uint8
-    images, arrays = (pictures(pipe, output_type=kind) for kind in ("pil", "np"))
-    assert [np.asarray(image).tolist() for image in images] == made.permute(0, 2, 3, 1).tolist() == arrays.tolist()
+    pillow, arrays = (images(pipe, output_type=kind) for kind in ("pil", "np"))
+    assert [np.asarray(one).tolist() for one in pillow] == made.permute(0, 2, 3, 1).tolist() == arrays.tolist()
     with pytest.raises(UserError, match="No output_type 'latent'; there are pil, pt, np"):
-        pictures(pipe, output_type="latent")
+        images(pipe, output_type="latent")
     generator = torch.Generator().manual_seed(0)
     (as_tuple,) = pipe([0, 1, 2], generator=generator, output_type="pt", return_dict=False, **QUICK)
     assert torch.equal(as_tuple, made)
@@ -56,7 +56,7 @@ def test_it_is_sampling_then_the_statistics_then_the_decoder_with_the_vectors(pi
 
 
 def test_everything_asked_for_matters_but_the_batch_size(pipe):
-    made = pictures(pipe)
+    made = images(pipe)
     for change in (
         {"labels": (1, 1, 2)},
         {"seed": 1},
@@ -65,14 +65,14 @@ def test_everything_asked_for_matters_but_the_batch_size(pipe):
         {"guidance_interval": (0.5, 1.0)},
         {"timestep_shift": 0.3},
     ):
-        assert not torch.equal(pictures(pipe, **change), made), change
-    assert torch.equal(pictures(pipe), made)
+        assert not torch.equal(images(pipe, **change), made), change
+    assert torch.equal(images(pipe), made)
     for batch_size in (1, 2, 64):
-        again = pictures(pipe, batch_size=batch_size)
+        again = images(pipe, batch_size=batch_size)
         assert (again.int() - made.int()).abs().max() <= 1  # another order of the same sums
 
 
-def test_one_generator_for_each_picture(pipe):
+def test_one_generator_for_each_image(pipe):
     def of(*seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return pipe([1] * len(seeds), generator=generators, output_type="pt", **QUICK).images
@@ -84,28 +84,28 @@ def test_one_generator_for_each_picture(pipe):
 # ---- precision
 
 
-def test_half_precision_makes_nearly_the_same_pictures(pipe, monkeypatch):
-    made, half = pictures(pipe), pictures(pipe, precision="bf16")
+def test_half_precision_makes_nearly_the_same_images(pipe, monkeypatch):
+    made, half = images(pipe), images(pipe, precision="bf16")
     assert 0 < (half.int() - made.int()).abs().float().mean() < 3
     states = []
     monkeypatch.setattr(pipe.vae, "decode_latents", lambda z, labels: states.append(z) or torch.zeros(3, 3, 4, 4))
-    pictures(pipe, precision="bf16")
+    images(pipe, precision="bf16")
     assert states[0].dtype == torch.float32 and not same(states[0], states[0].bfloat16().float())
     with pytest.raises(UserError, match="No precision '8'; there are 32, 16, bf16"):
-        pictures(pipe, precision="8")
+        images(pipe, precision="8")
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
 def test_pipelines_whose_weights_are_half(kind):
     whole, half = tiny_pipeline(), tiny_pipeline().to(kind)
-    difference = (pictures(half).int() - pictures(whole).int()).abs().float()
+    difference = (images(half).int() - images(whole).int()).abs().float()
     assert difference.mean() < 3
     with pytest.raises(UserError, match=r"precision 32, but the weights are b?fp?16: take pipe\.to\(torch\.float32\)"):
-        pictures(half, precision="32")
+        images(half, precision="32")
 
 
 def test_what_is_not_finite_in_half_precision_is_made_in_float32(pipe, monkeypatch, capsys):
-    """Which picture that is shows in its label, so that the others stay as they are."""
+    """Which image that is shows in its label, so that the others stay as they are."""
     forward, row = pipe.denoiser.forward, pipe.conditioner.embedding_table.weight[1]
 
     def overflowing(x, t, conditioning, always=False):
@@ -113,19 +113,19 @@ def test_what_is_not_finite_in_half_precision_is_made_in_float32(pipe, monkeypat
         there = (conditioning == row).all(1) & (torch.is_autocast_enabled("cpu") | always)
         return made.masked_fill(there[:, None, None, None], torch.inf)
 
-    whole, half = pictures(pipe), pictures(pipe, precision="bf16")
+    whole, half = images(pipe), images(pipe, precision="bf16")
     with monkeypatch.context() as patch:
         patch.setattr(pipe.denoiser, "forward", overflowing)
         capsys.readouterr()
-        made = pictures(pipe, precision="bf16")
-        pictures(pipe, precision="bf16")  # which says it no more
+        made = images(pipe, precision="bf16")
+        images(pipe, precision="bf16")  # which says it no more
     said = capsys.readouterr().err.splitlines()
     assert said.count("1 of 3 latents are not finite in bf16: such ones are made again in float32") == 1
     assert (made[1].int() - whole[1].int()).abs().max() <= 1 and same(made[[0, 2]], half[[0, 2]])
     monkeypatch.setattr(pipe.denoiser, "forward", lambda *given: overflowing(*given, always=True))
     for precision in ("32", "bf16"):
         with pytest.raises(UserError, match="1 of 3 latents are not finite in float32: the weights are ruined"):
-            pictures(pipe, precision=precision)
+            images(pipe, precision=precision)
 
 
 # ---- models that are not there until they are called
@@ -146,12 +146,12 @@ def test_offloaded_models_come_when_they_are_asked_anything(pipe):
             module.load_state_dict(self.weights)
             return args, kwargs
 
-    made = pictures(pipe)
+    made = images(pipe)
     offloaded = tiny_pipeline()
     for model in (offloaded.conditioner, offloaded.denoiser, offloaded.vae):
         hooks.add_hook_to_module(model, Bringing())
     assert same(offloaded.conditioner.null(1), pipe.conditioner.null(1))
-    assert same(pictures(offloaded), made)
+    assert same(images(offloaded), made)
 
 
 # ---- a guide
@@ -211,8 +211,8 @@ def test_a_guide_of_other_data_is_refused(pipe, run_folder, tmp_path):
 
 def test_people_by_label_and_by_name(pipe):
     assert pipe.labels_of([0, "2", "ID_2"]) == [0, 2, 1]
-    assert torch.equal(pictures(pipe, ["ID_3", "ID_1"]), pictures(pipe, [2, 0]))
-    assert torch.equal(pictures(pipe, torch.tensor([2, 0])), pictures(pipe, [2, 0]))
+    assert torch.equal(images(pipe, ["ID_3", "ID_1"]), images(pipe, [2, 0]))
+    assert torch.equal(images(pipe, torch.tensor([2, 0])), images(pipe, [2, 0]))
     assert pipe.labels_of(np.array([1, 2])) == [1, 2]
 
 
@@ -232,7 +232,7 @@ def test_a_label_out_of_range(pipe, label, message):
         pipe([0, 1], latents=torch.zeros(1, 2, 8, 8), **QUICK)
 
 
-def test_rows_that_nobody_was_trained_with_make_no_pictures():
+def test_rows_that_nobody_was_trained_with_make_no_images():
     denoiser, _ = tiny_dit()
     parts = tiny_vavae(condition_dim=0), denoiser, ClassConditioner(1000, 16), make_solver()
     named = LatentDiTPipeline(*parts, {"anna": 0, "ben": 7})
@@ -247,11 +247,11 @@ def test_rows_that_nobody_was_trained_with_make_no_pictures():
 # ---- folders of models
 
 
-def test_a_saved_pipeline_makes_the_same_pictures(pipe, tmp_path):
+def test_a_saved_pipeline_makes_the_same_images(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     for loaded in (LatentDiTPipeline.from_pretrained(tmp_path), load_pipeline(tmp_path)):
         loaded.set_progress_bar_config(disable=True)
-        assert torch.equal(pictures(loaded), pictures(pipe))
+        assert torch.equal(images(loaded), images(pipe))
         assert loaded.people == pipe.people
         assert tuple(loaded.vae.config.latents_mean) == (0.5, -1.0)  # it needs no training data
         assert tuple(loaded.vae.config.latents_std) == (2.0, 0.5)
@@ -259,7 +259,7 @@ def test_a_saved_pipeline_makes_the_same_pictures(pipe, tmp_path):
     for name in set(solvers_for(FlowMatching())) - {"sde"}:  # another solver keeps the shift
         loaded.swap_solver(name)
         assert loaded.scheduler.config.get("shift", loaded.scheduler.config.get("flow_shift")) == 2.0
-        assert not torch.equal(pictures(loaded), pictures(pipe))
+        assert not torch.equal(images(loaded), images(pipe))
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ def test_a_checkpoint_is_a_pipeline_of_averaged_or_live_weights(run_folder):
         assert not (pipe.denoiser.training or pipe.vae.training)
     assert averaged.people == {"anna": 0, "ben": 1, "carl": 2}
     assert averaged.labels_of(["ben"]) == [1]
-    assert not torch.equal(pictures(averaged), pictures(live))
+    assert not torch.equal(images(averaged), images(live))
 
 
 def test_what_cannot_be_loaded_is_said(pipe, run_folder, tmp_path):
@@ -320,7 +320,7 @@ def test_what_cannot_be_loaded_is_said(pipe, run_folder, tmp_path):
         load_pipeline(folder / "vae.ckpt")
 
 
-def test_grey_pictures_that_are_not_square_come_out_grey(tmp_path):
+def test_grey_images_that_are_not_square_come_out_grey(tmp_path):
     """Of 16×24, of latents of 8×12."""
     statistics = {"latents_mean": (0.5, -1.0), "latents_std": (2.0, 0.5)}
     vae = perturb_projections(tiny_vavae(in_channels=1, out_channels=1, **statistics)).eval()
@@ -328,13 +328,13 @@ def test_grey_pictures_that_are_not_square_come_out_grey(tmp_path):
     LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner, make_solver()).save_pretrained(tmp_path)
     grey = load_pipeline(tmp_path)
     grey.set_progress_bar_config(disable=True)
-    made = pictures(grey)
+    made = images(grey)
     assert made.shape == (3, 1, 16, 24) and len(made.unique()) > 20
-    images, arrays = (pictures(grey, output_type=kind) for kind in ("pil", "np"))
+    pillow, arrays = (images(grey, output_type=kind) for kind in ("pil", "np"))
     assert arrays.shape == (3, 16, 24, 1) and arrays.dtype == np.uint8
-    for image, array, picture in zip(images, arrays, made, strict=True):
-        assert image.mode == "L" and image.size == (24, 16)
-        assert np.array_equal(np.asarray(image), picture[0]) and np.array_equal(array[..., 0], picture[0])
+    for one, array, image in zip(pillow, arrays, made, strict=True):
+        assert one.mode == "L" and one.size == (24, 16)
+        assert np.array_equal(np.asarray(one), image[0]) and np.array_equal(array[..., 0], image[0])
 
 
 # ---- memory
@@ -355,7 +355,7 @@ class Counting:
 
 def test_where_the_memory_does_not_suffice_fewer_are_made_at_once(monkeypatch, capsys):
     pipe = tiny_pipeline()
-    alone = pictures(pipe, [0, 1, 2] * 5, batch_size=1)
+    alone = images(pipe, [0, 1, 2] * 5, batch_size=1)
 
     def full(call, labels):
         if len(labels) > 3:
@@ -363,28 +363,28 @@ def test_where_the_memory_does_not_suffice_fewer_are_made_at_once(monkeypatch, c
 
     counting = Counting(pipe, monkeypatch, full)
     capsys.readouterr()
-    made = pictures(pipe, [0, 1, 2] * 5, batch_size=8)
+    made = images(pipe, [0, 1, 2] * 5, batch_size=8)
     assert counting.sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 1] and (made.int() - alone.int()).abs().max() <= 1
     assert capsys.readouterr().err.splitlines()[:2] == [
-        "8 pictures at once do not fit the memory: making 4",
-        "4 pictures at once do not fit the memory: making 2",
+        "8 images at once do not fit the memory: making 4",
+        "4 images at once do not fit the memory: making 2",
     ]
     counting.sizes.clear()
-    pictures(pipe, [0] * 5)
+    images(pipe, [0] * 5)
     assert counting.sizes == [2, 2, 1]  # what did not fit is not tried again
 
     def never(call, labels):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     counting.fail = never
-    with pytest.raises(UserError, match="memory is too small for one picture"):
-        pictures(pipe, [0])
+    with pytest.raises(UserError, match="memory is too small for one image"):
+        images(pipe, [0])
     monkeypatch.setattr(batches, "_is_sharded", lambda pipe: True)  # then other processes are in the midst of it
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        pictures(pipe, [0])
+        images(pipe, [0])
     monkeypatch.setattr(pipe, "to", lambda device: never(0, []))
     with pytest.raises(UserError, match=r"^cuda:1 has no room for the models: end what else runs"):
-        batches.placed(pipe, "cuda:1")
+        batches.move_to_device(pipe, "cuda:1")
 
 
 def test_the_usual_batch_fits_the_memory(pipe, monkeypatch):
@@ -392,11 +392,11 @@ def test_the_usual_batch_fits_the_memory(pipe, monkeypatch):
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}  # 4 GiB, of which a quarter
     monkeypatch.setattr(os, "sysconf", pages.__getitem__)
     for side, expected in ((256, 64), (512, 16), (8192, 1)):  # 8 channels: 240 bytes a pixel, 15 MiB of 256×256
-        monkeypatch.setattr(type(pipe), "picture_size", (side, side))
+        monkeypatch.setattr(type(pipe), "image_size", (side, side))
         assert default_batch_size(pipe) == expected
     monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**34))  # another process has the rest
-    monkeypatch.setattr(type(pipe), "picture_size", (512, 512))
+    monkeypatch.setattr(type(pipe), "image_size", (512, 512))
     assert default_batch_size(pipe) == 8  # 0.8 GiB for 60 MiB each
     with monkeypatch.context() as patch:
         patch.setattr(type(pipe.vae), "dtype", torch.float16)

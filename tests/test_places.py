@@ -1,4 +1,4 @@
-"""Where pictures and outputs are found: Kaggle's folders under other roots, a path, or the built-in data."""
+"""Where images and outputs are found: Kaggle's folders under other roots, a path, or the built-in data."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from vavae_tools.data.demo.gait import write_gait_dataset
 from vavae_tools.data.split import split_folders
-from vavae_tools.paths import Place, find_place, find_split
+from vavae_tools.paths import ProjectPaths, find_paths, find_split
 from vavae_tools.runtime.errors import UserError
 
 
@@ -32,11 +32,11 @@ def kaggle(root: Path) -> dict:
 
 
 def test_nothing_there_means_the_built_in_data(tmp_path):
-    place = find_place(**kaggle(tmp_path / "kaggle"))
-    assert place.pictures is None and place.built_in
+    place = find_paths(**kaggle(tmp_path / "kaggle"))
+    assert place.images is None and place.built_in
     assert place.work == tmp_path / "kaggle" / "working"
-    place = find_place(input_roots=[tmp_path / "nowhere"], working_root=tmp_path / "nor here")
-    assert place.pictures is None and place.work == Path("outputs")
+    place = find_paths(input_roots=[tmp_path / "nowhere"], working_root=tmp_path / "nor here")
+    assert place.images is None and place.work == Path("outputs")
 
 
 @pytest.mark.parametrize("inside", ["gait", "gait/images", "datasets/somebody/gait/images/all"])
@@ -45,8 +45,8 @@ def test_an_attached_data_set_is_found_at_any_depth(tmp_path, inside):
     wanted = person_folders(tmp_path / "input" / inside, "ID_1", "ID_2", "ID_10")
     (tmp_path / "input" / "aaa weights").mkdir()
     (tmp_path / "input" / "aaa weights" / "model.safetensors").touch()
-    place = find_place(**roots)
-    assert place.pictures == wanted and not place.built_in
+    place = find_paths(**roots)
+    assert place.images == wanted and not place.built_in
 
 
 def test_the_nearest_folder_wins_and_folders_without_persons_are_passed(tmp_path):
@@ -54,24 +54,24 @@ def test_the_nearest_folder_wins_and_folders_without_persons_are_passed(tmp_path
     person_folders(tmp_path / "input" / "a" / "deep" / "deeper", "ID_1", "ID_2")
     (tmp_path / "input" / "b" / "empty").mkdir(parents=True)
     nearest = person_folders(tmp_path / "input" / "c", "anna", "ben")
-    assert find_place(**roots).pictures == nearest
+    assert find_paths(**roots).images == nearest
 
 
 def test_what_is_given_wins(tmp_path, monkeypatch):
     roots = kaggle(tmp_path)
     person_folders(tmp_path / "input" / "a", "ID_1", "ID_2")
     mine, other = person_folders(tmp_path / "mine", "ID_1"), person_folders(tmp_path / "other", "ID_1")
-    assert find_place(mine, tmp_path / "w", **roots) == Place(mine, tmp_path / "w")
+    assert find_paths(mine, tmp_path / "w", **roots) == ProjectPaths(mine, tmp_path / "w")
     monkeypatch.setenv("VAVAE_PICTURES", str(other))
     monkeypatch.setenv("VAVAE_WORK", str(tmp_path / "v"))
-    assert find_place(**roots) == Place(other, tmp_path / "v")
-    assert find_place(mine, tmp_path / "w", **roots) == Place(mine, tmp_path / "w")
+    assert find_paths(**roots) == ProjectPaths(other, tmp_path / "v")
+    assert find_paths(mine, tmp_path / "w", **roots) == ProjectPaths(mine, tmp_path / "w")
     with pytest.raises(UserError, match=r"No such folder: nowhere\. Name the folder"):
-        find_place("nowhere", **roots)
+        find_paths("nowhere", **roots)
 
 
 def test_every_stage_has_a_folder_of_its_own(tmp_path):
-    place = Place(None, tmp_path)
+    place = ProjectPaths(None, tmp_path)
     stages = [place.split, place.vavae, place.latents, place.dit, place.samples, place.evaluation]
     assert len(set(stages)) == 6 and all(stage.parent == tmp_path for stage in stages)
 
@@ -79,11 +79,11 @@ def test_every_stage_has_a_folder_of_its_own(tmp_path):
 def test_built_in_is_told_by_the_split_that_is_there(tmp_path):
     gait = write_gait_dataset(tmp_path / "gait", 2, 2, 16, workers=1, progress=False)
     split_folders(gait, tmp_path / "w" / "data_split", progress=False)
-    assert Place(tmp_path / "own pictures", tmp_path / "w").built_in
+    assert ProjectPaths(tmp_path / "own images", tmp_path / "w").built_in
     shutil.rmtree(tmp_path / "w")
     (gait / "gait.json").unlink()
     split_folders(gait, tmp_path / "w" / "data_split", progress=False)
-    assert not Place(None, tmp_path / "w").built_in
+    assert not ProjectPaths(None, tmp_path / "w").built_in
 
 
 def test_the_split_is_found_where_it_is_usually_written(tmp_path, gait):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.encoders import MAEwithNorm
-from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, noised, picture_decoder, tiny_rae
+from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, image_decoder, noised, tiny_rae
 from vavae_tools.autoencoders.rae_weights import (
     decoder_size,
     fit,
@@ -35,7 +35,7 @@ def small_rae(grid: int = 4, seed: int = 0, **changes) -> RAE:
     return RAE(**{"encoder_config": SMALL, "encoder_input_size": 8 * grid, **DECODER, **changes}).eval()
 
 
-def pictures(size: int = 16, batch: int = 2, seed: int = 0) -> Tensor:
+def images(size: int = 16, batch: int = 2, seed: int = 0) -> Tensor:
     return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -94,8 +94,8 @@ def test_a_folders_encoder_gives_patch_tokens_without_the_last_norms_weights(tmp
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     model.save_pretrained(tmp_path)
-    rae = load_rae(KINDS[kind][0], tmp_path, size, decoder=DECODER, say=said.append)
-    x = pictures(size)
+    rae = load_rae(KINDS[kind][0], tmp_path, size, decoder=DECODER, log=said.append)
+    x = images(size)
     torch.testing.assert_close(rae.encoder(x), expected_tokens(model, kind, x), rtol=0, atol=1e-5)
     assert rae.latent_shape == (16, size // 8, size // 8)
     assert any("RAE encoder" in line and "0 missing, 0 unused" in line for line in said), said
@@ -105,7 +105,7 @@ def test_a_folders_encoder_gives_patch_tokens_without_the_last_norms_weights(tmp
 def test_mae_keeps_every_patch_in_its_place():
     torch.manual_seed(0)
     encoder = MAEwithNorm({**SMALL, "num_hidden_layers": 0})  # nothing mixes the patches
-    x = pictures(32)
+    x = images(32)
     there = encoder(x)
     x[:, :, 8:16, 24:] += 1  # the patch of row 1, column 3
     changed = (encoder(x) - there).abs().amax(dim=(0, 2)) > 1e-6
@@ -121,9 +121,9 @@ def test_the_whole_siglip_folder_and_its_preprocessor(tmp_path, said):
     model = SiglipModel(SiglipConfig(text_config=text, vision_config={**SMALL, "intermediate_size": 24})).eval()
     model.save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}')
-    rae = load_rae("siglip2", tmp_path, 32, decoder=DECODER, say=said.append)
+    rae = load_rae("siglip2", tmp_path, 32, decoder=DECODER, log=said.append)
     vision = model.vision_model
-    torch.testing.assert_close(rae.encoder(pictures(32)), expected_tokens(vision, "siglip", pictures(32)))
+    torch.testing.assert_close(rae.encoder(images(32)), expected_tokens(vision, "siglip", images(32)))
     assert rae.config.image_mean == [0.1, 0.2, 0.3] and rae.config.image_std == [0.4, 0.5, 0.6]
 
 
@@ -135,7 +135,7 @@ def test_published_sizes():
     for size, millions in (("ViTB", 86.4), ("ViTL", 304.2), ("ViTXL", 415.4)):
         numbers = {name.replace("decoder_patch", "patch"): value for name, value in RAE_SIZES[size].items()}
         with torch.device("meta"):
-            decoder = picture_decoder(16, hidden_size=768, **numbers)
+            decoder = image_decoder(16, hidden_size=768, **numbers)
         assert sum(p.numel() for p in decoder.state_dict().values()) / 1e6 == pytest.approx(millions, abs=0.05), size
 
 
@@ -143,32 +143,32 @@ def test_published_sizes():
 def test_shapes_follow_from_grid_and_patches(grid, patch):
     rae = small_rae(grid, decoder_patch_size=patch)
     assert rae.latent_shape == (16, grid, grid)
-    assert (rae.downsampling, rae.picture_size) == (patch, grid * patch)
-    latents = rae.encode(pictures(20)).latent
+    assert (rae.downsampling, rae.image_size) == (patch, grid * patch)
+    latents = rae.encode(images(20)).latent
     assert latents.shape == (2, 16, grid, grid)
     assert rae.decode(latents).sample.shape == (2, 3, grid * patch, grid * patch)
-    assert rae.decode(latents, return_dict=False)[0].equal(rae(pictures(20)))
+    assert rae.decode(latents, return_dict=False)[0].equal(rae(images(20)))
 
 
 def test_element_statistics_normalise_with_the_epsilon_counted_once():
     rae = small_rae()
-    raw = rae.encode(pictures()).latent
+    raw = rae.encode(images()).latent
     reconstructed = rae.decode(raw).sample
     mean, var = statistics(rae)
     var[0] = 0.0
     rae.set_statistics(mean, var)
-    latents = rae.encode(pictures()).latent
+    latents = rae.encode(images()).latent
     torch.testing.assert_close(latents, (raw - mean) / (var + 1e-5).sqrt())
     torch.testing.assert_close(rae.decode(latents).sample, reconstructed, rtol=0, atol=1e-4)
     assert rae.has_own_statistics
     assert rae.normalise(latents) is latents and rae.denormalise(latents) is latents
     rae.set_statistics(None, None)
-    torch.testing.assert_close(rae.encode(pictures()).latent, raw / (1 + 1e-5) ** 0.5, rtol=0, atol=1e-7)
+    torch.testing.assert_close(rae.encode(images()).latent, raw / (1 + 1e-5) ** 0.5, rtol=0, atol=1e-7)
 
 
 def test_statistics_per_channel_are_the_houses():
     rae = small_rae(latents_mean=[0.5] * 16, latents_std=[2.0] * 16)
-    raw = rae.encode_pictures(pictures(), torch.tensor([0, 1]), lambda *sizes: torch.randn(2, *sizes))
+    raw = rae.encode_images(images(), torch.tensor([0, 1]), lambda *sizes: torch.randn(2, *sizes))
     assert not rae.has_own_statistics
     torch.testing.assert_close(rae.normalise(raw), (raw - 0.5) / 2)
     torch.testing.assert_close(rae.decode_latents((raw - 0.5) / 2), rae.decode(raw).sample, rtol=0, atol=1e-5)
@@ -181,7 +181,7 @@ def test_the_encoder_is_frozen_and_stays_in_evaluation_mode():
     assert rae.training and rae.decoder.training
     assert not any(module.training for module in rae.encoder.modules())
     assert {name.split(".")[0] for name, p in rae.named_parameters() if p.requires_grad} == {"decoder"}
-    latents = rae.encode(pictures()).latent
+    latents = rae.encode(images()).latent
     assert not latents.requires_grad
     rae.decode(latents).sample.square().mean().backward()
     assert rae.decoder.decoder_pred.weight.grad.abs().sum() > 0
@@ -193,7 +193,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         rae = small_rae(decoder_num_hidden_layers=2).train()
         if checkpointing:
             rae.enable_gradient_checkpointing()
-        rae(pictures()).square().mean().backward()
+        rae(images()).square().mean().backward()
         gradients.append({name: p.grad for name, p in rae.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
     for name, gradient in gradients[0].items():
@@ -202,7 +202,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 def test_half_precision_encodes_and_decodes():
     rae = small_rae().to(torch.bfloat16)
-    latents = rae.encode(pictures()).latent
+    latents = rae.encode(images()).latent
     assert latents.dtype == torch.float32
     assert rae.decode(latents).sample.isfinite().all()
 
@@ -222,13 +222,13 @@ def test_a_saved_rae_comes_back_bit_by_bit_also_in_a_pipeline(tmp_path, cls):
     rae.set_statistics(*statistics(rae))
     rae.save_pretrained(tmp_path)
     assert (tmp_path / "config.json").stat().st_size < 3000  # the statistics stand with the weights
-    whole = load_rae(encoder_checkpoint_path=tmp_path, say=lambda line: None)
+    whole = load_rae(encoder_checkpoint_path=tmp_path, log=lambda line: None)
     OnePart(rae).save_pretrained(tmp_path / "pipe")
     part = OnePart.from_pretrained(tmp_path / "pipe", low_cpu_mem_usage=False).vae
     for back in (RAE.from_pretrained(tmp_path), read_rae_folder(tmp_path), whole, part):
         assert same_weights(rae, back) and back.has_own_statistics
         assert not any(p.is_meta or p.requires_grad for p in back.encoder.parameters())
-        assert torch.equal(back(pictures()), rae(pictures()))
+        assert torch.equal(back(images()), rae(images()))
 
 
 def test_a_folder_of_another_transformers_version_comes_back(tmp_path):
@@ -259,11 +259,11 @@ def test_diffusers_own_folder(tmp_path, said):
     theirs = AutoencoderRAE(**numbers, **decoder, latents_mean=torch.randn(64, 16, 16), latents_std=std).eval()
     theirs.save_pretrained(tmp_path)
     assert is_rae_folder(tmp_path)
-    rae = load_rae(encoder_config_path=tmp_path, say=said.append)
-    colours = (pictures(32) + 1) / 2
+    rae = load_rae(encoder_config_path=tmp_path, log=said.append)
+    colours = (images(32) + 1) / 2
     with torch.no_grad():
         latents = theirs.encode(colours).latent
-        torch.testing.assert_close(rae.encode(pictures(32)).latent * std / (std + 1e-5), latents, rtol=0, atol=2e-5)
+        torch.testing.assert_close(rae.encode(images(32)).latent * std / (std + 1e-5), latents, rtol=0, atol=2e-5)
         torch.testing.assert_close(rae.decode(latents).sample, theirs.decode(latents).sample * 2 - 1, rtol=0, atol=1e-4)
     assert len(said) == 1 and "its own settings hold: Dinov2withNorm, 224 pixels → latents 64×16×16" in said[0]
 
@@ -283,7 +283,7 @@ def authors_weights(rae: RAE) -> dict[str, Tensor]:
 
 
 def load(said: list[str], **changes) -> RAE:
-    return load_rae(**{"encoder_input_size": 32, "decoder": DECODER, "say": said.append, **changes})
+    return load_rae(**{"encoder_input_size": 32, "decoder": DECODER, "log": said.append, **changes})
 
 
 @pytest.fixture

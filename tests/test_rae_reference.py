@@ -5,7 +5,7 @@ import torch
 from golden_cases import assert_close, load_case, load_weights
 from torch import Tensor
 
-from vavae_tools.autoencoders.rae import picture_decoder
+from vavae_tools.autoencoders.rae import image_decoder
 from vavae_tools.autoencoders.rae_weights import from_diffusers
 from vavae_tools.published.rae import RAEReference, load_rae_encoder_reference, load_rae_reference
 from vavae_tools.runtime.errors import UserError
@@ -64,12 +64,12 @@ def test_gradients_of_the_decoder(whole):
         assert_close(of_weights[ours].grad, io[name], {"atol": 1e-8, "rtol": 1e-4})
 
 
-def test_the_house_takes_and_gives_pictures_from_minus_one_to_one(whole):
+def test_the_house_takes_and_gives_images_from_minus_one_to_one(whole):
     model, io, tolerance = whole
     latents = model.rae.encode(io["image"] * 2 - 1).latent
     assert_close(latents, io["latent"], tolerance)
     assert_close(model.rae.decode(io["latent"]).sample, io["recon"] * 2 - 1, tolerance)
-    assert_close(model.rae.encode_pictures(io["image"] * 2 - 1), io["latent"], tolerance)
+    assert_close(model.rae.encode_images(io["image"] * 2 - 1), io["latent"], tolerance)
     assert_close(model.rae.decode_latents(io["latent"]), io["recon"] * 2 - 1, tolerance)
 
 
@@ -127,7 +127,7 @@ def test_the_decoder_alone(whole, form):
 def test_positions_are_sines_of_whole_numbers_on_every_grid(grid):
     width, numbers = 24, {"decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
     numbers |= {"decoder_intermediate_size": 8, "patch_size": 2}
-    decoder = picture_decoder(grid, hidden_size=8, decoder_hidden_size=width, **numbers)
+    decoder = image_decoder(grid, hidden_size=8, decoder_hidden_size=width, **numbers)
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows = [torch.zeros(width, dtype=torch.float64)]  # the class token
     for r in range(grid):
@@ -195,12 +195,12 @@ def test_diffusers_scaling_factor_and_statistics_per_channel():
     constructor = {**case["constructor"], "scaling_factor": 0.5}
     plain = from_diffusers(case["constructor"], weights)
     scaled = from_diffusers(constructor, weights)
-    pictures = io["image"] * 2 - 1
-    torch.testing.assert_close(scaled.encode(pictures).latent, 0.5 * plain.encode(pictures).latent)
+    images = io["image"] * 2 - 1
+    torch.testing.assert_close(scaled.encode(images).latent, 0.5 * plain.encode(images).latent)
     weights["_latents_mean"], weights["_latents_std"] = torch.zeros(1), torch.full((64, 1, 1), 2.0)
     per_channel = from_diffusers(case["constructor"], weights)
     tokens = per_channel.tokens(io["image"]).transpose(1, 2).reshape(1, 64, 16, 16)
-    torch.testing.assert_close(per_channel.encode(pictures).latent, tokens / 2)
+    torch.testing.assert_close(per_channel.encode(images).latent, tokens / 2)
 
 
 # ---- what cannot be

@@ -1,4 +1,4 @@
-"""The decoder of an RAE learns a person's pictures: losses by hand, what is frozen stays, runs go on exactly."""
+"""The decoder of an RAE learns a person's images: losses by hand, what is frozen stays, runs go on exactly."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,10 @@ from tiny import assert_same, same
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders import foundation
-from vavae_tools.autoencoders.losses import PatchDiscriminator, PictureLoss, autoencoder_loss, generator_loss
+from vavae_tools.autoencoders.losses import ImageLoss, PatchDiscriminator, autoencoder_loss, generator_loss
 from vavae_tools.autoencoders.rae import RAE, tiny_rae
 from vavae_tools.autoencoders.rae_weights import read_rae_folder
-from vavae_tools.data.demo.shapes import ShapePictures, shape_data
+from vavae_tools.data.demo.shapes import ShapeImages, shape_data
 from vavae_tools.data.images import to_pixels, to_unit
 from vavae_tools.evaluation.metrics import psnr
 from vavae_tools.recipes.rae import check_reconstructions, fine_tune_rae_decoder, train_rae_decoder
@@ -24,19 +24,19 @@ from vavae_tools.runtime.errors import UserError
 from vavae_tools.training import devices
 from vavae_tools.training.autoencoder_module import FrozenEncoder, RAEDecoderModule
 from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
-from vavae_tools.training.config import Saving
+from vavae_tools.training.config import SaveConfig
 from vavae_tools.training.run import build_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 PIXELS = 24
-"""The smallest pictures that the discriminator can judge; 3×3 tokens."""
+"""The smallest images that the discriminator can judge; 3×3 tokens."""
 ADVERSARY = {"disc_weight": 0.75, "disc_width": 4, "disc_start": 3, "generator_start": 5}
 
 
 @torch.no_grad()
-def reconstruction_psnr(rae: RAE, pictures: Tensor) -> Tensor:
-    x = to_unit(pictures)
+def reconstruction_psnr(rae: RAE, images: Tensor) -> Tensor:
+    x = to_unit(images)
     return psnr(to_unit(to_pixels(rae(x))), x)
 
 
@@ -57,7 +57,7 @@ def new_module(**changes) -> RAEDecoderModule:
     return RAEDecoderModule(changes.pop("rae", None) or new_rae(), **{"lr": 1e-3, **ADVERSARY, **changes})
 
 
-def pictures(batch_size: int = 6):
+def images(batch_size: int = 6):
     return shape_data(24, 4, PIXELS, batch_size, val_share=0.25)
 
 
@@ -65,10 +65,10 @@ def fit(folder, module, resume=None, callbacks=(), minutes=0, data=None, **lengt
     """One training; (trainer, `last.ckpt`, what was seen)."""
     checkpoints = folder / "checkpoints"
     watch = Watch(checkpoints)
-    every = checkpoint_callbacks(checkpoints, "val/psnr", Saving(minutes), "max", "epoch=")
+    every = checkpoint_callbacks(checkpoints, "val/psnr", SaveConfig(minutes), "max", "epoch=")
     settings = module.trainer_settings(accelerator="cpu", devices=1)
     trainer = build_trainer(settings, folder, [*every, watch, *callbacks], lambda line: None, **length)
-    trainer.fit(module, data or pictures(), ckpt_path=resume, weights_only=True)
+    trainer.fit(module, data or images(), ckpt_path=resume, weights_only=True)
     return trainer, torch.load(checkpoints / "last.ckpt", weights_only=True), watch.seen
 
 
@@ -76,7 +76,7 @@ def fit(folder, module, resume=None, callbacks=(), minutes=0, data=None, **lengt
 
 
 def test_the_loss_and_its_gradient_are_autograds_by_hand():
-    """The adversary's share is as strong at the last layer as the picture loss, times 0.75 (RAE)."""
+    """The adversary's share is as strong at the last layer as the image loss, times 0.75 (RAE)."""
     torch.manual_seed(2)
     last = nn.Linear(7, 3 * PIXELS**2)
     decoder = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), last, nn.Unflatten(1, (3, PIXELS, PIXELS))).double()
@@ -89,9 +89,9 @@ def test_the_loss_and_its_gradient_are_autograds_by_hand():
     assert 1e-5 < norms[1] < 1e-4  # where VQGAN's 1e-4 in place of 1e-6 would be seen
     expected = torch.autograd.grad(reference + weight * against, list(decoder.parameters()))
 
-    at_last = {"decoder_last": last.weight, "adversary_by": "means"}
+    at_last = {"decoder_last": last.weight, "adversary_norm": "means"}
     adversary = {"adversary": lambda made: 1e-4 * generator_loss(discriminator(made)), "disc_weight": 0.75}
-    objective, found = autoencoder_loss(PictureLoss({"l1": 0.5}), decoder(x), y, **adversary, **at_last)
+    objective, found = autoencoder_loss(ImageLoss({"l1": 0.5}), decoder(x), y, **adversary, **at_last)
     assert found["disc_weight"].item() == pytest.approx(weight.item(), rel=1e-5)
     assert found["loss"].item() == pytest.approx((reference + weight * against).item(), rel=1e-5)
     assert found["l1"].item() == pytest.approx(2 * reference.item()) and found["generator"] == against.detach()
@@ -99,7 +99,7 @@ def test_the_loss_and_its_gradient_are_autograds_by_hand():
         # the weight is a float32
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
     adversary = {"adversary": lambda made: 1e-9 * made.mean(), "disc_weight": 0.5}
-    _, found = autoencoder_loss(PictureLoss({"l1": 1e4}), decoder(x), y, **adversary, **at_last)
+    _, found = autoencoder_loss(ImageLoss({"l1": 1e4}), decoder(x), y, **adversary, **at_last)
     assert found["disc_weight"].item() == pytest.approx(0.5 * 1e4)  # the most
 
 
@@ -114,14 +114,14 @@ def test_noise_follows_from_seed_epoch_and_sample():
     u, n = draws.uniform("noise level"), draws.normal("noise", 9, 64)
     noisy = module.noised_tokens(tokens, draws)
     torch.testing.assert_close(noisy, tokens + 0.5 * u[:, None, None] * n, rtol=0, atol=0)
-    assert u.unique().numel() == 3  # a level for each picture
+    assert u.unique().numel() == 3  # a level for each image
     alone = module.noised_tokens(tokens[1:2], Draws(11, 2, index[1:2]))
     assert same(alone[0], noisy[1])
     assert not torch.equal(module.noised_tokens(tokens, Draws(11, 3, index)), noisy)
     assert new_module(noise_tau=0.0).noised_tokens(tokens, draws) is tokens
 
 
-def test_the_encoder_is_asked_once_about_each_picture(tmp_path, monkeypatch):
+def test_the_encoder_is_asked_once_about_each_image(tmp_path, monkeypatch):
     asked = []
     module = new_module()
     encoder = module._frozen["rae"].encoder
@@ -143,21 +143,23 @@ def test_the_encoder_is_asked_once_about_each_picture(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_mirrored_pictures_go_with_their_own_tokens(kept):
-    module, data = new_module(flips=True), pictures().train_data
+def test_mirrored_images_go_with_their_own_tokens(kept):
+    module, data = new_module(flips=True), images().train_data
     rae = module._frozen["rae"]
     if kept:
         for name, mirrored in (("tokens", False), ("mirrored_tokens", True)):
-            features = FrozenEncoder(rae, "", mirrored)(to_unit(data.__getitems__(range(24))["pictures"]), (3, 3))
-            data.along[name] = features.half()
+            features = FrozenEncoder(rae, "", mirrored)(to_unit(data.__getitems__(range(24))["images"]), (3, 3))
+            data.extra_fields[name] = features.half()
     batch = data.__getitems__(range(24))
-    seen, tokens = module.looked_at(batch, Draws(0, 0, batch["index"]))
-    mirrored = [not same(a, to_unit(b)) for a, b in zip(seen, batch["pictures"], strict=True)]
+    seen, tokens = module.prepare_batch(batch, Draws(0, 0, batch["index"]))
+    mirrored = [not same(a, to_unit(b)) for a, b in zip(seen, batch["images"], strict=True)]
     assert 4 < sum(mirrored) < 20
     for place, turned in enumerate(mirrored):
-        assert same(seen[place], to_unit(batch["pictures"][place].flip(2) if turned else batch["pictures"][place]))
+        assert same(seen[place], to_unit(batch["images"][place].flip(2) if turned else batch["images"][place]))
     torch.testing.assert_close(tokens, rae.tokens((seen + 1) / 2), rtol=1e-3, atol=1e-3)
-    assert same(module.eval().looked_at(batch, None)[0], to_unit(batch["pictures"]))  # validation sees them as they are
+    assert same(
+        module.eval().prepare_batch(batch, None)[0], to_unit(batch["images"])
+    )  # validation sees them as they are
 
 
 # ---- training
@@ -207,14 +209,14 @@ def test_the_average_follows_each_step_and_is_what_validates(tmp_path):
 
     rae = new_rae()
     started = rae.decoder.decoder_pred.weight.detach().clone()
-    module, data = new_module(rae=rae, lr=1e-2, ema_decay=0.6), pictures()
+    module, data = new_module(rae=rae, lr=1e-2, ema_decay=0.6), images()
     trainer, _, _ = fit(tmp_path, module, callbacks=[Note()], data=data, max_epochs=1)
     average = started
     for step, weight in enumerate(weights, 1):
         average = average + (1 - min(0.6, (1 + step) / (10 + step))) * (weight - average)
     torch.testing.assert_close(module.ema.network.decoder_pred.weight, average)
     for name, decoder in (("average", module.ema.network), ("trained", module.network)):
-        own[name] = reconstruction_psnr(_with(rae, decoder), data.val_data.__getitems__(range(6))["pictures"]).mean()
+        own[name] = reconstruction_psnr(_with(rae, decoder), data.val_data.__getitems__(range(6))["images"]).mean()
     rae.decoder = module.network
     assert trainer.logged_metrics["val/psnr"].item() == pytest.approx(own["average"].item(), abs=0.01)
     assert abs(own["average"] - own["trained"]) > 0.05
@@ -250,14 +252,14 @@ def tune(folder, rae, said=None, **changes):
     changes = {**settings, "ema_decay": 0.9, "warmup_steps": 4, **changes}
     line = said.append if said is not None else lambda text: None
     devices = {"accelerator": "cpu"}
-    return fine_tune_rae_decoder(changes.pop("data", DATA), rae, folder, devices=devices, say=line, **changes)
+    return fine_tune_rae_decoder(changes.pop("data", DATA), rae, folder, devices=devices, log=line, **changes)
 
 
-def test_fine_tuning_brings_the_pictures_nearer(tmp_path, encoder):
+def test_fine_tuning_brings_the_images_nearer(tmp_path, encoder):
     said, shown = [], []
     folder = tune(tmp_path / "run", encoder, said, show=shown.append)
     assert folder == tmp_path / "run" / "rae"
-    val = shape_data(64, 2, 32, val_share=0.25).val_data.__getitems__(range(16))["pictures"]
+    val = shape_data(64, 2, 32, val_share=0.25).val_data.__getitems__(range(16))["images"]
     rae = read_rae_folder(folder)
     after = reconstruction_psnr(rae, val).mean().item()
     line = next(text for text in said if text.startswith("PSNR"))
@@ -301,14 +303,14 @@ def test_the_tasks_keys_reach_the_training(tmp_path, encoder):
     """`experiment=rae_decoder data=shapes` as the command composes it, and `--resume last`."""
     from vavae_tools.recipes.config import compose, read_command_line
 
-    words = ["experiment=rae_decoder", "data=shapes", "trainer=cpu", "data.num_pictures=32", "--batch_size", "8"]
+    words = ["experiment=rae_decoder", "data=shapes", "trainer=cpu", "data.num_images=32", "--batch_size", "8"]
     words += [f"model.rae.{name}={value}" for name, value in encoder.items()]
     words += ["--max_steps", "6", "--lr", "0.002", "--noise_tau", "0.1", "--previews", "0"]
     words += ["model.losses.disc_width=4", "trainer.accumulate_grad_batches=2", "callbacks.save_every_n_steps=4"]
     recipe = compose(read_command_line(words)).recipe
     assert recipe.train_by == "vavae_tools.recipes.rae:train_rae_decoder"
     said = []
-    folder = train_rae_decoder(recipe, tmp_path / "run", say=said.append)
+    folder = train_rae_decoder(recipe, tmp_path / "run", log=said.append)
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     expected = {"lr": 0.002, "noise_tau": 0.1, "disc_weight": 0.75, "disc_start": 2, "generator_start": 3}
     expected |= {"disc_width": 4, "accumulate_grad_batches": 2, "gradient_clip": 1.0, "l1_weight": 0.5, "flips": False}
@@ -316,7 +318,7 @@ def test_the_tasks_keys_reach_the_training(tmp_path, encoder):
     first = read_rae_folder(folder).state_dict()
     part = tmp_path / "part"
     (part / "checkpoints").mkdir(parents=True)
-    train_rae_decoder(recipe, part, str(tmp_path / "run" / "checkpoint-4"), say=said.append)
+    train_rae_decoder(recipe, part, str(tmp_path / "run" / "checkpoint-4"), log=said.append)
     assert_same(dict(read_rae_folder(part / "rae").state_dict()), dict(first))
 
 
@@ -326,7 +328,7 @@ def test_the_tasks_keys_reach_the_training(tmp_path, encoder):
 class Shifted(nn.Module):
     """Every reconstruction lies `by` above the original."""
 
-    device, picture_size = torch.device("cpu"), 32
+    device, image_size = torch.device("cpu"), 32
 
     def __init__(self, by: float) -> None:
         super().__init__()
@@ -338,9 +340,9 @@ class Shifted(nn.Module):
 
 @pytest.mark.parametrize(("by", "decibels", "warns"), [(0.1, 25.85, False), (0.3, 16.54, True)])
 def test_a_look_tells_the_psnr_and_warns(tmp_path, monkeypatch, by, decibels, warns):
-    data = ShapePictures(10, 3, 32)
+    data = ShapeImages(10, 3, 32)
     grey = torch.full((10, 3, 32, 32), 100, dtype=torch.uint8)
-    monkeypatch.setattr(data, "pictures", lambda places: grey[list(places)])
+    monkeypatch.setattr(data, "images", lambda places: grey[list(places)])
     said, shown = [], []
     found = check_reconstructions(Shifted(by), data, tmp_path, said.append, shown.append, count=9)
     assert found == pytest.approx(decibels, abs=0.01)  # 20 log10(255 / 13) and (255 / 38)

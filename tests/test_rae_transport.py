@@ -26,7 +26,7 @@ from vavae_tools.published.denoisers import (
 from vavae_tools.runtime.errors import UserError
 
 CASES = sorted({"rae-transport"} | {path.name for path in SHARED.glob("rae-transport*")})
-LIGHTNING = sorted({"rae-lightningdit"} | {path.name for path in SHARED.glob("rae-lightningdit*")})
+LIGHTNING_PRECISIONS = sorted({"rae-lightningdit"} | {path.name for path in SHARED.glob("rae-lightningdit*")})
 TOLERANCE = {"atol": 5e-5}
 EULER = FlowMatchEulerDiscreteScheduler()
 
@@ -57,7 +57,7 @@ def test_objective_equals_the_reference(name):
     for distribution in distributions:
         values = {key.removeprefix(f"loss.{distribution}."): io[key] for key in io if f".{distribution}." in key}
         objective, noise = objective_of(distribution, shift), values["x0_noise"]
-        assert objective.time_draws == "uniform"
+        assert objective.time_distribution == "uniform"
         before_shift = objective_of(distribution, 1.0).sample_time(values["U"])
         assert_close(1 - before_shift, values["t_raw"], {"atol": 2e-6})
         assert_close(1 - objective.sample_time(values["U"]), values["t"], {"atol": 2e-6})
@@ -150,7 +150,7 @@ def test_midpoint_and_stochastic_sampling_equal_the_reference(name):
     assert_close(torch.stack(states), io["sde.traj"], TOLERANCE)
 
 
-@pytest.mark.parametrize("name", LIGHTNING)
+@pytest.mark.parametrize("name", LIGHTNING_PRECISIONS)
 @torch.no_grad()
 def test_raes_lightningdit_equals_the_reference(name):
     case, io = load_case(name)

@@ -11,7 +11,7 @@ from test_vavae_training import new_module
 from tiny import assert_same, tiny_dit, tiny_vavae
 
 from vavae_tools.checkpoints.__main__ import main
-from vavae_tools.checkpoints.formats import read_any, write_any, write_folder
+from vavae_tools.checkpoints.formats import read_any_format, write_any_format, write_folder
 from vavae_tools.checkpoints.resuming import check_resumable, resume_path
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.training.autoencoder_module import VAVAEModule
@@ -85,7 +85,7 @@ def test_a_runs_folder_is_its_newest_checkpoint(tmp_path):
         ("run/zzz", r"^No checkpoint run/zzz; run holds checkpoint-1, .* and 1 more$"),
         ("empty", r"^empty is no checkpoint: it is empty, expected model\.pt as in a checkpoint's folder, or last\."),
         ("empty/none", "^No checkpoint empty/none; empty is empty$"),
-        ("pictures", r"^pictures is no checkpoint: it holds 1\.png, expected"),
+        ("images", r"^images is no checkpoint: it holds 1\.png, expected"),
         ("run/checkpoint-4", r"^run/checkpoint-4 is damaged \(model\.pt: 4 bytes, expected"),
         ("half.ckpt", r"^half\.ckpt is damaged or no checkpoint: it is neither"),
         ("code.ckpt", "^code.ckpt holds more than tensors and plain values, so it is not opened"),
@@ -96,7 +96,7 @@ def test_what_cannot_be_resumed_from_is_told_in_one_line(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     run_folder(Path("run"))
     Path("empty").mkdir()
-    Path("pictures").mkdir()
+    Path("images").mkdir()
     Path("pictures/1.png").touch()
     contents = saved(Path("half.ckpt")).read_bytes()
     Path("half.ckpt").write_bytes(contents[: len(contents) // 2])
@@ -136,7 +136,7 @@ def weights_of(module, **named) -> dict:
 )
 @pytest.mark.parametrize("kind", ["a.ckpt", "folder"])
 def test_a_checkpoint_of_another_model_says_what_differs(tmp_path, kind, found, here, message):
-    path = write_any(weights_of(found()), tmp_path / kind)
+    path = write_any_format(weights_of(found()), tmp_path / kind)
     with pytest.raises(UserError, match=f"is of another model: .*{message}.* Resume with the settings of that run"):
         check_resumable(path, here())
 
@@ -167,7 +167,7 @@ def test_a_compiled_network_takes_plain_names_and_the_reverse(tmp_path, wrap):
     plain = there.network.state_dict()
     torch.save({"model": {wrap + name: tensor for name, tensor in plain.items()}, "epoch": 1}, tmp_path / "a.pth")
     check_resumable(tmp_path / "a.pth", here)
-    here.load_state_dict(read_any(tmp_path / "a.pth", lambda line: None)["state_dict"])
+    here.load_state_dict(read_any_format(tmp_path / "a.pth", lambda line: None)["state_dict"])
     loaded = {k.replace("_orig_mod.", ""): v for k, v in here.network.state_dict().items()}
     assert_same(loaded, dict(plain))
     here.load_state_dict({name: torch.zeros_like(t) for name, t in here.state_dict().items()})  # own names as ever

@@ -80,7 +80,7 @@ def test_flags_are_the_arguments_of_the_pipeline(run, models, tmp_path):
     words = ["--num_samples", 4, "--labels", "2,ID_1", "--cfg_scale", 3, "--cfg_interval", "0.1,0.9", "--seed", 5]
     words += ["--guidance_channels", "first3", "--timestep_shift", 0.3, "--output_dir", "flags"]
     status, said, err = run(*words)
-    assert status == 0 and said.startswith("written: 4 pictures of 2 people (flags/ID_1 …)\nnext: python -m vavae_")
+    assert status == 0 and said.startswith("written: 4 images of 2 people (flags/ID_1 …)\nnext: python -m vavae_")
     assert "sampling" in err and "4/4" in err
     options = {"guidance_interval": (0.1, 0.9), "guidance_channels": "first3", "timestep_shift": 0.3}
     pipe, labels = load_pipeline(models / "pipeline"), [2, 0, 2, 0]
@@ -108,12 +108,12 @@ def test_images_of_other_settings_are_refused_and_replaced(run, tmp_path):
     assert run("--num_samples", 6)[0] == 0
     before = contents(tmp_path)
     said = one_line(run("--num_samples", 3, "--cfg_scale", 2))
-    assert "outputs/samples holds pictures of other settings (cfg_scale or guide_scale 1.25 there, 2.0 here)" in said
+    assert "outputs/samples holds images of other settings (cfg_scale or guide_scale 1.25 there, 2.0 here)" in said
     assert contents(tmp_path) == before
     assert run("--num_samples", 3, "--cfg_scale", 2, "--precision", "bf16", "--overwrite")[0] == 0
     assert run("--num_samples", 3, "--cfg_scale", 2, "--precision", "bf16", "--output_dir", "new")[0] == 0
     assert contents(tmp_path / "outputs" / "samples") == contents(tmp_path / "new")
-    assert "new holds pictures of other settings (precision bf16 there, 32 here)" in one_line(
+    assert "new holds images of other settings (precision bf16 there, 32 here)" in one_line(
         run("--num_samples", 3, "--cfg_scale", 2, "--precision", 32, "--output_dir", "new")
     )
 
@@ -131,7 +131,7 @@ def test_texts_and_images_of_prompts(run, models, tmp_path):
     words = ("--prompt", "hi", "--num_samples", 9, "--output_dir", "chats")
     assert run(*words, of="chats")[1] == run(*words, of="chats")[1]
     status, said, _ = run("--prompt", "green", "red", "--num_samples", 3, "--output_dir", "text", of="text")
-    assert status == 0 and said == "written: 3 pictures of 2 prompts (text/00000.png …), text/grid.png\n"
+    assert status == 0 and said == "written: 3 images of 2 prompts (text/00000.png …), text/grid.png\n"
 
 
 def test_a_class_list_names_the_folders(run, tmp_path):
@@ -174,14 +174,14 @@ def test_a_class_list_that_does_not_fit(run, tmp_path, names, message):
         ("pipeline", "--devices some", "--devices some: expected how many, at least one, or auto"),
         ("pipeline", "--timestep_shift -1", "it is above 0"),
         ("pipeline", "--precision 16", "A CPU has no fp16: use --precision 32"),
-        ("pipeline", "--prompt x", "pipeline makes pictures of classes, for which --prompt has no meaning: leave it"),
-        ("text", "--prompt x --labels 0 --format npz", "pictures of prompts, for which --labels, --format has no"),
-        ("text", "", 'makes pictures from sentences: say which, with --prompt "…"'),
+        ("pipeline", "--prompt x", "pipeline makes images of classes, for which --prompt has no meaning: leave it"),
+        ("text", "--prompt x --labels 0 --format npz", "images of prompts, for which --labels, --format has no"),
+        ("text", "", 'makes images from sentences: say which, with --prompt "…"'),
         ("tokens", "--cfg_scale 2 --format npz", "makes texts, for which --format, --cfg_scale has no meaning"),
         ("tokens", "--cfg_interval 0,0.5 --prompt y --negative_prompt x", "for which --cfg_interval, --negative_pr"),
         ("tokens", "--solver ddpm", "No solver 'ddpm' for flow matching or sample; there are euler, heun"),
         ("tokens", "--num_samples 0", "--num_samples 0"),
-        ("tokens", "--prompt aaaaaaaaaaaaaaaa", "The prompt has 16 tokens, and a picture 16 cells"),
+        ("tokens", "--prompt aaaaaaaaaaaaaaaa", "The prompt has 16 tokens, and an image 16 cells"),
         ("chats", "", "This model answers: give it prompts"),
     ],
 )
@@ -218,11 +218,11 @@ def test_two_processes_of_torchrun_write_the_same_npz(run, models, tmp_path):
     amount = ["--num_samples", 9, "--format", "npz"]
     status, said, _ = run(*amount, "--output_dir", "one")
     name = f"samples_9x{SIZE}x{SIZE}x3.npz"
-    assert status == 0 and said.splitlines()[0] == f"written: 9 pictures (one/{name})" and "evaluator" in said
+    assert status == 0 and said.splitlines()[0] == f"written: 9 images (one/{name})" and "evaluator" in said
     program = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "vavae_tools.sample")
     process = start(models, tmp_path, *amount, "--output_dir", "two", program=program)
     said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0 and said.count(f"written: 9 pictures (two/{name})") == 1, said
+    assert process.returncode == 0 and said.count(f"written: 9 images (two/{name})") == 1, said
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 

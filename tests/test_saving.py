@@ -18,7 +18,7 @@ from vavae_tools.recipes.vavae import fine_tune_vavae
 from vavae_tools.runtime.errors import Stopped, UserError, run_command
 from vavae_tools.training.callbacks import checkpointing as checkpoints
 from vavae_tools.training.callbacks.checkpointing import WholeCheckpointIO
-from vavae_tools.training.config import Saving, session_end
+from vavae_tools.training.config import SaveConfig, session_end
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -103,7 +103,7 @@ def test_training_ends_in_time_and_goes_on_exactly(tmp_path, data, monkeypatch):
 
 
 def test_a_stopped_training_leaves_a_model_and_status_0(split_dir, vavae_dir, tmp_path, capsys):
-    saving = Saving(max_time="0:00:01")
+    saving = SaveConfig(max_time="0:00:01")
     numbers = {"image_size": SIZE, "batch_size": 6, "max_epochs": 9, "saving": saving}
     with pytest.raises(SystemExit) as ended:
         run_command(lambda: exit(fine_tune_vavae(split_dir, tmp_path, vavae_dir, **numbers) is None))
@@ -114,7 +114,7 @@ def test_a_stopped_training_leaves_a_model_and_status_0(split_dir, vavae_dir, tm
 
 def test_folders_every_few_steps_and_epochs(tmp_path, split_dir, vavae_dir):
     saving = {"save_every_n_steps": 3, "save_every_n_epochs": 2, "keep_last": 3}
-    numbers = {"image_size": SIZE, "batch_size": 6, "max_epochs": 4, "say": lambda line: None}
+    numbers = {"image_size": SIZE, "batch_size": 6, "max_epochs": 4, "log": lambda line: None}
     fine_tune_vavae(split_dir, tmp_path, vavae_dir, saving=saving, **numbers)
     names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert names == ["checkpoint-12", "checkpoint-15", "checkpoint-epoch-4"]
@@ -129,7 +129,7 @@ def test_other_settings_or_data_are_named(split_dir, vavae_dir, tmp_path, gait):
     from vavae_tools.data.split import split_folders
 
     said = []
-    numbers = {"image_size": SIZE, "batch_size": 6, "max_epochs": 1, "say": said.append}
+    numbers = {"image_size": SIZE, "batch_size": 6, "max_epochs": 1, "log": said.append}
     fine_tune_vavae(split_dir, tmp_path / "run", vavae_dir, **numbers)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["settings"]["lr"] == 2e-3 and record["settings"]["recipe"] == "light"
@@ -140,7 +140,7 @@ def test_other_settings_or_data_are_named(split_dir, vavae_dir, tmp_path, gait):
     split_folders(gait, tmp_path / "other", seed=7, progress=False)
     with pytest.raises(UserError, match="the data are others"):
         fine_tune_vavae(tmp_path / "other", tmp_path / "run", vavae_dir, **numbers)
-    allowed = Saving(allow_changes=True)
+    allowed = SaveConfig(allow_changes=True)
     fine_tune_vavae(split_dir, tmp_path / "run", vavae_dir, lr=1e-3, saving=allowed, **numbers)
     assert "changed on going on: lr was 0.002, is 0.001" in said
     assert not Path(tmp_path / "run" / "checkpoints" / "last-v1.ckpt").exists()

@@ -112,7 +112,7 @@ def steps_in(folder: Path) -> dict[str, int]:
 # ---- what goes along
 
 
-def test_what_a_session_needs_and_no_picture(tmp_path):
+def test_what_a_session_needs_and_no_image(tmp_path):
     work = outputs(tmp_path / "work")
     assert session_files(work) == [
         "data_split/split_info.json",
@@ -126,7 +126,7 @@ def test_what_a_session_needs_and_no_picture(tmp_path):
         "vavae/vavae/config.json",
         "vavae/vavae/diffusion_pytorch_model.safetensors",
     ]
-    asked_for = set(session_files(work, pictures=True)) - set(session_files(work))
+    asked_for = set(session_files(work, images=True)) - set(session_files(work))
     assert asked_for == {"data_split/train/ID_1/a.jpg", "data_split/val/ID_1/b.jpg"}
 
 
@@ -134,7 +134,7 @@ def test_a_push_needs_room_for_what_it_packs(tmp_path, monkeypatch):
     work = outputs(tmp_path / "work")
     monkeypatch.setattr(sessions.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="are needed to push: free some, or set TMPDIR"):
-        push_session(work, RUN, say=lambda line: None)
+        push_session(work, RUN, log=lambda line: None)
 
 
 # ---- with the client
@@ -144,7 +144,7 @@ def test_created_then_a_version_then_back_again(tmp_path, kaggle, client, said):
     work = outputs(tmp_path / "work")
     checkpoint(work / "dit/checkpoints/best-029-0.2.ckpt", 290, 300_000)  # a large one beside the small
     before = contents(work)
-    pushed = push_session(work, RUN, say=said.append)
+    pushed = push_session(work, RUN, log=said.append)
     assert pushed.steps == {"dit": (300, 30), "vavae": (70, 7)} and contents(work) == before
     assert "pushed a new private dataset, every file is listed whole" in said[1]
     made = kaggle.asked("CreateDataset")[0]
@@ -155,21 +155,21 @@ def test_created_then_a_version_then_back_again(tmp_path, kaggle, client, said):
 
     outputs(work, vavae=90)
     kaggle.late = 1  # while Kaggle still processes the version, the one before it is listed
-    push_session(work, RUN, "nine epochs", pictures=True, say=said.append)
+    push_session(work, RUN, "nine epochs", images=True, log=said.append)
     (version,) = kaggle.asked("CreateDatasetVersion")
     assert version["body"]["versionNotes"] == "nine epochs" and len(kaggle.datasets[RUN]) == 2
 
     said.clear()
     there = tmp_path / "there"
-    pulled = pull_session(there, RUN, say=said.append)
+    pulled = pull_session(there, RUN, log=said.append)
     assert pulled.steps == {"dit": (300, 30), "vavae": (90, 9)} == {**pushed.steps, "vavae": (90, 9)}
-    assert contents(there) == {path: (work / path).read_bytes() for path in session_files(work, pictures=True)}
+    assert contents(there) == {path: (work / path).read_bytes() for path in session_files(work, images=True)}
     assert said[0] == f"found {RUN}: dit at step 300 (epoch 30), vavae at step 90 (epoch 9)"
     assert said[-1].endswith("or --resume last")
 
-    pull_session(tmp_path / "older", RUN + "/1", say=said.append)
+    pull_session(tmp_path / "older", RUN + "/1", log=said.append)
     assert steps_in(tmp_path / "older") == {"vavae": 70, "dit": 300}
-    left_out = "left out: data_split/split_info.json, which is no split without its pictures; notebook 01 makes the"
+    left_out = "left out: data_split/split_info.json, which is no split without its images; notebook 01 makes the"
     assert said[-4].startswith(left_out) and not (tmp_path / "older/data_split").exists()
 
 
@@ -215,7 +215,7 @@ def test_an_upload_that_fails_is_noticed_and_what_was_there_is_kept(
 def test_a_version_that_is_never_listed_is_told(tmp_path, kaggle):
     kaggle.datasets[RUN], kaggle.late = [{"before": b"whole"}], 1000
     with pytest.raises(UserError, match=r"took every file, but does not list the new version after 0\.3 s"):
-        push_session(outputs(tmp_path / "work"), RUN, wait=0.3, say=lambda line: None)
+        push_session(outputs(tmp_path / "work"), RUN, wait=0.3, log=lambda line: None)
 
 
 def test_wrong_credentials(tmp_path, kaggle, client, monkeypatch, capsys, said):
@@ -224,16 +224,16 @@ def test_wrong_credentials(tmp_path, kaggle, client, monkeypatch, capsys, said):
     status, out, err = command("push", "--work", work, "--dataset", RUN, monkeypatch=monkeypatch, capsys=capsys)
     assert_one_line((status, out, err), "Kaggle does not know these credentials", "make a token")
     assert "wrong-and-secret" not in out + err and kaggle.datasets == {}
-    assert pull_session(work, RUN, say=said.append) is None and said[0].startswith("nothing pulled: Kaggle does not")
+    assert pull_session(work, RUN, log=said.append) is None and said[0].startswith("nothing pulled: Kaggle does not")
 
 
 def test_no_credentials_is_one_line_and_stdin_lives_on(tmp_path, monkeypatch, said):
     monkeypatch.delenv("KAGGLE_KEY")
-    assert push_session(outputs(tmp_path / "work"), RUN, say=said.append) is None
+    assert push_session(outputs(tmp_path / "work"), RUN, log=said.append) is None
     line = "not pushed: no Kaggle credentials are here, or none that work: make a token"
     assert said[-1].startswith(line) and "kaggle" not in sys.modules
     with pytest.raises(Unavailable):
-        push_session(tmp_path / "work", RUN, optional=False, say=said.append)
+        push_session(tmp_path / "work", RUN, optional=False, log=said.append)
     (tmp_path / "model").mkdir()
     (tmp_path / "model/a.safetensors").touch()
     call = f"import vavae_tools as vt; print(vt.push_session('model', {RUN!r}), input())"
@@ -250,7 +250,7 @@ def test_secrets_of_the_notebook_are_taken(tmp_path, kaggle, monkeypatch, said):
     )
     monkeypatch.delenv("KAGGLE_KEY")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    assert push_session(outputs(tmp_path / "work"), RUN, say=said.append), said
+    assert push_session(outputs(tmp_path / "work"), RUN, log=said.append), said
     assert "KAGGLE_KEY" not in os.environ
 
 
@@ -259,26 +259,26 @@ def test_without_client_or_network_everything_else_goes_on(tmp_path, monkeypatch
     closed = "http://127.0.0.1:9"
     for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.setenv(name, closed)
-    assert push_session(work, RUN, say=said.append) is None and pull_session(work, RUN, say=said.append) is None
+    assert push_session(work, RUN, log=said.append) is None and pull_session(work, RUN, log=said.append) is None
     assert said[-2].startswith("not pushed: Kaggle cannot be reached (") and "attach its output" in said[-2]
     blocked = tmp_path / "blocked"
     without(blocked, "kagglehub", monkeypatch)
     without(blocked, "kaggle", monkeypatch)
-    assert push_session(work, RUN, say=said.append) is None
+    assert push_session(work, RUN, log=said.append) is None
     assert (
         said[-1]
         == "not pushed: neither kagglehub nor the kaggle client is here (no module named kaggle): pip install kaggle"
     )
     (blocked / "kaggle.py").write_text("raise SystemExit(1)")  # as clients up to 2.2.0 without credentials
-    assert push_session(work, RUN, say=said.append) is None
+    assert push_session(work, RUN, log=said.append) is None
     assert said[-1].startswith("not pushed: no Kaggle credentials are here")
-    assert push_session(work, None, say=said.append) is None and "no dataset is named" in said[-1]
+    assert push_session(work, None, log=said.append) is None and "no dataset is named" in said[-1]
 
 
 def test_the_first_session_pulls_nothing(tmp_path, monkeypatch, capsys, said):
-    assert pull_session(tmp_path / "work", RUN, say=said.append) is None
+    assert pull_session(tmp_path / "work", RUN, log=said.append) is None
     assert said == [f"nothing pulled: there is no dataset {RUN} that you may read: it is made by the first push"]
-    assert pull_session(tmp_path / "work", say=said.append) is None and "no earlier session is attached" in said[1]
+    assert pull_session(tmp_path / "work", log=said.append) is None and "no earlier session is attached" in said[1]
     assert_one_line(command("pull", monkeypatch=monkeypatch, capsys=capsys), "no earlier session is attached")
 
 
@@ -305,7 +305,7 @@ def test_nothing_to_push_and_a_damaged_checkpoint(tmp_path, kaggle):
     last = outputs(tmp_path / "work") / "vavae/checkpoints/last.ckpt"
     last.write_bytes(last.read_bytes()[:200])
     with pytest.raises(UserError, match=r"work/vavae/checkpoints/last\.ckpt is damaged"):
-        push_session(tmp_path / "work", RUN, say=lambda line: None)
+        push_session(tmp_path / "work", RUN, log=lambda line: None)
     assert kaggle.requests == []
 
 
@@ -314,7 +314,7 @@ def test_nothing_to_push_and_a_damaged_checkpoint(tmp_path, kaggle):
 
 @pytest.fixture
 def attached(tmp_path) -> Path:
-    """A root as /kaggle/input: pictures, and a pushed session as a dataset."""
+    """A root as /kaggle/input: images, and a pushed session as a dataset."""
     work, folder = outputs(tmp_path / "pushed"), tmp_path / "input/datasets/me/gait-run"
     folder.mkdir(parents=True)
     (tmp_path / "input/pictures/ID_1").mkdir(parents=True)
@@ -329,7 +329,7 @@ def attached(tmp_path) -> Path:
 def test_an_attached_dataset_is_taken_without_the_client(tmp_path, kaggle, attached, said):
     for number, name in enumerate([None, RUN]):
         work = tmp_path / f"work {number}"
-        pulled = pull_session(work, name, [attached], say=said.append)
+        pulled = pull_session(work, name, [attached], log=said.append)
         assert pulled.source == str(attached / "datasets/me/gait-run") and not pulled.kept
         expected = contents(tmp_path / "pushed")
         for path in session_files(tmp_path / "pushed"):
@@ -337,12 +337,12 @@ def test_an_attached_dataset_is_taken_without_the_client(tmp_path, kaggle, attac
                 assert (work / path).read_bytes() == expected[path]
         assert not list(work.rglob(".*")) and not (work / "vavae/checkpoints/last.ckpt").is_symlink()
     assert kaggle.requests == []
-    assert pull_session(tmp_path / "w", "me/another-run", [attached], say=said.append) is None
+    assert pull_session(tmp_path / "w", "me/another-run", [attached], log=said.append) is None
 
 
 def test_the_output_of_a_notebook_is_taken(tmp_path, attached, said):
     outputs(attached / "notebooks/me/02-vavae", vavae=120)
-    pulled = pull_session(tmp_path / "work", None, [attached], say=said.append)
+    pulled = pull_session(tmp_path / "work", None, [attached], log=said.append)
     assert pulled.source.endswith("02-vavae") and steps_in(tmp_path / "work") == {"vavae": 120, "dit": 300}
     assert (tmp_path / "work/data_split/train/ID_1/a.jpg").is_file()
 
@@ -350,25 +350,25 @@ def test_the_output_of_a_notebook_is_taken(tmp_path, attached, said):
 def test_what_is_newer_here_is_kept_and_what_is_older_replaced(tmp_path, attached, said):
     work = outputs(tmp_path / "work", vavae=80, dit=10)
     before = contents(work)
-    pulled = pull_session(work, None, [attached], say=said.append)
+    pulled = pull_session(work, None, [attached], log=said.append)
     assert steps_in(work) == {"vavae": 80, "dit": 300} and "vavae" in pulled.kept and "dit" not in pulled.kept
     assert any("vavae is newer than what" in line and "(step 80 against step 70)" in line for line in said)
     changed = {path for path, content in contents(work).items() if content != before.get(path)}
     assert changed == {"dit/checkpoints/last.ckpt"}
     (work / "dit/checkpoints/last.ckpt").write_bytes(b"half a file")
     os.utime(work / "dit/checkpoints/last.ckpt", (1, 1))
-    pull_session(work, None, [attached], say=said.append)
+    pull_session(work, None, [attached], log=said.append)
     assert steps_in(work)["dit"] == 300
-    assert pull_session(work, None, [attached], say=said.append).files == ()
+    assert pull_session(work, None, [attached], log=said.append).files == ()
 
 
 def test_a_pull_that_was_cut_off_is_completed(tmp_path, attached, said):
     work = tmp_path / "work"
-    pull_session(work, None, [attached], say=said.append)
+    pull_session(work, None, [attached], log=said.append)
     whole = contents(work)
     (work / "vavae/checkpoints/last.ckpt").unlink()
     shutil.rmtree(work / "dit")
-    pull_session(work, None, [attached], say=said.append)
+    pull_session(work, None, [attached], log=said.append)
     assert contents(work) == whole
 
 
@@ -384,7 +384,7 @@ def test_what_is_damaged_is_not_put_in_place(tmp_path, attached, part):
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"gait-run.*(damaged|lacks|cannot be read).*push again, or take the version"):
-        pull_session(work, None, [attached], say=lambda line: None)
+        pull_session(work, None, [attached], log=lambda line: None)
     assert contents(work) == before
 
 
@@ -398,7 +398,7 @@ def test_a_manifest_cannot_write_elsewhere(tmp_path, attached, path):
     content = json.dumps(manifest).encode()
     (folder / f"session-{hashlib.sha256(content).hexdigest()[:12]}.json").write_bytes(content)
     with pytest.raises(UserError, match="its manifest cannot be read"):
-        pull_session(tmp_path / "deep/work", None, [attached], say=lambda line: None)
+        pull_session(tmp_path / "deep/work", None, [attached], log=lambda line: None)
 
 
 # ---- kernels

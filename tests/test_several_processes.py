@@ -217,8 +217,8 @@ def test_what_a_cell_defines_is_trained_by_two_and_faults_come_back(here, forked
 def test_previews_come_into_the_cell(here, forked):
     words = [*SHORT, *SMALL, *HALVES, "model.dit_module.max_steps=3", "trainer.devices=2", "--output_dir", "run"]
     (cell,) = executed(f"from vavae_tools.train import run_experiment; run_experiment(*{words!r})")
-    pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 2  # the reconstructions before, the samples after
+    images = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(images) == 2  # the reconstructions before, the samples after
 
 
 def test_the_stop_button_of_a_notebook(here):

@@ -19,14 +19,14 @@ from torch.distributed import HashStore
 from torch.utils.data import Dataset
 
 from vavae_tools.autoencoders.foundation import foundation_features
-from vavae_tools.data.datasets import PictureDataModule
+from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.demo.shapes import shape_data
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.latents import INDEX, LatentDataset, LatentFolder, encode_latents
 from vavae_tools.data.loader import OrderedDataModule
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import write_json
-from vavae_tools.runtime.ranks import Ranks, of_torchrun
+from vavae_tools.runtime.ranks import Ranks, current_ranks
 from vavae_tools.training.autoencoder_module import VAVAEModule
 from vavae_tools.training.callbacks.watch import ReconstructionWatch
 from vavae_tools.training.denoiser_module import DiffusionModule
@@ -87,12 +87,12 @@ class Faithful(VAVAEModule):
 
     def validation_step(self, batch, batch_idx):
         super().validation_step(batch, batch_idx)
-        return {"reconstructions": batch["pictures"]}
+        return {"reconstructions": batch["images"]}
 
 
 def watched(processes: int, split: str, folder: str) -> dict:
-    """What a VA-VAE comes to on five pictures, at a learning rate of 0."""
-    data = PictureDataModule(split, SIZE, batch_size=6 // processes)
+    """What a VA-VAE comes to on five images, at a learning rate of 0."""
+    data = ImageDataModule(split, SIZE, batch_size=6 // processes)
     data.val_data = data.val_data.part(range(5))
     module, watch = Faithful(perturb_projections(tiny_vavae()), lr=0.0), ReconstructionWatch(data, folder)
     trainer = trainer_for(processes, callbacks=[watch], max_epochs=1, num_sanity_val_steps=1)
@@ -102,7 +102,7 @@ def watched(processes: int, split: str, folder: str) -> dict:
 
 
 class Counted(torch.nn.Module):
-    """A VA-VAE that counts the pictures it encodes, and fails after so many."""
+    """A VA-VAE that counts the images it encodes, and fails after so many."""
 
     downsampling, has_own_statistics = 2, False
 
@@ -110,23 +110,23 @@ class Counted(torch.nn.Module):
         super().__init__()
         self.vavae, self.count, self.fails_after = perturb_projections(tiny_vavae(seed)), 0, fails_after
 
-    def encode_pictures(self, pictures, labels, normal):
-        self.count += len(pictures)
+    def encode_images(self, images, labels, normal):
+        self.count += len(images)
         if self.count > self.fails_after:
             raise LookupError("a fault of the encoder")
-        return self.vavae.encode_pictures(pictures, labels, normal)
+        return self.vavae.encode_images(images, labels, normal)
 
 
 def encoded(split: str, folder: str, ranks: Ranks | None = None, **options) -> int:
     """Encode, with batches of two and shards of four → how many images this process has encoded."""
     encoder = Counted(**options)
-    encode_latents(encoder, PictureDataModule(split, SIZE), folder, True, 2, progress=False, seed=3, ranks=ranks)
+    encode_latents(encoder, ImageDataModule(split, SIZE), folder, True, 2, progress=False, seed=3, ranks=ranks)
     return encoder.count
 
 
 def main(folder: str, split: str, latents_dir: str, classifier: str) -> None:
     """All of it by one process of several."""
-    ranks = of_torchrun()
+    ranks = current_ranks()
     found = {f"validated {count}": validated(ranks.size, count, batch_size=2) for count in (13, 1)}
     found["watched"] = watched(ranks.size, split, classifier)
     found["encoded"] = [encoded(split, latents_dir, ranks)]
@@ -189,10 +189,10 @@ def test_validation_is_shared_and_says_the_same(several, alone):
 def test_reconstructions_of_all_are_judged_by_the_first(several, alone):
     ranks, _ = several
     assert [rank["watched"]["judges"] for rank in ranks] == [True] + [False] * (len(ranks) - 1)
-    judged = {"val/right", "val/originals_right", "val/frechet", "val/originals_frechet", "val/frechet_ratio"}
+    judged = {"val/accuracy", "val/real_accuracy", "val/frechet", "val/real_frechet", "val/frechet_ratio"}
     for rank in ranks:
         assert rank["watched"].keys() == alone["watched"].keys() > judged
-        assert rank["watched"]["val/right"] == rank["watched"]["val/originals_right"] > 0.9
+        assert rank["watched"]["val/accuracy"] == rank["watched"]["val/real_accuracy"] > 0.9
         assert rank["watched"]["val/frechet_ratio"] == pytest.approx(1, abs=1e-5)
         for name in rank["watched"].keys() - {"val/latent_std", "judges"}:  # which is of a batch
             assert rank["watched"][name] == pytest.approx(alone["watched"][name], rel=1e-4), name
@@ -201,8 +201,8 @@ def test_reconstructions_of_all_are_judged_by_the_first(several, alone):
 def rows_of(folder: Path) -> list[tuple[torch.Tensor, ...]]:
     found = LatentFolder.read(folder)
     return [
-        tuple(torch.cat([load_file(folder / shard)[key] for shard in found.shards[side]]) for key in keys)
-        for side in ("train", "val")
+        tuple(torch.cat([load_file(folder / shard)[key] for shard in found.shards[subset]]) for key in keys)
+        for subset in ("train", "val")
         for keys in [("latents", "latents_flip", "labels")]
     ]
 
@@ -292,13 +292,13 @@ class Averages(torch.nn.Module):
         super().__init__()
         self.register_buffer("scale", torch.tensor(scale))
 
-    def encode_pictures(self, pictures, labels, normal):
-        return self.scale * torch.nn.functional.avg_pool2d(pictures, 8)
+    def encode_images(self, images, labels, normal):
+        return self.scale * torch.nn.functional.avg_pool2d(images, 8)
 
 
 @pytest.mark.parametrize("size", [2, 4, 7])
 @pytest.mark.parametrize("count", [1, 5, 64])
-def test_any_number_of_processes_encode_any_number_of_pictures(tmp_path, size, count):
+def test_any_number_of_processes_encode_any_number_of_images(tmp_path, size, count):
     data = shape_data(count, image_size=16, val_share=0.2)
 
     def encode(folder, ranks=None):
@@ -307,8 +307,8 @@ def test_any_number_of_processes_encode_any_number_of_pictures(tmp_path, size, c
     one = encode("one")
     found = at_once(size, lambda ranks: encode("all", ranks))
     assert all(isinstance(folder, LatentFolder) for folder in found), found
-    for side in ("train", "val"):
-        mine, theirs = (LatentDataset(folder, side) for folder in (found[0], one))
+    for subset in ("train", "val"):
+        mine, theirs = (LatentDataset(folder, subset) for folder in (found[0], one))
         assert len(mine) == len(theirs) and torch.equal(mine.labels, theirs.labels)
         if len(mine):
             everything = list(range(len(mine)))
@@ -324,9 +324,9 @@ class Means:
 
     channels, digest, asked = 3, "means", 0
 
-    def __call__(self, pictures, grid):
-        self.asked += len(pictures)
-        return torch.nn.functional.adaptive_avg_pool2d(pictures, grid)
+    def __call__(self, images, grid):
+        self.asked += len(images)
+        return torch.nn.functional.adaptive_avg_pool2d(images, grid)
 
 
 def test_features_of_a_foundation_model_are_shared_too(tmp_path):
@@ -341,7 +341,7 @@ def test_features_of_a_foundation_model_are_shared_too(tmp_path):
     assert [model.asked for model in models] == [12, 12] and all(same(found, expected) for found in rows)
 
 
-def test_another_autoencoder_or_other_pictures_are_told_by_the_process_that_has_them(tmp_path):
+def test_another_autoencoder_or_other_images_are_told_by_the_process_that_has_them(tmp_path):
     def encode(ranks, scale=0.0, count=0):
         odd = ranks.rank == 1
         data = shape_data(8 + odd * count, image_size=16)
@@ -384,7 +384,7 @@ def test_each_encodes_on_its_own_device(tmp_path):
 
 if __name__ == "__main__":
     if sys.argv[1] == "fail":
-        failing = {"fails_after": 8} if of_torchrun().rank else {}
-        encoded(sys.argv[2], sys.argv[3], of_torchrun(), **failing)
+        failing = {"fails_after": 8} if current_ranks().rank else {}
+        encoded(sys.argv[2], sys.argv[3], current_ranks(), **failing)
     else:
         main(*sys.argv[1:])

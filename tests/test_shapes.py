@@ -18,18 +18,18 @@ from vavae_tools.data.demo.shapes import (
     SHAPES,
     CaptionedShapes,
     Named,
-    ShapePictures,
+    ShapeImages,
+    caption_accuracy,
     captioned_shape_data,
     coverage,
     draw_shapes,
-    judge_shapes,
     named,
     seen,
     shape_classes,
     shape_data,
     vocabulary,
 )
-from vavae_tools.data.images import PictureSetDataModule
+from vavae_tools.data.images import ImageSetDataModule
 from vavae_tools.runtime.errors import UserError
 
 DRAWN = CaptionedShapes(1000)
@@ -40,13 +40,13 @@ FULL = [captions[0] for captions in DRAWN.captions]
 
 
 def test_a_square_and_its_ground_are_exact():
-    """A square of half the side in the middle of 32 pixels covers pixels 8 … 23."""
+    """A square of half the subset in the middle of 32 pixels covers pixels 8 … 23."""
     half = torch.tensor([0.25 * math.sqrt(2)])
     square, blue = (torch.tensor([list(table).index(name)]) for table, name in ((SHAPES, "square"), (COLOURS, "blue")))
-    picture = draw_shapes(square, blue, torch.tensor([[0.5, 0.5]]), half, torch.tensor([0.4]), 32)[0]
+    image = draw_shapes(square, blue, torch.tensor([[0.5, 0.5]]), half, torch.tensor([0.4]), 32)[0]
     expected = torch.full((3, 32, 32), 102, dtype=torch.uint8)
     expected[:, 8:24, 8:24] = torch.tensor(COLOURS["blue"], dtype=torch.uint8)[:, None, None]
-    assert torch.equal(picture, expected)
+    assert torch.equal(image, expected)
 
 
 @pytest.mark.parametrize("shape", range(len(SHAPES)))
@@ -61,18 +61,18 @@ def test_every_shape_has_its_area_around_its_place(shape):
     assert covered[outside].max() == 0
 
 
-def test_pictures_follow_from_seed_side_and_index_alone():
-    data = ShapePictures(60, 6, 24, seed=3)
+def test_images_follow_from_seed_side_and_index_alone():
+    data = ShapeImages(60, 6, 24, seed=3)
     assert data.labels.tolist() == [index % 6 for index in range(60)]
     batch = data.__getitems__([41, 7])
-    assert batch["pictures"].shape == (2, 3, 24, 24) and batch["pictures"].dtype == torch.uint8
+    assert batch["images"].shape == (2, 3, 24, 24) and batch["images"].dtype == torch.uint8
     assert batch["labels"].tolist() == [5, 1] and batch["index"].tolist() == [41, 7]
-    assert torch.equal(data[7]["pictures"], batch["pictures"][1])
-    assert torch.equal(ShapePictures(2000, 6, 24, seed=3)[41]["pictures"], batch["pictures"][0])
-    assert torch.equal(data.in_memory()[[41, 7]], batch["pictures"])
-    assert torch.equal(data.__getitems__([41, 7])["pictures"], batch["pictures"])  # now from memory
-    for other in (ShapePictures(60, 6, 24, seed=4), ShapePictures(60, 6, 24, seed=3, side=1)):
-        assert not torch.equal(other[41]["pictures"], batch["pictures"][0])
+    assert torch.equal(data[7]["images"], batch["images"][1])
+    assert torch.equal(ShapeImages(2000, 6, 24, seed=3)[41]["images"], batch["images"][0])
+    assert torch.equal(data.in_memory()[[41, 7]], batch["images"])
+    assert torch.equal(data.__getitems__([41, 7])["images"], batch["images"])  # now from memory
+    for other in (ShapeImages(60, 6, 24, seed=4), ShapeImages(60, 6, 24, seed=3, subset=1)):
+        assert not torch.equal(other[41]["images"], batch["images"][0])
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 36])
@@ -82,8 +82,8 @@ def test_classes_are_different_pairs(count):
 
 
 @pytest.mark.parametrize("size", [16, 32])
-def test_class_pictures_show_what_their_names_say(size):
-    data = ShapePictures(360, 36, size)
+def test_class_images_show_what_their_names_say(size):
+    data = ShapeImages(360, 36, size)
     wanted = [name.split("/")[0] for name in data.names]
     found = [f"{one.colour}_{one.shape}" for one in seen(data.in_memory())]
     right = [a == b for a, b in zip(wanted, found, strict=True) if not a.endswith("diamond")]
@@ -93,11 +93,11 @@ def test_class_pictures_show_what_their_names_say(size):
 # ---- seeing and naming
 
 
-def generated_looking(pictures: Tensor, blur: float, noise: float) -> Tensor:
-    """With the faults that generated pictures have."""
+def generated_looking(images: Tensor, blur: float, noise: float) -> Tensor:
+    """With the faults that generated images have."""
     weights = torch.exp(-(torch.arange(-4, 5.0) ** 2) / (2 * blur**2))
     weights = (weights / weights.sum()).expand(3, 1, 1, -1)
-    soft = torch.nn.functional.pad(pictures.float(), (4, 4, 4, 4), mode="replicate")
+    soft = torch.nn.functional.pad(images.float(), (4, 4, 4, 4), mode="replicate")
     soft = torch.nn.functional.conv2d(soft, weights, groups=3)
     soft = torch.nn.functional.conv2d(soft, weights.transpose(2, 3), groups=3)
     soft += noise * torch.randn(soft.shape, generator=torch.Generator().manual_seed(0))
@@ -106,20 +106,20 @@ def generated_looking(pictures: Tensor, blur: float, noise: float) -> Tensor:
 
 @pytest.mark.parametrize(("blur", "noise"), [(0.01, 0), (0.7, 8), (1.0, 8), (0.01, 16)])
 def test_real_ones_are_judged_right(blur, noise):
-    shares = judge_shapes(generated_looking(DRAWN.in_memory(), blur, noise), FULL)
+    shares = caption_accuracy(generated_looking(DRAWN.in_memory(), blur, noise), FULL)
     assert shares.keys() == {"all", "colour", "shape", "size", "place"}
     assert min(shares.values()) >= 0.99, shares
 
 
 @pytest.mark.parametrize("size", [16, 48])
 def test_other_sizes(size):
-    pictures = CaptionedShapes(300, size)
-    assert judge_shapes(pictures.in_memory(), [captions[0] for captions in pictures.captions])["all"] >= 0.99
+    images = CaptionedShapes(300, size)
+    assert caption_accuracy(images.in_memory(), [captions[0] for captions in images.captions])["all"] >= 0.99
 
 
-def test_captions_of_other_pictures_are_right_by_chance():
+def test_captions_of_other_images_are_right_by_chance():
     """What the judge says of a model that does not listen: one of the kinds' numbers, ± four standard deviations."""
-    shares = judge_shapes(DRAWN.in_memory(), FULL[1:] + FULL[:1])
+    shares = caption_accuracy(DRAWN.in_memory(), FULL[1:] + FULL[:1])
     for kind, count in (("colour", 6), ("shape", 5), ("size", 2), ("place", 5)):
         chance = 1 / count
         assert abs(shares[kind] - chance) < 4 * (chance * (1 - chance) / 1000) ** 0.5, kind
@@ -133,23 +133,23 @@ def test_nothing_is_seen_where_nothing_is():
 
 
 def test_a_blob_has_a_colour_alone():
-    picture = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+    image = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
     red = torch.tensor([220, 40, 40], dtype=torch.uint8)[:, None, None]
-    picture[0, :, 4:28, 14:18] = picture[0, :, 4:8, 2:18] = picture[0, :, 24:28, 14:30] = red  # a Z
-    assert seen(picture) == [Named("red")]
-    assert judge_shapes(picture, ["a small red circle"]) == {"all": 0, "colour": 1, "shape": 0, "size": 0}
+    image[0, :, 4:28, 14:18] = image[0, :, 4:8, 2:18] = image[0, :, 24:28, 14:30] = red  # a Z
+    assert seen(image) == [Named("red")]
+    assert caption_accuracy(image, ["a small red circle"]) == {"all": 0, "colour": 1, "shape": 0, "size": 0}
 
 
 def test_each_kind_is_judged_for_itself():
-    """One picture, drawn by hand: a large yellow cross at the top left edge of the middle."""
+    """One image, drawn by hand: a large yellow cross at the top left edge of the middle."""
     numbers = CAPTION_SHAPES.index("cross"), CAPTION_COLOURS.index("yellow"), [0.5, 0.3], 0.28, 0.5
-    picture = draw_shapes(*(torch.tensor([number]) for number in numbers))
-    assert seen(picture) == [Named("yellow", "cross", "large", "top")]
-    found = judge_shapes(picture, ["a small yellow ring at the top"])
+    image = draw_shapes(*(torch.tensor([number]) for number in numbers))
+    assert seen(image) == [Named("yellow", "cross", "large", "top")]
+    found = caption_accuracy(image, ["a small yellow ring at the top"])
     assert found == {"all": 0, "colour": 1, "shape": 0, "size": 0, "place": 1}
-    assert judge_shapes(picture, ["a yellow cross"]) == {"all": 1, "colour": 1, "shape": 1}
-    assert judge_shapes(picture, ["hello"]) == {}
-    found = judge_shapes(picture.expand(2, -1, -1, -1), ["a yellow cross", "red"])
+    assert caption_accuracy(image, ["a yellow cross"]) == {"all": 1, "colour": 1, "shape": 1}
+    assert caption_accuracy(image, ["hello"]) == {}
+    found = caption_accuracy(image.expand(2, -1, -1, -1), ["a yellow cross", "red"])
     assert found == {"all": 0.5, "colour": 0.5, "shape": 1}
 
 
@@ -181,14 +181,14 @@ def test_all_that_can_be_named_comes_up():
     assert all(None not in vars(named(prompt)).values() for prompt in EXAMPLE_PROMPTS)
 
 
-def test_each_picture_follows_from_seed_side_and_index():
+def test_each_image_follows_from_seed_side_and_index():
     more, part = CaptionedShapes(1200), DRAWN.part([7, 3])
-    assert torch.equal(more.pictures([999, 5]), DRAWN.pictures([999, 5])) and more.captions[:1000] == DRAWN.captions
-    assert torch.equal(part.pictures([0, 1]), DRAWN.pictures([7, 3])) and part.captions[1] == DRAWN.captions[3]
+    assert torch.equal(more.images([999, 5]), DRAWN.images([999, 5])) and more.captions[:1000] == DRAWN.captions
+    assert torch.equal(part.images([0, 1]), DRAWN.images([7, 3])) and part.captions[1] == DRAWN.captions[3]
     assert torch.equal(part.in_memory(), part.drawn([0, 1]))
-    for other in (CaptionedShapes(1000, seed=1), CaptionedShapes(1000, side=1)):
+    for other in (CaptionedShapes(1000, seed=1), CaptionedShapes(1000, subset=1)):
         assert other.captions != DRAWN.captions and other.fingerprint() != DRAWN.fingerprint()
-        assert not torch.equal(other.pictures([0]), DRAWN.pictures([0]))
+        assert not torch.equal(other.images([0]), DRAWN.images([0]))
 
 
 def test_nothing_touches_an_edge():
@@ -202,7 +202,7 @@ def test_both_sides():
     data = captioned_shape_data(40, batch_size=8, val_share=0.2)
     assert (len(data.train_data), len(data.val_data)) == (40, 8)
     batch = next(iter(data.train_dataloader()))
-    assert judge_shapes(batch["pictures"], batch["captions"])["all"] == 1
+    assert caption_accuracy(batch["images"], batch["captions"])["all"] == 1
     assert batch["captions"] != [data.train_data.captions[index][0] for index in batch["index"].tolist()]
 
 
@@ -214,12 +214,12 @@ def test_numbers_that_cannot_be():
 
 def test_shapes_as_a_data_module():
     data = shape_data(20, image_size=16, batch_size=8, val_share=0.2)
-    assert isinstance(data, PictureSetDataModule) and data.num_classes == 4
+    assert isinstance(data, ImageSetDataModule) and data.num_classes == 4
     assert data.labels == {"red_circle": 0, "blue_circle": 1, "red_square": 2, "blue_square": 3}
     batches = list(data.train_dataloader())
-    assert [batch["pictures"].shape for batch in batches] == [(8, 3, 16, 16)] * 2
+    assert [batch["images"].shape for batch in batches] == [(8, 3, 16, 16)] * 2
     assert (len(data.train_data), len(data.val_data), data.train_data.channels) == (20, 4, 3)
-    train, val = (set(map(bytes, side.in_memory().numpy())) for side in (data.train_data, data.val_data))
+    train, val = (set(map(bytes, subset.in_memory().numpy())) for subset in (data.train_data, data.val_data))
     assert len(train) == 20 and not train & val
     assert shape_data(20, val_share=0).val_data is None
     prints = {shape_data(*arguments).fingerprint() for arguments in ((20,), (21,), (20, 5), (20, 4, 16))}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vavae_tools.data.datasets import caption_data, picture_data
+from vavae_tools.data.datasets import caption_data, image_data
 from vavae_tools.data.sources import shards
 from vavae_tools.data.sources.shards import convert_shards
 from vavae_tools.runtime.errors import UserError
@@ -19,7 +19,7 @@ from vavae_tools.runtime.errors import UserError
 datasets = pytest.importorskip("datasets")
 
 
-def picture(seed: int, kind: str = "jpg") -> bytes:
+def image(seed: int, kind: str = "jpg") -> bytes:
     file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, format={"jpg": "jpeg"}.get(kind, kind))
@@ -40,7 +40,7 @@ def pack(path: Path, members: dict[str, bytes | str], form: int = tarfile.PAX_FO
 def labelled(count: int, first: int = 0) -> dict[str, bytes | str]:
     members = {}
     for i in range(first, first + count):
-        members |= {f"{i:05d}.jpg": picture(i), f"{i:05d}.cls": f"{i % 3}\n", f"{i:05d}.txt": f"caption {i}, é"}
+        members |= {f"{i:05d}.jpg": image(i), f"{i:05d}.cls": f"{i % 3}\n", f"{i:05d}.txt": f"caption {i}, é"}
     return members
 
 
@@ -61,13 +61,13 @@ def test_labels_captions_and_bytes_arrive_exactly(tmp_path, run_main, monkeypatc
     found = datasets.load_from_disk(str(tmp_path / "out"))
     for subset, numbers in (("train", range(20)), ("val", range(20, 25))):
         rows = found[subset].cast_column("image", datasets.Image(decode=False))
-        assert [row["image"]["bytes"] for row in rows] == [picture(i) for i in numbers]
+        assert [row["image"]["bytes"] for row in rows] == [image(i) for i in numbers]
         assert rows["label"][:] == [i % 3 for i in numbers] and rows["text"][:] == [f"caption {i}, é" for i in numbers]
 
-    data = picture_data(tmp_path / "out", 8)
+    data = image_data(tmp_path / "out", 8)
     assert data.labels == {"0": 0, "1": 1, "2": 2} and len(data.train_data) == 20 and len(data.val_data) == 5
-    expected = np.asarray(Image.open(io.BytesIO(picture(21))))
-    assert np.array_equal(data.val_data[1]["pictures"].permute(1, 2, 0).numpy(), expected)
+    expected = np.asarray(Image.open(io.BytesIO(image(21))))
+    assert np.array_equal(data.val_data[1]["images"].permute(1, 2, 0).numpy(), expected)
     assert caption_data("custom", tmp_path / "out", 8).train_data.captions[7] == ("caption 7, é",)
 
 
@@ -86,29 +86,29 @@ def test_labels_captions_and_bytes_arrive_exactly(tmp_path, run_main, monkeypatc
 def test_where_labels_are(tmp_path, form, beside, labels):
     members = {}
     for k, key in enumerate(("né/a", f"{'d' * 60}/x/{'b' * 60}")):
-        members[f"./{key}.PNG"] = picture(k, "png")
+        members[f"./{key}.PNG"] = image(k, "png")
         for kind, values in beside.items():
             members[f"./{key}.{kind}"] = json.dumps(values[k]) if kind == "json" else values[k]
     pack(tmp_path / "in" / "0.tar", members, form)
     found = convert_shards(tmp_path / "in", tmp_path / "out")
     assert found["train"]["label"][:] == labels
-    assert picture_data(tmp_path / "out", 8, val_share=0).labels.keys() == set(map(str, labels))
+    assert image_data(tmp_path / "out", 8, val_share=0).labels.keys() == set(map(str, labels))
 
 
 def test_captions_need_no_label(tmp_path):
-    pack(tmp_path / "in" / "0.tar", {"1.jpg": picture(1), "1.txt": "a", "2.jpg": picture(2), "2.txt": "b"})
+    pack(tmp_path / "in" / "0.tar", {"1.jpg": image(1), "1.txt": "a", "2.jpg": image(2), "2.txt": "b"})
     assert convert_shards(tmp_path / "in", tmp_path / "out")["train"].column_names == ["image", "text"]
 
 
 def test_parquet(tmp_path):
     (tmp_path / "in").mkdir()
-    rows = {"image": [{"bytes": picture(i), "path": None} for i in range(4)], "label": [0, 1, 0, 1]}
+    rows = {"image": [{"bytes": image(i), "path": None} for i in range(4)], "label": [0, 1, 0, 1]}
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["ape", "wolf"]))
     for subset in ("train", "test"):
         file = str(tmp_path / "in" / f"{subset}-0.parquet")
         datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
     convert_shards(tmp_path / "in", tmp_path / "out")
-    data = picture_data(tmp_path / "out", 8)
+    data = image_data(tmp_path / "out", 8)
     assert data.labels == {"ape": 0, "wolf": 1} and len(data.train_data) == len(data.val_data) == 4
 
 
@@ -141,12 +141,12 @@ def test_a_damaged_tar_is_an_error(tmp_path, damage, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"00007.jpg": None, "00007.png": picture(7, "png")}, "of 8 images 7 are found, in 8 samples"),
+        ({"00007.jpg": None, "00007.png": image(7, "png")}, "of 8 images 7 are found, in 8 samples"),
         ({"00007.jpg": None}, "of 7 images 7 are found, in 8 samples"),
         ({"00007.cls": None}, "in, train: 00007 has no label"),
         ({"00007.cls": "wolf"}, "cannot be read .*invalid literal"),
-        ({"00000.jpg": None, "00000.JPG": picture(0)}, "cannot be read .*share the same"),
-        ({"00000.jpg": None, "last.jpg": picture(0)}, "cannot be read|are found"),
+        ({"00000.jpg": None, "00000.JPG": image(0)}, "cannot be read .*share the same"),
+        ({"00000.jpg": None, "last.jpg": image(0)}, "cannot be read|are found"),
     ],
 )
 def test_what_does_not_go_together_is_an_error(tmp_path, changes, words):
@@ -173,6 +173,6 @@ def test_a_training_on_shards_names_the_command(tmp_path, name):
     pack(tmp_path / "train" / "0.tar", labelled(2))
     words = r"holds tar shards: .*python -m vavae_tools\.data\.sources\.shards .* OUTPUT"
     with pytest.raises(UserError, match=words):
-        picture_data(tmp_path / name)
+        image_data(tmp_path / name)
     with pytest.raises(UserError, match=words):
         caption_data("custom", tmp_path / name)

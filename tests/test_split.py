@@ -1,4 +1,4 @@
-"""The split: every rule and every refusal, on pictures of a few pixels."""
+"""The split: every rule and every refusal, on images of a few pixels."""
 
 import errno
 import hashlib
@@ -16,15 +16,15 @@ from PIL import Image
 
 from vavae_tools.data import split as split_module
 from vavae_tools.data.folders import labels_of, natural_key
-from vavae_tools.data.split import choose_sides, split_folders
-from vavae_tools.data.split_report import Picture, read_split_info
+from vavae_tools.data.split import choose_subsets, split_folders
+from vavae_tools.data.split_report import ImageEntry, read_split_info
 from vavae_tools.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
 
-def picture(number: int, size=(8, 8), mode="RGB", kind="PNG") -> bytes:
-    """An encoded picture, different for every number."""
+def image(number: int, size=(8, 8), mode="RGB", kind="PNG") -> bytes:
+    """An encoded image, different for every number."""
     noise = random.Random(f"{number} {size} {mode}").randbytes
     pixels = Image.frombytes("RGB", size, noise(size[0] * size[1] * 3)).convert(mode)
     file = io.BytesIO()
@@ -33,12 +33,12 @@ def picture(number: int, size=(8, 8), mode="RGB", kind="PNG") -> bytes:
 
 
 def people(root: Path, *counts: int, names=None) -> Path:
-    """Folders ID_1, ID_2 … with so many different pictures each."""
+    """Folders ID_1, ID_2 … with so many different images each."""
     for k, count in enumerate(counts):
         folder = root / (names[k] if names else f"ID_{k + 1}")
         folder.mkdir(parents=True)
         for i in range(count):
-            (folder / f"p{i}.png").write_bytes(picture(1000 * k + i))
+            (folder / f"p{i}.png").write_bytes(image(1000 * k + i))
     return root
 
 
@@ -46,8 +46,8 @@ def run(input_dir, output_dir, **options):
     return split_folders(input_dir, output_dir, progress=False, **options)
 
 
-def sides(output: Path) -> dict[str, str]:
-    """File → side, as it stands on the disk."""
+def subsets(output: Path) -> dict[str, str]:
+    """File → subset, as it stands on the disk."""
     return {f"{p.parent.name}/{p.name}": p.parts[-3] for p in output.glob("*/*/*")}
 
 
@@ -60,12 +60,12 @@ def command(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(words, capture_output=True, text=True, timeout=60, **options)
 
 
-def pictures_of(*counts: int) -> list[Picture]:
-    """Pictures p0 … of the persons A, B …, without files."""
-    return [Picture("ABCDEF"[k], f"p{i}", "", 1, 0) for k, count in enumerate(counts) for i in range(count)]
+def images_of(*counts: int) -> list[ImageEntry]:
+    """Images p0 … of the persons A, B …, without files."""
+    return [ImageEntry("ABCDEF"[k], f"p{i}", "", 1, 0) for k, count in enumerate(counts) for i in range(count)]
 
 
-# ---- which side
+# ---- which subset
 
 
 def test_each_person_is_divided_by_the_ratio(tmp_path):
@@ -77,9 +77,9 @@ def test_each_person_is_divided_by_the_ratio(tmp_path):
     }
     assert report.totals == {"train": 26, "val": 7, "left_out": 0}
     assert report.warnings == []
-    assert sorted(sides(tmp_path / "out")) == sorted(
+    assert sorted(subsets(tmp_path / "out")) == sorted(
         f"{p.parent.name}/{p.name}" for p in (tmp_path / "in").glob("*/*")
-    )  # every picture exactly once, as `sides` would otherwise hold it under two paths
+    )  # every image exactly once, as `subsets` would otherwise hold it under two paths
     assert len(list((tmp_path / "out").glob("*/*/*"))) == 33
 
 
@@ -92,7 +92,7 @@ def test_the_info_file_says_what_is_on_the_disk(tmp_path):
     assert info["seed"] == 7 and (info["train_ratio"], info["val_ratio"]) == (0.8, 0.2)
     assert info["version"] == 1 and info["input_dir"] == str(source)
     assert info["labels"] == {"ID_1": 0, "ID_2": 1}
-    assert {key: entry["side"] for key, entry in info["files"].items()} == sides(tmp_path / "out")
+    assert {key: entry["side"] for key, entry in info["files"].items()} == subsets(tmp_path / "out")
     for key, entry in info["files"].items():
         data = (source / key).read_bytes()
         assert entry["sha256"] == hashlib.sha256(data).hexdigest() and entry["bytes"] == len(data)
@@ -112,44 +112,44 @@ def test_neither_the_place_nor_the_order_of_creation_nor_the_workers_matter(tmp_
     run(source, tmp_path / "a", workers=1)
     run(moved, tmp_path / "b", workers=5)
     run(source, tmp_path / "c", seed=1)
-    assert sides(tmp_path / "a") == sides(tmp_path / "b") != sides(tmp_path / "c")
+    assert subsets(tmp_path / "a") == subsets(tmp_path / "b") != subsets(tmp_path / "c")
     a, b = read_split_info(tmp_path / "a"), read_split_info(tmp_path / "b")
     assert a.pop("input_dir") != b.pop("input_dir")
     assert json.dumps(a) == json.dumps(b)
 
 
 def test_this_split_stays_what_it_is_from_version_to_version():
-    chosen = choose_sides(pictures_of(10), 0.2, seed=0)
-    assert [key for key, side in chosen.items() if side == "val"] == ["A/p4", "A/p8"]
+    chosen = choose_subsets(images_of(10), 0.2, seed=0)
+    assert [key for key, subset in chosen.items() if subset == "val"] == ["A/p4", "A/p8"]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_an_added_picture_leaves_nearly_all_others_where_they_are(seed):
-    before, after = choose_sides(pictures_of(50), 0.2, seed), choose_sides(pictures_of(51), 0.2, seed)
+def test_an_added_image_leaves_nearly_all_others_where_they_are(seed):
+    before, after = choose_subsets(images_of(50), 0.2, seed), choose_subsets(images_of(51), 0.2, seed)
     assert sum(before[key] != after[key] for key in before) <= 1
 
 
 @pytest.mark.parametrize(("count", "val"), [(1, 0), (2, 1), (3, 1), (7, 1), (8, 2), (150, 30)])
 def test_how_many_go_to_val(count, val):
-    assert list(choose_sides(pictures_of(count), 0.2, 0).values()).count("val") == val
+    assert list(choose_subsets(images_of(count), 0.2, 0).values()).count("val") == val
 
 
 # ---- what belongs together
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_identical_pictures_stand_on_one_side(tmp_path, seed):
+def test_identical_images_stand_on_one_side(tmp_path, seed):
     source = people(tmp_path / "in", 6, 6)
-    same = picture(1)
+    same = image(1)
     for key in ("ID_1/a.png", "ID_1/b.jpg", "ID_2/c.png"):
         (source / key).write_bytes(same)
     (source / "ID_1/p1.png").unlink()
     report = run(source, tmp_path / "out", seed=seed)
-    chosen = sides(tmp_path / "out")
+    chosen = subsets(tmp_path / "out")
     assert len({chosen["ID_1/a.png"], chosen["ID_1/b.jpg"], chosen["ID_2/c.png"]}) == 1
     assert report.duplicates == [["ID_1/a.png", "ID_1/b.jpg", "ID_2/c.png"]]
     assert "under more than one person" in report.warnings[0] and "ID_2/c.png" in report.warnings[0]
-    train, val = ({p.read_bytes() for p in (tmp_path / "out" / side).rglob("*.png")} for side in ("train", "val"))
+    train, val = ({p.read_bytes() for p in (tmp_path / "out" / subset).rglob("*.png")} for subset in ("train", "val"))
     assert train and val and not train & val
     assert {key: entry["side"] for key, entry in read_split_info(tmp_path / "out")["files"].items()} == chosen
 
@@ -159,42 +159,42 @@ def test_a_recording_stays_on_one_side(tmp_path):
     for k in (1, 2):
         (source / f"ID_{k}").mkdir(parents=True)
         for i in range(20):
-            (source / f"ID_{k}" / f"rec{i // 4}_{i}.png").write_bytes(picture(100 * k + i))
+            (source / f"ID_{k}" / f"rec{i // 4}_{i}.png").write_bytes(image(100 * k + i))
     run(source, tmp_path / "out", group_pattern=r"^(rec\d+)_")
-    chosen = sides(tmp_path / "out")
+    chosen = subsets(tmp_path / "out")
     by_recording = {}
-    for key, side in chosen.items():
-        by_recording.setdefault(key.rpartition("_")[0], set()).add(side)
+    for key, subset in chosen.items():
+        by_recording.setdefault(key.rpartition("_")[0], set()).add(subset)
     assert len(by_recording) == 10 and all(len(found) == 1 for found in by_recording.values())
-    assert sum(side == "val" for side in chosen.values()) == 8  # one recording of four for each person
-    (source / "ID_1/alone.png").write_bytes(picture(50))
+    assert sum(subset == "val" for subset in chosen.values()) == 8  # one recording of four for each person
+    (source / "ID_1/alone.png").write_bytes(image(50))
     report = run(source, tmp_path / "again", group_pattern=r"^(rec\d+)_")
     assert report.warnings == ["1 name without a recording, each on its own: ID_1/alone.png"]
 
 
 def test_recordings_and_twins_are_taken_together():
-    pictures = pictures_of(6)
-    pictures[0].sha256 = pictures[2].sha256 = "x"  # recordings 0 1 | 2 3 | 4 5; a picture is in the first two
+    images = images_of(6)
+    images[0].sha256 = images[2].sha256 = "x"  # recordings 0 1 | 2 3 | 4 5; an image is in the first two
     for seed in range(10):
-        chosen = choose_sides(pictures, 0.3, seed, lambda p: str(int(p.name[1:]) // 2))
+        chosen = choose_subsets(images, 0.3, seed, lambda p: str(int(p.name[1:]) // 2))
         assert len({chosen[f"A/p{i}"] for i in range(4)}) == 1
         assert chosen["A/p4"] == chosen["A/p5"] == "val" != chosen["A/p0"]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_persons_who_share_pictures_have_both_sides(seed):
-    pictures = pictures_of(2, 2, 1, 9)
-    pictures[0].sha256 = pictures[2].sha256 = "x"  # A/p0 = B/p0
-    pictures[1].sha256 = pictures[3].sha256 = pictures[4].sha256 = "y"  # A/p1 = B/p1 = C/p0
-    chosen = choose_sides(pictures, 0.2, seed)
+def test_persons_who_share_images_have_both_sides(seed):
+    images = images_of(2, 2, 1, 9)
+    images[0].sha256 = images[2].sha256 = "x"  # A/p0 = B/p0
+    images[1].sha256 = images[3].sha256 = images[4].sha256 = "y"  # A/p1 = B/p1 = C/p0
+    chosen = choose_subsets(images, 0.2, seed)
     assert chosen["A/p0"] == chosen["B/p0"] != chosen["A/p1"] == chosen["B/p1"] == chosen["C/p0"]
-    assert [side for key, side in chosen.items() if key[0] == "D"].count("val") == 2
+    assert [subset for key, subset in chosen.items() if key[0] == "D"].count("val") == 2
 
 
 # ---- what is named in the report
 
 
-def test_persons_with_one_picture_and_with_copies_of_one_are_in_train(tmp_path):
+def test_persons_with_one_image_and_with_copies_of_one_are_in_train(tmp_path):
     source = people(tmp_path / "in", 1, 1)
     shutil.copy(source / "ID_2/p0.png", source / "ID_2/again.png")
     report = run(source, tmp_path / "out")
@@ -212,13 +212,13 @@ def test_persons_with_one_picture_and_with_copies_of_one_are_in_train(tmp_path):
 
 def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
     source = people(tmp_path / "in", 5, 5)
-    whole = picture(77, size=(64, 64), kind="JPEG")
+    whole = image(77, size=(64, 64), kind="JPEG")
     broken = {
         "ID_1/cut.jpg": whole[: len(whole) // 2],
         "ID_1/empty.jpg": b"",
-        "ID_1/text.png": b"no picture",
-        "ID_2/cut.png": picture(78, size=(64, 64))[:-400],
-        "ID_2/dot.png": picture(79, size=(1, 1)),
+        "ID_1/text.png": b"no image",
+        "ID_2/cut.png": image(78, size=(64, 64))[:-400],
+        "ID_2/dot.png": image(79, size=(1, 1)),
     }
     for key, data in broken.items():
         (source / key).write_bytes(data)
@@ -232,7 +232,7 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
     assert report.unreadable["ID_2/dot.png"] == "too small: 1x1 pixels"
     assert report.unreadable["ID_2/gone.png"] == "cannot be read: No such file or directory"
     assert report.totals == {"train": 8, "val": 2, "left_out": 6}
-    assert len(sides(tmp_path / "out")) == 10
+    assert len(subsets(tmp_path / "out")) == 10
     info = read_split_info(tmp_path / "out")
     assert info["unreadable"] == report.unreadable and info["files"]["ID_1/cut.jpg"]["side"] is None
     for key in report.unreadable:
@@ -245,7 +245,7 @@ def test_empty_folders_and_other_files_are_named(tmp_path):
     source = people(tmp_path / "in", 3, 0, 3)
     (source / "ID_1/notes.txt").write_text("x")
     (source / "ID_1/session").mkdir()
-    (source / "stray.png").write_bytes(picture(90))
+    (source / "stray.png").write_bytes(image(90))
     (source / ".ipynb_checkpoints").mkdir()
     report = run(source, tmp_path / "out")
     assert report.warnings == [
@@ -302,7 +302,7 @@ def test_links_give_the_same_split_as_copies(tmp_path, monkeypatch, link, check)
     (source / "ID_1/via.png").symlink_to("../ID_2/p0.png")
     run(source, tmp_path / "copies", check=check)
     run(source, tmp_path / "links", link=link, check=check)
-    assert sides(tmp_path / "links") == sides(tmp_path / "copies")
+    assert subsets(tmp_path / "links") == subsets(tmp_path / "copies")
     for path in (tmp_path / "links").glob("*/*/*.png"):
         original = source / path.parent.name / path.name
         assert path.samefile(original) and path.is_symlink() == (link == "symbolic")
@@ -329,18 +329,18 @@ def test_folders_that_are_none_and_what_to_try_instead(tmp_path):
     (tmp_path / "in").rename(tmp_path / "images")
     (tmp_path / "zip").mkdir()
     (tmp_path / "images").rename(tmp_path / "zip/images")
-    words = "No picture folder (ID_1, ID_2 …) in {0}/zip; it holds 1 folder, images/. Try --input_dir {0}/zip/images"
+    words = "No image folder (ID_1, ID_2 …) in {0}/zip; it holds 1 folder, images/. Try --input_dir {0}/zip/images"
     refused(tmp_path, words.format(tmp_path), tmp_path / "zip")
     for k in (1, 2):
         people(tmp_path / f"deep/ID_{k}", 2, names=["session"])
     refused(tmp_path, "too deep, in ID_1/session/", tmp_path / "deep")
     (tmp_path / "flat").mkdir()
     refused(tmp_path, "it holds nothing. Expected one folder of", tmp_path / "flat")
-    (tmp_path / "flat/a.png").write_bytes(picture(1))
+    (tmp_path / "flat/a.png").write_bytes(image(1))
     refused(tmp_path, f"into a folder of their own: {tmp_path}/flat/ID_1", tmp_path / "flat")
 
 
-def test_folders_without_a_picture_that_can_be_used(tmp_path):
+def test_folders_without_a_image_that_can_be_used(tmp_path):
     source = people(tmp_path / "in", 2)
     (source / "ID_1/x.txt").write_text("")
     words = "No bmp or jpg image in {}; it holds 2 .png, 1 .txt. Try --image_extensions png"
@@ -396,7 +396,7 @@ def test_the_same_split_is_left_as_it_is(tmp_path, monkeypatch, check, overwrite
     (source / "ID_1/broken.png").write_bytes(b"")
     first = run(source, tmp_path / "out", check=check)
     before = {p: p.stat().st_ino for p in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(split_module, "_decoded", lambda data: pytest.fail("known pictures are not decoded again"))
+    monkeypatch.setattr(split_module, "_decoded", lambda data: pytest.fail("known images are not decoded again"))
     again = run(source, tmp_path / "out", check=check, overwrite=overwrite)
     assert again.already_there and not first.already_there
     assert again.counts == first.counts and again.unreadable == first.unreadable
@@ -414,7 +414,7 @@ def test_a_different_split_is_replaced_only_when_asked(tmp_path):
     assert run(source, tmp_path / "out", seed=3, overwrite=True).totals["val"] == 2
     assert read_split_info(tmp_path / "out")["seed"] == 3
     run(source, tmp_path / "fresh", seed=3)
-    assert sides(tmp_path / "out") == sides(tmp_path / "fresh")
+    assert subsets(tmp_path / "out") == subsets(tmp_path / "fresh")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fresh", "in", "out"]
 
 
@@ -425,7 +425,7 @@ def test_changed_input_is_a_different_split(tmp_path):
     (source / "ID_1/p0.png").write_bytes(old[:-1] + bytes([old[-1] ^ 1]))  # of equal length
     refused(tmp_path, "the input changed since, 1 file: ID_1/p0.png", source)
     (source / "ID_1/p0.png").write_bytes(old)
-    (source / "ID_1/new.png").write_bytes(picture(99))
+    (source / "ID_1/new.png").write_bytes(image(99))
     refused(tmp_path, "the input changed since, 1 file: ID_1/new.png", source)
     assert run(source, tmp_path / "out", overwrite=True).totals["train"] == 6
 
@@ -440,7 +440,7 @@ def test_an_incomplete_split_is_noticed(tmp_path):
     assert lost.exists()
 
 
-def test_a_users_file_among_the_pictures_is_never_lost(tmp_path):
+def test_a_users_file_among_the_images_is_never_lost(tmp_path):
     source = people(tmp_path / "in", 3)
     run(source, tmp_path / "out")
     (tmp_path / "out/train/ID_1/mine.png").write_bytes(b"mine")
@@ -510,7 +510,7 @@ def test_the_command_as_people_type_it(tmp_path):
     assert "written: 8 images to train, 2 to validate" in first.stdout
     assert "already there" in again.stdout
     run(source, tmp_path / "api")
-    assert sides(tmp_path / "data_split") == sides(tmp_path / "api")
+    assert subsets(tmp_path / "data_split") == subsets(tmp_path / "api")
 
 
 def test_the_command_passes_its_options_on(tmp_path):

@@ -11,7 +11,7 @@ from tiny import TWO_LEVELS, same, tiny_kl, tiny_vavae
 from vavae_tools.autoencoders.loading import load_autoencoder
 from vavae_tools.autoencoders.stable_diffusion import SHAPES_VAE, StableDiffusionVAE, load_stable_diffusion_vae
 from vavae_tools.autoencoders.vavae import VAVAE
-from vavae_tools.data.demo.shapes import CaptionedShapes, ShapePictures, shape_data
+from vavae_tools.data.demo.shapes import CaptionedShapes, ShapeImages, shape_data
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.latents import encode_latents
 from vavae_tools.evaluation.metrics import psnr
@@ -25,17 +25,17 @@ def folder(tmp_path):
     return tmp_path / "sd" / "vae"
 
 
-def pictures(count: int = 3) -> torch.Tensor:
-    return to_unit(ShapePictures(count, 36, 16).in_memory())
+def images(count: int = 3) -> torch.Tensor:
+    return to_unit(ShapeImages(count, 36, 16).in_memory())
 
 
 @torch.no_grad()
 def test_it_is_diffusers_autoencoder_with_its_scale(folder):
     vae, plain = load_stable_diffusion_vae(folder), AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False)
-    x, normal = pictures(), torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    x, normal = images(), torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
     posterior = plain.encode(x).latent_dist
-    assert same(vae.encode_pictures(x), (posterior.mode() - 0.25) * 0.5)
-    drawn = vae.encode_pictures(x, None, lambda *shape: normal)
+    assert same(vae.encode_images(x), (posterior.mode() - 0.25) * 0.5)
+    drawn = vae.encode_images(x, None, lambda *shape: normal)
     assert same(drawn, (posterior.mean + posterior.std * normal - 0.25) * 0.5)
     torch.testing.assert_close(vae.decode_latents(drawn), plain.decode(drawn / 0.5 + 0.25).sample)
     assert vae.downsampling == 2 and vae.has_own_statistics and not vae.training
@@ -45,8 +45,8 @@ def test_it_is_diffusers_autoencoder_with_its_scale(folder):
 def test_slices_give_the_same(folder):
     whole, slices = load_stable_diffusion_vae(folder), load_stable_diffusion_vae(folder, use_slicing=True)
     assert slices.use_slicing and not whole.use_slicing
-    latents = whole.encode_pictures(pictures())
-    torch.testing.assert_close(slices.encode_pictures(pictures()), latents)
+    latents = whole.encode_images(images())
+    torch.testing.assert_close(slices.encode_images(images()), latents)
     torch.testing.assert_close(slices.decode_latents(latents), whole.decode_latents(latents))
 
 
@@ -68,7 +68,7 @@ def test_a_run_finds_it_by_its_config(folder, tmp_path):
         assert isinstance(load_autoencoder(source), StableDiffusionVAE)
     load_autoencoder(folder).save_pretrained(tmp_path / "again")
     again = load_autoencoder(tmp_path / "again")
-    assert same(again.encode_pictures(pictures()), load_autoencoder(folder).encode_pictures(pictures()))
+    assert same(again.encode_images(images()), load_autoencoder(folder).encode_images(images()))
     assert isinstance(AutoencoderKL.from_pretrained(tmp_path / "again", low_cpu_mem_usage=False), AutoencoderKL)
 
 
@@ -119,9 +119,9 @@ def test_folders_that_are_none(folder, tmp_path):
 def test_the_small_one_knows_shapes_and_its_latents_have_unit_variance(size):
     """Reconstructions have 34 dB on average, each 28 or more; the package grows by less than 150 KB."""
     vae = load_stable_diffusion_vae(SHAPES_VAE)
-    for data in (ShapePictures(64, 36, size), CaptionedShapes(64, size, side=1)):
+    for data in (ShapeImages(64, 36, size), CaptionedShapes(64, size, side=1)):
         x = to_unit(data.in_memory())
-        latents = vae.encode_pictures(x)
+        latents = vae.encode_images(x)
         assert latents.shape == (64, 4, size // 4, size // 4)
         assert latents.mean().abs() < 0.3 and 0.7 < latents.std() < 1.3
         found = psnr(vae.decode_latents(latents).clamp(-1, 1), x)

@@ -1,4 +1,4 @@
-"""Sentences → pictures: the mathematics of sampling, guidance from the empty prompt, folders that can be read back."""
+"""Sentences → images: the mathematics of sampling, guidance from the empty prompt, folders that can be read back."""
 
 import numpy as np
 import pytest
@@ -143,10 +143,10 @@ def test_it_is_diffusers_own_loop(pipe):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_pictures_follow_prompts_and_seeds(objective):
+def test_images_follow_prompts_and_seeds(objective):
     pipe = text_pipeline(objective)
     made = pipe(SENTENCES, **QUICK).images
-    assert made.shape == (3, 3, 8, 8) and made.dtype == torch.uint8 and pipe.picture_size == (8, 8)
+    assert made.shape == (3, 3, 8, 8) and made.dtype == torch.uint8 and pipe.image_size == (8, 8)
     assert same(made, pipe(SENTENCES, **QUICK).images)
     others = pipe([SENTENCES[1], *SENTENCES[1:]], **QUICK).images
     assert not same(others[0], made[0]) and same(others[1:], made[1:])
@@ -212,7 +212,7 @@ def test_output_types_and_latents(pipe):
     ("options", "said"),
     [
         ({"output_type": "latent"}, "No output_type 'latent'; there are pil, pt, np"),
-        ({"batch_size": 0}, "at least one picture at once"),
+        ({"batch_size": 0}, "at least one image at once"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"num_inference_steps": 0}, "expected 1 to 1000"),
         ({"latents": torch.zeros(1, 3, 4, 4)}, r"latents are \(1, 3, 4, 4\), expected \(1, 4, 4, 4\)"),
@@ -271,11 +271,11 @@ def test_what_cannot_be_loaded(tmp_path):
     (tmp_path / "text_encoder").rename(tmp_path / "moved")
     with pytest.raises(UserError, match=r"No text encoder beside .*last\.ckpt"):
         load_text_pipeline(path)
-    assert load_text_pipeline(path, text_encoder_dir=tmp_path / "moved").picture_size == (8, 8)
+    assert load_text_pipeline(path, text_encoder_dir=tmp_path / "moved").image_size == (8, 8)
     with pytest.raises(UserError, match="is no pipeline"):
         load_text_pipeline(tmp_path)
     with pytest.raises(UserError, match="No checkpoint"):
         load_text_pipeline(tmp_path / "nowhere.ckpt")
     torch.save({"state_dict": {}, "hyper_parameters": {"denoiser_config": {}, "conditioner_config": {}}}, path)
-    with pytest.raises(UserError, match="makes pictures of classes"):
+    with pytest.raises(UserError, match="makes images of classes"):
         load_text_pipeline(path)

@@ -1,4 +1,4 @@
-"""Text-to-image as people run it: one command that trains, YAML files, going on exactly, pictures of prompts."""
+"""Text-to-image as people run it: one command that trains, YAML files, going on exactly, images of prompts."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tiny import assert_same, assert_same_training, same, tiny_kl
 
 from vavae_tools import sample, train
 from vavae_tools.autoencoders.stable_diffusion import load_stable_diffusion_vae
-from vavae_tools.checkpoints.formats import read_any
+from vavae_tools.checkpoints.formats import read_any_format
 from vavae_tools.data.demo.shapes import EXAMPLE_PROMPTS, captioned_shape_data
 from vavae_tools.data.text_states import TextLatentDataModule
 from vavae_tools.diffusion.clip import load_text_encoder, tiny_text_encoder
@@ -88,7 +88,7 @@ def last(run: str | Path) -> dict:
     return torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-# ---- a run and its pictures
+# ---- a run and its images
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +110,14 @@ def test_a_run_leaves_what_people_look_for(trained):
     assert [line[:9] for line in steps] == ["step 3/9 ", "step 6/9 ", "step 9/9 "]
     assert all(re.search(r" loss \d\.\d{4}e[+-]\d\d lr .* steps/s .* GB RAM", line) for line in steps)
     (grid,) = (trained / "samples").glob("samples-*.png")
-    with Image.open(grid) as picture:  # a row of four for each prompt
-        assert picture.width < picture.height
+    with Image.open(grid) as image:  # a row of four for each prompt
+        assert image.width < image.height
     assert (trained / "samples" / "prompts.txt").read_text().split("\n")[:-1] == list(EXAMPLE_PROMPTS)
     for tag in ("train/loss", "train/mse", "train/lr", "val/loss"):
         assert values_of(trained, tag), tag
 
 
-def test_pipeline_and_checkpoints_make_the_same_pictures(trained, here, run_main):
+def test_pipeline_and_checkpoints_make_the_same_images(trained, here, run_main):
     prompts = ["--prompt", "a small red circle", "a large blue ring"]
     sources = ("pipeline", "checkpoints/last.ckpt", "checkpoint-9")
     for source, folder in zip(sources, "abc", strict=True):
@@ -125,7 +125,7 @@ def test_pipeline_and_checkpoints_make_the_same_pictures(trained, here, run_main
             *[sample.main, "--checkpoint", trained / source, *prompts, "--num_samples", 4, *QUICK],
             *["--output_dir", folder, "--seed", 3],
         )
-        assert status == 0 and said.startswith(f"written: 4 pictures of 2 prompts ({folder}/00000.png …)"), err
+        assert status == 0 and said.startswith(f"written: 4 images of 2 prompts ({folder}/00000.png …)"), err
     made = contents(here / "a")
     assert sorted(made) == ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png", "samples.json"]
     assert made == contents(here / "b") == contents(here / "c")
@@ -178,10 +178,10 @@ def test_both_kinds_of_checkpoints_go_on_bit_by_bit(shapes, here, cache):
         [f"checkpoint-epoch-{epoch}" for epoch in (1, 2, 3)],
     )
     assert folders == sorted([*steps, *epochs])
-    assert [read_any(Path("whole") / name, print)["global_step"] for name in epochs] == [5, 10, 15]
+    assert [read_any_format(Path("whole") / name, print)["global_step"] for name in epochs] == [5, 10, 15]
     assert last("whole")["global_step"] == 15
     name = "checkpoint-3" if cache else "checkpoint-epoch-2"  # within an epoch, at an end
-    assert "going on after step" in shapes(*words, "--resume", f"whole/{name}", "--output_dir", f"from-{name}")
+    assert "resuming after step" in shapes(*words, "--resume", f"whole/{name}", "--output_dir", f"from-{name}")
     assert_same_training("whole", f"from-{name}")
     # without a folder it goes on in that of the run
     before = last("whole")
@@ -212,21 +212,21 @@ def test_encoding_once_and_at_every_step_train_the_same_in_the_first_epoch(shape
 
 @pytest.fixture(scope="module")
 def encoded(trained) -> tuple[DiffusionModule, dict, dict]:
-    """A module that encodes, a batch of pictures with captions, and the same one as it was kept."""
+    """A module that encodes, a batch of images with captions, and the same one as it was kept."""
     vae, encoder = load_stable_diffusion_vae(trained / "autoencoder"), load_text_encoder(trained / "text_encoder")
-    pictures = captioned_shape_data(36, 16, 4, seed=0, val_share=0.2)
+    images = captioned_shape_data(36, 16, 4, seed=0, val_share=0.2)
     kept = TextLatentDataModule(trained / "latents", trained / "latents" / "texts", 4)
     denoiser = TextDiT((4, 4), 2, 4, hidden_size=16, depth=1, num_heads=2)
     conditioner = TextConditioner(encoder.dim, encoder.pooled_dim, 16)
     module = DiffusionModule(denoiser, conditioner, make_objective("epsilon"))
     module.encode_with(vae, encoder)
     pairs = [(5, 2), (0, 7), (17, 0), (35, 3)]
-    return module, pictures.train_data.__getitems__(pairs), kept.train_data.__getitems__(pairs)
+    return module, images.train_data.__getitems__(pairs), kept.train_data.__getitems__(pairs)
 
 
 def test_a_batch_that_is_encoded_is_the_one_that_was_kept(encoded):
-    module, pictures, kept = encoded
-    made = module.on_after_batch_transfer(pictures, 0)
+    module, images, kept = encoded
+    made = module.on_after_batch_transfer(images, 0)
     assert module.on_after_batch_transfer(kept, 0) is kept
     assert made["index"].tolist() == kept["index"].tolist() == [5, 0, 17, 35]
     assert same(made["text_mask"], kept["text_mask"])
@@ -275,24 +275,24 @@ def test_two_processes_train_what_one_does(shapes, here, forked):
         assert_curves_alike(values_of(Path("two"), tag), values_of(Path("one"), tag), tag, before)
 
 
-# ---- one's own pictures, without a network
+# ---- one's own images, without a network
 
 WORDS = ["a red bird on a branch", "two grey birds", "a blue bird in the sky", "a bird that flies", "small red birds"]
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory) -> Path:
-    """pictures/ with captions, clip/ and sd/, which has Stable Diffusion's layout. Do not write into it."""
+    """images/ with captions, clip/ and sd/, which has Stable Diffusion's layout. Do not write into it."""
     folder = tmp_path_factory.mktemp("own")
     draws = torch.Generator().manual_seed(0)
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     lines = []
     for number in range(24):
         pixels = torch.randint(256, (20, 24, 3), generator=draws, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / "pictures" / f"{number}.png")
+        Image.fromarray(pixels.numpy()).save(folder / "images" / f"{number}.png")
         captions = WORDS[number % 5] if number % 2 else [WORDS[number % 5], WORDS[number % 3]]
         lines.append(json.dumps({"file_name": f"{number}.png", "text": captions}))
-    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "images" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     tiny_text_encoder(WORDS, dim=32, num_layers=1, max_tokens=12).save(folder / "clip")
     levels = 4
     torch.manual_seed(0)
@@ -322,7 +322,7 @@ def no_network(monkeypatch):
 
 def own_words(own: Path, *words: object) -> list[object]:
     return [
-        *["experiment=text_to_image", "--dataset_name", "custom", "--data_dir", own / "pictures", *SMALL],
+        *["experiment=text_to_image", "--dataset_name", "custom", "--data_dir", own / "images", *SMALL],
         *["data.image_size=16", "training.batch_size=4", "training.max_steps=3", "lr_scheduler.warmup_steps=0"],
         *["training.num_workers=0", "--text_encoder", own / "clip", "--vae", own / "kl", "data.latents_dir=latents"],
         *["training.save_steps=0", *words],
@@ -330,7 +330,7 @@ def own_words(own: Path, *words: object) -> list[object]:
 
 
 @pytest.mark.parametrize("layout", ["two folders", "stable diffusion"])
-def test_own_pictures_and_models_without_a_network(own, here, run_main, no_network, layout):
+def test_own_images_and_models_without_a_network(own, here, run_main, no_network, layout):
     words = own_words(own, "--output_dir", "run", "data.val_share=0.25")
     if layout == "stable diffusion":
         words += ["--text_encoder", own / "sd", "--vae", own / "sd"]
@@ -349,12 +349,12 @@ def test_own_pictures_and_models_without_a_network(own, here, run_main, no_netwo
 
 
 def test_long_captions_are_cut_and_counted(own, here, run_main):
-    shutil.copytree(own / "pictures", "pictures")
+    shutil.copytree(own / "images", "images")
     captions = Path("pictures/metadata.jsonl").read_text().splitlines()
     captions[3] = json.dumps({"file_name": "3.png", "text": "a red bird " * 20})
     captions[4] = json.dumps({"file_name": "4.png", "text": "a blue bird " * 30})
     Path("pictures/metadata.jsonl").write_text("\n".join(captions))
-    words = own_words(own, "--data_dir", "pictures", "--output_dir", "run", "sampling.prompts=[two birds,'']")
+    words = own_words(own, "--data_dir", "images", "--output_dir", "run", "sampling.prompts=[two birds,'']")
     status, said, err = run_main(train.main, *words, "data.cache=false")
     assert status == 0 and "2 captions were cut: they are longer than the 12 tokens the encoder takes" in said, err
     assert Path("run/samples/prompts.txt").read_text().split("\n")[:-1] == ["two birds", ""]
@@ -374,7 +374,7 @@ def test_models_that_are_not_there_are_one_line(own, here, fault, no_network):
         "data.dataset_path=nowhere": "nowhere",
         "model.num_heads=3": "num_heads",
     }
-    models = {"text_encoder.name": own / "clip", "vae.name": own / "kl", "data.dataset_path": own / "pictures"}
+    models = {"text_encoder.name": own / "clip", "vae.name": own / "kl", "data.dataset_path": own / "images"}
     for change, said in faults.items():
         given = [f"{key}={value}" for key, value in models.items()]
         found = fault(train.main, *own_words(own)[:1], *SMALL, *given, "data.dataset_name=custom", change)
@@ -382,8 +382,8 @@ def test_models_that_are_not_there_are_one_line(own, here, fault, no_network):
 
 
 def test_a_batch_of_any_size_has_the_longest_text(encoded):
-    module, pictures, kept = encoded
-    for batch in (pictures, kept):
+    module, images, kept = encoded
+    for batch in (images, kept):
         made = _of_one_size(batch, 7, 32)
         made = made if "latents" in made else module.encoded(made)
         assert made["latents"].shape == (7, 4, 4, 4) and made["text_pooled"].shape == (7, 64)

@@ -1,4 +1,4 @@
-"""Texts: encoded once, without padding, equal ones once; read beside the latents with a caption for each picture."""
+"""Texts: encoded once, without padding, equal ones once; read beside the latents with a caption for each image."""
 
 import hashlib
 import json
@@ -77,19 +77,19 @@ CAPTIONS = {
     ],
     "val": [("a red circle", "unused"), ("a green cross",)],
 }
-DISTINCT = sorted({"", *(c for side in CAPTIONS.values() for of in side for c in of)})
+DISTINCT = sorted({"", *(c for subset in CAPTIONS.values() for of in subset for c in of)})
 
 
 def write_latents(path, count: int = 5, val: int = 2) -> LatentFolder:
     """A folder as `encode_latents` writes it; every latent is its row."""
     path.mkdir(parents=True, exist_ok=True)
     names, shards = {}, {}
-    for side, length in (("train", count), ("val", val)):
+    for subset, length in (("train", count), ("val", val)):
         rows = torch.arange(length, dtype=torch.float32)[:, None, None, None].expand(-1, 2, 2, 2).contiguous()
         save_file(
-            {"latents": rows, "labels": torch.zeros(length, dtype=torch.int64)}, path / f"{side}-00000.safetensors"
+            {"latents": rows, "labels": torch.zeros(length, dtype=torch.int64)}, path / f"{subset}-00000.safetensors"
         )
-        names[side], shards[side] = [f"{side}/{k}" for k in range(length)], [f"{side}-00000.safetensors"]
+        names[subset], shards[subset] = [f"{subset}/{k}" for k in range(length)], [f"{subset}-00000.safetensors"]
     index = {"key": "k", "weights": "w", "mean": [0.0, 0.0], "std": [1.0, 1.0], "shape": [2, 2, 2], "names": names}
     index |= {"image_size": [16, 16], "flips": False, "people": {"any": 0}, "shards": shards}
     (path / "latents.json").write_text(json.dumps(index))
@@ -131,7 +131,7 @@ def test_only_real_tokens_are_stored_and_equal_captions_once(tmp_path):
     assert stored["tokens"].shape == (tokens, DIM) and stored["tokens"].dtype == torch.float16
     assert stored["pooled"].dtype == torch.float16
     assert (folder.distinct, folder.tokens, folder.cut) == (len(DISTINCT), tokens, 1)
-    assert folder.pictures == {"train": 5, "val": 2} and folder.captions == {"train": 11, "val": 3}
+    assert folder.images == {"train": 5, "val": 2} and folder.captions == {"train": 11, "val": 3}
     assert TextFolder.read(tmp_path) == folder and "1 cut" in str(folder)
 
 
@@ -154,7 +154,7 @@ def test_needed_bytes(tmp_path, monkeypatch):
     assert needed == sum(values.nbytes for file in stored for values in file.values())
     (tmp_path / "texts" / list(folder.shards)[1]).unlink()
     left = needed_bytes(WordEncoder(), CAPTIONS, tmp_path / "texts")
-    rows = 8 * sum(len(of) + 1 for side in CAPTIONS.values() for of in side)
+    rows = 8 * sum(len(of) + 1 for subset in CAPTIONS.values() for of in subset)
     of_shard = sum(2 * DIM * min(len(c.split()) + 2, MOST) + 2 * POOLED + 8 for c in DISTINCT[4:8])
     assert left == rows + of_shard
 
@@ -187,11 +187,11 @@ def test_stale_texts_are_never_used(folder):
     fewer = {"train": CAPTIONS["train"][:2]}
     third = WordEncoder("b")
     smaller = encode_texts(third, fewer, folder.path, progress=False)
-    assert smaller.pictures == {"train": 2} and len(third.encoded) == smaller.distinct == 5
+    assert smaller.images == {"train": 2} and len(third.encoded) == smaller.distinct == 5
     swapped = {"train": fewer["train"][::-1]}
     fourth = WordEncoder("b")
     encode_texts(fourth, swapped, folder.path, progress=False)
-    assert fourth.encoded == []  # the same captions of other pictures: only who has which is written anew
+    assert fourth.encoded == []  # the same captions of other images: only who has which is written anew
     data = load_file(folder.path / texts.CAPTIONS)
     distinct = sorted({"", *sum(fewer["train"], ())})
     assert [distinct[place] for place in data["train.places"]] == [*fewer["train"][1], *fewer["train"][0]]
@@ -245,7 +245,7 @@ def test_validation_has_first_captions(folder, tmp_path):
     assert_states({name: value[None] for name, value in one.items()}, ["a circle"])
 
 
-def test_texts_of_other_pictures_are_refused(tmp_path, folder):
+def test_texts_of_other_images_are_refused(tmp_path, folder):
     latents = write_latents(tmp_path / "latents", 4)
     with pytest.raises(UserError, match="4 images of the subset train"):
         TextLatentDataModule(latents, folder)

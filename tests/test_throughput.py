@@ -17,12 +17,12 @@ from forked import python
 from tiny import tiny_dit, tiny_vavae, trained_looking
 
 from vavae_tools.autoencoders.rae import tiny_rae
-from vavae_tools.data.datasets import PictureDataModule
+from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner, TextConditioner
 from vavae_tools.diffusion.ddt import DDT
-from vavae_tools.diffusion.objectives import CleanPrediction, make_objective
+from vavae_tools.diffusion.objectives import SamplePrediction, make_objective
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.runtime.errors import Stopped
@@ -48,14 +48,14 @@ def new_vavae(**changes) -> VAVAEModule:
 
 
 def train(
-    module, data, folder: Path, callbacks=(), say=lambda line: None, strategy="auto", resume=None, **settings
+    module, data, folder: Path, callbacks=(), log=lambda line: None, strategy="auto", resume=None, **settings
 ) -> L.Trainer:
     quiet_lightning()
     length = {"max_steps": settings.pop("max_steps", 20), "max_epochs": -1}
     settings = {"limit_val_batches": 0, "enable_checkpointing": False, "log_every_n_steps": 1, **settings}
     settings = module.trainer_settings(accelerator="cpu", strategy=strategy, **settings)
-    trainer = build_trainer({**length, **settings}, folder, list(callbacks), say)
-    fit_trainer(trainer, module, data, resume, say)
+    trainer = build_trainer({**length, **settings}, folder, list(callbacks), log)
+    fit_trainer(trainer, module, data, resume, log)
     return trainer
 
 
@@ -104,17 +104,17 @@ class Spoil(L.Callback):
         self.rank, self.steps = rank, steps
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        picture_loss = module.picture_loss
+        image_loss = module.image_loss
         here = trainer.global_rank == self.rank and trainer.global_step in self.steps
-        module.__dict__.setdefault("whole_picture_loss", picture_loss)
-        module.picture_loss = module.whole_picture_loss
+        module.__dict__.setdefault("whole_image_loss", image_loss)
+        module.image_loss = module.whole_image_loss
         if here:
 
-            def spoilt(reconstruction, pictures):
-                loss, parts = module.whole_picture_loss(reconstruction, pictures)
+            def spoilt(reconstruction, images):
+                loss, parts = module.whole_image_loss(reconstruction, images)
                 return loss + torch.inf, parts  # its gradient is finite
 
-            module.picture_loss = spoilt
+            module.image_loss = spoilt
 
 
 class Ticks(Clock):
@@ -161,8 +161,8 @@ class Takes(L.Callback):
 
 
 def with_clock(monkeypatch_or_none, clock: Ticks) -> None:
-    def first_callback(say):
-        return Throughput(say, clock)
+    def first_callback(log):
+        return Throughput(log, clock)
 
     from vavae_tools.training import run as trainer
 
@@ -187,10 +187,10 @@ def run_all(folder: Path, latents_dir: Path, split_dir: Path) -> None:
     if world > 1:
         dist.all_reduce = counting
     latents = lambda: LatentDataModule(latents_dir, share)  # noqa: E731
-    pictures = lambda: PictureDataModule(split_dir, 24, share)  # noqa: E731
+    images = lambda: ImageDataModule(split_dir, 24, share)  # noqa: E731
 
     train(new_dit(), latents(), folder / "dit")
-    train(new_vavae(), pictures(), folder / "vavae")
+    train(new_vavae(), images(), folder / "vavae")
 
     counted.sums, counted.sent = [], []
     train(new_dit(), latents(), folder / "seldom", [counted], log_every_n_steps=5, accumulate_grad_batches=2)
@@ -198,7 +198,7 @@ def run_all(folder: Path, latents_dir: Path, split_dir: Path) -> None:
 
     counted.sums, counted.sent = [], []
     module = new_vavae(disc_weight=0.5, disc_start=0, disc_width=8, accumulate_grad_batches=3)
-    train(module, pictures(), folder / "gathered", [counted], max_steps=4)
+    train(module, images(), folder / "gathered", [counted], max_steps=4)
     numbers = {part: sum(w.numel() for w in getattr(module, part).parameters()) for part in ("vavae", "discriminator")}
     found["gathered"] = {"sent": counted.sent, **numbers}
 
@@ -209,7 +209,7 @@ def run_all(folder: Path, latents_dir: Path, split_dir: Path) -> None:
 
     for name, steps in (("spoilt", range(2, 4)), ("ruined", range(2, 7))):
         module = new_vavae()
-        train(module, pictures(), folder / name, [Spoil(world - 1, steps)], max_steps=9)
+        train(module, images(), folder / name, [Spoil(world - 1, steps)], max_steps=9)
         found[name] = [w.double().sum().item() for w in module.vavae.parameters()]
 
     if world > 1:
@@ -283,9 +283,9 @@ def test_a_loss_that_one_process_alone_finds_infinite_is_so_for_all(one_and_two,
 
 
 def test_the_speeds_of_processes_are_added_and_said_once(one_and_two):
-    """4 pictures in 2 s and in 4 s, of which half and three quarters are waiting, but after an epoch's end."""
+    """4 images in 2 s and in 4 s, of which half and three quarters are waiting, but after an epoch's end."""
     said = [line for line in of(one_and_two[1], 0, "said") if not line.startswith("step")]
-    assert said[0].startswith("throughput  3.9 pictures/s, 2,200.0 ms a step (2 processes), 51% of it waiting for data")
+    assert said[0].startswith("throughput  3.9 images/s, 2,200.0 ms a step (2 processes), 51% of it waiting for data")
     assert len(said) == 2 and of(one_and_two[1], 1, "said") == []
 
 
@@ -300,12 +300,12 @@ def timed(monkeypatch, latents_dir, folder, module=None, data_takes=3.0, step_ta
     settings = {"limit_val_batches": 1, "max_steps": 15, "check_val_every_n_epoch": 1, **settings}
     takes = Takes(clock, step_takes, stop_at)
 
-    class Saving(L.Callback):
+    class SaveConfig(L.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             if trainer.global_step % 4 == 0:
                 trainer.save_checkpoint(folder / "a.ckpt")
 
-    trainer = train(module or new_dit(), data, folder, [takes, Saving()], said.append, **settings)
+    trainer = train(module or new_dit(), data, folder, [takes, SaveConfig()], said.append, **settings)
     lines = [line for line in said if line.startswith(("throughput", "advice"))]
     return lines, curves(folder), next(part for part in trainer.callbacks if isinstance(part, Throughput))
 
@@ -316,20 +316,20 @@ def test_only_steps_count_and_only_the_wait_for_their_data_is_waiting(monkeypatc
     After four of the twelve steps comes one of these: the next step goes from its own start.
     """
     (line, advice), found, measured = timed(monkeypatch, latents_dir, tmp_path)
-    assert line.startswith("throughput  1.3 pictures/s, 3,000.0 ms a step, 67% of it waiting for data, peak memory ")
+    assert line.startswith("throughput  1.3 images/s, 3,000.0 ms a step, 67% of it waiting for data, peak memory ")
     assert "TFLOP/s" not in line
     assert advice.startswith("advice: 67% of the time") and "num_workers (it was 0; " in advice
     assert {name: {value for _, value in found[f"throughput/{name}"]} for name in ("waiting", "step_ms")} == {
         "waiting": {0.75, 0.0},
         "step_ms": {4000.0, 1000.0},
     }
-    assert [step for step, _ in found["throughput/pictures_per_second"]] == list(range(3, 15))
+    assert [step for step, _ in found["throughput/images_per_second"]] == list(range(3, 15))
     assert measured.speed.memory > 50e6
 
 
 def test_gathered_batches_are_one_step(monkeypatch, latents_dir, tmp_path):
     lines, _, measured = timed(monkeypatch, latents_dir, tmp_path, data_takes=0.0, accumulate_grad_batches=3)
-    assert measured.speed.step_seconds == 3.0 and measured.speed.pictures_per_second == 4.0
+    assert measured.speed.step_seconds == 3.0 and measured.speed.images_per_second == 4.0
     assert len(lines) == 1  # no advice
 
 
@@ -349,14 +349,14 @@ def test_a_run_that_goes_on_measures_its_own_time(monkeypatch, latents_dir, tmp_
     trainer = build_trainer(settings | {"enable_checkpointing": False}, tmp_path / "second", [takes], said.append)
     fit_trainer(trainer, module, data, tmp_path / "first" / "a.ckpt", said.append)
     assert trainer.global_step == 16 and takes.steps == 8
-    assert said[-1].startswith("throughput  8.0 pictures/s, 500.0 ms a step, 0% of it waiting for data")
+    assert said[-1].startswith("throughput  8.0 images/s, 500.0 ms a step, 0% of it waiting for data")
 
 
 def test_the_use_of_a_known_card(monkeypatch, latents_dir, tmp_path):
     monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 5e6)
     (line, _), found, measured = timed(monkeypatch, latents_dir, tmp_path)
     flops = new_dit().flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8), "labels": torch.zeros(1).long()})
-    assert measured.speed.flops_per_second == pytest.approx(flops * 4 / 3)  # four pictures in three seconds
+    assert measured.speed.flops_per_second == pytest.approx(flops * 4 / 3)  # four images in three seconds
     found = [value / (flops / 5e6) for _, value in found["throughput/utilisation"]]
     assert sorted(found) == pytest.approx([1] * 8 + [4] * 4)
     assert line.endswith(f", {flops * 4 / 3 / 5e6:.0%} of the card's 0 TFLOP/s")
@@ -424,8 +424,8 @@ def test_operations_of_a_denoiser(changed):
 
 
 def test_operations_of_the_autoencoder():
-    """A 1×1 picture of every layer by hand would be long: a frozen encoder costs its forward pass alone."""
-    batch = {"pictures": torch.zeros(5, 3, 16, 16, dtype=torch.uint8)}
+    """A 1×1 image of every layer by hand would be long: a frozen encoder costs its forward pass alone."""
+    batch = {"images": torch.zeros(5, 3, 16, 16, dtype=torch.uint8)}
     vavae = new_vavae().vavae
     forward = flops_of(torch.nn.ModuleList([vavae, torch.nn.Linear(1, 1)]), lambda both: _through_encoder(both, vavae))
     frozen, whole = (new_vavae(freeze_encoder=frozen).flops_of_a_sample(batch) for frozen in (True, False))
@@ -454,13 +454,13 @@ def new_text(objective: str) -> tuple[DiffusionModule, dict]:
 
 def new_rae_decoder() -> tuple[RAEDecoderModule, dict]:
     module = RAEDecoderModule(tiny_rae(24), disc_start=0, generator_start=0, disc_width=8, spectral_weight=1.0)
-    return module, {"pictures": torch.zeros(3, 3, 24, 24, dtype=torch.uint8)}
+    return module, {"images": torch.zeros(3, 3, 24, 24, dtype=torch.uint8)}
 
 
 def new_tokens() -> tuple[DiffusionModule, dict]:
     code = {"num_tokens": 260, "cell_size": 4, "channels": 3}
     denoiser = DiT(32, 4, 4, 16, 1, 2, positions="sequence")
-    module = DiffusionModule(denoiser, ClassConditioner(1, 16, 0.0), CleanPrediction(), token_images={"code": code})
+    module = DiffusionModule(denoiser, ClassConditioner(1, 16, 0.0), SamplePrediction(), token_images={"code": code})
     return module, module.on_before_batch_transfer(TokenImageDataset("zen", 32).__getitems__([0, 1]), 0)
 
 
@@ -502,7 +502,7 @@ def test_counting_that_fails_ends_no_training(monkeypatch, latents_dir, tmp_path
     module = new_dit()
     module.flops_of_a_sample = lambda batch: {}["a table"]
     said = []
-    train(module, LatentDataModule(latents_dir, 4), tmp_path, say=said.append, max_steps=6)
+    train(module, LatentDataModule(latents_dir, 4), tmp_path, log=said.append, max_steps=6)
     (line,) = [line for line in said if "utilisation" in line]
     assert line == "no utilisation of the card: what a step computes cannot be counted (KeyError: 'a table')"
     assert any(line.startswith("throughput") and "TFLOP/s" not in line for line in said)

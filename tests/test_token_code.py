@@ -34,14 +34,14 @@ def test_what_is_drawn_is_read_again(num_tokens, cell_size, channels):
     tokens = drawn_tokens(code, 4, img_size)
     lengths = [36, 1, 0, 17]
     there = lengths_mask(lengths, cells)
-    pictures, mask = code.draw(tokens, there, img_size), code.over_pixels(there.float(), img_size)
-    assert pictures.shape == (4, channels, img_size, img_size) and pictures.dtype == torch.float32
+    images, mask = code.draw(tokens, there, img_size), code.spread_to_pixels(there.float(), img_size)
+    assert images.shape == (4, channels, img_size, img_size) and images.dtype == torch.float32
     assert mask.shape == (4, img_size, img_size) and mask.sum((1, 2)).tolist() == [n * cell_size**2 for n in lengths]
-    assert torch.equal(pictures.abs(), mask[:, None].expand_as(pictures))  # ±1 on tokens, 0 elsewhere
-    assert code.decode(pictures, mask) == [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
-    assert code.decode(0.01 * pictures.half(), mask)[0] == tokens[0].tolist()  # the contrast does not matter
-    assert torch.equal(code.over_cells(mask), there)
-    assert TokenCode(**code.config).decode(pictures, mask)[3] == tokens[3, :17].tolist()
+    assert torch.equal(images.abs(), mask[:, None].expand_as(images))  # ±1 on tokens, 0 elsewhere
+    assert code.decode(images, mask) == [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
+    assert code.decode(0.01 * images.half(), mask)[0] == tokens[0].tolist()  # the contrast does not matter
+    assert torch.equal(code.mask_to_cells(mask), there)
+    assert TokenCode(**code.config).decode(images, mask)[3] == tokens[3, :17].tolist()
 
 
 @pytest.mark.parametrize(("num_tokens", "cell_size", "channels"), CODES)
@@ -84,26 +84,26 @@ def test_a_cell_by_hand():
     (1000, 2, 3, "8d8600730242d8d2"),
 ])  # fmt: skip
 def test_the_code_stays_what_it_was(num_tokens, cell_size, channels, digest):
-    """A model's pictures are read by the code they were drawn with."""
+    """A model's images are read by the code they were drawn with."""
     code = TokenCode(num_tokens, cell_size, channels)
     tokens = (torch.arange(64) * 7919 % num_tokens)[None]
-    picture = code.draw(tokens, torch.ones(1, 64, dtype=torch.bool), 8 * cell_size)
-    assert hashlib.sha256((picture > 0).numpy().tobytes()).hexdigest()[:16] == digest
+    image = code.draw(tokens, torch.ones(1, 64, dtype=torch.bool), 8 * cell_size)
+    assert hashlib.sha256((image > 0).numpy().tobytes()).hexdigest()[:16] == digest
 
 
 def test_cells_stand_in_reading_order_and_their_pixels_too():
     code = TokenCode(260)
     tokens = torch.tensor([[65, 200, 7]])
-    picture = code.draw(tokens, torch.ones(1, 3, dtype=torch.bool), 8)[0]
+    image = code.draw(tokens, torch.ones(1, 3, dtype=torch.bool), 8)[0]
     cells = code.cells(tokens[0])
     for cell, (row, column) in zip(cells, [(0, 0), (0, 4), (4, 0)], strict=True):
-        assert torch.equal(picture[:, row : row + 4, column : column + 4].flatten(), cell)
-    assert not picture[:, 4:, 4:].any()
-    assert torch.equal(code.cells_of(picture[None])[0, :3], cells)
-    assert picture[1, 2, 4 + 3] == cells[1, 1 * 16 + 2 * 4 + 3]  # channel, row, column
+        assert torch.equal(image[:, row : row + 4, column : column + 4].flatten(), cell)
+    assert not image[:, 4:, 4:].any()
+    assert torch.equal(code.cells_of(image[None])[0, :3], cells)
+    assert image[1, 2, 4 + 3] == cells[1, 1 * 16 + 2 * 4 + 3]  # channel, row, column
     wide = torch.randn(2, 1, 4, 10, generator=torch.Generator().manual_seed(0))
     cells = TokenCode(16, 2, 1).cells_of(wide)
-    assert cells.shape == (2, 10, 4) and torch.equal(TokenCode(16, 2, 1).pictures(cells, columns=5), wide)
+    assert cells.shape == (2, 10, 4) and torch.equal(TokenCode(16, 2, 1).images(cells, columns=5), wide)
 
 
 @pytest.mark.parametrize(("num_tokens", "cell_size", "channels"), [(260, 4, 3), (3000, 4, 3), (200, 2, 3)])

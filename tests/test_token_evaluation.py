@@ -23,11 +23,11 @@ from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 
 SIZE = 8
-"""Side of the toy's pictures: 16 cells of 2×2 grey pixels."""
+"""Subset of the toy's images: 16 cells of 2×2 grey pixels."""
 
 
 class Toy:
-    """Rows of token numbers as a data set of pictures, of which the first cells may be a prompt."""
+    """Rows of token numbers as a data set of images, of which the first cells may be a prompt."""
 
     data_path = "toy"
     img_size = SIZE
@@ -45,9 +45,9 @@ class Toy:
         known = there & (torch.arange(rows.shape[1]) < self.prompt)
         clean = self.code.draw(rows, there, SIZE)
         batch = {"clean": clean, "index": torch.tensor(indices)}
-        batch["mask"] = self.code.over_pixels((there & ~known).float(), SIZE)
+        batch["mask"] = self.code.spread_to_pixels((there & ~known).float(), SIZE)
         if self.prompt:
-            batch["condition_mask"] = self.code.over_pixels(known.float(), SIZE)
+            batch["condition_mask"] = self.code.spread_to_pixels(known.float(), SIZE)
         return batch
 
 
@@ -60,7 +60,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         super().__init__()
         self.none, self.predict, self.times, self.seen = nn.Parameter(torch.zeros(())), predict, [], []
         self.latent_shape = (code.channels + 1, img_size, img_size)
-        self.register_to_config(hidden_size=1)  # by which is estimated how many pictures have room at once
+        self.register_to_config(hidden_size=1)  # by which is estimated how many images have room at once
         self.rows = self.columns = img_size // code.cell_size
 
     def forward(self, x, t, conditioning, mask=None):
@@ -88,7 +88,7 @@ def posterior_mean(code, img_size, shares):
         cells = code.cells_of(x).double()
         table = code.table.double()
         weights = (log_shares + t / (1 - t) ** 2 * (cells @ table.T)).softmax(-1)
-        return code.pictures((weights @ table).float(), img_size // code.cell_size)
+        return code.images((weights @ table).float(), img_size // code.cell_size)
 
     return predict
 
@@ -104,21 +104,21 @@ def drawn_rows(shares, count=64, seed=0):
 def test_valid_cells_are_those_with_all_signs_of_a_token():
     code = TokenCode(5, cell_size=2, channels=1)  # three bits: 5, 6 and 7 are no tokens
     tokens = torch.arange(16)[None] % 5
-    pictures = code.draw(tokens, torch.ones_like(tokens).bool(), SIZE)
+    images = code.draw(tokens, torch.ones_like(tokens).bool(), SIZE)
     mask = torch.ones(1, SIZE, SIZE)
-    assert valid_share(code, 0.1 * pictures, mask) == 1
-    pictures[0, :, :2, 2:4] *= -1  # the complement of the second cell
+    assert valid_share(code, 0.1 * images, mask) == 1
+    images[0, :, :2, 2:4] *= -1  # the complement of the second cell
     signs = {tuple(row) for row in code.table.tolist()}
     assert tuple((-code.table[1]).tolist()) not in signs
-    assert valid_share(code, pictures, mask) == 15 / 16
+    assert valid_share(code, images, mask) == 15 / 16
     known = torch.zeros(1, SIZE, SIZE)
     known[:, :2, :4] = 1
-    assert valid_share(code, pictures, mask * (1 - known)) == 1
+    assert valid_share(code, images, mask * (1 - known)) == 1
     mask[:, 4:] = 0
-    assert valid_share(code, pictures, mask) == 7 / 8
+    assert valid_share(code, images, mask) == 7 / 8
 
 
-def test_what_comes_back_is_counted_by_cells_and_by_pictures():
+def test_what_comes_back_is_counted_by_cells_and_by_images():
     data = Toy(drawn_rows([1 / 8] * 8, 4))
     rows = data.rows.clone()
     rows[2, 5] = (rows[2, 5] + 1) % 8
@@ -126,7 +126,7 @@ def test_what_comes_back_is_counted_by_cells_and_by_pictures():
     wrong = data.code.draw(rows, torch.ones_like(rows).bool(), SIZE)
     pipe = pipeline(data, lambda x, t: wrong)
     curve = reconstruction_curve(pipe, data, times=(0.0, 0.5), count=9, steps=4)
-    assert [(one.t, one.cells, one.pictures) for one in curve] == [(0.0, 62 / 64, 3 / 4), (0.5, 62 / 64, 3 / 4)]
+    assert [(one.t, one.cells, one.images) for one in curve] == [(0.0, 62 / 64, 3 / 4), (0.5, 62 / 64, 3 / 4)]
     times = torch.stack(pipe.denoiser.times)
     assert (times == times[:, :1]).all()  # the whole grid from noise, of the other what is left of it
     assert times[:, 0].tolist() == [0, 0.25, 0.5, 0.75, 0.5, 0.75]
@@ -139,7 +139,7 @@ def test_a_prompt_is_given_and_does_not_count():
     wrong = data.code.draw(rows, torch.ones_like(rows).bool(), SIZE)
     pipe = pipeline(data, lambda x, t: wrong)
     (found,) = reconstruction_curve(pipe, data, times=(0.3,), steps=3)
-    assert (found.cells, found.pictures) == (39 / 40, 3 / 4)
+    assert (found.cells, found.images) == (39 / 40, 3 / 4)
     bits = bits_per_token(pipe, data)
     batch = data.__getitems__([0, 1, 2, 3])
     known = batch["condition_mask"]
@@ -300,21 +300,21 @@ def dataset(folder, rows, chats=False):
 
 
 def written_by_heart(data, rows):
-    """A denoiser that writes the same tokens into every picture."""
+    """A denoiser that writes the same tokens into every image."""
     tokens = torch.tensor(rows)[None]
-    picture = data.code.draw(tokens, torch.ones_like(tokens).bool(), data.img_size)
-    return lambda x, t: picture.expand(len(x), -1, -1, -1)
+    image = data.code.draw(tokens, torch.ones_like(tokens).bool(), data.img_size)
+    return lambda x, t: image.expand(len(x), -1, -1, -1)
 
 
 def test_an_evaluation_of_texts_is_a_table_and_files(tmp_path):
-    train, val = dataset(tmp_path, sentences(40)).sides(0.2)
+    train, val = dataset(tmp_path, sentences(40)).subsets(0.2)
     by_heart = train.tokens_of(0)
     lengths = [0] * train.max_tokens + [0]
     lengths[len(by_heart)] = 1
     pipe = pipeline(train, written_by_heart(train, by_heart.tolist()), lengths)
     said = []
     out = tmp_path / "evaluation"
-    report = evaluate_tokens(pipe, train, val, out, 5, 2, is_right=is_grammatical, say=said.append)
+    report = evaluate_tokens(pipe, train, val, out, 5, 2, is_right=is_grammatical, log=said.append)
     samples, completed, real = (report.scores[name] for name in ("samples", "completions", "real"))
     assert samples.right == samples.valid == samples.novelty.whole == 1 and samples.prompts_kept is None
     assert samples.novelty.longest == samples.novelty.longest_mean == len(by_heart)
@@ -344,7 +344,7 @@ def test_a_completion_that_is_a_training_text_is_a_whole_copy(tmp_path):
     train = dataset(tmp_path, sentences(6))
     by_heart = train.tokens_of(2).tolist()
     pipe = pipeline(train, written_by_heart(train, by_heart), [0] * len(by_heart) + [1, 0])
-    report = evaluate_tokens(pipe, train, train.part([2]), None, 1, 1, say=lambda line: None)
+    report = evaluate_tokens(pipe, train, train.part([2]), None, 1, 1, log=lambda line: None)
     assert report.scores["completions"].novelty.whole == 1 == report.scores["real"].novelty.whole
     assert report.scores["completions"].novelty.longest < len(by_heart)  # the prompt is nobody's copy
 
@@ -352,7 +352,7 @@ def test_a_completion_that_is_a_training_text_is_a_whole_copy(tmp_path):
 def test_without_texts_that_validate_their_rows_are_left_out_and_it_is_said(tmp_path):
     train = dataset(tmp_path, sentences(6))
     pipe = pipeline(train, written_by_heart(train, [1]), [0, 1])
-    report = evaluate_tokens(pipe, train, None, None, 3, 1, say=lambda line: None)
+    report = evaluate_tokens(pipe, train, None, None, 3, 1, log=lambda line: None)
     assert list(report.scores) == ["samples"] and list(report.bits) == ["training"] and report.curve_of == "training"
     assert len(report.notes) == 1 and "no texts that validate" in str(report) and "written" not in str(report)
     assert "right" not in str(report).split("copied whole")[0]
@@ -364,17 +364,17 @@ def test_texts_may_be_right_in_part(tmp_path):
     rows = ["two cats see a bird. two cats", "two cats see a bird.", "two dogs. a dog sees two cats."]
     train, val = dataset(tmp_path, [*rows * 4]).part(range(9)), dataset(tmp_path, rows)
     pipe = pipeline(train, written_by_heart(train, train.tokens_of(0).tolist()), train.lengths().tolist())
-    report = evaluate_tokens(pipe, train, val, None, 3, 1, is_right=grammatical_share, say=lambda line: None)
+    report = evaluate_tokens(pipe, train, val, None, 3, 1, is_right=grammatical_share, log=lambda line: None)
     assert report.scores["real"].right == pytest.approx(2 / 3)
 
 
 def test_answers_are_judged_with_their_questions(tmp_path):
-    train, val = dataset(tmp_path, questions(30), chats=True).sides(0.2)
+    train, val = dataset(tmp_path, questions(30), chats=True).subsets(0.2)
     chosen = Draws(0, 0, torch.arange(len(val))).uniform("text").argsort()[:4].tolist()
     clean = val.__getitems__(chosen)["clean"]
 
     def remembered(x, t):
-        return clean if len(x) == len(clean) else torch.zeros_like(x)  # other pictures are those that are measured
+        return clean if len(x) == len(clean) else torch.zeros_like(x)  # other images are those that are measured
 
     pipe = pipeline(train, remembered, train.lengths().tolist(), use_chat_template=True)
     pairs = []
@@ -383,7 +383,7 @@ def test_answers_are_judged_with_their_questions(tmp_path):
         pairs.append((question, answer))
         return answers(question, answer)
 
-    report = evaluate_tokens(pipe, train, val, None, 4, 2, is_right=is_right, say=lambda line: None)
+    report = evaluate_tokens(pipe, train, val, None, 4, 2, is_right=is_right, log=lambda line: None)
     assert list(report.scores) == ["answers", "real"]
     assert report.scores["answers"].prompts_kept == 1 and report.scores["real"].right == 1
     assert all(question.startswith("tell me about") for question, _ in pairs) and len(pairs) == 8
@@ -399,10 +399,10 @@ def test_a_model_of_another_code_is_one_line(tmp_path):
 
 
 def test_a_figure_of_curves():
-    figure = plot_curves([0, 0.5], {"cells": [0.1, 1.0], "pictures": [0.0, 0.9]}, "t", "share", (0, 1))
+    figure = plot_curves([0, 0.5], {"cells": [0.1, 1.0], "images": [0.0, 0.9]}, "t", "share", (0, 1))
     (ax,) = figure.axes
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("t", "share")
     assert [line.get_ydata().tolist() for line in ax.lines] == [[0.1, 1.0], [0.0, 0.9]]
     low, high = ax.get_ylim()
     assert -0.1 < low < 0 and 1 < high < 1.1
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["cells", "pictures"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["cells", "images"]

@@ -1,4 +1,4 @@
-"""Texts as pictures: nothing lost, nothing twice, read again; files, tokenizers, sides; what is said of faults."""
+"""Texts as images: nothing lost, nothing twice, read again; files, tokenizers, subsets; what is said of faults."""
 
 import json
 import pickle
@@ -101,7 +101,7 @@ def endless():
     return wordy(["the", "a", "cat", "sees", "king", "."], None)
 
 
-# ---- texts and pictures
+# ---- texts and images
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 7, 16, None])
@@ -134,7 +134,7 @@ def test_image_to_text_is_exact(of, merged, tmp_path):
         assert [data.text(tokens) for tokens in data.decode(x, batch["mask"])] == texts
 
 
-def test_what_a_picture_is(tmp_path):
+def test_what_a_image_is(tmp_path):
     data = TokenImageDataset(write(tmp_path / "a.txt", "hé"), 8)
     assert pieces(data) == [[104, 0xC3, 0xA9, 256]] and len(data) == 1 and len(data.tokens) == 260
     data = TokenImageDataset(tmp_path / "a.txt", 8, max_tokens=3)
@@ -207,7 +207,7 @@ def test_prompt_and_answer_are_told_apart(of, max_tokens, merged, tmp_path):
     mask, prompt = batch["mask"], batch["condition_mask"]
     for row, (k, start) in enumerate(parts):
         of_answer = torch.tensor(learnt[k][start : start + held])
-        there = data.code.over_cells(mask[[row]])[0], data.code.over_cells(prompt[[row]])[0]
+        there = data.code.mask_to_cells(mask[[row]])[0], data.code.mask_to_cells(prompt[[row]])[0]
         assert torch.equal(there[0][: len(of_answer)], of_answer) and torch.equal(
             there[1][: len(of_answer)], ~of_answer
         )
@@ -299,7 +299,7 @@ def test_a_tokenizer_without_an_end(endless, tmp_path):
     assert pieces(data) == [[2, 1, 4, 1, 5, 7], [3, 1, 6, 7]]
     assert data.code.num_tokens == 8 and data.text(data.tokens_of(1)) == "a king."
     data = TokenImageDataset(json_lines(tmp_path / "b.jsonl", *({"text": t} for t in ("", "a", ""))), tokenizer=endless)
-    assert pieces(data) == [[3]] and data.sides(0.5)[1] is None
+    assert pieces(data) == [[3]] and data.subsets(0.5)[1] is None
     says = refused(TokenImageDataset, json_lines(tmp_path / "c.jsonl", {"text": ""}), tokenizer=endless)
     assert says == f"{tmp_path / 'c.jsonl'} has no token in it: expected text"
     endless.get_vocab = lambda: {"the": 2, "far": 900}  # as where a model reserves numbers
@@ -333,7 +333,7 @@ def test_datasets_on_the_disk(endless, tmp_path):
     val = Dataset.from_dict({"text": ["val 1", "val 2", "val 3"]})
     DatasetDict({"test": rows, "validation": val, "train": rows}).save_to_disk(tmp_path / "subsets")
     for share in (0, 0.9):  # its own subset validates
-        train, val = TokenImageDataset(tmp_path / "subsets").sides(share)
+        train, val = TokenImageDataset(tmp_path / "subsets").subsets(share)
         assert [train.text(row) for row in pieces(train)] == ["one", "zwei ü"]
         assert [val.text(row) for row in pieces(val)] == ["val 1", "val 2", "val 3"]
     chats = [chat("a", "b"), chat("c", "d", "e", "f")]
@@ -348,7 +348,7 @@ def test_datasets_on_the_disk(endless, tmp_path):
     Dataset.from_dict({"text": ["x", None]}).save_to_disk(tmp_path / "null")
     assert refused(read_texts, tmp_path / "columns").endswith("no column text or messages; it has body, n: rename one")
     assert refused(read_texts, tmp_path / "test").startswith("No subset 'train' in")
-    says = refused(TokenImageDataset(tmp_path / "empty", tokenizer=endless).sides, 0.1)
+    says = refused(TokenImageDataset(tmp_path / "empty", tokenizer=endless).subsets, 0.1)
     assert says == f"The subset train of {tmp_path / 'empty'} has no token in it: expected text"
     assert refused(read_texts, tmp_path / "null").startswith(f'{tmp_path / "null"}, row 1 has neither "text" nor')
     for file in (tmp_path / "null").glob("*.arrow"):
@@ -460,11 +460,11 @@ def test_it_says_what_it_is(tmp_path):
     )
 
 
-# ---- sides
+# ---- subsets
 
 
 def of_lengths(path: Path, *lengths: int) -> TokenImageDataset:
-    """Texts of that many pictures, of 4 tokens each."""
+    """Texts of that many images, of 4 tokens each."""
     rows = ({"text": "x" * (4 * n - 1)} for n in lengths)
     return TokenImageDataset(json_lines(path / "texts.jsonl", *rows), 8)
 
@@ -476,11 +476,11 @@ def texts_of(data: TokenImageDataset | None) -> set[int]:
 @pytest.mark.parametrize("seed", range(6))
 def test_texts_stand_whole_on_one_side(seed, tmp_path):
     data = of_lengths(tmp_path, *[1, 2, 3, 4, 1, 1, 20, 1, 6, 1])
-    train, val = data.sides(0.2, seed)
+    train, val = data.subsets(0.2, seed)
     assert not texts_of(train) & texts_of(val) and texts_of(train) | texts_of(val) == set(range(10))
     assert len(train) + len(val) == len(data) == 40 and len(val) <= 8
-    again = data.sides(0.2, seed)
-    assert [side.fingerprint() for side in again] == [side.fingerprint() for side in (train, val)]
+    again = data.subsets(0.2, seed)
+    assert [subset.fingerprint() for subset in again] == [subset.fingerprint() for subset in (train, val)]
     assert pieces(val) == [
         row for text in sorted(texts_of(val)) for row in pieces(data.part(np.flatnonzero(data._text_of == text)))
     ]
@@ -488,32 +488,32 @@ def test_texts_stand_whole_on_one_side(seed, tmp_path):
 
 def test_sides_have_the_share_and_follow_from_the_seed(tmp_path):
     data = of_lengths(tmp_path, *[1] * 200)
-    sides = {seed: data.sides(0.05, seed)[1] for seed in range(5)}
-    assert {len(val) for val in sides.values()} == {10}
-    assert len({tuple(sorted(texts_of(val))) for val in sides.values()}) == 5
-    assert len(data.sides(0.07)[1]) == 14 and len(data.sides(0.001)[1]) == 1  # not 15, not 0
-    train, val = data.sides(0)
+    subsets = {seed: data.subsets(0.05, seed)[1] for seed in range(5)}
+    assert {len(val) for val in subsets.values()} == {10}
+    assert len({tuple(sorted(texts_of(val))) for val in subsets.values()}) == 5
+    assert len(data.subsets(0.07)[1]) == 14 and len(data.subsets(0.001)[1]) == 1  # not 15, not 0
+    train, val = data.subsets(0)
     assert val is None and train.fingerprint() == data.fingerprint()
 
 
 def test_of_a_single_text_the_end_validates(tmp_path):
     data = of_lengths(tmp_path, 20)
     for share, count in ((0.05, 1), (0.3, 6), (0.99, 19)):
-        train, val = data.sides(share, seed=1)
+        train, val = data.subsets(share, seed=1)
         assert pieces(train) == pieces(data)[:-count] and pieces(val) == pieces(data)[-count:]
     assert train._numbers is data._numbers is val._numbers  # parts share the tokens
-    train, val = of_lengths(tmp_path, 1).sides(0.5)
+    train, val = of_lengths(tmp_path, 1).subsets(0.5)
     assert len(train) == 1 and val is None
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_of_long_texts_the_end_of_the_longest(seed, tmp_path):
     data = of_lengths(tmp_path, 30, 50, 20)
-    train, val = data.sides(0.1, seed)
+    train, val = data.subsets(0.1, seed)
     assert texts_of(val) == {1} and len(val) == 10 and texts_of(train) == {0, 1, 2}
     assert val._starts.tolist() == data._starts[70:80].tolist()
     one_small = of_lengths(tmp_path, 1000, 1, 1, 1)  # the short ones, and never all
-    train, val = one_small.sides(0.05, seed)
+    train, val = one_small.subsets(0.05, seed)
     assert texts_of(val) == {1, 2, 3} and len(train) == 1000
 
 
@@ -550,14 +550,14 @@ def test_a_learnt_tokenizer_has_as_many_tokens_as_were_asked_for():
 # ---- noise
 
 
-def test_a_picture_that_drowns_is_read_as_far_as_it_goes():
+def test_a_image_that_drowns_is_read_as_far_as_it_goes():
     data = TokenImageDataset("zen")
-    drowned = data.drowned(0, [1.0, 0.9, 0.01], seed=2)
+    noised_examples = data.noised_examples(0, [1.0, 0.9, 0.01], seed=2)
     text, item = data.text(data.tokens_of(0)), data[0]
-    assert list(drowned)[:2] == [f"t = 1: {text}", f"t = 0.9: {text}"] and text not in list(drowned)[2]
-    clean, little, much = drowned.values()
+    assert list(noised_examples)[:2] == [f"t = 1: {text}", f"t = 0.9: {text}"] and text not in list(noised_examples)[2]
+    clean, little, much = noised_examples.values()
     assert torch.equal(clean, item["clean"])
     noise = (little - 0.9 * item["clean"]) / 0.1
     torch.testing.assert_close(much, 0.01 * item["clean"] + 0.99 * noise, atol=1e-5, rtol=1e-4)
     assert noise.std().item() == pytest.approx(1, abs=0.03)
-    assert all(c == "·" or (c.isascii() and c.isprintable()) for title in drowned for c in title)
+    assert all(c == "·" or (c.isascii() and c.isprintable()) for title in noised_examples for c in title)

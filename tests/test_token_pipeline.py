@@ -9,11 +9,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import same, tiny_pipeline, trained_looking
 
-from vavae_tools.checkpoints.formats import write_any
+from vavae_tools.checkpoints.formats import write_any_format
 from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.data.tokens.tokenizer import ASSISTANT, END, byte_tokenizer
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.objectives import CleanPrediction
+from vavae_tools.diffusion.objectives import SamplePrediction
 from vavae_tools.diffusion.solvers import sample, time_grid
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.pipelines.base import kind_of
@@ -26,7 +26,7 @@ from vavae_tools.training.denoiser_module import DiffusionModule
 
 SIZE, CELL, CELLS = 16, 4, 16
 ALL = [0] * CELLS + [1]
-"""Lengths of a training in which all pictures are full."""
+"""Lengths of a training in which all images are full."""
 CODE = {"num_tokens": 260, "cell_size": CELL, "channels": 3}
 TOKENIZER = byte_tokenizer()
 QUICK = {"num_inference_steps": 3}
@@ -46,12 +46,12 @@ def tiny(lengths=ALL, chats=False, time_shift=1.0, size=SIZE, channels=3, seed=0
 
 
 def with_lengths(**shares: int) -> list[int]:
-    """of_3=1, of_9=2: one picture of three tokens, two of nine."""
+    """of_3=1, of_9=2: one image of three tokens, two of nine."""
     return [shares.get(f"of_{length}", 0) for length in range(CELLS + 1)]
 
 
 def predicting(pipe: TokenImagePipeline, prediction) -> list[tuple]:
-    """Let (x, t) → the clean picture stand in for the denoiser; what it is asked is put down: (x, known, t, kept)."""
+    """Let (x, t) → the clean image stand in for the denoiser; what it is asked is put down: (x, known, t, kept)."""
     asked = []
 
     def forward(seen, t, conditioning, kept):
@@ -82,16 +82,16 @@ EVERYWHERE, NOWHERE = torch.ones(4, SIZE, SIZE), torch.zeros(4, SIZE, SIZE)
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_who_knows_the_picture_writes_exactly_it(steps, eta):
+def test_who_knows_the_image_writes_exactly_it(steps, eta):
     pipe, text = tiny(time_shift=3.0), "all is well now!"
     tokens = torch.tensor([list(text.encode())])
-    picture = pipe.code.draw(tokens, torch.ones(1, CELLS, dtype=torch.bool), SIZE)
-    asked = predicting(pipe, lambda x, t: picture.expand_as(x))
+    image = pipe.code.draw(tokens, torch.ones(1, CELLS, dtype=torch.bool), SIZE)
+    asked = predicting(pipe, lambda x, t: image.expand_as(x))
     written = pipe(num_samples=3, num_inference_steps=steps, eta=eta)
     assert written.texts == [text] * 3
-    shifted = CleanPrediction(time_shift=3.0).sample_time(torch.arange(steps) / steps)  # as training's even times
+    shifted = SamplePrediction(time_shift=3.0).sample_time(torch.arange(steps) / steps)  # as training's even times
     torch.testing.assert_close(torch.stack([t for _, _, t, _ in asked]), shifted[:, None].expand(-1, 3))
-    assert same(written.pictures, picture.expand(3, -1, -1, -1))
+    assert same(written.images, image.expand(3, -1, -1, -1))
     fresh, data = iter([noise(seed=i) for i in range(9)]), noise(seed=20)
     predicting(pipe, lambda x, t: data)
     assert same(pipe.denoise(noise(), EVERYWHERE, NOWHERE, data, time_grid(steps), eta, fresh), data)
@@ -160,7 +160,7 @@ def test_known_cells_are_kept_at_every_step_and_in_the_result():
     code, counts = TokenCode(**CODE), [8, 2]
     rows = torch.tensor([list(prompt.encode().ljust(8)) for prompt in prompts])
     there = torch.arange(8) < torch.tensor(counts)[:, None]
-    clean, known = code.draw(rows, there, SIZE), code.over_pixels(there.float(), SIZE)
+    clean, known = code.draw(rows, there, SIZE), code.spread_to_pixels(there.float(), SIZE)
     assert len(asked) == 4
     for x, channel, _, kept in asked:
         assert same(channel, known)  # the extra channel says which
@@ -172,28 +172,28 @@ def test_known_cells_are_kept_at_every_step_and_in_the_result():
             list(range(7)),
         ]
     assert same(written.known, known)
-    assert same(written.pictures * known[:, None], clean)
+    assert same(written.images * known[:, None], clean)
     assert written.mask.sum((1, 2)).tolist() == [13 * CELL**2, 7 * CELL**2]
     assert [tokens[:count] for tokens, count in zip(written.tokens, counts, strict=True)] == [
         list(prompt.encode()) for prompt in prompts
     ]
     assert [len(tokens) for tokens in written.tokens] == [13, 7]
     assert [text[:count] for text, count in zip(written.texts, counts, strict=True)] == prompts
-    assert (written.pictures[0, :, 8:12, 0:4] == -1).all()  # the ninth cell, as it was predicted
+    assert (written.images[0, :, 8:12, 0:4] == -1).all()  # the ninth cell, as it was predicted
 
 
 def test_a_model_goes_on_with_texts_and_token_numbers_alike():
     pipe = tiny()
     by_text = pipe(["two cats ", "täg"], **QUICK)
     by_numbers = pipe([list(b"two cats "), np.array(list("täg".encode()), np.int32)], **QUICK)
-    assert by_text.texts == by_numbers.texts and same(by_text.pictures, by_numbers.pictures)
+    assert by_text.texts == by_numbers.texts and same(by_text.images, by_numbers.images)
     assert [text.startswith(start) for text, start in zip(by_text.texts, ["two cats ", "täg"], strict=True)] == [
         True
     ] * 2
     for single in ("two cats ", list(b"two cats ")):  # not a list of letters, nor of prompts
         alone = pipe(single, **QUICK)
         assert alone.tokens == by_text.tokens[:1]
-    assert not same(pipe("two dogs ", **QUICK).pictures[0], by_text.pictures[0])
+    assert not same(pipe("two dogs ", **QUICK).images[0], by_text.images[0])
 
 
 def test_an_answer_is_told_alone_and_its_prompt_is_the_templates():
@@ -205,8 +205,8 @@ def test_an_answer_is_told_alone_and_its_prompt_is_the_templates():
     assert templated == f"<|user|>hi?{END}{ASSISTANT}" and len(tokens) == 6
     answer = [*TOKENIZER("yes!!", add_special_tokens=False).input_ids, TOKENIZER.eos_token_id]
     row = torch.tensor([tokens + answer])
-    picture = pipe.code.draw(row, torch.ones_like(row, dtype=torch.bool), 32)
-    predicting(pipe, lambda x, t: picture.expand_as(x))
+    image = pipe.code.draw(row, torch.ones_like(row, dtype=torch.bool), 32)
+    predicting(pipe, lambda x, t: image.expand_as(x))
     written = pipe(["hi?", question, tokens], **QUICK)
     assert written.texts == ["yes!!"] * 3 and written.tokens == [tokens + answer] * 3
     longer = [*question, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "why"}]
@@ -259,14 +259,14 @@ def test_the_new_tokens_may_be_counted():
     pipe = tiny(with_lengths(of_12=1))  # max_tokens of the training were all cells
     assert lengths_of(pipe, num_samples=2, max_new_tokens=3) == [3, 3]
     assert lengths_of(pipe, ["abc", "a" * 14], max_new_tokens=5) == [8, CELLS]
-    fewer = tiny([0, 0, 0, 0, 0, 1])  # trained on five tokens in a picture that has 16 cells
+    fewer = tiny([0, 0, 0, 0, 0, 1])  # trained on five tokens in an image that has 16 cells
     assert lengths_of(fewer, ["abc"], max_new_tokens=9) == lengths_of(fewer) == [5]
 
 
 @pytest.mark.parametrize(
     ("chats", "arguments", "message"),
     [
-        (False, {"prompts": "a" * 16}, "The prompt has 16 tokens, and a picture 16 cells: shorten it"),
+        (False, {"prompts": "a" * 16}, "The prompt has 16 tokens, and an image 16 cells: shorten it"),
         (True, {"prompts": "a" * 13}, "The prompt has 16 tokens"),
         (False, {"prompts": [[{"role": "user", "content": "a"}]]}, "was trained on texts without a chat template"),
         (True, {"prompts": None}, "This model answers: give it prompts"),
@@ -299,10 +299,10 @@ def test_a_text_of_a_seed_is_the_same_whatever_is_made_beside_it():
     for batch_size in (1, 3, 64):
         made = pipe(num_samples=7, batch_size=batch_size, **settings)
         assert made.texts == whole.texts and same(made.mask, whole.mask)
-        torch.testing.assert_close(made.pictures, whole.pictures, rtol=0, atol=1e-5)
+        torch.testing.assert_close(made.images, whole.images, rtol=0, atol=1e-5)
     some = pipe(numbers=[5, 2], **settings)
     assert some.texts == [whole.texts[5], whole.texts[2]]
-    torch.testing.assert_close(some.pictures, whole.pictures[[5, 2]], rtol=0, atol=1e-5)
+    torch.testing.assert_close(some.images, whole.images[[5, 2]], rtol=0, atol=1e-5)
     assert pipe(num_samples=7, **{**settings, "seed": 8}).texts != whole.texts
     whole = pipe(["ab", "longer", "c"], num_samples=2, **settings)
     assert [tokens[0] for tokens in whole.tokens] == list(b"aallcc") and len(set(whole.texts)) == 6
@@ -314,18 +314,18 @@ def test_a_text_of_a_seed_is_the_same_whatever_is_made_beside_it():
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory) -> Path:
-    """pipeline/, a training's run/, and a pipeline of pictures, pictures/. Do not write into it."""
+    """pipeline/, a training's run/, and a pipeline of images, images/. Do not write into it."""
     folder = tmp_path_factory.mktemp("kept")
     tiny(with_lengths(of_3=1, of_9=1, of_16=2), time_shift=2.0).save_pretrained(folder / "pipeline")
-    tiny_pipeline().save_pretrained(folder / "pictures")
+    tiny_pipeline().save_pretrained(folder / "images")
     of_pipeline = {"code": CODE, "lengths": ALL, "time_shift": 2.0, "use_chat_template": False}
-    module = DiffusionModule(*models(), CleanPrediction(time_shift=2.0), token_images=of_pipeline)
+    module = DiffusionModule(*models(), SamplePrediction(time_shift=2.0), token_images=of_pipeline)
     state = module.state_dict()
     state |= {name: tensor + 0.3 for name, tensor in state.items() if name.startswith("network.")}
     (folder / "run" / "checkpoints").mkdir(parents=True)
     checkpoint = {"state_dict": state, "hyper_parameters": dict(module.hparams), "epoch": 0, "global_step": 1}
     for name in ("checkpoints/last.ckpt", "checkpoint_epoch_1.pth"):
-        write_any(checkpoint, folder / "run" / name)
+        write_any_format(checkpoint, folder / "run" / name)
     save_model(TOKENIZER, folder / "run" / "tokenizer")
     return folder
 
@@ -353,9 +353,9 @@ def test_a_checkpoint_of_training_with_its_tokenizer_beside_it(kept, tmp_path, c
 
 
 def test_who_loads_something_else_is_told_what_it_is(kept, tmp_path):
-    kinds = [kind_of(kept / name) for name in ("pipeline", "pictures", "run/checkpoint_epoch_1.pth")]
+    kinds = [kind_of(kept / name) for name in ("pipeline", "images", "run/checkpoint_epoch_1.pth")]
     assert kinds == ["TokenImagePipeline", "LatentDiTPipeline", "TokenImagePipeline"] and not kind_of(tmp_path)
-    assert "makes pictures of classes: load it by load_pipeline" in refused(load_token_pipeline, kept / "pictures")
+    assert "makes images of classes: load it by load_pipeline" in refused(load_token_pipeline, kept / "images")
     assert "is no pipeline (no model_index.json)" in refused(load_token_pipeline, tmp_path)
     assert "No checkpoint" in refused(load_token_pipeline, tmp_path / "nothing")
     assert "holds the averaged weights alone" in refused(load_token_pipeline, kept / "pipeline", ema=False)
@@ -364,7 +364,7 @@ def test_who_loads_something_else_is_told_what_it_is(kept, tmp_path):
             assert "makes texts: load it by load_token_pipeline" in refused(load, kept / name)
     hyper = {"denoiser_config": {}, "conditioner_config": {}}
     torch.save({"state_dict": {}, "hyper_parameters": hyper}, tmp_path / "dit.ckpt")
-    assert "makes pictures of classes" in refused(load_token_pipeline, tmp_path / "dit.ckpt")
+    assert "makes images of classes" in refused(load_token_pipeline, tmp_path / "dit.ckpt")
     shutil.copytree(kept / "pipeline", tmp_path / "torn")
     (tmp_path / "torn" / "denoiser" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
     assert "cannot be read" in refused(load_token_pipeline, tmp_path / "torn")

@@ -13,7 +13,7 @@ from tiny import assert_same_training
 from vavae_tools import train
 from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.objectives import CleanPrediction
+from vavae_tools.diffusion.objectives import SamplePrediction
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.pipelines.tokens import load_token_pipeline
 from vavae_tools.runtime.draws import Draws
@@ -63,7 +63,7 @@ def test_the_command_as_it_is_typed_and_gone_on_with_from_a_pth(run, here):
     words = ["--gradient_accumulation_steps", 4, "--max_grad_norm", 1.0, "--use_amp", "--lr", 0.01, "--warmup_steps", 1]
     words += ["--save_every_n_epochs", 2, "--epochs", 4]
     said = run(*words, "--output_dir", "whole")
-    # 18 pictures are 9 batches of 2, of which 8 make the 2 steps of an epoch
+    # 18 images are 9 batches of 2, of which 8 make the 2 steps of an epoch
     assert "8 steps of 8, 4 epochs" in said and "float32" in said
     assert {path.name for path in Path("whole").glob("checkpoint*.pth")} == {
         "checkpoint_epoch_2.pth",
@@ -79,7 +79,7 @@ def test_the_command_as_it_is_typed_and_gone_on_with_from_a_pth(run, here):
     assert json.loads(Path("whole/pipeline/model_index.json").read_text())["code"]["num_tokens"] == 260
 
 
-def test_texts_and_pictures_are_shown_while_training(run):
+def test_texts_and_images_are_shown_while_training(run):
     said = run("training.max_steps=4", "callbacks.previews=1", "--output_dir", "run", "sampling.prompts=[Beautiful]")
     assert len(re.findall("^  Beautiful", said, re.M)) == 1
     assert Path("run/samples/samples-000004.png").is_file()
@@ -138,7 +138,7 @@ def module(**changes) -> DiffusionModule:
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return DiffusionModule(
-        denoiser, ClassConditioner(1, 16, 0.0), CleanPrediction(), token_images={"code": code}, **changes
+        denoiser, ClassConditioner(1, 16, 0.0), SamplePrediction(), token_images={"code": code}, **changes
     )
 
 
@@ -154,11 +154,11 @@ def test_beginnings_are_some_first_cells_and_never_all():
     mask = torch.zeros(4096, 32, 32)
     mask[:, :4, :20] = 1  # five cells
     given = learnt.beginnings(mask, Draws(0, 0, torch.arange(4096)))
-    counts = learnt.code.over_cells(given).sum(1)
+    counts = learnt.code.mask_to_cells(given).sum(1)
     assert torch.equal(given, given * mask) and counts.max() == 4
     share = counts.bincount(minlength=5) / 4096  # half of them none, the others none to four alike
     torch.testing.assert_close(share, torch.tensor([0.6, 0.1, 0.1, 0.1, 0.1]), atol=0.03, rtol=0)
-    first = learnt.code.over_cells(given).int()
+    first = learnt.code.mask_to_cells(given).int()
     assert (first.diff(dim=1)[:, :4] <= 0).all()  # from the first on, without a gap
 
 

@@ -16,7 +16,7 @@ from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.runtime.errors import Stopped, UserError
 from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
 from vavae_tools.training.callbacks.progress import NAME, TrainLog, pace
-from vavae_tools.training.config import Saving
+from vavae_tools.training.config import SaveConfig
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.run import build_trainer, fit_trainer
@@ -87,13 +87,13 @@ def test_a_line_holds_its_own_steps_values(tmp_path, latents_dir):
 
 
 def test_the_log_begins_and_ends_with_what_the_run_is(tmp_path, latents_dir, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["/there/train.py", "data_dir=my pictures", "model.lr=1e-4"])
+    monkeypatch.setattr("sys.argv", ["/there/train.py", "data_dir=my images", "model.lr=1e-4"])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", find_spec("vavae_tools.train"))
     train(tmp_path, latents_dir, TrainLog(tmp_path, 6, machine="a machine, of a kind"))
     found = lines(tmp_path)
     assert [about for about, _ in found] == ["command", "versions", "machine", "begin", "step", "step", "end"]
     said = dict(found)
-    assert said["command"] == "python -m vavae_tools.train 'data_dir=my pictures' model.lr=1e-4"
+    assert said["command"] == "python -m vavae_tools.train 'data_dir=my images' model.lr=1e-4"
     assert f"torch {torch.__version__}" in said["versions"] and f"lightning {L.__version__}" in said["versions"]
     assert said["machine"] == "a machine, of a kind" and said["begin"] == "12 steps to go"
     assert re.fullmatch(r"12 steps in \d:\d\d:\d\d, at step 12 of 12", said["end"])
@@ -107,7 +107,7 @@ def test_accumulated_batches_are_one_step(tmp_path, latents_dir):
 
 
 def test_validation_and_checkpoints_have_lines(tmp_path, latents_dir):
-    saving = Saving(save_every_minutes=60, save_every_n_steps=5)
+    saving = SaveConfig(save_every_minutes=60, save_every_n_steps=5)
     callbacks = checkpoint_callbacks(tmp_path / "checkpoints", "val/loss", saving)
     trainer = train(tmp_path, latents_dir, TrainLog(tmp_path, 100), callbacks, validate=True)
     found = lines(tmp_path)
@@ -138,7 +138,7 @@ class StopAt(L.Callback):
 
 def test_what_goes_on_is_appended_and_says_so(tmp_path, latents_dir):
     callbacks = checkpoint_callbacks(
-        tmp_path / "checkpoints", None, Saving(save_every_minutes=60, save_every_n_steps=4)
+        tmp_path / "checkpoints", None, SaveConfig(save_every_minutes=60, save_every_n_steps=4)
     )
     stop = Stopped("Stopped after step 7; go on with --resume last")
     train(tmp_path, latents_dir, TrainLog(tmp_path, 3), [*callbacks, StopAt(7, stop)])
@@ -150,7 +150,7 @@ def test_what_goes_on_is_appended_and_says_so(tmp_path, latents_dir):
     train(tmp_path, latents_dir, TrainLog(tmp_path, 3), resume=tmp_path / "checkpoint-4")
     assert (tmp_path / NAME).read_text().startswith(first + "\n")
     found = lines(tmp_path)
-    assert [text for about, text in found if about == "begin"] == ["12 steps to go", "going on after step 4 of 12"]
+    assert [text for about, text in found if about == "begin"] == ["12 steps to go", "resuming after step 4 of 12"]
     assert [line[0] for line in steps(tmp_path)] == [3, 6, 6, 9, 12]
     assert found[-1][1].startswith("8 steps in")
     before, again = (line for line in steps(tmp_path) if line[0] == 6)
@@ -177,7 +177,7 @@ def test_a_full_disk_does_not_end_training(tmp_path, latents_dir):
     said = []
     trainer = train(tmp_path, latents_dir, TrainLog(tmp_path, 3, said.append))
     assert trainer.global_step == 12
-    assert said == [f"{tmp_path / NAME} cannot be written (No space left on device): training goes on without it"]
+    assert said == [f"{tmp_path / NAME} cannot be written (No space left on device): training continues without it"]
 
 
 def test_a_folder_in_its_place_does_not_end_training(tmp_path, latents_dir):

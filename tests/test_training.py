@@ -16,7 +16,7 @@ from tiny import SIZE, assert_same, tiny_dit, tiny_vavae
 from torch import nn
 
 from vavae_tools.checkpoints.resuming import best_checkpoint, resume_path
-from vavae_tools.data.datasets import PictureDataModule
+from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import Stopped, UserError
@@ -24,21 +24,21 @@ from vavae_tools.training import devices
 from vavae_tools.training.autoencoder_module import VAVAEModule
 from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
 from vavae_tools.training.callbacks.previews import Previews
-from vavae_tools.training.config import Saving
+from vavae_tools.training.config import SaveConfig
 from vavae_tools.training.denoiser_module import DiffusionModule
-from vavae_tools.training.optim import EMA, warmed_up
+from vavae_tools.training.optim import EMA, with_warmup
 from vavae_tools.training.run import build_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on folders that are not empty
 
-BATCH = 6  # 24 pictures: four steps an epoch
+BATCH = 6  # 24 images: four steps an epoch
 KEPT = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
 
 
 def modules(kind: str, split_dir: Path, latents_dir: Path, num_workers: int = 0, batch_size: int = BATCH):
     if kind == "vavae":
         module = VAVAEModule(tiny_vavae(), lr=1e-3, warmup_steps=3)
-        return module, PictureDataModule(split_dir, SIZE, batch_size, num_workers), "val/reconstruction"
+        return module, ImageDataModule(split_dir, SIZE, batch_size, num_workers), "val/reconstruction"
     module = DiffusionModule(*tiny_dit(), lr=1e-3, warmup_steps=3, flip="half")
     return module, LatentDataModule(latents_dir, batch_size, num_workers), "val/loss"
 
@@ -67,14 +67,14 @@ class Fit:
 
     def __init__(self, folder, kind, data, resume=None, num_workers=0, callbacks=(), monitor=True, minutes=0, **length):
         self.folder = folder / "checkpoints"
-        module, pictures, metric = modules(kind, *data, num_workers)
+        module, images, metric = modules(kind, *data, num_workers)
         self.module, watch = module, Watch(self.folder)
-        every = checkpoint_callbacks(self.folder, metric if monitor else None, Saving(minutes))
+        every = checkpoint_callbacks(self.folder, metric if monitor else None, SaveConfig(minutes))
         settings = module.trainer_settings(accelerator="cpu", devices=1)
         devices.quiet_lightning()
         self.trainer = build_trainer(settings, folder, [*every, watch, *callbacks], lambda line: None, **length)
         try:
-            self.trainer.fit(module, pictures, ckpt_path=resume, weights_only=True)
+            self.trainer.fit(module, images, ckpt_path=resume, weights_only=True)
         finally:
             self.seen = watch.seen
 
@@ -263,7 +263,7 @@ def test_the_average_in_a_checkpoint_is_that_of_its_step(tmp_path, data):
 def test_the_learning_rate_rises_and_falls():
     def rates(warmup, total, steps):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-        schedule = warmed_up(optimizer, warmup, total)["lr_scheduler"]["scheduler"]
+        schedule = with_warmup(optimizer, warmup, total)["lr_scheduler"]["scheduler"]
         made = []
         for _ in range(steps):
             made.append(optimizer.param_groups[0]["lr"])

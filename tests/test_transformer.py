@@ -5,7 +5,7 @@ import torch
 from golden_cases import SHARED, assert_close, folder, load_case, load_weights
 
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.layers import kept_patches, rope_table, sincos_table
+from vavae_tools.diffusion.layers import rope_table, select_tokens, sincos_table
 from vavae_tools.diffusion.solvers import guided_prediction
 from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
 from vavae_tools.published import load_reference
@@ -118,7 +118,7 @@ def test_initialisation():
 
 
 def test_rows_and_columns_are_told_apart():
-    # The transposed model of a transposed picture is another one: the tables treat rows and columns differently.
+    # The transposed model of a transposed image is another one: the tables treat rows and columns differently.
     x, t, c = inputs()
     model = trained().eval()
     assert not torch.allclose(model(x.mT, t, c), model(x, t, c).mT, atol=1e-3)
@@ -145,7 +145,7 @@ def test_what_is_masked_is_neither_attended_to_nor_answered(options):
         model(x, t, c, mask=torch.ones(2, 1, 4, 4))
 
 
-def test_half_of_a_picture_is_answered_as_a_picture_of_that_half():
+def test_half_of_a_image_is_answered_as_a_image_of_that_half():
     torch.manual_seed(0)
     whole, half = DiT(**TINY), DiT(**{**TINY, "input_size": (2, 4)})
     for parameter in whole.parameters():
@@ -155,13 +155,13 @@ def test_half_of_a_picture_is_answered_as_a_picture_of_that_half():
     mask = torch.zeros(2, 4, 4)
     mask[:, :2] = 1
     torch.testing.assert_close(whole(x, t, c, mask)[:, :, :2], half(x[:, :, :2], t, c))
-    kept = kept_patches(mask, 1)
+    kept = select_tokens(mask, 1)
     assert kept.places.tolist() == [list(range(8))] * 2 and kept.there.all()
     assert torch.equal(whole(x, t, c, kept), whole(x, t, c, mask))
     short = torch.zeros(2, 4, 4)
     short[0, 3], short[1, 0, 1] = 1, 1
-    assert kept_patches(short, 1).there.tolist() == [[True] * 4, [True, False, False, False]]
-    assert kept_patches(short, 1).places[:, 0].tolist() == [12, 1]
+    assert select_tokens(short, 1).there.tolist() == [[True] * 4, [True, False, False, False]]
+    assert select_tokens(short, 1).places[:, 0].tolist() == [12, 1]
 
 
 def test_in_reading_order_places_follow_each_other_across_rows():

@@ -11,12 +11,12 @@ from tiny import SIZE, TWO_LEVELS, perturb_projections, same, tiny_dit, tiny_vav
 
 from vavae_tools.autoencoders.vavae import VAVAE, reconstruct, vavae
 from vavae_tools.autoencoders.weights import build_vavae, load_vavae, read_condition_file, read_vavae
-from vavae_tools.data.images import PictureFolder
+from vavae_tools.data.images import ImageFolder
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
 
 
-def pictures(height: int = SIZE, width: int = SIZE, batch: int = 3) -> torch.Tensor:
+def images(height: int = SIZE, width: int = SIZE, batch: int = 3) -> torch.Tensor:
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -49,7 +49,7 @@ def test_with_fresh_projections_it_is_autoencoderkl_bit_by_bit(attention):
     model, plain = tiny_vavae(**changes).eval(), AutoencoderKL(**TWO_LEVELS, **changes).eval()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
     assert plain.state_dict().keys() == tiny_vavae(condition_dim=0, **changes).state_dict().keys()
-    x, vectors = pictures(), model.condition_vectors(LABELS)
+    x, vectors = images(), model.condition_vectors(LABELS)
     assert vectors.abs().min() > 0
     expected = plain.encode(x).latent_dist
     for condition in (None, vectors):
@@ -63,7 +63,7 @@ def test_with_fresh_projections_it_is_autoencoderkl_bit_by_bit(attention):
 @torch.no_grad()
 def test_trained_projections_let_the_vector_into_both_halves():
     model = perturb_projections(tiny_vavae()).eval()
-    x, vectors = pictures(), model.condition_vectors(LABELS)
+    x, vectors = images(), model.condition_vectors(LABELS)
     without = model.encode(x).latent_dist.mean
     with_vectors = model.encode(x, condition=vectors).latent_dist.mean
     others = model.encode(x, condition=model.condition_vectors(LABELS.flip(0))).latent_dist.mean
@@ -83,7 +83,7 @@ def test_every_projection_matters(half):
     """Each level gets the vector, and each projection a gradient at once, though all start at zero."""
     model = tiny_vavae()
     vectors = model.condition_vectors(LABELS)
-    posterior = model.encode(pictures(), condition=vectors).latent_dist
+    posterior = model.encode(images(), condition=vectors).latent_dist
     model.decode(posterior.mean, condition=vectors).sample.square().sum().backward()
     projections = getattr(model, f"{half}_projections")
     assert len(projections) == 3  # two levels and the middle
@@ -95,7 +95,7 @@ def test_every_projection_matters(half):
 def test_images_need_not_be_square_nor_levels_of_one_width(make, latents):
     model = perturb_projections(make()).eval()
     vectors = model.condition_vectors(LABELS)
-    posterior = model.encode(pictures(16, 24), condition=vectors).latent_dist
+    posterior = model.encode(images(16, 24), condition=vectors).latent_dist
     assert posterior.mean.shape == (3, *latents)
     assert model.decode(posterior.mean, condition=vectors).sample.shape == (3, 3, 16, 24)
 
@@ -107,7 +107,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         if checkpointing:
             model.enable_gradient_checkpointing()
         vectors = model.condition_vectors(LABELS)
-        posterior = model.encode(pictures(), condition=vectors).latent_dist
+        posterior = model.encode(images(), condition=vectors).latent_dist
         model.decode(posterior.mean, condition=vectors).sample.square().mean().backward()
         gradients.append({name: weights.grad for name, weights in model.named_parameters() if weights.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 50
@@ -147,7 +147,7 @@ def test_a_saved_model_comes_back(tmp_path):
     model = perturb_projections(tiny_vavae(latents_mean=(1.0, 2.0), latents_std=(3.0, 4.0))).eval()
     model.save_pretrained(tmp_path)
     said = []
-    for loaded in (VAVAE.from_pretrained(tmp_path), load_vavae(tmp_path, say=said.append)):
+    for loaded in (VAVAE.from_pretrained(tmp_path), load_vavae(tmp_path, log=said.append)):
         assert isinstance(loaded, VAVAE)
         for name, weights in model.state_dict().items():
             assert same(loaded.state_dict()[name], weights), name
@@ -158,13 +158,13 @@ def test_a_saved_model_comes_back(tmp_path):
 def test_a_plain_autoencoderkl_gets_fresh_vectors(tmp_path):
     plain = plain_copy(tiny_vavae(seed=3))
     plain.save_pretrained(tmp_path)
-    model = load_vavae(tmp_path, 5, 7, say=quiet).eval()
+    model = load_vavae(tmp_path, 5, 7, log=quiet).eval()
     assert model.conditions.weight.shape == (7, 5)
     with torch.no_grad():
-        x = pictures()
+        x = images()
         posterior = model.encode(x, condition=model.condition_vectors(LABELS)).latent_dist
         assert same(posterior.mean, plain.encode(x).latent_dist.mean)
-    assert load_vavae(tmp_path, say=quiet).config.condition_dim == 0
+    assert load_vavae(tmp_path, log=quiet).config.condition_dim == 0
 
 
 def test_vectors_of_other_people_are_dropped_with_their_projections(tmp_path):
@@ -172,19 +172,19 @@ def test_vectors_of_other_people_are_dropped_with_their_projections(tmp_path):
     model.save_pretrained(tmp_path)
     for condition_dim, people in [(4, 5), (6, 3)]:  # more people, longer vectors
         said = []
-        loaded = load_vavae(tmp_path, condition_dim, people, say=said.append)
+        loaded = load_vavae(tmp_path, condition_dim, people, log=said.append)
         assert loaded.conditions.weight.shape == (people, condition_dim)
         assert all((linear.weight == 0).all() for linear in loaded.encoder_projections)
         assert all((linear.weight == 0).all() for linear in loaded.decoder_projections)
         assert same(loaded.encoder.conv_in.weight, model.encoder.conv_in.weight)
         assert "7 start anew, 0 unused" in said[0]
-    assert same(load_vavae(tmp_path, 4, 3, say=quiet).conditions.weight, model.conditions.weight)
-    assert not hasattr(load_vavae(tmp_path, 0, 0, say=quiet), "conditions")  # --condition_dim 0
+    assert same(load_vavae(tmp_path, 4, 3, log=quiet).conditions.weight, model.conditions.weight)
+    assert not hasattr(load_vavae(tmp_path, 0, 0, log=quiet), "conditions")  # --condition_dim 0
 
 
 def test_half_precision_weights_are_loaded_as_float32(tmp_path):
     tiny_vavae().half().save_pretrained(tmp_path)
-    assert {weights.dtype for weights in load_vavae(tmp_path, say=quiet).parameters()} == {torch.float32}
+    assert {weights.dtype for weights in load_vavae(tmp_path, log=quiet).parameters()} == {torch.float32}
 
 
 def test_what_came_with_a_training_checkpoint_is_kept(tmp_path):
@@ -198,7 +198,7 @@ def test_what_came_with_a_training_checkpoint_is_kept(tmp_path):
     assert found.config == config and all(same(found.weights[name], w) for name, w in model.state_dict().items())
     assert found.discriminator.keys() == {"main.0.weight"} and found.unused == ("x",)
     assert same(found.projection, others["projection.weight"])
-    grey = build_vavae(found, channels=1, say=said.append)
+    grey = build_vavae(found, channels=1, log=said.append)
     assert grey.config.in_channels == grey.config.out_channels == 1 and grey.config.condition_dim == 4
     assert said == [
         f"VA-VAE weights: {len(weights)} matched, 0 start anew, 1 unused, with a discriminator and an alignment "
@@ -222,7 +222,7 @@ def test_older_folders_of_diffusers_are_read(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     del config["scaling_factor"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    model = load_vavae(tmp_path, say=quiet)
+    model = load_vavae(tmp_path, log=quiet)
     assert all(same(model.state_dict()[name], weights) for name, weights in plain.state_dict().items())
     assert model.config.scaling_factor == 0.18215
 
@@ -285,7 +285,7 @@ def test_saving_over_a_model_keeps_it_whole(tmp_path, monkeypatch):
         save_model(tiny_vavae(seed=2), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
     save_model(tiny_vavae(seed=2), tmp_path)
-    assert same(load_vavae(tmp_path, say=quiet).conditions.weight, tiny_vavae(seed=2).conditions.weight)
+    assert same(load_vavae(tmp_path, log=quiet).conditions.weight, tiny_vavae(seed=2).conditions.weight)
 
 
 # ---- vectors from a file
@@ -321,7 +321,7 @@ def test_bad_condition_files(tmp_path, vectors, message):
 
 
 def test_reconstructions_stand_beside_their_originals(split_dir):
-    model, data = perturb_projections(tiny_vavae()), PictureFolder(split_dir / "val", SIZE, progress=False)
+    model, data = perturb_projections(tiny_vavae()), ImageFolder(split_dir / "val", SIZE, progress=False)
     originals, made = reconstruct(model, data, batch_size=4)
     assert torch.equal(originals, data.in_memory())
     assert made.shape == originals.shape and made.dtype == torch.uint8

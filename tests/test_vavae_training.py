@@ -9,25 +9,25 @@ from tiny import assert_same, same, tiny_vavae
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vavae_tools.data.datasets import PictureDataModule
+from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.recipes.vavae import LOSSES
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.training import devices
 from vavae_tools.training.autoencoder_module import VAVAEModule
 from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
 from vavae_tools.training.callbacks.finite import FiniteSteps
-from vavae_tools.training.config import Saving
+from vavae_tools.training.config import SaveConfig
 from vavae_tools.training.run import build_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 PIXELS = 24
-"""The smallest pictures that the discriminator can judge."""
+"""The smallest images that the discriminator can judge."""
 EVERYTHING = {"vf_weight": 0.1, "disc_weight": 0.5, "disc_start": 3, "disc_width": 4, "perceptual_weight": 0.2}
 
 
 class Colours:
-    """A foundation model of four channels; notes how many pictures it was asked about."""
+    """A foundation model of four channels; notes how many images it was asked about."""
 
     channels, digest = 4, "colours"
 
@@ -37,17 +37,17 @@ class Colours:
     def to(self, device) -> "Colours":
         return self
 
-    def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
-        self.asked += len(pictures)
-        small = torch.nn.functional.adaptive_avg_pool2d(pictures, grid)
+    def __call__(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        self.asked += len(images)
+        small = torch.nn.functional.adaptive_avg_pool2d(images, grid)
         return torch.cat([small, small.square().sum(dim=1, keepdim=True)], dim=1)
 
 
 class Squares(torch.nn.Module):
     """Stands for LPIPS."""
 
-    def forward(self, reconstruction: Tensor, pictures: Tensor) -> Tensor:
-        return (reconstruction - pictures).square().mean(dim=(1, 2, 3))
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        return (reconstruction - images).square().mean(dim=(1, 2, 3))
 
 
 def new_module(**changes) -> VAVAEModule:
@@ -61,11 +61,11 @@ def fit(folder, split_dir, module=None, resume=None, callbacks=(), batch_size=6,
     module = module or new_module()
     checkpoints = folder / "checkpoints"
     watch = Watch(checkpoints)
-    every = checkpoint_callbacks(checkpoints, "val/reconstruction", Saving(minutes))
+    every = checkpoint_callbacks(checkpoints, "val/reconstruction", SaveConfig(minutes))
     devices.quiet_lightning()
     settings = module.trainer_settings(accelerator="cpu", devices=1)
     trainer = build_trainer(settings, folder, [*every, watch, *callbacks], lambda line: None, **length)
-    trainer.fit(module, PictureDataModule(split_dir, PIXELS, batch_size), ckpt_path=resume, weights_only=True)
+    trainer.fit(module, ImageDataModule(split_dir, PIXELS, batch_size), ckpt_path=resume, weights_only=True)
     return trainer, torch.load(checkpoints / "last.ckpt", weights_only=True), watch.seen
 
 
@@ -120,14 +120,14 @@ def test_what_is_off_is_not_built(split_dir, tmp_path):
 def test_every_part_is_logged_by_its_name(split_dir, tmp_path):
     trainer, _, _ = fit(tmp_path, split_dir, max_epochs=2)
     parts = ["loss", "reconstruction", "l1", "gradient", "spectral", "perceptual", "kl", "alignment", "distance"]
-    parts += ["cosine", "vf_weight", "generator", "disc_weight", "discriminator", "discriminator_right"]
+    parts += ["cosine", "vf_weight", "generator", "disc_weight", "discriminator", "discriminator_accuracy"]
     assert {f"train/{name}" for name in parts} <= set(trainer.logged_metrics)
-    parts = ["loss", "psnr", "ssim", "kl", "alignment", "latent_mean", "latent_std", "discriminator_right"]
+    parts = ["loss", "psnr", "ssim", "kl", "alignment", "latent_mean", "latent_std", "discriminator_accuracy"]
     assert {f"val/{name}" for name in parts} <= set(trainer.logged_metrics)
     assert all(value.isfinite() for value in trainer.logged_metrics.values())
 
 
-def test_the_foundation_model_is_asked_once_about_each_picture(split_dir, tmp_path):
+def test_the_foundation_model_is_asked_once_about_each_image(split_dir, tmp_path):
     module = new_module()
     fit(tmp_path, split_dir, module, max_epochs=2)
     assert module._frozen["foundation"].asked == 30
@@ -263,9 +263,9 @@ def gradient_norms(split_dir, epochs: int, precision: MixedPrecision | None = No
     reconstruct = module.reconstruct
 
     def noting(*arguments):
-        pictures, made, more = reconstruct(*arguments)
+        images, made, more = reconstruct(*arguments)
         dtypes.update({made.dtype, more["posterior"].parameters.dtype, *(part.dtype for part in more["alignment"])})
-        return pictures, made, more
+        return images, made, more
 
     module.reconstruct = noting
     settings = module.trainer_settings(accelerator="cpu", devices=1)
@@ -274,7 +274,7 @@ def gradient_norms(split_dir, epochs: int, precision: MixedPrecision | None = No
         settings["plugins"] = [precision]
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
     trainer = L.Trainer(**settings, **quiet, max_epochs=epochs, callbacks=[Note()])
-    data = DataLoader(PictureDataModule(split_dir, PIXELS).train_data, 6, collate_fn=as_it_is)
+    data = DataLoader(ImageDataModule(split_dir, PIXELS).train_data, 6, collate_fn=as_it_is)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return trainer, module, norms, dtypes
 
@@ -331,7 +331,7 @@ def test_gathered_gradients_of_the_discriminator_bear_a_scale_that_changes(split
         settings["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
         trainer = L.Trainer(**settings, **quiet, max_steps=1, callbacks=[Note()])
-        data = DataLoader(PictureDataModule(split_dir, PIXELS).train_data, 6, collate_fn=as_it_is)
+        data = DataLoader(ImageDataModule(split_dir, PIXELS).train_data, 6, collate_fn=as_it_is)
         trainer.fit(module, data)
         return found
 

@@ -18,12 +18,12 @@ from test_token_pipeline import predicting, refused, tiny, with_lengths
 from tiny import SIZE, perturb_projections, tiny_dit, tiny_pipeline, tiny_vavae, trained_looking
 from torch.distributed import HashStore
 
-from vavae_tools.data.images import PictureFolder, channels_of
+from vavae_tools.data.images import ImageFolder, channels_of
 from vavae_tools.data.split import split_folders
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines import writer
 from vavae_tools.pipelines.classes import LatentDiTPipeline
-from vavae_tools.pipelines.writer import write_prompted, write_samples, write_texts
+from vavae_tools.pipelines.writer import write_prompt_samples, write_samples, write_texts
 from vavae_tools.runtime.ranks import Ranks
 
 KINDS = ("png", "npz", "prompts", "texts")
@@ -44,7 +44,7 @@ def write(kind: str, pipe, folder: Path, count: int = 11, **options):
     """A set in batches of 4, of which the last one is of 3."""
     options = {"overwrite": False, "batch_size": 4, **QUICK, **options}
     if kind == "prompts":
-        return write_prompted(pipe, options.pop("prompts", SENTENCES), folder, count, **options)
+        return write_prompt_samples(pipe, options.pop("prompts", SENTENCES), folder, count, **options)
     if kind == "texts":
         return write_texts(pipe, folder, options.pop("prompts", ["ab", "täg"]), count, **options)
     return write_samples(pipe, LABELS[:count], folder, format=kind, **options)
@@ -199,7 +199,7 @@ def test_samples_of_other_settings_are_refused_and_replaced(kind, tmp_path):
     both = [({"num_inference_steps": 2}, "num_steps 3 there, 2 here"), ({"pipe": other}, "another model")]
     for change, message in (*both, *CHANGES[kind]):
         said = refused(write, kind, **{"pipe": pipe, "folder": out, **change})
-        unit = "texts" if kind == "texts" else "pictures"
+        unit = "texts" if kind == "texts" else "images"
         expected = f"out holds {unit} of other settings ({message}): name another --output_dir, or replace them by"
         assert expected in said, said
     assert contents(out) == before
@@ -271,7 +271,7 @@ def test_samples_of_another_kind_of_pipeline_are_left_alone(kind, tmp_path):
     ("kind", "change", "message"),
     [
         ("png", {"num_inference_steps": 0}, "at least one step"),
-        ("png", {"batch_size": 0}, "batch_size 0: at least one picture"),
+        ("png", {"batch_size": 0}, "batch_size 0: at least one image"),
         ("png", {"count": 0}, "No labels"),
         ("gif", {}, "No format 'gif'; there are png, npz"),
         ("png", {"names": ["anna"]}, "has 1 names, the model 3 classes: write one line for each, from label 0 (ID_1)"),
@@ -297,9 +297,9 @@ def test_written_samples_can_be_read_back(tmp_path):
     written = write_samples(pipe, labels, tmp_path / "samples", seed=5, **QUICK)
     names = ["ID_1/seed5_00000.png", "ID_2/seed5_00000.png", "ID_3/seed5_00000.png", "ID_1/seed5_00001.png"]
     assert [path.relative_to(tmp_path / "samples").as_posix() for path in written[:4]] == names
-    data = PictureFolder(tmp_path / "samples", SIZE, progress=False)
+    data = ImageFolder(tmp_path / "samples", SIZE, progress=False)
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 2]
-    assert len({bytes(picture) for picture in data.in_memory().numpy()}) == 6  # none is made twice
+    assert len({bytes(image) for image in data.in_memory().numpy()}) == 6  # none is made twice
     split_folders(tmp_path / "samples", tmp_path / "split", progress=False)
     assert sorted(p.name for p in tmp_path.glob("split/*/ID_1/*.png")) == [f"seed5_0000{n}.png" for n in range(3)]
     named = write_samples(pipe, ["ID_2", 0], tmp_path / "named", names=["anna", "ben", "carl"], **QUICK)
@@ -319,7 +319,7 @@ def test_grey_images_that_are_not_square_are_read_back_in_grey(tmp_path):
     assert [Image.open(path).mode for path in written] == ["L"] * 4 and channels_of(tmp_path) == 1
     noise = pipe.noise(5, torch.tensor([0, 1_000_003, 2 * 1_000_003, 1]))
     made = pipe([0, 1, 2, 0], latents=noise, output_type="pt", **QUICK).images
-    data = PictureFolder(tmp_path, (16, 24), channels=1, progress=False)
+    data = ImageFolder(tmp_path, (16, 24), channels=1, progress=False)
     assert torch.equal(data.in_memory()[[data.paths.index(path) for path in written]], made)
     (npz,) = write_samples(pipe, [0, 1, 2, 0], tmp_path, seed=5, format="npz", **QUICK)
     assert npz.name == "samples_4x16x24x3.npz"

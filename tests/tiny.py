@@ -16,7 +16,7 @@ torch.set_num_threads(1)  # for steps of a millisecond; two threads on a busy ma
 
 PEOPLE = 3
 SIZE = 16
-"""pixels of the tiny pictures; two levels make latents of 2×8×8 of them"""
+"""pixels of the tiny images; two levels make latents of 2×8×8 of them"""
 
 TWO_LEVELS = {
     "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),

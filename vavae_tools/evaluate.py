@@ -1,4 +1,4 @@
-"""Compare generated pictures with real ones: the right person, distances with real ones as their scale, copies."""
+"""Compare generated images with real ones: the right person, distances with real ones as their scale, copies."""
 
 import argparse
 
@@ -14,16 +14,16 @@ def main() -> None:
     )
     add = parser.add_argument
     needed = {"required": True, "default": argparse.SUPPRESS}
-    add("--generated_dir", help="folder of person folders (ID_1, ID_2 …) of generated pictures", **needed)
-    add("--data_dir", help="real pictures: a split, a folder per class, a Hugging Face dataset, tar files", **needed)
+    add("--generated_dir", help="folder of person folders (ID_1, ID_2 …) of generated images", **needed)
+    add("--data_dir", help="real images: a split, a folder per class, a Hugging Face dataset, tar files", **needed)
     add("--output_dir", default="outputs/evaluation", help="folder for evaluation.json, figures/ and the classifier")
-    add("--image_size", type=int, help="pixels, to which all are resized; without it the generated pictures' own")
+    add("--image_size", type=int, help="pixels, to which all are resized; without it the generated images' own")
     add("--seed", type=int, default=0, help="of the classifier and of the subsets that are compared")
     args = vars(parser.parse_args())
 
-    from vavae_tools.evaluation.report import evaluate_pictures
+    from vavae_tools.evaluation.report import evaluate_images
 
-    print(evaluate_pictures(**args))
+    print(evaluate_images(**args))
 
 
 if __name__ == "__main__":

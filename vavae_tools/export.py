@@ -22,7 +22,7 @@ def main() -> None:
     export_vavae(**vars(parser.parse_args()))
 
 
-def export_vavae(vavae: str | Path, format: str, output: str | Path, say: Callable[[str], None] = print) -> list[Path]:
+def export_vavae(vavae: str | Path, format: str, output: str | Path, log: Callable[[str], None] = print) -> list[Path]:
     """Write a VA-VAE, without vectors, as others read it, and return the files.
 
     Args:
@@ -41,12 +41,12 @@ def export_vavae(vavae: str | Path, format: str, output: str | Path, say: Callab
         raise UserError(f"--format {format}: expected reference or diffusers")
     if output.exists() and output.resolve() == Path(vavae).resolve():
         raise UserError(f"--output {output} is the VA-VAE itself: name another place")
-    model = load_vavae(vavae, say=lambda line: None)
+    model = load_vavae(vavae, log=lambda line: None)
     if model.config.condition_dim:
-        say(f"left out: the vectors of {model.config.num_conditions} people; this is the model with no vector")
+        log(f"left out: the vectors of {model.config.num_conditions} people; this is the model with no vector")
     written, following = write(model, output)
-    say(f"written: {', '.join(map(str, written))}")
-    say(f"next: {following}")
+    log(f"written: {', '.join(map(str, written))}")
+    log(f"next: {following}")
     return written
 
 
@@ -68,7 +68,7 @@ def _write_reference(model: "VAVAE", path: Path) -> tuple[list[Path], str]:
 
     from vavae_tools.autoencoders.ldm_names import reference_config, to_reference
     from vavae_tools.autoencoders.vavae import VAVAE_SIZES
-    from vavae_tools.runtime.files import written_whole
+    from vavae_tools.runtime.files import atomic_write
 
     if path.is_dir():
         raise UserError(f"--output {path} is a folder, expected a file such as {path / 'vavae.pt'}")
@@ -79,7 +79,7 @@ def _write_reference(model: "VAVAE", path: Path) -> tuple[list[Path], str]:
         mean, std = (torch.tensor(model.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
         files[path.with_name("latents_stats.pt")] = {"mean": mean, "std": std}
     for target, value in files.items():
-        with written_whole(target) as partial, partial.open("wb") as file:  # of a file it raises OSError on a full disk
+        with atomic_write(target) as partial, partial.open("wb") as file:  # of a file it raises OSError on a full disk
             torch.save(value, file)
     published = {**VAVAE_SIZES["f16d32"], "in_channels": 3, "out_channels": 3}
     following = f"LightningDiT's tokenizer is f16d32 alone; its training (vavae/configs) reads this with {config}"

@@ -28,7 +28,7 @@ def main() -> None:
     add = parser.add_argument_group("push and pull").add_argument
     add("--work", default="outputs", help="folder of the outputs: checkpoints, latents, logs, models")
     add("--message", default="", help="push: notes of the version; without it how far each run is")
-    add("--pictures", action="store_true", help="push: the split's pictures too, which otherwise stay here")
+    add("--pictures", action="store_true", help="push: the split's images too, which otherwise stay here")
     add("--wait", type=float, default=600.0, help="push: seconds in which Kaggle must list the new version")
     none = argparse.SUPPRESS
     both = parser.add_argument_group("all three").add_argument
@@ -37,7 +37,7 @@ def main() -> None:
         nargs="+",
         default=none,
         help="owner/name of the run's dataset (pull: also owner/name/VERSION; without it what is attached); kernel: "
-        "all to attach, such as the one with this repository, the pictures, the run's",
+        "all to attach, such as the one with this repository, the images, the run's",
     )
     add = parser.add_argument_group("kernel").add_argument
     add("--notebook", default=none, help="such as notebooks/02_vavae_fine_tuning.ipynb")
@@ -78,7 +78,7 @@ def write_kernel(
     kernel_sources: Sequence[str] = (),
     owner: str | None = None,
     internet: bool = False,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Path:
     """Write a folder for `kaggle kernels push`: a copy of the notebook and `kernel-metadata.json`.
 
@@ -94,7 +94,7 @@ def write_kernel(
     Raises:
         UserError: no notebook, or names that Kaggle's client does not take.
     """
-    from vavae_tools.runtime.files import write_json, written_whole
+    from vavae_tools.runtime.files import atomic_write, write_json
 
     notebook, output_dir = Path(notebook), Path(output_dir)
     try:
@@ -128,12 +128,12 @@ def write_kernel(
         "competition_sources": [],
         "model_sources": [],
     }
-    with written_whole(output_dir / notebook.name) as partial:
+    with atomic_write(output_dir / notebook.name) as partial:
         partial.write_text(text, encoding="utf-8")
     path = output_dir / "kernel-metadata.json"
     write_json(path, metadata)
-    say(f"written: {path}, {output_dir / notebook.name}")
-    say(f"next: kaggle kernels push -p {output_dir} (then kaggle kernels status {metadata['id']})")
+    log(f"written: {path}, {output_dir / notebook.name}")
+    log(f"next: kaggle kernels push -p {output_dir} (then kaggle kernels status {metadata['id']})")
     return path
 
 

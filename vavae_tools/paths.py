@@ -1,4 +1,4 @@
-"""Where a notebook or command stands: its pictures, its split, and the folder its outputs survive in."""
+"""Where a notebook or command stands: its images, its split, and the folder its outputs survive in."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -19,19 +19,19 @@ def _below_work(name: str) -> property:
 
 
 @dataclass(frozen=True, repr=False)
-class Place:
+class ProjectPaths:
     """The folders of one project: notebooks 01 to 05 hand over to each other through them.
 
     Attributes:
-        pictures: person folders, or None where the built-in data are to be used.
+        images: person folders, or None where the built-in data are to be used.
         work: what is written goes below it.
     """
 
-    pictures: Path | None
+    images: Path | None
     work: Path
 
     def __str__(self) -> str:
-        return f"pictures: {self.pictures or 'simulated walkers (none were found or named)'}\noutputs:  {self.work}"
+        return f"images: {self.images or 'simulated walkers (none were found or named)'}\noutputs:  {self.work}"
 
     __repr__ = __str__
 
@@ -40,7 +40,7 @@ class Place:
         """Return whether the split here (or, before there is one, the next) is of the built-in data."""
         if (self.split / INFO_NAME).is_file():
             return (Path(read_split_info(self.split)["input_dir"]) / "gait.json").is_file()
-        return self.pictures is None
+        return self.images is None
 
     split = _below_work("data_split")
     vavae = _below_work("vavae")
@@ -53,33 +53,33 @@ class Place:
     evaluation = _below_work("evaluation")
 
 
-def find_place(
-    pictures: str | Path | None = None,
+def find_paths(
+    images: str | Path | None = None,
     work: str | Path | None = None,
     input_roots: Sequence[Path] = (KAGGLE_INPUT,),
     working_root: Path = KAGGLE_WORKING,
-) -> Place:
-    """Find pictures and a folder for outputs: what is given, else what Kaggle mounted, else the built-in data.
+) -> ProjectPaths:
+    """Find images and a folder for outputs: what is given, else what Kaggle mounted, else the built-in data.
 
     Args:
-        pictures: folder of person folders; also from the environment variable `VAVAE_PICTURES`.
+        images: folder of person folders; also from the environment variable `VAVAE_PICTURES`.
         work: folder for outputs, also from `VAVAE_WORK`; by default `/kaggle/working` where it is, else `outputs`.
         input_roots, working_root: where a Kaggle machine has them.
 
     Raises:
-        UserError: `pictures` was given and is no folder.
+        UserError: `images` was given and is no folder.
     """
-    pictures = pictures or os.environ.get("VAVAE_PICTURES")
+    images = images or os.environ.get("VAVAE_PICTURES")
     work = work or os.environ.get("VAVAE_WORK") or (working_root if working_root.is_dir() else "outputs")
-    if pictures is not None:
-        if not Path(pictures).is_dir():
-            raise UserError(f"No such folder: {pictures}. Name the folder that holds ID_1, ID_2 …")
-        return Place(Path(pictures), Path(work))
-    return Place(next(_person_folders(input_roots), None), Path(work))
+    if images is not None:
+        if not Path(images).is_dir():
+            raise UserError(f"No such folder: {images}. Name the folder that holds ID_1, ID_2 …")
+        return ProjectPaths(Path(images), Path(work))
+    return ProjectPaths(next(_person_folders(input_roots), None), Path(work))
 
 
 def _person_folders(roots: Iterable[Path]) -> Iterable[Path]:
-    """Yield folders below `roots` that hold at least two folders with pictures, nearest first."""
+    """Yield folders below `roots` that hold at least two folders with images, nearest first."""
     level = [root for root in roots if root.is_dir()]
     for _ in range(DEEPEST + 1):
         for folder in level:
@@ -90,7 +90,7 @@ def _person_folders(roots: Iterable[Path]) -> Iterable[Path]:
 
 def find_split(work: str | Path | None = None) -> Path:
     """Return the split that `data_split.py` wrote in its usual places; without one, raise a `UserError`."""
-    tried = [find_place(work=work).split, Path("data_split")]
+    tried = [find_paths(work=work).split, Path("data_split")]
     for folder in tried:
         if (folder / INFO_NAME).is_file():
             return folder

@@ -1,7 +1,7 @@
-"""Pictures and curves as matplotlib figures that need no screen and leave no global state behind.
+"""Images and curves as matplotlib figures that need no screen and leave no global state behind.
 
 A figure shows itself at the end of a notebook's cell, or with `display(figure)`; `figure.savefig(path)` writes it.
-Pictures are uint8, or floats in [-1, 1]: (N, C, H, W) with 1 or 3 channels, or a list of Pillow images.
+Images are uint8, or floats in [-1, 1]: (N, C, H, W) with 1 or 3 channels, or a list of Pillow images.
 """
 
 import textwrap
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vavae_tools.runtime.console import for_a_cell, in_notebook, send_picture
-from vavae_tools.runtime.files import written_whole
+from vavae_tools.runtime.console import for_a_cell, in_notebook, send_image
+from vavae_tools.runtime.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,46 +22,46 @@ if TYPE_CHECKING:
 
 
 DPI = 128  # a power of two, so that inches hold whole pixels exactly
-_GAP = 6  # screen pixels between pictures
+_GAP = 6  # screen pixels between images
 _LINE = 20  # screen pixels of a line of text
 
 
-def as_pixels(picture: Any) -> Tensor:
-    """Return one picture or a batch of them, in any accepted form, as uint8 (…, C, H, W) on the CPU."""
-    if not isinstance(picture, Tensor):
-        if isinstance(picture, Sequence):
-            return torch.stack([as_pixels(p) for p in picture])
+def as_pixels(image: Any) -> Tensor:
+    """Return one image or a batch of them, in any accepted form, as uint8 (…, C, H, W) on the CPU."""
+    if not isinstance(image, Tensor):
+        if isinstance(image, Sequence):
+            return torch.stack([as_pixels(p) for p in image])
         import numpy as np
 
         from vavae_tools.data.images import in_channels, is_grey
 
-        array = torch.from_numpy(np.array(in_channels(picture, 1 if is_grey(picture) else 3)))
+        array = torch.from_numpy(np.array(in_channels(image, 1 if is_grey(image) else 3)))
         return array.permute(2, 0, 1) if array.ndim == 3 else array[None]
-    picture = picture.detach().cpu()
-    if picture.dtype != torch.uint8:
+    image = image.detach().cpu()
+    if image.dtype != torch.uint8:
         from vavae_tools.data.images import to_pixels
 
-        picture = to_pixels(picture)
-    if picture.ndim < 3 or picture.shape[-3] not in (1, 3):
-        raise ValueError(f"Expected pictures (…, 1 or 3, H, W), got {tuple(picture.shape)}")
-    return picture
+        image = to_pixels(image)
+    if image.ndim < 3 or image.shape[-3] not in (1, 3):
+        raise ValueError(f"Expected images (…, 1 or 3, H, W), got {tuple(image.shape)}")
+    return image
 
 
-def picture_grid(pictures: Any, columns: int, gap: int = 2) -> Tensor:
-    """Return pictures one beside the other on white, row by row: uint8 (3, H', W')."""
-    pictures = as_pixels(pictures)
-    height, width = pictures.shape[2:]
-    rows = -(-len(pictures) // columns)
+def image_grid(images: Any, columns: int, gap: int = 2) -> Tensor:
+    """Return images one beside the other on white, row by row: uint8 (3, H', W')."""
+    images = as_pixels(images)
+    height, width = images.shape[2:]
+    rows = -(-len(images) // columns)
     grid = torch.full((3, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
-        grid[:, top : top + height, left : left + width] = picture
+        grid[:, top : top + height, left : left + width] = image
     return grid
 
 
-def show_picture(picture: Any, ax: "Axes | None" = None, title: str | None = None, **imshow: Any) -> "Axes":
-    """Draw one picture, without ticks, on `ax` or on a figure of its own; further arguments go to `imshow`."""
-    pixels = as_pixels(picture)
+def show_image(image: Any, ax: "Axes | None" = None, title: str | None = None, **imshow: Any) -> "Axes":
+    """Draw one image, without ticks, on `ax` or on a figure of its own; further arguments go to `imshow`."""
+    pixels = as_pixels(image)
     if ax is None:
         return _lay_out([[pixels]], [[title or ""]], size=2.0).axes[0]
     if "cmap" not in imshow:
@@ -75,15 +75,15 @@ def show_picture(picture: Any, ax: "Axes | None" = None, title: str | None = Non
     return ax
 
 
-def show_pictures(pictures: Any, columns: int = 8, titles: Sequence[str] | None = None, size: float = 1.0) -> "Figure":
-    """Show pictures row by row, with a title for each.
+def show_images(images: Any, columns: int = 8, titles: Sequence[str] | None = None, size: float = 1.0) -> "Figure":
+    """Show images row by row, with a title for each.
 
     Args:
-        size: height of a picture in inches; small ones are enlarged by a whole number, so that nothing is blurred.
+        size: height of an image in inches; small ones are enlarged by a whole number, so that nothing is blurred.
     """
-    pictures = list(as_pixels(pictures))
-    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
-    texts = [list(titles)[i : i + columns] for i in range(0, len(pictures), columns)] if titles else None
+    images = list(as_pixels(images))
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    texts = [list(titles)[i : i + columns] for i in range(0, len(images), columns)] if titles else None
     return _lay_out(rows, texts, size=size)
 
 
@@ -95,11 +95,11 @@ def show_rows(
     Args:
         titles: above the first row, one for each column.
         gap_after: a wider space stands after this many columns.
-        size: height of a picture in inches.
+        size: height of an image in inches.
     """
-    pictures = [list(as_pixels(row)) if len(row) else [] for row in rows.values()]
-    texts = [list(titles), *([] for _ in pictures[1:])] if titles else None
-    return _lay_out(pictures, texts, list(rows), gap_after, size)
+    images = [list(as_pixels(row)) if len(row) else [] for row in rows.values()]
+    texts = [list(titles), *([] for _ in images[1:])] if titles else None
+    return _lay_out(images, texts, list(rows), gap_after, size)
 
 
 def plot_bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], y_label: str) -> "Figure":
@@ -117,21 +117,21 @@ def plot_bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], y_lab
     return figure
 
 
-def plot_followed(pictures: Mapping[str, Tensor], prompts: Sequence[str]) -> "Figure | None":
-    """Plot how many of each group's pictures show the colour, shape, size and place that their prompts name.
+def plot_followed(images: Mapping[str, Tensor], prompts: Sequence[str]) -> "Figure | None":
+    """Plot how many of each group's images show the colour, shape, size and place that their prompts name.
 
     Args:
-        pictures: uint8 (N, 3, H, H) by the group's name, one for each prompt.
+        images: uint8 (N, 3, H, H) by the group's name, one for each prompt.
 
     Returns:
         None where no prompt is about shapes.
     """
-    from vavae_tools.data.demo.shapes import judge_shapes
+    from vavae_tools.data.demo.shapes import caption_accuracy
 
-    found = {name: judge_shapes(made, prompts) for name, made in pictures.items()}
+    found = {name: caption_accuracy(made, prompts) for name, made in images.items()}
     kinds = list(next(iter(found.values())))
     groups = {name: [100 * shares[kind] for kind in kinds] for name, shares in found.items()}
-    return plot_bars(groups, kinds, "pictures that follow, %") if kinds else None
+    return plot_bars(groups, kinds, "images that follow, %") if kinds else None
 
 
 def new_figure(size: tuple[float, float], tight: bool = True) -> "Figure":
@@ -150,12 +150,12 @@ def new_figure(size: tuple[float, float], tight: bool = True) -> "Figure":
 def save_figures(figures: "Mapping[str, Figure]", folder: Path) -> None:
     """Write each figure as `NAME.png`, whole."""
     for name, figure in figures.items():
-        with written_whole(folder / f"{name}.png") as partial:
+        with atomic_write(folder / f"{name}.png") as partial:
             figure.savefig(partial, format="png")
 
 
 def _wrapped(title: str, width: int) -> str:
-    """Return a title in lines that are no wider than its picture in pixels; one that has lines already as it is."""
+    """Return a title in lines that are no wider than its image in pixels; one that has lines already as it is."""
     fitting = max(8, width // 8)  # a letter of this size
     return title if "\n" in title or len(title) <= fitting else textwrap.fill(title, fitting)
 
@@ -167,10 +167,10 @@ def _lay_out(
     gap_after: int | None = None,
     size: float = 1.0,
 ) -> "Figure":
-    """Place pictures to the pixel, which matplotlib's own layouts do not."""
+    """Place images to the pixel, which matplotlib's own layouts do not."""
     first = next((row[0] for row in rows if row), None)
     if first is None:
-        raise ValueError("No pictures to show")
+        raise ValueError("No images to show")
     height, interpolation = size * DPI, "auto"
     if height > first.shape[1]:
         interpolation = "nearest"
@@ -191,11 +191,11 @@ def _lay_out(
 
     figure = new_figure((full_width / DPI, full_height / DPI), tight=False)
     for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
+        for j, image in enumerate(row):
             box = (lefts[j], full_height - tops[i] - height, width, height)
             relative = [v / (full_height if k % 2 else full_width) for k, v in enumerate(box)]
             title = titles[i][j] if titles and j < len(titles[i]) else None
-            show_picture(picture, figure.add_axes(relative), title, interpolation=interpolation)
+            show_image(image, figure.add_axes(relative), title, interpolation=interpolation)
         if labels:
             middle = 1 - (tops[i] + height / 2) / full_height
             figure.text((left - _GAP) / full_width, middle, labels[i], ha="right", va="center", fontsize=9)
@@ -203,18 +203,18 @@ def _lay_out(
 
 
 def show_inline(pixels: Tensor) -> None:
-    """Show one picture, uint8 (1 or 3, H, W), below a notebook's cell while it runs; elsewhere do nothing."""
+    """Show one image, uint8 (1 or 3, H, W), below a notebook's cell while it runs; elsewhere do nothing."""
     if not in_notebook() and not for_a_cell():
         return
     from PIL import Image
 
-    picture = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+    image = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
     if for_a_cell():
-        send_picture(picture)
+        send_image(image)
     else:
         from IPython.display import display
 
-        display(picture)
+        display(image)
 
 
 def plot_curves(

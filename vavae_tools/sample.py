@@ -19,9 +19,9 @@ TEXT_CFG_SCALE = 7.5
 GUIDE_SCALE = 1.42
 """RAE's for 256 pixels"""
 _OF_CLASSES = ("labels", "class_list", "timestep_shift", "guide", "cfg_interval", "guidance_channels", "format")
-UNUSED = {
-    "LatentDiTPipeline": ("pictures of classes", ("prompt", "negative_prompt")),
-    "TextToImagePipeline": ("pictures of prompts", _OF_CLASSES),
+UNUSED_FLAGS = {
+    "LatentDiTPipeline": ("images of classes", ("prompt", "negative_prompt")),
+    "TextToImagePipeline": ("images of prompts", _OF_CLASSES),
     "TokenImagePipeline": ("texts", (*_OF_CLASSES, "negative_prompt", "cfg_scale")),
 }
 """What each pipeline makes, and the flags that have no meaning for it."""
@@ -47,10 +47,10 @@ def main() -> None:
     device = device_of(ranks.local_rank) if found["accelerator"] == "gpu" else "cpu"
 
     from vavae_tools.pipelines import base, classes, text, tokens
-    from vavae_tools.pipelines.batches import placed
+    from vavae_tools.pipelines.batches import move_to_device
 
     kind = ranks.share("kind", None if ranks.rank else base.kind_of(options.checkpoint))
-    makes, unused = UNUSED.get(kind, ("", ()))
+    makes, unused = UNUSED_FLAGS.get(kind, ("", ()))
     given = [f"--{name}" for name in unused if getattr(options, name) != parser.get_default(name)]
     if ranks.rank:
         ranks.share(base.PLAN)  # once the first has found nothing wrong: one process says what is
@@ -60,7 +60,9 @@ def main() -> None:
     elif kind == "TextToImagePipeline" and not options.prompt:
         raise UserError(f"{options.checkpoint} {base.KINDS[kind]}")
     loaders = {"TextToImagePipeline": text.load_text_pipeline, "TokenImagePipeline": tokens.load_token_pipeline}
-    pipe = placed(loaders.get(kind, classes.load_pipeline)(options.checkpoint, options.weights == "ema"), device)
+    pipe = move_to_device(
+        loaders.get(kind, classes.load_pipeline)(options.checkpoint, options.weights == "ema"), device
+    )
     if options.solver:
         pipe.swap_solver(options.solver)
     written = _write(pipe, options, ranks, interval, names)
@@ -83,7 +85,7 @@ def _write(
     if options.prompt:
         settings["guidance_scale"] = TEXT_CFG_SCALE if options.cfg_scale is None else options.cfg_scale
         settings |= {"negative_prompt": options.negative_prompt, "num_samples": options.num_samples}
-        return writer.write_prompted(pipe, options.prompt, **settings)
+        return writer.write_prompt_samples(pipe, options.prompt, **settings)
     who = [item.strip() for item in options.labels.split(",")] if options.labels else sorted(pipe.people.values())
     who = pipe.labels_of(who)
     labels = [who[i % len(who)] for i in range(options.num_samples or 100)]
@@ -101,13 +103,13 @@ def _summary(kind: str, options: argparse.Namespace, written: list[Path]) -> str
         return "\n".join([*shown, f"written: {len(lines):,} texts ({written[0]}), {grid}"])
     if kind == "TextToImagePipeline":
         many = f" of {len(set(options.prompt))} prompts" if len(options.prompt) > 1 else ""
-        return f"written: {len(written):,} pictures{many} ({written[0]} …), {grid}"
+        return f"written: {len(written):,} images{many} ({written[0]} …), {grid}"
     if options.format == "npz":
         following = f"python evaluator.py REFERENCE.npz {shlex.quote(str(written[0]))} (of ADM's evaluations)"
-        return f"written: {options.num_samples or 100:,} pictures ({written[0]})\nnext: {following}"
+        return f"written: {options.num_samples or 100:,} images ({written[0]})\nnext: {following}"
     folders = sorted({path.parent.name for path in written})
     following = f"python -m vavae_tools.evaluate --generated_dir {options.output_dir} --data_dir data_split"
-    many = f"{len(written):,} pictures of {len(folders)} people ({options.output_dir}/{folders[0]} …)"
+    many = f"{len(written):,} images of {len(folders)} people ({options.output_dir}/{folders[0]} …)"
     return f"written: {many}\nnext: {following}"
 
 
@@ -158,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace) -> None:
     if options.num_samples is not None and options.num_samples < 1:
-        raise UserError(f"--num_samples {options.num_samples}: at least one picture is needed")
+        raise UserError(f"--num_samples {options.num_samples}: at least one image is needed")
     if options.guide and options.cfg_scale is not None:
         instead = "a guide takes the null condition's place, so give its --guide_scale alone"
         raise UserError(f"--cfg_scale {options.cfg_scale:g} with --guide: {instead}")

@@ -39,20 +39,20 @@ def run_experiment(*words: str) -> Path:
 
     from vavae_tools.paths import find_split
     from vavae_tools.recipes.presets import resolved
-    from vavae_tools.runtime.console import say
+    from vavae_tools.runtime.console import log
     from vavae_tools.training.devices import trainer_settings
 
     trainer_settings(**plan.recipe.train.of_devices())  # what this machine cannot do is said before anything is written
     folder, resume, said = run_folder(plan)
     if said:
-        say(said)
+        log(said)
     keep_config(plan, words, folder)
     recipe = resolved(plan.recipe)
     if isinstance(recipe.data, ImageData) and recipe.data.data_dir is None:
         recipe = replace(recipe, data=replace(recipe.data, data_dir=str(find_split())))
     module, name = recipe.train_by.split(":")
     made = getattr(import_module(module), name)(recipe, folder, resume)
-    say(f"next: python -m vavae_tools.{recipe.next_command.format(made=made, data_dir=recipe.data.data_dir)}")
+    log(f"next: python -m vavae_tools.{recipe.next_command.format(made=made, data_dir=recipe.data.data_dir)}")
     return made
 
 

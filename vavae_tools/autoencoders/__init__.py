@@ -1,1 +1,1 @@
-"""Pictures ↔ latents: the VA-VAE with a user-condition vector, and its losses."""
+"""Images ↔ latents: the VA-VAE with a user-condition vector, and its losses."""

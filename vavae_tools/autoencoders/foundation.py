@@ -1,4 +1,4 @@
-"""Latents that know what is in a picture: their alignment with a frozen vision foundation model (Yao & Wang 2025).
+"""Latents that know what is in an image: their alignment with a frozen vision foundation model (Yao & Wang 2025).
 
 Nothing is downloaded: the foundation model is a folder in transformers' format, and transformers is imported only where
 one is loaded.
@@ -18,8 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.loading import silent_transformers
-from vavae_tools.data.encoded import Rows, Store, agree, cut, encode, mapped
-from vavae_tools.data.images import DecodedPictures, to_unit
+from vavae_tools.data.encoded import Rows, Store, agree, cut, encode, tree_map_with_path
+from vavae_tools.data.images import DecodedImages, to_unit
 from vavae_tools.runtime.console import tell
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import weights_digest
@@ -27,7 +27,7 @@ from vavae_tools.runtime.precision import Computing, in_float32
 from vavae_tools.runtime.ranks import Ranks
 
 LARGEST_CACHE = 8 * 2**30
-"""Bytes of features that are kept on the disk: those of 16,000 pictures on a grid of 16×16 by a ViT-L."""
+"""Bytes of features that are kept on the disk: those of 16,000 images on a grid of 16×16 by a ViT-L."""
 
 _MODEL_TYPES = ("dinov2", "dinov2_with_registers", "vit_mae")
 _WEIGHT_FILES = tuple(
@@ -49,7 +49,7 @@ class Foundation(Protocol):
 
     def to(self, device: str | torch.device) -> "Foundation": ...
 
-    def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
+    def __call__(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return features (B, channels, h, w) for a grid (h, w), without a graph, of images (B, C, H, W) in [-1, 1]."""
 
 
@@ -81,17 +81,17 @@ class TransformersFoundation:
         return self
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
+    def __call__(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return features float32 (B, channels, h, w) of images (B, C, H, W) in [-1, 1], in RGB or grey."""
         height, width = grid
         size = (height * self.patch_size, width * self.patch_size)
-        pictures = F.interpolate(pictures.float(), size=size, mode="bilinear", align_corners=False)
-        pictures = pictures.expand(-1, 3, -1, -1)
+        images = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False)
+        images = images.expand(-1, 3, -1, -1)
         options: dict[str, Any] = {}
         if self._is_mae:  # it sorts patches by this noise, which is random unless given: ascending keeps their order
-            noise = torch.arange(height * width, device=pictures.device).expand(len(pictures), -1)
+            noise = torch.arange(height * width, device=images.device).expand(len(images), -1)
             options = {"noise": noise, "interpolate_pos_encoding": True}
-        tokens = self.model(pictures, **options).last_hidden_state  # (B, class and registers + h·w, channels)
+        tokens = self.model(images, **options).last_hidden_state  # (B, class and registers + h·w, channels)
         return rearrange(tokens[:, -height * width :], "b (h w) c -> b c h w", h=height).float()
 
     @cached_property
@@ -201,13 +201,13 @@ def _similarities(features: Tensor) -> Tensor:
 
 def foundation_features(
     foundation: Foundation,
-    data: DecodedPictures,
+    data: DecodedImages,
     grid: tuple[int, int],
     path: str | Path,
     device: str | torch.device = "cpu",
     batch_size: int = 32,
     progress: bool = True,
-    say: Callable[[str], None] = tell,
+    log: Callable[[str], None] = tell,
     ranks: Ranks | None = None,
 ) -> Rows | None:
     """Return the features of all images, float16 rows (channels, h, w), computed once and kept in shards.
@@ -237,7 +237,7 @@ def foundation_features(
 
     key, former, fits = agree(ranks, look, foundation.digest)
     if former:
-        return Rows([mapped(path)["features"]])
+        return Rows([tree_map_with_path(path)["features"]])
     if not fits:
         return None
     shards = cut(path.stem, len(data), row_bytes, batch_size, key)
@@ -245,17 +245,17 @@ def foundation_features(
         store,
         {path.stem: shards},
         {path.stem: data},
-        lambda _, batch: {"features": foundation(to_unit(batch["pictures"].to(device)), grid)},
-        Computing(None, device, f"Features of this {type(foundation).__name__}", say),
+        lambda _, batch: {"features": foundation(to_unit(batch["images"].to(device)), grid)},
+        Computing(None, device, f"Features of this {type(foundation).__name__}", log),
         lambda shard: len(shard.rows) * row_bytes,
         batch_size,
         ranks=ranks,
         progress=progress,
     )
-    return Rows([mapped(path.parent / name)["features"] for name in shards])
+    return Rows([tree_map_with_path(path.parent / name)["features"] for name in shards])
 
 
-def _cache_key(foundation: Foundation, data: DecodedPictures, grid: tuple[int, int]) -> str:
+def _cache_key(foundation: Foundation, data: DecodedImages, grid: tuple[int, int]) -> str:
     settings = (_FORM, foundation.digest, tuple(grid), data.image_size, data.channels)
     digest = hashlib.sha256(str(settings).encode())
     for part in data.contents():

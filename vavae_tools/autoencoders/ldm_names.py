@@ -13,7 +13,10 @@ PARTS = (  # the reference's name ↔ diffusers' name; # is a number, the same i
     (".down.#.block.#.", ".down_blocks.#.resnets.#."),
     (".down.#.attn.#.", ".down_blocks.#.attentions.#."),
     (".down.#.downsample.", ".down_blocks.#.downsamplers.0."),
-    (".up.#.block.#.", ".up_blocks.#.resnets.#."),  # but the reference counts from the finest level, see `_turned`
+    (
+        ".up.#.block.#.",
+        ".up_blocks.#.resnets.#.",
+    ),  # but the reference counts from the finest level, see `_reverse_levels`
     (".up.#.attn.#.", ".up_blocks.#.attentions.#."),
     (".up.#.upsample.", ".up_blocks.#.upsamplers.0."),
     (".mid.block_1.", ".mid_block.resnets.0."),
@@ -74,10 +77,10 @@ def _renamed(state_dict: Mapping[str, Tensor], direction: int) -> dict[str, Tens
             for old, new in rules:
                 name = old.sub(new, name)
             weights[name] = tensor
-    return _turned(weights)
+    return _reverse_levels(weights)
 
 
-def _turned(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _reverse_levels(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Count the decoder's levels from the other end: up.0 is the finest level, up_blocks.0 the coarsest."""
     level = re.compile(r"^(decoder\.up(?:_blocks)?\.)(\d+)(?=\.)")
     last = max((int(found[2]) for found in map(level.match, weights) if found), default=0)

@@ -44,4 +44,4 @@ def load_autoencoder(source: str | Path) -> ModelMixin:
 
     if Path(source).is_dir() and is_stable_diffusion_vae(source):
         return load_stable_diffusion_vae(source)
-    return load_vavae(source, say=lambda line: None)
+    return load_vavae(source, log=lambda line: None)

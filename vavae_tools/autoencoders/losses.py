@@ -1,6 +1,6 @@
 """What a good reconstruction is: the parts of an autoencoder's loss, each with a weight; 0 turns a part off.
 
-A part is a function of (reconstruction, pictures) or of the posterior that returns its mean over the batch, so that
+A part is a function of (reconstruction, images) or of the posterior that returns its mean over the batch, so that
 weights mean the same at any batch and image size. Images are (B, C, H, W) in [-1, 1]. LDM and VA-VAE sum over an
 image: their total is ours times C·H·W.
 """
@@ -46,7 +46,7 @@ class PatchDiscriminator(nn.Module):
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 1, ⌊H/2^layers⌋ − 2, ⌊W/2^layers⌋ − 2) of images (B, C, H, W) in [-1, 1].
 
         Call it once for real images and once for generated ones: in training BatchNorm normalises each call by itself.
@@ -54,13 +54,13 @@ class PatchDiscriminator(nn.Module):
         Raises:
             UserError: images that are too small for a single patch.
         """
-        height, width = pictures.shape[2:]
+        height, width = images.shape[2:]
         if min(height, width) < self.smallest_size:
             raise UserError(
-                f"Pictures of {height}×{width} are too small for the discriminator: it needs "
-                f"{self.smallest_size}×{self.smallest_size} at least. Take larger pictures or disc_weight 0"
+                f"Images of {height}×{width} are too small for the discriminator: it needs "
+                f"{self.smallest_size}×{self.smallest_size} at least. Take larger images or disc_weight 0"
             )
-        return self.main(pictures)
+        return self.main(images)
 
 
 @in_float32
@@ -91,25 +91,25 @@ def adaptive_weight(reference_gradient: Tensor, gradient: Tensor, largest: float
 
 
 @in_float32
-def l1(reconstruction: Tensor, pictures: Tensor) -> Tensor:
+def l1(reconstruction: Tensor, images: Tensor) -> Tensor:
     """Return the mean absolute error, in the units of [-1, 1]."""
-    return F.l1_loss(reconstruction, pictures)
+    return F.l1_loss(reconstruction, images)
 
 
 @in_float32
-def gradient(reconstruction: Tensor, pictures: Tensor, scales: int = 3) -> Tensor:
+def gradient(reconstruction: Tensor, images: Tensor, scales: int = 3) -> Tensor:
     """Return the mean absolute error of differences between neighbours, at full, half and quarter size."""
     total = reconstruction.new_zeros(())
     for scale in range(scales):
         if scale:
-            reconstruction, pictures = F.avg_pool2d(reconstruction, 2), F.avg_pool2d(pictures, 2)
+            reconstruction, images = F.avg_pool2d(reconstruction, 2), F.avg_pool2d(images, 2)
         for axis in (2, 3):
-            total = total + F.l1_loss(reconstruction.diff(dim=axis), pictures.diff(dim=axis))
+            total = total + F.l1_loss(reconstruction.diff(dim=axis), images.diff(dim=axis))
     return total / scales
 
 
 @in_float32
-def spectral(reconstruction: Tensor, pictures: Tensor, windows: tuple[int, ...] = (8, 16)) -> Tensor:
+def spectral(reconstruction: Tensor, images: Tensor, windows: tuple[int, ...] = (8, 16)) -> Tensor:
     """Return the mean absolute error of the magnitudes of short 2-D Fourier transforms (half-overlapping Hann windows).
 
     A blurred texture loses nothing in the mean but much of its magnitude: this part gives fine texture its strength
@@ -118,58 +118,58 @@ def spectral(reconstruction: Tensor, pictures: Tensor, windows: tuple[int, ...] 
     """
     total, count = reconstruction.new_zeros(()), 0
     for size in windows:
-        if size > min(pictures.shape[2:]):
+        if size > min(images.shape[2:]):
             continue
-        window = torch.hann_window(size, periodic=False, device=pictures.device)
+        window = torch.hann_window(size, periodic=False, device=images.device)
         window = torch.outer(window, window)
         window = window / window.square().sum().sqrt()
         with torch.no_grad():
-            expected = _magnitudes(pictures, window)
+            expected = _magnitudes(images, window)
         total, count = total + (_magnitudes(reconstruction, window) - expected).abs().mean(), count + 1
     return total / max(count, 1)
 
 
-def _magnitudes(pictures: Tensor, window: Tensor) -> Tensor:
+def _magnitudes(images: Tensor, window: Tensor) -> Tensor:
     size = len(window)
-    patches = pictures.unfold(2, size, size // 2).unfold(3, size, size // 2)  # (B, C, rows, columns, size, size)
+    patches = images.unfold(2, size, size // 2).unfold(3, size, size // 2)  # (B, C, rows, columns, size, size)
     return torch.fft.rfft2(patches * window).abs()
 
 
 @in_float32
-def kl(posterior: DiagonalGaussianDistribution, pictures: Tensor) -> Tensor:
+def kl(posterior: DiagonalGaussianDistribution, images: Tensor) -> Tensor:
     """Return the KL divergence from a standard normal, summed over the latent and divided by the image's C·H·W.
 
     In the reference (LDM, VA-VAE) absolute errors are summed over an image and so is this: a `kl_weight` of 1e-6
     means the same in both.
     """
-    return posterior.kl().mean() / pictures[0].numel()
+    return posterior.kl().mean() / images[0].numel()
 
 
-PICTURE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1, "gradient": gradient, "spectral": spectral}
+IMAGE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1, "gradient": gradient, "spectral": spectral}
 """By name; a key NAME_weight of a recipe's loss weighs each of them."""
 
 
-class PictureLoss:
-    """The weighted sum of what compares images: `loss, parts = picture_loss(reconstruction, pictures)`.
+class ImageLoss:
+    """The weighted sum of what compares images: `loss, parts = image_loss(reconstruction, images)`.
 
     Args:
-        weights: by name, of `PICTURE_LOSSES` and of "perceptual"; 0 turns a part off.
-        lpips: (reconstruction, pictures) → (B,), the perceptual part.
+        weights: by name, of `IMAGE_LOSSES` and of "perceptual"; 0 turns a part off.
+        lpips: (reconstruction, images) → (B,), the perceptual part.
 
     Raises:
         UserError: no such loss, or all weights are 0.
     """
 
     def __init__(self, weights: Mapping[str, float], lpips: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
-        known = {**PICTURE_LOSSES, "perceptual": lambda made, pictures: lpips(made, pictures).mean()}
+        known = {**IMAGE_LOSSES, "perceptual": lambda made, images: lpips(made, images).mean()}
         for name in weights.keys() - known.keys():
             raise UserError(f"No loss {name}; there are {', '.join(known)}")
         self.parts = {name: (known[name], weight) for name, weight in weights.items() if weight}
         if not self.parts:
-            raise UserError("All weights of the picture loss are 0: nothing compares the images. Take l1_weight 1")
+            raise UserError("All weights of the image loss are 0: nothing compares the images. Take l1_weight 1")
 
-    def __call__(self, reconstruction: Tensor, pictures: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        parts = {name: part(reconstruction, pictures) for name, (part, _) in self.parts.items()}
+    def __call__(self, reconstruction: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        parts = {name: part(reconstruction, images) for name, (part, _) in self.parts.items()}
         loss = sum((weight * parts[name] for name, (_, weight) in self.parts.items()), reconstruction.new_zeros(()))
         return loss, {**{name: value.detach() for name, value in parts.items()}, "reconstruction": loss.detach()}
 
@@ -178,22 +178,22 @@ class PictureLoss:
 
 
 def autoencoder_loss(
-    picture_loss: PictureLoss,
+    image_loss: ImageLoss,
     reconstruction: Tensor,
-    pictures: Tensor,
+    images: Tensor,
     posterior: DiagonalGaussianDistribution | None = None,
     kl_weight: float = 1e-6,
     adversary: Callable[[Tensor], Tensor] | None = None,
     disc_weight: float = 0.5,
     decoder_last: Tensor | None = None,
-    adversary_by: str = "sums",
+    adversary_norm: str = "sums",
     alignment: tuple[Tensor, Tensor] | None = None,
     vf_weight: float = 0.1,
     encoder_last: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Combine every part as VA-VAE (Yao & Wang 2025) or RAE (Zheng et al. 2025) does, divided by C·H·W.
 
-    The adversarial and the alignment part are weighed against the picture loss by the gradients that each has at a
+    The adversarial and the alignment part are weighed against the image loss by the gradients that each has at a
     layer (VQGAN, Esser et al. 2021). What compares images is differentiated once, down to the reconstruction, and both
     weighing and training go on from there: LPIPS and the discriminator are passed backwards once instead of three
     times, and what they kept is freed before the decoder's turn.
@@ -202,7 +202,7 @@ def autoencoder_loss(
         reconstruction: (B, C, H, W) float32 with its graph.
         adversary: reconstruction → the generator's adversarial loss; None while there is none.
         decoder_last: the weight of the decoder's last layer, where `adversary` is weighed.
-        adversary_by: which gradients are compared there: "sums", of errors summed over an image (VA-VAE), or "means"
+        adversary_norm: which gradients are compared there: "sums", of errors summed over an image (VA-VAE), or "means"
             (RAE), whose limit of 1e4 is C·H·W times as far away.
         alignment: distance and cosine of the alignment, with their graphs; None while there is none.
         encoder_last: the weight of the encoder's last layer, where `alignment` is weighed.
@@ -211,16 +211,16 @@ def autoencoder_loss(
         A scalar to go backwards from (its value means nothing), and the parts by name: "loss" is the loss's value,
         "disc_weight" and "vf_weight" the weights found, in sums or in means.
     """
-    values = pictures[0].numel()
-    unit, epsilon = {"sums": (1, 1e-4), "means": (values, 1e-6)}[adversary_by]
-    picture = reconstruction.detach().requires_grad_()
-    loss, parts = picture_loss(picture, pictures)
+    values = images[0].numel()
+    unit, epsilon = {"sums": (1, 1e-4), "means": (values, 1e-6)}[adversary_norm]
+    image = reconstruction.detach().requires_grad_()
+    loss, parts = image_loss(image, images)
     # in sums: also where a half-precision decoder follows, these numbers are neither tiny nor huge
-    (direction,) = torch.autograd.grad(loss * values, picture)  # (B, C, H, W)
+    (direction,) = torch.autograd.grad(loss * values, image)  # (B, C, H, W)
     total, into = loss.detach(), direction
     if adversary is not None:
-        parts["generator"] = adversary(picture)
-        (against,) = torch.autograd.grad(parts["generator"], picture)
+        parts["generator"] = adversary(image)
+        (against,) = torch.autograd.grad(parts["generator"], image)
         found = _gradient(reconstruction, decoder_last, values * against) / values
         reference = _gradient(reconstruction, decoder_last, direction) / unit
         weight = disc_weight * adaptive_weight(reference, found, largest=1e4, epsilon=epsilon)
@@ -229,7 +229,7 @@ def autoencoder_loss(
         into = into + weight * unit * against
     objective = (reconstruction * into).sum() / values
     if kl_weight and posterior is not None:
-        parts["kl"] = kl(posterior, pictures)
+        parts["kl"] = kl(posterior, images)
         total, objective = total + kl_weight * parts["kl"], objective + kl_weight * parts["kl"]
     if alignment is not None:
         parts["distance"], parts["cosine"] = alignment

@@ -22,7 +22,7 @@ from vavae_tools.runtime.precision import in_float32
 VGG16_WIDTHS = (64, 128, 256, 512, 512)
 _DEPTHS = (2, 2, 3, 3, 3)  # convolutions of each block; features are taken after its last ReLU
 _LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # where torchvision's stack has the convolutions
-_NEEDS_NONE = "--perceptual_weight 0 --spectral_weight 1 needs no weights"
+_LPIPS_FREE_HINT = "--perceptual_weight 0 --spectral_weight 1 needs no weights"
 
 
 class LPIPS(nn.Module):
@@ -49,27 +49,27 @@ class LPIPS(nn.Module):
         """Stay in evaluation mode."""
         return super().train(False)
 
-    def forward(self, reconstruction: Tensor, pictures: Tensor) -> Tensor:
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         """Return distances (B,) in float32 of two batches (B, C, H, W) in [-1, 1]; C is 3, or 1 which is repeated.
 
         Gradients flow to `reconstruction` alone. Where it wants them this is a loss, and under autocast its
         convolutions run in that precision; without gradients it is a metric, and all of it runs in float32.
         """
-        height, width = pictures.shape[2:]
+        height, width = images.shape[2:]
         if min(height, width) < 16:  # four halvings leave one pixel
             raise UserError(
-                f"Images of {height}×{width} are too small for LPIPS: it needs 16×16 at least. {_NEEDS_NONE}"
+                f"Images of {height}×{width} are too small for LPIPS: it needs 16×16 at least. {_LPIPS_FREE_HINT}"
             )
         features = self.features if reconstruction.requires_grad else in_float32(self.features)
         with torch.no_grad():
-            expected = features(pictures)
+            expected = features(images)
         found = features(reconstruction)
         distances = [_distance(*layer) for layer in zip(found, expected, self.linear, strict=True)]
         return torch.stack(distances).sum(0)
 
-    def features(self, pictures: Tensor) -> list[Tensor]:
+    def features(self, images: Tensor) -> list[Tensor]:
         """Return what the five blocks see in images (B, C, H, W): (B, widths[n], H/2ⁿ, W/2ⁿ), not normalised."""
-        x = (pictures.float().expand(-1, 3, -1, -1) - self.shift) / self.scale
+        x = (images.float().expand(-1, 3, -1, -1) - self.shift) / self.scale
         convolutions, features = iter(self.convolutions), []
         for block, depth in enumerate(_DEPTHS):
             if block:
@@ -121,7 +121,7 @@ def load_lpips(files: str | Path | Sequence[str | Path], widths: Sequence[int] =
         raise UserError(
             f"{', '.join(map(str, files)) or 'No file'}: {26 - len(convolutions)} of the 26 tensors of LPIPS's VGG16. "
             "Needed: torchvision's vgg16-397923af.pth, or a VA-VAE's or VQGAN's checkpoint from training "
-            f"(loss.perceptual_loss.net.slice1.0.weight …). {_NEEDS_NONE}"
+            f"(loss.perceptual_loss.net.slice1.0.weight …). {_LPIPS_FREE_HINT}"
         )
     if missing:
         take(_shipped_linear_layers(), "linear")
@@ -130,7 +130,7 @@ def load_lpips(files: str | Path | Sequence[str | Path], widths: Sequence[int] =
         if weights[name].shape != tensor.shape:
             found, needed = ("×".join(map(str, t.shape)) for t in (weights[name], tensor))
             origin = origins[name.split(".")[0]]
-            raise UserError(f"{origin}: {name} is {found}, expected {needed} as in VGG16. {_NEEDS_NONE}")
+            raise UserError(f"{origin}: {name} is {found}, expected {needed} as in VGG16. {_LPIPS_FREE_HINT}")
     lpips.load_state_dict({name: weights[name] for name in expected})
     lpips.origin = f"convolutions from {origins['convolutions']}, linear layers from {origins['linear']}"
     return lpips
@@ -157,7 +157,7 @@ def _shipped_linear_layers() -> Path:
     if path is None or not path.is_file():
         raise UserError(
             "LPIPS's linear layers are in none of the files, and this torchmetrics does not ship them. Name the lpips "
-            f"package's lpips/weights/v0.1/vgg.pth as well. {_NEEDS_NONE}"
+            f"package's lpips/weights/v0.1/vgg.pth as well. {_LPIPS_FREE_HINT}"
         )
     return path
 

@@ -108,9 +108,9 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
             fitting = f"take {below} or {below + patch}"
             raise UserError(f"encoder_input_size {side} does not fall into patches of {patch} pixels: {fitting}")
         self.grid, self.downsampling = side // patch, decoder_patch_size
-        self.picture_size = self.grid * decoder_patch_size
+        self.image_size = self.grid * decoder_patch_size
         self.latent_shape = (self.encoder.channels, self.grid, self.grid)
-        self.decoder = picture_decoder(
+        self.decoder = image_decoder(
             self.grid,
             hidden_size=self.encoder.channels,
             decoder_hidden_size=decoder_hidden_size,
@@ -143,11 +143,11 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
         """Return whether element-wise statistics travel with the weights, so that latents come out normalised."""
         return self.config.element_statistics
 
-    def encode_pictures(
-        self, pictures: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
+    def encode_images(
+        self, images: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
     ) -> Tensor:
         """Images in [-1, 1] → their latents; nothing is drawn and there are no vectors, so the rest is not used."""
-        return self.encode(pictures).latent
+        return self.encode(images).latent
 
     def decode_latents(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """Normalised latents, as a denoiser makes them → images, which may lie outside [-1, 1]."""
@@ -155,32 +155,32 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
 
     # ---- images ↔ latents
     @apply_forward_hook
-    def encode(self, pictures: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Tensor]:
+    def encode(self, images: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Tensor]:
         """Images (B, 3, S, S) in [-1, 1], of any S → `.latent` (B, C, h, w), without a graph.
 
         Raises:
             UserError: images that are not square or not of three channels.
         """
-        if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.shape[2] != pictures.shape[3]:
-            raise UserError(f"Images are {tuple(pictures.shape)}, an RAE takes square ones of 3 channels: (B, 3, S, S)")
-        latents = self.latents_of(self.tokens((pictures.float() + 1) / 2))
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+            raise UserError(f"Images are {tuple(images.shape)}, an RAE takes square ones of 3 channels: (B, 3, S, S)")
+        latents = self.latents_of(self.tokens((images.float() + 1) / 2))
         return EncoderOutput(latent=latents) if return_dict else (latents,)
 
     @apply_forward_hook
     def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """What `encode` gives → `.sample`, images float32 (B, 3, `picture_size`, `picture_size`) near [-1, 1].
+        """What `encode` gives → `.sample`, images float32 (B, 3, `image_size`, `image_size`) near [-1, 1].
 
         Raises:
             UserError: latents of another shape.
         """
         if latents.ndim != 4 or tuple(latents.shape[1:]) != self.latent_shape:
             raise UserError(f"Latents are {tuple(latents.shape)}, this RAE decodes (B, {self._shape()})")
-        pictures = self.colours(self.tokens_of(latents)) * 2 - 1
-        return DecoderOutput(sample=pictures) if return_dict else (pictures,)
+        images = self.colours(self.tokens_of(latents)) * 2 - 1
+        return DecoderOutput(sample=images) if return_dict else (images,)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Images in [-1, 1] → their reconstructions."""
-        return self.decode(self.encode(pictures).latent).sample
+        return self.decode(self.encode(images).latent).sample
 
     @torch.no_grad()
     def tokens(self, colours: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ def noised(tokens: Tensor, tau: float, u: Tensor, n: Tensor) -> Tensor:
     return tokens + tau * u.reshape(-1, 1, 1).to(tokens) * n.to(tokens)
 
 
-def picture_decoder(grid: int, **numbers: Any) -> nn.Module:
+def image_decoder(grid: int, **numbers: Any) -> nn.Module:
     """Return diffusers' RAEDecoder for tokens on a grid, with the sin-cos table of just that grid."""
     from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
 
@@ -288,14 +288,14 @@ def picture_decoder(grid: int, **numbers: Any) -> nn.Module:
     return decoder
 
 
-def tiny_rae(picture_size: int = 32, **changes: Any) -> RAE:
+def tiny_rae(image_size: int = 32, **changes: Any) -> RAE:
     """Return a small RAE with random weights, encoder too, for trials without any downloads: 0.2 M parameters.
 
     Its latents are 64×S/8×S/8; `changes` are further arguments of `RAE`.
     """
-    if picture_size < 8 or picture_size % 8:
-        raise UserError(f"picture_size {picture_size}: the tiny RAE takes multiples of 8 pixels")
-    side = picture_size // 8 * 14
+    if image_size < 8 or image_size % 8:
+        raise UserError(f"image_size {image_size}: the tiny RAE takes multiples of 8 pixels")
+    side = image_size // 8 * 14
     encoder = {
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -318,8 +318,8 @@ class FrozenEncoder:
     def channels(self) -> int:
         return self.rae.latent_shape[0]
 
-    def __call__(self, pictures: Tensor, grid: tuple[int, int]) -> Tensor:
-        tokens = self.rae.tokens(((pictures.flip(3) if self.mirrored else pictures) + 1) / 2)  # (B, h·w, C)
+    def __call__(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        tokens = self.rae.tokens(((images.flip(3) if self.mirrored else images) + 1) / 2)  # (B, h·w, C)
         return tokens.mT.unflatten(2, grid)
 
 

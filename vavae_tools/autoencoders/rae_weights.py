@@ -27,7 +27,7 @@ _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)((module|_orig_mod)\.)+
 _ENCODER_FIRST = re.compile(r"^(.*?)embeddings\.(patch_embeddings\.projection|patch_embedding)\.weight$")
 _DECODER_FIRST = re.compile(r"^(.*?)trainable_cls_token$")  # MAE's own decoder, which is another, has none
 _NEEDLESS = ("decoder_pos_embed", "embeddings.mask_token")  # a formula, and of DINOv2's training
-_READ_PAST = re.compile(r"^(layernorm|post_layernorm|head|pooler)\.|^embeddings\.position_ids$")
+IGNORED_WEIGHTS = re.compile(r"^(layernorm|post_layernorm|head|pooler)\.|^embeddings\.position_ids$")
 
 
 def load_rae(
@@ -42,9 +42,9 @@ def load_rae(
     image_mean: list[float] | None = None,
     image_std: list[float] | None = None,
     noise_tau: float = 0.8,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> RAE:
-    """Build an RAE from a person's files; what no file holds starts anew, and `say` gets a line about each.
+    """Build an RAE from a person's files; what no file holds starts anew, and `log` gets a line about each.
 
     Args:
         encoder_cls, encoder_input_size, image_mean, image_std, noise_tau: see `RAE`; a preprocessor_config.json beside
@@ -64,7 +64,7 @@ def load_rae(
     if whole is not None:
         rae, fresh = read_rae_folder(whole), set()
         settings = f"{rae.config.encoder_cls}, {rae.config.encoder_input_size} pixels"
-        say(f"RAE: its own settings hold: {settings} → latents {'×'.join(map(str, rae.latent_shape))} ({whole})")
+        log(f"RAE: its own settings hold: {settings} → latents {'×'.join(map(str, rae.latent_shape))} ({whole})")
         if encoder_checkpoint_path == whole:
             encoder_checkpoint_path = None
     else:
@@ -77,21 +77,21 @@ def load_rae(
         own = {**of_encoder, **{name: value for name, value in own.items() if value is not None}}
         rae, fresh = RAE(**settings, **own, **size), {"encoder", "decoder"}
         if weights is not None:
-            _take(rae, weights, ("encoder",), fresh, say)
+            _take(rae, weights, ("encoder",), fresh, log)
     if encoder_checkpoint_path is not None:
-        _take(rae, encoder_checkpoint_path, ("encoder",) if decoder_path else ("encoder", "decoder"), fresh, say)
+        _take(rae, encoder_checkpoint_path, ("encoder",) if decoder_path else ("encoder", "decoder"), fresh, log)
     if decoder_path is not None:
-        _take(rae, decoder_path, ("decoder",), fresh, say)
+        _take(rae, decoder_path, ("decoder",), fresh, log)
     if statistics_path is not None:
         rae.set_statistics(*read_statistics(statistics_path))
     if "encoder" in fresh:
-        say("encoder starts anew: its latents mean nothing until weights are named (encoder_checkpoint_path)")
+        log("encoder starts anew: its latents mean nothing until weights are named (encoder_checkpoint_path)")
     if "decoder" in fresh:
-        say("decoder starts anew: reconstructions will be noise until it is trained")
+        log("decoder starts anew: reconstructions will be noise until it is trained")
     return rae.eval()
 
 
-def _take(rae: RAE, path: str | Path, parts: tuple[str, ...], fresh: set[str], say: Callable[[str], None]) -> None:
+def _take(rae: RAE, path: str | Path, parts: tuple[str, ...], fresh: set[str], log: Callable[[str], None]) -> None:
     """Put a file's encoder, decoder or both, and its statistics, into the RAE; what it has is `fresh` no longer."""
     found = read_rae_weights(path)
     if not any(part in found for part in parts):
@@ -99,7 +99,7 @@ def _take(rae: RAE, path: str | Path, parts: tuple[str, ...], fresh: set[str], s
     for part in parts:
         if part in found:
             where, weights = found[part]
-            fit(getattr(rae, part), weights, part, f"{path}{where}", say)
+            fit(getattr(rae, part), weights, part, f"{path}{where}", log)
             fresh.discard(part)
     if "statistics" in found:
         rae.set_statistics(*found["statistics"])
@@ -169,7 +169,7 @@ def fit(
     weights: Mapping[str, Tensor],
     what: str,
     source: str,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Put weights into an encoder or a decoder, whatever version's names they have.
 
@@ -199,8 +199,8 @@ def fit(
             f"{source} is of another {what}: it has {len(matched)} of {len(own)} weights, {missing[0]} is missing"
         )
     inner.load_state_dict({name: tensor.float() for name, tensor in matched.items()}, strict=False)
-    unused = [name for name in given if name not in own and not _READ_PAST.match(name)]
-    say(f"RAE {what}: {len(matched)} weights matched, 0 missing, {len(unused)} unused ({source})")
+    unused = [name for name in given if name not in own and not IGNORED_WEIGHTS.match(name)]
+    log(f"RAE {what}: {len(matched)} weights matched, 0 missing, {len(unused)} unused ({source})")
 
 
 def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None]:

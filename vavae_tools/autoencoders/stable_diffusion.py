@@ -29,7 +29,7 @@ class StableDiffusionVAE(AutoencoderKL):
     decoding_alone: ClassVar = ("decoder.", "post_quant_conv.")
     """How the names of weights begin that the latents do not follow from: another decoder leaves them valid."""
 
-    picture_size = None
+    image_size = None
     """It takes any size; that it has this attribute makes its config, and so the scale, part of the latents' key."""
 
     @property
@@ -37,8 +37,8 @@ class StableDiffusionVAE(AutoencoderKL):
         """Pixels of an image's side for one of a latent's."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
-    def encode_pictures(
-        self, pictures: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
+    def encode_images(
+        self, images: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
     ) -> Tensor:
         """Images in [-1, 1] → one latent each, scaled: a sample of the posterior, or its mode.
 
@@ -46,7 +46,7 @@ class StableDiffusionVAE(AutoencoderKL):
             labels: taken as every autoencoder's, and not used.
             normal: gives standard normal numbers of the shape (B, *sizes) when called with `sizes`; None: the mode.
         """
-        posterior = self.encode(pictures).latent_dist
+        posterior = self.encode(images).latent_dist
         z = posterior.mean if normal is None else posterior.mean + posterior.std * normal(*posterior.mean.shape[1:])
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 

@@ -17,7 +17,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from vavae_tools.data.images import PictureFolder, to_pixels, to_unit
+from vavae_tools.data.images import ImageFolder, to_pixels, to_unit
 from vavae_tools.runtime.errors import UserError
 
 _OF_AUTOENCODER_KL = set(inspect.signature(AutoencoderKL.__init__).parameters) - {"self"}
@@ -49,7 +49,7 @@ class LatentStatistics:
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.latents_mean is None or self.config.latents_std is None:
             name = type(self).__name__
-            raise UserError(f"This {name} carries no latent statistics: encode the training side first (latents)")
+            raise UserError(f"This {name} carries no latent statistics: encode the training subset first (latents)")
         return tuple(
             torch.tensor(v).to(like)[:, None, None] for v in (self.config.latents_mean, self.config.latents_std)
         )
@@ -141,8 +141,8 @@ class VAVAE(LatentStatistics, AutoencoderKL):
         h = decoder.conv_in(self.post_quant_conv(z) if self.post_quant_conv is not None else z)
         h = self._through([decoder.mid_block, *decoder.up_blocks], "decoder_projections", h, condition)
         with _float32_under_autocast(h):
-            pictures = self._last(decoder, h)  # (B, C, H, W)
-        return DecoderOutput(sample=pictures) if return_dict else (pictures,)
+            images = self._last(decoder, h)  # (B, C, H, W)
+        return DecoderOutput(sample=images) if return_dict else (images,)
 
     @staticmethod
     def _last(half: nn.Module, h: Tensor) -> Tensor:
@@ -163,8 +163,8 @@ class VAVAE(LatentStatistics, AutoencoderKL):
             if getattr(self, name, None) is not None:
                 getattr(self, name).requires_grad_(False)
 
-    def encode_pictures(
-        self, pictures: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
+    def encode_images(
+        self, images: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
     ) -> Tensor:
         """Return a latent for each image in [-1, 1], not normalised: a sample of the posterior, or its mode.
 
@@ -172,7 +172,7 @@ class VAVAE(LatentStatistics, AutoencoderKL):
             labels: int64 (B,), of the people whose vectors are used, where the model has vectors.
             normal: gives standard normal numbers of the shape (B, *sizes) when called with `sizes`; None: the mode.
         """
-        posterior = self.encode(pictures, condition=self.condition_vectors(labels)).latent_dist
+        posterior = self.encode(images, condition=self.condition_vectors(labels)).latent_dist
         return posterior.mean if normal is None else posterior.mean + posterior.std * normal(*posterior.mean.shape[1:])
 
     @apply_forward_hook
@@ -186,7 +186,7 @@ def _float32_under_autocast(h: Tensor) -> torch.autocast | nullcontext:
     """Compute the last layer of each half in float32 also where the rest is fp16.
 
     A log-variance goes up to 20 and its variance to e²⁰, a gradient of the last weights is summed over all places of
-    all pictures: fp16 ends at 65,504.
+    all images: fp16 ends at 65,504.
     """
     device = h.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -236,7 +236,7 @@ def vavae(size: str = "f16d32", **arguments: object) -> VAVAE:
     return VAVAE(**{**VAVAE_SIZES[size], **arguments})
 
 
-def fitting_size(model: VAVAE, image_size: int | tuple[int, int] | None = None) -> int | tuple[int, int]:
+def resolve_image_size(model: VAVAE, image_size: int | tuple[int, int] | None = None) -> int | tuple[int, int]:
     """Return an image size in pixels that this model takes, one number or (height, width); None: its own.
 
     Raises:
@@ -254,26 +254,26 @@ def fitting_size(model: VAVAE, image_size: int | tuple[int, int] | None = None) 
 
 
 @torch.inference_mode()
-def reconstruct_pictures(model: VAVAE, pictures: Tensor, labels: Tensor | None = None) -> Tensor:
+def reconstruct_images(model: VAVAE, images: Tensor, labels: Tensor | None = None) -> Tensor:
     """Return reconstructions, uint8 (B, C, H, W) as the images, by the posterior's mode and the vectors of `labels`."""
     condition = model.condition_vectors(labels)
-    posterior = model.encode(to_unit(pictures), condition=condition).latent_dist
+    posterior = model.encode(to_unit(images), condition=condition).latent_dist
     return to_pixels(model.decode(posterior.mode(), condition=condition).sample)
 
 
-def anothers(labels: Tensor) -> Tensor:
+def other_labels(labels: Tensor) -> Tensor:
     """Return for each label (B,) the next one that occurs among them: another person's, where there are two."""
     known, place = labels.unique(return_inverse=True)
     return known[(place + 1) % len(known)]
 
 
-def reconstruct(model: VAVAE, data: PictureFolder, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+def reconstruct(model: VAVAE, data: ImageFolder, batch_size: int = 32) -> tuple[Tensor, Tensor]:
     """Return all images and their reconstructions with each person's vector, uint8 (N, C, H, W) both."""
     model = model.eval()
     originals, reconstructions = [], []
     for start in range(0, len(data), batch_size):
         batch = data.__getitems__(range(start, min(start + batch_size, len(data))))
-        originals.append(batch["pictures"])
-        pictures, labels = (batch[key].to(model.device) for key in ("pictures", "labels"))
-        reconstructions.append(reconstruct_pictures(model, pictures, labels).cpu())
+        originals.append(batch["images"])
+        images, labels = (batch[key].to(model.device) for key in ("images", "labels"))
+        reconstructions.append(reconstruct_images(model, images, labels).cpu())
     return torch.cat(originals), torch.cat(reconstructions)

@@ -15,7 +15,7 @@ from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import read_checkpoint, read_safetensors
 
-OF_VECTORS = ("conditions.", "encoder_projections.", "decoder_projections.")
+CONDITION_PREFIXES = ("conditions.", "encoder_projections.", "decoder_projections.")
 FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -45,11 +45,11 @@ def load_vavae(
     source: str | Path,
     condition_dim: int | None = None,
     num_conditions: int = 0,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     channels: int | None = None,
 ) -> VAVAE:
     """Load a VA-VAE to fine-tune: what `read_vavae` takes, as `build_vavae` builds it."""
-    return build_vavae(read_vavae(source), condition_dim, num_conditions, channels, say)
+    return build_vavae(read_vavae(source), condition_dim, num_conditions, channels, log)
 
 
 def read_vavae(source: str | Path) -> VAVAEWeights:
@@ -79,7 +79,7 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
         named = plain_names(checkpoint)
         weights = {k.removeprefix("vavae."): tensor for k, tensor in named.items() if k.startswith("vavae.")}
         others = {name: tensor for name, tensor in named.items() if not name.startswith("vavae.")}
-        beside = _beside(others, "discriminator.", "projection.weight")
+        beside = _split_training_state(others, "discriminator.", "projection.weight")
         return VAVAEWeights(source, dict(settings["vavae_config"]), weights, **beside)
     return from_state_dict(checkpoint, source=source)
 
@@ -101,7 +101,7 @@ def from_state_dict(
     if projection in named and named[projection].shape[1:] != (arguments["latent_channels"], 1, 1):
         projection = ""  # from the foundation model's channels to the latent's
     others = {name: tensor for name, tensor in named.items() if not name.startswith(VAE)}
-    beside = _beside(others, "loss.discriminator.", projection)
+    beside = _split_training_state(others, "loss.discriminator.", projection)
     return VAVAEWeights(Path(source), arguments, from_reference(named), **beside)
 
 
@@ -110,7 +110,7 @@ def build_vavae(
     condition_dim: int | None = None,
     num_conditions: int = 0,
     channels: int | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> VAVAE:
     """Build the model with these weights; vectors and projections that they do not hold start anew.
 
@@ -130,20 +130,20 @@ def build_vavae(
     there, wanted = weights.get("conditions.weight"), model.state_dict().get("conditions.weight")
     if there is not None and (wanted is None or there.shape != wanted.shape):
         # vectors of other people, or of another length, say nothing here
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(OF_VECTORS)}
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(CONDITION_PREFIXES)}
     try:
         loaded = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise UserError(f"{found.source} is of another architecture: {first}") from None
-    fresh = [name for name in loaded.missing_keys if not name.startswith(OF_VECTORS)]
+    fresh = [name for name in loaded.missing_keys if not name.startswith(CONDITION_PREFIXES)]
     if fresh:
         raise UserError(
             f"{found.source} lacks {len(fresh)} of the model's weights, the first {fresh[0]}; is it a VA-VAE?"
         )
     parts = {"a discriminator": found.discriminator, "an alignment projection": found.projection}
     came = [part for part, there in parts.items() if there is not None]
-    say(
+    log(
         f"VA-VAE weights: {len(weights) - len(loaded.unexpected_keys)} matched, {len(loaded.missing_keys)} start anew, "
         f"{len(loaded.unexpected_keys) + len(found.unused)} unused{', with ' if came else ''}{' and '.join(came)} "
         f"({found.source})"
@@ -232,7 +232,7 @@ def _read_folder(folder: Path) -> VAVAEWeights:
     return VAVAEWeights(folder, {k: v for k, v in config.items() if not k.startswith("_")}, weights)
 
 
-def _beside(others: Mapping[str, Tensor], discriminator: str, projection: str) -> dict[str, Any]:
+def _split_training_state(others: Mapping[str, Tensor], discriminator: str, projection: str) -> dict[str, Any]:
     """Sort what stands beside an autoencoder's weights in a checkpoint of its training."""
     judge = [name for name in others if name.startswith(f"{discriminator}main.")]
     return {

@@ -41,7 +41,7 @@ def main() -> None:
     options.pop("function")(**options)
 
 
-def list_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -> None:
+def list_checkpoints(folder: str | Path, log: Callable[[str], None] = print) -> None:
     """Print a table of a run's checkpoints, the newest first."""
     rows = [("checkpoint", "step", "epoch", "metric", "size", "age", "state")]
     folder = Path(folder)
@@ -55,37 +55,37 @@ def list_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -> 
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, *numbers, state in rows:
         cells = [number.rjust(width) for number, width in zip(numbers, widths[1:-1], strict=True)]
-        say("  ".join([name.ljust(widths[0]), *cells, state]))
+        log("  ".join([name.ljust(widths[0]), *cells, state]))
 
 
-def inspect_checkpoint(path: str | Path, say: Callable[[str], None] = print) -> None:
+def inspect_checkpoint(path: str | Path, log: Callable[[str], None] = print) -> None:
     """Print what is in a checkpoint: weights by part, optimisers, hyper-parameters, versions."""
-    from vavae_tools.checkpoints.formats import read_any
-    from vavae_tools.checkpoints.resuming import look_at
+    from vavae_tools.checkpoints.formats import read_any_format
+    from vavae_tools.checkpoints.resuming import checkpoint_info
 
-    checkpoint, found = read_any(path, say), look_at(path)
+    checkpoint, found = read_any_format(path, log), checkpoint_info(path)
     fault = found.damage()
-    say(f"{path}: {_size(found.bytes)}, {'whole' if fault is None else f'damaged ({fault})'}")
-    say(f"step {checkpoint.get('global_step', '-')}, epoch {checkpoint.get('epoch', '-')}")
-    _say_weights(checkpoint.get("state_dict", {}), say)
+    log(f"{path}: {_size(found.bytes)}, {'whole' if fault is None else f'damaged ({fault})'}")
+    log(f"step {checkpoint.get('global_step', '-')}, epoch {checkpoint.get('epoch', '-')}")
+    _log_weights(checkpoint.get("state_dict", {}), log)
     for number, state in enumerate(checkpoint.get("optimizer_states", [])):
         groups = state.get("param_groups", [])
         rates = ", ".join(f"{group['lr']:g}" for group in groups if "lr" in group)
-        say(f"optimiser {number}: {sum(len(group['params']) for group in groups):,} tensors, lr {rates}")
+        log(f"optimiser {number}: {sum(len(group['params']) for group in groups):,} tensors, lr {rates}")
     for number, state in enumerate(checkpoint.get("lr_schedulers", [])):
-        say(f"schedule {number}: step {state.get('last_epoch', '-')}")
+        log(f"schedule {number}: step {state.get('last_epoch', '-')}")
     run = checkpoint.get("run")
     run = run if isinstance(run, dict) else {}
     versions = {"lightning": checkpoint.get("pytorch-lightning_version", "-"), **run.get("versions", {})}
-    say("versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()))
+    log("versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()))
     if run.get("command"):
-        say("command: " + " ".join(map(str, run["command"])))
+        log("command: " + " ".join(map(str, run["command"])))
     for name, value in checkpoint.get("hyper_parameters", {}).items():
-        say(f"  {name}: {value}")
+        log(f"  {name}: {value}")
 
 
 def prune_checkpoints(
-    folder: str | Path, keep: int, dry_run: bool = False, say: Callable[[str], None] = print
+    folder: str | Path, keep: int, dry_run: bool = False, log: Callable[[str], None] = print
 ) -> list["Checkpoint"]:
     """Remove a run's periodic checkpoints but the `keep` newest whole ones; print what is freed."""
     from vavae_tools.checkpoints.resuming import keep_newest
@@ -93,34 +93,34 @@ def prune_checkpoints(
     _found(Path(folder))
     gone = keep_newest(folder, keep, thoroughly=True, dry_run=dry_run)
     for checkpoint in gone:
-        say(f"{'would go' if dry_run else 'removed'}: {checkpoint.path} ({_size(checkpoint.bytes)})")
-    say(f"{_size(sum(c.bytes for c in gone))} {'would be ' if dry_run else ''}freed by {len(gone)} checkpoints")
+        log(f"{'would go' if dry_run else 'removed'}: {checkpoint.path} ({_size(checkpoint.bytes)})")
+    log(f"{_size(sum(c.bytes for c in gone))} {'would be ' if dry_run else ''}freed by {len(gone)} checkpoints")
     return gone
 
 
-def convert_checkpoint(source: str | Path, destination: str | Path, say: Callable[[str], None] = print) -> Path:
+def convert_checkpoint(source: str | Path, destination: str | Path, log: Callable[[str], None] = print) -> Path:
     """Write the checkpoint `source` as what the name `destination` says: a `.ckpt`, a `.pth`, or a folder."""
-    from vavae_tools.checkpoints.formats import read_any, write_any
+    from vavae_tools.checkpoints.formats import read_any_format, write_any_format
     from vavae_tools.checkpoints.resuming import resume_path
 
     if Path(destination).exists():
         raise UserError(f"{destination} exists already: name another place, or remove it")
-    source = resume_path(str(source), Path(), say)
-    written = write_any(read_any(source, say), destination)
-    say(f"written: {written} (from {source})")
+    source = resume_path(str(source), Path(), log)
+    written = write_any_format(read_any_format(source, log), destination)
+    log(f"written: {written} (from {source})")
     return written
 
 
-def verify_checkpoints(folder: str | Path, say: Callable[[str], None] = print) -> None:
+def verify_checkpoints(folder: str | Path, log: Callable[[str], None] = print) -> None:
     """Read a checkpoint, or all of a run, and print of each whether it is whole; raise where one is not."""
     from vavae_tools.checkpoints.formats import is_checkpoint
-    from vavae_tools.checkpoints.resuming import look_at
+    from vavae_tools.checkpoints.resuming import checkpoint_info
 
     folder = Path(folder)
-    found = [look_at(folder)] if folder.is_file() or is_checkpoint(folder) else _found(folder)
+    found = [checkpoint_info(folder)] if folder.is_file() or is_checkpoint(folder) else _found(folder)
     faults = {c.path: c.damage() for c in found}
     for path, fault in faults.items():
-        say(f"{path}: {fault or 'whole'}")
+        log(f"{path}: {fault or 'whole'}")
     damaged = [path.name for path, fault in faults.items() if fault]
     if damaged:
         raise UserError(
@@ -144,7 +144,7 @@ def _found(folder: Path) -> list["Checkpoint"]:
     return found
 
 
-def _say_weights(weights: dict[str, Any], say: Callable[[str], None]) -> None:
+def _log_weights(weights: dict[str, Any], log: Callable[[str], None]) -> None:
     parts: dict[str, list[Any]] = {}
     for name, tensor in weights.items():
         names = name.split(".")
@@ -152,7 +152,7 @@ def _say_weights(weights: dict[str, Any], say: Callable[[str], None]) -> None:
         parts.setdefault(".".join(names[:deep]), []).append(tensor)
     for part, tensors in parts.items():
         kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
-        say(f"{part}: {sum(tensor.numel() for tensor in tensors):,} weights in {len(tensors):,} tensors, {kinds}")
+        log(f"{part}: {sum(tensor.numel() for tensor in tensors):,} weights in {len(tensors):,} tensors, {kinds}")
 
 
 def _size(number: int) -> str:

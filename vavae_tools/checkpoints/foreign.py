@@ -20,13 +20,13 @@ NAMES = {
     "scaler": ("scaler", "scaler_state_dict"),
 }
 """Parts of a checkpoint, and what single files call them."""
-STARTS_ANEW = {
+MISSING_PART_NOTES = {
     "optimizer": "the optimiser starts anew",
     "scheduler": "the learning rate's schedule starts anew",
     "ema_model": "the average of the weights, where there is one, starts anew from them",
 }
 DATA_MODULES = (
-    *("PictureDataModule", "PictureSetDataModule", "LatentDataModule"),
+    *("ImageDataModule", "ImageSetDataModule", "PictureDataModule", "PictureSetDataModule", "LatentDataModule"),
     *("CaptionedDataModule", "TextLatentDataModule", "TokenImageDataModule"),
 )
 """Under whose names Lightning looks for the place in the data."""
@@ -69,7 +69,7 @@ def from_name(path: Path) -> str:
 
 
 def from_elsewhere(
-    parts: dict[str, Any], place: dict[str, int], where: Path, ending: str, say: Callable[[str], None]
+    parts: dict[str, Any], place: dict[str, int], where: Path, ending: str, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """Return what Lightning resumes from, at the beginning of an epoch, of parts that another training wrote."""
     model = _weights_in(parts["model"])
@@ -82,7 +82,7 @@ def from_elsewhere(
     for part, found in {**states, "ema_model": average}.items():
         if not found:
             has = "cannot be used here" if part in parts else "is not there"
-            say(f"{where}: {part}{ending} {has}: {STARTS_ANEW[part]}")
+            log(f"{where}: {part}{ending} {has}: {MISSING_PART_NOTES[part]}")
     epoch = place["epoch"] + 1 if "epoch" in place else 0
     step = place.get("global_step", _steps_of(states["optimizer"]))
     checkpoint = {

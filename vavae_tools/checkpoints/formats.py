@@ -18,8 +18,8 @@ from torch import Tensor
 
 from vavae_tools.checkpoints.foreign import (
     AVERAGE,
+    MISSING_PART_NOTES,
     NAMES,
-    STARTS_ANEW,
     few,
     from_elsewhere,
     from_name,
@@ -28,7 +28,7 @@ from vavae_tools.checkpoints.foreign import (
     plain_name,
 )
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import flush_folder, read_checkpoint, read_saved, written_whole
+from vavae_tools.runtime.files import atomic_write, flush_folder, read_checkpoint, read_saved
 
 STATE = "training_state.json"
 PARTS = {"optimizer": "optimizer_states", "scheduler": "lr_schedulers"}
@@ -86,7 +86,7 @@ def _hidden(path: Path, what: str = "") -> Path:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder is a checkpoint, also one that `read_any` refuses, and not a run's folder."""
+    """Return whether a folder is a checkpoint, also one that `read_any_format` refuses, and not a run's folder."""
     return is_deepspeed(folder) or any((folder / name).is_file() for name in ("model.pt", "checkpoint.pt"))
 
 
@@ -95,8 +95,8 @@ def is_deepspeed(folder: Path) -> bool:
     return (folder / "checkpoint" / "mp_rank_00_model_states.pt").is_file()
 
 
-def read_folder(folder: str | Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return Lightning's checkpoint from a folder; `say` gets a line for everything that is missing and starts anew.
+def read_folder(folder: str | Path, log: Callable[[str], None]) -> dict[str, Any]:
+    """Return Lightning's checkpoint from a folder; `log` gets a line for everything that is missing and starts anew.
 
     Raises:
         UserError: no such folder, no weights in it, or a damaged file.
@@ -104,7 +104,7 @@ def read_folder(folder: str | Path, say: Callable[[str], None]) -> dict[str, Any
     folder = Path(folder)
     if not (folder / "model.pt").is_file():
         raise UserError(no_weights(folder))
-    faults = damaged_files(folder, quickly=True)
+    faults = damage_by_file(folder, quickly=True)
     for name, fault in faults.items():
         if fault != "missing":
             raise UserError(f"{folder} is damaged ({name}: {fault}): take another checkpoint")
@@ -113,13 +113,13 @@ def read_folder(folder: str | Path, say: Callable[[str], None]) -> dict[str, Any
     if "trainer" in parts:
         lost = [name.removesuffix(".pt") for name in faults]
         for part in lost:
-            say(f"{folder} has no {part}.pt: {STARTS_ANEW.get(part, 'it starts anew')}")
+            log(f"{folder} has no {part}.pt: {MISSING_PART_NOTES.get(part, 'it starts anew')}")
         return _joined(parts, lost)
     if "trainer.pt" in faults:
-        say(f"{folder} has no trainer.pt: the place in the epoch is lost, and the next epoch begins")
+        log(f"{folder} has no trainer.pt: the place in the epoch is lost, and the next epoch begins")
     if not state:
-        say(f"{folder} has no {STATE}: {from_name(folder)}")
-    return from_elsewhere(parts, {**place_in_name(folder), **place_in(state)}, folder, ".pt", say)
+        log(f"{folder} has no {STATE}: {from_name(folder)}")
+    return from_elsewhere(parts, {**place_in_name(folder), **place_in(state)}, folder, ".pt", log)
 
 
 def _split(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 # ---- files
-def read_any(path: str | Path, say: Callable[[str], None]) -> dict[str, Any]:
+def read_any_format(path: str | Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Return Lightning's checkpoint from a `.ckpt`, a `.pth` or `.pt` of this or another training, or a folder.
 
     Raises:
@@ -188,11 +188,11 @@ def read_any(path: str | Path, say: Callable[[str], None]) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        return read_folder(path, say)
+        return read_folder(path, log)
     saved = read_checkpoint(path)
     if path.suffix == ".ckpt" or "pytorch-lightning_version" in saved:
         return saved
-    if isinstance(saved.get("trainer"), dict) and "model" in saved:  # by `write_any`
+    if isinstance(saved.get("trainer"), dict) and "model" in saved:  # by `write_any_format`
         return _joined({part: saved[part] for part in _PARTS if part in saved})
     parts = {part: saved[key] for part, keys in NAMES.items() for key in reversed(keys) if key in saved}
     if "model" not in parts and saved and all(isinstance(value, Tensor) for value in saved.values()):
@@ -201,11 +201,11 @@ def read_any(path: str | Path, say: Callable[[str], None]) -> dict[str, Any]:
         raise UserError(f"{path} has no weights: it holds {few(saved)}, expected one of {', '.join(NAMES['model'])}")
     place = place_in(saved)
     if "epoch" not in place:
-        say(f"{path} names no epoch: {from_name(path)}")
-    return from_elsewhere(parts, {**place_in_name(path), **place}, path, "", say)
+        log(f"{path} names no epoch: {from_name(path)}")
+    return from_elsewhere(parts, {**place_in_name(path), **place}, path, "", log)
 
 
-def write_any(checkpoint: dict[str, Any], path: str | Path) -> Path:
+def write_any_format(checkpoint: dict[str, Any], path: str | Path) -> Path:
     """Write Lightning's checkpoint as what the name says: a `.ckpt`, a single `.pth` or `.pt`, else a folder.
 
     A `.pth` has the parts of a folder as its keys, and `epoch` and `global_step`. What `last.ckpt` was before becomes
@@ -218,7 +218,7 @@ def write_any(checkpoint: dict[str, Any], path: str | Path) -> Path:
         place = {name: checkpoint.get(name, 0) for name in ("epoch", "global_step")}
         checkpoint = {**_split(checkpoint), **place}
     try:
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             torch.save(checkpoint, partial)
             if path.name == "last.ckpt" and path.is_file():
                 _keep_as_previous(path)
@@ -259,7 +259,7 @@ def remove(path: Path) -> None:
 
 
 # ---- damage
-def damaged_files(path: Path, quickly: bool = False) -> dict[str, str]:
+def damage_by_file(path: Path, quickly: bool = False) -> dict[str, str]:
     """Return {name: what is wrong} of a checkpoint's file, or of those that its folder lists or has.
 
     Looked at are a folder's list, the lengths there and, unless `quickly`, the CRC-32 of every record that torch.save

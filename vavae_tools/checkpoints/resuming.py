@@ -13,11 +13,11 @@ from torch import Tensor
 from vavae_tools.checkpoints.foreign import AVERAGE, few, place_in, place_in_name, plain_name
 from vavae_tools.checkpoints.formats import (
     FILES,
-    damaged_files,
+    damage_by_file,
     is_checkpoint,
     is_deepspeed,
     no_weights,
-    read_any,
+    read_any_format,
     read_state,
     reason_of,
     remove,
@@ -50,17 +50,17 @@ class Checkpoint:
 
     def damage(self, quickly: bool = False) -> str | None:
         """Return what is wrong with its contents, or None; `quickly` leaves out what has to read everything."""
-        faults = damaged_files(self.path, quickly)
+        faults = damage_by_file(self.path, quickly)
         named = [fault if self.path.is_file() else f"{name}: {fault}" for name, fault in faults.items()]
         return "; ".join(named) or self.fault
 
 
 def whole(path: str | Path, quickly: bool = False) -> str | None:
     """Return why a checkpoint is damaged, or None."""
-    return look_at(path).damage(quickly)
+    return checkpoint_info(path).damage(quickly)
 
 
-def look_at(path: str | Path) -> Checkpoint:
+def checkpoint_info(path: str | Path) -> Checkpoint:
     """Read step and epoch of a checkpoint; its tensors stay on the disk."""
     path = Path(path)
     place, fault = {}, None
@@ -88,7 +88,7 @@ def checkpoints_in(run: str | Path, also: tuple[str, ...] = ()) -> list[Checkpoi
     run = run.parent if run.name == "checkpoints" else run
     patterns = (*NAMES_OF_CHECKPOINTS, *also)
     names = {path for folder in (run, run / "checkpoints") for pattern in patterns for path in folder.glob(pattern)}
-    found = [look_at(path) for path in names if path.is_dir() or path.suffix in FILES]
+    found = [checkpoint_info(path) for path in names if path.is_dir() or path.suffix in FILES]
     return sorted(found, key=lambda c: (-1 if c.step is None else c.step, c.written), reverse=True)
 
 
@@ -120,7 +120,7 @@ def keep_newest(run: str | Path, n: int, thoroughly: bool = False, dry_run: bool
 
 
 # ---- which one
-def resume_path(resume: str | None, run: str | Path, say: Callable[[str], None] = print) -> Path | None:
+def resume_path(resume: str | None, run: str | Path, log: Callable[[str], None] = print) -> Path | None:
     """Return the whole checkpoint that `--resume` means; None starts anew.
 
     Args:
@@ -137,7 +137,7 @@ def resume_path(resume: str | None, run: str | Path, say: Callable[[str], None] 
         found = checkpoints_in(run)
         names = ("last.ckpt", "previous.ckpt")
         first = [c for name in names for c in found if c.path.name == name]
-        path = _first_whole([*first, *(c for c in found if c not in first)], say)
+        path = _first_whole([*first, *(c for c in found if c not in first)], log)
         if path is None:
             raise UserError(_not_there(Path(run) / "last.ckpt"))
         return path
@@ -145,28 +145,28 @@ def resume_path(resume: str | None, run: str | Path, say: Callable[[str], None] 
     if not path.exists():
         raise UserError(_not_there(path))
     if path.is_dir() and not is_checkpoint(path):
-        newest = _first_whole(checkpoints_in(path), say)
+        newest = _first_whole(checkpoints_in(path), log)
         if newest is None:
             runs = "last.ckpt, best-*.ckpt or checkpoint-*/ as in a run's"
             raise UserError(f"{no_weights(path)} as in a checkpoint's folder, or {runs}")
         return newest
     if path.is_file():
         read_checkpoint(path)  # refuses what would run code
-    for name, fault in damaged_files(path).items():
+    for name, fault in damage_by_file(path).items():
         if path.is_file() or fault != "missing":  # what was taken out of a folder on purpose starts anew
             what = fault if path.is_file() else f"{name}: {fault}"
             raise UserError(f"{path} is damaged ({what}): resume with --resume last, or name another one")
     return path
 
 
-def _first_whole(found: list[Checkpoint], say: Callable[[str], None]) -> Path | None:
+def _first_whole(found: list[Checkpoint], log: Callable[[str], None]) -> Path | None:
     damaged: list[str] = []
     for checkpoint in found:
         fault = checkpoint.damage()
         if fault is None:
             if damaged:
                 step = "" if checkpoint.step is None else f", step {checkpoint.step:,}"
-                say(f"{'; '.join(damaged)}: resuming from {checkpoint.path}{step}")
+                log(f"{'; '.join(damaged)}: resuming from {checkpoint.path}{step}")
             return checkpoint.path
         damaged.append(f"{checkpoint.path} is damaged ({fault})")
     if damaged:
@@ -210,24 +210,24 @@ def check_resumable(path: Path | None, module: "L.LightningModule") -> None:
     """
     if path is None or is_deepspeed(path):  # which its strategy checks and reads
         return
-    checkpoint, own = read_any(path, lambda line: None), module.state_dict()
+    checkpoint, own = read_any_format(path, lambda line: None), module.state_dict()
     lacking = [part for part in ("state_dict", "optimizer_states", "loops") if part not in checkpoint]
     if lacking:
         raise UserError(f"{path} has no {lacking[0]}: training cannot resume from it; name a last.ckpt or best-*.ckpt")
-    found = as_own(checkpoint["state_dict"], own)
+    found = match_names(checkpoint["state_dict"], own)
     _check_weights(path, found, own)
     _check_optimizers(path, checkpoint["optimizer_states"], module)
     if list(found) != list(checkpoint["state_dict"]):
 
         def take(module: Any, weights: dict[str, Tensor], *others: Any) -> None:
-            named = as_own(weights, own)
+            named = match_names(weights, own)
             weights.clear()
             weights.update(named)
 
         module.register_load_state_dict_pre_hook(take)
 
 
-def as_own(found: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+def match_names(found: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a checkpoint's weights under a module's names; an average that is missing starts from the weights.
 
     Names may be those of a compiled network or not, and lack a beginning that all have here, if only one fits.

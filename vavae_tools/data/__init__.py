@@ -1,1 +1,1 @@
-"""Pictures on disk → batches: the built-in data, the split, picture folders, latents, and the order they come in."""
+"""Images on disk → batches: the built-in data, the split, image folders, latents, and the order they come in."""

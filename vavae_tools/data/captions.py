@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vavae_tools.data.folders import counted, listed
-from vavae_tools.data.images import DecodedPictures, PictureFiles, PictureSetDataModule, hash_of
+from vavae_tools.data.images import DecodedImages, ImageFiles, ImageSetDataModule, hash_of
 from vavae_tools.data.loader import EpochOrder, OrderedDataModule
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
@@ -41,23 +41,23 @@ class CaptionOrderedDataModule(OrderedDataModule):
     def _new_order(self) -> CaptionOrder:
         return CaptionOrder(self.train_data.caption_counts, self.batch_size, self.seed, *self._place())
 
-    def _what_orders(self, order: CaptionOrder) -> dict[str, int]:
-        return {**super()._what_orders(order), "captions": int(order.counts.sum())}
+    def _order_settings(self, order: CaptionOrder) -> dict[str, int]:
+        return {**super()._order_settings(order), "captions": int(order.counts.sum())}
 
 
-class CaptionedDataModule(CaptionOrderedDataModule, PictureSetDataModule):
+class CaptionedDataModule(CaptionOrderedDataModule, ImageSetDataModule):
     """Captioned images as batches, each with one of its captions, at random; in validation with its first.
 
     Args:
         train_data, val_data: with `captions`; None where nothing validates.
-        batch_size, num_workers, seed: see `PictureSetDataModule`; the captions follow from the seed, too.
+        batch_size, num_workers, seed: see `ImageSetDataModule`; the captions follow from the seed, too.
         notes: lines about what was left out, for `remark`.
     """
 
     def __init__(
         self,
-        train_data: DecodedPictures,
-        val_data: DecodedPictures | None,
+        train_data: DecodedImages,
+        val_data: DecodedImages | None,
         batch_size: int = 16,
         num_workers: int | None = None,
         seed: int = 0,
@@ -71,33 +71,35 @@ class CaptionedDataModule(CaptionOrderedDataModule, PictureSetDataModule):
         super()._find_workers()
         self.remark = "; ".join(filter(None, [*self.notes, self.remark]))
 
-    def captions_by_side(self) -> dict[str, list[tuple[str, ...]]]:
+    def captions_by_subset(self) -> dict[str, list[tuple[str, ...]]]:
         """Return the captions of the subsets that are there, as `text_states.encode_texts` takes them."""
-        return {side: data.captions for side, data in zip(("train", "val"), self._sides(), strict=False) if len(data)}
+        return {
+            subset: data.captions for subset, data in zip(("train", "val"), self._subsets(), strict=False) if len(data)
+        }
 
     def fingerprint(self) -> str:
         """Return a hash of both subsets' images and captions."""
-        return hash_of([[side.fingerprint(), hash_of(side.captions)] for side in self._sides()])
+        return hash_of([[subset.fingerprint(), hash_of(subset.captions)] for subset in self._subsets()])
 
 
 # ---- Images in files, and the captions that other files name
 
 
-_GO_ON = "or leave them out with data.skip_missing=true"
+SKIP_HINT = "or leave them out with data.skip_missing=true"
 
 
-class CaptionedFiles(PictureFiles):
+class CaptionedFiles(ImageFiles):
     """Captioned images in files, which caches know by their names and lengths."""
 
-    def what_is_stored(self) -> list:
+    def stored_key(self) -> list:
         return [self.names, self.sizes()]
 
     def contents(self) -> Iterator[bytes]:
-        return DecodedPictures.contents(self)
+        return DecodedImages.contents(self)
 
 
 @dataclass
-class NamedPictures:
+class NamedImages:
     """One subset as its files name it.
 
     Attributes:
@@ -110,14 +112,14 @@ class NamedPictures:
     source: Path
     captions: Mapping[str, Sequence[str]]
 
-    def side(self, skip_missing: bool, notes: list[str], options: Mapping[str, Any]) -> CaptionedFiles:
+    def subset(self, skip_missing: bool, notes: list[str], options: Mapping[str, Any]) -> CaptionedFiles:
         """Return the images, or raise a UserError where some are missing or have no caption, unless `skip_missing`."""
-        missing = missing_pictures(self.folder, self.captions)
+        missing = missing_images(self.folder, self.captions)
         if missing:
             how_many = f"{len(missing):,} of {counted(len(self.captions), 'image')} that {self.source} names"
             how_many += f" {'is' if len(missing) == 1 else 'are'} not in {self.folder}: {listed(missing)}"
             if len(missing) == len(self.captions) or not skip_missing:
-                mend = "" if len(missing) == len(self.captions) else f", {_GO_ON}"
+                mend = "" if len(missing) == len(self.captions) else f", {SKIP_HINT}"
                 raise UserError(f"{how_many}. Put them there{mend}")
             notes.append(f"{how_many}; left out")
         absent = set(missing)
@@ -128,7 +130,7 @@ class NamedPictures:
         return CaptionedFiles(paths, list(captions), labels, **options)
 
 
-def missing_pictures(folder: Path, names: Iterable[str]) -> list[str]:
+def missing_images(folder: Path, names: Iterable[str]) -> list[str]:
     """Return the names that are not there, by a listing of each folder and no question about each file."""
     there: dict[str, set[str]] = {}
     missing = []
@@ -168,7 +170,7 @@ def cleaned(
     if silent:
         what = f"{counted(len(silent), 'image')} of {source} with an empty caption or none: {listed(silent)}"
         if not clean or not skip_missing:
-            raise UserError(f"{what}. Write one for each" + (f", {_GO_ON}" if clean else ""))
+            raise UserError(f"{what}. Write one for each" + (f", {SKIP_HINT}" if clean else ""))
         notes.append(f"{what}; left out")
     if partly:
         notes.append(f"empty captions beside others left out, in {source}: {listed(partly)}")

@@ -15,27 +15,27 @@ from vavae_tools.data.captions import CaptionedDataModule
 from vavae_tools.data.demo.shapes import captioned_shape_data, shape_data
 from vavae_tools.data.folders import (
     EXTENSIONS,
-    VALIDATION_SIDES,
+    VALIDATION_SUBSETS,
     contents,
+    explain_no_images,
     extension_of,
     labels_of,
     listed,
     natural_key,
-    no_pictures,
     no_such_folder,
     person_folders,
 )
-from vavae_tools.data.images import DecodedPictures, PictureFiles, PictureSetDataModule
+from vavae_tools.data.images import DecodedImages, ImageFiles, ImageSetDataModule
 from vavae_tools.data.sources import hugging_face
-from vavae_tools.data.sources.caption_folders import own_sides
-from vavae_tools.data.sources.coco_cub import coco_sides, cub_sides
+from vavae_tools.data.sources.caption_folders import own_subsets
+from vavae_tools.data.sources.coco_cub import coco_subsets, cub_subsets
 from vavae_tools.data.sources.shards import refuse_shards
-from vavae_tools.data.split import choose_sides
-from vavae_tools.data.split_report import INFO_NAME, Picture, read_split_info
+from vavae_tools.data.split import choose_subsets
+from vavae_tools.data.split_report import INFO_NAME, ImageEntry, read_split_info
 from vavae_tools.runtime.errors import UserError
 
 
-class PictureDataModule(PictureSetDataModule):
+class ImageDataModule(ImageSetDataModule):
     """The images in `data_dir` as batches.
 
     `data_dir` is one of
@@ -81,42 +81,42 @@ class PictureDataModule(PictureSetDataModule):
             raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
         crop = crop or ("none" if is_split else "adm")
         options = {"image_size": image_size, "crop": crop, "channels": channels or 3, "progress": progress}
-        labels, train, val = _read_sides(data_dir, use_hf_dataset, train_split, options)
+        labels, train, val = _read_subsets(data_dir, use_hf_dataset, train_split, options)
         if channels is None and (found := train.stored_channels()) != 3:
-            for side in (train, *([val] if val else [])):
-                side.channels = found
+            for subset in (train, *([val] if val else [])):
+                subset.channels = found
         if val is None:
             train, val = hold_out(train, val_share, seed)
         super().__init__(train, val, labels, batch_size, num_workers, seed)
 
 
-picture_data = PictureDataModule
+image_data = ImageDataModule
 
 
 def class_data(
     data_dir: str | Path,
     image_size: int | tuple[int, int] | None = None,
-    num_pictures: int = 1024,
+    num_images: int = 1024,
     num_classes: int = 4,
     **options: Any,
-) -> PictureSetDataModule:
-    """Return `PictureDataModule(data_dir, …)`, or for "shapes" made-up images (`shape_data`).
+) -> ImageSetDataModule:
+    """Return `ImageDataModule(data_dir, …)`, or for "shapes" made-up images (`shape_data`).
 
     Args:
         image_size: None: 256, of shapes 32.
-        num_pictures, num_classes: of shapes.
+        num_images, num_classes: of shapes.
     """
     if str(data_dir) != "shapes":
-        return PictureDataModule(data_dir, image_size or 256, **options)
+        return ImageDataModule(data_dir, image_size or 256, **options)
     names = ("batch_size", "num_workers", "seed", "channels", "val_share")
     own = {name: options[name] for name in names if options.get(name) is not None}
-    return shape_data(num_pictures, num_classes, image_size or 32, **own)
+    return shape_data(num_images, num_classes, image_size or 32, **own)
 
 
-Sides = tuple[dict[str, int], DecodedPictures, DecodedPictures | None]  # class name → label; train; validation
+Sides = tuple[dict[str, int], DecodedImages, DecodedImages | None]  # class name → label; train; validation
 
 
-def _read_sides(data_dir: Path, use_hf_dataset: bool | None, train_split: str, options: dict[str, Any]) -> Sides:
+def _read_subsets(data_dir: Path, use_hf_dataset: bool | None, train_split: str, options: dict[str, Any]) -> Sides:
     if not data_dir.is_dir():
         refuse_shards(data_dir)
         raise UserError(no_such_folder(data_dir))
@@ -128,22 +128,22 @@ def _read_sides(data_dir: Path, use_hf_dataset: bool | None, train_split: str, o
             f"({hugging_face.MARKS}); with use_hf_dataset=false a folder per class is read"
         )
     if is_dataset and use_hf_dataset is not False:
-        return hugging_face.read_sides(data_dir, train_split, **options)
+        return hugging_face.read_subsets(data_dir, train_split, **options)
     return _read_folders(data_dir, train_split, options)
 
 
-def hold_out(data: DecodedPictures, share: float, seed: int = 0) -> tuple[DecodedPictures, DecodedPictures | None]:
+def hold_out(data: DecodedImages, share: float, seed: int = 0) -> tuple[DecodedImages, DecodedImages | None]:
     """Return what trains, and what validates: `share` of each class, chosen by seed and name as in a split.
 
     Equal files are in one subset; images of Hugging Face datasets are not compared, which would read all of them.
     """
     if not share:
         return data, None
-    hashes = _equal_files(data.paths) if isinstance(data, PictureFiles) else {}
+    hashes = _equal_files(data.paths) if isinstance(data, ImageFiles) else {}
     rows = enumerate(zip(data.labels.tolist(), data.names, strict=True))
-    pictures = [Picture(str(label), name, "", 0, 0, sha256=hashes.get(place)) for place, (label, name) in rows]
-    side_of = choose_sides(pictures, share, seed)
-    held = np.array([side_of[picture.key] == "val" for picture in pictures])
+    images = [ImageEntry(str(label), name, "", 0, 0, sha256=hashes.get(place)) for place, (label, name) in rows]
+    subset_of = choose_subsets(images, share, seed)
+    held = np.array([subset_of[image.key] == "val" for image in images])
     if not held.any():
         return data, None
     return data.part(np.flatnonzero(~held)), data.part(np.flatnonzero(held))
@@ -169,28 +169,28 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
     folder, val_folder = data_dir, None
     if _holds_folders(data_dir / train_split):
         folder = data_dir / train_split
-        named = [data_dir / name for name in VALIDATION_SIDES if name != train_split]
-        val_folder = next((side for side in named if _holds_folders(side)), None)
+        named = [data_dir / name for name in VALIDATION_SUBSETS if name != train_split]
+        val_folder = next((subset for subset in named if _holds_folders(subset)), None)
     elif train_split != "train" or is_split:
         raise UserError(f"No folders of images in {data_dir / train_split}; {data_dir} holds {contents(data_dir)}")
     train, val = _files_by_class(folder, extensions), _files_by_class(val_folder, extensions) if val_folder else {}
     if not train:
         refuse_shards(data_dir)
-        raise UserError(no_pictures(folder, extensions, "data_dir"))
+        raise UserError(explain_no_images(folder, extensions, "data_dir"))
     labels = labels or labels_of(train)
-    sides = []
-    for side, files in ((folder, train), (val_folder, val)):
+    subsets = []
+    for subset, files in ((folder, train), (val_folder, val)):
         if unknown := files.keys() - labels.keys():
             raise UserError(
-                f"{side} holds {listed(sorted(unknown, key=natural_key))}, which is no class of {folder}: expected the "
-                "same folders in both. Rename or move it"
+                f"{subset} holds {listed(sorted(unknown, key=natural_key))}, which is no class of {folder}: expected "
+                "the same folders in both. Rename or move it"
             )
         if files:
             paths = list(chain.from_iterable(files.values()))
-            names = [path.relative_to(side).as_posix() for path in paths]
+            names = [path.relative_to(subset).as_posix() for path in paths]
             of_paths = torch.tensor([labels[name] for name, of_class in files.items() for _ in of_class])
-            sides.append(PictureFiles(paths, names, of_paths, is_split, title=side.name, **options))
-    return labels, sides[0], sides[1] if len(sides) > 1 else None
+            subsets.append(ImageFiles(paths, names, of_paths, is_split, title=subset.name, **options))
+    return labels, subsets[0], subsets[1] if len(subsets) > 1 else None
 
 
 def _holds_folders(folder: Path) -> bool:
@@ -226,7 +226,7 @@ def caption_data(
     skip_missing: bool = False,
     crop: str = "adm",
     annotations: str | Path | None = None,
-    pictures: str | Path | None = None,
+    images: str | Path | None = None,
     channels: int = 3,
     progress: bool = True,
 ) -> CaptionedDataModule:
@@ -246,7 +246,7 @@ def caption_data(
         num_samples: at most so many images of each subset, chosen by seed and name (of shapes: how many there are).
         val_share: where nothing validates, this share of the images is held out.
         skip_missing: leave out images that are named but not there, or have no caption, instead of refusing them.
-        annotations, pictures: of coco, the file with the captions and the folder with the images, if elsewhere.
+        annotations, images: of coco, the file with the captions and the folder with the images, if elsewhere.
     """
     name = str(dataset_name).lower()
     if name not in DATASETS:
@@ -267,22 +267,22 @@ def caption_data(
     options = {"image_size": image_size or 256, "crop": crop, "channels": channels, "progress": progress}
     notes: list[str] = []
     if name == "custom" and hugging_face.is_dataset(path):
-        sides = hugging_face.captioned_sides(path, skip_missing, notes, options)
+        subsets = hugging_face.captioned_subsets(path, skip_missing, notes, options)
     else:
         if name == "coco":
-            found = coco_sides(path, annotations, pictures, notes)
+            found = coco_subsets(path, annotations, images, notes)
         else:
-            found = cub_sides(path, notes) if name == "cub" else own_sides(path, notes)
-        sides = [one.side(skip_missing, notes, options) for one in found]
+            found = cub_subsets(path, notes) if name == "cub" else own_subsets(path, notes)
+        subsets = [one.subset(skip_missing, notes, options) for one in found]
     if num_samples is not None:
-        sides = [_some(side, num_samples, seed) for side in sides]
-    train, val = sides if len(sides) > 1 else hold_out(sides[0], val_share, seed)
+        subsets = [_some(subset, num_samples, seed) for subset in subsets]
+    train, val = subsets if len(subsets) > 1 else hold_out(subsets[0], val_share, seed)
     return CaptionedDataModule(train, val, batch_size, num_workers, seed, notes)
 
 
-def _some(side: DecodedPictures, count: int, seed: int) -> DecodedPictures:
+def _some(subset: DecodedImages, count: int, seed: int) -> DecodedImages:
     """Return so many of the images, those with the least hashes of seed and name."""
-    if count >= len(side):
-        return side
-    ranks = [hashlib.blake2b(os.fsencode(f"samples {seed}/{name}")).digest() for name in side.names]
-    return side.part(sorted(sorted(range(len(side)), key=ranks.__getitem__)[:count]))
+    if count >= len(subset):
+        return subset
+    ranks = [hashlib.blake2b(os.fsencode(f"samples {seed}/{name}")).digest() for name in subset.names]
+    return subset.part(sorted(sorted(range(len(subset)), key=ranks.__getitem__)[:count]))

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from vavae_tools.data.loader import _as_it_is, _leave_interrupts
+from vavae_tools.data.loader import identity_collate, ignore_interrupts
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import disk_errors, write_json, written_whole
+from vavae_tools.runtime.files import atomic_write, disk_errors, write_json
 from vavae_tools.runtime.precision import Computing
 from vavae_tools.runtime.ranks import Ranks
 
@@ -129,7 +129,7 @@ class Store:
         there = next(path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.is_dir())
         return shutil.disk_usage(there).free + sum(path.stat().st_size for path in self._stale(keep))
 
-    def make_room(self, needed: int, keep: Collection[str], what: str) -> None:
+    def free_disk_space(self, needed: int, keep: Collection[str], what: str) -> None:
         """Delete the index and all shards but those to keep.
 
         Raises:
@@ -208,7 +208,7 @@ def encode(
 
     def plan() -> list[str]:
         missing = store.missing(files)
-        store.make_room(sum(bytes_of(files[name]) for name in missing), files.keys() - missing, computing.what)
+        store.free_disk_space(sum(bytes_of(files[name]) for name in missing), files.keys() - missing, computing.what)
         return missing
 
     missing = agree(ranks, plan)
@@ -251,8 +251,8 @@ def _batches(data: Any, parts: Sequence[range], batch_size: int, num_workers: in
         data,
         batch_sampler=rows,
         num_workers=num_workers if len(rows) > num_workers else 0,
-        collate_fn=_as_it_is,
-        worker_init_fn=_leave_interrupts,
+        collate_fn=identity_collate,
+        worker_init_fn=ignore_interrupts,
     )
     for batch in loader:
         if renumbered:
@@ -267,14 +267,14 @@ def _encoded(
     begun = None
     for batch in batches:
         finished = begun.finished(computing, dtype) if begun else None
-        begun = _Begun(partial(fields, subset, batch), computing)
+        begun = _PendingBatch(partial(fields, subset, batch), computing)
         if finished:
             yield finished
     if begun:
         yield begun.finished(computing, dtype)
 
 
-class _Begun:
+class _PendingBatch:
     """A batch that the device may still be encoding."""
 
     @torch.inference_mode()
@@ -289,7 +289,9 @@ class _Begun:
         if math.isfinite(largest) and largest <= torch.finfo(dtype).max:
             return {name: (v.to(dtype) if v.is_floating_point() else v).cpu() for name, v in self.made.items()}
         if computing.in_half and not math.isfinite(largest):
-            return _Begun(self.call, computing.again).finished(Computing("32", computing.device, computing.what), dtype)
+            return _PendingBatch(self.call, computing.again).finished(
+                Computing("32", computing.device, computing.what), dtype
+            )
         if math.isfinite(largest):
             limit = "float16 holds up to 65,504: store them as float32, or take another model"
             raise UserError(f"{computing.what} reach {largest:,.0f}, and {limit}")
@@ -311,11 +313,11 @@ def _write(
         advance(min(batch_size, left))
         left -= batch_size
     tensors = finish({name: torch.cat(parts.pop(name)).contiguous() for name in list(parts)})
-    with written_whole(path) as partial, disk_errors():
+    with atomic_write(path) as partial, disk_errors():
         save_file(tensors, partial, metadata={"key": shard.key})
 
 
-def mapped(path: Path) -> dict[str, Tensor]:
+def tree_map_with_path(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a shard, memory-mapped: they stay in the file until their rows are used.
 
     Raises:

@@ -11,9 +11,9 @@ from PIL import Image
 
 from vavae_tools.runtime.errors import UserError
 
-PICTURE_EXTENSIONS = ("png", "jpg", "jpeg")
-EXTENSIONS = (*PICTURE_EXTENSIONS, "bmp", "webp", "tif", "tiff", "ppm", "pgm")
-VALIDATION_SIDES = ("validation", "valid", "val", "dev", "test")
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg")
+EXTENSIONS = (*IMAGE_EXTENSIONS, "bmp", "webp", "tif", "tiff", "ppm", "pgm")
+VALIDATION_SUBSETS = ("validation", "valid", "val", "dev", "test")
 """Names of the validation subset; the first one there is taken."""
 
 _PERSON = re.compile(r"ID_(\d+)")
@@ -49,13 +49,13 @@ def labels_of(names: Iterable[str]) -> dict[str, int]:
     return {name: number - 1 for name, number in zip(names, numbers, strict=True)}
 
 
-def list_folders(directory: str | Path, extensions: Collection[str] = PICTURE_EXTENSIONS) -> dict[str, list[Path]]:
+def list_folders(directory: str | Path, extensions: Collection[str] = IMAGE_EXTENSIONS) -> dict[str, list[Path]]:
     """Return each person folder in `directory` with its images, both in natural order; a folder may be empty."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(no_such_folder(directory))
     return {
-        name: [Path(entry.path) for entry in picture_entries(directory / name, extensions)]
+        name: [Path(entry.path) for entry in image_entries(directory / name, extensions)]
         for name in person_folders(directory)
     }
 
@@ -67,7 +67,7 @@ def person_folders(directory: str | Path) -> list[str]:
     return sorted(names, key=natural_key)
 
 
-def picture_entries(folder: str | Path, extensions: Collection[str]) -> list[os.DirEntry]:
+def image_entries(folder: str | Path, extensions: Collection[str]) -> list[os.DirEntry]:
     """Return the files with these extensions, in small or capital letters, in natural order.
 
     A link that leads nowhere is among them: whoever reads it names it.
@@ -110,20 +110,20 @@ def no_such_folder(directory: Path) -> str:
     return f"No such folder: {directory}. {nearest} holds {contents(nearest)}."
 
 
-def no_pictures(directory: Path, extensions: Sequence[str], flag: str = "--input_dir") -> str:
+def explain_no_images(directory: Path, extensions: Sequence[str], flag: str = "--input_dir") -> str:
     """Return why there are no person folders with images in `directory`, and which path to try instead."""
-    found = f"No picture folder (ID_1, ID_2 …) in {directory}; it holds {contents(directory)}."
-    if picture_entries(directory, extensions):
+    found = f"No image folder (ID_1, ID_2 …) in {directory}; it holds {contents(directory)}."
+    if image_entries(directory, extensions):
         parent = directory.resolve().parent
-        if _PERSON.fullmatch(directory.resolve().name) or _pictured(parent, extensions) > 1:
+        if _PERSON.fullmatch(directory.resolve().name) or _as_images(parent, extensions) > 1:
             return f"{found} It looks like one person's folder. Try {flag} {parent}"
-        return f"{found} Put each person's pictures into a folder of their own: {directory}/ID_1, {directory}/ID_2 …"
-    homes = [folder for folder in _below(directory) if folder != directory and _pictured(folder, extensions)]
+        return f"{found} Put each person's images into a folder of their own: {directory}/ID_1, {directory}/ID_2 …"
+    homes = [folder for folder in _below(directory) if folder != directory and _as_images(folder, extensions)]
     if len(homes) > 1 and all(_PERSON.fullmatch(home.name) for home in homes):
         inner = f"{homes[0].name}/{person_folders(homes[0])[0]}/"
-        return f"{found} The pictures lie one level too deep, in {inner} …: put them directly into {homes[0].name}/ …"
+        return f"{found} The images lie one level too deep, in {inner} …: put them directly into {homes[0].name}/ …"
     if homes:
-        homes.sort(key=lambda home: -_pictured(home, extensions))
+        homes.sort(key=lambda home: -_as_images(home, extensions))
         others = f" (or {listed(homes[1:])})" if len(homes) > 1 else ""
         return f"{found} Try {flag} {homes[0]}{others}"
     others = sum((other_files(folder, extensions) for folder in _below(directory)), Counter())
@@ -131,7 +131,7 @@ def no_pictures(directory: Path, extensions: Sequence[str], flag: str = "--input
     if readable:
         kinds = listed([f"{n:,} .{kind}" for kind, n in others.most_common()])
         return f"No {either(extensions)} image in {directory}; it holds {kinds}. Try --image_extensions {readable[0]}"
-    return f"{found} Expected one folder of {either(extensions)} pictures per person."
+    return f"{found} Expected one folder of {either(extensions)} images per person."
 
 
 def contents(folder: Path) -> str:
@@ -152,9 +152,9 @@ def _below(directory: Path, depth: int = 4) -> Iterable[Path]:
         level = [folder / name for folder in level for name in person_folders(folder)]
 
 
-def _pictured(directory: Path, extensions: Collection[str]) -> int:
+def _as_images(directory: Path, extensions: Collection[str]) -> int:
     """Return how many folders in `directory` hold images."""
-    return sum(bool(picture_entries(directory / name, extensions)) for name in person_folders(directory))
+    return sum(bool(image_entries(directory / name, extensions)) for name in person_folders(directory))
 
 
 # ---- words

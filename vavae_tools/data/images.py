@@ -1,4 +1,4 @@
-"""Images as arrays, tensors and batches; where they come from, a subclass of `DecodedPictures` says."""
+"""Images as arrays, tensors and batches; where they come from, a subclass of `DecodedImages` says."""
 
 import copy
 import hashlib
@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
-from vavae_tools.data.folders import PICTURE_EXTENSIONS, labels_of, list_folders
-from vavae_tools.data.loader import OrderedDataModule, index_and_number, loading_workers, ranks_here, usable_cores
+from vavae_tools.data.folders import IMAGE_EXTENSIONS, labels_of, list_folders
+from vavae_tools.data.loader import OrderedDataModule, index_and_number, loading_workers, local_world_size, usable_cores
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import written_whole
+from vavae_tools.runtime.files import atomic_write
 
 Size = tuple[int, int]
 """(height, width) in pixels"""
@@ -29,24 +29,24 @@ Size = tuple[int, int]
 # ---- Size: the centre of an image, or the whole of it
 
 
-def centre_crop(picture: Image.Image, size: Size) -> Image.Image:
+def centre_crop(image: Image.Image, size: Size) -> Image.Image:
     """Return the largest centred part, resized, as class-to-image models see ImageNet (Dhariwal & Nichol 2021).
 
     Halved by averages while it stays at least as large as `size`, then resized bicubically until it just covers it.
     """
     height, width = size
-    while picture.height >= 2 * height and picture.width >= 2 * width:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = max(height / picture.height, width / picture.width)
-    covering = (round(picture.width * scale), round(picture.height * scale))
-    picture = picture.resize(covering, Image.Resampling.BICUBIC)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))
+    while image.height >= 2 * height and image.width >= 2 * width:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(height / image.height, width / image.width)
+    covering = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(covering, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
-def resize_whole(picture: Image.Image, size: Size) -> Image.Image:
+def resize_whole(image: Image.Image, size: Size) -> Image.Image:
     """Return the whole image, resized bicubically: the axes of a spectrogram keep their ends."""
-    return picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
 CROPS: dict[str, Callable[[Image.Image, Size], Image.Image]] = {"adm": centre_crop, "none": resize_whole}
@@ -60,30 +60,30 @@ def to_unit(pixels: Tensor) -> Tensor:
     return pixels.float().div_(127.5).sub_(1.0)
 
 
-def to_pixels(pictures: Tensor) -> Tensor:
+def to_pixels(images: Tensor) -> Tensor:
     """Return numbers in [-1, 1] (what lies outside is clipped) as uint8 0…255, rounded, any shape."""
-    return pictures.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return images.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def is_grey(picture: Image.Image) -> bool:
+def is_grey(image: Image.Image) -> bool:
     """Return whether an image is stored in grey, of any depth, with or without alpha."""
-    return Image.getmodebase(picture.mode) == "L"
+    return Image.getmodebase(image.mode) == "L"
 
 
-def in_channels(picture: Image.Image, channels: int) -> Image.Image:
+def in_channels(image: Image.Image, channels: int) -> Image.Image:
     """Return an image with 3 channels (RGB) or 1 (L), 8 bits each: 65,535 of 16 or 32 is white, alpha is dropped."""
-    if picture.mode.startswith("I"):  # 16 or 32 bits, of which Pillow's own conversion makes 255 white
-        array = (np.asarray(picture).clip(0, 65535).astype(np.uint32) + 128) // 257
-        picture = Image.fromarray(array.astype(np.uint8))
-    return picture.convert("RGB" if channels == 3 else "L")
+    if image.mode.startswith("I"):  # 16 or 32 bits, of which Pillow's own conversion makes 255 white
+        array = (np.asarray(image).clip(0, 65535).astype(np.uint32) + 128) // 257
+        image = Image.fromarray(array.astype(np.uint8))
+    return image.convert("RGB" if channels == 3 else "L")
 
 
-def save_picture(pixels: Tensor, path: Path) -> None:
+def save_image(pixels: Tensor, path: Path) -> None:
     """Write one image, uint8 (C, H, W), whole or not at all; the ending of `path` names the format."""
     array = pixels.permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
-    with written_whole(path) as partial:
-        picture.save(partial, format=Image.registered_extensions()[path.suffix.lower()], quality=95)
+    image = Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
+    with atomic_write(path) as partial:
+        image.save(partial, format=Image.registered_extensions()[path.suffix.lower()], quality=95)
 
 
 @contextmanager
@@ -107,9 +107,9 @@ a seventh of what Kaggle has."""
 _AT_ONCE = 64  # images that a thread decodes before it asks for more
 
 
-class DecodedPictures(Dataset):
+class DecodedImages(Dataset):
     """One subset. A subclass has `stored(places)`, a sequence of what `opened(stored)` makes a Pillow image of, and
-    `what_is_stored()`, plain values that tell these images from others.
+    `stored_key()`, plain values that tell these images from others.
 
     Args:
         names: one for each image, unique.
@@ -123,8 +123,8 @@ class DecodedPictures(Dataset):
     Attributes:
         along: further tensors with a row for each image, such as cached features; may be memory-mapped.
 
-    A batch is {"pictures": uint8 (B, C, H, W), "labels": int64 (B,), "index": int64 (B,)}, the rows of `along` under
-    their names, and where there are captions, "captions": a list with one for each image.
+    A batch is {"images": uint8 (B, C, H, W), "labels": int64 (B,), "index": int64 (B,)}, the rows of `extra_fields`
+    under their names, and where there are captions, "captions": a list with one for each image.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class DecodedPictures(Dataset):
         image_size: int | Size,
         crop: str = "none",
         channels: int = 3,
-        title: str = "pictures",
+        title: str = "images",
         progress: bool = True,
         captions: Sequence[Sequence[str]] | None = None,
     ) -> None:
@@ -143,7 +143,7 @@ class DecodedPictures(Dataset):
         self.names, self.labels = list(names), labels
         self.crop, self.channels, self.title = crop, channels, title
         self.captions = None if captions is None else list(map(tuple, captions))
-        self.along: dict[str, Tensor] = {}
+        self.extra_fields: dict[str, Tensor] = {}
         self._progress = progress
         self.resize(image_size)
 
@@ -156,7 +156,7 @@ class DecodedPictures(Dataset):
 
     def fingerprint(self) -> str:
         """Return a hash of what is stored, and of the size, crop and channels that it is read with."""
-        return hash_of([self.what_is_stored(), self.image_size, self.crop, self.channels])
+        return hash_of([self.stored_key(), self.image_size, self.crop, self.channels])
 
     def contents(self) -> Iterator[bytes]:
         """Yield what tells these very images from others, for the key of what is computed from them and kept."""
@@ -171,7 +171,7 @@ class DecodedPictures(Dataset):
         part = copy.copy(self)
         part.names, part.labels = [self.names[place] for place in places], self.labels[torch.as_tensor(places)]
         part.captions = None if self.captions is None else [self.captions[place] for place in places]
-        part.along, part._memory = {}, None
+        part.extra_fields, part._memory = {}, None
         return part
 
     def __len__(self) -> int:
@@ -186,19 +186,19 @@ class DecodedPictures(Dataset):
         """Return 1 where the headers of a few images, spread over all, are all of grey ones, else 3."""
         places = range(0, len(self), max(1, len(self) // 32))
         for place, stored in zip(places, self.stored(places), strict=True):
-            with readable(self.where(place)), self.opened(stored) as picture:
-                if not is_grey(picture):
+            with readable(self.where(place)), self.opened(stored) as image:
+                if not is_grey(image):
                     return 3
         return 1
 
     def fits_memory(self) -> bool:
         """Return whether all of them, decoded, fit into this process's part of `MEMORY_LIMIT`."""
-        return len(self) * math.prod(self.image_size) * self.channels <= MEMORY_LIMIT // ranks_here()
+        return len(self) * math.prod(self.image_size) * self.channels <= MEMORY_LIMIT // local_world_size()
 
     def row_bytes(self) -> int:
-        """Return the bytes of one image in a batch, with its rows of `along`."""
-        along = sum(rows[torch.zeros(1, dtype=torch.int64)].nbytes for rows in self.along.values())
-        return math.prod(self.image_size) * self.channels + 2 * self.labels.element_size() + along
+        """Return the bytes of one image in a batch, with its rows of `extra_fields`."""
+        extra_fields = sum(rows[torch.zeros(1, dtype=torch.int64)].nbytes for rows in self.extra_fields.values())
+        return math.prod(self.image_size) * self.channels + 2 * self.labels.element_size() + extra_fields
 
     def in_memory(self) -> Tensor:
         """Return all images, uint8 (N, C, H, W), decoded by several threads on the first call."""
@@ -208,7 +208,7 @@ class DecodedPictures(Dataset):
             hidden = True if not self._progress or len(self) < 500 else None
             bar = tqdm(total=len(self), desc=f"reading {self.title}", unit="image", disable=hidden)
             # Pillow decodes without the interpreter's lock
-            with bar, ThreadPoolExecutor(max(1, usable_cores() // ranks_here())) as pool:
+            with bar, ThreadPoolExecutor(max(1, usable_cores() // local_world_size())) as pool:
                 for done in pool.map(lambda part: self._decode_into(memory[part.start : part.stop], part), parts):
                     bar.update(done)
             self._memory = torch.from_numpy(memory).permute(0, 3, 1, 2)  # (N, C, H, W)
@@ -217,14 +217,14 @@ class DecodedPictures(Dataset):
     def _decode_into(self, memory: np.ndarray, places: Sequence[int]) -> int:
         size = (self.image_size[1], self.image_size[0])
         for row, (place, stored) in enumerate(zip(places, self.stored(places), strict=True)):
-            with readable(self.where(place)), self.opened(stored) as picture:
-                picture = in_channels(picture, self.channels)
-            if picture.size != size:
-                picture = CROPS[self.crop](picture, self.image_size)
-            memory[row] = np.asarray(picture).reshape(memory.shape[1:])
+            with readable(self.where(place)), self.opened(stored) as image:
+                image = in_channels(image, self.channels)
+            if image.size != size:
+                image = CROPS[self.crop](image, self.image_size)
+            memory[row] = np.asarray(image).reshape(memory.shape[1:])
         return len(places)
 
-    def pictures(self, places: Sequence[int]) -> Tensor:
+    def images(self, places: Sequence[int]) -> Tensor:
         """Return uint8 (B, C, H, W), from memory where all fit, else decoded now."""
         if self.fits_memory():
             return self.in_memory()[torch.as_tensor(places, dtype=torch.int64)]
@@ -235,8 +235,8 @@ class DecodedPictures(Dataset):
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> dict[str, Any]:
         indices, numbers = index_and_number(indices)
         index = torch.tensor(indices, dtype=torch.int64)
-        batch = {"pictures": self.pictures(indices), "labels": self.labels[index], "index": index}
-        batch |= {name: rows[index] for name, rows in self.along.items()}
+        batch = {"images": self.images(indices), "labels": self.labels[index], "index": index}
+        batch |= {name: rows[index] for name, rows in self.extra_fields.items()}
         if self.captions is not None:
             batch["captions"] = [self.captions[place][n] for place, n in zip(indices, numbers, strict=True)]
         return batch
@@ -244,15 +244,15 @@ class DecodedPictures(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
-    def few_of_each(self, count: int) -> dict[str, Any]:
+    def preview_batch(self, count: int) -> dict[str, Any]:
         """Return a batch of the first `count` images when taken from one class after the other."""
         rows = [(self.labels == label).nonzero().flatten().tolist() for label in dict.fromkeys(self.labels.tolist())]
         in_turn = [row for turn in zip_longest(*rows) for row in turn if row is not None]
         return self.__getitems__(in_turn[:count])
 
 
-class PictureFiles(DecodedPictures):
-    """Images in files; further arguments are those of `DecodedPictures`.
+class ImageFiles(DecodedImages):
+    """Images in files; further arguments are those of `DecodedImages`.
 
     Args:
         of_split: whether `data_split.py` wrote them, whose fingerprint says nothing of a crop where there is none.
@@ -276,13 +276,13 @@ class PictureFiles(DecodedPictures):
         with ThreadPoolExecutor(8) as pool:  # a remote disk answers each question late, but many at once
             return list(chain.from_iterable(pool.map(lambda part: [path.stat().st_size for path in part], parts)))
 
-    def what_is_stored(self) -> list:
+    def stored_key(self) -> list:
         return list(zip(self.names, self.sizes(), strict=True))
 
     def fingerprint(self) -> str:
         if not self.of_split or self.crop != "none":
             return super().fingerprint()
-        return hash_of([self.what_is_stored(), self.image_size, self.channels])
+        return hash_of([self.stored_key(), self.image_size, self.channels])
 
     def contents(self) -> Iterator[bytes]:
         if self.crop != "none":
@@ -300,7 +300,7 @@ class PictureFiles(DecodedPictures):
         return part
 
 
-class PictureFolder(PictureFiles):
+class ImageFolder(ImageFiles):
     """Images of one folder per person, resized as a whole.
 
     Args:
@@ -315,7 +315,7 @@ class PictureFolder(PictureFiles):
         labels: dict[str, int] | None = None,
         channels: int = 3,
         progress: bool = True,
-        extensions: Collection[str] = PICTURE_EXTENSIONS,
+        extensions: Collection[str] = IMAGE_EXTENSIONS,
     ) -> None:
         self.folder = Path(folder)
         people = list_folders(self.folder, extensions)
@@ -329,15 +329,15 @@ class PictureFolder(PictureFiles):
         super().__init__(paths, names, of_each, of_split=True, **read)
 
 
-def channels_of(folder: str | Path, extensions: Collection[str] = PICTURE_EXTENSIONS) -> int:
-    """Return `DecodedPictures.stored_channels` of a folder that holds `ID_1/ ID_2/ …`."""
-    return PictureFolder(folder, 1, extensions=extensions).stored_channels()
+def channels_of(folder: str | Path, extensions: Collection[str] = IMAGE_EXTENSIONS) -> int:
+    """Return `DecodedImages.stored_channels` of a folder that holds `ID_1/ ID_2/ …`."""
+    return ImageFolder(folder, 1, extensions=extensions).stored_channels()
 
 
 # ---- Batches
 
 
-class PictureSetDataModule(OrderedDataModule):
+class ImageSetDataModule(OrderedDataModule):
     """Two subsets as batches, wherever their images come from; `datasets.PictureDataModule` finds them.
 
     Args:
@@ -348,8 +348,8 @@ class PictureSetDataModule(OrderedDataModule):
 
     def __init__(
         self,
-        train_data: DecodedPictures,
-        val_data: DecodedPictures | None,
+        train_data: DecodedImages,
+        val_data: DecodedImages | None,
         labels: dict[str, int],
         batch_size: int = 16,
         num_workers: int | None = None,
@@ -369,12 +369,12 @@ class PictureSetDataModule(OrderedDataModule):
 
     def resize(self, image_size: int | Size) -> None:
         """Read images at this size from now on."""
-        for side in self._sides():
-            side.resize(image_size)
+        for subset in self._subsets():
+            subset.resize(image_size)
         self._find_workers()
 
-    def _sides(self) -> list[DecodedPictures]:
-        return [side for side in (self.train_data, self.val_data) if side is not None]
+    def _subsets(self) -> list[DecodedImages]:
+        return [subset for subset in (self.train_data, self.val_data) if subset is not None]
 
     def _find_workers(self) -> None:
         if self._finds_workers:
@@ -384,19 +384,20 @@ class PictureSetDataModule(OrderedDataModule):
 
     def fingerprint(self) -> str:
         """Return a hash of both subsets and their labels."""
-        return hash_of([[side.fingerprint() for side in self._sides()], self.labels])
+        return hash_of([[subset.fingerprint() for subset in self._subsets()], self.labels])
 
     def take_over(self, checkpoint: dict[str, Any]) -> None:
-        """Read a checkpoint from when an RAE's data were of this class, and a split was known with its crop."""
-        former = checkpoint.get(PictureSetDataModule.__qualname__)
+        """Read a checkpoint from when this class had other names, and a split was known with its crop."""
+        names = ("PictureDataModule", "PictureSetDataModule", ImageSetDataModule.__qualname__)
+        former = next((checkpoint[name] for name in names if name in checkpoint), None)
         if former is not None and type(self).__qualname__ not in checkpoint:
             checkpoint[type(self).__qualname__] = former
             run = checkpoint.get("run", {})
-            if run.get("data") == hash_of([list(map(DecodedPictures.fingerprint, self._sides())), self.labels]):
+            if run.get("data") == hash_of([list(map(DecodedImages.fingerprint, self._subsets())), self.labels]):
                 run["data"] = self.fingerprint()
 
-    def _loader(self, data: DecodedPictures, order: Sampler | None, batch_size: int) -> DataLoader:
-        self._find_workers()  # again, for what has come `along` since then
+    def _loader(self, data: DecodedImages, order: Sampler | None, batch_size: int) -> DataLoader:
+        self._find_workers()  # again, for what has come `extra_fields` since then
         if self.num_workers and data.fits_memory():
             data.in_memory()  # now, once, and not in each worker
         return super()._loader(data, order, batch_size)

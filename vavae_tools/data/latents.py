@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vavae_tools.data.encoded import EncodedFolder, Rows, Store, agree, cut, encode, mapped
+from vavae_tools.data.encoded import EncodedFolder, Rows, Store, agree, cut, encode, tree_map_with_path
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.loader import OrderedDataModule
 from vavae_tools.runtime.console import tell
@@ -80,7 +80,7 @@ class LatentFolder(EncodedFolder):
 
 def encode_latents(
     autoencoder: nn.Module,
-    pictures: OrderedDataModule,
+    images: OrderedDataModule,
     output_dir: str | Path,
     flips: bool = False,
     batch_size: int = 32,
@@ -91,15 +91,15 @@ def encode_latents(
     statistics: tuple[Tensor | Sequence[float], Tensor | Sequence[float]] | None = None,
     precision: str | None = None,
     ranks: Ranks | None = None,
-    say: Callable[[str], None] = tell,
+    log: Callable[[str], None] = tell,
 ) -> LatentFolder:
     """Encode both subsets once; latents of these weights and images that are there already are kept.
 
     Args:
-        autoencoder: has `encode_pictures(pictures, labels, normal)`, `downsampling`, `has_own_statistics`, and
-            `picture_size` where it takes one size only. Each latent of a VAVAE is one sample of the posterior, as in
+        autoencoder: has `encode_images(images, labels, normal)`, `downsampling`, `has_own_statistics`, and
+            `image_size` where it takes one size only. Each latent of a VAVAE is one sample of the posterior, as in
             LightningDiT, with the image's own person's vector. Afterwards it is on the device where it was.
-        pictures: any data module with `train_data`, `val_data` and `labels`, such as `datasets.PictureDataModule`.
+        images: any data module with `train_data`, `val_data` and `labels`, such as `datasets.PictureDataModule`.
         flips: also encode the mirrored images. A time–frequency image is not its mirror, so not by default.
         seed: of the posterior samples.
         dtype: "float32", or "float16", half as large on the disk.
@@ -116,15 +116,15 @@ def encode_latents(
             or images than the first, or another disk.
     """
     folder, ranks = Path(output_dir), ranks or Ranks()
-    subsets = {"train": pictures.train_data, "val": pictures.val_data}
+    subsets = {"train": images.train_data, "val": images.val_data}
     subsets = {subset: data for subset, data in subsets.items() if data is not None and len(data)}
-    _check_fit(autoencoder, pictures.train_data.image_size)
+    _check_fit(autoencoder, images.train_data.image_size)
     if dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} of latents: expected one of {', '.join(_DTYPES)}")
     given = _flat(statistics) if statistics is not None else None
     if ranks.size > 1 and str(device) == "cuda":
         device = f"cuda:{ranks.local_rank}"
-    computing = Computing(precision, device, f"Latents of this {type(autoencoder).__name__}", say)
+    computing = Computing(precision, device, f"Latents of this {type(autoencoder).__name__}", log)
     weights = latents_digest(autoencoder)
     # the key of what is made comes first; those after it are as good where it was not said how to encode
     precisions = dict.fromkeys([computing.precision, *(PRECISIONS if precision is None else ())])
@@ -140,14 +140,14 @@ def encode_latents(
     if not complete:
         encoder = _Encoder(autoencoder.eval(), subsets, flips, seed, _DTYPES[dtype], computing)
         with at_work(autoencoder, device):
-            shape, shards = encoder.write(folder, keys[0], given, batch_size, pictures.num_workers, ranks, progress)
+            shape, shards = encoder.write(folder, keys[0], given, batch_size, images.num_workers, ranks, progress)
 
         def write_index() -> None:
             own = ([0.0] * shape[0], [1.0] * shape[0]) if autoencoder.has_own_statistics else None
-            made = (mapped(folder / name)["latents"] for name in shards["train"])
+            made = (tree_map_with_path(folder / name)["latents"] for name in shards["train"])
             mean, std = given or own or channel_statistics(made)
-            size, names = pictures.train_data.image_size, {subset: list(data.names) for subset, data in subsets.items()}
-            of = (weights, mean, std, shape, size, flips, pictures.labels, names, shards, dtype)
+            size, names = images.train_data.image_size, {subset: list(data.names) for subset, data in subsets.items()}
+            of = (weights, mean, std, shape, size, flips, images.labels, names, shards, dtype)
             LatentFolder(folder, keys[0], *of).write()
 
         agree(ranks, write_index)
@@ -166,9 +166,9 @@ class _Encoder:
 
     def fields(self, subset: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Encode a batch of images: their latents, those of the mirrored images, and the labels."""
-        x, labels, index = (batch[name].to(self.computing.device) for name in ("pictures", "labels", "index"))
+        x, labels, index = (batch[name].to(self.computing.device) for name in ("images", "labels", "index"))
         x, draws = to_unit(x), Draws(self.seed + list(self.subsets).index(subset), 0, index)
-        encode = self.autoencoder.encode_pictures
+        encode = self.autoencoder.encode_images
         made = {"latents": encode(x, labels, partial(draws.normal, "posterior"))}
         if self.flips:
             normal = partial(draws.normal, "posterior of the mirrored picture")
@@ -230,7 +230,7 @@ def channel_statistics(parts: Iterable[Tensor]) -> tuple[list[float], list[float
 
 
 def _check_fit(autoencoder: nn.Module, image_size: tuple[int, int]) -> None:
-    factor, wanted = autoencoder.downsampling, getattr(autoencoder, "picture_size", None)
+    factor, wanted = autoencoder.downsampling, getattr(autoencoder, "image_size", None)
     wanted = (wanted, wanted) if isinstance(wanted, int) else wanted
     if wanted is not None and tuple(image_size) != tuple(wanted):
         expected = f"it takes {wanted[0]}×{wanted[1]}"
@@ -260,12 +260,12 @@ def latents_digest(autoencoder: nn.Module) -> str:
 def _cache_keys(
     autoencoder: nn.Module,
     weights: str,
-    sides: dict[str, Dataset],
+    subsets: dict[str, Dataset],
     flips: bool,
     seed: int,
     extras: Sequence[dict[str, Any]],
 ) -> list[str]:
-    """The key for each of several settings; pictures are read once for all of them."""
+    """The key for each of several settings; images are read once for all of them."""
     usual = {"dtype": "float32", "statistics": None, "precision": "32"}
     begin = hashlib.sha256(f"form {_FORM}, flips {flips}, seed {seed}, {weights}".encode())
     digests = [begin.copy() for _ in extras]
@@ -277,12 +277,12 @@ def _cache_keys(
         for digest in digests:
             digest.update(content)
 
-    if hasattr(autoencoder, "picture_size"):  # how it reads pictures is not among its weights
+    if hasattr(autoencoder, "image_size"):  # how it reads images is not among its weights
         config = {name: value for name, value in getattr(autoencoder, "config", {}).items() if name[0] != "_"}
         config = {name: value for name, value in config.items() if name not in ("latents_mean", "latents_std")}
         update(json.dumps(config, sort_keys=True).encode())
-    for side, data in sides.items():
-        update(f"{side} {data.image_size} {data.channels} {data.labels.tolist()}".encode())
+    for subset, data in subsets.items():
+        update(f"{subset} {data.image_size} {data.channels} {data.labels.tolist()}".encode())
         for part in data.contents():
             update(part)
     return [digest.hexdigest() for digest in digests]
@@ -298,10 +298,10 @@ class LatentDataset(Dataset):
     as_stored = False
     """Whether batches are those of `stored`."""
 
-    def __init__(self, folder: LatentFolder, side: str) -> None:
+    def __init__(self, folder: LatentFolder, subset: str) -> None:
         self.statistics = tuple(torch.tensor(values).view(-1, 1, 1) for values in (folder.mean, folder.std))
         """Mean and standard deviation, float32 (C, 1, 1) both."""
-        shards = [mapped(folder.path / name) for name in folder.shards.get(side, [])]
+        shards = [tree_map_with_path(folder.path / name) for name in folder.shards.get(subset, [])]
         names = [name for name in ("latents", "latents_flip") if shards and name in shards[0]]
         self._rows = {name: Rows([shard[name] for shard in shards]) for name in names}
         self.labels = torch.cat([torch.empty(0, dtype=torch.int64), *(shard["labels"] for shard in shards)])

@@ -36,12 +36,12 @@ _NO_ROOM = re.compile(r"Bus error|unable to [\w ]*(shared memory|file </torch_).
 
 def loading_workers(batch_bytes: int) -> tuple[int, str]:
     """Return how many processes should load batches of this size, and why where shared memory makes it fewer."""
-    workers = min(MOST_WORKERS, usable_cores() // ranks_here())
+    workers = min(MOST_WORKERS, usable_cores() // local_world_size())
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError:  # only Linux has it
         return workers, ""
-    fitting = int(free / 2 / ranks_here() // max(1, PREFETCH * batch_bytes))
+    fitting = int(free / 2 / local_world_size() // max(1, PREFETCH * batch_bytes))
     if fitting >= workers:
         return workers, ""
     how_many = f"{fitting} of {workers} loading processes" if fitting else "no loading processes"
@@ -51,7 +51,7 @@ def loading_workers(batch_bytes: int) -> tuple[int, str]:
     )
 
 
-def ranks_here() -> int:
+def local_world_size() -> int:
     """Return how many processes of this training share this machine (LOCAL_WORLD_SIZE; 1 where it is not set)."""
     with suppress(ValueError):
         return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -237,11 +237,11 @@ class OrderedDataModule(L.LightningDataModule):
             data,
             **given,
             num_workers=self.num_workers,
-            collate_fn=_as_it_is,
+            collate_fn=identity_collate,
             pin_memory=find_device() == "cuda",  # not for a card that this torch cannot use
             persistent_workers=self.persistent_workers and self.num_workers > 0,
             prefetch_factor=self.prefetch_factor if self.num_workers > 0 else None,
-            worker_init_fn=_leave_interrupts,
+            worker_init_fn=ignore_interrupts,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -252,11 +252,11 @@ class OrderedDataModule(L.LightningDataModule):
         epoch = self.trainer.fit_loop.epoch_progress.current.ready - 1
         if done >= self._order.batches:  # written after an epoch's last batch: the next one begins
             epoch, done = epoch + 1, 0
-        return {"epoch": epoch, "batches_done": done, **self._what_orders(self._order)}
+        return {"epoch": epoch, "batches_done": done, **self._order_settings(self._order)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
-            for name, here in self._what_orders(self._new_order()).items():
+            for name, here in self._order_settings(self._new_order()).items():
                 if state_dict.get(name, here) != here:
                     raise UserError(
                         f"The checkpoint was written with {name} = {state_dict[name]:,}, here it is {here:,}: resume "
@@ -266,15 +266,15 @@ class OrderedDataModule(L.LightningDataModule):
             if self._order is not None:
                 self._order.resume(*self._resumed)
 
-    def _what_orders(self, order: EpochOrder) -> dict[str, int]:
+    def _order_settings(self, order: EpochOrder) -> dict[str, int]:
         """Return what a place in the data means nothing without."""
         global_batch = order.batch_size * order.world_size
         return {"seed": self.seed, "samples": len(self.train_data), "samples per step": global_batch}
 
 
-def _leave_interrupts(worker: int) -> None:
+def ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent finishes its step
 
 
-def _as_it_is(batch: Any) -> Any:
+def identity_collate(batch: Any) -> Any:
     return batch

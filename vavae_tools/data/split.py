@@ -21,23 +21,23 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from vavae_tools.data.folders import (
-    PICTURE_EXTENSIONS,
+    IMAGE_EXTENSIONS,
     can_read,
     counted,
     either,
+    explain_no_images,
+    image_entries,
     labels_of,
     listed,
     natural_key,
-    no_pictures,
     no_such_folder,
     other_files,
     person_folders,
-    picture_entries,
 )
 from vavae_tools.data.split_report import (
     INFO_NAME,
-    SIDES,
-    Picture,
+    SUBSETS,
+    ImageEntry,
     SplitReport,
     existing_split,
     file_entries,
@@ -47,7 +47,7 @@ from vavae_tools.data.split_report import (
 )
 from vavae_tools.runtime.errors import UserError
 
-RecordingOf = Callable[[Picture], str | None]
+RecordingOf = Callable[[ImageEntry], str | None]
 LINKS = ("copy", "hard", "symbolic")
 CHECKS = ("decode", "contents")
 MIN_SIDE = 2
@@ -56,38 +56,38 @@ MIN_SIDE = 2
 # ---- Which subset, and what has to be in one. Nothing is read or written here
 
 
-def choose_sides(
-    pictures: Sequence[Picture], val_ratio: float, seed: int, recording_of: RecordingOf = lambda picture: None
+def choose_subsets(
+    images: Sequence[ImageEntry], val_ratio: float, seed: int, recording_of: RecordingOf = lambda image: None
 ) -> dict[str, str]:
     """Return the subset of each image, by its key.
 
     Val's share of a person comes as near to `val_ratio` as whole units allow. A person with two units or more has at
     least one in each subset; a single unit goes to train.
     """
-    units = _units(pictures, recording_of)
+    units = _units(images, recording_of)
     units_of = defaultdict(list)
     for unit in units:
-        for person in {picture.person for picture in unit}:
+        for person in {image.person for image in unit}:
             units_of[person].append(unit)
     lacking = {}  # how many images of a person val still lacks
-    for person, n in Counter(picture.person for picture in pictures).items():
+    for person, n in Counter(image.person for image in images).items():
         lacking[person] = min(max(int(n * val_ratio + 0.5), 1), n - 1) if len(units_of[person]) > 1 else 0
 
     in_val = set()  # keys of the units' first images
     for unit in sorted(units, key=lambda unit: _rank(seed, unit[0].key)):
-        share = Counter(picture.person for picture in unit) if len(unit) > 1 else {unit[0].person: 1}
+        share = Counter(image.person for image in unit) if len(unit) > 1 else {unit[0].person: 1}
         if sum(abs(lacking[person]) - abs(lacking[person] - n) for person, n in share.items()) > 0:
             in_val.add(unit[0].key)
             for person, n in share.items():
                 lacking[person] -= n
     for person in sorted(units_of, key=natural_key):
-        _mend(person, units_of, in_val)
-    return {picture.key: SIDES[unit[0].key in in_val] for unit in units for picture in unit}
+        _balance_person(person, units_of, in_val)
+    return {image.key: SUBSETS[unit[0].key in in_val] for unit in units for image in unit}
 
 
-def _units(pictures: Sequence[Picture], recording_of: RecordingOf) -> list[list[Picture]]:
+def _units(images: Sequence[ImageEntry], recording_of: RecordingOf) -> list[list[ImageEntry]]:
     """Return what must stay together: images of one recording of a person or with the same content, taken together."""
-    parent = list(range(len(pictures)))
+    parent = list(range(len(images)))
 
     def root(i: int) -> int:
         while parent[i] != i:
@@ -95,29 +95,29 @@ def _units(pictures: Sequence[Picture], recording_of: RecordingOf) -> list[list[
         return i
 
     first = {}
-    for i, picture in enumerate(pictures):
-        recording = recording_of(picture)
-        for tie in filter(None, (picture.sha256, recording and (picture.person, recording))):
+    for i, image in enumerate(images):
+        recording = recording_of(image)
+        for tie in filter(None, (image.sha256, recording and (image.person, recording))):
             parent[root(i)] = root(first.setdefault(tie, i))
     units = defaultdict(list)
-    for i, picture in enumerate(pictures):
-        units[root(i)].append(picture)
+    for i, image in enumerate(images):
+        units[root(i)].append(image)
     return list(units.values())
 
 
-def _mend(person: str, units_of: dict[str, list[list[Picture]]], in_val: set[str]) -> None:
+def _balance_person(person: str, units_of: dict[str, list[list[ImageEntry]]], in_val: set[str]) -> None:
     """If all units of a person are in one subset, move the smallest that no other person needs there."""
 
-    def side(unit: list[Picture]) -> bool:
+    def subset(unit: list[ImageEntry]) -> bool:
         return unit[0].key in in_val
 
-    def may_move(unit: list[Picture]) -> bool:
-        others = {picture.person for picture in unit} - {person}
-        return all(sum(side(u) == side(unit) for u in units_of[other]) > 1 for other in others)
+    def may_move(unit: list[ImageEntry]) -> bool:
+        others = {image.person for image in unit} - {person}
+        return all(sum(subset(u) == subset(unit) for u in units_of[other]) > 1 for other in others)
 
     units = units_of[person]
     movable = [unit for unit in units if may_move(unit)]
-    if len(units) > 1 and len({side(unit) for unit in units}) == 1 and movable:
+    if len(units) > 1 and len({subset(unit) for unit in units}) == 1 and movable:
         in_val ^= {min(movable, key=len)[0].key}
 
 
@@ -125,10 +125,10 @@ def _rank(seed: int, key: str) -> bytes:
     return hashlib.blake2b(os.fsencode(f"{seed}/{key}"), digest_size=16).digest()
 
 
-def recordings(group_pattern: str | None, pictures: Sequence[Picture], notes: list[str]) -> RecordingOf:
+def recordings(group_pattern: str | None, images: Sequence[ImageEntry], notes: list[str]) -> RecordingOf:
     """Return the function that tells an image's recording from its name; None for an image on its own."""
     if group_pattern is None:
-        return lambda picture: None
+        return lambda image: None
     flag = f"--group_pattern {group_pattern!r}"
     try:
         pattern = re.compile(group_pattern)
@@ -137,12 +137,12 @@ def recordings(group_pattern: str | None, pictures: Sequence[Picture], notes: li
     if not pattern.groups:
         raise UserError(f"{flag} has no group. Put the part that names the recording in (…), as in '(rec[0-9]+)_'.")
 
-    def recording_of(picture: Picture) -> str | None:
-        match = pattern.search(picture.name)
+    def recording_of(image: ImageEntry) -> str | None:
+        match = pattern.search(image.name)
         return (match[1] or None) if match else None
 
-    alone = [picture.key for picture in pictures if recording_of(picture) is None]
-    if len(alone) == len(pictures):
+    alone = [image.key for image in images if recording_of(image) is None]
+    if len(alone) == len(images):
         raise UserError(f"{flag} fits none of the {len(alone):,} names, such as {alone[0]}.")
     if alone:
         notes.append(f"{counted(len(alone), 'name')} without a recording, each on its own: {listed(alone)}")
@@ -158,7 +158,7 @@ def split_folders(
     train_ratio: float = 0.8,
     val_ratio: float = 0.2,
     seed: int = 0,
-    extensions: Sequence[str] = PICTURE_EXTENSIONS,
+    extensions: Sequence[str] = IMAGE_EXTENSIONS,
     link: str = "copy",
     group_pattern: str | None = None,
     overwrite: bool = False,
@@ -200,10 +200,10 @@ def split_folders(
             f"--output_dir {target} and --input_dir {source} are in each other. Choose another --output_dir, such as "
             f"{real.parent / 'data_split'}"
         )
-    pictures, notes = _find_pictures(source, settings["image_extensions"])
-    recording_of = recordings(group_pattern, pictures, notes)
+    images, notes = _find_images(source, settings["image_extensions"])
+    recording_of = recordings(group_pattern, images, notes)
     workers = min(8, os.cpu_count() or 1) if workers is None else max(1, workers)
-    split = _Split(source, target, pictures, settings, recording_of, workers, progress)
+    split = _Split(source, target, images, settings, recording_of, workers, progress)
 
     old = existing_split(target)
     if old is not None:
@@ -222,7 +222,7 @@ def split_folders(
 class _Split:
     source: Path
     target: Path
-    pictures: list[Picture]
+    images: list[ImageEntry]
     settings: dict
     recording_of: RecordingOf
     workers: int
@@ -232,21 +232,21 @@ class _Split:
         """Write the split beside its final place and put it there; return what split_info.json says."""
         partial, old = (self.target.with_name(f".{self.target.name}.{word}") for word in ("partial", "old"))
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        persons = {picture.person for picture in self.pictures}
+        persons = {image.person for image in self.images}
         try:
-            for side in SIDES:  # every person is in both, so that listing either gives the same labels
+            for subset in SUBSETS:  # every person is in both, so that listing either gives the same labels
                 for person in persons:
-                    (partial / side / person).mkdir(parents=True)
-            sides = self._write(partial)
-            labels = labels_of({picture.person for picture in self.pictures if not picture.fault})
+                    (partial / subset / person).mkdir(parents=True)
+            subsets = self._write(partial)
+            labels = labels_of({image.person for image in self.images if not image.fault})
             if not labels:
-                broken = listed(f"{picture.key}: {picture.fault}" for picture in self.pictures)
+                broken = listed(f"{image.key}: {image.fault}" for image in self.images)
                 raise UserError(f"No image in {self.source} can be used ({broken}). Check that the files are whole.")
             for person in persons - labels.keys():
-                for side in SIDES:
-                    (partial / side / person).rmdir()
+                for subset in SUBSETS:
+                    (partial / subset / person).rmdir()
             settings = {"input_dir": str(self.source.resolve()), **self.settings}
-            info = split_info(settings, person_folders(self.source), self.pictures, labels, sides)
+            info = split_info(settings, person_folders(self.source), self.images, labels, subsets)
             info["warnings"] += notes
             write_split_info(info, partial)
             shutil.rmtree(old, ignore_errors=True)
@@ -270,7 +270,7 @@ class _Split:
                 return f"it was made with {name} {was}, now {now}"
         then = old["files"]
         self._examine(faults={entry["sha256"]: old["unreadable"].get(key, "") for key, entry in then.items()})
-        now = file_entries(self.pictures, self._sides())
+        now = file_entries(self.images, self._subsets())
         changed = [key for key in now.keys() | then.keys() if now.get(key) != then.get(key)]
         if changed:
             names = listed(sorted(changed, key=natural_key))
@@ -281,69 +281,69 @@ class _Split:
     def _write(self, partial: Path) -> dict[str, str]:
         """Copy or link each image to where it belongs in one pass, unless it turns out broken or twice there."""
         kind = self.settings["link"]
-        planned = self._sides(with_faults=True)
+        planned = self._subsets(with_faults=True)
 
-        def write(picture: Picture, data: bytes) -> None:
-            path = f"{partial}/{planned[picture.key]}/{picture.key}"
+        def write(image: ImageEntry, data: bytes) -> None:
+            path = f"{partial}/{planned[image.key]}/{image.key}"
             if kind == "copy":
                 with io.FileIO(path, "x") as file:  # pathlib takes a fifth more time
                     left = memoryview(data)
                     while left:
                         left = left[file.write(left) :]
-                os.utime(path, ns=(picture.mtime_ns, picture.mtime_ns))
+                os.utime(path, ns=(image.mtime_ns, image.mtime_ns))
                 return
             try:
-                (os.link if kind == "hard" else os.symlink)(picture.path, path)
+                (os.link if kind == "hard" else os.symlink)(image.path, path)
             except OSError as error:
                 raise UserError(
-                    f"No {kind} link to {picture.path} can be made in {self.target.parent}: {error.strerror}. Use "
+                    f"No {kind} link to {image.path} can be made in {self.target.parent}: {error.strerror}. Use "
                     f"--link {'symbolic' if kind == 'hard' else 'hard'} or --link copy."
                 ) from None
 
         self._examine(write)
-        sides = self._sides()
-        for key, side in sides.items():
-            if side != planned[key]:
-                (partial / planned[key] / key).rename(partial / side / key)
-        return sides
+        subsets = self._subsets()
+        for key, subset in subsets.items():
+            if subset != planned[key]:
+                (partial / planned[key] / key).rename(partial / subset / key)
+        return subsets
 
-    def _sides(self, with_faults: bool = False) -> dict[str, str]:
-        pictures = [picture for picture in self.pictures if with_faults or not picture.fault]
-        return choose_sides(pictures, self.settings["val_ratio"], self.settings["seed"], self.recording_of)
+    def _subsets(self, with_faults: bool = False) -> dict[str, str]:
+        images = [image for image in self.images if with_faults or not image.fault]
+        return choose_subsets(images, self.settings["val_ratio"], self.settings["seed"], self.recording_of)
 
     def _examine(
-        self, write: Callable[[Picture, bytes], None] | None = None, faults: dict[str, str] | None = None
+        self, write: Callable[[ImageEntry, bytes], None] | None = None, faults: dict[str, str] | None = None
     ) -> None:
         """Read each image once: hash, decode and, where asked, write the same bytes. `faults` are known by hash."""
         from tqdm import tqdm
 
         decode = self.settings["check"] == "decode"
         read_all = decode or self.settings["link"] == "copy"
-        length = Counter(picture.bytes for picture in self.pictures)
+        length = Counter(image.bytes for image in self.images)
 
-        def examine(part: Sequence[Picture]) -> int:
-            for picture in part:
+        def examine(part: Sequence[ImageEntry]) -> int:
+            for image in part:
                 data = b""
-                if read_all or length[picture.bytes] > 1 or not picture.bytes:  # equal contents have equal lengths
+                if read_all or length[image.bytes] > 1 or not image.bytes:  # equal contents have equal lengths
                     try:
-                        with io.FileIO(picture.path) as file:
+                        with io.FileIO(image.path) as file:
                             data = file.readall()
                     except OSError as error:
-                        picture.fault = f"cannot be read: {error.strerror}"
+                        image.fault = f"cannot be read: {error.strerror}"
                         continue
-                    picture.fault = "" if data else "an empty file"
-                    picture.sha256 = hashlib.sha256(data).hexdigest()
-                    if faults and picture.sha256 in faults:
-                        picture.fault = faults[picture.sha256]
+                    image.fault = "" if data else "an empty file"
+                    image.sha256 = hashlib.sha256(data).hexdigest()
+                    if faults and image.sha256 in faults:
+                        image.fault = faults[image.sha256]
                     elif decode and data:
-                        picture.fault, picture.size = _decoded(data)
-                if write and not picture.fault:
-                    write(picture, data)
+                        image.fault, image.size = _decoded(data)
+                if write and not image.fault:
+                    write(image, data)
             return len(part)
 
-        parts = [self.pictures[start : start + 32] for start in range(0, len(self.pictures), 32)]
+        parts = [self.images[start : start + 32] for start in range(0, len(self.images), 32)]
         disable = None if self.progress is None else not self.progress
-        bar = tqdm(total=len(self.pictures), desc="splitting" if write else "checking", unit=" images", disable=disable)
+        bar = tqdm(total=len(self.images), desc="splitting" if write else "checking", unit=" images", disable=disable)
         with warnings.catch_warnings(), ThreadPoolExecutor(self.workers) as pool, bar:
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata and very large images
             for done in pool.map(examine, parts):  # reading, hashing, decoding and writing let go of the GIL
@@ -366,37 +366,37 @@ def _decoded(data: bytes) -> tuple[str, tuple[int, int] | None]:
 # ---- What is there, and what was asked
 
 
-def _find_pictures(source: Path, extensions: list[str]) -> tuple[list[Picture], list[str]]:
+def _find_images(source: Path, extensions: list[str]) -> tuple[list[ImageEntry], list[str]]:
     """Return all images in the order of their names, and remarks on what else is there."""
     if not source.is_dir():
         raise UserError(f"{no_such_folder(source)} Check --input_dir.")
-    pictures, notes = [], []
+    images, notes = [], []
     for person in person_folders(source):
         folder = source / person
-        entries = picture_entries(folder, extensions)
-        pictures += [_picture(person, entry) for entry in entries]
+        entries = image_entries(folder, extensions)
+        images += [_image(person, entry) for entry in entries]
         if not entries:
             notes.append(f"{person} has no label: it holds no {either(extensions)} image")
         if others := other_files(folder, extensions):
             notes.append(f"passed over in {person}: {listed(f'{n:,} .{kind}' for kind, n in others.most_common())}")
         if inner := person_folders(folder):
             notes.append(f"the folders in {person} were not looked into: {listed(f'{name}/' for name in inner)}")
-    if not pictures and (source / INFO_NAME).is_file():
+    if not images and (source / INFO_NAME).is_file():
         raise UserError(f"{source} is a split already. --input_dir is the folder that it was made from.")
-    if not pictures:
-        raise UserError(no_pictures(source, extensions))
-    if loose := [entry.name for entry in picture_entries(source, extensions)]:
+    if not images:
+        raise UserError(explain_no_images(source, extensions))
+    if loose := [entry.name for entry in image_entries(source, extensions)]:
         notes.append(f"{counted(len(loose), 'image')} in no person's folder, passed over: {listed(loose)}")
-    return pictures, notes
+    return images, notes
 
 
-def _picture(person: str, entry: os.DirEntry) -> Picture:
+def _image(person: str, entry: os.DirEntry) -> ImageEntry:
     path = str(Path(entry.path).resolve()) if entry.is_symlink() else entry.path
     try:
         stat = entry.stat()
     except FileNotFoundError:  # a link that leads nowhere: reading it will tell
-        return Picture(person, entry.name, path, 0, 0)
-    return Picture(person, entry.name, path, stat.st_size, stat.st_mtime_ns)
+        return ImageEntry(person, entry.name, path, 0, 0)
+    return ImageEntry(person, entry.name, path, stat.st_size, stat.st_mtime_ns)
 
 
 def _checked_extensions(extensions: str | Sequence[str]) -> list[str]:

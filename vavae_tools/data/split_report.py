@@ -11,14 +11,14 @@ from pathlib import Path
 from vavae_tools.data.folders import counted, listed
 from vavae_tools.runtime.errors import UserError
 
-SIDES = ("train", "val")
+SUBSETS = ("train", "val")
 INFO_NAME = "split_info.json"
 INFO_VERSION = 1
 LINES_SHOWN = 20
 
 
 @dataclass(slots=True)
-class Picture:
+class ImageEntry:
     """One file, and what was found out about it."""
 
     person: str
@@ -83,39 +83,43 @@ def _shortened(lines: list[str]) -> list[str]:
 
 # ---- split_info.json
 def split_info(
-    settings: dict, persons: Sequence[str], pictures: Sequence[Picture], labels: dict[str, int], sides: dict[str, str]
+    settings: dict,
+    persons: Sequence[str],
+    images: Sequence[ImageEntry],
+    labels: dict[str, int],
+    subsets: dict[str, str],
 ) -> dict:
     """Return what split_info.json says about images that were looked at and given a subset."""
-    good = [picture for picture in pictures if not picture.fault]
+    good = [image for image in images if not image.fault]
     counts = {person: {"train": 0, "val": 0, "left_out": 0} for person in persons}
     twins = defaultdict(list)
-    for picture in pictures:
-        counts[picture.person][sides.get(picture.key, "left_out")] += 1
-    for picture in good:
-        if picture.sha256:
-            twins[picture.sha256].append(picture)
+    for image in images:
+        counts[image.person][subsets.get(image.key, "left_out")] += 1
+    for image in good:
+        if image.sha256:
+            twins[image.sha256].append(image)
     duplicates = [group for group in twins.values() if len(group) > 1]
-    sizes = Counter(picture.size for picture in good if picture.size)
+    sizes = Counter(image.size for image in good if image.size)
     return {
         "version": INFO_VERSION,
         **settings,
         "labels": labels,
         "counts": counts,
-        "totals": {column: sum(row[column] for row in counts.values()) for column in (*SIDES, "left_out")},
+        "totals": {column: sum(row[column] for row in counts.values()) for column in (*SUBSETS, "left_out")},
         "warnings": _remarks(counts, duplicates),
-        "unreadable": {picture.key: picture.fault for picture in pictures if picture.fault},
-        "duplicates": [[picture.key for picture in group] for group in duplicates],
+        "unreadable": {image.key: image.fault for image in images if image.fault},
+        "duplicates": [[image.key for image in group] for group in duplicates],
         "sizes": {f"{width}x{height}": n for (width, height), n in sizes.most_common()},
-        "files": file_entries(pictures, sides),
+        "files": file_entries(images, subsets),
     }
 
 
-def file_entries(pictures: Sequence[Picture], sides: dict[str, str]) -> dict[str, dict]:
+def file_entries(images: Sequence[ImageEntry], subsets: dict[str, str]) -> dict[str, dict]:
     """Return every file's subset (None: left out), length and hash (None: no other is as long)."""
-    return {p.key: {"side": sides.get(p.key), "bytes": p.bytes, "sha256": p.sha256} for p in pictures}
+    return {p.key: {"side": subsets.get(p.key), "bytes": p.bytes, "sha256": p.sha256} for p in images}
 
 
-def _remarks(counts: dict[str, dict[str, int]], duplicates: list[list[Picture]]) -> list[str]:
+def _remarks(counts: dict[str, dict[str, int]], duplicates: list[list[ImageEntry]]) -> list[str]:
     """Return what a person should know before training on the split."""
     remarks = []
     usable = {person: row for person, row in counts.items() if row["train"] + row["val"]}
@@ -128,12 +132,14 @@ def _remarks(counts: dict[str, dict[str, int]], duplicates: list[list[Picture]])
         if row["train"] + row["val"] == 1:
             remarks.append(f"{person} has one image: it is in train, and val has none")
         elif not row["train"] or not row["val"]:
-            side, other = SIDES if row["train"] else reversed(SIDES)
-            n = counted(row[side], "image")
-            remarks.append(f"{person} has nothing in {other}: its {n} are identical or of one recording, all in {side}")
-    shared = [group for group in duplicates if len({picture.person for picture in group}) > 1]
+            subset, other = SUBSETS if row["train"] else reversed(SUBSETS)
+            n = counted(row[subset], "image")
+            remarks.append(
+                f"{person} has nothing in {other}: its {n} are identical or of one recording, all in {subset}"
+            )
+    shared = [group for group in duplicates if len({image.person for image in group}) > 1]
     if shared:
-        names = listed(" = ".join(picture.key for picture in group) for group in shared)
+        names = listed(" = ".join(image.key for image in group) for group in shared)
         remarks.append(f"{counted(len(shared), 'image')} under more than one person, so mislabelled: {names}")
     return remarks
 
@@ -173,7 +179,7 @@ def existing_split(target: Path) -> dict | None:
         raise UserError(f"{target} is no split, it holds {listed(names)}. Choose an --output_dir that is new or empty.")
     info = read_split_info(target)
     own = {f"{entry['side']}/{key}" for key, entry in info["files"].items()}
-    foreign = [name for name in names if name not in (*SIDES, INFO_NAME) and not name.startswith(".")]
+    foreign = [name for name in names if name not in (*SUBSETS, INFO_NAME) and not name.startswith(".")]
     foreign += sorted(_split_files(target).keys() - own)
     if foreign:
         raise UserError(
@@ -192,8 +198,8 @@ def missing_files(target: Path, info: dict) -> list[str]:
 def _split_files(target: Path) -> dict[str, int]:
     """Return the files under train/ and val/ with their lengths; −1 for a link that leads nowhere."""
     found = {}
-    for side in SIDES:
-        for folder, _, names in os.walk(target / side):
+    for subset in SUBSETS:
+        for folder, _, names in os.walk(target / subset):
             place = Path(folder).relative_to(target).as_posix()
             for path in (Path(folder, name) for name in names if not name.startswith(".")):
                 found[f"{place}/{path.name}"] = path.stat().st_size if path.exists() else -1

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vavae_tools.data.captions import CaptionOrderedDataModule
-from vavae_tools.data.encoded import SHARD_BYTES, EncodedFolder, Rows, Shard, Store, encode, mapped
+from vavae_tools.data.encoded import SHARD_BYTES, EncodedFolder, Rows, Shard, Store, encode, tree_map_with_path
 from vavae_tools.data.folders import counted
 from vavae_tools.data.latents import LatentDataModule, LatentDataset, LatentFolder
 from vavae_tools.data.loader import index_and_number
 from vavae_tools.runtime.console import tell
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import disk_errors, written_whole
+from vavae_tools.runtime.files import atomic_write, disk_errors
 from vavae_tools.runtime.machine import at_work
 from vavae_tools.runtime.precision import Computing
 
@@ -47,7 +47,7 @@ class TextFolder(EncodedFolder):
     Attributes:
         key, encoder: hashes of all that the states follow from, and of the encoder alone.
         dim, pooled_dim: numbers of each token's state, and of a caption's pooled one.
-        pictures, captions: of each subset, how many there are.
+        images, captions: of each subset, how many there are.
         distinct, tokens: how many different captions are stored, the empty one among them, and how many tokens.
         cut: how many of them are longer than the encoder takes, and were cut.
         shards: file → captions in it.
@@ -58,7 +58,7 @@ class TextFolder(EncodedFolder):
     encoder: str
     dim: int
     pooled_dim: int
-    pictures: dict[str, int]
+    images: dict[str, int]
     captions: dict[str, int]
     distinct: int
     tokens: int
@@ -70,20 +70,20 @@ class TextFolder(EncodedFolder):
         return [*self.shards, CAPTIONS]
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{side} {count:,} of {self.pictures[side]:,}" for side, count in self.captions.items())
+        counts = ", ".join(f"{subset} {count:,} of {self.images[subset]:,}" for subset, count in self.captions.items())
         cut = f", {self.cut:,} cut because they are too long" if self.cut else ""
         return f"Captions of images: {counts}; {self.distinct:,} different, {self.tokens:,} tokens{cut} ({self.path})"
 
 
 def encode_texts(
     encoder: Any,
-    captions_by_side: Captions,
+    captions_by_subset: Captions,
     folder: str | Path,
-    names_by_side: Mapping[str, Sequence[str]] | None = None,
+    names_by_subset: Mapping[str, Sequence[str]] | None = None,
     batch_size: int = 256,
     progress: bool = True,
     device: str | torch.device | None = None,
-    say: Callable[[str], None] = tell,
+    log: Callable[[str], None] = tell,
 ) -> TextFolder:
     """Encode all captions once; what is there already and belongs to this encoder and these captions is kept.
 
@@ -92,8 +92,8 @@ def encode_texts(
     Args:
         encoder: a `diffusion.clip.TextEncoder`, or what has its `dim`, `pooled_dim`, `max_tokens`, `device`, `to`,
             `encode`, `lengths` and `digest`. Afterwards it is on the device where it was.
-        captions_by_side: "train" and, if there is one, "val": of each image one caption or more.
-        names_by_side: the images' names, so that `TextLatentDataset` sees that latents are those of these images.
+        captions_by_subset: "train" and, if there is one, "val": of each image one caption or more.
+        names_by_subset: the images' names, so that `TextLatentDataset` sees that latents are those of these images.
         batch_size: captions that are encoded at once.
         device: where it works, in fp16 on a GPU, only while there is something to encode; None: where it is.
 
@@ -101,13 +101,13 @@ def encode_texts(
         UserError: an image without a caption, no space on the disk, or states that are not finite or that float16
             cannot hold.
     """
-    folder, distinct, about = Path(folder), _distinct(captions_by_side), _about(encoder)
-    names = {side: _digest(list(of_side)) for side, of_side in (names_by_side or {}).items()}
-    key = _digest([about, {side: list(map(list, one)) for side, one in captions_by_side.items()}, names])
+    folder, distinct, about = Path(folder), _distinct(captions_by_subset), _encoder_identity(encoder)
+    names = {subset: _digest(list(of_subset)) for subset, of_subset in (names_by_subset or {}).items()}
+    key = _digest([about, {subset: list(map(list, one)) for subset, one in captions_by_subset.items()}, names])
     if there := TextFolder.find(folder, [key]):
         return there
 
-    def fields(subset: str, captions: list[str]) -> dict[str, Tensor]:
+    def fields(_: str, captions: list[str]) -> dict[str, Tensor]:
         states = encoder.encode(captions)
         mask = states.mask.bool()  # the states of tokens alone are stored, caption after caption
         return {"tokens": states.tokens[mask], "ends": mask.sum(1), "pooled": states.pooled}
@@ -120,7 +120,7 @@ def encode_texts(
             {"tokens": shards},
             {"tokens": distinct},
             fields,
-            Computing(None, device, f"States of this {type(encoder).__name__}", say),
+            Computing(None, device, f"States of this {type(encoder).__name__}", log),
             lambda shard: _bytes(encoder, [distinct[row] for row in shard.rows]),
             batch_size,
             finish=lambda shard: {**shard, "ends": shard["ends"].cumsum(0)},
@@ -128,18 +128,18 @@ def encode_texts(
             progress=progress,
         )
     place_of = {caption: place for place, caption in enumerate(distinct)}
-    with written_whole(folder / CAPTIONS) as partial, disk_errors():
-        save_file(_owned(captions_by_side, place_of), partial)
+    with atomic_write(folder / CAPTIONS) as partial, disk_errors():
+        save_file(_caption_places(captions_by_subset, place_of), partial)
     found = TextFolder(
         path=folder,
         key=key,
         encoder=about[1],
         dim=encoder.dim,
         pooled_dim=encoder.pooled_dim,
-        pictures={side: len(captions) for side, captions in captions_by_side.items()},
-        captions={side: sum(map(len, captions)) for side, captions in captions_by_side.items()},
+        images={subset: len(captions) for subset, captions in captions_by_subset.items()},
+        captions={subset: sum(map(len, captions)) for subset, captions in captions_by_subset.items()},
         distinct=len(distinct),
-        tokens=sum(int(mapped(folder / name)["ends"][-1]) for name in shards),
+        tokens=sum(int(tree_map_with_path(folder / name)["ends"][-1]) for name in shards),
         cut=encoder.lengths(distinct)[1],
         shards={name: len(shard.rows) for name, shard in shards.items()},
         names=names,
@@ -148,29 +148,29 @@ def encode_texts(
     return found
 
 
-def needed_bytes(encoder: Any, captions_by_side: Captions, folder: str | Path | None = None) -> int:
+def needed_bytes(encoder: Any, captions_by_subset: Captions, folder: str | Path | None = None) -> int:
     """Return how many bytes `encode_texts` would write, by the tokenizer alone.
 
     Args:
         folder: where they would go: what of them is there already is not counted.
     """
-    distinct = _distinct(captions_by_side)
-    shards = _shards(encoder, _about(encoder), distinct)
+    distinct = _distinct(captions_by_subset)
+    shards = _shards(encoder, _encoder_identity(encoder), distinct)
     missing = shards if folder is None else Store(folder).missing(shards)
     captions = [distinct[row] for name in missing for row in shards[name].rows]
-    places = sum(8 * (len(captions) + sum(map(len, captions))) for captions in captions_by_side.values())
+    places = sum(8 * (len(captions) + sum(map(len, captions))) for captions in captions_by_subset.values())
     return _bytes(encoder, captions) + places
 
 
 # ---- what is stored where
 
 
-def _distinct(captions_by_side: Captions) -> list[str]:
+def _distinct(captions_by_subset: Captions) -> list[str]:
     distinct = {""}
-    for side, captions in captions_by_side.items():
+    for subset, captions in captions_by_subset.items():
         for place, of_image in enumerate(captions):
             if not of_image:
-                raise UserError(f"Image {place:,} of the subset {side} has no caption: expected one or more for each")
+                raise UserError(f"Image {place:,} of the subset {subset} has no caption: expected one or more for each")
             distinct.update(of_image)
     return sorted(distinct)
 
@@ -186,7 +186,7 @@ def _shards(encoder: Any, about: list, distinct: Sequence[str]) -> dict[str, Sha
     }
 
 
-def _about(encoder: Any) -> list:
+def _encoder_identity(encoder: Any) -> list:
     return [_FORM, encoder.digest(), encoder.dim, encoder.pooled_dim, encoder.max_tokens]
 
 
@@ -200,13 +200,13 @@ def _bytes(encoder: Any, captions: list[str]) -> int:
     return _NUMBER * (tokens * encoder.dim + len(captions) * encoder.pooled_dim) + 8 * len(captions)
 
 
-def _owned(captions_by_side: Captions, place_of: Mapping[str, int]) -> dict[str, Tensor]:
+def _caption_places(captions_by_subset: Captions, place_of: Mapping[str, int]) -> dict[str, Tensor]:
     """Of each subset: the places of its captions, image by image, and where each image's end."""
     owned = {}
-    for side, captions in captions_by_side.items():
+    for subset, captions in captions_by_subset.items():
         places = [place_of[caption] for of_image in captions for caption in of_image]
         counts = torch.tensor([len(of_image) for of_image in captions], dtype=torch.int64)
-        owned[f"{side}.places"], owned[f"{side}.ends"] = torch.tensor(places, dtype=torch.int64), counts.cumsum(0)
+        owned[f"{subset}.places"], owned[f"{subset}.ends"] = torch.tensor(places, dtype=torch.int64), counts.cumsum(0)
     return owned
 
 
@@ -222,7 +222,7 @@ class EncodedTexts:
 
     def __init__(self, folder: TextFolder) -> None:
         self.folder = folder
-        shards = [mapped(folder.path / name) for name in folder.shards]
+        shards = [tree_map_with_path(folder.path / name) for name in folder.shards]
         self._tokens, self._pooled = [shard["tokens"] for shard in shards], Rows([shard["pooled"] for shard in shards])
         ends = [shard["ends"] for shard in shards]
         self._lengths = torch.cat([one.diff(prepend=one.new_zeros(1)) for one in ends])  # (captions,), in tokens
@@ -260,23 +260,23 @@ class TextLatentDataset(LatentDataset):
         UserError: latents and texts are of different images, or cannot be read.
     """
 
-    def __init__(self, latents: LatentFolder, texts: EncodedTexts, side: str) -> None:
-        super().__init__(latents, side)
+    def __init__(self, latents: LatentFolder, texts: EncodedTexts, subset: str) -> None:
+        super().__init__(latents, subset)
         self.texts, folder = texts, texts.folder
-        pictures, named = folder.pictures.get(side, 0), folder.names.get(side)
-        if pictures != len(self):
+        images, named = folder.images.get(subset, 0), folder.names.get(subset)
+        if images != len(self):
             raise UserError(
-                f"{latents.path} has latents of {counted(len(self), 'image')} of the subset {side}, {folder.path} "
-                f"captions of {pictures:,}: encode both for the same images"
+                f"{latents.path} has latents of {counted(len(self), 'image')} of the subset {subset}, {folder.path} "
+                f"captions of {images:,}: encode both for the same images"
             )
-        if named and named != _digest(list(latents.names.get(side, []))):
+        if named and named != _digest(list(latents.names.get(subset, []))):
             raise UserError(
-                f"The captions in {folder.path} are those of other images of the subset {side} than the latents in "
+                f"The captions in {folder.path} are those of other images of the subset {subset} than the latents in "
                 f"{latents.path}: encode both for the same images"
             )
-        owned = mapped(folder.path / CAPTIONS) if pictures else {}
-        self._places = owned.get(f"{side}.places", torch.empty(0, dtype=torch.int64))
-        self._ends = owned.get(f"{side}.ends", torch.empty(0, dtype=torch.int64))
+        owned = tree_map_with_path(folder.path / CAPTIONS) if images else {}
+        self._places = owned.get(f"{subset}.places", torch.empty(0, dtype=torch.int64))
+        self._ends = owned.get(f"{subset}.ends", torch.empty(0, dtype=torch.int64))
 
     @property
     def caption_counts(self) -> Tensor:

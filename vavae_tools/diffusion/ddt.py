@@ -74,7 +74,7 @@ class DDT(Backbone, ModelMixin, ConfigMixin):
 
     def initialize_weights(self) -> None:
         """As the reference: only what is named here, the other linear maps keep PyTorch's own initialisation."""
-        self._begin_as_identity([self.s_embedder, self.x_embedder])
+        self._init_adaln_zero([self.s_embedder, self.x_embedder])
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
         """x (B, C, h, w), t (B,) with 0 = noise and 1 = data, conditioning (B, D) → velocity (B, C, h, w)."""

@@ -17,8 +17,8 @@ RENAMED = {  # the constructor arguments of LightningDiT and RAE that have other
     "use_rmsnorm": "rms_norm",
     "use_pos_embed": "pos_embed",
 }
-OF_THE_CONDITIONER = {"num_classes", "class_dropout_prob"}
-WITHOUT_EFFECT = {"use_checkpoint", "use_gembed"}  # how the reference computes, or what it no longer reads
+CONDITIONER_ARGUMENTS = {"num_classes", "class_dropout_prob"}
+IGNORED_ARGUMENTS = {"use_checkpoint", "use_gembed"}  # how the reference computes, or what it no longer reads
 
 
 def make_denoiser(config: Mapping[str, Any]) -> DiT | DDT | TextDiT:
@@ -28,13 +28,13 @@ def make_denoiser(config: Mapping[str, Any]) -> DiT | DDT | TextDiT:
         config: arguments under our names or the references' (`use_rope`, `wo_shift`, …). "size" stands for
             hidden_size, depth and num_heads: "S" to "XL", with "head": "wide" those of the `DDT`.
     """
-    arguments = our_arguments(config)
+    arguments = normalise_arguments(config)
     made = TextDiT if "head" in arguments else DDT if _is_wide(arguments) else DiT
     _check_known(arguments, inspect.signature(made.__init__).parameters.keys() - {"self"}, made.__name__)
     return made(**arguments)
 
 
-def our_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+def normalise_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of a denoiser under our names, a named size written out, two numbers as tuples."""
     arguments = {}
     for name, value in config.items():
@@ -66,8 +66,8 @@ def split_reference_arguments(config: Mapping[str, Any]) -> tuple[dict[str, Any]
     num_classes (1000 where it is not given) and class_dropout_prob (0.1) are the conditioner's, and its hidden_size is
     the denoiser's, with a wide head the encoder's.
     """
-    denoiser = our_arguments(
-        {name: value for name, value in config.items() if name not in {*OF_THE_CONDITIONER, *WITHOUT_EFFECT}}
+    denoiser = normalise_arguments(
+        {name: value for name, value in config.items() if name not in {*CONDITIONER_ARGUMENTS, *IGNORED_ARGUMENTS}}
     )
     known = {name for made in (DiT, DDT) for name in inspect.signature(made.__init__).parameters} - {"self"}
     _check_known(denoiser, known)
@@ -89,7 +89,7 @@ def _check_known(arguments: Mapping[str, Any], known: Collection[str], model: st
     for name in arguments:
         if name in known:
             continue
-        if name in OF_THE_CONDITIONER:
+        if name in CONDITIONER_ARGUMENTS:
             raise UserError(f"{name} is the conditioner's, not the denoiser's: use split_reference_arguments(config).")
         names = {*known, *(reference for reference, ours in RENAMED.items() if ours in known), "wo_shift", "size"}
         nearest = get_close_matches(name, names, n=1, cutoff=0)

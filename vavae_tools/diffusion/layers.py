@@ -19,7 +19,7 @@ from vavae_tools.runtime.errors import UserError
 Rope = tuple[Tensor, Tensor]
 
 
-class Kept(NamedTuple):
+class TokenSubset(NamedTuple):
     """The patches that are computed, equally many of each sample."""
 
     places: Tensor
@@ -28,12 +28,12 @@ class Kept(NamedTuple):
     """Which of them are in the mask, bool (B, L); the others fill up and are not attended to."""
 
 
-def kept_patches(mask: Tensor, patch_size: int) -> Kept:
+def select_tokens(mask: Tensor, patch_size: int) -> TokenSubset:
     """Return the patches that have any pixel in a mask (B, H, W). Of a mask on a GPU this waits for the GPU."""
     there = F.max_pool2d(mask[:, None].float(), patch_size).flatten(1) > 0  # (B, N)
     longest = max(1, int(there.sum(1).max()))
     places = (~there).int().argsort(dim=1, stable=True)[:, :longest]
-    return Kept(places, there.gather(1, places))
+    return TokenSubset(places, there.gather(1, places))
 
 
 class RMSNorm(nn.Module):
@@ -198,7 +198,7 @@ class SwiGLU(nn.Module):
         self.lacking = -hidden % 8
 
     def forward(self, x: Tensor) -> Tensor:
-        half = self.lacking and half_on_card(x)
+        half = self.lacking and half_precision_of(x)
         if half and type(self.w12) is type(self.w3) is nn.Linear:  # no LoRA beside them
             return self.padded(x, half)
         gate, value = self.w12(x).chunk(2, dim=-1)
@@ -213,7 +213,7 @@ class SwiGLU(nn.Module):
         return F.linear(F.silu(gate) * value, back, self.w3.bias.to(kind))
 
 
-def half_on_card(x: Tensor) -> torch.dtype | None:
+def half_precision_of(x: Tensor) -> torch.dtype | None:
     """Return the half precision of products with 4096 tokens or more, x (…, D), on a card; None elsewhere.
 
     With fewer, copies of weights cost as much as they save; `torch.compile` pads by itself.
@@ -351,9 +351,9 @@ class Backbone:
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        self._begin_as_identity([self.x_embedder])
+        self._init_adaln_zero([self.x_embedder])
 
-    def _begin_as_identity(self, embedders: Iterable[PatchEmbed]) -> None:
+    def _init_adaln_zero(self, embedders: Iterable[PatchEmbed]) -> None:
         for embedder in embedders:
             # The patch convolution is a linear map of each patch: initialised as the matrix it is.
             nn.init.xavier_uniform_(embedder.proj.weight.view(embedder.proj.out_channels, -1))

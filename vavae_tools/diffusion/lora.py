@@ -39,7 +39,7 @@ def add_lora(denoiser: nn.Module, rank: int, alpha: float | None = None, targets
     alpha, targets = float(rank if alpha is None else alpha), [targets] if isinstance(targets, str) else list(targets)
     if not alpha > 0:
         raise UserError(f"lora_alpha={alpha:g}: it is above 0, such as the rank, {rank}")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=_maps_named(denoiser, targets))
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=_linear_names(denoiser, targets))
     inject_adapter_in_model(config, denoiser, _ADAPTER)
     del denoiser.peft_config  # what diffusers would take for adapters of its own
     denoiser.lora = {"rank": rank, "alpha": alpha, "targets": targets}
@@ -68,7 +68,7 @@ def merged_weights(weights: Mapping[str, Tensor], settings: Mapping[str, Any] | 
     return merged
 
 
-def _maps_named(denoiser: nn.Module, targets: Sequence[str]) -> list[str]:
+def _linear_names(denoiser: nn.Module, targets: Sequence[str]) -> list[str]:
     """Full names of the linear maps that end in one of `targets`."""
     linear = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
     found: list[str] = []

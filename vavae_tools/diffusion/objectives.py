@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from vavae_tools.diffusion.layers import Kept
+from vavae_tools.diffusion.layers import TokenSubset
 from vavae_tools.runtime.errors import UserError
 
 Denoiser = Callable[..., Tensor]
@@ -27,7 +27,7 @@ class Objective:
     """What the denoiser predicts, by diffusers' names: "flow_prediction", "sample", "epsilon" or "v_prediction"."""
     path: str
     """How data and noise are mixed: "linear", "gvp", or "discrete", a schedule of timesteps."""
-    time_draws: str
+    time_distribution: str
     """Which numbers, one per sample, `sample_time` takes: the method's name in `runtime.draws.Draws`."""
     normalised = "channels"
     cosine_weight = 0.0
@@ -84,7 +84,7 @@ class Objective:
         t: Tensor,
         mask: Tensor | None = None,
         known: Tensor | None = None,
-        kept: Kept | None = None,
+        kept: TokenSubset | None = None,
         pixels: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One training step's loss and its parts: noise the data, let the denoiser predict, compare.
@@ -103,12 +103,12 @@ class Objective:
         prediction = denoiser(with_known(x, data, known), t, conditioning, mask + known if kept is None else kept)
         return self.loss(prediction[:, : data.shape[1]], data, noise, t, mask * (1 - known), pixels)
 
-    def for_solver(self, denoiser: Denoiser) -> Denoiser:
+    def as_solver_input(self, denoiser: Denoiser) -> Denoiser:
         """Return the denoiser, predicting what this objective's solvers take."""
         return denoiser
 
 
-class _OnAPath(Objective):
+class _PathObjective(Objective):
     """x_t = α·data + σ·noise at times t from 0 to 1; see `FlowMatching`."""
 
     path = "linear"
@@ -122,10 +122,10 @@ class _OnAPath(Objective):
             raise UserError(f"time_shift={self.time_shift:g}: it is above 0, with 1 for none.")
         if not 0 < self.largest_noise <= 1:
             raise UserError(f"largest_noise={self.largest_noise:g}: it is a share above 0 and up to 1, such as 0.999.")
-        self.time_draws = "normal" if self.time == "lognorm" and self.largest_noise == 1 else "uniform"
+        self.time_distribution = "normal" if self.time == "lognorm" and self.largest_noise == 1 else "uniform"
 
     def sample_time(self, draws: Tensor) -> Tensor:
-        """Times in [0, 1] from standard normal or uniform draws (B,), as `time_draws` says.
+        """Times in [0, 1] from standard normal or uniform draws (B,), as `time_distribution` says.
 
         With largest_noise below 1 a large draw means much noise, as in RAE; else it means little.
         """
@@ -157,7 +157,7 @@ class _OnAPath(Objective):
 
 
 @dataclass
-class FlowMatching(_OnAPath):
+class FlowMatching(_PathObjective):
     """Paths x_t = α·data + σ·noise; the velocity dx/dt is predicted (Lipman et al. 2023). Straight ones have α = t.
 
     As LightningDiT (Yao & Wang 2025): log-normal times, i.e. sigmoid of a normal number, and a loss on the velocity's
@@ -233,13 +233,13 @@ def expand_time(t: Tensor, x: Tensor) -> Tensor:
 
 
 @dataclass
-class CleanPrediction(_OnAPath):
+class SamplePrediction(_PathObjective):
     """x_t = t·data + (1 − t)·noise; the data (x0) are predicted, Σ (x̂ − x)²·mask / (Σ mask · C + 1e-8).
 
     Args:
         normalised: "channels" as above, or "pixels": without C, so C times larger.
         time, time_mean, time_std, time_shift: see `FlowMatching`. Texts are decided where noise just hides a cell's
-            token: a mean of −ln of `hiding_noise` learns most there.
+            token: a mean of −ln of `noise_level_hiding_a_token` learns most there.
     """
 
     prediction = "sample"
@@ -257,7 +257,7 @@ class CleanPrediction(_OnAPath):
     def clean(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
         return prediction
 
-    def for_solver(self, denoiser: Denoiser) -> Denoiser:
+    def as_solver_input(self, denoiser: Denoiser) -> Denoiser:
         """Return a denoiser that predicts the velocity, (x̂ − x) / (1 − t), as solvers of flows take it."""
 
         def velocity(x: Tensor, t: Tensor, *conditions: Any) -> Tensor:
@@ -266,7 +266,7 @@ class CleanPrediction(_OnAPath):
         return velocity
 
 
-def hiding_noise(length: int) -> float:
+def noise_level_hiding_a_token(length: int) -> float:
     """(1 − t) / t at the time t before which a cell of `length` pixels of ±1 does not tell by itself which token it is.
 
     Noise hides n pixels that mean one thing as well as one pixel at √n times the noise. With the factor 0.6 two cells
@@ -299,7 +299,7 @@ class NoisePrediction(Objective):
         beta_start, beta_end: noise of the first and the last step; by default those of the schedule's name.
     """
 
-    path, time_draws = "discrete", "uniform"
+    path, time_distribution = "discrete", "uniform"
 
     prediction: str = "epsilon"
     betas: str = "scaled_linear"
@@ -367,7 +367,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "flow_matching": FlowMatching,
     "epsilon": partial(NoisePrediction, "epsilon"),
     "v_prediction": partial(NoisePrediction, "v_prediction"),
-    "sample": CleanPrediction,
+    "sample": SamplePrediction,
 }
 ALIASES = {"v": "v_prediction", "x0": "sample"}
 
@@ -386,7 +386,7 @@ def make_objective(name: str, **numbers: Any) -> Objective:
 
 def objective_of(config: Mapping[str, Any]) -> Objective:
     """Return the objective whose `config` this is, such as a checkpoint's hyper_parameters["objective"]."""
-    made = NoisePrediction if "prediction" in config else CleanPrediction if "normalised" in config else FlowMatching
+    made = NoisePrediction if "prediction" in config else SamplePrediction if "normalised" in config else FlowMatching
     return made(**config)
 
 

@@ -43,7 +43,7 @@ from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.precision import computing_in
 
 Condition = Tensor | TextCondition
-SOLVED = {"linear": "flow matching or sample", "gvp": "flow matching on the path gvp", "discrete": "noise or v"}
+PATH_LABELS = {"linear": "flow matching or sample", "gvp": "flow matching on the path gvp", "discrete": "noise or v"}
 """What those of a path predict, for messages."""
 
 
@@ -68,7 +68,7 @@ def make_solver(
     discrete = objective.path == "discrete"
     name, fitting = name or ("dpm++" if discrete else "euler"), solvers_for(objective)
     if name not in fitting:
-        raise UserError(f"No solver {name!r} for {SOLVED[objective.path]}; there are {', '.join(fitting)}")
+        raise UserError(f"No solver {name!r} for {PATH_LABELS[objective.path]}; there are {', '.join(fitting)}")
     kind = SOLVERS[name][1]
     made = globals().get(kind) or getattr(diffusers, kind)
     if discrete:  # trailing: from the noisiest step on, as a latent of pure noise belongs there
@@ -197,8 +197,8 @@ def lay_out(
     if not paths or (path and path not in paths) or other:
         fitting = solvers_for(objective) if objective else SOLVERS
         raise UserError(
-            f"{type(scheduler).__name__} as configured does not solve {SOLVED[path or 'linear']}: take make_solver's "
-            f"{', '.join(fitting)}"
+            f"{type(scheduler).__name__} as configured does not solve {PATH_LABELS[path or 'linear']}: take "
+            f"make_solver's {', '.join(fitting)}"
         )
     if "discrete" in paths:
         if timestep_shift is not None or last_noise:
@@ -301,7 +301,7 @@ def sample(
     solver, times = lay_out(scheduler, num_inference_steps, timestep_shift, last_noise, objective)
     flow, options = solves_flows(scheduler), {}
     if objective is not None:
-        denoiser, guide = objective.for_solver(denoiser), guide and objective.for_solver(guide)
+        denoiser, guide = objective.as_solver_input(denoiser), guide and objective.as_solver_input(guide)
     if "generator" in inspect.signature(solver.step).parameters:
         adds_noise = isinstance(solver, DDPMScheduler | StochasticScheduler)
         options["generator"] = _generators_of(noise) if adds_noise and not generators else generators

@@ -9,7 +9,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from vavae_tools.diffusion.layers import Backbone, Kept, kept_patches
+from vavae_tools.diffusion.layers import Backbone, TokenSubset, select_tokens
 from vavae_tools.runtime.errors import UserError
 
 
@@ -56,25 +56,25 @@ class DiT(Backbone, ModelMixin, ConfigMixin):
         self._set_grid(input_size, patch_size, in_channels)
         self._build(in_channels * (2 if learn_sigma else 1), positions)
 
-    def forward(self, x: Tensor, t: Tensor, conditioning: Tensor, mask: Tensor | Kept | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, conditioning: Tensor, mask: Tensor | TokenSubset | None = None) -> Tensor:
         """x (B, C, h, w), t (B,) with 0 = noise and 1 = data, conditioning (B, D) → velocity (B, C, h, w).
 
         Args:
-            mask: (B, h, w), or its `kept_patches`. Patches without any pixel in it are left out: they are not computed,
-                no other attends to them, and the answer there is 0.
+            mask: (B, h, w), or its `select_tokens`. Patches without any pixel in it are left out: they are not
+                computed, no other attends to them, and the answer there is 0.
         """
         if self.reversed_time:
             return -self.predict(x, 1 - t, conditioning, mask)[:, : self.in_channels]
         return self.predict(x, t, conditioning, mask)[:, : self.in_channels]
 
-    def predict(self, x: Tensor, t: Tensor, conditioning: Tensor, mask: Tensor | Kept | None = None) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, conditioning: Tensor, mask: Tensor | TokenSubset | None = None) -> Tensor:
         """Return the prediction in the convention of the weights: (B, C, h, w), with learn_sigma 2·C."""
         shape, rope, there = (len(x), *x.shape[2:]), self._rope(), None
         x = self._embed(x, self.x_embedder, self.pos_embed)  # (B, N, D)
         if mask is not None:
-            if not isinstance(mask, Kept) and mask.shape != shape:
+            if not isinstance(mask, TokenSubset) and mask.shape != shape:
                 raise UserError(f"The mask is {tuple(mask.shape)}, of these latents it is {shape}: (B, h, w).")
-            places, there = mask if isinstance(mask, Kept) else kept_patches(mask, self.patch_size)
+            places, there = mask if isinstance(mask, TokenSubset) else select_tokens(mask, self.patch_size)
             batch, count = torch.arange(len(x), device=x.device)[:, None], x.shape[1]
             x = x[batch, places]  # (B, L, D)
             rope = rope and tuple(table[places] for table in rope)  # (B, L, D / heads)

@@ -1,1 +1,1 @@
-"""Are the pictures any good: what a classifier makes of them, how far they are from real ones, and copies."""
+"""Are the images any good: what a classifier makes of them, how far they are from real ones, and copies."""

@@ -1,4 +1,4 @@
-"""What a model that predicts clean pictures knows of their tokens, in bits: a variational bound."""
+"""What a model that predicts clean images knows of their tokens, in bits: a variational bound."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,20 +12,20 @@ from torch.nn.functional import cross_entropy
 
 from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.data.tokens.dataset import TokenImageDataset
-from vavae_tools.diffusion.layers import kept_patches
+from vavae_tools.diffusion.layers import select_tokens
 from vavae_tools.diffusion.objectives import expand_time
 from vavae_tools.pipelines.tokens import TokenImagePipeline
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.precision import in_float32
 
-_BATCH = 64  # pictures at a time
+_BATCH = 64  # images at a time
 _TOLD = 0.01  # bits that are left open of a token where the bound's integral ends
 _AT_ONCE = 2**24  # numbers in a table of logits, cells × tokens
 
 
 class Chosen(NamedTuple):
-    """Pictures of the data and what is known of them."""
+    """Images of the data and what is known of them."""
 
     index: Tensor  # int64 (B,)
     clean: Tensor  # (B, C, H, W), prompts included
@@ -35,24 +35,22 @@ class Chosen(NamedTuple):
     tokens: Tensor  # int64 (B, L)
 
 
-def chosen_pictures(data: TokenImageDataset, count: int, seed: int) -> Iterator[Chosen]:
-    """Yield a random choice of pictures in batches, without those that have no token to tell."""
+def chosen_images(data: TokenImageDataset, count: int, seed: int) -> Iterator[Chosen]:
+    """Yield a random choice of images in batches, without those that have no token to tell."""
     if count < 1:
-        raise UserError(f"count {count}: expected 1 picture or more")
+        raise UserError(f"count {count}: expected 1 image or more")
     order, some = Draws(seed, 0, torch.arange(len(data))).uniform("picture").argsort(), False
     for part in order[:count].sort().values.split(_BATCH):
         batch = data.__getitems__(part.tolist())
         known = batch.get("condition_mask", torch.zeros_like(batch["mask"]))
-        counted = data.code.over_cells(batch["mask"] * (1 - known))
+        counted = data.code.mask_to_cells(batch["mask"] * (1 - known))
         tokens = data.code.nearest(data.code.cells_of(batch["clean"]))
         chosen = Chosen(batch["index"], batch["clean"], batch["mask"] + known, known, counted, tokens)
         if counted.any():
             some = True
             yield Chosen(*(values[counted.any(1)] for values in chosen))
     if not some:
-        raise UserError(
-            f"None of {min(count, len(data)):,} pictures of {data.data_path} has a token to tell: take more"
-        )
+        raise UserError(f"None of {min(count, len(data)):,} images of {data.data_path} has a token to tell: take more")
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class BitsPerToken:
 
     Attributes:
         bits: the sum of `diffusion` and `reconstruction`.
-        error: standard error over the pictures; None of a single one.
+        error: standard error over the images; None of a single one.
         last_time: where the integral ends and the tokens are told by their own noisy cells alone.
     """
 
@@ -70,7 +68,7 @@ class BitsPerToken:
     diffusion: float
     reconstruction: float
     last_time: float
-    pictures: int
+    images: int
     tokens: int
 
     def __str__(self) -> str:
@@ -89,14 +87,14 @@ def bits_per_token(
 
     −ln p(tokens) ≤ ½ ∫ SNR'(t)·E‖x − x̂(x_t, t)‖² dt + E[−ln p(tokens | x_last)], with SNR = (t / (1 − t))², over the
     pixels of tokens that are not known. It begins at t = 0, where x_t is the prior's noise exactly: no term for the
-    prior is needed. x̂ is clipped to the pictures' range. At the last time, p of each token alone is the softmax of the
+    prior is needed. x̂ is clipped to the images' range. At the last time, p of each token alone is the softmax of the
     Gaussian log-likelihoods of all codes, whatever the denoiser says.
 
-    With r = √SNR the integral is ∫ r·E‖x − x̂‖² dr: r is drawn evenly, for each picture by one random shift of `times`
+    With r = √SNR the integral is ∫ r·E‖x − x̂‖² dr: r is drawn evenly, for each image by one random shift of `times`
     even places, which keeps it unbiased.
 
     Args:
-        count: pictures, chosen at random.
+        count: images, chosen at random.
         times: calls of the denoiser for each.
         last_time: below 1; None: where `_TOLD` bits of a token are left open.
     """
@@ -105,10 +103,10 @@ def bits_per_token(
     code = data.code
     end = _where_told(data, seed) if last_time is None else last_time / (1 - last_time)
     parts, lengths = [], []
-    for chosen in chosen_pictures(data, count, seed):
+    for chosen in chosen_images(data, count, seed):
         draws, shape = Draws(seed, 0, chosen.index), chosen.clean.shape[1:]
-        kept = kept_patches(chosen.mask, code.cell_size)
-        pixels = code.over_pixels(chosen.counted.float(), data.img_size)[:, None]  # (B, 1, H, W)
+        kept = select_tokens(chosen.mask, code.cell_size)
+        pixels = code.spread_to_pixels(chosen.counted.float(), data.img_size)[:, None]  # (B, 1, H, W)
         start, integral = draws.uniform("place"), torch.zeros(len(chosen.index), dtype=torch.float64)
         for step in range(times):
             r = (step + start) * (end / times)  # (B,)
@@ -126,7 +124,7 @@ def bits_per_token(
     each, tokens = torch.cat(parts), torch.cat(lengths).double()  # (N, 2), (N,)
     diffusion, reconstruction = (each.sum(0) / tokens.sum()).tolist()
     bits, error = diffusion + reconstruction, None
-    if len(each) > 1:  # of a ratio of two sums over pictures
+    if len(each) > 1:  # of a ratio of two sums over images
         off = each.sum(1) - bits * tokens
         error = (off.square().sum() * len(each) / (len(each) - 1)).sqrt().item() / tokens.sum().item()
     return BitsPerToken(bits, error, diffusion, reconstruction, end / (1 + end), len(each), int(tokens.sum()))
@@ -146,7 +144,7 @@ def _bits_alone(code: TokenCode, cells: Tensor, tokens: Tensor, r: float) -> Ten
 
 def _where_told(data: TokenImageDataset, seed: int) -> float:
     """Return the smallest r on a grid where cells alone leave less than `_TOLD` bits of a token open."""
-    tokens = torch.cat([chosen.tokens[chosen.counted] for chosen in chosen_pictures(data, 8, seed)])
+    tokens = torch.cat([chosen.tokens[chosen.counted] for chosen in chosen_images(data, 8, seed)])
     tokens = tokens.repeat(-(-512 // len(tokens)))[:1024]
     noise = Draws(seed, 1, torch.arange(len(tokens))).normal("told", data.code.length)
     cells, r = data.code.drawn(tokens), 0.25

@@ -1,7 +1,7 @@
-"""Who is it? A small network that learns the persons from real pictures, and then judges made ones.
+"""Who is it? A small network that learns the persons from real images, and then judges made ones.
 
-Its features, the last thing before the answer, are also where distances between sets of pictures are measured: the
-usual Inception network has seen photographs, never a time–frequency picture.
+Its features, the last thing before the answer, are also where distances between sets of images are measured: the
+usual Inception network has seen photographs, never a time–frequency image.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vavae_tools.data.images import DecodedPictures, to_unit
+from vavae_tools.data.images import DecodedImages, to_unit
 from vavae_tools.runtime.draws import Draws
-from vavae_tools.runtime.files import disk_errors, written_whole
+from vavae_tools.runtime.files import atomic_write, disk_errors
 from vavae_tools.runtime.precision import in_float32
 
 FILE_NAME = "classifier.safetensors"
@@ -26,13 +26,13 @@ _FORM = 1  # of network and recipe; another form is another cache key
 
 
 class PersonClassifier(nn.Module):
-    """Four blocks of two convolutions, each halving the picture; mean over places; one linear layer.
+    """Four blocks of two convolutions, each halving the image; mean over places; one linear layer.
 
     Args:
         num_classes: persons.
-        image_size: (height, width) in pixels it is made for. The first stride grows with it, so that a picture of
+        image_size: (height, width) in pixels it is made for. The first stride grows with it, so that an image of
             256 pixels costs about as much as one of 64.
-        channels: 3, or 1 for grey pictures.
+        channels: 3, or 1 for grey images.
         widths: channels after each block; the last one is the number of features.
     """
 
@@ -54,22 +54,22 @@ class PersonClassifier(nn.Module):
 
     @in_float32
     def features(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) in [-1, 1] → (B, D)."""
+        """Images (B, C, H, W) in [-1, 1] → (B, D)."""
         return self.blocks(x).mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) in [-1, 1] → logits (B, num_classes)."""
+        """Images (B, C, H, W) in [-1, 1] → logits (B, num_classes)."""
         return self.head(self.features(x))
 
     @torch.inference_mode()
-    def judge(self, pictures: Tensor | DecodedPictures, batch_size: int = 256) -> tuple[Tensor, Tensor]:
-        """Pictures, uint8 (N, C, H, W) or a folder of them → features (N, D) and labels (N,) on the CPU."""
+    def judge(self, images: Tensor | DecodedImages, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+        """Images, uint8 (N, C, H, W) or a folder of them → features (N, D) and labels (N,) on the CPU."""
         self.eval()
         device = self.head.weight.device
         features, labels = [], []
-        for start in range(0, len(pictures), batch_size):
-            rows = range(start, min(start + batch_size, len(pictures)))
-            batch = pictures[rows.start : rows.stop] if isinstance(pictures, Tensor) else _rows(pictures, rows)
+        for start in range(0, len(images), batch_size):
+            rows = range(start, min(start + batch_size, len(images)))
+            batch = images[rows.start : rows.stop] if isinstance(images, Tensor) else _rows(images, rows)
             features.append(self.features(to_unit(batch.to(device))))
             labels.append(self.head(features[-1]).argmax(dim=1))
         return torch.cat(features).cpu(), torch.cat(labels).cpu()
@@ -84,24 +84,24 @@ def _convolution(before: int, after: int, stride: int) -> list[nn.Module]:
     ]
 
 
-def _rows(data: DecodedPictures, rows: range) -> Tensor:
-    return data.__getitems__(rows)["pictures"]
+def _rows(data: DecodedImages, rows: range) -> Tensor:
+    return data.__getitems__(rows)["images"]
 
 
 def train_classifier(
-    train: DecodedPictures,
+    train: DecodedImages,
     num_classes: int,
     steps: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> PersonClassifier:
-    """Train a classifier on real pictures; the same pictures and seed give the same weights on one machine.
+    """Train a classifier on real images; the same images and seed give the same weights on one machine.
 
     Args:
-        train: the training side of a split.
+        train: the training subset of a split.
         num_classes: largest label + 1.
-        steps: of 64 pictures each; by default `default_steps`.
+        steps: of 64 images each; by default `default_steps`.
     """
     steps = default_steps(len(train)) if steps is None else steps
     with torch.random.fork_rng(devices=[]):
@@ -118,7 +118,7 @@ def train_classifier(
             order = torch.randperm(len(train), generator=generator)
         index, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
         batch = train.__getitems__(index)
-        x = augment(batch["pictures"].to(device), Draws(seed, step, index.to(device)))
+        x = augment(batch["images"].to(device), Draws(seed, step, index.to(device)))
         loss = F.cross_entropy(model(x), batch["labels"].to(device), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -129,44 +129,44 @@ def train_classifier(
     return model.eval()
 
 
-def default_steps(pictures: int) -> int:
+def default_steps(images: int) -> int:
     """Ten passes over the data, no fewer than 100 steps, and no more than 2,000.
 
     >>> default_steps(240), default_steps(960), default_steps(100_000)
     (100, 150, 2000)
     """
-    return min(max(100, 10 * pictures // BATCH_SIZE), 2000)
+    return min(max(100, 10 * images // BATCH_SIZE), 2000)
 
 
-def augment(pictures: Tensor, draws: Draws) -> Tensor:
-    """Pictures uint8 (B, C, H, W) → in [-1, 1], a little earlier or later, louder or softer, and noisier.
+def augment(images: Tensor, draws: Draws) -> Tensor:
+    """Images uint8 (B, C, H, W) → in [-1, 1], a little earlier or later, louder or softer, and noisier.
 
-    Never mirrored: a time–frequency picture is not its mirror.
+    Never mirrored: a time–frequency image is not its mirror.
     """
-    width = pictures.shape[3]
+    width = images.shape[3]
     shift = ((draws.uniform("shift", 1) * 2 - 1) * width / 16).round().long()  # (B, 1)
-    columns = (torch.arange(width, device=pictures.device) - shift).clamp(0, width - 1)  # the edge is repeated
-    pictures = pictures.gather(3, columns[:, None, None, :].expand_as(pictures))
+    columns = (torch.arange(width, device=images.device) - shift).clamp(0, width - 1)  # the edge is repeated
+    images = images.gather(3, columns[:, None, None, :].expand_as(images))
     gain = 1 + 0.1 * (draws.uniform("gain", 1, 1, 1) * 2 - 1)
-    noise = draws.normal("noise", 1, *pictures.shape[2:]) * (0.08 * draws.uniform("noise level", 1, 1, 1))
-    return ((to_unit(pictures) + 1) * gain - 1 + noise).contiguous(memory_format=torch.channels_last)
+    noise = draws.normal("noise", 1, *images.shape[2:]) * (0.08 * draws.uniform("noise level", 1, 1, 1))
+    return ((to_unit(images) + 1) * gain - 1 + noise).contiguous(memory_format=torch.channels_last)
 
 
 def cached_classifier(
-    train: DecodedPictures,
+    train: DecodedImages,
     num_classes: int,
     folder: str | Path,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> PersonClassifier:
-    """The classifier in `folder`, where it was trained on these very pictures with this recipe; else train it there."""
+    """The classifier in `folder`, where it was trained on these very images with this recipe; else train it there."""
     path = Path(folder) / FILE_NAME
     key = _cache_key(train, num_classes, seed)
     weights = _read_weights(path, key)
     if weights is None:
         model = train_classifier(train, num_classes, seed=seed, device=device, progress=progress)
-        with written_whole(path) as partial, disk_errors():
+        with atomic_write(path) as partial, disk_errors():
             save_file({n: t.contiguous() for n, t in model.state_dict().items()}, partial, {"key": key})
         return model
     model = PersonClassifier(num_classes, train.image_size, train.channels)
@@ -183,7 +183,7 @@ def _read_weights(path: Path, key: str) -> dict[str, Tensor] | None:
         return None
 
 
-def _cache_key(train: DecodedPictures, num_classes: int, seed: int) -> str:
+def _cache_key(train: DecodedImages, num_classes: int, seed: int) -> str:
     settings = [_FORM, num_classes, seed, train.image_size, train.channels, train.labels.tolist()]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for part in train.contents():

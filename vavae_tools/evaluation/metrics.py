@@ -1,4 +1,4 @@
-"""Numbers about pictures: the likeness of pairs, the distance of sets, the nearest of a set."""
+"""Numbers about images: the likeness of pairs, the distance of sets, the nearest of a set."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vavae_tools.runtime.precision import in_float32
 
-_CHUNK = 64  # pictures at a time
+_CHUNK = 64  # images at a time
 
 
 @in_float32
@@ -42,12 +42,12 @@ def sharpness(a: Tensor, b: Tensor) -> Tensor:
     The mean absolute difference of neighbours, in both axes together, of `b` as a multiple of that of `a`: 1 is as
     sharp, less is blurred or pale, more is noisier. NaN where `a` is one flat colour.
     """
-    of_a, of_b = (torch.stack([_gradient_energy(picture) for picture in pictures]) for pictures in (a, b))
+    of_a, of_b = (torch.stack([_gradient_energy(image) for image in images]) for images in (a, b))
     return torch.where(of_a > 0, of_b / of_a, torch.nan).float()
 
 
-def _gradient_energy(picture: Tensor) -> Tensor:
-    differences = [picture.double().diff(dim=dim).abs().flatten() for dim in (-2, -1)]
+def _gradient_energy(image: Tensor) -> Tensor:
+    differences = [image.double().diff(dim=dim).abs().flatten() for dim in (-2, -1)]
     return torch.cat(differences).mean()
 
 
@@ -74,7 +74,7 @@ def _root_of_covariance(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KernelDistance:
-    """A kernel distance and the 95 % interval that its pictures leave open; below 0 means: no difference seen."""
+    """A kernel distance and the 95 % interval that its images leave open; below 0 means: no difference seen."""
 
     value: float
     low: float
@@ -111,7 +111,7 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, subset_size: int =
 def mean_kernel_distance(a: Sequence[Tensor], b: Sequence[Tensor], seed: int = 0) -> KernelDistance:
     """Kernel distance person by person, averaged: `a[i]` and `b[i]` hold features (N, D) of the same person.
 
-    Of all persons in one set it would come out too low: sets with a fixed number of each person's pictures are more
+    Of all persons in one set it would come out too low: sets with a fixed number of each person's images are more
     alike than chance makes them.
     """
     each = [kernel_distance(x, y, seed=seed) for x, y in zip(a, b, strict=True)]
@@ -121,7 +121,7 @@ def mean_kernel_distance(a: Sequence[Tensor], b: Sequence[Tensor], seed: int = 0
 
 
 def _squared_discrepancy(a: Tensor, b: Tensor) -> Tensor:
-    """The unbiased estimate: no picture is compared with itself."""
+    """The unbiased estimate: no image is compared with itself."""
 
     def within(x: Tensor) -> Tensor:
         kernel = _kernel(x, x)

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vavae_tools.autoencoders.vavae import VAVAE, anothers, reconstruct, reconstruct_pictures
-from vavae_tools.data.images import DecodedPictures, PictureSetDataModule, to_pixels, to_unit
+from vavae_tools.autoencoders.vavae import VAVAE, other_labels, reconstruct, reconstruct_images
+from vavae_tools.data.images import DecodedImages, ImageSetDataModule, to_pixels, to_unit
 from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
 from vavae_tools.evaluation.metrics import aligned, frechet_distance, percent, psnr, sharpness, ssim
 from vavae_tools.runtime.errors import UserError
@@ -16,13 +16,13 @@ from vavae_tools.runtime.machine import release_memory
 # ---- What the vectors per person do: reconstructions with the right vector, with another person's, and with none
 
 
-_MOST_COLUMNS = 8  # persons whose pictures are kept to be shown
+_MOST_COLUMNS = 8  # persons whose images are kept to be shown
 OWN, ANOTHERS, NONE = "own vector", "another's vector", "no vector"
 
 
 @dataclass(frozen=True)
 class ConditionScore:
-    """Means over all pictures, in [-1, 1], reconstructed with one choice of vectors; PSNR in dB."""
+    """Means over all images, in [-1, 1], reconstructed with one choice of vectors; PSNR in dB."""
 
     absolute_error: float
     psnr: float
@@ -30,21 +30,21 @@ class ConditionScore:
 
 @dataclass(frozen=True, repr=False)
 class ConditionComparison:
-    """What the vectors do to reconstructions. Printed, it is a table; `plots.show_rows(pictures)` shows it.
+    """What the vectors do to reconstructions. Printed, it is a table; `plots.show_rows(images)` shows it.
 
     Attributes:
-        another: None where the pictures are all of one person.
-        pictures: the first picture of each of a few people and its reconstructions, rows of uint8 (N, C, H, W).
+        another: None where the images are all of one person.
+        images: the first image of each of a few people and its reconstructions, rows of uint8 (N, C, H, W).
     """
 
     count: int
     own: ConditionScore
     another: ConditionScore | None
     none: ConditionScore
-    pictures: dict[str, Tensor] = field(compare=False)
+    images: dict[str, Tensor] = field(compare=False)
 
     def __str__(self) -> str:
-        rows = [(f"{self.count:,} pictures", "absolute error", "PSNR, dB")]
+        rows = [(f"{self.count:,} images", "absolute error", "PSNR, dB")]
         for name, score in ((OWN, self.own), (ANOTHERS, self.another), (NONE, self.none)):
             rows.append((name, f"{score.absolute_error:.4f}", f"{score.psnr:.2f}") if score else (name, "-", "-"))
         return "\n".join(aligned(rows))
@@ -52,8 +52,8 @@ class ConditionComparison:
     __repr__ = __str__
 
 
-def compare_conditions(model: VAVAE, data: DecodedPictures, batch_size: int = 32) -> ConditionComparison:
-    """Encode and decode each picture with its own person's vector, with another person's, and with none.
+def compare_conditions(model: VAVAE, data: DecodedImages, batch_size: int = 32) -> ConditionComparison:
+    """Encode and decode each image with its own person's vector, with another person's, and with none.
 
     The other person is the next one in `data`, after the last the first. If the vectors carry anything, own is best.
 
@@ -64,20 +64,20 @@ def compare_conditions(model: VAVAE, data: DecodedPictures, batch_size: int = 32
         raise UserError("This VA-VAE has no vectors to compare (condition_dim is 0): fine-tune it with --condition_dim")
     model = model.eval()
     people = len(data.labels.unique())
-    # labels are looked up by a picture's place: None stands for no vector
-    choices = {OWN: data.labels, ANOTHERS: anothers(data.labels), NONE: None}
+    # labels are looked up by an image's place: None stands for no vector
+    choices = {OWN: data.labels, ANOTHERS: other_labels(data.labels), NONE: None}
     if people == 1:
         del choices[ANOTHERS]
 
     def remade(batch: dict[str, Tensor], labels: Tensor | None) -> Tensor:
         labels = labels[batch["index"]].to(model.device) if labels is not None else None
-        return reconstruct_pictures(model, batch["pictures"].to(model.device), labels).cpu()
+        return reconstruct_images(model, batch["images"].to(model.device), labels).cpu()
 
     errors: dict[str, list[Tensor]] = {name: [] for name in choices}
     ratios: dict[str, list[Tensor]] = {name: [] for name in choices}
     for start in range(0, len(data), batch_size):
         batch = data.__getitems__(range(start, min(start + batch_size, len(data))))
-        originals = to_unit(batch["pictures"])
+        originals = to_unit(batch["images"])
         for name, labels in choices.items():
             reconstructions = to_unit(remade(batch, labels))
             errors[name].append((reconstructions - originals).abs().mean(dim=(1, 2, 3)))
@@ -86,9 +86,9 @@ def compare_conditions(model: VAVAE, data: DecodedPictures, batch_size: int = 32
         name: ConditionScore(torch.cat(errors[name]).mean().item(), torch.cat(ratios[name]).mean().item())
         for name in choices
     }
-    few = data.few_of_each(min(_MOST_COLUMNS, people))
-    pictures = {"original": few["pictures"], **{name: remade(few, labels) for name, labels in choices.items()}}
-    return ConditionComparison(len(data), scores[OWN], scores.get(ANOTHERS), scores[NONE], pictures)
+    few = data.preview_batch(min(_MOST_COLUMNS, people))
+    images = {"original": few["images"], **{name: remade(few, labels) for name, labels in choices.items()}}
+    return ConditionComparison(len(data), scores[OWN], scores.get(ANOTHERS), scores[NONE], images)
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,35 +98,35 @@ class ReconstructionScores:
     PSNR is in dB; a sharpness of 1 is the originals', without those that are flat.
     """
 
-    pictures: int
+    images: int
     psnr: float
     ssim: float
     sharpness: float
-    right: float | None = None
-    originals_right: float | None = None
+    accuracy: float | None = None
+    real_accuracy: float | None = None
     frechet: float | None = None
-    originals_frechet: float | None = None
+    real_frechet: float | None = None
 
     def __str__(self) -> str:
-        line = f"{self.pictures:,} reconstructions: PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.3f}, "
+        line = f"{self.images:,} reconstructions: PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.3f}, "
         line += f"sharpness {self.sharpness:.2f}"
-        if self.right is not None:
-            line += f"; named rightly {percent(self.right)} (originals {percent(self.originals_right)})"
+        if self.accuracy is not None:
+            line += f"; accuracy {percent(self.accuracy)} (originals {percent(self.real_accuracy)})"
         if self.frechet is not None:
-            times = self.frechet / max(self.originals_frechet, 1e-12)
-            line += f"; Fréchet distance {self.frechet:.3g} (originals {self.originals_frechet:.3g}: {times:.1f} times)"
+            times = self.frechet / max(self.real_frechet, 1e-12)
+            line += f"; Fréchet distance {self.frechet:.3g} (originals {self.real_frechet:.3g}: {times:.1f} times)"
         return line
 
     __repr__ = __str__
 
 
 class ReconstructionJudge:
-    """Judge reconstructions of the same pictures again and again while a model learns.
+    """Judge reconstructions of the same images again and again while a model learns.
 
     Args:
         originals: uint8 (N, C, H, W).
         labels: int64 (N,), for the accuracy.
-        others: uint8 (M, C, H, W), further real pictures with no more of each person than `originals`, for the Fréchet
+        others: uint8 (M, C, H, W), further real images with no more of each person than `originals`, for the Fréchet
             distance to them.
     """
 
@@ -140,24 +140,24 @@ class ReconstructionJudge:
         self.classifier = classifier
         self.labels = labels.cpu() if labels is not None else None
         self._reference = classifier.judge(others)[0] if others is not None else None
-        self._originals = {f"originals_{name}": value for name, value in self._scores(originals).items()}
+        self._originals = {f"real_{name}": value for name, value in self._scores(originals).items()}
 
     def judge(self, reconstructions: Tensor) -> dict[str, float]:
-        """Return "right", the accuracy, and "frechet" of uint8 (N, C, H, W) in the originals' order, beside theirs."""
+        """Return "accuracy" and "frechet" of uint8 (N, C, H, W) in the originals' order, beside theirs."""
         return {**self._scores(reconstructions), **self._originals}
 
-    def _scores(self, pictures: Tensor) -> dict[str, float]:
-        features, named = self.classifier.judge(pictures)
+    def _scores(self, images: Tensor) -> dict[str, float]:
+        features, named = self.classifier.judge(images)
         scores = {}
         if self.labels is not None:
-            scores["right"] = (named == self.labels).float().mean().item()
+            scores["accuracy"] = (named == self.labels).float().mean().item()
         if self._reference is not None:
             scores["frechet"] = frechet_distance(features, self._reference)
         return scores
 
 
 def evaluate_reconstructions(
-    pictures: Tensor,
+    images: Tensor,
     reconstructions: Tensor,
     labels: Tensor | None = None,
     classifier: PersonClassifier | None = None,
@@ -166,10 +166,10 @@ def evaluate_reconstructions(
     """Compare reconstructions with their originals.
 
     Args:
-        pictures, reconstructions: (N, C, H, W), uint8 or floats in [-1, 1]; what lies outside is clipped.
+        images, reconstructions: (N, C, H, W), uint8 or floats in [-1, 1]; what lies outside is clipped.
         labels, classifier, others: see `ReconstructionJudge`.
     """
-    originals, remade = (_in_range(x) for x in (pictures, reconstructions))
+    originals, remade = (_in_range(x) for x in (images, reconstructions))
     scores = {"psnr": psnr(originals, remade).mean().item(), "ssim": ssim(originals, remade).mean().item()}
     scores["sharpness"] = sharpness(originals, remade).nanmean().item()
     if classifier is not None:
@@ -180,19 +180,19 @@ def evaluate_reconstructions(
 
 
 def evaluate_vavae(
-    model: VAVAE, data: PictureSetDataModule, classifier_dir: str | Path, seed: int = 0, progress: bool = True
+    model: VAVAE, data: ImageSetDataModule, classifier_dir: str | Path, seed: int = 0, progress: bool = True
 ) -> ReconstructionScores:
-    """Reconstruct the validation side, with each person's vector, and let a classifier of the real pictures judge it.
+    """Reconstruct the validation subset, with each person's vector, and let a classifier of the real images judge it.
 
     Args:
-        data: the pictures at the size to look at.
+        data: the images at the size to look at.
         classifier_dir: keeps the classifier; it is trained where it is not there yet.
 
     Raises:
         UserError: nothing validates.
     """
     if data.val_data is None:
-        raise UserError("No picture validates: make a split with data_split.py --val_ratio 0.2, or set val_share")
+        raise UserError("No image validates: make a split with data_split.py --val_ratio 0.2, or set val_share")
     classifier = cached_classifier(data.train_data, data.num_classes, classifier_dir, seed, model.device, progress)
     originals, made = reconstruct(model, data.val_data)
     scores = evaluate_reconstructions(originals, made, data.val_data.labels, classifier, as_many_others(data))
@@ -201,13 +201,13 @@ def evaluate_vavae(
     return scores
 
 
-def as_many_others(data: PictureSetDataModule) -> Tensor:
-    """Training pictures, uint8 (M, C, H, W), of each person as many as the validation side has, where there are."""
+def as_many_others(data: ImageSetDataModule) -> Tensor:
+    """Training images, uint8 (M, C, H, W), of each person as many as the validation subset has, where there are."""
     wanted, labels = data.val_data.labels, data.train_data.labels
     places = [torch.where(labels == label)[0][: int((wanted == label).sum())] for label in wanted.unique()]
-    return data.train_data.__getitems__(torch.cat(places))["pictures"]
+    return data.train_data.__getitems__(torch.cat(places))["images"]
 
 
-def _in_range(pictures: Tensor) -> Tensor:
-    pictures = pictures.detach().cpu()
-    return to_unit(pictures) if pictures.dtype == torch.uint8 else pictures.float().clamp(-1, 1)
+def _in_range(images: Tensor) -> Tensor:
+    images = images.detach().cpu()
+    return to_unit(images) if images.dtype == torch.uint8 else images.float().clamp(-1, 1)

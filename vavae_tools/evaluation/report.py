@@ -1,4 +1,4 @@
-"""Generated pictures beside real ones: are they the right person, how far off, and are they copies."""
+"""Generated images beside real ones: are they the right person, how far off, and are they copies."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vavae_tools.data.datasets import PictureDataModule
-from vavae_tools.data.folders import PICTURE_EXTENSIONS, contents, list_folders, listed
-from vavae_tools.data.images import DecodedPictures, PictureFolder, channels_of, to_unit
+from vavae_tools.data.datasets import ImageDataModule
+from vavae_tools.data.folders import IMAGE_EXTENSIONS, contents, list_folders, listed
+from vavae_tools.data.images import DecodedImages, ImageFolder, channels_of, to_unit
 from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
 from vavae_tools.evaluation.metrics import (
     KernelDistance,
@@ -30,32 +30,32 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_MOST_ROWS = 8  # persons in the figure of real beside generated pictures
-_FEW = 4  # pictures of each kind beside each other
+_MOST_ROWS = 8  # persons in the figure of real beside generated images
+_FEW = 4  # images of each kind beside each other
 _DRAWS = 10  # of sets of equal size
-_FEWEST = 4  # pictures of a person that a distance can be measured with
+_FEWEST = 4  # images of a person that a distance can be measured with
 
 
 @dataclass(frozen=True)
 class PersonScore:
-    """The classifier's accuracy on pictures of one person or of all; None where it cannot be measured."""
+    """The classifier's accuracy on images of one person or of all; None where it cannot be measured."""
 
     generated: int
-    generated_right: float | None
+    generated_accuracy: float | None
     validation: int
-    validation_right: float | None
+    validation_accuracy: float | None
 
 
 @dataclass(frozen=True)
 class SetDistances:
-    """How far generated pictures are from real validation pictures, beside how far real training pictures are.
+    """How far generated images are from real validation images, beside how far real training images are.
 
-    The Fréchet distances compare sets of one size with the same number of each person's pictures, so that the bias
+    The Fréchet distances compare sets of one size with the same number of each person's images, so that the bias
     of small samples is the same in both; they are means over ten random draws of such sets. The kernel distances, which
-    have no bias, take all pictures, and are means over persons. `pictures` is the number in each set.
+    have no bias, take all images, and are means over persons. `images` is the number in each set.
     """
 
-    pictures: int
+    images: int
     frechet_generated: float
     frechet_real: float
     kernel_generated: KernelDistance
@@ -63,21 +63,21 @@ class SetDistances:
 
     @property
     def times_real(self) -> float:
-        """Return the Fréchet distance of generated pictures as a multiple of that of real ones.
+        """Return the Fréchet distance of generated images as a multiple of that of real ones.
 
-        Compare multiples of one classifier, or their mean over several seeds: of blurred pictures three gave 12 to 42.
+        Compare multiples of one classifier, or their mean over several seeds: of blurred images three gave 12 to 42.
         """
         return self.frechet_generated / max(self.frechet_real, 1e-12)
 
 
 @dataclass(frozen=True)
 class CopyCheck:
-    """How near generated pictures come to single training pictures, in the classifier's features.
+    """How near generated images come to single training images, in the classifier's features.
 
     Attributes:
-        limit: distance below which one training picture in a hundred has another one.
-        generated_within, validation_within: share of the pictures with a training picture nearer than `limit`.
-        times_validation: median distance to the nearest training picture as a multiple of real validation pictures';
+        limit: distance below which one training image in a hundred has another one.
+        generated_within, validation_within: share of the images with a training image nearer than `limit`.
+        times_validation: median distance to the nearest training image as a multiple of real validation images';
             of copies it is near 0.
     """
 
@@ -88,10 +88,10 @@ class CopyCheck:
 
 
 @dataclass(frozen=True)
-class NearestPicture:
-    """The training picture that is nearest to a generated one in the classifier's features.
+class NearestImage:
+    """The training image that is nearest to a generated one in the classifier's features.
 
-    `pixel_distance` is the root of the mean squared difference, pictures in [-1, 1].
+    `pixel_distance` is the root of the mean squared difference, images in [-1, 1].
     """
 
     generated: str
@@ -112,7 +112,7 @@ class Evaluation:
     people: dict[str, PersonScore]
     distances: SetDistances | None
     copies: CopyCheck
-    nearest: list[NearestPicture]
+    nearest: list[NearestImage]
     notes: list[str]
     figures: dict[str, "Figure"] = field(compare=False)
 
@@ -128,12 +128,12 @@ class Evaluation:
         height, width = self.image_size
         persons = f"{len(self.people)} person{'s' * (len(self.people) != 1)}"
         lines = [
-            f"{self.total.generated:,} generated pictures of {persons}, {height}×{width} ({self.generated_dir})",
+            f"{self.total.generated:,} generated images of {persons}, {height}×{width} ({self.generated_dir})",
             "",
         ]
-        rows = [("person", "generated", "named rightly", "real validation", "named rightly")]
+        rows = [("person", "generated", "accuracy", "real validation", "accuracy")]
         for name, score in [*self.people.items(), ("all", self.total)]:
-            right = (percent(score.generated_right), percent(score.validation_right))
+            right = (percent(score.generated_accuracy), percent(score.validation_accuracy))
             rows.append((name, f"{score.generated:,}", right[0], f"{score.validation:,}", right[1]))
         lines += aligned(rows)
         if self.distances:
@@ -141,7 +141,7 @@ class Evaluation:
             lines += [
                 "",
                 *aligned(_distance_rows(d)),
-                f"(Fréchet distance: {d.pictures:,} pictures in each set; kernel distance: mean over persons)",
+                f"(Fréchet distance: {d.images:,} images in each set; kernel distance: mean over persons)",
             ]
         lines += ["", _copy_line(self.copies)]
         lines += [f"note: {note}" for note in self.notes]
@@ -153,10 +153,10 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Side:
-    """One set of pictures and what the classifier makes of them."""
+class _Subset:
+    """One set of images and what the classifier makes of them."""
 
-    data: DecodedPictures
+    data: DecodedImages
     features: Tensor
     named: Tensor
 
@@ -165,7 +165,7 @@ class _Side:
         return (self.named == self.data.labels).float()
 
 
-def evaluate_pictures(
+def evaluate_images(
     generated_dir: str | Path,
     data_dir: str | Path,
     output_dir: str | Path = "outputs/evaluation",
@@ -175,20 +175,20 @@ def evaluate_pictures(
     progress: bool = True,
     **source: Any,
 ) -> Evaluation:
-    """Compare generated pictures with the real ones that train and validate; write `evaluation.json` and figures.
+    """Compare generated images with the real ones that train and validate; write `evaluation.json` and figures.
 
-    A classifier is trained on the real training pictures, once: it is kept in `output_dir` for the next evaluation.
+    A classifier is trained on the real training images, once: it is kept in `output_dir` for the next evaluation.
 
     Args:
         generated_dir: holds ID_1/ ID_2/ … with the names of the split's folders, or of the other data's classes.
-        data_dir: a split, or whatever else `PictureDataModule` reads.
-        image_size: pixels, to which all pictures are resized; by default the generated pictures' own.
+        data_dir: a split, or whatever else `ImageDataModule` reads.
+        image_size: pixels, to which all images are resized; by default the generated images' own.
         seed: of the classifier, of the subsets that are compared, and of what is held out where nothing validates.
         device: by default a GPU, if there is one that works.
-        source: how `PictureDataModule` reads the real pictures, such as train_split, val_share, crop.
+        source: how `ImageDataModule` reads the real images, such as train_split, val_share, crop.
 
     Raises:
-        UserError: no real pictures, no generated ones, or a person who is not among the real ones.
+        UserError: no real images, no generated ones, or a person who is not among the real ones.
     """
     labels, train, validation, generated, notes = _load(
         Path(generated_dir), Path(data_dir), image_size, seed=seed, progress=progress, **source
@@ -202,15 +202,15 @@ def evaluate_pictures(
         classifier = cached_classifier(train, num_classes, output_dir, seed, device, progress)
     else:
         notes.append(
-            f"{data_dir} has pictures of one person only, so there is nobody to take them for; distances are measured "
+            f"{data_dir} has images of one person only, so there is nobody to take them for; distances are measured "
             "in the features of an untrained network"
         )
         classifier = _untrained(num_classes, train, seed, device)
 
-    sides = [
-        _Side(data, *classifier.judge(data)) if data is not None else None for data in (generated, train, validation)
+    subsets = [
+        _Subset(data, *classifier.judge(data)) if data is not None else None for data in (generated, train, validation)
     ]
-    made, known, unseen = sides
+    made, known, unseen = subsets
     del classifier
     release_memory()
     people = {}
@@ -229,7 +229,7 @@ def evaluate_pictures(
         distances,
         copies,
         [
-            NearestPicture(
+            NearestImage(
                 generated.names[i], train.names[place], length.item(), _pixel_distance(generated, train, i, place)
             )
             for i, (place, length) in enumerate(zip(places.tolist(), lengths, strict=True))
@@ -245,93 +245,95 @@ def evaluate_pictures(
 # ---- what is compared
 def _load(
     generated_dir: Path, data_dir: Path, image_size: int | tuple[int, int] | None, progress: bool, **source: Any
-) -> tuple[dict[str, int], DecodedPictures, DecodedPictures | None, PictureFolder, list[str]]:
+) -> tuple[dict[str, int], DecodedImages, DecodedImages | None, ImageFolder, list[str]]:
     smallest = 16 if image_size is None else min(image_size) if isinstance(image_size, tuple) else image_size
     if smallest < 16:
         raise UserError(f"image_size {image_size} is too small to tell persons apart: take at least 16 pixels")
-    real = PictureDataModule(data_dir, image_size or smallest, num_workers=0, progress=progress, **source)
+    real = ImageDataModule(data_dir, image_size or smallest, num_workers=0, progress=progress, **source)
     labels = real.labels
     folders = {name: paths for name, paths in list_folders(generated_dir).items() if paths}
     if not folders:
         raise UserError(
-            f"No generated pictures in {generated_dir}; it holds {contents(generated_dir)}. Expected "
-            f"{listed(f'{name}/' for name in labels)} with {', '.join(PICTURE_EXTENSIONS)} pictures, as "
+            f"No generated images in {generated_dir}; it holds {contents(generated_dir)}. Expected "
+            f"{listed(f'{name}/' for name in labels)} with {', '.join(IMAGE_EXTENSIONS)} images, as "
             "python -m vavae_tools.sample writes them"
         )
     unknown = [name for name in folders if name not in labels]
     if unknown:
         raise UserError(
-            f"{generated_dir} has pictures of {listed(unknown)}, but {data_dir} knows {listed(labels, most=8)} only. "
-            "Rename the folder, or name the data the pictures were learnt from"
+            f"{generated_dir} has images of {listed(unknown)}, but {data_dir} knows {listed(labels, most=8)} only. "
+            "Rename the folder, or name the data the images were learnt from"
         )
     notes: list[str] = []
     if image_size is None:
         image_size = _common_size([path for paths in folders.values() for path in paths], notes)
         real.resize(image_size)
     if real.channels == 1 and channels_of(generated_dir) == 3:
-        notes.append("the generated pictures are stored in colour, the real ones in grey: all are compared in grey")
-    generated = PictureFolder(generated_dir, image_size, labels, real.channels, progress)
+        notes.append("the generated images are stored in colour, the real ones in grey: all are compared in grey")
+    generated = ImageFolder(generated_dir, image_size, labels, real.channels, progress)
     return labels, real.train_data, real.val_data, generated, notes
 
 
 def _common_size(paths: list[Path], notes: list[str]) -> tuple[int, int]:
-    """(height, width) of most of the pictures."""
+    """(height, width) of most of the images."""
     sizes: Counter[tuple[int, int]] = Counter()
     for path in paths:
         try:
-            with Image.open(path) as picture:
-                sizes[picture.height, picture.width] += 1
+            with Image.open(path) as image:
+                sizes[image.height, image.width] += 1
         except OSError as error:
-            raise UserError(f"{path} cannot be read as a picture ({error}): remove it or make it again") from None
+            raise UserError(f"{path} cannot be read as an image ({error}): remove it or make it again") from None
     (height, width), _ = sizes.most_common(1)[0]
     if len(sizes) > 1:
-        notes.append(f"the generated pictures have {len(sizes)} sizes, all are resized to {height}×{width}")
+        notes.append(f"the generated images have {len(sizes)} sizes, all are resized to {height}×{width}")
     return height, width
 
 
-def _untrained(num_classes: int, train: DecodedPictures, seed: int, device: str | torch.device) -> PersonClassifier:
-    """Features of random weights still tell sets of pictures apart (Naeem et al. 2020 measure with such)."""
+def _untrained(num_classes: int, train: DecodedImages, seed: int, device: str | torch.device) -> PersonClassifier:
+    """Features of random weights still tell sets of images apart (Naeem et al. 2020 measure with such)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return PersonClassifier(num_classes, train.image_size, train.channels).to(device)
 
 
-def _score(made: _Side, unseen: _Side | None, label: int | None, told_apart: bool) -> PersonScore:
-    def count_and_share(side: _Side | None) -> tuple[int, float | None]:
-        if side is None:
+def _score(made: _Subset, unseen: _Subset | None, label: int | None, told_apart: bool) -> PersonScore:
+    def count_and_share(subset: _Subset | None) -> tuple[int, float | None]:
+        if subset is None:
             return 0, None
-        right = side.right if label is None else side.right[side.data.labels == label]
+        right = subset.right if label is None else subset.right[subset.data.labels == label]
         return len(right), right.mean().item() if told_apart and len(right) else None
 
     return PersonScore(*count_and_share(made), *count_and_share(unseen))
 
 
 def _distances(
-    made: _Side, known: _Side, unseen: _Side | None, labels: dict[str, int], seed: int, notes: list[str]
+    made: _Subset, known: _Subset, unseen: _Subset | None, labels: dict[str, int], seed: int, notes: list[str]
 ) -> SetDistances | None:
     if unseen is None:
         notes.append(
-            "no real validation pictures: no distances, and no accuracy to compare with (split with --val_ratio)"
+            "no real validation images: no distances, and no accuracy to compare with (split with --val_ratio)"
         )
         return None
-    sides = [made, known, unseen]
+    subsets = [made, known, unseen]
     shares, few = {}, []
     for name, label in labels.items():
-        fewest = min(int((side.data.labels == label).sum()) for side in sides)
+        fewest = min(int((subset.data.labels == label).sum()) for subset in subsets)
         if fewest >= _FEWEST:
             shares[label] = fewest
         elif (made.data.labels == label).any():
             few.append(name)
     if few:
         scope = "the distances leave them out" if shares else "no distances"
-        notes.append(f"{listed(few)}: fewer than {_FEWEST} generated, training or validation pictures, so {scope}")
+        notes.append(f"{listed(few)}: fewer than {_FEWEST} generated, training or validation images, so {scope}")
     if not shares:
         return None
     frechet = torch.zeros(2, dtype=torch.float64)
     for draw in range(_DRAWS):
-        generated, real, reference = (_same_mix(side, shares, seed * _DRAWS + draw) for side in sides)
+        generated, real, reference = (_same_mix(subset, shares, seed * _DRAWS + draw) for subset in subsets)
         frechet += torch.tensor([frechet_distance(generated, reference), frechet_distance(real, reference)])
-    generated, real, reference = ([side.features[side.data.labels == label] for label in shares] for side in sides)
+    generated, real, reference = (
+        [subset.features[subset.data.labels == label] for label in shares] for subset in subsets
+    )
     return SetDistances(
         sum(shares.values()),
         *(frechet / _DRAWS).tolist(),
@@ -340,18 +342,18 @@ def _distances(
     )
 
 
-def _same_mix(side: _Side, shares: dict[int, int], seed: int) -> Tensor:
-    """The features of `shares[label]` pictures of each label, drawn at random."""
+def _same_mix(subset: _Subset, shares: dict[int, int], seed: int) -> Tensor:
+    """The features of `shares[label]` images of each label, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for label, n in shares.items():
-        places = (side.data.labels == label).nonzero().flatten()
+        places = (subset.data.labels == label).nonzero().flatten()
         chosen.append(places[torch.randperm(len(places), generator=generator)[:n]])
-    return side.features[torch.cat(chosen)]
+    return subset.features[torch.cat(chosen)]
 
 
-def _check_copies(made: _Side, known: _Side, unseen: _Side | None) -> tuple[CopyCheck, Tensor, Tensor]:
-    """The check, and for each generated picture the place of the nearest training picture and its distance."""
+def _check_copies(made: _Subset, known: _Subset, unseen: _Subset | None) -> tuple[CopyCheck, Tensor, Tensor]:
+    """The check, and for each generated image the place of the nearest training image and its distance."""
     places, lengths = nearest(made.features, known.features)
     limit = nearest(known.features)[1].quantile(0.01).item() if len(known.features) > 1 else 0.0
     usual = nearest(unseen.features, known.features)[1] if unseen else None
@@ -364,8 +366,8 @@ def _check_copies(made: _Side, known: _Side, unseen: _Side | None) -> tuple[Copy
     return check, places, lengths
 
 
-def _pixel_distance(generated: PictureFolder, train: DecodedPictures, i: int, place: int) -> float:
-    a, b = (to_unit(data.__getitems__([row])["pictures"]) for data, row in ((generated, i), (train, place)))
+def _pixel_distance(generated: ImageFolder, train: DecodedImages, i: int, place: int) -> float:
+    a, b = (to_unit(data.__getitems__([row])["images"]) for data, row in ((generated, i), (train, place)))
     return (a - b).square().mean().sqrt().item()
 
 
@@ -373,9 +375,9 @@ def _pixel_distance(generated: PictureFolder, train: DecodedPictures, i: int, pl
 def _figures(
     people: dict[str, PersonScore],
     labels: dict[str, int],
-    made: _Side,
-    known: _Side,
-    unseen: _Side | None,
+    made: _Subset,
+    known: _Subset,
+    unseen: _Subset | None,
     places: Tensor,
     lengths: Tensor,
     told_apart: bool,
@@ -383,7 +385,7 @@ def _figures(
     real = unseen or known
     rows = {}
     for name in list(people)[:: -(-len(people) // _MOST_ROWS)]:
-        rows[name] = torch.cat([_some(side.data, labels[name]) for side in (real, made)])
+        rows[name] = torch.cat([_some(subset.data, labels[name]) for subset in (real, made)])
     titles = ["real", *[""] * (_FEW - 1), "generated"]
     figures = {"real_and_generated": show_rows(rows, titles, gap_after=_FEW)}
     closest = lengths.argsort()[: 2 * _FEW]
@@ -393,40 +395,40 @@ def _figures(
         f"{name_of[one]} / {name_of[other]}\ndistance {length:.2f}" for one, other, length in zip(*shown, strict=True)
     ]
     pairs = {
-        "generated": made.data.__getitems__(closest)["pictures"],
-        "nearest in training": known.data.__getitems__(places[closest])["pictures"],
+        "generated": made.data.__getitems__(closest)["images"],
+        "nearest in training": known.data.__getitems__(places[closest])["images"],
     }
     figures["generated_and_nearest"] = show_rows(pairs, titles)
     if told_apart:
-        groups = {"generated": [100 * score.generated_right for score in people.values()]}
+        groups = {"generated": [100 * score.generated_accuracy for score in people.values()]}
         if unseen is not None:
-            groups = {"real": [100 * (score.validation_right or 0.0) for score in people.values()], **groups}
-        figures["right_person"] = plot_bars(groups, list(people), "named rightly, %")
+            groups = {"real": [100 * (score.validation_accuracy or 0.0) for score in people.values()], **groups}
+        figures["right_person"] = plot_bars(groups, list(people), "accuracy, %")
     return figures
 
 
-def _some(data: DecodedPictures, label: int) -> Tensor:
-    """A few pictures of one label, from its first to its last; white where there are too few."""
+def _some(data: DecodedImages, label: int) -> Tensor:
+    """A few images of one label, from its first to its last; white where there are too few."""
     places = (data.labels == label).nonzero().flatten()
     if len(places) > _FEW:
         places = places[torch.linspace(0, len(places) - 1, _FEW).long()]
     white = torch.full((_FEW - len(places), data.channels, *data.image_size), 255, dtype=torch.uint8)
-    return torch.cat([data.__getitems__(places)["pictures"], white]) if len(places) else white
+    return torch.cat([data.__getitems__(places)["images"], white]) if len(places) else white
 
 
 def _distance_rows(d: SetDistances) -> list[tuple[str, ...]]:
     return [
-        ("to real validation pictures from", "generated", "real training", ""),
+        ("to real validation images from", "generated", "real training", ""),
         ("Fréchet distance", f"{d.frechet_generated:.3g}", f"{d.frechet_real:.3g}", f"{d.times_real:.1f} times"),
         ("kernel distance [95 %]", str(d.kernel_generated), str(d.kernel_real), ""),
     ]
 
 
 def _copy_line(copies: CopyCheck) -> str:
-    line = "nearest training picture: "
+    line = "nearest training image: "
     if copies.times_validation is not None:
-        line += f"{copies.times_validation:.2f} times as far as from real validation pictures (median); "
-    line += f"{percent(copies.generated_within)} are as near as the nearest 1 % of training pictures are to each other"
+        line += f"{copies.times_validation:.2f} times as far as from real validation images (median); "
+    line += f"{percent(copies.generated_within)} are as near as the nearest 1 % of training images are to each other"
     if copies.validation_within is not None:
-        line += f" (real validation pictures: {percent(copies.validation_within)})"
+        line += f" (real validation images: {percent(copies.validation_within)})"
     return line

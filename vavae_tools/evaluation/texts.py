@@ -13,14 +13,14 @@ from torch import Tensor
 from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.diffusion.solvers import time_grid
-from vavae_tools.evaluation.bits import BitsPerToken, bits_per_token, chosen_pictures, unigram_bits
+from vavae_tools.evaluation.bits import BitsPerToken, bits_per_token, chosen_images, unigram_bits
 from vavae_tools.evaluation.metrics import aligned, percent
 from vavae_tools.evaluation.novelty import COPIED_SPAN, NGRAMS, KnownTexts, Novelty, novelty
-from vavae_tools.pipelines.tokens import TokenImagePipeline, Written
+from vavae_tools.pipelines.tokens import TokenImageOutput, TokenImagePipeline
 from vavae_tools.plots import plot_curves, save_figures
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import write_json, written_whole
+from vavae_tools.runtime.files import atomic_write, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 TIMES = tuple(step / 20 for step in range(1, 20))
 
 
-def valid_share(code: TokenCode, pictures: Tensor, mask: Tensor) -> float:
+def valid_share(code: TokenCode, images: Tensor, mask: Tensor) -> float:
     """Return the share of cells whose signs are exactly those of a token's code; NaN where there is no cell.
 
     Args:
-        pictures: (B, C, H, W), as a `TokenImagePipeline` predicted them.
+        images: (B, C, H, W), as a `TokenImagePipeline` predicted them.
         mask: pixels of the cells that count, (B, H, W).
     """
-    return code.is_valid(code.cells_of(pictures)[code.over_cells(mask)]).double().mean().item()
+    return code.is_valid(code.cells_of(images)[code.mask_to_cells(mask)]).double().mean().item()
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """What comes back exactly of clean pictures that were noised to t."""
+    """What comes back exactly of clean images that were noised to t."""
 
     t: float
     cells: float
     """Share of the tokens."""
-    pictures: float
-    """Share of the pictures with all of their tokens."""
+    images: float
+    """Share of the images with all of their tokens."""
 
 
 def reconstruction_curve(
@@ -58,21 +58,21 @@ def reconstruction_curve(
     steps: int = 20,
     seed: int = 0,
 ) -> list[Recovered]:
-    """Noise pictures of the data to time t, denoise them from there on, and compare the tokens.
+    """Noise images of the data to time t, denoise them from there on, and compare the tokens.
 
-    A chat's prompt is known and does not count. All times see the same pictures and the same noise.
+    A chat's prompt is known and does not count. All times see the same images and the same noise.
 
     Args:
         times: from 0, noise, to below 1, the data.
-        count: pictures, chosen at random.
+        count: images, chosen at random.
         steps: of the whole way from 0 to 1.
     """
     for t in times:
         if not 0 <= t < 1:
             raise UserError(f"time {t:g}: expected times from 0 (noise) to below 1 (data)")
     grid = time_grid(steps, 1 / pipe.config.time_shift)
-    lost, seen = torch.zeros(len(times), 2).double(), torch.zeros(2).double()  # cells, pictures
-    for chosen in chosen_pictures(data, count, seed):
+    lost, seen = torch.zeros(len(times), 2).double(), torch.zeros(2).double()  # cells, images
+    for chosen in chosen_images(data, count, seed):
         draws, shape = Draws(seed, 0, chosen.index.to(pipe.device)), chosen.clean.shape[1:]
         noise = draws.normal("noise to start from", *shape).cpu()
         seen += torch.tensor([chosen.counted.sum(), len(chosen.counted)])
@@ -113,7 +113,7 @@ class TokenReport:
     Attributes:
         scores: by set: "samples" and "completions", of chats "answers", and "real" texts that validate.
         bits: by subset, "validation" and "training"; `unigram_bits`, of token frequencies alone, is their scale.
-        curve: what comes back of noised pictures of the subset `curve_of`.
+        curve: what comes back of noised images of the subset `curve_of`.
         notes: what could not be measured, and why.
     """
 
@@ -139,8 +139,8 @@ class TokenReport:
         lines = [self._summary()]
         if self.scores:
             lines += ["", *aligned(_rows(self.scores))]
-        sides = ", ".join(f"{side} {bits}" for side, bits in self.bits.items())
-        lines += ["", f"bits per token, at most: {sides} (by their frequencies alone {self.unigram_bits:.3f})"]
+        subsets = ", ".join(f"{subset} {bits}" for subset, bits in self.bits.items())
+        lines += ["", f"bits per token, at most: {subsets} (by their frequencies alone {self.unigram_bits:.3f})"]
         few = self.curve[:: -(-len(self.curve) // 7)]
         rows = [(f"noised {self.curve_of}, from t =", *(f"{one.t:.2f}" for one in few))]
         rows += [(f"{name} that come back", *(percent(getattr(one, name)) for one in few)) for name in _CURVES]
@@ -159,11 +159,11 @@ class TokenReport:
             if name != "real":
                 right = f"{percent(scores.right)} right, " if scores.right is not None else ""
                 said.append(f"{scores.texts:,} {name}, {right}{percent(scores.novelty.whole)} copied whole")
-        side, bits = next(iter(self.bits.items()))
-        return "; ".join([*said, f"{bits.bits:.2f} bits per token of {side} texts"]) + f" ({self.data})"
+        subset, bits = next(iter(self.bits.items()))
+        return "; ".join([*said, f"{bits.bits:.2f} bits per token of {subset} texts"]) + f" ({self.data})"
 
 
-_CURVES = {"cells": "cells", "pictures": "whole pictures"}
+_CURVES = {"cells": "cells", "images": "whole images"}
 
 
 def _rows(scores: dict[str, TextScores]) -> list[tuple[str, ...]]:
@@ -196,7 +196,7 @@ def evaluate_tokens(
     num_inference_steps: int = 100,
     seed: int = 0,
     is_right: Callable[..., bool | float] | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> TokenReport:
     """Write texts and compare them with the data; write `evaluation.json`, `samples.jsonl` and a figure.
 
@@ -204,7 +204,7 @@ def evaluate_tokens(
     answers to questions that validate. Beside them stand as many real texts that validate.
 
     Args:
-        train, val: the subsets of the data (`TokenImageDataset.sides`).
+        train, val: the subsets of the data (`TokenImageDataset.subsets`).
         output_dir: None: nothing is written.
         is_right: text → whether, or how far, it is right, such as `data.sentences.grammatical_share`; of chats
             (question, answer) →, such as `data.sentences.answers`.
@@ -214,10 +214,10 @@ def evaluate_tokens(
     """
     if (pipe.code.config, pipe.img_size) != (train.code.config, train.img_size):
         raise UserError(
-            f"The model draws {pipe.code.config} in pictures of {pipe.img_size}, the data {train.code.config} in "
-            f"pictures of {train.img_size}: give both the same tokenizer, cell_size, channels and img_size"
+            f"The model draws {pipe.code.config} in images of {pipe.img_size}, the data {train.code.config} in "
+            f"images of {train.img_size}: give both the same tokenizer, cell_size, channels and img_size"
         )
-    side, real = ("validation", val) if val is not None else ("training", train)
+    subset, real = ("validation", val) if val is not None else ("training", train)
     chats, notes = train.use_chat_template, []
     if val is None:
         missing = "answers are to training questions," if chats else "no completions,"
@@ -233,19 +233,19 @@ def evaluate_tokens(
         if prompts:
             asked["answers" if chats else "completions"] = prompts
         else:
-            notes.append(f"no {side} text begins with a prompt that leaves room to go on: nothing was completed")
+            notes.append(f"no {subset} text begins with a prompt that leaves room to go on: nothing was completed")
     scores, texts = {}, []
     for name, prompts in asked.items():
         count = num_samples if prompts is None else len(prompts)
-        say(f"writing {count:,} {name} in {num_inference_steps} steps")
+        log(f"writing {count:,} {name} in {num_inference_steps} steps")
         of_what = {"num_samples": count} if prompts is None else {"prompts": prompts}
         written = pipe(**of_what, num_inference_steps=num_inference_steps, seed=seed)
         scores[name] = known.scores(written, prompts)
         texts += zip(written.texts, map(train.text, prompts) if prompts else [None] * count, strict=True)
     if val is not None:
         scores["real"] = known.of_real(val, chosen)
-    say("measuring bits per token and what comes back from noise")
-    bits = {side: bits_per_token(pipe, real, seed=seed)}
+    log("measuring bits per token and what comes back from noise")
+    bits = {subset: bits_per_token(pipe, real, seed=seed)}
     if val is not None:
         bits["training"] = bits_per_token(pipe, train, seed=seed)
     curve = reconstruction_curve(pipe, real, seed=seed)
@@ -260,7 +260,7 @@ def evaluate_tokens(
         scores,
         bits,
         known.unigram_bits,
-        side,
+        subset,
         curve,
         notes,
         None if output_dir is None else str(output_dir),
@@ -269,7 +269,7 @@ def evaluate_tokens(
     if output_dir is not None:
         folder = Path(output_dir)
         save_figures(report.figures, folder / "figures")
-        with written_whole(folder / "samples.jsonl") as partial:
+        with atomic_write(folder / "samples.jsonl") as partial:
             lines = [json.dumps({"text": text, "prompt": prompt}, ensure_ascii=False) for text, prompt in texts]
             partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         write_json(folder / "evaluation.json", report.as_dict())
@@ -277,7 +277,7 @@ def evaluate_tokens(
 
 
 class _Known:
-    """The training side, to look up in, and what is right."""
+    """The training subset, to look up in, and what is right."""
 
     def __init__(self, train: TokenImageDataset, is_right: Callable[..., bool | float] | None) -> None:
         self._data, self._is_right = train, is_right
@@ -285,13 +285,13 @@ class _Known:
         self.texts = KnownTexts([train.tokens_of(index) for index in range(len(train))], wholes)
         self.unigram_bits = unigram_bits(wholes)
 
-    def scores(self, written: Written, prompts: list[list[int]] | None) -> TextScores:
+    def scores(self, written: TokenImageOutput, prompts: list[list[int]] | None) -> TextScores:
         starts = prompts or [[]] * len(written.tokens)
         new = [row[len(start) :] for row, start in zip(written.tokens, starts, strict=True)]
         kept = [row[: len(start)] == start for row, start in zip(written.tokens, starts, strict=True)]
         return TextScores(
             len(new),
-            valid_share(self._data.code, written.pictures, written.mask * (1 - written.known)),
+            valid_share(self._data.code, written.images, written.mask * (1 - written.known)),
             self._right(starts, written.texts),
             sum(kept) / len(kept) if prompts else None,
             novelty(new, self.texts, new if self._data.use_chat_template else written.tokens),

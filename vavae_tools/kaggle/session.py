@@ -21,12 +21,12 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
-from vavae_tools.data.folders import PICTURE_EXTENSIONS
-from vavae_tools.data.split_report import INFO_NAME, SIDES
+from vavae_tools.data.folders import IMAGE_EXTENSIONS
+from vavae_tools.data.split_report import INFO_NAME, SUBSETS
 from vavae_tools.kaggle import Unavailable, ask
 from vavae_tools.paths import DEEPEST, KAGGLE_INPUT
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import read_checkpoint, written_whole
+from vavae_tools.runtime.files import atomic_write, read_checkpoint
 
 NEEDED = (
     *("last.ckpt", "best-*.ckpt", "epoch=*.ckpt", "*.safetensors", "*.pt", "*.json", "*.yaml"),
@@ -42,7 +42,7 @@ MANIFEST = re.compile(r"session-[0-9a-f]{12}\.json")
 PACK = "small-files.pack"
 DATASET = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)/([a-z0-9][a-z0-9-]{4,48}[a-z0-9])(?:/[1-9][0-9]*)?")
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def push_session(
     work: str | Path,
     dataset: str | None,
     message: str = "",
-    pictures: bool = False,
+    images: bool = False,
     wait: float = 600.0,
     optional: bool = True,
-    say: Say = print,
+    log: Log = print,
 ) -> Session | None:
     """Push what the next session needs as a private Kaggle dataset: a new one, or its next version.
 
@@ -85,7 +85,7 @@ def push_session(
         work: the folder that outputs are in.
         dataset: "owner/name"; None pushes nothing.
         message: notes of this version, by default how far each run is.
-        pictures: push the split's pictures too.
+        images: push the split's images too.
         wait: seconds in which Kaggle must list the new version.
         optional: return None and say why where Kaggle cannot be used, in place of raising it.
 
@@ -94,11 +94,11 @@ def push_session(
             before is kept.
     """
     try:
-        return _push(Path(work), dataset, message, pictures, wait, say)
+        return _push(Path(work), dataset, message, images, wait, log)
     except Unavailable as reason:
         if not optional:
             raise
-        say(f"not pushed: {reason}")
+        log(f"not pushed: {reason}")
         return None
 
 
@@ -107,7 +107,7 @@ def pull_session(
     dataset: str | None = None,
     input_roots: Sequence[Path] = (KAGGLE_INPUT,),
     optional: bool = True,
-    say: Say = print,
+    log: Log = print,
 ) -> Session | None:
     """Put the newest state into `work`, so that `resume="last"` resumes it; what is newer there is kept.
 
@@ -128,15 +128,15 @@ def pull_session(
         with TemporaryDirectory(prefix="vavae-pull-") as folder:
             if attached is None:
                 attached = _downloaded(dataset, Path(folder))
-            return _put(attached, work, say)
+            return _put(attached, work, log)
     except Unavailable as reason:
         if not optional:
             raise
-        say(f"nothing pulled: {reason}")
+        log(f"nothing pulled: {reason}")
         return None
 
 
-def session_files(work: Path, pictures: bool = False) -> list[str]:
+def session_files(work: Path, images: bool = False) -> list[str]:
     """Return the files below `work` that a next session needs, as paths relative to it."""
     found = []
     for name, folders, names in os.walk(work):
@@ -149,20 +149,20 @@ def session_files(work: Path, pictures: bool = False) -> list[str]:
             if (child == ".hydra" or not child.startswith("."))
             and child not in NEVER
             and not any((folder / child / mark).exists() for mark in (".git", "pyproject.toml"))
-            and (pictures or not (split and child in SIDES))
+            and (images or not (split and child in SUBSETS))
         )
         whole = any(fnmatch(part, pattern) for part in place.parts for pattern in WHOLE_FOLDERS)
         in_split = any((work / parent / INFO_NAME).is_file() for parent in place.parents)
         for name in sorted(names):
-            picture = name.rpartition(".")[2].lower() in PICTURE_EXTENSIONS
-            wanted = (pictures and in_split) if picture else whole or any(fnmatch(name, form) for form in NEEDED)
+            image = name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+            wanted = (images and in_split) if image else whole or any(fnmatch(name, form) for form in NEEDED)
             if wanted and not name.startswith("."):
                 found.append((place / name).as_posix())
     return found
 
 
 # ---- there
-def _push(work: Path, dataset: str | None, message: str, pictures: bool, wait: float, say: Say) -> Session:
+def _push(work: Path, dataset: str | None, message: str, images: bool, wait: float, log: Log) -> Session:
     if not dataset:
         raise Unavailable('no dataset is named; "your-name/your-run" is made where there is none')
     owner, name, *version = _check_name(dataset).split("/")
@@ -170,7 +170,7 @@ def _push(work: Path, dataset: str | None, message: str, pictures: bool, wait: f
         raise UserError(f"--dataset {dataset}: a version is made, not chosen: name {owner}/{name}")
     if not work.is_dir():
         raise UserError(f"No such folder: {work}. Name the one that holds checkpoints/, latents/ …")
-    paths = session_files(work, pictures)
+    paths = session_files(work, images)
     if not any(path.endswith((".ckpt", ".safetensors", ".pt")) for path in paths):
         raise UserError(f"Nothing to push in {work}: it holds no checkpoint, latents or model. Train first")
     with TemporaryDirectory(prefix="vavae-push-") as folder:
@@ -180,12 +180,12 @@ def _push(work: Path, dataset: str | None, message: str, pictures: bool, wait: f
         session = Session(dataset, steps, tuple(files))
         marker = write_manifest(staging, {"dataset": dataset, "made": time.time(), "steps": steps, "files": files})
         expected = {path.name: path.stat().st_size for path in staging.iterdir()}
-        say(f"pushing {len(files):,} files ({sum(expected.values()) / 1e6:,.1f} MB) from {work}")
+        log(f"pushing {len(files):,} files ({sum(expected.values()) / 1e6:,.1f} MB) from {work}")
         request = {"do": "push", "dataset": dataset, "folder": str(staging), "files": expected, "marker": marker}
         done = ask({**request, "message": message or session.progress, "wait": wait}, Path(folder))
     kind = "a new private dataset" if done["created"] else "a new version"
-    say(f"pushed {kind}, every file is listed whole ({session})")
-    say(f"next session: attach {dataset}, or have it downloaded: python -m vavae_tools.kaggle_session pull")
+    log(f"pushed {kind}, every file is listed whole ({session})")
+    log(f"next session: attach {dataset}, or have it downloaded: python -m vavae_tools.kaggle_session pull")
     return session
 
 
@@ -361,7 +361,7 @@ def _source_in(folder: Path, name: str | None = None) -> Source:
 def _outputs_in(folder: Path) -> Source:
     """The outputs of a notebook as they are."""
     files = {}
-    for path in session_files(folder, pictures=True):
+    for path in session_files(folder, images=True):
         state = (folder / path).stat()
         entry = {"bytes": state.st_size, "mtime": state.st_mtime, "stored": path, "sha256": _digest(folder / path)}
         files[path] = entry
@@ -382,7 +382,7 @@ def _is_last(path: str) -> bool:
     return path.endswith("last.ckpt")
 
 
-def _put(source: Source, work: Path, say: Say) -> Session:
+def _put(source: Source, work: Path, log: Log) -> Session:
     """Copy into `work`, each file whole and the last checkpoints last, what is not newer there."""
     source.check()
     runs: dict[str, list[str]] = {}
@@ -391,8 +391,8 @@ def _put(source: Source, work: Path, say: Say) -> Session:
     wanted, kept = [], []
     for run, paths in runs.items():
         info = f"{run}/{INFO_NAME}" if run != "." else INFO_NAME
-        if paths == [info] and not (work / run / SIDES[0]).is_dir():
-            say(f"left out: {info}, which is no split without its pictures; notebook 01 makes the same one again")
+        if paths == [info] and not (work / run / SUBSETS[0]).is_dir():
+            log(f"left out: {info}, which is no split without its images; notebook 01 makes the same one again")
             continue
         here, there = _progress(work, run, paths), source.steps.get(run)
         differing = [path for path in paths if _differs(work / path, source.files[path])]
@@ -407,20 +407,20 @@ def _put(source: Source, work: Path, say: Say) -> Session:
             kept.append(run)
             of_both = [f"step {state[0]:,}" for state in (here, there) if state]
             compared = f" ({' against '.join(of_both)})" if here else ""
-            say(f"kept: {work / run} is newer than what {source.name} holds{compared}")
+            log(f"kept: {work / run} is newer than what {source.name} holds{compared}")
     size = sum(source.files[path]["bytes"] for path in wanted)
     work.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(work).free < size:
         raise UserError(f"{work} has no space for the {size / 1e6:,.0f} MB of {source.name}: free some and try again")
     for path, _, file in source.contents():
         if path in wanted:
-            with written_whole(work / path) as partial, partial.open("wb") as target:
+            with atomic_write(work / path) as partial, partial.open("wb") as target:
                 shutil.copyfileobj(file, target, 2**20)
     session = Session(source.name, source.steps, tuple(wanted), tuple(kept))
-    say(f"found {session}")
-    say(f"put {len(wanted):,} files into {work} ({size / 1e6:,.1f} MB; {len(source.files) - len(wanted):,} stay)")
+    log(f"found {session}")
+    log(f"put {len(wanted):,} files into {work} ({size / 1e6:,.1f} MB; {len(source.files) - len(wanted):,} stay)")
     if any(run not in kept for run in source.steps):
-        say('next: resume = "last" in the notebook of that run, or --resume last')
+        log('next: resume = "last" in the notebook of that run, or --resume last')
     return session
 
 

@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from vavae_tools.checkpoints.formats import is_checkpoint, read_any
+from vavae_tools.checkpoints.formats import is_checkpoint, read_any_format
 from vavae_tools.data.images import to_pixels
 from vavae_tools.diffusion import conditioning
 from vavae_tools.diffusion.factory import make_denoiser
@@ -39,8 +39,8 @@ Generators = torch.Generator | list[torch.Generator] | None
 PLAN = "plan"
 """What the first of several processes shares once it has found nothing wrong."""
 KINDS = {
-    "LatentDiTPipeline": "makes pictures of classes: load it by load_pipeline",
-    "TextToImagePipeline": 'makes pictures from sentences: say which, with --prompt "…" (in Python load_text_pipeline)',
+    "LatentDiTPipeline": "makes images of classes: load it by load_pipeline",
+    "TextToImagePipeline": 'makes images from sentences: say which, with --prompt "…" (in Python load_text_pipeline)',
     "TokenImagePipeline": "makes texts: load it by load_token_pipeline",
 }
 """Class → what is said to who takes its folder or checkpoint for another one's."""
@@ -49,7 +49,7 @@ KINDS = {
 class DenoiserPipeline(DiffusionPipeline):
     """A denoiser that was trained with the objective in `config.objective`, and a solver that fits it."""
 
-    makes = "picture"
+    makes = "image"
 
     @cached_property
     def objective(self) -> Objective | None:
@@ -69,7 +69,7 @@ class ImagePipeline(DenoiserPipeline):
     """Noise → latents → images, by a denoiser that is told something and an autoencoder."""
 
     @property
-    def picture_size(self) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
         """Height and width of the images, in pixels."""
         height, width = self.denoiser.latent_shape[1:]
         return height * self.vae.downsampling, width * self.vae.downsampling
@@ -201,7 +201,7 @@ def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
-    checkpoint = read_any(path, lambda line: None)
+    checkpoint = read_any_format(path, lambda line: None)
     if "denoiser_config" not in checkpoint.get("hyper_parameters", {}):
         raise UserError(f"{path} is no checkpoint of DiT training (it holds {', '.join(list(checkpoint)[:4])} …)")
     return checkpoint

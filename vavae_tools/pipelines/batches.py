@@ -71,7 +71,7 @@ def _fewer(pipe: DiffusionPipeline, tried: int) -> int:
     return tried // 2
 
 
-def placed(pipe: Pipeline, device: str | torch.device) -> Pipeline:
+def move_to_device(pipe: Pipeline, device: str | torch.device) -> Pipeline:
     """Return the pipeline, moved to a device; `UserError` if it has no room there."""
     try:
         return pipe.to(device)
@@ -111,7 +111,7 @@ def bytes_of_one(pipe: DiffusionPipeline) -> int:
     of_denoiser = 2 * 20 * denoiser.rows * denoiser.columns * width * denoiser.dtype.itemsize
     if vae is None:
         return int(of_denoiser)
-    pixels = math.prod(pipe.picture_size)
+    pixels = math.prod(pipe.image_size)
     if "block_out_channels" in vae.config:
         numbers = 7.5 * np.mean(vae.config.block_out_channels[:2]) * pixels
     else:
@@ -176,4 +176,4 @@ def decoded(pipe: DiffusionPipeline, latents: Tensor, precision: str, labels: Te
     def decode(rows: Rows) -> Tensor:
         return pipe.vae.decode_latents(latents[rows], None if labels is None else labels[rows])
 
-    return all_finite(pipe, len(latents), "16" if half else "32", decode, "pictures")
+    return all_finite(pipe, len(latents), "16" if half else "32", decode, "images")

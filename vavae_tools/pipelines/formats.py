@@ -19,11 +19,11 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
 
-from vavae_tools.data.images import save_picture
-from vavae_tools.pipelines.tokens import Prompt, Written
-from vavae_tools.plots import picture_grid, show_pictures
+from vavae_tools.data.images import save_image
+from vavae_tools.pipelines.tokens import Prompt, TokenImageOutput
+from vavae_tools.plots import image_grid, show_images
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import write_json, written_whole
+from vavae_tools.runtime.files import atomic_write, write_json
 from vavae_tools.runtime.precision import PRECISIONS
 
 RECORD, GRID = "samples.json", "grid.png"
@@ -44,7 +44,7 @@ class SampleFiles:
 
     globs: tuple[str, ...]
     ours: re.Pattern[str]
-    family, unit = "folders", "picture"
+    family, unit = "folders", "image"
     order: dict[str, Any] | None = None
 
     def __init__(self, output_dir: Path, count: int, shown: dict[str, str]) -> None:
@@ -70,7 +70,7 @@ class SampleFiles:
                 path.unlink(missing_ok=True)
 
 
-class Pngs(SampleFiles):
+class PngFolder(SampleFiles):
     """A file for each image, by default in a folder for each class."""
 
     globs, ours = ("*/*.png",), re.compile(r"seed\d+_\d{5,}\.png")
@@ -89,7 +89,7 @@ class Pngs(SampleFiles):
 
     def _write(self, image: Tensor, name: str) -> int:
         if new := not (self.output_dir / name).is_file():
-            save_picture(image, self.output_dir / name)
+            save_image(image, self.output_dir / name)
         return new
 
     def finish(self, batches: Sequence[Batch]) -> list[Path]:
@@ -97,7 +97,7 @@ class Pngs(SampleFiles):
         return [self.output_dir / name for name in self.names]
 
 
-class PromptPngs(Pngs):
+class PromptPngFolder(PngFolder):
     """00000.png …, and a grid of the first of them, each below its prompt."""
 
     globs, ours, family = ("*.png",), re.compile(r"\d{5,}\.png|grid\.png"), "prompts"
@@ -106,8 +106,8 @@ class PromptPngs(Pngs):
         paths = super().finish(batches)
         titles = [textwrap.shorten(self.shown[path.name], 90, placeholder=" …") for path in paths[:SHOWN]]
         images = [Image.open(path).convert("RGB") for path in paths[:SHOWN]]
-        figure = show_pictures(images, min(8, len(images)), titles, 1.6)
-        with written_whole(self.output_dir / GRID) as partial:
+        figure = show_images(images, min(8, len(images)), titles, 1.6)
+        with atomic_write(self.output_dir / GRID) as partial:
             figure.savefig(partial, format="png")
         return paths
 
@@ -129,19 +129,19 @@ class OneFile(SampleFiles):
         return [(self._write, batch, made)]
 
     def _write(self, batch: Batch, made: Any) -> int:
-        with written_whole(self._part(batch)) as partial:
+        with atomic_write(self._part(batch)) as partial:
             self.write(partial, batch, made)
         return batch[1] - batch[0]
 
     def finish(self, batches: Sequence[Batch]) -> list[Path]:
         if not self.path.is_file():
-            with written_whole(self.path) as partial:
+            with atomic_write(self.path) as partial:
                 self.join(partial, [self._part(batch) for batch in batches])
         shutil.rmtree(self._part((0, 0)).parent, ignore_errors=True)
         return [self.path]
 
 
-class Npz(OneFile):
+class NpzFile(OneFile):
     """arr_0 uint8 (N, H, W, 3) and arr_1 the labels int64 (N,), as ADM's evaluator reads it."""
 
     globs, ours = ("samples_*.npz", ".parts/*.npy"), re.compile(r"samples_\d+x\d+x\d+x3\.npz|\d+-\d+\.npy")
@@ -175,7 +175,7 @@ class Npz(OneFile):
                         file.write(some.tobytes())
 
 
-class Jsonl(OneFile):
+class JsonlFile(OneFile):
     """texts.jsonl, {"text": …, "prompt": …} in each line, and a grid of the first batch's images."""
 
     globs, ours = ("texts.jsonl", GRID, ".texts/*.jsonl"), re.compile(r"texts\.jsonl|grid\.png|\d+-\d+\.jsonl")
@@ -185,11 +185,11 @@ class Jsonl(OneFile):
         super().__init__(output_dir, count, {})
         self.prompts, self.path = prompts, output_dir / "texts.jsonl"
 
-    def write(self, path: Path, batch: Batch, made: Written) -> None:
+    def write(self, path: Path, batch: Batch, made: TokenImageOutput) -> None:
         if batch[0] == 0:
-            images = made.pictures[:SHOWN]
+            images = made.images[:SHOWN]
             images = images[:, : 3 if images.shape[1] >= 3 else 1]  # codes may have other numbers of channels
-            save_picture(picture_grid(images, min(8, len(images))), self.output_dir / GRID)
+            save_image(image_grid(images, min(8, len(images))), self.output_dir / GRID)
         with path.open("w", encoding="utf-8", newline="\n") as file:
             for number, text in enumerate(made.texts, batch[0]):
                 asked = {"prompt": self.prompts[number % len(self.prompts)]} if self.prompts else {}

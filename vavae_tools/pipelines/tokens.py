@@ -17,8 +17,8 @@ from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.data.tokens.text_files import Chat
 from vavae_tools.data.tokens.tokenizer import TextTokens, load_tokenizer
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.layers import Kept, kept_patches
-from vavae_tools.diffusion.objectives import CleanPrediction, Objective, objective_of, with_known
+from vavae_tools.diffusion.layers import TokenSubset, select_tokens
+from vavae_tools.diffusion.objectives import Objective, SamplePrediction, objective_of, with_known
 from vavae_tools.diffusion.solvers import make_solver, sample, time_grid
 from vavae_tools.pipelines.base import (
     DenoiserPipeline,
@@ -32,18 +32,18 @@ from vavae_tools.pipelines.batches import Rows, all_finite, in_batches, precisio
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 
-LIKE = 100
+MIN_SIMILAR_CHATS = 100
 """Chats whose prompts are nearest in length say how long an answer is."""
 Prompt = str | Chat | list[int]
 """A text, messages, or the token numbers of either."""
 
 
-class Written(NamedTuple):
+class TokenImageOutput(NamedTuple):
     """What a `TokenImagePipeline` made: texts are prompts with their continuations, or a chat's answers alone."""
 
     texts: list[str]
     tokens: list[list[int]]  # of all cells, those of the prompts too
-    pictures: Tensor  # float32 (N, C, H, W); known cells are ±1, the others as they were predicted
+    images: Tensor  # float32 (N, C, H, W); known cells are ±1, the others as they were predicted
     mask: Tensor  # 1 on all cells with a token, (N, H, W)
     known: Tensor  # 1 on the prompts' cells, (N, H, W)
 
@@ -60,7 +60,8 @@ class TokenImagePipeline(DenoiserPipeline):
         time_shift: above 1 most steps are made at high noise; `objectives.hiding_noise` is a good one.
         use_chat_template: it was trained on chats, and prompts are messages.
         answer_lengths: [tokens of the prompt, tokens of the answer, chats] of training: an answer's length is drawn
-            from those of about `LIKE` chats whose prompts are nearest in length; without it from `lengths`.
+            from those of about `MIN_SIMILAR_CHATS` chats whose prompts are nearest in length; without it from
+            `lengths`.
         objective: the config of what was trained with; None: the clean image.
         solver: one of `diffusion.SOLVERS`; None: steps with fresh noise, see eta of `__call__`.
 
@@ -94,7 +95,7 @@ class TokenImagePipeline(DenoiserPipeline):
 
     @cached_property
     def objective(self) -> Objective:
-        return objective_of(self.config.objective) if self.config.objective else CleanPrediction()
+        return objective_of(self.config.objective) if self.config.objective else SamplePrediction()
 
     def swap_solver(self, name: str) -> None:
         make_solver(name, self.objective)  # which is there, or says what is
@@ -142,7 +143,7 @@ class TokenImagePipeline(DenoiserPipeline):
         batch_size: int | None = None,
         numbers: Sequence[int] | None = None,
         precision: str | None = None,
-    ) -> Written:
+    ) -> TokenImageOutput:
         """Write texts.
 
         Args:
@@ -179,11 +180,11 @@ class TokenImagePipeline(DenoiserPipeline):
         with self.progress_bar(total=len(starts)) as bar:
             made = in_batches(self, len(starts), write, batch_size, bar.update)
         self.maybe_free_model_hooks()  # of `enable_model_cpu_offload`
-        pictures, mask, known = (torch.cat(parts) for parts in zip(*made, strict=True))
-        tokens = shown = self.code.decode(pictures, mask)
+        images, mask, known = (torch.cat(parts) for parts in zip(*made, strict=True))
+        tokens = shown = self.code.decode(images, mask)
         if self.config.use_chat_template:
             shown = [row[len(start) :] for row, start in zip(tokens, starts, strict=True)]
-        return Written([self.text_tokens.decode(row) for row in shown], tokens, pictures, mask, known)
+        return TokenImageOutput([self.text_tokens.decode(row) for row in shown], tokens, images, mask, known)
 
     # ---- beginnings and lengths
     def beginnings(self, prompts: Prompt | Sequence[Prompt] | None) -> list[list[int]]:
@@ -209,7 +210,7 @@ class TokenImagePipeline(DenoiserPipeline):
             found = f"token numbers from {min(tokens)} to {max(tokens)}"
             raise UserError(f"The prompt has {found}; they go from 0 to {most}")
         if len(tokens) >= self._cells:
-            raise UserError(f"The prompt has {len(tokens)} tokens, and a picture {self._cells} cells: shorten it")
+            raise UserError(f"The prompt has {len(tokens)} tokens, and an image {self._cells} cells: shorten it")
         return tokens
 
     def _new_lengths(self, starts: list[list[int]], wanted: int | None, seed: int, numbers: Tensor) -> list[int]:
@@ -231,7 +232,7 @@ class TokenImagePipeline(DenoiserPipeline):
             return torch.tensor(self.config.lengths, dtype=torch.float64)
         counts, of_prompt = torch.zeros(self._cells + 1, dtype=torch.float64), -1
         for prompt, answer, chats in sorted(self.config.answer_lengths, key=lambda row: abs(row[0] - known)):
-            if counts.sum() >= LIKE and abs(prompt - known) > of_prompt:
+            if counts.sum() >= MIN_SIMILAR_CHATS and abs(prompt - known) > of_prompt:
                 break
             counts[answer] += chats
             of_prompt = abs(prompt - known)
@@ -248,7 +249,7 @@ class TokenImagePipeline(DenoiserPipeline):
         eta: float,
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return images, their mask and what is known of them, on the CPU: see `Written`."""
+        """Return images, their mask and what is known of them, on the CPU: see `TokenImageOutput`."""
         known = torch.tensor([len(start) for start in starts])[:, None]
         lengths = known + torch.tensor(new)[:, None]
         place = torch.arange(int(lengths.max()))
@@ -256,7 +257,7 @@ class TokenImagePipeline(DenoiserPipeline):
         for row, start in zip(tokens, starts, strict=True):
             row[: len(start)] = torch.tensor(start, dtype=torch.int64)
         clean = self.code.draw(tokens, place < known, self.img_size)
-        mask, given = (self.code.over_pixels((place < until).float(), self.img_size) for until in (lengths, known))
+        mask, given = (self.code.spread_to_pixels((place < until).float(), self.img_size) for until in (lengths, known))
         numbers = numbers.to(self._execution_device)
 
         def denoise(rows: Rows) -> Tensor:
@@ -315,18 +316,20 @@ class TokenImagePipeline(DenoiserPipeline):
         made = sample(ask, solver, x, x, None, steps, objective=self.objective)
         return torch.where(known[:, None] > 0, clean, made)
 
-    def _ask(self, x: Tensor, t: Tensor, known: Tensor, clean: Tensor, kept: Kept) -> Tensor:
+    def _ask(self, x: Tensor, t: Tensor, known: Tensor, clean: Tensor, kept: TokenSubset) -> Tensor:
         conditioning = self.conditioner(torch.zeros(len(x), dtype=torch.int64, device=x.device))
         return self.denoiser(with_known(x, clean, known), t, conditioning, kept)[:, : x.shape[1]]
 
-    def _placed(self, x: Tensor, mask: Tensor, known: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor, Kept]:
+    def _placed(
+        self, x: Tensor, mask: Tensor, known: Tensor, clean: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, TokenSubset]:
         """Return x, known, clean and the cells of the mask where the pipeline computes."""
-        kept = kept_patches(mask, self.code.cell_size)
+        kept = select_tokens(mask, self.code.cell_size)
         x, known, clean, *kept = (values.to(self._execution_device) for values in (x, known, clean, *kept))
-        return x, known, clean, Kept(*kept)
+        return x, known, clean, TokenSubset(*kept)
 
     @torch.no_grad()
-    def predict(self, x: Tensor, t: Tensor, known: Tensor, clean: Tensor, kept: Kept) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, known: Tensor, clean: Tensor, kept: TokenSubset) -> Tensor:
         """Return the clean image that the denoiser tells from a noisy one, float32 (B, C, H, W) on its device.
 
         Args:
@@ -336,7 +339,7 @@ class TokenImagePipeline(DenoiserPipeline):
         """
         device = self._execution_device
         x, t, known, clean, *kept = (values.to(device) for values in (x, t, known, clean, *kept))
-        return self.objective.clean(self._ask(x, t, known, clean, Kept(*kept)).float(), x, t)
+        return self.objective.clean(self._ask(x, t, known, clean, TokenSubset(*kept)).float(), x, t)
 
 
 # ---- what is asked

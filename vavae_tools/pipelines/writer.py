@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 from vavae_tools.diffusion.solvers import lay_out
 from vavae_tools.pipelines.base import PLAN, DenoiserPipeline, ImagePipeline, digest_of
-from vavae_tools.pipelines.batches import batch_size_for, placed, precisions_for
-from vavae_tools.pipelines.formats import Jsonl, Npz, Pngs, PromptPngs, SampleFiles, begin
+from vavae_tools.pipelines.batches import batch_size_for, move_to_device, precisions_for
+from vavae_tools.pipelines.formats import JsonlFile, NpzFile, PngFolder, PromptPngFolder, SampleFiles, begin
 from vavae_tools.pipelines.tokens import Prompt, TokenImagePipeline, as_prompts, check_sampling
-from vavae_tools.runtime.console import someone_looks
+from vavae_tools.runtime.console import is_interactive
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import device_of
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from vavae_tools.pipelines.classes import LatentDiTPipeline
     from vavae_tools.pipelines.text import TextToImagePipeline
 
-_MANY = 8
+_MIN_BATCHES_TO_BENCHMARK = 8
 """Batches from which on it pays that cuDNN tries its convolutions."""
 _CHECKED = ("max_new_tokens", "num_inference_steps", "eta")
-_ASKED = ("negative", "generators", "prompts", "num_samples", "seed", "batch_size", "numbers")
+_PER_SAMPLE_ARGUMENTS = ("negative", "generators", "prompts", "num_samples", "seed", "batch_size", "numbers")
 """Arguments of a pipeline that are no settings of a whole set, but are asked for of each sample."""
 
 
@@ -78,15 +78,15 @@ def write_samples(
         return call_on_ranks(f"{__name__}:_load_and_write", arguments, several)
     labels, output_dir = pipe.labels_of(labels), Path(output_dir)
     if not labels:
-        raise UserError("No labels: at least one picture is needed")
+        raise UserError("No labels: at least one image is needed")
     folders, counts, numbers = _folder_names(pipe, names), Counter(), []
     for label in labels:  # how often it came before
         numbers.append(counts[label])
         counts[label] += 1
     paths = [f"{folders[label]}/seed{seed}_{n:05d}.png" for label, n in zip(labels, numbers, strict=True)]
     formats = {
-        "png": Pngs(output_dir, paths, {str(label): folders[label] for label in sorted(set(labels))}),
-        "npz": Npz(output_dir, labels, seed, pipe.picture_size),
+        "png": PngFolder(output_dir, paths, {str(label): folders[label] for label in sorted(set(labels))}),
+        "npz": NpzFile(output_dir, labels, seed, pipe.image_size),
     }
     if format not in formats:
         raise UserError(f"No format {format!r}; there are {', '.join(formats)}")
@@ -104,7 +104,7 @@ def _load_and_write(path: str | Path, settings: dict[str, Any]) -> list[Path]:
     ranks = Ranks.from_environment()
     if ranks.rank:
         ranks.share(PLAN)  # one process says what is wrong
-    return write_samples(placed(load_pipeline(path), device_of(ranks.local_rank)), ranks=ranks, **settings)
+    return write_samples(move_to_device(load_pipeline(path), device_of(ranks.local_rank)), ranks=ranks, **settings)
 
 
 def _folder_names(pipe: "LatentDiTPipeline", names: Sequence[str] | None) -> dict[int, str]:
@@ -120,7 +120,7 @@ def _folder_names(pipe: "LatentDiTPipeline", names: Sequence[str] | None) -> dic
     return {label: name for (label, _), name in zip(by_label, names, strict=True)}
 
 
-def write_prompted(
+def write_prompt_samples(
     pipe: "TextToImagePipeline",
     prompts: Sequence[str],
     output_dir: str | Path,
@@ -150,7 +150,7 @@ def write_prompted(
         noise = {"latents": pipe.noise(seed, numbers), "generator": pipe.generators(seed, numbers)}
         return {"prompt": prompts[start:stop], "negative_prompt": negative_prompt, **noise, "output_type": "pt"}
 
-    files = PromptPngs(Path(output_dir), list(of_files), of_files)
+    files = PromptPngFolder(Path(output_dir), list(of_files), of_files)
     return _write(pipe, files, [files], asked, {"seed": seed, "negative_prompt": negative_prompt}, **settings)
 
 
@@ -182,7 +182,7 @@ def write_texts(
         own = [prompts[number % len(prompts)] for number in range(start, stop)] if prompts else None
         return {"prompts": own, "numbers": range(start, stop), "seed": seed}
 
-    files, also = Jsonl(Path(output_dir), count, prompts), {"prompts": prompts, "texts": count, "seed": seed}
+    files, also = JsonlFile(Path(output_dir), count, prompts), {"prompts": prompts, "texts": count, "seed": seed}
     _write(pipe, files, [files], asked, also, **settings)
     return files.path
 
@@ -219,8 +219,8 @@ def _write(
     plan = ranks.share(PLAN, plan)
     todo = plan["todo"][ranks.rank :: ranks.size]
     sampling = {**sampling, "precision": plan["precision"], "batch_size": plan["batch_size"]}
-    many = trying_convolutions() if len(todo) >= _MANY else nullcontext()
-    bars, often = getattr(pipe, "_progress_bar_config", {}), 0.1 if someone_looks() else 60  # in a file seldom
+    many = trying_convolutions() if len(todo) >= _MIN_BATCHES_TO_BENCHMARK else nullcontext()
+    bars, often = getattr(pipe, "_progress_bar_config", {}), 0.1 if is_interactive() else 60  # in a file seldom
     pipe.set_progress_bar_config(disable=True)
     bar = tqdm(desc="sampling", total=files.count, initial=files.count - plan["missing"], unit=files.unit,
                mininterval=often, maxinterval=often, dynamic_ncols=True, disable=ranks.rank > 0)  # fmt: skip
@@ -258,7 +258,7 @@ def _settings_of(pipe: DenoiserPipeline, sampling: dict[str, Any], also: dict[st
     """
     given = inspect.signature(getattr(pipe, "make", type(pipe).__call__)).bind_partial(**sampling)
     given.apply_defaults()
-    settings = {name: value for name, value in given.arguments.items() if name not in _ASKED}
+    settings = {name: value for name, value in given.arguments.items() if name not in _PER_SAMPLE_ARGUMENTS}
     guide = settings.get("guide")
     if isinstance(pipe, ImagePipeline):
         steps = settings["num_inference_steps"], settings.get("timestep_shift")

@@ -14,7 +14,7 @@ from vavae_tools.runtime.errors import UserError
 
 def load_vavae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> VAVAE:
     """Return a VA-VAE without vectors; what its training holds beside the weights is ignored."""
-    return build_vavae(from_state_dict(state_dict, config), say=lambda line: None)
+    return build_vavae(from_state_dict(state_dict, config), log=lambda line: None)
 
 
 LOADERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], nn.Module]] = {

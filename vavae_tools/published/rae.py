@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.encoders import FrozenEncoder, encoder_class
-from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, VARIANCE_EPS, noised, picture_decoder
+from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, VARIANCE_EPS, image_decoder, noised
 from vavae_tools.autoencoders.rae_weights import fit, from_diffusers, sorted_weights
 from vavae_tools.runtime.errors import UserError
 
@@ -82,7 +82,7 @@ def load_rae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any])
     weights = found["decoder"]
     numbers = _decoder_numbers(config, weights)
     if "encoder" not in found or "encoder" not in config:
-        decoder = picture_decoder(_grid(config, weights, numbers["patch_size"]), **numbers)
+        decoder = image_decoder(_grid(config, weights, numbers["patch_size"]), **numbers)
         fit(decoder, weights, "decoder", "state_dict")
         return decoder.eval()
     rae = RAE(

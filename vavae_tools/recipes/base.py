@@ -14,7 +14,7 @@ Size = int | list[int] | None  # one number, or two: (height, width), or those o
 NamedSize = Literal["S", "B", "L", "XL"]
 LossRecipe = Literal["light", "full", "stage1", "stage2", "stage3", "staged"]
 ObjectiveName = Literal["flow_matching", "epsilon", "v_prediction", "v", "sample", "x0"]
-Monitor = Literal["reconstruction", "psnr", "ssim", "right", "frechet"]
+Monitor = Literal["reconstruction", "psnr", "ssim", "accuracy", "frechet", "right"]
 
 
 def share(default: float | None, text: str) -> Any:
@@ -44,7 +44,7 @@ class ImageData:
     val_share: float | None = share(None, "held out where there is no validation subset; null: 0.05, of a split none")
     crop: Literal["adm", "none"] | None = setting(None, "the centre as in ADM, or all; null: all of a split, else adm")
     num_workers: int | None = setting(None, "loading processes; null: by cores and shared memory", least=0)
-    num_pictures: int = setting(1024, "of shapes: to train", least=1)
+    num_images: int = setting(1024, "of shapes: to train", least=1)
     num_classes: int = setting(4, "of shapes", least=1)
 
     def arguments(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class CaptionData:
     skip_missing: bool = setting(False, "true: leave out images that are named but not there, or have no caption")
     crop: Literal["adm", "none"] = setting("adm", "the centre, as in ADM, or the whole image, resized")
     annotations: str | None = setting(None, "of coco, where they have other names")
-    pictures: str | None = setting(None, "of coco, where they have other names")
+    images: str | None = setting(None, "of coco, where they have other names")
     cache: bool | None = setting(None, "encode images and texts once; null: where they fit on the disk")
     latents_dir: str | None = setting(None, "where they are kept; null: logs/latents/NAME…")
     num_workers: int | None = setting(None, "null: by cores and shared memory; 0 where all is cached", least=0)

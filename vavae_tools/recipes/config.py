@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from vavae_tools.recipes.base import RECIPES, Recipe
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.ranks import is_first, of_torchrun
+from vavae_tools.runtime.ranks import current_ranks, is_rank_zero
 from vavae_tools.training.config import Setting, checked, settings_of
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
@@ -102,7 +102,7 @@ def compose(line: CommandLine) -> Experiment:
     given = _read_config(config[0]) if config else {}
     name = line.experiment or given.get("experiment") or given.get("name")
     name = name or ("text_to_image" if "training" in given else DEFAULT)  # that alone has this section
-    keys, groups = _Keys.of_experiment(name), _aliases()["groups"]
+    keys, groups = RecipeSettings.of_experiment(name), _aliases()["groups"]
     for group, option in map(_cut, line.overrides):
         if group in groups:
             if option not in groups[group]:
@@ -136,12 +136,12 @@ def recipe_with(recipe: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
     Args:
         values: by their keys' last words, as flags have them; what is None is left out. A dict is a section's, such as
             {"model": {"size": "S"}}; `devices` may be one with the arguments of `devices.trainer_settings`, also those
-            of lightning.Trainer, and `saving` one with the numbers of a `Saving`, or that.
+            of lightning.Trainer, and `saving` one with the numbers of a `SaveConfig`, or that.
 
     Raises:
         UserError: a name that no key has, or a value that its key does not take.
     """
-    keys = _Keys(recipe)
+    keys = RecipeSettings(recipe)
     sections = {each.name for each in fields(recipe) if is_dataclass(getattr(recipe, each.name))}
     for name, value in values.items():
         if is_dataclass(value):
@@ -157,7 +157,7 @@ def recipe_with(recipe: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
     return keys.built()
 
 
-class _Keys:
+class RecipeSettings:
     """The keys of a recipe, by their own names and others, and the values that they get."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -168,7 +168,7 @@ class _Keys:
         """Keys that got a value."""
 
     @classmethod
-    def of_experiment(cls, name: str) -> "_Keys":
+    def of_experiment(cls, name: str) -> "RecipeSettings":
         values = _read_experiment(name)
         keys = cls(RECIPES[values.pop("recipe")]())
         keys.set_all(values)
@@ -354,7 +354,7 @@ def run_folder(plan: Experiment, now: datetime | None = None) -> tuple[Path, str
     Raises:
         UserError: `resume=last`, and no run of this experiment has a checkpoint.
     """
-    ranks = of_torchrun()
+    ranks = current_ranks()
     if ranks.size == 1:
         return _run_folder(plan, now)
     found = _run_folder(plan, now) if ranks.rank == 0 else None  # the clock says another second to each of them
@@ -396,19 +396,19 @@ def keep_config(plan: Experiment, words: Sequence[str], folder: Path) -> None:
     """Write `.hydra/config.yaml` and `.hydra/overrides.yaml`, as Hydra does."""
     import yaml
 
-    from vavae_tools.runtime.files import written_whole
+    from vavae_tools.runtime.files import atomic_write
 
-    if not is_first():
+    if not is_rank_zero():
         return
     for name, value in (("config", plan.plain()), ("overrides", list(words))):
-        with written_whole(folder / ".hydra" / f"{name}.yaml") as partial:
+        with atomic_write(folder / ".hydra" / f"{name}.yaml") as partial:
             partial.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def help_text(experiment: str | None) -> str:
     """Return what `--help` prints: experiments, and the keys of one experiment with their meanings."""
     name = experiment or DEFAULT
-    keys = _Keys.of_experiment(name)
+    keys = RecipeSettings.of_experiment(name)
     width = max(map(len, experiments()))
     listed = "\n".join(f"  {each:<{width}}  {what}" for each, what in experiments().items())
     sections: dict[str, list[str]] = {"": []}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.loading import load_autoencoder
-from vavae_tools.autoencoders.vavae import fitting_size
+from vavae_tools.autoencoders.vavae import resolve_image_size
 from vavae_tools.autoencoders.weights import load_vavae
 from vavae_tools.data.datasets import class_data
 from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_latents, latents_digest
@@ -30,16 +30,16 @@ from vavae_tools.recipes.base import DenoiserModel, LatentRecipe, Objective, VAV
 from vavae_tools.recipes.config import recipe_with
 from vavae_tools.recipes.init_from import start_from
 from vavae_tools.recipes.presets import resolved
-from vavae_tools.runtime.console import say
+from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import keep_once, save_model
+from vavae_tools.runtime.files import hardlink_duplicates, save_model
 from vavae_tools.runtime.machine import find_device
-from vavae_tools.runtime.ranks import first_alone, is_first, of_torchrun
+from vavae_tools.runtime.ranks import current_ranks, is_rank_zero, rank_zero_first
 from vavae_tools.training.callbacks.previews import SamplePreviews
 from vavae_tools.training.config import TrainConfig
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import compiles
-from vavae_tools.training.run import Run, Say, Show, train
+from vavae_tools.training.run import Log, Run, Show, train
 
 COLUMNS = 8
 """Samples of each class in a preview."""
@@ -52,7 +52,7 @@ def encode_split(
     image_size: int | tuple[int, int] | None = None,
     flips: bool = False,
     seed: int = 0,
-    say: Say = say,
+    log: Log = log,
     latents_stats: str | Path | None = None,
 ) -> LatentFolder:
     """Encode a split with a VA-VAE, a folder or a `.ckpt`, once; several processes share the work.
@@ -62,18 +62,18 @@ def encode_split(
         latents_stats: the `latents_stats.pt` of published weights that training is to go on from; by default the
             statistics are computed on the training subset.
     """
-    model = load_vavae(vavae_dir, say=lambda line: None)
+    model = load_vavae(vavae_dir, log=lambda line: None)
     given = dict(data_dir) if isinstance(data_dir, Mapping) else {"data_dir": data_dir}
-    size = fitting_size(model, given.pop("image_size", None) or image_size)
+    size = resolve_image_size(model, given.pop("image_size", None) or image_size)
     images = class_data(**{"seed": seed, **given}, image_size=size, channels=model.config.in_channels)
     statistics = read_latent_statistics(latents_stats) if latents_stats else None
-    return encode_once(model, images, output_dir, say, flips=flips, seed=seed, statistics=statistics)
+    return encode_once(model, images, output_dir, log, flips=flips, seed=seed, statistics=statistics)
 
 
-def encode_once(model: nn.Module, images: Any, folder: str | Path, say: Say, **options: Any) -> LatentFolder:
+def encode_once(model: nn.Module, images: Any, folder: str | Path, log: Log, **options: Any) -> LatentFolder:
     """Return `encode_latents` with all processes, each on its device."""
-    latents = encode_latents(model, images, folder, device=find_device(), ranks=of_torchrun(), say=say, **options)
-    say(str(latents))
+    latents = encode_latents(model, images, folder, device=find_device(), ranks=current_ranks(), log=log, **options)
+    log(str(latents))
     return latents
 
 
@@ -85,7 +85,7 @@ def train_dit(
     flip: str = "none",
     resume: str | None = None,
     show: Show | None = None,
-    say: Say = say,
+    log: Log = log,
     **settings: Any,
 ) -> Path:
     """Train a denoiser on latents; what is not given is as in `experiment=vavae_dit`.
@@ -103,24 +103,24 @@ def train_dit(
     """
     given = {"latents_dir": latents_dir, "model": denoiser, "flips": flip == "half", **settings}
     build = partial(build_on_latents, autoencoder=str(autoencoder_dir), best="best-")
-    return train(build, resolved(recipe_with(LatentRecipe(), given)), output_dir, resume, show, say)
+    return train(build, resolved(recipe_with(LatentRecipe(), given)), output_dir, resume, show, log)
 
 
 def build_vavae_dit(
-    recipe: VAVAEDiTRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say
+    recipe: VAVAEDiTRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log
 ) -> Run:
     """Encode a split, and return the training on its latents."""
-    compiles(recipe.train.compile, say=say)  # what it lacks is said before anything takes time
+    compiles(recipe.train.compile, log=log)  # what it lacks is said before anything takes time
     data, vavae = recipe.data, recipe.vavae
     encode_split(
         {**data.arguments(), "seed": recipe.seed},
         vavae.source,
         data.latents_dir,
         flips=data.flips,
-        say=say,
+        log=log,
         latents_stats=vavae.latents_stats,
     )
-    return build_on_latents(recipe, output_dir, resume_from, show, say, autoencoder=vavae.source)
+    return build_on_latents(recipe, output_dir, resume_from, show, log, autoencoder=vavae.source)
 
 
 train_vavae_dit = partial(train, build_vavae_dit)
@@ -131,7 +131,7 @@ def build_on_latents(
     output_dir: Path,
     resume_from: Path | None,
     show: Show | None,
-    say: Say,
+    log: Log,
     autoencoder: str | Path,
     **of_run: Any,
 ) -> Run:
@@ -155,13 +155,13 @@ def build_on_latents(
     network, conditioner = _denoiser_for(latents, recipe.model)
     init = asdict(recipe.init)
     if init["weights"] and resume_from is None:
-        start_from(network, conditioner, latents=latents, seed=seed, say=say, **init)
+        start_from(network, conditioner, latents=latents, seed=seed, log=log, **init)
     elif init["weights"] and init["lora_rank"]:  # a run that resumes has its weights, and needs the same form
         add_lora(network, init["lora_rank"], init["lora_alpha"], init["lora_targets"])
-    config = prepared(config, network, say)
-    with first_alone("autoencoder"):  # the others may read what it writes
+    config = prepared(config, network, log)
+    with rank_zero_first("autoencoder"):  # the others may read what it writes
         model = _autoencoder_of(latents, autoencoder, output_dir / "autoencoder")
-    objective = objective_for(recipe.objective, type(recipe)().objective, folder.shape)
+    objective = make_recipe_objective(recipe.objective, type(recipe)().objective, folder.shape)
     flip = "half" if recipe.data.flips else "none"
     module = DiffusionModule(network, conditioner, objective, flip=flip, **optimisation(config, seed))
     module.hparams["people"] = folder.people
@@ -181,13 +181,13 @@ def build_on_latents(
 
     def export(checkpoint: Path, pipeline: Path) -> None:
         save_model(load_pipeline(checkpoint), pipeline)
-        keep_once(output_dir / "autoencoder", pipeline / "vae")  # an RAE is 2 GB
+        hardlink_duplicates(output_dir / "autoencoder", pipeline / "vae")  # an RAE is 2 GB
 
     def preview(samples: Path, every: int) -> L.Callback:
         return SamplePreviews(make, COLUMNS, samples, every, show)
 
     data = {"data": latents, "fingerprint": folder.key}
-    return denoiser_run(module, config, output_dir, export, preview, say, **data, **of_run)
+    return denoiser_run(module, config, output_dir, export, preview, log, **data, **of_run)
 
 
 # ---- what all denoisers' trainings share
@@ -202,11 +202,11 @@ def latents_folder(latents_dir: str | None, data_dir: str | None, ending: str, o
     return Path("logs/latents") / f"{Path(data_dir).resolve().name}-{ending}"
 
 
-def prepared(config: TrainConfig, denoiser: nn.Module, say: Say) -> TrainConfig:
+def prepared(config: TrainConfig, denoiser: nn.Module, log: Log) -> TrainConfig:
     """Return whether to compile in place of "where the card gains by it"; switch on gradient checkpointing if asked."""
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    return replace(config, compile=compiles(config.compile, say=say))
+    return replace(config, compile=compiles(config.compile, log=log))
 
 
 def optimisation(config: TrainConfig, seed: int) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def denoiser_run(
     output_dir: Path,
     export: Callable[[Path, Path], None],
     preview: Callable[[Path, int], L.Callback],
-    say: Say,
+    log: Log,
     **further: Any,
 ) -> Run:
     """Return a `Run` with further fields that ends with a pipeline.
@@ -234,7 +234,7 @@ def denoiser_run(
 
     def export_pipeline(trainer: L.Trainer) -> None:
         export(checkpoints / "last.ckpt", folder)
-        say(f"written: {folder}, {checkpoints}/, {samples}/")
+        log(f"written: {folder}, {checkpoints}/, {samples}/")
 
     return Run(
         module=module,
@@ -248,7 +248,7 @@ def denoiser_run(
     )
 
 
-def objective_for(wanted: Objective, default: Objective, shape: tuple[int, ...]) -> Learned:
+def make_recipe_objective(wanted: Objective, default: Objective, shape: tuple[int, ...]) -> Learned:
     """Return an objective by its name and numbers, on data of a shape (C, h, w).
 
     What only the recipe's own objective has is left out for another one.
@@ -315,7 +315,7 @@ def _autoencoder_of(latents: LatentDataModule, source: str | Path, copy: Path) -
         raise UserError(f"{latents.folder.path} was not made by {source}: encode the images again with this one")
     if not model.has_own_statistics:
         model.register_to_config(latents_mean=latents.folder.mean, latents_std=latents.folder.std)
-    if is_first():
+    if is_rank_zero():
         is_copy = copy.is_dir() and Path(source).resolve() == copy.resolve()
         model.save_config(copy) if is_copy else save_model(model, copy)
     return model

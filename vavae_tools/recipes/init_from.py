@@ -22,12 +22,12 @@ from vavae_tools.diffusion.lora import TARGETS, add_lora, lora_settings
 from vavae_tools.diffusion.objectives import FlowMatching, time_shift_of
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.recipes.init_weights import KINDS, StartingWeights, features, read_starting_weights
-from vavae_tools.runtime.console import say
+from vavae_tools.runtime.console import log
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import find_machine
-from vavae_tools.runtime.ranks import of_torchrun
-from vavae_tools.training.run import Say
+from vavae_tools.runtime.ranks import current_ranks
+from vavae_tools.training.run import Log
 
 Classes = str | Sequence[int | str | None]
 Batch = tuple[Tensor, Tensor, Tensor]  # latents (B, C, h, w), noise, and times (B,)
@@ -45,7 +45,7 @@ def start_from(
     lora_targets: Sequence[str] = TARGETS,
     latents: LatentDataModule | None = None,
     seed: int = 0,
-    say: Say = say,
+    log: Log = log,
 ) -> None:
     """Load weights into a freshly built denoiser and conditioner, in place, and log what was loaded and what not.
 
@@ -76,20 +76,20 @@ def start_from(
             torch.manual_seed(seed)
             trained = add_lora(denoiser, lora_rank, lora_alpha, lora_targets)
     names = {} if latents is None else {label: name for name, label in latents.folder.people.items()}
-    copied, how = _choose_rows(found, denoiser, conditioner.num_classes, classes, latents, names, seed, say)
+    copied, how = _choose_rows(found, denoiser, conditioner.num_classes, classes, latents, names, seed, log)
     null = _fill_table(conditioner, found, copied, seed)
     said = [f"{loaded} tensors matched"]
     said += [f"class table {how} ({conditioner.num_classes:,} classes, were {len(found.table):,}; {null})"]
     said += [f"anew: {few(anew)}"] if anew else []
     left = [*_fixed_tables(found, denoiser), *filter(None, [few(found.left)])]
-    say(f"{found.source} ({KINDS[found.kind]}): {', '.join(said)}, not loaded: {', '.join(left) or 'nothing'}")
+    log(f"{found.source} ({KINDS[found.kind]}): {', '.join(said)}, not loaded: {', '.join(left) or 'nothing'}")
     if unknown := [name for name in ("num_heads", "rope") if name not in found.arguments]:
         given = ", ".join(f"{name}={_text(_comparable(denoiser.config)[name])}" for name in unknown)
-        say(f"Not told by these weights, so as given: {given}")
+        log(f"Not told by these weights, so as given: {given}")
     if lora_rank:
         rows = conditioner.embedding_table.weight.numel()
         whole = sum(weight.numel() for weight in denoiser.parameters()) + rows
-        say(
+        log(
             f"LoRA of rank {lora_rank} on {', '.join(lora_settings(denoiser)['targets'])}: {trained + rows:,} of "
             f"{whole:,} weights are trained, the class table's among them"
         )
@@ -197,7 +197,7 @@ def _choose_rows(
     latents: LatentDataModule | None,
     names: Mapping[int, str],
     seed: int,
-    say: Say,
+    log: Log,
 ) -> tuple[dict[int, int], str]:
     """Return {own label: published label} of the rows to copy, and a word for it."""
     if not isinstance(classes, str):
@@ -215,11 +215,11 @@ def _choose_rows(
         raise UserError(f"classes=nearest needs {lacking}: choose classes=new, or list the labels")
     nearest = nearest_classes(denoiser, found.table, found.null, latents.train_data, seed)
     published = {label: name for name, label in found.classes.items()}
-    say("class  nearest  error, against that of any class")
+    log("class  nearest  error, against that of any class")
     for label, match in nearest.items():
         change = 100 * (match.loss / match.loss_of_null - 1)
         of = published.get(match.published, match.published)
-        say(f"{names.get(label, label):<5}  {of:>7}  {match.loss:.4f} ({change:+.1f} %)")
+        log(f"{names.get(label, label):<5}  {of:>7}  {match.loss:.4f} ({change:+.1f} %)")
     copied = {label: match.published for label, match in nearest.items()}
     new = number - len(copied)
     return copied, "copied from the nearest" + (f", with {new} new rows for labels without latents" if new else "")
@@ -291,7 +291,7 @@ def nearest_classes(
         candidates: how many rows are tried, each on `pairs` of latents with noise and a time.
     """
     machine = find_machine()
-    device = "cpu" if machine.kind == "cpu" else f"cuda:{of_torchrun().local_rank % machine.devices}"
+    device = "cpu" if machine.kind == "cpu" else f"cuda:{current_ranks().local_rank % machine.devices}"
     home, trained = next(denoiser.parameters()).device, [w for w in denoiser.parameters() if w.requires_grad]
     checkpointing = denoiser.gradient_checkpointing
     rows, null = rows.float().to(device), null.float().to(device)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vavae_tools.checkpoints.foreign import few
-from vavae_tools.checkpoints.formats import read_any
+from vavae_tools.checkpoints.formats import read_any_format
 from vavae_tools.diffusion.ddt import DDT_SIZES
 from vavae_tools.diffusion.lora import merged_weights
 from vavae_tools.diffusion.transformer import DiT_SIZES
@@ -72,7 +72,7 @@ def read_starting_weights(source: str | Path, kind: str | None = None) -> Starti
         return _published(source, read_safetensors(source), kind)
     saved = {} if source.is_dir() else read_checkpoint(source)
     if source.is_dir() or isinstance(saved.get("trainer"), dict):
-        saved = read_any(source, lambda line: None)
+        saved = read_any_format(source, lambda line: None)
     settings = saved.get("hyper_parameters")
     if not isinstance(settings, Mapping) or "denoiser_config" not in settings:
         return _published(source, saved, kind)

@@ -11,28 +11,28 @@ import torch.nn.functional as F
 
 from vavae_tools.autoencoders.rae import RAE, tiny_rae
 from vavae_tools.autoencoders.rae_weights import is_rae_folder, load_rae, read_rae_folder
-from vavae_tools.checkpoints.formats import read_any
+from vavae_tools.checkpoints.formats import read_any_format
 from vavae_tools.data.datasets import class_data
-from vavae_tools.data.images import DecodedPictures, PictureSetDataModule, save_picture, to_pixels, to_unit
+from vavae_tools.data.images import DecodedImages, ImageSetDataModule, save_image, to_pixels, to_unit
 from vavae_tools.evaluation.metrics import psnr
-from vavae_tools.plots import picture_grid, show_inline
+from vavae_tools.plots import image_grid, show_inline
 from vavae_tools.recipes.base import DecoderRecipe, ImageData, RAEDiTRecipe, RAEParts
 from vavae_tools.recipes.config import recipe_with
 from vavae_tools.recipes.dit import build_on_latents, encode_once, latents_folder
-from vavae_tools.recipes.vavae import given_numbers, lpips_of, weights_in_words
-from vavae_tools.runtime.console import say
+from vavae_tools.recipes.vavae import describe_weights, given_numbers, lpips_of
+from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
 from vavae_tools.runtime.machine import find_device, release_memory
-from vavae_tools.runtime.ranks import first_alone, is_first
+from vavae_tools.runtime.ranks import is_rank_zero, rank_zero_first
 from vavae_tools.training.autoencoder_module import RAEDecoderModule
 from vavae_tools.training.callbacks.previews import ReconstructionPreviews
 from vavae_tools.training.devices import compiles
-from vavae_tools.training.run import Run, Say, Show, train
+from vavae_tools.training.run import Log, Run, Show, train
 
-ENOUGH = 20.0
+MIN_PSNR_DB = 20.0
 """dB: an RAE whose reconstructions are further away does not see the images well."""
-MEASURED = 256
+MAX_PSNR_IMAGES = 256
 """Images that the PSNR before and after a training is measured on, at most."""
 
 
@@ -42,7 +42,7 @@ def fine_tune_rae_decoder(
     output_dir: str | Path = "outputs/rae_decoder",
     resume: str | None = None,
     show: Show | None = None,
-    say: Say = say,
+    log: Log = log,
     **settings: Any,
 ) -> Path:
     """Fine-tune the decoder of an RAE, not its encoder; what is not given is as in `experiment=rae_decoder`.
@@ -60,29 +60,29 @@ def fine_tune_rae_decoder(
     data = {"data_dir": "shapes", **data} if isinstance(data, dict) else {"data_dir": data}
     rae = rae if isinstance(rae, dict) else {"folder": rae}
     recipe = recipe_with(DecoderRecipe(), {"data": data, "rae": rae, **settings})
-    return train(build_decoder, recipe, output_dir, resume, show, say)
+    return train(build_decoder, recipe, output_dir, resume, show, log)
 
 
 def build_decoder(
-    recipe: DecoderRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say
+    recipe: DecoderRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log
 ) -> Run:
     loss, config, seed = recipe.loss, recipe.train, recipe.seed
-    model = rae_from(recipe.rae, seed, say)
+    model = rae_from(recipe.rae, seed, log)
     images = images_for(model, recipe.data, config.batch_size, seed)
-    lpips = lpips_of(loss.lpips_weights, say)
+    lpips = lpips_of(loss.lpips_weights, log)
     if lpips is None:
-        say("No lpips_weights: the perceptual part (LPIPS) is left out")
+        log("No lpips_weights: the perceptual part (LPIPS) is left out")
     numbers = _numbers(recipe, resume_from, len(images.train_data))
     own = {"ema_decay": config.ema_decay, "flips": recipe.data.flips, "seed": seed}
     module = RAEDecoderModule(model, **numbers, **own, lpips=lpips)
     begins = f"; the discriminator begins at step {numbers['disc_start']:,} and is listened to from step "
     begins += f"{numbers['generator_start']:,}"
-    remarks = [*filter(None, [images.remark]), f"Losses: {weights_in_words(module)}"]
+    remarks = [*filter(None, [images.remark]), f"Losses: {describe_weights(module)}"]
     remarks[-1] += begins if loss.disc_weight else ""
 
     subset = images.val_data if images.val_data is not None else images.train_data
     folder, checkpoints, reconstructions = (output_dir / name for name in ("rae", "checkpoints", "reconstructions"))
-    if is_first():
+    if is_rank_zero():
         device = module.trainer_settings(**config.of_devices())["accelerator"].replace("gpu", "cuda")
         before = _look(model.to(device), subset, reconstructions / "before.png", show or show_inline)
 
@@ -93,12 +93,18 @@ def build_decoder(
         after = _look(model.eval().to(device), subset, reconstructions / "after.png")
         save_model(model.to("cpu"), folder)
         where = "that validate" if images.val_data is not None else "that it was trained on, since none validate"
-        say(f"PSNR {before:.1f} dB before, {after:.1f} dB after, on {min(len(subset), MEASURED):,} images {where}")
-        if after < ENOUGH:
-            say(f"advice: below {ENOUGH:.0f} dB images are hard to know again: train longer, or with a larger decoder")
-        say(f"written: {folder}, {checkpoints}/, {reconstructions}/")
+        log(
+            f"PSNR {before:.1f} dB before, {after:.1f} dB after, on {min(len(subset), MAX_PSNR_IMAGES):,} "
+            f"images {where}"
+        )
+        if after < MIN_PSNR_DB:
+            log(
+                f"advice: below {MIN_PSNR_DB:.0f} dB images are hard to know again: train longer, or with a larger "
+                "decoder"
+            )
+        log(f"written: {folder}, {checkpoints}/, {reconstructions}/")
 
-    shown = subset.few_of_each(8)
+    shown = subset.preview_batch(8)
     return Run(
         module=module,
         data=images,
@@ -124,14 +130,14 @@ def _numbers(recipe: DecoderRecipe, resume_from: Path | None, count: int) -> dic
     numbers = given_numbers(loss, config)
     batches = max(1, -(-count // config.batch_size) // config.accumulate_grad_batches)
     steps = config.max_steps or (config.max_epochs or 1) * batches
-    began = read_any(resume_from, lambda line: None).get("hyper_parameters", {}) if resume_from else {}
+    began = read_any_format(resume_from, lambda line: None).get("hyper_parameters", {}) if resume_from else {}
     numbers.setdefault("perceptual_weight", 1.0 if loss.lpips_weights else 0.0)
     numbers.setdefault("disc_start", began.get("disc_start", steps * 3 // 8))
     numbers.setdefault("generator_start", began.get("generator_start", max(numbers["disc_start"] + 1, steps // 2)))
     return numbers
 
 
-def rae_from(parts: RAEParts, seed: int = 0, say: Say = say) -> RAE:
+def rae_from(parts: RAEParts, seed: int = 0, log: Log = log) -> RAE:
     """Return the RAE of a folder, a small random one, or one of several files.
 
     Args:
@@ -145,9 +151,9 @@ def rae_from(parts: RAEParts, seed: int = 0, say: Say = say) -> RAE:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if folder is None:
-            return load_rae(**settings, say=say)
+            return load_rae(**settings, log=log)
         if folder == "tiny":
-            say("RAE: a tiny one with random weights, which shows how things go and not what they can reach")
+            log("RAE: a tiny one with random weights, which shows how things go and not what they can reach")
             return tiny_rae().eval()
     if not is_rae_folder(folder):
         raise UserError(
@@ -157,23 +163,23 @@ def rae_from(parts: RAEParts, seed: int = 0, say: Say = say) -> RAE:
     return read_rae_folder(folder)
 
 
-def images_for(rae: RAE, data: ImageData, batch_size: int = 16, seed: int = 0) -> PictureSetDataModule:
+def images_for(rae: RAE, data: ImageData, batch_size: int = 16, seed: int = 0) -> ImageSetDataModule:
     """Return images as large as the RAE's decoder makes them.
 
     Raises:
         UserError: none there, or an `image_size` that is another.
     """
-    if data.image_size not in (None, rae.picture_size):
+    if data.image_size not in (None, rae.image_size):
         raise UserError(
-            f"image_size {data.image_size}: this RAE's decoder makes images of {rae.picture_size}: leave it out"
+            f"image_size {data.image_size}: this RAE's decoder makes images of {rae.image_size}: leave it out"
         )
-    options = {**data.arguments(), "image_size": rae.picture_size}
+    options = {**data.arguments(), "image_size": rae.image_size}
     return class_data(**options, batch_size=batch_size, seed=seed, channels=3)
 
 
 # ---- a look
 def check_reconstructions(
-    rae: RAE, data: DecodedPictures, folder: str | Path, say: Say = say, show: Show | None = None, count: int = 16
+    rae: RAE, data: DecodedImages, folder: str | Path, log: Log = log, show: Show | None = None, count: int = 16
 ) -> float:
     """Reconstruct some images before their latents are used, and log how near that is.
 
@@ -189,10 +195,10 @@ def check_reconstructions(
     """
     path = Path(folder) / "before.png"
     mean = _look(rae, data, path, show or show_inline, count)
-    say(f"The RAE's reconstructions of {min(count, len(data))} images: PSNR {mean:.1f} dB ({path})")
-    if mean < ENOUGH:
-        say(
-            f"warning: below {ENOUGH:.0f} dB, which no denoiser makes good: fine-tune the decoder on these images "
+    log(f"The RAE's reconstructions of {min(count, len(data))} images: PSNR {mean:.1f} dB ({path})")
+    if mean < MIN_PSNR_DB:
+        log(
+            f"warning: below {MIN_PSNR_DB:.0f} dB, which no denoiser makes good: fine-tune the decoder on these images "
             "(python -m vavae_tools.train experiment=rae_decoder, with the same rae.… and data), or take another "
             "encoder if that does not help"
         )
@@ -200,42 +206,42 @@ def check_reconstructions(
 
 
 @torch.inference_mode()
-def _look(rae: RAE, data: DecodedPictures, path: Path, show: Show | None = None, count: int = MEASURED) -> float:
+def _look(rae: RAE, data: DecodedImages, path: Path, show: Show | None = None, count: int = MAX_PSNR_IMAGES) -> float:
     """Write a grid of eight images, and return the mean PSNR in dB of `count`, each no more than 100."""
-    originals, side = to_unit(data.few_of_each(count)["pictures"]), rae.picture_size
+    originals, side = to_unit(data.preview_batch(count)["images"]), rae.image_size
     if originals.shape[2:] != (side, side):
         originals = F.interpolate(originals, (side, side), mode="bicubic", align_corners=False, antialias=True)
     made = torch.cat([to_pixels(rae(part.to(rae.device))).cpu() for part in originals.split(16)])
     originals = to_pixels(originals)
-    grid = picture_grid(torch.cat([originals[:8], made[:8]]), columns=len(made[:8]))
-    save_picture(grid, path)
+    grid = image_grid(torch.cat([originals[:8], made[:8]]), columns=len(made[:8]))
+    save_image(grid, path)
     if show is not None:
         show(grid)
     return psnr(to_unit(made), to_unit(originals)).clamp_max(100).mean().item()
 
 
-def build_rae_dit(recipe: RAEDiTRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say) -> Run:
+def build_rae_dit(recipe: RAEDiTRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log) -> Run:
     """Encode images once, with all processes, and return the training on their latents; the RAE leaves the GPU."""
     copy, seed, data = output_dir / "autoencoder", recipe.seed, recipe.data
-    compiles(recipe.train.compile, say=say)  # what it lacks is said before anything takes time
-    rae = read_rae_folder(copy) if resume_from and copy.is_dir() else rae_from(recipe.rae, seed, say)
+    compiles(recipe.train.compile, log=log)  # what it lacks is said before anything takes time
+    rae = read_rae_folder(copy) if resume_from and copy.is_dir() else rae_from(recipe.rae, seed, log)
     images = images_for(rae, data, seed=seed)
     logged = {}
-    if is_first():
+    if is_rank_zero():
         rae.to(find_device()).eval()
         shown = images.val_data if images.val_data is not None else images.train_data
-        logged["rae/psnr"] = check_reconstructions(rae, shown, output_dir / "reconstructions", say, show)
+        logged["rae/psnr"] = check_reconstructions(rae, shown, output_dir / "reconstructions", log, show)
     encoder = f"{recipe.rae.encoder_cls}-{rae.config.encoder_input_size}"
     folder = latents_folder(data.latents_dir, data.data_dir, encoder, output_dir)
     # float16: half the disk of latents with 768 channels, and its rounding lies far below the decoder's noise
-    latents = encode_once(rae, images, folder, say, flips=data.flips, seed=seed, dtype="float16")
+    latents = encode_once(rae, images, folder, log, flips=data.flips, seed=seed, dtype="float16")
     rae.to("cpu")  # its memory is training's
     release_memory()
-    with first_alone("autoencoder"):
-        if is_first():
+    with rank_zero_first("autoencoder"):
+        if is_rank_zero():
             save_model(rae, copy)
     recipe = replace(recipe, data=replace(data, latents_dir=str(latents.path), num_workers=0))
-    return build_on_latents(recipe, output_dir, resume_from, show, say, autoencoder=copy, logged=logged)
+    return build_on_latents(recipe, output_dir, resume_from, show, log, autoencoder=copy, logged=logged)
 
 
 train_rae_dit = partial(train, build_rae_dit)

@@ -26,15 +26,22 @@ from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.pipelines.batches import in_batches
 from vavae_tools.pipelines.text import TextToImagePipeline, load_text_pipeline
 from vavae_tools.recipes.base import CaptionData, TextToImageRecipe, as_tuple
-from vavae_tools.recipes.dit import denoiser_run, encode_once, latents_folder, objective_for, optimisation, prepared
+from vavae_tools.recipes.dit import (
+    denoiser_run,
+    encode_once,
+    latents_folder,
+    make_recipe_objective,
+    optimisation,
+    prepared,
+)
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import keep_once, save_model
+from vavae_tools.runtime.files import hardlink_duplicates, save_model
 from vavae_tools.runtime.machine import find_device
-from vavae_tools.runtime.ranks import first_alone, is_first
+from vavae_tools.runtime.ranks import is_rank_zero, rank_zero_first
 from vavae_tools.training.callbacks.previews import SamplePreviews
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.memory import find_batch_size, keep_effective, of_size
-from vavae_tools.training.run import Run, Say, Show, train
+from vavae_tools.training.run import Log, Run, Show, train
 
 COLUMNS = 4
 """Images of each prompt in a preview."""
@@ -42,23 +49,23 @@ _SHARE_OF_DISK = 0.8
 """Of what is free, how much latents and texts may take by themselves."""
 
 
-def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say) -> Run:
+def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log) -> Run:
     """Encode images and captions once where there is room for it, and return the training.
 
     Raises:
         UserError: data or models that are not there, or settings that cannot be.
     """
     data, sampling, config, seed = recipe.data, recipe.sampling, recipe.train, recipe.seed
-    objective_of = partial(objective_for, recipe.objective, TextToImageRecipe().objective)
+    objective_of = partial(make_recipe_objective, recipe.objective, TextToImageRecipe().objective)
     make_solver(sampling.solver, objective_of((4, 32, 32)))  # one that does not fit is said before anything takes time
     images = _images(data, config.batch_size, seed)
     remarks = [*filter(None, [images.remark])]
     if not data.drop_last:
         remarks.append("drop_last=false: every step still has a whole batch; the rest of an epoch comes up in others")
-    with first_alone("frozen models"):
-        goes_on = resume_from is not None or not is_first()  # what is left of another run is not this one's
+    with rank_zero_first("frozen models"):
+        goes_on = resume_from is not None or not is_rank_zero()  # what is left of another run is not this one's
         encoder = _text_encoder_for(recipe, output_dir / "text_encoder", goes_on)
-        autoencoder = _vae_for(recipe, output_dir / "autoencoder", goes_on, say)
+        autoencoder = _vae_for(recipe, output_dir / "autoencoder", goes_on, log)
     shape = _latent_shape(autoencoder, images)
     objective = objective_of(shape)
     prompts = sampling.prompts or _first_prompts(images, data.dataset_name)
@@ -71,13 +78,13 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     )
     conditioner.set_empty(encoder.encode([""]))
     denoiser = TextDiT(input_size=shape[1:], in_channels=shape[0], **numbers)
-    config = prepared(config, denoiser, say)
+    config = prepared(config, denoiser, log)
     module = DiffusionModule(denoiser, conditioner, objective, **optimisation(config, seed))
     longest = encoder.max_tokens
-    train_on, key, cached = _training_data(recipe, module, images, autoencoder, encoder, output_dir, say)
+    train_on, key, cached = _training_data(recipe, module, images, autoencoder, encoder, output_dir, log)
     del autoencoder, encoder  # where all is encoded nobody has them any more
     if data.auto_batch_size:
-        gathered = _fit_batch(module, train_on, config.of_devices(), longest, say)
+        gathered = _fit_batch(module, train_on, config.of_devices(), longest, log)
         config = replace(config, accumulate_grad_batches=gathered, batch_size=train_on.batch_size)
 
     def make(trained: nn.ModuleDict) -> Tensor:
@@ -100,8 +107,8 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
         (samples / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
         with silent_transformers():
             save_model(load_text_pipeline(checkpoint, scheduler=sampling.solver), pipeline)
-        keep_once(output_dir / "autoencoder", pipeline / "vae")
-        keep_once(output_dir / "text_encoder", pipeline / "text_encoder")
+        hardlink_duplicates(output_dir / "autoencoder", pipeline / "vae")
+        hardlink_duplicates(output_dir / "text_encoder", pipeline / "text_encoder")
 
     def preview(samples: Path, every: int) -> L.Callback:
         return SamplePreviews(make, COLUMNS, samples, every, show)
@@ -110,14 +117,14 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     if not cached and not recipe.vae.use_slicing:
         saves_memory.append("vae.use_slicing=true (the VAE takes one image after the other)")
     further = {"saves_memory": saves_memory, "remarks": remarks}
-    return denoiser_run(module, config, output_dir, export, preview, say, data=train_on, fingerprint=key, **further)
+    return denoiser_run(module, config, output_dir, export, preview, log, data=train_on, fingerprint=key, **further)
 
 
 train_text_to_image = partial(train, build)
 
 
 def _images(data: CaptionData, batch_size: int, seed: int) -> CaptionedDataModule:
-    names = ("num_samples", "val_share", "skip_missing", "crop", "annotations", "pictures", "num_workers")
+    names = ("num_samples", "val_share", "skip_missing", "crop", "annotations", "images", "num_workers")
     options = {name: getattr(data, name) for name in names}
     size = as_tuple(data.image_size)
     return caption_data(data.dataset_name, data.data_dir, size, batch_size=batch_size, seed=seed, **options)
@@ -136,12 +143,12 @@ def _text_encoder_for(recipe: TextToImageRecipe, copy: Path, goes_on: bool) -> T
             "(openai/clip-vit-base-patch32 downloaded), or its name on Hugging Face's hub where there is a network"
         )
     encoder = load_text_encoder(source) if source else tiny_text_encoder(vocabulary(), seed=recipe.seed)
-    if is_first():
+    if is_rank_zero():
         encoder.save(copy)
     return encoder
 
 
-def _vae_for(recipe: TextToImageRecipe, copy: Path, goes_on: bool, say: Say) -> StableDiffusionVAE:
+def _vae_for(recipe: TextToImageRecipe, copy: Path, goes_on: bool, log: Log) -> StableDiffusionVAE:
     """The autoencoder, of which a copy goes along with the checkpoints, and is that of a run that resumes."""
     vae = recipe.vae
     if goes_on and (copy / "config.json").is_file():
@@ -152,9 +159,9 @@ def _vae_for(recipe: TextToImageRecipe, copy: Path, goes_on: bool, say: Say) -> 
             "(stabilityai/sd-vae-ft-mse downloaded), or its name on Hugging Face's hub where there is a network"
         )
     if vae.name is None:
-        say("VAE: the small one for shapes that comes with the package")
+        log("VAE: the small one for shapes that comes with the package")
     model = load_stable_diffusion_vae(vae.name or SHAPES_VAE, vae.use_slicing)
-    if is_first():
+    if is_rank_zero():
         save_model(model, copy)
     return model
 
@@ -184,60 +191,60 @@ def _training_data(
     autoencoder: StableDiffusionVAE,
     encoder: TextEncoder,
     output_dir: Path,
-    say: Say,
+    log: Log,
 ) -> tuple[Any, str, bool]:
     """Return latents and texts where they are kept, else images that `module` encodes; their key; whether kept."""
     data, seed = recipe.data, recipe.seed
     size = "x".join(map(str, images.train_data.image_size))
     folder = latents_folder(data.latents_dir, data.data_dir, size, output_dir)
-    captions = images.captions_by_side()
+    captions = images.captions_by_subset()
     cached = data.cache
     if cached is None:
-        cached = _fits_disk(encoder, images, _latent_shape(autoencoder, images), folder, say)
+        cached = _fits_disk(encoder, images, _latent_shape(autoencoder, images), folder, log)
     if cached:
-        latents = encode_once(autoencoder, images, folder, say, seed=seed, dtype="float16")
+        latents = encode_once(autoencoder, images, folder, log, seed=seed, dtype="float16")
         subsets = {"train": images.train_data, "val": images.val_data}
         names = {name: subset.names for name, subset in subsets.items() if subset is not None and len(subset)}
-        with first_alone("texts"):
-            texts = encode_texts(encoder, captions, folder / "texts", names, device=find_device(), say=say)
-        say(str(texts))
+        with rank_zero_first("texts"):
+            texts = encode_texts(encoder, captions, folder / "texts", names, device=find_device(), log=log)
+        log(str(texts))
         cut, key = texts.cut, f"{latents.key} {texts.key}"
         workers = data.num_workers or 0  # memory-mapped, nothing to decode
         train_on: Any = TextLatentDataModule(latents, texts, recipe.train.batch_size, workers, seed)
     else:
-        say("Images and captions are encoded at every step (data.cache=true does it once)")
+        log("Images and captions are encoded at every step (data.cache=true does it once)")
         different = {caption for subset in captions.values() for of_image in subset for caption in of_image}
         cut = encoder.lengths(sorted(different))[1]
         module.encode_with(autoencoder, encoder)
         train_on, key = images, f"{images.fingerprint()} {latents_digest(autoencoder)} {encoder.digest()}"
     if cut:
         what = "1 caption was cut: it is" if cut == 1 else f"{cut:,} captions were cut: they are"
-        say(f"{what} longer than the {encoder.max_tokens} tokens the encoder takes")
+        log(f"{what} longer than the {encoder.max_tokens} tokens the encoder takes")
     train_on.prefetch_factor, train_on.persistent_workers = data.prefetch_factor, data.persistent_workers
     return train_on, key, cached
 
 
 def _fits_disk(
-    encoder: TextEncoder, images: CaptionedDataModule, shape: tuple[int, int, int], folder: Path, say: Say
+    encoder: TextEncoder, images: CaptionedDataModule, shape: tuple[int, int, int], folder: Path, log: Log
 ) -> bool:
     """Return whether latents and texts have room on the disk."""
     count = len(images.train_data) + (len(images.val_data) if images.val_data is not None else 0)
     needed = 2 * count * shape[0] * shape[1] * shape[2]
-    needed += needed_bytes(encoder, images.captions_by_side(), folder / "texts")
+    needed += needed_bytes(encoder, images.captions_by_subset(), folder / "texts")
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(there).free
     fits = needed < _SHARE_OF_DISK * free
     if not fits:
-        say(f"Latents and texts would take {needed / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free")
+        log(f"Latents and texts would take {needed / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free")
     return fits
 
 
-def _fit_batch(module: DiffusionModule, data: Any, devices: dict[str, Any], longest: int, say: Say) -> int:
+def _fit_batch(module: DiffusionModule, data: Any, devices: dict[str, Any], longest: int, log: Log) -> int:
     """Give `data` the largest batch that fits, of captions as long as any; return how many make the same step."""
     effective = data.batch_size * devices.get("accumulate_grad_batches", 1)
     one, settings = data.train_data.__getitems__([0]), module.trainer_settings(**devices)
     made = partial(_of_one_size, one, longest=longest)
-    found = find_batch_size(module, made, settings, data.batch_size, effective, say=say)
+    found = find_batch_size(module, made, settings, data.batch_size, effective, log=log)
     data.batch_size, gathered = keep_effective(effective, found)
     return gathered
 

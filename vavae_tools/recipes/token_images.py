@@ -13,38 +13,38 @@ from torch import Tensor, nn
 from vavae_tools.data.tokens.dataset import TokenImageDataModule, TokenImageDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.factory import make_denoiser
-from vavae_tools.diffusion.objectives import hiding_noise
+from vavae_tools.diffusion.objectives import noise_level_hiding_a_token
 from vavae_tools.pipelines.tokens import TokenImagePipeline, load_token_pipeline
 from vavae_tools.recipes.base import TokenImageRecipe
-from vavae_tools.recipes.dit import denoiser_run, objective_for, optimisation, prepared
+from vavae_tools.recipes.dit import denoiser_run, make_recipe_objective, optimisation, prepared
 from vavae_tools.runtime.files import save_model
-from vavae_tools.runtime.ranks import is_first
+from vavae_tools.runtime.ranks import is_rank_zero
 from vavae_tools.training.callbacks.previews import TextPreviews
 from vavae_tools.training.denoiser_module import DiffusionModule
-from vavae_tools.training.run import Run, Say, Show, train
+from vavae_tools.training.run import Log, Run, Show, train
 
 COLUMNS = 4
 """Of texts of their own, and below them of texts that go on."""
 
 
-def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say) -> Run:
+def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log) -> Run:
     data, config, sampling, seed = recipe.data, recipe.train, recipe.sampling, recipe.seed
     names = ("use_chat_template", "max_tokens", "tokenizer", "vocab_size", "cell_size", "channels")
     options = {name: getattr(data, name) for name in names}
     texts = TokenImageDataset(data.data_dir, img_size=data.image_size, **options)
-    say(str(texts))
+    log(str(texts))
     images = TokenImageDataModule(texts, config.batch_size, data.val_share, data.num_workers, seed)
     images.gathered = config.accumulate_grad_batches
-    if is_first():
+    if is_rank_zero():
         save_model(texts.tokens.tokenizer, output_dir / "tokenizer")
 
-    noise, wanted = hiding_noise(texts.code.length), recipe.objective
+    noise, wanted = noise_level_hiding_a_token(texts.code.length), recipe.objective
     if wanted.name in ("sample", "x0", "flow_matching") and wanted.time_mean is None:
         wanted = replace(wanted, time_mean=-math.log(noise))  # most often where noise just hides a cell's token
     shape = (data.channels, data.image_size, data.image_size)
-    objective = objective_for(wanted, TokenImageRecipe().objective, shape)
+    objective = make_recipe_objective(wanted, TokenImageRecipe().objective, shape)
     denoiser = make_denoiser(_denoiser_settings(recipe))
-    config = prepared(config, denoiser, say)
+    config = prepared(config, denoiser, log)
     of_pipeline = {
         "code": texts.code.config,
         "lengths": images.train_data.lengths().tolist(),
@@ -71,16 +71,16 @@ def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, 
         settings = {"num_inference_steps": sampling.num_steps, "eta": sampling.eta, "seed": seed}
         made = [pipe(num_samples=COLUMNS, **settings)] if not data.use_chat_template else []
         made += [pipe(prompts, **settings)] if prompts else []
-        return torch.cat([of.pictures for of in made]), [text for of in made for text in of.texts]
+        return torch.cat([of.images for of in made]), [text for of in made for text in of.texts]
 
     def export(checkpoint: Path, pipeline: Path) -> None:
         save_model(load_token_pipeline(checkpoint), pipeline)
 
     def preview(samples: Path, every: int) -> L.Callback:
-        return TextPreviews(make, COLUMNS, samples, every, show, say)
+        return TextPreviews(make, COLUMNS, samples, every, show, log)
 
     fingerprint = images.train_data.fingerprint()
-    return denoiser_run(module, config, output_dir, export, preview, say, data=images, fingerprint=fingerprint)
+    return denoiser_run(module, config, output_dir, export, preview, log, data=images, fingerprint=fingerprint)
 
 
 train_token_images = partial(train, build)

@@ -8,7 +8,7 @@ import lightning as L
 
 from vavae_tools.autoencoders.foundation import load_foundation
 from vavae_tools.autoencoders.lpips import LPIPS, load_lpips
-from vavae_tools.autoencoders.vavae import VAVAE, fitting_size, vavae
+from vavae_tools.autoencoders.vavae import VAVAE, resolve_image_size, vavae
 from vavae_tools.autoencoders.weights import (
     VAVAEWeights,
     build_vavae,
@@ -20,21 +20,21 @@ from vavae_tools.autoencoders.weights import (
 )
 from vavae_tools.checkpoints.resuming import best_checkpoint
 from vavae_tools.data.datasets import class_data
-from vavae_tools.data.images import PictureSetDataModule
+from vavae_tools.data.images import ImageSetDataModule
 from vavae_tools.evaluation.reconstructions import compare_conditions
 from vavae_tools.recipes.base import AutoencoderLoss, FineTunedVAVAE, VAVAELoss, VAVAERecipe
 from vavae_tools.recipes.config import recipe_with
 from vavae_tools.recipes.presets import resolved
-from vavae_tools.runtime.console import say
+from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
 from vavae_tools.runtime.machine import find_machine
 from vavae_tools.training.autoencoder_module import VAVAEModule
 from vavae_tools.training.callbacks.previews import ReconstructionPreviews
-from vavae_tools.training.callbacks.record import has_ended
+from vavae_tools.training.callbacks.record import is_finished
 from vavae_tools.training.callbacks.watch import Advice, ReconstructionWatch
 from vavae_tools.training.config import TrainConfig
-from vavae_tools.training.run import Run, Say, Show, train
+from vavae_tools.training.run import Log, Run, Show, train
 
 # ---- named sets of losses, their weights, and the optimiser's numbers: arguments of VAVAEModule
 
@@ -69,7 +69,14 @@ LOSSES: dict[str, dict[str, Any]] = {
 STAGES = {"stage1": 100, "stage2": 15, "stage3": 15}
 """Epochs of the released model's stages: the shares that the recipe "staged" gives to each."""
 
-MONITORS = {"reconstruction": "min", "psnr": "max", "ssim": "max", "right": "max", "frechet": "min"}
+MONITORS = {
+    "reconstruction": ("val/reconstruction", "min"),
+    "psnr": ("val/psnr", "max"),
+    "ssim": ("val/ssim", "max"),
+    "accuracy": ("val/accuracy", "max"),
+    "frechet": ("val/frechet", "min"),
+    "right": ("val/accuracy", "max"),  # its name before
+}
 """What `best-*.ckpt` can be chosen by, and whether less or more of it is better."""
 
 
@@ -93,7 +100,7 @@ def fine_tune_vavae(
     image_size: int | tuple[int, int] | None = None,
     resume: str | None = None,
     show: Show | None = None,
-    say: Say = say,
+    log: Log = log,
     **settings: Any,
 ) -> Path:
     """Fine-tune a VA-VAE with a vector per person; what is not given is as in `experiment=vavae`.
@@ -112,61 +119,61 @@ def fine_tune_vavae(
     """
     given = {"data_dir": data_dir, "original_vavae": original_vavae, "size": size, "image_size": image_size}
     recipe = resolved(recipe_with(VAVAERecipe(), {**given, **settings}))
-    return train_vavae(recipe, Path(output_dir), resume, show, say)
+    return train_vavae(recipe, Path(output_dir), resume, show, log)
 
 
 def train_vavae(
-    recipe: VAVAERecipe, output_dir: Path, resume: str | None = None, show: Show | None = None, say: Say = say
+    recipe: VAVAERecipe, output_dir: Path, resume: str | None = None, show: Show | None = None, log: Log = log
 ) -> Path:
     """`experiment=vavae`; the recipe staged is three trainings in folders of their own. Return the model's folder."""
     if recipe.loss.recipe != "staged":
-        return train(build, recipe, output_dir, resume, show, say)
+        return train(build, recipe, output_dir, resume, show, log)
     if recipe.train.max_epochs is None:
         raise UserError("The recipe staged counts in epochs: set max_epochs in place of max_steps")
     for name, epochs in epochs_of_stages(recipe.train.max_epochs).items():
         folder = output_dir / name
         last = folder / "checkpoints" / "last.ckpt"
-        if resume and has_ended(folder):
-            say(f"{name} is complete ({folder})")
+        if resume and is_finished(folder):
+            log(f"{name} is complete ({folder})")
         else:
             config = replace(recipe.train, max_epochs=epochs, previews=min(recipe.train.previews, epochs))
             stage = replace(recipe, loss=replace(recipe.loss, recipe=name), train=config)
-            train(build, stage, folder, "last" if resume and last.is_file() else None, show, say)
-        if not has_ended(folder):  # stopped: the next session goes on with this stage
+            train(build, stage, folder, "last" if resume and last.is_file() else None, show, log)
+        if not is_finished(folder):  # stopped: the next session goes on with this stage
             break
         recipe = replace(recipe, vavae=replace(recipe.vavae, original_vavae=str(last)))
     return folder / "vavae"
 
 
-def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show: Show | None, say: Say) -> Run:
+def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log) -> Run:
     loss, config, seed = recipe.loss, recipe.train, recipe.seed
     images = class_data(**recipe.data.arguments(), batch_size=config.batch_size, seed=seed)
-    model, found = _model_to_start_from(recipe.vavae, images, say)
-    image_size = fitting_size(model, recipe.data.image_size)
+    model, found = _model_to_start_from(recipe.vavae, images, log)
+    image_size = resolve_image_size(model, recipe.data.image_size)
     model.register_to_config(sample_size=image_size)
     images.resize(image_size)
-    numbers = _numbers(recipe, model, image_size, say)
-    module = VAVAEModule(model, **numbers, seed=seed, **_judges(loss, numbers, found, say))
+    numbers = _numbers(recipe, model, image_size, log)
+    module = VAVAEModule(model, **numbers, seed=seed, **frozen_networks(loss, numbers, found, log))
     if found is not None:
-        _take_over(module, found, say)
-    remarks = [*filter(None, [images.remark]), f"Recipe {loss.recipe}: {weights_in_words(module)}"]
+        _take_over(module, found, log)
+    remarks = [*filter(None, [images.remark]), f"Recipe {loss.recipe}: {describe_weights(module)}"]
     settings = module.trainer_settings(**config.of_devices())
     if (world := settings["devices"] * settings["num_nodes"]) > 1:
         rule = f"lr × sqrt({world}) = {numbers['lr'] * world**0.5:.2g}"
         remarks.append(f"Rule of thumb for {world} devices: {rule}; lr stays as given")
     watching: list[L.Callback] = []
     if images.val_data is not None:
-        watching = [ReconstructionWatch(images, recipe.classifier_dir or output_dir / "classifier", seed), Advice(say)]
-    shown = (images.val_data or images.train_data).few_of_each(8)
+        watching = [ReconstructionWatch(images, recipe.classifier_dir or output_dir / "classifier", seed), Advice(log)]
+    shown = (images.val_data or images.train_data).preview_batch(8)
     folder, checkpoints, reconstructions = (output_dir / name for name in ("vavae", "checkpoints", "reconstructions"))
 
     def export(trainer: L.Trainer) -> None:
         path = best_checkpoint(checkpoints)
-        best = load_vavae(path, say=lambda line: None)
+        best = load_vavae(path, log=lambda line: None)
         save_model(best, folder)
         if best.config.condition_dim and images.val_data is not None:
-            say(str(compare_conditions(best.to(trainer.strategy.root_device), images.val_data)))
-        say(f"written: {folder} (from {path}), {reconstructions}/")
+            log(str(compare_conditions(best.to(trainer.strategy.root_device), images.val_data)))
+        log(f"written: {folder} (from {path}), {reconstructions}/")
 
     return Run(
         module=module,
@@ -178,7 +185,7 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
         export=export,
         folder=folder,
         preview=lambda every: ReconstructionPreviews(shown, reconstructions, every, show),
-        monitor=(f"val/{recipe.monitor}", MONITORS[recipe.monitor]),
+        monitor=MONITORS[recipe.monitor],
         best="best-",
         callbacks=watching,
         recorded={"recipe": loss.recipe, "image_size": image_size},
@@ -188,7 +195,7 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
 
 
 def _model_to_start_from(
-    start: FineTunedVAVAE, images: PictureSetDataModule, say: Say
+    start: FineTunedVAVAE, images: ImageSetDataModule, log: Log
 ) -> tuple[VAVAE, VAVAEWeights | None]:
     """Return a model with a vector for each person, and the weights that it has, None where they are fresh."""
     channels, dim = images.channels, start.condition_dim
@@ -203,10 +210,10 @@ def _model_to_start_from(
     if start.original_vavae is not None:
         source = pretrained_small_folder() if start.original_vavae == "small" else start.original_vavae
         found = with_channels(read_vavae(source), channels)
-        model = build_vavae(found, dim, people, say=say)
+        model = build_vavae(found, dim, people, log=log)
     else:
         found, size = None, start.size or ("small" if find_machine().kind == "cpu" else "f16d32")
-        say(f"No weights given: starting from a fresh VA-VAE ({size})")
+        log(f"No weights given: starting from a fresh VA-VAE ({size})")
         model = vavae(size, condition_dim=dim, num_conditions=people, in_channels=channels, out_channels=channels)
     if table is not None:
         model.conditions.weight.data.copy_(table)
@@ -214,18 +221,18 @@ def _model_to_start_from(
     return model, found
 
 
-def _numbers(recipe: VAVAERecipe, model: VAVAE, image_size: int | tuple[int, int], say: Say) -> dict[str, Any]:
+def _numbers(recipe: VAVAERecipe, model: VAVAE, image_size: int | tuple[int, int], log: Log) -> dict[str, Any]:
     """Return the arguments of the module: the loss recipe's, with what was given in their place."""
     config, start = recipe.train, recipe.vavae
     numbers = {**LOSSES[recipe.loss.recipe], **given_numbers(recipe.loss, config)}
     numbers |= {"condition_dropout": start.condition_dropout, "freeze_encoder": start.freeze_encoder}
     numbers.setdefault("lr", 2e-3 if model.config.block_out_channels[0] < 64 else 1e-4)
     if "gradient_checkpointing" not in numbers:
-        numbers["gradient_checkpointing"] = _needs_checkpointing(model, numbers, config.batch_size, image_size, say)
+        numbers["gradient_checkpointing"] = _needs_checkpointing(model, numbers, config.batch_size, image_size, log)
     return numbers
 
 
-def _judges(loss: VAVAELoss, numbers: dict[str, Any], found: VAVAEWeights | None, say: Say) -> dict[str, Any]:
+def frozen_networks(loss: VAVAELoss, numbers: dict[str, Any], found: VAVAEWeights | None, log: Log) -> dict[str, Any]:
     """Return the frozen networks that the losses need."""
     files = loss.lpips_weights
     if not files and numbers.get("perceptual_weight") and found is not None:
@@ -233,10 +240,10 @@ def _judges(loss: VAVAELoss, numbers: dict[str, Any], found: VAVAEWeights | None
         files = found.source if brought else None  # the reference's training checkpoints hold it
     aligned = loss.foundation_model and numbers.get("vf_weight")
     foundation = load_foundation(loss.foundation_model) if aligned else None
-    return {"lpips": lpips_of(files, say), "foundation": foundation}
+    return {"lpips": lpips_of(files, log), "foundation": foundation}
 
 
-def _take_over(module: VAVAEModule, found: VAVAEWeights, say: Say) -> None:
+def _take_over(module: VAVAEModule, found: VAVAEWeights, log: Log) -> None:
     """Load discriminator and alignment projection where the weights to start from bring them along."""
     projection = {"weight": found.projection} if found.projection is not None else None
     for part, weights in (("discriminator", found.discriminator), ("projection", projection)):
@@ -244,14 +251,14 @@ def _take_over(module: VAVAEModule, found: VAVAEWeights, say: Say) -> None:
         if own is None or weights is None:
             continue
         if any(weights[name].shape != tensor.shape for name, tensor in own.state_dict().items() if name in weights):
-            say(f"The {part} in {found.source} has another shape: a fresh one is taken")
+            log(f"The {part} in {found.source} has another shape: a fresh one is taken")
         else:
             own.load_state_dict(weights)
-            say(f"The {part} goes on from {found.source}")
+            log(f"The {part} goes on from {found.source}")
 
 
 def _needs_checkpointing(
-    model: VAVAE, numbers: dict[str, Any], batch_size: int, image_size: int | tuple[int, int], say: Say
+    model: VAVAE, numbers: dict[str, Any], batch_size: int, image_size: int | tuple[int, int], log: Log
 ) -> bool:
     """Return whether a step with all its activations kept would leave less than a tenth of the GPU's memory.
 
@@ -267,7 +274,7 @@ def _needs_checkpointing(
     needed = 1.5 * images + (1.5 if more else 1.3)
     if not memory or needed < 0.9 * memory / 2**30:
         return False
-    say(
+    log(
         f"Gradient checkpointing is on: {batch_size} images would need about {needed:.0f} of {memory / 2**30:.0f} GB "
         "(a smaller --batch_size is faster)"
     )
@@ -285,15 +292,15 @@ def given_numbers(loss: AutoencoderLoss, config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None and name not in files}
 
 
-def lpips_of(files: str | Path | list[str] | None, say: Say) -> LPIPS | None:
+def lpips_of(files: str | Path | list[str] | None, log: Log) -> LPIPS | None:
     """Return LPIPS of local files, and log where it is from."""
     lpips = load_lpips(files) if files else None
     if lpips is not None:
-        say(f"LPIPS: {lpips.origin}")
+        log(f"LPIPS: {lpips.origin}")
     return lpips
 
 
-def weights_in_words(module: L.LightningModule) -> str:
+def describe_weights(module: L.LightningModule) -> str:
     """Return the losses that are not turned off."""
     weights = {name: value for name, value in module.hparams.items() if name.endswith("_weight") and value}
     return ", ".join(f"{name} {value:g}" for name, value in weights.items())

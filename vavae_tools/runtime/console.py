@@ -18,7 +18,7 @@ def tell(line: str) -> None:
 
 
 CELL = "VAVAE_CELL"
-"""Environment variable: this process's output is read by a notebook's, and in this folder pictures may be left."""
+"""Environment variable: this process's output is read by a notebook's, and in this folder images may be left."""
 _RECORD = "\x1e"  # begins a line that is not text; ASCII's record separator
 
 
@@ -34,7 +34,7 @@ def for_a_cell() -> bool:
     return CELL in os.environ and os.environ.get("LOCAL_RANK") == "0"
 
 
-def someone_looks() -> bool:
+def is_interactive() -> bool:
     """Return whether progress bars are displayed: on a screen or in a notebook, not in a file."""
     return sys.stderr.isatty() or in_notebook() or for_a_cell()
 
@@ -55,25 +55,25 @@ def send_record(**values: Any) -> None:
     print(_RECORD + json.dumps(values), flush=True)
 
 
-def send_picture(picture: Any) -> None:
-    """Hand a Pillow picture to the cell."""
+def send_image(image: Any) -> None:
+    """Hand a Pillow image to the cell."""
     with NamedTemporaryFile(dir=os.environ[CELL], suffix=".png", delete=False) as file:
-        picture.save(file, format="png")
-    send_record(picture=file.name)
+        image.save(file, format="png")
+    send_record(image=file.name)
 
 
 def show_record(line: str, bars: dict[int, Any], show: Callable[[Any], None] | None = None) -> bool:
-    """Show what `send_record` sent, a bar's state or a picture; return False for a line of text.
+    """Show what `send_record` sent, a bar's state or an image; return False for a line of text.
 
     Args:
         bars: those that are shown, by number; changed here.
-        show: called with a picture, uint8 (3, H, W), in place of showing it.
+        show: called with an image, uint8 (3, H, W), in place of showing it.
     """
     if not line.startswith(_RECORD):
         return False
     values = json.loads(line[len(_RECORD) :])
-    if "picture" in values:
-        _show_picture(Path(values["picture"]), show)
+    if "image" in values:
+        _show_image(Path(values["image"]), show)
         return True
     from tqdm.auto import tqdm
 
@@ -89,21 +89,21 @@ def show_record(line: str, bars: dict[int, Any], show: Callable[[Any], None] | N
     return True
 
 
-def _show_picture(path: Path, show: Callable[[Any], None] | None) -> None:
+def _show_image(path: Path, show: Callable[[Any], None] | None) -> None:
     from PIL import Image
 
     with Image.open(path) as file:
-        picture = file.convert("RGB")
+        image = file.convert("RGB")
     path.unlink()
     if show is None:
         from IPython.display import display
 
-        display(picture)
+        display(image)
     else:
         import numpy as np
         import torch
 
-        show(torch.from_numpy(np.array(picture)).permute(2, 0, 1))  # (3, H, W)
+        show(torch.from_numpy(np.array(image)).permute(2, 0, 1))  # (3, H, W)
 
 
 def bars_into_cell() -> None:
@@ -142,7 +142,7 @@ def bars_into_cell() -> None:
     tqdm.auto.tqdm = CellBar
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print a line at once, and once: of several processes only the first speaks."""
     from lightning.pytorch.utilities import rank_zero_only  # which takes seconds: not for those that say nothing
 

@@ -27,9 +27,9 @@ def run_command(main: Callable[[], None]) -> None:
     except Stopped as stop:
         print(stop)
     except UserError as error:
-        sys.exit(_say(str(error)))
+        sys.exit(_log(str(error)))
     except KeyboardInterrupt:
-        _say("stopped by the user")
+        _log("stopped by the user")
         sys.exit(130)
     except BrokenPipeError:  # `… | head`: the reader has gone, which is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -38,7 +38,7 @@ def run_command(main: Callable[[], None]) -> None:
         reason = disk_fault(error)
         if reason is None:
             raise
-        sys.exit(_say(reason))
+        sys.exit(_log(reason))
 
 
 def disk_fault(error: OSError) -> str | None:
@@ -56,6 +56,6 @@ def disk_fault(error: OSError) -> str | None:
     return None
 
 
-def _say(message: str) -> int:
+def _log(message: str) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2

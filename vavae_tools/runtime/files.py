@@ -66,7 +66,7 @@ def local_folder(
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces it whole on leaving, and leaves it as it was on an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def save_model(model: Any, folder: str | Path) -> None:
         model.save_pretrained(partial)
         made = sorted((path for path in Path(partial).rglob("*") if path.is_file()), key=lambda p: p.suffix == ".json")
         for path in made:  # the weights first: a configuration is never without them
-            with written_whole(folder / path.relative_to(partial)) as whole:
+            with atomic_write(folder / path.relative_to(partial)) as whole:
                 path.replace(whole)
 
 
@@ -153,7 +153,7 @@ def load_model(kind: type[Any], folder: str | Path, **options: Any) -> Any:
     return model.float().eval()
 
 
-def keep_once(kept: Path, copies: Path) -> None:
+def hardlink_duplicates(kept: Path, copies: Path) -> None:
     """Replace those .safetensors of `copies` that equal those of `kept` by hard links, where the disk has them.
 
     This is safe as files are replaced here, never written into.
@@ -169,7 +169,7 @@ def keep_once(kept: Path, copies: Path) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, whole."""
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

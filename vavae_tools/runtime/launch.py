@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from vavae_tools.runtime.console import CELL, bars_into_cell, in_notebook, show_record
 from vavae_tools.runtime.errors import Stopped, UserError, disk_fault
-from vavae_tools.runtime.ranks import PARENT, end_with_parent, is_first, started_already
+from vavae_tools.runtime.ranks import PARENT, end_with_parent, is_rank_zero, started_already
 
 GRACE = 8.0
 """Seconds until a process is killed that does not end after another one has failed."""
@@ -276,10 +276,10 @@ def main() -> None:
     module, name = task["function"].split(":")
     try:
         made = getattr(import_module(module), name)(**task["arguments"])
-        if is_first():
+        if is_rank_zero():
             (folder / "result").write_bytes(pickle.dumps(made))
     except Stopped as stop:
-        if is_first():
+        if is_rank_zero():
             print(stop)
     except KeyboardInterrupt:
         sys.exit(130)

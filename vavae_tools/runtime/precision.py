@@ -1,4 +1,4 @@
-"""What measures and compares pictures is computed in float32, whatever precision the networks around it compute in."""
+"""What measures and compares images is computed in float32, whatever precision the networks around it compute in."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -94,20 +94,20 @@ class Computing:
         precision: "32", "16" or "bf16"; None: fp16 on a card, whose ten bits after the point bf16 has only seven of,
             and float32 on a CPU.
         device: where it computes.
-        what: what it makes, such as "Latents of this VAVAE", for the line that `again` tells `say`.
+        what: what it makes, such as "Latents of this VAVAE", for the line that `again` tells `log`.
 
     Raises:
         UserError: a precision that there is not, or that this device does not have.
     """
 
     def __init__(
-        self, precision: str | None, device: str | torch.device, what: str, say: Callable[[str], None] = tell
+        self, precision: str | None, device: str | torch.device, what: str, log: Callable[[str], None] = tell
     ) -> None:
         if precision is None:
             self.precision = "16" if torch.device(device).type == "cuda" else "32"
         else:
             self.precision = precision_on(machine_of(device), precision)
-        self.device, self.what, self.say = device, what, say
+        self.device, self.what, self.log = device, what, log
         self._said = False
 
     @property
@@ -123,6 +123,6 @@ class Computing:
         """Compute in float32, and say so the first time."""
         if not self._said:
             self._said = True
-            self.say(f"{self.what} are not finite in half precision: such batches are computed again in float32")
+            self.log(f"{self.what} are not finite in half precision: such batches are computed again in float32")
         with computing_in("32", self.device):
             return function()

@@ -62,7 +62,7 @@ class Ranks:
         return self.store.add(name, number)
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Return whether this process is the first of a training, or the only one."""
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
 
@@ -73,7 +73,7 @@ def started_already() -> bool:
 
 
 @cache
-def of_torchrun() -> Ranks:
+def current_ranks() -> Ranks:
     """Return this process's place where torchrun or `launch` started it; elsewhere it is the only one."""
     return Ranks.from_environment() if started_already() else Ranks()
 
@@ -82,9 +82,9 @@ _TURNS = count(1)  # all processes pass the same blocks; the store keeps what wa
 
 
 @contextmanager
-def first_alone(name: str) -> Iterator[None]:
+def rank_zero_first(name: str) -> Iterator[None]:
     """Let the first process go through this block before the others."""
-    ranks = of_torchrun()
+    ranks = current_ranks()
     turn = f"vavae {name} {next(_TURNS)}"
     if ranks.rank:
         ranks.share(turn)

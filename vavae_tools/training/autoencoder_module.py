@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from vavae_tools.autoencoders.foundation import Foundation, alignment_loss, foundation_features
 from vavae_tools.autoencoders.losses import (
+    ImageLoss,
     PatchDiscriminator,
-    PictureLoss,
     autoencoder_loss,
     generator_loss,
     hinge_loss,
@@ -19,26 +19,26 @@ from vavae_tools.autoencoders.losses import (
 )
 from vavae_tools.autoencoders.lpips import LPIPS
 from vavae_tools.autoencoders.rae import RAE, FrozenEncoder, encoder_digest, noised
-from vavae_tools.autoencoders.vavae import VAVAE, anothers, reconstruct_pictures
-from vavae_tools.data.images import DecodedPictures, PictureSetDataModule, to_pixels, to_unit
+from vavae_tools.autoencoders.vavae import VAVAE, other_labels, reconstruct_images
+from vavae_tools.data.images import DecodedImages, ImageSetDataModule, to_pixels, to_unit
 from vavae_tools.evaluation.metrics import psnr, ssim
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import plain_config
-from vavae_tools.runtime.ranks import Ranks, of_torchrun
+from vavae_tools.runtime.ranks import Ranks, current_ranks
 from vavae_tools.training.callbacks.finite import FiniteSteps, has_scaler
 from vavae_tools.training.callbacks.progress import log_step
 from vavae_tools.training.callbacks.throughput import flops_of
 from vavae_tools.training.devices import trainer_settings
-from vavae_tools.training.lightning_inside import count_no_steps_of
-from vavae_tools.training.optim import EMA, warmed_up
+from vavae_tools.training.lightning_inside import exclude_from_global_step
+from vavae_tools.training.optim import EMA, with_warmup
 
 Reconstruction = tuple[Tensor, Tensor, dict[str, Any]]
 """Images in [-1, 1], what the model makes of them (float32), and what `autoencoder_loss` takes besides."""
 
 
 class AutoencoderModule(L.LightningModule):
-    """Trains an autoencoder on batches {"pictures": uint8 (B, C, H, W), "labels": (B,), "index": (B,)}.
+    """Trains an autoencoder on batches {"images": uint8 (B, C, H, W), "labels": (B,), "index": (B,)}.
 
     The model and its discriminator have an optimiser each and take turns; only the model's steps count. A weight of 0
     turns its part off: nothing of it is built or computed. A subclass says what is trained and how it reconstructs.
@@ -101,12 +101,14 @@ class AutoencoderModule(L.LightningModule):
             )
         # in a dict, so that what is frozen does not become a part of this module and its checkpoints
         self._frozen: dict[str, Any] = {"lpips": lpips}
-        self._once: dict[str, Foundation] = {}  # name in a batch: whose features of each image are computed once
+        self._cached_encoders: dict[
+            str, Foundation
+        ] = {}  # name in a batch: whose features of each image are computed once
         self._scales: dict[int, Tensor] = {}  # that gathered gradients were scaled by
         self._codec = (codec,)  # in a tuple for the same reason
         weights = {"l1": l1_weight, "gradient": gradient_weight, "spectral": spectral_weight}
         weights |= {"perceptual": perceptual_weight, **{k.removesuffix("_weight"): more[k] for k in more}}
-        self.picture_loss = PictureLoss(weights, lpips)
+        self.image_loss = ImageLoss(weights, lpips)
         if disc_weight:
             self.discriminator = PatchDiscriminator(codec.config.in_channels, disc_width)
 
@@ -117,68 +119,68 @@ class AutoencoderModule(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         settings, step = self.hparams, self.global_step
         draws = Draws(settings.seed, self.current_epoch, batch["index"])
-        pictures, reconstruction, more = self.reconstruct(batch, draws)
+        images, reconstruction, more = self.reconstruct(batch, draws)
         listens = settings.disc_weight > 0 and step >= self.generator_start
         loss, parts = autoencoder_loss(
-            self.picture_loss,
+            self.image_loss,
             reconstruction,
-            pictures,
+            images,
             adversary=(lambda made: generator_loss(self.judged(made))) if listens else None,
             disc_weight=settings.disc_weight,
             **more,
         )
         found = self.optimizers()
         generator, adversary = found if isinstance(found, list) else (found, None)
-        if self.descend(generator, loss, batch_idx) and self.ema is not None:
+        if self.backward_and_step(generator, loss, batch_idx) and self.ema is not None:
             # here, not in a callback: a checkpoint that is written after this step must hold this step's average
             self.ema.update(self.network, self.global_step)
         if adversary is not None and step >= settings.disc_start:
-            count_no_steps_of(adversary)  # Lightning counts every optimiser's steps as the training's
-            real, made = self.judged(pictures), self.judged(reconstruction.detach())
+            exclude_from_global_step(adversary)  # Lightning counts every optimiser's steps as the training's
+            real, made = self.judged(images), self.judged(reconstruction.detach())
             parts["discriminator"] = hinge_loss(real, made)
-            parts["discriminator_right"] = right_rate(real, made)
-            self.descend(adversary, parts["discriminator"], batch_idx)
+            parts["discriminator_accuracy"] = discriminator_accuracy(real, made)
+            self.backward_and_step(adversary, parts["discriminator"], batch_idx)
         lr = torch.tensor(generator.param_groups[0]["lr"])  # a number would be copied to the device, and waited for
-        self.log("train/lr", lr, batch_size=len(pictures))
-        log_step(self, parts, len(pictures))
+        self.log("train/lr", lr, batch_size=len(images))
+        log_step(self, parts, len(images))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         draws = Draws(self.hparams.seed + 1, 0, batch["index"])  # the same noise at every validation
-        pictures, reconstruction, more = self.reconstruct(batch, draws)
-        loss, parts = self.picture_loss(reconstruction, pictures)
+        images, reconstruction, more = self.reconstruct(batch, draws)
+        loss, parts = self.image_loss(reconstruction, images)
         posterior, alignment = more.get("posterior"), more.get("alignment")
         if posterior is not None:
-            parts["kl"] = kl(posterior, pictures)
+            parts["kl"] = kl(posterior, images)
             parts["loss"] = loss + self.hparams.kl_weight * parts["kl"]
             parts["latent_mean"], parts["latent_std"] = posterior.mean.mean(), posterior.mean.std()
         if alignment is not None:
             parts["alignment"] = sum(alignment)
         if self._frozen["lpips"] is not None and "perceptual" not in parts:
-            parts["perceptual"] = self._frozen["lpips"](reconstruction, pictures).mean()
+            parts["perceptual"] = self._frozen["lpips"](reconstruction, images).mean()
         if self.hparams.disc_weight and self.global_step >= self.generator_start:
-            parts["discriminator_right"] = right_rate(self.judged(pictures), self.judged(reconstruction))
-        parts["psnr"] = psnr(reconstruction.clamp(-1, 1), pictures).clamp_max(100).mean()
-        parts["ssim"] = ssim(reconstruction, pictures).mean()
-        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=float(len(pictures)), sync_dist=True)
+            parts["discriminator_accuracy"] = discriminator_accuracy(self.judged(images), self.judged(reconstruction))
+        parts["psnr"] = psnr(reconstruction.clamp(-1, 1), images).clamp_max(100).mean()
+        parts["ssim"] = ssim(reconstruction, images).mean()
+        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=float(len(images)), sync_dist=True)
         return {"reconstructions": to_pixels(reconstruction)}
 
     def flops_of_a_sample(self, batch: dict[str, Tensor]) -> int:
         """Return what the model computes for one image in a step; losses' networks do not count."""
-        shape, trains = batch["pictures"].shape[1:], not self.hparams.get("freeze_encoder")
+        shape, trains = batch["images"].shape[1:], not self.hparams.get("freeze_encoder")
 
         def loss(codec: VAVAE | RAE) -> Tensor:
             if "tokens" in batch:
                 return codec.decode(torch.zeros(1, *batch["tokens"].shape[1:])).sample.sum()
             with torch.set_grad_enabled(trains):
-                latents = codec.encode_pictures(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64))
+                latents = codec.encode_images(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64))
             return codec.decode(latents).sample.sum()
 
         return flops_of(self._codec[0], loss)
 
-    def judged(self, pictures: Tensor) -> Tensor:
+    def judged(self, images: Tensor) -> Tensor:
         """Return the discriminator's logits in float32: it is small, and its BatchNorm and hinges do not suit fp16."""
         with torch.autocast(self.device.type, enabled=False):
-            return self.discriminator(pictures)
+            return self.discriminator(images)
 
     # ---- two optimisers
 
@@ -188,12 +190,12 @@ class AutoencoderModule(L.LightningModule):
         of_adversary = {id(weight) for weight in adversary}
         weights = [weight for weight in self.parameters() if weight.requires_grad and id(weight) not in of_adversary]
         model = torch.optim.AdamW(weights, settings.lr, settings.betas, weight_decay=settings.weight_decay, fused=fused)
-        optimizers = [warmed_up(model, self.warmup_steps, self.total_steps, settings.schedule)]
+        optimizers = [with_warmup(model, self.warmup_steps, self.total_steps, settings.schedule)]
         if adversary:  # as the reference trains it
             optimizers.append({"optimizer": torch.optim.Adam(adversary, settings.disc_lr, (0.5, 0.9), fused=fused)})
         return optimizers
 
-    def descend(self, optimizer: Any, loss: Tensor, batch_idx: int) -> bool:
+    def backward_and_step(self, optimizer: Any, loss: Tensor, batch_idx: int) -> bool:
         """Go backwards, and make a step once as many batches are gathered as belong together; return whether it was."""
         first = batch_idx - batch_idx % self.accumulate_grad_batches
         together = min(self.accumulate_grad_batches, self.trainer.num_training_batches - first)
@@ -250,7 +252,7 @@ class AutoencoderModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self._trainer and self.trainer.datamodule
-        if isinstance(data, PictureSetDataModule):
+        if isinstance(data, ImageSetDataModule):
             data.take_over(checkpoint)
 
     def on_fit_start(self) -> None:
@@ -258,29 +260,29 @@ class AutoencoderModule(L.LightningModule):
             if frozen is not None:
                 frozen.to(self.device)
         data = getattr(self.trainer, "datamodule", None)
-        if self._once and isinstance(data, PictureSetDataModule):
-            self._look_once({"train": data.train_data, "val": data.val_data})
+        if self._cached_encoders and isinstance(data, ImageSetDataModule):
+            self._cache_features({"train": data.train_data, "val": data.val_data})
 
-    def _look_once(self, subsets: dict[str, DecodedPictures | None]) -> None:
+    def _cache_features(self, subsets: dict[str, DecodedImages | None]) -> None:
         """Compute what frozen networks make of each image before training, where all of it can be kept."""
-        folder, ranks = Path(self.trainer.default_root_dir) / "foundation", of_torchrun()
+        folder, ranks = Path(self.trainer.default_root_dir) / "foundation", current_ranks()
         ranks = ranks if ranks.size == self.trainer.world_size else Ranks()
-        for subset, pictures in subsets.items():
-            for name, network in self._once.items() if pictures is not None else ():
+        for subset, images in subsets.items():
+            for name, network in self._cached_encoders.items() if images is not None else ():
                 path = folder / name.removeprefix("foundation") / f"{subset}.safetensors"
-                grid = tuple(size // self._codec[0].downsampling for size in pictures.image_size)
+                grid = tuple(size // self._codec[0].downsampling for size in images.image_size)
                 for first in (True, False):  # where Lightning has started the others, one computes, then all read
                     if ranks.size > 1 or first == self.trainer.is_global_zero:
-                        features = foundation_features(network, pictures, grid, path, self.device, ranks=ranks)
+                        features = foundation_features(network, images, grid, path, self.device, ranks=ranks)
                     self.trainer.strategy.barrier()
                 if features is None:  # too many to keep
                     return
-                pictures.along[name] = features
-        if "foundation" in self._once:
-            self._once["foundation"].to("cpu")  # its memory is the training's now
+                images.extra_fields[name] = features
+        if "foundation" in self._cached_encoders:
+            self._cached_encoders["foundation"].to("cpu")  # its memory is the training's now
 
 
-def right_rate(real: Tensor, made: Tensor) -> Tensor:
+def discriminator_accuracy(real: Tensor, made: Tensor) -> Tensor:
     """Return how often the discriminator's patches are right; 0.5 is chance."""
     return ((real > 0).float().mean() + (made < 0).float().mean()) / 2
 
@@ -327,16 +329,16 @@ class VAVAEModule(AutoencoderModule):
         if self.hparams.gradient_checkpointing:
             vavae.enable_gradient_checkpointing()
         if vf_weight:
-            self._frozen["foundation"] = self._once["foundation"] = foundation
+            self._frozen["foundation"] = self._cached_encoders["foundation"] = foundation
             self.projection = nn.Conv2d(vavae.config.latent_channels, foundation.channels, 1, bias=False)
 
     def reconstruct(self, batch: dict[str, Tensor], draws: Draws) -> Reconstruction:
         settings, vavae = self.hparams, self.vavae
-        pictures = to_unit(batch["pictures"]).contiguous(memory_format=torch.channels_last)
+        images = to_unit(batch["images"]).contiguous(memory_format=torch.channels_last)
         keep = draws.uniform("condition dropout") >= settings.condition_dropout if self.training else None
         condition = vavae.condition_vectors(batch["labels"], keep)
         with torch.no_grad() if settings.freeze_encoder else nullcontext():
-            posterior = vavae.encode(pictures, condition=condition).latent_dist
+            posterior = vavae.encode(images, condition=condition).latent_dist
         noise = draws.normal("posterior", *posterior.mean.shape[1:]).to(posterior.mean.dtype)
         latents = posterior.mean + posterior.std * noise  # (B, c, h, w)
         reconstruction = vavae.decode(latents, condition=condition).sample.float()
@@ -345,18 +347,18 @@ class VAVAEModule(AutoencoderModule):
         if settings.vf_weight:
             features = batch.get("foundation")  # (B, channels, h, w)
             if features is None:
-                features = self._frozen["foundation"](pictures, tuple(latents.shape[2:]))
+                features = self._frozen["foundation"](images, tuple(latents.shape[2:]))
             with torch.autocast(self.device.type, enabled=False):
                 projected = self.projection(latents.float())  # (B, channels, h, w)
             margins = settings.distance_margin, settings.cosine_margin
             more |= {"alignment": alignment_loss(projected, features, *margins), "vf_weight": settings.vf_weight}
-        return pictures, reconstruction, more
+        return images, reconstruction, more
 
     def reconstructions(self, batch: dict[str, Tensor]) -> list[Tensor]:
         """Return the posterior's modes, decoded with each person's vector, with another's, and with none."""
-        pictures, labels = (batch[name].to(self.device) for name in ("pictures", "labels"))
-        of_whom = [labels, anothers(labels), None] if self.vavae.config.condition_dim else [None]
-        return [reconstruct_pictures(self.vavae, pictures, row) for row in of_whom]
+        images, labels = (batch[name].to(self.device) for name in ("images", "labels"))
+        of_whom = [labels, other_labels(labels), None] if self.vavae.config.condition_dim else [None]
+        return [reconstruct_images(self.vavae, images, row) for row in of_whom]
 
 
 RAE_DEFAULTS = {
@@ -388,37 +390,37 @@ class RAEDecoderModule(AutoencoderModule):
             raise UserError(f"noise_tau {noise_tau} is a standard deviation: expected 0 or more")
         super().__init__(rae, **{**RAE_DEFAULTS, **settings})
         digest = self.hparams["encoder"] = encoder_digest(rae)
-        self._frozen["rae"], self._once["tokens"] = rae, FrozenEncoder(rae, digest)
+        self._frozen["rae"], self._cached_encoders["tokens"] = rae, FrozenEncoder(rae, digest)
         if flips:
-            self._once["mirrored_tokens"] = FrozenEncoder(rae, f"{digest} mirrored", mirrored=True)
+            self._cached_encoders["mirrored_tokens"] = FrozenEncoder(rae, f"{digest} mirrored", mirrored=True)
         self.network = rae.decoder.requires_grad_()
         self.ema = EMA(self.network, ema_decay)
         if self.hparams.gradient_checkpointing:
             rae.enable_gradient_checkpointing()
 
     def reconstruct(self, batch: dict[str, Tensor], draws: Draws) -> Reconstruction:
-        pictures, tokens = self.looked_at(batch, draws)
-        more = {"decoder_last": self.network.decoder_pred.weight, "adversary_by": "means"}
+        images, tokens = self.prepare_batch(batch, draws)
+        more = {"decoder_last": self.network.decoder_pred.weight, "adversary_norm": "means"}
         if self.training:
-            return pictures, self.rae_with(self.network).colours(self.noised_tokens(tokens, draws)) * 2 - 1, more
-        return pictures, (self.rae_with(self.ema.network).colours(tokens) * 2 - 1).clamp(-1, 1), more
+            return images, self.set_decoder(self.network).colours(self.noised_tokens(tokens, draws)) * 2 - 1, more
+        return images, (self.set_decoder(self.ema.network).colours(tokens) * 2 - 1).clamp(-1, 1), more
 
-    def rae_with(self, decoder: nn.Module) -> RAE:
+    def set_decoder(self, decoder: nn.Module) -> RAE:
         """Return the RAE with the trained decoder or with the averaged one."""
         self._frozen["rae"].decoder = decoder
         return self._frozen["rae"]
 
-    def looked_at(self, batch: dict[str, Tensor], draws: Draws) -> tuple[Tensor, Tensor]:
+    def prepare_batch(self, batch: dict[str, Tensor], draws: Draws) -> tuple[Tensor, Tensor]:
         """Return images in [-1, 1], in training half of them mirrored where `flips`, and their tokens (B, N, C)."""
-        pictures, features = to_unit(batch["pictures"]), batch.get("tokens")
+        images, features = to_unit(batch["images"]), batch.get("tokens")
         if self.training and self.hparams.flips:
             mirrored = (draws.uniform("flip") < 0.5)[:, None, None, None]
-            pictures = torch.where(mirrored, pictures.flip(3), pictures)
+            images = torch.where(mirrored, images.flip(3), images)
             if features is not None:
                 features = torch.where(mirrored, batch["mirrored_tokens"], features)
         if features is None:
-            return pictures, self._frozen["rae"].tokens((pictures + 1) / 2)
-        return pictures, features.flatten(2).mT.float()
+            return images, self._frozen["rae"].tokens((images + 1) / 2)
+        return images, features.flatten(2).mT.float()
 
     def noised_tokens(self, tokens: Tensor, draws: Draws) -> Tensor:
         """Return tokens (B, N, C) + tau·u·n, u one number per image."""
@@ -430,4 +432,4 @@ class RAEDecoderModule(AutoencoderModule):
     @torch.inference_mode()
     def reconstructions(self, batch: dict[str, Tensor]) -> list[Tensor]:
         """Return what the averaged decoder makes of images, uint8 (B, 3, S, S)."""
-        return [to_pixels(self.rae_with(self.ema.network)(to_unit(batch["pictures"].to(self.device))))]
+        return [to_pixels(self.set_decoder(self.ema.network)(to_unit(batch["images"].to(self.device))))]

@@ -29,7 +29,7 @@ def setting(default: Any, text: str, **limits: float) -> Any:
 
 
 @dataclass(frozen=True)
-class Saving:
+class SaveConfig:
     """When checkpoints are written, and when training ends before its length."""
 
     save_every_minutes: float = setting(5.0, "between two of last.ckpt", least=0)
@@ -49,7 +49,7 @@ class Saving:
 
 
 @dataclass(frozen=True)
-class TrainConfig(Saving):
+class TrainConfig(SaveConfig):
     """The numbers of a training; None stands for what the recipe or the machine suggests."""
 
     batch_size: int | None = setting(None, "images per device and step; null: what suits the machine", least=1)

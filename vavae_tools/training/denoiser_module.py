@@ -12,7 +12,7 @@ from vavae_tools.data.images import to_unit
 from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.diffusion.clip import TextEncoder, TextStates
 from vavae_tools.diffusion.conditioning import ClassConditioner, TextConditioner
-from vavae_tools.diffusion.layers import Backbone, Kept, kept_patches
+from vavae_tools.diffusion.layers import Backbone, TokenSubset, select_tokens
 from vavae_tools.diffusion.lora import lora_settings
 from vavae_tools.diffusion.objectives import FlowMatching, Objective
 from vavae_tools.runtime.draws import Draws
@@ -23,7 +23,7 @@ from vavae_tools.training.callbacks.progress import log_step
 from vavae_tools.training.callbacks.throughput import flops_of, without_numbers
 from vavae_tools.training.devices import trainer_settings
 from vavae_tools.training.lightning_inside import is_gathering
-from vavae_tools.training.optim import EMA, warmed_up
+from vavae_tools.training.optim import EMA, with_warmup
 
 
 class DiffusionModule(L.LightningModule):
@@ -33,7 +33,7 @@ class DiffusionModule(L.LightningModule):
       patches of "mask" (B, H, W) alone, with what is known beforehand in "condition_mask": token images.
     - Texts are "text_tokens", "text_mask" and "text_pooled", the fields of `TextStates`. Without labels or texts all
       samples are of class 0.
-    - After `encode_with`, {"pictures", "captions", "index"} are encoded at every step.
+    - After `encode_with`, {"images", "captions", "index"} are encoded at every step.
 
     Args:
         denoiser, conditioner: what is trained; their averages are `ema.network`.
@@ -104,9 +104,9 @@ class DiffusionModule(L.LightningModule):
         if "mask" not in batch:
             return batch
         everything = batch["mask"] + batch["condition_mask"] if "condition_mask" in batch else batch["mask"]
-        kept = kept_patches(everything, self.code.cell_size)
+        kept = select_tokens(everything, self.code.cell_size)
         if self.device.type == "cuda":  # as the loader pins what it makes, so that the copy is not waited for
-            kept = Kept(*(tensor.pin_memory() for tensor in kept))
+            kept = TokenSubset(*(tensor.pin_memory() for tensor in kept))
         return {**batch, "kept": kept}
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class DiffusionModule(L.LightningModule):
         labels = torch.zeros_like(batch["index"])
         with torch.autocast(self.device.type, enabled=False):  # a VAE in half precision makes black images
             normal = functools.partial(draws.normal, "posterior")
-            latents = self._vae.encode_pictures(to_unit(batch["pictures"]), labels, normal)
+            latents = self._vae.encode_images(to_unit(batch["images"]), labels, normal)
             states = self._text_encoder.encode(batch["captions"]).to(self.device)
         texts = {"text_tokens": states.tokens, "text_mask": states.mask, "text_pooled": states.pooled}
         return {"latents": latents.float(), "index": batch["index"], **texts}
@@ -136,7 +136,7 @@ class DiffusionModule(L.LightningModule):
             mirrored = draws.uniform("flip") < 0.5
             data = torch.where(mirrored[:, None, None, None], batch["latents_flip"], data)
         noise = draws.normal("noise", *data.shape[1:])
-        t = self.objective.sample_time(getattr(draws, self.objective.time_draws)("time"))
+        t = self.objective.sample_time(getattr(draws, self.objective.time_distribution)("time"))
         drop = draws.uniform("condition dropout") < dropout if dropout else None
         conditioning = network["conditioner"](_conditions(batch), drop)
         return self.objective(network["denoiser"], data, conditioning, noise, t, **masked)
@@ -154,11 +154,11 @@ class DiffusionModule(L.LightningModule):
 
     def beginnings(self, mask: Tensor, draws: Draws) -> Tensor:
         """Pixels (B, H, W) of the first cells of a mask, in `prompt_share` of the samples."""
-        there = self.code.over_cells(mask)  # (B, N)
+        there = self.code.mask_to_cells(mask)  # (B, N)
         place = there.cumsum(1)
         chosen = draws.uniform("beginning") < self.hparams.prompt_share  # (B,)
         count = (draws.uniform("length") * place[:, -1]).floor() * chosen
-        return self.code.over_pixels((there & (place <= count[:, None])).float(), mask.shape[-1])
+        return self.code.spread_to_pixels((there & (place <= count[:, None])).float(), mask.shape[-1])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         draws = Draws(self.hparams.seed, self.current_epoch, batch["index"])
@@ -211,7 +211,7 @@ class DiffusionModule(L.LightningModule):
         fused = not has_scaler(self.trainer)
         optimizer = torch.optim.AdamW(weights, self.hparams.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
         steps = self.trainer.estimated_stepping_batches
-        return warmed_up(optimizer, self.hparams.warmup_steps, steps, self.hparams.schedule)
+        return with_warmup(optimizer, self.hparams.warmup_steps, steps, self.hparams.schedule)
 
     def flops_of_a_sample(self, batch: dict[str, Any]) -> int:
         """Return what a training step computes for one sample of this batch (`throughput.flops_of`)."""
@@ -221,7 +221,7 @@ class DiffusionModule(L.LightningModule):
             masked, data = {}, one["clean"] if "mask" in batch else one["latents"]  # (1, C, h, w)
             if "mask" in batch:
                 cells = batch["kept"].places.shape[1]
-                kept = Kept(torch.arange(cells)[None], torch.ones(1, cells, dtype=torch.bool))
+                kept = TokenSubset(torch.arange(cells)[None], torch.ones(1, cells, dtype=torch.bool))
                 masked = {"mask": torch.ones_like(one["mask"]), "kept": kept}
             conditioning = network["conditioner"](_conditions({"index": torch.zeros(1, dtype=torch.int64), **one}))
             return self.objective(network["denoiser"], data, conditioning, data, torch.zeros(1), **masked)[0]

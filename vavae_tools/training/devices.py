@@ -15,22 +15,22 @@ from typing import Any
 
 import torch
 
-from vavae_tools.runtime.console import say
+from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine, find_machine, take_card
 from vavae_tools.runtime.precision import precision_on
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "deepspeed", "deepspeed_stage_2")
-LIGHTNING = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+LIGHTNING_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 """What Lightning calls the precisions of `machine.PRECISIONS`."""
-SAID = {"32-true": "float32", "16-mixed": "fp16 with a gradient scaler", "bf16-mixed": "bf16"}
+PRECISION_LABELS = {"32-true": "float32", "16-mixed": "fp16 with a gradient scaler", "bf16-mixed": "bf16"}
 COMPILES_FROM = (7, 0)
 """Triton's least compute capability: a V100's, not a P100's."""
 
 
 def precision_of(name: str | None, machine: Machine, strategy: str = "auto") -> str:
     """Return Lightning's precision for `16 | 32 | bf16 | fp16 | no`; None takes what suits machine and strategy."""
-    short = {long: short for short, long in LIGHTNING.items()}.get(str(name), name)
+    short = {long: short for short, long in LIGHTNING_PRECISIONS.items()}.get(str(name), name)
     found = precision_on(machine, short)
     reason = ""
     if found == "16" and strategy == "fsdp":
@@ -39,10 +39,10 @@ def precision_of(name: str | None, machine: Machine, strategy: str = "auto") -> 
         reason = "which would round the averaged weights to it"
     if reason and name is not None:
         raise UserError(f"--precision {name} with --strategy {strategy}, {reason}: take --precision 32, or ddp")
-    return LIGHTNING["32" if reason else found]
+    return LIGHTNING_PRECISIONS["32" if reason else found]
 
 
-def compiles(choice: bool | None, machine: Machine | None = None, say: Callable[[str], None] = say) -> bool:
+def compiles(choice: bool | None, machine: Machine | None = None, log: Callable[[str], None] = log) -> bool:
     """Return whether to `torch.compile` here; None: from capability 8.0 on, where it pays within minutes.
 
     Raises:
@@ -73,7 +73,7 @@ def compiles(choice: bool | None, machine: Machine | None = None, say: Callable[
     if missing and choice:
         raise UserError(f"compile=true, but there is {' and '.join(missing)}; install what is missing, or leave it off")
     if missing:
-        say(f"compile stays off: there is {' and '.join(missing)}")
+        log(f"compile stays off: there is {' and '.join(missing)}")
     return not missing
 
 
@@ -220,7 +220,7 @@ def describe(
     gathered = settings.get("accumulate_grad_batches", 1)
     said = [
         "one process" if strategy == "auto" else str(strategy),
-        SAID.get(settings["precision"], str(settings["precision"])),
+        PRECISION_LABELS.get(settings["precision"], str(settings["precision"])),
         f"compile {'on' if compile else 'off'}",
         f"batch {batch_size} per device" if batch_size is not None else "",
         f"{gathered} batches a step" if gathered > 1 else "",

@@ -12,12 +12,12 @@ def is_gathering(trainer: L.Trainer) -> bool:
     return trainer.fit_loop._should_accumulate()
 
 
-def written_as(trainer: L.Trainer) -> int:
+def logged_step(trainer: L.Trainer) -> int:
     """Return the number of the step under which Lightning writes this batch's values."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def count_no_steps_of(optimizer: LightningOptimizer) -> None:
+def exclude_from_global_step(optimizer: LightningOptimizer) -> None:
     """Leave this optimiser's next step out of `global_step`, which counts every optimiser's; the loop undoes it."""
     optimizer._on_before_step = optimizer._on_after_step = _nothing
 

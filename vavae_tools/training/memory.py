@@ -15,10 +15,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vavae_tools.runtime.console import say
+from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import is_memory_fault, release_memory
-from vavae_tools.runtime.ranks import of_torchrun
+from vavae_tools.runtime.ranks import current_ranks
 from vavae_tools.training.devices import no_deterministic_form
 
 HEADROOM = 0.08
@@ -183,7 +183,7 @@ def find_batch_size(
     settings: dict[str, Any],
     batch_size: int,
     largest: int | None = None,
-    say: Callable[[str], None] = say,
+    log: Callable[[str], None] = log,
 ) -> int:
     """Return the largest batch of which whole training steps fit into this GPU; the first process tries for all.
 
@@ -201,14 +201,14 @@ def find_batch_size(
         UserError: not even one sample fits.
     """
     if settings["accelerator"] != "gpu":
-        say(f"auto batch size: a CPU's memory ends without an error to go by, so the batch stays {batch_size}")
+        log(f"auto batch size: a CPU's memory ends without an error to go by, so the batch stays {batch_size}")
         return batch_size
-    ranks, found = of_torchrun(), None
+    ranks, found = current_ranks(), None
     if ranks.rank == 0:
         device = torch.device("cuda", ranks.local_rank)
         steps = whole_steps(module, make_batch, settings, gradients_twice=ranks.size > 1)
         found = fitting_batch_size(steps, batch_size, largest, device)
-        say(f"auto batch size: {found} fit into {torch.cuda.get_device_name(device)}, {HEADROOM:.0%} of it kept free")
+        log(f"auto batch size: {found} fit into {torch.cuda.get_device_name(device)}, {HEADROOM:.0%} of it kept free")
     return ranks.share("vavae batch size", found)
 
 

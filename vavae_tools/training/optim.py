@@ -46,7 +46,7 @@ class EMA(nn.Module):
 DECAYS = ("cosine", "linear", "constant")
 
 
-def warmed_up(
+def with_warmup(
     optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: float, decay: str = "cosine"
 ) -> dict[str, Any]:
     """Return an optimiser and its rate's schedule, as a LightningModule's `configure_optimizers` returns them.

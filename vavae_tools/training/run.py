@@ -11,10 +11,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from vavae_tools.checkpoints.formats import read_any
+from vavae_tools.checkpoints.formats import read_any_format
 from vavae_tools.checkpoints.resuming import check_resumable, resume_path
 from vavae_tools.data.loader import OrderedDataModule, loader_faults
-from vavae_tools.runtime.console import say
+from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import Stopped, UserError
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import keep_freed_memory, release_memory
@@ -22,11 +22,11 @@ from vavae_tools.training.callbacks.checkpointing import WholeCheckpointIO, chec
 from vavae_tools.training.callbacks.progress import Progress, TrainLog
 from vavae_tools.training.callbacks.record import RunRecord
 from vavae_tools.training.callbacks.throughput import Throughput
-from vavae_tools.training.config import Saving, TrainConfig
+from vavae_tools.training.config import SaveConfig, TrainConfig
 from vavae_tools.training.devices import allow_tf32, describe, quiet_lightning, trainer_settings
 from vavae_tools.training.memory import memory_fault, memory_faults
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 Show = Callable[[Tensor], None]
 
 
@@ -67,7 +67,7 @@ class Run:
     """Settings that help where memory runs out, besides those of every training."""
 
 
-Build = Callable[[Any, Path, Path | None, Show | None, Say], Run]
+Build = Callable[[Any, Path, Path | None, Show | None, Log], Run]
 """(recipe, output_dir, the checkpoint to resume from, show, say) → what is to be trained."""
 
 
@@ -77,7 +77,7 @@ def train(
     output_dir: str | Path,
     resume: str | Path | None = None,
     show: Show | None = None,
-    say: Say = say,
+    log: Log = log,
 ) -> Path:
     """Train what `build` makes of a recipe, on as many processes as its devices ask for; return what it was for.
 
@@ -97,19 +97,19 @@ def train(
     if several is not None:
         return call_on_ranks(f"{__name__}:_train_here", arguments, several, show=show)
     try:
-        return _train_here(**arguments, show=show, say=say)
+        return _train_here(**arguments, show=show, log=log)
     finally:
         release_memory()  # a notebook's process lives on
 
 
 def _train_here(
-    build: Build, recipe: Any, output_dir: Path, resume: str | None, show: Show | None = None, say: Say = say
+    build: Build, recipe: Any, output_dir: Path, resume: str | None, show: Show | None = None, log: Log = log
 ) -> Path:
     L.seed_everything(recipe.seed, verbose=False)
     quiet_lightning()
     checkpoints = output_dir / "checkpoints"
-    resume_from = resume_path(resume, checkpoints, say)
-    run = build(recipe, output_dir, resume_from, show, say)
+    resume_from = resume_path(resume, checkpoints, log)
+    run = build(recipe, output_dir, resume_from, show, log)
     config, data = run.config, run.data
     settings = run.module.trainer_settings(**config.of_devices())
     gathered = config.accumulate_grad_batches
@@ -122,14 +122,14 @@ def _train_here(
     else:
         steps = -(-batches // gathered) * epochs
     weights = sum(weight.numel() for weight in run.network.parameters())
-    say(
+    log(
         f"Training {run.what} of {weights / 1e6:,.1f} M weights on {count:,} images: {steps:,} steps of "
         f"{min(data.batch_size, count) * processes * gathered}, {epochs:,} epochs, lr {run.module.hparams.lr:g}"
     )
     machine = describe(settings, bool(config.compile), data.batch_size, data.num_workers)
-    say(machine)
+    log(machine)
     for remark in run.remarks:
-        say(remark)
+        log(remark)
 
     validates = data.val_data is not None and len(data.val_data) > 0
     monitor, mode = run.monitor
@@ -137,16 +137,16 @@ def _train_here(
     if config.previews and run.preview is not None:
         callbacks.append(run.preview(max(1, epochs // config.previews)))
     recorded = {**run.recorded, "precision": settings["precision"]}
-    callbacks.append(RunRecord(output_dir, recorded, run.fingerprint, config.allow_changes, say))
-    callbacks.append(TrainLog(output_dir, config.log_every_n_steps, say, machine))
+    callbacks.append(RunRecord(output_dir, recorded, run.fingerprint, config.allow_changes, log))
+    callbacks.append(TrainLog(output_dir, config.log_every_n_steps, log, machine))
     length["check_val_every_n_epoch"] = max(1, epochs // run.validations)
     loggers = make_loggers(config.logger, output_dir)
-    trainer = build_trainer(settings, output_dir, [*callbacks, *run.callbacks], say, loggers, **length)
+    trainer = build_trainer(settings, output_dir, [*callbacks, *run.callbacks], log, loggers, **length)
     if run.logged and trainer.is_global_zero:
         for logger in trainer.loggers:
             logger.log_metrics(dict(run.logged), step=0)
     check_resumable(resume_from, run.module)
-    fit_trainer(trainer, run.module, data, resume_from, say, run.saves_memory)
+    fit_trainer(trainer, run.module, data, resume_from, log, run.saves_memory)
     if trainer.is_global_zero:
         run.export(trainer)
     return run.folder
@@ -189,7 +189,7 @@ def build_trainer(
     settings: dict[str, Any],
     output_dir: Path,
     callbacks: list[L.Callback],
-    say: Say,
+    log: Log,
     loggers: list[Logger] | None = None,
     **length: Any,
 ) -> L.Trainer:
@@ -206,8 +206,8 @@ def build_trainer(
             **{**length, **settings},
             default_root_dir=output_dir,
             logger=make_loggers("tensorboard", output_dir) if loggers is None else loggers,
-            callbacks=[Throughput(say), *callbacks, Progress(say)],  # the first: a step ends before what others do
-            plugins=[WholeCheckpointIO(say)],
+            callbacks=[Throughput(log), *callbacks, Progress(log)],  # the first: a step ends before what others do
+            plugins=[WholeCheckpointIO(log)],
             enable_progress_bar=False,
         )
     except (MisconfigurationException, TypeError) as error:  # what +trainer.NAME= named and it does not know
@@ -219,7 +219,7 @@ def fit_trainer(
     module: L.LightningModule,
     data: L.LightningDataModule,
     resume_from: Path | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     saves_memory: Sequence[str] = (),
     prefix: str = "train.",
 ) -> None:
@@ -244,7 +244,7 @@ def fit_trainer(
         with memory_faults(line_for), loader_faults():
             trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
     except Stopped as stop:
-        say(str(stop))
+        log(str(stop))
     except MisconfigurationException as error:  # such as a checkpoint that is further than this run's length
         raise UserError(str(error)) from None
     finally:
@@ -266,9 +266,9 @@ def fit(
     callbacks: Sequence[L.Callback] = (),
     monitor: str | None = None,
     resume: str | None = None,
-    saving: Saving | None = None,
+    saving: SaveConfig | None = None,
     show: Callable[[Tensor], None] | None = None,
-    say: Callable[[str], None] = say,
+    log: Callable[[str], None] = log,
 ) -> Path:
     """Train any module on any data with the devices of this machine; return `last.ckpt`.
 
@@ -295,10 +295,10 @@ def fit(
     trainer_settings(**devices)  # what cannot be is said before anything is started
     several = several_processes(**devices)
     if several is None:
-        return _fit_here(**arguments, say=say)
+        return _fit_here(**arguments, log=log)
     module.cpu()  # or all processes would take it to one card
     last = call_on_ranks(f"{__name__}:_fit_here", arguments, several, show=show)
-    module.load_state_dict(read_any(last, lambda line: None)["state_dict"])
+    module.load_state_dict(read_any_format(last, lambda line: None)["state_dict"])
     return last
 
 
@@ -311,17 +311,17 @@ def _fit_here(
     callbacks: list[L.Callback],
     monitor: str | None,
     resume: str | None,
-    saving: Saving | None,
-    say: Callable[[str], None] = say,
+    saving: SaveConfig | None,
+    log: Callable[[str], None] = log,
 ) -> Path:
     quiet_lightning()
     of_module = getattr(module, "trainer_settings", trainer_settings)
     settings = of_module(**devices)
     settings["use_distributed_sampler"] = not isinstance(data, OrderedDataModule)
     checkpoints = output_dir / "checkpoints"
-    resume_from = resume_path(resume, checkpoints, say)
+    resume_from = resume_path(resume, checkpoints, log)
     saves = checkpoint_callbacks(checkpoints, monitor, saving)
-    trainer = build_trainer(settings, output_dir, [*callbacks, *saves], say, **length)
+    trainer = build_trainer(settings, output_dir, [*callbacks, *saves], log, **length)
     check_resumable(resume_from, module)
-    fit_trainer(trainer, module, data, resume_from, say, prefix="")
+    fit_trainer(trainer, module, data, resume_from, log, prefix="")
     return checkpoints / "last.ckpt"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vavae_tools.checkpoints.resuming import as_own
+from vavae_tools.checkpoints.resuming import match_names
 
 
 class Sharded(ModelParallelStrategy):
@@ -64,7 +64,7 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = self.checkpoint_io.load_checkpoint(Path(self.broadcast(str(checkpoint_path))))
         own = self.lightning_module.state_dict()
-        found = as_own(checkpoint.pop("state_dict"), own)
+        found = match_names(checkpoint.pop("state_dict"), own)
         cut = {name: _cut_as(value, own[name]) if name in own else value for name, value in found.items()}
         self.lightning_module.load_state_dict(cut, strict=self.lightning_module.strict_loading)
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states", ()), strict=False):

@@ -1,1 +1,1 @@
-"""Made-up pictures and texts that everything can be tried on."""
+"""Made-up images and texts that everything can be tried on."""

@@ -1,6 +1,6 @@
-"""Write the built-in data: simulated micro-Doppler pictures of walking people, in folders ID_1, ID_2 …
+"""Write the built-in data: simulated micro-Doppler images of walking people, in folders ID_1, ID_2 …
 
-A radar hears every part of a walker at its own speed. A picture of speed (rows) over time (columns) therefore shows
+A radar hears every part of a walker at its own speed. An image of speed (rows) over time (columns) therefore shows
 the gait: a bright wavy line for the torso, a lobe for each step, arcs for the arms. The people walk by the model of
 Boulic, Thalmann & Thalmann (1990), see walking.py; their echo is made as by Chen, "The Micro-Doppler Effect in Radar",
 see radar.py.
@@ -27,7 +27,7 @@ from vavae_tools.data.demo.radar import echo, received, spectrogram, walk_before
 from vavae_tools.data.demo.walking import Person, draw_person, walk_again
 from vavae_tools.runtime.errors import UserError, run_command
 
-GRID = 256  # a smaller picture is this one, averaged
+GRID = 256  # a smaller image is this one, averaged
 DECIBELS = 42.0  # from the lowest colour to the highest
 FINISHED = "gait.json"
 
@@ -55,20 +55,20 @@ def simulate_walk(
     power = spectrogram(received(echo(ranges, strengths), rng), max(size, GRID))
     reference = np.quantile(power[:, ::8], 0.997)  # an eighth of the columns says as much
     intensity = 255 * (1 + 10 / DECIBELS * np.log10(np.maximum(power / reference, 1e-12)))
-    picture = np.clip(np.rint(intensity), 0, 255).astype(np.uint8)
+    image = np.clip(np.rint(intensity), 0, 255).astype(np.uint8)
     if size < GRID:
-        picture = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BOX))
-    return picture
+        image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))
+    return image
 
 
-def simulate_picture(
-    seed: int, person_number: int, picture_number: int, size: int = 256, colormap: str = "jet"
+def simulate_image(
+    seed: int, person_number: int, image_number: int, size: int = 256, colormap: str = "jet"
 ) -> np.ndarray:
     """Return an image of a person of the people of `seed`, (size, size, 3) uint8: the same, whatever else is made.
 
     It is coloured with the matplotlib `colormap`; rows and columns are as in `simulate_walk`.
     """
-    source = np.random.SeedSequence(seed, spawn_key=(person_number, picture_number))
+    source = np.random.SeedSequence(seed, spawn_key=(person_number, image_number))
     rng = np.random.Generator(np.random.Philox(source))
     return colormap_table(colormap).take(simulate_walk(draw_person(seed, person_number), rng, size), axis=0)
 
@@ -93,7 +93,7 @@ def write_gait_dataset(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write `pictures` of each of `people` walkers as ID_1/walk_001.jpg … and return the folder.
+    """Write `images` of each of `people` walkers as ID_1/walk_001.jpg … and return the folder.
 
     The bytes of an image depend on `size` (pixels), `seed` and `colormap` alone: with more people or images the first
     ones stay the same, and `workers` (processes; None: one per core) only set the pace. gait.json holds the settings
@@ -115,8 +115,8 @@ def write_gait_dataset(
     try:
         for person in range(1, people + 1):
             (partial_dir / f"ID_{person}").mkdir(parents=True)
-        tasks = [(person, picture) for person in range(1, people + 1) for picture in range(1, pictures + 1)]
-        _run(partial(_write_picture, partial_dir, size, seed, colormap), tasks, workers or cores(), progress)
+        tasks = [(person, image) for person in range(1, people + 1) for image in range(1, pictures + 1)]
+        _run(partial(_write_image, partial_dir, size, seed, colormap), tasks, workers or cores(), progress)
         drawn = {f"ID_{person}": asdict(draw_person(seed, person)) for person in range(1, people + 1)}
         (partial_dir / FINISHED).write_text(json.dumps({"settings": settings, "people": drawn}, indent=1) + "\n")
         for path in sorted(partial_dir.iterdir()):  # gait.json last
@@ -153,10 +153,10 @@ def _is_finished(output_dir: Path, settings: dict) -> bool:
     return False
 
 
-def _write_picture(folder: Path, size: int, seed: int, colormap: str, task: tuple[int, int]) -> None:
-    person, picture = task
-    pixels = simulate_picture(seed, person, picture, size, colormap)
-    path = folder / f"ID_{person}" / f"walk_{picture:03d}.jpg"
+def _write_image(folder: Path, size: int, seed: int, colormap: str, task: tuple[int, int]) -> None:
+    person, image = task
+    pixels = simulate_image(seed, person, image, size, colormap)
+    path = folder / f"ID_{person}" / f"walk_{image:03d}.jpg"
     Image.fromarray(pixels).save(path, "JPEG", quality=92, subsampling=0)
 
 
@@ -198,7 +198,7 @@ def main() -> None:
     left_out = argparse.SUPPRESS
     parser.add_argument("--output_dir", type=Path, required=True, default=left_out, help="a new or an empty folder")
     parser.add_argument("--people", type=int, default=6, help="walkers, each in a folder of their own")
-    parser.add_argument("--pictures", type=int, default=60, help="pictures per person")
+    parser.add_argument("--pictures", type=int, default=60, help="images per person")
     parser.add_argument("--size", type=int, default=256, help="pixels across and down, 16 or more")
     parser.add_argument("--seed", type=int, default=0, help="with another number, other people walk")
     parser.add_argument("--colormap", default="jet", help="a matplotlib colour map: jet, viridis, turbo, gray …")

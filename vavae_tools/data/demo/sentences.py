@@ -15,7 +15,7 @@ VERBS = {"sees": "see", "likes": "like", "finds": "find", "hears": "hear", "help
 """As one and as many do it."""
 ADJECTIVES = ("", "small", "old", "happy", "red")
 ONE, MANY = ("the", "a", "one", "this"), ("the", "two", "some", "these")
-ASKS = "tell me about"
+QUESTION_PREFIX = "tell me about"
 MOST = 6
 """Sentences in a story."""
 
@@ -39,7 +39,7 @@ def questions(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
     """Return chats of a question such as "tell me about two old cats." and a sentence that begins with these words."""
     return [
         [
-            {"role": "user", "content": f"{ASKS} {subject}."},
+            {"role": "user", "content": f"{QUESTION_PREFIX} {subject}."},
             {"role": "assistant", "content": f"{subject} {verb} {seen}."},
         ]
         for subject, verb, seen in _parts(count, seed)
@@ -94,7 +94,7 @@ def answers(question: str, text: str) -> bool:
     >>> answers("tell me about two cats.", "two cats see a bird.")
     True
     """
-    return is_grammatical(text) and text.startswith(question.removeprefix(ASKS).strip(" .") + " ")
+    return is_grammatical(text) and text.startswith(question.removeprefix(QUESTION_PREFIX).strip(" .") + " ")
 
 
 def _any_of(words) -> str:

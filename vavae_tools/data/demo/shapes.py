@@ -1,7 +1,7 @@
 """Made-up images: one coloured shape each on a grey ground, drawn when they are asked for, with or without captions.
 
-Whether a training learns to follow its prompts shows by the pixels alone: `judge_shapes` tells of which share of images
-the colour, the shape, the size and the place are those that the captions name.
+Whether a training learns to follow its prompts shows by the pixels alone: `caption_accuracy` tells of which share of
+images the colour, the shape, the size and the place are those that the captions name.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vavae_tools.data.captions import CaptionedDataModule
-from vavae_tools.data.images import DecodedPictures, PictureSetDataModule, Size
+from vavae_tools.data.images import DecodedImages, ImageSetDataModule, Size
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 
@@ -32,8 +32,8 @@ _PALETTE = torch.tensor(list(COLOURS.values()), dtype=torch.float32)  # (colours
 
 
 def _triangle(x: Tensor, y: Tensor) -> Tensor:
-    sides = (math.pi / 2, math.pi / 2 - 2 * math.pi / 3, math.pi / 2 + 2 * math.pi / 3)  # the directions they face
-    return torch.stack([x * math.cos(a) + y * math.sin(a) for a in sides]).amax(0) - 0.5
+    subsets = (math.pi / 2, math.pi / 2 - 2 * math.pi / 3, math.pi / 2 + 2 * math.pi / 3)  # the directions they face
+    return torch.stack([x * math.cos(a) + y * math.sin(a) for a in subsets]).amax(0) - 0.5
 
 
 def _cross(x: Tensor, y: Tensor) -> Tensor:
@@ -113,20 +113,20 @@ def shape_classes(num_classes: int) -> list[tuple[int, int]]:
     return [(label % colours, label // colours) for label in range(num_classes)]
 
 
-class DrawnPictures(DecodedPictures):
-    """Images that follow from seed, subset (`side`: 0 trains, 1 validates) and number alone."""
+class DrawnImages(DecodedImages):
+    """Images that follow from seed, subset (`subset`: 0 trains, 1 validates) and number alone."""
 
     title: str
     smallest: int
     """Pixels of the shorter side below which nobody knows what is shown."""
 
     def __init__(
-        self, names: list[str], labels: Tensor, image_size: int | Size, seed: int = 0, side: int = 0, **options: Any
+        self, names: list[str], labels: Tensor, image_size: int | Size, seed: int = 0, subset: int = 0, **options: Any
     ) -> None:
         if not names:
             raise UserError(f"0 images of {self.title}: at least one is needed")
         super().__init__(names, labels, image_size, title=self.title, **options)
-        self.seed, self.side, self.numbers = seed, side, torch.arange(len(names))
+        self.seed, self.subset, self.numbers = seed, subset, torch.arange(len(names))
 
     def draw(self, numbers: Tensor, draws: Draws) -> Tensor:
         """Return the images of these numbers, uint8 (B, 3, H, W), with their random draws."""
@@ -139,15 +139,15 @@ class DrawnPictures(DecodedPictures):
 
     def drawn(self, places: Sequence[int]) -> Tensor:
         numbers = self.numbers[torch.as_tensor(places, dtype=torch.int64)]
-        pictures = self.draw(numbers, Draws(self.seed, self.side, numbers))
+        images = self.draw(numbers, Draws(self.seed, self.subset, numbers))
         if self.channels == 3:
-            return pictures
-        red, green, blue = pictures.int().split(1, dim=1)  # as `in_channels` has it: Pillow's grey
+            return images
+        red, green, blue = images.int().split(1, dim=1)  # as `in_channels` has it: Pillow's grey
         return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)
 
-    def what_is_stored(self) -> list:
+    def stored_key(self) -> list:
         numbers = hashlib.sha256(self.numbers.numpy().tobytes()).hexdigest()
-        return [f"{self.title} 1", len(self), numbers, self.seed, self.side]
+        return [f"{self.title} 1", len(self), numbers, self.seed, self.subset]
 
     def part(self, places: Sequence[int]) -> Self:
         part = super().part(places)
@@ -159,13 +159,13 @@ class DrawnPictures(DecodedPictures):
             self._memory = torch.cat([self.drawn(part) for part in torch.arange(len(self)).split(1024)])
         return self._memory
 
-    def pictures(self, places: Sequence[int]) -> Tensor:
+    def images(self, places: Sequence[int]) -> Tensor:
         return self.drawn(places) if self._memory is None else self._memory[torch.as_tensor(places)]
 
 
 def _subsets(
-    draw: Callable[[int, int], DrawnPictures], count: int, val_share: float
-) -> tuple[DrawnPictures, DrawnPictures | None]:
+    draw: Callable[[int, int], DrawnImages], count: int, val_share: float
+) -> tuple[DrawnImages, DrawnImages | None]:
     """Return `draw(count, 0)`, and `draw(…, 1)` of `val_share` times as many more."""
     if not 0 <= val_share < 1:
         raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
@@ -174,7 +174,7 @@ def _subsets(
 
 
 # ---- with classes
-class ShapePictures(DrawnPictures):
+class ShapeImages(DrawnImages):
     """Shapes with random place, size and ground; the labels, colour × shape (see `shape_classes`), take turns."""
 
     title, smallest = "shapes", 8
@@ -185,18 +185,18 @@ class ShapePictures(DrawnPictures):
         num_classes: int = 4,
         image_size: int | Size = 32,
         seed: int = 0,
-        side: int = 0,
+        subset: int = 0,
         channels: int = 3,
     ) -> None:
         classes = shape_classes(num_classes)
         self.class_names = [f"{list(COLOURS)[colour]}_{list(SHAPES)[shape]}" for colour, shape in classes]
         names = [f"{self.class_names[index % num_classes]}/{index:06d}" for index in range(count)]
-        super().__init__(names, torch.arange(len(names)) % num_classes, image_size, seed, side, channels=channels)
+        super().__init__(names, torch.arange(len(names)) % num_classes, image_size, seed, subset, channels=channels)
         self.num_classes = num_classes
 
-    def what_is_stored(self) -> list:
-        *pictures, seed, side = super().what_is_stored()
-        return [*pictures, self.num_classes, seed, side]
+    def stored_key(self) -> list:
+        *images, seed, subset = super().stored_key()
+        return [*images, self.num_classes, seed, subset]
 
     def draw(self, numbers: Tensor, draws: Draws) -> Tensor:
         radii = SMALLEST + (LARGEST - SMALLEST) * draws.uniform("radius", 1)[:, 0]
@@ -215,7 +215,7 @@ def shape_data(
     seed: int = 0,
     val_share: float = 0.05,
     channels: int | None = None,
-) -> PictureSetDataModule:
+) -> ImageSetDataModule:
     """Return shapes as a data module: `count` to train, and `val_share` times as many more to validate.
 
     Args:
@@ -226,10 +226,10 @@ def shape_data(
         UserError: numbers that cannot be.
     """
     train, val = _subsets(
-        lambda count, side: ShapePictures(count, num_classes, image_size, seed, side, channels or 3), count, val_share
+        lambda count, subset: ShapeImages(count, num_classes, image_size, seed, subset, channels or 3), count, val_share
     )
     labels = {name: label for label, name in enumerate(train.class_names)}
-    return PictureSetDataModule(train, val, labels, batch_size, num_workers, seed)
+    return ImageSetDataModule(train, val, labels, batch_size, num_workers, seed)
 
 
 # ---- with sentences, which name a colour, a shape, a size and a place
@@ -251,7 +251,7 @@ WORDINGS = (
     "a {size} {colour} {shape} {place}",
     "{place} there is a {size} {colour} {shape}",
     "a {colour} {shape} {place}, it is {size}",
-    "a picture of a {other_size} {colour} {shape} {place}",
+    "an image of a {other_size} {colour} {shape} {place}",
     "the {shape} {place} is {size} and {colour}",
     "a {size} {colour} {shape}",
     "a {colour} {shape} {place}",
@@ -309,15 +309,15 @@ def vocabulary() -> list[str]:
     return sorted({*words, *_WORDS} - {*KINDS, "other"})
 
 
-class CaptionedShapes(DrawnPictures):
+class CaptionedShapes(DrawnImages):
     """Shapes with sentences about them, of which the first names all that is shown."""
 
     title, smallest = "captioned shapes", 16
 
-    def __init__(self, count: int, image_size: int | Size = 32, seed: int = 0, side: int = 0) -> None:
+    def __init__(self, count: int, image_size: int | Size = 32, seed: int = 0, subset: int = 0) -> None:
         names = [f"{index:06d}" for index in range(count)]
-        super().__init__(names, torch.zeros(len(names), dtype=torch.int64), image_size, seed, side)
-        choices = _choices(Draws(seed, side, self.numbers)).tolist()
+        super().__init__(names, torch.zeros(len(names), dtype=torch.int64), image_size, seed, subset)
+        choices = _choices(Draws(seed, subset, self.numbers)).tolist()
         shown = [Named(*(words[number] for words, number in zip(KINDS.values(), row, strict=True))) for row in choices]
         captions = {one: one.captions for one in set(shown)}  # 300: images that show the same share their sentences
         self.captions = [captions[one] for one in shown]
@@ -348,41 +348,41 @@ def captioned_shape_data(
     val_share: float = 0.05,
 ) -> CaptionedDataModule:
     """Return captioned shapes as a data module, as `shape_data` does."""
-    train, val = _subsets(lambda count, side: CaptionedShapes(count, image_size, seed, side), count, val_share)
+    train, val = _subsets(lambda count, subset: CaptionedShapes(count, image_size, seed, subset), count, val_share)
     return CaptionedDataModule(train, val, batch_size, num_workers, seed)
 
 
 # ---- seeing
-WEAKEST = 0.3
+MIN_TINT = 0.3
 """Of a pixel: what has less of the colour is noise."""
 SMALLEST_AREA = 0.02
 """Of the image: less than this is a speck."""
-MOST_DIFFERENT = 0.5
+MAX_DIFFERENCE = 0.5
 """Of a shape's area: what differs more from every shape shows none."""
-ONE_COLOUR = 0.7
+MIN_COLOUR_PURITY = 0.7
 """Of the strength of all tints: what has less in common is of several colours."""
 BLURS = (0.0, 0.02, 0.04)
 """Standard deviations, of the image's side."""
 
 
-def seen(pictures: Tensor) -> list[Named]:
+def seen(images: Tensor) -> list[Named]:
     """Return what images uint8 (N, 3, H, H) show: nothing in noise, of a blob that is no shape its colour.
 
     The colour is the nearest tint. Its strength, which grey has not, tells how far each pixel is covered, and noise
     beside the shape is left out. Every shape is drawn with the same area around the same centre, in several degrees of
     blur, and the one that differs least is it.
     """
-    return [one for part in pictures.split(256) for one in _seen(part)]  # few at once: many are drawn for each
+    return [one for part in images.split(256) for one in _seen(part)]  # few at once: many are drawn for each
 
 
-def _seen(pictures: Tensor) -> list[Named]:
-    size = pictures.shape[-1]
-    tints, own = (values - values.mean(1, keepdim=True) for values in (pictures.float(), _PALETTE))  # 0 for grey
+def _seen(images: Tensor) -> list[Named]:
+    size = images.shape[-1]
+    tints, own = (values - values.mean(1, keepdim=True) for values in (images.float(), _PALETTE))  # 0 for grey
     tint = (tints * tints.square().sum(1, keepdim=True)).sum((2, 3))  # (N, 3), mostly of the strongest pixels
     colours = F.cosine_similarity(tint[:, None], own, dim=2).argmax(1)
     covered = torch.einsum("nchw, nc -> nhw", tints, own[colours]) / own[colours].square().sum(1)[:, None, None]
     smooth = F.avg_pool2d(covered[:, None], 3, 1, 1, count_include_pad=False)
-    near = F.max_pool2d((smooth > WEAKEST).float(), 3, 1, 1)[:, 0]  # (N, H, H)
+    near = F.max_pool2d((smooth > MIN_TINT).float(), 3, 1, 1)[:, 0]  # (N, H, H)
     covered = covered * near
     strength = (tints.norm(dim=1) * near).sum((1, 2)).clamp_min(1e-6)
     one_colour = (tints * near[:, None]).sum((2, 3)).norm(dim=1) / strength  # 1 where all of it has the same tint
@@ -393,13 +393,13 @@ def _seen(pictures: Tensor) -> list[Named]:
     radii = (area[:, None] / torch.tensor(AREAS[: len(CAPTION_SHAPES)])).sqrt()  # (N, shapes)
     differences = []
     for form in range(len(CAPTION_SHAPES)):
-        drawn = coverage(torch.full((len(pictures),), form), centres, radii[:, form], size)
+        drawn = coverage(torch.full((len(images),), form), centres, radii[:, form], size)
         of_blurs = [(_blurred(drawn, blur * size) - covered).abs().mean((1, 2)) / area for blur in BLURS]
         differences.append(torch.stack(of_blurs).amin(0))
     least, forms = torch.stack(differences, 1).min(1)
     is_large = radii.gather(1, forms[:, None])[:, 0] > math.sqrt(SIZES["small"][1] * SIZES["large"][0])
-    coloured = (area > SMALLEST_AREA) & (one_colour > ONE_COLOUR)
-    shaped = coloured & (least < MOST_DIFFERENT)
+    coloured = (area > SMALLEST_AREA) & (one_colour > MIN_COLOUR_PURITY)
+    shaped = coloured & (least < MAX_DIFFERENCE)
 
     found = []
     rows = (values.tolist() for values in (coloured, shaped, colours, forms, is_large, centres - 0.5))
@@ -426,17 +426,17 @@ def _blurred(drawn: Tensor, deviation: float) -> Tensor:
     return F.conv2d(drawn, weights[..., None, :], padding=(0, reach))[:, 0]
 
 
-def judge_shapes(pictures: Tensor, captions: Sequence[str]) -> dict[str, float]:
+def caption_accuracy(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
     """Return the shares of images that show what their captions name: colour, shape, size, place, "all" of these.
 
     A share is that of the images whose caption names such a thing; where none does, it is not given.
 
     Args:
-        pictures: uint8 (N, 3, H, H).
+        images: uint8 (N, 3, H, H).
         captions: of each image, the one that it was made by.
     """
     right: dict[str, list[bool]] = {kind: [] for kind in ("all", *KINDS)}
-    for caption, shown in zip(captions, seen(pictures), strict=True):
+    for caption, shown in zip(captions, seen(images), strict=True):
         wanted = {kind: word for kind, word in asdict(named(caption)).items() if word is not None}
         of_each = {kind: getattr(shown, kind) == word for kind, word in wanted.items()}
         for kind, is_right in of_each.items():

@@ -192,7 +192,7 @@ def still_foot_gain(person: Person) -> float:
     """Return the factor on the hip's swing with which the foot on the ground stands still on average.
 
     The published curves alone let it creep backwards or forwards, the more so for a person whose cadence is not the
-    model's own; on a radar picture a foot on the ground is at zero velocity.
+    model's own; on a radar image a foot on the ground is at zero velocity.
     """
     start, end = 0.10, 0.45  # foot flat … heel off
     curves = joint_curves(person.relative_speed)

@@ -1,1 +1,1 @@
-"""Where pictures and captions come from, other than folders of classes."""
+"""Where images and captions come from, other than folders of classes."""

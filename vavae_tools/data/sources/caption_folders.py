@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vavae_tools.data.captions import NamedPictures, read_text
+from vavae_tools.data.captions import NamedImages, read_text
 from vavae_tools.data.folders import (
     EXTENSIONS,
-    VALIDATION_SIDES,
+    VALIDATION_SUBSETS,
     contents,
     counted,
     either,
@@ -29,7 +29,7 @@ _COLUMNS = (("file names", FILE_COLUMNS), ("captions", CAPTION_COLUMNS))
 _EXAMPLE = '{"file_name": "1.png", "text": "a caption"}'
 
 
-def own_sides(path: Path, notes: list[str]) -> list[NamedPictures]:
+def own_subsets(path: Path, notes: list[str]) -> list[NamedImages]:
     """Return what trains, and what validates where it is there.
 
     Args:
@@ -40,12 +40,12 @@ def own_sides(path: Path, notes: list[str]) -> list[NamedPictures]:
         refuse_shards(path)
         if path.suffix.lower() not in (".jsonl", ".csv", ".tsv"):
             raise UserError(f"{path}: expected a .jsonl or .csv with file names and captions, or a folder")
-        return [NamedPictures(path.parent, path, read_records(path))]
+        return [NamedImages(path.parent, path, read_records(path))]
     if table := _table_in(path):
-        return [NamedPictures(path, table, read_records(table))]
-    train = _own_side(path / "train", notes)
+        return [NamedImages(path, table, read_records(table))]
+    train = _own_subset(path / "train", notes)
     if train is None:
-        whole = _beside(path, notes)
+        whole = _split_training_state(path, notes)
         if whole is None:
             refuse_shards(path)
             raise UserError(
@@ -53,15 +53,15 @@ def own_sides(path: Path, notes: list[str]) -> list[NamedPictures]:
                 f"beside each image, or a Hugging Face dataset ({MARKS})"
             )
         return [whole]
-    others = (_own_side(path / name, notes) for name in VALIDATION_SIDES)
-    return [train, *[side for side in others if side][:1]]
+    others = (_own_subset(path / name, notes) for name in VALIDATION_SUBSETS)
+    return [train, *[subset for subset in others if subset][:1]]
 
 
-def _own_side(folder: Path, notes: list[str]) -> NamedPictures | None:
+def _own_subset(folder: Path, notes: list[str]) -> NamedImages | None:
     if not folder.is_dir():
         return None
     table = _table_in(folder)
-    return NamedPictures(folder, table, read_records(table)) if table else _beside(folder, notes)
+    return NamedImages(folder, table, read_records(table)) if table else _split_training_state(folder, notes)
 
 
 def _table_in(folder: Path) -> Path | None:
@@ -140,20 +140,20 @@ def _value(where: str, record: dict[str, Any], what: str, names: Sequence[str]) 
 
 
 # ---- texts beside images
-def _beside(folder: Path, notes: list[str]) -> NamedPictures | None:
+def _split_training_state(folder: Path, notes: list[str]) -> NamedImages | None:
     """Return images with a .txt of the same name, a caption a line."""
     captions: dict[str, Sequence[str]] = {}
     alone = 0
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural_key)
         texts = {name.rpartition(".")[0]: Path(place, name) for name in files if extension_of(name) == "txt"}
-        pictures = sorted((name for name in files if extension_of(name) in EXTENSIONS), key=natural_key)
-        alone += len(texts.keys() - {name.rpartition(".")[0] for name in pictures})
-        for name in pictures:
+        images = sorted((name for name in files if extension_of(name) in EXTENSIONS), key=natural_key)
+        alone += len(texts.keys() - {name.rpartition(".")[0] for name in images})
+        for name in images:
             text = texts.get(name.rpartition(".")[0])
             captions[Path(place, name).relative_to(folder).as_posix()] = read_text(text).split("\n") if text else []
     if not any(captions.values()):
         return None
     if alone:
         notes.append(f"{counted(alone, '.txt file')} in {folder} beside no image")
-    return NamedPictures(folder, folder, captions)
+    return NamedImages(folder, folder, captions)

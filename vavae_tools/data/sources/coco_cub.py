@@ -5,34 +5,34 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vavae_tools.data.captions import NamedPictures, missing_pictures, read_text
+from vavae_tools.data.captions import NamedImages, missing_images, read_text
 from vavae_tools.data.folders import contents, counted
 from vavae_tools.runtime.errors import UserError
 
 # ---- COCO
 
 
-def coco_sides(
-    root: Path, annotations: str | Path | None, pictures: str | Path | None, notes: list[str]
-) -> list[NamedPictures]:
+def coco_subsets(
+    root: Path, annotations: str | Path | None, images: str | Path | None, notes: list[str]
+) -> list[NamedImages]:
     """Return what trains, and what validates where it is there.
 
     Args:
-        annotations, pictures: the file with the captions and the folder with the images, where they are not found by
+        annotations, images: the file with the captions and the folder with the images, where they are not found by
             their usual names.
         notes: gets lines about what was left out.
     """
     train = _annotations(root) if annotations is None else _given(root, annotations)
-    sides = [_coco_side(root, train, pictures)]
+    subsets = [_coco_subset(root, train, images)]
     val = train.with_name(train.name.replace("train", "val"))
     if val != train and val.is_file():
         # where the images' folder was given, val's may still be beside it
-        found = [_coco_side(root, val, folder) for folder in (None, pictures)]
-        there = [one for one in found if len(missing_pictures(one.folder, one.captions)) < len(one.captions)]
+        found = [_coco_subset(root, val, folder) for folder in (None, images)]
+        there = [one for one in found if len(missing_images(one.folder, one.captions)) < len(one.captions)]
         if not there:
             notes.append(f"none of the images of {val.name} is there: some of {train.name} are held out instead")
-        sides += there[:1]
-    return sides
+        subsets += there[:1]
+    return subsets
 
 
 def _annotations(root: Path) -> Path:
@@ -52,16 +52,16 @@ def _given(root: Path, path: str | Path) -> Path:
     return path if path.exists() else root / path
 
 
-def _coco_side(root: Path, annotations: Path, pictures: str | Path | None) -> NamedPictures:
+def _coco_subset(root: Path, annotations: Path, images: str | Path | None) -> NamedImages:
     captions = read_coco(annotations)
     name = annotations.stem.removeprefix("captions_")
     usual = [root / name, root / "images" / name, root / "images", root]
-    folders = usual if pictures is None else [_given(root, pictures) / name, _given(root, pictures)]
+    folders = usual if images is None else [_given(root, images) / name, _given(root, images)]
     folders = [folder for folder in folders if folder.is_dir()]
     if not folders:
-        raise UserError(f"No such folder of images: {_given(root, pictures)}")
-    folder = min(folders, key=lambda folder: len(missing_pictures(folder, captions)))
-    return NamedPictures(folder, annotations, captions)
+        raise UserError(f"No such folder of images: {_given(root, images)}")
+    folder = min(folders, key=lambda folder: len(missing_images(folder, captions)))
+    return NamedImages(folder, annotations, captions)
 
 
 def read_coco(path: Path) -> dict[str, list[str]]:
@@ -94,7 +94,7 @@ CERTAIN = 3
 _TEXT_FOLDERS = ("text_c10", "text", "text/text_c10", "captions", "cvpr2016_cub/text_c10")
 
 
-def cub_sides(path: Path, notes: list[str]) -> list[NamedPictures]:
+def cub_subsets(path: Path, notes: list[str]) -> list[NamedImages]:
     """Return what trains, and what validates.
 
     Args:
@@ -104,15 +104,15 @@ def cub_sides(path: Path, notes: list[str]) -> list[NamedPictures]:
     root = next((folder for folder in (path, path / "CUB_200_2011") if (folder / "images.txt").is_file()), None)
     if root is None:
         raise UserError(f"No images.txt in {path}, which holds {contents(path)}: expected the folder CUB_200_2011")
-    names, side_of = _numbered_lines(root / "images.txt"), _numbered_lines(root / "train_test_split.txt", False)
+    names, subset_of = _numbered_lines(root / "images.txt"), _numbered_lines(root / "train_test_split.txt", False)
     captions = _cub_captions(root, names, notes)
-    sides: dict[str, dict[str, Sequence[str]]] = {"1": {}, "0": {}}  # as train_test_split.txt says it
+    subsets: dict[str, dict[str, Sequence[str]]] = {"1": {}, "0": {}}  # as train_test_split.txt says it
     for number, name in names.items():
-        side = side_of.get(number, "1")
-        if side not in sides:
-            raise UserError(f"{root / 'train_test_split.txt'} says {side!r} of image {number}, expected 1 or 0")
-        sides[side][name] = captions[number]
-    return [NamedPictures(root / "images", root / "images.txt", of_side) for of_side in sides.values() if of_side]
+        subset = subset_of.get(number, "1")
+        if subset not in subsets:
+            raise UserError(f"{root / 'train_test_split.txt'} says {subset!r} of image {number}, expected 1 or 0")
+        subsets[subset][name] = captions[number]
+    return [NamedImages(root / "images", root / "images.txt", of_subset) for of_subset in subsets.values() if of_subset]
 
 
 def _numbered_lines(path: Path, required: bool = True) -> dict[str, str]:

@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from vavae_tools.data.captions import cleaned
-from vavae_tools.data.folders import VALIDATION_SIDES, either, labels_of, listed
-from vavae_tools.data.images import DecodedPictures
+from vavae_tools.data.folders import VALIDATION_SUBSETS, either, labels_of, listed
+from vavae_tools.data.images import DecodedImages
 from vavae_tools.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PICTURE_COLUMNS = ("image", "img", "picture", "pixel_values")
+IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "texts", "sentence", "sentences", "description")
 MARKS = "dataset_dict.json, or state.json and dataset_info.json"
@@ -30,8 +30,8 @@ def is_dataset(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or all(mark.is_file() for mark in marks)
 
 
-class DatasetPictures(DecodedPictures):
-    """Rows of a dataset; further arguments are those of `DecodedPictures`.
+class DatasetImages(DecodedImages):
+    """Rows of a dataset; further arguments are those of `DecodedImages`.
 
     Args:
         dataset: only its column of images is read.
@@ -62,7 +62,7 @@ class DatasetPictures(DecodedPictures):
             raise ValueError("expected a column of type Image, bytes or paths")
         return Image.open(BytesIO(stored) if isinstance(stored, bytes) else stored)
 
-    def what_is_stored(self) -> list:
+    def stored_key(self) -> list:
         rows = hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()
         return [self._source, len(self._dataset), rows]
 
@@ -73,54 +73,54 @@ class DatasetPictures(DecodedPictures):
 
 
 # ---- subsets with labels or captions
-def read_sides(
+def read_subsets(
     data_dir: Path, train_split: str, **options: Any
-) -> tuple[dict[str, int], DatasetPictures, DatasetPictures | None]:
+) -> tuple[dict[str, int], DatasetImages, DatasetImages | None]:
     """Return class name → label, the training subset, and what validates if there is such a subset.
 
     Args:
         data_dir: what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote.
         train_split: the training subset of a DatasetDict.
-        options: of `DecodedPictures`.
+        options: of `DecodedImages`.
     """
     datasets = _read_datasets(data_dir, train_split)
     first = datasets[train_split]
-    picture = _column(first, data_dir, "images", "Image", PICTURE_COLUMNS)
+    image = _column(first, data_dir, "images", "Image", IMAGE_COLUMNS)
     label = _column(first, data_dir, "labels", "ClassLabel", LABEL_COLUMNS)
     for name, dataset in datasets.items():
-        if missing := {picture, label} - set(dataset.column_names):
+        if missing := {image, label} - set(dataset.column_names):
             raise UserError(f"The subset {name} of {data_dir} lacks the column {', '.join(missing)} of {train_split}")
-        types = [(one.features[picture], getattr(one.features[label], "names", None)) for one in (dataset, first)]
+        types = [(one.features[image], getattr(one.features[label], "names", None)) for one in (dataset, first)]
         if types[0] != types[1]:
             raise UserError(
-                f"The columns {picture} and {label} of {data_dir} have other types or class names in {name} than in "
+                f"The columns {image} and {label} of {data_dir} have other types or class names in {name} than in "
                 f"{train_split}: cast one subset to the other's features and save it again"
             )
     labels, of_rows = _numbered(
         {name: column_values(dataset, label) for name, dataset in datasets.items()}, first, label
     )
     name_of = {number: name for name, number in labels.items()}
-    sides = []
+    subsets = []
     for name, dataset in datasets.items():
         names = [f"{name_of[number]}/{row:06d}" for row, number in enumerate(of_rows[name].tolist())]
         rows, title = torch.arange(len(dataset)), f"{data_dir.name}, {name}"
-        sides.append(DatasetPictures(dataset, picture, rows, names, of_rows[name], title=title, **options))
-    return labels, sides[0], sides[1] if len(sides) > 1 else None
+        subsets.append(DatasetImages(dataset, image, rows, names, of_rows[name], title=title, **options))
+    return labels, subsets[0], subsets[1] if len(subsets) > 1 else None
 
 
-def captioned_sides(path: Path, skip_missing: bool, notes: list[str], options: dict[str, Any]) -> list[DatasetPictures]:
-    """Return the subsets of a dataset with captions; see `read_sides` and `captions.cleaned`."""
-    sides = []
+def captioned_subsets(path: Path, skip_missing: bool, notes: list[str], options: dict[str, Any]) -> list[DatasetImages]:
+    """Return the subsets of a dataset with captions; see `read_subsets` and `captions.cleaned`."""
+    subsets = []
     for name, dataset in _read_datasets(path, "train").items():
-        picture = _column(dataset, path, "images", "Image", PICTURE_COLUMNS)
+        image = _column(dataset, path, "images", "Image", IMAGE_COLUMNS)
         caption = _column(dataset, path, "captions", "", CAPTION_COLUMNS)
         values = enumerate(column_values(dataset, caption))
         given = {f"{row:06d}": value if isinstance(value, list) else [value] for row, value in values}
         captions = cleaned(given, path / name, skip_missing, notes)
         rows, zeros = torch.tensor(list(map(int, captions))), torch.zeros(len(captions), dtype=torch.int64)
         own = {**options, "title": f"{path.name}, {name}", "captions": captions.values()}
-        sides.append(DatasetPictures(dataset, picture, rows, list(captions), zeros, **own))
-    return sides
+        subsets.append(DatasetImages(dataset, image, rows, list(captions), zeros, **own))
+    return subsets
 
 
 def load_folder(data_dir: Path) -> Any:
@@ -154,7 +154,7 @@ def _read_datasets(data_dir: Path, train_split: str) -> "dict[str, Dataset]":
         raise UserError(f"No subset {train_split!r} in {data_dir}; there are {', '.join(found)}: set train_split")
     if not len(found[train_split]):
         raise UserError(f"The subset {train_split} of {data_dir} is empty")
-    others = [name for name in VALIDATION_SIDES if name != train_split and name in found and len(found[name])]
+    others = [name for name in VALIDATION_SUBSETS if name != train_split and name in found and len(found[name])]
     return {name: found[name] for name in (train_split, *others[:1])}
 
 
@@ -187,15 +187,15 @@ def _numbered(values: dict[str, list], first: "Dataset", column: str) -> tuple[d
         labels = {name: number for number, name in enumerate(class_names)}
     elif all(isinstance(value, str) for value in train):
         labels = labels_of(set(train))
-        values = {side: [labels.get(value, value) for value in of_side] for side, of_side in values.items()}
+        values = {subset: [labels.get(value, value) for value in of_subset] for subset, of_subset in values.items()}
     else:
         labels = {str(value): value for value in sorted({v for v in train if isinstance(v, int)})}
     known = set(labels.values())
-    for side, of_side in values.items():
-        unknown = {value for value in of_side if not isinstance(value, int) or value not in known or value < 0}
+    for subset, of_subset in values.items():
+        unknown = {value for value in of_subset if not isinstance(value, int) or value not in known or value < 0}
         if unknown:
             raise UserError(
-                f"The column {column} of the subset {side} holds {listed(sorted(map(repr, unknown)))}; expected the "
+                f"The column {column} of the subset {subset} holds {listed(sorted(map(repr, unknown)))}; expected the "
                 f"classes {listed(labels)} of the training subset, as names or whole numbers from 0 on"
             )
-    return labels, {side: torch.tensor(of_side, dtype=torch.int64) for side, of_side in values.items()}
+    return labels, {subset: torch.tensor(of_subset, dtype=torch.int64) for subset, of_subset in values.items()}

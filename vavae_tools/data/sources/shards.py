@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vavae_tools.data.folders import EXTENSIONS, VALIDATION_SIDES, extension_of, listed, no_such_folder
+from vavae_tools.data.folders import EXTENSIONS, VALIDATION_SUBSETS, extension_of, listed, no_such_folder
 from vavae_tools.data.sources.hugging_face import column_values, datasets_library, first_line
 from vavae_tools.runtime.errors import UserError, run_command
 
@@ -75,7 +75,9 @@ def _by_subset(shards: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     found: dict[str | None, list[Path]] = {}
     for path in files:
         words = re.split(r"[^a-z]+", path.relative_to(shards).as_posix().lower())
-        found.setdefault(next((name for name in ("train", *VALIDATION_SIDES) if name in words), None), []).append(path)
+        found.setdefault(next((name for name in ("train", *VALIDATION_SUBSETS) if name in words), None), []).append(
+            path
+        )
     if found.keys() == {None}:
         return {"train": found[None]}
     if None in found or "train" not in found:

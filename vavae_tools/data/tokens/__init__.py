@@ -1,1 +1,1 @@
-"""Texts as small pictures, a cell for each token."""
+"""Texts as small images, a cell for each token."""

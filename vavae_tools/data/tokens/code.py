@@ -95,27 +95,27 @@ class TokenCode:
                 "text, or take a larger img_size"
             )
         cells = F.pad(self.drawn(tokens) * there[..., None], (0, 0, 0, capacity - length))
-        return self.pictures(cells, img_size // self.cell_size)
+        return self.images(cells, img_size // self.cell_size)
 
-    def pictures(self, cells: Tensor, columns: int) -> Tensor:
+    def images(self, cells: Tensor, columns: int) -> Tensor:
         """Put cells (B, L, n), whole rows of them, together to images (B, C, H, W)."""
         p = self.cell_size
         cells = cells.unflatten(1, (-1, columns)).unflatten(3, (self.channels, p, p))  # (B, h, w, C, p, q)
         return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
-    def cells_of(self, pictures: Tensor) -> Tensor:
-        """Cut images (B, C, H, W) into cells (B, L, n): the reverse of `pictures`."""
+    def cells_of(self, images: Tensor) -> Tensor:
+        """Cut images (B, C, H, W) into cells (B, L, n): the reverse of `images`."""
         p = self.cell_size
-        cells = pictures.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, q)
+        cells = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, q)
         return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
-    def over_pixels(self, of_cells: Tensor, img_size: int) -> Tensor:
+    def spread_to_pixels(self, of_cells: Tensor, img_size: int) -> Tensor:
         """Spread a number for each of the first cells (B, L) over pixels (B, H, W); 0 for the other cells."""
         side, p = img_size // self.cell_size, self.cell_size
         of_cells = F.pad(of_cells, (0, side**2 - of_cells.shape[1])).unflatten(1, (side, side))
         return of_cells.repeat_interleave(p, 1).repeat_interleave(p, 2)
 
-    def over_cells(self, mask: Tensor) -> Tensor:
+    def mask_to_cells(self, mask: Tensor) -> Tensor:
         """Return which cells have any pixel in a mask (B, H, W): bool (B, L)."""
         return F.max_pool2d(mask[:, None].float(), self.cell_size).flatten(1) > 0
 
@@ -139,7 +139,7 @@ class TokenCode:
         numbers = ((cells[..., : self._bits] > 0) << torch.arange(self._bits, device=cells.device)).sum(-1)
         return numbers, (numbers < self.num_tokens) & (cells * self.cells(numbers) > 0).all(-1)
 
-    def decode(self, pictures: Tensor, mask: Tensor) -> list[list[int]]:
+    def decode(self, images: Tensor, mask: Tensor) -> list[list[int]]:
         """Read images (B, C, H, W) and their masks (B, H, W): token numbers, exact of clean ones, else the nearest."""
-        found, there = self.nearest(self.cells_of(pictures)), self.over_cells(mask)
+        found, there = self.nearest(self.cells_of(images)), self.mask_to_cells(mask)
         return [tokens[kept].tolist() for tokens, kept in zip(found, there, strict=True)]

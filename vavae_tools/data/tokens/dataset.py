@@ -28,7 +28,7 @@ class TokenImageDataset(Dataset):
 
     Args:
         data_path: files, a folder, a dataset or a built-in name, see `text_files.read_texts`.
-        img_size: side of the images in pixels.
+        img_size: subset of the images in pixels.
         use_chat_template: read chats, and tell prompts and answers apart by the tokenizer's chat template.
         max_tokens: in an image; None: as many as it holds.
         tokenizer: transformers' own or the folder of one; None: the 256 bytes (`byte_tokenizer`); "bpe": one of
@@ -63,7 +63,7 @@ class TokenImageDataset(Dataset):
             raise UserError(f"max_tokens {max_tokens}: an image of {img_size}×{img_size} has 1 to {cells} cells")
         self.max_tokens, self.data_path = max_tokens or cells, str(data_path)
         texts, validating = texts or read_texts(data_path, use_chat_template)
-        self._of_train = len(texts)
+        self._train_texts = len(texts)
         self._cut([*texts, *validating])
 
     def _cut(self, texts: list[Any]) -> None:
@@ -101,10 +101,10 @@ class TokenImageDataset(Dataset):
         batch = {
             "clean": self.code.draw(numbers, there, self.img_size),
             "index": torch.from_numpy(places),
-            "mask": self.code.over_pixels(answers.float(), self.img_size),
+            "mask": self.code.spread_to_pixels(answers.float(), self.img_size),
         }
         if self._answers is not None:
-            prompt = batch["condition_mask"] = self.code.over_pixels((there & ~answers).float(), self.img_size)
+            prompt = batch["condition_mask"] = self.code.spread_to_pixels((there & ~answers).float(), self.img_size)
             batch["condition"] = batch["clean"] * prompt[:, None]
         return batch
 
@@ -112,17 +112,17 @@ class TokenImageDataset(Dataset):
         """Return the token numbers of an image, int32."""
         return self._numbers[self._starts[index] : self._ends[index]]
 
-    def decode(self, picture: Tensor, mask: Tensor) -> Any:
+    def decode(self, image: Tensor, mask: Tensor) -> Any:
         """Read an image (C, H, W) and its mask (H, W): token numbers, of noisy cells the nearest; of a batch, lists."""
-        if picture.ndim == 3:
-            return self.code.decode(picture[None], mask[None])[0]
-        return self.code.decode(picture, mask)
+        if image.ndim == 3:
+            return self.code.decode(image[None], mask[None])[0]
+        return self.code.decode(image, mask)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of token numbers."""
         return self.tokens.decode(tokens)
 
-    def drowned(self, index: int, times: Sequence[float], seed: int = 0) -> dict[str, Tensor]:
+    def noised_examples(self, index: int, times: Sequence[float], seed: int = 0) -> dict[str, Tensor]:
         """Return t·image + (1 − t)·noise for each time, by a title with the text that the nearest codes tell."""
         item, found = self[index], {}
         noise = Draws(seed, 0, item["index"][None]).normal("noise", *item["clean"].shape)[0]
@@ -171,7 +171,7 @@ class TokenImageDataset(Dataset):
             setattr(part, name, getattr(self, name)[np.asarray(pieces, np.int64)])
         return part
 
-    def sides(self, val_share: float, seed: int = 0) -> tuple[Self, Self | None]:
+    def subsets(self, val_share: float, seed: int = 0) -> tuple[Self, Self | None]:
         """Return what trains and what validates: whole texts, or the end of the longest where all are too long.
 
         Args:
@@ -182,7 +182,7 @@ class TokenImageDataset(Dataset):
         """
         if not 0 <= val_share < 1:
             raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
-        validates = self._text_of >= self._of_train
+        validates = self._text_of >= self._train_texts
         if not validates.any():
             validates = self._drawn_to_validate(min(len(self) - 1, math.ceil(round(val_share * len(self), 9))), seed)
         elif validates.all():
@@ -217,10 +217,10 @@ class TokenImageDataset(Dataset):
     def __str__(self) -> str:
         tokens = int((self._ends - self._starts).sum())
         texts, kind = len(np.unique(self._text_of)), "chats" if self.use_chat_template else "texts"
-        cells, side = self.code.capacity(self.img_size), self.img_size
+        cells, subset = self.code.capacity(self.img_size), self.img_size
         return (
             f"{texts:,} {kind} of {self.data_path}: {tokens:,} tokens (of {self.code.num_tokens:,} kinds) in "
-            f"{len(self):,} images of {side}×{side}, {tokens / len(self):.0f} of {cells} cells filled on average"
+            f"{len(self):,} images of {subset}×{subset}, {tokens / len(self):.0f} of {cells} cells filled on average"
         )
 
 
@@ -242,4 +242,4 @@ class TokenImageDataModule(OrderedDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        self.train_data, self.val_data = dataset.sides(val_share, seed)
+        self.train_data, self.val_data = dataset.subsets(val_share, seed)

@@ -18,14 +18,14 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from vavae_tools.checkpoints.formats import clear_left_overs, read_any, remove, write_any
+from vavae_tools.checkpoints.formats import clear_left_overs, read_any_format, remove, write_any_format
 from vavae_tools.checkpoints.resuming import keep_newest
-from vavae_tools.runtime.console import say
+from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import Stopped, StoppedAtOnce, UserError
-from vavae_tools.training.config import Saving
+from vavae_tools.training.config import SaveConfig
 from vavae_tools.training.lightning_inside import leave_sigterm_to_us
 
-WRITTEN = ("checkpoints", "autoencoder", "vavae", "rae", "pipeline", "reconstructions", "samples", "classifier")
+OUTPUT_FOLDERS = ("checkpoints", "autoencoder", "vavae", "rae", "pipeline", "reconstructions", "samples", "classifier")
 """Folders of a run that trainings write into."""
 
 
@@ -38,9 +38,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
     logged.
     """
 
-    def __init__(self, say: Callable[[str], None] = say) -> None:
+    def __init__(self, log: Callable[[str], None] = log) -> None:
         super().__init__()
-        self.say = say
+        self.log = log
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future | None = None
         self.seconds = 0.0
@@ -63,8 +63,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self._pending = self._writer.submit(self._write, checkpoint, Path(path), size, began)
 
     def _write(self, checkpoint: dict[str, Any], path: Path, size: int, began: float) -> None:
-        make_room(path, size, self.say)
-        write_any(checkpoint, path)
+        free_disk_space(path, size, self.log)
+        write_any_format(checkpoint, path)
         self.seconds = max(self.seconds, time.monotonic() - began)
 
     def wait(self) -> None:
@@ -88,7 +88,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             remove(Path(path))
 
     def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read_any(path, self.say)
+        return read_any_format(path, self.log)
 
     def teardown(self) -> None:
         try:
@@ -99,7 +99,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 self._writer = None
 
 
-def make_room(path: Path, needed: int, say: Callable[[str], None]) -> None:
+def free_disk_space(path: Path, needed: int, log: Callable[[str], None]) -> None:
     """Remove what is no longer needed where `needed` bytes would not fit on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -109,13 +109,13 @@ def make_room(path: Path, needed: int, say: Callable[[str], None]) -> None:
     previous = path.with_name("previous.ckpt")
     if full() and previous.exists() and path.with_name("last.ckpt").exists():
         remove(previous)
-        say(f"The disk is nearly full: {previous} is removed (last.ckpt stays)")
+        log(f"The disk is nearly full: {previous} is removed (last.ckpt stays)")
     if full():
         for gone in keep_newest(path.parent if path.suffix in ("", ".pth") else path.parent.parent, 1):
-            say(f"The disk is nearly full: {gone.path} is removed")
+            log(f"The disk is nearly full: {gone.path} is removed")
 
 
-class Agreement:
+class StopConsensus:
     """What any of several processes wants, known to all of them about once a second.
 
     To ask, they wait for each other; so they do after as many steps as the slowest makes in a second, a number that is
@@ -159,8 +159,8 @@ class LastCheckpoint(ModelCheckpoint):
         Stopped: after saving, where training was stopped.
     """
 
-    def __init__(self, folder: Path, saving: Saving | None = None) -> None:
-        self.saving = saving or Saving()
+    def __init__(self, folder: Path, saving: SaveConfig | None = None) -> None:
+        self.saving = saving or SaveConfig()
         interval = timedelta(minutes=self.saving.save_every_minutes)
         super().__init__(folder, "last", train_time_interval=interval, enable_version_counter=False)
         self.until = self.saving.until()
@@ -170,13 +170,13 @@ class LastCheckpoint(ModelCheckpoint):
         super().setup(trainer, module, stage)
         self.run = Path(self.dirpath).parent
         if trainer.is_global_zero:
-            for folder in (self.run, *(self.run / name for name in WRITTEN)):
+            for folder in (self.run, *(self.run / name for name in OUTPUT_FOLDERS)):
                 clear_left_overs(folder)  # of a process that was killed while it wrote
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
         self._step = trainer.global_step
-        self._agreement = Agreement(self._step)
+        self._agreement = StopConsensus(self._step)
         leave_sigterm_to_us(trainer)
         if threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
@@ -266,7 +266,7 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 def checkpoint_callbacks(
-    folder: Path, monitor: str | None, saving: Saving | None = None, mode: str = "min", best: str = "best-"
+    folder: Path, monitor: str | None, saving: SaveConfig | None = None, mode: str = "min", best: str = "best-"
 ) -> list[ModelCheckpoint]:
     """Return those for `last.ckpt`, periodic folders, and the best by `monitor` as `best-EPOCH-VALUE.ckpt`.
 
@@ -275,7 +275,7 @@ def checkpoint_callbacks(
         monitor: the logged value that says which is best; None: none is.
         best: how the best one's name begins.
     """
-    saving = saving or Saving()
+    saving = saving or SaveConfig()
     last = LastCheckpoint(folder, saving)
     if not monitor:
         return [last]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from vavae_tools.runtime.console import say
+from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError
 
 SMALLER = "take a smaller learning rate, --precision 32 (or bf16 where the card has it)"
@@ -102,7 +102,7 @@ class FiniteSteps(L.Callback):
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         skipped, steps = int(self._skipped - self._began_with), trainer.global_step - self._began_at
         if steps and skipped >= steps:  # too few to go back
-            say(f"None of {steps:,} steps had finite gradients, so nothing was learnt: {self.advice}")
+            log(f"None of {steps:,} steps had finite gradients, so nothing was learnt: {self.advice}")
 
     @torch.no_grad()
     def _keep(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -125,7 +125,7 @@ class FiniteSteps(L.Callback):
                 f"Loss or gradients were not finite again after going back to step {self._kept_at:,}; checkpoints of "
                 f"before are whole. Resume with --resume last and {self.advice}"
             )
-        say(
+        log(
             f"{row} steps in a row without finite gradients (step {trainer.global_step:,}): back to the weights "
             f"of step {self._kept_at:,}. If it happens again, {self.advice}"
         )

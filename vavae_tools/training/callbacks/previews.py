@@ -1,4 +1,4 @@
-"""Pictures while training: reconstructions beside their originals, samples of every person from fixed noise."""
+"""Images while training: reconstructions beside their originals, samples of every person from fixed noise."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +10,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from torch import Tensor
 
-from vavae_tools.plots import picture_grid, show_inline
-from vavae_tools.runtime.console import say
+from vavae_tools.plots import image_grid, show_inline
+from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import StoppedAtOnce
-from vavae_tools.runtime.files import written_whole
+from vavae_tools.runtime.files import atomic_write
 from vavae_tools.runtime.machine import release_memory
 
 
 class Previews(L.Callback):
-    """Write a grid of pictures as `NAME-STEP.png` to `folder` and to the loggers, and hand it to `show`.
+    """Write a grid of images as `NAME-STEP.png` to `folder` and to the loggers, and hand it to `show`.
 
     Args:
         every: epochs between two grids; the last epoch always has one.
@@ -31,7 +31,7 @@ class Previews(L.Callback):
         self.folder, self.every, self.show = Path(folder), every, show or show_inline
 
     def grid(self, module: L.LightningModule) -> Tensor:
-        """Return the pictures, uint8 (3, H, W)."""
+        """Return the images, uint8 (3, H, W)."""
         raise NotImplementedError
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -40,10 +40,10 @@ class Previews(L.Callback):
         if epoch % self.every and not last:
             return
         if not trainer.is_global_zero and not isinstance(trainer.strategy, ModelParallelStrategy):
-            return  # of several processes one makes the pictures, but those that share a model make them together
+            return  # of several processes one makes the images, but those that share a model make them together
         training = module.training
         module.eval()
-        release_memory()  # what training keeps for its next step, pictures may take meanwhile
+        release_memory()  # what training keeps for its next step, images may take meanwhile
         try:
             with torch.inference_mode():
                 grid = self.grid(module)
@@ -51,9 +51,9 @@ class Previews(L.Callback):
                 self.keep(trainer, grid)
         except StoppedAtOnce:
             raise
-        except Exception as error:  # of any kind: hours of training are worth more than its pictures
+        except Exception as error:  # of any kind: hours of training are worth more than its images
             why = next(iter(str(error).splitlines()), "")[:200]
-            say(f"preview left out at step {trainer.global_step:,} ({type(error).__name__}: {why})")
+            log(f"preview left out at step {trainer.global_step:,} ({type(error).__name__}: {why})")
         finally:
             module.train(training)
             release_memory()
@@ -61,7 +61,7 @@ class Previews(L.Callback):
     def keep(self, trainer: L.Trainer, grid: Tensor) -> None:
         """Write and show a grid."""
         image, step = Image.fromarray(grid.permute(1, 2, 0).numpy()), trainer.global_step
-        with written_whole(self.folder / f"{self.name}-{step:06d}.png") as partial:
+        with atomic_write(self.folder / f"{self.name}-{step:06d}.png") as partial:
             image.save(partial, format="png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -88,15 +88,15 @@ class ReconstructionPreviews(Previews):
 
     def grid(self, module: L.LightningModule) -> Tensor:
         rows = [row.cpu() for row in module.reconstructions(self.batch)]
-        return picture_grid(torch.cat([self.batch["pictures"], *rows]), columns=len(rows[0]))
+        return image_grid(torch.cat([self.batch["images"], *rows]), columns=len(rows[0]))
 
 
 class SamplePreviews(Previews):
     """Show samples of the averaged denoiser, a row for each person, always from the same noise.
 
     Args:
-        make: the averaged network → pictures uint8 (N, 3, H, W), one row after the other.
-        columns: pictures in a row.
+        make: the averaged network → images uint8 (N, 3, H, W), one row after the other.
+        columns: images in a row.
     """
 
     name = "samples"
@@ -108,14 +108,14 @@ class SamplePreviews(Previews):
         self.make, self.columns = make, columns
 
     def grid(self, module: L.LightningModule) -> Tensor:
-        return picture_grid(self.make(module.ema.network), columns=self.columns)
+        return image_grid(self.make(module.ema.network), columns=self.columns)
 
 
 class TextPreviews(SamplePreviews):
-    """Show samples that are texts: as pictures, and as text in `folder`, in TensorBoard and on the screen.
+    """Show samples that are texts: as images, and as text in `folder`, in TensorBoard and on the screen.
 
     Args:
-        make: the averaged network → pictures and their texts.
+        make: the averaged network → images and their texts.
     """
 
     def __init__(
@@ -125,17 +125,17 @@ class TextPreviews(SamplePreviews):
         folder: str | Path,
         every: int,
         show: Callable[[Tensor], None] | None = None,
-        say: Callable[[str], None] = say,
+        log: Callable[[str], None] = log,
     ) -> None:
         super().__init__(make, columns, folder, every, show)
-        self.say, self.texts = say, []
+        self.log, self.texts = log, []
 
     def grid(self, module: L.LightningModule) -> Tensor:
-        pictures, self.texts = self.make(module.ema.network)
-        return picture_grid(pictures, columns=self.columns)
+        images, self.texts = self.make(module.ema.network)
+        return image_grid(images, columns=self.columns)
 
     def tell(self, trainer: L.Trainer) -> None:
-        with written_whole(self.folder / f"{self.name}-{trainer.global_step:06d}.txt") as partial:
+        with atomic_write(self.folder / f"{self.name}-{trainer.global_step:06d}.txt") as partial:
             partial.write_text("\n".join(self.texts) + "\n", encoding="utf-8")
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):
@@ -143,4 +143,4 @@ class TextPreviews(SamplePreviews):
             listed = "\n".join(f"    {text}" for text in self.texts)  # Markdown's own text
             logger.experiment.add_text(self.name, listed, trainer.global_step)
         for text in self.texts:
-            self.say(f"  {' '.join(text.split())[:160]}")
+            self.log(f"  {' '.join(text.split())[:160]}")

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vavae_tools.runtime.console import clock, say, someone_looks
+from vavae_tools.runtime.console import clock, is_interactive, log
 from vavae_tools.runtime.errors import Stopped
 from vavae_tools.runtime.machine import peak_memory
 from vavae_tools.training.callbacks.record import versions
-from vavae_tools.training.lightning_inside import is_gathering, written_as
+from vavae_tools.training.lightning_inside import is_gathering, logged_step
 
 
 def log_step(module: L.LightningModule, parts: dict[str, Tensor], batch_size: int) -> None:
@@ -45,11 +45,11 @@ def is_written(trainer: L.Trainer) -> bool:
         return False
     every = trainer.log_every_n_steps
     # not Lightning's own answer, which also looks whether training shall stop: processes may learn that one by one
-    return every > 0 and (written_as(trainer) + 1) % every == 0
+    return every > 0 and (logged_step(trainer) + 1) % every == 0
 
 
 NAME = "train.log"
-SHOWN = ("train/loss", "val/loss", "val/psnr", "val/right", "val/frechet_ratio")
+SHOWN = ("train/loss", "val/loss", "val/psnr", "val/accuracy", "val/frechet_ratio")
 
 
 def pace(made: int, left: int, seconds: float) -> tuple[float, float]:
@@ -85,14 +85,14 @@ class Progress(Paced):
     The losses are those of the last logged step and the last validation.
     """
 
-    def __init__(self, say: Callable[[str], None] = say) -> None:
-        self.say, self._live = say, someone_looks()
+    def __init__(self, log: Callable[[str], None] = log) -> None:
+        self.log, self._live = log, is_interactive()
         self._bar: tqdm | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.begin(trainer, module)
         if self.start:
-            self.say(f"going on after step {self.start:,} of {self.total:,}")
+            self.log(f"resuming after step {self.start:,} of {self.total:,}")
         if self._live and trainer.is_global_zero:
             self._bar = tqdm(total=self.total, initial=self.start, unit="step", desc="training", dynamic_ncols=True)
 
@@ -105,7 +105,7 @@ class Progress(Paced):
         elif trainer.is_global_zero and (step % max(1, self.total // 20) == 0 or step == self.total):
             rate, left = self.pace(step)
             shown = losses(trainer.logged_metrics, SHOWN, ".4g")
-            self.say(f"step {step:>6,}/{self.total:,}  {rate:6.2f} steps/s  {clock(left)} left  {shown}")
+            self.log(f"step {step:>6,}/{self.total:,}  {rate:6.2f} steps/s  {clock(left)} left  {shown}")
 
     def _close(self, *arguments: Any) -> None:
         if self._bar is not None:
@@ -129,8 +129,8 @@ class TrainLog(Paced):
         machine: the line of `devices.describe`.
     """
 
-    def __init__(self, folder: str | Path, every: int, say: Callable[[str], None] = say, machine: str = "") -> None:
-        self.path, self.every, self.say, self.machine = Path(folder) / NAME, max(1, every), say, machine
+    def __init__(self, folder: str | Path, every: int, log: Callable[[str], None] = log, machine: str = "") -> None:
+        self.path, self.every, self.log, self.machine = Path(folder) / NAME, max(1, every), log, machine
         self._file: TextIO | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -147,7 +147,7 @@ class TrainLog(Paced):
         self._write("command", _command())
         self._write("versions", ", ".join(f"{name} {found}" for name, found in versions().items()))
         self._write("machine", self.machine or str(trainer.strategy.root_device))
-        begun = f"going on after step {self.start} of {self.total}" if self.start else f"{self.total} steps to go"
+        begun = f"resuming after step {self.start} of {self.total}" if self.start else f"{self.total} steps to go"
         self._write("begin", begun)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # the last checkpoint is noted by then
@@ -222,7 +222,7 @@ class TrainLog(Paced):
         try:
             yield
         except OSError as error:
-            self.say(f"{self.path} cannot be written ({error.strerror or error}): training goes on without it")
+            self.log(f"{self.path} cannot be written ({error.strerror or error}): training continues without it")
             self._close()
 
     def _close(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 
-from vavae_tools.runtime.console import say
+from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import write_json
 
@@ -42,10 +42,10 @@ class RunRecord(L.Callback):
         settings: dict[str, Any],
         data: str,
         allow_changes: bool = False,
-        say: Callable[[str], None] = say,
+        log: Callable[[str], None] = log,
     ) -> None:
         self.folder, self.settings, self.data = Path(folder), settings, data
-        self.allow_changes, self.say = allow_changes, say
+        self.allow_changes, self.log = allow_changes, log
 
     def record(self, module: L.LightningModule) -> dict[str, Any]:
         """Return settings, data, versions, machine and command as plain values."""
@@ -66,7 +66,7 @@ class RunRecord(L.Callback):
         if trainer.is_global_zero:
             started = json.loads((self.folder / NAME).read_text(encoding="utf-8"))
             write_json(self.folder / NAME, {**started, "ended": _now(), "global_step": trainer.global_step})
-        trainer.strategy.barrier()  # before another process asks `has_ended`
+        trainer.strategy.barrier()  # before another process asks `is_finished`
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = self.record(module)
@@ -85,10 +85,10 @@ class RunRecord(L.Callback):
                 "with --allow_changes"
             )
         for difference in found:
-            self.say(f"changed on going on: {difference}")
+            self.log(f"changed on going on: {difference}")
         changed = [f"{name} {old or '-'} → {new or '-'}" for name, old, new in _differences(before, now, "versions")]
         if changed:
-            self.say(f"other versions than the checkpoint's, so numbers may differ in their last digits: {changed}")
+            self.log(f"other versions than the checkpoint's, so numbers may differ in their last digits: {changed}")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], of: str) -> list[tuple[str, Any, Any]]:
@@ -97,7 +97,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], of: str) -> list[t
     return [(name, then.get(name), here.get(name)) for name in {**then, **here} if then.get(name) != here.get(name)]
 
 
-def has_ended(folder: str | Path) -> bool:
+def is_finished(folder: str | Path) -> bool:
     """Return whether the training in a run's folder came to its end, and was not stopped or killed before."""
     path = Path(folder) / NAME
     return path.is_file() and "ended" in json.loads(path.read_text(encoding="utf-8"))

@@ -16,11 +16,11 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 
-from vavae_tools.runtime.console import say
+from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import Stopped
 from vavae_tools.runtime.machine import peak_memory
 from vavae_tools.training.callbacks.progress import is_written
-from vavae_tools.training.lightning_inside import written_as
+from vavae_tools.training.lightning_inside import logged_step
 
 WARM_UP = 3
 """Optimiser steps at a run's beginning that are not measured: code is compiled, memory and optimiser states made."""
@@ -82,7 +82,7 @@ class Spent:
 class Speed:
     """The speed of a run over all processes; `memory` in bytes, `waiting` a share, FLOP/s of one device."""
 
-    pictures_per_second: float
+    images_per_second: float
     step_seconds: float
     waiting: float
     memory: float
@@ -93,7 +93,7 @@ class Speed:
     def __str__(self) -> str:
         together = f" ({self.processes} processes)" if self.processes > 1 else ""
         line = (
-            f"throughput  {self.pictures_per_second:,.1f} pictures/s, {self.step_seconds * 1000:,.1f} ms a step"
+            f"throughput  {self.images_per_second:,.1f} images/s, {self.step_seconds * 1000:,.1f} ms a step"
             f"{together}, {self.waiting:.0%} of it waiting for data, peak memory {self.memory / 1e9:.1f} GB"
         )
         if self.flops_per_second and self.peak_flops:
@@ -103,7 +103,7 @@ class Speed:
 
 
 class Throughput(L.Callback):
-    """Measure pictures a second, a step's time, the share of waiting for data, peak memory and the card's utilisation.
+    """Measure images a second, a step's time, the share of waiting for data, peak memory and the card's utilisation.
 
     Lightning's own ThroughputMonitor makes the GPU finish at every step and does not measure the wait for data. A step
     lasts from the end of the one before it to its own end, and what lies before its own start is waiting for data;
@@ -118,8 +118,8 @@ class Throughput(L.Callback):
     Logs `throughput/…` of the first process where Lightning logs a step; `speed` is the run's once it has ended.
     """
 
-    def __init__(self, say: Callable[[str], None] = say, clock: Clock | None = None) -> None:
-        self.say, self.speed = say, None
+    def __init__(self, log: Callable[[str], None] = log, clock: Clock | None = None) -> None:
+        self.log, self.speed = log, None
         self._given_clock = clock
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -156,7 +156,7 @@ class Throughput(L.Callback):
         except Exception as error:  # a figure beside the training, which goes on without it
             self._peak = None
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            self.say(f"no utilisation of the card: what a step computes cannot be counted ({reason})")
+            self.log(f"no utilisation of the card: what a step computes cannot be counted ({reason})")
 
     def _look(self) -> None:
         while self._running and self._clock.has_passed(self._running[0][2]):
@@ -168,7 +168,7 @@ class Throughput(L.Callback):
     def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         spent, self._lately = self._lately, Spent()
         values = {
-            "pictures_per_second": trainer.world_size * spent.samples / spent.seconds,
+            "images_per_second": trainer.world_size * spent.samples / spent.seconds,
             "step_ms": 1000 * spent.seconds / spent.steps,
             "waiting": spent.waited / spent.seconds,
             "memory_gb": peak_memory(module.device) / 1e9,
@@ -176,7 +176,7 @@ class Throughput(L.Callback):
         if self._flops:
             values["utilisation"] = self._flops * spent.samples / spent.seconds / self._peak
         for logger in trainer.loggers:
-            logger.log_metrics({f"throughput/{name}": value for name, value in values.items()}, written_as(trainer))
+            logger.log_metrics({f"throughput/{name}": value for name, value in values.items()}, logged_step(trainer))
 
     def _something_else(self, *arguments: Any) -> None:
         self._end = None
@@ -198,22 +198,22 @@ class Throughput(L.Callback):
         self.speed = self._over_all(trainer, module)
         if not trainer.is_global_zero:
             return
-        self.say(str(self.speed))
+        self.log(str(self.speed))
         if self.speed.waiting > TOO_LONG:
-            self.say(advice(self.speed.waiting, getattr(trainer.train_dataloader, "num_workers", 0)))
+            self.log(advice(self.speed.waiting, getattr(trainer.train_dataloader, "num_workers", 0)))
 
     def _over_all(self, trainer: L.Trainer, module: L.LightningModule) -> Speed:
         spent = self._whole
         own = [spent.samples / spent.seconds, spent.seconds / spent.steps, spent.waited / spent.seconds]
         own = torch.tensor([*own, peak_memory(module.device)], device=module.device, dtype=torch.float32)
-        pictures, seconds, waiting, memory = trainer.strategy.all_gather(own).view(-1, len(own)).unbind(1)
+        images, seconds, waiting, memory = trainer.strategy.all_gather(own).view(-1, len(own)).unbind(1)
         return Speed(
-            pictures.sum().item(),
+            images.sum().item(),
             seconds.mean().item(),
             waiting.mean().item(),
             memory.max().item(),
             trainer.world_size,
-            self._flops * pictures.mean().item() if self._flops else None,
+            self._flops * images.mean().item() if self._flops else None,
             self._peak,
         )
 
@@ -227,8 +227,8 @@ def advice(waiting: float, num_workers: int) -> str:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return (
         f"advice: {waiting:.0%} of the time went into waiting for data: try another num_workers (it was {num_workers}; "
-        f"there are {processors} processors for all processes of this machine), keep latents and pictures on its own "
-        "disk, or take smaller pictures"
+        f"there are {processors} processors for all processes of this machine), keep latents and images on its own "
+        "disk, or take smaller images"
     )
 
 

@@ -8,15 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vavae_tools.data.images import PictureSetDataModule
+from vavae_tools.data.images import ImageSetDataModule
 from vavae_tools.evaluation.classifier import cached_classifier
 from vavae_tools.evaluation.reconstructions import ReconstructionJudge, as_many_others
-from vavae_tools.runtime.console import say, someone_looks
-from vavae_tools.runtime.ranks import is_first
+from vavae_tools.runtime.console import is_interactive, log
+from vavae_tools.runtime.ranks import is_rank_zero
 
 
 class ReconstructionWatch(L.Callback):
-    """Judge the reconstructions at each validation, with a classifier trained on the real pictures.
+    """Judge the reconstructions at each validation, with a classifier trained on the real images.
 
     Of several processes the first one trains the classifier and judges what all have reconstructed; the others wait,
     30 minutes at most (torch's limit), where a classifier takes a few.
@@ -25,22 +25,22 @@ class ReconstructionWatch(L.Callback):
         data: the split.
         folder: keeps the classifier, which is trained once.
 
-    Logs `val/right` and `val/originals_right` (the classifier's accuracy), `val/frechet` and `val/originals_frechet`
-    (distances to as many real training pictures), and `val/frechet_ratio`, the first by the second.
+    Logs `val/accuracy` and `val/originals_right` (the classifier's accuracy), `val/frechet` and `val/originals_frechet`
+    (distances to as many real training images), and `val/frechet_ratio`, the first by the second.
     """
 
-    def __init__(self, data: PictureSetDataModule, folder: str | Path, seed: int = 0) -> None:
+    def __init__(self, data: ImageSetDataModule, folder: str | Path, seed: int = 0) -> None:
         self.data, self.folder, self.seed = data, Path(folder), seed
         self._made: dict[int, Tensor] = {}
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        options = {"seed": self.seed, "device": module.device, "progress": someone_looks()}
+        options = {"seed": self.seed, "device": module.device, "progress": is_interactive()}
         classifier = cached_classifier(self.data.train_data, self.data.num_classes, self.folder, **options)
         originals = self.data.val_data.__getitems__(range(len(self.data.val_data)))
         others = as_many_others(self.data)
-        self.judge = ReconstructionJudge(classifier, originals["pictures"], originals["labels"], others)
+        self.judge = ReconstructionJudge(classifier, originals["images"], originals["labels"], others)
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         for places, made in _at_the_first(trainer, batch["index"].tolist(), outputs["reconstructions"].cpu()):
@@ -51,7 +51,7 @@ class ReconstructionWatch(L.Callback):
         scores = None
         if trainer.is_global_zero and len(made) == len(self.data.val_data):  # a sanity check sees a few only
             scores = self.judge.judge(torch.stack([made[place] for place in range(len(made))]))
-            scores["frechet_ratio"] = scores["frechet"] / max(scores["originals_frechet"], 1e-12)
+            scores["frechet_ratio"] = scores["frechet"] / max(scores["real_frechet"], 1e-12)
         scores = trainer.strategy.broadcast(scores)
         if scores is not None:
             module.log_dict({f"val/{name}": value for name, value in scores.items()}, sync_dist=True)
@@ -69,30 +69,30 @@ def _at_the_first(trainer: L.Trainer, places: list[int], made: Tensor) -> list[t
 class Advice(L.Callback):
     """Say once, with advice, that the KL explodes, the latents collapse, or the discriminator wins."""
 
-    def __init__(self, say: Callable[[str], None] = say) -> None:
-        self.say = say
+    def __init__(self, log: Callable[[str], None] = log) -> None:
+        self.log = log
         self._least_kl, self._won, self._said = float("inf"), 0, set()
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         values = {name.removeprefix("val/"): float(v) for name, v in trainer.callback_metrics.items() if "val/" in name}
         kl, spread = values.get("kl", 0.0), values.get("latent_std", 1.0)
         self._least_kl = min(self._least_kl, kl)
-        self._won = self._won + 1 if values.get("discriminator_right", 0.5) > 0.95 else 0
+        self._won = self._won + 1 if values.get("discriminator_accuracy", 0.5) > 0.95 else 0
         if kl > 20 * self._least_kl:
             self._advise(f"The KL has grown from {self._least_kl:.3g} to {kl:.3g}: raise --kl_weight or lower --lr")
         if spread < 0.1:
             self._advise(
-                f"The latents collapse (standard deviation {spread:.2g}): pictures are no longer told apart in them; "
+                f"The latents collapse (standard deviation {spread:.2g}): images are no longer told apart in them; "
                 "lower --kl_weight"
             )
         if self._won == 3:
             self._advise(
-                f"The discriminator is right {values['discriminator_right']:.0%} of the time and teaches little: lower "
+                f"The discriminator's accuracy is {values['discriminator_accuracy']:.0%}, so it teaches little: lower "
                 "--disc_weight, or let it start later with --disc_start"
             )
 
     def _advise(self, line: str) -> None:
         if line[:12] not in self._said:
             self._said.add(line[:12])
-            if is_first():
-                self.say(f"advice: {line}")
+            if is_rank_zero():
+                self.log(f"advice: {line}")
