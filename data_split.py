@@ -1,17 +1,13 @@
 """Split image folders, one per person, into train/ and val/, with no image in both subsets."""
 
-import argparse
-
 from vavae_tools.data.split import CHECKS, LINKS, split_folders
-from vavae_tools.runtime.errors import run_command
+from vavae_tools.runtime.errors import command_parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser("data_split.py", __doc__)
     add = parser.add_argument
-    add("--input_dir", required=True, help="folder of person folders (ID_1, ID_2 …)", default=argparse.SUPPRESS)
+    add("--input_dir", required=True, help="folder of person folders (ID_1, ID_2 …)")
     add("--output_dir", default="data_split", help="folder for train/, val/ and split_info.json")
     add("--train_ratio", type=float, default=0.8, help="share of each person's images to train on")
     add("--val_ratio", type=float, default=0.2, help="share of each person's images to validate on")

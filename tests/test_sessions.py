@@ -428,7 +428,7 @@ def test_the_client_pushes_the_kernel_that_is_written(tmp_path, kaggle, monkeypa
     ("notebook", "others", "words"),
     [
         ("none.ipynb", {"owner": "me"}, "No notebook none.ipynb"),
-        ("empty.ipynb", {"owner": "me"}, "empty.ipynb is no notebook"),
+        ("empty.ipynb", {"owner": "me"}, "No notebook empty.ipynb"),
         ("whole.ipynb", {}, "--owner is missing"),
         ("whole.ipynb", {"datasets": ["run"]}, "'run' is no owner/name"),
         ("a.ipynb", {"owner": "me"}, "Kaggle's names have 5 to 50"),

@@ -1,24 +1,22 @@
 """Give a VA-VAE away: as a folder for diffusers, or as a file for LightningDiT."""
 
-import argparse
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vavae_tools.runtime.errors import UserError, run_command
+from vavae_tools.runtime.errors import UserError, command_parser, run_command
 
 if TYPE_CHECKING:
     from vavae_tools.autoencoders.vavae import VAVAE
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m vavae_tools.export", description=__doc__, allow_abbrev=False)
+    parser = command_parser("python -m vavae_tools.export", __doc__)
+    add = parser.add_argument
     formats = "reference: a torch file under the names of LightningDiT; diffusers: a folder of AutoencoderKL"
-    add = functools.partial(parser.add_argument, required=True)
-    add("--vavae", help="folder of a VA-VAE, a .ckpt of its training, or published weights")
-    add("--format", choices=["reference", "diffusers"], help=formats)
-    add("--output", help="file (reference) or folder (diffusers) to write")
+    add("--vavae", required=True, help="folder of a VA-VAE, a .ckpt of its training, or published weights")
+    add("--format", required=True, choices=["reference", "diffusers"], help=formats)
+    add("--output", required=True, help="file (reference) or folder (diffusers) to write")
     export_vavae(**vars(parser.parse_args()))
 
 

@@ -5,70 +5,49 @@ pull: the newest state comes back, from what is attached or by downloading; then
 kernel: a folder for `kaggle kernels push` with a notebook and its kernel-metadata.json, for two T4 without internet.
 """
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vavae_tools.runtime.errors import UserError, run_command
-
-SHAPE = "NvidiaTeslaT4"
-"""What Kaggle calls two T4."""
+from vavae_tools.runtime.errors import UserError, command_parser, run_command
 
 
 def main() -> None:
-    class Page(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    parser = argparse.ArgumentParser(
-        prog="python -m vavae_tools.kaggle_session", description=__doc__, formatter_class=Page, allow_abbrev=False
-    )
+    parser = command_parser("python -m vavae_tools.kaggle_session", __doc__)
     parser.add_argument("do", choices=["push", "pull", "kernel"], help="what is told above")
     add = parser.add_argument_group("push and pull").add_argument
     add("--work", default="outputs", help="folder of the outputs: checkpoints, latents, logs, models")
     add("--message", default="", help="push: notes of the version; without it how far each run is")
     add("--pictures", action="store_true", help="push: the split's images too, which otherwise stay here")
     add("--wait", type=float, default=600.0, help="push: seconds in which Kaggle must list the new version")
-    none = argparse.SUPPRESS
-    both = parser.add_argument_group("all three").add_argument
-    both(
-        "--dataset",
-        nargs="+",
-        default=none,
-        help="owner/name of the run's dataset (pull: also owner/name/VERSION; without it what is attached); kernel: "
-        "all to attach, such as the one with this repository, the images, the run's",
+    dataset = (
+        "owner/name of the run's dataset (pull: also owner/name/VERSION; without it what is attached); kernel: "
+        "all to attach, such as the one with this repository, the images, the run's"
     )
+    parser.add_argument_group("all three").add_argument("--dataset", nargs="+", default=[], help=dataset)
     add = parser.add_argument_group("kernel").add_argument
-    add("--notebook", default=none, help="such as notebooks/02_vavae_fine_tuning.ipynb")
+    add("--notebook", help="such as notebooks/02_vavae_fine_tuning.ipynb")
     add("--output_dir", default="outputs/kernel", help="folder to write, ready for kaggle kernels push")
-    add("--owner", default=none, help="your name on Kaggle; without it the first dataset's owner")
-    add("--kernel_source", nargs="+", default=none, help="owner/name of notebooks whose output is attached")
+    add("--owner", help="your name on Kaggle; without it the first dataset's owner")
+    add("--kernel_source", nargs="+", default=[], help="owner/name of notebooks whose output is attached")
     add("--internet", action="store_true", help="switch it on: for push and pull within the session")
-    given = vars(parser.parse_args())
-    datasets = given.get("dataset", [])
-    if given["do"] == "kernel":
-        if "notebook" not in given:
+    args = parser.parse_args()
+    if args.do == "kernel":
+        if args.notebook is None:
             raise UserError("--notebook is missing: name one, such as notebooks/02_vavae_fine_tuning.ipynb")
-        write_kernel(
-            given["notebook"],
-            given["output_dir"],
-            datasets,
-            given.get("kernel_source", []),
-            given.get("owner"),
-            given["internet"],
-        )
+        write_kernel(args.notebook, args.output_dir, args.dataset, args.kernel_source, args.owner, args.internet)
         return
-    if len(datasets) > 1:
-        raise UserError(f"--dataset {' '.join(datasets)}: {given['do']} takes one")
+    if len(args.dataset) > 1:
+        raise UserError(f"--dataset {' '.join(args.dataset)}: {args.do} takes one")
 
     from vavae_tools.kaggle.session import pull_session, push_session
 
-    dataset = datasets[0] if datasets else None
-    if given["do"] == "push":
-        push_session(given["work"], dataset, given["message"], given["pictures"], given["wait"], optional=False)
+    dataset = args.dataset[0] if args.dataset else None
+    if args.do == "push":
+        push_session(args.work, dataset, args.message, args.pictures, args.wait, optional=False)
     else:
-        pull_session(given["work"], dataset, optional=False)
+        pull_session(args.work, dataset, optional=False)
 
 
 def write_kernel(
@@ -80,19 +59,13 @@ def write_kernel(
     internet: bool = False,
     log: Callable[[str], None] = print,
 ) -> Path:
-    """Write a folder for `kaggle kernels push`: a copy of the notebook and `kernel-metadata.json`.
+    """Write a folder for `kaggle kernels push`, the notebook and `kernel-metadata.json`, whose path is returned.
 
     Args:
         datasets: "owner/name" of what is attached. One must hold this repository: only the notebook itself travels.
         kernel_sources: "owner/name" of notebooks whose output is attached.
         owner: name on Kaggle, by default the first dataset's owner.
         internet: needed only where the session itself pushes or downloads.
-
-    Returns:
-        The metadata's path.
-
-    Raises:
-        UserError: no notebook, or names that Kaggle's client does not take.
     """
     from vavae_tools.runtime.files import atomic_write, write_json
 
@@ -100,14 +73,13 @@ def write_kernel(
     try:
         text = notebook.read_text(encoding="utf-8")
         json.loads(text)["cells"]
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError):
         raise UserError(f"No notebook {notebook}: expected one such as notebooks/02_vavae_fine_tuning.ipynb") from None
-    except (ValueError, KeyError, TypeError, IsADirectoryError):
-        raise UserError(f"{notebook} is no notebook: expected a file with cells, as Jupyter writes it") from None
-    for source in (*datasets, *kernel_sources):
+    sources = [*datasets, *kernel_sources]
+    for source in sources:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*/[A-Za-z0-9][A-Za-z0-9-]{4,}", source):
             raise UserError(f"{source!r} is no owner/name, as in the address of a dataset or notebook on Kaggle")
-    owner = owner or next((source.split("/")[0] for source in (*datasets, *kernel_sources)), None)
+    owner = owner or (sources[0].split("/")[0] if sources else None)
     if not owner or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", owner):
         raise UserError(f"--owner {owner or 'is missing'}: your name on Kaggle, as in the address of your profile")
     slug = re.sub(r"[^a-z0-9]+", "-", notebook.stem.lower()).strip("-")
@@ -122,7 +94,7 @@ def write_kernel(
         "is_private": True,
         "enable_gpu": True,
         "enable_internet": internet,
-        "machine_shape": SHAPE,
+        "machine_shape": "NvidiaTeslaT4",  # two of them
         "dataset_sources": list(datasets),
         "kernel_sources": list(kernel_sources),
         "competition_sources": [],

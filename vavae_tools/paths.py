@@ -15,20 +15,15 @@ DEEPEST = 5
 
 
 def _below_work(name: str) -> property:
-    return property(lambda place: place.work / name)
+    return property(lambda paths: paths.work / name)
 
 
 @dataclass(frozen=True, repr=False)
 class ProjectPaths:
-    """The folders of one project: notebooks 01 to 05 hand over to each other through them.
+    """The folders of one project: notebooks 01 to 05 hand over to each other through them."""
 
-    Attributes:
-        images: person folders, or None where the built-in data are to be used.
-        work: what is written goes below it.
-    """
-
-    images: Path | None
-    work: Path
+    images: Path | None  # person folders; None: the built-in data are to be used
+    work: Path  # what is written goes below it
 
     def __str__(self) -> str:
         return f"images: {self.images or 'simulated walkers (none were found or named)'}\noutputs:  {self.work}"
@@ -64,18 +59,12 @@ def find_paths(
     Args:
         images: folder of person folders; also from the environment variable `VAVAE_PICTURES`.
         work: folder for outputs, also from `VAVAE_WORK`; by default `/kaggle/working` where it is, else `outputs`.
-        input_roots, working_root: where a Kaggle machine has them.
-
-    Raises:
-        UserError: `images` was given and is no folder.
     """
     images = images or os.environ.get("VAVAE_PICTURES")
     work = work or os.environ.get("VAVAE_WORK") or (working_root if working_root.is_dir() else "outputs")
-    if images is not None:
-        if not Path(images).is_dir():
-            raise UserError(f"No such folder: {images}. Name the folder that holds ID_1, ID_2 …")
-        return ProjectPaths(Path(images), Path(work))
-    return ProjectPaths(next(_person_folders(input_roots), None), Path(work))
+    if images is not None and not Path(images).is_dir():
+        raise UserError(f"No such folder: {images}. Name the folder that holds ID_1, ID_2 …")
+    return ProjectPaths(Path(images) if images else next(_person_folders(input_roots), None), Path(work))
 
 
 def _person_folders(roots: Iterable[Path]) -> Iterable[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vavae_tools.diffusion import SOLVERS
-from vavae_tools.runtime.errors import UserError, run_command
+from vavae_tools.runtime.errors import UserError, command_parser, run_command
 
 if TYPE_CHECKING:
     from vavae_tools.runtime.ranks import Ranks
@@ -113,17 +113,9 @@ def _summary(kind: str, options: argparse.Namespace, written: list[Path]) -> str
     return f"written: {many}\nnext: {following}"
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return (
-            action.help if action.default in (None, "") or action.default is False else super()._get_help_string(action)
-        )
-
-
 # fmt: off
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m vavae_tools.sample", description=__doc__, formatter_class=_Help, allow_abbrev=False)
+    parser = command_parser("python -m vavae_tools.sample", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="pipeline folder, or a .ckpt of DiT training")
     add("--weights", choices=["ema", "live"], default="ema", help="of a .ckpt: the averaged or the live weights")

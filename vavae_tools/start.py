@@ -25,17 +25,12 @@ def missing_requirements(lines: Iterable[str]) -> list[str]:
     from packaging.requirements import Requirement  # comes with pip's own tools, jupyter and torch's neighbours
 
     missing = []
-    for line in lines:
-        text = line.split("#")[0].strip()
-        if not text:
-            continue
+    for text in filter(None, (line.split("#")[0].strip() for line in lines)):
         requirement = Requirement(text)
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(text)
-            continue
-        if requirement.name not in KEPT and not requirement.specifier.contains(version, prereleases=True):
+        version = _installed(requirement.name)
+        if version is None or not (
+            requirement.name in KEPT or requirement.specifier.contains(version, prereleases=True)
+        ):
             missing.append(text)
     return missing
 
@@ -45,28 +40,22 @@ def wheel_folders(roots: Sequence[Path]) -> list[Path]:
     return sorted({wheel.parent for root in roots if root.is_dir() for wheel in root.rglob("*.whl")})
 
 
-def pip_command(missing: Sequence[str], wheels: Sequence[Path], constraint: Path) -> list[str]:
-    """The pip call that installs `missing`; with `wheels` it stays off the network."""
-    offline = ["--no-index", *(part for folder in wheels for part in ("--find-links", str(folder)))] if wheels else []
-    return [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraint), *offline, *missing]
-
-
 def start(repository: Path, input_roots: Sequence[Path] = (Path("/kaggle/input"),)) -> None:
     """Make `import vavae_tools` work here and in subprocesses; says in one line what could not be installed."""
     if str(repository) not in sys.path:
         sys.path.insert(0, str(repository))
         os.environ["PYTHONPATH"] = os.pathsep.join([str(repository), *filter(None, [os.environ.get("PYTHONPATH")])])
     requirements = repository / "requirements.txt"
-    missing = (
-        missing_requirements(requirements.read_text(encoding="utf-8").splitlines()) if requirements.is_file() else []
-    )
-    if missing:
+    lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
+    if missing := missing_requirements(lines):
         kept = [f"{name}=={version}" for name in KEPT if (version := _installed(name))]
         wheels = wheel_folders(input_roots)
+        offline = ["--no-index", *(f"--find-links={folder}" for folder in wheels)] if wheels else []
         with tempfile.TemporaryDirectory() as folder:
             constraint = Path(folder) / "kept.txt"
             constraint.write_text("\n".join(kept))
-            done = subprocess.run(pip_command(missing, wheels, constraint), capture_output=True, text=True, check=False)
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraint)]
+            done = subprocess.run([*command, *offline, *missing], capture_output=True, text=True, check=False)
         if done.returncode:
             source = f"the attached wheels ({wheels[0]})" if wheels else "the network"
             print(

@@ -7,14 +7,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vavae_tools.runtime.errors import UserError, run_command
+from vavae_tools.runtime.errors import UserError, command_parser, run_command
 
 if TYPE_CHECKING:
     from vavae_tools.checkpoints.resuming import Checkpoint
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m vavae_tools.checkpoints", description=__doc__, allow_abbrev=False)
+    parser = command_parser("python -m vavae_tools.checkpoints", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(function: Callable[..., Any], name: str, text: str, **paths: str) -> argparse.ArgumentParser:

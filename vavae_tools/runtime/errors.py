@@ -1,5 +1,6 @@
 """What went wrong, said to a person: one line on stderr, a non-zero status, no traceback."""
 
+import argparse
 import errno
 import os
 import sys
@@ -17,6 +18,19 @@ class StoppedAtOnce(UserError):
 
 class Stopped(Exception):
     """Training was stopped in good order, by a person or the time: the message says where, and how to go on."""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Show defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default not in (None, "", [], argparse.SUPPRESS) and action.default is not False
+        return f"{action.help} (default: %(default)s)" if shown else action.help
+
+
+def command_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a command, such as "data_split.py"."""
+    return argparse.ArgumentParser(prog=program, description=description, formatter_class=_Help, allow_abbrev=False)
 
 
 def run_command(main: Callable[[], None]) -> None:

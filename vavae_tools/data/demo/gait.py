@@ -6,7 +6,6 @@ Boulic, Thalmann & Thalmann (1990), see walking.py; their echo is made as by Che
 see radar.py.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from PIL import Image
 
 from vavae_tools.data.demo.radar import echo, received, spectrogram, walk_before_radar
 from vavae_tools.data.demo.walking import Person, draw_person, walk_again
-from vavae_tools.runtime.errors import UserError, run_command
+from vavae_tools.runtime.errors import UserError, command_parser, run_command
 
 GRID = 256  # a smaller image is this one, averaged
 DECIBELS = 42.0  # from the lowest colour to the highest
@@ -190,19 +189,14 @@ def _run(write: partial, tasks: list[tuple[int, int]], workers: int, progress: b
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m vavae_tools.data.demo.gait",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    left_out = argparse.SUPPRESS
-    parser.add_argument("--output_dir", type=Path, required=True, default=left_out, help="a new or an empty folder")
+    parser = command_parser("python -m vavae_tools.data.demo.gait", __doc__)
+    parser.add_argument("--output_dir", type=Path, required=True, help="a new or an empty folder")
     parser.add_argument("--people", type=int, default=6, help="walkers, each in a folder of their own")
     parser.add_argument("--pictures", type=int, default=60, help="images per person")
     parser.add_argument("--size", type=int, default=256, help="pixels across and down, 16 or more")
     parser.add_argument("--seed", type=int, default=0, help="with another number, other people walk")
     parser.add_argument("--colormap", default="jet", help="a matplotlib colour map: jet, viridis, turbo, gray …")
-    parser.add_argument("--workers", type=int, default=left_out, help="processes (default: one per core)")
+    parser.add_argument("--workers", type=int, help="processes; without it one per core")
     options = vars(parser.parse_args())
     output_dir = options["output_dir"]
 

@@ -6,7 +6,6 @@ SHARDS is a folder of .tar files (`KEY.jpg` with `KEY.cls`, `KEY.json` or `KEY.t
 .parquet files. The words train, validation and test in the names of files or folders tell the subsets apart.
 """
 
-import argparse
 import re
 import shutil
 import tarfile
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from vavae_tools.data.folders import EXTENSIONS, VALIDATION_SUBSETS, extension_of, listed, no_such_folder
 from vavae_tools.data.sources.hugging_face import column_values, datasets_library, first_line
-from vavae_tools.runtime.errors import UserError, run_command
+from vavae_tools.runtime.errors import UserError, command_parser, run_command
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -131,7 +130,9 @@ def _labels(dataset: "Dataset", keys: Sequence[str]) -> list[int | str | None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make a dataset on the disk of WebDataset or parquet shards.")
+    parser = command_parser(
+        "python -m vavae_tools.data.sources.shards", "Make a dataset on the disk of WebDataset or parquet shards."
+    )
     parser.add_argument("shards", type=Path, help="folder of .tar or .parquet files")
     parser.add_argument("output", type=Path, help="new folder, for data.data_dir")
     args = parser.parse_args()
