@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, one_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -79,10 +79,9 @@ class FrozenEncoder(nn.Module):
             self.patch_size, image_size = int(full.patch_size), int(full.image_size)  # no lists: squares
             model = model_class(full)
         except Exception as error:  # of any kind: transformers' versions check a configuration in different ways
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"transformers cannot build a {model_type} of this encoder configuration ({reason}): take the "
-                "config.json that came with the weights"
+                f"transformers cannot build a {model_type} of this encoder configuration ({one_line(error, 200)}): "
+                "take the config.json that came with the weights"
             ) from None
         self.arguments = {key: value for key, value in full.to_dict().items() if key in _KEPT}
         self.arguments |= {"model_type": model_type, "patch_size": self.patch_size, "image_size": image_size}

@@ -21,7 +21,7 @@ from vavae_tools.autoencoders.loading import silent_transformers
 from vavae_tools.data.encoded import Rows, Store, agree, cut, encode, tree_map_with_path
 from vavae_tools.data.images import DecodedImages, to_unit
 from vavae_tools.runtime.console import tell
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, one_line
 from vavae_tools.runtime.files import weights_digest
 from vavae_tools.runtime.precision import Computing, in_float32
 from vavae_tools.runtime.ranks import Ranks
@@ -159,11 +159,10 @@ def _load_model(folder: Path) -> nn.Module:
                 folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:  # of any kind: what transformers' versions stumble over in damaged files
-        reason = "".join(filter(str.isprintable, " ".join(str(error).split())))[:120]
         advice = "pickled weights may hold tensors only, so take model.safetensors"
         if any(folder.glob("model.safetensors*")):
             advice = "copy the folder anew"
-        raise UserError(f"The foundation model in {folder} cannot be loaded ({reason}): {advice}") from None
+        raise UserError(f"The foundation model in {folder} cannot be loaded ({one_line(error)}): {advice}") from None
     missing = sorted(name for name in report["missing_keys"] if "mask_token" not in name)  # only training has masks
     if missing:  # transformers goes on with random numbers there
         raise UserError(

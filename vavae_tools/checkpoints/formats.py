@@ -27,7 +27,7 @@ from vavae_tools.checkpoints.foreign import (
     place_in_name,
     plain_name,
 )
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, one_line
 from vavae_tools.runtime.files import atomic_write, flush_folder, read_checkpoint, read_saved
 
 STATE = "training_state.json"
@@ -238,10 +238,9 @@ def _keep_as_previous(last: Path) -> None:
 
 def not_written(path: Path, error: Exception) -> UserError:
     free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.is_dir())).free / 2**20
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return UserError(
-        f"{path} could not be written ({free:,.0f} MB free): {reason}. What was there is whole: free some space, or "
-        "choose a folder that is yours; a training resumes with --resume last"
+        f"{path} could not be written ({free:,.0f} MB free): {one_line(error, 200)}. What was there is whole: free "
+        "some space, or choose a folder that is yours; a training resumes with --resume last"
     )
 
 

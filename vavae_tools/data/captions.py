@@ -1,5 +1,6 @@
 """Captioned images: which of several captions is taken, both subsets as batches, and what files of them must hold."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,7 @@ from vavae_tools.runtime.errors import UserError
 
 
 class CaptionOrder(EpochOrder):
-    """The order of `EpochOrder` as (index, number of a caption) pairs.
-
-    The number follows from seed, epoch and index alone, so it is the same wherever and whenever the image is loaded.
+    """The order of `EpochOrder` as (index, number of a caption) pairs; the number follows from seed, epoch and index.
 
     Args:
         counts: int64 (N,), how many captions each image has.
@@ -36,7 +35,7 @@ class CaptionOrder(EpochOrder):
 
 
 class CaptionOrderedDataModule(OrderedDataModule):
-    """A DataModule whose training subset has `caption_counts`: each image comes with the number of a caption."""
+    """A DataModule whose training subset has `caption_counts`."""
 
     def _new_order(self) -> CaptionOrder:
         return CaptionOrder(self.train_data.caption_counts, self.batch_size, self.seed, *self._place())
@@ -49,8 +48,6 @@ class CaptionedDataModule(CaptionOrderedDataModule, ImageSetDataModule):
     """Captioned images as batches, each with one of its captions, at random; in validation with its first.
 
     Args:
-        train_data, val_data: with `captions`; None where nothing validates.
-        batch_size, num_workers, seed: see `ImageSetDataModule`; the captions follow from the seed, too.
         notes: lines about what was left out, for `remark`.
     """
 
@@ -73,9 +70,7 @@ class CaptionedDataModule(CaptionOrderedDataModule, ImageSetDataModule):
 
     def captions_by_subset(self) -> dict[str, list[tuple[str, ...]]]:
         """Return the captions of the subsets that are there, as `text_states.encode_texts` takes them."""
-        return {
-            subset: data.captions for subset, data in zip(("train", "val"), self._subsets(), strict=False) if len(data)
-        }
+        return dict(zip(("train", "val"), (data.captions for data in self._subsets()), strict=False))
 
     def fingerprint(self) -> str:
         """Return a hash of both subsets' images and captions."""
@@ -83,7 +78,6 @@ class CaptionedDataModule(CaptionOrderedDataModule, ImageSetDataModule):
 
 
 # ---- Images in files, and the captions that other files name
-
 
 SKIP_HINT = "or leave them out with data.skip_missing=true"
 
@@ -114,42 +108,35 @@ class NamedImages:
 
     def subset(self, skip_missing: bool, notes: list[str], options: Mapping[str, Any]) -> CaptionedFiles:
         """Return the images, or raise a UserError where some are missing or have no caption, unless `skip_missing`."""
-        missing = missing_images(self.folder, self.captions)
+        missing = dict.fromkeys(missing_images(self.folder, self.captions))
         if missing:
-            how_many = f"{len(missing):,} of {counted(len(self.captions), 'image')} that {self.source} names"
-            how_many += f" {'is' if len(missing) == 1 else 'are'} not in {self.folder}: {listed(missing)}"
-            if len(missing) == len(self.captions) or not skip_missing:
-                mend = "" if len(missing) == len(self.captions) else f", {SKIP_HINT}"
-                raise UserError(f"{how_many}. Put them there{mend}")
-            notes.append(f"{how_many}; left out")
-        absent = set(missing)
-        there = {name: of_name for name, of_name in self.captions.items() if name not in absent}
-        captions = cleaned(there, self.source, skip_missing, notes)
+            total = counted(len(self.captions), "image")
+            problem = f"{self.folder} lacks {len(missing):,} of {total} that {self.source} names: {listed(missing)}"
+            if len(missing) == len(self.captions):
+                raise UserError(f"{problem}. Put them there")
+            if not skip_missing:
+                raise UserError(f"{problem}. Put them there, {SKIP_HINT}")
+            notes.append(f"{problem}; left out")
+        existing = {name: of_name for name, of_name in self.captions.items() if name not in missing}
+        captions = cleaned(existing, self.source, skip_missing, notes)
         paths, labels = [self.folder / name for name in captions], torch.zeros(len(captions), dtype=torch.int64)
         options = {**options, "title": self.source.name, "captions": captions.values()}
         return CaptionedFiles(paths, list(captions), labels, **options)
 
 
 def missing_images(folder: Path, names: Iterable[str]) -> list[str]:
-    """Return the names that are not there, by a listing of each folder and no question about each file."""
-    there: dict[str, set[str]] = {}
-    missing = []
-    for name in names:
-        parent, _, base = name.rpartition("/")
-        if parent not in there:
-            try:
-                there[parent] = {path.name for path in (folder / parent).iterdir()}
-            except (FileNotFoundError, NotADirectoryError):
-                there[parent] = set()
-        if base not in there[parent]:
-            missing.append(name)
-    return missing
+    """Return the names that are not there, by a listing of each folder: asking for each file is slow on some disks."""
+    existing: dict[str, set[str]] = {}
+    for parent in {name.rpartition("/")[0] for name in names}:
+        place = folder / parent
+        existing[parent] = {path.name for path in place.iterdir()} if place.is_dir() else set()
+    return [name for name in names if name.rpartition("/")[2] not in existing[name.rpartition("/")[0]]]
 
 
 def cleaned(
     captions: Mapping[str, Sequence[Any]], source: Path, skip_missing: bool, notes: list[str]
 ) -> dict[str, tuple[str, ...]]:
-    """Return the captions with single spaces, each once; without images that have none, where `skip_missing` allows it.
+    """Return the captions with single spaces, each once; without images that have none, where `skip_missing` is true.
 
     Raises:
         UserError: an image without a caption, or a caption that is no text.
@@ -190,3 +177,15 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line:,}, is no UTF-8 ({error.reason}): save it as UTF-8") from None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield "path, line number" and the value of each line that is not empty; raise a UserError where it is no JSON."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # not splitlines: a text may hold other separators
+        where = f"{path}, line {number:,}"
+        try:
+            value = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}, is no JSON: {error.msg} at column {error.colno}") from None
+        if line.strip():
+            yield where, value

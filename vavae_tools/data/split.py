@@ -45,7 +45,7 @@ from vavae_tools.data.split_report import (
     split_info,
     write_split_info,
 )
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, one_line
 
 RecordingOf = Callable[[ImageEntry], str | None]
 LINKS = ("copy", "hard", "symbolic")
@@ -359,7 +359,7 @@ def _decoded(data: bytes) -> tuple[str, tuple[int, int] | None]:
     except UnidentifiedImageError:
         return "not an image that Pillow can read", None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error … on broken files
-        return f"cannot be decoded: {' '.join(str(error).split())}", None
+        return f"cannot be decoded: {one_line(error)}", None
     return (f"too small: {size[0]}x{size[1]} pixels", None) if min(size) < MIN_SIDE else ("", size)
 
 

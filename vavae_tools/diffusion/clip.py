@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.loading import silent_transformers
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, one_line
 from vavae_tools.runtime.files import local_folder, save_model, weights_digest
 
 _KEPT = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps")  # not to be seen in the weights
@@ -186,8 +186,7 @@ def _loaded(load: Callable[[], Any], what: str) -> Any:
         with silent_transformers():
             return load()
     except Exception as error:  # of any kind: what transformers' versions stumble over in damaged files
-        reason = "".join(filter(str.isprintable, " ".join(str(error).split())))[:120]
-        raise UserError(f"{what} cannot be loaded ({reason}): copy the folder anew") from None
+        raise UserError(f"{what} cannot be loaded ({one_line(error)}): copy the folder anew") from None
 
 
 # ---- a small one

@@ -28,7 +28,7 @@ from vavae_tools.diffusion.objectives import Objective, objective_of
 from vavae_tools.diffusion.solvers import sample, swapped
 from vavae_tools.pipelines.batches import Rows, all_finite, decoded, in_batches, precisions_for
 from vavae_tools.runtime.draws import Draws
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, one_line
 from vavae_tools.runtime.files import weights_digest
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -194,7 +194,7 @@ def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -
     try:  # without low_cpu_mem_usage it does not ask for a package that is of no use here
         return kind.from_pretrained(path, low_cpu_mem_usage=False, **options)
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"The pipeline {path} cannot be read ({str(error)[:200]}): copy it again") from None
+        raise UserError(f"The pipeline {path} cannot be read ({one_line(error, 200)}): copy it again") from None
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -227,8 +227,8 @@ def read_training(
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(f"{path}: its {start}* do not fit its own settings ({reason}): copy it again") from None
+            problem = f"its {start}* do not fit its own settings ({one_line(error)})"
+            raise UserError(f"{path}: {problem}: copy it again") from None
         model.eval()
     return *models, settings
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from vavae_tools.recipes.base import RECIPES, Recipe
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, one_line
 from vavae_tools.runtime.ranks import current_ranks, is_rank_zero
 from vavae_tools.training.config import Setting, checked, settings_of
 
@@ -303,7 +303,7 @@ def _read(text: str, called: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)["value"]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{called} is no YAML: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{called} is no YAML: {one_line(error, 200)}") from None
 
 
 def _read_config(path: str) -> dict[str, Any]:

@@ -70,6 +70,11 @@ def disk_fault(error: OSError) -> str | None:
     return None
 
 
+def one_line(error: BaseException, most: int = 120) -> str:
+    """Return the beginning of an error's message without line breaks and control characters, or else its class."""
+    return "".join(filter(str.isprintable, " ".join(str(error).split())))[:most] or type(error).__name__
+
+
 def _log(message: str) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2

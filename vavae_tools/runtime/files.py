@@ -17,7 +17,7 @@ import torch
 from diffusers import ConfigMixin
 from torch import nn
 
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, one_line
 
 # ---- Models that a person names by a folder, or by their repository on Hugging Face's hub
 
@@ -58,7 +58,7 @@ def local_folder(
             snapshot_download(str(source), allow_patterns=list(patterns), ignore_patterns=list(ignored) or None)
         )
     except Exception as error:  # no network, no such repository, not allowed: of many classes
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error)
         raise UserError(
             f"There is no folder {source}, and the hub's repository of that name cannot be reached ({reason}): "
             f"{instead}"
@@ -142,8 +142,8 @@ def load_model(kind: type[Any], folder: str | Path, **options: Any) -> Any:
     except UserError:
         raise
     except Exception as error:  # of any kind: what diffusers' versions stumble over in damaged files
-        reason = "".join(filter(str.isprintable, " ".join(str(error).split())))[:120]
-        raise UserError(f"The {kind.__name__} in {folder} cannot be loaded ({reason}): copy the folder anew") from None
+        problem = f"The {kind.__name__} in {folder} cannot be loaded ({one_line(error)})"
+        raise UserError(f"{problem}: copy the folder anew") from None
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
@@ -225,8 +225,7 @@ def read_saved(path: str | Path) -> Any:
             f"torch.save({{'state_dict': c.get('state_dict', c)}}, {str(plain)!r})\" and name {plain}"
         ) from None
     except (*_UNREADABLE, BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{path} is damaged or no checkpoint ({reason})") from None
+        raise UserError(f"{path} is damaged or no checkpoint ({one_line(error)})") from None
 
 
 def weights_digest(model: nn.Module, without: tuple[str, ...] = ()) -> str:

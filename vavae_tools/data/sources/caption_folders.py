@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vavae_tools.data.captions import NamedImages, read_text
+from vavae_tools.data.captions import NamedImages, read_json_lines, read_text
 from vavae_tools.data.folders import (
     EXTENSIONS,
     VALIDATION_SUBSETS,
@@ -30,62 +30,50 @@ _EXAMPLE = '{"file_name": "1.png", "text": "a caption"}'
 
 
 def own_subsets(path: Path, notes: list[str]) -> list[NamedImages]:
-    """Return what trains, and what validates where it is there.
-
-    Args:
-        path: a folder, or the .jsonl, .csv or .tsv that names images and captions.
-        notes: gets lines about what was left out.
-    """
+    """Return what trains, and what validates where it is there, of a folder or a table; `notes` gets remarks."""
     if path.is_file():
         refuse_shards(path)
         if path.suffix.lower() not in (".jsonl", ".csv", ".tsv"):
             raise UserError(f"{path}: expected a .jsonl or .csv with file names and captions, or a folder")
         return [NamedImages(path.parent, path, read_records(path))]
-    if table := _table_in(path):
-        return [NamedImages(path, table, read_records(table))]
-    train = _own_subset(path / "train", notes)
-    if train is None:
-        whole = _split_training_state(path, notes)
-        if whole is None:
-            refuse_shards(path)
-            raise UserError(
-                f"No captions in {path}, which holds {contents(path)}: expected metadata.jsonl or metadata.csv, a .txt "
-                f"beside each image, or a Hugging Face dataset ({MARKS})"
-            )
+    if not _table_in(path) and (train := _own_subset(path / "train", notes)):
+        others = (_own_subset(path / name, notes) for name in VALIDATION_SUBSETS)
+        return [train, *[subset for subset in others if subset][:1]]
+    if whole := _own_subset(path, notes):
         return [whole]
-    others = (_own_subset(path / name, notes) for name in VALIDATION_SUBSETS)
-    return [train, *[subset for subset in others if subset][:1]]
+    refuse_shards(path)
+    raise UserError(
+        f"No captions in {path}, which holds {contents(path)}: expected metadata.jsonl or metadata.csv, a .txt beside "
+        f"each image, or a Hugging Face dataset ({MARKS})"
+    )
 
 
 def _own_subset(folder: Path, notes: list[str]) -> NamedImages | None:
     if not folder.is_dir():
         return None
     table = _table_in(folder)
-    return NamedImages(folder, table, read_records(table)) if table else _split_training_state(folder, notes)
+    return NamedImages(folder, table, read_records(table)) if table else _texts_beside(folder, notes)
 
 
 def _table_in(folder: Path) -> Path | None:
-    named = [folder / name for name in METADATA if (folder / name).is_file()]
-    if named:
-        return named[0]
-    named = sorted(file for kind in ("jsonl", "csv", "tsv") for file in folder.glob(f"*.{kind}"))
-    if len(named) > 1:
-        raise UserError(
-            f"{folder} holds {listed(file.name for file in named)}, of which each may name the captions: set "
-            "dataset_path to one of them"
-        )
-    return named[0] if named else None
+    tables = [folder / name for name in METADATA if (folder / name).is_file()]
+    if not tables:
+        tables = sorted(file for kind in ("jsonl", "csv", "tsv") for file in folder.glob(f"*.{kind}"))
+        if len(tables) > 1:
+            raise UserError(f"{folder} holds {listed(file.name for file in tables)}: set dataset_path to one of them")
+    return tables[0] if tables else None
 
 
 # ---- a table
 def read_records(path: Path) -> dict[str, list[str]]:
     """Return image → captions, of a .jsonl, .csv or .tsv, in their order; an image may be on several lines."""
     captions: dict[str, list[str]] = {}
-    text = read_text(path)
-    for line, record in (_json_lines if path.suffix.lower() == ".jsonl" else _table_rows)(path, text):
-        name, given = (_value(f"{path}, line {line:,}", record, *column) for column in _COLUMNS)
+    for where, record in (read_json_lines if path.suffix.lower() == ".jsonl" else _table_rows)(path):
+        if not isinstance(record, dict):
+            raise UserError(f"{where}, is a {type(record).__name__}: expected {_EXAMPLE}")
+        name, given = (_value(where, record, *column) for column in _COLUMNS)
         if not isinstance(name, str) or not name.strip():
-            raise UserError(f"{path}, line {line:,}: the file name is {name!r}, expected text")
+            raise UserError(f"{where}: the file name is {name!r}, expected text")
         name = name.strip().replace("\\", "/").removeprefix("./")
         captions.setdefault(name, []).extend(given if isinstance(given, list) else [given])
     if not captions:
@@ -93,20 +81,8 @@ def read_records(path: Path) -> dict[str, list[str]]:
     return captions
 
 
-def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: captions may hold other ends of lines
-        try:
-            record = json.loads(line) if line.strip() else {}
-        except ValueError as error:
-            raise UserError(f"{path}, line {number:,}, is no JSON ({error}): expected {_EXAMPLE}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number:,}, is a {type(record).__name__}: expected {_EXAMPLE}")
-        if record:
-            yield number, record
-
-
-def _table_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    head, _, body = text.partition("\n")
+def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    head, _, body = read_text(path).partition("\n")
     delimiter = max(",;\t", key=head.count)
     names = [name.strip().lower() for row in csv.reader([head], delimiter=delimiter) for name in row]
     rows = csv.reader(io.StringIO(body, newline=""), delimiter=delimiter, strict=True)
@@ -117,7 +93,7 @@ def _table_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                     f"{path}, line {rows.line_num + 1:,}, has {counted(len(row), 'field')}, its head {len(names)}: put "
                     'captions with a comma into quotes ("…")'
                 )
-            yield rows.line_num + 1, dict(zip(names, map(_several, row), strict=True))
+            yield f"{path}, line {rows.line_num + 1:,}", dict(zip(names, map(_several, row), strict=True))
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num + 1:,}, cannot be read as a table ({error})") from None
 
@@ -139,8 +115,7 @@ def _value(where: str, record: dict[str, Any], what: str, names: Sequence[str]) 
     raise UserError(f"{where} has no column for {what}, only {listed(record, 6)}: expected one called {either(names)}")
 
 
-# ---- texts beside images
-def _split_training_state(folder: Path, notes: list[str]) -> NamedImages | None:
+def _texts_beside(folder: Path, notes: list[str]) -> NamedImages | None:
     """Return images with a .txt of the same name, a caption a line."""
     captions: dict[str, Sequence[str]] = {}
     alone = 0

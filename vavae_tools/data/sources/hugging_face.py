@@ -13,7 +13,7 @@ from torch import Tensor
 from vavae_tools.data.captions import cleaned
 from vavae_tools.data.folders import VALIDATION_SUBSETS, either, labels_of, listed
 from vavae_tools.data.images import DecodedImages
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -129,7 +129,7 @@ def load_folder(data_dir: Path) -> Any:
     try:
         return datasets.load_from_disk(str(data_dir))
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"The dataset {data_dir} cannot be read ({first_line(error)}): copy or save it again") from None
+        raise UserError(f"The dataset {data_dir} cannot be read ({one_line(error)}): copy or save it again") from None
 
 
 def datasets_library(what: str) -> Any:
@@ -139,10 +139,6 @@ def datasets_library(what: str) -> Any:
     except ImportError:
         raise UserError(f"{what}, which `datasets` reads: pip install datasets") from None
     return datasets
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def _read_datasets(data_dir: Path, train_split: str) -> "dict[str, Dataset]":

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vavae_tools.data.folders import EXTENSIONS, VALIDATION_SUBSETS, extension_of, listed, no_such_folder
-from vavae_tools.data.sources.hugging_face import column_values, datasets_library, first_line
-from vavae_tools.runtime.errors import UserError, command_parser, run_command
+from vavae_tools.data.sources.hugging_face import column_values, datasets_library
+from vavae_tools.runtime.errors import UserError, command_parser, one_line, run_command
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,7 +63,7 @@ def convert_shards(shards: Path, output: Path) -> "dict[str, Dataset]":
         found.save_to_disk(str(partial / "dataset"))
         (partial / "dataset").rename(output)
     except (ValueError, TypeError, LookupError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{shards} cannot be read ({first_line(error.__cause__ or error)})") from None
+        raise UserError(f"{shards} cannot be read ({one_line(error.__cause__ or error)})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return dict(found)

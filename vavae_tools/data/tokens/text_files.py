@@ -1,11 +1,10 @@
 """Texts and chats on the disk: .txt, .jsonl, or a dataset of Hugging Face's `datasets`; or built-in ones by name."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vavae_tools.data.captions import read_text
+from vavae_tools.data.captions import read_json_lines, read_text
 from vavae_tools.data.demo.sentences import questions, stories, zen
 from vavae_tools.data.folders import contents, natural_key
 from vavae_tools.data.sources.hugging_face import is_dataset, load_folder
@@ -33,9 +32,6 @@ def read_texts(data_path: str | Path, chats: bool = False) -> tuple[list[Any], l
             folder with such files at any depth, a dataset that `save_to_disk` wrote with such a column (of several
             subsets "train" and, to validate, "validation", "valid" or "val"), or a name of `BUILT_IN`.
         chats: read messages; else those become a text, one message below the other.
-
-    Raises:
-        UserError: nothing is there, a file is empty or no UTF-8, or a line has neither text nor messages.
     """
     path, val = Path(data_path), iter(())
     if path.is_dir() and is_dataset(path):
@@ -69,15 +65,8 @@ def _rows_of_files(path: Path) -> Iterator[_Row]:
             raise UserError(f"{file} is empty: expected text in it, or take it away")
         if file.suffix.lower() == ".txt":
             yield content, str(file)
-            continue
-        for number, line in enumerate(content.split("\n"), 1):  # not splitlines: a string may hold other separators
-            where = f"{file}, line {number:,}"
-            try:
-                row = json.loads(line) if line.strip() else None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where} is no JSON: {error.msg} at column {error.colno}") from None
-            if line.strip():
-                yield row if isinstance(row, dict) else {}, where
+        else:
+            yield from ((row if isinstance(row, dict) else {}, where) for where, row in read_json_lines(file))
 
 
 def _rows_of_dataset(path: Path) -> tuple[Iterator[_Row], Iterator[_Row]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vavae_tools.data.tokens.text_files import Chat
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,8 +94,8 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library in Rust raises no narrower one
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"{folder} holds no tokenizer of transformers ({reason}): expected {_FILES}") from None
+        problem = f"{folder} holds no tokenizer of transformers ({one_line(error)})"
+        raise UserError(f"{problem}: expected {_FILES}") from None
     if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):  # of a class, without its files
         raise UserError(f"The tokenizer in {folder} has no tokens but special ones: expected {_FILES}")
     return tokenizer

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 
 from vavae_tools.runtime.console import log
-from vavae_tools.runtime.errors import Stopped
+from vavae_tools.runtime.errors import Stopped, one_line
 from vavae_tools.runtime.machine import peak_memory
 from vavae_tools.training.callbacks.progress import is_written
 from vavae_tools.training.lightning_inside import logged_step
@@ -155,7 +155,7 @@ class Throughput(L.Callback):
             self._flops = module.flops_of_a_sample(batch)
         except Exception as error:  # a figure beside the training, which goes on without it
             self._peak = None
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{type(error).__name__}: {one_line(error, 200)}"
             self.log(f"no utilisation of the card: what a step computes cannot be counted ({reason})")
 
     def _look(self) -> None:
