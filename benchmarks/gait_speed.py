@@ -30,7 +30,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--pictures", type=int, default=60, help="per person, of 6 people")
+    parser.add_argument("--images", type=int, default=60, help="per person, of 6 people")
     parser.add_argument("--workers", type=int, default=cores(), help="processes")
     options = parser.parse_args()
     count = 6 * options.images

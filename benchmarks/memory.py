@@ -458,7 +458,7 @@ class Images:
     def __getitems__(self, rows: Any) -> dict[str, Tensor]:
         count = len(rows)
         return {
-            "pictures": torch.zeros(count, self.channels, *self.image_size, dtype=torch.uint8),
+            "images": torch.zeros(count, self.channels, *self.image_size, dtype=torch.uint8),
             "labels": torch.zeros(count, dtype=torch.int64),
             "index": torch.arange(count),
         }

@@ -52,7 +52,7 @@ class AugmentedWalkers(Dataset):
         index = torch.tensor(indices)
         numbers = Draws(self.seed, 0, index).uniform("augmentation", 8).tolist()
         images = [self._augment(i % len(self.intensities), *u) for i, u in zip(indices, numbers, strict=True)]
-        return {"pictures": torch.stack(images), "labels": torch.zeros_like(index), "index": index}
+        return {"images": torch.stack(images), "labels": torch.zeros_like(index), "index": index}
 
     def _augment(
         self,
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("model", choices=("vavae", "shapes"), help="which one")
     parser.add_argument("--output_dir", default="outputs/pretrained_small", help="folder for the weights")
     parser.add_argument("--people", type=int, default=80, help="simulated people, of vavae")
-    parser.add_argument("--pictures", type=int, default=20, help="images of each, of vavae")
+    parser.add_argument("--images", type=int, default=20, help="images of each, of vavae")
     parser.add_argument("--steps", type=int, help="optimiser steps; None: 3400 of vavae, 8000 of shapes")
     parser.add_argument("--batch_size", type=int, default=16, help="images per step")
     parser.add_argument("--lr", type=float, help="peak learning rate; None: 2e-3 of vavae, 4e-3 of shapes")

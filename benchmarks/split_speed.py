@@ -59,7 +59,7 @@ def measure(run: functools.partial) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=10_000)
+    parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--size", type=int, default=128, help="pixels (128)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, help="threads of split_folders (its own choice)")

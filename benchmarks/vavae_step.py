@@ -114,7 +114,7 @@ def main() -> None:
     grid = (options.image_size // module.vavae.downsampling,) * 2
     index = torch.arange(options.batch_size)
     batch = {
-        "pictures": images,
+        "images": images,
         "labels": torch.zeros_like(index),
         "index": index,
         "foundation": foundation(to_unit(images), grid).half(),  # as kept by the first look at each image

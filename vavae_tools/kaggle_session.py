@@ -19,7 +19,7 @@ def main() -> None:
     add = parser.add_argument_group("push and pull").add_argument
     add("--work", default="outputs", help="folder of the outputs: checkpoints, latents, logs, models")
     add("--message", default="", help="push: notes of the version; without it how far each run is")
-    add("--pictures", action="store_true", help="push: the split's images too, which otherwise stay here")
+    add("--images", "--pictures", action="store_true", help="push: the split's images too, which otherwise stay here")
     add("--wait", type=float, default=600.0, help="push: seconds in which Kaggle must list the new version")
     dataset = (
         "owner/name of the run's dataset (pull: also owner/name/VERSION; without it what is attached); kernel: "
@@ -45,7 +45,7 @@ def main() -> None:
 
     dataset = args.dataset[0] if args.dataset else None
     if args.do == "push":
-        push_session(args.work, dataset, args.message, args.pictures, args.wait, optional=False)
+        push_session(args.work, dataset, args.message, args.images, args.wait, optional=False)
     else:
         pull_session(args.work, dataset, optional=False)
 

@@ -85,7 +85,7 @@ def colormap_table(name: str) -> np.ndarray:
 def write_gait_dataset(
     output_dir: str | Path,
     people: int = 6,
-    pictures: int = 60,
+    images: int = 60,
     size: int = 256,
     seed: int = 0,
     colormap: str = "jet",
@@ -100,9 +100,9 @@ def write_gait_dataset(
     is. UserError for numbers out of range, an unknown colour map, or a folder that holds anything else.
     """
     output_dir = Path(output_dir)
-    settings = {"people": people, "pictures": pictures, "size": size, "seed": seed, "colormap": colormap}
-    lowest = {"people": 1, "pictures": 1, "size": 16, "seed": 0, "workers": 1}
-    for name, value in {**settings, "workers": workers}.items():
+    settings = {"people": people, "pictures": images, "size": size, "seed": seed, "colormap": colormap}
+    lowest = {"people": 1, "images": 1, "size": 16, "seed": 0, "workers": 1}
+    for name, value in {**settings, "images": images, "workers": workers}.items():
         if name in lowest and value is not None and value < lowest[name]:
             raise UserError(f"{name} is {value}: expected {lowest[name]} or more.")
     colormap_table(colormap)
@@ -114,7 +114,7 @@ def write_gait_dataset(
     try:
         for person in range(1, people + 1):
             (partial_dir / f"ID_{person}").mkdir(parents=True)
-        tasks = [(person, image) for person in range(1, people + 1) for image in range(1, pictures + 1)]
+        tasks = [(person, image) for person in range(1, people + 1) for image in range(1, images + 1)]
         _run(partial(_write_image, partial_dir, size, seed, colormap), tasks, workers or cores(), progress)
         drawn = {f"ID_{person}": asdict(draw_person(seed, person)) for person in range(1, people + 1)}
         (partial_dir / FINISHED).write_text(json.dumps({"settings": settings, "people": drawn}, indent=1) + "\n")
@@ -192,7 +192,7 @@ def main() -> None:
     parser = command_parser("python -m vavae_tools.data.demo.gait", __doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="a new or an empty folder")
     parser.add_argument("--people", type=int, default=6, help="walkers, each in a folder of their own")
-    parser.add_argument("--pictures", type=int, default=60, help="images per person")
+    parser.add_argument("--images", "--pictures", type=int, default=60, help="images per person")
     parser.add_argument("--size", type=int, default=256, help="pixels across and down, 16 or more")
     parser.add_argument("--seed", type=int, default=0, help="with another number, other people walk")
     parser.add_argument("--colormap", default="jet", help="a matplotlib colour map: jet, viridis, turbo, gray …")
@@ -205,7 +205,7 @@ def main() -> None:
     write_gait_dataset(**options, progress=sys.stderr.isatty())
     seconds = time.perf_counter() - start
     print(
-        f"{options['people'] * options['pictures']:,} images of {options['people']:,} simulated walkers, "
+        f"{options['people'] * options['images']:,} images of {options['people']:,} simulated walkers, "
         f"{options['size']} × {options['size']} pixels, {'were there already' if there else f'in {seconds:.1f} s'} "
         f"({output_dir}/ID_1/walk_001.jpg …)\n"
         f"Settings, and how each person walks: {output_dir / FINISHED}\n"

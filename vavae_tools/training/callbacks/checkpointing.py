@@ -40,7 +40,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     def __init__(self, log: Callable[[str], None] = log) -> None:
         super().__init__()
-        self.log = log
+        self.log_line = log
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future | None = None
         self.seconds = 0.0
@@ -63,7 +63,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self._pending = self._writer.submit(self._write, checkpoint, Path(path), size, began)
 
     def _write(self, checkpoint: dict[str, Any], path: Path, size: int, began: float) -> None:
-        free_disk_space(path, size, self.log)
+        free_disk_space(path, size, self.log_line)
         write_any_format(checkpoint, path)
         self.seconds = max(self.seconds, time.monotonic() - began)
 
@@ -88,7 +88,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             remove(Path(path))
 
     def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read_any_format(path, self.log)
+        return read_any_format(path, self.log_line)
 
     def teardown(self) -> None:
         try:

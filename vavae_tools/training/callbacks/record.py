@@ -45,7 +45,7 @@ class RunRecord(L.Callback):
         log: Callable[[str], None] = log,
     ) -> None:
         self.folder, self.settings, self.data = Path(folder), settings, data
-        self.allow_changes, self.log = allow_changes, log
+        self.allow_changes, self.log_line = allow_changes, log
 
     def record(self, module: L.LightningModule) -> dict[str, Any]:
         """Return settings, data, versions, machine and command as plain values."""
@@ -85,10 +85,10 @@ class RunRecord(L.Callback):
                 "with --allow_changes"
             )
         for difference in found:
-            self.log(f"changed on going on: {difference}")
+            self.log_line(f"changed on going on: {difference}")
         changed = [f"{name} {old or '-'} → {new or '-'}" for name, old, new in _differences(before, now, "versions")]
         if changed:
-            self.log(f"other versions than the checkpoint's, so numbers may differ in their last digits: {changed}")
+            self.log_line(f"other versions than the checkpoint's, so numbers may differ in their last digits: {changed}")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], of: str) -> list[tuple[str, Any, Any]]:

@@ -70,7 +70,7 @@ class Advice(L.Callback):
     """Say once, with advice, that the KL explodes, the latents collapse, or the discriminator wins."""
 
     def __init__(self, log: Callable[[str], None] = log) -> None:
-        self.log = log
+        self.log_line = log
         self._least_kl, self._won, self._said = float("inf"), 0, set()
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -95,4 +95,4 @@ class Advice(L.Callback):
         if line[:12] not in self._said:
             self._said.add(line[:12])
             if is_rank_zero():
-                self.log(f"advice: {line}")
+                self.log_line(f"advice: {line}")
