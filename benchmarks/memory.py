@@ -359,7 +359,7 @@ def simulated(machine: Machine, others: int = 0, expandable_segments: bool = Fal
             (DiffusionPipeline, "_execution_device", torch.device("cuda")),
             (Previews, "keep", lambda *_: None),
             (rae_module, "weights_digest", lambda *_: ""),
-            (previews, "say", _fail),  # which a training would only be told
+            (previews, "log", _fail),  # which a training would only be told
             (FiniteSteps, "_keep", mode.on_the_host(FiniteSteps._keep)),
         ):
             stack.enter_context(patch.object(place, name, stand_in))

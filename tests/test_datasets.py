@@ -103,7 +103,7 @@ def test_a_folder_per_class(tmp_path):
     assert data.train_data.image_size == (8, 8) and data.train_data.channels == 3
 
 
-@pytest.mark.parametrize("side", ["validation", "valid", "val", "dev", "test"])
+@pytest.mark.parametrize("subset", ["validation", "valid", "val", "dev", "test"])
 def test_sides_in_folders(tmp_path, subset):
     values = {"train/dog/1.png": 1, "train/cat/1.png": 2, f"{subset}/dog/1.png": 3, "unused/fox/1.png": 4}
     data = image_data(write(tmp_path, values), 8)

@@ -368,12 +368,12 @@ def test_reconstructions_beside_their_originals(split, trained):
     x = to_unit(originals)
     noisy = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     alone = evaluate_reconstructions(x, x + 0.1)
-    assert alone.right is None and 26 < alone.psnr < 26.1 and 0.9 < alone.ssim < 1
+    assert alone.accuracy is None and 26 < alone.psnr < 26.1 and 0.9 < alone.ssim < 1
     full = evaluate_reconstructions(originals, noisy, validation.labels, trained[1], train.in_memory())
     assert full.psnr < alone.psnr and full.real_accuracy >= 0.95
     assert full.frechet > full.real_frechet > 0
     same = evaluate_reconstructions(originals, originals, validation.labels, trained[1], train.in_memory())
-    assert same.right == same.real_accuracy and same.frechet == same.real_frechet and same.ssim == 1
+    assert same.accuracy == same.real_accuracy and same.frechet == same.real_frechet and same.ssim == 1
     assert same.sharpness == 1 < full.sharpness and alone.sharpness == pytest.approx(1, abs=0.02)
     assert evaluate_reconstructions(x, x / 2).sharpness == 0.5
     assert "SSIM 1.000, sharpness 1.00; accuracy" in str(same)
@@ -404,12 +404,12 @@ def test_a_judge_looks_at_the_originals_once(split, trained, monkeypatch):
     for images, found in zip(remade, scores, strict=True):
         expected = evaluate_reconstructions(originals, images, validation.labels, trained[1], others)
         assert found == {name: getattr(expected, name) for name in found}
-        assert set(found) == {"right", "real_accuracy", "frechet", "real_frechet"}
+        assert set(found) == {"accuracy", "real_accuracy", "frechet", "real_frechet"}
         assert all(type(value) is float for value in found.values())
-    assert scores[2]["right"] == scores[2]["real_accuracy"] > scores[0]["right"]
+    assert scores[2]["accuracy"] == scores[2]["real_accuracy"] > scores[0]["accuracy"]
     assert scores[2]["frechet"] == scores[2]["real_frechet"] < scores[1]["frechet"]
     assert set(ReconstructionJudge(trained[1], originals, validation.labels).judge(originals)) == {
-        "right",
+        "accuracy",
         "real_accuracy",
     }
     assert "frechet" in ReconstructionJudge(trained[1], originals, others=others).judge(originals)
@@ -440,7 +440,7 @@ def test_what_the_vectors_do(split_dir):
         assert compared.images[name].dtype == torch.uint8 and difference.abs().max() <= 1
     show_rows(compared.images)
     lines = str(compared).splitlines()
-    assert len(lines) == 4 and lines[0] == "24 images       absolute error  PSNR, dB"
+    assert len(lines) == 4 and lines[0] == "24 images         absolute error  PSNR, dB"
     assert lines[2].startswith("another's vector") and lines[2].endswith(f"  {compared.another.psnr:.2f}")
     assert len({len(line) for line in lines}) == 1 and repr(compared) == str(compared)
 

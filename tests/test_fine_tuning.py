@@ -173,7 +173,7 @@ def test_advice_comes_once_and_when_it_is_due():
     assert len(said) == 2 and "The latents collapse" in said[1] and "lower --kl_weight" in said[1]
     for rate in (0.99, 0.98, 0.5, 0.99, 0.99, 0.99, 1.0):
         validated(kl=0.01, latent_std=1.0, discriminator_accuracy=rate)
-    assert len(said) == 3 and "The discriminator is right 99%" in said[2]
+    assert len(said) == 3 and "The discriminator's accuracy is 99%" in said[2]
 
 
 def test_previews_show_what_the_vectors_do(split_dir, tmp_path):

@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_the_former_folder(tmp_path, monkeypatch):
 def test_what_is_no_checkpoint_is_not_replaced(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.png").touch()
-    for name in ("images", "pictures/1.png"):
+    for name in ("images", "images/1.png"):
         with pytest.raises(UserError, match=r"exists and is no checkpoint \(no model\.pt\): name another folder"):
             write_folder(small(), tmp_path / name)
     assert names(tmp_path / "images") == ["1.png"]

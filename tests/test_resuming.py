@@ -97,7 +97,7 @@ def test_what_cannot_be_resumed_from_is_told_in_one_line(tmp_path, monkeypatch, 
     run_folder(Path("run"))
     Path("empty").mkdir()
     Path("images").mkdir()
-    Path("pictures/1.png").touch()
+    Path("images/1.png").touch()
     contents = saved(Path("half.ckpt")).read_bytes()
     Path("half.ckpt").write_bytes(contents[: len(contents) // 2])
     torch.save({"state_dict": {}, "extra": Malicious()}, "code.ckpt")

@@ -119,7 +119,7 @@ def test_folders_that_are_none(folder, tmp_path):
 def test_the_small_one_knows_shapes_and_its_latents_have_unit_variance(size):
     """Reconstructions have 34 dB on average, each 28 or more; the package grows by less than 150 KB."""
     vae = load_stable_diffusion_vae(SHAPES_VAE)
-    for data in (ShapeImages(64, 36, size), CaptionedShapes(64, size, side=1)):
+    for data in (ShapeImages(64, 36, size), CaptionedShapes(64, size, subset=1)):
         x = to_unit(data.in_memory())
         latents = vae.encode_images(x)
         assert latents.shape == (64, 4, size // 4, size // 4)

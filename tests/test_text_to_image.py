@@ -350,10 +350,10 @@ def test_own_images_and_models_without_a_network(own, here, run_main, no_network
 
 def test_long_captions_are_cut_and_counted(own, here, run_main):
     shutil.copytree(own / "images", "images")
-    captions = Path("pictures/metadata.jsonl").read_text().splitlines()
+    captions = Path("images/metadata.jsonl").read_text().splitlines()
     captions[3] = json.dumps({"file_name": "3.png", "text": "a red bird " * 20})
     captions[4] = json.dumps({"file_name": "4.png", "text": "a blue bird " * 30})
-    Path("pictures/metadata.jsonl").write_text("\n".join(captions))
+    Path("images/metadata.jsonl").write_text("\n".join(captions))
     words = own_words(own, "--data_dir", "images", "--output_dir", "run", "sampling.prompts=[two birds,'']")
     status, said, err = run_main(train.main, *words, "data.cache=false")
     assert status == 0 and "2 captions were cut: they are longer than the 12 tokens the encoder takes" in said, err

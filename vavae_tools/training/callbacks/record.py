@@ -88,7 +88,9 @@ class RunRecord(L.Callback):
             self.log_line(f"changed on going on: {difference}")
         changed = [f"{name} {old or '-'} → {new or '-'}" for name, old, new in _differences(before, now, "versions")]
         if changed:
-            self.log_line(f"other versions than the checkpoint's, so numbers may differ in their last digits: {changed}")
+            self.log_line(
+                f"other versions than the checkpoint's, so numbers may differ in their last digits: {changed}"
+            )
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], of: str) -> list[tuple[str, Any, Any]]:
