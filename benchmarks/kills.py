@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from vavae_tools.checkpoints.resuming import whole
+from vavae_tools.checkpoints.resuming import checkpoint_info
 from vavae_tools.data.demo.gait import write_gait_dataset
 from vavae_tools.data.split import split_folders
 
@@ -111,7 +111,7 @@ def main() -> None:
                     ended = run(command, output_dir, chance.uniform(0, options.seconds) if again else None, resume)
                     last = output_dir / "checkpoints" / "last.ckpt"
                     kills, resume = kills + (not ended), last.is_file()
-                    damaged += resume and whole(last) is not None
+                    damaged += resume and checkpoint_info(last).damage() is not None
                 left += len(list(output_dir.rglob(".*.partial")))
                 found = differences(output_dir, expected)
                 identical += not found

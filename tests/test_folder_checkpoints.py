@@ -26,7 +26,6 @@ from vavae_tools.checkpoints.resuming import (
     checkpoints_in,
     keep_newest,
     resume_path,
-    whole,
 )
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.training.denoiser_module import DiffusionModule
@@ -87,7 +86,7 @@ def test_a_folder_holds_a_checkpoint_bit_by_bit(tmp_path, dit):
     state = json.loads((folder / "training_state.json").read_text())
     assert (state["global_step"], state["current_epoch"]) == (6, 1) and sorted(state["files"]) == files[:-1]
     assert_same(read_folder(folder, quiet), after(dit, 6))
-    assert whole(folder) is None and checkpoint_info(folder).step == 6
+    assert checkpoint_info(folder).damage() is None and checkpoint_info(folder).step == 6
 
     checkpoint = {"state_dict": {"vavae.w": torch.ones(2)}, "optimizer_states": [], "global_step": 1}
     folder = write_folder(checkpoint, tmp_path / "checkpoint-1")  # what there is none of has no file
@@ -186,7 +185,7 @@ def test_a_kill_at_any_moment_leaves_no_half_of_a_folder(tmp_path, again):
         steps.append(None)
         if folder.exists():
             found = read_folder(folder, quiet)
-            assert whole(folder) is None
+            assert checkpoint_info(folder).damage() is None
             assert_same(found, small(1.0) if found["global_step"] == 7 else small(2.0, step=8))
             steps[-1] = found["global_step"]
         clear_left_overs(tmp_path)
@@ -226,7 +225,7 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path):
 
 @pytest.mark.parametrize("name", ["last.ckpt", "checkpoint-7/model.pt", "checkpoint-7/trainer.pt"])
 def test_a_change_is_found_or_changes_nothing(tmp_path, name):
-    """Of the bytes between the records: whatever `whole` lets pass is read as it was written."""
+    """Of the bytes between the records: whatever is not called damaged is read as it was written."""
     path = write_any_format(small(), tmp_path / name.split("/")[0])
     file, passed = tmp_path / name, 0
     contents = file.read_bytes()
@@ -234,7 +233,7 @@ def test_a_change_is_found_or_changes_nothing(tmp_path, name):
         changed = bytearray(contents)
         changed[place] ^= 1
         file.write_bytes(changed)
-        if whole(path) is None:
+        if checkpoint_info(path).damage() is None:
             assert_same(read_any_format(path, quiet), small())
             passed += 1
     assert 0 < passed < len(contents) / 13 / 2
@@ -242,16 +241,18 @@ def test_a_change_is_found_or_changes_nothing(tmp_path, name):
     tensor = contents.find(b"\x00\x00\x80\x3f" * 3) + 2
     if tensor > 2:
         file.write_bytes(contents[:tensor] + b"\x81" + contents[tensor + 1 :])
-        assert "other contents than were written (" in whole(path)
+        assert "other contents than were written (" in checkpoint_info(path).damage()
     for length in (0, 1, 30, len(contents) - 1):
         file.write_bytes(contents[:length])
         in_folder = f"{file.name}: {length:,} bytes, expected {len(contents):,}"
-        assert whole(path) == (in_folder if path.is_dir() else "no file of torch.save, or its end is missing")
+        assert checkpoint_info(path).damage() == (
+            in_folder if path.is_dir() else "it is neither a zip nor a pickle of torch.save"
+        )
     if path.is_dir():
         with pytest.raises(UserError, match=rf"checkpoint-7 is damaged \({in_folder}\)"):
             read_folder(path, quiet)
     file.unlink()
-    assert whole(path).endswith("missing")
+    assert checkpoint_info(path).damage().endswith("missing")
 
 
 # ---- from elsewhere

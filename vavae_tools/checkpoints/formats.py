@@ -39,13 +39,10 @@ _PARTS = ("model", "ema_model", *PARTS, "trainer", "scaler")
 
 # ---- folders
 def write_folder(checkpoint: dict[str, Any], folder: str | Path) -> Path:
-    """Write Lightning's checkpoint as a folder that is whole under its name.
+    """Write Lightning's checkpoint as a folder that is whole under its name, or leave what was there.
 
     `model.pt` and `ema_model.pt` have the weights under the same names, `optimizer.pt` and `scheduler.pt` lists of
     state_dicts, `trainer.pt` all the rest; `training_state.json` lists every file's length.
-
-    Raises:
-        UserError: it cannot be written (what was there is as before), or something else has this name.
     """
     folder = Path(folder)
     if folder.exists() and not is_checkpoint(folder):
@@ -58,10 +55,11 @@ def write_folder(checkpoint: dict[str, Any], folder: str | Path) -> Path:
         for part, value in _split(checkpoint).items():
             path = partial / f"{part}.pt"
             torch.save(value, path)
-            _flush(path)
             state["files"][path.name] = {"bytes": path.stat().st_size}
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        _flush(partial / STATE)
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         flush_folder(partial)
         if folder.exists():  # by a run that resumed from an earlier checkpoint, which stays through a kill here
             folder.rename(former)
@@ -73,11 +71,6 @@ def write_folder(checkpoint: dict[str, Any], folder: str | Path) -> Path:
         for left_over in (partial, former):
             shutil.rmtree(left_over, ignore_errors=True)
     return folder
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _hidden(path: Path, what: str = "") -> Path:
@@ -96,11 +89,7 @@ def is_deepspeed(folder: Path) -> bool:
 
 
 def read_folder(folder: str | Path, log: Callable[[str], None]) -> dict[str, Any]:
-    """Return Lightning's checkpoint from a folder; `log` gets a line for everything that is missing and starts anew.
-
-    Raises:
-        UserError: no such folder, no weights in it, or a damaged file.
-    """
+    """Return Lightning's checkpoint from a folder; `log` gets a line for everything that is missing and starts anew."""
     folder = Path(folder)
     if not (folder / "model.pt").is_file():
         raise UserError(no_weights(folder))
@@ -153,8 +142,8 @@ def no_weights(folder: Path) -> str:
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     if "checkpoint.pt" in names:
         return (
-            f"{folder} holds the parts of several processes, as an older version wrote with sharded_checkpoints=true: "
-            f"make one file of it with that version (python -m vavae_tools.checkpoints consolidate {folder})"
+            f"{folder} holds the parts of several processes, as an older version wrote them: make one file of it with "
+            f"that version (python -m vavae_tools.checkpoints consolidate {folder})"
         )
     if is_deepspeed(folder):
         return (
@@ -181,11 +170,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 # ---- files
 def read_any_format(path: str | Path, log: Callable[[str], None]) -> dict[str, Any]:
-    """Return Lightning's checkpoint from a `.ckpt`, a `.pth` or `.pt` of this or another training, or a folder.
-
-    Raises:
-        UserError: it is not there, damaged, would have to run code to be read, or has no weights.
-    """
+    """Return Lightning's checkpoint from a `.ckpt`, a `.pth` or `.pt` of this or another training, or a folder."""
     path = Path(path)
     if path.is_dir():
         return read_folder(path, log)
@@ -288,8 +273,6 @@ def _damage(path: Path, entry: Any, quickly: bool) -> str | None:
     if quickly:
         return None
     try:
-        if not is_zipfile(path) and path.open("rb").read(1) != b"\x80":  # a pickle, as before PyTorch 1.6
-            return "no file of torch.save, or its end is missing"
         read_saved(path)
         with ZipFile(path) if is_zipfile(path) else nullcontext() as records:
             record = records and records.testzip()

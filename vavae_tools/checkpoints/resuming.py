@@ -40,24 +40,16 @@ class Checkpoint:
     path: Path
     step: int | None
     epoch: int | None
-    metric: str
-    """what the name of a `best-EPOCH-METRIC.ckpt` or `epoch=EPOCH-METRIC.ckpt` says"""
+    metric: str  # what the name of a `best-EPOCH-METRIC.ckpt` or `epoch=EPOCH-METRIC.ckpt` says
     bytes: int
-    written: float
-    """seconds since 1970"""
-    fault: str | None
-    """why it cannot be read"""
+    written: float  # seconds since 1970
+    fault: str | None  # why it cannot be read
 
     def damage(self, quickly: bool = False) -> str | None:
         """Return what is wrong with its contents, or None; `quickly` leaves out what has to read everything."""
         faults = damage_by_file(self.path, quickly)
         named = [fault if self.path.is_file() else f"{name}: {fault}" for name, fault in faults.items()]
         return "; ".join(named) or self.fault
-
-
-def whole(path: str | Path, quickly: bool = False) -> str | None:
-    """Return why a checkpoint is damaged, or None."""
-    return checkpoint_info(path).damage(quickly)
 
 
 def checkpoint_info(path: str | Path) -> Checkpoint:
@@ -80,9 +72,7 @@ def checkpoint_info(path: str | Path) -> Checkpoint:
 def checkpoints_in(run: str | Path, also: tuple[str, ...] = ()) -> list[Checkpoint]:
     """Return a run's checkpoints, in its folder and in `checkpoints/` there, the newest first: by step, then by time.
 
-    Args:
-        run: its folder, or the `checkpoints/` in it.
-        also: patterns of further names.
+    `run` may also be that `checkpoints/`; `also` are patterns of further names.
     """
     run = Path(run)
     run = run.parent if run.name == "checkpoints" else run
@@ -93,14 +83,9 @@ def checkpoints_in(run: str | Path, also: tuple[str, ...] = ()) -> list[Checkpoi
 
 
 def keep_newest(run: str | Path, n: int, thoroughly: bool = False, dry_run: bool = False) -> list[Checkpoint]:
-    """Remove a run's periodic checkpoints, `checkpoint-*`, but the `n` newest whole ones; never the only whole one.
+    """Remove a run's periodic checkpoints but the `n` newest whole ones, never the only whole one; return the removed.
 
-    Args:
-        thoroughly: compare all contents to tell what is whole; otherwise lengths, which no step has to wait for.
-        dry_run: remove nothing.
-
-    Returns:
-        What is removed.
+    Contents are compared `thoroughly` to tell what is whole, or else lengths, which no step has to wait for.
     """
     if n < 0:
         raise UserError(f"--keep {n}: the number of checkpoints to keep, 0 or more")
@@ -126,10 +111,7 @@ def resume_path(resume: str | None, run: str | Path, log: Callable[[str], None] 
     Args:
         resume: "last"; a `.ckpt`, a `.pth` or a checkpoint's folder; or a run's folder, for its newest whole one.
         run: the folder of this run, or the `checkpoints/` in it, where "last" is looked for.
-        say: gets a line where another one than the newest is taken, because that is damaged.
-
-    Raises:
-        UserError: there is none (what is there is named), or it is damaged or would run code.
+        log: gets a line where another one than the newest is taken, because that is damaged.
     """
     if resume is None:
         return None
@@ -185,28 +167,20 @@ def _not_there(path: Path) -> str:
 
 
 def best_checkpoint(folder: str | Path) -> Path:
-    """Return the `best-*.ckpt` (or `epoch=*.ckpt`) of a run, or `last.ckpt` where nothing was monitored.
-
-    Raises:
-        UserError: neither is there.
-    """
+    """Return the `best-*.ckpt` (or `epoch=*.ckpt`) of a run, or `last.ckpt` where nothing was monitored."""
     folder = Path(folder)
-    best = [*folder.glob("best-*.ckpt"), *folder.glob("epoch=*.ckpt")]
-    found = sorted(best, key=lambda path: path.stat().st_mtime) or list(folder.glob("last.ckpt"))
-    if not found:
+    best = [*folder.glob("best-*.ckpt"), *folder.glob("epoch=*.ckpt")] or list(folder.glob("last.ckpt"))
+    if not best:
         raise UserError(f"No best-*.ckpt or last.ckpt in {folder}: train first")
-    return found[-1]
+    return max(best, key=lambda path: path.stat().st_mtime)
 
 
 # ---- of the same model
 def check_resumable(path: Path | None, module: "L.LightningModule") -> None:
-    """Raise where a checkpoint is not of the module that shall resume from it.
+    """Raise where a checkpoint is of another model than the module, or holds no more than weights.
 
-    Where a checkpoint from elsewhere names the weights otherwise, but in one way only, or lacks their average, the
-    module is told, and takes them when Lightning loads them.
-
-    Raises:
-        UserError: the checkpoint is of another model, or holds no more than weights.
+    Where one from elsewhere names the weights otherwise, but in one way only, or lacks their average, the module takes
+    them all the same when Lightning loads them.
     """
     if path is None or is_deepspeed(path):  # which its strategy checks and reads
         return
@@ -270,9 +244,8 @@ def _check_optimizers(path: Path, states: list[dict[str, Any]], module: "L.Light
     """The states are by number, not by name: as many as weights are trained here, of the same shapes."""
     trained = [weights.shape for weights in module.parameters() if weights.requires_grad]
     held = sum(len(group["params"]) for state in states for group in state.get("param_groups", ()))
-    known = [
-        state["exp_avg"].shape for found in states for state in found.get("state", {}).values() if "exp_avg" in state
-    ]
+    moments = [moment for found in states for moment in found.get("state", {}).values()]
+    known = [moment["exp_avg"].shape for moment in moments if "exp_avg" in moment]
     if states and (held != len(trained) or Counter(known) - Counter(trained)):
         raise UserError(
             f"{path}: its optimisers' state is of {held} tensors of weights, here {len(trained)} are trained, of these "

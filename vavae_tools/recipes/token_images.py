@@ -77,7 +77,7 @@ def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, 
         save_model(load_token_pipeline(checkpoint), pipeline)
 
     def preview(samples: Path, every: int) -> L.Callback:
-        return TextPreviews(make, COLUMNS, samples, every, show, log)
+        return TextPreviews(make, COLUMNS, samples, every, show, log=log)
 
     fingerprint = images.train_data.fingerprint()
     return denoiser_run(module, config, output_dir, export, preview, log, data=images, fingerprint=fingerprint)

@@ -63,11 +63,9 @@ def send_image(image: Any) -> None:
 
 
 def show_record(line: str, bars: dict[int, Any], show: Callable[[Any], None] | None = None) -> bool:
-    """Show what `send_record` sent, a bar's state or an image; return False for a line of text.
+    """Show what `send_record` sent, a bar's state (also in `bars`) or an image; return False for a line of text.
 
-    Args:
-        bars: those that are shown, by number; changed here.
-        show: called with an image, uint8 (3, H, W), in place of showing it.
+    `show` is called with an image, uint8 (3, H, W), in place of showing it.
     """
     if not line.startswith(_RECORD):
         return False
@@ -80,9 +78,9 @@ def show_record(line: str, bars: dict[int, Any], show: Callable[[Any], None] | N
     number, closed = values.pop("bar"), values.pop("closed")
     bar = bars.get(number)
     if bar is None:
-        bar = bars[number] = tqdm(**{name: values[name] for name in ("total", "initial", "unit", "desc")})
-    bar.n = values["n"]
-    bar.set_postfix_str(values["postfix"] or "", refresh=False)
+        bar = bars[number] = tqdm(**{name: values[name] for name in ("total", "initial", "unit")})
+        bar.desc = values["desc"]
+    bar.n, bar.postfix = values["n"], values["postfix"]
     bar.refresh()
     if closed:
         bars.pop(number).close()
@@ -128,16 +126,8 @@ def bars_into_cell() -> None:
             super().close()
 
         def _send(self, closed: bool = False) -> None:
-            send_record(
-                bar=id(self),
-                closed=closed,
-                n=self.n,
-                total=self.total,
-                initial=self.initial,
-                unit=self.unit,
-                desc=self.desc.removesuffix(": ") if self.desc else None,
-                postfix=self.postfix,
-            )
+            shown = {name: getattr(self, name) for name in ("n", "total", "initial", "unit", "desc", "postfix")}
+            send_record(bar=id(self), closed=closed, **shown)
 
     tqdm.auto.tqdm = CellBar
 

@@ -19,9 +19,6 @@ from torch import nn
 
 from vavae_tools.runtime.errors import UserError, one_line
 
-# ---- Models that a person names by a folder, or by their repository on Hugging Face's hub
-
-
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -37,13 +34,9 @@ def local_folder(
     """Return a path as it is, or for "owner/name", where there is no such path, the folder of the hub's repository.
 
     Args:
-        of: whose folder it is, such as "a text encoder", for messages.
-        name, instead: what is to be named, and to be done where the hub cannot be reached, for messages.
+        of, name, instead: for messages: whose folder it is, what to name, and what to do without the hub.
         patterns, ignored: of the files that are fetched, and of those among them that are not.
-        file: what a path may be in place of a folder, such as "config.json"; None: it must be a folder.
-
-    Raises:
-        UserError: no such path and no name of a repository, or one that cannot be reached.
+        file: what a path may be in place of a folder, such as "config.json".
     """
     path = Path(source)
     if path.is_dir() or (file and path.exists()):
@@ -59,10 +52,7 @@ def local_folder(
         )
     except Exception as error:  # no network, no such repository, not allowed: of many classes
         reason = one_line(error)
-        raise UserError(
-            f"There is no folder {source}, and the hub's repository of that name cannot be reached ({reason}): "
-            f"{instead}"
-        ) from None
+        raise UserError(f"No folder {source}, and the hub does not give a repository ({reason}): {instead}") from None
 
 
 @contextmanager
@@ -108,11 +98,7 @@ def disk_errors() -> Iterator[None]:
 
 
 def save_model(model: Any, folder: str | Path) -> None:
-    """Call `model.save_pretrained(folder)`, of a model or a pipeline: each file is whole, others there stay.
-
-    Raises:
-        UserError: weights that are not finite; nothing is written then.
-    """
+    """Call `model.save_pretrained(folder)`, of a model or a pipeline whose weights are finite: each file is whole."""
     folder = Path(folder)
     for name, part in getattr(model, "components", {"": model}).items():
         weights = part.named_parameters() if isinstance(part, nn.Module) else ()
@@ -132,11 +118,7 @@ def save_model(model: Any, folder: str | Path) -> None:
 
 
 def load_model(kind: type[Any], folder: str | Path, **options: Any) -> Any:
-    """Return `kind.from_pretrained(folder)` in float32 and eval mode; `options` are diffusers'.
-
-    Raises:
-        UserError: damaged files, or weights that are missing, which diffusers would leave random.
-    """
+    """Return `kind.from_pretrained(folder)` in float32 and eval mode; refuse missing weights (else left random)."""
     try:  # a .bin is read as tensors only; without low_cpu_mem_usage it does not ask for a package that is of no use
         model, report = kind.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True, **options)
     except UserError:
@@ -154,10 +136,7 @@ def load_model(kind: type[Any], folder: str | Path, **options: Any) -> Any:
 
 
 def hardlink_duplicates(kept: Path, copies: Path) -> None:
-    """Replace those .safetensors of `copies` that equal those of `kept` by hard links, where the disk has them.
-
-    This is safe as files are replaced here, never written into.
-    """
+    """Replace .safetensors of `copies` that equal those of `kept` by hard links; files here are never written into."""
     for file in kept.glob("*.safetensors"):
         copy = copies / file.name
         if copy.is_file() and filecmp.cmp(file, copy, shallow=False):
@@ -182,11 +161,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors file.
-
-    Raises:
-        UserError: no such file, or a damaged one.
-    """
+    """Return the tensors of a safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -214,8 +189,7 @@ def read_saved(path: str | Path) -> Any:
     try:
         zipped = is_zipfile(path)
         if not zipped and path.open("rb").read(1) != b"\x80":  # a zip, or before PyTorch 1.6 a pickle
-            what = "it is neither a zip nor a pickle, as torch.save writes"
-            raise UserError(f"{path} is damaged or no checkpoint: {what}")
+            raise UserError(f"{path} is damaged or no checkpoint: it is neither a zip nor a pickle of torch.save")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         plain = path.with_suffix(".plain.pt")

@@ -69,10 +69,7 @@ def for_inference(model: Model, device: str | torch.device) -> Model:
 
 @contextmanager
 def trying_convolutions() -> Iterator[None]:
-    """Let cuDNN try its convolutions and keep the fastest, but under `torch.use_deterministic_algorithms`.
-
-    This is for many batches of one size, as a new one takes seconds.
-    """
+    """Let cuDNN keep its fastest convolutions, for many batches of one size, but under deterministic algorithms."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     try:
@@ -81,23 +78,12 @@ def trying_convolutions() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-# ---- Frozen models that go through data once: on a card in half precision, and what they took of it is given back
-
-
-R = TypeVar("R")
-
-
 class Computing:
-    """How a frozen model computes: `computing(function)`, and `computing.again(function)` where that is not finite.
+    """How a frozen model goes through data once: `computing(function)`, and `.again(function)` if that is not finite.
 
     Args:
-        precision: "32", "16" or "bf16"; None: fp16 on a card, whose ten bits after the point bf16 has only seven of,
-            and float32 on a CPU.
-        device: where it computes.
+        precision: "32", "16" or "bf16"; None: fp16 on a card (ten bits after the point, bf16 has seven), else float32.
         what: what it makes, such as "Latents of this VAVAE", for the line that `again` tells `log`.
-
-    Raises:
-        UserError: a precision that there is not, or that this device does not have.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ A setting is a dataclass's field; its type says which values it takes, its metad
 here imports torch, so that `--help` answers at once.
 """
 
+import math
 import re
 import time
 import types
@@ -103,10 +104,8 @@ def session_end(
 ) -> float | None:
     """Return the `time.time()` at which training has to be over; None where nothing limits it.
 
-    Args:
-        max_time: "11:30", hours and minutes from now; "0" for no limit; None takes Kaggle's where we are there.
-        kaggle: a folder that only exists there.
-        began: a file that is as old as the session.
+    `max_time` is "11:30" (hours and minutes from now), "0" for no limit, or None for Kaggle's where we are there:
+    where there is the folder `kaggle`, in a session as old as the file `began`.
     """
     if max_time is None:
         if not kaggle.is_dir() or not began.exists():
@@ -126,8 +125,7 @@ def session_end(
 class Setting(NamedTuple):
     """A key, as its dataclass says it."""
 
-    kinds: tuple[Any, ...]
-    """Types that it takes, `Literal`s among them."""
+    kinds: tuple[Any, ...]  # types that it takes, `Literal`s among them
     default: Any
     metadata: Mapping[str, Any]
 
@@ -147,34 +145,30 @@ def settings_of(config: Any, before: str = "") -> dict[str, Setting]:
 
 
 def checked(key: str, value: Any, setting: Setting) -> Any:
-    """Return a value as its setting takes it: a whole number for a fraction is a float, a number for a text a text.
-
-    Raises:
-        UserError: a value of another kind, or out of range.
-    """
+    """Return a value as its setting takes it, or raise: a whole number for a fraction is a float, for a text a text."""
     taken = _of_kind(value, setting.kinds)
     if taken is _NOT:
         default = setting.default
         such = f" such as {default}" if isinstance(default, (int, float)) and not isinstance(default, bool) else ""
         expected = " or ".join(dict.fromkeys(words for kind in setting.kinds if (words := _in_words(kind))))
         raise UserError(f"{key} is {value!r}, expected {expected}{such}")
-    least, most, above = (setting.metadata.get(name) for name in ("least", "most", "above"))
-    if above is not None:
-        expected = f"more than {above:g}"
-    elif most is not None:
-        expected = f"{'a share' if (least, most) == (0, 1) else 'a number'} from {least:g} to {most:g}"
-    elif least is not None:
-        expected = f"{'a whole number of ' if int in setting.kinds else ''}{least:g} or more"
+    least, most, above = (setting.metadata.get(name, off) for name, off in _UNLIMITED.items())
     for number in taken if isinstance(taken, list) else [taken]:
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
+        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if not is_number or (least <= number <= most and number > above):
             continue
-        within = (least is None or number >= least) and (most is None or number <= most)
-        if not within or not (above is None or number > above):
-            raise UserError(f"{key} is {value!r}, expected {expected}")
+        if above > -math.inf:
+            expected = f"more than {above:g}"
+        elif most < math.inf:
+            expected = f"{'a share' if (least, most) == (0, 1) else 'a number'} from {least:g} to {most:g}"
+        else:
+            expected = f"{'a whole number of ' if int in setting.kinds else ''}{least:g} or more"
+        raise UserError(f"{key} is {value!r}, expected {expected}")
     return taken
 
 
 _NOT = object()
+_UNLIMITED = {"least": -math.inf, "most": math.inf, "above": -math.inf}
 
 
 def _of_kind(value: Any, kinds: tuple[Any, ...]) -> Any:

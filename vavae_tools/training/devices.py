@@ -8,10 +8,9 @@ import sysconfig
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -19,8 +18,10 @@ from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine, find_machine, take_card
 from vavae_tools.runtime.precision import precision_on
+from vavae_tools.runtime.ranks import started_already
+from vavae_tools.training.config import TrainConfig
 
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "deepspeed", "deepspeed_stage_2")
+STRATEGIES = get_args(get_type_hints(TrainConfig)["strategy"])
 LIGHTNING_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 """What Lightning calls the precisions of `machine.PRECISIONS`."""
 PRECISION_LABELS = {"32-true": "float32", "16-mixed": "fp16 with a gradient scaler", "bf16-mixed": "bf16"}
@@ -57,18 +58,16 @@ def compiles(choice: bool | None, machine: Machine | None = None, log: Callable[
         raise UserError(
             f"compile=true, but {machine.name} has compute capability {found} and Triton needs {needed}: leave it off"
         )
-    environment, missing = os.environ, []  # what torch's inductor, and Triton on a card, look for as they first compile
+    missing = []  # what torch's inductor, and Triton on a card, look for as they first compile
     if on_gpu and find_spec("triton") is None:
         missing.append("no Triton (pip install triton)")
     variable, usual = ("CC", ["gcc", "clang"]) if on_gpu else ("CXX", ["g++", "clang++", "cl"])
-    if not any(map(shutil.which, [environment[variable]] if environment.get(variable) else usual)):
-        missing.append(
-            f"no {'C' if on_gpu else 'C++'} compiler ({usual[0]} or {usual[1]}, or the one that {variable} names)"
-        )
+    if not any(map(shutil.which, [os.environ[variable]] if os.environ.get(variable) else usual)):
+        language = "C" if on_gpu else "C++"
+        missing.append(f"no {language} compiler ({usual[0]} or {usual[1]}, or the one that {variable} names)")
     scheme = sysconfig.get_default_scheme()  # Debian's own one names /usr/local
     folder = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
-    folders = [folder, *filter(None, environment.get("CPATH", "").split(os.pathsep))]
-    if not any((Path(folder) / "Python.h").is_file() for folder in folders):
+    if not any(Path(path, "Python.h").is_file() for path in [folder, *os.environ.get("CPATH", "").split(os.pathsep)]):
         missing.append(f"no Python.h in {folder} (apt-get install python3-dev)")
     if missing and choice:
         raise UserError(f"compile=true, but there is {' and '.join(missing)}; install what is missing, or leave it off")
@@ -92,20 +91,18 @@ def trainer_settings(
     """Return the arguments for `lightning.Trainer` on this machine, and on those that work together with it.
 
     Args:
-        accelerator: "gpu", "cpu" or "auto".
         devices: how many, or "auto" for all there are; torchrun decides that itself, and nodes too.
         strategy: one of `STRATEGIES`, or an object of Lightning's; "auto" takes "ddp" on more than one device.
         precision: "16", "32", "bf16"; None: fp16 with a scaler on a T4, bf16 from Ampere on, float32 on a CPU.
         parts_may_go_unused: some weights may get no gradient in a step, which plain ddp refuses.
         gradient_clip_val: largest norm of the gradients; None where the module clips.
         shardable: whether the module can be cut over devices: one optimiser, and `configure_model` knows how.
-        deterministic: the same numbers each time on a card, too, where the fastest sums have no fixed order.
         lightning: further arguments of `lightning.Trainer`, such as accumulate_grad_batches.
 
     Raises:
         UserError: what cannot be on this machine, or a card that another process holds.
     """
-    started = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun, or a launcher like it, has made the processes
+    started = started_already()
     if started:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         num_nodes = int(os.environ["WORLD_SIZE"]) // devices
@@ -159,9 +156,7 @@ def _machine_for(accelerator: str) -> Machine:
 
 def _check_strategy(strategy: str, shardable: bool, on_gpu: bool) -> None:
     if strategy not in STRATEGIES:
-        near = get_close_matches(strategy, STRATEGIES, n=1, cutoff=0.4)
-        meant = f"; did you mean {near[0]}?" if near else ";"
-        raise UserError(f"No --strategy {strategy}{meant} There are {', '.join(STRATEGIES)}")
+        raise UserError(f"No --strategy {strategy}; there are {', '.join(STRATEGIES)}")
     if strategy.startswith(("fsdp", "deepspeed")) and not shardable:
         raise UserError(
             f"--strategy {strategy} is for the denoiser: an autoencoder, 70 M weights and a discriminator with an "
@@ -210,11 +205,9 @@ def describe(
     machine = machine or find_machine()
     count, nodes, strategy = settings["devices"], settings["num_nodes"], settings["strategy"]
     if settings["accelerator"] == "gpu":
-        each = " each" if count > 1 else ""
-        where = f"{count} × {machine.name} ({machine.memory / 2**30:.0f} GB{each})"
+        where = f"{count} × {machine.name} ({machine.memory / 2**30:.0f} GB{' each' if count > 1 else ''})"
     else:
-        where = f"CPU, {os.cpu_count()} cores"
-        where += f", {count} processes" if count > 1 else ""
+        where = f"CPU, {os.cpu_count()} cores{f', {count} processes' if count > 1 else ''}"
     if machine.unusable:
         where += f" (this torch has no code for the {machine.unusable}: switch to another, such as GPU T4 x2)"
     gathered = settings.get("accumulate_grad_batches", 1)

@@ -30,12 +30,9 @@ _CONTEXT = 2**29
 # ---- where memory has run out
 @contextmanager
 def memory_faults(line_for: Callable[[BaseException], str | None]) -> Iterator[None]:
-    """Raise a `UserError` where memory runs out in this block, or an operation is missing.
+    """Raise a `UserError` with `line_for(error)`, if any, where memory runs out or an operation is not deterministic.
 
     What the block's functions held on the device is let go, so that a notebook can go on with other settings.
-
-    Args:
-        line_for: an error → its line (`memory_fault`), or None for one that stays what it is.
     """
     try:
         yield
@@ -59,9 +56,7 @@ def memory_fault(
     """Return the line to say where memory has run out; None for another error.
 
     Args:
-        batch_size: of one device.
         gathered: batches whose gradients make one step.
-        module: its parts tell whether gradient checkpointing can be switched on.
         further: settings that save memory besides.
         prefix: of the settings' names; "" where they are a function's arguments.
     """
@@ -96,7 +91,7 @@ def _memory_of(error: BaseException) -> str:
 
 
 def _clear_frames(error: BaseException) -> None:
-    """Let go what the functions that an error ended still hold: their frames hang on its traceback."""
+    """Let go what the functions that an error ended still hold."""
     for link in (error, error.__cause__, error.__context__):
         if link is not None:
             traceback.clear_frames(link.__traceback__)
@@ -118,15 +113,8 @@ def fitting_batch_size(
 ) -> int:
     """Return a batch for which `try_step` finds memory, less than a sixteenth below the largest one.
 
-    It is doubled from `start`, or halved, then bisected. Random states are afterwards what they were.
-
-    Args:
-        try_step: makes a whole optimiser step with a batch of that size, and leaves no trace.
-        largest: more are not tried; None: until memory ends.
-        device: a GPU, of whose memory `HEADROOM` is kept from the tries, so that it is free in training.
-
-    Raises:
-        UserError: not even one fits.
+    It is doubled from `start`, or halved, then bisected. Random states are afterwards what they were. `device` is a GPU
+    of whose memory `HEADROOM` is kept from the tries, so that it is free in training.
     """
     most = largest or 2**30
     size, fits, fails = max(1, min(start, most)), 0, None
@@ -192,13 +180,10 @@ def find_batch_size(
 
     Args:
         module: on the CPU.
-        make_batch: a batch of that size on the CPU, as the training's own (`of_size`), with the longest text.
+        make_batch: size → a batch on the CPU, as the training's own (`of_size`), with the longest text.
         settings: `devices.trainer_settings`.
-        batch_size: where the search begins, and what stays on a CPU, where no limit can be found.
+        batch_size: where the search begins, and what stays on a CPU.
         largest: more are not tried, such as the effective batch.
-
-    Raises:
-        UserError: not even one sample fits.
     """
     if settings["accelerator"] != "gpu":
         log(f"auto batch size: a CPU's memory ends without an error to go by, so the batch stays {batch_size}")
@@ -220,8 +205,7 @@ def whole_steps(
 ) -> Callable[[int], None]:
     """Return what `fitting_batch_size` tries: two optimiser steps of two batches each, on a copy, on the first device.
 
-    In the second step weights, averages, optimiser states, gathered gradients and a batch's activations are there all
-    at once; `gradients_twice`, so are DDP's buckets, in which gradients are sent.
+    In the second all is there at once that training holds; `gradients_twice`, so are DDP's buckets.
     """
     on_gpu = settings["accelerator"] == "gpu"
     alone = {"devices": [0] if on_gpu else 1, "num_nodes": 1, "strategy": "auto"}

@@ -83,12 +83,8 @@ def train(
 
     Args:
         recipe: plain values, with a `TrainConfig` as `train` and a `seed`.
-        output_dir: gets `checkpoints/`, `lightning_logs/` and what the recipe writes.
         resume: "last", a `.ckpt` or a folder.
         show: called with each preview, uint8 (3, H, W); by default a notebook's cell shows it.
-
-    Raises:
-        UserError: settings that cannot be, or a process that failed: what it said.
     """
     devices = recipe.train.of_devices()
     trainer_settings(**devices)  # what cannot be is said before anything is started
@@ -162,11 +158,7 @@ _LOGGERS = {
 
 
 def make_loggers(names: str | Sequence[str] | bool | None, output_dir: Path) -> list[Logger]:
-    """Return Lightning's loggers by name, also as "a,b"; `metrics.csv` is always written, beside TensorBoard's files.
-
-    Raises:
-        UserError: an unknown name, or a package that is missing.
-    """
+    """Return Lightning's loggers by name, also as "a,b"; `metrics.csv` is always written, beside TensorBoard's."""
     chosen = names.replace(" ", "").split(",") if isinstance(names, str) else list(names or ())
     found: list[Logger] = []
     for name in chosen:
@@ -193,11 +185,7 @@ def build_trainer(
     loggers: list[Logger] | None = None,
     **length: Any,
 ) -> L.Trainer:
-    """Return a Trainer with `settings` (`devices.trainer_settings`) whose `length` is in max_epochs or max_steps.
-
-    Raises:
-        UserError: settings that Lightning cannot use.
-    """
+    """Return a Trainer with `settings` (`devices.trainer_settings`) whose `length` is in max_epochs or max_steps."""
     if settings.get("accelerator") == "cpu":
         keep_freed_memory()
     allow_tf32(settings)
@@ -225,12 +213,7 @@ def fit_trainer(
 ) -> None:
     """Train to the end, or until training is stopped in good order: then all is saved, and a line says how to resume.
 
-    Args:
-        saves_memory, prefix: of settings, for the line where memory runs out (`memory.memory_fault`).
-
-    Raises:
-        UserError: a checkpoint that this run cannot resume from, such as one that is further than its length; or memory
-            that is too small, where `data` has a `batch_size` that can be smaller.
+    Where memory is too small, a line names smaller batches (`memory.memory_fault`).
     """
 
     def line_for(error: BaseException) -> str | None:
@@ -278,15 +261,10 @@ def fit(
     Args:
         data: an `OrderedDataModule` is cut over the devices, and resumed, exactly; any other by itself.
         output_dir: gets `checkpoints/` and `lightning_logs/`.
-        max_steps, max_epochs: the length, in one of them.
         devices: how many, "auto" for all, or a dict with arguments of `devices.trainer_settings`.
         monitor: the logged value whose lowest keeps `best-*.ckpt`.
         resume: "last", a `.ckpt` or a folder.
-        saving: when checkpoints are written and training ends.
         show: called with each preview, uint8 (3, H, W); by default the cell shows it.
-
-    Raises:
-        UserError: settings that cannot be, or a process that failed: what it said.
     """
     devices = devices if isinstance(devices, dict) else {"devices": devices}
     length = {"max_steps": max_steps, "max_epochs": -1 if max_epochs is None and max_steps > 0 else max_epochs}

@@ -32,10 +32,8 @@ OUTPUT_FOLDERS = ("checkpoints", "autoencoder", "vavae", "rae", "pipeline", "rec
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes beside, flushes, renames: a kill or a full disk leaves the checkpoint before it as it was.
 
-    A step waits for a copy of the weights in memory; a thread brings it to the disk, one checkpoint after the other. A
-    path without an ending becomes a folder, a `.pth` a file with such a folder's parts (`checkpoints.formats`). Where
-    the disk gets full, `previous.ckpt` and then periodic folders go, never the newest whole checkpoint, and that is
-    logged.
+    A step waits for a copy of the weights in memory; a thread brings it to the disk, one checkpoint after the other, in
+    the format that the path names (`checkpoints.formats`).
     """
 
     def __init__(self, log: Callable[[str], None] = log) -> None:
@@ -68,11 +66,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self.seconds = max(self.seconds, time.monotonic() - began)
 
     def wait(self) -> None:
-        """Wait until the checkpoint that is being written is on the disk.
-
-        Raises:
-            UserError: it could not be written.
-        """
+        """Wait until the checkpoint that is being written is on the disk; raise where it could not be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -100,7 +94,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def free_disk_space(path: Path, needed: int, log: Callable[[str], None]) -> None:
-    """Remove what is no longer needed where `needed` bytes would not fit on the disk."""
+    """Remove `previous.ckpt`, then periodic folders, where `needed` bytes do not fit; the newest whole one stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def full() -> bool:
@@ -116,10 +110,9 @@ def free_disk_space(path: Path, needed: int, log: Callable[[str], None]) -> None
 
 
 class StopConsensus:
-    """What any of several processes wants, known to all of them about once a second.
+    """What any of several processes wants, known to all of them after as many steps as the slowest makes in a second.
 
-    To ask, they wait for each other; so they do after as many steps as the slowest makes in a second, a number that is
-    agreed on with the answer.
+    That number is agreed on with the answer: to ask, they wait for each other.
     """
 
     def __init__(self, step: int) -> None:
@@ -149,14 +142,8 @@ class LastCheckpoint(ModelCheckpoint):
     is told; all stop after the same step, about a second later. An error saves nothing: the others would wait for a
     process that is gone, and `last.ckpt` is whole.
 
-    Before a session's end it stops as early as saving takes, twice, and a minute for what comes after.
-
-    Args:
-        folder: gets `last.ckpt`; the folder above it, the run's, gets `checkpoint-STEP/` and `checkpoint-epoch-N/`,
-            or the same as single files.
-
-    Raises:
-        Stopped: after saving, where training was stopped.
+    Before a session's end it stops as early as saving takes, twice, and a minute for what comes after. `Stopped` is
+    raised after saving. `folder` gets `last.ckpt`; the folder above it, the run's, periodic checkpoints.
     """
 
     def __init__(self, folder: Path, saving: SaveConfig | None = None) -> None:
@@ -268,14 +255,7 @@ class LastCheckpoint(ModelCheckpoint):
 def checkpoint_callbacks(
     folder: Path, monitor: str | None, saving: SaveConfig | None = None, mode: str = "min", best: str = "best-"
 ) -> list[ModelCheckpoint]:
-    """Return those for `last.ckpt`, periodic folders, and the best by `monitor` as `best-EPOCH-VALUE.ckpt`.
-
-    Args:
-        folder: of the checkpoints, in a run's folder.
-        monitor: the logged value that says which is best; None: none is.
-        best: how the best one's name begins.
-    """
-    saving = saving or SaveConfig()
+    """Return those for `last.ckpt`, periodic folders, and the best by `monitor`, if any, as `best-EPOCH-VALUE.ckpt`."""
     last = LastCheckpoint(folder, saving)
     if not monitor:
         return [last]
@@ -284,7 +264,7 @@ def checkpoint_callbacks(
         f"{best}{{epoch:03d}}-{{{monitor}:.4f}}",
         monitor=monitor,
         mode=mode,
-        save_top_k=saving.keep_best,
+        save_top_k=last.saving.keep_best,
         auto_insert_metric_name=False,
         save_on_train_epoch_end=False,  # from there Lightning does not resume exactly where max_steps is set
         enable_version_counter=False,

@@ -23,16 +23,14 @@ class FiniteSteps(L.Callback):
     """Clip gradients by their global norm, leave out a step whose gradients are not finite, and count these.
 
     The optimisers, fused where there is no gradient scaler, leave such a step out on the device, so that the processor
-    does not wait. After a few in a row, weights and optimisers go back to the last good state, a copy in the machine's
-    memory; from the same state once, then training ends, with advice.
+    does not wait. After some in a row (four times as many with fp16, whose scaler leaves out steps itself), weights and
+    optimisers go back to the last good state, a copy in the machine's memory; from the same state once, then training
+    ends, with advice. Logs `train/gradient_norm` and `train/skipped_steps`.
 
     Args:
         clip: largest global norm of each optimiser's gradients, 0: none; None: the Trainer's `gradient_clip_val`.
-        in_a_row: steps left out before going back; four times as many with fp16, whose scaler leaves out steps itself.
         every: good steps between two copies.
         look_every: steps between two looks at the counts, which make the processor wait.
-
-    Logs `train/gradient_norm` and `train/skipped_steps`.
     """
 
     def __init__(
@@ -48,13 +46,8 @@ class FiniteSteps(L.Callback):
         self._skipped = torch.zeros(())
         self._kept_at = self._went_back_to = -1
 
-    @property
-    def skipped(self) -> int:
-        """Return how many steps were left out, of all optimisers."""
-        return int(self._skipped)
-
     def state_dict(self) -> dict[str, int]:
-        return {"skipped": self.skipped}
+        return {"skipped": int(self._skipped)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._skipped = torch.tensor(float(state_dict["skipped"]))
@@ -142,17 +135,12 @@ class FiniteSteps(L.Callback):
 
 
 def _fuse_as_made(optimizer: torch.optim.Optimizer) -> None:
-    """Undo what a checkpoint of a training with (or without) a gradient scaler has brought along: its own choice.
-
-    Steps are counted on the device where an optimiser is fused, else on the CPU.
-    """
+    """Undo what a checkpoint of a training with (or without) a gradient scaler has brought along: its own choice."""
     fused = getattr(optimizer, "defaults", {}).get("fused")  # DeepSpeed has its own kind
     for group in optimizer.param_groups:
-        if "fused" not in group:
-            continue
-        group["fused"] = fused
-        for weight in group["params"]:
-            if weight in optimizer.state:
+        if "fused" in group:
+            group["fused"] = fused
+            for weight in optimizer.state.keys() & set(group["params"]):  # steps are counted where it is fused
                 state = optimizer.state[weight]
                 state["step"] = state["step"].to(weight.device if fused else "cpu")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -18,11 +19,9 @@ from vavae_tools.runtime.machine import release_memory
 
 
 class Previews(L.Callback):
-    """Write a grid of images as `NAME-STEP.png` to `folder` and to the loggers, and hand it to `show`.
+    """Write a grid of images as `NAME-STEP.png` to `folder` and to the loggers, and hand it to `show`, uint8 (3, H, W).
 
-    Args:
-        every: epochs between two grids; the last epoch always has one.
-        show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
+    Every so many epochs there is one, and at the end; by default a notebook's cell shows it.
     """
 
     name = "preview"
@@ -31,7 +30,6 @@ class Previews(L.Callback):
         self.folder, self.every, self.show = Path(folder), every, show or show_inline
 
     def grid(self, module: L.LightningModule) -> Tensor:
-        """Return the images, uint8 (3, H, W)."""
         raise NotImplementedError
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -71,10 +69,6 @@ class Previews(L.Callback):
             elif isinstance(logger, MLFlowLogger):
                 logger.experiment.log_image(logger.run_id, image, f"{self.name}-{step:06d}.png")
         self.show(grid)
-        self.tell(trainer)
-
-    def tell(self, trainer: L.Trainer) -> None:
-        """Say what belongs to the grid."""
 
 
 class ReconstructionPreviews(Previews):
@@ -92,12 +86,7 @@ class ReconstructionPreviews(Previews):
 
 
 class SamplePreviews(Previews):
-    """Show samples of the averaged denoiser, a row for each person, always from the same noise.
-
-    Args:
-        make: the averaged network → images uint8 (N, 3, H, W), one row after the other.
-        columns: images in a row.
-    """
+    """Show samples of the averaged denoiser, always from the same noise; `make` returns them, row after row."""
 
     name = "samples"
 
@@ -114,33 +103,24 @@ class SamplePreviews(Previews):
 class TextPreviews(SamplePreviews):
     """Show samples that are texts: as images, and as text in `folder`, in TensorBoard and on the screen.
 
-    Args:
-        make: the averaged network → images and their texts.
+    `make` returns images and their texts.
     """
 
-    def __init__(
-        self,
-        make: Callable[[torch.nn.ModuleDict], tuple[Tensor, list[str]]],
-        columns: int,
-        folder: str | Path,
-        every: int,
-        show: Callable[[Tensor], None] | None = None,
-        log: Callable[[str], None] = log,
-    ) -> None:
-        super().__init__(make, columns, folder, every, show)
-        self.log_line, self.texts = log, []
+    def __init__(self, *arguments: Any, log: Callable[[str], None] = log, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.log, self.texts = log, []
 
     def grid(self, module: L.LightningModule) -> Tensor:
         images, self.texts = self.make(module.ema.network)
         return image_grid(images, columns=self.columns)
 
-    def tell(self, trainer: L.Trainer) -> None:
+    def keep(self, trainer: L.Trainer, grid: Tensor) -> None:
+        super().keep(trainer, grid)
         with atomic_write(self.folder / f"{self.name}-{trainer.global_step:06d}.txt") as partial:
             partial.write_text("\n".join(self.texts) + "\n", encoding="utf-8")
         for logger in trainer.loggers:
-            if not isinstance(logger, TensorBoardLogger):
-                continue
-            listed = "\n".join(f"    {text}" for text in self.texts)  # Markdown's own text
-            logger.experiment.add_text(self.name, listed, trainer.global_step)
+            if isinstance(logger, TensorBoardLogger):
+                listed = "\n".join(f"    {text}" for text in self.texts)  # Markdown's own text
+                logger.experiment.add_text(self.name, listed, trainer.global_step)
         for text in self.texts:
-            self.log_line(f"  {' '.join(text.split())[:160]}")
+            self.log(f"  {' '.join(text.split())[:160]}")

@@ -3,11 +3,10 @@
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import lightning as L
 import torch
@@ -80,19 +79,16 @@ class Paced(L.Callback):
 
 
 class Progress(Paced):
-    """Show a bar on a screen or in a notebook, and in a file a line for each twentieth of the steps.
-
-    The losses are those of the last logged step and the last validation.
-    """
+    """Show a bar on a screen or in a notebook, and in a file a line for each twentieth of the steps."""
 
     def __init__(self, log: Callable[[str], None] = log) -> None:
-        self.log_line, self._live = log, is_interactive()
+        self.log, self._live = log, is_interactive()
         self._bar: tqdm | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.begin(trainer, module)
         if self.start:
-            self.log_line(f"resuming after step {self.start:,} of {self.total:,}")
+            self.log(f"resuming after step {self.start:,} of {self.total:,}")
         if self._live and trainer.is_global_zero:
             self._bar = tqdm(total=self.total, initial=self.start, unit="step", desc="training", dynamic_ncols=True)
 
@@ -105,7 +101,7 @@ class Progress(Paced):
         elif trainer.is_global_zero and (step % max(1, self.total // 20) == 0 or step == self.total):
             rate, left = self.pace(step)
             shown = losses(trainer.logged_metrics, SHOWN, ".4g")
-            self.log_line(f"step {step:>6,}/{self.total:,}  {rate:6.2f} steps/s  {clock(left)} left  {shown}")
+            self.log(f"step {step:>6,}/{self.total:,}  {rate:6.2f} steps/s  {clock(left)} left  {shown}")
 
     def _close(self, *arguments: Any) -> None:
         if self._bar is not None:
@@ -118,32 +114,28 @@ class Progress(Paced):
 class TrainLog(Paced):
     """Append to `train.log` in the run's folder: how training began, steps, validations, checkpoints, how it ended.
 
-    A line is a time, what it is about (`step`, `val`, `saved`, `end`, `stopped`, `failed`) and values with their
-    names. Only the first process writes. Loss and learning rate are those of the last step that Lightning logged, so
-    that the GPU is waited for at no other.
+    A line is a time, what it is about (`step`, `val`, `saved`, `end`, `stopped`, `failed`) and values with their names.
+    Only the first process writes. Loss and learning rate are those of the last step that Lightning logged, so that the
+    GPU is waited for at no other. Where the file cannot be written, `log` gets a line and training continues.
 
     Args:
-        folder: of the run.
         every: optimiser steps between two lines; the last step has one too.
-        say: gets a line where the file cannot be written; training continues.
         machine: the line of `devices.describe`.
     """
 
     def __init__(self, folder: str | Path, every: int, log: Callable[[str], None] = log, machine: str = "") -> None:
-        self.path, self.every, self.log_line, self.machine = Path(folder) / NAME, max(1, every), log, machine
-        self._file: TextIO | None = None
+        self.path, self.every, self.log, self.machine = Path(folder) / NAME, max(1, every), log, machine
+        self._writes = False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._close()
-        if not trainer.is_global_zero:
+        self._writes = trainer.is_global_zero
+        if not self._writes:
             return
         self.begin(trainer, module)
         self._step, self._values = self.start, {}
         self._note_checkpoints(trainer)
-        with self._given_up():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
-            self._file.write("\n" if self._file.tell() else "")
+        if self.path.is_file() and self.path.stat().st_size:
+            self._append("\n")
         self._write("command", _command())
         self._write("versions", ", ".join(f"{name} {found}" for name, found in versions().items()))
         self._write("machine", self.machine or str(trainer.strategy.root_device))
@@ -151,29 +143,27 @@ class TrainLog(Paced):
         self._write("begin", begun)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # the last checkpoint is noted by then
-        if self._file is not None:
+        if self._writes:
             self._write("end", self._passed(trainer))
-        self._close()
+        self._writes = False
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        if self._file is not None:
-            reason = next(iter(str(exception).strip().splitlines()), "")
+        if self._writes:
             stopped = isinstance(exception, Stopped)
+            reason = next(iter(str(exception).strip().splitlines()), "")
             text = str(exception) if stopped else f"{type(exception).__name__}: {reason}"
             self._write("stopped" if stopped else "failed", f"{text} ({self._passed(trainer)})")
-        self._close()
+        self._writes = False
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx) -> None:
-        if self._file is None:
+        if not self._writes:
             return
         if is_written(trainer):
             values = trainer.logged_metrics  # with those of this batch
             self._values = {name: float(values[name]) for name in ("train/loss", "train/lr") if name in values}
         step, before, self._step = trainer.global_step, self._step, trainer.global_step
-        if step // self.every > before // self.every or before < step >= self.total:
-            self._write_step(trainer, module, step)
-
-    def _write_step(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        if not (step // self.every > before // self.every or before < step >= self.total):
+            return
         loss, lr = self._values.get("train/loss"), self._values.get("train/lr")
         if lr is None and trainer.optimizers:
             lr = trainer.optimizers[0].param_groups[0]["lr"]
@@ -186,10 +176,9 @@ class TrainLog(Paced):
         )
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self._file is None or trainer.sanity_checking:
-            return
-        shown = losses(trainer.callback_metrics, SHOWN[1:], ".4e")
-        self._write("val", f"{self._place(trainer)}  {shown}".rstrip())
+        if self._writes and not trainer.sanity_checking:
+            shown = losses(trainer.callback_metrics, SHOWN[1:], ".4e")
+            self._write("val", f"{self._place(trainer)}  {shown}".rstrip())
 
     def _note_checkpoints(self, trainer: L.Trainer) -> None:
         """Write a line for each checkpoint: Lightning tells callbacks that one is made, but not where."""
@@ -210,26 +199,18 @@ class TrainLog(Paced):
         return f"{made} steps in {clock(time.monotonic() - self.began)}, at step {trainer.global_step} of {self.total}"
 
     def _write(self, about: str, text: str) -> None:
-        if self._file is not None:
-            with self._given_up():
-                now = datetime.now().isoformat(" ", "seconds")
-                self._file.write(f"{now}  {about:<8}  {' '.join(text.splitlines())}\n")
-                self._file.flush()
+        self._append(f"{datetime.now().isoformat(' ', 'seconds')}  {about:<8}  {' '.join(text.splitlines())}\n")
 
-    @contextmanager
-    def _given_up(self) -> Iterator[None]:
-        """Say once that the file cannot be written, and leave it."""
+    def _append(self, text: str) -> None:
+        if not self._writes:
+            return
         try:
-            yield
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
         except OSError as error:
-            self.log_line(f"{self.path} cannot be written ({error.strerror or error}): training continues without it")
-            self._close()
-
-    def _close(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            with suppress(OSError):  # what was not flushed
-                file.close()
+            self._writes = False
+            self.log(f"{self.path} cannot be written ({error.strerror or error}): training continues without it")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -27,13 +27,9 @@ class RunRecord(L.Callback):
     """Write `run.json` where training starts, keep the same in each checkpoint, and compare it on resuming.
 
     Args:
-        folder: of the run.
         settings: plain values that the run follows from besides the module's hyper-parameters.
         data: fingerprint of the data.
-        allow_changes: resume though settings or data differ from the checkpoint's, and say what differs.
-
-    Raises:
-        UserError: settings or data differ.
+        allow_changes: log what differs from the checkpoint's settings and data, where else it is refused.
     """
 
     def __init__(

@@ -1,13 +1,14 @@
 """How fast a training goes and what holds it up, measured beside the steps, which never wait for it."""
 
 import copy
+import operator
 import os
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import lightning as L
@@ -73,9 +74,8 @@ class Spent:
     seconds: float = 0.0
     waited: float = 0.0
 
-    def add(self, steps: int, samples: int, seconds: float, waited: float) -> None:
-        self.steps, self.samples = self.steps + steps, self.samples + samples
-        self.seconds, self.waited = self.seconds + seconds, self.waited + waited
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,13 @@ class Throughput(L.Callback):
     after validation, a checkpoint, previews or an epoch's end it lasts from its own start. The first `WARM_UP` steps do
     not count.
 
-    Args:
-        say: gets a line at the end, also where training was stopped, and one with advice where more than `TOO_LONG` of
-            the time went into waiting for data.
-        clock: by default that of the device.
-
-    Logs `throughput/…` of the first process where Lightning logs a step; `speed` is the run's once it has ended.
+    `log` gets a line at the end, also where training was stopped, and one with advice where more than `TOO_LONG` of the
+    time went into waiting for data. Loggers get `throughput/…` of the first process where Lightning logs a step;
+    `speed` is the run's once it has ended. `clock` is by default that of the device.
     """
 
     def __init__(self, log: Callable[[str], None] = log, clock: Clock | None = None) -> None:
-        self.log_line, self.speed = log, None
+        self.log, self.speed = log, None
         self._given_clock = clock
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -143,8 +140,8 @@ class Throughput(L.Callback):
         steps = trainer.global_step - self._steps_before
         if self._steps_before >= self._measured_from:
             self._running.append((begin, self._start, end, steps, _samples(batch)))
-        elif self._peak and self._flops is None and hasattr(module, "flops_of_a_sample"):
-            self._count(module, batch)  # while nothing is measured yet
+        elif self._peak and self._flops is None and hasattr(module, "flops_of_a_sample"):  # nothing is measured yet
+            self._count(module, batch)
         self._steps_before, self._end = trainer.global_step, end
         self._look()
         if trainer.is_global_zero and trainer.loggers and self._lately.steps and is_written(trainer):
@@ -156,14 +153,13 @@ class Throughput(L.Callback):
         except Exception as error:  # a figure beside the training, which goes on without it
             self._peak = None
             reason = f"{type(error).__name__}: {one_line(error, 200)}"
-            self.log_line(f"no utilisation of the card: what a step computes cannot be counted ({reason})")
+            self.log(f"no utilisation of the card: what a step computes cannot be counted ({reason})")
 
     def _look(self) -> None:
         while self._running and self._clock.has_passed(self._running[0][2]):
             begin, start, end, steps, samples = self._running.popleft()
-            waited = self._clock.seconds(begin, start)
-            for spent in (self._whole, self._lately):
-                spent.add(steps, samples, self._clock.seconds(begin, end), waited)
+            spent = Spent(steps, samples, self._clock.seconds(begin, end), self._clock.seconds(begin, start))
+            self._whole, self._lately = self._whole + spent, self._lately + spent
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         spent, self._lately = self._lately, Spent()
@@ -193,29 +189,19 @@ class Throughput(L.Callback):
     def _report(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._clock.wait()
         self._look()
-        if self._whole.steps < LEAST:
-            return
-        self.speed = self._over_all(trainer, module)
-        if not trainer.is_global_zero:
-            return
-        self.log_line(str(self.speed))
-        if self.speed.waiting > TOO_LONG:
-            self.log_line(advice(self.speed.waiting, getattr(trainer.train_dataloader, "num_workers", 0)))
-
-    def _over_all(self, trainer: L.Trainer, module: L.LightningModule) -> Speed:
         spent = self._whole
+        if spent.steps < LEAST:
+            return
         own = [spent.samples / spent.seconds, spent.seconds / spent.steps, spent.waited / spent.seconds]
         own = torch.tensor([*own, peak_memory(module.device)], device=module.device, dtype=torch.float32)
         images, seconds, waiting, memory = trainer.strategy.all_gather(own).view(-1, len(own)).unbind(1)
-        return Speed(
-            images.sum().item(),
-            seconds.mean().item(),
-            waiting.mean().item(),
-            memory.max().item(),
-            trainer.world_size,
-            self._flops * images.mean().item() if self._flops else None,
-            self._peak,
-        )
+        flops = self._flops * images.mean().item() if self._flops else None
+        totals = [value.item() for value in (images.sum(), seconds.mean(), waiting.mean(), memory.max())]
+        self.speed = Speed(*totals, trainer.world_size, flops, self._peak)
+        if trainer.is_global_zero:
+            self.log(str(self.speed))
+            if self.speed.waiting > TOO_LONG:
+                self.log(advice(self.speed.waiting, getattr(trainer.train_dataloader, "num_workers", 0)))
 
 
 def _samples(batch: Any) -> int:
@@ -246,10 +232,7 @@ def flops_of(network: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
     """Return the floating-point operations of the matrix products in `loss(network)` and its gradients.
 
     They are counted on a copy that has shapes but no numbers. What gradient checkpointing computes twice counts once
-    (as in Chowdhery et al. 2022), gradients of frozen weights do not count.
-
-    Args:
-        loss: network → a scalar; it makes its own tensors, on the CPU.
+    (as in Chowdhery et al. 2022), gradients of frozen weights do not count. `loss` makes its own tensors, on the CPU.
     """
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -276,11 +259,7 @@ def flops_of(network: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
 def without_numbers(
     network: nn.Module, device: str = "cpu", within: AbstractContextManager[Any] | None = None
 ) -> nn.Module:
-    """Return a copy with new float32 weights of the same shapes and without gradient checkpointing.
-
-    Args:
-        within: where the weights are made, such as a mode that gives them no numbers.
-    """
+    """Return a copy with new float32 weights of the same shapes, made `within`, and without gradient checkpointing."""
     memo: dict[int, Tensor] = {}
     with within or nullcontext():
         for weight in network.parameters():

@@ -18,12 +18,8 @@ from vavae_tools.runtime.ranks import is_rank_zero
 class ReconstructionWatch(L.Callback):
     """Judge the reconstructions at each validation, with a classifier trained on the real images.
 
-    Of several processes the first one trains the classifier and judges what all have reconstructed; the others wait,
-    30 minutes at most (torch's limit), where a classifier takes a few.
-
-    Args:
-        data: the split.
-        folder: keeps the classifier, which is trained once.
+    Of several processes the first one trains the classifier, kept in `folder`, and judges what all have reconstructed;
+    the others wait, 30 minutes at most (torch's limit), where a classifier takes a few.
 
     Logs `val/accuracy` and `val/originals_right` (the classifier's accuracy), `val/frechet` and `val/originals_frechet`
     (distances to as many real training images), and `val/frechet_ratio`, the first by the second.
@@ -43,8 +39,13 @@ class ReconstructionWatch(L.Callback):
         self.judge = ReconstructionJudge(classifier, originals["images"], originals["labels"], others)
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        for places, made in _at_the_first(trainer, batch["index"].tolist(), outputs["reconstructions"].cpu()):
-            self._made.update(zip(places, made, strict=True))
+        own = dict(zip(batch["index"].tolist(), outputs["reconstructions"].cpu(), strict=True))
+        parts: list = [own]
+        if trainer.world_size > 1:
+            parts = [None] * trainer.world_size
+            dist.gather_object(own, parts if trainer.is_global_zero else None)
+        for part in parts if trainer.is_global_zero else ():
+            self._made.update(part)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         made, self._made = self._made, {}
@@ -55,15 +56,6 @@ class ReconstructionWatch(L.Callback):
         scores = trainer.strategy.broadcast(scores)
         if scores is not None:
             module.log_dict({f"val/{name}": value for name, value in scores.items()}, sync_dist=True)
-
-
-def _at_the_first(trainer: L.Trainer, places: list[int], made: Tensor) -> list[tuple[list[int], Tensor]]:
-    """Return what each process has made in this batch at the first one, and nothing at the others."""
-    if trainer.world_size == 1:
-        return [(places, made)]
-    parts: list = [None] * trainer.world_size
-    dist.gather_object((places, made), parts if trainer.is_global_zero else None)
-    return parts if trainer.is_global_zero else []
 
 
 class Advice(L.Callback):
