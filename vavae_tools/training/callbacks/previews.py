@@ -108,7 +108,7 @@ class TextPreviews(SamplePreviews):
 
     def __init__(self, *arguments: Any, log: Callable[[str], None] = log, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.log, self.texts = log, []
+        self.log_line, self.texts = log, []
 
     def grid(self, module: L.LightningModule) -> Tensor:
         images, self.texts = self.make(module.ema.network)
@@ -123,4 +123,4 @@ class TextPreviews(SamplePreviews):
                 listed = "\n".join(f"    {text}" for text in self.texts)  # Markdown's own text
                 logger.experiment.add_text(self.name, listed, trainer.global_step)
         for text in self.texts:
-            self.log(f"  {' '.join(text.split())[:160]}")
+            self.log_line(f"  {' '.join(text.split())[:160]}")

@@ -82,13 +82,13 @@ class Progress(Paced):
     """Show a bar on a screen or in a notebook, and in a file a line for each twentieth of the steps."""
 
     def __init__(self, log: Callable[[str], None] = log) -> None:
-        self.log, self._live = log, is_interactive()
+        self.log_line, self._live = log, is_interactive()
         self._bar: tqdm | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.begin(trainer, module)
         if self.start:
-            self.log(f"resuming after step {self.start:,} of {self.total:,}")
+            self.log_line(f"resuming after step {self.start:,} of {self.total:,}")
         if self._live and trainer.is_global_zero:
             self._bar = tqdm(total=self.total, initial=self.start, unit="step", desc="training", dynamic_ncols=True)
 
@@ -101,7 +101,7 @@ class Progress(Paced):
         elif trainer.is_global_zero and (step % max(1, self.total // 20) == 0 or step == self.total):
             rate, left = self.pace(step)
             shown = losses(trainer.logged_metrics, SHOWN, ".4g")
-            self.log(f"step {step:>6,}/{self.total:,}  {rate:6.2f} steps/s  {clock(left)} left  {shown}")
+            self.log_line(f"step {step:>6,}/{self.total:,}  {rate:6.2f} steps/s  {clock(left)} left  {shown}")
 
     def _close(self, *arguments: Any) -> None:
         if self._bar is not None:
@@ -124,7 +124,7 @@ class TrainLog(Paced):
     """
 
     def __init__(self, folder: str | Path, every: int, log: Callable[[str], None] = log, machine: str = "") -> None:
-        self.path, self.every, self.log, self.machine = Path(folder) / NAME, max(1, every), log, machine
+        self.path, self.every, self.log_line, self.machine = Path(folder) / NAME, max(1, every), log, machine
         self._writes = False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -210,7 +210,7 @@ class TrainLog(Paced):
                 file.write(text)
         except OSError as error:
             self._writes = False
-            self.log(f"{self.path} cannot be written ({error.strerror or error}): training continues without it")
+            self.log_line(f"{self.path} cannot be written ({error.strerror or error}): training continues without it")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -116,7 +116,7 @@ class Throughput(L.Callback):
     """
 
     def __init__(self, log: Callable[[str], None] = log, clock: Clock | None = None) -> None:
-        self.log, self.speed = log, None
+        self.log_line, self.speed = log, None
         self._given_clock = clock
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -153,7 +153,7 @@ class Throughput(L.Callback):
         except Exception as error:  # a figure beside the training, which goes on without it
             self._peak = None
             reason = f"{type(error).__name__}: {one_line(error, 200)}"
-            self.log(f"no utilisation of the card: what a step computes cannot be counted ({reason})")
+            self.log_line(f"no utilisation of the card: what a step computes cannot be counted ({reason})")
 
     def _look(self) -> None:
         while self._running and self._clock.has_passed(self._running[0][2]):
@@ -199,9 +199,9 @@ class Throughput(L.Callback):
         totals = [value.item() for value in (images.sum(), seconds.mean(), waiting.mean(), memory.max())]
         self.speed = Speed(*totals, trainer.world_size, flops, self._peak)
         if trainer.is_global_zero:
-            self.log(str(self.speed))
+            self.log_line(str(self.speed))
             if self.speed.waiting > TOO_LONG:
-                self.log(advice(self.speed.waiting, getattr(trainer.train_dataloader, "num_workers", 0)))
+                self.log_line(advice(self.speed.waiting, getattr(trainer.train_dataloader, "num_workers", 0)))
 
 
 def _samples(batch: Any) -> int:
