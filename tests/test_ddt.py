@@ -169,7 +169,7 @@ def test_reference_checkpoints_are_unwrapped_and_their_positions_read():
     assert (model(io["x"], io["t"], io["y"]) - plain(io["x"], io["t"], io["y"])).abs().max() > 0.01
     with pytest.raises(UserError, match=r"pos_embed is \(1, 16, 32\) in these weights, \(1, 64, 32\)"):
         load_ddt(weights, {**case["constructor"], "input_size": 8})
-    with pytest.raises(UserError, match="use_pos_embed is False"):
+    with pytest.raises(UserError, match="None by use_pos_embed"):
         load_ddt(weights, {**case["constructor"], "use_pos_embed": False})
     with pytest.raises(UserError, match="do not fit"):
         load_ddt(weights, {**case["constructor"], "depth": [2, 2]})

@@ -73,13 +73,9 @@ def test_spectra_of_a_constant_offset_by_hand():
     window = window / window.square().sum().sqrt()
     expected = 0.1 * torch.fft.rfft2(window).abs().mean()
     torch.testing.assert_close(spectral(x + 0.1, x, windows=(8,)), expected)
-
-
-def test_windows_larger_than_the_image_are_left_out():
-    x, y = images(8), images(8, seed=1)
+    x, y = images(8), images(8, seed=1)  # windows larger than the image are left out
     torch.testing.assert_close(spectral(x, y), spectral(x, y, windows=(8,)))
     assert spectral(x[..., :4], y[..., :4]) == 0  # none fits: nothing, not NaN
-    assert spectral(images(16), images(16, seed=1)) > 0
 
 
 def test_kl_in_closed_form():
@@ -104,15 +100,13 @@ def test_the_sum_is_weighted_and_its_parts_are_named():
     torch.testing.assert_close(torch.autograd.grad(objective, x), torch.autograd.grad(expected, x))
 
 
-@pytest.mark.parametrize("weights", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (1, 0, 0, 1e-6), (0, 0, 0, 0, 2.0)])
-def test_weight_zero_removes_the_part(weights):
-    names = ["l1", "gradient", "spectral", "kl", "perceptual"]
-    weights = {name: weight for name, weight in zip(names, weights, strict=False) if weight}
-    names, kl_weight = list(weights), weights.pop("kl", 0.0)
+@pytest.mark.parametrize(("name", "kl_weight"), [("gradient", 0), ("l1", 1e-6), ("perceptual", 0)])
+def test_weight_zero_removes_the_part(name, kl_weight):
+    weights = {**dict.fromkeys(("l1", "gradient", "spectral", "perceptual"), 0), name: 2.0}
     image_loss = ImageLoss(weights, lpips=lambda x, y: (x - y).square().mean(dim=(1, 2, 3)))
     x = images().requires_grad_()
     _, parts = autoencoder_loss(image_loss, x, images(seed=1), posterior(0.7, 0.4), kl_weight)
-    assert set(parts) == {*names, "reconstruction", "loss"}
+    assert set(parts) == {name, *(["kl"] if kl_weight else []), "reconstruction", "loss"}
 
 
 def test_a_loss_that_is_not_finite_has_no_finite_gradient():
@@ -253,30 +247,6 @@ def test_names_and_shapes_of_the_published_one():
         assert shapes.pop(f"main.{norm}.num_batches_tracked") == ()
     assert shapes == {}
     assert sum(weights.numel() for weights in PatchDiscriminator().parameters()) == 2_765_633
-    assert PatchDiscriminator(width=4, layers=5).main[-1].in_channels == 32  # eight times the width at most
-
-
-def test_by_hand():
-    """One layer and constant weights: conv (0.5, bias 1) → LeakyReLU → conv to two channels (1) → BatchNorm in
-    evaluation (mean 2, variance 4, scale 3, shift 1) → LeakyReLU → conv (0.25, bias −1)."""
-    model = PatchDiscriminator(in_channels=1, width=1, layers=1).eval()
-    first, _, second, norm, _, last = model.main
-    for layer, value in ((first, 0.5), (second, 1.0), (last, 0.25)):
-        nn.init.constant_(layer.weight, value)
-    first.bias.data.fill_(1.0)
-    last.bias.data.fill_(-1.0)
-    norm.weight.data.fill_(3.0)
-    norm.bias.data.fill_(1.0)
-    norm.running_mean.fill_(2.0)
-    norm.running_var.fill_(4.0)
-    norm.eps = 0.0
-    x = torch.ones(1, 1, 6, 6)
-    seen = torch.tensor([9.0] * 4 + [12.0] * 4 + [16.0])  # ones in 4×4 windows, stride 2: corners, edges, the middle
-    # the second convolution sees all nine from each of its 2×2 places, the last one all of these
-    normalised = ((0.5 * seen + 1).sum() - 2) / 2 * 3 + 1
-    torch.testing.assert_close(model(x), (0.25 * 4 * 2 * normalised - 1).view(1, 1, 1, 1))
-    normalised = (0.2 * (1 - 0.5 * seen).sum() - 2) / 2 * 3 + 1  # below zero everywhere: a fifth is let through
-    torch.testing.assert_close(model(-x), (0.25 * 4 * 2 * 0.2 * normalised - 1).view(1, 1, 1, 1))
 
 
 def test_a_logit_sees_70_pixels():
@@ -294,9 +264,8 @@ def test_a_logit_sees_70_pixels():
     assert columns[1][0] - columns[0][0] == 8
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
-def test_smallest_images(layers):
-    model = PatchDiscriminator(width=2, layers=layers).train()
+def test_smallest_images():
+    model = PatchDiscriminator(width=2).train()
     size = model.smallest_size
     logits = model(images(size, batch=1))
     assert logits.shape == (1, 1, 1, 1) and logits.isfinite().all()  # BatchNorm still has several values

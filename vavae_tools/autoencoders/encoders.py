@@ -15,19 +15,8 @@ from vavae_tools.runtime.errors import UserError, one_line
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _KEPT = (  # what an encoder's tokens follow from, beside the model_type
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "mlp_ratio",
-    "use_swiglu_ffn",
-    "hidden_act",
-    "layer_norm_eps",
-    "qkv_bias",
-    "layerscale_value",
-    "image_size",
-    "patch_size",
-    "num_channels",
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio", "use_swiglu_ffn"),
+    *("hidden_act", "layer_norm_eps", "qkv_bias", "layerscale_value", "image_size", "patch_size", "num_channels"),
     "num_register_tokens",
 )
 
@@ -40,14 +29,7 @@ class FrozenEncoder(nn.Module):
 
     Args:
         config: arguments of a transformers configuration, or all that a `config.json` holds; what is left out is as
-            published by the RAE authors (the base size).
-
-    Attributes:
-        arguments: the same as plain JSON values, complete.
-        channels, patch_size: width of a token, pixels of a patch's side.
-
-    Raises:
-        UserError: a configuration of another kind of model, or one that transformers does not accept.
+            published by the RAE authors (the base size). `arguments` are the complete ones.
     """
 
     kinds: ClassVar[dict[str, str]]
@@ -66,18 +48,16 @@ class FrozenEncoder(nn.Module):
         model_type, arguments = self._arguments(config or {})
         import transformers
 
-        config_class, model_class = (
-            getattr(transformers, self.kinds[model_type] + part) for part in ("Config", "Model")
-        )
+        name = self.kinds[model_type]
         try:
-            full = config_class(**arguments)
+            full = getattr(transformers, f"{name}Config")(**arguments)
             heads = full.num_attention_heads
             if full.hidden_size % heads:
                 raise ValueError(f"hidden_size {full.hidden_size} is not divisible by {heads} attention heads")
             if full.num_channels != 3:
                 raise ValueError(f"num_channels is {full.num_channels}, expected 3")
             self.patch_size, image_size = int(full.patch_size), int(full.image_size)  # no lists: squares
-            model = model_class(full)
+            model = getattr(transformers, f"{name}Model")(full)
         except Exception as error:  # of any kind: transformers' versions check a configuration in different ways
             raise UserError(
                 f"transformers cannot build a {model_type} of this encoder configuration ({one_line(error, 200)}): "
@@ -109,7 +89,7 @@ class FrozenEncoder(nn.Module):
         return model_type, {**defaults, **{key: config[key] for key in _KEPT if key in config}, **cls.fixed}
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
-        """Stay in evaluation mode, whatever the model around it does."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ one is loaded.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -22,7 +21,7 @@ from vavae_tools.data.encoded import Rows, Store, agree, cut, encode, tree_map_w
 from vavae_tools.data.images import DecodedImages, to_unit
 from vavae_tools.runtime.console import tell
 from vavae_tools.runtime.errors import UserError, one_line
-from vavae_tools.runtime.files import weights_digest
+from vavae_tools.runtime.files import read_json, weights_digest
 from vavae_tools.runtime.precision import Computing, in_float32
 from vavae_tools.runtime.ranks import Ranks
 
@@ -30,22 +29,17 @@ LARGEST_CACHE = 8 * 2**30
 """Bytes of features that are kept on the disk: those of 16,000 images on a grid of 16×16 by a ViT-L."""
 
 _MODEL_TYPES = ("dinov2", "dinov2_with_registers", "vit_mae")
-_WEIGHT_FILES = tuple(
-    name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
-)  # with the second ending where they are in several parts
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_WEIGHT_FILES += tuple(f"{name}.index.json" for name in _WEIGHT_FILES)  # where they are in several parts
 _FORM = 1  # of the features; another form is another cache key
 
 
 class Foundation(Protocol):
-    """What latents can be aligned with: any frozen encoder of images.
-
-    Attributes:
-        channels: of its features.
-        digest: a hash of all that its features follow from; kept features know it.
-    """
+    """What latents can be aligned with: any frozen encoder of images."""
 
     channels: int
     digest: str
+    """A hash of all that its features follow from."""
 
     def to(self, device: str | torch.device) -> "Foundation": ...
 
@@ -62,7 +56,7 @@ class TransformersFoundation:
     version. It is no `nn.Module`, so it stays in evaluation mode and out of the checkpoints of what holds it.
 
     Args:
-        model: Dinov2Model, Dinov2WithRegistersModel or ViTMAEModel; it is frozen and changed as said.
+        model: Dinov2Model, Dinov2WithRegistersModel or ViTMAEModel; it is changed in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -119,10 +113,6 @@ def load_foundation(folder: str | Path) -> TransformersFoundation:
     """Load a frozen DINOv2 (with or without registers) or ViT-MAE from its folder, such as facebook/dinov2-large's.
 
     Safetensors are preferred; pickled weights are only read as tensors (`weights_only`).
-
-    Raises:
-        UserError: no such folder, a file missing in it, another kind of model, or weights that are damaged or do not
-            fit.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -131,15 +121,11 @@ def load_foundation(folder: str | Path) -> TransformersFoundation:
             "(of facebook/dinov2-large, for example), or take vf_weight 0"
         )
     there = sorted(path.name for path in folder.iterdir())
-    missing = [] if "config.json" in there else ["config.json"]
-    missing += [] if any(name in there for name in _WEIGHT_FILES) else ["model.safetensors"]
-    if missing:
-        held = ", ".join(there[:5]) or "nothing"
-        raise UserError(f"{folder} is no folder of a foundation model: {missing[0]} is missing; it holds {held}")
-    try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{folder / 'config.json'} is damaged ({error}): copy the folder anew") from None
+    for names in (("config.json",), _WEIGHT_FILES):
+        if not any(name in there for name in names):
+            held = ", ".join(there[:5]) or "nothing"
+            raise UserError(f"{folder} is no folder of a foundation model: {names[0]} is missing; it holds {held}")
+    model_type = read_json(folder / "config.json").get("model_type")
     if model_type not in _MODEL_TYPES:
         raise UserError(
             f"{folder} holds a model of type {model_type!r}, expected one of {', '.join(_MODEL_TYPES)}, "
@@ -179,12 +165,11 @@ def alignment_loss(
     """Return two means that say how far latents are from a foundation model's features; their sum is VA-VAE's VF loss.
 
     The marginal distance-matrix similarity compares, inside each image, the cosines between all pairs of positions;
-    the marginal cosine similarity compares each position's vector itself. Both are computed in float32.
+    the marginal cosine similarity compares each position's vector itself. Differences up to the margins cost nothing.
 
     Args:
         projected: latents brought to the features' channels, (B, channels, h, w).
-        features: (B, channels, h, w), any precision; no gradient flows there.
-        distance_margin, cosine_margin: differences up to these cost nothing.
+        features: (B, channels, h, w); no gradient flows there.
     """
     features = features.detach()
     difference = _similarities(projected) - _similarities(features)  # (B, h·w, h·w)
@@ -213,16 +198,12 @@ def foundation_features(
 
     Args:
         foundation: is on `device`.
-        data: images in the order of the rows.
         grid: (h, w) of the latents.
         path: of a safetensors file; the shards are beside it, under its name with a number.
         ranks: those that all call this, and share the work.
 
     Returns:
         None where they take more than `LARGEST_CACHE` or the disk has: compute the features of each batch as it comes.
-
-    Raises:
-        UserError: features that float16 cannot hold.
     """
     path, ranks, row_bytes = Path(path), ranks or Ranks(), 2 * foundation.channels * math.prod(grid)
     store, needed = Store(path.parent, (path.stem,)), len(data) * row_bytes

@@ -1,22 +1,20 @@
 """The reference's autoencoder (LDM, VA-VAE) and diffusers' AutoencoderKL: one network, two ways to name its parts."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from vavae_tools.checkpoints.foreign import plain_name
 from vavae_tools.runtime.errors import UserError
 
 PARTS = (  # the reference's name ↔ diffusers' name; # is a number, the same in both
     (".down.#.block.#.", ".down_blocks.#.resnets.#."),
     (".down.#.attn.#.", ".down_blocks.#.attentions.#."),
     (".down.#.downsample.", ".down_blocks.#.downsamplers.0."),
-    (
-        ".up.#.block.#.",
-        ".up_blocks.#.resnets.#.",
-    ),  # but the reference counts from the finest level, see `_reverse_levels`
+    (".up.#.block.#.", ".up_blocks.#.resnets.#."),  # the reference counts from the finest level: `_reverse_levels`
     (".up.#.attn.#.", ".up_blocks.#.attentions.#."),
     (".up.#.upsample.", ".up_blocks.#.upsamplers.0."),
     (".mid.block_1.", ".mid_block.resnets.0."),
@@ -37,7 +35,6 @@ PUBLISHED_RESOLUTION = 256
 FIXED = {"double_z": True, "resamp_with_conv": True, "use_linear_attn": False, "tanh_out": False, "give_pre_end": False}
 """Arguments of `ddconfig` that AutoencoderKL has in one way only."""
 
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # of DDP and torch.compile
 ATTENTION = re.compile(r"\.(?:q|k|v|proj_out|to_q|to_k|to_v|to_out\.0)\.weight$")
 
 
@@ -45,7 +42,7 @@ ATTENTION = re.compile(r"\.(?:q|k|v|proj_out|to_q|to_k|to_v|to_out\.0)\.weight$"
 def plain_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict, or the one in a checkpoint, without the prefixes of DDP and torch.compile."""
     inner = state_dict.get("state_dict")
-    return {WRAPPERS.sub("", str(k)): v for k, v in (inner if isinstance(inner, Mapping) else state_dict).items()}
+    return {plain_name(str(k)): v for k, v in (inner if isinstance(inner, Mapping) else state_dict).items()}
 
 
 def from_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,9 +94,6 @@ def vavae_arguments(
         config: the reference's {"ddconfig": {…}, "embed_dim": …}, for what leaves no trace in the weights: the nominal
             resolution, by default the published 256, and what AutoencoderKL has in one way only.
         source: what messages call the weights.
-
-    Raises:
-        UserError: a weight is missing, or AutoencoderKL cannot represent this network.
     """
     ddconfig = dict((config or {}).get("ddconfig") or {})
     for name, only in FIXED.items():
@@ -119,8 +113,7 @@ def vavae_arguments(
 
     ch, in_channels = shape("encoder.conv_in.weight")[:2]
     z_channels = shape("decoder.conv_in.weight")[1]
-    numbers = (re.match(r"encoder\.down\.(\d+)\.", name) for name in weights)
-    levels = range(1 + max((int(found[1]) for found in numbers if found), default=0))
+    levels = range(_count(weights, r"encoder\.down\.(\d+)\.") or 1)
     widths = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in levels)
     latent = (shape("encoder.conv_out.weight")[0], *shape("post_quant_conv.weight")[:2])
     if widths[0] != ch or any(width % GROUPS for width in widths) or latent != (2 * z_channels, z_channels, z_channels):
@@ -136,9 +129,7 @@ def vavae_arguments(
         "down_block_types": tuple("AttnDownEncoderBlock2D" if here else "DownEncoderBlock2D" for here in down),
         "up_block_types": tuple("AttnUpDecoderBlock2D" if here else "UpDecoderBlock2D" for here in up),
         "block_out_channels": widths,
-        "layers_per_block": len(
-            {name for name in weights if re.match(r"encoder\.down\.0\.block\.\d+\.conv1\.w", name)}
-        ),
+        "layers_per_block": _count(weights, r"encoder\.down\.0\.block\.(\d+)\.conv1\.w"),
         "latent_channels": z_channels,
         "norm_num_groups": GROUPS,
         "sample_size": ddconfig.get("resolution", PUBLISHED_RESOLUTION),
@@ -146,12 +137,13 @@ def vavae_arguments(
     }
 
 
-def reference_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the reference's {"ddconfig": {…}, "embed_dim": …} of VAVAE's arguments (its config).
+def _count(names: Iterable[str], pattern: str) -> int:
+    """Return how many numbers stand at the pattern's group."""
+    return len({found[1] for found in map(re.compile(pattern).match, names) if found})
 
-    Raises:
-        UserError: an argument that the reference cannot represent.
-    """
+
+def reference_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the reference's {"ddconfig": {…}, "embed_dim": …} of VAVAE's arguments (its config)."""
     widths, mid = tuple(arguments["block_out_channels"]), arguments.get("mid_block_add_attention", True)
     down, up = ([kind[:4] == "Attn" for kind in arguments[f"{half}_block_types"]] for half in ("down", "up"))
     fixed = {"norm_num_groups": GROUPS, "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
@@ -159,9 +151,8 @@ def reference_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
         if arguments.get(name, only) != only:
             raise UserError(f"{name}={arguments[name]!r}: the reference has no such network, only {name}={only!r}")
     if any(width % widths[0] or width % GROUPS for width in widths):
-        raise UserError(
-            f"block_out_channels={list(widths)}: the reference needs multiples of the first and of {GROUPS}"
-        )
+        needed = f"multiples of the first and of {GROUPS}"
+        raise UserError(f"block_out_channels={list(widths)}: the reference needs {needed}")
     if down != up[::-1] or (any(down) and not mid):
         raise UserError(
             "down_block_types, up_block_types, mid_block_add_attention: the reference has attention at the same levels "
@@ -170,12 +161,8 @@ def reference_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     factor = 2 ** (len(widths) - 1)
     resolution = -(-arguments["sample_size"] // factor) * factor  # nominal: each level's own must be a whole number
     ddconfig = {
-        "double_z": True,
-        "z_channels": arguments["latent_channels"],
-        "resolution": resolution,
-        "in_channels": arguments["in_channels"],
-        "out_ch": arguments["out_channels"],
-        "ch": widths[0],
+        **{"double_z": True, "z_channels": arguments["latent_channels"], "resolution": resolution},
+        **{"in_channels": arguments["in_channels"], "out_ch": arguments["out_channels"], "ch": widths[0]},
         "ch_mult": [width // widths[0] for width in widths],
         "num_res_blocks": arguments["layers_per_block"],
         "attn_resolutions": [resolution // 2**level for level, here in enumerate(down) if here],

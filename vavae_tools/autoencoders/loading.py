@@ -1,12 +1,13 @@
 """Any autoencoder from its folder."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers import ModelMixin
 
+from vavae_tools.autoencoders.rae_weights import is_rae_folder, read_rae_folder
+from vavae_tools.autoencoders.stable_diffusion import is_stable_diffusion_vae, load_stable_diffusion_vae
 from vavae_tools.autoencoders.weights import load_vavae
 
 
@@ -27,21 +28,11 @@ def silent_transformers() -> Iterator[None]:
 
 
 def load_autoencoder(source: str | Path) -> ModelMixin:
-    """Load a `RAE`, a `VAVAE`, or Stable Diffusion's AutoencoderKL.
-
-    Args:
-        source: the folder that `save_pretrained` wrote, of a pipeline with `vae/` too, or what `load_vavae` takes.
-
-    Raises:
-        UserError: nothing there, or no autoencoder.
+    """Load a `RAE`, a `VAVAE`, or Stable Diffusion's AutoencoderKL, from the folder that `save_pretrained` wrote (of a
+    pipeline with `vae/` too), or from what `load_vavae` takes.
     """
-    config = Path(source) / "config.json"
-    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("_class_name") == "RAE":
-        from vavae_tools.autoencoders.rae_weights import read_rae_folder
-
+    if is_rae_folder(source):
         return read_rae_folder(source)
-    from vavae_tools.autoencoders.stable_diffusion import is_stable_diffusion_vae, load_stable_diffusion_vae
-
-    if Path(source).is_dir() and is_stable_diffusion_vae(source):
+    if is_stable_diffusion_vae(source):
         return load_stable_diffusion_vae(source)
     return load_vavae(source, log=lambda line: None)

@@ -21,25 +21,23 @@ from vavae_tools.runtime.precision import in_float32
 class PatchDiscriminator(nn.Module):
     """The PatchGAN of pix2pix (Isola et al. 2017): a logit for each patch of an image, high for real ones.
 
-    Weights are named as VQGAN and VA-VAE name them (`main.0.weight` …). A logit of the published one (3 layers) sees
-    70×70 pixels; they lie 8 pixels apart.
+    Weights are named as VQGAN and VA-VAE name them (`main.0.weight` …). A logit sees 70×70 pixels; they lie 8 pixels
+    apart.
 
     Args:
-        width: channels of the first layer; each further one doubles them, up to eight times as many.
-        layers: that halve the image.
+        width: channels of the first layer; the others have 2, 4 and 8 times as many.
     """
 
-    def __init__(self, in_channels: int = 3, width: int = 64, layers: int = 3) -> None:
+    smallest_size = 24
+    """Pixels of a side: the three layers that halve must leave 3×3, as the two after them take a pixel each."""
+
+    def __init__(self, in_channels: int = 3, width: int = 64) -> None:
         super().__init__()
-        widths = [width * min(2**n, 8) for n in range(layers + 1)]
         main: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for n in range(1, layers + 1):
-            stride = 2 if n < layers else 1
-            conv = nn.Conv2d(widths[n - 1], widths[n], 4, stride, padding=1, bias=False)  # BatchNorm brings the bias
-            main += [conv, nn.BatchNorm2d(widths[n]), nn.LeakyReLU(0.2)]
-        self.main = nn.Sequential(*main, nn.Conv2d(widths[-1], 1, 4, padding=1))
-        # the layers that halve must leave 3×3: the two after them take a pixel each
-        self.smallest_size = 3 * 2**layers
+        for wider, stride in ((2 * width, 2), (4 * width, 2), (8 * width, 1)):
+            conv = nn.Conv2d(wider // 2, wider, 4, stride, padding=1, bias=False)  # BatchNorm brings the bias
+            main += [conv, nn.BatchNorm2d(wider), nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*main, nn.Conv2d(8 * width, 1, 4, padding=1))
         for module in self.modules():  # as DCGAN (Radford et al. 2016)
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
@@ -47,12 +45,9 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, 1, ⌊H/2^layers⌋ − 2, ⌊W/2^layers⌋ − 2) of images (B, C, H, W) in [-1, 1].
+        """Return logits (B, 1, ⌊H/8⌋ − 2, ⌊W/8⌋ − 2) of images (B, C, H, W) in [-1, 1].
 
         Call it once for real images and once for generated ones: in training BatchNorm normalises each call by itself.
-
-        Raises:
-            UserError: images that are too small for a single patch.
         """
         height, width = images.shape[2:]
         if min(height, width) < self.smallest_size:
@@ -77,11 +72,8 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 
 @in_float32
 def adaptive_weight(reference_gradient: Tensor, gradient: Tensor, largest: float, epsilon: float = 1e-4) -> Tensor:
-    """Return the factor, 0 to `largest`, that makes one loss pull at a layer as strongly as the reference (VQGAN).
-
-    Args:
-        reference_gradient, gradient: of the two losses at the same weights; their Frobenius norms are compared.
-        epsilon: added to the second norm.
+    """Return the factor, 0 to `largest`, that makes one loss pull at a layer as strongly as the reference (VQGAN): the
+    Frobenius norms of the two losses' gradients at the same weights are compared.
     """
     reference_norm, norm = (torch.linalg.vector_norm(g.detach()) for g in (reference_gradient, gradient))
     return (reference_norm / (norm + epsilon)).clamp(0.0, largest)
@@ -155,9 +147,6 @@ class ImageLoss:
     Args:
         weights: by name, of `IMAGE_LOSSES` and of "perceptual"; 0 turns a part off.
         lpips: (reconstruction, images) → (B,), the perceptual part.
-
-    Raises:
-        UserError: no such loss, or all weights are 0.
     """
 
     def __init__(self, weights: Mapping[str, float], lpips: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
@@ -200,12 +189,11 @@ def autoencoder_loss(
 
     Args:
         reconstruction: (B, C, H, W) float32 with its graph.
-        adversary: reconstruction → the generator's adversarial loss; None while there is none.
-        decoder_last: the weight of the decoder's last layer, where `adversary` is weighed.
+        adversary: reconstruction → the generator's adversarial loss.
+        decoder_last, encoder_last: weights of the last layers, where `adversary` and `alignment` are weighed.
         adversary_norm: which gradients are compared there: "sums", of errors summed over an image (VA-VAE), or "means"
             (RAE), whose limit of 1e4 is C·H·W times as far away.
-        alignment: distance and cosine of the alignment, with their graphs; None while there is none.
-        encoder_last: the weight of the encoder's last layer, where `alignment` is weighed.
+        alignment: distance and cosine of the alignment, with their graphs.
 
     Returns:
         A scalar to go backwards from (its value means nothing), and the parts by name: "loss" is the loss's value,

@@ -28,15 +28,12 @@ _LPIPS_FREE_HINT = "--perceptual_weight 0 --spectral_weight 1 needs no weights"
 class LPIPS(nn.Module):
     """The distance between two images: squared differences of normalised features, weighed by channel, averaged.
 
-    It is frozen, and stays in evaluation mode.
-
-    Args:
-        widths: channels of the five blocks; VGG16's but in tests.
+    It is frozen, and stays in evaluation mode. `widths` are the channels of the five blocks.
     """
 
     def __init__(self, widths: Sequence[int] = VGG16_WIDTHS) -> None:
         super().__init__()
-        self.origin = "random weights"  # where they come from
+        self.origin = "random weights"
         channels = [3, *(width for width, depth in zip(widths, _DEPTHS, strict=True) for _ in range(depth))]
         self.convolutions = nn.ModuleList(nn.Conv2d(channels[n], channels[n + 1], 3, padding=1) for n in range(13))
         self.linear = nn.ParameterList(torch.full((width,), 1.0 / width) for width in widths)
@@ -92,15 +89,7 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def load_lpips(files: str | Path | Sequence[str | Path], widths: Sequence[int] = VGG16_WIDTHS) -> LPIPS:
-    """Load LPIPS with the weights of one or several files.
-
-    Args:
-        files: checkpoints (read with `weights_only=True`) or safetensors. Where two hold the same, the later counts.
-        widths: of the blocks, as in `LPIPS`.
-
-    Raises:
-        UserError: a file that cannot be read, no convolutions in them, or some of other shapes.
-    """
+    """Load LPIPS with the weights of one or several checkpoints or safetensors files; the later ones count."""
     files = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
     weights: dict[str, Tensor] = {}
     origins: dict[str, Path] = {}

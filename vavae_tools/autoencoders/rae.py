@@ -29,14 +29,11 @@ VARIANCE_EPS = 1e-5
 """Added to the variance of element-wise statistics, once."""
 
 
-def _size(width: int, layers: int, heads: int, intermediate: int, patch_size: int) -> dict[str, int]:
-    return {
-        "decoder_hidden_size": width,
-        "decoder_num_hidden_layers": layers,
-        "decoder_num_attention_heads": heads,
-        "decoder_intermediate_size": intermediate,
-        "decoder_patch_size": patch_size,
-    }
+_NUMBERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
+
+
+def _size(*numbers: int) -> dict[str, int]:
+    return {f"decoder_{name}": number for name, number in zip(_NUMBERS, numbers, strict=True)}
 
 
 RAE_SIZES: dict[str, dict[str, int]] = {
@@ -55,18 +52,14 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
         encoder_cls: Dinov2withNorm, SigLIPwithNorm or MAEwithNorm (`encoders.ENCODERS`).
         encoder_config: its transformers configuration, or a part of it; None: the published base size.
         encoder_input_size: pixels of a side that images are resized to before they are encoded; None: the published.
-        decoder_hidden_size … decoder_layer_norm_eps: of the decoder, see `RAE_SIZES`.
         image_mean, image_std: per colour, what the encoder's pixels are normalised by; None: the encoder's own.
         noise_tau: the largest standard deviation of the noise on tokens in the decoder's training.
         latents_mean, latents_std: per channel, of the training subset's latents, as VAVAE has them.
-        element_statistics: whether a mean and a variance for each element of a latent are kept with the weights; its
-            latents are then normalised already.
+        element_statistics: keep a mean and a variance for each element of a latent with the weights; its latents are
+            then normalised already.
         in_channels, condition_dim, num_conditions: 3, 0 and 0, as other code asks any autoencoder for them.
 
     Images are (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), C the encoder's width, h = w the patches of a side.
-
-    Raises:
-        UserError: numbers that do not go together.
     """
 
     _supports_gradient_checkpointing = True
@@ -110,16 +103,9 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
         self.grid, self.downsampling = side // patch, decoder_patch_size
         self.image_size = self.grid * decoder_patch_size
         self.latent_shape = (self.encoder.channels, self.grid, self.grid)
-        self.decoder = image_decoder(
-            self.grid,
-            hidden_size=self.encoder.channels,
-            decoder_hidden_size=decoder_hidden_size,
-            decoder_num_hidden_layers=decoder_num_hidden_layers,
-            decoder_num_attention_heads=decoder_num_attention_heads,
-            decoder_intermediate_size=decoder_intermediate_size,
-            patch_size=decoder_patch_size,
-            layer_norm_eps=decoder_layer_norm_eps,
-        )
+        numbers = {name: self.config[name] for name in RAE_SIZES["ViTXL"] if name != "decoder_patch_size"}
+        numbers |= {"patch_size": decoder_patch_size, "layer_norm_eps": decoder_layer_norm_eps}
+        self.decoder = image_decoder(self.grid, hidden_size=self.encoder.channels, **numbers)
         mean, std = list(image_mean or kind.mean), list(image_std or kind.std)
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise UserError(f"image_mean {mean} and image_std {std}: expected three numbers each, std above 0")
@@ -140,27 +126,22 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
     # ---- what all autoencoders here have
     @property
     def has_own_statistics(self) -> bool:
-        """Return whether element-wise statistics travel with the weights, so that latents come out normalised."""
         return self.config.element_statistics
 
     def encode_images(
         self, images: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
     ) -> Tensor:
-        """Images in [-1, 1] → their latents; nothing is drawn and there are no vectors, so the rest is not used."""
+        """Return the latents of images in [-1, 1]; the rest, as every autoencoder takes it, is not used."""
         return self.encode(images).latent
 
     def decode_latents(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Normalised latents, as a denoiser makes them → images, which may lie outside [-1, 1]."""
+        """Return images of normalised latents, which may lie outside [-1, 1]."""
         return self.decode(self.denormalise(latents)).sample
 
     # ---- images ↔ latents
     @apply_forward_hook
     def encode(self, images: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Tensor]:
-        """Images (B, 3, S, S) in [-1, 1], of any S → `.latent` (B, C, h, w), without a graph.
-
-        Raises:
-            UserError: images that are not square or not of three channels.
-        """
+        """Return `.latent` (B, C, h, w), without a graph, of images (B, 3, S, S) in [-1, 1], of any S."""
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
             raise UserError(f"Images are {tuple(images.shape)}, an RAE takes square ones of 3 channels: (B, 3, S, S)")
         latents = self.latents_of(self.tokens((images.float() + 1) / 2))
@@ -168,18 +149,14 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """What `encode` gives → `.sample`, images float32 (B, 3, `image_size`, `image_size`) near [-1, 1].
-
-        Raises:
-            UserError: latents of another shape.
-        """
+        """Return `.sample`, images float32 (B, 3, `image_size`, `image_size`) near [-1, 1], of what `encode` gives."""
         if latents.ndim != 4 or tuple(latents.shape[1:]) != self.latent_shape:
             raise UserError(f"Latents are {tuple(latents.shape)}, this RAE decodes (B, {self._shape()})")
         images = self.colours(self.tokens_of(latents)) * 2 - 1
         return DecoderOutput(sample=images) if return_dict else (images,)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1] → their reconstructions."""
+        """Return the reconstructions of images in [-1, 1]."""
         return self.decode(self.encode(images).latent).sample
 
     @torch.no_grad()
@@ -226,11 +203,7 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor | None, var: Tensor | None) -> None:
-        """Keep element-wise statistics with the weights: each broadcasts to (C, h, w), or is None for 0 and 1.
-
-        Raises:
-            UserError: statistics of another shape, not finite, or a variance below 0.
-        """
+        """Keep element-wise statistics with the weights: each broadcasts to (C, h, w), or is None for 0 and 1."""
         for name, given, default in (("mean", mean, 0.0), ("var", var, 1.0)):
             given = torch.tensor(default) if given is None else given.detach()
             try:
@@ -296,13 +269,8 @@ def tiny_rae(image_size: int = 32, **changes: Any) -> RAE:
     if image_size < 8 or image_size % 8:
         raise UserError(f"image_size {image_size}: the tiny RAE takes multiples of 8 pixels")
     side = image_size // 8 * 14
-    encoder = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": side,
-        "patch_size": 14,
-    }
+    encoder = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    encoder |= {"image_size": side, "patch_size": 14}
     return RAE(**{"encoder_config": encoder, "encoder_input_size": side, **RAE_SIZES["tiny"], **changes})
 
 

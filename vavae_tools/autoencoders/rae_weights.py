@@ -4,7 +4,6 @@ Weights are read as tensors only. Nothing is downloaded, except where a person n
 """
 
 import inspect
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,15 +14,14 @@ from torch import Tensor, nn
 
 from vavae_tools.autoencoders.encoders import IMAGENET_MEAN, IMAGENET_STD, FrozenEncoder, common_name
 from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, VARIANCE_EPS
+from vavae_tools.checkpoints.foreign import plain_name
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import load_model, local_folder, read_checkpoint, read_safetensors
+from vavae_tools.runtime.files import load_model, local_folder, read_checkpoint, read_json, read_safetensors
 
 PARTS = ("ema", "model", "state_dict")
-"""Where a checkpoint's weights may stand, in the order they are looked for. The averaged weights come first, since the
-RAE authors decode with them; encoders are frozen, so that theirs are the same everywhere. Then what was trained, as the
-authors' training names it, then Lightning's name."""
+"""Where a checkpoint's weights may stand, in the order they are looked for: the averaged ones, by which the RAE authors
+decode, come first."""
 
-_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)((module|_orig_mod)\.)+")  # of DDP and torch.compile
 _ENCODER_FIRST = re.compile(r"^(.*?)embeddings\.(patch_embeddings\.projection|patch_embedding)\.weight$")
 _DECODER_FIRST = re.compile(r"^(.*?)trainable_cls_token$")  # MAE's own decoder, which is another, has none
 _NEEDLESS = ("decoder_pos_embed", "embeddings.mask_token")  # a formula, and of DINOv2's training
@@ -47,14 +45,12 @@ def load_rae(
     """Build an RAE from a person's files; what no file holds starts anew, and `log` gets a line about each.
 
     Args:
-        encoder_cls, encoder_input_size, image_mean, image_std, noise_tau: see `RAE`; a preprocessor_config.json beside
-            the encoder's configuration says mean and std, too.
-        encoder_config_path: a folder in transformers' format, with weights or without, or a `config.json`; None: the
-            published base size. "owner/name" is a repository of Hugging Face's hub, read only where no such path is
-            there. A folder of a whole RAE, or of diffusers' AutoencoderRAE, brings its own settings along, which hold.
+        encoder_config_path: a folder in transformers' format, with weights and preprocessor_config.json or without, or
+            a `config.json`; None: the published base size. "owner/name" is a repository of Hugging Face's hub, read
+            only where no such path is there. The settings of a whole RAE's folder hold before those given.
         encoder_checkpoint_path: a file with an encoder, a decoder or both, or a folder of a whole RAE.
-        decoder: see `decoder_size`; decoder_patch_size, where given, stands in place of its own.
-        decoder_path: a file with a decoder, such as the authors' `model.pt`; its decoder holds before another one.
+        decoder: see `decoder_size`.
+        decoder_path: a file with a decoder, such as the authors' `model.pt`; it holds before another one.
         statistics_path: the authors' `stat.pt`, or a `.safetensors` file with mean and var.
 
     Raises:
@@ -71,11 +67,11 @@ def load_rae(
         size = decoder_size(decoder)
         if decoder_patch_size is not None:
             size["decoder_patch_size"] = decoder_patch_size
-        settings = {"encoder_cls": encoder_cls, "encoder_input_size": encoder_input_size, "noise_tau": noise_tau}
-        own = {"image_mean": image_mean, "image_std": image_std}
-        of_encoder, weights = _encoder_files(encoder_config_path)
-        own = {**of_encoder, **{name: value for name, value in own.items() if value is not None}}
-        rae, fresh = RAE(**settings, **own, **size), {"encoder", "decoder"}
+        settings, weights = _encoder_files(encoder_config_path)
+        colours = {"image_mean": image_mean, "image_std": image_std}
+        settings |= {name: value for name, value in colours.items() if value is not None}
+        rae = RAE(encoder_cls, encoder_input_size=encoder_input_size, noise_tau=noise_tau, **settings, **size)
+        fresh = {"encoder", "decoder"}
         if weights is not None:
             _take(rae, weights, ("encoder",), fresh, log)
     if encoder_checkpoint_path is not None:
@@ -108,15 +104,12 @@ def _take(rae: RAE, path: str | Path, parts: tuple[str, ...], fresh: set[str], l
 def read_rae_weights(path: str | Path) -> dict[str, Any]:
     """Sort what a `.pt`, `.pth`, `.ckpt` or `.safetensors` file, or a folder, of an RAE holds.
 
-    A checkpoint may hold its weights under one of `PARTS`, or bare, behind any prefix: an encoder under transformers'
-    names, of any version; a decoder under the authors' or diffusers' names; or both.
+    Its weights may stand under one of `PARTS`, or bare, behind any prefix: an encoder under transformers' names, of any
+    version; a decoder under the authors' or diffusers' names; or both.
 
     Returns:
         "encoder", "decoder": (where they stand, weights without the prefix), "statistics": (mean, var); only those
         that are there.
-
-    Raises:
-        UserError: nothing there, damaged, or neither an encoder nor a decoder in it.
     """
     checkpoint = _weights_in(Path(path))
     candidates = [(f", {part}", checkpoint[part]) for part in PARTS if isinstance(checkpoint.get(part), Mapping)]
@@ -132,11 +125,7 @@ def read_rae_weights(path: str | Path) -> dict[str, Any]:
 
 def sorted_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return the "encoder", "decoder" and "statistics" in weights of any prefix; only those that are there."""
-    named = {
-        _WRAPPERS.sub("", name): tensor
-        for name, tensor in state_dict.items()
-        if isinstance(name, str) and isinstance(tensor, Tensor)
-    }
+    named = {plain_name(str(name)): tensor for name, tensor in state_dict.items() if isinstance(tensor, Tensor)}
     found: dict[str, Any] = {}
     for part, first in (("encoder", _ENCODER_FIRST), ("decoder", _DECODER_FIRST)):
         starts = {match[1] for match in map(first.match, named) if match}
@@ -173,9 +162,6 @@ def fit(
 ) -> None:
     """Put weights into an encoder or a decoder, whatever version's names they have.
 
-    Args:
-        what, source: how messages call the module and the weights.
-
     Raises:
         UserError: weights of another shape, or too few of them.
     """
@@ -204,11 +190,7 @@ def fit(
 
 
 def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None]:
-    """Return the mean and variance of the authors' `stat.pt`, each float32 (C, h, w), or None where it has none.
-
-    Raises:
-        UserError: no such file, damaged, or neither of both in it.
-    """
+    """Return the mean and variance of the authors' `stat.pt`, each float32 (C, h, w), or None where it has none."""
     saved = _weights_in(Path(path))
     mean, var = (saved[name].float() if isinstance(saved.get(name), Tensor) else None for name in ("mean", "var"))
     if mean is None and var is None:
@@ -221,16 +203,12 @@ def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None]:
 def is_rae_folder(path: str | Path) -> bool:
     """Return whether it is a folder of a whole RAE: one from here, or of diffusers' AutoencoderRAE."""
     config = Path(path) / "config.json"
-    return config.is_file() and _read_json(config).get("_class_name") in ("RAE", "AutoencoderRAE")
+    return config.is_file() and read_json(config).get("_class_name") in ("RAE", "AutoencoderRAE")
 
 
 def read_rae_folder(folder: str | Path) -> RAE:
-    """Return the RAE that `save_pretrained` wrote, here or in diffusers.
-
-    Raises:
-        UserError: a file missing or damaged, or weights that do not fit.
-    """
-    config = _read_json(Path(folder) / "config.json")
+    """Return the RAE that `save_pretrained` wrote, here or in diffusers."""
+    config = read_json(Path(folder) / "config.json")
     if config["_class_name"] == "AutoencoderRAE":
         return from_diffusers(config, _weights_in(Path(folder)), str(folder)).eval()
     return load_model(RAE, folder)
@@ -248,13 +226,9 @@ def from_diffusers(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], 
     given = {**defaults, **{name: value for name, value in config.items() if value is not None}}
     width = given["encoder_hidden_size"]
     encoder = {"hidden_size": width, "num_attention_heads": width // 64, "patch_size": given["encoder_patch_size"]}
-    mean, std = (
-        state_dict[name].flatten().tolist() if name in state_dict else given[argument] or default
-        for name, argument, default in (
-            ("encoder_mean", "encoder_norm_mean", IMAGENET_MEAN),
-            ("encoder_std", "encoder_norm_std", IMAGENET_STD),
-        )
-    )
+    mean, std = given["encoder_norm_mean"] or IMAGENET_MEAN, given["encoder_norm_std"] or IMAGENET_STD
+    if "encoder_mean" in state_dict and "encoder_std" in state_dict:
+        mean, std = (state_dict[name].flatten().tolist() for name in ("encoder_mean", "encoder_std"))
     rae = RAE(
         encoder_cls=given["encoder_type"],
         encoder_config={**encoder, "num_hidden_layers": given["encoder_num_hidden_layers"]},
@@ -280,11 +254,7 @@ def from_diffusers(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], 
 
 # ---- files
 def decoder_size(decoder: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Return a decoder's numbers: "ViTB", "ViTL", "ViTXL", "tiny", some numbers, or a config.json or its folder.
-
-    Raises:
-        UserError: no such size or file, or numbers that a decoder does not have.
-    """
+    """Return a decoder's numbers: "ViTB", "ViTL", "ViTXL", "tiny", some numbers, or a config.json or its folder."""
     known = {*RAE_SIZES["ViTXL"], "decoder_layer_norm_eps"}
     if isinstance(decoder, Mapping):
         unknown = sorted(set(decoder) - known)
@@ -296,7 +266,7 @@ def decoder_size(decoder: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     path = Path(decoder)
     if not path.exists():
         raise UserError(f"No decoder size {str(decoder)!r}, nor a config.json there; there are {', '.join(RAE_SIZES)}")
-    config = _read_json(path / "config.json" if path.is_dir() else path)
+    config = read_json(path / "config.json" if path.is_dir() else path)
     if "decoder_hidden_size" not in config:
         raise UserError(f"{path} is no decoder's configuration: it has no decoder_hidden_size")
     config["decoder_layer_norm_eps"] = config.get("layer_norm_eps", 1e-12)
@@ -315,14 +285,13 @@ def _encoder_files(source: str | Path | None) -> tuple[dict[str, Any], Path | No
         patterns=["*.json", "*.safetensors"],
         file="config.json",
     )
-    folder, config = (path, path / "config.json") if path.is_dir() else (path.parent, path)
+    config = path / "config.json" if path.is_dir() else path
     if not config.is_file():
         raise UserError(f"{path} is no encoder's folder: config.json is missing; it holds {_names_in(path)}")
-    preprocessor = folder / "preprocessor_config.json"
-    colours = _read_json(preprocessor) if preprocessor.is_file() else {}
+    preprocessor = config.with_name("preprocessor_config.json")
+    colours = read_json(preprocessor) if preprocessor.is_file() else {}
     arguments = {name: colours[name] for name in ("image_mean", "image_std") if name in colours}
-    has_weights = path.is_dir() and bool(_weight_files(path))
-    return {"encoder_config": _read_json(config), **arguments}, path if has_weights else None
+    return {"encoder_config": read_json(config), **arguments}, path if path.is_dir() and _weight_files(path) else None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -344,13 +313,3 @@ def _weights_in(path: Path) -> dict[str, Any]:
 
 def _names_in(folder: Path) -> str:
     return ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): copy it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, expected an object of settings")
-    return value

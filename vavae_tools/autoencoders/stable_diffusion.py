@@ -1,6 +1,5 @@
 """Stable Diffusion's autoencoder (Rombach et al. 2022): diffusers' AutoencoderKL with the scale of its latents."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,43 +8,30 @@ from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (a pipeline looks
 from torch import Tensor
 
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import load_model, local_folder
+from vavae_tools.runtime.files import load_model, local_folder, read_json
 
 SHAPES_VAE = Path(__file__).parent / "pretrained_shapes"
 """A small one that comes with this package, for coloured shapes: latents 4×H/4×W/4 (`benchmarks/pretrain_small.py`)."""
 
 
 class StableDiffusionVAE(AutoencoderKL):
-    """AutoencoderKL as Stable Diffusion uses it: what it encodes is (z − shift_factor) · scaling_factor, of about unit
-    variance, and what it decodes is that too. Arguments are AutoencoderKL's own.
+    """AutoencoderKL as Stable Diffusion uses it: its latents are (z − shift_factor) · scaling_factor.
 
-    Images are (B, C, H, W) in [-1, 1]; latents (B, latent_channels, H/f, W/f), of Stable Diffusion 1.5 (B, 4, H/8,
-    W/8). `enable_slicing()` takes images one by one, for less memory.
+    Images are (B, C, H, W) in [-1, 1]; latents (B, latent_channels, H/f, W/f), of about unit variance.
     """
 
-    has_own_statistics = True
-    """Its latents come out scaled already, so that no statistics are to be computed from the training subset."""
-
+    has_own_statistics = True  # as in `LatentStatistics`
     decoding_alone: ClassVar = ("decoder.", "post_quant_conv.")
-    """How the names of weights begin that the latents do not follow from: another decoder leaves them valid."""
-
-    image_size = None
-    """It takes any size; that it has this attribute makes its config, and so the scale, part of the latents' key."""
+    image_size = None  # any; that it has this attribute makes its config, and so the scale, part of the latents' key
 
     @property
     def downsampling(self) -> int:
-        """Pixels of an image's side for one of a latent's."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     def encode_images(
         self, images: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
     ) -> Tensor:
-        """Images in [-1, 1] → one latent each, scaled: a sample of the posterior, or its mode.
-
-        Args:
-            labels: taken as every autoencoder's, and not used.
-            normal: gives standard normal numbers of the shape (B, *sizes) when called with `sizes`; None: the mode.
-        """
+        """Return a scaled latent for each image in [-1, 1]; see `VAVAE.encode_images`. Labels are not used."""
         posterior = self.encode(images).latent_dist
         z = posterior.mean if normal is None else posterior.mean + posterior.std * normal(*posterior.mean.shape[1:])
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
@@ -75,9 +61,6 @@ def load_stable_diffusion_vae(source: str | Path, use_slicing: bool = False) -> 
         source: a folder that `save_pretrained` wrote, a pipeline's folder with `vae/` in it, or "owner/name", a
             repository of Hugging Face's hub, read only where no such path is there.
         use_slicing: encode and decode images one by one, for less memory.
-
-    Raises:
-        UserError: nothing there, no AutoencoderKL, no weights, or files that are damaged.
     """
     files = ["config.json", "diffusion_pytorch_model.safetensors"]
     folder = _folder_of_vae(
@@ -91,7 +74,7 @@ def load_stable_diffusion_vae(source: str | Path, use_slicing: bool = False) -> 
     )
     name = _config_in(folder).get("_class_name")
     if name not in ("AutoencoderKL", "StableDiffusionVAE"):
-        found = f"holds a {name}" if name else "has no config.json that can be read"
+        found = f"holds a {name}" if name else "has no config.json"
         raise UserError(f"{folder} {found}, expected an AutoencoderKL as Stable Diffusion's vae/")
     weights = [path.name for path in folder.glob("diffusion_pytorch_model*")]
     half = bool(weights) and all(".fp16." in name for name in weights)
@@ -102,12 +85,8 @@ def load_stable_diffusion_vae(source: str | Path, use_slicing: bool = False) -> 
 
 
 def _config_in(folder: Path) -> dict[str, Any]:
-    """Return what the config.json of a folder holds; empty where there is none, or a damaged one."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    path = folder / "config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def _folder_of_vae(folder: Path) -> Path:

@@ -5,13 +5,12 @@ AutoencoderKL reproduces. What is added here is one vector per person (or class)
 decoder by projections that start at zero: at first the model equals the one without vectors, bit by bit.
 """
 
-import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (a pipeline looks here for the base it loads with)
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -19,8 +18,6 @@ from torch import Tensor, nn
 
 from vavae_tools.data.images import ImageFolder, to_pixels, to_unit
 from vavae_tools.runtime.errors import UserError
-
-_OF_AUTOENCODER_KL = set(inspect.signature(AutoencoderKL.__init__).parameters) - {"self"}
 
 
 class LatentStatistics:
@@ -50,50 +47,29 @@ class LatentStatistics:
         if self.config.latents_mean is None or self.config.latents_std is None:
             name = type(self).__name__
             raise UserError(f"This {name} carries no latent statistics: encode the training subset first (latents)")
-        return tuple(
-            torch.tensor(v).to(like)[:, None, None] for v in (self.config.latents_mean, self.config.latents_std)
-        )
+        numbers = torch.tensor([self.config.latents_mean, self.config.latents_std]).to(like)
+        return numbers[0, :, None, None], numbers[1, :, None, None]
 
 
 class VAVAE(LatentStatistics, AutoencoderKL):
     """AutoencoderKL with a condition vector; its other arguments are AutoencoderKL's own.
 
+    `latents_mean` and `latents_std` are those of the training subset's latents. They travel with the model, so that
+    sampling needs no training data.
+
     Args:
-        latents_mean, latents_std: per channel, of the latents this model makes of the training subset; they travel
-            with the model, so that whoever samples needs no training data.
         condition_dim: length of the condition vector; 0 builds the plain AutoencoderKL.
         num_conditions: how many people (or classes) have a vector of their own in `conditions`.
 
     Images are (B, C, H, W) in [-1, 1]; latents (B, latent_channels, H/f, W/f), not normalised.
     """
 
-    @register_to_config
     def __init__(
-        self,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
-        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
-        block_out_channels: tuple[int, ...] = (64,),
-        layers_per_block: int = 1,
-        act_fn: str = "silu",
-        latent_channels: int = 4,
-        norm_num_groups: int = 32,
-        sample_size: int = 32,
-        scaling_factor: float = 1.0,
-        shift_factor: float | None = None,
-        latents_mean: tuple[float, ...] | None = None,
-        latents_std: tuple[float, ...] | None = None,
-        force_upcast: bool = True,
-        use_quant_conv: bool = True,
-        use_post_quant_conv: bool = True,
-        mid_block_add_attention: bool = True,
-        condition_dim: int = 0,
-        num_conditions: int = 0,
+        self, condition_dim: int = 0, num_conditions: int = 0, scaling_factor: float = 1.0, **arguments: Any
     ) -> None:
-        given = locals()
-        # by name: diffusers takes what is given by place for defaults, and from_config would leave it out
-        super().__init__(**{name: value for name, value in given.items() if name in _OF_AUTOENCODER_KL})
+        super().__init__(scaling_factor=scaling_factor, **arguments)
+        self.register_to_config(condition_dim=condition_dim, num_conditions=num_conditions)
+        block_out_channels = self.config.block_out_channels
         self.downsampling = 2 ** (len(block_out_channels) - 1)
         if condition_dim:
             self.conditions = nn.Embedding(num_conditions, condition_dim)
@@ -101,6 +77,12 @@ class VAVAE(LatentStatistics, AutoencoderKL):
             self.encoder_projections = nn.ModuleList(_zero_linear(condition_dim, width) for width in into)
             into = [block_out_channels[-1], block_out_channels[-1], *block_out_channels[:0:-1]]
             self.decoder_projections = nn.ModuleList(_zero_linear(condition_dim, width) for width in into)
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        """Return what diffusers' `from_config` gives to `__init__`."""
+        of_base = AutoencoderKL._get_init_keys(AutoencoderKL)
+        return of_base if input_class is not VAVAE else {*of_base, "condition_dim", "num_conditions"}
 
     def condition_vectors(self, labels: Tensor | None, keep: Tensor | None = None) -> Tensor | None:
         """Return vectors (B, condition_dim) of labels int64 (B,), zero where `keep` (B,) is False; None without any."""
@@ -169,7 +151,7 @@ class VAVAE(LatentStatistics, AutoencoderKL):
         """Return a latent for each image in [-1, 1], not normalised: a sample of the posterior, or its mode.
 
         Args:
-            labels: int64 (B,), of the people whose vectors are used, where the model has vectors.
+            labels: int64 (B,), of the people whose vectors are used.
             normal: gives standard normal numbers of the shape (B, *sizes) when called with `sizes`; None: the mode.
         """
         posterior = self.encode(images, condition=self.condition_vectors(labels)).latent_dist
@@ -193,7 +175,6 @@ def _float32_under_autocast(h: Tensor) -> torch.autocast | nullcontext:
 
 
 def _zero_linear(condition_dim: int, width: int) -> nn.Linear:
-    """Return a projection that adds nothing until it has learned to."""
     linear = nn.Linear(condition_dim, width, bias=False)
     nn.init.zeros_(linear.weight)
     return linear
@@ -209,22 +190,15 @@ VAVAE_SIZES: dict[str, dict] = {
     # The published model: 16× smaller, 32 channels, attention at the coarsest level; 70 M parameters, for a GPU.
     "f16d32": {
         **_levels(5, attention_at=(4,)),
-        "block_out_channels": (128, 128, 256, 256, 512),
-        "layers_per_block": 2,
-        "latent_channels": 32,
-        "norm_num_groups": 32,
-        "sample_size": 256,
+        **{"block_out_channels": (128, 128, 256, 256, 512), "layers_per_block": 2},
+        **{"latent_channels": 32, "norm_num_groups": 32, "sample_size": 256},
     },
     # For a CPU: 4× smaller, 8 channels, no attention; 0.42 M parameters, the size of the weights in this package. With
     # as many numbers in a latent, 8× and 32 channels learned far slower (28.3 against 30.3 dB after 360 steps).
     "small": {
         **_levels(3),
-        "block_out_channels": (16, 32, 48),
-        "layers_per_block": 1,
-        "latent_channels": 8,
-        "norm_num_groups": 8,
-        "sample_size": 64,
-        "mid_block_add_attention": False,
+        **{"block_out_channels": (16, 32, 48), "layers_per_block": 1, "mid_block_add_attention": False},
+        **{"latent_channels": 8, "norm_num_groups": 8, "sample_size": 64},
     },
 }
 
@@ -237,19 +211,13 @@ def vavae(size: str = "f16d32", **arguments: object) -> VAVAE:
 
 
 def resolve_image_size(model: VAVAE, image_size: int | tuple[int, int] | None = None) -> int | tuple[int, int]:
-    """Return an image size in pixels that this model takes, one number or (height, width); None: its own.
-
-    Raises:
-        UserError: a side that is not divisible by the model's down-sampling.
-    """
+    """Return an image size in pixels that this model takes, one number or (height, width); None: its own."""
     size = model.config.sample_size if image_size is None else image_size
-    size = tuple(size) if isinstance(size, (list, tuple)) else size
+    size = tuple(size) if isinstance(size, list) else size
     sides = size if isinstance(size, tuple) else (size,)
     if min(sides) < 1 or any(side % model.downsampling for side in sides):
-        raise UserError(
-            f"--image_size {'x'.join(map(str, sides))} does not fit this VA-VAE: it must be divisible by "
-            f"{model.downsampling}"
-        )
+        given = "x".join(map(str, sides))
+        raise UserError(f"--image_size {given} does not fit this VA-VAE: it must be divisible by {model.downsampling}")
     return size
 
 

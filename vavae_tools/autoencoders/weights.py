@@ -59,9 +59,6 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
         source: a folder that `save_pretrained` wrote (of a VAVAE or of diffusers' AutoencoderKL), a `.ckpt` of
             VA-VAE training here, or weights under the reference's names: the released `.pt`, a `.ckpt` of the
             reference's training, a `.safetensors` file.
-
-    Raises:
-        UserError: nothing there, damaged, or not a VA-VAE.
     """
     source = Path(source)
     if source.is_dir() or source.name == FOLDER_WEIGHTS:
@@ -87,12 +84,8 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
 def from_state_dict(
     state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, source: str | Path = "state_dict"
 ) -> VAVAEWeights:
-    """Sort weights under the reference's names, of the autoencoder alone or of its whole training.
-
-    Args:
-        state_dict: bare, or a checkpoint that holds it under "state_dict".
-        config: {"ddconfig": {…}, "embed_dim": …}, see `vavae_arguments`.
-        source: what messages call them.
+    """Sort weights under the reference's names, of the autoencoder alone or of its whole training; `config` is as in
+    `vavae_arguments`.
     """
     named = {name: tensor for name, tensor in plain_names(state_dict).items() if isinstance(tensor, Tensor)}
     # where it holds no weights, what it holds in their place is told
@@ -115,11 +108,8 @@ def build_vavae(
     """Build the model with these weights; vectors and projections that they do not hold start anew.
 
     Args:
-        condition_dim, num_conditions: of the model wanted; None keeps what the weights have, 0 drops it.
+        condition_dim: None keeps the vectors that the weights have, 0 drops them.
         channels: of the images, see `with_channels`; None keeps them.
-
-    Raises:
-        UserError: weights that are missing, or of another shape.
     """
     if channels is not None:
         found = with_channels(found, channels)
@@ -138,15 +128,14 @@ def build_vavae(
         raise UserError(f"{found.source} is of another architecture: {first}") from None
     fresh = [name for name in loaded.missing_keys if not name.startswith(CONDITION_PREFIXES)]
     if fresh:
-        raise UserError(
-            f"{found.source} lacks {len(fresh)} of the model's weights, the first {fresh[0]}; is it a VA-VAE?"
-        )
+        lacking = f"lacks {len(fresh)} of the model's weights, the first {fresh[0]}"
+        raise UserError(f"{found.source} {lacking}; is it a VA-VAE?")
     parts = {"a discriminator": found.discriminator, "an alignment projection": found.projection}
-    came = [part for part, there in parts.items() if there is not None]
+    came = " and ".join(part for part, there in parts.items() if there is not None)
+    unused = len(loaded.unexpected_keys) + len(found.unused)
     log(
         f"VA-VAE weights: {len(weights) - len(loaded.unexpected_keys)} matched, {len(loaded.missing_keys)} start anew, "
-        f"{len(loaded.unexpected_keys) + len(found.unused)} unused{', with ' if came else ''}{' and '.join(came)} "
-        f"({found.source})"
+        f"{unused} unused{', with ' if came else ''}{came} ({found.source})"
     )
     return model
 
@@ -154,11 +143,8 @@ def build_vavae(
 def with_channels(found: VAVAEWeights, channels: int) -> VAVAEWeights:
     """Return the same weights for images of one channel in place of several, or the reverse.
 
-    A grey image stands for one of equal channels, so that nothing that was learned is lost: the grey model equals
-    the other one fed with equal channels, its output averaged over them; and so does the discriminator.
-
-    Raises:
-        UserError: neither the number now nor the one wanted is 1.
+    Nothing that was learned is lost: the grey model and its discriminator equal the others fed with equal channels,
+    their output averaged over them.
     """
     now, first, discriminator = found.config["in_channels"], "main.0.weight", found.discriminator
     if channels < 1 or (channels != now and 1 not in (channels, now)):
@@ -187,10 +173,8 @@ def _for_output(tensor: Tensor, channels: int) -> Tensor:
 
 
 def read_condition_file(path: str | Path, labels: dict[str, int]) -> Tensor:
-    """Read one vector per person from a safetensors file whose keys are the folders' names (`ID_1`, …).
-
-    Returns:
-        float32 (number of labels, condition_dim), in the order of the labels.
+    """Return one vector per person, float32 (number of labels, condition_dim), of a safetensors file whose keys are the
+    folders' names (`ID_1`, …).
     """
     if not Path(path).is_file():
         raise UserError(f"No condition file {path}; it holds one vector per person under the folder's name (ID_1 …)")

@@ -38,8 +38,7 @@ def load_reference(kind: str, state_dict: Mapping[str, Tensor], config: Mapping[
             `model.decode(z).sample`; "rae" and "rae_decoder" → see `rae.load_rae_reference`, "rae_encoder" →
             `rae.load_rae_encoder_reference`.
         state_dict: the weights under the reference's names; of a denoiser also a checkpoint with "ema" or "model".
-        config: the reference's constructor arguments under its names, which need not be all; of "vavae" {"ddconfig":
-            {…}, "embed_dim": …}.
+        config: some of the reference's constructor arguments; of "vavae" {"ddconfig": {…}, "embed_dim": …}.
     """
     if kind not in LOADERS:
         raise UserError(f"No reference of kind {kind!r}; known kinds: {', '.join(sorted(LOADERS))}.")

@@ -3,7 +3,6 @@
 LightningDiT (Yao & Wang 2025), RAE's LightningDiT and DiT^DH (Zheng et al. 2025), DiT (Peebles & Xie 2023).
 """
 
-import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vavae_tools.checkpoints.foreign import plain_name
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
 from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
@@ -28,7 +28,6 @@ DDT_DEFAULTS = {"input_size": 1, "hidden_size": (1152, 2048), "depth": (28, 2), 
 DIT_DEFAULTS = {"input_size": 32, "patch_size": 2, "in_channels": 4, **_XL, "learn_sigma": True}
 DIT_DEFAULTS |= {"swiglu": False, "rope": False, "rms_norm": False}
 
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # of DDP and torch.compile
 TABLES = ("pos_embed", "feat_rope.", "enc_feat_rope.", "dec_feat_rope.")  # fixed, computed by our constructors
 
 Interval = tuple[float, float]
@@ -179,11 +178,7 @@ def load_dit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> PlainD
 
 
 def _load(kind: type[PublishedDenoiser], config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> PublishedDenoiser:
-    """Return a model in eval mode with a reference's weights.
-
-    Raises:
-        UserError: other weights or shapes than the model's, or a table of positions of another shape.
-    """
+    """Return a model in eval mode with a reference's weights."""
     denoiser, conditioner = split_reference_arguments(config)
     model = kind(make_denoiser(denoiser), ClassConditioner(**conditioner))
     for part, weights in zip((model.denoiser, model.conditioner), split_state_dict(state_dict), strict=True):
@@ -195,12 +190,11 @@ def _load(kind: type[PublishedDenoiser], config: Mapping[str, Any], state_dict: 
     # The published table is the one that ours computes; another is honoured here, though `save_pretrained` keeps none.
     positions = plain_state_dict(state_dict).get("pos_embed")
     ours = model.denoiser.enc_pos_embed if kind is DiTDH else model.denoiser.pos_embed
-    if positions is not None and ours is None:
-        raise UserError(f"pos_embed is {tuple(positions.shape)} in these weights, but use_pos_embed is False.")
-    if positions is not None and positions.shape != ours.shape:
-        shapes = f"{tuple(positions.shape)} in these weights, {tuple(ours.shape)}"
-        raise UserError(f"pos_embed is {shapes} by input_size, patch_size and hidden_size.")
     if positions is not None:
+        found, expected = tuple(positions.shape), None if ours is None else tuple(ours.shape)
+        if found != expected:
+            arguments = "use_pos_embed, input_size, patch_size and hidden_size"
+            raise UserError(f"pos_embed is {found} in these weights, {expected} by {arguments}.")
         ours.copy_(positions)
     return model.eval()
 
@@ -222,25 +216,20 @@ def plain_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         if isinstance(checkpoint.get(part), Mapping):
             checkpoint = checkpoint[part]
             break
-    return {WRAPPERS.sub("", name): tensor for name, tensor in checkpoint.items()}
+    return {plain_name(name): tensor for name, tensor in checkpoint.items()}
 
 
 def read_latent_statistics(path: str | Path) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of each latent channel, from LightningDiT's `latents_stats.pt` {mean, std}.
-
-    Raises:
-        UserError: no such file, a file that is something else, or numbers that cannot normalise latents.
-    """
+    """Return mean and standard deviation of each latent channel, from LightningDiT's `latents_stats.pt` {mean, std}."""
     saved = read_saved(path)
     if not isinstance(saved, Mapping) or not all(isinstance(saved.get(name), Tensor) for name in ("mean", "std")):
         held = ", ".join(map(str, list(saved)[:4])) if isinstance(saved, Mapping) else type(saved).__name__
         raise UserError(f"{path} holds {held or 'nothing'}, expected the tensors mean and std of latents_stats.pt.")
-    channels = saved["mean"].numel()
-    for name in ("mean", "std"):
-        shape = tuple(saved[name].shape)
-        if shape != (1, channels, 1, 1):
-            raise UserError(f"{path} has a {name} of shape {shape}, expected (1, channels, 1, 1), both of one length.")
-    mean, std = saved["mean"].flatten(), saved["std"].flatten()
+    mean, std = saved["mean"], saved["std"]
+    if mean.shape != std.shape or mean.shape != (1, mean.numel(), 1, 1):
+        shapes = f"a mean of shape {tuple(mean.shape)} and a std of shape {tuple(std.shape)}"
+        raise UserError(f"{path} has {shapes}, expected (1, channels, 1, 1), both of one length.")
+    mean, std = mean.flatten(), std.flatten()
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         raise UserError(f"{path} has numbers that are not finite or a std of 0 in it: make the statistics again.")
     return mean.tolist(), std.tolist()

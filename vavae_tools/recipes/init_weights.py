@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from vavae_tools.checkpoints.foreign import few
+from vavae_tools.checkpoints.foreign import few, plain_name
 from vavae_tools.checkpoints.formats import read_any_format
 from vavae_tools.diffusion.ddt import DDT_SIZES
 from vavae_tools.diffusion.lora import merged_weights
 from vavae_tools.diffusion.transformer import DiT_SIZES
 from vavae_tools.pipelines.base import read_pipeline
 from vavae_tools.pipelines.classes import LatentDiTPipeline
-from vavae_tools.published.denoisers import TABLES, WRAPPERS
+from vavae_tools.published.denoisers import TABLES
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import read_checkpoint, read_safetensors
 
@@ -119,7 +119,7 @@ def _published(source: Path, saved: Mapping[str, Any], kind: str | None) -> Star
     while part := next((part for part in parts if isinstance(saved.get(part), Mapping) and saved[part]), None):
         left += [str(name) for name in saved if name != part]
         saved = saved[part]
-    named = {WRAPPERS.sub("", str(name)): tensor for name, tensor in saved.items()}
+    named = {plain_name(str(name)): tensor for name, tensor in saved.items()}
     first, of_classes = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
     # a training's checkpoint may hold the live weights and their average side by side
     begins = [name.removesuffix(first) for name in named if f".{name}".endswith(f".{first}")]

@@ -152,6 +152,21 @@ def write_json(path: str | Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object of settings that a JSON file holds.
+
+    Raises:
+        UserError: no such file, a damaged one, or another value.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): copy it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected an object of settings")
+    return value
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return what `read_saved` reads, where that is a dict, and else raise a `UserError`."""
     checkpoint = read_saved(path)
