@@ -152,12 +152,12 @@ def test_previews_take_people_in_turn(folder):
 def test_rows_on_the_disk_go_along_through_the_loader(split_dir, tmp_path, num_workers):
     data = ImageDataModule(split_dir, 16, batch_size=5, num_workers=num_workers)
     np.arange(24 * 3, dtype=np.float16).reshape(24, 3).tofile(tmp_path / "features")
-    tree_map_with_path = np.memmap(tmp_path / "features", np.float16, "r+", shape=(24, 3))
-    data.train_data.extra_fields["features"] = torch.from_numpy(tree_map_with_path)
+    rows = np.memmap(tmp_path / "features", np.float16, "r+", shape=(24, 3))
+    data.train_data.extra_fields["features"] = torch.from_numpy(rows)
     batches = list(data.train_dataloader())
     assert len(batches) == 4
     for batch in batches:
-        assert torch.equal(batch["features"], torch.from_numpy(tree_map_with_path)[batch["index"]])
+        assert torch.equal(batch["features"], torch.from_numpy(rows)[batch["index"]])
         assert torch.equal(batch["images"], data.train_data.in_memory()[batch["index"]])
     assert "features" not in next(iter(data.val_dataloader()))
 

@@ -247,14 +247,14 @@ def test_validation_has_first_captions(folder, tmp_path):
 
 def test_texts_of_other_images_are_refused(tmp_path, folder):
     latents = write_latents(tmp_path / "latents", 4)
-    with pytest.raises(UserError, match="4 images of the subset train"):
+    with pytest.raises(UserError, match="5 images of the subset train, .* latents of 4 other ones"):
         TextLatentDataModule(latents, folder)
     latents = write_latents(tmp_path / "latents")
     named = encode_texts(WordEncoder(), CAPTIONS, tmp_path / "a", latents.names, progress=False)
     assert len(TextLatentDataModule(latents, named).train_data) == 5
     names = {**latents.names, "train": latents.names["train"][::-1]}
     other = encode_texts(WordEncoder(), CAPTIONS, tmp_path / "b", names, progress=False)
-    with pytest.raises(UserError, match="other images"):
+    with pytest.raises(UserError, match="latents of 5 other ones"):
         TextLatentDataModule(latents, other)
 
 

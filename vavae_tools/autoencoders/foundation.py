@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.loading import silent_transformers
-from vavae_tools.data.encoded import Rows, Store, agree, cut, encode, tree_map_with_path
+from vavae_tools.data.encoded import Rows, Store, agree, cut, encode, open_shard
 from vavae_tools.data.images import DecodedImages, to_unit
 from vavae_tools.runtime.console import tell
 from vavae_tools.runtime.errors import UserError, one_line
@@ -217,7 +217,7 @@ def foundation_features(
 
     key, former, fits = agree(ranks, look, foundation.digest)
     if former:
-        return Rows([tree_map_with_path(path)["features"]])
+        return Rows([open_shard(path)["features"]])
     if not fits:
         return None
     shards = cut(path.stem, len(data), row_bytes, batch_size, key)
@@ -232,7 +232,7 @@ def foundation_features(
         ranks=ranks,
         progress=progress,
     )
-    return Rows([tree_map_with_path(path.parent / name)["features"] for name in shards])
+    return Rows([open_shard(path.parent / name)["features"] for name in shards])
 
 
 def _cache_key(foundation: Foundation, data: DecodedImages, grid: tuple[int, int]) -> str:

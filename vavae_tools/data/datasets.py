@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
@@ -36,9 +37,7 @@ from vavae_tools.runtime.errors import UserError
 
 
 class ImageDataModule(ImageSetDataModule):
-    """The images in `data_dir` as batches.
-
-    `data_dir` is one of
+    """The images in `data_dir` as batches, which is one of
 
     - a folder per class, with any names; images in folders below a class's own belong to it;
     - such folders in `train/`, and in `validation/ valid/ val/ dev/ test/` (the first one there) what validates;
@@ -51,7 +50,7 @@ class ImageDataModule(ImageSetDataModule):
     Args:
         image_size: pixels, one number or (height, width).
         seed: of the order, and of what is held out.
-        use_hf_dataset: whether it is a Hugging Face dataset; None: see what is there.
+        use_hf_dataset: whether it is a Hugging Face dataset; None: look.
         train_split: the name of the training subset.
         val_share: where nothing validates, this share of each class is held out; by default 0.05, and 0 for a split.
         crop: "adm", the centre, or "none", the whole image resized; by default "adm", and "none" for a split, since a
@@ -82,9 +81,10 @@ class ImageDataModule(ImageSetDataModule):
         crop = crop or ("none" if is_split else "adm")
         options = {"image_size": image_size, "crop": crop, "channels": channels or 3, "progress": progress}
         labels, train, val = _read_subsets(data_dir, use_hf_dataset, train_split, options)
-        if channels is None and (found := train.stored_channels()) != 3:
-            for subset in (train, *([val] if val else [])):
-                subset.channels = found
+        if channels is None:
+            channels = train.stored_channels()
+            for subset in filter(None, (train, val)):
+                subset.channels = channels
         if val is None:
             train, val = hold_out(train, val_share, seed)
         super().__init__(train, val, labels, batch_size, num_workers, seed)
@@ -100,12 +100,7 @@ def class_data(
     num_classes: int = 4,
     **options: Any,
 ) -> ImageSetDataModule:
-    """Return `ImageDataModule(data_dir, …)`, or for "shapes" made-up images (`shape_data`).
-
-    Args:
-        image_size: None: 256, of shapes 32.
-        num_images, num_classes: of shapes.
-    """
+    """Return `ImageDataModule(data_dir, …)`, or for "shapes" `num_images` made-up ones of 32×32 (`shape_data`)."""
     if str(data_dir) != "shapes":
         return ImageDataModule(data_dir, image_size or 256, **options)
     names = ("batch_size", "num_workers", "seed", "channels", "val_share")
@@ -139,7 +134,7 @@ def hold_out(data: DecodedImages, share: float, seed: int = 0) -> tuple[DecodedI
     """
     if not share:
         return data, None
-    hashes = _equal_files(data.paths) if isinstance(data, ImageFiles) else {}
+    hashes = _equal_files(data) if isinstance(data, ImageFiles) else {}
     rows = enumerate(zip(data.labels.tolist(), data.names, strict=True))
     images = [ImageEntry(str(label), name, "", 0, 0, sha256=hashes.get(place)) for place, (label, name) in rows]
     subset_of = choose_subsets(images, share, seed)
@@ -149,13 +144,12 @@ def hold_out(data: DecodedImages, share: float, seed: int = 0) -> tuple[DecodedI
     return data.part(np.flatnonzero(~held)), data.part(np.flatnonzero(held))
 
 
-def _equal_files(paths: Sequence[Path]) -> dict[int, str]:
+def _equal_files(data: ImageFiles) -> dict[int, str]:
     """Return place → a hash of its contents, of those files alone that are as long as another one."""
-    of_length: dict[int, list[int]] = {}
-    for place, path in enumerate(paths):
-        of_length.setdefault(path.stat().st_size, []).append(place)
-    alike = [place for places in of_length.values() if len(places) > 1 for place in places]
-    return {place: hashlib.sha256(paths[place].read_bytes()).hexdigest() for place in alike}
+    lengths = data.sizes()
+    counts = Counter(lengths)
+    alike = (place for place, length in enumerate(lengths) if counts[length] > 1)
+    return {place: hashlib.sha256(data.paths[place].read_bytes()).hexdigest() for place in alike}
 
 
 # ---- folders
@@ -244,7 +238,7 @@ def caption_data(
     Args:
         image_size: pixels, one number or (height, width); by default 256, of shapes 32.
         num_samples: at most so many images of each subset, chosen by seed and name (of shapes: how many there are).
-        val_share: where nothing validates, this share of the images is held out.
+        val_share: of the images, held out where nothing validates.
         skip_missing: leave out images that are named but not there, or have no caption, instead of refusing them.
         annotations, images: of coco, the file with the captions and the folder with the images, if elsewhere.
     """
@@ -272,7 +266,7 @@ def caption_data(
         if name == "coco":
             found = coco_subsets(path, annotations, images, notes)
         else:
-            found = cub_subsets(path, notes) if name == "cub" else own_subsets(path, notes)
+            found = {"cub": cub_subsets, "custom": own_subsets}[name](path, notes)
         subsets = [one.subset(skip_missing, notes, options) for one in found]
     if num_samples is not None:
         subsets = [_some(subset, num_samples, seed) for subset in subsets]

@@ -1,12 +1,10 @@
 """What is encoded once: latents, text states, features of frozen encoders, as safetensors shards in a folder.
 
 The header of each shard holds its key, which follows from the encoder's weights, the samples, the settings and the
-shard's rows. So an encoding that was interrupted resumes with the shards that are missing, shards of another key make
-room for new ones, and several processes make a share of the shards each.
+shard's rows: an interrupted encoding resumes with the shards that are missing, and several processes make a share each.
 """
 
 import json
-import math
 import shutil
 import time
 from collections import defaultdict
@@ -14,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -74,7 +72,7 @@ class EncodedFolder:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read the index of a folder; raise a UserError if there is none, or it is damaged."""
+        """Return the folder as its index describes it."""
         index = Path(path) / cls.INDEX
         if not index.is_file():
             raise UserError(f"No {cls.CONTENTS} in {path} ({cls.INDEX} is missing): encode them first")
@@ -92,21 +90,12 @@ class EncodedFolder:
                 return found
         return None
 
-    def files(self) -> list[str]:
-        """Return the names of all files but the index."""
-        raise NotImplementedError
-
     def write(self) -> None:
         write_json(self.path / self.INDEX, {name: value for name, value in asdict(self).items() if name != "path"})
 
 
 class Store:
-    """A folder of shards; it belongs to one encoding at a time.
-
-    Args:
-        subsets: what file names begin with.
-        index: a file that the caller writes last, and that is deleted first.
-    """
+    """A folder of shards whose names begin with `subsets`; `index` is written last by the caller, and deleted first."""
 
     def __init__(self, folder: str | Path, subsets: Sequence[str] = ("train", "val"), index: str = "") -> None:
         self.folder, self.subsets, self.index = Path(folder), subsets, index
@@ -130,11 +119,7 @@ class Store:
         return shutil.disk_usage(there).free + sum(path.stat().st_size for path in self._stale(keep))
 
     def free_disk_space(self, needed: int, keep: Collection[str], what: str) -> None:
-        """Delete the index and all shards but those to keep.
-
-        Raises:
-            UserError: the disk would still have less than `needed` bytes; nothing is deleted.
-        """
+        """Delete the index and all shards but those to keep, unless there is no room for `needed` bytes even then."""
         free = self.free_bytes(keep)
         if needed > free:
             raise UserError(
@@ -157,14 +142,7 @@ class Store:
 
 
 def agree(ranks: Ranks, make: Callable[[], Any], identity: str = "") -> Any:
-    """Return what the first process makes, plain values; the others wait for it.
-
-    Args:
-        identity: a hash of the encoder and the samples' names.
-
-    Raises:
-        UserError: this process has another identity than the first.
-    """
+    """Return what the first process makes, plain values; the others wait for it, and must have its `identity`."""
     number = ranks.counts["agreed"] = ranks.counts.get("agreed", 0) + 1  # each process counts for itself
     first, made = ranks.share(f"agreed {number}", [identity, make()] if ranks.rank == 0 else None)
     if first != identity:
@@ -195,11 +173,9 @@ def encode(
     Args:
         shards: subset → its shards.
         samples: subset → a data set whose `__getitems__` gives a batch, or a sequence.
-        computing: what is not finite in half precision is encoded again in float32.
-        bytes_of: says how large a shard will be.
-        dtype: of the tensors that are stored, but for integers.
-        finish: makes the tensors of a shard of the concatenated ones of its batches.
-        ranks: those that all call this, and share the work.
+        bytes_of: returns the size of a shard that is still to be made.
+        dtype: of the floats that are stored.
+        finish: makes a shard's tensors of the concatenated ones of its batches.
 
     Raises:
         UserError: no space on the disk; or numbers that are not finite, or too large for `dtype`.
@@ -238,7 +214,7 @@ def encode(
 
 
 def _batches(data: Any, parts: Sequence[range], batch_size: int, num_workers: int) -> Iterator[Any]:
-    """Yield the batches of some rows; none has rows of two parts. Only these are decoded."""
+    """Yield the batches of some rows, of which alone images are decoded; no batch has rows of two parts."""
     rows = [list(part[k : k + batch_size]) for part in parts for k in range(0, len(part), batch_size)]
     places = torch.tensor([row for batch in rows for row in batch], dtype=torch.int64)
     renumbered = hasattr(data, "part") and len(places) < len(data)
@@ -264,38 +240,24 @@ def _encoded(
     subset: str, batches: Iterator[Any], fields: Fields, computing: Computing, dtype: torch.dtype
 ) -> Iterator[dict[str, Tensor]]:
     """Yield encoded batches on the CPU. The next one is begun before: it is loaded while the device computes."""
-    begun = None
-    for batch in batches:
-        finished = begun.finished(computing, dtype) if begun else None
-        begun = _PendingBatch(partial(fields, subset, batch), computing)
-        if finished:
-            yield finished
-    if begun:
-        yield begun.finished(computing, dtype)
-
-
-class _PendingBatch:
-    """A batch that the device may still be encoding."""
-
-    @torch.inference_mode()
-    def __init__(self, call: Callable[[], dict[str, Tensor]], computing: Callable[..., dict[str, Tensor]]) -> None:
-        self.call, self.made = call, computing(call)
-        floats = [values for values in self.made.values() if values.is_floating_point()]
-        self.largest = torch.stack([values.abs().max().float() for values in floats]).max()
-
-    def finished(self, computing: Computing, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Wait for the device; return what is stored."""
-        largest = self.largest.item()
-        if math.isfinite(largest) and largest <= torch.finfo(dtype).max:
-            return {name: (v.to(dtype) if v.is_floating_point() else v).cpu() for name, v in self.made.items()}
-        if computing.in_half and not math.isfinite(largest):
-            return _PendingBatch(self.call, computing.again).finished(
-                Computing("32", computing.device, computing.what), dtype
-            )
-        if math.isfinite(largest):
+    begun = ((batch, *_begun(partial(fields, subset, batch), computing)) for batch in batches)
+    for (batch, made, maximum), _ in pairwise(chain(begun, [None])):
+        if computing.in_half and not maximum.isfinite():
+            made, maximum = _begun(partial(fields, subset, batch), computing.again)
+        if not maximum.isfinite():
+            raise UserError(f"{computing.what} are not finite: its weights are damaged")
+        if maximum > torch.finfo(dtype).max:
             limit = "float16 holds up to 65,504: store them as float32, or take another model"
-            raise UserError(f"{computing.what} reach {largest:,.0f}, and {limit}")
-        raise UserError(f"{computing.what} are not finite: its weights are damaged")
+            raise UserError(f"{computing.what} reach {maximum:,.0f}, and {limit}")
+        yield {name: (v.to(dtype) if v.is_floating_point() else v).cpu() for name, v in made.items()}
+
+
+@torch.inference_mode()
+def _begun(call: Callable[[], dict[str, Tensor]], computing: Callable[..., dict[str, Tensor]]) -> tuple[Any, Tensor]:
+    """Return what the device may still be computing, and its largest absolute value."""
+    made = computing(call)
+    floats = [values for values in made.values() if values.is_floating_point()]
+    return made, torch.stack([values.abs().max().float() for values in floats]).max()
 
 
 def _write(
@@ -317,12 +279,8 @@ def _write(
         save_file(tensors, partial, metadata={"key": shard.key})
 
 
-def tree_map_with_path(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a shard, memory-mapped: they stay in the file until their rows are used.
-
-    Raises:
-        UserError: the shard cannot be read.
-    """
+def open_shard(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a shard, memory-mapped: they stay in the file until their rows are used."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -331,10 +289,7 @@ def tree_map_with_path(path: Path) -> dict[str, Tensor]:
 
 
 class Rows:
-    """The rows of a field over all shards of a subset: `rows[index]` copies those of an int64 (B,) alone.
-
-    Several shards that are small together are read into memory as one.
-    """
+    """The rows of a field over all shards of a subset: `rows[index]` copies those of an int64 (B,) alone."""
 
     def __init__(self, shards: Sequence[Tensor]) -> None:
         is_small = len(shards) > 1 and sum(shard.nbytes for shard in shards) <= READ_AT_ONCE

@@ -50,7 +50,7 @@ def labels_of(names: Iterable[str]) -> dict[str, int]:
 
 
 def list_folders(directory: str | Path, extensions: Collection[str] = IMAGE_EXTENSIONS) -> dict[str, list[Path]]:
-    """Return each person folder in `directory` with its images, both in natural order; a folder may be empty."""
+    """Return each person folder with its images, both in natural order; a folder may be empty."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(no_such_folder(directory))
@@ -68,10 +68,7 @@ def person_folders(directory: str | Path) -> list[str]:
 
 
 def image_entries(folder: str | Path, extensions: Collection[str]) -> list[os.DirEntry]:
-    """Return the files with these extensions, in small or capital letters, in natural order.
-
-    A link that leads nowhere is among them: whoever reads it names it.
-    """
+    """Return the files with these extensions in natural order, with links that lead nowhere: who reads them names them."""
     with os.scandir(folder) as entries:
         found = [e for e in entries if extension_of(e.name) in extensions]
     files = [e for e in found if e.is_file() or (e.is_symlink() and not e.is_dir())]
@@ -86,11 +83,7 @@ def other_files(folder: str | Path, extensions: Collection[str]) -> Counter:
 
 
 def extension_of(name: str) -> str:
-    """Return the extension in small letters, without the dot; a hidden file has none.
-
-    >>> extension_of("walk.0.JPG"), extension_of("._walk.jpg"), extension_of("notes")
-    ('jpg', '', '')
-    """
+    """Return the extension in small letters, without the dot; a hidden file has none."""
     return "" if name.startswith(".") or "." not in name else name.rpartition(".")[2].lower()
 
 
@@ -102,7 +95,6 @@ def can_read(extension: str) -> bool:
     return Image.EXTENSION.get(f".{extension}") in Image.OPEN
 
 
-# ---- what to say when nothing is found
 def no_such_folder(directory: Path) -> str:
     if directory.exists():
         return f"{directory} is a file, expected the folder that holds the person folders (ID_1, ID_2 …)."
@@ -157,28 +149,17 @@ def _as_images(directory: Path, extensions: Collection[str]) -> int:
     return sum(bool(image_entries(directory / name, extensions)) for name in person_folders(directory))
 
 
-# ---- words
 def listed(words: Iterable, most: int = 3) -> str:
-    """Return the first few of many.
-
-    >>> listed("abcde")
-    'a, b, c and 2 more'
-    """
+    """Return "a, b, c and 2 more"."""
     words = [str(word) for word in words]
     return ", ".join(words[:most]) + (f" and {len(words) - most:,} more" if len(words) > most else "")
 
 
 def either(words: Sequence[str]) -> str:
-    """
-    >>> either(["png", "jpg", "jpeg"])
-    'png, jpg or jpeg'
-    """
+    """Return "png, jpg or jpeg"."""
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def counted(n: int, word: str) -> str:
-    """
-    >>> counted(1, "file"), counted(1200, "file")
-    ('1 file', '1,200 files')
-    """
+    """Return "1 file" or "1,200 files"."""
     return f"{n:,} {word}{'s' * (n != 1)}"

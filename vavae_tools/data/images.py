@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from vavae_tools.data.folders import IMAGE_EXTENSIONS, labels_of, list_folders
 from vavae_tools.data.loader import OrderedDataModule, index_and_number, loading_workers, local_world_size, usable_cores
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, one_line
 from vavae_tools.runtime.files import atomic_write
 
 Size = tuple[int, int]
@@ -45,7 +45,6 @@ def centre_crop(image: Image.Image, size: Size) -> Image.Image:
 
 
 def resize_whole(image: Image.Image, size: Size) -> Image.Image:
-    """Return the whole image, resized bicubically: the axes of a spectrogram keep their ends."""
     return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
@@ -71,7 +70,7 @@ def is_grey(image: Image.Image) -> bool:
 
 
 def in_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Return an image with 3 channels (RGB) or 1 (L), 8 bits each: 65,535 of 16 or 32 is white, alpha is dropped."""
+    """Return an image with 3 channels or 1, 8 bits each: 65,535 of 16 or 32 bits is white, alpha is dropped."""
     if image.mode.startswith("I"):  # 16 or 32 bits, of which Pillow's own conversion makes 255 white
         array = (np.asarray(image).clip(0, 65535).astype(np.uint32) + 128) // 257
         image = Image.fromarray(array.astype(np.uint8))
@@ -92,10 +91,8 @@ def readable(name: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{name} cannot be read as an image ({error}): remove or replace it; data_split.py names such files and "
-            "leaves them out"
-        ) from None
+        hint = "remove or replace it; data_split.py names such files and leaves them out"
+        raise UserError(f"{name} cannot be read as an image ({one_line(error)}): {hint}") from None
 
 
 # ---- Subsets: many images, decoded once and kept in memory where they fit
@@ -114,17 +111,14 @@ class DecodedImages(Dataset):
     Args:
         names: one for each image, unique.
         labels: int64 (N,).
-        image_size: pixels, one number or (height, width).
         crop: a key of `CROPS`.
         channels: 3, or 1 for grey; images of the other kind are converted.
         title: of the progress bar and of messages.
         captions: for each image, one or more.
 
-    Attributes:
-        along: further tensors with a row for each image, such as cached features; may be memory-mapped.
-
     A batch is {"images": uint8 (B, C, H, W), "labels": int64 (B,), "index": int64 (B,)}, the rows of `extra_fields`
-    under their names, and where there are captions, "captions": a list with one for each image.
+    (tensors with a row for each image, such as cached features; may be memory-mapped) under their names, and where
+    there are captions, "captions": a list with one for each image.
     """
 
     def __init__(
@@ -148,7 +142,6 @@ class DecodedImages(Dataset):
         self.resize(image_size)
 
     def resize(self, image_size: int | Size) -> None:
-        """Read images at this size from now on."""
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if min(self.image_size) < 1:
             raise UserError(f"image_size {image_size}: at least one pixel is needed")
@@ -163,7 +156,6 @@ class DecodedImages(Dataset):
         yield self.fingerprint().encode()
 
     def where(self, place: int) -> str:
-        """Return how messages name an image."""
         return f"{self.names[place]} of {self.title}"
 
     def part(self, places: Sequence[int]) -> Self:
@@ -179,11 +171,11 @@ class DecodedImages(Dataset):
 
     @property
     def caption_counts(self) -> Tensor:
-        """How many captions each image has: int64 (N,)."""
+        """Return how many captions each image has: int64 (N,)."""
         return torch.tensor([len(captions) for captions in self.captions], dtype=torch.int64)
 
     def stored_channels(self) -> int:
-        """Return 1 where the headers of a few images, spread over all, are all of grey ones, else 3."""
+        """Return 1 where a few images, spread over all, are grey, else 3."""
         places = range(0, len(self), max(1, len(self) // 32))
         for place, stored in zip(places, self.stored(places), strict=True):
             with readable(self.where(place)), self.opened(stored) as image:
@@ -211,7 +203,7 @@ class DecodedImages(Dataset):
             with bar, ThreadPoolExecutor(max(1, usable_cores() // local_world_size())) as pool:
                 for done in pool.map(lambda part: self._decode_into(memory[part.start : part.stop], part), parts):
                     bar.update(done)
-            self._memory = torch.from_numpy(memory).permute(0, 3, 1, 2)  # (N, C, H, W)
+            self._memory = torch.from_numpy(memory).permute(0, 3, 1, 2)
         return self._memory
 
     def _decode_into(self, memory: np.ndarray, places: Sequence[int]) -> int:
@@ -225,7 +217,7 @@ class DecodedImages(Dataset):
         return len(places)
 
     def images(self, places: Sequence[int]) -> Tensor:
-        """Return uint8 (B, C, H, W), from memory where all fit, else decoded now."""
+        """Return uint8 (B, C, H, W), from memory where all fit."""
         if self.fits_memory():
             return self.in_memory()[torch.as_tensor(places, dtype=torch.int64)]
         memory = np.empty((len(places), *self.image_size, self.channels), dtype=np.uint8)
@@ -271,7 +263,7 @@ class ImageFiles(DecodedImages):
         return Image.open(stored)
 
     def sizes(self) -> list[int]:
-        """Return the files' lengths in bytes."""
+        """Return lengths in bytes."""
         parts = [self.paths[start : start + 1024] for start in range(0, len(self), 1024)]
         with ThreadPoolExecutor(8) as pool:  # a remote disk answers each question late, but many at once
             return list(chain.from_iterable(pool.map(lambda part: [path.stat().st_size for path in part], parts)))
@@ -301,10 +293,9 @@ class ImageFiles(DecodedImages):
 
 
 class ImageFolder(ImageFiles):
-    """Images of one folder per person, resized as a whole.
+    """Images of one folder per person, such as a subset of a split, resized as a whole.
 
     Args:
-        folder: holds `ID_1/ ID_2/ …` (one subset of a split).
         labels: folder name → label; by default from the names in `folder`.
     """
 
@@ -324,9 +315,9 @@ class ImageFolder(ImageFiles):
         if not paths:
             raise UserError(f"No images ({', '.join(extensions)}) in the folders of {folder}")
         names = [f"{path.parent.name}/{path.name}" for path in paths]
-        of_each = torch.tensor([labels[path.parent.name] for path in paths], dtype=torch.int64)
-        read = {"image_size": image_size, "channels": channels, "title": self.folder.name, "progress": progress}
-        super().__init__(paths, names, of_each, of_split=True, **read)
+        of_paths = torch.tensor([labels[path.parent.name] for path in paths])
+        options = {"image_size": image_size, "channels": channels, "title": self.folder.name, "progress": progress}
+        super().__init__(paths, names, of_paths, of_split=True, **options)
 
 
 def channels_of(folder: str | Path, extensions: Collection[str] = IMAGE_EXTENSIONS) -> int:
@@ -338,10 +329,10 @@ def channels_of(folder: str | Path, extensions: Collection[str] = IMAGE_EXTENSIO
 
 
 class ImageSetDataModule(OrderedDataModule):
-    """Two subsets as batches, wherever their images come from; `datasets.PictureDataModule` finds them.
+    """Two subsets as batches, wherever their images come from; `datasets.ImageDataModule` finds them.
 
     Args:
-        train_data, val_data: None where nothing validates.
+        val_data: None where nothing validates.
         labels: class name → label.
         num_workers: loading processes per device; None: 0 where the images fit into memory, else `loading_workers`.
     """
@@ -355,8 +346,7 @@ class ImageSetDataModule(OrderedDataModule):
         num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.remark = ""
-        """Why there are fewer loading processes than cores."""
+        self.remark = ""  # why there are fewer loading processes than cores
         self._finds_workers = num_workers is None
         super().__init__(batch_size, num_workers or 0, seed)
         self.train_data, self.val_data, self.labels = train_data, val_data, labels
@@ -368,7 +358,6 @@ class ImageSetDataModule(OrderedDataModule):
         return self.train_data.channels
 
     def resize(self, image_size: int | Size) -> None:
-        """Read images at this size from now on."""
         for subset in self._subsets():
             subset.resize(image_size)
         self._find_workers()
@@ -383,7 +372,6 @@ class ImageSetDataModule(OrderedDataModule):
                 self.num_workers, self.remark = loading_workers(self.batch_size * self.train_data.row_bytes())
 
     def fingerprint(self) -> str:
-        """Return a hash of both subsets and their labels."""
         return hash_of([[subset.fingerprint() for subset in self._subsets()], self.labels])
 
     def take_over(self, checkpoint: dict[str, Any]) -> None:
@@ -397,7 +385,7 @@ class ImageSetDataModule(OrderedDataModule):
                 run["data"] = self.fingerprint()
 
     def _loader(self, data: DecodedImages, order: Sampler | None, batch_size: int) -> DataLoader:
-        self._find_workers()  # again, for what has come `extra_fields` since then
+        self._find_workers()  # again, as there may be `extra_fields` now
         if self.num_workers and data.fits_memory():
             data.in_memory()  # now, once, and not in each worker
         return super()._loader(data, order, batch_size)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vavae_tools.data.encoded import EncodedFolder, Rows, Store, agree, cut, encode, tree_map_with_path
+from vavae_tools.data.encoded import EncodedFolder, Rows, Store, agree, cut, encode, open_shard
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.loader import OrderedDataModule
 from vavae_tools.runtime.console import tell
@@ -43,9 +43,8 @@ class LatentFolder(EncodedFolder):
         key, weights: hashes of all that the latents follow from, and of the autoencoder's weights alone.
         mean, std: per channel, of the training subset's plain latents (std with n − 1).
         shape: (C, h, w) of one latent.
-        image_size: (height, width) in pixels of the images they were made of.
         people: name of a person or class → label.
-        dtype: of the latents on the disk and on their way to the device, "float32" or "float16".
+        dtype: on the disk and on the way to the device, "float32" or "float16".
     """
 
     INDEX, CONTENTS = INDEX, "latents"
@@ -66,10 +65,10 @@ class LatentFolder(EncodedFolder):
 
     @property
     def num_classes(self) -> int:
-        """One more than the largest label."""
         return max(self.people.values()) + 1
 
     def files(self) -> list[str]:
+        """Return the names of all files but the index."""
         return [name for of_subset in self.shards.values() for name in of_subset]
 
     def __str__(self) -> str:
@@ -99,21 +98,19 @@ def encode_latents(
         autoencoder: has `encode_images(images, labels, normal)`, `downsampling`, `has_own_statistics`, and
             `image_size` where it takes one size only. Each latent of a VAVAE is one sample of the posterior, as in
             LightningDiT, with the image's own person's vector. Afterwards it is on the device where it was.
-        images: any data module with `train_data`, `val_data` and `labels`, such as `datasets.PictureDataModule`.
+        images: any data module with `train_data`, `val_data` and `labels`, such as `datasets.ImageDataModule`.
         flips: also encode the mirrored images. A time–frequency image is not its mirror, so not by default.
         seed: of the posterior samples.
         dtype: "float32", or "float16", half as large on the disk.
         statistics: mean and standard deviation per channel, such as published ones, in place of those of the training
             subset. An autoencoder with statistics of its own needs none: its latents have mean 0 and deviation 1.
-        precision: "32", "16" or "bf16"; None: "16" on a GPU, "32" on a CPU. With None latents that are there already
-            are kept whatever their precision.
-        ranks: those that all call this and share the work, each on its own GPU where `device` is "cuda". The latents
-            are those that one process alone would make. The folder must be on a disk that all of them see.
+        precision: "32", "16" or "bf16"; None: "16" on a GPU, "32" on a CPU, and existing latents of any are kept.
+        ranks: those that all call this and share the work, each on its own GPU where `device` is "cuda", on one disk.
+            The latents are those that one process alone would make.
 
     Raises:
         UserError: the image size does not fit the autoencoder, there is no space on the disk, latents that are not
-            finite or that float16 cannot hold, settings that cannot be, or a process of several that has other weights
-            or images than the first, or another disk.
+            finite or that float16 cannot hold, or a process with other weights or images than the first.
     """
     folder, ranks = Path(output_dir), ranks or Ranks()
     subsets = {"train": images.train_data, "val": images.val_data}
@@ -144,7 +141,7 @@ def encode_latents(
 
         def write_index() -> None:
             own = ([0.0] * shape[0], [1.0] * shape[0]) if autoencoder.has_own_statistics else None
-            made = (tree_map_with_path(folder / name)["latents"] for name in shards["train"])
+            made = (open_shard(folder / name)["latents"] for name in shards["train"])
             mean, std = given or own or channel_statistics(made)
             size, names = images.train_data.image_size, {subset: list(data.names) for subset, data in subsets.items()}
             of = (weights, mean, std, shape, size, flips, images.labels, names, shards, dtype)
@@ -243,7 +240,7 @@ def _check_fit(autoencoder: nn.Module, image_size: tuple[int, int]) -> None:
 
 
 def _flat(statistics: tuple[Tensor | Sequence[float], Tensor | Sequence[float]]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation, in any shape such as (1, C, 1, 1), as numbers."""
+    """Return mean and standard deviation, of any shape such as (1, C, 1, 1), as numbers."""
     mean, std = (torch.as_tensor(values).double().flatten().tolist() for values in statistics)
     if not all(map(math.isfinite, mean + std)) or min(std, default=0) <= 0:
         raise UserError(
@@ -253,7 +250,7 @@ def _flat(statistics: tuple[Tensor | Sequence[float], Tensor | Sequence[float]])
 
 
 def latents_digest(autoencoder: nn.Module) -> str:
-    """A hash of the weights that the latents follow from, by which latents know the autoencoder that made them."""
+    """Return a hash of the weights that the latents follow from, by which latents know their autoencoder."""
     return weights_digest(autoencoder, getattr(autoencoder, "decoding_alone", ()))
 
 
@@ -265,7 +262,7 @@ def _cache_keys(
     seed: int,
     extras: Sequence[dict[str, Any]],
 ) -> list[str]:
-    """The key for each of several settings; images are read once for all of them."""
+    """Return the key for each of several settings; images are read once for all of them."""
     usual = {"dtype": "float32", "statistics": None, "precision": "32"}
     begin = hashlib.sha256(f"form {_FORM}, flips {flips}, seed {seed}, {weights}".encode())
     digests = [begin.copy() for _ in extras]
@@ -292,16 +289,15 @@ class LatentDataset(Dataset):
     """One subset's latents, memory-mapped: only the rows of a batch are read.
 
     A batch is {"latents": float32 (B, C, h, w) normalised by the training subset's mean and std, "labels", "index"},
-    and "latents_flip" where flips were encoded. `stored` gives the latents as they are on the disk.
+    and "latents_flip" where flips were encoded; with `as_stored` the latents are as they are on the disk.
     """
 
     as_stored = False
-    """Whether batches are those of `stored`."""
 
     def __init__(self, folder: LatentFolder, subset: str) -> None:
         self.statistics = tuple(torch.tensor(values).view(-1, 1, 1) for values in (folder.mean, folder.std))
         """Mean and standard deviation, float32 (C, 1, 1) both."""
-        shards = [tree_map_with_path(folder.path / name) for name in folder.shards.get(subset, [])]
+        shards = [open_shard(folder.path / name) for name in folder.shards.get(subset, [])]
         names = [name for name in ("latents", "latents_flip") if shards and name in shards[0]]
         self._rows = {name: Rows([shard[name] for shard in shards]) for name in names}
         self.labels = torch.cat([torch.empty(0, dtype=torch.int64), *(shard["labels"] for shard in shards)])
@@ -324,17 +320,11 @@ class LatentDataset(Dataset):
 
 
 def normalised(batch: dict[str, Tensor], mean: Tensor, std: Tensor) -> dict[str, Tensor]:
-    """Return a batch with all float16 numbers as float32, and its latents (B, C, h, w) normalised in place.
-
-    Args:
-        mean, std: float32 (C, 1, 1), on the same device.
-    """
-
-    def value_of(name: str, value: Any) -> Any:
-        value = value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value
-        return value.sub_(mean).div_(std) if name in ("latents", "latents_flip") else value
-
-    return {name: value_of(name, value) for name, value in batch.items()}
+    """Return a batch with float32 in place of float16, and its latents normalised in place; mean, std: (C, 1, 1)."""
+    batch = {name: value.float() if value.dtype == torch.float16 else value for name, value in batch.items()}
+    for name in batch.keys() & {"latents", "latents_flip"}:
+        batch[name] = batch[name].sub_(mean).div_(std)
+    return batch
 
 
 class LatentDataModule(OrderedDataModule):
@@ -342,10 +332,6 @@ class LatentDataModule(OrderedDataModule):
 
     Batches travel as they are stored and are normalised on the device: with float16 that is half the bytes to pin and
     to copy, and no arithmetic beside the training.
-
-    Args:
-        folder: what `encode_latents` wrote.
-        batch_size: latents per device and step.
     """
 
     def __init__(self, folder: str | Path | LatentFolder, batch_size: int = 64, num_workers: int = 0, seed: int = 0):
@@ -361,11 +347,7 @@ class LatentDataModule(OrderedDataModule):
         return super()._loader(data, order, batch_size)
 
     def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> Any:
-        """Copy a batch as it is stored, and normalise it there.
-
-        Not in `on_after_batch_transfer`, which a module may have for itself: of that one Lightning calls the data
-        module's alone.
-        """
+        """Copy a batch, and normalise it there: `on_after_batch_transfer` of a data module would hide the module's."""
         batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
         here = batch["latents"].device
         if here not in self._statistics:  # once: each copy makes the processor wait

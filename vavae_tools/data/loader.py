@@ -19,12 +19,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import find_device
 
-# ---- How many processes load images, by the cores and the shared memory that are there
-
+# ---- How many processes load images
 
 MOST_WORKERS = 4
-"""Loading processes per training process: four cores decode and crop some 1,100 images of 500×375 a second, more than
-a step of the models here takes from one GPU, and each process costs some hundred megabytes."""
+"""Loading processes per training process: four cores decode and crop some 1,100 images of 500×375 a second."""
 PREFETCH = 2
 """Batches that each of them has ready."""
 SHARED_MEMORY = Path("/dev/shm")
@@ -52,7 +50,7 @@ def loading_workers(batch_bytes: int) -> tuple[int, str]:
 
 
 def local_world_size() -> int:
-    """Return how many processes of this training share this machine (LOCAL_WORLD_SIZE; 1 where it is not set)."""
+    """Return how many processes of this training share this machine."""
     with suppress(ValueError):
         return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return 1
@@ -76,8 +74,7 @@ def loader_faults() -> Iterator[None]:
     try:
         yield
     except (UserError, RuntimeError) as error:
-        line = worker_fault(error)
-        if line is None:
+        if (line := worker_fault(error)) is None:
             raise
         raise UserError(line) from None
 
@@ -108,10 +105,6 @@ class EpochOrder(Sampler[int]):
     Every global batch is cut into equal parts for the ranks, so that their union does not depend on `world_size` when
     `batch_size · world_size` stays the same. An epoch holds whole global batches only (its rest comes up in other
     epochs); data smaller than one global batch are one smaller batch.
-
-    Args:
-        length: samples in the data set.
-        batch_size: samples per process and step.
     """
 
     gathered = 1
@@ -131,7 +124,6 @@ class EpochOrder(Sampler[int]):
         return self.batches * self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
         if epoch != self.epoch:
             self.epoch, self._skip = epoch, 0
 
@@ -149,21 +141,17 @@ class EpochOrder(Sampler[int]):
 
 
 def index_and_number(indices: Sequence[int | tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """Return the indices and the numbers of captions that `captions.CaptionOrder` gives; a plain index has number 0.
-
-    >>> index_and_number([(5, 2), (7, 0)]), index_and_number([3, 4])
-    (([5, 7], [2, 0]), ([3, 4], [0, 0]))
-    """
+    """Return the indices and the numbers of captions that `captions.CaptionOrder` gives; a plain index has number 0."""
     pairs = [pair if isinstance(pair, tuple) else (int(pair), 0) for pair in indices]
     return [index for index, _ in pairs], [number for _, number in pairs]
 
 
 def batches_in_order(length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
-    """Return one process's batches of data that all go through once, in their order: for validation.
+    """Return one process's batches for validation, where each sample comes once, in order.
 
-    Every process has as many batches as any other, none empty, since they meet in each: for several processes the data
-    are cut into nearly equal parts of at most `batch_size` samples (of one or two for 1), dealt out in turn. Of fewer
-    samples than processes each has all: the mean over processes is then still that over the samples.
+    Every process has as many batches as any other, none empty, since they meet in each: the data are cut into nearly
+    equal parts of at most `batch_size` samples (of one or two for 1), dealt out in turn. Of fewer samples than
+    processes each has all: the mean over processes is then still that over the samples.
 
     >>> batches_in_order(7, 3), batches_in_order(7, 3, 0, 2), batches_in_order(7, 3, 1, 2)
     ([[0, 1, 2], [3, 4, 5], [6]], [[0], [3, 4]], [[1, 2], [5, 6]])
@@ -184,16 +172,13 @@ class OrderedDataModule(L.LightningDataModule):
     Args:
         batch_size: samples per device and step.
         num_workers: loading processes per device; 0 where the data are in memory.
-        seed: of the order.
     """
 
     train_data: Dataset
     val_data: Dataset | None = None
     persistent_workers = True
-    """Whether loading processes stay from epoch to epoch."""
     prefetch_factor = PREFETCH
-    gathered = 1
-    """Batches whose gradients make one step (see `EpochOrder`)."""
+    gathered = 1  # see `EpochOrder`
 
     def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -221,7 +206,6 @@ class OrderedDataModule(L.LightningDataModule):
         return EpochOrder(len(self.train_data), self.batch_size, self.seed, *self._place())
 
     def _place(self) -> tuple[int, int]:
-        """Return this process's rank, and how many there are."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -231,7 +215,6 @@ class OrderedDataModule(L.LightningDataModule):
         return self._loader(self.val_data, batches, self.batch_size)
 
     def _loader(self, data: Dataset, order: Sampler | list[list[int]], batch_size: int) -> DataLoader:
-        """Return batches of `batch_size` in an order, or those of a list."""
         given = {"batch_sampler": order} if isinstance(order, list) else {"sampler": order, "batch_size": batch_size}
         return DataLoader(
             data,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vavae_tools.data.captions import CaptionOrderedDataModule
-from vavae_tools.data.encoded import SHARD_BYTES, EncodedFolder, Rows, Shard, Store, encode, tree_map_with_path
+from vavae_tools.data.encoded import SHARD_BYTES, EncodedFolder, Rows, Shard, Store, encode, open_shard
 from vavae_tools.data.folders import counted
 from vavae_tools.data.latents import LatentDataModule, LatentDataset, LatentFolder
 from vavae_tools.data.loader import index_and_number
@@ -46,10 +46,9 @@ class TextFolder(EncodedFolder):
 
     Attributes:
         key, encoder: hashes of all that the states follow from, and of the encoder alone.
-        dim, pooled_dim: numbers of each token's state, and of a caption's pooled one.
         images, captions: of each subset, how many there are.
         distinct, tokens: how many different captions are stored, the empty one among them, and how many tokens.
-        cut: how many of them are longer than the encoder takes, and were cut.
+        cut: how many of them are longer than the encoder takes.
         shards: file → captions in it.
         names: of each subset, a hash of the images' names where these were given.
     """
@@ -67,6 +66,7 @@ class TextFolder(EncodedFolder):
     names: dict[str, str]
 
     def files(self) -> list[str]:
+        """Return the names of all files but the index."""
         return [*self.shards, CAPTIONS]
 
     def __str__(self) -> str:
@@ -87,19 +87,17 @@ def encode_texts(
 ) -> TextFolder:
     """Encode all captions once; what is there already and belongs to this encoder and these captions is kept.
 
-    Of several processes one alone should call this (`ranks.first_alone`), and the others then read what it made.
+    Of several processes one alone should call this (`ranks.rank_zero_first`), and the others then read what it made.
 
     Args:
         encoder: a `diffusion.clip.TextEncoder`, or what has its `dim`, `pooled_dim`, `max_tokens`, `device`, `to`,
             `encode`, `lengths` and `digest`. Afterwards it is on the device where it was.
         captions_by_subset: "train" and, if there is one, "val": of each image one caption or more.
         names_by_subset: the images' names, so that `TextLatentDataset` sees that latents are those of these images.
-        batch_size: captions that are encoded at once.
-        device: where it works, in fp16 on a GPU, only while there is something to encode; None: where it is.
+        device: where it works, in fp16 on a GPU; None: where it is.
 
     Raises:
-        UserError: an image without a caption, no space on the disk, or states that are not finite or that float16
-            cannot hold.
+        UserError: an image without a caption, no space on the disk, or states that float16 cannot hold.
     """
     folder, distinct, about = Path(folder), _distinct(captions_by_subset), _encoder_identity(encoder)
     names = {subset: _digest(list(of_subset)) for subset, of_subset in (names_by_subset or {}).items()}
@@ -139,7 +137,7 @@ def encode_texts(
         images={subset: len(captions) for subset, captions in captions_by_subset.items()},
         captions={subset: sum(map(len, captions)) for subset, captions in captions_by_subset.items()},
         distinct=len(distinct),
-        tokens=sum(int(tree_map_with_path(folder / name)["ends"][-1]) for name in shards),
+        tokens=sum(int(open_shard(folder / name)["ends"][-1]) for name in shards),
         cut=encoder.lengths(distinct)[1],
         shards={name: len(shard.rows) for name, shard in shards.items()},
         names=names,
@@ -149,11 +147,7 @@ def encode_texts(
 
 
 def needed_bytes(encoder: Any, captions_by_subset: Captions, folder: str | Path | None = None) -> int:
-    """Return how many bytes `encode_texts` would write, by the tokenizer alone.
-
-    Args:
-        folder: where they would go: what of them is there already is not counted.
-    """
+    """Return how many bytes `encode_texts` would write into `folder`, by the tokenizer alone."""
     distinct = _distinct(captions_by_subset)
     shards = _shards(encoder, _encoder_identity(encoder), distinct)
     missing = shards if folder is None else Store(folder).missing(shards)
@@ -201,7 +195,7 @@ def _bytes(encoder: Any, captions: list[str]) -> int:
 
 
 def _caption_places(captions_by_subset: Captions, place_of: Mapping[str, int]) -> dict[str, Tensor]:
-    """Of each subset: the places of its captions, image by image, and where each image's end."""
+    """Return of each subset the places of its captions, image by image, and where each image's end."""
     owned = {}
     for subset, captions in captions_by_subset.items():
         places = [place_of[caption] for of_image in captions for caption in of_image]
@@ -214,15 +208,11 @@ def _caption_places(captions_by_subset: Captions, place_of: Mapping[str, int]) -
 
 
 class EncodedTexts:
-    """The stored states of a folder's captions, memory-mapped: only those of a batch are read.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
+    """The stored states of a folder's captions, memory-mapped: only those of a batch are read."""
 
     def __init__(self, folder: TextFolder) -> None:
         self.folder = folder
-        shards = [tree_map_with_path(folder.path / name) for name in folder.shards]
+        shards = [open_shard(folder.path / name) for name in folder.shards]
         self._tokens, self._pooled = [shard["tokens"] for shard in shards], Rows([shard["pooled"] for shard in shards])
         ends = [shard["ends"] for shard in shards]
         self._lengths = torch.cat([one.diff(prepend=one.new_zeros(1)) for one in ends])  # (captions,), in tokens
@@ -253,34 +243,25 @@ class EncodedTexts:
 class TextLatentDataset(LatentDataset):
     """One subset's latents, each with one of its captions: the one that the sampler names, or the first.
 
-    A batch is that of `LatentDataset` and the states of `EncodedTexts`, in float32; `stored` gives both as they are on
-    the disk.
-
-    Raises:
-        UserError: latents and texts are of different images, or cannot be read.
+    A batch is that of `LatentDataset` and the states of `EncodedTexts`.
     """
 
     def __init__(self, latents: LatentFolder, texts: EncodedTexts, subset: str) -> None:
         super().__init__(latents, subset)
         self.texts, folder = texts, texts.folder
         images, named = folder.images.get(subset, 0), folder.names.get(subset)
-        if images != len(self):
+        if images != len(self) or (named and named != _digest(list(latents.names.get(subset, [])))):
             raise UserError(
-                f"{latents.path} has latents of {counted(len(self), 'image')} of the subset {subset}, {folder.path} "
-                f"captions of {images:,}: encode both for the same images"
+                f"{folder.path} has captions of {counted(images, 'image')} of the subset {subset}, {latents.path} "
+                f"latents of {len(self):,} other ones: encode both for the same images"
             )
-        if named and named != _digest(list(latents.names.get(subset, []))):
-            raise UserError(
-                f"The captions in {folder.path} are those of other images of the subset {subset} than the latents in "
-                f"{latents.path}: encode both for the same images"
-            )
-        owned = tree_map_with_path(folder.path / CAPTIONS) if images else {}
+        owned = open_shard(folder.path / CAPTIONS) if images else {}
         self._places = owned.get(f"{subset}.places", torch.empty(0, dtype=torch.int64))
         self._ends = owned.get(f"{subset}.ends", torch.empty(0, dtype=torch.int64))
 
     @property
     def caption_counts(self) -> Tensor:
-        """How many captions each image has: int64 (N,)."""
+        """Return how many captions each image has: int64 (N,)."""
         return self._ends.diff(prepend=self._ends.new_zeros(1))
 
     def stored(self, indices: Sequence[int | tuple[int, int]]) -> dict[str, Tensor]:
@@ -294,15 +275,7 @@ class TextLatentDataset(LatentDataset):
 class TextLatentDataModule(LatentDataModule, CaptionOrderedDataModule):
     """Both subsets of a folder of latents, each image with one of its captions, as batches for the denoiser.
 
-    In training the caption is chosen at random for each epoch and image (`captions.CaptionOrder`); what validates has
-    always its first.
-
-    Args:
-        latents, texts: what `encode_latents` and `encode_texts` wrote, of the same images.
-        batch_size: latents per device and step.
-
-    Raises:
-        UserError: they are of other images, or cannot be read.
+    In training `captions.CaptionOrder` chooses the caption for each epoch and image; in validation it is the first.
     """
 
     def __init__(
