@@ -142,7 +142,7 @@ def test_reconstructions_of_a_dataset_are_judged_by_a_classifier_that_is_kept(tm
     data, _ = source("dataset", tmp_path, 3, val_share=0.25)
     monkeypatch.setattr(classifier, "default_steps", lambda images: 2)
     scores = evaluate_vavae(tiny_vavae(), data, tmp_path / "classifier", progress=False)
-    assert scores.images == len(data.val_data) and scores.right is not None and scores.frechet > 0
+    assert scores.images == len(data.val_data) and scores.accuracy is not None and scores.frechet > 0
     monkeypatch.setattr(classifier, "train_classifier", None)
     assert evaluate_vavae(tiny_vavae(), data, tmp_path / "classifier", progress=False) == scores
 

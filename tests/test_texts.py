@@ -247,7 +247,7 @@ def test_validation_has_first_captions(folder, tmp_path):
 
 def test_texts_of_other_images_are_refused(tmp_path, folder):
     latents = write_latents(tmp_path / "latents", 4)
-    with pytest.raises(UserError, match="5 images of the subset train, .* latents of 4 other ones"):
+    with pytest.raises(UserError, match=r"5 images of the subset train, .* latents of 4 other ones"):
         TextLatentDataModule(latents, folder)
     latents = write_latents(tmp_path / "latents")
     named = encode_texts(WordEncoder(), CAPTIONS, tmp_path / "a", latents.names, progress=False)

@@ -68,7 +68,7 @@ def person_folders(directory: str | Path) -> list[str]:
 
 
 def image_entries(folder: str | Path, extensions: Collection[str]) -> list[os.DirEntry]:
-    """Return the files with these extensions in natural order, with links that lead nowhere: who reads them names them."""
+    """Return the files with these extensions in natural order; a link that leads nowhere is among them."""
     with os.scandir(folder) as entries:
         found = [e for e in entries if extension_of(e.name) in extensions]
     files = [e for e in found if e.is_file() or (e.is_symlink() and not e.is_dir())]
