@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,10 +115,8 @@ def resume_path(resume: str | None, run: str | Path, log: Callable[[str], None] 
     if resume is None:
         return None
     if str(resume) == "last":
-        found = checkpoints_in(run)
-        names = ("last.ckpt", "previous.ckpt")
-        first = [c for name in names for c in found if c.path.name == name]
-        path = _first_whole([*first, *(c for c in found if c not in first)], log)
+        first = {"last.ckpt": 0, "previous.ckpt": 1}
+        path = _first_whole(sorted(checkpoints_in(run), key=lambda c: first.get(c.path.name, 2)), log)
         if path is None:
             raise UserError(_not_there(Path(run) / "last.ckpt"))
         return path
@@ -161,9 +158,7 @@ def _not_there(path: Path) -> str:
     while not missing.parent.is_dir():
         missing = missing.parent
     names = [beside.name for beside in missing.parent.iterdir() if not beside.name.startswith(".")]
-    near = get_close_matches(missing.name, names, n=3, cutoff=0.5)
-    holds = f"holds {', '.join(near) or few(names)}" if names else "is empty"
-    return f"No checkpoint {path}; {missing.parent} {holds}"
+    return f"No checkpoint {path}; {missing.parent} {f'holds {few(names)}' if names else 'is empty'}"
 
 
 def best_checkpoint(folder: str | Path) -> Path:

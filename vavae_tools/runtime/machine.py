@@ -32,16 +32,12 @@ _MEMORY_FAULT = re.compile(
 class Machine:
     """What training may use here."""
 
-    kind: str
-    """"cpu", "t4" (a T4 or another card without bf16) or "ampere" (compute capability 8.0 and above: bf16)."""
+    kind: str  # "cpu", "t4" (a T4 or another card without bf16) or "ampere" (compute capability from 8.0 on: bf16)
     devices: int
     name: str
-    memory: int = 0
-    """Bytes of each GPU."""
-    capability: tuple[int, int] = ()
-    """CUDA's, of the least of the GPUs; by default the kind's."""
-    unusable: str = ""
-    """A card that is there and that this torch has no code for."""
+    memory: int = 0  # bytes of each GPU
+    capability: tuple[int, int] = ()  # CUDA's, of the least of the GPUs; by default the kind's
+    unusable: str = ""  # a card that is there and that this torch has no code for
 
     def __post_init__(self) -> None:
         of_kind = {"cpu": (0, 0), "t4": (7, 5), "ampere": (8, 0)}
@@ -52,10 +48,7 @@ class Machine:
 
 
 def find_machine() -> Machine:
-    """Return the devices that this torch can use.
-
-    A card that this build of torch has no code for (a P100 on Kaggle's image) is named in a warning, and the CPU taken.
-    """
+    """Return the devices that this torch can use; warn of a card it has no code for (a P100 on Kaggle's image)."""
     if not torch.cuda.is_available():
         return Machine("cpu", 1, "CPU")
     cards = range(torch.cuda.device_count())
@@ -81,11 +74,7 @@ def find_device() -> str:
 
 
 def device_of(number: int) -> str:
-    """Take the device of process number 0, 1, … on this machine, and return it: "cuda:0", …, or "cpu".
-
-    Raises:
-        UserError: there are fewer GPUs than processes, or one that another process holds.
-    """
+    """Take the device of process number 0, 1, … on this machine, and return it: "cuda:0", …, or "cpu"."""
     if find_device() == "cpu":
         return "cpu"
     if number >= torch.cuda.device_count():
@@ -98,11 +87,7 @@ def device_of(number: int) -> str:
 
 
 def take_card(number: int = 0) -> None:
-    """Let "cuda" mean this card in this process, where there is one.
-
-    Raises:
-        UserError: less than `LEAST_ROOM` is free beside what this process holds, or another process keeps the card.
-    """
+    """Let "cuda" mean this card in this process, if any; raise where another process leaves less than `LEAST_ROOM`."""
     if not torch.cuda.is_available() or number >= torch.cuda.device_count():
         return
     try:

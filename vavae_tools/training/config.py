@@ -15,10 +15,8 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from vavae_tools.runtime.errors import UserError
 
-KAGGLE_HOURS = 12.0
-"""A session with a GPU."""
-RESERVE_MINUTES = 15.0
-"""Of Kaggle's time, for the cells after training."""
+KAGGLE_HOURS = 12.0  # a session with a GPU
+RESERVE_MINUTES = 15.0  # of it, for the cells after training
 
 
 def setting(default: Any, text: str, **limits: float) -> Any:
@@ -43,10 +41,6 @@ class SaveConfig:
         None, "hours:minutes until it saves and ends; null: on Kaggle the session's own; 0: none"
     )
     allow_changes: bool = setting(False, "resume although settings or data are others than the checkpoint's")
-
-    def until(self) -> float | None:
-        """Return the `time.time()` at which training has to be over."""
-        return session_end(self.max_time)
 
 
 @dataclass(frozen=True)

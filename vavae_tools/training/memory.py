@@ -21,10 +21,8 @@ from vavae_tools.runtime.machine import is_memory_fault, release_memory
 from vavae_tools.runtime.ranks import current_ranks
 from vavae_tools.training.devices import no_deterministic_form
 
-HEADROOM = 0.08
-"""Share of the memory that stays free: pieces between tensors that nothing fits into, and batches of longer texts."""
-_CONTEXT = 2**29
-"""Bytes of a process on a card beside its tensors, at most."""
+HEADROOM = 0.08  # share of the memory that stays free: gaps between tensors, and batches of longer texts
+_CONTEXT = 2**29  # bytes of a process on a card beside its tensors, at most
 
 
 # ---- where memory has run out

@@ -34,41 +34,27 @@ Show = Callable[[Tensor], None]
 class Run:
     """What one training trains, and what becomes of it."""
 
-    module: L.LightningModule
-    """With `trainer_settings`."""
+    module: L.LightningModule  # with `trainer_settings`
     data: OrderedDataModule
-    fingerprint: str
-    """Of the data; a run that resumes must have the same."""
-    config: TrainConfig
-    """Its batch size and length are given."""
-    network: nn.Module
-    """What is trained, for the line that says so."""
-    what: str
-    """It is called there, with an article."""
-    export: Callable[[L.Trainer], None]
-    """Called at the end by the first process; writes what the run was for."""
-    folder: Path
-    """Where it stands then."""
-    preview: Callable[[int], L.Callback] | None = None
-    """How many epochs lie between two → the callback."""
-    monitor: tuple[str, str] = ("val/loss", "min")
-    """What the best checkpoint is chosen by, where anything validates."""
-    best: str = "epoch="
-    """How the best checkpoint's name begins."""
+    fingerprint: str  # of the data; a run that resumes must have the same
+    config: TrainConfig  # its batch size and length are given
+    network: nn.Module  # what is trained, for the line that says so
+    what: str  # it is called there, with an article
+    export: Callable[[L.Trainer], None]  # called at the end by the first process; writes what the run was for
+    folder: Path  # where it stands then
+    preview: Callable[[int], L.Callback] | None = None  # how many epochs lie between two → the callback
+    monitor: tuple[str, str] = ("val/loss", "min")  # what the best checkpoint is chosen by, where anything validates
+    best: str = "epoch="  # how the best checkpoint's name begins
     callbacks: Sequence[L.Callback] = ()
-    recorded: Mapping[str, Any] = field(default_factory=dict)
-    """Plain values that the run follows from besides the module's hyper-parameters."""
+    recorded: Mapping[str, Any] = field(default_factory=dict)  # what else the run follows from, as plain values
     remarks: Sequence[str] = ()
-    logged: Mapping[str, float] = field(default_factory=dict)
-    """Numbers known before training that its curves shall hold."""
-    validations: int = 20
-    """In all, at most one an epoch."""
-    saves_memory: Sequence[str] = ()
-    """Settings that help where memory runs out, besides those of every training."""
+    logged: Mapping[str, float] = field(default_factory=dict)  # numbers known before training, for the curves
+    validations: int = 20  # in all, at most one an epoch
+    saves_memory: Sequence[str] = ()  # settings that help where memory runs out, besides those of every training
 
 
 Build = Callable[[Any, Path, Path | None, Show | None, Log], Run]
-"""(recipe, output_dir, the checkpoint to resume from, show, say) → what is to be trained."""
+"""(recipe, output_dir, the checkpoint to resume from, show, log) → what is to be trained."""
 
 
 def train(
@@ -110,8 +96,7 @@ def _train_here(
     settings = run.module.trainer_settings(**config.of_devices())
     gathered = config.accumulate_grad_batches
     processes = settings["devices"] * settings["num_nodes"]
-    count, batches = len(data.train_data), max(1, data.batches_of(processes))
-    length = config.length()
+    count, batches, length = len(data.train_data), max(1, data.batches_of(processes)), config.length()
     steps, epochs = length["max_steps"], length["max_epochs"]
     if steps > 0:
         epochs = -(-steps * gathered // batches)

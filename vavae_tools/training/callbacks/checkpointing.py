@@ -22,11 +22,10 @@ from vavae_tools.checkpoints.formats import clear_left_overs, read_any_format, r
 from vavae_tools.checkpoints.resuming import keep_newest
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import Stopped, StoppedAtOnce, UserError
-from vavae_tools.training.config import SaveConfig
+from vavae_tools.training.config import SaveConfig, session_end
 from vavae_tools.training.lightning_inside import leave_sigterm_to_us
 
 OUTPUT_FOLDERS = ("checkpoints", "autoencoder", "vavae", "rae", "pipeline", "reconstructions", "samples", "classifier")
-"""Folders of a run that trainings write into."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -41,8 +40,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self.log_line = log
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future | None = None
-        self.seconds = 0.0
-        """What the slowest checkpoint took so far, from the copy to the flushed file."""
+        self.seconds = 0.0  # what the slowest checkpoint took so far, from the copy to the flushed file
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None = None) -> None:
         self.wait()
@@ -150,7 +148,7 @@ class LastCheckpoint(ModelCheckpoint):
         self.saving = saving or SaveConfig()
         interval = timedelta(minutes=self.saving.save_every_minutes)
         super().__init__(folder, "last", train_time_interval=interval, enable_version_counter=False)
-        self.until = self.saving.until()
+        self.until = session_end(self.saving.max_time)
         self._stop, self._former_handlers = False, {}
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
@@ -231,9 +229,6 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.global_step and not trainer.fast_dev_run:
             self._save(trainer)
 
-    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        self._give_back_signals()  # and nothing is saved, see above
-
     def _save(self, trainer: L.Trainer) -> None:
         path = self.format_checkpoint_name({}, filename="last")
         trainer.save_checkpoint(path)
@@ -246,10 +241,12 @@ class LastCheckpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io.wait()
             keep_newest(self.run, self.saving.keep_last)
 
-    def _give_back_signals(self) -> None:
+    def _give_back_signals(self, *arguments: Any) -> None:
         for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
         self._former_handlers = {}
+
+    on_exception = _give_back_signals  # and nothing is saved, see above
 
 
 def checkpoint_callbacks(

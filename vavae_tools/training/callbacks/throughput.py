@@ -23,12 +23,9 @@ from vavae_tools.runtime.machine import peak_memory
 from vavae_tools.training.callbacks.progress import is_written
 from vavae_tools.training.lightning_inside import logged_step
 
-WARM_UP = 3
-"""Optimiser steps at a run's beginning that are not measured: code is compiled, memory and optimiser states made."""
-LEAST = 2
-"""Fewer steps than these say nothing."""
-TOO_LONG = 0.2
-"""Share of the time spent waiting for data from which on there is advice."""
+WARM_UP = 3  # optimiser steps that are not measured: code is compiled, memory and optimiser states are made
+LEAST = 2  # fewer steps say nothing
+TOO_LONG = 0.2  # share of the time spent waiting for data from which on there is advice
 
 
 class Clock:
