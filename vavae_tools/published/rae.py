@@ -18,9 +18,9 @@ _DECODER = [name for name in RAE_SIZES["ViTXL"] if name != "decoder_patch_size"]
 class RAEReference(nn.Module):
     """An RAE behind the authors' calls.
 
-    `encode(image)`: (B, 3, S, S) in [0, 1] → latent (B, C, h, w); `decode(latent)`: → image near [0, 1], not clipped;
-    `model(image)`: both; `decoder(tokens)` → `.logits` (B, N, p·p·3); `unpatchify(logits)` → pixels (B, 3, H, W), not
-    denormalised; `encoder(pixel_values)` → tokens (B, N, C). In training mode `encode` adds noise of `noise_tau`. With
+    `encode(image)`: (B, 3, S, S) in [0, 1] → latent (B, C, h, w), in training mode with noise of `noise_tau`;
+    `decode(latent)`: → image near [0, 1], not clipped; `decoder(tokens)` → `.logits` (B, N, p·p·3);
+    `unpatchify(logits)` → pixels (B, 3, H, W), not denormalised; `encoder(pixel_values)` → tokens (B, N, C). With
     `reshape_to_2d` off, latents are (B, N, C).
     """
 
@@ -70,9 +70,6 @@ def load_rae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any])
     - the decoder alone (bare names or `decoder.*`, the authors' or diffusers'), with the four `decoder_…` numbers, and
       `image_size` or `num_patches`, in `config`: `model(tokens).logits`, `model.unpatchify(logits)`.
     - encoders alone, one or several, see `load_rae_encoder_reference`.
-
-    Raises:
-        UserError: weights that do not fit the numbers, or numbers that are missing.
     """
     found = sorted_weights(state_dict)
     if "decoder" not in found:
@@ -131,10 +128,8 @@ def _encoder_alone(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> 
     found = sorted_weights(state_dict)
     if "encoder" not in found:
         some = ", ".join(list(state_dict)[:3]) or "none"
-        raise UserError(
-            "These weights hold neither a decoder (trainable_cls_token …) nor an encoder (embeddings …) of an RAE: "
-            f"they are {some} …"
-        )
+        expected = "neither a decoder (trainable_cls_token …) nor an encoder (embeddings …) of an RAE"
+        raise UserError(f"These weights hold {expected}: they are {some} …")
     encoder = encoder_class(_encoder_name(config))(_encoder_config(config))
     fit(encoder, found["encoder"], "encoder", "state_dict")
     return encoder
@@ -154,7 +149,6 @@ def _encoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decoder_numbers(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return RAEDecoder's arguments but for the grid."""
     inner = config.get("decoder_config") or {}
     given = {**config, **inner}
     missing = [name for name in _DECODER if name not in given]
@@ -178,7 +172,6 @@ def _decoder_numbers(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -
 
 
 def _grid(config: Mapping[str, Any], weights: Mapping[str, Tensor], patch_size: int) -> int:
-    """Return the patches of a side."""
     image_size, patches = config.get("decoder_image_size", config.get("image_size")), config.get("num_patches")
     if patches is None and image_size is not None:
         patches = (image_size // patch_size) ** 2

@@ -44,19 +44,14 @@ class AutoencoderModule(L.LightningModule):
     turns its part off: nothing of it is built or computed. A subclass says what is trained and how it reconstructs.
 
     Args:
-        codec: the autoencoder.
         generator_start: the step from which the model listens to the discriminator; None: the one after `disc_start`.
-        seed: every random draw follows from it, the epoch and the sample.
         lpips: for `perceptual_weight`; validation logs it also where its weight is 0.
-        more: NAME_weight of further losses in `losses.PICTURE_LOSSES`.
+        more: NAME_weight of further losses in `losses.IMAGE_LOSSES`.
 
     The others are keys of a recipe, described in `recipes.base` and `training.config`.
-
-    Logs `train/…` and `val/…`: loss and its parts; validation also PSNR in dB and SSIM.
     """
 
-    parts_may_go_unused = False
-    """Whether some of the model's weights may get no gradient in a step."""
+    parts_may_go_unused = False  # in a step, without a gradient
     discriminator: nn.Module
 
     def __init__(
@@ -101,9 +96,7 @@ class AutoencoderModule(L.LightningModule):
             )
         # in a dict, so that what is frozen does not become a part of this module and its checkpoints
         self._frozen: dict[str, Any] = {"lpips": lpips}
-        self._cached_encoders: dict[
-            str, Foundation
-        ] = {}  # name in a batch: whose features of each image are computed once
+        self._cached_encoders: dict[str, Foundation] = {}  # whose features, by their name in a batch, are computed once
         self._scales: dict[int, Tensor] = {}  # that gathered gradients were scaled by
         self._codec = (codec,)  # in a tuple for the same reason
         weights = {"l1": l1_weight, "gradient": gradient_weight, "spectral": spectral_weight}
@@ -113,7 +106,6 @@ class AutoencoderModule(L.LightningModule):
             self.discriminator = PatchDiscriminator(codec.config.in_channels, disc_width)
 
     def reconstruct(self, batch: dict[str, Tensor], draws: Draws) -> Reconstruction:
-        """Reconstruct a batch as `self.training` wants it."""
         raise NotImplementedError
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -129,8 +121,7 @@ class AutoencoderModule(L.LightningModule):
             disc_weight=settings.disc_weight,
             **more,
         )
-        found = self.optimizers()
-        generator, adversary = found if isinstance(found, list) else (found, None)
+        generator, adversary = self.optimizers() if settings.disc_weight else (self.optimizers(), None)
         if self.backward_and_step(generator, loss, batch_idx) and self.ema is not None:
             # here, not in a callback: a checkpoint that is written after this step must hold this step's average
             self.ema.update(self.network, self.global_step)
@@ -165,7 +156,7 @@ class AutoencoderModule(L.LightningModule):
         return {"reconstructions": to_pixels(reconstruction)}
 
     def flops_of_a_sample(self, batch: dict[str, Tensor]) -> int:
-        """Return what the model computes for one image in a step; losses' networks do not count."""
+        """Return the floating-point operations of one image's step; losses' networks do not count."""
         shape, trains = batch["images"].shape[1:], not self.hparams.get("freeze_encoder")
 
         def loss(codec: VAVAE | RAE) -> Tensor:
@@ -226,7 +217,7 @@ class AutoencoderModule(L.LightningModule):
 
     @property
     def total_steps(self) -> float:
-        """Optimiser steps of the whole training; the model's, not those of both optimisers."""
+        """The model's steps in the whole training."""
         trainer = self.trainer
         batches = trainer.estimated_stepping_batches  # sets the data up, so that their batches are known
         if trainer.max_epochs == -1:
@@ -283,7 +274,7 @@ class AutoencoderModule(L.LightningModule):
 
 
 def discriminator_accuracy(real: Tensor, made: Tensor) -> Tensor:
-    """Return how often the discriminator's patches are right; 0.5 is chance."""
+    """Return the share of patches that the discriminator judges right; 0.5 is chance."""
     return ((real > 0).float().mean() + (made < 0).float().mean()) / 2
 
 
@@ -291,15 +282,13 @@ class VAVAEModule(AutoencoderModule):
     """Trains a VAVAE; `recipes.vavae.LOSSES` holds sets of these numbers.
 
     Args:
-        vavae: the model; with `condition_dim` 0 labels are not used.
         condition_dropout: share of images that are trained without their vector, so that none has a meaning, too.
-        freeze_encoder: train the decoder alone, on latents that stay as they are.
+        freeze_encoder: train the decoder alone.
         foundation: for `vf_weight`; see `foundation.load_foundation`.
         settings: of `AutoencoderModule`.
     """
 
-    parts_may_go_unused = True
-    """A condition that is dropped from a whole batch, or is switched off, leaves its weights without a gradient."""
+    parts_may_go_unused = True  # a condition that is dropped from a whole batch
 
     def __init__(
         self,
@@ -365,11 +354,11 @@ RAE_DEFAULTS = {
     **{"lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.0, "warmup_steps": 300},
     **{"l1_weight": 0.5, "gradient_weight": 0.0, "spectral_weight": 0.0},
 }
-"""The paper's numbers, where they differ from `AutoencoderModule`'s defaults."""
+"""The paper's numbers, where they differ from `AutoencoderModule`'s; its absolute error is of [0, 1], half of ours."""
 
 
 class RAEDecoderModule(AutoencoderModule):
-    """Trains the decoder of an RAE; its encoder stays as it is.
+    """Trains the decoder of an RAE, in place; its encoder stays as it is.
 
     The first stage of RAE (Zheng et al. 2025): an image's tokens are noised by tau·u·n, each image by a share u of its
     own, so that the decoder bears what a denoiser will make. Other than there, the discriminator is VA-VAE's, since the
@@ -377,10 +366,9 @@ class RAEDecoderModule(AutoencoderModule):
     images are not cropped, so that the frozen encoder sees each once.
 
     Args:
-        rae: its decoder is trained, in place.
-        ema_decay: of the decoder's averaged weights, which validation and what is saved take.
-        flips: half of the images are mirrored.
-        settings: of `AutoencoderModule`; the paper's absolute error is of [0, 1], half of ours.
+        ema_decay: of the decoder's averaged weights, which are validated and saved.
+        flips: mirror half of the images.
+        settings: of `AutoencoderModule`.
     """
 
     def __init__(
