@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from vavae_tools.data.demo.radar import echo, received, spectrogram, walk_before_radar
-from vavae_tools.data.demo.walking import Person, draw_person, walk_again
+from vavae_tools.data.demo.walking import Person, draw_person, generator, walk_again
 from vavae_tools.runtime.errors import UserError, command_parser, run_command
 
 GRID = 256  # a smaller image is this one, averaged
@@ -42,10 +42,8 @@ def simulate_walk(
 
     Row 0 is the highest speed towards the radar, + 7 m/s, the last row the highest away from it, time
     runs to the right, and 255 is `DECIBELS` above 0. Where they are None, `towards` (the radar, or away) and
-    `aspect` (degrees between path and line of sight, within ± 15) are drawn from `rng`. UserError for a size under 16.
+    `aspect` (degrees between path and line of sight, within ± 15) are drawn from `rng`.
     """
-    if size < 16:
-        raise UserError(f"An image size of {size} pixels: expected at least 16, such as 64 or 256.")
     drawn_towards, drawn_aspect = rng.random() < 0.5, rng.uniform(-15, 15)
     towards = drawn_towards if towards is None else towards
     aspect = drawn_aspect if aspect is None else aspect
@@ -63,12 +61,8 @@ def simulate_walk(
 def simulate_image(
     seed: int, person_number: int, image_number: int, size: int = 256, colormap: str = "jet"
 ) -> np.ndarray:
-    """Return an image of a person of the people of `seed`, (size, size, 3) uint8: the same, whatever else is made.
-
-    It is coloured with the matplotlib `colormap`; rows and columns are as in `simulate_walk`.
-    """
-    source = np.random.SeedSequence(seed, spawn_key=(person_number, image_number))
-    rng = np.random.Generator(np.random.Philox(source))
+    """Return an image of a person of the people of `seed`, (size, size, 3) uint8: the same, whatever else is made."""
+    rng = generator(seed, person_number, image_number)
     return colormap_table(colormap).take(simulate_walk(draw_person(seed, person_number), rng, size), axis=0)
 
 
@@ -97,7 +91,7 @@ def write_gait_dataset(
     The bytes of an image depend on `size` (pixels), `seed` and `colormap` alone: with more people or images the first
     ones stay the same, and `workers` (processes; None: one per core) only set the pace. gait.json holds the settings
     and how each person walks. All of it comes at once when it is whole; a folder of these very settings is left as it
-    is. UserError for numbers out of range, an unknown colour map, or a folder that holds anything else.
+    is.
     """
     output_dir = Path(output_dir)
     settings = {"people": people, "pictures": images, "size": size, "seed": seed, "colormap": colormap}
@@ -137,18 +131,14 @@ def _is_finished(output_dir: Path, settings: dict) -> bool:
     if (output_dir / FINISHED).is_file():
         found = json.loads((output_dir / FINISHED).read_text())["settings"]
         if found != settings:
-            raise UserError(
-                f"{output_dir} holds simulated images of other settings ({found}; asked for: {settings}). Choose "
-                "another --output_dir, or delete that folder."
-            )
+            other = f"simulated images of other settings ({found}; asked for: {settings})"
+            raise UserError(f"{output_dir} holds {other}. Choose another --output_dir, or delete that folder.")
         return True
     there = output_dir.iterdir() if output_dir.is_dir() else ()
     others = sorted(path.name for path in there if not path.name.startswith("."))
     if others:
-        raise UserError(
-            f"{output_dir} already holds other files or folders ({', '.join(others[:3])}): expected a new or an empty "
-            "folder. Choose another --output_dir."
-        )
+        there = f"other files or folders ({', '.join(others[:3])})"
+        raise UserError(f"{output_dir} already holds {there}: choose a new or an empty folder as --output_dir.")
     return False
 
 
@@ -166,26 +156,23 @@ def _run(write: partial, tasks: list[tuple[int, int]], workers: int, progress: b
     from tqdm.auto import tqdm
 
     workers = min(workers, len(tasks))
-    with tqdm(total=len(tasks), unit="image", disable=not progress or not tasks) as bar:
-        if workers < 2 or multiprocessing.current_process().daemon:  # a daemon may have no children
-            for task in tasks:
-                write(task)
-                bar.update()
-            return
-        # A fork needs no `if __name__ == "__main__"` in the caller's script; but only Linux forks safely.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        # Ctrl-C is the parent's
-        pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-        try:
-            for _ in pool.map(write, tasks, chunksize=min(8, -(-len(tasks) // workers))):
-                bar.update()
-        except BrokenProcessPool:
-            message = (
-                f"One of {workers} worker processes was killed, perhaps for memory. Run it again with fewer --workers"
-            )
-            raise UserError(message) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    bar = partial(tqdm, total=len(tasks), unit="image", disable=not progress)
+    if workers < 2 or multiprocessing.current_process().daemon:  # a daemon may have no children
+        for task in bar(tasks):
+            write(task)
+        return
+    # A fork needs no `if __name__ == "__main__"` in the caller's script; but only Linux forks safely.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    # Ctrl-C is the parent's
+    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        for _ in bar(pool.map(write, tasks, chunksize=min(8, -(-len(tasks) // workers)))):
+            pass
+    except BrokenProcessPool:
+        killed = f"One of {workers} worker processes was killed, perhaps for memory"
+        raise UserError(f"{killed}. Run it again with fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def main() -> None:

@@ -43,27 +43,21 @@ SEGMENTS = (
 )
 
 
-def _scatterers() -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...], np.ndarray]:
-    rows = [
-        (JOINTS.index(start), JOINTS.index(end), place, part, amplitude / len(places) ** 0.5)
-        for part, start, end, places, amplitude in SEGMENTS
-        for place in places
-    ]
-    first, last, way, parts, amplitude = zip(*rows, strict=True)
-    return np.array(first), np.array(last), np.array(way), parts, np.array(amplitude)
-
-
-FIRST, LAST, WAY, PARTS, AMPLITUDE = _scatterers()
+_SCATTERERS = [
+    (JOINTS.index(start), JOINTS.index(end), place, part, amplitude / len(places) ** 0.5)
+    for part, start, end, places, amplitude in SEGMENTS
+    for place in places
+]
+FIRST, LAST, WAY, PARTS, AMPLITUDE = map(np.array, zip(*_SCATTERERS, strict=True))
 """Every scatterer's two joints, its place between them, its part of the body, and its amplitude: (K,) each."""
 
 
 def walk_before_radar(
     person: Person, rng: np.random.Generator, towards: bool, aspect: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return how far each scatterer is from the radar and how strong its echo: (K, T) metres and (K, T).
+    """Return how far each scatterer is from the radar, (K, T) metres, and how strong its echo, (K, T).
 
-    The path makes the angle `aspect` (degrees) with the line of sight; its end nearest to the radar is `NEAR` metres
-    away.
+    The path, `aspect` degrees off the line of sight, ends `NEAR` metres from the radar or begins there.
     """
     times = POSE_TIMES
     uneven = 0.006 * slow_waves(rng, 1, times, 0.8)[0]  # the strides of one walk differ by about 1.5 %

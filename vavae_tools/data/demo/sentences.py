@@ -37,13 +37,11 @@ def stories(count: int, seed: int = 0) -> list[str]:
 
 def questions(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
     """Return chats of a question such as "tell me about two old cats." and a sentence that begins with these words."""
-    return [
-        [
-            {"role": "user", "content": f"{QUESTION_PREFIX} {subject}."},
-            {"role": "assistant", "content": f"{subject} {verb} {seen}."},
-        ]
-        for subject, verb, seen in _parts(count, seed)
-    ]
+    chats = []
+    for subject, verb, seen in _parts(count, seed):
+        texts = {"user": f"{QUESTION_PREFIX} {subject}.", "assistant": f"{subject} {verb} {seen}."}
+        chats.append([{"role": role, "content": text} for role, text in texts.items()])
+    return chats
 
 
 def _parts(count: int, seed: int) -> list[tuple[str, str, str]]:

@@ -65,7 +65,6 @@ def coverage(shapes: Tensor, places: Tensor, radii: Tensor, size: int | Size) ->
         shapes: int64 (N,), their places in `SHAPES`.
         places: float (N, 2), (x, y) of the centres, of the image's width and height: (0, 0) is the top left corner.
         radii: float (N,), of the image's shorter side.
-        size: pixels, one number or (height, width).
     """
     height, width = (size, size) if isinstance(size, int) else size
     size = min(height, width)
@@ -88,8 +87,8 @@ def draw_shapes(
     """Draw one shape into each image: uint8 (N, 3, H, W).
 
     Args:
+        shapes, places, radii: see `coverage`.
         colours: int64 (N,), their places in `COLOURS`.
-        shapes, places, radii, size: see `coverage`.
         shades: float (N,), of the grey ground, 0 black, 1 white.
     """
     covered = coverage(shapes, places, radii, size)[:, None]  # (N, 1, H, W)
@@ -102,9 +101,6 @@ def shape_classes(num_classes: int) -> list[tuple[int, int]]:
 
     >>> [f"{list(COLOURS)[c]} {list(SHAPES)[s]}" for c, s in shape_classes(4)]
     ['red circle', 'blue circle', 'red square', 'blue square']
-
-    Raises:
-        UserError: more classes than there are colours times shapes, or none.
     """
     if not 1 <= num_classes <= len(SHAPES) * len(COLOURS):
         raise UserError(f"{num_classes} classes of shapes: expected 1 to {len(SHAPES) * len(COLOURS)}")
@@ -117,8 +113,7 @@ class DrawnImages(DecodedImages):
     """Images that follow from seed, subset (`subset`: 0 trains, 1 validates) and number alone."""
 
     title: str
-    smallest: int
-    """Pixels of the shorter side below which nobody knows what is shown."""
+    smallest: int  # pixels of the shorter side: below it nobody knows what is shown
 
     def __init__(
         self, names: list[str], labels: Tensor, image_size: int | Size, seed: int = 0, subset: int = 0, **options: Any
@@ -129,7 +124,7 @@ class DrawnImages(DecodedImages):
         self.seed, self.subset, self.numbers = seed, subset, torch.arange(len(names))
 
     def draw(self, numbers: Tensor, draws: Draws) -> Tensor:
-        """Return the images of these numbers, uint8 (B, 3, H, W), with their random draws."""
+        """Return the images of these numbers, uint8 (B, 3, H, W)."""
         raise NotImplementedError
 
     def resize(self, image_size: int | Size) -> None:
@@ -218,12 +213,7 @@ def shape_data(
 ) -> ImageSetDataModule:
     """Return shapes as a data module: `count` to train, and `val_share` times as many more to validate.
 
-    Args:
-        image_size: pixels, one number or (height, width).
-        channels: 1 for grey; None: 3.
-
-    Raises:
-        UserError: numbers that cannot be.
+    With 1 for `channels` they are grey; None stands for 3.
     """
     train, val = _subsets(
         lambda count, subset: ShapeImages(count, num_classes, image_size, seed, subset, channels or 3), count, val_share
@@ -235,18 +225,11 @@ def shape_data(
 # ---- with sentences, which name a colour, a shape, a size and a place
 CAPTION_COLOURS = tuple(COLOURS)
 CAPTION_SHAPES = tuple(SHAPES)[:5]
-SIZES = {"small": (0.16, 0.19), "large": (0.26, 0.3)}
-"""Radii from … to, of the image's side."""
-PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "middle": (0, 0)}
-"""Directions (x, y) from the middle."""
+SIZES = {"small": (0.16, 0.19), "large": (0.26, 0.3)}  # radii from … to, of the image's side
+PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "middle": (0, 0)}  # x, y from the middle
 KINDS = {"colour": CAPTION_COLOURS, "shape": CAPTION_SHAPES, "size": tuple(SIZES), "place": tuple(PLACES)}
-_PHRASES = {
-    "left": "on the left",
-    "right": "on the right",
-    "top": "at the top",
-    "bottom": "at the bottom",
-    "middle": "in the middle",
-}
+_PHRASES = {place: f"on the {place}" for place in ("left", "right")}
+_PHRASES |= {"top": "at the top", "bottom": "at the bottom", "middle": "in the middle"}
 WORDINGS = (
     "a {size} {colour} {shape} {place}",
     "{place} there is a {size} {colour} {shape}",
@@ -271,8 +254,7 @@ EXAMPLE_PROMPTS = (
 _WORDS = {word: (kind, word) for kind, words in KINDS.items() for word in words}
 _SYNONYMS = {"little": "small", "big": "large", "centre": "middle", "center": "middle"}
 _WORDS |= {word: _WORDS[same] for word, same in _SYNONYMS.items()}
-_NEAREST, _JITTER = 0.17, 0.05
-"""From the middle, of the image's side: what stands aside at least, and by how much else places differ."""
+_NEAREST, _JITTER = 0.17, 0.05  # of the image's side: how far aside shapes stand at least, how else places differ
 
 
 @dataclass(frozen=True)
@@ -353,16 +335,11 @@ def captioned_shape_data(
 
 
 # ---- seeing
-MIN_TINT = 0.3
-"""Of a pixel: what has less of the colour is noise."""
-SMALLEST_AREA = 0.02
-"""Of the image: less than this is a speck."""
-MAX_DIFFERENCE = 0.5
-"""Of a shape's area: what differs more from every shape shows none."""
-MIN_COLOUR_PURITY = 0.7
-"""Of the strength of all tints: what has less in common is of several colours."""
-BLURS = (0.0, 0.02, 0.04)
-"""Standard deviations, of the image's side."""
+MIN_TINT = 0.3  # of a pixel: what has less of the colour is noise
+SMALLEST_AREA = 0.02  # of the image: less than this is a speck
+MAX_DIFFERENCE = 0.5  # of a shape's area: what differs more from every shape shows none
+MIN_COLOUR_PURITY = 0.7  # of the strength of all tints: what has less in common is of several colours
+BLURS = (0.0, 0.02, 0.04)  # standard deviations, of the image's side
 
 
 def seen(images: Tensor) -> list[Named]:
@@ -416,7 +393,6 @@ def _place_of(x: float, y: float) -> str:
 
 
 def _blurred(drawn: Tensor, deviation: float) -> Tensor:
-    """Return images (N, H, H), blurred by a Gaussian; grey ground around them."""
     if not deviation:
         return drawn
     reach = math.ceil(3 * deviation)
@@ -427,13 +403,8 @@ def _blurred(drawn: Tensor, deviation: float) -> Tensor:
 
 
 def caption_accuracy(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Return the shares of images that show what their captions name: colour, shape, size, place, "all" of these.
-
-    A share is that of the images whose caption names such a thing; where none does, it is not given.
-
-    Args:
-        images: uint8 (N, 3, H, H).
-        captions: of each image, the one that it was made by.
+    """Return the shares of images, uint8 (N, 3, H, H), that show what their captions name: colour, shape, size, place,
+    "all" of these. A share is that of the images whose caption names such a thing; where none does, it is not given.
     """
     right: dict[str, list[bool]] = {kind: [] for kind in ("all", *KINDS)}
     for caption, shown in zip(captions, seen(images), strict=True):

@@ -64,6 +64,18 @@ class Person:
         return self.speed * self.stride_time
 
 
+SPREADS = {  # mean and standard deviation over people, of surge and bob those of the logarithm
+    **{"arm_asymmetry": (0.10, 0.20), "elbow": (0, 9), "knee": (0.88, 0.06), "ankle": (0.8, 0.1)},
+    **{"leg_asymmetry": (0, 0.035), "step_shift": (0, 0.01), "surge": (0.15, 0.28), "bob": (0, 0.28), "lean": (3, 2.5)},
+    **{"torso_db": (0, 2), "leg_db": (0, 2), "foot_db": (0, 2), "arm_db": (0, 2)},
+}
+WALK_SPREADS = {  # standard deviation over the walks of one person
+    **{"arm_swing": 0.10, "arm_asymmetry": 0.03, "elbow": 2, "knee": 0.015, "leg_asymmetry": 0.005},
+    **{"step_shift": 0.005, "surge": 0.05, "bob": 0.05, "lean": 0.5},
+    **{"torso_db": 1, "leg_db": 1, "foot_db": 1, "arm_db": 1},
+}
+
+
 def cycle_time(relative_speed: float) -> float:
     """Seconds per stride at `relative_speed` leg lengths per second (Boulic, Thalmann & Thalmann 1990)."""
     return 1.346 / relative_speed**0.5
@@ -74,6 +86,11 @@ def relative_support(relative_speed: float) -> float:
     return 0.752 - 0.143 / cycle_time(relative_speed)
 
 
+def generator(seed: int, *numbers: int) -> np.random.Generator:
+    """Return the random generator of a seed's people, of one of them, or of one's image."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=numbers)))
+
+
 def draw_person(seed: int, number: int) -> Person:
     """Return person `number` of the people of `seed`: always the same one, however many are drawn.
 
@@ -81,61 +98,36 @@ def draw_person(seed: int, number: int) -> Person:
     from its mean. Speed, cadence and arm swing, which show most, are spread evenly over the people of a seed (a
     Kronecker sequence of the three-dimensional golden ratio), so that no two of the first few are twins.
     """
-    shift = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).random(3)
+    shift = generator(seed).random(3)
     even = 12**0.5 * ((shift + number * LATTICE) % 1 - 0.5)  # (3,), of unit deviation
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(number,))))
-
-    def normal(mean: float, deviation: float) -> float:
-        return mean + deviation * float(np.clip(rng.standard_normal(), -2.2, 2.2))
-
-    height = normal(1.767, 0.064) if rng.random() < 0.5 else normal(1.632, 0.051)
+    rng = generator(seed, number)
+    height = _normal(rng, 1.767, 0.064) if rng.random() < 0.5 else _normal(rng, 1.632, 0.051)
     speed = float(1.34 + 0.17 * even[0])
+    drawn = {name: _normal(rng, *spread) for name, spread in SPREADS.items()}
     return Person(
         height=height,
         speed=speed,
         stride_time=cycle_time(speed / (LEG * height)) / float(1 + 0.055 * even[1]),
         arm_swing=float(np.exp(0.15 + 0.36 * even[2])),
-        arm_asymmetry=normal(0.10, 0.20),
-        elbow=normal(0, 9),
-        knee=normal(0.88, 0.06),
-        ankle=normal(0.8, 0.1),
-        leg_asymmetry=normal(0, 0.035),
-        step_shift=normal(0, 0.01),
-        surge=float(np.exp(normal(0.15, 0.28))),
-        bob=float(np.exp(normal(0, 0.28))),
-        lean=normal(3, 2.5),
-        torso_db=normal(0, 2),
-        leg_db=normal(0, 2),
-        foot_db=normal(0, 2),
-        arm_db=normal(0, 2),
+        **{**drawn, **{name: float(np.exp(drawn[name])) for name in ("surge", "bob")}},
     )
 
 
 def walk_again(person: Person, rng: np.random.Generator) -> Person:
     """Return the same person on another walk: a little faster or slower, arms a little looser, another shirt."""
+    faster = 1 + _normal(rng, 0, 0.03)
+    changed = {
+        "speed": person.speed * faster,
+        "stride_time": person.stride_time / faster**0.5 * (1 + _normal(rng, 0, 0.015)),
+    }
+    for name, deviation in WALK_SPREADS.items():
+        now, change = getattr(person, name), _normal(rng, 0, deviation)
+        changed[name] = now * (1 + change) if name in ("arm_swing", "surge", "bob") else now + change
+    return replace(person, **changed)
 
-    def normal(deviation: float) -> float:
-        return deviation * float(np.clip(rng.standard_normal(), -2.2, 2.2))
 
-    faster = 1 + normal(0.03)
-    return replace(
-        person,
-        speed=person.speed * faster,
-        stride_time=person.stride_time / faster**0.5 * (1 + normal(0.015)),
-        arm_swing=person.arm_swing * (1 + normal(0.10)),
-        arm_asymmetry=person.arm_asymmetry + normal(0.03),
-        elbow=person.elbow + normal(2),
-        knee=person.knee + normal(0.015),
-        leg_asymmetry=person.leg_asymmetry + normal(0.005),
-        step_shift=person.step_shift + normal(0.005),
-        surge=person.surge * (1 + normal(0.05)),
-        bob=person.bob * (1 + normal(0.05)),
-        lean=person.lean + normal(0.5),
-        torso_db=person.torso_db + normal(1),
-        leg_db=person.leg_db + normal(1),
-        foot_db=person.foot_db + normal(1),
-        arm_db=person.arm_db + normal(1),
-    )
+def _normal(rng: np.random.Generator, mean: float, deviation: float) -> float:
+    return mean + deviation * float(np.clip(rng.standard_normal(), -2.2, 2.2))
 
 
 def joint_positions(person: Person, phase: np.ndarray) -> np.ndarray:
@@ -211,7 +203,7 @@ def still_foot_gain(person: Person) -> float:
 
 def joint_curves(relative_speed: float) -> dict[str, np.ndarray]:
     """Return degrees over one stride, (513,) and closed, of hip, knee, ankle, elbow, thorax and shoulder."""
-    return _curves(round(100 * relative_speed))
+    return _curves(round(100 * relative_speed))  # few speeds, so that they are kept
 
 
 @lru_cache(maxsize=256)
