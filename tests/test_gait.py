@@ -199,7 +199,7 @@ def test_layout_settings_and_pixels(tmp_path):
     names = [f"ID_{person}/walk_00{image}.jpg" for person in (1, 2) for image in (1, 2, 3)]
     assert list(contents(folder)) == [*names, "gait.json"]
     saved = json.loads((folder / "gait.json").read_text())
-    assert saved["settings"] == {"people": 2, "images": 3, "size": 64, "seed": 1, "colormap": "jet"}
+    assert saved["settings"] == {"people": 2, "pictures": 3, "size": 64, "seed": 1, "colormap": "jet"}
     assert saved["people"]["ID_2"] == asdict(draw_person(1, 2))
     with Image.open(folder / "ID_2" / "walk_003.jpg") as opened:
         assert (opened.format, opened.mode, opened.size) == ("JPEG", "RGB", (64, 64))
