@@ -213,7 +213,7 @@ FLAGS = {  # SPEC §2
     "sample": ["checkpoint", "num_samples", "cfg_scale", "num_steps", "labels", "class_list", "output_dir"],
     "export": ["vavae", "format", "output"],
     "checkpoints prune": ["keep", "dry_run"],
-    "kaggle_session": ["work", "dataset", "message", "images", "notebook", "output_dir", "internet"],
+    "kaggle_session": ["work", "dataset", "message", "pictures", "notebook", "output_dir", "internet"],
 }
 
 

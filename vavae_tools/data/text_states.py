@@ -46,7 +46,7 @@ class TextFolder(EncodedFolder):
 
     Attributes:
         key, encoder: hashes of all that the states follow from, and of the encoder alone.
-        images, captions: of each subset, how many there are.
+        pictures, captions: of each subset, how many there are.
         distinct, tokens: how many different captions are stored, the empty one among them, and how many tokens.
         cut: how many of them are longer than the encoder takes.
         shards: file → captions in it.
@@ -57,7 +57,7 @@ class TextFolder(EncodedFolder):
     encoder: str
     dim: int
     pooled_dim: int
-    images: dict[str, int]
+    pictures: dict[str, int]  # as texts.json calls them
     captions: dict[str, int]
     distinct: int
     tokens: int
@@ -70,7 +70,9 @@ class TextFolder(EncodedFolder):
         return [*self.shards, CAPTIONS]
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{subset} {count:,} of {self.images[subset]:,}" for subset, count in self.captions.items())
+        counts = ", ".join(
+            f"{subset} {count:,} of {self.pictures[subset]:,}" for subset, count in self.captions.items()
+        )
         cut = f", {self.cut:,} cut because they are too long" if self.cut else ""
         return f"Captions of images: {counts}; {self.distinct:,} different, {self.tokens:,} tokens{cut} ({self.path})"
 
@@ -134,7 +136,7 @@ def encode_texts(
         encoder=about[1],
         dim=encoder.dim,
         pooled_dim=encoder.pooled_dim,
-        images={subset: len(captions) for subset, captions in captions_by_subset.items()},
+        pictures={subset: len(captions) for subset, captions in captions_by_subset.items()},
         captions={subset: sum(map(len, captions)) for subset, captions in captions_by_subset.items()},
         distinct=len(distinct),
         tokens=sum(int(open_shard(folder / name)["ends"][-1]) for name in shards),
@@ -249,7 +251,7 @@ class TextLatentDataset(LatentDataset):
     def __init__(self, latents: LatentFolder, texts: EncodedTexts, subset: str) -> None:
         super().__init__(latents, subset)
         self.texts, folder = texts, texts.folder
-        images, named = folder.images.get(subset, 0), folder.names.get(subset)
+        images, named = folder.pictures.get(subset, 0), folder.names.get(subset)
         if images != len(self) or (named and named != _digest(list(latents.names.get(subset, [])))):
             raise UserError(
                 f"{folder.path} has captions of {counted(images, 'image')} of the subset {subset}, {latents.path} "
