@@ -58,7 +58,7 @@ def coco(root: Path, count: int = 6, year: str = "train2017", folder: str = "tra
 @pytest.mark.parametrize("folder", ["train2017", "images", "images/train2017"])
 def test_coco(tmp_path, folder):
     data = read("coco", coco(tmp_path, folder=folder))
-    assert data.labels == {"any": 0} and data.num_classes == 1 and data.val_data is None and data.remark == ""
+    assert data.labels == {"any": 0} and data.num_classes == 1 and data.val_data is None and data.notes == []
     assert data.train_data.labels.tolist() == [0] * 6
     sentences = tuple(f"image 4, sentence {n}." for n in range(3))
     assert shown(data.train_data)["000000000004.png"] == (40, sentences)
@@ -72,7 +72,7 @@ def test_coco_with_validation(tmp_path):
     assert "captions_val2017.json" in refused("coco", tmp_path)
     (tmp_path / "val2017" / "000000000021.png").unlink()
     data = read("coco", tmp_path, val_share=0.3)  # nobody fetched val's images
-    assert len(data.train_data) == 4 and len(data.val_data) == 2 and "val2017" in data.remark
+    assert len(data.train_data) == 4 and len(data.val_data) == 2 and "val2017" in str(data.notes)
 
 
 def test_coco_with_files_elsewhere(tmp_path):
@@ -95,7 +95,7 @@ def test_missing_images_are_counted_and_left_out_only_when_told(tmp_path):
     data = read("coco", tmp_path, skip_missing=True)
     assert [grey for grey, _ in shown(data.train_data).values()] == [0, 20, 30, 50]
     assert shown(data.train_data)["000000000005.png"][1][0] == "image 5, sentence 0."
-    assert "2 of 6" in data.remark and "left out" in data.remark and "\n" not in data.remark
+    assert "2 of 6" in data.notes[0] and "left out" in data.notes[0] and "\n" not in data.notes[0]
     for path in (tmp_path / "train2017").iterdir():
         path.unlink()
     assert "6 of 6" in refused("coco", tmp_path, skip_missing=True)
@@ -154,7 +154,7 @@ def test_cub_without_captions_makes_them(tmp_path):
         "002.American_Crow/c.png": (150, ("an american crow", "a bird with forked tail")),
     }
     assert shown(data.val_data) == {"001.Indigo_Bunting/b.png": (100, ("an indigo bunting",))}
-    assert "made from class names" in data.remark
+    assert "made from class names" in str(data.notes)
 
 
 def test_cub_with_captions(tmp_path):
@@ -166,7 +166,7 @@ def test_cub_with_captions(tmp_path):
     captions = {name: captions for name, (_, captions) in shown(data.train_data).items()}
     assert captions["001.Indigo_Bunting/a.png"] == ("one bird.", "two birds.")
     assert captions["002.American_Crow/c.png"][0] == "an american crow"  # it alone has no text
-    assert data.val_data.captions == [("b",)] and "captions of 1 image" in data.remark
+    assert data.val_data.captions == [("b",)] and "captions of 1 image" in str(data.notes)
 
 
 # ---- custom
@@ -219,7 +219,7 @@ def test_custom_text_beside(tmp_path):
         "b/2.JPG": ("caption 1", "other 1"),
         "b/10.png": ("caption 0", "other 0"),
     }
-    assert "1 .txt file" in data.remark
+    assert "1 .txt file" in str(data.notes)
     (tmp_path / "b" / "10.txt").unlink()
     assert "1 image" in refused("custom", tmp_path) and "b/10.png" in refused("custom", tmp_path)
     assert len(read("custom", tmp_path, skip_missing=True).train_data) == 2
@@ -242,7 +242,7 @@ def test_empty_captions(tmp_path):
     assert "1.png" in said and "2.png" not in said and "data.skip_missing=true" in said
     data = read("custom", tmp_path, skip_missing=True)
     assert data.train_data.captions == [("a",), ("c",)] and data.train_data.names == ["0.png", "2.png"]
-    assert "1.png" in data.remark and "2.png" in data.remark
+    assert "1.png" in data.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """The order of the training data, resumed at any batch; how many processes load them, and what becomes of these."""
 
 import os
-import shutil
-from collections import namedtuple
 
 import pytest
 import torch
@@ -24,24 +22,13 @@ from vavae_tools.data.loader import (
 )
 from vavae_tools.runtime.errors import UserError
 
-MB = 2**20
-Usage = namedtuple("Usage", "total used free")
-
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine with so many cores, free bytes of /dev/shm (None: no such place), ranks and a quota."""
+    """A machine with so many cores, ranks and a quota."""
 
-    def stand_in(cores=8, shared=2**34, ranks=None, quota=None):
+    def stand_in(cores=8, ranks=None, quota=None):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
-
-        def usage(path):
-            assert str(path) == "/dev/shm"
-            if shared is None:
-                raise FileNotFoundError(path)
-            return Usage(2 * shared, shared, shared)
-
-        monkeypatch.setattr(shutil, "disk_usage", usage)
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         if ranks is not None:
             monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
@@ -59,7 +46,7 @@ def machine(monkeypatch, tmp_path):
 )
 def test_cores_are_shared_by_the_ranks_of_a_machine(machine, cores, ranks, workers):
     machine(cores=cores, ranks=ranks)
-    assert loading_workers(MB) == (workers, "")
+    assert loading_workers() == workers
     assert local_world_size() == (ranks if isinstance(ranks, int) else 1)
 
 
@@ -71,45 +58,15 @@ def test_a_containers_quota_counts(machine, quota, cores):
     assert usable_cores() == cores
 
 
-@pytest.mark.parametrize(
-    ("shared", "ranks", "batch", "workers"),
-    [
-        (64 * MB, 1, 6 * MB, 2),  # docker's: 32 MB for them, 12 of each
-        (64 * MB, 2, 6 * MB, 1),
-        (64 * MB, 1, 16 * MB, 1),
-        (64 * MB, 1, 16 * MB + 1, 0),
-        (2**31, 2, 48 * MB, 4),
-        (0, 1, 1, 0),
-        (None, 1, 2**40, 4),
-    ],
-)
-def test_batches_in_flight_fit_into_half_of_the_shared_memory(machine, shared, ranks, batch, workers):
-    machine(cores=8 * ranks, shared=shared, ranks=ranks)
-    found, line = loading_workers(batch)
-    assert found == workers and bool(line) == (workers < 4) and "\n" not in line
-    if shared is not None:
-        assert found == 4 or (found + 1) * 2 * batch * ranks > shared / 2 >= found * 2 * batch * ranks
-
-
 def module(**options) -> ImageSetDataModule:
     return ImageSetDataModule(ShapeImages(64, 4, 32), None, {"a": 0}, batch_size=16, **options)
 
 
 def test_a_module_has_those_workers(machine, monkeypatch):
-    machine(cores=8, shared=64 * MB)
-    data = module()
-    assert (data.num_workers, data.remark) == (0, "")  # in memory
+    machine(cores=8)
+    assert module().num_workers == 0  # in memory
     monkeypatch.setattr(decoded, "MEMORY_LIMIT", 64 * 32 * 32 * 3 - 1)
-    assert (module().num_workers, module().remark) == (4, "") and module(num_workers=7).num_workers == 7
-    machine(cores=8, shared=5 * 4 * 16 * (3 * 32 * 32 + 16))  # for five batches in half of it: two processes and a half
-    data = module()
-    assert data.num_workers == 4 and not data.remark
-    machine(cores=8, shared=2 * 5 * 16 * (3 * 32 * 32 + 16))
-    data = module()
-    assert data.num_workers == 2 and "2 of 4 loading processes" in data.remark
-    assert module(num_workers=3).num_workers == 3 and not module(num_workers=3).remark
-    data.train_data.extra_fields["tokens"] = torch.zeros(64, 3 * 32 * 32 + 16, dtype=torch.uint8)  # as many bytes again
-    assert data.train_dataloader().num_workers == 1
+    assert module().num_workers == 4 and module(num_workers=7).num_workers == 7
 
 
 # ---- what becomes of them

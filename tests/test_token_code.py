@@ -155,8 +155,8 @@ def test_no_cells_are_no_tokens():
                                     "take cell_size 3 or larger, or more channels"),
     (lambda: TokenCode(257, 2, 2), "257 tokens need 9 bits"),
     (lambda: TokenCode(0), "0 tokens in 3 channels of 4×4: expected 1 or more"),
-    (lambda: TokenCode(260).capacity(67), "img_size 67 is no multiple of cell_size 4: take 68, or another cell_size"),
-    (lambda: TokenCode(260).capacity(0), "img_size 0 is no multiple of cell_size 4: take 4, or another cell_size"),
+    (lambda: TokenCode(260).capacity(67), "img_size 67 is no multiple of cell_size 4: take 68 or another one"),
+    (lambda: TokenCode(260).capacity(0), "img_size 0 is no multiple of cell_size 4: take 4 or another one"),
     (lambda: TokenCode(260).draw(torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5).bool(), 8),
      "5 tokens for an image of 8×8, which has 4 cells"),
 ])  # fmt: skip

@@ -414,7 +414,7 @@ def test_tokenizers_that_do_not_do(files, tmp_path):
 @pytest.mark.parametrize(("options", "says"), [
     ({"max_tokens": 0}, "max_tokens 0: an image of 64×64 has 1 to 256 cells"),
     ({"max_tokens": 257}, "max_tokens 257: an image of 64×64 has 1 to 256 cells"),
-    ({"img_size": 30}, "img_size 30 is no multiple of cell_size 4: take 32, or another cell_size"),
+    ({"img_size": 30}, "img_size 30 is no multiple of cell_size 4: take 32 or another one"),
     ({"cell_size": 1}, "260 tokens need 9 bits, a cell of 3×1×1 pixels has 3"),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit(options, says):

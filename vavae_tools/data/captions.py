@@ -48,7 +48,7 @@ class CaptionedDataModule(CaptionOrderedDataModule, ImageSetDataModule):
     """Captioned images as batches, each with one of its captions, at random; in validation with its first.
 
     Args:
-        notes: lines about what was left out, for `remark`.
+        notes: lines about what was left out.
     """
 
     def __init__(
@@ -62,11 +62,6 @@ class CaptionedDataModule(CaptionOrderedDataModule, ImageSetDataModule):
     ) -> None:
         self.notes = list(notes)
         super().__init__(train_data, val_data, {"any": 0}, batch_size, num_workers, seed)
-
-    def _find_workers(self) -> None:
-        self.remark = ""
-        super()._find_workers()
-        self.remark = "; ".join(filter(None, [*self.notes, self.remark]))
 
     def captions_by_subset(self) -> dict[str, list[tuple[str, ...]]]:
         """Return the captions of the subsets that are there, as `text_states.encode_texts` takes them."""
@@ -141,26 +136,21 @@ def cleaned(
     Raises:
         UserError: an image without a caption, or a caption that is no text.
     """
-    clean, silent, partly = {}, [], []
+    clean, silent = {}, []
     for name, given in captions.items():
         try:
             words = [" ".join((caption or "").replace("\ufffd", " ").split()) for caption in given]
         except AttributeError:
             raise UserError(f"The caption of {name} in {source} is {given}, expected text") from None
-        kept = tuple(dict.fromkeys(filter(None, words)))
-        if not kept:
+        if kept := tuple(dict.fromkeys(filter(None, words))):
+            clean[name] = kept
+        else:
             silent.append(name)
-            continue
-        clean[name] = kept
-        if "" in words:
-            partly.append(name)
     if silent:
         what = f"{counted(len(silent), 'image')} of {source} with an empty caption or none: {listed(silent)}"
         if not clean or not skip_missing:
             raise UserError(f"{what}. Write one for each" + (f", {SKIP_HINT}" if clean else ""))
         notes.append(f"{what}; left out")
-    if partly:
-        notes.append(f"empty captions beside others left out, in {source}: {listed(partly)}")
     if not clean:
         raise UserError(f"{source} names no image that is there")
     return clean

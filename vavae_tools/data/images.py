@@ -187,11 +187,6 @@ class DecodedImages(Dataset):
         """Return whether all of them, decoded, fit into this process's part of `MEMORY_LIMIT`."""
         return len(self) * math.prod(self.image_size) * self.channels <= MEMORY_LIMIT // local_world_size()
 
-    def row_bytes(self) -> int:
-        """Return the bytes of one image in a batch, with its rows of `extra_fields`."""
-        extra_fields = sum(rows[torch.zeros(1, dtype=torch.int64)].nbytes for rows in self.extra_fields.values())
-        return math.prod(self.image_size) * self.channels + 2 * self.labels.element_size() + extra_fields
-
     def in_memory(self) -> Tensor:
         """Return all images, uint8 (N, C, H, W), decoded by several threads on the first call."""
         if self._memory is None:
@@ -346,7 +341,6 @@ class ImageSetDataModule(OrderedDataModule):
         num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.remark = ""  # why there are fewer loading processes than cores
         self._finds_workers = num_workers is None
         super().__init__(batch_size, num_workers or 0, seed)
         self.train_data, self.val_data, self.labels = train_data, val_data, labels
@@ -367,9 +361,7 @@ class ImageSetDataModule(OrderedDataModule):
 
     def _find_workers(self) -> None:
         if self._finds_workers:
-            self.num_workers, self.remark = 0, ""
-            if not self.train_data.fits_memory():
-                self.num_workers, self.remark = loading_workers(self.batch_size * self.train_data.row_bytes())
+            self.num_workers = 0 if self.train_data.fits_memory() else loading_workers()
 
     def fingerprint(self) -> str:
         return hash_of([[subset.fingerprint() for subset in self._subsets()], self.labels])
@@ -385,7 +377,6 @@ class ImageSetDataModule(OrderedDataModule):
                 run["data"] = self.fingerprint()
 
     def _loader(self, data: DecodedImages, order: Sampler | None, batch_size: int) -> DataLoader:
-        self._find_workers()  # again, as there may be `extra_fields` now
         if self.num_workers and data.fits_memory():
             data.in_memory()  # now, once, and not in each worker
         return super()._loader(data, order, batch_size)

@@ -5,7 +5,6 @@ Lightning restores the epoch and the batch of a run, but not its place in the da
 
 import os
 import re
-import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,30 +22,14 @@ from vavae_tools.runtime.machine import find_device
 
 MOST_WORKERS = 4
 """Loading processes per training process: four cores decode and crop some 1,100 images of 500×375 a second."""
-PREFETCH = 2
-"""Batches that each of them has ready."""
-SHARED_MEMORY = Path("/dev/shm")
-"""Through it batches come from one process to another; half of what is free may be used."""
 _CGROUP = Path("/sys/fs/cgroup")
 _KILLED = re.compile(r"DataLoader worker .*(is killed by signal: ([\w ]+)|exited unexpectedly)")
 _NO_ROOM = re.compile(r"Bus error|unable to [\w ]*(shared memory|file </torch_).*No space left", re.DOTALL)
 
 
-def loading_workers(batch_bytes: int) -> tuple[int, str]:
-    """Return how many processes should load batches of this size, and why where shared memory makes it fewer."""
-    workers = min(MOST_WORKERS, usable_cores() // local_world_size())
-    try:
-        free = shutil.disk_usage(SHARED_MEMORY).free
-    except OSError:  # only Linux has it
-        return workers, ""
-    fitting = int(free / 2 / local_world_size() // max(1, PREFETCH * batch_bytes))
-    if fitting >= workers:
-        return workers, ""
-    how_many = f"{fitting} of {workers} loading processes" if fitting else "no loading processes"
-    return fitting, (
-        f"{SHARED_MEMORY} has {free / 2**20:,.0f} MB free, and batches of {batch_bytes / 2**20:,.1f} MB pass through "
-        f"it: {how_many} for each device. More with docker run --shm-size=8g, a smaller batch_size, or num_workers=N"
-    )
+def loading_workers() -> int:
+    """Return how many processes should load images, by the cores that each training process has."""
+    return min(MOST_WORKERS, usable_cores() // local_world_size())
 
 
 def local_world_size() -> int:
@@ -87,7 +70,7 @@ def worker_fault(error: BaseException) -> str | None:
     text = " ".join(str(link) for link in (error, error.__cause__, error.__context__) if link is not None)
     if _NO_ROOM.search(text):
         return (
-            f"A loading process ended because {SHARED_MEMORY} is full, through which its batches come: set "
+            "A loading process ended because /dev/shm is full, through which its batches come: set "
             "num_workers=0, take a smaller batch_size, or start the container with --shm-size=8g"
         )
     if match := _KILLED.search(text):
@@ -177,7 +160,7 @@ class OrderedDataModule(L.LightningDataModule):
     train_data: Dataset
     val_data: Dataset | None = None
     persistent_workers = True
-    prefetch_factor = PREFETCH
+    prefetch_factor = 2
     gathered = 1  # see `EpochOrder`
 
     def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:

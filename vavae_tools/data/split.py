@@ -1,9 +1,8 @@
 """Image folders, one per person → train/, val/ and split_info.json, without an image in both subsets.
 
 The subset of an image follows from the seed and its name: a hash of both puts each person's images in an order, and
-the first ones validate. So the order of a folder listing, the number of workers and the place of the input do not
-matter, and an image more moves few others. What belongs together goes together: the images of one recording, and files
-with the same content, even under two persons.
+the first ones validate. An image more moves few others. What belongs together goes together: the images of one
+recording, and files with the same content, even under two persons.
 """
 
 import hashlib
@@ -53,13 +52,13 @@ CHECKS = ("decode", "contents")
 MIN_SIDE = 2
 """Pixels: an image that is narrower or lower than this shows nothing."""
 
-# ---- Which subset, and what has to be in one. Nothing is read or written here
+# ---- Which subset, and what has to be in one
 
 
 def choose_subsets(
     images: Sequence[ImageEntry], val_ratio: float, seed: int, recording_of: RecordingOf = lambda image: None
 ) -> dict[str, str]:
-    """Return the subset of each image, by its key.
+    """Return the subset of each image by its key.
 
     Val's share of a person comes as near to `val_ratio` as whole units allow. A person with two units or more has at
     least one in each subset; a single unit goes to train.
@@ -73,8 +72,11 @@ def choose_subsets(
     for person, n in Counter(image.person for image in images).items():
         lacking[person] = min(max(int(n * val_ratio + 0.5), 1), n - 1) if len(units_of[person]) > 1 else 0
 
+    def hashed(unit: list[ImageEntry]) -> bytes:
+        return hashlib.blake2b(os.fsencode(f"{seed}/{unit[0].key}"), digest_size=16).digest()
+
     in_val = set()  # keys of the units' first images
-    for unit in sorted(units, key=lambda unit: _rank(seed, unit[0].key)):
+    for unit in sorted(units, key=hashed):
         share = Counter(image.person for image in unit) if len(unit) > 1 else {unit[0].person: 1}
         if sum(abs(lacking[person]) - abs(lacking[person] - n) for person, n in share.items()) > 0:
             in_val.add(unit[0].key)
@@ -119,10 +121,6 @@ def _balance_person(person: str, units_of: dict[str, list[list[ImageEntry]]], in
     movable = [unit for unit in units if may_move(unit)]
     if len(units) > 1 and len({subset(unit) for unit in units}) == 1 and movable:
         in_val ^= {min(movable, key=len)[0].key}
-
-
-def _rank(seed: int, key: str) -> bytes:
-    return hashlib.blake2b(os.fsencode(f"{seed}/{key}"), digest_size=16).digest()
 
 
 def recordings(group_pattern: str | None, images: Sequence[ImageEntry], notes: list[str]) -> RecordingOf:
@@ -172,15 +170,13 @@ def split_folders(
         link: "copy", "hard" (on one disk; writing into such a file writes into the input's) or "symbolic".
         group_pattern: searched for in the files' names; its first group names the recording.
         overwrite: replace a different split in `output_dir`, once the new one is whole.
-        workers: threads; without it one per core, at most 8.
+        workers: threads; None: one per core, at most 8.
         progress: None shows a bar on a terminal only.
         check: "decode" every image once, or compare "contents" only, which passes over broken images.
     """
     if min(train_ratio, val_ratio) <= 0 or not abs(train_ratio + val_ratio - 1) <= 1e-6:
-        raise UserError(
-            f"--train_ratio {train_ratio:g} and --val_ratio {val_ratio:g}: expected two numbers above 0 that add up to "
-            "1, such as 0.8 and 0.2"
-        )
+        found = f"--train_ratio {train_ratio:g} and --val_ratio {val_ratio:g}"
+        raise UserError(f"{found}: expected two numbers above 0 that add up to 1, such as 0.8 and 0.2")
     for flag, value, choices in (("link", link, LINKS), ("check", check, CHECKS)):
         if value not in choices:
             raise UserError(f"--{flag} {value} is none of {', '.join(choices)}.")
@@ -205,16 +201,13 @@ def split_folders(
     workers = min(8, os.cpu_count() or 1) if workers is None else max(1, workers)
     split = _Split(source, target, images, settings, recording_of, workers, progress)
 
-    old = existing_split(target)
-    if old is not None:
+    if old := existing_split(target):
         difference = split.difference_from(old)
         if difference is None:
             return SplitReport.of(old, target, already_there=True)
         if not overwrite:
-            raise UserError(
-                f"{target} holds a different split: {difference}. "
-                "Choose another --output_dir, or add --overwrite to replace it."
-            )
+            hint = "Choose another --output_dir, or add --overwrite to replace it."
+            raise UserError(f"{target} holds a different split: {difference}. {hint}")
     return SplitReport.of(split.make(notes), target)
 
 
@@ -229,7 +222,7 @@ class _Split:
     progress: bool | None
 
     def make(self, notes: list[str]) -> dict:
-        """Write the split beside its final place and put it there; return what split_info.json says."""
+        """Write the split beside its final place and move it there; return what split_info.json says."""
         partial, old = (self.target.with_name(f".{self.target.name}.{word}") for word in ("partial", "old"))
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         persons = {image.person for image in self.images}
@@ -263,7 +256,7 @@ class _Split:
         return info
 
     def difference_from(self, old: dict) -> str | None:
-        """Return how this split would differ from the one that is there; None if it is the same, and complete."""
+        """Return how this split differs from an existing one; None if that is the same, and complete."""
         for name, value in self.settings.items():
             if old.get(name) != value:
                 was, now = (",".join(one) if isinstance(one, list) else one for one in (old.get(name), value))
@@ -279,7 +272,7 @@ class _Split:
         return f"{counted(len(missing), 'file')} gone or changed: {listed(missing)}" if missing else None
 
     def _write(self, partial: Path) -> dict[str, str]:
-        """Copy or link each image to where it belongs in one pass, unless it turns out broken or twice there."""
+        """Copy or link each image to where it belongs in one pass; move those that broken ones and copies displace."""
         kind = self.settings["link"]
         planned = self._subsets(with_faults=True)
 
@@ -295,10 +288,8 @@ class _Split:
             try:
                 (os.link if kind == "hard" else os.symlink)(image.path, path)
             except OSError as error:
-                raise UserError(
-                    f"No {kind} link to {image.path} can be made in {self.target.parent}: {error.strerror}. Use "
-                    f"--link {'symbolic' if kind == 'hard' else 'hard'} or --link copy."
-                ) from None
+                problem = f"No {kind} link to {image.path} can be made in {self.target.parent}: {error.strerror}"
+                raise UserError(f"{problem}. Use --link {'symbolic' if kind == 'hard' else 'hard'} or copy.") from None
 
         self._examine(write)
         subsets = self._subsets()
@@ -404,8 +395,6 @@ def _checked_extensions(extensions: str | Sequence[str]) -> list[str]:
     wanted = sorted({extension.strip().lower().removeprefix(".") for extension in asked} - {""})
     unknown = [extension for extension in wanted if not can_read(extension)]
     if unknown or not wanted:
-        raise UserError(
-            f"--image_extensions {','.join(asked)}: Pillow reads no {either(unknown or ['such'])} images. Use "
-            "--image_extensions png,jpg,jpeg,bmp,webp …"
-        )
+        problem = f"--image_extensions {','.join(asked)}: Pillow reads no {either(unknown or ['such'])} images"
+        raise UserError(f"{problem}. Use --image_extensions png,jpg,jpeg,bmp,webp …")
     return wanted

@@ -37,7 +37,7 @@ class ImageEntry:
 
 @dataclass(frozen=True, repr=False)
 class SplitReport:
-    """What a split holds. Printed, it is a table of persons, what to know about it, and what to do next."""
+    """What a split holds. Printed, it is a table of persons, warnings, and what to do next."""
 
     input_dir: str
     output_dir: str
@@ -63,8 +63,10 @@ class SplitReport:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         lines += ["", *(f"warning: {warning}" for warning in self.warnings)]
-        lines += _shortened([f"left out: {key}: {why}" for key, why in self.unreadable.items()])
-        lines += _shortened([f"identical, in one subset: {' = '.join(keys)}" for keys in self.duplicates])
+        left_out = [f"left out: {key}: {why}" for key, why in self.unreadable.items()]
+        for several in (left_out, [f"identical, in one subset: {' = '.join(keys)}" for keys in self.duplicates]):
+            more = len(several) - LINES_SHOWN
+            lines += [*several[:LINES_SHOWN], *([f"… and {more:,} more (all in {INFO_NAME})"] if more > 0 else [])]
         if self.sizes:
             lines.append("sizes: " + listed(f"{size} ({n:,})" for size, n in self.sizes.items()))
         done = "already there, left as it is" if self.already_there else "written"
@@ -74,11 +76,6 @@ class SplitReport:
         return "\n".join(lines).encode(errors="backslashreplace").decode()  # a name may be no text at all
 
     __repr__ = __str__
-
-
-def _shortened(lines: list[str]) -> list[str]:
-    more = len(lines) - LINES_SHOWN
-    return lines if more <= 0 else [*lines[:LINES_SHOWN], f"… and {more:,} more (all in {INFO_NAME})"]
 
 
 # ---- split_info.json
@@ -133,10 +130,8 @@ def _remarks(counts: dict[str, dict[str, int]], duplicates: list[list[ImageEntry
             remarks.append(f"{person} has one image: it is in train, and val has none")
         elif not row["train"] or not row["val"]:
             subset, other = SUBSETS if row["train"] else reversed(SUBSETS)
-            n = counted(row[subset], "image")
-            remarks.append(
-                f"{person} has nothing in {other}: its {n} are identical or of one recording, all in {subset}"
-            )
+            why = f"its {counted(row[subset], 'image')} are identical or of one recording, all in {subset}"
+            remarks.append(f"{person} has nothing in {other}: {why}")
     shared = [group for group in duplicates if len({image.person for image in group}) > 1]
     if shared:
         names = listed(" = ".join(image.key for image in group) for group in shared)
@@ -182,9 +177,8 @@ def existing_split(target: Path) -> dict | None:
     foreign = [name for name in names if name not in (*SUBSETS, INFO_NAME) and not name.startswith(".")]
     foreign += sorted(_split_files(target).keys() - own)
     if foreign:
-        raise UserError(
-            f"{target} holds more than its split: {listed(foreign)}. Move that away, or choose another --output_dir."
-        )
+        hint = "Move that away, or choose another --output_dir."
+        raise UserError(f"{target} holds more than its split: {listed(foreign)}. {hint}")
     return info
 
 

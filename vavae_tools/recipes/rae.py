@@ -77,8 +77,7 @@ def build_decoder(
     module = RAEDecoderModule(model, **numbers, **own, lpips=lpips)
     begins = f"; the discriminator begins at step {numbers['disc_start']:,} and is listened to from step "
     begins += f"{numbers['generator_start']:,}"
-    remarks = [*filter(None, [images.remark]), f"Losses: {describe_weights(module)}"]
-    remarks[-1] += begins if loss.disc_weight else ""
+    remarks = [f"Losses: {describe_weights(module)}{begins if loss.disc_weight else ''}"]
 
     subset = images.val_data if images.val_data is not None else images.train_data
     folder, checkpoints, reconstructions = (output_dir / name for name in ("rae", "checkpoints", "reconstructions"))

@@ -59,7 +59,7 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     objective_of = partial(make_recipe_objective, recipe.objective, TextToImageRecipe().objective)
     make_solver(sampling.solver, objective_of((4, 32, 32)))  # one that does not fit is said before anything takes time
     images = _images(data, config.batch_size, seed)
-    remarks = [*filter(None, [images.remark])]
+    remarks = list(images.notes)
     if not data.drop_last:
         remarks.append("drop_last=false: every step still has a whole batch; the rest of an epoch comes up in others")
     with rank_zero_first("frozen models"):

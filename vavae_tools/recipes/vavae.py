@@ -156,7 +156,7 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
     module = VAVAEModule(model, **numbers, seed=seed, **frozen_networks(loss, numbers, found, log))
     if found is not None:
         _take_over(module, found, log)
-    remarks = [*filter(None, [images.remark]), f"Recipe {loss.recipe}: {describe_weights(module)}"]
+    remarks = [f"Recipe {loss.recipe}: {describe_weights(module)}"]
     settings = module.trainer_settings(**config.of_devices())
     if (world := settings["devices"] * settings["num_nodes"]) > 1:
         rule = f"lr × sqrt({world}) = {numbers['lr'] * world**0.5:.2g}"

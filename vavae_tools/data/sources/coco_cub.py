@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from vavae_tools.data.captions import NamedImages, missing_images, read_text
@@ -15,23 +15,20 @@ from vavae_tools.runtime.errors import UserError
 def coco_subsets(
     root: Path, annotations: str | Path | None, images: str | Path | None, notes: list[str]
 ) -> list[NamedImages]:
-    """Return what trains, and what validates where it is there.
+    """Return what trains, and what validates where it is there; `notes` gets remarks.
 
     Args:
-        annotations, images: the file with the captions and the folder with the images, where they are not found by
-            their usual names.
-        notes: gets lines about what was left out.
+        annotations, images: the captions' file and the images' folder, where they have other than the usual names.
     """
     train = _annotations(root) if annotations is None else _given(root, annotations)
     subsets = [_coco_subset(root, train, images)]
     val = train.with_name(train.name.replace("train", "val"))
     if val != train and val.is_file():
-        # where the images' folder was given, val's may still be beside it
-        found = [_coco_subset(root, val, folder) for folder in (None, images)]
-        there = [one for one in found if len(missing_images(one.folder, one.captions)) < len(one.captions)]
-        if not there:
+        found = _coco_subset(root, val, images)
+        if len(missing_images(found.folder, found.captions)) < len(found.captions):
+            subsets.append(found)
+        else:
             notes.append(f"none of the images of {val.name} is there: some of {train.name} are held out instead")
-        subsets += there[:1]
     return subsets
 
 
@@ -55,20 +52,19 @@ def _given(root: Path, path: str | Path) -> Path:
 def _coco_subset(root: Path, annotations: Path, images: str | Path | None) -> NamedImages:
     captions = read_coco(annotations)
     name = annotations.stem.removeprefix("captions_")
-    usual = [root / name, root / "images" / name, root / "images", root]
-    folders = usual if images is None else [_given(root, images) / name, _given(root, images)]
-    folders = [folder for folder in folders if folder.is_dir()]
-    if not folders:
-        raise UserError(f"No such folder of images: {_given(root, images)}")
-    folder = min(folders, key=lambda folder: len(missing_images(folder, captions)))
+    folders = [root / name, root / "images" / name, root / "images", root]
+    if images is not None:
+        folders = [_given(root, images) / name, _given(root, images), *folders]
+        if not folders[1].is_dir():
+            raise UserError(f"No such folder of images: {folders[1]}")
+    folder = min(folders, key=lambda folder: len(missing_images(folder, captions)))  # the first of equals
     return NamedImages(folder, annotations, captions)
 
 
 def read_coco(path: Path) -> dict[str, list[str]]:
     """Return image → captions, of COCO's JSON with captions."""
-    text = read_text(path)
     try:
-        content = json.loads(text)
+        content = json.loads(read_text(path))
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}): fetch it again") from None
     try:
@@ -77,10 +73,8 @@ def read_coco(path: Path) -> dict[str, list[str]]:
         for annotation in content["annotations"]:
             captions[names[annotation["image_id"]]].append(annotation["caption"])
     except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} lacks {error} of COCO's captions: expected images with id and file_name, annotations with the "
-            "image_id of one of them and caption, as captions_train2017.json has them"
-        ) from None
+        expected = "images with id and file_name, annotations with the image_id of one of them and caption"
+        raise UserError(f"{path} lacks {error} of COCO's captions: expected {expected}") from None
     if not captions:
         raise UserError(f"{path} names no images")
     return captions
@@ -88,19 +82,11 @@ def read_coco(path: Path) -> dict[str, list[str]]:
 
 # ---- CUB: birds with sentences, written about them or made of their attributes
 
-
-CERTAIN = 3
-"""Of its certainties: 1 not visible, 2 guessing, 3 probably, 4 definitely."""
 _TEXT_FOLDERS = ("text_c10", "text", "text/text_c10", "captions", "cvpr2016_cub/text_c10")
 
 
 def cub_subsets(path: Path, notes: list[str]) -> list[NamedImages]:
-    """Return what trains, and what validates.
-
-    Args:
-        path: CUB_200_2011, or the folder that it is in.
-        notes: gets a line where captions are made up.
-    """
+    """Return what trains, and what validates, of CUB_200_2011 or the folder that it is in; `notes` gets remarks."""
     root = next((folder for folder in (path, path / "CUB_200_2011") if (folder / "images.txt").is_file()), None)
     if root is None:
         raise UserError(f"No images.txt in {path}, which holds {contents(path)}: expected the folder CUB_200_2011")
@@ -138,18 +124,10 @@ def _cub_captions(root: Path, names: dict[str, str], notes: list[str]) -> dict[s
             break
     if lacking := {number: name for number, name in names.items() if number not in captions}:
         notes.append(f"captions of {counted(len(lacking), 'image')} of {root} made from class names and attributes")
-        captions |= _bird_captions(root, lacking)
+        attributes = _certain_attributes(root)
+        for number, name in lacking.items():  # in the folder of its class
+            captions[number] = bird_sentences(name.partition("/")[0], attributes.get(number, []))
     return captions
-
-
-def _bird_captions(root: Path, names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    class_of, class_names = (_numbered_lines(root / f"{name}.txt", False) for name in ("image_class_labels", "classes"))
-    attributes = _certain_attributes(root)
-    made = {}
-    for number, name in names.items():
-        class_name = class_names.get(class_of.get(number), name.partition("/")[0])
-        made[number] = bird_sentences(class_name, attributes.get(number, []))
-    return made
 
 
 def _certain_attributes(root: Path) -> dict[str, list[str]]:
@@ -161,8 +139,8 @@ def _certain_attributes(root: Path) -> dict[str, list[str]]:
         return {}
     names = _numbered_lines(called)
     of_each: dict[str, list[str]] = {}
-    # image, attribute, whether it is there, certainty, seconds: 3.7 million lines, a few with fields too many
-    for image, attribute in re.findall(rf"^(\d+) (\d+) 1 [{CERTAIN}-4]\b", read_text(labels), re.MULTILINE):
+    # image, attribute, whether it is there, certainty (3 probably, 4 definitely), seconds: 3.7 million lines
+    for image, attribute in re.findall(r"^(\d+) (\d+) 1 [34]\b", read_text(labels), re.MULTILINE):
         if attribute in names:
             of_each.setdefault(image, []).append(names[attribute])
     return of_each

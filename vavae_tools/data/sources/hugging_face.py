@@ -31,12 +31,7 @@ def is_dataset(folder: Path) -> bool:
 
 
 class DatasetImages(DecodedImages):
-    """Rows of a dataset; further arguments are those of `DecodedImages`.
-
-    Args:
-        dataset: only its column of images is read.
-        rows: int64 (N,), which of its rows.
-    """
+    """Rows int64 (N,) of a dataset; further arguments are those of `DecodedImages`."""
 
     def __init__(
         self, dataset: "Dataset", column: str, rows: Tensor, names: Sequence[str], labels: Tensor, **options: Any
@@ -72,17 +67,10 @@ class DatasetImages(DecodedImages):
         return part
 
 
-# ---- subsets with labels or captions
 def read_subsets(
     data_dir: Path, train_split: str, **options: Any
 ) -> tuple[dict[str, int], DatasetImages, DatasetImages | None]:
-    """Return class name → label, the training subset, and what validates if there is such a subset.
-
-    Args:
-        data_dir: what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote.
-        train_split: the training subset of a DatasetDict.
-        options: of `DecodedImages`.
-    """
+    """Return class name → label, the training subset, and what validates if there is such a subset."""
     datasets = _read_datasets(data_dir, train_split)
     first = datasets[train_split]
     image = _column(first, data_dir, "images", "Image", IMAGE_COLUMNS)
@@ -96,9 +84,7 @@ def read_subsets(
                 f"The columns {image} and {label} of {data_dir} have other types or class names in {name} than in "
                 f"{train_split}: cast one subset to the other's features and save it again"
             )
-    labels, of_rows = _numbered(
-        {name: column_values(dataset, label) for name, dataset in datasets.items()}, first, label
-    )
+    labels, of_rows = _numbered(datasets, first, label)
     name_of = {number: name for name, number in labels.items()}
     subsets = []
     for name, dataset in datasets.items():
@@ -172,11 +158,14 @@ def column_values(dataset: "Dataset", column: str) -> list:
     return dataset.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
 
 
-def _numbered(values: dict[str, list], first: "Dataset", column: str) -> tuple[dict[str, int], dict[str, Tensor]]:
+def _numbered(
+    datasets: "dict[str, Dataset]", first: "Dataset", column: str
+) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Return class name → label, and the labels int64 (N,) of each subset's rows; the first tells which classes exist.
 
     Whole numbers are labels as they stand; words are numbered by `labels_of`.
     """
+    values = {name: column_values(dataset, column) for name, dataset in datasets.items()}
     train = next(iter(values.values()))
     class_names = getattr(first.features[column], "names", None)
     if class_names:

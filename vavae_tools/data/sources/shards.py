@@ -9,6 +9,7 @@ SHARDS is a folder of .tar files (`KEY.jpg` with `KEY.cls`, `KEY.json` or `KEY.t
 import re
 import shutil
 import tarfile
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,10 +21,8 @@ from vavae_tools.runtime.errors import UserError, command_parser, one_line, run_
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LABEL_FIELDS = ("label", "class_name", "class")
-"""Of a .json."""
-LONGEST_END = 2**20
-"""Bytes of zeros after a tar's last member; a file with more was not written to its end."""
+LABEL_FIELDS = ("label", "class_name", "class")  # of a .json
+LONGEST_END = 2**20  # bytes of zeros after a tar's last member; a file with more was not written to its end
 
 
 def refuse_shards(path: Path) -> None:
@@ -39,9 +38,6 @@ def convert_shards(shards: Path, output: Path) -> "dict[str, Dataset]":
     """Write a folder of shards as a dataset; of tars with the columns image, label and text.
 
     `datasets` keeps them in a folder beside `output` until that is written: the disk must have room for both.
-
-    Raises:
-        UserError: a damaged, cut off or compressed tar file, an image without a label, or one that got lost.
     """
     if not shards.is_dir():
         raise UserError(no_such_folder(shards))
@@ -71,16 +67,14 @@ def convert_shards(shards: Path, output: Path) -> "dict[str, Dataset]":
 
 def _by_subset(shards: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     """Return the files of each subset; all of them train where no name has a word that tells."""
-    found: dict[str | None, list[Path]] = {}
+    found: dict[str, list[Path]] = defaultdict(list)
     for path in files:
         words = re.split(r"[^a-z]+", path.relative_to(shards).as_posix().lower())
-        found.setdefault(next((name for name in ("train", *VALIDATION_SUBSETS) if name in words), None), []).append(
-            path
-        )
-    if found.keys() == {None}:
-        return {"train": found[None]}
-    if None in found or "train" not in found:
-        raise UserError(f"{listed(found.get(None, files))}: put train, val or test into every name, or into none")
+        found[next((name for name in ("train", *VALIDATION_SUBSETS) if name in words), "")].append(path)
+    if found.keys() == {""}:
+        return {"train": found[""]}
+    if "" in found or "train" not in found:
+        raise UserError(f"{listed(found.get('', files))}: put train, val or test into every name, or into none")
     return found
 
 
@@ -99,7 +93,7 @@ def _count_images(path: Path) -> int:
 
 
 def _in_columns(dataset: "Dataset", images: int, where: str) -> "Dataset":
-    """Return a WebDataset's rows with the columns image, text (if there is one) and label (unless none has one)."""
+    """Return a WebDataset's rows with the columns image, text and label, the latter two if there are any."""
     image = next((column for column in dataset.column_names if column.lower() in EXTENSIONS), None)
     keys = column_values(dataset, "__key__")
     found = 0 if image is None else len(keys) - dataset.data.column(image).null_count

@@ -23,11 +23,7 @@ class TokenCode:
     tokens), in 10 or more for b = 16 (50,257), in 9 or more for b = 18 (152,000), and in 24 on average.
 
     Args:
-        num_tokens: numbers go from 0 to num_tokens − 1.
         cell_size: a cell's side in pixels.
-
-    Raises:
-        UserError: a cell has fewer pixels than the numbers have bits.
     """
 
     def __init__(self, num_tokens: int, cell_size: int = 4, channels: int = 3) -> None:
@@ -51,17 +47,11 @@ class TokenCode:
         self._columns = torch.tensor([2**j if j < bits else 1 + j**2 * spread % largest for j in range(self.length)])
 
     def capacity(self, img_size: int) -> int:
-        """Return how many tokens a square image of this side has.
-
-        Raises:
-            UserError: the cells do not fill it.
-        """
+        """Return how many tokens a square image of this side has."""
         size = self.cell_size
         if img_size < 1 or img_size % size:
             near = max(size, round(img_size / size) * size)
-            raise UserError(
-                f"img_size {img_size} is no multiple of cell_size {size}: take {near}, or another cell_size"
-            )
+            raise UserError(f"img_size {img_size} is no multiple of cell_size {size}: take {near} or another one")
         return (img_size // size) ** 2
 
     def cells(self, tokens: Tensor) -> Tensor:
@@ -83,11 +73,7 @@ class TokenCode:
         return self.cells(torch.arange(self.num_tokens))
 
     def draw(self, tokens: Tensor, there: Tensor, img_size: int) -> Tensor:
-        """Draw token numbers int64 (B, L) as images (B, C, H, W); where `there` (B, L) is false the cell is 0, grey.
-
-        Raises:
-            UserError: the cells do not fill the image, or are fewer than the tokens.
-        """
+        """Draw token numbers int64 (B, L) as images (B, C, H, W); where `there` (B, L) is false the cell is 0, grey."""
         capacity, length = self.capacity(img_size), tokens.shape[1]
         if length > capacity:
             raise UserError(

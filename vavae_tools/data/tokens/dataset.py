@@ -28,15 +28,12 @@ class TokenImageDataset(Dataset):
 
     Args:
         data_path: files, a folder, a dataset or a built-in name, see `text_files.read_texts`.
-        img_size: subset of the images in pixels.
+        img_size: height and width of the images in pixels.
         use_chat_template: read chats, and tell prompts and answers apart by the tokenizer's chat template.
         max_tokens: in an image; None: as many as it holds.
         tokenizer: transformers' own or the folder of one; None: the 256 bytes (`byte_tokenizer`); "bpe": one of
             `vocab_size` tokens is learnt from the texts (`learn_tokenizer`).
         cell_size, channels: of the code.
-
-    Raises:
-        UserError: texts that cannot be read, or an image, a code and a tokenizer that do not fit together.
     """
 
     def __init__(
@@ -113,13 +110,12 @@ class TokenImageDataset(Dataset):
         return self._numbers[self._starts[index] : self._ends[index]]
 
     def decode(self, image: Tensor, mask: Tensor) -> Any:
-        """Read an image (C, H, W) and its mask (H, W): token numbers, of noisy cells the nearest; of a batch, lists."""
+        """Return the token numbers of an image (C, H, W) with its mask (H, W), or of each image of a batch."""
         if image.ndim == 3:
             return self.code.decode(image[None], mask[None])[0]
         return self.code.decode(image, mask)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Return the text of token numbers."""
         return self.tokens.decode(tokens)
 
     def noised_examples(self, index: int, times: Sequence[float], seed: int = 0) -> dict[str, Tensor]:
@@ -172,13 +168,9 @@ class TokenImageDataset(Dataset):
         return part
 
     def subsets(self, val_share: float, seed: int = 0) -> tuple[Self, Self | None]:
-        """Return what trains and what validates: whole texts, or the end of the longest where all are too long.
+        """Return what trains and what validates: the dataset's own subsets, or of the images a share.
 
-        Args:
-            val_share: of the images; of a dataset with a subset of its own to validate that subset is taken.
-
-        Raises:
-            UserError: a share that cannot be, or that dataset has nothing to train on.
+        That share has whole texts, or the end of the longest where all are too long.
         """
         if not 0 <= val_share < 1:
             raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
@@ -207,7 +199,6 @@ class TokenImageDataset(Dataset):
         return np.isin(self._text_of, taken)
 
     def fingerprint(self) -> str:
-        """Return a hash of the texts, the tokenizer and the code."""
         digest = hashlib.sha256(repr(("token images 1", self.img_size, self.code.config)).encode())
         for array in (self._numbers, self._answers, self._starts, self._ends):
             if array is not None:
@@ -225,13 +216,7 @@ class TokenImageDataset(Dataset):
 
 
 class TokenImageDataModule(OrderedDataModule):
-    """A `TokenImageDataset` in an order that resumes at any batch.
-
-    Args:
-        dataset: all texts.
-        val_share: of the images, to validate.
-        batch_size, num_workers, seed: see `OrderedDataModule`.
-    """
+    """A `TokenImageDataset` in an order that resumes at any batch; a share of its images validates."""
 
     def __init__(
         self,

@@ -1,8 +1,7 @@
 """Texts ↔ token numbers, by a tokenizer of transformers: the bytes, one that is learnt from the texts, or any other."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,7 @@ _TEMPLATE = (
     + "' }}{% endif %}"
 )
 _FILES = "tokenizer.json and tokenizer_config.json, as save_pretrained writes them"
-_THREADS = "TOKENIZERS_PARALLELISM"
-_CHOSEN = os.environ.get(_THREADS)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns of each process that is forked later
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerBase":
@@ -45,9 +43,6 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> "PreTrainedT
 
     Args:
         vocab_size: tokens at most: 256 bytes, the end of a text and the roles of a chat, and pieces of words.
-
-    Raises:
-        UserError: no room for a piece.
     """
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
@@ -56,8 +51,7 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> "PreTrainedT
     if vocab_size <= 256 + len(SPECIAL):
         raise UserError(f"vocab_size {vocab_size}: {256 + len(SPECIAL)} are taken before the first piece of a word")
     learnt, options = _byte_level(BPE()), {"initial_alphabet": ByteLevel.alphabet(), "show_progress": False}
-    with _threads():
-        learnt.train_from_iterator(texts, BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), **options))
+    learnt.train_from_iterator(texts, BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), **options))
     return _for_chats(learnt)
 
 
@@ -80,11 +74,7 @@ def _for_chats(tokenizer: Any) -> "PreTrainedTokenizerBase":
 
 
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer of transformers from a folder on the disk; no code of the folder is run.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Load a tokenizer of transformers from a folder on the disk; no code of the folder is run."""
     from transformers import AutoTokenizer
 
     if not Path(folder).is_dir():
@@ -99,16 +89,6 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):  # of a class, without its files
         raise UserError(f"The tokenizer in {folder} has no tokens but special ones: expected {_FILES}")
     return tokenizer
-
-
-@contextmanager
-def _threads() -> Iterator[None]:
-    """Let tokenizers use several threads here alone: before 0.23 it warns of each process forked from one that did."""
-    os.environ[_THREADS] = _CHOSEN or "true"
-    try:
-        yield
-    finally:
-        os.environ[_THREADS] = _CHOSEN or "false"
 
 
 class TextTokens:
@@ -129,15 +109,11 @@ class TextTokens:
         self._count = max(tokenizer.get_vocab().values()) + 1
 
     def __len__(self) -> int:
-        """Return the largest number and one; gaps between them count."""
+        """Return the largest number plus one."""
         return self._count
 
     def encode(self, texts: Sequence[str], end: bool = False) -> list[np.ndarray]:
-        """Return token numbers of texts, int32; what looks like a special token in them is text like any other.
-
-        Args:
-            end: add the end, where the tokenizer has a token for it.
-        """
+        """Return token numbers of texts, int32, with the `end` if there is one; special tokens in texts are text."""
         if self._bytewise:  # what the tokenizer says, 300 times as fast
             rows = (np.frombuffer(text.encode(), np.uint8) for text in texts)
         else:
@@ -146,24 +122,17 @@ class TextTokens:
         return [np.concatenate([row, ends], dtype=np.int32, casting="unsafe") for row in rows]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of token numbers; special tokens and numbers that are no token's are left out."""
+        """Return the text of token numbers without special and unknown ones."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def prompt(self, chat: Chat) -> list[int]:
-        """Return the tokens of a chat by its template, up to where the assistant begins.
-
-        Raises:
-            UserError: as `encode_chats`.
-        """
+        """Return the tokens of a chat by its template, up to where the assistant begins."""
         return [token for part in self._numbers(self._parts(chat, ask=True)) for token in part]
 
     def encode_chats(self, chats: Sequence[Chat]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Return the tokens of chats by their template, up to the last answer's end, and which are the assistant's.
 
         What looks like a special token in a message is one, as transformers has it.
-
-        Raises:
-            UserError: the tokenizer has no chat template, or one that refuses a chat or writes earlier messages anew.
         """
         parts = [self._parts(chat) for chat in chats]
         tokens = iter(self._numbers([part for of_chat in parts for part in of_chat]))
@@ -209,9 +178,5 @@ class TextTokens:
 
     def _numbers(self, texts: Sequence[str], **options: bool) -> list[list[int]]:
         """Return token numbers of texts in which special tokens are meant, as a template writes them."""
-        if not texts:
-            return []
-        with _threads():
-            return self.tokenizer(
-                list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **options
-            ).input_ids
+        options |= {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return self.tokenizer(list(texts), **options).input_ids if texts else []
