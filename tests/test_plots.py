@@ -122,3 +122,13 @@ def test_figures_leave_pyplot_alone():
     drawn(show_images(some_images()))
     drawn(plot_bars({"real": [1.0]}, ["ID_1"], "accuracy, %"))
     assert not plt.get_fignums()
+
+
+def test_former_public_names_work_with_a_warning():
+    import vavae_tools as vt
+
+    for name, now in vt._FORMER.items():
+        with pytest.warns(FutureWarning, match=f"{name} is now called {now}"):
+            assert getattr(vt, name) is getattr(vt, now)
+    with pytest.raises(AttributeError, match="vavae_tools has no 'show_photos'"):
+        vt.show_photos  # noqa: B018
