@@ -7,30 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import flat, noise, pixels, shown
 
 from vavae_tools.data import images as decoded
 from vavae_tools.data.datasets import image_data
 from vavae_tools.data.images import centre_crop
 from vavae_tools.runtime.errors import UserError
-
-
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def flat(value: int, size: int = 8) -> Image.Image:
-    """An image that says by its grey which one it is."""
-    return Image.new("RGB", (size, size), (value, value, value))
-
-
-def pixels(data, place: int) -> np.ndarray:
-    """(H, W, C) of one image of a subset."""
-    return data[place]["images"].permute(1, 2, 0).numpy()
-
-
-def shown(data) -> dict[str, int]:
-    """Name → grey, as the images of a subset are read."""
-    return {name: int(pixels(data, place).mean()) for place, name in enumerate(data.names)}
 
 
 @pytest.fixture

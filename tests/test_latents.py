@@ -112,16 +112,11 @@ def test_each_image_is_encoded_with_its_own_vector_and_noise(split, tmp_path, co
 # ---- once
 
 
-def test_what_is_there_is_not_encoded_again(split, tmp_path, count_encoded):
-    first = encode(split, tmp_path / "latents")
-    del count_encoded[:]
-    assert encode(split, tmp_path / "latents") == first and count_encoded == []
-
-
 @pytest.mark.parametrize("change", ["weights", "a vector", "an image", "another split", "flips", "seed", "size"])
 def test_what_is_stale_is(split, tmp_path, count_encoded, change):
     first = encode(split, tmp_path / "latents")
     del count_encoded[:]
+    assert encode(split, tmp_path / "latents") == first and count_encoded == []
     vae, options, size = model(), {}, SIZE
     if change == "weights":
         vae.decoder.conv_out.bias.data[0] += 1e-6
@@ -317,14 +312,8 @@ def test_how_an_autoencoder_reads_images_is_part_of_the_key(tmp_path):
         return encode_latents(vae, data, tmp_path / "latents", progress=False).key
 
     assert key() == key(latents_mean=[1.0, 2.0, 3.0], _name_or_path="elsewhere") != key(image_mean=[0.4])
-
-
-def test_latents_that_are_normalised_already_stay_as_they_are(tmp_path):
-    data = shape_data(8, image_size=16)
-    folder = encode_latents(Averages(has_own_statistics=True), data, tmp_path / "latents", progress=False)
-    assert (folder.mean, folder.std) == ([0.0] * 3, [1.0] * 3)
-    batch = LatentDataset(folder, "train").__getitems__([5])["latents"]
-    assert torch.equal(batch, load_file(folder.path / "train-00000.safetensors")["latents"][5:6])
+    folder = encode_latents(Averages(has_own_statistics=True), data, tmp_path / "own", progress=False)
+    assert (folder.mean, folder.std) == ([0.0] * 3, [1.0] * 3)  # normalised already
 
 
 # ---- statistics from outside
@@ -490,7 +479,6 @@ def test_shards_are_one_data_set(split, tmp_path, monkeypatch, read_at_once):
 
 def test_latents_are_mapped_not_read(latents_dir, tmp_path):
     """A gigabyte of latents costs what its batches cost: the file stands behind the tensor."""
-    folder = LatentFolder.read(latents_dir)
     shutil.copytree(latents_dir, tmp_path / "big")
     rows = 65_536  # 64 MiB
     big = {"latents": torch.ones(rows, 2, 8, 8), "labels": torch.zeros(rows, dtype=torch.int64)}
@@ -505,18 +493,16 @@ def test_latents_are_mapped_not_read(latents_dir, tmp_path):
     assert len(data) == rows
     data.__getitems__([0, 30_000, rows - 1])
     assert resident() - before < 16
-    assert str(tmp_path / "big" / "train-00000.safetensors") in Path("/proc/self/maps").read_text()
-    assert folder.shards["train"] == ["train-00000.safetensors"]
 
 
 def test_damaged_folders_are_named(split, tmp_path):
     folder = encode(split, tmp_path / "latents")
     shard, index = folder.path / "train-00000.safetensors", folder.path / INDEX
-    for content in (shard.read_bytes()[:1000], b"", b"no tensors here at all" * 10):
+    for content in (shard.read_bytes()[:1000], b""):
         shard.write_bytes(content)
         with pytest.raises(UserError, match=r"train-00000\.safetensors cannot be read .*: delete it and"):
             LatentDataModule(folder.path)
-    for content in ('{"key": ', "{}", "[]", '{"key": "a", "shape": 3, "image_size": 4}'):
+    for content in ('{"key": ', "[]", '{"key": "a", "shape": 3, "image_size": 4}'):
         index.write_text(content)
         with pytest.raises(UserError, match=r"latents\.json is damaged .* encode again"):
             LatentFolder.read(folder.path)

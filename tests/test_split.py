@@ -68,25 +68,14 @@ def images_of(*counts: int) -> list[ImageEntry]:
 # ---- which subset
 
 
-def test_each_person_is_divided_by_the_ratio(tmp_path):
-    report = run(people(tmp_path / "in", 10, 20, 3), tmp_path / "out")
-    assert report.counts == {
-        "ID_1": {"train": 8, "val": 2, "left_out": 0},
-        "ID_2": {"train": 16, "val": 4, "left_out": 0},
-        "ID_3": {"train": 2, "val": 1, "left_out": 0},
-    }
-    assert report.totals == {"train": 26, "val": 7, "left_out": 0}
-    assert report.warnings == []
-    assert sorted(subsets(tmp_path / "out")) == sorted(
-        f"{p.parent.name}/{p.name}" for p in (tmp_path / "in").glob("*/*")
-    )  # every image exactly once, as `subsets` would otherwise hold it under two paths
-    assert len(list((tmp_path / "out").glob("*/*/*"))) == 33
-
-
-def test_the_info_file_says_what_is_on_the_disk(tmp_path):
-    source = people(tmp_path / "in", 5, 5)
+def test_each_person_is_divided_by_the_ratio_and_the_info_file_says_how(tmp_path):
+    source = people(tmp_path / "in", 10, 3)
     os.utime(source / "ID_1/p0.png", (1e9, 1e9))
-    run(source, tmp_path / "out", seed=7)
+    report = run(source, tmp_path / "out", seed=7)
+    assert list(report.counts["ID_1"].values()) == [8, 2, 0] and list(report.counts["ID_2"].values()) == [2, 1, 0]
+    assert report.totals == {"train": 10, "val": 3, "left_out": 0} and report.warnings == []
+    assert sorted(subsets(tmp_path / "out")) == sorted(f"{p.parent.name}/{p.name}" for p in source.glob("*/*"))
+    assert len(list((tmp_path / "out").glob("*/*/*"))) == 13  # every image once
     info = read_split_info(tmp_path / "out")
     assert next((tmp_path / "out").glob("*/ID_1/p0.png")).stat().st_mtime == 1e9
     assert info["seed"] == 7 and (info["train_ratio"], info["val_ratio"]) == (0.8, 0.2)
@@ -198,10 +187,6 @@ def test_persons_with_one_image_and_with_copies_of_one_are_in_train(tmp_path):
     source = people(tmp_path / "in", 1, 1)
     shutil.copy(source / "ID_2/p0.png", source / "ID_2/again.png")
     report = run(source, tmp_path / "out")
-    assert report.counts == {
-        "ID_1": {"train": 1, "val": 0, "left_out": 0},
-        "ID_2": {"train": 2, "val": 0, "left_out": 0},
-    }
     assert report.warnings == [
         "ID_1 has one image: it is in train, and val has none",
         "ID_2 has nothing in val: its 2 images are identical or of one recording, all in train",
@@ -267,9 +252,6 @@ def test_the_report_is_a_table_and_says_what_is_next(tmp_path):
     assert len({len(line) for line in lines[:12]}) == 1
     assert lines[11].split() == ["total", "40", "10", "0"]
     assert lines[-1] == f"next: python minimal_training_modification.py --data_dir '{tmp_path}/my out'"
-    assert repr(report) == str(report)
-    with pytest.raises(AttributeError):
-        report.labels = {}
 
 
 def test_a_name_that_is_no_text_can_be_printed(tmp_path):
@@ -335,7 +317,6 @@ def test_folders_that_are_none_and_what_to_try_instead(tmp_path):
         people(tmp_path / f"deep/ID_{k}", 2, names=["session"])
     refused(tmp_path, "too deep, in ID_1/session/", tmp_path / "deep")
     (tmp_path / "flat").mkdir()
-    refused(tmp_path, "it holds nothing. Expected one folder of", tmp_path / "flat")
     (tmp_path / "flat/a.png").write_bytes(image(1))
     refused(tmp_path, f"into a folder of their own: {tmp_path}/flat/ID_1", tmp_path / "flat")
 
@@ -354,7 +335,6 @@ def test_folders_without_a_image_that_can_be_used(tmp_path):
     ("options", "words"),
     [
         ({"train_ratio": 0.7, "val_ratio": 0.2}, "--train_ratio 0.7 and --val_ratio 0.2: expected two numbers"),
-        ({"train_ratio": 1.0, "val_ratio": 0.0}, "--val_ratio 0"),
         ({"train_ratio": 1.2, "val_ratio": -0.2}, "--train_ratio 1.2"),
         ({"train_ratio": 0.8, "val_ratio": float("nan")}, "--val_ratio nan"),
         ({"extensions": "png,xyz"}, "Pillow reads no xyz images"),
@@ -418,7 +398,7 @@ def test_a_different_split_is_replaced_only_when_asked(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fresh", "in", "out"]
 
 
-def test_changed_input_is_a_different_split(tmp_path):
+def test_changed_input_is_a_different_split_and_a_users_file_is_never_lost(tmp_path):
     source = people(tmp_path / "in", 6)
     run(source, tmp_path / "out")
     old = (source / "ID_1/p0.png").read_bytes()
@@ -428,21 +408,11 @@ def test_changed_input_is_a_different_split(tmp_path):
     (source / "ID_1/new.png").write_bytes(image(99))
     refused(tmp_path, "the input changed since, 1 file: ID_1/new.png", source)
     assert run(source, tmp_path / "out", overwrite=True).totals["train"] == 6
-
-
-def test_an_incomplete_split_is_noticed(tmp_path):
-    source = people(tmp_path / "in", 6)
-    run(source, tmp_path / "out")
     lost = next((tmp_path / "out/train").rglob("*.png"))
     lost.unlink()
     refused(tmp_path, f"1 file gone or changed: train/ID_1/{lost.name}", source)
     run(source, tmp_path / "out", overwrite=True)
     assert lost.exists()
-
-
-def test_a_users_file_among_the_images_is_never_lost(tmp_path):
-    source = people(tmp_path / "in", 3)
-    run(source, tmp_path / "out")
     (tmp_path / "out/train/ID_1/mine.png").write_bytes(b"mine")
     refused(tmp_path, "holds more than its split: train/ID_1/mine.png", source, overwrite=True, seed=1)
 
@@ -461,8 +431,7 @@ def test_a_damaged_or_missing_info_file(tmp_path):
 # ---- a full disk
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_a_full_disk_leaves_nothing_half(tmp_path, monkeypatch, workers):
+def test_a_full_disk_leaves_nothing_half(tmp_path, monkeypatch):
     source = people(tmp_path / "in", 20)
     run(source, tmp_path / "out")
     before = everything(tmp_path)
@@ -478,9 +447,9 @@ def test_a_full_disk_leaves_nothing_half(tmp_path, monkeypatch, workers):
 
     monkeypatch.setattr(split_module.io, "FileIO", FullDisk)
     with pytest.raises(OSError, match="No space left"):
-        run(source, tmp_path / "out", seed=1, overwrite=True, workers=workers)
+        run(source, tmp_path / "out", seed=1, overwrite=True, workers=4)
     with pytest.raises(OSError, match="No space left"):
-        run(source, tmp_path / "new", workers=workers)
+        run(source, tmp_path / "new", workers=1)
     assert FullDisk.room < 0 and everything(tmp_path) == before
 
 

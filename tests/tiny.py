@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vavae_tools.autoencoders.stable_diffusion import StableDiffusionVAE
@@ -76,6 +78,25 @@ def tiny_pipeline(seed: int = 0) -> LatentDiTPipeline:
     pipe = LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner.eval(), make_solver(), people)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def flat(value: int, size: int = 8) -> Image.Image:
+    """An image that says by its grey which one it is."""
+    return Image.new("RGB", (size, size), (value, value, value))
+
+
+def pixels(data, place: int) -> np.ndarray:
+    """(H, W, C) of one image of a subset."""
+    return data[place]["images"].permute(1, 2, 0).numpy()
+
+
+def shown(data) -> dict[str, int]:
+    """Name → grey, as the images of a subset are read."""
+    return {name: int(pixels(data, place).mean()) for place, name in enumerate(data.names)}
 
 
 def same(a: Tensor, b: Tensor) -> bool:
