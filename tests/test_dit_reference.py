@@ -1,6 +1,5 @@
 """DiT's own weights, against an implementation of others: diffusers' DiTTransformer2DModel."""
 
-import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import Timesteps
@@ -8,7 +7,6 @@ from diffusers.models.embeddings import Timesteps
 from vavae_tools.diffusion.factory import split_reference_arguments
 from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.published.denoisers import DIT_DEFAULTS, PlainDiT, load_dit
-from vavae_tools.runtime.errors import UserError
 
 CONFIG = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
 BLOCK = {  # diffusers' name in a block → DiT's
@@ -101,10 +99,3 @@ def test_without_variance_there_are_as_many_channels():
     ours, both = load_dit(theirs, {**CONFIG, "learn_sigma": False}), loaded()[0]
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([1, 5])
     torch.testing.assert_close(ours(x, t, y), both(x, t, y)[:, :4], rtol=0, atol=1e-6)
-
-
-def test_weights_of_another_shape_are_named():
-    with pytest.raises(UserError, match="do not fit"):
-        loaded(depth=3)
-    with pytest.raises(UserError, match=r"pos_embed is \(1, 16, 32\)"):
-        loaded(input_size=16)

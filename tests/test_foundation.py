@@ -1,13 +1,9 @@
 """Alignment with a foundation model: the loss against the reference, tiny random models, features kept on the disk."""
 
 import json
-import logging
 import math
-import pickle
 import shutil
 import socket
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -109,24 +105,6 @@ def test_loss_by_hand():
     assert [part.item() for part in alignment_loss(projected, features, 0.51, 0.15)] == [0, 0]  # nothing left to pay
 
 
-def test_what_the_loss_does_not_see():
-    x, y = features_like(2, 6, 3, 4), features_like(2, 6, 3, 4, seed=1)
-    expected = alignment_loss(x, y)
-    torch.testing.assert_close(alignment_loss(7 * x, 0.3 * y), expected)  # lengths
-    torch.testing.assert_close(alignment_loss(y, x), expected)
-    for part in alignment_loss(5 * y, y):
-        assert part.abs() < 1e-6
-    rotation = torch.linalg.qr(features_like(6, 6, seed=2)).Q
-    turned = torch.einsum("dc,bchw->bdhw", rotation, y)
-    distance, cosine = alignment_loss(turned, y)  # distances inside an image are blind to it, directions are not
-    assert distance < 1e-6 and cosine > 0.5
-    one_by_one = [torch.stack(alignment_loss(x[i : i + 1], y[i : i + 1])) for i in range(2)]
-    torch.testing.assert_close(torch.stack(expected), torch.stack(one_by_one).mean(0))  # other images
-    x, y = x.requires_grad_(), y.requires_grad_()
-    sum(alignment_loss(x, y)).backward()
-    assert y.grad is None and x.grad.isfinite().all() and x.grad.any()
-
-
 # ---- the models
 
 
@@ -193,14 +171,6 @@ def test_features_of_any_images(make):
     assert torch.equal(found(x.half(), (2, 3)), found(x.half().float(), (2, 3)))
 
 
-def test_it_is_frozen():
-    model = dinov2(hidden_dropout_prob=0.5).train()
-    found = TransformersFoundation(model)
-    assert not any(weights.requires_grad for weights in model.parameters())
-    assert not any(part.training for part in model.modules())
-    assert not found(images().requires_grad_(), (2, 2)).requires_grad
-
-
 def test_the_digest_follows_from_weights_and_settings():
     digest = TransformersFoundation(dinov2()).digest
     assert digest == TransformersFoundation(dinov2()).digest
@@ -213,21 +183,7 @@ def test_the_digest_follows_from_weights_and_settings():
 # ---- loading
 
 
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What transformers logs where nobody has silenced it."""
-    lines: list[str] = []
-    logger, handler = logging.getLogger("transformers"), logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
-    yield lines
-    logger.setLevel(level)
-    logger.removeHandler(handler)
-
-
-def test_loading_without_network_or_noise(dino_dir, monkeypatch, capfd, said):
+def test_loading_without_network_or_noise(dino_dir, monkeypatch, capfd):
     from transformers.utils import logging as chatter
 
     def refuse(*_, **__):
@@ -236,7 +192,7 @@ def test_loading_without_network_or_noise(dino_dir, monkeypatch, capfd, said):
     monkeypatch.setattr(socket, "socket", refuse)
     before = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
     found = load_foundation(str(dino_dir))
-    assert (capfd.readouterr(), said) == (("", ""), [])
+    assert capfd.readouterr() == ("", "")
     assert (chatter.get_verbosity(), chatter.is_progress_bar_enabled()) == before
     x = images()
     torch.testing.assert_close(found(x, (2, 3)), TransformersFoundation(dinov2())(x, (2, 3)))
@@ -263,24 +219,6 @@ def test_loading_half_precision_and_pickled_tensors(broken, dino_dir):
     assert load_foundation(broken).digest == load_foundation(dino_dir).digest
 
 
-class Code:
-    def __reduce__(self):
-        return Path.touch, (Path("run"),)
-
-
-@pytest.mark.parametrize("old", [True, False])
-def test_pickled_code_is_not_run(broken, old, monkeypatch):
-    monkeypatch.chdir(broken)
-    (broken / "model.safetensors").unlink()
-    if old:
-        (broken / "pytorch_model.bin").write_bytes(pickle.dumps(Code(), protocol=2))
-    else:
-        torch.save({"weights": Code()}, broken / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"cannot be loaded.*tensors only, so take model\.safetensors"):
-        load_foundation(broken)
-    assert not Path("run").exists()
-
-
 def set_config(folder: Path, **changes) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
@@ -294,12 +232,9 @@ INDEX = {"metadata": {}, "weight_map": {"embeddings.cls_token": "model-00001-of-
     (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing; it holds model"),
     (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors is missing; it holds config"),
     (lambda folder: set_config(folder, model_type="bert"), "of type 'bert', expected one of dinov2, dinov2_with_reg"),
-    (lambda folder: set_config(folder, model_type=None), "of type None, expected one of"),
-    (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
     (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json holds a list"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"cut" * 1000), "cannot be loaded .*: copy the folder"),
     (lambda folder: set_config(folder, hidden_size=64), "cannot be loaded .*: copy the folder anew"),
-    (lambda folder: set_config(folder, hidden_size="wide"), "cannot be loaded .*: copy the folder anew"),
     (lambda folder: ((folder / "model.safetensors").unlink(),
                      (folder / "model.safetensors.index.json").write_text(json.dumps(INDEX))), "cannot be loaded"),
 ])  # fmt: skip
@@ -310,17 +245,10 @@ def test_folders_that_do_not_do(broken, damage, says):
     assert "\n" not in str(raised.value) and str(broken) in str(raised.value)
 
 
-def test_missing_weights_are_not_made_up(broken, said):
+def test_missing_weights_are_not_made_up(broken):
     set_config(broken, num_hidden_layers=3)
     with pytest.raises(UserError, match=r"not those of its config\.json: 18 are missing, such as encoder\.layer\.2"):
         load_foundation(broken)
-    assert said == []  # where transformers would print a table
-
-
-def test_loading_says_what_to_install(dino_dir, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r"needs transformers .*pip install"):
-        load_foundation(dino_dir)
 
 
 # ---- features on the disk
@@ -373,7 +301,7 @@ def test_a_file_from_before_there_were_shards_is_read(data, tmp_path):
     assert [p.name for p in tmp_path.glob("*.safetensors")] == ["train-00000.safetensors"]
 
 
-@pytest.mark.parametrize("change", ["weights", "grid", "size", "channels", "image", "name", "order", "damage", "none"])
+@pytest.mark.parametrize("change", ["weights", "grid", "size", "channels", "image", "order", "damage", "none"])
 def test_stale_features_are_not_used(change, data, tmp_path):
     path, grid, model = tmp_path / "train.safetensors", (2, 2), Brightness()
     foundation_features(model, data, grid, path, progress=False)
@@ -388,8 +316,6 @@ def test_stale_features_are_not_used(change, data, tmp_path):
         model.channels = 1
     elif change == "image":
         shutil.copyfile(data.paths[4], data.paths[5])
-    elif change == "name":
-        data.paths[-1].rename(data.paths[-1].with_stem("zz"))
     elif change == "order":
         data.paths.reverse()
         data.names.reverse()
@@ -397,7 +323,7 @@ def test_stale_features_are_not_used(change, data, tmp_path):
         shard = path.with_name("train-00000.safetensors")
         shard.write_bytes(shard.read_bytes()[:-1])
     model.seen = 0
-    if change in ("image", "name"):
+    if change == "image":
         data = ImageFolder(data.folder, 16)
     features = foundation_features(model, data, grid, path, progress=False)
     assert model.seen == (0 if change == "none" else 30)

@@ -1,29 +1,9 @@
 """A frozen model is on its device for its work only, and computes in half precision where that is finite."""
 
-import pytest
 import torch
 
 from vavae_tools.runtime import machine
-from vavae_tools.runtime.machine import at_work
 from vavae_tools.runtime.precision import Computing
-
-
-def moved(monkeypatch, device: str) -> list[str]:
-    """What happens while a linear layer works on a device."""
-    model, happened = torch.nn.Linear(2, 2), []
-    monkeypatch.setattr(model, "to", lambda device: happened.append(f"to {device}"))
-    where = iter([torch.device("cpu"), torch.device(device)])
-    monkeypatch.setattr(machine, "_device_of", lambda model: next(where))
-    monkeypatch.setattr(machine, "release_memory", lambda: happened.append("given back"))
-    with pytest.raises(RuntimeError, match="in the middle"), at_work(model, device):
-        happened.append("works")
-        raise RuntimeError("in the middle")
-    return happened
-
-
-def test_it_goes_back_and_gives_back_also_where_its_work_fails(monkeypatch):
-    assert moved(monkeypatch, "cuda:1") == ["to cuda:1", "works", "to cpu", "given back"]
-    assert moved(monkeypatch, "cpu") == ["to cpu", "works"]
 
 
 def test_it_is_found_by_its_buffers_too():

@@ -28,7 +28,7 @@ AVERAGE = replace(
     **{"arm_swing": 1, "surge": 1, "bob": 1, "ankle": 0.8, "elbow": 0, "step_shift": 0},
     **dict.fromkeys(("arm_asymmetry", "leg_asymmetry", "torso_db", "leg_db", "foot_db", "arm_db"), 0),
 )
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(gait.__file__).parents[2])}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(gait.__file__).parents[3])}
 
 
 def rng(seed=0):
@@ -77,11 +77,6 @@ def test_a_foot_stands_still_then_swings_at_more_than_three_times_the_walking_sp
     assert speed[100:450].std() < 0.25
     assert 3.0 < speed.max() / person.speed < 4.0
     assert 0.65 < np.argmax(speed) / 1000 < 0.95  # in the swing of the right leg
-
-
-def test_every_joint_goes_as_fast_as_the_walker_over_a_stride():
-    for joint in JOINTS:
-        assert forward_speed(AVERAGE, joint).mean() == pytest.approx(AVERAGE.speed, abs=1e-6)
 
 
 def test_left_side_does_what_the_right_one_did_half_a_stride_before():
@@ -156,14 +151,6 @@ def test_a_small_image_is_the_large_one_averaged_and_a_larger_one_shows_the_same
     assert np.abs(larger.reshape(256, 2, 256, 2).mean(axis=(1, 3)) - large).mean() < 12
 
 
-def test_colours_are_those_of_the_colour_map():
-    jet, gray = simulate_image(0, 1, 1, 32), simulate_image(0, 1, 1, 32, colormap="gray")
-    assert jet.shape == (32, 32, 3)
-    assert jet.dtype == np.uint8
-    assert np.array_equal(gray[..., 0], gray[..., 1])
-    assert set(map(tuple, jet.reshape(-1, 3))) <= set(map(tuple, gait.colormap_table("jet")))
-
-
 def test_people_can_be_told_apart():
     """Ridge regression on the rhythm at each speed, with both directions laid over one another."""
     people, pictures, train = 4, 24, 16
@@ -232,9 +219,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     ("wrong", "message"),
     [
         ({"people": 0}, "people is 0: expected 1 or more"),
-        ({"images": -1}, "images is -1"),
         ({"size": 8}, "size is 8: expected 16 or more"),
-        ({"seed": -1}, "seed is -1"),
         ({"workers": 0}, "workers is 0"),
         ({"colormap": "jett"}, "colour map is called 'jett'"),
     ],

@@ -82,16 +82,6 @@ def test_torchmetrics_own(monkeypatch, tmp_path):
     torch.testing.assert_close(load_lpips(tmp_path / "lpips.pth")(a, b), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_a_distance(lpips):
-    a, b = images(), images(seed=1)
-    torch.testing.assert_close(lpips(a, a), torch.zeros(2), rtol=0, atol=0)
-    torch.testing.assert_close(lpips(a, b), lpips(b, a))
-    near, far = (lpips(a + noise * (b - a), a) for noise in (0.1, 0.5))
-    assert (near > 0).all() and (far > near).all()
-    one_by_one = torch.cat([lpips(a[i : i + 1], b[i : i + 1]) for i in range(2)])
-    torch.testing.assert_close(lpips(a, b), one_by_one)
-
-
 def test_grey_images_are_repeated(lpips):
     a, b = images(channels=1), images(channels=1, seed=1)
     torch.testing.assert_close(lpips(a, b), lpips(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1)))
@@ -100,23 +90,8 @@ def test_grey_images_are_repeated(lpips):
 def test_gradients_flow_to_the_reconstruction_alone(lpips):
     a, b = images().requires_grad_(), images(seed=1).requires_grad_()
     lpips(a, b).mean().backward()
-    assert b.grad is None
+    assert b.grad is None and not any(weights.requires_grad for weights in lpips.parameters())
     assert a.grad.isfinite().all() and (a.grad != 0).float().mean() > 0.9
-
-
-def test_dead_features_have_finite_gradients(lpips):
-    for convolution in lpips.convolutions:
-        convolution.weight.data.zero_()
-        convolution.bias.data.fill_(-1.0)
-    x = images().requires_grad_()
-    lpips(x, images(seed=1)).sum().backward()
-    assert x.grad.isfinite().all()
-
-
-def test_it_stays_frozen_and_in_evaluation(lpips):
-    around = nn.ModuleDict({"lpips": lpips}).train()
-    assert around.training and not any(module.training for module in lpips.modules())
-    assert not any(weights.requires_grad for weights in lpips.parameters())
 
 
 def test_under_autocast(lpips):
@@ -177,19 +152,11 @@ def test_other_shapes(tmp_path):
         load_lpips(tmp_path / "vgg.pth", WIDTHS)
 
 
-@pytest.mark.parametrize("damage", ["none", "text", "safetensors", "tensor", "cut"])
-def test_files_that_cannot_be_read(damage, tmp_path):
-    path = tmp_path / ("bad.safetensors" if damage == "safetensors" else "bad.pth")
-    if damage in ("text", "safetensors"):
-        path.write_text("<html>not found</html>")
-    elif damage == "tensor":
-        torch.save(torch.zeros(3), path, _use_new_zipfile_serialization=False)
-    elif damage == "cut":
-        torch.save(taming_file(), path)
-        path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(UserError, match=r"bad\.") as raised:
-        load_lpips(path, WIDTHS)
-    assert "\n" not in str(raised.value)
+@pytest.mark.parametrize("name", ["bad.pth", "bad.safetensors"])
+def test_files_that_cannot_be_read(name, tmp_path):
+    (tmp_path / name).write_text("<html>not found</html>")
+    with pytest.raises(UserError, match=name):
+        load_lpips(tmp_path / name, WIDTHS)
 
 
 def test_small_images(lpips):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.encoders import MAEwithNorm
-from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, image_decoder, noised, tiny_rae
+from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, image_decoder, tiny_rae
 from vavae_tools.autoencoders.rae_weights import (
     decoder_size,
     fit,
@@ -21,13 +21,8 @@ from vavae_tools.autoencoders.rae_weights import (
 from vavae_tools.runtime.errors import UserError
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-DECODER = {
-    "decoder_hidden_size": 16,
-    "decoder_num_hidden_layers": 1,
-    "decoder_num_attention_heads": 2,
-    "decoder_intermediate_size": 16,
-    "decoder_patch_size": 4,
-}
+DECODER = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+DECODER |= {"decoder_intermediate_size": 16, "decoder_patch_size": 4}
 
 
 def small_rae(grid: int = 4, seed: int = 0, **changes) -> RAE:
@@ -200,13 +195,6 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-8)
 
 
-def test_half_precision_encodes_and_decodes():
-    rae = small_rae().to(torch.bfloat16)
-    latents = rae.encode(images()).latent
-    assert latents.dtype == torch.float32
-    assert rae.decode(latents).sample.isfinite().all()
-
-
 # ---- folders
 
 
@@ -294,16 +282,6 @@ def config_path(tmp_path):
     return path
 
 
-def test_nothing_given_starts_anew_and_says_so(config_path, said):
-    rae = load(said, encoder_config_path=config_path)
-    assert said == [
-        "encoder starts anew: its latents mean nothing until weights are named (encoder_checkpoint_path)",
-        "decoder starts anew: reconstructions will be noise until it is trained",
-    ]
-    assert not rae.training
-    assert same_weights(load(said, encoder_config_path=config_path.parent), rae) is False
-
-
 @pytest.mark.parametrize(
     ("part", "prefix"),
     [("ema", ""), ("model", "module."), ("state_dict", "_orig_mod.module."), ("state_dict", "rae."), (None, "")],
@@ -337,13 +315,8 @@ def test_an_extracted_decoder_and_statistics(tmp_path, config_path, said):
     torch.save(weights, tmp_path / "model.pt")
     mean, _ = statistics(rae)
     torch.save({"mean": mean, "var": None}, tmp_path / "stat.pt")
-    back = load(
-        said,
-        encoder_config_path=config_path,
-        decoder_path=tmp_path / "model.pt",
-        statistics_path=tmp_path / "stat.pt",
-        noise_tau=0.25,
-    )
+    files = {"decoder_path": tmp_path / "model.pt", "statistics_path": tmp_path / "stat.pt"}
+    back = load(said, encoder_config_path=config_path, **files, noise_tau=0.25)
     assert same_weights(back.decoder, rae.decoder) and back.config.noise_tau == 0.25
     assert torch.equal(back.statistics_mean, mean) and torch.equal(back.statistics_var, torch.ones(16, 4, 4))
     assert said[-1].startswith("encoder starts anew") and len(said) == 2
@@ -357,13 +330,6 @@ def test_the_decoders_numbers_from_a_file(tmp_path, config_path, said):
     for decoder in (tmp_path, str(tmp_path / "config.json")):
         rae = load(said, encoder_config_path=config_path, decoder=decoder)
         assert (rae.config.decoder_hidden_size, rae.config.decoder_patch_size) == (16, 16)
-
-
-def test_published_defaults():
-    rae = RAE(**DECODER, encoder_config={"num_hidden_layers": 1})
-    assert rae.latent_shape == (768, 16, 16) and rae.config.encoder_input_size == 224
-    assert rae.encoder.model.embeddings.position_embeddings.shape == (1, 1 + 37 * 37, 768)
-    assert (rae.config.in_channels, rae.config.condition_dim) == (3, 0)
 
 
 # ---- what a person can do wrong
@@ -386,10 +352,7 @@ def test_wrong_numbers_and_shapes_are_one_line():
     refused(lambda: rae.encoder(torch.zeros(1, 3, 20, 16)), "patches of 8")
     refused(lambda: rae.set_statistics(torch.zeros(16), None), "(16,)", "16×4×4")
     refused(lambda: rae.set_statistics(None, torch.full((16, 4, 4), -1.0)), "var")
-    refused(lambda: rae.set_statistics(torch.full((16, 4, 4), float("nan")), None), "mean")
-    refused(lambda: noised(torch.zeros(2, 4, 3), 0.8, torch.zeros(2), torch.zeros(2, 3, 4)), "(2, 3, 4)")
     refused(lambda: decoder_size("ViTH"), "'ViTH'", "ViTXL")
-    refused(lambda: decoder_size({"width": 3}), "width")
     refused(lambda: tiny_rae(30), "multiples of 8")
     for changes, *parts in (
         ({"encoder_input_size": 30}, "30", "24 or 32"),
@@ -409,9 +372,8 @@ def test_wrong_numbers_and_shapes_are_one_line():
 def test_wrong_files_are_one_line(tmp_path, config_path, said):
     empty = tmp_path / "empty"
     empty.mkdir()
-    torn, damaged = tmp_path / "torn.pt", tmp_path / "damaged.safetensors"
+    torn = tmp_path / "torn.pt"
     torn.write_bytes(b"nothing")
-    damaged.write_bytes(b"1234")
     torch.save({"model": {"conv.weight": torch.zeros(1)}}, tmp_path / "other.pt")
     torch.save({"mean": None, "var": None}, tmp_path / "none.pt")
     save_file({"mean": torch.zeros(3, 4, 4)}, tmp_path / "stat.safetensors")
@@ -421,12 +383,9 @@ def test_wrong_files_are_one_line(tmp_path, config_path, said):
         ({"encoder_config_path": torn}, "cannot be read"),
         ({"encoder_checkpoint_path": tmp_path / "no.pt"}, "No weights at"),
         ({"encoder_checkpoint_path": torn}, "damaged"),
-        ({"encoder_checkpoint_path": damaged}, "cannot be read"),
         ({"encoder_checkpoint_path": tmp_path / "other.pt"}, "conv.weight"),
         ({"encoder_checkpoint_path": empty}, "No weights in"),
-        ({"decoder": "ViTH"}, "'ViTH'"),
         ({"decoder": config_path}, "no decoder_hidden_size"),
-        ({"statistics_path": tmp_path / "no.pt"}, "no.pt"),
         ({"statistics_path": tmp_path / "none.pt"}, "no statistics", "mean"),
         ({"statistics_path": tmp_path / "stat.safetensors"}, "(3, 4, 4)", "16×4×4"),
         ({"encoder_cls": "mae"}, "'dinov2_with_registers'", "encoder_cls=Dinov2withNorm"),
@@ -445,12 +404,8 @@ def test_weights_of_another_architecture_are_named(tmp_path, config_path, said):
     )
     torch.save(authors_weights(small_rae(encoder_cls="MAEwithNorm")), path)
     refused(lambda: load(said, encoder_config_path=config_path, encoder_checkpoint_path=path), "another encoder")
-    encoder = transformers_model("registers").state_dict()
-    torch.save(encoder, path)
+    torch.save(transformers_model("registers").state_dict(), path)
     refused(lambda: load(said, encoder_config_path=config_path, decoder_path=path), "no decoder", "only encoder")
-    del encoder["encoder.layer.0.norm1.bias" if "encoder.layer.0.norm1.bias" in encoder else "layers.0.norm1.bias"]
-    torch.save(encoder, path)
-    refused(lambda: load(said, encoder_config_path=config_path, encoder_checkpoint_path=path), "norm1.bias is missing")
     torch.save({k: v for k, v in tiny_rae(32).state_dict().items() if k.startswith("decoder.")}, path)
     refused(lambda: load(said, encoder_config_path=config_path, decoder_path=path), "take decoder=tiny")
     decoder = small_rae().decoder
@@ -464,19 +419,8 @@ def test_damaged_rae_folders_are_one_line(tmp_path):
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     save_file({k: v for k, v in rae.state_dict().items() if "statistics" not in k}, weights)
     refused(lambda: read_rae_folder(tmp_path), "2 are missing, such as statistics_mean")
-    save_file({k: v.clone() for k, v in rae.decoder.state_dict().items()}, weights)
-    refused(lambda: read_rae_folder(tmp_path), "are missing, such as decoder.")
     weights.unlink()
     refused(lambda: read_rae_folder(tmp_path), "cannot be loaded", str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
     refused(lambda: is_rae_folder(tmp_path), "expected an object")
     refused(lambda: read_rae_weights(tmp_path), "No weights in")
-
-
-def test_a_hubs_name_is_asked_for_only_where_it_is_given(monkeypatch, tmp_path, said):
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: 1 / 0)
-    for nothing in ("nowhere", "./owner/name", tmp_path / "a" / "b", "a/config.json"):
-        refused(lambda path=nothing: load(said, encoder_config_path=path), "No folder or config.json")
-    refused(lambda: load(said, encoder_config_path="facebook/some-encoder"), "no folder facebook/some-encoder")

@@ -64,15 +64,6 @@ def test_gradients_of_the_decoder(whole):
         assert_close(of_weights[ours].grad, io[name], {"atol": 1e-8, "rtol": 1e-4})
 
 
-def test_the_house_takes_and_gives_images_from_minus_one_to_one(whole):
-    model, io, tolerance = whole
-    latents = model.rae.encode(io["image"] * 2 - 1).latent
-    assert_close(latents, io["latent"], tolerance)
-    assert_close(model.rae.decode(io["latent"]).sample, io["recon"] * 2 - 1, tolerance)
-    assert_close(model.rae.encode_images(io["image"] * 2 - 1), io["latent"], tolerance)
-    assert_close(model.rae.decode_latents(io["latent"]), io["recon"] * 2 - 1, tolerance)
-
-
 @pytest.mark.parametrize("place", ["flat", "beside", "in the weights", "as the model's"])
 def test_statistics_may_stand_in_several_places(whole, place):
     model, io, _ = whole

@@ -6,7 +6,6 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from alike import assert_weights_alike
 from test_training import Watch
 from tiny import assert_same, same
 from torch import Tensor, nn
@@ -124,8 +123,7 @@ def test_noise_follows_from_seed_epoch_and_sample():
 def test_the_encoder_is_asked_once_about_each_image(tmp_path, monkeypatch):
     asked = []
     module = new_module()
-    encoder = module._frozen["rae"].encoder
-    encoder.register_forward_hook(lambda *arguments: asked.append(len(arguments[1][0])))
+    module._frozen["rae"].encoder.register_forward_hook(lambda *arguments: asked.append(len(arguments[1][0])))
     kept = fit(tmp_path / "kept", module, max_epochs=2)[1]
     assert sum(asked) == 24 + 6
     monkeypatch.setattr(foundation, "LARGEST_CACHE", 0)
@@ -134,12 +132,8 @@ def test_the_encoder_is_asked_once_about_each_image(tmp_path, monkeypatch):
     module._frozen["rae"].encoder.register_forward_hook(lambda *arguments: asked.append(len(arguments[1][0])))
     anew = fit(tmp_path / "anew", module, max_epochs=2)[1]
     assert sum(asked) == 2 * (24 + 6)
-    difference = max(
-        (kept["state_dict"][name] - weight).abs().max()
-        for name, weight in anew["state_dict"].items()
-        if name.startswith("ema.")
-    )
-    assert 0 < difference < 2e-3  # float16 keeps three digits of the tokens
+    averages = ({k: w for k, w in run["state_dict"].items() if k.startswith("ema.")} for run in (kept, anew))
+    torch.testing.assert_close(*averages, rtol=0, atol=2e-3)  # float16 keeps three digits of the tokens
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -157,9 +151,8 @@ def test_mirrored_images_go_with_their_own_tokens(kept):
     for place, turned in enumerate(mirrored):
         assert same(seen[place], to_unit(batch["images"][place].flip(2) if turned else batch["images"][place]))
     torch.testing.assert_close(tokens, rae.tokens((seen + 1) / 2), rtol=1e-3, atol=1e-3)
-    assert same(
-        module.eval().prepare_batch(batch, None)[0], to_unit(batch["images"])
-    )  # validation sees them as they are
+    seen, _ = module.eval().prepare_batch(batch, None)
+    assert same(seen, to_unit(batch["images"]))  # validation sees them as they are
 
 
 # ---- training
@@ -225,11 +218,6 @@ def test_the_average_follows_each_step_and_is_what_validates(tmp_path):
 def _with(rae: RAE, decoder: nn.Module) -> RAE:
     rae.decoder = decoder
     return rae
-
-
-def test_gradient_checkpointing_changes_no_step(tmp_path):
-    lasts = [fit(tmp_path / str(on), new_module(gradient_checkpointing=on), max_epochs=2)[1] for on in (False, True)]
-    assert_weights_alike(*(last["state_dict"] for last in lasts))
 
 
 # ---- the whole of it
@@ -374,11 +362,7 @@ def test_a_module_that_cannot_be(changes, message):
     ("changes", "message"),
     [
         ({"perceptual_weight": 0.5}, r"perceptual_weight needs LPIPS: name its weights"),
-        ({"lpips_weights": "nowhere.pth"}, "nowhere.pth"),
-        ({"max_steps": 0}, "max_steps is 0, expected a whole number of 1 or more"),
         ({"data": {**DATA, "image_size": 48}}, "image_size 48: this RAE's decoder makes images of 32"),
-        ({"data": "no/such/folder"}, "no/such/folder"),
-        ({"resume": "last"}, "No checkpoint"),
         ({"rae": "."}, "is no folder of a whole RAE"),
     ],
 )

@@ -203,20 +203,6 @@ def test_raes_lightningdit_guides_outside_its_list_and_inside_its_interval():
             torch.testing.assert_close(out, torch.cat([expected, expected]), rtol=1e-5, atol=1e-5)
 
 
-@torch.no_grad()
-def test_raes_lightningdit_drops_what_it_says_about_variance_and_takes_patches():
-    model = raes_lightningdit(learn_sigma=True, patch_size=2, use_gembed=True)
-    x, t, y = torch.randn(2, 3, 4, 4), torch.rand(2), torch.tensor([1, 4])
-    out = model(x, t, y)
-    assert out.shape == x.shape
-    assert torch.equal(out, model.denoiser.predict(x, t, model.conditioner(y))[:, :3])
-
-
-def test_other_weights_than_raes_lightningdits_are_named():
-    with pytest.raises(UserError, match="do not fit"):
-        load_rae_lightningdit(raes_weights(depth=2), SMALL)
-
-
 def test_latent_statistics_are_read(tmp_path):
     case, io = load_case("latent_stats")
     path = tmp_path / "latents_stats.pt"

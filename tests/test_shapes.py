@@ -20,7 +20,6 @@ from vavae_tools.data.demo.shapes import (
     Named,
     ShapeImages,
     caption_accuracy,
-    captioned_shape_data,
     coverage,
     draw_shapes,
     named,
@@ -81,7 +80,7 @@ def test_classes_are_different_pairs(count):
     assert len(set(pairs)) == count and max(map(max, pairs)) < 6
 
 
-@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("size", [16, 48])
 def test_class_images_show_what_their_names_say(size):
     data = ShapeImages(360, 36, size)
     wanted = [name.split("/")[0] for name in data.names]
@@ -109,20 +108,6 @@ def test_real_ones_are_judged_right(blur, noise):
     shares = caption_accuracy(generated_looking(DRAWN.in_memory(), blur, noise), FULL)
     assert shares.keys() == {"all", "colour", "shape", "size", "place"}
     assert min(shares.values()) >= 0.99, shares
-
-
-@pytest.mark.parametrize("size", [16, 48])
-def test_other_sizes(size):
-    images = CaptionedShapes(300, size)
-    assert caption_accuracy(images.in_memory(), [captions[0] for captions in images.captions])["all"] >= 0.99
-
-
-def test_captions_of_other_images_are_right_by_chance():
-    """What the judge says of a model that does not listen: one of the kinds' numbers, ± four standard deviations."""
-    shares = caption_accuracy(DRAWN.in_memory(), FULL[1:] + FULL[:1])
-    for kind, count in (("colour", 6), ("shape", 5), ("size", 2), ("place", 5)):
-        chance = 1 / count
-        assert abs(shares[kind] - chance) < 4 * (chance * (1 - chance) / 1000) ** 0.5, kind
 
 
 def test_nothing_is_seen_where_nothing_is():
@@ -198,20 +183,6 @@ def test_nothing_touches_an_edge():
     assert (edge - edge.mean(1, keepdim=True)).abs().max() < 40  # of 120 and more where a pixel is all coloured
 
 
-def test_both_sides():
-    data = captioned_shape_data(40, batch_size=8, val_share=0.2)
-    assert (len(data.train_data), len(data.val_data)) == (40, 8)
-    batch = next(iter(data.train_dataloader()))
-    assert caption_accuracy(batch["images"], batch["captions"])["all"] == 1
-    assert batch["captions"] != [data.train_data.captions[index][0] for index in batch["index"].tolist()]
-
-
-def test_numbers_that_cannot_be():
-    for options in ({"count": 0}, {"image_size": 8}, {"val_share": 1}):
-        with pytest.raises(UserError):
-            captioned_shape_data(**options)
-
-
 def test_shapes_as_a_data_module():
     data = shape_data(20, image_size=16, batch_size=8, val_share=0.2)
     assert isinstance(data, ImageSetDataModule) and data.num_classes == 4
@@ -231,9 +202,7 @@ def test_shapes_as_a_data_module():
     ("options", "message"),
     [
         ({"num_classes": 37}, "37 classes of shapes: expected 1 to 36"),
-        ({"num_classes": 0}, "0 classes"),
         ({"count": 0}, "0 images of shapes"),
-        ({"image_size": 4}, "at least 8 pixels"),
         ({"image_size": (32, 7)}, "at least 8 pixels"),
         ({"val_share": 1.5}, "val_share 1.5"),
     ],

@@ -104,12 +104,7 @@ def test_folders_that_are_none(folder, tmp_path):
     (other / "config.json").write_text(json.dumps({**config, "_class_name": "VQModel"}))
     with pytest.raises(UserError, match="holds a VQModel, expected an AutoencoderKL"):
         load_stable_diffusion_vae(other)
-    (other / "diffusion_pytorch_model.safetensors").unlink()
-    (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="cannot be loaded"):
-        load_stable_diffusion_vae(other)
-    deeper = {**config, "layers_per_block": 2}
-    (folder / "config.json").write_text(json.dumps(deeper))
+    (folder / "config.json").write_text(json.dumps({**config, "layers_per_block": 2}))
     with pytest.raises(UserError, match="are missing, such as"):
         load_stable_diffusion_vae(folder)
 

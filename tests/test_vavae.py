@@ -1,7 +1,6 @@
 """The VA-VAE: AutoencoderKL bit by bit until its projections have learned, and what it can be loaded from."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from vavae_tools.autoencoders.vavae import VAVAE, reconstruct, vavae
 from vavae_tools.autoencoders.weights import build_vavae, load_vavae, read_condition_file, read_vavae
 from vavae_tools.data.images import ImageFolder
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import save_model
 
 
 def images(height: int = SIZE, width: int = SIZE, batch: int = 3) -> torch.Tensor:
@@ -35,8 +33,7 @@ def small() -> VAVAE:
     return vavae("small", condition_dim=4, num_conditions=3)
 
 
-def quiet(line: str) -> None:
-    pass
+quiet = str  # a log that keeps nothing
 
 
 # ---- the model
@@ -70,24 +67,11 @@ def test_trained_projections_let_the_vector_into_both_halves():
     changed = (with_vectors - others).abs().amax(dim=(1, 2, 3))
     assert changed[0] > 0.01 and changed[1] == 0 and changed[2] > 0.01  # the middle one kept its vector
     assert (with_vectors - without).abs().max() > 0.01
-    z = without
-    assert (model.decode(z, condition=vectors).sample - model.decode(z).sample).abs().max() > 0.01
+    assert (model.decode(without, condition=vectors).sample - model.decode(without).sample).abs().max() > 0.01
     keep = torch.tensor([True, False, True])
     dropped = model.encode(x, condition=model.condition_vectors(LABELS, keep)).latent_dist.mean
     torch.testing.assert_close(dropped[1], without[1])  # a dropped vector is the model without vectors
     assert same(dropped[[0, 2]], with_vectors[[0, 2]])
-
-
-@pytest.mark.parametrize("half", ["encoder", "decoder"])
-def test_every_projection_matters(half):
-    """Each level gets the vector, and each projection a gradient at once, though all start at zero."""
-    model = tiny_vavae()
-    vectors = model.condition_vectors(LABELS)
-    posterior = model.encode(images(), condition=vectors).latent_dist
-    model.decode(posterior.mean, condition=vectors).sample.square().sum().backward()
-    projections = getattr(model, f"{half}_projections")
-    assert len(projections) == 3  # two levels and the middle
-    assert all(linear.weight.grad.abs().max() > 0 for linear in projections)
 
 
 @torch.no_grad()
@@ -111,8 +95,9 @@ def test_gradient_checkpointing_changes_no_gradient():
         model.decode(posterior.mean, condition=vectors).sample.square().mean().backward()
         gradients.append({name: weights.grad for name, weights in model.named_parameters() if weights.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 50
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+    torch.testing.assert_close(gradients[1], gradients[0])
+    for projections in ("encoder_projections", "decoder_projections"):  # two levels and the middle
+        assert all(gradients[0][f"{projections}.{level}.weight"].any() for level in range(3))
 
 
 def test_normalising():
@@ -182,11 +167,6 @@ def test_vectors_of_other_people_are_dropped_with_their_projections(tmp_path):
     assert not hasattr(load_vavae(tmp_path, 0, 0, log=quiet), "conditions")  # --condition_dim 0
 
 
-def test_half_precision_weights_are_loaded_as_float32(tmp_path):
-    tiny_vavae().half().save_pretrained(tmp_path)
-    assert {weights.dtype for weights in load_vavae(tmp_path, log=quiet).parameters()} == {torch.float32}
-
-
 def test_what_came_with_a_training_checkpoint_is_kept(tmp_path):
     model = tiny_vavae()
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in model.config.items() if not k.startswith("_")}
@@ -233,9 +213,6 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty is no VA-VAE folder: expected config\.json .* found nothing"):
         load_vavae(tmp_path / "empty")
-    torch.save({"state_dict": {}, "hyper_parameters": {"denoiser_config": {}}}, tmp_path / "dit.ckpt")
-    with pytest.raises(UserError, match=r"dit\.ckpt is no checkpoint of VA-VAE training and no published VA-VAE"):
-        load_vavae(tmp_path / "dit.ckpt")
     tiny_dit()[0].save_pretrained(tmp_path / "dit")
     with pytest.raises(UserError, match=r"dit is no VA-VAE folder: its \d+ weights are .*, expected encoder\.\*"):
         load_vavae(tmp_path / "dit")
@@ -252,40 +229,6 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
         (tmp_path / "config.json").write_text(change)
         with pytest.raises(UserError, match=message):
             load_vavae(tmp_path)
-
-
-def test_code_and_damage_are_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": Malicious()}, "bad.ckpt")
-    with pytest.raises(UserError, match="more than tensors and plain values"):
-        load_vavae("bad.ckpt")
-    assert not (tmp_path / "executed").exists()
-    tiny_vavae().save_pretrained("model")
-    weights = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:2000])
-    with pytest.raises(UserError, match=r"safetensors cannot be read .*: copy it again"):
-        load_vavae("model")
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
-def test_saving_over_a_model_keeps_it_whole(tmp_path, monkeypatch):
-    """A full disk leaves the former weights, and nothing half-written beside them."""
-    save_model(tiny_vavae(seed=1), tmp_path)
-    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as context, pytest.raises(OSError):
-        context.setattr(VAVAE, "save_config", full)
-        save_model(tiny_vavae(seed=2), tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
-    save_model(tiny_vavae(seed=2), tmp_path)
-    assert same(load_vavae(tmp_path, log=quiet).conditions.weight, tiny_vavae(seed=2).conditions.weight)
 
 
 # ---- vectors from a file

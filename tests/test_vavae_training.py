@@ -171,21 +171,6 @@ class Spoil(L.Callback):
                     weight.grad.fill_(torch.nan)
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_counted(split_dir, tmp_path):
-    before = []
-
-    class Note(L.Callback):
-        def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            before.append({k: v.clone() for k, v in module.vavae.state_dict().items()})
-
-    module = new_module(disc_weight=0.0)
-    trainer, _, _ = fit(tmp_path, split_dir, module, callbacks=[Note(), Spoil(2)], max_epochs=1)
-    assert all(same(before[2][name], before[3][name]) for name in before[2])
-    assert any(not same(before[1][name], before[2][name]) for name in before[2])
-    assert all(weight.isfinite().all() for weight in module.vavae.state_dict().values())
-    assert trainer.logged_metrics["train/skipped_steps"] == 1 and trainer.global_step == 4
-
-
 def test_after_several_in_a_row_the_last_good_state_comes_back(split_dir, tmp_path, capsys):
     class Damage(L.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -251,51 +236,25 @@ def test_recipes_hold_the_references_numbers():
 PLAIN = {"gradient_clip": 0.0, "perceptual_weight": 0.0, "gradient_weight": 0.0, "spectral_weight": 0.0}
 
 
-def gradient_norms(split_dir, epochs: int, precision: MixedPrecision | None = None, resume=None):
-    """(trainer, module, the model's gradient norm at each step, types of what must not be half)."""
-    norms, dtypes = [], set()
+def gradient_norms(split_dir, epochs: int, precision: MixedPrecision, resume=None):
+    """(trainer, module, the model's gradient norm at each step)."""
+    norms = []
 
     class Note(L.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             norms.append(float(trainer.callback_metrics["train/gradient_norm"]))
 
     module = new_module(**PLAIN, schedule="constant")
-    reconstruct = module.reconstruct
-
-    def noting(*arguments):
-        images, made, more = reconstruct(*arguments)
-        dtypes.update({made.dtype, more["posterior"].parameters.dtype, *(part.dtype for part in more["alignment"])})
-        return images, made, more
-
-    module.reconstruct = noting
-    settings = module.trainer_settings(accelerator="cpu", devices=1)
-    if precision is not None:
-        settings["precision"] = None
-        settings["plugins"] = [precision]
+    settings = {**module.trainer_settings(accelerator="cpu", devices=1), "precision": None, "plugins": [precision]}
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
     trainer = L.Trainer(**settings, **quiet, max_epochs=epochs, callbacks=[Note()])
     data = DataLoader(ImageDataModule(split_dir, PIXELS).train_data, 6, collate_fn=as_it_is)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    return trainer, module, norms, dtypes
+    return trainer, module, norms
 
 
 def as_it_is(batch):
     return batch
-
-
-@pytest.mark.parametrize("scale", [None, 2.0**10, 2.0**40])
-def test_half_precision_with_two_optimisers(split_dir, scale):
-    """fp16 with a scaler, here on the CPU: norms are those of unscaled gradients, too large a scale is halved."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
-    precision = MixedPrecision("16-mixed" if scale else "bf16-mixed", "cpu", scaler)
-    trainer, module, norms, dtypes = gradient_norms(split_dir, 8 if scale == 2.0**40 else 1, precision)
-    assert dtypes == {torch.float32}
-    assert all(weight.isfinite().all() for weight in module.state_dict().values())
-    if scale == 2.0**40:
-        assert not torch.tensor(norms[0]).isfinite() and torch.tensor(norms[-1]).isfinite()
-        assert trainer.precision_plugin.scaler.get_scale() < scale
-    else:
-        assert norms[0] == pytest.approx(gradient_norms(split_dir, 1)[2][0], rel=0.02)
 
 
 def test_the_scaler_goes_on_where_it_was(split_dir, tmp_path):

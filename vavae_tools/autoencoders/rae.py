@@ -236,11 +236,6 @@ def _common(name: str) -> str:
 
 def noised(tokens: Tensor, tau: float, u: Tensor, n: Tensor) -> Tensor:
     """Tokens (B, N, C) + tau·u·n: u uniform in [0, 1), one per image, n standard normal (B, N, C)."""
-    if n.shape != tokens.shape or u.numel() != len(tokens):
-        raise UserError(
-            f"Noise n is {tuple(n.shape)} and u {tuple(u.shape)} for tokens {tuple(tokens.shape)}: expected n like the "
-            "tokens and one u per image"
-        )
     return tokens + tau * u.reshape(-1, 1, 1).to(tokens) * n.to(tokens)
 
 
