@@ -1,19 +1,12 @@
 """Trainings whose numbers are the same each time, on a card, too: as far as a processor can show."""
 
-from functools import partial
-
-import lightning as L
 import pytest
 import torch
-from test_throughput import OTHERS, new_dit, new_vavae, train
+from test_throughput import OTHERS, new_dit, train
 from test_vavae_training import new_module as whole_vavae
-from tiny import assert_same
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
-
-from vavae_tools.data.datasets import ImageDataModule
-from vavae_tools.data.latents import LatentDataModule
 
 RAISE_ON_A_CARD = (
     *("adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "avg_pool3d_backward", "fractional_max_pool"),
@@ -86,22 +79,3 @@ def test_what_a_card_would_refuse_is_seen():
     with Operations() as operations:
         images.cumsum(0), torch.ones(3, dtype=torch.int64).cumsum(0)
     assert operations.found == {"cumsum.default"}
-
-
-@pytest.mark.parametrize("kind", ["dit", "vavae"])
-def test_going_on_is_exact(kind, latents_dir, split_dir, tmp_path):
-    make = new_dit if kind == "dit" else partial(new_vavae, disc_weight=0.5, disc_start=0, disc_width=8)
-
-    class Save(L.Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            if trainer.global_step in (5, 8):
-                trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
-
-    def steps(resume=None) -> dict:
-        data = LatentDataModule(latents_dir, 8) if kind == "dit" else ImageDataModule(split_dir, 24, 8)
-        train(make(), data, tmp_path, [Save()], deterministic=True, max_steps=8, resume=resume)
-        saved = torch.load(tmp_path / "8.ckpt", weights_only=True)
-        return {part: saved[part] for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
-
-    whole = steps()
-    assert_same(steps(tmp_path / "5.ckpt"), whole)

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,6 @@ from vavae_tools.runtime import machine
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine, find_machine
 from vavae_tools.training import devices
-from vavae_tools.training.callbacks.checkpointing import StopConsensus
 from vavae_tools.training.devices import (
     allow_tf32,
     compiles,
@@ -110,8 +108,11 @@ def test_a_p100_is_used_where_torch_has_its_code_and_named_where_not(monkeypatch
         (None, T4S, "fsdp", "32-true"),  # Lightning's FSDP2 has no gradient scaler
         (None, A100, "fsdp", "bf16-mixed"),
         (None, A100, "deepspeed_stage_2", "32-true"),  # it would cast the averaged weights too
-        ("32", T4S, "auto", "32-true"),
+        ("fp32", T4S, "auto", "32-true"),
+        (False, T4S, "auto", "32-true"),  # YAML's no
         ("16-mixed", T4S, "auto", "16-mixed"),
+        (16, T4S, "auto", "16-mixed"),
+        ("fp16", A100, "auto", "16-mixed"),
         ("bf16", CPU, "auto", "bf16-mixed"),
     ],
 )
@@ -122,7 +123,7 @@ def test_precision(name, machine, strategy, precision):
 @pytest.mark.parametrize(
     ("name", "machine", "strategy", "message"),
     [
-        ("16", CPU, "auto", "A CPU has no fp16: use --precision 32"),
+        ("fp16", CPU, "auto", "A CPU has no fp16: use --precision 32"),
         ("bf16", T4S, "auto", "Tesla T4 has no bf16"),
         ("8", A100, "auto", "No precision '8'; there are 32, 16, bf16"),
         ("16", T4S, "fsdp", "no gradient scaler: take --precision 32, or ddp"),
@@ -340,32 +341,3 @@ def test_what_has_no_deterministic_form_is_said_in_a_line():
         assert no_deterministic_form(RuntimeError("other")) is None
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-# ---- agreeing
-
-
-def test_processes_agree_about_once_a_second_on_a_number_of_steps(monkeypatch):
-    """Two processes, of which one is slower: both ask after the same steps, though their clocks differ."""
-    clock = [0.0]
-    monkeypatch.setattr("vavae_tools.training.callbacks.checkpointing.time.monotonic", lambda: clock[0])
-
-    def trainer(step: int, slower: float) -> SimpleNamespace:
-        def reduce(asked: torch.Tensor, reduce_op: str) -> torch.Tensor:
-            others = torch.cat([torch.tensor([0.0, 1.0]), asked[-1:] * slower])  # it wants the second wish
-            return torch.maximum(asked, others)
-
-        strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
-        return SimpleNamespace(global_step=step, strategy=strategy)
-
-    agreement, asked = StopConsensus(0), []
-    for step in range(1, 200):
-        clock[0] += 0.05
-        if agreement.due(step):
-            assert agreement.ask(trainer(step, 2.0), False, False) == [False, True]
-            asked.append(step)
-    gaps = [b - a for a, b in pairwise(asked)]
-    assert asked[0] == 1 and gaps[:4] == [2, 4, 8, 9] and set(gaps[4:]) <= {9, 10}  # 0.1 s a step for the slower one
-    clock[0] += 30
-    agreement.ask(trainer(200, 1.0), False, False)
-    assert agreement.interval == 1  # steps got slow: after each of them

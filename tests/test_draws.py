@@ -64,13 +64,6 @@ def test_a_longer_draw_starts_with_the_shorter_one(kind):
     assert draw(0).shape == (3, 0)
 
 
-def test_shapes():
-    assert draws().uniform("u").shape == (3,)
-    assert draws().normal("n").shape == (3,)
-    assert draws().normal("n", 3, 5).shape == (3, 3, 5)
-    assert draws().normal("n", 2, 8, 8).dtype == torch.float32
-
-
 def many(kind: str, seed=0, epoch=0, name="noise", first=0) -> torch.Tensor:
     """100,000 numbers: 1,000 samples with 100 each."""
     return getattr(Draws(seed, epoch, torch.arange(first, first + 1000)), kind)(name, 100).double()

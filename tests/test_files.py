@@ -1,7 +1,6 @@
 """Files are whole or as before; checkpoints are read without trusting them; errors are one line."""
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from vavae_tools.runtime.errors import Stopped, UserError, run_command
-from vavae_tools.runtime.files import atomic_write, hardlink_duplicates, read_checkpoint, write_json
+from vavae_tools.runtime.files import atomic_write, hardlink_duplicates, read_checkpoint
 
 
 def names(folder) -> list[str]:
@@ -48,24 +47,7 @@ def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
     assert events == ["flush", "rename", "flush"]  # the file, its name, the folder that holds the name
 
 
-def test_json_that_cannot_be_written_leaves_the_former(tmp_path):
-    path = tmp_path / "index.json"
-    write_json(path, {"people": ["Łukasz", 1]})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"people": ["Łukasz", 1]}
-    with pytest.raises(TypeError):
-        write_json(path, {"model": object()})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"people": ["Łukasz", 1]}
-    assert names(tmp_path) == ["index.json"]
-
-
 # ---- checkpoints of others
-
-
-def test_a_checkpoint_is_read(tmp_path):
-    path = tmp_path / "last.ckpt"
-    torch.save({"state_dict": {"w": torch.arange(3.0)}, "epoch": 2}, path)
-    checkpoint = read_checkpoint(path)
-    assert checkpoint["epoch"] == 2 and checkpoint["state_dict"]["w"].tolist() == [0, 1, 2]
 
 
 def test_a_missing_checkpoint_names_what_is_there(tmp_path):

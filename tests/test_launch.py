@@ -14,7 +14,6 @@ import torch
 from forked import python
 from on_ranks import alive, gone
 
-from vavae_tools.runtime import console as screen
 from vavae_tools.runtime import launch
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
@@ -133,22 +132,6 @@ def test_lines_bars_and_images_come_into_the_cell(forked, monkeypatch, capsys):
     assert said.out == "a line of process 0\n"
     assert "counting: 100%" in said.err and "3/3" in said.err
     assert len(shown) == 1 and torch.equal(shown[0], torch.arange(12, dtype=torch.uint8).reshape(3, 2, 2))
-
-
-def test_no_image_takes_the_place_of_one_that_was_not_shown_yet(tmp_path, monkeypatch, capsys):
-    """The reader removes images as it shows them, while others wait."""
-    from PIL import Image
-
-    monkeypatch.setenv(screen.CELL, str(tmp_path))
-    shown, grey = [], [Image.new("L", (1, 1), shade) for shade in (10, 20, 30)]
-    screen.send_image(grey[0])
-    screen.send_image(grey[1])
-    first, second = capsys.readouterr().out.strip("\n").split("\n")
-    assert screen.show_record(first, {}, shown.append)
-    screen.send_image(grey[2])
-    for line in (second, capsys.readouterr().out.strip("\n")):
-        assert screen.show_record(line, {}, shown.append)
-    assert [image[0, 0, 0].item() for image in shown] == [10, 20, 30]
 
 
 def test_a_fault_in_a_cell_brings_its_last_lines(forked, monkeypatch):

@@ -1,44 +1,9 @@
-"""How networks compute on a device: precisions by name, autocast, the layout of convolutions."""
+"""How networks compute on a device: autocast, the layout of convolutions."""
 
-import pytest
 import torch
 from tiny import same, tiny_vavae
 
-from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.machine import Machine
-from vavae_tools.runtime.precision import computing_in, for_inference, precision_on, trying_convolutions
-
-CPU, T4, A100 = Machine("cpu", 1, "CPU"), Machine("t4", 2, "Tesla T4"), Machine("ampere", 1, "NVIDIA A100")
-
-
-@pytest.mark.parametrize(
-    ("machine", "name", "expected"),
-    [
-        (CPU, None, "32"),
-        (T4, None, "16"),
-        (A100, None, "bf16"),
-        (A100, "fp16", "16"),
-        (CPU, "bf16", "bf16"),
-        (T4, 16, "16"),
-        (T4, False, "32"),
-        (T4, "fp32", "32"),
-    ],
-)
-def test_a_precision_by_machine_and_by_name(machine, name, expected):
-    assert precision_on(machine, name) == expected
-
-
-@pytest.mark.parametrize(
-    ("machine", "name", "message"),
-    [
-        (T4, "bf16", r"Tesla T4 has no bf16 \(it is emulated and slow\): use --precision 16 or 32"),
-        (CPU, "fp16", "A CPU has no fp16: use --precision 32"),
-        (A100, "8", "No precision '8'; there are 32, 16, bf16"),
-    ],
-)
-def test_a_precision_that_cannot_be(machine, name, message):
-    with pytest.raises(UserError, match=message):
-        precision_on(machine, name)
+from vavae_tools.runtime.precision import computing_in, for_inference, trying_convolutions
 
 
 def test_a_precision_holds_whatever_is_set_around_it():

@@ -30,38 +30,6 @@ def test_blocks_and_segments_are_of_torchs_sizes():
     assert card.malloc(10 * MIB).size == 11 * MIB and not card.free_blocks and card.reserved == 20 * MIB
 
 
-def test_free_blocks_are_joined_and_the_smallest_that_fits_is_taken():
-    card = Allocator()
-    blocks = [card.malloc(size * MIB) for size in (40, 12, 30)]
-    for block in blocks:
-        card.free(block)
-    assert card.malloc(11 * MIB).segment == blocks[1].segment
-    assert card.malloc(11 * MIB).segment == blocks[2].segment
-    assert card.malloc(18 * MIB).start == 11 * MIB  # what is left of the same one: 19 MiB
-    assert card.alive == (12 + 11 + 19) * MIB and card.reserved == 82 * MIB
-    card = Allocator()
-    a, b, c = (card.malloc(4 * MIB) for _ in range(3))  # of one segment of 20 MiB
-    card.free(a)
-    card.free(c)
-    assert sorted((f.start, f.size) for f in card.free_blocks) == [(0, 4 * MIB), (8 * MIB, 12 * MIB)]
-    card.free(b)
-    assert [(f.start, f.size) for f in card.free_blocks] == [(0, 20 * MIB)]
-
-
-def test_whole_segments_are_given_back_and_marks_are_peaks():
-    card = Allocator()
-    kept, gone = card.malloc(12 * MIB), card.malloc(30 * MIB)
-    card.mark("first")
-    card.free(gone)
-    card.empty_cache()
-    assert card.reserved == 12 * MIB and card.peak_reserved == 42 * MIB
-    card.mark("second")
-    card.free(kept)
-    card.empty_cache()
-    assert (card.alive, card.reserved) == (0, 0)
-    assert card.marks == [("first", 42 * MIB, 42 * MIB), ("second", 42 * MIB, 42 * MIB)]
-
-
 def test_an_expandable_segment_grows_at_its_end_and_gives_back_pages():
     card, plain = Allocator(expandable_segments=True), Allocator()
     for allocator in (card, plain):

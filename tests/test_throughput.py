@@ -28,7 +28,7 @@ from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.runtime.errors import Stopped
 from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModule
 from vavae_tools.training.callbacks import throughput
-from vavae_tools.training.callbacks.throughput import Clock, Throughput, flops_of, peak_flops
+from vavae_tools.training.callbacks.throughput import Clock, Throughput, flops_of
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.run import build_trainer, fit_trainer
@@ -47,13 +47,11 @@ def new_vavae(**changes) -> VAVAEModule:
     return VAVAEModule(tiny_vavae(), **{"lr": 1e-3, "warmup_steps": 1, "schedule": "constant", **changes})
 
 
-def train(
-    module, data, folder: Path, callbacks=(), log=lambda line: None, strategy="auto", resume=None, **settings
-) -> L.Trainer:
+def train(module, data, folder: Path, callbacks=(), log=lambda line: None, resume=None, **settings) -> L.Trainer:
     quiet_lightning()
     length = {"max_steps": settings.pop("max_steps", 20), "max_epochs": -1}
     settings = {"limit_val_batches": 0, "enable_checkpointing": False, "log_every_n_steps": 1, **settings}
-    settings = module.trainer_settings(accelerator="cpu", strategy=strategy, **settings)
+    settings = module.trainer_settings(accelerator="cpu", **settings)
     trainer = build_trainer({**length, **settings}, folder, list(callbacks), log)
     fit_trainer(trainer, module, data, resume, log)
     return trainer
@@ -202,11 +200,6 @@ def run_all(folder: Path, latents_dir: Path, split_dir: Path) -> None:
     numbers = {part: sum(w.numel() for w in getattr(module, part).parameters()) for part in ("vavae", "discriminator")}
     found["gathered"] = {"sent": counted.sent, **numbers}
 
-    module = new_dit()
-    strategy = "fsdp" if world > 1 else "auto"
-    train(module, latents(), folder / "cut", strategy=strategy, accumulate_grad_batches=2, max_steps=6)
-    found["flops"] = module.flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8), "labels": torch.zeros(1).long()})
-
     for name, steps in (("spoilt", range(2, 4)), ("ruined", range(2, 7))):
         module = new_vavae()
         train(module, images(), folder / name, [Spoil(world - 1, steps)], max_steps=9)
@@ -263,13 +256,6 @@ def test_no_gradient_is_sent_before_the_last_of_the_batches_gathered(one_and_two
     """Neither the discriminator's, nor where losses are weighed against each other."""
     found = of(one_and_two[1], 0, "gathered")
     assert [bool(sent) for sent in found["sent"]] == [batch % 3 == 2 for batch in range(12)]
-
-
-def test_a_model_that_is_cut_gathers_as_one_does(one_and_two):
-    one, two = (curves(folder / "cut")["train/loss"] for folder in one_and_two)
-    assert len(one) == 6
-    assert_curves_alike([value for _, value in two], [value for _, value in one])
-    assert of(one_and_two[1], 1, "flops") == of(one_and_two[0], 0, "flops") > 0
 
 
 @pytest.mark.parametrize(("name", "skipped"), [("spoilt", 2), ("ruined", 5)])
@@ -336,20 +322,6 @@ def test_gathered_batches_are_one_step(monkeypatch, latents_dir, tmp_path):
 def test_a_training_that_is_stopped_says_it_too(monkeypatch, latents_dir, tmp_path):
     lines, _, measured = timed(monkeypatch, latents_dir, tmp_path, stop_at=8)
     assert len(lines) == 2 and measured.speed.step_seconds == pytest.approx(2.8)  # two of five go from their start
-
-
-def test_a_run_that_goes_on_measures_its_own_time(monkeypatch, latents_dir, tmp_path):
-    timed(monkeypatch, latents_dir, tmp_path / "first", max_steps=8)
-    clock, data, said = Ticks(), None, []
-    with_clock(monkeypatch, clock)
-    data = slow_data(latents_dir, 4, clock, 0.0)
-    module = new_dit()
-    settings = module.trainer_settings(accelerator="cpu", limit_val_batches=0, max_steps=16, max_epochs=-1)
-    takes = Takes(clock, 0.5)
-    trainer = build_trainer(settings | {"enable_checkpointing": False}, tmp_path / "second", [takes], said.append)
-    fit_trainer(trainer, module, data, tmp_path / "first" / "a.ckpt", said.append)
-    assert trainer.global_step == 16 and takes.steps == 8
-    assert said[-1].startswith("throughput  8.0 images/s, 500.0 ms a step, 0% of it waiting for data")
 
 
 def test_the_use_of_a_known_card(monkeypatch, latents_dir, tmp_path):
@@ -423,21 +395,6 @@ def test_operations_of_a_denoiser(changed):
     assert module.network["denoiser"].gradient_checkpointing == (changed == "checkpointing")
 
 
-def test_operations_of_the_autoencoder():
-    """A 1×1 image of every layer by hand would be long: a frozen encoder costs its forward pass alone."""
-    batch = {"images": torch.zeros(5, 3, 16, 16, dtype=torch.uint8)}
-    vavae = new_vavae().vavae
-    forward = flops_of(torch.nn.ModuleList([vavae, torch.nn.Linear(1, 1)]), lambda both: _through_encoder(both, vavae))
-    frozen, whole = (new_vavae(freeze_encoder=frozen).flops_of_a_sample(batch) for frozen in (True, False))
-    assert 1.9 * forward < whole - frozen < 2.1 * forward
-
-
-def _through_encoder(both, vavae):
-    with torch.no_grad():
-        both[0].encode(torch.zeros(1, 3, 16, 16))
-    return both[1](torch.zeros(1, 1)).sum()
-
-
 def new_text(objective: str) -> tuple[DiffusionModule, dict]:
     module = DiffusionModule(
         TextDiT((4, 4), 2, 4, hidden_size=16, depth=1, num_heads=2),
@@ -506,22 +463,6 @@ def test_counting_that_fails_ends_no_training(monkeypatch, latents_dir, tmp_path
     (line,) = [line for line in said if "utilisation" in line]
     assert line == "no utilisation of the card: what a step computes cannot be counted (KeyError: 'a table')"
     assert any(line.startswith("throughput") and "TFLOP/s" not in line for line in said)
-
-
-@pytest.mark.parametrize(
-    ("card", "precision", "expected"),
-    [
-        ("Tesla T4", "16-mixed", 65e12),
-        ("NVIDIA A100-SXM4-40GB", "bf16-mixed", 312e12),
-        ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989.4e12),
-        ("Tesla P100-PCIE-16GB", "32-true", None),
-    ],
-)
-def test_what_a_card_can_do(monkeypatch, card, precision, expected):
-    """Dense products, as the makers' data sheets give them."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: card)
-    assert peak_flops(torch.device("cuda", 0), precision) == (expected and pytest.approx(expected))
-    assert peak_flops(torch.device("cpu"), precision) is None
 
 
 if __name__ == "__main__":

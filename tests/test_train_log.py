@@ -15,7 +15,7 @@ from tiny import tiny_dit, trained_looking
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.runtime.errors import Stopped, UserError
 from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
-from vavae_tools.training.callbacks.progress import NAME, TrainLog, pace
+from vavae_tools.training.callbacks.progress import NAME, TrainLog
 from vavae_tools.training.config import SaveConfig
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
@@ -164,13 +164,6 @@ def test_a_fault_is_the_last_line(tmp_path, latents_dir):
     assert about == "failed" and re.fullmatch(r"UserError: of two \(2 steps in [\d:]+, at step 2 of 12\)", text)
 
 
-def test_before_anything_is_logged_there_is_no_loss(tmp_path, latents_dir):
-    train(tmp_path, latents_dir, TrainLog(tmp_path, 1), steps=3)
-    first, second, third = steps_said(tmp_path)
-    assert re.search(r"loss +-  lr +[\d.e-]+ ", first) and re.search(r"loss +-  ", second)
-    assert not re.search(r"loss +-  ", third)
-
-
 @pytest.mark.skipif(os.getuid() == 0 and not Path("/dev/full").exists(), reason="needs a disk that is full")
 def test_a_full_disk_does_not_end_training(tmp_path, latents_dir):
     (tmp_path / NAME).symlink_to("/dev/full")
@@ -178,15 +171,3 @@ def test_a_full_disk_does_not_end_training(tmp_path, latents_dir):
     trainer = train(tmp_path, latents_dir, TrainLog(tmp_path, 3, said.append))
     assert trainer.global_step == 12
     assert said == [f"{tmp_path / NAME} cannot be written (No space left on device): training continues without it"]
-
-
-def test_a_folder_in_its_place_does_not_end_training(tmp_path, latents_dir):
-    (tmp_path / NAME).mkdir()
-    said = []
-    assert train(tmp_path, latents_dir, TrainLog(tmp_path, 3, said.append), steps=2).global_step == 2
-    assert len(said) == 1 and "Is a directory" in said[0]
-
-
-def test_pace():
-    assert pace(10, 30, 5.0) == (2.0, 15.0)
-    assert pace(0, 30, 5.0)[0] == 0.0

@@ -5,6 +5,7 @@ shard's rows: an interrupted encoding resumes with the shards that are missing, 
 """
 
 import json
+import math
 import shutil
 import time
 from collections import defaultdict
@@ -242,13 +243,15 @@ def _encoded(
     """Yield encoded batches on the CPU. The next one is begun before: it is loaded while the device computes."""
     begun = ((batch, *_begun(partial(fields, subset, batch), computing)) for batch in batches)
     for (batch, made, maximum), _ in pairwise(chain(begun, [None])):
-        if computing.in_half and not maximum.isfinite():
+        largest = maximum.item()  # the device is waited for here alone
+        if computing.in_half and not math.isfinite(largest):
             made, maximum = _begun(partial(fields, subset, batch), computing.again)
-        if not maximum.isfinite():
+            largest = maximum.item()
+        if not math.isfinite(largest):
             raise UserError(f"{computing.what} are not finite: its weights are damaged")
-        if maximum > torch.finfo(dtype).max:
+        if largest > torch.finfo(dtype).max:
             limit = "float16 holds up to 65,504: store them as float32, or take another model"
-            raise UserError(f"{computing.what} reach {maximum:,.0f}, and {limit}")
+            raise UserError(f"{computing.what} reach {largest:,.0f}, and {limit}")
         yield {name: (v.to(dtype) if v.is_floating_point() else v).cpu() for name, v in made.items()}
 
 
