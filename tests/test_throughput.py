@@ -25,7 +25,6 @@ from vavae_tools.diffusion.ddt import DDT
 from vavae_tools.diffusion.objectives import SamplePrediction, make_objective
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.diffusion.transformer import DiT
-from vavae_tools.runtime.errors import Stopped
 from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModule
 from vavae_tools.training.callbacks import throughput
 from vavae_tools.training.callbacks.throughput import Clock, Throughput, flops_of
@@ -141,8 +140,8 @@ def slow_data(latents_dir, batch_size: int, clock: Ticks, seconds: float) -> Lat
 class Takes(L.Callback):
     """Time of the parts of a training: the first three steps 50 s, the others `step`, and what is no step 1000 s."""
 
-    def __init__(self, clock: Ticks, step: float, stop_at: int | None = None) -> None:
-        self.clock, self.step, self.stop_at, self.steps = clock, step, stop_at, 0
+    def __init__(self, clock: Ticks, step: float) -> None:
+        self.clock, self.step, self.steps = clock, step, 0
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.clock.now += 50 if self.steps < 3 else self.step
@@ -152,10 +151,6 @@ class Takes(L.Callback):
         self.clock.now += 1000
 
     on_validation_batch_end = on_train_epoch_end = on_save_checkpoint = pause
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step == self.stop_at:
-            raise Stopped("Stopped")
 
 
 def with_clock(monkeypatch_or_none, clock: Ticks) -> None:
@@ -278,13 +273,13 @@ def test_the_speeds_of_processes_are_added_and_said_once(one_and_two):
 # ---- what is measured
 
 
-def timed(monkeypatch, latents_dir, folder, module=None, data_takes=3.0, step_takes=1.0, stop_at=None, **settings):
+def timed(monkeypatch, latents_dir, folder, module=None, data_takes=3.0, **settings):
     """(lines that were said at the end, curves, the callback) of a training with 4 latents a batch."""
     clock, said = Ticks(), []
     with_clock(monkeypatch, clock)
     data = slow_data(latents_dir, 4, clock, data_takes)
     settings = {"limit_val_batches": 1, "max_steps": 15, "check_val_every_n_epoch": 1, **settings}
-    takes = Takes(clock, step_takes, stop_at)
+    takes = Takes(clock, 1.0)
 
     class SaveConfig(L.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -317,11 +312,6 @@ def test_gathered_batches_are_one_step(monkeypatch, latents_dir, tmp_path):
     lines, _, measured = timed(monkeypatch, latents_dir, tmp_path, data_takes=0.0, accumulate_grad_batches=3)
     assert measured.speed.step_seconds == 3.0 and measured.speed.images_per_second == 4.0
     assert len(lines) == 1  # no advice
-
-
-def test_a_training_that_is_stopped_says_it_too(monkeypatch, latents_dir, tmp_path):
-    lines, _, measured = timed(monkeypatch, latents_dir, tmp_path, stop_at=8)
-    assert len(lines) == 2 and measured.speed.step_seconds == pytest.approx(2.8)  # two of five go from their start
 
 
 def test_the_use_of_a_known_card(monkeypatch, latents_dir, tmp_path):

@@ -252,39 +252,24 @@ def fit(
         show: called with each preview, uint8 (3, H, W); by default the cell shows it.
     """
     devices = devices if isinstance(devices, dict) else {"devices": devices}
-    length = {"max_steps": max_steps, "max_epochs": -1 if max_epochs is None and max_steps > 0 else max_epochs}
-    what = {"module": module, "data": data, "output_dir": Path(output_dir), "length": length, "devices": devices}
-    arguments = {**what, "callbacks": list(callbacks), "monitor": monitor, "resume": resume, "saving": saving}
-    trainer_settings(**devices)  # what cannot be is said before anything is started
     several = several_processes(**devices)
-    if several is None:
-        return _fit_here(**arguments, log=log)
-    module.cpu()  # or all processes would take it to one card
-    last = call_on_ranks(f"{__name__}:_fit_here", arguments, several, show=show)
-    module.load_state_dict(read_any_format(last, lambda line: None)["state_dict"])
-    return last
-
-
-def _fit_here(
-    module: L.LightningModule,
-    data: L.LightningDataModule,
-    output_dir: Path,
-    length: dict[str, Any],
-    devices: dict[str, Any],
-    callbacks: list[L.Callback],
-    monitor: str | None,
-    resume: str | None,
-    saving: SaveConfig | None,
-    log: Callable[[str], None] = log,
-) -> Path:
+    if several is not None:
+        trainer_settings(**devices)  # what cannot be is said before anything is started
+        module.cpu()  # or all processes would take it to one card
+        what = {"module": module, "data": data, "output_dir": output_dir, "devices": devices, "monitor": monitor}
+        how = {"max_steps": max_steps, "max_epochs": max_epochs, "resume": resume, "saving": saving}
+        arguments = {**what, **how, "callbacks": list(callbacks)}
+        last = call_on_ranks(f"{__name__}:fit", arguments, several, show=show)  # which finds itself one of several
+        module.load_state_dict(read_any_format(last, lambda line: None)["state_dict"])
+        return last
     quiet_lightning()
-    of_module = getattr(module, "trainer_settings", trainer_settings)
-    settings = of_module(**devices)
+    settings = getattr(module, "trainer_settings", trainer_settings)(**devices)
     settings["use_distributed_sampler"] = not isinstance(data, OrderedDataModule)
-    checkpoints = output_dir / "checkpoints"
+    checkpoints = Path(output_dir) / "checkpoints"
     resume_from = resume_path(resume, checkpoints, log)
+    length = {"max_steps": max_steps, "max_epochs": -1 if max_epochs is None and max_steps > 0 else max_epochs}
     saves = checkpoint_callbacks(checkpoints, monitor, saving)
-    trainer = build_trainer(settings, output_dir, [*callbacks, *saves], log, **length)
+    trainer = build_trainer(settings, Path(output_dir), [*callbacks, *saves], log, **length)
     check_resumable(resume_from, module)
     fit_trainer(trainer, module, data, resume_from, log, prefix="")
     return checkpoints / "last.ckpt"
