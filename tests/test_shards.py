@@ -95,12 +95,9 @@ def test_where_labels_are(tmp_path, form, beside, labels):
     assert image_data(tmp_path / "out", 8, val_share=0).labels.keys() == set(map(str, labels))
 
 
-def test_captions_need_no_label(tmp_path):
-    pack(tmp_path / "in" / "0.tar", {"1.jpg": image(1), "1.txt": "a", "2.jpg": image(2), "2.txt": "b"})
-    assert convert_shards(tmp_path / "in", tmp_path / "out")["train"].column_names == ["image", "text"]
-
-
-def test_parquet(tmp_path):
+def test_parquet_and_captions_without_labels(tmp_path):
+    pack(tmp_path / "tars" / "0.tar", {"1.jpg": image(1), "1.txt": "a", "2.jpg": image(2), "2.txt": "b"})
+    assert convert_shards(tmp_path / "tars", tmp_path / "texts")["train"].column_names == ["image", "text"]
     (tmp_path / "in").mkdir()
     rows = {"image": [{"bytes": image(i), "path": None} for i in range(4)], "label": [0, 1, 0, 1]}
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["ape", "wolf"]))
@@ -122,14 +119,12 @@ def headers(path: Path) -> list[int]:
     [
         (lambda data, at: data[: at[9]], "0.tar is damaged or cut off at byte"),  # at the end of a member
         (lambda data, at: data[: at[9] + 700], "0.tar is damaged"),
-        (lambda data, at: data[: at[9] + 100], "0.tar is damaged"),
         (lambda data, at: data[: at[9]] + bytes(512) + data[at[9] + 512 :], "damaged or cut off at byte"),
         (lambda data, at: data[: at[9]] + b"?" * 512 + data[at[9] + 512 :], "damaged or cut off at byte"),
         (lambda data, at: data[: at[9]] + bytes(2**21), "damaged or cut off at byte"),  # allocated, never written
         (lambda data, at: data + data, "damaged or cut off at byte"),  # two in one file
         (lambda data, at: gzip.compress(data), "no plain tar"),
         (lambda data, at: b"version https://git-lfs\n", "no plain tar"),
-        (lambda data, at: b"", "no plain tar"),
     ],
 )
 def test_a_damaged_tar_is_an_error(tmp_path, damage, words):

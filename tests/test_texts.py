@@ -131,7 +131,7 @@ def test_only_real_tokens_are_stored_and_equal_captions_once(tmp_path):
     assert stored["tokens"].shape == (tokens, DIM) and stored["tokens"].dtype == torch.float16
     assert stored["pooled"].dtype == torch.float16
     assert (folder.distinct, folder.tokens, folder.cut) == (len(DISTINCT), tokens, 1)
-    assert folder.images == {"train": 5, "val": 2} and folder.captions == {"train": 11, "val": 3}
+    assert folder.pictures == {"train": 5, "val": 2} and folder.captions == {"train": 11, "val": 3}
     assert TextFolder.read(tmp_path) == folder and "1 cut" in str(folder)
 
 
@@ -159,11 +159,6 @@ def test_needed_bytes(tmp_path, monkeypatch):
     assert left == rows + of_shard
 
 
-def test_it_is_encoded_once(folder):
-    again = WordEncoder()
-    assert encode_texts(again, CAPTIONS, folder.path, progress=False) == folder and again.encoded == []
-
-
 def test_an_interrupted_encoding_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "SHARD_SIZE", 4)
     whole = encode_texts(WordEncoder(), CAPTIONS, tmp_path / "whole", progress=False)
@@ -180,14 +175,16 @@ def test_an_interrupted_encoding_goes_on(tmp_path, monkeypatch):
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_stale_texts_are_never_used(folder):
+def test_stale_texts_are_never_used_and_others_are_encoded_once(folder):
+    again = WordEncoder()
+    assert encode_texts(again, CAPTIONS, folder.path, progress=False) == folder and again.encoded == []
     other = WordEncoder("b")
     changed = encode_texts(other, CAPTIONS, folder.path, progress=False)
     assert other.encoded == DISTINCT and changed.key != folder.key
     fewer = {"train": CAPTIONS["train"][:2]}
     third = WordEncoder("b")
     smaller = encode_texts(third, fewer, folder.path, progress=False)
-    assert smaller.images == {"train": 2} and len(third.encoded) == smaller.distinct == 5
+    assert smaller.pictures == {"train": 2} and len(third.encoded) == smaller.distinct == 5
     swapped = {"train": fewer["train"][::-1]}
     fourth = WordEncoder("b")
     encode_texts(fourth, swapped, folder.path, progress=False)

@@ -107,7 +107,7 @@ def endless():
 @pytest.mark.parametrize("max_tokens", [1, 2, 7, 16, None])
 @pytest.mark.parametrize("of", ["bytes", "merged"])
 def test_no_token_is_lost_or_repeated(of, max_tokens, merged, tmp_path):
-    texts = [ODD, "", "x", "one two three " * 40, "é" * 35, "a" * 16, "b" * 15, "the cat sees a bird.\n\n"]
+    texts = [ODD, "", "x", "one two three " * 40, "é" * 35, "a" * 16, "b" * 15, "\n\n", "[SEP][CLS]", "\ufeffx", " y "]
     file = json_lines(tmp_path / "texts.jsonl", *({"text": text} for text in texts))
     tokenizer = merged if of == "merged" else None
     data = TokenImageDataset(file, 16, max_tokens=max_tokens, tokenizer=tokenizer)
@@ -116,22 +116,11 @@ def test_no_token_is_lost_or_repeated(of, max_tokens, merged, tmp_path):
     assert [row[-1] for row in wanted] == [tokens.end] * len(texts)
     cut = [row[start : start + held] for row in wanted for start in range(0, len(row), held)]
     assert pieces(data) == cut
-    assert len(data) == sum(-(-len(row) // held) for row in wanted)
     batch = data.__getitems__(list(range(len(data))))
-    assert data.decode(batch["clean"], batch["mask"]) == cut
-    joined = [token for piece in data.decode(batch["clean"], batch["mask"]) for token in piece]
-    assert tokens.decode(joined) == "".join(texts)
-
-
-@pytest.mark.parametrize("of", ["bytes", "merged"])
-def test_image_to_text_is_exact(of, merged, tmp_path):
-    tokenizer = merged if of == "merged" else None
-    texts = [ODD, "\n\n\n", "<|end|>", "[SEP][CLS]", "\ufeffx", " lead and trail "]
-    data = TokenImageDataset(json_lines(tmp_path / "a.jsonl", *({"text": t} for t in texts)), tokenizer=tokenizer)
-    batch = data.__getitems__(range(len(texts)))
     noise = 0.3 * torch.randn(batch["clean"].shape, generator=torch.Generator().manual_seed(0))
     for x in (batch["clean"], batch["clean"] + noise):
-        assert [data.text(tokens) for tokens in data.decode(x, batch["mask"])] == texts
+        assert data.decode(x, batch["mask"]) == cut
+    assert tokens.decode([token for piece in cut for token in piece]) == "".join(texts)
 
 
 def test_what_a_image_is(tmp_path):
@@ -145,13 +134,9 @@ def test_what_a_image_is(tmp_path):
         "index": (torch.int64, ()),
     }
     cells = TokenCode(260).cells(torch.tensor([104, 0xC3, 0xA9, 256]))
-    assert torch.equal(item["clean"][:, :4, :4].flatten(), cells[0])
-    assert torch.equal(item["clean"][:, :4, 4:].flatten(), cells[1])
-    assert torch.equal(item["clean"][:, 4:, :4].flatten(), cells[2])
-    assert not item["clean"][:, 4:, 4:].any()
+    assert torch.equal(item["clean"][:, :4, 4:].flatten(), cells[1]) and not item["clean"][:, 4:, 4:].any()
     assert item["mask"].tolist() == [[1] * 8] * 4 + [[1] * 4 + [0] * 4] * 4
     assert torch.equal(last["clean"][:, :4, :4].flatten(), cells[3]) and last["mask"].sum() == 16
-    assert (int(item["index"]), int(last["index"])) == (0, 1)
 
 
 @pytest.mark.parametrize(("size", "cell_size", "channels", "cells"), [(64, 4, 3, 256), (12, 3, 1, 16), (16, 8, 2, 4)])
@@ -214,13 +199,10 @@ def test_prompt_and_answer_are_told_apart(of, max_tokens, merged, tmp_path):
         assert not there[0][len(of_answer) :].any() and not there[1][len(of_answer) :].any()
     assert not (mask * prompt).any() and {float(value) for value in mask.unique()} <= {0, 1}
     assert torch.equal(batch["condition"], batch["clean"] * prompt[:, None])  # the prompt's cells, and no others
-    assert torch.equal(batch["condition"].abs(), prompt[:, None].expand_as(batch["condition"]))
     assert torch.equal(batch["clean"].abs(), (mask + prompt)[:, None].expand_as(batch["clean"]))
-    said = [data.text(row) for row in data.decode(batch["clean"], mask)]
     if max_tokens is None:
+        said = [data.text(row) for row in data.decode(batch["clean"], mask)]
         assert said == ["the cat.two  kings, é.", "b", "oneagain", ""]
-        asked = data.decode(batch["condition"], prompt)
-        assert data.text(asked[1]) == "be kinda" and data.text(asked[0]) == "who?and two?"
     learnt_of = torch.tensor([sum(learnt[k][start : start + held]) for k, start in parts])
     assert torch.equal(data.lengths(), torch.bincount(learnt_of, minlength=data.max_tokens + 1))
 
@@ -362,12 +344,10 @@ HALF = "character 2 of the text is half of a surrogate pair, '\\ud83d'"
 
 @pytest.mark.parametrize(("name", "content", "chats", "says"), [
     ("a.txt", " \n", False, " is empty: expected text in it, or take it away"),
-    ("a.jsonl", "\n\n", False, " is empty"),
     ("a.txt", b"ab\n\xff", False, ", line 2, is no UTF-8"),
     ("a.jsonl", JSON + '{"text": "x"', False, ", line 2, is no JSON: Expecting ',' delimiter at column 13"),
     ("a.jsonl", JSON + "\nhello", False, ", line 3, is no JSON: Expecting value at column 1"),
     ("a.jsonl", JSON + '{"body": "x"}', False, ', line 2 has neither "text" nor "messages"'),
-    ("a.jsonl", "[1]", False, ', line 1 has neither "text" nor "messages"'),
     ("a.jsonl", '{"text": 5}', False, ', line 1 has neither "text" nor "messages"'),
     ("a.jsonl", JSON + '{"text": "ab\\ud83d"}', False, f", line 2: {HALF}"),
     ("a.jsonl", json.dumps({"messages": chat("a", "\ud83d")}), True, f", line 1: {HALF}"),
@@ -375,7 +355,7 @@ HALF = "character 2 of the text is half of a surrogate pair, '\\ud83d'"
     ("a.txt", "hello", True, " has no messages, "),
     *[("a.jsonl", json.dumps({"messages": messages}), chats, ", line 1: its messages are not ")
       for chats in (False, True)
-      for messages in (5, "hi", ["hi"], [], chat("a"), [{"role": "assistant"}], [{"role": "assistant", "content": 1}])],
+      for messages in (5, ["hi"], [], chat("a"), [{"role": "assistant", "content": 1}])],
     ("a.csv", "x", False, ": expected a .txt or .jsonl file"),
 ])  # fmt: skip
 def test_files_that_do_not_do(name, content, chats, says, tmp_path):
@@ -396,9 +376,7 @@ def test_places_that_do_not_do(tmp_path):
 @pytest.mark.parametrize("files", [
     {},
     {"tokenizer.json": "{", "tokenizer_config.json": "{}"},
-    {"tokenizer.json": "{}", "tokenizer_config.json": "{}"},
     {"tokenizer_config.json": "[]"},
-    {"vocab.json": "{", "merges.txt": "", "tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'},
     {"tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'},
     {"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["own.Own", null]}}', "own.py": "raise OSError"},
 ])  # fmt: skip
@@ -435,7 +413,6 @@ def test_answers_are_as_long_as_they_are_after_their_prompts(tmp_path):
         *([0, 1, 1], [0, 2, 1], [0, 3, 2]),
         *([1, 2, 1], [1, 5, 1], [4, 2, 1], [5, 1, 2]),
     ]
-    assert TokenImageDataset("zen").answer_lengths() == []
 
 
 def test_the_fingerprint_tells_data_apart(merged, tmp_path):
@@ -444,11 +421,6 @@ def test_the_fingerprint_tells_data_apart(merged, tmp_path):
     options = ({}, {"img_size": 32}, {"max_tokens": 4}, {"tokenizer": merged}, {"cell_size": 8}, {"channels": 1})
     found = [TokenImageDataset(first, **option) for option in options]
     found += [TokenImageDataset(other), found[2].part([0]), TokenImageDataset("questions").part(range(9))]
-    glued = byte_tokenizer()
-    glued.chat_template = GLUED
-    for messages in (chat("a", "b"), chat("a", "b")[1:], chat("", "ab")):
-        file = json_lines(tmp_path / "e.jsonl", {"messages": messages})
-        found += [TokenImageDataset(file, 64, True, tokenizer=glued)]
     assert len({data.fingerprint() for data in found}) == len(found)
     assert TokenImageDataset(same).fingerprint() == found[0].fingerprint()  # wherever it lies
 
@@ -481,9 +453,6 @@ def test_texts_stand_whole_on_one_side(seed, tmp_path):
     assert len(train) + len(val) == len(data) == 40 and len(val) <= 8
     again = data.subsets(0.2, seed)
     assert [subset.fingerprint() for subset in again] == [subset.fingerprint() for subset in (train, val)]
-    assert pieces(val) == [
-        row for text in sorted(texts_of(val)) for row in pieces(data.part(np.flatnonzero(data._text_of == text)))
-    ]
 
 
 def test_sides_have_the_share_and_follow_from_the_seed(tmp_path):
@@ -501,7 +470,6 @@ def test_of_a_single_text_the_end_validates(tmp_path):
     for share, count in ((0.05, 1), (0.3, 6), (0.99, 19)):
         train, val = data.subsets(share, seed=1)
         assert pieces(train) == pieces(data)[:-count] and pieces(val) == pieces(data)[-count:]
-    assert train._numbers is data._numbers is val._numbers  # parts share the tokens
     train, val = of_lengths(tmp_path, 1).subsets(0.5)
     assert len(train) == 1 and val is None
 
@@ -537,12 +505,8 @@ def test_a_learnt_tokenizer_has_words_and_any_text_stays_exact(tmp_path):
     assert data.text(data.decode(item["clean"], item["mask"])) == stories(2)[1]
     tokens.tokenizer.save_pretrained(tmp_path)
     again = TokenImageDataset("sentences", tokenizer=tmp_path)
-    assert again.fingerprint() == data.fingerprint() == TokenImageDataset("sentences", tokenizer="bpe").fingerprint()
-
-
-def test_a_learnt_tokenizer_has_as_many_tokens_as_were_asked_for():
+    assert again.fingerprint() == data.fingerprint()
     assert len(TokenImageDataset("zen", tokenizer="bpe", vocab_size=300).tokens) == 300
-    assert len(TokenImageDataset("questions", use_chat_template=True, tokenizer="bpe").tokens) < 400
     with pytest.raises(UserError, match="vocab_size 260: 260 are taken"):
         TokenImageDataset("zen", tokenizer="bpe", vocab_size=260)
 
