@@ -24,7 +24,6 @@ from vavae_tools.evaluation.texts import reconstruction_curve
 from vavae_tools.pipelines.classes import load_guide, load_pipeline
 from vavae_tools.pipelines.text import load_text_pipeline
 from vavae_tools.pipelines.tokens import TokenImagePipeline, load_token_pipeline
-from vavae_tools.pipelines.writer import write_texts
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
@@ -242,18 +241,6 @@ def test_an_evaluation_of_texts_asks_at_the_objectives_own_noise():
 def sentences(count: int) -> TokenImageDataset:
     """Texts of 16 letters, one for each image."""
     return TokenImageDataset("sentences", img_size=SIZE, cell_size=4).part(list(range(count)))
-
-
-def test_a_folder_of_texts_knows_its_solver(tmp_path):
-    pipe = token_pipeline(make_objective("sample"))
-    write_texts(pipe, tmp_path, num_samples=2, num_inference_steps=2)
-    pipe.swap_solver("heun")
-    with pytest.raises(UserError, match="solver's name None there, heun here"):
-        write_texts(pipe, tmp_path, num_samples=2, num_inference_steps=2)
-    write_texts(pipe, tmp_path, num_samples=2, num_inference_steps=2, overwrite=True)
-    pipe.swap_solver("euler")
-    with pytest.raises(UserError, match="solver's name heun there, euler here"):
-        write_texts(pipe, tmp_path, num_samples=2, num_inference_steps=2)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -28,21 +28,6 @@ def reference(name):
     return load_ddt(strong, case["constructor"]), load_ddt(weak, case["weak_constructor"]), io
 
 
-def trained(**changes) -> DDT:
-    """A tiny model whose weights are not the zeros of a fresh one."""
-    torch.manual_seed(0)
-    model = DDT(**{**TINY, **changes})
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
-
-
-def inputs():
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 3, 4, 4, generator=generator)
-    return x, torch.rand(2, generator=generator), torch.randn(2, 16, generator=generator)
-
-
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_outputs_and_parts_equal_the_reference(name):
@@ -134,29 +119,14 @@ def test_sizes_have_the_published_parameters(size, millions):
     assert count / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def test_a_fresh_model_returns_exactly_zero_and_starts_as_the_reference():
+def test_a_fresh_model_starts_as_the_reference():
     torch.manual_seed(0)
-    x, t, _ = inputs()
     model = DDT(**{**TINY, "hidden_size": (128, 256)})
-    assert model(x, t, torch.randn(2, 128)).abs().max() == 0
     assert model.t_embedder.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.t_embedder.W.std().item() == pytest.approx(1, rel=0.15) and not model.t_embedder.W.requires_grad
     bound = 1 / 128**0.5  # PyTorch's own beginning of a linear map of 128 features
     assert model.blocks[0].attn.qkv.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
     assert model.blocks[0].attn.qkv.bias.abs().max() > 0
-    for embedder, dim in ((model.s_embedder, 128), (model.x_embedder, 256)):
-        bound = (6 / (3 + dim)) ** 0.5
-        assert bound * 0.9 < embedder.proj.weight.abs().max().item() <= bound and embedder.proj.bias.abs().max() == 0
-
-
-@torch.no_grad()
-def test_the_condition_reaches_the_head_through_the_encoders_answer_alone():
-    model = trained()
-    x, t, c = inputs()
-    s = model.encode(x, t, c)
-    assert torch.equal(model.predict(x, 1 - t, None, s), model.predict(x, t, c))
-    other = model.predict(x, t, c, model.encode(x, t, c + 1))
-    assert not torch.allclose(other, model.predict(x, t, c), atol=1e-3)
 
 
 def test_reference_checkpoints_are_unwrapped_and_their_positions_read():

@@ -1,7 +1,7 @@
 """Low-rank additions: at first they add nothing, they alone are trained, and merged the model is one like any other."""
 
-import builtins
 import copy
+import sys
 
 import lightning as L
 import pytest
@@ -85,14 +85,7 @@ def test_wrong_arguments_are_told_in_one_line(monkeypatch):
     with pytest.raises(UserError, match="has low-rank additions already"):
         add_lora(denoiser, 1)
 
-    imported = builtins.__import__
-
-    def without_peft(name, *others, **named):
-        if name.partition(".")[0] == "peft":
-            raise ImportError(name)
-        return imported(name, *others, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without_peft)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="pip install peft"):
         add_lora(denoiser_of("dit"), 4)
 

@@ -48,26 +48,11 @@ def test_psnr_and_ssim_are_per_image_and_know_equal_ones():
     assert ssim(a[:1], b[:1]).shape == (1,)
 
 
-def test_sharpness_is_1_of_equal_images_and_a_half_at_half_the_contrast():
-    a = normal(3, 3, 16, 24).clamp(-1, 1).float()
-    assert sharpness(a, a).tolist() == [1, 1, 1]
-    assert sharpness(a, a / 2).tolist() == [0.5, 0.5, 0.5]
-    assert sharpness(a / 2, a).tolist() == [2, 2, 2]
-    torch.testing.assert_close(sharpness(a, 0.3 - a), torch.ones(3))  # neither brightness nor sign matter
-    mixed = torch.stack([a[0], a[1] / 2, torch.zeros(3, 16, 24)])
-    assert sharpness(a, mixed).tolist() == [1, 0.5, 0]
-
-
 def test_sharpness_by_hand_and_of_flat_images():
     ramp, flat = torch.tensor([[[0.0, 0.5], [0.0, 0.5]]]), torch.full((1, 2, 2), 0.25)  # differences ½, ½, 0, 0
     checks = torch.tensor([[[0.0, 0.5], [0.5, 0.0]]])  # all four ½
     assert sharpness(torch.stack([ramp, checks, ramp]), torch.stack([checks, ramp, flat])).tolist() == [2, 0.5, 0]
     assert sharpness(torch.stack([flat, flat]), torch.stack([flat, ramp])).isnan().all()
-
-
-def test_frechet_distance_of_a_set_with_itself_is_zero():
-    for n, d in ((200, 16), (10, 40)):
-        assert frechet_distance(normal(n, d), normal(n, d)) == pytest.approx(0, abs=1e-9)
 
 
 def test_frechet_distance_is_the_closed_form_of_two_gaussians():
@@ -96,13 +81,6 @@ def test_kernel_distance_is_unbiased_and_its_interval_holds_the_truth():
     assert sum(d.low <= 0 <= d.high for d in same) / len(same) > 0.85
 
 
-def test_kernel_distance_sees_a_shift_and_follows_its_seed():
-    a, b = normal(60, 8), normal(60, 8, seed=1)
-    assert kernel_distance(a, b + 1).low > 0.1
-    assert kernel_distance(a, b + 2).value > kernel_distance(a, b + 1).value
-    assert kernel_distance(a, b, seed=3) == kernel_distance(a, b, seed=3) != kernel_distance(a, b, seed=4)
-
-
 def test_kernel_distance_by_hand():
     # k(x, y) = (x y + 1)³ in one dimension; of {0, 1, 2, 3} every subset is a pair, of {1, 1, 1, 1} always (1, 1)
     a, b = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.ones(4, 1)
@@ -122,11 +100,6 @@ def test_mean_kernel_distance_sees_persons_that_are_swapped():
     assert same.low < 0 < same.high and swapped.low > 1
     alone, direct = mean_kernel_distance([one], [again], seed=5), kernel_distance(one, again, seed=5)
     assert (alone.value, alone.low) == pytest.approx((direct.value, direct.low))
-
-
-def test_kernel_distance_of_too_few_says_so():
-    with pytest.raises(ValueError, match="at least 4 and subsets of 2, got 3 and 7"):
-        kernel_distance(normal(3, 3), normal(7, 3))
 
 
 def test_nearest_finds_planted_copies():

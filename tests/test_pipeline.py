@@ -43,6 +43,9 @@ def test_images_as_tensors_and_as_images(pipe):
     generator = torch.Generator().manual_seed(0)
     (as_tuple,) = pipe([0, 1, 2], generator=generator, output_type="pt", return_dict=False, **QUICK)
     assert torch.equal(as_tuple, made)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 5)]  # one for each image
+    first, other, again = pipe([1, 1, 1], generator=generators, output_type="pt", **QUICK).images
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 @torch.no_grad()
@@ -70,15 +73,6 @@ def test_everything_asked_for_matters_but_the_batch_size(pipe):
     for batch_size in (1, 2, 64):
         again = images(pipe, batch_size=batch_size)
         assert (again.int() - made.int()).abs().max() <= 1  # another order of the same sums
-
-
-def test_one_generator_for_each_image(pipe):
-    def of(*seeds):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return pipe([1] * len(seeds), generator=generators, output_type="pt", **QUICK).images
-
-    both = of(5, 6)
-    assert torch.equal(both[1], of(7, 6)[1]) and not torch.equal(both[0], both[1])
 
 
 # ---- precision
@@ -155,25 +149,6 @@ def test_offloaded_models_come_when_they_are_asked_anything(pipe):
 
 
 # ---- a guide
-
-
-@torch.no_grad()
-def test_a_guide_takes_the_nulls_place(pipe):
-    """One Euler step from noise x: x + v_weak + w · (v − v_weak), with each model's own condition."""
-    weak = tiny_pipeline(4)
-    guide = trained_looking(weak.denoiser, seed=9), weak.conditioner
-    labels, noise = torch.tensor([2, 0]), torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(4))
-    start = torch.zeros(2)
-    of_model = pipe.denoiser(noise, start, pipe.conditioner(labels))
-    of_guide = guide[0](noise, start, guide[1](labels))
-    expected = pipe.vae.decode_latents(noise + of_guide + 1.42 * (of_model - of_guide), labels)
-    options = {"latents": noise, "num_inference_steps": 1, "output_type": "pt"}
-    made = pipe(labels, guidance_scale=1.42, guide=guide, **options).images
-    assert (made.int() - to_pixels(expected).int()).abs().max() <= 1
-    by_null = pipe(labels, guidance_scale=1.42, **options).images
-    assert not torch.equal(made, by_null)
-    alone = pipe(labels, guidance_scale=1.0, **options).images
-    assert torch.equal(pipe(labels, guidance_scale=1.0, guide=guide, **options).images, alone)
 
 
 def test_a_guide_is_loaded_without_an_autoencoder(pipe, run_folder, tmp_path):
@@ -318,23 +293,6 @@ def test_what_cannot_be_loaded_is_said(pipe, run_folder, tmp_path):
     torch.save({"state_dict": {}, "hyper_parameters": {"vavae_config": {}}}, folder / "vae.ckpt")
     with pytest.raises(UserError, match=r"vae\.ckpt is no checkpoint of DiT training \(it holds state_dict, hyper_par"):
         load_pipeline(folder / "vae.ckpt")
-
-
-def test_grey_images_that_are_not_square_come_out_grey(tmp_path):
-    """Of 16×24, of latents of 8×12."""
-    statistics = {"latents_mean": (0.5, -1.0), "latents_std": (2.0, 0.5)}
-    vae = perturb_projections(tiny_vavae(in_channels=1, out_channels=1, **statistics)).eval()
-    denoiser, conditioner = tiny_dit(input_size=(8, 12))
-    LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner, make_solver()).save_pretrained(tmp_path)
-    grey = load_pipeline(tmp_path)
-    grey.set_progress_bar_config(disable=True)
-    made = images(grey)
-    assert made.shape == (3, 1, 16, 24) and len(made.unique()) > 20
-    pillow, arrays = (images(grey, output_type=kind) for kind in ("pil", "np"))
-    assert arrays.shape == (3, 16, 24, 1) and arrays.dtype == np.uint8
-    for one, array, image in zip(pillow, arrays, made, strict=True):
-        assert one.mode == "L" and one.size == (24, 16)
-        assert np.array_equal(np.asarray(one), image[0]) and np.array_equal(array[..., 0], image[0])
 
 
 # ---- memory

@@ -43,12 +43,12 @@ def test_sampling_equals_the_reference(i):
         times.append(t)
         states.append(x.clone())
 
+    conditions = model.conditioner(io["y"]), model.conditioner.null(len(io["y"]))
     out = sample(
         model.denoiser,
         FlowMatchEulerDiscreteScheduler(),
         io["noise"],
-        model.conditioner(io["y"]),
-        model.conditioner.null(len(io["y"])),
+        *conditions,
         num_inference_steps=run["num_steps"] - 1,  # the reference counts grid points
         guidance_scale=run["cfg_scale"] or 1.0,
         guidance_interval=(run["cfg_interval_start"] or 0.0, 1.0),
@@ -144,33 +144,6 @@ def test_every_solver_that_fits_goes_where_the_flow_goes(name):
         assert fine < max(coarse / 3, 2e-3) and fine < 0.05, solver
 
 
-@pytest.mark.parametrize(("one", "other"), [("flow_matching", "sample"), ("epsilon", "v_prediction")])
-def test_the_same_expectation_told_otherwise_makes_the_same_samples(one, other):
-    noise, told, null = torch.randn(4, 4, 3, 3), torch.full((4, 1), 0.8), torch.zeros(4, 1)
-
-    def curved(x, t, alpha, sigma, conditioning):
-        return torch.tanh(alpha * x + x.roll(1, 3) * sigma + conditioning.view(-1, 1, 1, 1))
-
-    def made(name, solver, **by):
-        objective = make_objective(name)
-        by = {key: telling(objective, value) if key == "guide" else value for key, value in by.items()}
-        settings = {"num_inference_steps": 6, "guidance_scale": 2.0, "guidance_channels": "first3", **by}
-        return sample(
-            telling(objective, curved), make_solver(solver, objective), noise, told, objective=objective, **settings
-        )
-
-    for solver in solvers_for(make_objective(one)):
-        for by in (
-            {"null": null},
-            {"null": null, "guidance_interval": (0.2, 0.7)},
-            {"guide": lambda *of: curved(*of) / 2},
-        ):
-            a, b = made(one, solver, **by), made(other, solver, **by)
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=lambda m: f"{solver} {by}: {m}")  # noqa: B023
-            if "guidance_interval" not in by:  # after which all goes where it went without
-                assert (a - made(one, solver, guidance_scale=1.0)).abs().max() > 0.05
-
-
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2)])
 def test_solvers_converge_at_their_order(name, order):
     coarse, fine = error_on_gaussian_data(name, 16), error_on_gaussian_data(name, 32)
@@ -193,21 +166,6 @@ def test_model_calls_are_counted():
         assert calls == [2] * expected, name
 
 
-def test_every_grid_point_of_the_interval_is_guided():
-    # 0.1, 0.2, … are not float32 numbers; an interval written so must still include its grid points.
-    calls, one = [], torch.zeros(1, 1)
-
-    def spy(x, t, conditioning, mask=None):
-        calls.append(len(x))
-        return torch.zeros_like(x)
-
-    for k in range(10):
-        calls.clear()
-        by = {"guidance_scale": 2.0, "guidance_interval": (k / 10, 0.8)}
-        sample(spy, SOLVERS["euler"], torch.zeros(1, 1, 2, 2), one, one, 10, **by)
-        assert calls == [2 if k <= i <= 8 else 1 for i in range(10)]  # twice the batch where guided
-
-
 @pytest.mark.parametrize("by_guide", [False, True])
 def test_guidance_formula(by_guide):
     x, condition, other = torch.randn(2, 4, 3, 3), torch.randn(2, 4), torch.randn(2, 4)
@@ -223,6 +181,8 @@ def test_guidance_formula(by_guide):
     assert torch.equal(first3[:, 3:], strong[:, 3:]) and torch.equal(guided(1.0), strong)
     assert torch.equal(guided(3.0, 0.1, guidance_interval=(0.125, 1.0)), strong)
     assert torch.equal(guided(3.0, 0.9, guidance_interval=(0.0, 0.8)), strong)
+    below = torch.tensor(0.7).item()  # in float32 it is a little less: an interval that begins there must include it
+    assert not torch.equal(guided(3.0, below, guidance_interval=(0.7, 1.0)), strong)
     half = guided_prediction(constant, x, 0.5, condition, None, 2.0, guide=lambda x, t, c: 0.5 * constant(x, t, c))
     torch.testing.assert_close(half, 1.5 * strong)  # by default the guide has the same conditions
 
@@ -235,22 +195,17 @@ def test_what_a_solver_computes_stays_float32_inside_of_autocast():
         assert torch.equal(sample(gaussian, solver, noise, torch.zeros(1, 1), num_inference_steps=5), alone)
 
 
-@pytest.mark.parametrize("path", ["linear", "gvp"])
-def test_stochastic_samples_have_the_data_distribution(path):
-    generator, seen = torch.Generator().manual_seed(0), []
-    noise, objective = torch.randn(100, 1, 10, 10, generator=generator), FlowMatching(path=path)
-    out = sample(
-        best(objective),
-        make_solver("sde", objective),
-        noise,
-        torch.zeros(100, 1),
-        num_inference_steps=100,
-        callback=lambda i, t, x: seen.append((i, t)),
-    )
+@pytest.mark.parametrize(
+    ("objective", "solver"),
+    [(FlowMatching(), "sde"), (FlowMatching(path="gvp"), "sde"), (make_objective("epsilon"), "ddpm")],
+)
+def test_stochastic_samples_have_the_data_distribution(objective, solver):
+    noise = torch.randn(100, 1, 10, 10, generator=torch.Generator().manual_seed(0))
+    solver = make_solver(solver, objective)
+    out = sample(best(objective), solver, noise, torch.zeros(100, 1), num_inference_steps=250, objective=objective)
     assert out.mean().item() == pytest.approx(MEAN, abs=0.03)
     assert out.std().item() == pytest.approx(STD, rel=0.06)
     assert abs(torch.corrcoef(torch.stack([out.flatten(), noise.flatten()]))[0, 1]) < 0.9  # the start is forgotten
-    assert [i for i, _ in seen] == list(range(100)) and seen[-1][1] == pytest.approx(0.96)
 
 
 @pytest.mark.parametrize("name", ["sde", "ddpm"])
@@ -266,21 +221,16 @@ def test_the_noise_on_the_way_is_the_samples_own(name):
     assert torch.equal(made[0], made[2]) and not torch.allclose(made[0], made[1], atol=1e-3)
 
 
-def test_wrong_requests_are_named():
-    noise, condition = torch.randn(1, 2, 3, 3), torch.randn(1, 2)
-    with pytest.raises(UserError, match="null"):
-        sample(constant, SOLVERS["euler"], noise, condition, guidance_scale=2.0)
-    with pytest.raises(UserError, match="not both"):
-        guided_prediction(constant, noise, 0.5, condition, condition, 2.0, guide=constant)
-    with pytest.raises(UserError, match="'all' or 'first3'"):
-        sample(constant, SOLVERS["euler"], noise, condition, guidance_channels="three")
-    with pytest.raises(UserError, match="does not solve flow matching"):
-        sample(constant, DPMSolverMultistepScheduler(), noise, condition, objective=FlowMatching())
-    with pytest.raises(UserError, match="at least one step"):
-        sample(constant, SOLVERS["euler"], noise, condition, num_inference_steps=0)
-    with pytest.raises(UserError, match="timestep_shift=-1"):
-        sample(constant, SOLVERS["euler"], noise, condition, timestep_shift=-1)
-    with pytest.raises(UserError, match=r"last_noise=0\.001 is for euler, midpoint and sde"):
-        sample(constant, SOLVERS["heun"], noise, condition, last_noise=0.001)
-    with pytest.raises(UserError, match="last_noise=1: it is a share"):
-        sample(constant, SOLVERS["euler"], noise, condition, last_noise=1)
+@pytest.mark.parametrize(
+    ("solver", "options", "message"),
+    [
+        (SOLVERS["euler"], {"guidance_scale": 2.0}, "null"),
+        (SOLVERS["euler"], {"guidance_channels": "three"}, "'all' or 'first3'"),
+        (DPMSolverMultistepScheduler(), {"objective": FlowMatching()}, "does not solve flow matching"),
+        (SOLVERS["euler"], {"num_inference_steps": 0}, "at least one step"),
+        (SOLVERS["euler"], {"timestep_shift": -1}, "timestep_shift=-1"),
+    ],
+)
+def test_wrong_requests_are_named(solver, options, message):
+    with pytest.raises(UserError, match=message):
+        sample(constant, solver, torch.randn(1, 2, 3, 3), torch.randn(1, 2), **options)

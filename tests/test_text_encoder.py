@@ -133,17 +133,10 @@ def test_a_folder_that_is_not_what_it_should_be(encoder, folder, tmp_path):
     (broken / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"a text encoder without a tokenizer: tokenizer\.json"):
         load_text_encoder(broken)
-    for damage in (lambda: (broken / "model.safetensors").unlink(), lambda: (broken / "config.json").write_text("{")):
-        damage()
-        with pytest.raises(UserError, match=r"The text encoder in .*broken cannot be loaded"):
-            load_text_encoder(broken)
-
-    damaged = tmp_path / "damaged"
-    shutil.copytree(folder, damaged)
-    content = (damaged / "model.safetensors").read_bytes()
-    (damaged / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="cannot be loaded") as raised:
-        load_text_encoder(damaged)
+    content = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"The text encoder in .*broken cannot be loaded") as raised:
+        load_text_encoder(broken)
     assert "\n" not in str(raised.value)
 
     tiny_text_encoder(SENTENCES, num_layers=1).save(tmp_path / "shallow")

@@ -1,22 +1,19 @@
 """Sentences → images: the mathematics of sampling, guidance from the empty prompt, folders that can be read back."""
 
-import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler
 from tiny import same, tiny_kl, trained_looking
 
 from vavae_tools.diffusion.clip import TextEncoder, tiny_text_encoder
-from vavae_tools.diffusion.conditioning import TextCondition, TextConditioner
-from vavae_tools.diffusion.objectives import FlowMatching, NoisePrediction, make_objective, time_of
-from vavae_tools.diffusion.solvers import make_solver, sample, solvers_for, swapped
+from vavae_tools.diffusion.conditioning import TextConditioner
+from vavae_tools.diffusion.objectives import make_objective, time_of
+from vavae_tools.diffusion.solvers import make_solver, sample, swapped
 from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.pipelines.text import TextToImagePipeline, load_text_pipeline
 from vavae_tools.runtime.errors import UserError
 
 SENTENCES = ["a red circle", "one small blue square", "green"]
-OBJECTIVES = ("epsilon", "v_prediction", "flow_matching", "sample")
-OF_NOISE, OF_FLOWS = solvers_for(NoisePrediction()), solvers_for(FlowMatching())
 QUICK = {"num_inference_steps": 3, "output_type": "pt", "seed": 0}
 
 
@@ -44,90 +41,14 @@ def pipe() -> TextToImagePipeline:
     return text_pipeline()
 
 
-# ---- the mathematics
-
-NOTHING = TextCondition(torch.zeros(64, 1), torch.zeros(64, 1, 1))
-
-
-def noise(count: int = 64, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
-
-
-def shares_at(t: torch.Tensor, objective: NoisePrediction):
-    alpha = objective.scheduler.alphas_cumprod[objective.timestep_of(t)].view(-1, 1, 1, 1)
-    return alpha.sqrt(), (1 - alpha).sqrt()
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", OF_NOISE)
-@pytest.mark.parametrize("steps", [1, 7, 20])
-def test_who_knows_the_data_gets_them_back(name, prediction, steps):
-    objective, data = NoisePrediction(prediction), noise(seed=3)
-
-    def all_knowing(x, t, condition):
-        alpha, sigma = shares_at(t, objective)
-        eps = (x - alpha * data) / sigma
-        return eps if prediction == "epsilon" else alpha * eps - sigma * data
-
-    generators = [torch.Generator().manual_seed(i) for i in range(64)]
-    made = sample(all_knowing, make_solver(name, objective), noise(), NOTHING, None, steps, generators=generators)
-    torch.testing.assert_close(made, data, rtol=0, atol=2e-3)
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_all_schedulers_make_a_gaussian_of_a_gaussian(prediction):
-    """Data of mean 2 and deviation ½: the best prediction is linear in x, and the path to them is known."""
-    objective, mean, std = NoisePrediction(prediction), 2.0, 0.5
-
-    def best(x, t, condition):
-        alpha, sigma = shares_at(t, objective)
-        variance = (alpha * std) ** 2 + sigma**2
-        eps = sigma * (x - alpha * mean) / variance
-        data = mean + alpha * std**2 * (x - alpha * mean) / variance
-        return eps if prediction == "epsilon" else alpha * eps - sigma * data
-
-    alpha, sigma = shares_at(time_of(torch.tensor([999])), objective)
-    expected = mean + std * (noise() - alpha * mean) / ((alpha * std) ** 2 + sigma**2).sqrt()
-    for name in ("ddim", "dpm++", "unipc"):
-        errors = [
-            (sample(best, make_solver(name, objective), noise(), NOTHING, None, steps) - expected).abs().max()
-            for steps in (50, 100, 200)
-        ]
-        assert errors[0] < 0.15 and errors[1] < 0.6 * errors[0] and errors[2] < 0.6 * errors[1], name
-    generators = [torch.Generator().manual_seed(i) for i in range(64)]
-    made = sample(best, make_solver("ddpm", objective), noise(), NOTHING, None, 200, generators=generators)
-    assert made.mean().item() == pytest.approx(mean, abs=0.05) and made.std().item() == pytest.approx(std, abs=0.05)
-    assert (made - expected).abs().max() > 0.3  # it has noise of its own
-
-
-def test_ddim_is_the_solver_of_first_order_that_stands_in_for_it():
-    data, objective = noise(seed=3), NoisePrediction()
-
-    def curved(x, t, condition):
-        return torch.tanh(x - data) * (1 - t.view(-1, 1, 1, 1))
-
-    first_order = DPMSolverMultistepScheduler(solver_order=1, timestep_spacing="trailing", **objective.schedule)
-    made = [
-        sample(curved, scheduler, noise(), NOTHING, None, 10)
-        for scheduler in (make_solver("ddim", objective), first_order)
-    ]
-    # at the end diffusers' DDIM takes ᾱ = 1 for the data, as the other does
-    torch.testing.assert_close(*made, rtol=1e-3, atol=1e-3)
-
-
 def test_it_is_diffusers_own_loop(pipe):
     """DDIM by hand, with diffusers' scheduler, and guidance by two calls."""
     scheduler = swapped(pipe.scheduler, "ddim")
     assert type(scheduler) is DDIMScheduler
     condition, null = pipe.conditioner(pipe.encode(SENTENCES[:2])), pipe.conditioner.null(2)
     x = start = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    hand = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        timestep_spacing="trailing",
-    )
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    hand = DDIMScheduler(**betas, clip_sample=False, timestep_spacing="trailing")
     hand.set_timesteps(5)
     assert hand.timesteps[0] == 999
     with torch.no_grad():
@@ -142,18 +63,13 @@ def test_it_is_diffusers_own_loop(pipe):
 # ---- the pipeline
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_images_follow_prompts_and_seeds(objective):
-    pipe = text_pipeline(objective)
+def test_images_follow_prompts_and_seeds(pipe):
     made = pipe(SENTENCES, **QUICK).images
     assert made.shape == (3, 3, 8, 8) and made.dtype == torch.uint8 and pipe.image_size == (8, 8)
     assert same(made, pipe(SENTENCES, **QUICK).images)
     others = pipe([SENTENCES[1], *SENTENCES[1:]], **QUICK).images
     assert not same(others[0], made[0]) and same(others[1:], made[1:])
     assert not same(pipe(SENTENCES, **{**QUICK, "seed": 1}).images, made)
-    for name in solvers_for(make_objective(objective)):
-        pipe.swap_solver(name)
-        assert pipe(SENTENCES, **QUICK).images.shape == (3, 3, 8, 8)
 
 
 @pytest.mark.parametrize("by", ["seed", "generator"])
@@ -195,10 +111,8 @@ def test_text_is_encoded_once_and_each_prompt_only_once(pipe, monkeypatch):
     assert asked == [["green", "a red circle"], ["blue"]] and not same(made[0], made[2])
 
 
-def test_output_types_and_latents(pipe):
+def test_latents_and_generators(pipe):
     made = pipe("green", **QUICK).images
-    images, arrays = (pipe("green", **{**QUICK, "output_type": kind}).images for kind in ("pil", "np"))
-    assert [np.asarray(image).tolist() for image in images] == made.permute(0, 2, 3, 1).tolist() == arrays.tolist()
     latents = pipe.noise(0, torch.arange(1))
     assert same(pipe("green", latents=latents, **{**QUICK, "seed": None}).images, made)
     assert same(pipe("green", return_dict=False, **QUICK)[0], made)
@@ -269,7 +183,7 @@ def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(UserError, match=r"states have 32 numbers, .* was trained with 16"):
         load_text_pipeline(path, text_encoder_dir=tmp_path / "other")
     (tmp_path / "text_encoder").rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"No text encoder beside .*last\.ckpt"):
+    with pytest.raises(UserError, match=r"No text_encoder/ in or beside .*last\.ckpt"):
         load_text_pipeline(path)
     assert load_text_pipeline(path, text_encoder_dir=tmp_path / "moved").image_size == (8, 8)
     with pytest.raises(UserError, match="is no pipeline"):

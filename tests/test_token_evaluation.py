@@ -9,7 +9,7 @@ from diffusers import ConfigMixin, ModelMixin
 from PIL import Image
 from torch import nn
 
-from vavae_tools.data.demo.sentences import answers, grammatical_share, is_grammatical, questions, sentences
+from vavae_tools.data.demo.sentences import answers, is_grammatical, questions, sentences
 from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.data.tokens.tokenizer import byte_tokenizer
@@ -18,7 +18,6 @@ from vavae_tools.evaluation.bits import bits_per_token, unigram_bits
 from vavae_tools.evaluation.novelty import KnownTexts, novelty
 from vavae_tools.evaluation.texts import evaluate_tokens, reconstruction_curve, valid_share
 from vavae_tools.pipelines.tokens import TokenImagePipeline
-from vavae_tools.plots import plot_curves
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 
@@ -250,16 +249,6 @@ def test_where_the_integral_ends_the_bound_of_a_perfect_denoiser_is_the_same(las
     assert abs(found.bits - 3) < 4 * found.error and found.error < 0.12
 
 
-def test_the_standard_error_is_how_far_other_seeds_come_out():
-    data = Toy(drawn_rows([1 / 8] * 8, 256))
-    pipe = pipeline(data, posterior_mean(data.code, SIZE, [1 / 8] * 8))
-    found = [bits_per_token(pipe, data, count=24, times=8, seed=seed) for seed in range(40)]
-    spread = np.std([one.bits for one in found])
-    assert spread == pytest.approx(np.mean([one.error for one in found]), rel=0.35)
-    assert abs(np.mean([one.bits for one in found]) - 3) < 4 * spread / math.sqrt(40)
-    assert found[0] == bits_per_token(pipe, data, count=24, times=8, seed=0)
-
-
 def test_the_bound_of_skewed_tokens_is_near_their_entropy_and_a_wrong_denoiser_is_far_above():
     data = Toy(drawn_rows(SKEWED, 128))
     counted = unigram_bits(data.rows.tolist())
@@ -340,15 +329,6 @@ def test_an_evaluation_of_texts_is_a_table_and_files(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_completion_that_is_a_training_text_is_a_whole_copy(tmp_path):
-    train = dataset(tmp_path, sentences(6))
-    by_heart = train.tokens_of(2).tolist()
-    pipe = pipeline(train, written_by_heart(train, by_heart), [0] * len(by_heart) + [1, 0])
-    report = evaluate_tokens(pipe, train, train.part([2]), None, 1, 1, log=lambda line: None)
-    assert report.scores["completions"].novelty.whole == 1 == report.scores["real"].novelty.whole
-    assert report.scores["completions"].novelty.longest < len(by_heart)  # the prompt is nobody's copy
-
-
 def test_without_texts_that_validate_their_rows_are_left_out_and_it_is_said(tmp_path):
     train = dataset(tmp_path, sentences(6))
     pipe = pipeline(train, written_by_heart(train, [1]), [0, 1])
@@ -357,15 +337,6 @@ def test_without_texts_that_validate_their_rows_are_left_out_and_it_is_said(tmp_
     assert len(report.notes) == 1 and "no texts that validate" in str(report) and "written" not in str(report)
     assert "right" not in str(report).split("copied whole")[0]
     assert not list(tmp_path.rglob("evaluation.json"))
-
-
-def test_texts_may_be_right_in_part(tmp_path):
-    """The mean of their shares: two of these three are half right."""
-    rows = ["two cats see a bird. two cats", "two cats see a bird.", "two dogs. a dog sees two cats."]
-    train, val = dataset(tmp_path, [*rows * 4]).part(range(9)), dataset(tmp_path, rows)
-    pipe = pipeline(train, written_by_heart(train, train.tokens_of(0).tolist()), train.lengths().tolist())
-    report = evaluate_tokens(pipe, train, val, None, 3, 1, is_right=grammatical_share, log=lambda line: None)
-    assert report.scores["real"].right == pytest.approx(2 / 3)
 
 
 def test_answers_are_judged_with_their_questions(tmp_path):
@@ -396,13 +367,3 @@ def test_a_model_of_another_code_is_one_line(tmp_path):
     train = dataset(tmp_path, sentences(3))
     with pytest.raises(UserError, match="the same tokenizer"):
         evaluate_tokens(pipeline(Toy([[0] * 16]), None), train)
-
-
-def test_a_figure_of_curves():
-    figure = plot_curves([0, 0.5], {"cells": [0.1, 1.0], "images": [0.0, 0.9]}, "t", "share", (0, 1))
-    (ax,) = figure.axes
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("t", "share")
-    assert [line.get_ydata().tolist() for line in ax.lines] == [[0.1, 1.0], [0.0, 0.9]]
-    low, high = ax.get_ylim()
-    assert -0.1 < low < 0 and 1 < high < 1.1
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["cells", "images"]

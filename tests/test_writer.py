@@ -164,6 +164,13 @@ def pixels(png: bytes) -> np.ndarray:
 
 # ---- samples of other settings
 
+
+def by_heun():
+    pipe = pipeline("texts")
+    pipe.swap_solver("heun")
+    return pipe
+
+
 CHANGES = {
     "png": [
         ({"guidance_scale": 3.0}, "cfg_scale or guide_scale 1.25 there, 3.0 here"),
@@ -185,6 +192,7 @@ CHANGES = {
         ({"prompts": ["cd"]}, "prompts ab,täg there, cd here"),
         ({"max_new_tokens": 2}, "max_new_tokens None there, 2 here"),
         ({"pipe": tiny(with_lengths(of_9=1))}, "another model"),
+        ({"pipe": by_heun()}, "solver's name None there, heun here"),
     ],
 }
 

@@ -24,23 +24,22 @@ if TYPE_CHECKING:
 DPI = 128  # a power of two, so that inches hold whole pixels exactly
 _GAP = 6  # screen pixels between images
 _LINE = 20  # screen pixels of a line of text
+_LEGEND = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1)}
 
 
 def as_pixels(image: Any) -> Tensor:
     """Return one image or a batch of them, in any accepted form, as uint8 (…, C, H, W) on the CPU."""
-    if not isinstance(image, Tensor):
-        if isinstance(image, Sequence):
-            return torch.stack([as_pixels(p) for p in image])
-        import numpy as np
+    from vavae_tools.data.images import in_channels, is_grey, to_pixels
 
-        from vavae_tools.data.images import in_channels, is_grey
+    if isinstance(image, Sequence):
+        return torch.stack([as_pixels(one) for one in image])
+    if not isinstance(image, Tensor):
+        import numpy as np
 
         array = torch.from_numpy(np.array(in_channels(image, 1 if is_grey(image) else 3)))
         return array.permute(2, 0, 1) if array.ndim == 3 else array[None]
     image = image.detach().cpu()
     if image.dtype != torch.uint8:
-        from vavae_tools.data.images import to_pixels
-
         image = to_pixels(image)
     if image.ndim < 3 or image.shape[-3] not in (1, 3):
         raise ValueError(f"Expected images (…, 1 or 3, H, W), got {tuple(image.shape)}")
@@ -59,32 +58,14 @@ def image_grid(images: Any, columns: int, gap: int = 2) -> Tensor:
     return grid
 
 
-def show_image(image: Any, ax: "Axes | None" = None, title: str | None = None, **imshow: Any) -> "Axes":
-    """Draw one image, without ticks, on `ax` or on a figure of its own; further arguments go to `imshow`."""
-    pixels = as_pixels(image)
-    if ax is None:
-        return _lay_out([[pixels]], [[title or ""]], size=2.0).axes[0]
-    if "cmap" not in imshow:
-        pixels = pixels.expand(3, -1, -1)  # matplotlib's own grey is one too dark at every tenth value
-    array = pixels.permute(1, 2, 0).numpy()
-    imshow = {"vmin": 0, "vmax": 255, "aspect": "auto", **imshow}
-    ax.imshow(array.squeeze(2) if array.shape[2] == 1 else array, **imshow)
-    ax.set_axis_off()
-    if title:
-        ax.set_title(title, fontsize=9, pad=4)
-    return ax
-
-
 def show_images(images: Any, columns: int = 8, titles: Sequence[str] | None = None, size: float = 1.0) -> "Figure":
     """Show images row by row, with a title for each.
 
-    Args:
-        size: height of an image in inches; small ones are enlarged by a whole number, so that nothing is blurred.
+    `size` is an image's height in inches; small ones are enlarged by a whole number, so that nothing is blurred.
     """
-    images = list(as_pixels(images))
-    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    texts = [list(titles)[i : i + columns] for i in range(0, len(images), columns)] if titles else None
-    return _lay_out(rows, texts, size=size)
+    images, titles = list(as_pixels(images)), list(titles or [])
+    starts = range(0, len(images), columns)
+    return _lay_out([images[i : i + columns] for i in starts], [titles[i : i + columns] for i in starts], size=size)
 
 
 def show_rows(
@@ -92,39 +73,29 @@ def show_rows(
 ) -> "Figure":
     """Show a named row for each entry, such as {"original": …, "reconstruction": …}.
 
-    Args:
-        titles: above the first row, one for each column.
-        gap_after: a wider space stands after this many columns.
-        size: height of an image in inches.
+    Titles stand above the columns, and a wider space after `gap_after` of them; `size` is an image's height in inches.
     """
     images = [list(as_pixels(row)) if len(row) else [] for row in rows.values()]
-    texts = [list(titles), *([] for _ in images[1:])] if titles else None
-    return _lay_out(images, texts, list(rows), gap_after, size)
+    return _lay_out(images, [list(titles or []), *([] for _ in images[1:])], list(rows), gap_after, size)
 
 
 def plot_bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], y_label: str) -> "Figure":
     """Plot bars for each of `names`, one of every group: {"real": [98.0, …], "generated": [91.0, …]}."""
-    figure = new_figure((max(4.0, 1.5 + 0.35 * len(names) * len(groups)), 3.2))
-    ax = figure.add_subplot()
+    figure, ax = _plot((max(4.0, 1.5 + 0.35 * len(names) * len(groups)), 3.2))
     width = 0.8 / len(groups)
     for i, (group, values) in enumerate(groups.items()):
         places = [place + (i - (len(groups) - 1) / 2) * width for place in range(len(names))]
         ax.bar(places, values, width * 0.92, label=group)
     ax.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 0)
     ax.set_ylabel(y_label)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(groups))
+    ax.legend(**_LEGEND, ncols=len(groups))
     return figure
 
 
 def plot_followed(images: Mapping[str, Tensor], prompts: Sequence[str]) -> "Figure | None":
-    """Plot how many of each group's images show the colour, shape, size and place that their prompts name.
+    """Plot how many images show the colour, shape, size and place that their prompts name; None of other prompts.
 
-    Args:
-        images: uint8 (N, 3, H, H) by the group's name, one for each prompt.
-
-    Returns:
-        None where no prompt is about shapes.
+    Images are uint8 (N, 3, H, H) by the group's name, one for each prompt.
     """
     from vavae_tools.data.demo.shapes import caption_accuracy
 
@@ -147,6 +118,13 @@ def new_figure(size: tuple[float, float], tight: bool = True) -> "Figure":
     return NotebookFigure(size, dpi=DPI, facecolor="white", layout="constrained" if tight else None)
 
 
+def _plot(size: tuple[float, float]) -> "tuple[Figure, Axes]":
+    figure = new_figure(size)
+    ax = figure.add_subplot()
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure, ax
+
+
 def save_figures(figures: "Mapping[str, Figure]", folder: Path) -> None:
     """Write each figure as `NAME.png`, whole."""
     for name, figure in figures.items():
@@ -154,15 +132,9 @@ def save_figures(figures: "Mapping[str, Figure]", folder: Path) -> None:
             figure.savefig(partial, format="png")
 
 
-def _wrapped(title: str, width: int) -> str:
-    """Return a title in lines that are no wider than its image in pixels; one that has lines already as it is."""
-    fitting = max(8, width // 8)  # a letter of this size
-    return title if "\n" in title or len(title) <= fitting else textwrap.fill(title, fitting)
-
-
 def _lay_out(
     rows: list[list[Tensor]],
-    titles: list[list[str]] | None = None,
+    titles: list[list[str]],
     labels: list[str] | None = None,
     gap_after: int | None = None,
     size: float = 1.0,
@@ -175,14 +147,13 @@ def _lay_out(
     if height > first.shape[1]:
         interpolation = "nearest"
         height = round(height / first.shape[1]) * first.shape[1]
-    width = round(height * first.shape[2] / first.shape[1])
-    height = round(height)
+    width, height = round(height * first.shape[2] / first.shape[1]), round(height)
     left = _GAP + (10 * max(map(len, labels)) if labels else 0)
-    titles = [[_wrapped(title, width) for title in row] for row in titles] if titles else None
+    fitting = max(8, width // 8)  # letters of this size above an image
+    titles = [[title if "\n" in title else textwrap.fill(title, fitting) for title in row] for row in titles]
     tops, y = [], 0
-    for i in range(len(rows)):
-        lines = max((t.count("\n") + 1 for t in titles[i] if t), default=0) if titles else 0
-        y += _GAP + lines * _LINE
+    for row in titles:
+        y += _GAP + _LINE * max((title.count("\n") + 1 for title in row if title), default=0)
         tops.append(y)
         y += height
     columns = max(map(len, rows))
@@ -194,8 +165,12 @@ def _lay_out(
         for j, image in enumerate(row):
             box = (lefts[j], full_height - tops[i] - height, width, height)
             relative = [v / (full_height if k % 2 else full_width) for k, v in enumerate(box)]
-            title = titles[i][j] if titles and j < len(titles[i]) else None
-            show_image(image, figure.add_axes(relative), title, interpolation=interpolation)
+            ax = figure.add_axes(relative)
+            # matplotlib's own grey is one too dark at every tenth value
+            ax.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), aspect="auto", interpolation=interpolation)
+            ax.set_axis_off()
+            if j < len(titles[i]):
+                ax.set_title(titles[i][j], fontsize=9, pad=4)
         if labels:
             middle = 1 - (tops[i] + height / 2) / full_height
             figure.text((left - _GAP) / full_width, middle, labels[i], ha="right", va="center", fontsize=9)
@@ -225,8 +200,7 @@ def plot_curves(
     y_range: tuple[float, float] | None = None,
 ) -> "Figure":
     """Plot lines over the same x, one for each entry, such as {"cells": [0.2, 0.9, …]}, with their names above."""
-    figure = new_figure((5.0, 3.4))
-    ax = figure.add_subplot()
+    figure, ax = _plot((5.0, 3.4))
     for name, values in curves.items():
         ax.plot(x, values, marker="o", markersize=3, label=name)
     ax.set_xlabel(x_label)
@@ -235,6 +209,5 @@ def plot_curves(
         margin = 0.03 * (y_range[1] - y_range[0])  # a line along the edge is seen whole
         ax.set_ylim(y_range[0] - margin, y_range[1] + margin)
     ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(curves))
+    ax.legend(**_LEGEND, ncols=len(curves))
     return figure

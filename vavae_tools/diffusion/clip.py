@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,11 @@ _BATCH_SIZE = 256
 
 @dataclass(frozen=True)
 class TextStates:
-    """Captions as an encoder sees them.
+    """Captions as an encoder sees them."""
 
-    Attributes:
-        tokens: the last layer's states, float32 (B, L, D).
-        mask: bool (B, L), true up to and including the end token; what stands behind is padding.
-        pooled: the end token's states, float32 (B, P), which have seen the whole caption.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    pooled: Tensor
+    tokens: Tensor  # the last layer's states, float32 (B, L, D)
+    mask: Tensor  # bool (B, L), true up to and including the end token; what stands behind is padding
+    pooled: Tensor  # the end token's states, float32 (B, P), which have seen the whole caption
 
     def to(self, device: str | torch.device) -> "TextStates":
         return TextStates(self.tokens.to(device), self.mask.to(device), self.pooled.to(device))
@@ -43,18 +38,14 @@ class TextStates:
         return len(self.pooled)
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> "TextStates":
-        """Some of the captions, all with the length that they have here."""
+        """Return some of the captions, all with the length that they have here."""
         return TextStates(self.tokens[rows], self.mask[rows], self.pooled[rows])
 
 
 class TextEncoder:
     """Captions → `TextStates`; no `nn.Module`, so it stays frozen and out of the checkpoints of what holds it.
 
-    Args:
-        model: transformers' CLIPTextModel; it is frozen and put into evaluation mode.
-
-    Raises:
-        UserError: a tokenizer that knows more tokens than the model, or none that ends a caption.
+    The model is transformers' CLIPTextModel; it is frozen and put into evaluation mode.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
@@ -68,8 +59,6 @@ class TextEncoder:
                 f"The tokenizer has {len(tokenizer):,} tokens, the text encoder {config.vocab_size:,}: they belong to "
                 "different models, take both from one folder"
             )
-        if tokenizer.eos_token_id is None:
-            raise UserError("The tokenizer has no end token (eos_token): take the one that came with the text encoder")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = tokenizer.truncation_side = "right"
@@ -102,12 +91,12 @@ class TextEncoder:
         return TextStates(tokens, mask.bool(), tokens[torch.arange(len(ids), device=self.device), mask.sum(1) - 1])
 
     def lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:
-        """How many tokens each caption has before it is cut, with start and end, and how many captions are cut."""
+        """Return the tokens of each caption before it is cut, with start and end, and how many captions are cut."""
         lengths = [len(ids) for ids in self.tokenizer(_listed(captions), verbose=False)["input_ids"]]
         return lengths, sum(length > self.max_tokens for length in lengths)
 
     def digest(self) -> str:
-        """A hash of all that the states follow from: the weights, how they are used, and the tokenizer."""
+        """Return a hash of all that the states follow from: the weights, how they are used, and the tokenizer."""
         weights = weights_digest(getattr(self.model, "text_model", self.model))  # until transformers 5 it stood inside
         used = {name: getattr(self.model.config, name) for name in _KEPT}
         settings = json.dumps([used, self.max_tokens, _words_of(self.tokenizer)], sort_keys=True)
@@ -128,7 +117,7 @@ def _listed(captions: Sequence[str]) -> list[str]:
 
 
 def _words_of(tokenizer: Any) -> dict[str, Any]:
-    """All that tells how a tokenizer cuts text, without what the last call has set in it."""
+    """Return all that tells how a tokenizer cuts text, without what the last call has set in it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return tokenizer.get_vocab()
@@ -138,10 +127,8 @@ def _words_of(tokenizer: Any) -> dict[str, Any]:
 def load_text_encoder(source: str | Path) -> TextEncoder:
     """Return a frozen CLIP text encoder from its folder, such as that of openai/clip-vit-base-patch32.
 
-    Args:
-        source: a folder of transformers with a CLIPTextModel, or a whole CLIPModel whose text half is taken, and its
-            tokenizer; a folder of Stable Diffusion with `text_encoder/` and `tokenizer/`; or "owner/name", a repository
-            of Hugging Face's hub, read only where no such path is there.
+    Also that of a whole CLIPModel, whose text half is taken, of Stable Diffusion (`text_encoder/` and `tokenizer/`), or
+    "owner/name", a repository of Hugging Face's hub, read only where no such path is there.
     """
     files = ["*.json", "*.txt", "*.safetensors"]
     folder = local_folder(
@@ -157,12 +144,9 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
     of_model = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
     weights = [path.name for path in of_model.glob("*") if path.name.startswith(("model.", "pytorch_model."))]
     variant = "fp16" if weights and all("fp16" in name for name in weights) else None
-    model, report = _loaded(
-        lambda: CLIPTextModel.from_pretrained(
-            of_model, local_files_only=True, output_loading_info=True, variant=variant
-        ),
-        f"The text encoder in {of_model}",
-    )
+    options = {"local_files_only": True, "output_loading_info": True, "variant": variant}
+    encoder = partial(CLIPTextModel.from_pretrained, of_model, **options)
+    model, report = _loaded(encoder, f"The text encoder in {of_model}")
     missing = sorted(name for name in report["missing_keys"] if "position_ids" not in name)
     if missing:  # of another kind of model, too: transformers goes on with random numbers there
         raise UserError(
@@ -238,19 +222,16 @@ def _spread(model: nn.Module, seed: int) -> nn.Module:
 
 
 def _word_tokenizer(sentences: Iterable[str], max_tokens: int) -> Any:
-    """A CLIPTokenizer that has a token for every word of the sentences, and letters for all others."""
+    """Return a CLIPTokenizer that has a token for every word of the sentences, and letters for all others."""
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.trainers import BpeTrainer
     from transformers import CLIPTokenizer
 
-    cut = CLIPTokenizer().backend_tokenizer
-    words = {
-        word
-        for sentence in sentences
-        for word, _ in cut.pre_tokenizer.pre_tokenize_str(cut.normalizer.normalize_str(sentence))
-    }
+    cut, words = CLIPTokenizer().backend_tokenizer, set()
+    for sentence in sentences:
+        words.update(word for word, _ in cut.pre_tokenizer.pre_tokenize_str(cut.normalizer.normalize_str(sentence)))
     end = "</w>"  # marks the last piece of a word in CLIP's vocabularies
     letters = sorted(ByteLevel.alphabet())  # one for each byte
     trainer = BpeTrainer(

@@ -18,8 +18,7 @@ class ClassConditioner(ModelMixin, ConfigMixin):
     """Labels (B,) → (B, hidden_size), with one more row, number `num_classes`, that means "any class".
 
     Args:
-        dropout: how often the caller should drop a label in training, so that guidance has its null. The conditioner
-            draws nothing itself: it is given `drop`. 0 leaves the null row out.
+        dropout: how often the caller should drop a label in training, so that guidance has its null; 0: there is none.
     """
 
     @register_to_config
@@ -31,31 +30,23 @@ class ClassConditioner(ModelMixin, ConfigMixin):
 
     def forward(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
         """Labels int64 (B,), and where `drop` (B,) is true, the null instead."""
-        if drop is not None:
-            self._need_null()
-            labels = labels.masked_fill(drop.bool(), self.num_classes)
-        return self.embedding_table(labels)
+        return self.embedding_table(labels if drop is None else labels.masked_fill(drop.bool(), self.num_classes))
 
     @apply_forward_hook
     def null(self, batch_size: int) -> Tensor:
-        """The condition "any class", (batch_size, hidden_size)."""
-        self._need_null()
-        return self.embedding_table.weight[self.num_classes].expand(batch_size, -1)
-
-    def _need_null(self) -> None:
+        """Return the condition "any class", (batch_size, hidden_size)."""
         if not self.dropout > 0:
             raise UserError(
-                "A ClassConditioner with dropout 0 has no null label: make it with dropout=0.1 for guidance."
+                "A ClassConditioner with dropout 0 has no null label: make it with dropout=0.1 for guidance"
             )
+        return self.embedding_table.weight[self.num_classes].expand(batch_size, -1)
 
 
 def check_labels(labels: Iterable[int], num_classes: int) -> None:
     """Raise a UserError for a label that does not exist. Of a GPU's tensor this waits for the GPU."""
     for label in labels.tolist() if isinstance(labels, Tensor) else labels:
         if not 0 <= label < num_classes:
-            raise UserError(
-                f"Label {label} does not exist: labels go from 0 to {num_classes - 1} ({num_classes} classes)."
-            )
+            raise UserError(f"Label {label} does not exist: labels go from 0 to {num_classes - 1}")
 
 
 @dataclass(frozen=True)
@@ -65,33 +56,26 @@ class TextCondition:
     Attributes:
         vector: (B, hidden_size), of the whole caption, which goes into the modulation beside the time.
         tokens: (B, L, hidden_size), one for each token, for cross-attention.
-        mask: bool (B, L), true where a token is; None stands for all of them.
+        mask: bool (B, L), true where a token is.
     """
 
     vector: Tensor
     tokens: Tensor
-    mask: Tensor | None = None
+    mask: Tensor
 
     def __len__(self) -> int:
         return len(self.vector)
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> "TextCondition":
-        return TextCondition(self.vector[rows], self.tokens[rows], None if self.mask is None else self.mask[rows])
+        return TextCondition(self.vector[rows], self.tokens[rows], self.mask[rows])
 
     @staticmethod
     def cat(conditions: Sequence["TextCondition"]) -> "TextCondition":
-        """One after the other along the batch; shorter ones are padded."""
-        longest = max(condition.tokens.shape[1] for condition in conditions)
-        tokens, masks = [], []
-        for condition in conditions:
-            mask = condition.mask
-            if mask is None:
-                mask = condition.tokens.new_ones(condition.tokens.shape[:2], dtype=torch.bool)
-            lacking = longest - mask.shape[1]
-            tokens.append(F.pad(condition.tokens, (0, 0, 0, lacking)))
-            masks.append(F.pad(mask, (0, lacking)))
-        vectors = torch.cat([condition.vector for condition in conditions])
-        return TextCondition(vectors, torch.cat(tokens), torch.cat(masks))
+        """Return one after the other along the batch; shorter ones are padded."""
+        longest = max(one.mask.shape[1] for one in conditions)
+        tokens = [F.pad(one.tokens, (0, 0, 0, longest - one.mask.shape[1])) for one in conditions]
+        masks = [F.pad(one.mask, (0, longest - one.mask.shape[1])) for one in conditions]
+        return TextCondition(torch.cat([one.vector for one in conditions]), torch.cat(tokens), torch.cat(masks))
 
 
 class TextConditioner(ModelMixin, ConfigMixin):
@@ -101,7 +85,6 @@ class TextConditioner(ModelMixin, ConfigMixin):
 
     Args:
         text_dim, pooled_dim: widths of the states, of a token and of the whole caption.
-        dropout: see `ClassConditioner`.
         empty_length: tokens of the empty prompt; CLIP's has a start and an end token. `set_empty` puts it right.
     """
 
@@ -119,23 +102,15 @@ class TextConditioner(ModelMixin, ConfigMixin):
 
     def set_empty(self, states: TextStates) -> None:
         """Keep the empty prompt's states, `encoder.encode([""])`."""
-        tokens, pooled = states.tokens[:, states.mask[0]], states.pooled  # (1, L, D) without padding, (1, P)
-        expected = (1, self.config.text_dim), (1, self.config.pooled_dim)
-        if ((len(tokens), tokens.shape[2]), tuple(pooled.shape)) != expected:
-            raise UserError(
-                f"The empty prompt's states are {tuple(tokens.shape)} and {tuple(pooled.shape)}, this conditioner was "
-                f"made for (1, L, {self.config.text_dim}) and (1, {self.config.pooled_dim}): take encoder.encode([''])"
-            )
         like = self.empty_tokens
-        self.empty_tokens = tokens.detach().to(like, copy=True)
-        self.empty_pooled = pooled.detach().to(like, copy=True)
-        self.register_to_config(empty_length=tokens.shape[1])
+        self.empty_tokens = states.tokens[:, states.mask[0]].detach().to(like, copy=True)  # (1, L, D) without padding
+        self.empty_pooled = states.pooled.detach().to(like, copy=True)  # (1, P)
+        self.register_to_config(empty_length=self.empty_tokens.shape[1])
 
     def forward(self, states: TextStates, drop: Tensor | None = None) -> TextCondition:
         """States of captions (B), and where `drop` (B,) is true, the empty prompt's instead."""
         tokens, mask, pooled = states.tokens, states.mask, states.pooled
         if drop is not None:
-            self._need_empty()
             drop, length = drop.bool(), self.empty_tokens.shape[1]
             lacking = max(0, length - tokens.shape[1])
             tokens, mask = F.pad(tokens, (0, 0, 0, lacking)), F.pad(mask, (0, lacking))
@@ -149,20 +124,15 @@ class TextConditioner(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def null(self, batch_size: int) -> TextCondition:
-        """The condition that the empty prompt is, `batch_size` times."""
-        self._need_empty()
+        """Return the condition that the empty prompt is, `batch_size` times."""
+        self._knows_empty = self._knows_empty or bool(self.empty_tokens.any())  # asked once: a GPU is waited for
+        if not self._knows_empty:
+            raise UserError(
+                "This TextConditioner does not know the empty prompt: set_empty(encoder.encode([''])) first"
+            )
         mask = torch.ones(1, self.empty_tokens.shape[1], dtype=torch.bool, device=self.empty_tokens.device)
         one = self(TextStates(self.empty_tokens, mask, self.empty_pooled))
         return TextCondition(*(part.expand(batch_size, *part.shape[1:]) for part in (one.vector, one.tokens, mask)))
-
-    def _need_empty(self) -> None:
-        if self._knows_empty:  # asked once only: on a GPU it means to wait
-            return
-        if not self.empty_tokens.any():
-            raise UserError(
-                "This TextConditioner does not know the empty prompt: conditioner.set_empty(encoder.encode([''])) first"
-            )
-        self._knows_empty = True
 
 
 def _two_layers(width: int, hidden_size: int, activation: nn.Module) -> nn.Sequential:

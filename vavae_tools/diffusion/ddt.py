@@ -23,15 +23,12 @@ class DDT(Backbone, ModelMixin, ConfigMixin):
     around, `predict` does not. At first the output is exactly zero.
 
     Args:
-        input_size: height and width of the latents, or one number for both.
-        patch_size: width of the square of latent pixels that becomes one token.
         hidden_size, depth, num_heads: two numbers each, of the encoder and of the head; one number of heads is both's.
             The head should be wider than `in_channels`.
-        qk_norm, swiglu, rope, rms_norm, adaln_shift: as in `DiT`.
         pos_embed: add fixed positions to the encoder's tokens; the head's have none but the rotary ones.
 
-    The reference's code fails with patch_size above 1, rope=False or adaln_shift=False (its `wo_shift`); these work
-    here, and no published weights have them.
+    Others are `DiT`'s. The reference's code fails with patch_size above 1, rope=False or adaln_shift=False (its
+    `wo_shift`); these work here, and no published weights have them.
     """
 
     @register_to_config
@@ -77,7 +74,6 @@ class DDT(Backbone, ModelMixin, ConfigMixin):
         self._init_adaln_zero([self.s_embedder, self.x_embedder])
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
-        """x (B, C, h, w), t (B,) with 0 = noise and 1 = data, conditioning (B, D) → velocity (B, C, h, w)."""
         return -self.predict(x, 1 - t, conditioning)
 
     def predict(self, x: Tensor, t: Tensor, conditioning: Tensor | None, s: Tensor | None = None) -> Tensor:

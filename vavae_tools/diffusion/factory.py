@@ -47,11 +47,9 @@ def normalise_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f'head={head!r} is unknown; it is "wide", "text", or left out.')
     if head == "text":
         arguments["head"] = head
+    if size is None and head == "wide" and not _is_wide(arguments):
+        raise UserError("head=\"wide\" needs a size, or hidden_size with two numbers: the encoder's and the head's.")
     if size is None:
-        if head == "wide" and not _is_wide(arguments):
-            raise UserError(
-                "head=\"wide\" needs a size, or hidden_size with two numbers: the encoder's and the head's."
-            )
         return arguments
     sizes = {"wide": DDT_SIZES, "text": TEXT_DIT_SIZES}.get(head, DiT_SIZES)
     if size not in sizes:
@@ -66,13 +64,12 @@ def split_reference_arguments(config: Mapping[str, Any]) -> tuple[dict[str, Any]
     num_classes (1000 where it is not given) and class_dropout_prob (0.1) are the conditioner's, and its hidden_size is
     the denoiser's, with a wide head the encoder's.
     """
-    denoiser = normalise_arguments(
-        {name: value for name, value in config.items() if name not in {*CONDITIONER_ARGUMENTS, *IGNORED_ARGUMENTS}}
-    )
-    known = {name for made in (DiT, DDT) for name in inspect.signature(made.__init__).parameters} - {"self"}
-    _check_known(denoiser, known)
+    others = CONDITIONER_ARGUMENTS | IGNORED_ARGUMENTS
+    denoiser = normalise_arguments({name: value for name, value in config.items() if name not in others})
     made = DDT if _is_wide(denoiser) else DiT
-    width = denoiser.get("hidden_size", inspect.signature(made.__init__).parameters["hidden_size"].default)
+    of_dit, of_ddt = (inspect.signature(model.__init__).parameters for model in (DiT, DDT))
+    _check_known(denoiser, (of_dit.keys() | of_ddt.keys()) - {"self"}, "The model")
+    width = denoiser.get("hidden_size", (of_ddt if made is DDT else of_dit)["hidden_size"].default)
     conditioner = {
         "num_classes": config.get("num_classes", 1000),
         "hidden_size": width[0] if made is DDT else width,
@@ -85,7 +82,7 @@ def _is_wide(arguments: Mapping[str, Any]) -> bool:
     return isinstance(arguments.get("hidden_size"), tuple)
 
 
-def _check_known(arguments: Mapping[str, Any], known: Collection[str], model: str | None = None) -> None:
+def _check_known(arguments: Mapping[str, Any], known: Collection[str], model: str) -> None:
     for name in arguments:
         if name in known:
             continue
@@ -93,4 +90,4 @@ def _check_known(arguments: Mapping[str, Any], known: Collection[str], model: st
             raise UserError(f"{name} is the conditioner's, not the denoiser's: use split_reference_arguments(config).")
         names = {*known, *(reference for reference, ours in RENAMED.items() if ours in known), "wo_shift", "size"}
         nearest = get_close_matches(name, names, n=1, cutoff=0)
-        raise UserError(f"{model or 'The model'} has no argument {name}; the nearest one is {nearest[0]}.")
+        raise UserError(f"{model} has no argument {name}; the nearest one is {nearest[0]}.")

@@ -22,10 +22,8 @@ Rope = tuple[Tensor, Tensor]
 class TokenSubset(NamedTuple):
     """The patches that are computed, equally many of each sample."""
 
-    places: Tensor
-    """Their numbers, int64 (B, L), those in the mask first."""
-    there: Tensor
-    """Which of them are in the mask, bool (B, L); the others fill up and are not attended to."""
+    places: Tensor  # their numbers, int64 (B, L), those in the mask first
+    there: Tensor  # which of them are in the mask, bool (B, L); the others fill up and are not attended to
 
 
 def select_tokens(mask: Tensor, patch_size: int) -> TokenSubset:
@@ -64,7 +62,7 @@ def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
 
 
 def _angles(height: int, width: int, count: int) -> tuple[Tensor, Tensor]:
-    """Row and column of every token times `count` falling frequencies: float64 (height·width, count) each."""
+    """Return row and column of every token times `count` falling frequencies: float64 (height·width, count) each."""
     frequency = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
     rows = torch.arange(height, dtype=torch.float64).repeat_interleave(width)
     columns = torch.arange(width, dtype=torch.float64).repeat(height)
@@ -72,13 +70,13 @@ def _angles(height: int, width: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 def sincos_table(height: int, width: int, dim: int) -> Tensor:
-    """Fixed 2-D position embedding (height·width, dim): the column in the first half of the features, then the row."""
+    """Return fixed 2-D positions (height·width, dim): the column in the first half of the features, then the row."""
     rows, columns = _angles(height, width, dim // 4)
     return torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1).float()
 
 
 def rope_table(height: int, width: int, head_dim: int) -> Rope:
-    """Cosines and signed sines (height·width, head_dim) for `rotate`: rows turn the first half, columns the second.
+    """Return cosines and signed sines (height·width, head_dim) for `rotate`: the first half by row, then by column.
 
     Neighbouring features (a, b) turn to (a·cos − b·sin, b·cos + a·sin); the minus is in the table.
     """
@@ -267,17 +265,16 @@ class Block(nn.Module):
         """x (B, N, D); c (B, 1, D) or (B, N, D); `there` (B, N), see `Attention`; text: what `CrossAttention` takes."""
         parts = self.adaLN_modulation(c).chunk(self.num_modulations, dim=-1)
         step = 3 if self.adaln_shift else 2
-        x = self._add(x, parts[:step], self.norm1, self.attn, rope, there)
+        x = _add(x, parts[:step], self.norm1, self.attn, rope, there)
         if text:
-            x = self._add(x, parts[step : 2 * step], self.norm2, self.cross, *text)
-        return self._add(x, parts[-step:], self.norm3 if text else self.norm2, self.mlp)
+            x = _add(x, parts[step : 2 * step], self.norm2, self.cross, *text)
+        return _add(x, parts[-step:], self.norm3 if text else self.norm2, self.mlp)
 
-    def _add(
-        self, x: Tensor, modulation: tuple[Tensor, ...], norm: nn.Module, branch: nn.Module, *arguments: Any
-    ) -> Tensor:
-        """x + gate · branch(modulated norm of x), for (shift, scale, gate) or (scale, gate)."""
-        *shift, scale, gate = modulation
-        return x + gate * branch(modulate(norm(x), shift[0] if shift else None, scale), *arguments)
+
+def _add(x: Tensor, modulation: tuple[Tensor, ...], norm: nn.Module, branch: nn.Module, *arguments: Any) -> Tensor:
+    """Return x + gate · branch(modulated norm of x), for (shift, scale, gate) or (scale, gate)."""
+    *shift, scale, gate = modulation
+    return x + gate * branch(modulate(norm(x), shift[0] if shift else None, scale), *arguments)
 
 
 class FinalLayer(nn.Module):
@@ -312,10 +309,8 @@ class Backbone:
         """Return blocks as `config` says; `part` names them in a message."""
         config = self.config
         if dim % num_heads or dim % 4 or (config.rope and dim // num_heads % 4):
-            raise UserError(
-                f"{part}hidden_size {dim} with num_heads {num_heads}: the heads must divide it"
-                + (" into parts that are multiples of 4 (for rope)." if config.rope else ", and 4 too (for positions).")
-            )
+            parts = " into parts that are multiples of 4 (for rope)" if config.rope else ", and 4 too (for positions)"
+            raise UserError(f"{part}hidden_size {dim} with num_heads {num_heads}: the heads must divide it{parts}")
         options = {name: config[name] for name in ("mlp_ratio", "qk_norm", "swiglu", "rms_norm")}
         options |= {"adaln_shift": config.get("adaln_shift", True), "cross_attention": cross_attention}
         return [Block(dim, num_heads, **options) for _ in range(depth)]

@@ -47,7 +47,7 @@ def add_lora(denoiser: nn.Module, rank: int, alpha: float | None = None, targets
 
 
 def lora_settings(denoiser: nn.Module) -> dict[str, Any] | None:
-    """{"rank", "alpha", "targets"} of a denoiser's low-rank additions, the arguments of `add_lora`; None without."""
+    """Return rank, alpha and targets of a denoiser's low-rank additions, the arguments of `add_lora`; None without."""
     return getattr(denoiser, "lora", None)
 
 
@@ -69,9 +69,8 @@ def merged_weights(weights: Mapping[str, Tensor], settings: Mapping[str, Any] | 
 
 
 def _linear_names(denoiser: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Full names of the linear maps that end in one of `targets`."""
-    linear = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
-    found: list[str] = []
+    """Return full names of the linear maps that end in one of `targets`."""
+    linear, found = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)], []
     for target in targets:
         ending = [name for name in linear if name == target or name.endswith(f".{target}")]
         if not ending:

@@ -47,10 +47,9 @@ class Objective:
         mask: Tensor | None = None,
         pixels: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over the batch, in float32, and its parts; the weights do not depend on t.
+        """Return the mean over the batch, in float32, and its parts; the weights do not depend on t.
 
         Args:
-            prediction, data, noise: (B, C, h, w).
             mask: (B, h, w), 1 where it counts; all do by default.
             pixels: what the sum is divided by in place of this batch's own Σ mask, where others share the step.
         """
@@ -63,7 +62,7 @@ class Objective:
         return mse + self.cosine_weight * cosine, {"mse": mse.detach(), "cosine": cosine.detach()}
 
     def _mean(self, values: Tensor, mask: Tensor | None, pixels: Tensor | None) -> Tensor:
-        """Of values (B, C, h, w) over a mask (B, h, w): Σ values·mask / (Σ mask · C + 1e-8), or without C."""
+        """Return Σ values·mask / (Σ mask · C + 1e-8), or without C, of values (B, C, h, w) and a mask (B, h, w)."""
         channels = values.shape[1]
         if mask is None:
             return values.mean() * (1 if self.normalised == "channels" else channels)
@@ -72,7 +71,7 @@ class Objective:
         return (values * mask[:, None]).sum() / (numbers + 1e-8)
 
     def squared_error(self, prediction: Tensor, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The mean squared error of each sample, float32 (B,)."""
+        """Return the mean squared error of each sample, float32 (B,)."""
         return (prediction.float() - self.target(data.float(), noise.float(), t)).square().flatten(1).mean(1)
 
     def __call__(
@@ -87,14 +86,13 @@ class Objective:
         kept: TokenSubset | None = None,
         pixels: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One training step's loss and its parts: noise the data, let the denoiser predict, compare.
+        """Return one training step's loss and its parts: noise the data, let the denoiser predict, compare.
 
         Args:
             mask: pixels that count, (B, h, w); patches without any of them, or of `known`, are left out of attention,
                 and the denoiser sees in one more channel what is known. None: all count, and there is no such channel.
             known: pixels that are given clean, (B, h, w), and do not count.
-            kept: the patches that are computed, where they were found before (`layers.kept_patches`).
-            pixels: see `loss`.
+            kept: the patches that are computed, where they were found before (`layers.select_tokens`).
         """
         x = self.add_noise(data, noise, t)
         if mask is None:
@@ -125,7 +123,7 @@ class _PathObjective(Objective):
         self.time_distribution = "normal" if self.time == "lognorm" and self.largest_noise == 1 else "uniform"
 
     def sample_time(self, draws: Tensor) -> Tensor:
-        """Times in [0, 1] from standard normal or uniform draws (B,), as `time_distribution` says.
+        """Return times in [0, 1] from standard normal or uniform draws (B,), as `time_distribution` says.
 
         With largest_noise below 1 a large draw means much noise, as in RAE; else it means little.
         """
@@ -135,7 +133,7 @@ class _PathObjective(Objective):
         return t if self.time_shift == 1 else 1 - shift_noise(1 - t, self.time_shift)
 
     def _truncated(self, uniform: Tensor) -> Tensor:
-        """Shares of noise up to the largest, by the inverse of their distribution function."""
+        """Return shares of noise up to the largest, by the inverse of their distribution function."""
         if self.time == "uniform":
             return self.largest_noise * uniform
         logit = math.log(self.largest_noise / (1 - self.largest_noise))
@@ -148,11 +146,11 @@ class _PathObjective(Objective):
         return alpha * data + sigma * noise
 
     def shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """How much of data (α) and noise (σ) is in x at time t."""
+        """Return how much of data (α) and noise (σ) is in x at time t."""
         return path_shares(self.path, t)[:2]
 
     def time_at(self, ratio: Tensor) -> Tensor:
-        """The time at which x has data and noise in this ratio."""
+        """Return the time at which x has data and noise in this ratio."""
         return ratio / (1 + ratio) if self.path == "linear" else ratio.atan() * (2 / math.pi)
 
 
@@ -188,14 +186,13 @@ class FlowMatching(_PathObjective):
     path: str = "linear"
 
     def target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The velocity."""
         if self.path == "linear":
             return data - noise
         *_, alpha_rate, sigma_rate = path_shares(self.path, expand_time(t, data))
         return alpha_rate * data + sigma_rate * noise
 
     def clean(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The data that a prediction at x and times t (B,) means."""
+        """Return the data that a prediction at x and times t (B,) means."""
         return unmix(prediction, x, t, self.path)[0]
 
 
@@ -251,7 +248,6 @@ class SamplePrediction(_PathObjective):
     time_shift: float = 1.0
 
     def target(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The data themselves."""
         return data
 
     def clean(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -313,17 +309,10 @@ class NoisePrediction(Objective):
         self.beta_start = BETAS[self.betas][0] if self.beta_start is None else self.beta_start
         self.beta_end = BETAS[self.betas][1] if self.beta_end is None else self.beta_end
         if not 0 < self.beta_start <= self.beta_end < 1 or self.num_timesteps < 1:
-            raise UserError(
-                f"beta_start={self.beta_start:g}, beta_end={self.beta_end:g}, num_timesteps={self.num_timesteps}: "
-                "expected shares of noise that rise between 0 and 1, and at least one step."
-            )
-        self.schedule = {
-            "num_train_timesteps": self.num_timesteps,
-            "beta_schedule": self.betas,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
-            "prediction_type": self.prediction,
-        }
+            found = f"beta_start={self.beta_start:g}, beta_end={self.beta_end:g}, num_timesteps={self.num_timesteps}"
+            raise UserError(f"{found}: expected shares of noise that rise between 0 and 1, and at least one step")
+        betas = {"beta_schedule": self.betas, "beta_start": self.beta_start, "beta_end": self.beta_end}
+        self.schedule = {"num_train_timesteps": self.num_timesteps, "prediction_type": self.prediction, **betas}
         self.scheduler = DDPMScheduler(**self.schedule)
 
     def sample_time(self, draws: Tensor) -> Tensor:
@@ -342,18 +331,17 @@ class NoisePrediction(Objective):
         return noise if self.prediction == "epsilon" else self.scheduler.get_velocity(data, noise, self.timestep_of(t))
 
     def shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """How much of data (√ᾱ) and noise (√(1 − ᾱ)) is in x at time t."""
+        """Return how much of data (√ᾱ) and noise (√(1 − ᾱ)) is in x at time t."""
         kept = self.scheduler.alphas_cumprod.to(t.device)[self.timestep_of(t)]
         return kept.sqrt(), (1 - kept).sqrt()
 
     def time_at(self, ratio: Tensor) -> Tensor:
-        """The time of the timestep at which x has data and noise most nearly in this ratio (B,)."""
+        """Return the time of the timestep at which x has data and noise most nearly in this ratio (B,)."""
         kept = self.scheduler.alphas_cumprod.to(ratio.device)
         nearest = (kept.sqrt() / (1 - kept).sqrt() - ratio[:, None]).abs().argmin(1)
         return time_of(nearest, self.num_timesteps)
 
     def clean(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The data that a prediction at x and times t (B,) means."""
         alpha, sigma = self.shares(expand_time(t, x))
         return (x - sigma * prediction) / alpha if self.prediction == "epsilon" else alpha * x - sigma * prediction
 

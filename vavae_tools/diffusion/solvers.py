@@ -15,14 +15,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import (
-    ConfigMixin,
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    SchedulerMixin,
-)
+from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -69,8 +62,7 @@ def make_solver(
     name, fitting = name or ("dpm++" if discrete else "euler"), solvers_for(objective)
     if name not in fitting:
         raise UserError(f"No solver {name!r} for {PATH_LABELS[objective.path]}; there are {', '.join(fitting)}")
-    kind = SOLVERS[name][1]
-    made = globals().get(kind) or getattr(diffusers, kind)
+    made = globals().get(SOLVERS[name][1]) or getattr(diffusers, SOLVERS[name][1])
     if discrete:  # trailing: from the noisiest step on, as a latent of pure noise belongs there
         settings = {**objective.schedule, "timestep_spacing": "trailing", "clip_sample": False}
     else:
@@ -84,8 +76,7 @@ def make_solver(
 def swapped(scheduler: SchedulerMixin, name: str, objective: Objective | None = None) -> SchedulerMixin:
     """Return another solver for the same denoiser, which keeps a flow's time shift; see `make_solver`.
 
-    Args:
-        objective: by default what the scheduler says: a velocity, noise or v, and its schedule.
+    The objective is by default what the scheduler says: a velocity, noise or v, and its schedule.
     """
     config = scheduler.config
     if objective is None and solves_flows(scheduler):
@@ -133,8 +124,7 @@ def guided_prediction(
     Args:
         guidance_channels: "all" (scales of 1.25 to 2.5), or "first3", as LightningDiT guides the first three of 32
             only: its published scales, such as 6.7 and 10, make sense with that alone.
-        guide: a weaker denoiser of the same kind, smaller or less trained, in the null's place: autoguidance. The null
-            is not asked then and must be None.
+        guide: a weaker denoiser of the same kind, smaller or less trained, in the null's place: autoguidance.
         guide_conditioning: the same conditions from the guide's own conditioner; by default `conditioning`.
     """
     if guidance_channels not in ("all", "first3"):
@@ -144,8 +134,6 @@ def guided_prediction(
     times = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
     if guidance_scale == 1 or not start - rounding <= t <= end + rounding:
         return denoiser(x, times, conditioning).float()
-    if guide is not None and null is not None:
-        raise UserError("Guidance is by the null condition or by a guide, not both: pass null=None with a guide.")
     if guide is not None:
         conditional = denoiser(x, times, conditioning).float()
         weak = guide(x, times, conditioning if guide_conditioning is None else guide_conditioning).float()
@@ -154,9 +142,7 @@ def guided_prediction(
         twice = denoiser(torch.cat([x, x]), torch.cat([times, times]), cat([conditioning, null]))
         conditional, weak = twice.float().chunk(2)
     else:
-        raise UserError(
-            f"guidance_scale={guidance_scale:g} needs the null condition, conditioner.null(batch_size), or a guide."
-        )
+        raise UserError(f"guidance_scale={guidance_scale:g} needs the null condition, or a guide")
     guided = torch.lerp(weak, conditional, guidance_scale)
     return guided if guidance_channels == "all" else torch.cat([guided[:, :3], conditional[:, 3:]], dim=1)
 
@@ -188,43 +174,32 @@ def lay_out(
         last_noise: share of noise, before the shift, at which the last update ends; of Euler's and the midpoint method,
             and of "sde" the last but one. 0, all the way to the data, is better; RAE stops at 0.001.
         objective: what the scheduler must fit.
-
-    Raises:
-        UserError: a scheduler that does not fit, or numbers that cannot be.
     """
     paths, path = _paths(scheduler), objective.path if objective else None
     other = path == "discrete" and scheduler.config.get("prediction_type") != objective.prediction
     if not paths or (path and path not in paths) or other:
-        fitting = solvers_for(objective) if objective else SOLVERS
-        raise UserError(
-            f"{type(scheduler).__name__} as configured does not solve {PATH_LABELS[path or 'linear']}: take "
-            f"make_solver's {', '.join(fitting)}"
-        )
+        fitting = ", ".join(solvers_for(objective) if objective else SOLVERS)
+        found = f"{type(scheduler).__name__} as configured does not solve {PATH_LABELS[path or 'linear']}"
+        raise UserError(f"{found}: take make_solver's {fitting}")
     if "discrete" in paths:
         if timestep_shift is not None or last_noise:
-            raise UserError(
-                "timestep_shift and last_noise are for flow matching, not for noise prediction: leave it out"
-            )
+            raise UserError("timestep_shift and last_noise are for flow matching, not for noise: leave it out")
         return _lay_out_discrete(scheduler, num_inference_steps)
     if num_inference_steps < 1:
         raise UserError(f"num_inference_steps={num_inference_steps}: at least one step is needed.")
-    if not 0 <= last_noise < 1:
-        raise UserError(f"last_noise={last_noise:g}: it is a share of noise from 0, which is best, to below 1.")
     config, changes = scheduler.config, {}
     if timestep_shift is not None:
         if timestep_shift < 0:
             raise UserError(f"timestep_shift={timestep_shift:g}: it is above 0, with 0 or 1 for none.")
         changes["shift" if "shift" in config else "flow_shift"] = 1 / (timestep_shift or 1)
     solver = type(scheduler).from_config(config, **changes)
-    if isinstance(solver, FlowMatchEulerDiscreteScheduler) and not config.use_dynamic_shifting:
+    if isinstance(solver, diffusers.FlowMatchEulerDiscreteScheduler) and not config.use_dynamic_shifting:
         # its own grid ends at sigma 1/1000 instead of evenly at 1/n, and is shifted twice there
         last = last_noise + (1 - last_noise) / num_inference_steps
         solver.set_timesteps(sigmas=np.linspace(1, last, num_inference_steps))
         solver.sigmas[-1] = shift_noise(last_noise, solver.shift)
     elif isinstance(solver, FlowScheduler):
         solver.set_timesteps(num_inference_steps, last_noise)
-    elif last_noise:
-        raise UserError(f"last_noise={last_noise:g} is for euler, midpoint and sde: leave it out.")
     else:
         solver.set_timesteps(num_inference_steps)
     solver.set_begin_index(0)  # else the first step looks its place up on the GPU
@@ -236,10 +211,10 @@ def _lay_out_discrete(scheduler: SchedulerMixin, num_inference_steps: int) -> tu
     most = scheduler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= most:
         raise UserError(f"num_inference_steps={num_inference_steps}: expected 1 to {most}, the steps of the schedule.")
-    if isinstance(scheduler, DDIMScheduler) and most % num_inference_steps:
+    if isinstance(scheduler, diffusers.DDIMScheduler) and most % num_inference_steps:
         # diffusers' own takes strides of whole timesteps, misses its next one then, and ends before the data; DDIM is
         # DPM-Solver of first order (Lu et al. 2022)
-        solver = DPMSolverMultistepScheduler.from_config(scheduler.config, solver_order=1)
+        solver = diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config, solver_order=1)
     else:
         solver = type(scheduler).from_config(scheduler.config)
     solver.set_timesteps(num_inference_steps)
@@ -276,39 +251,35 @@ def sample(
     null: Condition | None = None,
     num_inference_steps: int = 50,
     guidance_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    guidance_channels: str = "all",
     timestep_shift: float | None = None,
-    callback: Callable[[int, float, Tensor], None] | None = None,
-    guide: Callable[..., Tensor] | None = None,
-    guide_conditioning: Condition | None = None,
     last_noise: float = 0.0,
     objective: Objective | None = None,
     generators: list[torch.Generator] | None = None,
+    callback: Callable[[int, float, Tensor], None] | None = None,
+    **guidance: Any,
 ) -> Tensor:
-    """From noise (B, C, h, w) at t = 0 to latents at t = 1; float32, whatever the denoiser is.
+    """Return latents at t = 1 from noise (B, C, h, w) at t = 0; float32, whatever the denoiser is.
+
+    Steps are those of `lay_out`, which leaves the scheduler as it is, and guidance is that of `guided_prediction`.
 
     Args:
-        scheduler: of `make_solver`, or one of diffusers whose config says what it takes. It is not changed.
-        conditioning, null: from the conditioner; null is needed for guidance only.
-        num_inference_steps, timestep_shift, last_noise: see `lay_out`.
-        guidance_scale, guidance_interval, guidance_channels, guide, guide_conditioning: see `guided_prediction`.
-        callback: called after each update with its number, the time it started from, and the new x.
         objective: what denoiser and guide were trained with; by default what the scheduler takes as it is.
         generators: of the noise added on the way, where a scheduler adds some, one for each sample; by default it
             follows from the noise that the sample starts from.
+        callback: called after each update with its number, the time it started from, and the new x.
     """
     solver, times = lay_out(scheduler, num_inference_steps, timestep_shift, last_noise, objective)
     flow, options = solves_flows(scheduler), {}
     if objective is not None:
-        denoiser, guide = objective.as_solver_input(denoiser), guide and objective.as_solver_input(guide)
+        denoiser = objective.as_solver_input(denoiser)
+        if guidance.get("guide") is not None:
+            guidance["guide"] = objective.as_solver_input(guidance["guide"])
     if "generator" in inspect.signature(solver.step).parameters:
-        adds_noise = isinstance(solver, DDPMScheduler | StochasticScheduler)
+        adds_noise = isinstance(solver, diffusers.DDPMScheduler | StochasticScheduler)
         options["generator"] = _generators_of(noise) if adds_noise and not generators else generators
-    by = guidance_scale, guidance_interval, guidance_channels, guide, guide_conditioning
     x = noise.float() * (1.0 if flow else solver.init_noise_sigma)
     for i, (timestep, t) in enumerate(zip(solver.timesteps, times, strict=True)):
-        prediction = guided_prediction(denoiser, x, t, conditioning, null, *by)
+        prediction = guided_prediction(denoiser, x, t, conditioning, null, guidance_scale, **guidance)
         x = solver_step(solver, -prediction if flow else prediction, timestep, x, **options)
         if callback is not None:
             callback(i, t, x)
@@ -316,7 +287,7 @@ def sample(
 
 
 def _generators_of(noise: Tensor) -> list[torch.Generator]:
-    """One for each sample, seeded by its first two numbers, so that samples do not depend on their batch."""
+    """Return one for each sample, seeded by its first two numbers, so that samples do not depend on their batch."""
     seeds = noise.flatten(1)[:, :2].float().cpu().contiguous().view(torch.int64)
     return [torch.Generator().manual_seed(seed) for seed in seeds.flatten().tolist()]
 

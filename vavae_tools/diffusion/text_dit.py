@@ -4,7 +4,6 @@ As in PixArt (Chen et al. 2023) the caption comes in twice: token by token throu
 time, in the modulation.
 """
 
-import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
@@ -12,7 +11,6 @@ from torch import Tensor
 from vavae_tools.diffusion.conditioning import TextCondition
 from vavae_tools.diffusion.layers import Backbone
 from vavae_tools.diffusion.transformer import DiT_SIZES
-from vavae_tools.runtime.errors import UserError
 
 TEXT_DIT_SIZES = {"T2I": {"hidden_size": 768, "depth": 16, "num_heads": 12}, **DiT_SIZES}
 
@@ -20,12 +18,8 @@ TEXT_DIT_SIZES = {"T2I": {"hidden_size": 768, "depth": 16, "num_heads": 12}, **D
 class TextDiT(Backbone, ModelMixin, ConfigMixin):
     """Latents (B, C, h, w), times in [0, 1] and a `TextCondition` → what it was trained to predict, (B, C, h, w).
 
-    That is a velocity, or noise: the network does not know. Captions may have any length.
-
-    Args:
-        input_size: height and width of the latents, or one number for both.
-        patch_size, qk_norm, swiglu, rope, rms_norm, time_embed: see `DiT`.
-        head: always "text"; by it `make_denoiser` tells this model's numbers from a `DiT`'s.
+    That is a velocity, or noise: the network does not know. Captions may have any length. Its arguments are `DiT`'s;
+    `head`, always "text", tells `make_denoiser` this model's numbers from a `DiT`'s.
     """
 
     @register_to_config
@@ -46,19 +40,14 @@ class TextDiT(Backbone, ModelMixin, ConfigMixin):
         head: str = "text",
     ) -> None:
         super().__init__()
-        if head != "text":
-            raise UserError(f"head={head!r} of a TextDiT: it is 'text', or left out.")
         self._set_grid(input_size, patch_size, in_channels)
         self._build(in_channels, cross_attention=True)
 
     def forward(self, x: Tensor, t: Tensor, condition: TextCondition) -> Tensor:
         """x (B, C, h, w), t (B,) with 0 = noise and 1 = data → (B, C, h, w)."""
-        text, mask = condition.tokens, condition.mask
-        if mask is None:
-            mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        any_text = mask.any(1, keepdim=True)  # (B, 1)
+        mask, any_text = condition.mask, condition.mask.any(1, keepdim=True)  # (B, L), (B, 1)
         seen = (mask | ~any_text)[:, None, None]  # (B, 1, 1, L): of a caption without tokens all, as softmax needs one
-        text = text.masked_fill(~mask[:, :, None], 0)  # what is no number there must not come in as 0 · NaN
+        text = condition.tokens.masked_fill(~mask[:, :, None], 0)  # what is no number there must not become 0 · NaN
         x = self._embed(x, self.x_embedder, self.pos_embed)  # (B, N, D)
         c = (self.t_embedder(t) + condition.vector)[:, None]  # (B, 1, D)
         x = self._run(self.blocks, x, c, self._rope(), None, (text, seen, any_text[:, None]))

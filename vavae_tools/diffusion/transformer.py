@@ -57,11 +57,10 @@ class DiT(Backbone, ModelMixin, ConfigMixin):
         self._build(in_channels * (2 if learn_sigma else 1), positions)
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Tensor, mask: Tensor | TokenSubset | None = None) -> Tensor:
-        """x (B, C, h, w), t (B,) with 0 = noise and 1 = data, conditioning (B, D) → velocity (B, C, h, w).
+        """Return the velocity; t (B,) is 0 at noise and 1 at data.
 
-        Args:
-            mask: (B, h, w), or its `select_tokens`. Patches without any pixel in it are left out: they are not
-                computed, no other attends to them, and the answer there is 0.
+        Patches without any pixel in the mask (B, h, w), or outside of its `select_tokens`, are not computed, no other
+        attends to them, and the answer there is 0.
         """
         if self.reversed_time:
             return -self.predict(x, 1 - t, conditioning, mask)[:, : self.in_channels]

@@ -12,14 +12,12 @@ from torch.nn.functional import cross_entropy
 
 from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.data.tokens.dataset import TokenImageDataset
-from vavae_tools.diffusion.layers import select_tokens
 from vavae_tools.diffusion.objectives import expand_time
 from vavae_tools.pipelines.tokens import TokenImagePipeline
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.precision import in_float32
 
-_BATCH = 64  # images at a time
 _TOLD = 0.01  # bits that are left open of a token where the bound's integral ends
 _AT_ONCE = 2**24  # numbers in a table of logits, cells × tokens
 
@@ -40,7 +38,7 @@ def chosen_images(data: TokenImageDataset, count: int, seed: int) -> Iterator[Ch
     if count < 1:
         raise UserError(f"count {count}: expected 1 image or more")
     order, some = Draws(seed, 0, torch.arange(len(data))).uniform("picture").argsort(), False
-    for part in order[:count].sort().values.split(_BATCH):
+    for part in order[:count].sort().values.split(64):
         batch = data.__getitems__(part.tolist())
         known = batch.get("condition_mask", torch.zeros_like(batch["mask"]))
         counted = data.code.mask_to_cells(batch["mask"] * (1 - known))
@@ -55,19 +53,13 @@ def chosen_images(data: TokenImageDataset, count: int, seed: int) -> Iterator[Ch
 
 @dataclass(frozen=True)
 class BitsPerToken:
-    """An upper bound on −log₂ p(tokens) of texts, given their lengths and, of chats, the prompts; per token.
+    """An upper bound on −log₂ p(tokens) of texts, given their lengths and, of chats, the prompts; per token."""
 
-    Attributes:
-        bits: the sum of `diffusion` and `reconstruction`.
-        error: standard error over the images; None of a single one.
-        last_time: where the integral ends and the tokens are told by their own noisy cells alone.
-    """
-
-    bits: float
-    error: float | None
+    bits: float  # diffusion + reconstruction
+    error: float | None  # standard error over the images; None of a single one
     diffusion: float
     reconstruction: float
-    last_time: float
+    last_time: float  # where the integral ends and the tokens are told by their own noisy cells alone
     images: int
     tokens: int
 
@@ -96,7 +88,7 @@ def bits_per_token(
     Args:
         count: images, chosen at random.
         times: calls of the denoiser for each.
-        last_time: below 1; None: where `_TOLD` bits of a token are left open.
+        last_time: None: where `_TOLD` bits of a token are left open.
     """
     if times < 1 or (last_time is not None and not 0 < last_time < 1):
         raise UserError(f"times {times}, last_time {last_time}: expected 1 or more, and a time between 0 and 1")
@@ -105,7 +97,7 @@ def bits_per_token(
     parts, lengths = [], []
     for chosen in chosen_images(data, count, seed):
         draws, shape = Draws(seed, 0, chosen.index), chosen.clean.shape[1:]
-        kept = select_tokens(chosen.mask, code.cell_size)
+        _, known, clean, kept = pipe.placed(chosen.clean, chosen.mask, chosen.known, chosen.clean)
         pixels = code.spread_to_pixels(chosen.counted.float(), data.img_size)[:, None]  # (B, 1, H, W)
         start, integral = draws.uniform("place"), torch.zeros(len(chosen.index), dtype=torch.float64)
         for step in range(times):
@@ -113,7 +105,7 @@ def bits_per_token(
             signal, noise = expand_time(r, chosen.clean), draws.normal(f"bits {step}", *shape)
             t = pipe.objective.time_at(r)
             x = (signal * chosen.clean + noise) / (1 + signal) * sum(pipe.objective.shares(expand_time(t, noise)))
-            predicted = pipe.predict(x, t, chosen.known, chosen.clean, kept).cpu().clamp(-1, 1)
+            predicted = pipe.predict(x.to(clean.device), t.to(clean.device), known, clean, kept).cpu().clamp(-1, 1)
             squared = ((predicted - chosen.clean).square() * pixels).sum((1, 2, 3)).double()
             integral += (end / times) * r * squared
         cells = code.cells_of(end * chosen.clean + draws.normal("bits at the end", *shape))
@@ -133,10 +125,8 @@ def bits_per_token(
 @in_float32
 def _bits_alone(code: TokenCode, cells: Tensor, tokens: Tensor, r: float) -> Tensor:
     """Return −log₂ p(token | cell) of cells r·code + noise (N, n) with normal noise, all tokens as likely: (N,)."""
-    bits = []
-    for rows, right in zip(
-        *(values.split(max(1, _AT_ONCE // code.num_tokens)) for values in (cells, tokens)), strict=True
-    ):
+    bits, at_once = [], max(1, _AT_ONCE // code.num_tokens)
+    for rows, right in zip(cells.split(at_once), tokens.split(at_once), strict=True):
         logits = (r * rows @ code.table.T).double()  # all codes are equally long: the likelihood's other terms cancel
         bits.append(cross_entropy(logits, right, reduction="none") / math.log(2))
     return torch.cat(bits)

@@ -20,7 +20,6 @@ from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.files import atomic_write, disk_errors
 from vavae_tools.runtime.precision import in_float32
 
-FILE_NAME = "classifier.safetensors"
 BATCH_SIZE = 64
 _FORM = 1  # of network and recipe; another form is another cache key
 
@@ -28,25 +27,14 @@ _FORM = 1  # of network and recipe; another form is another cache key
 class PersonClassifier(nn.Module):
     """Four blocks of two convolutions, each halving the image; mean over places; one linear layer.
 
-    Args:
-        num_classes: persons.
-        image_size: (height, width) in pixels it is made for. The first stride grows with it, so that an image of
-            256 pixels costs about as much as one of 64.
-        channels: 3, or 1 for grey images.
-        widths: channels after each block; the last one is the number of features.
+    The first stride grows with image_size (height, width), so that 256 pixels cost about as much as 64.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        image_size: tuple[int, int],
-        channels: int = 3,
-        widths: tuple[int, ...] = (16, 32, 64, 128),
-    ) -> None:
+    def __init__(self, num_classes: int, image_size: tuple[int, int], channels: int = 3) -> None:
         super().__init__()
         stride = 2 * max(1, min(image_size) // 64)
         blocks, before = [], channels
-        for width in widths:
+        for width in (16, 32, 64, 128):
             blocks += [*_convolution(before, width, stride), *_convolution(width, width, 1)]
             before, stride = width, 2
         self.blocks = nn.Sequential(*blocks)
@@ -65,12 +53,11 @@ class PersonClassifier(nn.Module):
     def judge(self, images: Tensor | DecodedImages, batch_size: int = 256) -> tuple[Tensor, Tensor]:
         """Images, uint8 (N, C, H, W) or a folder of them → features (N, D) and labels (N,) on the CPU."""
         self.eval()
-        device = self.head.weight.device
         features, labels = [], []
         for start in range(0, len(images), batch_size):
             rows = range(start, min(start + batch_size, len(images)))
-            batch = images[rows.start : rows.stop] if isinstance(images, Tensor) else _rows(images, rows)
-            features.append(self.features(to_unit(batch.to(device))))
+            batch = images[rows] if isinstance(images, Tensor) else images.__getitems__(rows)["images"]
+            features.append(self.features(to_unit(batch.to(self.head.weight.device))))
             labels.append(self.head(features[-1]).argmax(dim=1))
         return torch.cat(features).cpu(), torch.cat(labels).cpu()
 
@@ -84,10 +71,6 @@ def _convolution(before: int, after: int, stride: int) -> list[nn.Module]:
     ]
 
 
-def _rows(data: DecodedImages, rows: range) -> Tensor:
-    return data.__getitems__(rows)["images"]
-
-
 def train_classifier(
     train: DecodedImages,
     num_classes: int,
@@ -99,7 +82,6 @@ def train_classifier(
     """Train a classifier on real images; the same images and seed give the same weights on one machine.
 
     Args:
-        train: the training subset of a split.
         num_classes: largest label + 1.
         steps: of 64 images each; by default `default_steps`.
     """
@@ -130,7 +112,7 @@ def train_classifier(
 
 
 def default_steps(images: int) -> int:
-    """Ten passes over the data, no fewer than 100 steps, and no more than 2,000.
+    """Return the steps of ten passes over the data, no fewer than 100 steps, and no more than 2,000.
 
     >>> default_steps(240), default_steps(960), default_steps(100_000)
     (100, 150, 2000)
@@ -160,8 +142,8 @@ def cached_classifier(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> PersonClassifier:
-    """The classifier in `folder`, where it was trained on these very images with this recipe; else train it there."""
-    path = Path(folder) / FILE_NAME
+    """Return the classifier in `folder`, where these very images and this recipe made it; else train it there."""
+    path = Path(folder) / "classifier.safetensors"
     key = _cache_key(train, num_classes, seed)
     weights = _read_weights(path, key)
     if weights is None:
@@ -175,10 +157,11 @@ def cached_classifier(
 
 
 def _read_weights(path: Path, key: str) -> dict[str, Tensor] | None:
-    """The weights in a file with this key; None where there is none, or another's."""
+    """Return the weights in a file with this key; None where there is none, or another's."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {n: file.get_tensor(n) for n in file.keys()} if (file.metadata() or {}).get("key") == key else None  # noqa: SIM118
+            its_own = (file.metadata() or {}).get("key") == key
+            return {name: file.get_tensor(name) for name in sorted(file.keys())} if its_own else None
     except (SafetensorError, OSError):
         return None
 

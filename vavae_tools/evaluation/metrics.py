@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,28 +28,26 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    values = []
-    for x, y in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True):
-        x, y = ((z.clamp(-1, 1) + 1) / 2 for z in (x, y))
-        value = structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
-        values.append(value.reshape(len(x)))
-    return torch.cat(values)
+    a, b = (((images.clamp(-1, 1) + 1) / 2).split(_CHUNK) for images in (a, b))
+    values = [
+        structural_similarity_index_measure(*of, data_range=1.0, reduction="none") for of in zip(a, b, strict=True)
+    ]
+    return torch.cat([value.reshape(-1) for value in values])
 
 
 @in_float32
 def sharpness(a: Tensor, b: Tensor) -> Tensor:
-    """How sharp each `b` is beside its `a`: (N, C, H, W) in [-1, 1], twice → float32 (N,).
+    """Return how sharp each `b` is beside its `a`: (N, C, H, W) in [-1, 1], twice → float32 (N,).
 
     The mean absolute difference of neighbours, in both axes together, of `b` as a multiple of that of `a`: 1 is as
     sharp, less is blurred or pale, more is noisier. NaN where `a` is one flat colour.
     """
-    of_a, of_b = (torch.stack([_gradient_energy(image) for image in images]) for images in (a, b))
+
+    def gradient_energy(image: Tensor) -> Tensor:
+        return torch.cat([image.double().diff(dim=dim).abs().flatten() for dim in (-2, -1)]).mean()
+
+    of_a, of_b = (torch.stack([gradient_energy(image) for image in images]) for images in (a, b))
     return torch.where(of_a > 0, of_b / of_a, torch.nan).float()
-
-
-def _gradient_energy(image: Tensor) -> Tensor:
-    differences = [image.double().diff(dim=dim).abs().flatten() for dim in (-2, -1)]
-    return torch.cat(differences).mean()
 
 
 @in_float32
@@ -93,15 +92,11 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, subset_size: int =
     """
     sizes = [min(subset_size, len(x) // 2) for x in (a, b)]
     if min(sizes) < 2:
-        raise ValueError(
-            f"A kernel distance needs sets of at least 4 and subsets of 2, got {len(a)} and {len(b)} features"
-        )
-    generator = torch.Generator().manual_seed(seed)
-
-    def subset(x: Tensor, size: int) -> Tensor:
-        return x[torch.randperm(len(x), generator=generator)[:size]].double()
-
-    drawn = [_squared_discrepancy(subset(a, sizes[0]), subset(b, sizes[1])) for _ in range(subsets)]
+        raise ValueError(f"A kernel distance needs sets of at least 4, got {len(a)} and {len(b)} features")
+    generator, drawn = torch.Generator().manual_seed(seed), []
+    for _ in range(subsets):
+        rows = [torch.randperm(len(x), generator=generator)[:size] for x, size in zip((a, b), sizes, strict=True)]
+        drawn.append(_squared_discrepancy(a[rows[0]].double(), b[rows[1]].double()))
     values = torch.stack(drawn)
     of_all = max(size / (len(x) - size) for x, size in zip((a, b), sizes, strict=True))  # 1 for halves
     value, spread = values.mean().item(), values.std().item() * math.sqrt(of_all)
@@ -121,22 +116,21 @@ def mean_kernel_distance(a: Sequence[Tensor], b: Sequence[Tensor], seed: int = 0
 
 
 def _squared_discrepancy(a: Tensor, b: Tensor) -> Tensor:
-    """The unbiased estimate: no image is compared with itself."""
+    """Return the unbiased estimate: no image is compared with itself."""
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
 
     def within(x: Tensor) -> Tensor:
-        kernel = _kernel(x, x)
-        return (kernel.sum() - kernel.trace()) / (len(x) * (len(x) - 1))
+        of_pairs = kernel(x, x)
+        return (of_pairs.sum() - of_pairs.trace()) / (len(x) * (len(x) - 1))
 
-    return within(a) + within(b) - 2 * _kernel(a, b).mean()
-
-
-def _kernel(a: Tensor, b: Tensor) -> Tensor:
-    return (a @ b.T / a.shape[1] + 1) ** 3
+    return within(a) + within(b) - 2 * kernel(a, b).mean()
 
 
 @in_float32
 def nearest(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """For each row of `a` (N, D), the place of the nearest row of `b`, int64 (N,), and its distance, float32 (N,).
+    """Return the place of the nearest row of `b` for each of `a` (N, D), int64 (N,), and its distance, float32 (N,).
 
     Without `b`: the nearest other row of `a`.
     """
@@ -155,19 +149,25 @@ def nearest(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table: the first column to the left, the others to the right.
+    """Return the lines of a table: the first column to the left, the others to the right.
 
     >>> print("\\n".join(aligned([("", "dB"), ("own", "31.4")])))
            dB
     own  31.4
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths, strict=True)]
+        lines.append("  ".join([first.ljust(width), *cells]).rstrip())
+    return lines
+
+
+def plain(report: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass without its `figures` as plain values, for JSON."""
+    fields = asdict(replace(report, figures={}))
+    del fields["figures"]
+    return fields
 
 
 def percent(share: float | None) -> str:

@@ -14,70 +14,6 @@ MOST_TOKENS = 2_000_000
 """Tokens of the data in which spans are looked up: their n-grams take about a gigabyte."""
 
 
-class KnownTexts:
-    """Texts in which spans of others are looked up; no span crosses the border of two.
-
-    Args:
-        rows: token numbers of each text; the first ones where there are more than `MOST_TOKENS`.
-        wholes: what whole texts are compared with; None: the rows.
-
-    Attributes:
-        texts: how many are looked up in.
-    """
-
-    def __init__(self, rows: Sequence[Sequence[int]], wholes: Sequence[Sequence[int]] | None = None) -> None:
-        kept, tokens = [], 0
-        for row in rows:
-            tokens += len(row)
-            if tokens > MOST_TOKENS and kept:
-                break
-            kept.append(_as_text(row))
-        self.texts, self._rows, self._all = len(kept), kept, "\0".join(kept)
-        self._wholes = rows if wholes is None else wholes
-        self._ngrams = cache(lambda n: {gram for row in kept for gram in _ngrams(row, n)})
-
-    def has(self, span: str) -> bool:
-        """Return whether a span, a letter for each token, stands in one of the texts."""
-        known = self._ngrams(NGRAMS[-1])
-        return (len(span) < NGRAMS[-1] or span[-NGRAMS[-1] :] in known) and span in self._all
-
-    def share(self, rows: Sequence[str], n: int) -> float | None:
-        """Return the share of the rows' n-grams that stand in the texts; None where no row is so long."""
-        found = [gram in self._ngrams(n) for row in rows for gram in _ngrams(row, n)]
-        return sum(found) / len(found) if found else None
-
-    def longest_span(self, row: str) -> int:
-        """Return the length of a row's longest span that stands in the texts."""
-        longest = 0
-        for start in range(len(row)):
-            while start + longest < len(row) and self.has(row[start : start + longest + 1]):
-                longest += 1
-        return longest
-
-    def copied_tokens(self, row: str, span: int) -> int:
-        """Return how many of a row's tokens are in copied spans of so many tokens."""
-        copied: set[int] = set()
-        for start, gram in enumerate(_ngrams(row, span)):
-            if self.has(gram):
-                copied.update(range(start, start + span))
-        return len(copied)
-
-    def whole_share(self, rows: Sequence[Sequence[int]]) -> float:
-        """Return the share of rows that are equal to one of the texts."""
-        asked = list(map(_as_text, rows))
-        seen = set(asked).intersection(map(_as_text, self._wholes))
-        return sum(row in seen for row in asked) / len(asked)
-
-
-def _as_text(row: Sequence[int]) -> str:
-    """Return a letter for each token, none of them the border's: Python looks spans of letters up fast."""
-    return "".join(chr(int(token) + 1) for token in row)
-
-
-def _ngrams(row: str, n: int) -> list[str]:
-    return [row[start : start + n] for start in range(len(row) - n + 1)]
-
-
 @dataclass(frozen=True)
 class Novelty:
     """How much of some texts stands in the data, too."""
@@ -95,6 +31,63 @@ class Novelty:
     """Share of the texts that are in the data from the first token to the last."""
 
 
+class KnownTexts:
+    """Texts in which spans of others are looked up; no span crosses the border of two.
+
+    Args:
+        rows: token numbers of each text; only the first `MOST_TOKENS` or so are looked up in, `texts` of them.
+        wholes: what whole texts are compared with; None: the rows.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[int]], wholes: Sequence[Sequence[int]] | None = None) -> None:
+        kept, tokens = [], 0
+        for row in rows:
+            tokens += len(row)
+            if tokens > MOST_TOKENS and kept:
+                break
+            kept.append(_as_text(row))
+        self.texts, self._all = len(kept), "\0".join(kept)
+        self._wholes = rows if wholes is None else wholes
+        self.ngrams = cache(lambda n: {gram for row in kept for gram in _ngrams(row, n)})
+
+    def has(self, span: str) -> bool:
+        """Return whether a span, a letter for each token, stands in one of the texts."""
+        known = self.ngrams(NGRAMS[-1])
+        return (len(span) < NGRAMS[-1] or span[-NGRAMS[-1] :] in known) and span in self._all
+
+    def share(self, grams: Sequence[str], n: int) -> float | None:
+        """Return the share of n-grams that stand in the texts; None of none."""
+        return sum(gram in self.ngrams(n) for gram in grams) / len(grams) if grams else None
+
+    def longest_span(self, row: str) -> int:
+        """Return the length of a row's longest span that stands in the texts."""
+        longest = 0
+        for start in range(len(row)):
+            while start + longest < len(row) and self.has(row[start : start + longest + 1]):
+                longest += 1
+        return longest
+
+    def copied_tokens(self, row: str, span: int) -> int:
+        """Return how many of a row's tokens are in copied spans of so many tokens."""
+        starts = [start for start, gram in enumerate(_ngrams(row, span)) if self.has(gram)]
+        return len({start + i for start in starts for i in range(span)})
+
+    def whole_share(self, rows: Sequence[Sequence[int]]) -> float:
+        """Return the share of rows that are equal to one of the texts."""
+        asked = list(map(_as_text, rows))
+        seen = set(asked).intersection(map(_as_text, self._wholes))
+        return sum(row in seen for row in asked) / len(asked)
+
+
+def _as_text(row: Sequence[int]) -> str:
+    """Return a letter for each token, none of them the border's: Python looks spans of letters up fast."""
+    return "".join(chr(int(token) + 1) for token in row)
+
+
+def _ngrams(row: str, n: int) -> list[str]:
+    return [row[start : start + n] for start in range(len(row) - n + 1)]
+
+
 def novelty(
     rows: Sequence[Sequence[int]],
     known: KnownTexts,
@@ -107,9 +100,6 @@ def novelty(
     Args:
         wholes: the same texts as they are compared as wholes, such as with their prompts; None: the rows.
         sizes: n of the n-grams.
-
-    Raises:
-        UserError: there is no token in them.
     """
     texts = list(map(_as_text, rows))
     tokens = sum(map(len, texts))
@@ -118,7 +108,7 @@ def novelty(
     longest = list(map(known.longest_span, texts))
     return Novelty(
         len(rows),
-        {n: known.share(texts, n) for n in sizes},
+        {n: known.share([gram for text in texts for gram in _ngrams(text, n)], n) for n in sizes},
         sum(longest) / len(longest),
         max(longest),
         sum(known.copied_tokens(text, copied_span) for text in texts) / tokens,

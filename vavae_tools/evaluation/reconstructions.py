@@ -13,13 +13,11 @@ from vavae_tools.evaluation.metrics import aligned, frechet_distance, percent, p
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import release_memory
 
-# ---- What the vectors per person do: reconstructions with the right vector, with another person's, and with none
-
-
 _MOST_COLUMNS = 8  # persons whose images are kept to be shown
 OWN, ANOTHERS, NONE = "own vector", "another's vector", "no vector"
 
 
+# ---- what the vectors per person do
 @dataclass(frozen=True)
 class ConditionScore:
     """Means over all images, in [-1, 1], reconstructed with one choice of vectors; PSNR in dB."""
@@ -62,35 +60,31 @@ def compare_conditions(model: VAVAE, data: DecodedImages, batch_size: int = 32) 
     """
     if not model.config.condition_dim:
         raise UserError("This VA-VAE has no vectors to compare (condition_dim is 0): fine-tune it with --condition_dim")
-    model = model.eval()
-    people = len(data.labels.unique())
+    model, people = model.eval(), len(data.labels.unique())
     # labels are looked up by an image's place: None stands for no vector
-    choices = {OWN: data.labels, ANOTHERS: other_labels(data.labels), NONE: None}
-    if people == 1:
-        del choices[ANOTHERS]
+    others = {ANOTHERS: other_labels(data.labels)} if people > 1 else {}
+    choices = {OWN: data.labels, **others, NONE: None}
 
     def remade(batch: dict[str, Tensor], labels: Tensor | None) -> Tensor:
         labels = labels[batch["index"]].to(model.device) if labels is not None else None
         return reconstruct_images(model, batch["images"].to(model.device), labels).cpu()
 
-    errors: dict[str, list[Tensor]] = {name: [] for name in choices}
-    ratios: dict[str, list[Tensor]] = {name: [] for name in choices}
+    found: dict[str, list[Tensor]] = {name: [] for name in choices}
     for start in range(0, len(data), batch_size):
         batch = data.__getitems__(range(start, min(start + batch_size, len(data))))
         originals = to_unit(batch["images"])
         for name, labels in choices.items():
-            reconstructions = to_unit(remade(batch, labels))
-            errors[name].append((reconstructions - originals).abs().mean(dim=(1, 2, 3)))
-            ratios[name].append(psnr(originals, reconstructions))
+            made = to_unit(remade(batch, labels))
+            found[name].append(torch.stack([(made - originals).abs().mean(dim=(1, 2, 3)), psnr(originals, made)]))
     scores = {
-        name: ConditionScore(torch.cat(errors[name]).mean().item(), torch.cat(ratios[name]).mean().item())
-        for name in choices
+        name: ConditionScore(*(part.mean().item() for part in torch.cat(parts, 1))) for name, parts in found.items()
     }
     few = data.preview_batch(min(_MOST_COLUMNS, people))
     images = {"original": few["images"], **{name: remade(few, labels) for name, labels in choices.items()}}
     return ConditionComparison(len(data), scores[OWN], scores.get(ANOTHERS), scores[NONE], images)
 
 
+# ---- how true reconstructions are
 @dataclass(frozen=True, repr=False)
 class ReconstructionScores:
     """Means over reconstructions; what needs a classifier (its accuracy, the Fréchet distance) is None without one.
@@ -108,8 +102,8 @@ class ReconstructionScores:
     real_frechet: float | None = None
 
     def __str__(self) -> str:
-        line = f"{self.images:,} reconstructions: PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.3f}, "
-        line += f"sharpness {self.sharpness:.2f}"
+        line = f"{self.images:,} reconstructions: PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.3f}"
+        line += f", sharpness {self.sharpness:.2f}"
         if self.accuracy is not None:
             line += f"; accuracy {percent(self.accuracy)} (originals {percent(self.real_accuracy)})"
         if self.frechet is not None:
@@ -185,7 +179,6 @@ def evaluate_vavae(
     """Reconstruct the validation subset, with each person's vector, and let a classifier of the real images judge it.
 
     Args:
-        data: the images at the size to look at.
         classifier_dir: keeps the classifier; it is trained where it is not there yet.
 
     Raises:

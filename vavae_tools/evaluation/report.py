@@ -1,7 +1,7 @@
 """Generated images beside real ones: are they the right person, how far off, and are they copies."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.folders import IMAGE_EXTENSIONS, contents, list_folders, listed
 from vavae_tools.data.images import DecodedImages, ImageFolder, channels_of, to_unit
-from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
+from vavae_tools.evaluation.classifier import cached_classifier, train_classifier
 from vavae_tools.evaluation.metrics import (
     KernelDistance,
     aligned,
@@ -20,6 +20,7 @@ from vavae_tools.evaluation.metrics import (
     mean_kernel_distance,
     nearest,
     percent,
+    plain,
 )
 from vavae_tools.plots import plot_bars, save_figures, show_rows
 from vavae_tools.runtime.errors import UserError
@@ -69,6 +70,16 @@ class SetDistances:
         """
         return self.frechet_generated / max(self.frechet_real, 1e-12)
 
+    def __str__(self) -> str:
+        frechet = f"{self.frechet_generated:.3g}", f"{self.frechet_real:.3g}", f"{self.times_real:.1f} times"
+        rows = [
+            ("to real validation images from", "generated", "real training", ""),
+            ("Fréchet distance", *frechet),
+            ("kernel distance [95 %]", str(self.kernel_generated), str(self.kernel_real), ""),
+        ]
+        sets = f"(Fréchet distance: {self.images:,} images in each set; kernel distance: mean over persons)"
+        return "\n".join([*aligned(rows), sets])
+
 
 @dataclass(frozen=True)
 class CopyCheck:
@@ -85,6 +96,15 @@ class CopyCheck:
     generated_within: float
     validation_within: float | None
     times_validation: float | None
+
+    def __str__(self) -> str:
+        line = "nearest training image: "
+        if self.times_validation is not None:
+            line += f"{self.times_validation:.2f} times as far as from real validation images (median); "
+        line += f"{percent(self.generated_within)} are as near as the nearest 1 % of training images are to each other"
+        if self.validation_within is not None:
+            line += f" (real validation images: {percent(self.validation_within)})"
+        return line
 
 
 @dataclass(frozen=True)
@@ -118,36 +138,24 @@ class Evaluation:
 
     def as_dict(self) -> dict:
         """Return plain values for JSON."""
-        plain = asdict(replace(self, figures={}))
-        del plain["figures"]
+        values = plain(self)
         if self.distances:
-            plain["distances"]["times_real"] = self.distances.times_real
-        return plain
+            values["distances"]["times_real"] = self.distances.times_real
+        return values
 
     def __str__(self) -> str:
         height, width = self.image_size
         persons = f"{len(self.people)} person{'s' * (len(self.people) != 1)}"
-        lines = [
-            f"{self.total.generated:,} generated images of {persons}, {height}×{width} ({self.generated_dir})",
-            "",
-        ]
         rows = [("person", "generated", "accuracy", "real validation", "accuracy")]
         for name, score in [*self.people.items(), ("all", self.total)]:
-            right = (percent(score.generated_accuracy), percent(score.validation_accuracy))
-            rows.append((name, f"{score.generated:,}", right[0], f"{score.validation:,}", right[1]))
+            made, real = percent(score.generated_accuracy), percent(score.validation_accuracy)
+            rows.append((name, f"{score.generated:,}", made, f"{score.validation:,}", real))
+        lines = [f"{self.total.generated:,} generated images of {persons}, {height}×{width} ({self.generated_dir})", ""]
         lines += aligned(rows)
-        if self.distances:
-            d = self.distances
-            lines += [
-                "",
-                *aligned(_distance_rows(d)),
-                f"(Fréchet distance: {d.images:,} images in each set; kernel distance: mean over persons)",
-            ]
-        lines += ["", _copy_line(self.copies)]
-        lines += [f"note: {note}" for note in self.notes]
+        lines += ["", str(self.distances)] if self.distances else []
+        lines += ["", str(self.copies), *(f"note: {note}" for note in self.notes)]
         figures = ", ".join(f"figures/{name}.png" for name in self.figures)
-        lines.append(f"written: evaluation.json, {figures} ({self.output_dir})")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"written: evaluation.json, {figures} ({self.output_dir})"])
 
     __repr__ = __str__
 
@@ -205,20 +213,20 @@ def evaluate_images(
             f"{data_dir} has images of one person only, so there is nobody to take them for; distances are measured "
             "in the features of an untrained network"
         )
-        classifier = _untrained(num_classes, train, seed, device)
-
-    subsets = [
+        # features of random weights still tell sets of images apart (Naeem et al. 2020 measure with such)
+        classifier = train_classifier(train, num_classes, 0, seed, device, progress=False)
+    made, known, unseen = (
         _Subset(data, *classifier.judge(data)) if data is not None else None for data in (generated, train, validation)
-    ]
-    made, known, unseen = subsets
+    )
     del classifier
     release_memory()
-    people = {}
-    for name, label in labels.items():
-        if (generated.labels == label).any():
-            people[name] = _score(made, unseen, label, told_apart)
-    distances = _distances(made, known, unseen, labels, seed, notes)
+    of_people = {name: label for name, label in labels.items() if (generated.labels == label).any()}
+    people = {name: _score(made, unseen, label, told_apart) for name, label in of_people.items()}
     copies, places, lengths = _check_copies(made, known, unseen)
+    pairs = [
+        NearestImage(name, train.names[place], length, _pixel_distance(generated, train, i, place))
+        for i, (name, place, length) in enumerate(zip(generated.names, places.tolist(), lengths.tolist(), strict=True))
+    ]
     evaluation = Evaluation(
         str(generated_dir),
         str(data_dir),
@@ -226,14 +234,9 @@ def evaluate_images(
         train.image_size,
         _score(made, unseen, None, told_apart),
         people,
-        distances,
+        _distances(made, known, unseen, labels, seed, notes),
         copies,
-        [
-            NearestImage(
-                generated.names[i], train.names[place], length.item(), _pixel_distance(generated, train, i, place)
-            )
-            for i, (place, length) in enumerate(zip(places.tolist(), lengths, strict=True))
-        ],
+        pairs,
         notes,
         _figures(people, labels, made, known, unseen, places, lengths, told_apart),
     )
@@ -264,7 +267,7 @@ def _load(
             f"{generated_dir} has images of {listed(unknown)}, but {data_dir} knows {listed(labels, most=8)} only. "
             "Rename the folder, or name the data the images were learnt from"
         )
-    notes: list[str] = []
+    notes = []
     if image_size is None:
         image_size = _common_size([path for paths in folders.values() for path in paths], notes)
         real.resize(image_size)
@@ -275,8 +278,8 @@ def _load(
 
 
 def _common_size(paths: list[Path], notes: list[str]) -> tuple[int, int]:
-    """(height, width) of most of the images."""
-    sizes: Counter[tuple[int, int]] = Counter()
+    """Return (height, width) of most of the images."""
+    sizes = Counter()
     for path in paths:
         try:
             with Image.open(path) as image:
@@ -287,13 +290,6 @@ def _common_size(paths: list[Path], notes: list[str]) -> tuple[int, int]:
     if len(sizes) > 1:
         notes.append(f"the generated images have {len(sizes)} sizes, all are resized to {height}×{width}")
     return height, width
-
-
-def _untrained(num_classes: int, train: DecodedImages, seed: int, device: str | torch.device) -> PersonClassifier:
-    """Features of random weights still tell sets of images apart (Naeem et al. 2020 measure with such)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return PersonClassifier(num_classes, train.image_size, train.channels).to(device)
 
 
 def _score(made: _Subset, unseen: _Subset | None, label: int | None, told_apart: bool) -> PersonScore:
@@ -343,7 +339,7 @@ def _distances(
 
 
 def _same_mix(subset: _Subset, shares: dict[int, int], seed: int) -> Tensor:
-    """The features of `shares[label]` images of each label, drawn at random."""
+    """Return the features of `shares[label]` images of each label, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for label, n in shares.items():
@@ -353,17 +349,15 @@ def _same_mix(subset: _Subset, shares: dict[int, int], seed: int) -> Tensor:
 
 
 def _check_copies(made: _Subset, known: _Subset, unseen: _Subset | None) -> tuple[CopyCheck, Tensor, Tensor]:
-    """The check, and for each generated image the place of the nearest training image and its distance."""
+    """Return the check, and for each generated image the place of the nearest training image and its distance."""
     places, lengths = nearest(made.features, known.features)
     limit = nearest(known.features)[1].quantile(0.01).item() if len(known.features) > 1 else 0.0
-    usual = nearest(unseen.features, known.features)[1] if unseen else None
-    check = CopyCheck(
-        limit,
-        (lengths < limit).float().mean().item(),
-        (usual < limit).float().mean().item() if usual is not None else None,
-        (lengths.median() / usual.median().clamp_min(1e-12)).item() if usual is not None else None,
-    )
-    return check, places, lengths
+    of_real = None, None
+    if unseen is not None:
+        usual = nearest(unseen.features, known.features)[1]
+        times = lengths.median() / usual.median().clamp_min(1e-12)
+        of_real = (usual < limit).float().mean().item(), times.item()
+    return CopyCheck(limit, (lengths < limit).float().mean().item(), *of_real), places, lengths
 
 
 def _pixel_distance(generated: ImageFolder, train: DecodedImages, i: int, place: int) -> float:
@@ -382,22 +376,17 @@ def _figures(
     lengths: Tensor,
     told_apart: bool,
 ) -> dict[str, "Figure"]:
-    real = unseen or known
-    rows = {}
-    for name in list(people)[:: -(-len(people) // _MOST_ROWS)]:
-        rows[name] = torch.cat([_some(subset.data, labels[name]) for subset in (real, made)])
+    shown = list(people)[:: -(-len(people) // _MOST_ROWS)]
+    sets = (unseen or known).data, made.data
+    rows = {name: torch.cat([_some(data, labels[name]) for data in sets]) for name in shown}
     titles = ["real", *[""] * (_FEW - 1), "generated"]
     figures = {"real_and_generated": show_rows(rows, titles, gap_after=_FEW)}
     closest = lengths.argsort()[: 2 * _FEW]
     name_of = {label: name for name, label in labels.items()}
-    shown = made.data.labels[closest].tolist(), known.data.labels[places[closest]].tolist(), lengths[closest].tolist()
-    titles = [
-        f"{name_of[one]} / {name_of[other]}\ndistance {length:.2f}" for one, other, length in zip(*shown, strict=True)
-    ]
-    pairs = {
-        "generated": made.data.__getitems__(closest)["images"],
-        "nearest in training": known.data.__getitems__(places[closest])["images"],
-    }
+    first, second = made.data.__getitems__(closest), known.data.__getitems__(places[closest])
+    three = zip(first["labels"].tolist(), second["labels"].tolist(), lengths[closest].tolist(), strict=True)
+    titles = [f"{name_of[one]} / {name_of[other]}\ndistance {length:.2f}" for one, other, length in three]
+    pairs = {"generated": first["images"], "nearest in training": second["images"]}
     figures["generated_and_nearest"] = show_rows(pairs, titles)
     if told_apart:
         groups = {"generated": [100 * score.generated_accuracy for score in people.values()]}
@@ -408,27 +397,9 @@ def _figures(
 
 
 def _some(data: DecodedImages, label: int) -> Tensor:
-    """A few images of one label, from its first to its last; white where there are too few."""
+    """Return a few images of one label, from its first to its last; white where there are too few."""
     places = (data.labels == label).nonzero().flatten()
     if len(places) > _FEW:
         places = places[torch.linspace(0, len(places) - 1, _FEW).long()]
     white = torch.full((_FEW - len(places), data.channels, *data.image_size), 255, dtype=torch.uint8)
     return torch.cat([data.__getitems__(places)["images"], white]) if len(places) else white
-
-
-def _distance_rows(d: SetDistances) -> list[tuple[str, ...]]:
-    return [
-        ("to real validation images from", "generated", "real training", ""),
-        ("Fréchet distance", f"{d.frechet_generated:.3g}", f"{d.frechet_real:.3g}", f"{d.times_real:.1f} times"),
-        ("kernel distance [95 %]", str(d.kernel_generated), str(d.kernel_real), ""),
-    ]
-
-
-def _copy_line(copies: CopyCheck) -> str:
-    line = "nearest training image: "
-    if copies.times_validation is not None:
-        line += f"{copies.times_validation:.2f} times as far as from real validation images (median); "
-    line += f"{percent(copies.generated_within)} are as near as the nearest 1 % of training images are to each other"
-    if copies.validation_within is not None:
-        line += f" (real validation images: {percent(copies.validation_within)})"
-    return line

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.diffusion.solvers import time_grid
 from vavae_tools.evaluation.bits import BitsPerToken, bits_per_token, chosen_images, unigram_bits
-from vavae_tools.evaluation.metrics import aligned, percent
+from vavae_tools.evaluation.metrics import aligned, percent, plain
 from vavae_tools.evaluation.novelty import COPIED_SPAN, NGRAMS, KnownTexts, Novelty, novelty
 from vavae_tools.pipelines.tokens import TokenImageOutput, TokenImagePipeline
 from vavae_tools.plots import plot_curves, save_figures
@@ -30,11 +30,9 @@ TIMES = tuple(step / 20 for step in range(1, 20))
 
 
 def valid_share(code: TokenCode, images: Tensor, mask: Tensor) -> float:
-    """Return the share of cells whose signs are exactly those of a token's code; NaN where there is no cell.
+    """Return the share of cells of images (B, C, H, W) whose signs are exactly those of a token's code.
 
-    Args:
-        images: (B, C, H, W), as a `TokenImagePipeline` predicted them.
-        mask: pixels of the cells that count, (B, H, W).
+    Only those in a mask (B, H, W) count; NaN where there is none.
     """
     return code.is_valid(code.cells_of(images)[code.mask_to_cells(mask)]).double().mean().item()
 
@@ -63,7 +61,6 @@ def reconstruction_curve(
     A chat's prompt is known and does not count. All times see the same images and the same noise.
 
     Args:
-        times: from 0, noise, to below 1, the data.
         count: images, chosen at random.
         steps: of the whole way from 0 to 1.
     """
@@ -131,16 +128,12 @@ class TokenReport:
 
     def as_dict(self) -> dict:
         """Return plain values for JSON."""
-        plain = asdict(replace(self, figures={}))
-        del plain["figures"]
-        return {**plain, "copied_span": COPIED_SPAN}
+        return {**plain(self), "copied_span": COPIED_SPAN}
 
     def __str__(self) -> str:
-        lines = [self._summary()]
-        if self.scores:
-            lines += ["", *aligned(_rows(self.scores))]
         subsets = ", ".join(f"{subset} {bits}" for subset, bits in self.bits.items())
-        lines += ["", f"bits per token, at most: {subsets} (by their frequencies alone {self.unigram_bits:.3f})"]
+        lines = [self._summary(), *(["", *aligned(_rows(self.scores))] if self.scores else []), ""]
+        lines.append(f"bits per token, at most: {subsets} (by their frequencies alone {self.unigram_bits:.3f})")
         few = self.curve[:: -(-len(self.curve) // 7)]
         rows = [(f"noised {self.curve_of}, from t =", *(f"{one.t:.2f}" for one in few))]
         rows += [(f"{name} that come back", *(percent(getattr(one, name)) for one in few)) for name in _CURVES]
@@ -169,21 +162,20 @@ _CURVES = {"cells": "cells", "images": "whole images"}
 def _rows(scores: dict[str, TextScores]) -> list[tuple[str, ...]]:
     each = list(scores.values())
     rows = [("", *scores), ("texts", *(f"{one.texts:,}" for one in each))]
-    shares = {"right": "right", "valid": "valid cells", "prompts_kept": "prompts kept"}
-    for name, title in shares.items():
+    for name, title in {"right": "right", "valid": "valid cells", "prompts_kept": "prompts kept"}.items():
         values = [getattr(one, name) for one in each]
         if any(value is not None for value in values):
             rows.append((title, *map(percent, values)))
-    rows += [
-        (f"{n}-grams in training" if n > 1 else "tokens in training", *(percent(one.novelty.ngrams[n]) for one in each))
-        for n in NGRAMS
-    ]
+    found = [one.novelty for one in each]
+    for n in NGRAMS:
+        title = f"{n}-grams in training" if n > 1 else "tokens in training"
+        rows.append((title, *(percent(one.ngrams[n]) for one in found)))
     return [
         *rows,
-        (f"in copied spans of {COPIED_SPAN}+ tokens", *(percent(one.novelty.copied) for one in each)),
-        ("longest copied span, mean", *(f"{one.novelty.longest_mean:.1f}" for one in each)),
-        ("longest copied span, largest", *(f"{one.novelty.longest:,}" for one in each)),
-        ("copied whole", *(percent(one.novelty.whole) for one in each)),
+        (f"in copied spans of {COPIED_SPAN}+ tokens", *(percent(one.copied) for one in found)),
+        ("longest copied span, mean", *(f"{one.longest_mean:.1f}" for one in found)),
+        ("longest copied span, largest", *(f"{one.longest:,}" for one in found)),
+        ("copied whole", *(percent(one.whole) for one in found)),
     ]
 
 
@@ -204,13 +196,9 @@ def evaluate_tokens(
     answers to questions that validate. Beside them stand as many real texts that validate.
 
     Args:
-        train, val: the subsets of the data (`TokenImageDataset.subsets`).
         output_dir: None: nothing is written.
         is_right: text → whether, or how far, it is right, such as `data.sentences.grammatical_share`; of chats
             (question, answer) →, such as `data.sentences.answers`.
-
-    Raises:
-        UserError: the model draws tokens otherwise than the data.
     """
     if (pipe.code.config, pipe.img_size) != (train.code.config, train.img_size):
         raise UserError(
@@ -218,30 +206,20 @@ def evaluate_tokens(
             f"images of {train.img_size}: give both the same tokenizer, cell_size, channels and img_size"
         )
     subset, real = ("validation", val) if val is not None else ("training", train)
-    chats, notes = train.use_chat_template, []
-    if val is None:
-        missing = "answers are to training questions," if chats else "no completions,"
-        notes.append(f"no texts that validate: {missing} nothing real beside them, bits and curve of training texts")
-
-    known = _Known(train, is_right)
+    known, notes = _Known(train, is_right), []
+    chosen = Draws(seed, 0, torch.arange(len(real))).uniform("text").argsort()[:num_samples].tolist()
+    asked = _asked(train, val, chosen, notes)
     if known.texts.texts < len(train):
         notes.append(f"copies are looked for in the first {known.texts.texts:,} of {len(train):,} training texts")
-    chosen = Draws(seed, 0, torch.arange(len(real))).uniform("text").argsort()[:num_samples].tolist()
-    asked: dict[str, list[list[int]] | None] = {} if chats else {"samples": None}
-    if chats or val is not None:
-        prompts = [prompt for prompt in real.prompts(chosen) if prompt and len(prompt) < train.max_tokens]
-        if prompts:
-            asked["answers" if chats else "completions"] = prompts
-        else:
-            notes.append(f"no {subset} text begins with a prompt that leaves room to go on: nothing was completed")
-    scores, texts = {}, []
+    scores, lines = {}, []
     for name, prompts in asked.items():
-        count = num_samples if prompts is None else len(prompts)
-        log(f"writing {count:,} {name} in {num_inference_steps} steps")
-        of_what = {"num_samples": count} if prompts is None else {"prompts": prompts}
+        of_what = {"prompts": prompts} if prompts else {"num_samples": num_samples}
+        log(f"writing {len(prompts) if prompts else num_samples:,} {name} in {num_inference_steps} steps")
         written = pipe(**of_what, num_inference_steps=num_inference_steps, seed=seed)
         scores[name] = known.scores(written, prompts)
-        texts += zip(written.texts, map(train.text, prompts) if prompts else [None] * count, strict=True)
+        begun = map(train.text, prompts) if prompts else [None] * num_samples
+        texts = [{"text": text, "prompt": prompt} for text, prompt in zip(written.texts, begun, strict=True)]
+        lines += [json.dumps(text, ensure_ascii=False) + "\n" for text in texts]
     if val is not None:
         scores["real"] = known.of_real(val, chosen)
     log("measuring bits per token and what comes back from noise")
@@ -250,9 +228,7 @@ def evaluate_tokens(
         bits["training"] = bits_per_token(pipe, train, seed=seed)
     curve = reconstruction_curve(pipe, real, seed=seed)
     shares = {title: [getattr(one, name) for one in curve] for name, title in _CURVES.items()}
-    figure = plot_curves(
-        [one.t for one in curve], shares, "t (0 is noise, 1 is data)", "share that comes back exactly", (0, 1)
-    )
+    axes = "t (0 is noise, 1 is data)", "share that comes back exactly", (0, 1)
     report = TokenReport(
         train.data_path,
         num_inference_steps,
@@ -264,16 +240,32 @@ def evaluate_tokens(
         curve,
         notes,
         None if output_dir is None else str(output_dir),
-        {"reconstruction": figure},
+        {"reconstruction": plot_curves([one.t for one in curve], shares, *axes)},
     )
     if output_dir is not None:
         folder = Path(output_dir)
         save_figures(report.figures, folder / "figures")
         with atomic_write(folder / "samples.jsonl") as partial:
-            lines = [json.dumps({"text": text, "prompt": prompt}, ensure_ascii=False) for text, prompt in texts]
-            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            partial.write_text("".join(lines), encoding="utf-8")
         write_json(folder / "evaluation.json", report.as_dict())
     return report
+
+
+def _asked(
+    train: TokenImageDataset, val: TokenImageDataset | None, chosen: list[int], notes: list[str]
+) -> dict[str, list[list[int]] | None]:
+    """Return the sets of texts to write, with the prompts of each; a note is added where one cannot be."""
+    chats, real = train.use_chat_template, train if val is None else val
+    if val is None:
+        missing = "answers are to training questions," if chats else "no completions,"
+        notes.append(f"no texts that validate: {missing} nothing real beside them, bits and curve of training texts")
+        if not chats:
+            return {"samples": None}
+    prompts = [prompt for prompt in real.prompts(chosen) if prompt and len(prompt) < train.max_tokens]
+    if not prompts:
+        notes.append("no real text begins with a prompt that leaves room to go on: nothing was completed")
+    of_prompts = {"answers" if chats else "completions": prompts} if prompts else {}
+    return of_prompts if chats else {"samples": None, **of_prompts}
 
 
 class _Known:
@@ -305,11 +297,10 @@ class _Known:
     def _right(self, prompts: list[list[int]], texts: list[str]) -> float | None:
         if self._is_right is None:
             return None
+        judged = [(text,) for text in texts]
         if self._data.use_chat_template:
-            judged = [self._is_right(self._data.text(start), text) for start, text in zip(prompts, texts, strict=True)]
-        else:
-            judged = [self._is_right(text) for text in texts]
-        return sum(map(float, judged)) / len(judged)
+            judged = zip(map(self._data.text, prompts), texts, strict=True)
+        return sum(float(self._is_right(*of)) for of in judged) / len(texts)
 
 
 def _beginnings_and_rest(data: TokenImageDataset, indices: Sequence[int]) -> tuple[list[list[int]], list[np.ndarray]]:

@@ -80,15 +80,6 @@ class ImagePipeline(DenoiserPipeline):
         model = digest_of(self.denoiser, self.conditioner, self.vae)
         return {"model": model, "solver": {"name": type(self.scheduler).__name__, **solver}}
 
-    def _start(self, count: int, latents: Tensor | None, generator: Generators) -> Tensor:
-        """Return noise to start from, (count, C, h, w): the latents given, or drawn."""
-        shape = (count, *self.denoiser.latent_shape)
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        if tuple(latents.shape) != shape:
-            raise UserError(f"latents are {tuple(latents.shape)}, expected {shape}")
-        return latents
-
     def _sampled(self, noise: Tensor, told: Callable, precision: str, labels: Tensor | None, **by: Any) -> Tensor:
         """Return images uint8 (B, C, H, W) from noise (B, C, h, w), where the models are.
 
@@ -102,13 +93,35 @@ class ImagePipeline(DenoiserPipeline):
         latents = all_finite(self, len(noise), precision, denoise, "latents")
         return to_pixels(decoded(self, latents, precision, labels))
 
-    def _output(
-        self, count: int, make: Callable[[slice], Tensor], batch_size: int | None, output_type: str, return_dict: bool
+    def _images(
+        self,
+        count: int,
+        make: Callable[[slice, Tensor], Tensor],
+        latents: Tensor | None,
+        generator: Generators,
+        batch_size: int | None,
+        output_type: str,
+        return_dict: bool,
     ) -> ImagePipelineOutput | tuple[Images]:
-        """Return `count` images as a pipeline's call does, made batch by batch."""
+        """Return `count` images as a pipeline's call does, by `make`: rows and their noise (b, C, h, w) → images."""
+        if output_type not in ("pil", "pt", "np"):
+            raise UserError(f"No output_type {output_type!r}; there are pil, pt, np")
+        shape, device = (count, *self.denoiser.latent_shape), self._execution_device
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if tuple(latents.shape) != shape:
+            raise UserError(f"latents are {tuple(latents.shape)}, expected {shape}")
+
+        def part(rows: slice) -> Tensor:
+            return make(rows, latents[rows].to(device)).cpu()
+
         with self.progress_bar(total=count) as bar:
-            images = as_output_type(torch.cat(in_batches(self, count, make, batch_size, bar.update)), output_type)
+            images = torch.cat(in_batches(self, count, part, batch_size, bar.update))  # uint8 (N, C, H, W)
         self.maybe_free_model_hooks()  # of `enable_model_cpu_offload`
+        if output_type != "pt":
+            images = images.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
+        if output_type == "pil":  # grey ones in mode L
+            images = [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in images]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
@@ -119,22 +132,6 @@ def digest_of(*models: ModelMixin) -> str:
         config = {name: value for name, value in model.config.items() if not name.startswith("_")}
         digest.update(json.dumps([weights_digest(model), config], sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def check_output_type(output_type: str) -> None:
-    """Raise `UserError` if it is none of "pil", "pt", "np"."""
-    if output_type not in ("pil", "pt", "np"):
-        raise UserError(f"No output_type {output_type!r}; there are pil, pt, np")
-
-
-def as_output_type(images: Tensor, output_type: str) -> Images:
-    """Return images uint8 (N, C, H, W) as they are ("pt"), as (N, H, W, C) ("np"), or as PIL's, grey ones in mode L."""
-    if output_type == "pt":
-        return images
-    arrays = images.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
-    if output_type == "np":
-        return arrays
-    return [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in arrays]
 
 
 # ---- from files
@@ -171,11 +168,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -> Pipeline:
-    """Return the pipeline that `save_pretrained` wrote; `options` are those of `from_pretrained`.
-
-    Raises:
-        UserError: no pipeline, one of another kind, live weights wanted (ema false), or damaged files.
-    """
+    """Return the pipeline that `save_pretrained` wrote; `options` are those of `from_pretrained`."""
     if not (path / "model_index.json").is_file():
         there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
         raise UserError(f"{path} is no pipeline (no model_index.json); it holds {there}. Name a .ckpt or pipeline/")
@@ -185,8 +178,8 @@ def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -
         raise UserError(f"{path} holds the averaged weights alone: name a .ckpt of the training for the live ones")
     sys.modules["vavae_tools.diffusion.text_conditioning"] = conditioning  # as older pipelines name it
     for part in index.values():  # diffusers finds our classes in modules that are imported already
-        home = part[0] if isinstance(part, list) and part else None
-        if isinstance(home, str) and home.startswith("vavae_tools.autoencoders."):
+        home = str(part[0]) if isinstance(part, list) and part else ""
+        if home.startswith("vavae_tools.autoencoders."):
             with suppress(ImportError):
                 import_module(home)
     bars = logging.is_progress_bar_enabled()
@@ -210,11 +203,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 def read_training(
     kind: type[DiffusionPipeline], path: Path, ema: bool, conditioner: type[Conditioner]
 ) -> tuple[ModelMixin, Conditioner, dict[str, Any]]:
-    """Return denoiser and conditioner of a checkpoint, in evaluation mode, and the settings of its training.
-
-    Raises:
-        UserError: a checkpoint of something else than training for this kind of pipeline, or weights that do not fit.
-    """
+    """Return denoiser and conditioner of a checkpoint, in evaluation mode, and the settings of its training."""
     checkpoint = _read_checkpoint(path)
     state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
     _check_kind(path, _kind_trained(settings), kind)
@@ -233,8 +222,14 @@ def read_training(
     return *models, settings
 
 
+def folder_beside(path: Path, *names: str) -> Path:
+    """Return the first folder of these names in a pipeline, or beside a checkpoint or the checkpoints' folder."""
+    for home in (path, *path.absolute().parents[:2]):
+        for name in names:
+            if (home / name).is_dir():
+                return home / name
+    raise UserError(f"No {names[0]}/ in or beside {path}: copy it from the folder of its training")
+
+
 def autoencoder_beside(checkpoint: Path) -> Path:
-    """Return the autoencoder's folder of a training, by one of its checkpoints."""
-    run = checkpoint.parent if (checkpoint.parent / "autoencoder").is_dir() else checkpoint.parent.parent
-    folder = run / "autoencoder"
-    return folder if folder.is_dir() else run / "vavae"  # as it was called before
+    return folder_beside(checkpoint, "autoencoder", "vavae")  # as it was called before

@@ -35,10 +35,7 @@ def in_batches(
     batch_size: int | None = None,
     done: Callable[[int], object] = lambda rows: None,
 ) -> list[Made]:
-    """Return what `make` makes of `count` rows, batch by batch, halved where memory runs out.
-
-    What was found to fit, the pipeline keeps as `fitting`. `done` is called with the number of rows after each batch.
-    """
+    """Return what `make` makes of `count` rows, batch by batch, halved where memory runs out (then `pipe.fitting`)."""
     at_once, made, start = batch_size_for(pipe, batch_size), [], 0
     while start < count:
         size = min(at_once, count - start)
@@ -50,7 +47,12 @@ def in_batches(
         except Exception as error:
             if not is_memory_fault(error) or _is_sharded(pipe):  # whose other processes are in its midst
                 raise
-        at_once = pipe.fitting = _fewer(pipe, size)  # outside of `except`, whose traceback holds what is to be freed
+        release_memory()  # outside of `except`, whose traceback holds what is to be freed
+        memory = "GPU's memory" if pipe._execution_device.type == "cuda" else "memory"
+        if size == 1:
+            raise UserError(f"The {memory} is too small for one {pipe.makes}: end what else runs, or change the device")
+        at_once = pipe.fitting = size // 2
+        tell(f"{size} {pipe.makes}s at once do not fit the {memory}: making {at_once}")
     return made
 
 
@@ -60,15 +62,6 @@ def batch_size_for(pipe: DiffusionPipeline, batch_size: int | None = None) -> in
         raise UserError(f"batch_size {batch_size}: at least one {pipe.makes} at once is needed")
     at_once = default_batch_size(pipe) if batch_size is None else batch_size
     return min(at_once, getattr(pipe, "fitting", at_once))
-
-
-def _fewer(pipe: DiffusionPipeline, tried: int) -> int:
-    release_memory()
-    memory = "GPU's memory" if pipe._execution_device.type == "cuda" else "memory"
-    if tried == 1:
-        raise UserError(f"The {memory} is too small for one {pipe.makes}: end what else runs, or take another device")
-    tell(f"{tried} {pipe.makes}s at once do not fit the {memory}: making {tried // 2}")
-    return tried // 2
 
 
 def move_to_device(pipe: Pipeline, device: str | torch.device) -> Pipeline:
@@ -104,7 +97,7 @@ def bytes_of_one(pipe: DiffusionPipeline) -> int:
 
     By a simulated allocator, within 15 %: a decoder of convolutions holds 7.5 arrays of its last level, which gets the
     channels of the one below, for every pixel; a transformer 20 numbers of its width for every token, and guidance
-    makes two of one. Autocast changes neither: it has more arrays of half the size.
+    makes two of one. Autocast has more arrays of half the size.
     """
     denoiser, vae = pipe.denoiser, getattr(pipe, "vae", None)
     width = np.max(denoiser.config.hidden_size)
@@ -121,10 +114,7 @@ def bytes_of_one(pipe: DiffusionPipeline) -> int:
 
 # ---- in which precision
 def precisions_for(pipe: DiffusionPipeline, name: str | None = None) -> list[str]:
-    """Return the precision to compute in, and, where none is named, behind it those that would do as well.
-
-    That is the weights' own where they are half (`pipe.to(torch.float16)`), else the machine's (`precision_on`).
-    """
+    """Return the precision to compute in, that of half weights or the machine's; unnamed, also others that would do."""
     machine, of_weights = machine_of(pipe._execution_device), _OF_WEIGHTS.get(pipe.denoiser.dtype)
     if name is None and of_weights:
         return [of_weights]
@@ -134,8 +124,7 @@ def precisions_for(pipe: DiffusionPipeline, name: str | None = None) -> list[str
             f"precision 32, but the weights are {PRECISIONS[of_weights]}: take pipe.to(torch.float32) first"
         )
     slow = {"cpu": "16", "t4": "bf16"}.get(machine.kind)
-    others = [other for other in PRECISIONS if other not in (first, slow)]
-    return [first, *others] if name is None else [first]
+    return [first] if name else [first, *(other for other in PRECISIONS if other not in (first, slow))]
 
 
 def all_finite(

@@ -1,6 +1,6 @@
 """Images of classes as one object: a diffusers pipeline of autoencoder, denoiser, conditioner and solver."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -16,15 +16,7 @@ from vavae_tools.autoencoders.loading import load_autoencoder
 from vavae_tools.diffusion.conditioning import ClassConditioner, check_labels
 from vavae_tools.diffusion.objectives import Objective, objective_of
 from vavae_tools.diffusion.solvers import make_solver
-from vavae_tools.pipelines.base import (
-    Generators,
-    ImagePipeline,
-    autoencoder_beside,
-    check_output_type,
-    is_folder_of_pipeline,
-    read_pipeline,
-    read_training,
-)
+from vavae_tools.pipelines import base
 from vavae_tools.pipelines.batches import Rows
 from vavae_tools.runtime.errors import UserError
 
@@ -32,12 +24,11 @@ Guide = tuple[ModelMixin, ClassConditioner]
 """A weaker denoiser of the same latents and classes with its conditioner, for autoguidance."""
 
 
-class LatentDiTPipeline(ImagePipeline):
+class LatentDiTPipeline(base.ImagePipeline):
     """Labels → images: `pipe(labels=[0, 1], num_inference_steps=50, guidance_scale=1.25).images`.
 
     Args:
         vae: a `VAVAE` or `RAE`, with the statistics of its latents, which travel with it.
-        denoiser, conditioner, scheduler: a `DiT` or `DDT`, its `ClassConditioner` and a solver of `make_solver`.
         people: folder name → label, so that images can be asked for by name and are written to `ID_k/`.
         objective: the config of what was trained with; None: flow matching.
     """
@@ -89,33 +80,30 @@ class LatentDiTPipeline(ImagePipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 1.25,
         *,
-        generator: Generators = None,
+        generator: base.Generators = None,
         latents: Tensor | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         **sampling: Any,
     ) -> ImagePipelineOutput | tuple:
-        """Make one image for each label.
+        """Make one image for each label, or person's name.
 
         Args:
-            labels: of the people wanted, or their names.
             generator: of the noise, one for all or one for each image.
             latents: noise to start from, (len(labels), C, h, w), in place of a generator's.
             batch_size: images made at once, halved where memory runs out; None: by the memory there is. It changes
                 memory and speed, not the images.
             output_type: "pil" (grey ones have mode L), "pt" for uint8 (N, C, H, W), "np" for uint8 (N, H, W, C).
-            num_inference_steps, guidance_scale, sampling: arguments of `make`.
+            sampling: further arguments of `make`.
         """
-        check_output_type(output_type)
         labels = self.labels_of(labels.tolist() if isinstance(labels, Tensor) else labels)
-        device, noise = self._execution_device, self._start(len(labels), latents, generator)
-        sampling = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **sampling}
+        sampling |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
 
-        def make(rows: slice) -> Tensor:
-            return self.make(torch.tensor(labels[rows], device=device), noise[rows].to(device), **sampling).cpu()
+        def make(rows: slice, noise: Tensor) -> Tensor:
+            return self.make(torch.tensor(labels[rows], device=noise.device), noise, **sampling)
 
-        return self._output(len(labels), make, batch_size, output_type, return_dict)
+        return self._images(len(labels), make, latents, generator, batch_size, output_type, return_dict)
 
     @torch.no_grad()
     def make(
@@ -132,22 +120,19 @@ class LatentDiTPipeline(ImagePipeline):
     ) -> Tensor:
         """Make one batch: labels int64 (B,) and noise (B, C, h, w), where the models are → uint8 (B, C, H, W).
 
+        Steps are those of `solvers.lay_out`, guidance is that of `solvers.guided_prediction`.
+
         Args:
-            num_inference_steps, timestep_shift: see `solvers.lay_out`.
-            guidance_scale, guidance_interval, guidance_channels: see `solvers.guided_prediction`.
             guide: guides in place of the null condition (autoguidance), by the same scale; see `load_guide`.
             precision: "32", "16" or "bf16"; None: the machine's own, or that of half weights.
         """
-        by_null = guidance_scale != 1 and guide is None
 
         def told(rows: Rows) -> dict[str, Any]:
             conditioning = self.conditioner(labels[rows])
-            conditions = {"conditioning": conditioning}
-            if by_null:
-                conditions["null"] = self.conditioner.null(len(conditioning))
             if guide:
-                conditions |= {"guide": guide[0], "guide_conditioning": guide[1](labels[rows])}
-            return conditions
+                return {"conditioning": conditioning, "guide": guide[0], "guide_conditioning": guide[1](labels[rows])}
+            null = self.conditioner.null(len(conditioning)) if guidance_scale != 1 else None
+            return {"conditioning": conditioning, "null": null}
 
         by = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
         by |= {"num_inference_steps": num_inference_steps, "timestep_shift": timestep_shift}
@@ -168,33 +153,29 @@ def load_pipeline(path: str | Path, ema: bool = True, autoencoder_dir: str | Pat
         path: a folder that `save_pretrained` wrote, or `best-*.ckpt`, `last.ckpt`.
         ema: of a checkpoint, take the averaged weights; False takes the live ones.
         autoencoder_dir: the autoencoder of a checkpoint; by default `autoencoder/` beside the checkpoints' folder.
-
-    Raises:
-        UserError: nothing there, a checkpoint of another kind, no autoencoder beside it, or live weights of a folder.
     """
-    return _load(Path(path), ema, lambda: load_autoencoder(autoencoder_dir or autoencoder_beside(Path(path))).eval())
+    pipe = _load(Path(path), ema)
+    if pipe.vae is None:
+        pipe.register_modules(vae=load_autoencoder(autoencoder_dir or base.autoencoder_beside(Path(path))).eval())
+    return pipe
 
 
-def _load(path: Path, ema: bool, load_vae: Callable[[], ModelMixin] | None) -> LatentDiTPipeline:
-    """Load as `load_pipeline` does; `load_vae` None: without an autoencoder."""
-    if is_folder_of_pipeline(path):
-        return read_pipeline(LatentDiTPipeline, path, ema, **({} if load_vae else {"vae": None}))
-    denoiser, conditioner, settings = read_training(LatentDiTPipeline, path, ema, ClassConditioner)
+def _load(path: Path, ema: bool, **options: Any) -> LatentDiTPipeline:
+    """Load as `load_pipeline` does, of a checkpoint without the autoencoder; `options` are of a folder alone."""
+    if base.is_folder_of_pipeline(path):
+        return base.read_pipeline(LatentDiTPipeline, path, ema, **options)
+    denoiser, conditioner, settings = base.read_training(LatentDiTPipeline, path, ema, ClassConditioner)
     config = settings.get("objective", {})
-    solver, vae = make_solver(None, objective_of(config)), load_vae and load_vae()
-    return LatentDiTPipeline(vae, denoiser, conditioner, solver, settings.get("people"), config)
+    solver = make_solver(None, objective_of(config))
+    return LatentDiTPipeline(None, denoiser, conditioner, solver, settings.get("people"), config)
 
 
 def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> Guide:
     """Load the denoiser that guides a pipeline (autoguidance, Karras et al. 2024), to where the pipeline computes.
 
-    Args:
-        path: as in `load_pipeline`; no autoencoder is needed.
-
-    Raises:
-        UserError: as there, or its latents or classes are not the pipeline's.
+    It is loaded as by `load_pipeline`, but needs no autoencoder.
     """
-    weak = _load(Path(path), ema, None)
+    weak = _load(Path(path), ema, vae=None)
     for what, found, expected in (
         ("latents of shape", weak.denoiser.latent_shape, pipe.denoiser.latent_shape),
         ("classes:", weak.conditioner.num_classes, pipe.conditioner.num_classes),

@@ -34,18 +34,12 @@ Batch = tuple[int, int]
 
 
 class SampleFiles:
-    """The files of a set of samples 0 … count − 1 in a folder.
+    """The files of a set of samples 0 … count − 1 in a folder."""
 
-    Attributes:
-        globs, ours: where the files of such sets, also of other settings, are, and the names that nothing else has.
-        family: key in the record of `shown`, name → what it shows; sets of other families are others' pipelines'.
-        order: what gives a sample its number, where not every set of a folder has the same.
-    """
-
-    globs: tuple[str, ...]
-    ours: re.Pattern[str]
-    family, unit = "folders", "image"
-    order: dict[str, Any] | None = None
+    globs: tuple[str, ...]  # where the files of such sets, also of other settings, are
+    ours: re.Pattern[str]  # the names that nothing else has
+    family, unit = "folders", "image"  # key in the record of `shown`, name → what it shows; of each kind of pipeline
+    order: dict[str, Any] | None = None  # what gives a sample its number, where not every set of a folder has the same
 
     def __init__(self, output_dir: Path, count: int, shown: dict[str, str]) -> None:
         self.output_dir, self.count, self.shown = output_dir, count, shown
@@ -116,8 +110,7 @@ class OneFile(SampleFiles):
     """All in one file; until they are, a file for each batch in a hidden folder."""
 
     path: Path
-    part: str
-    """Path of a batch's file, with places for its first number and the one behind its last."""
+    part: str  # path of a batch's file, with places for its first number and the one behind its last
 
     def _part(self, batch: Batch) -> Path:
         return self.output_dir / self.part.format(*batch)
@@ -158,17 +151,10 @@ class NpzFile(OneFile):
             np.save(file, made.images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())  # (n, H, W, 3), grey too
 
     def join(self, path: Path, parts: list[Path]) -> None:
-        arrays = {
-            "arr_0": (np.uint8, self.shape, map(np.load, parts)),
-            "arr_1": (np.int64, (self.count,), [self.labels]),
-        }
+        arrays = {"arr_0": ("|u1", self.shape, map(np.load, parts)), "arr_1": ("<i8", (self.count,), [self.labels])}
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            for name, (dtype, shape, rows) in arrays.items():
-                header = {
-                    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-                    "fortran_order": False,
-                    "shape": shape,
-                }
+            for name, (kind, shape, rows) in arrays.items():
+                header = {"descr": kind, "fortran_order": False, "shape": shape}
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:  # dated 1980: always the same bytes
                     np.lib.format.write_array_header_1_0(file, header)
                     for some in rows:
@@ -227,9 +213,6 @@ def begin(
 
     Returns:
         The batch size and the precision to make the samples in.
-
-    Raises:
-        UserError: samples of other settings, unless `overwrite`, or of another kind of pipeline.
     """
     folder, record, foreign, of_order = files.output_dir, _read(files.output_dir), [], []
     if record and _family(record) != files.family:
@@ -286,10 +269,9 @@ def _as_before(settings: dict[str, Any], there: dict[str, Any], precisions: Sequ
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """Return in what settings differ, models without their digests."""
     found = [f"another {name}" for name in _MODELS if there.get(name) != here.get(name)]
-    solvers = there.get("solver") or {}, here.get("solver") or {}
-    same_kind = solvers[0].get("name") == solvers[1].get("name")
-    names = sorted(solvers[0].keys() & solvers[1]) if same_kind else ["name"]  # another diffusers may have more
-    found += [f"solver's {change}" for change in _changes(*solvers, names)]
+    before, now = there.get("solver") or {}, here.get("solver") or {}
+    names = sorted(before.keys() & now) if before.get("name") == now.get("name") else ["name"]  # diffusers may add some
+    found += [f"solver's {change}" for change in _changes(before, now, names)]
     return found + _changes(there, here, sorted({*there, *here} - {*_MODELS, "solver"}))
 
 

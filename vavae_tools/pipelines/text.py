@@ -15,27 +15,18 @@ from vavae_tools.diffusion.clip import TextEncoder, TextStates, load_text_encode
 from vavae_tools.diffusion.conditioning import TextConditioner
 from vavae_tools.diffusion.objectives import objective_of
 from vavae_tools.diffusion.solvers import make_solver
-from vavae_tools.pipelines.base import (
-    Generators,
-    ImagePipeline,
-    autoencoder_beside,
-    check_output_type,
-    is_folder_of_pipeline,
-    read_pipeline,
-    read_training,
-)
+from vavae_tools.pipelines import base
 from vavae_tools.pipelines.batches import Rows
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 
 
-class TextToImagePipeline(ImagePipeline):
+class TextToImagePipeline(base.ImagePipeline):
     """Sentences → images: `pipe("a small red bird", guidance_scale=7.5, seed=0).images`.
 
     Args:
         vae: a `StableDiffusionVAE`, or another autoencoder with the statistics of its latents.
         text_encoder, tokenizer: transformers' own, as a `TextEncoder` holds them.
-        denoiser, conditioner, scheduler: a `TextDiT`, its `TextConditioner` and a solver of `make_solver`.
         objective: the config of what was trained with; None: what the scheduler says.
     """
 
@@ -76,7 +67,7 @@ class TextToImagePipeline(ImagePipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         seed: int | None = None,
-        generator: Generators = None,
+        generator: base.Generators = None,
         latents: Tensor | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
@@ -87,20 +78,15 @@ class TextToImagePipeline(ImagePipeline):
 
         Args:
             negative_prompt: what guidance leads away from, one for all or one for each; by default the empty prompt.
-            num_inference_steps, guidance_scale, precision: of `make`.
             seed: of the noise; image number i of a seed is the same whatever else is made beside it.
             generator, latents, batch_size, output_type: as of `LatentDiTPipeline`.
         """
-        check_output_type(output_type)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UserError("No prompts: at least one is needed")
-        device, numbers = self._execution_device, torch.arange(len(prompts))
-        if latents is None and seed is not None:
-            latents = self.noise(seed, numbers)
-        noise = self._start(len(prompts), latents, generator)
-        generators = generator if isinstance(generator, list) else None
+        generators, numbers = generator if isinstance(generator, list) else None, torch.arange(len(prompts))
         if seed is not None:
+            latents = self.noise(seed, numbers) if latents is None else latents
             generators = self.generators(seed, numbers)
         states, negative = self.encode(prompts), None
         if negative_prompt is not None and guidance_scale != 1:
@@ -110,11 +96,11 @@ class TextToImagePipeline(ImagePipeline):
                 raise UserError(f"{many}: give one for all, or one for each")
             negative = self.encode(away)
 
-        def make(rows: slice) -> Tensor:
+        def make(rows: slice, noise: Tensor) -> Tensor:
             of_rows = negative and negative[rows], num_inference_steps, guidance_scale, generators and generators[rows]
-            return self.make(states[rows], noise[rows].to(device), *of_rows, precision).cpu()
+            return self.make(states[rows], noise, *of_rows, precision)
 
-        return self._output(len(prompts), make, batch_size, output_type, return_dict)
+        return self._images(len(prompts), make, latents, generator, batch_size, output_type, return_dict)
 
     @torch.no_grad()
     def make(
@@ -131,15 +117,12 @@ class TextToImagePipeline(ImagePipeline):
 
         Args:
             negative: states of what guidance leads away from; None: the empty prompt that the conditioner keeps.
-            num_inference_steps: updates; Heun's method calls the denoiser twice for each.
             guidance_scale: how far from there towards the caption; 1 asks for the caption alone, at half the price.
             generators: of the noise that DDPM adds on the way, one for each image; by default it follows from `noise`.
-            precision: "32", "16" or "bf16"; None: the machine's own, or that of half weights.
         """
-        count = len(states)
 
         def told(rows: Rows) -> dict[str, Any]:
-            of_rows = range(count)[rows] if isinstance(rows, slice) else rows.tolist()
+            of_rows = range(len(states))[rows] if isinstance(rows, slice) else rows.tolist()
             conditions = {"conditioning": self.conditioner(states[rows])}
             if guidance_scale != 1:
                 null = self.conditioner.null(len(of_rows)) if negative is None else self.conditioner(negative[rows])
@@ -174,26 +157,18 @@ def load_text_pipeline(
         scheduler: another one than the pipeline's, by its name (see `make_solver`).
     """
     path = Path(path)
-    if is_folder_of_pipeline(path):
+    if base.is_folder_of_pipeline(path):
         with silent_transformers():
-            pipe = read_pipeline(TextToImagePipeline, path, ema, local_files_only=True)
+            pipe = base.read_pipeline(TextToImagePipeline, path, ema, local_files_only=True)
         if scheduler:
             pipe.swap_solver(scheduler)
         return pipe
-    denoiser, conditioner, settings = read_training(TextToImagePipeline, path, ema, TextConditioner)
-    vae = load_autoencoder(autoencoder_dir or autoencoder_beside(path))
-    encoder = load_text_encoder(text_encoder_dir or _text_encoder_beside(path))
+    denoiser, conditioner, settings = base.read_training(TextToImagePipeline, path, ema, TextConditioner)
+    vae = load_autoencoder(autoencoder_dir or base.autoencoder_beside(path))
+    encoder = load_text_encoder(text_encoder_dir or base.folder_beside(path, "text_encoder"))
     if encoder.dim != conditioner.config.text_dim:
-        trained = f"{path} was trained with {conditioner.config.text_dim}"
-        named = "name the text encoder of its training (text_encoder_dir)"
-        raise UserError(f"The text encoder's states have {encoder.dim} numbers, {trained}: {named}")
+        trained = f"{path} was trained with {conditioner.config.text_dim}: name that of its training (text_encoder_dir)"
+        raise UserError(f"The text encoder's states have {encoder.dim} numbers, {trained}")
     config = settings.get("objective", {})
     solver = make_solver(scheduler, objective_of(config))
     return TextToImagePipeline(vae.eval(), encoder.model, encoder.tokenizer, denoiser, conditioner, solver, config)
-
-
-def _text_encoder_beside(checkpoint: Path) -> Path:
-    for parent in checkpoint.absolute().parents[:2]:
-        if (parent / "text_encoder").is_dir():
-            return parent / "text_encoder"
-    raise UserError(f"No text encoder beside {checkpoint}: name the one of its training (text_encoder_dir)")

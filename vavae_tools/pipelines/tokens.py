@@ -20,14 +20,7 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.layers import TokenSubset, select_tokens
 from vavae_tools.diffusion.objectives import Objective, SamplePrediction, objective_of, with_known
 from vavae_tools.diffusion.solvers import make_solver, sample, time_grid
-from vavae_tools.pipelines.base import (
-    DenoiserPipeline,
-    digest_of,
-    is_folder_of_pipeline,
-    kind_of,
-    read_pipeline,
-    read_training,
-)
+from vavae_tools.pipelines import base
 from vavae_tools.pipelines.batches import Rows, all_finite, in_batches, precisions_for
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
@@ -48,24 +41,21 @@ class TokenImageOutput(NamedTuple):
     known: Tensor  # 1 on the prompts' cells, (N, H, W)
 
 
-class TokenImagePipeline(DenoiserPipeline):
+class TokenImagePipeline(base.DenoiserPipeline):
     """Texts of their own, continued prompts, or answers: `pipe(num_samples=4)`, `pipe(["two cats "])`.
 
     Args:
         denoiser: a `DiT` whose patches are the code's cells, with a channel more than the code: which cells are known.
         conditioner: of the one class "text".
-        tokenizer: transformers' own.
         code: the arguments of `TokenCode`.
         lengths: how many of the training's images have 0, 1, … tokens to learn: lengths are drawn from it.
-        time_shift: above 1 most steps are made at high noise; `objectives.hiding_noise` is a good one.
+        time_shift: above 1 most steps are made at high noise; `noise_level_hiding_a_token` is a good one.
         use_chat_template: it was trained on chats, and prompts are messages.
         answer_lengths: [tokens of the prompt, tokens of the answer, chats] of training: an answer's length is drawn
             from those of about `MIN_SIMILAR_CHATS` chats whose prompts are nearest in length; without it from
             `lengths`.
         objective: the config of what was trained with; None: the clean image.
         solver: one of `diffusion.SOLVERS`; None: steps with fresh noise, see eta of `__call__`.
-
-    `save_pretrained(folder)` and `load_token_pipeline(folder)` keep all of it.
     """
 
     model_cpu_offload_seq = "conditioner->denoiser"
@@ -127,7 +117,7 @@ class TokenImagePipeline(DenoiserPipeline):
         others = ("denoiser", "conditioner", "tokenizer", "objective", "solver")
         config = {k: v for k, v in self.config.items() if not k.startswith("_") and k not in others}
         words = [self.tokenizer.get_vocab(), self.tokenizer.chat_template]
-        model = json.dumps([digest_of(self.denoiser, self.conditioner), config, words], sort_keys=True)
+        model = json.dumps([base.digest_of(self.denoiser, self.conditioner), config, words], sort_keys=True)
         solver = {"solver": {"name": self.config.solver}} if self.config.solver else {}
         return {"model": hashlib.sha256(model.encode()).hexdigest(), **solver}
 
@@ -152,15 +142,10 @@ class TokenImagePipeline(DenoiserPipeline):
             num_samples: texts for each prompt, or without prompts in all.
             max_new_tokens: the length to write, at most up to the last cell; None: drawn from the lengths of training
                 that are longer than the prompt; up to the last cell where none was.
-            num_inference_steps: calls of the denoiser; Heun's and the midpoint method take two for each.
             eta: share of fresh noise in each step as in DDIM (Song et al. 2021): 1 corrects earlier errors, 0 is
                 Euler's method on the flow. Of no effect where the pipeline has a solver.
             seed: text number i of a seed is the same whatever else is made beside it.
-            batch_size, precision: as of `LatentDiTPipeline`.
             numbers: of the texts in the seed, in place of 0, 1, … and of num_samples.
-
-        Raises:
-            UserError: as `beginnings`, or numbers that cannot be.
         """
         check_sampling(num_samples, max_new_tokens, num_inference_steps, eta)
         precision = precisions_for(self, precision)[0]
@@ -168,9 +153,8 @@ class TokenImagePipeline(DenoiserPipeline):
             num_samples = len(numbers)
         starts = [start for start in self.beginnings(prompts) for _ in range(num_samples)]
         numbers = range(len(starts)) if numbers is None else numbers
-        if not starts or len(numbers) != len(starts):
-            many = f"{len(numbers)} numbers for {len(starts)} texts"
-            raise UserError(f"{many}: give one for each text, and one text or more")
+        if len(numbers) != len(starts):
+            raise UserError(f"{len(numbers)} numbers for {len(starts)} texts: give one for each")
         numbers = torch.tensor(list(numbers))
         new = self._new_lengths(starts, max_new_tokens, seed, numbers)
 
@@ -291,10 +275,7 @@ class TokenImagePipeline(DenoiserPipeline):
             times: (steps + 1,), from the time of x to 1; `solvers.time_grid`.
             eta, noise: see `__call__`; fresh noise for each step but the last, needed where eta is above 0.
         """
-        check_sampling(eta=eta)
-        if eta and noise is None and len(times) > 2:
-            raise UserError(f"eta {eta:g} takes fresh noise in each step: give it, or eta=0")
-        x, known, clean, kept = self._placed(x, mask, known, clean)
+        x, known, clean, kept = self.placed(x, mask, known, clean)
         predicted = x
         for t, later in pairwise(times.tolist()):
             at = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
@@ -307,7 +288,7 @@ class TokenImagePipeline(DenoiserPipeline):
 
     def _solve(self, x: Tensor, mask: Tensor, known: Tensor, clean: Tensor, steps: int) -> Tensor:
         """Return what `denoise` does, by the pipeline's solver."""
-        x, known, clean, kept = self._placed(x, mask, known, clean)
+        x, known, clean, kept = self.placed(x, mask, known, clean)
         solver = make_solver(self.config.solver, self.objective, self.config.time_shift)
 
         def ask(x: Tensor, t: Tensor, _: Tensor) -> Tensor:
@@ -320,7 +301,7 @@ class TokenImagePipeline(DenoiserPipeline):
         conditioning = self.conditioner(torch.zeros(len(x), dtype=torch.int64, device=x.device))
         return self.denoiser(with_known(x, clean, known), t, conditioning, kept)[:, : x.shape[1]]
 
-    def _placed(
+    def placed(
         self, x: Tensor, mask: Tensor, known: Tensor, clean: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, TokenSubset]:
         """Return x, known, clean and the cells of the mask where the pipeline computes."""
@@ -330,16 +311,8 @@ class TokenImagePipeline(DenoiserPipeline):
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, known: Tensor, clean: Tensor, kept: TokenSubset) -> Tensor:
-        """Return the clean image that the denoiser tells from a noisy one, float32 (B, C, H, W) on its device.
-
-        Args:
-            x: (B, C, H, W) at the times t (B,).
-            known: pixels that `clean` (B, C, H, W) tells, (B, H, W).
-            kept: the cells that have a token, `layers.kept_patches`.
-        """
-        device = self._execution_device
-        x, t, known, clean, *kept = (values.to(device) for values in (x, t, known, clean, *kept))
-        return self.objective.clean(self._ask(x, t, known, clean, TokenSubset(*kept)).float(), x, t)
+        """Return the clean image that the denoiser tells from a noisy one at times t (B,); others are of `placed`."""
+        return self.objective.clean(self._ask(x, t, known, clean, kept).float(), x, t)
 
 
 # ---- what is asked
@@ -379,19 +352,15 @@ def _as_prompt(prompt: Any) -> Prompt:
 
 # ---- from files
 def load_token_pipeline(path: str | Path, ema: bool = True) -> TokenImagePipeline:
-    """Load a pipeline from its folder, or from a checkpoint of training on token images.
-
-    Args:
-        path, ema: as of `load_pipeline`; a checkpoint has `tokenizer/` beside it or above.
-    """
+    """Load a pipeline from its folder, or from a checkpoint of training on token images with `tokenizer/` beside it."""
     path = Path(path)
-    if is_folder_of_pipeline(path):
-        own = kind_of(path) == TokenImagePipeline.__name__  # else it is said what it is
-        options = {"tokenizer": _load_tokenizer(path, [path])} if own else {}
-        pipe = read_pipeline(TokenImagePipeline, path, ema, local_files_only=True, **options)
+    if base.is_folder_of_pipeline(path):
+        own = base.kind_of(path) == TokenImagePipeline.__name__  # else it is said what it is
+        options = {"tokenizer": load_tokenizer(base.folder_beside(path, "tokenizer"))} if own else {}
+        pipe = base.read_pipeline(TokenImagePipeline, path, ema, local_files_only=True, **options)
     else:
-        denoiser, conditioner, settings = read_training(TokenImagePipeline, path, ema, ClassConditioner)
-        tokenizer = _load_tokenizer(path, path.absolute().parents[:2])
+        denoiser, conditioner, settings = base.read_training(TokenImagePipeline, path, ema, ClassConditioner)
+        tokenizer = load_tokenizer(base.folder_beside(path, "tokenizer"))
         of_pipeline = {**settings["token_images"], "objective": settings.get("objective")}
         pipe = TokenImagePipeline(denoiser, conditioner, tokenizer, **of_pipeline)
     tokens, known = len(pipe.text_tokens), pipe.code.num_tokens
@@ -399,10 +368,3 @@ def load_token_pipeline(path: str | Path, ema: bool = True) -> TokenImagePipelin
         found = f"The tokenizer of {path} has {tokens:,} tokens, the model {known:,}"
         raise UserError(f"{found}: take the tokenizer/ of its training")
     return pipe
-
-
-def _load_tokenizer(path: Path, homes: Sequence[Path]) -> Any:
-    for home in homes:
-        if (home / "tokenizer").is_dir():
-            return load_tokenizer(home / "tokenizer")
-    raise UserError(f"No tokenizer/ in or beside {path}: copy it from the folder of its training")

@@ -65,10 +65,6 @@ def write_samples(
         settings: arguments of `pipe.make`, where without a precision it is the one of the images that are there, of the
             same settings, or the machine's own; batch_size, made at once, by default as before in this folder, or by
             the memory there is; ranks, the processes that share the work, of which the first returns when all are done.
-
-    Raises:
-        UserError: an unknown label, names that do not fit, settings that cannot be, images of other settings, or memory
-            that not even one image fits into.
     """
     if isinstance(pipe, str | Path):
         settings |= {"labels": list(labels), "output_dir": output_dir, "seed": seed, "names": names, "format": format}
@@ -112,11 +108,9 @@ def _folder_names(pipe: "LatentDiTPipeline", names: Sequence[str] | None) -> dic
     if names is None:
         return dict(by_label)
     if len(names) != len(by_label):
-        (first, first_name), (last, last_name) = by_label[0], by_label[-1]
-        raise UserError(
-            f"The class list has {len(names)} names, the model {len(by_label)} classes: write one line for each, from "
-            f"label {first} ({first_name}) to label {last} ({last_name})"
-        )
+        first, last = (f"label {label} ({name})" for label, name in (by_label[0], by_label[-1]))
+        found = f"The class list has {len(names)} names, the model {len(by_label)} classes"
+        raise UserError(f"{found}: write one line for each, from {first} to {last}")
     return {label: name for (label, _), name in zip(by_label, names, strict=True)}
 
 
@@ -135,9 +129,6 @@ def write_prompt_samples(
         num_samples: images in all; by default one for each prompt.
         seed: image number i follows from it, i and its prompt.
         settings: as of `write_samples`, and overwrite, by default false.
-
-    Raises:
-        UserError: no prompts, settings that cannot be, or images of other settings in the folder.
     """
     prompts = [prompt.strip() for prompt in prompts]
     if not prompts:
@@ -169,9 +160,6 @@ def write_texts(
         num_samples: texts in all; by default one for each prompt, without prompts 100.
         seed: text number i follows from it, i and its prompt.
         settings: as of `write_samples`, and overwrite, by default false.
-
-    Raises:
-        UserError: prompts or numbers that cannot be, or samples of other settings in the folder.
     """
     prompts = as_prompts(prompts) if len(prompts) else []
     count = (len(prompts) or 100) if num_samples is None else num_samples
@@ -251,11 +239,7 @@ def _write(
 
 
 def _settings_of(pipe: DenoiserPipeline, sampling: dict[str, Any], also: dict[str, Any]) -> dict[str, Any]:
-    """Return all that samples follow from besides their number and what is asked, as plain values.
-
-    Raises:
-        UserError: settings that cannot be.
-    """
+    """Check the settings, and return all that samples follow from besides their number and what is asked."""
     given = inspect.signature(getattr(pipe, "make", type(pipe).__call__)).bind_partial(**sampling)
     given.apply_defaults()
     settings = {name: value for name, value in given.arguments.items() if name not in _PER_SAMPLE_ARGUMENTS}

@@ -16,7 +16,6 @@ from vavae_tools.diffusion.layers import Backbone, TokenSubset, select_tokens
 from vavae_tools.diffusion.lora import lora_settings
 from vavae_tools.diffusion.objectives import FlowMatching, Objective
 from vavae_tools.runtime.draws import Draws
-from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import plain_config
 from vavae_tools.training.callbacks.finite import SMALLER, FiniteSteps, has_scaler
 from vavae_tools.training.callbacks.progress import log_step
@@ -36,12 +35,9 @@ class DiffusionModule(L.LightningModule):
     - After `encode_with`, {"images", "captions", "index"} are encoded at every step.
 
     Args:
-        denoiser, conditioner: what is trained; their averages are `ema.network`.
-        objective: how data are noised, what is predicted, and the loss; of `make_objective`.
-        lr: AdamW's after warm-up.
-        ema_decay: of the averaged weights, which validation and sampling use.
-        warmup_steps: optimiser steps of linear warm-up.
-        schedule: how the learning rate goes on from there: "cosine", "linear" (both to zero) or "constant".
+        denoiser, conditioner: what is trained; their averages, which validation and sampling use, are `ema.network`.
+        objective: of `make_objective`; by default flow matching.
+        lr: AdamW's after `warmup_steps`, from where `schedule` goes on: "cosine", "linear" (both to zero), "constant".
         compile: `torch.compile` the denoiser's blocks: the first step takes a minute, those after it less.
         flip: "none", or "half": half of the latents are those of the mirrored images (they must be encoded).
         seed: every random draw follows from it, the epoch and the sample.
@@ -103,8 +99,7 @@ class DiffusionModule(L.LightningModule):
         """Find the cells to compute, here where no GPU has to be waited for."""
         if "mask" not in batch:
             return batch
-        everything = batch["mask"] + batch["condition_mask"] if "condition_mask" in batch else batch["mask"]
-        kept = select_tokens(everything, self.code.cell_size)
+        kept = select_tokens(batch["mask"] + batch.get("condition_mask", 0), self.code.cell_size)
         if self.device.type == "cuda":  # as the loader pins what it makes, so that the copy is not waited for
             kept = TokenSubset(*(tensor.pin_memory() for tensor in kept))
         return {**batch, "kept": kept}
@@ -115,8 +110,6 @@ class DiffusionModule(L.LightningModule):
     @torch.no_grad()
     def encoded(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return latents and texts of images and captions, in training by a posterior sample of this epoch's."""
-        if self._vae is None:
-            raise UserError("A batch of images and captions, and nothing to encode them: encode_with(vae, encoder)")
         seed, epoch = (self.hparams.seed, self.current_epoch) if self.training else (self.hparams.seed + 1, 0)
         draws = Draws(seed, epoch, batch["index"])
         labels = torch.zeros_like(batch["index"])
@@ -142,9 +135,9 @@ class DiffusionModule(L.LightningModule):
         return self.objective(network["denoiser"], data, conditioning, noise, t, **masked)
 
     def _masks(self, batch: dict[str, Any], draws: Draws) -> dict[str, Any]:
-        """What counts of token images, what is known of them, and what the sum is divided by."""
+        """Return what counts of token images, what is known of them, and what the sum is divided by."""
         mask = batch["mask"]
-        known = batch["condition_mask"] if "condition_mask" in batch else torch.zeros_like(mask)
+        known = batch.get("condition_mask", torch.zeros_like(mask))
         if self.training and self.hparams.prompt_share:
             known = known + self.beginnings(mask, draws)
         pixels = (mask * (1 - known)).sum()
@@ -153,7 +146,7 @@ class DiffusionModule(L.LightningModule):
         return {"mask": mask, "known": known, "kept": batch["kept"], "pixels": pixels}
 
     def beginnings(self, mask: Tensor, draws: Draws) -> Tensor:
-        """Pixels (B, H, W) of the first cells of a mask, in `prompt_share` of the samples."""
+        """Return pixels (B, H, W) of the first cells of a mask, in `prompt_share` of the samples."""
         there = self.code.mask_to_cells(mask)  # (B, N)
         place = there.cumsum(1)
         chosen = draws.uniform("beginning") < self.hparams.prompt_share  # (B,)
@@ -218,8 +211,8 @@ class DiffusionModule(L.LightningModule):
 
         def loss(network: nn.ModuleDict) -> Tensor:
             one = {k: torch.zeros(1, *v.shape[1:], dtype=v.dtype) for k, v in batch.items() if isinstance(v, Tensor)}
-            masked, data = {}, one["clean"] if "mask" in batch else one["latents"]  # (1, C, h, w)
-            if "mask" in batch:
+            masked, data = {}, one["clean"] if "mask" in one else one["latents"]  # (1, C, h, w)
+            if "mask" in one:
                 cells = batch["kept"].places.shape[1]
                 kept = TokenSubset(torch.arange(cells)[None], torch.ones(1, cells, dtype=torch.bool))
                 masked = {"mask": torch.ones_like(one["mask"]), "kept": kept}
@@ -234,7 +227,7 @@ class DiffusionModule(L.LightningModule):
 
 
 def _conditions(batch: dict[str, Any]) -> Tensor | TextStates:
-    """What the conditioner takes of a batch."""
+    """Return what the conditioner takes of a batch."""
     if "text_tokens" in batch:
         return TextStates(batch["text_tokens"], batch["text_mask"], batch["text_pooled"])
     return batch["labels"] if "labels" in batch else torch.zeros_like(batch["index"])
