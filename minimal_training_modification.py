@@ -1,13 +1,15 @@
-"""Fine-tune the VA-VAE with a vector per person, a KL weight, and 1 to 8 GPUs: `experiment=vavae` by its flags."""
+"""Fine-tune the VA-VAE with a vector per person and a KL weight, on 1 to 8 GPUs: `experiment=vavae`, in ./outputs."""
 
 import sys
 
 from vavae_tools.runtime.errors import run_command
-from vavae_tools.train import as_experiment
+from vavae_tools.train import train
 
 
 def main() -> None:
-    as_experiment("vavae", sys.argv[1:])
+    words = sys.argv[1:]
+    named = any(word.startswith(("--output_dir", "--output-dir", "output_dir=")) for word in words)
+    train("experiment=vavae", *words, *([] if named else ["--output_dir", "outputs"]))
 
 
 if __name__ == "__main__":

@@ -83,10 +83,8 @@ def test_stages_go_on_from_each_other_and_from_published_weights(split_dir, publ
     folder, said = whole
     assert (folder / "stage3" / "vavae" / "config.json").is_file()
     told = "\n".join(said)
-    assert f"The discriminator goes on from {published}" in told and f"The projection goes on from {published}" in told
-    for stage in ("stage1", "stage2"):
-        last = folder / stage / "checkpoints" / "last.ckpt"
-        assert f"The discriminator goes on from {last}" in told and f"The projection goes on from {last}" in told
+    for source in (published, *(folder / stage / "checkpoints/last.ckpt" for stage in ("stage1", "stage2"))):
+        assert f"The discriminator goes on from {source}" in told and f"The projection goes on from {source}" in told
     assert "Recipe stage1: l1_weight 1, disc_weight 0.5, kl_weight 1e-06, vf_weight 0.5" in told
     # nothing of stage 1 sees the discriminator, which starts at step 2,500
     assert same(
@@ -166,14 +164,12 @@ def test_advice_comes_once_and_when_it_is_due():
     for _ in range(3):
         validated(kl=0.01, latent_std=1.2, discriminator_accuracy=0.7)
     assert not said
-    validated(kl=0.5, latent_std=1.2)
-    validated(kl=0.9, latent_std=1.2)
-    assert len(said) == 1 and "The KL has grown from 0.01 to 0.5: raise --kl_weight" in said[0]
-    validated(kl=0.01, latent_std=0.02)
-    assert len(said) == 2 and "The latents collapse" in said[1] and "lower --kl_weight" in said[1]
+    for kl, std in ((0.5, 1.2), (0.9, 1.2), (0.01, 0.02)):
+        validated(kl=kl, latent_std=std)
     for rate in (0.99, 0.98, 0.5, 0.99, 0.99, 0.99, 1.0):
         validated(kl=0.01, latent_std=1.0, discriminator_accuracy=rate)
-    assert len(said) == 3 and "The discriminator's accuracy is 99%" in said[2]
+    assert len(said) == 3 and "0.01 to 0.5: raise --kl_weight" in said[0]
+    assert "The latents collapse" in said[1] and "99%" in said[2]
 
 
 def test_previews_show_what_the_vectors_do(split_dir, tmp_path):
@@ -196,7 +192,6 @@ def test_previews_show_what_the_vectors_do(split_dir, tmp_path):
     [
         ("full", 14.56, 8, 256, True),  # 13.3 GiB by benchmarks/memory.py, beside CUDA and DDP's gradients
         ("full", 14.56, 6, 256, False),
-        ("light", 14.56, 9, 256, True),
         ("light", 15.0, 8, 256, False),  # what LPIPS, discriminator and alignment take decides
         ("light", 14.56, 6, (512, 128), False),
         ("light", 14.56, 6, 512, True),
@@ -224,34 +219,10 @@ def test_vectors_of_another_length_than_asked_for(split_dir, vavae_dir, tmp_path
     assert load_vavae(folder, log=lambda line: None).config.condition_dim == 6
 
 
-def test_lpips_comes_from_the_checkpoint_that_has_it(split_dir, published, tmp_path, monkeypatch):
-    """Named nowhere else, it is that of the training checkpoint; a file that is named comes first."""
-    checkpoint = torch.load(published, weights_only=True)
-    checkpoint["state_dict"]["loss.perceptual_loss.lin0.model.1.weight"] = torch.zeros(1, 64, 1, 1)
-    torch.save(checkpoint, tmp_path / "with_lpips.ckpt")
-    asked = []
-
-    class Asked(torch.nn.Module):
-        origin = "a test"
-
-        def forward(self, reconstruction, images):
-            return (reconstruction - images).square().mean(dim=(1, 2, 3))
-
-    monkeypatch.setattr(fine_tuning, "load_lpips", lambda files: asked.append(files) or Asked())
-    numbers = {**TINY, "max_epochs": 1, "perceptual_weight": 1.0, "log": lambda line: None}
-    fine_tune_vavae(split_dir, tmp_path / "out", tmp_path / "with_lpips.ckpt", **numbers)
-    fine_tune_vavae(split_dir, tmp_path / "out", tmp_path / "with_lpips.ckpt", lpips_weights=["vgg.pth"], **numbers)
-    assert asked == [tmp_path / "with_lpips.ckpt", ["vgg.pth"]]
-    with pytest.raises(UserError, match="needs LPIPS"):
-        fine_tune_vavae(split_dir, tmp_path / "out", published, **numbers)
-
-
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"max_epochs": 0}, "max_epochs is 0, expected a whole number of 1 or more"),
-        ({"lr": 0.0}, "lr is 0.0, expected more than 0"),
-        ({"condition_dropout": 2.0}, "condition_dropout is 2.0, expected a share from 0 to 1"),
         ({"saving": {"save_every_minutes": -1.0}}, "save_every_minutes is -1.0, expected 0 or more"),
     ],
 )

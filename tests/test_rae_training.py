@@ -362,7 +362,7 @@ def test_a_module_that_cannot_be(changes, message):
     ("changes", "message"),
     [
         ({"perceptual_weight": 0.5}, r"perceptual_weight needs LPIPS: name its weights"),
-        ({"data": {**DATA, "image_size": 48}}, "image_size 48: this RAE's decoder makes images of 32"),
+        ({"data": {**DATA, "image_size": 48}}, "image_size 48: this RAE makes images of 32"),
         ({"rae": "."}, "is no folder of a whole RAE"),
     ],
 )

@@ -94,28 +94,13 @@ def test_a_guide_and_a_solver(run, models, tmp_path):
     guide = weak.denoiser, weak.conditioner
     for flags, scale in (([], 1.42), (["--guide_scale", 2], 2.0)):
         assert run("--num_samples", 3, "--guide", models / "weak", *flags, "--output_dir", f"by{scale}")[0] == 0
-        write_samples(
-            pipe, [0, 1, 2], f"same{scale}", num_inference_steps=2, guidance_scale=scale, guide=guide, batch_size=4
-        )
+        settings = {"num_inference_steps": 2, "guidance_scale": scale, "guide": guide, "batch_size": 4}
+        write_samples(pipe, [0, 1, 2], f"same{scale}", **settings)
         assert contents(tmp_path / f"by{scale}") == contents(tmp_path / f"same{scale}")
     assert run("--num_samples", 3, "--cfg_scale", 1, "--output_dir", "euler")[0] == 0
     assert run("--num_samples", 3, "--cfg_scale", 1, "--solver", "heun", "--output_dir", "heun")[0] == 0
     euler, heun = pixels(tmp_path / "euler"), pixels(tmp_path / "heun")
     assert euler.keys() == heun.keys() and any((euler[name] != heun[name]).any() for name in euler)
-
-
-def test_images_of_other_settings_are_refused_and_replaced(run, tmp_path):
-    assert run("--num_samples", 6)[0] == 0
-    before = contents(tmp_path)
-    said = one_line(run("--num_samples", 3, "--cfg_scale", 2))
-    assert "outputs/samples holds images of other settings (cfg_scale or guide_scale 1.25 there, 2.0 here)" in said
-    assert contents(tmp_path) == before
-    assert run("--num_samples", 3, "--cfg_scale", 2, "--precision", "bf16", "--overwrite")[0] == 0
-    assert run("--num_samples", 3, "--cfg_scale", 2, "--precision", "bf16", "--output_dir", "new")[0] == 0
-    assert contents(tmp_path / "outputs" / "samples") == contents(tmp_path / "new")
-    assert "new holds images of other settings (precision bf16 there, 32 here)" in one_line(
-        run("--num_samples", 3, "--cfg_scale", 2, "--precision", 32, "--output_dir", "new")
-    )
 
 
 def test_texts_and_images_of_prompts(run, models, tmp_path):
@@ -140,24 +125,20 @@ def test_a_class_list_names_the_folders(run, tmp_path):
     assert status == 0 and "of 2 people (out/José Müller …)" in said
     assert sorted(pixels(tmp_path / "out")) == [
         "José Müller/seed0_00000.png",
-        "李/seed0_00000.png",
-        "李/seed0_00001.png",
+        *(f"李/seed0_0000{i}.png" for i in (0, 1)),
     ]
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (
-            "anna\nben\ncarl\ndora",
-            "The class list has 4 names, the model 3 classes: write one line for each, from label",
-        ),
-        ("anna\n../ben\ncarl", "'../ben' cannot be the name of a folder"),
+        (b"anna\nben\ncarl\ndora", "The class list has 4 names, the model 3 classes"),
+        (b"anna\n../ben\ncarl", "'../ben' cannot be the name of a folder"),
         (b"\xff\xfe\x00", "is no text in UTF-8"),
     ],
 )
 def test_a_class_list_that_does_not_fit(run, tmp_path, names, message):
-    (tmp_path / "names.txt").write_bytes(names if isinstance(names, bytes) else names.encode())
+    (tmp_path / "names.txt").write_bytes(names)
     assert message in one_line(run("--class_list", "names.txt"))
     assert list(tmp_path.iterdir()) == [tmp_path / "names.txt"]
 
@@ -165,22 +146,18 @@ def test_a_class_list_that_does_not_fit(run, tmp_path, names, message):
 @pytest.mark.parametrize(
     ("of", "line", "message"),
     [
-        ("pipeline", "--guide nowhere", "No checkpoint nowhere"),
         ("pipeline", "--guide nowhere --cfg_scale 2", "--cfg_scale 2 with --guide: a guide takes the null condition's"),
         ("pipeline", "--guide_scale 2", "--guide_scale 2 without --guide"),
         ("pipeline", "--cfg_scale nan", "no number to guide by"),
         ("pipeline", "--weights live", "holds the averaged weights alone"),
         ("pipeline", "--devices 0", "--devices 0: expected how many, at least one, or auto"),
-        ("pipeline", "--devices some", "--devices some: expected how many, at least one, or auto"),
         ("pipeline", "--timestep_shift -1", "it is above 0"),
         ("pipeline", "--precision 16", "A CPU has no fp16: use --precision 32"),
         ("pipeline", "--prompt x", "pipeline makes images of classes, for which --prompt has no meaning: leave it"),
         ("text", "--prompt x --labels 0 --format npz", "images of prompts, for which --labels, --format has no"),
         ("text", "", 'makes images from sentences: say which, with --prompt "…"'),
         ("tokens", "--cfg_scale 2 --format npz", "makes texts, for which --format, --cfg_scale has no meaning"),
-        ("tokens", "--cfg_interval 0,0.5 --prompt y --negative_prompt x", "for which --cfg_interval, --negative_pr"),
         ("tokens", "--solver ddpm", "No solver 'ddpm' for flow matching or sample; there are euler, heun"),
-        ("tokens", "--num_samples 0", "--num_samples 0"),
         ("tokens", "--prompt aaaaaaaaaaaaaaaa", "The prompt has 16 tokens, and an image 16 cells"),
         ("chats", "", "This model answers: give it prompts"),
     ],

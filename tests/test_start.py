@@ -56,26 +56,18 @@ def repository(tmp_path, monkeypatch):
 def test_missing_and_old_packages_are_found(installed):
     lines = ["tqdm>=4.66 # bars", "tqdm>=4.67", "diffusers>=0.30,<1", "lightning[extra]>=2.5", "", "  # only words"]
     assert missing_requirements(lines) == ["tqdm>=4.67", "lightning[extra]>=2.5"]
-
-
-def test_torch_and_its_neighbours_are_good_in_any_version(installed):
     assert missing_requirements(["torch>=2.6", "numpy>=1.26", "diffusers>=0.33"]) == ["diffusers>=0.33"]
     installed["tqdm"] = "5.0.0.dev3"  # a build of the image's own counts as what it precedes
     assert missing_requirements(["tqdm>=4.66"]) == []
 
 
-def test_the_real_requirements_can_be_read():
-    assert isinstance(missing_requirements((ROOT / "requirements.txt").read_text().splitlines()), list)
-
-
 def test_nothing_missing_calls_no_pip(installed, pip, repository, capsys):
     installed.update(diffusers="0.35", lightning="2.6")
-    start.start(repository, [])
-    assert pip.calls == [] and capsys.readouterr().out == f"vavae_tools is ready ({repository})\n"
-    assert sys.path[0] == str(repository)
-    assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(repository), "/already/there"]  # for subprocesses
-    start.start(repository, [])
-    assert sys.path.count(str(repository)) == 1
+    for _ in range(2):
+        start.start(repository, [])
+        assert pip.calls == [] and capsys.readouterr().out == f"vavae_tools is ready ({repository})\n"
+        assert sys.path[0] == str(repository) and sys.path.count(str(repository)) == 1
+        assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(repository), "/already/there"]  # for subprocesses
 
 
 def test_pip_is_asked_for_what_is_missing_and_told_to_keep_torch(installed, pip, repository, capsys):

@@ -219,17 +219,6 @@ def test_what_a_killed_process_left_is_cleaned(tmp_path, data):
     assert not list(tmp_path.rglob(".*"))
 
 
-def test_a_place_in_other_data_is_refused(tmp_path, data):
-    fit = Fit(tmp_path, "dit", data, max_epochs=1)
-    for changes, message in [
-        ({"batch_size": 4}, "with samples per step = 6, here it is 4"),
-        ({"seed": 1}, "with seed = 0, here it is 1"),
-    ]:
-        other = LatentDataModule(data[1], **{"batch_size": BATCH, **changes})
-        with pytest.raises(UserError, match=message):
-            other.load_state_dict(fit.last["LatentDataModule"])
-
-
 # ---- parts
 
 
@@ -264,12 +253,7 @@ def test_the_learning_rate_rises_and_falls():
     def rates(warmup, total, steps):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
         schedule = with_warmup(optimizer, warmup, total)["lr_scheduler"]["scheduler"]
-        made = []
-        for _ in range(steps):
-            made.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            schedule.step()
-        return made
+        return [2.0 * schedule.lr_lambdas[0](step) for step in range(steps)]
 
     made = rates(4, 104, 105)
     assert made[:4] == pytest.approx([0.4, 0.8, 1.2, 1.6]) and made[4] == 2.0
@@ -290,9 +274,8 @@ def test_dropped_conditions_and_flips_follow_from_the_sample(data):
         return module.model_step(module.network, batch, draws, dropout=0.5)[0].item()
 
     nn.init.normal_(module.network["denoiser"].final_layer.linear.weight, std=0.5)
-    singles = [loss_of([i]) for i in (4, 9, 11)]
-    assert loss_of([4, 9, 11]) == pytest.approx(sum(singles) / 3, rel=1e-4)
-    assert len(set(singles)) == 3
+    singles = {loss_of([i]) for i in (4, 9, 11)}
+    assert len(singles) == 3 and loss_of([4, 9, 11]) == pytest.approx(sum(singles) / 3, rel=1e-4)
 
 
 class Still(Previews):

@@ -182,15 +182,11 @@ def _names(path: str | None) -> list[str] | None:
         return None
     try:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"--class_list {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--class_list {path} is no text in UTF-8: expected a folder name in each line") from None
-    if len(set(names)) < len(names):
-        raise UserError(f"--class_list {path} names somebody twice: every line is a folder of its own")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--class_list {path} is no text in UTF-8 with a folder name in each line: {error}") from None
     for name in names:
-        if name.startswith(".") or set(name) & set('/\\:*?"<>|\0'):
-            raise UserError(f"--class_list {path}: {name!r} cannot be the name of a folder; write it without / and .")
+        if names.count(name) > 1 or name.startswith(".") or set(name) & set('/\\:*?"<>|\0'):
+            raise UserError(f"--class_list {path}: {name!r} cannot be the name of a folder of its own: write another")
     return names
 
 

@@ -1,7 +1,6 @@
 """Train an experiment: `python -m vavae_tools.train experiment=NAME key=value …`, or with flags."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,11 @@ from vavae_tools.runtime.errors import run_command
 
 
 def main() -> None:
-    words = sys.argv[1:]
+    train(*sys.argv[1:])
+
+
+def train(*words: str) -> None:
+    """Do what a command line says: train, or print help or the configuration."""
     line = read_command_line(words)
     if "help" in line.flags:
         print(help_text(line.experiment))
@@ -28,11 +31,7 @@ def main() -> None:
 
 
 def run_experiment(*words: str) -> Path:
-    """Train as `python -m vavae_tools.train` does with these words, such as "experiment=dit_dummy", "seed=1".
-
-    Returns:
-        What the experiment made, mostly the folder of a pipeline.
-    """
+    """Train as `python -m vavae_tools.train` does with these words, and return what was made, mostly a pipeline."""
     plan = compose(read_command_line(words))
 
     from importlib import import_module
@@ -54,16 +53,6 @@ def run_experiment(*words: str) -> Path:
     made = getattr(import_module(module), name)(recipe, folder, resume)
     log(f"next: python -m vavae_tools.{recipe.next_command.format(made=made, data_dir=recipe.data.data_dir)}")
     return made
-
-
-def as_experiment(name: str, words: Sequence[str]) -> None:
-    """Train one experiment by flags alone, as its own script does: without a folder named it is ./outputs."""
-    line = read_command_line(words)
-    if "help" in line.flags:
-        print(help_text(name))
-        return
-    named = "output_dir" in line.flags or any(word.startswith("output_dir=") for word in line.overrides)
-    run_experiment(f"experiment={name}", *words, *([] if named else ["--output_dir", "outputs"]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ What older versions called otherwise is translated by `configs/aliases.yaml`. A 
 import functools
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
@@ -16,6 +16,8 @@ from importlib.resources import files
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
 
 from vavae_tools.recipes.base import RECIPES, Recipe
 from vavae_tools.runtime.errors import UserError, one_line
@@ -42,7 +44,6 @@ class CommandLine:
 
     @property
     def experiment(self) -> str | None:
-        """The one that was named."""
         chosen = [value for key, value in map(_cut, self.overrides) if key == "experiment"]
         return chosen[-1] if chosen else None
 
@@ -63,11 +64,7 @@ class Experiment:
 
 
 def read_command_line(arguments: Sequence[str]) -> CommandLine:
-    """Sort the words of a command line.
-
-    Raises:
-        UserError: a word that is neither `key=value` nor belongs to a flag.
-    """
+    """Sort the words of a command line."""
     line, texts = CommandLine(), None
     for word in arguments:
         if word == "-h" or (word.startswith("--") and len(word) > 2):
@@ -93,8 +90,7 @@ def compose(line: CommandLine) -> Experiment:
     """Return what a command line means: the experiment's values, then `--config`'s, then what was typed.
 
     Raises:
-        UserError: an experiment, option or key that does not exist (the nearest that do are named), or a value of
-            another kind than the key's.
+        UserError: an experiment, option or key that does not exist, or a value that its key does not take.
     """
     config = line.flags.get("config")
     if config == []:
@@ -102,20 +98,21 @@ def compose(line: CommandLine) -> Experiment:
     given = _read_config(config[0]) if config else {}
     name = line.experiment or given.get("experiment") or given.get("name")
     name = name or ("text_to_image" if "training" in given else DEFAULT)  # that alone has this section
-    keys, groups = RecipeSettings.of_experiment(name), _aliases()["groups"]
+    keys, groups = _settings_of_experiment(name), _aliases()["groups"]
     for group, option in map(_cut, line.overrides):
         if group in groups:
             if option not in groups[group]:
                 raise UserError(f"No {group}={option}; there are {', '.join(groups[group])}")
             keys.set_all(groups[group][option])
     keys.given.clear()
+    for key in ("name", "task", "recipe", "experiment"):
+        given.pop(key, None)
     flags = given.pop("flags", None) or {}  # what older versions' --print_config said: flag → key
     try:
-        for flag in (flag for flag, key in flags.items() if keys.home(str(key)) is None):
-            raise keys.unknown(f"flags.{flag}")
-        keys.set_all(
-            {key: value for key, value in given.items() if key not in ("name", "task", "recipe", "experiment")}
-        )
+        for flag, key in flags.items():
+            if keys.home(str(key)) is None:
+                raise keys.unknown(f"flags.{flag}")
+        keys.set_all(given)
     except UserError as error:
         raise UserError(f"{config[0]}: {error}") from None
     for text in line.overrides:
@@ -137,9 +134,6 @@ def recipe_with(recipe: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
         values: by their keys' last words, as flags have them; what is None is left out. A dict is a section's, such as
             {"model": {"size": "S"}}; `devices` may be one with the arguments of `devices.trainer_settings`, also those
             of lightning.Trainer, and `saving` one with the numbers of a `SaveConfig`, or that.
-
-    Raises:
-        UserError: a name that no key has, or a value that its key does not take.
     """
     keys = RecipeSettings(recipe)
     sections = {each.name for each in fields(recipe) if is_dataclass(getattr(recipe, each.name))}
@@ -164,15 +158,7 @@ class RecipeSettings:
         self.recipe = recipe
         self.settings = {**_OF_THE_RUN, **settings_of(recipe)}
         self.values = {key: setting.default for key, setting in self.settings.items()}
-        self.given: set[str] = set()
-        """Keys that got a value."""
-
-    @classmethod
-    def of_experiment(cls, name: str) -> "RecipeSettings":
-        values = _read_experiment(name)
-        keys = cls(RECIPES[values.pop("recipe")]())
-        keys.set_all(values)
-        return keys
+        self.given: set[str] = set()  # keys that got a value
 
     def home(self, key: str) -> str | None:
         """Return the recipe's own key of a name, None for one that it does not have."""
@@ -210,9 +196,7 @@ class RecipeSettings:
             key = f"{before}{name}"
             if isinstance(value, Mapping) and key != _TRAINER:
                 self.set_all(value, f"{key}.")
-            elif value is not None or not any(
-                known.startswith(f"{key}.") for known in (*self.settings, *_aliases()["keys"], *_aliases()["values"])
-            ):  # but for a section without content
+            elif value is not None or self.home(key):  # a section may have no content
                 self.set(key, value)
 
     def set_typed(self, text: str) -> None:
@@ -241,14 +225,14 @@ class RecipeSettings:
             return found[0]
         if found:
             raise UserError(f"{dashes}{flag} could be {' or '.join(found)}: type the key, as {found[0]}=…")
-        meant = _meant([f"{dashes}{_end(key)}" for key in self.nearest(flag)])
+        nearest = self.nearest(flag)
+        meant = _meant(f"{dashes}{_end(nearest)}" if nearest else None)
         raise UserError(f"No {dashes}{flag}{meant}; python -m vavae_tools.train --help")
 
-    def nearest(self, name: str) -> list[str]:
+    def nearest(self, name: str) -> str | None:
         """Return the key that was meant, if there is one like it."""
-        known = {_end(name): self.home(name) for name in (*_aliases()["keys"], *self.settings)}
-        found = get_close_matches(_end(name), [name for name, key in known.items() if key], n=1, cutoff=0.5)
-        return [known[each] for each in found]
+        known = {_end(name): key for name in (*_aliases()["keys"], *self.settings) if (key := self.home(name))}
+        return known.get(_closest(_end(name), known))
 
     def unknown(self, key: str) -> UserError:
         return UserError(f"No key {key!r}{_meant(self.nearest(key))}; --print_config shows all keys")
@@ -257,6 +241,18 @@ class RecipeSettings:
         if "train.max_epochs" in self.given and "train.max_steps" not in self.given:
             self.values["train.max_steps"] = None  # the recipe's own, which would hold in its place
         return _with_values(self.recipe, self.values)
+
+
+def _settings_of_experiment(name: str) -> RecipeSettings:
+    known = experiments()
+    if name not in known:
+        raise UserError(f"No experiment={name}{_meant(_closest(name, known))}; there are {', '.join(known)}")
+    if name in RECIPES:
+        return RecipeSettings(RECIPES[name]())
+    values = yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
+    keys = RecipeSettings(RECIPES[values.pop("recipe")]())
+    keys.set_all(values)
+    return keys
 
 
 def _with_values(config: Any, values: Mapping[str, Any], before: str = "") -> Any:
@@ -271,14 +267,16 @@ def _end(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _meant(names: Sequence[str]) -> str:
-    return f"; did you mean {names[0]}?" if names else ""
+def _closest(name: str, known: Iterable[str]) -> str | None:
+    return next(iter(get_close_matches(name, known, n=1, cutoff=0.5)), None)
+
+
+def _meant(name: str | None) -> str:
+    return f"; did you mean {name}?" if name else ""
 
 
 @functools.cache
 def _aliases() -> dict[str, Any]:
-    import yaml
-
     return yaml.safe_load((CONFIGS / "aliases.yaml").read_text(encoding="utf-8"))
 
 
@@ -296,7 +294,6 @@ def _plain(value: Any, setting: Setting) -> Any:
 
 def _read(text: str, called: str) -> Any:
     """Return what YAML says, 1e-4 being a number."""
-    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -329,18 +326,6 @@ def experiments() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _read_experiment(name: str) -> dict[str, Any]:
-    import yaml
-
-    options = list(experiments())
-    if name not in options:
-        near = _meant(get_close_matches(name, options, n=1, cutoff=0.5))
-        raise UserError(f"No experiment={name}{near}; there are {', '.join(options)}")
-    if name in RECIPES:
-        return {"recipe": name}
-    return yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
-
-
 # ---- the run's folder
 _TURNS = count(1)
 
@@ -355,8 +340,6 @@ def run_folder(plan: Experiment, now: datetime | None = None) -> tuple[Path, str
         UserError: `resume=last`, and no run of this experiment has a checkpoint.
     """
     ranks = current_ranks()
-    if ranks.size == 1:
-        return _run_folder(plan, now)
     found = _run_folder(plan, now) if ranks.rank == 0 else None  # the clock says another second to each of them
     turn = f"vavae run folder {next(_TURNS)}"  # a process may train several
     folder, resume, said = ranks.share(turn, found and (str(found[0]), *found[1:]))
@@ -379,8 +362,6 @@ def _run_folder(plan: Experiment, now: datetime | None) -> tuple[Path, str | Non
 
 
 def _newest_run(name: str) -> Path:
-    import yaml
-
     known = []
     for path in sorted(RUNS.glob("*/*/.hydra/config.yaml"), reverse=True):
         kept, run = yaml.safe_load(path.read_text(encoding="utf-8")) or {}, path.parent.parent
@@ -394,8 +375,6 @@ def _newest_run(name: str) -> Path:
 
 def keep_config(plan: Experiment, words: Sequence[str], folder: Path) -> None:
     """Write `.hydra/config.yaml` and `.hydra/overrides.yaml`, as Hydra does."""
-    import yaml
-
     from vavae_tools.runtime.files import atomic_write
 
     if not is_rank_zero():
@@ -408,7 +387,7 @@ def keep_config(plan: Experiment, words: Sequence[str], folder: Path) -> None:
 def help_text(experiment: str | None) -> str:
     """Return what `--help` prints: experiments, and the keys of one experiment with their meanings."""
     name = experiment or DEFAULT
-    keys = RecipeSettings.of_experiment(name)
+    keys = _settings_of_experiment(name)
     width = max(map(len, experiments()))
     listed = "\n".join(f"  {each:<{width}}  {what}" for each, what in experiments().items())
     sections: dict[str, list[str]] = {"": []}

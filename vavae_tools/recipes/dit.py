@@ -58,7 +58,7 @@ def encode_split(
     """Encode a split with a VA-VAE, a folder or a `.ckpt`, once; several processes share the work.
 
     Args:
-        data_dir: a split, or what else `datasets.PictureDataModule` reads; or the arguments of `datasets.class_data`.
+        data_dir: what `datasets.class_data` reads, or all of its arguments.
         latents_stats: the `latents_stats.pt` of published weights that training is to go on from; by default the
             statistics are computed on the training subset.
     """
@@ -98,8 +98,7 @@ def train_dit(
         denoiser: keys of `model`, such as {"size": "S", "patch_size": 1}.
         flip: "half" trains half the time on mirrored images, where they were encoded.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
-        settings: the experiment's keys by their last words (`experiment=vavae_dit --help`), such as max_steps,
-            batch_size, lr, seed; `objective` and `init` as dicts; see `config.recipe_with` for devices and saving.
+        settings: the experiment's keys by their last words, `objective` and `init` as dicts; see `config.recipe_with`.
     """
     given = {"latents_dir": latents_dir, "model": denoiser, "flips": flip == "half", **settings}
     build = partial(build_on_latents, autoencoder=str(autoencoder_dir), best="best-")
@@ -112,14 +111,8 @@ def build_vavae_dit(
     """Encode a split, and return the training on its latents."""
     compiles(recipe.train.compile, log=log)  # what it lacks is said before anything takes time
     data, vavae = recipe.data, recipe.vavae
-    encode_split(
-        {**data.arguments(), "seed": recipe.seed},
-        vavae.source,
-        data.latents_dir,
-        flips=data.flips,
-        log=log,
-        latents_stats=vavae.latents_stats,
-    )
+    options = {"flips": data.flips, "latents_stats": vavae.latents_stats, "log": log}
+    encode_split({**data.arguments(), "seed": recipe.seed}, vavae.source, data.latents_dir, **options)
     return build_on_latents(recipe, output_dir, resume_from, show, log, autoencoder=vavae.source)
 
 
@@ -140,18 +133,13 @@ def build_on_latents(
     Args:
         autoencoder: the folder, or `.ckpt`, of what made them.
         of_run: further fields of the `Run`.
-
-    Raises:
-        UserError: parts that do not fit together.
     """
     config, seed = recipe.train, recipe.seed
     L.seed_everything(seed, verbose=False)  # the same weights, whether latents were encoded just now or not
     latents = LatentDataModule(recipe.data.latents_dir, config.batch_size, recipe.data.num_workers or 0, seed=seed)
     folder = latents.folder
     if recipe.data.flips and not folder.flips:
-        raise UserError(
-            f"Mirrored images are to be trained on, but {folder.path} has no mirrored latents: encode with flips=True"
-        )
+        raise UserError(f"{folder.path} has no mirrored latents to train on: encode with flips=True")
     network, conditioner = _denoiser_for(latents, recipe.model)
     init = asdict(recipe.init)
     if init["weights"] and resume_from is None:
@@ -183,10 +171,7 @@ def build_on_latents(
         save_model(load_pipeline(checkpoint), pipeline)
         hardlink_duplicates(output_dir / "autoencoder", pipeline / "vae")  # an RAE is 2 GB
 
-    def preview(samples: Path, every: int) -> L.Callback:
-        return SamplePreviews(make, COLUMNS, samples, every, show)
-
-    data = {"data": latents, "fingerprint": folder.key}
+    preview, data = partial(SamplePreviews, make, COLUMNS, show=show), {"data": latents, "fingerprint": folder.key}
     return denoiser_run(module, config, output_dir, export, preview, log, **data, **of_run)
 
 
@@ -220,7 +205,7 @@ def denoiser_run(
     config: TrainConfig,
     output_dir: Path,
     export: Callable[[Path, Path], None],
-    preview: Callable[[Path, int], L.Callback],
+    preview: Callable[..., L.Callback],
     log: Log,
     **further: Any,
 ) -> Run:
@@ -248,16 +233,16 @@ def denoiser_run(
     )
 
 
+def given_size(model: Any) -> dict[str, Any]:
+    """Return what a recipe gives of its model; a size by name stands before numbers."""
+    left_out = ("hidden_size", "depth", "num_heads") if model.size else ()
+    return {k: v for k, v in asdict(model).items() if v is not None and k not in left_out}
+
+
 def make_recipe_objective(wanted: Objective, default: Objective, shape: tuple[int, ...]) -> Learned:
     """Return an objective by its name and numbers, on data of a shape (C, h, w).
 
-    What only the recipe's own objective has is left out for another one.
-
-    Args:
-        default: the recipe's.
-
-    Raises:
-        UserError: a number that this objective does not have.
+    What only the recipe's own objective, `default`, has is left out for another one.
     """
     numbers = asdict(wanted)
     name = numbers.pop("name")
@@ -273,31 +258,19 @@ def make_recipe_objective(wanted: Objective, default: Objective, shape: tuple[in
 
 def _denoiser_for(latents: LatentDataModule, model: DenoiserModel) -> tuple[DiT | DDT, ClassConditioner]:
     channels, height, width = latents.folder.shape
-    arguments = {name: value for name, value in asdict(model).items() if value is not None}
-    if model.size:
-        arguments = {k: v for k, v in arguments.items() if k not in ("hidden_size", "depth", "num_heads")}
-    fitting = {
-        "in_channels": [channels],
-        "input_size": [[height, width], *([height] if height == width else [])],
-        "latent_size": [[channels, height, width]],
-    }
-    for name, values in fitting.items():
-        if name in arguments and arguments.pop(name) not in values:
-            raise UserError(
-                f"model.{name}={getattr(model, name)} does not fit the latents, which are {channels}×{height}×{width}: "
-                "leave it out"
-            )
+    arguments = given_size(model)
+    size = [height, width] if height != width or isinstance(model.input_size, list) else height
+    fitting = {"in_channels": channels, "input_size": size, "latent_size": [channels, height, width]}
+    for name, value in fitting.items():
+        if arguments.pop(name, value) != value:
+            here = f"the latents, which are {channels}×{height}×{width}"
+            raise UserError(f"model.{name}={getattr(model, name)} does not fit {here}: leave it out")
     classes, null_label = model.num_classes or latents.num_classes, arguments.pop("null_label", None)
     if classes < latents.num_classes:
-        raise UserError(
-            f"num_classes {classes}, but the data have {latents.num_classes} classes: set model.num_classes=null, or "
-            "no fewer than they are"
-        )
+        there = f"the data have {latents.num_classes} classes"
+        raise UserError(f"num_classes {classes}, but {there}: set model.num_classes=null")
     if null_label not in (None, classes):
-        raise UserError(
-            f"model.null_label={null_label}, but the model has {classes} classes, and the label after the last one, "
-            f"{classes}, stands for any: leave it out, or set model.num_classes"
-        )
+        raise UserError(f"model.null_label={null_label}, expected {classes}, the label after the last: leave it out")
     arguments |= {"in_channels": channels, "input_size": (height, width), "num_classes": classes}
     arguments["class_dropout_prob"] = arguments.pop("condition_dropout")
     of_denoiser, of_conditioner = split_reference_arguments(arguments)
@@ -305,11 +278,7 @@ def _denoiser_for(latents: LatentDataModule, model: DenoiserModel) -> tuple[DiT 
 
 
 def _autoencoder_of(latents: LatentDataModule, source: str | Path, copy: Path) -> nn.Module:
-    """Return the autoencoder of these latents with their statistics; a copy goes along with the checkpoints.
-
-    Raises:
-        UserError: another one made them.
-    """
+    """Return the autoencoder of these latents with their statistics; a copy goes along with the checkpoints."""
     model = load_autoencoder(source).eval()
     if latents_digest(model) != latents.folder.weights:
         raise UserError(f"{latents.folder.path} was not made by {source}: encode the images again with this one")

@@ -1,8 +1,4 @@
-"""What a denoiser's training goes on from: weights from here or published ones, with other classes.
-
-All weights are kept but the rows of the class table, which may be those of the published classes that explain the
-latents best. What was loaded, what starts anew and what was left is logged.
-"""
+"""What a denoiser's training goes on from: weights from here or published ones, all kept but the class table's rows."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,8 +21,7 @@ from vavae_tools.recipes.init_weights import KINDS, StartingWeights, features, r
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.machine import find_machine
-from vavae_tools.runtime.ranks import current_ranks
+from vavae_tools.runtime.machine import find_device, find_machine
 from vavae_tools.training.run import Log
 
 Classes = str | Sequence[int | str | None]
@@ -57,18 +52,14 @@ def start_from(
             label, or its name, or None for a new row. The null row is always the published one.
         lora_rank: above 0 low-rank additions (`lora.add_lora`) and the class table alone are trained.
         latents: what will be trained on; "nearest" needs it.
-        seed: of new rows, of additions, and of the noise in "nearest".
 
     Raises:
-        UserError: the file cannot be read or is no denoiser; it is another one than that which was built (with the
-            line of overrides that fits); classes that do not exist.
+        UserError: no denoiser, another one than that which was built, or classes that do not exist.
     """
     found = read_starting_weights(weights, kind)
     if found.kind == "dit" and (lora_rank or classes == "nearest"):
-        raise UserError(
-            f"{found.source} predicts noise, so its last layer starts anew here and predicts nothing yet: train all "
-            "weights (init.lora_rank=0) with init.classes=new, or a list of its labels"
-        )
+        why = f"{found.source} predicts noise, so its last layer starts anew here and predicts nothing yet"
+        raise UserError(f"{why}: train all weights (init.lora_rank=0), with init.classes=new or a list of its labels")
     _check_architecture(found, denoiser)
     loaded, anew = _load(found, denoiser)
     if lora_rank:  # before the search for classes, which takes long: what is wrong with these arguments is said at once
@@ -76,12 +67,15 @@ def start_from(
             torch.manual_seed(seed)
             trained = add_lora(denoiser, lora_rank, lora_alpha, lora_targets)
     names = {} if latents is None else {label: name for name, label in latents.folder.people.items()}
-    copied, how = _choose_rows(found, denoiser, conditioner.num_classes, classes, latents, names, seed, log)
+    copied = _choose_rows(found, denoiser, conditioner.num_classes, classes, latents, names, seed, log)
     null = _fill_table(conditioner, found, copied, seed)
-    said = [f"{loaded} tensors matched"]
-    said += [f"class table {how} ({conditioner.num_classes:,} classes, were {len(found.table):,}; {null})"]
+    said = [
+        f"{loaded} tensors matched",
+        f"class table: {len(copied)} of {conditioner.num_classes:,} rows copied, {null}",
+    ]
     said += [f"anew: {few(anew)}"] if anew else []
-    left = [*_fixed_tables(found, denoiser), *filter(None, [few(found.left)])]
+    left = [f"{', '.join(found.tables)} (computed here)"] if found.tables else []
+    left += [few(found.left)] if found.left else []
     log(f"{found.source} ({KINDS[found.kind]}): {', '.join(said)}, not loaded: {', '.join(left) or 'nothing'}")
     if unknown := [name for name in ("num_heads", "rope") if name not in found.arguments]:
         given = ", ".join(f"{name}={_text(_comparable(denoiser.config)[name])}" for name in unknown)
@@ -89,10 +83,8 @@ def start_from(
     if lora_rank:
         rows = conditioner.embedding_table.weight.numel()
         whole = sum(weight.numel() for weight in denoiser.parameters()) + rows
-        log(
-            f"LoRA of rank {lora_rank} on {', '.join(lora_settings(denoiser)['targets'])}: {trained + rows:,} of "
-            f"{whole:,} weights are trained, the class table's among them"
-        )
+        targets = ", ".join(lora_settings(denoiser)["targets"])
+        log(f"LoRA of rank {lora_rank} on {targets}: {trained + rows:,} of {whole:,} weights are trained")
 
 
 # ---- fitting and loading
@@ -102,10 +94,8 @@ def _check_architecture(found: StartingWeights, denoiser: DiT | DDT) -> None:
     """Raise what differs between the weights and the denoiser that was built, with the overrides that fit."""
     ours, theirs = _comparable(denoiser.config), _comparable(found.arguments)
     if theirs["in_channels"] != ours["in_channels"]:
-        raise UserError(
-            f"{found.source} was trained on latents of {theirs['in_channels']} channels, these have "
-            f"{ours['in_channels']}: encode the images with the autoencoder that it was trained with"
-        )
+        channels = f"latents of {theirs['in_channels']} channels, these have {ours['in_channels']}"
+        raise UserError(f"{found.source} was trained on {channels}: encode the images with its own autoencoder")
     if theirs.get("learn_sigma"):
         del theirs["learn_sigma"]  # what it says of the variance is left out
     if _hidden(theirs) == _hidden(ours):
@@ -115,11 +105,9 @@ def _check_architecture(found: StartingWeights, denoiser: DiT | DDT) -> None:
     differing = [name for name in told if name in ours and told[name] != ours[name]]
     if differing:
         differences = ", ".join(f"{name} {_text(told[name])} (here {_text(ours[name])})" for name in differing)
-        fitting = [f"model.{name}={_text(value)}" for name, value in told.items()]
-        raise UserError(
-            f"{found.source} is another {KINDS[found.kind]} than the denoiser that was asked for: {differences}. It "
-            f"fits model.size=null {' '.join(fitting)}"
-        )
+        fitting = " ".join(f"model.{name}={_text(value)}" for name, value in told.items())
+        other = f"{found.source} is another {KINDS[found.kind]} than was asked for"
+        raise UserError(f"{other}: {differences}. It fits model.size=null {fitting}")
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,15 +151,6 @@ def _load(found: StartingWeights, denoiser: DiT | DDT) -> tuple[int, list[str]]:
     return len(weights), anew
 
 
-def _fixed_tables(found: StartingWeights, denoiser: DiT | DDT) -> list[str]:
-    """Return a word about the tables of positions in the file."""
-    theirs = found.tables.get("pos_embed")
-    ours = denoiser.enc_pos_embed if isinstance(denoiser, DDT) else denoiser.pos_embed
-    differ = theirs is not None and ours is not None and theirs.shape != ours.shape
-    of_size = f", for {ours.shape[1]} tokens in place of {theirs.shape[-2]}" if differ else ""
-    return [f"{', '.join(found.tables)} (computed here{of_size})"] if found.tables else []
-
-
 # ---- the class table
 
 
@@ -185,7 +164,7 @@ def _fill_table(conditioner: ClassConditioner, found: StartingWeights, copied: d
         rows[conditioner.num_classes] = found.null.float()
     own.copy_(rows)
     if not conditioner.dropout > 0:
-        return "without a null row"
+        return "no null row"
     return "the null row kept" if found.null is not None else "a new null row"
 
 
@@ -198,16 +177,14 @@ def _choose_rows(
     names: Mapping[int, str],
     seed: int,
     log: Log,
-) -> tuple[dict[int, int], str]:
-    """Return {own label: published label} of the rows to copy, and a word for it."""
+) -> dict[int, int]:
+    """Return {own label: published label} of the rows to copy."""
     if not isinstance(classes, str):
-        copied = _listed(classes, found, latents.num_classes if latents else number, number)
-        return copied, f"anew but for {len(copied)} copied rows" if len(copied) < number else "copied as listed"
+        return _listed(classes, found, latents.num_classes if latents else number, number)
     if classes == "new":
-        return {}, "anew"
+        return {}
     if classes == "keep":
-        copied = _kept(found, names, number)
-        return copied, "kept" if len(copied) == number else f"kept, with {number - len(copied)} new rows"
+        return _kept(found, names, number)
     if classes != "nearest":
         raise UserError(f"classes={classes!r} is unknown; it is new, nearest, keep or a list of published labels")
     if latents is None or found.null is None:
@@ -220,9 +197,7 @@ def _choose_rows(
         change = 100 * (match.loss / match.loss_of_null - 1)
         of = published.get(match.published, match.published)
         log(f"{names.get(label, label):<5}  {of:>7}  {match.loss:.4f} ({change:+.1f} %)")
-    copied = {label: match.published for label, match in nearest.items()}
-    new = number - len(copied)
-    return copied, "copied from the nearest" + (f", with {new} new rows for labels without latents" if new else "")
+    return {label: match.published for label, match in nearest.items()}
 
 
 def _listed(classes: Sequence[int | str | None], found: StartingWeights, wanted: int, most: int) -> dict[int, int]:
@@ -250,10 +225,8 @@ def _kept(found: StartingWeights, names: Mapping[int, str], number: int) -> dict
         copied = {label: label for label in range(number)} if number == len(found.table) else {}
         here, there = f"{number:,}", f"{len(found.table):,}"
     if not copied:
-        raise UserError(
-            f"classes=keep: none of the classes here ({here}) is one of the weights' ({there}): choose new or nearest, "
-            "or list the labels"
-        )
+        none = f"classes=keep: none of the classes here ({here}) is one of the weights' ({there})"
+        raise UserError(f"{none}: choose new or nearest, or list the labels")
     return copied
 
 
@@ -290,21 +263,26 @@ def nearest_classes(
         rows: the published class table, (K, D); null: the row for any class, (D,).
         candidates: how many rows are tried, each on `pairs` of latents with noise and a time.
     """
-    machine = find_machine()
-    device = "cpu" if machine.kind == "cpu" else f"cuda:{current_ranks().local_rank % machine.devices}"
-    home, trained = next(denoiser.parameters()).device, [w for w in denoiser.parameters() if w.requires_grad]
-    checkpointing = denoiser.gradient_checkpointing
+    device, checkpointing = torch.device(find_device()), denoiser.gradient_checkpointing
     rows, null = rows.float().to(device), null.float().to(device)
     labels = sorted(set(data.labels.tolist()))
     probes = -(-PROBES * batch_size // (len(labels) * pairs))  # for each batch
 
-    def batches(label: int) -> list[Batch]:
-        return _batches_of(label, data, denoiser.latent_shape, seed, pairs, batch_size, device)
+    path = FlowMatching(time="uniform", time_shift=max(1.0, time_shift_of(denoiser.latent_shape)))
+    times = path.sample_time((torch.arange(pairs) + 0.5) / pairs)
 
-    denoiser.to(device).requires_grad_(False)
-    denoiser.enable_gradient_checkpointing()  # a large model's activations have to fit beside its weights
+    def batches(label: int) -> list[Batch]:
+        places = (data.labels == label).nonzero().flatten()
+        evenly = torch.linspace(0, len(places) - 1, min(pairs, len(places))).round().long()
+        places, rounds = places[evenly], -(-pairs // len(evenly))  # few latents come several times
+        latents = data.__getitems__(places.tolist())["latents"].repeat(rounds, 1, 1, 1)[:pairs]  # (pairs, C, h, w)
+        draws = [Draws(seed, number, places) for number in range(rounds)]
+        noise = torch.cat([each.normal("nearest class", *denoiser.latent_shape) for each in draws])[:pairs]
+        return list(zip(*(part.to(device).split(batch_size) for part in (latents, noise, times)), strict=True))
+
+    denoiser.to(device).enable_gradient_checkpointing()  # a large model's activations have to fit beside its weights
     try:
-        half = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=machine.kind == "ampere")
+        half = torch.autocast(device.type, torch.bfloat16, enabled=find_machine().kind == "ampere")
         with half, tqdm(total=2 * len(labels), desc="nearest classes", disable=None) as bar:
             slopes, moved = {}, []
             for label in labels:
@@ -325,25 +303,9 @@ def nearest_classes(
                 bar.update()
         return found
     finally:
-        denoiser.to(home)
-        for weight in trained:
-            weight.requires_grad_()
+        denoiser.to("cpu")
         if not checkpointing:
             denoiser.disable_gradient_checkpointing()
-
-
-def _batches_of(
-    label: int, data: LatentDataset, shape: tuple[int, ...], seed: int, pairs: int, batch_size: int, device: str
-) -> list[Batch]:
-    """Return `pairs` of latents of one class with noise, and a time each; few latents come several times."""
-    places = (data.labels == label).nonzero().flatten()
-    places = places[torch.linspace(0, len(places) - 1, min(pairs, len(places))).round().long()]  # evenly over the class
-    rounds = -(-pairs // len(places))
-    latents = data.__getitems__(places.tolist())["latents"].repeat(rounds, 1, 1, 1)[:pairs]  # (pairs, C, h, w)
-    noise = torch.cat([Draws(seed, number, places).normal("nearest class", *shape) for number in range(rounds)])[:pairs]
-    path = FlowMatching(time="uniform", time_shift=max(1.0, time_shift_of(shape)))
-    t = path.sample_time((torch.arange(pairs) + 0.5) / pairs)
-    return list(zip(*(part.to(device).split(batch_size) for part in (latents, noise, t)), strict=True))
 
 
 def _error(denoiser: DiT | DDT, row: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

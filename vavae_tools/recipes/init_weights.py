@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vavae_tools.checkpoints.foreign import few, plain_name
 from vavae_tools.checkpoints.formats import read_any_format
@@ -29,19 +29,13 @@ class StartingWeights:
 
     source: Path
     kind: str
-    arguments: dict[str, Any]
-    """of `make_denoiser`, as far as the file tells them"""
+    arguments: dict[str, Any]  # of `make_denoiser`, as far as the file tells them
     denoiser: dict[str, Tensor]
-    table: Tensor
-    """(K, D), one row for each class"""
-    null: Tensor | None
-    """(D,), the row that means any class"""
-    classes: dict[str, int] = field(default_factory=dict)
-    """name → label, where they are known"""
-    tables: dict[str, Tensor] = field(default_factory=dict)
-    """the fixed tables in the file, which our constructors compute"""
-    left: tuple[str, ...] = ()
-    """names of what else is there"""
+    table: Tensor  # (K, D), one row for each class
+    null: Tensor | None  # (D,), the row that means any class
+    classes: dict[str, int] = field(default_factory=dict)  # name → label, where they are known
+    tables: dict[str, Tensor] = field(default_factory=dict)  # fixed ones in the file, which our constructors compute
+    left: tuple[str, ...] = ()  # names of what else is there
 
 
 def read_starting_weights(source: str | Path, kind: str | None = None) -> StartingWeights:
@@ -51,19 +45,14 @@ def read_starting_weights(source: str | Path, kind: str | None = None) -> Starti
         source: a pipeline's folder from here, a `.ckpt`, `.pth` or checkpoint folder of DiT training here (the averaged
             weights are taken), or published weights, `.pt` or `.safetensors`, bare or under "ema" or "model".
         kind: of published weights; None: seen in their names and shapes.
-
-    Raises:
-        UserError: nothing there, damaged, no denoiser, or of another kind.
     """
     source = Path(source)
     if kind is not None and kind not in KINDS:
         raise UserError(f"No weights of kind {kind!r}; there are {', '.join(KINDS)}, and null: seen in them")
     if (source / "model_index.json").is_file():
         pipe = read_pipeline(LatentDiTPipeline, source, ema=True, vae=None)
-        of_denoiser, of_conditioner = dict(pipe.denoiser.config), dict(pipe.conditioner.config)
-        weights = {f"denoiser.{name}": tensor for name, tensor in pipe.denoiser.state_dict().items()}
-        weights |= {f"conditioner.{name}": tensor for name, tensor in pipe.conditioner.state_dict().items()}
-        return _own(source, weights, of_denoiser, of_conditioner, pipe.config.people)
+        parts = nn.ModuleDict({"denoiser": pipe.denoiser, "conditioner": pipe.conditioner})
+        return _own(source, parts.state_dict(), pipe.denoiser.config, pipe.conditioner.config, pipe.config.people)
     if source.is_dir() and not (source / "model.pt").is_file():
         inside = [name for name in ("pipeline", "checkpoints/last.ckpt") if (source / name).exists()]
         hint = f"name {source / inside[0]}" if inside else "name a pipeline/, a .ckpt or published weights"
@@ -78,10 +67,13 @@ def read_starting_weights(source: str | Path, kind: str | None = None) -> Starti
         return _published(source, saved, kind)
     weights = saved["state_dict"]
     begin = "ema.network." if any(name.startswith("ema.network.") for name in weights) else "network."
-    own = {name.removeprefix(begin): tensor for name, tensor in weights.items() if name.startswith(begin)}
     left = tuple(name for name in weights if not name.startswith(begin))
-    of_denoiser, of_conditioner = settings["denoiser_config"], settings["conditioner_config"]
-    return _own(source, own, of_denoiser, of_conditioner, settings.get("people"), settings.get("lora"), left)
+    configs = settings["denoiser_config"], settings["conditioner_config"]
+    return _own(source, _below(begin, weights), *configs, settings.get("people"), settings.get("lora"), left)
+
+
+def _below(begin: str, weights: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(begin): value for name, value in weights.items() if name.startswith(begin)}
 
 
 def _own(
@@ -93,8 +85,7 @@ def _own(
     lora: Mapping[str, Any] | None = None,
     left: tuple[str, ...] = (),
 ) -> StartingWeights:
-    begin, number = "denoiser.", of_conditioner["num_classes"]
-    denoiser = {name.removeprefix(begin): tensor for name, tensor in weights.items() if name.startswith(begin)}
+    denoiser, number = _below("denoiser.", weights), of_conditioner["num_classes"]
     if not denoiser:
         raise UserError(f"{source} holds no denoiser: expected network.denoiser.* in its state_dict")
     arguments = {name: value for name, value in of_denoiser.items() if not name.startswith("_")}
@@ -124,13 +115,11 @@ def _published(source: Path, saved: Mapping[str, Any], kind: str | None) -> Star
     # a training's checkpoint may hold the live weights and their average side by side
     begins = [name.removesuffix(first) for name in named if f".{name}".endswith(f".{first}")]
     begin = min(begins, key=lambda begin: ("ema" not in begin, len(begin)), default="")
-    weights = {name.removeprefix(begin): tensor for name, tensor in named.items() if name.startswith(begin)}
+    weights = _below(begin, named)
     left += [name for name in named if not name.startswith(begin)]
     if first not in weights or of_classes not in weights:
-        raise UserError(
-            f"{source} is no denoiser with classes: it holds {few(named) or 'nothing'}, expected {first} and "
-            f"{of_classes} as in LightningDiT's, RAE's or DiT's weights; one from here is a pipeline/ or a .ckpt"
-        )
+        held = f"{source} is no denoiser with classes: it holds {few(named) or 'nothing'}"
+        raise UserError(f"{held}, expected {first} and {of_classes} as in LightningDiT's, RAE's or DiT's weights")
     rows = weights.pop(of_classes)  # all that are published have the null row, the last one
     tables = {name: weights.pop(name) for name in list(weights) if name.startswith(TABLES)}
     others = [name for name, value in weights.items() if not (isinstance(value, Tensor) and PARTS.match(name))]
@@ -149,11 +138,8 @@ def _kind_of(source: Path, arguments: Mapping[str, Any], kind: str | None) -> st
     if isinstance(arguments["hidden_size"], tuple):
         seen = "ddt"
     if kind is None and seen == "dit":
-        raise UserError(
-            f"{source} has the form of DiT's weights, and names do not tell what they predict: noise at timesteps 0 … "
-            "999, as DiT's, of which only patches, blocks and classes are kept (init.kind=dit), or velocities, "
-            "as SiT's, of which all is kept (init.kind=lightningdit)"
-        )
+        kinds = "noise at timesteps 0 … 999, as DiT's (init.kind=dit), or velocities, as SiT's (init.kind=lightningdit)"
+        raise UserError(f"{source} has the form of DiT's weights, and names do not tell what they predict: {kinds}")
     if kind in (None, seen) or (kind == "lightningdit" and seen == "dit"):
         return kind or seen
     raise UserError(f"{source} is a {KINDS[seen]} by its names, not a {KINDS[kind]}: set init.kind={seen}")
@@ -161,9 +147,6 @@ def _kind_of(source: Path, arguments: Mapping[str, Any], kind: str | None) -> st
 
 def arguments_of(weights: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return a denoiser's arguments, under our names, as far as its weights' names and shapes tell them.
-
-    Heads follow from the rotary table, from the norm of queries, or from a published width and depth; where nothing
-    tells a value, it is left out.
 
     Raises:
         KeyError, ValueError: a weight that every denoiser has is missing or of another form.
@@ -220,7 +203,7 @@ def features(width: int, mlp_ratio: float, swiglu: bool) -> int:
 def _heads(
     weights: Mapping[str, Tensor], tables: Mapping[str, Tensor], arguments: Mapping[str, Any], ropes: list[str]
 ) -> Any:
-    """Return the heads, two numbers for a wide head; None where nothing tells them."""
+    """Return the heads, two numbers for a wide head, by the rotary table, the queries' norm, or a published size."""
     wide = len(ropes) == 2
     if all(name in tables for name in ropes):
         of_a_head = [tables[name].shape[-1] for name in ropes]

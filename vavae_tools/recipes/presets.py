@@ -1,6 +1,7 @@
-"""Sizes and lengths of training that suit a machine: what recipes, notebooks and scripts take where nothing is said."""
+"""Sizes and lengths of training that suit a machine, for what recipes and notebooks leave open."""
 
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from vavae_tools.recipes.base import LatentRecipe, Recipe, VAVAERecipe
@@ -15,22 +16,18 @@ class Preset:
 
     machine: str
     image_size: int
-    original_vavae: str | None
-    """weights to fine-tune; None: fresh ones"""
+    original_vavae: str | None  # weights to fine-tune; None: fresh ones
     vavae_size: str
     vavae_epochs: int
     vavae_batch_size: int
     vavae_lr: float
-    dit: dict[str, Any] = field(default_factory=dict)
-    """the denoiser: a size by name, or numbers"""
-    dit_steps: int = 0
-    dit_batch_size: int = 64
+    dit: dict[str, Any]  # the denoiser: a size by name, or numbers
+    dit_steps: int
+    dit_batch_size: int
     ema_decay: float = 0.999
-    previews: int = 6
-    """grids of samples in all"""
+    previews: int = 6  # grids of samples in all
     samples_per_person: int = 50
-    num_steps: int = 50
-    """calls of the denoiser for each image"""
+    num_steps: int = 50  # calls of the denoiser for each image
     guidance_scale: float = 1.25
 
     @property
@@ -97,30 +94,29 @@ def find_preset(built_in: bool = False, machine: Machine | None = None) -> Prese
 
 
 def lr_for(hidden_size: int | list[int] | None) -> float:
-    """Return a denoiser's learning rate by its width; None stands for a size by name.
-
-    LightningDiT's 2e-4 is for widths from 384 on; below, 1e-3 ends five times as soon.
-    """
+    """Return a denoiser's learning rate: LightningDiT's 2e-4 is for widths from 384 on; below, 1e-3 is faster."""
     return 1e-3 if isinstance(hidden_size, int) and hidden_size <= 256 else 2e-4
 
 
 def resolved(recipe: AnyRecipe, machine: Machine | None = None) -> AnyRecipe:
     """Return a recipe in which what was left to the machine is as its preset says."""
     preset, config = find_preset(machine=machine), recipe.train
-    wanted: dict[str, Any] = {"max_steps": preset.dit_steps}
+    wanted: dict[str, Any] = {}
+    length = {"max_steps": preset.dit_steps}
     if isinstance(recipe, VAVAERecipe):
-        wanted = {"max_epochs": preset.vavae_epochs, "batch_size": preset.vavae_batch_size}
+        length, wanted = {"max_epochs": preset.vavae_epochs}, {"batch_size": preset.vavae_batch_size}
     elif isinstance(recipe, LatentRecipe):
-        model = recipe.model
-        missing = preset.dit
+        model, missing = recipe.model, preset.dit
         if model.size or model.hidden_size or model.depth or model.num_heads:
             missing = {"patch_size": preset.dit["patch_size"]}
             missing |= {} if model.size else {"hidden_size": 192, "depth": 6, "num_heads": 3}
-        model = replace(model, **{name: value for name, value in missing.items() if getattr(model, name) is None})
-        recipe = replace(recipe, model=model)
-        wanted |= {"batch_size": preset.dit_batch_size, "ema_decay": preset.ema_decay}
-        wanted["lr"] = lr_for(None if model.size else model.hidden_size)
-    if config.max_steps or config.max_epochs:
-        wanted = {name: value for name, value in wanted.items() if name not in ("max_steps", "max_epochs")}
-    wanted = {name: value for name, value in wanted.items() if getattr(config, name) is None}
-    return replace(recipe, train=replace(config, **wanted))
+        recipe = replace(recipe, model=_filled(model, missing))
+        wanted = {"batch_size": preset.dit_batch_size, "ema_decay": preset.ema_decay}
+        wanted["lr"] = lr_for(None if model.size else recipe.model.hidden_size)
+    if config.max_steps is None and config.max_epochs is None:
+        wanted |= length
+    return replace(recipe, train=_filled(config, wanted))
+
+
+def _filled(config: Any, values: Mapping[str, Any]) -> Any:
+    return replace(config, **{name: value for name, value in values.items() if getattr(config, name) is None})

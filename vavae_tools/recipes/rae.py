@@ -54,8 +54,7 @@ def fine_tune_rae_decoder(
             `reconstructions/`, and at the end `rae/`, whose path is returned: the whole RAE with the averaged decoder
             of the last step. Not the best one's: PSNR falls where the discriminator makes images sharper.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
-        settings: further keys by their last words (`experiment=rae_decoder --help`), such as batch_size, max_steps, lr,
-            noise_tau, disc_weight, lpips_weights; see `config.recipe_with` for devices and saving.
+        settings: further keys of the experiment by their last words; see `config.recipe_with`.
     """
     data = {"data_dir": "shapes", **data} if isinstance(data, dict) else {"data_dir": data}
     rae = rae if isinstance(rae, dict) else {"folder": rae}
@@ -75,9 +74,10 @@ def build_decoder(
     numbers = _numbers(recipe, resume_from, len(images.train_data))
     own = {"ema_decay": config.ema_decay, "flips": recipe.data.flips, "seed": seed}
     module = RAEDecoderModule(model, **numbers, **own, lpips=lpips)
-    begins = f"; the discriminator begins at step {numbers['disc_start']:,} and is listened to from step "
-    begins += f"{numbers['generator_start']:,}"
-    remarks = [f"Losses: {describe_weights(module)}{begins if loss.disc_weight else ''}"]
+    remarks = [f"Losses: {describe_weights(module)}"]
+    if loss.disc_weight:
+        start, listen = numbers["disc_start"], numbers["generator_start"]
+        remarks[-1] += f"; the discriminator begins at step {start:,} and is listened to from step {listen:,}"
 
     subset = images.val_data if images.val_data is not None else images.train_data
     folder, checkpoints, reconstructions = (output_dir / name for name in ("rae", "checkpoints", "reconstructions"))
@@ -92,15 +92,10 @@ def build_decoder(
         after = _look(model.eval().to(device), subset, reconstructions / "after.png")
         save_model(model.to("cpu"), folder)
         where = "that validate" if images.val_data is not None else "that it was trained on, since none validate"
-        log(
-            f"PSNR {before:.1f} dB before, {after:.1f} dB after, on {min(len(subset), MAX_PSNR_IMAGES):,} "
-            f"images {where}"
-        )
+        count = min(len(subset), MAX_PSNR_IMAGES)
+        log(f"PSNR {before:.1f} dB before, {after:.1f} dB after, on {count:,} images {where}")
         if after < MIN_PSNR_DB:
-            log(
-                f"advice: below {MIN_PSNR_DB:.0f} dB images are hard to know again: train longer, or with a larger "
-                "decoder"
-            )
+            log(f"advice: below {MIN_PSNR_DB:.0f} dB, train longer, or with a larger decoder")
         log(f"written: {folder}, {checkpoints}/, {reconstructions}/")
 
     shown = subset.preview_batch(8)
@@ -137,14 +132,7 @@ def _numbers(recipe: DecoderRecipe, resume_from: Path | None, count: int) -> dic
 
 
 def rae_from(parts: RAEParts, seed: int = 0, log: Log = log) -> RAE:
-    """Return the RAE of a folder, a small random one, or one of several files.
-
-    Args:
-        seed: of the weights that no file holds.
-
-    Raises:
-        UserError: nothing there, or another autoencoder.
-    """
+    """Return the RAE of a folder, a small random one, or one of several files; `seed` is of weights no file holds."""
     settings = asdict(parts)
     folder = settings.pop("folder")
     with torch.random.fork_rng():
@@ -155,23 +143,15 @@ def rae_from(parts: RAEParts, seed: int = 0, log: Log = log) -> RAE:
             log("RAE: a tiny one with random weights, which shows how things go and not what they can reach")
             return tiny_rae().eval()
     if not is_rae_folder(folder):
-        raise UserError(
-            f"{folder} is no folder of a whole RAE (a config.json that says RAE or AutoencoderRAE): name one, or the "
-            "parts, such as encoder_config_path"
-        )
+        expected = "a config.json that says RAE or AutoencoderRAE"
+        raise UserError(f"{folder} is no folder of a whole RAE ({expected}): name one, or parts (rae.encoder_cls …)")
     return read_rae_folder(folder)
 
 
 def images_for(rae: RAE, data: ImageData, batch_size: int = 16, seed: int = 0) -> ImageSetDataModule:
-    """Return images as large as the RAE's decoder makes them.
-
-    Raises:
-        UserError: none there, or an `image_size` that is another.
-    """
+    """Return images as large as the RAE's decoder makes them."""
     if data.image_size not in (None, rae.image_size):
-        raise UserError(
-            f"image_size {data.image_size}: this RAE's decoder makes images of {rae.image_size}: leave it out"
-        )
+        raise UserError(f"image_size {data.image_size}: this RAE makes images of {rae.image_size}: leave it out")
     options = {**data.arguments(), "image_size": rae.image_size}
     return class_data(**options, batch_size=batch_size, seed=seed, channels=3)
 
@@ -180,27 +160,16 @@ def images_for(rae: RAE, data: ImageData, batch_size: int = 16, seed: int = 0) -
 def check_reconstructions(
     rae: RAE, data: DecodedImages, folder: str | Path, log: Log = log, show: Show | None = None, count: int = 16
 ) -> float:
-    """Reconstruct some images before their latents are used, and log how near that is.
+    """Reconstruct the first `count` images of a subset, log how near that is, and return the mean PSNR in dB.
 
-    Writes `before.png`, originals above their reconstructions, and shows it. An RAE away from what it was trained on
-    reconstructs badly: below 20 dB there is a line of advice.
-
-    Args:
-        data: one subset of the images; the first `count` are taken, one class after the other.
-        show: called with the grid, uint8 (3, H, W); by default a notebook's cell shows it.
-
-    Returns:
-        The mean PSNR in dB.
+    Write `before.png`, originals above their reconstructions, and show it.
     """
     path = Path(folder) / "before.png"
     mean = _look(rae, data, path, show or show_inline, count)
     log(f"The RAE's reconstructions of {min(count, len(data))} images: PSNR {mean:.1f} dB ({path})")
     if mean < MIN_PSNR_DB:
-        log(
-            f"warning: below {MIN_PSNR_DB:.0f} dB, which no denoiser makes good: fine-tune the decoder on these images "
-            "(python -m vavae_tools.train experiment=rae_decoder, with the same rae.… and data), or take another "
-            "encoder if that does not help"
-        )
+        advice = "fine-tune the decoder on these images (experiment=rae_decoder, with the same rae.… and data)"
+        log(f"warning: below {MIN_PSNR_DB:.0f} dB, which no denoiser makes good: {advice}")
     return mean
 
 

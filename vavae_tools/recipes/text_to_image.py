@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,16 +44,10 @@ from vavae_tools.training.run import Log, Run, Show, train
 
 COLUMNS = 4
 """Images of each prompt in a preview."""
-_SHARE_OF_DISK = 0.8
-"""Of what is free, how much latents and texts may take by themselves."""
 
 
 def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log) -> Run:
-    """Encode images and captions once where there is room for it, and return the training.
-
-    Raises:
-        UserError: data or models that are not there, or settings that cannot be.
-    """
+    """Encode images and captions once where there is room for it, and return the training."""
     data, sampling, config, seed = recipe.data, recipe.sampling, recipe.train, recipe.seed
     objective_of = partial(make_recipe_objective, recipe.objective, TextToImageRecipe().objective)
     make_solver(sampling.solver, objective_of((4, 32, 32)))  # one that does not fit is said before anything takes time
@@ -110,9 +103,7 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
         hardlink_duplicates(output_dir / "autoencoder", pipeline / "vae")
         hardlink_duplicates(output_dir / "text_encoder", pipeline / "text_encoder")
 
-    def preview(samples: Path, every: int) -> L.Callback:
-        return SamplePreviews(make, COLUMNS, samples, every, show)
-
+    preview = partial(SamplePreviews, make, COLUMNS, show=show)
     saves_memory = ["--auto_batch_size (the largest batch that fits)"]
     if not cached and not recipe.vae.use_slicing:
         saves_memory.append("vae.use_slicing=true (the VAE takes one image after the other)")
@@ -138,10 +129,8 @@ def _text_encoder_for(recipe: TextToImageRecipe, copy: Path, goes_on: bool) -> T
         return load_text_encoder(copy)
     source = recipe.text_encoder.name
     if source is None and recipe.data.dataset_name != "shapes":
-        raise UserError(
-            "text_encoder.name is missing: name a folder of transformers with CLIP's text encoder and its tokenizer "
-            "(openai/clip-vit-base-patch32 downloaded), or its name on Hugging Face's hub where there is a network"
-        )
+        clip = "a folder of transformers with CLIP's text encoder and its tokenizer (openai/clip-vit-base-patch32)"
+        raise UserError(f"text_encoder.name is missing: name {clip}, or its name on Hugging Face's hub")
     encoder = load_text_encoder(source) if source else tiny_text_encoder(vocabulary(), seed=recipe.seed)
     if is_rank_zero():
         encoder.save(copy)
@@ -149,15 +138,12 @@ def _text_encoder_for(recipe: TextToImageRecipe, copy: Path, goes_on: bool) -> T
 
 
 def _vae_for(recipe: TextToImageRecipe, copy: Path, goes_on: bool, log: Log) -> StableDiffusionVAE:
-    """The autoencoder, of which a copy goes along with the checkpoints, and is that of a run that resumes."""
     vae = recipe.vae
     if goes_on and (copy / "config.json").is_file():
         return load_stable_diffusion_vae(copy, vae.use_slicing)
     if vae.name is None and recipe.data.dataset_name != "shapes":
-        raise UserError(
-            "vae.name is missing: name a folder of diffusers with Stable Diffusion's AutoencoderKL "
-            "(stabilityai/sd-vae-ft-mse downloaded), or its name on Hugging Face's hub where there is a network"
-        )
+        kl = "a folder of diffusers with Stable Diffusion's AutoencoderKL (stabilityai/sd-vae-ft-mse)"
+        raise UserError(f"vae.name is missing: name {kl}, or its name on Hugging Face's hub")
     if vae.name is None:
         log("VAE: the small one for shapes that comes with the package")
     model = load_stable_diffusion_vae(vae.name or SHAPES_VAE, vae.use_slicing)
@@ -233,7 +219,7 @@ def _fits_disk(
     needed += needed_bytes(encoder, images.captions_by_subset(), folder / "texts")
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(there).free
-    fits = needed < _SHARE_OF_DISK * free
+    fits = needed < 0.8 * free
     if not fits:
         log(f"Latents and texts would take {needed / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free")
     return fits

@@ -1,12 +1,10 @@
 """Texts as images, whole: from text files to a pipeline that writes. `experiment=token_images`."""
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +14,7 @@ from vavae_tools.diffusion.factory import make_denoiser
 from vavae_tools.diffusion.objectives import noise_level_hiding_a_token
 from vavae_tools.pipelines.tokens import TokenImagePipeline, load_token_pipeline
 from vavae_tools.recipes.base import TokenImageRecipe
-from vavae_tools.recipes.dit import denoiser_run, make_recipe_objective, optimisation, prepared
+from vavae_tools.recipes.dit import denoiser_run, given_size, make_recipe_objective, optimisation, prepared
 from vavae_tools.runtime.files import save_model
 from vavae_tools.runtime.ranks import is_rank_zero
 from vavae_tools.training.callbacks.previews import TextPreviews
@@ -43,7 +41,9 @@ def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, 
         wanted = replace(wanted, time_mean=-math.log(noise))  # most often where noise just hides a cell's token
     shape = (data.channels, data.image_size, data.image_size)
     objective = make_recipe_objective(wanted, TokenImageRecipe().objective, shape)
-    denoiser = make_denoiser(_denoiser_settings(recipe))
+    size = {"input_size": data.image_size, "patch_size": data.cell_size}
+    size["in_channels"] = data.channels + 1  # and which cells are known
+    denoiser = make_denoiser({**given_size(recipe.model), **size})
     config = prepared(config, denoiser, log)
     of_pipeline = {
         "code": texts.code.config,
@@ -76,20 +76,9 @@ def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, 
     def export(checkpoint: Path, pipeline: Path) -> None:
         save_model(load_token_pipeline(checkpoint), pipeline)
 
-    def preview(samples: Path, every: int) -> L.Callback:
-        return TextPreviews(make, COLUMNS, samples, every, show, log=log)
-
+    preview = partial(TextPreviews, make, COLUMNS, show=show, log=log)
     fingerprint = images.train_data.fingerprint()
     return denoiser_run(module, config, output_dir, export, preview, log, data=images, fingerprint=fingerprint)
 
 
 train_token_images = partial(train, build)
-
-
-def _denoiser_settings(recipe: TokenImageRecipe) -> dict[str, Any]:
-    numbers = {name: value for name, value in asdict(recipe.model).items() if value is not None}
-    if "size" in numbers:
-        numbers = {k: v for k, v in numbers.items() if k not in ("hidden_size", "depth", "num_heads")}
-    in_channels = recipe.data.channels + 1  # and which cells are known
-    size = {"input_size": recipe.data.image_size, "patch_size": recipe.data.cell_size}
-    return {**numbers, **size, "in_channels": in_channels}

@@ -66,9 +66,6 @@ LOSSES: dict[str, dict[str, Any]] = {
     "stage3": {**_REFERENCE, "vf_weight": 0.1, "distance_margin": 0.25, "cosine_margin": 0.5, "disc_start": 0},
 }
 
-STAGES = {"stage1": 100, "stage2": 15, "stage3": 15}
-"""Epochs of the released model's stages: the shares that the recipe "staged" gives to each."""
-
 MONITORS = {
     "reconstruction": ("val/reconstruction", "min"),
     "psnr": ("val/psnr", "max"),
@@ -86,10 +83,10 @@ def epochs_of_stages(max_epochs: int) -> dict[str, int]:
     >>> epochs_of_stages(130)
     {'stage1': 100, 'stage2': 15, 'stage3': 15}
     """
-    if max_epochs < len(STAGES):
+    if max_epochs < 3:
         raise UserError(f"--max_epochs {max_epochs}: the recipe staged needs at least one for each stage, 3")
-    late = {name: max(1, round(max_epochs * STAGES[name] / sum(STAGES.values()))) for name in ("stage2", "stage3")}
-    return {"stage1": max_epochs - sum(late.values()), **late}
+    late = max(1, round(max_epochs * 15 / 130))  # as the released model's
+    return {"stage1": max_epochs - 2 * late, "stage2": late, "stage3": late}
 
 
 def fine_tune_vavae(
@@ -106,7 +103,7 @@ def fine_tune_vavae(
     """Fine-tune a VA-VAE with a vector per person; what is not given is as in `experiment=vavae`.
 
     Args:
-        data_dir: a split, or what else `datasets.PictureDataModule` reads.
+        data_dir: what `datasets.class_data` reads.
         output_dir: gets `checkpoints/best-*.ckpt` and `last.ckpt`, `lightning_logs/`, `reconstructions/`, and at the
             end `vavae/`, the best model as a diffusers folder, whose path is returned.
         original_vavae: weights to start from: the published `.pt` or training `.ckpt`, a diffusers folder, a `.ckpt`
@@ -114,8 +111,7 @@ def fine_tune_vavae(
         size: "small" or "f16d32" for fresh weights; by default what suits the machine.
         image_size: pixels, one number or (height, width); by default the size the weights were made for.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
-        settings: the experiment's keys by their last words (`experiment=vavae --help`), such as recipe, max_epochs,
-            batch_size, lr, kl_weight, condition_dim, monitor; see `config.recipe_with` for devices and saving.
+        settings: further keys of the experiment by their last words; see `config.recipe_with`.
     """
     given = {"data_dir": data_dir, "original_vavae": original_vavae, "size": size, "image_size": image_size}
     recipe = resolved(recipe_with(VAVAERecipe(), {**given, **settings}))
@@ -153,7 +149,7 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
     model.register_to_config(sample_size=image_size)
     images.resize(image_size)
     numbers = _numbers(recipe, model, image_size, log)
-    module = VAVAEModule(model, **numbers, seed=seed, **frozen_networks(loss, numbers, found, log))
+    module = VAVAEModule(model, **numbers, seed=seed, **_frozen_networks(loss, numbers, found, log))
     if found is not None:
         _take_over(module, found, log)
     remarks = [f"Recipe {loss.recipe}: {describe_weights(module)}"]
@@ -201,10 +197,8 @@ def _model_to_start_from(
     channels, dim = images.channels, start.condition_dim
     table = read_condition_file(start.condition_file, images.labels) if start.condition_file else None
     if table is not None and dim not in (None, table.shape[1]):
-        raise UserError(
-            f"{start.condition_file} holds vectors of length {table.shape[1]}, but --condition_dim is {dim}: "
-            "leave it out, or name another file"
-        )
+        held = f"{start.condition_file} holds vectors of length {table.shape[1]}"
+        raise UserError(f"{held}, but --condition_dim is {dim}: leave it out, or name another file")
     dim = table.shape[1] if table is not None else 32 if dim is None else dim
     people = images.num_classes if dim else 0
     if start.original_vavae is not None:
@@ -232,7 +226,7 @@ def _numbers(recipe: VAVAERecipe, model: VAVAE, image_size: int | tuple[int, int
     return numbers
 
 
-def frozen_networks(loss: VAVAELoss, numbers: dict[str, Any], found: VAVAEWeights | None, log: Log) -> dict[str, Any]:
+def _frozen_networks(loss: VAVAELoss, numbers: dict[str, Any], found: VAVAEWeights | None, log: Log) -> dict[str, Any]:
     """Return the frozen networks that the losses need."""
     files = loss.lpips_weights
     if not files and numbers.get("perceptual_weight") and found is not None:
@@ -260,11 +254,7 @@ def _take_over(module: VAVAEModule, found: VAVAEWeights, log: Log) -> None:
 def _needs_checkpointing(
     model: VAVAE, numbers: dict[str, Any], batch_size: int, image_size: int | tuple[int, int], log: Log
 ) -> bool:
-    """Return whether a step with all its activations kept would leave less than a tenth of the GPU's memory.
-
-    That tenth is for CUDA itself and for what a notebook's own process has of the card. Losses count from the first
-    step on, also a discriminator that begins later.
-    """
+    """Return whether a step with all its activations kept would leave less than a tenth of the GPU's memory."""
     memory = find_machine().memory
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     # By benchmarks/memory.py, in GiB and mixed precision: an image of 256×256 at 128 channels; weights, optimisers,
@@ -274,10 +264,8 @@ def _needs_checkpointing(
     needed = 1.5 * images + (1.5 if more else 1.3)
     if not memory or needed < 0.9 * memory / 2**30:
         return False
-    log(
-        f"Gradient checkpointing is on: {batch_size} images would need about {needed:.0f} of {memory / 2**30:.0f} GB "
-        "(a smaller --batch_size is faster)"
-    )
+    need = f"{batch_size} images would need about {needed:.0f} of {memory / 2**30:.0f} GB"
+    log(f"Gradient checkpointing is on: {need} (a smaller --batch_size is faster)")
     return True
 
 
@@ -294,9 +282,10 @@ def given_numbers(loss: AutoencoderLoss, config: TrainConfig) -> dict[str, Any]:
 
 def lpips_of(files: str | Path | list[str] | None, log: Log) -> LPIPS | None:
     """Return LPIPS of local files, and log where it is from."""
-    lpips = load_lpips(files) if files else None
-    if lpips is not None:
-        log(f"LPIPS: {lpips.origin}")
+    if not files:
+        return None
+    lpips = load_lpips(files)
+    log(f"LPIPS: {lpips.origin}")
     return lpips
 
 

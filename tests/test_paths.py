@@ -32,28 +32,19 @@ def kaggle(root: Path) -> dict:
 
 
 def test_nothing_there_means_the_built_in_data(tmp_path):
-    place = find_paths(**kaggle(tmp_path / "kaggle"))
-    assert place.images is None and place.built_in
-    assert place.work == tmp_path / "kaggle" / "working"
-    place = find_paths(input_roots=[tmp_path / "nowhere"], working_root=tmp_path / "nor here")
-    assert place.images is None and place.work == Path("outputs")
+    paths = find_paths(**kaggle(tmp_path / "kaggle"))
+    assert paths.images is None and paths.built_in and paths.work == tmp_path / "kaggle" / "working"
+    paths = find_paths(input_roots=[tmp_path / "nowhere"], working_root=tmp_path / "nor here")
+    assert paths.images is None and paths.work == Path("outputs")
 
 
-@pytest.mark.parametrize("inside", ["gait", "gait/images", "datasets/somebody/gait/images/all"])
-def test_an_attached_data_set_is_found_at_any_depth(tmp_path, inside):
+def test_attached_images_are_found_at_any_depth_and_the_nearest_first(tmp_path):
     roots = kaggle(tmp_path)
-    wanted = person_folders(tmp_path / "input" / inside, "ID_1", "ID_2", "ID_10")
+    deep = person_folders(tmp_path / "input" / "datasets/somebody/gait/images/all", "ID_1", "ID_2", "ID_10")
     (tmp_path / "input" / "aaa weights").mkdir()
     (tmp_path / "input" / "aaa weights" / "model.safetensors").touch()
-    place = find_paths(**roots)
-    assert place.images == wanted and not place.built_in
-
-
-def test_the_nearest_folder_wins_and_folders_without_persons_are_passed(tmp_path):
-    roots = kaggle(tmp_path)
-    person_folders(tmp_path / "input" / "a" / "deep" / "deeper", "ID_1", "ID_2")
-    (tmp_path / "input" / "b" / "empty").mkdir(parents=True)
-    nearest = person_folders(tmp_path / "input" / "c", "anna", "ben")
+    assert find_paths(**roots).images == deep and not find_paths(**roots).built_in
+    nearest = person_folders(tmp_path / "input" / "gait" / "images", "anna", "ben")
     assert find_paths(**roots).images == nearest
 
 
@@ -68,12 +59,6 @@ def test_what_is_given_wins(tmp_path, monkeypatch):
     assert find_paths(mine, tmp_path / "w", **roots) == ProjectPaths(mine, tmp_path / "w")
     with pytest.raises(UserError, match=r"No such folder: nowhere\. Name the folder"):
         find_paths("nowhere", **roots)
-
-
-def test_every_stage_has_a_folder_of_its_own(tmp_path):
-    place = ProjectPaths(None, tmp_path)
-    stages = [place.split, place.vavae, place.latents, place.dit, place.samples, place.evaluation]
-    assert len(set(stages)) == 6 and all(stage.parent == tmp_path for stage in stages)
 
 
 def test_built_in_is_told_by_the_split_that_is_there(tmp_path):
