@@ -45,7 +45,7 @@ def run(command: list[str], output_dir: Path, after: float | None = None, resume
         said = []
         for text in process.stdout:
             said.append(text)
-            if after is not None and (text.startswith("step ") or text.startswith("going on after")):
+            if after is not None and (text.startswith("step ") or text.startswith("resuming after")):
                 time.sleep(after)
                 process.kill()
                 break

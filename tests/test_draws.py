@@ -60,7 +60,7 @@ def test_a_longer_draw_starts_with_the_shorter_one(kind):
     def draw(count):
         return getattr(draws(), kind)("noise", count)
 
-    assert torch.equal(draw(4), draw(7)[:, :4])
+    assert torch.equal(draw(4), draw(7)[:, :4]) and draws().normal("n").shape == (3,)
     assert draw(0).shape == (3, 0)
 
 

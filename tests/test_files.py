@@ -80,12 +80,6 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
 # ---- what a command says
 
 
-def end(main, capsys) -> tuple[int, str]:
-    with pytest.raises(SystemExit) as exit:
-        run_command(main)
-    return exit.value.code, capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
@@ -100,26 +94,21 @@ def test_errors_are_one_line_and_a_status(capsys, error, status, line):
     def main():
         raise error
 
-    code, said = end(main, capsys)
-    assert code == status and said.startswith(line) and said.count("\n") == 1
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    said = capsys.readouterr().err
+    assert ended.value.code == status and said.startswith(line) and said.count("\n") == 1
 
 
-def test_stopped_in_good_order_is_no_error(capsys):
-    def main():
-        raise Stopped("Stopped after step 3; go on with --resume last")
+def test_stopped_in_good_order_is_no_error_and_bugs_keep_their_traceback(capsys):
+    def main(error: Exception):
+        raise error
 
-    run_command(main)
+    run_command(lambda: main(Stopped("Stopped after step 3; go on with --resume last")))
     assert capsys.readouterr().out == "Stopped after step 3; go on with --resume last\n"
-
-
-def test_bugs_keep_their_traceback():
     for error in (ZeroDivisionError(), OSError(errno.EBADF, "bug")):
-
-        def main(error=error):
-            raise error
-
         with pytest.raises(type(error)):
-            run_command(main)
+            run_command(lambda error=error: main(error))
 
 
 def test_a_reader_that_has_gone_is_no_fault():

@@ -29,8 +29,7 @@ HALVES = ["data.batch_size=4", "trainer.accelerator=cpu"]  # the same batch for 
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     return tmp_path
 
 
@@ -42,13 +41,11 @@ def one(tmp_path_factory):
     return folder
 
 
-def start(
-    words: list[str], program: list[str] | None = None, interpreter: str | None = None, **environment: str
-) -> subprocess.Popen:
+def start(words: list[str], program: list[str] | None = None, interpreter: str | None = None) -> subprocess.Popen:
     command = [interpreter or python(), *(program or []), "-m", "vavae_tools.train", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with_package = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env={**os.environ, **with_package, **environment}, **pipes)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, **pipes)
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+from vavae_tools.runtime.ranks import is_rank_zero
+
 
 def tell(line: str) -> None:
     """Print a line beside progress bars."""
@@ -71,37 +73,32 @@ def show_record(line: str, bars: dict[int, Any], show: Callable[[Any], None] | N
         return False
     values = json.loads(line[len(_RECORD) :])
     if "image" in values:
-        _show_image(Path(values["image"]), show)
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(values["image"]) as file:
+            image = file.convert("RGB")
+        Path(values["image"]).unlink()
+        if show is None:
+            from IPython.display import display
+
+            display(image)
+        else:
+            import torch
+
+            show(torch.from_numpy(np.array(image)).permute(2, 0, 1))  # (3, H, W)
         return True
     from tqdm.auto import tqdm
 
     number, closed = values.pop("bar"), values.pop("closed")
     bar = bars.get(number)
     if bar is None:
-        bar = bars[number] = tqdm(**{name: values[name] for name in ("total", "initial", "unit")})
-        bar.desc = values["desc"]
+        bar = bars[number] = tqdm(**{name: values[name] for name in ("total", "initial", "unit", "desc")})
     bar.n, bar.postfix = values["n"], values["postfix"]
     bar.refresh()
     if closed:
         bars.pop(number).close()
     return True
-
-
-def _show_image(path: Path, show: Callable[[Any], None] | None) -> None:
-    from PIL import Image
-
-    with Image.open(path) as file:
-        image = file.convert("RGB")
-    path.unlink()
-    if show is None:
-        from IPython.display import display
-
-        display(image)
-    else:
-        import numpy as np
-        import torch
-
-        show(torch.from_numpy(np.array(image)).permute(2, 0, 1))  # (3, H, W)
 
 
 def bars_into_cell() -> None:
@@ -134,6 +131,5 @@ def bars_into_cell() -> None:
 
 def log(line: str) -> None:
     """Print a line at once, and once: of several processes only the first speaks."""
-    from lightning.pytorch.utilities import rank_zero_only  # which takes seconds: not for those that say nothing
-
-    rank_zero_only(print)(line, flush=True)
+    if is_rank_zero():
+        print(line, flush=True)

@@ -22,7 +22,6 @@ from vavae_tools.runtime.ranks import current_ranks
 from vavae_tools.training.devices import no_deterministic_form
 
 HEADROOM = 0.08  # share of the memory that stays free: gaps between tensors, and batches of longer texts
-_CONTEXT = 2**29  # bytes of a process on a card beside its tensors, at most
 
 
 # ---- where memory has run out
@@ -75,15 +74,10 @@ def memory_fault(
 
 
 def _memory_of(error: BaseException) -> str:
-    """Return what has run out, and what others hold of it."""
-    links = (error, error.__cause__)
-    if any(isinstance(link, MemoryError) or "CPUAllocator" in str(link) for link in links):
+    if any(isinstance(link, MemoryError) or "CPUAllocator" in str(link) for link in (error, error.__cause__)):
         return "this machine"
     try:
-        free, total = torch.cuda.mem_get_info()
-        others = total - free - torch.cuda.memory_reserved() - _CONTEXT
-        held = f", {others / 2**30:.1f} of them held by other processes" if others > 2**30 else ""
-        return f"{torch.cuda.get_device_name()} ({total / 2**30:.1f} GiB{held})"
+        return f"{torch.cuda.get_device_name()} ({torch.cuda.mem_get_info()[1] / 2**30:.1f} GiB)"
     except (RuntimeError, AssertionError):  # an earlier fault of the card, or a torch without CUDA
         return "the GPU"
 
