@@ -108,7 +108,7 @@ def test_loss_by_hand():
 # ---- the models
 
 
-@pytest.mark.parametrize("grid", [(4, 4), (1, 1), (2, 5)])
+@pytest.mark.parametrize("grid", [(4, 4), (2, 5)])
 def test_dinov2_on_any_grid(grid):
     """The last layer's normalised patch tokens, row by row, of images as they are.
 
@@ -330,11 +330,6 @@ def test_stale_features_are_not_used(change, data, tmp_path):
     if change != "order":
         expected = F.adaptive_avg_pool2d(to_unit(data.in_memory()), grid) * model.factor
         assert same(all_of(features), expected.half())
-
-
-def test_features_that_float16_cannot_hold_are_told(data, tmp_path):
-    with pytest.raises(UserError, match=r"Features of this Brightness reach .*, and float16 holds up to 65,504"):
-        foundation_features(Brightness("b", factor=1e6), data, (2, 2), tmp_path / "train.safetensors", progress=False)
 
 
 def test_too_many_features_are_not_kept(data, tmp_path, monkeypatch):

@@ -220,7 +220,6 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     [
         ({"people": 0}, "people is 0: expected 1 or more"),
         ({"size": 8}, "size is 8: expected 16 or more"),
-        ({"workers": 0}, "workers is 0"),
         ({"colormap": "jett"}, "colour map is called 'jett'"),
     ],
 )

@@ -202,7 +202,6 @@ def test_configurations_there_and_back(config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm_num_groups": 16}, "norm_num_groups=16: the reference has no such network, only norm_num_groups=32"),
         ({"block_out_channels": (32, 48)}, r"block_out_channels=\[32, 48\]: the reference needs multiples"),
         ({"up_block_types": ["UpDecoderBlock2D"] * 2}, "at the same levels"),
         ({"mid_block_add_attention": False}, "mid_block_add_attention"),

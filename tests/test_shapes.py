@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from vavae_tools.data.demo.shapes import (
     CAPTION_COLOURS,
     CAPTION_SHAPES,
     COLOURS,
-    EXAMPLE_PROMPTS,
-    KINDS,
     SHAPES,
     CaptionedShapes,
     Named,
@@ -156,14 +153,6 @@ def test_words():
 def test_the_vocabulary_has_every_word_and_no_other():
     used = {word for captions in DRAWN.captions for caption in captions for word in re.findall(r"[a-z]+", caption)}
     assert used <= set(vocabulary()) and set(vocabulary()) - used <= {"centre", "center"}
-
-
-def test_all_that_can_be_named_comes_up():
-    for kind, values in KINDS.items():
-        counts = Counter(getattr(named(caption), kind) for caption in FULL)
-        assert counts.keys() == set(values) and min(counts.values()) > 0.75 * 1000 / len(values)
-    assert len({named(prompt) for prompt in EXAMPLE_PROMPTS}) == 8
-    assert all(None not in vars(named(prompt)).values() for prompt in EXAMPLE_PROMPTS)
 
 
 def test_each_image_follows_from_seed_side_and_index():

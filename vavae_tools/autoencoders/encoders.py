@@ -58,7 +58,7 @@ class FrozenEncoder(nn.Module):
                 raise ValueError(f"num_channels is {full.num_channels}, expected 3")
             self.patch_size, image_size = int(full.patch_size), int(full.image_size)  # no lists: squares
             model = getattr(transformers, f"{name}Model")(full)
-        except Exception as error:  # of any kind: transformers' versions check a configuration in different ways
+        except Exception as error:  # of any kind, by transformers' version
             raise UserError(
                 f"transformers cannot build a {model_type} of this encoder configuration ({one_line(error, 200)}): "
                 "take the config.json that came with the weights"

@@ -116,9 +116,9 @@ def load_foundation(folder: str | Path) -> TransformersFoundation:
     """
     folder = Path(folder)
     if not folder.is_dir():
+        example = "config.json and model.safetensors (of facebook/dinov2-large, for example)"
         raise UserError(
-            f"No folder {folder} of a vision foundation model: name one that holds config.json and model.safetensors "
-            "(of facebook/dinov2-large, for example), or take vf_weight 0"
+            f"No folder {folder} of a vision foundation model: name one that holds {example}, or take vf_weight 0"
         )
     there = sorted(path.name for path in folder.iterdir())
     for names in (("config.json",), _WEIGHT_FILES):
@@ -127,10 +127,8 @@ def load_foundation(folder: str | Path) -> TransformersFoundation:
             raise UserError(f"{folder} is no folder of a foundation model: {names[0]} is missing; it holds {held}")
     model_type = read_json(folder / "config.json").get("model_type")
     if model_type not in _MODEL_TYPES:
-        raise UserError(
-            f"{folder} holds a model of type {model_type!r}, expected one of {', '.join(_MODEL_TYPES)}, "
-            "in transformers' format (timm's is another)"
-        )
+        expected = f"one of {', '.join(_MODEL_TYPES)}, in transformers' format (timm's is another)"
+        raise UserError(f"{folder} holds a model of type {model_type!r}, expected {expected}")
     return TransformersFoundation(_load_model(folder))
 
 

@@ -52,9 +52,6 @@ def load_rae(
         decoder: see `decoder_size`.
         decoder_path: a file with a decoder, such as the authors' `model.pt`; it holds before another one.
         statistics_path: the authors' `stat.pt`, or a `.safetensors` file with mean and var.
-
-    Raises:
-        UserError: nothing there, damaged, or weights of another shape.
     """
     whole = next((p for p in (encoder_config_path, encoder_checkpoint_path) if p and is_rae_folder(p)), None)
     if whole is not None:
@@ -160,11 +157,7 @@ def fit(
     source: str,
     log: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Put weights into an encoder or a decoder, whatever version's names they have.
-
-    Raises:
-        UserError: weights of another shape, or too few of them.
-    """
+    """Put weights into an encoder or a decoder, whatever version's names they have."""
     inner = module.model if isinstance(module, FrozenEncoder) else module
     tensors = inner.state_dict()
     own = {common_name(name): name for name in tensors}
@@ -181,9 +174,8 @@ def fit(
             raise UserError(f"{source} is of another {what}: {name} is {shapes}{fits[0] if fits else ''}")
     missing = [name for common, name in own.items() if name not in matched and common not in _NEEDLESS]
     if missing:
-        raise UserError(
-            f"{source} is of another {what}: it has {len(matched)} of {len(own)} weights, {missing[0]} is missing"
-        )
+        held = f"{len(matched)} of {len(own)} weights"
+        raise UserError(f"{source} is of another {what}: it has {held}, {missing[0]} is missing")
     inner.load_state_dict({name: tensor.float() for name, tensor in matched.items()}, strict=False)
     unused = [name for name in given if name not in own and not IGNORED_WEIGHTS.match(name)]
     log(f"RAE {what}: {len(matched)} weights matched, 0 missing, {len(unused)} unused ({source})")

@@ -23,11 +23,8 @@ from vavae_tools.runtime.errors import UserError
 class LatentStatistics:
     """A diffusers model whose config has `latents_mean` and `latents_std`, a number per channel each."""
 
-    has_own_statistics = False
-    """Whether its latents come out normalised already, so that none are to be computed from the training subset."""
-
-    decoding_alone: tuple[str, ...] = ()
-    """How the names of weights begin that the latents do not follow from: another decoder leaves them valid."""
+    has_own_statistics = False  # True: its latents come out normalised already
+    decoding_alone: tuple[str, ...] = ()  # how the names of weights begin that latents do not follow from
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Return latents as the denoiser sees them: per channel (z − mean) / std."""
@@ -53,9 +50,6 @@ class LatentStatistics:
 
 class VAVAE(LatentStatistics, AutoencoderKL):
     """AutoencoderKL with a condition vector; its other arguments are AutoencoderKL's own.
-
-    `latents_mean` and `latents_std` are those of the training subset's latents. They travel with the model, so that
-    sampling needs no training data.
 
     Args:
         condition_dim: length of the condition vector; 0 builds the plain AutoencoderKL.

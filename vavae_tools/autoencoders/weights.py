@@ -24,16 +24,11 @@ class VAVAEWeights:
     """Weights of a VA-VAE, and what came with them."""
 
     source: Path
-    config: dict[str, Any]
-    """VAVAE's arguments."""
-    weights: dict[str, Tensor]
-    """Under VAVAE's names."""
-    discriminator: dict[str, Tensor] | None = None
-    """Under `main.0.weight` …, where the checkpoint of a training held one."""
-    projection: Tensor | None = None
-    """Of the alignment with a foundation model: (its channels, latent channels, 1, 1)."""
-    unused: tuple[str, ...] = ()
-    """Names of what else was there."""
+    config: dict[str, Any]  # VAVAE's arguments
+    weights: dict[str, Tensor]  # under VAVAE's names
+    discriminator: dict[str, Tensor] | None = None  # under `main.0.weight` …
+    projection: Tensor | None = None  # of the alignment with a foundation model: (its channels, latent channels, 1, 1)
+    unused: tuple[str, ...] = ()  # names of what else was there
 
 
 def pretrained_small_folder() -> Path:
@@ -64,18 +59,15 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
     if source.is_dir() or source.name == FOLDER_WEIGHTS:
         return _read_folder(source if source.is_dir() else source.parent)
     if not source.is_file():
-        raise UserError(
-            f"No VA-VAE at {source}: expected a folder with config.json or a .ckpt of VA-VAE training, "
-            "or the published .pt, .ckpt or .safetensors"
-        )
+        expected = "a folder with config.json or a .ckpt of VA-VAE training"
+        raise UserError(f"No VA-VAE at {source}: expected {expected}, or the published .pt, .ckpt or .safetensors")
     if source.suffix == ".safetensors":
         return from_state_dict(read_safetensors(source), source=source)
     checkpoint = read_checkpoint(source)
     settings = checkpoint.get("hyper_parameters")
     if isinstance(settings, Mapping) and "vavae_config" in settings:
-        named = plain_names(checkpoint)
-        weights = {k.removeprefix("vavae."): tensor for k, tensor in named.items() if k.startswith("vavae.")}
-        others = {name: tensor for name, tensor in named.items() if not name.startswith("vavae.")}
+        others = plain_names(checkpoint)
+        weights = {k.removeprefix("vavae."): others.pop(k) for k in list(others) if k.startswith("vavae.")}
         beside = _split_training_state(others, "discriminator.", "projection.weight")
         return VAVAEWeights(source, dict(settings["vavae_config"]), weights, **beside)
     return from_state_dict(checkpoint, source=source)

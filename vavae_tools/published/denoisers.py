@@ -36,8 +36,7 @@ Interval = tuple[float, float]
 class PublishedDenoiser(nn.Module):
     """A denoiser and a conditioner as one model: x (B, C, h, w), t (B,), labels y (B,) → what the network predicts.
 
-    Time and sign are the reference's own. The batches of `forward_with_cfg` are [conditional | null] with the first
-    half's x for both.
+    Time and sign are the reference's. Batches of `forward_with_cfg` are [conditional | null], of the first half's x.
     """
 
     def __init__(self, denoiser: DiT | DDT, conditioner: ClassConditioner) -> None:
@@ -137,12 +136,7 @@ def _guided_between(strong: Tensor, weak: Tensor, t: Tensor, scale: float, inter
 
 
 def _guided_by_list(
-    strong: Tensor,
-    weak: Tensor,
-    t: Tensor,
-    scale: float,
-    interval: Sequence[Interval] | Interval,
-    interval_scale: float,
+    strong: Tensor, weak: Tensor, t: Tensor, scale: float, interval: Sequence[Interval], interval_scale: float
 ) -> Tensor:
     if len(interval) == 2 and not isinstance(interval[0], Sequence):
         guided = _guided_between(strong, weak, t, scale, interval)

@@ -85,19 +85,14 @@ class AutoencoderModule(L.LightningModule):
         self.accumulate_grad_batches, self.warmup_steps, self.ema = accumulate_grad_batches, warmup_steps, None
         self.generator_start = disc_start + 1 if generator_start is None else generator_start
         if perceptual_weight and lpips is None:
-            raise UserError(
-                "perceptual_weight needs LPIPS: name its weights (lpips_weights), or take perceptual_weight 0 and "
-                "spectral_weight 1, which needs none"
-            )
+            instead = "perceptual_weight 0 and spectral_weight 1, which needs none"
+            raise UserError(f"perceptual_weight needs LPIPS: name its weights (lpips_weights), or take {instead}")
         if disc_weight and self.generator_start < disc_start:
-            raise UserError(
-                f"generator_start {generator_start} lies before disc_start {disc_start}: the decoder would listen to a "
-                "discriminator that has learnt nothing. Take a later one"
-            )
+            order = f"generator_start {generator_start} lies before disc_start {disc_start}"
+            raise UserError(f"{order}: the decoder would listen to a discriminator that has learnt nothing")
         # in a dict, so that what is frozen does not become a part of this module and its checkpoints
         self._frozen: dict[str, Any] = {"lpips": lpips}
         self._cached_encoders: dict[str, Foundation] = {}  # whose features, by their name in a batch, are computed once
-        self._scales: dict[int, Tensor] = {}  # that gathered gradients were scaled by
         self._codec = (codec,)  # in a tuple for the same reason
         weights = {"l1": l1_weight, "gradient": gradient_weight, "spectral": spectral_weight}
         weights |= {"perceptual": perceptual_weight, **{k.removesuffix("_weight"): more[k] for k in more}}
@@ -192,7 +187,6 @@ class AutoencoderModule(L.LightningModule):
         together = min(self.accumulate_grad_batches, self.trainer.num_training_batches - first)
         complete = batch_idx + 1 == first + together
         alone = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)  # processes agree once a step
-        self._rescale(optimizer, begins=batch_idx == first)
         with nullcontext() if complete else alone():
             self.manual_backward(loss / together)
         if complete:
@@ -202,18 +196,6 @@ class AutoencoderModule(L.LightningModule):
             if schedule is not None and schedule.optimizer is optimizer.optimizer:
                 schedule.step()
         return complete
-
-    def _rescale(self, optimizer: Any, begins: bool) -> None:
-        """Bring gathered gradients to the scale of the next: the other optimiser's step may have changed it."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None or self.accumulate_grad_batches == 1:
-            return
-        scale = scaler.scale(torch.ones((), device=self.device))  # a tensor: `get_scale` waits for the device
-        if not begins:
-            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-            gathered = [weight.grad for weight in weights if weight.grad is not None]
-            torch._foreach_mul_(gathered, scale / self._scales[id(optimizer)])
-        self._scales[id(optimizer)] = scale
 
     @property
     def total_steps(self) -> float:
@@ -303,9 +285,8 @@ class VAVAEModule(AutoencoderModule):
         **settings: Any,
     ) -> None:
         if vf_weight and foundation is None:
-            raise UserError(
-                "vf_weight needs a vision foundation model: name its folder (foundation_model), or take vf_weight 0"
-            )
+            needed = "a vision foundation model: name its folder (foundation_model)"
+            raise UserError(f"vf_weight needs {needed}, or take vf_weight 0")
         if vf_weight and freeze_encoder:
             raise UserError("vf_weight aligns the latents, which freeze_encoder keeps as they are: take one of them")
         super().__init__(vavae, **settings)
