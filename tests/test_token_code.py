@@ -146,7 +146,7 @@ def test_a_cell_is_valid_when_all_signs_are_a_tokens():
     (lambda: TokenCode(152_000, 2), "152,000 tokens need 18 bits, a cell of 3×2×2 pixels has 12, enough for 4,096: "
                                     "take cell_size 3 or larger, or more channels"),
     (lambda: TokenCode(257, 2, 2), "257 tokens need 9 bits"),
-    (lambda: TokenCode(0), "0 tokens in 3 channels of 4×4: expected 1 or more"),
+    (lambda: TokenCode(0), "0 tokens in 3 channels of 4×4: expected more"),
     (lambda: TokenCode(260).capacity(67), "img_size 67 is no multiple of cell_size 4: take 68 or another one"),
     (lambda: TokenCode(260).capacity(0), "img_size 0 is no multiple of cell_size 4: take 4 or another one"),
     (lambda: TokenCode(260).draw(torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5).bool(), 8),

@@ -94,11 +94,7 @@ image_data = ImageDataModule
 
 
 def class_data(
-    data_dir: str | Path,
-    image_size: int | tuple[int, int] | None = None,
-    num_images: int = 1024,
-    num_classes: int = 4,
-    **options: Any,
+    data_dir: str | Path, image_size: Any = None, num_images: int = 1024, num_classes: int = 4, **options: Any
 ) -> ImageSetDataModule:
     """Return `ImageDataModule(data_dir, …)`, or for "shapes" `num_images` made-up ones of 32×32 (`shape_data`)."""
     if str(data_dir) != "shapes":
@@ -118,10 +114,8 @@ def _read_subsets(data_dir: Path, use_hf_dataset: bool | None, train_split: str,
     is_dataset = hugging_face.is_dataset(data_dir)
     if use_hf_dataset and not is_dataset:
         refuse_shards(data_dir)
-        raise UserError(
-            f"{data_dir} is no Hugging Face dataset; it holds {contents(data_dir)}. Expected what save_to_disk writes "
-            f"({hugging_face.MARKS}); with use_hf_dataset=false a folder per class is read"
-        )
+        found = f"{data_dir} is no Hugging Face dataset; it holds {contents(data_dir)}"
+        raise UserError(f"{found}. Expected {hugging_face.MARKS}; with use_hf_dataset=false a folder per class is read")
     if is_dataset and use_hf_dataset is not False:
         return hugging_face.read_subsets(data_dir, train_split, **options)
     return _read_folders(data_dir, train_split, options)
@@ -175,10 +169,8 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
     subsets = []
     for subset, files in ((folder, train), (val_folder, val)):
         if unknown := files.keys() - labels.keys():
-            raise UserError(
-                f"{subset} holds {listed(sorted(unknown, key=natural_key))}, which is no class of {folder}: expected "
-                "the same folders in both. Rename or move it"
-            )
+            names = listed(sorted(unknown, key=natural_key))
+            raise UserError(f"{subset} holds {names}, which is no class of {folder}: expected the same folders in both")
         if files:
             paths = list(chain.from_iterable(files.values()))
             names = [path.relative_to(subset).as_posix() for path in paths]

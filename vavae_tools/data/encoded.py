@@ -123,10 +123,8 @@ class Store:
         """Delete the index and all shards but those to keep, unless there is no room for `needed` bytes even then."""
         free = self.free_bytes(keep)
         if needed > free:
-            raise UserError(
-                f"No space: {what} need {needed / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free for "
-                f"{self.folder.absolute()}. Free some space, or choose another folder"
-            )
+            problem = f"{what} need {needed / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free for {self.folder.absolute()}"
+            raise UserError(f"No space: {problem}. Free some space, or choose another folder")
         for path in ([self.folder / self.index] if self.index else []) + self._stale(keep):
             path.unlink(missing_ok=True)
 
@@ -135,10 +133,9 @@ class Store:
         until = time.monotonic() + PATIENCE
         while hidden := [name for name in names if not (self.folder / name).is_file()]:
             if ranks.size == 1 or time.monotonic() > until:
-                raise UserError(
-                    f"Process {ranks.rank + 1} of {ranks.size} does not see {(self.folder / hidden[0]).absolute()} of "
-                    "another one: name a folder on a disk that all machines share, or encode on each machine first"
-                )
+                hint = "name a folder on a disk that all machines share, or encode on each machine first"
+                file = (self.folder / hidden[0]).absolute()
+                raise UserError(f"Process {ranks.rank + 1} of {ranks.size} does not see {file} of another one: {hint}")
             time.sleep(0.2)
 
 
@@ -147,10 +144,8 @@ def agree(ranks: Ranks, make: Callable[[], Any], identity: str = "") -> Any:
     number = ranks.counts["agreed"] = ranks.counts.get("agreed", 0) + 1  # each process counts for itself
     first, made = ranks.share(f"agreed {number}", [identity, make()] if ranks.rank == 0 else None)
     if first != identity:
-        raise UserError(
-            f"Process {ranks.rank + 1} of {ranks.size} has other weights or images than the first: give all machines "
-            "the same, then start again"
-        )
+        place = f"Process {ranks.rank + 1} of {ranks.size}"
+        raise UserError(f"{place} has other weights or images than the first: give all machines the same")
     return made
 
 

@@ -243,9 +243,7 @@ def _flat(statistics: tuple[Tensor | Sequence[float], Tensor | Sequence[float]])
     """Return mean and standard deviation, of any shape such as (1, C, 1, 1), as numbers."""
     mean, std = (torch.as_tensor(values).double().flatten().tolist() for values in statistics)
     if not all(map(math.isfinite, mean + std)) or min(std, default=0) <= 0:
-        raise UserError(
-            "The statistics given for latents hold a number that is not finite, or a deviation of 0 or less"
-        )
+        raise UserError("The statistics for latents hold a number that is not finite, or a deviation of 0 or less")
     return mean, std
 
 

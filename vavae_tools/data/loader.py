@@ -224,10 +224,8 @@ class OrderedDataModule(L.LightningDataModule):
         if state_dict:
             for name, here in self._order_settings(self._new_order()).items():
                 if state_dict.get(name, here) != here:
-                    raise UserError(
-                        f"The checkpoint was written with {name} = {state_dict[name]:,}, here it is {here:,}: resume "
-                        "with the data and settings of that run, or start anew without --resume"
-                    )
+                    problem = f"The checkpoint was written with {name} = {state_dict[name]:,}, here it is {here:,}"
+                    raise UserError(f"{problem}: resume with the data and settings of that run, or start anew")
             self._resumed = (state_dict["epoch"], state_dict["batches_done"])
             if self._order is not None:
                 self._order.resume(*self._resumed)

@@ -192,13 +192,11 @@ def split_folders(
     source, target = Path(input_dir).expanduser().absolute(), Path(output_dir).expanduser().resolve()
     real = source.resolve()
     if target.is_relative_to(real) or real.is_relative_to(target):
-        raise UserError(
-            f"--output_dir {target} and --input_dir {source} are in each other. Choose another --output_dir, such as "
-            f"{real.parent / 'data_split'}"
-        )
+        hint = f"Choose another --output_dir, such as {real.parent / 'data_split'}"
+        raise UserError(f"--output_dir {target} and --input_dir {source} are in each other. {hint}")
     images, notes = _find_images(source, settings["image_extensions"])
     recording_of = recordings(group_pattern, images, notes)
-    workers = min(8, os.cpu_count() or 1) if workers is None else max(1, workers)
+    workers = max(1, workers or min(8, os.cpu_count() or 1))
     split = _Split(source, target, images, settings, recording_of, workers, progress)
 
     if old := existing_split(target):

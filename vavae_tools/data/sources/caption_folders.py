@@ -42,10 +42,8 @@ def own_subsets(path: Path, notes: list[str]) -> list[NamedImages]:
     if whole := _own_subset(path, notes):
         return [whole]
     refuse_shards(path)
-    raise UserError(
-        f"No captions in {path}, which holds {contents(path)}: expected metadata.jsonl or metadata.csv, a .txt beside "
-        f"each image, or a Hugging Face dataset ({MARKS})"
-    )
+    expected = f"metadata.jsonl or metadata.csv, a .txt beside each image, or a Hugging Face dataset ({MARKS})"
+    raise UserError(f"No captions in {path}, which holds {contents(path)}: expected {expected}")
 
 
 def _own_subset(folder: Path, notes: list[str]) -> NamedImages | None:
@@ -86,16 +84,18 @@ def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     delimiter = max(",;\t", key=head.count)
     names = [name.strip().lower() for row in csv.reader([head], delimiter=delimiter) for name in row]
     rows = csv.reader(io.StringIO(body, newline=""), delimiter=delimiter, strict=True)
+
+    def where() -> str:
+        return f"{path}, line {rows.line_num + 1:,}"
+
     try:
         for row in filter(None, rows):
             if len(row) != len(names):
-                raise UserError(
-                    f"{path}, line {rows.line_num + 1:,}, has {counted(len(row), 'field')}, its head {len(names)}: put "
-                    'captions with a comma into quotes ("…")'
-                )
-            yield f"{path}, line {rows.line_num + 1:,}", dict(zip(names, map(_several, row), strict=True))
+                found = f"{where()}, has {counted(len(row), 'field')}, its head {len(names)}"
+                raise UserError(f'{found}: put captions with a comma into quotes ("…")')
+            yield where(), dict(zip(names, map(_several, row), strict=True))
     except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num + 1:,}, cannot be read as a table ({error})") from None
+        raise UserError(f"{where()}, cannot be read as a table ({error})") from None
 
 
 def _several(cell: str) -> str | list[str]:

@@ -37,10 +37,8 @@ def _annotations(root: Path) -> Path:
         for folder in (root / "annotations", root):
             if found := sorted(folder.glob(pattern)):
                 return found[-1]
-    raise UserError(
-        f"No captions_train2017.json in {root / 'annotations'} or {root}, which holds {contents(root)}: put it there, "
-        "or name the file: data.annotations=FILE"
-    )
+    found = f"No captions_train2017.json in {root / 'annotations'} or {root}, which holds {contents(root)}"
+    raise UserError(f"{found}: put it there, or name the file: data.annotations=FILE")
 
 
 def _given(root: Path, path: str | Path) -> Path:

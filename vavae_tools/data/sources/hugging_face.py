@@ -80,10 +80,8 @@ def read_subsets(
             raise UserError(f"The subset {name} of {data_dir} lacks the column {', '.join(missing)} of {train_split}")
         types = [(one.features[image], getattr(one.features[label], "names", None)) for one in (dataset, first)]
         if types[0] != types[1]:
-            raise UserError(
-                f"The columns {image} and {label} of {data_dir} have other types or class names in {name} than in "
-                f"{train_split}: cast one subset to the other's features and save it again"
-            )
+            found = f"The columns {image} and {label} of {data_dir} have other types or class names in {name}"
+            raise UserError(f"{found} than in {train_split}: cast one to the other's features and save it again")
     labels, of_rows = _numbered(datasets, first, label)
     name_of = {number: name for name, number in labels.items()}
     subsets = []
@@ -147,10 +145,8 @@ def _column(dataset: "Dataset", data_dir: Path, what: str, kind: str, names: Seq
     found = [*(name for name in named if name in typed), *typed, *named]
     if not found:
         of_type = f"of type {kind} or " if kind else ""
-        raise UserError(
-            f"No {what} in {data_dir}, which has the columns {', '.join(dataset.column_names)}: expected one {of_type}"
-            f"called {either(names)}. Rename yours with dataset.rename_column and save it again"
-        )
+        columns = f"the columns {', '.join(dataset.column_names)}: expected one {of_type}called {either(names)}"
+        raise UserError(f"No {what} in {data_dir}, which has {columns}. Rename yours with dataset.rename_column")
     return found[0]
 
 
@@ -179,8 +175,7 @@ def _numbered(
     for subset, of_subset in values.items():
         unknown = {value for value in of_subset if not isinstance(value, int) or value not in known or value < 0}
         if unknown:
-            raise UserError(
-                f"The column {column} of the subset {subset} holds {listed(sorted(map(repr, unknown)))}; expected the "
-                f"classes {listed(labels)} of the training subset, as names or whole numbers from 0 on"
-            )
+            expected = f"the classes {listed(labels)} of the training subset, as names or whole numbers from 0 on"
+            found = f"The column {column} of the subset {subset} holds {listed(sorted(map(repr, unknown)))}"
+            raise UserError(f"{found}; expected {expected}")
     return labels, {subset: torch.tensor(of_subset, dtype=torch.int64) for subset, of_subset in values.items()}

@@ -28,10 +28,8 @@ LONGEST_END = 2**20  # bytes of zeros after a tar's last member; a file with mor
 def refuse_shards(path: Path) -> None:
     """Raise a UserError that names the command where a path or a folder is one of tar shards."""
     if ".tar" in path.name or (path.is_dir() and any(path.rglob("*.tar"))):
-        raise UserError(
-            f"{path} holds tar shards: make a dataset of them, once, with python -m vavae_tools.data.sources.shards "
-            f"{path if path.is_dir() else path.parent} OUTPUT, and name OUTPUT in their place"
-        )
+        command = f"python -m vavae_tools.data.sources.shards {path if path.is_dir() else path.parent} OUTPUT"
+        raise UserError(f"{path} holds tar shards: make a dataset of them with {command}, and name OUTPUT instead")
 
 
 def convert_shards(shards: Path, output: Path) -> "dict[str, Dataset]":
@@ -98,10 +96,8 @@ def _in_columns(dataset: "Dataset", images: int, where: str) -> "Dataset":
     keys = column_values(dataset, "__key__")
     found = 0 if image is None else len(keys) - dataset.data.column(image).null_count
     if found != images or found != len(keys):
-        raise UserError(
-            f"{where}: of {images:,} images {found:,} are found, in {len(keys):,} samples. Pack each KEY.jpg and its "
-            "KEY.cls, .json or .txt one after the other, with the same endings everywhere"
-        )
+        hint = "Pack KEY.jpg and KEY.cls, .json or .txt one after the other, with the same endings everywhere"
+        raise UserError(f"{where}: of {images:,} images {found:,} are found, in {len(keys):,} samples. {hint}")
     labels, is_captioned = _labels(dataset, keys), "txt" in dataset.column_names
     is_labelled = labels.count(None) < len(labels)
     if None in labels and (is_labelled or not is_captioned):

@@ -34,10 +34,11 @@ class TokenCode:
             )
         if bits > self.length:
             fitting = math.isqrt(-(-bits // channels) - 1) + 1
-            raise UserError(
-                f"{num_tokens:,} tokens need {bits} bits, a cell of {channels}×{cell_size}×{cell_size} pixels has "
-                f"{self.length}, enough for {2**self.length:,}: take cell_size {fitting} or larger, or more channels"
+            cell = (
+                f"a cell of {channels}×{cell_size}×{cell_size} pixels has {self.length}, enough for {2**self.length:,}"
             )
+            hint = f"take cell_size {fitting} or larger, or more channels"
+            raise UserError(f"{num_tokens:,} tokens need {bits} bits, {cell}: {hint}")
         self.num_tokens, self.cell_size, self.channels = num_tokens, cell_size, channels
         self.config = {"num_tokens": num_tokens, "cell_size": cell_size, "channels": channels}
         """The constructor's arguments: TokenCode(**config) is equal."""
@@ -76,10 +77,8 @@ class TokenCode:
         """Draw token numbers int64 (B, L) as images (B, C, H, W); where `there` (B, L) is false the cell is 0, grey."""
         capacity, length = self.capacity(img_size), tokens.shape[1]
         if length > capacity:
-            raise UserError(
-                f"{length:,} tokens for an image of {img_size}×{img_size}, which has {capacity:,} cells: cut the "
-                "text, or take a larger img_size"
-            )
+            found = f"{length:,} tokens for an image of {img_size}×{img_size}, which has {capacity:,} cells"
+            raise UserError(f"{found}: cut the text, or take a larger img_size")
         cells = F.pad(self.drawn(tokens) * there[..., None], (0, 0, 0, capacity - length))
         return self.images(cells, img_size // self.cell_size)
 

@@ -41,10 +41,8 @@ def read_texts(data_path: str | Path, chats: bool = False) -> tuple[list[Any], l
     elif str(data_path) in BUILT_IN:
         train = ((found, f"the built-in {data_path}") for found in BUILT_IN[str(data_path)]())
     else:
-        raise UserError(
-            f"No {path}: expected a .txt or .jsonl file, a folder with them, a dataset of save_to_disk, or one of the "
-            f"built-in {', '.join(BUILT_IN)}"
-        )
+        expected = f"a folder with them, a dataset of save_to_disk, or one of the built-in {', '.join(BUILT_IN)}"
+        raise UserError(f"No {path}: expected a .txt or .jsonl file, {expected}")
     return tuple([_as_asked(found, chats, where) for found, where in rows] for rows in (train, val))
 
 
@@ -102,10 +100,8 @@ def _as_asked(found: str | Chat | dict[str, Any], chats: bool, where: str) -> st
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON's \ud83d without the half that belongs to it
-        raise UserError(
-            f"{where}: character {error.start:,} of the text is half of a surrogate pair, {text[error.start]!a}: "
-            "write the other half, or take it out"
-        ) from None
+        found = f"character {error.start:,} of the text is half of a surrogate pair, {text[error.start]!a}"
+        raise UserError(f"{where}: {found}: take it out") from None
     return messages if chats else text
 
 

@@ -78,9 +78,7 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     if not Path(folder).is_dir():
-        raise UserError(
-            f"No folder {folder} with a tokenizer ({_FILES}): leave it out for the built-in one, whose tokens are bytes"
-        )
+        raise UserError(f"No folder {folder} with a tokenizer ({_FILES}): leave it out for the built-in one, of bytes")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library in Rust raises no narrower one
@@ -151,10 +149,8 @@ class TextTokens:
         for end, asks in [*ends, (len(chat), True)] if ask else ends:
             text = self._templated(chat[:end], asks)
             if not text.startswith(former):
-                raise UserError(
-                    "The tokenizer's chat template writes earlier messages otherwise when others follow, so that "
-                    "prompt and answer cannot be told apart: take another template"
-                )
+                problem = "The tokenizer's chat template writes earlier messages otherwise when others follow"
+                raise UserError(f"{problem}, so that prompt and answer cannot be told apart: take another template")
             parts.append(text[len(former) :])
             former = text
         return parts
@@ -163,18 +159,14 @@ class TextTokens:
         from jinja2 import TemplateError
 
         if not self.tokenizer.chat_template:
-            raise UserError(
-                "The tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json): leave "
-                "use_chat_template out, or add one"
-            )
+            problem = "The tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json)"
+            raise UserError(f"{problem}: leave use_chat_template out, or add one")
         try:  # of a list of chats, since before the first message a chat is empty, which transformers takes for such
             return self.tokenizer.apply_chat_template([chat], add_generation_prompt=ask, tokenize=False)[0]
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in chat[:5])
-            raise UserError(
-                f"The tokenizer's chat template refuses a chat of {roles or 'no message'} ({str(error)[:120]}): "
-                "write the chats as it expects them, or take another template"
-            ) from None
+            problem = f"The tokenizer's chat template refuses a chat of {roles or 'no message'} ({one_line(error)})"
+            raise UserError(f"{problem}: write the chats as it expects them, or take another template") from None
 
     def _numbers(self, texts: Sequence[str], **options: bool) -> list[list[int]]:
         """Return token numbers of texts in which special tokens are meant, as a template writes them."""
