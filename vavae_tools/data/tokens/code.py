@@ -29,16 +29,12 @@ class TokenCode:
     def __init__(self, num_tokens: int, cell_size: int = 4, channels: int = 3) -> None:
         bits, self.length = max(1, (num_tokens - 1).bit_length()), channels * cell_size**2
         if num_tokens < 1 or cell_size < 1 or channels < 1:
-            raise UserError(
-                f"{num_tokens} tokens in {channels} channels of {cell_size}×{cell_size}: expected 1 or more"
-            )
+            raise UserError(f"{num_tokens} tokens in {channels} channels of {cell_size}×{cell_size}: expected more")
         if bits > self.length:
             fitting = math.isqrt(-(-bits // channels) - 1) + 1
-            cell = (
-                f"a cell of {channels}×{cell_size}×{cell_size} pixels has {self.length}, enough for {2**self.length:,}"
-            )
-            hint = f"take cell_size {fitting} or larger, or more channels"
-            raise UserError(f"{num_tokens:,} tokens need {bits} bits, {cell}: {hint}")
+            cell = f"a cell of {channels}×{cell_size}×{cell_size} pixels has {self.length}"
+            hint = f"enough for {2**self.length:,}: take cell_size {fitting} or larger, or more channels"
+            raise UserError(f"{num_tokens:,} tokens need {bits} bits, {cell}, {hint}")
         self.num_tokens, self.cell_size, self.channels = num_tokens, cell_size, channels
         self.config = {"num_tokens": num_tokens, "cell_size": cell_size, "channels": channels}
         """The constructor's arguments: TokenCode(**config) is equal."""
