@@ -57,11 +57,8 @@ def test_at_first_they_add_nothing_and_merged_it_is_one_model(kind, alpha):
     assert settings == {"rank": 4, "alpha": alpha or 4.0, "targets": ["qkv", "proj", "w12", "w3"]}
     qkv = denoiser.blocks[0].attn.qkv
     low_rank = qkv.lora_B["default"].weight @ qkv.lora_A["default"].weight
-    weights, merged, name = (
-        merged_weights(denoiser.state_dict(), settings),
-        denoiser_of(kind),
-        "blocks.0.attn.qkv.weight",
-    )
+    weights, name = merged_weights(denoiser.state_dict(), settings), "blocks.0.attn.qkv.weight"
+    merged = denoiser_of(kind)
     merged.load_state_dict(weights)
     torch.testing.assert_close(weights[name], plain[name] + (alpha or 4.0) / 4 * low_rank, rtol=0, atol=1e-6)
     assert same(weights["final_layer.linear.weight"], plain["final_layer.linear.weight"])

@@ -166,9 +166,7 @@ def test_a_guide_is_loaded_without_an_autoencoder(pipe, run_folder, tmp_path):
 
 
 def test_a_guide_of_other_data_is_refused(pipe, run_folder, tmp_path):
-    with pytest.raises(
-        UserError, match="has people anna, ben, carl, the model ID_1, ID_2, ID_3: it must be of the sam"
-    ):
+    with pytest.raises(UserError, match="has people anna, ben, carl, the model ID_1, ID_2, ID_3: it must be of"):
         load_guide(run_folder[0] / "checkpoints" / "last.ckpt", pipe)
     for changes, classes, message in (
         ({"input_size": 4}, 3, r"has latents of shape \(2, 4, 4\), the model \(2, 8, 8\)"),
@@ -275,15 +273,10 @@ def test_what_cannot_be_loaded_is_said(pipe, run_folder, tmp_path):
         load_pipeline(folder / "checkpoints" / "best.ckpt")
     with pytest.raises(UserError, match="No VA-VAE at"):
         load_pipeline(folder / "checkpoints" / "last.ckpt", autoencoder_dir=folder / "nowhere")
-    with pytest.raises(
-        UserError, match=r"holds the averaged weights alone: name a \.ckpt of the training for the live"
-    ):
+    with pytest.raises(UserError, match=r"holds the averaged weights alone: name a \.ckpt"):
         load_pipeline(tmp_path / "pipeline", ema=False)
     weights = tmp_path / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
-    with pytest.raises(UserError, match="cannot be read"):
-        load_pipeline(tmp_path / "pipeline")
-    (tmp_path / "pipeline" / "model_index.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         load_pipeline(tmp_path / "pipeline")
     whole = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)

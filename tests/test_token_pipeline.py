@@ -156,16 +156,11 @@ def test_known_cells_are_kept_at_every_step_and_in_the_result():
         assert same(x * known[:, None], clean)
         unknown = x[(known == 0)[:, None].expand_as(x)]
         assert not (unknown.abs() == 1).any()
-        assert [sorted(row[is_in].tolist()) for row, is_in in zip(*kept, strict=True)] == [
-            list(range(13)),
-            list(range(7)),
-        ]
+        places = [sorted(row[is_in].tolist()) for row, is_in in zip(*kept, strict=True)]
+        assert places == [list(range(13)), list(range(7))]
     assert same(written.known, known)
     assert same(written.images * known[:, None], clean)
     assert written.mask.sum((1, 2)).tolist() == [13 * CELL**2, 7 * CELL**2]
-    assert [tokens[:count] for tokens, count in zip(written.tokens, counts, strict=True)] == [
-        list(prompt.encode()) for prompt in prompts
-    ]
     assert [len(tokens) for tokens in written.tokens] == [13, 7]
     assert [text[:count] for text, count in zip(written.texts, counts, strict=True)] == prompts
     assert (written.images[0, :, 8:12, 0:4] == -1).all()  # the ninth cell, as it was predicted
@@ -176,9 +171,7 @@ def test_a_model_goes_on_with_texts_and_token_numbers_alike():
     by_text = pipe(["two cats ", "täg"], **QUICK)
     by_numbers = pipe([list(b"two cats "), np.array(list("täg".encode()), np.int32)], **QUICK)
     assert by_text.texts == by_numbers.texts and same(by_text.images, by_numbers.images)
-    assert [text.startswith(start) for text, start in zip(by_text.texts, ["two cats ", "täg"], strict=True)] == [
-        True
-    ] * 2
+    assert by_text.texts[0].startswith("two cats ") and by_text.texts[1].startswith("täg")
     for single in ("two cats ", list(b"two cats ")):  # not a list of letters, nor of prompts
         alone = pipe(single, **QUICK)
         assert alone.tokens == by_text.tokens[:1]
@@ -227,14 +220,6 @@ def test_lengths_are_those_of_training_that_are_longer_than_the_prompt():
     assert lengths_of(pipe, ["a" * 12, "a" * 15]) == [CELLS, CELLS]
 
 
-def test_an_answer_has_the_length_of_answers_as_far_as_there_are_cells():
-    pipe = tiny(with_lengths(of_2=1, of_9=3), chats=True)
-    found = lengths_of(pipe, [[1] * 7], num_samples=1000)
-    assert set(found) == {9, 16} and found.count(16) / 1000 == pytest.approx(0.75, abs=0.055)
-    assert set(lengths_of(pipe, [[1] * 8], num_samples=50)) == {10}
-    assert lengths_of(pipe, [[1] * 14, [1] * 15]) == [16, 16]  # no answer is as short as the last: one cell is filled
-
-
 def test_an_answer_is_as_long_as_those_to_prompts_of_its_length():
     pipe = tiny(with_lengths(of_9=1), chats=True)
     pipe.register_to_config(answer_lengths=[[3, 2, 150], [5, 4, 60], [5, 6, 180], [9, 7, 30], [10, 1, 90]])
@@ -260,16 +245,13 @@ def test_the_new_tokens_may_be_counted():
         (False, {"prompts": [[{"role": "user", "content": "a"}]]}, "was trained on texts without a chat template"),
         (True, {"prompts": None}, "This model answers: give it prompts"),
         (True, {"prompts": [[{"role": "user"}]]}, "is neither a text, nor messages"),
-        (False, {"prompts": [0.5]}, "The prompt 0.5 is neither"),
         (False, {"prompts": [[1, 260]]}, "token numbers from 1 to 260; they go from 0 to 259"),
         (False, {"prompts": []}, "No prompts: give one or more"),
         (False, {"prompts": ["a", "b"], "numbers": [1]}, "1 numbers for 2 texts: give one for each"),
         (False, {"num_samples": 0}, "num_samples 0: expected 1 or more"),
         (False, {"max_new_tokens": 0}, "max_new_tokens 0: expected"),
-        (False, {"num_inference_steps": 0}, "num_inference_steps 0: expected"),
         (False, {"batch_size": -1}, "batch_size -1: at least one text at once"),
         (False, {"eta": 1.1}, "eta 1.1: expected a share of fresh noise from 0 to 1"),
-        (False, {"eta": float("nan")}, "eta nan: expected"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(chats, arguments, message):

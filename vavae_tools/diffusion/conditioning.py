@@ -1,6 +1,6 @@
 """What a sample shall be, as the denoiser takes it: a class, or a caption's states."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,7 @@ from vavae_tools.runtime.errors import UserError
 class ClassConditioner(ModelMixin, ConfigMixin):
     """Labels (B,) → (B, hidden_size), with one more row, number `num_classes`, that means "any class".
 
-    Args:
-        dropout: how often the caller should drop a label in training, so that guidance has its null; 0: there is none.
+    `dropout` is how often the caller should drop a label in training, so that guidance has its null; 0: there is none.
     """
 
     @register_to_config
@@ -42,26 +41,13 @@ class ClassConditioner(ModelMixin, ConfigMixin):
         return self.embedding_table.weight[self.num_classes].expand(batch_size, -1)
 
 
-def check_labels(labels: Iterable[int], num_classes: int) -> None:
-    """Raise a UserError for a label that does not exist. Of a GPU's tensor this waits for the GPU."""
-    for label in labels.tolist() if isinstance(labels, Tensor) else labels:
-        if not 0 <= label < num_classes:
-            raise UserError(f"Label {label} does not exist: labels go from 0 to {num_classes - 1}")
-
-
 @dataclass(frozen=True)
 class TextCondition:
-    """What a `TextDiT` is told.
+    """What a `TextDiT` is told."""
 
-    Attributes:
-        vector: (B, hidden_size), of the whole caption, which goes into the modulation beside the time.
-        tokens: (B, L, hidden_size), one for each token, for cross-attention.
-        mask: bool (B, L), true where a token is.
-    """
-
-    vector: Tensor
-    tokens: Tensor
-    mask: Tensor
+    vector: Tensor  # (B, hidden_size), of the whole caption, which goes into the modulation beside the time
+    tokens: Tensor  # (B, L, hidden_size), one for each token, for cross-attention
+    mask: Tensor  # bool (B, L), true where a token is
 
     def __len__(self) -> int:
         return len(self.vector)
@@ -83,9 +69,7 @@ class TextConditioner(ModelMixin, ConfigMixin):
 
     The empty prompt's states are kept beside the weights, so that training on cached text needs no text encoder.
 
-    Args:
-        text_dim, pooled_dim: widths of the states, of a token and of the whole caption.
-        empty_length: tokens of the empty prompt; CLIP's has a start and an end token. `set_empty` puts it right.
+    `set_empty` puts `empty_length`, its tokens, right: CLIP's has a start and an end token.
     """
 
     @register_to_config

@@ -233,10 +233,8 @@ def expand_time(t: Tensor, x: Tensor) -> Tensor:
 class SamplePrediction(_PathObjective):
     """x_t = t·data + (1 − t)·noise; the data (x0) are predicted, Σ (x̂ − x)²·mask / (Σ mask · C + 1e-8).
 
-    Args:
-        normalised: "channels" as above, or "pixels": without C, so C times larger.
-        time, time_mean, time_std, time_shift: see `FlowMatching`. Texts are decided where noise just hides a cell's
-            token: a mean of −ln of `noise_level_hiding_a_token` learns most there.
+    With normalised="pixels" it is without C, so C times larger. Texts are decided where noise just hides a token: there
+    a time_mean of −ln of `noise_level_hiding_a_token` learns most.
     """
 
     prediction = "sample"
@@ -291,8 +289,7 @@ class NoisePrediction(Objective):
     Args:
         prediction: "epsilon", the noise (Ho et al. 2020), or "v_prediction", √ᾱ·noise − √(1 − ᾱ)·data (Salimans & Ho
             2022).
-        betas: "scaled_linear", as Stable Diffusion, or "linear", as DDPM.
-        beta_start, beta_end: noise of the first and the last step; by default those of the schedule's name.
+        betas: "scaled_linear", as Stable Diffusion, or "linear", as DDPM, where beta_start and beta_end are not given.
     """
 
     path, time_distribution = "discrete", "uniform"

@@ -6,12 +6,9 @@ from functools import cache
 
 from vavae_tools.runtime.errors import UserError
 
-NGRAMS = (1, 2, 4, 8)
-"""Lengths of the n-grams that are looked up in the data, in tokens."""
-COPIED_SPAN = 16
-"""Tokens from which on a span that also stands in the data counts as copied."""
-MOST_TOKENS = 2_000_000
-"""Tokens of the data in which spans are looked up: their n-grams take about a gigabyte."""
+NGRAMS = (1, 2, 4, 8)  # lengths of the n-grams that are looked up in the data, in tokens
+COPIED_SPAN = 16  # tokens from which on a span that also stands in the data counts as copied
+MOST_TOKENS = 2_000_000  # of the data in which spans are looked up: their n-grams take about a gigabyte
 
 
 @dataclass(frozen=True)
@@ -19,16 +16,11 @@ class Novelty:
     """How much of some texts stands in the data, too."""
 
     texts: int
-    ngrams: dict[int, float | None]
-    """By n: share of the texts' n-grams that occur in the data; None where no text is so long."""
-    longest_mean: float
-    """Tokens in a text's longest span that stands in the data, mean over texts."""
-    longest: int
-    """The longest of all texts."""
-    copied: float
-    """Share of the tokens that are in copied spans of `COPIED_SPAN` tokens or more."""
-    whole: float
-    """Share of the texts that are in the data from the first token to the last."""
+    ngrams: dict[int, float | None]  # by n: share of the n-grams that occur in the data; None where no text is so long
+    longest_mean: float  # tokens in a text's longest span that stands in the data, mean over texts
+    longest: int  # of all texts
+    copied: float  # share of the tokens that are in copied spans of `COPIED_SPAN` tokens or more
+    whole: float  # share of the texts that are in the data from the first token to the last
 
 
 class KnownTexts:

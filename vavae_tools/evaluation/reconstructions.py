@@ -28,18 +28,13 @@ class ConditionScore:
 
 @dataclass(frozen=True, repr=False)
 class ConditionComparison:
-    """What the vectors do to reconstructions. Printed, it is a table; `plots.show_rows(images)` shows it.
-
-    Attributes:
-        another: None where the images are all of one person.
-        images: the first image of each of a few people and its reconstructions, rows of uint8 (N, C, H, W).
-    """
+    """What the vectors do to reconstructions. Printed, it is a table; `plots.show_rows(images)` shows it."""
 
     count: int
     own: ConditionScore
-    another: ConditionScore | None
+    another: ConditionScore | None  # None where the images are all of one person
     none: ConditionScore
-    images: dict[str, Tensor] = field(compare=False)
+    images: dict[str, Tensor] = field(compare=False)  # uint8 (N, C, H, W) by row: one image of each of a few people
 
     def __str__(self) -> str:
         rows = [(f"{self.count:,} images", "absolute error", "PSNR, dB")]
@@ -54,9 +49,6 @@ def compare_conditions(model: VAVAE, data: DecodedImages, batch_size: int = 32) 
     """Encode and decode each image with its own person's vector, with another person's, and with none.
 
     The other person is the next one in `data`, after the last the first. If the vectors carry anything, own is best.
-
-    Raises:
-        UserError: the model has no vectors.
     """
     if not model.config.condition_dim:
         raise UserError("This VA-VAE has no vectors to compare (condition_dim is 0): fine-tune it with --condition_dim")
@@ -178,11 +170,7 @@ def evaluate_vavae(
 ) -> ReconstructionScores:
     """Reconstruct the validation subset, with each person's vector, and let a classifier of the real images judge it.
 
-    Args:
-        classifier_dir: keeps the classifier; it is trained where it is not there yet.
-
-    Raises:
-        UserError: nothing validates.
+    `classifier_dir` keeps the classifier; it is trained where it is not there yet.
     """
     if data.val_data is None:
         raise UserError("No image validates: make a split with data_split.py --val_ratio 0.2, or set val_share")

@@ -83,19 +83,12 @@ class SetDistances:
 
 @dataclass(frozen=True)
 class CopyCheck:
-    """How near generated images come to single training images, in the classifier's features.
+    """How near generated images come to single training images, in the classifier's features."""
 
-    Attributes:
-        limit: distance below which one training image in a hundred has another one.
-        generated_within, validation_within: share of the images with a training image nearer than `limit`.
-        times_validation: median distance to the nearest training image as a multiple of real validation images';
-            of copies it is near 0.
-    """
-
-    limit: float
-    generated_within: float
+    limit: float  # distance below which one training image in a hundred has another one
+    generated_within: float  # share of the images with a training image nearer than `limit`
     validation_within: float | None
-    times_validation: float | None
+    times_validation: float | None  # median distance as a multiple of real validation images'; of copies near 0
 
     def __str__(self) -> str:
         line = "nearest training image: "
@@ -167,10 +160,16 @@ class _Subset:
     data: DecodedImages
     features: Tensor
     named: Tensor
+    told_apart: bool
 
-    @property
-    def right(self) -> Tensor:
-        return (self.named == self.data.labels).float()
+    def score(self, label: int | None) -> tuple[int, float | None]:
+        """Return the number of its images, all or of one label, and the classifier's accuracy on them."""
+        right = (self.named == self.data.labels)[self.of(label) if label is not None else slice(None)].float()
+        return len(right), right.mean().item() if self.told_apart and len(right) else None
+
+    def of(self, label: int) -> Tensor:
+        """Return the places of a label's images."""
+        return (self.data.labels == label).nonzero().flatten()
 
 
 def evaluate_images(
@@ -194,9 +193,6 @@ def evaluate_images(
         seed: of the classifier, of the subsets that are compared, and of what is held out where nothing validates.
         device: by default a GPU, if there is one that works.
         source: how `ImageDataModule` reads the real images, such as train_split, val_share, crop.
-
-    Raises:
-        UserError: no real images, no generated ones, or a person who is not among the real ones.
     """
     labels, train, validation, generated, notes = _load(
         Path(generated_dir), Path(data_dir), image_size, seed=seed, progress=progress, **source
@@ -216,12 +212,17 @@ def evaluate_images(
         # features of random weights still tell sets of images apart (Naeem et al. 2020 measure with such)
         classifier = train_classifier(train, num_classes, 0, seed, device, progress=False)
     made, known, unseen = (
-        _Subset(data, *classifier.judge(data)) if data is not None else None for data in (generated, train, validation)
+        _Subset(data, *classifier.judge(data), told_apart) if data is not None else None
+        for data in (generated, train, validation)
     )
     del classifier
     release_memory()
     of_people = {name: label for name, label in labels.items() if (generated.labels == label).any()}
-    people = {name: _score(made, unseen, label, told_apart) for name, label in of_people.items()}
+    total, *scores = (
+        PersonScore(*made.score(label), *(unseen.score(label) if unseen else (0, None)))
+        for label in (None, *of_people.values())
+    )
+    people = dict(zip(of_people, scores, strict=True))
     copies, places, lengths = _check_copies(made, known, unseen)
     pairs = [
         NearestImage(name, train.names[place], length, _pixel_distance(generated, train, i, place))
@@ -232,13 +233,13 @@ def evaluate_images(
         str(data_dir),
         str(output_dir),
         train.image_size,
-        _score(made, unseen, None, told_apart),
+        total,
         people,
         _distances(made, known, unseen, labels, seed, notes),
         copies,
         pairs,
         notes,
-        _figures(people, labels, made, known, unseen, places, lengths, told_apart),
+        _figures(people, labels, made, known, unseen, places, lengths),
     )
     save_figures(evaluation.figures, Path(output_dir) / "figures")
     write_json(Path(output_dir) / "evaluation.json", evaluation.as_dict())
@@ -292,16 +293,6 @@ def _common_size(paths: list[Path], notes: list[str]) -> tuple[int, int]:
     return height, width
 
 
-def _score(made: _Subset, unseen: _Subset | None, label: int | None, told_apart: bool) -> PersonScore:
-    def count_and_share(subset: _Subset | None) -> tuple[int, float | None]:
-        if subset is None:
-            return 0, None
-        right = subset.right if label is None else subset.right[subset.data.labels == label]
-        return len(right), right.mean().item() if told_apart and len(right) else None
-
-    return PersonScore(*count_and_share(made), *count_and_share(unseen))
-
-
 def _distances(
     made: _Subset, known: _Subset, unseen: _Subset | None, labels: dict[str, int], seed: int, notes: list[str]
 ) -> SetDistances | None:
@@ -313,10 +304,10 @@ def _distances(
     subsets = [made, known, unseen]
     shares, few = {}, []
     for name, label in labels.items():
-        fewest = min(int((subset.data.labels == label).sum()) for subset in subsets)
+        fewest = min(len(subset.of(label)) for subset in subsets)
         if fewest >= _FEWEST:
             shares[label] = fewest
-        elif (made.data.labels == label).any():
+        elif len(made.of(label)):
             few.append(name)
     if few:
         scope = "the distances leave them out" if shares else "no distances"
@@ -327,9 +318,7 @@ def _distances(
     for draw in range(_DRAWS):
         generated, real, reference = (_same_mix(subset, shares, seed * _DRAWS + draw) for subset in subsets)
         frechet += torch.tensor([frechet_distance(generated, reference), frechet_distance(real, reference)])
-    generated, real, reference = (
-        [subset.features[subset.data.labels == label] for label in shares] for subset in subsets
-    )
+    generated, real, reference = ([subset.features[subset.of(label)] for label in shares] for subset in subsets)
     return SetDistances(
         sum(shares.values()),
         *(frechet / _DRAWS).tolist(),
@@ -343,7 +332,7 @@ def _same_mix(subset: _Subset, shares: dict[int, int], seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for label, n in shares.items():
-        places = (subset.data.labels == label).nonzero().flatten()
+        places = subset.of(label)
         chosen.append(places[torch.randperm(len(places), generator=generator)[:n]])
     return subset.features[torch.cat(chosen)]
 
@@ -374,11 +363,9 @@ def _figures(
     unseen: _Subset | None,
     places: Tensor,
     lengths: Tensor,
-    told_apart: bool,
 ) -> dict[str, "Figure"]:
     shown = list(people)[:: -(-len(people) // _MOST_ROWS)]
-    sets = (unseen or known).data, made.data
-    rows = {name: torch.cat([_some(data, labels[name]) for data in sets]) for name in shown}
+    rows = {name: torch.cat([_some(subset, labels[name]) for subset in (unseen or known, made)]) for name in shown}
     titles = ["real", *[""] * (_FEW - 1), "generated"]
     figures = {"real_and_generated": show_rows(rows, titles, gap_after=_FEW)}
     closest = lengths.argsort()[: 2 * _FEW]
@@ -388,7 +375,7 @@ def _figures(
     titles = [f"{name_of[one]} / {name_of[other]}\ndistance {length:.2f}" for one, other, length in three]
     pairs = {"generated": first["images"], "nearest in training": second["images"]}
     figures["generated_and_nearest"] = show_rows(pairs, titles)
-    if told_apart:
+    if made.told_apart:
         groups = {"generated": [100 * score.generated_accuracy for score in people.values()]}
         if unseen is not None:
             groups = {"real": [100 * (score.validation_accuracy or 0.0) for score in people.values()], **groups}
@@ -396,9 +383,9 @@ def _figures(
     return figures
 
 
-def _some(data: DecodedImages, label: int) -> Tensor:
+def _some(subset: _Subset, label: int) -> Tensor:
     """Return a few images of one label, from its first to its last; white where there are too few."""
-    places = (data.labels == label).nonzero().flatten()
+    places, data = subset.of(label), subset.data
     if len(places) > _FEW:
         places = places[torch.linspace(0, len(places) - 1, _FEW).long()]
     white = torch.full((_FEW - len(places), data.channels, *data.image_size), 255, dtype=torch.uint8)

@@ -42,10 +42,8 @@ class Recovered:
     """What comes back exactly of clean images that were noised to t."""
 
     t: float
-    cells: float
-    """Share of the tokens."""
-    images: float
-    """Share of the images with all of their tokens."""
+    cells: float  # share of the tokens
+    images: float  # share of the images with all of their tokens
 
 
 def reconstruction_curve(
@@ -64,9 +62,6 @@ def reconstruction_curve(
         count: images, chosen at random.
         steps: of the whole way from 0 to 1.
     """
-    for t in times:
-        if not 0 <= t < 1:
-            raise UserError(f"time {t:g}: expected times from 0 (noise) to below 1 (data)")
     grid = time_grid(steps, 1 / pipe.config.time_shift)
     lost, seen = torch.zeros(len(times), 2).double(), torch.zeros(2).double()  # cells, images
     for chosen in chosen_images(data, count, seed):
@@ -87,42 +82,28 @@ def reconstruction_curve(
 # ---- all of it
 @dataclass(frozen=True)
 class TextScores:
-    """What was found of one set of texts; None is what cannot be said of it.
-
-    Attributes:
-        valid: share of the written cells whose signs are a token's.
-        right: mean of what `is_right` returns of the texts.
-        prompts_kept: share of the texts that begin with all tokens of their prompts.
-        novelty: of what was written, without prompts.
-    """
+    """What was found of one set of texts; None is what cannot be said of it."""
 
     texts: int
-    valid: float | None
-    right: float | None
-    prompts_kept: float | None
-    novelty: Novelty
+    valid: float | None  # share of the written cells whose signs are a token's
+    right: float | None  # mean of what `is_right` returns of the texts
+    prompts_kept: float | None  # share of the texts that begin with all tokens of their prompts
+    novelty: Novelty  # of what was written, without prompts
 
 
 @dataclass(frozen=True, repr=False)
 class TokenReport:
-    """What an evaluation of written texts found. Printed, it is a table; `figures` shows the curve in a notebook.
-
-    Attributes:
-        scores: by set: "samples" and "completions", of chats "answers", and "real" texts that validate.
-        bits: by subset, "validation" and "training"; `unigram_bits`, of token frequencies alone, is their scale.
-        curve: what comes back of noised images of the subset `curve_of`.
-        notes: what could not be measured, and why.
-    """
+    """What an evaluation of written texts found. Printed, it is a table; `figures` shows the curve in a notebook."""
 
     data: str
     num_inference_steps: int
     seed: int
-    scores: dict[str, TextScores]
-    bits: dict[str, BitsPerToken]
-    unigram_bits: float
+    scores: dict[str, TextScores]  # "samples" and "completions", of chats "answers", and "real" texts that validate
+    bits: dict[str, BitsPerToken]  # by subset, "validation" and "training"
+    unigram_bits: float  # of token frequencies alone: the scale of `bits`
     curve_of: str
-    curve: list[Recovered]
-    notes: list[str]
+    curve: list[Recovered]  # what comes back of noised images of that subset
+    notes: list[str]  # what could not be measured, and why
     output_dir: str | None
     figures: dict[str, "Figure"] = field(compare=False)
 
@@ -273,9 +254,14 @@ class _Known:
 
     def __init__(self, train: TokenImageDataset, is_right: Callable[..., bool | float] | None) -> None:
         self._data, self._is_right = train, is_right
-        _, wholes = _beginnings_and_rest(train, range(len(train)))
-        self.texts = KnownTexts([train.tokens_of(index) for index in range(len(train))], wholes)
-        self.unigram_bits = unigram_bits(wholes)
+        _, learnt = self._split(train, range(len(train)))
+        self.texts = KnownTexts([train.tokens_of(index) for index in range(len(train))], learnt)
+        self.unigram_bits = unigram_bits(learnt)
+
+    def _split(self, data: TokenImageDataset, indices: Sequence[int]) -> tuple[list[list[int]], list[np.ndarray]]:
+        """Return the prompts of chats, of texts nothing, and what follows them."""
+        starts = data.prompts(indices) if data.use_chat_template else [[]] * len(indices)
+        return starts, [data.tokens_of(index)[len(start) :] for index, start in zip(indices, starts, strict=True)]
 
     def scores(self, written: TokenImageOutput, prompts: list[list[int]] | None) -> TextScores:
         starts = prompts or [[]] * len(written.tokens)
@@ -290,7 +276,7 @@ class _Known:
         )
 
     def of_real(self, val: TokenImageDataset, chosen: list[int]) -> TextScores:
-        starts, rows = _beginnings_and_rest(val, chosen)
+        starts, rows = self._split(val, chosen)
         right = self._right(starts, [val.text(row.tolist()) for row in rows])
         return TextScores(len(rows), None, right, None, novelty(rows, self.texts))
 
@@ -301,9 +287,3 @@ class _Known:
         if self._data.use_chat_template:
             judged = zip(map(self._data.text, prompts), texts, strict=True)
         return sum(float(self._is_right(*of)) for of in judged) / len(texts)
-
-
-def _beginnings_and_rest(data: TokenImageDataset, indices: Sequence[int]) -> tuple[list[list[int]], list[np.ndarray]]:
-    """The prompts of chats, of texts nothing, and what follows them."""
-    starts = data.prompts(indices) if data.use_chat_template else [[]] * len(indices)
-    return starts, [data.tokens_of(index)[len(start) :] for index, start in zip(indices, starts, strict=True)]

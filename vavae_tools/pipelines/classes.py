@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from vavae_tools.autoencoders.loading import load_autoencoder
-from vavae_tools.diffusion.conditioning import ClassConditioner, check_labels
+from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.objectives import Objective, objective_of
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines import base
@@ -66,7 +66,10 @@ class LatentDiTPipeline(base.ImagePipeline):
             if by_name and item not in people:
                 raise UserError(f"Nobody called {item!r}; there are {_some(people)}")
             labels.append(people[item] if by_name else int(item))
-        check_labels(labels, self.conditioner.num_classes)
+        for label in labels:
+            if not 0 <= label < self.conditioner.num_classes:
+                most = self.conditioner.num_classes - 1
+                raise UserError(f"Label {label} does not exist: labels go from 0 to {most}")
         nameless = set(labels) - set(people.values())
         if nameless:  # rows of the conditioner that no person was trained with
             known = _some(f"{label} ({name})" for name, label in people.items())
@@ -150,7 +153,6 @@ def load_pipeline(path: str | Path, ema: bool = True, autoencoder_dir: str | Pat
     """Load a pipeline from its folder, or from a checkpoint of DiT training.
 
     Args:
-        path: a folder that `save_pretrained` wrote, or `best-*.ckpt`, `last.ckpt`.
         ema: of a checkpoint, take the averaged weights; False takes the live ones.
         autoencoder_dir: the autoencoder of a checkpoint; by default `autoencoder/` beside the checkpoints' folder.
     """

@@ -125,10 +125,8 @@ def write_prompt_samples(
 ) -> list[Path]:
     """Write `00000.png` …, the prompts taken in turn, and `grid.png` with the first of them and their prompts.
 
-    Args:
-        num_samples: images in all; by default one for each prompt.
-        seed: image number i follows from it, i and its prompt.
-        settings: as of `write_samples`, and overwrite, by default false.
+    They are `num_samples` in all, by default one for each prompt; image number i follows from the seed, i and its
+    prompt. Settings are those of `write_samples`, and overwrite is false by default.
     """
     prompts = [prompt.strip() for prompt in prompts]
     if not prompts:
@@ -155,11 +153,8 @@ def write_texts(
 ) -> Path:
     """Write `texts.jsonl`, {"text": …, "prompt": …} in each line, and `grid.png` with the first of their images.
 
-    Args:
-        prompts: taken in turn; none: texts of their own.
-        num_samples: texts in all; by default one for each prompt, without prompts 100.
-        seed: text number i follows from it, i and its prompt.
-        settings: as of `write_samples`, and overwrite, by default false.
+    They are `num_samples` in all, by default one for each prompt, which are taken in turn, or without prompts 100 texts
+    of their own. All else is as in `write_prompt_samples`.
     """
     prompts = as_prompts(prompts) if len(prompts) else []
     count = (len(prompts) or 100) if num_samples is None else num_samples

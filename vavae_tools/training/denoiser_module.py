@@ -41,8 +41,8 @@ class DiffusionModule(L.LightningModule):
         compile: `torch.compile` the denoiser's blocks: the first step takes a minute, those after it less.
         flip: "none", or "half": half of the latents are those of the mirrored images (they must be encoded).
         seed: every random draw follows from it, the epoch and the sample.
-        token_images: of token images what a `TokenImagePipeline` needs besides the models: code, lengths, time_shift,
-            use_chat_template. The denoiser's patches are the code's cells, and it has one channel more than the images.
+        token_images: arguments of a `TokenImagePipeline` besides the models, such as code, lengths, time_shift. The
+            denoiser's patches are the code's cells, and it has one channel more than the images.
         prompt_share: of the token images, whose first cells, a number from none to all but one, are given clean and
             not learnt: so it can go on with a text.
 
