@@ -12,7 +12,7 @@ from tiny import same, tiny_vavae
 
 from vavae_tools.data.datasets import ImageDataModule, image_data
 from vavae_tools.data.demo.shapes import shape_data
-from vavae_tools.data.images import DecodedImages, to_unit
+from vavae_tools.data.images import to_unit
 from vavae_tools.data.latents import LatentDataset, _cache_keys, encode_latents
 from vavae_tools.data.split import split_folders
 from vavae_tools.evaluation import classifier
@@ -239,19 +239,3 @@ def test_a_run_from_when_an_rae_had_a_data_module_of_its_own_goes_on(tmp_path, d
     else:
         with pytest.raises(UserError, match="the data are others"):
             fit(tmp_path / "former.ckpt")
-
-
-def test_contents_tell_images_of_one_length_apart(tmp_path):
-    """What is computed from images and kept goes by all of their bytes; a run goes by names and lengths."""
-    split = known(tmp_path) / "split"
-
-    def marks():
-        data = ImageDataModule(split, 8).train_data
-        assert isinstance(data, DecodedImages)
-        return data.fingerprint(), b"".join(data.contents())
-
-    before, path = marks(), next((split / "train" / "ID_2").iterdir())
-    with Image.open(path) as image:
-        other = Image.fromarray(255 - np.asarray(image))
-    other.save(path, compress_level=0)
-    assert marks()[0] == before[0] and marks()[1] != before[1]
