@@ -6,7 +6,6 @@ one is loaded.
 
 import hashlib
 import math
-from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,10 +115,8 @@ def load_foundation(folder: str | Path) -> TransformersFoundation:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        example = "config.json and model.safetensors (of facebook/dinov2-large, for example)"
-        raise UserError(
-            f"No folder {folder} of a vision foundation model: name one that holds {example}, or take vf_weight 0"
-        )
+        instead = "name one, such as facebook/dinov2-large's (config.json, model.safetensors), or take vf_weight 0"
+        raise UserError(f"No folder {folder} of a vision foundation model: {instead}")
     there = sorted(path.name for path in folder.iterdir())
     for names in (("config.json",), _WEIGHT_FILES):
         if not any(name in there for name in names):
@@ -189,7 +186,6 @@ def foundation_features(
     device: str | torch.device = "cpu",
     batch_size: int = 32,
     progress: bool = True,
-    log: Callable[[str], None] = tell,
     ranks: Ranks | None = None,
 ) -> Rows | None:
     """Return the features of all images, float16 rows (channels, h, w), computed once and kept in shards.
@@ -224,7 +220,7 @@ def foundation_features(
         {path.stem: shards},
         {path.stem: data},
         lambda _, batch: {"features": foundation(to_unit(batch["images"].to(device)), grid)},
-        Computing(None, device, f"Features of this {type(foundation).__name__}", log),
+        Computing(None, device, f"Features of this {type(foundation).__name__}", tell),
         lambda shard: len(shard.rows) * row_bytes,
         batch_size,
         ranks=ranks,

@@ -107,11 +107,11 @@ def load_lpips(files: str | Path | Sequence[str | Path], widths: Sequence[int] =
     missing = [name for name in expected if name not in weights]
     convolutions = [name for name in missing if name.startswith("convolutions")]
     if convolutions:
-        raise UserError(
-            f"{', '.join(map(str, files)) or 'No file'}: {26 - len(convolutions)} of the 26 tensors of LPIPS's VGG16. "
-            "Needed: torchvision's vgg16-397923af.pth, or a VA-VAE's or VQGAN's checkpoint from training "
-            f"(loss.perceptual_loss.net.slice1.0.weight …). {_LPIPS_FREE_HINT}"
+        found = (
+            f"{', '.join(map(str, files)) or 'No file'}: {26 - len(convolutions)} of the 26 tensors of LPIPS's VGG16"
         )
+        needed = "torchvision's vgg16-397923af.pth, or a VA-VAE's or VQGAN's checkpoint from training"
+        raise UserError(f"{found}. Needed: {needed}. {_LPIPS_FREE_HINT}")
     if missing:
         take(_shipped_linear_layers(), "linear")
     for name, tensor in expected.items():
@@ -144,10 +144,8 @@ def _shipped_linear_layers() -> Path:
     package = find_spec("torchmetrics")
     path = Path(package.origin).parent / "functional/image/lpips_models/vgg.pth" if package else None
     if path is None or not path.is_file():
-        raise UserError(
-            "LPIPS's linear layers are in none of the files, and this torchmetrics does not ship them. Name the lpips "
-            f"package's lpips/weights/v0.1/vgg.pth as well. {_LPIPS_FREE_HINT}"
-        )
+        instead = f"Name the lpips package's lpips/weights/v0.1/vgg.pth as well. {_LPIPS_FREE_HINT}"
+        raise UserError(f"LPIPS's linear layers are in none of the files, nor in this torchmetrics. {instead}")
     return path
 
 

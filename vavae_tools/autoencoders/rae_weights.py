@@ -132,12 +132,9 @@ def sorted_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             if part == "encoder" and not start:  # all of a file is the encoder's, except what is plainly another's
                 found[part] = {name: tensor for name, tensor in named.items() if not name.startswith("decoder.")}
     last = {name.split(".")[-1]: tensor for name, tensor in named.items()}
-    for statistics in (
-        (last.get("statistics_mean"), last.get("statistics_var")),
-        (last.get("latent_mean"), last.get("latent_var")),
-        (named.get("stat.mean"), named.get("stat.var")),
-        _from_deviation(last.get("_latents_mean"), last.get("_latents_std")),
-    ):
+    own = [(last.get(f"{name}_mean"), last.get(f"{name}_var")) for name in ("statistics", "latent")]
+    diffusers = _from_deviation(last.get("_latents_mean"), last.get("_latents_std"))
+    for statistics in (*own, (named.get("stat.mean"), named.get("stat.var")), diffusers):
         if any(tensor is not None for tensor in statistics):
             return {**found, "statistics": statistics}
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 from vavae_tools.autoencoders.ldm_names import VAE, from_reference, plain_names, vavae_arguments
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import read_checkpoint, read_safetensors
+from vavae_tools.runtime.files import read_checkpoint, read_json, read_safetensors
 
 CONDITION_PREFIXES = ("conditions.", "encoder_projections.", "decoder_projections.")
 FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -141,27 +141,23 @@ def with_channels(found: VAVAEWeights, channels: int) -> VAVAEWeights:
     now, first, discriminator = found.config["in_channels"], "main.0.weight", found.discriminator
     if channels < 1 or (channels != now and 1 not in (channels, now)):
         raise UserError(f"channels={channels}: weights for {now} channels can become weights for 1, not for {channels}")
-    fitted = {"encoder.conv_in.weight": _for_input}
-    fitted |= {"decoder.conv_out.weight": _for_output, "decoder.conv_out.bias": _for_output}
-    weights = {name: fitted[name](w, channels) if name in fitted else w for name, w in found.weights.items()}
+    weights = dict(found.weights)
+    for name, dim in (("encoder.conv_in.weight", 1), ("decoder.conv_out.weight", 0), ("decoder.conv_out.bias", 0)):
+        if name in weights:
+            weights[name] = _fit_channels(weights[name], dim, channels)
     if discriminator is not None and first in discriminator:
-        discriminator = {**discriminator, first: _for_input(discriminator[first], channels)}
+        discriminator = {**discriminator, first: _fit_channels(discriminator[first], 1, channels)}
     config = {**found.config, "in_channels": channels, "out_channels": channels}
     return replace(found, config=config, weights=weights, discriminator=discriminator)
 
 
-def _for_input(weight: Tensor, channels: int) -> Tensor:
-    """Fit a convolution's weight (out, in, k, k) to another number of equal input channels."""
+def _fit_channels(tensor: Tensor, dim: int, channels: int) -> Tensor:
+    """Fit a convolution's weight (out, in, k, k) or bias (out,) to another number of equal channels, at `dim`."""
     if channels == 1:
-        return weight.float().sum(1, keepdim=True)
-    return weight if weight.shape[1] == channels else weight.expand(-1, channels, -1, -1) / channels
-
-
-def _for_output(tensor: Tensor, channels: int) -> Tensor:
-    """Fit a convolution's weight (out, in, k, k) or bias (out,) to another number of output channels."""
-    if channels == 1:
-        return tensor.float().mean(0, keepdim=True)
-    return tensor if len(tensor) == channels else tensor.repeat_interleave(channels, 0)
+        return tensor.float().sum(1, keepdim=True) if dim == 1 else tensor.float().mean(0, keepdim=True)
+    if tensor.shape[dim] == channels:
+        return tensor
+    return tensor.repeat_interleave(channels, dim) / (channels if dim == 1 else 1)
 
 
 def read_condition_file(path: str | Path, labels: dict[str, int]) -> Tensor:
@@ -193,16 +189,11 @@ def _read_folder(folder: Path) -> VAVAEWeights:
             f"{folder} is no VA-VAE folder: expected config.json and {FOLDER_WEIGHTS}, found "
             f"{', '.join(names[:5]) or 'nothing'}{f'. Name the file itself: {folder / single[0]}' if single else ''}"
         )
-    try:
-        config = VAVAE.load_config(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read ({error}): copy it again") from None
+    config = read_json(folder / "config.json")
     weights = {_current_name(name): tensor for name, tensor in read_safetensors(path).items()}
     if not any(name.startswith("encoder.") for name in weights):
-        raise UserError(
-            f"{folder} is no VA-VAE folder: its {len(weights)} weights are {', '.join(list(weights)[:3]) or 'none'} …, "
-            "expected encoder.* and decoder.*"
-        )
+        found = f"its {len(weights)} weights are {', '.join(list(weights)[:3]) or 'none'} …"
+        raise UserError(f"{folder} is no VA-VAE folder: {found}, expected encoder.* and decoder.*")
     if config.get("_class_name") == "AutoencoderKL":
         config = {"scaling_factor": 0.18215, **config}  # its default, which older folders leave out
     return VAVAEWeights(folder, {k: v for k, v in config.items() if not k.startswith("_")}, weights)

@@ -83,8 +83,7 @@ def load_rae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any])
         fit(decoder, weights, "decoder", "state_dict")
         return decoder.eval()
     rae = RAE(
-        encoder_cls=_encoder_name(config),
-        encoder_config=_encoder_config(config),
+        *_encoder(config),
         encoder_input_size=config.get("encoder_input_size"),
         decoder_patch_size=numbers["patch_size"],
         decoder_layer_norm_eps=numbers["layer_norm_eps"],
@@ -130,22 +129,19 @@ def _encoder_alone(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> 
         some = ", ".join(list(state_dict)[:3]) or "none"
         expected = "neither a decoder (trainable_cls_token …) nor an encoder (embeddings …) of an RAE"
         raise UserError(f"These weights hold {expected}: they are {some} …")
-    encoder = encoder_class(_encoder_name(config))(_encoder_config(config))
+    name, arguments = _encoder(config)
+    encoder = encoder_class(name)(arguments)
     fit(encoder, found["encoder"], "encoder", "state_dict")
     return encoder
 
 
-def _encoder_name(config: Mapping[str, Any]) -> str:
-    name = str(config.get("encoder") or "").split()  # what follows is a remark
+def _encoder(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return an encoder's name and its configuration."""
+    name, eps = str(config.get("encoder") or "").split(), config.get("layer_norm_eps")
     if not name:
         raise UserError("The configuration names no encoder: expected encoder, such as Dinov2withNorm")
-    return name[0]
-
-
-def _encoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    eps = config.get("layer_norm_eps")
     own = {"layer_norm_eps": eps} if isinstance(eps, float) else {}
-    return {**own, **(config.get("encoder_config") or {})}
+    return name[0], {**own, **(config.get("encoder_config") or {})}  # what follows the name is a remark
 
 
 def _decoder_numbers(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
