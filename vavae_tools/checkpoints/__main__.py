@@ -130,16 +130,14 @@ def verify_checkpoints(folder: str | Path, log: Callable[[str], None] = print) -
 
 
 def _found(folder: Path) -> list["Checkpoint"]:
-    from vavae_tools.checkpoints.foreign import few
+    from vavae_tools.checkpoints.foreign import contents
     from vavae_tools.checkpoints.resuming import checkpoints_in
 
     found = checkpoints_in(folder, also=("*.ckpt", "*.pth"))
     if not found:
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else None
-        holds = "is not there" if names is None else f"holds {few(names)}" if names else "is empty"
         raise UserError(
-            f"No checkpoints in {folder}: it {holds}; expected a run's folder with last.ckpt, best-*.ckpt or "
-            "checkpoint-*/, there or in checkpoints/"
+            f"No checkpoints in {folder}: it {contents(folder)}; expected a run's folder with last.ckpt, best-*.ckpt "
+            "or checkpoint-*/, there or in checkpoints/"
         )
     return found
 

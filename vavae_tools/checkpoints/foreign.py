@@ -141,3 +141,9 @@ def _loops(epoch: int, step: int) -> dict[str, Any]:
 def few(names: Iterable[Any], most: int = 5) -> str:
     names = sorted(map(str, names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def contents(folder: Path) -> str:
+    """Return what to say of a folder where something is missing: "holds a, b", "is empty", "is not there"."""
+    names = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    return f"holds {few(names)}" if names else "is empty" if folder.is_dir() else "is not there"

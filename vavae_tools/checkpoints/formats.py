@@ -20,6 +20,7 @@ from vavae_tools.checkpoints.foreign import (
     AVERAGE,
     MISSING_PART_NOTES,
     NAMES,
+    contents,
     few,
     from_elsewhere,
     from_name,
@@ -139,8 +140,7 @@ def _joined(parts: dict[str, Any], lost: Sequence[str] = ()) -> dict[str, Any]:
 
 def no_weights(folder: Path) -> str:
     """Return the line to say of a folder that cannot be read as a checkpoint."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if "checkpoint.pt" in names:
+    if (folder / "checkpoint.pt").is_file():
         return (
             f"{folder} holds the parts of several processes, as an older version wrote them: make one file of it with "
             f"that version (python -m vavae_tools.checkpoints consolidate {folder})"
@@ -150,8 +150,7 @@ def no_weights(folder: Path) -> str:
             f"{folder} was written by DeepSpeed: resume from it with --strategy deepspeed, or make a file of its "
             "weights by lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict"
         )
-    found = f"holds {few(names)}" if names else "is empty" if folder.is_dir() else "is not there"
-    return f"{folder} is no checkpoint: it {found}, expected model.pt"
+    return f"{folder} is no checkpoint: it {contents(folder)}, expected model.pt"
 
 
 def read_state(folder: Path) -> dict[str, Any]:

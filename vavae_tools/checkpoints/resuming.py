@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vavae_tools.checkpoints.foreign import AVERAGE, few, place_in, place_in_name, plain_name
+from vavae_tools.checkpoints.foreign import AVERAGE, contents, place_in, place_in_name, plain_name
 from vavae_tools.checkpoints.formats import (
     FILES,
     damage_by_file,
@@ -157,8 +157,7 @@ def _not_there(path: Path) -> str:
     missing = path
     while not missing.parent.is_dir():
         missing = missing.parent
-    names = [beside.name for beside in missing.parent.iterdir() if not beside.name.startswith(".")]
-    return f"No checkpoint {path}; {missing.parent} {f'holds {few(names)}' if names else 'is empty'}"
+    return f"No checkpoint {path}; {missing.parent} {contents(missing.parent)}"
 
 
 def best_checkpoint(folder: str | Path) -> Path:

@@ -106,7 +106,13 @@ def trainer_settings(
     if started:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         num_nodes = int(os.environ["WORLD_SIZE"]) // devices
-    machine = _machine_for(accelerator)
+    machine = find_machine() if accelerator != "cpu" else Machine("cpu", 1, "CPU")
+    if accelerator in ("gpu", "cuda") and machine.kind == "cpu":
+        there = f"it has no code for the {machine.unusable}" if machine.unusable else "none is there"
+        raise UserError(
+            f"No GPU that torch can use here ({there}): take --accelerator cpu, or switch the GPU on in the settings "
+            "(Kaggle: GPU T4 x2)"
+        )
     on_gpu = machine.kind != "cpu"
     count = _at_least_one("devices", (machine.devices if on_gpu else 1) if devices == "auto" else devices)
     num_nodes = _at_least_one("num_nodes", num_nodes)
@@ -141,17 +147,6 @@ def trainer_settings(
         "enable_model_summary": False,
         **lightning,
     }
-
-
-def _machine_for(accelerator: str) -> Machine:
-    machine = find_machine() if accelerator != "cpu" else Machine("cpu", 1, "CPU")
-    if accelerator in ("gpu", "cuda") and machine.kind == "cpu":
-        there = f"it has no code for the {machine.unusable}" if machine.unusable else "none is there"
-        raise UserError(
-            f"No GPU that torch can use here ({there}): take --accelerator cpu, or switch the GPU on in the settings "
-            "(Kaggle: GPU T4 x2)"
-        )
-    return machine
 
 
 def _check_strategy(strategy: str, shardable: bool, on_gpu: bool) -> None:

@@ -51,16 +51,6 @@ NAME = "train.log"
 SHOWN = ("train/loss", "val/loss", "val/psnr", "val/accuracy", "val/frechet_ratio")
 
 
-def pace(made: int, left: int, seconds: float) -> tuple[float, float]:
-    """Return (steps a second so far, seconds for those that are left).
-
-    >>> pace(10, 30, 5.0)
-    (2.0, 15.0)
-    """
-    rate = made / max(seconds, 1e-9)
-    return rate, left / max(rate, 1e-9)
-
-
 def losses(metrics: Mapping[str, Any], names: Sequence[str], form: str) -> str:
     """Return those of the named metrics that there are, as text."""
     return "  ".join(f"{name} {float(metrics[name]):{form}}" for name in names if name in metrics)
@@ -75,7 +65,8 @@ class Paced(L.Callback):
 
     def pace(self, step: int) -> tuple[float, float]:
         """Return (steps a second so far, seconds for those that are left)."""
-        return pace(step - self.start, self.total - step, time.monotonic() - self.began)
+        rate = (step - self.start) / max(time.monotonic() - self.began, 1e-9)
+        return rate, (self.total - step) / max(rate, 1e-9)
 
 
 class Progress(Paced):

@@ -198,21 +198,15 @@ class Throughput(L.Callback):
         if trainer.is_global_zero:
             self.log_line(str(self.speed))
             if self.speed.waiting > TOO_LONG:
-                self.log_line(advice(self.speed.waiting, getattr(trainer.train_dataloader, "num_workers", 0)))
+                self.log_line(
+                    f"advice: {self.speed.waiting:.0%} of the time went into waiting for data: try another num_workers "
+                    f"(it was {getattr(trainer.train_dataloader, 'num_workers', 0)}; there are {os.cpu_count()} "
+                    "processors), keep latents and images on this machine's own disk, or take smaller images"
+                )
 
 
 def _samples(batch: Any) -> int:
     return len(batch["index"]) if isinstance(batch, dict) and "index" in batch else extract_batch_size(batch)
-
-
-def advice(waiting: float, num_workers: int) -> str:
-    """Return what to change where so large a share of the time is spent waiting for data."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return (
-        f"advice: {waiting:.0%} of the time went into waiting for data: try another num_workers (it was {num_workers}; "
-        f"there are {processors} processors for all processes of this machine), keep latents and images on its own "
-        "disk, or take smaller images"
-    )
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
