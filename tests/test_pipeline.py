@@ -349,9 +349,6 @@ def test_the_usual_batch_fits_the_memory(pipe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**34))  # another process has the rest
     monkeypatch.setattr(type(pipe), "image_size", (512, 512))
     assert default_batch_size(pipe) == 8  # 0.8 GiB for 60 MiB each
-    with monkeypatch.context() as patch:
-        patch.setattr(type(pipe.vae), "dtype", torch.float16)
-        assert default_batch_size(pipe) == 16
 
 
 def test_a_folder_with_an_rae_is_read_by_whoever_has_not_imported_it(tmp_path):

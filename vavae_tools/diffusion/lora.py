@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from vavae_tools.runtime.errors import UserError
 
-TARGETS = ("qkv", "proj", "w12", "w3")
-"""The linear maps of all blocks' attention and of their perceptron (SwiGLU)."""
+TARGETS = ("qkv", "proj", "w12", "w3")  # the linear maps of all blocks' attention and of their perceptron (SwiGLU)
 _ADAPTER = "default"  # peft's own name, part of the weights' names
 _BASE, _A, _B = ".base_layer.", f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight"
 

@@ -23,12 +23,9 @@ Denoiser = Callable[..., Tensor]
 class Objective:
     """Base of the objectives. They draw nothing themselves: `noise` (standard normal) and `t` are arguments."""
 
-    prediction: str
-    """What the denoiser predicts, by diffusers' names: "flow_prediction", "sample", "epsilon" or "v_prediction"."""
-    path: str
-    """How data and noise are mixed: "linear", "gvp", or "discrete", a schedule of timesteps."""
-    time_distribution: str
-    """Which numbers, one per sample, `sample_time` takes: the method's name in `runtime.draws.Draws`."""
+    prediction: str  # by diffusers' names: "flow_prediction", "sample", "epsilon" or "v_prediction"
+    path: str  # how data and noise are mixed: "linear", "gvp", or "discrete", a schedule of timesteps
+    time_distribution: str  # which numbers, one per sample, `sample_time` takes: a method of `runtime.draws.Draws`
     normalised = "channels"
     cosine_weight = 0.0
     cosine_eps = 1e-2
@@ -275,8 +272,8 @@ def with_known(x: Tensor, data: Tensor, known: Tensor) -> Tensor:
     return torch.cat([torch.where(known > 0, data, x), known], dim=1)
 
 
+# schedules by diffusers' names, with their first and last noise: Stable Diffusion's, and DDPM's own
 BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
-"""Schedules by diffusers' names, with their first and last noise: Stable Diffusion's, and DDPM's own."""
 
 
 @dataclass

@@ -37,7 +37,6 @@ from vavae_tools.runtime.precision import computing_in
 
 Condition = Tensor | TextCondition
 PATH_LABELS = {"linear": "flow matching or sample", "gvp": "flow matching on the path gvp", "discrete": "noise or v"}
-"""What those of a path predict, for messages."""
 
 
 # ---- the table
@@ -92,7 +91,7 @@ def solves_flows(scheduler: SchedulerMixin) -> bool:
 
 
 def _paths(scheduler: SchedulerMixin) -> tuple[str, ...]:
-    """What a scheduler, also one that was not made here, solves, by `Objective.path`."""
+    """Return what a scheduler, also one that was not made here, solves, by `Objective.path`."""
     config = scheduler.config
     if not solves_flows(scheduler):
         return ("discrete",)

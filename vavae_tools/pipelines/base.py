@@ -36,8 +36,7 @@ Conditioner = TypeVar("Conditioner", bound=ModelMixin)
 Images = Tensor | np.ndarray | list[Image.Image]
 Generators = torch.Generator | list[torch.Generator] | None
 
-PLAN = "plan"
-"""What the first of several processes shares once it has found nothing wrong."""
+PLAN = "plan"  # what the first of several processes shares once it has found nothing wrong
 KINDS = {
     "LatentDiTPipeline": "makes images of classes: load it by load_pipeline",
     "TextToImagePipeline": 'makes images from sentences: say which, with --prompt "…" (in Python load_text_pipeline)',

@@ -22,8 +22,7 @@ from vavae_tools.runtime.precision import HALF, PRECISIONS, computing_in, for_in
 
 Made = TypeVar("Made")
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
-Rows = slice | Tensor
-"""Some of a batch."""
+Rows = slice | Tensor  # some of a batch
 _OF_WEIGHTS = {kind: name for name, kind in HALF.items()}
 
 

@@ -20,8 +20,7 @@ from vavae_tools.pipelines import base
 from vavae_tools.pipelines.batches import Rows
 from vavae_tools.runtime.errors import UserError
 
-Guide = tuple[ModelMixin, ClassConditioner]
-"""A weaker denoiser of the same latents and classes with its conditioner, for autoguidance."""
+Guide = tuple[ModelMixin, ClassConditioner]  # a weaker denoiser of the same latents and classes, for autoguidance
 
 
 class LatentDiTPipeline(base.ImagePipeline):

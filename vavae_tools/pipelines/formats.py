@@ -27,10 +27,8 @@ from vavae_tools.runtime.files import atomic_write, write_json
 from vavae_tools.runtime.precision import PRECISIONS
 
 RECORD, GRID = "samples.json", "grid.png"
-SHOWN = 64
-"""Images in a grid, at most."""
-Batch = tuple[int, int]
-"""Numbers of its first sample and behind its last one."""
+SHOWN = 64  # images in a grid, at most
+Batch = tuple[int, int]  # numbers of its first sample and behind its last one
 
 
 class SampleFiles:
@@ -186,8 +184,7 @@ class JsonlFile(OneFile):
 
 
 # ---- what a folder's samples follow from
-_MODELS = ("model", "guide", "text encoder")
-"""Settings that are digests."""
+_MODELS = ("model", "guide", "text encoder")  # settings that are digests
 _OPTIONS = {  # settings as the command calls them; the others have the same name there
     "num_inference_steps": "num_steps",
     "guidance_scale": "cfg_scale or guide_scale",

@@ -25,10 +25,8 @@ from vavae_tools.pipelines.batches import Rows, all_finite, in_batches, precisio
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 
-MIN_SIMILAR_CHATS = 100
-"""Chats whose prompts are nearest in length say how long an answer is."""
-Prompt = str | Chat | list[int]
-"""A text, messages, or the token numbers of either."""
+MIN_SIMILAR_CHATS = 100  # chats whose prompts are nearest in length say how long an answer is
+Prompt = str | Chat | list[int]  # a text, messages, or the token numbers of either
 
 
 class TokenImageOutput(NamedTuple):

@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from vavae_tools.pipelines.classes import LatentDiTPipeline
     from vavae_tools.pipelines.text import TextToImagePipeline
 
-_MIN_BATCHES_TO_BENCHMARK = 8
-"""Batches from which on it pays that cuDNN tries its convolutions."""
+_MIN_BATCHES_TO_BENCHMARK = 8  # from which on it pays that cuDNN tries its convolutions
 _CHECKED = ("max_new_tokens", "num_inference_steps", "eta")
 _PER_SAMPLE_ARGUMENTS = ("negative", "generators", "prompts", "num_samples", "seed", "batch_size", "numbers")
 """Arguments of a pipeline that are no settings of a whole set, but are asked for of each sample."""
