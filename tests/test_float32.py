@@ -12,6 +12,7 @@ from vavae_tools.autoencoders.losses import adaptive_weight, generator_loss, gra
 from vavae_tools.autoencoders.lpips import LPIPS
 from vavae_tools.evaluation.classifier import PersonClassifier
 from vavae_tools.evaluation.metrics import frechet_distance, kernel_distance, nearest, psnr, sharpness, ssim
+from vavae_tools.runtime.precision import Computing
 
 
 def images(seed: int = 0, size: int = 24) -> torch.Tensor:
@@ -79,3 +80,12 @@ def test_gradients_go_through_to_half_precision():
     with torch.autocast("cpu", torch.bfloat16):
         (gradient(x, images(1)) + spectral(x, images(1))).backward()
     assert x.grad.dtype == torch.bfloat16 and x.grad.isfinite().all() and (x.grad != 0).any()
+
+
+def test_what_is_not_finite_in_half_precision_is_computed_again():
+    assert [Computing(None, device, "", str).precision for device in ("cpu", "cuda:1")] == ["32", "16"]
+    a, said = torch.full((1, 1), 1 + 2**-12), []
+    half = Computing("bf16", "cpu", "States", said.append)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert half.in_half and half(lambda: a @ a) == 1 and half.again(lambda: a @ a) > 1 and half.again(lambda: a) > 1
+    assert said == ["States are not finite in half precision: such batches are computed again in float32"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import assert_close, load_case
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny import same
 from torch import Tensor
 
@@ -208,15 +208,6 @@ def test_loading_the_pretraining_model_of_mae(tmp_path):
     model.save_pretrained(tmp_path)  # with a decoder and other names
     x = images()
     torch.testing.assert_close(load_foundation(tmp_path)(x, (3, 3)), TransformersFoundation(model.vit)(x, (3, 3)))
-
-
-def test_loading_half_precision_and_pickled_tensors(broken, dino_dir):
-    weights = load_file(broken / "model.safetensors")
-    torch.save(weights, broken / "pytorch_model.bin")
-    save_file({k: v.half() for k, v in weights.items()}, broken / "model.safetensors", metadata={"format": "pt"})
-    assert {weights.dtype for weights in load_foundation(broken).model.parameters()} == {torch.float32}
-    (broken / "model.safetensors").unlink()
-    assert load_foundation(broken).digest == load_foundation(dino_dir).digest
 
 
 def set_config(folder: Path, **changes) -> None:

@@ -323,14 +323,6 @@ def test_an_extracted_decoder_and_statistics(tmp_path, config_path, said):
     assert torch.equal(larger.decoder.decoder_pos_embed, small_rae(6).decoder.decoder_pos_embed)
 
 
-def test_the_decoders_numbers_from_a_file(tmp_path, config_path, said):
-    numbers = {name: value for name, value in DECODER.items() if name != "decoder_patch_size"}
-    (tmp_path / "config.json").write_text(json.dumps({**numbers, "patch_size": "SHOULD BE RELOADED"}))
-    for decoder in (tmp_path, str(tmp_path / "config.json")):
-        rae = load(said, encoder_config_path=config_path, decoder=decoder)
-        assert (rae.config.decoder_hidden_size, rae.config.decoder_patch_size) == (16, 16)
-
-
 # ---- what a person can do wrong
 
 

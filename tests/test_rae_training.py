@@ -331,9 +331,7 @@ def test_a_look_tells_the_psnr_and_warns(tmp_path, monkeypatch, by, decibels, wa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"perceptual_weight": 1.0}, "perceptual_weight needs LPIPS"),
         ({"noise_tau": -0.1}, "noise_tau -0.1 is a standard deviation"),
-        ({"disc_start": 5, "generator_start": 4}, "generator_start 4 lies before disc_start 5"),
         ({"l1_weight": 0.0}, "nothing compares the images"),
     ],
 )

@@ -165,13 +165,6 @@ def test_each_image_follows_from_seed_side_and_index():
         assert not torch.equal(other.images([0]), DRAWN.images([0]))
 
 
-def test_nothing_touches_an_edge():
-    border = torch.ones(32, 32, dtype=torch.bool)
-    border[1:-1, 1:-1] = False
-    edge = DRAWN.in_memory()[:, :, border].float()  # (N, 3, pixels)
-    assert (edge - edge.mean(1, keepdim=True)).abs().max() < 40  # of 120 and more where a pixel is all coloured
-
-
 def test_shapes_as_a_data_module():
     data = shape_data(20, image_size=16, batch_size=8, val_share=0.2)
     assert isinstance(data, ImageSetDataModule) and data.num_classes == 4

@@ -51,12 +51,8 @@ def test_slices_give_the_same(folder):
 
 
 def test_stable_diffusion_1_5_has_the_published_size():
-    levels = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-    }
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    levels |= {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
     with torch.device("meta"):
         vae = StableDiffusionVAE(**levels)
     assert vae.num_parameters() == 83_653_863
