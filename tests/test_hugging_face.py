@@ -44,11 +44,7 @@ def test_a_dataset_with_sides(hf, tmp_path):
     assert shown(data.train_data) == {"fox/000000": 1, "wolf/000001": 2, "fox/000002": 3}
     assert shown(data.val_data) == {"wolf/000000": 4, "fox/000001": 5}
     (batch,) = data.train_dataloader()
-    assert {int(p[0, 0, 0]): int(k) for p, k in zip(batch["images"], batch["labels"], strict=True)} == {
-        1: 2,
-        2: 0,
-        3: 2,
-    }
+    assert dict(zip(batch["images"][:, 0, 0, 0].tolist(), batch["labels"].tolist(), strict=True)) == {1: 2, 2: 0, 3: 2}
     swapped = image_data(tmp_path / "d", 8, train_split="test")
     assert shown(swapped.train_data) == {"wolf/000000": 9} and len(swapped.val_data) == 2
     with pytest.raises(UserError, match=r"No subset 'all' in .*; there are test, train, validation: set train_split"):
@@ -128,14 +124,10 @@ def test_a_damaged_dataset(hf, tmp_path):
 
 def test_columns_that_are_not_found(hf, tmp_path):
     unlabelled = labelled(hf, [1], [0], label="weight")
-    with pytest.raises(
-        UserError, match=r"No labels in .* columns image, weight: expected one of type ClassLabel or call"
-    ):
+    with pytest.raises(UserError, match=r"No labels in .* columns image, weight: expected one of type ClassLabel or"):
         image_data(save(unlabelled, tmp_path / "a"), 8)
     blind = hf.Dataset.from_dict({"text": ["a"], "label": [0]})
-    with pytest.raises(
-        UserError, match=r"No images in .* columns text, label: .*Rename yours with dataset\.rename_col"
-    ):
+    with pytest.raises(UserError, match=r"No images in .* columns text, label: .*dataset\.rename_column"):
         image_data(save(blind, tmp_path / "b"), 8)
 
 

@@ -9,7 +9,6 @@ from tiny import noise
 from vavae_tools.data import images as decoded
 from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.images import ImageFiles, ImageFolder, channels_of, save_image, to_pixels, to_unit
-from vavae_tools.data.split import split_folders
 from vavae_tools.runtime.errors import UserError
 
 
@@ -76,17 +75,6 @@ def test_how_many_channels_images_have(tmp_path, modes, channels):
     assert channels_of(tmp_path) == channels
 
 
-def test_other_sizes_are_resized_as_a_whole(tmp_path):
-    """A frequency axis that is cropped would no longer be the frequency axis."""
-    halves = np.zeros((20, 40, 3), dtype=np.uint8)
-    halves[:, 20:] = 255
-    halves[:, 0] = 255  # the very edge
-    Image.fromarray(halves).save(tmp_path / "p.png")
-    read = read_image(tmp_path / "p.png", (10, 16))
-    assert read.shape == (10, 16, 3)
-    assert (read[:, 9:] > 250).all() and (read[:, 2:7] < 5).all() and (read[:, 0] > 60).all()
-
-
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(30)])
 def test_a_file_that_is_no_image_is_named(tmp_path, content):
     (tmp_path / "walk.png").write_bytes(content)
@@ -140,19 +128,3 @@ def test_rows_on_the_disk_go_along_through_the_loader(split_dir, tmp_path, num_w
         assert torch.equal(batch["features"], torch.from_numpy(rows)[batch["index"]])
         assert torch.equal(batch["images"], data.train_data.in_memory()[batch["index"]])
     assert "features" not in next(iter(data.val_dataloader()))
-
-
-def test_grey_images_that_are_not_square_come_as_they_are(tmp_path):
-    for person in ("ID_1", "ID_2"):
-        (tmp_path / "in" / person).mkdir(parents=True)
-        for i in range(4):
-            image = Image.fromarray(noise(16, 24, seed=10 * i + int(person[-1])))
-            image.save(tmp_path / "in" / person / f"{i}.png")
-    split_folders(tmp_path / "in", tmp_path / "s", 0.5, 0.5, progress=False)
-    data = ImageDataModule(tmp_path / "s", (16, 24), batch_size=2)
-    batch = next(iter(data.train_dataloader()))
-    assert batch["images"].shape == (2, 1, 16, 24) and data.val_data.channels == 1
-    for image, place in zip(batch["images"], batch["index"], strict=True):
-        assert np.array_equal(image[0], np.asarray(Image.open(data.train_data.paths[place])))
-    asked = ImageDataModule(tmp_path / "s", (16, 24), channels=3).train_data.in_memory()
-    assert torch.equal(asked, data.train_data.in_memory().expand(-1, 3, -1, -1))

@@ -413,13 +413,6 @@ def test_the_fingerprint_tells_data_apart(merged, tmp_path):
     assert TokenImageDataset(same).fingerprint() == found[0].fingerprint()  # wherever it lies
 
 
-def test_it_says_what_it_is(tmp_path):
-    file = json_lines(tmp_path / "a.jsonl", *({"text": "x" * n} for n in (7, 15, 1)))
-    assert str(TokenImageDataset(file, 16, max_tokens=8)) == (
-        f"3 texts of {file}: 26 tokens (of 260 kinds) in 4 images of 16×16, 6 of 16 cells filled on average"
-    )
-
-
 # ---- subsets
 
 

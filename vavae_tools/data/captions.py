@@ -1,7 +1,7 @@
 """Captioned images: which of several captions is taken, both subsets as batches, and what files of them must hold."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from vavae_tools.runtime.errors import UserError
 class CaptionOrder(EpochOrder):
     """The order of `EpochOrder` as (index, number of a caption) pairs; the number follows from seed, epoch and index.
 
-    Args:
-        counts: int64 (N,), how many captions each image has.
+    `counts` int64 (N,) says how many captions each image has.
     """
 
     def __init__(self, counts: Tensor, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
@@ -47,8 +46,7 @@ class CaptionOrderedDataModule(OrderedDataModule):
 class CaptionedDataModule(CaptionOrderedDataModule, ImageSetDataModule):
     """Captioned images as batches, each with one of its captions, at random; in validation with its first.
 
-    Args:
-        notes: lines about what was left out.
+    `notes` are lines about what was left out.
     """
 
     def __init__(
@@ -89,17 +87,11 @@ class CaptionedFiles(ImageFiles):
 
 @dataclass
 class NamedImages:
-    """One subset as its files name it.
+    """One subset as its files name it."""
 
-    Attributes:
-        folder: that the names are relative to.
-        source: the file or folder that names them, for messages.
-        captions: of each name, as they stand.
-    """
-
-    folder: Path
-    source: Path
-    captions: Mapping[str, Sequence[str]]
+    folder: Path  # that the names are relative to
+    source: Path  # the file or folder that names them, for messages
+    captions: Mapping[str, Sequence[str]]  # of each name, as they stand
 
     def subset(self, skip_missing: bool, notes: list[str], options: Mapping[str, Any]) -> CaptionedFiles:
         """Return the images, or raise a UserError where some are missing or have no caption, unless `skip_missing`."""
@@ -119,7 +111,7 @@ class NamedImages:
         return CaptionedFiles(paths, list(captions), labels, **options)
 
 
-def missing_images(folder: Path, names: Iterable[str]) -> list[str]:
+def missing_images(folder: Path, names: Collection[str]) -> list[str]:
     """Return the names that are not there, by a listing of each folder: asking for each file is slow on some disks."""
     existing: dict[str, set[str]] = {}
     for parent in {name.rpartition("/")[0] for name in names}:

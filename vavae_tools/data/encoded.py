@@ -55,7 +55,7 @@ def cut(subset: str, length: int, row_bytes: int, batch_size: int, key: str) -> 
     """Return the shards of a subset by their file names: whole batches, the same for any number of processes."""
     most = max(1, min(SHARD_SIZE, SHARD_BYTES // row_bytes))
     size = min(most, -(-length // (MIN_SHARDS * batch_size)) * batch_size)
-    parts = [range(start, min(start + size, length)) for start in range(0, length, size or 1)]
+    parts = [range(length)[start : start + size] for start in range(0, length, size or 1)]
     return {
         f"{subset}-{number:05d}.safetensors": Shard(rows, f"{key} {rows.start}:{rows.stop}")
         for number, rows in enumerate(parts)

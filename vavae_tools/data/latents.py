@@ -41,7 +41,7 @@ class LatentFolder(EncodedFolder):
 
     Attributes:
         key, weights: hashes of all that the latents follow from, and of the autoencoder's weights alone.
-        mean, std: per channel, of the training subset's plain latents (std with n − 1).
+        mean, std: per channel, of the training subset's latents (std with n − 1).
         shape: (C, h, w) of one latent.
         people: name of a person or class → label.
         dtype: on the disk and on the way to the device, "float32" or "float16".

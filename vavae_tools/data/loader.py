@@ -34,9 +34,7 @@ def loading_workers() -> int:
 
 def local_world_size() -> int:
     """Return how many processes of this training share this machine."""
-    with suppress(ValueError):
-        return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def usable_cores() -> int:
@@ -69,10 +67,8 @@ def worker_fault(error: BaseException) -> str | None:
         return str(error).rpartition("UserError: ")[2].strip() if wrapped else None
     text = " ".join(str(link) for link in (error, error.__cause__, error.__context__) if link is not None)
     if _NO_ROOM.search(text):
-        return (
-            "A loading process ended because /dev/shm is full, through which its batches come: set "
-            "num_workers=0, take a smaller batch_size, or start the container with --shm-size=8g"
-        )
+        hint = "set num_workers=0, take a smaller batch_size, or start the container with --shm-size=8g"
+        return f"A loading process ended because /dev/shm is full, through which its batches come: {hint}"
     if match := _KILLED.search(text):
         how = f"was ended by signal {match[2]}" if match[2] else "ended unexpectedly"
         return f"A loading process {how}, mostly because memory ran out: set num_workers=0 or a smaller number"

@@ -87,16 +87,14 @@ def split_info(
     subsets: dict[str, str],
 ) -> dict:
     """Return what split_info.json says about images that were looked at and given a subset."""
-    good = [image for image in images if not image.fault]
     counts = {person: {"train": 0, "val": 0, "left_out": 0} for person in persons}
     twins = defaultdict(list)
     for image in images:
         counts[image.person][subsets.get(image.key, "left_out")] += 1
-    for image in good:
-        if image.sha256:
+        if image.sha256 and not image.fault:
             twins[image.sha256].append(image)
     duplicates = [group for group in twins.values() if len(group) > 1]
-    sizes = Counter(image.size for image in good if image.size)
+    sizes = Counter(image.size for image in images if image.size)
     return {
         "version": INFO_VERSION,
         **settings,

@@ -127,12 +127,11 @@ def encode_texts(
             unit="caption",
             progress=progress,
         )
-    place_of = {caption: place for place, caption in enumerate(distinct)}
     with atomic_write(folder / CAPTIONS) as partial, disk_errors():
-        save_file(_caption_places(captions_by_subset, place_of), partial)
+        save_file(_caption_places(captions_by_subset, distinct), partial)
     found = TextFolder(
-        path=folder,
-        key=key,
+        folder,
+        key,
         encoder=about[1],
         dim=encoder.dim,
         pooled_dim=encoder.pooled_dim,
@@ -175,7 +174,7 @@ def _shards(encoder: Any, about: list, distinct: Sequence[str]) -> dict[str, Sha
     """Return the shards, whose keys follow from their own captions: they are kept when other captions change."""
     longest = _NUMBER * (encoder.max_tokens * encoder.dim + encoder.pooled_dim) + 8
     most = max(1, min(SHARD_SIZE, SHARD_BYTES // longest))
-    parts = [range(start, min(start + most, len(distinct))) for start in range(0, len(distinct), most)]
+    parts = [range(len(distinct))[start : start + most] for start in range(0, len(distinct), most)]
     return {
         f"tokens-{number:05d}.safetensors": Shard(rows, _digest([about, list(distinct[rows.start : rows.stop])]))
         for number, rows in enumerate(parts)
@@ -196,9 +195,9 @@ def _bytes(encoder: Any, captions: list[str]) -> int:
     return _NUMBER * (tokens * encoder.dim + len(captions) * encoder.pooled_dim) + 8 * len(captions)
 
 
-def _caption_places(captions_by_subset: Captions, place_of: Mapping[str, int]) -> dict[str, Tensor]:
+def _caption_places(captions_by_subset: Captions, distinct: Sequence[str]) -> dict[str, Tensor]:
     """Return of each subset the places of its captions, image by image, and where each image's end."""
-    owned = {}
+    owned, place_of = {}, {caption: place for place, caption in enumerate(distinct)}
     for subset, captions in captions_by_subset.items():
         places = [place_of[caption] for of_image in captions for caption in of_image]
         counts = torch.tensor([len(of_image) for of_image in captions], dtype=torch.int64)

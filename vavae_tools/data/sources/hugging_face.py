@@ -51,10 +51,8 @@ class DatasetImages(DecodedImages):
     def opened(self, stored: Any) -> Image.Image:
         if isinstance(stored, dict):
             stored = stored["bytes"] if stored.get("bytes") is not None else stored.get("path")
-        if stored is None:
-            raise ValueError("it is empty")
         if not isinstance(stored, bytes | str):
-            raise ValueError("expected a column of type Image, bytes or paths")
+            raise ValueError("it is empty" if stored is None else "expected a column of type Image, bytes or paths")
         return Image.open(BytesIO(stored) if isinstance(stored, bytes) else stored)
 
     def stored_key(self) -> list:
@@ -108,7 +106,7 @@ def captioned_subsets(path: Path, skip_missing: bool, notes: list[str], options:
 
 
 def load_folder(data_dir: Path) -> Any:
-    """Return the Dataset or DatasetDict that `save_to_disk` wrote; raise a UserError where that fails."""
+    """Return the Dataset or DatasetDict that `save_to_disk` wrote."""
     datasets = datasets_library(f"{data_dir} is a Hugging Face dataset")
     try:
         return datasets.load_from_disk(str(data_dir))
@@ -117,7 +115,6 @@ def load_folder(data_dir: Path) -> Any:
 
 
 def datasets_library(what: str) -> Any:
-    """Return the module `datasets`; raise a UserError where it is not installed."""
     try:
         import datasets
     except ImportError:
