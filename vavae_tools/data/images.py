@@ -99,8 +99,7 @@ def readable(name: str | Path) -> Iterator[None]:
 
 
 MEMORY_LIMIT = 4 * 2**30
-"""Decoded images up to this many bytes are kept in memory, by all processes of a machine together: 21,000 of 256×256,
-a seventh of what Kaggle has."""
+"""Bytes of decoded images that all processes of a machine together keep in memory: 21,000 images of 256×256."""
 _AT_ONCE = 64  # images that a thread decodes before it asks for more
 
 

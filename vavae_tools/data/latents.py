@@ -136,8 +136,9 @@ def encode_latents(
     keys, complete = agree(ranks, look, identity)
     if not complete:
         encoder = _Encoder(autoencoder.eval(), subsets, flips, seed, _DTYPES[dtype], computing)
+        options = {"num_workers": images.num_workers, "ranks": ranks, "progress": progress}
         with at_work(autoencoder, device):
-            shape, shards = encoder.write(folder, keys[0], given, batch_size, images.num_workers, ranks, progress)
+            shape, shards = encoder.write(folder, keys[0], given, batch_size, **options)
 
         def write_index() -> None:
             own = ([0.0] * shape[0], [1.0] * shape[0]) if autoencoder.has_own_statistics else None
@@ -180,16 +181,9 @@ class _Encoder:
         return list(self.computing(lambda: self.fields("train", one))["latents"].shape[1:])
 
     def write(
-        self,
-        folder: Path,
-        key: str,
-        statistics: tuple[list[float], list[float]] | None,
-        batch_size: int,
-        num_workers: int,
-        ranks: Ranks,
-        progress: bool,
+        self, folder: Path, key: str, statistics: tuple[list[float], ...] | None, batch_size: int, **options: Any
     ) -> tuple[list[int], dict[str, list[str]]]:
-        """Make all shards; return the shape of a latent, and the names of each subset's shards."""
+        """Make all shards; return the shape of a latent, and the names of each subset's shards; `options`: `encode`."""
         shape = self.shape()
         if statistics and any(len(values) != shape[0] for values in statistics):
             count = " and ".join(str(len(values)) for values in statistics)
@@ -207,9 +201,7 @@ class _Encoder:
                 lambda shard: len(shard.rows) * row_bytes,
                 batch_size,
                 self.dtype,
-                num_workers=num_workers,
-                ranks=ranks,
-                progress=progress,
+                **options,
             )
         return shape, {subset: list(of_subset) for subset, of_subset in shards.items()}
 

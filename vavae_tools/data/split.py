@@ -49,8 +49,7 @@ from vavae_tools.runtime.errors import UserError, one_line
 RecordingOf = Callable[[ImageEntry], str | None]
 LINKS = ("copy", "hard", "symbolic")
 CHECKS = ("decode", "contents")
-MIN_SIDE = 2
-"""Pixels: an image that is narrower or lower than this shows nothing."""
+MIN_SIDE = 2  # pixels
 
 # ---- Which subset, and what has to be in one
 
