@@ -29,10 +29,7 @@ def _mix(x: Tensor) -> Tensor:
 class Draws:
     """The random numbers of one training step: one row per sample, the same on any device count.
 
-    Args:
-        seed: the run's seed.
-        epoch: how often the data were passed; each epoch has numbers of its own.
-        samples: int64 (B,), the samples' places in the data set, on the device the numbers are wanted on.
+    `samples` are their places in the data set, int64 (B,), on the device the numbers are wanted on.
     """
 
     def __init__(self, seed: int, epoch: int, samples: Tensor) -> None:

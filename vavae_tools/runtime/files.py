@@ -191,11 +191,7 @@ _UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, LookupError, Attribu
 
 
 def read_saved(path: str | Path) -> Any:
-    """Return what `torch.save` wrote, on the CPU, with `weights_only=True`; tensors stay in the file until used.
-
-    Raises:
-        UserError: no such file, a damaged one, or one that would have to run code to be read.
-    """
+    """Return what `torch.save` wrote, on the CPU, with `weights_only=True`; tensors stay in the file until used."""
     path = Path(path)
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []

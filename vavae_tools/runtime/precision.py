@@ -32,19 +32,14 @@ def _float32(value: Any) -> Any:
     return value.float() if half else value
 
 
-PRECISIONS = {"32": "float32", "16": "fp16", "bf16": "bf16"}
-"""By the names that people type, as they are called where something is said of them."""
+PRECISIONS = {"32": "float32", "16": "fp16", "bf16": "bf16"}  # as people type them → as messages call them
 HALF = {"16": torch.float16, "bf16": torch.bfloat16}
 _ALSO = {"fp16": "16", "fp32": "32", "float32": "32", "no": "32", "False": "32"}  # YAML reads no as false
 
 
 # ---- how networks compute
 def precision_on(machine: Machine, name: str | None = None) -> str:
-    """Return a precision's name in `PRECISIONS`; None: fp16 on a T4, bf16 on newer cards, float32 on a CPU.
-
-    Raises:
-        UserError: there is no such precision, or this machine emulates it.
-    """
+    """Return a precision's name in `PRECISIONS`; None: fp16 on a T4, bf16 on newer cards, float32 on a CPU."""
     if name is None:
         return {"cpu": "32", "t4": "16", "ampere": "bf16"}[machine.kind]
     name = _ALSO.get(str(name), str(name))
@@ -94,12 +89,8 @@ class Computing:
         else:
             self.precision = precision_on(machine_of(device), precision)
         self.device, self.what, self.log = device, what, log
+        self.in_half = self.precision != "32"
         self._said = False
-
-    @property
-    def in_half(self) -> bool:
-        """Return whether there is a reason to try again in float32."""
-        return self.precision != "32"
 
     def __call__(self, function: Callable[[], R]) -> R:
         with computing_in(self.precision, self.device):

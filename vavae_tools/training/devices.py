@@ -25,8 +25,7 @@ STRATEGIES = get_args(get_type_hints(TrainConfig)["strategy"])
 LIGHTNING_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 """What Lightning calls the precisions of `machine.PRECISIONS`."""
 PRECISION_LABELS = {"32-true": "float32", "16-mixed": "fp16 with a gradient scaler", "bf16-mixed": "bf16"}
-COMPILES_FROM = (7, 0)
-"""Triton's least compute capability: a V100's, not a P100's."""
+COMPILES_FROM = (7, 0)  # Triton's least compute capability: a V100's, not a P100's
 
 
 def precision_of(name: str | None, machine: Machine, strategy: str = "auto") -> str:
@@ -44,10 +43,9 @@ def precision_of(name: str | None, machine: Machine, strategy: str = "auto") -> 
 
 
 def compiles(choice: bool | None, machine: Machine | None = None, log: Callable[[str], None] = log) -> bool:
-    """Return whether to `torch.compile` here; None: from capability 8.0 on, where it pays within minutes.
+    """Return whether to `torch.compile` here, or raise where it was asked for and cannot be.
 
-    Raises:
-        UserError: it was asked for and cannot be: a card below 7.0, or something that it needs is missing.
+    None chooses it from capability 8.0 on, where it pays within minutes.
     """
     machine = machine or find_machine()
     if choice is False or (choice is None and machine.kind != "ampere"):
@@ -98,9 +96,6 @@ def trainer_settings(
         gradient_clip_val: largest norm of the gradients; None where the module clips.
         shardable: whether the module can be cut over devices: one optimiser, and `configure_model` knows how.
         lightning: further arguments of `lightning.Trainer`, such as accumulate_grad_batches.
-
-    Raises:
-        UserError: what cannot be on this machine, or a card that another process holds.
     """
     started = started_already()
     if started:

@@ -52,10 +52,8 @@ def memory_fault(
 ) -> str | None:
     """Return the line to say where memory has run out; None for another error.
 
-    Args:
-        gathered: batches whose gradients make one step.
-        further: settings that save memory besides.
-        prefix: of the settings' names; "" where they are a function's arguments.
+    `gathered` batches make one step; `further` settings save memory besides; `prefix` is of the settings' names, and ""
+    where they are a function's arguments.
     """
     if not is_memory_fault(error):
         return None

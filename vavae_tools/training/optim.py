@@ -40,9 +40,6 @@ class EMA(nn.Module):
         return super().train(False)  # the average is never trained, whatever the module around it does
 
 
-# ---- How the learning rate goes: up during warm-up, then down along a curve
-
-
 DECAYS = ("cosine", "linear", "constant")
 
 
@@ -51,10 +48,8 @@ def with_warmup(
 ) -> dict[str, Any]:
     """Return an optimiser and its rate's schedule, as a LightningModule's `configure_optimizers` returns them.
 
-    Args:
-        warmup_steps: of linear warm-up; at most a tenth of all steps are taken.
-        total_steps: of the whole training; without an end (inf) the rate stays.
-        decay: to zero along half a "cosine" or "linear", or "constant".
+    Warm-up is linear and takes at most a tenth of all steps; then the rate decays to zero along half a "cosine" or
+    "linear", or stays ("constant", or without an end: `total_steps` of inf).
     """
     if decay not in DECAYS:
         raise UserError(f"schedule {decay!r} is unknown; there are {', '.join(DECAYS)}")

@@ -67,10 +67,8 @@ def train(
 ) -> Path:
     """Train what `build` makes of a recipe, on as many processes as its devices ask for; return what it was for.
 
-    Args:
-        recipe: plain values, with a `TrainConfig` as `train` and a `seed`.
-        resume: "last", a `.ckpt` or a folder.
-        show: called with each preview, uint8 (3, H, W); by default a notebook's cell shows it.
+    A recipe is plain values, with a `TrainConfig` as `train` and a `seed`. `show` is called with each preview, uint8
+    (3, H, W); by default a notebook's cell shows it.
     """
     devices = recipe.train.of_devices()
     trainer_settings(**devices)  # what cannot be is said before anything is started

@@ -18,12 +18,9 @@ class Sharded(ModelParallelStrategy):
 
     The first process gathers a checkpoint in its memory and writes it. Training resumes from every kind of checkpoint,
     written by any strategy and number of processes.
-
-    Args:
-        processes: on all machines.
     """
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, processes: int) -> None:  # on all machines
         # its own default would cut every tensor over a node's devices and the data over nodes alone
         super().__init__(processes, 1, save_distributed_checkpoint=False)
 

@@ -25,10 +25,7 @@ def log_step(module: L.LightningModule, parts: dict[str, Tensor], batch_size: in
     """Log `train/NAME` of this batch; of several processes, whose batches are equally large, the mean.
 
     All values are summed at once, at the batches that Lightning logs; its own `sync_dist` sums value by value at every
-    batch.
-
-    Args:
-        parts: scalars on the module's device, the same names on all processes.
+    batch. `parts` are scalars on the module's device.
     """
     values = {name: value.detach() for name, value in parts.items()}
     if module.trainer.world_size > 1 and is_written(module.trainer):
@@ -108,10 +105,7 @@ class TrainLog(Paced):
     A line is a time, what it is about (`step`, `val`, `saved`, `end`, `stopped`, `failed`) and values with their names.
     Only the first process writes. Loss and learning rate are those of the last step that Lightning logged, so that the
     GPU is waited for at no other. Where the file cannot be written, `log` gets a line and training continues.
-
-    Args:
-        every: optimiser steps between two lines; the last step has one too.
-        machine: the line of `devices.describe`.
+    There are `every` steps between two lines; the last step has one too.
     """
 
     def __init__(self, folder: str | Path, every: int, log: Callable[[str], None] = log, machine: str = "") -> None:

@@ -26,10 +26,8 @@ FREE = ("vavae_config", "denoiser_config", "conditioner_config", "people", "grad
 class RunRecord(L.Callback):
     """Write `run.json` where training starts, keep the same in each checkpoint, and compare it on resuming.
 
-    Args:
-        settings: plain values that the run follows from besides the module's hyper-parameters.
-        data: fingerprint of the data.
-        allow_changes: log what differs from the checkpoint's settings and data, where else it is refused.
+    A run follows from `settings`, the module's hyper-parameters and the fingerprint `data`: others than the
+    checkpoint's are refused, or with `allow_changes` logged.
     """
 
     def __init__(
