@@ -30,23 +30,6 @@ def test_blocks_and_segments_are_of_torchs_sizes():
     assert card.malloc(10 * MIB).size == 11 * MIB and not card.free_blocks and card.reserved == 20 * MIB
 
 
-def test_an_expandable_segment_grows_at_its_end_and_gives_back_pages():
-    card, plain = Allocator(expandable_segments=True), Allocator()
-    for allocator in (card, plain):
-        for size in (30, 34, 38):  # each a little more than what is free
-            allocator.free(allocator.malloc(size * MIB))
-    assert (card.reserved, plain.reserved) == (40 * MIB, 102 * MIB)
-    card = Allocator(expandable_segments=True)
-    first, second = card.malloc(50 * MIB), card.malloc(20 * MIB)
-    assert card.reserved == 80 * MIB
-    card.free(first)
-    card.empty_cache()
-    assert card.reserved == 40 * MIB  # of the pages 0–20–40–60–80 two are free as a whole; 10 MiB are at the end
-    assert card.malloc(10 * MIB).start == 70 * MIB and card.reserved == 40 * MIB
-    assert card.malloc(25 * MIB).start == 0 and card.reserved == 60 * MIB
-    assert second.start == 50 * MIB and card.alive == 55 * MIB
-
-
 def test_tensors_without_contents_take_what_theirs_would():
     with simulated(MACHINES["T4x2"], others=MIB) as card:
         assert (find_machine().kind, find_machine().devices, find_device()) == ("t4", 2, "cuda")

@@ -283,8 +283,7 @@ class Averages(torch.nn.Module):
         return self.scale * torch.nn.functional.avg_pool2d(images, 8)
 
 
-@pytest.mark.parametrize("size", [2, 4, 7])
-@pytest.mark.parametrize("count", [1, 5, 64])
+@pytest.mark.parametrize(("size", "count"), [(2, 64), (4, 1), (7, 5)])
 def test_any_number_of_processes_encode_any_number_of_images(tmp_path, size, count):
     data = shape_data(count, image_size=16, val_share=0.2)
 

@@ -52,13 +52,9 @@ def lines(folder: Path) -> list[tuple[str, str]]:
     return [(line[2], line[3]) for line in found]
 
 
-def steps_said(folder: Path) -> list[str]:
-    return [text for about, text in lines(folder) if about == "step"]
-
-
 def steps(folder: Path) -> list[tuple[int, int, int, float, float]]:
     """(step, total, epoch, loss, lr) of each line of a step."""
-    found = [STEP.fullmatch(text) for text in steps_said(folder)]
+    found = [STEP.fullmatch(text) for about, text in lines(folder) if about == "step"]
     assert all(found) and all(float(line[6]) > 0 and float(line[8]) > 0.01 for line in found)
     return [(*map(int, line.groups()[:3]), float(line[4]), float(line[5])) for line in found]
 
