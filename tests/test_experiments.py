@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import same
 
 from vavae_tools.diffusion.objectives import make_objective, objective_of
 from vavae_tools.recipes import config as experiments
@@ -26,7 +25,6 @@ from vavae_tools.recipes.config import (
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine
 from vavae_tools.train import run_experiment
-from vavae_tools.training.callbacks.checkpointing import LastCheckpoint
 from vavae_tools.training.config import settings_of
 
 ROOT = Path(__file__).parents[1]
@@ -358,25 +356,6 @@ def test_another_objective_is_a_word_away(name, train):
     assert type(objective_of(config)) is type(make_objective(name))
     with pytest.raises(UserError, match=f"The objective {name} has no cosine_weight"):
         train(*SHORT, *SMALL, f"objective.name={name}", "objective.cosine_weight=0.5", "output_dir=other")
-
-
-def test_ckpt_path_last_goes_on_bit_by_bit(train, monkeypatch):
-    numbers = [*SHORT, *SMALL, "model.dit_module.max_steps=10"]
-    train(*numbers, "--output_dir", "whole")
-    run, step_ends = Path("whole"), LastCheckpoint.on_train_batch_end
-
-    def stop(self, trainer, *others):
-        self._stop = trainer.global_step == 6
-        step_ends(self, trainer, *others)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LastCheckpoint, "on_train_batch_end", stop)
-        assert "Stopped after step 6" in train(*numbers)
-    said = train(*numbers, "ckpt_path=last")
-    (short,) = Path("logs/runs").glob("*/*")
-    assert f"resume=last: resuming {short}" in said and "resuming after step 6 of 10" in said
-    whole, resumed = (torch.load(of / "checkpoints/last.ckpt", weights_only=True) for of in (run, short))
-    assert all(same(whole["state_dict"][name], resumed["state_dict"][name]) for name in whole["state_dict"])
 
 
 def test_a_latent_size_or_class_number_that_does_not_fit_is_one_line(train):

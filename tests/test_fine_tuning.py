@@ -1,6 +1,5 @@
 """Fine-tuning as it is called: from published weights, in stages, grey, not square, watched by a classifier."""
 
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -217,15 +216,3 @@ def test_vectors_of_another_length_than_asked_for(split_dir, vavae_dir, tmp_path
         fine_tune_vavae(split_dir, tmp_path / "out", vavae_dir, condition_dim=4, **arguments)
     folder = fine_tune_vavae(split_dir, tmp_path / "out", vavae_dir, **arguments, log=lambda line: None)
     assert load_vavae(folder, log=lambda line: None).config.condition_dim == 6
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"max_epochs": 0}, "max_epochs is 0, expected a whole number of 1 or more"),
-        ({"saving": {"save_every_minutes": -1.0}}, "save_every_minutes is -1.0, expected 0 or more"),
-    ],
-)
-def test_numbers_given_in_python_are_checked_as_typed_ones_are(settings, said, tmp_path):
-    with pytest.raises(UserError, match=re.escape(said)):
-        fine_tune_vavae("nowhere", tmp_path, **settings)

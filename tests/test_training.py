@@ -146,14 +146,6 @@ def test_a_run_that_is_stopped_again_and_again(tmp_path, data):
     assert names == [best_checkpoint(whole.folder).name, "last.ckpt", "previous.ckpt"]
 
 
-def test_gradients_may_be_gathered_over_several_batches(tmp_path, data):
-    length = {"max_steps": 5, "max_epochs": -1, "accumulate_grad_batches": 2}
-    whole = Fit(tmp_path / "whole", "dit", data, **length)
-    assert whole.last["global_step"] == 5
-    for path in sorted(whole.folder.glob("0[23]*.kept")):  # at the end of an epoch, within one
-        assert_same_run(Fit(tmp_path / path.stem, "dit", data, path, **length), whole)
-
-
 # ---- stopped by a person
 
 

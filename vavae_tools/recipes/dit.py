@@ -146,12 +146,12 @@ def build_on_latents(
         start_from(network, conditioner, latents=latents, seed=seed, log=log, **init)
     elif init["weights"] and init["lora_rank"]:  # a run that resumes has its weights, and needs the same form
         add_lora(network, init["lora_rank"], init["lora_alpha"], init["lora_targets"])
-    config = prepared(config, network, log)
+    config, numbers = prepared(config, network, seed, log)
     with rank_zero_first("autoencoder"):  # the others may read what it writes
         model = _autoencoder_of(latents, autoencoder, output_dir / "autoencoder")
     objective = make_recipe_objective(recipe.objective, type(recipe)().objective, folder.shape)
     flip = "half" if recipe.data.flips else "none"
-    module = DiffusionModule(network, conditioner, objective, flip=flip, **optimisation(config, seed))
+    module = DiffusionModule(network, conditioner, objective, flip=flip, **numbers)
     module.hparams["people"] = folder.people
 
     def make(trained: nn.ModuleDict) -> Tensor:
@@ -187,17 +187,13 @@ def latents_folder(latents_dir: str | None, data_dir: str | None, ending: str, o
     return Path("logs/latents") / f"{Path(data_dir).resolve().name}-{ending}"
 
 
-def prepared(config: TrainConfig, denoiser: nn.Module, log: Log) -> TrainConfig:
-    """Return whether to compile in place of "where the card gains by it"; switch on gradient checkpointing if asked."""
+def prepared(config: TrainConfig, denoiser: nn.Module, seed: int, log: Log) -> tuple[TrainConfig, dict[str, Any]]:
+    """Switch on gradient checkpointing if asked; return whether to compile, decided, and the module's numbers."""
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    return replace(config, compile=compiles(config.compile, log=log))
-
-
-def optimisation(config: TrainConfig, seed: int) -> dict[str, Any]:
-    """Return the arguments of a denoiser's module that are numbers of its training."""
+    config = replace(config, compile=compiles(config.compile, log=log))
     names = ("lr", "ema_decay", "warmup_steps", "schedule", "compile")
-    return {"seed": seed, **{name: getattr(config, name) for name in names}}
+    return config, {"seed": seed, **{name: getattr(config, name) for name in names}}
 
 
 def denoiser_run(

@@ -25,14 +25,7 @@ from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.pipelines.batches import in_batches
 from vavae_tools.pipelines.text import TextToImagePipeline, load_text_pipeline
 from vavae_tools.recipes.base import CaptionData, TextToImageRecipe, as_tuple
-from vavae_tools.recipes.dit import (
-    denoiser_run,
-    encode_once,
-    latents_folder,
-    make_recipe_objective,
-    optimisation,
-    prepared,
-)
+from vavae_tools.recipes.dit import denoiser_run, encode_once, latents_folder, make_recipe_objective, prepared
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import hardlink_duplicates, save_model
 from vavae_tools.runtime.machine import find_device
@@ -71,8 +64,8 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     )
     conditioner.set_empty(encoder.encode([""]))
     denoiser = TextDiT(input_size=shape[1:], in_channels=shape[0], **numbers)
-    config = prepared(config, denoiser, log)
-    module = DiffusionModule(denoiser, conditioner, objective, **optimisation(config, seed))
+    config, of_training = prepared(config, denoiser, seed, log)
+    module = DiffusionModule(denoiser, conditioner, objective, **of_training)
     longest = encoder.max_tokens
     train_on, key, cached = _training_data(recipe, module, images, autoencoder, encoder, output_dir, log)
     del autoencoder, encoder  # where all is encoded nobody has them any more

@@ -14,7 +14,7 @@ from vavae_tools.diffusion.factory import make_denoiser
 from vavae_tools.diffusion.objectives import noise_level_hiding_a_token
 from vavae_tools.pipelines.tokens import TokenImagePipeline, load_token_pipeline
 from vavae_tools.recipes.base import TokenImageRecipe
-from vavae_tools.recipes.dit import denoiser_run, given_size, make_recipe_objective, optimisation, prepared
+from vavae_tools.recipes.dit import denoiser_run, given_size, make_recipe_objective, prepared
 from vavae_tools.runtime.files import save_model
 from vavae_tools.runtime.ranks import is_rank_zero
 from vavae_tools.training.callbacks.previews import TextPreviews
@@ -44,7 +44,7 @@ def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, 
     size = {"input_size": data.image_size, "patch_size": data.cell_size}
     size["in_channels"] = data.channels + 1  # and which cells are known
     denoiser = make_denoiser({**given_size(recipe.model), **size})
-    config = prepared(config, denoiser, log)
+    config, numbers = prepared(config, denoiser, seed, log)
     of_pipeline = {
         "code": texts.code.config,
         "lengths": images.train_data.lengths().tolist(),
@@ -52,7 +52,7 @@ def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, 
         "use_chat_template": data.use_chat_template,
         "answer_lengths": images.train_data.answer_lengths(),
     }
-    conditioner, numbers = ClassConditioner(1, denoiser.conditioning_size, dropout=0.0), optimisation(config, seed)
+    conditioner = ClassConditioner(1, denoiser.conditioning_size, dropout=0.0)
     of_tokens = {"token_images": of_pipeline, "prompt_share": recipe.prompt_share}
     module = DiffusionModule(denoiser, conditioner, objective, **numbers, **of_tokens)
     subset = images.val_data if images.val_data is not None else images.train_data
