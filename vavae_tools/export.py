@@ -28,9 +28,6 @@ def export_vavae(vavae: str | Path, format: str, output: str | Path, log: Callab
         format: "reference" writes the file `output`, {"state_dict": …} under the reference's names, and
             `latents_stats.pt` beside it where the model knows them; "diffusers" writes the folder `output`, which
             diffusers' own AutoencoderKL loads.
-
-    Raises:
-        UserError: no VA-VAE, a model that the format cannot represent, or an output that cannot be written.
     """
     from vavae_tools.autoencoders.weights import load_vavae
 

@@ -7,6 +7,7 @@ kernel: a folder for `kaggle kernels push` with a notebook and its kernel-metada
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -61,18 +62,14 @@ def write_kernel(
 ) -> Path:
     """Write a folder for `kaggle kernels push`, the notebook and `kernel-metadata.json`, whose path is returned.
 
-    Args:
-        datasets: "owner/name" of what is attached. One must hold this repository: only the notebook itself travels.
-        kernel_sources: "owner/name" of notebooks whose output is attached.
-        owner: name on Kaggle, by default the first dataset's owner.
-        internet: needed only where the session itself pushes or downloads.
+    One of `datasets` ("owner/name") must hold this repository: only the notebook itself travels. `owner` is by default
+    the first dataset's; `internet` is needed only where the session itself pushes or downloads.
     """
-    from vavae_tools.runtime.files import atomic_write, write_json
+    from vavae_tools.runtime.files import write_json
 
     notebook, output_dir = Path(notebook), Path(output_dir)
     try:
-        text = notebook.read_text(encoding="utf-8")
-        json.loads(text)["cells"]
+        json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError):
         raise UserError(f"No notebook {notebook}: expected one such as notebooks/02_vavae_fine_tuning.ipynb") from None
     sources = [*datasets, *kernel_sources]
@@ -97,13 +94,10 @@ def write_kernel(
         "machine_shape": "NvidiaTeslaT4",  # two of them
         "dataset_sources": list(datasets),
         "kernel_sources": list(kernel_sources),
-        "competition_sources": [],
-        "model_sources": [],
     }
-    with atomic_write(output_dir / notebook.name) as partial:
-        partial.write_text(text, encoding="utf-8")
     path = output_dir / "kernel-metadata.json"
     write_json(path, metadata)
+    shutil.copyfile(notebook, output_dir / notebook.name)
     log(f"written: {path}, {output_dir / notebook.name}")
     log(f"next: kaggle kernels push -p {output_dir} (then kaggle kernels status {metadata['id']})")
     return path

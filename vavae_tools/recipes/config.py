@@ -87,11 +87,7 @@ def _cut(override: str) -> tuple[str, str]:
 
 
 def compose(line: CommandLine) -> Experiment:
-    """Return what a command line means: the experiment's values, then `--config`'s, then what was typed.
-
-    Raises:
-        UserError: an experiment, option or key that does not exist, or a value that its key does not take.
-    """
+    """Return what a command line means: the experiment's values, then `--config`'s, then what was typed."""
     config = line.flags.get("config")
     if config == []:
         raise UserError("--config needs a value")
@@ -335,9 +331,6 @@ def run_folder(plan: Experiment, now: datetime | None = None) -> tuple[Path, str
 
     `resume=last` takes the newest run of the same experiment and writes into its folder, and so does a path into a
     run's folder; another checkpoint starts a folder of its own.
-
-    Raises:
-        UserError: `resume=last`, and no run of this experiment has a checkpoint.
     """
     ranks = current_ranks()
     found = _run_folder(plan, now) if ranks.rank == 0 else None  # the clock says another second to each of them
