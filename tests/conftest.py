@@ -1,6 +1,7 @@
 """What several test files share: thirty tiny simulated images of three people, their split, their latents."""
 
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -47,6 +48,28 @@ def run_main(monkeypatch, capsys):
             status = exit.code
         said = capsys.readouterr()
         return status, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A folder of its own to run in, where subprocesses find the package and the tests."""
+    tests = Path(__file__).parent
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", f"{tests.parent}{os.pathsep}{tests}")
+    return tmp_path
+
+
+@pytest.fixture
+def fault(here, run_main):
+    """The one line that a command says where it cannot go on."""
+
+    def run(main, *words) -> str:
+        status, _, err = run_main(main, *words)
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+        return err
 
     return run
 

@@ -34,12 +34,6 @@ def meant(*words: str):
     return compose(read_command_line(words))
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 # ---- what a line means
 
 

@@ -25,14 +25,6 @@ NUMBERS += ["+trainer.log_every_n_steps=1"]
 HALVES = ["data.batch_size=4", "trainer.accelerator=cpu"]  # the same batch for two processes together
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """What a single process trains. Do not write into it."""

@@ -1,7 +1,6 @@
 """Text-to-image as people run it: one command that trains, YAML files, going on exactly, images of prompts."""
 
 import json
-import os
 import re
 import shutil
 import socket
@@ -48,14 +47,6 @@ def frozen(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    return tmp_path
-
-
-@pytest.fixture
 def shapes(here, frozen, run_main):
     """Train on made-up shapes: what was said."""
 
@@ -63,18 +54,6 @@ def shapes(here, frozen, run_main):
         status, said, err = run_main(train.main, *SHAPES, f"vae.name={frozen / 'vae'}", *words)
         assert status == 0, err
         return said
-
-    return run
-
-
-@pytest.fixture
-def fault(here, run_main):
-    """The one line that a command says where it cannot go on."""
-
-    def run(main, *words) -> str:
-        status, _, err = run_main(main, *words)
-        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
-        return err
 
     return run
 

@@ -1,8 +1,8 @@
 """Training on token images: the command as people type it, what goes on exactly, and what many processes share."""
 
 import json
-import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,14 +26,6 @@ TYPED = ("experiment=token_images", "--data_path", "zen", "--img_size", "32", "-
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """In a folder of its own, where subprocesses find the package and the tests."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    return tmp_path
-
-
-@pytest.fixture
 def run(here, run_main):
     def train_here(*words) -> str:
         status, said, err = run_main(train.main, *TYPED, *words)
@@ -43,18 +35,6 @@ def run(here, run_main):
     return train_here
 
 
-@pytest.fixture
-def fault(here, run_main):
-    """The one line that the command says where it cannot go on."""
-
-    def fails(*words) -> str:
-        status, _, err = run_main(train.main, *TYPED, *words)
-        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
-        return err
-
-    return fails
-
-
 def last(run: str) -> dict:
     return torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
 
@@ -62,11 +42,14 @@ def last(run: str) -> dict:
 def test_the_command_as_it_is_typed_and_gone_on_with_from_a_pth(run, here):
     words = ["--gradient_accumulation_steps", 4, "--max_grad_norm", 1.0, "--use_amp", "--lr", 0.01, "--warmup_steps", 1]
     words += ["--save_every_n_epochs", 2, "--epochs", 4]
-    said = run(*words, "--output_dir", "whole")
+    said = run(*words, "--output_dir", "whole", "callbacks.previews=1", "sampling.prompts=[Beautiful]")
     # 18 images are 9 batches of 2, of which 8 make the 2 steps of an epoch
     assert "8 steps of 8, 4 epochs" in said and "float32" in said
     assert sorted(path.name[-5:] for path in Path("whole").glob("checkpoint_epoch_*.pth")) == ["2.pth", "4.pth"]
     assert len(list(Path("whole/checkpoints").glob("epoch=*.ckpt"))) == 1
+    assert len(re.findall("^  Beautiful", said, re.M)) == 1 and Path("whole/samples/samples-000008.png").is_file()
+    assert Path("whole/samples/samples-000008.txt").read_text().count("Beautiful") == 1
+    assert "next: python -m vavae_tools.sample --checkpoint whole/pipeline" in said
     rates = [state["last_epoch"] for state in last("whole")["lr_schedulers"]]
     assert last("whole")["global_step"] == 8 and rates == [8]
     run(*words, "--output_dir", "resumed", "--resume", "whole/checkpoint_epoch_2.pth")
@@ -74,14 +57,6 @@ def test_the_command_as_it_is_typed_and_gone_on_with_from_a_pth(run, here):
     made = load_token_pipeline("resumed/pipeline")(num_samples=2, num_inference_steps=2)
     assert made.texts == load_token_pipeline("whole/checkpoint_epoch_4.pth")(num_samples=2, num_inference_steps=2).texts
     assert json.loads(Path("whole/pipeline/model_index.json").read_text())["code"]["num_tokens"] == 260
-
-
-def test_texts_and_images_are_shown_while_training(run):
-    said = run("training.max_steps=4", "callbacks.previews=1", "--output_dir", "run", "sampling.prompts=[Beautiful]")
-    assert len(re.findall("^  Beautiful", said, re.M)) == 1
-    assert Path("run/samples/samples-000004.png").is_file()
-    assert Path("run/samples/samples-000004.txt").read_text().count("Beautiful") == 1
-    assert "next: python -m vavae_tools.sample --checkpoint run/pipeline" in said
 
 
 def test_chats_are_learnt_and_answered(run, here):
@@ -103,6 +78,7 @@ def test_two_processes_make_the_steps_of_one(run, here, forked):
 
 
 def test_bad_input_is_one_line(fault, here, run):
+    fault = partial(fault, train.main, *TYPED)
     Path("empty.txt").write_text("\n")
     Path("latin.txt").write_bytes("schön".encode("latin-1"))
     assert "empty.txt is empty" in fault("--data_path", "empty.txt")
