@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from golden_cases import SHARED, assert_close, folder, load_case, load_weights
+from test_backbone import TINY, inputs, trained
 
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.layers import rope_table, select_tokens, sincos_table
@@ -14,27 +15,11 @@ from vavae_tools.runtime.errors import UserError
 
 KNOWN = {"lightningdit-a", "lightningdit-b", "lightningdit-eps"}  # b is in ../shared only: tests/golden stays small
 CASES = sorted(KNOWN | {path.name for path in SHARED.glob("lightningdit-*")})
-TINY = {"input_size": 4, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2}
 
 
 def reference(name: str):
     case, tensors = load_case(name)
     return load_reference("lightningdit", load_weights(name), case["constructor"]), case, tensors
-
-
-def trained(**changes) -> DiT:
-    """A tiny model whose weights are not the zeros of a fresh one."""
-    torch.manual_seed(0)
-    model = DiT(**{**TINY, **changes})
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def inputs(batch_size: int = 2, height: int = 4, width: int = 4):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(batch_size, 3, height, width, generator=generator)
-    return x, torch.rand(batch_size, generator=generator), torch.randn(batch_size, 32, generator=generator)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -99,7 +84,7 @@ def test_full_sizes_have_the_published_parameters(name):
 
 def test_initialisation():
     torch.manual_seed(0)
-    model = DiT(**{**TINY, "hidden_size": 128})
+    model = DiT(**{**TINY[DiT], "hidden_size": 128})
     assert model.t_embedder.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
     bound = (6 / (128 + 3 * 128)) ** 0.5  # xavier-uniform of 128 → 384
     assert model.blocks[0].attn.qkv.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
@@ -113,8 +98,8 @@ def test_initialisation():
     "options", [{}, {"rope": False}, {"qk_norm": True}, {"positions": "sequence", "patch_size": 2}]
 )
 def test_what_is_masked_is_neither_attended_to_nor_answered(options):
-    model = trained(**options)
-    p, (x, t, c) = model.patch_size, inputs(height=4)
+    model = trained(DiT, **options)
+    p, (x, t, c) = model.patch_size, inputs(DiT)
     mask = torch.zeros(2, 4, 4)
     mask[0, :, :2], mask[1, 1, 3] = 1, 1  # of the second sample one patch alone
     other = x.clone()
@@ -132,11 +117,11 @@ def test_what_is_masked_is_neither_attended_to_nor_answered(options):
 
 def test_half_of_a_image_is_answered_as_a_image_of_that_half():
     torch.manual_seed(0)
-    whole, half = DiT(**TINY), DiT(**{**TINY, "input_size": (2, 4)})
+    whole, half = DiT(**TINY[DiT]), DiT(**{**TINY[DiT], "input_size": (2, 4)})
     for parameter in whole.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     half.load_state_dict(whole.state_dict())
-    x, t, c = inputs()
+    x, t, c = inputs(DiT)
     mask = torch.zeros(2, 4, 4)
     mask[:, :2] = 1
     torch.testing.assert_close(whole(x, t, c, mask)[:, :, :2], half(x[:, :, :2], t, c))
@@ -150,7 +135,7 @@ def test_half_of_a_image_is_answered_as_a_image_of_that_half():
 
 
 def test_in_reading_order_places_follow_each_other_across_rows():
-    model = DiT(**TINY, positions="sequence")
+    model = DiT(**TINY[DiT], positions="sequence")
     cos, sin = rope_table(1, 16, 16)
     assert torch.equal(model.rope_cos, cos) and torch.equal(model.rope_sin, sin)
     assert torch.equal(model.pos_embed[0], sincos_table(1, 16, 32))
