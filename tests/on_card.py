@@ -313,9 +313,9 @@ class OnCard(Trainings):
         return {"waits": waits}
 
     def sampling_of_texts(self) -> dict[str, Any]:
-        from test_text_pipeline import OBJECTIVES, text_pipeline
+        from test_text_pipeline import text_pipeline
 
-        from vavae_tools.diffusion.objectives import make_objective
+        from vavae_tools.diffusion.objectives import OBJECTIVES, make_objective
         from vavae_tools.diffusion.solvers import make_solver, solvers_for
 
         waits = {}
