@@ -51,10 +51,8 @@ class PatchDiscriminator(nn.Module):
         """
         height, width = images.shape[2:]
         if min(height, width) < self.smallest_size:
-            raise UserError(
-                f"Images of {height}×{width} are too small for the discriminator: it needs "
-                f"{self.smallest_size}×{self.smallest_size} at least. Take larger images or disc_weight 0"
-            )
+            needed = f"{self.smallest_size}×{self.smallest_size} at least. Take larger images or disc_weight 0"
+            raise UserError(f"Images of {height}×{width} are too small for the discriminator: it needs {needed}")
         return self.main(images)
 
 

@@ -375,7 +375,6 @@ class RAEDecoderModule(AutoencoderModule):
         return images, (self.set_decoder(self.ema.network).colours(tokens) * 2 - 1).clamp(-1, 1), more
 
     def set_decoder(self, decoder: nn.Module) -> RAE:
-        """Return the RAE with the trained decoder or with the averaged one."""
         self._frozen["rae"].decoder = decoder
         return self._frozen["rae"]
 
@@ -392,7 +391,6 @@ class RAEDecoderModule(AutoencoderModule):
         return images, features.flatten(2).mT.float()
 
     def noised_tokens(self, tokens: Tensor, draws: Draws) -> Tensor:
-        """Return tokens (B, N, C) + tau·u·n, u one number per image."""
         tau = self.hparams.noise_tau
         if not tau:
             return tokens

@@ -53,8 +53,7 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 circle of radius 1 from inside."""
 AREAS = (math.pi, 2.0, 3 * math.sqrt(3) / 4, 4 * (2 * 0.94 * 0.34 - 0.34**2), math.pi * (1 - 0.5**2), 2.0)
 """Of the shapes of radius 1, in the order of `SHAPES`."""
-SMALLEST, LARGEST = 0.22, 0.4
-"""Radii, of the image's side."""
+SMALLEST, LARGEST = 0.22, 0.4  # radii, of the image's side
 
 
 # ---- drawing
