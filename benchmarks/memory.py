@@ -53,7 +53,7 @@ from vavae_tools.pipelines.text import TextToImagePipeline
 from vavae_tools.recipes.config import compose, read_command_line
 from vavae_tools.recipes.presets import Preset, find_preset
 from vavae_tools.recipes.vavae import LOSSES, _needs_checkpointing
-from vavae_tools.runtime.machine import Machine, at_work
+from vavae_tools.runtime.machine import Machine, on_device
 from vavae_tools.runtime.precision import Computing, for_inference
 from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModule
 from vavae_tools.training.callbacks import previews
@@ -504,7 +504,7 @@ def encoding(card: Any, case: Case) -> str:
     model = vavae(preset.vavae_size, condition_dim=32, num_conditions=PEOPLE).eval()
     computing = Computing(None, "cuda", "Latents", print)
     sides = {"train": Images(3 * batch_size, preset.image_size)}
-    with at_work(model, "cuda"):
+    with on_device(model, "cuda"):
         encoder = _Encoder(for_inference(model, "cuda"), sides, False, 0, torch.float32, computing)
         batches = _batches(sides["train"], [range(3 * batch_size)], batch_size, 0)
         for latents in _encoded("train", batches, encoder.fields, computing, torch.float32):

@@ -25,7 +25,7 @@ from vavae_tools.data.loader import OrderedDataModule
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import run_command
 from vavae_tools.training.autoencoder_module import VAVAEModule
-from vavae_tools.training.callbacks.checkpointing import LastCheckpoint, WholeCheckpointIO
+from vavae_tools.training.callbacks.checkpointing import AtomicCheckpointIO, LastCheckpoint
 from vavae_tools.training.callbacks.progress import Progress
 from vavae_tools.training.config import SaveConfig
 from vavae_tools.training.devices import quiet_lightning
@@ -105,7 +105,7 @@ def train_vavae(walkers: Tensor, steps: int, batch_size: int, lr: float, seed: i
         max_epochs=1,
         default_root_dir=folder,
         callbacks=[LastCheckpoint(folder / "checkpoints", SaveConfig(save_every_minutes=2)), Progress()],
-        plugins=[WholeCheckpointIO()],
+        plugins=[AtomicCheckpointIO()],
         enable_progress_bar=False,
     )
     last = folder / "checkpoints" / "last.ckpt"

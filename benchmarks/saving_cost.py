@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vavae_tools.training.callbacks.checkpointing import WholeCheckpointIO
+from vavae_tools.training.callbacks.checkpointing import AtomicCheckpointIO
 
 
 def seconds(work: torch.nn.Module, images: torch.Tensor) -> float:
@@ -33,7 +33,7 @@ def main() -> None:
     alone = statistics.median(seconds(work, images) for _ in range(20))
     waits, writes, extra = [], [], []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        writer = WholeCheckpointIO()
+        writer = AtomicCheckpointIO()
         for _ in range(options.saves):
             began = time.perf_counter()
             writer.save_checkpoint(checkpoint, str(Path(name) / "last.ckpt"))

@@ -10,7 +10,7 @@ DIGITS = 1e-5
 """Relative difference of two sums in float32, at a training's first step."""
 GROWTH = 2.0
 """What AdamW makes of it each step at most, where gradients are near zero (measured: 1.7)."""
-MOST = 1e-2
+MAX_SENTENCES = 1e-2
 """A wrong batch, weight or average differs by more."""
 
 
@@ -20,7 +20,7 @@ def assert_curves_alike(
     """Raise unless values of step after step are alike: tightly at first, loosely later."""
     assert len(found) == len(expected) > 0, where
     for step, (value, wanted) in enumerate(zip(found, expected, strict=True), steps_before):
-        digits = min(MOST, DIGITS * GROWTH**step)
+        digits = min(MAX_SENTENCES, DIGITS * GROWTH**step)
         assert value == pytest.approx(wanted, rel=digits, abs=1e-9), f"{where} at step {step}"
 
 

@@ -17,7 +17,7 @@ from vavae_tools.checkpoints.resuming import resume_path
 from vavae_tools.recipes.vavae import fine_tune_vavae
 from vavae_tools.runtime.errors import Stopped, UserError, run_command
 from vavae_tools.training.callbacks import checkpointing as checkpoints
-from vavae_tools.training.callbacks.checkpointing import WholeCheckpointIO
+from vavae_tools.training.callbacks.checkpointing import AtomicCheckpointIO
 from vavae_tools.training.config import SaveConfig, session_end
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -40,7 +40,7 @@ def test_a_checkpoint_holds_the_weights_of_its_moment(tmp_path, monkeypatch):
         save(checkpoint, path)
 
     monkeypatch.setattr(checkpoints.torch, "save", slow)
-    writer, weights = WholeCheckpointIO(), torch.zeros(3)
+    writer, weights = AtomicCheckpointIO(), torch.zeros(3)
     writer.save_checkpoint({"state_dict": {"w": weights}, "plain": [1, (2, "x")]}, str(tmp_path / "last.ckpt"))
     weights.add_(1.0)  # a step
     assert not (tmp_path / "last.ckpt").exists()
@@ -64,7 +64,7 @@ def test_room_is_made_on_a_full_disk(tmp_path, monkeypatch):
         write_folder(checkpoint, tmp_path / f"checkpoint-{step}")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage(0, 0, 2**20))
-    writer = WholeCheckpointIO(said.append)
+    writer = AtomicCheckpointIO(said.append)
     writer.save_checkpoint({"w": torch.zeros(3)}, str(folder / "last.ckpt"))
     writer.wait()
     assert "previous.ckpt is removed (last.ckpt stays)" in said[0] and "checkpoint-3 is removed" in said[1]

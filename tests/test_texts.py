@@ -16,7 +16,7 @@ from vavae_tools.data.latents import LatentFolder
 from vavae_tools.data.text_states import EncodedTexts, TextFolder, TextLatentDataModule, encode_texts, needed_bytes
 from vavae_tools.runtime.errors import UserError
 
-DIM, POOLED, MOST = 4, 3, 8
+DIM, POOLED, MAX_SENTENCES = 4, 3, 8
 
 
 @dataclass
@@ -34,7 +34,7 @@ def numbers(word: str, count: int) -> Tensor:
 class WordEncoder:
     """A state for each word, one before and one after them; it counts what it encodes."""
 
-    dim, pooled_dim, max_tokens = DIM, POOLED, MOST
+    dim, pooled_dim, max_tokens = DIM, POOLED, MAX_SENTENCES
     device = torch.device("cpu")
 
     def to(self, device):
@@ -44,7 +44,7 @@ class WordEncoder:
         self.name, self.encoded, self.fails_after, self.factor = name, [], fails_after, factor
 
     def words(self, caption: str) -> list[str]:
-        return ["<", *caption.split()[: MOST - 2], ">"]
+        return ["<", *caption.split()[: MAX_SENTENCES - 2], ">"]
 
     def encode(self, captions: list[str]) -> States:
         if self.fails_after is not None and len(self.encoded) >= self.fails_after:
@@ -61,7 +61,7 @@ class WordEncoder:
 
     def lengths(self, captions: list[str]) -> tuple[list[int], int]:
         lengths = [len(caption.split()) + 2 for caption in captions]
-        return lengths, sum(length > MOST for length in lengths)
+        return lengths, sum(length > MAX_SENTENCES for length in lengths)
 
     def digest(self) -> str:
         return self.name
@@ -125,7 +125,7 @@ def test_only_real_tokens_are_stored_and_equal_captions_once(tmp_path):
     encoder = WordEncoder()
     folder = encode_texts(encoder, CAPTIONS, tmp_path, batch_size=3, progress=False)
     assert encoder.encoded == DISTINCT
-    tokens = sum(min(len(c.split()) + 2, MOST) for c in DISTINCT)
+    tokens = sum(min(len(c.split()) + 2, MAX_SENTENCES) for c in DISTINCT)
     (name,) = folder.shards
     stored = load_file(tmp_path / name)
     assert stored["tokens"].shape == (tokens, DIM) and stored["tokens"].dtype == torch.float16
@@ -155,7 +155,7 @@ def test_needed_bytes(tmp_path, monkeypatch):
     (tmp_path / "texts" / list(folder.shards)[1]).unlink()
     left = needed_bytes(WordEncoder(), CAPTIONS, tmp_path / "texts")
     rows = 8 * sum(len(of) + 1 for subset in CAPTIONS.values() for of in subset)
-    of_shard = sum(2 * DIM * min(len(c.split()) + 2, MOST) + 2 * POOLED + 8 for c in DISTINCT[4:8])
+    of_shard = sum(2 * DIM * min(len(c.split()) + 2, MAX_SENTENCES) + 2 * POOLED + 8 for c in DISTINCT[4:8])
     assert left == rows + of_shard
 
 

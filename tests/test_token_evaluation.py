@@ -212,7 +212,7 @@ def test_a_span_over_the_border_of_two_texts_is_none_of_theirs():
 
 
 def test_of_very_many_tokens_the_first_are_looked_up_in(monkeypatch):
-    monkeypatch.setattr("vavae_tools.evaluation.novelty.MOST_TOKENS", 5)
+    monkeypatch.setattr("vavae_tools.evaluation.novelty.MAX_SEARCHED_TOKENS", 5)
     known = KnownTexts([[1, 2, 3], [4, 5], [6, 7]])
     assert known.texts == 2 and novelty([[4, 5], [6, 7]], known).ngrams[1] == 0.5
 

@@ -329,7 +329,7 @@ def test_datasets_on_the_disk(tmp_path):
 
 
 JSON = '{"text": "fine"}\n'
-HALF = "character 2 of the text is half of a surrogate pair, '\\ud83d'"
+HALF_DTYPES = "character 2 of the text is half of a surrogate pair, '\\ud83d'"
 
 
 @pytest.mark.parametrize(("name", "content", "chats", "says"), [
@@ -339,8 +339,8 @@ HALF = "character 2 of the text is half of a surrogate pair, '\\ud83d'"
     ("a.jsonl", JSON + "\nhello", False, ", line 3, is no JSON: Expecting value at column 1"),
     ("a.jsonl", JSON + '{"body": "x"}', False, ', line 2 has neither "text" nor "messages"'),
     ("a.jsonl", '{"text": 5}', False, ', line 1 has neither "text" nor "messages"'),
-    ("a.jsonl", JSON + '{"text": "ab\\ud83d"}', False, f", line 2: {HALF}"),
-    ("a.jsonl", json.dumps({"messages": chat("a", "\ud83d")}), True, f", line 1: {HALF}"),
+    ("a.jsonl", JSON + '{"text": "ab\\ud83d"}', False, f", line 2: {HALF_DTYPES}"),
+    ("a.jsonl", json.dumps({"messages": chat("a", "\ud83d")}), True, f", line 1: {HALF_DTYPES}"),
     ("a.jsonl", JSON, True, ", line 1 has no messages, "),
     ("a.txt", "hello", True, " has no messages, "),
     *[("a.jsonl", json.dumps({"messages": messages}), chats, ", line 1: its messages are not ")

@@ -10,7 +10,7 @@ from vavae_tools.data.split_report import INFO_NAME, read_split_info
 from vavae_tools.runtime.errors import UserError
 
 KAGGLE_INPUT, KAGGLE_WORKING = Path("/kaggle/input"), Path("/kaggle/working")
-DEEPEST = 5
+MAX_SEARCH_DEPTH = 5
 """Levels below a root that are searched for person folders: Kaggle mounts at …/datasets/OWNER/NAME/ANY/FOLDER."""
 
 
@@ -70,7 +70,7 @@ def find_paths(
 def _person_folders(roots: Iterable[Path]) -> Iterable[Path]:
     """Yield folders below `roots` that hold at least two folders with images, nearest first."""
     level = [root for root in roots if root.is_dir()]
-    for _ in range(DEEPEST + 1):
+    for _ in range(MAX_SEARCH_DEPTH + 1):
         for folder in level:
             if sum(bool(paths) for paths in list_folders(folder).values()) >= 2:
                 yield folder

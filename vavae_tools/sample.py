@@ -18,11 +18,11 @@ CFG_SCALE = 1.25
 TEXT_CFG_SCALE = 7.5
 GUIDE_SCALE = 1.42
 """RAE's for 256 pixels"""
-_OF_CLASSES = ("labels", "class_list", "timestep_shift", "guide", "cfg_interval", "guidance_channels", "format")
+CLASS_FLAGS = ("labels", "class_list", "timestep_shift", "guide", "cfg_interval", "guidance_channels", "format")
 UNUSED_FLAGS = {
     "LatentDiTPipeline": ("images of classes", ("prompt", "negative_prompt")),
-    "TextToImagePipeline": ("images of prompts", _OF_CLASSES),
-    "TokenImagePipeline": ("texts", (*_OF_CLASSES, "negative_prompt", "cfg_scale")),
+    "TextToImagePipeline": ("images of prompts", CLASS_FLAGS),
+    "TokenImagePipeline": ("texts", (*CLASS_FLAGS, "negative_prompt", "cfg_scale")),
 }
 """What each pipeline makes, and the flags that have no meaning for it."""
 

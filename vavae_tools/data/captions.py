@@ -105,7 +105,7 @@ class NamedImages:
                 raise UserError(f"{problem}. Put them there, {SKIP_HINT}")
             notes.append(f"{problem}; left out")
         existing = {name: of_name for name, of_name in self.captions.items() if name not in missing}
-        captions = cleaned(existing, self.source, skip_missing, notes)
+        captions = clean_captions(existing, self.source, skip_missing, notes)
         paths, labels = [self.folder / name for name in captions], torch.zeros(len(captions), dtype=torch.int64)
         options = {**options, "title": self.source.name, "captions": captions.values()}
         return CaptionedFiles(paths, list(captions), labels, **options)
@@ -120,7 +120,7 @@ def missing_images(folder: Path, names: Collection[str]) -> list[str]:
     return [name for name in names if name.rpartition("/")[2] not in existing[name.rpartition("/")[0]]]
 
 
-def cleaned(
+def clean_captions(
     captions: Mapping[str, Sequence[Any]], source: Path, skip_missing: bool, notes: list[str]
 ) -> dict[str, tuple[str, ...]]:
     """Return the captions with single spaces, each once; without images that have none, where `skip_missing` is true.

@@ -104,10 +104,10 @@ def class_data(
     return shape_data(num_images, num_classes, image_size or 32, **own)
 
 
-Sides = tuple[dict[str, int], DecodedImages, DecodedImages | None]  # class name → label; train; validation
+Subsets = tuple[dict[str, int], DecodedImages, DecodedImages | None]  # class name → label; train; validation
 
 
-def _read_subsets(data_dir: Path, use_hf_dataset: bool | None, train_split: str, options: dict[str, Any]) -> Sides:
+def _read_subsets(data_dir: Path, use_hf_dataset: bool | None, train_split: str, options: dict[str, Any]) -> Subsets:
     if not data_dir.is_dir():
         refuse_shards(data_dir)
         raise UserError(no_such_folder(data_dir))
@@ -115,7 +115,9 @@ def _read_subsets(data_dir: Path, use_hf_dataset: bool | None, train_split: str,
     if use_hf_dataset and not is_dataset:
         refuse_shards(data_dir)
         found = f"{data_dir} is no Hugging Face dataset; it holds {contents(data_dir)}"
-        raise UserError(f"{found}. Expected {hugging_face.MARKS}; with use_hf_dataset=false a folder per class is read")
+        raise UserError(
+            f"{found}. Expected {hugging_face.SAVED_DATASET_FILES}; use_hf_dataset=false reads a folder per class"
+        )
     if is_dataset and use_hf_dataset is not False:
         return hugging_face.read_subsets(data_dir, train_split, **options)
     return _read_folders(data_dir, train_split, options)
@@ -147,7 +149,7 @@ def _equal_files(data: ImageFiles) -> dict[int, str]:
 
 
 # ---- folders
-def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> Sides:
+def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> Subsets:
     is_split = (data_dir / INFO_NAME).is_file()
     if is_split:
         info = read_split_info(data_dir)

@@ -26,7 +26,7 @@ from vavae_tools.runtime.console import tell
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import weights_digest
-from vavae_tools.runtime.machine import at_work
+from vavae_tools.runtime.machine import on_device
 from vavae_tools.runtime.precision import PRECISIONS, Computing, for_inference, trying_convolutions
 from vavae_tools.runtime.ranks import Ranks
 
@@ -137,7 +137,7 @@ def encode_latents(
     if not complete:
         encoder = _Encoder(autoencoder.eval(), subsets, flips, seed, _DTYPES[dtype], computing)
         options = {"num_workers": images.num_workers, "ranks": ranks, "progress": progress}
-        with at_work(autoencoder, device):
+        with on_device(autoencoder, device):
             shape, shards = encoder.write(folder, keys[0], given, batch_size, **options)
 
         def write_index() -> None:

@@ -26,7 +26,7 @@ from vavae_tools.data.loader import index_and_number
 from vavae_tools.runtime.console import tell
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import atomic_write, disk_errors
-from vavae_tools.runtime.machine import at_work
+from vavae_tools.runtime.machine import on_device
 from vavae_tools.runtime.precision import Computing
 
 SHARD_SIZE = 16_384
@@ -114,7 +114,7 @@ def encode_texts(
 
     shards = _shards(encoder, about, distinct)
     device = encoder.device if device is None else device
-    with at_work(encoder, device):
+    with on_device(encoder, device):
         encode(
             Store(folder, ("tokens",), INDEX),
             {"tokens": shards},

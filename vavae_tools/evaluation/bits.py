@@ -18,7 +18,7 @@ from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.precision import in_float32
 
-_TOLD = 0.01  # bits that are left open of a token where the bound's integral ends
+_OPEN_BITS = 0.01  # bits that are left open of a token where the bound's integral ends
 _AT_ONCE = 2**24  # numbers in a table of logits, cells × tokens
 
 
@@ -88,12 +88,12 @@ def bits_per_token(
     Args:
         count: images, chosen at random.
         times: calls of the denoiser for each.
-        last_time: None: where `_TOLD` bits of a token are left open.
+        last_time: None: where `_OPEN_BITS` bits of a token are left open.
     """
     if times < 1 or (last_time is not None and not 0 < last_time < 1):
         raise UserError(f"times {times}, last_time {last_time}: expected 1 or more, and a time between 0 and 1")
     code = data.code
-    end = _where_told(data, seed) if last_time is None else last_time / (1 - last_time)
+    end = _ratio_without_open_bits(data, seed) if last_time is None else last_time / (1 - last_time)
     parts, lengths = [], []
     for chosen in chosen_images(data, count, seed):
         draws, shape = Draws(seed, 0, chosen.index), chosen.clean.shape[1:]
@@ -132,13 +132,13 @@ def _bits_alone(code: TokenCode, cells: Tensor, tokens: Tensor, r: float) -> Ten
     return torch.cat(bits)
 
 
-def _where_told(data: TokenImageDataset, seed: int) -> float:
-    """Return the smallest r on a grid where cells alone leave less than `_TOLD` bits of a token open."""
+def _ratio_without_open_bits(data: TokenImageDataset, seed: int) -> float:
+    """Return the smallest r on a grid where cells alone leave less than `_OPEN_BITS` bits of a token open."""
     tokens = torch.cat([chosen.tokens[chosen.counted] for chosen in chosen_images(data, 8, seed)])
     tokens = tokens.repeat(-(-512 // len(tokens)))[:1024]
     noise = Draws(seed, 1, torch.arange(len(tokens))).normal("told", data.code.length)
     cells, r = data.code.drawn(tokens), 0.25
-    while _bits_alone(data.code, r * cells + noise, tokens, r).mean() > _TOLD:
+    while _bits_alone(data.code, r * cells + noise, tokens, r).mean() > _OPEN_BITS:
         r *= 2**0.25
     return r
 

@@ -8,7 +8,7 @@ from vavae_tools.runtime.errors import UserError
 
 NGRAMS = (1, 2, 4, 8)  # lengths of the n-grams that are looked up in the data, in tokens
 COPIED_SPAN = 16  # tokens from which on a span that also stands in the data counts as copied
-MOST_TOKENS = 2_000_000  # of the data in which spans are looked up: their n-grams take about a gigabyte
+MAX_SEARCHED_TOKENS = 2_000_000  # of the data in which spans are looked up: their n-grams take about a gigabyte
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class KnownTexts:
     """Texts in which spans of others are looked up; no span crosses the border of two.
 
     Args:
-        rows: token numbers of each text; only the first `MOST_TOKENS` or so are looked up in, `texts` of them.
+        rows: token numbers of each text; only the first `MAX_SEARCHED_TOKENS` or so are looked up in, `texts` of them.
         wholes: what whole texts are compared with; None: the rows.
     """
 
@@ -35,7 +35,7 @@ class KnownTexts:
         kept, tokens = [], 0
         for row in rows:
             tokens += len(row)
-            if tokens > MOST_TOKENS and kept:
+            if tokens > MAX_SEARCHED_TOKENS and kept:
                 break
             kept.append(_as_text(row))
         self.texts, self._all = len(kept), "\0".join(kept)

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_MOST_ROWS = 8  # persons in the figure of real beside generated images
+_MAX_PERSONS_SHOWN = 8  # persons in the figure of real beside generated images
 _FEW = 4  # images of each kind beside each other
 _DRAWS = 10  # of sets of equal size
-_FEWEST = 4  # images of a person that a distance can be measured with
+_MIN_IMAGES_PER_PERSON = 4  # images of a person that a distance can be measured with
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,12 @@ class _Subset:
     data: DecodedImages
     features: Tensor
     named: Tensor
-    told_apart: bool
+    several_persons: bool
 
     def score(self, label: int | None) -> tuple[int, float | None]:
         """Return the number of its images, all or of one label, and the classifier's accuracy on them."""
         right = (self.named == self.data.labels)[self.of(label) if label is not None else slice(None)].float()
-        return len(right), right.mean().item() if self.told_apart and len(right) else None
+        return len(right), right.mean().item() if self.several_persons and len(right) else None
 
     def of(self, label: int) -> Tensor:
         """Return the places of a label's images."""
@@ -201,8 +201,8 @@ def evaluate_images(
         device = find_device()
         take_card()
     num_classes = max(labels.values()) + 1
-    told_apart = len(train.labels.unique()) > 1
-    if told_apart:
+    several_persons = len(train.labels.unique()) > 1
+    if several_persons:
         classifier = cached_classifier(train, num_classes, output_dir, seed, device, progress)
     else:
         notes.append(
@@ -212,7 +212,7 @@ def evaluate_images(
         # features of random weights still tell sets of images apart (Naeem et al. 2020 measure with such)
         classifier = train_classifier(train, num_classes, 0, seed, device, progress=False)
     made, known, unseen = (
-        _Subset(data, *classifier.judge(data), told_apart) if data is not None else None
+        _Subset(data, *classifier.judge(data), several_persons) if data is not None else None
         for data in (generated, train, validation)
     )
     del classifier
@@ -305,13 +305,15 @@ def _distances(
     shares, few = {}, []
     for name, label in labels.items():
         fewest = min(len(subset.of(label)) for subset in subsets)
-        if fewest >= _FEWEST:
+        if fewest >= _MIN_IMAGES_PER_PERSON:
             shares[label] = fewest
         elif len(made.of(label)):
             few.append(name)
     if few:
         scope = "the distances leave them out" if shares else "no distances"
-        notes.append(f"{listed(few)}: fewer than {_FEWEST} generated, training or validation images, so {scope}")
+        notes.append(
+            f"{listed(few)}: fewer than {_MIN_IMAGES_PER_PERSON} generated, training or validation images, so {scope}"
+        )
     if not shares:
         return None
     frechet = torch.zeros(2, dtype=torch.float64)
@@ -364,7 +366,7 @@ def _figures(
     places: Tensor,
     lengths: Tensor,
 ) -> dict[str, "Figure"]:
-    shown = list(people)[:: -(-len(people) // _MOST_ROWS)]
+    shown = list(people)[:: -(-len(people) // _MAX_PERSONS_SHOWN)]
     rows = {name: torch.cat([_some(subset, labels[name]) for subset in (unseen or known, made)]) for name in shown}
     titles = ["real", *[""] * (_FEW - 1), "generated"]
     figures = {"real_and_generated": show_rows(rows, titles, gap_after=_FEW)}
@@ -375,7 +377,7 @@ def _figures(
     titles = [f"{name_of[one]} / {name_of[other]}\ndistance {length:.2f}" for one, other, length in three]
     pairs = {"generated": first["images"], "nearest in training": second["images"]}
     figures["generated_and_nearest"] = show_rows(pairs, titles)
-    if made.told_apart:
+    if made.several_persons:
         groups = {"generated": [100 * score.generated_accuracy for score in people.values()]}
         if unseen is not None:
             groups = {"real": [100 * (score.validation_accuracy or 0.0) for score in people.values()], **groups}

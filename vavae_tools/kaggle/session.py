@@ -24,7 +24,7 @@ from typing import IO, Any
 from vavae_tools.data.folders import IMAGE_EXTENSIONS
 from vavae_tools.data.split_report import INFO_NAME, SUBSETS
 from vavae_tools.kaggle import Unavailable, ask
-from vavae_tools.paths import DEEPEST, KAGGLE_INPUT
+from vavae_tools.paths import KAGGLE_INPUT, MAX_SEARCH_DEPTH
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import atomic_write, read_checkpoint
 
@@ -330,7 +330,7 @@ def newest_attached(roots: Sequence[Path], dataset: str | None = None) -> Source
     """Return the newest session below `roots`; with a name, of this dataset only (in the version that is attached)."""
     found: list[Source] = []
     level = [root for root in roots if root.is_dir()]
-    for _ in range(DEEPEST + 1):
+    for _ in range(MAX_SEARCH_DEPTH + 1):
         children = []
         for folder in level:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)

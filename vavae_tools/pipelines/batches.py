@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor
 from vavae_tools.runtime.console import tell
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import is_memory_fault, machine_of, release_memory
-from vavae_tools.runtime.precision import HALF, PRECISIONS, computing_in, for_inference, precision_on
+from vavae_tools.runtime.precision import HALF_DTYPES, PRECISIONS, computing_in, for_inference, precision_on
 
 Made = TypeVar("Made")
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 Rows = slice | Tensor  # some of a batch
-_OF_WEIGHTS = {kind: name for name, kind in HALF.items()}
+_OF_WEIGHTS = {kind: name for name, kind in HALF_DTYPES.items()}
 
 
 # ---- how many at once

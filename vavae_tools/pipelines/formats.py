@@ -27,7 +27,7 @@ from vavae_tools.runtime.files import atomic_write, write_json
 from vavae_tools.runtime.precision import PRECISIONS
 
 RECORD, GRID = "samples.json", "grid.png"
-SHOWN = 64  # images in a grid, at most
+MAX_GRID_IMAGES = 64  # images in a grid, at most
 Batch = tuple[int, int]  # numbers of its first sample and behind its last one
 
 
@@ -96,8 +96,8 @@ class PromptPngFolder(PngFolder):
 
     def finish(self, batches: Sequence[Batch]) -> list[Path]:
         paths = super().finish(batches)
-        titles = [textwrap.shorten(self.shown[path.name], 90, placeholder=" …") for path in paths[:SHOWN]]
-        images = [Image.open(path).convert("RGB") for path in paths[:SHOWN]]
+        titles = [textwrap.shorten(self.shown[path.name], 90, placeholder=" …") for path in paths[:MAX_GRID_IMAGES]]
+        images = [Image.open(path).convert("RGB") for path in paths[:MAX_GRID_IMAGES]]
         figure = show_images(images, min(8, len(images)), titles, 1.6)
         with atomic_write(self.output_dir / GRID) as partial:
             figure.savefig(partial, format="png")
@@ -171,7 +171,7 @@ class JsonlFile(OneFile):
 
     def write(self, path: Path, batch: Batch, made: TokenImageOutput) -> None:
         if batch[0] == 0:
-            images = made.images[:SHOWN]
+            images = made.images[:MAX_GRID_IMAGES]
             images = images[:, : 3 if images.shape[1] >= 3 else 1]  # codes may have other numbers of channels
             save_image(image_grid(images, min(8, len(images))), self.output_dir / GRID)
         with path.open("w", encoding="utf-8", newline="\n") as file:

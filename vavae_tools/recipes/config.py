@@ -29,7 +29,7 @@ CONFIGS = Path(str(files("vavae_tools") / "configs"))
 DEFAULT = "vavae_dit"
 RUNS = Path("logs/runs")
 _TRAINER = "train.trainer"
-_OF_THE_RUN = {
+RUN_SETTINGS = {
     "resume": Setting((str, type(None)), None, {"help": "last, a .ckpt, .pth, checkpoint folder or run's folder"}),
     "output_dir": Setting((str, type(None)), None, {"help": "of this run; null: logs/runs/YYYY-MM-DD/HH-MM-SS"}),
 }
@@ -152,7 +152,7 @@ class RecipeSettings:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.settings = {**_OF_THE_RUN, **settings_of(recipe)}
+        self.settings = {**RUN_SETTINGS, **settings_of(recipe)}
         self.values = {key: setting.default for key, setting in self.settings.items()}
         self.given: set[str] = set()  # keys that got a value
 
@@ -222,7 +222,7 @@ class RecipeSettings:
         if found:
             raise UserError(f"{dashes}{flag} could be {' or '.join(found)}: type the key, as {found[0]}=…")
         nearest = self.nearest(flag)
-        meant = _meant(f"{dashes}{_end(nearest)}" if nearest else None)
+        meant = _suggestion(f"{dashes}{_end(nearest)}" if nearest else None)
         raise UserError(f"No {dashes}{flag}{meant}; python -m vavae_tools.train --help")
 
     def nearest(self, name: str) -> str | None:
@@ -231,7 +231,7 @@ class RecipeSettings:
         return known.get(_closest(_end(name), known))
 
     def unknown(self, key: str) -> UserError:
-        return UserError(f"No key {key!r}{_meant(self.nearest(key))}; --print_config shows all keys")
+        return UserError(f"No key {key!r}{_suggestion(self.nearest(key))}; --print_config shows all keys")
 
     def built(self) -> Recipe:
         if "train.max_epochs" in self.given and "train.max_steps" not in self.given:
@@ -242,7 +242,7 @@ class RecipeSettings:
 def _settings_of_experiment(name: str) -> RecipeSettings:
     known = experiments()
     if name not in known:
-        raise UserError(f"No experiment={name}{_meant(_closest(name, known))}; there are {', '.join(known)}")
+        raise UserError(f"No experiment={name}{_suggestion(_closest(name, known))}; there are {', '.join(known)}")
     if name in RECIPES:
         return RecipeSettings(RECIPES[name]())
     values = yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -267,7 +267,7 @@ def _closest(name: str, known: Iterable[str]) -> str | None:
     return next(iter(get_close_matches(name, known, n=1, cutoff=0.5)), None)
 
 
-def _meant(name: str | None) -> str:
+def _suggestion(name: str | None) -> str:
     return f"; did you mean {name}?" if name else ""
 
 
@@ -390,7 +390,7 @@ def help_text(experiment: str | None) -> str:
         if section and section not in sections:
             sections[section] = [f"{section}:  # {type(getattr(keys.recipe, section)).__doc__.splitlines()[0]}"]
         typed = f"--{end}" if ends.count(end) == 1 else f"{key}="
-        sections[section].append(_described(typed, keys.values[key], setting))
+        sections[section].append(_key_help(typed, keys.values[key], setting))
     blocks = "\n\n".join("\n".join(lines) for lines in sections.values())
     return f"""usage: python -m vavae_tools.train [experiment=NAME] [key=value …] [--flag VALUE …]
 
@@ -408,7 +408,7 @@ keys of {name}, typed as --NAME VALUE or SECTION.NAME=VALUE; in brackets what ho
 {blocks}"""
 
 
-def _described(name: str, value: Any, setting: Setting) -> str:
+def _key_help(name: str, value: Any, setting: Setting) -> str:
     choices = [str(choice) for kind in setting.kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     text = setting.metadata.get("help", "")
     text = f"{', '.join(choices)}: {text}" if len(choices) > 1 else text

@@ -151,7 +151,7 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
     numbers = _numbers(recipe, model, image_size, log)
     module = VAVAEModule(model, **numbers, seed=seed, **_frozen_networks(loss, numbers, found, log))
     if found is not None:
-        _take_over(module, found, log)
+        _load_auxiliary(module, found, log)
     remarks = [f"Recipe {loss.recipe}: {describe_weights(module)}"]
     settings = module.trainer_settings(**config.of_devices())
     if (world := settings["devices"] * settings["num_nodes"]) > 1:
@@ -237,7 +237,7 @@ def _frozen_networks(loss: VAVAELoss, numbers: dict[str, Any], found: VAVAEWeigh
     return {"lpips": lpips_of(files, log), "foundation": foundation}
 
 
-def _take_over(module: VAVAEModule, found: VAVAEWeights, log: Log) -> None:
+def _load_auxiliary(module: VAVAEModule, found: VAVAEWeights, log: Log) -> None:
     """Load discriminator and alignment projection where the weights to start from bring them along."""
     projection = {"weight": found.projection} if found.projection is not None else None
     for part, weights in (("discriminator", found.discriminator), ("projection", projection)):

@@ -19,7 +19,7 @@ from vavae_tools.runtime.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
 
-LEAST_ROOM = 2**30
+MIN_FREE_BYTES = 2**30
 """Bytes: less than CUDA's context, its libraries' workspaces and the smallest training take."""
 _MEMORY_FAULT = re.compile(
     r"CUDA[\w ':]*out of memory|(CUBLAS|CUDNN|CUSPARSE|CUSOLVER)_STATUS_ALLOC_FAILED"
@@ -87,7 +87,7 @@ def device_of(number: int) -> str:
 
 
 def take_card(number: int = 0) -> None:
-    """Let "cuda" mean this card in this process, if any; raise where another process leaves less than `LEAST_ROOM`."""
+    """Let "cuda" mean this card, if any; raise where another process leaves less than `MIN_FREE_BYTES`."""
     if not torch.cuda.is_available() or number >= torch.cuda.device_count():
         return
     try:
@@ -101,7 +101,7 @@ def take_card(number: int = 0) -> None:
         if not any(word in reason.lower() for word in ("out of memory", "busy")):
             raise
         room, what = 0, f"no room for this process ({reason})"
-    if room < LEAST_ROOM:
+    if room < MIN_FREE_BYTES:
         raise UserError(
             f"GPU {number} has {what}: another process holds it, such as a notebook's other kernel or a run that "
             "still goes on (nvidia-smi names it). End that one, or restart the notebook's kernels, and try again"
@@ -150,7 +150,7 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def at_work(model: Any, device: str | torch.device) -> Iterator[None]:
+def on_device(model: Any, device: str | torch.device) -> Iterator[None]:
     """Have a model (an `nn.Module`, or what has `device` and `to`) on a device, and afterwards where it was."""
     device, home = torch.device(device), _device_of(model)
     try:

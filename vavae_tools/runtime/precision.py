@@ -33,7 +33,7 @@ def _float32(value: Any) -> Any:
 
 
 PRECISIONS = {"32": "float32", "16": "fp16", "bf16": "bf16"}  # as people type them → as messages call them
-HALF = {"16": torch.float16, "bf16": torch.bfloat16}
+HALF_DTYPES = {"16": torch.float16, "bf16": torch.bfloat16}
 _ALSO = {"fp16": "16", "fp32": "32", "float32": "32", "no": "32", "False": "32"}  # YAML reads no as false
 
 
@@ -54,7 +54,7 @@ def precision_on(machine: Machine, name: str | None = None) -> str:
 
 def computing_in(precision: str, device: str | torch.device) -> torch.autocast:
     """Return autocast to a precision of `PRECISIONS`; "32" switches it off."""
-    return torch.autocast(torch.device(device).type, HALF.get(precision), enabled=precision in HALF)
+    return torch.autocast(torch.device(device).type, HALF_DTYPES.get(precision), enabled=precision in HALF_DTYPES)
 
 
 def for_inference(model: Model, device: str | torch.device) -> Model:

@@ -112,7 +112,7 @@ class AutoencoderModule(L.LightningModule):
             self.image_loss,
             reconstruction,
             images,
-            adversary=(lambda made: generator_loss(self.judged(made))) if listens else None,
+            adversary=(lambda made: generator_loss(self.discriminate(made))) if listens else None,
             disc_weight=settings.disc_weight,
             **more,
         )
@@ -122,7 +122,7 @@ class AutoencoderModule(L.LightningModule):
             self.ema.update(self.network, self.global_step)
         if adversary is not None and step >= settings.disc_start:
             exclude_from_global_step(adversary)  # Lightning counts every optimiser's steps as the training's
-            real, made = self.judged(images), self.judged(reconstruction.detach())
+            real, made = self.discriminate(images), self.discriminate(reconstruction.detach())
             parts["discriminator"] = hinge_loss(real, made)
             parts["discriminator_accuracy"] = discriminator_accuracy(real, made)
             self.backward_and_step(adversary, parts["discriminator"], batch_idx)
@@ -144,7 +144,9 @@ class AutoencoderModule(L.LightningModule):
         if self._frozen["lpips"] is not None and "perceptual" not in parts:
             parts["perceptual"] = self._frozen["lpips"](reconstruction, images).mean()
         if self.hparams.disc_weight and self.global_step >= self.generator_start:
-            parts["discriminator_accuracy"] = discriminator_accuracy(self.judged(images), self.judged(reconstruction))
+            parts["discriminator_accuracy"] = discriminator_accuracy(
+                self.discriminate(images), self.discriminate(reconstruction)
+            )
         parts["psnr"] = psnr(reconstruction.clamp(-1, 1), images).clamp_max(100).mean()
         parts["ssim"] = ssim(reconstruction, images).mean()
         self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=float(len(images)), sync_dist=True)
@@ -163,7 +165,7 @@ class AutoencoderModule(L.LightningModule):
 
         return flops_of(self._codec[0], loss)
 
-    def judged(self, images: Tensor) -> Tensor:
+    def discriminate(self, images: Tensor) -> Tensor:
         """Return the discriminator's logits in float32: it is small, and its BatchNorm and hinges do not suit fp16."""
         with torch.autocast(self.device.type, enabled=False):
             return self.discriminator(images)

@@ -17,7 +17,7 @@ from vavae_tools.diffusion.lora import lora_settings
 from vavae_tools.diffusion.objectives import FlowMatching, Objective
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.files import plain_config
-from vavae_tools.training.callbacks.finite import SMALLER, FiniteSteps, has_scaler
+from vavae_tools.training.callbacks.finite import ADVICE_NOT_FINITE, FiniteSteps, has_scaler
 from vavae_tools.training.callbacks.progress import log_step
 from vavae_tools.training.callbacks.throughput import flops_of, without_numbers
 from vavae_tools.training.devices import trainer_settings
@@ -162,7 +162,7 @@ class DiffusionModule(L.LightningModule):
         return loss
 
     def configure_callbacks(self) -> list[L.Callback]:
-        return [FiniteSteps(None, f"{SMALLER}, or a new run with model.qk_norm=true")]
+        return [FiniteSteps(None, f"{ADVICE_NOT_FINITE}, or a new run with model.qk_norm=true")]
 
     def configure_gradient_clipping(self, *arguments: Any, **named: Any) -> None:
         """Leave the gradients as `FiniteSteps` clipped them: Lightning itself refuses to where AdamW is fused."""

@@ -18,7 +18,7 @@ from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import Stopped, UserError
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import keep_freed_memory, release_memory
-from vavae_tools.training.callbacks.checkpointing import WholeCheckpointIO, checkpoint_callbacks
+from vavae_tools.training.callbacks.checkpointing import AtomicCheckpointIO, checkpoint_callbacks
 from vavae_tools.training.callbacks.progress import Progress, TrainLog
 from vavae_tools.training.callbacks.record import RunRecord
 from vavae_tools.training.callbacks.throughput import Throughput
@@ -178,7 +178,7 @@ def build_trainer(
             default_root_dir=output_dir,
             logger=make_loggers("tensorboard", output_dir) if loggers is None else loggers,
             callbacks=[Throughput(log), *callbacks, Progress(log)],  # the first: a step ends before what others do
-            plugins=[WholeCheckpointIO(log)],
+            plugins=[AtomicCheckpointIO(log)],
             enable_progress_bar=False,
         )
     except (MisconfigurationException, TypeError) as error:  # what +trainer.NAME= named and it does not know

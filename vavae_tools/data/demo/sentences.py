@@ -16,7 +16,7 @@ VERBS = {"sees": "see", "likes": "like", "finds": "find", "hears": "hear", "help
 ADJECTIVES = ("", "small", "old", "happy", "red")
 ONE, MANY = ("the", "a", "one", "this"), ("the", "two", "some", "these")
 QUESTION_PREFIX = "tell me about"
-MOST = 6
+MAX_SENTENCES = 6
 """Sentences in a story."""
 
 
@@ -29,8 +29,8 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 
 def stories(count: int, seed: int = 0) -> list[str]:
-    """Return texts of one to `MOST` sentences."""
-    lengths = (Draws(seed, 1, torch.arange(count)).uniform("sentences") * MOST).long() + 1
+    """Return texts of one to `MAX_SENTENCES` sentences."""
+    lengths = (Draws(seed, 1, torch.arange(count)).uniform("sentences") * MAX_SENTENCES).long() + 1
     rows = iter(sentences(int(lengths.sum()), seed))
     return [" ".join(next(rows) for _ in range(length)) for length in lengths.tolist()]
 

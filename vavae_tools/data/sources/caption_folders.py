@@ -19,7 +19,7 @@ from vavae_tools.data.folders import (
     listed,
     natural_key,
 )
-from vavae_tools.data.sources.hugging_face import CAPTION_COLUMNS, MARKS
+from vavae_tools.data.sources.hugging_face import CAPTION_COLUMNS, SAVED_DATASET_FILES
 from vavae_tools.data.sources.shards import refuse_shards
 from vavae_tools.runtime.errors import UserError
 
@@ -42,7 +42,9 @@ def own_subsets(path: Path, notes: list[str]) -> list[NamedImages]:
     if whole := _own_subset(path, notes):
         return [whole]
     refuse_shards(path)
-    expected = f"metadata.jsonl or metadata.csv, a .txt beside each image, or a Hugging Face dataset ({MARKS})"
+    expected = (
+        f"metadata.jsonl or metadata.csv, a .txt beside each image, or a Hugging Face dataset ({SAVED_DATASET_FILES})"
+    )
     raise UserError(f"No captions in {path}, which holds {contents(path)}: expected {expected}")
 
 

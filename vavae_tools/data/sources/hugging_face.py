@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vavae_tools.data.captions import cleaned
+from vavae_tools.data.captions import clean_captions
 from vavae_tools.data.folders import VALIDATION_SUBSETS, either, labels_of, listed
 from vavae_tools.data.images import DecodedImages
 from vavae_tools.runtime.errors import UserError, one_line
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "texts", "sentence", "sentences", "description")
-MARKS = "dataset_dict.json, or state.json and dataset_info.json"
+SAVED_DATASET_FILES = "dataset_dict.json, or state.json and dataset_info.json"
 
 
 def is_dataset(folder: Path) -> bool:
@@ -98,7 +98,7 @@ def captioned_subsets(path: Path, skip_missing: bool, notes: list[str], options:
         caption = _column(dataset, path, "captions", "", CAPTION_COLUMNS)
         values = enumerate(column_values(dataset, caption))
         given = {f"{row:06d}": value if isinstance(value, list) else [value] for row, value in values}
-        captions = cleaned(given, path / name, skip_missing, notes)
+        captions = clean_captions(given, path / name, skip_missing, notes)
         rows, zeros = torch.tensor(list(map(int, captions))), torch.zeros(len(captions), dtype=torch.int64)
         own = {**options, "title": f"{path.name}, {name}", "captions": captions.values()}
         subsets.append(DatasetImages(dataset, image, rows, list(captions), zeros, **own))

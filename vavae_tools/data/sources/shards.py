@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LABEL_FIELDS = ("label", "class_name", "class")  # of a .json
-LONGEST_END = 2**20  # bytes of zeros after a tar's last member; a file with more was not written to its end
+MAX_END_BYTES = 2**20  # bytes of zeros after a tar's last member; a file with more was not written to its end
 
 
 def refuse_shards(path: Path) -> None:
@@ -82,10 +82,10 @@ def _count_images(path: Path) -> int:
         with tarfile.open(path, "r:") as tar:
             names = [member.name.rpartition("/")[2] for member in tar if member.isfile()]
             tar.fileobj.seek(tar.offset)
-            after = tar.fileobj.read(LONGEST_END + 1)
+            after = tar.fileobj.read(MAX_END_BYTES + 1)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{path} is damaged or no plain tar file ({error}): copy it again or unpack it") from None
-    if not tarfile.BLOCKSIZE <= len(after) <= LONGEST_END or after.strip(b"\0"):
+    if not tarfile.BLOCKSIZE <= len(after) <= MAX_END_BYTES or after.strip(b"\0"):
         raise UserError(f"The tar file {path} is damaged or cut off at byte {tar.offset:,}: copy it again")
     return sum(extension_of(name) in EXTENSIONS and name.count(".") == 1 for name in names)
 

@@ -43,7 +43,7 @@ def read_texts(data_path: str | Path, chats: bool = False) -> tuple[list[Any], l
     else:
         expected = f"a folder with them, a dataset of save_to_disk, or one of the built-in {', '.join(BUILT_IN)}"
         raise UserError(f"No {path}: expected a .txt or .jsonl file, {expected}")
-    return tuple([_as_asked(found, chats, where) for found, where in rows] for rows in (train, val))
+    return tuple([_to_text_or_chat(found, chats, where) for found, where in rows] for rows in (train, val))
 
 
 def _rows_of_files(path: Path) -> Iterator[_Row]:
@@ -86,7 +86,7 @@ def _rows_of_subset(dataset: Any, where: str) -> Iterator[_Row]:
         yield row, f"{where}, row {number:,}"
 
 
-def _as_asked(found: str | Chat | dict[str, Any], chats: bool, where: str) -> str | Chat:
+def _to_text_or_chat(found: str | Chat | dict[str, Any], chats: bool, where: str) -> str | Chat:
     """Return what was found as the text, or as the chat, that it is to be."""
     row = found if isinstance(found, dict) else {"text" if isinstance(found, str) else "messages": found}
     text, messages = row.get("text"), row.get("messages")

@@ -28,7 +28,7 @@ from vavae_tools.training.lightning_inside import leave_sigterm_to_us
 OUTPUT_FOLDERS = ("checkpoints", "autoencoder", "vavae", "rae", "pipeline", "reconstructions", "samples", "classifier")
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside, flushes, renames: a kill or a full disk leaves the checkpoint before it as it was.
 
     A step waits for a copy of the weights in memory; a thread brings it to the disk, one checkpoint after the other, in

@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError
 
-SMALLER = "take a smaller learning rate, --precision 32 (or bf16 where the card has it)"
+ADVICE_NOT_FINITE = "take a smaller learning rate, --precision 32 (or bf16 where the card has it)"
 
 
 def has_scaler(trainer: L.Trainer) -> bool:
@@ -36,7 +36,7 @@ class FiniteSteps(L.Callback):
     def __init__(
         self,
         clip: float | None = 1.0,
-        advice: str = f"{SMALLER}, or fewer losses",
+        advice: str = f"{ADVICE_NOT_FINITE}, or fewer losses",
         in_a_row: int = 5,
         every: int = 200,
         look_every: int = 10,

@@ -45,7 +45,7 @@ def is_written(trainer: L.Trainer) -> bool:
 
 
 NAME = "train.log"
-SHOWN = ("train/loss", "val/loss", "val/psnr", "val/accuracy", "val/frechet_ratio")
+LOGGED_METRICS = ("train/loss", "val/loss", "val/psnr", "val/accuracy", "val/frechet_ratio")
 
 
 def losses(metrics: Mapping[str, Any], names: Sequence[str], form: str) -> str:
@@ -53,7 +53,7 @@ def losses(metrics: Mapping[str, Any], names: Sequence[str], form: str) -> str:
     return "  ".join(f"{name} {float(metrics[name]):{form}}" for name in names if name in metrics)
 
 
-class Paced(L.Callback):
+class PacedCallback(L.Callback):
     """Know a training's steps, and when they began."""
 
     def begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -66,7 +66,7 @@ class Paced(L.Callback):
         return rate, (self.total - step) / max(rate, 1e-9)
 
 
-class Progress(Paced):
+class Progress(PacedCallback):
     """Show a bar on a screen or in a notebook, and in a file a line for each twentieth of the steps."""
 
     def __init__(self, log: Callable[[str], None] = log) -> None:
@@ -85,10 +85,10 @@ class Progress(Paced):
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             if step % trainer.log_every_n_steps == 0:
-                self._bar.set_postfix_str(losses(trainer.logged_metrics, SHOWN, ".4g"), refresh=False)
+                self._bar.set_postfix_str(losses(trainer.logged_metrics, LOGGED_METRICS, ".4g"), refresh=False)
         elif trainer.is_global_zero and (step % max(1, self.total // 20) == 0 or step == self.total):
             rate, left = self.pace(step)
-            shown = losses(trainer.logged_metrics, SHOWN, ".4g")
+            shown = losses(trainer.logged_metrics, LOGGED_METRICS, ".4g")
             self.log_line(f"step {step:>6,}/{self.total:,}  {rate:6.2f} steps/s  {clock(left)} left  {shown}")
 
     def _close(self, *arguments: Any) -> None:
@@ -99,7 +99,7 @@ class Progress(Paced):
     on_train_end = on_exception = _close
 
 
-class TrainLog(Paced):
+class TrainLog(PacedCallback):
     """Append to `train.log` in the run's folder: how training began, steps, validations, checkpoints, how it ended.
 
     A line is a time, what it is about (`step`, `val`, `saved`, `end`, `stopped`, `failed`) and values with their names.
@@ -162,7 +162,7 @@ class TrainLog(Paced):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._writes and not trainer.sanity_checking:
-            shown = losses(trainer.callback_metrics, SHOWN[1:], ".4e")
+            shown = losses(trainer.callback_metrics, LOGGED_METRICS[1:], ".4e")
             self._write("val", f"{self._place(trainer)}  {shown}".rstrip())
 
     def _note_checkpoints(self, trainer: L.Trainer) -> None:

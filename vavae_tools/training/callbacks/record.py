@@ -19,7 +19,7 @@ from vavae_tools.runtime.files import write_json
 
 NAME = "run.json"
 PACKAGES = ("vavae_tools", "torch", "lightning", "diffusers", "transformers", "safetensors", "numpy")
-FREE = ("vavae_config", "denoiser_config", "conditioner_config", "people", "gradient_checkpointing")
+UNCOMPARED_SETTINGS = ("vavae_config", "denoiser_config", "conditioner_config", "people", "gradient_checkpointing")
 """Hyper-parameters that a difference in is told elsewhere, or changes no number."""
 
 
@@ -43,7 +43,7 @@ class RunRecord(L.Callback):
 
     def record(self, module: L.LightningModule) -> dict[str, Any]:
         """Return settings, data, versions, machine and command as plain values."""
-        settings = {**self.settings, **{k: v for k, v in module.hparams.items() if k not in FREE}}
+        settings = {**self.settings, **{k: v for k, v in module.hparams.items() if k not in UNCOMPARED_SETTINGS}}
         return {
             "settings": settings,
             "data": self.data,

@@ -24,8 +24,8 @@ from vavae_tools.training.callbacks.progress import is_written
 from vavae_tools.training.lightning_inside import logged_step
 
 WARM_UP = 3  # optimiser steps that are not measured: code is compiled, memory and optimiser states are made
-LEAST = 2  # fewer steps say nothing
-TOO_LONG = 0.2  # share of the time spent waiting for data from which on there is advice
+MIN_STEPS = 2  # fewer steps say nothing
+MAX_WAITING_SHARE = 0.2  # share of the time spent waiting for data from which on there is advice
 
 
 class Clock:
@@ -63,7 +63,7 @@ class GPUClock(Clock):
 
 
 @dataclass
-class Spent:
+class TimeSpent:
     """What steps took on one process: `seconds`, of which `waited` for data."""
 
     steps: int = 0
@@ -71,8 +71,8 @@ class Spent:
     seconds: float = 0.0
     waited: float = 0.0
 
-    def __add__(self, other: "Spent") -> "Spent":
-        return Spent(*map(operator.add, astuple(self), astuple(other)))
+    def __add__(self, other: "TimeSpent") -> "TimeSpent":
+        return TimeSpent(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ class Throughput(L.Callback):
     after validation, a checkpoint, previews or an epoch's end it lasts from its own start. The first `WARM_UP` steps do
     not count.
 
-    `log` gets a line at the end, also where training was stopped, and one with advice where more than `TOO_LONG` of the
-    time went into waiting for data. Loggers get `throughput/…` of the first process where Lightning logs a step;
-    `speed` is the run's once it has ended. `clock` is by default that of the device.
+    `log` gets a line at the end, also where training was stopped, and one with advice where more than
+    `MAX_WAITING_SHARE` of the time went into waiting for data. Loggers get `throughput/…` of the first process where
+    Lightning logs a step; `speed` is the run's once it has ended. `clock` is by default that of the device.
     """
 
     def __init__(self, log: Callable[[str], None] = log, clock: Clock | None = None) -> None:
@@ -120,7 +120,7 @@ class Throughput(L.Callback):
         on_gpu = module.device.type == "cuda"
         self._clock = self._given_clock or (GPUClock() if on_gpu else Clock())
         self._steps_before, self._measured_from = trainer.global_step, trainer.global_step + WARM_UP
-        self._whole, self._lately = Spent(), Spent()
+        self._whole, self._lately = TimeSpent(), TimeSpent()
         self._running: deque[tuple[Any, Any, Any, int, int]] = deque()  # batches whose marks may not have passed
         self._end: Any | None = None
         self._peak = peak_flops(module.device, str(trainer.precision)) if trainer.is_global_zero else None
@@ -155,11 +155,11 @@ class Throughput(L.Callback):
     def _look(self) -> None:
         while self._running and self._clock.has_passed(self._running[0][2]):
             begin, start, end, steps, samples = self._running.popleft()
-            spent = Spent(steps, samples, self._clock.seconds(begin, end), self._clock.seconds(begin, start))
+            spent = TimeSpent(steps, samples, self._clock.seconds(begin, end), self._clock.seconds(begin, start))
             self._whole, self._lately = self._whole + spent, self._lately + spent
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        spent, self._lately = self._lately, Spent()
+        spent, self._lately = self._lately, TimeSpent()
         values = {
             "images_per_second": trainer.world_size * spent.samples / spent.seconds,
             "step_ms": 1000 * spent.seconds / spent.steps,
@@ -187,7 +187,7 @@ class Throughput(L.Callback):
         self._clock.wait()
         self._look()
         spent = self._whole
-        if spent.steps < LEAST:
+        if spent.steps < MIN_STEPS:
             return
         own = [spent.samples / spent.seconds, spent.seconds / spent.steps, spent.waited / spent.seconds]
         own = torch.tensor([*own, peak_memory(module.device)], device=module.device, dtype=torch.float32)
@@ -197,7 +197,7 @@ class Throughput(L.Callback):
         self.speed = Speed(*totals, trainer.world_size, flops, self._peak)
         if trainer.is_global_zero:
             self.log_line(str(self.speed))
-            if self.speed.waiting > TOO_LONG:
+            if self.speed.waiting > MAX_WAITING_SHARE:
                 self.log_line(
                     f"advice: {self.speed.waiting:.0%} of the time went into waiting for data: try another num_workers "
                     f"(it was {getattr(trainer.train_dataloader, 'num_workers', 0)}; there are {os.cpu_count()} "
