@@ -247,3 +247,30 @@ def test_the_scaler_goes_on_where_it_was(split_dir, tmp_path):
     assert_same(dict(resumed[1].state_dict()), dict(whole[1].state_dict()))
     assert [str(norm) for norm in resumed[2]] == [str(norm) for norm in whole[2][4:]]
     assert "inf" in map(str, whole[2]) or "nan" in map(str, whole[2])
+
+
+def test_gathered_gradients_of_the_discriminator_bear_a_scale_that_changes(split_dir):
+    """The model's step comes before the discriminator's last batch, and may change the scale."""
+
+    def gathered(growth_interval: int) -> list[Tensor]:
+        found = []
+
+        class Note(L.Callback):
+            def on_before_optimizer_step(self, trainer, module, optimizer):
+                if optimizer is trainer.optimizers[1]:
+                    found.extend(weight.grad.clone() for weight in module.discriminator.parameters())
+
+        module = new_module(**PLAIN, disc_start=0, lr=0.0, accumulate_grad_batches=2)
+        settings = {**module.trainer_settings(accelerator="cpu", devices=1), "precision": None}
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=growth_interval)
+        settings["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+        trainer = L.Trainer(**settings, **quiet, max_steps=1, callbacks=[Note()])
+        data = DataLoader(ImageDataModule(split_dir, PIXELS).train_data, 6, collate_fn=as_it_is)
+        trainer.fit(module, data)
+        return found
+
+    changing, constant = gathered(1), gathered(1000)
+    assert len(constant) > 4 and all(grad.abs().max() > 0 for grad in constant[:1])
+    for one, other in zip(changing, constant, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)

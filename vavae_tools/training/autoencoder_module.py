@@ -93,6 +93,7 @@ class AutoencoderModule(L.LightningModule):
         # in a dict, so that what is frozen does not become a part of this module and its checkpoints
         self._frozen: dict[str, Any] = {"lpips": lpips}
         self._cached_encoders: dict[str, Foundation] = {}  # whose features, by their name in a batch, are computed once
+        self._scales: dict[int, Tensor] = {}  # that gathered gradients were scaled by
         self._codec = (codec,)  # in a tuple for the same reason
         weights = {"l1": l1_weight, "gradient": gradient_weight, "spectral": spectral_weight}
         weights |= {"perceptual": perceptual_weight, **{k.removesuffix("_weight"): more[k] for k in more}}
@@ -189,6 +190,7 @@ class AutoencoderModule(L.LightningModule):
         together = min(self.accumulate_grad_batches, self.trainer.num_training_batches - first)
         complete = batch_idx + 1 == first + together
         alone = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)  # processes agree once a step
+        self._rescale(optimizer, begins=batch_idx == first)
         with nullcontext() if complete else alone():
             self.manual_backward(loss / together)
         if complete:
@@ -198,6 +200,18 @@ class AutoencoderModule(L.LightningModule):
             if schedule is not None and schedule.optimizer is optimizer.optimizer:
                 schedule.step()
         return complete
+
+    def _rescale(self, optimizer: Any, begins: bool) -> None:
+        """Bring gathered gradients to the scale of the next: the other optimiser's step may have changed it."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None or self.accumulate_grad_batches == 1:
+            return
+        scale = scaler.scale(torch.ones((), device=self.device))  # a tensor: `get_scale` waits for the device
+        if not begins:
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            gathered = [weight.grad for weight in weights if weight.grad is not None]
+            torch._foreach_mul_(gathered, scale / self._scales[id(optimizer)])
+        self._scales[id(optimizer)] = scale
 
     @property
     def total_steps(self) -> float:
