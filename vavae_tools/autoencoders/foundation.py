@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vavae_tools.autoencoders.loading import silent_transformers
 from vavae_tools.data.encoded import Rows, Store, agree, cut, encode, open_shard
 from vavae_tools.data.images import DecodedImages, to_unit
-from vavae_tools.runtime.console import tell
+from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.errors import UserError, one_line
 from vavae_tools.runtime.files import read_json, weights_digest
 from vavae_tools.runtime.precision import Computing, in_float32
@@ -220,7 +220,7 @@ def foundation_features(
         {path.stem: shards},
         {path.stem: data},
         lambda _, batch: {"features": foundation(to_unit(batch["images"].to(device)), grid)},
-        Computing(None, device, f"Features of this {type(foundation).__name__}", tell),
+        Computing(None, device, f"Features of this {type(foundation).__name__}", print_beside_bars),
         lambda shard: len(shard.rows) * row_bytes,
         batch_size,
         ranks=ranks,

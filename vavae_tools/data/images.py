@@ -365,7 +365,7 @@ class ImageSetDataModule(OrderedDataModule):
     def fingerprint(self) -> str:
         return hash_of([[subset.fingerprint() for subset in self._subsets()], self.labels])
 
-    def take_over(self, checkpoint: dict[str, Any]) -> None:
+    def read_former_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Read a checkpoint from when this class had other names, and a split was known with its crop."""
         names = ("PictureDataModule", "PictureSetDataModule", ImageSetDataModule.__qualname__)
         former = next((checkpoint[name] for name in names if name in checkpoint), None)

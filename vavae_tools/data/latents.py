@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vavae_tools.data.encoded import EncodedFolder, Rows, Store, agree, cut, encode, open_shard
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.loader import OrderedDataModule
-from vavae_tools.runtime.console import tell
+from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import weights_digest
@@ -90,7 +90,7 @@ def encode_latents(
     statistics: tuple[Tensor | Sequence[float], Tensor | Sequence[float]] | None = None,
     precision: str | None = None,
     ranks: Ranks | None = None,
-    log: Callable[[str], None] = tell,
+    log: Callable[[str], None] = print_beside_bars,
 ) -> LatentFolder:
     """Encode both subsets once; latents of these weights and images that are there already are kept.
 

@@ -23,7 +23,7 @@ from vavae_tools.data.encoded import SHARD_BYTES, EncodedFolder, Rows, Shard, St
 from vavae_tools.data.folders import counted
 from vavae_tools.data.latents import LatentDataModule, LatentDataset, LatentFolder
 from vavae_tools.data.loader import index_and_number
-from vavae_tools.runtime.console import tell
+from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import atomic_write, disk_errors
 from vavae_tools.runtime.machine import on_device
@@ -85,7 +85,7 @@ def encode_texts(
     batch_size: int = 256,
     progress: bool = True,
     device: str | torch.device | None = None,
-    log: Callable[[str], None] = tell,
+    log: Callable[[str], None] = print_beside_bars,
 ) -> TextFolder:
     """Encode all captions once; what is there already and belongs to this encoder and these captions is kept.
 

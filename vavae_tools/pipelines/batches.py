@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from vavae_tools.runtime.console import tell
+from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import is_memory_fault, machine_of, release_memory
 from vavae_tools.runtime.precision import HALF_DTYPES, PRECISIONS, computing_in, for_inference, precision_on
@@ -51,7 +51,7 @@ def in_batches(
         if size == 1:
             raise UserError(f"The {memory} is too small for one {pipe.makes}: end what else runs, or change the device")
         at_once = pipe.fitting = size // 2
-        tell(f"{size} {pipe.makes}s at once do not fit the {memory}: making {at_once}")
+        print_beside_bars(f"{size} {pipe.makes}s at once do not fit the {memory}: making {at_once}")
     return made
 
 
@@ -139,7 +139,7 @@ def all_finite(
         if what not in said:  # the first time
             said.add(what)
             found = f"{len(lost)} of {count} {what} are not finite in {PRECISIONS[precision]}"
-            tell(f"{found}: such ones are made again in float32")
+            print_beside_bars(f"{found}: such ones are made again in float32")
         precision = "32"
         with computing_in(precision, device):
             made[lost] = make(lost).to(made.dtype)

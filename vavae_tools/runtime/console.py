@@ -12,7 +12,7 @@ from typing import Any
 from vavae_tools.runtime.ranks import is_rank_zero
 
 
-def tell(line: str) -> None:
+def print_beside_bars(line: str) -> None:
     """Print a line beside progress bars."""
     from tqdm.auto import tqdm
 

@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from vavae_tools.runtime.console import tell
+from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine, Model, machine_of
 
@@ -82,7 +82,11 @@ class Computing:
     """
 
     def __init__(
-        self, precision: str | None, device: str | torch.device, what: str, log: Callable[[str], None] = tell
+        self,
+        precision: str | None,
+        device: str | torch.device,
+        what: str,
+        log: Callable[[str], None] = print_beside_bars,
     ) -> None:
         if precision is None:
             self.precision = "16" if torch.device(device).type == "cuda" else "32"

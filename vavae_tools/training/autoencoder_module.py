@@ -242,7 +242,7 @@ class AutoencoderModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self._trainer and self.trainer.datamodule
         if isinstance(data, ImageSetDataModule):
-            data.take_over(checkpoint)
+            data.read_former_checkpoint(checkpoint)
 
     def on_fit_start(self) -> None:
         for frozen in self._frozen.values():
