@@ -1,14 +1,14 @@
 """Checkpoints that another training wrote → what Lightning resumes from, at the beginning of an epoch."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, join_first
 
 AVERAGE = "ema."
 """Where a module's state_dict has the averaged weights, each under its name in the network."""
@@ -138,12 +138,7 @@ def _loops(epoch: int, step: int) -> dict[str, Any]:
     }
 
 
-def few(names: Iterable[Any], most: int = 5) -> str:
-    names = sorted(map(str, names))
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def contents(folder: Path) -> str:
     """Return what to say of a folder where something is missing: "holds a, b", "is empty", "is not there"."""
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
-    return f"holds {few(names)}" if names else "is empty" if folder.is_dir() else "is not there"
+    return f"holds {join_first(sorted(names), 5)}" if names else "is empty" if folder.is_dir() else "is not there"

@@ -21,14 +21,13 @@ from vavae_tools.checkpoints.foreign import (
     MISSING_PART_NOTES,
     NAMES,
     contents,
-    few,
     from_elsewhere,
     from_name,
     place_in,
     place_in_name,
     plain_name,
 )
-from vavae_tools.runtime.errors import UserError, one_line
+from vavae_tools.runtime.errors import UserError, join_first, one_line
 from vavae_tools.runtime.files import atomic_write, flush_folder, read_checkpoint, read_saved
 
 STATE = "training_state.json"
@@ -182,7 +181,8 @@ def read_any_format(path: str | Path, log: Callable[[str], None]) -> dict[str, A
     if "model" not in parts and saved and all(isinstance(value, Tensor) for value in saved.values()):
         parts["model"] = saved
     if "model" not in parts:
-        raise UserError(f"{path} has no weights: it holds {few(saved)}, expected one of {', '.join(NAMES['model'])}")
+        found = f"{path} has no weights: it holds {join_first(sorted(map(str, saved)), 5)}"
+        raise UserError(f"{found}, expected one of {', '.join(NAMES['model'])}")
     place = place_in(saved)
     if "epoch" not in place:
         log(f"{path} names no epoch: {from_name(path)}")

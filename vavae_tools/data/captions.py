@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vavae_tools.data.folders import counted, listed
+from vavae_tools.data.folders import count_of
 from vavae_tools.data.images import DecodedImages, ImageFiles, ImageSetDataModule, hash_of
 from vavae_tools.data.loader import EpochOrder, OrderedDataModule
 from vavae_tools.runtime.draws import Draws
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, join_first
 
 
 class CaptionOrder(EpochOrder):
@@ -97,8 +97,8 @@ class NamedImages:
         """Return the images, or raise a UserError where some are missing or have no caption, unless `skip_missing`."""
         missing = dict.fromkeys(missing_images(self.folder, self.captions))
         if missing:
-            total = counted(len(self.captions), "image")
-            problem = f"{self.folder} lacks {len(missing):,} of {total} that {self.source} names: {listed(missing)}"
+            total = count_of(len(self.captions), "image")
+            problem = f"{self.folder} lacks {len(missing):,} of {total} that {self.source} names: {join_first(missing)}"
             if len(missing) == len(self.captions):
                 raise UserError(f"{problem}. Put them there")
             if not skip_missing:
@@ -139,7 +139,7 @@ def clean_captions(
         else:
             silent.append(name)
     if silent:
-        what = f"{counted(len(silent), 'image')} of {source} with an empty caption or none: {listed(silent)}"
+        what = f"{count_of(len(silent), 'image')} of {source} with an empty caption or none: {join_first(silent)}"
         if not clean or not skip_missing:
             raise UserError(f"{what}. Write one for each" + (f", {SKIP_HINT}" if clean else ""))
         notes.append(f"{what}; left out")

@@ -21,7 +21,6 @@ from vavae_tools.data.folders import (
     explain_no_images,
     extension_of,
     labels_of,
-    listed,
     natural_key,
     no_such_folder,
     person_folders,
@@ -33,7 +32,7 @@ from vavae_tools.data.sources.coco_cub import coco_subsets, cub_subsets
 from vavae_tools.data.sources.shards import refuse_shards
 from vavae_tools.data.split import choose_subsets
 from vavae_tools.data.split_report import INFO_NAME, ImageEntry, read_split_info
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, join_first
 
 
 class ImageDataModule(ImageSetDataModule):
@@ -171,7 +170,7 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
     subsets = []
     for subset, files in ((folder, train), (val_folder, val)):
         if unknown := files.keys() - labels.keys():
-            names = listed(sorted(unknown, key=natural_key))
+            names = join_first(sorted(unknown, key=natural_key))
             raise UserError(f"{subset} holds {names}, which is no class of {folder}: expected the same folders in both")
         if files:
             paths = list(chain.from_iterable(files.values()))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, join_first
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "bmp", "webp", "tif", "tiff", "ppm", "pgm")
@@ -116,12 +116,12 @@ def explain_no_images(directory: Path, extensions: Sequence[str], flag: str = "-
         return f"{found} The images lie one level too deep, in {inner} …: put them directly into {homes[0].name}/ …"
     if homes:
         homes.sort(key=lambda home: -_as_images(home, extensions))
-        others = f" (or {listed(homes[1:])})" if len(homes) > 1 else ""
+        others = f" (or {join_first(homes[1:])})" if len(homes) > 1 else ""
         return f"{found} Try {flag} {homes[0]}{others}"
     others = sum((other_files(folder, extensions) for folder in _below(directory)), Counter())
     readable = [kind for kind, _ in others.most_common() if can_read(kind)]
     if readable:
-        kinds = listed([f"{n:,} .{kind}" for kind, n in others.most_common()])
+        kinds = join_first([f"{n:,} .{kind}" for kind, n in others.most_common()])
         return f"No {either(extensions)} image in {directory}; it holds {kinds}. Try --image_extensions {readable[0]}"
     return f"{found} Expected one folder of {either(extensions)} images per person."
 
@@ -131,8 +131,8 @@ def contents(folder: Path) -> str:
     names = person_folders(folder)
     with os.scandir(folder) as entries:
         files = sum(entry.is_file() and not entry.name.startswith(".") for entry in entries)
-    parts = [f"{counted(len(names), 'folder')}, {listed([f'{name}/' for name in names])}"] if names else []
-    parts += [counted(files, "file")] if files else []
+    parts = [f"{count_of(len(names), 'folder')}, {join_first([f'{name}/' for name in names])}"] if names else []
+    parts += [count_of(files, "file")] if files else []
     return " and ".join(parts) or "nothing"
 
 
@@ -149,17 +149,11 @@ def _as_images(directory: Path, extensions: Collection[str]) -> int:
     return sum(bool(image_entries(directory / name, extensions)) for name in person_folders(directory))
 
 
-def listed(words: Iterable, most: int = 3) -> str:
-    """Return "a, b, c and 2 more"."""
-    words = [str(word) for word in words]
-    return ", ".join(words[:most]) + (f" and {len(words) - most:,} more" if len(words) > most else "")
-
-
 def either(words: Sequence[str]) -> str:
     """Return "png, jpg or jpeg"."""
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
-def counted(n: int, word: str) -> str:
+def count_of(n: int, word: str) -> str:
     """Return "1 file" or "1,200 files"."""
     return f"{n:,} {word}{'s' * (n != 1)}"

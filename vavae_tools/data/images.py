@@ -86,7 +86,7 @@ def save_image(pixels: Tensor, path: Path) -> None:
 
 
 @contextmanager
-def readable(name: str | Path) -> Iterator[None]:
+def image_errors(name: str | Path) -> Iterator[None]:
     """Raise a UserError that names the image in place of what Pillow raises."""
     try:
         yield
@@ -177,7 +177,7 @@ class DecodedImages(Dataset):
         """Return 1 where a few images, spread over all, are grey, else 3."""
         places = range(0, len(self), max(1, len(self) // 32))
         for place, stored in zip(places, self.stored(places), strict=True):
-            with readable(self.where(place)), self.opened(stored) as image:
+            with image_errors(self.where(place)), self.opened(stored) as image:
                 if not is_grey(image):
                     return 3
         return 1
@@ -203,7 +203,7 @@ class DecodedImages(Dataset):
     def _decode_into(self, memory: np.ndarray, places: Sequence[int]) -> int:
         size = (self.image_size[1], self.image_size[0])
         for row, (place, stored) in enumerate(zip(places, self.stored(places), strict=True)):
-            with readable(self.where(place)), self.opened(stored) as image:
+            with image_errors(self.where(place)), self.opened(stored) as image:
                 image = in_channels(image, self.channels)
             if image.size != size:
                 image = CROPS[self.crop](image, self.image_size)

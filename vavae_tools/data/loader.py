@@ -167,6 +167,11 @@ class OrderedDataModule(L.LightningDataModule):
         self._order: EpochOrder | None = None
         self._resumed: tuple[int, int] | None = None
 
+    @property
+    def shown_data(self) -> Dataset:
+        """Return what validates, or else what is trained on."""
+        return self.train_data if self.val_data is None else self.val_data
+
     def batches_of(self, world_size: int) -> int:
         """Return the batches of one process in an epoch."""
         order = EpochOrder(len(self.train_data), self.batch_size, world_size=world_size)

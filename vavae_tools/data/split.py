@@ -22,12 +22,11 @@ from PIL import Image, UnidentifiedImageError
 from vavae_tools.data.folders import (
     IMAGE_EXTENSIONS,
     can_read,
-    counted,
+    count_of,
     either,
     explain_no_images,
     image_entries,
     labels_of,
-    listed,
     natural_key,
     no_such_folder,
     other_files,
@@ -44,7 +43,7 @@ from vavae_tools.data.split_report import (
     split_info,
     write_split_info,
 )
-from vavae_tools.runtime.errors import UserError, one_line
+from vavae_tools.runtime.errors import UserError, join_first, one_line
 
 RecordingOf = Callable[[ImageEntry], str | None]
 LINKS = ("copy", "hard", "symbolic")
@@ -142,7 +141,7 @@ def recordings(group_pattern: str | None, images: Sequence[ImageEntry], notes: l
     if len(alone) == len(images):
         raise UserError(f"{flag} fits none of the {len(alone):,} names, such as {alone[0]}.")
     if alone:
-        notes.append(f"{counted(len(alone), 'name')} without a recording, each on its own: {listed(alone)}")
+        notes.append(f"{count_of(len(alone), 'name')} without a recording, each on its own: {join_first(alone)}")
     return recording_of
 
 
@@ -230,7 +229,7 @@ class _Split:
             subsets = self._write(partial)
             labels = labels_of({image.person for image in self.images if not image.fault})
             if not labels:
-                broken = listed(f"{image.key}: {image.fault}" for image in self.images)
+                broken = join_first(f"{image.key}: {image.fault}" for image in self.images)
                 raise UserError(f"No image in {self.source} can be used ({broken}). Check that the files are whole.")
             for person in persons - labels.keys():
                 for subset in SUBSETS:
@@ -263,10 +262,10 @@ class _Split:
         now = file_entries(self.images, self._subsets())
         changed = [key for key in now.keys() | then.keys() if now.get(key) != then.get(key)]
         if changed:
-            names = listed(sorted(changed, key=natural_key))
-            return f"the input changed since, {counted(len(changed), 'file')}: {names}"
+            names = join_first(sorted(changed, key=natural_key))
+            return f"the input changed since, {count_of(len(changed), 'file')}: {names}"
         missing = missing_files(self.target, old)
-        return f"{counted(len(missing), 'file')} gone or changed: {listed(missing)}" if missing else None
+        return f"{count_of(len(missing), 'file')} gone or changed: {join_first(missing)}" if missing else None
 
     def _write(self, partial: Path) -> dict[str, str]:
         """Copy or link each image to where it belongs in one pass; move those that broken ones and copies displace."""
@@ -366,15 +365,15 @@ def _find_images(source: Path, extensions: list[str]) -> tuple[list[ImageEntry],
         if not entries:
             notes.append(f"{person} has no label: it holds no {either(extensions)} image")
         if others := other_files(folder, extensions):
-            notes.append(f"passed over in {person}: {listed(f'{n:,} .{kind}' for kind, n in others.most_common())}")
+            notes.append(f"passed over in {person}: {join_first(f'{n:,} .{kind}' for kind, n in others.most_common())}")
         if inner := person_folders(folder):
-            notes.append(f"the folders in {person} were not looked into: {listed(f'{name}/' for name in inner)}")
+            notes.append(f"the folders in {person} were not looked into: {join_first(f'{name}/' for name in inner)}")
     if not images and (source / INFO_NAME).is_file():
         raise UserError(f"{source} is a split already. --input_dir is the folder that it was made from.")
     if not images:
         raise UserError(explain_no_images(source, extensions))
     if loose := [entry.name for entry in image_entries(source, extensions)]:
-        notes.append(f"{counted(len(loose), 'image')} in no person's folder, passed over: {listed(loose)}")
+        notes.append(f"{count_of(len(loose), 'image')} in no person's folder, passed over: {join_first(loose)}")
     return images, notes
 
 

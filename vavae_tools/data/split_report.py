@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from vavae_tools.data.folders import counted, listed
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.data.folders import count_of
+from vavae_tools.runtime.errors import UserError, join_first
 
 SUBSETS = ("train", "val")
 INFO_NAME = "split_info.json"
@@ -68,7 +68,7 @@ class SplitReport:
             more = len(several) - LINES_SHOWN
             lines += [*several[:LINES_SHOWN], *([f"… and {more:,} more (all in {INFO_NAME})"] if more > 0 else [])]
         if self.sizes:
-            lines.append("sizes: " + listed(f"{size} ({n:,})" for size, n in self.sizes.items()))
+            lines.append("sizes: " + join_first(f"{size} ({n:,})" for size, n in self.sizes.items()))
         done = "already there, left as it is" if self.already_there else "written"
         split = f"{self.totals['train']:,} images to train, {self.totals['val']:,} to validate"
         lines.append(f"{done}: {split} ({self.output_dir}; every file's subset is in {INFO_NAME})")
@@ -128,12 +128,12 @@ def _remarks(counts: dict[str, dict[str, int]], duplicates: list[list[ImageEntry
             remarks.append(f"{person} has one image: it is in train, and val has none")
         elif not row["train"] or not row["val"]:
             subset, other = SUBSETS if row["train"] else reversed(SUBSETS)
-            why = f"its {counted(row[subset], 'image')} are identical or of one recording, all in {subset}"
+            why = f"its {count_of(row[subset], 'image')} are identical or of one recording, all in {subset}"
             remarks.append(f"{person} has nothing in {other}: {why}")
     shared = [group for group in duplicates if len({image.person for image in group}) > 1]
     if shared:
-        names = listed(" = ".join(image.key for image in group) for group in shared)
-        remarks.append(f"{counted(len(shared), 'image')} under more than one person, so mislabelled: {names}")
+        names = join_first(" = ".join(image.key for image in group) for group in shared)
+        remarks.append(f"{count_of(len(shared), 'image')} under more than one person, so mislabelled: {names}")
     return remarks
 
 
@@ -169,14 +169,16 @@ def existing_split(target: Path) -> dict | None:
     if not names:
         return None
     if INFO_NAME not in names:
-        raise UserError(f"{target} is no split, it holds {listed(names)}. Choose an --output_dir that is new or empty.")
+        raise UserError(
+            f"{target} is no split, it holds {join_first(names)}. Choose an --output_dir that is new or empty."
+        )
     info = read_split_info(target)
     own = {f"{entry['side']}/{key}" for key, entry in info["files"].items()}
     foreign = [name for name in names if name not in (*SUBSETS, INFO_NAME) and not name.startswith(".")]
     foreign += sorted(_split_files(target).keys() - own)
     if foreign:
         hint = "Move that away, or choose another --output_dir."
-        raise UserError(f"{target} holds more than its split: {listed(foreign)}. {hint}")
+        raise UserError(f"{target} holds more than its split: {join_first(foreign)}. {hint}")
     return info
 
 

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vavae_tools.data.captions import CaptionOrderedDataModule
 from vavae_tools.data.encoded import SHARD_BYTES, EncodedFolder, Rows, Shard, Store, encode, open_shard
-from vavae_tools.data.folders import counted
+from vavae_tools.data.folders import count_of
 from vavae_tools.data.latents import LatentDataModule, LatentDataset, LatentFolder
 from vavae_tools.data.loader import index_and_number
 from vavae_tools.runtime.console import print_beside_bars
@@ -253,7 +253,7 @@ class TextLatentDataset(LatentDataset):
         images, named = folder.pictures.get(subset, 0), folder.names.get(subset)
         if images != len(self) or (named and named != _digest(list(latents.names.get(subset, [])))):
             raise UserError(
-                f"{folder.path} has captions of {counted(images, 'image')} of the subset {subset}, {latents.path} "
+                f"{folder.path} has captions of {count_of(images, 'image')} of the subset {subset}, {latents.path} "
                 f"latents of {len(self):,} other ones: encode both for the same images"
             )
         owned = open_shard(folder.path / CAPTIONS) if images else {}

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vavae_tools.data.datasets import ImageDataModule
-from vavae_tools.data.folders import IMAGE_EXTENSIONS, contents, list_folders, listed
+from vavae_tools.data.folders import IMAGE_EXTENSIONS, contents, list_folders
 from vavae_tools.data.images import DecodedImages, ImageFolder, channels_of, to_unit
 from vavae_tools.evaluation.classifier import cached_classifier, train_classifier
 from vavae_tools.evaluation.metrics import (
@@ -23,7 +23,7 @@ from vavae_tools.evaluation.metrics import (
     plain,
 )
 from vavae_tools.plots import plot_bars, save_figures, show_rows
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, join_first
 from vavae_tools.runtime.files import write_json
 from vavae_tools.runtime.machine import find_device, release_memory, take_card
 
@@ -259,13 +259,13 @@ def _load(
     if not folders:
         raise UserError(
             f"No generated images in {generated_dir}; it holds {contents(generated_dir)}. Expected "
-            f"{listed(f'{name}/' for name in labels)} with {', '.join(IMAGE_EXTENSIONS)} images, as "
+            f"{join_first(f'{name}/' for name in labels)} with {', '.join(IMAGE_EXTENSIONS)} images, as "
             "python -m vavae_tools.sample writes them"
         )
     unknown = [name for name in folders if name not in labels]
     if unknown:
         raise UserError(
-            f"{generated_dir} has images of {listed(unknown)}, but {data_dir} knows {listed(labels, most=8)} only. "
+            f"{generated_dir} has images of {join_first(unknown)}, but {data_dir} knows {join_first(labels, 8)}. "
             "Rename the folder, or name the data the images were learnt from"
         )
     notes = []
@@ -312,7 +312,7 @@ def _distances(
     if few:
         scope = "the distances leave them out" if shares else "no distances"
         notes.append(
-            f"{listed(few)}: fewer than {_MIN_IMAGES_PER_PERSON} generated, training or validation images, so {scope}"
+            f"{join_first(few)}: fewer than {_MIN_IMAGES_PER_PERSON} generated, training or validation images: {scope}"
         )
     if not shares:
         return None

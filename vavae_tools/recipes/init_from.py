@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vavae_tools.checkpoints.foreign import few
 from vavae_tools.data.latents import LatentDataModule, LatentDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.ddt import DDT
@@ -20,7 +19,7 @@ from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.recipes.init_weights import KINDS, StartingWeights, features, read_starting_weights
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.draws import Draws
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, join_first
 from vavae_tools.runtime.machine import find_device, find_machine
 from vavae_tools.training.run import Log
 
@@ -73,9 +72,9 @@ def start_from(
         f"{loaded} tensors matched",
         f"class table: {len(copied)} of {conditioner.num_classes:,} rows copied, {null}",
     ]
-    said += [f"anew: {few(anew)}"] if anew else []
+    said += [f"anew: {join_first(sorted(anew), 5)}"] if anew else []
     left = [f"{', '.join(found.tables)} (computed here)"] if found.tables else []
-    left += [few(found.left)] if found.left else []
+    left += [join_first(sorted(found.left), 5)] if found.left else []
     log(f"{found.source} ({KINDS[found.kind]}): {', '.join(said)}, not loaded: {', '.join(left) or 'nothing'}")
     if unknown := [name for name in ("num_heads", "rope") if name not in found.arguments]:
         given = ", ".join(f"{name}={_text(_comparable(denoiser.config)[name])}" for name in unknown)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vavae_tools.checkpoints.foreign import few, plain_name
+from vavae_tools.checkpoints.foreign import plain_name
 from vavae_tools.checkpoints.formats import read_any_format
 from vavae_tools.diffusion.ddt import DDT_SIZES
 from vavae_tools.diffusion.lora import merged_weights
@@ -17,7 +17,7 @@ from vavae_tools.diffusion.transformer import DiT_SIZES
 from vavae_tools.pipelines.base import read_pipeline
 from vavae_tools.pipelines.classes import LatentDiTPipeline
 from vavae_tools.published.denoisers import TABLES
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, join_first
 from vavae_tools.runtime.files import read_checkpoint, read_safetensors
 
 KINDS = {"lightningdit": "LightningDiT", "ddt": "DiT with the wide head", "dit": "DiT"}
@@ -118,7 +118,7 @@ def _published(source: Path, saved: Mapping[str, Any], kind: str | None) -> Star
     weights = _below(begin, named)
     left += [name for name in named if not name.startswith(begin)]
     if first not in weights or of_classes not in weights:
-        held = f"{source} is no denoiser with classes: it holds {few(named) or 'nothing'}"
+        held = f"{source} is no denoiser with classes: it holds {join_first(sorted(named), 5) or 'nothing'}"
         raise UserError(f"{held}, expected {first} and {of_classes} as in LightningDiT's, RAE's or DiT's weights")
     rows = weights.pop(of_classes)  # all that are published have the null row, the last one
     tables = {name: weights.pop(name) for name in list(weights) if name.startswith(TABLES)}

@@ -79,7 +79,7 @@ def build_decoder(
         start, listen = numbers["disc_start"], numbers["generator_start"]
         remarks[-1] += f"; the discriminator begins at step {start:,} and is listened to from step {listen:,}"
 
-    subset = images.val_data if images.val_data is not None else images.train_data
+    subset = images.shown_data
     folder, checkpoints, reconstructions = (output_dir / name for name in ("rae", "checkpoints", "reconstructions"))
     if is_rank_zero():
         device = module.trainer_settings(**config.of_devices())["accelerator"].replace("gpu", "cuda")
@@ -197,8 +197,7 @@ def build_rae_dit(recipe: RAEDiTRecipe, output_dir: Path, resume_from: Path | No
     logged = {}
     if is_rank_zero():
         rae.to(find_device()).eval()
-        shown = images.val_data if images.val_data is not None else images.train_data
-        logged["rae/psnr"] = check_reconstructions(rae, shown, output_dir / "reconstructions", log, show)
+        logged["rae/psnr"] = check_reconstructions(rae, images.shown_data, output_dir / "reconstructions", log, show)
     encoder = f"{recipe.rae.encoder_cls}-{rae.config.encoder_input_size}"
     folder = latents_folder(data.latents_dir, data.data_dir, encoder, output_dir)
     # float16: half the disk of latents with 768 channels, and its rounding lies far below the decoder's noise

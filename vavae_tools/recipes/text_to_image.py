@@ -156,8 +156,7 @@ def _latent_shape(autoencoder: StableDiffusionVAE, images: CaptionedDataModule) 
 def _first_prompts(images: CaptionedDataModule, dataset_name: str) -> Sequence[str]:
     if dataset_name == "shapes":
         return EXAMPLE_PROMPTS
-    subset = images.val_data if images.val_data is not None else images.train_data
-    return list(dict.fromkeys(captions[0] for captions in subset.captions[:8]))
+    return list(dict.fromkeys(captions[0] for captions in images.shown_data.captions[:8]))
 
 
 # ---- what is trained on

@@ -55,7 +55,7 @@ def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, 
     conditioner = ClassConditioner(1, denoiser.conditioning_size, dropout=0.0)
     of_tokens = {"token_images": of_pipeline, "prompt_share": recipe.prompt_share}
     module = DiffusionModule(denoiser, conditioner, objective, **numbers, **of_tokens)
-    subset = images.val_data if images.val_data is not None else images.train_data
+    subset = images.shown_data
     prompts = sampling.prompts or subset.prompts(range(min(COLUMNS, len(subset))))
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
 

@@ -160,7 +160,7 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
     watching: list[L.Callback] = []
     if images.val_data is not None:
         watching = [ReconstructionWatch(images, recipe.classifier_dir or output_dir / "classifier", seed), Advice(log)]
-    shown = (images.val_data or images.train_data).preview_batch(8)
+    shown = images.shown_data.preview_batch(8)
     folder, checkpoints, reconstructions = (output_dir / name for name in ("vavae", "checkpoints", "reconstructions"))
 
     def export(trainer: L.Trainer) -> None:

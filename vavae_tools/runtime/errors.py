@@ -4,7 +4,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -73,6 +73,12 @@ def disk_fault(error: OSError) -> str | None:
 def one_line(error: BaseException, most: int = 120) -> str:
     """Return the beginning of an error's message without line breaks and control characters, or else its class."""
     return "".join(filter(str.isprintable, " ".join(str(error).split())))[:most] or type(error).__name__
+
+
+def join_first(words: Iterable, most: int = 3) -> str:
+    """Return "a, b, c and 2 more"."""
+    words = [str(word) for word in words]
+    return ", ".join(words[:most]) + (f" and {len(words) - most:,} more" if len(words) > most else "")
 
 
 def _log(message: str) -> int:

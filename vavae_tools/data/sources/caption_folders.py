@@ -13,15 +13,14 @@ from vavae_tools.data.folders import (
     EXTENSIONS,
     VALIDATION_SUBSETS,
     contents,
-    counted,
+    count_of,
     either,
     extension_of,
-    listed,
     natural_key,
 )
 from vavae_tools.data.sources.hugging_face import CAPTION_COLUMNS, SAVED_DATASET_FILES
 from vavae_tools.data.sources.shards import refuse_shards
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, join_first
 
 FILE_COLUMNS = ("file_name", "image", "path", "image_path", "filename", "file", "img", "picture")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
@@ -60,7 +59,9 @@ def _table_in(folder: Path) -> Path | None:
     if not tables:
         tables = sorted(file for kind in ("jsonl", "csv", "tsv") for file in folder.glob(f"*.{kind}"))
         if len(tables) > 1:
-            raise UserError(f"{folder} holds {listed(file.name for file in tables)}: set dataset_path to one of them")
+            raise UserError(
+                f"{folder} holds {join_first(file.name for file in tables)}: set dataset_path to one of them"
+            )
     return tables[0] if tables else None
 
 
@@ -93,14 +94,14 @@ def _table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         for row in filter(None, rows):
             if len(row) != len(names):
-                found = f"{where()}, has {counted(len(row), 'field')}, its head {len(names)}"
+                found = f"{where()}, has {count_of(len(row), 'field')}, its head {len(names)}"
                 raise UserError(f'{found}: put captions with a comma into quotes ("…")')
-            yield where(), dict(zip(names, map(_several, row), strict=True))
+            yield where(), dict(zip(names, map(_parse_caption_cell, row), strict=True))
     except csv.Error as error:
         raise UserError(f"{where()}, cannot be read as a table ({error})") from None
 
 
-def _several(cell: str) -> str | list[str]:
+def _parse_caption_cell(cell: str) -> str | list[str]:
     """Return the captions of a cell that holds a list of them, as JSON, else the cell."""
     try:
         values = json.loads(cell) if cell.startswith("[") else None
@@ -114,7 +115,9 @@ def _value(where: str, record: dict[str, Any], what: str, names: Sequence[str]) 
     for name in names:
         if name in record:
             return record[name]
-    raise UserError(f"{where} has no column for {what}, only {listed(record, 6)}: expected one called {either(names)}")
+    raise UserError(
+        f"{where} has no column for {what}, only {join_first(record, 6)}: expected one called {either(names)}"
+    )
 
 
 def _texts_beside(folder: Path, notes: list[str]) -> NamedImages | None:
@@ -132,5 +135,5 @@ def _texts_beside(folder: Path, notes: list[str]) -> NamedImages | None:
     if not any(captions.values()):
         return None
     if alone:
-        notes.append(f"{counted(alone, '.txt file')} in {folder} beside no image")
+        notes.append(f"{count_of(alone, '.txt file')} in {folder} beside no image")
     return NamedImages(folder, folder, captions)

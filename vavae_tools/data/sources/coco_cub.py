@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vavae_tools.data.captions import NamedImages, missing_images, read_text
-from vavae_tools.data.folders import contents, counted
+from vavae_tools.data.folders import contents, count_of
 from vavae_tools.runtime.errors import UserError
 
 # ---- COCO
@@ -121,7 +121,7 @@ def _cub_captions(root: Path, names: dict[str, str], notes: list[str]) -> dict[s
             captions = {number: of_image for number, of_image in lines.items() if any(map(str.strip, of_image))}
             break
     if lacking := {number: name for number, name in names.items() if number not in captions}:
-        notes.append(f"captions of {counted(len(lacking), 'image')} of {root} made from class names and attributes")
+        notes.append(f"captions of {count_of(len(lacking), 'image')} of {root} made from class names and attributes")
         attributes = _certain_attributes(root)
         for number, name in lacking.items():  # in the folder of its class
             captions[number] = bird_sentences(name.partition("/")[0], attributes.get(number, []))

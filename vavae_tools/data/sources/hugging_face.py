@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from vavae_tools.data.captions import clean_captions
-from vavae_tools.data.folders import VALIDATION_SUBSETS, either, labels_of, listed
+from vavae_tools.data.folders import VALIDATION_SUBSETS, either, labels_of
 from vavae_tools.data.images import DecodedImages
-from vavae_tools.runtime.errors import UserError, one_line
+from vavae_tools.runtime.errors import UserError, join_first, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -172,7 +172,7 @@ def _numbered(
     for subset, of_subset in values.items():
         unknown = {value for value in of_subset if not isinstance(value, int) or value not in known or value < 0}
         if unknown:
-            expected = f"the classes {listed(labels)} of the training subset, as names or whole numbers from 0 on"
-            found = f"The column {column} of the subset {subset} holds {listed(sorted(map(repr, unknown)))}"
+            expected = f"the classes {join_first(labels)} of the training subset, as names or whole numbers from 0 on"
+            found = f"The column {column} of the subset {subset} holds {join_first(sorted(map(repr, unknown)))}"
             raise UserError(f"{found}; expected {expected}")
     return labels, {subset: torch.tensor(of_subset, dtype=torch.int64) for subset, of_subset in values.items()}

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vavae_tools.data.folders import EXTENSIONS, VALIDATION_SUBSETS, extension_of, listed, no_such_folder
+from vavae_tools.data.folders import EXTENSIONS, VALIDATION_SUBSETS, extension_of, no_such_folder
 from vavae_tools.data.sources.hugging_face import column_values, datasets_library
-from vavae_tools.runtime.errors import UserError, command_parser, one_line, run_command
+from vavae_tools.runtime.errors import UserError, command_parser, join_first, one_line, run_command
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,7 +72,7 @@ def _by_subset(shards: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     if found.keys() == {""}:
         return {"train": found[""]}
     if "" in found or "train" not in found:
-        raise UserError(f"{listed(found.get('', files))}: put train, val or test into every name, or into none")
+        raise UserError(f"{join_first(found.get('', files))}: put train, val or test into every name, or into none")
     return found
 
 
