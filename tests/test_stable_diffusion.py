@@ -8,9 +8,9 @@ import torch
 from diffusers import AutoencoderKL
 from tiny import TWO_LEVELS, same, tiny_kl, tiny_vavae
 
-from vavae_tools.autoencoders.loading import load_autoencoder
 from vavae_tools.autoencoders.stable_diffusion import SHAPES_VAE, StableDiffusionVAE, load_stable_diffusion_vae
 from vavae_tools.autoencoders.vavae import VAVAE
+from vavae_tools.autoencoders.weights import load_autoencoder
 from vavae_tools.data.demo.shapes import CaptionedShapes, ShapeImages, shape_data
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.latents import encode_latents

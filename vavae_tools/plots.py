@@ -29,14 +29,14 @@ _LEGEND = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1)}
 
 def as_pixels(image: Any) -> Tensor:
     """Return one image or a batch of them, in any accepted form, as uint8 (…, C, H, W) on the CPU."""
-    from vavae_tools.data.images import in_channels, is_grey, to_pixels
+    from vavae_tools.data.images import convert_channels, is_grey, to_pixels
 
     if isinstance(image, Sequence):
         return torch.stack([as_pixels(one) for one in image])
     if not isinstance(image, Tensor):
         import numpy as np
 
-        array = torch.from_numpy(np.array(in_channels(image, 1 if is_grey(image) else 3)))
+        array = torch.from_numpy(np.array(convert_channels(image, 1 if is_grey(image) else 3)))
         return array.permute(2, 0, 1) if array.ndim == 3 else array[None]
     image = image.detach().cpu()
     if image.dtype != torch.uint8:

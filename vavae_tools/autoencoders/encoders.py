@@ -4,7 +4,8 @@ Architectures are those of transformers, which is imported only where an encoder
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -171,6 +172,22 @@ def encoder_class(name: str) -> type[FrozenEncoder]:
     if kind is None:
         raise UserError(f"No encoder {name!r}; there are {', '.join(ENCODERS)}")
     return kind
+
+
+@contextmanager
+def silent_transformers() -> Iterator[None]:
+    """Keep transformers from printing bars and warnings."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 # ---- names of weights, which differ between the versions of transformers, the RAE authors' decoder and diffusers'

@@ -28,8 +28,7 @@ PARTS = (  # the reference's name ↔ diffusers' name; # is a number, the same i
     (".v.", ".to_v."),
     (".proj_out.", ".to_out.0."),
 )
-VAE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-"""What the names of the autoencoder's own weights begin with, in both."""
+VAE_PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 GROUPS = 32
 PUBLISHED_RESOLUTION = 256
 FIXED = {"double_z": True, "resamp_with_conv": True, "use_linear_attn": False, "tanh_out": False, "give_pre_end": False}
@@ -70,7 +69,7 @@ def _renamed(state_dict: Mapping[str, Tensor], direction: int) -> dict[str, Tens
         rules.append((re.compile(re.escape(old).replace(r"\#", r"(\d+)")), new))
     weights = {}
     for name, tensor in state_dict.items():
-        if name.startswith(VAE):
+        if name.startswith(VAE_PREFIXES):
             for old, new in rules:
                 name = old.sub(new, name)
             weights[name] = tensor

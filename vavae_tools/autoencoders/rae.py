@@ -270,7 +270,7 @@ def tiny_rae(image_size: int = 32, **changes: Any) -> RAE:
 
 
 @dataclass
-class FrozenEncoder:
+class RAEFeatures:
     """An RAE's encoder as a `Foundation`: its tokens, of images as they are or turned left to right."""
 
     rae: RAE

@@ -1,4 +1,4 @@
-"""What a VA-VAE can start from: its own folders and checkpoints, diffusers' AutoencoderKL, the published weights."""
+"""What autoencoders are loaded from: folders, checkpoints of VA-VAE training, published weights."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor
 
-from vavae_tools.autoencoders.ldm_names import VAE, from_reference, plain_names, vavae_arguments
+from vavae_tools.autoencoders.ldm_names import VAE_PREFIXES, from_reference, plain_names, vavae_arguments
+from vavae_tools.autoencoders.rae_weights import is_rae_folder, read_rae_folder
+from vavae_tools.autoencoders.stable_diffusion import is_stable_diffusion_vae, load_stable_diffusion_vae
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import read_checkpoint, read_json, read_safetensors
@@ -34,6 +37,15 @@ class VAVAEWeights:
 def pretrained_small_folder() -> Path:
     """Return the folder of the small VA-VAE that comes with this package (trained on simulated walkers)."""
     return Path(str(files("vavae_tools.autoencoders") / "pretrained_small"))
+
+
+def load_autoencoder(source: str | Path) -> ModelMixin:
+    """Load a `RAE`, a `VAVAE` or a `StableDiffusionVAE` from its folder, or from what `load_vavae` takes."""
+    if is_rae_folder(source):
+        return read_rae_folder(source)
+    if is_stable_diffusion_vae(source):
+        return load_stable_diffusion_vae(source)
+    return load_vavae(source, log=lambda line: None)
 
 
 def load_vavae(
@@ -85,7 +97,7 @@ def from_state_dict(
     projection = "linear_proj.weight"
     if projection in named and named[projection].shape[1:] != (arguments["latent_channels"], 1, 1):
         projection = ""  # from the foundation model's channels to the latent's
-    others = {name: tensor for name, tensor in named.items() if not name.startswith(VAE)}
+    others = {name: tensor for name, tensor in named.items() if not name.startswith(VAE_PREFIXES)}
     beside = _split_training_state(others, "loss.discriminator.", projection)
     return VAVAEWeights(Path(source), arguments, from_reference(named), **beside)
 

@@ -69,7 +69,7 @@ def is_grey(image: Image.Image) -> bool:
     return Image.getmodebase(image.mode) == "L"
 
 
-def in_channels(image: Image.Image, channels: int) -> Image.Image:
+def convert_channels(image: Image.Image, channels: int) -> Image.Image:
     """Return an image with 3 channels or 1, 8 bits each: 65,535 of 16 or 32 bits is white, alpha is dropped."""
     if image.mode.startswith("I"):  # 16 or 32 bits, of which Pillow's own conversion makes 255 white
         array = (np.asarray(image).clip(0, 65535).astype(np.uint32) + 128) // 257
@@ -204,7 +204,7 @@ class DecodedImages(Dataset):
         size = (self.image_size[1], self.image_size[0])
         for row, (place, stored) in enumerate(zip(places, self.stored(places), strict=True)):
             with image_errors(self.where(place)), self.opened(stored) as image:
-                image = in_channels(image, self.channels)
+                image = convert_channels(image, self.channels)
             if image.size != size:
                 image = CROPS[self.crop](image, self.image_size)
             memory[row] = np.asarray(image).reshape(memory.shape[1:])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.loading import silent_transformers
+from vavae_tools.autoencoders.encoders import silent_transformers
 from vavae_tools.runtime.errors import UserError, one_line
 from vavae_tools.runtime.files import local_folder, save_model, weights_digest
 

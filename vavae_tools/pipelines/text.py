@@ -10,7 +10,8 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from vavae_tools.autoencoders.loading import load_autoencoder, silent_transformers
+from vavae_tools.autoencoders.encoders import silent_transformers
+from vavae_tools.autoencoders.weights import load_autoencoder
 from vavae_tools.diffusion.clip import TextEncoder, TextStates, load_text_encoder
 from vavae_tools.diffusion.conditioning import TextConditioner
 from vavae_tools.diffusion.objectives import objective_of

@@ -11,9 +11,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.loading import load_autoencoder
 from vavae_tools.autoencoders.vavae import resolve_image_size
-from vavae_tools.autoencoders.weights import load_vavae
+from vavae_tools.autoencoders.weights import load_autoencoder, load_vavae
 from vavae_tools.data.datasets import class_data
 from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_latents, latents_digest
 from vavae_tools.diffusion.conditioning import ClassConditioner

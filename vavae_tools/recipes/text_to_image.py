@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.loading import load_autoencoder, silent_transformers
+from vavae_tools.autoencoders.encoders import silent_transformers
 from vavae_tools.autoencoders.stable_diffusion import SHAPES_VAE, StableDiffusionVAE, load_stable_diffusion_vae
+from vavae_tools.autoencoders.weights import load_autoencoder
 from vavae_tools.data.captions import CaptionedDataModule
 from vavae_tools.data.datasets import caption_data
 from vavae_tools.data.demo.shapes import EXAMPLE_PROMPTS, vocabulary

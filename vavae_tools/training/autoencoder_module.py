@@ -18,7 +18,7 @@ from vavae_tools.autoencoders.losses import (
     kl,
 )
 from vavae_tools.autoencoders.lpips import LPIPS
-from vavae_tools.autoencoders.rae import RAE, FrozenEncoder, encoder_digest, noised
+from vavae_tools.autoencoders.rae import RAE, RAEFeatures, encoder_digest, noised
 from vavae_tools.autoencoders.vavae import VAVAE, other_labels, reconstruct_images
 from vavae_tools.data.images import DecodedImages, ImageSetDataModule, to_pixels, to_unit
 from vavae_tools.evaluation.metrics import psnr, ssim
@@ -375,9 +375,9 @@ class RAEDecoderModule(AutoencoderModule):
             raise UserError(f"noise_tau {noise_tau} is a standard deviation: expected 0 or more")
         super().__init__(rae, **{**RAE_DEFAULTS, **settings})
         digest = self.hparams["encoder"] = encoder_digest(rae)
-        self._frozen["rae"], self._cached_encoders["tokens"] = rae, FrozenEncoder(rae, digest)
+        self._frozen["rae"], self._cached_encoders["tokens"] = rae, RAEFeatures(rae, digest)
         if flips:
-            self._cached_encoders["mirrored_tokens"] = FrozenEncoder(rae, f"{digest} mirrored", mirrored=True)
+            self._cached_encoders["mirrored_tokens"] = RAEFeatures(rae, f"{digest} mirrored", mirrored=True)
         self.network = rae.decoder.requires_grad_()
         self.ema = EMA(self.network, ema_decay)
         if self.hparams.gradient_checkpointing:
