@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.dit import DiT, DiT_SIZES
 from vavae_tools.diffusion.objectives import FlowMatching
-from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
 from vavae_tools.runtime.machine import keep_freed_memory
 from vavae_tools.training.optim import EMA
 

@@ -37,9 +37,9 @@ from vavae_tools.autoencoders.lpips import LPIPS
 from vavae_tools.autoencoders.vavae import VAVAE, vavae
 from vavae_tools.checkpoints.formats import read_any_format
 from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.dit import DiT, DiT_SIZES
 from vavae_tools.diffusion.layers import SwiGLU
 from vavae_tools.diffusion.solvers import make_solver
-from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
 from vavae_tools.evaluation.metrics import ssim
 from vavae_tools.pipelines.classes import LatentDiTPipeline
 from vavae_tools.runtime.machine import find_machine

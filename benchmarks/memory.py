@@ -42,10 +42,9 @@ from vavae_tools.data.encoded import _batches, _encoded
 from vavae_tools.data.latents import _Encoder
 from vavae_tools.diffusion.clip import TextStates
 from vavae_tools.diffusion.conditioning import ClassConditioner, TextConditioner
-from vavae_tools.diffusion.factory import make_denoiser
+from vavae_tools.diffusion.dit import TextDiT, make_denoiser
 from vavae_tools.diffusion.objectives import make_objective
 from vavae_tools.diffusion.solvers import make_solver
-from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.evaluation.classifier import train_classifier
 from vavae_tools.evaluation.metrics import aligned
 from vavae_tools.pipelines.classes import LatentDiTPipeline

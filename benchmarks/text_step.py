@@ -28,8 +28,8 @@ from vavae_tools.data.latents import encode_latents
 from vavae_tools.data.text_states import TextLatentDataModule, encode_texts
 from vavae_tools.diffusion.clip import TextEncoder, load_text_encoder, tiny_text_encoder
 from vavae_tools.diffusion.conditioning import TextConditioner
+from vavae_tools.diffusion.dit import TextDiT
 from vavae_tools.diffusion.objectives import make_objective
-from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.machine import keep_freed_memory
 from vavae_tools.training.denoiser_module import DiffusionModule

@@ -19,8 +19,8 @@ from torch import nn
 from benchmarks.dit_step import TYPES, half_precision, open_gates, timed
 from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.dit import DiT, DiT_SIZES
 from vavae_tools.diffusion.objectives import SamplePrediction
-from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.machine import keep_freed_memory
 from vavae_tools.training.denoiser_module import DiffusionModule
@@ -132,7 +132,7 @@ def main() -> None:
         f"{options.batch_size}, {options.precision}, {where}"
     )
     for name, each in steps.items():
-        cells, seconds = each.batch["kept"].places.shape[1], statistics.median(times[name])
+        cells, seconds = each.batch["kept"].indices.shape[1], statistics.median(times[name])
         slower = statistics.median(one / other for one, other in zip(times[name], times["64 px"], strict=True))
         print(
             f"  {name:<18}{cells:6,} cells  {seconds * 1000:9,.1f} ms  × {slower:6.2f}   {memory[name] / 1e6:9,.1f} MB"

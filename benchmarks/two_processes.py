@@ -62,7 +62,7 @@ class Silence(L.Callback):
 def train(options: argparse.Namespace) -> None:
     """What each process does: train, and the first one writes down what it has seen."""
     from vavae_tools.diffusion.conditioning import ClassConditioner
-    from vavae_tools.diffusion.transformer import DiT
+    from vavae_tools.diffusion.dit import DiT
     from vavae_tools.training.callbacks.throughput import Speed, Throughput
     from vavae_tools.training.denoiser_module import DiffusionModule
     from vavae_tools.training.devices import quiet_lightning

@@ -14,11 +14,10 @@ from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.diffusion import SOLVERS
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.ddt import DDT
+from vavae_tools.diffusion.dit import DDT, DiT
 from vavae_tools.diffusion.layers import select_tokens
 from vavae_tools.diffusion.objectives import FlowMatching, Objective, make_objective
 from vavae_tools.diffusion.solvers import solvers_for
-from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.evaluation.bits import bits_per_token
 from vavae_tools.evaluation.texts import reconstruction_curve
 from vavae_tools.pipelines.classes import load_guide, load_pipeline

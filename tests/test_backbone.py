@@ -5,10 +5,8 @@ import torch
 from tiny import same, trained_looking
 
 from vavae_tools.diffusion.conditioning import TextCondition
-from vavae_tools.diffusion.ddt import DDT
+from vavae_tools.diffusion.dit import DDT, DiT, TextDiT
 from vavae_tools.diffusion.layers import Backbone, SwiGLU, rope_table, rotate
-from vavae_tools.diffusion.text_dit import TextDiT
-from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.runtime.errors import UserError
 
 TINY = {

@@ -3,10 +3,8 @@ import torch
 from golden_cases import SHARED, assert_close, load_case, load_weights
 
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.ddt import DDT, DDT_SIZES
-from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
+from vavae_tools.diffusion.dit import DDT, DDT_SIZES, DiT, make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.solvers import guided_prediction
-from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.published.denoisers import load_ddt
 from vavae_tools.runtime.errors import UserError
 

@@ -4,8 +4,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import Timesteps
 
-from vavae_tools.diffusion.factory import split_reference_arguments
-from vavae_tools.diffusion.transformer import DiT
+from vavae_tools.diffusion.dit import DiT, split_reference_arguments
 from vavae_tools.published.denoisers import DIT_DEFAULTS, PlainDiT, load_dit
 
 CONFIG = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5}

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
-from vavae_tools.diffusion.transformer import DiT
+from vavae_tools.diffusion.dit import DiT, make_denoiser, split_reference_arguments
 from vavae_tools.recipes.init_from import nearest_classes, start_from
 from vavae_tools.runtime.errors import UserError
 

@@ -10,9 +10,8 @@ from tiny import PEOPLE, same, tiny_dit, trained_looking
 from torch import Tensor
 
 from vavae_tools.data.latents import LatentDataModule
-from vavae_tools.diffusion.ddt import DDT
+from vavae_tools.diffusion.dit import DDT, DiT
 from vavae_tools.diffusion.lora import add_lora, lora_settings, merged_weights
-from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.recipes.init_from import start_from
 from vavae_tools.recipes.init_weights import read_starting_weights
 from vavae_tools.runtime.errors import UserError

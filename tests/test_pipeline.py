@@ -353,7 +353,7 @@ def test_the_usual_batch_fits_the_memory(pipe, monkeypatch):
 
 def test_a_folder_with_an_rae_is_read_by_whoever_has_not_imported_it(tmp_path):
     from vavae_tools.autoencoders.rae import tiny_rae
-    from vavae_tools.diffusion.ddt import DDT
+    from vavae_tools.diffusion.dit import DDT
 
     denoiser = DDT(4, 1, 64, (16, 32), (1, 1), 2)
     rae = tiny_rae(latents_mean=[0.0] * 64, latents_std=[1.0] * 64)

@@ -6,7 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from golden_cases import SHARED, assert_close, load_case, load_weights
 from test_ddt import split_weak
 
-from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
+from vavae_tools.diffusion.dit import make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.objectives import FlowMatching, shift_noise, time_shift_of, unmix
 from vavae_tools.diffusion.solvers import (
     MidpointScheduler,

@@ -6,9 +6,8 @@ from test_backbone import inputs, trained
 from tiny import same
 
 from vavae_tools.diffusion.conditioning import TextCondition
-from vavae_tools.diffusion.factory import make_denoiser
+from vavae_tools.diffusion.dit import TextDiT, make_denoiser
 from vavae_tools.diffusion.layers import CrossAttention
-from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.runtime.errors import UserError
 
 

@@ -7,9 +7,9 @@ from tiny import same, tiny_kl, trained_looking
 
 from vavae_tools.diffusion.clip import TextEncoder, tiny_text_encoder
 from vavae_tools.diffusion.conditioning import TextConditioner
+from vavae_tools.diffusion.dit import TextDiT
 from vavae_tools.diffusion.objectives import make_objective, time_of
 from vavae_tools.diffusion.solvers import make_solver, sample, swapped
-from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.pipelines.text import TextToImagePipeline, load_text_pipeline
 from vavae_tools.runtime.errors import UserError
 

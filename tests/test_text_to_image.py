@@ -22,8 +22,8 @@ from vavae_tools.data.demo.shapes import EXAMPLE_PROMPTS, captioned_shape_data
 from vavae_tools.data.text_states import TextLatentDataModule
 from vavae_tools.diffusion.clip import load_text_encoder, tiny_text_encoder
 from vavae_tools.diffusion.conditioning import TextConditioner
+from vavae_tools.diffusion.dit import TextDiT
 from vavae_tools.diffusion.objectives import make_objective
-from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.pipelines.text import load_text_pipeline
 from vavae_tools.training.denoiser_module import DiffusionModule
 

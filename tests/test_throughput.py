@@ -21,10 +21,8 @@ from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner, TextConditioner
-from vavae_tools.diffusion.ddt import DDT
+from vavae_tools.diffusion.dit import DDT, DiT, TextDiT
 from vavae_tools.diffusion.objectives import SamplePrediction, make_objective
-from vavae_tools.diffusion.text_dit import TextDiT
-from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModule
 from vavae_tools.training.callbacks import throughput
 from vavae_tools.training.callbacks.throughput import Clock, Throughput, flops_of

@@ -13,9 +13,9 @@ from vavae_tools.checkpoints.formats import write_any_format
 from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.data.tokens.tokenizer import ASSISTANT, END, byte_tokenizer
 from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.dit import DiT
 from vavae_tools.diffusion.objectives import SamplePrediction
 from vavae_tools.diffusion.solvers import sample, time_grid
-from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.pipelines.base import kind_of
 from vavae_tools.pipelines.classes import load_pipeline
 from vavae_tools.pipelines.text import load_text_pipeline

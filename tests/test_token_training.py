@@ -13,8 +13,8 @@ from tiny import assert_same_training
 from vavae_tools import train
 from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.dit import DiT
 from vavae_tools.diffusion.objectives import SamplePrediction
-from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.pipelines.tokens import load_token_pipeline
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.training.denoiser_module import DiffusionModule
@@ -130,7 +130,7 @@ def test_padding_changes_nothing():
     learnt = module().eval()
     short = batch(learnt, 0)
     beside = batch(learnt, 0, -1)  # a longer text makes more cells be computed
-    assert beside["kept"].places.shape[1] > short["kept"].places.shape[1] == short["mask"].sum() / 16
+    assert beside["kept"].indices.shape[1] > short["kept"].indices.shape[1] == short["mask"].sum() / 16
     noise = torch.randn(1, 3, 32, 32)
     conditioning, t = torch.zeros(2, 16), torch.tensor([0.3, 0.3])
     one = learnt.objective(learnt.network["denoiser"], short["clean"], conditioning[:1], noise, t[:1], short["mask"])

@@ -6,9 +6,9 @@ from golden_cases import SHARED, assert_close, folder, load_case, load_weights
 from test_backbone import TINY, inputs, trained
 
 from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.dit import DiT, DiT_SIZES
 from vavae_tools.diffusion.layers import rope_table, select_tokens, sincos_table
 from vavae_tools.diffusion.solvers import guided_prediction
-from vavae_tools.diffusion.transformer import DiT, DiT_SIZES
 from vavae_tools.published import load_reference
 from vavae_tools.published.denoisers import split_state_dict
 from vavae_tools.runtime.errors import UserError
@@ -126,12 +126,12 @@ def test_half_of_a_image_is_answered_as_a_image_of_that_half():
     mask[:, :2] = 1
     torch.testing.assert_close(whole(x, t, c, mask)[:, :, :2], half(x[:, :, :2], t, c))
     kept = select_tokens(mask, 1)
-    assert kept.places.tolist() == [list(range(8))] * 2 and kept.there.all()
+    assert kept.indices.tolist() == [list(range(8))] * 2 and kept.valid.all()
     assert torch.equal(whole(x, t, c, kept), whole(x, t, c, mask))
     short = torch.zeros(2, 4, 4)
     short[0, 3], short[1, 0, 1] = 1, 1
-    assert select_tokens(short, 1).there.tolist() == [[True] * 4, [True, False, False, False]]
-    assert select_tokens(short, 1).places[:, 0].tolist() == [12, 1]
+    assert select_tokens(short, 1).valid.tolist() == [[True] * 4, [True, False, False, False]]
+    assert select_tokens(short, 1).indices[:, 0].tolist() == [12, 1]
 
 
 def test_in_reading_order_places_follow_each_other_across_rows():

@@ -10,8 +10,8 @@ from torch import Tensor
 from vavae_tools.autoencoders.stable_diffusion import StableDiffusionVAE
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.dit import DiT
 from vavae_tools.diffusion.solvers import make_solver
-from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.pipelines.classes import LatentDiTPipeline
 
 torch.set_num_threads(1)  # for steps of a millisecond; two threads on a busy machine take seven times as long

@@ -1,12 +1,11 @@
-"""Layers of the denoisers, and `Backbone`, which `DiT`, `DDT` and `TextDiT` share.
+"""Layers of the denoisers, and `Backbone`, which all of them share; parameters bear the references' names.
 
 Blocks are LightningDiT's (Yao & Wang 2025): those of the diffusion transformer (DiT, Peebles & Xie 2023) with rotary
-positions (RoPE, Su et al. 2021), SwiGLU (Shazeer 2020) and RMSNorm (Zhang & Sennrich 2019). Parameters bear the
-references' names, so that published weights load as they are.
+positions (RoPE, Su et al. 2021), SwiGLU (Shazeer 2020) and RMSNorm (Zhang & Sennrich 2019).
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,16 +21,16 @@ Rope = tuple[Tensor, Tensor]
 class TokenSubset(NamedTuple):
     """The patches that are computed, equally many of each sample."""
 
-    places: Tensor  # their numbers, int64 (B, L), those in the mask first
-    there: Tensor  # which of them are in the mask, bool (B, L); the others fill up and are not attended to
+    indices: Tensor  # int64 (B, L), those in the mask first
+    valid: Tensor  # which of them are in the mask, bool (B, L); the others fill up and are not attended to
 
 
 def select_tokens(mask: Tensor, patch_size: int) -> TokenSubset:
     """Return the patches that have any pixel in a mask (B, H, W). Of a mask on a GPU this waits for the GPU."""
-    there = F.max_pool2d(mask[:, None].float(), patch_size).flatten(1) > 0  # (B, N)
-    longest = max(1, int(there.sum(1).max()))
-    places = (~there).int().argsort(dim=1, stable=True)[:, :longest]
-    return TokenSubset(places, there.gather(1, places))
+    covered = F.max_pool2d(mask[:, None].float(), patch_size).flatten(1) > 0  # (B, N)
+    longest = max(1, int(covered.sum(1).max()))
+    indices = (~covered).int().argsort(dim=1, stable=True)[:, :longest]
+    return TokenSubset(indices, covered.gather(1, indices))
 
 
 class RMSNorm(nn.Module):
@@ -148,14 +147,14 @@ class Attention(nn.Module):
         self.k_norm = make_qk_norm(dim // num_heads, qk_norm, rms_norm)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rope: Rope | None, there: Tensor | None = None) -> Tensor:
-        """x (B, N, D), tables (N, head_dim) or (B, N, head_dim); where `there` (B, N) is false none attends to."""
+    def forward(self, x: Tensor, rope: Rope | None, valid: Tensor | None = None) -> Tensor:
+        """x (B, N, D), tables (N, head_dim) or (B, N, head_dim); where `valid` (B, N) is false none attends to."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             cos, sin = (table.unsqueeze(-3) for table in rope)  # the same for all heads
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask = None if there is None else there[:, None, None]  # (B, 1, 1, N)
+        mask = None if valid is None else valid[:, None, None]  # (B, 1, 1, N)
         # Norms and the table may have made q and k float32 under autocast; softmax is in float32 inside the kernel.
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
@@ -235,37 +234,27 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, if asked also to a text, and a perceptron: each of a normed, modulated x, added by a gate (adaLN)."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        qk_norm: bool,
-        swiglu: bool,
-        rms_norm: bool,
-        adaln_shift: bool = True,
-        cross_attention: bool = False,
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, config: Mapping[str, Any], cross_attention: bool = False) -> None:
         super().__init__()
-        self.adaln_shift = adaln_shift
-        self.num_modulations = (3 if cross_attention else 2) * (3 if adaln_shift else 2)
-        hidden = int(dim * mlp_ratio)
+        self.size_of_modulation = 3 if config.get("adaln_shift", True) else 2  # shift, scale and gate, or without shift
+        self.num_modulations = (3 if cross_attention else 2) * self.size_of_modulation
+        hidden, rms_norm = int(dim * config["mlp_ratio"]), config["rms_norm"]
         self.norm1 = make_norm(dim, rms_norm)
-        self.attn = Attention(dim, num_heads, qk_norm, rms_norm)
+        self.attn = Attention(dim, num_heads, config["qk_norm"], rms_norm)
         self.norm2 = make_norm(dim, rms_norm)
         if cross_attention:
-            self.cross = CrossAttention(dim, num_heads, qk_norm, rms_norm)
+            self.cross = CrossAttention(dim, num_heads, config["qk_norm"], rms_norm)
             self.norm3 = make_norm(dim, rms_norm)
-        self.mlp = SwiGLU(dim, int(2 / 3 * hidden)) if swiglu else MLP(dim, hidden)  # ⅔: as many weights as the MLP
+        # ⅔: as many weights as the MLP
+        self.mlp = SwiGLU(dim, int(2 / 3 * hidden)) if config["swiglu"] else MLP(dim, hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, self.num_modulations * dim))
 
     def forward(
-        self, x: Tensor, c: Tensor, rope: Rope | None, there: Tensor | None = None, text: tuple[Tensor, ...] = ()
+        self, x: Tensor, c: Tensor, rope: Rope | None, valid: Tensor | None = None, text: tuple[Tensor, ...] = ()
     ) -> Tensor:
-        """x (B, N, D); c (B, 1, D) or (B, N, D); `there` (B, N), see `Attention`; text: what `CrossAttention` takes."""
-        parts = self.adaLN_modulation(c).chunk(self.num_modulations, dim=-1)
-        step = 3 if self.adaln_shift else 2
-        x = _add(x, parts[:step], self.norm1, self.attn, rope, there)
+        """x (B, N, D); c (B, 1, D) or (B, N, D); `valid` (B, N), see `Attention`; text: what `CrossAttention` takes."""
+        parts, step = self.adaLN_modulation(c).chunk(self.num_modulations, dim=-1), self.size_of_modulation
+        x = _add(x, parts[:step], self.norm1, self.attn, rope, valid)
         if text:
             x = _add(x, parts[step : 2 * step], self.norm2, self.cross, *text)
         return _add(x, parts[-step:], self.norm3 if text else self.norm2, self.mlp)
@@ -307,28 +296,29 @@ class Backbone:
 
     def _make_blocks(self, depth: int, dim: int, num_heads: int, cross_attention: bool = False, part: str = "") -> list:
         """Return blocks as `config` says; `part` names them in a message."""
-        config = self.config
-        if dim % num_heads or dim % 4 or (config.rope and dim // num_heads % 4):
-            parts = " into parts that are multiples of 4 (for rope)" if config.rope else ", and 4 too (for positions)"
+        rope = self.config.rope
+        if dim % num_heads or dim % 4 or (rope and dim // num_heads % 4):
+            parts = " into parts that are multiples of 4 (for rope)" if rope else ", and 4 too (for positions)"
             raise UserError(f"{part}hidden_size {dim} with num_heads {num_heads}: the heads must divide it{parts}")
-        options = {name: config[name] for name in ("mlp_ratio", "qk_norm", "swiglu", "rms_norm")}
-        options |= {"adaln_shift": config.get("adaln_shift", True), "cross_attention": cross_attention}
-        return [Block(dim, num_heads, **options) for _ in range(depth)]
+        return [Block(dim, num_heads, self.config, cross_attention) for _ in range(depth)]
 
-    def _build(self, out_channels: int, positions: str = "grid", cross_attention: bool = False) -> None:
-        """Make a denoiser with one stack of blocks as `config` says, after `_set_grid`."""
+    def _build(self, cross_attention: bool = False) -> None:
+        """Make a denoiser with one stack of blocks as `config` says."""
         config, dim = self.config, self.config.hidden_size
+        self._set_grid(config.input_size, config.patch_size, config.in_channels)
         if config.time_embed not in TIME_EMBEDS:
             raise UserError(f"time_embed={config.time_embed!r} is unknown; it is {' or '.join(TIME_EMBEDS)}.")
         self.conditioning_size = dim
         self.x_embedder = PatchEmbed(self.patch_size, self.in_channels, dim)
         self.t_embedder = TIME_EMBEDS[config.time_embed](dim)
         self.blocks = nn.ModuleList(self._make_blocks(config.depth, dim, config.num_heads, cross_attention))
+        out_channels = self.in_channels * (2 if config.get("learn_sigma") else 1)
         self.final_layer = FinalLayer(dim, self.patch_size**2 * out_channels, config.rms_norm)
-        grid = (self.rows, self.columns) if positions == "grid" else (1, self.rows * self.columns)
+        in_order = config.get("positions") == "sequence"
+        grid = (1, self.rows * self.columns) if in_order else (self.rows, self.columns)
         self.register_buffer("pos_embed", sincos_table(*grid, dim)[None], persistent=False)  # (1, N, D)
         self._register_rope("rope", grid, dim // config.num_heads)
-        self.initialize_weights()
+        self._initialize()
 
     def _register_rope(self, name: str, grid: tuple[int, int], head_dim: int) -> None:
         """Keep the tables of rotary positions, which follow from the sizes and are not saved."""
@@ -340,19 +330,19 @@ class Backbone:
         cos, sin = getattr(self, f"{name}_cos"), getattr(self, f"{name}_sin")
         return None if cos is None else (cos, sin)
 
-    def initialize_weights(self) -> None:
-        """As the reference: at first every block passes x on unchanged and the output is exactly zero."""
+    def _initialize(self, linear: bool = True) -> None:
+        """As the references: at first every block passes x on unchanged and the output is exactly zero.
+
+        Without `linear`, as DiT^DH, linear maps that are not named here keep PyTorch's own initialisation.
+        """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if linear and isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        self._init_adaln_zero([self.x_embedder])
-
-    def _init_adaln_zero(self, embedders: Iterable[PatchEmbed]) -> None:
-        for embedder in embedders:
-            # The patch convolution is a linear map of each patch: initialised as the matrix it is.
-            nn.init.xavier_uniform_(embedder.proj.weight.view(embedder.proj.out_channels, -1))
-            nn.init.zeros_(embedder.proj.bias)
+        for module in self.modules():
+            if isinstance(module, PatchEmbed):  # a linear map of each patch: initialised as the matrix it is
+                nn.init.xavier_uniform_(module.proj.weight.flatten(1))
+                nn.init.zeros_(module.proj.bias)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         # adaLN-zero: closed gates make each block the identity, from where deep models train well.

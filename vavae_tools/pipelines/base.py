@@ -21,8 +21,7 @@ from torch import Tensor
 
 from vavae_tools.checkpoints.formats import is_checkpoint, read_any_format
 from vavae_tools.data.images import to_pixels
-from vavae_tools.diffusion import conditioning
-from vavae_tools.diffusion.factory import make_denoiser
+from vavae_tools.diffusion import conditioning, dit
 from vavae_tools.diffusion.lora import merged_weights
 from vavae_tools.diffusion.objectives import Objective, objective_of
 from vavae_tools.diffusion.solvers import sample, swapped
@@ -36,6 +35,8 @@ Conditioner = TypeVar("Conditioner", bound=ModelMixin)
 Images = Tensor | np.ndarray | list[Image.Image]
 Generators = torch.Generator | list[torch.Generator] | None
 
+FORMER_MODULES = {"text_conditioning": conditioning, "transformer": dit, "text_dit": dit, "ddt": dit}
+"""Where older pipelines say that their classes are."""
 PLAN = "plan"  # what the first of several processes shares once it has found nothing wrong
 KINDS = {
     "LatentDiTPipeline": "makes images of classes: load it by load_pipeline",
@@ -175,7 +176,7 @@ def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -
     _check_kind(path, str(index.get("_class_name")), kind)
     if not ema:
         raise UserError(f"{path} holds the averaged weights alone: name a .ckpt of the training for the live ones")
-    sys.modules["vavae_tools.diffusion.text_conditioning"] = conditioning  # as older pipelines name it
+    sys.modules.update({f"vavae_tools.diffusion.{name}": module for name, module in FORMER_MODULES.items()})
     for part in index.values():  # diffusers finds our classes in modules that are imported already
         home = str(part[0]) if isinstance(part, list) and part else ""
         if home.startswith("vavae_tools.autoencoders."):
@@ -206,7 +207,7 @@ def read_training(
     checkpoint = _read_checkpoint(path)
     state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
     _check_kind(path, _kind_trained(settings), kind)
-    models = make_denoiser(settings["denoiser_config"]), conditioner(**settings["conditioner_config"])
+    models = dit.make_denoiser(settings["denoiser_config"]), conditioner(**settings["conditioner_config"])
     for name, model in zip(("denoiser", "conditioner"), models, strict=True):
         start = f"{'ema.network.' if ema else 'network.'}{name}."
         weights = {key.removeprefix(start): tensor for key, tensor in state.items() if key.startswith(start)}

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from vavae_tools.checkpoints.foreign import plain_name
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.ddt import DDT
-from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
+from vavae_tools.diffusion.dit import DDT, DiT, make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.objectives import expand_time
-from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import read_saved
 

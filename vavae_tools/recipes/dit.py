@@ -16,13 +16,11 @@ from vavae_tools.autoencoders.weights import load_autoencoder, load_vavae
 from vavae_tools.data.datasets import class_data
 from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_latents, latents_digest
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.ddt import DDT
-from vavae_tools.diffusion.factory import make_denoiser, split_reference_arguments
+from vavae_tools.diffusion.dit import DDT, DiT, make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.lora import add_lora
 from vavae_tools.diffusion.objectives import ALIASES, OBJECTIVES, make_objective, time_shift_of
 from vavae_tools.diffusion.objectives import Objective as Learned
 from vavae_tools.diffusion.solvers import make_solver
-from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
 from vavae_tools.published.denoisers import read_latent_statistics
 from vavae_tools.recipes.base import DenoiserModel, LatentRecipe, Objective, VAVAEDiTRecipe

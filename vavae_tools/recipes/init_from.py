@@ -12,10 +12,9 @@ from tqdm.auto import tqdm
 
 from vavae_tools.data.latents import LatentDataModule, LatentDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.ddt import DDT
+from vavae_tools.diffusion.dit import DDT, DiT
 from vavae_tools.diffusion.lora import TARGETS, add_lora, lora_settings
 from vavae_tools.diffusion.objectives import FlowMatching, time_shift_of
-from vavae_tools.diffusion.transformer import DiT
 from vavae_tools.recipes.init_weights import KINDS, StartingWeights, features, read_starting_weights
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.draws import Draws

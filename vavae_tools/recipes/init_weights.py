@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from vavae_tools.checkpoints.foreign import plain_name
 from vavae_tools.checkpoints.formats import read_any_format
-from vavae_tools.diffusion.ddt import DDT_SIZES
+from vavae_tools.diffusion.dit import DDT_SIZES, DiT_SIZES
 from vavae_tools.diffusion.lora import merged_weights
-from vavae_tools.diffusion.transformer import DiT_SIZES
 from vavae_tools.pipelines.base import read_pipeline
 from vavae_tools.pipelines.classes import LatentDiTPipeline
 from vavae_tools.published.denoisers import TABLES
@@ -195,7 +194,7 @@ def _mlp_ratio(width: int, hidden: int, swiglu: bool) -> float:
 
 
 def features(width: int, mlp_ratio: float, swiglu: bool) -> int:
-    """Return the hidden features of a block's perceptron, as `transformer.Block` counts them."""
+    """Return the hidden features of a block's perceptron, as `layers.Block` counts them."""
     hidden = int(width * mlp_ratio)
     return int(2 / 3 * hidden) if swiglu else hidden
 

@@ -21,8 +21,8 @@ from vavae_tools.data.latents import latents_digest
 from vavae_tools.data.text_states import TextLatentDataModule, encode_texts, needed_bytes
 from vavae_tools.diffusion.clip import TextEncoder, load_text_encoder, tiny_text_encoder
 from vavae_tools.diffusion.conditioning import TextConditioner
+from vavae_tools.diffusion.dit import TextDiT
 from vavae_tools.diffusion.solvers import make_solver
-from vavae_tools.diffusion.text_dit import TextDiT
 from vavae_tools.pipelines.batches import in_batches
 from vavae_tools.pipelines.text import TextToImagePipeline, load_text_pipeline
 from vavae_tools.recipes.base import CaptionData, TextToImageRecipe, as_tuple

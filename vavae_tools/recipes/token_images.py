@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vavae_tools.data.tokens.dataset import TokenImageDataModule, TokenImageDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.factory import make_denoiser
+from vavae_tools.diffusion.dit import make_denoiser
 from vavae_tools.diffusion.objectives import noise_level_hiding_a_token
 from vavae_tools.pipelines.tokens import TokenImagePipeline, load_token_pipeline
 from vavae_tools.recipes.base import TokenImageRecipe

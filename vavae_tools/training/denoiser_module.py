@@ -213,7 +213,7 @@ class DiffusionModule(L.LightningModule):
             one = {k: torch.zeros(1, *v.shape[1:], dtype=v.dtype) for k, v in batch.items() if isinstance(v, Tensor)}
             masked, data = {}, one["clean"] if "mask" in one else one["latents"]  # (1, C, h, w)
             if "mask" in one:
-                cells = batch["kept"].places.shape[1]
+                cells = batch["kept"].indices.shape[1]
                 kept = TokenSubset(torch.arange(cells)[None], torch.ones(1, cells, dtype=torch.bool))
                 masked = {"mask": torch.ones_like(one["mask"]), "kept": kept}
             conditioning = network["conditioner"](_conditions({"index": torch.zeros(1, dtype=torch.int64), **one}))
