@@ -185,7 +185,7 @@ def test_fingerprints_and_keys_are_those_of_runs_and_latents_that_are_there(tmp_
     def key(data):
         subsets = {"train": data.train_data, "val": data.val_data}
         usual = {"dtype": "float32", "statistics": None, "precision": "32"}
-        return _cache_keys(torch.nn.Identity(), "weights", subsets, True, 3, [usual])[0]
+        return _cache_keys(torch.nn.Identity(), subsets, "form 2, flips True, seed 3, weights", [usual])[0]
 
     assert {name: key(data) for name, data in found.items() if name != "grey split"} == {
         "split": "bbd53135c72421fb4abf5a86436abbf7cb10805293111e624f2798450be67a32",

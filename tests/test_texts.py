@@ -143,7 +143,6 @@ def test_what_is_read_is_what_was_encoded(tmp_path, monkeypatch, shard_size):
     read = EncodedTexts(folder)
     places = torch.tensor([3, 0, len(DISTINCT) - 1, 3, 5])
     assert_states(read.states(places), [DISTINCT[place] for place in places], torch.float16)
-    assert_states(read.empty(), [""])
 
 
 def test_needed_bytes(tmp_path, monkeypatch):

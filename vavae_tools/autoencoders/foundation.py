@@ -221,7 +221,6 @@ def foundation_features(
         {path.stem: data},
         lambda _, batch: {"features": foundation(to_unit(batch["images"].to(device)), grid)},
         Computing(None, device, f"Features of this {type(foundation).__name__}", print_beside_bars),
-        lambda shard: len(shard.rows) * row_bytes,
         batch_size,
         ranks=ranks,
         progress=progress,

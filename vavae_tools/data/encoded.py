@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -33,22 +33,22 @@ from vavae_tools.runtime.ranks import Ranks
 SHARD_SIZE = 10_000
 SHARD_BYTES = 2**30
 """The most samples and bytes of a shard: one is in memory while it is made, and is lost when the process is killed."""
-MIN_SHARDS = 8
-"""Shards of a subset where it has as many batches: for several processes to share, and to resume with."""
-READ_AT_ONCE = 2**28
-PATIENCE = 120.0
-"""Seconds until files that another machine wrote must be visible: network disks cache that there was nothing."""
+MIN_SHARDS = 8  # of a subset where it has as many batches: for several processes to share, and to resume with
+READ_AT_ONCE = 2**28  # bytes: smaller data are read into memory
+PATIENCE = 120.0  # seconds until another machine's files must be visible: network disks cache that there was nothing
 
-Fields = Callable[[str, Any], dict[str, Tensor]]
+Tensors = dict[str, Tensor]
+Fields = Callable[[str, Any], Tensors]
 """Encodes a batch of a subset: name → tensor, on any device."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows of a subset, and the key of what is made of them."""
+    """Rows of a subset, the key of what is made of them, and its size."""
 
     rows: range
     key: str
+    nbytes: int
 
 
 def cut(subset: str, length: int, row_bytes: int, batch_size: int, key: str) -> dict[str, Shard]:
@@ -56,10 +56,8 @@ def cut(subset: str, length: int, row_bytes: int, batch_size: int, key: str) -> 
     most = max(1, min(SHARD_SIZE, SHARD_BYTES // row_bytes))
     size = min(most, -(-length // (MIN_SHARDS * batch_size)) * batch_size)
     parts = [range(length)[start : start + size] for start in range(0, length, size or 1)]
-    return {
-        f"{subset}-{number:05d}.safetensors": Shard(rows, f"{key} {rows.start}:{rows.stop}")
-        for number, rows in enumerate(parts)
-    }
+    shards = [Shard(rows, f"{key} {rows.start}:{rows.stop}", len(rows) * row_bytes) for rows in parts]
+    return {f"{subset}-{number:05d}.safetensors": shard for number, shard in enumerate(shards)}
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class Store:
         return None
 
     def _stale(self, keep: Collection[str]) -> list[Path]:
-        patterns = [form.format(name) for name in self.subsets for form in ("{}-*.safetensors", ".{}-*.partial")]
+        patterns = [pattern for name in self.subsets for pattern in (f"{name}-*.safetensors", f".{name}-*.partial")]
         return [path for pattern in patterns for path in self.folder.glob(pattern) if path.name not in keep]
 
     def free_bytes(self, keep: Collection[str] = ()) -> int:
@@ -155,10 +153,9 @@ def encode(
     samples: Mapping[str, Any],
     fields: Fields,
     computing: Computing,
-    bytes_of: Callable[[Shard], int],
     batch_size: int = 32,
     dtype: torch.dtype = torch.float16,
-    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    finish: Callable[[Tensors], Tensors] = dict,
     num_workers: int = 0,
     ranks: Ranks | None = None,
     unit: str = "image",
@@ -169,7 +166,6 @@ def encode(
     Args:
         shards: subset → its shards.
         samples: subset → a data set whose `__getitems__` gives a batch, or a sequence.
-        bytes_of: returns the size of a shard that is still to be made.
         dtype: of the floats that are stored.
         finish: makes a shard's tensors of the concatenated ones of its batches.
 
@@ -180,7 +176,7 @@ def encode(
 
     def plan() -> list[str]:
         missing = store.missing(files)
-        store.free_disk_space(sum(bytes_of(files[name]) for name in missing), files.keys() - missing, computing.what)
+        store.free_disk_space(sum(files[name].nbytes for name in missing), files.keys() - missing, computing.what)
         return missing
 
     missing = agree(ranks, plan)
@@ -203,7 +199,9 @@ def encode(
             batches = _batches(samples[subset], [s.rows for s in own.values()], batch_size, num_workers)
             encoded = _encoded(subset, batches, fields, computing, dtype)
             for name, shard in own.items():
-                _write(store.folder / name, shard, encoded, batch_size, finish, advance)
+                tensors = finish(_concatenated(encoded, shard.rows, batch_size, advance))
+                with atomic_write(store.folder / name) as file, disk_errors():
+                    save_file(tensors, file, metadata={"key": shard.key})
         ranks.add(f"{this} finished", 1)
         agree(ranks, wait_for_all)
     store.wait_for(files, ranks)
@@ -234,7 +232,7 @@ def _batches(data: Any, parts: Sequence[range], batch_size: int, num_workers: in
 
 def _encoded(
     subset: str, batches: Iterator[Any], fields: Fields, computing: Computing, dtype: torch.dtype
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[Tensors]:
     """Yield encoded batches on the CPU. The next one is begun before: it is loaded while the device computes."""
     begun = ((batch, *_begun(partial(fields, subset, batch), computing)) for batch in batches)
     for (batch, made, maximum), _ in pairwise(chain(begun, [None])):
@@ -251,33 +249,23 @@ def _encoded(
 
 
 @torch.inference_mode()
-def _begun(call: Callable[[], dict[str, Tensor]], computing: Callable[..., dict[str, Tensor]]) -> tuple[Any, Tensor]:
+def _begun(call: Callable[[], Tensors], computing: Callable[..., Tensors]) -> tuple[Tensors, Tensor]:
     """Return what the device may still be computing, and its largest absolute value."""
     made = computing(call)
     floats = [values for values in made.values() if values.is_floating_point()]
     return made, torch.stack([values.abs().max().float() for values in floats]).max()
 
 
-def _write(
-    path: Path,
-    shard: Shard,
-    encoded: Iterator[dict[str, Tensor]],
-    batch_size: int,
-    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    advance: Callable[[int], None],
-) -> None:
-    parts, left = defaultdict(list), len(shard.rows)
-    for batch in islice(encoded, -(-left // batch_size)):
-        for name, values in batch.items():
+def _concatenated(encoded: Iterator[Tensors], rows: range, batch_size: int, advance: Callable[[int], None]) -> Tensors:
+    parts = defaultdict(list)
+    for start in range(0, len(rows), batch_size):
+        for name, values in next(encoded).items():
             parts[name].append(values)
-        advance(min(batch_size, left))
-        left -= batch_size
-    tensors = finish({name: torch.cat(parts.pop(name)).contiguous() for name in list(parts)})
-    with atomic_write(path) as partial, disk_errors():
-        save_file(tensors, partial, metadata={"key": shard.key})
+        advance(len(rows[start : start + batch_size]))
+    return {name: torch.cat(parts.pop(name)).contiguous() for name in list(parts)}
 
 
-def open_shard(path: Path) -> dict[str, Tensor]:
+def open_shard(path: Path) -> Tensors:
     """Return the tensors of a shard, memory-mapped: they stay in the file until their rows are used."""
     try:
         with safe_open(path, framework="pt") as file:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vavae_tools.data.encoded import EncodedFolder, Rows, Store, agree, cut, encode, open_shard
+from vavae_tools.data.encoded import EncodedFolder, Rows, Store, Tensors, agree, cut, encode, open_shard
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.loader import OrderedDataModule
 from vavae_tools.runtime.console import print_beside_bars
@@ -33,6 +33,8 @@ from vavae_tools.runtime.ranks import Ranks
 INDEX = "latents.json"
 _FORM = 2  # of the files; another form is another cache key
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
+Statistics = tuple[list[float], list[float]]
+"""Mean and standard deviation per channel."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,6 @@ class LatentFolder(EncodedFolder):
         return max(self.people.values()) + 1
 
     def files(self) -> list[str]:
-        """Return the names of all files but the index."""
         return [name for of_subset in self.shards.values() for name in of_subset]
 
     def __str__(self) -> str:
@@ -106,7 +107,6 @@ def encode_latents(
             subset. An autoencoder with statistics of its own needs none: its latents have mean 0 and deviation 1.
         precision: "32", "16" or "bf16"; None: "16" on a GPU, "32" on a CPU, and existing latents of any are kept.
         ranks: those that all call this and share the work, each on its own GPU where `device` is "cuda", on one disk.
-            The latents are those that one process alone would make.
 
     Raises:
         UserError: the image size does not fit the autoencoder, there is no space on the disk, latents that are not
@@ -115,10 +115,9 @@ def encode_latents(
     folder, ranks = Path(output_dir), ranks or Ranks()
     subsets = {"train": images.train_data, "val": images.val_data}
     subsets = {subset: data for subset, data in subsets.items() if data is not None and len(data)}
-    _check_fit(autoencoder, images.train_data.image_size)
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype {dtype!r} of latents: expected one of {', '.join(_DTYPES)}")
-    given = _flat(statistics) if statistics is not None else None
+    size, names = images.train_data.image_size, {subset: list(data.names) for subset, data in subsets.items()}
+    _check_fit(autoencoder, size)
+    given = None if statistics is None else _flat_statistics(*statistics)
     if ranks.size > 1 and str(device) == "cuda":
         device = f"cuda:{ranks.local_rank}"
     computing = Computing(precision, device, f"Latents of this {type(autoencoder).__name__}", log)
@@ -128,10 +127,10 @@ def encode_latents(
     extras = [{"dtype": dtype, "statistics": given, "precision": one} for one in precisions]
 
     def look() -> tuple[list[str], bool]:
-        keys = _cache_keys(autoencoder, weights, subsets, flips, seed, extras)
+        keys = _cache_keys(autoencoder, subsets, f"form {_FORM}, flips {flips}, seed {seed}, {weights}", extras)
         return keys, LatentFolder.find(folder, keys) is not None
 
-    named = [[subset, list(data.names), data.labels.tolist()] for subset, data in subsets.items()]
+    named = [[subset, names[subset], data.labels.tolist()] for subset, data in subsets.items()]
     identity = hashlib.sha256(f"{weights} {json.dumps(named)}".encode()).hexdigest()
     keys, complete = agree(ranks, look, identity)
     if not complete:
@@ -144,7 +143,6 @@ def encode_latents(
             own = ([0.0] * shape[0], [1.0] * shape[0]) if autoencoder.has_own_statistics else None
             made = (open_shard(folder / name)["latents"] for name in shards["train"])
             mean, std = given or own or channel_statistics(made)
-            size, names = images.train_data.image_size, {subset: list(data.names) for subset, data in subsets.items()}
             of = (weights, mean, std, shape, size, flips, images.labels, names, shards, dtype)
             LatentFolder(folder, keys[0], *of).write()
 
@@ -162,7 +160,7 @@ class _Encoder:
     dtype: torch.dtype
     computing: Computing
 
-    def fields(self, subset: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def fields(self, subset: str, batch: Tensors) -> Tensors:
         """Encode a batch of images: their latents, those of the mirrored images, and the labels."""
         x, labels, index = (batch[name].to(self.computing.device) for name in ("images", "labels", "index"))
         x, draws = to_unit(x), Draws(self.seed + list(self.subsets).index(subset), 0, index)
@@ -173,40 +171,26 @@ class _Encoder:
             made["latents_flip"] = encode(x.flip(3), labels, normal)
         return {**made, "labels": batch["labels"]}
 
-    @torch.inference_mode()
-    def shape(self) -> list[int]:
-        """Encode one image → (C, h, w) of its latent."""
-        data = self.subsets["train"]
-        one = (data.part([0]) if hasattr(data, "part") else data).__getitems__([0])
-        return list(self.computing(lambda: self.fields("train", one))["latents"].shape[1:])
-
     def write(
-        self, folder: Path, key: str, statistics: tuple[list[float], ...] | None, batch_size: int, **options: Any
+        self, folder: Path, key: str, statistics: Statistics | None, batch_size: int, **options: Any
     ) -> tuple[list[int], dict[str, list[str]]]:
         """Make all shards; return the shape of a latent, and the names of each subset's shards; `options`: `encode`."""
-        shape = self.shape()
+        with torch.inference_mode():  # one image, for the shape
+            one = self.subsets["train"].part([0]).__getitems__([0])
+            shape = list(self.computing(lambda: self.fields("train", one))["latents"].shape[1:])
         if statistics and any(len(values) != shape[0] for values in statistics):
             count = " and ".join(str(len(values)) for values in statistics)
             raise UserError(f"The statistics have {count} numbers, latents of this autoencoder {shape[0]} channels")
         row_bytes = math.prod(shape) * self.dtype.itemsize * (1 + self.flips) + 8  # 8 for the label
         shards = {name: cut(name, len(data), row_bytes, batch_size, key) for name, data in self.subsets.items()}
         for_inference(self.autoencoder, self.computing.device)
+        store = Store(folder, index=INDEX)
         with trying_convolutions():
-            encode(
-                Store(folder, index=INDEX),
-                shards,
-                self.subsets,
-                self.fields,
-                self.computing,
-                lambda shard: len(shard.rows) * row_bytes,
-                batch_size,
-                self.dtype,
-                **options,
-            )
+            encode(store, shards, self.subsets, self.fields, self.computing, batch_size, self.dtype, **options)
         return shape, {subset: list(of_subset) for subset, of_subset in shards.items()}
 
 
-def channel_statistics(parts: Iterable[Tensor]) -> tuple[list[float], list[float]]:
+def channel_statistics(parts: Iterable[Tensor]) -> Statistics:
     """Return mean and standard deviation per channel over all latents (N, C, h, w), in float64."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for values in (values.double() for part in parts for values in part.split(64)):  # a part may be a gigabyte
@@ -231,7 +215,7 @@ def _check_fit(autoencoder: nn.Module, image_size: tuple[int, int]) -> None:
     raise UserError(f"Images of {image_size[0]}×{image_size[1]} do not fit this {name}: {expected}")
 
 
-def _flat(statistics: tuple[Tensor | Sequence[float], Tensor | Sequence[float]]) -> tuple[list[float], list[float]]:
+def _flat_statistics(*statistics: Tensor | Sequence[float]) -> Statistics:
     """Return mean and standard deviation, of any shape such as (1, C, 1, 1), as numbers."""
     mean, std = (torch.as_tensor(values).double().flatten().tolist() for values in statistics)
     if not all(map(math.isfinite, mean + std)) or min(std, default=0) <= 0:
@@ -245,34 +229,21 @@ def latents_digest(autoencoder: nn.Module) -> str:
 
 
 def _cache_keys(
-    autoencoder: nn.Module,
-    weights: str,
-    subsets: dict[str, Dataset],
-    flips: bool,
-    seed: int,
-    extras: Sequence[dict[str, Any]],
+    autoencoder: nn.Module, subsets: dict[str, Dataset], settings: str, extras: Sequence[dict[str, Any]]
 ) -> list[str]:
-    """Return the key for each of several settings; images are read once for all of them."""
-    usual = {"dtype": "float32", "statistics": None, "precision": "32"}
-    begin = hashlib.sha256(f"form {_FORM}, flips {flips}, seed {seed}, {weights}".encode())
-    digests = [begin.copy() for _ in extras]
-    for digest, extra in zip(digests, extras, strict=True):
-        if extra != usual:  # so that what was encoded before there were such settings is kept
-            digest.update(json.dumps(extra, sort_keys=True).encode())
-
-    def update(content: bytes) -> None:
-        for digest in digests:
-            digest.update(content)
-
+    """Return a key for each of several further settings; images are read once for all of them."""
+    content = b""
     if hasattr(autoencoder, "image_size"):  # how it reads images is not among its weights
         config = {name: value for name, value in getattr(autoencoder, "config", {}).items() if name[0] != "_"}
         config = {name: value for name, value in config.items() if name not in ("latents_mean", "latents_std")}
-        update(json.dumps(config, sort_keys=True).encode())
+        content = json.dumps(config, sort_keys=True).encode()
     for subset, data in subsets.items():
-        update(f"{subset} {data.image_size} {data.channels} {data.labels.tolist()}".encode())
-        for part in data.contents():
-            update(part)
-    return [digest.hexdigest() for digest in digests]
+        about = f"{subset} {data.image_size} {data.channels} {data.labels.tolist()}"
+        content = b"".join([content, about.encode(), *data.contents()])
+    # nothing for these, so that what was encoded before there were such settings is kept
+    usual = {"dtype": "float32", "statistics": None, "precision": "32"}
+    added = ["" if extra == usual else json.dumps(extra, sort_keys=True) for extra in extras]
+    return [hashlib.sha256((settings + extra).encode() + content).hexdigest() for extra in added]
 
 
 class LatentDataset(Dataset):
@@ -295,13 +266,13 @@ class LatentDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def stored(self, indices: Sequence[Any]) -> dict[str, Tensor]:
+    def stored(self, indices: Sequence[Any]) -> Tensors:
         """Return a batch with its latents as they are stored: float16 or float32, not normalised."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         rows = {name: rows[index] for name, rows in self._rows.items()}
         return {**rows, "labels": self.labels[index], "index": index}
 
-    def __getitems__(self, indices: Sequence[Any]) -> dict[str, Tensor]:
+    def __getitems__(self, indices: Sequence[Any]) -> Tensors:
         batch = self.stored(indices)
         return batch if self.as_stored else normalised(batch, *self.statistics)
 
@@ -309,7 +280,7 @@ class LatentDataset(Dataset):
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
 
-def normalised(batch: dict[str, Tensor], mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+def normalised(batch: Tensors, mean: Tensor, std: Tensor) -> Tensors:
     """Return a batch with float32 in place of float16, and its latents normalised in place; mean, std: (C, 1, 1)."""
     batch = {name: value.float() if value.dtype == torch.float16 else value for name, value in batch.items()}
     for name in batch.keys() & {"latents", "latents_flip"}:

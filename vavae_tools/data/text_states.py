@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vavae_tools.data.captions import CaptionOrderedDataModule
-from vavae_tools.data.encoded import SHARD_BYTES, EncodedFolder, Rows, Shard, Store, encode, open_shard
+from vavae_tools.data.encoded import SHARD_BYTES, EncodedFolder, Rows, Shard, Store, Tensors, encode, open_shard
 from vavae_tools.data.folders import count_of
 from vavae_tools.data.latents import LatentDataModule, LatentDataset, LatentFolder
 from vavae_tools.data.loader import index_and_number
@@ -29,12 +29,10 @@ from vavae_tools.runtime.files import atomic_write, disk_errors
 from vavae_tools.runtime.machine import on_device
 from vavae_tools.runtime.precision import Computing
 
-SHARD_SIZE = 16_384
-"""The most captions of a shard."""
+SHARD_SIZE = 16_384  # captions at most
 INDEX = "texts.json"
 CAPTIONS = "captions.safetensors"
 _FORM = 1  # of the files; another form is another cache key
-_NUMBER = 2  # bytes of a float16
 
 Captions = Mapping[str, Sequence[Sequence[str]]]
 """Subset → of each image its captions."""
@@ -66,13 +64,10 @@ class TextFolder(EncodedFolder):
     names: dict[str, str]
 
     def files(self) -> list[str]:
-        """Return the names of all files but the index."""
         return [*self.shards, CAPTIONS]
 
     def __str__(self) -> str:
-        counts = ", ".join(
-            f"{subset} {count:,} of {self.pictures[subset]:,}" for subset, count in self.captions.items()
-        )
+        counts = ", ".join(f"{name} {count:,} of {self.pictures[name]:,}" for name, count in self.captions.items())
         cut = f", {self.cut:,} cut because they are too long" if self.cut else ""
         return f"Captions of images: {counts}; {self.distinct:,} different, {self.tokens:,} tokens{cut} ({self.path})"
 
@@ -107,28 +102,20 @@ def encode_texts(
     if there := TextFolder.find(folder, [key]):
         return there
 
-    def fields(_: str, captions: list[str]) -> dict[str, Tensor]:
+    def fields(_: str, captions: list[str]) -> Tensors:
         states = encoder.encode(captions)
         mask = states.mask.bool()  # the states of tokens alone are stored, caption after caption
         return {"tokens": states.tokens[mask], "ends": mask.sum(1), "pooled": states.pooled}
 
-    shards = _shards(encoder, about, distinct)
+    shards, cut = _shards(encoder, about, distinct)
     device = encoder.device if device is None else device
+    computing = Computing(None, device, f"States of this {type(encoder).__name__}", log)
+    store, options = Store(folder, ("tokens",), INDEX), {"unit": "caption", "progress": progress}
+    options["finish"] = lambda shard: {**shard, "ends": shard["ends"].cumsum(0)}
     with on_device(encoder, device):
-        encode(
-            Store(folder, ("tokens",), INDEX),
-            {"tokens": shards},
-            {"tokens": distinct},
-            fields,
-            Computing(None, device, f"States of this {type(encoder).__name__}", log),
-            lambda shard: _bytes(encoder, [distinct[row] for row in shard.rows]),
-            batch_size,
-            finish=lambda shard: {**shard, "ends": shard["ends"].cumsum(0)},
-            unit="caption",
-            progress=progress,
-        )
+        encode(store, {"tokens": shards}, {"tokens": distinct}, fields, computing, batch_size, **options)
     with atomic_write(folder / CAPTIONS) as partial, disk_errors():
-        save_file(_caption_places(captions_by_subset, distinct), partial)
+        save_file(_caption_rows(captions_by_subset, distinct), partial)
     found = TextFolder(
         folder,
         key,
@@ -139,7 +126,7 @@ def encode_texts(
         captions={subset: sum(map(len, captions)) for subset, captions in captions_by_subset.items()},
         distinct=len(distinct),
         tokens=sum(int(open_shard(folder / name)["ends"][-1]) for name in shards),
-        cut=encoder.lengths(distinct)[1],
+        cut=cut,
         shards={name: len(shard.rows) for name, shard in shards.items()},
         names=names,
     )
@@ -150,11 +137,10 @@ def encode_texts(
 def needed_bytes(encoder: Any, captions_by_subset: Captions, folder: str | Path | None = None) -> int:
     """Return how many bytes `encode_texts` would write into `folder`, by the tokenizer alone."""
     distinct = _distinct(captions_by_subset)
-    shards = _shards(encoder, _encoder_identity(encoder), distinct)
+    shards, _ = _shards(encoder, _encoder_identity(encoder), distinct)
     missing = shards if folder is None else Store(folder).missing(shards)
-    captions = [distinct[row] for name in missing for row in shards[name].rows]
-    places = sum(8 * (len(captions) + sum(map(len, captions))) for captions in captions_by_subset.values())
-    return _bytes(encoder, captions) + places
+    rows = sum(8 * (len(captions) + sum(map(len, captions))) for captions in captions_by_subset.values())
+    return sum(shards[name].nbytes for name in missing) + rows
 
 
 # ---- what is stored where
@@ -170,15 +156,18 @@ def _distinct(captions_by_subset: Captions) -> list[str]:
     return sorted(distinct)
 
 
-def _shards(encoder: Any, about: list, distinct: Sequence[str]) -> dict[str, Shard]:
-    """Return the shards, whose keys follow from their own captions: they are kept when other captions change."""
-    longest = _NUMBER * (encoder.max_tokens * encoder.dim + encoder.pooled_dim) + 8
-    most = max(1, min(SHARD_SIZE, SHARD_BYTES // longest))
-    parts = [range(len(distinct))[start : start + most] for start in range(0, len(distinct), most)]
-    return {
-        f"tokens-{number:05d}.safetensors": Shard(rows, _digest([about, list(distinct[rows.start : rows.stop])]))
-        for number, rows in enumerate(parts)
-    }
+def _shards(encoder: Any, about: list, distinct: Sequence[str]) -> tuple[dict[str, Shard], int]:
+    """Return the shards, and how many captions are cut; keys follow from a shard's own captions, so others keep it."""
+    of_token, of_caption = 2 * encoder.dim, 2 * encoder.pooled_dim + 8  # bytes
+    lengths, cut = encoder.lengths(distinct)
+    nbytes = [min(length, encoder.max_tokens) * of_token + of_caption for length in lengths]
+    most = max(1, min(SHARD_SIZE, SHARD_BYTES // (encoder.max_tokens * of_token + of_caption)))
+    shards = {}
+    for number, start in enumerate(range(0, len(distinct), most)):
+        part = slice(start, start + most)
+        shard = Shard(range(len(distinct))[part], _digest([about, distinct[part]]), sum(nbytes[part]))
+        shards[f"tokens-{number:05d}.safetensors"] = shard
+    return shards, cut
 
 
 def _encoder_identity(encoder: Any) -> list:
@@ -189,19 +178,13 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _bytes(encoder: Any, captions: list[str]) -> int:
-    lengths = encoder.lengths(captions)[0] if captions else []
-    tokens = sum(min(int(length), encoder.max_tokens) for length in lengths)
-    return _NUMBER * (tokens * encoder.dim + len(captions) * encoder.pooled_dim) + 8 * len(captions)
-
-
-def _caption_places(captions_by_subset: Captions, distinct: Sequence[str]) -> dict[str, Tensor]:
-    """Return of each subset the places of its captions, image by image, and where each image's end."""
-    owned, place_of = {}, {caption: place for place, caption in enumerate(distinct)}
+def _caption_rows(captions_by_subset: Captions, distinct: Sequence[str]) -> Tensors:
+    """Return of each subset the rows of its captions, image by image, and where each image's end."""
+    owned, row_of = {}, {caption: row for row, caption in enumerate(distinct)}
     for subset, captions in captions_by_subset.items():
-        places = [place_of[caption] for of_image in captions for caption in of_image]
+        rows = [row_of[caption] for of_image in captions for caption in of_image]
         counts = torch.tensor([len(of_image) for of_image in captions], dtype=torch.int64)
-        owned[f"{subset}.places"], owned[f"{subset}.ends"] = torch.tensor(places, dtype=torch.int64), counts.cumsum(0)
+        owned |= {f"{subset}.places": torch.tensor(rows, dtype=torch.int64), f"{subset}.ends": counts.cumsum(0)}
     return owned
 
 
@@ -220,25 +203,17 @@ class EncodedTexts:
         self._firsts = torch.cat(ends) - self._lengths  # each caption's first token in its shard
         self._shard_of = torch.arange(len(ends)).repeat_interleave(torch.tensor(list(map(len, ends))))
 
-    def states(self, places: Tensor) -> dict[str, Tensor]:
+    def states(self, places: Tensor) -> Tensors:
         """Return the states of captions by their places int64 (B,), padded with zeros to the longest of them.
 
         "text_tokens" float16 (B, L, D), "text_mask" bool (B, L), true where a token is, "text_pooled" float16 (B, P).
         """
         lengths = self._lengths[places]
-        rows = (self._shard_of[places], self._firsts[places], lengths)
-        tokens = [
-            self._tokens[shard][first : first + length]
-            for shard, first, length in zip(*(values.tolist() for values in rows), strict=True)
-        ]
+        rows = (values.tolist() for values in (self._shard_of[places], self._firsts[places], lengths))
+        tokens = [self._tokens[shard][first : first + length] for shard, first, length in zip(*rows, strict=True)]
         padded = pad_sequence(tokens, batch_first=True)  # (B, L, D)
         mask = torch.arange(padded.shape[1]) < lengths[:, None]
         return {"text_tokens": padded, "text_mask": mask, "text_pooled": self._pooled[places]}
-
-    def empty(self) -> dict[str, Tensor]:
-        """Return the states of the empty prompt, a batch of one, in float32."""
-        states = self.states(torch.zeros(1, dtype=torch.int64))
-        return {name: value if name == "text_mask" else value.float() for name, value in states.items()}
 
 
 class TextLatentDataset(LatentDataset):
@@ -256,16 +231,15 @@ class TextLatentDataset(LatentDataset):
                 f"{folder.path} has captions of {count_of(images, 'image')} of the subset {subset}, {latents.path} "
                 f"latents of {len(self):,} other ones: encode both for the same images"
             )
-        owned = open_shard(folder.path / CAPTIONS) if images else {}
-        self._places = owned.get(f"{subset}.places", torch.empty(0, dtype=torch.int64))
-        self._ends = owned.get(f"{subset}.ends", torch.empty(0, dtype=torch.int64))
+        owned, none = open_shard(folder.path / CAPTIONS), torch.empty(0, dtype=torch.int64)
+        self._places, self._ends = (owned.get(f"{subset}.{name}", none) for name in ("places", "ends"))
 
     @property
     def caption_counts(self) -> Tensor:
         """Return how many captions each image has: int64 (N,)."""
         return self._ends.diff(prepend=self._ends.new_zeros(1))
 
-    def stored(self, indices: Sequence[int | tuple[int, int]]) -> dict[str, Tensor]:
+    def stored(self, indices: Sequence[int | tuple[int, int]]) -> Tensors:
         indices, numbers = index_and_number(indices)
         index = torch.tensor(indices, dtype=torch.int64)
         firsts = torch.where(index > 0, self._ends[index - 1], 0)
@@ -289,6 +263,4 @@ class TextLatentDataModule(LatentDataModule, CaptionOrderedDataModule):
     ) -> None:
         super().__init__(latents, batch_size, num_workers, seed)
         self.texts = EncodedTexts(texts if isinstance(texts, TextFolder) else TextFolder.read(texts))
-        self.train_data, self.val_data = (
-            TextLatentDataset(self.folder, self.texts, subset) for subset in ("train", "val")
-        )
+        self.train_data, self.val_data = (TextLatentDataset(self.folder, self.texts, name) for name in ("train", "val"))
