@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from golden_cases import assert_close, load_case, load_weights
+from tiny import random_images as images
 from tiny import tiny_vavae
 
 from vavae_tools.autoencoders.foundation import alignment_loss
@@ -23,10 +24,6 @@ from vavae_tools.autoencoders.losses import (
     spectral,
 )
 from vavae_tools.runtime.errors import UserError
-
-
-def images(size: int = 32, batch: int = 2, seed: int = 0) -> torch.Tensor:
-    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def waves(phase: float, amplitude: float = 1.0, size: int = 64) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import random_images as images
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.lpips import LPIPS, load_lpips
@@ -13,10 +14,6 @@ STACK = [WIDTHS[0]] * 2 + [WIDTHS[1]] * 2 + [WIDTHS[2]] * 3 + [WIDTHS[3]] * 3 + 
 TORCHVISION = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
 SLICES = [1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5]
 BLOCKS_END = [1, 3, 6, 9, 12]  # the convolutions whose ReLU is compared
-
-
-def images(size: int = 32, batch: int = 2, seed: int = 0, channels: int = 3) -> Tensor:
-    return torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def torchvision_file(widths: list[int] = STACK, seed: int = 0) -> dict[str, Tensor]:

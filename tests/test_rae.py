@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
+from tiny import random_images as images
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.encoders import MAEwithNorm
@@ -28,10 +29,6 @@ DECODER |= {"decoder_intermediate_size": 16, "decoder_patch_size": 4}
 def small_rae(grid: int = 4, seed: int = 0, **changes) -> RAE:
     torch.manual_seed(seed)
     return RAE(**{"encoder_config": SMALL, "encoder_input_size": 8 * grid, **DECODER, **changes}).eval()
-
-
-def images(size: int = 16, batch: int = 2, seed: int = 0) -> Tensor:
-    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def statistics(rae: RAE, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -100,7 +97,7 @@ def test_a_folders_encoder_gives_patch_tokens_without_the_last_norms_weights(tmp
 def test_mae_keeps_every_patch_in_its_place():
     torch.manual_seed(0)
     encoder = MAEwithNorm({**SMALL, "num_hidden_layers": 0})  # nothing mixes the patches
-    x = images(32)
+    x = images()
     there = encoder(x)
     x[:, :, 8:16, 24:] += 1  # the patch of row 1, column 3
     changed = (encoder(x) - there).abs().amax(dim=(0, 2)) > 1e-6
@@ -118,7 +115,7 @@ def test_the_whole_siglip_folder_and_its_preprocessor(tmp_path, said):
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}')
     rae = load_rae("siglip2", tmp_path, 32, decoder=DECODER, log=said.append)
     vision = model.vision_model
-    torch.testing.assert_close(rae.encoder(images(32)), expected_tokens(vision, "siglip", images(32)))
+    torch.testing.assert_close(rae.encoder(images()), expected_tokens(vision, "siglip", images()))
     assert rae.config.image_mean == [0.1, 0.2, 0.3] and rae.config.image_std == [0.4, 0.5, 0.6]
 
 
@@ -247,10 +244,10 @@ def test_diffusers_own_folder(tmp_path, said):
     theirs.save_pretrained(tmp_path)
     assert is_rae_folder(tmp_path)
     rae = load_rae(encoder_config_path=tmp_path, log=said.append)
-    colours = (images(32) + 1) / 2
+    colours = (images() + 1) / 2
     with torch.no_grad():
         latents = theirs.encode(colours).latent
-        torch.testing.assert_close(rae.encode(images(32)).latent * std / (std + 1e-5), latents, rtol=0, atol=2e-5)
+        torch.testing.assert_close(rae.encode(images()).latent * std / (std + 1e-5), latents, rtol=0, atol=2e-5)
         torch.testing.assert_close(rae.decode(latents).sample, theirs.decode(latents).sample * 2 - 1, rtol=0, atol=1e-4)
     assert len(said) == 1 and "its own settings hold: Dinov2withNorm, 224 pixels → latents 64×16×16" in said[0]
 

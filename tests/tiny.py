@@ -80,6 +80,12 @@ def tiny_pipeline(seed: int = 0) -> LatentDiTPipeline:
     return pipe
 
 
+def random_images(size: int | tuple[int, int] = 32, batch: int = 2, seed: int = 0, channels: int = 3) -> Tensor:
+    """(B, C, H, W) in [-1, 1]."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 

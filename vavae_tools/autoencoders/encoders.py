@@ -1,7 +1,4 @@
-"""Frozen encoders whose patch tokens are an autoencoder's latents (RAE, Zheng et al. 2025): DINOv2, SigLIP, MAE.
-
-Architectures are those of transformers, which is imported only where an encoder is built. Nothing is downloaded here.
-"""
+"""Frozen encoders whose patch tokens are an autoencoder's latents (RAE, Zheng et al. 2025): DINOv2, SigLIP, MAE."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -25,8 +22,7 @@ _KEPT = (  # what an encoder's tokens follow from, beside the model_type
 class FrozenEncoder(nn.Module):
     """A ViT whose patch tokens, after a last norm without affine weights, are what RAE encodes to.
 
-    It never leaves evaluation mode and asks for no gradients of its weights. Position tables are resampled to the
-    grid of the images as transformers does it.
+    It never leaves evaluation mode. Position tables are resampled to the images' grid as transformers does it.
 
     Args:
         config: arguments of a transformers configuration, or all that a `config.json` holds; what is left out is as
@@ -36,10 +32,8 @@ class FrozenEncoder(nn.Module):
     kinds: ClassVar[dict[str, str]]
     """model_type → how transformers' classes are called before "Config" and "Model"; the first is the published one"""
     published: ClassVar[dict[str, Any]]
-    fixed: ClassVar[dict[str, Any]] = {}
-    """arguments that no configuration changes"""
-    input_size: ClassVar[int]
-    """pixels of a side that the published RAE encodes at"""
+    fixed: ClassVar[dict[str, Any]] = {}  # arguments that no configuration changes
+    input_size: ClassVar[int]  # pixels of a side that the published RAE encodes at
     mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
     std: ClassVar[tuple[float, ...]] = IMAGENET_STD
     norm: ClassVar[str] = "layernorm"
@@ -78,25 +72,21 @@ class FrozenEncoder(nn.Module):
         published_type = next(iter(cls.kinds))
         model_type = config.get("model_type") or published_type
         if model_type not in cls.kinds:
-            other = next((f"encoder_cls={name}" for name, kind in ENCODERS.items() if model_type in kind.kinds), None)
-            known = ", ".join(name for kind in ENCODERS.values() for name in kind.kinds)
-            raise UserError(
-                f"The encoder configuration is of a {model_type!r}, {cls.__name__} takes {' or '.join(cls.kinds)}: "
-                f"{other or f'there are {known}'}"
-            )
+            known = {name: kind.__name__ for kind in _FAMILIES.values() for name in kind.kinds}
+            fitting = f"take encoder_cls={known[model_type]}" if model_type in known else f"expected {', '.join(known)}"
+            raise UserError(f"The encoder configuration is of a {model_type!r}, not for {cls.__name__}: {fitting}")
         # a config.json leaves out what equals transformers' own defaults, which are not the published base size
         is_file = "architectures" in config or "transformers_version" in config
         defaults = cls.published if model_type == published_type and not is_file else {}
         return model_type, {**defaults, **{key: config[key] for key in _KEPT if key in config}, **cls.fixed}
 
     def train(self, mode: bool = True) -> "FrozenEncoder":
-        """Stay in evaluation mode."""
         return super().train(False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Images (B, 3, H, W), normalised as the encoder wants them → patch tokens (B, N, C), row by row."""
+        """Return patch tokens (B, N, C), row by row, of images (B, 3, H, W) normalised as the encoder wants them."""
         height, width = pixel_values.shape[2:]
-        if height % self.patch_size or width % self.patch_size or not height * width:
+        if height % self.patch_size or width % self.patch_size:
             raise UserError(f"Images of {height}×{width} do not fall into patches of {self.patch_size} pixels")
         return self._tokens(pixel_values.to(next(self.model.parameters()).dtype))
 
@@ -152,14 +142,8 @@ class MAEwithNorm(FrozenEncoder):
         return tokens[:, 1:]  # (B, N, C)
 
 
-ENCODERS: dict[str, type[FrozenEncoder]] = {
-    kind.__name__: kind for kind in (Dinov2withNorm, SigLIPwithNorm, MAEwithNorm)
-}
-_BY_NAME = {  # in lower case: ours, the RAE authors', diffusers'
-    **{name.lower(): kind for name, kind in ENCODERS.items()},
-    **{"siglip2wnorm": SigLIPwithNorm, "maewnorm": MAEwithNorm},
-    **{"dinov2": Dinov2withNorm, "siglip2": SigLIPwithNorm, "siglip": SigLIPwithNorm, "mae": MAEwithNorm},
-}
+_FAMILIES: dict[str, type[FrozenEncoder]] = {"dinov2": Dinov2withNorm, "siglip": SigLIPwithNorm, "mae": MAEwithNorm}
+_NAME = re.compile(r"(dinov2|siglip|mae)2?(w(ith)?norm)?", re.IGNORECASE)  # ours, the RAE authors', diffusers'
 
 
 def encoder_class(name: str) -> type[FrozenEncoder]:
@@ -168,10 +152,10 @@ def encoder_class(name: str) -> type[FrozenEncoder]:
     >>> encoder_class("SigLIP2wNorm") is encoder_class("siglip2") is SigLIPwithNorm
     True
     """
-    kind = _BY_NAME.get(name.strip().lower())
-    if kind is None:
-        raise UserError(f"No encoder {name!r}; there are {', '.join(ENCODERS)}")
-    return kind
+    match = _NAME.fullmatch(name.strip())
+    if match is None:
+        raise UserError(f"No encoder {name!r}; there are {', '.join(kind.__name__ for kind in _FAMILIES.values())}")
+    return _FAMILIES[match[1].lower()]
 
 
 @contextmanager

@@ -1,8 +1,4 @@
-"""Latents that know what is in an image: their alignment with a frozen vision foundation model (Yao & Wang 2025).
-
-Nothing is downloaded: the foundation model is a folder in transformers' format, and transformers is imported only where
-one is loaded.
-"""
+"""Latents that know what is in an image: their alignment with a frozen vision foundation model (Yao & Wang 2025)."""
 
 import hashlib
 import math
@@ -16,11 +12,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.encoders import silent_transformers
+from vavae_tools.checkpoints.foreign import contents
 from vavae_tools.data.encoded import Rows, Store, agree, cut, encode, open_shard
 from vavae_tools.data.images import DecodedImages, to_unit
 from vavae_tools.runtime.console import print_beside_bars
-from vavae_tools.runtime.errors import UserError, one_line
-from vavae_tools.runtime.files import read_json, weights_digest
+from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import load_model, read_json, weights_digest
 from vavae_tools.runtime.precision import Computing, in_float32
 from vavae_tools.runtime.ranks import Ranks
 
@@ -28,19 +25,13 @@ LARGEST_CACHE = 8 * 2**30
 """Bytes of features that are kept on the disk: those of 16,000 images on a grid of 16×16 by a ViT-L."""
 
 _MODEL_TYPES = ("dinov2", "dinov2_with_registers", "vit_mae")
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-_WEIGHT_FILES += tuple(f"{name}.index.json" for name in _WEIGHT_FILES)  # where they are in several parts
-_FORM = 1  # of the features; another form is another cache key
 
 
 class Foundation(Protocol):
-    """What latents can be aligned with: any frozen encoder of images."""
+    """A frozen encoder of images; `digest` is a hash of all that its features follow from."""
 
     channels: int
     digest: str
-    """A hash of all that its features follow from."""
-
-    def to(self, device: str | torch.device) -> "Foundation": ...
 
     def __call__(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return features (B, channels, h, w) for a grid (h, w), without a graph, of images (B, C, H, W) in [-1, 1]."""
@@ -95,10 +86,7 @@ class TransformersFoundation:
 
 
 def _positions(table: Tensor, patch_size: int, tokens: Tensor, height: int, width: int) -> Tensor:
-    """Return the position embeddings (1, 1 + n·n, D) for images of height × width pixels, in the model's place.
-
-    timm, which the reference runs, resamples with bicubic antialiasing.
-    """
+    """Return position embeddings (1, 1 + h·w, D) for images of height × width pixels, in the model's place."""
     grid = (height // patch_size, width // patch_size)
     side = math.isqrt(table.shape[1] - 1)
     if grid == (side, side):
@@ -109,48 +97,19 @@ def _positions(table: Tensor, patch_size: int, tokens: Tensor, height: int, widt
 
 
 def load_foundation(folder: str | Path) -> TransformersFoundation:
-    """Load a frozen DINOv2 (with or without registers) or ViT-MAE from its folder, such as facebook/dinov2-large's.
+    """Load a frozen DINOv2 (with or without registers) or ViT-MAE from its folder in transformers' format."""
+    from transformers import AutoModel
 
-    Safetensors are preferred; pickled weights are only read as tensors (`weights_only`).
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        instead = "name one, such as facebook/dinov2-large's (config.json, model.safetensors), or take vf_weight 0"
-        raise UserError(f"No folder {folder} of a vision foundation model: {instead}")
-    there = sorted(path.name for path in folder.iterdir())
-    for names in (("config.json",), _WEIGHT_FILES):
-        if not any(name in there for name in names):
-            held = ", ".join(there[:5]) or "nothing"
-            raise UserError(f"{folder} is no folder of a foundation model: {names[0]} is missing; it holds {held}")
-    model_type = read_json(folder / "config.json").get("model_type")
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        instead = "name a folder such as facebook/dinov2-large's (config.json, model.safetensors), or take vf_weight 0"
+        raise UserError(f"No vision foundation model in {folder}, which {contents(config.parent)}: {instead}")
+    model_type = read_json(config).get("model_type")
     if model_type not in _MODEL_TYPES:
         expected = f"one of {', '.join(_MODEL_TYPES)}, in transformers' format (timm's is another)"
         raise UserError(f"{folder} holds a model of type {model_type!r}, expected {expected}")
-    return TransformersFoundation(_load_model(folder))
-
-
-def _load_model(folder: Path) -> nn.Module:
-    try:
-        from transformers import AutoModel
-    except ImportError as error:
-        raise UserError(f"A foundation model needs transformers ({error}): pip install 'transformers>=5.0'") from None
-    try:
-        with silent_transformers():
-            model, report = AutoModel.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )
-    except Exception as error:  # of any kind: what transformers' versions stumble over in damaged files
-        advice = "pickled weights may hold tensors only, so take model.safetensors"
-        if any(folder.glob("model.safetensors*")):
-            advice = "copy the folder anew"
-        raise UserError(f"The foundation model in {folder} cannot be loaded ({one_line(error)}): {advice}") from None
-    missing = sorted(name for name in report["missing_keys"] if "mask_token" not in name)  # only training has masks
-    if missing:  # transformers goes on with random numbers there
-        raise UserError(
-            f"The weights in {folder} are not those of its config.json: {len(missing)} are missing, such as "
-            f"{missing[0]}. Copy the folder anew"
-        )
-    return model
+    with silent_transformers():
+        return TransformersFoundation(load_model(AutoModel, folder, local_files_only=True, trust_remote_code=False))
 
 
 @in_float32
@@ -200,18 +159,17 @@ def foundation_features(
         None where they take more than `LARGEST_CACHE` or the disk has: compute the features of each batch as it comes.
     """
     path, ranks, row_bytes = Path(path), ranks or Ranks(), 2 * foundation.channels * math.prod(grid)
-    store, needed = Store(path.parent, (path.stem,)), len(data) * row_bytes
+    store = Store(path.parent, (path.stem,))
 
-    def look() -> tuple[str, bool, bool]:
-        key = _cache_key(foundation, data, grid)
-        former = store.key_of(path.name) == key  # one file, as there was before there were shards
-        if not former:
-            path.unlink(missing_ok=True)
-        return key, former, needed <= min(LARGEST_CACHE, store.free_bytes())
+    def look() -> tuple[str, bool]:
+        path.unlink(missing_ok=True)  # one file held them all before there were shards
+        settings = (1, foundation.digest, tuple(grid), data.image_size, data.channels)  # 1: the features' form
+        key = hashlib.sha256(str(settings).encode())
+        for part in data.contents():
+            key.update(part)
+        return key.hexdigest(), len(data) * row_bytes <= min(LARGEST_CACHE, store.free_bytes())
 
-    key, former, fits = agree(ranks, look, foundation.digest)
-    if former:
-        return Rows([open_shard(path)["features"]])
+    key, fits = agree(ranks, look, foundation.digest)
     if not fits:
         return None
     shards = cut(path.stem, len(data), row_bytes, batch_size, key)
@@ -226,11 +184,3 @@ def foundation_features(
         progress=progress,
     )
     return Rows([open_shard(path.parent / name)["features"] for name in shards])
-
-
-def _cache_key(foundation: Foundation, data: DecodedImages, grid: tuple[int, int]) -> str:
-    settings = (_FORM, foundation.digest, tuple(grid), data.image_size, data.channels)
-    digest = hashlib.sha256(str(settings).encode())
-    for part in data.contents():
-        digest.update(part)
-    return digest.hexdigest()

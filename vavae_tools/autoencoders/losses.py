@@ -1,8 +1,7 @@
 """What a good reconstruction is: the parts of an autoencoder's loss, each with a weight; 0 turns a part off.
 
-A part is a function of (reconstruction, images) or of the posterior that returns its mean over the batch, so that
-weights mean the same at any batch and image size. Images are (B, C, H, W) in [-1, 1]. LDM and VA-VAE sum over an
-image: their total is ours times C·H·W.
+Each is a mean, so that weights mean the same at any batch and image size. Images are (B, C, H, W) in [-1, 1]. LDM and
+VA-VAE sum over an image: their total is ours times C·H·W.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,21 +14,15 @@ from torch import Tensor, nn
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.precision import in_float32
 
-# ---- the adversary
-
 
 class PatchDiscriminator(nn.Module):
     """The PatchGAN of pix2pix (Isola et al. 2017): a logit for each patch of an image, high for real ones.
 
     Weights are named as VQGAN and VA-VAE name them (`main.0.weight` …). A logit sees 70×70 pixels; they lie 8 pixels
-    apart.
-
-    Args:
-        width: channels of the first layer; the others have 2, 4 and 8 times as many.
+    apart. `width` is the channels of the first layer; the others have 2, 4 and 8 times as many.
     """
 
-    smallest_size = 24
-    """Pixels of a side: the three layers that halve must leave 3×3, as the two after them take a pixel each."""
+    smallest_size = 24  # pixels of a side: three layers halve it, two more take a pixel each
 
     def __init__(self, in_channels: int = 3, width: int = 64) -> None:
         super().__init__()
@@ -77,9 +70,6 @@ def adaptive_weight(reference_gradient: Tensor, gradient: Tensor, largest: float
     return (reference_norm / (norm + epsilon)).clamp(0.0, largest)
 
 
-# ---- comparing images
-
-
 @in_float32
 def l1(reconstruction: Tensor, images: Tensor) -> Tensor:
     """Return the mean absolute error, in the units of [-1, 1]."""
@@ -88,7 +78,7 @@ def l1(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 @in_float32
 def gradient(reconstruction: Tensor, images: Tensor, scales: int = 3) -> Tensor:
-    """Return the mean absolute error of differences between neighbours, at full, half and quarter size."""
+    """Return the mean absolute error of differences between neighbours, each scale at half the size of the last."""
     total = reconstruction.new_zeros(())
     for scale in range(scales):
         if scale:
@@ -102,21 +92,19 @@ def gradient(reconstruction: Tensor, images: Tensor, scales: int = 3) -> Tensor:
 def spectral(reconstruction: Tensor, images: Tensor, windows: tuple[int, ...] = (8, 16)) -> Tensor:
     """Return the mean absolute error of the magnitudes of short 2-D Fourier transforms (half-overlapping Hann windows).
 
-    A blurred texture loses nothing in the mean but much of its magnitude: this part gives fine texture its strength
-    back even where its phase cannot be known, without pretrained weights (as the multi-resolution STFT losses of
-    Parallel WaveGAN, Yamamoto et al. 2020, do for sound). Windows larger than the image are left out.
+    This keeps fine texture strong even where its phase cannot be known, without pretrained weights (as the
+    multi-resolution STFT losses of Parallel WaveGAN, Yamamoto et al. 2020, for sound). Windows larger than the image
+    are left out.
     """
-    total, count = reconstruction.new_zeros(()), 0
+    total, windows = reconstruction.new_zeros(()), [size for size in windows if size <= min(images.shape[2:])]
     for size in windows:
-        if size > min(images.shape[2:]):
-            continue
         window = torch.hann_window(size, periodic=False, device=images.device)
         window = torch.outer(window, window)
         window = window / window.square().sum().sqrt()
         with torch.no_grad():
             expected = _magnitudes(images, window)
-        total, count = total + (_magnitudes(reconstruction, window) - expected).abs().mean(), count + 1
-    return total / max(count, 1)
+        total = total + (_magnitudes(reconstruction, window) - expected).abs().mean()
+    return total / max(len(windows), 1)
 
 
 def _magnitudes(images: Tensor, window: Tensor) -> Tensor:
@@ -127,11 +115,7 @@ def _magnitudes(images: Tensor, window: Tensor) -> Tensor:
 
 @in_float32
 def kl(posterior: DiagonalGaussianDistribution, images: Tensor) -> Tensor:
-    """Return the KL divergence from a standard normal, summed over the latent and divided by the image's C·H·W.
-
-    In the reference (LDM, VA-VAE) absolute errors are summed over an image and so is this: a `kl_weight` of 1e-6
-    means the same in both.
-    """
+    """Return the KL divergence from a standard normal, summed over the latent and divided by the image's C·H·W."""
     return posterior.kl().mean() / images[0].numel()
 
 
@@ -143,8 +127,7 @@ class ImageLoss:
     """The weighted sum of what compares images: `loss, parts = image_loss(reconstruction, images)`.
 
     Args:
-        weights: by name, of `IMAGE_LOSSES` and of "perceptual"; 0 turns a part off.
-        lpips: (reconstruction, images) → (B,), the perceptual part.
+        weights: by name, of `IMAGE_LOSSES` and of "perceptual", which is `lpips`; 0 turns a part off.
     """
 
     def __init__(self, weights: Mapping[str, float], lpips: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
@@ -159,9 +142,6 @@ class ImageLoss:
         parts = {name: part(reconstruction, images) for name, (part, _) in self.parts.items()}
         loss = sum((weight * parts[name] for name, (_, weight) in self.parts.items()), reconstruction.new_zeros(()))
         return loss, {**{name: value.detach() for name, value in parts.items()}, "reconstruction": loss.detach()}
-
-
-# ---- the whole loss
 
 
 def autoencoder_loss(
@@ -181,9 +161,8 @@ def autoencoder_loss(
     """Combine every part as VA-VAE (Yao & Wang 2025) or RAE (Zheng et al. 2025) does, divided by C·H·W.
 
     The adversarial and the alignment part are weighed against the image loss by the gradients that each has at a
-    layer (VQGAN, Esser et al. 2021). What compares images is differentiated once, down to the reconstruction, and both
-    weighing and training go on from there: LPIPS and the discriminator are passed backwards once instead of three
-    times, and what they kept is freed before the decoder's turn.
+    layer (VQGAN, Esser et al. 2021). What compares images is differentiated once, down to the reconstruction, from
+    where both weighing and training go on: LPIPS and the discriminator are passed backwards once, not three times.
 
     Args:
         reconstruction: (B, C, H, W) float32 with its graph.
