@@ -14,6 +14,7 @@ from torch.nn.functional import silu
 
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DiT, make_denoiser, split_reference_arguments
+from vavae_tools.recipes.base import InitFrom
 from vavae_tools.recipes.init_from import nearest_classes, start_from
 from vavae_tools.runtime.errors import UserError
 
@@ -24,7 +25,9 @@ PLAIN = {"swiglu": False, "rope": False, "rms_norm": False}
 def start(denoiser, conditioner, path, **settings) -> list[str]:
     """`start_from`: what was logged."""
     said: list[str] = []
-    start_from(denoiser, conditioner, path, log=said.append, **settings)
+    latents = settings.pop("latents", None)
+    seed = settings.pop("seed", 0)
+    start_from(denoiser, conditioner, InitFrom(weights=path, **settings), latents, seed, said.append)
     return said
 
 
@@ -208,7 +211,7 @@ def test_a_pipeline_keeps_the_rows_of_the_people_it_knows(tmp_path):
     assert same(conditioner.embedding_table.weight[[1, 3]], theirs[[1, 1]])
     with pytest.raises(UserError, match=r"depth 1 \(here 2\).*model.depth=1"):
         start(DiT(**{**numbers, "depth": 2}), conditioner, tmp_path / "pipeline")
-    with pytest.raises(UserError, match=r"holds no weights to go on from: name .*run/pipeline"):
+    with pytest.raises(UserError, match=r"no model_index.json\); it holds pipeline"):
         (tmp_path / "run").mkdir()
         (tmp_path / "pipeline").rename(tmp_path / "run" / "pipeline")
         start(denoiser, conditioner, tmp_path / "run")

@@ -12,8 +12,8 @@ from torch import Tensor
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.diffusion.dit import DDT, DiT
 from vavae_tools.diffusion.lora import add_lora, lora_settings, merged_weights
-from vavae_tools.recipes.init_from import start_from
-from vavae_tools.recipes.init_weights import read_starting_weights
+from vavae_tools.recipes.base import InitFrom
+from vavae_tools.recipes.init_from import read_starting_weights, start_from
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
@@ -104,7 +104,8 @@ class Run:
     def __init__(self, folder, published, latents_dir):
         quiet_lightning()
         denoiser, conditioner = tiny_dit(seed=8)
-        start_from(denoiser, conditioner, published, classes=[1, 0, None], lora_rank=2, log=lambda line: None)
+        init = InitFrom(published, classes=[1, 0, None], lora_rank=2)
+        start_from(denoiser, conditioner, init, log=lambda line: None)
         self.before = {name: value.clone() for name, value in denoiser.state_dict().items()}
         self.rows = conditioner.embedding_table.weight.detach().clone()
         self.module = DiffusionModule(denoiser, conditioner, lr=1e-2, warmup_steps=2, schedule="constant")
@@ -150,6 +151,6 @@ def test_a_checkpoint_gives_one_merged_model(whole):
         torch.testing.assert_close(denoiser(x, t, c), average["denoiser"](x, t, c), rtol=0, atol=1e-6)
     assert same(found.table, average["conditioner"].embedding_table.weight[:PEOPLE].data)
 
-    start_from(denoiser, conditioner, whole.path, classes="keep", log=lambda line: None)
+    start_from(denoiser, conditioner, InitFrom(whole.path, classes="keep"), log=lambda line: None)
     assert same(conditioner.embedding_table.weight, average["conditioner"].embedding_table.weight)
     assert all(weight.requires_grad for weight in denoiser.parameters())

@@ -155,13 +155,17 @@ def load_pipeline(path: str | Path, ema: bool = True, autoencoder_dir: str | Pat
         ema: of a checkpoint, take the averaged weights; False takes the live ones.
         autoencoder_dir: the autoencoder of a checkpoint; by default `autoencoder/` beside the checkpoints' folder.
     """
-    pipe = _load(Path(path), ema)
+    pipe = _read(Path(path), ema)
     if pipe.vae is None:
         pipe.register_modules(vae=load_autoencoder(autoencoder_dir or base.autoencoder_beside(Path(path))).eval())
     return pipe
 
 
-def _load(path: Path, ema: bool, **options: Any) -> LatentDiTPipeline:
+def load_without_autoencoder(path: str | Path, ema: bool = True) -> LatentDiTPipeline:
+    return _read(Path(path), ema, vae=None)
+
+
+def _read(path: Path, ema: bool, **options: Any) -> LatentDiTPipeline:
     """Load as `load_pipeline` does, of a checkpoint without the autoencoder; `options` are of a folder alone."""
     if base.is_folder_of_pipeline(path):
         return base.read_pipeline(LatentDiTPipeline, path, ema, **options)
@@ -176,7 +180,7 @@ def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> G
 
     It is loaded as by `load_pipeline`, but needs no autoencoder.
     """
-    weak = _load(Path(path), ema, vae=None)
+    weak = load_without_autoencoder(path, ema)
     for what, found, expected in (
         ("latents of shape", weak.denoiser.latent_shape, pipe.denoiser.latent_shape),
         ("classes:", weak.conditioner.num_classes, pipe.conditioner.num_classes),

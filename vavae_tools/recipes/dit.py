@@ -138,11 +138,11 @@ def build_on_latents(
     if recipe.data.flips and not folder.flips:
         raise UserError(f"{folder.path} has no mirrored latents to train on: encode with flips=True")
     network, conditioner = _denoiser_for(latents, recipe.model)
-    init = asdict(recipe.init)
-    if init["weights"] and resume_from is None:
-        start_from(network, conditioner, latents=latents, seed=seed, log=log, **init)
-    elif init["weights"] and init["lora_rank"]:  # a run that resumes has its weights, and needs the same form
-        add_lora(network, init["lora_rank"], init["lora_alpha"], init["lora_targets"])
+    init = recipe.init
+    if init.weights and resume_from is None:
+        start_from(network, conditioner, init, latents, seed, log)
+    elif init.weights and init.lora_rank:  # a run that resumes has its weights, and needs the same form
+        add_lora(network, init.lora_rank, init.lora_alpha, init.lora_targets)
     config, numbers = prepared(config, network, seed, log)
     with rank_zero_first("autoencoder"):  # the others may read what it writes
         model = _autoencoder_of(latents, autoencoder, output_dir / "autoencoder")

@@ -1,8 +1,9 @@
 """What a denoiser's training goes on from: weights from here or published ones, all kept but the class table's rows."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from inspect import signature
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,19 +11,23 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vavae_tools.checkpoints.foreign import plain_name
 from vavae_tools.data.latents import LatentDataModule, LatentDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.dit import DDT, DiT
-from vavae_tools.diffusion.lora import TARGETS, add_lora, lora_settings
+from vavae_tools.diffusion.dit import DDT, DDT_SIZES, DiT, DiT_SIZES
+from vavae_tools.diffusion.lora import add_lora, lora_settings
 from vavae_tools.diffusion.objectives import FlowMatching, time_shift_of
-from vavae_tools.recipes.init_weights import KINDS, StartingWeights, features, read_starting_weights
+from vavae_tools.pipelines.classes import load_without_autoencoder
+from vavae_tools.published.denoisers import TABLES
+from vavae_tools.recipes.base import InitFrom
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError, join_first
+from vavae_tools.runtime.files import read_checkpoint, read_safetensors
 from vavae_tools.runtime.machine import find_device, find_machine
 from vavae_tools.training.run import Log
 
-Classes = str | Sequence[int | str | None]
+KINDS = {"lightningdit": "LightningDiT", "ddt": "DiT with the wide head", "dit": "DiT"}
 Batch = tuple[Tensor, Tensor, Tensor]  # latents (B, C, h, w), noise, and times (B,)
 PROBES = 128  # random projections in all: they estimate the squared move of the predictions to 12 %
 
@@ -30,59 +35,174 @@ PROBES = 128  # random projections in all: they estimate the squared move of the
 def start_from(
     denoiser: DiT | DDT,
     conditioner: ClassConditioner,
-    weights: str | Path,
-    kind: str | None = None,
-    classes: Classes = "new",
-    lora_rank: int = 0,
-    lora_alpha: float | None = None,
-    lora_targets: Sequence[str] = TARGETS,
+    init: InitFrom,
     latents: LatentDataModule | None = None,
     seed: int = 0,
     log: Log = log,
 ) -> None:
     """Load weights into a freshly built denoiser and conditioner, in place, and log what was loaded and what not.
 
-    Args:
-        weights, kind: see `read_starting_weights`. Of "dit", which predicts noise, patches, blocks and classes are
-            kept, the embedding of time and the last linear map start anew.
-        classes: "new": rows as in a fresh model; "nearest": see `nearest_classes`; "keep": the rows of the classes of
-            the same names, or all rows where names are unknown and the numbers equal; or for each class a published
-            label, or its name, or None for a new row. The null row is always the published one.
-        lora_rank: above 0 low-rank additions (`lora.add_lora`) and the class table alone are trained.
-        latents: what will be trained on; "nearest" needs it.
+    Of DiT's own weights, which predict noise, patches, blocks and classes are kept, the embedding of time and the last
+    linear map start anew. Rows of the class table are as in a fresh model ("new"), or those that `nearest_classes`
+    finds, or ("keep") of the classes of the same names, or all where names are unknown and the numbers equal; or
+    `classes` lists a published label, or its name, or None, for each class. The null row is always kept.
 
     Raises:
         UserError: no denoiser, another one than that which was built, or classes that do not exist.
     """
-    found = read_starting_weights(weights, kind)
-    if found.kind == "dit" and (lora_rank or classes == "nearest"):
+    found = read_starting_weights(init.weights, init.kind)
+    if found.kind == "dit" and (init.lora_rank or init.classes == "nearest"):
         why = f"{found.source} predicts noise, so its last layer starts anew here and predicts nothing yet"
         raise UserError(f"{why}: train all weights (init.lora_rank=0), with init.classes=new or a list of its labels")
     _check_architecture(found, denoiser)
     loaded, anew = _load(found, denoiser)
-    if lora_rank:  # before the search for classes, which takes long: what is wrong with these arguments is said at once
+    if init.lora_rank:  # before the search for classes, which takes long: what is wrong with it is said at once
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            trained = add_lora(denoiser, lora_rank, lora_alpha, lora_targets)
-    names = {} if latents is None else {label: name for name, label in latents.folder.people.items()}
-    copied = _choose_rows(found, denoiser, conditioner.num_classes, classes, latents, names, seed, log)
+            trained = add_lora(denoiser, init.lora_rank, init.lora_alpha, init.lora_targets)
+    copied = _choose_rows(found, denoiser, conditioner.num_classes, init.classes, latents, seed, log)
     null = _fill_table(conditioner, found, copied, seed)
-    said = [
-        f"{loaded} tensors matched",
-        f"class table: {len(copied)} of {conditioner.num_classes:,} rows copied, {null}",
-    ]
-    said += [f"anew: {join_first(sorted(anew), 5)}"] if anew else []
-    left = [f"{', '.join(found.tables)} (computed here)"] if found.tables else []
-    left += [join_first(sorted(found.left), 5)] if found.left else []
-    log(f"{found.source} ({KINDS[found.kind]}): {', '.join(said)}, not loaded: {', '.join(left) or 'nothing'}")
+    said = f"{loaded} tensors matched, class table: {len(copied)} of {conditioner.num_classes:,} rows copied, {null}"
+    said += f", anew: {join_first(sorted(anew), 5)}" if anew else ""
+    log(f"{found.source} ({KINDS[found.kind]}): {said}, not loaded: {found.left or 'nothing'}")
     if unknown := [name for name in ("num_heads", "rope") if name not in found.arguments]:
         given = ", ".join(f"{name}={_text(_comparable(denoiser.config)[name])}" for name in unknown)
         log(f"Not told by these weights, so as given: {given}")
-    if lora_rank:
+    if init.lora_rank:
         rows = conditioner.embedding_table.weight.numel()
         whole = sum(weight.numel() for weight in denoiser.parameters()) + rows
         targets = ", ".join(lora_settings(denoiser)["targets"])
-        log(f"LoRA of rank {lora_rank} on {targets}: {trained + rows:,} of {whole:,} weights are trained")
+        log(f"LoRA of rank {init.lora_rank} on {targets}: {trained + rows:,} of {whole:,} weights are trained")
+
+
+# ---- reading
+
+
+@dataclass(frozen=True)
+class StartingWeights:
+    """Weights to go on from, under our names."""
+
+    source: Path
+    kind: str
+    arguments: Mapping[str, Any]  # of `make_denoiser`, as far as the file tells them
+    denoiser: dict[str, Tensor]
+    table: Tensor  # (K, D), one row for each class
+    null: Tensor | None  # (D,), the row that means any class
+    classes: Mapping[str, int]  # name → label, where they are known
+    left: str = ""  # what else is there
+
+
+def read_starting_weights(source: str | Path, kind: str | None = None) -> StartingWeights:
+    """Read weights to go on from.
+
+    Args:
+        source: what `load_pipeline` reads (of a checkpoint the averaged weights are taken), or published weights,
+            `.pt` or `.safetensors`, bare or under "ema" or "model".
+        kind: of published weights; None: seen in their names and shapes.
+    """
+    source = Path(source)
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"No weights of kind {kind!r}; there are {', '.join(KINDS)}, and null: seen in them")
+    if source.suffix == ".safetensors":
+        return _published(source, read_safetensors(source), kind)
+    if not source.is_dir():
+        saved = read_checkpoint(source)
+        own = isinstance(saved.get("trainer"), dict) or "denoiser_config" in saved.get("hyper_parameters", {})
+        if not own:
+            return _published(source, saved, kind)
+    pipe = load_without_autoencoder(source)
+    rows, number = pipe.conditioner.embedding_table.weight.data, pipe.conditioner.num_classes
+    kind = "ddt" if isinstance(pipe.denoiser, DDT) else "lightningdit"
+    weights, null = pipe.denoiser.state_dict(), rows[number] if len(rows) > number else None
+    return StartingWeights(source, kind, pipe.denoiser.config, weights, rows[:number], null, pipe.config.people or {})
+
+
+PARTS = re.compile(r"([xst]_embedder|s_projector|blocks|final_layer)\.")
+"""What a denoiser's tensors are named by; others in a file are left."""
+
+
+def _published(source: Path, saved: Mapping[str, Any], kind: str | None) -> StartingWeights:
+    left: list[str] = []
+    parts = ("ema", "ema_model", "state_dict", "model")
+    while part := next((part for part in parts if isinstance(saved.get(part), Mapping) and saved[part]), None):
+        left += [str(name) for name in saved if name != part]
+        saved = saved[part]
+    named = {plain_name(str(name)): tensor for name, tensor in saved.items()}
+    first, of_classes = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
+    # a training's checkpoint may hold the live weights and their average side by side
+    begins = [name.removesuffix(first) for name in named if f".{name}".endswith(f".{first}")]
+    begin = min(begins, key=lambda begin: ("ema" not in begin, len(begin)), default="")
+    inside = {name.removeprefix(begin): value for name, value in named.items() if name.startswith(begin)}
+    if first not in inside or of_classes not in inside:
+        held = f"{source} is no denoiser with classes: it holds {join_first(sorted(named), 5) or 'nothing'}"
+        raise UserError(f"{held}, expected {first} and {of_classes} as in LightningDiT's, RAE's or DiT's weights")
+    tables = {name: value for name, value in inside.items() if name.startswith(TABLES)}
+    weights = {name: value for name, value in inside.items() if isinstance(value, Tensor) and PARTS.match(name)}
+    loaded = {begin + name for name in (*weights, *tables, of_classes)}
+    left += [name for name in named if name not in loaded]
+    try:
+        arguments = _arguments_of(weights, tables)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{source} is not whole, or no denoiser that is known here ({error})") from None
+    kind, rows = _kind_of(source, arguments, kind), inside[of_classes]  # which all have the null row, the last one
+    not_loaded = [f"{', '.join(tables)} (computed here)"] * bool(tables) + [join_first(sorted(left), 5)] * bool(left)
+    return StartingWeights(source, kind, arguments, weights, rows[:-1], rows[-1], {}, ", ".join(not_loaded))
+
+
+def _kind_of(source: Path, arguments: Mapping[str, Any], kind: str | None) -> str:
+    plain = not arguments["swiglu"] and not arguments["rms_norm"] and arguments.get("learn_sigma")
+    seen = "dit" if plain and arguments["time_embed"] == "sinusoidal" else "lightningdit"
+    if isinstance(arguments["hidden_size"], tuple):
+        seen = "ddt"
+    if kind is None and seen == "dit":
+        kinds = "noise at timesteps 0 … 999, as DiT's (init.kind=dit), or velocities, as SiT's (init.kind=lightningdit)"
+        raise UserError(f"{source} has the form of DiT's weights, and names do not tell what they predict: {kinds}")
+    if kind in (None, seen) or (kind == "lightningdit" and seen == "dit"):
+        return kind or seen
+    raise UserError(f"{source} is a {KINDS[seen]} by its names, not a {KINDS[kind]}: set init.kind={seen}")
+
+
+def _arguments_of(weights: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return a denoiser's arguments, under our names, as far as its weights' names and shapes tell them.
+
+    Raises:
+        KeyError, ValueError: a weight that every denoiser has is missing or of another form.
+    """
+    wide = "s_embedder.proj.weight" in weights
+    head, channels, patch, _ = weights["x_embedder.proj.weight"].shape  # (D, C, p, p)
+    width = weights["s_embedder.proj.weight"].shape[0] if wide else head
+    blocks = {int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))}
+    narrow = sum(weights[f"blocks.{i}.attn.qkv.weight"].shape[1] == width for i in blocks)
+    swiglu, rms_norm = "blocks.0.mlp.w3.weight" in weights, "blocks.0.norm1.weight" in weights
+    arguments: dict[str, Any] = {
+        "patch_size": patch,
+        "in_channels": channels,
+        "hidden_size": (width, head) if wide else width,
+        "depth": (narrow, len(blocks) - narrow) if wide else len(blocks),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
+        "swiglu": swiglu,
+        "rms_norm": rms_norm,
+        "adaln_shift": weights["blocks.0.adaLN_modulation.1.weight"].shape[0] == 6 * width,
+    }
+    if not wide:
+        fourier = "t_embedder.W" in weights  # only RAE's have these, and their time runs the other way
+        arguments |= {"time_embed": "fourier" if fourier else "sinusoidal", "reversed_time": fourier}
+        arguments["learn_sigma"] = weights["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels
+    elif width == head:
+        del arguments["depth"]  # which of the blocks are the head's cannot be seen
+    ropes = [f"{part}feat_rope.freqs_cos" for part in (("enc_", "dec_") if wide else ("",))]
+    if all(name in tables for name in ropes):
+        widths = (width, head) if wide else (width,)
+        heads = tuple(size // tables[name].shape[-1] for size, name in zip(widths, ropes, strict=True))
+        arguments |= {"rope": True, "num_heads": heads if wide else heads[0]}
+        arguments |= {"pos_embed": "pos_embed" in tables} if wide else {}
+        return arguments
+    if not swiglu and not rms_norm:
+        arguments["rope"] = False  # the plain form; of the others the table may have been left out
+    form = arguments["hidden_size"], arguments.get("depth")
+    sizes = (DDT_SIZES if wide else DiT_SIZES).values()
+    heads = next((size["num_heads"] for size in sizes if (size["hidden_size"], size["depth"]) == form), None)
+    return arguments if heads is None else {**arguments, "num_heads": heads}
 
 
 # ---- fitting and loading
@@ -94,12 +214,8 @@ def _check_architecture(found: StartingWeights, denoiser: DiT | DDT) -> None:
     if theirs["in_channels"] != ours["in_channels"]:
         channels = f"latents of {theirs['in_channels']} channels, these have {ours['in_channels']}"
         raise UserError(f"{found.source} was trained on {channels}: encode the images with its own autoencoder")
-    if theirs.get("learn_sigma"):
-        del theirs["learn_sigma"]  # what it says of the variance is left out
-    if _hidden(theirs) == _hidden(ours):
-        theirs["mlp_ratio"] = ours["mlp_ratio"]  # it may be 2.67 here and 2.6719 by the shapes there
-    made = signature((DDT if isinstance(theirs["hidden_size"], tuple) else DiT).__init__).parameters
-    told = {name: value for name, value in theirs.items() if name in made and name not in ("input_size", "in_channels")}
+    others = ("input_size", "in_channels", "learn_sigma")
+    told = {name: value for name, value in theirs.items() if not name.startswith("_") and name not in others}
     differing = [name for name in told if name in ours and told[name] != ours[name]]
     if differing:
         differences = ", ".join(f"{name} {_text(told[name])} (here {_text(ours[name])})" for name in differing)
@@ -118,11 +234,6 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _hidden(config: Mapping[str, Any]) -> list[int]:
-    widths = config["hidden_size"] if isinstance(config["hidden_size"], tuple) else (config["hidden_size"],)
-    return [features(width, config["mlp_ratio"], config["swiglu"]) for width in widths]
-
-
 def _text(value: Any) -> str:
     """Return a value as an override is typed, [1152,2048] or true."""
     return json.dumps(value, separators=(",", ":"))
@@ -134,7 +245,7 @@ def _load(found: StartingWeights, denoiser: DiT | DDT) -> tuple[int, list[str]]:
     if found.kind == "dit":
         anew = [name for name in weights if name.startswith(("t_embedder.", "final_layer.linear."))]
         weights = {name: tensor for name, tensor in weights.items() if name not in anew}
-    elif found.arguments.get("learn_sigma") and not denoiser.config.get("learn_sigma"):
+    elif found.arguments.get("learn_sigma") and not denoiser.config.get("learn_sigma"):  # the variance's half is left
         for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
             both = weights[name].unflatten(0, (-1, 2 * denoiser.in_channels))  # (p·p, 2·C, …)
             weights[name] = both[:, : denoiser.in_channels].flatten(0, 1)
@@ -144,8 +255,7 @@ def _load(found: StartingWeights, denoiser: DiT | DDT) -> tuple[int, list[str]]:
         raise UserError(f"{found.source} is of another form: {str(error).splitlines()[1].strip()}") from None
     for names, what in (([name for name in missing if name not in anew], "lacks"), (unknown, "has besides")):
         if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{found.source} {what} {names[0]}{more}: it is not whole, or another model")
+            raise UserError(f"{found.source} {what} {join_first(names, 1)}: it is not whole, or another model")
     return len(weights), anew
 
 
@@ -158,25 +268,24 @@ def _fill_table(conditioner: ClassConditioner, found: StartingWeights, copied: d
     rows = 0.02 * Draws(seed, 0, torch.arange(len(own))).normal("class table", own.shape[1])
     for label, theirs in copied.items():
         rows[label] = found.table[theirs].float()
-    if conditioner.dropout > 0 and found.null is not None:
+    kept = conditioner.dropout > 0 and found.null is not None
+    if kept:
         rows[conditioner.num_classes] = found.null.float()
     own.copy_(rows)
-    if not conditioner.dropout > 0:
-        return "no null row"
-    return "the null row kept" if found.null is not None else "a new null row"
+    return "the null row kept" if kept else "a new null row" if conditioner.dropout > 0 else "no null row"
 
 
 def _choose_rows(
     found: StartingWeights,
     denoiser: DiT | DDT,
     number: int,
-    classes: Classes,
+    classes: str | Sequence[int | str | None],
     latents: LatentDataModule | None,
-    names: Mapping[int, str],
     seed: int,
     log: Log,
 ) -> dict[int, int]:
-    """Return {own label: published label} of the rows to copy."""
+    """Return {own label: published label} of the rows to copy, for a table of `number` classes."""
+    names = {label: name for name, label in latents.folder.people.items()} if latents else {}
     if not isinstance(classes, str):
         return _listed(classes, found, latents.num_classes if latents else number, number)
     if classes == "new":
@@ -201,17 +310,13 @@ def _choose_rows(
 def _listed(classes: Sequence[int | str | None], found: StartingWeights, wanted: int, most: int) -> dict[int, int]:
     if len(classes) not in (wanted, most):
         raise UserError(f"classes lists {len(classes)} labels, expected {wanted}: one, or null, for each class here")
-    copied = {}
-    for own, label in enumerate(classes):
+    copied = {own: found.classes.get(label, label) for own, label in enumerate(classes) if label is not None}
+    for label in copied.values():
         if isinstance(label, str):
-            if label not in found.classes:
-                there = ", ".join(list(found.classes)[:5]) or "only labels are known"
-                raise UserError(f"classes: the weights have no class {label!r} ({there} …); name a label or null")
-            label = found.classes[label]
-        if label is not None:
-            if label not in range(len(found.table)):
-                raise UserError(f"classes: no published label {label}; they go from 0 to {len(found.table) - 1}")
-            copied[own] = label
+            there = ", ".join(list(found.classes)[:5]) or "only labels are known"
+            raise UserError(f"classes: the weights have no class {label!r} ({there} …); name a label or null")
+        if label not in range(len(found.table)):
+            raise UserError(f"classes: no published label {label}; they go from 0 to {len(found.table) - 1}")
     return copied
 
 
@@ -232,10 +337,8 @@ def _kept(found: StartingWeights, names: Mapping[int, str], number: int) -> dict
 
 
 class Nearest(NamedTuple):
-    """The published class that explains a class's latents best, and the loss with it and with the null row."""
-
-    published: int
-    loss: float
+    published: int  # the class that explains the latents best
+    loss: float  # with it
     loss_of_null: float
 
 
@@ -265,7 +368,6 @@ def nearest_classes(
     rows, null = rows.float().to(device), null.float().to(device)
     labels = sorted(set(data.labels.tolist()))
     probes = -(-PROBES * batch_size // (len(labels) * pairs))  # for each batch
-
     path = FlowMatching(time="uniform", time_shift=max(1.0, time_shift_of(denoiser.latent_shape)))
     times = path.sample_time((torch.arange(pairs) + 0.5) / pairs)
 
@@ -294,10 +396,10 @@ def nearest_classes(
                 slope = steps @ slopes[label]  # (K,)
                 part = (-slope / (2 * bend + 1e-12)).clamp(0, 1)  # of the step to each row, the best one
                 promise = part * slope + part.square() * bend  # the change of the error: the smaller the better
-                tried = {published: rows[published] for published in promise.argsort()[:candidates].tolist()}
-                losses = _losses(denoiser, {**tried, -1: null}, batches(label))
-                best = min(tried, key=losses.get)
-                found[label] = Nearest(best, losses[best], losses[-1])
+                tried, of_label = promise.argsort()[:candidates].tolist(), batches(label)
+                losses = {published: _loss(denoiser, rows[published], of_label) for published in tried}
+                best = min(losses, key=losses.get)
+                found[label] = Nearest(best, losses[best], _loss(denoiser, null, of_label))
                 bar.update()
         return found
     finally:
@@ -314,15 +416,13 @@ def _error(denoiser: DiT | DDT, row: Tensor, batch: Batch) -> tuple[Tensor, Tens
     return flow.squared_error(prediction, data, noise, t).sum(), prediction
 
 
-def _slope(
-    denoiser: DiT | DDT, null: Tensor, batches: list[Batch], seed: int, probes: int
-) -> tuple[Tensor, list[Tensor]]:
+@torch.enable_grad()
+def _slope(denoiser: DiT | DDT, null: Tensor, batches: list[Batch], seed: int, probes: int) -> tuple[Tensor, list]:
     """Return the error's gradient at the null row (D,), and vectors p (D,) with E (p·step)² = a squared move."""
     slope, moves = torch.zeros_like(null), []
     for number, batch in enumerate(batches):
         row = null.clone().requires_grad_()
-        with torch.enable_grad():
-            error, prediction = _error(denoiser, row, batch)
+        error, prediction = _error(denoiser, row, batch)
         slope += torch.autograd.grad(error, row, retain_graph=True)[0]
         samples = torch.arange(len(prediction), device=prediction.device)
         for probe in range(probes):
@@ -333,8 +433,5 @@ def _slope(
 
 
 @torch.no_grad()
-def _losses(denoiser: DiT | DDT, rows: Mapping[int, Tensor], batches: list[Batch]) -> dict[int, float]:
-    number = sum(len(data) for data, _, _ in batches)
-    return {
-        label: sum(_error(denoiser, row, batch)[0].item() for batch in batches) / number for label, row in rows.items()
-    }
+def _loss(denoiser: DiT | DDT, row: Tensor, batches: list[Batch]) -> float:
+    return sum(_error(denoiser, row, batch)[0].item() for batch in batches) / sum(len(data) for data, *_ in batches)
