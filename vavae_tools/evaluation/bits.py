@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -37,7 +36,7 @@ def chosen_images(data: TokenImageDataset, count: int, seed: int) -> Iterator[Ch
     """Yield a random choice of images in batches, without those that have no token to tell."""
     if count < 1:
         raise UserError(f"count {count}: expected 1 image or more")
-    order, some = Draws(seed, 0, torch.arange(len(data))).uniform("picture").argsort(), False
+    order, found = Draws(seed, 0, torch.arange(len(data))).uniform("picture").argsort(), False
     for part in order[:count].sort().values.split(64):
         batch = data.__getitems__(part.tolist())
         known = batch.get("condition_mask", torch.zeros_like(batch["mask"]))
@@ -45,9 +44,9 @@ def chosen_images(data: TokenImageDataset, count: int, seed: int) -> Iterator[Ch
         tokens = data.code.nearest(data.code.cells_of(batch["clean"]))
         chosen = Chosen(batch["index"], batch["clean"], batch["mask"] + known, known, counted, tokens)
         if counted.any():
-            some = True
+            found = True
             yield Chosen(*(values[counted.any(1)] for values in chosen))
-    if not some:
+    if not found:
         raise UserError(f"None of {min(count, len(data)):,} images of {data.data_path} has a token to tell: take more")
 
 
@@ -68,12 +67,7 @@ class BitsPerToken:
 
 
 def bits_per_token(
-    pipe: TokenImagePipeline,
-    data: TokenImageDataset,
-    count: int = 64,
-    times: int = 16,
-    seed: int = 0,
-    last_time: float | None = None,
+    pipe: TokenImagePipeline, data: TokenImageDataset, count: int = 64, times: int = 16, seed: int = 0
 ) -> BitsPerToken:
     """Return the variational bound of a diffusion model in continuous time (Kingma et al. 2021, "VDM") on tokens.
 
@@ -82,19 +76,12 @@ def bits_per_token(
     prior is needed. x̂ is clipped to the images' range. At the last time, p of each token alone is the softmax of the
     Gaussian log-likelihoods of all codes, whatever the denoiser says.
 
-    With r = √SNR the integral is ∫ r·E‖x − x̂‖² dr: r is drawn evenly, for each image by one random shift of `times`
-    even places, which keeps it unbiased.
-
-    Args:
-        count: images, chosen at random.
-        times: calls of the denoiser for each.
-        last_time: None: where `_OPEN_BITS` bits of a token are left open.
+    With r = √SNR the integral is ∫ r·E‖x − x̂‖² dr: r is drawn evenly, for each of `count` random images by one random
+    shift of `times` even places, each a call of the denoiser, which keeps it unbiased.
     """
-    if times < 1 or (last_time is not None and not 0 < last_time < 1):
-        raise UserError(f"times {times}, last_time {last_time}: expected 1 or more, and a time between 0 and 1")
-    code = data.code
-    end = _ratio_without_open_bits(data, seed) if last_time is None else last_time / (1 - last_time)
-    parts, lengths = [], []
+    if times < 1:
+        raise UserError(f"times {times}: expected 1 or more")
+    code, end, parts, lengths = data.code, _ratio_without_open_bits(data, seed), [], []
     for chosen in chosen_images(data, count, seed):
         draws, shape = Draws(seed, 0, chosen.index), chosen.clean.shape[1:]
         _, known, clean, kept = pipe.placed(chosen.clean, chosen.mask, chosen.known, chosen.clean)
@@ -145,6 +132,5 @@ def _ratio_without_open_bits(data: TokenImageDataset, seed: int) -> float:
 
 def unigram_bits(rows: Sequence[Sequence[int]]) -> float:
     """Return the entropy of the tokens' frequencies in bits."""
-    counts = np.bincount(np.concatenate([np.asarray(row, np.int64) for row in rows]))
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log2(shares)).sum())
+    counts = torch.bincount(torch.cat([torch.as_tensor(row, dtype=torch.int64) for row in rows])).double()
+    return torch.special.entr(counts / counts.sum()).sum().item() / math.log(2)

@@ -3,19 +3,16 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.diffusion.solvers import time_grid
 from vavae_tools.evaluation.bits import BitsPerToken, bits_per_token, chosen_images, unigram_bits
 from vavae_tools.evaluation.metrics import aligned, percent, plain
-from vavae_tools.evaluation.novelty import COPIED_SPAN, NGRAMS, KnownTexts, Novelty, novelty
 from vavae_tools.pipelines.tokens import TokenImageOutput, TokenImagePipeline
 from vavae_tools.plots import plot_curves, save_figures
 from vavae_tools.runtime.draws import Draws
@@ -27,16 +24,12 @@ if TYPE_CHECKING:
 
 
 TIMES = tuple(step / 20 for step in range(1, 20))
+NGRAMS = (1, 2, 4, 8)  # lengths of the n-grams that are looked up in the data, in tokens
+COPIED_SPAN = 16  # tokens from which on a span that also stands in the data counts as copied
+MAX_SEARCHED_TOKENS = 2_000_000  # of the data in which spans are looked up: their n-grams take about a gigabyte
 
 
-def valid_share(code: TokenCode, images: Tensor, mask: Tensor) -> float:
-    """Return the share of cells of images (B, C, H, W) whose signs are exactly those of a token's code.
-
-    Only those in a mask (B, H, W) count; NaN where there is none.
-    """
-    return code.is_valid(code.cells_of(images)[code.mask_to_cells(mask)]).double().mean().item()
-
-
+# ---- what comes back from noise
 @dataclass(frozen=True)
 class Recovered:
     """What comes back exactly of clean images that were noised to t."""
@@ -54,13 +47,10 @@ def reconstruction_curve(
     steps: int = 20,
     seed: int = 0,
 ) -> list[Recovered]:
-    """Noise images of the data to time t, denoise them from there on, and compare the tokens.
+    """Noise `count` random images of the data to time t, denoise them from there on, and compare the tokens.
 
-    A chat's prompt is known and does not count. All times see the same images and the same noise.
-
-    Args:
-        count: images, chosen at random.
-        steps: of the whole way from 0 to 1.
+    A chat's prompt is known and does not count. All times see the same images and the same noise; `steps` are those
+    of the whole way from 0 to 1.
     """
     grid = time_grid(steps, 1 / pipe.config.time_shift)
     lost, seen = torch.zeros(len(times), 2).double(), torch.zeros(2).double()  # cells, images
@@ -79,6 +69,85 @@ def reconstruction_curve(
     return [Recovered(t, *shares) for t, shares in zip(times, ((seen - lost) / seen).tolist(), strict=True)]
 
 
+# ---- copies
+@dataclass(frozen=True)
+class Novelty:
+    """How much of some texts stands in the data, too."""
+
+    texts: int
+    ngrams: dict[int, float | None]  # by n: share of the n-grams that occur in the data; None where no text is so long
+    longest_mean: float  # tokens in a text's longest span that stands in the data, mean over texts
+    longest: int  # of all texts
+    copied: float  # share of the tokens that are in copied spans of `COPIED_SPAN` tokens or more
+    whole: float  # share of the texts that are in the data from the first token to the last
+
+
+class KnownTexts:
+    """Texts in which spans of others are looked up; no span crosses the border of two.
+
+    Args:
+        rows: token numbers of each text; only the first `MAX_SEARCHED_TOKENS` or so are looked up in, `texts` of them.
+        wholes: what whole texts are compared with; None: the rows.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[int]], wholes: Sequence[Sequence[int]] | None = None) -> None:
+        kept, tokens = [], 0
+        for row in rows:
+            tokens += len(row)
+            if tokens > MAX_SEARCHED_TOKENS and kept:
+                break
+            kept.append(_as_text(row))
+        self.texts, self._all = len(kept), "\0".join(kept)
+        self._wholes = rows if wholes is None else wholes
+        self._ngrams = cache(lambda n: {row[start : start + n] for row in kept for start in range(len(row) - n + 1)})
+
+    def _has(self, span: str) -> bool:
+        n = min(len(span), NGRAMS[-1])
+        return span[-n:] in self._ngrams(n) and (n == len(span) or span in self._all)
+
+    def spans(self, row: Sequence[int]) -> list[int]:
+        """Return, for each token of a row, the length of the longest span from there on that stands in the texts."""
+        row, lengths, length = _as_text(row), [], 0
+        for start in range(len(row)):
+            length = max(0, length - 1)
+            while start + length < len(row) and self._has(row[start : start + length + 1]):
+                length += 1
+            lengths.append(length)
+        return lengths
+
+    def whole_share(self, rows: Sequence[Sequence[int]]) -> float:
+        """Return the share of rows that are equal to one of the texts."""
+        asked = list(map(_as_text, rows))
+        seen = set(asked).intersection(map(_as_text, self._wholes))
+        return sum(row in seen for row in asked) / len(asked)
+
+
+def _as_text(row: Sequence[int]) -> str:
+    """Return a letter for each token, none of them the border's: Python looks spans of letters up fast."""
+    return "".join(chr(int(token) + 1) for token in row)
+
+
+def novelty(rows: Sequence[Sequence[int]], known: KnownTexts, wholes: Sequence[Sequence[int]] | None = None) -> Novelty:
+    """Look token numbers of texts up in those of the data; `wholes` (None: the rows) are compared as wholes."""
+    spans = list(map(known.spans, rows))
+    tokens = sum(map(len, spans))
+    if not tokens:
+        raise UserError("No tokens to look up: expected at least one text that is not empty")
+    ngrams = {}
+    for n in NGRAMS:
+        found = [length >= n for lengths in spans for length in lengths[: max(0, len(lengths) - n + 1)]]
+        ngrams[n] = sum(found) / len(found) if found else None
+    copied = 0
+    for lengths in spans:
+        until = 0  # the end of the last copied span
+        for start, length in enumerate(lengths):
+            until = start + length if length >= COPIED_SPAN else until
+            copied += start < until
+    longest = [max(lengths, default=0) for lengths in spans]
+    whole = known.whole_share(rows if wholes is None else wholes)
+    return Novelty(len(rows), ngrams, sum(longest) / len(longest), max(longest), copied / tokens, whole)
+
+
 # ---- all of it
 @dataclass(frozen=True)
 class TextScores:
@@ -89,6 +158,21 @@ class TextScores:
     right: float | None  # mean of what `is_right` returns of the texts
     prompts_kept: float | None  # share of the texts that begin with all tokens of their prompts
     novelty: Novelty  # of what was written, without prompts
+
+    def column(self) -> dict[str, str]:
+        """Return the rows of a table."""
+        found = self.novelty
+        return {
+            "texts": f"{self.texts:,}",
+            "right": percent(self.right),
+            "valid cells": percent(self.valid),
+            "prompts kept": percent(self.prompts_kept),
+            **{f"{n}-grams in training" if n > 1 else "tokens in training": percent(found.ngrams[n]) for n in NGRAMS},
+            f"in copied spans of {COPIED_SPAN}+ tokens": percent(found.copied),
+            "longest copied span, mean": f"{found.longest_mean:.1f}",
+            "longest copied span, largest": f"{found.longest:,}",
+            "copied whole": percent(found.whole),
+        }
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,14 +196,16 @@ class TokenReport:
         return {**plain(self), "copied_span": COPIED_SPAN}
 
     def __str__(self) -> str:
+        columns = [scores.column() for scores in self.scores.values()]
+        rows = [(title, *(column[title] for column in columns)) for title in columns[0]] if columns else []
+        rows = [row for row in rows if set(row[1:]) != {"-"}]
+        lines = [self._summary(), "", *(aligned([("", *self.scores), *rows]) if rows else []), ""]
         subsets = ", ".join(f"{subset} {bits}" for subset, bits in self.bits.items())
-        lines = [self._summary(), *(["", *aligned(_rows(self.scores))] if self.scores else []), ""]
         lines.append(f"bits per token, at most: {subsets} (by their frequencies alone {self.unigram_bits:.3f})")
         few = self.curve[:: -(-len(self.curve) // 7)]
         rows = [(f"noised {self.curve_of}, from t =", *(f"{one.t:.2f}" for one in few))]
-        rows += [(f"{name} that come back", *(percent(getattr(one, name)) for one in few)) for name in _CURVES]
-        lines += ["", *aligned(rows)] if few else []
-        lines += [f"note: {note}" for note in self.notes]
+        rows += [(f"{title} that come back", *map(percent, shares)) for title, shares in _shares(few).items()]
+        lines += ["", *aligned(rows), *(f"note: {note}" for note in self.notes)]
         if self.output_dir is not None:
             figures = ", ".join(f"figures/{name}.png" for name in self.figures)
             lines.append(f"written: evaluation.json, samples.jsonl, {figures} ({self.output_dir})")
@@ -137,27 +223,8 @@ class TokenReport:
         return "; ".join([*said, f"{bits.bits:.2f} bits per token of {subset} texts"]) + f" ({self.data})"
 
 
-_CURVES = {"cells": "cells", "images": "whole images"}
-
-
-def _rows(scores: dict[str, TextScores]) -> list[tuple[str, ...]]:
-    each = list(scores.values())
-    rows = [("", *scores), ("texts", *(f"{one.texts:,}" for one in each))]
-    for name, title in {"right": "right", "valid": "valid cells", "prompts_kept": "prompts kept"}.items():
-        values = [getattr(one, name) for one in each]
-        if any(value is not None for value in values):
-            rows.append((title, *map(percent, values)))
-    found = [one.novelty for one in each]
-    for n in NGRAMS:
-        title = f"{n}-grams in training" if n > 1 else "tokens in training"
-        rows.append((title, *(percent(one.ngrams[n]) for one in found)))
-    return [
-        *rows,
-        (f"in copied spans of {COPIED_SPAN}+ tokens", *(percent(one.copied) for one in found)),
-        ("longest copied span, mean", *(f"{one.longest_mean:.1f}" for one in found)),
-        ("longest copied span, largest", *(f"{one.longest:,}" for one in found)),
-        ("copied whole", *(percent(one.whole) for one in found)),
-    ]
+def _shares(curve: Sequence[Recovered]) -> dict[str, list[float]]:
+    return {"cells": [one.cells for one in curve], "whole images": [one.images for one in curve]}
 
 
 def evaluate_tokens(
@@ -187,41 +254,32 @@ def evaluate_tokens(
             f"images of {train.img_size}: give both the same tokenizer, cell_size, channels and img_size"
         )
     subset, real = ("validation", val) if val is not None else ("training", train)
-    known, notes = _Known(train, is_right), []
+    judge, notes, scores, lines = _Judge(train, is_right), [], {}, []
     chosen = Draws(seed, 0, torch.arange(len(real))).uniform("text").argsort()[:num_samples].tolist()
     asked = _asked(train, val, chosen, notes)
-    if known.texts.texts < len(train):
-        notes.append(f"copies are looked for in the first {known.texts.texts:,} of {len(train):,} training texts")
-    scores, lines = {}, []
+    if not train.use_chat_template:
+        asked = {"samples": [[]] * num_samples, **asked}
+    if judge.known.texts < len(train):
+        notes.append(f"copies are looked for in the first {judge.known.texts:,} of {len(train):,} training texts")
     for name, prompts in asked.items():
-        of_what = {"prompts": prompts} if prompts else {"num_samples": num_samples}
-        log(f"writing {len(prompts) if prompts else num_samples:,} {name} in {num_inference_steps} steps")
-        written = pipe(**of_what, num_inference_steps=num_inference_steps, seed=seed)
-        scores[name] = known.scores(written, prompts)
-        begun = map(train.text, prompts) if prompts else [None] * num_samples
-        texts = [{"text": text, "prompt": prompt} for text, prompt in zip(written.texts, begun, strict=True)]
-        lines += [json.dumps(text, ensure_ascii=False) + "\n" for text in texts]
+        log(f"writing {len(prompts):,} {name} in {num_inference_steps} steps")
+        written = pipe(prompts, num_inference_steps=num_inference_steps, seed=seed)
+        scores[name] = judge.of_written(written, prompts)
+        for text, prompt in zip(written.texts, prompts, strict=True):
+            line = {"text": text, "prompt": train.text(prompt) if prompt else None}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     if val is not None:
-        scores["real"] = known.of_real(val, chosen)
+        scores["real"] = judge.of_real(val, chosen)
     log("measuring bits per token and what comes back from noise")
     bits = {subset: bits_per_token(pipe, real, seed=seed)}
     if val is not None:
         bits["training"] = bits_per_token(pipe, train, seed=seed)
     curve = reconstruction_curve(pipe, real, seed=seed)
-    shares = {title: [getattr(one, name) for one in curve] for name, title in _CURVES.items()}
     axes = "t (0 is noise, 1 is data)", "share that comes back exactly", (0, 1)
+    figures = {"reconstruction": plot_curves([one.t for one in curve], _shares(curve), *axes)}
+    out = None if output_dir is None else str(output_dir)
     report = TokenReport(
-        train.data_path,
-        num_inference_steps,
-        seed,
-        scores,
-        bits,
-        known.unigram_bits,
-        subset,
-        curve,
-        notes,
-        None if output_dir is None else str(output_dir),
-        {"reconstruction": plot_curves([one.t for one in curve], shares, *axes)},
+        train.data_path, num_inference_steps, seed, scores, bits, judge.unigram_bits, subset, curve, notes, out, figures
     )
     if output_dir is not None:
         folder = Path(output_dir)
@@ -234,56 +292,54 @@ def evaluate_tokens(
 
 def _asked(
     train: TokenImageDataset, val: TokenImageDataset | None, chosen: list[int], notes: list[str]
-) -> dict[str, list[list[int]] | None]:
-    """Return the sets of texts to write, with the prompts of each; a note is added where one cannot be."""
-    chats, real = train.use_chat_template, train if val is None else val
+) -> dict[str, list[list[int]]]:
+    """Return the prompts of completions or answers, by that name; a note is added where they cannot be written."""
+    chats = train.use_chat_template
     if val is None:
         missing = "answers are to training questions," if chats else "no completions,"
         notes.append(f"no texts that validate: {missing} nothing real beside them, bits and curve of training texts")
         if not chats:
-            return {"samples": None}
-    prompts = [prompt for prompt in real.prompts(chosen) if prompt and len(prompt) < train.max_tokens]
+            return {}
+    prompts = (train if val is None else val).prompts(chosen)
+    prompts = [prompt for prompt in prompts if prompt and len(prompt) < train.max_tokens]
     if not prompts:
         notes.append("no real text begins with a prompt that leaves room to go on: nothing was completed")
-    of_prompts = {"answers" if chats else "completions": prompts} if prompts else {}
-    return of_prompts if chats else {"samples": None, **of_prompts}
+    return {"answers" if chats else "completions": prompts} if prompts else {}
 
 
-class _Known:
-    """The training subset, to look up in, and what is right."""
+class _Judge:
+    """What the training subset says of other texts."""
 
     def __init__(self, train: TokenImageDataset, is_right: Callable[..., bool | float] | None) -> None:
-        self._data, self._is_right = train, is_right
-        _, learnt = self._split(train, range(len(train)))
-        self.texts = KnownTexts([train.tokens_of(index) for index in range(len(train))], learnt)
-        self.unigram_bits = unigram_bits(learnt)
+        self._code, self._text, self._chats, self._is_right = train.code, train.text, train.use_chat_template, is_right
+        everything = range(len(train))
+        _, learnt = self._split(train, everything)
+        self.known, self.unigram_bits = KnownTexts(list(map(train.tokens_of, everything)), learnt), unigram_bits(learnt)
 
-    def _split(self, data: TokenImageDataset, indices: Sequence[int]) -> tuple[list[list[int]], list[np.ndarray]]:
+    def _split(self, data: TokenImageDataset, indices: Sequence[int]) -> tuple[list[list[int]], list[Sequence[int]]]:
         """Return the prompts of chats, of texts nothing, and what follows them."""
-        starts = data.prompts(indices) if data.use_chat_template else [[]] * len(indices)
+        starts = data.prompts(indices) if self._chats else [[]] * len(indices)
         return starts, [data.tokens_of(index)[len(start) :] for index, start in zip(indices, starts, strict=True)]
 
-    def scores(self, written: TokenImageOutput, prompts: list[list[int]] | None) -> TextScores:
-        starts = prompts or [[]] * len(written.tokens)
-        new = [row[len(start) :] for row, start in zip(written.tokens, starts, strict=True)]
-        kept = [row[: len(start)] == start for row, start in zip(written.tokens, starts, strict=True)]
+    def of_written(self, written: TokenImageOutput, prompts: list[list[int]]) -> TextScores:
+        each = list(zip(written.tokens, prompts, strict=True))
+        kept, new = [row[: len(start)] == start for row, start in each], [row[len(start) :] for row, start in each]
+        cells = self._code.cells_of(written.images)[self._code.mask_to_cells(written.mask * (1 - written.known))]
         return TextScores(
             len(new),
-            valid_share(self._data.code, written.images, written.mask * (1 - written.known)),
-            self._right(starts, written.texts),
-            sum(kept) / len(kept) if prompts else None,
-            novelty(new, self.texts, new if self._data.use_chat_template else written.tokens),
+            self._code.is_valid(cells).double().mean().item(),
+            self._right(prompts, written.texts),
+            sum(kept) / len(kept) if any(prompts) else None,
+            novelty(new, self.known, new if self._chats else written.tokens),
         )
 
     def of_real(self, val: TokenImageDataset, chosen: list[int]) -> TextScores:
         starts, rows = self._split(val, chosen)
         right = self._right(starts, [val.text(row.tolist()) for row in rows])
-        return TextScores(len(rows), None, right, None, novelty(rows, self.texts))
+        return TextScores(len(rows), None, right, None, novelty(rows, self.known))
 
     def _right(self, prompts: list[list[int]], texts: list[str]) -> float | None:
         if self._is_right is None:
             return None
-        judged = [(text,) for text in texts]
-        if self._data.use_chat_template:
-            judged = zip(map(self._data.text, prompts), texts, strict=True)
+        judged = zip(map(self._text, prompts), texts, strict=True) if self._chats else zip(texts, strict=True)
         return sum(float(self._is_right(*of)) for of in judged) / len(texts)
