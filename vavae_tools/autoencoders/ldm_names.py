@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vavae_tools.checkpoints.foreign import plain_name
+from vavae_tools.checkpoints.formats import plain_name
 from vavae_tools.runtime.errors import UserError
 
 PARTS = (  # the reference's name ↔ diffusers' name; # is a number, the same in both

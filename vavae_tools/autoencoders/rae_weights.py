@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vavae_tools.autoencoders.encoders import IMAGENET_MEAN, IMAGENET_STD, FrozenEncoder, common_name
 from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, VARIANCE_EPS
-from vavae_tools.checkpoints.foreign import plain_name
+from vavae_tools.checkpoints.formats import plain_name
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import load_model, local_folder, read_checkpoint, read_json, read_safetensors
 

@@ -5,23 +5,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
-from vavae_tools.checkpoints.foreign import AVERAGE, contents, place_in, place_in_name, plain_name
-from vavae_tools.checkpoints.formats import (
-    FILES,
-    damage_by_file,
-    is_checkpoint,
-    is_deepspeed,
-    no_weights,
-    read_any_format,
-    read_state,
-    reason_of,
-    remove,
-)
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.checkpoints import formats
+from vavae_tools.checkpoints.formats import AVERAGE, is_checkpoint, plain_name
+from vavae_tools.runtime.errors import UserError, contents
 from vavae_tools.runtime.files import read_checkpoint
 
 if TYPE_CHECKING:
@@ -46,7 +36,7 @@ class Checkpoint:
 
     def damage(self, quickly: bool = False) -> str | None:
         """Return what is wrong with its contents, or None; `quickly` leaves out what has to read everything."""
-        faults = damage_by_file(self.path, quickly)
+        faults = formats.damage_by_file(self.path, quickly)
         named = [fault if self.path.is_file() else f"{name}: {fault}" for name, fault in faults.items()]
         return "; ".join(named) or self.fault
 
@@ -56,11 +46,12 @@ def checkpoint_info(path: str | Path) -> Checkpoint:
     path = Path(path)
     place, fault = {}, None
     try:
-        place = {**place_in_name(path), **place_in(read_state(path) if path.is_dir() else read_checkpoint(path))}
+        state = formats.read_state(path) if path.is_dir() else read_checkpoint(path)
+        place = {**formats.place_in_name(path), **formats.place_in(state)}
         if path.is_dir() and not is_checkpoint(path):
             fault = "model.pt: missing"
     except UserError as error:
-        fault = reason_of(error, path)
+        fault = formats.reason_of(error, path)
     sizes = [file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
     metric = re.fullmatch(r"(?:best-|epoch=)\d+-(-?[\d.]+|-?inf|nan)\.ckpt", path.name)
     written = path.stat().st_mtime if path.exists() else 0.0
@@ -77,7 +68,7 @@ def checkpoints_in(run: str | Path, also: tuple[str, ...] = ()) -> list[Checkpoi
     run = run.parent if run.name == "checkpoints" else run
     patterns = (*NAMES_OF_CHECKPOINTS, *also)
     names = {path for folder in (run, run / "checkpoints") for pattern in patterns for path in folder.glob(pattern)}
-    found = [checkpoint_info(path) for path in names if path.is_dir() or path.suffix in FILES]
+    found = [checkpoint_info(path) for path in names if path.is_dir() or path.suffix in formats.FILES]
     return sorted(found, key=lambda c: (-1 if c.step is None else c.step, c.written), reverse=True)
 
 
@@ -99,7 +90,7 @@ def keep_newest(run: str | Path, n: int, thoroughly: bool = False, dry_run: bool
         return []  # what is there is left for a person to look at
     gone = [checkpoint for checkpoint in periodic if checkpoint not in kept]
     for checkpoint in gone if not dry_run else ():
-        remove(checkpoint.path)
+        formats.remove(checkpoint.path)
     return gone
 
 
@@ -116,22 +107,20 @@ def resume_path(resume: str | None, run: str | Path, log: Callable[[str], None] 
         return None
     if str(resume) == "last":
         first = {"last.ckpt": 0, "previous.ckpt": 1}
-        path = _first_whole(sorted(checkpoints_in(run), key=lambda c: first.get(c.path.name, 2)), log)
-        if path is None:
-            raise UserError(_not_there(Path(run) / "last.ckpt"))
-        return path
+        found = sorted(checkpoints_in(run), key=lambda c: first.get(c.path.name, 2))
+        return _first_whole(found, log) or _refuse_missing(Path(run) / "last.ckpt")
     path = Path(resume)
     if not path.exists():
-        raise UserError(_not_there(path))
+        _refuse_missing(path)
     if path.is_dir() and not is_checkpoint(path):
         newest = _first_whole(checkpoints_in(path), log)
         if newest is None:
             runs = "last.ckpt, best-*.ckpt or checkpoint-*/ as in a run's"
-            raise UserError(f"{no_weights(path)} as in a checkpoint's folder, or {runs}")
+            raise UserError(f"{formats.no_weights(path)} as in a checkpoint's folder, or {runs}")
         return newest
     if path.is_file():
         read_checkpoint(path)  # refuses what would run code
-    for name, fault in damage_by_file(path).items():
+    for name, fault in formats.damage_by_file(path).items():
         if path.is_file() or fault != "missing":  # what was taken out of a folder on purpose starts anew
             what = fault if path.is_file() else f"{name}: {fault}"
             raise UserError(f"{path} is damaged ({what}): resume with --resume last, or name another one")
@@ -153,11 +142,9 @@ def _first_whole(found: list[Checkpoint], log: Callable[[str], None]) -> Path | 
     return None
 
 
-def _not_there(path: Path) -> str:
-    missing = path
-    while not missing.parent.is_dir():
-        missing = missing.parent
-    return f"No checkpoint {path}; {missing.parent} {contents(missing.parent)}"
+def _refuse_missing(path: Path) -> NoReturn:
+    folder = next(folder for folder in path.parents if folder.is_dir())
+    raise UserError(f"No checkpoint {path}; {folder} {contents(folder)}")
 
 
 def best_checkpoint(folder: str | Path) -> Path:
@@ -176,9 +163,9 @@ def check_resumable(path: Path | None, module: "L.LightningModule") -> None:
     Where one from elsewhere names the weights otherwise, but in one way only, or lacks their average, the module takes
     them all the same when Lightning loads them.
     """
-    if path is None or is_deepspeed(path):  # which its strategy checks and reads
+    if path is None or formats.is_deepspeed(path):  # which its strategy checks and reads
         return
-    checkpoint, own = read_any_format(path, lambda line: None), module.state_dict()
+    checkpoint, own = formats.read_any_format(path, lambda line: None), module.state_dict()
     lacking = [part for part in ("state_dict", "optimizer_states", "loops") if part not in checkpoint]
     if lacking:
         raise UserError(f"{path} has no {lacking[0]}: training cannot resume from it; name a last.ckpt or best-*.ckpt")
@@ -217,19 +204,18 @@ def match_names(found: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, T
 
 
 def _check_weights(path: Path, found: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    def form(weights: dict[str, Tensor], name: str) -> tuple[int, ...] | str:
-        return tuple(weights[name].shape) if name in weights else "not there"
-
-    other = [name for name in {**own, **found} if form(found, name) != form(own, name)]
+    there, here = ({name: tuple(tensor.shape) for name, tensor in weights.items()} for weights in (found, own))
+    other = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if not other:
         return
     first, more = other[0], other[1:]
     others = f", and {len(more)} more differ ({', '.join(more[:3])})" if more else ""
     cause = "usually another size or number of people, or a part that is on only here or there, such as disc_weight"
-    if all(name not in found for name in own):
+    if here.keys().isdisjoint(there):
         cause = "none of its names is known here: weights to start from are no checkpoint to resume from"
+    shapes = [shape.get(first, "not there") for shape in (there, here)]
     raise UserError(
-        f"{path} is of another model: {first} is {form(found, first)}, expected {form(own, first)}{others}; {cause}. "
+        f"{path} is of another model: {first} is {shapes[0]}, expected {shapes[1]}{others}; {cause}. "
         "Resume with the settings of that run, or start anew without --resume"
     )
 

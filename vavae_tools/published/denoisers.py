@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vavae_tools.checkpoints.foreign import plain_name
+from vavae_tools.checkpoints.formats import plain_name
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DDT, DiT, make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.objectives import expand_time

@@ -35,24 +35,26 @@ def command_parser(program: str, description: str | None) -> argparse.ArgumentPa
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and end the process: status 0 (`Stopped` too), 2 (`UserError`, disk) or 130 (Ctrl-C)."""
+    status, message = 0, None
     try:
         main()
         sys.stdout.flush()
     except Stopped as stop:
         print(stop)
     except UserError as error:
-        sys.exit(_log(str(error)))
+        status, message = 2, str(error)
     except KeyboardInterrupt:
-        _log("stopped by the user")
-        sys.exit(130)
+        status, message = 130, "stopped by the user"
     except BrokenPipeError:  # `… | head`: the reader has gone, which is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        reason = disk_fault(error)
-        if reason is None:
+        status, message = 2, disk_fault(error)
+        if message is None:
             raise
-        sys.exit(_log(reason))
+    if message is not None:
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        sys.exit(status)
 
 
 def disk_fault(error: OSError) -> str | None:
@@ -81,6 +83,9 @@ def join_first(words: Iterable, most: int = 3) -> str:
     return ", ".join(words[:most]) + (f" and {len(words) - most:,} more" if len(words) > most else "")
 
 
-def _log(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return 2
+def contents(folder: Path) -> str:
+    """Return what to say of a folder where something is missing: "holds a, b", "is empty", "is not there"."""
+    if not folder.is_dir():
+        return "is not there"
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return f"holds {join_first(names, 5)}" if names else "is empty"
