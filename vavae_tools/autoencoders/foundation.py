@@ -12,11 +12,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.encoders import silent_transformers
-from vavae_tools.checkpoints.foreign import contents
 from vavae_tools.data.encoded import Rows, Store, agree, cut, encode, open_shard
 from vavae_tools.data.images import DecodedImages, to_unit
 from vavae_tools.runtime.console import print_beside_bars
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, contents
 from vavae_tools.runtime.files import load_model, read_json, weights_digest
 from vavae_tools.runtime.precision import Computing, in_float32
 from vavae_tools.runtime.ranks import Ranks

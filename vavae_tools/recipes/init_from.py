@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vavae_tools.checkpoints.foreign import plain_name
+from vavae_tools.checkpoints.formats import plain_name
 from vavae_tools.data.latents import LatentDataModule, LatentDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DDT, DDT_SIZES, DiT, DiT_SIZES
