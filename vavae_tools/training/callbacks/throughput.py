@@ -1,14 +1,12 @@
 """How fast a training goes and what holds it up, measured beside the steps, which never wait for it."""
 
 import copy
-import operator
 import os
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -62,19 +60,6 @@ class GPUClock(Clock):
         torch.cuda.synchronize()
 
 
-@dataclass
-class TimeSpent:
-    """What steps took on one process: `seconds`, of which `waited` for data."""
-
-    steps: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-
-    def __add__(self, other: "TimeSpent") -> "TimeSpent":
-        return TimeSpent(*map(operator.add, astuple(self), astuple(other)))
-
-
 @dataclass(frozen=True)
 class Speed:
     """The speed of a run over all processes; `memory` in bytes, `waiting` a share, FLOP/s of one device."""
@@ -120,7 +105,7 @@ class Throughput(L.Callback):
         on_gpu = module.device.type == "cuda"
         self._clock = self._given_clock or (GPUClock() if on_gpu else Clock())
         self._steps_before, self._measured_from = trainer.global_step, trainer.global_step + WARM_UP
-        self._whole, self._lately = TimeSpent(), TimeSpent()
+        self._whole, self._lately = Counter(), Counter()  # steps, samples, seconds, and of these waited for data
         self._running: deque[tuple[Any, Any, Any, int, int]] = deque()  # batches whose marks may not have passed
         self._end: Any | None = None
         self._peak = peak_flops(module.device, str(trainer.precision)) if trainer.is_global_zero else None
@@ -136,12 +121,14 @@ class Throughput(L.Callback):
         end, begin = self._clock.mark(), self._start if self._end is None else self._end
         steps = trainer.global_step - self._steps_before
         if self._steps_before >= self._measured_from:
-            self._running.append((begin, self._start, end, steps, _samples(batch)))
+            has_index = isinstance(batch, dict) and "index" in batch
+            samples = len(batch["index"]) if has_index else extract_batch_size(batch)
+            self._running.append((begin, self._start, end, steps, samples))
         elif self._peak and self._flops is None and hasattr(module, "flops_of_a_sample"):  # nothing is measured yet
             self._count(module, batch)
         self._steps_before, self._end = trainer.global_step, end
         self._look()
-        if trainer.is_global_zero and trainer.loggers and self._lately.steps and is_written(trainer):
+        if trainer.is_global_zero and trainer.loggers and self._lately["steps"] and is_written(trainer):
             self._log(trainer, module)
 
     def _count(self, module: L.LightningModule, batch: Any) -> None:
@@ -155,19 +142,18 @@ class Throughput(L.Callback):
     def _look(self) -> None:
         while self._running and self._clock.has_passed(self._running[0][2]):
             begin, start, end, steps, samples = self._running.popleft()
-            spent = TimeSpent(steps, samples, self._clock.seconds(begin, end), self._clock.seconds(begin, start))
-            self._whole, self._lately = self._whole + spent, self._lately + spent
+            spent = {"steps": steps, "samples": samples}
+            spent |= {"seconds": self._clock.seconds(begin, end), "waited": self._clock.seconds(begin, start)}
+            self._whole.update(spent)
+            self._lately.update(spent)
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        spent, self._lately = self._lately, TimeSpent()
-        values = {
-            "images_per_second": trainer.world_size * spent.samples / spent.seconds,
-            "step_ms": 1000 * spent.seconds / spent.steps,
-            "waiting": spent.waited / spent.seconds,
-            "memory_gb": peak_memory(module.device) / 1e9,
-        }
+        images, seconds, waiting = _rates(self._lately)
+        self._lately = Counter()
+        values = {"images_per_second": trainer.world_size * images, "step_ms": 1000 * seconds, "waiting": waiting}
+        values["memory_gb"] = peak_memory(module.device) / 1e9
         if self._flops:
-            values["utilisation"] = self._flops * spent.samples / spent.seconds / self._peak
+            values["utilisation"] = self._flops * images / self._peak
         for logger in trainer.loggers:
             logger.log_metrics({f"throughput/{name}": value for name, value in values.items()}, logged_step(trainer))
 
@@ -176,21 +162,16 @@ class Throughput(L.Callback):
 
     on_validation_start = on_train_epoch_end = on_save_checkpoint = _something_else
 
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._report(trainer, module)
-
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, Stopped):  # which all processes are at the same step
-            self._report(trainer, module)
+            self.on_train_end(trainer, module)
 
-    def _report(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._clock.wait()
         self._look()
-        spent = self._whole
-        if spent.steps < MIN_STEPS:
+        if self._whole["steps"] < MIN_STEPS:
             return
-        own = [spent.samples / spent.seconds, spent.seconds / spent.steps, spent.waited / spent.seconds]
-        own = torch.tensor([*own, peak_memory(module.device)], device=module.device, dtype=torch.float32)
+        own = torch.tensor([*_rates(self._whole), peak_memory(module.device)], device=module.device)
         images, seconds, waiting, memory = trainer.strategy.all_gather(own).view(-1, len(own)).unbind(1)
         flops = self._flops * images.mean().item() if self._flops else None
         totals = [value.item() for value in (images.sum(), seconds.mean(), waiting.mean(), memory.max())]
@@ -205,8 +186,9 @@ class Throughput(L.Callback):
                 )
 
 
-def _samples(batch: Any) -> int:
-    return len(batch["index"]) if isinstance(batch, dict) and "index" in batch else extract_batch_size(batch)
+def _rates(spent: Counter[str]) -> list[float]:
+    """Return images a second, seconds a step, and the share of the time that was waiting for data."""
+    return [spent["samples"] / spent["seconds"], spent["seconds"] / spent["steps"], spent["waited"] / spent["seconds"]]
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -222,42 +204,26 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def flops_of(network: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
     """Return the floating-point operations of the matrix products in `loss(network)` and its gradients.
 
-    They are counted on a copy that has shapes but no numbers. What gradient checkpointing computes twice counts once
-    (as in Chowdhery et al. 2022), gradients of frozen weights do not count. `loss` makes its own tensors, on the CPU.
+    They are counted on a copy that has shapes but no numbers, and what `loss` makes has none either. What gradient
+    checkpointing computes twice counts once (as in Chowdhery et al. 2022), gradients of frozen weights do not count.
     """
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import FlopCounterMode
 
-    class Shapes(FakeTensorMode):
-        """Tensors without numbers; what is computed of real ones alone, such as a noise schedule, stays real."""
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
-                return func(*args, **(kwargs or {}))
-            return super().__torch_dispatch__(func, types, args, kwargs)
-
-    # the plain formula of attention: the CPU's own kernel is not in the counter's table, GPUs' compute parts twice
-    shapes = Shapes(allow_non_fake_inputs=True)
-    copied = without_numbers(network, within=shapes)
-    with shapes, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    copied = without_numbers(network)
+    # the plain formula of attention: what GPUs' kernels compute twice does not count either
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss(copied).backward()
     return counter.get_total_flops()
 
 
-def without_numbers(
-    network: nn.Module, device: str = "cpu", within: AbstractContextManager[Any] | None = None
-) -> nn.Module:
-    """Return a copy with new float32 weights of the same shapes, made `within`, and without gradient checkpointing."""
+def without_numbers(network: nn.Module) -> nn.Module:
+    """Return a copy on the device "meta", in float32 and without gradient checkpointing."""
     memo: dict[int, Tensor] = {}
-    with within or nullcontext():
-        for weight in network.parameters():
-            memo[id(weight)] = nn.Parameter(torch.empty(weight.shape, device=device), weight.requires_grad)
-        for buffer in network.buffers():
-            dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
-            memo[id(buffer)] = torch.empty(buffer.shape, device=device, dtype=dtype)
+    for weight in network.parameters():
+        memo[id(weight)] = nn.Parameter(weight.detach().to("meta", torch.float32), weight.requires_grad)
+    for buffer in network.buffers():
+        memo[id(buffer)] = buffer.to("meta", torch.float32 if buffer.is_floating_point() else None)
     made = copy.deepcopy(network, memo)
     for part in made.modules():
         if getattr(part, "gradient_checkpointing", False):
