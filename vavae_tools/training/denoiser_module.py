@@ -189,7 +189,7 @@ class DiffusionModule(L.LightningModule):
             return
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        self._whole["network"] = without_numbers(self.network)
+        self._whole["network"] = without_numbers(self.network, "meta")
         mesh = self.device_mesh["data_parallel"]
         for network in (self.network, self.ema.network):
             for block in network["denoiser"].blocks:
@@ -209,13 +209,14 @@ class DiffusionModule(L.LightningModule):
 
     def flops_of_a_sample(self, batch: dict[str, Any]) -> int:
         """Return what a training step computes for one sample of this batch (`throughput.flops_of`)."""
-        one = {name: value[:1].to("meta") for name, value in batch.items() if isinstance(value, Tensor)}
-        masked, data = {}, one["clean"] if "mask" in one else one["latents"]  # (1, C, h, w)
-        if "mask" in one:
-            masked = {"mask": one["mask"], "kept": TokenSubset(*(part[:1].to("meta") for part in batch["kept"]))}
-        objective = copy.deepcopy(self.objective)  # a noise schedule goes where its data are
+        objective = copy.deepcopy(self.objective)  # its noise schedule loses its numbers
 
         def loss(network: nn.ModuleDict) -> Tensor:
+            one = {k: torch.zeros(1, *v.shape[1:], dtype=v.dtype) for k, v in batch.items() if isinstance(v, Tensor)}
+            masked, data = {}, one["clean"] if "mask" in one else one["latents"]  # (1, C, h, w)
+            if "mask" in one:
+                kept = TokenSubset(*(torch.zeros(1, part.shape[1], dtype=part.dtype) for part in batch["kept"]))
+                masked = {"mask": one["mask"], "kept": kept}
             conditioning = network["conditioner"](_conditions({"index": torch.zeros(1, dtype=torch.int64), **one}))
             return objective(network["denoiser"], data, conditioning, data, torch.zeros(1), **masked)[0]
 

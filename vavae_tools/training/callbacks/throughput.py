@@ -204,26 +204,29 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def flops_of(network: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
     """Return the floating-point operations of the matrix products in `loss(network)` and its gradients.
 
-    They are counted on a copy that has shapes but no numbers, and what `loss` makes has none either. What gradient
+    They are counted on a copy that has shapes but no numbers; `loss` makes its own tensors, on the CPU. What gradient
     checkpointing computes twice counts once (as in Chowdhery et al. 2022), gradients of frozen weights do not count.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    copied = without_numbers(network)
-    # the plain formula of attention: what GPUs' kernels compute twice does not count either
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        loss(copied).backward()
+    # the plain formula of attention: the CPU's own kernel is not in the counter's table, GPUs' compute parts twice
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
+        copied = without_numbers(network, "cpu")
+        with FlopCounterMode(display=False) as counter:
+            loss(copied).backward()
     return counter.get_total_flops()
 
 
-def without_numbers(network: nn.Module) -> nn.Module:
-    """Return a copy on the device "meta", in float32 and without gradient checkpointing."""
+def without_numbers(network: nn.Module, device: str) -> nn.Module:
+    """Return a copy with new float32 weights of the same shapes, and without gradient checkpointing."""
     memo: dict[int, Tensor] = {}
     for weight in network.parameters():
-        memo[id(weight)] = nn.Parameter(weight.detach().to("meta", torch.float32), weight.requires_grad)
+        memo[id(weight)] = nn.Parameter(torch.empty(weight.shape, device=device), weight.requires_grad)
     for buffer in network.buffers():
-        memo[id(buffer)] = buffer.to("meta", torch.float32 if buffer.is_floating_point() else None)
+        dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
+        memo[id(buffer)] = torch.empty(buffer.shape, device=device, dtype=dtype)
     made = copy.deepcopy(network, memo)
     for part in made.modules():
         if getattr(part, "gradient_checkpointing", False):
