@@ -130,10 +130,10 @@ def test_every_part_is_logged_by_its_name(split_dir, tmp_path):
 def test_the_foundation_model_is_asked_once_about_each_image(split_dir, tmp_path):
     module = new_module()
     fit(tmp_path, split_dir, module, max_epochs=2)
-    assert module._frozen["foundation"].asked == 30
+    assert module._models["foundation"].asked == 30
     again = new_module()
     fit(tmp_path, split_dir, again, max_epochs=1)  # kept on the disk
-    assert again._frozen["foundation"].asked == 0
+    assert again._models["foundation"].asked == 0
 
 
 @pytest.mark.parametrize(("generator_start", "heard"), [(None, 3), (2, 2)])

@@ -8,15 +8,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from vavae_tools.autoencoders import losses
 from vavae_tools.autoencoders.foundation import Foundation, alignment_loss, foundation_features
-from vavae_tools.autoencoders.losses import (
-    ImageLoss,
-    PatchDiscriminator,
-    autoencoder_loss,
-    generator_loss,
-    hinge_loss,
-    kl,
-)
 from vavae_tools.autoencoders.lpips import LPIPS
 from vavae_tools.autoencoders.rae import RAE, RAEFeatures, encoder_digest, noised
 from vavae_tools.autoencoders.vavae import VAVAE, other_labels, reconstruct_images
@@ -40,15 +33,15 @@ Reconstruction = tuple[Tensor, Tensor, dict[str, Any]]
 class AutoencoderModule(L.LightningModule):
     """Trains an autoencoder on batches {"images": uint8 (B, C, H, W), "labels": (B,), "index": (B,)}.
 
-    The model and its discriminator have an optimiser each and take turns; only the model's steps count. A weight of 0
-    turns its part off: nothing of it is built or computed. A subclass says what is trained and how it reconstructs.
+    The model and its discriminator have an optimiser each and take turns; only the model's steps count. Parts whose
+    weight is 0 are neither built nor computed.
 
     Args:
         generator_start: the step from which the model listens to the discriminator; None: the one after `disc_start`.
         lpips: for `perceptual_weight`; validation logs it also where its weight is 0.
         more: NAME_weight of further losses in `losses.IMAGE_LOSSES`.
 
-    The others are keys of a recipe, described in `recipes.base` and `training.config`.
+    The others are keys of a recipe (`recipes.base`, `training.config`).
     """
 
     parts_may_go_unused = False  # in a step, without a gradient
@@ -90,16 +83,15 @@ class AutoencoderModule(L.LightningModule):
         if disc_weight and self.generator_start < disc_start:
             order = f"generator_start {generator_start} lies before disc_start {disc_start}"
             raise UserError(f"{order}: the decoder would listen to a discriminator that has learnt nothing")
-        # in a dict, so that what is frozen does not become a part of this module and its checkpoints
-        self._frozen: dict[str, Any] = {"lpips": lpips}
+        # in a dict, so that they become no part of this module and its checkpoints
+        self._models: dict[str, Any] = {"codec": codec, "lpips": lpips}
         self._cached_encoders: dict[str, Foundation] = {}  # whose features, by their name in a batch, are computed once
         self._scales: dict[int, Tensor] = {}  # that gathered gradients were scaled by
-        self._codec = (codec,)  # in a tuple for the same reason
         weights = {"l1": l1_weight, "gradient": gradient_weight, "spectral": spectral_weight}
-        weights |= {"perceptual": perceptual_weight, **{k.removesuffix("_weight"): more[k] for k in more}}
-        self.image_loss = ImageLoss(weights, lpips)
+        weights |= {"perceptual": perceptual_weight} | {k.removesuffix("_weight"): more[k] for k in more}
+        self.image_loss = losses.ImageLoss(weights, lpips)
         if disc_weight:
-            self.discriminator = PatchDiscriminator(codec.config.in_channels, disc_width)
+            self.discriminator = losses.PatchDiscriminator(codec.config.in_channels, disc_width)
 
     def reconstruct(self, batch: dict[str, Tensor], draws: Draws) -> Reconstruction:
         raise NotImplementedError
@@ -108,15 +100,10 @@ class AutoencoderModule(L.LightningModule):
         settings, step = self.hparams, self.global_step
         draws = Draws(settings.seed, self.current_epoch, batch["index"])
         images, reconstruction, more = self.reconstruct(batch, draws)
-        listens = settings.disc_weight > 0 and step >= self.generator_start
-        loss, parts = autoencoder_loss(
-            self.image_loss,
-            reconstruction,
-            images,
-            adversary=(lambda made: generator_loss(self.discriminate(made))) if listens else None,
-            disc_weight=settings.disc_weight,
-            **more,
-        )
+        if settings.disc_weight and step >= self.generator_start:
+            more["adversary"] = lambda made: losses.generator_loss(self.discriminate(made))
+            more["disc_weight"] = settings.disc_weight
+        loss, parts = losses.autoencoder_loss(self.image_loss, reconstruction, images, **more)
         generator, adversary = self.optimizers() if settings.disc_weight else (self.optimizers(), None)
         if self.backward_and_step(generator, loss, batch_idx) and self.ema is not None:
             # here, not in a callback: a checkpoint that is written after this step must hold this step's average
@@ -124,7 +111,7 @@ class AutoencoderModule(L.LightningModule):
         if adversary is not None and step >= settings.disc_start:
             exclude_from_global_step(adversary)  # Lightning counts every optimiser's steps as the training's
             real, made = self.discriminate(images), self.discriminate(reconstruction.detach())
-            parts["discriminator"] = hinge_loss(real, made)
+            parts["discriminator"] = losses.hinge_loss(real, made)
             parts["discriminator_accuracy"] = discriminator_accuracy(real, made)
             self.backward_and_step(adversary, parts["discriminator"], batch_idx)
         lr = torch.tensor(generator.param_groups[0]["lr"])  # a number would be copied to the device, and waited for
@@ -137,24 +124,23 @@ class AutoencoderModule(L.LightningModule):
         loss, parts = self.image_loss(reconstruction, images)
         posterior, alignment = more.get("posterior"), more.get("alignment")
         if posterior is not None:
-            parts["kl"] = kl(posterior, images)
+            parts["kl"] = losses.kl(posterior, images)
             parts["loss"] = loss + self.hparams.kl_weight * parts["kl"]
             parts["latent_mean"], parts["latent_std"] = posterior.mean.mean(), posterior.mean.std()
         if alignment is not None:
             parts["alignment"] = sum(alignment)
-        if self._frozen["lpips"] is not None and "perceptual" not in parts:
-            parts["perceptual"] = self._frozen["lpips"](reconstruction, images).mean()
+        if self._models["lpips"] is not None and "perceptual" not in parts:
+            parts["perceptual"] = self._models["lpips"](reconstruction, images).mean()
         if self.hparams.disc_weight and self.global_step >= self.generator_start:
-            parts["discriminator_accuracy"] = discriminator_accuracy(
-                self.discriminate(images), self.discriminate(reconstruction)
-            )
+            judged = self.discriminate(images), self.discriminate(reconstruction)
+            parts["discriminator_accuracy"] = discriminator_accuracy(*judged)
         parts["psnr"] = psnr(reconstruction.clamp(-1, 1), images).clamp_max(100).mean()
         parts["ssim"] = ssim(reconstruction, images).mean()
         self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=float(len(images)), sync_dist=True)
         return {"reconstructions": to_pixels(reconstruction)}
 
     def flops_of_a_sample(self, batch: dict[str, Tensor]) -> int:
-        """Return the floating-point operations of one image's step; losses' networks do not count."""
+        """Return what a training step computes for one image (`throughput.flops_of`), without the losses' networks."""
         shape, trains = batch["images"].shape[1:], not self.hparams.get("freeze_encoder")
 
         def loss(codec: VAVAE | RAE) -> Tensor:
@@ -164,10 +150,10 @@ class AutoencoderModule(L.LightningModule):
                 latents = codec.encode_images(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64))
             return codec.decode(latents).sample.sum()
 
-        return flops_of(self._codec[0], loss)
+        return flops_of(self._models["codec"], loss)
 
     def discriminate(self, images: Tensor) -> Tensor:
-        """Return the discriminator's logits in float32: it is small, and its BatchNorm and hinges do not suit fp16."""
+        """Return logits, in float32: the network is small, and its BatchNorm and hinges do not suit fp16."""
         with torch.autocast(self.device.type, enabled=False):
             return self.discriminator(images)
 
@@ -176,8 +162,8 @@ class AutoencoderModule(L.LightningModule):
     def configure_optimizers(self) -> list[dict[str, Any]]:
         settings, fused = self.hparams, not has_scaler(self.trainer)
         adversary = list(self.discriminator.parameters()) if settings.disc_weight else []
-        of_adversary = {id(weight) for weight in adversary}
-        weights = [weight for weight in self.parameters() if weight.requires_grad and id(weight) not in of_adversary]
+        others = {id(weight) for weight in adversary}
+        weights = [weight for weight in self.parameters() if weight.requires_grad and id(weight) not in others]
         model = torch.optim.AdamW(weights, settings.lr, settings.betas, weight_decay=settings.weight_decay, fused=fused)
         optimizers = [with_warmup(model, self.warmup_steps, self.total_steps, settings.schedule)]
         if adversary:  # as the reference trains it
@@ -185,7 +171,7 @@ class AutoencoderModule(L.LightningModule):
         return optimizers
 
     def backward_and_step(self, optimizer: Any, loss: Tensor, batch_idx: int) -> bool:
-        """Go backwards, and make a step once as many batches are gathered as belong together; return whether it was."""
+        """Go backwards; return whether that completed a step's batches, and the step was made."""
         first = batch_idx - batch_idx % self.accumulate_grad_batches
         together = min(self.accumulate_grad_batches, self.trainer.num_training_batches - first)
         complete = batch_idx + 1 == first + together
@@ -202,7 +188,7 @@ class AutoencoderModule(L.LightningModule):
         return complete
 
     def _rescale(self, optimizer: Any, begins: bool) -> None:
-        """Bring gathered gradients to the scale of the next: the other optimiser's step may have changed it."""
+        """Bring gathered gradients to the scale of the next, which the other optimiser's step may have changed."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is None or self.accumulate_grad_batches == 1:
             return
@@ -226,16 +212,12 @@ class AutoencoderModule(L.LightningModule):
         return [FiniteSteps(self.hparams.gradient_clip)]
 
     def trainer_settings(self, **choices: Any) -> dict[str, Any]:
-        """Return arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`)."""
-        gathered = choices.pop("accumulate_grad_batches", None)
-        if gathered not in (None, self.accumulate_grad_batches):
-            # the Trainer cannot gather where a module has two optimisers
+        """Return what `devices.trainer_settings` does, for this module."""
+        gathered = choices.pop("accumulate_grad_batches", self.accumulate_grad_batches)
+        if gathered != self.accumulate_grad_batches:  # a Trainer cannot gather for two optimisers
             raise UserError(f"accumulate_grad_batches={gathered}: it is an argument of {type(self).__name__}")
-        adversarial = self.hparams.disc_weight > 0
-        if choices.get("strategy") == "ddp" and adversarial:
-            # each optimiser's backward pass leaves the other's weights without a gradient, which plain ddp refuses
-            choices["strategy"] = "ddp_find_unused_parameters_true"
-        unused = adversarial or self.parts_may_go_unused
+        # each optimiser's backward pass leaves the other's weights without a gradient
+        unused = self.hparams.disc_weight > 0 or self.parts_may_go_unused
         choices |= {"parts_may_go_unused": unused, "gradient_clip_val": None}  # this module clips itself
         return trainer_settings(shardable=False, **choices)
 
@@ -245,9 +227,9 @@ class AutoencoderModule(L.LightningModule):
             data.read_former_checkpoint(checkpoint)
 
     def on_fit_start(self) -> None:
-        for frozen in self._frozen.values():
-            if frozen is not None:
-                frozen.to(self.device)
+        for model in self._models.values():
+            if model is not None:
+                model.to(self.device)
         data = getattr(self.trainer, "datamodule", None)
         if self._cached_encoders and isinstance(data, ImageSetDataModule):
             self._cache_features({"train": data.train_data, "val": data.val_data})
@@ -256,17 +238,18 @@ class AutoencoderModule(L.LightningModule):
         """Compute what frozen networks make of each image before training, where all of it can be kept."""
         folder, ranks = Path(self.trainer.default_root_dir) / "foundation", current_ranks()
         ranks = ranks if ranks.size == self.trainer.world_size else Ranks()
-        for subset, images in subsets.items():
-            for name, network in self._cached_encoders.items() if images is not None else ():
-                path = folder / name.removeprefix("foundation") / f"{subset}.safetensors"
-                grid = tuple(size // self._codec[0].downsampling for size in images.image_size)
-                for first in (True, False):  # where Lightning has started the others, one computes, then all read
-                    if ranks.size > 1 or first == self.trainer.is_global_zero:
-                        features = foundation_features(network, images, grid, path, self.device, ranks=ranks)
-                    self.trainer.strategy.barrier()
-                if features is None:  # too many to keep
-                    return
-                images.extra_fields[name] = features
+        wanted = [(subset, name) for subset, images in subsets.items() if images for name in self._cached_encoders]
+        for subset, name in wanted:
+            images, path = subsets[subset], folder / name.removeprefix("foundation") / f"{subset}.safetensors"
+            grid = tuple(size // self._models["codec"].downsampling for size in images.image_size)
+            for first in (True, False):  # where Lightning has started the others, one computes, then all read
+                if ranks.size > 1 or first == self.trainer.is_global_zero:
+                    network = self._cached_encoders[name]
+                    features = foundation_features(network, images, grid, path, self.device, ranks=ranks)
+                self.trainer.strategy.barrier()
+            if features is None:  # too many to keep
+                return
+            images.extra_fields[name] = features
         if "foundation" in self._cached_encoders:
             self._cached_encoders["foundation"].to("cpu")  # its memory is the training's now
 
@@ -301,8 +284,7 @@ class VAVAEModule(AutoencoderModule):
         **settings: Any,
     ) -> None:
         if vf_weight and foundation is None:
-            needed = "a vision foundation model: name its folder (foundation_model)"
-            raise UserError(f"vf_weight needs {needed}, or take vf_weight 0")
+            raise UserError("vf_weight needs a vision foundation model: name its folder (foundation_model), or take 0")
         if vf_weight and freeze_encoder:
             raise UserError("vf_weight aligns the latents, which freeze_encoder keeps as they are: take one of them")
         super().__init__(vavae, **settings)
@@ -315,7 +297,7 @@ class VAVAEModule(AutoencoderModule):
         if self.hparams.gradient_checkpointing:
             vavae.enable_gradient_checkpointing()
         if vf_weight:
-            self._frozen["foundation"] = self._cached_encoders["foundation"] = foundation
+            self._models["foundation"] = self._cached_encoders["foundation"] = foundation
             self.projection = nn.Conv2d(vavae.config.latent_channels, foundation.channels, 1, bias=False)
 
     def reconstruct(self, batch: dict[str, Tensor], draws: Draws) -> Reconstruction:
@@ -333,7 +315,7 @@ class VAVAEModule(AutoencoderModule):
         if settings.vf_weight:
             features = batch.get("foundation")  # (B, channels, h, w)
             if features is None:
-                features = self._frozen["foundation"](images, tuple(latents.shape[2:]))
+                features = self._models["foundation"](images, tuple(latents.shape[2:]))
             with torch.autocast(self.device.type, enabled=False):
                 projected = self.projection(latents.float())  # (B, channels, h, w)
             margins = settings.distance_margin, settings.cosine_margin
@@ -375,7 +357,7 @@ class RAEDecoderModule(AutoencoderModule):
             raise UserError(f"noise_tau {noise_tau} is a standard deviation: expected 0 or more")
         super().__init__(rae, **{**RAE_DEFAULTS, **settings})
         digest = self.hparams["encoder"] = encoder_digest(rae)
-        self._frozen["rae"], self._cached_encoders["tokens"] = rae, RAEFeatures(rae, digest)
+        self._cached_encoders["tokens"] = FrozenEncoder(rae, digest)
         if flips:
             self._cached_encoders["mirrored_tokens"] = RAEFeatures(rae, f"{digest} mirrored", mirrored=True)
         self.network = rae.decoder.requires_grad_()
@@ -386,13 +368,17 @@ class RAEDecoderModule(AutoencoderModule):
     def reconstruct(self, batch: dict[str, Tensor], draws: Draws) -> Reconstruction:
         images, tokens = self.prepare_batch(batch, draws)
         more = {"decoder_last": self.network.decoder_pred.weight, "adversary_norm": "means"}
-        if self.training:
-            return images, self.set_decoder(self.network).colours(self.noised_tokens(tokens, draws)) * 2 - 1, more
-        return images, (self.set_decoder(self.ema.network).colours(tokens) * 2 - 1).clamp(-1, 1), more
+        if not self.training:
+            return images, (self.set_decoder(self.ema.network).colours(tokens) * 2 - 1).clamp(-1, 1), more
+        return images, self.set_decoder(self.network).colours(self.noised_tokens(tokens, draws)) * 2 - 1, more
+
+    def noised_tokens(self, tokens: Tensor, draws: Draws) -> Tensor:
+        u, n = draws.uniform("noise level"), draws.normal("noise", *tokens.shape[1:])
+        return noised(tokens, self.hparams.noise_tau, u, n)
 
     def set_decoder(self, decoder: nn.Module) -> RAE:
-        self._frozen["rae"].decoder = decoder
-        return self._frozen["rae"]
+        self._models["codec"].decoder = decoder
+        return self._models["codec"]
 
     def prepare_batch(self, batch: dict[str, Tensor], draws: Draws) -> tuple[Tensor, Tensor]:
         """Return images in [-1, 1], in training half of them mirrored where `flips`, and their tokens (B, N, C)."""
@@ -403,14 +389,8 @@ class RAEDecoderModule(AutoencoderModule):
             if features is not None:
                 features = torch.where(mirrored, batch["mirrored_tokens"], features)
         if features is None:
-            return images, self._frozen["rae"].tokens((images + 1) / 2)
+            return images, self._models["codec"].tokens((images + 1) / 2)
         return images, features.flatten(2).mT.float()
-
-    def noised_tokens(self, tokens: Tensor, draws: Draws) -> Tensor:
-        tau = self.hparams.noise_tau
-        if not tau:
-            return tokens
-        return noised(tokens, tau, draws.uniform("noise level"), draws.normal("noise", *tokens.shape[1:]))
 
     @torch.inference_mode()
     def reconstructions(self, batch: dict[str, Tensor]) -> list[Tensor]:

@@ -115,18 +115,18 @@ def trainer_settings(
     name = strategy if isinstance(strategy, str) else "auto"
     _check_strategy(name, shardable, on_gpu)
     precision = precision_of(precision, machine, name)
-    several = count * num_nodes > 1
-    if strategy == "auto" and several:
-        strategy = "ddp_find_unused_parameters_true" if parts_may_go_unused else "ddp"
-    if strategy == "ddp" and deterministic and count * num_nodes > 2:
-        # plain DDP groups gradients anew after a run's first step, also one's that resumes: three are then added in
-        # another order (two have only one), and the last bits differ
+    processes = count * num_nodes
+    if strategy == "auto" and processes > 1:
+        strategy = "ddp"
+    # plain DDP groups gradients anew after a run's first step, also one's that resumes: three are then added in another
+    # order (two have only one), and the last bits differ
+    if strategy == "ddp" and (parts_may_go_unused or (deterministic and processes > 2)):
         strategy = "ddp_find_unused_parameters_true"
     if strategy == "fsdp":
         from vavae_tools.training.strategies import Sharded
 
-        strategy = Sharded(count * num_nodes)
-    if on_gpu and (started or not several):  # this process trains, and starts no others that do
+        strategy = Sharded(processes)
+    if on_gpu and (started or processes == 1):  # this process trains, and starts no others that do
         take_card(int(os.environ["LOCAL_RANK"]) if started else 0)
     return {
         "accelerator": "gpu" if on_gpu else "cpu",
