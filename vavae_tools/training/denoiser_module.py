@@ -184,7 +184,7 @@ class DiffusionModule(L.LightningModule):
 
     # ---- optimiser and devices
     def configure_model(self) -> None:
-        """Cut denoiser, conditioner and their averages over the devices, where the strategy is `strategies.Sharded`."""
+        """Cut denoiser, conditioner and their averages over the devices, where the strategy is `optim.Sharded`."""
         if self.device_mesh is None or self._sharded:
             return
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

@@ -123,7 +123,7 @@ def trainer_settings(
     if strategy == "ddp" and (parts_may_go_unused or (deterministic and processes > 2)):
         strategy = "ddp_find_unused_parameters_true"
     if strategy == "fsdp":
-        from vavae_tools.training.strategies import Sharded
+        from vavae_tools.training.optim import Sharded
 
         strategy = Sharded(processes)
     if on_gpu and (started or processes == 1):  # this process trains, and starts no others that do
