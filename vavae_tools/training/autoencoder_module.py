@@ -357,7 +357,7 @@ class RAEDecoderModule(AutoencoderModule):
             raise UserError(f"noise_tau {noise_tau} is a standard deviation: expected 0 or more")
         super().__init__(rae, **{**RAE_DEFAULTS, **settings})
         digest = self.hparams["encoder"] = encoder_digest(rae)
-        self._cached_encoders["tokens"] = FrozenEncoder(rae, digest)
+        self._cached_encoders["tokens"] = RAEFeatures(rae, digest)
         if flips:
             self._cached_encoders["mirrored_tokens"] = RAEFeatures(rae, f"{digest} mirrored", mirrored=True)
         self.network = rae.decoder.requires_grad_()
