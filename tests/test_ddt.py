@@ -5,7 +5,7 @@ from golden_cases import SHARED, assert_close, load_case, load_weights
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DDT, DDT_SIZES, DiT, make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.solvers import guided_prediction
-from vavae_tools.published.denoisers import load_ddt
+from vavae_tools.published import load_reference
 from vavae_tools.runtime.errors import UserError
 
 CASES = sorted({"ddt-a"} | {path.name for path in SHARED.glob("ddt-*")})
@@ -23,7 +23,7 @@ def split_weak(weights):
 def reference(name):
     case, io = load_case(name)
     strong, weak = split_weak(load_weights(name))
-    return load_ddt(strong, case["constructor"]), load_ddt(weak, case["weak_constructor"]), io
+    return load_reference("ddt", strong, case["constructor"]), load_reference("ddt", weak, case["weak_constructor"]), io
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -132,15 +132,18 @@ def test_reference_checkpoints_are_unwrapped_and_their_positions_read():
     weights, _ = split_weak(load_weights("ddt-a"))
     other = {**weights, "pos_embed": weights["pos_embed"] + 1}
     wrapped = {"ema": {f"module._orig_mod.{name}": tensor for name, tensor in other.items()}, "step": 3}
-    model, plain = load_ddt(wrapped, case["constructor"]), load_ddt({"model": weights}, case["constructor"])
+    model, plain = (
+        load_reference("ddt", wrapped, case["constructor"]),
+        load_reference("ddt", {"model": weights}, case["constructor"]),
+    )
     assert not model.training and torch.equal(model.denoiser.enc_pos_embed, other["pos_embed"])
     assert (model(io["x"], io["t"], io["y"]) - plain(io["x"], io["t"], io["y"])).abs().max() > 0.01
     with pytest.raises(UserError, match=r"pos_embed is \(1, 16, 32\) in these weights, \(1, 64, 32\)"):
-        load_ddt(weights, {**case["constructor"], "input_size": 8})
+        load_reference("ddt", weights, {**case["constructor"], "input_size": 8})
     with pytest.raises(UserError, match="None by use_pos_embed"):
-        load_ddt(weights, {**case["constructor"], "use_pos_embed": False})
+        load_reference("ddt", weights, {**case["constructor"], "use_pos_embed": False})
     with pytest.raises(UserError, match="do not fit"):
-        load_ddt(weights, {**case["constructor"], "depth": [2, 2]})
+        load_reference("ddt", weights, {**case["constructor"], "depth": [2, 2]})
 
 
 def test_two_widths_make_a_wide_head():
@@ -168,7 +171,7 @@ def test_a_models_arguments_are_split():
     config = {**TINY, "num_classes": 7, "class_dropout_prob": 0.0}  # and there is no null row
     weights = make_denoiser(split_reference_arguments(config)[0]).state_dict()
     weights["y_embedder.embedding_table.weight"] = torch.ones(7, 16)
-    assert load_ddt(weights, config).conditioner.embedding_table.num_embeddings == 7
+    assert load_reference("ddt", weights, config).conditioner.embedding_table.num_embeddings == 7
 
 
 def test_unknown_arguments_are_named_with_the_nearest():

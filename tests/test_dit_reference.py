@@ -5,7 +5,7 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import Timesteps
 
 from vavae_tools.diffusion.dit import DiT, split_reference_arguments
-from vavae_tools.published.denoisers import DIT_DEFAULTS, PlainDiT, load_dit
+from vavae_tools.published.denoisers import DENOISERS, PlainDiT, load_denoiser
 
 CONFIG = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
 BLOCK = {  # diffusers' name in a block → DiT's
@@ -58,7 +58,7 @@ def as_published(model: DiTTransformer2DModel) -> dict[str, torch.Tensor]:
 
 def loaded(**changes) -> tuple[PlainDiT, DiTTransformer2DModel]:
     theirs = diffusers_dit()
-    return load_dit({"ema": as_published(theirs)}, {**CONFIG, **changes}), theirs
+    return load_denoiser("dit", {"ema": as_published(theirs)}, {**CONFIG, **changes}), theirs
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def test_guidance_is_on_three_channels_of_the_first_halfs_x():
 
 
 def test_the_defaults_are_those_of_dit_xl_2():
-    denoiser, conditioner = split_reference_arguments(DIT_DEFAULTS)
+    denoiser, conditioner = split_reference_arguments(DENOISERS["dit"][1])
     with torch.device("meta"):
         model = DiT(**denoiser)
     count = sum(tensor.numel() for tensor in (*model.parameters(), model.pos_embed))
@@ -95,6 +95,6 @@ def test_without_variance_there_are_as_many_channels():
     rows = torch.arange(16 * 2).view(4, 8)[:, :4].flatten()  # per token: (row, column, channel)
     for part in ("weight", "bias"):
         theirs[f"final_layer.linear.{part}"] = theirs[f"final_layer.linear.{part}"][rows]
-    ours, both = load_dit(theirs, {**CONFIG, "learn_sigma": False}), loaded()[0]
+    ours, both = load_denoiser("dit", theirs, {**CONFIG, "learn_sigma": False}), loaded()[0]
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([1, 5])
     torch.testing.assert_close(ours(x, t, y), both(x, t, y)[:, :4], rtol=0, atol=1e-6)

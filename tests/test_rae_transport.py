@@ -18,9 +18,7 @@ from vavae_tools.diffusion.solvers import (
 )
 from vavae_tools.published.denoisers import (
     RAELightningDiT,
-    load_ddt,
-    load_lightningdit,
-    load_rae_lightningdit,
+    load_denoiser,
     read_latent_statistics,
 )
 from vavae_tools.runtime.errors import UserError
@@ -34,7 +32,7 @@ EULER = FlowMatchEulerDiscreteScheduler()
 def reference(name):
     case, io = load_case(name)
     strong, weak = split_weak(load_weights(name))
-    models = load_ddt(strong, case["constructor"]), load_ddt(weak, case["weak_constructor"])
+    models = load_denoiser("ddt", strong, case["constructor"]), load_denoiser("ddt", weak, case["weak_constructor"])
     return case, io, *models, case["transport"]["time_dist_shift"]
 
 
@@ -154,7 +152,7 @@ def test_midpoint_and_stochastic_sampling_equal_the_reference(name):
 @torch.no_grad()
 def test_raes_lightningdit_equals_the_reference(name):
     case, io = load_case(name)
-    model = load_lightningdit(load_weights(name), case["constructor"])
+    model = load_denoiser("lightningdit", load_weights(name), case["constructor"])
     assert isinstance(model, RAELightningDiT)
     out = model(io["x"], io["t"], io["y"])
     assert_close(out, io["out"], {"atol": 2e-5})
@@ -176,7 +174,7 @@ def raes_weights(**changes) -> dict[str, torch.Tensor]:
 
 
 def raes_lightningdit(**changes) -> RAELightningDiT:
-    return load_rae_lightningdit(raes_weights(**changes), {**SMALL, **changes})
+    return load_denoiser("rae_lightningdit", raes_weights(**changes), {**SMALL, **changes})
 
 
 @torch.no_grad()

@@ -18,23 +18,17 @@ from vavae_tools.diffusion.objectives import expand_time
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import read_saved
 
-_XL = {"hidden_size": 1152, "depth": 28, "num_heads": 16}
-LIGHTNINGDIT_DEFAULTS = {"input_size": 32, "patch_size": 2, **_XL}
-LIGHTNINGDIT_DEFAULTS |= {"use_swiglu": False, "use_rope": False, "use_rmsnorm": False}
-RAE_LIGHTNINGDIT_DEFAULTS = {"in_channels": 768, **_XL}
-DDT_DEFAULTS = {"input_size": 1, "hidden_size": (1152, 2048), "depth": (28, 2), "num_heads": (16, 16)}
-DIT_DEFAULTS = {"input_size": 32, "patch_size": 2, "in_channels": 4, **_XL, "learn_sigma": True}
-DIT_DEFAULTS |= {"swiglu": False, "rope": False, "rms_norm": False}
-
 TABLES = ("pos_embed", "feat_rope.", "enc_feat_rope.", "dec_feat_rope.")  # fixed, computed by our constructors
 
 Interval = tuple[float, float]
+Intervals = Sequence[Interval] | Interval
 
 
 class PublishedDenoiser(nn.Module):
     """A denoiser and a conditioner as one model: x (B, C, h, w), t (B,), labels y (B,) → what the network predicts.
 
-    Time and sign are the reference's. Batches of `forward_with_cfg` are [conditional | null], of the first half's x.
+    Time and sign are the reference's; LightningDiT's are a velocity and t = 1 at data. Batches of `forward_with_cfg`
+    are [conditional | null], of the first half's x, and so are its answers: [guided | guided].
     """
 
     def __init__(self, denoiser: DiT | DDT, conditioner: ClassConditioner) -> None:
@@ -42,7 +36,7 @@ class PublishedDenoiser(nn.Module):
         self.denoiser, self.conditioner = denoiser, conditioner
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.denoiser.predict(x, t, self.conditioner(y))
+        return self.denoiser.predict(x, t, self.conditioner(y))[:, : self.denoiser.in_channels]
 
     def _twice(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         half = x[: len(x) // 2]
@@ -52,22 +46,18 @@ class PublishedDenoiser(nn.Module):
 class PlainDiT(PublishedDenoiser):
     """DiT's: timesteps 0 … 999, noise and variance predicted, (B, 2·C, h, w); (B, C, h, w) without learn_sigma."""
 
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.denoiser.predict(x, t, self.conditioner(y))
+
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
-        """Return [guided | guided]; only three channels are guided."""
+        """Guide three channels only."""
         out = self._twice(x, t, y)
         conditional, null = out[:, :3].chunk(2)
         guided = null + cfg_scale * (conditional - null)
         return torch.cat([torch.cat([guided, guided]), out[:, 3:]], dim=1)
 
 
-class LightningDiT(PublishedDenoiser):
-    """LightningDiT's: a velocity; t = 1 is data."""
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return super().forward(x, t, y)[:, : self.denoiser.in_channels]
-
-
-class RAELightningDiT(LightningDiT):
+class RAELightningDiT(PublishedDenoiser):
     """RAE's: t is the share of noise, the answer noise − data.
 
     Its guidance takes a list of intervals *in* which another scale holds (`interval_cfg`; up to 1: none), t[0] deciding
@@ -75,18 +65,14 @@ class RAELightningDiT(LightningDiT):
     guidance is for the times inside.
     """
 
+    autoguides_half = True
+
     def forward_with_cfg(
-        self,
-        x: Tensor,
-        t: Tensor,
-        y: Tensor,
-        cfg_scale: float,
-        cfg_interval: Sequence[Interval] | Interval = (),
-        interval_cfg: float = 0.0,
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_interval: Intervals = (), interval_cfg: float = 0.0
     ) -> Tensor:
-        """Return [guided | guided]."""
         conditional, null = self._twice(x, t, y).chunk(2)
-        return _guided_by_list(conditional, null, t[: len(x) // 2], cfg_scale, cfg_interval, interval_cfg)
+        guided = _guided(conditional, null, t[: len(x) // 2], cfg_scale, cfg_interval, interval_cfg)
+        return torch.cat([guided, guided])
 
     def forward_with_autoguidance(
         self,
@@ -95,93 +81,73 @@ class RAELightningDiT(LightningDiT):
         y: Tensor,
         cfg_scale: float,
         additional_model_forward: Callable[..., Tensor],
-        cfg_interval: Sequence[Interval] | Interval = (),
+        cfg_interval: Intervals = (),
         interval_cfg: float = 0.0,
     ) -> Tensor:
-        """Return [guided | guided] for the first half of the batch."""
-        x, t, y = (part[: len(x) // 2] for part in (x, t, y))
+        """Return [guided | guided] for the first half of the batch, of DiT^DH the whole batch guided."""
+        if self.autoguides_half:
+            x, t, y = (part[: len(x) // 2] for part in (x, t, y))
         weak = additional_model_forward(x, t, y)[:, : self.denoiser.in_channels]
-        return _guided_by_list(self(x, t, y), weak, t, cfg_scale, cfg_interval, interval_cfg)
+        guided = _guided(self(x, t, y), weak, t, cfg_scale, cfg_interval, interval_cfg)
+        return torch.cat([guided, guided]) if self.autoguides_half else guided
 
 
 class DiTDH(RAELightningDiT):
-    """DiT^DH's, in the same convention; its autoguidance (Karras et al. 2024) is of the whole batch."""
+    """DiT^DH's, in the same convention, with autoguidance (Karras et al. 2024) of the whole batch."""
+
+    autoguides_half = False
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, s: Tensor | None = None) -> Tensor:
         """With the encoder's answer s (B, N, D) only the head is computed."""
         return self.denoiser.predict(x, t, self.conditioner(y), s)
 
-    def forward_with_autoguidance(
-        self,
-        x: Tensor,
-        t: Tensor,
-        y: Tensor,
-        cfg_scale: float,
-        additional_model_forward: Callable[..., Tensor],
-        cfg_interval: Interval = (0, 1),
-    ) -> Tensor:
-        weak = additional_model_forward(x, t, y)[:, : self.denoiser.in_channels]
-        return _guided_between(self(x, t, y), weak, t, cfg_scale, cfg_interval)
 
-
-def _guided_between(strong: Tensor, weak: Tensor, t: Tensor, scale: float, interval: Interval) -> Tensor:
-    """weak + scale · (strong − weak) for the samples with start ≤ t ≤ end, `strong` for the others."""
-    start, end = interval
-    if not start < end:
-        raise UserError(f"cfg_interval is ({start:g}, {end:g}), expected (min, max) with min < max.")
-    inside = expand_time((t >= start) & (t <= end), strong)
-    return torch.where(inside, weak + scale * (strong - weak), strong)
-
-
-def _guided_by_list(
-    strong: Tensor, weak: Tensor, t: Tensor, scale: float, interval: Sequence[Interval], interval_scale: float
-) -> Tensor:
+def _guided(strong: Tensor, weak: Tensor, t: Tensor, scale: float, interval: Intervals, inside: float) -> Tensor:
+    """Return weak + scale · (strong − weak), or `strong` where there is no guidance; see `RAELightningDiT`."""
     if len(interval) == 2 and not isinstance(interval[0], Sequence):
-        guided = _guided_between(strong, weak, t, scale, interval)
-    else:
-        if any(start <= t[0] < end for start, end in interval):
-            scale = max(interval_scale, 1.0)
-        guided = weak + scale * (strong - weak) if scale != 1 else strong
-    return torch.cat([guided, guided])
+        start, end = interval
+        if not start < end:
+            raise UserError(f"cfg_interval is ({start:g}, {end:g}), expected (min, max) with min < max.")
+        return torch.where(expand_time((t >= start) & (t <= end), strong), weak + scale * (strong - weak), strong)
+    if any(start <= t[0] < end for start, end in interval):
+        scale = max(inside, 1.0)
+    return weak + scale * (strong - weak) if scale != 1 else strong
 
 
 # ---- weights
-def load_lightningdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> LightningDiT:
-    """Return a LightningDiT, or RAE's where its random frequencies of time are among the weights."""
-    if "t_embedder.W" in plain_state_dict(state_dict):
-        return load_rae_lightningdit(state_dict, config)
-    return _load(LightningDiT, {**LIGHTNINGDIT_DEFAULTS, **config}, state_dict)
+_XL = {"hidden_size": 1152, "depth": 28, "num_heads": 16}
+_PLAIN = {"swiglu": False, "rope": False, "rms_norm": False}
+DENOISERS: dict[str, tuple[type[PublishedDenoiser], dict[str, Any]]] = {
+    "lightningdit": (PublishedDenoiser, {"input_size": 32, "patch_size": 2, **_XL, **_PLAIN}),
+    "rae_lightningdit": (RAELightningDiT, {"in_channels": 768, **_XL, "time_embed": "fourier", "reversed_time": True}),
+    "ddt": (DiTDH, {"input_size": 1}),
+    "dit": (PlainDiT, {"input_size": 32, "patch_size": 2, "in_channels": 4, **_XL, **_PLAIN, "learn_sigma": True}),
+}
+"""Kind → its model, and the constructor's defaults of the reference where they are not ours."""
 
 
-def load_rae_lightningdit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> RAELightningDiT:
-    """Return RAE's LightningDiT."""
-    own = {"time_embed": "fourier", "reversed_time": True}
-    return _load(RAELightningDiT, {**RAE_LIGHTNINGDIT_DEFAULTS, **config, **own}, state_dict)
+def load_denoiser(kind: str, state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> PublishedDenoiser:
+    """Return one of `DENOISERS` in eval mode; RAE's LightningDiT is known by its random frequencies of time.
 
-
-def load_ddt(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> DiTDH:
-    """Return RAE's DiT^DH."""
-    return _load(DiTDH, {**DDT_DEFAULTS, **config}, state_dict)
-
-
-def load_dit(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> PlainDiT:
-    """Return facebookresearch's DiT."""
-    return _load(PlainDiT, {**DIT_DEFAULTS, **config}, state_dict)
-
-
-def _load(kind: type[PublishedDenoiser], config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> PublishedDenoiser:
-    """Return a model in eval mode with a reference's weights."""
-    denoiser, conditioner = split_reference_arguments(config)
-    model = kind(make_denoiser(denoiser), ClassConditioner(**conditioner))
-    for part, weights in zip((model.denoiser, model.conditioner), split_state_dict(state_dict), strict=True):
+    Args:
+        state_dict: {"ema", "model", …}, or bare; wrappers' prefixes are taken off.
+    """
+    parts = [state_dict[name] for name in ("ema", "model") if isinstance(state_dict.get(name), Mapping)]
+    weights = {plain_name(name): tensor for name, tensor in (*parts, state_dict)[0].items()}
+    if kind == "lightningdit" and "t_embedder.W" in weights:
+        kind = "rae_lightningdit"
+    made, defaults = DENOISERS[kind]
+    denoiser, conditioner = split_reference_arguments({**defaults, **config})
+    model = made(make_denoiser(denoiser), ClassConditioner(**conditioner))
+    for part, of_part in zip((model.denoiser, model.conditioner), split_state_dict(weights), strict=True):
         try:
-            part.load_state_dict(weights)
+            part.load_state_dict(of_part)
         except RuntimeError as error:
             reason = textwrap.shorten(str(error), 400)
             raise UserError(f"These weights do not fit the configuration. {reason}") from error
     # The published table is the one that ours computes; another is honoured here, though `save_pretrained` keeps none.
-    positions = plain_state_dict(state_dict).get("pos_embed")
-    ours = model.denoiser.enc_pos_embed if kind is DiTDH else model.denoiser.pos_embed
+    positions = weights.get("pos_embed")
+    ours = model.denoiser.enc_pos_embed if kind == "ddt" else model.denoiser.pos_embed
     if positions is not None:
         found, expected = tuple(positions.shape), None if ours is None else tuple(ours.shape)
         if found != expected:
@@ -191,24 +157,15 @@ def _load(kind: type[PublishedDenoiser], config: Mapping[str, Any], state_dict: 
     return model.eval()
 
 
-def split_state_dict(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_state_dict(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the weights of the denoiser and of `ClassConditioner`; the fixed tables are left out."""
     denoiser, conditioner = {}, {}
-    for name, tensor in plain_state_dict(state_dict).items():
+    for name, tensor in weights.items():
         if name.startswith("y_embedder."):
             conditioner[name.removeprefix("y_embedder.")] = tensor
         elif not name.startswith(TABLES):
             denoiser[name] = tensor
     return denoiser, conditioner
-
-
-def plain_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights in a checkpoint {"ema", "model", …}, or a bare state dict, without wrappers' prefixes."""
-    for part in ("ema", "model"):
-        if isinstance(checkpoint.get(part), Mapping):
-            checkpoint = checkpoint[part]
-            break
-    return {plain_name(name): tensor for name, tensor in checkpoint.items()}
 
 
 def read_latent_statistics(path: str | Path) -> tuple[list[float], list[float]]:

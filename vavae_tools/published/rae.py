@@ -57,19 +57,16 @@ class RAEEncoders(nn.ModuleDict):
 
 
 def load_rae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:
-    """Return the authors' RAE, or a part of it, by its weights and numbers; in eval mode.
+    """Return the authors' RAE, or a part of it, in eval mode, as weights and config say.
 
-    What is given says what is made:
-
-    - a whole RAE (`encoder.encoder.*` or `encoder.model.*`, and `decoder.*`) with an encoder in `config`: an
-      `RAEReference`. `config` is {"encoder": "Dinov2withNorm", "encoder_config": {…}, "encoder_input_size",
-      "decoder_config": {…}, "decoder_patch_size", "image_processor_mean", "image_processor_std", "noise_tau"}; numbers
-      of the decoder may also stand beside the rest. Element-wise statistics are tensors in it, {"statistics":
-      {"mean", "var"}} (also "stat", or "mean" and "var" beside the rest), or stand in the weights as `stat.mean` and
-      `stat.var`, or `latent_mean` and `latent_var`. diffusers' AutoencoderRAE, by its own arguments, is one too.
-    - the decoder alone (bare names or `decoder.*`, the authors' or diffusers'), with the four `decoder_…` numbers, and
-      `image_size` or `num_patches`, in `config`: `model(tokens).logits`, `model.unpatchify(logits)`.
-    - encoders alone, one or several, see `load_rae_encoder_reference`.
+    - Encoder and decoder, with an encoder in `config`: an `RAEReference`. `config` is {"encoder": "Dinov2withNorm",
+      "encoder_config": {…}, "encoder_input_size", "decoder_config": {…}, "decoder_patch_size", "image_processor_mean",
+      "image_processor_std", "noise_tau"}, or the arguments of diffusers' AutoencoderRAE. Element-wise statistics are
+      tensors in it, {"statistics": {"mean", "var"}} (also "stat", or "mean" and "var" beside the rest), or in the
+      weights, `stat.mean` and `stat.var`, or `latent_mean` and `latent_var`.
+    - The decoder alone, with the four `decoder_…` numbers, and `image_size` or `num_patches`, in `config`:
+      `model(tokens).logits`, `model.unpatchify(logits)`.
+    - Encoders alone, see `load_rae_encoder_reference`.
     """
     found = sorted_weights(state_dict)
     if "decoder" not in found:
@@ -145,31 +142,24 @@ def _encoder(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _decoder_numbers(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    inner = config.get("decoder_config") or {}
+    inner = config.get("decoder_config") or {}  # or beside the rest
     given = {**config, **inner}
     missing = [name for name in _DECODER if name not in given]
+    missing += [name for name in ("decoder_embed.weight", "decoder_pred.bias") if name not in weights]
     if missing:
-        raise UserError(f"The configuration has no {missing[0]}, which the decoder needs")
-    for name in ("decoder_embed.weight", "decoder_pred.bias"):
-        if name not in weights:
-            raise UserError(f"The decoder's weights have no {name}, which tells its sizes")
+        raise UserError(f"Configuration and weights have no {missing[0]}, which the decoder needs")
     patch_size = config.get("decoder_patch_size", given.get("patch_size"))
     if not isinstance(patch_size, int):  # the last layer has p·p·3 outputs
         patch_size = round((len(weights["decoder_pred.bias"]) / 3) ** 0.5)
-    eps = config.get("decoder_layer_norm_eps", inner.get("layer_norm_eps"))
-    if eps is None and "encoder_config" not in config:  # beside it, it is the encoder's
-        eps = config.get("layer_norm_eps")
-    return {
-        "hidden_size": weights["decoder_embed.weight"].shape[1],
-        "patch_size": patch_size,
-        "layer_norm_eps": 1e-12 if eps is None else eps,
-        **{name: given[name] for name in _DECODER},
-    }
+    own = inner if "encoder_config" in config else given  # beside an encoder's, layer_norm_eps is the encoder's, too
+    eps = config.get("decoder_layer_norm_eps", own.get("layer_norm_eps"))
+    sizes = {"hidden_size": weights["decoder_embed.weight"].shape[1], "patch_size": patch_size}
+    return {**sizes, "layer_norm_eps": 1e-12 if eps is None else eps, **{name: given[name] for name in _DECODER}}
 
 
 def _grid(config: Mapping[str, Any], weights: Mapping[str, Tensor], patch_size: int) -> int:
-    image_size, patches = config.get("decoder_image_size", config.get("image_size")), config.get("num_patches")
-    if patches is None and image_size is not None:
+    patches = config.get("num_patches")
+    if patches is None and (image_size := config.get("decoder_image_size", config.get("image_size"))):
         patches = (image_size // patch_size) ** 2
     if patches is None and "decoder_pos_embed" in weights:
         patches = weights["decoder_pos_embed"].shape[1] - 1
