@@ -20,7 +20,7 @@ from vavae_tools.recipes.rae import check_reconstructions, fine_tune_rae_decoder
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.training import devices
-from vavae_tools.training.autoencoder_module import FrozenEncoder, RAEDecoderModule
+from vavae_tools.training.autoencoder_module import RAEDecoderModule, RAEFeatures
 from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
 from vavae_tools.training.config import SaveConfig
 from vavae_tools.training.run import build_trainer
@@ -141,7 +141,7 @@ def test_mirrored_images_go_with_their_own_tokens(kept):
     rae = module._models["codec"]
     if kept:
         for name, mirrored in (("tokens", False), ("mirrored_tokens", True)):
-            features = FrozenEncoder(rae, "", mirrored)(to_unit(data.__getitems__(range(24))["images"]), (3, 3))
+            features = RAEFeatures(rae, "", mirrored)(to_unit(data.__getitems__(range(24))["images"]), (3, 3))
             data.extra_fields[name] = features.half()
     batch = data.__getitems__(range(24))
     seen, tokens = module.prepare_batch(batch, Draws(0, 0, batch["index"]))
