@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from golden_cases import assert_close, folder, load_case, load_weights
 from safetensors.torch import save_file
-from tiny import perturb_projections, same, tiny_vavae
+from tiny import perturb_projections, random_images, same, tiny_vavae
 from torch import Tensor
 
 from vavae_tools.autoencoders.ldm_names import (
@@ -18,7 +18,7 @@ from vavae_tools.autoencoders.ldm_names import (
     to_reference,
     vavae_arguments,
 )
-from vavae_tools.autoencoders.vavae import VAVAE, VAVAE_SIZES, vavae
+from vavae_tools.autoencoders.vavae import VAVAE, VAVAE_SIZES, block_types, vavae
 from vavae_tools.autoencoders.weights import build_vavae, from_state_dict, load_vavae, read_vavae, with_channels
 from vavae_tools.export import export_vavae
 from vavae_tools.export import main as export_main
@@ -32,10 +32,8 @@ PUBLISHED |= {"ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "attn_resolutions
 
 def arguments(widths: tuple[int, ...], attention_at: tuple[int, ...], blocks: int = 1, channels: int = 3) -> dict:
     """Return a VAVAE's arguments."""
-    levels = range(len(widths))
     return {
-        "down_block_types": tuple(f"{'Attn' * (i in attention_at)}DownEncoderBlock2D" for i in levels),
-        "up_block_types": tuple(f"{'Attn' * (i in attention_at)}UpDecoderBlock2D" for i in reversed(levels)),
+        **block_types(i in attention_at for i in range(len(widths))),
         **{"in_channels": channels, "out_channels": channels, "latent_channels": 4, "sample_size": 32},
         **{"block_out_channels": widths, "layers_per_block": blocks, "norm_num_groups": 32},
         "mid_block_add_attention": True,
@@ -118,7 +116,7 @@ class Reference:
 
 
 def images(channels: int = 3) -> Tensor:
-    return torch.rand(2, channels, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return random_images((16, 24), seed=1, channels=channels)
 
 
 @torch.no_grad()
@@ -204,7 +202,7 @@ def test_configurations_there_and_back(config):
     [
         ({"block_out_channels": (32, 48)}, r"block_out_channels=\[32, 48\]: the reference needs multiples"),
         ({"up_block_types": ["UpDecoderBlock2D"] * 2}, "at the same levels"),
-        ({"mid_block_add_attention": False}, "mid_block_add_attention"),
+        ({"mid_block_add_attention": False}, "in the middle"),
     ],
 )
 def test_what_the_reference_cannot_represent(change, message):
@@ -215,12 +213,8 @@ def test_what_the_reference_cannot_represent(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"encoder.down.1.block.0.conv1.weight": torch.zeros(40, 32, 3, 3)}, r"\[32, 40\] channels .* multiples of 32"),
-        ({"encoder.conv_out.weight": torch.zeros(4, 64, 3, 3)}, r"latents of \(4, 4, 4\)"),
-        (
-            {"encoder.mid.attn_1.q.weight": torch.zeros(64, 64, 3, 3)},
-            "size mismatch for encoder.mid_block.attentions.0",
-        ),
+        ({"encoder.mid.attn_1.q.weight": torch.zeros(64, 64, 3, 3)}, "size mismatch for encoder.mid_block.attentions"),
+        ({"encoder.conv_out.weight": torch.zeros(4, 64, 3, 3)}, "size mismatch for encoder.conv_out"),
         ({"decoder.conv_out.bias": None}, "lacks 1 of the model's weights, the first decoder.conv_out.bias"),
     ],
 )
@@ -228,8 +222,6 @@ def test_weights_of_strange_shapes(change, message):
     weights = {name: tensor for name, tensor in {**random_weights(TWO), **change}.items() if tensor is not None}
     with pytest.raises(UserError, match=message):
         load_reference("vavae", weights, reference_config(TWO))
-    with pytest.raises(UserError, match="tanh_out=True: AutoencoderKL has no such network"):
-        load_reference("vavae", weights, {"ddconfig": {"tanh_out": True}})
 
 
 # ---- files

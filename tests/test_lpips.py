@@ -141,14 +141,6 @@ def test_missing_convolutions(tmp_path):
         load_lpips([])
 
 
-def test_other_shapes(tmp_path):
-    torch.save(torchvision_file(), tmp_path / "vgg.pth")
-    with pytest.raises(UserError, match=r"vgg\.pth: convolutions.0.weight is 4×3×3×3, expected 64×3×3×3"):
-        load_lpips([tmp_path / "vgg.pth"])
-    with pytest.raises(UserError, match=r"lpips_models.vgg\.pth: linear.0 is 64, expected 4"):
-        load_lpips(tmp_path / "vgg.pth", WIDTHS)
-
-
 @pytest.mark.parametrize("name", ["bad.pth", "bad.safetensors"])
 def test_files_that_cannot_be_read(name, tmp_path):
     (tmp_path / name).write_text("<html>not found</html>")

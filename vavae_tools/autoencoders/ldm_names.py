@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vavae_tools.autoencoders.vavae import block_types
 from vavae_tools.checkpoints.formats import plain_name
 from vavae_tools.runtime.errors import UserError
 
@@ -14,7 +15,7 @@ PARTS = (  # the reference's name ↔ diffusers' name; # is a number, the same i
     (".down.#.block.#.", ".down_blocks.#.resnets.#."),
     (".down.#.attn.#.", ".down_blocks.#.attentions.#."),
     (".down.#.downsample.", ".down_blocks.#.downsamplers.0."),
-    (".up.#.block.#.", ".up_blocks.#.resnets.#."),  # the reference counts from the finest level: `_reverse_levels`
+    (".up.#.block.#.", ".up_blocks.#.resnets.#."),
     (".up.#.attn.#.", ".up_blocks.#.attentions.#."),
     (".up.#.upsample.", ".up_blocks.#.upsamplers.0."),
     (".mid.block_1.", ".mid_block.resnets.0."),
@@ -30,10 +31,6 @@ PARTS = (  # the reference's name ↔ diffusers' name; # is a number, the same i
 )
 VAE_PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 GROUPS = 32
-PUBLISHED_RESOLUTION = 256
-FIXED = {"double_z": True, "resamp_with_conv": True, "use_linear_attn": False, "tanh_out": False, "give_pre_end": False}
-"""Arguments of `ddconfig` that AutoencoderKL has in one way only."""
-
 ATTENTION = re.compile(r"\.(?:q|k|v|proj_out|to_q|to_k|to_v|to_out\.0)\.weight$")
 
 
@@ -73,11 +70,7 @@ def _renamed(state_dict: Mapping[str, Tensor], direction: int) -> dict[str, Tens
             for old, new in rules:
                 name = old.sub(new, name)
             weights[name] = tensor
-    return _reverse_levels(weights)
-
-
-def _reverse_levels(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Count the decoder's levels from the other end: up.0 is the finest level, up_blocks.0 the coarsest."""
+    # the decoder's levels count from the other end: up.0 is the finest, up_blocks.0 the coarsest
     level = re.compile(r"^(decoder\.up(?:_blocks)?\.)(\d+)(?=\.)")
     last = max((int(found[2]) for found in map(level.match, weights) if found), default=0)
     return {level.sub(lambda found: f"{found[1]}{last - int(found[2])}", name): w for name, w in weights.items()}
@@ -90,14 +83,10 @@ def vavae_arguments(
     """Return VAVAE's arguments, told by the names and shapes of weights under the reference's names.
 
     Args:
-        config: the reference's {"ddconfig": {…}, "embed_dim": …}, for what leaves no trace in the weights: the nominal
-            resolution, by default the published 256, and what AutoencoderKL has in one way only.
+        config: the reference's {"ddconfig": {…}}, for what leaves no trace in the weights: the nominal resolution, by
+            default the published 256.
         source: what messages call the weights.
     """
-    ddconfig = dict((config or {}).get("ddconfig") or {})
-    for name, only in FIXED.items():
-        if ddconfig.get(name, only) != only:
-            raise UserError(f"{source}: {name}={ddconfig[name]!r}: AutoencoderKL has no such network, only {only!r}")
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in weights:
@@ -107,32 +96,17 @@ def vavae_arguments(
             )
         return tuple(weights[name].shape)
 
-    def attention(place: str) -> bool:
-        return f"{place}.q.weight" in weights
-
-    ch, in_channels = shape("encoder.conv_in.weight")[:2]
-    z_channels = shape("decoder.conv_in.weight")[1]
-    levels = range(_count(weights, r"encoder\.down\.(\d+)\.") or 1)
-    widths = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in levels)
-    latent = (shape("encoder.conv_out.weight")[0], *shape("post_quant_conv.weight")[:2])
-    if widths[0] != ch or any(width % GROUPS for width in widths) or latent != (2 * z_channels, z_channels, z_channels):
-        raise UserError(
-            f"{source}: levels of {list(widths)} channels after {ch}, and latents of {latent}: AutoencoderKL needs "
-            f"multiples of {GROUPS}, the first two alike, and twice {z_channels}, {z_channels}, {z_channels}"
-        )
-    down = [attention(f"encoder.down.{level}.attn.0") for level in levels]
-    up = [attention(f"decoder.up.{level}.attn.0") for level in reversed(levels)]
+    in_channels, levels = shape("encoder.conv_in.weight")[1], range(_count(weights, r"encoder\.down\.(\d+)\."))
     return {
         "in_channels": in_channels,
         "out_channels": shape("decoder.conv_out.weight")[0],
-        "down_block_types": tuple("AttnDownEncoderBlock2D" if here else "DownEncoderBlock2D" for here in down),
-        "up_block_types": tuple("AttnUpDecoderBlock2D" if here else "UpDecoderBlock2D" for here in up),
-        "block_out_channels": widths,
+        **block_types(f"encoder.down.{level}.attn.0.q.weight" in weights for level in levels),
+        "block_out_channels": tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in levels),
         "layers_per_block": _count(weights, r"encoder\.down\.0\.block\.(\d+)\.conv1\.w"),
-        "latent_channels": z_channels,
+        "latent_channels": shape("decoder.conv_in.weight")[1],
         "norm_num_groups": GROUPS,
-        "sample_size": ddconfig.get("resolution", PUBLISHED_RESOLUTION),
-        "mid_block_add_attention": attention("encoder.mid.attn_1"),
+        "sample_size": (config or {}).get("ddconfig", {}).get("resolution", 256),
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in weights,
     }
 
 
@@ -149,13 +123,10 @@ def reference_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name, only in fixed.items():
         if arguments.get(name, only) != only:
             raise UserError(f"{name}={arguments[name]!r}: the reference has no such network, only {name}={only!r}")
-    if any(width % widths[0] or width % GROUPS for width in widths):
-        needed = f"multiples of the first and of {GROUPS}"
-        raise UserError(f"block_out_channels={list(widths)}: the reference needs {needed}")
-    if down != up[::-1] or (any(down) and not mid):
+    if any(width % widths[0] or width % GROUPS for width in widths) or down != up[::-1] or (any(down) and not mid):
         raise UserError(
-            "down_block_types, up_block_types, mid_block_add_attention: the reference has attention at the same levels "
-            "in both halves, and in the middle where it has any"
+            f"block_out_channels={list(widths)}: the reference needs multiples of the first and of {GROUPS}, attention "
+            "at the same levels in both halves, and in the middle where it has any"
         )
     factor = 2 ** (len(widths) - 1)
     resolution = -(-arguments["sample_size"] // factor) * factor  # nominal: each level's own must be a whole number

@@ -1,9 +1,8 @@
 """LPIPS: how different two images look, by the features of a VGG16 (Zhang et al. 2018, version 0.1).
 
-The network is built here, for torchvision may be missing. Its convolutions come from torchvision's `vgg16-397923af.pth`
-(`features.0.weight`) or from a checkpoint of VA-VAE's or VQGAN's training (`loss.perceptual_loss.net.slice1.0.weight`),
-its linear layers (`lin0.model.1.weight`) from the latter, the lpips package's `vgg.pth`, or torchmetrics, which ships
-that file.
+Its convolutions come from torchvision's `vgg16-397923af.pth` (`features.0.weight`) or from a checkpoint of VA-VAE's or
+VQGAN's training (`loss.perceptual_loss.net.slice1.0.weight`), its linear layers (`lin0.model.1.weight`) from the latter
+or the lpips package's `vgg.pth`, which torchmetrics ships.
 """
 
 import re
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import read_checkpoint, read_safetensors
+from vavae_tools.runtime.files import read_weights
 from vavae_tools.runtime.precision import in_float32
 
 VGG16_WIDTHS = (64, 128, 256, 512, 512)
@@ -28,7 +27,7 @@ _LPIPS_FREE_HINT = "--perceptual_weight 0 --spectral_weight 1 needs no weights"
 class LPIPS(nn.Module):
     """The distance between two images: squared differences of normalised features, weighed by channel, averaged.
 
-    It is frozen, and stays in evaluation mode. `widths` are the channels of the five blocks.
+    It is frozen. `widths` are the channels of the five blocks.
     """
 
     def __init__(self, widths: Sequence[int] = VGG16_WIDTHS) -> None:
@@ -43,7 +42,6 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "LPIPS":
-        """Stay in evaluation mode."""
         return super().train(False)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
@@ -91,36 +89,22 @@ def _unit(features: Tensor) -> Tensor:
 def load_lpips(files: str | Path | Sequence[str | Path], widths: Sequence[int] = VGG16_WIDTHS) -> LPIPS:
     """Load LPIPS with the weights of one or several checkpoints or safetensors files; the later ones count."""
     files = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
+    shipped = Path(find_spec("torchmetrics").origin).parent / "functional/image/lpips_models/vgg.pth"
     weights: dict[str, Tensor] = {}
     origins: dict[str, Path] = {}
-
-    def take(path: Path, part: str = "") -> None:
-        for key, tensor in _read(path).items():
-            name = _own_name(key)
-            if name is not None and name.startswith(part):
-                weights[name], origins[name.split(".")[0]] = tensor, path
-
-    for path in files:
-        take(path)
-    lpips = LPIPS(widths)
-    expected = lpips.state_dict()
-    missing = [name for name in expected if name not in weights]
-    convolutions = [name for name in missing if name.startswith("convolutions")]
-    if convolutions:
-        found = (
-            f"{', '.join(map(str, files)) or 'No file'}: {26 - len(convolutions)} of the 26 tensors of LPIPS's VGG16"
-        )
+    for path in (shipped, *files):
+        held = read_weights(path)
+        for key, tensor in held.get("state_dict", held).items():
+            if name := _own_name(key):
+                weights[name] = tensor.flatten() if name.startswith("linear") else tensor
+                origins[name.split(".")[0]] = path
+    count = sum(name.startswith("convolutions") for name in weights)
+    if count < 26:
+        found = f"{', '.join(map(str, files)) or 'No file'}: {count} of the 26 tensors of LPIPS's VGG16"
         needed = "torchvision's vgg16-397923af.pth, or a VA-VAE's or VQGAN's checkpoint from training"
         raise UserError(f"{found}. Needed: {needed}. {_LPIPS_FREE_HINT}")
-    if missing:
-        take(_shipped_linear_layers(), "linear")
-    for name, tensor in expected.items():
-        weights[name] = weights[name].flatten() if name.startswith("linear") else weights[name]
-        if weights[name].shape != tensor.shape:
-            found, needed = ("×".join(map(str, t.shape)) for t in (weights[name], tensor))
-            origin = origins[name.split(".")[0]]
-            raise UserError(f"{origin}: {name} is {found}, expected {needed} as in VGG16. {_LPIPS_FREE_HINT}")
-    lpips.load_state_dict({name: weights[name] for name in expected})
+    lpips = LPIPS(widths)
+    lpips.load_state_dict(weights)
     lpips.origin = f"convolutions from {origins['convolutions']}, linear layers from {origins['linear']}"
     return lpips
 
@@ -138,17 +122,3 @@ def _own_name(key: str) -> str | None:
     if match := re.search(r"(?:^|\.)lin([0-4])\.model\.\d\.weight$", key):
         return f"linear.{match[1]}"
     return None
-
-
-def _shipped_linear_layers() -> Path:
-    package = find_spec("torchmetrics")
-    path = Path(package.origin).parent / "functional/image/lpips_models/vgg.pth" if package else None
-    if path is None or not path.is_file():
-        instead = f"Name the lpips package's lpips/weights/v0.1/vgg.pth as well. {_LPIPS_FREE_HINT}"
-        raise UserError(f"LPIPS's linear layers are in none of the files, nor in this torchmetrics. {instead}")
-    return path
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    weights = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
-    return {name: w for name, w in weights.get("state_dict", weights).items() if isinstance(w, Tensor)}

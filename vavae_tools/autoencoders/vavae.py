@@ -5,7 +5,7 @@ AutoencoderKL reproduces. What is added here is one vector per person (or class)
 decoder by projections that start at zero: at first the model equals the one without vectors, bit by bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -174,23 +174,24 @@ def _zero_linear(condition_dim: int, width: int) -> nn.Linear:
     return linear
 
 
-def _levels(count: int, attention_at: tuple[int, ...] = ()) -> dict[str, tuple[str, ...]]:
-    down = tuple("AttnDownEncoderBlock2D" if i in attention_at else "DownEncoderBlock2D" for i in range(count))
-    up = tuple("AttnUpDecoderBlock2D" if i in attention_at else "UpDecoderBlock2D" for i in reversed(range(count)))
-    return {"down_block_types": down, "up_block_types": up}
+def block_types(attends: Iterable[bool]) -> dict[str, tuple[str, ...]]:
+    """Return AutoencoderKL's arguments for levels with attention or without, the finest first."""
+    attn = ["Attn" if here else "" for here in attends]
+    down, up = (f"{name}DownEncoderBlock2D" for name in attn), (f"{name}UpDecoderBlock2D" for name in attn[::-1])
+    return {"down_block_types": tuple(down), "up_block_types": tuple(up)}
 
 
 VAVAE_SIZES: dict[str, dict] = {
     # The published model: 16× smaller, 32 channels, attention at the coarsest level; 70 M parameters, for a GPU.
     "f16d32": {
-        **_levels(5, attention_at=(4,)),
+        **block_types([False, False, False, False, True]),
         **{"block_out_channels": (128, 128, 256, 256, 512), "layers_per_block": 2},
         **{"latent_channels": 32, "norm_num_groups": 32, "sample_size": 256},
     },
     # For a CPU: 4× smaller, 8 channels, no attention; 0.42 M parameters, the size of the weights in this package. With
     # as many numbers in a latent, 8× and 32 channels learned far slower (28.3 against 30.3 dB after 360 steps).
     "small": {
-        **_levels(3),
+        **block_types([False] * 3),
         **{"block_out_channels": (16, 32, 48), "layers_per_block": 1, "mid_block_add_attention": False},
         **{"latent_channels": 8, "norm_num_groups": 8, "sample_size": 64},
     },

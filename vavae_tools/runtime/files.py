@@ -186,6 +186,11 @@ def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} cannot be read ({error}): copy it again") from None
 
 
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """Return what a safetensors file or a checkpoint of `torch.save` holds."""
+    return read_safetensors(path) if Path(path).suffix == ".safetensors" else read_checkpoint(path)
+
+
 _UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError)
 """What `torch.load` raises of damaged files."""
 
