@@ -10,9 +10,8 @@ from PIL import Image
 from torch import nn
 
 from vavae_tools.data.demo.sentences import answers, is_grammatical, questions, sentences
-from vavae_tools.data.tokens.code import TokenCode
+from vavae_tools.data.tokens.code import TokenCode, byte_tokenizer
 from vavae_tools.data.tokens.dataset import TokenImageDataset
-from vavae_tools.data.tokens.tokenizer import byte_tokenizer
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.evaluation.bits import bits_per_token, unigram_bits
 from vavae_tools.evaluation.texts import (

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from vavae_tools.data.demo.sentences import questions, sentences, stories
-from vavae_tools.data.tokens.code import TokenCode
+from vavae_tools.data.tokens.code import SPECIAL, TextTokens, TokenCode, byte_tokenizer
 from vavae_tools.data.tokens.dataset import TokenImageDataModule, TokenImageDataset
 from vavae_tools.data.tokens.text_files import read_texts
-from vavae_tools.data.tokens.tokenizer import SPECIAL, TextTokens, byte_tokenizer
 from vavae_tools.runtime.errors import UserError
 
 ODD = "Zoë ate 3 “naïve” 猫 🐈\u200d⬛\n\n\tend\r\n<|end|><|user|> [SEP] \x00 \u2028."

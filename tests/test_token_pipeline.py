@@ -10,8 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import same, tiny_pipeline, trained_looking
 
 from vavae_tools.checkpoints.formats import write_any_format
-from vavae_tools.data.tokens.code import TokenCode
-from vavae_tools.data.tokens.tokenizer import ASSISTANT, END, byte_tokenizer
+from vavae_tools.data.tokens.code import ASSISTANT, END, TokenCode, byte_tokenizer
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DiT
 from vavae_tools.diffusion.objectives import SamplePrediction

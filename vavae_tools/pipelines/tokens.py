@@ -13,9 +13,8 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from vavae_tools.data.tokens.code import TokenCode
+from vavae_tools.data.tokens.code import TextTokens, TokenCode, load_tokenizer
 from vavae_tools.data.tokens.text_files import Chat
-from vavae_tools.data.tokens.tokenizer import TextTokens, load_tokenizer
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.layers import TokenSubset, select_tokens
 from vavae_tools.diffusion.objectives import Objective, SamplePrediction, objective_of, with_known

@@ -1,8 +1,10 @@
 """Texts as images: every token a cell of pixels, every text cut into as many images as it needs."""
 
+import copy
 import hashlib
 import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,9 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vavae_tools.data.loader import OrderedDataModule
-from vavae_tools.data.tokens.code import TokenCode
+from vavae_tools.data.tokens.code import TextTokens, TokenCode, learn_tokenizer
 from vavae_tools.data.tokens.text_files import read_texts
-from vavae_tools.data.tokens.tokenizer import TextTokens, learn_tokenizer
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 
@@ -47,11 +48,10 @@ class TokenImageDataset(Dataset):
         channels: int = 3,
         vocab_size: int = 512,
     ) -> None:
-        texts = None
+        texts, validating = read_texts(data_path, use_chat_template)
         if tokenizer == "bpe":
-            texts = read_texts(data_path, use_chat_template)
-            words = ([text] if isinstance(text, str) else [m["content"] for m in text] for text in texts[0])
-            tokenizer = learn_tokenizer((word for of_text in words for word in of_text), vocab_size)
+            messages = ([text] if isinstance(text, str) else [one["content"] for one in text] for text in texts)
+            tokenizer = learn_tokenizer(chain.from_iterable(messages), vocab_size)
         self.tokens = TextTokens(tokenizer)
         self.code = TokenCode(len(self.tokens), cell_size, channels)
         self.img_size, self.use_chat_template = img_size, use_chat_template
@@ -59,7 +59,6 @@ class TokenImageDataset(Dataset):
         if max_tokens is not None and not 1 <= max_tokens <= cells:
             raise UserError(f"max_tokens {max_tokens}: an image of {img_size}×{img_size} has 1 to {cells} cells")
         self.max_tokens, self.data_path = max_tokens or cells, str(data_path)
-        texts, validating = texts or read_texts(data_path, use_chat_template)
         self._train_texts = len(texts)
         self._cut([*texts, *validating])
 
@@ -92,16 +91,16 @@ class TokenImageDataset(Dataset):
         places = np.asarray(indices, np.int64)
         starts, ends = self._starts[places, None], self._ends[places, None]
         at = starts + np.arange((ends - starts).max())  # (B, L)
-        there, at = torch.from_numpy(at < ends), np.minimum(at, ends - 1)
+        valid, at = torch.from_numpy(at < ends), np.minimum(at, ends - 1)
         numbers = torch.from_numpy(self._numbers[at].astype(np.int64))
-        answers = there if self._answers is None else torch.from_numpy(self._answers[at]) & there
+        answers = valid if self._answers is None else torch.from_numpy(self._answers[at]) & valid
         batch = {
-            "clean": self.code.draw(numbers, there, self.img_size),
+            "clean": self.code.draw(numbers, valid, self.img_size),
             "index": torch.from_numpy(places),
             "mask": self.code.spread_to_pixels(answers.float(), self.img_size),
         }
         if self._answers is not None:
-            prompt = batch["condition_mask"] = self.code.spread_to_pixels((there & ~answers).float(), self.img_size)
+            prompt = batch["condition_mask"] = self.code.spread_to_pixels((valid & ~answers).float(), self.img_size)
             batch["condition"] = batch["clean"] * prompt[:, None]
         return batch
 
@@ -111,9 +110,7 @@ class TokenImageDataset(Dataset):
 
     def decode(self, image: Tensor, mask: Tensor) -> Any:
         """Return the token numbers of an image (C, H, W) with its mask (H, W), or of each image of a batch."""
-        if image.ndim == 3:
-            return self.code.decode(image[None], mask[None])[0]
-        return self.code.decode(image, mask)
+        return self.code.decode(image, mask) if image.ndim == 4 else self.code.decode(image[None], mask[None])[0]
 
     def text(self, tokens: Sequence[int]) -> str:
         return self.tokens.decode(tokens)
@@ -128,14 +125,13 @@ class TokenImageDataset(Dataset):
             found[f"t = {t:g}: {''.join(c if c.isascii() and c.isprintable() else '·' for c in text)}"] = x
         return found
 
-    def prompts(self, indices: Sequence[int], share: float = 1 / 3) -> list[list[int]]:
-        """Return the tokens that images begin with: of chats all up to the first answer, of texts this share."""
+    def prompts(self, indices: Sequence[int]) -> list[list[int]]:
+        """Return the tokens that images begin with: of chats all up to the first answer, of texts a third."""
         found = []
         for index in indices:
-            tokens = self.tokens_of(index)
-            end = max(1, int(share * len(tokens)))
-            if self._answers is not None:
-                end = int(self._answers[self._starts[index] : self._ends[index]].argmax())
+            piece = slice(self._starts[index], self._ends[index])
+            tokens = self._numbers[piece]
+            end = max(1, len(tokens) // 3) if self._answers is None else self._answers[piece].argmax()
             found.append(tokens[:end].tolist())
         return found
 
@@ -161,10 +157,8 @@ class TokenImageDataset(Dataset):
 
     def part(self, pieces: Sequence[int]) -> Self:
         """Return some of the images, as a data set of the same code and tokenizer."""
-        part = self.__class__.__new__(self.__class__)
-        part.__dict__.update(self.__dict__)
-        for name in ("_starts", "_ends", "_text_of"):
-            setattr(part, name, getattr(self, name)[np.asarray(pieces, np.int64)])
+        part, rows = copy.copy(self), np.asarray(pieces, np.int64)
+        part._starts, part._ends, part._text_of = self._starts[rows], self._ends[rows], self._text_of[rows]
         return part
 
     def subsets(self, val_share: float, seed: int = 0) -> tuple[Self, Self | None]:
@@ -188,8 +182,6 @@ class TokenImageDataset(Dataset):
         order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).numpy()
         taken, left = [], wanted
         for text, count in zip(order.tolist(), pieces[order].tolist(), strict=True):
-            if left == 0:
-                break
             if 0 < count <= left:
                 taken.append(text)
                 left -= count
@@ -208,10 +200,10 @@ class TokenImageDataset(Dataset):
     def __str__(self) -> str:
         tokens = int((self._ends - self._starts).sum())
         texts, kind = len(np.unique(self._text_of)), "chats" if self.use_chat_template else "texts"
-        cells, subset = self.code.capacity(self.img_size), self.img_size
+        cells, size = self.code.capacity(self.img_size), self.img_size
         return (
             f"{texts:,} {kind} of {self.data_path}: {tokens:,} tokens (of {self.code.num_tokens:,} kinds) in "
-            f"{len(self):,} images of {subset}×{subset}, {tokens / len(self):.0f} of {cells} cells filled on average"
+            f"{len(self):,} images of {size}×{size}, {tokens / len(self):.0f} of {cells} cells filled on average"
         )
 
 

@@ -17,11 +17,9 @@ BUILT_IN: dict[str, Callable[[], list[str] | list[Chat]]] = {
     "questions": lambda: questions(20_000),
     "zen": zen,
 }
-"""Names that stand for texts of `data.demo.sentences`."""
 _MESSAGES = 'a list of {"role": …, "content": …} with an answer of "assistant" in it'
 _EXTENSIONS = (".txt", ".jsonl")
-_Row = tuple[str | Chat | dict[str, Any], str]
-"""What was found, and where."""
+_Row = tuple[dict[str, Any], str]  # "text" or "messages", and where they were found
 
 
 def read_texts(data_path: str | Path, chats: bool = False) -> tuple[list[Any], list[Any]]:
@@ -33,26 +31,27 @@ def read_texts(data_path: str | Path, chats: bool = False) -> tuple[list[Any], l
             subsets "train" and, to validate, "validation", "valid" or "val"), or a name of `BUILT_IN`.
         chats: read messages; else those become a text, one message below the other.
     """
-    path, val = Path(data_path), iter(())
+    path, val = Path(data_path), ()
     if path.is_dir() and is_dataset(path):
         train, val = _rows_of_dataset(path)
     elif path.exists():
         train = _rows_of_files(path)
     elif str(data_path) in BUILT_IN:
-        train = ((found, f"the built-in {data_path}") for found in BUILT_IN[str(data_path)]())
+        found = BUILT_IN[str(data_path)]()
+        name = "text" if isinstance(found[0], str) else "messages"
+        train = (({name: one}, f"the built-in {data_path}") for one in found)
     else:
         expected = f"a folder with them, a dataset of save_to_disk, or one of the built-in {', '.join(BUILT_IN)}"
         raise UserError(f"No {path}: expected a .txt or .jsonl file, {expected}")
-    return tuple([_to_text_or_chat(found, chats, where) for found, where in rows] for rows in (train, val))
+    return tuple([_to_text_or_chat(row, chats, where) for row, where in rows] for rows in (train, val))
 
 
 def _rows_of_files(path: Path) -> Iterator[_Row]:
     files = [path]
     if path.is_dir():
-        names = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+        names = [file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in _EXTENSIONS]
         names = [name for name in names if not any(part[0] == "." or part == "__MACOSX" for part in name.parts)]
         files = [path / name for name in sorted(names, key=lambda name: natural_key(str(name)))]
-        files = [file for file in files if file.suffix.lower() in _EXTENSIONS]
         if not files:
             raise UserError(f"{path} has no .txt or .jsonl file; it has {contents(path)}")
     for file in files:
@@ -62,20 +61,19 @@ def _rows_of_files(path: Path) -> Iterator[_Row]:
         if not content.strip():
             raise UserError(f"{file} is empty: expected text in it, or take it away")
         if file.suffix.lower() == ".txt":
-            yield content, str(file)
+            yield {"text": content}, str(file)
         else:
             yield from ((row if isinstance(row, dict) else {}, where) for where, row in read_json_lines(file))
 
 
-def _rows_of_dataset(path: Path) -> tuple[Iterator[_Row], Iterator[_Row]]:
+def _rows_of_dataset(path: Path) -> tuple[Iterable[_Row], Iterable[_Row]]:
     found = load_folder(path)
     if not isinstance(found, dict):
-        return _rows_of_subset(found, str(path)), iter(())
+        return _rows_of_subset(found, str(path)), ()
     if "train" not in found:
         raise UserError(f"No subset 'train' in {path}; there are {', '.join(found)}: rename one")
-    val = next((name for name in ("validation", "valid", "val") if name in found), None)
-    of_val = _rows_of_subset(found[val], f"{path}, {val}") if val else iter(())
-    return _rows_of_subset(found["train"], f"{path}, train"), of_val
+    val = [_rows_of_subset(found[name], f"{path}, {name}") for name in ("validation", "valid", "val") if name in found]
+    return _rows_of_subset(found["train"], f"{path}, train"), next(iter(val), ())
 
 
 def _rows_of_subset(dataset: Any, where: str) -> Iterator[_Row]:
@@ -86,9 +84,7 @@ def _rows_of_subset(dataset: Any, where: str) -> Iterator[_Row]:
         yield row, f"{where}, row {number:,}"
 
 
-def _to_text_or_chat(found: str | Chat | dict[str, Any], chats: bool, where: str) -> str | Chat:
-    """Return what was found as the text, or as the chat, that it is to be."""
-    row = found if isinstance(found, dict) else {"text" if isinstance(found, str) else "messages": found}
+def _to_text_or_chat(row: dict[str, Any], chats: bool, where: str) -> str | Chat:
     text, messages = row.get("text"), row.get("messages")
     if messages is not None and (chats or text is None):
         messages = _checked_messages(messages, where)
@@ -106,10 +102,10 @@ def _to_text_or_chat(found: str | Chat | dict[str, Any], chats: bool, where: str
 
 
 def _checked_messages(messages: Any, where: str) -> Chat:
-    fits = isinstance(messages, Iterable) and all(
-        isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        for message in messages
-    )
+    def is_message(found: Any) -> bool:
+        return isinstance(found, dict) and all(isinstance(found.get(key), str) for key in ("role", "content"))
+
+    fits = isinstance(messages, Iterable) and all(map(is_message, messages))
     if not fits or all(message["role"] != "assistant" for message in messages):
         raise UserError(f"{where}: its messages are not {_MESSAGES}")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
