@@ -1,26 +1,24 @@
 """What a command line of training means: an experiment's recipe with what was typed, and the folder of its run.
 
-Words are `key=value`, or flags, `--NAME VALUE`, where NAME is a key's last word; functions take them, too.
-What older versions called otherwise is translated by `configs/aliases.yaml`. A run is found again by what it keeps in
-`.hydra/config.yaml`.
+Words are `key=value`, or `--NAME VALUE`, where NAME is a key's last word; `configs/aliases.yaml` has other names.
 """
 
 import functools
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 
 from vavae_tools.recipes.base import RECIPES, Recipe
-from vavae_tools.runtime.errors import UserError, one_line
+from vavae_tools.runtime.errors import UserError, join_first, one_line
 from vavae_tools.runtime.ranks import current_ranks, is_rank_zero
 from vavae_tools.training.config import Setting, checked, settings_of
 
@@ -29,23 +27,18 @@ CONFIGS = Path(str(files("vavae_tools") / "configs"))
 DEFAULT = "vavae_dit"
 RUNS = Path("logs/runs")
 _TRAINER = "train.trainer"
+_OF_TRAINER = re.compile(r"(\+train(er)?|train\.trainer)\.")  # begins keys that may be arguments of lightning.Trainer
 RUN_SETTINGS = {
     "resume": Setting((str, type(None)), None, {"help": "last, a .ckpt, .pth, checkpoint folder or run's folder"}),
     "output_dir": Setting((str, type(None)), None, {"help": "of this run; null: logs/runs/YYYY-MM-DD/HH-MM-SS"}),
 }
 
 
-@dataclass
-class CommandLine:
-    """What was typed, sorted: `key=value`, and flag → the words after it."""
+class CommandLine(NamedTuple):
+    """What was typed, sorted: key → value, and flag → the words after it."""
 
-    overrides: list[str] = field(default_factory=list)
-    flags: dict[str, list[str]] = field(default_factory=dict)
-
-    @property
-    def experiment(self) -> str | None:
-        chosen = [value for key, value in map(_cut, self.overrides) if key == "experiment"]
-        return chosen[-1] if chosen else None
+    overrides: dict[str, str]
+    flags: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -65,14 +58,15 @@ class Experiment:
 
 def read_command_line(arguments: Sequence[str]) -> CommandLine:
     """Sort the words of a command line."""
-    line, texts = CommandLine(), None
+    line, texts = CommandLine({}, {}), None
     for word in arguments:
         if word == "-h" or (word.startswith("--") and len(word) > 2):
             name, equals, value = word.lstrip("-").partition("=")
             name = {"h": "help"}.get(name, name.replace("-", "_"))
             line.flags[name] = texts = [value] if equals else []
         elif re.match(r"\+{0,2}[A-Za-z_][\w./@-]*=", word):
-            line.overrides.append(word)
+            key, _, value = word.partition("=")
+            line.overrides[key if _OF_TRAINER.match(key) else key.lstrip("+")] = value
             texts = None
         elif texts is None:
             raise UserError(f"{word!r} is neither --flag VALUE nor key=value, such as train.devices=2 (see --help)")
@@ -81,45 +75,36 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
     return line
 
 
-def _cut(override: str) -> tuple[str, str]:
-    key, _, value = override.lstrip("+").partition("=")
-    return key, value
-
-
 def compose(line: CommandLine) -> Experiment:
     """Return what a command line means: the experiment's values, then `--config`'s, then what was typed."""
     config = line.flags.get("config")
     if config == []:
         raise UserError("--config needs a value")
     given = _read_config(config[0]) if config else {}
-    name = line.experiment or given.get("experiment") or given.get("name")
+    name = line.overrides.get("experiment") or given.get("experiment") or given.get("name")
     name = name or ("text_to_image" if "training" in given else DEFAULT)  # that alone has this section
     keys, groups = _settings_of_experiment(name), _aliases()["groups"]
-    for group, option in map(_cut, line.overrides):
-        if group in groups:
-            if option not in groups[group]:
-                raise UserError(f"No {group}={option}; there are {', '.join(groups[group])}")
-            keys.set_all(groups[group][option])
+    for group, options in groups.items():
+        option = line.overrides.get(group)
+        if option not in (None, *options):
+            raise UserError(f"No {group}={option}; there are {', '.join(options)}")
+        keys.set_all(options.get(option, {}))
     keys.given.clear()
-    for key in ("name", "task", "recipe", "experiment"):
-        given.pop(key, None)
     flags = given.pop("flags", None) or {}  # what older versions' --print_config said: flag → key
+    given |= {f"flags.{flag}": key for flag, key in flags.items() if keys.home(str(key)) is None}
     try:
-        for flag, key in flags.items():
-            if keys.home(str(key)) is None:
-                raise keys.unknown(f"flags.{flag}")
-        keys.set_all(given)
+        keys.set_all({k: v for k, v in given.items() if k not in ("name", "task", "recipe", "experiment")})
     except UserError as error:
         raise UserError(f"{config[0]}: {error}") from None
-    for text in line.overrides:
-        if _cut(text)[0] not in ("experiment", *groups):
-            keys.set_typed(text)
+    for key, text in line.overrides.items():
+        if key not in ("experiment", *groups):
+            keys.set(key, _read(text, f"{key}={text}"))
     for flag, texts in line.flags.items():
         if flag != "config":
             keys.set_flag(flag, texts)
     for key in keys.recipe.needs:
         if keys.values[key] is None:
-            raise UserError(f"experiment={name} needs {key}=… (or --{_end(key)} …)")
+            raise UserError(f"experiment={name} needs {key}=… (or --{last_word(key)} …)")
     return Experiment(name, keys.built(), keys.values["resume"], keys.values["output_dir"])
 
 
@@ -138,8 +123,7 @@ def recipe_with(recipe: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
             value = asdict(value)
         if name in ("devices", "saving") and isinstance(value, Mapping):
             for inner, number in value.items():
-                home = keys.home(f"train.{inner}") or f"{_TRAINER}.{inner}"
-                keys.set(home, number, inner)
+                keys.set(f"+train.{inner}", number, inner)
         elif name in sections and isinstance(value, Mapping):
             keys.set_all({f"{name}.{inner}": part for inner, part in value.items() if part is not None})
         elif value is not None:
@@ -171,18 +155,18 @@ class RecipeSettings:
 
     def set(self, key: str, value: Any, called: str | None = None) -> None:
         """Set a key of any name, or raise a `UserError` about what was `called` so."""
-        home, called = self.home(key), called or key
-        if home is None and key.startswith(f"{_TRAINER}."):
-            self.values[_TRAINER] = {**self.values[_TRAINER], _end(key): value}
-            return
+        home, called = self.home(key.removeprefix("+")), called or key
         if home is None:
-            raise self.unknown(key)
+            if not _OF_TRAINER.match(key):
+                raise UserError(f"No key {key!r}{self.suggestion(key)}; --print_config shows all keys")
+            self.values[_TRAINER] = {**self.values[_TRAINER], last_word(key): value}
+            return
         meanings = _aliases()["values"].get(home)
         if meanings is None:
             self.values[home] = checked(called, _plain(value, self.settings[home]), self.settings[home])
             self.given |= {home} if value is not None else set()
         elif value not in meanings:
-            raise UserError(f"{called} is {value!r}, expected {' or '.join(map(_written, meanings))}")
+            raise UserError(f"{called} is {value!r}, expected {' or '.join(map(_as_typed, meanings))}")
         elif meanings[value] != "keep":
             self.set_all(meanings[value])
 
@@ -194,13 +178,6 @@ class RecipeSettings:
                 self.set_all(value, f"{key}.")
             elif value is not None or self.home(key):  # a section may have no content
                 self.set(key, value)
-
-    def set_typed(self, text: str) -> None:
-        """Set what `key=value` says; `+trainer.NAME=VALUE` is an argument of lightning.Trainer."""
-        key, value = _cut(text)
-        if text.startswith("+") and self.home(key) is None and re.match(r"train(er)?\.", key):
-            key = f"{_TRAINER}.{_end(key)}"
-        self.set(key, _read(value, text))
 
     def set_flag(self, flag: str, texts: list[str]) -> None:
         """Set what a flag says: `--NAME VALUE`, or several values for a list."""
@@ -216,22 +193,19 @@ class RecipeSettings:
     def of_flag(self, flag: str, dashes: str = "--") -> str:
         """Return the key that a flag stands for: one of its last word, or by all of its words."""
         home = self.home(flag)
-        found = [home] if home else [key for key in self.settings if _end(key) == flag]
-        if len(found) == 1:
-            return found[0]
-        if found:
+        found = [home] if home else [key for key in self.settings if last_word(key) == flag]
+        if not found:
+            raise UserError(f"No {dashes}{flag}{self.suggestion(flag, dashes)}; python -m vavae_tools.train --help")
+        if len(found) > 1:
             raise UserError(f"{dashes}{flag} could be {' or '.join(found)}: type the key, as {found[0]}=…")
-        nearest = self.nearest(flag)
-        meant = _suggestion(f"{dashes}{_end(nearest)}" if nearest else None)
-        raise UserError(f"No {dashes}{flag}{meant}; python -m vavae_tools.train --help")
+        return found[0]
 
-    def nearest(self, name: str) -> str | None:
-        """Return the key that was meant, if there is one like it."""
-        known = {_end(name): key for name in (*_aliases()["keys"], *self.settings) if (key := self.home(name))}
-        return known.get(_closest(_end(name), known))
-
-    def unknown(self, key: str) -> UserError:
-        return UserError(f"No key {key!r}{_suggestion(self.nearest(key))}; --print_config shows all keys")
+    def suggestion(self, name: str, dashes: str | None = None) -> str:
+        """Return a question about a key, with `dashes` about a flag, if there is one like it."""
+        known = {last_word(each): key for each in (*_aliases()["keys"], *self.settings) if (key := self.home(each))}
+        if dashes is not None:
+            known = {word: f"{dashes}{last_word(key)}" for word, key in known.items()}
+        return _did_you_mean(last_word(name), known)
 
     def built(self) -> Recipe:
         if "train.max_epochs" in self.given and "train.max_steps" not in self.given:
@@ -242,7 +216,8 @@ class RecipeSettings:
 def _settings_of_experiment(name: str) -> RecipeSettings:
     known = experiments()
     if name not in known:
-        raise UserError(f"No experiment={name}{_suggestion(_closest(name, known))}; there are {', '.join(known)}")
+        meant = _did_you_mean(name, {each: each for each in known})
+        raise UserError(f"No experiment={name}{meant}; there are {', '.join(known)}")
     if name in RECIPES:
         return RecipeSettings(RECIPES[name]())
     values = yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -259,16 +234,13 @@ def _with_values(config: Any, values: Mapping[str, Any], before: str = "") -> An
     return replace(config, **changes)
 
 
-def _end(key: str) -> str:
+def last_word(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _closest(name: str, known: Iterable[str]) -> str | None:
-    return next(iter(get_close_matches(name, known, n=1, cutoff=0.5)), None)
-
-
-def _suggestion(name: str | None) -> str:
-    return f"; did you mean {name}?" if name else ""
+def _did_you_mean(word: str, known: Mapping[str, str]) -> str:
+    nearest = get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {known[nearest[0]]}?" if nearest else ""
 
 
 @functools.cache
@@ -310,7 +282,7 @@ def _read_config(path: str) -> dict[str, Any]:
     raise UserError(f"--config {path}: expected keys and values, such as train: {{batch_size: 32}}")
 
 
-def _written(value: Any) -> str:
+def _as_typed(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -318,7 +290,7 @@ def experiments() -> dict[str, str]:
     """Return name → what it is, in a line: the recipes, and the variants in `configs/experiment/`."""
     found = {name: (recipe.__doc__ or "").splitlines()[0].rstrip(".") for name, recipe in RECIPES.items()}
     for path in (CONFIGS / "experiment").glob("*.yaml"):
-        found[path.stem] = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        found[path.stem] = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
     return dict(sorted(found.items()))
 
 
@@ -335,8 +307,8 @@ def run_folder(plan: Experiment, now: datetime | None = None) -> tuple[Path, str
     ranks = current_ranks()
     found = _run_folder(plan, now) if ranks.rank == 0 else None  # the clock says another second to each of them
     turn = f"vavae run folder {next(_TURNS)}"  # a process may train several
-    folder, resume, said = ranks.share(turn, found and (str(found[0]), *found[1:]))
-    return Path(folder), resume, said
+    folder, *rest = ranks.share(turn, found and (str(found[0]), *found[1:]))
+    return Path(folder), *rest
 
 
 def _run_folder(plan: Experiment, now: datetime | None) -> tuple[Path, str | None, str | None]:
@@ -362,8 +334,7 @@ def _newest_run(name: str) -> Path:
         if of == name and any(run.glob("checkpoints/*.ckpt")):
             return run
         known.append(f"{run} ({of})")
-    there = ", ".join(known[:3]) or "none"
-    raise UserError(f"resume=last: no run of {name} with a checkpoint; in {RUNS} there are {there}")
+    raise UserError(f"resume=last: no run of {name} with a checkpoint; in {RUNS}: {join_first(known) or 'none'}")
 
 
 def keep_config(plan: Experiment, words: Sequence[str], folder: Path) -> None:
@@ -384,7 +355,7 @@ def help_text(experiment: str | None) -> str:
     width = max(map(len, experiments()))
     listed = "\n".join(f"  {each:<{width}}  {what}" for each, what in experiments().items())
     sections: dict[str, list[str]] = {"": []}
-    ends = [_end(key) for key in keys.settings]
+    ends = [last_word(key) for key in keys.settings]
     for key, setting in keys.settings.items():
         section, _, end = key.rpartition(".")
         if section and section not in sections:
@@ -410,8 +381,6 @@ keys of {name}, typed as --NAME VALUE or SECTION.NAME=VALUE; in brackets what ho
 
 def _key_help(name: str, value: Any, setting: Setting) -> str:
     choices = [str(choice) for kind in setting.kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    text = setting.metadata.get("help", "")
-    text = f"{', '.join(choices)}: {text}" if len(choices) > 1 else text
-    return textwrap.fill(
-        f"  {name} [{_written(value)}]  {text}", 118, subsequent_indent=" " * 8, break_long_words=False
-    )
+    text = f"{', '.join(choices)}: " if len(choices) > 1 else ""
+    text = f"  {name} [{_as_typed(value)}]  {text}{setting.metadata['help']}"
+    return textwrap.fill(text, 118, subsequent_indent=" " * 8, break_long_words=False)

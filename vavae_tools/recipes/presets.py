@@ -1,7 +1,7 @@
 """Sizes and lengths of training that suit a machine, for what recipes and notebooks leave open."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from vavae_tools.recipes.base import LatentRecipe, Recipe, VAVAERecipe
@@ -15,15 +15,17 @@ class Preset:
     """What notebooks 02–05 start from. Batch sizes are per device and step, image_size is in pixels."""
 
     machine: str
-    image_size: int
-    original_vavae: str | None  # weights to fine-tune; None: fresh ones
-    vavae_size: str
-    vavae_epochs: int
-    vavae_batch_size: int
-    vavae_lr: float
-    dit: dict[str, Any]  # the denoiser: a size by name, or numbers
-    dit_steps: int
-    dit_batch_size: int
+    image_size: int = 64
+    original_vavae: str | None = "small"  # weights to fine-tune; None: fresh ones
+    vavae_size: str = "small"
+    vavae_epochs: int = 60
+    vavae_batch_size: int = 16
+    vavae_lr: float = 2e-3
+    dit: dict[str, Any] = field(  # the denoiser: a size by name, or numbers
+        default_factory=lambda: {"hidden_size": 192, "depth": 6, "num_heads": 3, "patch_size": 2}
+    )
+    dit_steps: int = 4_000
+    dit_batch_size: int = 32
     ema_decay: float = 0.999
     previews: int = 6  # grids of samples in all
     samples_per_person: int = 50
@@ -47,49 +49,37 @@ def find_preset(built_in: bool = False, machine: Machine | None = None) -> Prese
     The lengths on a CPU are measured (README); those on a GPU are estimated from its speed and the models' operations.
     """
     machine = machine or find_machine()
-    if machine.kind != "cpu" and not built_in:
-        # One T4 makes about 10 images a second with f16d32 at 256 px, and 5 steps with DiT-S: hours, not a session.
-        # By benchmarks/memory.py f16d32 takes 1.5 GB an image in training, DiT-S 0.1. A T4's 14.56 also have to hold
-        # CUDA, DDP's gradients and the notebook's own process: with six images no activation is computed twice.
-        roomy, tight = machine.memory > 36e9, machine.memory < 20e9
+    if built_in:
         return Preset(
             str(machine),
-            image_size=256,
-            original_vavae=None,
-            vavae_size="f16d32",
-            vavae_epochs=30,
-            vavae_batch_size=16 if roomy else 6 if tight else 8,
-            vavae_lr=1e-4,
-            dit={"size": "S", "patch_size": 1},
-            dit_steps=40_000,
-            dit_batch_size=256 if roomy else 64,
-            ema_decay=0.9995,
+            vavae_epochs=6,
+            # sixteen tokens an image: a quarter of the work, and still the right person after two minutes
+            dit={"hidden_size": 256, "depth": 6, "num_heads": 4, "patch_size": 4},
+            dit_steps=1_100,
+            ema_decay=0.99,
+            previews=2,
+            samples_per_person=20,
+            num_steps=20,
+            guidance_scale=2.5,
         )
-    on_cpu = Preset(
+    if machine.kind == "cpu":
+        return Preset(str(machine))
+    # One T4 makes about 10 images a second with f16d32 at 256 px, and 5 steps with DiT-S: hours, not a session. By
+    # benchmarks/memory.py f16d32 takes 1.5 GB an image in training, DiT-S 0.1. A T4's 14.56 also have to hold CUDA,
+    # DDP's gradients and the notebook's own process: with six images no activation is computed twice.
+    roomy, tight = machine.memory > 36e9, machine.memory < 20e9
+    return Preset(
         str(machine),
-        image_size=64,
-        original_vavae="small",
-        vavae_size="small",
-        vavae_epochs=60,
-        vavae_batch_size=16,
-        vavae_lr=2e-3,
-        dit={"hidden_size": 192, "depth": 6, "num_heads": 3, "patch_size": 2},
-        dit_steps=4_000,
-        dit_batch_size=32,
-    )
-    if not built_in:
-        return on_cpu
-    return replace(
-        on_cpu,
-        vavae_epochs=6,
-        # sixteen tokens an image: a quarter of the work, and still the right person after two minutes
-        dit={"hidden_size": 256, "depth": 6, "num_heads": 4, "patch_size": 4},
-        dit_steps=1_100,
-        ema_decay=0.99,
-        previews=2,
-        samples_per_person=20,
-        num_steps=20,
-        guidance_scale=2.5,
+        image_size=256,
+        original_vavae=None,
+        vavae_size="f16d32",
+        vavae_epochs=30,
+        vavae_batch_size=16 if roomy else 6 if tight else 8,
+        vavae_lr=1e-4,
+        dit={"size": "S", "patch_size": 1},
+        dit_steps=40_000,
+        dit_batch_size=256 if roomy else 64,
+        ema_decay=0.9995,
     )
 
 
@@ -98,9 +88,9 @@ def lr_for(hidden_size: int | list[int] | None) -> float:
     return 1e-3 if isinstance(hidden_size, int) and hidden_size <= 256 else 2e-4
 
 
-def resolved(recipe: AnyRecipe, machine: Machine | None = None) -> AnyRecipe:
+def resolved(recipe: AnyRecipe) -> AnyRecipe:
     """Return a recipe in which what was left to the machine is as its preset says."""
-    preset, config = find_preset(machine=machine), recipe.train
+    preset, config = find_preset(), recipe.train
     wanted: dict[str, Any] = {}
     length = {"max_steps": preset.dit_steps}
     if isinstance(recipe, VAVAERecipe):
