@@ -7,7 +7,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vavae_tools.data import images as decoded
-from vavae_tools.data import loader as loading
 from vavae_tools.data.demo.shapes import ShapeImages
 from vavae_tools.data.images import ImageSetDataModule
 from vavae_tools.data.loader import (
@@ -18,52 +17,30 @@ from vavae_tools.data.loader import (
     loading_workers,
     local_world_size,
     usable_cores,
-    worker_fault,
 )
 from vavae_tools.runtime.errors import UserError
 
 
-@pytest.fixture
-def machine(monkeypatch, tmp_path):
-    """A machine with so many cores, ranks and a quota."""
-
-    def stand_in(cores=8, ranks=None, quota=None):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
-        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-        if ranks is not None:
-            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        (tmp_path / "cpu.max").unlink(missing_ok=True)
-        if quota is not None:
-            (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
-        monkeypatch.setattr(loading, "_CGROUP", tmp_path)
-
-    return stand_in
+def stand_in(monkeypatch, cores: int, ranks: int | None = None) -> None:
+    """A machine with so many cores, shared by so many processes of a training."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
 
 
-@pytest.mark.parametrize(
-    ("cores", "ranks", "workers"),
-    [(64, None, 4), (64, 8, 4), (4, 2, 2), (4, 1, 4), (3, 2, 1), (2, 1, 2), (1, 1, 1), (1, 2, 0)],
-)
-def test_cores_are_shared_by_the_ranks_of_a_machine(machine, cores, ranks, workers):
-    machine(cores=cores, ranks=ranks)
-    assert loading_workers() == workers
-    assert local_world_size() == (ranks or 1)
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores"), [("max", 8), (200_000, 2), (250_000, 2), (50_000, 1), (1_600_000, 8), ("?", 8)]
-)
-def test_a_containers_quota_counts(machine, quota, cores):
-    machine(cores=8, quota=quota)
-    assert usable_cores() == cores
+@pytest.mark.parametrize(("cores", "ranks", "workers"), [(64, None, 4), (64, 8, 4), (3, 2, 1), (1, 1, 1), (1, 2, 0)])
+def test_cores_are_shared_by_the_ranks_of_a_machine(monkeypatch, cores, ranks, workers):
+    stand_in(monkeypatch, cores, ranks)
+    assert (loading_workers(), usable_cores(), local_world_size()) == (workers, cores, ranks or 1)
 
 
 def module(**options) -> ImageSetDataModule:
     return ImageSetDataModule(ShapeImages(64, 4, 32), None, {"a": 0}, batch_size=16, **options)
 
 
-def test_a_module_has_those_workers(machine, monkeypatch):
-    machine(cores=8)
+def test_a_module_has_those_workers(monkeypatch):
+    stand_in(monkeypatch, cores=8)
     assert module().num_workers == 0  # in memory
     monkeypatch.setattr(decoded, "MEMORY_LIMIT", 64 * 32 * 32 * 3 - 1)
     assert module().num_workers == 4 and module(num_workers=7).num_workers == 7
@@ -103,7 +80,8 @@ def test_a_loading_process_that_ends_is_one_line(how, message):
 def test_other_errors_stay_what_they_are():
     with pytest.raises(ValueError, match="another one"), loader_faults():
         list(DataLoader(Ends("else"), num_workers=1))
-    for error in (RuntimeError("CUDA out of memory"), UserError("two\nlines")):
+    disk = RuntimeError("unable to write to file </data/x>: No space left on device")
+    for error in (RuntimeError("CUDA out of memory"), UserError("two\nlines"), disk):
         with pytest.raises(type(error), match=str(error)), loader_faults():
             raise error
 
@@ -119,14 +97,12 @@ def test_other_errors_stay_what_they_are():
     ],
 )
 def test_full_shared_memory_is_named(text):
-    try:
-        raise RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly") from RuntimeError(text)
-    except RuntimeError as error:
-        lines = [worker_fault(error), worker_fault(RuntimeError(text))]
-    assert lines[0] == lines[1] and lines[0].startswith("A loading process ended because /dev/shm is full")
-    assert "set num_workers=0" in lines[0]
-    assert worker_fault(RuntimeError("unable to write to file </data/x>: No space left on device")) is None
-    assert "ended unexpectedly" in worker_fault(RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"))
+    exited = RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly")
+    for error, cause in ((exited, RuntimeError(text)), (RuntimeError(text), None)):
+        with pytest.raises(UserError, match=r"^A loading .*/dev/shm is full.* set num_workers=0"), loader_faults():
+            raise error from cause
+    with pytest.raises(UserError, match="ended unexpectedly"), loader_faults():
+        raise exited from None
 
 
 # ---- the order

@@ -78,11 +78,10 @@ SKIP_HINT = "or leave them out with data.skip_missing=true"
 class CaptionedFiles(ImageFiles):
     """Captioned images in files, which caches know by their names and lengths."""
 
+    contents = DecodedImages.contents
+
     def stored_key(self) -> list:
         return [self.names, self.sizes()]
-
-    def contents(self) -> Iterator[bytes]:
-        return DecodedImages.contents(self)
 
 
 @dataclass
@@ -96,19 +95,17 @@ class NamedImages:
     def subset(self, skip_missing: bool, notes: list[str], options: Mapping[str, Any]) -> CaptionedFiles:
         """Return the images, or raise a UserError where some are missing or have no caption, unless `skip_missing`."""
         missing = dict.fromkeys(missing_images(self.folder, self.captions))
+        existing = {name: of_name for name, of_name in self.captions.items() if name not in missing}
         if missing:
             total = count_of(len(self.captions), "image")
             problem = f"{self.folder} lacks {len(missing):,} of {total} that {self.source} names: {join_first(missing)}"
-            if len(missing) == len(self.captions):
-                raise UserError(f"{problem}. Put them there")
-            if not skip_missing:
-                raise UserError(f"{problem}. Put them there, {SKIP_HINT}")
+            if not existing or not skip_missing:
+                raise UserError(f"{problem}. Put them there" + (f", {SKIP_HINT}" if existing else ""))
             notes.append(f"{problem}; left out")
-        existing = {name: of_name for name, of_name in self.captions.items() if name not in missing}
         captions = clean_captions(existing, self.source, skip_missing, notes)
         paths, labels = [self.folder / name for name in captions], torch.zeros(len(captions), dtype=torch.int64)
-        options = {**options, "title": self.source.name, "captions": captions.values()}
-        return CaptionedFiles(paths, list(captions), labels, **options)
+        own = {"title": self.source.name, "captions": captions.values()}
+        return CaptionedFiles(paths, captions, labels, **options, **own)
 
 
 def missing_images(folder: Path, names: Collection[str]) -> list[str]:
@@ -164,10 +161,10 @@ def read_text(path: Path) -> str:
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield "path, line number" and the value of each line that is not empty; raise a UserError where it is no JSON."""
     for number, line in enumerate(read_text(path).split("\n"), 1):  # not splitlines: a text may hold other separators
-        where = f"{path}, line {number:,}"
-        try:
-            value = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}, is no JSON: {error.msg} at column {error.colno}") from None
         if line.strip():
+            where = f"{path}, line {number:,}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}, is no JSON: {error.msg} at column {error.colno}") from None
             yield where, value

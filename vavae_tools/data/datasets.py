@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
@@ -12,23 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from vavae_tools.data import folders
 from vavae_tools.data.captions import CaptionedDataModule
 from vavae_tools.data.demo.shapes import captioned_shape_data, shape_data
-from vavae_tools.data.folders import (
-    EXTENSIONS,
-    VALIDATION_SUBSETS,
-    contents,
-    explain_no_images,
-    extension_of,
-    labels_of,
-    natural_key,
-    no_such_folder,
-    person_folders,
-)
+from vavae_tools.data.folders import contents, no_such_folder
 from vavae_tools.data.images import DecodedImages, ImageFiles, ImageSetDataModule
-from vavae_tools.data.sources import hugging_face
-from vavae_tools.data.sources.caption_folders import own_subsets
-from vavae_tools.data.sources.coco_cub import coco_subsets, cub_subsets
+from vavae_tools.data.sources import captioned, hugging_face
 from vavae_tools.data.sources.shards import refuse_shards
 from vavae_tools.data.split import choose_subsets
 from vavae_tools.data.split_report import INFO_NAME, ImageEntry, read_split_info
@@ -38,11 +27,10 @@ from vavae_tools.runtime.errors import UserError, join_first
 class ImageDataModule(ImageSetDataModule):
     """The images in `data_dir` as batches, which is one of
 
-    - a folder per class, with any names; images in folders below a class's own belong to it;
+    - a folder per class, with any names, which owns the images at any depth in it;
     - such folders in `train/`, and in `validation/ valid/ val/ dev/ test/` (the first one there) what validates;
     - a split of `data_split.py`, whose labels are kept;
-    - a dataset of Hugging Face's `datasets`, as `save_to_disk` writes it, alone or with the same subsets; of
-      WebDataset shards `sources.shards` makes one.
+    - a dataset of Hugging Face's `datasets`, as `save_to_disk` writes it, alone or with the same subsets.
 
     Classes are numbered by `folders.labels_of`, those of a Hugging Face ClassLabel as it says.
 
@@ -52,8 +40,7 @@ class ImageDataModule(ImageSetDataModule):
         use_hf_dataset: whether it is a Hugging Face dataset; None: look.
         train_split: the name of the training subset.
         val_share: where nothing validates, this share of each class is held out; by default 0.05, and 0 for a split.
-        crop: "adm", the centre, or "none", the whole image resized; by default "adm", and "none" for a split, since a
-            spectrogram's axes must stay whole.
+        crop: "adm", the centre, or "none", the whole image resized; by default "adm", and "none" for a split.
         channels: 3, or 1 for grey; by default what the training subset's images have.
     """
 
@@ -79,14 +66,13 @@ class ImageDataModule(ImageSetDataModule):
             raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
         crop = crop or ("none" if is_split else "adm")
         options = {"image_size": image_size, "crop": crop, "channels": channels or 3, "progress": progress}
-        labels, train, val = _read_subsets(data_dir, use_hf_dataset, train_split, options)
+        labels, train, *others = _read_subsets(data_dir, use_hf_dataset, train_split, options)
         if channels is None:
             channels = train.stored_channels()
-            for subset in filter(None, (train, val)):
+            for subset in (train, *others):
                 subset.channels = channels
-        if val is None:
-            train, val = hold_out(train, val_share, seed)
-        super().__init__(train, val, labels, batch_size, num_workers, seed)
+        subsets = (train, *others) if others else hold_out(train, val_share, seed)
+        super().__init__(*subsets, labels, batch_size, num_workers, seed)
 
 
 image_data = ImageDataModule
@@ -103,7 +89,8 @@ def class_data(
     return shape_data(num_images, num_classes, image_size or 32, **own)
 
 
-Subsets = tuple[dict[str, int], DecodedImages, DecodedImages | None]  # class name → label; train; validation
+Subsets = tuple[dict[str, int], *tuple[DecodedImages, ...]]
+"""Class name → label, what trains and, where it is there, what validates."""
 
 
 def _read_subsets(data_dir: Path, use_hf_dataset: bool | None, train_split: str, options: dict[str, Any]) -> Subsets:
@@ -111,14 +98,13 @@ def _read_subsets(data_dir: Path, use_hf_dataset: bool | None, train_split: str,
         refuse_shards(data_dir)
         raise UserError(no_such_folder(data_dir))
     is_dataset = hugging_face.is_dataset(data_dir)
-    if use_hf_dataset and not is_dataset:
-        refuse_shards(data_dir)
-        found = f"{data_dir} is no Hugging Face dataset; it holds {contents(data_dir)}"
-        raise UserError(
-            f"{found}. Expected {hugging_face.SAVED_DATASET_FILES}; use_hf_dataset=false reads a folder per class"
-        )
     if is_dataset and use_hf_dataset is not False:
         return hugging_face.read_subsets(data_dir, train_split, **options)
+    if use_hf_dataset:
+        refuse_shards(data_dir)
+        found = f"{data_dir} is no Hugging Face dataset; it holds {contents(data_dir)}"
+        expected = f"{hugging_face.SAVED_DATASET_FILES}; use_hf_dataset=false reads a folder per class"
+        raise UserError(f"{found}. Expected {expected}")
     return _read_folders(data_dir, train_split, options)
 
 
@@ -131,7 +117,7 @@ def hold_out(data: DecodedImages, share: float, seed: int = 0) -> tuple[DecodedI
         return data, None
     hashes = _equal_files(data) if isinstance(data, ImageFiles) else {}
     rows = enumerate(zip(data.labels.tolist(), data.names, strict=True))
-    images = [ImageEntry(str(label), name, "", 0, 0, sha256=hashes.get(place)) for place, (label, name) in rows]
+    images = [ImageEntry(str(label), name, "", 0, sha256=hashes.get(place)) for place, (label, name) in rows]
     subset_of = choose_subsets(images, share, seed)
     held = np.array([subset_of[image.key] == "val" for image in images])
     if not held.any():
@@ -147,55 +133,44 @@ def _equal_files(data: ImageFiles) -> dict[int, str]:
     return {place: hashlib.sha256(data.paths[place].read_bytes()).hexdigest() for place in alike}
 
 
-# ---- folders
 def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> Subsets:
-    is_split = (data_dir / INFO_NAME).is_file()
+    is_split, extensions, labels = (data_dir / INFO_NAME).is_file(), folders.EXTENSIONS, None
     if is_split:
         info = read_split_info(data_dir)
         extensions, labels = info["image_extensions"], {name: int(label) for name, label in info["labels"].items()}
-    else:
-        extensions, labels = EXTENSIONS, None
-    folder, val_folder = data_dir, None
+    roots = [data_dir]
     if _holds_folders(data_dir / train_split):
-        folder = data_dir / train_split
-        named = [data_dir / name for name in VALIDATION_SUBSETS if name != train_split]
-        val_folder = next((subset for subset in named if _holds_folders(subset)), None)
+        others = [data_dir / name for name in folders.VALIDATION_SUBSETS if name != train_split]
+        roots = [data_dir / train_split, *list(filter(_holds_folders, others))[:1]]
     elif train_split != "train" or is_split:
         raise UserError(f"No folders of images in {data_dir / train_split}; {data_dir} holds {contents(data_dir)}")
-    train, val = _files_by_class(folder, extensions), _files_by_class(val_folder, extensions) if val_folder else {}
-    if not train:
-        refuse_shards(data_dir)
-        raise UserError(explain_no_images(folder, extensions, "data_dir"))
-    labels = labels or labels_of(train)
     subsets = []
-    for subset, files in ((folder, train), (val_folder, val)):
+    for root in roots:
+        files = _files_by_class(root, extensions)
+        if not files and root == roots[0]:
+            refuse_shards(data_dir)
+            raise UserError(folders.explain_no_images(root, extensions, "data_dir"))
+        labels = labels or folders.labels_of(files)
         if unknown := files.keys() - labels.keys():
-            names = join_first(sorted(unknown, key=natural_key))
-            raise UserError(f"{subset} holds {names}, which is no class of {folder}: expected the same folders in both")
+            names = join_first(sorted(unknown, key=folders.natural_key))
+            expected = f"no class of {roots[0]}: expected the same folders in both"
+            raise UserError(f"{root} holds {names}, which is {expected}")
         if files:
             paths = list(chain.from_iterable(files.values()))
-            names = [path.relative_to(subset).as_posix() for path in paths]
+            names = [path.relative_to(root).as_posix() for path in paths]
             of_paths = torch.tensor([labels[name] for name, of_class in files.items() for _ in of_class])
-            subsets.append(ImageFiles(paths, names, of_paths, is_split, title=subset.name, **options))
-    return labels, subsets[0], subsets[1] if len(subsets) > 1 else None
+            subsets.append(ImageFiles(paths, names, of_paths, of_split=is_split, title=root.name, **options))
+    return labels, *subsets
 
 
 def _holds_folders(folder: Path) -> bool:
-    return folder.is_dir() and bool(person_folders(folder))
+    return folder.is_dir() and bool(folders.person_folders(folder))
 
 
 def _files_by_class(folder: Path, extensions: Collection[str]) -> dict[str, list[Path]]:
     """Return the classes with images, and their files at any depth, in natural order."""
-    files = {name: list(_files_below(folder / name, extensions)) for name in person_folders(folder)}
+    files = {name: list(folders.files_below(folder / name, extensions)) for name in folders.person_folders(folder)}
     return {name: paths for name, paths in files.items() if paths}
-
-
-def _files_below(folder: Path, extensions: Collection[str]) -> Iterable[Path]:
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural_key)
-        for name in sorted(names, key=natural_key):
-            if extension_of(name) in extensions:
-                yield Path(place, name)
 
 
 DATASETS = ("coco", "cub", "custom", "shapes")
@@ -257,9 +232,9 @@ def caption_data(
         subsets = hugging_face.captioned_subsets(path, skip_missing, notes, options)
     else:
         if name == "coco":
-            found = coco_subsets(path, annotations, images, notes)
+            found = captioned.coco_subsets(path, annotations, images, notes)
         else:
-            found = {"cub": cub_subsets, "custom": own_subsets}[name](path, notes)
+            found = (captioned.cub_subsets if name == "cub" else captioned.own_subsets)(path, notes)
         subsets = [one.subset(skip_missing, notes, options) for one in found]
     if num_samples is not None:
         subsets = [_some(subset, num_samples, seed) for subset in subsets]

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,11 +21,7 @@ _DIGITS = re.compile(r"(\d+)")
 
 
 def natural_key(name: str) -> tuple:
-    """Return the key that sorts names as a person does.
-
-    >>> sorted(["ID_10", "ID_2", "anna"], key=natural_key)
-    ['ID_2', 'ID_10', 'anna']
-    """
+    """Return the key that sorts names as a person does: ID_2 before ID_10."""
     parts = _DIGITS.split(name)  # text, digits, text, digits, …: a text always meets a text, a number a number
     parts[1::2] = map(int, parts[1::2])
     return (parts, name)
@@ -54,10 +50,8 @@ def list_folders(directory: str | Path, extensions: Collection[str] = IMAGE_EXTE
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(no_such_folder(directory))
-    return {
-        name: [Path(entry.path) for entry in image_entries(directory / name, extensions)]
-        for name in person_folders(directory)
-    }
+    entries = {name: image_entries(directory / name, extensions) for name in person_folders(directory)}
+    return {name: [Path(entry.path) for entry in of_person] for name, of_person in entries.items()}
 
 
 def person_folders(directory: str | Path) -> list[str]:
@@ -70,9 +64,15 @@ def person_folders(directory: str | Path) -> list[str]:
 def image_entries(folder: str | Path, extensions: Collection[str]) -> list[os.DirEntry]:
     """Return the files with these extensions in natural order; a link that leads nowhere is among them."""
     with os.scandir(folder) as entries:
-        found = [e for e in entries if extension_of(e.name) in extensions]
-    files = [e for e in found if e.is_file() or (e.is_symlink() and not e.is_dir())]
-    return sorted(files, key=lambda e: natural_key(e.name))
+        found = [e for e in entries if extension_of(e.name) in extensions and not e.is_dir()]
+    return sorted(found, key=lambda e: natural_key(e.name))
+
+
+def files_below(folder: Path, extensions: Collection[str]) -> Iterator[Path]:
+    """Yield the files with these extensions at any depth, those of each folder in natural order."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural_key)
+        yield from (Path(place, name) for name in sorted(names, key=natural_key) if extension_of(name) in extensions)
 
 
 def other_files(folder: str | Path, extensions: Collection[str]) -> Counter:
@@ -89,10 +89,10 @@ def extension_of(name: str) -> str:
 
 def can_read(extension: str) -> bool:
     """Return whether Pillow reads images with this extension."""
-    Image.preinit()  # the common formats; all of them only if that is not enough
-    if f".{extension}" not in Image.EXTENSION:
-        Image.init()
-    return Image.EXTENSION.get(f".{extension}") in Image.OPEN
+    return Image.registered_extensions().get(f".{extension}") in Image.OPEN
+
+
+# ---- what to say of a folder
 
 
 def no_such_folder(directory: Path) -> str:
@@ -107,23 +107,31 @@ def explain_no_images(directory: Path, extensions: Sequence[str], flag: str = "-
     found = f"No image folder (ID_1, ID_2 …) in {directory}; it holds {contents(directory)}."
     if image_entries(directory, extensions):
         parent = directory.resolve().parent
-        if _PERSON.fullmatch(directory.resolve().name) or _as_images(parent, extensions) > 1:
+        if _PERSON.fullmatch(directory.resolve().name) or _person_count(parent, extensions) > 1:
             return f"{found} It looks like one person's folder. Try {flag} {parent}"
         return f"{found} Put each person's images into a folder of their own: {directory}/ID_1, {directory}/ID_2 …"
-    homes = [folder for folder in _below(directory) if folder != directory and _as_images(folder, extensions)]
+    below, level = [], [directory]
+    for _ in range(4):
+        below += level
+        level = [folder / name for folder in level for name in person_folders(folder)]
+    homes = [folder for folder in below[1:] if _person_count(folder, extensions)]
     if len(homes) > 1 and all(_PERSON.fullmatch(home.name) for home in homes):
         inner = f"{homes[0].name}/{person_folders(homes[0])[0]}/"
         return f"{found} The images lie one level too deep, in {inner} …: put them directly into {homes[0].name}/ …"
     if homes:
-        homes.sort(key=lambda home: -_as_images(home, extensions))
+        homes.sort(key=lambda home: -_person_count(home, extensions))
         others = f" (or {join_first(homes[1:])})" if len(homes) > 1 else ""
         return f"{found} Try {flag} {homes[0]}{others}"
-    others = sum((other_files(folder, extensions) for folder in _below(directory)), Counter())
-    readable = [kind for kind, _ in others.most_common() if can_read(kind)]
-    if readable:
-        kinds = join_first([f"{n:,} .{kind}" for kind, n in others.most_common()])
+    others = sum((other_files(folder, extensions) for folder in below), Counter())
+    if readable := [kind for kind, _ in others.most_common() if can_read(kind)]:
+        kinds = join_first(f"{n:,} .{kind}" for kind, n in others.most_common())
         return f"No {either(extensions)} image in {directory}; it holds {kinds}. Try --image_extensions {readable[0]}"
     return f"{found} Expected one folder of {either(extensions)} images per person."
+
+
+def _person_count(directory: Path, extensions: Collection[str]) -> int:
+    """Return how many folders in `directory` hold images."""
+    return sum(bool(image_entries(directory / name, extensions)) for name in person_folders(directory))
 
 
 def contents(folder: Path) -> str:
@@ -131,22 +139,9 @@ def contents(folder: Path) -> str:
     names = person_folders(folder)
     with os.scandir(folder) as entries:
         files = sum(entry.is_file() and not entry.name.startswith(".") for entry in entries)
-    parts = [f"{count_of(len(names), 'folder')}, {join_first([f'{name}/' for name in names])}"] if names else []
+    parts = [f"{count_of(len(names), 'folder')}, {join_first(f'{name}/' for name in names)}"] if names else []
     parts += [count_of(files, "file")] if files else []
     return " and ".join(parts) or "nothing"
-
-
-def _below(directory: Path, depth: int = 4) -> Iterable[Path]:
-    """Yield `directory` and the folders in it, upper levels first."""
-    level = [directory]
-    for _ in range(depth):
-        yield from level
-        level = [folder / name for folder in level for name in person_folders(folder)]
-
-
-def _as_images(directory: Path, extensions: Collection[str]) -> int:
-    """Return how many folders in `directory` hold images."""
-    return sum(bool(image_entries(directory / name, extensions)) for name in person_folders(directory))
 
 
 def either(words: Sequence[str]) -> str:

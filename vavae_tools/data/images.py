@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,16 +26,11 @@ from vavae_tools.runtime.files import atomic_write
 Size = tuple[int, int]
 """(height, width) in pixels"""
 
-# ---- Size: the centre of an image, or the whole of it
-
 
 def centre_crop(image: Image.Image, size: Size) -> Image.Image:
-    """Return the largest centred part, resized, as class-to-image models see ImageNet (Dhariwal & Nichol 2021).
-
-    Halved by averages while it stays at least as large as `size`, then resized bicubically until it just covers it.
-    """
+    """Return the largest centred part, resized, as class-to-image models see ImageNet (Dhariwal & Nichol 2021)."""
     height, width = size
-    while image.height >= 2 * height and image.width >= 2 * width:
+    while image.height >= 2 * height and image.width >= 2 * width:  # bicubic weights alone would pass over pixels
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
     covering = (round(image.width * scale), round(image.height * scale))
@@ -51,16 +46,13 @@ def resize_whole(image: Image.Image, size: Size) -> Image.Image:
 CROPS: dict[str, Callable[[Image.Image, Size], Image.Image]] = {"adm": centre_crop, "none": resize_whole}
 
 
-# ---- Values: pixels 0…255 and numbers in [-1, 1], converted nowhere else
-
-
 def to_unit(pixels: Tensor) -> Tensor:
     """Return uint8 0…255 as float32 in [-1, 1], any shape."""
     return pixels.float().div_(127.5).sub_(1.0)
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Return numbers in [-1, 1] (what lies outside is clipped) as uint8 0…255, rounded, any shape."""
+    """Return numbers in [-1, 1] as uint8 0…255, rounded and clipped, any shape."""
     return images.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -70,17 +62,17 @@ def is_grey(image: Image.Image) -> bool:
 
 
 def convert_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Return an image with 3 channels or 1, 8 bits each: 65,535 of 16 or 32 bits is white, alpha is dropped."""
-    if image.mode.startswith("I"):  # 16 or 32 bits, of which Pillow's own conversion makes 255 white
+    """Return an image with 3 channels or 1, 8 bits each; alpha is dropped."""
+    if image.mode.startswith("I"):  # 16 or 32 bits: 65,535 is white, where Pillow's own conversion makes 255 white
         array = (np.asarray(image).clip(0, 65535).astype(np.uint32) + 128) // 257
         image = Image.fromarray(array.astype(np.uint8))
     return image.convert("RGB" if channels == 3 else "L")
 
 
 def save_image(pixels: Tensor, path: Path) -> None:
-    """Write one image, uint8 (C, H, W), whole or not at all; the ending of `path` names the format."""
+    """Write one image, uint8 (C, H, W) with C 1 or 3, whole or not at all; the ending of `path` names the format."""
     array = pixels.permute(1, 2, 0).cpu().numpy()
-    image = Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
+    image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
     with atomic_write(path) as partial:
         image.save(partial, format=Image.registered_extensions()[path.suffix.lower()], quality=95)
 
@@ -95,17 +87,16 @@ def image_errors(name: str | Path) -> Iterator[None]:
         raise UserError(f"{name} cannot be read as an image ({one_line(error)}): {hint}") from None
 
 
-# ---- Subsets: many images, decoded once and kept in memory where they fit
-
-
 MEMORY_LIMIT = 4 * 2**30
 """Bytes of decoded images that all processes of a machine together keep in memory: 21,000 images of 256×256."""
 _AT_ONCE = 64  # images that a thread decodes before it asks for more
 
 
 class DecodedImages(Dataset):
-    """One subset. A subclass has `stored(places)`, a sequence of what `opened(stored)` makes a Pillow image of, and
-    `stored_key()`, plain values that tell these images from others.
+    """One subset, decoded once and kept in memory where it fits.
+
+    A subclass has `stored(places)`, a sequence of what `opened(stored)` makes a Pillow image of, and `stored_key()`,
+    plain values that tell these images from others.
 
     Args:
         names: one for each image, unique.
@@ -116,8 +107,7 @@ class DecodedImages(Dataset):
         captions: for each image, one or more.
 
     A batch is {"images": uint8 (B, C, H, W), "labels": int64 (B,), "index": int64 (B,)}, the rows of `extra_fields`
-    (tensors with a row for each image, such as cached features; may be memory-mapped) under their names, and where
-    there are captions, "captions": a list with one for each image.
+    (tensors with a row for each image, such as cached features) and, if there are captions, "captions": one for each.
     """
 
     def __init__(
@@ -151,14 +141,14 @@ class DecodedImages(Dataset):
         return hash_of([self.stored_key(), self.image_size, self.crop, self.channels])
 
     def contents(self) -> Iterator[bytes]:
-        """Yield what tells these very images from others, for the key of what is computed from them and kept."""
+        """Yield what the key of whatever is computed of these images follows from."""
         yield self.fingerprint().encode()
 
     def where(self, place: int) -> str:
         return f"{self.names[place]} of {self.title}"
 
     def part(self, places: Sequence[int]) -> Self:
-        """Return some of these images as a subset of their own; nothing is decoded for it."""
+        """Return some of these images as a subset of their own."""
         part = copy.copy(self)
         part.names, part.labels = [self.names[place] for place in places], self.labels[torch.as_tensor(places)]
         part.captions = None if self.captions is None else [self.captions[place] for place in places]
@@ -187,14 +177,14 @@ class DecodedImages(Dataset):
         return len(self) * math.prod(self.image_size) * self.channels <= MEMORY_LIMIT // local_world_size()
 
     def in_memory(self) -> Tensor:
-        """Return all images, uint8 (N, C, H, W), decoded by several threads on the first call."""
+        """Return all images, uint8 (N, C, H, W), decoded on the first call."""
         if self._memory is None:
             memory = np.empty((len(self), *self.image_size, self.channels), dtype=np.uint8)
             parts = [range(len(self))[start : start + _AT_ONCE] for start in range(0, len(self), _AT_ONCE)]
             hidden = True if not self._progress or len(self) < 500 else None
             bar = tqdm(total=len(self), desc=f"reading {self.title}", unit="image", disable=hidden)
-            # Pillow decodes without the interpreter's lock
-            with bar, ThreadPoolExecutor(max(1, usable_cores() // local_world_size())) as pool:
+            threads = max(1, usable_cores() // local_world_size())  # Pillow decodes without the GIL
+            with bar, ThreadPoolExecutor(threads) as pool:
                 for done in pool.map(lambda part: self._decode_into(memory[part.start : part.stop], part), parts):
                     bar.update(done)
             self._memory = torch.from_numpy(memory).permute(0, 3, 1, 2)
@@ -244,10 +234,8 @@ class ImageFiles(DecodedImages):
         of_split: whether `data_split.py` wrote them, whose fingerprint says nothing of a crop where there is none.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], names: Sequence[str], labels: Tensor, of_split: bool = False, **options: Any
-    ) -> None:
-        super().__init__(names, labels, **options)
+    def __init__(self, paths: Sequence[Path], *args: Any, of_split: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.paths, self.of_split = list(paths), of_split
 
     def stored(self, places: Sequence[int]) -> list[Path]:
@@ -258,9 +246,8 @@ class ImageFiles(DecodedImages):
 
     def sizes(self) -> list[int]:
         """Return lengths in bytes."""
-        parts = [self.paths[start : start + 1024] for start in range(0, len(self), 1024)]
         with ThreadPoolExecutor(8) as pool:  # a remote disk answers each question late, but many at once
-            return list(chain.from_iterable(pool.map(lambda part: [path.stat().st_size for path in part], parts)))
+            return list(pool.map(lambda path: path.stat().st_size, self.paths))
 
     def stored_key(self) -> list:
         return list(zip(self.names, self.sizes(), strict=True))
@@ -273,7 +260,7 @@ class ImageFiles(DecodedImages):
     def contents(self) -> Iterator[bytes]:
         if self.crop != "none":
             yield f"crop {self.crop}".encode()
-        with ThreadPoolExecutor(usable_cores()) as pool:  # neither reading nor hashing holds the interpreter's lock
+        with ThreadPoolExecutor(usable_cores()) as pool:
             hashes = pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), self.paths)
             yield from (name.encode() + content for name, content in zip(self.names, hashes, strict=True))
 
@@ -304,22 +291,19 @@ class ImageFolder(ImageFiles):
     ) -> None:
         self.folder = Path(folder)
         people = list_folders(self.folder, extensions)
-        labels = labels or labels_of(list(people))
-        paths = [path for name in people for path in people[name]]
+        labels = labels or labels_of(people)
+        paths = [path for of_person in people.values() for path in of_person]
         if not paths:
             raise UserError(f"No images ({', '.join(extensions)}) in the folders of {folder}")
         names = [f"{path.parent.name}/{path.name}" for path in paths]
         of_paths = torch.tensor([labels[path.parent.name] for path in paths])
-        options = {"image_size": image_size, "channels": channels, "title": self.folder.name, "progress": progress}
-        super().__init__(paths, names, of_paths, of_split=True, **options)
+        options = {"channels": channels, "title": self.folder.name, "progress": progress}
+        super().__init__(paths, names, of_paths, image_size, of_split=True, **options)
 
 
 def channels_of(folder: str | Path, extensions: Collection[str] = IMAGE_EXTENSIONS) -> int:
     """Return `DecodedImages.stored_channels` of a folder that holds `ID_1/ ID_2/ …`."""
     return ImageFolder(folder, 1, extensions=extensions).stored_channels()
-
-
-# ---- Batches
 
 
 class ImageSetDataModule(OrderedDataModule):
@@ -355,12 +339,12 @@ class ImageSetDataModule(OrderedDataModule):
             subset.resize(image_size)
         self._find_workers()
 
-    def _subsets(self) -> list[DecodedImages]:
-        return [subset for subset in (self.train_data, self.val_data) if subset is not None]
-
     def _find_workers(self) -> None:
         if self._finds_workers:
             self.num_workers = 0 if self.train_data.fits_memory() else loading_workers()
+
+    def _subsets(self) -> list[DecodedImages]:
+        return [subset for subset in (self.train_data, self.val_data) if subset is not None]
 
     def fingerprint(self) -> str:
         return hash_of([[subset.fingerprint() for subset in self._subsets()], self.labels])

@@ -7,8 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -18,11 +17,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import find_device
 
-# ---- How many processes load images
+# ---- Processes that load
 
 MOST_WORKERS = 4
 """Loading processes per training process: four cores decode and crop some 1,100 images of 500×375 a second."""
-_CGROUP = Path("/sys/fs/cgroup")
 _KILLED = re.compile(r"DataLoader worker .*(is killed by signal: ([\w ]+)|exited unexpectedly)")
 _NO_ROOM = re.compile(r"Bus error|unable to [\w ]*(shared memory|file </torch_).*No space left", re.DOTALL)
 
@@ -38,15 +36,8 @@ def local_world_size() -> int:
 
 
 def usable_cores() -> int:
-    """Return the cores this process may use, by its affinity and its container's quota."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # only Linux has it
-        cores = os.cpu_count() or 1
-    with suppress(OSError, ValueError):
-        quota, period = (_CGROUP / "cpu.max").read_text().split()
-        return cores if quota == "max" else min(cores, max(1, int(quota) // int(period)))
-    return cores
+    """Return the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -54,25 +45,21 @@ def loader_faults() -> Iterator[None]:
     """Raise a UserError of one line where a DataLoader's process was killed or raised a UserError."""
     try:
         yield
-    except (UserError, RuntimeError) as error:
-        if (line := worker_fault(error)) is None:
+    except UserError as error:  # torch puts the loading process's traceback before the message
+        if not str(error).startswith("Caught UserError in DataLoader worker"):
             raise
-        raise UserError(line) from None
-
-
-def worker_fault(error: BaseException) -> str | None:
-    """Return what to tell of a loading process that was killed or raised a UserError; None for another error."""
-    if isinstance(error, UserError):  # torch puts the loading process's traceback before the message
-        wrapped = str(error).startswith("Caught UserError in DataLoader worker")
-        return str(error).rpartition("UserError: ")[2].strip() if wrapped else None
-    text = " ".join(str(link) for link in (error, error.__cause__, error.__context__) if link is not None)
-    if _NO_ROOM.search(text):
-        hint = "set num_workers=0, take a smaller batch_size, or start the container with --shm-size=8g"
-        return f"A loading process ended because /dev/shm is full, through which its batches come: {hint}"
-    if match := _KILLED.search(text):
-        how = f"was ended by signal {match[2]}" if match[2] else "ended unexpectedly"
-        return f"A loading process {how}, mostly because memory ran out: set num_workers=0 or a smaller number"
-    return None
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+    except RuntimeError as error:
+        text = " ".join(str(link) for link in (error, error.__cause__, error.__context__) if link is not None)
+        if _NO_ROOM.search(text):
+            problem = "A loading process ended because /dev/shm is full, through which its batches come"
+            hint = "take a smaller batch_size, or start the container with --shm-size=8g"
+            raise UserError(f"{problem}: set num_workers=0, {hint}") from None
+        if match := _KILLED.search(text):
+            how = f"was ended by signal {match[2]}" if match[2] else "ended unexpectedly"
+            hint = "set num_workers=0 or a smaller number"
+            raise UserError(f"A loading process {how}, mostly because memory ran out: {hint}") from None
+        raise
 
 
 # ---- The order
@@ -83,11 +70,11 @@ class EpochOrder(Sampler[int]):
 
     Every global batch is cut into equal parts for the ranks, so that their union does not depend on `world_size` when
     `batch_size · world_size` stays the same. An epoch holds whole global batches only (its rest comes up in other
-    epochs); data smaller than one global batch are one smaller batch.
+    epochs); data smaller than one global batch are one smaller batch. Of `gathered` batches whose gradients make one
+    step, an epoch holds whole steps only, if there is one.
     """
 
     gathered = 1
-    """Batches whose gradients make one step: an epoch holds whole steps only, if there is one."""
 
     def __init__(self, length: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
@@ -128,9 +115,8 @@ def index_and_number(indices: Sequence[int | tuple[int, int]]) -> tuple[list[int
 def batches_in_order(length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
     """Return one process's batches for validation, where each sample comes once, in order.
 
-    Every process has as many batches as any other, none empty, since they meet in each: the data are cut into nearly
-    equal parts of at most `batch_size` samples (of one or two for 1), dealt out in turn. Of fewer samples than
-    processes each has all: the mean over processes is then still that over the samples.
+    Every process has as many batches as any other, none empty: nearly equal parts of at most `batch_size` samples (of
+    one or two for 1), dealt out in turn. Of fewer samples than processes each has all, so that the mean stays right.
 
     >>> batches_in_order(7, 3), batches_in_order(7, 3, 0, 2), batches_in_order(7, 3, 1, 2)
     ([[0, 1, 2], [3, 4, 5], [6]], [[0], [3, 4]], [[1, 2], [5, 6]])

@@ -18,31 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
 
-from vavae_tools.data.folders import (
-    IMAGE_EXTENSIONS,
-    can_read,
-    count_of,
-    either,
-    explain_no_images,
-    image_entries,
-    labels_of,
-    natural_key,
-    no_such_folder,
-    other_files,
-    person_folders,
-)
-from vavae_tools.data.split_report import (
-    INFO_NAME,
-    SUBSETS,
-    ImageEntry,
-    SplitReport,
-    existing_split,
-    file_entries,
-    missing_files,
-    split_info,
-    write_split_info,
-)
+from vavae_tools.data import folders, split_report
+from vavae_tools.data.folders import IMAGE_EXTENSIONS, count_of, either, natural_key
+from vavae_tools.data.split_report import INFO_NAME, SUBSETS, ImageEntry, SplitReport
 from vavae_tools.runtime.errors import UserError, join_first, one_line
 
 RecordingOf = Callable[[ImageEntry], str | None]
@@ -86,7 +66,7 @@ def choose_subsets(
 
 
 def _units(images: Sequence[ImageEntry], recording_of: RecordingOf) -> list[list[ImageEntry]]:
-    """Return what must stay together: images of one recording of a person or with the same content, taken together."""
+    """Return what must stay together: images of one recording of a person or with the same content."""
     parent = list(range(len(images)))
 
     def root(i: int) -> int:
@@ -121,7 +101,7 @@ def _balance_person(person: str, units_of: dict[str, list[list[ImageEntry]]], in
         in_val ^= {min(movable, key=len)[0].key}
 
 
-def recordings(group_pattern: str | None, images: Sequence[ImageEntry], notes: list[str]) -> RecordingOf:
+def _recordings(group_pattern: str | None, images: Sequence[ImageEntry], notes: list[str]) -> RecordingOf:
     """Return the function that tells an image's recording from its name; None for an image on its own."""
     if group_pattern is None:
         return lambda image: None
@@ -178,26 +158,20 @@ def split_folders(
     for flag, value, choices in (("link", link, LINKS), ("check", check, CHECKS)):
         if value not in choices:
             raise UserError(f"--{flag} {value} is none of {', '.join(choices)}.")
-    settings = {
-        "seed": seed,
-        "train_ratio": train_ratio,
-        "val_ratio": val_ratio,
-        "image_extensions": _checked_extensions(extensions),
-        "group_pattern": group_pattern,
-        "link": link,
-        "check": check,
-    }
+    asked = {"seed": seed, "train_ratio": train_ratio, "val_ratio": val_ratio}
+    asked |= {"image_extensions": _checked_extensions(extensions), "group_pattern": group_pattern}
+    asked |= {"link": link, "check": check}
     source, target = Path(input_dir).expanduser().absolute(), Path(output_dir).expanduser().resolve()
     real = source.resolve()
     if target.is_relative_to(real) or real.is_relative_to(target):
         hint = f"Choose another --output_dir, such as {real.parent / 'data_split'}"
         raise UserError(f"--output_dir {target} and --input_dir {source} are in each other. {hint}")
-    images, notes = _find_images(source, settings["image_extensions"])
-    recording_of = recordings(group_pattern, images, notes)
+    images, notes = _find_images(source, asked["image_extensions"])
+    recording_of = _recordings(group_pattern, images, notes)
     workers = max(1, workers or min(8, os.cpu_count() or 1))
-    split = _Split(source, target, images, settings, recording_of, workers, progress)
+    split = _Split(source, target, images, asked, recording_of, workers, progress)
 
-    if old := existing_split(target):
+    if old := split_report.existing_split(target):
         difference = split.difference_from(old)
         if difference is None:
             return SplitReport.of(old, target, already_there=True)
@@ -221,23 +195,10 @@ class _Split:
         """Write the split beside its final place and move it there; return what split_info.json says."""
         partial, old = (self.target.with_name(f".{self.target.name}.{word}") for word in ("partial", "old"))
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        persons = {image.person for image in self.images}
         try:
-            for subset in SUBSETS:  # every person is in both, so that listing either gives the same labels
-                for person in persons:
-                    (partial / subset / person).mkdir(parents=True)
-            subsets = self._write(partial)
-            labels = labels_of({image.person for image in self.images if not image.fault})
-            if not labels:
-                broken = join_first(f"{image.key}: {image.fault}" for image in self.images)
-                raise UserError(f"No image in {self.source} can be used ({broken}). Check that the files are whole.")
-            for person in persons - labels.keys():
-                for subset in SUBSETS:
-                    (partial / subset / person).rmdir()
-            settings = {"input_dir": str(self.source.resolve()), **self.settings}
-            info = split_info(settings, person_folders(self.source), self.images, labels, subsets)
+            info = self._write(partial)
             info["warnings"] += notes
-            write_split_info(info, partial)
+            split_report.write_split_info(info, partial)
             shutil.rmtree(old, ignore_errors=True)
             if self.target.exists():
                 try:
@@ -251,35 +212,19 @@ class _Split:
         shutil.rmtree(old, ignore_errors=True)
         return info
 
-    def difference_from(self, old: dict) -> str | None:
-        """Return how this split differs from an existing one; None if that is the same, and complete."""
-        for name, value in self.settings.items():
-            if old.get(name) != value:
-                was, now = (",".join(one) if isinstance(one, list) else one for one in (old.get(name), value))
-                return f"it was made with {name} {was}, now {now}"
-        then = old["files"]
-        self._examine(faults={entry["sha256"]: old["unreadable"].get(key, "") for key, entry in then.items()})
-        now = file_entries(self.images, self._subsets())
-        changed = [key for key in now.keys() | then.keys() if now.get(key) != then.get(key)]
-        if changed:
-            names = join_first(sorted(changed, key=natural_key))
-            return f"the input changed since, {count_of(len(changed), 'file')}: {names}"
-        missing = missing_files(self.target, old)
-        return f"{count_of(len(missing), 'file')} gone or changed: {join_first(missing)}" if missing else None
-
-    def _write(self, partial: Path) -> dict[str, str]:
+    def _write(self, partial: Path) -> dict:
         """Copy or link each image to where it belongs in one pass; move those that broken ones and copies displace."""
-        kind = self.settings["link"]
         planned = self._subsets(with_faults=True)
+        persons = {image.person for image in self.images}
+        homes = [partial / subset / person for subset in SUBSETS for person in persons]
+        for home in homes:  # every person is in both, so that listing either gives the same labels
+            home.mkdir(parents=True)
 
         def write(image: ImageEntry, data: bytes) -> None:
-            path = f"{partial}/{planned[image.key]}/{image.key}"
+            path, kind = f"{partial}/{planned[image.key]}/{image.key}", self.settings["link"]
             if kind == "copy":
-                with io.FileIO(path, "x") as file:  # pathlib takes a fifth more time
-                    left = memoryview(data)
-                    while left:
-                        left = left[file.write(left) :]
-                os.utime(path, ns=(image.mtime_ns, image.mtime_ns))
+                with io.BufferedWriter(io.FileIO(path, "x")) as file:  # Path.open takes a fifth more time
+                    file.write(data)
                 return
             try:
                 (os.link if kind == "hard" else os.symlink)(image.path, path)
@@ -292,7 +237,32 @@ class _Split:
         for key, subset in subsets.items():
             if subset != planned[key]:
                 (partial / planned[key] / key).rename(partial / subset / key)
-        return subsets
+        labels = folders.labels_of({image.person for image in self.images if not image.fault})
+        if not labels:
+            broken = join_first(f"{image.key}: {image.fault}" for image in self.images)
+            raise UserError(f"No image in {self.source} can be used ({broken}). Check that the files are whole.")
+        for home in homes:
+            if home.name not in labels:
+                home.rmdir()
+        settings = {"input_dir": str(self.source.resolve()), **self.settings}
+        people = folders.person_folders(self.source)
+        return split_report.split_info(settings, people, self.images, labels, subsets)
+
+    def difference_from(self, old: dict) -> str | None:
+        """Return how this split differs from an existing one; None if that is the same, and complete."""
+        for name, value in self.settings.items():
+            if old.get(name) != value:
+                was, now = (",".join(one) if isinstance(one, list) else one for one in (old.get(name), value))
+                return f"it was made with {name} {was}, now {now}"
+        then = old["files"]
+        self._examine(faults={entry["sha256"]: old["unreadable"].get(key, "") for key, entry in then.items()})
+        now = split_report.file_entries(self.images, self._subsets())
+        changed = [key for key in now.keys() | then.keys() if now.get(key) != then.get(key)]
+        if changed:
+            names = join_first(sorted(changed, key=natural_key))
+            return f"the input changed since, {count_of(len(changed), 'file')}: {names}"
+        missing = split_report.missing_files(self.target, old)
+        return f"{count_of(len(missing), 'file')} gone or changed: {join_first(missing)}" if missing else None
 
     def _subsets(self, with_faults: bool = False) -> dict[str, str]:
         images = [image for image in self.images if with_faults or not image.fault]
@@ -302,8 +272,6 @@ class _Split:
         self, write: Callable[[ImageEntry, bytes], None] | None = None, faults: dict[str, str] | None = None
     ) -> None:
         """Read each image once: hash, decode and, where asked, write the same bytes. `faults` are known by hash."""
-        from tqdm import tqdm
-
         decode = self.settings["check"] == "decode"
         read_all = decode or self.settings["link"] == "copy"
         length = Counter(image.bytes for image in self.images)
@@ -356,40 +324,35 @@ def _decoded(data: bytes) -> tuple[str, tuple[int, int] | None]:
 def _find_images(source: Path, extensions: list[str]) -> tuple[list[ImageEntry], list[str]]:
     """Return all images in the order of their names, and remarks on what else is there."""
     if not source.is_dir():
-        raise UserError(f"{no_such_folder(source)} Check --input_dir.")
+        raise UserError(f"{folders.no_such_folder(source)} Check --input_dir.")
     images, notes = [], []
-    for person in person_folders(source):
+    for person in folders.person_folders(source):
         folder = source / person
-        entries = image_entries(folder, extensions)
-        images += [_image(person, entry) for entry in entries]
+        entries = folders.image_entries(folder, extensions)
+        for entry in entries:
+            path = str(Path(entry.path).resolve()) if entry.is_symlink() else entry.path
+            length = entry.stat().st_size if entry.is_file() else 0  # a link that leads nowhere: reading it will tell
+            images.append(ImageEntry(person, entry.name, path, length))
         if not entries:
             notes.append(f"{person} has no label: it holds no {either(extensions)} image")
-        if others := other_files(folder, extensions):
-            notes.append(f"passed over in {person}: {join_first(f'{n:,} .{kind}' for kind, n in others.most_common())}")
-        if inner := person_folders(folder):
+        if others := folders.other_files(folder, extensions):
+            names = join_first(f"{n:,} .{kind}" for kind, n in others.most_common())
+            notes.append(f"passed over in {person}: {names}")
+        if inner := folders.person_folders(folder):
             notes.append(f"the folders in {person} were not looked into: {join_first(f'{name}/' for name in inner)}")
     if not images and (source / INFO_NAME).is_file():
         raise UserError(f"{source} is a split already. --input_dir is the folder that it was made from.")
     if not images:
-        raise UserError(explain_no_images(source, extensions))
-    if loose := [entry.name for entry in image_entries(source, extensions)]:
+        raise UserError(folders.explain_no_images(source, extensions))
+    if loose := [entry.name for entry in folders.image_entries(source, extensions)]:
         notes.append(f"{count_of(len(loose), 'image')} in no person's folder, passed over: {join_first(loose)}")
     return images, notes
-
-
-def _image(person: str, entry: os.DirEntry) -> ImageEntry:
-    path = str(Path(entry.path).resolve()) if entry.is_symlink() else entry.path
-    try:
-        stat = entry.stat()
-    except FileNotFoundError:  # a link that leads nowhere: reading it will tell
-        return ImageEntry(person, entry.name, path, 0, 0)
-    return ImageEntry(person, entry.name, path, stat.st_size, stat.st_mtime_ns)
 
 
 def _checked_extensions(extensions: str | Sequence[str]) -> list[str]:
     asked = extensions.split(",") if isinstance(extensions, str) else extensions
     wanted = sorted({extension.strip().lower().removeprefix(".") for extension in asked} - {""})
-    unknown = [extension for extension in wanted if not can_read(extension)]
+    unknown = [extension for extension in wanted if not folders.can_read(extension)]
     if unknown or not wanted:
         problem = f"--image_extensions {','.join(asked)}: Pillow reads no {either(unknown or ['such'])} images"
         raise UserError(f"{problem}. Use --image_extensions png,jpg,jpeg,bmp,webp …")

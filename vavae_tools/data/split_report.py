@@ -25,7 +25,6 @@ class ImageEntry:
     name: str
     path: str
     bytes: int
-    mtime_ns: int
     fault: str = ""  # why it is left out; empty for a good image
     sha256: str | None = None
     size: tuple[int, int] | None = None

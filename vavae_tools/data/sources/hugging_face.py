@@ -65,9 +65,7 @@ class DatasetImages(DecodedImages):
         return part
 
 
-def read_subsets(
-    data_dir: Path, train_split: str, **options: Any
-) -> tuple[dict[str, int], DatasetImages, DatasetImages | None]:
+def read_subsets(data_dir: Path, train_split: str, **options: Any) -> tuple[dict[str, int], *tuple[DatasetImages, ...]]:
     """Return class name → label, the training subset, and what validates if there is such a subset."""
     datasets = _read_datasets(data_dir, train_split)
     first = datasets[train_split]
@@ -87,7 +85,7 @@ def read_subsets(
         names = [f"{name_of[number]}/{row:06d}" for row, number in enumerate(of_rows[name].tolist())]
         rows, title = torch.arange(len(dataset)), f"{data_dir.name}, {name}"
         subsets.append(DatasetImages(dataset, image, rows, names, of_rows[name], title=title, **options))
-    return labels, subsets[0], subsets[1] if len(subsets) > 1 else None
+    return labels, *subsets
 
 
 def captioned_subsets(path: Path, skip_missing: bool, notes: list[str], options: dict[str, Any]) -> list[DatasetImages]:
