@@ -246,7 +246,10 @@ def test_one_person_only(tmp_path):
     [
         (lambda folder: folder.mkdir(), r"No generated images in .*made; it holds nothing.*ID_1/, ID_2/, ID_3/"),
         (lambda folder: None, "No such folder"),
-        (lambda folder: write_people(folder, (1, 7), 1, 0), "has images of ID_7, but .* knows ID_1, ID_2, ID_3 only"),
+        (
+            lambda folder: write_people(folder, (1, 7), 1, 0),
+            "has images of ID_7, but .* knows ID_1, ID_2, ID_3. Rename",
+        ),
         (lambda folder: ((folder / "ID_1").mkdir(parents=True), (folder / "ID_1/a.png").write_bytes(b"x")), "a.png"),
     ],
 )

@@ -1,11 +1,11 @@
 """Who is it? A small network that learns the persons from real images, and then judges made ones.
 
-Its features, the last thing before the answer, are also where distances between sets of images are measured: the
-usual Inception network has seen photographs, never a time–frequency image.
+In its features distances between sets of images are measured: the usual Inception network has seen photographs alone.
 """
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,13 +32,12 @@ class PersonClassifier(nn.Module):
 
     def __init__(self, num_classes: int, image_size: tuple[int, int], channels: int = 3) -> None:
         super().__init__()
-        stride = 2 * max(1, min(image_size) // 64)
         blocks, before = [], channels
+        stride = 2 * max(1, min(image_size) // 64)
         for width in (16, 32, 64, 128):
             blocks += [*_convolution(before, width, stride), *_convolution(width, width, 1)]
             before, stride = width, 2
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(before, num_classes)
+        self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(before, num_classes)
 
     @in_float32
     def features(self, x: Tensor) -> Tensor:
@@ -64,11 +63,8 @@ class PersonClassifier(nn.Module):
 
 def _convolution(before: int, after: int, stride: int) -> list[nn.Module]:
     kernel = max(3, stride + 1)  # strides leave no pixel unseen
-    return [
-        nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False),
-        nn.BatchNorm2d(after),
-        nn.SiLU(inplace=True),
-    ]
+    convolution = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
+    return [convolution, nn.BatchNorm2d(after), nn.SiLU(inplace=True)]
 
 
 def train_classifier(
@@ -81,9 +77,7 @@ def train_classifier(
 ) -> PersonClassifier:
     """Train a classifier on real images; the same images and seed give the same weights on one machine.
 
-    Args:
-        num_classes: largest label + 1.
-        steps: of 64 images each; by default `default_steps`.
+    Each of the steps, by default `default_steps`, takes 64 images.
     """
     steps = default_steps(len(train)) if steps is None else steps
     with torch.random.fork_rng(devices=[]):
@@ -92,8 +86,7 @@ def train_classifier(
     model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=max(steps, 2))
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.int64)
+    generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
     bar = tqdm(range(steps), "training the classifier", unit="step", disable=not progress)
     for step in bar:
         if len(order) < min(BATCH_SIZE, len(train)):
@@ -144,31 +137,16 @@ def cached_classifier(
 ) -> PersonClassifier:
     """Return the classifier in `folder`, where these very images and this recipe made it; else train it there."""
     path = Path(folder) / "classifier.safetensors"
-    key = _cache_key(train, num_classes, seed)
-    weights = _read_weights(path, key)
-    if weights is None:
-        model = train_classifier(train, num_classes, seed=seed, device=device, progress=progress)
-        with atomic_write(path) as partial, disk_errors():
-            save_file({n: t.contiguous() for n, t in model.state_dict().items()}, partial, {"key": key})
-        return model
-    model = PersonClassifier(num_classes, train.image_size, train.channels)
-    model.load_state_dict(weights)
-    return model.to(device, memory_format=torch.channels_last).eval()
-
-
-def _read_weights(path: Path, key: str) -> dict[str, Tensor] | None:
-    """Return the weights in a file with this key; None where there is none, or another's."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            its_own = (file.metadata() or {}).get("key") == key
-            return {name: file.get_tensor(name) for name in sorted(file.keys())} if its_own else None
-    except (SafetensorError, OSError):
-        return None
-
-
-def _cache_key(train: DecodedImages, num_classes: int, seed: int) -> str:
     settings = [_FORM, num_classes, seed, train.image_size, train.channels, train.labels.tolist()]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for part in train.contents():
         digest.update(part)
-    return digest.hexdigest()
+    with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+        if (file.metadata() or {}).get("key") == digest.hexdigest():
+            model = PersonClassifier(num_classes, train.image_size, train.channels)
+            model.load_state_dict({name: file.get_tensor(name) for name in sorted(file.keys())})
+            return model.to(device, memory_format=torch.channels_last).eval()
+    model = train_classifier(train, num_classes, seed=seed, device=device, progress=progress)
+    with atomic_write(path) as partial, disk_errors():
+        save_file({n: t.contiguous() for n, t in model.state_dict().items()}, partial, {"key": digest.hexdigest()})
+    return model

@@ -28,11 +28,10 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
+    options = {"data_range": 1.0, "reduction": "none"}
     a, b = (((images.clamp(-1, 1) + 1) / 2).split(_CHUNK) for images in (a, b))
-    values = [
-        structural_similarity_index_measure(*of, data_range=1.0, reduction="none") for of in zip(a, b, strict=True)
-    ]
-    return torch.cat([value.reshape(-1) for value in values])
+    values = [structural_similarity_index_measure(*pair, **options).flatten() for pair in zip(a, b, strict=True)]
+    return torch.cat(values)
 
 
 @in_float32
@@ -136,13 +135,11 @@ def nearest(a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
     a = a.double()
     others = a if b is None else b.double()
-    squares = others.square().sum(1)
-    places = []
-    for start in range(0, len(a), _CHUNK):
-        rows = a[start : start + _CHUNK]
+    squares, places = others.square().sum(1), []
+    for number, rows in enumerate(a.split(_CHUNK)):
         squared = squares - 2 * rows @ others.T  # |row|² is the same for all
         if b is None:
-            squared[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = torch.inf
+            squared.diagonal(number * _CHUNK).fill_(torch.inf)
         places.append(squared.argmin(dim=1))
     place = torch.cat(places)
     return place, (a - others[place]).square().sum(1).sqrt().float()
@@ -165,14 +162,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def plain(report: Any) -> dict[str, Any]:
     """Return the fields of a dataclass without its `figures` as plain values, for JSON."""
-    fields = asdict(replace(report, figures={}))
-    del fields["figures"]
-    return fields
+    return {name: value for name, value in asdict(replace(report, figures={})).items() if name != "figures"}
 
 
 def percent(share: float | None) -> str:
-    """
-    >>> percent(0.973), percent(None)
-    ('97.3 %', '-')
-    """
+    """Return 0.973 as "97.3 %"."""
     return "-" if share is None else f"{100 * share:.1f} %"

@@ -53,24 +53,22 @@ def compare_conditions(model: VAVAE, data: DecodedImages, batch_size: int = 32) 
     if not model.config.condition_dim:
         raise UserError("This VA-VAE has no vectors to compare (condition_dim is 0): fine-tune it with --condition_dim")
     model, people = model.eval(), len(data.labels.unique())
-    # labels are looked up by an image's place: None stands for no vector
-    others = {ANOTHERS: other_labels(data.labels)} if people > 1 else {}
-    choices = {OWN: data.labels, **others, NONE: None}
+    choices = {OWN: data.labels, ANOTHERS: other_labels(data.labels), NONE: None}  # labels by an image's place
+    if people == 1:
+        del choices[ANOTHERS]
 
     def remade(batch: dict[str, Tensor], labels: Tensor | None) -> Tensor:
         labels = labels[batch["index"]].to(model.device) if labels is not None else None
         return reconstruct_images(model, batch["images"].to(model.device), labels).cpu()
 
     found: dict[str, list[Tensor]] = {name: [] for name in choices}
-    for start in range(0, len(data), batch_size):
-        batch = data.__getitems__(range(start, min(start + batch_size, len(data))))
+    for rows in torch.arange(len(data)).split(batch_size):
+        batch = data.__getitems__(rows.tolist())
         originals = to_unit(batch["images"])
         for name, labels in choices.items():
             made = to_unit(remade(batch, labels))
             found[name].append(torch.stack([(made - originals).abs().mean(dim=(1, 2, 3)), psnr(originals, made)]))
-    scores = {
-        name: ConditionScore(*(part.mean().item() for part in torch.cat(parts, 1))) for name, parts in found.items()
-    }
+    scores = {name: ConditionScore(*torch.cat(parts, 1).mean(1).tolist()) for name, parts in found.items()}
     few = data.preview_batch(min(_MOST_COLUMNS, people))
     images = {"original": few["images"], **{name: remade(few, labels) for name, labels in choices.items()}}
     return ConditionComparison(len(data), scores[OWN], scores.get(ANOTHERS), scores[NONE], images)
@@ -94,8 +92,8 @@ class ReconstructionScores:
     real_frechet: float | None = None
 
     def __str__(self) -> str:
-        line = f"{self.images:,} reconstructions: PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.3f}"
-        line += f", sharpness {self.sharpness:.2f}"
+        found = f"PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.3f}, sharpness {self.sharpness:.2f}"
+        line = f"{self.images:,} reconstructions: {found}"
         if self.accuracy is not None:
             line += f"; accuracy {percent(self.accuracy)} (originals {percent(self.real_accuracy)})"
         if self.frechet is not None:
@@ -117,14 +115,9 @@ class ReconstructionJudge:
     """
 
     def __init__(
-        self,
-        classifier: PersonClassifier,
-        originals: Tensor,
-        labels: Tensor | None = None,
-        others: Tensor | None = None,
+        self, classifier: PersonClassifier, originals: Tensor, labels: Tensor | None, others: Tensor | None
     ) -> None:
-        self.classifier = classifier
-        self.labels = labels.cpu() if labels is not None else None
+        self.classifier, self.labels = classifier, labels.cpu() if labels is not None else None
         self._reference = classifier.judge(others)[0] if others is not None else None
         self._originals = {f"real_{name}": value for name, value in self._scores(originals).items()}
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -12,27 +12,20 @@ from torch import Tensor
 from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.folders import IMAGE_EXTENSIONS, contents, list_folders
 from vavae_tools.data.images import DecodedImages, ImageFolder, channels_of, to_unit
+from vavae_tools.evaluation import metrics
 from vavae_tools.evaluation.classifier import cached_classifier, train_classifier
-from vavae_tools.evaluation.metrics import (
-    KernelDistance,
-    aligned,
-    frechet_distance,
-    mean_kernel_distance,
-    nearest,
-    percent,
-    plain,
-)
+from vavae_tools.evaluation.metrics import aligned, percent
 from vavae_tools.plots import plot_bars, save_figures, show_rows
 from vavae_tools.runtime.errors import UserError, join_first
 from vavae_tools.runtime.files import write_json
-from vavae_tools.runtime.machine import find_device, release_memory, take_card
+from vavae_tools.runtime.machine import device_of, release_memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 _MAX_PERSONS_SHOWN = 8  # persons in the figure of real beside generated images
-_FEW = 4  # images of each kind beside each other
+_IMAGES_PER_ROW = 4  # images of each kind beside each other
 _DRAWS = 10  # of sets of equal size
 _MIN_IMAGES_PER_PERSON = 4  # images of a person that a distance can be measured with
 
@@ -59,8 +52,8 @@ class SetDistances:
     images: int
     frechet_generated: float
     frechet_real: float
-    kernel_generated: KernelDistance
-    kernel_real: KernelDistance
+    kernel_generated: metrics.KernelDistance
+    kernel_real: metrics.KernelDistance
 
     @property
     def times_real(self) -> float:
@@ -71,10 +64,10 @@ class SetDistances:
         return self.frechet_generated / max(self.frechet_real, 1e-12)
 
     def __str__(self) -> str:
-        frechet = f"{self.frechet_generated:.3g}", f"{self.frechet_real:.3g}", f"{self.times_real:.1f} times"
+        times = f"{self.times_real:.1f} times"
         rows = [
             ("to real validation images from", "generated", "real training", ""),
-            ("Fréchet distance", *frechet),
+            ("Fréchet distance", *(f"{x:.3g}" for x in (self.frechet_generated, self.frechet_real)), times),
             ("kernel distance [95 %]", str(self.kernel_generated), str(self.kernel_real), ""),
         ]
         sets = f"(Fréchet distance: {self.images:,} images in each set; kernel distance: mean over persons)"
@@ -130,8 +123,7 @@ class Evaluation:
     figures: dict[str, "Figure"] = field(compare=False)
 
     def as_dict(self) -> dict:
-        """Return plain values for JSON."""
-        values = plain(self)
+        values = metrics.plain(self)
         if self.distances:
             values["distances"]["times_real"] = self.distances.times_real
         return values
@@ -163,13 +155,27 @@ class _Subset:
     several_persons: bool
 
     def score(self, label: int | None) -> tuple[int, float | None]:
-        """Return the number of its images, all or of one label, and the classifier's accuracy on them."""
+        """Return the number of its images, all or of one label, and the accuracy on them."""
         right = (self.named == self.data.labels)[self.of(label) if label is not None else slice(None)].float()
         return len(right), right.mean().item() if self.several_persons and len(right) else None
 
     def of(self, label: int) -> Tensor:
         """Return the places of a label's images."""
         return (self.data.labels == label).nonzero().flatten()
+
+
+class _Sets(NamedTuple):
+    """All images, and labels by person."""
+
+    labels: dict[str, int]
+    generated: _Subset
+    train: _Subset
+    validation: _Subset | None
+
+    def score(self, label: int | None) -> PersonScore:
+        """Return what the classifier makes of all images, or of one label's."""
+        real = self.validation.score(label) if self.validation else (0, None)
+        return PersonScore(*self.generated.score(label), *real)
 
 
 def evaluate_images(
@@ -194,53 +200,29 @@ def evaluate_images(
         device: by default a GPU, if there is one that works.
         source: how `ImageDataModule` reads the real images, such as train_split, val_share, crop.
     """
-    labels, train, validation, generated, notes = _load(
-        Path(generated_dir), Path(data_dir), image_size, seed=seed, progress=progress, **source
-    )
-    if device is None:
-        device = find_device()
-        take_card()
-    num_classes = max(labels.values()) + 1
+    real, generated, notes = _load(Path(generated_dir), data_dir, image_size, seed=seed, progress=progress, **source)
+    labels, train, device = real.labels, real.train_data, device_of(0) if device is None else device
     several_persons = len(train.labels.unique()) > 1
     if several_persons:
-        classifier = cached_classifier(train, num_classes, output_dir, seed, device, progress)
+        classifier = cached_classifier(train, real.num_classes, output_dir, seed, device, progress)
     else:
-        notes.append(
-            f"{data_dir} has images of one person only, so there is nobody to take them for; distances are measured "
-            "in the features of an untrained network"
-        )
+        alone = f"{data_dir} has images of one person only, so there is nobody to take them for"
+        notes.append(f"{alone}; distances are measured in the features of an untrained network")
         # features of random weights still tell sets of images apart (Naeem et al. 2020 measure with such)
-        classifier = train_classifier(train, num_classes, 0, seed, device, progress=False)
-    made, known, unseen = (
+        classifier = train_classifier(train, real.num_classes, 0, seed, device, progress=False)
+    subsets = (
         _Subset(data, *classifier.judge(data), several_persons) if data is not None else None
-        for data in (generated, train, validation)
+        for data in (generated, train, real.val_data)
     )
+    sets = _Sets(labels, *subsets)
     del classifier
     release_memory()
-    of_people = {name: label for name, label in labels.items() if (generated.labels == label).any()}
-    total, *scores = (
-        PersonScore(*made.score(label), *(unseen.score(label) if unseen else (0, None)))
-        for label in (None, *of_people.values())
-    )
-    people = dict(zip(of_people, scores, strict=True))
-    copies, places, lengths = _check_copies(made, known, unseen)
-    pairs = [
-        NearestImage(name, train.names[place], length, _pixel_distance(generated, train, i, place))
-        for i, (name, place, length) in enumerate(zip(generated.names, places.tolist(), lengths.tolist(), strict=True))
-    ]
-    evaluation = Evaluation(
-        str(generated_dir),
-        str(data_dir),
-        str(output_dir),
-        train.image_size,
-        total,
-        people,
-        _distances(made, known, unseen, labels, seed, notes),
-        copies,
-        pairs,
-        notes,
-        _figures(people, labels, made, known, unseen, places, lengths),
-    )
+    people = {name: sets.score(label) for name, label in labels.items() if (generated.labels == label).any()}
+    copies, pairs, closest = _check_copies(sets)
+    distances, figures = _distances(sets, seed, notes), _figures(people, sets, closest)
+    folders = str(generated_dir), str(data_dir), str(output_dir)
+    found = sets.score(None), people, distances, copies, pairs, notes, figures
+    evaluation = Evaluation(*folders, train.image_size, *found)
     save_figures(evaluation.figures, Path(output_dir) / "figures")
     write_json(Path(output_dir) / "evaluation.json", evaluation.as_dict())
     return evaluation
@@ -248,34 +230,32 @@ def evaluate_images(
 
 # ---- what is compared
 def _load(
-    generated_dir: Path, data_dir: Path, image_size: int | tuple[int, int] | None, progress: bool, **source: Any
-) -> tuple[dict[str, int], DecodedImages, DecodedImages | None, ImageFolder, list[str]]:
-    smallest = 16 if image_size is None else min(image_size) if isinstance(image_size, tuple) else image_size
+    generated_dir: Path, data_dir: str | Path, image_size: int | tuple[int, int] | None, progress: bool, **source: Any
+) -> tuple[ImageDataModule, ImageFolder, list[str]]:
+    smallest = min(image_size) if isinstance(image_size, tuple) else image_size or 16
     if smallest < 16:
         raise UserError(f"image_size {image_size} is too small to tell persons apart: take at least 16 pixels")
     real = ImageDataModule(data_dir, image_size or smallest, num_workers=0, progress=progress, **source)
-    labels = real.labels
     folders = {name: paths for name, paths in list_folders(generated_dir).items() if paths}
     if not folders:
+        expected = join_first(f"{name}/" for name in real.labels)
+        wanted = f"{expected} with {', '.join(IMAGE_EXTENSIONS)} images, as python -m vavae_tools.sample writes them"
         raise UserError(
-            f"No generated images in {generated_dir}; it holds {contents(generated_dir)}. Expected "
-            f"{join_first(f'{name}/' for name in labels)} with {', '.join(IMAGE_EXTENSIONS)} images, as "
-            "python -m vavae_tools.sample writes them"
+            f"No generated images in {generated_dir}; it holds {contents(generated_dir)}. Expected {wanted}"
         )
-    unknown = [name for name in folders if name not in labels]
+    unknown = [name for name in folders if name not in real.labels]
     if unknown:
-        raise UserError(
-            f"{generated_dir} has images of {join_first(unknown)}, but {data_dir} knows {join_first(labels, 8)}. "
-            "Rename the folder, or name the data the images were learnt from"
+        found = (
+            f"{generated_dir} has images of {join_first(unknown)}, but {data_dir} knows {join_first(real.labels, 8)}"
         )
+        raise UserError(f"{found}. Rename the folder, or name the data the images were learnt from")
     notes = []
     if image_size is None:
         image_size = _common_size([path for paths in folders.values() for path in paths], notes)
         real.resize(image_size)
     if real.channels == 1 and channels_of(generated_dir) == 3:
         notes.append("the generated images are stored in colour, the real ones in grey: all are compared in grey")
-    generated = ImageFolder(generated_dir, image_size, labels, real.channels, progress)
-    return labels, real.train_data, real.val_data, generated, notes
+    return real, ImageFolder(generated_dir, image_size, real.labels, real.channels, progress), notes
 
 
 def _common_size(paths: list[Path], notes: list[str]) -> tuple[int, int]:
@@ -293,21 +273,18 @@ def _common_size(paths: list[Path], notes: list[str]) -> tuple[int, int]:
     return height, width
 
 
-def _distances(
-    made: _Subset, known: _Subset, unseen: _Subset | None, labels: dict[str, int], seed: int, notes: list[str]
-) -> SetDistances | None:
-    if unseen is None:
-        notes.append(
-            "no real validation images: no distances, and no accuracy to compare with (split with --val_ratio)"
-        )
+def _distances(sets: _Sets, seed: int, notes: list[str]) -> SetDistances | None:
+    labels, *subsets = sets
+    if sets.validation is None:
+        missing = "no distances, and no accuracy to compare with (split with --val_ratio)"
+        notes.append(f"no real validation images: {missing}")
         return None
-    subsets = [made, known, unseen]
     shares, few = {}, []
     for name, label in labels.items():
         fewest = min(len(subset.of(label)) for subset in subsets)
         if fewest >= _MIN_IMAGES_PER_PERSON:
             shares[label] = fewest
-        elif len(made.of(label)):
+        elif len(sets.generated.of(label)):
             few.append(name)
     if few:
         scope = "the distances leave them out" if shares else "no distances"
@@ -319,13 +296,12 @@ def _distances(
     frechet = torch.zeros(2, dtype=torch.float64)
     for draw in range(_DRAWS):
         generated, real, reference = (_same_mix(subset, shares, seed * _DRAWS + draw) for subset in subsets)
-        frechet += torch.tensor([frechet_distance(generated, reference), frechet_distance(real, reference)])
+        frechet += torch.tensor([metrics.frechet_distance(of, reference) for of in (generated, real)])
     generated, real, reference = ([subset.features[subset.of(label)] for label in shares] for subset in subsets)
     return SetDistances(
         sum(shares.values()),
         *(frechet / _DRAWS).tolist(),
-        mean_kernel_distance(generated, reference, seed=seed),
-        mean_kernel_distance(real, reference, seed=seed),
+        *(metrics.mean_kernel_distance(of, reference, seed=seed) for of in (generated, real)),
     )
 
 
@@ -339,41 +315,38 @@ def _same_mix(subset: _Subset, shares: dict[int, int], seed: int) -> Tensor:
     return subset.features[torch.cat(chosen)]
 
 
-def _check_copies(made: _Subset, known: _Subset, unseen: _Subset | None) -> tuple[CopyCheck, Tensor, Tensor]:
-    """Return the check, and for each generated image the place of the nearest training image and its distance."""
-    places, lengths = nearest(made.features, known.features)
-    limit = nearest(known.features)[1].quantile(0.01).item() if len(known.features) > 1 else 0.0
+def _check_copies(sets: _Sets) -> tuple[CopyCheck, list[NearestImage], Tensor]:
+    """Return the check, each generated image's nearest training image, and places (2, N) of both, nearest first."""
+    made, known, unseen = sets.generated, sets.train, sets.validation
+    places, lengths = metrics.nearest(made.features, known.features)
+    limit = metrics.nearest(known.features)[1].quantile(0.01).item() if len(known.features) > 1 else 0.0
     of_real = None, None
     if unseen is not None:
-        usual = nearest(unseen.features, known.features)[1]
+        usual = metrics.nearest(unseen.features, known.features)[1]
         times = lengths.median() / usual.median().clamp_min(1e-12)
         of_real = (usual < limit).float().mean().item(), times.item()
-    return CopyCheck(limit, (lengths < limit).float().mean().item(), *of_real), places, lengths
-
-
-def _pixel_distance(generated: ImageFolder, train: DecodedImages, i: int, place: int) -> float:
-    a, b = (to_unit(data.__getitems__([row])["images"]) for data, row in ((generated, i), (train, place)))
-    return (a - b).square().mean().sqrt().item()
+    pairs = []
+    for row, (place, length) in enumerate(zip(places.tolist(), lengths.tolist(), strict=True)):
+        a, b = (to_unit(data.__getitems__([i])["images"]) for data, i in ((made.data, row), (known.data, place)))
+        apart = (a - b).square().mean().sqrt().item()
+        pairs.append(NearestImage(made.data.names[row], known.data.names[place], length, apart))
+    order = lengths.argsort()
+    closest = torch.stack([order, places[order]])
+    return CopyCheck(limit, (lengths < limit).float().mean().item(), *of_real), pairs, closest
 
 
 # ---- what is shown
-def _figures(
-    people: dict[str, PersonScore],
-    labels: dict[str, int],
-    made: _Subset,
-    known: _Subset,
-    unseen: _Subset | None,
-    places: Tensor,
-    lengths: Tensor,
-) -> dict[str, "Figure"]:
+def _figures(people: dict[str, PersonScore], sets: _Sets, closest: Tensor) -> dict[str, "Figure"]:
+    labels, made, known, unseen = sets
     shown = list(people)[:: -(-len(people) // _MAX_PERSONS_SHOWN)]
     rows = {name: torch.cat([_some(subset, labels[name]) for subset in (unseen or known, made)]) for name in shown}
-    titles = ["real", *[""] * (_FEW - 1), "generated"]
-    figures = {"real_and_generated": show_rows(rows, titles, gap_after=_FEW)}
-    closest = lengths.argsort()[: 2 * _FEW]
+    titles = ["real", *[""] * (_IMAGES_PER_ROW - 1), "generated"]
+    figures = {"real_and_generated": show_rows(rows, titles, gap_after=_IMAGES_PER_ROW)}
+    places = closest[:, : 2 * _IMAGES_PER_ROW]
+    first, second = made.data.__getitems__(places[0]), known.data.__getitems__(places[1])
     name_of = {label: name for name, label in labels.items()}
-    first, second = made.data.__getitems__(closest), known.data.__getitems__(places[closest])
-    three = zip(first["labels"].tolist(), second["labels"].tolist(), lengths[closest].tolist(), strict=True)
+    lengths = (made.features[places[0]] - known.features[places[1]]).norm(dim=1)
+    three = zip(first["labels"].tolist(), second["labels"].tolist(), lengths.tolist(), strict=True)
     titles = [f"{name_of[one]} / {name_of[other]}\ndistance {length:.2f}" for one, other, length in three]
     pairs = {"generated": first["images"], "nearest in training": second["images"]}
     figures["generated_and_nearest"] = show_rows(pairs, titles)
@@ -388,7 +361,7 @@ def _figures(
 def _some(subset: _Subset, label: int) -> Tensor:
     """Return a few images of one label, from its first to its last; white where there are too few."""
     places, data = subset.of(label), subset.data
-    if len(places) > _FEW:
-        places = places[torch.linspace(0, len(places) - 1, _FEW).long()]
-    white = torch.full((_FEW - len(places), data.channels, *data.image_size), 255, dtype=torch.uint8)
+    if len(places) > _IMAGES_PER_ROW:
+        places = places[torch.linspace(0, len(places) - 1, _IMAGES_PER_ROW).long()]
+    white = torch.full((_IMAGES_PER_ROW - len(places), data.channels, *data.image_size), 255, dtype=torch.uint8)
     return torch.cat([data.__getitems__(places)["images"], white]) if len(places) else white
