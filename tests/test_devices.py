@@ -90,7 +90,7 @@ def test_a_p100_is_used_where_torch_has_its_code_and_named_where_not(monkeypatch
     assert found.kind == "cpu"
     on(found)
     refused(r"it has no code for the Tesla P100-PCIE-16GB \(sm_60\)\): take --accelerator", accelerator="gpu")
-    line = describe(trainer_settings(), machine=found)
+    line = describe(trainer_settings(), False, 8, 0)
     assert "Tesla P100-PCIE-16GB (sm_60): switch to another" in line and "\n" not in line
 
 
@@ -234,19 +234,19 @@ def test_the_line_that_is_printed(on, monkeypatch):
     monkeypatch.setattr(devices.os, "cpu_count", lambda: 4)
     on(CPU)
     settings = trainer_settings()
-    assert describe(settings, batch_size=8) == "CPU, 4 cores: one process, float32, compile off, batch 8 per device"
+    line = "CPU, 4 cores: one process, float32, compile off, batch 8 per device, 0 workers"
+    assert describe(settings, False, batch_size=8, num_workers=0) == line
     on(T4S)
     settings = trainer_settings(accumulate_grad_batches=4, deterministic=True)
     assert settings["deterministic"] is True
-    assert describe(settings, batch_size=64, num_workers=2) == (
+    assert describe(settings, False, batch_size=64, num_workers=2) == (
         "2 × Tesla T4 (15 GB each): ddp, fp16 with a gradient scaler, compile off, batch 64 per device, 4 batches a "
         "step, deterministic, 2 workers"
     )
     on(A100)
     settings = {**trainer_settings(strategy="fsdp"), "num_nodes": 2}
-    assert describe(settings, compile=True) == (
-        "2 machines of 8 × NVIDIA A100-SXM4-80GB (79 GB each): fsdp, bf16, compile on"
-    )
+    line = "2 machines of 8 × NVIDIA A100-SXM4-80GB (79 GB each): fsdp, bf16, compile on, batch 8 per device, 1 worker"
+    assert describe(settings, True, 8, 1) == line
 
 
 # ---- the card

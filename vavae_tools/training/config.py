@@ -77,14 +77,10 @@ class TrainConfig(SaveConfig):
 
     def of_devices(self) -> dict[str, Any]:
         """Return the arguments of `devices.trainer_settings`."""
-        names = ("accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "accumulate_grad_batches": self.accumulate_grad_batches,
-            "gradient_clip_val": self.gradient_clip,
-            "log_every_n_steps": self.log_every_n_steps,
-            **self.trainer,
-        }
+        names = ["accelerator", "devices", "num_nodes", "strategy", "precision", "deterministic"]
+        names += ["accumulate_grad_batches", "log_every_n_steps"]
+        chosen = {name: getattr(self, name) for name in names}
+        return {**chosen, "gradient_clip_val": self.gradient_clip, **self.trainer}
 
     def length(self) -> dict[str, int]:
         """Return max_steps where it is given, else max_epochs, as `lightning.Trainer` takes them."""
@@ -117,8 +113,6 @@ def session_end(
 
 
 class Setting(NamedTuple):
-    """A key, as its dataclass says it."""
-
     kinds: tuple[Any, ...]  # types that it takes, `Literal`s among them
     default: Any
     metadata: Mapping[str, Any]
@@ -146,7 +140,8 @@ def checked(key: str, value: Any, setting: Setting) -> Any:
         such = f" such as {default}" if isinstance(default, (int, float)) and not isinstance(default, bool) else ""
         expected = " or ".join(dict.fromkeys(words for kind in setting.kinds if (words := _in_words(kind))))
         raise UserError(f"{key} is {value!r}, expected {expected}{such}")
-    least, most, above = (setting.metadata.get(name, off) for name, off in _UNLIMITED.items())
+    limits = setting.metadata
+    least, most, above = limits.get("least", -math.inf), limits.get("most", math.inf), limits.get("above", -math.inf)
     for number in taken if isinstance(taken, list) else [taken]:
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
         if not is_number or (least <= number <= most and number > above):
@@ -162,7 +157,6 @@ def checked(key: str, value: Any, setting: Setting) -> Any:
 
 
 _NOT = object()
-_UNLIMITED = {"least": -math.inf, "most": math.inf, "above": -math.inf}
 
 
 def _of_kind(value: Any, kinds: tuple[Any, ...]) -> Any:
@@ -183,7 +177,7 @@ def _of_kind(value: Any, kinds: tuple[Any, ...]) -> Any:
         elif kind in (types.NoneType, None):
             if value is None:
                 return None
-        elif isinstance(value, bool):
+        elif isinstance(value, bool):  # which is an int, too
             if kind is bool:
                 return value
         elif kind is float and isinstance(value, (int, float)):

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from vavae_tools.autoencoders.stable_diffusion import StableDiffusionVAE
 from vavae_tools.data.images import to_unit
@@ -38,9 +39,9 @@ class DiffusionModule(L.LightningModule):
     Args:
         denoiser, conditioner: what is trained; their averages, which validation and sampling use, are `ema.network`.
         objective: of `make_objective`; by default flow matching.
-        lr: AdamW's after `warmup_steps`, from where `schedule` goes on: "cosine", "linear" (both to zero), "constant".
+        lr, warmup_steps, schedule: of AdamW, see `optim.with_warmup`.
         compile: `torch.compile` the denoiser's blocks: the first step takes a minute, those after it less.
-        flip: "none", or "half": half of the latents are those of the mirrored images (they must be encoded).
+        flip: "none", or "half": half of the latents are those of the mirrored images.
         seed: every random draw follows from it, the epoch and the sample.
         token_images: arguments of a `TokenImagePipeline` besides the models, such as code, lengths, time_shift. The
             denoiser's patches are the code's cells, and it has one channel more than the images.
@@ -50,6 +51,7 @@ class DiffusionModule(L.LightningModule):
     Logs `train/…` and `val/…`: loss, mse, cosine; validation has its own noise, the same each time.
     """
 
+    trainer_settings = staticmethod(trainer_settings)
     _vae: StableDiffusionVAE | None = None
     _text_encoder: TextEncoder | None = None
 
@@ -69,7 +71,7 @@ class DiffusionModule(L.LightningModule):
         prompt_share: float = 0.5,
     ) -> None:
         super().__init__()
-        elsewhere = () if token_images else ("token_images", "prompt_share")
+        elsewhere = [] if token_images else ["token_images", "prompt_share"]
         self.save_hyperparameters(ignore=["denoiser", "conditioner", "objective", "compile", *elsewhere])
         self.hparams["denoiser_config"] = plain_config(denoiser)
         self.hparams["conditioner_config"] = plain_config(conditioner)
@@ -79,7 +81,6 @@ class DiffusionModule(L.LightningModule):
         self.objective = objective or FlowMatching()
         self.hparams["objective"] = dict(self.objective.config)
         self.code = TokenCode(**token_images["code"]) if token_images else None
-        self._sharded = False
         self._whole = {"network": self.network}  # in a dict: no part of its own
         # tables of positions, the same everywhere: DDP would send them to all processes before every step
         self._ddp_params_and_buffers_to_ignore = {name for name, _ in self.named_buffers()}
@@ -179,16 +180,14 @@ class DiffusionModule(L.LightningModule):
         draws = Draws(self.hparams.seed + 1, 0, batch["index"])  # the same noise and times at every validation
         loss, parts = self.model_step(self.ema.network, batch, draws, dropout=0.0)
         weight = batch["mask"].sum() if "mask" in batch else len(batch["index"])  # in the mean over all batches
-        parts = {"loss": loss, **parts}
-        self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=float(weight), sync_dist=True)
+        values = {f"val/{name}": value for name, value in {"loss": loss, **parts}.items()}
+        self.log_dict(values, batch_size=float(weight), sync_dist=True)
 
     # ---- optimiser and devices
     def configure_model(self) -> None:
         """Cut denoiser, conditioner and their averages over the devices, where the strategy is `optim.Sharded`."""
-        if self.device_mesh is None or self._sharded:
+        if self.device_mesh is None or isinstance(self.network["denoiser"], FSDPModule):
             return
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
         self._whole["network"] = without_numbers(self.network, "meta")
         mesh = self.device_mesh["data_parallel"]
         for network in (self.network, self.ema.network):
@@ -197,7 +196,6 @@ class DiffusionModule(L.LightningModule):
             for part in network.values():
                 fully_shard(part, mesh=mesh)
             register_fsdp_forward_method(network["conditioner"], "null")
-        self._sharded = True
 
     def configure_optimizers(self) -> dict[str, Any]:
         weights = [weight for weight in self.network.parameters() if weight.requires_grad]
@@ -221,10 +219,6 @@ class DiffusionModule(L.LightningModule):
             return objective(network["denoiser"], data, conditioning, data, torch.zeros(1), **masked)[0]
 
         return flops_of(self._whole["network"], loss)
-
-    def trainer_settings(self, **choices: Any) -> dict[str, Any]:
-        """Arguments for `lightning.Trainer` on this machine (see `devices.trainer_settings`): Trainer(**settings)."""
-        return trainer_settings(**choices)
 
 
 def _conditions(batch: dict[str, Any]) -> Tensor | TextStates:

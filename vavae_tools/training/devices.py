@@ -25,7 +25,6 @@ STRATEGIES = get_args(get_type_hints(TrainConfig)["strategy"])
 LIGHTNING_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 """What Lightning calls the precisions of `machine.PRECISIONS`."""
 PRECISION_LABELS = {"32-true": "float32", "16-mixed": "fp16 with a gradient scaler", "bf16-mixed": "bf16"}
-COMPILES_FROM = (7, 0)  # Triton's least compute capability: a V100's, not a P100's
 
 
 def precision_of(name: str | None, machine: Machine, strategy: str = "auto") -> str:
@@ -35,7 +34,7 @@ def precision_of(name: str | None, machine: Machine, strategy: str = "auto") -> 
     reason = ""
     if found == "16" and strategy == "fsdp":
         reason = "which has no gradient scaler"
-    if found != "32" and strategy.startswith("deepspeed"):
+    elif found != "32" and strategy.startswith("deepspeed"):
         reason = "which would round the averaged weights to it"
     if reason and name is not None:
         raise UserError(f"--precision {name} with --strategy {strategy}, {reason}: take --precision 32, or ddp")
@@ -51,11 +50,9 @@ def compiles(choice: bool | None, machine: Machine | None = None, log: Callable[
     if choice is False or (choice is None and machine.kind != "ampere"):
         return False
     on_gpu = machine.kind != "cpu"
-    if on_gpu and machine.capability < COMPILES_FROM:
-        found, needed = (".".join(map(str, capability)) for capability in (machine.capability, COMPILES_FROM))
-        raise UserError(
-            f"compile=true, but {machine.name} has compute capability {found} and Triton needs {needed}: leave it off"
-        )
+    if on_gpu and machine.capability < (7, 0):  # Triton's least: a V100's, not a P100's
+        found = f"{machine.name} has compute capability {'.'.join(map(str, machine.capability))}"
+        raise UserError(f"compile=true, but {found} and Triton needs 7.0: leave it off")
     missing = []  # what torch's inductor, and Triton on a card, look for as they first compile
     if on_gpu and find_spec("triton") is None:
         missing.append("no Triton (pip install triton)")
@@ -67,10 +64,11 @@ def compiles(choice: bool | None, machine: Machine | None = None, log: Callable[
     folder = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
     if not any(Path(path, "Python.h").is_file() for path in [folder, *os.environ.get("CPATH", "").split(os.pathsep)]):
         missing.append(f"no Python.h in {folder} (apt-get install python3-dev)")
+    there = f"there is {' and '.join(missing)}"
     if missing and choice:
-        raise UserError(f"compile=true, but there is {' and '.join(missing)}; install what is missing, or leave it off")
+        raise UserError(f"compile=true, but {there}; install what is missing, or leave it off")
     if missing:
-        log(f"compile stays off: there is {' and '.join(missing)}")
+        log(f"compile stays off: {there}")
     return not missing
 
 
@@ -104,10 +102,8 @@ def trainer_settings(
     machine = find_machine() if accelerator != "cpu" else Machine("cpu", 1, "CPU")
     if accelerator in ("gpu", "cuda") and machine.kind == "cpu":
         there = f"it has no code for the {machine.unusable}" if machine.unusable else "none is there"
-        raise UserError(
-            f"No GPU that torch can use here ({there}): take --accelerator cpu, or switch the GPU on in the settings "
-            "(Kaggle: GPU T4 x2)"
-        )
+        help = "take --accelerator cpu, or switch the GPU on in the settings (Kaggle: GPU T4 x2)"
+        raise UserError(f"No GPU that torch can use here ({there}): {help}")
     on_gpu = machine.kind != "cpu"
     count = _at_least_one("devices", (machine.devices if on_gpu else 1) if devices == "auto" else devices)
     num_nodes = _at_least_one("num_nodes", num_nodes)
@@ -128,20 +124,11 @@ def trainer_settings(
         strategy = Sharded(processes)
     if on_gpu and (started or processes == 1):  # this process trains, and starts no others that do
         take_card(int(os.environ["LOCAL_RANK"]) if started else 0)
-    return {
-        "accelerator": "gpu" if on_gpu else "cpu",
-        "devices": count,
-        "num_nodes": num_nodes,
-        "strategy": strategy,
-        "precision": precision,
-        "use_distributed_sampler": False,  # ours cuts the same batches on any number of devices
-        "gradient_clip_val": gradient_clip_val,
-        "deterministic": deterministic,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 10,
-        "enable_model_summary": False,
-        **lightning,
-    }
+    where = {"accelerator": "gpu" if on_gpu else "cpu", "devices": count, "num_nodes": num_nodes, "strategy": strategy}
+    how = {"precision": precision, "gradient_clip_val": gradient_clip_val, "deterministic": deterministic}
+    how["use_distributed_sampler"] = False  # ours cuts the same batches on any number of devices
+    quiet = {"num_sanity_val_steps": 0, "log_every_n_steps": 10, "enable_model_summary": False}
+    return {**where, **how, **quiet, **lightning}
 
 
 def _check_strategy(strategy: str, shardable: bool, on_gpu: bool) -> None:
@@ -174,9 +161,8 @@ def _check_count(count: int, num_nodes: int, machine: Machine, started: bool) ->
     tasks = int(os.environ.get("SLURM_NTASKS") or 1) if "SLURM_PROCID" in os.environ else 1
     if started or (tasks == num_nodes == 1):
         return
-    found = (
-        f"SLURM has {tasks} tasks here, each of which would train alone" if tasks > 1 else f"--num_nodes {num_nodes}"
-    )
+    alone = f"SLURM has {tasks} tasks here, each of which would train alone"
+    found = alone if tasks > 1 else f"--num_nodes {num_nodes}"
     raise UserError(
         f"{found}: torchrun starts a training on several machines, once on each: torchrun --nnodes={num_nodes} "
         f"--nproc_per_node={count} --node_rank=0 --master_addr=ADDRESS --master_port=29500 -m vavae_tools.train … "
@@ -184,15 +170,9 @@ def _check_count(count: int, num_nodes: int, machine: Machine, started: bool) ->
     )
 
 
-def describe(
-    settings: dict[str, Any],
-    compile: bool = False,
-    batch_size: int | None = None,
-    num_workers: int | None = None,
-    machine: Machine | None = None,
-) -> str:
+def describe(settings: dict[str, Any], compile: bool, batch_size: int, num_workers: int) -> str:
     """Return what `trainer_settings` has chosen, in one line."""
-    machine = machine or find_machine()
+    machine = find_machine()
     count, nodes, strategy = settings["devices"], settings["num_nodes"], settings["strategy"]
     if settings["accelerator"] == "gpu":
         where = f"{count} × {machine.name} ({machine.memory / 2**30:.0f} GB{' each' if count > 1 else ''})"
@@ -205,10 +185,10 @@ def describe(
         "one process" if strategy == "auto" else str(strategy),
         PRECISION_LABELS.get(settings["precision"], str(settings["precision"])),
         f"compile {'on' if compile else 'off'}",
-        f"batch {batch_size} per device" if batch_size is not None else "",
+        f"batch {batch_size} per device",
         f"{gathered} batches a step" if gathered > 1 else "",
         "deterministic" if settings.get("deterministic") else "",
-        f"{num_workers} worker{'s' * (num_workers != 1)}" if num_workers is not None else "",
+        f"{num_workers} worker{'s' * (num_workers != 1)}",
     ]
     return f"{f'{nodes} machines of ' if nodes > 1 else ''}{where}: {', '.join(filter(None, said))}"
 
@@ -221,14 +201,12 @@ def allow_tf32(settings: dict[str, Any]) -> None:
 
 def no_deterministic_form(error: BaseException) -> str | None:
     """Return the line to say where `deterministic` meets something that is not; None for another error."""
-    text = str(error)
     if not torch.are_deterministic_algorithms_enabled():
         return None
+    text = str(error)
     if "CUBLAS_WORKSPACE_CONFIG" in text:
-        return (
-            "deterministic=true, but the card was used before CUBLAS_WORKSPACE_CONFIG was set, or that is neither "
-            ":4096:8 nor :16:8: restart the kernel, and import vavae_tools first"
-        )
+        unset = "the card was used before CUBLAS_WORKSPACE_CONFIG was set, or that is neither :4096:8 nor :16:8"
+        return f"deterministic=true, but {unset}: restart the kernel, and import vavae_tools first"
     found = re.search(r"(\S+) does not have a deterministic implementation", text)
     return found and f"deterministic=true, but {found[1]} has no deterministic form on this device: leave it off"
 

@@ -52,8 +52,8 @@ def memory_fault(
 ) -> str | None:
     """Return the line to say where memory has run out; None for another error.
 
-    `gathered` batches make one step; `further` settings save memory besides; `prefix` is of the settings' names, and ""
-    where they are a function's arguments.
+    `gathered` batches make one step; `further` settings save memory besides; the settings' names begin with `prefix`,
+    "" where they are a function's arguments.
     """
     if not is_memory_fault(error):
         return None
@@ -66,9 +66,8 @@ def memory_fault(
     if prefix and False in states and True not in states:
         helps.append(f"{prefix}gradient_checkpointing=true (a third more time)")
     helps = [*helps, *further] or ["a smaller model, smaller images, or several GPUs with --strategy fsdp"]
-    return (
-        f"The memory of {_memory_of(error)} is too small for batches of {batch_size}. What helps: {', or '.join(helps)}"
-    )
+    small = f"The memory of {_memory_of(error)} is too small for batches of {batch_size}"
+    return f"{small}. What helps: {', or '.join(helps)}"
 
 
 def _memory_of(error: BaseException) -> str:
@@ -81,7 +80,6 @@ def _memory_of(error: BaseException) -> str:
 
 
 def _clear_frames(error: BaseException) -> None:
-    """Let go what the functions that an error ended still hold."""
     for link in (error, error.__cause__, error.__context__):
         if link is not None:
             traceback.clear_frames(link.__traceback__)
@@ -89,11 +87,7 @@ def _clear_frames(error: BaseException) -> None:
 
 # ---- the largest batch that fits
 def keep_effective(effective: int, fitting: int) -> tuple[int, int]:
-    """Return (batch, number of them gathered) whose product is the effective batch: its largest divisor that fits.
-
-    >>> keep_effective(96, 40), keep_effective(96, 500), keep_effective(7, 6)
-    ((32, 3), (96, 1), (1, 7))
-    """
+    """Return (batch, number of them gathered) whose product is the effective batch: its largest divisor that fits."""
     batch = next(size for size in range(max(1, min(effective, fitting)), 0, -1) if effective % size == 0)
     return batch, effective // batch
 
@@ -103,28 +97,21 @@ def fitting_batch_size(
 ) -> int:
     """Return a batch for which `try_step` finds memory, less than a sixteenth below the largest one.
 
-    It is doubled from `start`, or halved, then bisected. Random states are afterwards what they were. `device` is a GPU
-    of whose memory `HEADROOM` is kept from the tries, so that it is free in training.
+    It is doubled from `start`, or halved, then bisected. Random states are afterwards what they were. Of the memory of
+    `device`, a GPU, `HEADROOM` is kept from the tries.
     """
     most = largest or 2**30
     size, fits, fails = max(1, min(start, most)), 0, None
     with isolate_rng(include_cuda=False), nullcontext() if device is None else _less_of(device):
-        while size:
+        while fits < most and (fails is None or fails - fits > max(1, fits // 16)):
             if _succeeds(try_step, size):
                 fits = size
             else:
                 fails = size
-            if fails is None:
-                size = min(2 * fits, most) if fits < most else 0
-            elif fits == 0 or fails - fits > max(1, fits // 16):
-                size = (fits + fails) // 2
-            else:
-                break
+            size = min(2 * fits, most) if fails is None else (fits + fails) // 2
     if not fits:
-        raise UserError(
-            "Not even a batch of 1 fits into memory: take a smaller model or smaller images, set gradient "
-            "checkpointing, or end what else runs on that card"
-        )
+        help = "take a smaller model, smaller images or gradient checkpointing, or end what else runs on that card"
+        raise UserError(f"Not even a batch of 1 fits into memory: {help}")
     return fits
 
 
@@ -165,8 +152,7 @@ def find_batch_size(
 ) -> int:
     """Return the largest batch of which whole training steps fit into this GPU; the first process tries for all.
 
-    Lightning's BatchSizeFinder refuses several processes, leaves the random states changed and asks the data for the
-    batches, of which small data have none so large.
+    Lightning's BatchSizeFinder refuses several processes and takes the data's own batches, which small data have not.
 
     Args:
         module: on the CPU.
@@ -193,14 +179,13 @@ def whole_steps(
     settings: dict[str, Any],
     gradients_twice: bool = False,
 ) -> Callable[[int], None]:
-    """Return what `fitting_batch_size` tries: two optimiser steps of two batches each, on a copy, on the first device.
+    """Return what `fitting_batch_size` tries: two steps of two batches each, on a copy, on the first device.
 
-    In the second all is there at once that training holds; `gradients_twice`, so are DDP's buckets.
+    In the second all is there that training holds; `gradients_twice`, so are DDP's buckets.
     """
     on_gpu = settings["accelerator"] == "gpu"
     alone = {"devices": [0] if on_gpu else 1, "num_nodes": 1, "strategy": "auto"}
-    # a module that steps its optimisers itself gathers itself too
-    gathered = 2 if module.automatic_optimization else 1
+    gathered = 2 if module.automatic_optimization else 1  # other modules gather themselves
     batches = 2 * max(gathered, getattr(module, "accumulate_grad_batches", 1))
     silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
 

@@ -46,8 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.wait()
         began, copies = time.monotonic(), {}
 
-        def copied(tensor: Tensor) -> Tensor:
-            """What shares its memory shares the copy, and is written once."""
+        def copied(tensor: Tensor) -> Tensor:  # what shares its memory shares the copy, and is written once
             place = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
             if place not in copies:
                 copies[place] = tensor.detach().to("cpu", copy=True)
@@ -69,8 +68,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if pending is not None:
             pending.result()
 
-    def look(self) -> None:
-        """As `wait`, where the writing has ended anyway: a failure is told soon."""
+    def raise_failure(self) -> None:
+        """Raise where a checkpoint could not be written, without waiting."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
@@ -107,41 +106,16 @@ def free_disk_space(path: Path, needed: int, log: Callable[[str], None]) -> None
             log(f"The disk is nearly full: {gone.path} is removed")
 
 
-class StopConsensus:
-    """What any of several processes wants, known to all of them after as many steps as the slowest makes in a second.
-
-    That number is agreed on with the answer: to ask, they wait for each other.
-    """
-
-    def __init__(self, step: int) -> None:
-        self.asked_at, self.asked_after, self.interval = time.monotonic(), step, 1
-
-    def due(self, step: int) -> bool:
-        """Return whether to `ask` after this step; the same in all processes."""
-        return step >= self.asked_after + self.interval
-
-    def ask(self, trainer: L.Trainer, *wishes: bool) -> list[bool]:
-        """Return for each of the wishes whether any process has it."""
-        now, step = time.monotonic(), trainer.global_step
-        seconds = (now - self.asked_at) / max(1, step - self.asked_after)
-        asked = torch.tensor([*map(float, wishes), seconds], device=trainer.strategy.root_device)
-        *wanted, seconds = trainer.strategy.reduce(asked, reduce_op="max").tolist()
-        # at most doubled: the first steps are no measure, such as those that a GPU is still busy with
-        self.interval = max(1, min(2 * self.interval, int(1 / max(seconds, 1e-6)), 1000))
-        self.asked_at, self.asked_after = now, step
-        return [bool(wish) for wish in wanted]
-
-
 class LastCheckpoint(ModelCheckpoint):
     """Writes `last.ckpt` every few minutes, periodic folders, and `last.ckpt` at the end however training ends.
 
     Ctrl-C, a notebook's stop button, SIGTERM and the time limit end training after the step they fall into, since
-    between two steps a checkpoint is exact. A second Ctrl-C does not wait. Of several processes it is enough that one
-    is told; all stop after the same step, about a second later. An error saves nothing: the others would wait for a
-    process that is gone, and `last.ckpt` is whole.
+    between two steps a checkpoint is exact; then `Stopped` is raised. A second Ctrl-C does not wait. Of several
+    processes it is enough that one is told; all stop after the same step, about a second later. An error saves nothing:
+    the others would wait for a process that is gone, and `last.ckpt` is whole. Before a session's end training stops as
+    early as saving takes, twice, and a minute for what comes after.
 
-    Before a session's end it stops as early as saving takes, twice, and a minute for what comes after. `Stopped` is
-    raised after saving. `folder` gets `last.ckpt`; the folder above it, the run's, periodic checkpoints.
+    `folder` gets `last.ckpt`; the folder above it, the run's, periodic checkpoints.
     """
 
     def __init__(self, folder: Path, saving: SaveConfig | None = None) -> None:
@@ -160,14 +134,13 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
-        self._step = trainer.global_step
-        self._agreement = StopConsensus(self._step)
+        self._step = self._asked_after = trainer.global_step
+        self._asked_at, self._interval = time.monotonic(), 1  # steps between two questions to the other processes
         leave_sigterm_to_us(trainer)
         if threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
-            self._former_handlers = {
-                number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)
-            }
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former_handlers[number] = signal.signal(number, self._interrupt)
 
     def _interrupt(self, number: int, frame: object) -> None:
         if number == signal.SIGTERM and os.getpid() != self._process:  # one that loads data, forked with this handler
@@ -201,11 +174,11 @@ class LastCheckpoint(ModelCheckpoint):
         if epochs and epoch_ends and epoch % epochs == 0:
             self._save_periodic(trainer, f"checkpoint-epoch-{epoch}")
         self._step = step
-        if trainer.world_size > 1 and not ask and not self._agreement.due(step):
+        if trainer.world_size > 1 and not ask and step < self._asked_after + self._interval:
             return
         writer, fault = trainer.strategy.checkpoint_io, None
         try:
-            writer.look()
+            writer.raise_failure()
         except UserError as error:
             fault = error
         now = time.monotonic()
@@ -213,7 +186,7 @@ class LastCheckpoint(ModelCheckpoint):
         late = self.until is not None and time.time() + 2 * writer.seconds + 60 > self.until
         failed, stop = fault is not None, self._stop or trainer.received_sigterm
         if trainer.world_size > 1:
-            due, stop, late, failed = self._agreement.ask(trainer, due, stop, late, failed)
+            due, stop, late, failed = self._ask(trainer, due, stop, late, failed)
         if failed:
             raise fault or UserError("The first process could not write a checkpoint, and says why")
         if due or stop or late:
@@ -223,6 +196,20 @@ class LastCheckpoint(ModelCheckpoint):
             writer.wait()
             why = "The session's time is nearly over: stopped" if late else "Stopped"
             raise Stopped(f"{why} after step {step:,}; go on with --resume last")
+
+    def _ask(self, trainer: L.Trainer, *wishes: bool) -> list[bool]:
+        """Return for each of the wishes whether any process has it.
+
+        To ask, processes wait for each other; so it is done after as many steps as the slowest makes in a second.
+        """
+        now, step = time.monotonic(), trainer.global_step
+        seconds = (now - self._asked_at) / max(1, step - self._asked_after)
+        asked = torch.tensor([*map(float, wishes), seconds], device=trainer.strategy.root_device)
+        *wanted, seconds = trainer.strategy.reduce(asked, reduce_op="max").tolist()
+        # at most doubled: the first steps are no measure, such as those that a GPU is still busy with
+        self._interval = max(1, min(2 * self._interval, int(1 / max(seconds, 1e-6)), 1000))
+        self._asked_at, self._asked_after = now, step
+        return [bool(wish) for wish in wanted]
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._give_back_signals()
@@ -256,14 +243,8 @@ def checkpoint_callbacks(
     last = LastCheckpoint(folder, saving)
     if not monitor:
         return [last]
-    of_best = ModelCheckpoint(
-        folder,
-        f"{best}{{epoch:03d}}-{{{monitor}:.4f}}",
-        monitor=monitor,
-        mode=mode,
-        save_top_k=last.saving.keep_best,
-        auto_insert_metric_name=False,
-        save_on_train_epoch_end=False,  # from there Lightning does not resume exactly where max_steps is set
-        enable_version_counter=False,
-    )
+    name = f"{best}{{epoch:03d}}-{{{monitor}:.4f}}"
+    # at the end of a train epoch Lightning would not resume exactly where max_steps is set
+    options = {"save_on_train_epoch_end": False, "auto_insert_metric_name": False, "enable_version_counter": False}
+    of_best = ModelCheckpoint(folder, name, monitor=monitor, mode=mode, save_top_k=last.saving.keep_best, **options)
     return [of_best, last]  # last, so that it knows of the best
