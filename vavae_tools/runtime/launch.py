@@ -8,8 +8,6 @@ for those that hang because another one died, and perhaps too short for those th
 import json
 import os
 import pickle
-import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,8 +29,6 @@ from vavae_tools.runtime.ranks import PARENT, end_with_parent, is_rank_zero, sta
 
 GRACE = 8.0
 """Seconds until a process is killed that does not end after another one has failed."""
-NCCL_SEGMENTS = 40_000_000
-"""Bytes of shared memory that NCCL takes for a process: of 9.6 MB one to send and one to receive, on two channels."""
 
 
 def several_processes(
@@ -82,7 +78,6 @@ def call_on_ranks(
         in_cell = in_notebook()
         environment = {
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
-            **_without_shared_memory(count),
             **os.environ,
             "PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path),  # a notebook's own too
             "WORLD_SIZE": str(count),
@@ -101,13 +96,13 @@ def call_on_ranks(
             for number in range(count):
                 ranks.append(Rank(number, folder, environment, in_cell))
             cell = Cell(ranks[0].process.stdout, show) if in_cell else None
-            with _passing_on(signal.SIGTERM, ranks):
+            with _passing_on_sigterm(ranks):
                 stopped = _wait(ranks, cell)
             failed = [rank for rank in ranks if rank.process.poll()]
         finally:
             _end_all(ranks)
         if cell is not None:
-            cell.update(to_the_end=True)
+            cell.end()
         if failed:
             _raise_fault(failed, ranks, stopped, cell)
         result = folder / "result"
@@ -144,7 +139,7 @@ class Rank:
 
     @property
     def fault(self) -> dict[str, Any] | None:
-        """What it raised, as `_keep_fault` wrote it."""
+        """What it raised, as `main` wrote it."""
         try:
             return json.loads(self.fault_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -160,40 +155,25 @@ class Cell:
     """The first process's output in a notebook's cell, as it comes: lines, progress bars, images."""
 
     def __init__(self, output: IO[bytes], show: Callable[[Any], None] | None) -> None:
+        os.set_blocking(output.fileno(), False)
         self.show, self.last, self.bars = show, deque(maxlen=50), {}
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, args=(output,), daemon=True)
-        self._reader.start()
+        self._output, self._unread = output, b""
 
-    def _read(self, output: IO[bytes]) -> None:
-        for line in output:
-            self._lines.put(line.decode(errors="replace"))
+    def update(self) -> None:
+        self._unread += self._output.read() or b""
+        while b"\n" in self._unread:
+            line, _, self._unread = self._unread.partition(b"\n")
+            self._show(line.decode(errors="replace"))
 
-    def update(self, to_the_end: bool = False) -> None:
-        if to_the_end:
-            self._reader.join(10)
-        while not self._lines.empty():
-            line = self._lines.get()
-            if not show_record(line, self.bars, self.show):
-                self.last.append(line.rstrip())
-                print(line, end="", flush=True)
+    def end(self) -> None:
+        self.update()
+        if self._unread:
+            self._show(self._unread.decode(errors="replace"))
 
-
-def _without_shared_memory(count: int, folder: str = "/dev/shm") -> dict[str, str]:
-    """Return what NCCL is told where shared memory has no room for its segments: else it fails at the first step."""
-    from vavae_tools.runtime.machine import find_machine
-
-    if count == 1 or "NCCL_SHM_DISABLE" in os.environ or find_machine().kind == "cpu" or not Path(folder).is_dir():
-        return {}
-    free, needed = shutil.disk_usage(folder).free, count * NCCL_SEGMENTS
-    if free >= needed:
-        return {}
-    print(
-        f"{folder} has {free / 1e6:.0f} MB free, of which NCCL may need {needed / 1e6:.0f}: it does without it "
-        "(NCCL_SHM_DISABLE=1), which is slower between cards without NVLink; docker run --shm-size=1g gives it room",
-        flush=True,
-    )
-    return {"NCCL_SHM_DISABLE": "1"}
+    def _show(self, line: str) -> None:
+        if not show_record(line, self.bars, self.show):
+            self.last.append(line.rstrip())
+            print(line, flush=True)
 
 
 def _wait(ranks: Sequence[Rank], cell: Cell | None) -> bool:
@@ -228,15 +208,15 @@ def _end_all(ranks: Sequence[Rank]) -> None:
 
 
 @contextmanager
-def _passing_on(number: int, ranks: Sequence[Rank]) -> Iterator[None]:
+def _passing_on_sigterm(ranks: Sequence[Rank]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = signal.signal(number, lambda *_: [rank.send(number) for rank in ranks])
+    former = signal.signal(signal.SIGTERM, lambda number, _: [rank.send(number) for rank in ranks])
     try:
         yield
     finally:
-        signal.signal(number, former)
+        signal.signal(signal.SIGTERM, former)
 
 
 def _raise_fault(failed: Sequence[Rank], ranks: Sequence[Rank], stopped: bool, cell: Cell | None) -> None:
