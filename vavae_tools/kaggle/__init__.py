@@ -32,7 +32,7 @@ def ask(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     dataset, reason = request["dataset"], answer["reason"]
     own = "make a token in the settings of your Kaggle account and set KAGGLE_API_TOKEN, or KAGGLE_USERNAME and "
     own += "KAGGLE_KEY, in the environment or as secrets of the notebook. Nothing else needs them"
-    lines = {
+    unavailable = {
         "client": f"neither kagglehub nor the kaggle client is here ({reason}): pip install kaggle",
         "credentials": f"no Kaggle credentials are here, or none that work: {own}",
         "refused": f"Kaggle does not know these credentials ({reason}): {own}",
@@ -40,18 +40,15 @@ def ask(request: dict[str, Any], folder: Path) -> dict[str, Any]:
         "its version and attach its output to the next session",
         "missing": f"there is no dataset {dataset} that you may read: it is made by the first push",
     }
-    if answer["fault"] in lines:
-        raise Unavailable(lines[answer["fault"]])
+    if answer["fault"] in unavailable:
+        raise Unavailable(unavailable[answer["fault"]])
+    failed = {
+        "late": f"{dataset}: Kaggle took every file, but does not list the new version after {reason}; the versions "
+        f"before are kept. Look later with kaggle datasets files {dataset}, or push again",
+        "lost": f"{dataset} has lost something on the way: {reason}. Push again; the versions before are kept, such as "
+        f"{dataset}/1 for --dataset of pull",
+        "failed": f"{dataset} was not pushed ({reason}); what it held before is kept. Push again",
+    }
     if request["do"] == "pull":
-        raise UserError(f"{dataset} could not be downloaded ({reason}); what is here is as it was. Try it again")
-    if answer["fault"] == "late":
-        raise UserError(
-            f"{dataset}: Kaggle took every file, but does not list the new version after {reason}; the versions "
-            f"before are kept. Look later with kaggle datasets files {dataset}, or push again"
-        )
-    if answer["fault"] == "lost":
-        raise UserError(
-            f"{dataset} has lost something on the way: {reason}. Push again; the versions before are kept, such as "
-            f"{dataset}/1 for --dataset of pull"
-        )
-    raise UserError(f"{dataset} was not pushed ({reason}); what it held before is kept. Push again")
+        failed["failed"] = f"{dataset} could not be downloaded ({reason}); what is here is as it was. Try it again"
+    raise UserError(failed[answer["fault"]])

@@ -12,9 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-LOOKS = 4
-"""How often a version that is there must lack a file before the file counts as lost."""
-
 
 class Fault(Exception):
     """What went wrong: `kind` is what `session.py` makes a line of, `reason` its detail."""
@@ -102,15 +99,18 @@ def push(client: Hub | Client, request: dict[str, Any]) -> dict[str, Any]:
 
 def pull(client: Hub | Client, request: dict[str, Any]) -> dict[str, Any]:
     """Download and unpack a dataset; return where it is."""
-    dataset = request["dataset"]
-    if _status(client, dataset) is None:
+    if _status(client, request["dataset"]) is None:
         raise Fault("missing")
     try:
-        return {"folder": str(client.download(dataset, request["folder"]))}
+        return {"folder": str(client.download(request["dataset"], request["folder"]))}
     except Exception as error:
-        if getattr(getattr(error, "response", None), "status_code", None) == 404:
+        if _http_status(error) == 404:
             raise Fault("missing") from None
         raise
+
+
+def _http_status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _status(client: Hub | Client, dataset: str) -> str | None:
@@ -135,25 +135,18 @@ def _await_files(client: Hub | Client, dataset: str, expected: dict[str, int], m
     """Kaggle processes a version for a while, and lists the one before it meanwhile: `marker` is in this one only."""
     from requests.exceptions import RequestException
 
-    end, pause, looks, lacking = time.monotonic() + wait, 0.2, 0, list(expected)
-    while True:
+    end, pause, status, found = time.monotonic() + wait, 0.2, None, {}
+    while time.monotonic() < end and status not in ("failed", "deleted"):
         with suppress(RequestException, Fault):  # the files are there: asking again is cheap
             status, found = _status(client, dataset), _listed(client, dataset)
-            if status in ("failed", "deleted"):
-                break
-            if marker in found and status == "ready":
-                lacking = [name for name, size in expected.items() if found.get(name) != size]
-                looks += 1
-            if not lacking:
-                return
-        if looks == LOOKS:
-            sizes = [f"{name} ({expected[name]:,} bytes sent, {found.get(name) or 0:,} there)" for name in lacking]
-            raise Fault("lost", ", ".join(sizes))
-        if time.monotonic() > end:
-            raise Fault("late", f"{wait:g} s")
+        if status == "ready" and all(found.get(name) == size for name, size in expected.items()):
+            return
         time.sleep(pause)
         pause = min(2 * pause, 15)
-    raise Fault("lost", f"its new version is {status}")
+    if status != "ready" or marker not in found:
+        raise Fault("late", f"{wait:g} s ({status})")
+    lacking = [name for name, size in expected.items() if found.get(name) != size]
+    raise Fault("lost", ", ".join(f"{n} ({expected[n]:,} bytes sent, {found.get(n) or 0:,} there)" for n in lacking))
 
 
 def _listed(client: Hub | Client, dataset: str) -> dict[str, int]:
@@ -180,7 +173,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     except Fault as fault:
         kind, reason = fault.kind, str(fault)
     except Exception as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        status = _http_status(error)
         kind = "refused" if status == 401 else "failed"
         reason = str(error) if status else f"{type(error).__name__}: {error}"
     for name, secret in [*os.environ.items(), *(client.settings if client else {}).items()]:

@@ -47,27 +47,16 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Session:
-    """What was pushed, or pulled.
+    """What was pushed, or pulled."""
 
-    Attributes:
-        source: the dataset or the folder it came from; where it was pushed to.
-        steps: for each run (a folder below `work`) the last checkpoint's step and epoch.
-        files: those that were written.
-        kept: folders that are newer here.
-    """
-
-    source: str
-    steps: dict[str, tuple[int, int]]
-    files: tuple[str, ...]
-    kept: tuple[str, ...] = ()
+    source: str  # the dataset or the folder it came from; where it was pushed to
+    steps: dict[str, tuple[int, int]]  # for each run, a folder below `work`, the last checkpoint's step and epoch
+    files: tuple[str, ...]  # those that were written
+    kept: tuple[str, ...] = ()  # folders that are newer here
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.progress}"
-
-    @property
-    def progress(self) -> str:
         runs = [f"{run} at step {step:,} (epoch {epoch:,})" for run, (step, epoch) in self.steps.items()]
-        return ", ".join(runs) or "no checkpoints"
+        return f"{self.source}: {', '.join(runs) or 'no checkpoints'}"
 
 
 def push_session(
@@ -142,15 +131,14 @@ def session_files(work: Path, images: bool = False) -> list[str]:
     for name, folders, names in os.walk(work):
         folder = Path(name)
         place = folder.relative_to(work)
-        split = INFO_NAME in names
-        folders[:] = sorted(
+        left_out = {*NEVER, *(SUBSETS if INFO_NAME in names and not images else ())}
+        folders[:] = [
             child
-            for child in folders
+            for child in sorted(folders)
             if (child == ".hydra" or not child.startswith("."))
-            and child not in NEVER
+            and child not in left_out
             and not any((folder / child / mark).exists() for mark in (".git", "pyproject.toml"))
-            and (images or not (split and child in SUBSETS))
-        )
+        ]
         whole = any(fnmatch(part, pattern) for part in place.parts for pattern in WHOLE_FOLDERS)
         in_split = any((work / parent / INFO_NAME).is_file() for parent in place.parents)
         for name in sorted(names):
@@ -165,9 +153,8 @@ def session_files(work: Path, images: bool = False) -> list[str]:
 def _push(work: Path, dataset: str | None, message: str, images: bool, wait: float, log: Log) -> Session:
     if not dataset:
         raise Unavailable('no dataset is named; "your-name/your-run" is made where there is none')
-    owner, name, *version = _check_name(dataset).split("/")
-    if version:
-        raise UserError(f"--dataset {dataset}: a version is made, not chosen: name {owner}/{name}")
+    if dataset != _check_name(dataset):
+        raise UserError(f"--dataset {dataset}: a version is made, not chosen: name {_check_name(dataset)}")
     if not work.is_dir():
         raise UserError(f"No such folder: {work}. Name the one that holds checkpoints/, latents/ …")
     paths = session_files(work, images)
@@ -182,7 +169,7 @@ def _push(work: Path, dataset: str | None, message: str, images: bool, wait: flo
         expected = {path.name: path.stat().st_size for path in staging.iterdir()}
         log(f"pushing {len(files):,} files ({sum(expected.values()) / 1e6:,.1f} MB) from {work}")
         request = {"do": "push", "dataset": dataset, "folder": str(staging), "files": expected, "marker": marker}
-        done = ask({**request, "message": message or session.progress, "wait": wait}, Path(folder))
+        done = ask({**request, "message": message or str(session), "wait": wait}, Path(folder))
     kind = "a new private dataset" if done["created"] else "a new version"
     log(f"pushed {kind}, every file is listed whole ({session})")
     log(f"next session: attach {dataset}, or have it downloaded: python -m vavae_tools.kaggle_session pull")
@@ -190,21 +177,16 @@ def _push(work: Path, dataset: str | None, message: str, images: bool, wait: flo
 
 
 def _check_name(dataset: str) -> str:
+    """Return the name without a version."""
     if not DATASET.fullmatch(dataset):
         raise UserError(
             f"--dataset {dataset!r}: expected owner/name, the name of 6 to 50 small letters, digits and hyphens"
         )
-    return dataset
+    return "/".join(dataset.split("/")[:2])
 
 
 def pack(work: Path, paths: list[str], folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
     """Write files into one tar in `folder`; return what the manifest says of each, and each run's step and epoch."""
-    needed, free = sum((work / path).stat().st_size for path in paths), shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"{folder.parent} has {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} are needed to push: free some, or set "
-            "TMPDIR to a folder with room"
-        )
     files: dict[str, Any] = {}
     with tarfile.open(folder / PACK, "w") as packed:
         for path in sorted(paths, key=_is_last):  # they are put in place in this order
@@ -214,8 +196,8 @@ def pack(work: Path, paths: list[str], folder: Path) -> tuple[dict[str, Any], di
                 continue
             with file:
                 member = packed.gettarinfo(arcname=path, fileobj=file)
-                files[path] = {"bytes": member.size, "mtime": member.mtime, "stored": PACK}
-                files[path]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                files[path] = {"bytes": member.size, "mtime": member.mtime, "stored": PACK, "sha256": digest}
                 file.seek(0)
                 packed.addfile(member, file)
     return files, _steps(work, files)
@@ -282,25 +264,21 @@ def _run_of(path: str, paths: dict[str, Any]) -> str:
 
 
 # ---- and back
+INSTEAD = 'push again, or take the version before it ("owner/name/NUMBER")'
+
+
+@dataclass(frozen=True)
 class Source:
     """A session's state in a folder: what `push_session` made of it, or the outputs of a notebook as they are."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], name: str) -> None:
-        self.folder, self.name = folder, name
-        try:
-            self.dataset = manifest.get("dataset")
-            self.made, self.files = float(manifest["made"]), dict(manifest["files"])
-            self.steps = {run: (int(step), int(epoch)) for run, (step, epoch) in manifest["steps"].items()}
-            for path, entry in self.files.items():
-                parts = (*PurePosixPath(path).parts, *PurePosixPath(entry["stored"]).parts)
-                if "\\" in path or ".." in parts or "/" in parts or not entry["sha256"] or entry["mtime"] < 0:
-                    raise ValueError(path)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{name}: its manifest cannot be read ({error!r:.100}): {self.instead}") from None
-
-    @property
-    def instead(self) -> str:
-        return 'push again, or take the version before it ("owner/name/NUMBER")'
+    folder: Path
+    name: str
+    made: float  # seconds since 1970
+    files: dict[
+        str, dict[str, Any]
+    ]  # path → bytes, mtime, sha256, and where it is stored: in the tar, or a file's name
+    steps: dict[str, tuple[int, int]]
+    dataset: str | None = None
 
     def contents(self) -> Iterator[tuple[str, dict[str, Any], IO[bytes]]]:
         """Yield each file's path, entry and open content; one that is not there is a `UserError`."""
@@ -317,13 +295,13 @@ class Source:
                     with (self.folder / entry["stored"]).open("rb") as file:
                         yield path, entry, file
         except (KeyError, FileNotFoundError, tarfile.TarError):
-            raise UserError(f"{self.name} lacks {path}: {self.instead}") from None
+            raise UserError(f"{self.name} lacks {path}: {INSTEAD}") from None
 
     def check(self) -> None:
         """Read everything once, so that nothing is put in place of which a part is damaged."""
         for path, entry, file in self.contents():
             if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise UserError(f"{self.name}: {path} is damaged: {self.instead}")
+                raise UserError(f"{self.name}: {path} is damaged: {INSTEAD}")
 
 
 def newest_attached(roots: Sequence[Path], dataset: str | None = None) -> Source | None:
@@ -337,7 +315,7 @@ def newest_attached(roots: Sequence[Path], dataset: str | None = None) -> Source
             runs = [run for form in RUNS for run in folder.glob(form) if (run / "last.ckpt").is_file()]
             if any(MANIFEST.fullmatch(entry.name) for entry in entries):
                 source = _source_in(folder)
-                if dataset is None or source.dataset == "/".join(dataset.split("/")[:2]):
+                if dataset is None or source.dataset == _check_name(dataset):
                     found.append(source)
             elif runs and dataset is None:
                 found.append(_outputs_in(folder))
@@ -348,26 +326,34 @@ def newest_attached(roots: Sequence[Path], dataset: str | None = None) -> Source
 
 
 def _source_in(folder: Path, name: str | None = None) -> Source:
-    """The session whose manifest is in `folder`."""
+    """Return the session whose manifest is in `folder`."""
     name = name or str(folder)
     manifests = [path for path in folder.iterdir() if MANIFEST.fullmatch(path.name)]
     if len(manifests) != 1:
         raise UserError(f"{name} was not pushed from here: it has {len(manifests)} session-*.json, expected 1")
     content = manifests[0].read_bytes()
-    whole = manifests[0].name == _manifest_name(content)
-    return Source(folder, json.loads(content) if whole else None, name)
+    try:
+        if manifests[0].name != _manifest_name(content):
+            raise ValueError("damaged")
+        manifest = json.loads(content)
+        files, steps = manifest["files"], {run: (step, epoch) for run, (step, epoch) in manifest["steps"].items()}
+        for path, entry in files.items():
+            parts = (*PurePosixPath(path).parts, *PurePosixPath(entry["stored"]).parts)
+            if "\\" in path or ".." in parts or "/" in parts:
+                raise ValueError(path)
+        return Source(folder, name, manifest["made"], files, steps, manifest.get("dataset"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{name}: its manifest cannot be read ({error!r:.100}): {INSTEAD}") from None
 
 
 def _outputs_in(folder: Path) -> Source:
-    """The outputs of a notebook as they are."""
+    """Return the outputs of a notebook as they are."""
     files = {}
     for path in session_files(folder, images=True):
-        state = (folder / path).stat()
-        entry = {"bytes": state.st_size, "mtime": state.st_mtime, "stored": path, "sha256": _digest(folder / path)}
-        files[path] = entry
-    steps = _steps(folder, files)
+        state, digest = (folder / path).stat(), _digest(folder / path)
+        files[path] = {"bytes": state.st_size, "mtime": state.st_mtime, "stored": path, "sha256": digest}
     made = max(entry["mtime"] for path, entry in files.items() if _is_last(path))
-    return Source(folder, {"made": made, "steps": steps, "files": files}, str(folder))
+    return Source(folder, str(folder), made, files, _steps(folder, files))
 
 
 def _downloaded(dataset: str | None, folder: Path) -> Source:
@@ -390,9 +376,8 @@ def _put(source: Source, work: Path, log: Log) -> Session:
         runs.setdefault(_run_of(path, source.files), []).append(path)
     wanted, kept = [], []
     for run, paths in runs.items():
-        info = f"{run}/{INFO_NAME}" if run != "." else INFO_NAME
-        if paths == [info] and not (work / run / SUBSETS[0]).is_dir():
-            log(f"left out: {info}, which is no split without its images; notebook 01 makes the same one again")
+        if [Path(path) for path in paths] == [Path(run, INFO_NAME)] and not (work / run / SUBSETS[0]).is_dir():
+            log(f"left out: {paths[0]}, which is no split without its images; notebook 01 makes the same one again")
             continue
         here, there = _progress(work, run, paths), source.steps.get(run)
         differing = [path for path in paths if _differs(work / path, source.files[path])]
@@ -405,9 +390,8 @@ def _put(source: Source, work: Path, log: Log) -> Session:
             wanted += [path for path in paths if path in differing or not (work / path).exists()]
         else:
             kept.append(run)
-            of_both = [f"step {state[0]:,}" for state in (here, there) if state]
-            compared = f" ({' against '.join(of_both)})" if here else ""
-            log(f"kept: {work / run} is newer than what {source.name} holds{compared}")
+            compared = " against ".join(f"step {state[0]:,}" for state in (here, there) if state)
+            log(f"kept: {work / run} is newer than what {source.name} holds{f' ({compared})' if here else ''}")
     size = sum(source.files[path]["bytes"] for path in wanted)
     work.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(work).free < size:
@@ -427,14 +411,10 @@ def _put(source: Source, work: Path, log: Log) -> Session:
 def _progress(work: Path, run: str, paths: list[str]) -> tuple[int, int] | None:
     """Return step and epoch of a run as it stands in `work`; a damaged checkpoint counts as none."""
     found = []
-    for path in {*paths, *(str(PurePosixPath(run) / "checkpoints" / "last.ckpt"),)}:
-        try:
-            state = _state(work / path)
-        except (UserError, OSError):
-            continue
-        if state is not None:
-            found.append(state)
-    return max(found, default=None)
+    for path in {*paths, f"{run}/checkpoints/last.ckpt"}:
+        with suppress(UserError, OSError):
+            found.append(_state(work / path))
+    return max(filter(None, found), default=None)
 
 
 def _differs(path: Path, entry: dict[str, Any]) -> bool:
