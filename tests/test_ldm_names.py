@@ -301,7 +301,7 @@ def test_files_that_are_no_vavae(tmp_path):
     for name, message in (
         ("dit.pt", r"no published VA-VAE: it has no encoder\.conv_in\.weight among its 4 entries \(model, ema, opt …"),
         ("dit.safetensors", r"among its 1 entries \(blocks\.0\.weight\)$"),
-        (".", r"Name the file itself: .*dit\.pt"),
+        (".", r"it holds dit\.pt, .* or the name of a \.pt"),
     ):
         with pytest.raises(UserError, match=message):
             read_vavae(tmp_path / name)

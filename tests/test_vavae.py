@@ -211,10 +211,10 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
     with pytest.raises(UserError, match=r"No VA-VAE at .*nowhere: expected a folder with config\.json or a \.ckpt"):
         load_vavae(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty is no VA-VAE folder: expected config\.json .* found nothing"):
+    with pytest.raises(UserError, match=r"empty is no VA-VAE folder: it is empty, expected config\.json"):
         load_vavae(tmp_path / "empty")
     tiny_dit()[0].save_pretrained(tmp_path / "dit")
-    with pytest.raises(UserError, match=r"dit is no VA-VAE folder: its \d+ weights are .*, expected encoder\.\*"):
+    with pytest.raises(UserError, match=r"dit lacks \d+ of the model's weights, .*; is it a VA-VAE\?"):
         load_vavae(tmp_path / "dit")
 
 

@@ -1,12 +1,10 @@
 """The VA-VAE: diffusers' AutoencoderKL with a user-condition vector.
 
-The published VA-VAE f16d32 (Yao & Wang 2025, LightningDiT) has the architecture of the LDM autoencoder, which
-AutoencoderKL reproduces. What is added here is one vector per person (or class), let into every level of encoder and
-decoder by projections that start at zero: at first the model equals the one without vectors, bit by bit.
+A vector per person is let into every level of encoder and decoder by projections that start at zero: at first the model
+equals the one without vectors, bit by bit, of which the published f16d32 (Yao & Wang 2025, LightningDiT) is one.
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from vavae_tools.data.images import ImageFolder, to_pixels, to_unit
 from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.precision import in_float32
 
 
 class LatentStatistics:
@@ -73,8 +72,7 @@ class VAVAE(LatentStatistics, AutoencoderKL):
             self.decoder_projections = nn.ModuleList(_zero_linear(condition_dim, width) for width in into)
 
     @staticmethod
-    def _get_init_keys(input_class: type) -> set[str]:
-        """Return what diffusers' `from_config` gives to `__init__`."""
+    def _get_init_keys(input_class: type) -> set[str]:  # what `from_config` gives to `__init__`
         of_base = AutoencoderKL._get_init_keys(AutoencoderKL)
         return of_base if input_class is not VAVAE else {*of_base, "condition_dim", "num_conditions"}
 
@@ -98,9 +96,7 @@ class VAVAE(LatentStatistics, AutoencoderKL):
         encoder = self.encoder
         h = encoder.conv_in(x)
         h = self._through([*encoder.down_blocks, encoder.mid_block], "encoder_projections", h, condition)
-        with _float32_under_autocast(h):
-            h = self._last(encoder, h)  # (B, 2·latent_channels, H/f, W/f)
-            return self.quant_conv(h) if self.quant_conv is not None else h
+        return _last_layers(encoder, h, self.quant_conv)  # (B, 2·latent_channels, H/f, W/f)
 
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: None = None, condition: Tensor | None = None
@@ -116,14 +112,8 @@ class VAVAE(LatentStatistics, AutoencoderKL):
         decoder = self.decoder
         h = decoder.conv_in(self.post_quant_conv(z) if self.post_quant_conv is not None else z)
         h = self._through([decoder.mid_block, *decoder.up_blocks], "decoder_projections", h, condition)
-        with _float32_under_autocast(h):
-            images = self._last(decoder, h)  # (B, C, H, W)
+        images = _last_layers(decoder, h)  # (B, C, H, W)
         return DecoderOutput(sample=images) if return_dict else (images,)
-
-    @staticmethod
-    def _last(half: nn.Module, h: Tensor) -> Tensor:
-        h = h.to(half.conv_out.weight.dtype)
-        return half.conv_out(half.conv_act(half.conv_norm_out(h)))
 
     def _through(self, blocks: list[nn.Module], projections: str, h: Tensor, condition: Tensor | None) -> Tensor:
         checkpointing = torch.is_grad_enabled() and self.encoder.gradient_checkpointing
@@ -134,7 +124,7 @@ class VAVAE(LatentStatistics, AutoencoderKL):
         return h
 
     def freeze_encoder(self) -> None:
-        """Leave the encoder, and with it the latents, as they are: only what decodes is trained from now on."""
+        """Train only what decodes from now on."""
         for name in ("encoder", "quant_conv", "encoder_projections"):
             if getattr(self, name, None) is not None:
                 getattr(self, name).requires_grad_(False)
@@ -158,14 +148,15 @@ class VAVAE(LatentStatistics, AutoencoderKL):
         return self.decode(self.denormalise(latents).to(self.dtype), condition=condition).sample
 
 
-def _float32_under_autocast(h: Tensor) -> torch.autocast | nullcontext:
-    """Compute the last layer of each half in float32 also where the rest is fp16.
+@in_float32
+def _last_layers(half: nn.Module, h: Tensor, following: nn.Module | None = None) -> Tensor:
+    """Return what the last layers of encoder or decoder make, in float32 also where the rest is fp16.
 
-    A log-variance goes up to 20 and its variance to e²⁰, a gradient of the last weights is summed over all places of
-    all images: fp16 ends at 65,504.
+    A variance goes up to e²⁰, a gradient of the last weights is summed over all places of all images: fp16 ends at
+    65,504.
     """
-    device = h.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    h = half.conv_out(half.conv_act(half.conv_norm_out(h.to(half.conv_out.weight.dtype))))
+    return h if following is None else following(h)
 
 
 def _zero_linear(condition_dim: int, width: int) -> nn.Linear:
@@ -234,8 +225,8 @@ def reconstruct(model: VAVAE, data: ImageFolder, batch_size: int = 32) -> tuple[
     """Return all images and their reconstructions with each person's vector, uint8 (N, C, H, W) both."""
     model = model.eval()
     originals, reconstructions = [], []
-    for start in range(0, len(data), batch_size):
-        batch = data.__getitems__(range(start, min(start + batch_size, len(data))))
+    for rows in torch.arange(len(data)).split(batch_size):
+        batch = data.__getitems__(rows)
         originals.append(batch["images"])
         images, labels = (batch[key].to(model.device) for key in ("images", "labels"))
         reconstructions.append(reconstruct_images(model, images, labels).cpu())

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from vavae_tools.autoencoders.ldm_names import VAE_PREFIXES, from_reference, pla
 from vavae_tools.autoencoders.rae_weights import is_rae_folder, read_rae_folder
 from vavae_tools.autoencoders.stable_diffusion import is_stable_diffusion_vae, load_stable_diffusion_vae
 from vavae_tools.autoencoders.vavae import VAVAE
-from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import read_checkpoint, read_json, read_safetensors
+from vavae_tools.runtime.errors import UserError, contents
+from vavae_tools.runtime.files import read_json, read_safetensors, read_weights
 
 CONDITION_PREFIXES = ("conditions.", "encoder_projections.", "decoder_projections.")
 FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -36,7 +35,7 @@ class VAVAEWeights:
 
 def pretrained_small_folder() -> Path:
     """Return the folder of the small VA-VAE that comes with this package (trained on simulated walkers)."""
-    return Path(str(files("vavae_tools.autoencoders") / "pretrained_small"))
+    return Path(__file__).parent / "pretrained_small"
 
 
 def load_autoencoder(source: str | Path) -> ModelMixin:
@@ -55,7 +54,7 @@ def load_vavae(
     log: Callable[[str], None] = print,
     channels: int | None = None,
 ) -> VAVAE:
-    """Load a VA-VAE to fine-tune: what `read_vavae` takes, as `build_vavae` builds it."""
+    """Load a VA-VAE to fine-tune: `read_vavae`, then `build_vavae`."""
     return build_vavae(read_vavae(source), condition_dim, num_conditions, channels, log)
 
 
@@ -73,9 +72,7 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
     if not source.is_file():
         expected = "a folder with config.json or a .ckpt of VA-VAE training"
         raise UserError(f"No VA-VAE at {source}: expected {expected}, or the published .pt, .ckpt or .safetensors")
-    if source.suffix == ".safetensors":
-        return from_state_dict(read_safetensors(source), source=source)
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_weights(source)
     settings = checkpoint.get("hyper_parameters")
     if isinstance(settings, Mapping) and "vavae_config" in settings:
         others = plain_names(checkpoint)
@@ -88,9 +85,7 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
 def from_state_dict(
     state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, source: str | Path = "state_dict"
 ) -> VAVAEWeights:
-    """Sort weights under the reference's names, of the autoencoder alone or of its whole training; `config` is as in
-    `vavae_arguments`.
-    """
+    """Sort weights of the reference's autoencoder, or of its whole training; `config` is as in `vavae_arguments`."""
     named = {name: tensor for name, tensor in plain_names(state_dict).items() if isinstance(tensor, Tensor)}
     # where it holds no weights, what it holds in their place is told
     arguments = vavae_arguments(named or dict.fromkeys(state_dict, torch.empty(0)), config, source)
@@ -130,10 +125,10 @@ def build_vavae(
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise UserError(f"{found.source} is of another architecture: {first}") from None
-    fresh = [name for name in loaded.missing_keys if not name.startswith(CONDITION_PREFIXES)]
-    if fresh:
-        lacking = f"lacks {len(fresh)} of the model's weights, the first {fresh[0]}"
-        raise UserError(f"{found.source} {lacking}; is it a VA-VAE?")
+    lacking = [name for name in loaded.missing_keys if not name.startswith(CONDITION_PREFIXES)]
+    if lacking:
+        first = f"lacks {len(lacking)} of the model's weights, the first {lacking[0]}"
+        raise UserError(f"{found.source} {first}; is it a VA-VAE?")
     parts = {"a discriminator": found.discriminator, "an alignment projection": found.projection}
     came = " and ".join(part for part, there in parts.items() if there is not None)
     unused = len(loaded.unexpected_keys) + len(found.unused)
@@ -147,20 +142,20 @@ def build_vavae(
 def with_channels(found: VAVAEWeights, channels: int) -> VAVAEWeights:
     """Return the same weights for images of one channel in place of several, or the reverse.
 
-    Nothing that was learned is lost: the grey model and its discriminator equal the others fed with equal channels,
-    their output averaged over them.
+    The grey model and its discriminator equal the others fed with equal channels, their output averaged over them.
     """
-    now, first, discriminator = found.config["in_channels"], "main.0.weight", found.discriminator
+    now, discriminator = found.config["in_channels"], found.discriminator
     if channels < 1 or (channels != now and 1 not in (channels, now)):
         raise UserError(f"channels={channels}: weights for {now} channels can become weights for 1, not for {channels}")
-    weights = dict(found.weights)
-    for name, dim in (("encoder.conv_in.weight", 1), ("decoder.conv_out.weight", 0), ("decoder.conv_out.bias", 0)):
-        if name in weights:
-            weights[name] = _fit_channels(weights[name], dim, channels)
-    if discriminator is not None and first in discriminator:
-        discriminator = {**discriminator, first: _fit_channels(discriminator[first], 1, channels)}
+    fitted = {
+        name: _fit_channels(found.weights[name], dim, channels)
+        for name, dim in (("encoder.conv_in.weight", 1), ("decoder.conv_out.weight", 0), ("decoder.conv_out.bias", 0))
+        if name in found.weights
+    }
+    if discriminator is not None and (first := discriminator.get("main.0.weight")) is not None:
+        discriminator = {**discriminator, "main.0.weight": _fit_channels(first, 1, channels)}
     config = {**found.config, "in_channels": channels, "out_channels": channels}
-    return replace(found, config=config, weights=weights, discriminator=discriminator)
+    return replace(found, config=config, weights={**found.weights, **fitted}, discriminator=discriminator)
 
 
 def _fit_channels(tensor: Tensor, dim: int, channels: int) -> Tensor:
@@ -173,9 +168,7 @@ def _fit_channels(tensor: Tensor, dim: int, channels: int) -> Tensor:
 
 
 def read_condition_file(path: str | Path, labels: dict[str, int]) -> Tensor:
-    """Return one vector per person, float32 (number of labels, condition_dim), of a safetensors file whose keys are the
-    folders' names (`ID_1`, …).
-    """
+    """Return a person's vector in each label's row, float32 (labels, dim), of a safetensors file by folders' names."""
     if not Path(path).is_file():
         raise UserError(f"No condition file {path}; it holds one vector per person under the folder's name (ID_1 …)")
     vectors = read_safetensors(path)
@@ -195,17 +188,10 @@ def read_condition_file(path: str | Path, labels: dict[str, int]) -> Tensor:
 def _read_folder(folder: Path) -> VAVAEWeights:
     path = folder / FOLDER_WEIGHTS
     if not (folder / "config.json").is_file() or not path.is_file():
-        names = sorted(found.name for found in folder.iterdir())
-        single = [name for name in names if name.endswith((".pt", ".ckpt", ".safetensors"))]
-        raise UserError(
-            f"{folder} is no VA-VAE folder: expected config.json and {FOLDER_WEIGHTS}, found "
-            f"{', '.join(names[:5]) or 'nothing'}{f'. Name the file itself: {folder / single[0]}' if single else ''}"
-        )
+        needed = f"config.json and {FOLDER_WEIGHTS}, or the name of a .pt, .ckpt or .safetensors file"
+        raise UserError(f"{folder} is no VA-VAE folder: it {contents(folder)}, expected {needed}")
     config = read_json(folder / "config.json")
     weights = {_current_name(name): tensor for name, tensor in read_safetensors(path).items()}
-    if not any(name.startswith("encoder.") for name in weights):
-        found = f"its {len(weights)} weights are {', '.join(list(weights)[:3]) or 'none'} …"
-        raise UserError(f"{folder} is no VA-VAE folder: {found}, expected encoder.* and decoder.*")
     if config.get("_class_name") == "AutoencoderKL":
         config = {"scaling_factor": 0.18215, **config}  # its default, which older folders leave out
     return VAVAEWeights(folder, {k: v for k, v in config.items() if not k.startswith("_")}, weights)
