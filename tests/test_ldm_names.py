@@ -355,10 +355,10 @@ def published_like(folder) -> VAVAE:
 
 
 @torch.no_grad()
-def test_export_for_the_reference(tmp_path):
-    model, said = published_like(tmp_path / "vavae"), []
-    path = tmp_path / "out" / "vavae.pt"
-    assert export_vavae(tmp_path / "vavae", "reference", path, said.append) == [path, tmp_path / "out/latents_stats.pt"]
+def test_export_for_the_reference(tmp_path, capsys):
+    model, path = published_like(tmp_path / "vavae"), tmp_path / "out" / "vavae.pt"
+    assert export_vavae(tmp_path / "vavae", "reference", path) == [path, tmp_path / "out/latents_stats.pt"]
+    said = capsys.readouterr().out.splitlines()
     written = read_checkpoint(path)
     assert list(written) == ["state_dict"] and written["state_dict"].keys() == random_weights(TWO).keys()
     assert {(t.dtype, t.is_contiguous()) for t in written["state_dict"].values()} == {(torch.float32, True)}
@@ -375,8 +375,8 @@ def test_export_for_the_reference(tmp_path):
 
 @torch.no_grad()
 def test_export_for_diffusers(tmp_path, caplog):
-    model, said = published_like(tmp_path / "vavae"), []
-    written = export_vavae(tmp_path / "vavae", "diffusers", tmp_path / "plain", said.append)
+    model = published_like(tmp_path / "vavae")
+    written = export_vavae(tmp_path / "vavae", "diffusers", tmp_path / "plain")
     assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == sorted(path.name for path in written)
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
     assert config["_class_name"] == "AutoencoderKL" and config["latents_std"] == [1.0, 2.0, 3.0, 4.0]

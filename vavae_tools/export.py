@@ -1,6 +1,5 @@
 """Give a VA-VAE away: as a folder for diffusers, or as a file for LightningDiT."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ def main() -> None:
     export_vavae(**vars(parser.parse_args()))
 
 
-def export_vavae(vavae: str | Path, format: str, output: str | Path, log: Callable[[str], None] = print) -> list[Path]:
+def export_vavae(vavae: str | Path, format: str, output: str | Path) -> list[Path]:
     """Write a VA-VAE, without vectors, as others read it, and return the files.
 
     Args:
@@ -31,17 +30,16 @@ def export_vavae(vavae: str | Path, format: str, output: str | Path, log: Callab
     """
     from vavae_tools.autoencoders.weights import load_vavae
 
-    write, output = {"diffusers": _write_diffusers, "reference": _write_reference}.get(format), Path(output)
-    if write is None:
-        raise UserError(f"--format {format}: expected reference or diffusers")
+    output = Path(output)
     if output.exists() and output.resolve() == Path(vavae).resolve():
         raise UserError(f"--output {output} is the VA-VAE itself: name another place")
     model = load_vavae(vavae, log=lambda line: None)
     if model.config.condition_dim:
-        log(f"left out: the vectors of {model.config.num_conditions} people; this is the model with no vector")
+        print(f"left out: the vectors of {model.config.num_conditions} people; this is the model with no vector")
+    write = {"diffusers": _write_diffusers, "reference": _write_reference}[format]
     written, following = write(model, output)
-    log(f"written: {', '.join(map(str, written))}")
-    log(f"next: {following}")
+    print(f"written: {', '.join(map(str, written))}")
+    print(f"next: {following}")
     return written
 
 

@@ -8,7 +8,7 @@ kernel: a folder for `kaggle kernels push` with a notebook and its kernel-metada
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from vavae_tools.runtime.errors import UserError, command_parser, run_command
@@ -58,9 +58,8 @@ def write_kernel(
     kernel_sources: Sequence[str] = (),
     owner: str | None = None,
     internet: bool = False,
-    log: Callable[[str], None] = print,
-) -> Path:
-    """Write a folder for `kaggle kernels push`, the notebook and `kernel-metadata.json`, whose path is returned.
+) -> None:
+    """Write a folder for `kaggle kernels push`: the notebook and `kernel-metadata.json`.
 
     One of `datasets` ("owner/name") must hold this repository: only the notebook itself travels. `owner` is by default
     the first dataset's; `internet` is needed only where the session itself pushes or downloads.
@@ -70,37 +69,28 @@ def write_kernel(
     notebook, output_dir = Path(notebook), Path(output_dir)
     try:
         json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"No notebook {notebook}: expected one such as notebooks/02_vavae_fine_tuning.ipynb") from None
     sources = [*datasets, *kernel_sources]
     for source in sources:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*/[A-Za-z0-9][A-Za-z0-9-]{4,}", source):
             raise UserError(f"{source!r} is no owner/name, as in the address of a dataset or notebook on Kaggle")
-    owner = owner or (sources[0].split("/")[0] if sources else None)
-    if not owner or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", owner):
+    owner = owner or (sources[0].split("/")[0] if sources else "")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", owner):
         raise UserError(f"--owner {owner or 'is missing'}: your name on Kaggle, as in the address of your profile")
     slug = re.sub(r"[^a-z0-9]+", "-", notebook.stem.lower()).strip("-")
     if not 5 <= len(slug) <= 50:
         raise UserError(f"{notebook.name}: Kaggle's names have 5 to 50 letters, digits and hyphens; {slug!r} is none")
     metadata = {
-        "id": f"{owner}/{slug}",
-        "title": slug.replace("-", " "),
-        "code_file": notebook.name,
-        "language": "python",
-        "kernel_type": "notebook",
-        "is_private": True,
-        "enable_gpu": True,
-        "enable_internet": internet,
-        "machine_shape": "NvidiaTeslaT4",  # two of them
-        "dataset_sources": list(datasets),
-        "kernel_sources": list(kernel_sources),
+        **{"id": f"{owner}/{slug}", "title": slug.replace("-", " "), "code_file": notebook.name},
+        **{"language": "python", "kernel_type": "notebook", "is_private": True},
+        **{"enable_gpu": True, "enable_internet": internet, "machine_shape": "NvidiaTeslaT4"},  # two of them
+        **{"dataset_sources": list(datasets), "kernel_sources": list(kernel_sources)},
     }
-    path = output_dir / "kernel-metadata.json"
-    write_json(path, metadata)
+    write_json(output_dir / "kernel-metadata.json", metadata)
     shutil.copyfile(notebook, output_dir / notebook.name)
-    log(f"written: {path}, {output_dir / notebook.name}")
-    log(f"next: kaggle kernels push -p {output_dir} (then kaggle kernels status {metadata['id']})")
-    return path
+    print(f"written: {output_dir / 'kernel-metadata.json'}, {output_dir / notebook.name}")
+    print(f"next: kaggle kernels push -p {output_dir} (then kaggle kernels status {metadata['id']})")
 
 
 if __name__ == "__main__":
