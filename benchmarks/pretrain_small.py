@@ -140,7 +140,7 @@ def train_shapes(steps: int, batch_size: int, lr: float, seed: int) -> StableDif
     vae = random_shapes_vae(seed)
     images = {}
     for size in (32, 64):
-        kinds = ShapeImages(4096, 36, size, SHAPES_SEED), CaptionedShapes(4096, size, SHAPES_SEED)
+        kinds = ShapeImages(4096, 36, size, seed=SHAPES_SEED), CaptionedShapes(4096, size, SHAPES_SEED)
         images[size] = torch.cat([kind.in_memory() for kind in kinds])  # uint8 (8192, 3, size, size)
     optimizer = torch.optim.Adam(vae.parameters(), betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)

@@ -2,8 +2,7 @@
 
 A radar hears every part of a walker at its own speed. An image of speed (rows) over time (columns) therefore shows
 the gait: a bright wavy line for the torso, a lobe for each step, arcs for the arms. The people walk by the model of
-Boulic, Thalmann & Thalmann (1990), see walking.py; their echo is made as by Chen, "The Micro-Doppler Effect in Radar",
-see radar.py.
+Boulic, Thalmann & Thalmann (1990); their echo is made as by Chen, "The Micro-Doppler Effect in Radar", see walking.py.
 """
 
 import json
@@ -22,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vavae_tools.data.demo.radar import echo, received, spectrogram, walk_before_radar
-from vavae_tools.data.demo.walking import Person, draw_person, generator, walk_again
+from vavae_tools.data.demo import walking
+from vavae_tools.data.demo.walking import Person, draw_person, generator
 from vavae_tools.runtime.errors import UserError, command_parser, run_command
 
 GRID = 256  # a smaller image is this one, averaged
@@ -32,11 +31,7 @@ FINISHED = "gait.json"
 
 
 def simulate_walk(
-    person: Person,
-    rng: np.random.Generator,
-    size: int = 256,
-    towards: bool | None = None,
-    aspect: float | None = None,
+    person: Person, rng: np.random.Generator, size: int = 256, towards: bool | None = None, aspect: float | None = None
 ) -> np.ndarray:
     """Return one walk of `person` as a micro-Doppler image before it is coloured: (size, size) uint8.
 
@@ -48,8 +43,8 @@ def simulate_walk(
     towards = drawn_towards if towards is None else towards
     aspect = drawn_aspect if aspect is None else aspect
 
-    ranges, strengths = walk_before_radar(walk_again(person, rng), rng, towards, aspect)
-    power = spectrogram(received(echo(ranges, strengths), rng), max(size, GRID))
+    ranges, strengths = walking.walk_before_radar(walking.walk_again(person, rng), rng, towards, aspect)
+    power = walking.spectrogram(walking.received(walking.echo(ranges, strengths), rng), max(size, GRID))
     reference = np.quantile(power[:, ::8], 0.997)  # an eighth of the columns says as much
     intensity = 255 * (1 + 10 / DECIBELS * np.log10(np.maximum(power / reference, 1e-12)))
     image = np.clip(np.rint(intensity), 0, 255).astype(np.uint8)
@@ -58,12 +53,10 @@ def simulate_walk(
     return image
 
 
-def simulate_image(
-    seed: int, person_number: int, image_number: int, size: int = 256, colormap: str = "jet"
-) -> np.ndarray:
+def simulate_image(seed: int, person: int, image: int, size: int = 256, colormap: str = "jet") -> np.ndarray:
     """Return an image of a person of the people of `seed`, (size, size, 3) uint8: the same, whatever else is made."""
-    rng = generator(seed, person_number, image_number)
-    return colormap_table(colormap).take(simulate_walk(draw_person(seed, person_number), rng, size), axis=0)
+    pixels = simulate_walk(draw_person(seed, person), generator(seed, person, image), size)
+    return colormap_table(colormap).take(pixels, axis=0)
 
 
 @lru_cache(maxsize=8)

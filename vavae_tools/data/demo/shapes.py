@@ -32,8 +32,8 @@ _PALETTE = torch.tensor(list(COLOURS.values()), dtype=torch.float32)  # (colours
 
 
 def _triangle(x: Tensor, y: Tensor) -> Tensor:
-    subsets = (math.pi / 2, math.pi / 2 - 2 * math.pi / 3, math.pi / 2 + 2 * math.pi / 3)  # the directions they face
-    return torch.stack([x * math.cos(a) + y * math.sin(a) for a in subsets]).amax(0) - 0.5
+    facing = (math.pi / 2, math.pi / 2 - 2 * math.pi / 3, math.pi / 2 + 2 * math.pi / 3)  # directions of the sides
+    return torch.stack([x * math.cos(a) + y * math.sin(a) for a in facing]).amax(0) - 0.5
 
 
 def _cross(x: Tensor, y: Tensor) -> Tensor:
@@ -49,10 +49,8 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ring": lambda x, y: (torch.hypot(x, y) - 0.75).abs() - 0.25,
     "diamond": lambda x, y: (x.abs() + y.abs() - 1) * math.sqrt(0.5),
 }
-"""How far a place (x to the right, y down, in radii from the centre) lies outside each shape; every shape touches the
-circle of radius 1 from inside."""
+"""How far a place (x to the right, y down, in radii from the centre) lies outside each shape of radius 1."""
 AREAS = (math.pi, 2.0, 3 * math.sqrt(3) / 4, 4 * (2 * 0.94 * 0.34 - 0.34**2), math.pi * (1 - 0.5**2), 2.0)
-"""Of the shapes of radius 1, in the order of `SHAPES`."""
 SMALLEST, LARGEST = 0.22, 0.4  # radii, of the image's side
 
 
@@ -83,10 +81,9 @@ def coverage(shapes: Tensor, places: Tensor, radii: Tensor, size: int | Size) ->
 def draw_shapes(
     shapes: Tensor, colours: Tensor, places: Tensor, radii: Tensor, shades: Tensor, size: int | Size = 32
 ) -> Tensor:
-    """Draw one shape into each image: uint8 (N, 3, H, W).
+    """Draw one shape into each image, uint8 (N, 3, H, W); see `coverage`.
 
     Args:
-        shapes, places, radii: see `coverage`.
         colours: int64 (N,), their places in `COLOURS`.
         shades: float (N,), of the grey ground, 0 black, 1 white.
     """
@@ -158,13 +155,13 @@ class DrawnImages(DecodedImages):
 
 
 def _subsets(
-    draw: Callable[[int, int], DrawnImages], count: int, val_share: float
+    kind: type[DrawnImages], count: int, val_share: float, **options: Any
 ) -> tuple[DrawnImages, DrawnImages | None]:
-    """Return `draw(count, 0)`, and `draw(…, 1)` of `val_share` times as many more."""
+    """Return `count` images that train, and `val_share` times as many others."""
     if not 0 <= val_share < 1:
         raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
     validating = math.ceil(count * val_share)
-    return draw(count, 0), draw(validating, 1) if validating else None
+    return kind(count, **options), kind(validating, **options, subset=1) if validating else None
 
 
 # ---- with classes
@@ -173,19 +170,11 @@ class ShapeImages(DrawnImages):
 
     title, smallest = "shapes", 8
 
-    def __init__(
-        self,
-        count: int,
-        num_classes: int = 4,
-        image_size: int | Size = 32,
-        seed: int = 0,
-        subset: int = 0,
-        channels: int = 3,
-    ) -> None:
+    def __init__(self, count: int, num_classes: int = 4, image_size: int | Size = 32, **options: Any) -> None:
         classes = shape_classes(num_classes)
         self.class_names = [f"{list(COLOURS)[colour]}_{list(SHAPES)[shape]}" for colour, shape in classes]
         names = [f"{self.class_names[index % num_classes]}/{index:06d}" for index in range(count)]
-        super().__init__(names, torch.arange(len(names)) % num_classes, image_size, seed, subset, channels=channels)
+        super().__init__(names, torch.arange(len(names)) % num_classes, image_size, **options)
         self.num_classes = num_classes
 
     def stored_key(self) -> list:
@@ -214,9 +203,8 @@ def shape_data(
 
     With 1 for `channels` they are grey; None stands for 3.
     """
-    train, val = _subsets(
-        lambda count, subset: ShapeImages(count, num_classes, image_size, seed, subset, channels or 3), count, val_share
-    )
+    options = {"image_size": image_size, "seed": seed, "channels": channels or 3}
+    train, val = _subsets(ShapeImages, count, val_share, num_classes=num_classes, **options)
     labels = {name: label for label, name in enumerate(train.class_names)}
     return ImageSetDataModule(train, val, labels, batch_size, num_workers, seed)
 
@@ -265,9 +253,8 @@ class Named:
     size: str | None = None
     place: str | None = None
 
-    @property
     def captions(self) -> tuple[str, ...]:
-        """The sentences about it, one for each of `WORDINGS`."""
+        """Return the sentences about it, one for each of `WORDINGS`."""
         words = {**asdict(self), "place": _PHRASES[self.place]}
         words["other_size"] = {"small": "little", "large": "big"}[self.size]
         return tuple(wording.format(**words) for wording in WORDINGS)
@@ -300,7 +287,7 @@ class CaptionedShapes(DrawnImages):
         super().__init__(names, torch.zeros(len(names), dtype=torch.int64), image_size, seed, subset)
         choices = _choices(Draws(seed, subset, self.numbers)).tolist()
         shown = [Named(*(words[number] for words, number in zip(KINDS.values(), row, strict=True))) for row in choices]
-        captions = {one: one.captions for one in set(shown)}  # 300: images that show the same share their sentences
+        captions = {one: one.captions() for one in set(shown)}  # 300: images that show the same share their sentences
         self.captions = [captions[one] for one in shown]
 
     def draw(self, numbers: Tensor, draws: Draws) -> Tensor:
@@ -329,7 +316,7 @@ def captioned_shape_data(
     val_share: float = 0.05,
 ) -> CaptionedDataModule:
     """Return captioned shapes as a data module, as `shape_data` does."""
-    train, val = _subsets(lambda count, subset: CaptionedShapes(count, image_size, seed, subset), count, val_share)
+    train, val = _subsets(CaptionedShapes, count, val_share, image_size=image_size, seed=seed)
     return CaptionedDataModule(train, val, batch_size, num_workers, seed)
 
 
