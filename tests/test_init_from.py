@@ -42,8 +42,9 @@ def published(path, classes: int = 5, seed: int = 3, wrap=lambda weights: weight
     denoiser, conditioner = (trained_looking(part, seed) for part in built(classes, **arguments))
     table = {"y_embedder.embedding_table.weight": conditioner.embedding_table.weight.data}
     tables = {"pos_embed": denoiser.pos_embed}
-    if getattr(denoiser, "rope_cos", None) is not None:
-        tables |= {"feat_rope.freqs_cos": denoiser.rope_cos, "feat_rope.freqs_sin": denoiser.rope_sin}
+    if getattr(denoiser, "rope_table", None) is not None:
+        cos, sin = denoiser.rope_table
+        tables |= {"feat_rope.freqs_cos": cos, "feat_rope.freqs_sin": sin}
     torch.save(wrap({**denoiser.state_dict(), **table, **tables}), path)
     return path, denoiser, conditioner
 

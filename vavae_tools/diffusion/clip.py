@@ -1,14 +1,12 @@
 """A frozen CLIP text encoder (Radford et al. 2021) with its tokenizer: captions → states.
 
-Architecture and files are those of transformers, which is imported only where an encoder is loaded or made. Nothing is
-downloaded, except where a repository of a hub is named.
+Architecture and files are those of transformers, which is imported only where an encoder is loaded or made.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,8 @@ from torch import Tensor, nn
 
 from vavae_tools.autoencoders.encoders import silent_transformers
 from vavae_tools.runtime.errors import UserError, one_line
-from vavae_tools.runtime.files import local_folder, save_model, weights_digest
+from vavae_tools.runtime.files import load_model, local_folder, save_model, weights_digest
 
-_KEPT = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps")  # not to be seen in the weights
 _BATCH_SIZE = 256
 
 
@@ -43,16 +40,15 @@ class TextStates:
 
 
 class TextEncoder:
-    """Captions → `TextStates`; no `nn.Module`, so it stays frozen and out of the checkpoints of what holds it.
+    """Captions → `TextStates`, by transformers' CLIPTextModel, frozen and in evaluation mode.
 
-    The model is transformers' CLIPTextModel; it is frozen and put into evaluation mode.
+    It is no `nn.Module`, and so not in the checkpoints of what holds it.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         config = model.config
-        self.dim: int = config.hidden_size
-        self.pooled_dim: int = config.hidden_size
+        self.dim = self.pooled_dim = int(config.hidden_size)
         self.max_tokens = min(int(tokenizer.model_max_length), config.max_position_embeddings)  # with start and end
         if len(tokenizer) > config.vocab_size:
             raise UserError(
@@ -68,7 +64,7 @@ class TextEncoder:
         return next(self.model.parameters()).device
 
     def to(self, device: str | torch.device) -> "TextEncoder":
-        """Move the model to a device, in place."""
+        """Move it in place."""
         self.model.to(device)
         return self
 
@@ -79,9 +75,8 @@ class TextEncoder:
         What is longer than `max_tokens` is cut at its end and keeps the end token (`lengths` counts such captions). The
         attention looks back only, so that the states do not depend on padding.
         """
-        rows = self.tokenizer(
-            _listed(captions), padding="longest", truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        )
+        as_tensors = {"truncation": True, "max_length": self.max_tokens, "return_tensors": "pt"}
+        rows = self.tokenizer(list(captions), padding="longest", **as_tensors)
         ids, mask = rows["input_ids"], rows["attention_mask"]  # (B, L) both
         if self.device.type == "cuda":  # a copy from pinned memory is not waited for
             ids, mask = ids.pin_memory(), mask.pin_memory()
@@ -92,14 +87,19 @@ class TextEncoder:
 
     def lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:
         """Return the tokens of each caption before it is cut, with start and end, and how many captions are cut."""
-        lengths = [len(ids) for ids in self.tokenizer(_listed(captions), verbose=False)["input_ids"]]
+        lengths = [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
         return lengths, sum(length > self.max_tokens for length in lengths)
 
     def digest(self) -> str:
         """Return a hash of all that the states follow from: the weights, how they are used, and the tokenizer."""
         weights = weights_digest(getattr(self.model, "text_model", self.model))  # until transformers 5 it stood inside
-        used = {name: getattr(self.model.config, name) for name in _KEPT}
-        settings = json.dumps([used, self.max_tokens, _words_of(self.tokenizer)], sort_keys=True)
+        unseen = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps")  # in the weights
+        used = {name: getattr(self.model.config, name) for name in unseen}
+        words = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        words = {
+            name: value for name, value in words.items() if name not in ("padding", "truncation")
+        }  # the last call's
+        settings = json.dumps([used, self.max_tokens, words], sort_keys=True)
         return hashlib.sha256(f"{settings} {weights}".encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
@@ -107,21 +107,6 @@ class TextEncoder:
         with silent_transformers():
             save_model(self.model, folder)
             save_model(self.tokenizer, folder)
-
-
-def _listed(captions: Sequence[str]) -> list[str]:
-    captions = [captions] if isinstance(captions, str) else list(captions)
-    if not captions:
-        raise UserError("No captions to encode: at least one is needed")
-    return captions
-
-
-def _words_of(tokenizer: Any) -> dict[str, Any]:
-    """Return all that tells how a tokenizer cuts text, without what the last call has set in it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return tokenizer.get_vocab()
-    return {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
 
 
 def load_text_encoder(source: str | Path) -> TextEncoder:
@@ -144,33 +129,22 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
     of_model = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
     weights = [path.name for path in of_model.glob("*") if path.name.startswith(("model.", "pytorch_model."))]
     variant = "fp16" if weights and all("fp16" in name for name in weights) else None
-    options = {"local_files_only": True, "output_loading_info": True, "variant": variant}
-    encoder = partial(CLIPTextModel.from_pretrained, of_model, **options)
-    model, report = _loaded(encoder, f"The text encoder in {of_model}")
-    missing = sorted(name for name in report["missing_keys"] if "position_ids" not in name)
-    if missing:  # of another kind of model, too: transformers goes on with random numbers there
-        raise UserError(
-            f"The weights in {of_model} are not those of a CLIP text encoder as its config.json says: {len(missing)} "
-            f"are missing, such as {missing[0]}. Copy the folder anew"
-        )
     places = (folder / "tokenizer", of_model, folder, of_model.parent / "tokenizer")
     found = [place for place in places if any((place / name).is_file() for name in ("tokenizer.json", "vocab.json"))]
-    if not found:
-        raise UserError(
-            f"{folder} holds a text encoder without a tokenizer: tokenizer.json, or vocab.json and merges.txt, is "
-            f"missing there and in {places[0]}; copy it from where the weights came from"
-        )
-    kind = AutoTokenizer if (found[0] / "tokenizer_config.json").is_file() else CLIPTokenizer
-    tokenizer = _loaded(lambda: kind.from_pretrained(found[0], local_files_only=True), f"The tokenizer in {found[0]}")
-    return TextEncoder(model.float(), tokenizer)
-
-
-def _loaded(load: Callable[[], Any], what: str) -> Any:
-    try:
-        with silent_transformers():
-            return load()
-    except Exception as error:  # of any kind: what transformers' versions stumble over in damaged files
-        raise UserError(f"{what} cannot be loaded ({one_line(error)}): copy the folder anew") from None
+    with silent_transformers():
+        model = load_model(CLIPTextModel, of_model, local_files_only=True, variant=variant)
+        if not found:
+            raise UserError(
+                f"{folder} holds a text encoder without a tokenizer: tokenizer.json, or vocab.json and merges.txt, is "
+                f"missing there and in {places[0]}; copy it from where the weights came from"
+            )
+        kind = AutoTokenizer if (found[0] / "tokenizer_config.json").is_file() else CLIPTokenizer
+        try:
+            tokenizer = kind.from_pretrained(found[0], local_files_only=True)
+        except Exception as error:  # of any kind: what transformers' versions stumble over in damaged files
+            problem = f"The tokenizer in {found[0]} cannot be loaded ({one_line(error)})"
+            raise UserError(f"{problem}: copy the folder anew") from None
+    return TextEncoder(model, tokenizer)
 
 
 # ---- a small one
@@ -179,8 +153,8 @@ def tiny_text_encoder(
 ) -> TextEncoder:
     """Return a small random CLIP text encoder whose tokenizer knows the words of some sentences, for trials.
 
-    Words are told apart without any training: each has a random vector of its own, and a caption's end token gathers
-    them all. Other words are spelled, letter by letter. `dim` is a multiple of 16.
+    Each word has a random vector of its own, and a caption's end token gathers them all, so that captions differ
+    without any training. Other words are spelled, letter by letter. `dim` is a multiple of 16.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -199,17 +173,17 @@ def tiny_text_encoder(
     )
     with torch.random.fork_rng(devices=[]):
         model = CLIPTextModel(config)
-    return TextEncoder(_spread(model, seed), tokenizer)
+    _draw_weights(model, torch.Generator().manual_seed(seed))
+    return TextEncoder(model, tokenizer)
 
 
 _GAINS = {"q_proj": 0.3, "k_proj": 0.3, "v_proj": 2.0, "out_proj": 2.0, "fc2": 0.5}
-"""Of a matrix's usual size: attention that hardly chooses, so that no word is overheard, and then speaks up."""
+"""Of a matrix's usual size: attention that hardly chooses between words, and counts in the sum."""
 
 
 @torch.no_grad()
-def _spread(model: nn.Module, seed: int) -> nn.Module:
-    """Random weights with which the last states still tell what the first ones were."""
-    draws = torch.Generator().manual_seed(seed)
+def _draw_weights(model: nn.Module, draws: torch.Generator) -> None:
+    """Draw weights with which the last states still tell what the first ones were."""
     for name, weight in sorted(model.named_parameters()):
         if name.endswith("token_embedding.weight"):
             weight.normal_(generator=draws)
@@ -218,7 +192,6 @@ def _spread(model: nn.Module, seed: int) -> nn.Module:
         elif weight.ndim == 2:
             gain = _GAINS.get(name.split(".")[-2], 1.0)
             weight.normal_(std=gain * weight.shape[1] ** -0.5, generator=draws)
-    return model
 
 
 def _word_tokenizer(sentences: Iterable[str], max_tokens: int) -> Any:

@@ -57,7 +57,7 @@ class TextCondition:
 
     @staticmethod
     def cat(conditions: Sequence["TextCondition"]) -> "TextCondition":
-        """Return one after the other along the batch; shorter ones are padded."""
+        """Return them one after the other along the batch, shorter ones padded."""
         longest = max(one.mask.shape[1] for one in conditions)
         tokens = [F.pad(one.tokens, (0, 0, 0, longest - one.mask.shape[1])) for one in conditions]
         masks = [F.pad(one.mask, (0, longest - one.mask.shape[1])) for one in conditions]
@@ -68,8 +68,7 @@ class TextConditioner(ModelMixin, ConfigMixin):
     """`TextStates` → `TextCondition`; a dropped caption becomes the empty prompt, which is guidance's null, too.
 
     The empty prompt's states are kept beside the weights, so that training on cached text needs no text encoder.
-
-    `set_empty` puts `empty_length`, its tokens, right: CLIP's has a start and an end token.
+    `set_empty` sets them and `empty_length`, their number; CLIP's are a start and an end token.
     """
 
     @register_to_config
@@ -108,7 +107,6 @@ class TextConditioner(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def null(self, batch_size: int) -> TextCondition:
-        """Return the condition that the empty prompt is, `batch_size` times."""
         self._knows_empty = self._knows_empty or bool(self.empty_tokens.any())  # asked once: a GPU is waited for
         if not self._knows_empty:
             raise UserError(

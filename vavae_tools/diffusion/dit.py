@@ -21,6 +21,7 @@ from vavae_tools.diffusion.layers import (
     FourierTimeEmbed,
     PatchEmbed,
     TokenSubset,
+    rope_table,
     select_tokens,
     sincos_table,
 )
@@ -96,7 +97,7 @@ class DiT(Backbone, ModelMixin, ConfigMixin):
 
     def predict(self, x: Tensor, t: Tensor, conditioning: Tensor, mask: Tensor | TokenSubset | None = None) -> Tensor:
         """Return the prediction in the convention of the weights: (B, C, h, w), with learn_sigma 2·C."""
-        shape, rope, valid = (len(x), *x.shape[2:]), self._rope(), None
+        shape, rope, valid = (len(x), *x.shape[2:]), self.rope_table, None
         x = self._embed(x, self.x_embedder, self.pos_embed)  # (B, N, D)
         if mask is not None:
             if not isinstance(mask, TokenSubset) and mask.shape != shape:
@@ -104,7 +105,7 @@ class DiT(Backbone, ModelMixin, ConfigMixin):
             indices, valid = mask if isinstance(mask, TokenSubset) else select_tokens(mask, self.patch_size)
             batch, count = torch.arange(len(x), device=x.device)[:, None], x.shape[1]
             x = x[batch, indices]  # (B, L, D)
-            rope = rope and tuple(table[indices] for table in rope)  # (B, L, D / heads)
+            rope = None if rope is None else rope[:, indices]  # (2, B, L, D / heads)
         c = (self.t_embedder(t) + conditioning)[:, None]  # (B, 1, D)
         x = self.final_layer(self._run(self.blocks, x, c, rope, valid), c)  # (B, N, p·p·C)
         if mask is not None:
@@ -147,7 +148,7 @@ class TextDiT(Backbone, ModelMixin, ConfigMixin):
         text = condition.tokens.masked_fill(~mask[:, :, None], 0)  # what is no number there must not become 0 · NaN
         x = self._embed(x, self.x_embedder, self.pos_embed)  # (B, N, D)
         c = (self.t_embedder(t) + condition.vector)[:, None]  # (B, 1, D)
-        x = self._run(self.blocks, x, c, self._rope(), None, (text, seen, any_text[:, None]))
+        x = self._run(self.blocks, x, c, self.rope_table, None, (text, seen, any_text[:, None]))
         return self._unpatchify(self.final_layer(x, c))
 
 
@@ -202,7 +203,7 @@ class DDT(Backbone, ModelMixin, ConfigMixin):
         self.register_buffer("enc_pos_embed", positions, persistent=False)  # (1, N, D of the encoder)
         for i, (name, part) in enumerate((("enc_rope", "The encoder's "), ("dec_rope", "The head's "))):
             self.blocks.extend(self._make_blocks(depths[i], widths[i], heads[i], part=part))
-            self._register_rope(name, grid, widths[i] // heads[i])
+            self.register_buffer(name, rope_table(*grid, widths[i] // heads[i]) if rope else None, persistent=False)
         self.final_layer = FinalLayer(head, patch_size**2 * in_channels, rms_norm)
         self._initialize(linear=False)
 
@@ -216,7 +217,7 @@ class DDT(Backbone, ModelMixin, ConfigMixin):
         """
         s = self.s_projector(self.encode(x, t, conditioning) if s is None else s)  # (B, N, D of the head)
         x = self._embed(x, self.x_embedder)
-        x = self._run(self.blocks[self.encoder_depth :], x, s, self._rope("dec_rope"))
+        x = self._run(self.blocks[self.encoder_depth :], x, s, self.dec_rope)
         return self._unpatchify(self.final_layer(x, s))
 
     def encode(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
@@ -224,7 +225,7 @@ class DDT(Backbone, ModelMixin, ConfigMixin):
         time = self.t_embedder(t)  # (B, D)
         c = F.silu(time + conditioning)[:, None]  # (B, 1, D)
         s = self._embed(x, self.s_embedder, self.enc_pos_embed)  # (B, N, D)
-        s = self._run(self.blocks[: self.encoder_depth], s, c, self._rope("enc_rope"))
+        s = self._run(self.blocks[: self.encoder_depth], s, c, self.enc_rope)
         return F.silu(time[:, None] + s)
 
 

@@ -5,6 +5,7 @@ positions (RoPE, Su et al. 2021), SwiGLU (Shazeer 2020) and RMSNorm (Zhang & Sen
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +15,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vavae_tools.runtime.errors import UserError
-
-Rope = tuple[Tensor, Tensor]
 
 
 class TokenSubset(NamedTuple):
@@ -55,11 +54,6 @@ def make_qk_norm(dim: int, qk_norm: bool, rms_norm: bool) -> nn.Module:
     return RMSNorm(dim) if rms_norm else nn.LayerNorm(dim)  # affine with eps 1e-5, unlike the blocks' own
 
 
-def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-    x = x * (1 + scale)
-    return x if shift is None else x + shift
-
-
 def _angles(height: int, width: int, count: int) -> tuple[Tensor, Tensor]:
     """Return row and column of every token times `count` falling frequencies: float64 (height·width, count) each."""
     frequency = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
@@ -74,15 +68,15 @@ def sincos_table(height: int, width: int, dim: int) -> Tensor:
     return torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1).float()
 
 
-def rope_table(height: int, width: int, head_dim: int) -> Rope:
-    """Return cosines and signed sines (height·width, head_dim) for `rotate`: the first half by row, then by column.
+def rope_table(height: int, width: int, head_dim: int) -> Tensor:
+    """Return cosines and signed sines (2, height·width, head_dim) for `rotate`: half by row, then half by column.
 
     Neighbouring features (a, b) turn to (a·cos − b·sin, b·cos + a·sin); the minus is in the table.
     """
     angle = torch.cat(_angles(height, width, head_dim // 4), dim=1)  # (h·w, head_dim / 2)
     cos = angle.cos().repeat_interleave(2, dim=1)
     sin = torch.stack([-angle.sin(), angle.sin()], dim=2).flatten(1)
-    return cos.float(), sin.float()
+    return torch.stack([cos, sin]).float()
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
@@ -147,12 +141,12 @@ class Attention(nn.Module):
         self.k_norm = make_qk_norm(dim // num_heads, qk_norm, rms_norm)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rope: Rope | None, valid: Tensor | None = None) -> Tensor:
-        """x (B, N, D), tables (N, head_dim) or (B, N, head_dim); where `valid` (B, N) is false none attends to."""
+    def forward(self, x: Tensor, rope: Tensor | None, valid: Tensor | None = None) -> Tensor:
+        """x (B, N, D), rope (2, N, head_dim) or (2, B, N, head_dim); where `valid` (B, N) is false none attends to."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            cos, sin = (table.unsqueeze(-3) for table in rope)  # the same for all heads
+            cos, sin = rope.unsqueeze(-3)  # the same for all heads
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mask = None if valid is None else valid[:, None, None]  # (B, 1, 1, N)
         # Norms and the table may have made q and k float32 under autocast; softmax is in float32 inside the kernel.
@@ -184,7 +178,7 @@ class CrossAttention(nn.Module):
 class SwiGLU(nn.Module):
     """A perceptron whose second half of features is let through by silu of the first.
 
-    A card's matrix units take half-precision rows of a multiple of 8, and ⅔ · 4 · 1024 is 2730: there zeros, which
+    A card's matrix units take half-precision rows of a multiple of 8, which ⅔ · 4 · 1024 is not: there zeros, which
     change nothing, are put behind both halves.
     """
 
@@ -221,14 +215,9 @@ def half_precision_of(x: Tensor) -> torch.dtype | None:
     return kind if kind in (torch.float16, torch.bfloat16) else None
 
 
-class MLP(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+def mlp(dim: int, hidden: int) -> nn.Sequential:
+    layers = {"fc1": nn.Linear(dim, hidden), "gelu": nn.GELU(approximate="tanh"), "fc2": nn.Linear(hidden, dim)}
+    return nn.Sequential(OrderedDict(layers))
 
 
 class Block(nn.Module):
@@ -246,11 +235,11 @@ class Block(nn.Module):
             self.cross = CrossAttention(dim, num_heads, config["qk_norm"], rms_norm)
             self.norm3 = make_norm(dim, rms_norm)
         # ⅔: as many weights as the MLP
-        self.mlp = SwiGLU(dim, int(2 / 3 * hidden)) if config["swiglu"] else MLP(dim, hidden)
+        self.mlp = SwiGLU(dim, int(2 / 3 * hidden)) if config["swiglu"] else mlp(dim, hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, self.num_modulations * dim))
 
     def forward(
-        self, x: Tensor, c: Tensor, rope: Rope | None, valid: Tensor | None = None, text: tuple[Tensor, ...] = ()
+        self, x: Tensor, c: Tensor, rope: Tensor | None, valid: Tensor | None = None, text: tuple[Tensor, ...] = ()
     ) -> Tensor:
         """x (B, N, D); c (B, 1, D) or (B, N, D); `valid` (B, N), see `Attention`; text: what `CrossAttention` takes."""
         parts, step = self.adaLN_modulation(c).chunk(self.num_modulations, dim=-1), self.size_of_modulation
@@ -261,9 +250,10 @@ class Block(nn.Module):
 
 
 def _add(x: Tensor, modulation: tuple[Tensor, ...], norm: nn.Module, branch: nn.Module, *arguments: Any) -> Tensor:
-    """Return x + gate · branch(modulated norm of x), for (shift, scale, gate) or (scale, gate)."""
+    """Return x + gate · branch(norm of x · (1 + scale) + shift), for (shift, scale, gate) or (scale, gate)."""
     *shift, scale, gate = modulation
-    return x + gate * branch(modulate(norm(x), shift[0] if shift else None, scale), *arguments)
+    modulated = norm(x) * (1 + scale)
+    return x + gate * branch(modulated + shift[0] if shift else modulated, *arguments)
 
 
 class FinalLayer(nn.Module):
@@ -275,7 +265,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
 class Backbone:
@@ -317,18 +307,9 @@ class Backbone:
         in_order = config.get("positions") == "sequence"
         grid = (1, self.rows * self.columns) if in_order else (self.rows, self.columns)
         self.register_buffer("pos_embed", sincos_table(*grid, dim)[None], persistent=False)  # (1, N, D)
-        self._register_rope("rope", grid, dim // config.num_heads)
+        rope = rope_table(*grid, dim // config.num_heads) if config.rope else None
+        self.register_buffer("rope_table", rope, persistent=False)  # (2, N, D / heads)
         self._initialize()
-
-    def _register_rope(self, name: str, grid: tuple[int, int], head_dim: int) -> None:
-        """Keep the tables of rotary positions, which follow from the sizes and are not saved."""
-        cos, sin = rope_table(*grid, head_dim) if self.config.rope else (None, None)
-        self.register_buffer(f"{name}_cos", cos, persistent=False)  # (N, D / heads)
-        self.register_buffer(f"{name}_sin", sin, persistent=False)
-
-    def _rope(self, name: str = "rope") -> Rope | None:
-        cos, sin = getattr(self, f"{name}_cos"), getattr(self, f"{name}_sin")
-        return None if cos is None else (cos, sin)
 
     def _initialize(self, linear: bool = True) -> None:
         """As the references: at first every block passes x on unchanged and the output is exactly zero.
@@ -359,7 +340,7 @@ class Backbone:
         x = embedder(x.to(embedder.proj.weight.dtype))
         return x if positions is None else x + positions
 
-    def _run(self, blocks: Iterable[Block], x: Tensor, c: Tensor, rope: Rope | None, *arguments: Any) -> Tensor:
+    def _run(self, blocks: Iterable[Block], x: Tensor, c: Tensor, rope: Tensor | None, *arguments: Any) -> Tensor:
         for block in blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, c, rope, *arguments)

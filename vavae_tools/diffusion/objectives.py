@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -25,47 +25,35 @@ class Objective:
 
     prediction: str  # by diffusers' names: "flow_prediction", "sample", "epsilon" or "v_prediction"
     path: str  # how data and noise are mixed: "linear", "gvp", or "discrete", a schedule of timesteps
-    time_distribution: str  # which numbers, one per sample, `sample_time` takes: a method of `runtime.draws.Draws`
+    time_distribution: str  # which draws (B,) `sample_time` takes, a method of `runtime.draws.Draws`
     normalised = "channels"
     cosine_weight = 0.0
     cosine_eps = 1e-2
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments, all plain numbers and names: `objective_of(config)` is equal to this."""
+        """The arguments, plain numbers and names, for `objective_of`."""
         return asdict(self)
 
     def loss(
-        self,
-        prediction: Tensor,
-        data: Tensor,
-        noise: Tensor,
-        t: Tensor,
-        mask: Tensor | None = None,
-        pixels: Tensor | None = None,
+        self, prediction: Tensor, data: Tensor, noise: Tensor, t: Tensor, *masked: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean over the batch, in float32, and its parts; the weights do not depend on t.
-
-        Args:
-            mask: (B, h, w), 1 where it counts; all do by default.
-            pixels: what the sum is divided by in place of this batch's own Σ mask, where others share the step.
-        """
+        """Return the mean over the batch, in float32, and its parts; `masked` are `__call__`'s mask and pixels."""
         prediction, target = prediction.float(), self.target(data.float(), noise.float(), t)
-        mse = self._mean((prediction - target).square(), mask, pixels)
+        mse = self._mean((prediction - target).square(), *masked)
         if self.cosine_weight == 0:
             return mse, {"mse": mse.detach()}
         alike = F.cosine_similarity(prediction, target, dim=1, eps=self.cosine_eps)[:, None]  # (B, 1, h, w)
-        cosine = 1 - self._mean(alike, mask, pixels)
+        cosine = 1 - self._mean(alike, *masked)
         return mse + self.cosine_weight * cosine, {"mse": mse.detach(), "cosine": cosine.detach()}
 
-    def _mean(self, values: Tensor, mask: Tensor | None, pixels: Tensor | None) -> Tensor:
+    def _mean(self, values: Tensor, mask: Tensor | None = None, pixels: Tensor | None = None) -> Tensor:
         """Return Σ values·mask / (Σ mask · C + 1e-8), or without C, of values (B, C, h, w) and a mask (B, h, w)."""
-        channels = values.shape[1]
+        of_pixels = self.normalised == "pixels"
         if mask is None:
-            return values.mean() * (1 if self.normalised == "channels" else channels)
-        pixels = mask.sum() if pixels is None else pixels
-        numbers = pixels * channels if self.normalised == "channels" else pixels
-        return (values * mask[:, None]).sum() / (numbers + 1e-8)
+            return values.mean() * (values.shape[1] if of_pixels else 1)
+        count = mask.sum() if pixels is None else pixels
+        return (values * mask[:, None]).sum() / (count * (1 if of_pixels else values.shape[1]) + 1e-8)
 
     def squared_error(self, prediction: Tensor, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return the mean squared error of each sample, float32 (B,)."""
@@ -90,6 +78,7 @@ class Objective:
                 and the denoiser sees in one more channel what is known. None: all count, and there is no such channel.
             known: pixels that are given clean, (B, h, w), and do not count.
             kept: the patches that are computed, where they were found before (`layers.select_tokens`).
+            pixels: what the sum is divided by in place of this batch's own Σ mask, where others share the step.
         """
         x = self.add_noise(data, noise, t)
         if mask is None:
@@ -125,11 +114,11 @@ class _PathObjective(Objective):
         With largest_noise below 1 a large draw means much noise, as in RAE; else it means little.
         """
         if self.largest_noise < 1:
-            return 1 - shift_noise(self._truncated(draws), self.time_shift)
+            return 1 - shift_noise(self._truncated_noise(draws), self.time_shift)
         t = torch.sigmoid(self.time_mean + self.time_std * draws) if self.time == "lognorm" else draws
         return t if self.time_shift == 1 else 1 - shift_noise(1 - t, self.time_shift)
 
-    def _truncated(self, uniform: Tensor) -> Tensor:
+    def _truncated_noise(self, uniform: Tensor) -> Tensor:
         """Return shares of noise up to the largest, by the inverse of their distribution function."""
         if self.time == "uniform":
             return self.largest_noise * uniform
@@ -153,20 +142,18 @@ class _PathObjective(Objective):
 
 @dataclass
 class FlowMatching(_PathObjective):
-    """Paths x_t = α·data + σ·noise; the velocity dx/dt is predicted (Lipman et al. 2023). Straight ones have α = t.
+    """Paths x_t = α·data + σ·noise; the velocity dx/dt is predicted (Lipman et al. 2023). The defaults: LightningDiT's.
 
-    As LightningDiT (Yao & Wang 2025): log-normal times, i.e. sigmoid of a normal number, and a loss on the velocity's
-    direction beside the squared error. RAE's objective (Zheng et al. 2025) is `FlowMatching(cosine_weight=0,
-    largest_noise=0.999, time_shift=time_shift_of(latent_shape))`; its "logit-normal_μ_σ" has time_mean −μ.
+    RAE's objective (Zheng et al. 2025) is `FlowMatching(cosine_weight=0, largest_noise=0.999,
+    time_shift=time_shift_of(latent_shape))`; its "logit-normal_μ_σ" has time_mean −μ.
 
     Args:
-        cosine_weight: weight of the direction's loss against the squared error's 1.
-        time: "lognorm" (most often in the middle of the path) or "uniform".
-        time_mean, time_std: of the normal number in "lognorm"; a mean above 0 learns nearer the data.
+        cosine_weight: weight of the velocity's direction against the squared error's 1.
+        time: "lognorm", the sigmoid of a normal number, most often in the middle of the path, or "uniform".
+        time_mean, time_std: of that normal number; a mean above 0 learns nearer the data.
         cosine_eps: smallest length of a velocity in the cosine. The reference's 1e-8 gives a vector of exactly zero,
             as all are in a fresh model, a gradient of about 1e8, which overflows in float16.
-        time_shift: s in r → s·r / (1 + (s − 1)·r) of the share of noise r = 1 − t; above 1 learns more at high noise,
-            as latents of many numbers need.
+        time_shift: s of `shift_noise`; above 1 learns more at high noise, as latents of many numbers need.
         largest_noise: times with a larger share of noise, before the shift, are not drawn.
         path: "linear", α = t and σ = 1 − t, or "gvp" (variance-preserving), α = sin(π·t/2) and σ = cos(π·t/2).
     """
@@ -258,7 +245,7 @@ class SamplePrediction(_PathObjective):
 
 
 def noise_level_hiding_a_token(length: int) -> float:
-    """(1 − t) / t at the time t before which a cell of `length` pixels of ±1 does not tell by itself which token it is.
+    """Return (1 − t) / t at the time t before which a cell of `length` pixels of ±1 does not show its token by itself.
 
     Noise hides n pixels that mean one thing as well as one pixel at √n times the noise. With the factor 0.6 two cells
     that differ in half of the pixels are told apart nine times of ten, and one from 255 others hardly ever.
@@ -272,16 +259,13 @@ def with_known(x: Tensor, data: Tensor, known: Tensor) -> Tensor:
     return torch.cat([torch.where(known > 0, data, x), known], dim=1)
 
 
-# schedules by diffusers' names, with their first and last noise: Stable Diffusion's, and DDPM's own
+# by diffusers' names, their first and last noise: Stable Diffusion's, and DDPM's own
 BETAS = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}
 
 
 @dataclass
 class NoisePrediction(Objective):
-    """x = √ᾱ·data + √(1 − ᾱ)·noise on diffusers' schedule of 1000 steps.
-
-    Our times run the other way, from noise at t = 0 to data at t = 1: timestep n of the schedule is
-    t = 1 − (n + ½) / 1000, in training and in sampling alike (`time_of`, `timestep_of`).
+    """x = √ᾱ·data + √(1 − ᾱ)·noise on diffusers' schedule of 1000 steps; see `time_of` for its times.
 
     Args:
         prediction: "epsilon", the noise (Ho et al. 2020), or "v_prediction", √ᾱ·noise − √(1 − ᾱ)·data (Salimans & Ho
@@ -300,8 +284,9 @@ class NoisePrediction(Objective):
     def __post_init__(self) -> None:
         _check_known("prediction", self.prediction, ("epsilon", "v_prediction"))
         _check_known("betas", self.betas, BETAS)
-        self.beta_start = BETAS[self.betas][0] if self.beta_start is None else self.beta_start
-        self.beta_end = BETAS[self.betas][1] if self.beta_end is None else self.beta_end
+        first, last = BETAS[self.betas]
+        self.beta_start = first if self.beta_start is None else self.beta_start
+        self.beta_end = last if self.beta_end is None else self.beta_end
         if not 0 < self.beta_start <= self.beta_end < 1 or self.num_timesteps < 1:
             found = f"beta_start={self.beta_start:g}, beta_end={self.beta_end:g}, num_timesteps={self.num_timesteps}"
             raise UserError(f"{found}: expected shares of noise that rise between 0 and 1, and at least one step")
@@ -341,7 +326,7 @@ class NoisePrediction(Objective):
 
 
 def time_of(timestep: Tensor, num_timesteps: int = 1000) -> Tensor:
-    """Our time, float32 in (0, 1), of a timestep of a noise schedule: 1 − (timestep + ½) / num_timesteps."""
+    """Return the time, float32 in (0, 1), of a timestep, which counts from data to noise."""
     return (1 - (timestep.double() + 0.5) / num_timesteps).float()
 
 
@@ -372,11 +357,11 @@ def objective_of(config: Mapping[str, Any]) -> Objective:
     return made(**config)
 
 
-def _nearest(word: str, known: Collection[str]) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     nearest = get_close_matches(word, known, 1)
     return f" (did you mean {nearest[0]}?)" if nearest else ""
 
 
-def _check_known(name: str, value: str, known: Collection[str]) -> None:
+def _check_known(name: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
         raise UserError(f"{name}={value!r} is unknown; it is {' or '.join(map(repr, known))}.")
