@@ -9,8 +9,10 @@ from typing import Any
 
 import lightning as L
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from vavae_tools.autoencoders.encoders import silent_transformers
 from vavae_tools.autoencoders.vavae import resolve_image_size
 from vavae_tools.autoencoders.weights import load_autoencoder, load_vavae
 from vavae_tools.data.datasets import class_data
@@ -56,8 +58,7 @@ def encode_split(
 
     Args:
         data_dir: what `datasets.class_data` reads, or all of its arguments.
-        latents_stats: the `latents_stats.pt` of published weights that training is to go on from; by default the
-            statistics are computed on the training subset.
+        latents_stats: of published weights to go on from; None: computed on the training subset.
     """
     model = load_vavae(vavae_dir, log=lambda line: None)
     given = dict(data_dir) if isinstance(data_dir, Mapping) else {"data_dir": data_dir}
@@ -88,8 +89,7 @@ def train_dit(
     """Train a denoiser on latents; what is not given is as in `experiment=vavae_dit`.
 
     Args:
-        latents_dir: what `encode_split` wrote.
-        autoencoder_dir: the autoencoder that made them; a copy with their statistics goes along with the checkpoints.
+        latents_dir, autoencoder_dir: what `encode_split` wrote, and the autoencoder that it took.
         output_dir: gets `checkpoints/best-*.ckpt` and `last.ckpt`, `lightning_logs/`, `samples/`, `autoencoder/`, and
             at the end `pipeline/`, with the averaged weights of the last step, whose path is returned.
         denoiser: keys of `model`, such as {"size": "S", "patch_size": 1}.
@@ -98,7 +98,7 @@ def train_dit(
         settings: the experiment's keys by their last words, `objective` and `init` as dicts; see `config.recipe_with`.
     """
     given = {"latents_dir": latents_dir, "model": denoiser, "flips": flip == "half", **settings}
-    build = partial(build_on_latents, autoencoder=str(autoencoder_dir), best="best-")
+    build = partial(build_on_latents, autoencoder=autoencoder_dir, best="best-")
     return train(build, resolved(recipe_with(LatentRecipe(), given)), output_dir, resume, show, log)
 
 
@@ -144,32 +144,25 @@ def build_on_latents(
     elif init.weights and init.lora_rank:  # a run that resumes has its weights, and needs the same form
         add_lora(network, init.lora_rank, init.lora_alpha, init.lora_targets)
     config, numbers = prepared(config, network, seed, log)
+    copy = output_dir / "autoencoder"
     with rank_zero_first("autoencoder"):  # the others may read what it writes
-        model = _autoencoder_of(latents, autoencoder, output_dir / "autoencoder")
+        _copy_autoencoder(autoencoder, copy, folder)
     objective = make_recipe_objective(recipe.objective, type(recipe)().objective, folder.shape)
     flip = "half" if recipe.data.flips else "none"
     module = DiffusionModule(network, conditioner, objective, flip=flip, **numbers)
     module.hparams["people"] = folder.people
 
     def make(trained: nn.ModuleDict) -> Tensor:
-        labels = sorted(folder.people.values())[:COLUMNS]
-        labels = [label for label in labels for _ in range(COLUMNS)]
-        vae = model.to(next(trained.parameters()).device)
-        try:
-            parts = trained["denoiser"], trained["conditioner"], make_solver(None, objective), folder.people
-            pipe = LatentDiTPipeline(vae, *parts, objective.config)
-            pipe.set_progress_bar_config(disable=True)
-            noise, sampling = pipe.noise(seed, torch.arange(len(labels))), recipe.sampling
-            return pipe(labels, sampling.num_steps, sampling.guidance_scale, latents=noise, output_type="pt").images
-        finally:
-            model.to("cpu")  # its memory is training's
-
-    def export(checkpoint: Path, pipeline: Path) -> None:
-        save_model(load_pipeline(checkpoint), pipeline)
-        hardlink_duplicates(output_dir / "autoencoder", pipeline / "vae")  # an RAE is 2 GB
+        labels = [label for label in sorted(folder.people.values())[:COLUMNS] for _ in range(COLUMNS)]
+        vae = load_autoencoder(copy).eval().to(next(trained.parameters()).device)  # its memory is training's elsewhen
+        further = {"people": folder.people, "objective": objective.config}
+        pipe = LatentDiTPipeline(vae, **trained, scheduler=make_solver(None, objective), **further)
+        pipe.set_progress_bar_config(disable=True)
+        noise, sampling = pipe.noise(seed, torch.arange(len(labels))), recipe.sampling
+        return pipe(labels, sampling.num_steps, sampling.guidance_scale, latents=noise, output_type="pt").images
 
     preview, data = partial(SamplePreviews, make, COLUMNS, show=show), {"data": latents, "fingerprint": folder.key}
-    return denoiser_run(module, config, output_dir, export, preview, log, **data, **of_run)
+    return denoiser_run(module, config, output_dir, load_pipeline, preview, log, **data, **of_run)
 
 
 # ---- what all denoisers' trainings share
@@ -197,7 +190,7 @@ def denoiser_run(
     module: DiffusionModule,
     config: TrainConfig,
     output_dir: Path,
-    export: Callable[[Path, Path], None],
+    load: Callable[[Path], DiffusionPipeline],
     preview: Callable[..., L.Callback],
     log: Log,
     **further: Any,
@@ -205,13 +198,16 @@ def denoiser_run(
     """Return a `Run` with further fields that ends with a pipeline.
 
     Args:
-        export: (the last checkpoint, a folder) → the pipeline in that folder.
+        load: a checkpoint → its pipeline.
         preview: (a folder, epochs between two) → the callback.
     """
     folder, checkpoints, samples = (output_dir / name for name in ("pipeline", "checkpoints", "samples"))
 
-    def export_pipeline(trainer: L.Trainer) -> None:
-        export(checkpoints / "last.ckpt", folder)
+    def export(trainer: L.Trainer) -> None:
+        with silent_transformers():
+            save_model(load(checkpoints / "last.ckpt"), folder)
+        hardlink_duplicates(output_dir / "autoencoder", folder / "vae")  # an RAE is 2 GB
+        hardlink_duplicates(output_dir / "text_encoder", folder / "text_encoder")
         log(f"written: {folder}, {checkpoints}/, {samples}/")
 
     return Run(
@@ -219,7 +215,7 @@ def denoiser_run(
         config=config,
         network=module.network,
         what=f"a {type(module.network['denoiser']).__name__}",
-        export=export_pipeline,
+        export=export,
         folder=folder,
         preview=partial(preview, samples),
         **further,
@@ -270,14 +266,13 @@ def _denoiser_for(latents: LatentDataModule, model: DenoiserModel) -> tuple[DiT 
     return make_denoiser(of_denoiser), ClassConditioner(**of_conditioner)
 
 
-def _autoencoder_of(latents: LatentDataModule, source: str | Path, copy: Path) -> nn.Module:
-    """Return the autoencoder of these latents with their statistics; a copy goes along with the checkpoints."""
-    model = load_autoencoder(source).eval()
-    if latents_digest(model) != latents.folder.weights:
-        raise UserError(f"{latents.folder.path} was not made by {source}: encode the images again with this one")
+def _copy_autoencoder(source: str | Path, copy: Path, latents: LatentFolder) -> None:
+    """Write the autoencoder of these latents, with their statistics, beside the checkpoints."""
+    model = load_autoencoder(source)
+    if latents_digest(model) != latents.weights:
+        raise UserError(f"{latents.path} was not made by {source}: encode the images again with this one")
     if not model.has_own_statistics:
-        model.register_to_config(latents_mean=latents.folder.mean, latents_std=latents.folder.std)
+        model.register_to_config(latents_mean=latents.mean, latents_std=latents.std)
     if is_rank_zero():
         is_copy = copy.is_dir() and Path(source).resolve() == copy.resolve()
         model.save_config(copy) if is_copy else save_model(model, copy)
-    return model

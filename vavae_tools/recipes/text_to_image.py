@@ -1,7 +1,7 @@
 """Images from sentences, whole: captioned images, their latents and texts, a DiT. `experiment=text_to_image`."""
 
+import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.encoders import silent_transformers
 from vavae_tools.autoencoders.stable_diffusion import SHAPES_VAE, StableDiffusionVAE, load_stable_diffusion_vae
 from vavae_tools.autoencoders.weights import load_autoencoder
 from vavae_tools.data.captions import CaptionedDataModule
@@ -25,10 +24,10 @@ from vavae_tools.diffusion.dit import TextDiT
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines.batches import in_batches
 from vavae_tools.pipelines.text import TextToImagePipeline, load_text_pipeline
-from vavae_tools.recipes.base import CaptionData, TextToImageRecipe, as_tuple
+from vavae_tools.recipes.base import TextToImageRecipe, as_tuple
 from vavae_tools.recipes.dit import denoiser_run, encode_once, latents_folder, make_recipe_objective, prepared
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import hardlink_duplicates, save_model
+from vavae_tools.runtime.files import atomic_write, save_model
 from vavae_tools.runtime.machine import find_device
 from vavae_tools.runtime.ranks import is_rank_zero, rank_zero_first
 from vavae_tools.training.callbacks.previews import SamplePreviews
@@ -45,24 +44,21 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     data, sampling, config, seed = recipe.data, recipe.sampling, recipe.train, recipe.seed
     objective_of = partial(make_recipe_objective, recipe.objective, TextToImageRecipe().objective)
     make_solver(sampling.solver, objective_of((4, 32, 32)))  # one that does not fit is said before anything takes time
-    images = _images(data, config.batch_size, seed)
-    remarks = list(images.notes)
-    if not data.drop_last:
-        remarks.append("drop_last=false: every step still has a whole batch; the rest of an epoch comes up in others")
+    names = ("num_samples", "val_share", "skip_missing", "crop", "annotations", "images", "num_workers")
+    options = {"batch_size": config.batch_size, "seed": seed, **{name: getattr(data, name) for name in names}}
+    images = caption_data(data.dataset_name, data.data_dir, as_tuple(data.image_size), **options)
     with rank_zero_first("frozen models"):
         goes_on = resume_from is not None or not is_rank_zero()  # what is left of another run is not this one's
-        encoder = _text_encoder_for(recipe, output_dir / "text_encoder", goes_on)
-        autoencoder = _vae_for(recipe, output_dir / "autoencoder", goes_on, log)
+        encoder, autoencoder = _frozen_models(recipe, output_dir, goes_on, log)
     shape = _latent_shape(autoencoder, images)
     objective = objective_of(shape)
     prompts = sampling.prompts or _first_prompts(images, data.dataset_name)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     states = encoder.encode([prompt for prompt in prompts for _ in range(COLUMNS)])
 
     numbers = asdict(recipe.model)
-    conditioner = TextConditioner(
-        encoder.dim, encoder.pooled_dim, recipe.model.hidden_size, numbers.pop("condition_dropout")
-    )
+    dropout = numbers.pop("condition_dropout")
+    conditioner = TextConditioner(encoder.dim, encoder.pooled_dim, recipe.model.hidden_size, dropout)
     conditioner.set_empty(encoder.encode([""]))
     denoiser = TextDiT(input_size=shape[1:], in_channels=shape[0], **numbers)
     config, of_training = prepared(config, denoiser, seed, log)
@@ -77,8 +73,8 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     def make(trained: nn.ModuleDict) -> Tensor:
         device = next(trained.parameters()).device
         decoder = load_autoencoder(output_dir / "autoencoder").eval().to(device)  # its memory is training's elsewhen
-        parts = trained["denoiser"], trained["conditioner"], make_solver(sampling.solver, objective), objective.config
-        pipe = TextToImagePipeline(decoder, None, None, *parts)
+        scheduler = make_solver(sampling.solver, objective)
+        pipe = TextToImagePipeline(decoder, None, None, **trained, scheduler=scheduler, objective=objective.config)
         rows = torch.arange(len(states))
         noise, on_the_way = pipe.noise(seed, rows), pipe.generators(seed, rows)
         settings = sampling.num_steps, sampling.guidance_scale
@@ -88,62 +84,44 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
 
         return torch.cat(in_batches(pipe, len(rows), make_some))
 
-    def export(checkpoint: Path, pipeline: Path) -> None:
-        samples = output_dir / "samples"
-        samples.mkdir(exist_ok=True)
-        (samples / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-        with silent_transformers():
-            save_model(load_text_pipeline(checkpoint, scheduler=sampling.solver), pipeline)
-        hardlink_duplicates(output_dir / "autoencoder", pipeline / "vae")
-        hardlink_duplicates(output_dir / "text_encoder", pipeline / "text_encoder")
-
-    preview = partial(SamplePreviews, make, COLUMNS, show=show)
-    saves_memory = ["--auto_batch_size (the largest batch that fits)"]
+    if is_rank_zero():
+        with atomic_write(output_dir / "samples" / "prompts.txt") as partly:
+            partly.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    load, preview = partial(load_text_pipeline, scheduler=sampling.solver), partial(SamplePreviews, make, COLUMNS)
+    further: dict[str, Any] = {"remarks": list(images.notes), "data": train_on, "fingerprint": key}
+    if not data.drop_last:
+        remark = "drop_last=false: every step still has a whole batch; the rest of an epoch comes up in others"
+        further["remarks"].append(remark)
+    further["saves_memory"] = ["--auto_batch_size (the largest batch that fits)"]
     if not cached and not recipe.vae.use_slicing:
-        saves_memory.append("vae.use_slicing=true (the VAE takes one image after the other)")
-    further = {"saves_memory": saves_memory, "remarks": remarks}
-    return denoiser_run(module, config, output_dir, export, preview, log, data=train_on, fingerprint=key, **further)
+        further["saves_memory"].append("vae.use_slicing=true (the VAE takes one image after the other)")
+    return denoiser_run(module, config, output_dir, load, partial(preview, show=show), log, **further)
 
 
 train_text_to_image = partial(train, build)
 
 
-def _images(data: CaptionData, batch_size: int, seed: int) -> CaptionedDataModule:
-    names = ("num_samples", "val_share", "skip_missing", "crop", "annotations", "images", "num_workers")
-    options = {name: getattr(data, name) for name in names}
-    size = as_tuple(data.image_size)
-    return caption_data(data.dataset_name, data.data_dir, size, batch_size=batch_size, seed=seed, **options)
-
-
-# ---- frozen models: a copy goes along with the checkpoints, and is that of a run that resumes
-
-
-def _text_encoder_for(recipe: TextToImageRecipe, copy: Path, goes_on: bool) -> TextEncoder:
-    if goes_on and (copy / "config.json").is_file():
-        return load_text_encoder(copy)
-    source = recipe.text_encoder.name
-    if source is None and recipe.data.dataset_name != "shapes":
-        clip = "a folder of transformers with CLIP's text encoder and its tokenizer (openai/clip-vit-base-patch32)"
-        raise UserError(f"text_encoder.name is missing: name {clip}, or its name on Hugging Face's hub")
-    encoder = load_text_encoder(source) if source else tiny_text_encoder(vocabulary(), seed=recipe.seed)
-    if is_rank_zero():
-        encoder.save(copy)
-    return encoder
-
-
-def _vae_for(recipe: TextToImageRecipe, copy: Path, goes_on: bool, log: Log) -> StableDiffusionVAE:
-    vae = recipe.vae
-    if goes_on and (copy / "config.json").is_file():
-        return load_stable_diffusion_vae(copy, vae.use_slicing)
-    if vae.name is None and recipe.data.dataset_name != "shapes":
-        kl = "a folder of diffusers with Stable Diffusion's AutoencoderKL (stabilityai/sd-vae-ft-mse)"
-        raise UserError(f"vae.name is missing: name {kl}, or its name on Hugging Face's hub")
+def _frozen_models(
+    recipe: TextToImageRecipe, output_dir: Path, goes_on: bool, log: Log
+) -> tuple[TextEncoder, StableDiffusionVAE]:
+    """Return what is frozen. A copy goes along with the checkpoints, and is that of a run that resumes."""
+    name, vae = recipe.text_encoder.name, recipe.vae
+    copies = output_dir / "text_encoder", output_dir / "autoencoder"
+    if goes_on and all((copy / "config.json").is_file() for copy in copies):
+        return load_text_encoder(copies[0]), load_stable_diffusion_vae(copies[1], vae.use_slicing)
+    clip = "transformers with CLIP's text encoder and its tokenizer (openai/clip-vit-base-patch32)"
+    kl = "diffusers with Stable Diffusion's AutoencoderKL (stabilityai/sd-vae-ft-mse)"
+    for key, given, what in (("text_encoder.name", name, clip), ("vae.name", vae.name, kl)):
+        if given is None and recipe.data.dataset_name != "shapes":
+            raise UserError(f"{key} is missing: name a folder of {what}, or its name on Hugging Face's hub")
+    encoder = load_text_encoder(name) if name else tiny_text_encoder(vocabulary(), seed=recipe.seed)
     if vae.name is None:
         log("VAE: the small one for shapes that comes with the package")
-    model = load_stable_diffusion_vae(vae.name or SHAPES_VAE, vae.use_slicing)
+    autoencoder = load_stable_diffusion_vae(vae.name or SHAPES_VAE, vae.use_slicing)
     if is_rank_zero():
-        save_model(model, copy)
-    return model
+        encoder.save(copies[0])
+        save_model(autoencoder, copies[1])
+    return encoder, autoencoder
 
 
 def _latent_shape(autoencoder: StableDiffusionVAE, images: CaptionedDataModule) -> tuple[int, int, int]:
@@ -154,9 +132,9 @@ def _latent_shape(autoencoder: StableDiffusionVAE, images: CaptionedDataModule) 
     return autoencoder.config.latent_channels, height // factor, width // factor
 
 
-def _first_prompts(images: CaptionedDataModule, dataset_name: str) -> Sequence[str]:
+def _first_prompts(images: CaptionedDataModule, dataset_name: str) -> list[str]:
     if dataset_name == "shapes":
-        return EXAMPLE_PROMPTS
+        return list(EXAMPLE_PROMPTS)
     return list(dict.fromkeys(captions[0] for captions in images.shown_data.captions[:8]))
 
 
@@ -179,7 +157,7 @@ def _training_data(
     captions = images.captions_by_subset()
     cached = data.cache
     if cached is None:
-        cached = _fits_disk(encoder, images, _latent_shape(autoencoder, images), folder, log)
+        cached = _fits_disk(encoder, images, math.prod(_latent_shape(autoencoder, images)), folder, log)
     if cached:
         latents = encode_once(autoencoder, images, folder, log, seed=seed, dtype="float16")
         subsets = {"train": images.train_data, "val": images.val_data}
@@ -203,13 +181,10 @@ def _training_data(
     return train_on, key, cached
 
 
-def _fits_disk(
-    encoder: TextEncoder, images: CaptionedDataModule, shape: tuple[int, int, int], folder: Path, log: Log
-) -> bool:
-    """Return whether latents and texts have room on the disk."""
-    count = len(images.train_data) + (len(images.val_data) if images.val_data is not None else 0)
-    needed = 2 * count * shape[0] * shape[1] * shape[2]
-    needed += needed_bytes(encoder, images.captions_by_subset(), folder / "texts")
+def _fits_disk(encoder: TextEncoder, images: CaptionedDataModule, numbers: int, folder: Path, log: Log) -> bool:
+    """Return whether latents, of so many numbers an image, and texts have room on the disk."""
+    count = sum(map(len, images.captions_by_subset().values()))
+    needed = 2 * count * numbers + needed_bytes(encoder, images.captions_by_subset(), folder / "texts")
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(there).free
     fits = needed < 0.8 * free
@@ -221,18 +196,16 @@ def _fits_disk(
 def _fit_batch(module: DiffusionModule, data: Any, devices: dict[str, Any], longest: int, log: Log) -> int:
     """Give `data` the largest batch that fits, of captions as long as any; return how many make the same step."""
     effective = data.batch_size * devices.get("accumulate_grad_batches", 1)
-    one, settings = data.train_data.__getitems__([0]), module.trainer_settings(**devices)
-    made = partial(_of_one_size, one, longest=longest)
-    found = find_batch_size(module, made, settings, data.batch_size, effective, log=log)
+    one = data.train_data.__getitems__([0])
+    if "captions" not in one:
+        tokens = one["text_tokens"]  # (1, L, D) → (1, longest, D)
+        one["text_tokens"] = F.pad(tokens, (0, 0, 0, longest - tokens.shape[1]))
+        one["text_mask"] = torch.ones(1, longest, dtype=torch.bool)
+
+    def made(size: int) -> dict[str, Any]:
+        captions = {"captions": ["a " * longest] * size} if "captions" in one else {}
+        return {**of_size(one, size), **captions}
+
+    found = find_batch_size(module, made, module.trainer_settings(**devices), data.batch_size, effective, log=log)
     data.batch_size, gathered = keep_effective(effective, found)
     return gathered
-
-
-def _of_one_size(batch: dict[str, Any], size: int, longest: int) -> dict[str, Any]:
-    """Return a batch's samples over and over, `size` of them, each with a caption of `longest` tokens."""
-    if "captions" in batch:
-        return {**of_size(batch, size), "captions": ["a " * longest] * size}
-    tokens = batch["text_tokens"]  # (B, L, D) → (B, longest, D)
-    tokens = F.pad(tokens, (0, 0, 0, longest - tokens.shape[1]))
-    mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
-    return of_size({**batch, "text_tokens": tokens, "text_mask": mask}, size)

@@ -60,8 +60,8 @@ def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, 
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
 
     def pipeline_of(trained: nn.ModuleDict) -> TokenImagePipeline:
-        parts = trained["denoiser"], trained["conditioner"], texts.tokens.tokenizer
-        return TokenImagePipeline(*parts, **of_pipeline, objective=objective.config, solver=sampling.solver)
+        further = {"tokenizer": texts.tokens.tokenizer, "objective": objective.config, "solver": sampling.solver}
+        return TokenImagePipeline(**trained, **of_pipeline, **further)
 
     pipeline_of(module.network).beginnings(prompts)  # what does not fit is said before anything takes time
 
@@ -73,12 +73,9 @@ def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, 
         made += [pipe(prompts, **settings)] if prompts else []
         return torch.cat([of.images for of in made]), [text for of in made for text in of.texts]
 
-    def export(checkpoint: Path, pipeline: Path) -> None:
-        save_model(load_token_pipeline(checkpoint), pipeline)
-
     preview = partial(TextPreviews, make, COLUMNS, show=show, log=log)
-    fingerprint = images.train_data.fingerprint()
-    return denoiser_run(module, config, output_dir, export, preview, log, data=images, fingerprint=fingerprint)
+    further = {"data": images, "fingerprint": images.train_data.fingerprint()}
+    return denoiser_run(module, config, output_dir, load_token_pipeline, preview, log, **further)
 
 
 train_token_images = partial(train, build)
