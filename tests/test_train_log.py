@@ -153,7 +153,7 @@ def test_a_fault_is_the_last_line(tmp_path, latents_dir):
     with pytest.raises(UserError, match="two"):
         train(tmp_path, latents_dir, TrainLog(tmp_path, 3), [StopAt(2, UserError("of two\nlines"))])
     about, text = lines(tmp_path)[-1]
-    assert about == "failed" and re.fullmatch(r"UserError: of two \(2 steps in [\d:]+, at step 2 of 12\)", text)
+    assert about == "failed" and re.fullmatch(r"UserError: of two lines \(2 steps in [\d:]+, at step 2 of 12\)", text)
 
 
 @pytest.mark.skipif(os.getuid() == 0 and not Path("/dev/full").exists(), reason="needs a disk that is full")

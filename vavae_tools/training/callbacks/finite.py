@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -23,9 +24,9 @@ class FiniteSteps(L.Callback):
     """Clip gradients by their global norm, leave out a step whose gradients are not finite, and count these.
 
     The optimisers, fused where there is no gradient scaler, leave such a step out on the device, so that the processor
-    does not wait. After some in a row (four times as many with fp16, whose scaler leaves out steps itself), weights and
+    does not wait. After `in_a_row` (four times as many with fp16, whose scaler leaves out steps itself), weights and
     optimisers go back to the last good state, a copy in the machine's memory; from the same state once, then training
-    ends, with advice. Logs `train/gradient_norm` and `train/skipped_steps`.
+    ends, with `advice`. Logs `train/gradient_norm` and `train/skipped_steps`.
 
     Args:
         clip: largest global norm of each optimiser's gradients, 0: none; None: the Trainer's `gradient_clip_val`.
@@ -62,9 +63,7 @@ class FiniteSteps(L.Callback):
         self._began_at, self._began_with = trainer.global_step, self._skipped.clone()
         self._keep(trainer, module)
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
         number = next(i for i, known in enumerate(trainer.optimizers) if known is optimizer)
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         norm = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
@@ -103,10 +102,7 @@ class FiniteSteps(L.Callback):
         trained = [w for name, w in module.named_parameters() if w.requires_grad or name.startswith("ema.")]
         buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         self._kept = [(tensor, _copy(tensor)) for tensor in (*trained, *buffers)]
-        self._optimizers = [
-            {weight: {name: _copy(value) for name, value in state.items()} for weight, state in optimizer.state.items()}
-            for optimizer in trainer.optimizers
-        ]
+        self._optimizers = [apply_to_collection(dict(each.state), Tensor, _copy) for each in trainer.optimizers]
         statistics = [part for part in module.modules() if getattr(part, "running_mean", None) is not None]
         self._buffers = [(b, b.clone()) for part in statistics for b in (part.running_mean, part.running_var)]
         self._kept_at = trainer.global_step
@@ -114,14 +110,10 @@ class FiniteSteps(L.Callback):
     @torch.no_grad()
     def _go_back(self, trainer: L.Trainer, module: L.LightningModule, row: int) -> None:
         if self._kept_at == self._went_back_to:
-            raise UserError(
-                f"Loss or gradients were not finite again after going back to step {self._kept_at:,}; checkpoints of "
-                f"before are whole. Resume with --resume last and {self.advice}"
-            )
-        log(
-            f"{row} steps in a row without finite gradients (step {trainer.global_step:,}): back to the weights "
-            f"of step {self._kept_at:,}. If it happens again, {self.advice}"
-        )
+            again = f"Loss or gradients were not finite again after going back to step {self._kept_at:,}"
+            raise UserError(f"{again}; earlier checkpoints are whole. Resume with --resume last and {self.advice}")
+        row = f"{row} steps in a row without finite gradients (step {trainer.global_step:,})"
+        log(f"{row}: back to the weights of step {self._kept_at:,}. If it happens again, {self.advice}")
         for tensor, copy in self._kept:
             _local(tensor).copy_(copy)
         for optimizer, kept in zip(trainer.optimizers, self._optimizers, strict=True):
@@ -135,7 +127,7 @@ class FiniteSteps(L.Callback):
 
 
 def _fuse_as_made(optimizer: torch.optim.Optimizer) -> None:
-    """Undo what a checkpoint of a training with (or without) a gradient scaler has brought along: its own choice."""
+    """Undo the choice that a checkpoint of a training with (or without) a gradient scaler has brought along."""
     fused = getattr(optimizer, "defaults", {}).get("fused")  # DeepSpeed has its own kind
     for group in optimizer.param_groups:
         if "fused" in group:

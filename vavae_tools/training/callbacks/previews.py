@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import lightning as L
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from vavae_tools.plots import image_grid, show_inline
 from vavae_tools.runtime.console import log
-from vavae_tools.runtime.errors import StoppedAtOnce
+from vavae_tools.runtime.errors import StoppedAtOnce, one_line
 from vavae_tools.runtime.files import atomic_write
 from vavae_tools.runtime.machine import release_memory
 
@@ -21,7 +22,7 @@ from vavae_tools.runtime.machine import release_memory
 class Previews(L.Callback):
     """Write a grid of images as `NAME-STEP.png` to `folder` and to the loggers, and hand it to `show`, uint8 (3, H, W).
 
-    Every so many epochs there is one, and at the end; by default a notebook's cell shows it.
+    There is one every so many epochs, and at the end; by default a notebook's cell shows it.
     """
 
     name = "preview"
@@ -50,14 +51,12 @@ class Previews(L.Callback):
         except StoppedAtOnce:
             raise
         except Exception as error:  # of any kind: hours of training are worth more than its images
-            why = next(iter(str(error).splitlines()), "")[:200]
-            log(f"preview left out at step {trainer.global_step:,} ({type(error).__name__}: {why})")
+            log(f"preview left out at step {trainer.global_step:,} ({type(error).__name__}: {one_line(error, 200)})")
         finally:
             module.train(training)
             release_memory()
 
     def keep(self, trainer: L.Trainer, grid: Tensor) -> None:
-        """Write and show a grid."""
         image, step = Image.fromarray(grid.permute(1, 2, 0).numpy()), trainer.global_step
         with atomic_write(self.folder / f"{self.name}-{step:06d}.png") as partial:
             image.save(partial, format="png")
@@ -86,13 +85,11 @@ class ReconstructionPreviews(Previews):
 
 
 class SamplePreviews(Previews):
-    """Show samples of the averaged denoiser, always from the same noise; `make` returns them, row after row."""
+    """Show samples, from the same noise each time, which `make` returns of the averaged network, row after row."""
 
     name = "samples"
 
-    def __init__(
-        self, make: Callable[[torch.nn.ModuleDict], Tensor], columns: int, folder: str | Path, every: int, show=None
-    ) -> None:
+    def __init__(self, make: Callable[..., Any], columns: int, folder: str | Path, every: int, show=None) -> None:
         super().__init__(folder, every, show)
         self.make, self.columns = make, columns
 
@@ -119,8 +116,7 @@ class TextPreviews(SamplePreviews):
         with atomic_write(self.folder / f"{self.name}-{trainer.global_step:06d}.txt") as partial:
             partial.write_text("\n".join(self.texts) + "\n", encoding="utf-8")
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                listed = "\n".join(f"    {text}" for text in self.texts)  # Markdown's own text
-                logger.experiment.add_text(self.name, listed, trainer.global_step)
+            if isinstance(logger, TensorBoardLogger):  # in Markdown, where four spaces keep lines as they are
+                logger.experiment.add_text(self.name, indent("\n".join(self.texts), "    "), trainer.global_step)
         for text in self.texts:
             self.log_line(f"  {' '.join(text.split())[:160]}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vavae_tools.runtime.console import clock, is_interactive, log
-from vavae_tools.runtime.errors import Stopped
+from vavae_tools.runtime.errors import Stopped, one_line
 from vavae_tools.runtime.machine import peak_memory
 from vavae_tools.training.callbacks.record import versions
 from vavae_tools.training.lightning_inside import is_gathering, logged_step
@@ -60,10 +60,10 @@ class PacedCallback(L.Callback):
         self.total = int(getattr(module, "total_steps", trainer.estimated_stepping_batches))
         self.start, self.began = trainer.global_step, time.monotonic()
 
-    def pace(self, step: int) -> tuple[float, float]:
-        """Return (steps a second so far, seconds for those that are left)."""
+    def pace(self, step: int) -> str:
+        """Return steps a second so far, and the time for those that are left."""
         rate = (step - self.start) / max(time.monotonic() - self.began, 1e-9)
-        return rate, (self.total - step) / max(rate, 1e-9)
+        return f"{rate:7.2f} steps/s  {clock((self.total - step) / max(rate, 1e-9)):>8} left"
 
 
 class Progress(PacedCallback):
@@ -87,9 +87,8 @@ class Progress(PacedCallback):
             if step % trainer.log_every_n_steps == 0:
                 self._bar.set_postfix_str(losses(trainer.logged_metrics, LOGGED_METRICS, ".4g"), refresh=False)
         elif trainer.is_global_zero and (step % max(1, self.total // 20) == 0 or step == self.total):
-            rate, left = self.pace(step)
             shown = losses(trainer.logged_metrics, LOGGED_METRICS, ".4g")
-            self.log_line(f"step {step:>6,}/{self.total:,}  {rate:6.2f} steps/s  {clock(left)} left  {shown}")
+            self.log_line(f"step {step:>6,}/{self.total:,}  {self.pace(step)}  {shown}")
 
     def _close(self, *arguments: Any) -> None:
         if self._bar is not None:
@@ -103,9 +102,9 @@ class TrainLog(PacedCallback):
     """Append to `train.log` in the run's folder: how training began, steps, validations, checkpoints, how it ended.
 
     A line is a time, what it is about (`step`, `val`, `saved`, `end`, `stopped`, `failed`) and values with their names.
-    Only the first process writes. Loss and learning rate are those of the last step that Lightning logged, so that the
-    GPU is waited for at no other. Where the file cannot be written, `log` gets a line and training continues.
-    There are `every` steps between two lines; the last step has one too.
+    There are `every` steps between two lines; the last step has one too. Loss and learning rate are those of the last
+    step that Lightning logged, so that the GPU is waited for at no other. Only the first process writes. Where the file
+    cannot be written, `log` gets a line and training continues.
     """
 
     def __init__(self, folder: str | Path, every: int, log: Callable[[str], None] = log, machine: str = "") -> None:
@@ -135,8 +134,7 @@ class TrainLog(PacedCallback):
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         if self._writes:
             stopped = isinstance(exception, Stopped)
-            reason = next(iter(str(exception).strip().splitlines()), "")
-            text = str(exception) if stopped else f"{type(exception).__name__}: {reason}"
+            text = str(exception) if stopped else f"{type(exception).__name__}: {one_line(exception, 500)}"
             self._write("stopped" if stopped else "failed", f"{text} ({self._passed(trainer)})")
         self._writes = False
 
@@ -149,16 +147,12 @@ class TrainLog(PacedCallback):
         step, before, self._step = trainer.global_step, self._step, trainer.global_step
         if not (step // self.every > before // self.every or before < step >= self.total):
             return
-        loss, lr = self._values.get("train/loss"), self._values.get("train/lr")
-        if lr is None and trainer.optimizers:
-            lr = trainer.optimizers[0].param_groups[0]["lr"]
-        rate, left = self.pace(step)
+        values = {"train/lr": trainer.optimizers[0].param_groups[0]["lr"], **self._values}
         where = "GPU" if module.device.type == "cuda" else "RAM"
-        self._write(
-            "step",
-            f"{self._place(trainer)}  loss {_number(loss, '.4e'):>10}  lr {_number(lr, '.3e'):>9}  "
-            f"{rate:7.2f} steps/s  {clock(left):>8} left  {peak_memory(module.device) / 1e9:6.2f} GB {where}",
-        )
+        memory = f"{peak_memory(module.device) / 1e9:6.2f} GB {where}"
+        loss = f"{values['train/loss']:.4e}" if "train/loss" in values else "-"
+        shown = f"loss {loss:>10}  lr {values['train/lr']:>9.3e}  {self.pace(step)}  {memory}"
+        self._write("step", f"{self._place(trainer)}  {shown}")
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._writes and not trainer.sanity_checking:
@@ -196,10 +190,6 @@ class TrainLog(PacedCallback):
         except OSError as error:
             self._writes = False
             self.log_line(f"{self.path} cannot be written ({error.strerror or error}): training continues without it")
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
 
 
 def _command() -> str:

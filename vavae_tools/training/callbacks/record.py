@@ -42,15 +42,10 @@ class RunRecord(L.Callback):
         self.allow_changes, self.log_line = allow_changes, log
 
     def record(self, module: L.LightningModule) -> dict[str, Any]:
-        """Return settings, data, versions, machine and command as plain values."""
-        settings = {**self.settings, **{k: v for k, v in module.hparams.items() if k not in UNCOMPARED_SETTINGS}}
-        return {
-            "settings": settings,
-            "data": self.data,
-            "versions": versions(),
-            "machine": {"python": platform.python_version(), "device": str(module.device)},
-            "command": list(sys.argv),
-        }
+        own = {name: value for name, value in module.hparams.items() if name not in UNCOMPARED_SETTINGS}
+        machine = {"python": platform.python_version(), "device": str(module.device)}
+        follows = {"settings": {**self.settings, **own}, "data": self.data}
+        return {**follows, "versions": versions(), "machine": machine, "command": list(sys.argv)}
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -74,17 +69,13 @@ class RunRecord(L.Callback):
         if before["data"] != now["data"]:
             found.append("the data are others")
         if found and not self.allow_changes:
-            raise UserError(
-                f"The checkpoint is of a run with other settings: {'; '.join(found)}. Go on with those of that run, or "
-                "with --allow_changes"
-            )
+            help = "Go on with those of that run, or with --allow_changes"
+            raise UserError(f"The checkpoint is of a run with other settings: {'; '.join(found)}. {help}")
         for difference in found:
             self.log_line(f"changed on going on: {difference}")
         changed = [f"{name} {old or '-'} → {new or '-'}" for name, old, new in _differences(before, now, "versions")]
         if changed:
-            self.log_line(
-                f"other versions than the checkpoint's, so numbers may differ in their last digits: {changed}"
-            )
+            self.log_line(f"other versions than the checkpoint's: numbers may differ in their last digits: {changed}")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], of: str) -> list[tuple[str, Any, Any]]:
@@ -105,7 +96,7 @@ def _now() -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """Return the versions of the installed packages that may change numbers."""
+    """Return the versions of the packages that may change numbers."""
     found = {}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""What PSNR does not see: whether a classifier still knows the persons in their reconstructions; and early warnings."""
+"""Whether a classifier still knows the persons in their reconstructions, and early warnings."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +40,7 @@ class ReconstructionWatch(L.Callback):
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         own = dict(zip(batch["index"].tolist(), outputs["reconstructions"].cpu(), strict=True))
-        parts: list = [own]
+        parts = [own]
         if trainer.world_size > 1:
             parts = [None] * trainer.world_size
             dist.gather_object(own, parts if trainer.is_global_zero else None)
@@ -73,15 +73,13 @@ class Advice(L.Callback):
         if kl > 20 * self._least_kl:
             self._advise(f"The KL has grown from {self._least_kl:.3g} to {kl:.3g}: raise --kl_weight or lower --lr")
         if spread < 0.1:
-            self._advise(
-                f"The latents collapse (standard deviation {spread:.2g}): images are no longer told apart in them; "
-                "lower --kl_weight"
+            collapse = (
+                f"The latents collapse (standard deviation {spread:.2g}): images are no longer told apart in them"
             )
+            self._advise(f"{collapse}; lower --kl_weight")
         if self._won == 3:
-            self._advise(
-                f"The discriminator's accuracy is {values['discriminator_accuracy']:.0%}, so it teaches little: lower "
-                "--disc_weight, or let it start later with --disc_start"
-            )
+            wins = f"The discriminator's accuracy is {values['discriminator_accuracy']:.0%}, so it teaches little"
+            self._advise(f"{wins}: lower --disc_weight, or let it start later with --disc_start")
 
     def _advise(self, line: str) -> None:
         if line[:12] not in self._said:
