@@ -92,8 +92,7 @@ def _train_here(
     run = build(recipe, output_dir, resume_from, show, log)
     config, data = run.config, run.data
     settings = run.module.trainer_settings(**config.of_devices())
-    gathered = config.accumulate_grad_batches
-    processes = settings["devices"] * settings["num_nodes"]
+    gathered, processes = config.accumulate_grad_batches, settings["devices"] * settings["num_nodes"]
     count, batches, length = len(data.train_data), max(1, data.batches_of(processes)), config.length()
     steps, epochs = length["max_steps"], length["max_epochs"]
     if steps > 0:
@@ -106,9 +105,8 @@ def _train_here(
         f"{min(data.batch_size, count) * processes * gathered}, {epochs:,} epochs, lr {run.module.hparams.lr:g}"
     )
     machine = describe(settings, bool(config.compile), data.batch_size, data.num_workers)
-    log(machine)
-    for remark in run.remarks:
-        log(remark)
+    for line in (machine, *run.remarks):
+        log(line)
 
     validates = data.val_data is not None and len(data.val_data) > 0
     monitor, mode = run.monitor
@@ -134,7 +132,7 @@ def _train_here(
 # ---- loggers
 
 _LOGGERS = {
-    "tensorboard": lambda folder: TensorBoardLogger(folder),
+    "tensorboard": TensorBoardLogger,
     "wandb": lambda folder: WandbLogger(folder.name, folder),
     "mlflow": lambda folder: MLFlowLogger(tracking_uri=f"file:{folder.absolute() / 'mlruns'}"),
 }
@@ -144,15 +142,15 @@ def make_loggers(names: str | Sequence[str] | bool | None, output_dir: Path) -> 
     """Return Lightning's loggers by name, also as "a,b"; `metrics.csv` is always written, beside TensorBoard's."""
     chosen = names.replace(" ", "").split(",") if isinstance(names, str) else list(names or ())
     found: list[Logger] = []
-    for name in chosen:
-        if name.lower() in ("csv", "none", "false", ""):
+    for name in map(str.lower, chosen):
+        if name in ("csv", "none", "false", ""):
             continue
-        if name.lower() not in _LOGGERS:
+        if name not in _LOGGERS:
             raise UserError(f"No logger {name!r}; there are {', '.join(_LOGGERS)}, csv and none")
         try:
-            found.append(_LOGGERS[name.lower()](output_dir))
+            found.append(_LOGGERS[name](output_dir))
         except ModuleNotFoundError:
-            raise UserError(f"logger={name} needs the package {name.lower()}: pip install {name.lower()}") from None
+            raise UserError(f"logger={name} needs the package {name}: pip install {name}") from None
     version = next((logger.version for logger in found if isinstance(logger, TensorBoardLogger)), None)
     return [*found, CSVLogger(output_dir, version=version)]
 
@@ -166,7 +164,7 @@ def build_trainer(
     callbacks: list[L.Callback],
     log: Log,
     loggers: list[Logger] | None = None,
-    **length: Any,
+    **length: int | None,
 ) -> L.Trainer:
     """Return a Trainer with `settings` (`devices.trainer_settings`) whose `length` is in max_epochs or max_steps."""
     if settings.get("accelerator") == "cpu":
@@ -190,7 +188,7 @@ def fit_trainer(
     module: L.LightningModule,
     data: L.LightningDataModule,
     resume_from: Path | None,
-    log: Callable[[str], None],
+    log: Log,
     saves_memory: Sequence[str] = (),
     prefix: str = "train.",
 ) -> None:
@@ -201,10 +199,8 @@ def fit_trainer(
 
     def line_for(error: BaseException) -> str | None:
         size = getattr(data, "batch_size", None)
-        if size is None:  # somebody's own data
-            return None
         gathered = max(trainer.accumulate_grad_batches, getattr(module, "accumulate_grad_batches", 1))
-        return memory_fault(error, size, gathered, module, saves_memory, prefix)
+        return size and memory_fault(error, size, gathered, module, saves_memory, prefix)  # somebody's data have none
 
     try:
         with memory_faults(line_for), loader_faults():
@@ -233,8 +229,8 @@ def fit(
     monitor: str | None = None,
     resume: str | None = None,
     saving: SaveConfig | None = None,
-    show: Callable[[Tensor], None] | None = None,
-    log: Callable[[str], None] = log,
+    show: Show | None = None,
+    log: Log = log,
 ) -> Path:
     """Train any module on any data with the devices of this machine; return `last.ckpt`.
 
