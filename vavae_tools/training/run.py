@@ -117,8 +117,7 @@ def _train_here(
     callbacks.append(RunRecord(output_dir, recorded, run.fingerprint, config.allow_changes, log))
     callbacks.append(TrainLog(output_dir, config.log_every_n_steps, log, machine))
     length["check_val_every_n_epoch"] = max(1, epochs // run.validations)
-    loggers = make_loggers(config.logger, output_dir)
-    trainer = build_trainer(settings, output_dir, [*callbacks, *run.callbacks], log, loggers, **length)
+    trainer = build_trainer(settings, output_dir, [*callbacks, *run.callbacks], log, config.logger, **length)
     if run.logged and trainer.is_global_zero:
         for logger in trainer.loggers:
             logger.log_metrics(dict(run.logged), step=0)
@@ -163,7 +162,7 @@ def build_trainer(
     output_dir: Path,
     callbacks: list[L.Callback],
     log: Log,
-    loggers: list[Logger] | None = None,
+    logger: str | Sequence[str] | bool | None = "tensorboard",
     **length: int | None,
 ) -> L.Trainer:
     """Return a Trainer with `settings` (`devices.trainer_settings`) whose `length` is in max_epochs or max_steps."""
@@ -174,7 +173,7 @@ def build_trainer(
         return L.Trainer(
             **{**length, **settings},
             default_root_dir=output_dir,
-            logger=make_loggers("tensorboard", output_dir) if loggers is None else loggers,
+            logger=make_loggers(logger, output_dir),
             callbacks=[Throughput(log), *callbacks, Progress(log)],  # the first: a step ends before what others do
             plugins=[AtomicCheckpointIO(log)],
             enable_progress_bar=False,
