@@ -284,15 +284,6 @@ def test_images_of_any_source_by_any_autoencoder(tmp_path, num_workers):
         assert torch.equal(batch["labels"], images.labels[order])
 
 
-def test_images_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
-    data = shape_data(8, image_size=24)
-    with pytest.raises(UserError, match="Images of 24×24 do not fit this Averages: it takes 16×16"):
-        encode_latents(Averages(image_size=16), data, tmp_path / "latents", progress=False)
-    with pytest.raises(UserError, match="Images of 12×12 do not fit this Averages: both must be divisible by 8"):
-        encode_latents(Averages(), shape_data(8, image_size=12), tmp_path / "latents", progress=False)
-    assert not (tmp_path / "latents").exists()
-
-
 def test_how_an_autoencoder_reads_images_is_part_of_the_key(tmp_path):
     """Its configuration; not the statistics that are kept with it afterwards, nor where it was read from."""
     data = shape_data(8, image_size=16)
@@ -310,29 +301,20 @@ def test_how_an_autoencoder_reads_images_is_part_of_the_key(tmp_path):
 
 
 def test_published_statistics_take_the_place_of_computed_ones(split, tmp_path):
-    mean, std = torch.tensor([1.0, -2.0]).view(1, 2, 1, 1), torch.tensor([0.5, 4.0]).view(1, 2, 1, 1)
+    given = [1.0, -2.0], [0.5, 4.0]
+    mean, std = (torch.tensor(values).view(1, 2, 1, 1) for values in given)
     computed = encode(split, tmp_path / "latents")
-    folder = encode(split, tmp_path / "given", statistics=(mean, std))
+    folder = encode(split, tmp_path / "given", statistics=given)
     assert (folder.mean, folder.std) == ([1.0, -2.0], [0.5, 4.0]) and folder.key != computed.key
     z = load_file(folder.path / "train-00000.safetensors")["latents"]
     assert same(z, load_file(computed.path / "train-00000.safetensors")["latents"])
     torch.testing.assert_close(LatentDataset(folder, "train").__getitems__([3])["latents"], (z[3:4] - mean) / std)
-    assert encode(split, tmp_path / "given", statistics=([1.0, -2.0], [0.5, 4.0])) == folder
+    assert encode(split, tmp_path / "given", statistics=given) == folder
     assert encode(split, tmp_path / "given", statistics=([1.0, -2.0], [0.5, 4.5])).key != folder.key
-
-
-@pytest.mark.parametrize(
-    ("statistics", "message"),
-    [
-        (([0.0] * 3, [1.0] * 3), "The statistics have 3 and 3 numbers, latents of this autoencoder 2 channels"),
-        (([0.0] * 2, [1.0, 0.0]), "a deviation of 0"),
-        (([0.0, float("nan")], [1.0, 1.0]), "not finite"),
-    ],
-)
-def test_statistics_that_cannot_be_are_refused(split, tmp_path, statistics, message):
-    with pytest.raises(UserError, match=message):
-        encode(split, tmp_path / "latents", statistics=statistics)
-    assert not (tmp_path / "latents").exists()
+    says = "The statistics have 3 and 3 numbers, latents of this autoencoder 2 channels"
+    with pytest.raises(UserError, match=says):
+        encode(split, tmp_path / "none", statistics=([0.0] * 3, [1.0] * 3))
+    assert not (tmp_path / "none").exists()
 
 
 # ---- half as large

@@ -88,7 +88,7 @@ def encode_latents(
     seed: int = 0,
     progress: bool = True,
     dtype: str = "float32",
-    statistics: tuple[Tensor | Sequence[float], Tensor | Sequence[float]] | None = None,
+    statistics: Statistics | None = None,
     precision: str | None = None,
     ranks: Ranks | None = None,
     log: Callable[[str], None] = print_beside_bars,
@@ -96,35 +96,33 @@ def encode_latents(
     """Encode both subsets once; latents of these weights and images that are there already are kept.
 
     Args:
-        autoencoder: has `encode_images(images, labels, normal)`, `downsampling`, `has_own_statistics`, and
+        autoencoder: has `encode_images(images, labels, normal)`, `has_own_statistics`, and
             `image_size` where it takes one size only. Each latent of a VAVAE is one sample of the posterior, as in
             LightningDiT, with the image's own person's vector. Afterwards it is on the device where it was.
         images: any data module with `train_data`, `val_data` and `labels`, such as `datasets.ImageDataModule`.
         flips: also encode the mirrored images. A time–frequency image is not its mirror, so not by default.
         seed: of the posterior samples.
         dtype: "float32", or "float16", half as large on the disk.
-        statistics: mean and standard deviation per channel, such as published ones, in place of those of the training
-            subset. An autoencoder with statistics of its own needs none: its latents have mean 0 and deviation 1.
+        statistics: such as published ones, in place of those of the training subset. An autoencoder with statistics of
+            its own needs none: its latents have mean 0 and deviation 1.
         precision: "32", "16" or "bf16"; None: "16" on a GPU, "32" on a CPU, and existing latents of any are kept.
         ranks: those that all call this and share the work, each on its own GPU where `device` is "cuda", on one disk.
 
     Raises:
-        UserError: the image size does not fit the autoencoder, there is no space on the disk, latents that are not
-            finite or that float16 cannot hold, or a process with other weights or images than the first.
+        UserError: no space on the disk, latents that are not finite or that float16 cannot hold, statistics of another
+            number of channels, or a process with other weights or images than the first.
     """
     folder, ranks = Path(output_dir), ranks or Ranks()
     subsets = {"train": images.train_data, "val": images.val_data}
     subsets = {subset: data for subset, data in subsets.items() if data is not None and len(data)}
     size, names = images.train_data.image_size, {subset: list(data.names) for subset, data in subsets.items()}
-    _check_fit(autoencoder, size)
-    given = None if statistics is None else _flat_statistics(*statistics)
     if ranks.size > 1 and str(device) == "cuda":
         device = f"cuda:{ranks.local_rank}"
     computing = Computing(precision, device, f"Latents of this {type(autoencoder).__name__}", log)
     weights = latents_digest(autoencoder)
     # the key of what is made comes first; those after it are as good where it was not said how to encode
     precisions = dict.fromkeys([computing.precision, *(PRECISIONS if precision is None else ())])
-    extras = [{"dtype": dtype, "statistics": given, "precision": one} for one in precisions]
+    extras = [{"dtype": dtype, "statistics": statistics, "precision": one} for one in precisions]
 
     def look() -> tuple[list[str], bool]:
         keys = _cache_keys(autoencoder, subsets, f"form {_FORM}, flips {flips}, seed {seed}, {weights}", extras)
@@ -137,12 +135,12 @@ def encode_latents(
         encoder = _Encoder(autoencoder.eval(), subsets, flips, seed, _DTYPES[dtype], computing)
         options = {"num_workers": images.num_workers, "ranks": ranks, "progress": progress}
         with on_device(autoencoder, device):
-            shape, shards = encoder.write(folder, keys[0], given, batch_size, **options)
+            shape, shards = encoder.write(folder, keys[0], statistics, batch_size, **options)
 
         def write_index() -> None:
             own = ([0.0] * shape[0], [1.0] * shape[0]) if autoencoder.has_own_statistics else None
             made = (open_shard(folder / name)["latents"] for name in shards["train"])
-            mean, std = given or own or channel_statistics(made)
+            mean, std = statistics or own or channel_statistics(made)
             of = (weights, mean, std, shape, size, flips, images.labels, names, shards, dtype)
             LatentFolder(folder, keys[0], *of).write()
 
@@ -200,27 +198,6 @@ def channel_statistics(parts: Iterable[Tensor]) -> Statistics:
     mean = total / count
     variance = (squares - count * mean.square()) / max(count - 1, 1)
     return mean.tolist(), variance.clamp_min(1e-12).sqrt().tolist()
-
-
-def _check_fit(autoencoder: nn.Module, image_size: tuple[int, int]) -> None:
-    factor, wanted = autoencoder.downsampling, getattr(autoencoder, "image_size", None)
-    wanted = (wanted, wanted) if isinstance(wanted, int) else wanted
-    if wanted is not None and tuple(image_size) != tuple(wanted):
-        expected = f"it takes {wanted[0]}×{wanted[1]}"
-    elif any(length % factor for length in image_size):
-        expected = f"both must be divisible by {factor}"
-    else:
-        return
-    name = type(autoencoder).__name__.replace("VAVAE", "VA-VAE")
-    raise UserError(f"Images of {image_size[0]}×{image_size[1]} do not fit this {name}: {expected}")
-
-
-def _flat_statistics(*statistics: Tensor | Sequence[float]) -> Statistics:
-    """Return mean and standard deviation, of any shape such as (1, C, 1, 1), as numbers."""
-    mean, std = (torch.as_tensor(values).double().flatten().tolist() for values in statistics)
-    if not all(map(math.isfinite, mean + std)) or min(std, default=0) <= 0:
-        raise UserError("The statistics for latents hold a number that is not finite, or a deviation of 0 or less")
-    return mean, std
 
 
 def latents_digest(autoencoder: nn.Module) -> str:
