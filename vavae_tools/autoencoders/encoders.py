@@ -174,9 +174,8 @@ def silent_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# ---- names of weights, which differ between the versions of transformers, the RAE authors' decoder and diffusers'
 _COMMON_NAMES = {
-    r"^(encoder\.)?layers?\.(?=\d)": "layers.",
+    r"(^|(?<=^encoder\.model\.))(encoder\.)?layers?\.(?=\d)": "layers.",
     r"(attention\.attention\.query|attention\.to_q|(attention|self_attn)\.q_proj)(?=\.)": "attention.q",
     r"(attention\.attention\.key|attention\.to_k|(attention|self_attn)\.k_proj)(?=\.)": "attention.k",
     r"(attention\.attention\.value|attention\.to_v|(attention|self_attn)\.v_proj)(?=\.)": "attention.v",
@@ -187,7 +186,7 @@ _COMMON_NAMES = {
 
 
 def common_name(name: str) -> str:
-    """Return a weight's name inside an encoder or a decoder, one for all versions of transformers and diffusers.
+    """Return one name of a weight of an encoder or a decoder, for all versions of transformers and diffusers.
 
     >>> common_name("encoder.layer.0.attention.attention.query.bias")
     'layers.0.attention.q.bias'

@@ -28,19 +28,17 @@ from vavae_tools.runtime.files import weights_digest
 VARIANCE_EPS = 1e-5
 """Added to the variance of element-wise statistics, once."""
 
-
-_NUMBERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
-
-
-def _size(*numbers: int) -> dict[str, int]:
-    return {f"decoder_{name}": number for name, number in zip(_NUMBERS, numbers, strict=True)}
-
-
+DECODER_NUMBERS = [
+    f"decoder_{name}" for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+]
 RAE_SIZES: dict[str, dict[str, int]] = {
-    "ViTB": _size(768, 12, 12, 3072, 16),  # 86 M parameters
-    "ViTL": _size(1024, 24, 16, 4096, 16),  # 304 M
-    "ViTXL": _size(1152, 28, 16, 4096, 16),  # 415 M
-    "tiny": _size(64, 2, 4, 128, 8),  # 0.1 M, for a look at how things go
+    name: dict(zip((*DECODER_NUMBERS, "decoder_patch_size"), numbers, strict=True))
+    for name, numbers in {
+        "ViTB": (768, 12, 12, 3072, 16),  # 86 M parameters
+        "ViTL": (1024, 24, 16, 4096, 16),  # 304 M
+        "ViTXL": (1152, 28, 16, 4096, 16),  # 415 M
+        "tiny": (64, 2, 4, 128, 8),  # 0.1 M, for a look at how things go
+    }.items()
 }
 """Sizes of decoders by name; the first three are the published ones."""
 
@@ -49,7 +47,7 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
     """A frozen encoder, whose patch tokens are the latents, and a ViT decoder.
 
     Args:
-        encoder_cls: Dinov2withNorm, SigLIPwithNorm or MAEwithNorm (`encoders.ENCODERS`).
+        encoder_cls: Dinov2withNorm, SigLIPwithNorm or MAEwithNorm.
         encoder_config: its transformers configuration, or a part of it; None: the published base size.
         encoder_input_size: pixels of a side that images are resized to before they are encoded; None: the published.
         image_mean, image_std: per colour, what the encoder's pixels are normalised by; None: the encoder's own.
@@ -57,7 +55,7 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
         latents_mean, latents_std: per channel, of the training subset's latents, as VAVAE has them.
         element_statistics: keep a mean and a variance for each element of a latent with the weights; its latents are
             then normalised already.
-        in_channels, condition_dim, num_conditions: 3, 0 and 0, as other code asks any autoencoder for them.
+        in_channels, condition_dim, num_conditions: always these, for what asks any autoencoder for them.
 
     Images are (B, 3, H, W) in [-1, 1]; latents (B, C, h, w), C the encoder's width, h = w the patches of a side.
     """
@@ -88,24 +86,23 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
         num_conditions: int = 0,
     ) -> None:
         super().__init__()
-        if in_channels != 3 or condition_dim or num_conditions:
-            raise UserError("An RAE takes images of 3 channels, and has no condition vectors")
-        if noise_tau < 0:
-            raise UserError(f"noise_tau {noise_tau} is a standard deviation: expected 0 or more")
         kind = encoder_class(encoder_cls)
         self.encoder = kind(encoder_config)
         side = kind.input_size if encoder_input_size is None else encoder_input_size
         patch = self.encoder.patch_size
         if side < patch or side % patch:
             below = max(side // patch, 1) * patch
-            fitting = f"take {below} or {below + patch}"
-            raise UserError(f"encoder_input_size {side} does not fall into patches of {patch} pixels: {fitting}")
+            raise UserError(f"encoder_input_size {side} is no multiple of {patch}: take {below} or {below + patch}")
         self.grid, self.downsampling = side // patch, decoder_patch_size
         self.image_size = self.grid * decoder_patch_size
         self.latent_shape = (self.encoder.channels, self.grid, self.grid)
-        numbers = {name: self.config[name] for name in RAE_SIZES["ViTXL"] if name != "decoder_patch_size"}
-        numbers |= {"patch_size": decoder_patch_size, "layer_norm_eps": decoder_layer_norm_eps}
-        self.decoder = image_decoder(self.grid, hidden_size=self.encoder.channels, **numbers)
+        self.decoder = image_decoder(
+            self.grid,
+            hidden_size=self.encoder.channels,
+            patch_size=decoder_patch_size,
+            layer_norm_eps=decoder_layer_norm_eps,
+            **{name: self.config[name] for name in DECODER_NUMBERS},
+        )
         mean, std = list(image_mean or kind.mean), list(image_std or kind.std)
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise UserError(f"image_mean {mean} and image_std {std}: expected three numbers each, std above 0")
@@ -123,7 +120,6 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
             self.register_buffer("statistics_mean", torch.zeros(self.latent_shape))
             self.register_buffer("statistics_var", torch.ones(self.latent_shape))
 
-    # ---- what all autoencoders here have
     @property
     def has_own_statistics(self) -> bool:
         return self.config.element_statistics
@@ -131,14 +127,13 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
     def encode_images(
         self, images: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
     ) -> Tensor:
-        """Return the latents of images in [-1, 1]; the rest, as every autoencoder takes it, is not used."""
+        """Return the latents of images in [-1, 1]; the rest, which every autoencoder takes, is not used."""
         return self.encode(images).latent
 
     def decode_latents(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return images of normalised latents, which may lie outside [-1, 1]."""
         return self.decode(self.denormalise(latents)).sample
 
-    # ---- images ↔ latents
     @apply_forward_hook
     def encode(self, images: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Tensor]:
         """Return `.latent` (B, C, h, w), without a graph, of images (B, 3, S, S) in [-1, 1], of any S."""
@@ -156,23 +151,22 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
         return DecoderOutput(sample=images) if return_dict else (images,)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the reconstructions of images in [-1, 1]."""
         return self.decode(self.encode(images).latent).sample
 
     @torch.no_grad()
     def tokens(self, colours: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] → the encoder's tokens float32 (B, h·w, C)."""
+        """Return the encoder's tokens float32 (B, h·w, C) of images (B, 3, H, W) in [0, 1]."""
         return self.encoder(self.pixel_values(colours)).float()
 
     def pixel_values(self, colours: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] → what the encoder takes: resized and normalised per colour."""
+        """Return images (B, 3, H, W) in [0, 1] resized and normalised per colour, for the encoder."""
         side = self.config.encoder_input_size
         if colours.shape[2:] != (side, side):
             colours = F.interpolate(colours, size=(side, side), mode="bicubic", align_corners=False)
         return (colours - self.colour_mean.to(colours)) / self.colour_std.to(colours)
 
     def latents_of(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, h·w, C) → latents (B, C, h, w), normalised where element-wise statistics are kept."""
+        """Return latents (B, C, h, w) of tokens (B, h·w, C), normalised where element-wise statistics are kept."""
         latents = rearrange(tokens, "b (h w) c -> b c h w", h=self.grid)
         if self.has_own_statistics:
             latents = (latents - self.statistics_mean.float()) / self._deviation()
@@ -185,7 +179,7 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
         return rearrange(latents, "b c h w -> b (h w) c")
 
     def colours(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, h·w, C) → images float32 (B, 3, H, W) that lie near [0, 1]; nothing is clipped."""
+        """Return images float32 (B, 3, H, W) near [0, 1], not clipped, of tokens (B, h·w, C)."""
         logits = self._logits(tokens.to(self.decoder.decoder_embed.weight.dtype))  # (B, h·w, 3·p·p)
         pixels = self.decoder.unpatchify(logits).float()
         return pixels * self.colour_std.to(pixels) + self.colour_mean.to(pixels)
@@ -211,8 +205,6 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
             except RuntimeError:
                 found = tuple(given.shape)
                 raise UserError(f"The statistics' {name} is {found}, this RAE's latents are {self._shape()}") from None
-            if not given.isfinite().all() or (name == "var" and (given + VARIANCE_EPS).min() <= 0):
-                raise UserError(f"The statistics' {name} holds numbers that are none, or below 0: make them anew")
             self.register_buffer(f"statistics_{name}", given)
         self.register_to_config(element_statistics=True)
 
@@ -224,18 +216,13 @@ class RAE(LatentStatistics, ModelMixin, ConfigMixin):
 
     def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
         """Rename, in place, what a folder written beside another version of transformers calls otherwise."""
-        ours = {_common(name): name for name in self.state_dict()}
-        for name in [name for name in state_dict if _common(name) in ours]:
-            state_dict[ours[_common(name)]] = state_dict.pop(name)
-
-
-def _common(name: str) -> str:
-    part = next((part for part in ("encoder.model.", "decoder.") if name.startswith(part)), "")
-    return part + common_name(name.removeprefix(part))
+        ours = {common_name(name): name for name in self.state_dict()}
+        for name in [name for name in state_dict if common_name(name) in ours]:
+            state_dict[ours[common_name(name)]] = state_dict.pop(name)
 
 
 def noised(tokens: Tensor, tau: float, u: Tensor, n: Tensor) -> Tensor:
-    """Tokens (B, N, C) + tau·u·n: u uniform in [0, 1), one per image, n standard normal (B, N, C)."""
+    """Return tokens (B, N, C) + tau·u·n: u uniform in [0, 1), one per image, n standard normal (B, N, C)."""
     return tokens + tau * u.reshape(-1, 1, 1).to(tokens) * n.to(tokens)
 
 
@@ -244,10 +231,8 @@ def image_decoder(grid: int, **numbers: Any) -> nn.Module:
     from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
 
     width, heads, patch = map(numbers.get, ("decoder_hidden_size", "decoder_num_attention_heads", "patch_size"))
-    if heads < 1 or width % heads or width % 4 or width < 4:
+    if width % heads or width % 4:
         raise UserError(f"decoder_hidden_size {width} must be divisible by 4 and by its {heads} attention heads")
-    if patch < 1:
-        raise UserError(f"decoder_patch_size {patch}: expected 1 pixel or more")
     decoder = RAEDecoder(num_patches=grid**2, image_size=grid * patch, **numbers)
     table = get_2d_sincos_pos_embed(width, grid, cls_token=True, extra_tokens=1, base_size=grid, output_type="pt")
     # with the weights, as the RAE authors have it: whatever builds the model, the table comes back with them
@@ -257,10 +242,7 @@ def image_decoder(grid: int, **numbers: Any) -> nn.Module:
 
 
 def tiny_rae(image_size: int = 32, **changes: Any) -> RAE:
-    """Return a small RAE with random weights, encoder too, for trials without any downloads: 0.2 M parameters.
-
-    Its latents are 64×S/8×S/8; `changes` are further arguments of `RAE`.
-    """
+    """Return a random RAE of 0.2 M parameters, latents 64×S/8×S/8, for trials; `changes` are arguments of `RAE`."""
     if image_size < 8 or image_size % 8:
         raise UserError(f"image_size {image_size}: the tiny RAE takes multiples of 8 pixels")
     side = image_size // 8 * 14

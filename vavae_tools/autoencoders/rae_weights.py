@@ -1,7 +1,4 @@
-"""What an RAE is built from: transformers' folders, checkpoints of the RAE authors, diffusers' AutoencoderRAE.
-
-Weights are read as tensors only. Nothing is downloaded, except where a person names a repository of a hub.
-"""
+"""What an RAE is built from: transformers' folders, checkpoints of the RAE authors, diffusers' AutoencoderRAE."""
 
 import inspect
 import re
@@ -13,19 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.encoders import IMAGENET_MEAN, IMAGENET_STD, FrozenEncoder, common_name
-from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, VARIANCE_EPS
+from vavae_tools.autoencoders.rae import DECODER_NUMBERS, RAE, RAE_SIZES, VARIANCE_EPS
 from vavae_tools.checkpoints.formats import plain_name
-from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import load_model, local_folder, read_checkpoint, read_json, read_safetensors
+from vavae_tools.runtime.errors import UserError, contents, join_first
+from vavae_tools.runtime.files import load_model, local_folder, read_json, read_weights
 
 PARTS = ("ema", "model", "state_dict")
-"""Where a checkpoint's weights may stand, in the order they are looked for: the averaged ones, by which the RAE authors
-decode, come first."""
+"""Where a checkpoint's weights may stand: the averaged ones, by which the RAE authors decode, count first."""
 
 _ENCODER_FIRST = re.compile(r"^(.*?)embeddings\.(patch_embeddings\.projection|patch_embedding)\.weight$")
 _DECODER_FIRST = re.compile(r"^(.*?)trainable_cls_token$")  # MAE's own decoder, which is another, has none
 _NEEDLESS = ("decoder_pos_embed", "embeddings.mask_token")  # a formula, and of DINOv2's training
-IGNORED_WEIGHTS = re.compile(r"^(layernorm|post_layernorm|head|pooler)\.|^embeddings\.position_ids$")
+_IGNORED = re.compile(r"^(layernorm|post_layernorm|head|pooler)\.|^embeddings\.position_ids$")
 
 
 def load_rae(
@@ -33,13 +29,9 @@ def load_rae(
     encoder_config_path: str | Path | None = None,
     encoder_input_size: int | None = None,
     encoder_checkpoint_path: str | Path | None = None,
-    decoder: str | Path | Mapping[str, Any] = "ViTXL",
+    decoder: str | Mapping[str, int] = "ViTXL",
     decoder_path: str | Path | None = None,
     statistics_path: str | Path | None = None,
-    decoder_patch_size: int | None = None,
-    image_mean: list[float] | None = None,
-    image_std: list[float] | None = None,
-    noise_tau: float = 0.8,
     log: Callable[[str], None] = print,
 ) -> RAE:
     """Build an RAE from a person's files; what no file holds starts anew, and `log` gets a line about each.
@@ -49,7 +41,7 @@ def load_rae(
             a `config.json`; None: the published base size. "owner/name" is a repository of Hugging Face's hub, read
             only where no such path is there. The settings of a whole RAE's folder hold before those given.
         encoder_checkpoint_path: a file with an encoder, a decoder or both, or a folder of a whole RAE.
-        decoder: see `decoder_size`.
+        decoder: a size of `RAE_SIZES`, or its numbers.
         decoder_path: a file with a decoder, such as the authors' `model.pt`; it holds before another one.
         statistics_path: the authors' `stat.pt`, or a `.safetensors` file with mean and var.
     """
@@ -61,14 +53,11 @@ def load_rae(
         if encoder_checkpoint_path == whole:
             encoder_checkpoint_path = None
     else:
-        size = decoder_size(decoder)
-        if decoder_patch_size is not None:
-            size["decoder_patch_size"] = decoder_patch_size
+        size = decoder if isinstance(decoder, Mapping) else RAE_SIZES.get(decoder)
+        if size is None:
+            raise UserError(f"No decoder size {decoder!r}; there are {', '.join(RAE_SIZES)}")
         settings, weights = _encoder_files(encoder_config_path)
-        colours = {"image_mean": image_mean, "image_std": image_std}
-        settings |= {name: value for name, value in colours.items() if value is not None}
-        rae = RAE(encoder_cls, encoder_input_size=encoder_input_size, noise_tau=noise_tau, **settings, **size)
-        fresh = {"encoder", "decoder"}
+        rae, fresh = RAE(encoder_cls, encoder_input_size=encoder_input_size, **settings, **size), {"encoder", "decoder"}
         if weights is not None:
             _take(rae, weights, ("encoder",), fresh, log)
     if encoder_checkpoint_path is not None:
@@ -99,10 +88,7 @@ def _take(rae: RAE, path: str | Path, parts: tuple[str, ...], fresh: set[str], l
 
 
 def read_rae_weights(path: str | Path) -> dict[str, Any]:
-    """Sort what a `.pt`, `.pth`, `.ckpt` or `.safetensors` file, or a folder, of an RAE holds.
-
-    Its weights may stand under one of `PARTS`, or bare, behind any prefix: an encoder under transformers' names, of any
-    version; a decoder under the authors' or diffusers' names; or both.
+    """Sort what a file or a folder of an RAE holds, under one of `PARTS` or bare, behind any prefix.
 
     Returns:
         "encoder", "decoder": (where they stand, weights without the prefix), "statistics": (mean, var); only those
@@ -115,8 +101,8 @@ def read_rae_weights(path: str | Path) -> dict[str, Any]:
         for name, value in sorted_weights(tensors).items():
             found.setdefault(name, value if name == "statistics" else (part, value))
     if "encoder" not in found and "decoder" not in found:
-        names = ", ".join(map(str, list(candidates[0][1] if candidates else checkpoint)[:4])) or "nothing"
-        raise UserError(f"{path} holds neither an encoder nor a decoder of an RAE; it holds {names} …")
+        names = join_first(candidates[0][1] if candidates else checkpoint) or "nothing"
+        raise UserError(f"{path} holds neither an encoder nor a decoder of an RAE; it holds {names}")
     return found
 
 
@@ -132,19 +118,16 @@ def sorted_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             if part == "encoder" and not start:  # all of a file is the encoder's, except what is plainly another's
                 found[part] = {name: tensor for name, tensor in named.items() if not name.startswith("decoder.")}
     last = {name.split(".")[-1]: tensor for name, tensor in named.items()}
-    own = [(last.get(f"{name}_mean"), last.get(f"{name}_var")) for name in ("statistics", "latent")]
-    diffusers = _from_deviation(last.get("_latents_mean"), last.get("_latents_std"))
-    for statistics in (*own, (named.get("stat.mean"), named.get("stat.var")), diffusers):
-        if any(tensor is not None for tensor in statistics):
-            return {**found, "statistics": statistics}
+    statistics = [(last.get(f"{name}_mean"), last.get(f"{name}_var")) for name in ("statistics", "latent")]
+    statistics.append((named.get("stat.mean"), named.get("stat.var")))
+    if "_latents_std" in last:  # diffusers', with the epsilon in it; its stand-ins, 0 and 1, are none
+        mean, std = last.get("_latents_mean", torch.zeros(1)), last["_latents_std"]
+        if mean.any() or (std != 1).any():
+            statistics.append((mean.float(), (std.double().square() - VARIANCE_EPS).float()))
+    for mean, var in statistics:
+        if mean is not None or var is not None:
+            return {**found, "statistics": (mean, var)}
     return found
-
-
-def _from_deviation(mean: Tensor | None, std: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """diffusers' buffers → a mean and a variance without the epsilon; its stand-ins of one number are none."""
-    mean = None if mean is None or (mean.numel() == 1 and not mean.any()) else mean.float()
-    std = None if std is None or (std.numel() == 1 and bool((std == 1).all())) else std.double()
-    return mean, None if std is None else (std.square() - VARIANCE_EPS).float()
 
 
 def fit(
@@ -174,7 +157,7 @@ def fit(
         held = f"{len(matched)} of {len(own)} weights"
         raise UserError(f"{source} is of another {what}: it has {held}, {missing[0]} is missing")
     inner.load_state_dict({name: tensor.float() for name, tensor in matched.items()}, strict=False)
-    unused = [name for name in given if name not in own and not IGNORED_WEIGHTS.match(name)]
+    unused = [name for name in given if name not in own and not _IGNORED.match(name)]
     log(f"RAE {what}: {len(matched)} weights matched, 0 missing, {len(unused)} unused ({source})")
 
 
@@ -183,12 +166,10 @@ def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None]:
     saved = _weights_in(Path(path))
     mean, var = (saved[name].float() if isinstance(saved.get(name), Tensor) else None for name in ("mean", "var"))
     if mean is None and var is None:
-        there = ", ".join(map(str, list(saved)[:4])) or "nothing"
-        raise UserError(f"{path} holds no statistics: expected the tensors mean and var, found {there}")
+        raise UserError(f"{path} holds no statistics: expected the tensors mean and var, found {join_first(saved)}")
     return mean, var
 
 
-# ---- whole folders
 def is_rae_folder(path: str | Path) -> bool:
     """Return whether it is a folder of a whole RAE: one from here, or of diffusers' AutoencoderRAE."""
     config = Path(path) / "config.json"
@@ -222,7 +203,7 @@ def from_diffusers(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], 
         encoder_cls=given["encoder_type"],
         encoder_config={**encoder, "num_hidden_layers": given["encoder_num_hidden_layers"]},
         encoder_input_size=given["encoder_input_size"],
-        **{name: given[name] for name in RAE_SIZES["ViTXL"] if name != "decoder_patch_size"},
+        **{name: given[name] for name in DECODER_NUMBERS},
         decoder_patch_size=given["patch_size"],
         image_mean=list(mean),
         image_std=list(std),
@@ -241,27 +222,6 @@ def from_diffusers(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], 
     return rae
 
 
-# ---- files
-def decoder_size(decoder: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Return a decoder's numbers: "ViTB", "ViTL", "ViTXL", "tiny", some numbers, or a config.json or its folder."""
-    known = {*RAE_SIZES["ViTXL"], "decoder_layer_norm_eps"}
-    if isinstance(decoder, Mapping):
-        unknown = sorted(set(decoder) - known)
-        if unknown:
-            raise UserError(f"A decoder has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-        return dict(decoder)
-    if decoder in RAE_SIZES:
-        return dict(RAE_SIZES[decoder])
-    path = Path(decoder)
-    if not path.exists():
-        raise UserError(f"No decoder size {str(decoder)!r}, nor a config.json there; there are {', '.join(RAE_SIZES)}")
-    config = read_json(path / "config.json" if path.is_dir() else path)
-    if "decoder_hidden_size" not in config:
-        raise UserError(f"{path} is no decoder's configuration: it has no decoder_hidden_size")
-    config["decoder_layer_norm_eps"] = config.get("layer_norm_eps", 1e-12)
-    return {name: value for name, value in config.items() if name in known}  # patch_size is a word there: 16
-
-
 def _encoder_files(source: str | Path | None) -> tuple[dict[str, Any], Path | None]:
     """Return the arguments of `RAE` that a folder in transformers' format, or a config.json, holds, and its weights."""
     if source is None:
@@ -276,7 +236,7 @@ def _encoder_files(source: str | Path | None) -> tuple[dict[str, Any], Path | No
     )
     config = path / "config.json" if path.is_dir() else path
     if not config.is_file():
-        raise UserError(f"{path} is no encoder's folder: config.json is missing; it holds {_names_in(path)}")
+        raise UserError(f"{path} is no encoder's folder: config.json is missing; it {contents(path)}")
     preprocessor = config.with_name("preprocessor_config.json")
     colours = read_json(preprocessor) if preprocessor.is_file() else {}
     arguments = {name: colours[name] for name in ("image_mean", "image_std") if name in colours}
@@ -290,15 +250,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _weights_in(path: Path) -> dict[str, Any]:
     """Return what a file holds, or all weight files of a folder."""
-    if not path.exists():
-        raise UserError(f"No weights at {path}: expected a .pt, .pth, .ckpt or .safetensors file")
-    if not path.is_dir():
-        return read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
-    files = _weight_files(path)
+    files = _weight_files(path) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"No weights in {path}: expected model.safetensors, found {_names_in(path)}")
-    return {name: tensor for file in files for name, tensor in _weights_in(file).items()}
-
-
-def _names_in(folder: Path) -> str:
-    return ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
+        raise UserError(f"No weights in {path}: expected model.safetensors; it {contents(path)}")
+    return {name: tensor for file in files for name, tensor in read_weights(file).items()}

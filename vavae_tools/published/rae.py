@@ -8,11 +8,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.encoders import FrozenEncoder, encoder_class
-from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, VARIANCE_EPS, image_decoder, noised
+from vavae_tools.autoencoders.rae import DECODER_NUMBERS, RAE, VARIANCE_EPS, image_decoder, noised
 from vavae_tools.autoencoders.rae_weights import fit, from_diffusers, sorted_weights
 from vavae_tools.runtime.errors import UserError
-
-_DECODER = [name for name in RAE_SIZES["ViTXL"] if name != "decoder_patch_size"]
 
 
 class RAEReference(nn.Module):
@@ -87,7 +85,7 @@ def load_rae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any])
         image_mean=config.get("image_processor_mean"),
         image_std=config.get("image_processor_std"),
         noise_tau=config.get("noise_tau", 0.8),
-        **{name: numbers[name] for name in _DECODER},
+        **{name: numbers[name] for name in DECODER_NUMBERS},
     )
     fit(rae.encoder, found["encoder"], "encoder", "state_dict")
     fit(rae.decoder, weights, "decoder", "state_dict")
@@ -144,7 +142,7 @@ def _encoder(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 def _decoder_numbers(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
     inner = config.get("decoder_config") or {}  # or beside the rest
     given = {**config, **inner}
-    missing = [name for name in _DECODER if name not in given]
+    missing = [name for name in DECODER_NUMBERS if name not in given]
     missing += [name for name in ("decoder_embed.weight", "decoder_pred.bias") if name not in weights]
     if missing:
         raise UserError(f"Configuration and weights have no {missing[0]}, which the decoder needs")
@@ -154,7 +152,7 @@ def _decoder_numbers(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -
     own = inner if "encoder_config" in config else given  # beside an encoder's, layer_norm_eps is the encoder's, too
     eps = config.get("decoder_layer_norm_eps", own.get("layer_norm_eps"))
     sizes = {"hidden_size": weights["decoder_embed.weight"].shape[1], "patch_size": patch_size}
-    return {**sizes, "layer_norm_eps": 1e-12 if eps is None else eps, **{name: given[name] for name in _DECODER}}
+    return {**sizes, "layer_norm_eps": 1e-12 if eps is None else eps, **{name: given[name] for name in DECODER_NUMBERS}}
 
 
 def _grid(config: Mapping[str, Any], weights: Mapping[str, Tensor], patch_size: int) -> int:
