@@ -229,7 +229,6 @@ def _encoder_files(source: str | Path | None) -> tuple[dict[str, Any], Path | No
     path = local_folder(
         source,
         of="an encoder",
-        name="one in transformers' format",
         instead="download its config.json, preprocessor_config.json and model.safetensors and name their folder",
         patterns=["*.json", "*.safetensors"],
         file="config.json",

@@ -67,8 +67,7 @@ def load_stable_diffusion_vae(source: str | Path, use_slicing: bool = False) -> 
         local_folder(
             source,
             of="a Stable Diffusion VAE",
-            name="the one that holds its config.json or vae/",
-            instead="download its vae/ and name that folder",
+            instead="download its vae/ and name that folder, or the one that holds it",
             patterns=[*files, *(f"vae/{file}" for file in files)],
         )
     )

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from vavae_tools.data.loader import identity_collate, ignore_interrupts
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import atomic_write, disk_errors, write_json
+from vavae_tools.runtime.files import atomic_write, write_json
 from vavae_tools.runtime.precision import Computing
 from vavae_tools.runtime.ranks import Ranks
 
@@ -200,7 +200,7 @@ def encode(
             encoded = _encoded(subset, batches, fields, computing, dtype)
             for name, shard in own.items():
                 tensors = finish(_concatenated(encoded, shard.rows, batch_size, advance))
-                with atomic_write(store.folder / name) as file, disk_errors():
+                with atomic_write(store.folder / name) as file:
                     save_file(tensors, file, metadata={"key": shard.key})
         ranks.add(f"{this} finished", 1)
         agree(ranks, wait_for_all)

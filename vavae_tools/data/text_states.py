@@ -25,7 +25,7 @@ from vavae_tools.data.latents import LatentDataModule, LatentDataset, LatentFold
 from vavae_tools.data.loader import index_and_number
 from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import atomic_write, disk_errors
+from vavae_tools.runtime.files import atomic_write
 from vavae_tools.runtime.machine import on_device
 from vavae_tools.runtime.precision import Computing
 
@@ -114,7 +114,7 @@ def encode_texts(
     options["finish"] = lambda shard: {**shard, "ends": shard["ends"].cumsum(0)}
     with on_device(encoder, device):
         encode(store, {"tokens": shards}, {"tokens": distinct}, fields, computing, batch_size, **options)
-    with atomic_write(folder / CAPTIONS) as partial, disk_errors():
+    with atomic_write(folder / CAPTIONS) as partial:
         save_file(_caption_rows(captions_by_subset, distinct), partial)
     found = TextFolder(
         folder,

@@ -119,8 +119,7 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
     folder = local_folder(
         source,
         of="a text encoder",
-        name="one in transformers' format, such as that of openai/clip-vit-base-patch32",
-        instead="download the text encoder and its tokenizer and name their folder",
+        instead="download the text encoder and its tokenizer (openai/clip-vit-base-patch32), and name their folder",
         patterns=[*files, *(f"{part}/{file}" for part in ("text_encoder", "tokenizer") for file in files)],
         ignored=["unet/*", "vae/*"],
     )

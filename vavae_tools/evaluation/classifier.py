@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from vavae_tools.data.images import DecodedImages, to_unit
 from vavae_tools.runtime.draws import Draws
-from vavae_tools.runtime.files import atomic_write, disk_errors
+from vavae_tools.runtime.files import atomic_write
 from vavae_tools.runtime.precision import in_float32
 
 BATCH_SIZE = 64
@@ -147,6 +147,6 @@ def cached_classifier(
             model.load_state_dict({name: file.get_tensor(name) for name in sorted(file.keys())})
             return model.to(device, memory_format=torch.channels_last).eval()
     model = train_classifier(train, num_classes, seed=seed, device=device, progress=progress)
-    with atomic_write(path) as partial, disk_errors():
+    with atomic_write(path) as partial:
         save_file({n: t.contiguous() for n, t in model.state_dict().items()}, partial, {"key": digest.hexdigest()})
     return model

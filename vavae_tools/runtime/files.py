@@ -11,45 +11,37 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from zipfile import BadZipFile, is_zipfile
+from zipfile import is_zipfile
 
 import torch
 from diffusers import ConfigMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from vavae_tools.runtime.errors import UserError, one_line
 
-_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-
 
 def local_folder(
-    source: str | Path,
-    of: str,
-    name: str,
-    instead: str,
-    patterns: Sequence[str],
-    ignored: Sequence[str] = (),
-    file: str | None = None,
+    source: str | Path, of: str, instead: str, patterns: Sequence[str], ignored: Sequence[str] = (), file: str = ""
 ) -> Path:
     """Return a path as it is, or for "owner/name", where there is no such path, the folder of the hub's repository.
 
     Args:
-        of, name, instead: for messages: whose folder it is, what to name, and what to do without the hub.
+        of, instead: for messages: whose folder it is, and what to do without the hub.
         patterns, ignored: of the files that are fetched, and of those among them that are not.
         file: what a path may be in place of a folder, such as "config.json".
     """
     path = Path(source)
     if path.is_dir() or (file and path.exists()):
         return path
-    is_file = file is not None and path.suffix == Path(file).suffix
-    if path.exists() or is_file or not _REPOSITORY.fullmatch(str(source)):
-        raise UserError(f"No {f'folder or {file}' if file else 'folder'} {source} of {of}: name {name}")
+    is_file = bool(file) and path.suffix == Path(file).suffix
+    if path.exists() or is_file or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        raise UserError(f"No {f'folder or {file}' if file else 'folder'} {source} of {of}: {instead}")
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(
-            snapshot_download(str(source), allow_patterns=list(patterns), ignore_patterns=list(ignored) or None)
-        )
+        return Path(snapshot_download(str(source), allow_patterns=[*patterns], ignore_patterns=[*ignored] or None))
     except Exception as error:  # no network, no such repository, not allowed: of many classes
         reason = one_line(error)
         raise UserError(f"No folder {source}, and the hub does not give a repository ({reason}): {instead}") from None
@@ -62,7 +54,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
+        with disk_errors():
+            yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -86,8 +79,6 @@ def flush_folder(folder: Path) -> None:
 @contextmanager
 def disk_errors() -> Iterator[None]:
     """Turn what safetensors raises where it cannot write (full disk) into the `OSError` it is."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except SafetensorError as error:
@@ -177,9 +168,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -191,21 +179,17 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     return read_safetensors(path) if Path(path).suffix == ".safetensors" else read_checkpoint(path)
 
 
-_UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError)
-"""What `torch.load` raises of damaged files."""
-
-
 def read_saved(path: str | Path) -> Any:
     """Return what `torch.save` wrote, on the CPU, with `weights_only=True`; tensors stay in the file until used."""
     path = Path(path)
     if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        beside = sorted(p.name for p in path.parent.glob("*.ckpt"))
         hint = f"; {path.parent} holds {', '.join(beside)}" if beside else ""
         raise UserError(f"No checkpoint {path}{hint}")
+    zipped = is_zipfile(path)
+    if not zipped and path.open("rb").read(1) != b"\x80":  # a zip, or before PyTorch 1.6 a pickle
+        raise UserError(f"{path} is damaged or no checkpoint: it is neither a zip nor a pickle of torch.save")
     try:
-        zipped = is_zipfile(path)
-        if not zipped and path.open("rb").read(1) != b"\x80":  # a zip, or before PyTorch 1.6 a pickle
-            raise UserError(f"{path} is damaged or no checkpoint: it is neither a zip nor a pickle of torch.save")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         plain = path.with_suffix(".plain.pt")
@@ -214,7 +198,7 @@ def read_saved(path: str | Path) -> Any:
             f"python -c \"import torch; c = torch.load({str(path)!r}, 'cpu', weights_only=False); "
             f"torch.save({{'state_dict': c.get('state_dict', c)}}, {str(plain)!r})\" and name {plain}"
         ) from None
-    except (*_UNREADABLE, BadZipFile) as error:
+    except Exception as error:  # of many classes where a file is damaged
         raise UserError(f"{path} is damaged or no checkpoint ({one_line(error)})") from None
 
 
