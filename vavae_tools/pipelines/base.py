@@ -10,7 +10,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -28,15 +27,15 @@ from vavae_tools.diffusion.solvers import sample, swapped
 from vavae_tools.pipelines.batches import Rows, all_finite, decoded, in_batches, precisions_for
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError, one_line
-from vavae_tools.runtime.files import weights_digest
+from vavae_tools.runtime.files import plain_config, weights_digest
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 Conditioner = TypeVar("Conditioner", bound=ModelMixin)
-Images = Tensor | np.ndarray | list[Image.Image]
 Generators = torch.Generator | list[torch.Generator] | None
 
 FORMER_MODULES = {"text_conditioning": conditioning, "transformer": dit, "text_dit": dit, "ddt": dit}
 """Where older pipelines say that their classes are."""
+AUTOENCODER = "autoencoder", "vavae"  # folder names, now and before
 PLAN = "plan"  # what the first of several processes shares once it has found nothing wrong
 KINDS = {
     "LatentDiTPipeline": "makes images of classes: load it by load_pipeline",
@@ -50,11 +49,11 @@ class DenoiserPipeline(DiffusionPipeline):
     """A denoiser that was trained with the objective in `config.objective`, and a solver that fits it."""
 
     makes = "image"
+    usual_objective: Objective | None = None  # of folders that do not keep it; None: what the scheduler says
 
     @cached_property
     def objective(self) -> Objective | None:
-        """None: what its scheduler says, in folders that do not keep it."""
-        return objective_of(self.config.objective) if self.config.objective else None
+        return objective_of(self.config.objective) if self.config.objective else self.usual_objective
 
     def noise(self, seed: int, indices: Tensor) -> Tensor:
         """Return the noise of image number i of a seed: the same in any batch, on any number of devices."""
@@ -76,9 +75,8 @@ class ImagePipeline(DenoiserPipeline):
 
     def facts(self) -> dict[str, Any]:
         """Return what images follow from besides the arguments of `make`: the models' digest, and the solver."""
-        solver = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
-        model = digest_of(self.denoiser, self.conditioner, self.vae)
-        return {"model": model, "solver": {"name": type(self.scheduler).__name__, **solver}}
+        solver = {"name": type(self.scheduler).__name__, **plain_config(self.scheduler)}
+        return {"model": digest_of(self.denoiser, self.conditioner, self.vae), "solver": solver}
 
     def _sampled(self, noise: Tensor, told: Callable, precision: str, labels: Tensor | None, **by: Any) -> Tensor:
         """Return images uint8 (B, C, H, W) from noise (B, C, h, w), where the models are.
@@ -93,44 +91,40 @@ class ImagePipeline(DenoiserPipeline):
         latents = all_finite(self, len(noise), precision, denoise, "latents")
         return to_pixels(decoded(self, latents, precision, labels))
 
-    def _images(
-        self,
-        count: int,
-        make: Callable[[slice, Tensor], Tensor],
-        latents: Tensor | None,
-        generator: Generators,
-        batch_size: int | None,
-        output_type: str,
-        return_dict: bool,
-    ) -> ImagePipelineOutput | tuple[Images]:
-        """Return `count` images as a pipeline's call does, by `make`: rows and their noise (b, C, h, w) → images."""
-        if output_type not in ("pil", "pt", "np"):
-            raise UserError(f"No output_type {output_type!r}; there are pil, pt, np")
-        shape, device = (count, *self.denoiser.latent_shape), self._execution_device
+    def _noise(self, count: int, latents: Tensor | None, generator: Generators) -> Tensor:
+        """Return what `count` images begin with, (N, C, h, w): these latents, or drawn ones."""
+        shape = count, *self.denoiser.latent_shape
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise UserError(f"latents are {tuple(latents.shape)}, expected {shape}")
+        return latents
+
+    def _images(
+        self, noise: Tensor, make: Callable[[slice, Tensor], Tensor], batch_size: int | None, output_type: str
+    ) -> ImagePipelineOutput:
+        """Return images as a pipeline's call does, by `make`: rows and their noise (b, C, h, w) → images."""
+        if output_type not in ("pil", "pt", "np"):
+            raise UserError(f"No output_type {output_type!r}; there are pil, pt, np")
 
         def part(rows: slice) -> Tensor:
-            return make(rows, latents[rows].to(device)).cpu()
+            return make(rows, noise[rows].to(self._execution_device)).cpu()
 
-        with self.progress_bar(total=count) as bar:
-            images = torch.cat(in_batches(self, count, part, batch_size, bar.update))  # uint8 (N, C, H, W)
+        with self.progress_bar(total=len(noise)) as bar:
+            images = torch.cat(in_batches(self, len(noise), part, batch_size, bar.update))  # uint8 (N, C, H, W)
         self.maybe_free_model_hooks()  # of `enable_model_cpu_offload`
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
         if output_type == "pil":  # grey ones in mode L
             images = [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in images]
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=images)
 
 
 def digest_of(*models: ModelMixin) -> str:
     """Return a hash of models' weights and configurations."""
     digest = hashlib.sha256()
     for model in models:
-        config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-        digest.update(json.dumps([weights_digest(model), config], sort_keys=True, default=str).encode())
+        digest.update(json.dumps([weights_digest(model), plain_config(model)], sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
@@ -142,10 +136,9 @@ def is_folder_of_pipeline(path: Path) -> bool:
 
 def kind_of(path: str | Path) -> str:
     """Return the pipeline's class, of `KINDS`, of a folder or a checkpoint of training; "" of another folder."""
-    path = Path(path)
-    if is_folder_of_pipeline(path):
-        return str(_read_index(path).get("_class_name", ""))
-    return _kind_trained(_read_checkpoint(path)["hyper_parameters"])
+    if is_folder_of_pipeline(Path(path)):
+        return str(_read_index(Path(path)).get("_class_name", ""))
+    return _kind_trained(_read_checkpoint(Path(path))["hyper_parameters"])
 
 
 def _kind_trained(settings: dict[str, Any]) -> str:
@@ -177,8 +170,8 @@ def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -
     if not ema:
         raise UserError(f"{path} holds the averaged weights alone: name a .ckpt of the training for the live ones")
     sys.modules.update({f"vavae_tools.diffusion.{name}": module for name, module in FORMER_MODULES.items()})
-    for part in index.values():  # diffusers finds our classes in modules that are imported already
-        home = str(part[0]) if isinstance(part, list) and part else ""
+    homes = [str(part[0]) for part in index.values() if isinstance(part, list) and part]
+    for home in homes:  # diffusers finds our classes in modules that are imported already
         if home.startswith("vavae_tools.autoencoders."):
             with suppress(ImportError):
                 import_module(home)
@@ -224,12 +217,7 @@ def read_training(
 
 def folder_beside(path: Path, *names: str) -> Path:
     """Return the first folder of these names in a pipeline, or beside a checkpoint or the checkpoints' folder."""
-    for home in (path, *path.absolute().parents[:2]):
-        for name in names:
-            if (home / name).is_dir():
-                return home / name
+    for folder in (home / name for home in (path, *path.absolute().parents[:2]) for name in names):
+        if folder.is_dir():
+            return folder
     raise UserError(f"No {names[0]}/ in or beside {path}: copy it from the folder of its training")
-
-
-def autoencoder_beside(checkpoint: Path) -> Path:
-    return folder_beside(checkpoint, "autoencoder", "vavae")  # as it was called before

@@ -1,7 +1,6 @@
 """How a batch is made: as many at once as the memory takes, in half precision where the device has it.
 
-Half precision is by autocast, so that norms, softmax, the solver's state and guidance stay float32. Images are decoded
-in fp16 on any card: it has 10 bits, of which bf16 has 7 and an image needs 8.
+Half precision is by autocast, so that norms, softmax, the solver's state and guidance stay float32.
 """
 
 import math
@@ -75,15 +74,13 @@ def move_to_device(pipe: Pipeline, device: str | torch.device) -> Pipeline:
 
 def default_batch_size(pipe: DiffusionPipeline) -> int:
     """Return as many as have room in what is free: a power of two, up to 256 on a GPU and 64 on a CPU."""
-    device = pipe._execution_device
     if _is_sharded(pipe):  # its processes have to call it equally often
         return 16
-    if device.type == "cuda":
+    memory, most = 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 64
+    if pipe._execution_device.type == "cuda":
         release_memory()  # what this process keeps without need is free as well
-        memory, most = 0.8 * torch.cuda.mem_get_info(device)[0], 256
-    else:
-        memory, most = 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 64
-    return min(most, 1 << max(0, int(memory // bytes_of_one(pipe)).bit_length() - 1))
+        memory, most = 0.8 * torch.cuda.mem_get_info(pipe._execution_device)[0], 256
+    return min(most, 1 << max(0, int(memory // _bytes_of_one(pipe)).bit_length() - 1))
 
 
 def _is_sharded(pipe: DiffusionPipeline) -> bool:
@@ -91,23 +88,22 @@ def _is_sharded(pipe: DiffusionPipeline) -> bool:
     return any(isinstance(weight, DTensor) for weight in pipe.denoiser.parameters())
 
 
-def bytes_of_one(pipe: DiffusionPipeline) -> int:
+def _bytes_of_one(pipe: DiffusionPipeline) -> int:
     """Return the memory that one image, or text, takes in the denoiser or the decoder, whichever needs more.
 
     By a simulated allocator, within 15 %: a decoder of convolutions holds 7.5 arrays of its last level, which gets the
     channels of the one below, for every pixel; a transformer 20 numbers of its width for every token, and guidance
     makes two of one. Autocast has more arrays of half the size.
     """
-    denoiser, vae = pipe.denoiser, getattr(pipe, "vae", None)
-    width = np.max(denoiser.config.hidden_size)
+    denoiser, vae, numbers = pipe.denoiser, getattr(pipe, "vae", None)
+    width = np.max(denoiser.config.hidden_size)  # of a DDT's two
     of_denoiser = 2 * 20 * denoiser.rows * denoiser.columns * width * denoiser.dtype.itemsize
     if vae is None:
         return int(of_denoiser)
-    pixels = math.prod(pipe.image_size)
     if "block_out_channels" in vae.config:
-        numbers = 7.5 * np.mean(vae.config.block_out_channels[:2]) * pixels
+        numbers = 7.5 * np.mean(vae.config.block_out_channels[:2]) * math.prod(pipe.image_size)
     else:
-        numbers = 20 * pixels / vae.downsampling**2 * vae.config.decoder_hidden_size
+        numbers = 20 * math.prod(pipe.image_size) / vae.downsampling**2 * vae.config.decoder_hidden_size
     return int(max(of_denoiser, numbers * vae.dtype.itemsize))
 
 
@@ -119,9 +115,8 @@ def precisions_for(pipe: DiffusionPipeline, name: str | None = None) -> list[str
         return [of_weights]
     first = precision_on(machine, name)
     if first == "32" and of_weights:
-        raise UserError(
-            f"precision 32, but the weights are {PRECISIONS[of_weights]}: take pipe.to(torch.float32) first"
-        )
+        weights = f"the weights are {PRECISIONS[of_weights]}"
+        raise UserError(f"precision 32, but {weights}: take pipe.to(torch.float32) first")
     slow = {"cpu": "16", "t4": "bf16"}.get(machine.kind)
     return [first] if name else [first, *(other for other in PRECISIONS if other not in (first, slow))]
 

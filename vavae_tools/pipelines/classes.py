@@ -1,8 +1,6 @@
 """Images of classes as one object: a diffusers pipeline of autoencoder, denoiser, conditioner and solver."""
 
 from collections.abc import Iterable
-from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,11 @@ from torch import Tensor
 
 from vavae_tools.autoencoders.weights import load_autoencoder
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.objectives import Objective, objective_of
+from vavae_tools.diffusion.objectives import FlowMatching, objective_of
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines import base
 from vavae_tools.pipelines.batches import Rows
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, join_first
 
 Guide = tuple[ModelMixin, ClassConditioner]  # a weaker denoiser of the same latents and classes, for autoguidance
 
@@ -33,6 +31,7 @@ class LatentDiTPipeline(base.ImagePipeline):
     """
 
     model_cpu_offload_seq = "conditioner->denoiser->vae"
+    usual_objective = FlowMatching()
 
     def __init__(
         self,
@@ -47,10 +46,6 @@ class LatentDiTPipeline(base.ImagePipeline):
         self.register_modules(vae=vae, denoiser=denoiser, conditioner=conditioner, scheduler=scheduler)
         self.register_to_config(people=people, objective=objective)
 
-    @cached_property
-    def objective(self) -> Objective:
-        return objective_of(self.config.objective or {})
-
     @property
     def people(self) -> dict[str, int]:
         """Folder name → label; `ID_k` → k − 1 where no names were kept."""
@@ -59,19 +54,17 @@ class LatentDiTPipeline(base.ImagePipeline):
 
     def labels_of(self, wanted: Iterable[int | str]) -> list[int]:
         """Return labels, or people's names, as labels; `UserError` where there is no such."""
-        people, labels = self.people, []
+        people, labels, most = self.people, [], self.conditioner.num_classes - 1
         for item in wanted:
             by_name = isinstance(item, str) and not item.removeprefix("-").isdecimal()
             if by_name and item not in people:
-                raise UserError(f"Nobody called {item!r}; there are {_some(people)}")
+                raise UserError(f"Nobody called {item!r}; there are {join_first(people, 12)}")
             labels.append(people[item] if by_name else int(item))
-        for label in labels:
-            if not 0 <= label < self.conditioner.num_classes:
-                most = self.conditioner.num_classes - 1
-                raise UserError(f"Label {label} does not exist: labels go from 0 to {most}")
+            if not 0 <= labels[-1] <= most:
+                raise UserError(f"Label {labels[-1]} does not exist: labels go from 0 to {most}")
         nameless = set(labels) - set(people.values())
         if nameless:  # rows of the conditioner that no person was trained with
-            known = _some(f"{label} ({name})" for name, label in people.items())
+            known = join_first((f"{label} ({name})" for name, label in people.items()), 12)
             raise UserError(f"Label {min(nameless)} is nobody's; there are {known}")
         return labels
 
@@ -86,9 +79,8 @@ class LatentDiTPipeline(base.ImagePipeline):
         latents: Tensor | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
-        return_dict: bool = True,
         **sampling: Any,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput:
         """Make one image for each label, or person's name.
 
         Args:
@@ -105,7 +97,7 @@ class LatentDiTPipeline(base.ImagePipeline):
         def make(rows: slice, noise: Tensor) -> Tensor:
             return self.make(torch.tensor(labels[rows], device=noise.device), noise, **sampling)
 
-        return self._images(len(labels), make, latents, generator, batch_size, output_type, return_dict)
+        return self._images(self._noise(len(labels), latents, generator), make, batch_size, output_type)
 
     @torch.no_grad()
     def make(
@@ -141,12 +133,6 @@ class LatentDiTPipeline(base.ImagePipeline):
         return self._sampled(noise, told, precision, labels, guidance_channels=guidance_channels, **by)
 
 
-def _some(names: Iterable[str]) -> str:
-    names = iter(names)
-    first = list(islice(names, 12))
-    return ", ".join(first) + (" …" if next(names, None) is not None else "")
-
-
 # ---- from files
 def load_pipeline(path: str | Path, ema: bool = True, autoencoder_dir: str | Path | None = None) -> LatentDiTPipeline:
     """Load a pipeline from its folder, or from a checkpoint of DiT training.
@@ -157,7 +143,9 @@ def load_pipeline(path: str | Path, ema: bool = True, autoencoder_dir: str | Pat
     """
     pipe = _read(Path(path), ema)
     if pipe.vae is None:
-        pipe.register_modules(vae=load_autoencoder(autoencoder_dir or base.autoencoder_beside(Path(path))).eval())
+        pipe.register_modules(
+            vae=load_autoencoder(autoencoder_dir or base.folder_beside(Path(path), *base.AUTOENCODER)).eval()
+        )
     return pipe
 
 
@@ -188,7 +176,7 @@ def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> G
         ("a denoiser of", *(f"{of.objective.prediction} ({of.objective.path})" for of in (weak, pipe))),
     ):
         if found is not None and expected is not None and found != expected:
-            shown, wanted = map(_some, (found, expected)) if what == "people" else (found, expected)
+            shown, wanted = (join_first(x, 12) if what == "people" else x for x in (found, expected))
             must = "it must be of the same data and objective"
             raise UserError(f"The guide {path} has {what} {shown}, the model {wanted}: {must}")
     return weak.denoiser.to(pipe._execution_device), weak.conditioner.to(pipe._execution_device)

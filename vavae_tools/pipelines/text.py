@@ -72,9 +72,8 @@ class TextToImagePipeline(base.ImagePipeline):
         latents: Tensor | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
-        return_dict: bool = True,
         precision: str | None = None,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> ImagePipelineOutput:
         """Make one image for each prompt.
 
         Args:
@@ -101,7 +100,7 @@ class TextToImagePipeline(base.ImagePipeline):
             of_rows = negative and negative[rows], num_inference_steps, guidance_scale, generators and generators[rows]
             return self.make(states[rows], noise, *of_rows, precision)
 
-        return self._images(len(prompts), make, latents, generator, batch_size, output_type, return_dict)
+        return self._images(self._noise(len(prompts), latents, generator), make, batch_size, output_type)
 
     @torch.no_grad()
     def make(
@@ -165,7 +164,7 @@ def load_text_pipeline(
             pipe.swap_solver(scheduler)
         return pipe
     denoiser, conditioner, settings = base.read_training(TextToImagePipeline, path, ema, TextConditioner)
-    vae = load_autoencoder(autoencoder_dir or base.autoencoder_beside(path))
+    vae = load_autoencoder(autoencoder_dir or base.folder_beside(path, *base.AUTOENCODER))
     encoder = load_text_encoder(text_encoder_dir or base.folder_beside(path, "text_encoder"))
     if encoder.dim != conditioner.config.text_dim:
         trained = f"{path} was trained with {conditioner.config.text_dim}: name that of its training (text_encoder_dir)"
