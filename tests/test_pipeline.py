@@ -40,9 +40,6 @@ def test_images_as_tensors_and_as_images(pipe):
     assert [np.asarray(one).tolist() for one in pillow] == made.permute(0, 2, 3, 1).tolist() == arrays.tolist()
     with pytest.raises(UserError, match="No output_type 'latent'; there are pil, pt, np"):
         images(pipe, output_type="latent")
-    generator = torch.Generator().manual_seed(0)
-    (as_tuple,) = pipe([0, 1, 2], generator=generator, output_type="pt", return_dict=False, **QUICK)
-    assert torch.equal(as_tuple, made)
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 5)]  # one for each image
     first, other, again = pipe([1, 1, 1], generator=generators, output_type="pt", **QUICK).images
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -213,7 +210,7 @@ def test_rows_that_nobody_was_trained_with_make_no_images():
     with pytest.raises(UserError, match=r"Label 999 is nobody's; there are 0 \(anna\), 7 \(ben\)"):
         named.labels_of([0, 999])
     assert LatentDiTPipeline(*parts).labels_of([999, "ID_3"]) == [999, 2]
-    with pytest.raises(UserError, match=r"Nobody called 'x'; there are ID_1, .*, ID_12 …$"):
+    with pytest.raises(UserError, match=r"Nobody called 'x'; there are ID_1, .*, ID_12 and 988 more$"):
         LatentDiTPipeline(*parts).labels_of(["x"])
 
 

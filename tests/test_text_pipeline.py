@@ -115,7 +115,6 @@ def test_latents_and_generators(pipe):
     made = pipe("green", **QUICK).images
     latents = pipe.noise(0, torch.arange(1))
     assert same(pipe("green", latents=latents, **{**QUICK, "seed": None}).images, made)
-    assert same(pipe("green", return_dict=False, **QUICK)[0], made)
     generators = [torch.Generator().manual_seed(i) for i in (5, 6)]
     both = pipe(["green", "green"], generator=generators, **{**QUICK, "seed": None}).images
     alone = pipe("green", generator=[torch.Generator().manual_seed(6)], **{**QUICK, "seed": None}).images

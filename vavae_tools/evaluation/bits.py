@@ -66,6 +66,7 @@ class BitsPerToken:
         return f"{self.bits:.3f}" + (f" ± {self.error:.3f}" if self.error is not None else "")
 
 
+@torch.no_grad()
 def bits_per_token(
     pipe: TokenImagePipeline, data: TokenImageDataset, count: int = 64, times: int = 16, seed: int = 0
 ) -> BitsPerToken:
@@ -84,7 +85,7 @@ def bits_per_token(
     code, end, parts, lengths = data.code, _ratio_without_open_bits(data, seed), [], []
     for chosen in chosen_images(data, count, seed):
         draws, shape = Draws(seed, 0, chosen.index), chosen.clean.shape[1:]
-        _, known, clean, kept = pipe.placed(chosen.clean, chosen.mask, chosen.known, chosen.clean)
+        ask, _, clean = pipe.asked_of(chosen.mask, chosen.known, chosen.clean)
         pixels = code.spread_to_pixels(chosen.counted.float(), data.img_size)[:, None]  # (B, 1, H, W)
         start, integral = draws.uniform("place"), torch.zeros(len(chosen.index), dtype=torch.float64)
         for step in range(times):
@@ -92,7 +93,8 @@ def bits_per_token(
             signal, noise = expand_time(r, chosen.clean), draws.normal(f"bits {step}", *shape)
             t = pipe.objective.time_at(r)
             x = (signal * chosen.clean + noise) / (1 + signal) * sum(pipe.objective.shares(expand_time(t, noise)))
-            predicted = pipe.predict(x.to(clean.device), t.to(clean.device), known, clean, kept).cpu().clamp(-1, 1)
+            x, t = x.to(clean.device), t.to(clean.device)
+            predicted = pipe.objective.clean(ask(x, t).float(), x, t).cpu().clamp(-1, 1)
             squared = ((predicted - chosen.clean).square() * pixels).sum((1, 2, 3)).double()
             integral += (end / times) * r * squared
         cells = code.cells_of(end * chosen.clean + draws.normal("bits at the end", *shape))

@@ -24,7 +24,7 @@ from vavae_tools.diffusion import conditioning, dit
 from vavae_tools.diffusion.lora import merged_weights
 from vavae_tools.diffusion.objectives import Objective, objective_of
 from vavae_tools.diffusion.solvers import sample, swapped
-from vavae_tools.pipelines.batches import Rows, all_finite, decoded, in_batches, precisions_for
+from vavae_tools.pipelines.batches import all_finite, decoded, in_batches, precisions_for
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError, one_line
 from vavae_tools.runtime.files import plain_config, weights_digest
@@ -85,7 +85,7 @@ class ImagePipeline(DenoiserPipeline):
         """
         precision = precisions_for(self, precision)[0]
 
-        def denoise(rows: Rows) -> Tensor:
+        def denoise(rows: Tensor) -> Tensor:
             return sample(self.denoiser, self.scheduler, noise[rows], objective=self.objective, **told(rows), **by)
 
         latents = all_finite(self, len(noise), precision, denoise, "latents")

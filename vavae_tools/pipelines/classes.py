@@ -15,7 +15,6 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.objectives import FlowMatching, objective_of
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines import base
-from vavae_tools.pipelines.batches import Rows
 from vavae_tools.runtime.errors import UserError, join_first
 
 Guide = tuple[ModelMixin, ClassConditioner]  # a weaker denoiser of the same latents and classes, for autoguidance
@@ -121,7 +120,7 @@ class LatentDiTPipeline(base.ImagePipeline):
             precision: "32", "16" or "bf16"; None: the machine's own, or that of half weights.
         """
 
-        def told(rows: Rows) -> dict[str, Any]:
+        def told(rows: Tensor) -> dict[str, Any]:
             conditioning = self.conditioner(labels[rows])
             if guide:
                 return {"conditioning": conditioning, "guide": guide[0], "guide_conditioning": guide[1](labels[rows])}

@@ -9,7 +9,7 @@ import shutil
 import sys
 import textwrap
 import zipfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,18 +42,10 @@ class SampleFiles:
     def __init__(self, output_dir: Path, count: int, shown: dict[str, str]) -> None:
         self.output_dir, self.count, self.shown = output_dir, count, shown
 
-    def found(self) -> list[Path]:
-        """Return the files of such sets."""
-        paths = (path for glob in self.globs for path in self.output_dir.glob(glob))
-        return [path for path in paths if self.ours.fullmatch(path.name)]
-
-    def remove(self) -> None:
-        """Remove the files of such sets, and folders that are empty then; nothing else."""
-        for path in self.found():
-            path.unlink()
-            if path.parent != self.output_dir:
-                with suppress(OSError):  # something else is in it
-                    path.parent.rmdir()
+    @classmethod
+    def found(cls, folder: Path) -> list[Path]:
+        """Return the files of such sets in a folder."""
+        return [path for glob in cls.globs for path in folder.glob(glob) if cls.ours.fullmatch(path.name)]
 
     def clear_up(self) -> None:
         """Remove what a killed run left unfinished."""
@@ -194,7 +186,6 @@ _OPTIONS = {  # settings as the command calls them; the others have the same nam
 
 def begin(
     files: SampleFiles,
-    formats: Collection[SampleFiles],
     settings: dict[str, Any],
     precisions: Sequence[str],
     batch_size: int | None,
@@ -204,7 +195,6 @@ def begin(
     """Compare with what is there, remove what is replaced, and write down what will be made.
 
     Args:
-        formats: files of all formats that the folder may hold.
         precisions: the settings' own, and those that would do as well (`precisions_for`).
         batch_size: None takes the one of before, in a new folder the usual one.
 
@@ -212,9 +202,11 @@ def begin(
         The batch size and the precision to make the samples in.
     """
     folder, record, foreign, of_order = files.output_dir, _read(files.output_dir), [], []
+    own, formats = type(files), (PngFolder, NpzFile) if files.family == "folders" else (type(files),)
+    old = [path for kind in formats for path in kind.found(folder)]
     if record and _family(record) != files.family:
         raise UserError(f"{folder} holds samples of another kind of pipeline ({RECORD}): name another --output_dir")
-    if not any(of.found() for of in formats):
+    if not old:
         record = {}  # of samples that are gone, or were never made
     elif record:
         there, shown = {"precision": "32", **record["settings"]}, record.get(files.family, {})  # 32: the only one once
@@ -222,15 +214,18 @@ def begin(
         other = [name for name, now in files.shown.items() if shown.get(name, now) != now][:1]
         foreign = _differences(there, settings)
         foreign += [f"{files.family[:-1]} of {change}" for change in _changes(shown, files.shown, other)]
-        if files.order and "npz" in record and files.found():
+        if files.order and "npz" in record and own.found(folder):
             of_order = _changes(record["npz"], files.order, ("seed", "labels"))
     else:
         foreign = [f"{RECORD}, which says how they were made, is missing or damaged"]
     if (foreign or of_order) and not overwrite:
         found = f"{folder} holds {files.unit}s of other settings ({'; '.join(foreign + of_order)})"
         raise UserError(f"{found}: name another --output_dir, or replace them by --overwrite")
-    for each in formats if foreign else [files] if of_order else []:
-        each.remove()
+    for path in old if foreign else own.found(folder) if of_order else []:
+        path.unlink()
+        if path.parent != folder:
+            with suppress(OSError):  # something else is in it
+                path.parent.rmdir()
     if foreign:
         record = {}
     shown, order = {**record.get(files.family, {}), **files.shown}, files.order or record.get("npz")
@@ -273,10 +268,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
 
 
 def _changes(there: dict[str, Any], here: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """
-    >>> _changes({"seed": 0, "labels": "1"}, {"seed": 3, "labels": "1"}, ["seed", "labels"])
-    ['seed 0 there, 3 here']
-    """
+    """Return in what two records differ, as ["seed 0 there, 3 here"]."""
     return [
         f"{_OPTIONS.get(name, name)} {_short(there.get(name))} there, {_short(here.get(name))} here"
         for name in names

@@ -17,7 +17,6 @@ from vavae_tools.diffusion.conditioning import TextConditioner
 from vavae_tools.diffusion.objectives import objective_of
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines import base
-from vavae_tools.pipelines.batches import Rows
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 
@@ -50,11 +49,8 @@ class TextToImagePipeline(base.ImagePipeline):
 
     def encode(self, prompts: Sequence[str]) -> TextStates:
         """Return the states of prompts, each different one computed once."""
-        different = list(dict.fromkeys(prompts))
-        states = TextEncoder(self.text_encoder, self.tokenizer).encode(different).to(self._execution_device)
-        if len(different) == len(prompts):
-            return states
-        place = {prompt: i for i, prompt in enumerate(different)}
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        states = TextEncoder(self.text_encoder, self.tokenizer).encode(list(place)).to(self._execution_device)
         return states[torch.tensor([place[prompt] for prompt in prompts], device=states.pooled.device)]
 
     def facts(self) -> dict[str, Any]:
@@ -121,14 +117,13 @@ class TextToImagePipeline(base.ImagePipeline):
             generators: of the noise that DDPM adds on the way, one for each image; by default it follows from `noise`.
         """
 
-        def told(rows: Rows) -> dict[str, Any]:
-            of_rows = range(len(states))[rows] if isinstance(rows, slice) else rows.tolist()
+        def told(rows: Tensor) -> dict[str, Any]:
             conditions = {"conditioning": self.conditioner(states[rows])}
             if guidance_scale != 1:
-                null = self.conditioner.null(len(of_rows)) if negative is None else self.conditioner(negative[rows])
+                null = self.conditioner.null(len(rows)) if negative is None else self.conditioner(negative[rows])
                 conditions["null"] = null
-            if generators:
-                conditions["generators"] = [generators[row].clone_state() for row in of_rows]  # asked again, maybe
+            if generators:  # which are asked again, maybe
+                conditions["generators"] = [generators[row].clone_state() for row in rows.tolist()]
             return conditions
 
         by = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from numbers import Integral
@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vavae_tools.data.tokens.code import TextTokens, TokenCode, load_tokenizer
 from vavae_tools.data.tokens.text_files import Chat
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.layers import TokenSubset, select_tokens
-from vavae_tools.diffusion.objectives import Objective, SamplePrediction, objective_of, with_known
+from vavae_tools.diffusion.objectives import SamplePrediction, with_known
 from vavae_tools.diffusion.solvers import make_solver, sample, time_grid
 from vavae_tools.pipelines import base
-from vavae_tools.pipelines.batches import Rows, all_finite, in_batches, precisions_for
+from vavae_tools.pipelines.batches import all_finite, in_batches, precisions_for
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import plain_config
 
 MIN_SIMILAR_CHATS = 100  # chats whose prompts are nearest in length say how long an answer is
 Prompt = str | Chat | list[int]  # a text, messages, or the token numbers of either
@@ -57,6 +59,7 @@ class TokenImagePipeline(base.DenoiserPipeline):
 
     model_cpu_offload_seq = "conditioner->denoiser"
     makes = "text"
+    usual_objective = SamplePrediction()
 
     def __init__(
         self,
@@ -75,14 +78,9 @@ class TokenImagePipeline(base.DenoiserPipeline):
         if code is None or lengths is None or len(lengths) < 2:
             raise UserError("A TokenImagePipeline needs the code that draws tokens, and the lengths of texts")
         self.register_modules(denoiser=denoiser, conditioner=conditioner, tokenizer=tokenizer)
-        settings = {"time_shift": time_shift, "objective": objective, "use_chat_template": use_chat_template}
-        self.register_to_config(
-            code=code, lengths=list(lengths), answer_lengths=answer_lengths, solver=solver, **settings
-        )
-
-    @cached_property
-    def objective(self) -> Objective:
-        return objective_of(self.config.objective) if self.config.objective else SamplePrediction()
+        of_lengths = {"lengths": list(lengths), "answer_lengths": answer_lengths}
+        settings = {"time_shift": time_shift, "objective": objective, "solver": solver, **of_lengths}
+        self.register_to_config(code=code, use_chat_template=use_chat_template, **settings)
 
     def swap_solver(self, name: str) -> None:
         make_solver(name, self.objective)  # which is there, or says what is
@@ -106,13 +104,12 @@ class TokenImagePipeline(base.DenoiserPipeline):
 
     @property
     def _cells(self) -> int:
-        """How many cells a text may have: as many as in training."""
-        return len(self.config.lengths) - 1
+        return len(self.config.lengths) - 1  # that a text may have: as many as in training
 
     def facts(self) -> dict[str, Any]:
         """Return what texts follow from besides the arguments of the call."""
         others = ("denoiser", "conditioner", "tokenizer", "objective", "solver")
-        config = {k: v for k, v in self.config.items() if not k.startswith("_") and k not in others}
+        config = {name: value for name, value in plain_config(self).items() if name not in others}
         words = [self.tokenizer.get_vocab(), self.tokenizer.chat_template]
         model = json.dumps([base.digest_of(self.denoiser, self.conditioner), config, words], sort_keys=True)
         solver = {"solver": {"name": self.config.solver}} if self.config.solver else {}
@@ -221,31 +218,20 @@ class TokenImagePipeline(base.DenoiserPipeline):
 
     # ---- denoising
     def _write(
-        self,
-        starts: list[list[int]],
-        new: list[int],
-        seed: int,
-        numbers: Tensor,
-        steps: int,
-        eta: float,
-        precision: str,
+        self, starts: list[list[int]], new: list[int], seed: int, index: Tensor, steps: int, eta: float, precision: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return images, their mask and what is known of them, on the CPU: see `TokenImageOutput`."""
-        known = torch.tensor([len(start) for start in starts])[:, None]
+        known, place = torch.tensor(list(map(len, starts)))[:, None], torch.arange(self._cells)
         lengths = known + torch.tensor(new)[:, None]
-        place = torch.arange(int(lengths.max()))
-        tokens = torch.zeros(len(starts), len(place), dtype=torch.int64)
-        for row, start in zip(tokens, starts, strict=True):
-            row[: len(start)] = torch.tensor(start, dtype=torch.int64)
-        clean = self.code.draw(tokens, place < known, self.img_size)
+        tokens = pad_sequence([torch.tensor(start, dtype=torch.int64) for start in starts], batch_first=True)
+        clean = self.code.draw(tokens, (place < known)[:, : tokens.shape[1]], self.img_size)
         mask, given = (self.code.spread_to_pixels((place < until).float(), self.img_size) for until in (lengths, known))
-        numbers = numbers.to(self._execution_device)
+        index = index.to(self._execution_device)
 
-        def denoise(rows: Rows) -> Tensor:
-            here = rows if isinstance(rows, slice) else rows.cpu()
-            draws = Draws(seed, 1, numbers[rows])
+        def denoise(rows: Tensor) -> Tensor:
+            draws = Draws(seed, 1, index[rows])
             noise = (draws.normal(f"noise {step}", *clean.shape[1:]) for step in range(steps))
-            told = mask[here], given[here], clean[here]
+            told = (values[rows.cpu()] for values in (mask, given, clean))
             if self.config.solver:
                 return self._solve(next(noise), *told, steps)
             return self.denoise(next(noise), *told, time_grid(steps, 1 / self.config.time_shift), eta, noise)
@@ -272,11 +258,11 @@ class TokenImagePipeline(base.DenoiserPipeline):
             times: (steps + 1,), from the time of x to 1; `solvers.time_grid`.
             eta, noise: see `__call__`; fresh noise for each step but the last, needed where eta is above 0.
         """
-        x, known, clean, kept = self.placed(x, mask, known, clean)
-        predicted = x
+        ask, known, clean = self.asked_of(mask, known, clean)
+        x = predicted = x.to(clean.device)
         for t, later in pairwise(times.tolist()):
             at = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-            predicted = self.predict(x, at, known, clean, kept)
+            predicted = self.objective.clean(ask(x, at).float(), x, at)
             if later < 1:
                 (alpha, sigma), (alpha_later, sigma_later) = self.shares(t), self.shares(later)
                 kept_noise, fresh = (x - alpha * predicted) / sigma, next(noise) if eta else 0.0
@@ -285,31 +271,21 @@ class TokenImagePipeline(base.DenoiserPipeline):
 
     def _solve(self, x: Tensor, mask: Tensor, known: Tensor, clean: Tensor, steps: int) -> Tensor:
         """Return what `denoise` does, by the pipeline's solver."""
-        x, known, clean, kept = self.placed(x, mask, known, clean)
+        ask, known, clean = self.asked_of(mask, known, clean)
         solver = make_solver(self.config.solver, self.objective, self.config.time_shift)
-
-        def ask(x: Tensor, t: Tensor, _: Tensor) -> Tensor:
-            return self._ask(x, t, known, clean, kept)
-
         made = sample(ask, solver, x, x, None, steps, objective=self.objective)
         return torch.where(known[:, None] > 0, clean, made)
 
-    def _ask(self, x: Tensor, t: Tensor, known: Tensor, clean: Tensor, kept: TokenSubset) -> Tensor:
-        conditioning = self.conditioner(torch.zeros(len(x), dtype=torch.int64, device=x.device))
-        return self.denoiser(with_known(x, clean, known), t, conditioning, kept)[:, : x.shape[1]]
+    def asked_of(self, mask: Tensor, known: Tensor, clean: Tensor) -> tuple[Callable[..., Tensor], Tensor, Tensor]:
+        """Return (x, t) → what the denoiser says of a mask's cells, and `known` and `clean` where it computes."""
+        parts = known, clean, *select_tokens(mask, self.code.cell_size)
+        known, clean, *kept = (values.to(self._execution_device) for values in parts)
 
-    def placed(
-        self, x: Tensor, mask: Tensor, known: Tensor, clean: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, TokenSubset]:
-        """Return x, known, clean and the cells of the mask where the pipeline computes."""
-        kept = select_tokens(mask, self.code.cell_size)
-        x, known, clean, *kept = (values.to(self._execution_device) for values in (x, known, clean, *kept))
-        return x, known, clean, TokenSubset(*kept)
+        def ask(x: Tensor, t: Tensor, _: Tensor | None = None) -> Tensor:
+            conditioning = self.conditioner(torch.zeros(len(x), dtype=torch.int64, device=x.device))
+            return self.denoiser(with_known(x, clean, known), t, conditioning, TokenSubset(*kept))[:, : x.shape[1]]
 
-    @torch.no_grad()
-    def predict(self, x: Tensor, t: Tensor, known: Tensor, clean: Tensor, kept: TokenSubset) -> Tensor:
-        """Return the clean image that the denoiser tells from a noisy one at times t (B,); others are of `placed`."""
-        return self.objective.clean(self._ask(x, t, known, clean, kept).float(), x, t)
+        return ask, known, clean
 
 
 # ---- what is asked
@@ -356,10 +332,9 @@ def load_token_pipeline(path: str | Path, ema: bool = True) -> TokenImagePipelin
         options = {"tokenizer": load_tokenizer(base.folder_beside(path, "tokenizer"))} if own else {}
         pipe = base.read_pipeline(TokenImagePipeline, path, ema, local_files_only=True, **options)
     else:
-        denoiser, conditioner, settings = base.read_training(TokenImagePipeline, path, ema, ClassConditioner)
+        *models, settings = base.read_training(TokenImagePipeline, path, ema, ClassConditioner)
         tokenizer = load_tokenizer(base.folder_beside(path, "tokenizer"))
-        of_pipeline = {**settings["token_images"], "objective": settings.get("objective")}
-        pipe = TokenImagePipeline(denoiser, conditioner, tokenizer, **of_pipeline)
+        pipe = TokenImagePipeline(*models, tokenizer, **settings["token_images"], objective=settings.get("objective"))
     tokens, known = len(pipe.text_tokens), pipe.code.num_tokens
     if tokens != known:
         found = f"The tokenizer of {path} has {tokens:,} tokens, the model {known:,}"

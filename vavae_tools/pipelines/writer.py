@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -79,18 +79,18 @@ def write_samples(
         numbers.append(counts[label])
         counts[label] += 1
     paths = [f"{folders[label]}/seed{seed}_{n:05d}.png" for label, n in zip(labels, numbers, strict=True)]
-    formats = {
-        "png": PngFolder(output_dir, paths, {str(label): folders[label] for label in sorted(set(labels))}),
-        "npz": NpzFile(output_dir, labels, seed, pipe.image_size),
-    }
-    if format not in formats:
-        raise UserError(f"No format {format!r}; there are {', '.join(formats)}")
+    if format == "png":
+        files = PngFolder(output_dir, paths, {str(label): folders[label] for label in sorted(set(labels))})
+    elif format == "npz":
+        files = NpzFile(output_dir, labels, seed, pipe.image_size)
+    else:
+        raise UserError(f"No format {format!r}; there are png, npz")
     draws = torch.tensor(labels) * 1_000_003 + torch.tensor(numbers)
 
     def asked(start: int, stop: int) -> dict[str, Any]:
         return {"labels": labels[start:stop], "latents": pipe.noise(seed, draws[start:stop]), "output_type": "pt"}
 
-    return _write(pipe, formats[format], formats.values(), asked, {}, overwrite=overwrite, **settings)
+    return _write(pipe, files, asked, {}, overwrite=overwrite, **settings)
 
 
 def _load_and_write(path: str | Path, settings: dict[str, Any]) -> list[Path]:
@@ -139,7 +139,7 @@ def write_prompt_samples(
         return {"prompt": prompts[start:stop], "negative_prompt": negative_prompt, **noise, "output_type": "pt"}
 
     files = PromptPngFolder(Path(output_dir), list(of_files), of_files)
-    return _write(pipe, files, [files], asked, {"seed": seed, "negative_prompt": negative_prompt}, **settings)
+    return _write(pipe, files, asked, {"seed": seed, "negative_prompt": negative_prompt}, **settings)
 
 
 def write_texts(
@@ -165,7 +165,7 @@ def write_texts(
         return {"prompts": own, "numbers": range(start, stop), "seed": seed}
 
     files, also = JsonlFile(Path(output_dir), count, prompts), {"prompts": prompts, "texts": count, "seed": seed}
-    _write(pipe, files, [files], asked, also, **settings)
+    _write(pipe, files, asked, also, **settings)
     return files.path
 
 
@@ -173,7 +173,6 @@ def write_texts(
 def _write(
     pipe: DenoiserPipeline,
     files: SampleFiles,
-    formats: Collection[SampleFiles],
     asked: Callable[[int, int], dict[str, Any]],
     also: dict[str, Any],
     batch_size: int | None = None,
@@ -184,7 +183,6 @@ def _write(
     """Make the batches of which anything is missing, each process its share, and return the files when all are done.
 
     Args:
-        formats: files of all formats that the folder may hold.
         asked: first number and the one behind the last → arguments of the pipeline's call.
         also: what samples follow from besides `sampling` and the models.
     """
@@ -192,7 +190,7 @@ def _write(
     if ranks.rank == 0:
         usual, precisions = batch_size_for(pipe, batch_size), precisions_for(pipe, sampling.get("precision"))
         settings = _settings_of(pipe, {**sampling, "precision": precisions[0]}, also)
-        at_once, precision = begin(files, formats, settings, precisions, batch_size, usual, overwrite)
+        at_once, precision = begin(files, settings, precisions, batch_size, usual, overwrite)
         files.clear_up()
         cut = [(start, min(start + at_once, files.count)) for start in range(0, files.count, at_once)]
         missing = [files.missing(batch) for batch in cut]
