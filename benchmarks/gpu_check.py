@@ -42,8 +42,7 @@ from vavae_tools.diffusion.layers import SwiGLU
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.evaluation.metrics import ssim
 from vavae_tools.pipelines.classes import LatentDiTPipeline
-from vavae_tools.runtime.machine import find_machine
-from vavae_tools.runtime.precision import computing_in, for_inference, trying_convolutions
+from vavae_tools.runtime.machine import computing_in, find_machine, for_inference, trying_convolutions
 from vavae_tools.training.autoencoder_module import VAVAEModule
 from vavae_tools.training.callbacks.throughput import peak_flops
 from vavae_tools.training.denoiser_module import DiffusionModule

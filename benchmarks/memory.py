@@ -52,8 +52,7 @@ from vavae_tools.pipelines.text import TextToImagePipeline
 from vavae_tools.recipes.config import compose, read_command_line
 from vavae_tools.recipes.presets import Preset, find_preset
 from vavae_tools.recipes.vavae import LOSSES, _needs_checkpointing
-from vavae_tools.runtime.machine import Machine, on_device
-from vavae_tools.runtime.precision import Computing, for_inference
+from vavae_tools.runtime.machine import Computing, Machine, for_inference, on_device
 from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModule
 from vavae_tools.training.callbacks import previews
 from vavae_tools.training.callbacks.finite import FiniteSteps

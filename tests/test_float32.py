@@ -12,7 +12,7 @@ from vavae_tools.autoencoders.losses import adaptive_weight, generator_loss, gra
 from vavae_tools.autoencoders.lpips import LPIPS
 from vavae_tools.evaluation.classifier import PersonClassifier
 from vavae_tools.evaluation.metrics import frechet_distance, kernel_distance, nearest, psnr, sharpness, ssim
-from vavae_tools.runtime.precision import Computing
+from vavae_tools.runtime.machine import Computing
 
 
 def images(seed: int = 0, size: int = 24) -> torch.Tensor:

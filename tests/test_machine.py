@@ -3,7 +3,7 @@
 import torch
 from tiny import same, tiny_vavae
 
-from vavae_tools.runtime.precision import computing_in, for_inference, trying_convolutions
+from vavae_tools.runtime.machine import computing_in, for_inference, trying_convolutions
 
 
 def test_a_precision_holds_whatever_is_set_around_it():

@@ -17,7 +17,7 @@ from vavae_tools.data.images import DecodedImages, to_unit
 from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.errors import UserError, contents
 from vavae_tools.runtime.files import load_model, read_json, weights_digest
-from vavae_tools.runtime.precision import Computing, in_float32
+from vavae_tools.runtime.machine import Computing, in_float32
 from vavae_tools.runtime.ranks import Ranks
 
 LARGEST_CACHE = 8 * 2**30

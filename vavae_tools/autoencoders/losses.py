@@ -12,7 +12,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.precision import in_float32
+from vavae_tools.runtime.machine import in_float32
 
 
 class PatchDiscriminator(nn.Module):

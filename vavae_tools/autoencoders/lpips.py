@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import read_weights
-from vavae_tools.runtime.precision import in_float32
+from vavae_tools.runtime.machine import in_float32
 
 VGG16_WIDTHS = (64, 128, 256, 512, 512)
 _DEPTHS = (2, 2, 3, 3, 3)  # convolutions of each block; features are taken after its last ReLU

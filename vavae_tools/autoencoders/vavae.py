@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vavae_tools.data.images import ImageFolder, to_pixels, to_unit
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.precision import in_float32
+from vavae_tools.runtime.machine import in_float32
 
 
 class LatentStatistics:

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from vavae_tools.data.loader import identity_collate, ignore_interrupts
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import atomic_write, write_json
-from vavae_tools.runtime.precision import Computing
+from vavae_tools.runtime.machine import Computing
 from vavae_tools.runtime.ranks import Ranks
 
 SHARD_SIZE = 10_000

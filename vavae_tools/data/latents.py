@@ -26,8 +26,7 @@ from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import weights_digest
-from vavae_tools.runtime.machine import on_device
-from vavae_tools.runtime.precision import PRECISIONS, Computing, for_inference, trying_convolutions
+from vavae_tools.runtime.machine import PRECISIONS, Computing, for_inference, on_device, trying_convolutions
 from vavae_tools.runtime.ranks import Ranks
 
 INDEX = "latents.json"

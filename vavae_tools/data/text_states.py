@@ -26,8 +26,7 @@ from vavae_tools.data.loader import index_and_number
 from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import atomic_write
-from vavae_tools.runtime.machine import on_device
-from vavae_tools.runtime.precision import Computing
+from vavae_tools.runtime.machine import Computing, on_device
 
 SHARD_SIZE = 16_384  # captions at most
 INDEX = "texts.json"

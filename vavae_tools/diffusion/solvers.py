@@ -33,7 +33,7 @@ from vavae_tools.diffusion.objectives import (
     unmix,
 )
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.precision import computing_in
+from vavae_tools.runtime.machine import computing_in
 
 Condition = Tensor | TextCondition
 PATH_LABELS = {"linear": "flow matching or sample", "gvp": "flow matching on the path gvp", "discrete": "noise or v"}

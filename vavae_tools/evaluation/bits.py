@@ -15,7 +15,7 @@ from vavae_tools.diffusion.objectives import expand_time
 from vavae_tools.pipelines.tokens import TokenImagePipeline
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.precision import in_float32
+from vavae_tools.runtime.machine import in_float32
 
 _OPEN_BITS = 0.01  # bits that are left open of a token where the bound's integral ends
 _AT_ONCE = 2**24  # numbers in a table of logits, cells × tokens

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from vavae_tools.data.images import DecodedImages, to_unit
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.files import atomic_write
-from vavae_tools.runtime.precision import in_float32
+from vavae_tools.runtime.machine import in_float32
 
 BATCH_SIZE = 64
 _FORM = 1  # of network and recipe; another form is another cache key

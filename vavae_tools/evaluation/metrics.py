@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vavae_tools.runtime.precision import in_float32
+from vavae_tools.runtime.machine import in_float32
 
 _CHUNK = 64  # images at a time
 

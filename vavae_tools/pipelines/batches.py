@@ -16,8 +16,16 @@ from torch.distributed.tensor import DTensor
 
 from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.machine import is_memory_fault, machine_of, release_memory
-from vavae_tools.runtime.precision import HALF_DTYPES, PRECISIONS, computing_in, for_inference, precision_on
+from vavae_tools.runtime.machine import (
+    HALF_DTYPES,
+    PRECISIONS,
+    computing_in,
+    for_inference,
+    is_memory_fault,
+    machine_of,
+    precision_on,
+    release_memory,
+)
 
 Made = TypeVar("Made")
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)

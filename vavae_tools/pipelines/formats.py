@@ -24,7 +24,7 @@ from vavae_tools.pipelines.tokens import Prompt, TokenImageOutput
 from vavae_tools.plots import image_grid, show_images
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import atomic_write, write_json
-from vavae_tools.runtime.precision import PRECISIONS
+from vavae_tools.runtime.machine import PRECISIONS
 
 RECORD, GRID = "samples.json", "grid.png"
 MAX_GRID_IMAGES = 64  # images in a grid, at most

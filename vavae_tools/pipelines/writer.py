@@ -27,8 +27,7 @@ from vavae_tools.pipelines.tokens import Prompt, TokenImagePipeline, as_prompts,
 from vavae_tools.runtime.console import is_interactive
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
-from vavae_tools.runtime.machine import device_of
-from vavae_tools.runtime.precision import trying_convolutions
+from vavae_tools.runtime.machine import device_of, trying_convolutions
 from vavae_tools.runtime.ranks import Ranks
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ import torch
 
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.machine import Machine, find_machine, take_card
-from vavae_tools.runtime.precision import precision_on
+from vavae_tools.runtime.machine import Machine, find_machine, precision_on, take_card
 from vavae_tools.runtime.ranks import started_already
 from vavae_tools.training.config import TrainConfig
 
