@@ -98,13 +98,11 @@ def train_dit(
         settings: the experiment's keys by their last words, `objective` and `init` as dicts; see `config.recipe_with`.
     """
     given = {"latents_dir": latents_dir, "model": denoiser, "flips": flip == "half", **settings}
-    build = partial(build_on_latents, autoencoder=autoencoder_dir, best="best-")
-    return train(build, resolved(recipe_with(LatentRecipe(), given)), output_dir, resume, show, log)
+    recipe, on_these = resolved(recipe_with(LatentRecipe(), given)), {"autoencoder": autoencoder_dir, "best": "best-"}
+    return train(partial(build_on_latents, **on_these), recipe, output_dir, resume, show, log)
 
 
-def build_vavae_dit(
-    recipe: VAVAEDiTRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log
-) -> Run:
+def build(recipe: VAVAEDiTRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log) -> Run:
     """Encode a split, and return the training on its latents."""
     compiles(recipe.train.compile, log=log)  # what it lacks is said before anything takes time
     data, vavae = recipe.data, recipe.vavae
@@ -113,7 +111,7 @@ def build_vavae_dit(
     return build_on_latents(recipe, output_dir, resume_from, show, log, autoencoder=vavae.source)
 
 
-train_vavae_dit = partial(train, build_vavae_dit)
+train_vavae_dit = partial(train, build)
 
 
 def build_on_latents(

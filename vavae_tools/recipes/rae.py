@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 
 from vavae_tools.autoencoders.rae import RAE, tiny_rae
 from vavae_tools.autoencoders.rae_weights import is_rae_folder, load_rae, read_rae_folder
@@ -30,10 +29,8 @@ from vavae_tools.training.callbacks.previews import ReconstructionPreviews
 from vavae_tools.training.devices import compiles
 from vavae_tools.training.run import Log, Run, Show, train
 
-MIN_PSNR_DB = 20.0
-"""dB: an RAE whose reconstructions are further away does not see the images well."""
-MAX_PSNR_IMAGES = 256
-"""Images that the PSNR before and after a training is measured on, at most."""
+MIN_PSNR_DB = 20.0  # an RAE whose reconstructions are further away does not see the images well
+MAX_PSNR_IMAGES = 256  # that the PSNR before and after a training is measured on
 
 
 def fine_tune_rae_decoder(
@@ -52,19 +49,17 @@ def fine_tune_rae_decoder(
         rae: a folder of a whole RAE, "tiny" for a small random one, or the keys of the experiment's `rae`.
         output_dir: gets `checkpoints/epoch=*.ckpt` (best by PSNR) and `last.ckpt`, `lightning_logs/`,
             `reconstructions/`, and at the end `rae/`, whose path is returned: the whole RAE with the averaged decoder
-            of the last step. Not the best one's: PSNR falls where the discriminator makes images sharper.
+            of the last step, not the best one's, since PSNR falls where the discriminator makes images sharper.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
         settings: further keys of the experiment by their last words; see `config.recipe_with`.
     """
     data = {"data_dir": "shapes", **data} if isinstance(data, dict) else {"data_dir": data}
     rae = rae if isinstance(rae, dict) else {"folder": rae}
     recipe = recipe_with(DecoderRecipe(), {"data": data, "rae": rae, **settings})
-    return train(build_decoder, recipe, output_dir, resume, show, log)
+    return train(build, recipe, output_dir, resume, show, log)
 
 
-def build_decoder(
-    recipe: DecoderRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log
-) -> Run:
+def build(recipe: DecoderRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log) -> Run:
     loss, config, seed = recipe.loss, recipe.train, recipe.seed
     model = rae_from(recipe.rae, seed, log)
     images = images_for(model, recipe.data, config.batch_size, seed)
@@ -72,14 +67,15 @@ def build_decoder(
     if lpips is None:
         log("No lpips_weights: the perceptual part (LPIPS) is left out")
     numbers = _numbers(recipe, resume_from, len(images.train_data))
-    own = {"ema_decay": config.ema_decay, "flips": recipe.data.flips, "seed": seed}
-    module = RAEDecoderModule(model, **numbers, **own, lpips=lpips)
-    remarks = [f"Losses: {describe_weights(module)}"]
+    numbers |= {"ema_decay": config.ema_decay, "flips": recipe.data.flips, "seed": seed}
+    module = RAEDecoderModule(model, **numbers, lpips=lpips)
+    remark = f"Losses: {describe_weights(module)}"
     if loss.disc_weight:
         start, listen = numbers["disc_start"], numbers["generator_start"]
-        remarks[-1] += f"; the discriminator begins at step {start:,} and is listened to from step {listen:,}"
+        remark += f"; the discriminator begins at step {start:,} and is listened to from step {listen:,}"
 
     subset = images.shown_data
+    shown = subset.preview_batch(8)
     folder, checkpoints, reconstructions = (output_dir / name for name in ("rae", "checkpoints", "reconstructions"))
     if is_rank_zero():
         device = module.trainer_settings(**config.of_devices())["accelerator"].replace("gpu", "cuda")
@@ -98,7 +94,6 @@ def build_decoder(
             log(f"advice: below {MIN_PSNR_DB:.0f} dB, train longer, or with a larger decoder")
         log(f"written: {folder}, {checkpoints}/, {reconstructions}/")
 
-    shown = subset.preview_batch(8)
     return Run(
         module=module,
         data=images,
@@ -111,11 +106,11 @@ def build_decoder(
         preview=lambda every: ReconstructionPreviews(shown, reconstructions, every, show),
         monitor=("val/psnr", "max"),
         recorded={"batch_size": config.batch_size},
-        remarks=remarks,
+        remarks=[remark],
     )
 
 
-train_rae_decoder = partial(train, build_decoder)
+train_rae_decoder = partial(train, build)
 
 
 def _numbers(recipe: DecoderRecipe, resume_from: Path | None, count: int) -> dict[str, Any]:
@@ -133,8 +128,8 @@ def _numbers(recipe: DecoderRecipe, resume_from: Path | None, count: int) -> dic
 
 def rae_from(parts: RAEParts, seed: int = 0, log: Log = log) -> RAE:
     """Return the RAE of a folder, a small random one, or one of several files; `seed` is of weights no file holds."""
-    settings = asdict(parts)
-    folder = settings.pop("folder")
+    settings, folder = asdict(parts), parts.folder
+    del settings["folder"]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if folder is None:
@@ -156,14 +151,10 @@ def images_for(rae: RAE, data: ImageData, batch_size: int = 16, seed: int = 0) -
     return class_data(**options, batch_size=batch_size, seed=seed, channels=3)
 
 
-# ---- a look
 def check_reconstructions(
     rae: RAE, data: DecodedImages, folder: str | Path, log: Log = log, show: Show | None = None, count: int = 16
 ) -> float:
-    """Reconstruct the first `count` images of a subset, log how near that is, and return the mean PSNR in dB.
-
-    Write `before.png`, originals above their reconstructions, and show it.
-    """
+    """Write and show `before.png`, originals above their reconstructions; log and return the mean PSNR of `count`."""
     path = Path(folder) / "before.png"
     mean = _look(rae, data, path, show or show_inline, count)
     log(f"The RAE's reconstructions of {min(count, len(data))} images: PSNR {mean:.1f} dB ({path})")
@@ -176,11 +167,8 @@ def check_reconstructions(
 @torch.inference_mode()
 def _look(rae: RAE, data: DecodedImages, path: Path, show: Show | None = None, count: int = MAX_PSNR_IMAGES) -> float:
     """Write a grid of eight images, and return the mean PSNR in dB of `count`, each no more than 100."""
-    originals, side = to_unit(data.preview_batch(count)["images"]), rae.image_size
-    if originals.shape[2:] != (side, side):
-        originals = F.interpolate(originals, (side, side), mode="bicubic", align_corners=False, antialias=True)
-    made = torch.cat([to_pixels(rae(part.to(rae.device))).cpu() for part in originals.split(16)])
-    originals = to_pixels(originals)
+    originals = data.preview_batch(count)["images"]
+    made = torch.cat([to_pixels(rae(to_unit(part).to(rae.device))).cpu() for part in originals.split(16)])
     grid = image_grid(torch.cat([originals[:8], made[:8]]), columns=len(made[:8]))
     save_image(grid, path)
     if show is not None:

@@ -6,18 +6,11 @@ from typing import Any
 
 import lightning as L
 
+from vavae_tools.autoencoders import weights
 from vavae_tools.autoencoders.foundation import load_foundation
 from vavae_tools.autoencoders.lpips import LPIPS, load_lpips
 from vavae_tools.autoencoders.vavae import VAVAE, resolve_image_size, vavae
-from vavae_tools.autoencoders.weights import (
-    VAVAEWeights,
-    build_vavae,
-    load_vavae,
-    pretrained_small_folder,
-    read_condition_file,
-    read_vavae,
-    with_channels,
-)
+from vavae_tools.autoencoders.weights import VAVAEWeights
 from vavae_tools.checkpoints.resuming import best_checkpoint
 from vavae_tools.data.datasets import class_data
 from vavae_tools.data.images import ImageSetDataModule
@@ -66,27 +59,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "stage3": {**_REFERENCE, "vf_weight": 0.1, "distance_margin": 0.25, "cosine_margin": 0.5, "disc_start": 0},
 }
 
-MONITORS = {
-    "reconstruction": ("val/reconstruction", "min"),
-    "psnr": ("val/psnr", "max"),
-    "ssim": ("val/ssim", "max"),
-    "accuracy": ("val/accuracy", "max"),
-    "frechet": ("val/frechet", "min"),
-    "right": ("val/accuracy", "max"),  # its name before
-}
-"""What `best-*.ckpt` can be chosen by, and whether less or more of it is better."""
-
-
-def epochs_of_stages(max_epochs: int) -> dict[str, int]:
-    """Return how many of `max_epochs` each stage gets, one at least.
-
-    >>> epochs_of_stages(130)
-    {'stage1': 100, 'stage2': 15, 'stage3': 15}
-    """
-    if max_epochs < 3:
-        raise UserError(f"--max_epochs {max_epochs}: the recipe staged needs at least one for each stage, 3")
-    late = max(1, round(max_epochs * 15 / 130))  # as the released model's
-    return {"stage1": max_epochs - 2 * late, "stage2": late, "stage3": late}
+Size = int | tuple[int, int]  # pixels, or (height, width)
 
 
 def fine_tune_vavae(
@@ -94,7 +67,7 @@ def fine_tune_vavae(
     output_dir: str | Path = "outputs",
     original_vavae: str | Path | None = None,
     size: str | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: Size | None = None,
     resume: str | None = None,
     show: Show | None = None,
     log: Log = log,
@@ -106,10 +79,9 @@ def fine_tune_vavae(
         data_dir: what `datasets.class_data` reads.
         output_dir: gets `checkpoints/best-*.ckpt` and `last.ckpt`, `lightning_logs/`, `reconstructions/`, and at the
             end `vavae/`, the best model as a diffusers folder, whose path is returned.
-        original_vavae: weights to start from: the published `.pt` or training `.ckpt`, a diffusers folder, a `.ckpt`
-            of this training, or "small" for those that come with the package; None starts from fresh ones.
-        size: "small" or "f16d32" for fresh weights; by default what suits the machine.
-        image_size: pixels, one number or (height, width); by default the size the weights were made for.
+        original_vavae: the published `.pt` or training `.ckpt`, a diffusers folder, a `.ckpt` of this training, or
+            "small", which comes with the package; None: fresh weights of a `size`, "small" or "f16d32".
+        image_size: by default the size the weights were made for.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
         settings: further keys of the experiment by their last words; see `config.recipe_with`.
     """
@@ -124,15 +96,17 @@ def train_vavae(
     """`experiment=vavae`; the recipe staged is three trainings in folders of their own. Return the model's folder."""
     if recipe.loss.recipe != "staged":
         return train(build, recipe, output_dir, resume, show, log)
-    if recipe.train.max_epochs is None:
-        raise UserError("The recipe staged counts in epochs: set max_epochs in place of max_steps")
-    for name, epochs in epochs_of_stages(recipe.train.max_epochs).items():
+    epochs = recipe.train.max_epochs or 0
+    if epochs < 3:
+        raise UserError(f"--max_epochs {epochs}: the recipe staged needs at least one for each stage, 3, not max_steps")
+    late = max(1, round(epochs * 15 / 130))  # as the released model's
+    for name, length in (("stage1", epochs - 2 * late), ("stage2", late), ("stage3", late)):
         folder = output_dir / name
         last = folder / "checkpoints" / "last.ckpt"
         if resume and is_finished(folder):
             log(f"{name} is complete ({folder})")
         else:
-            config = replace(recipe.train, max_epochs=epochs, previews=min(recipe.train.previews, epochs))
+            config = replace(recipe.train, max_epochs=length, previews=min(recipe.train.previews, length))
             stage = replace(recipe, loss=replace(recipe.loss, recipe=name), train=config)
             train(build, stage, folder, "last" if resume and last.is_file() else None, show, log)
         if not is_finished(folder):  # stopped: the next session goes on with this stage
@@ -162,10 +136,11 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
         watching = [ReconstructionWatch(images, recipe.classifier_dir or output_dir / "classifier", seed), Advice(log)]
     shown = images.shown_data.preview_batch(8)
     folder, checkpoints, reconstructions = (output_dir / name for name in ("vavae", "checkpoints", "reconstructions"))
+    watched = {"right": "accuracy"}.get(recipe.monitor, recipe.monitor)  # its name before
 
     def export(trainer: L.Trainer) -> None:
         path = best_checkpoint(checkpoints)
-        best = load_vavae(path, log=lambda line: None)
+        best = weights.load_vavae(path, log=lambda line: None)
         save_model(best, folder)
         if best.config.condition_dim and images.val_data is not None:
             log(str(compare_conditions(best.to(trainer.strategy.root_device), images.val_data)))
@@ -181,7 +156,7 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
         export=export,
         folder=folder,
         preview=lambda every: ReconstructionPreviews(shown, reconstructions, every, show),
-        monitor=MONITORS[recipe.monitor],
+        monitor=(f"val/{watched}", "min" if watched in ("reconstruction", "frechet") else "max"),
         best="best-",
         callbacks=watching,
         recorded={"recipe": loss.recipe, "image_size": image_size},
@@ -190,21 +165,19 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
     )
 
 
-def _model_to_start_from(
-    start: FineTunedVAVAE, images: ImageSetDataModule, log: Log
-) -> tuple[VAVAE, VAVAEWeights | None]:
-    """Return a model with a vector for each person, and the weights that it has, None where they are fresh."""
+def _model_to_start_from(start: FineTunedVAVAE, images: ImageSetDataModule, log: Log) -> tuple[VAVAE, Any]:
+    """Return a model with a vector for each person, and its `VAVAEWeights`, None where they are fresh."""
     channels, dim = images.channels, start.condition_dim
-    table = read_condition_file(start.condition_file, images.labels) if start.condition_file else None
+    table = weights.read_condition_file(start.condition_file, images.labels) if start.condition_file else None
     if table is not None and dim not in (None, table.shape[1]):
         held = f"{start.condition_file} holds vectors of length {table.shape[1]}"
         raise UserError(f"{held}, but --condition_dim is {dim}: leave it out, or name another file")
     dim = table.shape[1] if table is not None else 32 if dim is None else dim
     people = images.num_classes if dim else 0
     if start.original_vavae is not None:
-        source = pretrained_small_folder() if start.original_vavae == "small" else start.original_vavae
-        found = with_channels(read_vavae(source), channels)
-        model = build_vavae(found, dim, people, log=log)
+        source = weights.pretrained_small_folder() if start.original_vavae == "small" else start.original_vavae
+        found = weights.with_channels(weights.read_vavae(source), channels)
+        model = weights.build_vavae(found, dim, people, log=log)
     else:
         found, size = None, start.size or ("small" if find_machine().kind == "cpu" else "f16d32")
         log(f"No weights given: starting from a fresh VA-VAE ({size})")
@@ -215,7 +188,7 @@ def _model_to_start_from(
     return model, found
 
 
-def _numbers(recipe: VAVAERecipe, model: VAVAE, image_size: int | tuple[int, int], log: Log) -> dict[str, Any]:
+def _numbers(recipe: VAVAERecipe, model: VAVAE, image_size: Size, log: Log) -> dict[str, Any]:
     """Return the arguments of the module: the loss recipe's, with what was given in their place."""
     config, start = recipe.train, recipe.vavae
     numbers = {**LOSSES[recipe.loss.recipe], **given_numbers(recipe.loss, config)}
@@ -227,33 +200,29 @@ def _numbers(recipe: VAVAERecipe, model: VAVAE, image_size: int | tuple[int, int
 
 
 def _frozen_networks(loss: VAVAELoss, numbers: dict[str, Any], found: VAVAEWeights | None, log: Log) -> dict[str, Any]:
-    """Return the frozen networks that the losses need."""
+    """Return the frozen networks that the losses need; the reference's training checkpoints hold LPIPS."""
     files = loss.lpips_weights
     if not files and numbers.get("perceptual_weight") and found is not None:
-        brought = any(name.startswith("loss.perceptual_loss.") for name in found.unused)
-        files = found.source if brought else None  # the reference's training checkpoints hold it
+        files = found.source if any(name.startswith("loss.perceptual_loss.") for name in found.unused) else None
     aligned = loss.foundation_model and numbers.get("vf_weight")
-    foundation = load_foundation(loss.foundation_model) if aligned else None
-    return {"lpips": lpips_of(files, log), "foundation": foundation}
+    return {"lpips": lpips_of(files, log), "foundation": load_foundation(loss.foundation_model) if aligned else None}
 
 
 def _load_auxiliary(module: VAVAEModule, found: VAVAEWeights, log: Log) -> None:
     """Load discriminator and alignment projection where the weights to start from bring them along."""
     projection = {"weight": found.projection} if found.projection is not None else None
-    for part, weights in (("discriminator", found.discriminator), ("projection", projection)):
+    for part, given in (("discriminator", found.discriminator), ("projection", projection)):
         own = getattr(module, part, None)
-        if own is None or weights is None:
+        if own is None or given is None:
             continue
-        if any(weights[name].shape != tensor.shape for name, tensor in own.state_dict().items() if name in weights):
+        if any(given[name].shape != tensor.shape for name, tensor in own.state_dict().items() if name in given):
             log(f"The {part} in {found.source} has another shape: a fresh one is taken")
         else:
-            own.load_state_dict(weights)
+            own.load_state_dict(given)
             log(f"The {part} goes on from {found.source}")
 
 
-def _needs_checkpointing(
-    model: VAVAE, numbers: dict[str, Any], batch_size: int, image_size: int | tuple[int, int], log: Log
-) -> bool:
+def _needs_checkpointing(model: VAVAE, numbers: dict[str, Any], batch_size: int, image_size: Size, log: Log) -> bool:
     """Return whether a step with all its activations kept would leave less than a tenth of the GPU's memory."""
     memory = find_machine().memory
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
@@ -291,5 +260,5 @@ def lpips_of(files: str | Path | list[str] | None, log: Log) -> LPIPS | None:
 
 def describe_weights(module: L.LightningModule) -> str:
     """Return the losses that are not turned off."""
-    weights = {name: value for name, value in module.hparams.items() if name.endswith("_weight") and value}
-    return ", ".join(f"{name} {value:g}" for name, value in weights.items())
+    used = {name: value for name, value in module.hparams.items() if name.endswith("_weight") and value}
+    return ", ".join(f"{name} {value:g}" for name, value in used.items())
