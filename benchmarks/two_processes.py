@@ -63,7 +63,7 @@ def train(options: argparse.Namespace) -> None:
     """What each process does: train, and the first one writes down what it has seen."""
     from vavae_tools.diffusion.conditioning import ClassConditioner
     from vavae_tools.diffusion.dit import DiT
-    from vavae_tools.training.callbacks.throughput import Speed, Throughput
+    from vavae_tools.training.callbacks.throughput import Throughput
     from vavae_tools.training.denoiser_module import DiffusionModule
     from vavae_tools.training.devices import quiet_lightning
     from vavae_tools.training.run import build_trainer
@@ -75,7 +75,7 @@ def train(options: argparse.Namespace) -> None:
     together = "LOCAL_RANK" in os.environ
     found = {}
 
-    def speed_with(callbacks: list[L.Callback], steps: int) -> Speed:
+    def speed_with(callbacks: list[L.Callback], steps: int) -> dict[str, float]:
         torch.manual_seed(0)
         module = DiffusionModule(DiT(**SIZE), ClassConditioner(10, SIZE["hidden_size"]))
         settings = module.trainer_settings(accelerator="cpu", devices=1)
@@ -87,7 +87,7 @@ def train(options: argparse.Namespace) -> None:
         return next(part for part in trainer.callbacks if isinstance(part, Throughput)).speed
 
     speed = speed_with([], options.steps)
-    found |= {"pictures": speed.images_per_second, "seconds": speed.step_seconds}
+    found |= {"pictures": speed["images_per_second"], "seconds": speed["step_ms"] / 1000}
     if together:
         silence = Silence()
         speed_with([silence], options.steps)

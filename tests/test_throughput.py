@@ -24,7 +24,7 @@ from vavae_tools.diffusion.dit import DDT, DiT, TextDiT
 from vavae_tools.diffusion.objectives import SamplePrediction, make_objective
 from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModule
 from vavae_tools.training.callbacks import throughput
-from vavae_tools.training.callbacks.throughput import Clock, Throughput
+from vavae_tools.training.callbacks.throughput import Moment, Throughput
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.run import build_trainer, fit_trainer
@@ -111,13 +111,15 @@ class Spoil(L.Callback):
             module.image_loss = spoilt
 
 
-class Ticks(Clock):
+class Ticks:
     """A clock that goes on only where it is told."""
 
     now = 0.0
 
-    def mark(self) -> float:
-        return self.now
+    def __call__(self) -> Moment:
+        moment = Moment()
+        moment.time = self.now
+        return moment
 
 
 def slow_data(latents_dir, batch_size: int, clock: Ticks, seconds: float) -> LatentDataModule:
@@ -292,12 +294,12 @@ def test_only_steps_count_and_only_the_wait_for_their_data_is_waiting(monkeypatc
         "step_ms": {4000.0, 1000.0},
     }
     assert [step for step, _ in found["throughput/images_per_second"]] == list(range(3, 15))
-    assert measured.speed.memory > 50e6
+    assert measured.speed["memory_gb"] > 0.05
 
 
 def test_gathered_batches_are_one_step(monkeypatch, latents_dir, tmp_path):
     lines, _, measured = timed(monkeypatch, latents_dir, tmp_path, data_takes=0.0, accumulate_grad_batches=3)
-    assert measured.speed.step_seconds == 3.0 and measured.speed.images_per_second == 4.0
+    assert measured.speed["step_ms"] == 3000 and measured.speed["images_per_second"] == 4
     assert len(lines) == 1  # no advice
 
 
@@ -305,7 +307,7 @@ def test_the_use_of_a_known_card(monkeypatch, latents_dir, tmp_path):
     monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 5e6)
     (line, _), found, measured = timed(monkeypatch, latents_dir, tmp_path)
     flops = new_dit().flops_of_a_sample({"latents": torch.zeros(1, 2, 8, 8), "labels": torch.zeros(1).long()})
-    assert measured.speed.flops_per_second == pytest.approx(flops * 4 / 3)  # four images in three seconds
+    assert measured.speed["utilisation"] == pytest.approx(flops * 4 / 3 / 5e6)  # four images in three seconds
     found = [value / (flops / 5e6) for _, value in found["throughput/utilisation"]]
     assert sorted(found) == pytest.approx([1] * 8 + [4] * 4)
     assert line.endswith(f", {flops * 4 / 3 / 5e6:.0%} of the card's 0 TFLOP/s")
@@ -315,14 +317,20 @@ def test_marks_in_a_gpus_queue_are_read_once_they_have_passed(monkeypatch, laten
     """The processor is three batches ahead: none of them counts until the GPU has come to its end."""
     clock = Ticks()
 
+    class Queued(Moment):
+        def query(self):
+            return self.time <= clock.done
+
+        def synchronize(self):
+            clock.done = float("inf")
+
     class Queue(Ticks):
         done = -1.0
 
-        def has_passed(self, mark):
-            return mark <= self.done
-
-        def wait(self):
-            self.done = float("inf")
+        def __call__(self):
+            moment = Queued()
+            moment.time = self.now
+            return moment
 
     clock = Queue()
     measured = Throughput(lambda line: None, clock)
@@ -340,7 +348,7 @@ def test_marks_in_a_gpus_queue_are_read_once_they_have_passed(monkeypatch, laten
     trainer = L.Trainer(**settings, **plain, max_steps=10, callbacks=[measured, Run()])
     trainer.fit(module, slow_data(latents_dir, 2, clock, 0.0))
     assert seen == [0, 0, 0, 0, 0, 0, 1, 2, 3, 4]
-    assert measured.speed.step_seconds == 1.0 and measured._whole["steps"] == 7
+    assert measured.speed["step_ms"] == 1000 and measured._whole["steps"] == 7
 
 
 # ---- operations

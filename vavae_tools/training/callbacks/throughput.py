@@ -6,7 +6,6 @@ import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -26,62 +25,26 @@ MIN_STEPS = 2  # fewer steps say nothing
 MAX_WAITING_SHARE = 0.2  # share of the time spent waiting for data from which on there is advice
 
 
-class Clock:
-    """Marks in time as the processor sees it, for a training on it."""
+class Moment:
+    """A moment of a training on the processor, as a `torch.cuda.Event` is one in a GPU's queue of work."""
 
-    def mark(self) -> Any:
-        return time.perf_counter()
+    def __init__(self) -> None:
+        self.time = time.perf_counter()
 
-    def has_passed(self, mark: Any) -> bool:
+    def query(self) -> bool:
         return True
 
-    def seconds(self, begin: Any, end: Any) -> float:
-        return end - begin
+    def synchronize(self) -> None:
+        pass
 
-    def wait(self) -> None:
-        """Wait until all marks have passed."""
-
-
-class GPUClock(Clock):
-    """Marks in a GPU's queue of work: between two of them lies what the GPU did, or that it had nothing to do."""
-
-    def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def has_passed(self, mark: torch.cuda.Event) -> bool:
-        return mark.query()
-
-    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        return begin.elapsed_time(end) / 1000
-
-    def wait(self) -> None:
-        torch.cuda.synchronize()
+    def elapsed_time(self, end: "Moment") -> float:
+        return 1000 * (end.time - self.time)
 
 
-@dataclass(frozen=True)
-class Speed:
-    """The speed of a run over all processes; `memory` in bytes, `waiting` a share, FLOP/s of one device."""
-
-    images_per_second: float
-    step_seconds: float
-    waiting: float
-    memory: float
-    processes: int = 1
-    flops_per_second: float | None = None
-    peak_flops: float | None = None
-
-    def __str__(self) -> str:
-        together = f" ({self.processes} processes)" if self.processes > 1 else ""
-        line = (
-            f"throughput  {self.images_per_second:,.1f} images/s, {self.step_seconds * 1000:,.1f} ms a step"
-            f"{together}, {self.waiting:.0%} of it waiting for data, peak memory {self.memory / 1e9:.1f} GB"
-        )
-        if self.flops_per_second and self.peak_flops:
-            share = self.flops_per_second / self.peak_flops
-            line += f", {share:.0%} of the card's {self.peak_flops / 1e12:,.0f} TFLOP/s"
-        return line
+def gpu_moment() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class Throughput(L.Callback):
@@ -94,31 +57,30 @@ class Throughput(L.Callback):
 
     `log` gets a line at the end, also where training was stopped, and one with advice where more than
     `MAX_WAITING_SHARE` of the time went into waiting for data. Loggers get `throughput/…` of the first process where
-    Lightning logs a step; `speed` is the run's once it has ended. `clock` is by default that of the device.
+    Lightning logs a step; `speed` holds the same of the whole run once it has ended. `moment` is by default the
+    device's.
     """
 
-    def __init__(self, log: Callable[[str], None] = log, clock: Clock | None = None) -> None:
-        self.log_line, self.speed = log, None
-        self._given_clock = clock
+    def __init__(self, log: Callable[[str], None] = log, moment: Callable[[], Any] | None = None) -> None:
+        self.log_line, self._moment, self.speed = log, moment, {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         on_gpu = module.device.type == "cuda"
-        self._clock = self._given_clock or (GPUClock() if on_gpu else Clock())
+        self._moment = self._moment or (gpu_moment if on_gpu else Moment)
         self._steps_before, self._measured_from = trainer.global_step, trainer.global_step + WARM_UP
-        self._whole, self._lately = Counter(), Counter()  # steps, samples, seconds, and of these waited for data
-        self._running: deque[tuple[Any, Any, Any, int, int]] = deque()  # batches whose marks may not have passed
+        self._whole, self._lately = Counter(), Counter()  # steps, samples, ms, and of these waited for data
+        self._running: deque[tuple[Any, Any, Any, int, int]] = deque()  # batches whose end may not have passed
         self._end: Any | None = None
         self._peak = peak_flops(module.device, str(trainer.precision)) if trainer.is_global_zero else None
         self._flops: int | None = None
-        self.speed = None
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(module.device)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch, batch_idx) -> None:
-        self._start = self._clock.mark()
+        self._start = self._moment()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx) -> None:
-        end, begin = self._clock.mark(), self._start if self._end is None else self._end
+        end, begin = self._moment(), self._start if self._end is None else self._end
         steps = trainer.global_step - self._steps_before
         if self._steps_before >= self._measured_from:
             has_index = isinstance(batch, dict) and "index" in batch
@@ -127,9 +89,13 @@ class Throughput(L.Callback):
         elif self._peak and self._flops is None and hasattr(module, "flops_of_a_sample"):  # nothing is measured yet
             self._count(module, batch)
         self._steps_before, self._end = trainer.global_step, end
-        self._look()
+        self._collect()
         if trainer.is_global_zero and trainer.loggers and self._lately["steps"] and is_written(trainer):
-            self._log(trainer, module)
+            speed = self._speed(self._lately, module.device)
+            speed["images_per_second"] *= trainer.world_size
+            for logger in trainer.loggers:
+                logger.log_metrics({f"throughput/{name}": value for name, value in speed.items()}, logged_step(trainer))
+            self._lately = Counter()
 
     def _count(self, module: L.LightningModule, batch: Any) -> None:
         try:
@@ -139,23 +105,19 @@ class Throughput(L.Callback):
             reason = f"{type(error).__name__}: {one_line(error, 200)}"
             self.log_line(f"no utilisation of the card: what a step computes cannot be counted ({reason})")
 
-    def _look(self) -> None:
-        while self._running and self._clock.has_passed(self._running[0][2]):
+    def _collect(self) -> None:
+        while self._running and self._running[0][2].query():
             begin, start, end, steps, samples = self._running.popleft()
-            spent = {"steps": steps, "samples": samples}
-            spent |= {"seconds": self._clock.seconds(begin, end), "waited": self._clock.seconds(begin, start)}
+            spent = {"steps": steps, "samples": samples, "ms": begin.elapsed_time(end)}
+            spent["waited"] = begin.elapsed_time(start)
             self._whole.update(spent)
             self._lately.update(spent)
 
-    def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        images, seconds, waiting = _rates(self._lately)
-        self._lately = Counter()
-        values = {"images_per_second": trainer.world_size * images, "step_ms": 1000 * seconds, "waiting": waiting}
-        values["memory_gb"] = peak_memory(module.device) / 1e9
-        if self._flops:
-            values["utilisation"] = self._flops * images / self._peak
-        for logger in trainer.loggers:
-            logger.log_metrics({f"throughput/{name}": value for name, value in values.items()}, logged_step(trainer))
+    def _speed(self, spent: Counter[str], device: torch.device) -> dict[str, float]:
+        images = 1000 * spent["samples"] / spent["ms"]
+        speed = {"images_per_second": images, "step_ms": spent["ms"] / spent["steps"]}
+        speed |= {"waiting": spent["waited"] / spent["ms"], "memory_gb": peak_memory(device) / 1e9}
+        return {**speed, "utilisation": self._flops * images / self._peak} if self._flops else speed
 
     def _something_else(self, *arguments: Any) -> None:
         self._end = None
@@ -167,28 +129,35 @@ class Throughput(L.Callback):
             self.on_train_end(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._clock.wait()
-        self._look()
+        if self._running:
+            self._running[-1][2].synchronize()
+        self._collect()
         if self._whole["steps"] < MIN_STEPS:
             return
-        own = torch.tensor([*_rates(self._whole), peak_memory(module.device)], device=module.device)
-        images, seconds, waiting, memory = trainer.strategy.all_gather(own).view(-1, len(own)).unbind(1)
-        flops = self._flops * images.mean().item() if self._flops else None
-        totals = [value.item() for value in (images.sum(), seconds.mean(), waiting.mean(), memory.max())]
-        self.speed = Speed(*totals, trainer.world_size, flops, self._peak)
-        if trainer.is_global_zero:
-            self.log_line(str(self.speed))
-            if self.speed.waiting > MAX_WAITING_SHARE:
-                self.log_line(
-                    f"advice: {self.speed.waiting:.0%} of the time went into waiting for data: try another num_workers "
-                    f"(it was {getattr(trainer.train_dataloader, 'num_workers', 0)}; there are {os.cpu_count()} "
-                    "processors), keep latents and images on this machine's own disk, or take smaller images"
-                )
-
-
-def _rates(spent: Counter[str]) -> list[float]:
-    """Return images a second, seconds a step, and the share of the time that was waiting for data."""
-    return [spent["samples"] / spent["seconds"], spent["seconds"] / spent["steps"], spent["waited"] / spent["seconds"]]
+        speed = self._speed(self._whole, module.device)
+        names = ("images_per_second", "step_ms", "waiting", "memory_gb")
+        own = torch.tensor([speed[name] for name in names], device=module.device)
+        images, step_ms, waiting, memory = trainer.strategy.all_gather(own).view(-1, len(own)).unbind(1)
+        together = (images.sum(), step_ms.mean(), waiting.mean(), memory.max())
+        self.speed = dict(zip(names, (value.item() for value in together), strict=True))
+        if not trainer.is_global_zero:
+            return
+        processes = f" ({trainer.world_size} processes)" if trainer.world_size > 1 else ""
+        line = (
+            f"throughput  {self.speed['images_per_second']:,.1f} images/s, {self.speed['step_ms']:,.1f} ms a step"
+            f"{processes}, {self.speed['waiting']:.0%} of it waiting for data, "
+            f"peak memory {self.speed['memory_gb']:.1f} GB"
+        )
+        if self._flops:
+            self.speed["utilisation"] = self._flops * images.mean().item() / self._peak
+            line += f", {self.speed['utilisation']:.0%} of the card's {self._peak / 1e12:,.0f} TFLOP/s"
+        self.log_line(line)
+        if self.speed["waiting"] > MAX_WAITING_SHARE:
+            self.log_line(
+                f"advice: {self.speed['waiting']:.0%} of the time went into waiting for data: try another num_workers "
+                f"(it was {getattr(trainer.train_dataloader, 'num_workers', 0)}; there are {os.cpu_count()} "
+                "processors), keep latents and images on this machine's own disk, or take smaller images"
+            )
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
