@@ -158,20 +158,11 @@ def tiny_text_encoder(
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = _word_tokenizer(sentences, max_tokens)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=dim,
-        intermediate_size=2 * dim,
-        projection_dim=dim,
-        num_hidden_layers=num_layers,
-        num_attention_heads=dim // 16,
-        max_position_embeddings=max_tokens,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    sizes = {"hidden_size": dim, "intermediate_size": 2 * dim, "projection_dim": dim, "num_hidden_layers": num_layers}
+    sizes |= {"num_attention_heads": dim // 16, "vocab_size": len(tokenizer), "max_position_embeddings": max_tokens}
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
     with torch.random.fork_rng(devices=[]):
-        model = CLIPTextModel(config)
+        model = CLIPTextModel(CLIPTextConfig(**sizes, bos_token_id=first, eos_token_id=last, pad_token_id=last))
     _draw_weights(model, torch.Generator().manual_seed(seed))
     return TextEncoder(model, tokenizer)
 

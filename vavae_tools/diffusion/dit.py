@@ -14,17 +14,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from vavae_tools.diffusion import layers
 from vavae_tools.diffusion.conditioning import TextCondition
-from vavae_tools.diffusion.layers import (
-    Backbone,
-    FinalLayer,
-    FourierTimeEmbed,
-    PatchEmbed,
-    TokenSubset,
-    rope_table,
-    select_tokens,
-    sincos_table,
-)
+from vavae_tools.diffusion.layers import Backbone, TokenSubset, select_tokens
 from vavae_tools.runtime.errors import UserError
 
 DiT_SIZES = {
@@ -164,9 +156,6 @@ class DDT(Backbone, ModelMixin, ConfigMixin):
         hidden_size, depth, num_heads: two numbers each, of the encoder and of the head; one number of heads is both's.
             The head should be wider than `in_channels`.
         pos_embed: add fixed positions to the encoder's tokens; the head's have none but the rotary ones.
-
-    Others are `DiT`'s. The reference's code fails with patch_size above 1, rope=False or adaln_shift=False (its
-    `wo_shift`); these work here, and no published weights have them.
     """
 
     @register_to_config
@@ -194,17 +183,19 @@ class DDT(Backbone, ModelMixin, ConfigMixin):
         self._set_grid(_both("input_size", input_size), patch_size, in_channels)
         self.encoder_depth, (encoder, head) = depths[0], widths
         self.conditioning_size = encoder
-        self.s_embedder = PatchEmbed(patch_size, in_channels, encoder)
-        self.x_embedder = PatchEmbed(patch_size, in_channels, head)
-        self.t_embedder = FourierTimeEmbed(encoder)
+        self.s_embedder = layers.PatchEmbed(patch_size, in_channels, encoder)
+        self.x_embedder = layers.PatchEmbed(patch_size, in_channels, head)
+        self.t_embedder = layers.FourierTimeEmbed(encoder)
         self.s_projector = nn.Linear(encoder, head) if encoder != head else nn.Identity()
         self.blocks, grid = nn.ModuleList(), (self.rows, self.columns)
-        positions = sincos_table(*grid, encoder)[None] if pos_embed else None
+        positions = layers.sincos_table(*grid, encoder)[None] if pos_embed else None
         self.register_buffer("enc_pos_embed", positions, persistent=False)  # (1, N, D of the encoder)
         for i, (name, part) in enumerate((("enc_rope", "The encoder's "), ("dec_rope", "The head's "))):
             self.blocks.extend(self._make_blocks(depths[i], widths[i], heads[i], part=part))
-            self.register_buffer(name, rope_table(*grid, widths[i] // heads[i]) if rope else None, persistent=False)
-        self.final_layer = FinalLayer(head, patch_size**2 * in_channels, rms_norm)
+            self.register_buffer(
+                name, layers.rope_table(*grid, widths[i] // heads[i]) if rope else None, persistent=False
+            )
+        self.final_layer = layers.FinalLayer(head, patch_size**2 * in_channels, rms_norm)
         self._initialize(linear=False)
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:

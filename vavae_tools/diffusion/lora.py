@@ -1,8 +1,4 @@
-"""Low-rank additions (LoRA, Hu et al. 2022) to a denoiser's linear maps, by the package peft, and merged into them.
-
-A map W of a large published model stays as it is; what is trained is scale·B·A beside it, of a small rank, a few
-percent of the weights. Afterwards W + scale·B·A is one map again.
-"""
+"""Low-rank additions (LoRA, Hu et al. 2022) scale·B·A to a denoiser's linear maps W, by peft, and merged into them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,11 +27,11 @@ def add_lora(denoiser: nn.Module, rank: int, alpha: float | None = None, targets
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UserError("LoRA needs the package peft: pip install peft; lora_rank=0 trains all weights") from None
-    if rank < 1 or isinstance(rank, bool):
+    if rank < 1:
         raise UserError(f"lora_rank={rank}: it is a whole number above 0, such as 16; 0 trains all weights")
     if lora_settings(denoiser):
         raise UserError("This denoiser has low-rank additions already")
-    alpha, targets = float(rank if alpha is None else alpha), [targets] if isinstance(targets, str) else list(targets)
+    alpha, targets = float(rank if alpha is None else alpha), list(targets)
     if not alpha > 0:
         raise UserError(f"lora_alpha={alpha:g}: it is above 0, such as the rank, {rank}")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=_linear_names(denoiser, targets))
@@ -69,15 +65,15 @@ def merged_weights(weights: Mapping[str, Tensor], settings: Mapping[str, Any] | 
 
 def _linear_names(denoiser: nn.Module, targets: Sequence[str]) -> list[str]:
     """Return full names of the linear maps that end in one of `targets`."""
+    if not targets:
+        raise UserError(f"lora_targets is empty: name linear maps, such as {', '.join(TARGETS)}")
     linear, found = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)], []
     for target in targets:
-        ending = [name for name in linear if name == target or name.endswith(f".{target}")]
+        ending = [name for name in linear if f".{name}".endswith(f".{target}")]
         if not ending:
-            ends = dict.fromkeys(name.rpartition(".")[2] for name in linear if name.startswith("blocks."))
-            whole = [name for name in linear if not name.startswith("blocks.")]
-            there = ", ".join(end for end in [*ends, *whole] if not end.isdecimal())
+            ends = [name.rpartition(".")[2] for name in linear if name.startswith("blocks.")]
+            ends += [name for name in linear if not name.startswith("blocks.")]
+            there = ", ".join(end for end in dict.fromkeys(ends) if not end.isdecimal())
             raise UserError(f"lora_targets: no linear map {target!r} in this denoiser; there are {there}")
         found += ending
-    if not found:
-        raise UserError(f"lora_targets is empty: name linear maps, such as {', '.join(TARGETS)}")
     return list(dict.fromkeys(found))

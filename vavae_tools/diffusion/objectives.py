@@ -113,19 +113,16 @@ class _PathObjective(Objective):
 
         With largest_noise below 1 a large draw means much noise, as in RAE; else it means little.
         """
-        if self.largest_noise < 1:
-            return 1 - shift_noise(self._truncated_noise(draws), self.time_shift)
-        t = torch.sigmoid(self.time_mean + self.time_std * draws) if self.time == "lognorm" else draws
-        return t if self.time_shift == 1 else 1 - shift_noise(1 - t, self.time_shift)
-
-    def _truncated_noise(self, uniform: Tensor) -> Tensor:
-        """Return shares of noise up to the largest, by the inverse of their distribution function."""
-        if self.time == "uniform":
-            return self.largest_noise * uniform
-        logit = math.log(self.largest_noise / (1 - self.largest_noise))
-        below = NormalDist().cdf((logit + self.time_mean) / self.time_std)  # the share of all draws that is kept
-        normal = torch.special.ndtri(below * uniform)
-        return torch.sigmoid(self.time_std * normal - self.time_mean).clamp(max=self.largest_noise)
+        if self.largest_noise == 1:
+            t = torch.sigmoid(self.time_mean + self.time_std * draws) if self.time == "lognorm" else draws
+            return t if self.time_shift == 1 else 1 - shift_noise(1 - t, self.time_shift)
+        noise = self.largest_noise * draws
+        if self.time == "lognorm":  # by the inverse of the distribution function of those that are kept
+            logit = math.log(self.largest_noise / (1 - self.largest_noise))
+            kept = NormalDist().cdf((logit + self.time_mean) / self.time_std)  # the share of all draws
+            noise = torch.sigmoid(self.time_std * torch.special.ndtri(kept * draws) - self.time_mean)
+            noise = noise.clamp(max=self.largest_noise)
+        return 1 - shift_noise(noise, self.time_shift)
 
     def add_noise(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self.shares(expand_time(t, data))

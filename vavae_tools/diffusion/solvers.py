@@ -1,7 +1,5 @@
 """From noise to latents: diffusers' solvers and two of our own, and guidance.
 
-Guidance is by the null condition (classifier-free, Ho & Salimans 2022) or by a weaker model (Karras et al. 2024).
-
 A flow solver's sigma is the share of noise, 1 − t, and goes down to 0; what it takes as the model's output is the
 derivative by sigma, −velocity. RAE's time is that sigma.
 """
@@ -21,17 +19,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from vavae_tools.diffusion import SOLVERS
+from vavae_tools.diffusion import SOLVERS, objectives
 from vavae_tools.diffusion.conditioning import TextCondition
-from vavae_tools.diffusion.objectives import (
-    FlowMatching,
-    NoisePrediction,
-    Objective,
-    path_shares,
-    shift_noise,
-    time_of,
-    unmix,
-)
+from vavae_tools.diffusion.objectives import Objective
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import computing_in
 
@@ -48,15 +38,13 @@ def solvers_for(objective: Objective) -> list[str]:
 def make_solver(
     name: str | None = None, objective: Objective | None = None, time_shift: float | None = None
 ) -> SchedulerMixin:
-    """Return a solver for what a denoiser was trained with.
+    """Return a solver for what a denoiser was trained with, by default flow matching.
 
     Args:
         name: one of `solvers_for(objective)`; by default "euler", of noise and v prediction "dpm++".
-        objective: by default flow matching.
-        time_shift: of a flow's steps, above 1 finer near the noise; by default that of training. `timestep_shift=0.3`
-            at sampling gives the grid of LightningDiT's recipe.
+        time_shift: of a flow's steps, above 1 finer near the noise; by default that of training.
     """
-    objective = objective or FlowMatching()
+    objective = objective or objectives.FlowMatching()
     discrete = objective.path == "discrete"
     name, fitting = name or ("dpm++" if discrete else "euler"), solvers_for(objective)
     if name not in fitting:
@@ -73,16 +61,16 @@ def make_solver(
 
 
 def swapped(scheduler: SchedulerMixin, name: str, objective: Objective | None = None) -> SchedulerMixin:
-    """Return another solver for the same denoiser, which keeps a flow's time shift; see `make_solver`.
+    """Return another solver for the same denoiser, with the same shift or schedule.
 
     The objective is by default what the scheduler says: a velocity, noise or v, and its schedule.
     """
     config = scheduler.config
     if objective is None and solves_flows(scheduler):
-        objective = FlowMatching(path=config.get("path", "linear"))
+        objective = objectives.FlowMatching(path=config.get("path", "linear"))
     elif objective is None:
         schedule = (config[key] for key in ("prediction_type", "beta_schedule", "beta_start", "beta_end"))
-        objective = NoisePrediction(*schedule, config.num_train_timesteps)
+        objective = objectives.NoisePrediction(*schedule, config.num_train_timesteps)
     return make_solver(name, objective, config.get("shift", config.get("flow_shift")))
 
 
@@ -121,9 +109,10 @@ def guided_prediction(
     interval of RAE's times a to b is 1 − b to 1 − a here.
 
     Args:
+        null: of guidance without a classifier (Ho & Salimans 2022).
         guidance_channels: "all" (scales of 1.25 to 2.5), or "first3", as LightningDiT guides the first three of 32
             only: its published scales, such as 6.7 and 10, make sense with that alone.
-        guide: a weaker denoiser of the same kind, smaller or less trained, in the null's place: autoguidance.
+        guide: a weaker denoiser, smaller or less trained, in the null's place: autoguidance (Karras et al. 2024).
         guide_conditioning: the same conditions from the guide's own conditioner; by default `conditioning`.
     """
     if guidance_channels not in ("all", "first3"):
@@ -148,12 +137,12 @@ def guided_prediction(
 
 # ---- steps
 def time_grid(num_inference_steps: int, timestep_shift: float = 1.0, last_noise: float = 0.0) -> Tensor:
-    """Times t, float32 (n + 1,), even in the share of noise from 1 down to `last_noise`, then shifted: `lay_out`'s.
+    """Return times t, float32 (n + 1,), even in the share of noise from 1 down to `last_noise`, then shifted.
 
     RAE's grid of N points with its shift s is `time_grid(N - 1, 1 / s, last_noise=0.001)`.
     """
     sigmas = torch.linspace(1, last_noise, num_inference_steps + 1, dtype=torch.float64)
-    return (1 - shift_noise(sigmas, 1 / (timestep_shift or 1))).float()
+    return (1 - objectives.shift_noise(sigmas, 1 / (timestep_shift or 1))).float()
 
 
 def lay_out(
@@ -166,16 +155,17 @@ def lay_out(
     """Return a fresh copy of the scheduler with its grid laid out, and the time t of each of its model calls.
 
     Args:
-        num_inference_steps: model calls, and so updates (Heun's method makes 2n − 1 calls, the midpoint method 2n).
+        num_inference_steps: updates, and so model calls (Heun's method makes 2n − 1, the midpoint method 2n).
             LightningDiT's and RAE's `num_steps` counts grid points instead, one more: 250 steps are our 249.
-        timestep_shift: LightningDiT's s in t → s·t / (1 + (s − 1)·t); 0.3 steps finer near the noise. It is diffusers'
-            and RAE's shift 1/s. 0 and 1 mean no shift, None leaves the scheduler's own. Of flows only.
+        timestep_shift: of flows, LightningDiT's s in t → s·t / (1 + (s − 1)·t), finer near the noise where below 1;
+            diffusers' and RAE's shift is 1/s. 0 and 1 mean no shift, None leaves the scheduler's own.
         last_noise: share of noise, before the shift, at which the last update ends; of Euler's and the midpoint method,
             and of "sde" the last but one. 0, all the way to the data, is better; RAE stops at 0.001.
         objective: what the scheduler must fit.
     """
+    config, changes = scheduler.config, {}
     paths, path = _paths(scheduler), objective.path if objective else None
-    other = path == "discrete" and scheduler.config.get("prediction_type") != objective.prediction
+    other = path == "discrete" and config.get("prediction_type") != objective.prediction
     if not paths or (path and path not in paths) or other:
         fitting = ", ".join(solvers_for(objective) if objective else SOLVERS)
         found = f"{type(scheduler).__name__} as configured does not solve {PATH_LABELS[path or 'linear']}"
@@ -186,7 +176,6 @@ def lay_out(
         return _lay_out_discrete(scheduler, num_inference_steps)
     if num_inference_steps < 1:
         raise UserError(f"num_inference_steps={num_inference_steps}: at least one step is needed.")
-    config, changes = scheduler.config, {}
     if timestep_shift is not None:
         if timestep_shift < 0:
             raise UserError(f"timestep_shift={timestep_shift:g}: it is above 0, with 0 or 1 for none.")
@@ -196,7 +185,7 @@ def lay_out(
         # its own grid ends at sigma 1/1000 instead of evenly at 1/n, and is shifted twice there
         last = last_noise + (1 - last_noise) / num_inference_steps
         solver.set_timesteps(sigmas=np.linspace(1, last, num_inference_steps))
-        solver.sigmas[-1] = shift_noise(last_noise, solver.shift)
+        solver.sigmas[-1] = objectives.shift_noise(last_noise, solver.shift)
     elif isinstance(solver, FlowScheduler):
         solver.set_timesteps(num_inference_steps, last_noise)
     else:
@@ -217,17 +206,11 @@ def _lay_out_discrete(scheduler: SchedulerMixin, num_inference_steps: int) -> tu
     else:
         solver = type(scheduler).from_config(scheduler.config)
     solver.set_timesteps(num_inference_steps)
-    return solver, time_of(solver.timesteps, most).tolist()
-
-
-def solver_step(solver: SchedulerMixin, output: Tensor, timestep: Tensor, x: Tensor, **options: Any) -> Tensor:
-    """Return the next x by diffusers' own step: in float32 whatever is set around it, and not waiting for the card."""
-    with computing_in("32", x.device), _WithoutWaits() if x.device.type == "cuda" else nullcontext():
-        return solver.step(output, timestep, x, return_dict=False, **options)[0]
+    return solver, objectives.time_of(solver.timesteps, most).tolist()
 
 
 class _WithoutWaits(TorchFunctionMode):
-    """Let tensors that UniPC and DDPM make on the CPU go to the card unwaited for, and solve equations unchecked."""
+    """Copy tensors that UniPC and DDPM make on the CPU to the card without waiting, and solve equations unchecked."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -274,21 +257,20 @@ def sample(
         if guidance.get("guide") is not None:
             guidance["guide"] = objective.as_solver_input(guidance["guide"])
     if "generator" in inspect.signature(solver.step).parameters:
-        adds_noise = isinstance(solver, diffusers.DDPMScheduler | StochasticScheduler)
-        options["generator"] = _generators_of(noise) if adds_noise and not generators else generators
+        if isinstance(solver, diffusers.DDPMScheduler | StochasticScheduler) and not generators:
+            # seeded by a sample's first two numbers, so that samples do not depend on their batch
+            seeds = noise.flatten(1)[:, :2].float().cpu().contiguous().view(torch.int64)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds.flatten().tolist()]
+        options["generator"] = generators
     x = noise.float() * (1.0 if flow else solver.init_noise_sigma)
     for i, (timestep, t) in enumerate(zip(solver.timesteps, times, strict=True)):
         prediction = guided_prediction(denoiser, x, t, conditioning, null, guidance_scale, **guidance)
-        x = solver_step(solver, -prediction if flow else prediction, timestep, x, **options)
+        # in float32 whatever is set around it, and not waiting for the card
+        with computing_in("32", x.device), _WithoutWaits() if x.device.type == "cuda" else nullcontext():
+            x = solver.step(-prediction if flow else prediction, timestep, x, **options)[0]
         if callback is not None:
             callback(i, t, x)
     return x
-
-
-def _generators_of(noise: Tensor) -> list[torch.Generator]:
-    """Return one for each sample, seeded by its first two numbers, so that samples do not depend on their batch."""
-    seeds = noise.flatten(1)[:, :2].float().cpu().contiguous().view(torch.int64)
-    return [torch.Generator().manual_seed(seed) for seed in seeds.flatten().tolist()]
 
 
 # ---- solvers of flows that diffusers does not have, called as its own are
@@ -316,7 +298,7 @@ class MidpointScheduler(FlowScheduler):
         between = (ends[:-1] + ends[1:]) / 2
         return torch.cat([torch.stack([ends[:-1], between], 1).flatten(), ends[-1:]])
 
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> tuple[Tensor]:
         if self.place % 2 == 0:  # to the middle
             self.start = sample
         start, later = self.sigmas[[self.place - self.place % 2, self.place + 1]].tolist()
@@ -329,8 +311,7 @@ class StochasticScheduler(FlowScheduler):
 
     For any diffusion w ≥ 0, dx = (v + w·score)·dt + √(2w)·dW has the same x at every time as the velocity v alone
     (Albergo et al. 2023, Ma et al. 2024). Here w is σ, as in SiT and RAE, and so w·score is −noise. The last but one
-    step ends at a share of noise of `last_noise`, by default RAE's 0.04 (before the shift), as at the data the score is
-    infinite; the last one adds no noise.
+    step ends at `last_noise`, by default RAE's 0.04, as the score is infinite at the data; the last adds no noise.
     """
 
     def grid(self, num_inference_steps: int, last_noise: float) -> Tensor:
@@ -338,22 +319,16 @@ class StochasticScheduler(FlowScheduler):
         return torch.cat([1 - ends, torch.zeros(1)])
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Tensor,
-        sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = False,
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, generator: Any = None, variance_noise: Any = None
     ) -> tuple[Tensor]:
         here, later = self.sigmas[self.place : self.place + 2].tolist()
         self.place += 1
         t, path = torch.full((len(sample),), 1 - here, dtype=torch.float32, device=sample.device), self.config.path
-        noise = unmix(-model_output, sample, t, path)[1]
+        noise = objectives.unmix(-model_output, sample, t, path)[1]
         moved = sample - (here - later) * (noise + model_output)
         if later == 0:
             return (moved,)
         if variance_noise is None:
             variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        diffusion = path_shares(path, torch.tensor(1 - here, dtype=torch.float64))[1].item()
+        diffusion = objectives.path_shares(path, torch.tensor(1 - here, dtype=torch.float64))[1].item()
         return (moved + math.sqrt(2 * diffusion * (here - later)) * variance_noise,)

@@ -1,7 +1,4 @@
-"""Published denoisers → our DiT or DDT and a ClassConditioner, called as the reference's own model is.
-
-LightningDiT (Yao & Wang 2025), RAE's LightningDiT and DiT^DH (Zheng et al. 2025), DiT (Peebles & Xie 2023).
-"""
+"""LightningDiT, RAE's LightningDiT and DiT^DH, and DiT as published → our denoisers, called as the reference's are."""
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -38,10 +35,6 @@ class PublishedDenoiser(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.denoiser.predict(x, t, self.conditioner(y))[:, : self.denoiser.in_channels]
 
-    def _twice(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        half = x[: len(x) // 2]
-        return self(torch.cat([half, half]), t, y)
-
 
 class PlainDiT(PublishedDenoiser):
     """DiT's: timesteps 0 … 999, noise and variance predicted, (B, 2·C, h, w); (B, C, h, w) without learn_sigma."""
@@ -51,7 +44,8 @@ class PlainDiT(PublishedDenoiser):
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """Guide three channels only."""
-        out = self._twice(x, t, y)
+        half = x[: len(x) // 2]
+        out = self(torch.cat([half, half]), t, y)
         conditional, null = out[:, :3].chunk(2)
         guided = null + cfg_scale * (conditional - null)
         return torch.cat([torch.cat([guided, guided]), out[:, 3:]], dim=1)
@@ -70,8 +64,9 @@ class RAELightningDiT(PublishedDenoiser):
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_interval: Intervals = (), interval_cfg: float = 0.0
     ) -> Tensor:
-        conditional, null = self._twice(x, t, y).chunk(2)
-        guided = _guided(conditional, null, t[: len(x) // 2], cfg_scale, cfg_interval, interval_cfg)
+        half = x[: len(x) // 2]
+        conditional, null = self(torch.cat([half, half]), t, y).chunk(2)
+        guided = _guided(conditional, null, t[: len(half)], cfg_scale, cfg_interval, interval_cfg)
         return torch.cat([guided, guided])
 
     def forward_with_autoguidance(
@@ -171,13 +166,11 @@ def split_state_dict(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
 def read_latent_statistics(path: str | Path) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of each latent channel, from LightningDiT's `latents_stats.pt` {mean, std}."""
     saved = read_saved(path)
-    if not isinstance(saved, Mapping) or not all(isinstance(saved.get(name), Tensor) for name in ("mean", "std")):
-        held = ", ".join(map(str, list(saved)[:4])) if isinstance(saved, Mapping) else type(saved).__name__
-        raise UserError(f"{path} holds {held or 'nothing'}, expected the tensors mean and std of latents_stats.pt.")
-    mean, std = saved["mean"], saved["std"]
-    if mean.shape != std.shape or mean.shape != (1, mean.numel(), 1, 1):
-        shapes = f"a mean of shape {tuple(mean.shape)} and a std of shape {tuple(std.shape)}"
-        raise UserError(f"{path} has {shapes}, expected (1, channels, 1, 1), both of one length.")
+    tensors = {k: v for k, v in saved.items() if isinstance(v, Tensor)} if isinstance(saved, Mapping) else {}
+    mean, std = tensors.get("mean"), tensors.get("std")
+    if mean is None or std is None or not mean.shape == std.shape == (1, mean.numel(), 1, 1):
+        found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()) or "no tensors"
+        raise UserError(f"{path} holds {found}, expected mean and std, each (1, channels, 1, 1), of latents_stats.pt.")
     mean, std = mean.flatten(), std.flatten()
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         raise UserError(f"{path} has numbers that are not finite or a std of 0 in it: make the statistics again.")

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.encoders import FrozenEncoder, encoder_class
+from vavae_tools.autoencoders.encoders import encoder_class
 from vavae_tools.autoencoders.rae import DECODER_NUMBERS, RAE, VARIANCE_EPS, image_decoder, noised
 from vavae_tools.autoencoders.rae_weights import fit, from_diffusers, sorted_weights
 from vavae_tools.runtime.errors import UserError
@@ -16,10 +16,10 @@ from vavae_tools.runtime.errors import UserError
 class RAEReference(nn.Module):
     """An RAE behind the authors' calls.
 
-    `encode(image)`: (B, 3, S, S) in [0, 1] → latent (B, C, h, w), in training mode with noise of `noise_tau`;
-    `decode(latent)`: → image near [0, 1], not clipped; `decoder(tokens)` → `.logits` (B, N, p·p·3);
-    `unpatchify(logits)` → pixels (B, 3, H, W), not denormalised; `encoder(pixel_values)` → tokens (B, N, C). With
-    `reshape_to_2d` off, latents are (B, N, C).
+    `encode(image)`: (B, 3, S, S) in [0, 1] → latent (B, C, h, w), without `reshape_to_2d` (B, N, C); in training mode
+    with noise of `noise_tau`. `decode(latent)`: → image near [0, 1], not clipped; without statistics grids of other
+    sizes are resized to the model's. `encoder(pixel_values)` → tokens (B, N, C), `decoder(tokens)` → `.logits` (B, N,
+    p·p·3), `unpatchify(logits)` → pixels (B, 3, H, W), not denormalised.
     """
 
     def __init__(self, rae: RAE, reshape_to_2d: bool = True) -> None:
@@ -38,7 +38,6 @@ class RAEReference(nn.Module):
         return latent if self.reshape_to_2d else rearrange(latent, "b c h w -> b (h w) c")
 
     def decode(self, latent: Tensor) -> Tensor:
-        """A latent (B, C, h, w) → image (B, 3, H, W); without statistics other grids are resized to the model's."""
         if not self.reshape_to_2d:
             latent = rearrange(latent, "b (h w) c -> b c h w", h=self.rae.grid)
         return self.rae.colours(self.rae.tokens_of(latent))
@@ -48,7 +47,7 @@ class RAEReference(nn.Module):
 
 
 class RAEEncoders(nn.ModuleDict):
-    """Several encoders by name: `model.mae(pixel_values)` → tokens; `model(pixel_values)` → tokens of all, by name."""
+    """Several encoders: `model.mae(pixel_values)` → tokens; `model(pixel_values)` → tokens of all, by name."""
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         return {name: encoder(pixel_values) for name, encoder in self.items()}
@@ -100,25 +99,21 @@ def load_rae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any])
 
 
 def load_rae_encoder_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:
-    """Return the authors' encoders by their weights: `model(pixel_values)`, normalised images → tokens (B, N, C).
+    """Return the authors' encoders, in eval mode: `model(pixel_values)`, normalised images → tokens (B, N, C).
 
     Args:
         state_dict: of one encoder, of any prefix; or of several, each behind its name: `mae.model.*`.
         config: {"encoder": "MAEwNorm", "encoder_config": {…}} of one; {"mae": {"config": {…}}, "siglip2": {…},
             "layer_norm_eps": {"mae": …}} of several, which gives an `RAEEncoders`.
     """
-    several = {name: value for name, value in config.items() if isinstance(value, Mapping) and "config" in value}
-    if not several:
-        return _encoder_alone(state_dict, config)
-    encoders, eps = {}, config.get("layer_norm_eps", {})
-    for name, value in several.items():
-        weights = {key.removeprefix(f"{name}."): t for key, t in state_dict.items() if key.startswith(f"{name}.")}
-        own = {"encoder": name, "encoder_config": value["config"], "layer_norm_eps": eps.get(name)}
-        encoders[name] = _encoder_alone(weights, own)
-    return RAEEncoders(encoders).eval()
-
-
-def _encoder_alone(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> FrozenEncoder:
+    encoders, eps = {}, config.get("layer_norm_eps")
+    for name, value in config.items():
+        if isinstance(value, Mapping) and "config" in value:
+            weights = {key.removeprefix(f"{name}."): t for key, t in state_dict.items() if key.startswith(f"{name}.")}
+            own = {"encoder": name, "encoder_config": value["config"], "layer_norm_eps": (eps or {}).get(name)}
+            encoders[name] = load_rae_encoder_reference(weights, own)
+    if encoders:
+        return RAEEncoders(encoders).eval()
     found = sorted_weights(state_dict)
     if "encoder" not in found:
         some = ", ".join(list(state_dict)[:3]) or "none"
@@ -127,7 +122,7 @@ def _encoder_alone(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> 
     name, arguments = _encoder(config)
     encoder = encoder_class(name)(arguments)
     fit(encoder, found["encoder"], "encoder", "state_dict")
-    return encoder
+    return encoder.eval()
 
 
 def _encoder(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
