@@ -13,7 +13,7 @@ from torch import Tensor
 from vavae_tools.data import text_states as texts
 from vavae_tools.data.captions import CaptionOrder
 from vavae_tools.data.latents import LatentFolder
-from vavae_tools.data.text_states import EncodedTexts, TextFolder, TextLatentDataModule, encode_texts, needed_bytes
+from vavae_tools.data.text_states import TextFolder, TextLatentDataModule, encode_texts, needed_bytes
 from vavae_tools.runtime.errors import UserError
 
 DIM, POOLED, MAX_SENTENCES = 4, 3, 8
@@ -140,7 +140,7 @@ def test_what_is_read_is_what_was_encoded(tmp_path, monkeypatch, shard_size):
     monkeypatch.setattr(texts, "SHARD_SIZE", shard_size)
     folder = encode_texts(WordEncoder(), CAPTIONS, tmp_path, progress=False)
     assert len(folder.shards) == -(-len(DISTINCT) // shard_size)
-    read = EncodedTexts(folder)
+    read = TextLatentDataModule(write_latents(tmp_path / "latents"), folder).train_data
     places = torch.tensor([3, 0, len(DISTINCT) - 1, 3, 5])
     assert_states(read.states(places), [DISTINCT[place] for place in places], torch.float16)
 

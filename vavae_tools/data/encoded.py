@@ -30,21 +30,18 @@ from vavae_tools.runtime.files import atomic_write, write_json
 from vavae_tools.runtime.machine import Computing
 from vavae_tools.runtime.ranks import Ranks
 
-SHARD_SIZE = 10_000
-SHARD_BYTES = 2**30
-"""The most samples and bytes of a shard: one is in memory while it is made, and is lost when the process is killed."""
+SHARD_SIZE, SHARD_BYTES = 10_000, 2**30  # of a shard at most: one is in memory, and lost when the process is killed
 MIN_SHARDS = 8  # of a subset where it has as many batches: for several processes to share, and to resume with
 READ_AT_ONCE = 2**28  # bytes: smaller data are read into memory
 PATIENCE = 120.0  # seconds until another machine's files must be visible: network disks cache that there was nothing
 
 Tensors = dict[str, Tensor]
-Fields = Callable[[str, Any], Tensors]
-"""Encodes a batch of a subset: name → tensor, on any device."""
+Fields = Callable[[str, Any], Tensors]  # encodes a batch of a subset, on any device
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows of a subset, the key of what is made of them, and its size."""
+    """Rows of a subset, and the key and size of what is made of them."""
 
     rows: range
     key: str
@@ -71,7 +68,6 @@ class EncodedFolder:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Return the folder as its index describes it."""
         index = Path(path) / cls.INDEX
         if not index.is_file():
             raise UserError(f"No {cls.CONTENTS} in {path} ({cls.INDEX} is missing): encode them first")
@@ -189,11 +185,6 @@ def encode(
         def advance(count: int = 0) -> None:
             bar.update(there + ranks.add(f"{this} samples", count) - bar.n)
 
-        def wait_for_all() -> None:
-            while ranks.add(f"{this} finished", 0) < ranks.size:
-                advance()
-                time.sleep(0.05)
-
         for subset, of_subset in shards.items():
             own = {name: shard for name, shard in of_subset.items() if name in mine}
             batches = _batches(samples[subset], [s.rows for s in own.values()], batch_size, num_workers)
@@ -202,8 +193,11 @@ def encode(
                 tensors = finish(_concatenated(encoded, shard.rows, batch_size, advance))
                 with atomic_write(store.folder / name) as file:
                     save_file(tensors, file, metadata={"key": shard.key})
-        ranks.add(f"{this} finished", 1)
-        agree(ranks, wait_for_all)
+        finished = ranks.add(f"{this} finished", 1)
+        while finished < ranks.size:
+            time.sleep(0.05)
+            advance()
+            finished = ranks.add(f"{this} finished", 0)
     store.wait_for(files, ranks)
 
 

@@ -190,48 +190,30 @@ def _caption_rows(captions_by_subset: Captions, distinct: Sequence[str]) -> Tens
 # ---- what is read
 
 
-class EncodedTexts:
-    """The stored states of a folder's captions, memory-mapped: only those of a batch are read."""
+class TextLatentDataset(LatentDataset):
+    """One subset's latents, each with the states of one of its captions: that which the sampler names, or the first.
 
-    def __init__(self, folder: TextFolder) -> None:
-        self.folder = folder
-        shards = [open_shard(folder.path / name) for name in folder.shards]
+    A batch is that of `LatentDataset` and, padded with zeros to the longest of its captions, "text_tokens" float16 (B,
+    L, D), "text_mask" bool (B, L), true where a token is, and "text_pooled" float16 (B, P).
+    """
+
+    def __init__(self, latents: LatentFolder, texts: TextFolder, subset: str) -> None:
+        super().__init__(latents, subset)
+        images, named = texts.pictures.get(subset, 0), texts.names.get(subset)
+        if images != len(self) or (named and named != _digest(list(latents.names.get(subset, [])))):
+            raise UserError(
+                f"{texts.path} has captions of {count_of(images, 'image')} of the subset {subset}, {latents.path} "
+                f"latents of {len(self):,} other ones: encode both for the same images"
+            )
+        owned, none = open_shard(texts.path / CAPTIONS), torch.empty(0, dtype=torch.int64)
+        self._captions, self._ends = (owned.get(f"{subset}.{name}", none) for name in ("places", "ends"))
+
+        shards = [open_shard(texts.path / name) for name in texts.shards]
         self._tokens, self._pooled = [shard["tokens"] for shard in shards], Rows([shard["pooled"] for shard in shards])
         ends = [shard["ends"] for shard in shards]
         self._lengths = torch.cat([one.diff(prepend=one.new_zeros(1)) for one in ends])  # (captions,), in tokens
         self._firsts = torch.cat(ends) - self._lengths  # each caption's first token in its shard
         self._shard_of = torch.arange(len(ends)).repeat_interleave(torch.tensor(list(map(len, ends))))
-
-    def states(self, places: Tensor) -> Tensors:
-        """Return the states of captions by their places int64 (B,), padded with zeros to the longest of them.
-
-        "text_tokens" float16 (B, L, D), "text_mask" bool (B, L), true where a token is, "text_pooled" float16 (B, P).
-        """
-        lengths = self._lengths[places]
-        rows = (values.tolist() for values in (self._shard_of[places], self._firsts[places], lengths))
-        tokens = [self._tokens[shard][first : first + length] for shard, first, length in zip(*rows, strict=True)]
-        padded = pad_sequence(tokens, batch_first=True)  # (B, L, D)
-        mask = torch.arange(padded.shape[1]) < lengths[:, None]
-        return {"text_tokens": padded, "text_mask": mask, "text_pooled": self._pooled[places]}
-
-
-class TextLatentDataset(LatentDataset):
-    """One subset's latents, each with one of its captions: the one that the sampler names, or the first.
-
-    A batch is that of `LatentDataset` and the states of `EncodedTexts`.
-    """
-
-    def __init__(self, latents: LatentFolder, texts: EncodedTexts, subset: str) -> None:
-        super().__init__(latents, subset)
-        self.texts, folder = texts, texts.folder
-        images, named = folder.pictures.get(subset, 0), folder.names.get(subset)
-        if images != len(self) or (named and named != _digest(list(latents.names.get(subset, [])))):
-            raise UserError(
-                f"{folder.path} has captions of {count_of(images, 'image')} of the subset {subset}, {latents.path} "
-                f"latents of {len(self):,} other ones: encode both for the same images"
-            )
-        owned, none = open_shard(folder.path / CAPTIONS), torch.empty(0, dtype=torch.int64)
-        self._places, self._ends = (owned.get(f"{subset}.{name}", none) for name in ("places", "ends"))
 
     @property
     def caption_counts(self) -> Tensor:
@@ -242,8 +224,16 @@ class TextLatentDataset(LatentDataset):
         indices, numbers = index_and_number(indices)
         index = torch.tensor(indices, dtype=torch.int64)
         firsts = torch.where(index > 0, self._ends[index - 1], 0)
-        states = self.texts.states(self._places[firsts + torch.tensor(numbers, dtype=torch.int64)])
-        return {**super().stored(indices), **states}
+        return {**super().stored(indices), **self.states(self._captions[firsts + torch.tensor(numbers)])}
+
+    def states(self, captions: Tensor) -> Tensors:
+        """Return the stored states of captions int64 (B,), of which only these are read."""
+        lengths = self._lengths[captions]
+        rows = (values.tolist() for values in (self._shard_of[captions], self._firsts[captions], lengths))
+        tokens = [self._tokens[shard][first : first + length] for shard, first, length in zip(*rows, strict=True)]
+        padded = pad_sequence(tokens, batch_first=True)  # (B, L, D)
+        mask = torch.arange(padded.shape[1]) < lengths[:, None]
+        return {"text_tokens": padded, "text_mask": mask, "text_pooled": self._pooled[captions]}
 
 
 class TextLatentDataModule(LatentDataModule, CaptionOrderedDataModule):
@@ -261,5 +251,5 @@ class TextLatentDataModule(LatentDataModule, CaptionOrderedDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(latents, batch_size, num_workers, seed)
-        self.texts = EncodedTexts(texts if isinstance(texts, TextFolder) else TextFolder.read(texts))
-        self.train_data, self.val_data = (TextLatentDataset(self.folder, self.texts, name) for name in ("train", "val"))
+        texts = texts if isinstance(texts, TextFolder) else TextFolder.read(texts)
+        self.train_data, self.val_data = (TextLatentDataset(self.folder, texts, name) for name in ("train", "val"))
