@@ -225,7 +225,7 @@ def test_no_credentials_is_one_line_and_stdin_lives_on(tmp_path, monkeypatch, sa
     line = "not pushed: no Kaggle credentials are here, or none that work: make a token"
     assert said[-1].startswith(line) and "kaggle" not in sys.modules
     with pytest.raises(Unavailable):
-        push_session(tmp_path / "work", RUN, optional=False, log=said.append)
+        sessions.push(tmp_path / "work", RUN)
     (tmp_path / "model").mkdir()
     (tmp_path / "model/a.safetensors").touch()
     call = f"import vavae_tools as vt; print(vt.push_session('model', {RUN!r}), input())"

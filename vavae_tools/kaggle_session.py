@@ -42,13 +42,13 @@ def main() -> None:
     if len(args.dataset) > 1:
         raise UserError(f"--dataset {' '.join(args.dataset)}: {args.do} takes one")
 
-    from vavae_tools.kaggle.session import pull_session, push_session
+    from vavae_tools.kaggle import session
 
-    dataset = args.dataset[0] if args.dataset else None
+    work, dataset = Path(args.work), next(iter(args.dataset), None)
     if args.do == "push":
-        push_session(args.work, dataset, args.message, args.images, args.wait, optional=False)
+        session.push(work, dataset, args.message, args.images, args.wait)
     else:
-        pull_session(args.work, dataset, optional=False)
+        session.pull(work, dataset)
 
 
 def write_kernel(

@@ -13,20 +13,20 @@ import re
 import shutil
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
+from vavae_tools.checkpoints.formats import place_in
 from vavae_tools.data.folders import IMAGE_EXTENSIONS
 from vavae_tools.data.split_report import INFO_NAME, SUBSETS
 from vavae_tools.kaggle import Unavailable, ask
 from vavae_tools.paths import KAGGLE_INPUT, MAX_SEARCH_DEPTH
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import atomic_write, read_checkpoint
+from vavae_tools.runtime.files import atomic_write, read_checkpoint, read_json
 
 NEEDED = (
     *("last.ckpt", "best-*.ckpt", "epoch=*.ckpt", "*.safetensors", "*.pt", "*.json", "*.yaml"),
@@ -40,6 +40,7 @@ OF_RUN = ("checkpoints", *WHOLE_FOLDERS, "vavae", "autoencoder", "pipeline")
 RUNS = ("checkpoints", "vavae/checkpoints", "vavae/*/checkpoints", "dit/checkpoints", "logs/runs/*/*/checkpoints")
 MANIFEST = re.compile(r"session-[0-9a-f]{12}\.json")
 PACK = "small-files.pack"
+INSTEAD = 'push again, or take the version before it ("owner/name/NUMBER")'
 DATASET = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)/([a-z0-9][a-z0-9-]{4,48}[a-z0-9])(?:/[1-9][0-9]*)?")
 
 Log = Callable[[str], None]
@@ -65,62 +66,23 @@ def push_session(
     message: str = "",
     images: bool = False,
     wait: float = 600.0,
-    optional: bool = True,
     log: Log = print,
 ) -> Session | None:
-    """Push what the next session needs as a private Kaggle dataset: a new one, or its next version.
-
-    Args:
-        work: the folder that outputs are in.
-        dataset: "owner/name"; None pushes nothing.
-        message: notes of this version, by default how far each run is.
-        images: push the split's images too.
-        wait: seconds in which Kaggle must list the new version.
-        optional: return None and say why where Kaggle cannot be used, in place of raising it.
-
-    Raises:
-        UserError: nothing to push, a damaged `last.ckpt`, an upload that failed or lost a file. What Kaggle held
-            before is kept.
-    """
+    """Do what `push` does; where Kaggle cannot be used, log why and return None."""
     try:
-        return _push(Path(work), dataset, message, images, wait, log)
+        return push(Path(work), dataset, message, images, wait, log)
     except Unavailable as reason:
-        if not optional:
-            raise
         log(f"not pushed: {reason}")
         return None
 
 
 def pull_session(
-    work: str | Path,
-    dataset: str | None = None,
-    input_roots: Sequence[Path] = (KAGGLE_INPUT,),
-    optional: bool = True,
-    log: Log = print,
+    work: str | Path, dataset: str | None = None, input_roots: Sequence[Path] = (KAGGLE_INPUT,), log: Log = print
 ) -> Session | None:
-    """Put the newest state into `work`, so that `resume="last"` resumes it; what is newer there is kept.
-
-    Args:
-        dataset: "owner/name", or "owner/name/2" for an older version: taken where it is attached, else downloaded.
-            None takes the newest that is attached, also the output of a notebook.
-        input_roots: where a Kaggle machine mounts what is attached.
-        optional: return None and say why where there is nothing to pull, in place of raising it.
-
-    Raises:
-        UserError: what was found is not whole. `work` is as it was.
-    """
-    work = Path(work)
+    """Do what `pull` does; where there is nothing to pull, log why and return None."""
     try:
-        if dataset:
-            _check_name(dataset)
-        attached = newest_attached(input_roots, dataset)
-        with TemporaryDirectory(prefix="vavae-pull-") as folder:
-            if attached is None:
-                attached = _downloaded(dataset, Path(folder))
-            return _put(attached, work, log)
+        return pull(Path(work), dataset, input_roots, log)
     except Unavailable as reason:
-        if not optional:
-            raise
         log(f"nothing pulled: {reason}")
         return None
 
@@ -150,7 +112,19 @@ def session_files(work: Path, images: bool = False) -> list[str]:
 
 
 # ---- there
-def _push(work: Path, dataset: str | None, message: str, images: bool, wait: float, log: Log) -> Session:
+def push(
+    work: Path, dataset: str | None, message: str = "", images: bool = False, wait: float = 600.0, log: Log = print
+) -> Session:
+    """Push what the next session needs as the private Kaggle dataset "owner/name": a new one, or its next version.
+
+    Args:
+        message: notes of this version, by default how far each run is.
+        images: push the split's images too.
+        wait: seconds in which Kaggle must list every file.
+
+    Raises:
+        UserError: nothing to push, a damaged checkpoint, an upload that failed; what Kaggle held before is kept.
+    """
     if not dataset:
         raise Unavailable('no dataset is named; "your-name/your-run" is made where there is none')
     if dataset != _check_name(dataset):
@@ -220,36 +194,29 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _steps(folder: Path, files: dict[str, Any]) -> dict[str, tuple[int, int]]:
+def _steps(folder: Path, files: Iterable[str], skip_damaged: bool = False) -> dict[str, tuple[int, int]]:
     """Return each run's last step and epoch; a damaged checkpoint is an error, as it would replace a good one."""
     steps: dict[str, tuple[int, int]] = {}
     for path in files:
-        if (state := _state(folder / path)) is not None:
+        read = {"last.ckpt": read_checkpoint, "training_state.json": read_json}.get(Path(path).name)
+        try:
+            place = read and place_in(read(folder / path))
+        except UserError:
+            if not skip_damaged:
+                raise
+            continue
+        if place is not None:
             run = _run_of(path, files)
-            steps[run] = max(steps.get(run, (-1, 0)), state)
+            steps[run] = max(steps.get(run, (-1, 0)), (place.get("global_step", 0), place.get("epoch", 0)))
     return steps
 
 
-def _state(path: Path) -> tuple[int, int] | None:
-    """Return step and epoch of a `last.ckpt` or a `training_state.json`, None for other files."""
-    values: Any = None
-    if path.name == "last.ckpt":
-        values = read_checkpoint(path)
-    elif path.name == "training_state.json":
-        with suppress(ValueError, OSError):
-            values = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        return None
-    return int(values.get("global_step") or 0), int(values.get("current_epoch", values.get("epoch")) or 0)
-
-
-def _run_of(path: str, paths: dict[str, Any]) -> str:
+def _run_of(path: str, paths: Iterable[str]) -> str:
     """Return the folder that `path` goes together with: its run's, its split's, else the one it is in.
 
-    >>> _run_of("dit/pipeline/vae/config.json", {"dit/checkpoints/last.ckpt": 0, "dit/pipeline/vae/config.json": 0})
-    'dit'
-    >>> _run_of("latents/latents.json", {"checkpoints/last.ckpt": 0, "latents/latents.json": 0})
-    'latents'
+    >>> paths = ["checkpoints/last.ckpt", "dit/checkpoints/last.ckpt"]
+    >>> _run_of("dit/pipeline/vae/config.json", paths), _run_of("latents/latents.json", paths)
+    ('dit', 'latents')
     """
     parents = list(PurePosixPath(path).parents)
     for parent, child in zip(parents[1:], parents, strict=False):
@@ -264,19 +231,42 @@ def _run_of(path: str, paths: dict[str, Any]) -> str:
 
 
 # ---- and back
-INSTEAD = 'push again, or take the version before it ("owner/name/NUMBER")'
+def pull(
+    work: Path, dataset: str | None = None, input_roots: Sequence[Path] = (KAGGLE_INPUT,), log: Log = print
+) -> Session:
+    """Put the newest state into `work`, so that `resume="last"` resumes it; what is newer there is kept.
+
+    Args:
+        dataset: "owner/name", or "owner/name/2" for an older version: taken where it is attached, else downloaded.
+            None takes the newest that is attached, also the output of a notebook.
+        input_roots: where a Kaggle machine mounts what is attached.
+
+    Raises:
+        UserError: what was found is not whole. `work` is as it was.
+    """
+    own_name = _check_name(dataset) if dataset else None
+    attached = _newest_attached(input_roots, own_name)
+    if attached is not None:
+        return _put(attached, work, log)
+    if not dataset:
+        raise Unavailable("no earlier session is attached; attach its dataset or its notebook's output, or name one")
+    with TemporaryDirectory(prefix="vavae-pull-") as folder:
+        (Path(folder) / "dataset").mkdir()
+        done = ask({"do": "pull", "dataset": dataset, "folder": f"{folder}/dataset"}, Path(folder))
+        return _put(_source_in(Path(done["folder"]), dataset), work, log)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A session's state in a folder: what `push_session` made of it, or the outputs of a notebook as they are."""
+    """A session's state in a folder: what `push` made of it, or the outputs of a notebook as they are.
+
+    `files` are {path: bytes, mtime, sha256, and where it is stored: the tar's name, or its own}.
+    """
 
     folder: Path
     name: str
     made: float  # seconds since 1970
-    files: dict[
-        str, dict[str, Any]
-    ]  # path → bytes, mtime, sha256, and where it is stored: in the tar, or a file's name
+    files: dict[str, dict[str, Any]]
     steps: dict[str, tuple[int, int]]
     dataset: str | None = None
 
@@ -304,25 +294,21 @@ class Source:
                 raise UserError(f"{self.name}: {path} is damaged: {INSTEAD}")
 
 
-def newest_attached(roots: Sequence[Path], dataset: str | None = None) -> Source | None:
+def _newest_attached(roots: Sequence[Path], dataset: str | None) -> Source | None:
     """Return the newest session below `roots`; with a name, of this dataset only (in the version that is attached)."""
     found: list[Source] = []
-    level = [root for root in roots if root.is_dir()]
-    for _ in range(MAX_SEARCH_DEPTH + 1):
-        children = []
-        for folder in level:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-            runs = [run for form in RUNS for run in folder.glob(form) if (run / "last.ckpt").is_file()]
-            if any(MANIFEST.fullmatch(entry.name) for entry in entries):
-                source = _source_in(folder)
-                if dataset is None or source.dataset == _check_name(dataset):
-                    found.append(source)
-            elif runs and dataset is None:
+    for root in roots:
+        for name, folders, names in os.walk(root, followlinks=True):
+            folder = Path(name)
+            if any(map(MANIFEST.fullmatch, names)):
+                found.append(_source_in(folder))
+            elif dataset is None and any((run / "last.ckpt").is_file() for form in RUNS for run in folder.glob(form)):
                 found.append(_outputs_in(folder))
-            else:
-                children += [Path(entry) for entry in entries if entry.is_dir()]
-        level = children
-    return max(found, key=lambda source: source.made, default=None)
+            elif len(folder.relative_to(root).parts) < MAX_SEARCH_DEPTH:
+                continue
+            folders.clear()
+    matching = [source for source in found if dataset in (None, source.dataset)]
+    return max(matching, key=lambda source: source.made, default=None)
 
 
 def _source_in(folder: Path, name: str | None = None) -> Source:
@@ -356,14 +342,6 @@ def _outputs_in(folder: Path) -> Source:
     return Source(folder, str(folder), made, files, _steps(folder, files))
 
 
-def _downloaded(dataset: str | None, folder: Path) -> Source:
-    if not dataset:
-        raise Unavailable("no earlier session is attached; attach its dataset or its notebook's output, or name one")
-    (folder / "dataset").mkdir()
-    done = ask({"do": "pull", "dataset": dataset, "folder": str(folder / "dataset")}, folder)
-    return _source_in(Path(done["folder"]), dataset)
-
-
 def _is_last(path: str) -> bool:
     return path.endswith("last.ckpt")
 
@@ -374,12 +352,13 @@ def _put(source: Source, work: Path, log: Log) -> Session:
     runs: dict[str, list[str]] = {}
     for path in source.files:
         runs.setdefault(_run_of(path, source.files), []).append(path)
+    steps_here = _steps(work, session_files(work), skip_damaged=True)
     wanted, kept = [], []
     for run, paths in runs.items():
         if [Path(path) for path in paths] == [Path(run, INFO_NAME)] and not (work / run / SUBSETS[0]).is_dir():
             log(f"left out: {paths[0]}, which is no split without its images; notebook 01 makes the same one again")
             continue
-        here, there = _progress(work, run, paths), source.steps.get(run)
+        here, there = steps_here.get(run), source.steps.get(run)
         differing = [path for path in paths if _differs(work / path, source.files[path])]
         if here and there and here[0] != there[0]:
             newer = there[0] > here[0]
@@ -406,15 +385,6 @@ def _put(source: Source, work: Path, log: Log) -> Session:
     if any(run not in kept for run in source.steps):
         log('next: resume = "last" in the notebook of that run, or --resume last')
     return session
-
-
-def _progress(work: Path, run: str, paths: list[str]) -> tuple[int, int] | None:
-    """Return step and epoch of a run as it stands in `work`; a damaged checkpoint counts as none."""
-    found = []
-    for path in {*paths, f"{run}/checkpoints/last.ckpt"}:
-        with suppress(UserError, OSError):
-            found.append(_state(work / path))
-    return max(filter(None, found), default=None)
 
 
 def _differs(path: Path, entry: dict[str, Any]) -> bool:
