@@ -192,9 +192,8 @@ class DDT(Backbone, ModelMixin, ConfigMixin):
         self.register_buffer("enc_pos_embed", positions, persistent=False)  # (1, N, D of the encoder)
         for i, (name, part) in enumerate((("enc_rope", "The encoder's "), ("dec_rope", "The head's "))):
             self.blocks.extend(self._make_blocks(depths[i], widths[i], heads[i], part=part))
-            self.register_buffer(
-                name, layers.rope_table(*grid, widths[i] // heads[i]) if rope else None, persistent=False
-            )
+            table = layers.rope_table(*grid, widths[i] // heads[i]) if rope else None
+            self.register_buffer(name, table, persistent=False)  # (2, N, D / heads)
         self.final_layer = layers.FinalLayer(head, patch_size**2 * in_channels, rms_norm)
         self._initialize(linear=False)
 

@@ -15,6 +15,8 @@ _BASE, _A, _B = ".base_layer.", f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTE
 def add_lora(denoiser: nn.Module, rank: int, alpha: float | None = None, targets: Sequence[str] = TARGETS) -> int:
     """Freeze a denoiser and put low-rank additions beside its linear maps, in place: at first they add nothing.
 
+    The arguments are kept in the denoiser's attribute `lora`.
+
     Args:
         rank: of the additions; 4 to 64.
         alpha: the additions are scaled by alpha / rank; None takes the rank, a scale of 1.
@@ -27,9 +29,7 @@ def add_lora(denoiser: nn.Module, rank: int, alpha: float | None = None, targets
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UserError("LoRA needs the package peft: pip install peft; lora_rank=0 trains all weights") from None
-    if rank < 1:
-        raise UserError(f"lora_rank={rank}: it is a whole number above 0, such as 16; 0 trains all weights")
-    if lora_settings(denoiser):
+    if hasattr(denoiser, "lora"):
         raise UserError("This denoiser has low-rank additions already")
     alpha, targets = float(rank if alpha is None else alpha), list(targets)
     if not alpha > 0:
@@ -41,13 +41,8 @@ def add_lora(denoiser: nn.Module, rank: int, alpha: float | None = None, targets
     return sum(weight.numel() for weight in denoiser.parameters() if weight.requires_grad)
 
 
-def lora_settings(denoiser: nn.Module) -> dict[str, Any] | None:
-    """Return rank, alpha and targets of a denoiser's low-rank additions, the arguments of `add_lora`; None without."""
-    return getattr(denoiser, "lora", None)
-
-
 def merged_weights(weights: Mapping[str, Tensor], settings: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    """Return the plain denoiser's weights, W + scale·B·A, from a state_dict and `lora_settings`, without peft."""
+    """Return the plain denoiser's weights, W + scale·B·A, from a state_dict and its `lora`, without peft."""
     if settings is None:
         return dict(weights)
     scale = settings["alpha"] / settings["rank"]

@@ -15,7 +15,7 @@ from vavae_tools.checkpoints.formats import plain_name
 from vavae_tools.data.latents import LatentDataModule, LatentDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DDT, DDT_SIZES, DiT, DiT_SIZES
-from vavae_tools.diffusion.lora import add_lora, lora_settings
+from vavae_tools.diffusion.lora import add_lora
 from vavae_tools.diffusion.objectives import FlowMatching, time_shift_of
 from vavae_tools.pipelines.classes import load_without_autoencoder
 from vavae_tools.published.denoisers import TABLES
@@ -71,7 +71,7 @@ def start_from(
     if init.lora_rank:
         rows = conditioner.embedding_table.weight.numel()
         whole = sum(weight.numel() for weight in denoiser.parameters()) + rows
-        targets = ", ".join(lora_settings(denoiser)["targets"])
+        targets = ", ".join(denoiser.lora["targets"])
         log(f"LoRA of rank {init.lora_rank} on {targets}: {trained + rows:,} of {whole:,} weights are trained")
 
 
@@ -413,7 +413,7 @@ def _error(denoiser: DiT | DDT, row: Tensor, batch: Batch) -> tuple[Tensor, Tens
     data, noise, t = batch
     flow = FlowMatching(cosine_weight=0)
     prediction = denoiser(flow.add_noise(data, noise, t), t, row.expand(len(data), -1))
-    return flow.squared_error(prediction, data, noise, t).sum(), prediction
+    return (prediction.float() - flow.target(data, noise, t)).square().flatten(1).mean(1).sum(), prediction
 
 
 @torch.enable_grad()

@@ -15,7 +15,6 @@ from vavae_tools.data.tokens.code import TokenCode
 from vavae_tools.diffusion.clip import TextEncoder, TextStates
 from vavae_tools.diffusion.conditioning import ClassConditioner, TextConditioner
 from vavae_tools.diffusion.layers import Backbone, TokenSubset, select_tokens
-from vavae_tools.diffusion.lora import lora_settings
 from vavae_tools.diffusion.objectives import FlowMatching, Objective
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.files import plain_config
@@ -75,7 +74,7 @@ class DiffusionModule(L.LightningModule):
         self.save_hyperparameters(ignore=["denoiser", "conditioner", "objective", "compile", *elsewhere])
         self.hparams["denoiser_config"] = plain_config(denoiser)
         self.hparams["conditioner_config"] = plain_config(conditioner)
-        self.hparams["lora"] = lora_settings(denoiser)
+        self.hparams["lora"] = getattr(denoiser, "lora", None)
         self.network = nn.ModuleDict({"denoiser": denoiser, "conditioner": conditioner})
         self.ema = EMA(self.network, ema_decay)
         self.objective = objective or FlowMatching()
