@@ -333,7 +333,6 @@ def test_wrong_numbers_and_shapes_are_one_line():
     refused(lambda: rae.encoder(torch.zeros(1, 3, 20, 16)), "patches of 8")
     refused(lambda: rae.set_statistics(torch.zeros(16), None), "(16,)", "16×4×4")
     refused(lambda: load_rae(decoder="ViTH"), "'ViTH'", "ViTXL")
-    refused(lambda: tiny_rae(30), "multiples of 8")
     for changes, *parts in (
         ({"encoder_input_size": 30}, "30", "24 or 32"),
         ({"encoder_cls": "CLIP"}, "'CLIP'", "Dinov2withNorm"),
@@ -342,7 +341,6 @@ def test_wrong_numbers_and_shapes_are_one_line():
         ({"encoder_config": {**SMALL, "num_attention_heads": 3}}, "16", "3 attention heads"),
         ({"encoder_config": {**SMALL, "num_channels": 1}}, "num_channels is 1"),
         ({"decoder_num_attention_heads": 3}, "16", "3"),
-        ({"image_std": [0.0, 1.0, 1.0]}, "image_std"),
     ):
         refused(lambda changes=changes: small_rae(**changes), *parts)
 
@@ -363,7 +361,7 @@ def test_wrong_files_are_one_line(tmp_path, config_path, said):
         ({"encoder_checkpoint_path": torn}, "damaged"),
         ({"encoder_checkpoint_path": tmp_path / "other.pt"}, "conv.weight"),
         ({"encoder_checkpoint_path": empty}, "No weights in"),
-        ({"statistics_path": tmp_path / "none.pt"}, "no statistics", "mean"),
+        ({"statistics_path": tmp_path / "none.pt"}, "no statistics"),
         ({"statistics_path": tmp_path / "stat.safetensors"}, "(3, 4, 4)", "16×4×4"),
         ({"encoder_cls": "mae"}, "'dinov2_with_registers'", "encoder_cls=Dinov2withNorm"),
     ):
@@ -386,7 +384,7 @@ def test_weights_of_another_architecture_are_named(tmp_path, config_path, said):
     torch.save({k: v for k, v in tiny_rae(32).state_dict().items() if k.startswith("decoder.")}, path)
     refused(lambda: load(said, encoder_config_path=config_path, decoder_path=path), "take decoder=tiny")
     decoder = small_rae().decoder
-    refused(lambda: fit(decoder, {"decoder_norm.bias": torch.zeros(16)}, "decoder", "a file"), "1 of ", "is missing")
+    refused(lambda: fit(decoder, {"decoder_norm.bias": torch.zeros(16)}), "1 of ", "is missing")
 
 
 def test_damaged_rae_folders_are_one_line(tmp_path):

@@ -237,7 +237,7 @@ def test_condition_file(tmp_path):
         ({"ID_1": torch.zeros(2)}, "has no vector for ID_4; it holds 1 vectors"),
         ({"ID_1": torch.zeros(2), "ID_4": torch.zeros(3)}, "differ in shape"),
         ({"ID_1": torch.zeros(2, 2), "ID_4": torch.zeros(2, 2)}, "expected one length"),
-        (None, "No condition file"),
+        (None, "cannot be read"),
     ],
 )
 def test_bad_condition_files(tmp_path, vectors, message):

@@ -69,6 +69,8 @@ class FrozenEncoder(nn.Module):
     @classmethod
     def _arguments(cls, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return the model_type of a configuration, and the arguments of its class in transformers."""
+        if "vision_config" in config:  # of a model of images and texts
+            config = {"architectures": None, **config["vision_config"]}
         published_type = next(iter(cls.kinds))
         model_type = config.get("model_type") or published_type
         if model_type not in cls.kinds:
@@ -115,12 +117,6 @@ class SigLIPwithNorm(FrozenEncoder):
     input_size = 256
     mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     norm = "post_layernorm"
-
-    @classmethod
-    def _arguments(cls, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        if isinstance(config.get("vision_config"), Mapping):  # of both halves
-            config = {"architectures": None, **config["vision_config"], "model_type": "siglip_vision_model"}
-        return super()._arguments(config)
 
     def _tokens(self, pixel_values: Tensor) -> Tensor:
         return self.model(pixel_values, interpolate_pos_encoding=True).last_hidden_state  # (B, N, C)

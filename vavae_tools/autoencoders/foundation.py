@@ -20,8 +20,7 @@ from vavae_tools.runtime.files import load_model, read_json, weights_digest
 from vavae_tools.runtime.machine import Computing, in_float32
 from vavae_tools.runtime.ranks import Ranks
 
-LARGEST_CACHE = 8 * 2**30
-"""Bytes of features that are kept on the disk: those of 16,000 images on a grid of 16×16 by a ViT-L."""
+LARGEST_CACHE = 8 * 2**30  # bytes on the disk: features of 16,000 images on a grid of 16×16 by a ViT-L
 
 _MODEL_TYPES = ("dinov2", "dinov2_with_registers", "vit_mae")
 

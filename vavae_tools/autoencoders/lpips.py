@@ -39,10 +39,7 @@ class LPIPS(nn.Module):
         # from [-1, 1] to what VGG16 was trained on, with the constants of the published LPIPS
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
-        self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> "LPIPS":
-        return super().train(False)
+        self.requires_grad_(False)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         """Return distances (B,) in float32 of two batches (B, C, H, W) in [-1, 1]; C is 3, or 1 which is repeated.

@@ -15,9 +15,7 @@ from vavae_tools.checkpoints.formats import plain_name
 from vavae_tools.runtime.errors import UserError, contents, join_first
 from vavae_tools.runtime.files import load_model, local_folder, read_json, read_weights
 
-PARTS = ("ema", "model", "state_dict")
-"""Where a checkpoint's weights may stand: the averaged ones, by which the RAE authors decode, count first."""
-
+PARTS = ("ema", "model", "state_dict")  # where weights stand: the averaged ones, by which the authors decode, first
 _ENCODER_FIRST = re.compile(r"^(.*?)embeddings\.(patch_embeddings\.projection|patch_embedding)\.weight$")
 _DECODER_FIRST = re.compile(r"^(.*?)trainable_cls_token$")  # MAE's own decoder, which is another, has none
 _NEEDLESS = ("decoder_pos_embed", "embeddings.mask_token")  # a formula, and of DINOv2's training
@@ -65,7 +63,10 @@ def load_rae(
     if decoder_path is not None:
         _take(rae, decoder_path, ("decoder",), fresh, log)
     if statistics_path is not None:
-        rae.set_statistics(*read_statistics(statistics_path))
+        found = sorted_weights(_weights_in(Path(statistics_path)))
+        if "statistics" not in found:
+            raise UserError(f"{statistics_path} holds no statistics: expected the tensors mean and var")
+        rae.set_statistics(*found["statistics"])
     if "encoder" in fresh:
         log("encoder starts anew: its latents mean nothing until weights are named (encoder_checkpoint_path)")
     if "decoder" in fresh:
@@ -81,7 +82,7 @@ def _take(rae: RAE, path: str | Path, parts: tuple[str, ...], fresh: set[str], l
     for part in parts:
         if part in found:
             where, weights = found[part]
-            fit(getattr(rae, part), weights, part, f"{path}{where}", log)
+            fit(getattr(rae, part), weights, f"{path}{where}", log)
             fresh.discard(part)
     if "statistics" in found:
         rae.set_statistics(*found["statistics"])
@@ -119,7 +120,7 @@ def sorted_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
                 found[part] = {name: tensor for name, tensor in named.items() if not name.startswith("decoder.")}
     last = {name.split(".")[-1]: tensor for name, tensor in named.items()}
     statistics = [(last.get(f"{name}_mean"), last.get(f"{name}_var")) for name in ("statistics", "latent")]
-    statistics.append((named.get("stat.mean"), named.get("stat.var")))
+    statistics += [(named.get(f"{start}mean"), named.get(f"{start}var")) for start in ("stat.", "")]
     if "_latents_std" in last:  # diffusers', with the epsilon in it; its stand-ins, 0 and 1, are none
         mean, std = last.get("_latents_mean", torch.zeros(1)), last["_latents_std"]
         if mean.any() or (std != 1).any():
@@ -131,14 +132,10 @@ def sorted_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fit(
-    module: nn.Module,
-    weights: Mapping[str, Tensor],
-    what: str,
-    source: str,
-    log: Callable[[str], None] = lambda line: None,
+    module: nn.Module, weights: Mapping[str, Tensor], source: str = "state_dict", log: Callable = lambda line: None
 ) -> None:
     """Put weights into an encoder or a decoder, whatever version's names they have."""
-    inner = module.model if isinstance(module, FrozenEncoder) else module
+    inner, what = (module.model, "encoder") if isinstance(module, FrozenEncoder) else (module, "decoder")
     tensors = inner.state_dict()
     own = {common_name(name): name for name in tensors}
     given = {common_name(name): tensor for name, tensor in weights.items()}
@@ -159,15 +156,6 @@ def fit(
     inner.load_state_dict({name: tensor.float() for name, tensor in matched.items()}, strict=False)
     unused = [name for name in given if name not in own and not _IGNORED.match(name)]
     log(f"RAE {what}: {len(matched)} weights matched, 0 missing, {len(unused)} unused ({source})")
-
-
-def read_statistics(path: str | Path) -> tuple[Tensor | None, Tensor | None]:
-    """Return the mean and variance of the authors' `stat.pt`, each float32 (C, h, w), or None where it has none."""
-    saved = _weights_in(Path(path))
-    mean, var = (saved[name].float() if isinstance(saved.get(name), Tensor) else None for name in ("mean", "var"))
-    if mean is None and var is None:
-        raise UserError(f"{path} holds no statistics: expected the tensors mean and var, found {join_first(saved)}")
-    return mean, var
 
 
 def is_rae_folder(path: str | Path) -> bool:
@@ -214,9 +202,7 @@ def from_diffusers(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], 
         state_dict = {**state_dict, "_latents_std": state_dict.get("_latents_std", torch.ones(1)).float() / scale}
     found = sorted_weights(state_dict)
     for part in ("encoder", "decoder"):
-        if part not in found:
-            raise UserError(f"{source} holds no {part} of an AutoencoderRAE")
-        fit(getattr(rae, part), found[part], part, source)
+        fit(getattr(rae, part), found.get(part, {}), source)
     if "statistics" in found:
         rae.set_statistics(*found["statistics"])
     return rae
@@ -239,7 +225,7 @@ def _encoder_files(source: str | Path | None) -> tuple[dict[str, Any], Path | No
     preprocessor = config.with_name("preprocessor_config.json")
     colours = read_json(preprocessor) if preprocessor.is_file() else {}
     arguments = {name: colours[name] for name in ("image_mean", "image_std") if name in colours}
-    return {"encoder_config": read_json(config), **arguments}, path if path.is_dir() and _weight_files(path) else None
+    return {"encoder_config": read_json(config), **arguments}, path if _weight_files(path) else None
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import load_model, local_folder, read_json
 
 SHAPES_VAE = Path(__file__).parent / "pretrained_shapes"
-"""A small one that comes with this package, for coloured shapes: latents 4×H/4×W/4 (`benchmarks/pretrain_small.py`)."""
+"""A small one for coloured shapes: latents 4×H/4×W/4 (`benchmarks/pretrain_small.py`)."""
 
 
 class StableDiffusionVAE(AutoencoderKL):
@@ -31,27 +31,26 @@ class StableDiffusionVAE(AutoencoderKL):
     def encode_images(
         self, images: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
     ) -> Tensor:
-        """Return a scaled latent for each image in [-1, 1]; see `VAVAE.encode_images`. Labels are not used."""
+        """Return a scaled latent for each image in [-1, 1], as `VAVAE.encode_images`; labels are not used."""
         posterior = self.encode(images).latent_dist
         z = posterior.mean if normal is None else posterior.mean + posterior.std * normal(*posterior.mean.shape[1:])
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
     def decode_latents(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Scaled latents, as a denoiser makes them → images, which may lie slightly outside [-1, 1]."""
+        """Return images, which may lie slightly outside [-1, 1], of scaled latents."""
         z = latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
         return self.decode(z.to(self.dtype)).sample
 
 
-# ---- from files
 def is_stable_diffusion_vae(folder: str | Path) -> bool:
     """Return whether a folder, or the `vae/` in it, holds an AutoencoderKL whose own scale its latents are used with.
 
     Without one (a scaling_factor of 1), or with a mean and deviation of each channel, it is a VA-VAE that was exported.
     """
-    found = _config_in(_folder_of_vae(Path(folder)))
-    if found.get("_class_name") == "AutoencoderKL":
-        return not found.get("latents_mean") and found.get("scaling_factor", 0.18215) != 1
-    return found.get("_class_name") == "StableDiffusionVAE"
+    config = _config_of_vae(Path(folder))[1]
+    if config.get("_class_name") == "AutoencoderKL":
+        return not config.get("latents_mean") and config.get("scaling_factor", 0.18215) != 1
+    return config.get("_class_name") == "StableDiffusionVAE"
 
 
 def load_stable_diffusion_vae(source: str | Path, use_slicing: bool = False) -> StableDiffusionVAE:
@@ -63,17 +62,15 @@ def load_stable_diffusion_vae(source: str | Path, use_slicing: bool = False) -> 
         use_slicing: encode and decode images one by one, for less memory.
     """
     files = ["config.json", "diffusion_pytorch_model.safetensors"]
-    folder = _folder_of_vae(
-        local_folder(
-            source,
-            of="a Stable Diffusion VAE",
-            instead="download its vae/ and name that folder, or the one that holds it",
-            patterns=[*files, *(f"vae/{file}" for file in files)],
-        )
+    source = local_folder(
+        source,
+        of="a Stable Diffusion VAE",
+        instead="download its vae/ and name that folder, or the one that holds it",
+        patterns=[*files, *(f"vae/{file}" for file in files)],
     )
-    name = _config_in(folder).get("_class_name")
-    if name not in ("AutoencoderKL", "StableDiffusionVAE"):
-        found = f"holds a {name}" if name else "has no config.json"
+    folder, config = _config_of_vae(source)
+    if config.get("_class_name") not in ("AutoencoderKL", "StableDiffusionVAE"):
+        found = f"holds a {config.get('_class_name')}" if config else "has no config.json"
         raise UserError(f"{folder} {found}, expected an AutoencoderKL as Stable Diffusion's vae/")
     weights = [path.name for path in folder.glob("diffusion_pytorch_model*")]
     half = bool(weights) and all(".fp16." in name for name in weights)
@@ -83,11 +80,9 @@ def load_stable_diffusion_vae(source: str | Path, use_slicing: bool = False) -> 
     return model
 
 
-def _config_in(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def _folder_of_vae(folder: Path) -> Path:
-    inside = folder / "vae"
-    return inside if not (folder / "config.json").is_file() and inside.is_dir() else folder
+def _config_of_vae(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of a VAE, this one or the `vae/` in it, and its configuration, empty where there is none."""
+    if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
+        folder /= "vae"
+    config = folder / "config.json"
+    return folder, read_json(config) if config.is_file() else {}

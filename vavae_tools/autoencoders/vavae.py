@@ -199,12 +199,11 @@ def vavae(size: str = "f16d32", **arguments: object) -> VAVAE:
 def resolve_image_size(model: VAVAE, image_size: int | tuple[int, int] | None = None) -> int | tuple[int, int]:
     """Return an image size in pixels that this model takes, one number or (height, width); None: its own."""
     size = model.config.sample_size if image_size is None else image_size
-    size = tuple(size) if isinstance(size, list) else size
-    sides = size if isinstance(size, tuple) else (size,)
+    sides = (size,) if isinstance(size, int) else tuple(size)
     if min(sides) < 1 or any(side % model.downsampling for side in sides):
         given = "x".join(map(str, sides))
         raise UserError(f"--image_size {given} does not fit this VA-VAE: it must be divisible by {model.downsampling}")
-    return size
+    return size if isinstance(size, int) else sides
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from vavae_tools.autoencoders.ldm_names import VAE_PREFIXES, from_reference, pla
 from vavae_tools.autoencoders.rae_weights import is_rae_folder, read_rae_folder
 from vavae_tools.autoencoders.stable_diffusion import is_stable_diffusion_vae, load_stable_diffusion_vae
 from vavae_tools.autoencoders.vavae import VAVAE
-from vavae_tools.runtime.errors import UserError, contents
+from vavae_tools.runtime.errors import UserError, contents, join_first
 from vavae_tools.runtime.files import read_json, read_safetensors, read_weights
 
 CONDITION_PREFIXES = ("conditions.", "encoder_projections.", "decoder_projections.")
@@ -169,12 +169,9 @@ def _fit_channels(tensor: Tensor, dim: int, channels: int) -> Tensor:
 
 def read_condition_file(path: str | Path, labels: dict[str, int]) -> Tensor:
     """Return a person's vector in each label's row, float32 (labels, dim), of a safetensors file by folders' names."""
-    if not Path(path).is_file():
-        raise UserError(f"No condition file {path}; it holds one vector per person under the folder's name (ID_1 …)")
     vectors = read_safetensors(path)
-    missing = sorted(set(labels) - set(vectors))
-    if missing:
-        raise UserError(f"{path} has no vector for {', '.join(missing[:5])}; it holds {len(vectors)} vectors")
+    if missing := sorted(labels.keys() - vectors.keys()):
+        raise UserError(f"{path} has no vector for {join_first(missing)}; it holds {len(vectors)} vectors")
     shapes = sorted({tuple(vectors[name].shape) for name in labels})
     if len(shapes) > 1 or len(shapes[0]) != 1:
         raise UserError(f"The vectors of {path} differ in shape: {shapes}; expected one length for all")

@@ -74,7 +74,7 @@ def load_rae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any])
     numbers = _decoder_numbers(config, weights)
     if "encoder" not in found or "encoder" not in config:
         decoder = image_decoder(_grid(config, weights, numbers["patch_size"]), **numbers)
-        fit(decoder, weights, "decoder", "state_dict")
+        fit(decoder, weights)
         return decoder.eval()
     rae = RAE(
         *_encoder(config),
@@ -86,8 +86,8 @@ def load_rae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any])
         noise_tau=config.get("noise_tau", 0.8),
         **{name: numbers[name] for name in DECODER_NUMBERS},
     )
-    fit(rae.encoder, found["encoder"], "encoder", "state_dict")
-    fit(rae.decoder, weights, "decoder", "state_dict")
+    fit(rae.encoder, found["encoder"])
+    fit(rae.decoder, weights)
     given = config.get("statistics") or config.get("stat") or config
     mean, var = given.get("mean"), given.get("var")
     if mean is None and var is None:
@@ -121,7 +121,7 @@ def load_rae_encoder_reference(state_dict: Mapping[str, Any], config: Mapping[st
         raise UserError(f"These weights hold {expected}: they are {some} …")
     name, arguments = _encoder(config)
     encoder = encoder_class(name)(arguments)
-    fit(encoder, found["encoder"], "encoder", "state_dict")
+    fit(encoder, found["encoder"])
     return encoder.eval()
 
 
