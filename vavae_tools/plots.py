@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
 DPI = 128  # a power of two, so that inches hold whole pixels exactly
 _GAP = 6  # screen pixels between images
 _LINE = 20  # screen pixels of a line of text
@@ -36,8 +35,8 @@ def as_pixels(image: Any) -> Tensor:
     if not isinstance(image, Tensor):
         import numpy as np
 
-        array = torch.from_numpy(np.array(convert_channels(image, 1 if is_grey(image) else 3)))
-        return array.permute(2, 0, 1) if array.ndim == 3 else array[None]
+        array = np.atleast_3d(np.array(convert_channels(image, 1 if is_grey(image) else 3)))
+        return torch.from_numpy(array).permute(2, 0, 1)
     image = image.detach().cpu()
     if image.dtype != torch.uint8:
         image = to_pixels(image)
@@ -59,9 +58,9 @@ def image_grid(images: Any, columns: int, gap: int = 2) -> Tensor:
 
 
 def show_images(images: Any, columns: int = 8, titles: Sequence[str] | None = None, size: float = 1.0) -> "Figure":
-    """Show images row by row, with a title for each.
+    """Show images row by row, with a title for each; `size` is an image's height in inches.
 
-    `size` is an image's height in inches; small ones are enlarged by a whole number, so that nothing is blurred.
+    Small ones are enlarged by a whole number, so that nothing is blurred.
     """
     images, titles = list(as_pixels(images)), list(titles or [])
     starts = range(0, len(images), columns)
@@ -71,9 +70,9 @@ def show_images(images: Any, columns: int = 8, titles: Sequence[str] | None = No
 def show_rows(
     rows: Mapping[str, Any], titles: Sequence[str] | None = None, gap_after: int | None = None, size: float = 1.0
 ) -> "Figure":
-    """Show a named row for each entry, such as {"original": …, "reconstruction": …}.
+    """Show a named row for each entry, such as {"original": …, "reconstruction": …}; `size` is as of `show_images`.
 
-    Titles stand above the columns, and a wider space after `gap_after` of them; `size` is an image's height in inches.
+    Titles stand above the columns, and a wider space after `gap_after` of them.
     """
     images = [list(as_pixels(row)) if len(row) else [] for row in rows.values()]
     return _lay_out(images, [list(titles or []), *([] for _ in images[1:])], list(rows), gap_after, size)
@@ -84,8 +83,8 @@ def plot_bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], y_lab
     figure, ax = _plot((max(4.0, 1.5 + 0.35 * len(names) * len(groups)), 3.2))
     width = 0.8 / len(groups)
     for i, (group, values) in enumerate(groups.items()):
-        places = [place + (i - (len(groups) - 1) / 2) * width for place in range(len(names))]
-        ax.bar(places, values, width * 0.92, label=group)
+        aside = (i - (len(groups) - 1) / 2) * width
+        ax.bar([place + aside for place in range(len(names))], values, width * 0.92, label=group)
     ax.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 0)
     ax.set_ylabel(y_label)
     ax.legend(**_LEGEND, ncols=len(groups))
@@ -135,7 +134,7 @@ def save_figures(figures: "Mapping[str, Figure]", folder: Path) -> None:
 def _lay_out(
     rows: list[list[Tensor]],
     titles: list[list[str]],
-    labels: list[str] | None = None,
+    labels: Sequence[str] = (),
     gap_after: int | None = None,
     size: float = 1.0,
 ) -> "Figure":
@@ -143,36 +142,32 @@ def _lay_out(
     first = next((row[0] for row in rows if row), None)
     if first is None:
         raise ValueError("No images to show")
-    height, interpolation = size * DPI, "auto"
-    if height > first.shape[1]:
-        interpolation = "nearest"
-        height = round(height / first.shape[1]) * first.shape[1]
-    width, height = round(height * first.shape[2] / first.shape[1]), round(height)
-    left = _GAP + (10 * max(map(len, labels)) if labels else 0)
+    scale = size * DPI / first.shape[1]
+    interpolation, scale = ("nearest", round(scale)) if scale > 1 else ("auto", scale)
+    height, width = (round(scale * pixels) for pixels in first.shape[1:])
     fitting = max(8, width // 8)  # letters of this size above an image
     titles = [[title if "\n" in title else textwrap.fill(title, fitting) for title in row] for row in titles]
-    tops, y = [], 0
+    tops, bottom = [], 0
     for row in titles:
-        y += _GAP + _LINE * max((title.count("\n") + 1 for title in row if title), default=0)
-        tops.append(y)
-        y += height
-    columns = max(map(len, rows))
-    lefts = [left + i * (width + _GAP) + (3 * _GAP if gap_after and i >= gap_after else 0) for i in range(columns)]
-    full_width, full_height = lefts[-1] + width + _GAP, y + _GAP
+        tops.append(bottom + _GAP + _LINE * max((title.count("\n") + 1 for title in row if title), default=0))
+        bottom = tops[-1] + height
+    left = _GAP + 10 * max(map(len, labels), default=0)
+    columns = range(max(map(len, rows)))
+    lefts = [left + i * (width + _GAP) + (3 * _GAP if gap_after and i >= gap_after else 0) for i in columns]
+    full_width, full_height = lefts[-1] + width + _GAP, bottom + _GAP
 
     figure = new_figure((full_width / DPI, full_height / DPI), tight=False)
     for i, row in enumerate(rows):
+        lowest = 1 - (tops[i] + height) / full_height
         for j, image in enumerate(row):
-            box = (lefts[j], full_height - tops[i] - height, width, height)
-            relative = [v / (full_height if k % 2 else full_width) for k, v in enumerate(box)]
-            ax = figure.add_axes(relative)
+            ax = figure.add_axes([lefts[j] / full_width, lowest, width / full_width, height / full_height])
             # matplotlib's own grey is one too dark at every tenth value
             ax.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), aspect="auto", interpolation=interpolation)
             ax.set_axis_off()
             if j < len(titles[i]):
                 ax.set_title(titles[i][j], fontsize=9, pad=4)
         if labels:
-            middle = 1 - (tops[i] + height / 2) / full_height
+            middle = lowest + height / 2 / full_height
             figure.text((left - _GAP) / full_width, middle, labels[i], ha="right", va="center", fontsize=9)
     return figure
 
@@ -183,13 +178,11 @@ def show_inline(pixels: Tensor) -> None:
         return
     from PIL import Image
 
-    image = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
     if for_a_cell():
-        send_image(image)
+        show = send_image
     else:
-        from IPython.display import display
-
-        display(image)
+        from IPython.display import display as show
+    show(Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy()))
 
 
 def plot_curves(

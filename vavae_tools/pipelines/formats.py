@@ -23,7 +23,7 @@ from vavae_tools.data.images import save_image
 from vavae_tools.pipelines.tokens import Prompt, TokenImageOutput
 from vavae_tools.plots import image_grid, show_images
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import atomic_write, write_json
+from vavae_tools.runtime.files import atomic_write
 from vavae_tools.runtime.machine import PRECISIONS
 
 RECORD, GRID = "samples.json", "grid.png"
@@ -184,22 +184,11 @@ _OPTIONS = {  # settings as the command calls them; the others have the same nam
 }
 
 
-def begin(
-    files: SampleFiles,
-    settings: dict[str, Any],
-    precisions: Sequence[str],
-    batch_size: int | None,
-    usual: int,
-    overwrite: bool,
-) -> tuple[int, str]:
-    """Compare with what is there, remove what is replaced, and write down what will be made.
+def begin(files: SampleFiles, settings: dict[str, Any], precisions: Sequence[str], overwrite: bool) -> dict[str, Any]:
+    """Compare with what is there, remove what is replaced, and return the record of what will be made.
 
-    Args:
-        precisions: the settings' own, and those that would do as well (`precisions_for`).
-        batch_size: None takes the one of before, in a new folder the usual one.
-
-    Returns:
-        The batch size and the precision to make the samples in.
+    Its batch size is the one of before, if any. `precisions` are the settings' own and those that would do as well
+    (`precisions_for`); the record's settings have the one to take.
     """
     folder, record, foreign, of_order = files.output_dir, _read(files.output_dir), [], []
     own, formats = type(files), (PngFolder, NpzFile) if files.family == "folders" else (type(files),)
@@ -226,12 +215,9 @@ def begin(
         if path.parent != folder:
             with suppress(OSError):  # something else is in it
                 path.parent.rmdir()
-    if foreign:
-        record = {}
-    shown, order = {**record.get(files.family, {}), **files.shown}, files.order or record.get("npz")
-    new = {"settings": settings, "batch_size": batch_size or record.get("batch_size", usual), files.family: shown}
-    write_json(folder / RECORD, {**new, "npz": order} if order else new)
-    return new["batch_size"], settings["precision"]
+    kept = {} if foreign else record
+    order = {"npz": files.order} if files.order else {}
+    return {**kept, **order, "settings": settings, files.family: {**kept.get(files.family, {}), **files.shown}}
 
 
 def _read(folder: Path) -> dict[str, Any]:

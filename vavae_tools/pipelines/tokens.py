@@ -290,7 +290,7 @@ class TokenImagePipeline(base.DenoiserPipeline):
 
 # ---- what is asked
 def check_sampling(
-    num_samples: int = 1, max_new_tokens: int | None = None, num_inference_steps: int = 1, eta: float = 1.0
+    num_samples: int, max_new_tokens: int | None = None, num_inference_steps: int = 1, eta: float = 1.0, **others: Any
 ) -> None:
     """Raise `UserError` for a number below 1, or an eta that is no share."""
     counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "num_inference_steps": num_inference_steps}

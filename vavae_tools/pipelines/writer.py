@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 from vavae_tools.diffusion.solvers import lay_out
 from vavae_tools.pipelines.base import PLAN, DenoiserPipeline, ImagePipeline, digest_of
 from vavae_tools.pipelines.batches import batch_size_for, move_to_device, precisions_for
-from vavae_tools.pipelines.formats import JsonlFile, NpzFile, PngFolder, PromptPngFolder, SampleFiles, begin
+from vavae_tools.pipelines.formats import RECORD, JsonlFile, NpzFile, PngFolder, PromptPngFolder, SampleFiles, begin
 from vavae_tools.pipelines.tokens import Prompt, TokenImagePipeline, as_prompts, check_sampling
 from vavae_tools.runtime.console import is_interactive
 from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import write_json
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import device_of, trying_convolutions
 from vavae_tools.runtime.ranks import Ranks
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from vavae_tools.pipelines.text import TextToImagePipeline
 
 _MIN_BATCHES_TO_BENCHMARK = 8  # from which on it pays that cuDNN tries its convolutions
-_CHECKED = ("max_new_tokens", "num_inference_steps", "eta")
 _PER_SAMPLE_ARGUMENTS = ("negative", "generators", "prompts", "num_samples", "seed", "batch_size", "numbers")
 """Arguments of a pipeline that are no settings of a whole set, but are asked for of each sample."""
 
@@ -156,7 +156,7 @@ def write_texts(
     """
     prompts = as_prompts(prompts) if len(prompts) else []
     count = (len(prompts) or 100) if num_samples is None else num_samples
-    check_sampling(count, **{name: settings[name] for name in _CHECKED if name in settings})
+    check_sampling(count, **settings)
     pipe.beginnings(prompts or None)
 
     def asked(start: int, stop: int) -> dict[str, Any]:
@@ -189,7 +189,9 @@ def _write(
     if ranks.rank == 0:
         usual, precisions = batch_size_for(pipe, batch_size), precisions_for(pipe, sampling.get("precision"))
         settings = _settings_of(pipe, {**sampling, "precision": precisions[0]}, also)
-        at_once, precision = begin(files, settings, precisions, batch_size, usual, overwrite)
+        record = begin(files, settings, precisions, overwrite)
+        at_once, precision = batch_size or record.get("batch_size", usual), record["settings"]["precision"]
+        write_json(files.output_dir / RECORD, {**record, "batch_size": at_once})
         files.clear_up()
         cut = [(start, min(start + at_once, files.count)) for start in range(0, files.count, at_once)]
         missing = [files.missing(batch) for batch in cut]
