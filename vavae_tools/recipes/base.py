@@ -106,8 +106,6 @@ class TextData:
 
 
 # ---- autoencoders, text encoders, losses
-
-
 @dataclass(frozen=True)
 class FineTunedVAVAE:
     """The VA-VAE that is fine-tuned."""
@@ -193,8 +191,6 @@ class DecoderLoss(AutoencoderLoss):
 
 
 # ---- denoisers and what they learn
-
-
 @dataclass(frozen=True)
 class TextDenoiserModel:
     """A DiT with cross-attention to a caption's tokens."""
@@ -302,8 +298,6 @@ class TokenSampling:
 
 
 # ---- recipes
-
-
 @dataclass(frozen=True)
 class Recipe:
     """What an experiment is made of."""

@@ -164,8 +164,6 @@ def build_on_latents(
 
 
 # ---- what all denoisers' trainings share
-
-
 def latents_folder(latents_dir: str | None, data_dir: str | None, ending: str, output_dir: Path) -> Path:
     """Return where latents are kept: in the folder named, else by the data's name, of made-up data in the run's."""
     if latents_dir is not None:
@@ -241,8 +239,6 @@ def make_recipe_objective(wanted: Objective, default: Objective, shape: tuple[in
 
 
 # ---- parts
-
-
 def _denoiser_for(latents: LatentDataModule, model: DenoiserModel) -> tuple[DiT | DDT, ClassConditioner]:
     channels, height, width = latents.folder.shape
     arguments = given_size(model)

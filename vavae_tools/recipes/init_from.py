@@ -76,8 +76,6 @@ def start_from(
 
 
 # ---- reading
-
-
 @dataclass(frozen=True)
 class StartingWeights:
     """Weights to go on from, under our names."""
@@ -206,8 +204,6 @@ def _arguments_of(weights: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -
 
 
 # ---- fitting and loading
-
-
 def _check_architecture(found: StartingWeights, denoiser: DiT | DDT) -> None:
     """Raise what differs between the weights and the denoiser that was built, with the overrides that fit."""
     ours, theirs = _comparable(denoiser.config), _comparable(found.arguments)
@@ -260,8 +256,6 @@ def _load(found: StartingWeights, denoiser: DiT | DDT) -> tuple[int, list[str]]:
 
 
 # ---- the class table
-
-
 def _fill_table(conditioner: ClassConditioner, found: StartingWeights, copied: dict[int, int], seed: int) -> str:
     """Copy rows; new ones have a standard deviation of 0.02, as in a fresh model. Return a word about the null row."""
     own = conditioner.embedding_table.weight.data
@@ -334,8 +328,6 @@ def _kept(found: StartingWeights, names: Mapping[int, str], number: int) -> dict
 
 
 # ---- which of the classes that a denoiser knows explains the latents of a new one best
-
-
 class Nearest(NamedTuple):
     published: int  # the class that explains the latents best
     loss: float  # with it

@@ -139,8 +139,6 @@ def _first_prompts(images: CaptionedDataModule, dataset_name: str) -> list[str]:
 
 
 # ---- what is trained on
-
-
 def _training_data(
     recipe: TextToImageRecipe,
     module: DiffusionModule,

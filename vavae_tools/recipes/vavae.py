@@ -30,8 +30,6 @@ from vavae_tools.training.config import TrainConfig
 from vavae_tools.training.run import Log, Run, Show, train
 
 # ---- named sets of losses, their weights, and the optimiser's numbers: arguments of VAVAEModule
-
-
 # The reference's numbers (VA-VAE, Yao & Wang 2025): Adam with a constant learning rate, nothing clipped.
 _REFERENCE: dict[str, Any] = {
     "lr": 1e-4,
@@ -239,8 +237,6 @@ def _needs_checkpointing(model: VAVAE, numbers: dict[str, Any], batch_size: int,
 
 
 # ---- what both autoencoders' trainings share
-
-
 def given_numbers(loss: AutoencoderLoss, config: TrainConfig) -> dict[str, Any]:
     """Return the arguments of an autoencoder's module that have a value."""
     names = ("lr", "schedule", "warmup_steps", "gradient_clip", "accumulate_grad_batches", "gradient_checkpointing")
