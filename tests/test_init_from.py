@@ -265,7 +265,7 @@ def test_the_nearest_class_of_each_is_found():
         of_the_mean = MEANS[permutation[label]].square().mean().item()
         assert match.loss == pytest.approx(1.01, rel=0.2)
         assert match.loss_of_null - match.loss == pytest.approx(of_the_mean, abs=0.3 * of_the_mean + 0.05)
-    again = nearest_classes(*arguments, candidates=CLASSES, pairs=16, batch_size=32)
+    again = nearest_classes(*arguments, candidates=CLASSES, pairs=16)
     assert [again[label].loss for label in range(7)] == pytest.approx([found[label].loss for label in range(7)])
     assert all(weight.requires_grad for weight in denoiser.parameters()) and not denoiser.gradient_checkpointing
 

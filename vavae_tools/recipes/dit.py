@@ -1,7 +1,7 @@
 """A denoiser on latents of images of classes: from a folder to a pipeline. `experiment=vavae_dit`, notebook 03."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ COLUMNS = 8
 
 
 def encode_split(
-    data_dir: str | Path | Mapping[str, Any],
+    data_dir: str | Path,
     vavae_dir: str | Path,
     output_dir: str | Path,
     image_size: int | tuple[int, int] | None = None,
@@ -53,17 +53,17 @@ def encode_split(
     seed: int = 0,
     log: Log = log,
     latents_stats: str | Path | None = None,
+    **of_data: Any,
 ) -> LatentFolder:
-    """Encode a split with a VA-VAE, a folder or a `.ckpt`, once; several processes share the work.
+    """Encode what `datasets.class_data` reads with a VA-VAE, once; several processes share the work.
 
     Args:
-        data_dir: what `datasets.class_data` reads, or all of its arguments.
+        vavae_dir: a folder or a `.ckpt`.
         latents_stats: of published weights to go on from; None: computed on the training subset.
     """
     model = load_vavae(vavae_dir, log=lambda line: None)
-    given = dict(data_dir) if isinstance(data_dir, Mapping) else {"data_dir": data_dir}
-    size = resolve_image_size(model, given.pop("image_size", None) or image_size)
-    images = class_data(**{"seed": seed, **given}, image_size=size, channels=model.config.in_channels)
+    size = resolve_image_size(model, image_size)
+    images = class_data(data_dir, size, seed=seed, channels=model.config.in_channels, **of_data)
     statistics = read_latent_statistics(latents_stats) if latents_stats else None
     return encode_once(model, images, output_dir, log, flips=flips, seed=seed, statistics=statistics)
 
@@ -106,8 +106,8 @@ def build(recipe: VAVAEDiTRecipe, output_dir: Path, resume_from: Path | None, sh
     """Encode a split, and return the training on its latents."""
     compiles(recipe.train.compile, log=log)  # what it lacks is said before anything takes time
     data, vavae = recipe.data, recipe.vavae
-    options = {"flips": data.flips, "latents_stats": vavae.latents_stats, "log": log}
-    encode_split({**data.arguments(), "seed": recipe.seed}, vavae.source, data.latents_dir, **options)
+    options = {"flips": data.flips, "seed": recipe.seed, "log": log, "latents_stats": vavae.latents_stats}
+    encode_split(vavae_dir=vavae.source, output_dir=data.latents_dir, **options, **data.arguments())
     return build_on_latents(recipe, output_dir, resume_from, show, log, autoencoder=vavae.source)
 
 
@@ -120,14 +120,12 @@ def build_on_latents(
     resume_from: Path | None,
     show: Show | None,
     log: Log,
-    autoencoder: str | Path,
+    autoencoder: nn.Module | str | Path,
     **of_run: Any,
 ) -> Run:
-    """Return the training of a denoiser on the latents in `recipe.data.latents_dir`.
+    """Return the training of a denoiser on the latents in `recipe.data.latents_dir`, a `Run` with further fields.
 
-    Args:
-        autoencoder: the folder, or `.ckpt`, of what made them.
-        of_run: further fields of the `Run`.
+    `autoencoder` made them, or is the folder or the `.ckpt` of what did.
     """
     config, seed = recipe.train, recipe.seed
     L.seed_everything(seed, verbose=False)  # the same weights, whether latents were encoded just now or not
@@ -143,8 +141,15 @@ def build_on_latents(
         add_lora(network, init.lora_rank, init.lora_alpha, init.lora_targets)
     config, numbers = prepared(config, network, seed, log)
     copy = output_dir / "autoencoder"
-    with rank_zero_first("autoencoder"):  # the others may read what it writes
-        _copy_autoencoder(autoencoder, copy, folder)
+    if not isinstance(autoencoder, nn.Module):
+        source, autoencoder = autoencoder, load_autoencoder(autoencoder)
+        if latents_digest(autoencoder) != folder.weights:
+            raise UserError(f"{folder.path} was not made by {source}: encode the images again with this one")
+    if not autoencoder.has_own_statistics:
+        autoencoder.register_to_config(latents_mean=folder.mean, latents_std=folder.std)
+    with rank_zero_first("autoencoder"):  # the others read what it writes
+        if is_rank_zero():
+            save_model(autoencoder, copy)
     objective = make_recipe_objective(recipe.objective, type(recipe)().objective, folder.shape)
     flip = "half" if recipe.data.flips else "none"
     module = DiffusionModule(network, conditioner, objective, flip=flip, **numbers)
@@ -238,7 +243,6 @@ def make_recipe_objective(wanted: Objective, default: Objective, shape: tuple[in
     return make_objective(name, **numbers)
 
 
-# ---- parts
 def _denoiser_for(latents: LatentDataModule, model: DenoiserModel) -> tuple[DiT | DDT, ClassConditioner]:
     channels, height, width = latents.folder.shape
     arguments = given_size(model)
@@ -258,15 +262,3 @@ def _denoiser_for(latents: LatentDataModule, model: DenoiserModel) -> tuple[DiT 
     arguments["class_dropout_prob"] = arguments.pop("condition_dropout")
     of_denoiser, of_conditioner = split_reference_arguments(arguments)
     return make_denoiser(of_denoiser), ClassConditioner(**of_conditioner)
-
-
-def _copy_autoencoder(source: str | Path, copy: Path, latents: LatentFolder) -> None:
-    """Write the autoencoder of these latents, with their statistics, beside the checkpoints."""
-    model = load_autoencoder(source)
-    if latents_digest(model) != latents.weights:
-        raise UserError(f"{latents.path} was not made by {source}: encode the images again with this one")
-    if not model.has_own_statistics:
-        model.register_to_config(latents_mean=latents.mean, latents_std=latents.std)
-    if is_rank_zero():
-        is_copy = copy.is_dir() and Path(source).resolve() == copy.resolve()
-        model.save_config(copy) if is_copy else save_model(model, copy)

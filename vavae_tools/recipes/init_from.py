@@ -29,6 +29,7 @@ from vavae_tools.training.run import Log
 
 KINDS = {"lightningdit": "LightningDiT", "ddt": "DiT with the wide head", "dit": "DiT"}
 Batch = tuple[Tensor, Tensor, Tensor]  # latents (B, C, h, w), noise, and times (B,)
+BATCH = 8
 PROBES = 128  # random projections in all: they estimate the squared move of the predictions to 12 %
 
 
@@ -342,7 +343,6 @@ def nearest_classes(
     seed: int = 0,
     candidates: int = 8,
     pairs: int = 32,
-    batch_size: int = 8,
 ) -> dict[int, Nearest]:
     """Return own label → the row with which the denoiser's squared error on the latents of that class is smallest.
 
@@ -359,7 +359,7 @@ def nearest_classes(
     device, checkpointing = torch.device(find_device()), denoiser.gradient_checkpointing
     rows, null = rows.float().to(device), null.float().to(device)
     labels = sorted(set(data.labels.tolist()))
-    probes = -(-PROBES * batch_size // (len(labels) * pairs))  # for each batch
+    probes = -(-PROBES * BATCH // (len(labels) * pairs))  # for each batch
     path = FlowMatching(time="uniform", time_shift=max(1.0, time_shift_of(denoiser.latent_shape)))
     times = path.sample_time((torch.arange(pairs) + 0.5) / pairs)
 
@@ -370,7 +370,7 @@ def nearest_classes(
         latents = data.__getitems__(places.tolist())["latents"].repeat(rounds, 1, 1, 1)[:pairs]  # (pairs, C, h, w)
         draws = [Draws(seed, number, places) for number in range(rounds)]
         noise = torch.cat([each.normal("nearest class", *denoiser.latent_shape) for each in draws])[:pairs]
-        return list(zip(*(part.to(device).split(batch_size) for part in (latents, noise, times)), strict=True))
+        return list(zip(*(part.to(device).split(BATCH) for part in (latents, noise, times)), strict=True))
 
     denoiser.to(device).enable_gradient_checkpointing()  # a large model's activations have to fit beside its weights
     try:

@@ -23,7 +23,7 @@ from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
 from vavae_tools.runtime.machine import find_device, release_memory
-from vavae_tools.runtime.ranks import is_rank_zero, rank_zero_first
+from vavae_tools.runtime.ranks import is_rank_zero
 from vavae_tools.training.autoencoder_module import RAEDecoderModule
 from vavae_tools.training.callbacks.previews import ReconstructionPreviews
 from vavae_tools.training.devices import compiles
@@ -192,11 +192,8 @@ def build_rae_dit(recipe: RAEDiTRecipe, output_dir: Path, resume_from: Path | No
     latents = encode_once(rae, images, folder, log, flips=data.flips, seed=seed, dtype="float16")
     rae.to("cpu")  # its memory is training's
     release_memory()
-    with rank_zero_first("autoencoder"):
-        if is_rank_zero():
-            save_model(rae, copy)
     recipe = replace(recipe, data=replace(data, latents_dir=str(latents.path), num_workers=0))
-    return build_on_latents(recipe, output_dir, resume_from, show, log, autoencoder=copy, logged=logged)
+    return build_on_latents(recipe, output_dir, resume_from, show, log, autoencoder=rae, logged=logged)
 
 
 train_rae_dit = partial(train, build_rae_dit)
