@@ -14,7 +14,7 @@ from vavae_tools.runtime.errors import UserError
 
 def read_image(path, size, channels: int = 3) -> np.ndarray:
     """uint8 (height, width, channels)"""
-    subset = ImageFiles([path], ["p"], torch.zeros(1, dtype=torch.int64), image_size=size, channels=channels)
+    subset = ImageFiles(path.parent, [path.name], torch.zeros(1), image_size=size, channels=channels)
     return subset.images([0])[0].permute(1, 2, 0).numpy()
 
 

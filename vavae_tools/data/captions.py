@@ -103,9 +103,8 @@ class NamedImages:
                 raise UserError(f"{problem}. Put them there" + (f", {SKIP_HINT}" if existing else ""))
             notes.append(f"{problem}; left out")
         captions = clean_captions(existing, self.source, skip_missing, notes)
-        paths, labels = [self.folder / name for name in captions], torch.zeros(len(captions), dtype=torch.int64)
-        own = {"title": self.source.name, "captions": captions.values()}
-        return CaptionedFiles(paths, captions, labels, **options, **own)
+        labels, own = torch.zeros(len(captions), dtype=torch.int64), {"title": self.source.name, **options}
+        return CaptionedFiles(self.folder, captions, labels, captions=captions.values(), **own)
 
 
 def missing_images(folder: Path, names: Collection[str]) -> list[str]:

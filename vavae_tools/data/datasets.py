@@ -129,8 +129,8 @@ def _equal_files(data: ImageFiles) -> dict[int, str]:
     """Return place → a hash of its contents, of those files alone that are as long as another one."""
     lengths = data.sizes()
     counts = Counter(lengths)
-    alike = (place for place, length in enumerate(lengths) if counts[length] > 1)
-    return {place: hashlib.sha256(data.paths[place].read_bytes()).hexdigest() for place in alike}
+    files = enumerate(zip(data.paths, lengths, strict=True))
+    return {n: hashlib.sha256(path.read_bytes()).hexdigest() for n, (path, length) in files if counts[length] > 1}
 
 
 def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> Subsets:
@@ -156,10 +156,9 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
             expected = f"no class of {roots[0]}: expected the same folders in both"
             raise UserError(f"{root} holds {names}, which is {expected}")
         if files:
-            paths = list(chain.from_iterable(files.values()))
-            names = [path.relative_to(root).as_posix() for path in paths]
-            of_paths = torch.tensor([labels[name] for name, of_class in files.items() for _ in of_class])
-            subsets.append(ImageFiles(paths, names, of_paths, of_split=is_split, title=root.name, **options))
+            names = [path.relative_to(root).as_posix() for path in chain.from_iterable(files.values())]
+            of_names = torch.tensor([labels[name] for name, of_class in files.items() for _ in of_class])
+            subsets.append(ImageFiles(root, names, of_names, of_split=is_split, **options))
     return labels, *subsets
 
 

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -43,7 +43,7 @@ def resize_whole(image: Image.Image, size: Size) -> Image.Image:
     return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
-CROPS: dict[str, Callable[[Image.Image, Size], Image.Image]] = {"adm": centre_crop, "none": resize_whole}
+CROPS = {"adm": centre_crop, "none": resize_whole}
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ _AT_ONCE = 64  # images that a thread decodes before it asks for more
 class DecodedImages(Dataset):
     """One subset, decoded once and kept in memory where it fits.
 
-    A subclass has `stored(places)`, a sequence of what `opened(stored)` makes a Pillow image of, and `stored_key()`,
-    plain values that tell these images from others.
+    A subclass has `opened(places)`, which yields Pillow images, and `stored_key()`, plain values that tell these images
+    from others. `rows` int64 (N,) says which of the images that it was made with are left in it.
 
     Args:
         names: one for each image, unique.
@@ -127,7 +127,7 @@ class DecodedImages(Dataset):
         self.crop, self.channels, self.title = crop, channels, title
         self.captions = None if captions is None else list(map(tuple, captions))
         self.extra_fields: dict[str, Tensor] = {}
-        self._progress = progress
+        self.rows, self._progress = torch.arange(len(self.names)), progress
         self.resize(image_size)
 
     def resize(self, image_size: int | Size) -> None:
@@ -149,8 +149,12 @@ class DecodedImages(Dataset):
 
     def part(self, places: Sequence[int]) -> Self:
         """Return some of these images as a subset of their own."""
-        part = copy.copy(self)
-        part.names, part.labels = [self.names[place] for place in places], self.labels[torch.as_tensor(places)]
+        part, index = copy.copy(self), torch.as_tensor(places, dtype=torch.int64)
+        part.names, part.labels, part.rows = (
+            [self.names[place] for place in places],
+            self.labels[index],
+            self.rows[index],
+        )
         part.captions = None if self.captions is None else [self.captions[place] for place in places]
         part.extra_fields, part._memory = {}, None
         return part
@@ -166,8 +170,9 @@ class DecodedImages(Dataset):
     def stored_channels(self) -> int:
         """Return 1 where a few images, spread over all, are grey, else 3."""
         places = range(0, len(self), max(1, len(self) // 32))
-        for place, stored in zip(places, self.stored(places), strict=True):
-            with image_errors(self.where(place)), self.opened(stored) as image:
+        images = self.opened(places)
+        for place in places:
+            with image_errors(self.where(place)), next(images) as image:
                 if not is_grey(image):
                     return 3
         return 1
@@ -191,9 +196,9 @@ class DecodedImages(Dataset):
         return self._memory
 
     def _decode_into(self, memory: np.ndarray, places: Sequence[int]) -> int:
-        size = (self.image_size[1], self.image_size[0])
-        for row, (place, stored) in enumerate(zip(places, self.stored(places), strict=True)):
-            with image_errors(self.where(place)), self.opened(stored) as image:
+        size, images = self.image_size[::-1], self.opened(places)
+        for row, place in enumerate(places):
+            with image_errors(self.where(place)), next(images) as image:
                 image = convert_channels(image, self.channels)
             if image.size != size:
                 image = CROPS[self.crop](image, self.image_size)
@@ -228,21 +233,22 @@ class DecodedImages(Dataset):
 
 
 class ImageFiles(DecodedImages):
-    """Images in files; further arguments are those of `DecodedImages`.
+    """Images in files, whose names say where in `folder` they are; further arguments are those of `DecodedImages`.
 
     Args:
         of_split: whether `data_split.py` wrote them, whose fingerprint says nothing of a crop where there is none.
     """
 
-    def __init__(self, paths: Sequence[Path], *args: Any, of_split: bool = False, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.paths, self.of_split = list(paths), of_split
+    def __init__(self, folder: str | Path, *args: Any, of_split: bool = False, **options: Any) -> None:
+        self.folder, self.of_split = Path(folder), of_split
+        super().__init__(*args, **{"title": self.folder.name, **options})
 
-    def stored(self, places: Sequence[int]) -> list[Path]:
-        return [self.paths[place] for place in places]
+    @property
+    def paths(self) -> list[Path]:
+        return [self.folder / name for name in self.names]
 
-    def opened(self, stored: Path) -> Image.Image:
-        return Image.open(stored)
+    def opened(self, places: Sequence[int]) -> Iterator[Image.Image]:
+        return (Image.open(self.folder / self.names[place]) for place in places)
 
     def sizes(self) -> list[int]:
         """Return lengths in bytes."""
@@ -265,12 +271,7 @@ class ImageFiles(DecodedImages):
             yield from (name.encode() + content for name, content in zip(self.names, hashes, strict=True))
 
     def where(self, place: int) -> str:
-        return str(self.paths[place])
-
-    def part(self, places: Sequence[int]) -> Self:
-        part = super().part(places)
-        part.paths = [self.paths[place] for place in places]
-        return part
+        return str(self.folder / self.names[place])
 
 
 class ImageFolder(ImageFiles):
@@ -289,16 +290,13 @@ class ImageFolder(ImageFiles):
         progress: bool = True,
         extensions: Collection[str] = IMAGE_EXTENSIONS,
     ) -> None:
-        self.folder = Path(folder)
-        people = list_folders(self.folder, extensions)
+        people = list_folders(folder, extensions)
         labels = labels or labels_of(people)
-        paths = [path for of_person in people.values() for path in of_person]
-        if not paths:
+        names = [f"{person}/{path.name}" for person, paths in people.items() for path in paths]
+        if not names:
             raise UserError(f"No images ({', '.join(extensions)}) in the folders of {folder}")
-        names = [f"{path.parent.name}/{path.name}" for path in paths]
-        of_paths = torch.tensor([labels[path.parent.name] for path in paths])
-        options = {"channels": channels, "title": self.folder.name, "progress": progress}
-        super().__init__(paths, names, of_paths, image_size, of_split=True, **options)
+        of_names = torch.tensor([labels[person] for person, paths in people.items() for _ in paths])
+        super().__init__(folder, names, of_names, image_size, "none", channels, of_split=True, progress=progress)
 
 
 def channels_of(folder: str | Path, extensions: Collection[str] = IMAGE_EXTENSIONS) -> int:

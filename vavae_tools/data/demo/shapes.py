@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +117,7 @@ class DrawnImages(DecodedImages):
         if not names:
             raise UserError(f"0 images of {self.title}: at least one is needed")
         super().__init__(names, labels, image_size, title=self.title, **options)
-        self.seed, self.subset, self.numbers = seed, subset, torch.arange(len(names))
+        self.seed, self.subset = seed, subset
 
     def draw(self, numbers: Tensor, draws: Draws) -> Tensor:
         """Return the images of these numbers, uint8 (B, 3, H, W)."""
@@ -129,7 +129,7 @@ class DrawnImages(DecodedImages):
             raise UserError(f"image_size {image_size}: {self.title} need at least {self.smallest} pixels")
 
     def drawn(self, places: Sequence[int]) -> Tensor:
-        numbers = self.numbers[torch.as_tensor(places, dtype=torch.int64)]
+        numbers = self.rows[torch.as_tensor(places, dtype=torch.int64)]
         images = self.draw(numbers, Draws(self.seed, self.subset, numbers))
         if self.channels == 3:
             return images
@@ -137,13 +137,8 @@ class DrawnImages(DecodedImages):
         return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)
 
     def stored_key(self) -> list:
-        numbers = hashlib.sha256(self.numbers.numpy().tobytes()).hexdigest()
+        numbers = hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()
         return [f"{self.title} 1", len(self), numbers, self.seed, self.subset]
-
-    def part(self, places: Sequence[int]) -> Self:
-        part = super().part(places)
-        part.numbers = self.numbers[torch.as_tensor(places)]
-        return part
 
     def in_memory(self) -> Tensor:
         if self._memory is None:
@@ -285,7 +280,7 @@ class CaptionedShapes(DrawnImages):
     def __init__(self, count: int, image_size: int | Size = 32, seed: int = 0, subset: int = 0) -> None:
         names = [f"{index:06d}" for index in range(count)]
         super().__init__(names, torch.zeros(len(names), dtype=torch.int64), image_size, seed, subset)
-        choices = _choices(Draws(seed, subset, self.numbers)).tolist()
+        choices = _choices(Draws(seed, subset, self.rows)).tolist()
         shown = [Named(*(words[number] for words, number in zip(KINDS.values(), row, strict=True))) for row in choices]
         captions = {one: one.captions() for one in set(shown)}  # 300: images that show the same share their sentences
         self.captions = [captions[one] for one in shown]

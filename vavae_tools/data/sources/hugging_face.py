@@ -1,10 +1,10 @@
 """Datasets of Hugging Face's `datasets` on the disk as subsets."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -31,38 +31,29 @@ def is_dataset(folder: Path) -> bool:
 
 
 class DatasetImages(DecodedImages):
-    """Rows int64 (N,) of a dataset; further arguments are those of `DecodedImages`."""
+    """Images in a column of a dataset; further arguments are those of `DecodedImages`."""
 
-    def __init__(
-        self, dataset: "Dataset", column: str, rows: Tensor, names: Sequence[str], labels: Tensor, **options: Any
-    ) -> None:
+    def __init__(self, dataset: "Dataset", column: str, *args: Any, **options: Any) -> None:
         from datasets import Image as ImageFeature
 
-        super().__init__(names, labels, **options)
-        self.rows, self._column, self._source = rows, column, dataset._fingerprint
+        super().__init__(*args, **options)
+        self._column, self._source = column, dataset._fingerprint
         dataset = dataset.select_columns([column]).with_format(None)
         if isinstance(dataset.features[column], ImageFeature):
             dataset = dataset.cast_column(column, ImageFeature(decode=False))  # threads decode them here
         self._dataset = dataset
 
-    def stored(self, places: Sequence[int]) -> Sequence[Any]:
-        return self._dataset[self.rows[torch.as_tensor(places)].tolist()][self._column]
-
-    def opened(self, stored: Any) -> Image.Image:
-        if isinstance(stored, dict):
-            stored = stored["bytes"] if stored.get("bytes") is not None else stored.get("path")
-        if not isinstance(stored, bytes | str):
-            raise ValueError("it is empty" if stored is None else "expected a column of type Image, bytes or paths")
-        return Image.open(BytesIO(stored) if isinstance(stored, bytes) else stored)
+    def opened(self, places: Sequence[int]) -> Iterator[Image.Image]:
+        for stored in self._dataset[self.rows[torch.as_tensor(places)].tolist()][self._column]:
+            if isinstance(stored, dict):
+                stored = stored["bytes"] if stored.get("bytes") is not None else stored.get("path")
+            if not isinstance(stored, bytes | str):
+                raise ValueError("it is empty" if stored is None else "expected a column of type Image, bytes or paths")
+            yield Image.open(BytesIO(stored) if isinstance(stored, bytes) else stored)
 
     def stored_key(self) -> list:
         rows = hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()
         return [self._source, len(self._dataset), rows]
-
-    def part(self, places: Sequence[int]) -> Self:
-        part = super().part(places)
-        part.rows = self.rows[torch.as_tensor(places)]
-        return part
 
 
 def read_subsets(data_dir: Path, train_split: str, **options: Any) -> tuple[dict[str, int], *tuple[DatasetImages, ...]]:
@@ -83,23 +74,24 @@ def read_subsets(data_dir: Path, train_split: str, **options: Any) -> tuple[dict
     subsets = []
     for name, dataset in datasets.items():
         names = [f"{name_of[number]}/{row:06d}" for row, number in enumerate(of_rows[name].tolist())]
-        rows, title = torch.arange(len(dataset)), f"{data_dir.name}, {name}"
-        subsets.append(DatasetImages(dataset, image, rows, names, of_rows[name], title=title, **options))
+        title = f"{data_dir.name}, {name}"
+        subsets.append(DatasetImages(dataset, image, names, of_rows[name], title=title, **options))
     return labels, *subsets
 
 
 def captioned_subsets(path: Path, skip_missing: bool, notes: list[str], options: dict[str, Any]) -> list[DatasetImages]:
-    """Return the subsets of a dataset with captions; see `read_subsets` and `captions.cleaned`."""
+    """Return what trains, and what validates if there is such a subset, of a dataset with captions."""
     subsets = []
     for name, dataset in _read_datasets(path, "train").items():
         image = _column(dataset, path, "images", "Image", IMAGE_COLUMNS)
         caption = _column(dataset, path, "captions", "", CAPTION_COLUMNS)
         values = enumerate(column_values(dataset, caption))
         given = {f"{row:06d}": value if isinstance(value, list) else [value] for row, value in values}
-        captions = clean_captions(given, path / name, skip_missing, notes)
-        rows, zeros = torch.tensor(list(map(int, captions))), torch.zeros(len(captions), dtype=torch.int64)
-        own = {**options, "title": f"{path.name}, {name}", "captions": captions.values()}
-        subsets.append(DatasetImages(dataset, image, rows, list(captions), zeros, **own))
+        clean = clean_captions(given, path / name, skip_missing, notes)
+        labels, captions = torch.zeros(len(given), dtype=torch.int64), [clean.get(row, ()) for row in given]
+        own = {"title": f"{path.name}, {name}", **options}
+        every = DatasetImages(dataset, image, given, labels, captions=captions, **own)
+        subsets.append(every.part(list(map(int, clean))))
     return subsets
 
 
