@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from on_ranks import alive, gone
 from vavae_tools.runtime import launch
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
+from vavae_tools.runtime.machine import Machine
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +34,22 @@ def test_each_knows_its_place_and_the_first_ones_result_comes_back(tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         str(rank): f"{rank} {rank} 3 3 0" for rank in range(3)
     }
+
+
+def test_nccl_does_without_shared_memory_where_there_is_too_little(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("NCCL_SHM_DISABLE", raising=False)
+
+    def told(count: int, free: float, machine: Machine) -> tuple[dict[str, str], str]:
+        monkeypatch.setattr("vavae_tools.runtime.machine.find_machine", lambda: machine)
+        monkeypatch.setattr(launch.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        return launch._without_shared_memory(count, str(tmp_path)), capsys.readouterr().out
+
+    t4s = Machine("t4", 2, "Tesla T4")
+    given, said = told(2, 64e6, t4s)
+    assert given == {"NCCL_SHM_DISABLE": "1"} and f"{tmp_path} has 64 MB free, of which NCCL may need 80: " in said
+    assert told(1, 1e6, t4s) == told(2, 81e6, t4s) == told(2, 1e6, Machine("cpu", 1, "CPU")) == ({}, "")
+    monkeypatch.setenv("NCCL_SHM_DISABLE", "0")
+    assert told(2, 1e6, t4s) == ({}, "")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ for those that hang because another one died, and perhaps too short for those th
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from vavae_tools.runtime.ranks import PARENT, end_with_parent, is_rank_zero, sta
 
 GRACE = 8.0
 """Seconds until a process is killed that does not end after another one has failed."""
+NCCL_SEGMENTS = 40_000_000
+"""Bytes of shared memory that NCCL takes for a process: of 9.6 MB one to send and one to receive, on two channels."""
 
 
 def several_processes(
@@ -78,6 +81,7 @@ def call_on_ranks(
         in_cell = in_notebook()
         environment = {
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
+            **_without_shared_memory(count),
             **os.environ,
             "PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path),  # a notebook's own too
             "WORLD_SIZE": str(count),
@@ -174,6 +178,23 @@ class Cell:
         if not show_record(line, self.bars, self.show):
             self.last.append(line.rstrip())
             print(line, flush=True)
+
+
+def _without_shared_memory(count: int, folder: str = "/dev/shm") -> dict[str, str]:
+    """Return what NCCL is told where shared memory has no room for its segments: else it fails at the first step."""
+    from vavae_tools.runtime.machine import find_machine
+
+    if count == 1 or "NCCL_SHM_DISABLE" in os.environ or find_machine().kind == "cpu" or not Path(folder).is_dir():
+        return {}
+    free, needed = shutil.disk_usage(folder).free, count * NCCL_SEGMENTS
+    if free >= needed:
+        return {}
+    print(
+        f"{folder} has {free / 1e6:.0f} MB free, of which NCCL may need {needed / 1e6:.0f}: it does without it "
+        "(NCCL_SHM_DISABLE=1), which is slower between cards without NVLink; docker run --shm-size=1g gives it room",
+        flush=True,
+    )
+    return {"NCCL_SHM_DISABLE": "1"}
 
 
 def _wait(ranks: Sequence[Rank], cell: Cell | None) -> bool:
