@@ -3,10 +3,10 @@
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vavae_tools.runtime.console import clock
 from vavae_tools.runtime.errors import UserError, command_parser, contents, run_command
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def list_checkpoints(folder: str) -> None:
         place = ["-" if number is None else f"{number:,}" for number in (c.step, c.epoch)]
         fault = c.damage()
         state = "whole" if fault is None else f"damaged: {fault}"
-        age = str(timedelta(seconds=int(time.time() - c.written)))  # such as 2:01:40
-        rows.append((name, *place, c.metric or "-", _size(c.bytes), age, state))
+        rows.append((name, *place, c.metric or "-", _size(c.bytes), clock(time.time() - c.written), state))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, *numbers, state in rows:
         cells = [number.rjust(width) for number, width in zip(numbers, widths[1:-1], strict=True)]

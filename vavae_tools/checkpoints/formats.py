@@ -13,7 +13,7 @@ from contextlib import nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor
@@ -100,9 +100,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(state, dict):
             return state
-    raise UserError(
-        f"{path} is damaged: it is no JSON object. Mend it, or remove it: then the epoch is taken from the name"
-    )
+    raise UserError(f"{path} is no JSON object. Mend it, or remove it: then the epoch is taken from the name")
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -118,15 +116,11 @@ def is_deepspeed(folder: Path) -> bool:
 def no_weights(folder: Path) -> str:
     """Return the line to say of a folder that cannot be read as a checkpoint."""
     if (folder / "checkpoint.pt").is_file():
-        return (
-            f"{folder} holds the parts of several processes, as an older version wrote them: make one file of it with "
-            f"that version (python -m vavae_tools.checkpoints consolidate {folder})"
-        )
+        command = f"python -m vavae_tools.checkpoints consolidate {folder}"
+        return f"{folder} holds parts of several processes: make one file of it with the older version ({command})"
     if is_deepspeed(folder):
-        return (
-            f"{folder} was written by DeepSpeed: resume from it with --strategy deepspeed, or make a file of its "
-            "weights by lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict"
-        )
+        convert = "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict"
+        return f"{folder} was written by DeepSpeed: resume from it with --strategy deepspeed_stage_2, or use {convert}"
     return f"{folder} is no checkpoint: it {contents(folder)}, expected model.pt"
 
 
@@ -247,8 +241,7 @@ def _joined(parts: dict[str, Any], lost: Sequence[str] = ()) -> dict[str, Any]:
 def damage_by_file(path: Path, quickly: bool = False) -> dict[str, str]:
     """Return {name: what is wrong} of a checkpoint's file, or of those that its folder lists or has.
 
-    Looked at are a folder's list, the lengths there and, unless `quickly`, the CRC-32 of every record that torch.save
-    wrote.
+    Compared are lengths and, unless `quickly`, the CRC-32 of every record that torch.save wrote.
     """
     folder, listed = path.parent, {path.name: None}
     if is_deepspeed(path):  # which no one else can read
@@ -277,10 +270,10 @@ def _damage(path: Path, entry: Any, quickly: bool) -> str | None:
         read_saved(path)
         with ZipFile(path) if is_zipfile(path) else nullcontext() as records:
             record = records and records.testzip()
-    except (BadZipFile, OSError, ValueError, NotImplementedError, EOFError, RuntimeError) as error:
-        return f"cannot be read: {error}"
     except UserError as error:
         return reason_of(error, path)
+    except Exception as error:  # of many classes where a file is damaged
+        return f"cannot be read: {error}"
     return f"other contents than were written ({record})" if record else None
 
 
@@ -328,9 +321,9 @@ def _from_elsewhere(
         taken = f"epoch {place['epoch']} is taken from its name" if "epoch" in place else "starting at epoch 0"
         log(f"{where} {f'has no {STATE}' if ending and not state else 'names no epoch'}: {taken}")
     model = _weights_in(parts["model"])
-    if model is None:
+    if not model:
         raise UserError(f"{where} has no weights: its model{ending} holds no tensors by name")
-    average = _weights_in(parts.get("ema_model")) or {}
+    average = _weights_in(parts.get("ema_model"))
     # a scheduler of another kind, without lr_lambdas, a LambdaLR cannot take up
     needed = {"optimizer": "state", "scheduler": "lr_lambdas"}
     states = {part: _states_in(parts.get(part), key) for part, key in needed.items()}
@@ -338,8 +331,10 @@ def _from_elsewhere(
         if not found:
             has = "cannot be used here" if part in parts else "is not there"
             log(f"{where}: {part}{ending} {has}: {MISSING_PART_NOTES[part]}")
-    epoch = place["epoch"] + 1 if "epoch" in place else 0
-    step = place.get("global_step", _steps_of(states["optimizer"]))
+    epoch = place.get("epoch", -1) + 1
+    of_weights = [weights for first in states["optimizer"][:1] for weights in first["state"].values()]
+    counted = max((int(weights["step"]) for weights in of_weights if "step" in weights), default=0)
+    step = place.get("global_step", counted)
     checkpoint = {
         "epoch": epoch,
         "global_step": step,
@@ -355,27 +350,20 @@ def _from_elsewhere(
     return checkpoint
 
 
-def _weights_in(part: Any) -> dict[str, Tensor] | None:
-    """Return the weights by their plain names, also out of a dict around them; None where there are none."""
+def _weights_in(part: Any) -> dict[str, Tensor]:
+    """Return the weights by their plain names, also out of a dict around them."""
     if not isinstance(part, dict):
-        return None
+        return {}
     for key in NAMES["model"]:
         if isinstance(part.get(key), dict):
             return _weights_in(part[key])
-    weights = {plain_name(k): v for k, v in part.items() if isinstance(v, Tensor) and k != "n_averaged"}
-    return weights or None
+    return {plain_name(k): v for k, v in part.items() if isinstance(v, Tensor) and k != "n_averaged"}
 
 
 def _states_in(part: Any, key: str) -> list[dict[str, Any]]:
     """Return state_dicts of optimisers or schedulers, given one or a list; none where one lacks this key."""
     found = part if isinstance(part, list) else [part]
     return found if all(isinstance(state, dict) and key in state for state in found) else []
-
-
-def _steps_of(optimizers: list[dict[str, Any]]) -> int:
-    """Return the optimiser steps made, as the first optimiser counted them."""
-    states = optimizers[0]["state"].values() if optimizers else []
-    return max((int(state["step"]) for state in states if "step" in state), default=0)
 
 
 def _loops(epoch: int, step: int) -> dict[str, Any]:

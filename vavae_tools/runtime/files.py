@@ -186,11 +186,13 @@ def read_saved(path: str | Path) -> Any:
         beside = sorted(p.name for p in path.parent.glob("*.ckpt"))
         hint = f"; {path.parent} holds {', '.join(beside)}" if beside else ""
         raise UserError(f"No checkpoint {path}{hint}")
-    zipped = is_zipfile(path)
-    if not zipped and path.open("rb").read(1) != b"\x80":  # a zip, or before PyTorch 1.6 a pickle
-        raise UserError(f"{path} is damaged or no checkpoint: it is neither a zip nor a pickle of torch.save")
     try:
+        zipped = is_zipfile(path)
+        if not zipped and path.open("rb").read(1) != b"\x80":  # a zip, or before PyTorch 1.6 a pickle
+            raise UserError(f"{path} is damaged or no checkpoint: it is neither a zip nor a pickle of torch.save")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except UserError:
+        raise
     except pickle.UnpicklingError:
         plain = path.with_suffix(".plain.pt")
         raise UserError(
