@@ -95,22 +95,14 @@ def test_loss_by_hand():
 
 @pytest.mark.parametrize("grid", [(4, 4), (2, 5)])
 def test_dinov2_on_any_grid(grid):
-    """The last layer's normalised patch tokens, row by row, of images as they are.
-
-    Positions are resampled as timm does it: a model whose own table is like that gives the same.
-    """
+    """The last layer's normalised patch tokens, row by row, with positions resampled as timm does it."""
     model, x = dinov2(image_size=56), images((grid[0] * 14, grid[1] * 14))
     with torch.no_grad():
         table = model.embeddings.position_embeddings
         patches = F.interpolate(as_grid(table[:, 1:], 4, 4), grid, mode="bicubic", antialias=True)
         resampled = torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
-        tokens = model.embeddings.patch_embeddings(x)
-        tokens = torch.cat([model.embeddings.cls_token.expand(2, -1, -1), tokens], dim=1) + resampled
-        layers = model.encoder.layer if hasattr(model.encoder, "layer") else model.encoder.layers
-        for layer in layers:
-            tokens = layer(tokens)
-            tokens = tokens[0] if isinstance(tokens, tuple) else tokens  # in transformers 4
-        expected = as_grid(model.layernorm(tokens)[:, 1:], *grid)
+        model.embeddings.interpolate_pos_encoding = lambda *_: resampled
+        expected = as_grid(model(x).last_hidden_state[:, 1:], *grid)
     torch.testing.assert_close(TransformersFoundation(model)(x, grid), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -186,10 +178,8 @@ def test_loading_without_network_or_noise(dino_dir, monkeypatch, capfd):
 def test_loading_the_pretraining_model_of_mae(tmp_path):
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    config = ViTMAEConfig(
-        **MAE, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=8
-    )
-    model = ViTMAEForPreTraining(config)
+    decoder = {"decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 8}
+    model = ViTMAEForPreTraining(ViTMAEConfig(**MAE, **decoder))
     model.save_pretrained(tmp_path)  # with a decoder and other names
     x = images()
     torch.testing.assert_close(load_foundation(tmp_path)(x, (3, 3)), TransformersFoundation(model.vit)(x, (3, 3)))
@@ -256,7 +246,7 @@ def test_features_are_computed_once(data, tmp_path):
     assert again.seen == 4
 
 
-@pytest.mark.parametrize("change", ["weights", "grid", "size", "channels", "image", "order", "damage", "none"])
+@pytest.mark.parametrize("change", ["weights", "grid", "image", "order", "damage", "none"])
 def test_stale_features_are_not_used(change, data, tmp_path):
     path, grid, model = tmp_path / "train.safetensors", (2, 2), Brightness()
     foundation_features(model, data, grid, path, progress=False)
@@ -264,13 +254,9 @@ def test_stale_features_are_not_used(change, data, tmp_path):
         model = Brightness(digest="b", factor=2.0)
     elif change == "grid":
         grid = (4, 1)
-    elif change == "size":
-        data = ImageFolder(data.folder, 8)
-    elif change == "channels":
-        data = ImageFolder(data.folder, 16, channels=1)
-        model.channels = 1
     elif change == "image":
         shutil.copyfile(data.paths[4], data.paths[5])
+        data = ImageFolder(data.folder, 16)
     elif change == "order":
         data.paths.reverse()
         data.names.reverse()
@@ -278,8 +264,6 @@ def test_stale_features_are_not_used(change, data, tmp_path):
         shard = path.with_name("train-00000.safetensors")
         shard.write_bytes(shard.read_bytes()[:-1])
     model.seen = 0
-    if change == "image":
-        data = ImageFolder(data.folder, 16)
     features = foundation_features(model, data, grid, path, progress=False)
     assert model.seen == (0 if change == "none" else 30)
     if change != "order":

@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from tiny import random_images as images
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.encoders import MAEwithNorm
 from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, image_decoder, tiny_rae
 from vavae_tools.autoencoders.rae_weights import fit, is_rae_folder, load_rae, read_rae_folder, read_rae_weights
 from vavae_tools.runtime.errors import UserError
@@ -85,17 +84,6 @@ def test_a_folders_encoder_gives_patch_tokens_without_the_last_norms_weights(tmp
     assert rae.latent_shape == (16, size // 8, size // 8)
     assert any("RAE encoder" in line and "0 missing, 0 unused" in line for line in said), said
     assert said[-1] == "decoder starts anew: reconstructions will be noise until it is trained"
-
-
-def test_mae_keeps_every_patch_in_its_place():
-    torch.manual_seed(0)
-    encoder = MAEwithNorm({**SMALL, "num_hidden_layers": 0})  # nothing mixes the patches
-    x = images()
-    there = encoder(x)
-    x[:, :, 8:16, 24:] += 1  # the patch of row 1, column 3
-    changed = (encoder(x) - there).abs().amax(dim=(0, 2)) > 1e-6
-    assert changed.nonzero().flatten().tolist() == [7]
-    torch.testing.assert_close(encoder(x), encoder(x), rtol=0, atol=0)
 
 
 def test_the_whole_siglip_folder_and_its_preprocessor(tmp_path, said):
