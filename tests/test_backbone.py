@@ -126,7 +126,6 @@ def test_a_compiled_step_equals_the_eager_one():
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        (DiT, {"positions": "line"}, "positions='line'"),
         (DiT, {"patch_size": 3}, "patches of 3×3"),
         (DiT, {"num_heads": 5}, "num_heads 5"),
         (DiT, {"time_embed": "x"}, "time_embed='x' is unknown"),

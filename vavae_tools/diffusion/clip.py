@@ -17,8 +17,6 @@ from vavae_tools.autoencoders.encoders import silent_transformers
 from vavae_tools.runtime.errors import UserError, one_line
 from vavae_tools.runtime.files import load_model, local_folder, save_model, weights_digest
 
-_BATCH_SIZE = 256
-
 
 @dataclass(frozen=True)
 class TextStates:
@@ -64,7 +62,6 @@ class TextEncoder:
         return next(self.model.parameters()).device
 
     def to(self, device: str | torch.device) -> "TextEncoder":
-        """Move it in place."""
         self.model.to(device)
         return self
 
@@ -81,7 +78,7 @@ class TextEncoder:
         if self.device.type == "cuda":  # a copy from pinned memory is not waited for
             ids, mask = ids.pin_memory(), mask.pin_memory()
         ids, mask = (given.to(self.device, non_blocking=True) for given in (ids, mask))
-        parts = [self.model(input_ids=part).last_hidden_state.float() for part in ids.split(_BATCH_SIZE)]
+        parts = [self.model(input_ids=part).last_hidden_state.float() for part in ids.split(256)]
         tokens = torch.cat(parts)  # (B, L, D)
         return TextStates(tokens, mask.bool(), tokens[torch.arange(len(ids), device=self.device), mask.sum(1) - 1])
 
@@ -96,9 +93,7 @@ class TextEncoder:
         unseen = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps")  # in the weights
         used = {name: getattr(self.model.config, name) for name in unseen}
         words = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        words = {
-            name: value for name, value in words.items() if name not in ("padding", "truncation")
-        }  # the last call's
+        del words["padding"], words["truncation"]  # the last call's
         settings = json.dumps([used, self.max_tokens, words], sort_keys=True)
         return hashlib.sha256(f"{settings} {weights}".encode()).hexdigest()
 

@@ -43,7 +43,7 @@ class ClassConditioner(ModelMixin, ConfigMixin):
 
 @dataclass(frozen=True)
 class TextCondition:
-    """What a `TextDiT` is told."""
+    """What a `TextDiT` is told of captions."""
 
     vector: Tensor  # (B, hidden_size), of the whole caption, which goes into the modulation beside the time
     tokens: Tensor  # (B, L, hidden_size), one for each token, for cross-attention

@@ -73,8 +73,6 @@ class DiT(Backbone, ModelMixin, ConfigMixin):
         positions: str = "grid",
     ) -> None:
         super().__init__()
-        if positions not in ("grid", "sequence"):
-            raise UserError(f"positions={positions!r} is unknown; it is 'grid' or 'sequence'.")
         self._build()
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Tensor, mask: Tensor | TokenSubset | None = None) -> Tensor:
@@ -176,11 +174,11 @@ class DDT(Backbone, ModelMixin, ConfigMixin):
         pos_embed: bool = True,
     ) -> None:
         super().__init__()
-        heads, depths, widths = _both("num_heads", num_heads), _two("depth", depth), _two("hidden_size", hidden_size)
-        patch_size, of_head = _both("patch_size", patch_size)
+        depths, widths = _two("depth", depth), _two("hidden_size", hidden_size)
+        heads, (patch_size, of_head) = _two("num_heads", num_heads, True), _two("patch_size", patch_size, True)
         if patch_size != of_head:  # a token of the encoder conditions the head's token in the same place
             raise UserError(f"patch_size {patch_size} and {of_head}: encoder and head need the same; give one number.")
-        self._set_grid(_both("input_size", input_size), patch_size, in_channels)
+        self._set_grid(input_size, patch_size, in_channels)
         self.encoder_depth, (encoder, head) = depths[0], widths
         self.conditioning_size = encoder
         self.s_embedder = layers.PatchEmbed(patch_size, in_channels, encoder)
@@ -219,11 +217,9 @@ class DDT(Backbone, ModelMixin, ConfigMixin):
         return F.silu(time[:, None] + s)
 
 
-def _both(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else _two(name, value)
-
-
-def _two(name: str, value: Sequence[int]) -> tuple[int, int]:
+def _two(name: str, value: int | Sequence[int], may_share: bool = False) -> tuple[int, int]:
+    if may_share and isinstance(value, int):
+        return value, value
     if isinstance(value, int) or len(value) != 2:
         raise UserError(f"{name} is {value}, expected two numbers: the encoder's and the head's, as in [1152, 2048].")
     return value[0], value[1]

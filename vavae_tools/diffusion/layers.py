@@ -35,13 +35,12 @@ def select_tokens(mask: Tensor, patch_size: int) -> TokenSubset:
 class RMSNorm(nn.Module):
     """x / rms(x) in float32, cast back to x's type, then times a learned weight."""
 
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype) * self.weight
 
 
 def make_norm(dim: int, rms_norm: bool) -> nn.Module:

@@ -13,17 +13,14 @@ _BASE, _A, _B = ".base_layer.", f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTE
 
 
 def add_lora(denoiser: nn.Module, rank: int, alpha: float | None = None, targets: Sequence[str] = TARGETS) -> int:
-    """Freeze a denoiser and put low-rank additions beside its linear maps, in place: at first they add nothing.
+    """Freeze a denoiser, put low-rank additions beside its linear maps, and return how many weights are trained.
 
-    The arguments are kept in the denoiser's attribute `lora`.
+    At first they add nothing. The arguments are kept in the denoiser's attribute `lora`.
 
     Args:
         rank: of the additions; 4 to 64.
         alpha: the additions are scaled by alpha / rank; None takes the rank, a scale of 1.
         targets: ends of the maps' names, at a dot: "qkv" is that of every block, "final_layer.linear" one map.
-
-    Returns:
-        How many weights are trained.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

@@ -186,10 +186,9 @@ def lay_out(
         last = last_noise + (1 - last_noise) / num_inference_steps
         solver.set_timesteps(sigmas=np.linspace(1, last, num_inference_steps))
         solver.sigmas[-1] = objectives.shift_noise(last_noise, solver.shift)
-    elif isinstance(solver, FlowScheduler):
-        solver.set_timesteps(num_inference_steps, last_noise)
     else:
-        solver.set_timesteps(num_inference_steps)
+        own = {"last_noise": last_noise} if isinstance(solver, FlowScheduler) else {}
+        solver.set_timesteps(num_inference_steps, **own)
     solver.set_begin_index(0)  # else the first step looks its place up on the GPU
     # From sigmas, as some solvers round their timesteps to whole numbers. They stay on the CPU: no wait in the loop.
     return solver, [1 - sigma for sigma in solver.sigmas[: len(solver.timesteps)].tolist()]

@@ -122,11 +122,7 @@ DENOISERS: dict[str, tuple[type[PublishedDenoiser], dict[str, Any]]] = {
 
 
 def load_denoiser(kind: str, state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> PublishedDenoiser:
-    """Return one of `DENOISERS` in eval mode; RAE's LightningDiT is known by its random frequencies of time.
-
-    Args:
-        state_dict: {"ema", "model", …}, or bare; wrappers' prefixes are taken off.
-    """
+    """Return one of `DENOISERS` in eval mode; RAE's LightningDiT is known by its random frequencies of time."""
     parts = [state_dict[name] for name in ("ema", "model") if isinstance(state_dict.get(name), Mapping)]
     weights = {plain_name(name): tensor for name, tensor in (*parts, state_dict)[0].items()}
     if kind == "lightningdit" and "t_embedder.W" in weights:
@@ -141,14 +137,13 @@ def load_denoiser(kind: str, state_dict: Mapping[str, Any], config: Mapping[str,
             reason = textwrap.shorten(str(error), 400)
             raise UserError(f"These weights do not fit the configuration. {reason}") from error
     # The published table is the one that ours computes; another is honoured here, though `save_pretrained` keeps none.
-    positions = weights.get("pos_embed")
     ours = model.denoiser.enc_pos_embed if kind == "ddt" else model.denoiser.pos_embed
-    if positions is not None:
-        found, expected = tuple(positions.shape), None if ours is None else tuple(ours.shape)
+    if "pos_embed" in weights:
+        found, expected = tuple(weights["pos_embed"].shape), None if ours is None else tuple(ours.shape)
         if found != expected:
             arguments = "use_pos_embed, input_size, patch_size and hidden_size"
             raise UserError(f"pos_embed is {found} in these weights, {expected} by {arguments}.")
-        ours.copy_(positions)
+        ours.copy_(weights["pos_embed"])
     return model.eval()
 
 

@@ -73,19 +73,21 @@ def load_rae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any])
     weights = found["decoder"]
     numbers = _decoder_numbers(config, weights)
     if "encoder" not in found or "encoder" not in config:
-        decoder = image_decoder(_grid(config, weights, numbers["patch_size"]), **numbers)
+        patches, image_size = config.get("num_patches"), config.get("decoder_image_size", config.get("image_size"))
+        if patches is None and image_size:
+            patches = (image_size // numbers["patch_size"]) ** 2
+        elif patches is None and "decoder_pos_embed" in weights:
+            patches = weights["decoder_pos_embed"].shape[1] - 1
+        grid = round((patches or 0) ** 0.5)
+        if not grid or grid**2 != patches:
+            raise UserError(f"num_patches is {patches}, expected a square number: give num_patches, or image_size")
+        decoder = image_decoder(grid, **numbers)
         fit(decoder, weights)
         return decoder.eval()
-    rae = RAE(
-        *_encoder(config),
-        encoder_input_size=config.get("encoder_input_size"),
-        decoder_patch_size=numbers["patch_size"],
-        decoder_layer_norm_eps=numbers["layer_norm_eps"],
-        image_mean=config.get("image_processor_mean"),
-        image_std=config.get("image_processor_std"),
-        noise_tau=config.get("noise_tau", 0.8),
-        **{name: numbers[name] for name in DECODER_NUMBERS},
-    )
+    arguments = {"encoder_input_size": config.get("encoder_input_size"), "noise_tau": config.get("noise_tau", 0.8)}
+    arguments |= {"image_mean": config.get("image_processor_mean"), "image_std": config.get("image_processor_std")}
+    arguments |= {"decoder_patch_size": numbers["patch_size"], "decoder_layer_norm_eps": numbers["layer_norm_eps"]}
+    rae = RAE(*_encoder(config), **arguments, **{name: numbers[name] for name in DECODER_NUMBERS})
     fit(rae.encoder, found["encoder"])
     fit(rae.decoder, weights)
     given = config.get("statistics") or config.get("stat") or config
@@ -148,15 +150,3 @@ def _decoder_numbers(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -
     eps = config.get("decoder_layer_norm_eps", own.get("layer_norm_eps"))
     sizes = {"hidden_size": weights["decoder_embed.weight"].shape[1], "patch_size": patch_size}
     return {**sizes, "layer_norm_eps": 1e-12 if eps is None else eps, **{name: given[name] for name in DECODER_NUMBERS}}
-
-
-def _grid(config: Mapping[str, Any], weights: Mapping[str, Tensor], patch_size: int) -> int:
-    patches = config.get("num_patches")
-    if patches is None and (image_size := config.get("decoder_image_size", config.get("image_size"))):
-        patches = (image_size // patch_size) ** 2
-    if patches is None and "decoder_pos_embed" in weights:
-        patches = weights["decoder_pos_embed"].shape[1] - 1
-    grid = round((patches or 0) ** 0.5)
-    if not grid or grid**2 != patches:
-        raise UserError(f"num_patches is {patches}, expected a square number: give num_patches, or image_size")
-    return grid
