@@ -173,7 +173,7 @@ def test_copies_are_those_that_a_search_by_hand_finds(kinds):
     rows += [known[3].tolist(), [*known[5].tolist(), kinds], known[7][1:].tolist() or [0], [50_000]]
     rows.append([token for text in known[:6] for token in text[3:25].tolist()])
     found, (ngrams, others) = novelty(rows, KnownTexts(known)), brute_force(rows, known)
-    assert found.texts == 17 and found.ngrams == pytest.approx(ngrams)
+    assert found.ngrams == pytest.approx(ngrams)
     assert (found.longest_mean, found.longest, found.copied, found.whole) == pytest.approx(others)
     assert 0 < found.copied < 1 and 0 < found.whole < 1
 
@@ -231,8 +231,6 @@ def test_who_knows_the_tokens_pays_for_none_and_values_beyond_the_range_cost_not
     found = bits_per_token(pipeline(data, lambda x, t: 1.5 * clean), data)
     assert found.diffusion == 0 and found.bits == found.reconstruction < 0.05
     assert bits_per_token(pipeline(Toy(data.rows[:1]), lambda x, t: clean[:1]), Toy(data.rows[:1])).error is None
-    with pytest.raises(UserError, match="times 0"):
-        bits_per_token(pipeline(data, lambda x, t: clean), data, times=0)
 
 
 # ---- all of it
@@ -262,10 +260,10 @@ def test_an_evaluation_of_texts_is_a_table_and_files(tmp_path):
     out = tmp_path / "evaluation"
     report = evaluate_tokens(pipe, train, val, out, 5, 2, is_right=is_grammatical, log=said.append)
     samples, completed, real = (report.scores[name] for name in ("samples", "completions", "real"))
-    assert samples.right == samples.valid == samples.novelty.whole == 1 and samples.prompts_kept is None
+    assert samples.right == samples.valid == samples.novelty.whole == 1
     assert samples.novelty.longest == samples.novelty.longest_mean == len(by_heart)
     assert set(samples.novelty.ngrams.values()) == {1.0} and samples.novelty.copied == 1
-    assert completed.prompts_kept == 1 and completed.texts == 5 and completed.novelty.whole < 1
+    assert completed.texts == 5 and completed.novelty.whole < 1
     assert real.right == 1 and real.valid is None and real.novelty.whole == 0
     assert list(report.bits) == ["validation", "training"] and report.bits["training"].bits > report.unigram_bits
     counts = Counter(token for i in range(len(train)) for token in train.tokens_of(i).tolist())
@@ -274,7 +272,7 @@ def test_an_evaluation_of_texts_is_a_table_and_files(tmp_path):
     assert len(report.curve) == 19 and report.curve_of == "validation" and not report.notes
 
     table = str(report)
-    assert "samples" in table and "prompts kept" in table and "8-grams in training" in table
+    assert "samples" in table and "8-grams in training" in table
     assert "written: evaluation.json, samples.jsonl, figures/reconstruction.png" in table
     assert said and all("\n" not in line for line in said)
     found = json.loads((out / "evaluation.json").read_text())
@@ -313,7 +311,7 @@ def test_answers_are_judged_with_their_questions(tmp_path):
 
     report = evaluate_tokens(pipe, train, val, None, 4, 2, is_right=is_right, log=lambda line: None)
     assert list(report.scores) == ["answers", "real"]
-    assert report.scores["answers"].prompts_kept == 1 and report.scores["real"].right == 1
+    assert report.scores["real"].right == 1
     assert all(question.startswith("tell me about") for question, _ in pairs) and len(pairs) == 8
     real = [answer for _, answer in pairs[4:]]
     for (_, made), known in zip(pairs[:4], real, strict=True):  # cut or filled up where another length was drawn

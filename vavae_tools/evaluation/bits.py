@@ -34,8 +34,6 @@ class Chosen(NamedTuple):
 
 def chosen_images(data: TokenImageDataset, count: int, seed: int) -> Iterator[Chosen]:
     """Yield a random choice of images in batches, without those that have no token to tell."""
-    if count < 1:
-        raise UserError(f"count {count}: expected 1 image or more")
     order, found = Draws(seed, 0, torch.arange(len(data))).uniform("picture").argsort(), False
     for part in order[:count].sort().values.split(64):
         batch = data.__getitems__(part.tolist())
@@ -80,8 +78,6 @@ def bits_per_token(
     With r = √SNR the integral is ∫ r·E‖x − x̂‖² dr: r is drawn evenly, for each of `count` random images by one random
     shift of `times` even places, each a call of the denoiser, which keeps it unbiased.
     """
-    if times < 1:
-        raise UserError(f"times {times}: expected 1 or more")
     code, end, parts, lengths = data.code, _ratio_without_open_bits(data, seed), [], []
     for chosen in chosen_images(data, count, seed):
         draws, shape = Draws(seed, 0, chosen.index), chosen.clean.shape[1:]

@@ -41,11 +41,10 @@ class PersonClassifier(nn.Module):
 
     @in_float32
     def features(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] → (B, D)."""
+        """Return features (B, D) of images (B, C, H, W) in [-1, 1]."""
         return self.blocks(x).mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] → logits (B, num_classes)."""
         return self.head(self.features(x))
 
     @torch.inference_mode()
@@ -53,9 +52,8 @@ class PersonClassifier(nn.Module):
         """Images, uint8 (N, C, H, W) or a folder of them → features (N, D) and labels (N,) on the CPU."""
         self.eval()
         features, labels = [], []
-        for start in range(0, len(images), batch_size):
-            rows = range(start, min(start + batch_size, len(images)))
-            batch = images[rows] if isinstance(images, Tensor) else images.__getitems__(rows)["images"]
+        for rows in torch.arange(len(images)).split(batch_size):
+            batch = images[rows] if isinstance(images, Tensor) else images.__getitems__(rows.tolist())["images"]
             features.append(self.features(to_unit(batch.to(self.head.weight.device))))
             labels.append(self.head(features[-1]).argmax(dim=1))
         return torch.cat(features).cpu(), torch.cat(labels).cpu()
@@ -105,11 +103,7 @@ def train_classifier(
 
 
 def default_steps(images: int) -> int:
-    """Return the steps of ten passes over the data, no fewer than 100 steps, and no more than 2,000.
-
-    >>> default_steps(240), default_steps(960), default_steps(100_000)
-    (100, 150, 2000)
-    """
+    """Return the steps of ten passes over the data, no fewer than 100 steps, and no more than 2,000."""
     return min(max(100, 10 * images // BATCH_SIZE), 2000)
 
 

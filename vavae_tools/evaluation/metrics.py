@@ -58,16 +58,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     a, b = a.double(), b.double()
     between = (a.mean(0) - b.mean(0)).square().sum()
-    a, b = _root_of_covariance(a), _root_of_covariance(b)  # C = RᵀR
-    # CaCb = Raᵀ(Ra Rbᵀ)Rb has the squared singular values of Ra Rbᵀ as its eigenvalues: no root of a matrix that may
-    # have no inverse, and no complex numbers.
+    a, b = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
+    # With C = RᵀR, CaCb = Raᵀ(Ra Rbᵀ)Rb has the squared singular values of Ra Rbᵀ as its eigenvalues: no root of a
+    # matrix that may have no inverse, and no complex numbers.
+    a, b = (torch.linalg.qr(x, mode="r").R if len(x) > x.shape[1] else x for x in (a, b))
     cross = torch.linalg.svdvals(a @ b.T).sum()
     return max(0.0, (between + a.square().sum() + b.square().sum() - 2 * cross).item())
-
-
-def _root_of_covariance(features: Tensor) -> Tensor:
-    centred = (features - features.mean(0)) / math.sqrt(len(features) - 1)
-    return torch.linalg.qr(centred, mode="r").R if len(centred) > centred.shape[1] else centred
 
 
 @dataclass(frozen=True)
@@ -84,14 +80,12 @@ class KernelDistance:
 
 @in_float32
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> KernelDistance:
-    """Kernel distance of features (N, D), as in KID (Bińkowski et al. 2018): unbiased also where sets are small.
+    """Kernel distance of features (N, D), 4 or more, as in KID (Bińkowski et al. 2018): unbiased also of small sets.
 
     The squared maximum mean discrepancy under (x·y / D + 1)³, averaged over random subsets: half of each set, no more
     than `subset_size`. They also give the interval, as a jackknife that leaves out all but a subset (Shao & Wu 1989).
     """
     sizes = [min(subset_size, len(x) // 2) for x in (a, b)]
-    if min(sizes) < 2:
-        raise ValueError(f"A kernel distance needs sets of at least 4, got {len(a)} and {len(b)} features")
     generator, drawn = torch.Generator().manual_seed(seed), []
     for _ in range(subsets):
         rows = [torch.randperm(len(x), generator=generator)[:size] for x, size in zip((a, b), sizes, strict=True)]
@@ -117,14 +111,9 @@ def mean_kernel_distance(a: Sequence[Tensor], b: Sequence[Tensor], seed: int = 0
 def _squared_discrepancy(a: Tensor, b: Tensor) -> Tensor:
     """Return the unbiased estimate: no image is compared with itself."""
 
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x: Tensor) -> Tensor:
-        of_pairs = kernel(x, x)
-        return (of_pairs.sum() - of_pairs.trace()) / (len(x) * (len(x) - 1))
-
-    return within(a) + within(b) - 2 * kernel(a, b).mean()
+    of_a, of_b, between = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    within = ((of.sum() - of.trace()) / (len(of) * (len(of) - 1)) for of in (of_a, of_b))
+    return sum(within) - 2 * between.mean()
 
 
 @in_float32

@@ -20,7 +20,7 @@ OWN, ANOTHERS, NONE = "own vector", "another's vector", "no vector"
 # ---- what the vectors per person do
 @dataclass(frozen=True)
 class ConditionScore:
-    """Means over all images, in [-1, 1], reconstructed with one choice of vectors; PSNR in dB."""
+    """Means over all images, in [-1, 1]; PSNR in dB."""
 
     absolute_error: float
     psnr: float
@@ -46,9 +46,9 @@ class ConditionComparison:
 
 
 def compare_conditions(model: VAVAE, data: DecodedImages, batch_size: int = 32) -> ConditionComparison:
-    """Encode and decode each image with its own person's vector, with another person's, and with none.
+    """Encode and decode each image with its own person's vector, with the next person's in `data`, and with none.
 
-    The other person is the next one in `data`, after the last the first. If the vectors carry anything, own is best.
+    If the vectors carry anything, own is best.
     """
     if not model.config.condition_dim:
         raise UserError("This VA-VAE has no vectors to compare (condition_dim is 0): fine-tune it with --condition_dim")
@@ -57,20 +57,20 @@ def compare_conditions(model: VAVAE, data: DecodedImages, batch_size: int = 32) 
     if people == 1:
         del choices[ANOTHERS]
 
-    def remade(batch: dict[str, Tensor], labels: Tensor | None) -> Tensor:
-        labels = labels[batch["index"]].to(model.device) if labels is not None else None
+    def remade(batch: dict[str, Tensor], name: str) -> Tensor:
+        labels = choices[name][batch["index"]].to(model.device) if name != NONE else None
         return reconstruct_images(model, batch["images"].to(model.device), labels).cpu()
 
-    found: dict[str, list[Tensor]] = {name: [] for name in choices}
+    found = {name: [] for name in choices}
     for rows in torch.arange(len(data)).split(batch_size):
         batch = data.__getitems__(rows.tolist())
         originals = to_unit(batch["images"])
-        for name, labels in choices.items():
-            made = to_unit(remade(batch, labels))
-            found[name].append(torch.stack([(made - originals).abs().mean(dim=(1, 2, 3)), psnr(originals, made)]))
+        for name, parts in found.items():
+            made = to_unit(remade(batch, name))
+            parts.append(torch.stack([(made - originals).abs().mean(dim=(1, 2, 3)), psnr(originals, made)]))
     scores = {name: ConditionScore(*torch.cat(parts, 1).mean(1).tolist()) for name, parts in found.items()}
     few = data.preview_batch(min(_MOST_COLUMNS, people))
-    images = {"original": few["images"], **{name: remade(few, labels) for name, labels in choices.items()}}
+    images = {"original": few["images"], **{name: remade(few, name) for name in choices}}
     return ConditionComparison(len(data), scores[OWN], scores.get(ANOTHERS), scores[NONE], images)
 
 
@@ -108,8 +108,7 @@ class ReconstructionJudge:
     """Judge reconstructions of the same images again and again while a model learns.
 
     Args:
-        originals: uint8 (N, C, H, W).
-        labels: int64 (N,), for the accuracy.
+        originals: uint8 (N, C, H, W); labels: int64 (N,), for the accuracy.
         others: uint8 (M, C, H, W), further real images with no more of each person than `originals`, for the Fréchet
             distance to them.
     """
@@ -142,11 +141,9 @@ def evaluate_reconstructions(
     classifier: PersonClassifier | None = None,
     others: Tensor | None = None,
 ) -> ReconstructionScores:
-    """Compare reconstructions with their originals.
+    """Compare reconstructions with their originals: (N, C, H, W), uint8 or floats, which are clipped to [-1, 1].
 
-    Args:
-        images, reconstructions: (N, C, H, W), uint8 or floats in [-1, 1]; what lies outside is clipped.
-        labels, classifier, others: see `ReconstructionJudge`.
+    Labels, classifier and others are those of `ReconstructionJudge`.
     """
     originals, remade = (_in_range(x) for x in (images, reconstructions))
     scores = {"psnr": psnr(originals, remade).mean().item(), "ssim": ssim(originals, remade).mean().item()}
@@ -163,7 +160,7 @@ def evaluate_vavae(
 ) -> ReconstructionScores:
     """Reconstruct the validation subset, with each person's vector, and let a classifier of the real images judge it.
 
-    `classifier_dir` keeps the classifier; it is trained where it is not there yet.
+    It is kept in `classifier_dir`, and trained where it is not there yet.
     """
     if data.val_data is None:
         raise UserError("No image validates: make a split with data_split.py --val_ratio 0.2, or set val_share")
@@ -171,7 +168,7 @@ def evaluate_vavae(
     originals, made = reconstruct(model, data.val_data)
     scores = evaluate_reconstructions(originals, made, data.val_data.labels, classifier, as_many_others(data))
     del classifier
-    release_memory()
+    release_memory()  # a notebook's process lives on
     return scores
 
 

@@ -46,10 +46,10 @@ class SetDistances:
 
     The Fréchet distances compare sets of one size with the same number of each person's images, so that the bias
     of small samples is the same in both; they are means over ten random draws of such sets. The kernel distances, which
-    have no bias, take all images, and are means over persons. `images` is the number in each set.
+    have no bias, take all images, and are means over persons.
     """
 
-    images: int
+    images: int  # in each set
     frechet_generated: float
     frechet_real: float
     kernel_generated: metrics.KernelDistance
@@ -57,10 +57,7 @@ class SetDistances:
 
     @property
     def times_real(self) -> float:
-        """Return the Fréchet distance of generated images as a multiple of that of real ones.
-
-        Compare multiples of one classifier, or their mean over several seeds: of blurred images three gave 12 to 42.
-        """
+        # to compare within one classifier, or as a mean over several seeds: of blurred images three gave 12 to 42
         return self.frechet_generated / max(self.frechet_real, 1e-12)
 
     def __str__(self) -> str:
@@ -88,22 +85,18 @@ class CopyCheck:
         if self.times_validation is not None:
             line += f"{self.times_validation:.2f} times as far as from real validation images (median); "
         line += f"{percent(self.generated_within)} are as near as the nearest 1 % of training images are to each other"
-        if self.validation_within is not None:
-            line += f" (real validation images: {percent(self.validation_within)})"
-        return line
+        real = f" (real validation images: {percent(self.validation_within)})"
+        return line + (real if self.validation_within is not None else "")
 
 
 @dataclass(frozen=True)
 class NearestImage:
-    """The training image that is nearest to a generated one in the classifier's features.
-
-    `pixel_distance` is the root of the mean squared difference, images in [-1, 1].
-    """
+    """The training image that is nearest to a generated one in the classifier's features."""
 
     generated: str
     training: str
     distance: float
-    pixel_distance: float
+    pixel_distance: float  # root of the mean squared difference, images in [-1, 1]
 
 
 @dataclass(frozen=True, repr=False)
@@ -307,8 +300,7 @@ def _distances(sets: _Sets, seed: int, notes: list[str]) -> SetDistances | None:
 
 def _same_mix(subset: _Subset, shares: dict[int, int], seed: int) -> Tensor:
     """Return the features of `shares[label]` images of each label, drawn at random."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
+    generator, chosen = torch.Generator().manual_seed(seed), []
     for label, n in shares.items():
         places = subset.of(label)
         chosen.append(places[torch.randperm(len(places), generator=generator)[:n]])
@@ -342,11 +334,10 @@ def _figures(people: dict[str, PersonScore], sets: _Sets, closest: Tensor) -> di
     rows = {name: torch.cat([_some(subset, labels[name]) for subset in (unseen or known, made)]) for name in shown}
     titles = ["real", *[""] * (_IMAGES_PER_ROW - 1), "generated"]
     figures = {"real_and_generated": show_rows(rows, titles, gap_after=_IMAGES_PER_ROW)}
-    places = closest[:, : 2 * _IMAGES_PER_ROW]
-    first, second = made.data.__getitems__(places[0]), known.data.__getitems__(places[1])
+    a, b = closest[:, : 2 * _IMAGES_PER_ROW]
+    first, second, apart = made.data.__getitems__(a), known.data.__getitems__(b), made.features[a] - known.features[b]
     name_of = {label: name for name, label in labels.items()}
-    lengths = (made.features[places[0]] - known.features[places[1]]).norm(dim=1)
-    three = zip(first["labels"].tolist(), second["labels"].tolist(), lengths.tolist(), strict=True)
+    three = zip(first["labels"].tolist(), second["labels"].tolist(), apart.norm(dim=1).tolist(), strict=True)
     titles = [f"{name_of[one]} / {name_of[other]}\ndistance {length:.2f}" for one, other, length in three]
     pairs = {"generated": first["images"], "nearest in training": second["images"]}
     figures["generated_and_nearest"] = show_rows(pairs, titles)

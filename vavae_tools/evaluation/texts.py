@@ -74,7 +74,6 @@ def reconstruction_curve(
 class Novelty:
     """How much of some texts stands in the data, too."""
 
-    texts: int
     ngrams: dict[int, float | None]  # by n: share of the n-grams that occur in the data; None where no text is so long
     longest_mean: float  # tokens in a text's longest span that stands in the data, mean over texts
     longest: int  # of all texts
@@ -145,7 +144,7 @@ def novelty(rows: Sequence[Sequence[int]], known: KnownTexts, wholes: Sequence[S
             copied += start < until
     longest = [max(lengths, default=0) for lengths in spans]
     whole = known.whole_share(rows if wholes is None else wholes)
-    return Novelty(len(rows), ngrams, sum(longest) / len(longest), max(longest), copied / tokens, whole)
+    return Novelty(ngrams, sum(longest) / len(longest), max(longest), copied / tokens, whole)
 
 
 # ---- all of it
@@ -156,17 +155,14 @@ class TextScores:
     texts: int
     valid: float | None  # share of the written cells whose signs are a token's
     right: float | None  # mean of what `is_right` returns of the texts
-    prompts_kept: float | None  # share of the texts that begin with all tokens of their prompts
     novelty: Novelty  # of what was written, without prompts
 
     def column(self) -> dict[str, str]:
-        """Return the rows of a table."""
         found = self.novelty
         return {
             "texts": f"{self.texts:,}",
             "right": percent(self.right),
             "valid cells": percent(self.valid),
-            "prompts kept": percent(self.prompts_kept),
             **{f"{n}-grams in training" if n > 1 else "tokens in training": percent(found.ngrams[n]) for n in NGRAMS},
             f"in copied spans of {COPIED_SPAN}+ tokens": percent(found.copied),
             "longest copied span, mean": f"{found.longest_mean:.1f}",
@@ -245,14 +241,12 @@ def evaluate_tokens(
 
     Args:
         output_dir: None: nothing is written.
-        is_right: text → whether, or how far, it is right, such as `data.sentences.grammatical_share`; of chats
-            (question, answer) →, such as `data.sentences.answers`.
+        is_right: text (of chats: question, answer) → whether, or how far, it is right, such as `grammatical_share`.
     """
-    if (pipe.code.config, pipe.img_size) != (train.code.config, train.img_size):
-        raise UserError(
-            f"The model draws {pipe.code.config} in images of {pipe.img_size}, the data {train.code.config} in "
-            f"images of {train.img_size}: give both the same tokenizer, cell_size, channels and img_size"
-        )
+    model, data = (f"{of.code.config} in images of {of.img_size}" for of in (pipe, train))
+    if model != data:
+        both = "give both the same tokenizer, cell_size, channels and img_size"
+        raise UserError(f"The model draws {model}, the data {data}: {both}")
     subset, real = ("validation", val) if val is not None else ("training", train)
     judge, notes, scores, lines = _Judge(train, is_right), [], {}, []
     chosen = Draws(seed, 0, torch.arange(len(real))).uniform("text").argsort()[:num_samples].tolist()
@@ -322,21 +316,15 @@ class _Judge:
         return starts, [data.tokens_of(index)[len(start) :] for index, start in zip(indices, starts, strict=True)]
 
     def of_written(self, written: TokenImageOutput, prompts: list[list[int]]) -> TextScores:
-        each = list(zip(written.tokens, prompts, strict=True))
-        kept, new = [row[: len(start)] == start for row, start in each], [row[len(start) :] for row, start in each]
+        new = [row[len(prompt) :] for row, prompt in zip(written.tokens, prompts, strict=True)]
         cells = self._code.cells_of(written.images)[self._code.mask_to_cells(written.mask * (1 - written.known))]
-        return TextScores(
-            len(new),
-            self._code.is_valid(cells).double().mean().item(),
-            self._right(prompts, written.texts),
-            sum(kept) / len(kept) if any(prompts) else None,
-            novelty(new, self.known, new if self._chats else written.tokens),
-        )
+        valid, right = self._code.is_valid(cells).double().mean().item(), self._right(prompts, written.texts)
+        return TextScores(len(new), valid, right, novelty(new, self.known, new if self._chats else written.tokens))
 
     def of_real(self, val: TokenImageDataset, chosen: list[int]) -> TextScores:
         starts, rows = self._split(val, chosen)
         right = self._right(starts, [val.text(row.tolist()) for row in rows])
-        return TextScores(len(rows), None, right, None, novelty(rows, self.known))
+        return TextScores(len(rows), None, right, novelty(rows, self.known))
 
     def _right(self, prompts: list[list[int]], texts: list[str]) -> float | None:
         if self._is_right is None:
