@@ -1,8 +1,7 @@
 """Start a process for each device, from a command or a notebook's cell, and stay with them to their end.
 
-They find torchrun's environment, so Lightning and torch.distributed treat them as torchrun's. torchrun itself, which
-starts trainings on several machines, has no way into a notebook's cell, and gives 30 seconds to all processes: too long
-for those that hang because another one died, and perhaps too short for those that save a checkpoint on Ctrl-C.
+They find torchrun's environment. torchrun itself has no way into a notebook's cell, and gives 30 seconds to all
+processes: too long for those that hang because another one died, perhaps too short for saving a checkpoint on Ctrl-C.
 """
 
 import json
@@ -84,15 +83,10 @@ def call_on_ranks(
             **_without_shared_memory(count),
             **os.environ,
             "PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path),  # a notebook's own too
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "GROUP_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_RUN_ID": "vavae_tools",
-            "TORCHELASTIC_RESTART_COUNT": "0",
+            **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count)),
+            **{"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), PARENT: "1"},
+            **{"TORCHELASTIC_RUN_ID": "vavae_tools", "TORCHELASTIC_RESTART_COUNT": "0"},
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is this process's, which outlives them
-            PARENT: "1",
             **({CELL: name} if in_cell else {}),
         }
         ranks: list[Rank] = []
@@ -118,28 +112,16 @@ class Rank:
 
     def __init__(self, number: int, folder: Path, environment: dict[str, str], in_cell: bool) -> None:
         self.number, self.fault_file, self.log_file = number, folder / f"fault-{number}", folder / f"log-{number}"
-        output: Any = subprocess.PIPE if in_cell else None
-        if number:
-            output = self.log_file.open("wb")  # only the first one's lines are shown
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "vavae_tools.runtime.launch", str(folder)],
-            env={**environment, "RANK": str(number), "LOCAL_RANK": str(number)},
-            stdin=subprocess.PIPE,  # it closes with this process, by which the other one knows
-            stdout=output,
-            stderr=subprocess.STDOUT if output else None,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
-        )
-        if number:
-            output.close()
-
-    def send(self, number: int) -> None:
-        with suppress(ProcessLookupError):
-            self.process.send_signal(number)
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # those that load its data, too
-        self.process.wait()
+        with self.log_file.open("wb") as log:  # only the first one's lines are shown
+            output: Any = log if number else subprocess.PIPE if in_cell else None
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", "-m", "vavae_tools.runtime.launch", str(folder)],
+                env={**environment, "RANK": str(number), "LOCAL_RANK": str(number)},
+                stdin=subprocess.PIPE,  # it closes with this process, by which the other one knows
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
+            )
 
     @property
     def fault(self) -> dict[str, Any] | None:
@@ -148,11 +130,6 @@ class Rank:
             return json.loads(self.fault_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-
-    @property
-    def failed_at(self) -> float:
-        """When it raised; after all others where it did not."""
-        return self.fault["at"] if self.fault else float("inf")
 
 
 class Cell:
@@ -189,11 +166,9 @@ def _without_shared_memory(count: int, folder: str = "/dev/shm") -> dict[str, st
     free, needed = shutil.disk_usage(folder).free, count * NCCL_SEGMENTS
     if free >= needed:
         return {}
-    print(
-        f"{folder} has {free / 1e6:.0f} MB free, of which NCCL may need {needed / 1e6:.0f}: it does without it "
-        "(NCCL_SHM_DISABLE=1), which is slower between cards without NVLink; docker run --shm-size=1g gives it room",
-        flush=True,
-    )
+    found = f"{folder} has {free / 1e6:.0f} MB free, of which NCCL may need {needed / 1e6:.0f}"
+    slower = "which is slower between cards without NVLink; docker run --shm-size=1g gives it room"
+    print(f"{found}: it does without it (NCCL_SHM_DISABLE=1), {slower}", flush=True)
     return {"NCCL_SHM_DISABLE": "1"}
 
 
@@ -213,19 +188,21 @@ def _wait(ranks: Sequence[Rank], cell: Cell | None) -> bool:
             stopped = True
             print("stopping; once more to stop at once", file=sys.stderr, flush=True)
             for rank in ranks:
-                rank.send(signal.SIGINT)
+                rank.process.send_signal(signal.SIGINT)
 
 
 def _end_all(ranks: Sequence[Rank]) -> None:
-    running = [rank for rank in ranks if rank.process.poll() is None]
-    for rank in running:
-        rank.send(signal.SIGTERM)
+    running = [rank.process for rank in ranks if rank.process.poll() is None]
+    for process in running:
+        process.terminate()
     until = time.monotonic() + GRACE
-    for rank in running:
+    for process in running:
         try:
-            rank.process.wait(max(0, until - time.monotonic()))
+            process.wait(max(0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            rank.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # those that load its data, too
+            process.wait()
 
 
 @contextmanager
@@ -233,7 +210,7 @@ def _passing_on_sigterm(ranks: Sequence[Rank]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = signal.signal(signal.SIGTERM, lambda number, _: [rank.send(number) for rank in ranks])
+    former = signal.signal(signal.SIGTERM, lambda *_: [rank.process.terminate() for rank in ranks])
     try:
         yield
     finally:
@@ -242,9 +219,13 @@ def _passing_on_sigterm(ranks: Sequence[Rank]) -> Iterator[None]:
 
 def _raise_fault(failed: Sequence[Rank], ranks: Sequence[Rank], stopped: bool, cell: Cell | None) -> None:
     """Raise what the first one raised: one that a signal ended, or else the first of all by its clock."""
-    first = min(failed, key=lambda rank: (rank.process.returncode > 0, rank.failed_at))
+
+    def failed_at(rank: Rank) -> float:
+        return rank.fault["at"] if rank.fault else float("inf")
+
+    first = min(failed, key=lambda rank: (rank.process.returncode > 0, failed_at(rank)))
     if first.process.returncode > 0:  # the one that drew the others along may have ended after them
-        first = min([first, *ranks], key=lambda rank: rank.failed_at)
+        first = min([first, *ranks], key=failed_at)
     status, fault, who = first.process.returncode, first.fault, f"process {first.number + 1} of {len(ranks)}"
     if stopped and status in (130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
@@ -255,13 +236,12 @@ def _raise_fault(failed: Sequence[Rank], ranks: Sequence[Rank], stopped: bool, c
             f"{who.capitalize()} was ended by signal {-status} (9 mostly means too little memory): what is "
             "finished is kept. Run it again, with a smaller --batch_size or fewer --devices"
         )
-    printed = first.log_file.read_text(errors="replace") if first.number else ""
-    text = (fault["traceback"] if fault else printed).rstrip()
+    text = (fault["traceback"] if fault else first.log_file.read_text(errors="replace")).rstrip()
     if cell is None:
         if text:
             print(f"{text}\n({who})" if fault else text, file=sys.stderr)
         sys.exit(status)
-    lines = text.splitlines()[-8:] if text else list(cell.last)[-8:]
+    lines = (text.splitlines() or list(cell.last))[-8:]
     message = fault["message"] if fault else f"status {status}"
     raise UserError("\n".join([f"{who.capitalize()} failed: {message}. Its last lines:", *lines]))
 
