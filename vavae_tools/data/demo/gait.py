@@ -30,19 +30,13 @@ DECIBELS = 42.0  # from the lowest colour to the highest
 FINISHED = "gait.json"
 
 
-def simulate_walk(
-    person: Person, rng: np.random.Generator, size: int = 256, towards: bool | None = None, aspect: float | None = None
-) -> np.ndarray:
+def simulate_walk(person: Person, rng: np.random.Generator, size: int = 256) -> np.ndarray:
     """Return one walk of `person` as a micro-Doppler image before it is coloured: (size, size) uint8.
 
-    Row 0 is the highest speed towards the radar, + 7 m/s, the last row the highest away from it, time
-    runs to the right, and 255 is `DECIBELS` above 0. Where they are None, `towards` (the radar, or away) and
-    `aspect` (degrees between path and line of sight, within ± 15) are drawn from `rng`.
+    Row 0 is the highest speed towards the radar, + 7 m/s, the last row the highest away from it, time runs to the
+    right, and 255 is `DECIBELS` above 0. The walk is towards the radar or away, within 15° of the line of sight.
     """
-    drawn_towards, drawn_aspect = rng.random() < 0.5, rng.uniform(-15, 15)
-    towards = drawn_towards if towards is None else towards
-    aspect = drawn_aspect if aspect is None else aspect
-
+    towards, aspect = rng.random() < 0.5, rng.uniform(-15, 15)
     ranges, strengths = walking.walk_before_radar(walking.walk_again(person, rng), rng, towards, aspect)
     power = walking.spectrogram(walking.received(walking.echo(ranges, strengths), rng), max(size, GRID))
     reference = np.quantile(power[:, ::8], 0.997)  # an eighth of the columns says as much
@@ -81,10 +75,9 @@ def write_gait_dataset(
 ) -> Path:
     """Write `images` of each of `people` walkers as ID_1/walk_001.jpg … and return the folder.
 
-    The bytes of an image depend on `size` (pixels), `seed` and `colormap` alone: with more people or images the first
-    ones stay the same, and `workers` (processes; None: one per core) only set the pace. gait.json holds the settings
-    and how each person walks. All of it comes at once when it is whole; a folder of these very settings is left as it
-    is.
+    The bytes of an image depend on `size` (pixels), `seed` and `colormap` alone; `workers` (processes; None: one per
+    core) only set the pace. gait.json holds the settings and how each person walks. All of it comes at once when it is
+    whole; a folder of these very settings is left as it is.
     """
     output_dir = Path(output_dir)
     settings = {"people": people, "pictures": images, "size": size, "seed": seed, "colormap": colormap}
@@ -128,18 +121,15 @@ def _is_finished(output_dir: Path, settings: dict) -> bool:
             raise UserError(f"{output_dir} holds {other}. Choose another --output_dir, or delete that folder.")
         return True
     there = output_dir.iterdir() if output_dir.is_dir() else ()
-    others = sorted(path.name for path in there if not path.name.startswith("."))
-    if others:
+    if others := sorted(path.name for path in there if not path.name.startswith(".")):
         there = f"other files or folders ({', '.join(others[:3])})"
         raise UserError(f"{output_dir} already holds {there}: choose a new or an empty folder as --output_dir.")
     return False
 
 
 def _write_image(folder: Path, size: int, seed: int, colormap: str, task: tuple[int, int]) -> None:
-    person, image = task
-    pixels = simulate_image(seed, person, image, size, colormap)
-    path = folder / f"ID_{person}" / f"walk_{image:03d}.jpg"
-    Image.fromarray(pixels).save(path, "JPEG", quality=92, subsampling=0)
+    image = Image.fromarray(simulate_image(seed, *task, size, colormap))
+    image.save(folder / "ID_{}/walk_{:03d}.jpg".format(*task), "JPEG", quality=92, subsampling=0)
 
 
 def _run(write: partial, tasks: list[tuple[int, int]], workers: int, progress: bool) -> None:
@@ -148,16 +138,15 @@ def _run(write: partial, tasks: list[tuple[int, int]], workers: int, progress: b
     import scipy.interpolate  # noqa: F401 (once here, instead of once in each worker)
     from tqdm.auto import tqdm
 
-    workers = min(workers, len(tasks))
     bar = partial(tqdm, total=len(tasks), unit="image", disable=not progress)
-    if workers < 2 or multiprocessing.current_process().daemon:  # a daemon may have no children
+    if workers == 1:
         for task in bar(tasks):
             write(task)
         return
     # A fork needs no `if __name__ == "__main__"` in the caller's script; but only Linux forks safely.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    # Ctrl-C is the parent's
-    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    processes = min(workers, len(tasks))
+    pool = ProcessPoolExecutor(processes, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))  # the parent ends it
     try:
         for _ in bar(pool.map(write, tasks, chunksize=min(8, -(-len(tasks) // workers)))):
             pass
@@ -178,19 +167,14 @@ def main() -> None:
     parser.add_argument("--colormap", default="jet", help="a matplotlib colour map: jet, viridis, turbo, gray …")
     parser.add_argument("--workers", type=int, help="processes; without it one per core")
     options = vars(parser.parse_args())
-    output_dir = options["output_dir"]
-
-    there = (output_dir / FINISHED).is_file()
-    start = time.perf_counter()
+    output_dir, count = options["output_dir"], options["people"] * options["images"]
+    there, start = (output_dir / FINISHED).is_file(), time.perf_counter()
     write_gait_dataset(**options, progress=sys.stderr.isatty())
-    seconds = time.perf_counter() - start
-    print(
-        f"{options['people'] * options['images']:,} images of {options['people']:,} simulated walkers, "
-        f"{options['size']} × {options['size']} pixels, {'were there already' if there else f'in {seconds:.1f} s'} "
-        f"({output_dir}/ID_1/walk_001.jpg …)\n"
-        f"Settings, and how each person walks: {output_dir / FINISHED}\n"
-        f"Next: python data_split.py --input_dir {output_dir} --output_dir {output_dir}_split"
-    )
+    when = "were there already" if there else f"in {time.perf_counter() - start:.1f} s"
+    what = f"{count:,} images of {options['people']:,} simulated walkers, {options['size']} × {options['size']} pixels"
+    print(f"{what}, {when} ({output_dir}/ID_1/walk_001.jpg …)")
+    print(f"Settings, and how each person walks: {output_dir / FINISHED}")
+    print(f"Next: python data_split.py --input_dir {output_dir} --output_dir {output_dir}_split")
 
 
 if __name__ == "__main__":
