@@ -4,20 +4,20 @@ import codecs
 import contextlib
 import io
 import re
+from collections.abc import Collection, Iterable
+from functools import cache
 
 import torch
 
 from vavae_tools.runtime.draws import Draws
 
+# one: many
 NOUNS = {"cat": "cats", "dog": "dogs", "bird": "birds", "child": "children", "king": "kings", "robot": "robots"}
-"""Singular and plural."""
 VERBS = {"sees": "see", "likes": "like", "finds": "find", "hears": "hear", "helps": "help"}
-"""As one and as many do it."""
 ADJECTIVES = ("", "small", "old", "happy", "red")
 ONE, MANY = ("the", "a", "one", "this"), ("the", "two", "some", "these")
 QUESTION_PREFIX = "tell me about"
-MAX_SENTENCES = 6
-"""Sentences in a story."""
+MAX_SENTENCES = 6  # in a story
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -45,10 +45,12 @@ def questions(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
 
 
 def _parts(count: int, seed: int) -> list[tuple[str, str, str]]:
-    draws = Draws(seed, 0, torch.arange(count)).uniform("sentence", 9).tolist()  # nine choices for each
-    return [
-        (_phrase(row[:4]), _pick(VERBS.values() if row[0] < 0.5 else VERBS, row[8]), _phrase(row[4:8])) for row in draws
-    ]
+    """Return subject, verb and object of each sentence."""
+    parts = []
+    for row in Draws(seed, 0, torch.arange(count)).uniform("sentence", 9).tolist():  # nine choices for each
+        verb = _pick(VERBS.values() if row[0] < 0.5 else VERBS, row[8])
+        parts.append((_phrase(row[:4]), verb, _phrase(row[4:8])))
+    return parts
 
 
 def _phrase(draws: list[float]) -> str:
@@ -58,9 +60,8 @@ def _phrase(draws: list[float]) -> str:
     return " ".join(["an" if article == "a" and words[0][0] in "aeiou" else article, *words])
 
 
-def _pick(words, draw: float) -> str:
-    words = list(words)
-    return words[int(draw * len(words))]
+def _pick(words: Collection[str], draw: float) -> str:
+    return list(words)[int(draw * len(words))]
 
 
 def is_grammatical(text: str) -> bool:
@@ -71,7 +72,7 @@ def is_grammatical(text: str) -> bool:
     >>> is_grammatical("two cats sees a bird."), is_grammatical("the cats see the bird")
     (False, False)
     """
-    return _SENTENCE.fullmatch(text) is not None
+    return _grammar().fullmatch(text) is not None
 
 
 def grammatical_share(text: str) -> float:
@@ -80,9 +81,7 @@ def grammatical_share(text: str) -> float:
     >>> grammatical_share("two cats see a bird. two cats sees a bird."), grammatical_share("two cats")
     (0.5, 0.0)
     """
-    found = [f"{part.strip()}." for part in text.rstrip().removesuffix(".").split(".")]
-    if found and not text.rstrip().endswith("."):
-        found[-1] = found[-1][:-1]
+    found = [part.strip() for part in re.findall(r"[^.]*\.|[^.]+$", text.rstrip())] or [""]
     return sum(map(is_grammatical, found)) / len(found)
 
 
@@ -95,22 +94,19 @@ def answers(question: str, text: str) -> bool:
     return is_grammatical(text) and text.startswith(question.removeprefix(QUESTION_PREFIX).strip(" .") + " ")
 
 
-def _any_of(words) -> str:
-    return "(?:" + "|".join(words) + ")"
-
-
+@cache
 def _grammar() -> re.Pattern[str]:
+    def any_of(words: Iterable[str]) -> str:
+        return "(?:" + "|".join(words) + ")"
+
     adjectives = [word for word in ADJECTIVES if word]
     vowel = [word for word in adjectives if word[0] in "aeiou"]
     consonant = [word for word in adjectives if word not in vowel]
-    nouns, plurals, any_adjective = _any_of(NOUNS), _any_of(NOUNS.values()), f"(?:{_any_of(adjectives)} )?"
-    with_a = f"a (?:{_any_of(consonant)} )?{nouns}|an {_any_of(vowel)} {nouns}"
-    one = f"(?:{_any_of(word for word in ONE if word != 'a')} {any_adjective}{nouns}|{with_a})"
-    many = f"{_any_of(MANY)} {any_adjective}{plurals}"
-    return re.compile(rf"(?:{one} {_any_of(VERBS)}|{many} {_any_of(VERBS.values())}) (?:{one}|{many})\.")
-
-
-_SENTENCE = _grammar()
+    nouns, plurals, any_adjective = any_of(NOUNS), any_of(NOUNS.values()), f"(?:{any_of(adjectives)} )?"
+    with_a = f"a (?:{any_of(consonant)} )?{nouns}|an {any_of(vowel)} {nouns}"
+    one = f"(?:{any_of(word for word in ONE if word != 'a')} {any_adjective}{nouns}|{with_a})"
+    many = f"{any_of(MANY)} {any_adjective}{plurals}"
+    return re.compile(rf"(?:{one} {any_of(VERBS)}|{many} {any_of(VERBS.values())}) (?:{one}|{many})\.")
 
 
 def zen() -> list[str]:

@@ -5,18 +5,16 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from vavae_tools.data.tokens.text_files import Chat
 from vavae_tools.runtime.errors import UserError, one_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _TABLE_LIMIT = 2**24  # numbers in a table of cells, or of distances
 END, ASSISTANT = "<|end|>", "<|assistant|>"
@@ -40,9 +38,6 @@ class TokenCode:
     b − 1 name one bit each, so that different numbers always look different; the others, 1 + (j²·s mod (2ᵇ − 1)) with s
     nearest to (√2 − 1)·(2ᵇ − 1), name many, so that cells differ in many pixels: of n = 48 in 16 or more for b = 9 (260
     tokens), in 10 or more for b = 16 (50,257), in 9 or more for b = 18 (152,000), and in 24 on average.
-
-    Args:
-        cell_size: a cell's side in pixels.
     """
 
     def __init__(self, num_tokens: int, cell_size: int = 4, channels: int = 3) -> None:
@@ -55,8 +50,7 @@ class TokenCode:
             hint = f"enough for {2**self.length:,}: take cell_size {fitting} or larger, or more channels"
             raise UserError(f"{num_tokens:,} tokens need {bits} bits, {cell}, {hint}")
         self.num_tokens, self.cell_size, self.channels = num_tokens, cell_size, channels
-        self.config = {"num_tokens": num_tokens, "cell_size": cell_size, "channels": channels}
-        """The constructor's arguments: TokenCode(**config) is equal."""
+        self.config = {"num_tokens": num_tokens, "cell_size": cell_size, "channels": channels}  # the arguments
         self._bits, largest = bits, 2**bits - 1
         spread = round(largest * (math.sqrt(2) - 1))
         self._columns = torch.tensor([2**j if j < bits else 1 + j**2 * spread % largest for j in range(self.length)])
@@ -98,21 +92,19 @@ class TokenCode:
 
     def images(self, cells: Tensor, columns: int) -> Tensor:
         """Put cells (B, L, n), whole rows of them, together to images (B, C, H, W)."""
-        p = self.cell_size
-        cells = cells.unflatten(1, (-1, columns)).unflatten(3, (self.channels, p, p))  # (B, h, w, C, p, q)
-        return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        sizes = {"w": columns, "c": self.channels, "p": self.cell_size}
+        return rearrange(cells, "b (h w) (c p q) -> b c (h p) (w q)", **sizes)
 
     def cells_of(self, images: Tensor) -> Tensor:
         """Cut images (B, C, H, W) into cells (B, L, n): the reverse of `images`."""
         p = self.cell_size
-        cells = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, q)
-        return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
 
     def spread_to_pixels(self, of_cells: Tensor, img_size: int) -> Tensor:
         """Spread a number for each of the first cells (B, L) over pixels (B, H, W); 0 for the other cells."""
         side, p = img_size // self.cell_size, self.cell_size
-        of_cells = F.pad(of_cells, (0, side**2 - of_cells.shape[1])).unflatten(1, (side, side))
-        return of_cells.repeat_interleave(p, 1).repeat_interleave(p, 2)
+        of_cells = F.pad(of_cells, (0, side**2 - of_cells.shape[1]))
+        return repeat(of_cells, "b (h w) -> b (h p) (w q)", h=side, p=p, q=p)
 
     def mask_to_cells(self, mask: Tensor) -> Tensor:
         """Return which cells have any pixel in a mask (B, H, W): bool (B, L)."""
@@ -147,8 +139,8 @@ class TokenCode:
 # ---- texts as tokens
 
 
-def byte_tokenizer() -> "PreTrainedTokenizerBase":
-    """Make the built-in tokenizer: 0 to 255 are the bytes of UTF-8, then come the end of a text and a chat's roles."""
+def byte_tokenizer() -> Any:
+    """Return the built-in tokenizer: 0 to 255 are the bytes of UTF-8; the end of a text and a chat's roles follow."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -162,18 +154,17 @@ def byte_tokenizer() -> "PreTrainedTokenizerBase":
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
-def learn_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> "PreTrainedTokenizerBase":
+def learn_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Any:
     """Learn byte-pair encoding (Sennrich et al. 2016) on bytes: frequent words become one token, any text stays exact.
 
-    Args:
-        vocab_size: tokens at most: 256 bytes, the end of a text and the roles of a chat, and pieces of words.
+    Of at most `vocab_size` tokens, 256 are the bytes, and four the end of a text and the roles of a chat.
     """
     if vocab_size <= 256 + len(SPECIAL):
         raise UserError(f"vocab_size {vocab_size}: {256 + len(SPECIAL)} are taken before the first piece of a word")
     return byte_tokenizer().train_new_from_iterator(texts, vocab_size, show_progress=False)
 
 
-def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
+def load_tokenizer(folder: str | Path) -> Any:
     """Load a tokenizer of transformers from a folder on the disk; no code of the folder is run."""
     from transformers import AutoTokenizer
 
@@ -190,13 +181,9 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
 
 
 class TextTokens:
-    """What a tokenizer makes of texts and chats, without anything added but the end.
+    """What a tokenizer of transformers, the folder of one, or by default `byte_tokenizer` makes of texts and chats."""
 
-    Args:
-        tokenizer: transformers' own, or the folder of one; by default `byte_tokenizer`.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase | str | Path | None" = None) -> None:
+    def __init__(self, tokenizer: Any = None) -> None:
         self._bytewise = tokenizer is None
         if isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(tokenizer)
