@@ -19,11 +19,11 @@ from vavae_tools.runtime.errors import UserError, join_first
 class CaptionOrder(EpochOrder):
     """The order of `EpochOrder` as (index, number of a caption) pairs; the number follows from seed, epoch and index.
 
-    `counts` int64 (N,) says how many captions each image has.
+    `counts` int64 (N,) says how many captions each image has; further arguments are those of `EpochOrder`.
     """
 
-    def __init__(self, counts: Tensor, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(len(counts), batch_size, seed, rank, world_size)
+    def __init__(self, counts: Tensor, *args: Any, **options: Any) -> None:
+        super().__init__(len(counts), *args, **options)
         self.counts = counts
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -46,31 +46,22 @@ class CaptionOrderedDataModule(OrderedDataModule):
 class CaptionedDataModule(CaptionOrderedDataModule, ImageSetDataModule):
     """Captioned images as batches, each with one of its captions, at random; in validation with its first.
 
-    `notes` are lines about what was left out.
+    `notes` are lines about what was left out; further arguments are those of `ImageSetDataModule` after `labels`.
     """
 
     def __init__(
-        self,
-        train_data: DecodedImages,
-        val_data: DecodedImages | None,
-        batch_size: int = 16,
-        num_workers: int | None = None,
-        seed: int = 0,
-        notes: Sequence[str] = (),
+        self, train_data: DecodedImages, val_data: DecodedImages | None, *args: Any, notes: Sequence[str] = ()
     ) -> None:
         self.notes = list(notes)
-        super().__init__(train_data, val_data, {"any": 0}, batch_size, num_workers, seed)
+        super().__init__(train_data, val_data, {"any": 0}, *args)
 
     def captions_by_subset(self) -> dict[str, list[tuple[str, ...]]]:
         """Return the captions of the subsets that are there, as `text_states.encode_texts` takes them."""
         return dict(zip(("train", "val"), (data.captions for data in self._subsets()), strict=False))
 
     def fingerprint(self) -> str:
-        """Return a hash of both subsets' images and captions."""
         return hash_of([[subset.fingerprint(), hash_of(subset.captions)] for subset in self._subsets()])
 
-
-# ---- Images in files, and the captions that other files name
 
 SKIP_HINT = "or leave them out with data.skip_missing=true"
 
@@ -108,7 +99,7 @@ class NamedImages:
 
 
 def missing_images(folder: Path, names: Collection[str]) -> list[str]:
-    """Return the names that are not there, by a listing of each folder: asking for each file is slow on some disks."""
+    """Return the names that are not there, by listing each folder: asking for each file is slow on some disks."""
     existing: dict[str, set[str]] = {}
     for parent in {name.rpartition("/")[0] for name in names}:
         place = folder / parent
@@ -119,11 +110,7 @@ def missing_images(folder: Path, names: Collection[str]) -> list[str]:
 def clean_captions(
     captions: Mapping[str, Sequence[Any]], source: Path, skip_missing: bool, notes: list[str]
 ) -> dict[str, tuple[str, ...]]:
-    """Return the captions with single spaces, each once; without images that have none, where `skip_missing` is true.
-
-    Raises:
-        UserError: an image without a caption, or a caption that is no text.
-    """
+    """Return the captions with single spaces, each once; with `skip_missing` without images that have none."""
     clean, silent = {}, []
     for name, given in captions.items():
         try:

@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Collection
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
@@ -115,7 +114,11 @@ def hold_out(data: DecodedImages, share: float, seed: int = 0) -> tuple[DecodedI
     """
     if not share:
         return data, None
-    hashes = _equal_files(data) if isinstance(data, ImageFiles) else {}
+    lengths = data.sizes() if isinstance(data, ImageFiles) else []
+    counts, hashes = Counter(lengths), {}
+    for place, length in enumerate(lengths):
+        if counts[length] > 1:
+            hashes[place] = hashlib.sha256((data.folder / data.names[place]).read_bytes()).hexdigest()
     rows = enumerate(zip(data.labels.tolist(), data.names, strict=True))
     images = [ImageEntry(str(label), name, "", 0, sha256=hashes.get(place)) for place, (label, name) in rows]
     subset_of = choose_subsets(images, share, seed)
@@ -123,14 +126,6 @@ def hold_out(data: DecodedImages, share: float, seed: int = 0) -> tuple[DecodedI
     if not held.any():
         return data, None
     return data.part(np.flatnonzero(~held)), data.part(np.flatnonzero(held))
-
-
-def _equal_files(data: ImageFiles) -> dict[int, str]:
-    """Return place → a hash of its contents, of those files alone that are as long as another one."""
-    lengths = data.sizes()
-    counts = Counter(lengths)
-    files = enumerate(zip(data.paths, lengths, strict=True))
-    return {n: hashlib.sha256(path.read_bytes()).hexdigest() for n, (path, length) in files if counts[length] > 1}
 
 
 def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> Subsets:
@@ -146,7 +141,8 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
         raise UserError(f"No folders of images in {data_dir / train_split}; {data_dir} holds {contents(data_dir)}")
     subsets = []
     for root in roots:
-        files = _files_by_class(root, extensions)
+        below = {name: list(folders.files_below(root / name, extensions)) for name in folders.person_folders(root)}
+        files = {name: of_class for name, of_class in below.items() if of_class}
         if not files and root == roots[0]:
             refuse_shards(data_dir)
             raise UserError(folders.explain_no_images(root, extensions, "data_dir"))
@@ -164,12 +160,6 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
 
 def _holds_folders(folder: Path) -> bool:
     return folder.is_dir() and bool(folders.person_folders(folder))
-
-
-def _files_by_class(folder: Path, extensions: Collection[str]) -> dict[str, list[Path]]:
-    """Return the classes with images, and their files at any depth, in natural order."""
-    files = {name: list(folders.files_below(folder / name, extensions)) for name in folders.person_folders(folder)}
-    return {name: paths for name, paths in files.items() if paths}
 
 
 DATASETS = ("coco", "cub", "custom", "shapes")
@@ -238,12 +228,10 @@ def caption_data(
     if num_samples is not None:
         subsets = [_some(subset, num_samples, seed) for subset in subsets]
     train, val = subsets if len(subsets) > 1 else hold_out(subsets[0], val_share, seed)
-    return CaptionedDataModule(train, val, batch_size, num_workers, seed, notes)
+    return CaptionedDataModule(train, val, batch_size, num_workers, seed, notes=notes)
 
 
 def _some(subset: DecodedImages, count: int, seed: int) -> DecodedImages:
     """Return so many of the images, those with the least hashes of seed and name."""
-    if count >= len(subset):
-        return subset
     ranks = [hashlib.blake2b(os.fsencode(f"samples {seed}/{name}")).digest() for name in subset.names]
     return subset.part(sorted(sorted(range(len(subset)), key=ranks.__getitem__)[:count]))

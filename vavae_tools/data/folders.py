@@ -30,8 +30,6 @@ def natural_key(name: str) -> tuple:
 def labels_of(names: Iterable[str]) -> dict[str, int]:
     """Return the label of each person folder: k − 1 when all are named `ID_k`, else its place in natural order.
 
-    >>> labels_of(["ID_10", "ID_2"])
-    {'ID_2': 1, 'ID_10': 9}
     >>> labels_of(["walker10", "walker2", "ID_7"])
     {'ID_7': 0, 'walker2': 1, 'walker10': 2}
     """
@@ -90,9 +88,6 @@ def extension_of(name: str) -> str:
 def can_read(extension: str) -> bool:
     """Return whether Pillow reads images with this extension."""
     return Image.registered_extensions().get(f".{extension}") in Image.OPEN
-
-
-# ---- what to say of a folder
 
 
 def no_such_folder(directory: Path) -> str:

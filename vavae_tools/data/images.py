@@ -89,7 +89,6 @@ def image_errors(name: str | Path) -> Iterator[None]:
 
 MEMORY_LIMIT = 4 * 2**30
 """Bytes of decoded images that all processes of a machine together keep in memory: 21,000 images of 256×256."""
-_AT_ONCE = 64  # images that a thread decodes before it asks for more
 
 
 class DecodedImages(Dataset):
@@ -185,7 +184,7 @@ class DecodedImages(Dataset):
         """Return all images, uint8 (N, C, H, W), decoded on the first call."""
         if self._memory is None:
             memory = np.empty((len(self), *self.image_size, self.channels), dtype=np.uint8)
-            parts = [range(len(self))[start : start + _AT_ONCE] for start in range(0, len(self), _AT_ONCE)]
+            parts = [range(len(self))[start : start + 64] for start in range(0, len(self), 64)]  # a thread's at once
             hidden = True if not self._progress or len(self) < 500 else None
             bar = tqdm(total=len(self), desc=f"reading {self.title}", unit="image", disable=hidden)
             threads = max(1, usable_cores() // local_world_size())  # Pillow decodes without the GIL

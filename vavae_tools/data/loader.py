@@ -1,7 +1,4 @@
-"""The order of the training data, which can be resumed at any batch, and how many processes load them.
-
-Lightning restores the epoch and the batch of a run, but not its place in the data; here the order is told both.
-"""
+"""The order of the training data, which can be resumed at any batch, and the processes that load them."""
 
 import os
 import re
@@ -17,17 +14,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import find_device
 
-# ---- Processes that load
-
-MOST_WORKERS = 4
-"""Loading processes per training process: four cores decode and crop some 1,100 images of 500×375 a second."""
 _KILLED = re.compile(r"DataLoader worker .*(is killed by signal: ([\w ]+)|exited unexpectedly)")
 _NO_ROOM = re.compile(r"Bus error|unable to [\w ]*(shared memory|file </torch_).*No space left", re.DOTALL)
 
 
 def loading_workers() -> int:
     """Return how many processes should load images, by the cores that each training process has."""
-    return min(MOST_WORKERS, usable_cores() // local_world_size())
+    return min(4, usable_cores() // local_world_size())  # four decode and crop some 1,100 images of 500×375 a second
 
 
 def local_world_size() -> int:
@@ -52,17 +45,13 @@ def loader_faults() -> Iterator[None]:
     except RuntimeError as error:
         text = " ".join(str(link) for link in (error, error.__cause__, error.__context__) if link is not None)
         if _NO_ROOM.search(text):
-            problem = "A loading process ended because /dev/shm is full, through which its batches come"
-            hint = "take a smaller batch_size, or start the container with --shm-size=8g"
-            raise UserError(f"{problem}: set num_workers=0, {hint}") from None
+            hint = "set num_workers=0, take a smaller batch_size, or start the container with --shm-size=8g"
+            raise UserError(f"A loading process ended because /dev/shm is full: {hint}") from None
         if match := _KILLED.search(text):
             how = f"was ended by signal {match[2]}" if match[2] else "ended unexpectedly"
-            hint = "set num_workers=0 or a smaller number"
-            raise UserError(f"A loading process {how}, mostly because memory ran out: {hint}") from None
+            problem = f"A loading process {how}, mostly because memory ran out"
+            raise UserError(f"{problem}: set num_workers=0 or a smaller number") from None
         raise
-
-
-# ---- The order
 
 
 class EpochOrder(Sampler[int]):
@@ -131,8 +120,9 @@ def batches_in_order(length: int, batch_size: int, rank: int = 0, world_size: in
 class OrderedDataModule(L.LightningDataModule):
     """A DataModule whose training data resume at the very batch where a checkpoint was written.
 
-    A subclass sets `train_data` and `val_data`: data sets whose `__getitems__` takes a list of indices and returns one
-    batch, a dict of tensors with the samples' places under "index".
+    Lightning restores the epoch and the batch of a run, but not its place in the data. A subclass sets `train_data` and
+    `val_data`: data sets whose `__getitems__` takes a list of indices and returns one batch, a dict of tensors with the
+    samples' places under "index".
 
     Args:
         batch_size: samples per device and step.

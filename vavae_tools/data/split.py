@@ -1,8 +1,7 @@
 """Image folders, one per person → train/, val/ and split_info.json, without an image in both subsets.
 
-The subset of an image follows from the seed and its name: a hash of both puts each person's images in an order, and
-the first ones validate. An image more moves few others. What belongs together goes together: the images of one
-recording, and files with the same content, even under two persons.
+A hash of the seed and its name puts each person's images in an order, and the first ones validate: an image more moves
+few others. The images of one recording stay together, and files with the same content, even under two persons.
 """
 
 import hashlib
@@ -29,8 +28,6 @@ RecordingOf = Callable[[ImageEntry], str | None]
 LINKS = ("copy", "hard", "symbolic")
 CHECKS = ("decode", "contents")
 MIN_SIDE = 2  # pixels
-
-# ---- Which subset, and what has to be in one
 
 
 def choose_subsets(
@@ -88,16 +85,16 @@ def _units(images: Sequence[ImageEntry], recording_of: RecordingOf) -> list[list
 def _balance_person(person: str, units_of: dict[str, list[list[ImageEntry]]], in_val: set[str]) -> None:
     """If all units of a person are in one subset, move the smallest that no other person needs there."""
 
-    def subset(unit: list[ImageEntry]) -> bool:
-        return unit[0].key in in_val
+    units = units_of[person]
+    here = units[0][0].key in in_val
+    if len(units) < 2 or any((unit[0].key in in_val) != here for unit in units):
+        return
 
     def may_move(unit: list[ImageEntry]) -> bool:
         others = {image.person for image in unit} - {person}
-        return all(sum(subset(u) == subset(unit) for u in units_of[other]) > 1 for other in others)
+        return all(sum((u[0].key in in_val) == here for u in units_of[other]) > 1 for other in others)
 
-    units = units_of[person]
-    movable = [unit for unit in units if may_move(unit)]
-    if len(units) > 1 and len({subset(unit) for unit in units}) == 1 and movable:
+    if movable := list(filter(may_move, units)):
         in_val ^= {min(movable, key=len)[0].key}
 
 
@@ -123,9 +120,6 @@ def _recordings(group_pattern: str | None, images: Sequence[ImageEntry], notes: 
     if alone:
         notes.append(f"{count_of(len(alone), 'name')} without a recording, each on its own: {join_first(alone)}")
     return recording_of
-
-
-# ---- The split
 
 
 def split_folders(
@@ -171,10 +165,10 @@ def split_folders(
     workers = max(1, workers or min(8, os.cpu_count() or 1))
     split = _Split(source, target, images, asked, recording_of, workers, progress)
 
-    if old := split_report.existing_split(target):
-        difference = split.difference_from(old)
+    if existing := split_report.existing_split(target):
+        difference = split.difference_from(*existing)
         if difference is None:
-            return SplitReport.of(old, target, already_there=True)
+            return SplitReport.of(existing[0], target, already_there=True)
         if not overwrite:
             hint = "Choose another --output_dir, or add --overwrite to replace it."
             raise UserError(f"{target} holds a different split: {difference}. {hint}")
@@ -201,10 +195,7 @@ class _Split:
             split_report.write_split_info(info, partial)
             shutil.rmtree(old, ignore_errors=True)
             if self.target.exists():
-                try:
-                    self.target.rename(old)
-                except OSError as error:  # a disk's own folder
-                    raise UserError(f"{self.target} cannot be replaced: {error.strerror}. Name one in it") from None
+                self.target.rename(old)
             partial.rename(self.target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -248,8 +239,8 @@ class _Split:
         people = folders.person_folders(self.source)
         return split_report.split_info(settings, people, self.images, labels, subsets)
 
-    def difference_from(self, old: dict) -> str | None:
-        """Return how this split differs from an existing one; None if that is the same, and complete."""
+    def difference_from(self, old: dict, missing: list[str]) -> str | None:
+        """Return how this split differs from an existing one, of which files may be missing; None if it does not."""
         for name, value in self.settings.items():
             if old.get(name) != value:
                 was, now = (",".join(one) if isinstance(one, list) else one for one in (old.get(name), value))
@@ -261,16 +252,13 @@ class _Split:
         if changed:
             names = join_first(sorted(changed, key=natural_key))
             return f"the input changed since, {count_of(len(changed), 'file')}: {names}"
-        missing = split_report.missing_files(self.target, old)
         return f"{count_of(len(missing), 'file')} gone or changed: {join_first(missing)}" if missing else None
 
     def _subsets(self, with_faults: bool = False) -> dict[str, str]:
         images = [image for image in self.images if with_faults or not image.fault]
         return choose_subsets(images, self.settings["val_ratio"], self.settings["seed"], self.recording_of)
 
-    def _examine(
-        self, write: Callable[[ImageEntry, bytes], None] | None = None, faults: dict[str, str] | None = None
-    ) -> None:
+    def _examine(self, write: Callable | None = None, faults: dict[str, str] | None = None) -> None:
         """Read each image once: hash, decode and, where asked, write the same bytes. `faults` are known by hash."""
         decode = self.settings["check"] == "decode"
         read_all = decode or self.settings["link"] == "copy"
@@ -281,8 +269,7 @@ class _Split:
                 data = b""
                 if read_all or length[image.bytes] > 1 or not image.bytes:  # equal contents have equal lengths
                     try:
-                        with io.FileIO(image.path) as file:
-                            data = file.readall()
+                        data = Path(image.path).read_bytes()
                     except OSError as error:
                         image.fault = f"cannot be read: {error.strerror}"
                         continue
@@ -316,9 +303,6 @@ def _decoded(data: bytes) -> tuple[str, tuple[int, int] | None]:
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error … on broken files
         return f"cannot be decoded: {one_line(error)}", None
     return (f"too small: {size[0]}x{size[1]} pixels", None) if min(size) < MIN_SIDE else ("", size)
-
-
-# ---- What is there, and what was asked
 
 
 def _find_images(source: Path, extensions: list[str]) -> tuple[list[ImageEntry], list[str]]:

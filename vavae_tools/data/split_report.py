@@ -1,11 +1,11 @@
 """What a split holds: split_info.json, for programs, and a table, for people."""
 
 import json
-import os
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 
 from vavae_tools.data.folders import count_of
@@ -77,7 +77,6 @@ class SplitReport:
     __repr__ = __str__
 
 
-# ---- split_info.json
 def split_info(
     settings: dict,
     persons: Sequence[str],
@@ -116,16 +115,15 @@ def file_entries(images: Sequence[ImageEntry], subsets: dict[str, str]) -> dict[
 def _remarks(counts: dict[str, dict[str, int]], duplicates: list[list[ImageEntry]]) -> list[str]:
     """Return what a person should know before training on the split."""
     remarks = []
-    usable = {person: row for person, row in counts.items() if row["train"] + row["val"]}
+    usable = [person for person, row in counts.items() if row["train"] + row["val"]]
     if len(usable) == 1:
-        remarks.append(f"there is one person only ({next(iter(usable))}): a classifier needs two")
+        remarks.append(f"there is one person only ({usable[0]}): a classifier needs two")
     for person, row in counts.items():
         if person not in usable and row["left_out"]:
             remarks.append(f"{person} has no label: none of its images can be used ({row['left_out']:,} left out)")
-    for person, row in usable.items():
-        if row["train"] + row["val"] == 1:
+        elif row["train"] + row["val"] == 1:
             remarks.append(f"{person} has one image: it is in train, and val has none")
-        elif not row["train"] or not row["val"]:
+        elif person in usable and not (row["train"] and row["val"]):
             subset, other = SUBSETS if row["train"] else reversed(SUBSETS)
             why = f"its {count_of(row[subset], 'image')} are identical or of one recording, all in {subset}"
             remarks.append(f"{person} has nothing in {other}: {why}")
@@ -137,7 +135,6 @@ def _remarks(counts: dict[str, dict[str, int]], duplicates: list[list[ImageEntry
 
 
 def write_split_info(info: dict, directory: Path) -> None:
-    """Write it indented, with one line per file."""
     files = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entry)}" for key, entry in info["files"].items())
     head = json.dumps({key: value for key, value in info.items() if key != "files"}, indent=2)
     text = f'{head[:-2]},\n  "files": {{\n{files}\n  }}\n}}\n'
@@ -160,40 +157,29 @@ def read_split_info(directory: str | Path) -> dict:
     return info
 
 
-def existing_split(target: Path) -> dict | None:
-    """Return the split that is in `target`, None if nothing is there; what is no split is never replaced."""
+def existing_split(target: Path) -> tuple[dict, list[str]] | None:
+    """Return the split that is in `target`, and its files that are gone or have another length; None if it is empty.
+
+    Raises:
+        UserError: something else is there, which is never replaced.
+    """
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file. Choose another --output_dir.")
     names = sorted(path.name for path in target.iterdir()) if target.exists() else []
     if not names:
         return None
     if INFO_NAME not in names:
-        raise UserError(
-            f"{target} is no split, it holds {join_first(names)}. Choose an --output_dir that is new or empty."
-        )
+        found = f"{target} is no split, it holds {join_first(names)}"
+        raise UserError(f"{found}. Choose an --output_dir that is new or empty.")
     info = read_split_info(target)
-    own = {f"{entry['side']}/{key}" for key, entry in info["files"].items()}
+    there = {}
+    for path in chain.from_iterable((target / subset).rglob("*") for subset in SUBSETS):
+        if path.is_symlink() or (path.is_file() and not path.name.startswith(".")):
+            there[path.relative_to(target).as_posix()] = path.stat().st_size if path.exists() else -1
+    own = {f"{entry['side']}/{key}": entry["bytes"] for key, entry in info["files"].items() if entry["side"]}
     foreign = [name for name in names if name not in (*SUBSETS, INFO_NAME) and not name.startswith(".")]
-    foreign += sorted(_split_files(target).keys() - own)
+    foreign += sorted(there.keys() - own.keys())
     if foreign:
         hint = "Move that away, or choose another --output_dir."
         raise UserError(f"{target} holds more than its split: {join_first(foreign)}. {hint}")
-    return info
-
-
-def missing_files(target: Path, info: dict) -> list[str]:
-    """Return the files of a split that are gone, or have another length."""
-    there = _split_files(target)
-    wanted = {f"{entry['side']}/{key}": entry["bytes"] for key, entry in info["files"].items() if entry["side"]}
-    return [name for name, length in wanted.items() if there.get(name) != length]
-
-
-def _split_files(target: Path) -> dict[str, int]:
-    """Return the files under train/ and val/ with their lengths; −1 for a link that leads nowhere."""
-    found = {}
-    for subset in SUBSETS:
-        for folder, _, names in os.walk(target / subset):
-            place = Path(folder).relative_to(target).as_posix()
-            for path in (Path(folder, name) for name in names if not name.startswith(".")):
-                found[f"{place}/{path.name}"] = path.stat().st_size if path.exists() else -1
-    return found
+    return info, [name for name, length in own.items() if there.get(name) != length]

@@ -22,8 +22,7 @@ def coco_subsets(
 ) -> list[NamedImages]:
     """Return what trains, and what validates where it is there; `notes` gets remarks.
 
-    Args:
-        annotations, images: the captions' file and the images' folder, where they have other than the usual names.
+    `annotations` and `images` are the captions' file and the images' folder, where they have unusual names.
     """
     train = _annotations(root) if annotations is None else _given(root, annotations)
     subsets = [_coco_subset(root, train, images)]
@@ -46,7 +45,6 @@ def _annotations(root: Path) -> Path:
 
 
 def _given(root: Path, path: str | Path) -> Path:
-    """Return a path as it stands, or below the data set's."""
     path = Path(path).expanduser()
     return path if path.exists() else root / path
 
@@ -80,8 +78,6 @@ def _read_coco(path: Path) -> dict[str, list[str]]:
 
 # ---- CUB: birds with sentences, written about them or made of their attributes
 
-_TEXT_FOLDERS = ("text_c10", "text", "text/text_c10", "captions", "cvpr2016_cub/text_c10")
-
 
 def cub_subsets(path: Path, notes: list[str]) -> list[NamedImages]:
     """Return what trains, and what validates, of CUB_200_2011 or the folder that it is in; `notes` gets remarks."""
@@ -101,7 +97,6 @@ def cub_subsets(path: Path, notes: list[str]) -> list[NamedImages]:
 
 
 def _numbered_lines(path: Path) -> dict[str, str]:
-    """Return the lines "number what" of a file of CUB."""
     lines = {}
     for place, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
@@ -115,7 +110,8 @@ def _numbered_lines(path: Path) -> dict[str, str]:
 def _cub_captions(root: Path, names: dict[str, str], notes: list[str]) -> dict[str, Sequence[str]]:
     """Return image's number → captions: those of the first folder with texts, made up for images without."""
     captions: dict[str, Sequence[str]] = {}
-    for folder in filter(Path.is_dir, (home / name for home in (root, root.parent) for name in _TEXT_FOLDERS)):
+    places = ("text_c10", "text", "text/text_c10", "captions", "cvpr2016_cub/text_c10")
+    for folder in filter(Path.is_dir, (home / place for home in (root, root.parent) for place in places)):
         texts = {number: folder / Path(name).with_suffix(".txt") for number, name in names.items()}
         lines = {number: read_text(text).split("\n") for number, text in texts.items() if text.is_file()}
         captions = {number: of_image for number, of_image in lines.items() if any(map(str.strip, of_image))}
@@ -251,7 +247,6 @@ def _parse_caption_cell(cell: str) -> str | list[str]:
 
 
 def _value(where: str, record: dict[str, Any], what: str, names: Sequence[str]) -> Any:
-    """Return the value under the first of the names that is there."""
     for name in names:
         if name in record:
             return record[name]

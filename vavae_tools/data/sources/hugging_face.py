@@ -18,9 +18,8 @@ from vavae_tools.runtime.errors import UserError, join_first, one_line
 if TYPE_CHECKING:
     from datasets import Dataset
 
-IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "texts", "sentence", "sentences", "description")
+_IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values")
 SAVED_DATASET_FILES = "dataset_dict.json, or state.json and dataset_info.json"
 
 
@@ -60,8 +59,8 @@ def read_subsets(data_dir: Path, train_split: str, **options: Any) -> tuple[dict
     """Return class name → label, the training subset, and what validates if there is such a subset."""
     datasets = _read_datasets(data_dir, train_split)
     first = datasets[train_split]
-    image = _column(first, data_dir, "images", "Image", IMAGE_COLUMNS)
-    label = _column(first, data_dir, "labels", "ClassLabel", LABEL_COLUMNS)
+    image = _column(first, data_dir, "images", "Image", _IMAGE_COLUMNS)
+    label = _column(first, data_dir, "labels", "ClassLabel", ("label", "labels", "fine_label", "class"))
     for name, dataset in datasets.items():
         if missing := {image, label} - set(dataset.column_names):
             raise UserError(f"The subset {name} of {data_dir} lacks the column {', '.join(missing)} of {train_split}")
@@ -70,8 +69,7 @@ def read_subsets(data_dir: Path, train_split: str, **options: Any) -> tuple[dict
             found = f"The columns {image} and {label} of {data_dir} have other types or class names in {name}"
             raise UserError(f"{found} than in {train_split}: cast one to the other's features and save it again")
     labels, of_rows = _numbered(datasets, first, label)
-    name_of = {number: name for name, number in labels.items()}
-    subsets = []
+    name_of, subsets = {number: name for name, number in labels.items()}, []
     for name, dataset in datasets.items():
         names = [f"{name_of[number]}/{row:06d}" for row, number in enumerate(of_rows[name].tolist())]
         title = f"{data_dir.name}, {name}"
@@ -83,7 +81,7 @@ def captioned_subsets(path: Path, skip_missing: bool, notes: list[str], options:
     """Return what trains, and what validates if there is such a subset, of a dataset with captions."""
     subsets = []
     for name, dataset in _read_datasets(path, "train").items():
-        image = _column(dataset, path, "images", "Image", IMAGE_COLUMNS)
+        image = _column(dataset, path, "images", "Image", _IMAGE_COLUMNS)
         caption = _column(dataset, path, "captions", "", CAPTION_COLUMNS)
         values = enumerate(column_values(dataset, caption))
         given = {f"{row:06d}": value if isinstance(value, list) else [value] for row, value in values}
@@ -113,7 +111,6 @@ def datasets_library(what: str) -> Any:
 
 
 def _read_datasets(data_dir: Path, train_split: str) -> "dict[str, Dataset]":
-    """Return the training subset by its name, and the one that validates if there is one."""
     found = load_folder(data_dir)
     if not isinstance(found, dict):  # a DatasetDict is one
         found = {train_split: found}
@@ -144,24 +141,22 @@ def column_values(dataset: "Dataset", column: str) -> list:
 def _numbered(
     datasets: "dict[str, Dataset]", first: "Dataset", column: str
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Return class name → label, and the labels int64 (N,) of each subset's rows; the first tells which classes exist.
+    """Return class name → label as the first subset has them, and the labels int64 (N,) of each subset's rows.
 
     Whole numbers are labels as they stand; words are numbered by `labels_of`.
     """
     values = {name: column_values(dataset, column) for name, dataset in datasets.items()}
     train = next(iter(values.values()))
-    class_names = getattr(first.features[column], "names", None)
-    if class_names:
+    if class_names := getattr(first.features[column], "names", None):
         labels = {name: number for number, name in enumerate(class_names)}
     elif all(isinstance(value, str) for value in train):
         labels = labels_of(set(train))
         values = {subset: [labels.get(value, value) for value in of_subset] for subset, of_subset in values.items()}
     else:
-        labels = {str(value): value for value in sorted({v for v in train if isinstance(v, int)})}
+        labels = {str(value): value for value in sorted({v for v in train if isinstance(v, int) and v >= 0})}
     known = set(labels.values())
     for subset, of_subset in values.items():
-        unknown = {value for value in of_subset if not isinstance(value, int) or value not in known or value < 0}
-        if unknown:
+        if unknown := {value for value in of_subset if not isinstance(value, int) or value not in known}:
             expected = f"the classes {join_first(labels)} of the training subset, as names or whole numbers from 0 on"
             found = f"The column {column} of the subset {subset} holds {join_first(sorted(map(repr, unknown)))}"
             raise UserError(f"{found}; expected {expected}")

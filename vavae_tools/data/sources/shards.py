@@ -21,7 +21,6 @@ from vavae_tools.runtime.errors import UserError, command_parser, join_first, on
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LABEL_FIELDS = ("label", "class_name", "class")  # of a .json
 MAX_END_BYTES = 2**20  # bytes of zeros after a tar's last member; a file with more was not written to its end
 
 
@@ -45,9 +44,8 @@ def convert_shards(shards: Path, output: Path) -> "dict[str, Dataset]":
     files = sorted(shards.rglob("*.tar")) or sorted(shards.rglob("*.parquet"))
     if not files:
         raise UserError(f"No .tar and no .parquet files in {shards}")
-    is_tar = files[0].suffix == ".tar"
+    is_tar, of_subset = files[0].suffix == ".tar", _by_subset(shards, files)
     images = {path: _count_images(path) for path in files} if is_tar else {}
-    of_subset = _by_subset(shards, files)
     names = {subset: list(map(str, paths)) for subset, paths in of_subset.items()}
     partial = output.with_name(f".{output.name}.partial")
     try:
@@ -64,7 +62,6 @@ def convert_shards(shards: Path, output: Path) -> "dict[str, Dataset]":
 
 
 def _by_subset(shards: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Return the files of each subset; all of them train where no name has a word that tells."""
     found: dict[str, list[Path]] = defaultdict(list)
     for path in files:
         words = re.split(r"[^a-z]+", path.relative_to(shards).as_posix().lower())
@@ -77,7 +74,7 @@ def _by_subset(shards: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _count_images(path: Path) -> int:
-    """Return how many images a tar file holds, by its headers; `tarfile` ends in silence at a damaged one."""
+    """Return how many images a tar file holds; `tarfile` ends in silence at a damaged header."""
     try:
         with tarfile.open(path, "r:") as tar:
             names = [member.name.rpartition("/")[2] for member in tar if member.isfile()]
@@ -91,7 +88,6 @@ def _count_images(path: Path) -> int:
 
 
 def _in_columns(dataset: "Dataset", images: int, where: str) -> "Dataset":
-    """Return a WebDataset's rows with the columns image, text and label, the latter two if there are any."""
     image = next((column for column in dataset.column_names if column.lower() in EXTENSIONS), None)
     keys = column_values(dataset, "__key__")
     found = 0 if image is None else len(keys) - dataset.data.column(image).null_count
@@ -113,16 +109,16 @@ def _labels(dataset: "Dataset", keys: Sequence[str]) -> list[int | str | None]:
         return column_values(dataset, "cls")
     if "json" in dataset.column_names:
         fields = [value if isinstance(value, dict) else {} for value in column_values(dataset, "json")]
-        labels = [next((each[name] for name in LABEL_FIELDS if each.get(name) is not None), None) for each in fields]
+        named = ([each.get(name) for name in ("label", "class_name", "class")] for each in fields)
+        labels = [next((value for value in values if value is not None), None) for values in named]
         if any(label is not None for label in labels):
             return labels
     return [key.rpartition("/")[0].rpartition("/")[2] or None for key in keys]
 
 
 def main() -> None:
-    parser = command_parser(
-        "python -m vavae_tools.data.sources.shards", "Make a dataset on the disk of WebDataset or parquet shards."
-    )
+    about = "Make a dataset on the disk of WebDataset or parquet shards."
+    parser = command_parser("python -m vavae_tools.data.sources.shards", about)
     parser.add_argument("shards", type=Path, help="folder of .tar or .parquet files")
     parser.add_argument("output", type=Path, help="new folder, for data.data_dir")
     args = parser.parse_args()
