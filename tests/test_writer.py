@@ -236,7 +236,7 @@ def test_a_set_keeps_its_precision(kind, tmp_path, monkeypatch, capsys):
     record = json.loads(before["samples.json"])
     del record["settings"]["precision"]  # as before there was a choice: float32
     (tmp_path / "samples.json").write_text(json.dumps(record))
-    monkeypatch.setattr(writer, "precisions_for", lambda pipe, name: ["bf16", "32"])  # as on a GPU
+    monkeypatch.setattr(writer, "precision_for", lambda pipe, name: name or "bf16")  # as on a GPU
     write(kind, pipe, tmp_path)
     assert json.loads((tmp_path / "samples.json").read_text())["settings"]["precision"] == "32"
 

@@ -24,13 +24,12 @@ from vavae_tools.diffusion import conditioning, dit
 from vavae_tools.diffusion.lora import merged_weights
 from vavae_tools.diffusion.objectives import Objective, objective_of
 from vavae_tools.diffusion.solvers import sample, swapped
-from vavae_tools.pipelines.batches import all_finite, decoded, in_batches, precisions_for
+from vavae_tools.pipelines.batches import all_finite, decoded, in_batches, precision_for
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError, one_line
 from vavae_tools.runtime.files import plain_config, weights_digest
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
-Conditioner = TypeVar("Conditioner", bound=ModelMixin)
 Generators = torch.Generator | list[torch.Generator] | None
 
 FORMER_MODULES = {"text_conditioning": conditioning, "transformer": dit, "text_dit": dit, "ddt": dit}
@@ -83,7 +82,7 @@ class ImagePipeline(DenoiserPipeline):
 
         `told` turns rows into their conditions, arguments of `solvers.sample` as `by` are for all rows.
         """
-        precision = precisions_for(self, precision)[0]
+        precision = precision_for(self, precision)
 
         def denoise(rows: Tensor) -> Tensor:
             return sample(self.denoiser, self.scheduler, noise[rows], objective=self.objective, **told(rows), **by)
@@ -194,8 +193,8 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_training(
-    kind: type[DiffusionPipeline], path: Path, ema: bool, conditioner: type[Conditioner]
-) -> tuple[ModelMixin, Conditioner, dict[str, Any]]:
+    kind: type[DiffusionPipeline], path: Path, ema: bool, conditioner: type[ModelMixin]
+) -> tuple[ModelMixin, ModelMixin, dict[str, Any]]:
     """Return denoiser and conditioner of a checkpoint, in evaluation mode, and the settings of its training."""
     checkpoint = _read_checkpoint(path)
     state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]

@@ -115,17 +115,16 @@ def _bytes_of_one(pipe: DiffusionPipeline) -> int:
 
 
 # ---- in which precision
-def precisions_for(pipe: DiffusionPipeline, name: str | None = None) -> list[str]:
-    """Return the precision to compute in, that of half weights or the machine's; unnamed, also others that would do."""
-    machine, of_weights = machine_of(pipe._execution_device), _OF_WEIGHTS.get(pipe.denoiser.dtype)
+def precision_for(pipe: DiffusionPipeline, name: str | None = None) -> str:
+    """Return the precision to compute in: the named one, that of half weights, or the machine's."""
+    of_weights = _OF_WEIGHTS.get(pipe.denoiser.dtype)
     if name is None and of_weights:
-        return [of_weights]
-    first = precision_on(machine, name)
-    if first == "32" and of_weights:
+        return of_weights
+    found = precision_on(machine_of(pipe._execution_device), name)
+    if found == "32" and of_weights:
         weights = f"the weights are {PRECISIONS[of_weights]}"
         raise UserError(f"precision 32, but {weights}: take pipe.to(torch.float32) first")
-    slow = {"cpu": "16", "t4": "bf16"}.get(machine.kind)
-    return [first] if name else [first, *(other for other in PRECISIONS if other not in (first, slow))]
+    return found
 
 
 def all_finite(

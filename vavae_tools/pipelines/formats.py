@@ -184,11 +184,10 @@ _OPTIONS = {  # settings as the command calls them; the others have the same nam
 }
 
 
-def begin(files: SampleFiles, settings: dict[str, Any], precisions: Sequence[str], overwrite: bool) -> dict[str, Any]:
+def begin(files: SampleFiles, settings: dict[str, Any], precision: str | None, overwrite: bool) -> dict[str, Any]:
     """Compare with what is there, remove what is replaced, and return the record of what will be made.
 
-    Its batch size is the one of before, if any. `precisions` are the settings' own and those that would do as well
-    (`precisions_for`); the record's settings have the one to take.
+    Its batch size is the one of before, if any, and so is its precision where none is asked for.
     """
     folder, record, foreign, of_order = files.output_dir, _read(files.output_dir), [], []
     own, formats = type(files), (PngFolder, NpzFile) if files.family == "folders" else (type(files),)
@@ -199,7 +198,12 @@ def begin(files: SampleFiles, settings: dict[str, Any], precisions: Sequence[str
         record = {}  # of samples that are gone, or were never made
     elif record:
         there, shown = {"precision": "32", **record["settings"]}, record.get(files.family, {})  # 32: the only one once
-        settings = _as_before(settings, there, precisions)
+        kept = {**settings, "precision": there["precision"]}
+        if precision is None and kept != settings and not _differences(there, kept):
+            before, usual = (PRECISIONS[of["precision"]] for of in (kept, settings))
+            again = f"--overwrite --precision {settings['precision']} makes it anew in {usual}"
+            print(f"resuming in {before}, as what is there was made; {again}", file=sys.stderr)
+            settings = kept
         other = [name for name, now in files.shown.items() if shown.get(name, now) != now][:1]
         foreign = _differences(there, settings)
         foreign += [f"{files.family[:-1]} of {change}" for change in _changes(shown, files.shown, other)]
@@ -231,17 +235,6 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _family(record: dict[str, Any]) -> str:
     return "texts" if "texts" in record["settings"] else "prompts" if "prompts" in record else "folders"
-
-
-def _as_before(settings: dict[str, Any], there: dict[str, Any], precisions: Sequence[str]) -> dict[str, Any]:
-    """Return settings with the precision of what is there, if that is one of these and nothing else differs."""
-    kept = {**settings, "precision": there["precision"]}
-    if kept == settings or kept["precision"] not in precisions or _differences(there, kept):
-        return settings
-    before, usual = (PRECISIONS[of["precision"]] for of in (kept, settings))
-    again = f"--overwrite --precision {settings['precision']} makes it anew in {usual}"
-    print(f"resuming in {before}, as what is there was made; {again}", file=sys.stderr)
-    return kept
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

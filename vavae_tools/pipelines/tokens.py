@@ -21,7 +21,7 @@ from vavae_tools.diffusion.layers import TokenSubset, select_tokens
 from vavae_tools.diffusion.objectives import SamplePrediction, with_known
 from vavae_tools.diffusion.solvers import make_solver, sample, time_grid
 from vavae_tools.pipelines import base
-from vavae_tools.pipelines.batches import all_finite, in_batches, precisions_for
+from vavae_tools.pipelines.batches import all_finite, in_batches, precision_for
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import plain_config
@@ -142,7 +142,7 @@ class TokenImagePipeline(base.DenoiserPipeline):
             numbers: of the texts in the seed, in place of 0, 1, … and of num_samples.
         """
         check_sampling(num_samples, max_new_tokens, num_inference_steps, eta)
-        precision = precisions_for(self, precision)[0]
+        precision = precision_for(self, precision)
         if prompts is None and numbers is not None:
             num_samples = len(numbers)
         starts = [start for start in self.beginnings(prompts) for _ in range(num_samples)]

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from vavae_tools.diffusion.solvers import lay_out
 from vavae_tools.pipelines.base import PLAN, DenoiserPipeline, ImagePipeline, digest_of
-from vavae_tools.pipelines.batches import batch_size_for, move_to_device, precisions_for
+from vavae_tools.pipelines.batches import batch_size_for, move_to_device, precision_for
 from vavae_tools.pipelines.formats import RECORD, JsonlFile, NpzFile, PngFolder, PromptPngFolder, SampleFiles, begin
 from vavae_tools.pipelines.tokens import Prompt, TokenImagePipeline, as_prompts, check_sampling
 from vavae_tools.runtime.console import is_interactive
@@ -187,10 +187,11 @@ def _write(
     """
     ranks, plan = ranks or Ranks(), None
     if ranks.rank == 0:
-        usual, precisions = batch_size_for(pipe, batch_size), precisions_for(pipe, sampling.get("precision"))
-        settings = _settings_of(pipe, {**sampling, "precision": precisions[0]}, also)
-        record = begin(files, settings, precisions, overwrite)
+        usual, wanted = batch_size_for(pipe, batch_size), sampling.get("precision")
+        settings = _settings_of(pipe, {**sampling, "precision": precision_for(pipe, wanted)}, also)
+        record = begin(files, settings, wanted, overwrite)
         at_once, precision = batch_size or record.get("batch_size", usual), record["settings"]["precision"]
+        precision_for(pipe, precision)  # which this machine has, or says what to take
         write_json(files.output_dir / RECORD, {**record, "batch_size": at_once})
         files.clear_up()
         cut = [(start, min(start + at_once, files.count)) for start in range(0, files.count, at_once)]
