@@ -17,7 +17,7 @@ def train(*words: str) -> None:
     """Do what a command line says: train, or print help or the configuration."""
     line = read_command_line(words)
     if "help" in line.flags:
-        print(help_text(line.experiment))
+        print(help_text(line.overrides.get("experiment")))
     elif line.flags.pop("print_config", None) is not None:
         import yaml
 

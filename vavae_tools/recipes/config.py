@@ -361,7 +361,10 @@ def help_text(experiment: str | None) -> str:
         if section and section not in sections:
             sections[section] = [f"{section}:  # {type(getattr(keys.recipe, section)).__doc__.splitlines()[0]}"]
         typed = f"--{end}" if ends.count(end) == 1 else f"{key}="
-        sections[section].append(_key_help(typed, keys.values[key], setting))
+        choices = [str(choice) for kind in setting.kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        among = f"{', '.join(choices)}: " if len(choices) > 1 else ""
+        text = f"  {typed} [{_as_typed(keys.values[key])}]  {among}{setting.metadata['help']}"
+        sections[section].append(textwrap.fill(text, 118, subsequent_indent=" " * 8, break_long_words=False))
     blocks = "\n\n".join("\n".join(lines) for lines in sections.values())
     return f"""usage: python -m vavae_tools.train [experiment=NAME] [key=value …] [--flag VALUE …]
 
@@ -377,10 +380,3 @@ experiments (experiment=NAME --help shows its keys):
 keys of {name}, typed as --NAME VALUE or SECTION.NAME=VALUE; in brackets what holds where they are not typed:
 
 {blocks}"""
-
-
-def _key_help(name: str, value: Any, setting: Setting) -> str:
-    choices = [str(choice) for kind in setting.kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    text = f"{', '.join(choices)}: " if len(choices) > 1 else ""
-    text = f"  {name} [{_as_typed(value)}]  {text}{setting.metadata['help']}"
-    return textwrap.fill(text, 118, subsequent_indent=" " * 8, break_long_words=False)

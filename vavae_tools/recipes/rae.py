@@ -66,8 +66,13 @@ def build(recipe: DecoderRecipe, output_dir: Path, resume_from: Path | None, sho
     lpips = lpips_of(loss.lpips_weights, log)
     if lpips is None:
         log("No lpips_weights: the perceptual part (LPIPS) is left out")
-    numbers = _numbers(recipe, resume_from, len(images.train_data))
-    numbers |= {"ema_decay": config.ema_decay, "flips": recipe.data.flips, "seed": seed}
+    batches = max(1, -(-len(images.train_data) // config.batch_size) // config.accumulate_grad_batches)
+    steps = config.max_steps or (config.max_epochs or 1) * batches
+    began = read_any_format(resume_from, lambda line: None).get("hyper_parameters", {}) if resume_from else {}
+    numbers = {"ema_decay": config.ema_decay, "flips": recipe.data.flips, "seed": seed, **given_numbers(loss, config)}
+    numbers.setdefault("perceptual_weight", 1.0 if loss.lpips_weights else 0.0)
+    numbers.setdefault("disc_start", began.get("disc_start", steps * 3 // 8))  # as it was in a run that resumes
+    numbers.setdefault("generator_start", began.get("generator_start", max(numbers["disc_start"] + 1, steps // 2)))
     module = RAEDecoderModule(model, **numbers, lpips=lpips)
     remark = f"Losses: {describe_weights(module)}"
     if loss.disc_weight:
@@ -111,19 +116,6 @@ def build(recipe: DecoderRecipe, output_dir: Path, resume_from: Path | None, sho
 
 
 train_rae_decoder = partial(train, build)
-
-
-def _numbers(recipe: DecoderRecipe, resume_from: Path | None, count: int) -> dict[str, Any]:
-    """Return the module's arguments; a run that resumes keeps the steps at which the adversary began."""
-    loss, config = recipe.loss, recipe.train
-    numbers = given_numbers(loss, config)
-    batches = max(1, -(-count // config.batch_size) // config.accumulate_grad_batches)
-    steps = config.max_steps or (config.max_epochs or 1) * batches
-    began = read_any_format(resume_from, lambda line: None).get("hyper_parameters", {}) if resume_from else {}
-    numbers.setdefault("perceptual_weight", 1.0 if loss.lpips_weights else 0.0)
-    numbers.setdefault("disc_start", began.get("disc_start", steps * 3 // 8))
-    numbers.setdefault("generator_start", began.get("generator_start", max(numbers["disc_start"] + 1, steps // 2)))
-    return numbers
 
 
 def rae_from(parts: RAEParts, seed: int = 0, log: Log = log) -> RAE:

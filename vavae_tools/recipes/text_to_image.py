@@ -50,9 +50,13 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     with rank_zero_first("frozen models"):
         goes_on = resume_from is not None or not is_rank_zero()  # what is left of another run is not this one's
         encoder, autoencoder = _frozen_models(recipe, output_dir, goes_on, log)
-    shape = _latent_shape(autoencoder, images)
+    (height, width), factor = images.train_data.image_size, autoencoder.downsampling
+    if height % factor or width % factor:
+        raise UserError(f"image_size {height}×{width}: this VAE takes multiples of {factor}")
+    shape = autoencoder.config.latent_channels, height // factor, width // factor
     objective = objective_of(shape)
-    prompts = sampling.prompts or _first_prompts(images, data.dataset_name)
+    first = EXAMPLE_PROMPTS if data.dataset_name == "shapes" else [of[0] for of in images.shown_data.captions[:8]]
+    prompts = sampling.prompts or list(dict.fromkeys(first))
     prompts = [prompts] if isinstance(prompts, str) else prompts
     states = encoder.encode([prompt for prompt in prompts for _ in range(COLUMNS)])
 
@@ -124,20 +128,6 @@ def _frozen_models(
     return encoder, autoencoder
 
 
-def _latent_shape(autoencoder: StableDiffusionVAE, images: CaptionedDataModule) -> tuple[int, int, int]:
-    height, width = images.train_data.image_size
-    factor = autoencoder.downsampling
-    if height % factor or width % factor:
-        raise UserError(f"image_size {height}×{width}: this VAE takes multiples of {factor}")
-    return autoencoder.config.latent_channels, height // factor, width // factor
-
-
-def _first_prompts(images: CaptionedDataModule, dataset_name: str) -> list[str]:
-    if dataset_name == "shapes":
-        return list(EXAMPLE_PROMPTS)
-    return list(dict.fromkeys(captions[0] for captions in images.shown_data.captions[:8]))
-
-
 # ---- what is trained on
 def _training_data(
     recipe: TextToImageRecipe,
@@ -155,7 +145,7 @@ def _training_data(
     captions = images.captions_by_subset()
     cached = data.cache
     if cached is None:
-        cached = _fits_disk(encoder, images, math.prod(_latent_shape(autoencoder, images)), folder, log)
+        cached = _fits_disk(encoder, images, math.prod(module.network["denoiser"].latent_shape), folder, log)
     if cached:
         latents = encode_once(autoencoder, images, folder, log, seed=seed, dtype="float16")
         subsets = {"train": images.train_data, "val": images.val_data}

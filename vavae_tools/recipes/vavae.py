@@ -15,7 +15,7 @@ from vavae_tools.checkpoints.resuming import best_checkpoint
 from vavae_tools.data.datasets import class_data
 from vavae_tools.data.images import ImageSetDataModule
 from vavae_tools.evaluation.reconstructions import compare_conditions
-from vavae_tools.recipes.base import AutoencoderLoss, FineTunedVAVAE, VAVAELoss, VAVAERecipe
+from vavae_tools.recipes.base import AutoencoderLoss, FineTunedVAVAE, VAVAERecipe
 from vavae_tools.recipes.config import recipe_with
 from vavae_tools.recipes.presets import resolved
 from vavae_tools.runtime.console import log
@@ -119,8 +119,17 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
     image_size = resolve_image_size(model, recipe.data.image_size)
     model.register_to_config(sample_size=image_size)
     images.resize(image_size)
-    numbers = _numbers(recipe, model, image_size, log)
-    module = VAVAEModule(model, **numbers, seed=seed, **_frozen_networks(loss, numbers, found, log))
+    numbers = {**LOSSES[loss.recipe], **given_numbers(loss, config), "seed": seed}
+    numbers |= {name: getattr(recipe.vavae, name) for name in ("condition_dropout", "freeze_encoder")}
+    numbers.setdefault("lr", 2e-3 if model.config.block_out_channels[0] < 64 else 1e-4)
+    if "gradient_checkpointing" not in numbers:
+        numbers["gradient_checkpointing"] = _needs_checkpointing(model, numbers, config.batch_size, image_size, log)
+    files = loss.lpips_weights
+    if not files and numbers.get("perceptual_weight") and found is not None:  # the reference's checkpoints hold LPIPS
+        files = found.source if any(name.startswith("loss.perceptual_loss.") for name in found.unused) else None
+    aligned = loss.foundation_model and numbers.get("vf_weight")
+    foundation = load_foundation(loss.foundation_model) if aligned else None
+    module = VAVAEModule(model, **numbers, lpips=lpips_of(files, log), foundation=foundation)
     if found is not None:
         _load_auxiliary(module, found, log)
     remarks = [f"Recipe {loss.recipe}: {describe_weights(module)}"]
@@ -183,26 +192,6 @@ def _model_to_start_from(start: FineTunedVAVAE, images: ImageSetDataModule, log:
         model.conditions.weight.data.copy_(table)
         model.conditions.requires_grad_(False)
     return model, found
-
-
-def _numbers(recipe: VAVAERecipe, model: VAVAE, image_size: Size, log: Log) -> dict[str, Any]:
-    """Return the arguments of the module: the loss recipe's, with what was given in their place."""
-    config, start = recipe.train, recipe.vavae
-    numbers = {**LOSSES[recipe.loss.recipe], **given_numbers(recipe.loss, config)}
-    numbers |= {"condition_dropout": start.condition_dropout, "freeze_encoder": start.freeze_encoder}
-    numbers.setdefault("lr", 2e-3 if model.config.block_out_channels[0] < 64 else 1e-4)
-    if "gradient_checkpointing" not in numbers:
-        numbers["gradient_checkpointing"] = _needs_checkpointing(model, numbers, config.batch_size, image_size, log)
-    return numbers
-
-
-def _frozen_networks(loss: VAVAELoss, numbers: dict[str, Any], found: VAVAEWeights | None, log: Log) -> dict[str, Any]:
-    """Return the frozen networks that the losses need; the reference's training checkpoints hold LPIPS."""
-    files = loss.lpips_weights
-    if not files and numbers.get("perceptual_weight") and found is not None:
-        files = found.source if any(name.startswith("loss.perceptual_loss.") for name in found.unused) else None
-    aligned = loss.foundation_model and numbers.get("vf_weight")
-    return {"lpips": lpips_of(files, log), "foundation": load_foundation(loss.foundation_model) if aligned else None}
 
 
 def _load_auxiliary(module: VAVAEModule, found: VAVAEWeights, log: Log) -> None:
