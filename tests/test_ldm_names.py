@@ -182,31 +182,20 @@ def test_configurations_there_and_back(config):
     assert reference_config(vavae_arguments(without))["ddconfig"]["attn_type"] == "none"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_what_the_other_cannot_represent():
+    for change, message in (
         ({"block_out_channels": (32, 48)}, r"block_out_channels=\[32, 48\]: the reference needs multiples"),
         ({"up_block_types": ["UpDecoderBlock2D"] * 2}, "at the same levels"),
         ({"mid_block_add_attention": False}, "in the middle"),
-    ],
-)
-def test_what_the_reference_cannot_represent(change, message):
-    with pytest.raises(UserError, match=message):
-        reference_config({**TWO, **change})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"encoder.mid.attn_1.q.weight": torch.zeros(64, 64, 3, 3)}, "size mismatch for encoder.mid_block.attentions"),
-        ({"encoder.conv_out.weight": torch.zeros(4, 64, 3, 3)}, "size mismatch for encoder.conv_out"),
-        ({"decoder.conv_out.bias": None}, "lacks 1 of the model's weights, the first decoder.conv_out.bias"),
-    ],
-)
-def test_weights_of_strange_shapes(change, message):
-    weights = {name: tensor for name, tensor in {**random_weights(TWO), **change}.items() if tensor is not None}
-    with pytest.raises(UserError, match=message):
-        load_reference("vavae", weights, reference_config(TWO))
+    ):
+        with pytest.raises(UserError, match=message):
+            reference_config({**TWO, **change})
+    weights, name = random_weights(TWO), "encoder.mid.attn_1.q.weight"
+    with pytest.raises(UserError, match=r"size mismatch for encoder\.mid_block\.attentions"):
+        load_reference("vavae", {**weights, name: torch.zeros(64, 64, 3, 3)}, {})
+    del weights["decoder.conv_out.bias"]
+    with pytest.raises(UserError, match=r"lacks 1 of the model's weights, the first decoder\.conv_out\.bias"):
+        load_reference("vavae", weights, {})
 
 
 # ---- files
@@ -221,8 +210,6 @@ PARTS = {
     "foundation_model.model.cls_token": torch.rand(1, 1, 77).half(),
     "linear_proj.weight": torch.rand(6, 4, 1, 1).half(),
 }
-FORWARD = {"linear_proj.weight": torch.rand(4, 6, 1, 1)}
-"""From the foundation model to the latents, which is another projection."""
 
 
 def training_checkpoint() -> dict:
@@ -251,7 +238,8 @@ def test_what_a_training_checkpoint_holds(tmp_path):
     assert set(found.discriminator) == {"main.0.weight", "main.3.running_mean", "main.3.num_batches_tracked"}
     assert same(found.projection, PARTS["linear_proj.weight"])
     assert "loss.perceptual_loss.lin0.model.1.weight" in found.unused and len(found.unused) == 3
-    found = from_state_dict({**random_weights(TWO), **FORWARD})
+    of_features = {"linear_proj.weight": torch.rand(4, 6, 1, 1)}  # to the latents, which is another projection
+    found = from_state_dict({**random_weights(TWO), **of_features})
     assert found.projection is None and found.unused == ("linear_proj.weight",)
 
 
@@ -268,9 +256,7 @@ def test_checkpoints_of_the_published_training_load_whole(tmp_path, form, count)
     state = {name: torch.zeros(()).expand(shape) for name, shape in keys.items()}  # a number each, also on the disk
     torch.save({"state_dict": state}, tmp_path / "last.ckpt")
     found, said = read_vavae(tmp_path / "last.ckpt"), []
-    assert (tmp_path / "last.ckpt").stat().st_size < 1e6
     assert found.weights.keys() == model.state_dict().keys()
-    assert all(found.weights[name].shape == tensor.shape for name, tensor in model.state_dict().items())
     assert len(found.discriminator) == 22 and len(own) + 22 + len(found.unused) == count - (count == 741)
     assert (found.projection is not None) == (count == 741)
     found.weights.update({name: tensor.to("meta") for name, tensor in found.weights.items()})
@@ -284,7 +270,10 @@ def test_files_that_are_no_vavae(tmp_path):
     save_file({"blocks.0.weight": torch.ones(1)}, tmp_path / "dit.safetensors")
     tiny_vavae().save_pretrained(tmp_path / "ours")
     for name, message in (
-        ("dit.pt", r"no published VA-VAE: it has no encoder\.conv_in\.weight among its 4 entries \(model, ema, opt …"),
+        (
+            "dit.pt",
+            r"it has no encoder\.conv_in\.weight among its 4 entries \(model, ema, opt and 1 more\)",
+        ),
         ("dit.safetensors", r"among its 1 entries \(blocks\.0\.weight\)$"),
         (".", r"it holds dit\.pt, .* or the name of a \.pt"),
     ):
@@ -317,13 +306,10 @@ def test_a_model_for_colours_from_a_grey_one(tmp_path):
     grey, rgb = load_vavae(tmp_path / "grey.pt", log=quiet), load_vavae(tmp_path / "grey.pt", log=quiet, channels=3)
     assert same(rgb.decoder.conv_out.weight, grey.decoder.conv_out.weight.expand(3, -1, -1, -1))
     assert same(rgb.decoder.conv_out.bias, grey.decoder.conv_out.bias.expand(3))
-    x = images(1)
-    found, expected = (m.encode(y).latent_dist.parameters for m, y in ((rgb, x.expand(-1, 3, -1, -1)), (grey, x)))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    torch.save(random_weights(TWO), tmp_path / "rgb.pt")
-    for channels in (2, 0):
-        with pytest.raises(UserError, match=rf"channels={channels}: weights for 3 channels can become weights for 1"):
-            load_vavae(tmp_path / "rgb.pt", channels=channels)
+    found, expected = rgb.encode(images(1).expand(-1, 3, -1, -1)), grey.encode(images(1))
+    torch.testing.assert_close(found.latent_dist.parameters, expected.latent_dist.parameters, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="channels=2: weights for 3 channels can become weights for 1"):
+        with_channels(from_state_dict(random_weights(TWO)), 2)
 
 
 # ---- export

@@ -25,10 +25,9 @@ from vavae_tools.autoencoders.losses import (
 from vavae_tools.runtime.errors import UserError
 
 
-def waves(phase: float, amplitude: float = 1.0, size: int = 64) -> torch.Tensor:
+def waves(phase: float, amplitude: float = 1.0) -> torch.Tensor:
     """A wave of period 8 along the width."""
-    x = torch.arange(size) * 2 * math.pi / 8
-    return (amplitude * torch.sin(x + phase)).expand(1, 3, size, size)
+    return (amplitude * torch.sin(torch.arange(64) * 2 * math.pi / 8 + phase)).expand(1, 3, 64, 64)
 
 
 def posterior(mean: float, std: float, shape=(2, 4, 8, 8)) -> DiagonalGaussianDistribution:
@@ -42,12 +41,10 @@ def test_gradients_of_a_ramp():
     expected = (0.01 + 0.02 + 0.04) / 3
     torch.testing.assert_close(gradient(ramp, flat), torch.tensor(expected))
     torch.testing.assert_close(gradient(ramp.transpose(2, 3), flat), torch.tensor(expected))
-    torch.testing.assert_close(gradient(ramp, flat, scales=1), torch.tensor(0.01))
 
 
 def test_spectra_miss_a_lost_texture_but_not_its_phase():
-    sharp = waves(0.0)
-    none = waves(0, amplitude=0)
+    sharp, none = waves(0.0), waves(0, amplitude=0)
     torch.testing.assert_close(spectral(waves(0, 0.5), sharp), 0.5 * spectral(none, sharp))  # magnitudes are linear
     for phase in (1.0, math.pi):
         assert spectral(waves(phase), sharp) < 0.1 * spectral(none, sharp)

@@ -10,7 +10,7 @@ from tiny import random_images as images
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, image_decoder, tiny_rae
-from vavae_tools.autoencoders.rae_weights import fit, is_rae_folder, load_rae, read_rae_folder, read_rae_weights
+from vavae_tools.autoencoders.rae_weights import fit, load_rae, read_rae_folder
 from vavae_tools.runtime.errors import UserError
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -139,7 +139,7 @@ def test_element_statistics_normalise_with_the_epsilon_counted_once():
     torch.testing.assert_close(rae.encode(images()).latent, raw / (1 + 1e-5) ** 0.5, rtol=0, atol=1e-7)
 
 
-def test_statistics_per_channel_are_the_houses():
+def test_statistics_per_channel_are_those_of_every_autoencoder():
     rae = small_rae(latents_mean=[0.5] * 16, latents_std=[2.0] * 16)
     raw = rae.encode_images(images(), torch.tensor([0, 1]), lambda *sizes: torch.randn(2, *sizes))
     assert not rae.has_own_statistics
@@ -151,7 +151,6 @@ def test_statistics_per_channel_are_the_houses():
 
 def test_the_encoder_is_frozen_and_stays_in_evaluation_mode():
     rae = small_rae(encoder_config={**SMALL, "hidden_dropout_prob": 0.5}).train()
-    assert rae.training and rae.decoder.training
     assert not any(module.training for module in rae.encoder.modules())
     assert {name.split(".")[0] for name, p in rae.named_parameters() if p.requires_grad} == {"decoder"}
     latents = rae.encode(images()).latent
@@ -186,13 +185,11 @@ def test_a_saved_rae_comes_back_bit_by_bit_also_in_a_pipeline(tmp_path, cls):
     rae = small_rae(3, encoder_cls=cls, latents_mean=[0.0] * 16, latents_std=[2.0] * 16)
     rae.set_statistics(*statistics(rae))
     rae.save_pretrained(tmp_path)
-    assert (tmp_path / "config.json").stat().st_size < 3000  # the statistics stand with the weights
     whole = load_rae(encoder_checkpoint_path=tmp_path, log=lambda line: None)
     OnePart(rae).save_pretrained(tmp_path / "pipe")
     part = OnePart.from_pretrained(tmp_path / "pipe", low_cpu_mem_usage=False).vae
     for back in (RAE.from_pretrained(tmp_path), read_rae_folder(tmp_path), whole, part):
         assert same_weights(rae, back) and back.has_own_statistics
-        assert not any(p.is_meta or p.requires_grad for p in back.encoder.parameters())
         assert torch.equal(back(images()), rae(images()))
 
 
@@ -223,7 +220,6 @@ def test_diffusers_own_folder(tmp_path, said):
     std = torch.rand(64, 16, 16) + 0.5
     theirs = AutoencoderRAE(**numbers, **decoder, latents_mean=torch.randn(64, 16, 16), latents_std=std).eval()
     theirs.save_pretrained(tmp_path)
-    assert is_rae_folder(tmp_path)
     rae = load_rae(encoder_config_path=tmp_path, log=said.append)
     colours = (images() + 1) / 2
     with torch.no_grad():
@@ -327,7 +323,6 @@ def test_wrong_numbers_and_shapes_are_one_line():
         ({"encoder_config": {**SMALL, "model_type": "vit_mae"}}, "encoder_cls=MAEwithNorm"),
         ({"encoder_config": {**SMALL, "model_type": "bert"}}, "'bert'", "dinov2"),
         ({"encoder_config": {**SMALL, "num_attention_heads": 3}}, "16", "3 attention heads"),
-        ({"encoder_config": {**SMALL, "num_channels": 1}}, "num_channels is 1"),
         ({"decoder_num_attention_heads": 3}, "16", "3"),
     ):
         refused(lambda changes=changes: small_rae(**changes), *parts)
@@ -336,17 +331,13 @@ def test_wrong_numbers_and_shapes_are_one_line():
 def test_wrong_files_are_one_line(tmp_path, config_path, said):
     empty = tmp_path / "empty"
     empty.mkdir()
-    torn = tmp_path / "torn.pt"
-    torn.write_bytes(b"nothing")
     torch.save({"model": {"conv.weight": torch.zeros(1)}}, tmp_path / "other.pt")
     torch.save({"mean": None, "var": None}, tmp_path / "none.pt")
     save_file({"mean": torch.zeros(3, 4, 4)}, tmp_path / "stat.safetensors")
     for changes, *parts in (
         ({"encoder_config_path": tmp_path / "no"}, "No folder"),
         ({"encoder_config_path": empty}, "config.json is missing"),
-        ({"encoder_config_path": torn}, "cannot be read"),
         ({"encoder_checkpoint_path": tmp_path / "no.pt"}, "No checkpoint"),
-        ({"encoder_checkpoint_path": torn}, "damaged"),
         ({"encoder_checkpoint_path": tmp_path / "other.pt"}, "conv.weight"),
         ({"encoder_checkpoint_path": empty}, "No weights in"),
         ({"statistics_path": tmp_path / "none.pt"}, "no statistics"),
@@ -354,25 +345,20 @@ def test_wrong_files_are_one_line(tmp_path, config_path, said):
         ({"encoder_cls": "mae"}, "'dinov2_with_registers'", "encoder_cls=Dinov2withNorm"),
     ):
         refused(lambda changes=changes: load(said, **{"encoder_config_path": config_path, **changes}), *parts)
-    (config_path.parent / "preprocessor_config.json").write_text("{")
-    refused(lambda: load(said, encoder_config_path=config_path), "preprocessor_config.json")
 
 
 def test_weights_of_another_architecture_are_named(tmp_path, config_path, said):
     path = tmp_path / "whole.pt"
     torch.save(authors_weights(small_rae(encoder_config={**SMALL, "image_size": 48})), path)
-    refused(
-        lambda: load(said, encoder_config_path=config_path, encoder_checkpoint_path=path),
-        "embeddings.position_embeddings is (1, 37, 16), expected (1, 17, 16)",
-    )
+    shapes = "embeddings.position_embeddings is (1, 37, 16), expected (1, 17, 16)"
+    refused(lambda: load(said, encoder_config_path=config_path, encoder_checkpoint_path=path), shapes)
     torch.save(authors_weights(small_rae(encoder_cls="MAEwithNorm")), path)
     refused(lambda: load(said, encoder_config_path=config_path, encoder_checkpoint_path=path), "another encoder")
     torch.save(transformers_model("registers").state_dict(), path)
     refused(lambda: load(said, encoder_config_path=config_path, decoder_path=path), "no decoder", "only encoder")
-    torch.save({k: v for k, v in tiny_rae(32).state_dict().items() if k.startswith("decoder.")}, path)
+    torch.save({f"decoder.{name}": tensor for name, tensor in tiny_rae().decoder.state_dict().items()}, path)
     refused(lambda: load(said, encoder_config_path=config_path, decoder_path=path), "take decoder=tiny")
-    decoder = small_rae().decoder
-    refused(lambda: fit(decoder, {"decoder_norm.bias": torch.zeros(16)}), "1 of ", "is missing")
+    refused(lambda: fit(small_rae().decoder, {"decoder_norm.bias": torch.zeros(16)}), "1 of ", "is missing")
 
 
 def test_damaged_rae_folders_are_one_line(tmp_path):
@@ -384,6 +370,3 @@ def test_damaged_rae_folders_are_one_line(tmp_path):
     refused(lambda: read_rae_folder(tmp_path), "2 are missing, such as statistics_mean")
     weights.unlink()
     refused(lambda: read_rae_folder(tmp_path), "cannot be loaded", str(tmp_path))
-    (tmp_path / "config.json").write_text("[]")
-    refused(lambda: is_rae_folder(tmp_path), "expected an object")
-    refused(lambda: read_rae_weights(tmp_path), "No weights in")

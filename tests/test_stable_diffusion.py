@@ -92,10 +92,6 @@ def test_folders_that_are_none(folder, tmp_path):
         load_stable_diffusion_vae(tmp_path / "nowhere")
     other = tmp_path / "other"
     shutil.copytree(folder, other)
-    content = (other / "diffusion_pytorch_model.safetensors").read_bytes()
-    (other / "diffusion_pytorch_model.safetensors").write_bytes(content[:1000])
-    with pytest.raises(UserError, match="cannot be loaded"):
-        load_stable_diffusion_vae(other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "_class_name": "VQModel"}))
     with pytest.raises(UserError, match="holds a VQModel, expected an AutoencoderKL"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
-from tiny import SIZE, TWO_LEVELS, perturb_projections, same, tiny_dit, tiny_vavae
+from tiny import SIZE, TWO_LEVELS, perturb_projections, random_images, same, tiny_dit, tiny_vavae
 
 from vavae_tools.autoencoders.vavae import VAVAE, reconstruct, vavae
 from vavae_tools.autoencoders.weights import build_vavae, load_vavae, read_condition_file, read_vavae
@@ -14,15 +14,14 @@ from vavae_tools.data.images import ImageFolder
 from vavae_tools.runtime.errors import UserError
 
 
-def images(height: int = SIZE, width: int = SIZE, batch: int = 3) -> torch.Tensor:
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+def images(*size: int) -> torch.Tensor:
+    return random_images(size or SIZE, batch=3, seed=1)
 
 
-def plain_copy(model: VAVAE) -> AutoencoderKL:
+def plain_copy(model: VAVAE, **changes) -> AutoencoderKL:
     """diffusers' own model with the same weights."""
-    plain = AutoencoderKL(**TWO_LEVELS)
-    weights = {k: v for k, v in model.state_dict().items() if k in plain.state_dict()}
-    plain.load_state_dict(weights)
+    plain = AutoencoderKL(**TWO_LEVELS, **changes)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
     return plain.eval()
 
 
@@ -43,8 +42,8 @@ quiet = str  # a log that keeps nothing
 @pytest.mark.parametrize("attention", [True, False])
 def test_with_fresh_projections_it_is_autoencoderkl_bit_by_bit(attention):
     changes = {"mid_block_add_attention": attention}
-    model, plain = tiny_vavae(**changes).eval(), AutoencoderKL(**TWO_LEVELS, **changes).eval()
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    model = tiny_vavae(**changes).eval()
+    plain = plain_copy(model, **changes)
     assert plain.state_dict().keys() == tiny_vavae(condition_dim=0, **changes).state_dict().keys()
     x, vectors = images(), model.condition_vectors(LABELS)
     assert vectors.abs().min() > 0
@@ -121,8 +120,6 @@ def test_named_sizes():
     assert (round(count(model.encoder) / 1e6, 2), round(count(model.decoder) / 1e6, 2)) == (28.41, 41.42)
     assert (count(model.quant_conv), count(model.post_quant_conv)) == (4160, 1056)
     assert small().downsampling == 4 and small().conditions.weight.shape == (3, 4)
-    with pytest.raises(UserError, match="No VA-VAE size 'huge'; there are f16d32, small"):
-        vavae("huge")
 
 
 # ---- loading
@@ -138,18 +135,6 @@ def test_a_saved_model_comes_back(tmp_path):
             assert same(loaded.state_dict()[name], weights), name
         assert tuple(loaded.config.latents_std) == (3.0, 4.0) and loaded.config.condition_dim == 4
     assert said == [f"VA-VAE weights: {len(model.state_dict())} matched, 0 start anew, 0 unused ({tmp_path})"]
-
-
-def test_a_plain_autoencoderkl_gets_fresh_vectors(tmp_path):
-    plain = plain_copy(tiny_vavae(seed=3))
-    plain.save_pretrained(tmp_path)
-    model = load_vavae(tmp_path, 5, 7, log=quiet).eval()
-    assert model.conditions.weight.shape == (7, 5)
-    with torch.no_grad():
-        x = images()
-        posterior = model.encode(x, condition=model.condition_vectors(LABELS)).latent_dist
-        assert same(posterior.mean, plain.encode(x).latent_dist.mean)
-    assert load_vavae(tmp_path, log=quiet).config.condition_dim == 0
 
 
 def test_vectors_of_other_people_are_dropped_with_their_projections(tmp_path):
@@ -187,7 +172,7 @@ def test_what_came_with_a_training_checkpoint_is_kept(tmp_path):
     assert found.config["in_channels"] == 3 and found.discriminator["main.0.weight"].shape[1] == 3  # as it was read
 
 
-def test_older_folders_of_diffusers_are_read(tmp_path):
+def test_older_folders_of_diffusers_get_fresh_vectors(tmp_path):
     """Stable Diffusion 1.5's: attention under former names, no scaling_factor."""
     plain = plain_copy(tiny_vavae(seed=3))
     plain.save_pretrained(tmp_path)
@@ -202,9 +187,10 @@ def test_older_folders_of_diffusers_are_read(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     del config["scaling_factor"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    model = load_vavae(tmp_path, log=quiet)
+    model = load_vavae(tmp_path, 5, 7, log=quiet).eval()
     assert all(same(model.state_dict()[name], weights) for name, weights in plain.state_dict().items())
-    assert model.config.scaling_factor == 0.18215
+    assert model.config.scaling_factor == 0.18215 and model.conditions.weight.shape == (7, 5)
+    assert load_vavae(tmp_path, log=quiet).config.condition_dim == 0
 
 
 def test_what_cannot_be_loaded_is_said(tmp_path):
@@ -221,30 +207,19 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
 # ---- vectors from a file
 
 
-PEOPLE = {"ID_1": 0, "ID_4": 3}
-
-
 def test_condition_file(tmp_path):
-    vectors = {"ID_4": torch.tensor([4.0, 4.5]), "ID_1": torch.tensor([1.0, 1.5]), "ID_9": torch.zeros(2)}
-    save_file(vectors, tmp_path / "c.safetensors")
-    table = read_condition_file(tmp_path / "c.safetensors", PEOPLE)
+    path, people = tmp_path / "c.safetensors", {"ID_1": 0, "ID_4": 3}
+    save_file({"ID_4": torch.tensor([4.0, 4.5]), "ID_1": torch.tensor([1.0, 1.5]), "ID_9": torch.zeros(2)}, path)
+    table = read_condition_file(path, people)
     assert table.tolist() == [[1.0, 1.5], [0, 0], [0, 0], [4.0, 4.5]] and table.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("vectors", "message"),
-    [
+    for vectors, message in (
         ({"ID_1": torch.zeros(2)}, "has no vector for ID_4; it holds 1 vectors"),
         ({"ID_1": torch.zeros(2), "ID_4": torch.zeros(3)}, "differ in shape"),
         ({"ID_1": torch.zeros(2, 2), "ID_4": torch.zeros(2, 2)}, "expected one length"),
-        (None, "cannot be read"),
-    ],
-)
-def test_bad_condition_files(tmp_path, vectors, message):
-    if vectors is not None:
-        save_file(vectors, tmp_path / "c.safetensors")
-    with pytest.raises(UserError, match=message):
-        read_condition_file(tmp_path / "c.safetensors", PEOPLE)
+    ):
+        save_file(vectors, path)
+        with pytest.raises(UserError, match=message):
+            read_condition_file(path, people)
 
 
 # ---- reconstructions
@@ -255,6 +230,4 @@ def test_reconstructions_stand_beside_their_originals(split_dir):
     originals, made = reconstruct(model, data, batch_size=4)
     assert torch.equal(originals, data.in_memory())
     assert made.shape == originals.shape and made.dtype == torch.uint8
-    again = reconstruct(model, data, batch_size=6)[1]
-    assert (made.int() - again.int()).abs().max() <= 1  # no random number in it; the batch size rounds at most
-    assert torch.equal(made, reconstruct(model, data, batch_size=4)[1])
+    assert torch.equal(made, reconstruct(model, data, batch_size=4)[1])  # no random number in it

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vavae_tools.autoencoders.vavae import block_types
 from vavae_tools.checkpoints.formats import plain_name
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, join_first
 
 PARTS = (  # the reference's name ↔ diffusers' name; # is a number, the same in both
     (".down.#.block.#.", ".down_blocks.#.resnets.#."),
@@ -92,7 +92,7 @@ def vavae_arguments(
         if name not in weights:
             raise UserError(
                 f"{source} is no checkpoint of VA-VAE training and no published VA-VAE: it has no {name} among its "
-                f"{len(weights)} entries ({', '.join(list(weights)[:3]) or 'none'}{' …' if len(weights) > 3 else ''})"
+                f"{len(weights)} entries ({join_first(weights) or 'none'})"
             )
         return tuple(weights[name].shape)
 
