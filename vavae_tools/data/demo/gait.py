@@ -6,20 +6,17 @@ Boulic, Thalmann & Thalmann (1990); their echo is made as by Chen, "The Micro-Do
 """
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm.auto import tqdm
 
 from vavae_tools.data.demo import walking
 from vavae_tools.data.demo.walking import Person, draw_person, generator
@@ -75,8 +72,8 @@ def write_gait_dataset(
 ) -> Path:
     """Write `images` of each of `people` walkers as ID_1/walk_001.jpg … and return the folder.
 
-    The bytes of an image depend on `size` (pixels), `seed` and `colormap` alone; `workers` (processes; None: one per
-    core) only set the pace. gait.json holds the settings and how each person walks. All of it comes at once when it is
+    The bytes of an image depend on `size` (pixels), `seed` and `colormap` alone; `workers` (threads; None: as the cores
+    are) only set the pace. gait.json holds the settings and how each person walks. All of it comes at once when it is
     whole; a folder of these very settings is left as it is.
     """
     output_dir = Path(output_dir)
@@ -89,27 +86,26 @@ def write_gait_dataset(
     if _is_finished(output_dir, settings):
         return output_dir
 
-    partial_dir = output_dir / ".partial"
+    partial_dir, walkers = output_dir / ".partial", range(1, people + 1)
     shutil.rmtree(partial_dir, ignore_errors=True)  # of a run that was killed
+    pool = ThreadPoolExecutor(workers)  # numpy computes without the interpreter's lock
     try:
-        for person in range(1, people + 1):
+        for person in walkers:
             (partial_dir / f"ID_{person}").mkdir(parents=True)
-        tasks = [(person, image) for person in range(1, people + 1) for image in range(1, images + 1)]
-        _run(partial(_write_image, partial_dir, size, seed, colormap), tasks, workers or cores(), progress)
-        drawn = {f"ID_{person}": asdict(draw_person(seed, person)) for person in range(1, people + 1)}
+        tasks = [(person, image) for person in walkers for image in range(1, images + 1)]
+        made = pool.map(partial(_write_image, partial_dir, size, seed, colormap), tasks)
+        for _ in tqdm(made, total=len(tasks), unit="image", disable=not progress):
+            pass
+        drawn = {f"ID_{person}": asdict(draw_person(seed, person)) for person in walkers}
         (partial_dir / FINISHED).write_text(json.dumps({"settings": settings, "people": drawn}, indent=1) + "\n")
         for path in sorted(partial_dir.iterdir()):  # gait.json last
             path.rename(output_dir / path.name)
     except OSError as error:
         raise UserError(f"Cannot write into {output_dir} ({error.strerror}). Choose another --output_dir.") from None
     finally:
+        pool.shutdown(cancel_futures=True)
         shutil.rmtree(partial_dir, ignore_errors=True)
     return output_dir
-
-
-def cores() -> int:
-    """Return how many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_finished(output_dir: Path, settings: dict) -> bool:
@@ -132,31 +128,6 @@ def _write_image(folder: Path, size: int, seed: int, colormap: str, task: tuple[
     image.save(folder / "ID_{}/walk_{:03d}.jpg".format(*task), "JPEG", quality=92, subsampling=0)
 
 
-def _run(write: partial, tasks: list[tuple[int, int]], workers: int, progress: bool) -> None:
-    """Do the tasks, in processes where there is more than one worker."""
-    import scipy.fft
-    import scipy.interpolate  # noqa: F401 (once here, instead of once in each worker)
-    from tqdm.auto import tqdm
-
-    bar = partial(tqdm, total=len(tasks), unit="image", disable=not progress)
-    if workers == 1:
-        for task in bar(tasks):
-            write(task)
-        return
-    # A fork needs no `if __name__ == "__main__"` in the caller's script; but only Linux forks safely.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    processes = min(workers, len(tasks))
-    pool = ProcessPoolExecutor(processes, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))  # the parent ends it
-    try:
-        for _ in bar(pool.map(write, tasks, chunksize=min(8, -(-len(tasks) // workers)))):
-            pass
-    except BrokenProcessPool:
-        killed = f"One of {workers} worker processes was killed, perhaps for memory"
-        raise UserError(f"{killed}. Run it again with fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def main() -> None:
     parser = command_parser("python -m vavae_tools.data.demo.gait", __doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="a new or an empty folder")
@@ -165,7 +136,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="pixels across and down, 16 or more")
     parser.add_argument("--seed", type=int, default=0, help="with another number, other people walk")
     parser.add_argument("--colormap", default="jet", help="a matplotlib colour map: jet, viridis, turbo, gray …")
-    parser.add_argument("--workers", type=int, help="processes; without it one per core")
+    parser.add_argument("--workers", type=int, help="threads; without it as the cores are")
     options = vars(parser.parse_args())
     output_dir, count = options["output_dir"], options["people"] * options["images"]
     there, start = (output_dir / FINISHED).is_file(), time.perf_counter()
