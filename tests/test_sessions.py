@@ -16,7 +16,7 @@ from kaggle_stand_in import KEY, KaggleStandIn
 from vavae_tools.kaggle import session as sessions
 from vavae_tools.kaggle.session import Unavailable, pull_session, push_session, session_files
 from vavae_tools.kaggle_session import main, write_kernel
-from vavae_tools.runtime.errors import UserError, run_command
+from vavae_tools.runtime.errors import UserError
 
 RUN = "me/gait-run"
 
@@ -93,17 +93,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def command(*arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["kaggle_session", *map(str, arguments)])
-    try:
-        run_command(main)
-        status = 0
-    except SystemExit as ended:
-        status = ended.code
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
 def steps_in(folder: Path) -> dict[str, int]:
     return {run: torch.load(folder / run / "checkpoints/last.ckpt")["global_step"] for run in ("vavae", "dit")}
 
@@ -172,34 +161,24 @@ def assert_one_line(outcome: tuple[int, str, str], *words: str) -> None:
     assert KEY not in out + err and "Traceback" not in err
 
 
+NO_ROOM, TOO_BIG = {"code": 500, "message": "no room"}, {"status": "error", "error": f"too big {KEY}"}
 FAULTS = {
     "a refused file": ({"refused": ("small-files",)}, "was not pushed (", 1),
-    "a server error": ({"failing": {"StartBlobUpload": (500, {"code": 500, "message": "no room"})}}, "no room", 1),
-    "an error with status 200": (
-        {"failing": {"CreateDatasetVersion": (200, {"status": "error", "error": f"too big {KEY}"})}},
-        "too big …",
-        1,
-    ),
-    "a file lost without a word": (
-        {"lost": ("small-files",)},
-        "has lost something on the way: small-files.pack (",
-        2,
-    ),
+    "a server error": ({"failing": {"StartBlobUpload": (500, NO_ROOM)}}, "no room", 1),
+    "an error with status 200": ({"failing": {"CreateDatasetVersion": (200, TOO_BIG)}}, "too big …", 1),
+    "a file lost without a word": ({"lost": ("small-files",)}, "lost something on the way: small-files.pack (", 2),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_upload_that_fails_is_noticed_and_what_was_there_is_kept(
-    tmp_path, kaggle, client, monkeypatch, capsys, fault
-):
+def test_an_upload_that_fails_is_noticed_and_what_was_there_is_kept(tmp_path, kaggle, client, run_main, fault):
     faults, words, versions = FAULTS[fault]
     work = outputs(tmp_path / "work")
     kaggle.datasets[RUN] = [{"before": b"whole"}]
     vars(kaggle).update(faults)
     arguments = ["push", "--work", work, "--dataset", RUN, "--wait", 2]
     before = contents(work)
-    outcome = command(*arguments, monkeypatch=monkeypatch, capsys=capsys)
-    assert_one_line(outcome, words, "Push again")
+    assert_one_line(run_main(main, *arguments), words, "Push again")
     assert kaggle.datasets[RUN][0] == {"before": b"whole"} and len(kaggle.datasets[RUN]) == versions
     assert contents(work) == before
 
@@ -210,12 +189,12 @@ def test_a_version_that_is_never_listed_is_told(tmp_path, kaggle):
         push_session(outputs(tmp_path / "work"), RUN, wait=0.3, log=lambda line: None)
 
 
-def test_wrong_credentials(tmp_path, kaggle, client, monkeypatch, capsys, said):
+def test_wrong_credentials(tmp_path, kaggle, client, monkeypatch, run_main, said):
     monkeypatch.setenv("KAGGLE_KEY", "wrong-and-secret")
     work = outputs(tmp_path / "work")
-    status, out, err = command("push", "--work", work, "--dataset", RUN, monkeypatch=monkeypatch, capsys=capsys)
-    assert_one_line((status, out, err), "Kaggle does not know these credentials", "make a token")
-    assert "wrong-and-secret" not in out + err and kaggle.datasets == {}
+    outcome = run_main(main, "push", "--work", work, "--dataset", RUN)
+    assert_one_line(outcome, "Kaggle does not know these credentials", "make a token")
+    assert "wrong-and-secret" not in outcome[1] + outcome[2] and kaggle.datasets == {}
     assert pull_session(work, RUN, log=said.append) is None and said[0].startswith("nothing pulled: Kaggle does not")
 
 
@@ -257,26 +236,21 @@ def test_without_client_or_network_everything_else_goes_on(tmp_path, monkeypatch
     without(blocked, "kagglehub", monkeypatch)
     without(blocked, "kaggle", monkeypatch)
     assert push_session(work, RUN, log=said.append) is None
-    assert (
-        said[-1]
-        == "not pushed: neither kagglehub nor the kaggle client is here (no module named kaggle): pip install kaggle"
-    )
+    assert said[-1].endswith("nor the kaggle client is here (no module named kaggle): pip install kaggle")
     (blocked / "kaggle.py").write_text("raise SystemExit(1)")  # as clients up to 2.2.0 without credentials
     assert push_session(work, RUN, log=said.append) is None
     assert said[-1].startswith("not pushed: no Kaggle credentials are here")
     assert push_session(work, None, log=said.append) is None and "no dataset is named" in said[-1]
 
 
-def test_the_first_session_pulls_nothing(tmp_path, monkeypatch, capsys, said):
+def test_the_first_session_pulls_nothing(tmp_path, run_main, said):
     assert pull_session(tmp_path / "work", RUN, log=said.append) is None
     assert said == [f"nothing pulled: there is no dataset {RUN} that you may read: it is made by the first push"]
     assert pull_session(tmp_path / "work", log=said.append) is None and "no earlier session is attached" in said[1]
-    assert_one_line(command("pull", monkeypatch=monkeypatch, capsys=capsys), "no earlier session is attached")
+    assert_one_line(run_main(main, "pull"), "no earlier session is attached")
 
 
-@pytest.mark.parametrize(
-    "name", ["run", "me/run", "me/Gait-Run", "me/gait run", "me/../../etc", "me/gait\nrun", "/x", "ü/gait-run"]
-)
+@pytest.mark.parametrize("name", ["run", "me/run", "me/Gait-Run", "me/../../etc", "me/gait\nrun"])
 def test_names_that_kaggle_does_not_take(tmp_path, kaggle, name):
     outputs(tmp_path / "work")
     for call in (push_session, pull_session):
@@ -396,17 +370,13 @@ def test_a_manifest_cannot_write_elsewhere(tmp_path, attached, path):
 # ---- kernels
 
 
-def kaggle_program(*arguments: object) -> subprocess.CompletedProcess:
-    call = [sys.executable, "-m", "kaggle", *map(str, arguments)]
-    return subprocess.run(call, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60, check=False)
-
-
-def test_the_client_pushes_the_kernel_that_is_written(tmp_path, kaggle, monkeypatch, capsys):
+def test_the_client_pushes_the_kernel_that_is_written(kaggle, run_main):
     notebook = Path(__file__).parents[1] / "notebooks/02_vavae_fine_tuning.ipynb"
     arguments = ["kernel", "--notebook", notebook, "--dataset", "me/vavae-tools", RUN, "--output_dir", "kernel"]
-    status, out, _ = command(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+    status, out, _ = run_main(main, *arguments)
     assert status == 0 and "next: kaggle kernels push -p kernel" in out
-    done = kaggle_program("kernels", "push", "-p", "kernel")
+    call = [sys.executable, "-m", "kaggle", "kernels", "push", "-p", "kernel"]
+    done = subprocess.run(call, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
     assert done.returncode == 0 and "successfully pushed" in done.stdout, done.stdout + done.stderr
     assert "does not resolve" not in done.stdout
     (sent,) = kaggle.asked("SaveKernel")
