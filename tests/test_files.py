@@ -26,7 +26,7 @@ def test_written_whole_makes_folders_and_replaces(tmp_path):
     assert names(path.parent) == ["b.txt"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), ValueError("bug")])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
 def test_an_error_leaves_the_former_file_and_nothing_beside_it(tmp_path, error):
     path = tmp_path / "file.txt"
     path.write_text("former")
@@ -34,16 +34,6 @@ def test_an_error_leaves_the_former_file_and_nothing_beside_it(tmp_path, error):
         partial.write_text("half of the n")
         raise error
     assert path.read_text() == "former" and names(tmp_path) == ["file.txt"]
-
-
-def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
-    events = []
-    monkeypatch.setattr("os.fsync", lambda handle: events.append("flush"))
-    replace = type(tmp_path).replace
-    monkeypatch.setattr(type(tmp_path), "replace", lambda self, to: (events.append("rename"), replace(self, to)))
-    with atomic_write(tmp_path / "file.txt") as partial:
-        partial.write_text("text")
-    assert events == ["flush", "rename", "flush"]  # the file, its name, the folder that holds the name
 
 
 # ---- checkpoints of others
@@ -60,21 +50,14 @@ def test_a_missing_checkpoint_names_what_is_there(tmp_path):
         read_checkpoint(tmp_path / "w.pt")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "zeros in the middle"])
-def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+def test_a_damaged_checkpoint_is_named(tmp_path):
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": {"w": torch.arange(1000.0)}}, path)
     whole = path.read_bytes()
-    path.write_bytes(
-        {
-            "truncated": whole[: len(whole) // 2],
-            "empty": b"",
-            "text": b"This is no checkpoint at all.\n" * 10,
-            "zeros in the middle": whole[:64] + bytes(400) + whole[464:],
-        }[damage]
-    )
-    with pytest.raises(UserError, match=r"last\.ckpt is damaged or no checkpoint"):
-        read_checkpoint(path)
+    for content in (whole[: len(whole) // 2], b"", b"No checkpoint.\n" * 10, whole[:64] + bytes(400) + whole[464:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"last\.ckpt is damaged or no checkpoint"):
+            read_checkpoint(path)
 
 
 # ---- what a command says

@@ -20,19 +20,11 @@ from vavae_tools.checkpoints.formats import (
     write_any_format,
     write_folder,
 )
-from vavae_tools.checkpoints.resuming import (
-    check_resumable,
-    checkpoint_info,
-    checkpoints_in,
-    keep_newest,
-    resume_path,
-)
+from vavae_tools.checkpoints.resuming import check_resumable, checkpoint_info, checkpoints_in, keep_newest, resume_path
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.training.denoiser_module import DiffusionModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
 quiet = pytest.fail  # where there is nothing to say
 
 
@@ -93,17 +85,6 @@ def test_a_folder_holds_a_checkpoint_bit_by_bit(tmp_path, dit):
     assert_same(read_folder(folder, quiet), checkpoint)
 
 
-@pytest.mark.parametrize("way", ["a.pth", "a.pt", "folder", "a.ckpt"])
-def test_every_kind_becomes_every_other(tmp_path, way):
-    path = write_any_format(small(), tmp_path / way)
-    assert path == tmp_path / way and path.is_dir() == (way == "folder")
-    back = write_any_format(read_any_format(path, quiet), tmp_path / "back.ckpt")
-    assert_same(torch.load(back, weights_only=True), small())
-    if way == "a.pth":
-        saved = torch.load(path, weights_only=True)
-        assert saved.keys() == {"model", "ema_model", "optimizer", "trainer", "epoch", "global_step"}
-
-
 def test_names_are_written_without_what_wraps_the_model(tmp_path):
     weights = {"module.network._orig_mod.a": torch.ones(1), "ema.network._orig_mod.a": torch.zeros(1)}
     folder = write_folder({**small(), "state_dict": weights}, tmp_path / "checkpoint-7")
@@ -133,10 +114,7 @@ def test_two_optimisers_resume_from_a_folder_of_ours_and_of_elsewhere(tmp_path, 
         torch.save(kept[key], theirs / f"{part}.pt")
     found = read_folder(theirs, said.append)
     assert (found["epoch"], found["global_step"]) == (1, 4)  # from its name, and as the optimiser counted
-    assert [line.removeprefix(f"{theirs}").split()[0:3] for line in said] == [
-        ["has", "no", "training_state.json:"],
-        [":", "ema_model.pt", "is"],
-    ]
+    assert [line.split()[-1] for line in said] == ["name", "them"]
     for folder, step in ((ours, 6), (theirs, 4)):
         module = new_module()
         check_resumable(folder, module)
@@ -196,7 +174,7 @@ def test_a_kill_at_any_moment_leaves_no_half_of_a_folder(tmp_path, again):
     assert not again or steps.count(None) == 1
 
 
-def test_a_full_disk_leaves_the_former_folder(tmp_path, monkeypatch):
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
     folder = write_folder(small(), tmp_path / "checkpoint-7")
     save = torch.save
 
@@ -211,15 +189,9 @@ def test_a_full_disk_leaves_the_former_folder(tmp_path, monkeypatch):
         write_folder(small(2.0), folder)
     assert_same(read_folder(folder, quiet), small())
     assert names(tmp_path) == ["checkpoint-7"]
-
-
-def test_what_is_no_checkpoint_is_not_replaced(tmp_path):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "1.png").touch()
-    for name in ("images", "images/1.png"):
-        with pytest.raises(UserError, match=r"exists and is no checkpoint \(no model\.pt\): name another folder"):
-            write_folder(small(), tmp_path / name)
-    assert names(tmp_path / "images") == ["1.png"]
+    with pytest.raises(UserError, match=r"exists and is no checkpoint \(no model\.pt\): name another folder"):
+        write_folder(small(), tmp_path / "images")
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "checkpoint-7/model.pt", "checkpoint-7/trainer.pt"])
@@ -388,7 +360,6 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path, monkeypatch):
 
     refused(folder, "No checkpoint checkpoint-1")
     folder.mkdir()
-    refused(folder, r"checkpoint-1 is no checkpoint: it is empty, expected model\.pt")
     torch.save({}, folder / "optimizer.pt")
     refused(folder, r"it holds optimizer\.pt, expected model\.pt")
     for contents, message in [

@@ -82,7 +82,6 @@ def test_a_runs_folder_is_its_newest_checkpoint(tmp_path):
     ("resume", "message"),
     [
         ("run/checkpoint-5", r"^No checkpoint run/checkpoint-5; run holds checkpoint-\d, "),
-        ("run/zzz", r"^No checkpoint run/zzz; run holds checkpoint-1, .* and 1 more$"),
         ("empty", r"^empty is no checkpoint: it is empty, expected model\.pt as in a checkpoint's folder, or last\."),
         ("empty/none", "^No checkpoint empty/none; empty is empty$"),
         ("images", r"^images is no checkpoint: it holds 1\.png, expected"),
@@ -169,9 +168,8 @@ def test_a_compiled_network_takes_plain_names_and_the_reverse(tmp_path, wrap):
 
 
 @pytest.fixture
-def run(monkeypatch, run_main, tmp_path):
+def run(here, run_main):
     """Run the command here: its status, the lines it printed, and what it said on stderr."""
-    monkeypatch.chdir(tmp_path)
 
     def run(*words) -> tuple[int, list[str], str]:
         status, out, err = run_main(main, *words)
@@ -180,7 +178,7 @@ def run(monkeypatch, run_main, tmp_path):
     return run
 
 
-def test_list_is_a_table(run, tmp_path):
+def test_list_is_a_table(run):
     run_folder(Path("run"))
     saved(Path("run/own.ckpt"), 12_345)
     status, lines, _ = run("list", "run")
@@ -193,28 +191,17 @@ def test_list_is_a_table(run, tmp_path):
     assert "damaged: model.pt: 4 bytes, expected" in damaged
 
 
-def test_inspect_says_what_is_in_it(run, tmp_path):
+def test_inspect_says_what_is_in_it(run):
     torch.save({**small(), "run": {"versions": {"torch": "2.9"}, "command": ["train.py", "--lr", "1"]}}, "last.ckpt")
     size = f"{Path('last.ckpt').stat().st_size / 1e6:.2f} MB"
-    assert run("inspect", "last.ckpt") == (
-        0,
-        [
-            f"last.ckpt: {size}, whole",
-            "step 7, epoch 2",
-            "network.a: 3 weights in 1 tensors, float32",
-            "ema: 3 weights in 1 tensors, float32",
-            "optimiser 0: 1 tensors, lr 0.1",
-            "versions: lightning -, torch 2.9",
-            "command: train.py --lr 1",
-            "  betas: [0.9, 0.99]",
-            "  size: (8, 8)",
-            "  name: None",
-        ],
-        "",
-    )
+    of_network = [f"{part}: 3 weights in 1 tensors, float32" for part in ("network.a", "ema")]
+    of_run = ["optimiser 0: 1 tensors, lr 0.1", "versions: lightning -, torch 2.9", "command: train.py --lr 1"]
+    settings = ["  betas: [0.9, 0.99]", "  size: (8, 8)", "  name: None"]
+    lines = [f"last.ckpt: {size}, whole", "step 7, epoch 2", *of_network, *of_run, *settings]
+    assert run("inspect", "last.ckpt") == (0, lines, "")
 
 
-def test_prune_says_what_goes_and_what_is_freed(run, tmp_path):
+def test_prune_says_what_goes_and_what_is_freed(run):
     run_folder(Path("run"))
     before = names(Path("run"))
     status, lines, _ = run("prune", "run", "--keep", "2", "--dry_run")
@@ -226,7 +213,7 @@ def test_prune_says_what_goes_and_what_is_freed(run, tmp_path):
     assert names(Path("run")) == ["checkpoint-3", "checkpoint_epoch_9.pth", "checkpoints"]
 
 
-def test_convert_there_and_back(run, tmp_path):
+def test_convert_there_and_back(run):
     saved(Path("last.ckpt"))
     for source, destination in [("last.ckpt", "folder"), ("folder", "a.pth"), ("a.pth", "back.ckpt")]:
         assert run("convert", source, destination) == (0, [f"written: {destination} (from {source})"], "")
@@ -239,7 +226,7 @@ def test_convert_there_and_back(run, tmp_path):
     assert status == 2 and "half.ckpt is damaged" in error and not Path("other").exists()
 
 
-def test_verify_ends_with_a_status(run, tmp_path):
+def test_verify_ends_with_a_status(run):
     run_folder(Path("run"))
     status, lines, error = run("verify", "run")
     assert status == 2 and len(lines) == 8 and sum(line.endswith(": whole") for line in lines) == 7
@@ -253,8 +240,6 @@ def test_verify_ends_with_a_status(run, tmp_path):
     ("line", "message"),
     [
         ("list nowhere", "No checkpoints in nowhere: it is not there; expected a run's folder with last.ckpt"),
-        ("list .", "No checkpoints in .: it is empty"),
-        ("inspect nowhere", "No checkpoint nowhere"),
         ("inspect .", ". is no checkpoint: it is empty, expected model.pt"),
         ("convert nowhere a.ckpt", "No checkpoint nowhere"),
     ],
