@@ -26,8 +26,8 @@ from vavae_tools.diffusion.objectives import Objective, objective_of
 from vavae_tools.diffusion.solvers import sample, swapped
 from vavae_tools.pipelines.batches import all_finite, decoded, in_batches, precision_for
 from vavae_tools.runtime.draws import Draws
-from vavae_tools.runtime.errors import UserError, one_line
-from vavae_tools.runtime.files import plain_config, weights_digest
+from vavae_tools.runtime.errors import UserError, contents, one_line
+from vavae_tools.runtime.files import plain_config, read_json, weights_digest
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 Generators = torch.Generator | list[torch.Generator] | None
@@ -134,9 +134,10 @@ def is_folder_of_pipeline(path: Path) -> bool:
 
 
 def kind_of(path: str | Path) -> str:
-    """Return the pipeline's class, of `KINDS`, of a folder or a checkpoint of training; "" of another folder."""
+    """Return the class, of `KINDS`, of a pipeline's folder or a checkpoint of training; "" of another folder."""
     if is_folder_of_pipeline(Path(path)):
-        return str(_read_index(Path(path)).get("_class_name", ""))
+        index = Path(path) / "model_index.json"
+        return str(read_json(index).get("_class_name")) if index.is_file() else ""
     return _kind_trained(_read_checkpoint(Path(path))["hyper_parameters"])
 
 
@@ -151,20 +152,11 @@ def _check_kind(path: Path, found: str, wanted: type[DiffusionPipeline]) -> None
         raise UserError(f"{path} {KINDS[found]}")
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    """Return model_index.json; nothing where it is missing or damaged, which is said where it is read."""
-    try:
-        return dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
 def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -> Pipeline:
     """Return the pipeline that `save_pretrained` wrote; `options` are those of `from_pretrained`."""
     if not (path / "model_index.json").is_file():
-        there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-        raise UserError(f"{path} is no pipeline (no model_index.json); it holds {there}. Name a .ckpt or pipeline/")
-    index = _read_index(path)
+        raise UserError(f"{path} is no pipeline (no model_index.json); it {contents(path)}. Name a .ckpt or pipeline/")
+    index = read_json(path / "model_index.json")
     _check_kind(path, str(index.get("_class_name")), kind)
     if not ema:
         raise UserError(f"{path} holds the averaged weights alone: name a .ckpt of the training for the live ones")

@@ -14,22 +14,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from vavae_tools.runtime import machine
 from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.machine import (
-    HALF_DTYPES,
-    PRECISIONS,
-    computing_in,
-    for_inference,
-    is_memory_fault,
-    machine_of,
-    precision_on,
-    release_memory,
-)
 
 Made = TypeVar("Made")
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
-_OF_WEIGHTS = {kind: name for name, kind in HALF_DTYPES.items()}
+_OF_WEIGHTS = {kind: name for name, kind in machine.HALF_DTYPES.items()}
 
 
 # ---- how many at once
@@ -50,9 +41,9 @@ def in_batches(
             done(size)
             continue
         except Exception as error:
-            if not is_memory_fault(error) or _is_sharded(pipe):  # whose other processes are in its midst
+            if not machine.is_memory_fault(error) or _is_sharded(pipe):  # whose other processes are in its midst
                 raise
-        release_memory()  # outside of `except`, whose traceback holds what is to be freed
+        machine.release_memory()  # outside of `except`, whose traceback holds what is to be freed
         memory = "GPU's memory" if pipe._execution_device.type == "cuda" else "memory"
         if size == 1:
             raise UserError(f"The {memory} is too small for one {pipe.makes}: end what else runs, or change the device")
@@ -74,7 +65,7 @@ def move_to_device(pipe: Pipeline, device: str | torch.device) -> Pipeline:
     try:
         return pipe.to(device)
     except Exception as error:
-        if not is_memory_fault(error):
+        if not machine.is_memory_fault(error):
             raise
     raise UserError(f"{device} has no room for the models: end what else runs there, or take --accelerator cpu")
 
@@ -85,7 +76,7 @@ def default_batch_size(pipe: DiffusionPipeline) -> int:
         return 16
     memory, most = 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 64
     if pipe._execution_device.type == "cuda":
-        release_memory()  # what this process keeps without need is free as well
+        machine.release_memory()  # what this process keeps without need is free as well
         memory, most = 0.8 * torch.cuda.mem_get_info(pipe._execution_device)[0], 256
     return min(most, 1 << max(0, int(memory // _bytes_of_one(pipe)).bit_length() - 1))
 
@@ -120,9 +111,9 @@ def precision_for(pipe: DiffusionPipeline, name: str | None = None) -> str:
     of_weights = _OF_WEIGHTS.get(pipe.denoiser.dtype)
     if name is None and of_weights:
         return of_weights
-    found = precision_on(machine_of(pipe._execution_device), name)
+    found = machine.precision_on(machine.machine_of(pipe._execution_device), name)
     if found == "32" and of_weights:
-        weights = f"the weights are {PRECISIONS[of_weights]}"
+        weights = f"the weights are {machine.PRECISIONS[of_weights]}"
         raise UserError(f"precision 32, but {weights}: take pipe.to(torch.float32) first")
     return found
 
@@ -132,22 +123,22 @@ def all_finite(
 ) -> Tensor:
     """Return what `make` makes of rows 0 … count − 1, (B, …); those that are not finite are made again in float32."""
     device, half_weights = pipe._execution_device, pipe.denoiser.dtype in _OF_WEIGHTS
-    with computing_in(precision, device):
+    with machine.computing_in(precision, device):
         made = make(torch.arange(count, device=device))
     lost = _not_finite(made)
     if len(lost) and precision != "32" and not half_weights:
         said = vars(pipe).setdefault("said_not_finite", set())
         if what not in said:  # the first time
             said.add(what)
-            found = f"{len(lost)} of {count} {what} are not finite in {PRECISIONS[precision]}"
+            found = f"{len(lost)} of {count} {what} are not finite in {machine.PRECISIONS[precision]}"
             print_beside_bars(f"{found}: such ones are made again in float32")
         precision = "32"
-        with computing_in(precision, device):
+        with machine.computing_in(precision, device):
             made[lost] = make(lost).to(made.dtype)
         lost = _not_finite(made)
     if len(lost):
         help = "take pipe.to(torch.float32)" if half_weights else "the weights are ruined, take an earlier checkpoint"
-        raise UserError(f"{len(lost)} of {count} {what} are not finite in {PRECISIONS[precision]}: {help}")
+        raise UserError(f"{len(lost)} of {count} {what} are not finite in {machine.PRECISIONS[precision]}: {help}")
     return made
 
 
@@ -160,7 +151,7 @@ def decoded(pipe: DiffusionPipeline, latents: Tensor, precision: str, labels: Te
     """Return images near [-1, 1], all finite, of latents (B, C, h, w) that were made in a precision."""
     half = precision != "32" and pipe._execution_device.type == "cuda"
     if half:
-        for_inference(pipe.vae, pipe._execution_device)
+        machine.for_inference(pipe.vae, pipe._execution_device)
 
     def decode(rows: Tensor) -> Tensor:
         return pipe.vae.decode_latents(latents[rows], None if labels is None else labels[rows])

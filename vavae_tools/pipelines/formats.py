@@ -23,7 +23,7 @@ from vavae_tools.data.images import save_image
 from vavae_tools.pipelines.tokens import Prompt, TokenImageOutput
 from vavae_tools.plots import image_grid, show_images
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import atomic_write
+from vavae_tools.runtime.files import atomic_write, read_json
 from vavae_tools.runtime.machine import PRECISIONS
 
 RECORD, GRID = "samples.json", "grid.png"
@@ -227,10 +227,10 @@ def begin(files: SampleFiles, settings: dict[str, Any], precision: str | None, o
 def _read(folder: Path) -> dict[str, Any]:
     """Return the record; {} where there is none, or a damaged one, which is as good as none."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return record if isinstance(record["settings"], dict) else {}
-    except (OSError, ValueError, LookupError, TypeError):
+        record = read_json(folder / RECORD)
+    except UserError:
         return {}
+    return record if isinstance(record.get("settings"), dict) else {}
 
 
 def _family(record: dict[str, Any]) -> str:
