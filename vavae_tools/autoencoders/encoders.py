@@ -90,10 +90,8 @@ class FrozenEncoder(nn.Module):
         height, width = pixel_values.shape[2:]
         if height % self.patch_size or width % self.patch_size:
             raise UserError(f"Images of {height}×{width} do not fall into patches of {self.patch_size} pixels")
-        return self._tokens(pixel_values.to(next(self.model.parameters()).dtype))
-
-    def _tokens(self, pixel_values: Tensor) -> Tensor:
-        raise NotImplementedError
+        count = (height // self.patch_size) * (width // self.patch_size)
+        return patch_tokens(self.model, pixel_values.to(next(self.model.parameters()).dtype), count)
 
 
 class Dinov2withNorm(FrozenEncoder):
@@ -102,10 +100,6 @@ class Dinov2withNorm(FrozenEncoder):
     kinds: ClassVar = {"dinov2_with_registers": "Dinov2WithRegisters", "dinov2": "Dinov2"}
     published: ClassVar = {"image_size": 518, "patch_size": 14}
     input_size = 224
-
-    def _tokens(self, pixel_values: Tensor) -> Tensor:
-        leading = 1 + self.arguments.get("num_register_tokens", 0)
-        return self.model(pixel_values).last_hidden_state[:, leading:]  # (B, N, C)
 
 
 class SigLIPwithNorm(FrozenEncoder):
@@ -118,9 +112,6 @@ class SigLIPwithNorm(FrozenEncoder):
     mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     norm = "post_layernorm"
 
-    def _tokens(self, pixel_values: Tensor) -> Tensor:
-        return self.model(pixel_values, interpolate_pos_encoding=True).last_hidden_state  # (B, N, C)
-
 
 class MAEwithNorm(FrozenEncoder):
     """The encoder of a masked autoencoder; every patch is seen, in its place, and the class token is dropped."""
@@ -130,12 +121,15 @@ class MAEwithNorm(FrozenEncoder):
     fixed: ClassVar = {"mask_ratio": 0.0}
     input_size = 256
 
-    def _tokens(self, pixel_values: Tensor) -> Tensor:
-        count = (pixel_values.shape[2] // self.patch_size) * (pixel_values.shape[3] // self.patch_size)
-        # patches are sorted by this noise; whole numbers, since half precision cannot tell all of them apart
-        order = torch.arange(count, device=pixel_values.device).expand(len(pixel_values), -1)
-        tokens = self.model(pixel_values, noise=order, interpolate_pos_encoding=True).last_hidden_state
-        return tokens[:, 1:]  # (B, N, C)
+
+def patch_tokens(model: nn.Module, pixel_values: Tensor, count: int) -> Tensor:
+    """Return the tokens (B, count, C) of all patches, row by row, without class token and registers."""
+    kind, options = model.config.model_type, {}
+    if not kind.startswith("dinov2"):
+        options["interpolate_pos_encoding"] = True
+    if kind == "vit_mae":  # it sorts patches by this noise: whole numbers, which half precision would round
+        options["noise"] = torch.arange(count, device=pixel_values.device).expand(len(pixel_values), -1)
+    return model(pixel_values, **options).last_hidden_state[:, -count:]
 
 
 _FAMILIES: dict[str, type[FrozenEncoder]] = {"dinov2": Dinov2withNorm, "siglip": SigLIPwithNorm, "mae": MAEwithNorm}

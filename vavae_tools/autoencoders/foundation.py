@@ -4,14 +4,14 @@ import hashlib
 import math
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.encoders import silent_transformers
+from vavae_tools.autoencoders.encoders import patch_tokens, silent_transformers
 from vavae_tools.data.encoded import Rows, Store, agree, cut, encode, open_shard
 from vavae_tools.data.images import DecodedImages, to_unit
 from vavae_tools.runtime.console import print_beside_bars
@@ -52,8 +52,7 @@ class TransformersFoundation:
         self.model = model.float().eval().requires_grad_(False)
         self.channels: int = config.hidden_size
         self.patch_size: int = config.patch_size
-        self._is_mae = config.model_type == "vit_mae"
-        if self._is_mae:
+        if config.model_type == "vit_mae":
             config.mask_ratio = 0.0  # every patch is seen
         embeddings = model.embeddings
         embeddings.interpolate_pos_encoding = partial(_positions, embeddings.position_embeddings, self.patch_size)
@@ -68,13 +67,8 @@ class TransformersFoundation:
         height, width = grid
         size = (height * self.patch_size, width * self.patch_size)
         images = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False)
-        images = images.expand(-1, 3, -1, -1)
-        options: dict[str, Any] = {}
-        if self._is_mae:  # it sorts patches by this noise, which is random unless given: ascending keeps their order
-            noise = torch.arange(height * width, device=images.device).expand(len(images), -1)
-            options = {"noise": noise, "interpolate_pos_encoding": True}
-        tokens = self.model(images, **options).last_hidden_state  # (B, class and registers + h·w, channels)
-        return rearrange(tokens[:, -height * width :], "b (h w) c -> b c h w", h=height).float()
+        tokens = patch_tokens(self.model, images.expand(-1, 3, -1, -1), height * width)
+        return rearrange(tokens, "b (h w) c -> b c h w", h=height).float()
 
     @cached_property
     def digest(self) -> str:
