@@ -31,3 +31,9 @@ def load_weights(name: str) -> dict[str, Tensor]:
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: dict[str, float]) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance.get("rtol", 0), atol=tolerance.get("atol", 0))
+
+
+def reference_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """A published denoiser's parameters under the reference's names."""
+    named = {name.replace("conditioner.", "y_embedder."): weight for name, weight in model.named_parameters()}
+    return {name.removeprefix("denoiser."): weight for name, weight in named.items()}

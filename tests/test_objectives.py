@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from golden_cases import assert_close, load_case, load_weights
+from golden_cases import assert_close, load_case, load_weights, reference_parameters
 from tiny import same
 
 from vavae_tools.diffusion.objectives import (
@@ -143,7 +143,7 @@ def test_three_training_steps_equal_the_reference():
             assert found.item() == pytest.approx(expected[name], rel=tolerance["loss"]["rtol"])
         optimizer.zero_grad()
         loss.backward()
-        for name, parameter in named(model).items() if step == 0 else ():
+        for name, parameter in reference_parameters(model).items() if step == 0 else ():
             if f"grad0.{name}" in io:
                 assert_close(parameter.grad, io[f"grad0.{name}"], tolerance["gradients"])
                 checked += 1
@@ -154,19 +154,11 @@ def test_three_training_steps_equal_the_reference():
             for averaged, parameter in zip(ema.parameters(), model.parameters(), strict=True):
                 averaged.lerp_(parameter, 1 - settings["ema_decay"])
     for prefix, source in (("param_after.", model), ("ema_after.", ema)):
-        for name, parameter in named(source).items():
+        for name, parameter in reference_parameters(source).items():
             if prefix + name in io:
                 assert_close(parameter.detach(), io[prefix + name], tolerance["params"])
                 checked += 1
     assert checked == sum(key.startswith(("grad0.", "param_after.", "ema_after.")) for key in io)
-
-
-def named(model) -> dict[str, torch.nn.Parameter]:
-    """Parameters under the reference's names."""
-    return {
-        name.replace("conditioner.", "y_embedder.").removeprefix("denoiser."): parameter
-        for name, parameter in model.named_parameters()
-    }
 
 
 # ---- the clean image, of the pixels of a mask alone
