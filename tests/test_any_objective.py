@@ -45,9 +45,8 @@ def class_training(of: Objective, wide: bool = False) -> tuple[DiffusionModule, 
     denoiser = tiny_dit(hidden_size=32, patch_size=2)[0]
     if wide:
         denoiser = DDT(8, 2, 2, hidden_size=(32, 48), depth=(1, 1), num_heads=2)
-    labels = INDEX % 3
-    data = seeded(3, 2, 8, 8)[labels]  # one image of each class
-    return DiffusionModule(denoiser, ClassConditioner(3, 32), of, lr=2e-3), {"latents": data, "labels": labels}
+    batch = {"latents": seeded(3, 2, 8, 8)[INDEX % 3], "labels": INDEX % 3}  # one image of each class
+    return DiffusionModule(denoiser, ClassConditioner(3, 32), of, lr=2e-3), batch
 
 
 def text_training(of: Objective) -> tuple[DiffusionModule, dict]:
@@ -69,22 +68,12 @@ def token_training(of: Objective) -> tuple[DiffusionModule, dict]:
     return module, {"clean": clean, "mask": mask, "kept": select_tokens(mask, 4)}
 
 
-TRAININGS = {
-    "DiT": class_training,
-    "DDT": lambda of: class_training(of, wide=True),
-    "text": text_training,
-    "tokens": token_training,
-}
-
-
 def train(module: DiffusionModule, batch: dict, steps: int = 150) -> tuple[float, float]:
     """Its mean loss of the first and of the last ten steps, with the draws and the optimiser of training."""
-    batch = {"index": INDEX, **batch}
-    module._trainer = types.SimpleNamespace(world_size=1)
+    module._trainer, dropout = types.SimpleNamespace(world_size=1), module.network["conditioner"].dropout
     optimizer, losses = torch.optim.AdamW(module.network.parameters(), module.hparams.lr, betas=(0.9, 0.95)), []
     for step in range(steps):
-        dropout = module.network["conditioner"].dropout
-        loss, _ = module.model_step(module.network, batch, Draws(0, step, INDEX), dropout)
+        loss, _ = module.model_step(module.network, {"index": INDEX, **batch}, Draws(0, step, INDEX), dropout)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -101,12 +90,6 @@ def checkpoint(module: DiffusionModule, folder):
     return path
 
 
-def token_pipeline(of: Objective) -> TokenImagePipeline:
-    denoiser = DiT(SIZE, 4, 4, hidden_size=16, depth=1, num_heads=2)
-    conditioner = ClassConditioner(1, 16, dropout=0.0)
-    return silent(TokenImagePipeline(denoiser, conditioner, TOKENIZER, CODE, ALL, 2.0, objective=of.config))
-
-
 def silent(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -116,7 +99,7 @@ def silent(pipe):
 @pytest.mark.parametrize("kind", ["DiT", "DDT"])
 def test_of_classes(kind, name, tmp_path):
     of = objective(name)
-    module, batch = TRAININGS[kind](of)
+    module, batch = class_training(of, wide=kind == "DDT")
     before, after = train(module, batch)
     assert after < 0.75 * before
     path = checkpoint(module, tmp_path)
@@ -125,39 +108,35 @@ def test_of_classes(kind, name, tmp_path):
     pipe, noise = silent(load_pipeline(path)), seeded(3, 2, 8, 8, seed=5)
     assert pipe.objective.config == of.config and type(pipe.objective) is type(of)
     pipe.vae.decode_latents = lambda z, labels: z.repeat(1, 2, 1, 1)[:, :3] / 4
+    by, guide = {"latents": noise, "output_type": "pt"}, load_guide(path, pipe)
     guided = {"guidance_scale": 1.5, "guidance_interval": (0.2, 0.9), "guidance_channels": "first3"}
-    guide = load_guide(path, pipe)
     for solver in SOLVERS:
         if solver not in solvers_for(of):
             with pytest.raises(UserError, match=rf"No solver '{solver.replace('+', '.')}' for .*; there are "):
                 pipe.swap_solver(solver)
             continue
         pipe.swap_solver(solver)
-        made = pipe([0, 1, 2], 30, latents=noise, output_type="pt", guidance_scale=1.0).images
+        made = pipe([0, 1, 2], 30, guidance_scale=1.0, **by).images
         assert made.float().std() > 5, solver
-        alone = pipe([1], 30, latents=noise[1:2], output_type="pt", guidance_scale=1.0).images
+        alone = pipe([1], 30, guidance_scale=1.0, **{**by, "latents": noise[1:2]}).images
         assert (alone[0].int() - made[1].int()).abs().max() <= 1, solver
-        assert not same(pipe([0, 1, 2], 30, latents=noise, output_type="pt", **guided).images, made), solver
-        by_guide = pipe([0, 1, 2], 30, latents=noise, output_type="pt", guidance_scale=1.5, guide=guide).images
+        assert not same(pipe([0, 1, 2], 30, **by, **guided).images, made), solver
+        by_guide = pipe([0, 1, 2], 30, guidance_scale=1.5, guide=guide, **by).images
         assert (by_guide.int() - made.int()).abs().max() <= 1, solver  # a guide that is the model itself
     pipe.swap_solver("sde" if "sde" in solvers_for(of) else "ddpm")
     pipe.save_pretrained(tmp_path / "pipeline")
     again = silent(load_pipeline(tmp_path / "pipeline"))
     assert type(again.scheduler) is type(pipe.scheduler) and again.objective.config == of.config
     again.vae.decode_latents = pipe.vae.decode_latents
-    by = {"latents": noise, "output_type": "pt", **guided}
-    assert same(again([0, 1, 2], 5, **by).images, pipe([0, 1, 2], 5, **by).images)
+    assert same(again([0, 1, 2], 5, **by, **guided).images, pipe([0, 1, 2], 5, **by, **guided).images)
 
 
 def test_a_guide_of_another_objective_is_refused(tmp_path):
     tiny_vavae().save_pretrained(tmp_path / "autoencoder")
-    paths = []
-    for name in ("flow_matching", "x0"):
-        module, _ = class_training(objective(name))
-        paths.append(checkpoint(module, tmp_path / name))
-    pipe = load_pipeline(paths[0], autoencoder_dir=tmp_path / "autoencoder")
+    path, other = (checkpoint(class_training(objective(name))[0], tmp_path / name) for name in ("flow_matching", "x0"))
+    pipe = load_pipeline(path, autoencoder_dir=tmp_path / "autoencoder")
     with pytest.raises(UserError, match=r"has a denoiser of sample \(linear\), the model flow_prediction \(linear\)"):
-        load_guide(paths[1], pipe)
+        load_guide(other, pipe)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -218,10 +197,12 @@ def test_at_a_ratio_data_and_noise_are_in_it(name):
 
 def test_an_evaluation_of_texts_asks_at_the_objectives_own_noise():
     """Who expects the same of the same ratio of data and noise knows as many bits, and as much comes back."""
-    data, found = sentences(4), {}
+    # texts of 16 letters, one for each image
+    data, found = TokenImageDataset("sentences", img_size=SIZE, cell_size=4).part(list(range(4))), {}
+    models = DiT(SIZE, 4, 4, hidden_size=16, depth=1, num_heads=2), ClassConditioner(1, 16, dropout=0.0)
     for name in NAMES:
         of = objective(name)
-        pipe = token_pipeline(of)
+        pipe = silent(TokenImagePipeline(*models, TOKENIZER, CODE, ALL, 2.0, objective=of.config))
         said = telling(of, lambda x, t, alpha, sigma, _: torch.tanh(alpha * x / sigma**2))
         pipe.denoiser.forward = lambda seen, t, c, kept, said=said: said(seen, t, c)
         curve = reconstruction_curve(pipe, data, times=(0.1, 0.7), count=4, steps=4)
@@ -231,11 +212,6 @@ def test_an_evaluation_of_texts_asks_at_the_objectives_own_noise():
     for name, (of_name, curve) in found.items():
         assert of_name == pytest.approx(bits, rel=0.02 if name in ("epsilon", "v") else 1e-3), name
         assert curve[1] > 0.9, name
-
-
-def sentences(count: int) -> TokenImageDataset:
-    """Texts of 16 letters, one for each image."""
-    return TokenImageDataset("sentences", img_size=SIZE, cell_size=4).part(list(range(count)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -255,10 +231,8 @@ def test_the_loss_counts_what_is_unknown_in_the_mask(name):
     row, row_parts = of.loss(*(values[:, :, 1:2] for values in (prediction, data, noise)), t)
     torch.testing.assert_close(loss, row)
     assert parts.keys() == row_parts.keys()
-    assert (
-        same(seen["x"][:, :3, 2:], data[:, :, 2:]) and same(seen["x"][:, 3], known) and same(seen["kept"] > 0, mask > 0)
-    )
-    assert same(seen["x"][:, :3, :2], of.add_noise(data, noise, t)[:, :, :2])
+    assert same(seen["x"][:, :3, 2:], data[:, :, 2:]) and same(seen["x"][:, 3], known)
+    assert same(seen["x"][:, :3, :2], of.add_noise(data, noise, t)[:, :, :2]) and same(seen["kept"] > 0, mask > 0)
     of(denoiser, data, None, noise, t, mask - known, known)  # what a chat asks is no part of the mask, but attended to
     assert same(seen["kept"] > 0, mask > 0)
     full = of.loss(prediction, data, noise, t, torch.ones(4, 4, 4))[0]

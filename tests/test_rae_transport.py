@@ -8,14 +8,7 @@ from test_ddt import split_weak
 
 from vavae_tools.diffusion.dit import make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.objectives import FlowMatching, shift_noise, time_shift_of, unmix
-from vavae_tools.diffusion.solvers import (
-    MidpointScheduler,
-    StochasticScheduler,
-    guided_prediction,
-    lay_out,
-    sample,
-    time_grid,
-)
+from vavae_tools.diffusion.solvers import guided_prediction, lay_out, make_solver, sample, time_grid
 from vavae_tools.published.denoisers import (
     RAELightningDiT,
     load_denoiser,
@@ -88,7 +81,7 @@ def test_shift_path_and_score_equal_the_reference(name):
 @torch.no_grad()
 def test_euler_and_guidance_equal_the_reference(name):
     case, io, model, weak, shift = reference(name)
-    noise, condition, null = io["ode.z"], model.conditioner(io["ode.y"]), model.conditioner.null(len(io["ode.y"]))
+    noise, condition = io["ode.z"], model.conditioner(io["ode.y"])
     steps = case["sampler"]["ode_num_points"] - 1
     grid = {"num_inference_steps": steps, "timestep_shift": 1 / shift, "last_noise": 0.001}
     solver, times = lay_out(EULER, **grid)
@@ -99,25 +92,16 @@ def test_euler_and_guidance_equal_the_reference(name):
     states = [noise]
     sample(model.denoiser, EULER, noise, condition, callback=lambda i, t, x: states.append(x), **grid)
     assert_close(torch.stack(states), io["ode.traj"], TOLERANCE)
-    scale = io["ode.cfg_scale"].item()
-    guided = sample(model.denoiser, EULER, noise, condition, null, guidance_scale=scale, **grid)
-    assert_close(guided, io["ode.cfg_final"], TOLERANCE)
-    interval = (1 - 0.9, 1 - 0.3)  # the reference's 0.3 to 0.9
-    guided = sample(
-        model.denoiser, EULER, noise, condition, null, guidance_scale=scale, guidance_interval=interval, **grid
-    )
-    assert_close(guided, io["ode.cfg_interval_final"], TOLERANCE)
-    guided = sample(
-        model.denoiser,
-        EULER,
-        noise,
-        condition,
-        guidance_scale=io["ode.ag_scale"].item(),
-        guide=weak.denoiser,
-        guide_conditioning=weak.conditioner(io["ode.y"]),
-        **grid,
-    )
-    assert_close(guided, io["ode.ag_final"], TOLERANCE)
+
+    def guided(scale, **by):
+        return sample(model.denoiser, EULER, noise, condition, guidance_scale=scale.item(), **by, **grid)
+
+    by_null = {"null": model.conditioner.null(len(noise))}
+    assert_close(guided(io["ode.cfg_scale"], **by_null), io["ode.cfg_final"], TOLERANCE)
+    by_null["guidance_interval"] = (1 - 0.9, 1 - 0.3)  # the reference's 0.3 to 0.9
+    assert_close(guided(io["ode.cfg_scale"], **by_null), io["ode.cfg_interval_final"], TOLERANCE)
+    by_guide = {"guide": weak.denoiser, "guide_conditioning": weak.conditioner(io["ode.y"])}
+    assert_close(guided(io["ode.ag_scale"], **by_guide), io["ode.ag_final"], TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -127,13 +111,11 @@ def test_midpoint_and_stochastic_sampling_equal_the_reference(name):
     noise, condition = io["ode.z"], model.conditioner(io["ode.y"])
 
     grid = {"num_inference_steps": case["sampler"]["ode_num_points"] - 1, "timestep_shift": 1 / shift}
-    made = sample(model.denoiser, MidpointScheduler(), noise, condition, last_noise=0.001, **grid)
+    made = sample(model.denoiser, make_solver("midpoint"), noise, condition, last_noise=0.001, **grid)
     assert_close(made, io["ode.midpoint_final"], TOLERANCE)
 
     settings, states = case["sampler"]["sde"], []
-    found = (settings[name] for name in ("diffusion_form", "diffusion_norm", "sampling_method", "last_step"))
-    assert tuple(found) == ("sigma", 1.0, "euler", "Mean")  # there is no other
-    solver, times = lay_out(StochasticScheduler(), settings["num_steps"], 1 / shift, settings["last_step_size"])
+    solver, times = lay_out(make_solver("sde"), settings["num_steps"], 1 / shift, settings["last_step_size"])
     solver.set_begin_index(0)
     x = noise
     for timestep, t, increment in zip(solver.timesteps, times[:-1], io["sde.noise"], strict=False):
@@ -164,21 +146,14 @@ def test_raes_lightningdit_equals_the_reference(name):
 SMALL = {"input_size": 4, "in_channels": 3, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 4}
 
 
-def raes_weights(**changes) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    denoiser = make_denoiser({**split_reference_arguments({**SMALL, **changes})[0], "time_embed": "fourier"})
-    for parameter in denoiser.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return {**denoiser.state_dict(), "y_embedder.embedding_table.weight": torch.randn(5, 16)}
-
-
-def raes_lightningdit(**changes) -> RAELightningDiT:
-    return load_denoiser("rae_lightningdit", raes_weights(**changes), {**SMALL, **changes})
-
-
 @torch.no_grad()
 def test_raes_lightningdit_guides_outside_its_list_and_inside_its_interval():
-    model = raes_lightningdit()
+    torch.manual_seed(0)
+    denoiser = make_denoiser({**split_reference_arguments(SMALL)[0], "time_embed": "fourier"})
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    table = {"y_embedder.embedding_table.weight": torch.randn(5, 16)}
+    model = load_denoiser("rae_lightningdit", {**denoiser.state_dict(), **table}, SMALL)
     x, y = torch.randn(2, 3, 4, 4), torch.tensor([1, 4])
     x = x[:1].repeat(2, 1, 1, 1)
     for t, inside in ((0.3, True), (0.6, False), (0.2, True)):
