@@ -24,7 +24,7 @@ def train(*words: str) -> None:
         from vavae_tools.recipes.presets import resolved
 
         plan = compose(line)
-        plan = replace(plan, recipe=resolved(plan.recipe))  # with what this machine decides
+        plan = plan._replace(recipe=resolved(plan.recipe))  # with what this machine decides
         print(yaml.safe_dump(plan.plain(), sort_keys=False, allow_unicode=True), end="")
     else:
         run_experiment(*words)

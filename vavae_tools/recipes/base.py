@@ -1,8 +1,7 @@
 """The recipes: what each experiment is made of, in plain values, and the function that trains it.
 
-A recipe is a dataclass of dataclasses: data, autoencoder, conditioner, objective, denoiser, how it is sampled while it
-trains, and `train`. Every default stands here and nowhere else; None stands for what the data, the model or the machine
-say. Nothing here imports torch, so that `--help` answers at once.
+Every default stands here and nowhere else; None stands for what the data, the model or the machine say. Nothing here
+imports torch, so that `--help` answers at once.
 """
 
 from dataclasses import dataclass, fields
@@ -33,12 +32,10 @@ class ImageData:
 
     data_dir: str | None = setting(
         None,
-        "a split of data_split.py, a folder per class, or a Hugging Face dataset on the disk (also made of shards, by "
-        "python -m vavae_tools.data.sources.shards); shapes: made up here; null: the split in its usual place",
+        "a split, a folder per class, or a Hugging Face dataset on the disk (of shards: vavae_tools.data.sources.shards"
+        " makes one); shapes: made up here; null: the split in its usual place",
     )
-    image_size: Size = setting(
-        None, "pixels, 256 or [height, width]; null: what the autoencoder's weights are for", least=1
-    )
+    image_size: Size = setting(None, "pixels, 256 or [height, width]; null: as the autoencoder's weights ask", least=1)
     use_hf_dataset: bool | None = setting(None, "true: datasets.load_from_disk; null: see what is there")
     train_split: str = setting("train", "the training subset's name, in a Hugging Face dataset or a folder")
     val_share: float | None = share(None, "held out where there is no validation subset; null: 0.05, of a split none")
@@ -302,10 +299,11 @@ class TokenSampling:
 class Recipe:
     """What an experiment is made of."""
 
-    train_by: ClassVar[str]  # module:function (recipe, output_dir, resume, show, say) → what it made
+    train_by: ClassVar[str]  # module:function (recipe, output_dir, resume, show, log) → what it made
     next_command: ClassVar[str] = "sample --checkpoint {made} --num_samples 100 --output_dir outputs/samples"
     needs: ClassVar[tuple[str, ...]] = ()  # keys without a default
-
+    resume: str | None = setting(None, "last, a .ckpt, .pth, checkpoint folder or run's folder")
+    output_dir: str | None = setting(None, "of this run; null: logs/runs/YYYY-MM-DD/HH-MM-SS")
     seed: int = setting(0, "the same seed, data and settings give the same weights", least=0)
 
 

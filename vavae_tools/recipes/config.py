@@ -7,7 +7,7 @@ import functools
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
 from importlib.resources import files
@@ -28,10 +28,6 @@ DEFAULT = "vavae_dit"
 RUNS = Path("logs/runs")
 _TRAINER = "train.trainer"
 _OF_TRAINER = re.compile(r"(\+train(er)?|train\.trainer)\.")  # begins keys that may be arguments of lightning.Trainer
-RUN_SETTINGS = {
-    "resume": Setting((str, type(None)), None, {"help": "last, a .ckpt, .pth, checkpoint folder or run's folder"}),
-    "output_dir": Setting((str, type(None)), None, {"help": "of this run; null: logs/runs/YYYY-MM-DD/HH-MM-SS"}),
-}
 
 
 class CommandLine(NamedTuple):
@@ -41,19 +37,15 @@ class CommandLine(NamedTuple):
     flags: dict[str, list[str]]
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """A recipe under a name, and where its run goes."""
+class Experiment(NamedTuple):
+    """A recipe under a name."""
 
     name: str
     recipe: Recipe
-    resume: str | None = None
-    output_dir: str | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return plain values, as `--config` reads them."""
-        run = {"experiment": self.name, "resume": self.resume, "output_dir": self.output_dir}
-        return {**run, **asdict(self.recipe)}
+        return {"experiment": self.name, **asdict(self.recipe)}
 
 
 def read_command_line(arguments: Sequence[str]) -> CommandLine:
@@ -105,7 +97,7 @@ def compose(line: CommandLine) -> Experiment:
     for key in keys.recipe.needs:
         if keys.values[key] is None:
             raise UserError(f"experiment={name} needs {key}=… (or --{last_word(key)} …)")
-    return Experiment(name, keys.built(), keys.values["resume"], keys.values["output_dir"])
+    return Experiment(name, keys.built())
 
 
 def recipe_with(recipe: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
@@ -136,22 +128,20 @@ class RecipeSettings:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.settings = {**RUN_SETTINGS, **settings_of(recipe)}
+        self.settings = settings_of(recipe)
         self.values = {key: setting.default for key, setting in self.settings.items()}
         self.given: set[str] = set()  # keys that got a value
 
     def home(self, key: str) -> str | None:
         """Return the recipe's own key of a name, None for one that it does not have."""
+        if key in self.settings or key in _aliases()["values"]:
+            return key
         others = _aliases()["keys"]
-        for _ in range(3):  # an alias may stand for an alias
-            if key in self.settings or key in _aliases()["values"]:
-                return key
-            begins = [old for old in others if key == old or (old.endswith(".") and key.startswith(old))]
-            if not begins:
-                return None
-            longest = max(begins, key=len)
-            key = others[longest] + key.removeprefix(longest)
-        return None
+        begins = [old for old in others if key == old or (old.endswith(".") and key.startswith(old))]
+        if not begins:
+            return None
+        longest = max(begins, key=len)
+        return self.home(others[longest] + key.removeprefix(longest))  # which may be an alias, too
 
     def set(self, key: str, value: Any, called: str | None = None) -> None:
         """Set a key of any name, or raise a `UserError` about what was `called` so."""
@@ -312,9 +302,9 @@ def run_folder(plan: Experiment, now: datetime | None = None) -> tuple[Path, str
 
 
 def _run_folder(plan: Experiment, now: datetime | None) -> tuple[Path, str | None, str | None]:
-    resume = plan.resume
-    if plan.output_dir is not None:
-        return Path(plan.output_dir), resume, None
+    resume = plan.recipe.resume
+    if plan.recipe.output_dir is not None:
+        return Path(plan.recipe.output_dir), resume, None
     if resume == "last":
         found = _newest_run(plan.name)
         return found, "last", f"resume=last: resuming {found}"

@@ -40,8 +40,7 @@ from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import compiles
 from vavae_tools.training.run import Log, Run, Show, train
 
-COLUMNS = 8
-"""Samples of each class in a preview."""
+COLUMNS = 8  # samples of each class in a preview
 
 
 def encode_split(
@@ -196,11 +195,9 @@ def denoiser_run(
     log: Log,
     **further: Any,
 ) -> Run:
-    """Return a `Run` with further fields that ends with a pipeline.
+    """Return a `Run`, with further fields, that ends with the pipeline that `load` makes of a checkpoint.
 
-    Args:
-        load: a checkpoint → its pipeline.
-        preview: (a folder, epochs between two) → the callback.
+    `preview` makes the callback of a folder and the epochs between two.
     """
     folder, checkpoints, samples = (output_dir / name for name in ("pipeline", "checkpoints", "samples"))
 
@@ -230,10 +227,7 @@ def given_size(model: Any) -> dict[str, Any]:
 
 
 def make_recipe_objective(wanted: Objective, default: Objective, shape: tuple[int, ...]) -> Learned:
-    """Return an objective by its name and numbers, on data of a shape (C, h, w).
-
-    What only the recipe's own objective, `default`, has is left out for another one.
-    """
+    """Return an objective on data of a shape (C, h, w), without what only the recipe's `default` one takes."""
     numbers = asdict(wanted)
     name = numbers.pop("name")
     taken = inspect.signature(OBJECTIVES[ALIASES.get(name, name)]).parameters
@@ -254,8 +248,7 @@ def _denoiser_for(latents: LatentDataModule, model: DenoiserModel) -> tuple[DiT 
             raise UserError(f"model.{name}={getattr(model, name)} does not fit {here}: leave it out")
     classes, null_label = model.num_classes or latents.num_classes, arguments.pop("null_label", None)
     if classes < latents.num_classes:
-        there = f"the data have {latents.num_classes} classes"
-        raise UserError(f"num_classes {classes}, but {there}: set model.num_classes=null")
+        raise UserError(f"num_classes {classes}, but {latents.num_classes} in the data: set model.num_classes=null")
     if null_label not in (None, classes):
         raise UserError(f"model.null_label={null_label}, expected {classes}, the label after the last: leave it out")
     arguments |= {"in_channels": channels, "input_size": (height, width), "num_classes": classes}

@@ -47,9 +47,6 @@ def start_from(
     linear map start anew. Rows of the class table are as in a fresh model ("new"), or those that `nearest_classes`
     finds, or ("keep") of the classes of the same names, or all where names are unknown and the numbers equal; or
     `classes` lists a published label, or its name, or None, for each class. The null row is always kept.
-
-    Raises:
-        UserError: no denoiser, another one than that which was built, or classes that do not exist.
     """
     found = read_starting_weights(init.weights, init.kind)
     if found.kind == "dit" and (init.lora_rank or init.classes == "nearest"):
@@ -92,12 +89,9 @@ class StartingWeights:
 
 
 def read_starting_weights(source: str | Path, kind: str | None = None) -> StartingWeights:
-    """Read weights to go on from.
+    """Read what `load_pipeline` reads (of a checkpoint the averaged weights), or published weights of a `kind`.
 
-    Args:
-        source: what `load_pipeline` reads (of a checkpoint the averaged weights are taken), or published weights,
-            `.pt` or `.safetensors`, bare or under "ema" or "model".
-        kind: of published weights; None: seen in their names and shapes.
+    Those are a `.pt` or `.safetensors`, bare or under "ema" or "model"; their kind is seen in names and shapes.
     """
     source = Path(source)
     if kind is not None and kind not in KINDS:
@@ -116,8 +110,7 @@ def read_starting_weights(source: str | Path, kind: str | None = None) -> Starti
     return StartingWeights(source, kind, pipe.denoiser.config, weights, rows[:number], null, pipe.config.people or {})
 
 
-PARTS = re.compile(r"([xst]_embedder|s_projector|blocks|final_layer)\.")
-"""What a denoiser's tensors are named by; others in a file are left."""
+PARTS = re.compile(r"([xst]_embedder|s_projector|blocks|final_layer)\.")  # others in a file are left
 
 
 def _published(source: Path, saved: Mapping[str, Any], kind: str | None) -> StartingWeights:
@@ -162,11 +155,7 @@ def _kind_of(source: Path, arguments: Mapping[str, Any], kind: str | None) -> st
 
 
 def _arguments_of(weights: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return a denoiser's arguments, under our names, as far as its weights' names and shapes tell them.
-
-    Raises:
-        KeyError, ValueError: a weight that every denoiser has is missing or of another form.
-    """
+    """Return a denoiser's arguments, under our names, as far as names and shapes tell; KeyError or ValueError: none."""
     wide = "s_embedder.proj.weight" in weights
     head, channels, patch, _ = weights["x_embedder.proj.weight"].shape  # (D, C, p, p)
     width = weights["s_embedder.proj.weight"].shape[0] if wide else head
@@ -330,8 +319,8 @@ def _kept(found: StartingWeights, names: Mapping[int, str], number: int) -> dict
 
 # ---- which of the classes that a denoiser knows explains the latents of a new one best
 class Nearest(NamedTuple):
-    published: int  # the class that explains the latents best
-    loss: float  # with it
+    published: int
+    loss: float
     loss_of_null: float
 
 
@@ -347,14 +336,11 @@ def nearest_classes(
     """Return own label → the row with which the denoiser's squared error on the latents of that class is smallest.
 
     All classes share times evenly over the path, each latent with noise that follows from the seed. What the step from
-    the null row to each row would change is estimated there: to first order by the error's gradient with respect to the
-    conditioning, to second by how much the predictions move (Gauss–Newton, by random projections), since to first order
-    a row that changes much promises much. From so far away the second order overstates the move, three times in a
-    trained model, so a row is judged by the best part of the step to it. The rows that promise most are then tried.
-
-    Args:
-        rows: the published class table, (K, D); null: the row for any class, (D,).
-        candidates: how many rows are tried, each on `pairs` of latents with noise and a time.
+    the `null` row (D,) to each of `rows` (K, D) would change is estimated: to first order by the error's gradient with
+    respect to the conditioning, to second by how much the predictions move (Gauss–Newton, by random projections), since
+    to first order a row that changes much promises much. From so far away the second order overstates the move, three
+    times in a trained model, so a row is judged by the best part of the step to it. The `candidates` that promise most
+    are then tried, each on `pairs` of latents with noise and a time.
     """
     device, checkpointing = torch.device(find_device()), denoiser.gradient_checkpointing
     rows, null = rows.float().to(device), null.float().to(device)

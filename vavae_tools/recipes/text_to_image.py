@@ -35,8 +35,7 @@ from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.memory import find_batch_size, keep_effective, of_size
 from vavae_tools.training.run import Log, Run, Show, train
 
-COLUMNS = 4
-"""Images of each prompt in a preview."""
+COLUMNS = 4  # images of each prompt in a preview
 
 
 def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log) -> Run:

@@ -21,8 +21,7 @@ from vavae_tools.training.callbacks.previews import TextPreviews
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.run import Log, Run, Show, train
 
-COLUMNS = 4
-"""Of texts of their own, and below them of texts that go on."""
+COLUMNS = 4  # of texts of their own, and below them of texts that go on
 
 
 def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log) -> Run:
@@ -39,11 +38,10 @@ def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, 
     noise, wanted = noise_level_hiding_a_token(texts.code.length), recipe.objective
     if wanted.name in ("sample", "x0", "flow_matching") and wanted.time_mean is None:
         wanted = replace(wanted, time_mean=-math.log(noise))  # most often where noise just hides a cell's token
-    shape = (data.channels, data.image_size, data.image_size)
+    shape = data.channels, data.image_size, data.image_size
     objective = make_recipe_objective(wanted, TokenImageRecipe().objective, shape)
     size = {"input_size": data.image_size, "patch_size": data.cell_size}
-    size["in_channels"] = data.channels + 1  # and which cells are known
-    denoiser = make_denoiser({**given_size(recipe.model), **size})
+    denoiser = make_denoiser({**given_size(recipe.model), **size, "in_channels": data.channels + 1})  # + known cells
     config, numbers = prepared(config, denoiser, seed, log)
     of_pipeline = {
         "code": texts.code.config,
@@ -53,11 +51,11 @@ def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, 
         "answer_lengths": images.train_data.answer_lengths(),
     }
     conditioner = ClassConditioner(1, denoiser.conditioning_size, dropout=0.0)
-    of_tokens = {"token_images": of_pipeline, "prompt_share": recipe.prompt_share}
-    module = DiffusionModule(denoiser, conditioner, objective, **numbers, **of_tokens)
+    numbers |= {"token_images": of_pipeline, "prompt_share": recipe.prompt_share}
+    module = DiffusionModule(denoiser, conditioner, objective, **numbers)
     subset = images.shown_data
     prompts = sampling.prompts or subset.prompts(range(min(COLUMNS, len(subset))))
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
 
     def pipeline_of(trained: nn.ModuleDict) -> TokenImagePipeline:
         further = {"tokenizer": texts.tokens.tokenizer, "objective": objective.config, "solver": sampling.solver}
