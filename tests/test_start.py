@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from vavae_tools import start
-from vavae_tools.start import missing_requirements, wheel_folders
+from vavae_tools.start import missing_requirements
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,8 +85,7 @@ def test_attached_wheels_keep_pip_off_the_network(installed, pip, repository, tm
     wheels.mkdir(parents=True)
     for name in ("a-1-py3-none-any.whl", "b-1-py3-none-any.whl"):
         (wheels / name).touch()
-    assert wheel_folders([tmp_path / "input", tmp_path / "nowhere"]) == [wheels]
-    start.start(repository, [tmp_path / "input"])
+    start.start(repository, [tmp_path / "input", tmp_path / "nowhere"])
     (command,) = pip.calls
     assert "--no-index" in command and f"--find-links={wheels}" in command
 
@@ -96,7 +95,7 @@ def test_offline_it_says_what_to_do(installed, pip, repository, capsys):
     start.start(repository, [])
     said = capsys.readouterr().out
     assert "Not installed from the network: diffusers>=0.33, lightning[extra]>=2.5." in said
-    assert "Switch the internet on, or attach a dataset with their wheels" in said
+    assert "Switch the internet on, or attach a dataset with\ntheir wheels" in said
     assert "ERROR: No matching distribution" in said and "is ready" not in said
 
 

@@ -51,18 +51,16 @@ def main() -> None:
 
     kind = ranks.share("kind", None if ranks.rank else base.kind_of(options.checkpoint))
     makes, unused = UNUSED_FLAGS.get(kind, ("", ()))
-    given = [f"--{name}" for name in unused if getattr(options, name) != parser.get_default(name)]
+    given = ", ".join(f"--{name}" for name in unused if getattr(options, name) != parser.get_default(name))
     if ranks.rank:
         ranks.share(base.PLAN)  # once the first has found nothing wrong: one process says what is
     elif given:
-        has = f"for which {', '.join(given)} has no meaning"
-        raise UserError(f"{options.checkpoint} makes {makes}, {has}: leave it out")
+        raise UserError(f"{options.checkpoint} makes {makes}, for which {given} has no meaning: leave it out")
     elif kind == "TextToImagePipeline" and not options.prompt:
         raise UserError(f"{options.checkpoint} {base.KINDS[kind]}")
     loaders = {"TextToImagePipeline": text.load_text_pipeline, "TokenImagePipeline": tokens.load_token_pipeline}
-    pipe = move_to_device(
-        loaders.get(kind, classes.load_pipeline)(options.checkpoint, options.weights == "ema"), device
-    )
+    load = loaders.get(kind, classes.load_pipeline)
+    pipe = move_to_device(load(options.checkpoint, options.weights == "ema"), device)
     if options.solver:
         pipe.swap_solver(options.solver)
     written = _write(pipe, options, ranks, interval, names)
@@ -107,10 +105,9 @@ def _summary(kind: str, options: argparse.Namespace, written: list[Path]) -> str
     if options.format == "npz":
         following = f"python evaluator.py REFERENCE.npz {shlex.quote(str(written[0]))} (of ADM's evaluations)"
         return f"written: {options.num_samples or 100:,} images ({written[0]})\nnext: {following}"
-    folders = sorted({path.parent.name for path in written})
-    following = f"python -m vavae_tools.evaluate --generated_dir {options.output_dir} --data_dir data_split"
-    many = f"{len(written):,} images of {len(folders)} people ({options.output_dir}/{folders[0]} …)"
-    return f"written: {many}\nnext: {following}"
+    folders, out = sorted({path.parent.name for path in written}), options.output_dir
+    following = f"python -m vavae_tools.evaluate --generated_dir {out} --data_dir data_split"
+    return f"written: {len(written):,} images of {len(folders)} people ({out}/{folders[0]} …)\nnext: {following}"
 
 
 # fmt: off

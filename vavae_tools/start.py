@@ -28,16 +28,10 @@ def missing_requirements(lines: Iterable[str]) -> list[str]:
     for text in filter(None, (line.split("#")[0].strip() for line in lines)):
         requirement = Requirement(text)
         version = _installed(requirement.name)
-        if version is None or not (
-            requirement.name in KEPT or requirement.specifier.contains(version, prereleases=True)
-        ):
+        good = requirement.name in KEPT or requirement.specifier.contains(version or "0", prereleases=True)
+        if version is None or not good:
             missing.append(text)
     return missing
-
-
-def wheel_folders(roots: Sequence[Path]) -> list[Path]:
-    """Folders with wheels below `roots`: a dataset made by `pip download -d wheels -r requirements.txt`."""
-    return sorted({wheel.parent for root in roots if root.is_dir() for wheel in root.rglob("*.whl")})
 
 
 def start(repository: Path, input_roots: Sequence[Path] = (Path("/kaggle/input"),)) -> None:
@@ -49,7 +43,7 @@ def start(repository: Path, input_roots: Sequence[Path] = (Path("/kaggle/input")
     lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
     if missing := missing_requirements(lines):
         kept = [f"{name}=={version}" for name in KEPT if (version := _installed(name))]
-        wheels = wheel_folders(input_roots)
+        wheels = sorted({wheel.parent for root in input_roots for wheel in root.rglob("*.whl")})
         offline = ["--no-index", *(f"--find-links={folder}" for folder in wheels)] if wheels else []
         with tempfile.TemporaryDirectory() as folder:
             constraint = Path(folder) / "kept.txt"
@@ -59,10 +53,10 @@ def start(repository: Path, input_roots: Sequence[Path] = (Path("/kaggle/input")
         if done.returncode:
             source = f"the attached wheels ({wheels[0]})" if wheels else "the network"
             print(
-                f"Not installed from {source}: {', '.join(missing)}. Switch the internet on, or attach a dataset with "
-                "their wheels (pip download -d wheels -r requirements.txt), and run this cell again.\n"
-                + "\n".join(done.stderr.strip().splitlines()[-2:])
+                f"Not installed from {source}: {', '.join(missing)}. Switch the internet on, or attach a dataset with"
             )
+            print("their wheels (pip download -d wheels -r requirements.txt), and run this cell again.")
+            print(*done.stderr.strip().splitlines()[-2:], sep="\n")
             return
         print("installed: " + ", ".join(missing))
     print(f"vavae_tools is ready ({repository})")

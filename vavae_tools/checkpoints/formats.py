@@ -1,10 +1,8 @@
-"""Checkpoints on the disk: folders, `checkpoint-epoch-118/` and `checkpoint-5000/`, and single files of any training.
+"""Checkpoints on the disk, folders and single files of any training: inside, every kind is Lightning's, a dict.
 
-Inside, every kind is Lightning's checkpoint, a dict. A folder that was written here holds all of it, so that it comes
-back bit by bit; from one that was not, training resumes at the beginning of the epoch after the finished one.
+What was written here comes back bit by bit; from another's, training resumes after the finished epoch.
 """
 
-import json
 import os
 import re
 import shutil
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vavae_tools.runtime.errors import UserError, contents, join_first, one_line
-from vavae_tools.runtime.files import atomic_write, flush_folder, read_checkpoint, read_saved
+from vavae_tools.runtime.files import atomic_write, flush_folder, read_checkpoint, read_json, read_saved, write_json
 
 AVERAGE = "ema."
 """Where a module's state_dict has the averaged weights, each under its name in the network."""
@@ -93,14 +91,7 @@ def read_folder(folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Return `training_state.json`, or {} where there is none."""
-    path = folder / STATE
-    if not path.is_file():
-        return {}
-    with suppress(ValueError):
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(state, dict):
-            return state
-    raise UserError(f"{path} is no JSON object. Mend it, or remove it: then the epoch is taken from the name")
+    return read_json(folder / STATE) if (folder / STATE).is_file() else {}
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -168,7 +159,7 @@ def write_folder(checkpoint: dict[str, Any], folder: str | Path) -> Path:
             path = partial / f"{part}.pt"
             torch.save(value, path)
             state["files"][path.name] = {"bytes": path.stat().st_size}
-        (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        write_json(partial / STATE, state)
         for path in partial.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
