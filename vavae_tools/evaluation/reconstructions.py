@@ -104,34 +104,24 @@ class ReconstructionScores:
     __repr__ = __str__
 
 
-class ReconstructionJudge:
-    """Judge reconstructions of the same images again and again while a model learns.
+def judge_reconstructions(
+    classifier: PersonClassifier, originals: Tensor, made: Tensor, labels: Tensor | None, others: Tensor | None
+) -> dict[str, float]:
+    """Return "accuracy" and "frechet" of reconstructions, and as "real_accuracy" and "real_frechet" the originals'.
 
     Args:
-        originals: uint8 (N, C, H, W); labels: int64 (N,), for the accuracy.
+        originals, made: uint8 (N, C, H, W); labels: int64 (N,), for the accuracy.
         others: uint8 (M, C, H, W), further real images with no more of each person than `originals`, for the Fréchet
             distance to them.
     """
-
-    def __init__(
-        self, classifier: PersonClassifier, originals: Tensor, labels: Tensor | None, others: Tensor | None
-    ) -> None:
-        self.classifier, self.labels = classifier, labels.cpu() if labels is not None else None
-        self._reference = classifier.judge(others)[0] if others is not None else None
-        self._originals = {f"real_{name}": value for name, value in self._scores(originals).items()}
-
-    def judge(self, reconstructions: Tensor) -> dict[str, float]:
-        """Return "accuracy" and "frechet" of uint8 (N, C, H, W) in the originals' order, beside theirs."""
-        return {**self._scores(reconstructions), **self._originals}
-
-    def _scores(self, images: Tensor) -> dict[str, float]:
-        features, named = self.classifier.judge(images)
-        scores = {}
-        if self.labels is not None:
-            scores["accuracy"] = (named == self.labels).float().mean().item()
-        if self._reference is not None:
-            scores["frechet"] = frechet_distance(features, self._reference)
-        return scores
+    reference, scores = classifier.judge(others)[0] if others is not None else None, {}
+    for kind, images in (("", made), ("real_", originals)):
+        features, named = classifier.judge(images)
+        if labels is not None:
+            scores[f"{kind}accuracy"] = (named == labels.cpu()).float().mean().item()
+        if reference is not None:
+            scores[f"{kind}frechet"] = frechet_distance(features, reference)
+    return scores
 
 
 def evaluate_reconstructions(
@@ -143,15 +133,14 @@ def evaluate_reconstructions(
 ) -> ReconstructionScores:
     """Compare reconstructions with their originals: (N, C, H, W), uint8 or floats, which are clipped to [-1, 1].
 
-    Labels, classifier and others are those of `ReconstructionJudge`.
+    Labels, classifier and others are those of `judge_reconstructions`.
     """
     originals, remade = (_in_range(x) for x in (images, reconstructions))
     scores = {"psnr": psnr(originals, remade).mean().item(), "ssim": ssim(originals, remade).mean().item()}
     scores["sharpness"] = sharpness(originals, remade).nanmean().item()
     if classifier is not None:
         others = to_pixels(_in_range(others)) if others is not None else None
-        judge = ReconstructionJudge(classifier, to_pixels(originals), labels, others)
-        scores |= judge.judge(to_pixels(remade))
+        scores |= judge_reconstructions(classifier, to_pixels(originals), to_pixels(remade), labels, others)
     return ReconstructionScores(len(originals), **scores)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -22,7 +22,9 @@ from tqdm.auto import tqdm
 from vavae_tools.diffusion.solvers import lay_out
 from vavae_tools.pipelines.base import PLAN, DenoiserPipeline, ImagePipeline, digest_of
 from vavae_tools.pipelines.batches import batch_size_for, move_to_device, precision_for
+from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
 from vavae_tools.pipelines.formats import RECORD, JsonlFile, NpzFile, PngFolder, PromptPngFolder, SampleFiles, begin
+from vavae_tools.pipelines.text import TextToImagePipeline
 from vavae_tools.pipelines.tokens import Prompt, TokenImagePipeline, as_prompts, check_sampling
 from vavae_tools.runtime.console import is_interactive
 from vavae_tools.runtime.errors import UserError
@@ -31,17 +33,13 @@ from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import device_of, trying_convolutions
 from vavae_tools.runtime.ranks import Ranks
 
-if TYPE_CHECKING:
-    from vavae_tools.pipelines.classes import LatentDiTPipeline
-    from vavae_tools.pipelines.text import TextToImagePipeline
-
 _MIN_BATCHES_TO_BENCHMARK = 8  # from which on it pays that cuDNN tries its convolutions
 _PER_SAMPLE_ARGUMENTS = ("negative", "generators", "prompts", "num_samples", "seed", "batch_size", "numbers")
 """Arguments of a pipeline that are no settings of a whole set, but are asked for of each sample."""
 
 
 def write_samples(
-    pipe: "LatentDiTPipeline | str | Path",
+    pipe: LatentDiTPipeline | str | Path,
     labels: Iterable[int | str],
     output_dir: str | Path,
     seed: int = 0,
@@ -67,9 +65,8 @@ def write_samples(
     if isinstance(pipe, str | Path):
         settings |= {"labels": list(labels), "output_dir": output_dir, "seed": seed, "names": names, "format": format}
         arguments, several = {"path": pipe, "settings": {**settings, "overwrite": overwrite}}, several_processes()
-        if several is None:
-            return _load_and_write(**arguments)
-        return call_on_ranks(f"{__name__}:_load_and_write", arguments, several)
+        here = f"{__name__}:_load_and_write"
+        return call_on_ranks(here, arguments, several) if several else _load_and_write(**arguments)
     labels, output_dir = pipe.labels_of(labels), Path(output_dir)
     if not labels:
         raise UserError("No labels: at least one image is needed")
@@ -93,15 +90,13 @@ def write_samples(
 
 
 def _load_and_write(path: str | Path, settings: dict[str, Any]) -> list[Path]:
-    from vavae_tools.pipelines.classes import load_pipeline
-
     ranks = Ranks.from_environment()
     if ranks.rank:
         ranks.share(PLAN)  # one process says what is wrong
     return write_samples(move_to_device(load_pipeline(path), device_of(ranks.local_rank)), ranks=ranks, **settings)
 
 
-def _folder_names(pipe: "LatentDiTPipeline", names: Sequence[str] | None) -> dict[int, str]:
+def _folder_names(pipe: LatentDiTPipeline, names: Sequence[str] | None) -> dict[int, str]:
     by_label = sorted((label, name) for name, label in pipe.people.items())
     if names is None:
         return dict(by_label)
@@ -113,7 +108,7 @@ def _folder_names(pipe: "LatentDiTPipeline", names: Sequence[str] | None) -> dic
 
 
 def write_prompt_samples(
-    pipe: "TextToImagePipeline",
+    pipe: TextToImagePipeline,
     prompts: Sequence[str],
     output_dir: str | Path,
     num_samples: int | None = None,

@@ -1,6 +1,7 @@
 """Whether a classifier still knows the persons in their reconstructions, and early warnings."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from vavae_tools.data.images import ImageSetDataModule
 from vavae_tools.evaluation.classifier import cached_classifier
-from vavae_tools.evaluation.reconstructions import ReconstructionJudge, as_many_others
+from vavae_tools.evaluation.reconstructions import as_many_others, judge_reconstructions
 from vavae_tools.runtime.console import is_interactive, log
 from vavae_tools.runtime.ranks import is_rank_zero
 
@@ -35,8 +36,8 @@ class ReconstructionWatch(L.Callback):
         options = {"seed": self.seed, "device": module.device, "progress": is_interactive()}
         classifier = cached_classifier(self.data.train_data, self.data.num_classes, self.folder, **options)
         originals = self.data.val_data.__getitems__(range(len(self.data.val_data)))
-        others = as_many_others(self.data)
-        self.judge = ReconstructionJudge(classifier, originals["images"], originals["labels"], others)
+        of_originals = {"labels": originals["labels"], "others": as_many_others(self.data)}
+        self.judge = partial(judge_reconstructions, classifier, originals["images"], **of_originals)
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         own = dict(zip(batch["index"].tolist(), outputs["reconstructions"].cpu(), strict=True))
@@ -51,7 +52,7 @@ class ReconstructionWatch(L.Callback):
         made, self._made = self._made, {}
         scores = None
         if trainer.is_global_zero and len(made) == len(self.data.val_data):  # a sanity check sees a few only
-            scores = self.judge.judge(torch.stack([made[place] for place in range(len(made))]))
+            scores = self.judge(torch.stack([made[place] for place in range(len(made))]))
             scores["frechet_ratio"] = scores["frechet"] / max(scores["real_frechet"], 1e-12)
         scores = trainer.strategy.broadcast(scores)
         if scores is not None:
