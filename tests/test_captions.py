@@ -258,7 +258,6 @@ def test_damaged_lists(tmp_path, name, content, words):
 
 
 def test_nothing_there(tmp_path):
-    assert "did you mean coco?" in refused("cocoa", tmp_path)
     assert "coco, cub, custom, shapes" in refused("flowers", tmp_path)
     assert "dataset_path" in refused("coco", None)
     assert "No such folder" in refused("cub", tmp_path / "none")

@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections import Counter
-from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -88,11 +87,8 @@ def class_data(
     return shape_data(num_images, num_classes, image_size or 32, **own)
 
 
-Subsets = tuple[dict[str, int], *tuple[DecodedImages, ...]]
-"""Class name → label, what trains and, where it is there, what validates."""
-
-
-def _read_subsets(data_dir: Path, use_hf_dataset: bool | None, train_split: str, options: dict[str, Any]) -> Subsets:
+def _read_subsets(data_dir: Path, use_hf_dataset: bool | None, train_split: str, options: dict[str, Any]) -> tuple:
+    """Return class name → label, the subset that trains and, where it is there, the one that validates."""
     if not data_dir.is_dir():
         refuse_shards(data_dir)
         raise UserError(no_such_folder(data_dir))
@@ -128,7 +124,7 @@ def hold_out(data: DecodedImages, share: float, seed: int = 0) -> tuple[DecodedI
     return data.part(np.flatnonzero(~held)), data.part(np.flatnonzero(held))
 
 
-def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> Subsets:
+def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> tuple:
     is_split, extensions, labels = (data_dir / INFO_NAME).is_file(), folders.EXTENSIONS, None
     if is_split:
         info = read_split_info(data_dir)
@@ -201,9 +197,7 @@ def caption_data(
     """
     name = str(dataset_name).lower()
     if name not in DATASETS:
-        near = get_close_matches(name, DATASETS, 1, 0.4)
-        meant = f"; did you mean {near[0]}?" if near else "."
-        raise UserError(f"No data set {dataset_name!r}{meant} There are {', '.join(DATASETS)}")
+        raise UserError(f"No data set {dataset_name!r}; there are {', '.join(DATASETS)}")
     if not (num_samples is None or (isinstance(num_samples, int) and num_samples > 0)) or not 0 <= val_share < 1:
         raise UserError(f"num_samples {num_samples}, val_share {val_share:g}: expected at least 1, and 0 to below 1")
     if name == "shapes":

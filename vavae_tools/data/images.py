@@ -183,34 +183,34 @@ class DecodedImages(Dataset):
     def in_memory(self) -> Tensor:
         """Return all images, uint8 (N, C, H, W), decoded on the first call."""
         if self._memory is None:
-            memory = np.empty((len(self), *self.image_size, self.channels), dtype=np.uint8)
+            memory = torch.empty((len(self), *self.image_size, self.channels), dtype=torch.uint8).permute(0, 3, 1, 2)
             parts = [range(len(self))[start : start + 64] for start in range(0, len(self), 64)]  # a thread's at once
             hidden = True if not self._progress or len(self) < 500 else None
             bar = tqdm(total=len(self), desc=f"reading {self.title}", unit="image", disable=hidden)
             threads = max(1, usable_cores() // local_world_size())  # Pillow decodes without the GIL
             with bar, ThreadPoolExecutor(threads) as pool:
-                for done in pool.map(lambda part: self._decode_into(memory[part.start : part.stop], part), parts):
-                    bar.update(done)
-            self._memory = torch.from_numpy(memory).permute(0, 3, 1, 2)
+                for part, decoded in zip(parts, pool.map(self._decode, parts), strict=True):
+                    memory[part.start : part.stop] = decoded
+                    bar.update(len(part))
+            self._memory = memory
         return self._memory
 
-    def _decode_into(self, memory: np.ndarray, places: Sequence[int]) -> int:
+    def _decode(self, places: Sequence[int]) -> Tensor:
+        decoded = np.empty((len(places), *self.image_size, self.channels), dtype=np.uint8)
         size, images = self.image_size[::-1], self.opened(places)
         for row, place in enumerate(places):
             with image_errors(self.where(place)), next(images) as image:
                 image = convert_channels(image, self.channels)
             if image.size != size:
                 image = CROPS[self.crop](image, self.image_size)
-            memory[row] = np.asarray(image).reshape(memory.shape[1:])
-        return len(places)
+            decoded[row] = np.asarray(image).reshape(decoded.shape[1:])
+        return torch.from_numpy(decoded).permute(0, 3, 1, 2)
 
     def images(self, places: Sequence[int]) -> Tensor:
         """Return uint8 (B, C, H, W), from memory where all fit."""
         if self.fits_memory():
             return self.in_memory()[torch.as_tensor(places, dtype=torch.int64)]
-        memory = np.empty((len(places), *self.image_size, self.channels), dtype=np.uint8)
-        self._decode_into(memory, places)
-        return torch.from_numpy(memory).permute(0, 3, 1, 2)
+        return self._decode(places)
 
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> dict[str, Any]:
         indices, numbers = index_and_number(indices)

@@ -14,8 +14,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import find_device
 
-_KILLED = re.compile(r"DataLoader worker .*(is killed by signal: ([\w ]+)|exited unexpectedly)")
-_NO_ROOM = re.compile(r"Bus error|unable to [\w ]*(shared memory|file </torch_).*No space left", re.DOTALL)
+_WORKER_ENDED = re.compile(
+    r"DataLoader worker .*(?:is killed by signal: ([\w ]+)|exited unexpectedly)"
+    r"|unable to [\w ]*(?:shared memory|file </torch_).*No space left",
+    re.DOTALL,
+)
 
 
 def loading_workers() -> int:
@@ -44,14 +47,11 @@ def loader_faults() -> Iterator[None]:
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
     except RuntimeError as error:
         text = " ".join(str(link) for link in (error, error.__cause__, error.__context__) if link is not None)
-        if _NO_ROOM.search(text):
-            hint = "set num_workers=0, take a smaller batch_size, or start the container with --shm-size=8g"
-            raise UserError(f"A loading process ended because /dev/shm is full: {hint}") from None
-        if match := _KILLED.search(text):
-            how = f"was ended by signal {match[2]}" if match[2] else "ended unexpectedly"
-            problem = f"A loading process {how}, mostly because memory ran out"
-            raise UserError(f"{problem}: set num_workers=0 or a smaller number") from None
-        raise
+        if not (match := _WORKER_ENDED.search(text)):
+            raise
+        how = f"was ended by signal {match[1]}" if match[1] else "ended"
+        hint = "set num_workers=0 or a smaller number, or start the container with --shm-size=8g"
+        raise UserError(f"A loading process {how}, mostly because memory or /dev/shm ran out: {hint}") from None
 
 
 class EpochOrder(Sampler[int]):

@@ -27,7 +27,6 @@ from vavae_tools.runtime.errors import UserError, join_first, one_line
 RecordingOf = Callable[[ImageEntry], str | None]
 LINKS = ("copy", "hard", "symbolic")
 CHECKS = ("decode", "contents")
-MIN_SIDE = 2  # pixels
 
 
 def choose_subsets(
@@ -228,16 +227,15 @@ class _Split:
         for key, subset in subsets.items():
             if subset != planned[key]:
                 (partial / planned[key] / key).rename(partial / subset / key)
-        labels = folders.labels_of({image.person for image in self.images if not image.fault})
-        if not labels:
+        if not subsets:
             broken = join_first(f"{image.key}: {image.fault}" for image in self.images)
             raise UserError(f"No image in {self.source} can be used ({broken}). Check that the files are whole.")
-        for home in homes:
-            if home.name not in labels:
-                home.rmdir()
         settings = {"input_dir": str(self.source.resolve()), **self.settings}
-        people = folders.person_folders(self.source)
-        return split_report.split_info(settings, people, self.images, labels, subsets)
+        info = split_report.split_info(settings, folders.person_folders(self.source), self.images, subsets)
+        for home in homes:
+            if home.name not in info["labels"]:
+                home.rmdir()
+        return info
 
     def difference_from(self, old: dict, missing: list[str]) -> str | None:
         """Return how this split differs from an existing one, of which files may be missing; None if it does not."""
@@ -302,7 +300,7 @@ def _decoded(data: bytes) -> tuple[str, tuple[int, int] | None]:
         return "not an image that Pillow can read", None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error … on broken files
         return f"cannot be decoded: {one_line(error)}", None
-    return (f"too small: {size[0]}x{size[1]} pixels", None) if min(size) < MIN_SIDE else ("", size)
+    return (f"too small: {size[0]}x{size[1]} pixels", None) if min(size) < 2 else ("", size)
 
 
 def _find_images(source: Path, extensions: list[str]) -> tuple[list[ImageEntry], list[str]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 
-from vavae_tools.data.folders import count_of
+from vavae_tools.data.folders import count_of, labels_of
 from vavae_tools.runtime.errors import UserError, join_first
 
 SUBSETS = ("train", "val")
@@ -77,13 +77,7 @@ class SplitReport:
     __repr__ = __str__
 
 
-def split_info(
-    settings: dict,
-    persons: Sequence[str],
-    images: Sequence[ImageEntry],
-    labels: dict[str, int],
-    subsets: dict[str, str],
-) -> dict:
+def split_info(settings: dict, persons: Sequence[str], images: Sequence[ImageEntry], subsets: dict[str, str]) -> dict:
     """Return what split_info.json says about images that were looked at and given a subset."""
     counts = {person: {"train": 0, "val": 0, "left_out": 0} for person in persons}
     twins = defaultdict(list)
@@ -96,7 +90,7 @@ def split_info(
     return {
         "version": INFO_VERSION,
         **settings,
-        "labels": labels,
+        "labels": labels_of({image.person for image in images if not image.fault}),
         "counts": counts,
         "totals": {column: sum(row[column] for row in counts.values()) for column in (*SUBSETS, "left_out")},
         "warnings": _remarks(counts, duplicates),

@@ -24,7 +24,14 @@ def coco_subsets(
 
     `annotations` and `images` are the captions' file and the images' folder, where they have unusual names.
     """
-    train = _annotations(root) if annotations is None else _given(root, annotations)
+    if annotations is None:
+        patterns = [f"{place}{name}*.json" for name in ("captions_train", "captions") for place in ("annotations/", "")]
+        train = next((max(found) for pattern in patterns if (found := list(root.glob(pattern)))), None)
+        if train is None:
+            found = f"No captions_train2017.json in {root / 'annotations'} or {root}, which holds {contents(root)}"
+            raise UserError(f"{found}: put it there, or name the file: data.annotations=FILE")
+    else:
+        train = _given(root, annotations)
     subsets = [_coco_subset(root, train, images)]
     val = train.with_name(train.name.replace("train", "val"))
     if val != train and val.is_file():
@@ -34,14 +41,6 @@ def coco_subsets(
         else:
             notes.append(f"none of the images of {val.name} is there: some of {train.name} are held out instead")
     return subsets
-
-
-def _annotations(root: Path) -> Path:
-    for pattern in ("captions_train*.json", "captions*.json"):
-        if found := sorted(root.glob(f"annotations/{pattern}")) or sorted(root.glob(pattern)):
-            return found[-1]
-    found = f"No captions_train2017.json in {root / 'annotations'} or {root}, which holds {contents(root)}"
-    raise UserError(f"{found}: put it there, or name the file: data.annotations=FILE")
 
 
 def _given(root: Path, path: str | Path) -> Path:

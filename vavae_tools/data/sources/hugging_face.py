@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "texts", "sentence", "sentences", "description")
 _IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values")
-SAVED_DATASET_FILES = "dataset_dict.json, or state.json and dataset_info.json"
+SAVED_DATASET_FILES = "dataset_dict.json or state.json"
 
 
 def is_dataset(folder: Path) -> bool:
     """Return whether `save_to_disk` wrote it."""
-    marks = (folder / "state.json", folder / "dataset_info.json")
-    return (folder / "dataset_dict.json").is_file() or all(mark.is_file() for mark in marks)
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 class DatasetImages(DecodedImages):
