@@ -263,7 +263,7 @@ def test_nothing_there(tmp_path):
     assert "No such folder" in refused("cub", tmp_path / "none")
     image(tmp_path / "0.png")
     assert "metadata.jsonl" in refused("custom", tmp_path)
-    for setting, value in (("num_samples", 0), ("num_samples", "5"), ("val_share", 1)):
+    for setting, value in (("num_samples", 0), ("val_share", 1)):
         assert setting in refused("shapes", None, **{setting: value})
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("file_name,text\n0.png,a\n")

@@ -36,8 +36,8 @@ class CaptionOrder(EpochOrder):
 class CaptionOrderedDataModule(OrderedDataModule):
     """A DataModule whose training subset has `caption_counts`."""
 
-    def _new_order(self) -> CaptionOrder:
-        return CaptionOrder(self.train_data.caption_counts, self.batch_size, self.seed, *self._place())
+    def _new_order(self, *place: int) -> CaptionOrder:
+        return CaptionOrder(self.train_data.caption_counts, self.batch_size, self.seed, *place, self.gathered)
 
     def _order_settings(self, order: CaptionOrder) -> dict[str, int]:
         return {**super()._order_settings(order), "captions": int(order.counts.sum())}

@@ -60,8 +60,6 @@ class ImageDataModule(ImageSetDataModule):
         is_split = (data_dir / INFO_NAME).is_file()
         if val_share is None:
             val_share = 0 if is_split else 0.05
-        if not 0 <= val_share < 1:
-            raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
         crop = crop or ("none" if is_split else "adm")
         options = {"image_size": image_size, "crop": crop, "channels": channels or 3, "progress": progress}
         labels, train, *others = _read_subsets(data_dir, use_hf_dataset, train_split, options)
@@ -108,6 +106,8 @@ def hold_out(data: DecodedImages, share: float, seed: int = 0) -> tuple[DecodedI
 
     Equal files are in one subset; images of Hugging Face datasets are not compared, which would read all of them.
     """
+    if not 0 <= share < 1:
+        raise UserError(f"val_share {share:g}: expected a share from 0 to below 1, such as 0.05")
     if not share:
         return data, None
     lengths = data.sizes() if isinstance(data, ImageFiles) else []
@@ -198,8 +198,8 @@ def caption_data(
     name = str(dataset_name).lower()
     if name not in DATASETS:
         raise UserError(f"No data set {dataset_name!r}; there are {', '.join(DATASETS)}")
-    if not (num_samples is None or (isinstance(num_samples, int) and num_samples > 0)) or not 0 <= val_share < 1:
-        raise UserError(f"num_samples {num_samples}, val_share {val_share:g}: expected at least 1, and 0 to below 1")
+    if num_samples is not None and num_samples < 1:
+        raise UserError(f"num_samples {num_samples}: expected at least 1")
     if name == "shapes":
         size = 32 if image_size is None else image_size
         return captioned_shape_data(num_samples or 10_000, size, batch_size, num_workers or 0, seed, val_share)

@@ -13,8 +13,7 @@ from vavae_tools.runtime.errors import UserError, join_first
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "bmp", "webp", "tif", "tiff", "ppm", "pgm")
-VALIDATION_SUBSETS = ("validation", "valid", "val", "dev", "test")
-"""Names of the validation subset; the first one there is taken."""
+VALIDATION_SUBSETS = ("validation", "valid", "val", "dev", "test")  # the first one there validates
 
 _PERSON = re.compile(r"ID_(\d+)")
 _DIGITS = re.compile(r"(\d+)")
@@ -114,9 +113,7 @@ def explain_no_images(directory: Path, extensions: Sequence[str], flag: str = "-
         inner = f"{homes[0].name}/{person_folders(homes[0])[0]}/"
         return f"{found} The images lie one level too deep, in {inner} …: put them directly into {homes[0].name}/ …"
     if homes:
-        homes.sort(key=lambda home: -_person_count(home, extensions))
-        others = f" (or {join_first(homes[1:])})" if len(homes) > 1 else ""
-        return f"{found} Try {flag} {homes[0]}{others}"
+        return f"{found} Try {flag} {max(homes, key=lambda home: _person_count(home, extensions))}"
     others = sum((other_files(folder, extensions) for folder in below), Counter())
     if readable := [kind for kind, _ in others.most_common() if can_read(kind)]:
         kinds = join_first(f"{n:,} .{kind}" for kind, n in others.most_common())
@@ -125,7 +122,6 @@ def explain_no_images(directory: Path, extensions: Sequence[str], flag: str = "-
 
 
 def _person_count(directory: Path, extensions: Collection[str]) -> int:
-    """Return how many folders in `directory` hold images."""
     return sum(bool(image_entries(directory / name, extensions)) for name in person_folders(directory))
 
 

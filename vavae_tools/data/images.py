@@ -23,8 +23,7 @@ from vavae_tools.data.loader import OrderedDataModule, index_and_number, loading
 from vavae_tools.runtime.errors import UserError, one_line
 from vavae_tools.runtime.files import atomic_write
 
-Size = tuple[int, int]
-"""(height, width) in pixels"""
+Size = tuple[int, int]  # (height, width) in pixels
 
 
 def centre_crop(image: Image.Image, size: Size) -> Image.Image:
@@ -234,8 +233,7 @@ class DecodedImages(Dataset):
 class ImageFiles(DecodedImages):
     """Images in files, whose names say where in `folder` they are; further arguments are those of `DecodedImages`.
 
-    Args:
-        of_split: whether `data_split.py` wrote them, whose fingerprint says nothing of a crop where there is none.
+    Where `data_split.py` wrote them (`of_split`), the fingerprint says nothing of a crop if there is none.
     """
 
     def __init__(self, folder: str | Path, *args: Any, of_split: bool = False, **options: Any) -> None:
@@ -274,11 +272,7 @@ class ImageFiles(DecodedImages):
 
 
 class ImageFolder(ImageFiles):
-    """Images of one folder per person, such as a subset of a split, resized as a whole.
-
-    Args:
-        labels: folder name → label; by default from the names in `folder`.
-    """
+    """Images of one folder per person, such as a subset of a split, resized as a whole; `labels` are by folder name."""
 
     def __init__(
         self,
@@ -306,10 +300,7 @@ def channels_of(folder: str | Path, extensions: Collection[str] = IMAGE_EXTENSIO
 class ImageSetDataModule(OrderedDataModule):
     """Two subsets as batches, wherever their images come from; `datasets.ImageDataModule` finds them.
 
-    Args:
-        val_data: None where nothing validates.
-        labels: class name → label.
-        num_workers: loading processes per device; None: 0 where the images fit into memory, else `loading_workers`.
+    `labels` are by class name. With `num_workers` None, `loading_workers` load what does not fit into memory.
     """
 
     def __init__(

@@ -63,10 +63,10 @@ class EpochOrder(Sampler[int]):
     step, an epoch holds whole steps only, if there is one.
     """
 
-    gathered = 1
-
-    def __init__(self, length: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
+    def __init__(
+        self, length: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1, gathered: int = 1
+    ) -> None:
+        self.length, self.seed, self.rank, self.world_size, self.gathered = length, seed, rank, world_size, gathered
         self.batch_size = min(batch_size, max(1, length // world_size))
         self.epoch, self._skip = 0, 0
 
@@ -122,11 +122,7 @@ class OrderedDataModule(L.LightningDataModule):
 
     Lightning restores the epoch and the batch of a run, but not its place in the data. A subclass sets `train_data` and
     `val_data`: data sets whose `__getitems__` takes a list of indices and returns one batch, a dict of tensors with the
-    samples' places under "index".
-
-    Args:
-        batch_size: samples per device and step.
-        num_workers: loading processes per device; 0 where the data are in memory.
+    samples' places under "index". `batch_size` and `num_workers` are those of each device.
     """
 
     train_data: Dataset
@@ -150,20 +146,17 @@ class OrderedDataModule(L.LightningDataModule):
 
     def batches_of(self, world_size: int) -> int:
         """Return the batches of one process in an epoch."""
-        order = EpochOrder(len(self.train_data), self.batch_size, world_size=world_size)
-        order.gathered = self.gathered
-        return order.batches
+        return self._new_order(0, world_size).batches
 
     def train_dataloader(self) -> DataLoader:
-        self._order = self._new_order()
-        self._order.gathered = self.gathered
+        self._order = self._new_order(*self._place())
         if self._resumed:
             self._order.resume(*self._resumed)
             self._resumed = None
         return self._loader(self.train_data, self._order, self._order.batch_size)
 
-    def _new_order(self) -> EpochOrder:
-        return EpochOrder(len(self.train_data), self.batch_size, self.seed, *self._place())
+    def _new_order(self, rank: int, world_size: int) -> EpochOrder:
+        return EpochOrder(len(self.train_data), self.batch_size, self.seed, rank, world_size, self.gathered)
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -199,7 +192,7 @@ class OrderedDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
-            for name, here in self._order_settings(self._new_order()).items():
+            for name, here in self._order_settings(self._new_order(*self._place())).items():
                 if state_dict.get(name, here) != here:
                     problem = f"The checkpoint was written with {name} = {state_dict[name]:,}, here it is {here:,}"
                     raise UserError(f"{problem}: resume with the data and settings of that run, or start anew")

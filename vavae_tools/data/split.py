@@ -6,6 +6,7 @@ few others. The images of one recording stay together, and files with the same c
 
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -191,7 +192,9 @@ class _Split:
         try:
             info = self._write(partial)
             info["warnings"] += notes
-            split_report.write_split_info(info, partial)
+            files = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entry)}" for key, entry in info["files"].items())
+            head = json.dumps({**info, "files": {}}, indent=2).removesuffix("{}\n}")  # each file is one line
+            (partial / INFO_NAME).write_text(f"{head}{{\n{files}\n  }}\n}}\n", encoding="utf-8")
             shutil.rmtree(old, ignore_errors=True)
             if self.target.exists():
                 self.target.rename(old)

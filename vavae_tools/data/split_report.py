@@ -128,13 +128,6 @@ def _remarks(counts: dict[str, dict[str, int]], duplicates: list[list[ImageEntry
     return remarks
 
 
-def write_split_info(info: dict, directory: Path) -> None:
-    files = ",\n".join(f"    {json.dumps(key)}: {json.dumps(entry)}" for key, entry in info["files"].items())
-    head = json.dumps({key: value for key, value in info.items() if key != "files"}, indent=2)
-    text = f'{head[:-2]},\n  "files": {{\n{files}\n  }}\n}}\n'
-    (directory / INFO_NAME).write_text(text, encoding="utf-8")
-
-
 def read_split_info(directory: str | Path) -> dict:
     """Return what `directory`/split_info.json says."""
     path = Path(directory) / INFO_NAME

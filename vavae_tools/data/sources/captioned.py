@@ -20,10 +20,7 @@ from vavae_tools.runtime.errors import UserError, join_first
 def coco_subsets(
     root: Path, annotations: str | Path | None, images: str | Path | None, notes: list[str]
 ) -> list[NamedImages]:
-    """Return what trains, and what validates where it is there; `notes` gets remarks.
-
-    `annotations` and `images` are the captions' file and the images' folder, where they have unusual names.
-    """
+    """Return what trains, and what validates where it is there; `notes` gets remarks."""
     if annotations is None:
         patterns = [f"{place}{name}*.json" for name in ("captions_train", "captions") for place in ("annotations/", "")]
         train = next((max(found) for pattern in patterns if (found := list(root.glob(pattern)))), None)
@@ -84,26 +81,17 @@ def cub_subsets(path: Path, notes: list[str]) -> list[NamedImages]:
     if root is None:
         raise UserError(f"No images.txt in {path}, which holds {contents(path)}: expected the folder CUB_200_2011")
     names, split = _numbered_lines(root / "images.txt"), root / "train_test_split.txt"
-    subset_of = _numbered_lines(split) if split.is_file() else {}
+    trains = _numbered_lines(split) if split.is_file() else {}
     captions = _cub_captions(root, names, notes)
-    subsets: dict[str, dict[str, Sequence[str]]] = {"1": {}, "0": {}}  # as train_test_split.txt says it
+    train, val = {}, {}
     for number, name in names.items():
-        subset = subset_of.get(number, "1")
-        if subset not in subsets:
-            raise UserError(f"{split} says {subset!r} of image {number}, expected 1 or 0")
-        subsets[subset][name] = captions[number]
-    return [NamedImages(root / "images", root / "images.txt", of_subset) for of_subset in subsets.values() if of_subset]
+        (val if trains.get(number) == "0" else train)[name] = captions[number]
+    return [NamedImages(root / "images", root / "images.txt", of_subset) for of_subset in (train, val) if of_subset]
 
 
 def _numbered_lines(path: Path) -> dict[str, str]:
-    lines = {}
-    for place, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            number, _, what = line.strip().partition(" ")
-            if not what:
-                raise UserError(f"{path}, line {place:,}, is {line.strip()!r}: expected a number and a word")
-            lines[number] = what.strip()
-    return lines
+    lines = (line.strip().partition(" ") for line in read_text(path).split("\n"))
+    return {number: what.strip() for number, _, what in lines if what}
 
 
 def _cub_captions(root: Path, names: dict[str, str], notes: list[str]) -> dict[str, Sequence[str]]:
