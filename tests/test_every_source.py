@@ -219,7 +219,7 @@ def test_a_run_from_when_an_rae_had_a_data_module_of_its_own_goes_on(tmp_path, d
 
     def fit(resume=None):
         data, order = ImageDataModule(split, (8, 6), 3, seed=4), Order(tmp_path / "former.ckpt")
-        record = RunRecord(tmp_path / "run", {}, data.fingerprint(), log=lambda line: None)
+        record = RunRecord(tmp_path / "run", {}, data.fingerprint(), False, lambda line: None)
         options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = L.Trainer(
             accelerator="cpu", max_steps=7, callbacks=[order, record], default_root_dir=tmp_path, **options

@@ -69,7 +69,7 @@ def test_faults_of_memory_are_known(error):
 )
 def test_other_errors_stay_what_they_are(error):
     assert not is_memory_fault(error) and memory_fault(error, 8) is None
-    with pytest.raises(type(error)) as raised, memory_faults(lambda error: memory_fault(error, 8)):
+    with pytest.raises(type(error)) as raised, memory_faults(8):
         raise error
     assert raised.value is error
 
@@ -104,7 +104,7 @@ def test_what_the_fallen_step_held_is_let_go():
 
     kept = None
     try:
-        with memory_faults(lambda error: memory_fault(error, 8)):
+        with memory_faults(8):
             step()
     except UserError as error:
         kept = error

@@ -26,15 +26,15 @@ HEADROOM = 0.08  # share of the memory that stays free: gaps between tensors, an
 
 # ---- where memory has run out
 @contextmanager
-def memory_faults(line_for: Callable[[BaseException], str | None]) -> Iterator[None]:
-    """Raise a `UserError` with `line_for(error)`, if any, where memory runs out or an operation is not deterministic.
+def memory_faults(batch_size: int | None, *about: Any, **more: Any) -> Iterator[None]:
+    """Raise a `UserError` where memory runs out (see `memory_fault`) or an operation is not deterministic.
 
     What the block's functions held on the device is let go, so that a notebook can go on with other settings.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        line = line_for(error) or no_deterministic_form(error)
+        line = memory_fault(error, batch_size, *about, **more) or no_deterministic_form(error)
         if line is None:
             raise
         _clear_frames(error)
@@ -44,18 +44,18 @@ def memory_faults(line_for: Callable[[BaseException], str | None]) -> Iterator[N
 
 def memory_fault(
     error: BaseException,
-    batch_size: int,
+    batch_size: int | None,
     gathered: int = 1,
     module: nn.Module | None = None,
     further: Sequence[str] = (),
     prefix: str = "train.",
 ) -> str | None:
-    """Return the line to say where memory has run out; None for another error.
+    """Return the line to say where memory has run out; None for another error, or where no batch size is known.
 
     `gathered` batches make one step; `further` settings save memory besides; the settings' names begin with `prefix`,
     "" where they are a function's arguments.
     """
-    if not is_memory_fault(error):
+    if batch_size is None or not is_memory_fault(error):
         return None
     helps = []
     if batch_size > 1:

@@ -24,7 +24,7 @@ from vavae_tools.training.callbacks.record import RunRecord
 from vavae_tools.training.callbacks.throughput import Throughput
 from vavae_tools.training.config import SaveConfig, TrainConfig
 from vavae_tools.training.devices import allow_tf32, describe, quiet_lightning, trainer_settings
-from vavae_tools.training.memory import memory_fault, memory_faults
+from vavae_tools.training.memory import memory_faults
 
 Log = Callable[[str], None]
 Show = Callable[[Tensor], None]
@@ -196,13 +196,16 @@ def fit_trainer(
     Where memory is too small, a line names smaller batches (`memory.memory_fault`).
     """
 
-    def line_for(error: BaseException) -> str | None:
-        size = getattr(data, "batch_size", None)
-        gathered = max(trainer.accumulate_grad_batches, getattr(module, "accumulate_grad_batches", 1))
-        return size and memory_fault(error, size, gathered, module, saves_memory, prefix)  # somebody's data have none
-
+    gathered = max(trainer.accumulate_grad_batches, getattr(module, "accumulate_grad_batches", 1))
+    about = (
+        getattr(data, "batch_size", None),
+        gathered,
+        module,
+        saves_memory,
+        prefix,
+    )  # somebody's own data have no size
     try:
-        with memory_faults(line_for), loader_faults():
+        with memory_faults(*about), loader_faults():
             trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
     except Stopped as stop:
         log(str(stop))

@@ -37,7 +37,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def __init__(self, log: Callable[[str], None] = log) -> None:
         super().__init__()
-        self.log_line = log
+        self.log_line, self.note = log, lambda path: None  # is called with each checkpoint's path
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future | None = None
         self.seconds = 0.0  # what the slowest checkpoint took so far, from the copy to the flushed file
@@ -56,6 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         size = sum(tensor.nbytes for tensor in copies.values())
         self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._pending = self._writer.submit(self._write, checkpoint, Path(path), size, began)
+        self.note(path)
 
     def _write(self, checkpoint: dict[str, Any], path: Path, size: int, began: float) -> None:
         free_disk_space(path, size, self.log_line)

@@ -117,10 +117,12 @@ class TrainLog(PacedCallback):
             return
         self.begin(trainer, module)
         self._step, self._values = self.start, {}
-        self._note_checkpoints(trainer)
+        trainer.strategy.checkpoint_io.note = lambda path: self._write("saved", f"{path}  step {trainer.global_step}")
         if self.path.is_file() and self.path.stat().st_size:
             self._append("\n")
-        self._write("command", _command())
+        spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+        program = ["python", "-m", spec.name.removesuffix(".__main__")] if spec is not None else sys.argv[:1]
+        self._write("command", shlex.join([*program, *sys.argv[1:]]))
         self._write("versions", ", ".join(f"{name} {found}" for name, found in versions().items()))
         self._write("machine", self.machine or str(trainer.strategy.root_device))
         begun = f"resuming after step {self.start} of {self.total}" if self.start else f"{self.total} steps to go"
@@ -159,17 +161,6 @@ class TrainLog(PacedCallback):
             shown = losses(trainer.callback_metrics, LOGGED_METRICS[1:], ".4e")
             self._write("val", f"{self._place(trainer)}  {shown}".rstrip())
 
-    def _note_checkpoints(self, trainer: L.Trainer) -> None:
-        """Write a line for each checkpoint: Lightning tells callbacks that one is made, but not where."""
-        save = getattr(trainer.save_checkpoint, "unnoted", trainer.save_checkpoint)
-
-        def save_checkpoint(filepath: str | Path, *arguments: Any, **named: Any) -> None:
-            save(filepath, *arguments, **named)
-            self._write("saved", f"{filepath}  step {trainer.global_step}")
-
-        save_checkpoint.unnoted = save  # of a Trainer that fits once more
-        trainer.save_checkpoint = save_checkpoint
-
     def _place(self, trainer: L.Trainer) -> str:
         return f"{trainer.global_step:>{len(str(self.total))}}/{self.total}  epoch {trainer.current_epoch + 1:<4}"
 
@@ -190,9 +181,3 @@ class TrainLog(PacedCallback):
         except OSError as error:
             self._writes = False
             self.log_line(f"{self.path} cannot be written ({error.strerror or error}): training continues without it")
-
-
-def _command() -> str:
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    program = ["python", "-m", spec.name.removesuffix(".__main__")] if spec is not None else sys.argv[:1]
-    return shlex.join([*program, *sys.argv[1:]])

@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning as L
 
-from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import write_json
 
@@ -31,12 +30,7 @@ class RunRecord(L.Callback):
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        settings: dict[str, Any],
-        data: str,
-        allow_changes: bool = False,
-        log: Callable[[str], None] = log,
+        self, folder: str | Path, settings: dict[str, Any], data: str, allow_changes: bool, log: Callable[[str], None]
     ) -> None:
         self.folder, self.settings, self.data = Path(folder), settings, data
         self.allow_changes, self.log_line = allow_changes, log
@@ -65,7 +59,7 @@ class RunRecord(L.Callback):
         if before is None:  # from elsewhere
             return
         now = self.record(module)
-        found = [f"{name} was {old}, is {new}" for name, old, new in _differences(before, now, "settings")]
+        found = [f"{name} was {old}, is {new}" for name, old, new in _differences(before["settings"], now["settings"])]
         if before["data"] != now["data"]:
             found.append("the data are others")
         if found and not self.allow_changes:
@@ -73,15 +67,14 @@ class RunRecord(L.Callback):
             raise UserError(f"The checkpoint is of a run with other settings: {'; '.join(found)}. {help}")
         for difference in found:
             self.log_line(f"changed on going on: {difference}")
-        changed = [f"{name} {old or '-'} → {new or '-'}" for name, old, new in _differences(before, now, "versions")]
+        pairs = _differences(before["versions"], now["versions"])
+        changed = [f"{name} {old or '-'} → {new or '-'}" for name, old, new in pairs]
         if changed:
             self.log_line(f"other versions than the checkpoint's: numbers may differ in their last digits: {changed}")
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], of: str) -> list[tuple[str, Any, Any]]:
-    """Return (name, then, now) of the values that differ."""
-    then, here = before[of], now[of]
-    return [(name, then.get(name), here.get(name)) for name in {**then, **here} if then.get(name) != here.get(name)]
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(name, then.get(name), now.get(name)) for name in {**then, **now} if then.get(name) != now.get(name)]
 
 
 def is_finished(folder: str | Path) -> bool:
