@@ -18,7 +18,7 @@ from vavae_tools.evaluation.metrics import psnr, ssim
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import plain_config
-from vavae_tools.runtime.ranks import Ranks, current_ranks
+from vavae_tools.runtime.ranks import current_ranks
 from vavae_tools.training.callbacks.finite import FiniteSteps, has_scaler
 from vavae_tools.training.callbacks.progress import log_step
 from vavae_tools.training.callbacks.throughput import flops_of
@@ -231,42 +231,38 @@ class AutoencoderModule(L.LightningModule):
             if model is not None:
                 model.to(self.device)
         data = getattr(self.trainer, "datamodule", None)
-        if self._cached_encoders and isinstance(data, ImageSetDataModule):
+        if isinstance(data, ImageSetDataModule) and current_ranks().size == self.trainer.world_size:
             self._cache_features({"train": data.train_data, "val": data.val_data})
 
     def _cache_features(self, subsets: dict[str, DecodedImages | None]) -> None:
         """Compute what frozen networks make of each image before training, where all of it can be kept."""
-        folder, ranks = Path(self.trainer.default_root_dir) / "foundation", current_ranks()
-        ranks = ranks if ranks.size == self.trainer.world_size else Ranks()
-        wanted = [(subset, name) for subset, images in subsets.items() if images for name in self._cached_encoders]
-        for subset, name in wanted:
-            images, path = subsets[subset], folder / name.removeprefix("foundation") / f"{subset}.safetensors"
-            grid = tuple(size // self._models["codec"].downsampling for size in images.image_size)
-            for first in (True, False):  # where Lightning has started the others, one computes, then all read
-                if ranks.size > 1 or first == self.trainer.is_global_zero:
-                    network = self._cached_encoders[name]
-                    features = foundation_features(network, images, grid, path, self.device, ranks=ranks)
-                self.trainer.strategy.barrier()
-            if features is None:  # too many to keep
-                return
-            images.extra_fields[name] = features
+        for name, network in self._cached_encoders.items():
+            folder = Path(self.trainer.default_root_dir) / "foundation" / name.removeprefix("foundation")
+            for subset, images in subsets.items():
+                if images is None:
+                    continue
+                grid = tuple(size // self._models["codec"].downsampling for size in images.image_size)
+                path, ranks = folder / f"{subset}.safetensors", current_ranks()
+                features = foundation_features(network, images, grid, path, self.device, ranks=ranks)
+                if features is None:  # too many to keep
+                    return
+                images.extra_fields[name] = features
         if "foundation" in self._cached_encoders:
             self._cached_encoders["foundation"].to("cpu")  # its memory is the training's now
 
 
 def discriminator_accuracy(real: Tensor, made: Tensor) -> Tensor:
-    """Return the share of patches that the discriminator judges right; 0.5 is chance."""
+    """Return the share of patches that are judged right; 0.5 is chance."""
     return ((real > 0).float().mean() + (made < 0).float().mean()) / 2
 
 
 class VAVAEModule(AutoencoderModule):
-    """Trains a VAVAE; `recipes.vavae.LOSSES` holds sets of these numbers.
+    """Trains a VAVAE; `recipes.vavae.LOSSES` holds sets of these numbers, of which others are `AutoencoderModule`'s.
 
     Args:
         condition_dropout: share of images that are trained without their vector, so that none has a meaning, too.
         freeze_encoder: train the decoder alone.
         foundation: for `vf_weight`; see `foundation.load_foundation`.
-        settings: of `AutoencoderModule`.
     """
 
     parts_may_go_unused = True  # a condition that is dropped from a whole batch
@@ -347,7 +343,6 @@ class RAEDecoderModule(AutoencoderModule):
     Args:
         ema_decay: of the decoder's averaged weights, which are validated and saved.
         flips: mirror half of the images.
-        settings: of `AutoencoderModule`.
     """
 
     def __init__(
@@ -386,8 +381,8 @@ class RAEDecoderModule(AutoencoderModule):
         if self.training and self.hparams.flips:
             mirrored = (draws.uniform("flip") < 0.5)[:, None, None, None]
             images = torch.where(mirrored, images.flip(3), images)
-            if features is not None:
-                features = torch.where(mirrored, batch["mirrored_tokens"], features)
+            turned = batch.get("mirrored_tokens")
+            features = None if turned is None else torch.where(mirrored, turned, features)
         if features is None:
             return images, self._models["codec"].tokens((images + 1) / 2)
         return images, features.flatten(2).mT.float()

@@ -51,8 +51,6 @@ class DiffusionModule(L.LightningModule):
     """
 
     trainer_settings = staticmethod(trainer_settings)
-    _vae: StableDiffusionVAE | None = None
-    _text_encoder: TextEncoder | None = None
 
     def __init__(
         self,
@@ -80,7 +78,8 @@ class DiffusionModule(L.LightningModule):
         self.objective = objective or FlowMatching()
         self.hparams["objective"] = dict(self.objective.config)
         self.code = TokenCode(**token_images["code"]) if token_images else None
-        self._whole = {"network": self.network}  # in a dict: no part of its own
+        # in dicts, so that they become no part of this module and its checkpoints
+        self._whole, self._frozen = {"network": self.network}, {}
         # tables of positions, the same everywhere: DDP would send them to all processes before every step
         self._ddp_params_and_buffers_to_ignore = {name for name, _ in self.named_buffers()}
         if compile:  # after the average was copied, which sees few steps
@@ -88,16 +87,15 @@ class DiffusionModule(L.LightningModule):
 
     # ---- from batches to losses
     def encode_with(self, vae: StableDiffusionVAE, text_encoder: TextEncoder) -> None:
-        """Take the frozen models that images and captions are encoded with; they are no part of this module."""
-        self.__dict__["_vae"], self._text_encoder = vae.eval().requires_grad_(False), text_encoder
+        """Take the models that images and captions are encoded with."""
+        self._frozen = {"vae": vae.eval().requires_grad_(False), "text_encoder": text_encoder}
 
     def on_fit_start(self) -> None:
-        for frozen in (self._vae, self._text_encoder):
-            if frozen is not None:
-                frozen.to(self.device)
+        for model in self._frozen.values():
+            model.to(self.device)
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Find the cells to compute, here where no GPU has to be waited for."""
+        """Find the cells to compute, where no GPU has to be waited for."""
         if "mask" not in batch:
             return batch
         kept = select_tokens(batch["mask"] + batch.get("condition_mask", 0), self.code.cell_size)
@@ -116,8 +114,8 @@ class DiffusionModule(L.LightningModule):
         labels = torch.zeros_like(batch["index"])
         with torch.autocast(self.device.type, enabled=False):  # a VAE in half precision makes black images
             normal = functools.partial(draws.normal, "posterior")
-            latents = self._vae.encode_images(to_unit(batch["images"]), labels, normal)
-            states = self._text_encoder.encode(batch["captions"]).to(self.device)
+            latents = self._frozen["vae"].encode_images(to_unit(batch["images"]), labels, normal)
+            states = self._frozen["text_encoder"].encode(batch["captions"]).to(self.device)
         texts = {"text_tokens": states.tokens, "text_mask": states.mask, "text_pooled": states.pooled}
         return {"latents": latents.float(), "index": batch["index"], **texts}
 
@@ -147,7 +145,7 @@ class DiffusionModule(L.LightningModule):
         return {"mask": mask, "known": known, "kept": batch["kept"], "pixels": pixels}
 
     def beginnings(self, mask: Tensor, draws: Draws) -> Tensor:
-        """Return pixels (B, H, W) of the first cells of a mask, in `prompt_share` of the samples."""
+        """Return the pixels (B, H, W) of a mask's first cells, in `prompt_share` of the samples."""
         there = self.code.mask_to_cells(mask)  # (B, N)
         place = there.cumsum(1)
         chosen = draws.uniform("beginning") < self.hparams.prompt_share  # (B,)
@@ -166,7 +164,7 @@ class DiffusionModule(L.LightningModule):
         return [FiniteSteps(None, f"{ADVICE_NOT_FINITE}, or a new run with model.qk_norm=true")]
 
     def configure_gradient_clipping(self, *arguments: Any, **named: Any) -> None:
-        """Leave the gradients as `FiniteSteps` clipped them: Lightning itself refuses to where AdamW is fused."""
+        """Leave gradients as `FiniteSteps` clipped them: Lightning refuses to clip where AdamW is fused."""
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
@@ -221,7 +219,6 @@ class DiffusionModule(L.LightningModule):
 
 
 def _conditions(batch: dict[str, Any]) -> Tensor | TextStates:
-    """Return what the conditioner takes of a batch."""
     if "text_tokens" in batch:
         return TextStates(batch["text_tokens"], batch["text_mask"], batch["text_pooled"])
     return batch["labels"] if "labels" in batch else torch.zeros_like(batch["index"])

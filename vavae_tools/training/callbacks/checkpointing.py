@@ -164,8 +164,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            ends = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-            self._save_what_is_due(trainer, ends, ask=True)
+            self._save_what_is_due(trainer, trainer.fit_loop.epoch_loop.batch_progress.is_last_batch, ask=True)
 
     def _save_what_is_due(self, trainer: L.Trainer, epoch_ends: bool, ask: bool = False) -> None:
         step, epoch = trainer.global_step, trainer.current_epoch + 1
