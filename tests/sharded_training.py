@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_dit, tiny_pipeline
 from torch import Tensor, nn
 
-from vavae_tools.checkpoints.resuming import check_resumable, resume_path
+from vavae_tools.checkpoints.resuming import resume_path
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.pipelines.classes import LatentDiTPipeline
 from vavae_tools.runtime.errors import run_command
@@ -58,7 +58,6 @@ def train(run, latents, resume=None, batch_size=4, checkpointing=False, stop=Non
     callbacks = [*([Stop(*stop)] if stop else []), previews, *saves]
     trainer = build_trainer(settings, Path(run), callbacks, print, max_steps=steps, max_epochs=-1)
     resume_from = resume_path(resume, Path(run) / "checkpoints")
-    check_resumable(resume_from, module)
     fit_trainer(trainer, module, data, resume_from, print)
 
 

@@ -230,5 +230,5 @@ def test_one_of_several_processes_tries_alone(monkeypatch):
     batch = {"latents": torch.arange(3.0)[:, None, None, None].expand(3, 2, 8, 8), "labels": torch.tensor([0, 1, 2])}
     made = of_size({**batch, "index": torch.tensor([5, 6, 7]), "name": "x"}, 5)
     assert made["latents"][:, 0, 0, 0].tolist() == [0, 1, 2, 0, 1] and made["index"].tolist() == [5, 6, 7, 5, 6]
-    steps = whole_steps(module, lambda size: of_size(made, size), settings, gradients_twice=True)
+    steps = whole_steps(module, lambda size: of_size(made, size), settings)
     assert fitting_batch_size(steps, largest=4) == 4 and not torch.distributed.is_initialized()

@@ -161,7 +161,7 @@ def test_after_several_in_a_row_the_last_good_state_comes_back(split_dir, tmp_pa
                 module.vavae.decoder.conv_out.weight.data.fill_(torch.nan)
 
     module = new_module()
-    guard = FiniteSteps(1.0, in_a_row=3, every=2, look_every=1)
+    guard = FiniteSteps(1.0, "", in_a_row=3, every=2, look_every=1)
     module.configure_callbacks = lambda: [guard]
     trainer, _, _ = fit(tmp_path, split_dir, module, callbacks=[Damage()], max_epochs=3)
     assert (

@@ -19,7 +19,7 @@ from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import plain_config
 from vavae_tools.runtime.ranks import current_ranks
-from vavae_tools.training.callbacks.finite import FiniteSteps, has_scaler
+from vavae_tools.training.callbacks.finite import ADVICE_NOT_FINITE, FiniteSteps, has_scaler
 from vavae_tools.training.callbacks.progress import log_step
 from vavae_tools.training.callbacks.throughput import flops_of
 from vavae_tools.training.devices import trainer_settings
@@ -43,9 +43,6 @@ class AutoencoderModule(L.LightningModule):
 
     The others are keys of a recipe (`recipes.base`, `training.config`).
     """
-
-    parts_may_go_unused = False  # in a step, without a gradient
-    discriminator: nn.Module
 
     def __init__(
         self,
@@ -157,8 +154,6 @@ class AutoencoderModule(L.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             return self.discriminator(images)
 
-    # ---- two optimisers
-
     def configure_optimizers(self) -> list[dict[str, Any]]:
         settings, fused = self.hparams, not has_scaler(self.trainer)
         adversary = list(self.discriminator.parameters()) if settings.disc_weight else []
@@ -209,16 +204,15 @@ class AutoencoderModule(L.LightningModule):
         return min(batches, -(-trainer.num_training_batches // self.accumulate_grad_batches) * trainer.max_epochs)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        return [FiniteSteps(self.hparams.gradient_clip)]
+        return [FiniteSteps(self.hparams.gradient_clip, f"{ADVICE_NOT_FINITE}, or fewer losses")]
 
     def trainer_settings(self, **choices: Any) -> dict[str, Any]:
         """Return what `devices.trainer_settings` does, for this module."""
         gathered = choices.pop("accumulate_grad_batches", self.accumulate_grad_batches)
         if gathered != self.accumulate_grad_batches:  # a Trainer cannot gather for two optimisers
             raise UserError(f"accumulate_grad_batches={gathered}: it is an argument of {type(self).__name__}")
-        # each optimiser's backward pass leaves the other's weights without a gradient
-        unused = self.hparams.disc_weight > 0 or self.parts_may_go_unused
-        choices |= {"parts_may_go_unused": unused, "gradient_clip_val": None}  # this module clips itself
+        # some weights get no gradient: of the other optimiser, of a condition that is dropped from a whole batch
+        choices |= {"parts_may_go_unused": True, "gradient_clip_val": None}  # this module clips itself
         return trainer_settings(shardable=False, **choices)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -264,8 +258,6 @@ class VAVAEModule(AutoencoderModule):
         freeze_encoder: train the decoder alone.
         foundation: for `vf_weight`; see `foundation.load_foundation`.
     """
-
-    parts_may_go_unused = True  # a condition that is dropped from a whole batch
 
     def __init__(
         self,

@@ -109,9 +109,6 @@ def session_end(
     return time.time() + seconds if seconds else None
 
 
-# ---- which values a setting takes
-
-
 class Setting(NamedTuple):
     kinds: tuple[Any, ...]  # types that it takes, `Literal`s among them
     default: Any
@@ -163,9 +160,9 @@ def _of_kind(value: Any, kinds: tuple[Any, ...]) -> Any:
     for kind in kinds:
         origin = get_origin(kind) or kind
         if origin is Literal:
-            for choice in get_args(kind):
-                if str(value) == str(choice):
-                    return choice
+            found = [choice for choice in get_args(kind) if str(value) == str(choice)]
+            if found:
+                return found[0]
         elif origin is Any:
             return value
         elif origin is list and isinstance(value, (list, tuple)):
@@ -174,9 +171,8 @@ def _of_kind(value: Any, kinds: tuple[Any, ...]) -> Any:
                 return inner
         elif origin is dict and isinstance(value, Mapping):
             return dict(value)
-        elif kind in (types.NoneType, None):
-            if value is None:
-                return None
+        elif value is None and kind is types.NoneType:
+            return None
         elif isinstance(value, bool):  # which is an int, too
             if kind is bool:
                 return value

@@ -85,7 +85,6 @@ class DiffusionModule(L.LightningModule):
         if compile:  # after the average was copied, which sees few steps
             denoiser.compile_repeated_blocks()
 
-    # ---- from batches to losses
     def encode_with(self, vae: StableDiffusionVAE, text_encoder: TextEncoder) -> None:
         """Take the models that images and captions are encoded with."""
         self._frozen = {"vae": vae.eval().requires_grad_(False), "text_encoder": text_encoder}
@@ -180,7 +179,6 @@ class DiffusionModule(L.LightningModule):
         values = {f"val/{name}": value for name, value in {"loss": loss, **parts}.items()}
         self.log_dict(values, batch_size=float(weight), sync_dist=True)
 
-    # ---- optimiser and devices
     def configure_model(self) -> None:
         """Cut denoiser, conditioner and their averages over the devices, where the strategy is `optim.Sharded`."""
         if self.device_mesh is None or isinstance(self.network["denoiser"], FSDPModule):

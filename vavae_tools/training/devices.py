@@ -171,14 +171,11 @@ def _check_count(count: int, num_nodes: int, machine: Machine, started: bool) ->
 
 def describe(settings: dict[str, Any], compile: bool, batch_size: int, num_workers: int) -> str:
     """Return what `trainer_settings` has chosen, in one line."""
-    machine = find_machine()
-    count, nodes, strategy = settings["devices"], settings["num_nodes"], settings["strategy"]
+    machine, nodes = find_machine(), settings["num_nodes"]
+    count, strategy = settings["devices"], settings["strategy"]
+    where = f"CPU, {os.cpu_count()} cores{f', {count} processes' if count > 1 else ''}"
     if settings["accelerator"] == "gpu":
         where = f"{count} × {machine.name} ({machine.memory / 2**30:.0f} GB{' each' if count > 1 else ''})"
-    else:
-        where = f"CPU, {os.cpu_count()} cores{f', {count} processes' if count > 1 else ''}"
-    if machine.unusable:
-        where += f" (this torch has no code for the {machine.unusable}: switch to another, such as GPU T4 x2)"
     gathered = settings.get("accumulate_grad_batches", 1)
     said = [
         "one process" if strategy == "auto" else str(strategy),

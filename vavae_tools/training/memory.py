@@ -24,7 +24,6 @@ from vavae_tools.training.devices import no_deterministic_form
 HEADROOM = 0.08  # share of the memory that stays free: gaps between tensors, and batches of longer texts
 
 
-# ---- where memory has run out
 @contextmanager
 def memory_faults(batch_size: int | None, *about: Any, **more: Any) -> Iterator[None]:
     """Raise a `UserError` where memory runs out (see `memory_fault`) or an operation is not deterministic.
@@ -37,7 +36,9 @@ def memory_faults(batch_size: int | None, *about: Any, **more: Any) -> Iterator[
         line = memory_fault(error, batch_size, *about, **more) or no_deterministic_form(error)
         if line is None:
             raise
-        _clear_frames(error)
+        for link in (error, error.__cause__, error.__context__):
+            if link is not None:
+                traceback.clear_frames(link.__traceback__)
         release_memory()
         raise UserError(line) from None
 
@@ -79,13 +80,6 @@ def _memory_of(error: BaseException) -> str:
         return "the GPU"
 
 
-def _clear_frames(error: BaseException) -> None:
-    for link in (error, error.__cause__, error.__context__):
-        if link is not None:
-            traceback.clear_frames(link.__traceback__)
-
-
-# ---- the largest batch that fits
 def keep_effective(effective: int, fitting: int) -> tuple[int, int]:
     """Return (batch, number of them gathered) whose product is the effective batch: its largest divisor that fits."""
     batch = next(size for size in range(max(1, min(effective, fitting)), 0, -1) if effective % size == 0)
@@ -122,7 +116,6 @@ def _succeeds(try_step: Callable[[int], None], size: int) -> bool:
     except (RuntimeError, MemoryError) as error:
         if not is_memory_fault(error):
             raise
-        _clear_frames(error)
         return False
     finally:
         release_memory()
@@ -130,7 +123,7 @@ def _succeeds(try_step: Callable[[int], None], size: int) -> bool:
 
 @contextmanager
 def _less_of(card: torch.device) -> Iterator[None]:
-    """Keep `HEADROOM` of what a card has free, and the random state of this one: all would take memory of each."""
+    """Keep `HEADROOM` of what a card has free, and its random state."""
     release_memory()
     free, total = torch.cuda.mem_get_info(card)
     usable = free + torch.cuda.memory_reserved(card)
@@ -167,34 +160,29 @@ def find_batch_size(
     ranks, found = current_ranks(), None
     if ranks.rank == 0:
         device = torch.device("cuda", ranks.local_rank)
-        steps = whole_steps(module, make_batch, settings, gradients_twice=ranks.size > 1)
-        found = fitting_batch_size(steps, batch_size, largest, device)
+        found = fitting_batch_size(whole_steps(module, make_batch, settings), batch_size, largest, device)
         log(f"auto batch size: {found} fit into {torch.cuda.get_device_name(device)}, {HEADROOM:.0%} of it kept free")
     return ranks.share("vavae batch size", found)
 
 
 def whole_steps(
-    module: L.LightningModule,
-    make_batch: Callable[[int], dict[str, Any]],
-    settings: dict[str, Any],
-    gradients_twice: bool = False,
+    module: L.LightningModule, make_batch: Callable[[int], dict[str, Any]], settings: dict[str, Any]
 ) -> Callable[[int], None]:
     """Return what `fitting_batch_size` tries: two steps of two batches each, on a copy, on the first device.
 
-    In the second all is there that training holds; `gradients_twice`, so are DDP's buckets.
+    In the second all is there that training holds, DDP's buckets of gradients too.
     """
-    on_gpu = settings["accelerator"] == "gpu"
+    on_gpu, several = settings["accelerator"] == "gpu", settings["devices"] * settings["num_nodes"] > 1
     alone = {"devices": [0] if on_gpu else 1, "num_nodes": 1, "strategy": "auto"}
-    gathered = 2 if module.automatic_optimization else 1  # other modules gather themselves
-    batches = 2 * max(gathered, getattr(module, "accumulate_grad_batches", 1))
-    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    short = {"accumulate_grad_batches": 2, "max_epochs": 1, "limit_val_batches": 0}
+    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
     def try_step(size: int) -> None:
         tried = copy.deepcopy(module)
-        bucket = sum(w.nbytes for w in tried.parameters() if w.requires_grad) if gradients_twice else 0
+        bucket = sum(weight.nbytes for weight in tried.parameters() if weight.requires_grad) if several else 0
         kept = torch.empty(bucket, dtype=torch.uint8, device="cuda:0" if on_gpu else "cpu")
-        trainer = L.Trainer(**{**settings, **alone, **silent, "accumulate_grad_batches": gathered, "max_epochs": 1})
-        trainer.fit(tried, DataLoader([make_batch(size)] * batches, batch_size=None))
+        trainer = L.Trainer(**{**settings, **alone, **short, **silent})
+        trainer.fit(tried, DataLoader([make_batch(size)] * 4, batch_size=None))
         del kept
 
     return try_step

@@ -29,16 +29,14 @@ class EMA(nn.Module):
         frozen = {id(weight): weight for weight in network.parameters() if not weight.requires_grad}
         self.network = copy.deepcopy(network, frozen).requires_grad_(False).eval()
 
-    def decay_at(self, step: int) -> float:
-        return min(self.decay, (1 + step) / (10 + step))
-
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """Follow `network` after optimiser step `step` (1, 2, …); one fused operation for all weights."""
         pairs = zip(self.network.parameters(), network.parameters(), strict=True)
         pairs = [(mine, theirs.detach()) for mine, theirs in pairs if mine is not theirs]
         average, weights = map(list, zip(*pairs, strict=True))
-        torch._foreach_lerp_(average, weights, 1.0 - self.decay_at(step))
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(average, weights, 1.0 - decay)
         for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
             mine.copy_(theirs)
 

@@ -121,14 +121,11 @@ def _train_here(
     if run.logged and trainer.is_global_zero:
         for logger in trainer.loggers:
             logger.log_metrics(dict(run.logged), step=0)
-    check_resumable(resume_from, run.module)
     fit_trainer(trainer, run.module, data, resume_from, log, run.saves_memory)
     if trainer.is_global_zero:
         run.export(trainer)
     return run.folder
 
-
-# ---- loggers
 
 _LOGGERS = {
     "tensorboard": TensorBoardLogger,
@@ -152,9 +149,6 @@ def make_loggers(names: str | Sequence[str] | bool | None, output_dir: Path) -> 
             raise UserError(f"logger={name} needs the package {name}: pip install {name}") from None
     version = next((logger.version for logger in found if isinstance(logger, TensorBoardLogger)), None)
     return [*found, CSVLogger(output_dir, version=version)]
-
-
-# ---- Lightning's Trainer
 
 
 def build_trainer(
@@ -195,17 +189,11 @@ def fit_trainer(
 
     Where memory is too small, a line names smaller batches (`memory.memory_fault`).
     """
-
+    check_resumable(resume_from, module)
     gathered = max(trainer.accumulate_grad_batches, getattr(module, "accumulate_grad_batches", 1))
-    about = (
-        getattr(data, "batch_size", None),
-        gathered,
-        module,
-        saves_memory,
-        prefix,
-    )  # somebody's own data have no size
+    size = getattr(data, "batch_size", None)  # somebody's own data may have none
     try:
-        with memory_faults(*about), loader_faults():
+        with memory_faults(size, gathered, module, saves_memory, prefix), loader_faults():
             trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
     except Stopped as stop:
         log(str(stop))
@@ -215,9 +203,6 @@ def fit_trainer(
         trainer.strategy.checkpoint_io.teardown()  # the last one is on the disk; not every strategy sees to that
         torch.use_deterministic_algorithms(False)  # what Lightning has set is this training's, not the whole process's
     trainer.strategy.barrier()  # so that every process finds it there
-
-
-# ---- modules of one's own
 
 
 def fit(
@@ -266,6 +251,5 @@ def fit(
     length = {"max_steps": max_steps, "max_epochs": -1 if max_epochs is None and max_steps > 0 else max_epochs}
     saves = checkpoint_callbacks(checkpoints, monitor, saving)
     trainer = build_trainer(settings, Path(output_dir), [*callbacks, *saves], log, **length)
-    check_resumable(resume_from, module)
     fit_trainer(trainer, module, data, resume_from, log, prefix="")
     return checkpoints / "last.ckpt"

@@ -69,10 +69,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if pending is not None:
             pending.result()
 
-    def raise_failure(self) -> None:
-        """Raise where a checkpoint could not be written, without waiting."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
+    def failure(self) -> BaseException | None:
+        """Return why the last checkpoint could not be written, without waiting for it."""
+        return self._pending.exception() if self._pending is not None and self._pending.done() else None
 
     def remove_checkpoint(self, path: str) -> None:
         self.wait()
@@ -176,11 +175,8 @@ class LastCheckpoint(ModelCheckpoint):
         self._step = step
         if trainer.world_size > 1 and not ask and step < self._asked_after + self._interval:
             return
-        writer, fault = trainer.strategy.checkpoint_io, None
-        try:
-            writer.raise_failure()
-        except UserError as error:
-            fault = error
+        writer = trainer.strategy.checkpoint_io
+        fault = writer.failure()
         now = time.monotonic()
         due = now - self._last_time_checked >= self._train_time_interval.total_seconds()
         late = self.until is not None and time.time() + 2 * writer.seconds + 60 > self.until

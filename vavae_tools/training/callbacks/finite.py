@@ -35,12 +35,7 @@ class FiniteSteps(L.Callback):
     """
 
     def __init__(
-        self,
-        clip: float | None = 1.0,
-        advice: str = f"{ADVICE_NOT_FINITE}, or fewer losses",
-        in_a_row: int = 5,
-        every: int = 200,
-        look_every: int = 10,
+        self, clip: float | None, advice: str, in_a_row: int = 5, every: int = 200, look_every: int = 10
     ) -> None:
         self.clip, self.advice = clip, advice
         self.in_a_row, self.every, self.look_every = in_a_row, every, look_every
@@ -60,7 +55,6 @@ class FiniteSteps(L.Callback):
             _fuse_as_made(optimizer)
         self._skipped = self._skipped.to(module.device)
         self._rows = torch.zeros(len(trainer.optimizers), device=module.device)  # left out in a row, by optimiser
-        self._began_at, self._began_with = trainer.global_step, self._skipped.clone()
         self._keep(trainer, module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
@@ -90,11 +84,6 @@ class FiniteSteps(L.Callback):
             self._go_back(trainer, module, row)
         elif not row and trainer.global_step - self._kept_at >= self.every:
             self._keep(trainer, module)
-
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        skipped, steps = int(self._skipped - self._began_with), trainer.global_step - self._began_at
-        if steps and skipped >= steps:  # too few to go back
-            log(f"None of {steps:,} steps had finite gradients, so nothing was learnt: {self.advice}")
 
     @torch.no_grad()
     def _keep(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -1,5 +1,6 @@
 """How far a training is: a bar or lines on the screen, `train.log` in its folder, and the values that are logged."""
 
+import math
 import shlex
 import sys
 import time
@@ -149,11 +150,9 @@ class TrainLog(PacedCallback):
         step, before, self._step = trainer.global_step, self._step, trainer.global_step
         if not (step // self.every > before // self.every or before < step >= self.total):
             return
-        values = {"train/lr": trainer.optimizers[0].param_groups[0]["lr"], **self._values}
-        where = "GPU" if module.device.type == "cuda" else "RAM"
-        memory = f"{peak_memory(module.device) / 1e9:6.2f} GB {where}"
-        loss = f"{values['train/loss']:.4e}" if "train/loss" in values else "-"
-        shown = f"loss {loss:>10}  lr {values['train/lr']:>9.3e}  {self.pace(step)}  {memory}"
+        loss, lr = (self._values.get(name, math.nan) for name in ("train/loss", "train/lr"))
+        memory = f"{peak_memory(module.device) / 1e9:6.2f} GB {'GPU' if module.device.type == 'cuda' else 'RAM'}"
+        shown = f"loss {loss:>10.4e}  lr {lr:>9.3e}  {self.pace(step)}  {memory}"
         self._write("step", f"{self._place(trainer)}  {shown}")
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
