@@ -338,6 +338,7 @@ def test_wrong_files_are_one_line(tmp_path, config_path, said):
         ({"encoder_config_path": tmp_path / "no"}, "No folder"),
         ({"encoder_config_path": empty}, "config.json is missing"),
         ({"encoder_checkpoint_path": tmp_path / "no.pt"}, "No checkpoint"),
+        ({"decoder": config_path}, "no decoder_hidden_size"),
         ({"encoder_checkpoint_path": tmp_path / "other.pt"}, "conv.weight"),
         ({"encoder_checkpoint_path": empty}, "No weights in"),
         ({"statistics_path": tmp_path / "none.pt"}, "no statistics"),

@@ -27,7 +27,7 @@ def load_rae(
     encoder_config_path: str | Path | None = None,
     encoder_input_size: int | None = None,
     encoder_checkpoint_path: str | Path | None = None,
-    decoder: str | Mapping[str, int] = "ViTXL",
+    decoder: str | Path | Mapping[str, Any] = "ViTXL",
     decoder_path: str | Path | None = None,
     statistics_path: str | Path | None = None,
     log: Callable[[str], None] = print,
@@ -39,7 +39,7 @@ def load_rae(
             a `config.json`; None: the published base size. "owner/name" is a repository of Hugging Face's hub, read
             only where no such path is there. The settings of a whole RAE's folder hold before those given.
         encoder_checkpoint_path: a file with an encoder, a decoder or both, or a folder of a whole RAE.
-        decoder: a size of `RAE_SIZES`, or its numbers.
+        decoder: a size of `RAE_SIZES`, some numbers, or a `config.json` or its folder.
         decoder_path: a file with a decoder, such as the authors' `model.pt`; it holds before another one.
         statistics_path: the authors' `stat.pt`, or a `.safetensors` file with mean and var.
     """
@@ -51,11 +51,9 @@ def load_rae(
         if encoder_checkpoint_path == whole:
             encoder_checkpoint_path = None
     else:
-        size = decoder if isinstance(decoder, Mapping) else RAE_SIZES.get(decoder)
-        if size is None:
-            raise UserError(f"No decoder size {decoder!r}; there are {', '.join(RAE_SIZES)}")
         settings, weights = _encoder_files(encoder_config_path)
-        rae, fresh = RAE(encoder_cls, encoder_input_size=encoder_input_size, **settings, **size), {"encoder", "decoder"}
+        rae = RAE(encoder_cls, encoder_input_size=encoder_input_size, **settings, **_decoder_numbers(decoder))
+        fresh = {"encoder", "decoder"}
         if weights is not None:
             _take(rae, weights, ("encoder",), fresh, log)
     if encoder_checkpoint_path is not None:
@@ -206,6 +204,22 @@ def from_diffusers(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], 
     if "statistics" in found:
         rae.set_statistics(*found["statistics"])
     return rae
+
+
+def _decoder_numbers(decoder: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(decoder, Mapping):
+        return decoder
+    if decoder in RAE_SIZES:
+        return RAE_SIZES[decoder]
+    path = Path(decoder)
+    if not path.exists():
+        raise UserError(f"No decoder size {str(decoder)!r}, nor a config.json there; there are {', '.join(RAE_SIZES)}")
+    config = read_json(path / "config.json" if path.is_dir() else path)
+    if "decoder_hidden_size" not in config:
+        raise UserError(f"{path} is no decoder's configuration: it has no decoder_hidden_size")
+    config["decoder_layer_norm_eps"] = config.get("layer_norm_eps", 1e-12)
+    known = (*RAE_SIZES["ViTXL"], "decoder_layer_norm_eps")
+    return {name: config[name] for name in known if name in config}  # its patch_size is a word there: 16
 
 
 def _encoder_files(source: str | Path | None) -> tuple[dict[str, Any], Path | None]:
