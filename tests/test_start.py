@@ -95,7 +95,7 @@ def test_offline_it_says_what_to_do(installed, pip, repository, capsys):
     start.start(repository, [])
     said = capsys.readouterr().out
     assert "Not installed from the network: diffusers>=0.33, lightning[extra]>=2.5." in said
-    assert "Switch the internet on, or attach a dataset with\ntheir wheels" in said
+    assert "Switch the internet on, or attach a dataset\nwith their wheels" in said
     assert "ERROR: No matching distribution" in said and "is ready" not in said
 
 

@@ -52,10 +52,8 @@ def start(repository: Path, input_roots: Sequence[Path] = (Path("/kaggle/input")
             done = subprocess.run([*command, *offline, *missing], capture_output=True, text=True, check=False)
         if done.returncode:
             source = f"the attached wheels ({wheels[0]})" if wheels else "the network"
-            print(
-                f"Not installed from {source}: {', '.join(missing)}. Switch the internet on, or attach a dataset with"
-            )
-            print("their wheels (pip download -d wheels -r requirements.txt), and run this cell again.")
+            print(f"Not installed from {source}: {', '.join(missing)}. Switch the internet on, or attach a dataset")
+            print("with their wheels (pip download -d wheels -r requirements.txt), and run this cell again.")
             print(*done.stderr.strip().splitlines()[-2:], sep="\n")
             return
         print("installed: " + ", ".join(missing))

@@ -111,10 +111,8 @@ def verify_checkpoints(folder: str) -> None:
         print(f"{name}: {fault or 'whole'}")
     damaged = [name.name for name, fault in faults.items() if fault]
     if damaged:
-        raise UserError(
-            f"{len(damaged)} of {len(faults)} in {folder} damaged: {', '.join(damaged)}. Remove them; --resume last "
-            "takes a whole one"
-        )
+        found = f"{len(damaged)} of {len(faults)} in {folder} damaged: {', '.join(damaged)}"
+        raise UserError(f"{found}. Remove them; --resume last takes a whole one")
 
 
 def _found(folder: Path) -> list["Checkpoint"]:
@@ -122,10 +120,8 @@ def _found(folder: Path) -> list["Checkpoint"]:
 
     found = checkpoints_in(folder, also=("*.ckpt", "*.pth"))
     if not found:
-        raise UserError(
-            f"No checkpoints in {folder}: it {contents(folder)}; expected a run's folder with last.ckpt, best-*.ckpt "
-            "or checkpoint-*/, there or in checkpoints/"
-        )
+        expected = "a run's folder with last.ckpt, best-*.ckpt or checkpoint-*/, there or in checkpoints/"
+        raise UserError(f"No checkpoints in {folder}: it {contents(folder)}; expected {expected}")
     return found
 
 

@@ -64,10 +64,8 @@ def read_any_format(path: str | Path, log: Callable[[str], None]) -> dict[str, A
     if "model" not in parts and saved and all(isinstance(value, Tensor) for value in saved.values()):
         parts["model"] = saved
     if "model" not in parts:
-        expected = ", ".join(NAMES["model"])
-        raise UserError(
-            f"{path} has no weights: it holds {join_first(sorted(map(str, saved)), 5)}, expected one of {expected}"
-        )
+        found = join_first(sorted(map(str, saved)), 5)
+        raise UserError(f"{path} has no weights: it holds {found}, expected one of {', '.join(NAMES['model'])}")
     return _from_elsewhere(parts, saved, path, log)
 
 
@@ -178,10 +176,9 @@ def write_folder(checkpoint: dict[str, Any], folder: str | Path) -> Path:
 
 def _not_written(path: Path, error: Exception) -> UserError:
     free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.is_dir())).free / 2**20
-    return UserError(
-        f"{path} could not be written ({free:,.0f} MB free): {one_line(error, 200)}. What was there is whole: free "
-        "some space, or choose a folder that is yours; a training resumes with --resume last"
-    )
+    help = "free some space, or choose a folder that is yours; a training resumes with --resume last"
+    reason = f"({free:,.0f} MB free): {one_line(error, 200)}"
+    return UserError(f"{path} could not be written {reason}. What was there is whole: {help}")
 
 
 def _hidden(path: Path, what: str = "") -> Path:

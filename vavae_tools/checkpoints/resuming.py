@@ -214,10 +214,9 @@ def _check_weights(path: Path, found: dict[str, Tensor], own: dict[str, Tensor])
     if here.keys().isdisjoint(there):
         cause = "none of its names is known here: weights to start from are no checkpoint to resume from"
     shapes = [shape.get(first, "not there") for shape in (there, here)]
-    raise UserError(
-        f"{path} is of another model: {first} is {shapes[0]}, expected {shapes[1]}{others}; {cause}. "
-        "Resume with the settings of that run, or start anew without --resume"
-    )
+    differs = f"{first} is {shapes[0]}, expected {shapes[1]}{others}; {cause}"
+    help = "Resume with the settings of that run, or start anew without --resume"
+    raise UserError(f"{path} is of another model: {differs}. {help}")
 
 
 def _check_optimizers(path: Path, states: list[dict[str, Any]], module: "L.LightningModule") -> None:
@@ -227,8 +226,8 @@ def _check_optimizers(path: Path, states: list[dict[str, Any]], module: "L.Light
     moments = [moment for found in states for moment in found.get("state", {}).values()]
     known = [moment["exp_avg"].shape for moment in moments if "exp_avg" in moment]
     if states and (held != len(trained) or Counter(known) - Counter(trained)):
-        raise UserError(
-            f"{path}: its optimisers' state is of {held} tensors of weights, here {len(trained)} are trained, of these "
-            "and no other shapes. Resume with the settings of that run (such as freeze_encoder); in a checkpoint's "
-            "folder, remove optimizer.pt, and the optimiser starts anew"
+        found = f"its optimisers' state is of {held} tensors of weights, here {len(trained)} are trained"
+        help = (
+            "Resume with that run's settings (such as freeze_encoder), or remove optimizer.pt of a checkpoint's folder"
         )
+        raise UserError(f"{path}: {found}, of these and no other shapes. {help}")

@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,10 +25,9 @@ from typing import IO, Any
 from vavae_tools.checkpoints.formats import place_in
 from vavae_tools.data.folders import IMAGE_EXTENSIONS
 from vavae_tools.data.split_report import INFO_NAME, SUBSETS
-from vavae_tools.kaggle import Unavailable, ask
 from vavae_tools.paths import KAGGLE_INPUT, MAX_SEARCH_DEPTH
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import atomic_write, read_checkpoint, read_json
+from vavae_tools.runtime.files import atomic_write, read_checkpoint, read_json, write_json
 
 NEEDED = (
     *("last.ckpt", "best-*.ckpt", "epoch=*.ckpt", "*.safetensors", "*.pt", "*.json", "*.yaml"),
@@ -44,6 +45,10 @@ INSTEAD = 'push again, or take the version before it ("owner/name/NUMBER")'
 DATASET = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)/([a-z0-9][a-z0-9-]{4,48}[a-z0-9])(?:/[1-9][0-9]*)?")
 
 Log = Callable[[str], None]
+
+
+class Unavailable(UserError):
+    """What a notebook can do without: no credentials, no client, no network, nothing from an earlier session."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def push(
         expected = {path.name: path.stat().st_size for path in staging.iterdir()}
         log(f"pushing {len(files):,} files ({sum(expected.values()) / 1e6:,.1f} MB) from {work}")
         request = {"do": "push", "dataset": dataset, "folder": str(staging), "files": expected, "marker": marker}
-        done = ask({**request, "message": message or str(session), "wait": wait}, Path(folder))
+        done = _ask({**request, "message": message or str(session), "wait": wait}, Path(folder))
     kind = "a new private dataset" if done["created"] else "a new version"
     log(f"pushed {kind}, every file is listed whole ({session})")
     log(f"next session: attach {dataset}, or have it downloaded: python -m vavae_tools.kaggle_session pull")
@@ -153,9 +158,8 @@ def push(
 def _check_name(dataset: str) -> str:
     """Return the name without a version."""
     if not DATASET.fullmatch(dataset):
-        raise UserError(
-            f"--dataset {dataset!r}: expected owner/name, the name of 6 to 50 small letters, digits and hyphens"
-        )
+        expected = "owner/name, the name of 6 to 50 small letters, digits and hyphens"
+        raise UserError(f"--dataset {dataset!r}: expected {expected}")
     return "/".join(dataset.split("/")[:2])
 
 
@@ -252,7 +256,7 @@ def pull(
         raise Unavailable("no earlier session is attached; attach its dataset or its notebook's output, or name one")
     with TemporaryDirectory(prefix="vavae-pull-") as folder:
         (Path(folder) / "dataset").mkdir()
-        done = ask({"do": "pull", "dataset": dataset, "folder": f"{folder}/dataset"}, Path(folder))
+        done = _ask({"do": "pull", "dataset": dataset, "folder": f"{folder}/dataset"}, Path(folder))
         return _put(_source_in(Path(done["folder"]), dataset), work, log)
 
 
@@ -389,3 +393,43 @@ def _put(source: Source, work: Path, log: Log) -> Session:
 
 def _differs(path: Path, entry: dict[str, Any]) -> bool:
     return path.is_file() and (path.stat().st_size != entry["bytes"] or _digest(path) != entry["sha256"])
+
+
+# ---- the clients
+def _ask(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Have `client.py` do it, and raise what went wrong as one line."""
+    asked, answered = folder / "request.json", folder / "answer.json"
+    write_json(asked, request)
+    environment = {**os.environ, "TMPDIR": str(folder)}  # where the client keeps, for days, what it did not finish
+    command = [sys.executable, "-P", str(Path(__file__).with_name("client.py")), str(asked), str(answered)]
+    quiet = subprocess.DEVNULL
+    status = subprocess.run(command, stdin=quiet, stdout=quiet, stderr=quiet, env=environment, check=False).returncode
+    try:
+        answer = json.loads(answered.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        answer = {"fault": "failed", "reason": f"the client ended with status {status}"}
+    if "done" in answer:
+        return answer["done"]
+    dataset, reason = request["dataset"], answer["reason"]
+    own = "make a token in the settings of your Kaggle account and set KAGGLE_API_TOKEN, or KAGGLE_USERNAME and "
+    own += "KAGGLE_KEY, in the environment or as secrets of the notebook. Nothing else needs them"
+    unavailable = {
+        "client": f"neither kagglehub nor the kaggle client is here ({reason}): pip install kaggle",
+        "credentials": f"no Kaggle credentials are here, or none that work: {own}",
+        "refused": f"Kaggle does not know these credentials ({reason}): {own}",
+        "network": f"Kaggle cannot be reached ({reason}): switch the internet on in the notebook's settings, or save "
+        "its version and attach its output to the next session",
+        "missing": f"there is no dataset {dataset} that you may read: it is made by the first push",
+    }
+    if answer["fault"] in unavailable:
+        raise Unavailable(unavailable[answer["fault"]])
+    failed = {
+        "late": f"{dataset}: Kaggle took every file, but does not list the new version after {reason}; the versions "
+        f"before are kept. Look later with kaggle datasets files {dataset}, or push again",
+        "lost": f"{dataset} has lost something on the way: {reason}. Push again; the versions before are kept, such as "
+        f"{dataset}/1 for --dataset of pull",
+        "failed": f"{dataset} was not pushed ({reason}); what it held before is kept. Push again",
+    }
+    if request["do"] == "pull":
+        failed["failed"] = f"{dataset} could not be downloaded ({reason}); what is here is as it was. Try it again"
+    raise UserError(failed[answer["fault"]])

@@ -95,10 +95,9 @@ def save_model(model: Any, folder: str | Path) -> None:
         weights = part.named_parameters() if isinstance(part, nn.Module) else ()
         damaged = [weight for weight, values in weights if not values.isfinite().all()]
         if damaged:
-            raise UserError(
-                f"{folder} is not written: {len(damaged)} weights of {name or type(model).__name__} are not finite "
-                f"({damaged[0]} …). Resume from an earlier checkpoint, with a smaller learning rate or --precision 32"
-            )
+            found = f"{len(damaged)} weights of {name or type(model).__name__} are not finite ({damaged[0]} …)"
+            help = "Resume from an earlier checkpoint, with a smaller learning rate or --precision 32"
+            raise UserError(f"{folder} is not written: {found}. {help}")
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as partial, disk_errors():
         model.save_pretrained(partial)
@@ -119,10 +118,8 @@ def load_model(kind: type[Any], folder: str | Path, **options: Any) -> Any:
         raise UserError(f"{problem}: copy the folder anew") from None
     missing = sorted(report["missing_keys"])
     if missing:
-        raise UserError(
-            f"The weights in {folder} are not those of its config.json: {len(missing)} are missing, such as "
-            f"{missing[0]}. Copy the folder anew"
-        )
+        lacking = f"{len(missing)} are missing, such as {missing[0]}"
+        raise UserError(f"The weights in {folder} are not those of its config.json: {lacking}. Copy the folder anew")
     return model.float().eval()
 
 
@@ -144,11 +141,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object of settings that a JSON file holds.
-
-    Raises:
-        UserError: no such file, a damaged one, or another value.
-    """
+    """Return the object of settings that a JSON file holds."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -194,12 +187,13 @@ def read_saved(path: str | Path) -> Any:
     except UserError:
         raise
     except pickle.UnpicklingError:
-        plain = path.with_suffix(".plain.pt")
-        raise UserError(
-            f"{path} holds more than tensors and plain values, so it is not opened. Where you trust its origin, run "
-            f"python -c \"import torch; c = torch.load({str(path)!r}, 'cpu', weights_only=False); "
-            f"torch.save({{'state_dict': c.get('state_dict', c)}}, {str(plain)!r})\" and name {plain}"
-        ) from None
+        found, plain = (
+            f"{path} holds more than tensors and plain values, so it is not opened",
+            path.with_suffix(".plain.pt"),
+        )
+        load = f"import torch; c = torch.load({str(path)!r}, 'cpu', weights_only=False)"
+        command = f"{load}; torch.save({{'state_dict': c.get('state_dict', c)}}, {str(plain)!r})"
+        raise UserError(f'{found}. Where you trust its origin, run python -c "{command}" and name {plain}') from None
     except Exception as error:  # of many classes where a file is damaged
         raise UserError(f"{path} is damaged or no checkpoint ({one_line(error)})") from None
 

@@ -56,13 +56,9 @@ def call_on_ranks(
 ) -> Any:
     """Call "module:function" with these arguments in `count` processes; return what it returns in the first one.
 
-    The first one's lines, progress bars and images appear here, also in a notebook's cell. Ctrl-C, the stop button and
-    SIGTERM are passed on and waited for, as training saves; the second time all are ended at once. When one process
-    fails the others are ended within seconds; when this process ends, all of them do.
-
-    Args:
-        arguments: whatever cloudpickle takes, also what is defined in a cell.
-        show: called with each image, uint8 (3, H, W), in place of showing it in the cell.
+    The first one's lines, progress bars and images appear here, also in a notebook's cell; `show` is called with each
+    image, uint8 (3, H, W), in place of showing it. Ctrl-C, the stop button and SIGTERM are passed on and waited for, as
+    training saves; the second time all are ended at once. When one fails the others are ended within seconds.
 
     Raises:
         UserError: what the first process to fail raised.
@@ -232,9 +228,9 @@ def _raise_fault(failed: Sequence[Rank], ranks: Sequence[Rank], stopped: bool, c
     if fault and fault["user"]:
         raise UserError(fault["message"] + (f" ({who})" if first.number else ""))
     if status < 0:
+        found = f"{who.capitalize()} was ended by signal {-status} (9 mostly means too little memory)"
         raise UserError(
-            f"{who.capitalize()} was ended by signal {-status} (9 mostly means too little memory): what is "
-            "finished is kept. Run it again, with a smaller --batch_size or fewer --devices"
+            f"{found}: run it again, with a smaller --batch_size or fewer --devices. What is finished is kept"
         )
     text = (fault["traceback"] if fault else first.log_file.read_text(errors="replace")).rstrip()
     if cell is None:

@@ -24,6 +24,7 @@ from vavae_tools.runtime.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
 P, R = ParamSpec("P"), TypeVar("R")
+Log = Callable[[str], None]
 
 MIN_FREE_BYTES = 2**30
 """Bytes: less than CUDA's context, its libraries' workspaces and the smallest training take."""
@@ -68,11 +69,8 @@ def find_machine() -> Machine:
     built_for = [int(arch.split("_")[1].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
     if built_for and not any(arch // 10 == major and arch % 10 <= minor for arch in built_for):
         unusable = f"{name} (sm_{major}{minor})"
-        warnings.warn(
-            f"torch {torch.__version__} of this image has no code for a {unusable}: the CPU is taken. Switch to "
-            "another accelerator, such as Kaggle's GPU T4 x2",
-            stacklevel=2,
-        )
+        found = f"torch {torch.__version__} of this image has no code for a {unusable}: the CPU is taken"
+        warnings.warn(f"{found}. Switch to another accelerator, such as Kaggle's GPU T4 x2", stacklevel=2)
         return Machine("cpu", 1, "CPU", unusable=unusable)
     # is_bf16_supported() is True on a T4, where it is emulated and slow: the capability decides
     memory = min(torch.cuda.get_device_properties(card).total_memory for card in cards)
@@ -89,10 +87,8 @@ def device_of(number: int) -> str:
     if find_device() == "cpu":
         return "cpu"
     if number >= torch.cuda.device_count():
-        raise UserError(
-            f"There is no GPU for process {number + 1} on this machine, which has {torch.cuda.device_count()}: start "
-            "as many processes as there are GPUs"
-        )
+        found = f"There is no GPU for process {number + 1} on this machine, which has {torch.cuda.device_count()}"
+        raise UserError(f"{found}: start as many processes as there are GPUs")
     take_card(number)
     return f"cuda:{number}"
 
@@ -108,14 +104,14 @@ def take_card(number: int = 0) -> None:
         room = free + torch.cuda.memory_reserved(number)
         what = f"{free / 2**30:.1f} of its {total / 2**30:.1f} GiB free"
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).partition("\n")[0]
         if not any(word in reason.lower() for word in ("out of memory", "busy")):
             raise
         room, what = 0, f"no room for this process ({reason})"
     if room < MIN_FREE_BYTES:
+        holder = "another process holds it, such as a notebook's other kernel or a run (nvidia-smi names it)"
         raise UserError(
-            f"GPU {number} has {what}: another process holds it, such as a notebook's other kernel or a run that "
-            "still goes on (nvidia-smi names it). End that one, or restart the notebook's kernels, and try again"
+            f"GPU {number} has {what}: {holder}. End that one, or restart the notebook's kernels, and try again"
         )
 
 
@@ -226,16 +222,10 @@ class Computing:
     """
 
     def __init__(
-        self,
-        precision: str | None,
-        device: str | torch.device,
-        what: str,
-        log: Callable[[str], None] = print_beside_bars,
+        self, precision: str | None, device: str | torch.device, what: str, log: Log = print_beside_bars
     ) -> None:
-        if precision is None:
-            self.precision = "16" if torch.device(device).type == "cuda" else "32"
-        else:
-            self.precision = precision_on(machine_of(device), precision)
+        half = "16" if torch.device(device).type == "cuda" else "32"
+        self.precision = half if precision is None else precision_on(machine_of(device), precision)
         self.device, self.what, self.log = device, what, log
         self.in_half = self.precision != "32"
         self._said = False
