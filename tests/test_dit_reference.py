@@ -8,6 +8,11 @@ from vavae_tools.diffusion.dit import DiT, split_reference_arguments
 from vavae_tools.published.denoisers import DENOISERS, PlainDiT, load_denoiser
 
 CONFIG = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
+OUTSIDE = {
+    "pos_embed.proj": "x_embedder.proj",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
 BLOCK = {  # diffusers' name in a block → DiT's
     "norm1.linear": "adaLN_modulation.1",
     "attn1.to_out.0": "attn.proj",
@@ -33,24 +38,17 @@ def diffusers_dit() -> DiTTransformer2DModel:
 
 def as_published(model: DiTTransformer2DModel) -> dict[str, torch.Tensor]:
     """Its weights under DiT's names."""
-    theirs, ours = model.state_dict(), {}
-
-    def move(source, target):
-        for part in ("weight", "bias"):
-            ours[f"{target}.{part}"] = theirs[f"{source}.{part}"]
-
-    embedding = "transformer_blocks.0.norm1.emb"
+    theirs, embedding, names = model.state_dict(), "transformer_blocks.0.norm1.emb", dict(OUTSIDE)
+    names |= {f"{embedding}.timestep_embedder.linear_{n}": f"t_embedder.mlp.{2 * n - 2}" for n in (1, 2)}
+    blocks = range(len(model.transformer_blocks))
+    names |= {
+        f"transformer_blocks.{i}.{source}": f"blocks.{i}.{target}" for source, target in BLOCK.items() for i in blocks
+    }
+    ours = {"pos_embed": model.pos_embed.pos_embed.clone()}
     ours["y_embedder.embedding_table.weight"] = theirs[f"{embedding}.class_embedder.embedding_table.weight"]
-    move(f"{embedding}.timestep_embedder.linear_1", "t_embedder.mlp.0")
-    move(f"{embedding}.timestep_embedder.linear_2", "t_embedder.mlp.2")
-    move("pos_embed.proj", "x_embedder.proj")
-    move("proj_out_1", "final_layer.adaLN_modulation.1")
-    move("proj_out_2", "final_layer.linear")
-    ours["pos_embed"] = model.pos_embed.pos_embed.clone()
-    for i in range(len(model.transformer_blocks)):
-        for source, target in BLOCK.items():
-            move(f"transformer_blocks.{i}.{source}", f"blocks.{i}.{target}")
-        for part in ("weight", "bias"):
+    for part in ("weight", "bias"):
+        ours |= {f"{target}.{part}": theirs[f"{source}.{part}"] for source, target in names.items()}
+        for i in blocks:
             heads = [theirs[f"transformer_blocks.{i}.attn1.to_{letter}.{part}"] for letter in "qkv"]
             ours[f"blocks.{i}.attn.qkv.{part}"] = torch.cat(heads)
     return ours

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -19,6 +20,7 @@ from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
 
 pytest.importorskip("peft")
+TABLE = "conditioner.embedding_table.weight"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on folders that are not empty
 
 
@@ -97,51 +99,42 @@ def published(tmp_path_factory):
     return path
 
 
-class Run:
-    """Four steps from published weights with additions."""
-
-    def __init__(self, folder, published, latents_dir):
-        quiet_lightning()
-        denoiser, conditioner = tiny_dit(seed=8)
-        init = InitFrom(published, classes=[1, 0, None], lora_rank=2)
-        start_from(denoiser, conditioner, init, log=lambda line: None)
-        self.before = {name: value.clone() for name, value in denoiser.state_dict().items()}
-        self.rows = conditioner.embedding_table.weight.detach().clone()
-        self.module = DiffusionModule(denoiser, conditioner, lr=1e-2, warmup_steps=2, schedule="constant")
-        settings = {"accelerator": "cpu", "devices": 1, "max_steps": 4, "limit_val_batches": 0, "logger": False}
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-        trainer = L.Trainer(**settings, **quiet, default_root_dir=folder)
-        trainer.fit(self.module, LatentDataModule(latents_dir, batch_size=6))
-        self.path = folder / "after-4.ckpt"
-        trainer.save_checkpoint(self.path)
-
-    def after(self) -> dict[str, Tensor]:
-        return self.module.network["denoiser"].state_dict()
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, published, latents_dir) -> Run:
-    return Run(tmp_path_factory.mktemp("lora"), published, latents_dir)
+def run(tmp_path_factory, published, latents_dir) -> tuple[DiffusionModule, dict[str, Tensor], Path]:
+    """Four steps from published weights with additions: what was trained, its state before, and its checkpoint."""
+    quiet_lightning()
+    denoiser, conditioner = tiny_dit(seed=8)
+    init = InitFrom(published, classes=[1, 0, None], lora_rank=2)
+    start_from(denoiser, conditioner, init, log=lambda line: None)
+    module = DiffusionModule(denoiser, conditioner, lr=1e-2, warmup_steps=2, schedule="constant")
+    before = copy.deepcopy(module.network.state_dict())
+    settings = {"accelerator": "cpu", "devices": 1, "max_steps": 4, "limit_val_batches": 0, "logger": False}
+    settings |= {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = L.Trainer(**settings, default_root_dir=tmp_path_factory.mktemp("lora"))
+    trainer.fit(module, LatentDataModule(latents_dir, batch_size=6))
+    path = Path(trainer.default_root_dir) / "after-4.ckpt"
+    trainer.save_checkpoint(path)
+    return module, before, path
 
 
-def test_training_changes_the_additions_and_the_class_table_alone(whole, published):
-    changed = {name for name, value in whole.after().items() if not same(value, whole.before[name])}
-    assert changed == {name for name in whole.before if "lora_" in name}
+def test_training_changes_the_additions_and_the_class_table_alone(run, published):
+    module, before, _ = run
+    after, averaged = module.network.state_dict(), module.ema.network.state_dict()
+    for state in (after, averaged):
+        changed = {name for name, value in state.items() if not same(value, before[name])}
+        assert changed == {TABLE, *(name for name in before if "lora_" in name)}
+    assert not any(same(averaged[name], after[name]) for name in changed)
     base = torch.load(published, weights_only=True)["ema"]
-    kept = {name.replace(".base_layer", ""): value for name, value in whole.after().items() if "lora_" not in name}
-    assert kept.keys() == base.keys() - {"y_embedder.embedding_table.weight"}
-    assert all(same(value, base[name]) for name, value in kept.items())
-    table = whole.module.network["conditioner"].embedding_table.weight
-    assert not same(table, whole.rows) and same(whole.rows[0], base["y_embedder.embedding_table.weight"][1])
-    averaged = whole.module.ema.network["denoiser"].state_dict()
-    moved = {name for name, value in averaged.items() if not same(value, whole.before[name])}
-    assert moved == changed and not any(same(averaged[name], whole.after()[name]) for name in moved)
+    assert same(before[TABLE][0], base.pop("y_embedder.embedding_table.weight")[1])
+    kept = {name.replace(".base_layer", ""): value for name, value in after.items() if "lora_" not in name}
+    assert kept.keys() - {TABLE} == {f"denoiser.{name}" for name in base}
+    assert all(same(kept[f"denoiser.{name}"], value) for name, value in base.items())
 
 
-def test_a_checkpoint_gives_one_merged_model(whole):
+def test_a_checkpoint_gives_one_merged_model(run):
     """As `load_pipeline` and going on from it take it: the average, under plain names."""
-    found = read_starting_weights(whole.path)
-    average = copy.deepcopy(whole.module.ema.network)
+    module, _, path = run
+    found, average = read_starting_weights(path), copy.deepcopy(module.ema.network)
     denoiser, conditioner = tiny_dit(seed=6)
     denoiser.load_state_dict(found.denoiser)
     x, t, _ = inputs()
@@ -150,6 +143,6 @@ def test_a_checkpoint_gives_one_merged_model(whole):
         torch.testing.assert_close(denoiser(x, t, c), average["denoiser"](x, t, c), rtol=0, atol=1e-6)
     assert same(found.table, average["conditioner"].embedding_table.weight[:PEOPLE].data)
 
-    start_from(denoiser, conditioner, InitFrom(whole.path, classes="keep"), log=lambda line: None)
+    start_from(denoiser, conditioner, InitFrom(path, classes="keep"), log=lambda line: None)
     assert same(conditioner.embedding_table.weight, average["conditioner"].embedding_table.weight)
     assert all(weight.requires_grad for weight in denoiser.parameters())
