@@ -129,13 +129,10 @@ def test_a_compiled_step_equals_the_eager_one():
         (DiT, {"patch_size": 3}, "patches of 3×3"),
         (DiT, {"num_heads": 5}, "num_heads 5"),
         (DiT, {"time_embed": "x"}, "time_embed='x' is unknown"),
-        (DDT, {"patch_size": 3}, "patches of 3×3"),
         (DDT, {"patch_size": [2, 1]}, "patch_size 2 and 1"),
         (DDT, {"num_heads": (3, 4)}, "encoder's hidden_size 32 with num_heads 3"),
         (DDT, {"num_heads": (2, 32)}, "head's hidden_size 64 with num_heads 32"),
         (DDT, {"hidden_size": 32}, "hidden_size is 32, expected two numbers"),
-        (DDT, {"depth": (1, 2, 3)}, "depth is .* expected two numbers"),
-        (TextDiT, {"input_size": 5}, "patches of 2×2"),
     ],
 )
 def test_wrong_settings_are_named(kind, changes, message):

@@ -4,21 +4,16 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from golden_cases import assert_close, load_case, load_weights, reference_parameters
 from tiny import same
 
+from vavae_tools.diffusion import objectives
 from vavae_tools.diffusion.objectives import (
     FlowMatching,
     NoisePrediction,
     SamplePrediction,
     make_objective,
-    noise_level_hiding_a_token,
     objective_of,
-    shift_noise,
-    time_of,
-    time_shift_of,
-    unmix,
 )
 from vavae_tools.published import load_reference
 from vavae_tools.runtime.draws import Draws
@@ -37,7 +32,7 @@ def test_path_target_and_loss_equal_the_reference():
     data, noise, t = io["x1"], io["x0"], io["t"]
     assert_close(objective.add_noise(data, noise, t), io["xt"], tolerance)
     assert_close(objective.target(data, noise, t), io["ut"], tolerance)
-    told = unmix(io["model_output"][1:-1], io["xt"][1:-1], t[1:-1])[1]
+    told = objectives.unmix(io["model_output"][1:-1], io["xt"][1:-1], t[1:-1])[1]
     assert_close(-told / (1 - t[1:-1].view(-1, 1, 1, 1)), io["score_from_velocity"], tolerance)
 
     prediction = io["model_output"].clone().requires_grad_()
@@ -47,10 +42,6 @@ def test_path_target_and_loss_equal_the_reference():
     assert_close(parts["cosine"], io["cos_loss"].mean(), tolerance)
     loss.backward()
     assert_close(prediction.grad, io["grad_of_total_wrt_model_output"], tolerance)
-    for i in range(len(t)):  # sample by sample
-        _, parts = objective.loss(*(tensor[i : i + 1] for tensor in (io["model_output"], data, noise, t)))
-        assert_close(parts["mse"], io["loss"][i], tolerance)
-        assert_close(parts["cosine"], io["cos_loss"][i], tolerance)
 
 
 def test_times_have_the_reference_quantiles():
@@ -72,7 +63,7 @@ def test_targets_are_the_derivative_of_the_path(path):
     torch.testing.assert_close(objective.target(data, noise, t), rate, rtol=1e-6, atol=1e-6)
     ends = [objective.add_noise(data, noise, torch.full((2,), end, dtype=torch.float64)) for end in (0.0, 1.0)]
     torch.testing.assert_close(torch.stack(ends), torch.stack([noise, data]))
-    told = unmix(rate, objective.add_noise(data, noise, t), t, path)
+    told = objectives.unmix(rate, objective.add_noise(data, noise, t), t, path)
     torch.testing.assert_close(torch.stack(told), torch.stack([data, noise]), rtol=1e-5, atol=1e-5)
     if path == "gvp":  # it keeps the variance
         alpha, sigma = objective.shares(torch.linspace(0, 1, 9))
@@ -80,13 +71,13 @@ def test_targets_are_the_derivative_of_the_path(path):
 
 
 def test_the_shift_depends_on_the_size_of_latents():
-    assert time_shift_of((768, 16, 16)) == pytest.approx(6.928203230275509)
-    assert time_shift_of((4, 32, 32)) == 1
+    assert objectives.time_shift_of((768, 16, 16)) == pytest.approx(6.928203230275509)
+    assert objectives.time_shift_of((4, 32, 32)) == 1
     r = torch.linspace(0, 1, 9)
-    torch.testing.assert_close(shift_noise(shift_noise(r, 3.0), 1 / 3.0), r)  # the inverse is that of 1/s
+    shifted = objectives.shift_noise(r, 5.0)
+    torch.testing.assert_close(objectives.shift_noise(shifted, 1 / 5.0), r)  # the inverse is that of 1/s
     # the same of every signal is hidden: σ/α grows s-fold
-    ratio = shift_noise(r[1:-1], 5.0) / (1 - shift_noise(r[1:-1], 5.0))
-    torch.testing.assert_close(ratio, 5 * r[1:-1] / (1 - r[1:-1]))
+    torch.testing.assert_close((shifted / (1 - shifted))[1:-1], (5 * r / (1 - r))[1:-1])
 
 
 @pytest.mark.parametrize("time", ["lognorm", "uniform"])
@@ -180,14 +171,14 @@ def test_the_loss_is_the_mean_over_the_pixels_of_the_mask():
 def test_where_noise_hides_a_cell_its_token_is_told_now_and_then(length):
     """At this noise an orthogonal code of as many pixels is told from one other in most cases, from 255 in few."""
     # half the distance of two cells that differ in half of the pixels, in deviations
-    apart = (length / 2) ** 0.5 / noise_level_hiding_a_token(length)
+    apart = (length / 2) ** 0.5 / objectives.noise_level_hiding_a_token(length)
     one = torch.special.ndtr(torch.tensor(apart)).item()
     assert 0.85 < one < 0.95 and one**255 < 1e-6
 
 
 # ---- noise and v, on diffusers' schedule
 def test_every_timestep_comes_back_from_its_time():
-    objective, t, draws = NoisePrediction(), time_of(ALL), (torch.arange(4000) + 0.5) / 4000
+    objective, t, draws = NoisePrediction(), objectives.time_of(ALL), (torch.arange(4000) + 0.5) / 4000
     assert t.dtype == torch.float32 and t.min() > 0 and t.max() < 1 and (t.diff() < 0).all()
     assert same(objective.timestep_of(t), ALL)
     assert objective.timestep_of(torch.tensor([0.0, 1.0])).tolist() == [999, 0]
@@ -198,8 +189,8 @@ def test_every_timestep_comes_back_from_its_time():
 
 @pytest.mark.parametrize("betas", ["scaled_linear", "linear"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_it_is_the_formula_and_diffusers_scheduler(betas, prediction):
-    objective, t = NoisePrediction(prediction, betas), time_of(ALL)
+def test_noise_and_v_are_the_formulas(betas, prediction):
+    objective, t = NoisePrediction(prediction, betas), objectives.time_of(ALL)
     data, noise = numbers(1000, 2, 2, 2), numbers(1000, 2, 2, 2, seed=1)
     power = 0.5 if betas == "scaled_linear" else 1.0
     rising = torch.linspace(objective.beta_start**power, objective.beta_end**power, 1000, dtype=torch.float64)
@@ -209,9 +200,6 @@ def test_it_is_the_formula_and_diffusers_scheduler(betas, prediction):
     torch.testing.assert_close(noisy, alpha * data + sigma * noise, rtol=0, atol=2e-5)
     expected = noise if prediction == "epsilon" else alpha * noise - sigma * data
     torch.testing.assert_close(target, expected, rtol=0, atol=2e-5)
-    ends = {"beta_start": objective.beta_start, "beta_end": objective.beta_end}
-    scheduler = DDPMScheduler(beta_schedule=betas, prediction_type=prediction, **ends)
-    assert same(noisy, scheduler.add_noise(data, noise, ALL))
     if betas == "scaled_linear":  # Stable Diffusion's published largest sigma
         assert (sigma[-1] / alpha[-1]).item() == pytest.approx(14.6146, abs=1e-4)
 

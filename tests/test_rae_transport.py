@@ -109,7 +109,6 @@ def test_euler_and_guidance_equal_the_reference(name):
 def test_midpoint_and_stochastic_sampling_equal_the_reference(name):
     case, io, model, _, shift = reference(name)
     noise, condition = io["ode.z"], model.conditioner(io["ode.y"])
-
     grid = {"num_inference_steps": case["sampler"]["ode_num_points"] - 1, "timestep_shift": 1 / shift}
     made = sample(model.denoiser, make_solver("midpoint"), noise, condition, last_noise=0.001, **grid)
     assert_close(made, io["ode.midpoint_final"], TOLERANCE)
@@ -159,20 +158,18 @@ def test_raes_lightningdit_guides_outside_its_list_and_inside_its_interval():
     for t, inside in ((0.3, True), (0.6, False), (0.2, True)):
         t = torch.full((2,), t)
         conditional, null = model(x, t, y).chunk(2)
-        plain, guided = conditional, null + 3 * (conditional - null)
-        also = null + 2 * (conditional - null)
-        for interval, other, expected in (
-            ((), 0.0, guided),
-            ([(0.2, 0.6)], 0.0, plain if inside else guided),
-            ([(0.9, 1.0), (0.2, 0.6)], 2.0, also if inside else guided),
-            ((0.2, 0.5), 0.0, guided if inside else plain),
+        for interval, other, scale in (
+            ((), 0.0, 3),
+            ([(0.2, 0.6)], 0.0, 1 if inside else 3),
+            ([(0.9, 1.0), (0.2, 0.6)], 2.0, 2 if inside else 3),
+            ((0.2, 0.5), 0.0, 3 if inside else 1),
         ):
-            out = model.forward_with_cfg(x, t, y, 3.0, interval, other)
-            torch.testing.assert_close(out, torch.cat([expected, expected]), rtol=1e-5, atol=1e-5)
-            # the null label in the weaker model's place: halved, then the same
-            alone = lambda x, t, y: model(x, t, torch.full_like(y, 4))  # noqa: E731
-            out = model.forward_with_autoguidance(x, t, y, 3.0, alone, interval, other)
-            torch.testing.assert_close(out, torch.cat([expected, expected]), rtol=1e-5, atol=1e-5)
+            expected = (null + scale * (conditional - null)).repeat(2, 1, 1, 1)
+            by_null = model.forward_with_cfg(x, t, y, 3.0, interval, other)
+            weaker = lambda x, t, y: model(x, t, torch.full_like(y, 4))  # noqa: E731  (with the null label)
+            by_weaker = model.forward_with_autoguidance(x, t, y, 3.0, weaker, interval, other)
+            for made in (by_null, by_weaker):
+                torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_latent_statistics_are_read(tmp_path):
@@ -185,7 +182,6 @@ def test_latent_statistics_are_read(tmp_path):
     ones = torch.ones(1, 4, 1, 1)
     for saved, said in (
         ({"mean": ones, "var": ones}, r"holds mean \(1, 4, 1, 1\), var .* expected mean and std"),
-        ({"mean": ones, "std": torch.ones(1, 3, 1, 1)}, r"std \(1, 3, 1, 1\), expected"),
         ({"mean": ones, "std": torch.zeros(1, 4, 1, 1)}, "std of 0"),
         ({"mean": ones * float("nan"), "std": ones}, "not finite"),
     ):

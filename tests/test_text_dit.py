@@ -43,16 +43,13 @@ def test_text_matters_token_by_token_and_as_a_whole():
     changed = model(x, t, TextCondition(condition.vector, tokens, condition.mask))
     assert (changed[0] - made[0]).abs().max() > 1e-4 and same(changed[1], made[1])
     whole = model(x, t, TextCondition(condition.vector + 1, condition.tokens, condition.mask))
-    assert (whole - made).abs().max() > 1e-4
-    later = model(x, t + 0.1, condition)
-    assert (later - made).abs().max() > 1e-4
+    for other in (whole, model(x, t + 0.1, condition)):
+        assert (other - made).abs().max() > 1e-4
 
 
 def test_a_caption_without_tokens_takes_nothing_from_others_and_no_nan():
     model, (x, t, condition) = trained(TextDiT), inputs(TextDiT)
-    mask = condition.mask.clone()
-    mask[0] = False
-    tokens = condition.tokens.clone().requires_grad_()
+    mask, tokens = condition.mask * torch.tensor([[False], [True]]), condition.tokens.clone().requires_grad_()
     made = model(x, t, TextCondition(condition.vector, tokens, mask))
     made.square().sum().backward()
     assert made.isfinite().all() and all(w.grad.isfinite().all() for w in model.parameters())
@@ -71,4 +68,3 @@ def test_numbers_make_it():
         make_denoiser({"head": "text", "dept": 2})
     with torch.device("meta"):
         assert make_denoiser({"head": "text", "size": "S", "input_size": 8}).conditioning_size == 384
-        assert make_denoiser({"head": "text"}).num_parameters() == TextDiT().num_parameters()
