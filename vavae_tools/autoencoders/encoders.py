@@ -49,8 +49,6 @@ class FrozenEncoder(nn.Module):
             heads = full.num_attention_heads
             if full.hidden_size % heads:
                 raise ValueError(f"hidden_size {full.hidden_size} is not divisible by {heads} attention heads")
-            if full.num_channels != 3:
-                raise ValueError(f"num_channels is {full.num_channels}, expected 3")
             self.patch_size, image_size = int(full.patch_size), int(full.image_size)  # no lists: squares
             model = getattr(transformers, f"{name}Model")(full)
         except Exception as error:  # of any kind, by transformers' version

@@ -182,17 +182,14 @@ def from_diffusers(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], 
     given = {**defaults, **{name: value for name, value in config.items() if value is not None}}
     width = given["encoder_hidden_size"]
     encoder = {"hidden_size": width, "num_attention_heads": width // 64, "patch_size": given["encoder_patch_size"]}
-    mean, std = given["encoder_norm_mean"] or IMAGENET_MEAN, given["encoder_norm_std"] or IMAGENET_STD
-    if "encoder_mean" in state_dict and "encoder_std" in state_dict:
-        mean, std = (state_dict[name].flatten().tolist() for name in ("encoder_mean", "encoder_std"))
     rae = RAE(
         encoder_cls=given["encoder_type"],
         encoder_config={**encoder, "num_hidden_layers": given["encoder_num_hidden_layers"]},
         encoder_input_size=given["encoder_input_size"],
         **{name: given[name] for name in DECODER_NUMBERS},
         decoder_patch_size=given["patch_size"],
-        image_mean=list(mean),
-        image_std=list(std),
+        image_mean=given["encoder_norm_mean"] or list(IMAGENET_MEAN),  # diffusers' default for every encoder
+        image_std=given["encoder_norm_std"] or list(IMAGENET_STD),
         noise_tau=given["noise_tau"],
     )
     scale = given.get("scaling_factor", 1.0)
