@@ -106,7 +106,10 @@ def shape_classes(num_classes: int) -> list[tuple[int, int]]:
 
 
 class DrawnImages(DecodedImages):
-    """Images that follow from seed, subset (`subset`: 0 trains, 1 validates) and number alone."""
+    """Images that follow from seed, subset (0 trains, 1 validates) and number alone.
+
+    A subclass has `draw(numbers, draws)`, which returns uint8 (B, 3, H, W).
+    """
 
     title: str
     smallest: int  # pixels of the shorter side: below it nobody knows what is shown
@@ -118,10 +121,6 @@ class DrawnImages(DecodedImages):
             raise UserError(f"0 images of {self.title}: at least one is needed")
         super().__init__(names, labels, image_size, title=self.title, **options)
         self.seed, self.subset = seed, subset
-
-    def draw(self, numbers: Tensor, draws: Draws) -> Tensor:
-        """Return the images of these numbers, uint8 (B, 3, H, W)."""
-        raise NotImplementedError
 
     def resize(self, image_size: int | Size) -> None:
         super().resize(image_size)
@@ -149,10 +148,8 @@ class DrawnImages(DecodedImages):
         return self.drawn(places) if self._memory is None else self._memory[torch.as_tensor(places)]
 
 
-def _subsets(
-    kind: type[DrawnImages], count: int, val_share: float, **options: Any
-) -> tuple[DrawnImages, DrawnImages | None]:
-    """Return `count` images that train, and `val_share` times as many others."""
+def _subsets(kind: type[DrawnImages], count: int, val_share: float, **options: Any) -> tuple[DrawnImages, Any]:
+    """Return `count` images that train, and `val_share` times as many others or None."""
     if not 0 <= val_share < 1:
         raise UserError(f"val_share {val_share:g}: expected a share from 0 to below 1, such as 0.05")
     validating = math.ceil(count * val_share)
@@ -210,8 +207,8 @@ CAPTION_SHAPES = tuple(SHAPES)[:5]
 SIZES = {"small": (0.16, 0.19), "large": (0.26, 0.3)}  # radii from … to, of the image's side
 PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "middle": (0, 0)}  # x, y from the middle
 KINDS = {"colour": CAPTION_COLOURS, "shape": CAPTION_SHAPES, "size": tuple(SIZES), "place": tuple(PLACES)}
-_PHRASES = {place: f"on the {place}" for place in ("left", "right")}
-_PHRASES |= {"top": "at the top", "bottom": "at the bottom", "middle": "in the middle"}
+_PHRASES = {"left": "on the left", "right": "on the right", "top": "at the top"}
+_PHRASES |= {"bottom": "at the bottom", "middle": "in the middle"}
 WORDINGS = (
     "a {size} {colour} {shape} {place}",
     "{place} there is a {size} {colour} {shape}",
@@ -384,15 +381,16 @@ def _blurred(drawn: Tensor, deviation: float) -> Tensor:
 
 
 def caption_accuracy(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Return the shares of images, uint8 (N, 3, H, H), that show what their captions name: colour, shape, size, place,
-    "all" of these. A share is that of the images whose caption names such a thing; where none does, it is not given.
+    """Return the shares of images uint8 (N, 3, H, H) that show what their captions name: each kind, and "all" of it.
+
+    Each is a share of the images whose captions name such a thing, and is left out where none does.
     """
     right: dict[str, list[bool]] = {kind: [] for kind in ("all", *KINDS)}
     for caption, shown in zip(captions, seen(images), strict=True):
         wanted = {kind: word for kind, word in asdict(named(caption)).items() if word is not None}
         of_each = {kind: getattr(shown, kind) == word for kind, word in wanted.items()}
+        if of_each:
+            of_each["all"] = all(of_each.values())
         for kind, is_right in of_each.items():
             right[kind].append(is_right)
-        if of_each:
-            right["all"].append(all(of_each.values()))
     return {kind: sum(values) / len(values) for kind, values in right.items() if values}
