@@ -1,7 +1,6 @@
 """What is encoded once: latents, text states, features of frozen encoders, as safetensors shards in a folder.
 
-The header of each shard holds its key, which follows from the encoder's weights, the samples, the settings and the
-shard's rows: an interrupted encoding resumes with the shards that are missing, and several processes make a share each.
+A shard's header holds its key, of the encoder's weights, samples, settings and rows: only what is missing is made.
 """
 
 import json

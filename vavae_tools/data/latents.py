@@ -1,8 +1,7 @@
 """Latents: every image encoded once, kept as safetensors shards, read memory-mapped.
 
-A folder of latents holds `train-00000.safetensors … val-00000.safetensors` with LightningDiT's keys (`latents`,
-`latents_flip` where flips were asked for, `labels`) and `latents.json`: the cache key, the images' names, and per
-channel mean and standard deviation of the training subset.
+`train-00000.safetensors … val-00000.safetensors` have LightningDiT's keys (`latents`, `latents_flip` where flips were
+asked for, `labels`); `latents.json` is what `LatentFolder` holds.
 """
 
 import copy
@@ -31,34 +30,24 @@ from vavae_tools.runtime.ranks import Ranks
 
 INDEX = "latents.json"
 _FORM = 2  # of the files; another form is another cache key
-_DTYPES = {"float32": torch.float32, "float16": torch.float16}
-Statistics = tuple[list[float], list[float]]
-"""Mean and standard deviation per channel."""
+Statistics = tuple[list[float], list[float]]  # mean and standard deviation per channel
 
 
 @dataclass(frozen=True)
 class LatentFolder(EncodedFolder):
-    """A folder of latents and what its index says.
-
-    Attributes:
-        key, weights: hashes of all that the latents follow from, and of the autoencoder's weights alone.
-        mean, std: per channel, of the training subset's latents (std with n − 1).
-        shape: (C, h, w) of one latent.
-        people: name of a person or class → label.
-        dtype: on the disk and on the way to the device, "float32" or "float16".
-    """
+    """A folder of latents and what its index says."""
 
     INDEX, CONTENTS = INDEX, "latents"
-    weights: str
-    mean: list[float]
-    std: list[float]
-    shape: tuple[int, int, int]
+    weights: str  # a hash of those of the autoencoder
+    mean: list[float]  # per channel, of the training subset's latents
+    std: list[float]  # with n − 1
+    shape: tuple[int, int, int]  # (C, h, w) of one latent
     image_size: tuple[int, int]
     flips: bool
-    people: dict[str, int]
+    people: dict[str, int]  # name of a person or class → label
     names: dict[str, list[str]]
     shards: dict[str, list[str]]
-    dtype: str = "float32"
+    dtype: str = "float32"  # or "float16", on the disk and on the way to the device
 
     def __post_init__(self) -> None:
         for name in ("shape", "image_size"):  # lists in JSON
@@ -95,15 +84,12 @@ def encode_latents(
     """Encode both subsets once; latents of these weights and images that are there already are kept.
 
     Args:
-        autoencoder: has `encode_images(images, labels, normal)`, `has_own_statistics`, and
-            `image_size` where it takes one size only. Each latent of a VAVAE is one sample of the posterior, as in
-            LightningDiT, with the image's own person's vector. Afterwards it is on the device where it was.
-        images: any data module with `train_data`, `val_data` and `labels`, such as `datasets.ImageDataModule`.
+        autoencoder: has `encode_images(images, labels, normal)` and `has_own_statistics`. Each latent of a VAVAE is one
+            sample of the posterior, as in LightningDiT, with the image's own person's vector.
+        images: any data module with `train_data`, `val_data` and `labels`.
         flips: also encode the mirrored images. A time–frequency image is not its mirror, so not by default.
-        seed: of the posterior samples.
         dtype: "float32", or "float16", half as large on the disk.
-        statistics: such as published ones, in place of those of the training subset. An autoencoder with statistics of
-            its own needs none: its latents have mean 0 and deviation 1.
+        statistics: such as published ones, in place of those of the training subset.
         precision: "32", "16" or "bf16"; None: "16" on a GPU, "32" on a CPU, and existing latents of any are kept.
         ranks: those that all call this and share the work, each on its own GPU where `device` is "cuda", on one disk.
 
@@ -131,7 +117,7 @@ def encode_latents(
     identity = hashlib.sha256(f"{weights} {json.dumps(named)}".encode()).hexdigest()
     keys, complete = agree(ranks, look, identity)
     if not complete:
-        encoder = _Encoder(autoencoder.eval(), subsets, flips, seed, _DTYPES[dtype], computing)
+        encoder = _Encoder(autoencoder.eval(), subsets, flips, seed, getattr(torch, dtype), computing)
         options = {"num_workers": images.num_workers, "ranks": ranks, "progress": progress}
         with on_device(autoencoder, device):
             shape, shards = encoder.write(folder, keys[0], statistics, batch_size, **options)

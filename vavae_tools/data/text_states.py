@@ -1,9 +1,8 @@
 """Texts: every caption encoded once, kept as safetensors shards, read memory-mapped beside the images' latents.
 
-A folder of texts holds `tokens-00000.safetensors …`, each with some thousand captions: the states of their tokens one
-after the other without any padding (`tokens` float16 (T, D), `ends` int64 (n,)) and `pooled` float16 (n, P); further
-`captions.safetensors`, which says for each image of each subset which of them are its own, and `texts.json`. Equal
-captions are stored once, in alphabetical order; the first is the empty one, which guidance needs.
+`tokens-00000.safetensors …` have the states of some thousand captions each, one after the other without any padding
+(`tokens` float16 (T, D), `ends` int64 (n,)) and `pooled` float16 (n, P); `captions.safetensors` says which of them are
+each image's. Equal captions are stored once, in alphabetical order; the first is the empty one.
 """
 
 import hashlib
@@ -39,28 +38,19 @@ Captions = Mapping[str, Sequence[Sequence[str]]]
 
 @dataclass(frozen=True)
 class TextFolder(EncodedFolder):
-    """A folder of encoded captions and what its index says.
-
-    Attributes:
-        key, encoder: hashes of all that the states follow from, and of the encoder alone.
-        pictures, captions: of each subset, how many there are.
-        distinct, tokens: how many different captions are stored, the empty one among them, and how many tokens.
-        cut: how many of them are longer than the encoder takes.
-        shards: file → captions in it.
-        names: of each subset, a hash of the images' names where these were given.
-    """
+    """A folder of encoded captions and what its index says."""
 
     INDEX, CONTENTS = INDEX, "encoded captions"
-    encoder: str
+    encoder: str  # a hash of it
     dim: int
     pooled_dim: int
-    pictures: dict[str, int]  # as texts.json calls them
-    captions: dict[str, int]
-    distinct: int
+    pictures: dict[str, int]  # how many images each subset has
+    captions: dict[str, int]  # how many captions each subset has
+    distinct: int  # how many different ones are stored, the empty one among them
     tokens: int
-    cut: int
-    shards: dict[str, int]
-    names: dict[str, str]
+    cut: int  # how many are longer than the encoder takes
+    shards: dict[str, int]  # file → captions in it
+    names: dict[str, str]  # of each subset, a hash of the images' names where these were given
 
     def files(self) -> list[str]:
         return [*self.shards, CAPTIONS]
@@ -142,9 +132,6 @@ def needed_bytes(encoder: Any, captions_by_subset: Captions, folder: str | Path 
     return sum(shards[name].nbytes for name in missing) + rows
 
 
-# ---- what is stored where
-
-
 def _distinct(captions_by_subset: Captions) -> list[str]:
     distinct = {""}
     for subset, captions in captions_by_subset.items():
@@ -185,9 +172,6 @@ def _caption_rows(captions_by_subset: Captions, distinct: Sequence[str]) -> Tens
         counts = torch.tensor([len(of_image) for of_image in captions], dtype=torch.int64)
         owned |= {f"{subset}.places": torch.tensor(rows, dtype=torch.int64), f"{subset}.ends": counts.cumsum(0)}
     return owned
-
-
-# ---- what is read
 
 
 class TextLatentDataset(LatentDataset):

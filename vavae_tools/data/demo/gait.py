@@ -1,8 +1,7 @@
 """Write the built-in data: simulated micro-Doppler images of walking people, in folders ID_1, ID_2 …
 
 A radar hears every part of a walker at its own speed. An image of speed (rows) over time (columns) therefore shows
-the gait: a bright wavy line for the torso, a lobe for each step, arcs for the arms. The people walk by the model of
-Boulic, Thalmann & Thalmann (1990); their echo is made as by Chen, "The Micro-Doppler Effect in Radar", see walking.py.
+the gait: a bright wavy line for the torso, a lobe for each step, arcs for the arms.
 """
 
 import json
@@ -83,8 +82,16 @@ def write_gait_dataset(
         if name in lowest and value is not None and value < lowest[name]:
             raise UserError(f"{name} is {value}: expected {lowest[name]} or more.")
     colormap_table(colormap)
-    if _is_finished(output_dir, settings):
+    if (output_dir / FINISHED).is_file():
+        found = json.loads((output_dir / FINISHED).read_text())["settings"]
+        if found != settings:
+            other = f"simulated images of other settings ({found}; asked for: {settings})"
+            raise UserError(f"{output_dir} holds {other}. Choose another --output_dir, or delete that folder.")
         return output_dir
+    there = output_dir.iterdir() if output_dir.is_dir() else ()
+    if others := sorted(path.name for path in there if not path.name.startswith(".")):
+        there = f"other files or folders ({', '.join(others[:3])})"
+        raise UserError(f"{output_dir} already holds {there}: choose a new or an empty folder as --output_dir.")
 
     partial_dir, walkers = output_dir / ".partial", range(1, people + 1)
     shutil.rmtree(partial_dir, ignore_errors=True)  # of a run that was killed
@@ -106,21 +113,6 @@ def write_gait_dataset(
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(partial_dir, ignore_errors=True)
     return output_dir
-
-
-def _is_finished(output_dir: Path, settings: dict) -> bool:
-    """Return whether the folder holds a dataset of these settings, and not nothing."""
-    if (output_dir / FINISHED).is_file():
-        found = json.loads((output_dir / FINISHED).read_text())["settings"]
-        if found != settings:
-            other = f"simulated images of other settings ({found}; asked for: {settings})"
-            raise UserError(f"{output_dir} holds {other}. Choose another --output_dir, or delete that folder.")
-        return True
-    there = output_dir.iterdir() if output_dir.is_dir() else ()
-    if others := sorted(path.name for path in there if not path.name.startswith(".")):
-        there = f"other files or folders ({', '.join(others[:3])})"
-        raise UserError(f"{output_dir} already holds {there}: choose a new or an empty folder as --output_dir.")
-    return False
 
 
 def _write_image(folder: Path, size: int, seed: int, colormap: str, task: tuple[int, int]) -> None:

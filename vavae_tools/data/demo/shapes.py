@@ -1,7 +1,6 @@
-"""Made-up images: one coloured shape each on a grey ground, drawn when they are asked for, with or without captions.
+"""Made-up images: one coloured shape each on a grey ground, drawn when asked for, with or without captions.
 
-Whether a training learns to follow its prompts shows by the pixels alone: `caption_accuracy` tells of which share of
-images the colour, the shape, the size and the place are those that the captions name.
+`caption_accuracy` tells by the pixels whether a training learns to follow its prompts.
 """
 
 import hashlib
@@ -93,11 +92,7 @@ def draw_shapes(
 
 
 def shape_classes(num_classes: int) -> list[tuple[int, int]]:
-    """Return the (colour, shape) of each label, of about as many shapes as colours.
-
-    >>> [f"{list(COLOURS)[c]} {list(SHAPES)[s]}" for c, s in shape_classes(4)]
-    ['red circle', 'blue circle', 'red square', 'blue square']
-    """
+    """Return the (colour, shape) of each label, of about as many shapes as colours."""
     if not 1 <= num_classes <= len(SHAPES) * len(COLOURS):
         raise UserError(f"{num_classes} classes of shapes: expected 1 to {len(SHAPES) * len(COLOURS)}")
     shapes = math.isqrt(num_classes - 1) + 1  # the root, rounded up

@@ -1,14 +1,12 @@
 """A walking person as moving points, and what a radar hears of them: power over speed and time.
 
 Boulic, Thalmann & Thalmann, "A global human walking model with real-time kinematic personification", The Visual
-Computer 6 (1990), describe every joint of a walker as a curve over one stride, fixed by one number: the speed in leg
-lengths per second (RV). Chen, "The Micro-Doppler Effect in Radar", puts point scatterers on that body, each of which
-sends back a wave whose phase turns as it comes nearer; their sum, cut into short pieces and Fourier transformed, shows
-who moves how fast when.
+Computer 6 (1990), describe every joint as a curve over one stride, fixed by the speed in leg lengths per second (RV).
+Chen, "The Micro-Doppler Effect in Radar", puts point scatterers on that body, whose waves turn their phase as they come
+nearer; their sum, cut into short pieces and Fourier transformed, shows who moves how fast when.
 
-One stride is one turn of the phase u: the right heel strikes at u = 0, the left one at u = 0.5. Lengths are metres,
-times seconds, joint angles degrees. The body frame moves along at the mean speed: x forward, y to the left, z up.
-Shapes: K scatterers, T poses of the body, N pulses of the radar.
+One stride is one turn of the phase u: the right heel strikes at 0, the left one at 0.5. Metres, seconds, degrees. The
+body frame moves along: x forward, y to the left, z up. K scatterers, T poses of the body, N pulses of the radar.
 """
 
 from dataclasses import dataclass, replace

@@ -227,30 +227,28 @@ class TextTokens:
 
     def _parts(self, chat: Chat, ask: bool = False) -> list[str]:
         """Return a chat's text up to the first answer, that answer, what follows up to the second …"""
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            problem = "The tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json)"
+            raise UserError(f"{problem}: leave use_chat_template out, or add one")
         answers = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
         ends = [end for number in answers for end in ((number, True), (number + 1, False))]
         parts, former = [], ""
         for end, asks in [*ends, (len(chat), True)] if ask else ends:
-            text = self._templated(chat[:end], asks)
+            try:  # of a list of chats, since transformers takes an empty chat for one
+                options = {"add_generation_prompt": asks, "tokenize": False}
+                text = self.tokenizer.apply_chat_template([chat[:end]], **options)[0]
+            except TemplateError as error:
+                roles = ", ".join(message["role"] for message in chat[: min(end, 5)]) or "no message"
+                problem = f"The tokenizer's chat template refuses a chat of {roles} ({one_line(error)})"
+                raise UserError(f"{problem}: write the chats as it expects them, or take another template") from None
             if not text.startswith(former):
                 problem = "The tokenizer's chat template writes earlier messages otherwise when others follow"
                 raise UserError(f"{problem}, so that prompt and answer cannot be told apart: take another template")
             parts.append(text[len(former) :])
             former = text
         return parts
-
-    def _templated(self, chat: Chat, ask: bool) -> str:
-        from jinja2 import TemplateError
-
-        if not self.tokenizer.chat_template:
-            problem = "The tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json)"
-            raise UserError(f"{problem}: leave use_chat_template out, or add one")
-        try:  # of a list of chats, since before the first message a chat is empty, which transformers takes for such
-            return self.tokenizer.apply_chat_template([chat], add_generation_prompt=ask, tokenize=False)[0]
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in chat[:5])
-            problem = f"The tokenizer's chat template refuses a chat of {roles or 'no message'} ({one_line(error)})"
-            raise UserError(f"{problem}: write the chats as it expects them, or take another template") from None
 
     def _numbers(self, texts: Sequence[str], **options: bool) -> list[list[int]]:
         """Return token numbers of texts in which special tokens are meant, as a template writes them."""
