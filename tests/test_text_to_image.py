@@ -19,7 +19,7 @@ from vavae_tools import sample, train
 from vavae_tools.autoencoders.stable_diffusion import load_stable_diffusion_vae
 from vavae_tools.checkpoints.formats import read_any_format
 from vavae_tools.data.demo.shapes import EXAMPLE_PROMPTS, captioned_shape_data
-from vavae_tools.data.text_states import TextLatentDataModule
+from vavae_tools.data.text_states import TextFolder, TextLatentDataModule
 from vavae_tools.diffusion.clip import load_text_encoder, tiny_text_encoder
 from vavae_tools.diffusion.conditioning import TextConditioner
 from vavae_tools.diffusion.dit import TextDiT
@@ -167,7 +167,8 @@ def test_a_batch_that_is_encoded_is_the_one_that_was_kept(trained):
     module.encode_with(vae, encoder)
     pairs = [(5, 2), (0, 7), (17, 0), (35, 3)]
     images = captioned_shape_data(36, 16, 4, seed=0, val_share=0.2).train_data.__getitems__(pairs)
-    kept = TextLatentDataModule(trained / "latents", trained / "latents" / "texts", 4).train_data.__getitems__(pairs)
+    texts = TextFolder.read(trained / "latents" / "texts")
+    kept = TextLatentDataModule(trained / "latents", texts, 4).train_data.__getitems__(pairs)
     made = module.on_after_batch_transfer(images, 0)
     assert module.on_after_batch_transfer(kept, 0) is kept
     assert made["index"].tolist() == kept["index"].tolist() == [5, 0, 17, 35]

@@ -272,13 +272,10 @@ class Rows:
 
     def __init__(self, shards: Sequence[Tensor]) -> None:
         is_small = len(shards) > 1 and sum(shard.nbytes for shard in shards) <= READ_AT_ONCE
-        shards = self.shards = [torch.cat(list(shards))] if is_small else list(shards)
-        lengths = torch.tensor([len(shard) for shard in shards], dtype=torch.int64)
+        self.shards = [torch.cat(list(shards))] if is_small else list(shards)
+        lengths = torch.tensor(list(map(len, self.shards)), dtype=torch.int64)
         self._ends = lengths.cumsum(0)
         self._starts = self._ends - lengths
-
-    def __len__(self) -> int:
-        return sum(map(len, self.shards))
 
     def __getitem__(self, index: Tensor) -> Tensor:
         if len(self.shards) == 1 or not len(index):

@@ -226,14 +226,6 @@ class TextLatentDataModule(LatentDataModule, CaptionOrderedDataModule):
     In training `captions.CaptionOrder` chooses the caption for each epoch and image; in validation it is the first.
     """
 
-    def __init__(
-        self,
-        latents: str | Path | LatentFolder,
-        texts: str | Path | TextFolder,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(latents, batch_size, num_workers, seed)
-        texts = texts if isinstance(texts, TextFolder) else TextFolder.read(texts)
+    def __init__(self, latents: LatentFolder | Path, texts: TextFolder, batch_size: int = 64, **loading: int) -> None:
+        super().__init__(latents, batch_size, **loading)
         self.train_data, self.val_data = (TextLatentDataset(self.folder, texts, name) for name in ("train", "val"))

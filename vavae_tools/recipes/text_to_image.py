@@ -154,7 +154,7 @@ def _training_data(
         log(str(texts))
         cut, key = texts.cut, f"{latents.key} {texts.key}"
         workers = data.num_workers or 0  # memory-mapped, nothing to decode
-        train_on: Any = TextLatentDataModule(latents, texts, recipe.train.batch_size, workers, seed)
+        train_on: Any = TextLatentDataModule(latents, texts, recipe.train.batch_size, num_workers=workers, seed=seed)
     else:
         log("Images and captions are encoded at every step (data.cache=true does it once)")
         different = {caption for subset in captions.values() for of_image in subset for caption in of_image}

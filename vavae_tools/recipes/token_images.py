@@ -30,7 +30,7 @@ def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, 
     options = {name: getattr(data, name) for name in names}
     texts = TokenImageDataset(data.data_dir, img_size=data.image_size, **options)
     log(str(texts))
-    images = TokenImageDataModule(texts, config.batch_size, data.val_share, data.num_workers, seed)
+    images = TokenImageDataModule(texts, config.batch_size, data.val_share, num_workers=data.num_workers, seed=seed)
     images.gathered = config.accumulate_grad_batches
     if is_rank_zero():
         save_model(texts.tokens.tokenizer, output_dir / "tokenizer")

@@ -98,14 +98,11 @@ def draw_person(seed: int, number: int) -> Person:
     rng = generator(seed, number)
     height = _normal(rng, 1.767, 0.064) if rng.random() < 0.5 else _normal(rng, 1.632, 0.051)
     speed = float(1.34 + 0.17 * even[0])
+    stride_time = cycle_time(speed / (LEG * height)) / float(1 + 0.055 * even[1])
+    arm_swing = float(np.exp(0.15 + 0.36 * even[2]))
     drawn = {name: _normal(rng, *spread) for name, spread in SPREADS.items()}
-    return Person(
-        height=height,
-        speed=speed,
-        stride_time=cycle_time(speed / (LEG * height)) / float(1 + 0.055 * even[1]),
-        arm_swing=float(np.exp(0.15 + 0.36 * even[2])),
-        **{**drawn, **{name: float(np.exp(drawn[name])) for name in ("surge", "bob")}},
-    )
+    drawn |= {name: float(np.exp(drawn[name])) for name in ("surge", "bob")}
+    return Person(height, speed, stride_time, arm_swing, **drawn)
 
 
 def walk_again(person: Person, rng: Random) -> Person:
@@ -199,9 +196,7 @@ def joint_curves(relative_speed: float) -> dict[str, Array]:
 
 def _knots(rv: float) -> dict[str, list[tuple[float, float]]]:
     """Return the paper's control points (phase, degrees); its three ranges of speed share one expression here."""
-    slow = min(rv / 0.5, 1)
-    middle = min(max((rv - 0.5) / 0.8, 0), 1)
-    fast = min(max((rv - 1.3) / 1.7, 0), 1)
+    slow, middle, fast = (min(max((rv - start) / width, 0), 1) for start, width in ((0, 0.5), (0.5, 0.8), (1.3, 1.7)))
     return {
         "hip": [(-0.1 + 0.2 * fast, 25 * slow + 5 * fast), (0.5, -15 * slow), (0.9, 25 * slow + 6 * fast)],
         "knee": [
@@ -231,8 +226,7 @@ def _smooth_curve(knots: list[tuple[float, float]]) -> Array:
     from scipy.interpolate import PchipInterpolator
 
     by_phase = {round(phase % 1, 6): degrees for phase, degrees in knots}  # two knots at one phase count once
-    phases = np.array(sorted(by_phase))
-    degrees = np.array([by_phase[phase] for phase in phases])
+    phases, degrees = map(np.array, zip(*sorted(by_phase.items()), strict=True))
     curve = PchipInterpolator(np.concatenate((phases - 1, phases, phases + 1)), np.tile(degrees, 3))
     spectrum = np.fft.rfft(curve(np.arange(CURVE_POINTS) / CURVE_POINTS))
     spectrum[HARMONICS + 1 :] = 0
@@ -301,16 +295,14 @@ def walk_before_radar(person: Person, rng: Random, towards: bool, aspect: float)
 
     The path, `aspect` degrees off the line of sight, ends `NEAR` metres from the radar or begins there.
     """
-    times = POSE_TIMES
+    times, angle = POSE_TIMES, np.radians(aspect)
     uneven = 0.006 * slow_waves(rng, 1, times, 0.8)[0]  # the strides of one walk differ by about 1.5 %
     phase = rng.random() + times / person.stride_time + uneven
     ahead, aside, up = np.moveaxis(joint_positions(person, phase), -1, 0)  # (17, T) each
     ahead = ahead + person.speed * times
-    angle = np.radians(aspect)
     away = np.cos(angle) * ahead - np.sin(angle) * aside
     x = NEAR + (person.speed * DURATION - away if towards else away)
     y = np.sin(angle) * ahead + np.cos(angle) * aside
-
     ranges = np.sqrt(sum((c[FIRST] + WAY[:, None] * (c[LAST] - c[FIRST])) ** 2 for c in (x, y, up - HEIGHT)))
 
     # Real limbs glint: their echo swells and fades with the way they turn, and its centre wanders over them.

@@ -45,10 +45,10 @@ class TokenCode:
         if num_tokens < 1 or cell_size < 1 or channels < 1:
             raise UserError(f"{num_tokens} tokens in {channels} channels of {cell_size}×{cell_size}: expected more")
         if bits > self.length:
-            fitting = math.isqrt(-(-bits // channels) - 1) + 1
             cell = f"a cell of {channels}×{cell_size}×{cell_size} pixels has {self.length}"
-            hint = f"enough for {2**self.length:,}: take cell_size {fitting} or larger, or more channels"
-            raise UserError(f"{num_tokens:,} tokens need {bits} bits, {cell}, {hint}")
+            raise UserError(
+                f"{num_tokens:,} tokens need {bits} bits, {cell}: take a larger cell_size, or more channels"
+            )
         self.num_tokens, self.cell_size, self.channels = num_tokens, cell_size, channels
         self.config = {"num_tokens": num_tokens, "cell_size": cell_size, "channels": channels}  # the arguments
         self._bits, largest = bits, 2**bits - 1

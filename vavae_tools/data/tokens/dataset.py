@@ -210,13 +210,6 @@ class TokenImageDataset(Dataset):
 class TokenImageDataModule(OrderedDataModule):
     """A `TokenImageDataset` in an order that resumes at any batch; a share of its images validates."""
 
-    def __init__(
-        self,
-        dataset: TokenImageDataset,
-        batch_size: int = 32,
-        val_share: float = 0.05,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(batch_size, num_workers, seed)
-        self.train_data, self.val_data = dataset.subsets(val_share, seed)
+    def __init__(self, data: TokenImageDataset, batch_size: int = 32, val_share: float = 0.05, **loading: int) -> None:
+        super().__init__(batch_size, **loading)
+        self.train_data, self.val_data = data.subsets(val_share, self.seed)

@@ -10,8 +10,7 @@ from vavae_tools.data.folders import contents, natural_key
 from vavae_tools.data.sources.hugging_face import is_dataset, load_folder
 from vavae_tools.runtime.errors import UserError
 
-Chat = list[dict[str, str]]
-"""Messages, each with "role" and "content"."""
+Chat = list[dict[str, str]]  # messages, each with "role" and "content"
 BUILT_IN: dict[str, Callable[[], list[str] | list[Chat]]] = {
     "sentences": lambda: stories(20_000),
     "questions": lambda: questions(20_000),
@@ -102,10 +101,10 @@ def _to_text_or_chat(row: dict[str, Any], chats: bool, where: str) -> str | Chat
 
 
 def _checked_messages(messages: Any, where: str) -> Chat:
-    def is_message(found: Any) -> bool:
-        return isinstance(found, dict) and all(isinstance(found.get(key), str) for key in ("role", "content"))
-
-    fits = isinstance(messages, Iterable) and all(map(is_message, messages))
+    fits = isinstance(messages, Iterable) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    )
     if not fits or all(message["role"] != "assistant" for message in messages):
         raise UserError(f"{where}: its messages are not {_MESSAGES}")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
