@@ -60,13 +60,10 @@ class ImageDataModule(ImageSetDataModule):
         is_split = (data_dir / INFO_NAME).is_file()
         if val_share is None:
             val_share = 0 if is_split else 0.05
-        crop = crop or ("none" if is_split else "adm")
-        options = {"image_size": image_size, "crop": crop, "channels": channels or 3, "progress": progress}
+        options = {"image_size": image_size, "crop": crop or ("none" if is_split else "adm"), "progress": progress}
         labels, train, *others = _read_subsets(data_dir, use_hf_dataset, train_split, options)
-        if channels is None:
-            channels = train.stored_channels()
-            for subset in (train, *others):
-                subset.channels = channels
+        for subset in (train, *others):
+            subset.channels = channels = channels or train.stored_channels()
         subsets = (train, *others) if others else hold_out(train, val_share, seed)
         super().__init__(*subsets, labels, batch_size, num_workers, seed)
 
@@ -145,8 +142,7 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
         labels = labels or folders.labels_of(files)
         if unknown := files.keys() - labels.keys():
             names = join_first(sorted(unknown, key=folders.natural_key))
-            expected = f"no class of {roots[0]}: expected the same folders in both"
-            raise UserError(f"{root} holds {names}, which is {expected}")
+            raise UserError(f"{root} holds {names}, which is no class of {roots[0]}: expected the same folders in both")
         if files:
             names = [path.relative_to(root).as_posix() for path in chain.from_iterable(files.values())]
             of_names = torch.tensor([labels[name] for name, of_class in files.items() for _ in of_class])
@@ -201,8 +197,9 @@ def caption_data(
     if num_samples is not None and num_samples < 1:
         raise UserError(f"num_samples {num_samples}: expected at least 1")
     if name == "shapes":
-        size = 32 if image_size is None else image_size
-        return captioned_shape_data(num_samples or 10_000, size, batch_size, num_workers or 0, seed, val_share)
+        return captioned_shape_data(
+            num_samples or 10_000, image_size or 32, batch_size, num_workers or 0, seed, val_share
+        )
     if dataset_path is None:
         raise UserError(f"The data set {name} needs dataset_path, the folder where it lies")
     path = Path(dataset_path).expanduser()

@@ -247,8 +247,7 @@ class ImageFiles(DecodedImages):
     def opened(self, places: Sequence[int]) -> Iterator[Image.Image]:
         return (Image.open(self.folder / self.names[place]) for place in places)
 
-    def sizes(self) -> list[int]:
-        """Return lengths in bytes."""
+    def sizes(self) -> list[int]:  # in bytes
         with ThreadPoolExecutor(8) as pool:  # a remote disk answers each question late, but many at once
             return list(pool.map(lambda path: path.stat().st_size, self.paths))
 
@@ -354,5 +353,4 @@ class ImageSetDataModule(OrderedDataModule):
 
 
 def hash_of(values: list) -> str:
-    """Return the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()

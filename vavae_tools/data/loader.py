@@ -15,9 +15,7 @@ from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import find_device
 
 _WORKER_ENDED = re.compile(
-    r"DataLoader worker .*(?:is killed by signal: ([\w ]+)|exited unexpectedly)"
-    r"|unable to [\w ]*(?:shared memory|file </torch_).*No space left",
-    re.DOTALL,
+    r"DataLoader worker .*(?:killed by signal: ([\w ]+)|exited unexpectedly)|unable to [\w ]*(?:shared memory|</torch_)"
 )
 
 
@@ -58,9 +56,8 @@ class EpochOrder(Sampler[int]):
     """Indices of one process, epoch by epoch; the order of epoch e follows from (seed, e).
 
     Every global batch is cut into equal parts for the ranks, so that their union does not depend on `world_size` when
-    `batch_size · world_size` stays the same. An epoch holds whole global batches only (its rest comes up in other
-    epochs); data smaller than one global batch are one smaller batch. Of `gathered` batches whose gradients make one
-    step, an epoch holds whole steps only, if there is one.
+    `batch_size · world_size` stays the same. An epoch holds whole global batches only (its rest comes up in others) and
+    whole steps of `gathered` batches, if there is one; data smaller than one global batch are one smaller batch.
     """
 
     def __init__(

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from vavae_tools.data import folders, split_report
 from vavae_tools.data.folders import IMAGE_EXTENSIONS, count_of, either, natural_key
@@ -84,7 +83,6 @@ def _units(images: Sequence[ImageEntry], recording_of: RecordingOf) -> list[list
 
 def _balance_person(person: str, units_of: dict[str, list[list[ImageEntry]]], in_val: set[str]) -> None:
     """If all units of a person are in one subset, move the smallest that no other person needs there."""
-
     units = units_of[person]
     here = units[0][0].key in in_val
     if len(units) < 2 or any((unit[0].key in in_val) != here for unit in units):
@@ -142,7 +140,6 @@ def split_folders(
         link: "copy", "hard" (on one disk; writing into such a file writes into the input's) or "symbolic".
         group_pattern: searched for in the files' names; its first group names the recording.
         overwrite: replace a different split in `output_dir`, once the new one is whole.
-        workers: threads; None: one per core, at most 8.
         progress: None shows a bar on a terminal only.
         check: "decode" every image once, or compare "contents" only, which passes over broken images.
     """
@@ -261,6 +258,8 @@ class _Split:
 
     def _examine(self, write: Callable | None = None, faults: dict[str, str] | None = None) -> None:
         """Read each image once: hash, decode and, where asked, write the same bytes. `faults` are known by hash."""
+        from tqdm import tqdm  # not for --help
+
         decode = self.settings["check"] == "decode"
         read_all = decode or self.settings["link"] == "copy"
         length = Counter(image.bytes for image in self.images)

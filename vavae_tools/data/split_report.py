@@ -19,8 +19,6 @@ LINES_SHOWN = 20
 
 @dataclass(slots=True)
 class ImageEntry:
-    """One file, and what was found out about it."""
-
     person: str
     name: str
     path: str
@@ -38,7 +36,6 @@ class ImageEntry:
 class SplitReport:
     """What a split holds. Printed, it is a table of persons, warnings, and what to do next."""
 
-    input_dir: str
     output_dir: str
     counts: dict[str, dict[str, int]]  # person → {"train": …, "val": …, "left_out": …}
     totals: dict[str, int]

@@ -14,9 +14,8 @@ from vavae_tools.data.sources.hugging_face import CAPTION_COLUMNS, SAVED_DATASET
 from vavae_tools.data.sources.shards import refuse_shards
 from vavae_tools.runtime.errors import UserError, join_first
 
+
 # ---- COCO, as its archives unpack
-
-
 def coco_subsets(
     root: Path, annotations: str | Path | None, images: str | Path | None, notes: list[str]
 ) -> list[NamedImages]:
@@ -73,8 +72,6 @@ def _read_coco(path: Path) -> dict[str, list[str]]:
 
 
 # ---- CUB: birds with sentences, written about them or made of their attributes
-
-
 def cub_subsets(path: Path, notes: list[str]) -> list[NamedImages]:
     """Return what trains, and what validates, of CUB_200_2011 or the folder that it is in; `notes` gets remarks."""
     root = next((folder for folder in (path, path / "CUB_200_2011") if (folder / "images.txt").is_file()), None)
@@ -152,7 +149,6 @@ def bird_sentences(class_name: str, attributes: Sequence[str]) -> tuple[str, ...
 
 
 # ---- a person's own: captions in a table of file names (.jsonl, .csv, .tsv), or in a .txt beside each image
-
 _FILE_COLUMNS = ("file_name", "image", "path", "image_path", "filename", "file", "img", "picture")
 
 

@@ -67,7 +67,7 @@ def read_subsets(data_dir: Path, train_split: str, **options: Any) -> tuple[dict
         if types[0] != types[1]:
             found = f"The columns {image} and {label} of {data_dir} have other types or class names in {name}"
             raise UserError(f"{found} than in {train_split}: cast one to the other's features and save it again")
-    labels, of_rows = _numbered(datasets, first, label)
+    labels, of_rows = _numbered(datasets, label)
     name_of, subsets = {number: name for name, number in labels.items()}, []
     for name, dataset in datasets.items():
         names = [f"{name_of[number]}/{row:06d}" for row, number in enumerate(of_rows[name].tolist())]
@@ -86,9 +86,8 @@ def captioned_subsets(path: Path, skip_missing: bool, notes: list[str], options:
         given = {f"{row:06d}": value if isinstance(value, list) else [value] for row, value in values}
         clean = clean_captions(given, path / name, skip_missing, notes)
         labels, captions = torch.zeros(len(given), dtype=torch.int64), [clean.get(row, ()) for row in given]
-        own = {"title": f"{path.name}, {name}", **options}
-        every = DatasetImages(dataset, image, given, labels, captions=captions, **own)
-        subsets.append(every.part(list(map(int, clean))))
+        own = {"title": f"{path.name}, {name}", "captions": captions, **options}
+        subsets.append(DatasetImages(dataset, image, given, labels, **own).part(list(map(int, clean))))
     return subsets
 
 
@@ -137,15 +136,13 @@ def column_values(dataset: "Dataset", column: str) -> list:
     return dataset.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
 
 
-def _numbered(
-    datasets: "dict[str, Dataset]", first: "Dataset", column: str
-) -> tuple[dict[str, int], dict[str, Tensor]]:
+def _numbered(datasets: "dict[str, Dataset]", column: str) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Return class name → label as the first subset has them, and the labels int64 (N,) of each subset's rows.
 
     Whole numbers are labels as they stand; words are numbered by `labels_of`.
     """
     values = {name: column_values(dataset, column) for name, dataset in datasets.items()}
-    train = next(iter(values.values()))
+    (train, *_), (first, *_) = values.values(), datasets.values()
     if class_names := getattr(first.features[column], "names", None):
         labels = {name: number for number, name in enumerate(class_names)}
     elif all(isinstance(value, str) for value in train):

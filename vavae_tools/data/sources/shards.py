@@ -32,10 +32,7 @@ def refuse_shards(path: Path) -> None:
 
 
 def convert_shards(shards: Path, output: Path) -> "dict[str, Dataset]":
-    """Write a folder of shards as a dataset; of tars with the columns image, label and text.
-
-    `datasets` keeps them in a folder beside `output` until that is written: the disk must have room for both.
-    """
+    """Write a folder of shards as a dataset, of tars with the columns image, label, text; the disk must hold both."""
     if not shards.is_dir():
         raise UserError(no_such_folder(shards))
     if output.exists():
@@ -45,13 +42,13 @@ def convert_shards(shards: Path, output: Path) -> "dict[str, Dataset]":
     if not files:
         raise UserError(f"No .tar and no .parquet files in {shards}")
     is_tar, of_subset = files[0].suffix == ".tar", _by_subset(shards, files)
-    images = {path: _count_images(path) for path in files} if is_tar else {}
+    counts = {subset: sum(map(_count_images, paths)) for subset, paths in of_subset.items() if is_tar}
     names = {subset: list(map(str, paths)) for subset, paths in of_subset.items()}
     partial = output.with_name(f".{output.name}.partial")
     try:
         found = datasets.load_dataset("webdataset" if is_tar else "parquet", data_files=names, cache_dir=str(partial))
-        for subset, paths in of_subset.items() if is_tar else ():
-            found[subset] = _in_columns(found[subset], sum(map(images.get, paths)), f"{shards}, {subset}")
+        for subset, count in counts.items():
+            found[subset] = _in_columns(found[subset], count, f"{shards}, {subset}")
         found.save_to_disk(str(partial / "dataset"))
         (partial / "dataset").rename(output)
     except (ValueError, TypeError, LookupError, datasets.exceptions.DatasetsError) as error:
