@@ -9,9 +9,6 @@ import warnings
 from collections.abc import MutableMapping
 from importlib import import_module
 
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Newer and older versions of torch read them."""
-
 
 def prepare_environment(environment: MutableMapping[str, str] = os.environ, platform: str = sys.platform) -> None:
     """Set what torch and CUDA read as they begin, where the user has not.
@@ -19,8 +16,9 @@ def prepare_environment(environment: MutableMapping[str, str] = os.environ, plat
     Segments that grow leave no gaps that are too small for the next tensor; Windows has none. cuBLAS gets workspaces
     with which it computes the same each time, for `deterministic`: 32 MiB.
     """
-    if platform == "linux" and not any(name in environment for name in _ALLOCATOR):
-        environment.update(dict.fromkeys(_ALLOCATOR, "expandable_segments:True"))
+    allocator = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # newer and older versions of torch read them
+    if platform == "linux" and not any(name in environment for name in allocator):
+        environment.update(dict.fromkeys(allocator, "expandable_segments:True"))
     environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 

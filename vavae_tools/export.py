@@ -20,13 +20,10 @@ def main() -> None:
 
 
 def export_vavae(vavae: str | Path, format: str, output: str | Path) -> list[Path]:
-    """Write a VA-VAE, without vectors, as others read it, and return the files.
+    """Write what `load_vavae` takes, without vectors, as others read it, and return the files.
 
-    Args:
-        vavae: what `load_vavae` takes.
-        format: "reference" writes the file `output`, {"state_dict": …} under the reference's names, and
-            `latents_stats.pt` beside it where the model knows them; "diffusers" writes the folder `output`, which
-            diffusers' own AutoencoderKL loads.
+    "reference" writes the file `output`, {"state_dict": …} under the reference's names, and `latents_stats.pt` beside
+    it where the model knows them; "diffusers" writes the folder `output`, which diffusers' own AutoencoderKL loads.
     """
     from vavae_tools.autoencoders.weights import load_vavae
 

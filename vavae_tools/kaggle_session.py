@@ -22,10 +22,8 @@ def main() -> None:
     add("--message", default="", help="push: notes of the version; without it how far each run is")
     add("--images", "--pictures", action="store_true", help="push: the split's images too, which otherwise stay here")
     add("--wait", type=float, default=600.0, help="push: seconds in which Kaggle must list the new version")
-    dataset = (
-        "owner/name of the run's dataset (pull: also owner/name/VERSION; without it what is attached); kernel: "
-        "all to attach, such as the one with this repository, the images, the run's"
-    )
+    dataset = "owner/name of the run's dataset (pull: also owner/name/VERSION; without it what is attached); "
+    dataset += "kernel: all to attach, such as the one with this repository, the images, the run's"
     parser.add_argument_group("all three").add_argument("--dataset", nargs="+", default=[], help=dataset)
     add = parser.add_argument_group("kernel").add_argument
     add("--notebook", help="such as notebooks/02_vavae_fine_tuning.ipynb")

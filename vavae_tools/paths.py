@@ -25,10 +25,8 @@ class ProjectPaths:
     images: Path | None  # person folders; None: the built-in data are to be used
     work: Path  # what is written goes below it
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"images: {self.images or 'simulated walkers (none were found or named)'}\noutputs:  {self.work}"
-
-    __repr__ = __str__
 
     @property
     def built_in(self) -> bool:

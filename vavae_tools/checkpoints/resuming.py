@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import lightning as L
 
 NAMES_OF_CHECKPOINTS = ("last.ckpt", "previous.ckpt", "best-*.ckpt", "epoch=*.ckpt", "checkpoint-*", "checkpoint_*")
-"""What a run resumes from; the latter two are periodic, `previous.ckpt` is what `last.ckpt` was before."""
+"""What a run resumes from; the latter two are periodic."""
 
 
 # ---- what is on the disk
@@ -113,11 +113,10 @@ def resume_path(resume: str | None, run: str | Path, log: Callable[[str], None] 
     if not path.exists():
         _refuse_missing(path)
     if path.is_dir() and not is_checkpoint(path):
-        newest = _first_whole(checkpoints_in(path), log)
-        if newest is None:
-            runs = "last.ckpt, best-*.ckpt or checkpoint-*/ as in a run's"
-            raise UserError(f"{formats.no_weights(path)} as in a checkpoint's folder, or {runs}")
-        return newest
+        if newest := _first_whole(checkpoints_in(path), log):
+            return newest
+        runs = "last.ckpt, best-*.ckpt or checkpoint-*/ as in a run's"
+        raise UserError(f"{formats.no_weights(path)} as in a checkpoint's folder, or {runs}")
     if path.is_file():
         read_checkpoint(path)  # refuses what would run code
     for name, fault in formats.damage_by_file(path).items():

@@ -1,9 +1,8 @@
 """From session to session on Kaggle: what the next one needs goes into a private dataset, and comes out of it again.
 
-A dataset made here is one tar, `small-files.pack` (thousands of uploads would take an hour, and Kaggle unpacks what is
-called .zip or .tar), and a manifest `session-DIGEST.json` with every file's place, length and hash. Its name differs
-from version to version, so that the listing tells whether the new one is there. Older versions kept large files beside
-the tar; they are read as well.
+A dataset is one tar, `small-files.pack` (Kaggle unpacks what is called .zip or .tar), and a manifest with every file's
+place, length and hash, `session-DIGEST.json`: its name tells whether the new version is listed yet. Older versions kept
+large files beside the tar; they are read as well.
 """
 
 import hashlib
@@ -246,7 +245,7 @@ def pull(
         input_roots: where a Kaggle machine mounts what is attached.
 
     Raises:
-        UserError: what was found is not whole. `work` is as it was.
+        UserError: what was found is not whole; `work` is as it was.
     """
     own_name = _check_name(dataset) if dataset else None
     attached = _newest_attached(input_roots, own_name)

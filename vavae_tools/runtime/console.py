@@ -42,10 +42,7 @@ def is_interactive() -> bool:
 
 
 def clock(seconds: float) -> str:
-    """
-    >>> clock(3725)
-    '1:02:05'
-    """
+    """Return a time such as "1:02:05"."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
@@ -65,10 +62,7 @@ def send_image(image: Any) -> None:
 
 
 def show_record(line: str, bars: dict[int, Any], show: Callable[[Any], None] | None = None) -> bool:
-    """Show what `send_record` sent, a bar's state (also in `bars`) or an image; return False for a line of text.
-
-    `show` is called with an image, uint8 (3, H, W), in place of showing it.
-    """
+    """Show what `send_record` sent, a bar's state (also in `bars`) or an image; return False for a line of text."""
     if not line.startswith(_RECORD):
         return False
     values = json.loads(line[len(_RECORD) :])
@@ -90,13 +84,12 @@ def show_record(line: str, bars: dict[int, Any], show: Callable[[Any], None] | N
         return True
     from tqdm.auto import tqdm
 
-    number, closed = values.pop("bar"), values.pop("closed")
-    bar = bars.get(number)
-    if bar is None:
-        bar = bars[number] = tqdm(**{name: values[name] for name in ("total", "initial", "unit", "desc")})
-    bar.n, bar.postfix = values["n"], values["postfix"]
-    bar.refresh()
-    if closed:
+    number = values["bar"]
+    if number not in bars:
+        bars[number] = tqdm(**{name: values[name] for name in ("total", "initial", "unit", "desc")})
+    bars[number].n, bars[number].postfix = values["n"], values["postfix"]
+    bars[number].refresh()
+    if values["closed"]:
         bars.pop(number).close()
     return True
 

@@ -1,8 +1,6 @@
-"""Random numbers that follow from (seed, epoch, sample, name) and from nothing else.
+"""Random numbers that follow from (seed, epoch, sample, name) and from nothing else: no state to save, no order.
 
-A generator's next number depends on how many were drawn before, so a run that was stopped, or that has another number
-of devices or workers, sees other noise. Here every number is a hash of a counter (as in Salmon et al. 2011, "Parallel
-random numbers: as easy as 1, 2, 3"), so there is no state to save: sample 17 of epoch 3 gets the same noise always.
+Each is a hash of a counter, as in Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
 
 import math
@@ -27,10 +25,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 class Draws:
-    """The random numbers of one training step: one row per sample, the same on any device count.
-
-    `samples` are their places in the data set, int64 (B,), on the device the numbers are wanted on.
-    """
+    """The random numbers of one step, a row for each of `samples`: places in the data set, int64 (B,)."""
 
     def __init__(self, seed: int, epoch: int, samples: Tensor) -> None:
         state = _mix(samples.to(torch.int64) * _GOLDEN + _mix(torch.tensor(seed)).item())

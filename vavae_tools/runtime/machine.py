@@ -26,8 +26,7 @@ Model = TypeVar("Model", bound=nn.Module)
 P, R = ParamSpec("P"), TypeVar("R")
 Log = Callable[[str], None]
 
-MIN_FREE_BYTES = 2**30
-"""Bytes: less than CUDA's context, its libraries' workspaces and the smallest training take."""
+MIN_FREE_BYTES = 2**30  # less than CUDA's context, its libraries' workspaces and the smallest training take
 _MEMORY_FAULT = re.compile(
     r"CUDA[\w ':]*out of memory|(CUBLAS|CUDNN|CUSPARSE|CUSOLVER)_STATUS_ALLOC_FAILED"
     r"|DefaultCPUAllocator: (can't allocate|not enough) memory|HIP out of memory",
@@ -159,22 +158,17 @@ def keep_freed_memory() -> None:
 @contextmanager
 def on_device(model: Any, device: str | torch.device) -> Iterator[None]:
     """Have a model (an `nn.Module`, or what has `device` and `to`) on a device, and afterwards where it was."""
-    device, home = torch.device(device), _device_of(model)
+    module = isinstance(model, nn.Module)
+    home = (
+        next(itertools.chain(model.parameters(), model.buffers()), torch.zeros(())).device if module else model.device
+    )
     try:
         model.to(device)
         yield
     finally:
-        if home != _device_of(model):
-            model.to(home)
-        if device.type == "cuda":
+        model.to(home)
+        if torch.device(device).type == "cuda":
             release_memory()
-
-
-def _device_of(model: Any) -> torch.device:
-    if not isinstance(model, nn.Module):
-        return model.device
-    first = next(itertools.chain(model.parameters(), model.buffers()), torch.zeros(()))
-    return first.device
 
 
 # ---- precisions

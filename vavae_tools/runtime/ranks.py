@@ -1,8 +1,4 @@
-"""A process's place among those that work together, one for each device, started by `launch` or by torchrun.
-
-What they agree on outside of training needs no collectives: a store with a few keys says what there is to do and how
-much is done.
-"""
+"""A process's place among those that work together, one for each device, and what they share: a store of a few keys."""
 
 import json
 import os
@@ -17,21 +13,17 @@ from typing import Any
 
 PARENT = "VAVAE_STDIN_IS_THE_PARENT"
 """Environment variable of the processes that `launch` starts."""
-_LONG = timedelta(days=7)
 
 
 @dataclass
 class Ranks:
-    """This process's place among those that work together; without arguments, the only one.
-
-    `local_rank` is its place on this machine and its device's number; `counts` stand in for a store where it is alone.
-    """
+    """This process's place among those that work together; without arguments, the only one."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
+    local_rank: int = 0  # its place on this machine, and its device's number
     store: Any = None
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)  # stand in for a store where it is alone
 
     @classmethod
     def from_environment(cls) -> "Ranks":
@@ -42,7 +34,7 @@ class Ranks:
             return cls()
         from torch.distributed import rendezvous
 
-        store, rank, size = next(rendezvous("env://", timeout=_LONG))
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(days=7)))
         return cls(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store)
 
     def share(self, name: str, value: Any = None) -> Any:
