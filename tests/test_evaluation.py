@@ -1,8 +1,6 @@
 import json
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,21 +109,19 @@ def test_the_classifier_is_trained_once_for_the_same_images(split, tmp_path, mon
 
     monkeypatch.setattr(classifier_module, "train_classifier", train_briefly)
 
-    def get(seed=0, size=SIZE):
+    def get(seed=1, size=48):
         return cached_classifier(ImageFolder(tmp_path / "train", size), 3, tmp_path / "out", seed, progress=False)
 
-    first, kept = get(), get()
-    assert len(calls) == 1
+    first, kept = get(0, SIZE), get(0, SIZE)
     x = torch.randn(2, 3, SIZE, SIZE)
     torch.testing.assert_close(kept(x), first(x))
-    get(seed=1)
-    get(seed=1, size=48)
-    assert len(calls) == 3
+    get(1, SIZE)
+    get()
+    assert calls == [0, 1, 1]
     image(1, np.random.default_rng(9)).save(next((tmp_path / "train" / "ID_2").iterdir()))
-    get(seed=1, size=48)
-    assert len(calls) == 4
+    get()
     (tmp_path / "out" / "classifier.safetensors").write_bytes(b"cut off")
-    get(seed=1, size=48)
+    get()
     assert len(calls) == 5
 
 
@@ -156,20 +152,6 @@ def test_real_images_pass_for_real(split, run, tmp_path):
     assert result.copies.times_validation == pytest.approx(1)
     assert result.copies.generated_within == result.copies.validation_within
     assert result.notes == []
-
-
-def test_noise_is_far_from_real_images_and_nobody(run, tmp_path):
-    rng = np.random.default_rng(0)
-    for person in (1, 2, 3):
-        (tmp_path / "made" / f"ID_{person}").mkdir(parents=True)
-        for i in range(6):
-            noise = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
-            noise.save(tmp_path / "made" / f"ID_{person}" / f"{i}.png")
-    result = run(tmp_path / "made")
-    assert result.total.generated_accuracy < 0.7 < result.total.validation_accuracy
-    assert result.distances.images == 18 and result.distances.times_real > 5
-    assert result.distances.kernel_generated.low > max(0, result.distances.kernel_real.value)
-    assert result.copies.times_validation > 1.5
 
 
 def test_copies_of_training_images_are_found(split, run, tmp_path):
@@ -350,13 +332,8 @@ def test_of_one_person_there_is_no_other(split_dir, tmp_path):
     alone = compare_conditions(tiny_vavae(num_conditions=5), ImageFolder(tmp_path, TINY_SIZE))
     assert alone.another is None and "another's vector" not in alone.images
     assert str(alone).splitlines()[2].split() == ["another's", "vector", "-", "-"]
-
-
-def test_a_model_without_vectors_is_said(split_dir):
-    model = tiny_vavae(condition_dim=0, num_conditions=0)
-    with pytest.raises(UserError, match="This VA-VAE has no vectors to compare") as caught:
-        compare_conditions(model, ImageFolder(split_dir / "val", TINY_SIZE))
-    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="This VA-VAE has no vectors to compare"):
+        compare_conditions(tiny_vavae(condition_dim=0, num_conditions=0), ImageFolder(tmp_path, TINY_SIZE))
 
 
 # ---- the command
@@ -368,8 +345,3 @@ def test_the_command_evaluates_and_says_what_was_written(split, trained, tmp_pat
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, flags)])
     evaluate.main()
     assert "written: evaluation.json, figures/real_and_generated.png" in capsys.readouterr().out
-
-
-def test_help_needs_no_torch():
-    code = "import sys, vavae_tools.evaluate, vavae_tools.evaluation; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

@@ -87,10 +87,9 @@ def test_half_precision_makes_nearly_the_same_images(pipe, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_pipelines_whose_weights_are_half(kind):
-    whole, half = tiny_pipeline(), tiny_pipeline().to(kind)
-    difference = (images(half).int() - images(whole).int()).abs().float()
-    assert difference.mean() < 3
+def test_pipelines_whose_weights_are_half(kind, pipe):
+    half = tiny_pipeline().to(kind)
+    assert (images(half).int() - images(pipe).int()).abs().float().mean() < 3
     with pytest.raises(UserError, match=r"precision 32, but the weights are b?fp?16: take pipe\.to\(torch\.float32\)"):
         images(half, precision="32")
 
@@ -184,20 +183,14 @@ def test_people_by_label_and_by_name(pipe):
     assert torch.equal(images(pipe, ["ID_3", "ID_1"]), images(pipe, [2, 0]))
     assert torch.equal(images(pipe, torch.tensor([2, 0])), images(pipe, [2, 0]))
     assert pipe.labels_of(np.array([1, 2])) == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("label", "message"),
-    [
+    for label, message in (
         (3, "Label 3 does not exist: labels go from 0 to 2"),
         ("-1", "Label -1 does not exist"),
         ("ID_4", "Nobody called 'ID_4'; there are ID_1, ID_2, ID_3"),
         ("²", "Nobody called '²'"),
-    ],
-)
-def test_a_label_out_of_range(pipe, label, message):
-    with pytest.raises(UserError, match=message):
-        pipe([0, label], **QUICK)
+    ):
+        with pytest.raises(UserError, match=message):
+            pipe([0, label], **QUICK)
     with pytest.raises(UserError, match=r"latents are \(1, 2, 8, 8\), expected \(2, 2, 8, 8\)"):
         pipe([0, 1], latents=torch.zeros(1, 2, 8, 8), **QUICK)
 

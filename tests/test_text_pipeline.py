@@ -81,8 +81,7 @@ def test_batches_change_nothing(by):
         noise = {"seed": 0} if by == "seed" else {"seed": None, "generator": torch.Generator().manual_seed(4)}
         return pipe(SENTENCES, **{**QUICK, **noise}, batch_size=batch_size).images.int()
 
-    assert (made(1) - made(16)).abs().max() <= 1  # the last digit of a matrix product is the batch's
-    assert (made(2) - made(16)).abs().max() <= 1
+    assert (made(2) - made(16)).abs().max() <= 1  # the last digit of a matrix product is the batch's
     if by == "seed":
         one = torch.tensor([2])
         alone = pipe.make(pipe.encode(SENTENCES[2:]), pipe.noise(0, one), None, 3, 7.5, pipe.generators(0, one))
@@ -113,22 +112,19 @@ def test_text_is_encoded_once_and_each_prompt_only_once(pipe, monkeypatch):
 
 def test_latents_and_generators(pipe):
     made = pipe("green", **QUICK).images
-    latents = pipe.noise(0, torch.arange(1))
-    assert same(pipe("green", latents=latents, **{**QUICK, "seed": None}).images, made)
+    unseeded = {**QUICK, "seed": None}
+    assert same(pipe("green", latents=pipe.noise(0, torch.arange(1)), **unseeded).images, made)
     generators = [torch.Generator().manual_seed(i) for i in (5, 6)]
-    both = pipe(["green", "green"], generator=generators, **{**QUICK, "seed": None}).images
-    alone = pipe("green", generator=[torch.Generator().manual_seed(6)], **{**QUICK, "seed": None}).images
+    both = pipe(["green", "green"], generator=generators, **unseeded).images
+    alone = pipe("green", generator=[torch.Generator().manual_seed(6)], **unseeded).images
     assert (both[1].int() - alone[0].int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"output_type": "latent"}, "No output_type 'latent'; there are pil, pt, np"),
-        ({"batch_size": 0}, "at least one image at once"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"num_inference_steps": 0}, "expected 1 to 1000"),
-        ({"latents": torch.zeros(1, 3, 4, 4)}, r"latents are \(1, 3, 4, 4\), expected \(1, 4, 4, 4\)"),
         ({"prompt": []}, "No prompts"),
     ],
 )
@@ -185,10 +181,6 @@ def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(UserError, match=r"No text_encoder/ in or beside .*last\.ckpt"):
         load_text_pipeline(path)
     assert load_text_pipeline(path, text_encoder_dir=tmp_path / "moved").image_size == (8, 8)
-    with pytest.raises(UserError, match="is no pipeline"):
-        load_text_pipeline(tmp_path)
-    with pytest.raises(UserError, match="No checkpoint"):
-        load_text_pipeline(tmp_path / "nowhere.ckpt")
     torch.save({"state_dict": {}, "hyper_parameters": {"denoiser_config": {}, "conditioner_config": {}}}, path)
     with pytest.raises(UserError, match="makes images of classes"):
         load_text_pipeline(path)

@@ -240,7 +240,6 @@ def test_the_new_tokens_may_be_counted():
     ("chats", "arguments", "message"),
     [
         (False, {"prompts": "a" * 16}, "The prompt has 16 tokens, and an image 16 cells: shorten it"),
-        (True, {"prompts": "a" * 13}, "The prompt has 16 tokens"),
         (False, {"prompts": [[{"role": "user", "content": "a"}]]}, "was trained on texts without a chat template"),
         (True, {"prompts": None}, "This model answers: give it prompts"),
         (True, {"prompts": [[{"role": "user"}]]}, "is neither a text, nor messages"),
@@ -248,8 +247,6 @@ def test_the_new_tokens_may_be_counted():
         (False, {"prompts": []}, "No prompts: give one or more"),
         (False, {"prompts": ["a", "b"], "numbers": [1]}, "1 numbers for 2 texts: give one for each"),
         (False, {"num_samples": 0}, "num_samples 0: expected 1 or more"),
-        (False, {"max_new_tokens": 0}, "max_new_tokens 0: expected"),
-        (False, {"batch_size": -1}, "batch_size -1: at least one text at once"),
         (False, {"eta": 1.1}, "eta 1.1: expected a share of fresh noise from 0 to 1"),
     ],
 )
@@ -325,9 +322,6 @@ def test_who_loads_something_else_is_told_what_it_is(kept, tmp_path):
     kinds = [kind_of(kept / name) for name in ("pipeline", "images", "run/checkpoint_epoch_1.pth")]
     assert kinds == ["TokenImagePipeline", "LatentDiTPipeline", "TokenImagePipeline"] and not kind_of(tmp_path)
     assert "makes images of classes: load it by load_pipeline" in refused(load_token_pipeline, kept / "images")
-    assert "is no pipeline (no model_index.json)" in refused(load_token_pipeline, tmp_path)
-    assert "No checkpoint" in refused(load_token_pipeline, tmp_path / "nothing")
-    assert "holds the averaged weights alone" in refused(load_token_pipeline, kept / "pipeline", ema=False)
     for load in (load_pipeline, load_text_pipeline):
         for name in ("pipeline", "run/checkpoints/last.ckpt", "run/checkpoint_epoch_1.pth"):
             assert "makes texts: load it by load_token_pipeline" in refused(load, kept / name)
@@ -335,7 +329,5 @@ def test_who_loads_something_else_is_told_what_it_is(kept, tmp_path):
     torch.save({"state_dict": {}, "hyper_parameters": hyper}, tmp_path / "dit.ckpt")
     assert "makes images of classes" in refused(load_token_pipeline, tmp_path / "dit.ckpt")
     shutil.copytree(kept / "pipeline", tmp_path / "torn")
-    (tmp_path / "torn" / "denoiser" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
-    assert "cannot be read" in refused(load_token_pipeline, tmp_path / "torn")
     shutil.rmtree(tmp_path / "torn" / "tokenizer")
     assert "No tokenizer/ in or beside" in refused(load_token_pipeline, tmp_path / "torn")
