@@ -132,9 +132,9 @@ def test_of_classes(kind, name, tmp_path):
 
 
 def test_a_guide_of_another_objective_is_refused(tmp_path):
-    tiny_vavae().save_pretrained(tmp_path / "autoencoder")
     path, other = (checkpoint(class_training(objective(name))[0], tmp_path / name) for name in ("flow_matching", "x0"))
-    pipe = load_pipeline(path, autoencoder_dir=tmp_path / "autoencoder")
+    tiny_vavae().save_pretrained(path.parent / "autoencoder")
+    pipe = load_pipeline(path)
     with pytest.raises(UserError, match=r"has a denoiser of sample \(linear\), the model flow_prediction \(linear\)"):
         load_guide(other, pipe)
 

@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from vavae_tools.autoencoders.weights import load_autoencoder
 from vavae_tools.checkpoints.formats import is_checkpoint, read_any_format
 from vavae_tools.data.images import to_pixels
 from vavae_tools.diffusion import conditioning, dit
@@ -34,7 +35,6 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 FORMER_MODULES = {"text_conditioning": conditioning, "transformer": dit, "text_dit": dit, "ddt": dit}
 """Where older pipelines say that their classes are."""
-AUTOENCODER = "autoencoder", "vavae"  # folder names, now and before
 PLAN = "plan"  # what the first of several processes shares once it has found nothing wrong
 KINDS = {
     "LatentDiTPipeline": "makes images of classes: load it by load_pipeline",
@@ -212,3 +212,7 @@ def folder_beside(path: Path, *names: str) -> Path:
         if folder.is_dir():
             return folder
     raise UserError(f"No {names[0]}/ in or beside {path}: copy it from the folder of its training")
+
+
+def autoencoder_beside(path: Path) -> ModelMixin:
+    return load_autoencoder(folder_beside(path, "autoencoder", "vavae")).eval()  # as it was called before

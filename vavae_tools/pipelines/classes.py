@@ -10,7 +10,6 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from vavae_tools.autoencoders.weights import load_autoencoder
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.objectives import FlowMatching, objective_of
 from vavae_tools.diffusion.solvers import make_solver
@@ -133,18 +132,14 @@ class LatentDiTPipeline(base.ImagePipeline):
 
 
 # ---- from files
-def load_pipeline(path: str | Path, ema: bool = True, autoencoder_dir: str | Path | None = None) -> LatentDiTPipeline:
-    """Load a pipeline from its folder, or from a checkpoint of DiT training.
+def load_pipeline(path: str | Path, ema: bool = True) -> LatentDiTPipeline:
+    """Load a pipeline from its folder, or from a checkpoint of DiT training with `autoencoder/` beside its folder.
 
-    Args:
-        ema: of a checkpoint, take the averaged weights; False takes the live ones.
-        autoencoder_dir: the autoencoder of a checkpoint; by default `autoencoder/` beside the checkpoints' folder.
+    Of a checkpoint the averaged weights are taken, with ema=False the live ones.
     """
     pipe = _read(Path(path), ema)
     if pipe.vae is None:
-        pipe.register_modules(
-            vae=load_autoencoder(autoencoder_dir or base.folder_beside(Path(path), *base.AUTOENCODER)).eval()
-        )
+        pipe.register_modules(vae=base.autoencoder_beside(Path(path)))
     return pipe
 
 

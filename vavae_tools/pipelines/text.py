@@ -11,7 +11,6 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from vavae_tools.autoencoders.encoders import silent_transformers
-from vavae_tools.autoencoders.weights import load_autoencoder
 from vavae_tools.diffusion.clip import TextEncoder, TextStates, load_text_encoder
 from vavae_tools.diffusion.conditioning import TextConditioner
 from vavae_tools.diffusion.objectives import objective_of
@@ -136,34 +135,20 @@ class TextToImagePipeline(base.ImagePipeline):
 
 
 # ---- from files
-def load_text_pipeline(
-    path: str | Path,
-    ema: bool = True,
-    autoencoder_dir: str | Path | None = None,
-    text_encoder_dir: str | Path | None = None,
-    scheduler: str | None = None,
-) -> TextToImagePipeline:
-    """Load a pipeline from its folder, or from a checkpoint of text-to-image training.
+def load_text_pipeline(path: str | Path, ema: bool = True) -> TextToImagePipeline:
+    """Load a pipeline from its folder, or from a checkpoint of text-to-image training, as `load_pipeline` does.
 
-    Args:
-        path, ema: as of `load_pipeline`.
-        autoencoder_dir, text_encoder_dir: those of a checkpoint; by default `autoencoder/` and `text_encoder/` beside
-            the checkpoint or the folder of checkpoints.
-        scheduler: another one than the pipeline's, by its name (see `make_solver`).
+    Beside the checkpoint or its folder are `autoencoder/` and `text_encoder/`.
     """
     path = Path(path)
     if base.is_folder_of_pipeline(path):
         with silent_transformers():
-            pipe = base.read_pipeline(TextToImagePipeline, path, ema, local_files_only=True)
-        if scheduler:
-            pipe.swap_solver(scheduler)
-        return pipe
+            return base.read_pipeline(TextToImagePipeline, path, ema, local_files_only=True)
     denoiser, conditioner, settings = base.read_training(TextToImagePipeline, path, ema, TextConditioner)
-    vae = load_autoencoder(autoencoder_dir or base.folder_beside(path, *base.AUTOENCODER))
-    encoder = load_text_encoder(text_encoder_dir or base.folder_beside(path, "text_encoder"))
+    encoder = load_text_encoder(base.folder_beside(path, "text_encoder"))
     if encoder.dim != conditioner.config.text_dim:
-        trained = f"{path} was trained with {conditioner.config.text_dim}: name that of its training (text_encoder_dir)"
+        trained = f"{path} was trained with {conditioner.config.text_dim}: take the text_encoder/ of its training"
         raise UserError(f"The text encoder's states have {encoder.dim} numbers, {trained}")
     config = settings.get("objective", {})
-    solver = make_solver(scheduler, objective_of(config))
-    return TextToImagePipeline(vae.eval(), encoder.model, encoder.tokenizer, denoiser, conditioner, solver, config)
+    parts = encoder.model, encoder.tokenizer, denoiser, conditioner, make_solver(None, objective_of(config)), config
+    return TextToImagePipeline(base.autoencoder_beside(path), *parts)
