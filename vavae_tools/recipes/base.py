@@ -5,7 +5,7 @@ imports torch, so that `--help` answers at once.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from vavae_tools.training.config import TrainConfig, setting
 
@@ -19,11 +19,6 @@ Monitor = Literal["reconstruction", "psnr", "ssim", "accuracy", "frechet", "righ
 def share(default: float | None, text: str) -> Any:
     """Return a setting from 0 to 1."""
     return setting(default, text, least=0, most=1)
-
-
-def as_tuple(size: Size) -> int | tuple[int, ...] | None:
-    """Return a size as data modules take it: one number, or (height, width)."""
-    return tuple(size) if isinstance(size, list) else size
 
 
 @dataclass(frozen=True)
@@ -46,8 +41,8 @@ class ImageData:
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `datasets.class_data`."""
-        given = {each.name: getattr(self, each.name) for each in fields(ImageData)}
-        return {**given, "image_size": as_tuple(self.image_size)}
+        given, size = {each.name: getattr(self, each.name) for each in fields(ImageData)}, self.image_size
+        return {**given, "image_size": tuple(size) if isinstance(size, list) else size}
 
 
 @dataclass(frozen=True)
@@ -432,6 +427,7 @@ class TokenImageRecipe(Recipe):
     )
 
 
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 RECIPES: dict[str, type[Recipe]] = {
     "vavae": VAVAERecipe,
     "vavae_dit": VAVAEDiTRecipe,

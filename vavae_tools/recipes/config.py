@@ -13,16 +13,15 @@ from difflib import get_close_matches
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 
-from vavae_tools.recipes.base import RECIPES, Recipe
+from vavae_tools.recipes.base import RECIPES, AnyRecipe, Recipe
 from vavae_tools.runtime.errors import UserError, join_first, one_line
 from vavae_tools.runtime.ranks import current_ranks, is_rank_zero
 from vavae_tools.training.config import Setting, checked, settings_of
 
-AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 CONFIGS = Path(str(files("vavae_tools") / "configs"))
 DEFAULT = "vavae_dit"
 RUNS = Path("logs/runs")

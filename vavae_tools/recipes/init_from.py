@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vavae_tools.checkpoints.formats import plain_name
-from vavae_tools.data.latents import LatentDataModule, LatentDataset
+from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DDT, DDT_SIZES, DiT, DiT_SIZES
 from vavae_tools.diffusion.lora import add_lora
@@ -28,6 +28,7 @@ from vavae_tools.runtime.machine import find_device, find_machine
 from vavae_tools.training.run import Log
 
 KINDS = {"lightningdit": "LightningDiT", "ddt": "DiT with the wide head", "dit": "DiT"}
+Classes = str | Sequence[int | str | None]
 Batch = tuple[Tensor, Tensor, Tensor]  # latents (B, C, h, w), noise, and times (B,)
 BATCH = 8
 PROBES = 128  # random projections in all: they estimate the squared move of the predictions to 12 %
@@ -211,10 +212,8 @@ def _check_architecture(found: StartingWeights, denoiser: DiT | DDT) -> None:
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return pairs as tuples; of a wide head two numbers of heads, and one patch."""
+    """Return pairs as tuples, of a wide head also the numbers of heads."""
     plain = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()}
-    if isinstance(plain.get("patch_size"), tuple):
-        plain["patch_size"] = plain["patch_size"][0]
     if isinstance(plain.get("hidden_size"), tuple) and isinstance(plain.get("num_heads"), int):
         plain["num_heads"] = (plain["num_heads"],) * 2
     return plain
@@ -260,13 +259,7 @@ def _fill_table(conditioner: ClassConditioner, found: StartingWeights, copied: d
 
 
 def _choose_rows(
-    found: StartingWeights,
-    denoiser: DiT | DDT,
-    number: int,
-    classes: str | Sequence[int | str | None],
-    latents: LatentDataModule | None,
-    seed: int,
-    log: Log,
+    found: StartingWeights, denoiser: DiT | DDT, number: int, classes: Classes, latents: Any, seed: int, log: Log
 ) -> dict[int, int]:
     """Return {own label: published label} of the rows to copy, for a table of `number` classes."""
     names = {label: name for name, label in latents.folder.people.items()} if latents else {}
@@ -291,7 +284,7 @@ def _choose_rows(
     return {label: match.published for label, match in nearest.items()}
 
 
-def _listed(classes: Sequence[int | str | None], found: StartingWeights, wanted: int, most: int) -> dict[int, int]:
+def _listed(classes: Classes, found: StartingWeights, wanted: int, most: int) -> dict[int, int]:
     if len(classes) not in (wanted, most):
         raise UserError(f"classes lists {len(classes)} labels, expected {wanted}: one, or null, for each class here")
     copied = {own: found.classes.get(label, label) for own, label in enumerate(classes) if label is not None}
@@ -325,22 +318,16 @@ class Nearest(NamedTuple):
 
 
 def nearest_classes(
-    denoiser: DiT | DDT,
-    rows: Tensor,
-    null: Tensor,
-    data: LatentDataset,
-    seed: int = 0,
-    candidates: int = 8,
-    pairs: int = 32,
+    denoiser: DiT | DDT, rows: Tensor, null: Tensor, data: Any, seed: int = 0, candidates: int = 8, pairs: int = 32
 ) -> dict[int, Nearest]:
-    """Return own label → the row with which the denoiser's squared error on the latents of that class is smallest.
+    """Return own label → the row with which the denoiser's squared error on that class's latents is smallest.
 
     All classes share times evenly over the path, each latent with noise that follows from the seed. What the step from
     the `null` row (D,) to each of `rows` (K, D) would change is estimated: to first order by the error's gradient with
     respect to the conditioning, to second by how much the predictions move (Gauss–Newton, by random projections), since
     to first order a row that changes much promises much. From so far away the second order overstates the move, three
     times in a trained model, so a row is judged by the best part of the step to it. The `candidates` that promise most
-    are then tried, each on `pairs` of latents with noise and a time.
+    are then tried, each on `pairs` of latents, of the `LatentDataset` data, with noise and a time.
     """
     device, checkpointing = torch.device(find_device()), denoiser.gradient_checkpointing
     rows, null = rows.float().to(device), null.float().to(device)

@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
-from vavae_tools.recipes.base import LatentRecipe, Recipe, VAVAERecipe
+from vavae_tools.recipes.base import AnyRecipe, LatentRecipe, VAVAERecipe
 from vavae_tools.runtime.machine import Machine, find_machine
-
-AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 @dataclass(frozen=True, repr=False)

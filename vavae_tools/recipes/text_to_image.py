@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.stable_diffusion import SHAPES_VAE, StableDiffusionVAE, load_stable_diffusion_vae
+from vavae_tools.autoencoders.stable_diffusion import SHAPES_VAE, load_stable_diffusion_vae
 from vavae_tools.autoencoders.weights import load_autoencoder
-from vavae_tools.data.captions import CaptionedDataModule
 from vavae_tools.data.datasets import caption_data
 from vavae_tools.data.demo.shapes import EXAMPLE_PROMPTS, vocabulary
 from vavae_tools.data.latents import latents_digest
@@ -24,7 +23,7 @@ from vavae_tools.diffusion.dit import TextDiT
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines.batches import in_batches
 from vavae_tools.pipelines.text import TextToImagePipeline, load_text_pipeline
-from vavae_tools.recipes.base import TextToImageRecipe, as_tuple
+from vavae_tools.recipes.base import TextToImageRecipe
 from vavae_tools.recipes.dit import denoiser_run, encode_once, latents_folder, make_recipe_objective, prepared
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import atomic_write, save_model
@@ -41,14 +40,15 @@ COLUMNS = 4  # images of each prompt in a preview
 def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log) -> Run:
     """Encode images and captions once where there is room for it, and return the training."""
     data, sampling, config, seed = recipe.data, recipe.sampling, recipe.train, recipe.seed
+    size = data.image_size
     objective_of = partial(make_recipe_objective, recipe.objective, TextToImageRecipe().objective)
     make_solver(sampling.solver, objective_of((4, 32, 32)))  # one that does not fit is said before anything takes time
     names = ("num_samples", "val_share", "skip_missing", "crop", "annotations", "images", "num_workers")
     options = {"batch_size": config.batch_size, "seed": seed, **{name: getattr(data, name) for name in names}}
-    images = caption_data(data.dataset_name, data.data_dir, as_tuple(data.image_size), **options)
+    images = caption_data(data.dataset_name, data.data_dir, tuple(size) if isinstance(size, list) else size, **options)
     with rank_zero_first("frozen models"):
         goes_on = resume_from is not None or not is_rank_zero()  # what is left of another run is not this one's
-        encoder, autoencoder = _frozen_models(recipe, output_dir, goes_on, log)
+        frozen = encoder, autoencoder = _frozen_models(recipe, output_dir, goes_on, log)
     (height, width), factor = images.train_data.image_size, autoencoder.downsampling
     if height % factor or width % factor:
         raise UserError(f"image_size {height}×{width}: this VAE takes multiples of {factor}")
@@ -67,8 +67,8 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     config, of_training = prepared(config, denoiser, seed, log)
     module = DiffusionModule(denoiser, conditioner, objective, **of_training)
     longest = encoder.max_tokens
-    train_on, key, cached = _training_data(recipe, module, images, autoencoder, encoder, output_dir, log)
-    del autoencoder, encoder  # where all is encoded nobody has them any more
+    train_on, key, cached = _training_data(recipe, module, images, frozen, output_dir, log)
+    del frozen, autoencoder, encoder  # where all is encoded nobody has them any more
     if data.auto_batch_size:
         gathered = _fit_batch(module, train_on, config.of_devices(), longest, log)
         config = replace(config, accumulate_grad_batches=gathered, batch_size=train_on.batch_size)
@@ -104,10 +104,8 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
 train_text_to_image = partial(train, build)
 
 
-def _frozen_models(
-    recipe: TextToImageRecipe, output_dir: Path, goes_on: bool, log: Log
-) -> tuple[TextEncoder, StableDiffusionVAE]:
-    """Return what is frozen. A copy goes along with the checkpoints, and is that of a run that resumes."""
+def _frozen_models(recipe: TextToImageRecipe, output_dir: Path, goes_on: bool, log: Log) -> tuple[TextEncoder, Any]:
+    """Return text encoder and VAE. A copy goes along with the checkpoints, and is that of a run that resumes."""
     name, vae = recipe.text_encoder.name, recipe.vae
     copies = output_dir / "text_encoder", output_dir / "autoencoder"
     if goes_on and all((copy / "config.json").is_file() for copy in copies):
@@ -129,16 +127,10 @@ def _frozen_models(
 
 # ---- what is trained on
 def _training_data(
-    recipe: TextToImageRecipe,
-    module: DiffusionModule,
-    images: CaptionedDataModule,
-    autoencoder: StableDiffusionVAE,
-    encoder: TextEncoder,
-    output_dir: Path,
-    log: Log,
+    recipe: TextToImageRecipe, module: DiffusionModule, images: Any, frozen: tuple, output_dir: Path, log: Log
 ) -> tuple[Any, str, bool]:
     """Return latents and texts where they are kept, else images that `module` encodes; their key; whether kept."""
-    data, seed = recipe.data, recipe.seed
+    data, seed, (encoder, autoencoder) = recipe.data, recipe.seed, frozen
     size = "x".join(map(str, images.train_data.image_size))
     folder = latents_folder(data.latents_dir, data.data_dir, size, output_dir)
     captions = images.captions_by_subset()
@@ -168,7 +160,7 @@ def _training_data(
     return train_on, key, cached
 
 
-def _fits_disk(encoder: TextEncoder, images: CaptionedDataModule, numbers: int, folder: Path, log: Log) -> bool:
+def _fits_disk(encoder: TextEncoder, images: Any, numbers: int, folder: Path, log: Log) -> bool:
     """Return whether latents, of so many numbers an image, and texts have room on the disk."""
     count = sum(map(len, images.captions_by_subset().values()))
     needed = 2 * count * numbers + needed_bytes(encoder, images.captions_by_subset(), folder / "texts")
