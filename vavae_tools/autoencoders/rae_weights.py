@@ -44,61 +44,54 @@ def load_rae(
         statistics_path: the authors' `stat.pt`, or a `.safetensors` file with mean and var.
     """
     whole = next((p for p in (encoder_config_path, encoder_checkpoint_path) if p and is_rae_folder(p)), None)
+    encoder_path = None
     if whole is not None:
-        rae, fresh = read_rae_folder(whole), set()
+        rae = read_rae_folder(whole)
         settings = f"{rae.config.encoder_cls}, {rae.config.encoder_input_size} pixels"
         log(f"RAE: its own settings hold: {settings} → latents {'×'.join(map(str, rae.latent_shape))} ({whole})")
         if encoder_checkpoint_path == whole:
             encoder_checkpoint_path = None
     else:
-        settings, weights = _encoder_files(encoder_config_path)
+        settings, encoder_path = _encoder_files(encoder_config_path)
         rae = RAE(encoder_cls, encoder_input_size=encoder_input_size, **settings, **_decoder_numbers(decoder))
-        fresh = {"encoder", "decoder"}
-        if weights is not None:
-            _take(rae, weights, ("encoder",), fresh, log)
-    if encoder_checkpoint_path is not None:
-        _take(rae, encoder_checkpoint_path, ("encoder",) if decoder_path else ("encoder", "decoder"), fresh, log)
-    if decoder_path is not None:
-        _take(rae, decoder_path, ("decoder",), fresh, log)
+    wanted = ["encoder"] if decoder_path else ["encoder", "decoder"]
+    found: dict[str, Any] = {}
+    for path, parts in ((encoder_path, ["encoder"]), (encoder_checkpoint_path, wanted), (decoder_path, ["decoder"])):
+        if path is not None:
+            held = read_rae_weights(path)
+            if not any(part in held for part in parts):
+                raise UserError(f"{path} holds no {parts[0]} of an RAE, only {' and '.join(held)}: name another file")
+            found |= {part: held[part] for part in (*parts, "statistics") if part in held}
+    for part in ("encoder", "decoder"):
+        if part in found:
+            fit(getattr(rae, part), *found[part], log)
+    statistics = found.get("statistics")
     if statistics_path is not None:
-        found = sorted_weights(_weights_in(Path(statistics_path)))
-        if "statistics" not in found:
+        statistics = sorted_weights(_weights_in(Path(statistics_path))).get("statistics")
+        if statistics is None:
             raise UserError(f"{statistics_path} holds no statistics: expected the tensors mean and var")
-        rae.set_statistics(*found["statistics"])
-    if "encoder" in fresh:
+    if statistics is not None:
+        rae.set_statistics(*statistics)
+    if whole is None and "encoder" not in found:
         log("encoder starts anew: its latents mean nothing until weights are named (encoder_checkpoint_path)")
-    if "decoder" in fresh:
+    if whole is None and "decoder" not in found:
         log("decoder starts anew: reconstructions will be noise until it is trained")
     return rae.eval()
-
-
-def _take(rae: RAE, path: str | Path, parts: tuple[str, ...], fresh: set[str], log: Callable[[str], None]) -> None:
-    """Put a file's encoder, decoder or both, and its statistics, into the RAE; what it has is `fresh` no longer."""
-    found = read_rae_weights(path)
-    if not any(part in found for part in parts):
-        raise UserError(f"{path} holds no {parts[0]} of an RAE, only {' and '.join(found)}: name another file")
-    for part in parts:
-        if part in found:
-            where, weights = found[part]
-            fit(getattr(rae, part), weights, f"{path}{where}", log)
-            fresh.discard(part)
-    if "statistics" in found:
-        rae.set_statistics(*found["statistics"])
 
 
 def read_rae_weights(path: str | Path) -> dict[str, Any]:
     """Sort what a file or a folder of an RAE holds, under one of `PARTS` or bare, behind any prefix.
 
     Returns:
-        "encoder", "decoder": (where they stand, weights without the prefix), "statistics": (mean, var); only those
+        "encoder", "decoder": (weights without the prefix, where they stand), "statistics": (mean, var); only those
         that are there.
     """
     checkpoint = _weights_in(Path(path))
-    candidates = [(f", {part}", checkpoint[part]) for part in PARTS if isinstance(checkpoint.get(part), Mapping)]
+    candidates = [(f"{path}, {part}", checkpoint[part]) for part in PARTS if isinstance(checkpoint.get(part), Mapping)]
     found: dict[str, Any] = {}
-    for part, tensors in [*candidates, ("", checkpoint)]:
+    for source, tensors in [*candidates, (str(path), checkpoint)]:
         for name, value in sorted_weights(tensors).items():
-            found.setdefault(name, value if name == "statistics" else (part, value))
+            found.setdefault(name, value if name == "statistics" else (value, source))
     if "encoder" not in found and "decoder" not in found:
         names = join_first(candidates[0][1] if candidates else checkpoint) or "nothing"
         raise UserError(f"{path} holds neither an encoder nor a decoder of an RAE; it holds {names}")
