@@ -15,9 +15,8 @@ from vavae_tools.data.datasets import image_data
 from vavae_tools.data.images import centre_crop
 from vavae_tools.runtime.errors import UserError
 
+
 # ---- the crop
-
-
 def cubic(x: np.ndarray) -> np.ndarray:
     """Keys' kernel with a = −1/2."""
     x = np.abs(x)
@@ -57,8 +56,6 @@ def test_the_centre_of_any_image(height, width, size):
 
 
 # ---- folders
-
-
 def write(folder: Path, values: dict[str, int]) -> Path:
     for name, value in values.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -118,8 +115,6 @@ def test_grey_images_stay_grey_unless_asked_and_large_ones_get_their_centre(tmp_
 
 
 # ---- what is held out
-
-
 def folder_of(tmp_path: Path, counts: dict[str, int]) -> Path:
     for name, count in counts.items():
         (tmp_path / name).mkdir(parents=True)
@@ -162,8 +157,6 @@ def test_equal_files_are_never_on_both_sides(tmp_path):
 
 
 # ---- as a data module
-
-
 def test_batches_come_in_order_from_memory_or_disk(tmp_path, monkeypatch):
     folder = write(tmp_path, {f"{name}/{i}.png": 10 * k + i for k, name in enumerate("abc") for i in range(6)})
     batches = []
@@ -201,8 +194,6 @@ def test_the_fingerprint_tells_data_apart(tmp_path, change):
 
 
 # ---- what cannot be
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

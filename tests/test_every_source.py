@@ -122,8 +122,6 @@ def test_images_are_read_at_another_size_once_it_is_known(tmp_path, monkeypatch)
 
 
 # ---- evaluation
-
-
 def test_generated_images_beside_a_folder_per_class(tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "default_steps", lambda images: 2)
     people = write_people(tmp_path / "people", "L", 12, (24, 40))
@@ -148,8 +146,6 @@ def test_reconstructions_of_a_dataset_are_judged_by_a_classifier_that_is_kept(tm
 
 
 # ---- known again
-
-
 def known(folder: Path):
     """What the tests below know: a split, and folders, of images whose files have the same bytes everywhere."""
     for person in range(3):

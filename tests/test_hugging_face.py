@@ -1,7 +1,6 @@
 """Datasets of Hugging Face's `datasets` on the disk."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,13 +102,6 @@ def test_the_fingerprint_of_a_dataset_follows_its_contents(hf, tmp_path):
     here = image_data(first, 8).fingerprint()
     assert here == image_data(shutil.copytree(first, tmp_path / "copy"), 8).fingerprint()
     assert here != image_data(other, 8).fingerprint() and here != image_data(first, 9).fingerprint()
-
-
-def test_without_datasets_one_line_says_so(hf, tmp_path, monkeypatch):
-    folder = save(labelled(hf, [1, 2], [0, 1]), tmp_path / "d")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r": pip install datasets$"):
-        image_data(folder, 8)
 
 
 def test_a_damaged_dataset(hf, tmp_path):

@@ -21,34 +21,21 @@ from vavae_tools.data.loader import (
 from vavae_tools.runtime.errors import UserError
 
 
-def stand_in(monkeypatch, cores: int, ranks: int | None = None) -> None:
-    """A machine with so many cores, shared by so many processes of a training."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if ranks is not None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-
-
-@pytest.mark.parametrize(("cores", "ranks", "workers"), [(64, None, 4), (64, 8, 4), (3, 2, 1), (1, 1, 1), (1, 2, 0)])
+@pytest.mark.parametrize(("cores", "ranks", "workers"), [(64, 1, 4), (64, 8, 4), (3, 2, 1), (1, 1, 1), (1, 2, 0)])
 def test_cores_are_shared_by_the_ranks_of_a_machine(monkeypatch, cores, ranks, workers):
-    stand_in(monkeypatch, cores, ranks)
-    assert (loading_workers(), usable_cores(), local_world_size()) == (workers, cores, ranks or 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert (loading_workers(), usable_cores(), local_world_size()) == (workers, cores, ranks)
 
+    def workers_of(**options) -> int:
+        return ImageSetDataModule(ShapeImages(64, 4, 32), None, {"a": 0}, batch_size=16, **options).num_workers
 
-def module(**options) -> ImageSetDataModule:
-    return ImageSetDataModule(ShapeImages(64, 4, 32), None, {"a": 0}, batch_size=16, **options)
-
-
-def test_a_module_has_those_workers(monkeypatch):
-    stand_in(monkeypatch, cores=8)
-    assert module().num_workers == 0  # in memory
-    monkeypatch.setattr(decoded, "MEMORY_LIMIT", 64 * 32 * 32 * 3 - 1)
-    assert module().num_workers == 4 and module(num_workers=7).num_workers == 7
+    assert workers_of() == 0  # in memory
+    monkeypatch.setattr(decoded, "MEMORY_LIMIT", ranks * 64 * 32 * 32 * 3 - 1)
+    assert workers_of() == workers and workers_of(num_workers=7) == 7
 
 
 # ---- what becomes of them
-
-
 class Ends(Dataset):
     def __init__(self, how: str) -> None:
         self.how = how
@@ -104,8 +91,6 @@ def test_full_shared_memory_is_named(text):
 
 
 # ---- the order
-
-
 def of_epoch(order: EpochOrder, epoch: int) -> list[int]:
     order.set_epoch(epoch)
     return list(order)

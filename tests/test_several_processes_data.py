@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -35,14 +34,10 @@ ROOT = Path(__file__).parents[1]
 
 
 # ---- what each process does
-
-
 class RandomLatents(Dataset):
     def __init__(self, count: int) -> None:
-        generator = torch.Generator().manual_seed(count)
-        self.latents = (
-            torch.randn(count, 2, 8, 8, generator=generator) * torch.arange(1, count + 1)[:, None, None, None]
-        )
+        noise = torch.randn(count, 2, 8, 8, generator=torch.Generator().manual_seed(count))
+        self.latents = noise * torch.arange(1, count + 1)[:, None, None, None]
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -140,8 +135,6 @@ def main(folder: str, split: str, latents_dir: str, classifier: str) -> None:
 
 
 # ---- what is expected of them
-
-
 @pytest.fixture(scope="module")
 def alone(split_dir, tmp_path_factory) -> dict:
     """What one process makes."""
@@ -218,21 +211,7 @@ def test_all_encode_and_the_latents_are_those_of_one(several, alone):
     assert left == sorted([INDEX, *found.shards["train"], *found.shards["val"]])
 
 
-def test_one_process_goes_on_where_several_were_interrupted(several, alone, split_dir, tmp_path):
-    _, made = several
-    folder = shutil.copytree(made, tmp_path / "latents")
-    (folder / INDEX).unlink()
-    gone = folder / "train-00002.safetensors"
-    gone.unlink()
-    assert encoded(split_dir, folder) == 2 * 4 + 2
-    for mine, theirs in zip(rows_of(folder), rows_of(alone["latents"]), strict=True):
-        assert all(same(*pair) for pair in zip(mine, theirs, strict=True))
-    assert LatentFolder.read(folder).mean == pytest.approx(LatentFolder.read(alone["latents"]).mean, rel=1e-9)
-
-
 # ---- several that are threads of this process: what needs no torchrun
-
-
 class OneThread(Ranks):
     """One of several threads, which all end after one has failed, as a launcher's processes do."""
 
@@ -297,8 +276,7 @@ def test_any_number_of_processes_encode_any_number_of_images(tmp_path, size, cou
         mine, theirs = (LatentDataset(folder, subset) for folder in (found[0], one))
         assert len(mine) == len(theirs) and torch.equal(mine.labels, theirs.labels)
         if len(mine):
-            everything = list(range(len(mine)))
-            a, b = mine.__getitems__(everything)["latents"], theirs.__getitems__(everything)["latents"]
+            a, b = (data.__getitems__(list(range(len(mine))))["latents"] for data in (mine, theirs))
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert found[0].mean == pytest.approx(one.mean, rel=1e-9) and found[0].std == pytest.approx(one.std, rel=1e-9)
     again = at_once(3, lambda ranks: encode("all", ranks))

@@ -23,19 +23,18 @@ from vavae_tools.runtime.errors import UserError
 ROOT = Path(__file__).parents[1]
 
 
-def image(number: int, size=(8, 8), mode="RGB", kind="PNG") -> bytes:
+def image(number: int, size=(8, 8), kind="PNG") -> bytes:
     """An encoded image, different for every number."""
-    noise = random.Random(f"{number} {size} {mode}").randbytes
-    pixels = Image.frombytes("RGB", size, noise(size[0] * size[1] * 3)).convert(mode)
     file = io.BytesIO()
-    pixels.save(file, kind)
+    noise = random.Random(f"{number} {size}").randbytes(size[0] * size[1] * 3)
+    Image.frombytes("RGB", size, noise).save(file, kind)
     return file.getvalue()
 
 
-def people(root: Path, *counts: int, names=None) -> Path:
+def people(root: Path, *counts: int) -> Path:
     """Folders ID_1, ID_2 … with so many different images each."""
     for k, count in enumerate(counts):
-        folder = root / (names[k] if names else f"ID_{k + 1}")
+        folder = root / f"ID_{k + 1}"
         folder.mkdir(parents=True)
         for i in range(count):
             (folder / f"p{i}.png").write_bytes(image(1000 * k + i))
@@ -66,8 +65,6 @@ def images_of(*counts: int) -> list[ImageEntry]:
 
 
 # ---- which subset
-
-
 def test_each_person_is_divided_by_the_ratio_and_the_info_file_says_how(tmp_path):
     source = people(tmp_path / "in", 10, 3)
     report = run(source, tmp_path / "out", seed=7)
@@ -90,12 +87,9 @@ def test_neither_the_place_nor_the_order_of_creation_nor_the_workers_matter(tmp_
     source = people(tmp_path / "in", 15, 15)
     (source / "ID_1/twin.png").write_bytes((source / "ID_2/p3.png").read_bytes())
     moved = tmp_path / "elsewhere" / "moved"
-    files = sorted(p for p in source.rglob("*.png"))
-    random.Random(5).shuffle(files)
-    for path in files:
-        copy = moved / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
+    for path in sorted(source.rglob("*.png"), key=lambda path: path.name[::-1]):
+        (moved / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, moved / path.parent.name)
     run(source, tmp_path / "a", workers=1)
     run(moved, tmp_path / "b", workers=5)
     run(source, tmp_path / "c", seed=1)
@@ -108,23 +102,15 @@ def test_neither_the_place_nor_the_order_of_creation_nor_the_workers_matter(tmp_
 def test_this_split_stays_what_it_is_from_version_to_version():
     chosen = choose_subsets(images_of(10), 0.2, seed=0)
     assert [key for key, subset in chosen.items() if subset == "val"] == ["A/p4", "A/p8"]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_an_added_image_leaves_nearly_all_others_where_they_are(seed):
-    before, after = choose_subsets(images_of(50), 0.2, seed), choose_subsets(images_of(51), 0.2, seed)
-    assert sum(before[key] != after[key] for key in before) <= 1
-
-
-@pytest.mark.parametrize(("count", "val"), [(1, 0), (2, 1), (3, 1), (7, 1), (8, 2), (150, 30)])
-def test_how_many_go_to_val(count, val):
-    assert list(choose_subsets(images_of(count), 0.2, 0).values()).count("val") == val
+    for count, val in [(1, 0), (2, 1), (3, 1), (7, 1), (8, 2), (150, 30)]:
+        assert list(choose_subsets(images_of(count), 0.2, 0).values()).count("val") == val
+    for seed in range(20):  # an image more leaves nearly all others where they are
+        before, after = choose_subsets(images_of(50), 0.2, seed), choose_subsets(images_of(51), 0.2, seed)
+        assert sum(before[key] != after[key] for key in before) <= 1
 
 
 # ---- what belongs together
-
-
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_identical_images_stand_on_one_side(tmp_path, seed):
     source = people(tmp_path / "in", 6, 6)
     same = image(1)
@@ -141,21 +127,17 @@ def test_identical_images_stand_on_one_side(tmp_path, seed):
 
 
 def test_a_recording_stays_on_one_side(tmp_path):
-    source = tmp_path / "in"
-    for k in (1, 2):
-        (source / f"ID_{k}").mkdir(parents=True)
-        for i in range(20):
-            (source / f"ID_{k}" / f"rec{i // 4}_{i}.png").write_bytes(image(100 * k + i))
-    run(source, tmp_path / "out", group_pattern=r"^(rec\d+)_")
-    chosen = subsets(tmp_path / "out")
-    by_recording = {}
-    for key, subset in chosen.items():
-        by_recording.setdefault(key.rpartition("_")[0], set()).add(subset)
-    assert len(by_recording) == 10 and all(len(found) == 1 for found in by_recording.values())
-    assert sum(subset == "val" for subset in chosen.values()) == 8  # one recording of four for each person
+    source = people(tmp_path / "in", 20, 20)
+    for path in list(source.glob("*/*")):
+        path.rename(path.with_name(f"rec{int(path.stem[1:]) // 4}_{path.name}"))
     (source / "ID_1/alone.png").write_bytes(image(50))
-    report = run(source, tmp_path / "again", group_pattern=r"^(rec\d+)_")
+    report = run(source, tmp_path / "out", group_pattern=r"^(rec\d+)_")
     assert report.warnings == ["1 name without a recording, each on its own: ID_1/alone.png"]
+    by_recording = {}
+    for key, subset in subsets(tmp_path / "out").items():
+        by_recording.setdefault(key.rpartition("_")[0], set()).add(subset)
+    assert len(by_recording) == 10 + 1 and all(len(found) == 1 for found in by_recording.values())
+    assert report.counts["ID_2"] == {"train": 16, "val": 4, "left_out": 0}  # one recording of four
 
 
 def test_recordings_and_twins_are_taken_together():
@@ -167,7 +149,7 @@ def test_recordings_and_twins_are_taken_together():
         assert chosen["A/p4"] == chosen["A/p5"] == "val" != chosen["A/p0"]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_persons_who_share_images_have_both_sides(seed):
     images = images_of(2, 2, 1, 9)
     images[0].sha256 = images[2].sha256 = "x"  # A/p0 = B/p0
@@ -178,8 +160,6 @@ def test_persons_who_share_images_have_both_sides(seed):
 
 
 # ---- what is named in the report
-
-
 def test_persons_with_one_image_and_with_copies_of_one_are_in_train(tmp_path):
     source = people(tmp_path / "in", 1, 1)
     shutil.copy(source / "ID_2/p0.png", source / "ID_2/again.png")
@@ -217,8 +197,7 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
     assert len(subsets(tmp_path / "out")) == 10
     info = read_split_info(tmp_path / "out")
     assert info["unreadable"] == report.unreadable and info["files"]["ID_1/cut.jpg"]["side"] is None
-    for key in report.unreadable:
-        assert f"left out: {key}: " in str(report)
+    assert all(f"left out: {key}: " in str(report) for key in report.unreadable)
     report = run(source, tmp_path / "contents", check="contents", link="hard")  # passes over all but empty files
     assert report.unreadable == {"ID_1/empty.jpg": "an empty file"} and report.sizes == {}
 
@@ -241,25 +220,19 @@ def test_empty_folders_and_other_files_are_named(tmp_path):
 
 
 def test_the_report_is_a_table_and_says_what_is_next(tmp_path):
-    report = run(people(tmp_path / "in", *[5] * 10), tmp_path / "my out")
+    source = people(tmp_path / "in", *[5] * 10)
+    Path(os.fsdecode(os.fsencode(source) + b"/ID_1/\xff.png")).write_bytes(b"a name that is no text")
+    report = run(source, tmp_path / "my out")
     lines = str(report).splitlines()
     assert lines[0].split() == ["person", "label", "train", "val", "left", "out"]
     assert [line.split()[0] for line in lines[1:11]] == [f"ID_{k}" for k in range(1, 11)]  # ID_2 before ID_10
     assert len({len(line) for line in lines[:12]}) == 1
-    assert lines[11].split() == ["total", "40", "10", "0"]
+    assert lines[11].split() == ["total", "40", "10", "1"] and "ID_1/\\udcff.png" in str(report)
     assert lines[-1] == f"next: python minimal_training_modification.py --data_dir '{tmp_path}/my out'"
-
-
-def test_a_name_that_is_no_text_can_be_printed(tmp_path):
-    source = people(tmp_path / "in", 3)
-    Path(os.fsdecode(os.fsencode(source) + b"/ID_1/\xff.png")).write_bytes(b"broken")
-    assert "\\udcff.png" in str(run(source, tmp_path / "out"))
-    assert len(read_split_info(tmp_path / "out")["files"]) == 4
+    assert len(read_split_info(tmp_path / "my out")["files"]) == 51
 
 
 # ---- labels and folders
-
-
 def test_labels():
     assert labels_of(["ID_31", "ID_1", "ID_2"]) == {"ID_1": 0, "ID_2": 1, "ID_31": 30}
     assert labels_of(["ID_0", "ID_1"]) == {"ID_0": 0, "ID_1": 1}
@@ -270,8 +243,6 @@ def test_labels():
 
 
 # ---- links
-
-
 @pytest.mark.parametrize("check", ["decode", "contents"])
 @pytest.mark.parametrize("link", ["hard", "symbolic"])
 def test_links_give_the_same_split_as_copies(tmp_path, monkeypatch, link, check):
@@ -288,8 +259,6 @@ def test_links_give_the_same_split_as_copies(tmp_path, monkeypatch, link, check)
 
 
 # ---- refusals
-
-
 def refused(tmp_path: Path, words: str, input_dir: Path, output_dir: Path | None = None, **options) -> None:
     """The call raises a `UserError` with these words in it and changes nothing on the disk."""
     before = everything(tmp_path)
@@ -304,14 +273,12 @@ def test_folders_that_are_none_and_what_to_try_instead(tmp_path):
     refused(tmp_path, f"No such folder: {tmp_path}/inn. {tmp_path} holds 1 folder, in/.", tmp_path / "inn")
     refused(tmp_path, "is a file", tmp_path / "in/ID_1/p0.png")
     refused(tmp_path, f"It looks like one person's folder. Try --input_dir {tmp_path}/in", tmp_path / "in/ID_1")
-    (tmp_path / "in").rename(tmp_path / "images")
-    (tmp_path / "zip").mkdir()
-    (tmp_path / "images").rename(tmp_path / "zip/images")
+    people(tmp_path / "zip" / "images", 3, 3)
     words = "No image folder (ID_1, ID_2 …) in {0}/zip; it holds 1 folder, images/. Try --input_dir {0}/zip/images"
     refused(tmp_path, words.format(tmp_path), tmp_path / "zip")
     for k in (1, 2):
-        people(tmp_path / f"deep/ID_{k}", 2, names=["session"])
-    refused(tmp_path, "too deep, in ID_1/session/", tmp_path / "deep")
+        people(tmp_path / f"deep/ID_{k}", 2)
+    refused(tmp_path, "too deep, in ID_1/ID_1/", tmp_path / "deep")
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat/a.png").write_bytes(image(1))
     refused(tmp_path, f"into a folder of their own: {tmp_path}/flat/ID_1", tmp_path / "flat")
@@ -332,7 +299,6 @@ def test_folders_without_a_image_that_can_be_used(tmp_path):
     [
         ({"train_ratio": 0.7, "val_ratio": 0.2}, "--train_ratio 0.7 and --val_ratio 0.2: expected two numbers"),
         ({"train_ratio": 1.2, "val_ratio": -0.2}, "--train_ratio 1.2"),
-        ({"train_ratio": 0.8, "val_ratio": float("nan")}, "--val_ratio nan"),
         ({"extensions": "png,xyz"}, "Pillow reads no xyz images"),
         ({"extensions": " ,"}, "--image_extensions"),
         ({"link": "move"}, "--link move is none of copy, hard, symbolic"),
@@ -363,8 +329,6 @@ def test_output_that_is_no_place_for_a_split(tmp_path):
 
 
 # ---- a split that is there already
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("check", ["decode", "contents"])
 def test_the_same_split_is_left_as_it_is(tmp_path, monkeypatch, check, overwrite):
@@ -419,8 +383,6 @@ def test_a_damaged_or_missing_info_file(tmp_path):
 
 
 # ---- a full disk
-
-
 def test_a_full_disk_leaves_nothing_half(tmp_path, monkeypatch):
     source = people(tmp_path / "in", 20)
     run(source, tmp_path / "out")
@@ -438,8 +400,6 @@ def test_a_full_disk_leaves_nothing_half(tmp_path, monkeypatch):
     monkeypatch.setattr(split_module.io, "FileIO", FullDisk)
     with pytest.raises(OSError, match="No space left"):
         run(source, tmp_path / "out", seed=1, overwrite=True, workers=4)
-    with pytest.raises(OSError, match="No space left"):
-        run(source, tmp_path / "new", workers=1)
     assert FullDisk.room < 0 and everything(tmp_path) == before
 
 
@@ -458,48 +418,18 @@ def test_a_stopped_run_leaves_nothing_half(tmp_path, monkeypatch):
 
 
 # ---- the command
-
-
 def test_the_command_as_people_type_it(tmp_path):
-    source = people(tmp_path / "in", 5, 5)
-    asked = ["--input_dir", source, "--output_dir", tmp_path / "data_split"]
-    asked += ["--train_ratio", "0.8", "--val_ratio", "0.2", "--image_extensions", "png,jpg,jpeg"]
-    first, again = command(*asked), command(*asked)
-    assert (first.returncode, first.stderr) == (0, "") and (again.returncode, again.stderr) == (0, "")
-    assert "written: 8 images to train, 2 to validate" in first.stdout
-    assert "already there" in again.stdout
-    run(source, tmp_path / "api")
-    assert subsets(tmp_path / "data_split") == subsets(tmp_path / "api")
-
-
-def test_the_command_passes_its_options_on(tmp_path):
     source = people(tmp_path / "in", 4, 4)
     for path in sorted(source.glob("*/*")):
         path.rename(path.with_name(f"rec{int(path.stem[1:]) // 2}_{path.name}"))
-    words = ["--seed", 5, "--link", "symbolic", "--group_pattern", r"(rec\d)", "--check", "contents", "--workers", 2]
-    done = command("--input_dir", source, *words, "--overwrite", cwd=tmp_path)  # without --output_dir: ./data_split
-    assert done.returncode == 0, done.stderr
-    info = read_split_info(tmp_path / "data_split")
+    asked = ["--input_dir", source, "--train_ratio", "0.8", "--val_ratio", "0.2", "--image_extensions", "png,jpg,jpeg"]
+    asked += ["--link", "symbolic", "--group_pattern", r"(rec\d)", "--check", "contents", "--workers", 2, "--overwrite"]
+    first, again = command(*asked, "--seed", 5, cwd=tmp_path), command(*asked, "--seed", 5, cwd=tmp_path)
+    assert (first.returncode, first.stderr) == (0, "") and (again.returncode, again.stderr) == (0, "")
+    assert "written: 4 images to train, 4 to validate" in first.stdout and "already there" in again.stdout
+    info = read_split_info(tmp_path / "data_split")  # where --output_dir is not given
     wanted = {"seed": 5, "link": "symbolic", "group_pattern": r"(rec\d)", "check": "contents"}
     assert {key: info[key] for key in wanted} == wanted
-    assert info["totals"] == {"train": 4, "val": 4, "left_out": 0}
     refusal = command("--input_dir", source, "--seed", "1", cwd=tmp_path)
     assert refusal.returncode == 2 and refusal.stdout == ""
     assert refusal.stderr.startswith("error: ") and refusal.stderr.count("\n") == 1
-
-
-def test_help_and_run_import_no_torch(tmp_path):
-    people(tmp_path / "in", 3)
-    watched = (
-        "import runpy, sys, atexit\n"
-        "atexit.register(lambda: print('heavy:', {'torch', 'numpy', 'lightning'} & sys.modules.keys()))\n"
-        f"runpy.run_path({str(ROOT / 'data_split.py')!r}, run_name='__main__')"
-    )
-    for arguments in (["--help"], ["--input_dir", "in"]):
-        words = [sys.executable, "-c", watched, *arguments]
-        done = subprocess.run(
-            words, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ROOT}
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.endswith("heavy: set()\n")
-    assert (tmp_path / "data_split/split_info.json").exists()
