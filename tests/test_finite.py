@@ -51,18 +51,12 @@ def fp16() -> list[MixedPrecision]:
 def test_a_step_with_nan_changes_no_weight_and_is_counted(latents_dir, precision):
     spoil = Spoil(2)
     trainer, module = train(latents_dir, spoil, precision=precision)
+    assert {int(state["step"]) for state in trainer.optimizers[0].state.values()} == {5}  # Adam's own count
     assert all(same(a, b) for a, b in zip(spoil.before[2], spoil.before[3], strict=True))
     assert not all(same(a, b) for a, b in zip(spoil.before[3], spoil.before[4], strict=True))
     assert all(weight.isfinite().all() for weight in module.state_dict().values())
     assert not all(same(a, b) for a, b in zip(spoil.averages[2], spoil.averages[3], strict=True))  # it follows on
     assert trainer.callback_metrics["train/skipped_steps"] == 1
-
-
-def test_a_skipped_step_leaves_no_trace_in_the_optimizer(latents_dir):
-    """Adam counts its own steps: bias correction goes on as if the step had not been."""
-    trainer, _ = train(latents_dir, Spoil(0, 1, 2, 3), max_steps=6)
-    steps = {int(state["step"]) for state in trainer.optimizers[0].state.values()}
-    assert steps == {2}
 
 
 def test_gradients_are_clipped_by_the_trainers_number(latents_dir):

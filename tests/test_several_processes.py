@@ -56,10 +56,6 @@ def by_flags(words: list[str]) -> list[str]:
     return finish([start([*words, "--devices", "2"])])
 
 
-def by_fsdp(words: list[str]) -> list[str]:
-    return finish([start([*words, "--devices", "2", "--strategy", "fsdp"])])
-
-
 def by_torchrun(words: list[str]) -> list[str]:
     return finish([start(words, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])])
 
@@ -91,7 +87,7 @@ def weights(folder: Path | str) -> dict[str, torch.Tensor]:
     return torch.load(Path(folder) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
-WAYS = [by_flags, by_fsdp, by_torchrun, by_torchrun_on_two_nodes, by_a_cell]
+WAYS = [by_flags, by_torchrun, by_torchrun_on_two_nodes, by_a_cell]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
@@ -105,7 +101,7 @@ def test_two_processes_train_what_one_does(one, here, forked, way):
         assert_curves_alike(together, alone, tag, steps_before=20 if validation else 0)
     together = weights("two")
     assert_weights_alike(together, weights(one))
-    if way in (by_flags, by_fsdp):  # gone on with, bit by bit, also where the model is cut over the processes
+    if way is by_flags:  # gone on with, bit by bit
         way([*NUMBERS, *HALVES, "--output_dir", "again", "--resume", "two/checkpoint-12"])
         again = weights("again")
         assert all(same(together[name], again[name]) for name in together)

@@ -54,30 +54,30 @@ def train(module, data, folder: Path, callbacks=(), log=lambda line: None, resum
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """tag → (step, value), as TensorBoard has them of all the folder's versions."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (log,) = (folder / "lightning_logs").iterdir()
-    events = EventAccumulator(str(log))
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = {}
+    for version in sorted((folder / "lightning_logs").iterdir()):
+        events = EventAccumulator(str(version)).Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+    return found
 
 
 # ---- what one process and two do alike
 
 
 class Collectives(L.Callback):
-    """Counts, batch by batch, sums over processes that Python asks for, and gradients that are sent (weights).
-
-    Attributes:
-        tables: numbers that DDP sends to all processes before each forward pass.
-    """
+    """Counts, batch by batch, sums over processes that Python asks for, and gradients that are sent (weights)."""
 
     def __init__(self) -> None:
-        self.sums, self.sent, self.tables = [], [], 0
+        self.sums, self.sent = [], []
 
     def on_train_start(self, trainer, module):
         if trainer.world_size > 1:
-            self.tables = sum(buffer.numel() for buffer in trainer.strategy.model.modules_buffers)
+            if isinstance(module, DiffusionModule):  # DDP would send its tables before each forward pass
+                assert not trainer.strategy.model.modules_buffers
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
             def hook(group, bucket):
@@ -98,11 +98,9 @@ class Spoil(L.Callback):
         self.rank, self.steps = rank, steps
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        image_loss = module.image_loss
-        here = trainer.global_rank == self.rank and trainer.global_step in self.steps
-        module.__dict__.setdefault("whole_image_loss", image_loss)
+        module.__dict__.setdefault("whole_image_loss", module.image_loss)
         module.image_loss = module.whole_image_loss
-        if here:
+        if trainer.global_rank == self.rank and trainer.global_step in self.steps:
 
             def spoilt(reconstruction, images):
                 loss, parts = module.whole_image_loss(reconstruction, images)
@@ -178,7 +176,7 @@ def run_all(folder: Path, latents_dir: Path, split_dir: Path) -> None:
 
     counted.sums, counted.sent = [], []
     train(new_dit(), latents(), folder / "seldom", [counted], log_every_n_steps=5, accumulate_grad_batches=2)
-    found["seldom"] = {"sums": counted.sums, "sent": counted.sent, "tables": counted.tables}
+    found["seldom"] = {"sums": counted.sums, "sent": counted.sent}
 
     counted.sums, counted.sent = [], []
     module = new_vavae(disc_weight=0.5, disc_start=0, disc_width=8, accumulate_grad_batches=3)
@@ -233,7 +231,7 @@ def test_processes_speak_about_curves_once_a_written_step(one_and_two):
     for rank in (0, 1):
         found = of(one_and_two[1], rank, "seldom")
         complete = [batch % 3 > 0 for batch in range(30)]  # an epoch's third batch makes a step of its own
-        assert [bool(sent) for sent in found["sent"]] == complete and found["tables"] == 0
+        assert [bool(sent) for sent in found["sent"]] == complete
         assert found["sums"] == [int(now and sum(complete[: i + 1]) % 5 == 0) for i, now in enumerate(complete)]
 
 
@@ -381,16 +379,10 @@ def test_operations_of_a_denoiser(changed):
 
 
 def new_text(objective: str) -> tuple[DiffusionModule, dict]:
-    module = DiffusionModule(
-        TextDiT((4, 4), 2, 4, hidden_size=16, depth=1, num_heads=2),
-        TextConditioner(8, 8, 16),
-        make_objective(objective),
-    )
-    texts = {
-        "text_tokens": torch.zeros(3, 5, 8),
-        "text_mask": torch.ones(3, 5).bool(),
-        "text_pooled": torch.zeros(3, 8),
-    }
+    denoiser = TextDiT((4, 4), 2, 4, hidden_size=16, depth=1, num_heads=2)
+    module = DiffusionModule(denoiser, TextConditioner(8, 8, 16), make_objective(objective))
+    texts = {"text_tokens": torch.zeros(3, 5, 8), "text_mask": torch.ones(3, 5).bool()}
+    texts["text_pooled"] = torch.zeros(3, 8)
     return module, {"latents": torch.zeros(3, 4, 4, 4), "index": torch.arange(3), **texts}
 
 
@@ -422,17 +414,6 @@ OTHERS = {
 def test_every_training_counts_its_operations(kind):
     module, batch = OTHERS[kind]()
     assert module.flops_of_a_sample(batch) == module.flops_of_a_sample(batch) > 0
-
-
-def test_counting_that_fails_ends_no_training(monkeypatch, latents_dir, tmp_path):
-    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 5e6)
-    module = new_dit()
-    module.flops_of_a_sample = lambda batch: {}["a table"]
-    said = []
-    train(module, LatentDataModule(latents_dir, 4), tmp_path, log=said.append, max_steps=6)
-    (line,) = [line for line in said if "utilisation" in line]
-    assert line == "no utilisation of the card: what a step computes cannot be counted (KeyError: 'a table')"
-    assert any(line.startswith("throughput") and "TFLOP/s" not in line for line in said)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from test_throughput import curves
 from tiny import tiny_dit, trained_looking
 
 from vavae_tools.data.latents import LatentDataModule
@@ -53,27 +54,15 @@ def lines(folder: Path) -> list[tuple[str, str]]:
 
 
 def steps(folder: Path) -> list[tuple[int, int, int, float, float]]:
-    """(step, total, epoch, loss, lr) of each line of a step."""
+    """(step, total, epoch, loss, lr) of each line of a step; numbers in the curves are one less."""
     found = [STEP.fullmatch(text) for about, text in lines(folder) if about == "step"]
     assert all(found) and all(float(line[6]) > 0 and float(line[8]) > 0.01 for line in found)
     return [(*map(int, line.groups()[:3]), float(line[4]), float(line[5])) for line in found]
 
 
-def curves(folder: Path, tag: str) -> dict[int, float]:
-    """step → value, as TensorBoard has them; a step's number there is one less than in the log."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    values = {}
-    for version in sorted((folder / "lightning_logs").iterdir()):
-        events = EventAccumulator(str(version))
-        events.Reload()
-        values |= {event.step: event.value for event in events.Scalars(tag)}
-    return values
-
-
 def test_a_line_holds_its_own_steps_values(tmp_path, latents_dir):
     train(tmp_path, latents_dir, TrainLog(tmp_path, 3), steps=11)
-    loss, lr = curves(tmp_path, "train/loss"), curves(tmp_path, "train/lr")
+    loss, lr = (dict(curves(tmp_path)[name]) for name in ("train/loss", "train/lr"))
     seen = steps(tmp_path)
     assert [line[:3] for line in seen] == [(3, 11, 1), (6, 11, 1), (9, 11, 2), (11, 11, 2)]
     logged = [3, 6, 9, 9]  # the last step is none that Lightning logs
@@ -97,7 +86,7 @@ def test_the_log_begins_and_ends_with_what_the_run_is(tmp_path, latents_dir, mon
 
 def test_accumulated_batches_are_one_step(tmp_path, latents_dir):
     train(tmp_path, latents_dir, TrainLog(tmp_path, 2), steps=4, accumulate_grad_batches=3, log_every_n_steps=1)
-    loss = curves(tmp_path, "train/loss")
+    loss = dict(curves(tmp_path)["train/loss"])
     assert [line[:3] for line in steps(tmp_path)] == [(2, 4, 1), (4, 4, 2)]
     assert [line[3] for line in steps(tmp_path)] == pytest.approx([loss[1], loss[3]], rel=1e-4)
 
@@ -108,7 +97,7 @@ def test_validation_and_checkpoints_have_lines(tmp_path, latents_dir):
     trainer = train(tmp_path, latents_dir, TrainLog(tmp_path, 100), callbacks, validate=True)
     found = lines(tmp_path)
     validated = [text for about, text in found if about == "val"]
-    loss = curves(tmp_path, "val/loss")
+    loss = dict(curves(tmp_path)["val/loss"])
     assert [re.match(r" *(\d+)/12  epoch (\d)", text).groups() for text in validated] == [("6", "1"), ("12", "2")]
     assert [float(text.rpartition(" ")[2]) for text in validated] == pytest.approx(list(loss.values()), rel=1e-4)
     saved = [tuple(text.split("  step ")) for about, text in found if about == "saved"]

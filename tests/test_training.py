@@ -11,19 +11,16 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from PIL import Image
 from tiny import SIZE, assert_same, tiny_dit, tiny_vavae
 from torch import nn
 
 from vavae_tools.checkpoints.resuming import best_checkpoint, resume_path
 from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.latents import LatentDataModule
-from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import Stopped, UserError
 from vavae_tools.training import devices
 from vavae_tools.training.autoencoder_module import VAVAEModule
 from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
-from vavae_tools.training.callbacks.previews import Previews
 from vavae_tools.training.config import SaveConfig
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.optim import EMA, with_warmup
@@ -252,34 +249,3 @@ def test_the_learning_rate_rises_and_falls():
     assert made[4:] == sorted(made[4:], reverse=True)
     assert rates(50, 20, 20)[2] == 2.0  # in a short run the warm-up takes a tenth
     assert rates(2, math.inf, 10)[2:] == [2.0] * 8
-
-
-def test_dropped_conditions_and_flips_follow_from_the_sample(data):
-    """Other company in the batch changes neither loss nor choice."""
-    module, latents, _ = modules("dit", *data)
-    dataset = latents.train_data
-
-    def loss_of(indices):
-        batch = dataset.__getitems__(indices)
-        draws = Draws(0, 3, batch["index"])
-        return module.model_step(module.network, batch, draws, dropout=0.5)[0].item()
-
-    nn.init.normal_(module.network["denoiser"].final_layer.linear.weight, std=0.5)
-    singles = {loss_of([i]) for i in (4, 9, 11)}
-    assert len(singles) == 3 and loss_of([4, 9, 11]) == pytest.approx(sum(singles) / 3, rel=1e-4)
-
-
-class Still(Previews):
-    def grid(self, module):
-        assert not module.training and not torch.is_grad_enabled()
-        return torch.zeros(3, 8, 8, dtype=torch.uint8)
-
-
-def test_previews_come_now_and_then_and_at_the_end(tmp_path, data):
-    length, steps = {"max_steps": 10, "max_epochs": -1}, [8, 10]
-    shown = []
-    fit = Fit(tmp_path, "dit", data, callbacks=[Still(tmp_path / "previews", 2, shown.append)], **length)
-    names = sorted(path.name for path in (tmp_path / "previews").iterdir())
-    assert names == [f"preview-{step:06d}.png" for step in steps] and len(shown) == len(steps)
-    assert Image.open(tmp_path / "previews" / names[0]).size == (8, 8)
-    assert fit.module.training or fit.trainer.state.finished

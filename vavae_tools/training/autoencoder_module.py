@@ -340,8 +340,6 @@ class RAEDecoderModule(AutoencoderModule):
     def __init__(
         self, rae: RAE, noise_tau: float = 0.8, ema_decay: float = 0.9978, flips: bool = False, **settings: Any
     ) -> None:
-        if noise_tau < 0:
-            raise UserError(f"noise_tau {noise_tau} is a standard deviation: expected 0 or more")
         super().__init__(rae, **{**RAE_DEFAULTS, **settings})
         digest = self.hparams["encoder"] = encoder_digest(rae)
         self._cached_encoders["tokens"] = RAEFeatures(rae, digest)

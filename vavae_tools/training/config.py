@@ -94,8 +94,8 @@ def session_end(
 ) -> float | None:
     """Return the `time.time()` at which training has to be over; None where nothing limits it.
 
-    `max_time` is "11:30" (hours and minutes from now), "0" for no limit, or None for Kaggle's where we are there:
-    where there is the folder `kaggle`, in a session as old as the file `began`.
+    `max_time` is "11:30" (hours and minutes from now), "0" for no limit, or None for Kaggle's where there is the folder
+    `kaggle`: its sessions are as old as the file `began`.
     """
     if max_time is None:
         if not kaggle.is_dir() or not began.exists():

@@ -134,10 +134,8 @@ def _check_strategy(strategy: str, shardable: bool, on_gpu: bool) -> None:
     if strategy not in STRATEGIES:
         raise UserError(f"No --strategy {strategy}; there are {', '.join(STRATEGIES)}")
     if strategy.startswith(("fsdp", "deepspeed")) and not shardable:
-        raise UserError(
-            f"--strategy {strategy} is for the denoiser: an autoencoder, 70 M weights and a discriminator with an "
-            "optimiser of its own, fits on each card: take --strategy ddp"
-        )
+        own = "an autoencoder, 70 M weights and a discriminator with an optimiser of its own, fits on each card"
+        raise UserError(f"--strategy {strategy} is for the denoiser: {own}: take --strategy ddp")
     if strategy.startswith("deepspeed") and not on_gpu:
         raise UserError(f"--strategy {strategy} needs CUDA GPUs: take --strategy ddp or fsdp on a CPU")
     if strategy.startswith("deepspeed") and find_spec("deepspeed") is None:

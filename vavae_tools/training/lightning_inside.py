@@ -1,7 +1,4 @@
-"""What Lightning has no public name for, and we cannot do without: each has a test that fails by its name.
-
-Found in lightning 2.6; `tests/test_lightning_inside.py` says what has to hold where a later version is tried.
-"""
+"""What Lightning (2.6) has no public name for, and we cannot do without."""
 
 import lightning as L
 from lightning.pytorch.core.optimizer import LightningOptimizer

@@ -146,13 +146,8 @@ def find_batch_size(
     """Return the largest batch of which whole training steps fit into this GPU; the first process tries for all.
 
     Lightning's BatchSizeFinder refuses several processes and takes the data's own batches, which small data have not.
-
-    Args:
-        module: on the CPU.
-        make_batch: size → a batch on the CPU, as the training's own (`of_size`), with the longest text.
-        settings: `devices.trainer_settings`.
-        batch_size: where the search begins, and what stays on a CPU.
-        largest: more are not tried, such as the effective batch.
+    The search begins at `batch_size`, which stays on a CPU, and ends at `largest`. `make_batch` returns a batch of a
+    size as the training's own, with the longest text; it and the module are on the CPU.
     """
     if settings["accelerator"] != "gpu":
         log(f"auto batch size: a CPU's memory ends without an error to go by, so the batch stays {batch_size}")

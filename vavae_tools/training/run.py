@@ -58,12 +58,7 @@ Build = Callable[[Any, Path, Path | None, Show | None, Log], Run]
 
 
 def train(
-    build: Build,
-    recipe: Any,
-    output_dir: str | Path,
-    resume: str | Path | None = None,
-    show: Show | None = None,
-    log: Log = log,
+    build: Build, recipe: Any, output_dir: str | Path, resume: str | None = None, show: Show | None = None, log=log
 ) -> Path:
     """Train what `build` makes of a recipe, on as many processes as its devices ask for; return what it was for.
 

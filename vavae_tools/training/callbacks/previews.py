@@ -98,10 +98,7 @@ class SamplePreviews(Previews):
 
 
 class TextPreviews(SamplePreviews):
-    """Show samples that are texts: as images, and as text in `folder`, in TensorBoard and on the screen.
-
-    `make` returns images and their texts.
-    """
+    """Show images and their texts, which `make` returns: the texts in `folder`, in TensorBoard and on the screen."""
 
     def __init__(self, *arguments: Any, log: Callable[[str], None] = log, **named: Any) -> None:
         super().__init__(*arguments, **named)

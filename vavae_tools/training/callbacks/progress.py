@@ -55,8 +55,6 @@ def losses(metrics: Mapping[str, Any], names: Sequence[str], form: str) -> str:
 
 
 class PacedCallback(L.Callback):
-    """Know a training's steps, and when they began."""
-
     def begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.total = int(getattr(module, "total_steps", trainer.estimated_stepping_batches))
         self.start, self.began = trainer.global_step, time.monotonic()

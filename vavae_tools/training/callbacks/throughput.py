@@ -55,10 +55,9 @@ class Throughput(L.Callback):
     after validation, a checkpoint, previews or an epoch's end it lasts from its own start. The first `WARM_UP` steps do
     not count.
 
-    `log` gets a line at the end, also where training was stopped, and one with advice where more than
-    `MAX_WAITING_SHARE` of the time went into waiting for data. Loggers get `throughput/…` of the first process where
-    Lightning logs a step; `speed` holds the same of the whole run once it has ended. `moment` is by default the
-    device's.
+    `log` gets a line at the end, also where training was stopped, and advice where more than `MAX_WAITING_SHARE` of the
+    time went into waiting. Loggers get `throughput/…` of the first process where Lightning logs a step; `speed` holds
+    the same of the whole run once it has ended. `moment` is by default the device's.
     """
 
     def __init__(self, log: Callable[[str], None] = log, moment: Callable[[], Any] | None = None) -> None:
@@ -108,10 +107,9 @@ class Throughput(L.Callback):
     def _collect(self) -> None:
         while self._running and self._running[0][2].query():
             begin, start, end, steps, samples = self._running.popleft()
-            spent = {"steps": steps, "samples": samples, "ms": begin.elapsed_time(end)}
-            spent["waited"] = begin.elapsed_time(start)
-            self._whole.update(spent)
-            self._lately.update(spent)
+            spent = {"ms": begin.elapsed_time(end), "waited": begin.elapsed_time(start)}
+            for sums in (self._whole, self._lately):
+                sums.update(spent, steps=steps, samples=samples)
 
     def _speed(self, spent: Counter[str], device: torch.device) -> dict[str, float]:
         images = 1000 * spent["samples"] / spent["ms"]
@@ -142,19 +140,17 @@ class Throughput(L.Callback):
         self.speed = dict(zip(names, (value.item() for value in together), strict=True))
         if not trainer.is_global_zero:
             return
+        images_per_second, step_ms, waiting, memory = self.speed.values()
         processes = f" ({trainer.world_size} processes)" if trainer.world_size > 1 else ""
-        line = (
-            f"throughput  {self.speed['images_per_second']:,.1f} images/s, {self.speed['step_ms']:,.1f} ms a step"
-            f"{processes}, {self.speed['waiting']:.0%} of it waiting for data, "
-            f"peak memory {self.speed['memory_gb']:.1f} GB"
-        )
+        line = f"throughput  {images_per_second:,.1f} images/s, {step_ms:,.1f} ms a step{processes}, "
+        line += f"{waiting:.0%} of it waiting for data, peak memory {memory:.1f} GB"
         if self._flops:
             self.speed["utilisation"] = self._flops * images.mean().item() / self._peak
             line += f", {self.speed['utilisation']:.0%} of the card's {self._peak / 1e12:,.0f} TFLOP/s"
         self.log_line(line)
-        if self.speed["waiting"] > MAX_WAITING_SHARE:
+        if waiting > MAX_WAITING_SHARE:
             self.log_line(
-                f"advice: {self.speed['waiting']:.0%} of the time went into waiting for data: try another num_workers "
+                f"advice: {waiting:.0%} of the time went into waiting for data: try another num_workers "
                 f"(it was {getattr(trainer.train_dataloader, 'num_workers', 0)}; there are {os.cpu_count()} "
                 "processors), keep latents and images on this machine's own disk, or take smaller images"
             )

@@ -20,10 +20,9 @@ class ReconstructionWatch(L.Callback):
     """Judge the reconstructions at each validation, with a classifier trained on the real images.
 
     Of several processes the first one trains the classifier, kept in `folder`, and judges what all have reconstructed;
-    the others wait, 30 minutes at most (torch's limit), where a classifier takes a few.
-
-    Logs `val/accuracy` and `val/originals_right` (the classifier's accuracy), `val/frechet` and `val/originals_frechet`
-    (distances to as many real training images), and `val/frechet_ratio`, the first by the second.
+    the others wait, 30 minutes at most (torch's limit). Logs `val/accuracy` and `val/originals_right` (the classifier's
+    accuracy), `val/frechet` and `val/originals_frechet` (distances to as many real training images), and
+    `val/frechet_ratio`, the first by the second.
     """
 
     def __init__(self, data: ImageSetDataModule, folder: str | Path, seed: int = 0) -> None:
@@ -45,8 +44,8 @@ class ReconstructionWatch(L.Callback):
         if trainer.world_size > 1:
             parts = [None] * trainer.world_size
             dist.gather_object(own, parts if trainer.is_global_zero else None)
-        for part in parts if trainer.is_global_zero else ():
-            self._made.update(part)
+        if trainer.is_global_zero:
+            self._made.update(pair for part in parts for pair in part.items())
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         made, self._made = self._made, {}
