@@ -148,9 +148,8 @@ def test_latents_of_another_shape_are_named(kind):
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():
-    cos, sin = rope_table(5, 7, 16)
     q, k = torch.randn(2, 1, 16).expand(2, 35, 16)
-    q_turned, k_turned = rotate(q, cos, sin), rotate(k, cos, sin)
+    q_turned, k_turned = (rotate(part, *rope_table(5, 7, 16)) for part in (q, k))
     torch.testing.assert_close(q_turned.norm(dim=-1), q.norm(dim=-1))
     scores = (q_turned @ k_turned.T).view(5, 7, 5, 7)
     torch.testing.assert_close(scores[0, 0, 2, 3], scores[2, 3, 4, 6], rtol=1e-4, atol=1e-5)
@@ -162,9 +161,7 @@ def test_zeros_behind_a_width_change_nothing(hidden):
     torch.manual_seed(0)
     mlp, x = SwiGLU(8, hidden).double(), torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
     assert (hidden + mlp.lacking) % 8 == 0 <= mlp.lacking < 8
-    found = []
-    for way in (mlp, lambda x: mlp.padded(x, torch.float64)):
-        made = way(x)
-        found.append((made, *torch.autograd.grad(made.square().sum(), [x, *mlp.parameters()])))
+    ways = mlp(x), mlp.padded(x, torch.float64)
+    found = [(made, *torch.autograd.grad(made.square().sum(), [x, *mlp.parameters()])) for made in ways]
     for plain, padded in zip(*found, strict=True):
         torch.testing.assert_close(padded, plain, rtol=1e-12, atol=1e-12)

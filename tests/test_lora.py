@@ -25,10 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, o
 
 
 def denoiser_of(kind: str) -> DiT | DDT:
-    if kind == "dit":
-        return trained_looking(tiny_dit()[0])
-    torch.manual_seed(0)
-    return trained_looking(DDT(8, 1, 2, hidden_size=(16, 32), depth=(1, 1), num_heads=(2, 2)))
+    wide = {"hidden_size": (16, 32), "depth": (1, 1), "num_heads": (2, 2)}
+    return trained_looking(tiny_dit()[0] if kind == "dit" else DDT(8, 1, 2, **wide))
 
 
 def inputs(batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,12 +51,12 @@ def test_at_first_they_add_nothing_and_merged_it_is_one_model(kind, alpha):
     for name, weight in trained.items():  # as after some training
         assert "lora_" in name
         weight.data.normal_(0, 0.1, generator=generator)
-    expected, settings = denoiser(*inputs()), denoiser.lora
+    expected = denoiser(*inputs())
     assert (expected - before).abs().max() > 1e-3
-    assert settings == {"rank": 4, "alpha": alpha or 4.0, "targets": ["qkv", "proj", "w12", "w3"]}
+    assert denoiser.lora == {"rank": 4, "alpha": alpha or 4.0, "targets": ["qkv", "proj", "w12", "w3"]}
     qkv = denoiser.blocks[0].attn.qkv
     low_rank = qkv.lora_B["default"].weight @ qkv.lora_A["default"].weight
-    weights, name = merged_weights(denoiser.state_dict(), settings), "blocks.0.attn.qkv.weight"
+    weights, name = merged_weights(denoiser.state_dict(), denoiser.lora), "blocks.0.attn.qkv.weight"
     merged = denoiser_of(kind)
     merged.load_state_dict(weights)
     torch.testing.assert_close(weights[name], plain[name] + (alpha or 4.0) / 4 * low_rank, rtol=0, atol=1e-6)

@@ -4,16 +4,12 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from golden_cases import SHARED, assert_close, load_case, load_weights
-from test_ddt import split_weak
+from test_ddt import reference as ddt_reference
 
 from vavae_tools.diffusion.dit import make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.objectives import FlowMatching, shift_noise, time_shift_of, unmix
 from vavae_tools.diffusion.solvers import guided_prediction, lay_out, make_solver, sample, time_grid
-from vavae_tools.published.denoisers import (
-    RAELightningDiT,
-    load_denoiser,
-    read_latent_statistics,
-)
+from vavae_tools.published.denoisers import RAELightningDiT, load_denoiser, read_latent_statistics
 from vavae_tools.runtime.errors import UserError
 
 CASES = sorted({"rae-transport"} | {path.name for path in SHARED.glob("rae-transport*")})
@@ -23,10 +19,8 @@ EULER = FlowMatchEulerDiscreteScheduler()
 
 
 def reference(name):
-    case, io = load_case(name)
-    strong, weak = split_weak(load_weights(name))
-    models = load_denoiser("ddt", strong, case["constructor"]), load_denoiser("ddt", weak, case["weak_constructor"])
-    return case, io, *models, case["transport"]["time_dist_shift"]
+    case, (model, weak, io) = load_case(name)[0], ddt_reference(name)
+    return case, io, model, weak, case["transport"]["time_dist_shift"]
 
 
 def objective_of(distribution: str, shift: float) -> FlowMatching:

@@ -24,8 +24,7 @@ def test_sampling_equals_the_reference(i):
     keep = lambda _, t, x: seen.append((t, x.clone()))  # noqa: E731
     out = sample(model.denoiser, FlowMatchEulerDiscreteScheduler(), *given, callback=keep, **settings)
     times, states = zip(*seen, strict=True)
-    assert times == pytest.approx(run["t_evaluated"], abs=2e-7)
-    assert len(states) == run["euler_steps_done"]
+    assert times == pytest.approx(run["t_evaluated"], abs=2e-7) and len(states) == run["euler_steps_done"]
     assert_close(out, io[run["output"]], case["tolerance"])
     assert_close(states[0], io[f"state_after_step1_{i}"], case["tolerance"])
     assert_close(states[run["state_middle_index"] - 1], io[f"state_middle_{i}"], case["tolerance"])
@@ -38,9 +37,8 @@ def test_grids_equal_the_reference():
         solver, times = lay_out(SOLVERS["euler"], int(points) - 1, float(shift))
         torch.testing.assert_close(torch.tensor([*times, 1.0]), io[key], rtol=0, atol=1e-6)
         assert solver.sigmas[-1] == 0
-    for steps, shift, last in ((1, 1.0, 0.0), (7, 0.3, 0.0), (5, 1 / 6.93, 0.001), (4, 0.0, 0.2)):
-        solver, times = lay_out(SOLVERS["euler"], steps, shift, last)
-        grid = time_grid(steps, shift, last)
+    for given in ((1, 1.0, 0.0), (7, 0.3, 0.0), (5, 1 / 6.93, 0.001), (4, 0.0, 0.2)):
+        (solver, times), grid = lay_out(SOLVERS["euler"], *given), time_grid(*given)
         torch.testing.assert_close(grid, 1 - solver.sigmas, rtol=0, atol=1e-6)
         torch.testing.assert_close(grid[:-1], torch.tensor(times), rtol=0, atol=1e-6)
     plain = lay_out(SOLVERS["euler"], 7)[1]
