@@ -284,9 +284,7 @@ def _normalised(config: Mapping[str, Any]) -> dict[str, Any]:
         arguments["head"] = head
     if size is None:
         if head == "wide" and not _is_wide(arguments):
-            raise UserError(
-                "head=\"wide\" needs a size, or hidden_size with two numbers: the encoder's and the head's."
-            )
+            raise UserError('head="wide" needs a size, or two numbers as hidden_size: of the encoder and of the head.')
         return arguments
     sizes = {"wide": DDT_SIZES, "text": TEXT_DIT_SIZES}.get(head, DiT_SIZES)
     if size not in sizes:

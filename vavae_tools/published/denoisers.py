@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vavae_tools.checkpoints.formats import plain_name
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.dit import DDT, DiT, make_denoiser, split_reference_arguments
+from vavae_tools.diffusion.dit import DDT, DDT_SIZES, DiT, DiT_SIZES, make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.objectives import expand_time
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import read_saved
@@ -110,12 +110,12 @@ def _guided(strong: Tensor, weak: Tensor, t: Tensor, scale: float, interval: Int
 
 
 # ---- weights
-_XL = {"hidden_size": 1152, "depth": 28, "num_heads": 16}
+_XL = DiT_SIZES["XL"]
 _PLAIN = {"swiglu": False, "rope": False, "rms_norm": False}
 DENOISERS: dict[str, tuple[type[PublishedDenoiser], dict[str, Any]]] = {
     "lightningdit": (PublishedDenoiser, {"input_size": 32, "patch_size": 2, **_XL, **_PLAIN}),
     "rae_lightningdit": (RAELightningDiT, {"in_channels": 768, **_XL, "time_embed": "fourier", "reversed_time": True}),
-    "ddt": (DiTDH, {"input_size": 1}),
+    "ddt": (DiTDH, {"input_size": 1, **DDT_SIZES["XL"]}),
     "dit": (PlainDiT, {"input_size": 32, "patch_size": 2, "in_channels": 4, **_XL, **_PLAIN, "learn_sigma": True}),
 }
 """Kind → its model, and the constructor's defaults of the reference where they are not ours."""
