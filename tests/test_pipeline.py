@@ -15,7 +15,7 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.objectives import FlowMatching
 from vavae_tools.diffusion.solvers import make_solver, sample, solvers_for
 from vavae_tools.pipelines import batches
-from vavae_tools.pipelines.batches import default_batch_size
+from vavae_tools.pipelines.batches import batch_size_for
 from vavae_tools.pipelines.classes import LatentDiTPipeline, load_guide, load_pipeline
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.training.denoiser_module import DiffusionModule
@@ -327,16 +327,16 @@ def test_where_the_memory_does_not_suffice_fewer_are_made_at_once(monkeypatch, c
 
 
 def test_the_usual_batch_fits_the_memory(pipe, monkeypatch):
-    assert default_batch_size(pipe) == 64
+    assert batch_size_for(pipe) == 64
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}  # 4 GiB, of which a quarter
     monkeypatch.setattr(os, "sysconf", pages.__getitem__)
     for side, expected in ((256, 64), (512, 16), (8192, 1)):  # 8 channels: 240 bytes a pixel, 15 MiB of 256×256
         monkeypatch.setattr(type(pipe), "image_size", (side, side))
-        assert default_batch_size(pipe) == expected
+        assert batch_size_for(pipe) == expected
     monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**34))  # another process has the rest
     monkeypatch.setattr(type(pipe), "image_size", (512, 512))
-    assert default_batch_size(pipe) == 8  # 0.8 GiB for 60 MiB each
+    assert batch_size_for(pipe) == 8  # 0.8 GiB for 60 MiB each
 
 
 def test_a_folder_with_an_rae_is_read_by_whoever_has_not_imported_it(tmp_path):

@@ -245,7 +245,6 @@ def test_the_new_tokens_may_be_counted():
         (True, {"prompts": [[{"role": "user"}]]}, "is neither a text, nor messages"),
         (False, {"prompts": [[1, 260]]}, "token numbers from 1 to 260; they go from 0 to 259"),
         (False, {"prompts": []}, "No prompts: give one or more"),
-        (False, {"prompts": ["a", "b"], "numbers": [1]}, "1 numbers for 2 texts: give one for each"),
         (False, {"num_samples": 0}, "num_samples 0: expected 1 or more"),
         (False, {"eta": 1.1}, "eta 1.1: expected a share of fresh noise from 0 to 1"),
     ],

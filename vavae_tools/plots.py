@@ -81,11 +81,11 @@ def show_rows(
 def plot_bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], y_label: str) -> "Figure":
     """Plot bars for each of `names`, one of every group: {"real": [98.0, …], "generated": [91.0, …]}."""
     figure, ax = _plot((max(4.0, 1.5 + 0.35 * len(names) * len(groups)), 3.2))
-    width = 0.8 / len(groups)
+    places, width = range(len(names)), 0.8 / len(groups)
     for i, (group, values) in enumerate(groups.items()):
         aside = (i - (len(groups) - 1) / 2) * width
-        ax.bar([place + aside for place in range(len(names))], values, width * 0.92, label=group)
-    ax.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 0)
+        ax.bar([place + aside for place in places], values, width * 0.92, label=group)
+    ax.set_xticks(places, names, rotation=90 if len(names) > 12 else 0)
     ax.set_ylabel(y_label)
     ax.legend(**_LEGEND, ncols=len(groups))
     return figure
@@ -196,8 +196,7 @@ def plot_curves(
     figure, ax = _plot((5.0, 3.4))
     for name, values in curves.items():
         ax.plot(x, values, marker="o", markersize=3, label=name)
-    ax.set_xlabel(x_label)
-    ax.set_ylabel(y_label)
+    ax.set(xlabel=x_label, ylabel=y_label)
     if y_range is not None:
         margin = 0.03 * (y_range[1] - y_range[0])  # a line along the edge is seen whole
         ax.set_ylim(y_range[0] - margin, y_range[1] + margin)

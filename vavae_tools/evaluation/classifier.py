@@ -85,8 +85,7 @@ def train_classifier(
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=max(steps, 2))
     generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
-    bar = tqdm(range(steps), "training the classifier", unit="step", disable=not progress)
-    for step in bar:
+    for step in tqdm(range(steps), "training the classifier", unit="step", disable=not progress):
         if len(order) < min(BATCH_SIZE, len(train)):
             order = torch.randperm(len(train), generator=generator)
         index, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
@@ -97,8 +96,6 @@ def train_classifier(
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 10 == 9:
-            bar.set_postfix(loss=f"{loss.item():.2f}")
     return model.eval()
 
 

@@ -109,10 +109,8 @@ def judge_reconstructions(
 ) -> dict[str, float]:
     """Return "accuracy" and "frechet" of reconstructions, and as "real_accuracy" and "real_frechet" the originals'.
 
-    Args:
-        originals, made: uint8 (N, C, H, W); labels: int64 (N,), for the accuracy.
-        others: uint8 (M, C, H, W), further real images with no more of each person than `originals`, for the Fréchet
-            distance to them.
+    Images are uint8 (N, C, H, W), labels int64 (N,). The Fréchet distance is that to `others`, further real images with
+    no more of each person than `originals`.
     """
     reference, scores = classifier.judge(others)[0] if others is not None else None, {}
     for kind, images in (("", made), ("real_", originals)):

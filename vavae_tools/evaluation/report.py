@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.folders import IMAGE_EXTENSIONS, contents, list_folders
-from vavae_tools.data.images import DecodedImages, ImageFolder, channels_of, to_unit
+from vavae_tools.data.images import DecodedImages, ImageFolder, channels_of, image_errors, to_unit
 from vavae_tools.evaluation import metrics
 from vavae_tools.evaluation.classifier import cached_classifier, train_classifier
 from vavae_tools.evaluation.metrics import aligned, percent
@@ -138,8 +138,7 @@ class Evaluation:
     __repr__ = __str__
 
 
-@dataclass(frozen=True)
-class _Subset:
+class _Subset(NamedTuple):
     """One set of images and what the classifier makes of them."""
 
     data: DecodedImages
@@ -255,11 +254,8 @@ def _common_size(paths: list[Path], notes: list[str]) -> tuple[int, int]:
     """Return (height, width) of most of the images."""
     sizes = Counter()
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                sizes[image.height, image.width] += 1
-        except OSError as error:
-            raise UserError(f"{path} cannot be read as an image ({error}): remove it or make it again") from None
+        with image_errors(path), Image.open(path) as image:
+            sizes[image.height, image.width] += 1
     (height, width), _ = sizes.most_common(1)[0]
     if len(sizes) > 1:
         notes.append(f"the generated images have {len(sizes)} sizes, all are resized to {height}×{width}")

@@ -82,11 +82,9 @@ class Novelty:
 
 
 class KnownTexts:
-    """Texts in which spans of others are looked up; no span crosses the border of two.
+    """Texts, as token numbers, in which spans of others are looked up; no span crosses the border of two.
 
-    Args:
-        rows: token numbers of each text; only the first `MAX_SEARCHED_TOKENS` or so are looked up in, `texts` of them.
-        wholes: what whole texts are compared with; None: the rows.
+    Only the first `texts` rows, of `MAX_SEARCHED_TOKENS` or so, are searched; `wholes` are compared as wholes.
     """
 
     def __init__(self, rows: Sequence[Sequence[int]], wholes: Sequence[Sequence[int]] | None = None) -> None:
@@ -195,7 +193,12 @@ class TokenReport:
         columns = [scores.column() for scores in self.scores.values()]
         rows = [(title, *(column[title] for column in columns)) for title in columns[0]] if columns else []
         rows = [row for row in rows if set(row[1:]) != {"-"}]
-        lines = [self._summary(), "", *(aligned([("", *self.scores), *rows]) if rows else []), ""]
+        lines = [
+            f"made texts beside those of {self.data}",
+            "",
+            *(aligned([("", *self.scores), *rows]) if rows else []),
+            "",
+        ]
         subsets = ", ".join(f"{subset} {bits}" for subset, bits in self.bits.items())
         lines.append(f"bits per token, at most: {subsets} (by their frequencies alone {self.unigram_bits:.3f})")
         few = self.curve[:: -(-len(self.curve) // 7)]
@@ -208,15 +211,6 @@ class TokenReport:
         return "\n".join(lines)
 
     __repr__ = __str__
-
-    def _summary(self) -> str:
-        said = []
-        for name, scores in self.scores.items():
-            if name != "real":
-                right = f"{percent(scores.right)} right, " if scores.right is not None else ""
-                said.append(f"{scores.texts:,} {name}, {right}{percent(scores.novelty.whole)} copied whole")
-        subset, bits = next(iter(self.bits.items()))
-        return "; ".join([*said, f"{bits.bits:.2f} bits per token of {subset} texts"]) + f" ({self.data})"
 
 
 def _shares(curve: Sequence[Recovered]) -> dict[str, list[float]]:
@@ -290,8 +284,8 @@ def _asked(
     """Return the prompts of completions or answers, by that name; a note is added where they cannot be written."""
     chats = train.use_chat_template
     if val is None:
-        missing = "answers are to training questions," if chats else "no completions,"
-        notes.append(f"no texts that validate: {missing} nothing real beside them, bits and curve of training texts")
+        prompts = "answers to training questions" if chats else "no completions"
+        notes.append(f"no texts that validate: {prompts}, nothing real beside them, bits and curve of training texts")
         if not chats:
             return {}
     prompts = (train if val is None else val).prompts(chosen)

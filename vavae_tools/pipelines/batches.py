@@ -53,10 +53,10 @@ def in_batches(
 
 
 def batch_size_for(pipe: DiffusionPipeline, batch_size: int | None = None) -> int:
-    """Return how many are made at once: as asked or by default, and no more than was found to fit before."""
+    """Return how many are made at once: as asked or as have room, and no more than was found to fit before."""
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size {batch_size}: at least one {pipe.makes} at once is needed")
-    at_once = default_batch_size(pipe) if batch_size is None else batch_size
+    at_once = _with_room(pipe) if batch_size is None else batch_size
     return min(at_once, getattr(pipe, "fitting", at_once))
 
 
@@ -70,8 +70,8 @@ def move_to_device(pipe: Pipeline, device: str | torch.device) -> Pipeline:
     raise UserError(f"{device} has no room for the models: end what else runs there, or take --accelerator cpu")
 
 
-def default_batch_size(pipe: DiffusionPipeline) -> int:
-    """Return as many as have room in what is free: a power of two, up to 256 on a GPU and 64 on a CPU."""
+def _with_room(pipe: DiffusionPipeline) -> int:
+    """Return a power of two, up to 256 on a GPU and 64 on a CPU."""
     if _is_sharded(pipe):  # its processes have to call it equally often
         return 16
     memory, most = 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 64
@@ -82,16 +82,14 @@ def default_batch_size(pipe: DiffusionPipeline) -> int:
 
 
 def _is_sharded(pipe: DiffusionPipeline) -> bool:
-    """Return whether several processes hold parts of the denoiser's weights (FSDP)."""
-    return any(isinstance(weight, DTensor) for weight in pipe.denoiser.parameters())
+    return any(isinstance(weight, DTensor) for weight in pipe.denoiser.parameters())  # among processes (FSDP)
 
 
 def _bytes_of_one(pipe: DiffusionPipeline) -> int:
     """Return the memory that one image, or text, takes in the denoiser or the decoder, whichever needs more.
 
     By a simulated allocator, within 15 %: a decoder of convolutions holds 7.5 arrays of its last level, which gets the
-    channels of the one below, for every pixel; a transformer 20 numbers of its width for every token, and guidance
-    makes two of one. Autocast has more arrays of half the size.
+    channels of the one below, for every pixel; a transformer 20 numbers of its width for every token, twice if guided.
     """
     denoiser, vae = pipe.denoiser, getattr(pipe, "vae", None)
     width = np.max(denoiser.config.hidden_size)  # of a DDT's two

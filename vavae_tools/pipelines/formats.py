@@ -1,6 +1,6 @@
-"""Numbered samples on disk: image files, ADM's .npz, lines of texts; and `samples.json`, which says how they were made.
+"""Numbered samples on disk: image files, ADM's .npz, lines of texts.
 
-What a set follows from is compared with the record beside it, so that samples of two settings never mix.
+What they follow from is compared with `samples.json` beside them, so that samples of two settings never mix.
 """
 
 import json
@@ -177,11 +177,8 @@ class JsonlFile(OneFile):
 
 # ---- what a folder's samples follow from
 _MODELS = ("model", "guide", "text encoder")  # settings that are digests
-_OPTIONS = {  # settings as the command calls them; the others have the same name there
-    "num_inference_steps": "num_steps",
-    "guidance_scale": "cfg_scale or guide_scale",
-    "guidance_interval": "cfg_interval",
-}
+_SCALE = {"guidance_scale": "cfg_scale or guide_scale", "guidance_interval": "cfg_interval"}
+_OPTIONS = {"num_inference_steps": "num_steps", **_SCALE}  # settings whose names in the command are others
 
 
 def begin(files: SampleFiles, settings: dict[str, Any], precision: str | None, overwrite: bool) -> dict[str, Any]:
@@ -248,11 +245,8 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
 
 def _changes(there: dict[str, Any], here: dict[str, Any], names: Iterable[str]) -> list[str]:
     """Return in what two records differ, as ["seed 0 there, 3 here"]."""
-    return [
-        f"{_OPTIONS.get(name, name)} {_short(there.get(name))} there, {_short(here.get(name))} here"
-        for name in names
-        if there.get(name) != here.get(name)
-    ]
+    changed = [(name, there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)]
+    return [f"{_OPTIONS.get(name, name)} {_short(old)} there, {_short(new)} here" for name, old, new in changed]
 
 
 def _short(value: Any) -> str:
@@ -261,11 +255,7 @@ def _short(value: Any) -> str:
 
 
 def cycle(labels: Sequence[int]) -> str:
-    """Return the labels until they repeat.
-
-    >>> cycle([0, 2, 0, 2, 0]), cycle([0, 0, 1])
-    ('0,2', '0,0,1')
-    """
+    """Return the labels until they repeat: "0,2" of [0, 2, 0, 2, 0]."""
     row = np.array(labels)
     length = next(n for n in range(1, len(row) + 1) if np.array_equal(row[n:], row[: len(row) - n]))
     return ",".join(map(str, labels[:length]))

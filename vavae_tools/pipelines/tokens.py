@@ -51,8 +51,7 @@ class TokenImagePipeline(base.DenoiserPipeline):
         time_shift: above 1 most steps are made at high noise; `noise_level_hiding_a_token` is a good one.
         use_chat_template: it was trained on chats, and prompts are messages.
         answer_lengths: [tokens of the prompt, tokens of the answer, chats] of training: an answer's length is drawn
-            from those of about `MIN_SIMILAR_CHATS` chats whose prompts are nearest in length; without it from
-            `lengths`.
+            from those of about `MIN_SIMILAR_CHATS` chats whose prompts are nearest in length.
         objective: the config of what was trained with; None: the clean image.
         solver: one of `diffusion.SOLVERS`; None: steps with fresh noise, see eta of `__call__`.
     """
@@ -99,7 +98,7 @@ class TokenImagePipeline(base.DenoiserPipeline):
         return self.denoiser.latent_shape[1]
 
     def shares(self, t: float) -> list[float]:
-        """Return how much of the clean image and of noise is in x at time t."""
+        """Return the shares of the clean image and of noise in x at time t."""
         return [share.item() for share in self.objective.shares(torch.tensor(t, dtype=torch.float64))]
 
     @property
@@ -146,10 +145,7 @@ class TokenImagePipeline(base.DenoiserPipeline):
         if prompts is None and numbers is not None:
             num_samples = len(numbers)
         starts = [start for start in self.beginnings(prompts) for _ in range(num_samples)]
-        numbers = range(len(starts)) if numbers is None else numbers
-        if len(numbers) != len(starts):
-            raise UserError(f"{len(numbers)} numbers for {len(starts)} texts: give one for each")
-        numbers = torch.tensor(list(numbers))
+        numbers = torch.tensor(list(range(len(starts)) if numbers is None else numbers))
         new = self._new_lengths(starts, max_new_tokens, seed, numbers)
 
         def write(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +171,7 @@ class TokenImagePipeline(base.DenoiserPipeline):
 
     def _beginning(self, prompt: Prompt) -> list[int]:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if not isinstance(chat[0] if chat else 0, dict):
+        if not chat or not isinstance(chat[0], dict):
             tokens = chat
         elif self.config.use_chat_template:
             tokens = self.text_tokens.prompt(chat)
@@ -185,8 +181,9 @@ class TokenImagePipeline(base.DenoiserPipeline):
             raise UserError("This model was trained on texts without a chat template: give it the beginning of a text")
         most = self.code.num_tokens - 1
         if tokens and not 0 <= min(tokens) <= max(tokens) <= most:
-            found = f"token numbers from {min(tokens)} to {max(tokens)}"
-            raise UserError(f"The prompt has {found}; they go from 0 to {most}")
+            raise UserError(
+                f"The prompt has token numbers from {min(tokens)} to {max(tokens)}; they go from 0 to {most}"
+            )
         if len(tokens) >= self._cells:
             raise UserError(f"The prompt has {len(tokens)} tokens, and an image {self._cells} cells: shorten it")
         return tokens

@@ -1,18 +1,18 @@
 """Any number of samples to files, batch by batch: resumable, from one process or several.
 
-What a set follows from stands beside it in `samples.json`. Batches are cut at the same places whenever the same set is
-asked for, and one of which anything is missing is made whole again: the last bits of a sample depend on its batch, and
-so a set that was interrupted equals one that was not.
+Batches are cut at the same places whenever the same set is asked for, and one of which anything is missing is made
+whole again: the last bits of a sample depend on its batch, and so a set that was interrupted equals one that was not.
 """
 
 import inspect
 import json
 import os
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from vavae_tools.runtime.ranks import Ranks
 
 _MIN_BATCHES_TO_BENCHMARK = 8  # from which on it pays that cuDNN tries its convolutions
 _PER_SAMPLE_ARGUMENTS = ("negative", "generators", "prompts", "num_samples", "seed", "batch_size", "numbers")
-"""Arguments of a pipeline that are no settings of a whole set, but are asked for of each sample."""
 
 
 def write_samples(
@@ -70,10 +69,8 @@ def write_samples(
     labels, output_dir = pipe.labels_of(labels), Path(output_dir)
     if not labels:
         raise UserError("No labels: at least one image is needed")
-    folders, counts, numbers = _folder_names(pipe, names), Counter(), []
-    for label in labels:  # how often it came before
-        numbers.append(counts[label])
-        counts[label] += 1
+    folders, counts = _folder_names(pipe, names), defaultdict(count)
+    numbers = [next(counts[label]) for label in labels]  # how often each came before
     paths = [f"{folders[label]}/seed{seed}_{n:05d}.png" for label, n in zip(labels, numbers, strict=True)]
     if format == "png":
         files = PngFolder(output_dir, paths, {str(label): folders[label] for label in sorted(set(labels))})
@@ -150,15 +147,15 @@ def write_texts(
     of their own. All else is as in `write_prompt_samples`.
     """
     prompts = as_prompts(prompts) if len(prompts) else []
-    count = (len(prompts) or 100) if num_samples is None else num_samples
-    check_sampling(count, **settings)
+    texts = (len(prompts) or 100) if num_samples is None else num_samples
+    check_sampling(texts, **settings)
     pipe.beginnings(prompts or None)
 
     def asked(start: int, stop: int) -> dict[str, Any]:
         own = [prompts[number % len(prompts)] for number in range(start, stop)] if prompts else None
         return {"prompts": own, "numbers": range(start, stop), "seed": seed}
 
-    files, also = JsonlFile(Path(output_dir), count, prompts), {"prompts": prompts, "texts": count, "seed": seed}
+    files, also = JsonlFile(Path(output_dir), texts, prompts), {"prompts": prompts, "texts": texts, "seed": seed}
     _write(pipe, files, asked, also, **settings)
     return files.path
 
@@ -176,9 +173,8 @@ def _write(
 ) -> list[Path]:
     """Make the batches of which anything is missing, each process its share, and return the files when all are done.
 
-    Args:
-        asked: first number and the one behind the last → arguments of the pipeline's call.
-        also: what samples follow from besides `sampling` and the models.
+    `asked` turns the first number and the one behind the last into arguments of the pipeline's call; `also` is what
+    samples follow from besides `sampling` and the models.
     """
     ranks, plan = ranks or Ranks(), None
     if ranks.rank == 0:
@@ -199,14 +195,15 @@ def _write(
     many = trying_convolutions() if len(todo) >= _MIN_BATCHES_TO_BENCHMARK else nullcontext()
     bars, often = getattr(pipe, "_progress_bar_config", {}), 0.1 if is_interactive() else 60  # in a file seldom
     pipe.set_progress_bar_config(disable=True)
-    bar = tqdm(desc="sampling", total=files.count, initial=files.count - plan["missing"], unit=files.unit,
-               mininterval=often, maxinterval=often, dynamic_ncols=True, disable=ranks.rank > 0)  # fmt: skip
+    there = files.count - plan["missing"]
+    bar = tqdm(desc="sampling", total=files.count, initial=there, unit=files.unit, mininterval=often, maxinterval=often,
+               dynamic_ncols=True, disable=ranks.rank > 0)  # fmt: skip
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, many, bar:
         waiting: deque[list[Future]] = deque()
 
         def show(tasks: list[Future]) -> None:
             made = ranks.add("made", sum(task.result() for task in tasks))  # by all processes
-            bar.update(files.count - plan["missing"] + made - bar.n)
+            bar.update(there + made - bar.n)
 
         following = pool.submit(asked, *todo[0]) if todo else None
         for number, batch in enumerate(todo, 1):
