@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from vavae_tools.data.images import ImageFolder, to_pixels, to_unit
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.machine import in_float32
 
 
 class LatentStatistics:
@@ -148,15 +147,15 @@ class VAVAE(LatentStatistics, AutoencoderKL):
         return self.decode(self.denormalise(latents).to(self.dtype), condition=condition).sample
 
 
-@in_float32
 def _last_layers(half: nn.Module, h: Tensor, following: nn.Module | None = None) -> Tensor:
-    """Return what the last layers of encoder or decoder make, in float32 also where the rest is fp16.
+    """Return what the last layers of encoder or decoder make, in their weights' precision also under autocast.
 
     A variance goes up to e²⁰, a gradient of the last weights is summed over all places of all images: fp16 ends at
     65,504.
     """
-    h = half.conv_out(half.conv_act(half.conv_norm_out(h.to(half.conv_out.weight.dtype))))
-    return h if following is None else following(h)
+    with torch.autocast(h.device.type, enabled=False):
+        h = half.conv_out(half.conv_act(half.conv_norm_out(h.to(half.conv_out.weight.dtype))))
+        return h if following is None else following(h)
 
 
 def _zero_linear(condition_dim: int, width: int) -> nn.Linear:
