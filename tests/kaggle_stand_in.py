@@ -17,24 +17,16 @@ KEY = "0123456789abcdef-secret"
 
 
 class KaggleStandIn:
-    """Use it as a context; the attributes below are its memory and its faults.
-
-    Attributes:
-        datasets: "owner/name" → its versions, each {file name: content}.
-        refused: of files with one of these beginnings the upload is answered by 400.
-        lost: files with one of these beginnings are taken, and missing in the version.
-        failing: path ending → (HTTP status, body) in place of the answer.
-        late: so many listings still show the version before.
-    """
+    """Use it as a context; the attributes are its memory and its faults."""
 
     def __init__(self) -> None:
-        self.datasets: dict[str, list[dict[str, bytes]]] = {}
+        self.datasets: dict[str, list[dict[str, bytes]]] = {}  # "owner/name" → its versions, {file name: content}
         self.requests: list[tuple[str, dict]] = []
         self.strangers: list[str] = []
-        self.refused: tuple[str, ...] = ()
-        self.lost: tuple[str, ...] = ()
-        self.failing: dict[str, tuple[int, dict]] = {}
-        self.late = 0
+        self.refused: tuple[str, ...] = ()  # of files that begin so the upload is answered by 400
+        self.lost: tuple[str, ...] = ()  # files that begin so are taken, and missing in the version
+        self.failing: dict[str, tuple[int, dict]] = {}  # path ending → (HTTP status, body) in place of the answer
+        self.late = 0  # so many listings still show the version before
         self.blobs: list[dict] = []
 
     def __enter__(self) -> "KaggleStandIn":
@@ -51,17 +43,9 @@ class KaggleStandIn:
     def environment(self, home: Path) -> dict[str, str]:
         """Variables under which the client talks to this server as the user `me`."""
         proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"), self.base)
-        return {
-            **proxies,
-            "NO_PROXY": "",
-            "no_proxy": "",
-            "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
-            "KAGGLE_USERNAME": "me",
-            "KAGGLE_KEY": KEY,
-            "KAGGLE_API_TOKEN": "",
-            "KAGGLE_CONFIG_DIR": str(home),
-            "HOME": str(home),
-        }
+        user = {"KAGGLE_USERNAME": "me", "KAGGLE_KEY": KEY, "KAGGLE_API_TOKEN": ""}
+        folders = {"KAGGLE_CONFIG_DIR": str(home), "HOME": str(home)}
+        return {**proxies, "NO_PROXY": "", "no_proxy": "", "KAGGLE_API_ENVIRONMENT": "LOCALHOST", **user, **folders}
 
     def asked(self, method: str) -> list[dict]:
         return [body for name, body in self.requests if name == method]

@@ -218,9 +218,6 @@ def test_a_change_is_found_or_changes_nothing(tmp_path, name):
         in_folder = f"{file.name}: {length:,} bytes, expected {len(contents):,}"
         no_zip = "it is neither a zip nor a pickle of torch.save"
         assert checkpoint_info(path).damage() == (in_folder if path.is_dir() else no_zip)
-    if path.is_dir():
-        with pytest.raises(UserError, match=rf"checkpoint-7 is damaged \({in_folder}\)"):
-            read_folder(path, quiet)
     file.unlink()
     assert checkpoint_info(path).damage().endswith("missing")
 

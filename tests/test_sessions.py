@@ -69,19 +69,11 @@ def outputs(folder: Path, vavae: int = 70, dit: int = 300) -> Path:
     (folder / "dit/checkpoints/checkpoint-100").mkdir(exist_ok=True)
     (folder / "dit/checkpoints/checkpoint-100/training_state.json").write_text('{"global_step": 100, "epoch": 10}')
     for name in (
-        "vavae/lightning_logs/version_0/events.out.tfevents.1",
-        "vavae/vavae/config.json",
-        "vavae/vavae/diffusion_pytorch_model.safetensors",
-        "vavae/foundation/train.safetensors",
-        "vavae/reconstructions/0001.png",
-        "latents/latents.json",
-        "latents/train-00000.safetensors",
-        "data_split/split_info.json",
-        "data_split/train/ID_1/a.jpg",
-        "data_split/val/ID_1/b.jpg",
-        "samples/ID_1/0.png",
-        "repository/.git/HEAD",
-        "repository/weights.safetensors",
+        *("vavae/lightning_logs/version_0/events.out.tfevents.1", "vavae/vavae/config.json"),
+        *("vavae/vavae/diffusion_pytorch_model.safetensors", "vavae/foundation/train.safetensors"),
+        *("vavae/reconstructions/0001.png", "latents/latents.json", "latents/train-00000.safetensors"),
+        *("data_split/split_info.json", "data_split/train/ID_1/a.jpg", "data_split/val/ID_1/b.jpg"),
+        *("samples/ID_1/0.png", "repository/.git/HEAD", "repository/weights.safetensors"),
         "vavae/checkpoints/.last.ckpt.7.partial",
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
