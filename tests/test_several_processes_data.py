@@ -13,7 +13,7 @@ import pytest
 import torch
 from forked import python
 from safetensors.torch import load_file
-from tiny import SIZE, perturb_projections, same, tiny_dit, tiny_vavae, trained_looking
+from tiny import SIZE, Averages, perturb_projections, same, tiny_dit, tiny_vavae, trained_looking
 from torch.distributed import HashStore
 from torch.utils.data import Dataset
 
@@ -247,19 +247,6 @@ def at_once(size: int, work) -> list:
     for thread in threads:
         thread.join()
     return found
-
-
-class Averages(torch.nn.Module):
-    """An autoencoder whose latents are means of 8×8 pixels."""
-
-    downsampling, has_own_statistics = 8, False
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.tensor(scale))
-
-    def encode_images(self, images, labels, normal):
-        return self.scale * torch.nn.functional.avg_pool2d(images, 8)
 
 
 @pytest.mark.parametrize(("size", "count"), [(2, 64), (4, 1), (7, 5)])
