@@ -151,7 +151,7 @@ WRONG = {
     "train.schedule=slow": "train.schedule is 'slow', expected one of cosine, linear, constant",
     "model.objective=velocity": "expected one of flow_matching, epsilon, v_prediction, v, sample, x0",
     "experiment=dit_dino": "experiment=dit_dino needs data.data_dir=… (or --data_dir …)",
-    "--lrr 3": "No --lrr; did you mean --lr?",
+    "--lrr 3": "No --lrr; did you mean train.lr?",
     "--lr": "--lr needs a value",
     "--lr 1 2": "'2' is neither --flag VALUE nor key=value",
     "--num_classes": "--num_classes could be data.num_classes or model.num_classes",

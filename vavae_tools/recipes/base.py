@@ -26,9 +26,7 @@ class ImageData:
     """Images of classes."""
 
     data_dir: str | None = setting(
-        None,
-        "a split, a folder per class, or a Hugging Face dataset on the disk (of shards: vavae_tools.data.sources.shards"
-        " makes one); shapes: made up here; null: the split in its usual place",
+        None, "a split, a folder per class, or a Hugging Face dataset; shapes: made up; null: the split's usual place"
     )
     image_size: Size = setting(None, "pixels, 256 or [height, width]; null: as the autoencoder's weights ask", least=1)
     use_hf_dataset: bool | None = setting(None, "true: datasets.load_from_disk; null: see what is there")

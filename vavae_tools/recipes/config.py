@@ -147,7 +147,7 @@ class RecipeSettings:
         home, called = self.home(key.removeprefix("+")), called or key
         if home is None:
             if not _OF_TRAINER.match(key):
-                raise UserError(f"No key {key!r}{self.suggestion(key)}; --print_config shows all keys")
+                raise self.unknown(key, f"key {key!r}")
             self.values[_TRAINER] = {**self.values[_TRAINER], last_word(key): value}
             return
         meanings = _aliases()["values"].get(home)
@@ -184,17 +184,14 @@ class RecipeSettings:
         home = self.home(flag)
         found = [home] if home else [key for key in self.settings if last_word(key) == flag]
         if not found:
-            raise UserError(f"No {dashes}{flag}{self.suggestion(flag, dashes)}; python -m vavae_tools.train --help")
+            raise self.unknown(flag, f"{dashes}{flag}")
         if len(found) > 1:
             raise UserError(f"{dashes}{flag} could be {' or '.join(found)}: type the key, as {found[0]}=…")
         return found[0]
 
-    def suggestion(self, name: str, dashes: str | None = None) -> str:
-        """Return a question about a key, with `dashes` about a flag, if there is one like it."""
+    def unknown(self, name: str, called: str) -> UserError:
         known = {last_word(each): key for each in (*_aliases()["keys"], *self.settings) if (key := self.home(each))}
-        if dashes is not None:
-            known = {word: f"{dashes}{last_word(key)}" for word, key in known.items()}
-        return _did_you_mean(last_word(name), known)
+        return UserError(f"No {called}{_did_you_mean(last_word(name), known)}; --print_config shows all keys")
 
     def built(self) -> Recipe:
         if "train.max_epochs" in self.given and "train.max_steps" not in self.given:

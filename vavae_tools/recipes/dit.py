@@ -170,11 +170,9 @@ def build_on_latents(
 # ---- what all denoisers' trainings share
 def latents_folder(latents_dir: str | None, data_dir: str | None, ending: str, output_dir: Path) -> Path:
     """Return where latents are kept: in the folder named, else by the data's name, of made-up data in the run's."""
-    if latents_dir is not None:
-        return Path(latents_dir)
-    if data_dir in (None, "shapes"):
+    if latents_dir is None and data_dir in (None, "shapes"):
         return output_dir / "latents"
-    return Path("logs/latents") / f"{Path(data_dir).resolve().name}-{ending}"
+    return Path(latents_dir or f"logs/latents/{Path(data_dir).resolve().name}-{ending}")
 
 
 def prepared(config: TrainConfig, denoiser: nn.Module, seed: int, log: Log) -> tuple[TrainConfig, dict[str, Any]]:

@@ -300,13 +300,12 @@ def _listed(classes: Classes, found: StartingWeights, wanted: int, most: int) ->
 def _kept(found: StartingWeights, names: Mapping[int, str], number: int) -> dict[int, int]:
     if found.classes and names:
         copied = {label: found.classes[name] for label, name in names.items() if name in found.classes}
-        here, there = (f"{', '.join(list(known)[:3])} …" for known in (names.values(), found.classes))
+        here, there = join_first(names.values()), join_first(found.classes)
     else:
         copied = {label: label for label in range(number)} if number == len(found.table) else {}
         here, there = f"{number:,}", f"{len(found.table):,}"
     if not copied:
-        none = f"classes=keep: none of the classes here ({here}) is one of the weights' ({there})"
-        raise UserError(f"{none}: choose new or nearest, or list the labels")
+        raise UserError(f"classes=keep: none of the classes here ({here}) is one of the weights' ({there}): list them")
     return copied
 
 

@@ -50,8 +50,7 @@ def fine_tune_rae_decoder(
         output_dir: gets `checkpoints/epoch=*.ckpt` (best by PSNR) and `last.ckpt`, `lightning_logs/`,
             `reconstructions/`, and at the end `rae/`, whose path is returned: the whole RAE with the averaged decoder
             of the last step, not the best one's, since PSNR falls where the discriminator makes images sharper.
-        show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
-        settings: further keys of the experiment by their last words; see `config.recipe_with`.
+        show, settings: as of `train_dit`.
     """
     data = {"data_dir": "shapes", **data} if isinstance(data, dict) else {"data_dir": data}
     rae = rae if isinstance(rae, dict) else {"folder": rae}

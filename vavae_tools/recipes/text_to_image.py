@@ -87,10 +87,16 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
 
         return torch.cat(in_batches(pipe, len(rows), make_some))
 
+    def load(checkpoint: Path) -> TextToImagePipeline:
+        pipe = load_text_pipeline(checkpoint)
+        if sampling.solver:
+            pipe.swap_solver(sampling.solver)
+        return pipe
+
     if is_rank_zero():
         with atomic_write(output_dir / "samples" / "prompts.txt") as partly:
             partly.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    load, preview = partial(load_text_pipeline, scheduler=sampling.solver), partial(SamplePreviews, make, COLUMNS)
+    preview = partial(SamplePreviews, make, COLUMNS, show=show)
     further: dict[str, Any] = {"remarks": list(images.notes), "data": train_on, "fingerprint": key}
     if not data.drop_last:
         remark = "drop_last=false: every step still has a whole batch; the rest of an epoch comes up in others"
@@ -98,7 +104,7 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     further["saves_memory"] = ["--auto_batch_size (the largest batch that fits)"]
     if not cached and not recipe.vae.use_slicing:
         further["saves_memory"].append("vae.use_slicing=true (the VAE takes one image after the other)")
-    return denoiser_run(module, config, output_dir, load, partial(preview, show=show), log, **further)
+    return denoiser_run(module, config, output_dir, load, preview, log, **further)
 
 
 train_text_to_image = partial(train, build)
@@ -136,7 +142,13 @@ def _training_data(
     captions = images.captions_by_subset()
     cached = data.cache
     if cached is None:
-        cached = _fits_disk(encoder, images, math.prod(module.network["denoiser"].latent_shape), folder, log)
+        numbers = sum(map(len, captions.values())) * math.prod(module.network["denoiser"].latent_shape)
+        needed = 2 * numbers + needed_bytes(encoder, captions, folder / "texts")
+        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+        free = shutil.disk_usage(there).free
+        cached = needed < 0.8 * free
+        if not cached:
+            log(f"Latents and texts would take {needed / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free")
     if cached:
         latents = encode_once(autoencoder, images, folder, log, seed=seed, dtype="float16")
         subsets = {"train": images.train_data, "val": images.val_data}
@@ -158,18 +170,6 @@ def _training_data(
         log(f"{what} longer than the {encoder.max_tokens} tokens the encoder takes")
     train_on.prefetch_factor, train_on.persistent_workers = data.prefetch_factor, data.persistent_workers
     return train_on, key, cached
-
-
-def _fits_disk(encoder: TextEncoder, images: Any, numbers: int, folder: Path, log: Log) -> bool:
-    """Return whether latents, of so many numbers an image, and texts have room on the disk."""
-    count = sum(map(len, images.captions_by_subset().values()))
-    needed = 2 * count * numbers + needed_bytes(encoder, images.captions_by_subset(), folder / "texts")
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(there).free
-    fits = needed < 0.8 * free
-    if not fits:
-        log(f"Latents and texts would take {needed / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free")
-    return fits
 
 
 def _fit_batch(module: DiffusionModule, data: Any, devices: dict[str, Any], longest: int, log: Log) -> int:

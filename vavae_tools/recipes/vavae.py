@@ -79,8 +79,7 @@ def fine_tune_vavae(
             end `vavae/`, the best model as a diffusers folder, whose path is returned.
         original_vavae: the published `.pt` or training `.ckpt`, a diffusers folder, a `.ckpt` of this training, or
             "small", which comes with the package; None: fresh weights of a `size`, "small" or "f16d32".
-        show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
-        settings: further keys of the experiment by their last words; see `config.recipe_with`.
+        show, settings: as of `train_dit`.
     """
     given = {"data_dir": data_dir, "original_vavae": original_vavae, "size": size, "image_size": image_size}
     recipe = resolved(recipe_with(VAVAERecipe(), {**given, **settings}))
