@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from golden_cases import assert_close, load_case
 from tiny import random_images as images
-from tiny import same
+from tiny import same, tiny_vit
 from torch import Tensor
 
 from vavae_tools.autoencoders import foundation as module
@@ -31,17 +31,11 @@ MAE = {**SMALL, "image_size": 24, "patch_size": 8, "intermediate_size": 64, "dec
 
 
 def dinov2(**changes):
-    from transformers import Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    return Dinov2Model(Dinov2Config(**{**DINO, **changes})).eval()
+    return tiny_vit("Dinov2", **{**DINO, **changes})
 
 
 def vit_mae(**changes):
-    from transformers import ViTMAEConfig, ViTMAEModel
-
-    torch.manual_seed(0)
-    return ViTMAEModel(ViTMAEConfig(**{**MAE, **changes})).eval()
+    return tiny_vit("ViTMAE", **{**MAE, **changes})
 
 
 def as_grid(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -107,11 +101,7 @@ def test_dinov2_on_any_grid(grid):
 
 
 def test_registers_are_dropped():
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.Dinov2WithRegistersConfig(**DINO, num_register_tokens=3)
-    model, x = transformers.Dinov2WithRegistersModel(config).eval(), images(28)
+    model, x = tiny_vit("Dinov2WithRegisters", **DINO, num_register_tokens=3), images(28)
     with torch.no_grad():
         tokens = model(x).last_hidden_state
     assert tokens.shape[1] == 1 + 3 + 4
@@ -245,29 +235,19 @@ def test_features_are_computed_once(data, tmp_path):
     assert again.seen == 4
 
 
-@pytest.mark.parametrize("change", ["weights", "grid", "image", "order", "damage", "none"])
-def test_stale_features_are_not_used(change, data, tmp_path):
-    path, grid, model = tmp_path / "train.safetensors", (2, 2), Brightness()
-    foundation_features(model, data, grid, path, progress=False)
-    if change == "weights":
-        model = Brightness(digest="b", factor=2.0)
-    elif change == "grid":
-        grid = (4, 1)
-    elif change == "image":
-        shutil.copyfile(data.paths[4], data.paths[5])
-        data = ImageFolder(data.folder, 16)
-    elif change == "order":
-        data.paths.reverse()
-        data.names.reverse()
-    elif change == "damage":
-        shard = path.with_name("train-00000.safetensors")
-        shard.write_bytes(shard.read_bytes()[:-1])
-    model.seen = 0
-    features = foundation_features(model, data, grid, path, progress=False)
-    assert model.seen == (0 if change == "none" else 30)
-    if change != "order":
-        expected = F.adaptive_avg_pool2d(to_unit(data.in_memory()), grid) * model.factor
-        assert same(all_of(features), expected.half())
+def test_features_follow_from_weights_grid_and_images(data, tmp_path):
+    def computed(model: Brightness, grid: tuple[int, int] = (2, 2)) -> int:
+        images = ImageFolder(data.folder, 16)
+        found = foundation_features(model, images, grid, tmp_path / "train.safetensors", progress=False)
+        expected = F.adaptive_avg_pool2d(to_unit(images.in_memory()), grid) * model.factor
+        assert same(all_of(found), expected.half())
+        return model.seen
+
+    assert computed(Brightness()) == 30 and computed(Brightness()) == 0
+    assert computed(Brightness("b", factor=2.0)) == 30
+    assert computed(Brightness(), (4, 1)) == 30
+    shutil.copyfile(data.paths[4], data.paths[5])
+    assert computed(Brightness(), (4, 1)) == 30
 
 
 def test_too_many_features_are_not_kept(data, tmp_path, monkeypatch):

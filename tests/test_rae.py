@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from tiny import random_images as images
+from tiny import tiny_vit
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, image_decoder, tiny_rae
@@ -41,13 +42,9 @@ def said() -> list[str]:
 # ---- transformers' folders made here
 
 
-def transformers_model(kind: str, seed: int = 0) -> nn.Module:
-    import transformers
-
-    torch.manual_seed(seed)
-    name, own = KINDS[kind][2], {"intermediate_size": 24} if kind in ("siglip", "mae") else {}
-    config = getattr(transformers, f"{name}Config")(**SMALL, **own)
-    return getattr(transformers, f"{name}Model")(config).eval()
+def transformers_model(kind: str) -> nn.Module:
+    own = {"intermediate_size": 24} if kind in ("siglip", "mae") else {}
+    return tiny_vit(KINDS[kind][2], **SMALL, **own)
 
 
 KINDS = {  # our class, leading tokens that are no patches, transformers' class

@@ -80,6 +80,14 @@ def tiny_pipeline(seed: int = 0) -> LatentDiTPipeline:
     return pipe
 
 
+def tiny_vit(name: str, **numbers) -> torch.nn.Module:
+    """A random model of transformers, such as Dinov2."""
+    import transformers
+
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**numbers)).eval()
+
+
 def random_images(size: int | tuple[int, int] = 32, batch: int = 2, seed: int = 0, channels: int = 3) -> Tensor:
     """(B, C, H, W) in [-1, 1]."""
     height, width = (size, size) if isinstance(size, int) else size
