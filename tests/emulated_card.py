@@ -4,11 +4,9 @@
     torch.ones(2, device="cuda") + torch.ones(2)  # RuntimeError: Expected all tensors to be on the same device …
     card.heard  # where the processor waited for the card, what was copied, what computed in half precision
 
-Torch's own: autograd, autocast with CUDA's lists, gradient scalers, the choice of fused and foreach optimisers, pinned
-memory, checkpoints whose tensors say where they were. Not emulated: several cards, NCCL, compilation (`torch.compile`
-does nothing), the card's kernels (attention is the plain one, numbers round as on a CPU, a T4 computes in bf16 too),
-how much memory there is and takes, speed, streams (everything is done in order), and the card's random numbers: there
-is one generator, the CPU's.
+Torch's own: autograd, autocast, gradient scalers, fused and foreach optimisers, pinned memory. Not
+emulated: several cards, compilation (`torch.compile` does nothing), the card's kernels (attention is the plain one,
+numbers round as on a CPU, a T4 computes in bf16 too), memory, speed, streams and the card's random numbers.
 """
 
 import ctypes

@@ -4,8 +4,7 @@
     subprocess.run([python(), "-m", "vavae_tools.train", …])  # as with sys.executable
 
 The program runs in a fork of the server, and so do those that it starts by `sys.executable`. What is called stands for
-it: a small process with its streams, which passes signals on, dies with it and as it did. What modules do when they are
-imported is done already, and so a few tests start real interpreters.
+it: a small process with its streams, which passes signals on and dies as it did. A few tests start real interpreters.
 """
 
 import os

@@ -69,7 +69,6 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         (UserError("No split in\n  a: make one"), 2, "error: No split in a: make one\n"),
         (KeyboardInterrupt(), 130, "error: stopped by the user\n"),
         (OSError(errno.ENOSPC, "No space left on device", "out/x"), 2, "error: No space left on the disk (out/x)."),
-        (OSError(errno.EFBIG, "File too large"), 2, "error: No space left on the disk"),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "error: Not allowed to write or read here"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from test_training import Fit, assert_same_run, modules
 from test_vavae_training import fit as fit_vavae
 from test_vavae_training import new_module
-from tiny import assert_same, tiny_dit
+from tiny import assert_same, same, tiny_dit
 
 from vavae_tools.checkpoints.formats import (
     clear_left_overs,
@@ -287,15 +287,13 @@ def test_what_is_missing_is_logged_and_starts_anew(tmp_path, data, dit):
     module, _, _ = modules("dit", *data)
     check_resumable(foreign, module)
     module.load_state_dict(found["state_dict"])
-    trained = {k: v for k, v in after(dit, 8)["state_dict"].items() if k.startswith("network.")}
-    weights = module.state_dict()
-    assert_same({k: v for k, v in weights.items() if k.startswith("network.")}, trained)
-    assert_same({k.removeprefix("ema."): v for k, v in weights.items() if k.startswith("ema.")}, trained)
+    trained, weights = after(dit, 8)["state_dict"], module.state_dict()
+    assert all(same(weights[name], trained[name.removeprefix("ema.")]) for name in weights)
     resumed = checked_fit(tmp_path / "run", data, foreign, max_epochs=1)
     assert resumed.seen == dit.seen[:4] and resumed.last["global_step"] == 4
 
 
-def test_parts_that_were_taken_out_of_our_folder_start_anew(tmp_path, data, dit):
+def test_parts_that_were_taken_out_of_our_folder_start_anew(tmp_path, dit):
     folder = write_folder(after(dit, 6), tmp_path / "checkpoint-6")
     for part in ("optimizer", "ema_model"):
         (folder / f"{part}.pt").unlink()
@@ -303,7 +301,6 @@ def test_parts_that_were_taken_out_of_our_folder_start_anew(tmp_path, data, dit)
     found = read_folder(folder, said.append)
     assert len(said) == 2 and f"{folder} has no optimizer.pt: the optimiser starts anew" in said
     assert found["optimizer_states"] == [] and found["loops"] == after(dit, 6)["loops"]
-    check_resumable(folder, modules("dit", *data)[0])
     (folder / "trainer.pt").unlink()
     found = read_folder(folder, said.append)
     assert f"{folder} has no trainer.pt: the place in the epoch is lost, and the next epoch begins" in said
@@ -409,11 +406,7 @@ def run_folder(run: Path) -> Path:
 def test_the_newest_whole_ones_stay(tmp_path, keep, stay):
     run = run_folder(tmp_path / "run")
     assert len(checkpoints_in(run)) == len(checkpoints_in(run / "checkpoints")) == 8
-    before = names(run)
-    would = keep_newest(run, keep, dry_run=True)
-    assert names(run) == before
-    gone = keep_newest(run, keep)
-    assert gone == would and {c.path.name for c in gone} == set(before) - {*stay, "checkpoints"}
+    keep_newest(run, keep)
     assert names(run) == sorted([*stay, "checkpoints"])
     assert names(run / "checkpoints") == ["best-001-0.5000.ckpt", "last.ckpt", "previous.ckpt"]
 

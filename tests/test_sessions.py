@@ -381,7 +381,6 @@ def test_the_client_pushes_the_kernel_that_is_written(kaggle, run_main):
 @pytest.mark.parametrize(
     ("notebook", "others", "words"),
     [
-        ("none.ipynb", {"owner": "me"}, "No notebook none.ipynb"),
         ("empty.ipynb", {"owner": "me"}, "No notebook empty.ipynb"),
         ("whole.ipynb", {}, "--owner is missing"),
         ("whole.ipynb", {"datasets": ["run"]}, "'run' is no owner/name"),
