@@ -70,12 +70,9 @@ def test_coco_with_validation(tmp_path):
 
 
 def test_coco_with_files_elsewhere(tmp_path):
-    coco(tmp_path / "a")
-    other = tmp_path / "b" / "mine.json"
-    other.parent.mkdir()
-    (tmp_path / "a" / "annotations" / "captions_train2017.json").rename(other)
+    other = (coco(tmp_path / "a") / "annotations" / "captions_train2017.json").rename(tmp_path / "mine.json")
     assert "data.annotations" in refused("coco", tmp_path / "a")
-    data = read("coco", tmp_path / "b", annotations=other, images=tmp_path / "a" / "train2017")
+    data = read("coco", tmp_path, annotations=other, images=tmp_path / "a" / "train2017")
     assert shown(data.train_data)["000000000003.png"][0] == 30
 
 
@@ -88,7 +85,6 @@ def test_missing_images_are_counted_and_left_out_only_when_told(tmp_path):
     assert "data.skip_missing=true" in said
     data = read("coco", tmp_path, skip_missing=True)
     assert [grey for grey, _ in shown(data.train_data).values()] == [0, 20, 30, 50]
-    assert shown(data.train_data)["000000000005.png"][1][0] == "image 5, sentence 0."
     assert "2 of 6" in data.notes[0] and "left out" in data.notes[0] and "\n" not in data.notes[0]
     for path in (tmp_path / "train2017").iterdir():
         path.unlink()
@@ -251,8 +247,7 @@ def test_nothing_there(tmp_path):
     assert "No such folder" in refused("cub", tmp_path / "none")
     image(tmp_path / "0.png")
     assert "metadata.jsonl" in refused("custom", tmp_path)
-    for setting, value in (("num_samples", 0), ("val_share", 1)):
-        assert setting in refused("shapes", None, **{setting: value})
+    assert "num_samples" in refused("shapes", None, num_samples=0) and "val_s" in refused("shapes", None, val_share=1)
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("file_name,text\n0.png,a\n")
     assert "a.csv, b.csv" in refused("custom", tmp_path)

@@ -16,43 +16,21 @@ from vavae_tools.data.images import centre_crop
 from vavae_tools.runtime.errors import UserError
 
 
-# ---- the crop
-def cubic(x: np.ndarray) -> np.ndarray:
-    """Keys' kernel with a = −1/2."""
-    x = np.abs(x)
-    inner, outer = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
-    return np.where(x < 1, inner, np.where(x < 2, outer, 0))
+def reference_crop(image: Image.Image, size: int) -> np.ndarray:
+    """`center_crop_arr` of guided-diffusion, by which ADM and DiT see ImageNet."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    resized = (round(image.size[0] * scale), round(image.size[1] * scale))
+    array = np.array(image.resize(resized, Image.Resampling.BICUBIC))
+    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[top : top + size, left : left + size]
 
 
-def box(x: np.ndarray) -> np.ndarray:
-    return ((x > -0.5) & (x <= 0.5)).astype(float)
-
-
-def resampled(array: np.ndarray, width: int, height: int, kernel) -> np.ndarray:
-    """Each new pixel is the mean of old ones, weighted by the kernel, which is as wide as the new pixel or the old."""
-    for axis, length in ((1, width), (0, height)):
-        scale = array.shape[axis] / length
-        old, new = np.arange(array.shape[axis]) + 0.5, (np.arange(length) + 0.5) * scale
-        weights = kernel((old - new[:, None]) / max(scale, 1))
-        weights /= weights.sum(1, keepdims=True)
-        array = np.floor(np.moveaxis(np.tensordot(weights, array, (1, axis)), 0, axis) + 0.5).clip(0, 255)
-    return array
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "size"), [(50, 37, 20), (37, 50, 37), (9, 14, 16), (43, 83, 11), (20, 31, 10), (40, 20, 20)]
-)
+@pytest.mark.parametrize(("height", "width", "size"), [(50, 37, 20), (37, 50, 37), (9, 14, 16), (43, 83, 11)])
 def test_the_centre_of_any_image(height, width, size):
-    """By the definition: halved while the smaller subset is at least twice the size, then resized to it, then cut."""
-    array = noise(height, width, 3)
-    expected = array.astype(float)
-    while min(expected.shape[:2]) >= 2 * size:
-        expected = resampled(expected, expected.shape[1] // 2, expected.shape[0] // 2, box)
-    scale = size / min(expected.shape[:2])
-    expected = resampled(expected, round(expected.shape[1] * scale), round(expected.shape[0] * scale), cubic)
-    top, left = (expected.shape[0] - size) // 2, (expected.shape[1] - size) // 2
-    cut = np.asarray(centre_crop(Image.fromarray(array), (size, size)))
-    assert np.abs(cut - expected[top : top + size, left : left + size]).max() <= 1  # of 255: roundings
+    image = Image.fromarray(noise(height, width, 3))
+    assert np.array_equal(centre_crop(image, (size, size)), reference_crop(image, size))
 
 
 # ---- folders
@@ -124,25 +102,21 @@ def folder_of(tmp_path: Path, counts: dict[str, int]) -> Path:
 
 
 def test_a_share_of_each_class_is_held_out(tmp_path):
-    data = image_data(folder_of(tmp_path, {"a": 100, "b": 30, "c": 2, "d": 1}), 8, channels=3)
+    folder_of(tmp_path, {"a": 100, "b": 30, "c": 2, "d": 1})
+    assert image_data(tmp_path, 8, val_share=0, channels=3).val_dataloader() == []
+    data = image_data(tmp_path, 8, channels=3)
     train, val = data.train_data, data.val_data
     assert val.labels.bincount(minlength=4).tolist() == [5, 2, 1, 0]
     assert train.labels.bincount().tolist() == [95, 28, 1, 1]
     assert not set(train.names) & set(val.names) and len(set(train.names) | set(val.names)) == 133
     for subset in (train, val):
         assert [path.parent.name for path in subset.paths] == ["abcd"[label] for label in subset.labels]
-        assert ["/".join(path.parts[-2:]) for path in subset.paths] == subset.names
-
-
-def test_what_is_held_out_follows_from_the_seed(tmp_path):
-    folder_of(tmp_path, {"a": 200})
-    assert image_data(tmp_path, 8, val_share=0, channels=3).val_dataloader() == []
 
     def held(**options):
         return set(image_data(tmp_path, 8, val_share=0.2, channels=3, **options).val_data.names)
 
     first = held()
-    assert held() == first and len(first) == 40 and held(seed=1) != first
+    assert held() == first and held(seed=1) != first  # it follows from the seed
     (tmp_path / "a" / "more.png").write_bytes(b"")
     assert len(held() ^ first) <= 2
 

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 SIZE = 16, 24
 SOURCES = ("split", "folders", "sides", "dataset", "shapes")
+QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
 
 def write_people(folder: Path, mode: str = "RGB", count: int = 8, size: tuple[int, int] = (40, 60)) -> Path:
@@ -80,15 +81,11 @@ def test_a_vavae_trains_and_encodes(tmp_path, kind, channels):
             assert np.array_equal(whole[place].permute(1, 2, 0), expected)
             assert list(data.labels)[subset.labels[place]] == subset.names[place].split("/")[0]
 
-    model = tiny_vavae(in_channels=channels, out_channels=channels)
-    foundation = Colours() if channels == 3 else None
+    model, foundation = tiny_vavae(in_channels=channels, out_channels=channels), Colours() if channels == 3 else None
     alignment = {"vf_weight": 0.1, "foundation": foundation} if foundation else {}
     module = VAVAEModule(model, lr=1e-3, warmup_steps=1, **alignment)
     before = {name: weights.clone() for name, weights in model.state_dict().items()}
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = L.Trainer(
-        accelerator="cpu", max_steps=2, limit_val_batches=1, default_root_dir=tmp_path / "run", **options
-    )
+    trainer = L.Trainer(max_steps=2, limit_val_batches=1, default_root_dir=tmp_path / "run", **QUIET)
     trainer.fit(module, data)
     assert trainer.global_step == 2 and trainer.callback_metrics["val/psnr"].isfinite()
     changed = [name for name, weights in model.state_dict().items() if not torch.equal(weights, before[name])]
@@ -216,10 +213,7 @@ def test_a_run_from_when_an_rae_had_a_data_module_of_its_own_goes_on(tmp_path, d
     def fit(resume=None):
         data, order = ImageDataModule(split, (8, 6), 3, seed=4), Order(tmp_path / "former.ckpt")
         record = RunRecord(tmp_path / "run", {}, data.fingerprint(), False, lambda line: None)
-        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        trainer = L.Trainer(
-            accelerator="cpu", max_steps=7, callbacks=[order, record], default_root_dir=tmp_path, **options
-        )
+        trainer = L.Trainer(max_steps=7, callbacks=[order, record], default_root_dir=tmp_path, **QUIET)
         trainer.fit(VAVAEModule(tiny_vavae(), warmup_steps=1), data, ckpt_path=resume, weights_only=True)
         return order.seen
 

@@ -35,8 +35,7 @@ def test_a_written_image_is_read_back(tmp_path, channels):
     pixels = torch.from_numpy(noise(channels, 5, 9))
     save_image(pixels, tmp_path / "p.png")
     read = read_image(tmp_path / "p.png", (5, 9), channels)
-    assert read.shape == (5, 9, channels)
-    assert torch.equal(torch.from_numpy(read.copy()).permute(2, 0, 1), pixels)
+    assert np.array_equal(read.transpose(2, 0, 1), pixels)
     assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
 
 

@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Thread
 
 import lightning as L
 import pytest
@@ -185,21 +185,17 @@ def test_reconstructions_of_all_are_judged_by_the_first(several, alone):
             assert rank["watched"][name] == pytest.approx(alone["watched"][name], rel=1e-4), name
 
 
-def rows_of(folder: Path) -> list[tuple[torch.Tensor, ...]]:
+def rows_of(folder: Path) -> list[torch.Tensor]:
     found = LatentFolder.read(folder)
-    return [
-        tuple(torch.cat([load_file(folder / shard)[key] for shard in found.shards[subset]]) for key in keys)
-        for subset in ("train", "val")
-        for keys in [("latents", "latents_flip", "labels")]
-    ]
+    shards = [load_file(folder / name) for subset in ("train", "val") for name in found.shards[subset]]
+    return [torch.cat([shard[key] for shard in shards]) for key in ("latents", "latents_flip", "labels")]
 
 
 def test_all_encode_and_the_latents_are_those_of_one(several, alone):
     ranks, folder = several
     expected, found = LatentFolder.read(alone["latents"]), LatentFolder.read(folder)
     assert (found.key, found.names, found.people) == (expected.key, expected.names, expected.people)
-    for mine, theirs in zip(rows_of(folder), rows_of(alone["latents"]), strict=True):
-        assert all(same(*pair) for pair in zip(mine, theirs, strict=True))
+    assert all(map(same, rows_of(folder), rows_of(alone["latents"])))
     for values, wanted in ((found.mean, expected.mean), (found.std, expected.std)):
         torch.testing.assert_close(torch.tensor(values), torch.tensor(wanted), rtol=1e-9, atol=1e-12)
     first, second, third = zip(*(rank["encoded"] for rank in ranks), strict=True)
@@ -232,21 +228,17 @@ class OneThread(Ranks):
 
 def at_once(size: int, work) -> list:
     """`work(ranks)` of each → what it returned, or the error it raised."""
-    store, found = HashStore(), [None] * size
+    store = HashStore()
 
-    def run(rank: int) -> None:
+    def run(rank: int):
         try:
-            found[rank] = work(OneThread(rank, size, rank, store))
+            return work(OneThread(rank, size, rank, store))
         except Exception as error:
             store.set("failed", "")
-            found[rank] = error
+            return error
 
-    threads = [Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, range(size)))
 
 
 @pytest.mark.parametrize(("size", "count"), [(2, 64), (4, 1), (7, 5)])

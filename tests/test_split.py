@@ -174,30 +174,27 @@ def test_persons_with_one_image_and_with_copies_of_one_are_in_train(tmp_path):
 
 def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
     source = people(tmp_path / "in", 5, 5)
-    whole = image(77, size=(64, 64), kind="JPEG")
     broken = {
-        "ID_1/cut.jpg": whole[: len(whole) // 2],
+        "ID_1/cut.jpg": image(77, (64, 64), "JPEG")[:2000],
         "ID_1/empty.jpg": b"",
         "ID_1/text.png": b"no image",
-        "ID_2/cut.png": image(78, size=(64, 64))[:-400],
-        "ID_2/dot.png": image(79, size=(1, 1)),
+        "ID_2/cut.png": image(78, (64, 64))[:-400],
+        "ID_2/dot.png": image(79, (1, 1)),
     }
     for key, data in broken.items():
         (source / key).write_bytes(data)
     (source / "ID_2/gone.png").symlink_to(tmp_path / "nowhere.png")
     report = run(source, tmp_path / "out")
     (source / "ID_2/gone.png").unlink()
-    assert report.unreadable.keys() == {*broken, "ID_2/gone.png"}
-    assert "truncated" in report.unreadable["ID_1/cut.jpg"]
-    assert report.unreadable["ID_1/empty.jpg"] == "an empty file"
-    assert report.unreadable["ID_1/text.png"] == "not an image that Pillow can read"
-    assert report.unreadable["ID_2/dot.png"] == "too small: 1x1 pixels"
-    assert report.unreadable["ID_2/gone.png"] == "cannot be read: No such file or directory"
-    assert report.totals == {"train": 8, "val": 2, "left_out": 6}
-    assert len(subsets(tmp_path / "out")) == 10
+    why = report.unreadable
+    assert why.keys() == {*broken, "ID_2/gone.png"} and "truncated" in why["ID_1/cut.jpg"]
+    assert (why["ID_1/empty.jpg"], why["ID_1/text.png"]) == ("an empty file", "not an image that Pillow can read")
+    assert why["ID_2/dot.png"] == "too small: 1x1 pixels"
+    assert why["ID_2/gone.png"] == "cannot be read: No such file or directory"
+    assert report.totals == {"train": 8, "val": 2, "left_out": 6} and len(subsets(tmp_path / "out")) == 10
     info = read_split_info(tmp_path / "out")
-    assert info["unreadable"] == report.unreadable and info["files"]["ID_1/cut.jpg"]["side"] is None
-    assert all(f"left out: {key}: " in str(report) for key in report.unreadable)
+    assert info["unreadable"] == why and info["files"]["ID_1/cut.jpg"]["side"] is None
+    assert all(f"left out: {key}: " in str(report) for key in why)
     report = run(source, tmp_path / "contents", check="contents", link="hard")  # passes over all but empty files
     assert report.unreadable == {"ID_1/empty.jpg": "an empty file"} and report.sizes == {}
 
@@ -255,7 +252,6 @@ def test_links_give_the_same_split_as_copies(tmp_path, monkeypatch, link, check)
     for path in (tmp_path / "links").glob("*/*/*.png"):
         original = source / path.parent.name / path.name
         assert path.samefile(original) and path.is_symlink() == (link == "symbolic")
-    assert not list((tmp_path / "links").rglob("probe"))
 
 
 # ---- refusals
@@ -348,8 +344,6 @@ def test_a_different_split_is_replaced_only_when_asked(tmp_path):
     source = people(tmp_path / "in", 6, 6)
     run(source, tmp_path / "out")
     refused(tmp_path, "holds a different split: it was made with seed 0, now 3", source, seed=3)
-    words = "train_ratio 0.8, now 0.5"
-    refused(tmp_path, words, source, train_ratio=0.5, val_ratio=0.5)
     refused(tmp_path, "image_extensions jpeg,jpg,png, now png", source, extensions=("png",))
     assert run(source, tmp_path / "out", seed=3, overwrite=True).totals["val"] == 2
     assert read_split_info(tmp_path / "out")["seed"] == 3
