@@ -22,7 +22,7 @@ _AT_ONCE = 2**24  # numbers in a table of logits, cells × tokens
 
 
 class Chosen(NamedTuple):
-    """Images of the data and what is known of them."""
+    """Images of the data."""
 
     index: Tensor  # int64 (B,)
     clean: Tensor  # (B, C, H, W), prompts included
@@ -75,8 +75,8 @@ def bits_per_token(
     prior is needed. x̂ is clipped to the images' range. At the last time, p of each token alone is the softmax of the
     Gaussian log-likelihoods of all codes, whatever the denoiser says.
 
-    With r = √SNR the integral is ∫ r·E‖x − x̂‖² dr: r is drawn evenly, for each of `count` random images by one random
-    shift of `times` even places, each a call of the denoiser, which keeps it unbiased.
+    With r = √SNR the integral is ∫ r·E‖x − x̂‖² dr, unbiased by r drawn evenly: for each of `count` random images one
+    random shift of `times` even places, each a call of the denoiser.
     """
     code, end, parts, lengths = data.code, _ratio_without_open_bits(data, seed), [], []
     for chosen in chosen_images(data, count, seed):

@@ -82,14 +82,18 @@ class KernelDistance:
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> KernelDistance:
     """Kernel distance of features (N, D), 4 or more, as in KID (Bińkowski et al. 2018): unbiased also of small sets.
 
-    The squared maximum mean discrepancy under (x·y / D + 1)³, averaged over random subsets: half of each set, no more
-    than `subset_size`. They also give the interval, as a jackknife that leaves out all but a subset (Shao & Wu 1989).
+    The squared maximum mean discrepancy under (x·y / D + 1)³, where no image is compared with itself, averaged over
+    random subsets: half of each set, no more than `subset_size`. They also give the interval, as a jackknife that
+    leaves out all but a subset (Shao & Wu 1989).
     """
     sizes = [min(subset_size, len(x) // 2) for x in (a, b)]
     generator, drawn = torch.Generator().manual_seed(seed), []
     for _ in range(subsets):
         rows = [torch.randperm(len(x), generator=generator)[:size] for x, size in zip((a, b), sizes, strict=True)]
-        drawn.append(_squared_discrepancy(a[rows[0]].double(), b[rows[1]].double()))
+        x, y = a[rows[0]].double(), b[rows[1]].double()
+        of_x, of_y, between = ((u @ v.T / u.shape[1] + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
+        within = sum((of.sum() - of.trace()) / (len(of) * (len(of) - 1)) for of in (of_x, of_y))
+        drawn.append(within - 2 * between.mean())
     values = torch.stack(drawn)
     of_all = max(size / (len(x) - size) for x, size in zip((a, b), sizes, strict=True))  # 1 for halves
     value, spread = values.mean().item(), values.std().item() * math.sqrt(of_all)
@@ -106,14 +110,6 @@ def mean_kernel_distance(a: Sequence[Tensor], b: Sequence[Tensor], seed: int = 0
     value = sum(d.value for d in each) / len(each)
     half = math.sqrt(sum(((d.high - d.low) / 2) ** 2 for d in each)) / len(each)
     return KernelDistance(value, value - half, value + half)
-
-
-def _squared_discrepancy(a: Tensor, b: Tensor) -> Tensor:
-    """Return the unbiased estimate: no image is compared with itself."""
-
-    of_a, of_b, between = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    within = ((of.sum() - of.trace()) / (len(of) * (len(of) - 1)) for of in (of_a, of_b))
-    return sum(within) - 2 * between.mean()
 
 
 @in_float32

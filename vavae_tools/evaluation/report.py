@@ -186,11 +186,10 @@ def evaluate_images(
 
     Args:
         generated_dir: holds ID_1/ ID_2/ … with the names of the split's folders, or of the other data's classes.
-        data_dir: a split, or whatever else `ImageDataModule` reads.
+        data_dir, source: what `ImageDataModule` reads, such as a split, and how, such as train_split, val_share, crop.
         image_size: pixels, to which all images are resized; by default the generated images' own.
         seed: of the classifier, of the subsets that are compared, and of what is held out where nothing validates.
         device: by default a GPU, if there is one that works.
-        source: how `ImageDataModule` reads the real images, such as train_split, val_share, crop.
     """
     real, generated, notes = _load(Path(generated_dir), data_dir, image_size, seed=seed, progress=progress, **source)
     labels, train, device = real.labels, real.train_data, device_of(0) if device is None else device
@@ -212,9 +211,8 @@ def evaluate_images(
     people = {name: sets.score(label) for name, label in labels.items() if (generated.labels == label).any()}
     copies, pairs, closest = _check_copies(sets)
     distances, figures = _distances(sets, seed, notes), _figures(people, sets, closest)
-    folders = str(generated_dir), str(data_dir), str(output_dir)
-    found = sets.score(None), people, distances, copies, pairs, notes, figures
-    evaluation = Evaluation(*folders, train.image_size, *found)
+    about = str(generated_dir), str(data_dir), str(output_dir), train.image_size, sets.score(None), people
+    evaluation = Evaluation(*about, distances, copies, pairs, notes, figures)
     save_figures(evaluation.figures, Path(output_dir) / "figures")
     write_json(Path(output_dir) / "evaluation.json", evaluation.as_dict())
     return evaluation

@@ -253,9 +253,8 @@ def evaluate_tokens(
         log(f"writing {len(prompts):,} {name} in {num_inference_steps} steps")
         written = pipe(prompts, num_inference_steps=num_inference_steps, seed=seed)
         scores[name] = judge.of_written(written, prompts)
-        for text, prompt in zip(written.texts, prompts, strict=True):
-            line = {"text": text, "prompt": train.text(prompt) if prompt else None}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        starts = [train.text(prompt) if prompt else None for prompt in prompts]
+        lines += [{"text": text, "prompt": start} for text, start in zip(written.texts, starts, strict=True)]
     if val is not None:
         scores["real"] = judge.of_real(val, chosen)
     log("measuring bits per token and what comes back from noise")
@@ -273,6 +272,7 @@ def evaluate_tokens(
         folder = Path(output_dir)
         save_figures(report.figures, folder / "figures")
         with atomic_write(folder / "samples.jsonl") as partial:
+            lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
             partial.write_text("".join(lines), encoding="utf-8")
         write_json(folder / "evaluation.json", report.as_dict())
     return report

@@ -129,7 +129,6 @@ def digest_of(*models: ModelMixin) -> str:
 
 # ---- from files
 def is_folder_of_pipeline(path: Path) -> bool:
-    """Return whether a path is for `read_pipeline`, and not a checkpoint for `read_training`."""
     return path.is_dir() and not is_checkpoint(path)
 
 

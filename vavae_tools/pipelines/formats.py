@@ -186,10 +186,15 @@ def begin(files: SampleFiles, settings: dict[str, Any], precision: str | None, o
 
     Its batch size is the one of before, if any, and so is its precision where none is asked for.
     """
-    folder, record, foreign, of_order = files.output_dir, _read(files.output_dir), [], []
+    folder, record, foreign, of_order = files.output_dir, {}, [], []
+    with suppress(UserError):  # a damaged one is as good as none
+        record = read_json(folder / RECORD)
+    record = record if isinstance(record.get("settings"), dict) else {}
     own, formats = type(files), (PngFolder, NpzFile) if files.family == "folders" else (type(files),)
     old = [path for kind in formats for path in kind.found(folder)]
-    if record and _family(record) != files.family:
+    texts = "texts" in record.get("settings", {})
+    family = "texts" if texts else "prompts" if "prompts" in record else "folders"
+    if record and family != files.family:
         raise UserError(f"{folder} holds samples of another kind of pipeline ({RECORD}): name another --output_dir")
     if not old:
         record = {}  # of samples that are gone, or were never made
@@ -219,19 +224,6 @@ def begin(files: SampleFiles, settings: dict[str, Any], precision: str | None, o
     kept = {} if foreign else record
     order = {"npz": files.order} if files.order else {}
     return {**kept, **order, "settings": settings, files.family: {**kept.get(files.family, {}), **files.shown}}
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    """Return the record; {} where there is none, or a damaged one, which is as good as none."""
-    try:
-        record = read_json(folder / RECORD)
-    except UserError:
-        return {}
-    return record if isinstance(record.get("settings"), dict) else {}
-
-
-def _family(record: dict[str, Any]) -> str:
-    return "texts" if "texts" in record["settings"] else "prompts" if "prompts" in record else "folders"
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

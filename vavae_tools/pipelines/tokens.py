@@ -130,13 +130,12 @@ class TokenImagePipeline(base.DenoiserPipeline):
         """Write texts.
 
         Args:
-            prompts: beginnings of texts, or chats, a question or its messages, whose answers are wanted; or either as
-                token numbers; None: texts of their own.
+            prompts: beginnings of texts, or questions or chats to answer, or token numbers; None: texts of their own.
             num_samples: texts for each prompt, or without prompts in all.
             max_new_tokens: the length to write, at most up to the last cell; None: drawn from the lengths of training
-                that are longer than the prompt; up to the last cell where none was.
-            eta: share of fresh noise in each step as in DDIM (Song et al. 2021): 1 corrects earlier errors, 0 is
-                Euler's method on the flow. Of no effect where the pipeline has a solver.
+                that are longer than the prompt, if any.
+            eta: share of fresh noise in each step as in DDIM (Song et al. 2021), where the pipeline has no solver: 1
+                corrects earlier errors, 0 is Euler's method on the flow.
             seed: text number i of a seed is the same whatever else is made beside it.
             numbers: of the texts in the seed, in place of 0, 1, … and of num_samples.
         """

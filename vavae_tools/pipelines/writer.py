@@ -57,9 +57,8 @@ def write_samples(
             `samples_NxHxWx3.npz` as ADM's evaluator reads it: arr_0 uint8 (N, H, W, 3), arr_1 the labels int64 (N,),
             both in the order of `labels`.
         overwrite: what if the folder holds images of other settings: True replaces them, False raises an error.
-        settings: arguments of `pipe.make`, where without a precision it is the one of the images that are there, of the
-            same settings, or the machine's own; batch_size, made at once, by default as before in this folder, or by
-            the memory there is; ranks, the processes that share the work, of which the first returns when all are done.
+        settings: arguments of `pipe.make`; batch_size, made at once; both it and the precision are by default as before
+            in this folder, or the machine's own; ranks, the processes that share the work.
     """
     if isinstance(pipe, str | Path):
         settings |= {"labels": list(labels), "output_dir": output_dir, "seed": seed, "names": names, "format": format}
