@@ -204,8 +204,9 @@ def test_a_folder_of_another_transformers_version_comes_back(tmp_path):
         former[name] = tensor
     assert former.keys() != load_file(path).keys()
     save_file(former, path)
-    assert same_weights(RAE.from_pretrained(tmp_path, low_cpu_mem_usage=False), rae)
     assert same_weights(read_rae_folder(tmp_path), rae)
+    path.unlink()
+    refused(lambda: read_rae_folder(tmp_path), "cannot be loaded", str(tmp_path))
 
 
 def test_diffusers_own_folder(tmp_path, said):
@@ -357,14 +358,3 @@ def test_weights_of_another_architecture_are_named(tmp_path, config_path, said):
     torch.save({f"decoder.{name}": tensor for name, tensor in tiny_rae().decoder.state_dict().items()}, path)
     refused(lambda: load(said, encoder_config_path=config_path, decoder_path=path), "take decoder=tiny")
     refused(lambda: fit(small_rae().decoder, {"decoder_norm.bias": torch.zeros(16)}), "1 of ", "is missing")
-
-
-def test_damaged_rae_folders_are_one_line(tmp_path):
-    rae = small_rae()
-    rae.set_statistics(*statistics(rae))
-    rae.save_pretrained(tmp_path)
-    weights = tmp_path / "diffusion_pytorch_model.safetensors"
-    save_file({k: v for k, v in rae.state_dict().items() if "statistics" not in k}, weights)
-    refused(lambda: read_rae_folder(tmp_path), "2 are missing, such as statistics_mean")
-    weights.unlink()
-    refused(lambda: read_rae_folder(tmp_path), "cannot be loaded", str(tmp_path))
