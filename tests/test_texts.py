@@ -1,8 +1,7 @@
 """Texts: encoded once, without padding, equal ones once; read beside the latents with a caption for each image."""
 
 import hashlib
-import json
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +16,6 @@ from vavae_tools.data.text_states import TextFolder, TextLatentDataModule, encod
 from vavae_tools.runtime.errors import UserError
 
 DIM, POOLED, MAX_SENTENCES = 4, 3, 8
-
-
-@dataclass
-class States:
-    tokens: Tensor
-    mask: Tensor
-    pooled: Tensor
 
 
 def numbers(word: str, count: int) -> Tensor:
@@ -46,7 +38,7 @@ class WordEncoder:
     def words(self, caption: str) -> list[str]:
         return ["<", *caption.split()[: MAX_SENTENCES - 2], ">"]
 
-    def encode(self, captions: list[str]) -> States:
+    def encode(self, captions: list[str]) -> SimpleNamespace:
         if self.fails_after is not None and len(self.encoded) >= self.fails_after:
             raise KeyboardInterrupt
         self.encoded += captions
@@ -57,7 +49,7 @@ class WordEncoder:
             row[: len(states)] = states
         lengths = torch.tensor(list(map(len, rows)))
         pooled = torch.stack([numbers(caption, POOLED) for caption in captions])
-        return States(tokens, torch.arange(longest) < lengths[:, None], pooled)
+        return SimpleNamespace(tokens=tokens, mask=torch.arange(longest) < lengths[:, None], pooled=pooled)
 
     def lengths(self, captions: list[str]) -> tuple[list[int], int]:
         lengths = [len(caption.split()) + 2 for caption in captions]
@@ -83,17 +75,16 @@ DISTINCT = sorted({"", *(c for subset in CAPTIONS.values() for of in subset for 
 def write_latents(path, count: int = 5, val: int = 2) -> LatentFolder:
     """A folder as `encode_latents` writes it; every latent is its row."""
     path.mkdir(parents=True, exist_ok=True)
-    names, shards = {}, {}
-    for subset, length in (("train", count), ("val", val)):
-        rows = torch.arange(length, dtype=torch.float32)[:, None, None, None].expand(-1, 2, 2, 2).contiguous()
-        save_file(
-            {"latents": rows, "labels": torch.zeros(length, dtype=torch.int64)}, path / f"{subset}-00000.safetensors"
-        )
-        names[subset], shards[subset] = [f"{subset}/{k}" for k in range(length)], [f"{subset}-00000.safetensors"]
-    index = {"key": "k", "weights": "w", "mean": [0.0, 0.0], "std": [1.0, 1.0], "shape": [2, 2, 2], "names": names}
-    index |= {"image_size": [16, 16], "flips": False, "people": {"any": 0}, "shards": shards}
-    (path / "latents.json").write_text(json.dumps(index))
-    return LatentFolder.read(path)
+    names = {"train": [f"train/{k}" for k in range(count)], "val": [f"val/{k}" for k in range(val)]}
+    shards = {subset: [f"{subset}-00000.safetensors"] for subset in names}
+    for subset, of_subset in names.items():
+        rows = torch.arange(float(len(of_subset)))[:, None, None, None].expand(-1, 2, 2, 2).contiguous()
+        labels = torch.zeros(len(of_subset), dtype=torch.int64)
+        save_file({"latents": rows, "labels": labels}, path / shards[subset][0])
+    statistics = [0.0, 0.0], [1.0, 1.0]
+    folder = LatentFolder(path, "k", "w", *statistics, (2, 2, 2), (16, 16), False, {"any": 0}, names, shards)
+    folder.write()
+    return folder
 
 
 @pytest.fixture
@@ -101,24 +92,14 @@ def folder(tmp_path) -> TextFolder:
     return encode_texts(WordEncoder(), CAPTIONS, tmp_path / "texts", progress=False)
 
 
-def expected(captions: list[str]) -> dict[str, Tensor]:
-    """What the encoder says, padded by hand."""
-    encoder = WordEncoder()
-    longest = max(len(encoder.words(caption)) for caption in captions)
-    tokens, mask = torch.zeros(len(captions), longest, DIM), torch.zeros(len(captions), longest, dtype=torch.bool)
-    for row, caption in enumerate(captions):
-        for place, word in enumerate(encoder.words(caption)):
-            tokens[row, place], mask[row, place] = numbers(word, DIM), True
-    return {
-        "text_tokens": tokens,
-        "text_mask": mask,
-        "text_pooled": torch.stack([numbers(c, POOLED) for c in captions]),
-    }
-
-
 def assert_states(batch: dict[str, Tensor], captions: list[str], dtype: torch.dtype = torch.float32) -> None:
-    for name, values in expected(captions).items():
-        assert same(batch[name], values if name == "text_mask" else values.to(dtype)), name
+    """They are what the encoder says, padded by hand."""
+    words = [WordEncoder().words(caption) for caption in captions]
+    longest = max(map(len, words))
+    rows = [[numbers(word, DIM) for word in of] + [torch.zeros(DIM)] * (longest - len(of)) for of in words]
+    assert same(batch["text_tokens"], torch.stack([torch.stack(row) for row in rows]).to(dtype))
+    assert same(batch["text_mask"], torch.tensor([[place < len(of) for place in range(longest)] for of in words]))
+    assert same(batch["text_pooled"], torch.stack([numbers(caption, POOLED) for caption in captions]).to(dtype))
 
 
 def test_only_real_tokens_are_stored_and_equal_captions_once(tmp_path):
@@ -175,19 +156,18 @@ def test_an_interrupted_encoding_goes_on(tmp_path, monkeypatch):
 
 
 def test_stale_texts_are_never_used_and_others_are_encoded_once(folder):
-    again = WordEncoder()
-    assert encode_texts(again, CAPTIONS, folder.path, progress=False) == folder and again.encoded == []
-    other = WordEncoder("b")
-    changed = encode_texts(other, CAPTIONS, folder.path, progress=False)
-    assert other.encoded == DISTINCT and changed.key != folder.key
+    def encode(name, captions):
+        encoder = WordEncoder(name)
+        return encode_texts(encoder, captions, folder.path, progress=False), encoder.encoded
+
+    assert encode("a", CAPTIONS) == (folder, [])
+    changed, encoded = encode("b", CAPTIONS)
+    assert encoded == DISTINCT and changed.key != folder.key
     fewer = {"train": CAPTIONS["train"][:2]}
-    third = WordEncoder("b")
-    smaller = encode_texts(third, fewer, folder.path, progress=False)
-    assert smaller.pictures == {"train": 2} and len(third.encoded) == smaller.distinct == 5
-    swapped = {"train": fewer["train"][::-1]}
-    fourth = WordEncoder("b")
-    encode_texts(fourth, swapped, folder.path, progress=False)
-    assert fourth.encoded == []  # the same captions of other images: only who has which is written anew
+    smaller, encoded = encode("b", fewer)
+    assert smaller.pictures == {"train": 2} and len(encoded) == smaller.distinct == 5
+    _, encoded = encode("b", {"train": fewer["train"][::-1]})
+    assert encoded == []  # the same captions of other images: only who has which is written anew
     data = load_file(folder.path / texts.CAPTIONS)
     distinct = sorted({"", *sum(fewer["train"], ())})
     assert [distinct[place] for place in data["train.places"]] == [*fewer["train"][1], *fewer["train"][0]]
