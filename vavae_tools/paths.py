@@ -54,9 +54,7 @@ def find_paths(
 ) -> ProjectPaths:
     """Find images and a folder for outputs: what is given, else what Kaggle mounted, else the built-in data.
 
-    Args:
-        images: folder of person folders; also from the environment variable `VAVAE_PICTURES`.
-        work: folder for outputs, also from `VAVAE_WORK`; by default `/kaggle/working` where it is, else `outputs`.
+    `images` (person folders) and `work` may also be given by the environment, as `VAVAE_PICTURES` and `VAVAE_WORK`.
     """
     images = images or os.environ.get("VAVAE_PICTURES")
     work = work or os.environ.get("VAVAE_WORK") or (working_root if working_root.is_dir() else "outputs")

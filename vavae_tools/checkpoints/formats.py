@@ -117,8 +117,7 @@ def no_weights(folder: Path) -> str:
 def write_any_format(checkpoint: dict[str, Any], path: str | Path) -> Path:
     """Write Lightning's checkpoint as what the name says: a `.ckpt`, a single `.pth` or `.pt`, else a folder.
 
-    A `.pth` has the parts of a folder as its keys, and `epoch` and `global_step`. What `last.ckpt` was before becomes
-    `previous.ckpt`.
+    A `.pth` has a folder's parts as its keys. What `last.ckpt` was before becomes `previous.ckpt`.
     """
     path = Path(path)
     if path.suffix not in FILES:
@@ -290,10 +289,8 @@ def place_in(state: dict[str, Any]) -> dict[str, int]:
 def place_in_name(path: Path) -> dict[str, int]:
     """Return what a name tells.
 
-    >>> place_in_name(Path("checkpoint-epoch-118")), place_in_name(Path("checkpoint-5000"))
-    ({'epoch': 118}, {'global_step': 5000})
-    >>> place_in_name(Path("checkpoint_epoch_50.pth")), place_in_name(Path("weights"))
-    ({'epoch': 50}, {})
+    >>> place_in_name(Path("checkpoint_epoch_50.pth")), place_in_name(Path("checkpoint-5000"))
+    ({'epoch': 50}, {'global_step': 5000})
     """
     patterns = {"epoch": r"epoch[-_=]?(\d+)", "global_step": r"(?:step[-_=]?|checkpoint[-_])(\d+)(?:\.\w+)?$"}
     return {name: int(found[1]) for name, p in patterns.items() if (found := re.search(p, path.name))}

@@ -60,10 +60,7 @@ def checkpoint_info(path: str | Path) -> Checkpoint:
 
 
 def checkpoints_in(run: str | Path, also: tuple[str, ...] = ()) -> list[Checkpoint]:
-    """Return a run's checkpoints, in its folder and in `checkpoints/` there, the newest first: by step, then by time.
-
-    `run` may also be that `checkpoints/`; `also` are patterns of further names.
-    """
+    """Return a run's checkpoints, in its folder and in `checkpoints/` there, the newest first by step and time."""
     run = Path(run)
     run = run.parent if run.name == "checkpoints" else run
     patterns = (*NAMES_OF_CHECKPOINTS, *also)
@@ -101,7 +98,6 @@ def resume_path(resume: str | None, run: str | Path, log: Callable[[str], None] 
     Args:
         resume: "last"; a `.ckpt`, a `.pth` or a checkpoint's folder; or a run's folder, for its newest whole one.
         run: the folder of this run, or the `checkpoints/` in it, where "last" is looked for.
-        log: gets a line where another one than the newest is taken, because that is damaged.
     """
     if resume is None:
         return None
@@ -159,8 +155,7 @@ def best_checkpoint(folder: str | Path) -> Path:
 def check_resumable(path: Path | None, module: "L.LightningModule") -> None:
     """Raise where a checkpoint is of another model than the module, or holds no more than weights.
 
-    Where one from elsewhere names the weights otherwise, but in one way only, or lacks their average, the module takes
-    them all the same when Lightning loads them.
+    Where one names the weights otherwise or lacks their average (`match_names`), the module takes them all the same.
     """
     if path is None or formats.is_deepspeed(path):  # which its strategy checks and reads
         return

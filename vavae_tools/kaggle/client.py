@@ -1,7 +1,6 @@
-"""What speaks with Kaggle's clients, as a program of its own: REQUEST.json in, ANSWER.json out.
+"""What speaks with Kaggle's clients, as a program of its own: REQUEST.json in, ANSWER.json out, without tokens.
 
-Importing the kaggle client prints, closes stdin and may end the process, and the bars of both cannot be silenced: none
-of that may happen to a notebook. Needs nothing but the standard library and a client. No answer holds a token.
+Importing the kaggle client prints, closes stdin and may end the process, and the bars of both cannot be silenced.
 """
 
 import json

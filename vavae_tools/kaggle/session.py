@@ -131,8 +131,8 @@ def push(
     """
     if not dataset:
         raise Unavailable('no dataset is named; "your-name/your-run" is made where there is none')
-    if dataset != _check_name(dataset):
-        raise UserError(f"--dataset {dataset}: a version is made, not chosen: name {_check_name(dataset)}")
+    if (name := _check_name(dataset)) != dataset:
+        raise UserError(f"--dataset {dataset}: a version is made, not chosen: name {name}")
     if not work.is_dir():
         raise UserError(f"No such folder: {work}. Name the one that holds checkpoints/, latents/ …")
     paths = session_files(work, images)
@@ -412,7 +412,7 @@ def _ask(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     dataset, reason = request["dataset"], answer["reason"]
     own = "make a token in the settings of your Kaggle account and set KAGGLE_API_TOKEN, or KAGGLE_USERNAME and "
     own += "KAGGLE_KEY, in the environment or as secrets of the notebook. Nothing else needs them"
-    unavailable = {
+    lines = {
         "client": f"neither kagglehub nor the kaggle client is here ({reason}): pip install kaggle",
         "credentials": f"no Kaggle credentials are here, or none that work: {own}",
         "refused": f"Kaggle does not know these credentials ({reason}): {own}",
@@ -420,9 +420,7 @@ def _ask(request: dict[str, Any], folder: Path) -> dict[str, Any]:
         "its version and attach its output to the next session",
         "missing": f"there is no dataset {dataset} that you may read: it is made by the first push",
     }
-    if answer["fault"] in unavailable:
-        raise Unavailable(unavailable[answer["fault"]])
-    failed = {
+    faults = {
         "late": f"{dataset}: Kaggle took every file, but does not list the new version after {reason}; the versions "
         f"before are kept. Look later with kaggle datasets files {dataset}, or push again",
         "lost": f"{dataset} has lost something on the way: {reason}. Push again; the versions before are kept, such as "
@@ -430,5 +428,6 @@ def _ask(request: dict[str, Any], folder: Path) -> dict[str, Any]:
         "failed": f"{dataset} was not pushed ({reason}); what it held before is kept. Push again",
     }
     if request["do"] == "pull":
-        failed["failed"] = f"{dataset} could not be downloaded ({reason}); what is here is as it was. Try it again"
-    raise UserError(failed[answer["fault"]])
+        faults["failed"] = f"{dataset} could not be downloaded ({reason}); what is here is as it was. Try it again"
+    kind = answer["fault"]
+    raise UserError(faults[kind]) if kind in faults else Unavailable(lines[kind])

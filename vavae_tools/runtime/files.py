@@ -27,10 +27,8 @@ def local_folder(
 ) -> Path:
     """Return a path as it is, or for "owner/name", where there is no such path, the folder of the hub's repository.
 
-    Args:
-        of, instead: for messages: whose folder it is, and what to do without the hub.
-        patterns, ignored: of the files that are fetched, and of those among them that are not.
-        file: what a path may be in place of a folder, such as "config.json".
+    `of` and `instead` are for messages: whose folder it is, what to do without the hub; `file` is what a path may be
+    in place of a folder, such as "config.json".
     """
     path = Path(source)
     if path.is_dir() or (file and path.exists()):

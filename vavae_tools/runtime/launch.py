@@ -40,15 +40,13 @@ def several_processes(
 
     Takes the arguments of `devices.trainer_settings`, which refuses what this machine cannot do.
     """
-    if started_already():
+    if started_already() or num_nodes != 1:
         return None
     from vavae_tools.runtime.machine import find_machine
 
-    try:
-        count = int(devices) if devices != "auto" else find_machine().devices if accelerator != "cpu" else 1
-    except (TypeError, ValueError):
-        return None
-    return count if count > 1 and num_nodes == 1 else None
+    if devices == "auto":
+        devices = find_machine().devices if accelerator != "cpu" else 1
+    return int(devices) if str(devices).isdecimal() and int(devices) > 1 else None
 
 
 def call_on_ranks(
@@ -96,7 +94,7 @@ def call_on_ranks(
         finally:
             _end_all(ranks)
         if cell is not None:
-            cell.end()
+            cell.update(ended=True)
         if failed:
             _raise_fault(failed, ranks, stopped, cell)
         result = folder / "result"
@@ -136,21 +134,14 @@ class Cell:
         self.show, self.last, self.bars = show, deque(maxlen=50), {}
         self._output, self._unread = output, b""
 
-    def update(self) -> None:
+    def update(self, ended: bool = False) -> None:
         self._unread += self._output.read() or b""
-        while b"\n" in self._unread:
+        while b"\n" in self._unread or (ended and self._unread):
             line, _, self._unread = self._unread.partition(b"\n")
-            self._show(line.decode(errors="replace"))
-
-    def end(self) -> None:
-        self.update()
-        if self._unread:
-            self._show(self._unread.decode(errors="replace"))
-
-    def _show(self, line: str) -> None:
-        if not show_record(line, self.bars, self.show):
-            self.last.append(line.rstrip())
-            print(line, flush=True)
+            text = line.decode(errors="replace")
+            if not show_record(text, self.bars, self.show):
+                self.last.append(text.rstrip())
+                print(text, flush=True)
 
 
 def _without_shared_memory(count: int, folder: str = "/dev/shm") -> dict[str, str]:

@@ -85,17 +85,17 @@ def device_of(number: int) -> str:
     """Take the device of process number 0, 1, … on this machine, and return it: "cuda:0", …, or "cpu"."""
     if find_device() == "cpu":
         return "cpu"
-    if number >= torch.cuda.device_count():
-        found = f"There is no GPU for process {number + 1} on this machine, which has {torch.cuda.device_count()}"
-        raise UserError(f"{found}: start as many processes as there are GPUs")
     take_card(number)
     return f"cuda:{number}"
 
 
 def take_card(number: int = 0) -> None:
     """Let "cuda" mean this card, if any; raise where another process leaves less than `MIN_FREE_BYTES`."""
-    if not torch.cuda.is_available() or number >= torch.cuda.device_count():
+    if not torch.cuda.is_available():
         return
+    if number >= torch.cuda.device_count():
+        found = f"There is no GPU for process {number + 1} on this machine, which has {torch.cuda.device_count()}"
+        raise UserError(f"{found}: start as many processes as there are GPUs")
     try:
         if number:
             torch.cuda.set_device(number)
