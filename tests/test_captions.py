@@ -235,7 +235,6 @@ def test_custom_subsets_and_empty_captions(tmp_path):
     ],
 )
 def test_damaged_lists(tmp_path, name, content, words):
-    image(tmp_path / "0.png")
     (tmp_path / name).write_bytes(content)
     said = refused("custom", tmp_path)
     assert words in said and name in said

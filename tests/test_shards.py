@@ -66,8 +66,7 @@ def test_labels_captions_and_bytes_arrive_exactly(tmp_path, run_main, monkeypatc
 
     data = image_data(tmp_path / "out", 8)
     assert data.labels == {"0": 0, "1": 1, "2": 2} and len(data.train_data) == 20 and len(data.val_data) == 5
-    expected = np.asarray(Image.open(io.BytesIO(image(21))))
-    assert np.array_equal(data.val_data[1]["images"].permute(1, 2, 0).numpy(), expected)
+    assert np.array_equal(data.val_data[1]["images"].permute(1, 2, 0), Image.open(io.BytesIO(image(21))))
     assert caption_data("custom", tmp_path / "out", 8).train_data.captions[7] == ("caption 7, é",)
 
 
@@ -109,11 +108,6 @@ def test_parquet_and_captions_without_labels(tmp_path):
     assert data.labels == {"ape": 0, "wolf": 1} and len(data.train_data) == len(data.val_data) == 4
 
 
-def headers(path: Path) -> list[int]:
-    with tarfile.open(path) as tar:
-        return [member.offset for member in tar]
-
-
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -129,7 +123,9 @@ def headers(path: Path) -> list[int]:
 )
 def test_a_damaged_tar_is_an_error(tmp_path, damage, words):
     path = pack(tmp_path / "in" / "0.tar", labelled(8))
-    path.write_bytes(damage(path.read_bytes(), headers(path)))
+    with tarfile.open(path) as tar:
+        headers = [member.offset for member in tar]
+    path.write_bytes(damage(path.read_bytes(), headers))
     refused(tmp_path / "in", words)
 
 
