@@ -109,19 +109,16 @@ def test_precision(name, machine, strategy, precision):
     assert precision_of(name, machine, strategy) == precision
 
 
-@pytest.mark.parametrize(
-    ("name", "machine", "strategy", "message"),
-    [
+def test_precision_that_cannot_be():
+    for name, card, strategy, message in (
         ("fp16", CPU, "auto", "A CPU has no fp16: use --precision 32"),
         ("bf16", T4S, "auto", "Tesla T4 has no bf16"),
         ("8", A100, "auto", "No precision '8'; there are 32, 16, bf16"),
         ("16", T4S, "fsdp", "no gradient scaler: take --precision 32, or ddp"),
         ("bf16", A100, "deepspeed", "would round the averaged weights to it: take --precision 32"),
-    ],
-)
-def test_precision_that_cannot_be(name, machine, strategy, message):
-    with pytest.raises(UserError, match=message):
-        precision_of(name, machine, strategy)
+    ):
+        with pytest.raises(UserError, match=message):
+            precision_of(name, card, strategy)
 
 
 def test_compilation_by_machine_and_what_is_there(monkeypatch, tmp_path):

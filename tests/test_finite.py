@@ -9,7 +9,6 @@ from tiny import PEOPLE, same, tiny_dit, tiny_pipeline, trained_looking
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
-from vavae_tools.training.callbacks.finite import FiniteSteps
 from vavae_tools.training.denoiser_module import DiffusionModule
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
@@ -73,21 +72,6 @@ def test_gradients_are_clipped_by_the_trainers_number(latents_dir):
     assert norms and all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms)
     with pytest.raises(UserError, match="by their norm"):
         train(latents_dir, gradient_clip_algorithm="value")
-
-
-def test_after_several_in_a_row_weights_average_and_optimizer_go_back(latents_dir, capsys):
-    class Damage(L.Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            if trainer.global_step == 3:
-                next(module.network.parameters()).data.fill_(torch.nan)
-
-    guard = FiniteSteps(None, "advice", in_a_row=3, every=2, look_every=1)
-    trainer, module = train(latents_dir, Damage(), guard=guard, max_steps=9)
-    said = capsys.readouterr().out
-    assert "3 steps in a row without finite gradients (step 6): back to the weights of step 2" in said
-    assert guard.state_dict()["skipped"] == 3
-    assert all(weight.isfinite().all() for weight in module.network.state_dict().values())
-    assert {int(state["step"]) for state in trainer.optimizers[0].state.values()} == {2 + 3}
 
 
 @pytest.mark.parametrize("scaled", [False, True])

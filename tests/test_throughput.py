@@ -1,6 +1,7 @@
 """Curves and speed of a training, on one process and on two, which torchrun starts with this file as their script."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -110,13 +111,16 @@ class Spoil(L.Callback):
 
 
 class Ticks:
-    """A clock that goes on only where it is told."""
+    """A clock that goes on only where it is told; moments after `done` have not passed yet."""
 
-    now = 0.0
+    def __init__(self, done: float = math.inf) -> None:
+        self.now, self.done = 0.0, done
 
     def __call__(self) -> Moment:
         moment = Moment()
         moment.time = self.now
+        moment.query = lambda: moment.time <= self.done
+        moment.synchronize = lambda: setattr(self, "done", math.inf)
         return moment
 
 
@@ -313,24 +317,7 @@ def test_the_use_of_a_known_card(monkeypatch, latents_dir, tmp_path):
 
 def test_marks_in_a_gpus_queue_are_read_once_they_have_passed(monkeypatch, latents_dir, tmp_path):
     """The processor is three batches ahead: none of them counts until the GPU has come to its end."""
-    clock = Ticks()
-
-    class Queued(Moment):
-        def query(self):
-            return self.time <= clock.done
-
-        def synchronize(self):
-            clock.done = float("inf")
-
-    class Queue(Ticks):
-        done = -1.0
-
-        def __call__(self):
-            moment = Queued()
-            moment.time = self.now
-            return moment
-
-    clock = Queue()
+    clock = Ticks(done=-1.0)
     measured = Throughput(lambda line: None, clock)
     seen = []
 

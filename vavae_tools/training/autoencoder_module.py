@@ -81,7 +81,7 @@ class AutoencoderModule(L.LightningModule):
             order = f"generator_start {generator_start} lies before disc_start {disc_start}"
             raise UserError(f"{order}: the decoder would listen to a discriminator that has learnt nothing")
         # in a dict, so that they become no part of this module and its checkpoints
-        self._models: dict[str, Any] = {"codec": codec, "lpips": lpips}
+        self._models: dict[str, Any] = {"codec": codec, **({"lpips": lpips} if lpips is not None else {})}
         self._cached_encoders: dict[str, Foundation] = {}  # whose features, by their name in a batch, are computed once
         self._scales: dict[int, Tensor] = {}  # that gathered gradients were scaled by
         weights = {"l1": l1_weight, "gradient": gradient_weight, "spectral": spectral_weight}
@@ -126,11 +126,11 @@ class AutoencoderModule(L.LightningModule):
             parts["latent_mean"], parts["latent_std"] = posterior.mean.mean(), posterior.mean.std()
         if alignment is not None:
             parts["alignment"] = sum(alignment)
-        if self._models["lpips"] is not None and "perceptual" not in parts:
+        if "lpips" in self._models and "perceptual" not in parts:
             parts["perceptual"] = self._models["lpips"](reconstruction, images).mean()
         if self.hparams.disc_weight and self.global_step >= self.generator_start:
-            judged = self.discriminate(images), self.discriminate(reconstruction)
-            parts["discriminator_accuracy"] = discriminator_accuracy(*judged)
+            real, made = self.discriminate(images), self.discriminate(reconstruction)
+            parts["discriminator_accuracy"] = discriminator_accuracy(real, made)
         parts["psnr"] = psnr(reconstruction.clamp(-1, 1), images).clamp_max(100).mean()
         parts["ssim"] = ssim(reconstruction, images).mean()
         self.log_dict({f"val/{k}": v for k, v in parts.items()}, batch_size=float(len(images)), sync_dist=True)
@@ -222,8 +222,7 @@ class AutoencoderModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         for model in self._models.values():
-            if model is not None:
-                model.to(self.device)
+            model.to(self.device)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ImageSetDataModule) and current_ranks().size == self.trainer.world_size:
             self._cache_features({"train": data.train_data, "val": data.val_data})
@@ -317,10 +316,8 @@ class VAVAEModule(AutoencoderModule):
         return [reconstruct_images(self.vavae, images, row) for row in of_whom]
 
 
-RAE_DEFAULTS = {
-    **{"lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.0, "warmup_steps": 300},
-    **{"l1_weight": 0.5, "gradient_weight": 0.0, "spectral_weight": 0.0},
-}
+RAE_DEFAULTS = {"lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.0, "warmup_steps": 300}
+RAE_DEFAULTS |= {"l1_weight": 0.5, "gradient_weight": 0.0, "spectral_weight": 0.0}
 """The paper's numbers, where they differ from `AutoencoderModule`'s; its absolute error is of [0, 1], half of ours."""
 
 

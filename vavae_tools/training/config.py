@@ -1,7 +1,6 @@
-"""How a training goes, in one place: its length, steps, devices, checkpoints and previews, the same for every recipe.
+"""How a training goes, the same for every recipe: its length, steps, devices, checkpoints and previews.
 
-A setting is a dataclass's field; its type says which values it takes, its metadata what it means and its range. Nothing
-here imports torch, so that `--help` answers at once.
+A field's type and metadata say what it takes and means. Nothing here imports torch, so that `--help` answers at once.
 """
 
 import math
@@ -15,8 +14,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from vavae_tools.runtime.errors import UserError
 
-KAGGLE_HOURS = 12.0  # a session with a GPU
-RESERVE_MINUTES = 15.0  # of it, for the cells after training
+KAGGLE_MINUTES = 12 * 60 - 15  # of a session with a GPU; the last ones are for the cells after training
 
 
 def setting(default: Any, text: str, **limits: float) -> Any:
@@ -100,7 +98,7 @@ def session_end(
     if max_time is None:
         if not kaggle.is_dir() or not began.exists():
             return None
-        return began.stat().st_ctime + KAGGLE_HOURS * 3600 - RESERVE_MINUTES * 60
+        return began.stat().st_ctime + 60 * KAGGLE_MINUTES
     found = re.fullmatch(r"(\d+)(?::([0-5]\d))?(?::([0-5]\d))?", str(max_time).strip())
     if not found:
         raise UserError(f"--max_time {max_time!r}: expected hours:minutes, such as 11:30")
@@ -133,24 +131,21 @@ def checked(key: str, value: Any, setting: Setting) -> Any:
     """Return a value as its setting takes it, or raise: a whole number for a fraction is a float, for a text a text."""
     taken = _of_kind(value, setting.kinds)
     if taken is _NOT:
-        default = setting.default
-        such = f" such as {default}" if isinstance(default, (int, float)) and not isinstance(default, bool) else ""
+        such = f" such as {setting.default}" if type(setting.default) in (int, float) else ""
         expected = " or ".join(dict.fromkeys(words for kind in setting.kinds if (words := _in_words(kind))))
         raise UserError(f"{key} is {value!r}, expected {expected}{such}")
     limits = setting.metadata
     least, most, above = limits.get("least", -math.inf), limits.get("most", math.inf), limits.get("above", -math.inf)
-    for number in taken if isinstance(taken, list) else [taken]:
-        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if not is_number or (least <= number <= most and number > above):
-            continue
-        if above > -math.inf:
-            expected = f"more than {above:g}"
-        elif most < math.inf:
-            expected = f"{'a share' if (least, most) == (0, 1) else 'a number'} from {least:g} to {most:g}"
-        else:
-            expected = f"{'a whole number of ' if int in setting.kinds else ''}{least:g} or more"
-        raise UserError(f"{key} is {value!r}, expected {expected}")
-    return taken
+    numbers = [each for each in (taken if isinstance(taken, list) else [taken]) if type(each) in (int, float)]
+    if all(least <= number <= most and number > above for number in numbers):
+        return taken
+    if above > -math.inf:
+        expected = f"more than {above:g}"
+    elif most < math.inf:
+        expected = f"{'a share' if (least, most) == (0, 1) else 'a number'} from {least:g} to {most:g}"
+    else:
+        expected = f"{'a whole number of ' if int in setting.kinds else ''}{least:g} or more"
+    raise UserError(f"{key} is {value!r}, expected {expected}")
 
 
 _NOT = object()

@@ -37,17 +37,14 @@ class DiffusionModule(L.LightningModule):
 
     Args:
         denoiser, conditioner: what is trained; their averages, which validation and sampling use, are `ema.network`.
-        objective: of `make_objective`; by default flow matching.
         lr, warmup_steps, schedule: of AdamW, see `optim.with_warmup`.
         compile: `torch.compile` the denoiser's blocks: the first step takes a minute, those after it less.
         flip: "none", or "half": half of the latents are those of the mirrored images.
-        seed: every random draw follows from it, the epoch and the sample.
         token_images: arguments of a `TokenImagePipeline` besides the models, such as code, lengths, time_shift. The
             denoiser's patches are the code's cells, and it has one channel more than the images.
-        prompt_share: of the token images, whose first cells, a number from none to all but one, are given clean and
-            not learnt: so it can go on with a text.
+        prompt_share: of the token images, whose first cells, none to all but one, are given clean and not learnt.
 
-    Logs `train/…` and `val/…`: loss, mse, cosine; validation has its own noise, the same each time.
+    Logs `train/…` and `val/…`: loss, mse, cosine. Draws follow from `seed`, epoch and sample, at validation the same.
     """
 
     trainer_settings = staticmethod(trainer_settings)
@@ -110,9 +107,8 @@ class DiffusionModule(L.LightningModule):
         """Return latents and texts of images and captions, in training by a posterior sample of this epoch's."""
         seed, epoch = (self.hparams.seed, self.current_epoch) if self.training else (self.hparams.seed + 1, 0)
         draws = Draws(seed, epoch, batch["index"])
-        labels = torch.zeros_like(batch["index"])
         with torch.autocast(self.device.type, enabled=False):  # a VAE in half precision makes black images
-            normal = functools.partial(draws.normal, "posterior")
+            labels, normal = torch.zeros_like(batch["index"]), functools.partial(draws.normal, "posterior")
             latents = self._frozen["vae"].encode_images(to_unit(batch["images"]), labels, normal)
             states = self._frozen["text_encoder"].encode(batch["captions"]).to(self.device)
         texts = {"text_tokens": states.tokens, "text_mask": states.mask, "text_pooled": states.pooled}

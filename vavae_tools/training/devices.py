@@ -21,8 +21,7 @@ from vavae_tools.runtime.ranks import started_already
 from vavae_tools.training.config import TrainConfig
 
 STRATEGIES = get_args(get_type_hints(TrainConfig)["strategy"])
-LIGHTNING_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-"""What Lightning calls the precisions of `machine.PRECISIONS`."""
+LIGHTNING_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # as it calls `machine.PRECISIONS`
 PRECISION_LABELS = {"32-true": "float32", "16-mixed": "fp16 with a gradient scaler", "bf16-mixed": "bf16"}
 
 
@@ -57,8 +56,8 @@ def compiles(choice: bool | None, machine: Machine | None = None, log: Callable[
         missing.append("no Triton (pip install triton)")
     variable, usual = ("CC", ["gcc", "clang"]) if on_gpu else ("CXX", ["g++", "clang++", "cl"])
     if not any(map(shutil.which, [os.environ[variable]] if os.environ.get(variable) else usual)):
-        language = "C" if on_gpu else "C++"
-        missing.append(f"no {language} compiler ({usual[0]} or {usual[1]}, or the one that {variable} names)")
+        compiler = f"{'C' if on_gpu else 'C++'} compiler ({usual[0]} or {usual[1]}, or the one that {variable} names)"
+        missing.append(f"no {compiler}")
     scheme = sysconfig.get_default_scheme()  # Debian's own one names /usr/local
     folder = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
     if not any(Path(path, "Python.h").is_file() for path in [folder, *os.environ.get("CPATH", "").split(os.pathsep)]):

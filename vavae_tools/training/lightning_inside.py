@@ -16,7 +16,7 @@ def logged_step(trainer: L.Trainer) -> int:
 
 def exclude_from_global_step(optimizer: LightningOptimizer) -> None:
     """Leave this optimiser's next step out of `global_step`, which counts every optimiser's; the loop undoes it."""
-    optimizer._on_before_step = optimizer._on_after_step = _nothing
+    optimizer._on_before_step = optimizer._on_after_step = lambda: None
 
 
 def leave_sigterm_to_us(trainer: L.Trainer) -> None:
@@ -25,8 +25,4 @@ def leave_sigterm_to_us(trainer: L.Trainer) -> None:
     From 2.6 on it asks the first process before every batch, which a GPU has to be waited for, and ends without saving;
     and its SIGTERM calls a collective at a moment that the other processes cannot know.
     """
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
-
-
-def _nothing() -> None:
-    pass
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None

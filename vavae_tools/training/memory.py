@@ -1,7 +1,4 @@
-"""Where memory runs out: which settings help; and the largest batch that fits, found by trying.
-
-A batch that is cut into n parts whose gradients are gathered trains the same, and its samples take an n-th of memory.
-"""
+"""Where memory runs out: which settings help; and the largest batch that fits, found by trying."""
 
 import copy
 import traceback
@@ -98,27 +95,20 @@ def fitting_batch_size(
     size, fits, fails = max(1, min(start, most)), 0, None
     with isolate_rng(include_cuda=False), nullcontext() if device is None else _less_of(device):
         while fits < most and (fails is None or fails - fits > max(1, fits // 16)):
-            if _succeeds(try_step, size):
+            try:
+                try_step(size)
                 fits = size
-            else:
+            except (RuntimeError, MemoryError) as error:
+                if not is_memory_fault(error):
+                    raise
                 fails = size
+            finally:
+                release_memory()
             size = min(2 * fits, most) if fails is None else (fits + fails) // 2
     if not fits:
         help = "take a smaller model, smaller images or gradient checkpointing, or end what else runs on that card"
         raise UserError(f"Not even a batch of 1 fits into memory: {help}")
     return fits
-
-
-def _succeeds(try_step: Callable[[int], None], size: int) -> bool:
-    try:
-        try_step(size)
-        return True
-    except (RuntimeError, MemoryError) as error:
-        if not is_memory_fault(error):
-            raise
-        return False
-    finally:
-        release_memory()
 
 
 @contextmanager

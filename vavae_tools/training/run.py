@@ -53,8 +53,7 @@ class Run:
     saves_memory: Sequence[str] = ()  # settings that help where memory runs out, besides those of every training
 
 
-Build = Callable[[Any, Path, Path | None, Show | None, Log], Run]
-"""(recipe, output_dir, the checkpoint to resume from, show, log) → what is to be trained."""
+Build = Callable[[Any, Path, Path | None, Show | None, Log], Run]  # of recipe, output_dir, resume_from, show, log
 
 
 def train(
@@ -225,7 +224,7 @@ def fit(
         devices: how many, "auto" for all, or a dict with arguments of `devices.trainer_settings`.
         monitor: the logged value whose lowest keeps `best-*.ckpt`.
         resume: "last", a `.ckpt` or a folder.
-        show: called with each preview, uint8 (3, H, W); by default the cell shows it.
+        show: called with each preview; see `train`.
     """
     devices = devices if isinstance(devices, dict) else {"devices": devices}
     several = several_processes(**devices)

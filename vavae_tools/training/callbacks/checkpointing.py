@@ -38,7 +38,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def __init__(self, log: Callable[[str], None] = log) -> None:
         super().__init__()
         self.log_line, self.note = log, lambda path: None  # is called with each checkpoint's path
-        self._writer: ThreadPoolExecutor | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._pending: Future | None = None
         self.seconds = 0.0  # what the slowest checkpoint took so far, from the copy to the flushed file
 
@@ -54,7 +54,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         checkpoint = apply_to_collection(checkpoint, Tensor, copied)  # training changes the weights meanwhile
         size = sum(tensor.nbytes for tensor in copies.values())
-        self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._pending = self._writer.submit(self._write, checkpoint, Path(path), size, began)
         self.note(path)
 
@@ -81,13 +80,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_any_format(path, self.log_line)
 
-    def teardown(self) -> None:
-        try:
-            self.wait()
-        finally:
-            if self._writer is not None:
-                self._writer.shutdown()
-                self._writer = None
+    teardown = wait
 
 
 def free_disk_space(path: Path, needed: int, log: Callable[[str], None]) -> None:

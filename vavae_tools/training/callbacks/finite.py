@@ -28,10 +28,8 @@ class FiniteSteps(L.Callback):
     optimisers go back to the last good state, a copy in the machine's memory; from the same state once, then training
     ends, with `advice`. Logs `train/gradient_norm` and `train/skipped_steps`.
 
-    Args:
-        clip: largest global norm of each optimiser's gradients, 0: none; None: the Trainer's `gradient_clip_val`.
-        every: good steps between two copies.
-        look_every: steps between two looks at the counts, which make the processor wait.
+    `clip` is the largest norm of each optimiser's gradients, 0: none, None: the Trainer's `gradient_clip_val`; `every`
+    the number of good steps between two copies, `look_every` between two looks at the counts, which are waited for.
     """
 
     def __init__(

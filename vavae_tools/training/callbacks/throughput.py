@@ -21,7 +21,6 @@ from vavae_tools.training.callbacks.progress import is_written
 from vavae_tools.training.lightning_inside import logged_step
 
 WARM_UP = 3  # optimiser steps that are not measured: code is compiled, memory and optimiser states are made
-MIN_STEPS = 2  # fewer steps say nothing
 MAX_WAITING_SHARE = 0.2  # share of the time spent waiting for data from which on there is advice
 
 
@@ -130,7 +129,7 @@ class Throughput(L.Callback):
         if self._running:
             self._running[-1][2].synchronize()
         self._collect()
-        if self._whole["steps"] < MIN_STEPS:
+        if self._whole["steps"] < 2:  # which say nothing
             return
         speed = self._speed(self._whole, module.device)
         names = ("images_per_second", "step_ms", "waiting", "memory_gb")

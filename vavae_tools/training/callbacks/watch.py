@@ -73,16 +73,13 @@ class Advice(L.Callback):
         if kl > 20 * self._least_kl:
             self._advise(f"The KL has grown from {self._least_kl:.3g} to {kl:.3g}: raise --kl_weight or lower --lr")
         if spread < 0.1:
-            collapse = (
-                f"The latents collapse (standard deviation {spread:.2g}): images are no longer told apart in them"
-            )
-            self._advise(f"{collapse}; lower --kl_weight")
+            collapse = f"The latents collapse (standard deviation {spread:.2g}), so they hardly tell images apart"
+            self._advise(f"{collapse}: lower --kl_weight")
         if self._won == 3:
             wins = f"The discriminator's accuracy is {values['discriminator_accuracy']:.0%}, so it teaches little"
             self._advise(f"{wins}: lower --disc_weight, or let it start later with --disc_start")
 
     def _advise(self, line: str) -> None:
-        if line[:12] not in self._said:
-            self._said.add(line[:12])
-            if is_rank_zero():
-                self.log_line(f"advice: {line}")
+        if line[:12] not in self._said and is_rank_zero():
+            self.log_line(f"advice: {line}")
+        self._said.add(line[:12])
