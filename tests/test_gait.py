@@ -42,9 +42,6 @@ def run_python(*arguments, cwd=None):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=ENVIRONMENT)
 
 
-# The walking model
-
-
 def test_cycle_of_an_average_walker_is_the_published_one():
     assert AVERAGE.relative_speed == pytest.approx(1.509, abs=1e-3)
     assert AVERAGE.stride_time == pytest.approx(1.0956, abs=1e-3)
@@ -84,9 +81,6 @@ def test_people_are_within_human_ranges_and_differ():
     assert np.std([person.speed for person in people]) == pytest.approx(0.17, rel=0.1)
 
 
-# The radar
-
-
 @pytest.mark.parametrize(("speed", "size"), [(-4.0, 256), (-0.5, 300), (1.37, 256), (6.0, 300)])
 def test_a_point_that_comes_nearer_at_a_steady_speed_is_a_line_at_that_speed(speed, size):
     ranges = 30.0 - speed * walking.POSE_TIMES[None]
@@ -113,9 +107,6 @@ def test_walking_away_is_walking_towards_upside_down():
     assert away[:, 192:].mean() < away[:, :64].mean()
 
 
-# Images
-
-
 def test_a_small_image_is_the_large_one_averaged_and_a_larger_one_shows_the_same_walk():
     large, small, larger = (simulate_walk(AVERAGE, rng(2), size).astype(float) for size in (256, 64, 512))
     assert np.abs(large.reshape(64, 4, 64, 4).mean(axis=(1, 3)) - small).max() <= 1
@@ -138,9 +129,6 @@ def test_people_can_be_told_apart():
     weights = np.linalg.solve(kernel + 0.03 * np.trace(kernel) / len(kernel) * np.eye(len(kernel)), answers)
     guess = (unknown @ known.T @ weights).argmax(axis=1)
     assert np.mean(guess == np.repeat(np.arange(people), pictures - train)) > 0.8
-
-
-# The dataset
 
 
 def test_same_bytes_with_any_number_of_workers_people_and_images(tmp_path):
@@ -207,9 +195,6 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     for name in ("file", "file/new"):
         with pytest.raises(UserError, match=r"Cannot write into .*Choose another"):
             write_gait_dataset(tmp_path / name, 1, 1, 16, progress=False)
-
-
-# As a user starts it
 
 
 def test_command_line(tmp_path):
