@@ -14,10 +14,8 @@ from vavae_tools.runtime.errors import UserError, command_parser, run_command
 if TYPE_CHECKING:
     from vavae_tools.runtime.ranks import Ranks
 
-CFG_SCALE = 1.25
-TEXT_CFG_SCALE = 7.5
-GUIDE_SCALE = 1.42
-"""RAE's for 256 pixels"""
+CFG_SCALE, TEXT_CFG_SCALE = 1.25, 7.5
+GUIDE_SCALE = 1.42  # RAE's for 256 pixels
 CLASS_FLAGS = ("labels", "class_list", "timestep_shift", "guide", "cfg_interval", "guidance_channels", "format")
 UNUSED_FLAGS = {
     "LatentDiTPipeline": ("images of classes", ("prompt", "negative_prompt")),
@@ -73,11 +71,9 @@ def _write(
 ) -> list[Path]:
     from vavae_tools.pipelines import classes, writer
 
-    settings: dict[str, Any] = {
-        **{name: getattr(options, name) for name in ("output_dir", "seed", "batch_size", "overwrite", "precision")},
-        "num_inference_steps": options.num_steps,
-        "ranks": ranks,
-    }
+    names_of = ("output_dir", "seed", "batch_size", "overwrite", "precision")
+    settings: dict[str, Any] = {name: getattr(options, name) for name in names_of}
+    settings |= {"num_inference_steps": options.num_steps, "ranks": ranks}
     if pipe.makes == "text":
         return [writer.write_texts(pipe, prompts=options.prompt or (), num_samples=options.num_samples, **settings)]
     if options.prompt:

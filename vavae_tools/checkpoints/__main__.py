@@ -68,8 +68,7 @@ def inspect_checkpoint(path: str) -> None:
         print(f"optimiser {number}: {sum(len(group['params']) for group in groups):,} tensors, lr {rates}")
     for number, state in enumerate(checkpoint.get("lr_schedulers", [])):
         print(f"schedule {number}: step {state.get('last_epoch', '-')}")
-    run = checkpoint.get("run")
-    run = run if isinstance(run, dict) else {}
+    run = checkpoint.get("run") or {}
     versions = {"lightning": checkpoint.get("pytorch-lightning_version", "-"), **run.get("versions", {})}
     print("versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()))
     if run.get("command"):

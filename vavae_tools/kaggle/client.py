@@ -13,11 +13,7 @@ from typing import Any
 
 
 class Fault(Exception):
-    """What went wrong: `kind` is what `session.py` makes a line of, `reason` its detail."""
-
-    def __init__(self, kind: str, reason: str = "") -> None:
-        super().__init__(reason)
-        self.kind = kind
+    """What went wrong: a kind, of which `session.py` makes a line, and a detail."""
 
 
 class Hub:
@@ -170,7 +166,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         client = connect()
         return {"done": {"push": push, "pull": pull}[request["do"]](client, request)}
     except Fault as fault:
-        kind, reason = fault.kind, str(fault)
+        kind, reason = (*fault.args, "")[:2]
     except Exception as error:
         status = _http_status(error)
         kind = "refused" if status == 401 else "failed"

@@ -33,10 +33,8 @@ NEEDED = (
     *("chat_template.jinja", "merges.txt", "vocab.txt"),  # of tokenizers
 )
 WHOLE_FOLDERS = ("lightning_logs", "checkpoint-*")
-NEVER = ("foundation", "__pycache__")
-"""Folders that are left out: features of the foundation model are gigabytes, and soon made again."""
-OF_RUN = ("checkpoints", *WHOLE_FOLDERS, "vavae", "autoencoder", "pipeline")
-"""What belongs to one run and goes together: never the new checkpoint with the old model."""
+NEVER = ("foundation", "__pycache__")  # features of the foundation model are gigabytes, and soon made again
+OF_RUN = ("checkpoints", *WHOLE_FOLDERS, "vavae", "autoencoder", "pipeline")  # never new checkpoints with old models
 RUNS = ("checkpoints", "vavae/checkpoints", "vavae/*/checkpoints", "dit/checkpoints", "logs/runs/*/*/checkpoints")
 MANIFEST = re.compile(r"session-[0-9a-f]{12}\.json")
 PACK = "small-files.pack"
