@@ -6,22 +6,11 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from vavae_tools.diffusion.objectives import make_objective, objective_of
 from vavae_tools.recipes import config as experiments
 from vavae_tools.recipes import presets
 from vavae_tools.recipes.base import RECIPES, LatentRecipe, VAVAERecipe
-from vavae_tools.recipes.config import (
-    RecipeSettings,
-    compose,
-    help_text,
-    keep_config,
-    read_command_line,
-    recipe_with,
-    run_folder,
-)
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine
 from vavae_tools.train import run_experiment
@@ -31,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def meant(*words: str):
-    return compose(read_command_line(words))
+    return experiments.compose(experiments.read_command_line(words))
 
 
 @pytest.fixture
@@ -94,22 +83,28 @@ LINES = {
         **{"train.schedule": "linear", "text_encoder.name": "c", "vae.name": "v"},
     },
     "experiment=vavae --lpips_weights a.pth b.pth --image_size 128x256": {
-        **{"loss.lpips_weights": ["a.pth", "b.pth"], "data.image_size": [128, 256]},
+        "loss.lpips_weights": ["a.pth", "b.pth"],
+        "data.image_size": [128, 256],
     },
     "--flips false --objective.name v --model.dit.depth=3 trainer=cpu trainer.devices=2": {
         **{"data.flips": False, "objective.name": "v", "model.depth": 3},
         **{"train.accelerator": "cpu", "train.devices": 2},
     },
     "experiment=token_dummy training.use_amp=false ema.enabled=false": {
-        **{"train.precision": "32", "train.ema_decay": 0, "train.max_steps": 1800},
+        "train.precision": "32",
+        "train.ema_decay": 0,
+        "train.max_steps": 1800,
     },
     "experiment=dit_dummy data=shapes model.objective=epsilon callbacks.preview_guidance_scale=2 trainer=gpu": {
-        **{"objective.name": "epsilon", "sampling.guidance_scale": 2, "train.accelerator": "gpu"},
+        "objective.name": "epsilon",
+        "sampling.guidance_scale": 2,
+        "train.accelerator": "gpu",
     },
     # epochs that are typed hold before the recipe's steps
     "experiment=rae_decoder --data_dir D --max_epochs 3": {"train.max_steps": None, "train.max_epochs": 3},
     "+trainer.limit_val_batches=3 +trainer.logger=csv": {
-        **{"train.trainer": {"limit_val_batches": 3}, "train.logger": "csv"},
+        "train.trainer": {"limit_val_batches": 3},
+        "train.logger": "csv",
     },
 }
 
@@ -124,7 +119,7 @@ ALIASES = yaml.safe_load((experiments.CONFIGS / "aliases.yaml").read_text(encodi
 
 
 def test_each_other_name_of_a_key_is_one_of_some_recipe():
-    recipes = [RecipeSettings(recipe()) for recipe in RECIPES.values()]
+    recipes = [experiments.RecipeSettings(recipe()) for recipe in RECIPES.values()]
     assert not [old for old in ALIASES["keys"] if not old.endswith(".") and not any(of.home(old) for of in recipes)]
 
 
@@ -144,8 +139,6 @@ WRONG = {
     "experiment=dit_din": "No experiment=dit_din; did you mean dit_dino?; there are dit_dino, dit_dummy",
     "trainer=tpu": "there are auto, cpu, gpu, ddp",
     "data.batch_sise=3": "No key 'data.batch_sise'; did you mean train.batch_size?",
-    "learning_rate=1": "did you mean train.lr?",
-    "data.batch_size=abc": "data.batch_size is 'abc', expected a whole number",
     "data.batch_size=0": "data.batch_size is 0, expected a whole number of 1 or more",
     "train.ema_decay=1.5": "train.ema_decay is 1.5, expected a share from 0 to 1",
     "train.schedule=slow": "train.schedule is 'slow', expected one of cosine, linear, constant",
@@ -184,7 +177,7 @@ def test_a_file_that_means_nothing_is_named(tmp_path):
 
 def test_help_names_experiments_and_each_key_with_its_meaning():
     for name in (None, *experiments.experiments()):
-        text = help_text(name)
+        text = experiments.help_text(name)
         assert text.startswith("usage: ") and "  --lr [" in text and "  --resume [" in text
         assert all(f"  {experiment}" in text for experiment in experiments.experiments())
 
@@ -202,11 +195,13 @@ def test_notebooks_and_experiments_train_by_the_same_numbers(machine, monkeypatc
     preset, experiment = presets.find_preset(), presets.resolved(meant().recipe)
     numbers = {"max_steps": preset.dit_steps, "batch_size": preset.dit_batch_size, "lr": preset.dit_lr}
     numbers |= {"ema_decay": preset.ema_decay, "guidance_scale": preset.guidance_scale, "model": preset.dit}
-    notebook = presets.resolved(recipe_with(LatentRecipe(), numbers))
+    notebook = presets.resolved(experiments.recipe_with(LatentRecipe(), numbers))
     for part in ("train", "objective", "model", "sampling"):
         assert getattr(notebook, part) == getattr(experiment, part)
     numbers = {"batch_size": preset.vavae_batch_size, "max_epochs": preset.vavae_epochs}
-    assert presets.resolved(recipe_with(VAVAERecipe(), numbers)) == presets.resolved(meant("experiment=vavae").recipe)
+    assert presets.resolved(experiments.recipe_with(VAVAERecipe(), numbers)) == presets.resolved(
+        meant("experiment=vavae").recipe
+    )
 
 
 # ---- where a run goes
@@ -224,11 +219,11 @@ def run_of(name: str, folder: str, *checkpoints: str) -> Path:
 
 def test_a_run_has_the_folder_of_its_day_and_time(here):
     now = datetime(2026, 3, 4, 5, 6, 7)
-    folder, resume, _ = run_folder(meant(), now)
+    folder, resume, _ = experiments.run_folder(meant(), now)
     assert folder == Path("logs/runs/2026-03-04/05-06-07") and resume is None
     folder.mkdir(parents=True)
-    assert run_folder(meant(), now)[0] == Path("logs/runs/2026-03-04/05-06-07-2")
-    assert run_folder(meant("hydra.run.dir=mine"))[0] == Path("mine")
+    assert experiments.run_folder(meant(), now)[0] == Path("logs/runs/2026-03-04/05-06-07-2")
+    assert experiments.run_folder(meant("hydra.run.dir=mine"))[0] == Path("mine")
 
 
 def test_what_the_machine_decides_is_printed(train, monkeypatch):
@@ -242,19 +237,21 @@ def test_what_a_run_resumes_from(here):
     newest = run_of("dit_dummy", "2026-01-02/09-00-00", "last.ckpt")
     run_of("dit_dummy", "2026-01-03/09-00-00")
     run_of("vavae_dit", "2026-01-04/09-00-00", "last.ckpt")
-    folder, resume, said = run_folder(meant("experiment=dit_dummy", "ckpt_path=last"))
+    folder, resume, said = experiments.run_folder(meant("experiment=dit_dummy", "ckpt_path=last"))
     assert (folder, resume) == (newest, "last") and str(newest) in said
     for path in (first / "checkpoints" / "last.ckpt", first, first / "checkpoint-5"):
-        found, resume, said = run_folder(meant("experiment=dit_dummy", f"ckpt_path={path}"))
+        found, resume, said = experiments.run_folder(meant("experiment=dit_dummy", f"ckpt_path={path}"))
         assert (found, resume) == (first, str(path)) and str(first) in said
-    assert run_folder(meant("experiment=dit_dummy", "ckpt_path=else.ckpt"))[0].parent.parent == Path("logs/runs")
+    assert experiments.run_folder(meant("experiment=dit_dummy", "ckpt_path=else.ckpt"))[0].parent.parent == Path(
+        "logs/runs"
+    )
     with pytest.raises(UserError, match=r"resume=last: no run of text_dummy .*09-00-00 \(vavae_dit\)"):
-        run_folder(meant("experiment=text_dummy", "--resume", "last"))
+        experiments.run_folder(meant("experiment=text_dummy", "--resume", "last"))
 
 
 def test_the_configuration_is_kept_and_read_again(here):
     plan = meant("experiment=dit_dummy", "seed=5", "+trainer.limit_val_batches=3", "--lr", "3e-4")
-    keep_config(plan, ["experiment=dit_dummy", "seed=5"], Path("run"))
+    experiments.keep_config(plan, ["experiment=dit_dummy", "seed=5"], Path("run"))
     kept = yaml.safe_load(Path("run/.hydra/config.yaml").read_text())
     assert kept["experiment"] == "dit_dummy" and kept["seed"] == 5 and kept["model"]["hidden_size"] == [96, 192]
     assert yaml.safe_load(Path("run/.hydra/overrides.yaml").read_text()) == ["experiment=dit_dummy", "seed=5"]
@@ -318,28 +315,16 @@ def test_the_dummy_leaves_what_a_lightning_hydra_project_expects(train):
     assert (run / "reconstructions" / "before.png").is_file() and list((run / "samples").glob("*.png"))
 
 
-@pytest.mark.parametrize("name", ["epsilon", "sample"])
-def test_another_objective_is_a_word_away(name, train):
-    from vavae_tools import load_pipeline
-
-    train(*SHORT, *SMALL, "train.max_steps=2", "train.previews=0", f"objective.name={name}", "output_dir=run")
-    pipe = load_pipeline("run/pipeline")
-    assert torch.isfinite(pipe([0, 1], 2, output_type="pt").images.float()).all()
-    config = torch.load("run/checkpoints/last.ckpt", weights_only=True)["hyper_parameters"]["objective"]
-    assert type(objective_of(config)) is type(make_objective(name))
-    with pytest.raises(UserError, match=f"The objective {name} has no cosine_weight"):
-        train(*SHORT, *SMALL, f"objective.name={name}", "objective.cosine_weight=0.5", "output_dir=other")
-
-
 def test_a_latent_size_or_class_number_that_does_not_fit_is_one_line(train):
     for change, said in (
         ("model.dit_module.latent_size=[768,16,16]", "latent_size=[768, 16, 16] does not fit the latents"),
         ("model.dit.input_size=5", "model.input_size=5 does not fit the latents"),
         ("model.dit.num_classes=3", "num_classes"),
         ("model.dit_module.null_label=7", "model.null_label=7, expected 4"),
+        ("objective.name=epsilon objective.cosine_weight=0.5", "The objective epsilon has no cosine_weight"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):
-            train(*SHORT, *SMALL, change)
+            train(*SHORT, *SMALL, *change.split())
 
 
 def test_loggers_by_name_and_always_a_csv(tmp_path):

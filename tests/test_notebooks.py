@@ -11,13 +11,21 @@ from nbclient import NotebookClient
 pytestmark = pytest.mark.usefixtures("forked")
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
-SHORT = (
-    "__import__('dataclasses').replace(vt.find_preset(place.built_in), vavae_epochs=1, dit_steps=4, "
-    "samples_per_person=2, num_steps=2, previews=1)"
-)
-
-TEXT = '["experiment=text_dummy", "data.num_samples=256", "model.hidden_size=48", "sampling.num_steps=2"]'
-TOKENS = '["experiment=token_dummy", "training.max_steps=4", "model.hidden_size=16", "model.num_heads=2"]'
+SHORTER = {
+    "vt.find_preset(place.built_in)": "__import__('dataclasses').replace(vt.find_preset(place.built_in), "
+    "vavae_epochs=1, dit_steps=4, samples_per_person=2, num_steps=2, previews=1)",
+    '["experiment=text_dummy"]': '["experiment=text_dummy", "data.num_samples=256", "model.hidden_size=48", '
+    '"sampling.num_steps=2"]',
+    '["experiment=token_dummy"]': '["experiment=token_dummy", "training.max_steps=4", "model.hidden_size=16", '
+    '"model.num_heads=2"]',
+    "people=6, images=60": "people=2, images=10",
+    '"count": 1024': '"count": 64',
+    "(800, 2000)": "(4, 4)",
+    "else 2000": "else 4",
+    "is_right=is_right": "is_right=is_right, num_samples=4, num_inference_steps=2",
+    '"num_samples": 4000': '"num_samples": 64',
+    "[:64]": "[:4]",
+}
 
 
 def shortened(path: Path) -> nbformat.NotebookNode:
@@ -25,15 +33,8 @@ def shortened(path: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.source = cell.source.replace("vt.find_preset(place.built_in)", SHORT)
-            cell.source = cell.source.replace("people=6, images=60", "people=2, images=10")
-            cell.source = cell.source.replace('"count": 1024', '"count": 64').replace("(800, 2000)", "(4, 4)")
-            cell.source = cell.source.replace("else 2000", "else 4").replace('["experiment=text_dummy"]', TEXT)
-            cell.source = cell.source.replace('["experiment=token_dummy"]', TOKENS)
-            cell.source = cell.source.replace(
-                "is_right=is_right", "is_right=is_right, num_samples=4, num_inference_steps=2"
-            )
-            cell.source = cell.source.replace('"num_samples": 4000', '"num_samples": 64').replace("[:64]", "[:4]")
+            for long, short in SHORTER.items():
+                cell.source = cell.source.replace(long, short)
     return notebook
 
 

@@ -257,18 +257,12 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def own_words(own: Path, *words: object) -> list[object]:
-    return [
-        *["experiment=text_to_image", "--dataset_name", "custom", "--data_dir", own / "images", *SMALL],
-        *["data.image_size=16", "training.batch_size=4", "training.max_steps=3", "lr_scheduler.warmup_steps=0"],
-        *["training.num_workers=0", "--text_encoder", own / "clip", "--vae", own / "kl", "data.latents_dir=latents"],
-        *["training.save_steps=0", *words],
-    ]
-
-
 @pytest.mark.parametrize("layout", ["two folders", "stable diffusion"])
 def test_own_images_and_models_without_a_network(own, here, run_main, no_network, layout):
-    words = own_words(own, "--output_dir", "run", "data.val_share=0.25")
+    words = ["experiment=text_to_image", "--dataset_name", "custom", "--data_dir", own / "images", *SMALL]
+    words += ["data.image_size=16", "training.batch_size=4", "training.max_steps=3", "lr_scheduler.warmup_steps=0"]
+    words += ["training.num_workers=0", "data.latents_dir=latents", "training.save_steps=0", "data.val_share=0.25"]
+    words += ["--text_encoder", own / "clip", "--vae", own / "kl", "--output_dir", "run"]
     if layout == "stable diffusion":
         words += ["--text_encoder", own / "sd", "--vae", own / "sd"]
     status, said, err = run_main(train.main, *words)
