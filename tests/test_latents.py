@@ -229,7 +229,7 @@ def shards(folder: LatentFolder) -> list[Path]:
 def test_images_of_any_source_by_any_autoencoder(tmp_path, num_workers):
     data = shape_data(20, num_classes=3, image_size=16, seed=4, val_share=0.2, num_workers=num_workers)
     folder = encode_latents(Averages(), data, tmp_path / "latents", batch_size=3, progress=False)
-    assert folder.shape == (3, 2, 2) and folder.num_classes == 3
+    assert folder.shape == (3, 2, 2) and LatentDataModule(folder).num_classes == 3
     assert folder.people == {"red_circle": 0, "blue_circle": 1, "red_square": 2}
     for subset, images in (("train", data.train_data), ("val", data.val_data)):
         read = LatentDataset(folder, subset)

@@ -203,9 +203,11 @@ def encode(
 def _batches(data: Any, parts: Sequence[range], batch_size: int, num_workers: int) -> Iterator[Any]:
     """Yield the batches of some rows, of which alone images are decoded; no batch has rows of two parts."""
     rows = [list(part[k : k + batch_size]) for part in parts for k in range(0, len(part), batch_size)]
-    places = torch.tensor([row for batch in rows for row in batch], dtype=torch.int64)
+    if not rows:
+        return
+    places = torch.tensor([row for batch in rows for row in batch])
     renumbered = hasattr(data, "part") and len(places) < len(data)
-    if renumbered and len(places):
+    if renumbered:
         data = data.part(places.tolist())
         rows = [part.tolist() for part in torch.arange(len(places)).split([len(batch) for batch in rows])]
     if num_workers and hasattr(data, "fits_memory") and data.fits_memory():

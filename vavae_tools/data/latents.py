@@ -53,10 +53,6 @@ class LatentFolder(EncodedFolder):
         for name in ("shape", "image_size"):  # lists in JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
-    @property
-    def num_classes(self) -> int:
-        return max(self.people.values()) + 1
-
     def files(self) -> list[str]:
         return [name for of_subset in self.shards.values() for name in of_subset]
 
@@ -261,7 +257,7 @@ class LatentDataModule(OrderedDataModule):
         super().__init__(batch_size, num_workers, seed)
         self.folder = folder if isinstance(folder, LatentFolder) else LatentFolder.read(folder)
         self.train_data, self.val_data = (LatentDataset(self.folder, subset) for subset in ("train", "val"))
-        self.num_classes = self.folder.num_classes
+        self.num_classes = max(self.folder.people.values()) + 1
         self._statistics: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def _loader(self, data: LatentDataset, order: Sampler | list[list[int]], batch_size: int) -> DataLoader:
