@@ -198,7 +198,7 @@ def test_an_evaluation_of_texts_asks_at_the_objectives_own_noise():
         pipe = silent(TokenImagePipeline(*models, TOKENIZER, CODE, ALL, 2.0, objective=of.config))
         said = telling(of, lambda x, t, alpha, sigma, _: torch.tanh(alpha * x / sigma**2))
         pipe.denoiser.forward = lambda seen, t, c, kept, said=said: said(seen, t, c)
-        curve = reconstruction_curve(pipe, data, times=(0.1, 0.7), count=4, steps=4)
+        curve = reconstruction_curve(pipe, data, times=(0.1, 0.7), steps=4)
         found[name] = bits_per_token(pipe, data, count=4, times=16).bits, [row.cells for row in curve]
     bits, curve = found.pop("x0")
     assert curve[0] < 0.5 and curve[1] > 0.9

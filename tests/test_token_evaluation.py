@@ -111,7 +111,7 @@ def test_what_comes_back_is_counted_by_cells_and_by_images():
     rows[2, [5, 9]] = (rows[2, [5, 9]] + 1) % 8
     wrong = data.code.draw(rows, torch.ones_like(rows).bool(), SIZE)
     pipe = pipeline(data, lambda x, t: wrong)
-    curve = reconstruction_curve(pipe, data, times=(0.0, 0.5), count=9, steps=4)
+    curve = reconstruction_curve(pipe, data, times=(0.0, 0.5), steps=4)
     assert [(one.t, one.cells, one.images) for one in curve] == [(0.0, 62 / 64, 3 / 4), (0.5, 62 / 64, 3 / 4)]
     times = torch.stack(pipe.denoiser.times)
     assert (times == times[:, :1]).all()  # the whole grid from noise, of the other what is left of it

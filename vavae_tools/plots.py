@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 DPI = 128  # a power of two, so that inches hold whole pixels exactly
 _GAP = 6  # screen pixels between images
-_LINE = 20  # screen pixels of a line of text
 _LEGEND = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1)}
 
 
@@ -80,7 +79,7 @@ def show_rows(
 
 def plot_bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], y_label: str) -> "Figure":
     """Plot bars for each of `names`, one of every group: {"real": [98.0, …], "generated": [91.0, …]}."""
-    figure, ax = _plot((max(4.0, 1.5 + 0.35 * len(names) * len(groups)), 3.2))
+    ax = _axes((max(4.0, 1.5 + 0.35 * len(names) * len(groups)), 3.2))
     places, width = range(len(names)), 0.8 / len(groups)
     for i, (group, values) in enumerate(groups.items()):
         aside = (i - (len(groups) - 1) / 2) * width
@@ -88,7 +87,7 @@ def plot_bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], y_lab
     ax.set_xticks(places, names, rotation=90 if len(names) > 12 else 0)
     ax.set_ylabel(y_label)
     ax.legend(**_LEGEND, ncols=len(groups))
-    return figure
+    return ax.figure
 
 
 def plot_followed(images: Mapping[str, Tensor], prompts: Sequence[str]) -> "Figure | None":
@@ -117,11 +116,10 @@ def new_figure(size: tuple[float, float], tight: bool = True) -> "Figure":
     return NotebookFigure(size, dpi=DPI, facecolor="white", layout="constrained" if tight else None)
 
 
-def _plot(size: tuple[float, float]) -> "tuple[Figure, Axes]":
-    figure = new_figure(size)
-    ax = figure.add_subplot()
+def _axes(size: tuple[float, float]) -> "Axes":
+    ax = new_figure(size).add_subplot()
     ax.spines[["top", "right"]].set_visible(False)
-    return figure, ax
+    return ax
 
 
 def save_figures(figures: "Mapping[str, Figure]", folder: Path) -> None:
@@ -149,7 +147,7 @@ def _lay_out(
     titles = [[title if "\n" in title else textwrap.fill(title, fitting) for title in row] for row in titles]
     tops, bottom = [], 0
     for row in titles:
-        tops.append(bottom + _GAP + _LINE * max((title.count("\n") + 1 for title in row if title), default=0))
+        tops.append(bottom + _GAP + 20 * max((title.count("\n") + 1 for title in row if title), default=0))
         bottom = tops[-1] + height
     left = _GAP + 10 * max(map(len, labels), default=0)
     columns = range(max(map(len, rows)))
@@ -193,7 +191,7 @@ def plot_curves(
     y_range: tuple[float, float] | None = None,
 ) -> "Figure":
     """Plot lines over the same x, one for each entry, such as {"cells": [0.2, 0.9, …]}, with their names above."""
-    figure, ax = _plot((5.0, 3.4))
+    ax = _axes((5.0, 3.4))
     for name, values in curves.items():
         ax.plot(x, values, marker="o", markersize=3, label=name)
     ax.set(xlabel=x_label, ylabel=y_label)
@@ -202,4 +200,4 @@ def plot_curves(
         ax.set_ylim(y_range[0] - margin, y_range[1] + margin)
     ax.grid(alpha=0.3)
     ax.legend(**_LEGEND, ncols=len(curves))
-    return figure
+    return ax.figure

@@ -18,7 +18,6 @@ from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import in_float32
 
 _OPEN_BITS = 0.01  # bits that are left open of a token where the bound's integral ends
-_AT_ONCE = 2**24  # numbers in a table of logits, cells × tokens
 
 
 class Chosen(NamedTuple):
@@ -110,7 +109,7 @@ def bits_per_token(
 @in_float32
 def _bits_alone(code: TokenCode, cells: Tensor, tokens: Tensor, r: float) -> Tensor:
     """Return −log₂ p(token | cell) of cells r·code + noise (N, n) with normal noise, all tokens as likely: (N,)."""
-    bits, at_once = [], max(1, _AT_ONCE // code.num_tokens)
+    bits, at_once = [], max(1, 2**24 // code.num_tokens)  # that many logits
     for rows, right in zip(cells.split(at_once), tokens.split(at_once), strict=True):
         logits = (r * rows @ code.table.T).double()  # all codes are equally long: the likelihood's other terms cancel
         bits.append(cross_entropy(logits, right, reduction="none") / math.log(2))

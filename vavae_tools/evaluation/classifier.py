@@ -7,6 +7,7 @@ import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +26,12 @@ _FORM = 1  # of network and recipe; another form is another cache key
 
 
 class PersonClassifier(nn.Module):
-    """Four blocks of two convolutions, each halving the image; mean over places; one linear layer.
-
-    The first stride grows with image_size (height, width), so that 256 pixels cost about as much as 64.
-    """
+    """Four blocks of two convolutions, each halving the image; mean over places; one linear layer."""
 
     def __init__(self, num_classes: int, image_size: tuple[int, int], channels: int = 3) -> None:
         super().__init__()
         blocks, before = [], channels
-        stride = 2 * max(1, min(image_size) // 64)
+        stride = 2 * max(1, min(image_size) // 64)  # so that 256 pixels cost about as much as 64
         for width in (16, 32, 64, 128):
             blocks += [*_convolution(before, width, stride), *_convolution(width, width, 1)]
             before, stride = width, 2
@@ -119,12 +117,7 @@ def augment(images: Tensor, draws: Draws) -> Tensor:
 
 
 def cached_classifier(
-    train: DecodedImages,
-    num_classes: int,
-    folder: str | Path,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
+    train: DecodedImages, num_classes: int, folder: str | Path, seed: int = 0, **training: Any
 ) -> PersonClassifier:
     """Return the classifier in `folder`, where these very images and this recipe made it; else train it there."""
     path = Path(folder) / "classifier.safetensors"
@@ -136,8 +129,8 @@ def cached_classifier(
         if (file.metadata() or {}).get("key") == digest.hexdigest():
             model = PersonClassifier(num_classes, train.image_size, train.channels)
             model.load_state_dict({name: file.get_tensor(name) for name in sorted(file.keys())})
-            return model.to(device, memory_format=torch.channels_last).eval()
-    model = train_classifier(train, num_classes, seed=seed, device=device, progress=progress)
+            return model.to(device=training.get("device"), memory_format=torch.channels_last).eval()
+    model = train_classifier(train, num_classes, seed=seed, **training)
     with atomic_write(path) as partial:
         save_file({n: t.contiguous() for n, t in model.state_dict().items()}, partial, {"key": digest.hexdigest()})
     return model

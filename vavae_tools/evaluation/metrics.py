@@ -82,9 +82,8 @@ class KernelDistance:
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> KernelDistance:
     """Kernel distance of features (N, D), 4 or more, as in KID (Bińkowski et al. 2018): unbiased also of small sets.
 
-    The squared maximum mean discrepancy under (x·y / D + 1)³, where no image is compared with itself, averaged over
-    random subsets: half of each set, no more than `subset_size`. They also give the interval, as a jackknife that
-    leaves out all but a subset (Shao & Wu 1989).
+    The squared maximum mean discrepancy under (x·y / D + 1)³, averaged over random subsets: half of each set, no more
+    than `subset_size`. They also give the interval, as a jackknife that leaves out all but a subset (Shao & Wu 1989).
     """
     sizes = [min(subset_size, len(x) // 2) for x in (a, b)]
     generator, drawn = torch.Generator().manual_seed(seed), []
@@ -151,5 +150,4 @@ def plain(report: Any) -> dict[str, Any]:
 
 
 def percent(share: float | None) -> str:
-    """Return 0.973 as "97.3 %"."""
     return "-" if share is None else f"{100 * share:.1f} %"

@@ -13,7 +13,6 @@ from vavae_tools.evaluation.metrics import aligned, frechet_distance, percent, p
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import release_memory
 
-_MOST_COLUMNS = 8  # persons whose images are kept to be shown
 OWN, ANOTHERS, NONE = "own vector", "another's vector", "no vector"
 
 
@@ -69,7 +68,7 @@ def compare_conditions(model: VAVAE, data: DecodedImages, batch_size: int = 32) 
             made = to_unit(remade(batch, name))
             parts.append(torch.stack([(made - originals).abs().mean(dim=(1, 2, 3)), psnr(originals, made)]))
     scores = {name: ConditionScore(*torch.cat(parts, 1).mean(1).tolist()) for name, parts in found.items()}
-    few = data.preview_batch(min(_MOST_COLUMNS, people))
+    few = data.preview_batch(min(8, people))  # which are shown
     images = {"original": few["images"], **{name: remade(few, name) for name in choices}}
     return ConditionComparison(len(data), scores[OWN], scores.get(ANOTHERS), scores[NONE], images)
 
@@ -133,7 +132,7 @@ def evaluate_reconstructions(
 
     Labels, classifier and others are those of `judge_reconstructions`.
     """
-    originals, remade = (_in_range(x) for x in (images, reconstructions))
+    originals, remade = map(_in_range, (images, reconstructions))
     scores = {"psnr": psnr(originals, remade).mean().item(), "ssim": ssim(originals, remade).mean().item()}
     scores["sharpness"] = sharpness(originals, remade).nanmean().item()
     if classifier is not None:
@@ -145,13 +144,11 @@ def evaluate_reconstructions(
 def evaluate_vavae(
     model: VAVAE, data: ImageSetDataModule, classifier_dir: str | Path, seed: int = 0, progress: bool = True
 ) -> ReconstructionScores:
-    """Reconstruct the validation subset, with each person's vector, and let a classifier of the real images judge it.
-
-    It is kept in `classifier_dir`, and trained where it is not there yet.
-    """
+    """Reconstruct the validation subset, with each person's vector, and let a `cached_classifier` judge it."""
     if data.val_data is None:
         raise UserError("No image validates: make a split with data_split.py --val_ratio 0.2, or set val_share")
-    classifier = cached_classifier(data.train_data, data.num_classes, classifier_dir, seed, model.device, progress)
+    where = {"device": model.device, "progress": progress}
+    classifier = cached_classifier(data.train_data, data.num_classes, classifier_dir, seed, **where)
     originals, made = reconstruct(model, data.val_data)
     scores = evaluate_reconstructions(originals, made, data.val_data.labels, classifier, as_many_others(data))
     del classifier

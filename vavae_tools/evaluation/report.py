@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -20,11 +20,6 @@ from vavae_tools.runtime.errors import UserError, join_first
 from vavae_tools.runtime.files import write_json
 from vavae_tools.runtime.machine import device_of, release_memory
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-_MAX_PERSONS_SHOWN = 8  # persons in the figure of real beside generated images
 _IMAGES_PER_ROW = 4  # images of each kind beside each other
 _DRAWS = 10  # of sets of equal size
 _MIN_IMAGES_PER_PERSON = 4  # images of a person that a distance can be measured with
@@ -113,7 +108,7 @@ class Evaluation:
     copies: CopyCheck
     nearest: list[NearestImage]
     notes: list[str]
-    figures: dict[str, "Figure"] = field(compare=False)
+    figures: dict[str, Any] = field(compare=False)  # matplotlib's
 
     def as_dict(self) -> dict:
         values = metrics.plain(self)
@@ -176,7 +171,6 @@ def evaluate_images(
     output_dir: str | Path = "outputs/evaluation",
     image_size: int | tuple[int, int] | None = None,
     seed: int = 0,
-    device: str | torch.device | None = None,
     progress: bool = True,
     **source: Any,
 ) -> Evaluation:
@@ -189,16 +183,14 @@ def evaluate_images(
         data_dir, source: what `ImageDataModule` reads, such as a split, and how, such as train_split, val_share, crop.
         image_size: pixels, to which all images are resized; by default the generated images' own.
         seed: of the classifier, of the subsets that are compared, and of what is held out where nothing validates.
-        device: by default a GPU, if there is one that works.
     """
     real, generated, notes = _load(Path(generated_dir), data_dir, image_size, seed=seed, progress=progress, **source)
-    labels, train, device = real.labels, real.train_data, device_of(0) if device is None else device
+    labels, train, device = real.labels, real.train_data, device_of(0)
     several_persons = len(train.labels.unique()) > 1
     if several_persons:
-        classifier = cached_classifier(train, real.num_classes, output_dir, seed, device, progress)
+        classifier = cached_classifier(train, real.num_classes, output_dir, seed, device=device, progress=progress)
     else:
-        alone = f"{data_dir} has images of one person only, so there is nobody to take them for"
-        notes.append(f"{alone}; distances are measured in the features of an untrained network")
+        notes.append(f"{data_dir} has images of one person only: distances are in features of an untrained network")
         # features of random weights still tell sets of images apart (Naeem et al. 2020 measure with such)
         classifier = train_classifier(train, real.num_classes, 0, seed, device, progress=False)
     subsets = (
@@ -263,8 +255,7 @@ def _common_size(paths: list[Path], notes: list[str]) -> tuple[int, int]:
 def _distances(sets: _Sets, seed: int, notes: list[str]) -> SetDistances | None:
     labels, *subsets = sets
     if sets.validation is None:
-        missing = "no distances, and no accuracy to compare with (split with --val_ratio)"
-        notes.append(f"no real validation images: {missing}")
+        notes.append("no real validation images, so no distances and no accuracy beside (split with --val_ratio)")
         return None
     shares, few = {}, []
     for name, label in labels.items():
@@ -322,9 +313,9 @@ def _check_copies(sets: _Sets) -> tuple[CopyCheck, list[NearestImage], Tensor]:
 
 
 # ---- what is shown
-def _figures(people: dict[str, PersonScore], sets: _Sets, closest: Tensor) -> dict[str, "Figure"]:
+def _figures(people: dict[str, PersonScore], sets: _Sets, closest: Tensor) -> dict[str, Any]:
     labels, made, known, unseen = sets
-    shown = list(people)[:: -(-len(people) // _MAX_PERSONS_SHOWN)]
+    shown = list(people)[:: -(-len(people) // 8)]  # no more than 8
     rows = {name: torch.cat([_some(subset, labels[name]) for subset in (unseen or known, made)]) for name in shown}
     titles = ["real", *[""] * (_IMAGES_PER_ROW - 1), "generated"]
     figures = {"real_and_generated": show_rows(rows, titles, gap_after=_IMAGES_PER_ROW)}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -18,10 +18,6 @@ from vavae_tools.plots import plot_curves, save_figures
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import atomic_write, write_json
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 TIMES = tuple(step / 20 for step in range(1, 20))
 NGRAMS = (1, 2, 4, 8)  # lengths of the n-grams that are looked up in the data, in tokens
@@ -40,21 +36,16 @@ class Recovered:
 
 
 def reconstruction_curve(
-    pipe: TokenImagePipeline,
-    data: TokenImageDataset,
-    times: Sequence[float] = TIMES,
-    count: int = 64,
-    steps: int = 20,
-    seed: int = 0,
+    pipe: TokenImagePipeline, data: TokenImageDataset, times: Sequence[float] = TIMES, steps: int = 20, seed: int = 0
 ) -> list[Recovered]:
-    """Noise `count` random images of the data to time t, denoise them from there on, and compare the tokens.
+    """Noise 64 random images of the data to time t, denoise them from there on, and compare the tokens.
 
     A chat's prompt is known and does not count. All times see the same images and the same noise; `steps` are those
     of the whole way from 0 to 1.
     """
     grid = time_grid(steps, 1 / pipe.config.time_shift)
     lost, seen = torch.zeros(len(times), 2).double(), torch.zeros(2).double()  # cells, images
-    for chosen in chosen_images(data, count, seed):
+    for chosen in chosen_images(data, 64, seed):
         draws, shape = Draws(seed, 0, chosen.index.to(pipe.device)), chosen.clean.shape[1:]
         noise = draws.normal("noise to start from", *shape).cpu()
         seen += torch.tensor([chosen.counted.sum(), len(chosen.counted)])
@@ -183,7 +174,7 @@ class TokenReport:
     curve: list[Recovered]  # what comes back of noised images of that subset
     notes: list[str]  # what could not be measured, and why
     output_dir: str | None
-    figures: dict[str, "Figure"] = field(compare=False)
+    figures: dict[str, Any] = field(compare=False)  # matplotlib's
 
     def as_dict(self) -> dict:
         """Return plain values for JSON."""
@@ -272,8 +263,7 @@ def evaluate_tokens(
         folder = Path(output_dir)
         save_figures(report.figures, folder / "figures")
         with atomic_write(folder / "samples.jsonl") as partial:
-            lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
-            partial.write_text("".join(lines), encoding="utf-8")
+            partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         write_json(folder / "evaluation.json", report.as_dict())
     return report
 

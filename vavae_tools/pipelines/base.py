@@ -78,10 +78,7 @@ class ImagePipeline(DenoiserPipeline):
         return {"model": digest_of(self.denoiser, self.conditioner, self.vae), "solver": solver}
 
     def _sampled(self, noise: Tensor, told: Callable, precision: str, labels: Tensor | None, **by: Any) -> Tensor:
-        """Return images uint8 (B, C, H, W) from noise (B, C, h, w), where the models are.
-
-        `told` turns rows into their conditions, arguments of `solvers.sample` as `by` are for all rows.
-        """
+        """Return images uint8 (B, C, H, W) from noise (B, C, h, w), where the models are; `told`: rows → conditions."""
         precision = precision_for(self, precision)
 
         def denoise(rows: Tensor) -> Tensor:

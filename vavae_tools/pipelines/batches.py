@@ -19,7 +19,6 @@ from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.errors import UserError
 
 Made = TypeVar("Made")
-Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 _OF_WEIGHTS = {kind: name for name, kind in machine.HALF_DTYPES.items()}
 
 
@@ -44,11 +43,10 @@ def in_batches(
             if not machine.is_memory_fault(error) or _is_sharded(pipe):  # whose other processes are in its midst
                 raise
         machine.release_memory()  # outside of `except`, whose traceback holds what is to be freed
-        memory = "GPU's memory" if pipe._execution_device.type == "cuda" else "memory"
         if size == 1:
-            raise UserError(f"The {memory} is too small for one {pipe.makes}: end what else runs, or change the device")
+            raise UserError(f"The memory is too small for one {pipe.makes}: end what else runs, or change the device")
         at_once = pipe.fitting = size // 2
-        print_beside_bars(f"{size} {pipe.makes}s at once do not fit the {memory}: making {at_once}")
+        print_beside_bars(f"{size} {pipe.makes}s at once do not fit the memory: making {at_once}")
     return made
 
 
@@ -60,7 +58,7 @@ def batch_size_for(pipe: DiffusionPipeline, batch_size: int | None = None) -> in
     return min(at_once, getattr(pipe, "fitting", at_once))
 
 
-def move_to_device(pipe: Pipeline, device: str | torch.device) -> Pipeline:
+def move_to_device(pipe: DiffusionPipeline, device: str | torch.device) -> DiffusionPipeline:
     """Return the pipeline, moved to a device; `UserError` if it has no room there."""
     try:
         return pipe.to(device)

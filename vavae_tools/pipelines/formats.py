@@ -49,8 +49,8 @@ class SampleFiles:
 
     def clear_up(self) -> None:
         """Remove what a killed run left unfinished."""
-        for folder in {Path(glob).parent for glob in self.globs}:
-            for path in self.output_dir.glob(f"{folder}/.*.partial"):
+        for glob in self.globs:
+            for path in self.output_dir.glob(f"{Path(glob).parent}/.*.partial"):
                 path.unlink(missing_ok=True)
 
 
@@ -177,8 +177,8 @@ class JsonlFile(OneFile):
 
 # ---- what a folder's samples follow from
 _MODELS = ("model", "guide", "text encoder")  # settings that are digests
-_SCALE = {"guidance_scale": "cfg_scale or guide_scale", "guidance_interval": "cfg_interval"}
-_OPTIONS = {"num_inference_steps": "num_steps", **_SCALE}  # settings whose names in the command are others
+_GUIDANCE = {"guidance_scale": "cfg_scale or guide_scale", "guidance_interval": "cfg_interval"}
+_OPTIONS = {"num_inference_steps": "num_steps", **_GUIDANCE}  # settings whose names in the command are others
 
 
 def begin(files: SampleFiles, settings: dict[str, Any], precision: str | None, overwrite: bool) -> dict[str, Any]:
@@ -192,8 +192,7 @@ def begin(files: SampleFiles, settings: dict[str, Any], precision: str | None, o
     record = record if isinstance(record.get("settings"), dict) else {}
     own, formats = type(files), (PngFolder, NpzFile) if files.family == "folders" else (type(files),)
     old = [path for kind in formats for path in kind.found(folder)]
-    texts = "texts" in record.get("settings", {})
-    family = "texts" if texts else "prompts" if "prompts" in record else "folders"
+    family = "texts" if "texts" in record.get("settings", {}) else "prompts" if "prompts" in record else "folders"
     if record and family != files.family:
         raise UserError(f"{folder} holds samples of another kind of pipeline ({RECORD}): name another --output_dir")
     if not old:

@@ -25,7 +25,6 @@ class TextToImagePipeline(base.ImagePipeline):
 
     Args:
         vae: a `StableDiffusionVAE`, or another autoencoder with the statistics of its latents.
-        text_encoder, tokenizer: transformers' own, as a `TextEncoder` holds them.
         objective: the config of what was trained with; None: what the scheduler says.
     """
 

@@ -98,7 +98,6 @@ class TokenImagePipeline(base.DenoiserPipeline):
         return self.denoiser.latent_shape[1]
 
     def shares(self, t: float) -> list[float]:
-        """Return the shares of the clean image and of noise in x at time t."""
         return [share.item() for share in self.objective.shares(torch.tensor(t, dtype=torch.float64))]
 
     @property
@@ -139,7 +138,8 @@ class TokenImagePipeline(base.DenoiserPipeline):
             seed: text number i of a seed is the same whatever else is made beside it.
             numbers: of the texts in the seed, in place of 0, 1, … and of num_samples.
         """
-        check_sampling(num_samples, max_new_tokens, num_inference_steps, eta)
+        steps = num_inference_steps
+        check_sampling(eta, num_samples=num_samples, max_new_tokens=max_new_tokens, num_inference_steps=steps)
         precision = precision_for(self, precision)
         if prompts is None and numbers is not None:
             num_samples = len(numbers)
@@ -148,7 +148,7 @@ class TokenImagePipeline(base.DenoiserPipeline):
         new = self._new_lengths(starts, max_new_tokens, seed, numbers)
 
         def write(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-            return self._write(starts[rows], new[rows], seed, numbers[rows], num_inference_steps, eta, precision)
+            return self._write(starts[rows], new[rows], seed, numbers[rows], steps, eta, precision)
 
         with self.progress_bar(total=len(starts)) as bar:
             made = in_batches(self, len(starts), write, batch_size, bar.update)
@@ -285,14 +285,11 @@ class TokenImagePipeline(base.DenoiserPipeline):
 
 
 # ---- what is asked
-def check_sampling(
-    num_samples: int, max_new_tokens: int | None = None, num_inference_steps: int = 1, eta: float = 1.0, **others: Any
-) -> None:
+def check_sampling(eta: float = 1.0, **settings: Any) -> None:
     """Raise `UserError` for a number below 1, or an eta that is no share."""
-    counts = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "num_inference_steps": num_inference_steps}
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise UserError(f"{name} {count}: expected 1 or more")
+    for name in ("num_samples", "max_new_tokens", "num_inference_steps"):
+        if settings.get(name) is not None and settings[name] < 1:
+            raise UserError(f"{name} {settings[name]}: expected 1 or more")
     if not 0 <= eta <= 1:
         raise UserError(f"eta {eta:g}: expected a share of fresh noise from 0 to 1")
 

@@ -33,7 +33,6 @@ from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import device_of, trying_convolutions
 from vavae_tools.runtime.ranks import Ranks
 
-_MIN_BATCHES_TO_BENCHMARK = 8  # from which on it pays that cuDNN tries its convolutions
 _PER_SAMPLE_ARGUMENTS = ("negative", "generators", "prompts", "num_samples", "seed", "batch_size", "numbers")
 
 
@@ -147,7 +146,7 @@ def write_texts(
     """
     prompts = as_prompts(prompts) if len(prompts) else []
     texts = (len(prompts) or 100) if num_samples is None else num_samples
-    check_sampling(texts, **settings)
+    check_sampling(num_samples=texts, **settings)
     pipe.beginnings(prompts or None)
 
     def asked(start: int, stop: int) -> dict[str, Any]:
@@ -191,7 +190,7 @@ def _write(
     plan = ranks.share(PLAN, plan)
     todo = plan["todo"][ranks.rank :: ranks.size]
     sampling = {**sampling, "precision": plan["precision"], "batch_size": plan["batch_size"]}
-    many = trying_convolutions() if len(todo) >= _MIN_BATCHES_TO_BENCHMARK else nullcontext()
+    many = trying_convolutions() if len(todo) >= 8 else nullcontext()  # from which on it pays
     bars, often = getattr(pipe, "_progress_bar_config", {}), 0.1 if is_interactive() else 60  # in a file seldom
     pipe.set_progress_bar_config(disable=True)
     there = files.count - plan["missing"]
