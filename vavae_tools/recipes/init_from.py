@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +29,7 @@ from vavae_tools.training.run import Log
 KINDS = {"lightningdit": "LightningDiT", "ddt": "DiT with the wide head", "dit": "DiT"}
 Classes = str | Sequence[int | str | None]
 Batch = tuple[Tensor, Tensor, Tensor]  # latents (B, C, h, w), noise, and times (B,)
-BATCH = 8
-PROBES = 128  # random projections in all: they estimate the squared move of the predictions to 12 %
+BATCH, PROBES = 8, 128  # latents at once; random projections in all, which estimate a squared move to 12 %
 
 
 def start_from(
@@ -75,8 +73,7 @@ def start_from(
 
 
 # ---- reading
-@dataclass(frozen=True)
-class StartingWeights:
+class StartingWeights(NamedTuple):
     """Weights to go on from, under our names."""
 
     source: Path

@@ -34,11 +34,9 @@ class Preset:
     def dit_lr(self) -> float:
         return lr_for(self.dit.get("hidden_size"))
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         width = max(map(len, asdict(self)))
         return "\n".join(f"{name:<{width}}  {value}" for name, value in asdict(self).items())
-
-    __repr__ = __str__
 
 
 def find_preset(built_in: bool = False, machine: Machine | None = None) -> Preset:
@@ -88,8 +86,7 @@ def lr_for(hidden_size: int | list[int] | None) -> float:
 
 def resolved(recipe: AnyRecipe) -> AnyRecipe:
     """Return a recipe in which what was left to the machine is as its preset says."""
-    preset, config = find_preset(), recipe.train
-    wanted: dict[str, Any] = {}
+    preset, config, wanted = find_preset(), recipe.train, {}
     length = {"max_steps": preset.dit_steps}
     if isinstance(recipe, VAVAERecipe):
         length, wanted = {"max_epochs": preset.vavae_epochs}, {"batch_size": preset.vavae_batch_size}
@@ -99,8 +96,8 @@ def resolved(recipe: AnyRecipe) -> AnyRecipe:
             missing = {"patch_size": preset.dit["patch_size"]}
             missing |= {} if model.size else {"hidden_size": 192, "depth": 6, "num_heads": 3}
         recipe = replace(recipe, model=_filled(model, missing))
-        wanted = {"batch_size": preset.dit_batch_size, "ema_decay": preset.ema_decay}
-        wanted["lr"] = lr_for(None if model.size else recipe.model.hidden_size)
+        lr = lr_for(None if model.size else recipe.model.hidden_size)
+        wanted = {"batch_size": preset.dit_batch_size, "ema_decay": preset.ema_decay, "lr": lr}
     if config.max_steps is None and config.max_epochs is None:
         wanted |= length
     return replace(recipe, train=_filled(config, wanted))

@@ -97,13 +97,12 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
         with atomic_write(output_dir / "samples" / "prompts.txt") as partly:
             partly.write_text("\n".join(prompts) + "\n", encoding="utf-8")
     preview = partial(SamplePreviews, make, COLUMNS, show=show)
-    further: dict[str, Any] = {"remarks": list(images.notes), "data": train_on, "fingerprint": key}
+    remarks, saves_memory = list(images.notes), ["--auto_batch_size (the largest batch that fits)"]
     if not data.drop_last:
-        remark = "drop_last=false: every step still has a whole batch; the rest of an epoch comes up in others"
-        further["remarks"].append(remark)
-    further["saves_memory"] = ["--auto_batch_size (the largest batch that fits)"]
+        remarks.append("drop_last=false: every step still has a whole batch; the rest of an epoch comes up in others")
     if not cached and not recipe.vae.use_slicing:
-        further["saves_memory"].append("vae.use_slicing=true (the VAE takes one image after the other)")
+        saves_memory.append("vae.use_slicing=true (the VAE takes one image after the other)")
+    further = {"data": train_on, "fingerprint": key, "remarks": remarks, "saves_memory": saves_memory}
     return denoiser_run(module, config, output_dir, load, preview, log, **further)
 
 
