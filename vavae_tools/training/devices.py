@@ -40,10 +40,7 @@ def precision_of(name: str | None, machine: Machine, strategy: str = "auto") -> 
 
 
 def compiles(choice: bool | None, machine: Machine | None = None, log: Callable[[str], None] = log) -> bool:
-    """Return whether to `torch.compile` here, or raise where it was asked for and cannot be.
-
-    None chooses it from capability 8.0 on, where it pays within minutes.
-    """
+    """Return whether to `torch.compile` here; None: from capability 8.0 on, where it pays within minutes."""
     machine = machine or find_machine()
     if choice is False or (choice is None and machine.kind != "ampere"):
         return False
