@@ -13,14 +13,7 @@ from vavae_tools.data.tokens.code import TokenCode, byte_tokenizer
 from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.evaluation.bits import bits_per_token, unigram_bits
-from vavae_tools.evaluation.texts import (
-    COPIED_SPAN,
-    NGRAMS,
-    KnownTexts,
-    evaluate_tokens,
-    novelty,
-    reconstruction_curve,
-)
+from vavae_tools.evaluation.texts import NGRAMS, KnownTexts, evaluate_tokens, novelty, reconstruction_curve
 from vavae_tools.pipelines.tokens import TokenImagePipeline
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
@@ -150,7 +143,7 @@ def brute_force(rows, known):
     for number, row in enumerate(rows):
         ends = [(i, j) for i in range(len(row)) for j in range(i + 1, len(row) + 1) if tuple(row[i:j]) in spans]
         longest[number] = max((j - i for i, j in ends), default=0)
-        copied += len({place for i, j in ends if j - i >= COPIED_SPAN for place in range(i, j)})
+        copied += len({place for i, j in ends if j - i >= 16 for place in range(i, j)})
     whole = sum(row in [list(text) for text in known] for row in rows) / len(rows)
     return ngrams, (sum(longest) / len(rows), max(longest), copied / sum(map(len, rows)), whole)
 

@@ -260,9 +260,7 @@ def test_a_text_of_a_seed_is_the_same_whatever_is_made_beside_it():
     made = pipe(num_samples=7, batch_size=3, **settings)
     assert made.texts == whole.texts and same(made.mask, whole.mask)
     torch.testing.assert_close(made.images, whole.images, rtol=0, atol=1e-5)
-    some = pipe(numbers=[5, 2], **settings)
-    assert some.texts == [whole.texts[5], whole.texts[2]]
-    torch.testing.assert_close(some.images, whole.images[[5, 2]], rtol=0, atol=1e-5)
+    assert pipe(numbers=[5, 2], **settings).texts == [whole.texts[5], whole.texts[2]]
     assert pipe(num_samples=7, **{**settings, "seed": 8}).texts != whole.texts
     whole = pipe(["ab", "longer", "c"], num_samples=2, **settings)
     assert [tokens[0] for tokens in whole.tokens] == list(b"aallcc") and len(set(whole.texts)) == 6

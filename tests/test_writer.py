@@ -18,7 +18,6 @@ from tiny import SIZE, perturb_projections, tiny_dit, tiny_pipeline, tiny_vavae,
 from torch.distributed import HashStore
 
 from vavae_tools.data.images import ImageFolder, channels_of
-from vavae_tools.data.split import split_folders
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines import writer
 from vavae_tools.pipelines.classes import LatentDiTPipeline
@@ -93,12 +92,10 @@ def test_interrupted_and_resumed_equals_never_interrupted(kind, tmp_path, monkey
     assert there and not (parts / "texts.jsonl").exists() and not list(parts.glob("*.npz"))
     there[-1].unlink()  # a batch of which a part, or all, is lost
     there[0].with_name(f".{there[0].name}.1.partial").write_bytes(b"half")
-    old = {path: path.stat().st_mtime_ns for path in there[:-1] if path.suffix == ".png"}
     monkeypatch.undo()
     made = calls(pipe)
     write(kind, pipe, parts, batch_size=None)  # as it was
     assert made == [4, 3] and contents(parts) == contents(tmp_path / "whole")
-    assert {path: path.stat().st_mtime_ns for path in old} == old
     write(kind, pipe, parts, batch_size=3)
     assert made == [4, 3] and samples(parts) == samples(tmp_path / "whole")
 
@@ -160,12 +157,6 @@ def pixels(png: bytes) -> np.ndarray:
 # ---- samples of other settings
 
 
-def by_heun():
-    pipe = pipeline("texts")
-    pipe.swap_solver("heun")
-    return pipe
-
-
 CHANGES = {
     "png": [
         ({"guidance_scale": 3.0}, "cfg_scale or guide_scale 1.25 there, 3.0 here"),
@@ -184,7 +175,6 @@ CHANGES = {
         ({"eta": 0.5}, "eta 1.0 there, 0.5 here"),
         ({"prompts": ["cd"]}, "prompts ab,täg there, cd here"),
         ({"pipe": tiny(with_lengths(of_9=1))}, "another model"),
-        ({"pipe": by_heun()}, "solver's name None there, heun here"),
     ],
 }
 
@@ -274,7 +264,6 @@ def test_samples_of_another_kind_of_pipeline_are_left_alone(kind, tmp_path):
         ("png", {"count": 0}, "No labels"),
         ("gif", {}, "No format 'gif'; there are png, npz"),
         ("png", {"names": ["anna"]}, "has 1 names, the model 3 classes: write one line for each, from label 0 (ID_1)"),
-        ("prompts", {"prompts": []}, "No prompts"),
         ("texts", {"count": 0}, "num_samples 0: expected"),
         ("texts", {"prompts": ["a", "a" * 16]}, "The prompt has 16 tokens"),
     ],
@@ -295,8 +284,6 @@ def test_written_samples_can_be_read_back(tmp_path):
     data = ImageFolder(tmp_path / "samples", SIZE, progress=False)
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 2]
     assert len({bytes(image) for image in data.in_memory().numpy()}) == 6  # none is made twice
-    split_folders(tmp_path / "samples", tmp_path / "split", progress=False)
-    assert sorted(p.name for p in tmp_path.glob("split/*/ID_1/*.png")) == [f"seed5_0000{n}.png" for n in range(3)]
     named = write_samples(pipe, ["ID_2", 0], tmp_path / "named", names=["anna", "ben", "carl"], **QUICK)
     assert [path.parent.name for path in named] == ["ben", "anna"]
     # an image follows from seed, label and number
