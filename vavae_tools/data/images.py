@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -248,8 +248,10 @@ class ImageFiles(DecodedImages):
         return (Image.open(self.folder / self.names[place]) for place in places)
 
     def sizes(self) -> list[int]:  # in bytes
+        paths = self.paths
+        parts = [paths[start : start + 1024] for start in range(0, len(paths), 1024)]
         with ThreadPoolExecutor(8) as pool:  # a remote disk answers each question late, but many at once
-            return list(pool.map(lambda path: path.stat().st_size, self.paths))
+            return list(chain.from_iterable(pool.map(lambda part: [path.stat().st_size for path in part], parts)))
 
     def stored_key(self) -> list:
         return list(zip(self.names, self.sizes(), strict=True))

@@ -30,7 +30,6 @@ def local_world_size() -> int:
 
 
 def usable_cores() -> int:
-    """Return the cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
