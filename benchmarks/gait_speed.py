@@ -31,11 +31,11 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--images", type=int, default=60, help="per person, of 6 people")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads or processes")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args()
     count = 6 * options.images
 
-    print(f"{count:,} images by {options.workers} workers; the machine's load was {os.getloadavg()[0]:.1f}")
+    print(f"{count:,} images by {options.workers} processes; the machine's load was {os.getloadavg()[0]:.1f}")
     for size in (256, 64):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
