@@ -25,15 +25,15 @@ ROOT = Path(__file__).parents[1]
 COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
 
 
-def commands(folder: Path) -> dict[str, list[str]]:
+def commands(folder: Path, tiny: bool = False) -> dict[str, list[str]]:
     """The command of each training, without its output folder; latents and their VA-VAE are made first."""
     data = ["--data_dir", str(folder / "split")]
     tune = [sys.executable, str(ROOT / "minimal_training_modification.py"), *data, "--original_vavae", "small"]
-    tune += ["--image_size", "32", "--batch_size", "4", "--max_epochs", "8"]
+    tune += ["--image_size", "32", "--batch_size", "4", "--max_epochs", "2" if tiny else "8"]
     tune += ["--disc_weight", "0.5", "--disc_start", "10", "--disc_width", "8"]
     train = [sys.executable, "-m", "vavae_tools.train", *data, "--vavae", str(folder / "first" / "vavae")]
     train += ["--latents_dir", str(folder / "latents"), "--hidden_size", "64", "--depth", "2", "--num_heads", "2"]
-    train += ["--batch_size", "8", "--max_steps", "60", "--previews", "0"]
+    train += ["--batch_size", "8", "--max_steps", "12" if tiny else "60", "--previews", "0"]
     return {"VA-VAE": tune, "DiT": train}
 
 
@@ -94,13 +94,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30, help="in all, half of them in each training")
     parser.add_argument("--seconds", type=float, default=4.0, help="a kill falls into the first ones of a session")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--tiny", action="store_true", help="few steps, to try the script itself")
     options = parser.parse_args()
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_gait_dataset(folder / "pictures", 3, 10, 32, progress=False)
         split_folders(folder / "pictures", folder / "split", progress=False)
-        for kind, command in commands(folder).items():
+        for kind, command in commands(folder, options.tiny).items():
             run(command, folder / "first" if kind == "VA-VAE" else folder / "first_dit")
             expected = folder / "first" if kind == "VA-VAE" else folder / "first_dit"
             identical, kills, runs, damaged, left = 0, 0, 0, 0, 0

@@ -25,12 +25,13 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=840, help="of a checkpoint: f16d32 with Adam's state has 840")
     parser.add_argument("--saves", type=int, default=5, help="checkpoints written")
     parser.add_argument("--every", type=float, default=300.0, help="seconds between two, for the share")
+    parser.add_argument("--steps", type=int, default=20, help="timed alone")
     parser.add_argument("--folder", help="where to write; by default the system's temporary folder")
     options = parser.parse_args()
     checkpoint = {"state_dict": {str(i): torch.randn(2**18) for i in range(options.megabytes)}}
     work = torch.nn.Sequential(*(torch.nn.Conv2d(64, 64, 3, padding=1) for _ in range(4)))
     images = torch.randn(8, 64, 64, 64)
-    alone = statistics.median(seconds(work, images) for _ in range(20))
+    alone = statistics.median(seconds(work, images) for _ in range(options.steps))
     waits, writes, extra = [], [], []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         writer = AtomicCheckpointIO()
