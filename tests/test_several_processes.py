@@ -101,7 +101,7 @@ def test_two_processes_train_what_one_does(one, here, forked, way):
         assert_curves_alike(together, alone, tag, steps_before=20 if validation else 0)
     together = weights("two")
     assert_weights_alike(together, weights(one))
-    if way is by_flags:  # gone on with, bit by bit
+    if way is by_flags:  # resumed, bit by bit
         way([*NUMBERS, *HALVES, "--output_dir", "again", "--resume", "two/checkpoint-12"])
         again = weights("again")
         assert all(same(together[name], again[name]) for name in together)
