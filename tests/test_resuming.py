@@ -1,10 +1,17 @@
 """What `--resume` finds, judges and refuses, and the command that looks after checkpoints."""
 
+import re
 import shutil
+import sys
+from argparse import Namespace
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_folder_checkpoints import Malicious, names, run_folder, small
 from test_vavae_training import new_module
 from tiny import assert_same, tiny_dit, tiny_vavae
@@ -13,6 +20,7 @@ from vavae_tools.checkpoints.__main__ import main
 from vavae_tools.checkpoints.formats import read_any_format, write_any_format, write_folder
 from vavae_tools.checkpoints.resuming import check_resumable, resume_path
 from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.files import read_checkpoint, read_saved
 from vavae_tools.training.autoencoder_module import VAVAEModule
 from vavae_tools.training.denoiser_module import DiffusionModule
 
@@ -214,6 +222,56 @@ def test_convert_there_and_back(run):
     flipped(Path("half.ckpt"), Path("half.ckpt").read_bytes().index(b"\x00\x00\x80\x3f" * 3))
     status, _, error = run("convert", "half.ckpt", "other")
     assert status == 2 and "half.ckpt is damaged" in error and not Path("other").exists()
+
+
+def absent_classes() -> dict[str, type]:
+    """Classes of a module that is not there any more when their objects are read."""
+    made: dict[str, type] = {}
+    for name, base in {"Net": "torch.nn.Sequential", "Config": "dict", "Mode": "enum.Enum"}.items():
+        exec(f"import torch, enum\nclass {name}({base}): {'A = 1' if name == 'Mode' else 'pass'}", made)
+        made[name].__module__ = "absent"
+    return made
+
+
+@pytest.mark.parametrize("form", [{}, {"pickle_protocol": 4}, {"_use_new_zipfile_serialization": False}])
+@pytest.mark.filterwarnings("ignore:.*source code for container")
+def test_the_advised_command_opens_what_is_refused(run, monkeypatch, form):
+    absent, weights = absent_classes(), {"w": torch.arange(4.0)}
+    around = {"args": Namespace(lr=0.5), "c": OmegaConf.create({"a": [1]}), "step": np.int64(7), "path": Path("a/b")}
+    around |= {"when": datetime(2026, 1, 2), "config": absent["Config"](x=1), "mode": absent["Mode"].A}
+    layer = torch.nn.Linear(2, 2)
+    cases = {"around": {"model": weights, **around}, "arrays": {"model": {"w": np.arange(4.0)}}}
+    cases |= {"module": absent["Net"](layer), "inside": {"ema": absent["Net"](layer)}}
+    Path("input").mkdir()
+    monkeypatch.setitem(sys.modules, "absent", SimpleNamespace(**absent))
+    for name, held in cases.items():
+        torch.save(held, f"input/{name}.pt", **form)
+    torch.save({"model": weights, "code": Malicious()}, "input/code.pt")
+    monkeypatch.delitem(sys.modules, "absent")
+    made = {}
+    for name in (*cases, "code"):
+        with pytest.raises(UserError, match="holds more than tensors") as error:
+            read_checkpoint(f"input/{name}.pt")
+        command = re.search(r"run python -m vavae_tools.checkpoints (.*) and name (.*)", str(error.value))
+        assert run(*command[1].split())[0] == 0
+        made[name] = read_checkpoint(command[2])
+    plain = {"args": {"lr": 0.5}, "c": {"a": [1]}, "step": 7, "path": "a/b", "when": "2026-01-02 00:00:00"}
+    assert_same(made["around"], {"model": weights, **plain, "config": {"x": 1}, "mode": None})
+    assert_same(made["arrays"], {"model": {"w": torch.arange(4.0, dtype=torch.float64)}})
+    of_layer = {f"0.{name}": tensor for name, tensor in layer.state_dict().items()}
+    assert_same(made["module"], of_layer)
+    assert_same(made["inside"], {"ema": of_layer})
+    assert names(Path("input")) == sorted(f"{name}.pt" for name in made) and not Path("executed").exists()
+
+
+def test_of_a_checkpoints_folder_all_files_are_opened_on_trust(run):
+    write_folder(small(), "folder")
+    torch.save({"state": {}, "args": Namespace(a=1)}, "folder/optimizer.pt")
+    with pytest.raises(UserError, match=r"vavae_tools\.checkpoints trust folder folder\.plain and name"):
+        read_saved("folder/optimizer.pt")
+    assert run("trust", "folder", "folder.plain")[1] == ["written: folder.plain (from folder)"]
+    assert read_saved("folder.plain/optimizer.pt") == {"state": {}, "args": {"a": 1}}
+    assert names(Path("folder.plain")) == names(Path("folder"))
 
 
 def test_verify_ends_with_a_status(run):

@@ -33,6 +33,8 @@ def main() -> None:
     prune.add_argument("--dry_run", action="store_true", help="say what would go, and remove nothing")
     new = "NAME.ckpt, NAME.pth or a folder's name, which does not exist yet"
     add("convert", convert_checkpoint, source=one, destination=new)
+    trust = add("trust", trust_file, source=f"{one}, whose origin you trust: reading it may run code")
+    trust.add_argument("destination", metavar="DESTINATION", help="what is written; it does not exist yet")
     add("verify", verify_checkpoints, folder=f"{run}; or one alone")
     options = vars(parser.parse_args())
     options.pop("function")(**options)
@@ -92,11 +94,20 @@ def convert_checkpoint(source: str, destination: str) -> None:
     """Write a checkpoint as another kind: .ckpt, .pth, or a folder."""
     from vavae_tools.checkpoints import formats, resuming
 
-    if Path(destination).exists():
-        raise UserError(f"{destination} exists already: name another place, or remove it")
+    _refuse_existing(destination)
     path = resuming.resume_path(source, Path(), print)
     written = formats.write_any_format(formats.read_any_format(path, print), destination)
     print(f"written: {written} (from {path})")
+
+
+def trust_file(source: str, destination: str) -> None:
+    """Open what holds more than tensors, and write its tensors and plain values, which every command opens."""
+    from vavae_tools.checkpoints.trusted import write_plain
+
+    _refuse_existing(destination)
+    written, left = write_plain(source, destination)
+    without = f"; left out: {', '.join(left)}" if left else ""
+    print(f"written: {written} (from {source}{without})")
 
 
 def verify_checkpoints(folder: str) -> None:
@@ -112,6 +123,11 @@ def verify_checkpoints(folder: str) -> None:
     if damaged:
         found = f"{len(damaged)} of {len(faults)} in {folder} damaged: {', '.join(damaged)}"
         raise UserError(f"{found}. Remove them; --resume last takes a whole one")
+
+
+def _refuse_existing(destination: str) -> None:
+    if Path(destination).exists():
+        raise UserError(f"{destination} exists already: name another place, or remove it")
 
 
 def _found(folder: Path) -> list["Checkpoint"]:

@@ -6,11 +6,13 @@ import json
 import os
 import pickle
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from warnings import catch_warnings
 from zipfile import is_zipfile
 
 import torch
@@ -181,19 +183,23 @@ def read_saved(path: str | Path) -> Any:
         zipped = is_zipfile(path)
         if not zipped and path.open("rb").read(1) != b"\x80":  # a zip, or before PyTorch 1.6 a pickle
             raise UserError(f"{path} is damaged or no checkpoint: it is neither a zip nor a pickle of torch.save")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with catch_warnings(action="ignore"):  # of other kinds of pickle, which are told below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UserError:
         raise
-    except pickle.UnpicklingError:
-        found, plain = (
-            f"{path} holds more than tensors and plain values, so it is not opened",
-            path.with_suffix(".plain.pt"),
-        )
-        load = f"import torch; c = torch.load({str(path)!r}, 'cpu', weights_only=False)"
-        command = f"{load}; torch.save({{'state_dict': c.get('state_dict', c)}}, {str(plain)!r})"
-        raise UserError(f'{found}. Where you trust its origin, run python -c "{command}" and name {plain}') from None
     except Exception as error:  # of many classes where a file is damaged
+        if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
+            raise UserError(_more_than_tensors(path)) from None
         raise UserError(f"{path} is damaged or no checkpoint ({one_line(error)})") from None
+
+
+def _more_than_tensors(path: Path) -> str:
+    """Say how to open a file on trust; of a checkpoint's folder all of it, as its files belong together."""
+    source = path.parent if (path.parent / "training_state.json").is_file() else path
+    plain = f"{source.stem}.plain{source.suffix}"  # here, as the folder of the file may be read-only
+    command = f"python -m vavae_tools.checkpoints trust {shlex.quote(str(source))} {shlex.quote(plain)}"
+    found = f"{path} holds more than tensors and plain values, so it is not opened"
+    return f"{found}. Where you trust its origin, run {command} and name {plain}"
 
 
 def weights_digest(model: nn.Module, without: tuple[str, ...] = ()) -> str:
