@@ -34,7 +34,14 @@ def models(tmp_path_factory) -> Path:
     weak = tiny_pipeline()
     trained_looking(weak.denoiser, seed=9)
     tokens, chats = tiny(with_lengths(of_3=1, of_9=1)), tiny(with_lengths(of_4=1), chats=True)
-    for name, pipe in {"pipeline": tiny_pipeline(), "weak": weak, "text": text_pipeline(), "tokens": tokens}.items():
+    no_null = tiny_pipeline(dropout=0.0)
+    for name, pipe in {
+        "pipeline": tiny_pipeline(),
+        "no_null": no_null,
+        "weak": weak,
+        "text": text_pipeline(),
+        "tokens": tokens,
+    }.items():
         pipe.save_pretrained(folder / name)
     chats.save_pretrained(folder / "chats")
     return folder
@@ -57,6 +64,15 @@ def start(models, folder, *arguments, program=("-m", "vavae_tools.sample")) -> s
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([python(), *program, *command(models, *arguments)], cwd=folder, env=environment, **streams)
+
+
+def test_without_a_null_condition_images_are_unguided(run, models, tmp_path):
+    """`class_dropout_prob=0`, as is advised for one class."""
+    status, out, _ = run("--output_dir", "out", "--num_samples", 3, of="no_null")
+    assert status == 0 and out.startswith(f"{models / 'no_null'} was trained without a null condition")
+    assert json.loads((tmp_path / "out/samples.json").read_text())["settings"]["guidance_scale"] == 1
+    assert run("--output_dir", "out", "--num_samples", 3, "--cfg_scale", 1, of="no_null")[0] == 0  # they are the same
+    assert "leave --cfg_scale out" in one_line(run("--output_dir", "out", "--cfg_scale", 2, of="no_null"))
 
 
 def contents(folder) -> dict[str, bytes]:

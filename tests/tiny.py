@@ -71,9 +71,10 @@ def trained_looking(model: torch.nn.Module, seed: int = 3) -> torch.nn.Module:
     return model
 
 
-def tiny_pipeline(seed: int = 0) -> LatentDiTPipeline:
+def tiny_pipeline(seed: int = 0, dropout: float = 0.1) -> LatentDiTPipeline:
     vae = perturb_projections(tiny_vavae(seed, latents_mean=(0.5, -1.0), latents_std=(2.0, 0.5))).eval()
     denoiser, conditioner = tiny_dit(seed)
+    conditioner = conditioner if dropout else ClassConditioner(PEOPLE, 16, dropout)
     people = {"ID_1": 0, "ID_2": 1, "ID_3": 2}
     pipe = LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner.eval(), make_solver(), people)
     pipe.set_progress_bar_config(disable=True)

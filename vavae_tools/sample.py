@@ -82,6 +82,12 @@ def _write(
         return writer.write_prompt_samples(pipe, options.prompt, **settings)
     who = [item.strip() for item in options.labels.split(",")] if options.labels else sorted(pipe.people.values())
     who = pipe.labels_of(who)
+    if not pipe.is_guided(options.guide):
+        without = f"{options.checkpoint} was trained without a null condition (class_dropout_prob=0)"
+        if options.cfg_scale not in (None, 1):
+            raise UserError(f"{without}, so nothing guides: leave --cfg_scale out, or name a weaker model by --guide")
+        if ranks.rank == 0:
+            print(f"{without}: images are made without guidance")
     labels = [who[i % len(who)] for i in range(options.num_samples or 100)]
     settings |= {name: getattr(options, name) for name in ("format", "guidance_channels", "timestep_shift")}
     guide = classes.load_guide(options.guide, pipe, options.weights == "ema") if options.guide else None

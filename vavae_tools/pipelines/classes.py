@@ -50,6 +50,10 @@ class LatentDiTPipeline(base.ImagePipeline):
         kept = self.config.people
         return dict(kept) if kept else {f"ID_{label + 1}": label for label in range(self.conditioner.num_classes)}
 
+    def is_guided(self, guide: Any = None) -> bool:
+        """Return whether anything can guide: a guide, or the condition "any class", if it was trained with one."""
+        return guide is not None or self.conditioner.dropout > 0
+
     def labels_of(self, wanted: Iterable[int | str]) -> list[int]:
         """Return labels, or people's names, as labels; `UserError` where there is no such."""
         people, labels, most = self.people, [], self.conditioner.num_classes - 1
@@ -112,7 +116,8 @@ class LatentDiTPipeline(base.ImagePipeline):
     ) -> Tensor:
         """Make one batch: labels int64 (B,) and noise (B, C, h, w), where the models are → uint8 (B, C, H, W).
 
-        Steps are those of `solvers.lay_out`, guidance is that of `solvers.guided_prediction`.
+        Steps are those of `solvers.lay_out`, guidance is that of `solvers.guided_prediction`; there is none where
+        `is_guided` says no.
 
         Args:
             guide: guides in place of the null condition (autoguidance), by the same scale; see `load_guide`.
@@ -126,6 +131,8 @@ class LatentDiTPipeline(base.ImagePipeline):
             null = self.conditioner.null(len(conditioning)) if guidance_scale != 1 else None
             return {"conditioning": conditioning, "null": null}
 
+        if not self.is_guided(guide):
+            guidance_scale = 1.0
         by = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
         by |= {"num_inference_steps": num_inference_steps, "timestep_shift": timestep_shift}
         return self._sampled(noise, told, precision, labels, guidance_channels=guidance_channels, **by)

@@ -231,7 +231,9 @@ def _settings_of(pipe: DenoiserPipeline, sampling: dict[str, Any], also: dict[st
     if isinstance(pipe, ImagePipeline):
         steps = settings["num_inference_steps"], settings.get("timestep_shift")
         lay_out(pipe.scheduler, *steps, objective=pipe.objective)  # which checks them
-        if settings["guidance_scale"] != 1 and guide is None and also.get("negative_prompt") is None:
+        if isinstance(pipe, LatentDiTPipeline) and not pipe.is_guided(guide):
+            settings["guidance_scale"] = 1.0
+        elif settings["guidance_scale"] != 1 and guide is None and also.get("negative_prompt") is None:
             pipe.conditioner.null(1)  # which is there, or says what to do
     if guide is not None:
         settings["guide"] = digest_of(*guide)
