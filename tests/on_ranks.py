@@ -1,5 +1,6 @@
 """What tests let several processes do (`launch.call_on_ranks`), and how they look at them."""
 
+import atexit
 import os
 import signal
 import sys
@@ -21,11 +22,17 @@ def place(folder: str, what: Any = None) -> tuple[list[str], Any, list[str]]:
 
 
 def fail(rank: int, how: str) -> None:
-    """One process fails, the others would sleep for ten minutes."""
+    """One process fails; the others would sleep for ten minutes, or are drawn along and end before it does."""
     from vavae_tools.runtime.errors import UserError
 
     if os.environ["RANK"] != str(rank):
-        time.sleep(600)
+        time.sleep(2 if how in ("raise", "abort") else 600)
+        if how == "abort":
+            os.abort()
+        raise ConnectionError("closed by the other one")
+    if how in ("raise", "abort"):
+        atexit.register(time.sleep, 600)
+        how = "fault"
     if how == "user":
         raise UserError("no space")
     if how == "fault":

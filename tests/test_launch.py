@@ -58,6 +58,8 @@ def test_nccl_does_without_shared_memory_where_there_is_too_little(tmp_path, mon
         (0, "user", UserError, "^no space$", ""),
         (1, "user", UserError, r"^no space \(process 2 of 2\)$", ""),
         (1, "fault", SystemExit, "^1$", "LookupError: a fault of ours\n(process 2 of 2)\n"),
+        (1, "raise", SystemExit, "^1$", "LookupError: a fault of ours\n(process 2 of 2)\n"),
+        (1, "abort", SystemExit, "^1$", "LookupError: a fault of ours\n(process 2 of 2)\n"),
         (1, "signal", UserError, "^Process 2 of 2 was ended by signal 9", ""),
         (1, "exit", SystemExit, "^3$", "gone without a word\n"),
     ],

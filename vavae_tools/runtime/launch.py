@@ -29,6 +29,8 @@ from vavae_tools.runtime.ranks import PARENT, end_with_parent, is_rank_zero, sta
 
 GRACE = 8.0
 """Seconds until a process is killed that does not end after another one has failed."""
+DRAWN_ALONG = (signal.SIGTERM, signal.SIGABRT)
+"""Signals that end a process because another one has failed: ours, and torch's where a connection is lost."""
 NCCL_SEGMENTS = 40_000_000
 """Bytes of shared memory that NCCL takes for a process: of 9.6 MB one to send and one to receive, on two channels."""
 
@@ -205,29 +207,30 @@ def _passing_on_sigterm(ranks: Sequence[Rank]) -> Iterator[None]:
 
 
 def _raise_fault(failed: Sequence[Rank], ranks: Sequence[Rank], stopped: bool, cell: Cell | None) -> None:
-    """Raise what the first one raised: one that a signal ended, or else the first of all by its clock."""
+    """Raise what the first one raised: one that was killed, or else the first of all by its clock."""
 
     def failed_at(rank: Rank) -> float:
         return rank.fault["at"] if rank.fault else float("inf")
 
-    first = min(failed, key=lambda rank: (rank.process.returncode > 0, failed_at(rank)))
-    if first.process.returncode > 0:  # the one that drew the others along may have ended after them
-        first = min([first, *ranks], key=failed_at)
+    # these two signals follow from another one's fault, whose process may have ended after them
+    killed = [rank for rank in failed if rank.process.returncode < 0 and -rank.process.returncode not in DRAWN_ALONG]
+    first = min(killed or [*failed, *ranks], key=failed_at)
     status, fault, who = first.process.returncode, first.fault, f"process {first.number + 1} of {len(ranks)}"
     if stopped and status in (130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if fault and fault["user"]:
         raise UserError(fault["message"] + (f" ({who})" if first.number else ""))
-    if status < 0:
-        found = f"{who.capitalize()} was ended by signal {-status} (9 mostly means too little memory)"
+    if status < 0 and not fault:
+        memory = " (mostly too little memory)", ", with a smaller --batch_size or fewer --devices"
+        reason, change = memory if status == -signal.SIGKILL else ("", "")
         raise UserError(
-            f"{found}: run it again, with a smaller --batch_size or fewer --devices. What is finished is kept"
+            f"{who.capitalize()} was ended by signal {-status}{reason}: run it again{change}. What is finished is kept"
         )
     text = (fault["traceback"] if fault else first.log_file.read_text(errors="replace")).rstrip()
     if cell is None:
         if text:
             print(f"{text}\n({who})" if fault else text, file=sys.stderr)
-        sys.exit(status)
+        sys.exit(max(1, status))
     lines = (text.splitlines() or list(cell.last))[-8:]
     message = fault["message"] if fault else f"status {status}"
     raise UserError("\n".join([f"{who.capitalize()} failed: {message}. Its last lines:", *lines]))
