@@ -238,6 +238,20 @@ def test_a_checkpoint_is_a_pipeline_of_averaged_or_live_weights(run_folder):
     assert not torch.equal(images(averaged), images(live))
 
 
+def test_a_checkpoint_away_from_its_run(run_folder, tmp_path):
+    folder, last, away = run_folder[0], run_folder[0] / "checkpoints" / "last.ckpt", tmp_path / "a" / "b" / "c"
+    away.mkdir(parents=True)
+    (away / "link.ckpt").symlink_to(last)
+    (away / "copy.ckpt").write_bytes(last.read_bytes())
+    expected = images(load_pipeline(last))
+    assert same(images(load_pipeline(away / "link.ckpt")), expected)
+    assert same(images(load_pipeline(away / "copy.ckpt", run=folder)), expected)
+    with pytest.raises(UserError, match=r"No autoencoder/ in or beside .*copy\.ckpt.*name the run's folder by --run"):
+        load_pipeline(away / "copy.ckpt")
+    with pytest.raises(UserError, match=rf"No autoencoder/ in {away}: it holds copy\.ckpt, link\.ckpt; name"):
+        load_pipeline(away / "copy.ckpt", run=away)
+
+
 def test_what_cannot_be_loaded_is_said(pipe, run_folder, tmp_path):
     folder, _ = run_folder
     pipe.save_pretrained(tmp_path / "pipeline")

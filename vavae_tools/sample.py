@@ -54,11 +54,13 @@ def main() -> None:
         ranks.share(base.PLAN)  # once the first has found nothing wrong: one process says what is
     elif given:
         raise UserError(f"{options.checkpoint} makes {makes}, for which {given} has no meaning: leave it out")
+    elif options.run and base.is_folder_of_pipeline(Path(options.checkpoint)):
+        raise UserError(f"{options.checkpoint} is a whole pipeline, for which --run has no meaning: leave it out")
     elif kind == "TextToImagePipeline" and not options.prompt:
         raise UserError(f"{options.checkpoint} {base.KINDS[kind]}")
     loaders = {"TextToImagePipeline": text.load_text_pipeline, "TokenImagePipeline": tokens.load_token_pipeline}
     load = loaders.get(kind, classes.load_pipeline)
-    pipe = move_to_device(load(options.checkpoint, options.weights == "ema"), device)
+    pipe = move_to_device(load(options.checkpoint, options.weights == "ema", options.run), device)
     if options.solver:
         pipe.swap_solver(options.solver)
     written = _write(pipe, options, ranks, interval, names)
@@ -118,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, help="pipeline folder, or a .ckpt of DiT training")
     add("--weights", choices=["ema", "live"], default="ema", help="of a .ckpt: the averaged or the live weights")
+    add("--run", help="the run's folder of a .ckpt that was copied elsewhere: what it needs is taken from there")
     add("--num_samples", type=int, help="in all, spread over labels or prompts (default: 100, of prompts one each)")
     add("--prompt", nargs="+", help='of text-to-image: what the images shall show, "a small red bird", one or several; '
         "of token images: how texts begin, or questions")

@@ -202,13 +202,17 @@ def read_training(
     return *models, settings
 
 
-def folder_beside(path: Path, *names: str) -> Path:
-    """Return the first folder of these names in a pipeline, or beside a checkpoint or the checkpoints' folder."""
-    for folder in (home / name for home in (path, *path.absolute().parents[:2]) for name in names):
+def folder_beside(path: Path, *names: str, run: str | Path | None = None) -> Path:
+    """Return the first folder of these names in `run`, in a pipeline, or beside a checkpoint or its folder."""
+    beside = dict.fromkeys((*path.absolute().parents[:2], *path.resolve().parents[:2]))  # also where a link points to
+    for folder in (Path(home) / name for home in ([run] if run else [path, *beside]) for name in names):
         if folder.is_dir():
             return folder
-    raise UserError(f"No {names[0]}/ in or beside {path}: copy it from the folder of its training")
+    if run:
+        raise UserError(f"No {names[0]}/ in {run}: it {contents(Path(run))}; name the folder of the run of {path}")
+    needs = f"what {path.name} needs of its training; name the run's folder by --run, or copy {names[0]}/ from there"
+    raise UserError(f"No {names[0]}/ in or beside {path}, {needs}")
 
 
-def autoencoder_beside(path: Path) -> ModelMixin:
-    return load_autoencoder(folder_beside(path, "autoencoder", "vavae")).eval()  # as it was called before
+def autoencoder_beside(path: Path, run: str | Path | None = None) -> ModelMixin:
+    return load_autoencoder(folder_beside(path, "autoencoder", "vavae", run=run)).eval()  # as it was called before

@@ -139,14 +139,15 @@ class LatentDiTPipeline(base.ImagePipeline):
 
 
 # ---- from files
-def load_pipeline(path: str | Path, ema: bool = True) -> LatentDiTPipeline:
+def load_pipeline(path: str | Path, ema: bool = True, run: str | Path | None = None) -> LatentDiTPipeline:
     """Load a pipeline from its folder, or from a checkpoint of DiT training with `autoencoder/` beside its folder.
 
-    Of a checkpoint the averaged weights are taken, with ema=False the live ones.
+    Of a checkpoint the averaged weights are taken, with ema=False the live ones; `run` is its run's folder where it was
+    copied elsewhere.
     """
     pipe = _read(Path(path), ema)
     if pipe.vae is None:
-        pipe.register_modules(vae=base.autoencoder_beside(Path(path)))
+        pipe.register_modules(vae=base.autoencoder_beside(Path(path), run))
     return pipe
 
 

@@ -134,20 +134,20 @@ class TextToImagePipeline(base.ImagePipeline):
 
 
 # ---- from files
-def load_text_pipeline(path: str | Path, ema: bool = True) -> TextToImagePipeline:
+def load_text_pipeline(path: str | Path, ema: bool = True, run: str | Path | None = None) -> TextToImagePipeline:
     """Load a pipeline from its folder, or from a checkpoint of text-to-image training, as `load_pipeline` does.
 
-    Beside the checkpoint or its folder are `autoencoder/` and `text_encoder/`.
+    Beside the checkpoint or its folder, or in the folder `run`, are `autoencoder/` and `text_encoder/`.
     """
     path = Path(path)
     if base.is_folder_of_pipeline(path):
         with silent_transformers():
             return base.read_pipeline(TextToImagePipeline, path, ema, local_files_only=True)
     denoiser, conditioner, settings = base.read_training(TextToImagePipeline, path, ema, TextConditioner)
-    encoder = load_text_encoder(base.folder_beside(path, "text_encoder"))
+    encoder = load_text_encoder(base.folder_beside(path, "text_encoder", run=run))
     if encoder.dim != conditioner.config.text_dim:
         trained = f"{path} was trained with {conditioner.config.text_dim}: take the text_encoder/ of its training"
         raise UserError(f"The text encoder's states have {encoder.dim} numbers, {trained}")
     config = settings.get("objective", {})
     parts = encoder.model, encoder.tokenizer, denoiser, conditioner, make_solver(None, objective_of(config)), config
-    return TextToImagePipeline(base.autoencoder_beside(path), *parts)
+    return TextToImagePipeline(base.autoencoder_beside(path, run), *parts)

@@ -317,8 +317,11 @@ def _as_prompt(prompt: Any) -> Prompt:
 
 
 # ---- from files
-def load_token_pipeline(path: str | Path, ema: bool = True) -> TokenImagePipeline:
-    """Load a pipeline from its folder, or from a checkpoint of training on token images with `tokenizer/` beside it."""
+def load_token_pipeline(path: str | Path, ema: bool = True, run: str | Path | None = None) -> TokenImagePipeline:
+    """Load a pipeline from its folder, or from a checkpoint of training on token images.
+
+    `tokenizer/` is beside the checkpoint or its folder, or in the folder `run`.
+    """
     path = Path(path)
     if base.is_folder_of_pipeline(path):
         own = base.kind_of(path) == TokenImagePipeline.__name__  # else it is said what it is
@@ -326,7 +329,7 @@ def load_token_pipeline(path: str | Path, ema: bool = True) -> TokenImagePipelin
         pipe = base.read_pipeline(TokenImagePipeline, path, ema, local_files_only=True, **options)
     else:
         *models, settings = base.read_training(TokenImagePipeline, path, ema, ClassConditioner)
-        tokenizer = load_tokenizer(base.folder_beside(path, "tokenizer"))
+        tokenizer = load_tokenizer(base.folder_beside(path, "tokenizer", run=run))
         pipe = TokenImagePipeline(*models, tokenizer, **settings["token_images"], objective=settings.get("objective"))
     tokens, known = len(pipe.text_tokens), pipe.code.num_tokens
     if tokens != known:
