@@ -33,7 +33,7 @@ SETS = {
     # Kaggle's image as it was read in 2026 (of transformers no more is known than the 5); it has no lightning, no hydra
     "kaggle": (
         "python3.12",
-        ("torch==2.10.0", "diffusers==0.37.1", "transformers==5.0.0", "numpy==2.0.2", "omegaconf==2.3.0"),
+        ("torch==2.10.0", "diffusers==0.37.1", "transformers==5.0.0", "numpy==2.0.2"),
     ),
     # Colab's, of the same time
     "colab": ("python3.13", ("torch==2.11.0", "diffusers==0.39.0", "transformers==5.15.0")),

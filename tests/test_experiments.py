@@ -79,7 +79,7 @@ LINES = {
     },
     "experiment=text_to_image data.dataset_name=custom data.dataset_path=D training.mixed_precision=no "
     "training.max_grad_norm=0.5 training.prefetch_factor=3 lr_scheduler.type=linear --text_encoder c --vae v": {
-        **{"train.precision": "False", "train.gradient_clip": 0.5, "data.prefetch_factor": 3, "data.data_dir": "D"},
+        **{"train.precision": "no", "train.gradient_clip": 0.5, "data.prefetch_factor": 3, "data.data_dir": "D"},
         **{"train.schedule": "linear", "text_encoder.name": "c", "vae.name": "v"},
     },
     "experiment=vavae --lpips_weights a.pth b.pth --image_size 128x256": {
@@ -106,6 +106,22 @@ LINES = {
         "train.trainer": {"limit_val_batches": 3},
         "train.logger": "csv",
     },
+    "trainer.max_epochs=3 trainer.check_val_every_n_epoch=2 trainer.log_every_n_steps=5 --early_stopping_patience 4": {
+        **{"train.max_epochs": 3, "train.trainer": {"check_val_every_n_epoch": 2}, "train.log_every_n_steps": 5},
+        "train.early_stopping_patience": 4,
+    },
+    "experiment=token_images data.data_dir=D --steps 7 --learning_rate: 1e-4": {
+        **{"train.max_steps": 7, "train.lr": 1e-4}
+    },
+    # a path with = is no key, and a key is no flag's value
+    "--resume epoch=003-0.57.ckpt --output_dir runs/lr=1e-4,[x] --flips data.data_dir=a=b": {
+        **{"resume": "epoch=003-0.57.ckpt", "output_dir": "runs/lr=1e-4,[x]", "data.flips": True},
+        "data.data_dir": "a=b",
+    },
+    "ckpt_path=logs/runs/x/epoch=003-0.57.ckpt --batch_size 010 --seed 1_000 --flips on init.classes=[3,null,on]": {
+        **{"resume": "logs/runs/x/epoch=003-0.57.ckpt", "train.batch_size": 10, "seed": 1000, "data.flips": True},
+        "init.classes": [3, None, "on"],
+    },
 }
 
 
@@ -113,6 +129,35 @@ LINES = {
 def test_what_a_line_means(line):
     found = values(*line.split())
     assert {key: found[key] for key in LINES[line]} == LINES[line]
+
+
+PLAIN = ["2024_01_15", "007", "1e5", "on", "2024-01-15", "0x1F", "11:30", "${x}"]  # YAML reads most of them otherwise
+
+
+@pytest.mark.parametrize("text", [*PLAIN, "[run]", "a: b", "Answer:", "# 1"])
+def test_a_text_is_what_was_typed(text, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"output_dir: {text if text in PLAIN else repr(text)}\n")
+    for words in ([f"output_dir={text}"], ["--output_dir", text], ["--config", str(tmp_path / "run.yaml")]):
+        assert values(*words)["output_dir"] == text
+    prompts = values("experiment=text_to_image", "data.dataset_name=coco", "--prompts", "a, b", text)[
+        "sampling.prompts"
+    ]
+    assert prompts == ["a, b", text]
+
+
+def test_home_and_hours_are_understood(tmp_path):
+    (tmp_path / "run.yaml").write_text("output_dir: ~/run\ntrain: {max_time: 11:30}\ndata:\n")
+    for words in (["--output_dir=~/run", "--max_time", "11:30"], ["--config", str(tmp_path / "run.yaml")]):
+        found = values(*words)
+        assert (found["output_dir"], found["train.max_time"]) == (str(Path.home() / "run"), "11:30")
+    assert values("--max_time", "0")["train.max_time"] == "0"
+
+
+def test_a_length_that_is_typed_holds_before_a_files(tmp_path):
+    for kept, words, expected in (("max_steps: 9", "--epochs 2", (None, 2)), ("max_epochs: 9", "--steps 2", (2, 9))):
+        (tmp_path / "run.yaml").write_text(f"train: {{{kept}}}\n")
+        found = values("--config", str(tmp_path / "run.yaml"), *words.split())
+        assert (found["train.max_steps"], found["train.max_epochs"]) == expected
 
 
 ALIASES = yaml.safe_load((experiments.CONFIGS / "aliases.yaml").read_text(encoding="utf-8"))
@@ -150,7 +195,13 @@ WRONG = {
     "--num_classes": "--num_classes could be data.num_classes or model.num_classes",
     "--config": "--config needs a value",
     "--config none.yaml": "--config none.yaml: No such file or directory",
-    "trainer.devices=[1": "trainer.devices=[1",
+    "trainer.devices=[1": "trainer.devices is '[1', expected a whole number",
+    "model.hidden_size=[1,[]": "model.hidden_size=[1,[] is no list",
+    "--max_time 11.5": "--max_time is '11.5', expected hours:minutes, such as 11:30",
+    "trainer.callbacks=x": "No key 'trainer.callbacks'",
+    "+trainer.devicez=2": "No key 'trainer.devicez'; did you mean train.devices?",
+    "--data_path D --tokenizer bpe": "No --tokenizer here: it is one of experiment=token_images",
+    "--resume data.data_dir=D": "--resume needs a value",
     "lr=5e-5": "did you mean train.lr?",  # what a flag stands for is no key
 }
 

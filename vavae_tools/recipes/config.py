@@ -11,6 +11,7 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
 from importlib.resources import files
+from inspect import signature
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -18,15 +19,15 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import yaml
 
 from vavae_tools.recipes.base import RECIPES, AnyRecipe, Recipe
-from vavae_tools.runtime.errors import UserError, join_first, one_line
+from vavae_tools.runtime.errors import UserError, is_path, join_first, one_line, with_home
 from vavae_tools.runtime.ranks import current_ranks, is_rank_zero
-from vavae_tools.training.config import Setting, checked, settings_of
+from vavae_tools.training.config import Setting, Typed, TypedLoader, checked, read_typed, settings_of
 
 CONFIGS = Path(str(files("vavae_tools") / "configs"))
 DEFAULT = "vavae_dit"
 RUNS = Path("logs/runs")
 _TRAINER = "train.trainer"
-_OF_TRAINER = re.compile(r"(\+train(er)?|train\.trainer)\.")  # begins keys that may be arguments of lightning.Trainer
+_OF_TRAINER = re.compile(r"(train(er)?|train\.trainer)\.")  # begins keys that may be arguments of lightning.Trainer
 
 
 class CommandLine(NamedTuple):
@@ -49,21 +50,53 @@ class Experiment(NamedTuple):
 
 def read_command_line(arguments: Sequence[str]) -> CommandLine:
     """Sort the words of a command line."""
-    line, texts = CommandLine({}, {}), None
+    line, texts, needs = CommandLine({}, {}), None, False  # of the last flag: its words, and whether there must be one
     for word in arguments:
+        key, equals, value = word.partition("=")
+        is_key = (
+            not (texts is not None and is_path(word)) and re.fullmatch(r"\+{0,2}[A-Za-z_][\w./@-]*", key) and equals
+        )
         if word == "-h" or (word.startswith("--") and len(word) > 2):
-            name, equals, value = word.lstrip("-").partition("=")
-            name = {"h": "help"}.get(name, name.replace("-", "_"))
+            name = key.lstrip("-").rstrip(":").replace("-", "_")
+            name = {"h": "help"}.get(name, name)
             line.flags[name] = texts = [value] if equals else []
-        elif re.match(r"\+{0,2}[A-Za-z_][\w./@-]*=", word):
-            key, _, value = word.partition("=")
-            line.overrides[key if _OF_TRAINER.match(key) else key.lstrip("+")] = value
-            texts = None
+            needs = not equals and not _stands_alone(name)
+        elif is_key and (
+            not needs or _is_known(key.lstrip("+"))
+        ):  # else epoch=003-0.57.ckpt, what the flag before it needs
+            line.overrides[key.lstrip("+")] = value
+            texts, needs = None, False
         elif texts is None:
             raise UserError(f"{word!r} is neither --flag VALUE nor key=value, such as train.devices=2 (see --help)")
         else:
             texts.append(word)
+            needs = False
     return line
+
+
+@functools.cache
+def _all_settings() -> dict[str, "RecipeSettings"]:
+    return {name: RecipeSettings(recipe()) for name, recipe in RECIPES.items()}
+
+
+@functools.cache
+def _arguments_of_lightning() -> set[str]:
+    """Return what a `lightning.Trainer` takes, but for what is always made here."""
+    from lightning import Trainer  # takes seconds, so only where a key is not one of ours
+
+    made_here = {"self", "callbacks", "plugins", "default_root_dir", "enable_progress_bar"}
+    return set(signature(Trainer.__init__).parameters) - made_here
+
+
+def _is_known(key: str) -> bool:
+    """Return whether any experiment has a key of this name, or a group."""
+    return key in ("experiment", *_aliases()["groups"]) or any(of.home(key) for of in _all_settings().values())
+
+
+def _stands_alone(flag: str) -> bool:
+    """Return whether a flag may have no value."""
+    kinds = {kind for of in _all_settings().values() for key in of.named(flag) for kind in of.kinds(key)}
+    return bool in kinds or flag in ("help", "print_config")
 
 
 def compose(line: CommandLine) -> Experiment:
@@ -72,7 +105,7 @@ def compose(line: CommandLine) -> Experiment:
     if config == []:
         raise UserError("--config needs a value")
     given = _read_config(config[0]) if config else {}
-    name = line.overrides.get("experiment") or given.get("experiment") or given.get("name")
+    name = str(line.overrides.get("experiment") or given.get("experiment") or given.get("name") or "")
     name = name or ("text_to_image" if "training" in given else DEFAULT)  # that alone has this section
     keys, groups = _settings_of_experiment(name), _aliases()["groups"]
     for group, options in groups.items():
@@ -80,16 +113,17 @@ def compose(line: CommandLine) -> Experiment:
         if option not in (None, *options):
             raise UserError(f"No {group}={option}; there are {', '.join(options)}")
         keys.set_all(options.get(option, {}))
-    keys.given.clear()
+    keys.end_layer()
     flags = given.pop("flags", None) or {}  # what older versions' --print_config said: flag → key
     given |= {f"flags.{flag}": key for flag, key in flags.items() if keys.home(str(key)) is None}
     try:
         keys.set_all({k: v for k, v in given.items() if k not in ("name", "task", "recipe", "experiment")})
     except UserError as error:
         raise UserError(f"{config[0]}: {error}") from None
+    keys.end_layer()
     for key, text in line.overrides.items():
         if key not in ("experiment", *groups):
-            keys.set(key, _read(text, f"{key}={text}"))
+            keys.set(key, _read(text))
     for flag, texts in line.flags.items():
         if flag != "config":
             keys.set_flag(flag, texts)
@@ -114,7 +148,7 @@ def recipe_with(recipe: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
             value = asdict(value)
         if name in ("devices", "saving") and isinstance(value, Mapping):
             for inner, number in value.items():
-                keys.set(f"+train.{inner}", number, inner)
+                keys.set(f"train.{inner}", number, inner)
         elif name in sections and isinstance(value, Mapping):
             keys.set_all({f"{name}.{inner}": part for inner, part in value.items() if part is not None})
         elif value is not None:
@@ -144,20 +178,26 @@ class RecipeSettings:
 
     def set(self, key: str, value: Any, called: str | None = None) -> None:
         """Set a key of any name, or raise a `UserError` about what was `called` so."""
-        home, called = self.home(key.removeprefix("+")), called or key
+        home, called = self.home(key), called or key
         if home is None:
-            if not _OF_TRAINER.match(key):
+            if not _OF_TRAINER.match(key) or last_word(key) not in _arguments_of_lightning():
                 raise self.unknown(key, f"key {key!r}")
-            self.values[_TRAINER] = {**self.values[_TRAINER], last_word(key): value}
+            self.values[_TRAINER] = {**self.values[_TRAINER], last_word(key): read_typed(value, (Any,))}
             return
         meanings = _aliases()["values"].get(home)
         if meanings is None:
-            self.values[home] = checked(called, _plain(value, self.settings[home]), self.settings[home])
+            self.values[home] = self._checked(called, value, self.settings[home])
             self.given |= {home} if value is not None else set()
-        elif value not in meanings:
+        elif (value := read_typed(value, (bool,))) not in meanings:
             raise UserError(f"{called} is {value!r}, expected {' or '.join(map(_as_typed, meanings))}")
         elif meanings[value] != "keep":
             self.set_all(meanings[value])
+
+    def _checked(self, called: str, value: Any, setting: Setting) -> Any:
+        try:
+            return checked(called, _plain(value, setting), setting)
+        except yaml.YAMLError as error:
+            raise UserError(f"{called}={value} is no list: {one_line(error, 200)}") from None
 
     def set_all(self, values: Mapping[str, Any], before: str = "") -> None:
         """Set keys, also those in sections."""
@@ -171,18 +211,25 @@ class RecipeSettings:
     def set_flag(self, flag: str, texts: list[str]) -> None:
         """Set what a flag says: `--NAME VALUE`, or several values for a list."""
         key = self.of_flag(flag)
-        kinds = self.settings[key].kinds if key in self.settings else (bool,)
+        kinds = self.kinds(key)
         if len(texts) > 1 and not any(get_origin(kind) is list for kind in kinds):
             raise UserError(f"{texts[1]!r} is neither --flag VALUE nor key=value, such as train.devices=2 (see --help)")
         if not texts and bool not in kinds:
             raise UserError(f"--{flag} needs a value")
-        values = [_read(text, f"--{flag} {text}") for text in texts] or [True]
+        values = [_read(text) for text in texts] or [True]
         self.set(key, values[0] if len(values) == 1 else values, f"--{flag}")
+
+    def kinds(self, key: str) -> tuple[Any, ...]:
+        return self.settings[key].kinds if key in self.settings else (bool,)
+
+    def named(self, flag: str) -> list[str]:
+        """Return the keys that a flag may stand for."""
+        home = self.home(flag)
+        return [home] if home else [key for key in self.settings if last_word(key) == flag]
 
     def of_flag(self, flag: str, dashes: str = "--") -> str:
         """Return the key that a flag stands for: one of its last word, or by all of its words."""
-        home = self.home(flag)
-        found = [home] if home else [key for key in self.settings if last_word(key) == flag]
+        found = self.named(flag)
         if not found:
             raise self.unknown(flag, f"{dashes}{flag}")
         if len(found) > 1:
@@ -190,12 +237,20 @@ class RecipeSettings:
         return found[0]
 
     def unknown(self, name: str, called: str) -> UserError:
+        having = [each for each, of in _all_settings().items() if of.named(name)]
+        if having and not self.named(name):
+            return UserError(f"No {called} here: it is one of experiment={' or '.join(having)}")
         known = {last_word(each): key for each in (*_aliases()["keys"], *self.settings) if (key := self.home(each))}
         return UserError(f"No {called}{_did_you_mean(last_word(name), known)}; --print_config shows all keys")
 
-    def built(self) -> Recipe:
+    def end_layer(self) -> None:
+        """Let a length that was given hold before the other one from below: the recipe's, or a file's."""
         if "train.max_epochs" in self.given and "train.max_steps" not in self.given:
-            self.values["train.max_steps"] = None  # the recipe's own, which would hold in its place
+            self.values["train.max_steps"] = None
+        self.given.clear()
+
+    def built(self) -> Recipe:
+        self.end_layer()
         return _with_values(self.recipe, self.values)
 
 
@@ -235,35 +290,36 @@ def _aliases() -> dict[str, Any]:
 
 
 def _plain(value: Any, setting: Setting) -> Any:
-    """Return a path as text, and 128x256 as [128, 256] where a setting takes two whole numbers."""
-    if isinstance(value, Path):
-        return str(value)
+    """Return what was typed as its setting takes it, ~ as the home folder, and 128x256 as [128, 256]."""
+    value = read_typed(value, setting.kinds)
     if isinstance(value, (list, tuple)):
         return [_plain(each, setting) for each in value]
-    takes = any(get_origin(kind) is list and get_args(kind) == (int,) for kind in setting.kinds)
-    if takes and isinstance(value, str) and re.fullmatch(r"\d+[xX]\d+", value):
-        return [int(side) for side in value.lower().split("x")]
+    if isinstance(value, (str, Path)):
+        value = with_home(str(value))
+        takes = any(get_origin(kind) is list and get_args(kind) == (int,) for kind in setting.kinds)
+        if takes and re.fullmatch(r"\d+[xX]\d+", value):
+            return [int(side) for side in value.lower().split("x")]
     return value
 
 
-def _read(text: str, called: str) -> Any:
-    """Return what YAML says, 1e-4 being a number."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)["value"]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{called} is no YAML: {one_line(error, 200)}") from None
+def _read(text: str) -> Any:
+    """Return a word of the command line, which its setting will read; quotes around all of it keep what is inside."""
+    if text in ("null", "Null", "NULL", "~", ""):
+        return None
+    quoted = re.fullmatch(r"""(['"])(.*)\1""", text, re.DOTALL)
+    return quoted[2] if quoted and not is_path(text) else Typed(text)
 
 
 def _read_config(path: str) -> dict[str, Any]:
     ours = CONFIGS / Path(path).name  # such as configs/train_config.yaml, the example
     try:
         text = (ours if not Path(path).exists() and ours.is_file() else Path(path)).read_text(encoding="utf-8")
+        read = yaml.load(text, TypedLoader)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from None
-    if isinstance(read := _read(text, f"--config {path}"), dict):
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"--config {path} is no YAML in UTF-8: {one_line(error, 200)}") from None
+    if isinstance(read, dict):
         return read
     raise UserError(f"--config {path}: expected keys and values, such as train: {{batch_size: 32}}")
 

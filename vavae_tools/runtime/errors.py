@@ -3,9 +3,11 @@
 import argparse
 import errno
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -28,9 +30,28 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: %(default)s)" if shown else action.help
 
 
+def with_home(text: str) -> str:
+    """Return a text whose ~ at its beginning is the home folder."""
+    return os.path.expanduser(text)  # noqa: PTH111  (Path's raises where there is no such user)
+
+
+def is_path(text: str) -> bool:
+    return os.path.exists(text)  # noqa: PTH110  (Path's raises where a text is too long for a name)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes --flag=~/folder, which shells leave as it is."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        words = [
+            re.fullmatch(r"(--[\w-]+=)?(.*)", word, re.DOTALL) for word in (sys.argv[1:] if args is None else args)
+        ]
+        return super().parse_known_args([(word[1] or "") + with_home(word[2]) for word in words], namespace)
+
+
 def command_parser(program: str, description: str | None) -> argparse.ArgumentParser:
     """Return the parser of a command, such as "data_split.py"."""
-    return argparse.ArgumentParser(prog=program, description=description, formatter_class=_Help, allow_abbrev=False)
+    return _Parser(prog=program, description=description, formatter_class=_Help, allow_abbrev=False)
 
 
 def run_command(main: Callable[[], None]) -> None:

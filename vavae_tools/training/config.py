@@ -10,15 +10,18 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from vavae_tools.runtime.errors import UserError
+import yaml
 
+from vavae_tools.runtime.errors import UserError, is_path
+
+MAX_TIME = re.compile(r"(\d+)(?::([0-5]\d))?(?::([0-5]\d))?"), "hours:minutes, such as 11:30"
 KAGGLE_MINUTES = 12 * 60 - 15  # of a session with a GPU; the last ones are for the cells after training
 
 
-def setting(default: Any, text: str, **limits: float) -> Any:
-    """Return a dataclass's field with its meaning, and its range: `least`, `most`, or what it is `above`."""
+def setting(default: Any, text: str, **limits: Any) -> Any:
+    """Return a dataclass's field with its meaning, its range (`least`, `most`, or what it is `above`) or `pattern`."""
     metadata = {"help": text, **limits}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -36,7 +39,7 @@ class SaveConfig:
     keep_last: int = setting(3, "of the folders, how many stay", least=0)
     single_files: bool = setting(False, "in place of folders write checkpoint_STEP.pth and checkpoint_epoch_N.pth")
     max_time: str | None = setting(
-        None, "hours:minutes until it saves and ends; null: on Kaggle the session's own; 0: none"
+        None, "hours:minutes until it saves and ends; null: on Kaggle the session's own; 0: none", pattern=MAX_TIME
     )
     allow_changes: bool = setting(False, "resume although settings or data are others than the checkpoint's")
 
@@ -56,6 +59,9 @@ class TrainConfig(SaveConfig):
     gradient_clip: float | None = setting(1.0, "largest norm of the gradients; 0 does not clip", least=0)
     compile: bool | None = setting(None, "torch.compile the blocks; null: where the card gains by it")
     gradient_checkpointing: bool | None = setting(False, "less memory, a third more time")
+    early_stopping_patience: int = setting(
+        0, "validations without a better value (as of the best checkpoint) until training ends; 0: never", least=0
+    )
     previews: int = setting(8, "grids of samples or reconstructions in all; 0 for none", least=0)
     log_every_n_steps: int = setting(10, "optimiser steps between two values in the curves", least=1)
     logger: list[str] | str | None = setting(
@@ -71,7 +77,7 @@ class TrainConfig(SaveConfig):
         None, "16, 32, bf16; null: 16 on a T4, bf16 from compute capability 8.0 on, 32 on a CPU"
     )
     deterministic: bool = setting(False, "the same numbers each time on a GPU, too; slower")
-    trainer: dict[str, Any] = setting({}, "further arguments of lightning.Trainer, as +trainer.NAME=VALUE")
+    trainer: dict[str, Any] = setting({}, "further arguments of lightning.Trainer, as trainer.NAME=VALUE")
 
     def of_devices(self) -> dict[str, Any]:
         """Return the arguments of `devices.trainer_settings`."""
@@ -99,9 +105,9 @@ def session_end(
         if not kaggle.is_dir() or not began.exists():
             return None
         return began.stat().st_ctime + 60 * KAGGLE_MINUTES
-    found = re.fullmatch(r"(\d+)(?::([0-5]\d))?(?::([0-5]\d))?", str(max_time).strip())
+    found = MAX_TIME[0].fullmatch(str(max_time).strip())
     if not found:
-        raise UserError(f"--max_time {max_time!r}: expected hours:minutes, such as 11:30")
+        raise UserError(f"--max_time {max_time!r}: expected {MAX_TIME[1]}")
     hours, minutes, seconds = (int(part or 0) for part in found.groups())
     seconds += hours * 3600 + minutes * 60
     return time.time() + seconds if seconds else None
@@ -127,6 +133,47 @@ def settings_of(config: Any, before: str = "") -> dict[str, Setting]:
     return found
 
 
+class Typed(str):
+    """A word as it was typed, or a plain one of a YAML file, which its setting's kinds give a meaning."""
+
+
+class TypedLoader(yaml.SafeLoader):
+    """Leaves what looks like a number, a truth value or a date as it is written."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+
+TypedLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+TypedLoader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"<<$"), ["<"])
+TypedLoader.add_constructor(
+    "tag:yaml.org,2002:str", lambda loader, node: node.value if node.style else Typed(node.value)
+)
+
+
+def read_typed(value: Any, kinds: tuple[Any, ...]) -> Any:
+    """Return a value whose `Typed` words are what a setting takes; a text stays as it was typed."""
+    inner = next((get_args(kind) for kind in kinds if get_origin(kind) is list), (Any,))
+    if isinstance(value, (list, tuple)):
+        return [read_typed(each, inner) for each in value]
+    if isinstance(value, Mapping):
+        return {str(key): read_typed(each, (Any,)) for key, each in value.items()}
+    if not isinstance(value, Typed):
+        return value
+    text, whole = str(value), any(kind in (Any, dict) or get_origin(kind) in (list, dict) for kind in kinds)
+    if whole and re.fullmatch(r"\[.*\]|\{.*\}", text, re.DOTALL) and not is_path(text):
+        return read_typed(yaml.load(text, TypedLoader), kinds)
+    if str in kinds or any(text in map(str, get_args(kind)) for kind in kinds if get_origin(kind) is Literal):
+        return text
+    if re.fullmatch(r"[-+]?\d[\d_]*", text):
+        return int(text.replace("_", ""))
+    if re.fullmatch(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
+        return float(text.replace("_", ""))
+    words = {"true": True, "false": False}
+    if bool in kinds:
+        words |= {"yes": True, "on": True, "no": False, "off": False}
+    return words.get(text.lower(), text)
+
+
 def checked(key: str, value: Any, setting: Setting) -> Any:
     """Return a value as its setting takes it, or raise: a whole number for a fraction is a float, for a text a text."""
     taken = _of_kind(value, setting.kinds)
@@ -135,6 +182,8 @@ def checked(key: str, value: Any, setting: Setting) -> Any:
         expected = " or ".join(dict.fromkeys(words for kind in setting.kinds if (words := _in_words(kind))))
         raise UserError(f"{key} is {value!r}, expected {expected}{such}")
     limits = setting.metadata
+    if "pattern" in limits and taken is not None and not limits["pattern"][0].fullmatch(taken.strip()):
+        raise UserError(f"{key} is {value!r}, expected {limits['pattern'][1]}")
     least, most, above = limits.get("least", -math.inf), limits.get("most", math.inf), limits.get("above", -math.inf)
     numbers = [each for each in (taken if isinstance(taken, list) else [taken]) if type(each) in (int, float)]
     if all(least <= number <= most and number > above for number in numbers):

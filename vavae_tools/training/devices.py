@@ -212,6 +212,7 @@ def quiet_lightning() -> None:
         "isinstance.treespec, LeafSpec",  # Lightning's own
         "exists and is not empty",  # going on in the same folder is meant
         "your dataloader is not resumable",  # its order is, see data/order.py
+        "callbacks used to create the checkpoint need",  # early stopping may be turned off
         "in eval mode at the start of training",  # the averaged weights
         "You have overridden `on_(before|after)_batch_transfer`",  # the module encodes what the loader brings
         "returned a view tensor",  # FSDP2: nothing here changes the denoiser's output in place

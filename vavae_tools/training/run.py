@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -105,6 +106,10 @@ def _train_here(
     validates = data.val_data is not None and len(data.val_data) > 0
     monitor, mode = run.monitor
     callbacks = checkpoint_callbacks(checkpoints, monitor if validates else None, config, mode, best=run.best)
+    if config.early_stopping_patience:
+        if not validates:
+            raise UserError("--early_stopping_patience needs images that validate, such as data.val_share=0.05")
+        callbacks.append(EarlyEnd(monitor, mode, config.early_stopping_patience, log))
     if config.previews and run.preview is not None:
         callbacks.append(run.preview(max(1, epochs // config.previews)))
     recorded = {**run.recorded, "precision": settings["precision"]}
@@ -121,6 +126,22 @@ def _train_here(
     return run.folder
 
 
+class EarlyEnd(EarlyStopping):
+    """Ends training after so many validations without a better value."""
+
+    def __init__(self, monitor: str, mode: str, patience: int, log: Log) -> None:
+        super().__init__(monitor, mode=mode, patience=patience, check_on_train_epoch_end=False)
+        self.log_line = log
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict({**state, "patience": self.patience})  # as this run asks for it
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.wait_count >= self.patience:
+            best = f"{self.monitor} was not better than {self.best_score:.4g} in {self.wait_count} validations"
+            self.log_line(f"Ended early, after step {trainer.global_step:,}: {best} (--early_stopping_patience)")
+
+
 _LOGGERS = {
     "tensorboard": TensorBoardLogger,
     "wandb": lambda folder: WandbLogger(folder.name, folder),
@@ -133,7 +154,7 @@ def make_loggers(names: str | Sequence[str] | bool | None, output_dir: Path) -> 
     chosen = names.replace(" ", "").split(",") if isinstance(names, str) else list(names or ())
     found: list[Logger] = []
     for name in map(str.lower, chosen):
-        if name in ("csv", "none", "false", ""):
+        if name in ("csv", "none", "false", "no", "off", ""):
             continue
         if name not in _LOGGERS:
             raise UserError(f"No logger {name!r}; there are {', '.join(_LOGGERS)}, csv and none")
