@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
@@ -43,7 +44,16 @@ def make(network: nn.ModuleDict) -> Tensor:
     return pipe(people, 2, 2.0, latents=noise, output_type="pt").images
 
 
-def train(run, latents, resume=None, batch_size=4, checkpointing=False, stop=None, saving=None, steps=8, **devices):
+def fail(network: nn.ModuleDict) -> Tensor:
+    """Two forward passes that end in the middle, with whole weights."""
+    with suppress(TypeError):
+        network["conditioner"](None)
+    return network["denoiser"](None, None, None)
+
+
+def train(
+    run, latents, resume=None, batch_size=4, checkpointing=False, stop=None, saving=None, failing=False, **devices
+):
     L.seed_everything(0, verbose=False)
     quiet_lightning()
     denoiser, conditioner = tiny_dit(depth=2)
@@ -53,10 +63,10 @@ def train(run, latents, resume=None, batch_size=4, checkpointing=False, stop=Non
     data = LatentDataModule(latents, batch_size, 0, seed=0)
     settings = module.trainer_settings(accelerator="cpu", **devices)
     saving = SaveConfig(**{"save_every_minutes": 99, **(saving or {})})
-    previews = SamplePreviews(make, 2, Path(run) / "samples", 1)
+    previews = SamplePreviews(fail if failing else make, 2, Path(run) / "samples", 1)
     saves = checkpoint_callbacks(Path(run) / "checkpoints", "val/loss", saving)
     callbacks = [*([Stop(*stop)] if stop else []), previews, *saves]
-    trainer = build_trainer(settings, Path(run), callbacks, print, max_steps=steps, max_epochs=-1)
+    trainer = build_trainer(settings, Path(run), callbacks, print, max_steps=8, max_epochs=-1)
     resume_from = resume_path(resume, Path(run) / "checkpoints")
     fit_trainer(trainer, module, data, resume_from, print)
 

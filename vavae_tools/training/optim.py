@@ -95,6 +95,10 @@ class Sharded(ModelParallelStrategy):
         # validation and previews leave some whole: a forward pass keeps its root until a backward one
         for part in self._parts():
             part.reshard()
+        for root in self.lightning_module.ema.network.values():  # also where a preview failed in its forward pass
+            root.set_reshard_after_forward(True, recurse=False)
+            root.reshard()
+            root.set_reshard_after_forward(False, recurse=False)
 
     def _parts(self) -> list[FSDPModule]:
         return [part for part in self.lightning_module.modules() if isinstance(part, FSDPModule)]
