@@ -59,6 +59,27 @@ def test_sides_in_folders(tmp_path, subset):
     assert data.labels == {"cat": 0, "dog": 1} and data.val_data.labels.tolist() == [1]
 
 
+def test_links_and_thumbnails_multiply_no_images(tmp_path):
+    write(tmp_path, {"a/1.png": 1, "a/in/2.png": 2, "a/@eaDir/1.png": 1, "a/thumbs/1.png": 1, "b/3.png": 3})
+    for link, target in {"a/up": "..", "a/in/self": ".", "a/again": "in", "round": ".", "b/out": "../other"}.items():
+        (tmp_path / link).symlink_to(target)
+    write(tmp_path, {"other/4.png": 4, "other/back/5.png": 5})
+    (tmp_path / "other/to_b").symlink_to("../b")
+    found = shown(image_data(tmp_path, 8, val_share=0).train_data)
+    assert [name for name in found if name[0] in "a"] == ["a/1.png", "a/again/2.png"]
+    assert [name for name in found if name[0] in "b"] == ["b/3.png", "b/out/4.png", "b/out/back/5.png"]
+    assert len(found) == 8 and not any(name.startswith("round") for name in found)
+
+
+def test_one_name_in_two_forms_of_unicode_is_one_class(tmp_path):
+    composed, apart = "Jos\u00e9", "Jose\u0301"
+    write(tmp_path, {f"train/{composed}/1.png": 1, "train/ana/1.png": 2, f"val/{apart}/1.png": 3})
+    data = image_data(tmp_path, 8)
+    assert data.labels == {composed: 0, "ana": 1} and data.val_data.labels.tolist() == [0]
+    write(tmp_path, {f"train/{apart}/1.png": 4})
+    assert image_data(tmp_path, 8).train_data.labels.tolist() == [0, 0, 1]
+
+
 def test_which_side_trains_can_be_said(tmp_path):
     write(tmp_path, {f"{subset}/{name}/{i}.png": i for subset in ("train", "val") for name in "ab" for i in range(2)})
     data = image_data(tmp_path, 8, train_split="val", val_share=0.5)
@@ -97,7 +118,7 @@ def folder_of(tmp_path: Path, counts: dict[str, int]) -> Path:
     for name, count in counts.items():
         (tmp_path / name).mkdir(parents=True)
         for i in range(count):
-            (tmp_path / name / f"{i}.png").write_bytes(f"never opened, {name} {i}".encode())
+            (tmp_path / name / f"{i}.png").write_bytes(f"no image, {name} {i}".encode())
     return tmp_path
 
 
@@ -128,6 +149,15 @@ def test_equal_files_are_never_on_both_sides(tmp_path):
     data = image_data(tmp_path, 8, val_share=0.3, channels=3)
     subsets = [{path.read_bytes() for path in subset.paths} for subset in (data.train_data, data.val_data)]
     assert not subsets[0] & subsets[1] and len(data.val_data) == 12
+
+
+def test_the_same_pixels_are_never_on_both_sides(tmp_path):
+    write(tmp_path, {f"a/{i}.png": 5 * i for i in range(30)})
+    for path in sorted(tmp_path.glob("a/*.png")):
+        Image.open(path).save(path.with_suffix(".bmp"))
+    data = image_data(tmp_path, 8, val_share=0.3)
+    train, val = ({Path(name).stem for name in subset.names} for subset in (data.train_data, data.val_data))
+    assert not train & val and len(val) == 9
 
 
 # ---- as a data module

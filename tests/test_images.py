@@ -49,20 +49,63 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
     assert np.array_equal(read_image(path, (8, 8)), expected)
 
 
-def test_16_bits_become_8_by_scale(tmp_path):
-    """Pillow's own conversion would make everything from 255 on white."""
+@pytest.mark.parametrize(
+    ("dtype", "scale", "ending"),
+    [(np.uint16, white, "png") for white in (257, 64.25, 16.06, 4.012, 1)]
+    + [(np.int32, white, "tif") for white in (257, 1, 65793)]
+    + [(np.float32, white, "tif") for white in (1 / 255, 1, 257)],
+)
+def test_more_than_8_bits_become_8_by_the_least_white_that_holds_them(tmp_path, dtype, scale, ending):
+    """Pillow's own conversion would make everything from 255 on white, and floats up to 1 black."""
     grey = np.arange(256).reshape(16, 16)
-    Image.fromarray((257 * grey).astype(np.uint16)).save(tmp_path / "p.png")
-    Image.fromarray((257 * grey + np.where(grey < 128, 128, -128)).astype(np.int32)).save(tmp_path / "p.tif")
-    for name in ("p.png", "p.tif"):
-        assert np.array_equal(read_image(tmp_path / name, (16, 16), 1)[..., 0], grey)
-        assert np.array_equal(read_image(tmp_path / name, (16, 16), 3), np.stack([grey] * 3, axis=2))
-    assert Image.open(tmp_path / "p.tif").mode == "I"
+    Image.fromarray((scale * grey).astype(dtype)).save(tmp_path / f"p.{ending}")
+    read = read_image(tmp_path / f"p.{ending}", (16, 16), 1)[..., 0]
+    assert np.abs(read.astype(int) - grey).max() <= 1 and (scale != 257 or np.array_equal(read, grey))
+    assert np.array_equal(read_image(tmp_path / f"p.{ending}", (16, 16), 3), np.stack([read] * 3, axis=2))
+
+
+def test_a_dark_image_of_more_than_8_bits_stays_dark_among_others(tmp_path):
+    (tmp_path / "a").mkdir()
+    for i in range(100):  # of 12 bits; one in a hundred is bright
+        Image.fromarray(np.full((8, 8), 4000 if i == 57 else 200, np.uint16)).save(tmp_path / f"a/{i}.png")
+    data = ImageDataModule(tmp_path, 8, val_share=0.5)
+    brightest = [int(subset.in_memory().max()) for subset in (data.train_data, data.val_data)]
+    assert sorted(brightest) == [12, 249] and data.train_data.white == 4095
+
+
+@pytest.mark.parametrize("value", [-80.0, float("nan")])
+def test_numbers_that_are_neither_black_nor_white_are_refused(tmp_path, value):
+    Image.fromarray(np.array([[0, 1], [value, 0.5]], np.float32)).save(tmp_path / "p.tif")
+    with pytest.raises(UserError, match=r"\(numbers from .*, expected 0 for black to .*: save it in 8 bits\)"):
+        read_image(tmp_path / "p.tif", (2, 2))
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_stored_turned_come_upright(tmp_path, ending, orientation):
+    back = [None, None, 0, 3, 1, 5, 2, 6, 4][orientation]  # the Transpose that undoes what the viewer does
+    exif, upright = Image.Exif(), np.kron(noise(4, 6, 3), np.ones((8, 8, 1), np.uint8))
+    exif[274] = orientation
+    stored = Image.fromarray(upright)
+    stored = stored if back is None else stored.transpose(Image.Transpose(back))
+    options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(ending, {})
+    stored.save(tmp_path / f"p.{ending}", exif=exif, **options)
+    read = read_image(tmp_path / f"p.{ending}", upright.shape[:2])
+    assert np.abs(read.astype(int) - upright).max() <= (12 if ending == "jpg" else 0)
+    contents = ImageFiles(tmp_path, [f"p.{ending}"], torch.zeros(1), 8).contents()
+    assert next(contents).endswith(b"upright") == (orientation > 1 and ending != "tif")
 
 
 @pytest.mark.parametrize(
     ("modes", "channels"),
-    [(["L", "1", "LA", "I;16"], 1), (["RGB"], 3), (["RGBA"], 3), (["P"], 3), (["L", "L", "RGB"], 3)],
+    [
+        (["L", "1", "LA", "I;16"], 1),
+        (["RGB"], 3),
+        (["RGBA"], 3),
+        (["P"], 3),
+        (["L", "L", "RGB"], 3),
+        (["L"] * 70 + ["RGB"], 3),
+    ],
 )
 def test_how_many_channels_images_have(tmp_path, modes, channels):
     for number, mode in enumerate(modes):

@@ -48,6 +48,20 @@ def test_attached_images_are_found_at_any_depth_and_the_nearest_first(tmp_path):
     assert find_paths(**roots).images == nearest
 
 
+def test_what_trains_is_found_before_what_validates_and_the_largest_before_others(tmp_path):
+    roots = kaggle(tmp_path)
+    for subset in ("Testing", "Training"):
+        person_folders(tmp_path / "input/gait" / subset, "ID_1", "ID_2")
+    assert find_paths(**roots).images.name == "Training"
+    more = person_folders(tmp_path / "input/zz/pictures", "a", "b", "c")
+    assert find_paths(**roots).images == more
+    shutil.rmtree(more)
+    (tmp_path / "input/gait/loop").symlink_to("..")
+    for path in list((tmp_path / "input/gait").rglob("*.jpg")):
+        path.rename(path.with_suffix(".webp"))
+    assert find_paths(**roots).images.name == "Training"
+
+
 def test_what_is_given_wins(tmp_path, monkeypatch):
     roots = kaggle(tmp_path)
     person_folders(tmp_path / "input" / "a", "ID_1", "ID_2")

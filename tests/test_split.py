@@ -9,15 +9,18 @@ import random
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from vavae_tools.data import split as split_module
+from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.folders import labels_of, natural_key
 from vavae_tools.data.split import choose_subsets, split_folders
-from vavae_tools.data.split_report import ImageEntry, read_split_info
+from vavae_tools.data.split_report import ImageEntry, SplitReport, read_split_info
 from vavae_tools.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +126,37 @@ def test_identical_images_stand_on_one_side(tmp_path, seed):
     assert train and val and not train & val
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_same_pixels_stand_on_one_side_whatever_the_file(tmp_path, seed):
+    source = people(tmp_path / "in", 4, 4)
+    for path in sorted(source.glob("*/*")):
+        copied, turned, info = Image.open(path), Image.Exif(), PngInfo()
+        turned[274] = 6
+        info.add_text("Creation Time", path.name)
+        copied.save(path.with_name(f"{path.stem}_again.png"), pnginfo=info)
+        copied.save(path.with_suffix(".bmp"))
+        copied.convert("RGBA").save(path.with_suffix(".webp"), lossless=True)
+        copied.transpose(Image.Transpose.ROTATE_90).save(path.with_suffix(".tiff"), exif=turned)
+    options = {"seed": seed, "extensions": "png,bmp,webp,tiff"}
+    report = run(source, tmp_path / "out", **options)
+    assert len(report.duplicates) == 8 and {len(group) for group in report.duplicates} == {5}
+    sides = subsets(tmp_path / "out")
+    assert all(len({sides[key] for key in group}) == 1 for group in report.duplicates)
+    assert report.totals == {"train": 30, "val": 10, "left_out": 0}
+    assert report.warnings == ["8 images stored turned (EXIF orientation), read upright"]
+    if seed == 0:  # as it was before pixels were compared
+        info = read_split_info(tmp_path / "out")
+        for entry in info["files"].values():
+            del entry["pixels"]
+        (tmp_path / "out/split_info.json").write_text(json.dumps(info))
+        assert run(source, tmp_path / "out", **options).already_there
+        info["files"]["ID_1/p0.bmp"]["side"] = "val" if sides["ID_1/p0.bmp"] == "train" else "train"
+        moved = info["files"]["ID_1/p0.bmp"]["side"]
+        (tmp_path / "out" / sides["ID_1/p0.bmp"] / "ID_1/p0.bmp").rename(tmp_path / "out" / moved / "ID_1/p0.bmp")
+        (tmp_path / "out/split_info.json").write_text(json.dumps(info))
+        refused(tmp_path, "same pixels stand in both subsets: ID_1/p0.bmp", source, **options)
+
+
 def test_a_recording_stays_on_one_side(tmp_path):
     source = people(tmp_path / "in", 20, 20)
     for path in list(source.glob("*/*")):
@@ -221,7 +255,7 @@ def test_the_report_is_a_table_and_says_what_is_next(tmp_path):
     assert lines[0].split() == ["person", "label", "train", "val", "left", "out"]
     assert [line.split()[0] for line in lines[1:11]] == [f"ID_{k}" for k in range(1, 11)]  # ID_2 before ID_10
     assert len({len(line) for line in lines[:12]}) == 1
-    assert lines[11].split() == ["total", "40", "10", "1"] and "ID_1/\\udcff.png" in str(report)
+    assert lines[11].split() == ["total", "40", "10", "1"] and "ID_1/ÿ.png" in str(report)
     assert lines[-1] == f"next: python minimal_training_modification.py --data_dir '{tmp_path}/my out'"
     assert len(read_split_info(tmp_path / "my out")["files"]) == 51
 
@@ -234,6 +268,65 @@ def test_labels():
     with pytest.raises(UserError, match="ID_01 and ID_1 would have the same label"):
         labels_of(["ID_1", "ID_01"])
     assert sorted(["b", "a10", "a2", "2", "10", "a"], key=natural_key) == ["2", "10", "a", "a2", "a10", "b"]
+
+
+def test_one_name_written_in_several_ways_is_one_person(tmp_path):
+    source = tmp_path / "in"
+    for number, name in enumerate((b"Jos\xc3\xa9", b"Jose\xcc\x81", b"Jos\xe9", b"Ana")):
+        folder = Path(os.fsdecode(os.fsencode(source) + b"/" + name))
+        folder.mkdir(parents=True)
+        for i in range(3):
+            (folder / f"p{i}.png").write_bytes(image(10 * number + i))
+    report = run(source, tmp_path / "out")
+    assert report.labels == {"Ana": 0, "Jos\u00e9": 1} and report.totals == {"train": 9, "val": 3, "left_out": 0}
+    assert report.warnings == ["José is what the folders Jose\\u0301 and Jos\\xe9 and Jos\\udce9 can be read as"]
+    assert {len(path.read_bytes()) for path in (tmp_path / "out").rglob("*.png")} and len(
+        subsets(tmp_path / "out")
+    ) == 12
+    assert run(source, tmp_path / "out").already_there
+    written = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9")
+    refused(tmp_path, "is no UTF-8, which training needs", source, Path(written))
+
+
+def test_what_programs_keep_beside_images_is_no_person(tmp_path):
+    source = people(tmp_path / "in", 3, 3)
+    for name in ("@eaDir", "Thumbnails", "lost+found", ".cache"):
+        shutil.copytree(source / "ID_1", source / name)
+    (source / "loop").symlink_to("..")
+    (source / "here").symlink_to(".")
+    os.mkfifo(source / "ID_1/pipe.png")
+    report = run(source, tmp_path / "out")
+    assert report.labels == {"ID_1": 0, "ID_2": 1} and report.totals == {"train": 4, "val": 2, "left_out": 0}
+    assert report.warnings == ["no persons, passed over: @eaDir/, Thumbnails/, lost+found/"]
+
+
+def test_a_folder_that_cannot_be_read_does_not_vanish(tmp_path, monkeypatch):
+    source, scandir = people(tmp_path / "in", 3, 3), os.scandir
+
+    def refusing(folder):
+        if Path(folder).name == "ID_2":
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    for read in (lambda: run(source, tmp_path / "out"), lambda: ImageDataModule(source)):
+        with pytest.raises(UserError, match=r"The folder .*ID_2 cannot be read \(Permission denied\): make it"):
+            read()
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("TRAIN_SET", "Val")])
+def test_subsets_are_no_persons(tmp_path, names):
+    for name in names:
+        people(tmp_path / "deep" / name, 2, 2)
+        people(tmp_path / "flat", 2)
+        (tmp_path / "flat/ID_1").rename(tmp_path / "flat" / name)
+    words = f"{names[0]}/, {names[1]}/ hold images of their own, and are subsets, no persons"
+    refused(tmp_path, words, tmp_path / "flat")
+    refused(tmp_path, f"Try --input_dir {tmp_path}/deep/{names[0]}", tmp_path / "deep")
+    with pytest.raises(UserError, match="are subsets, no persons"):
+        ImageDataModule(tmp_path / "flat")
+    data = ImageDataModule(tmp_path / "deep")
+    assert (data.train_data.folder.name, data.val_data.folder.name) == names and data.labels == {"ID_1": 0, "ID_2": 1}
 
 
 # ---- links
@@ -344,6 +437,23 @@ def test_a_different_split_is_replaced_only_when_asked(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
 
+def test_of_two_splits_at_once_into_one_folder_one_is_written(tmp_path):
+    source = people(tmp_path / "in", 30, 30)
+
+    def split(seed: int) -> object:
+        try:
+            return run(source, tmp_path / "out", seed=seed, workers=1)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(split, range(4)))
+    (written,) = [seed for seed, one in enumerate(done) if isinstance(one, SplitReport)]
+    assert read_split_info(tmp_path / "out")["seed"] == written and len(subsets(tmp_path / "out")) == 60
+    words = f"holds a different split: it was made with seed {written}, now "
+    assert all(isinstance(one, UserError) and words in str(one) for seed, one in enumerate(done) if seed != written)
+
+
 def test_changed_input_is_a_different_split_and_a_users_file_is_never_lost(tmp_path):
     source = people(tmp_path / "in", 6)
     run(source, tmp_path / "out")
@@ -368,6 +478,11 @@ def test_a_damaged_or_missing_info_file(tmp_path):
         (tmp_path / "split_info.json").write_text(content)
         with pytest.raises(UserError, match=words):
             read_split_info(tmp_path)
+    source = people(tmp_path / "in", 1)
+    with pytest.raises(
+        UserError, match=f"but holds images. Make one with .* --input_dir {source} --output_dir data_split"
+    ):
+        read_split_info(source)
 
 
 # ---- a full disk

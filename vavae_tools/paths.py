@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vavae_tools.data.folders import list_folders
+from vavae_tools.data.folders import EXTENSIONS, best_home, list_folders, person_folders
 from vavae_tools.data.split_report import INFO_NAME, read_split_info
 from vavae_tools.runtime.errors import UserError
 
@@ -60,17 +60,18 @@ def find_paths(
     work = work or os.environ.get("VAVAE_WORK") or (working_root if working_root.is_dir() else "outputs")
     if images is not None and not Path(images).is_dir():
         raise UserError(f"No such folder: {images}. Name the folder that holds ID_1, ID_2 …")
-    return ProjectPaths(Path(images) if images else next(_person_folders(input_roots), None), Path(work))
+    return ProjectPaths(Path(images) if images else _person_folders(input_roots), Path(work))
 
 
-def _person_folders(roots: Iterable[Path]) -> Iterable[Path]:
-    """Yield folders below `roots` that hold at least two folders with images, nearest first."""
+def _person_folders(roots: Iterable[Path]) -> Path | None:
+    """Return the folder nearest below `roots` that holds at least two folders with images, None without one."""
     level = [root for root in roots if root.is_dir()]
     for _ in range(MAX_SEARCH_DEPTH + 1):
-        for folder in level:
-            if sum(bool(paths) for paths in list_folders(folder).values()) >= 2:
-                yield folder
-        level = [child for folder in level for child in sorted(folder.iterdir()) if child.is_dir()]
+        homes = [folder for folder in level if sum(map(bool, list_folders(folder, EXTENSIONS).values())) >= 2]
+        if homes:
+            return best_home(homes, EXTENSIONS)
+        level = [folder / name for folder in level for name in person_folders(folder)]
+    return None
 
 
 def find_split(work: str | Path | None = None) -> Path:

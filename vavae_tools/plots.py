@@ -27,7 +27,8 @@ _LEGEND = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1)}
 
 def as_pixels(image: Any) -> Tensor:
     """Return one image or a batch of them, in any accepted form, as uint8 (…, C, H, W) on the CPU."""
-    from vavae_tools.data.images import convert_channels, is_grey, to_pixels
+    from vavae_tools.data.images import to_pixels
+    from vavae_tools.data.stored import convert_channels, is_grey
 
     if isinstance(image, Sequence):
         return torch.stack([as_pixels(one) for one in image])

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Collection
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ class ImageDataModule(ImageSetDataModule):
     """The images in `data_dir` as batches, which is one of
 
     - a folder per class, with any names, which owns the images at any depth in it;
-    - such folders in `train/`, and in `validation/ valid/ val/ dev/ test/` (the first one there) what validates;
+    - such folders in `train/`, and in `validation/ valid/ val/ dev/ test/` (the first one there) what validates, also
+      as `Training/`, `test_set/` and the like (`folders.subset_named`);
     - a split of `data_split.py`, whose labels are kept;
     - a dataset of Hugging Face's `datasets`, as `save_to_disk` writes it, alone or with the same subsets.
 
@@ -57,11 +59,14 @@ class ImageDataModule(ImageSetDataModule):
         progress: bool = True,
     ) -> None:
         data_dir = Path(data_dir).expanduser()
+        if not folders.is_utf8(data_dir.absolute()):
+            raise UserError(f"data_dir {str(data_dir)!a} has a name that is no UTF-8: rename it")
         is_split = (data_dir / INFO_NAME).is_file()
         if val_share is None:
             val_share = 0 if is_split else 0.05
         options = {"image_size": image_size, "crop": crop or ("none" if is_split else "adm"), "progress": progress}
         labels, train, *others = _read_subsets(data_dir, use_hf_dataset, train_split, options)
+        set_white(train, *others)
         for subset in (train, *others):
             subset.channels = channels = channels or train.stored_channels()
         subsets = (train, *others) if others else hold_out(train, val_share, seed)
@@ -98,10 +103,17 @@ def _read_subsets(data_dir: Path, use_hf_dataset: bool | None, train_split: str,
     return _read_folders(data_dir, train_split, options)
 
 
+def set_white(*subsets: DecodedImages) -> None:
+    """Give images of more than 8 bits one white in all subsets."""
+    whites = [white for subset in subsets if (white := subset.stored_white())]
+    for subset in subsets:
+        subset.white = max(whites, default=None)
+
+
 def hold_out(data: DecodedImages, share: float, seed: int = 0) -> tuple[DecodedImages, DecodedImages | None]:
     """Return what trains, and what validates: `share` of each class, chosen by seed and name as in a split.
 
-    Equal files are in one subset; images of Hugging Face datasets are not compared, which would read all of them.
+    Equal images are in one subset: by their pixels where all fit into memory, else by their files' contents.
     """
     if not 0 <= share < 1:
         raise UserError(f"val_share {share:g}: expected a share from 0 to below 1, such as 0.05")
@@ -112,8 +124,9 @@ def hold_out(data: DecodedImages, share: float, seed: int = 0) -> tuple[DecodedI
     for place, length in enumerate(lengths):
         if counts[length] > 1:
             hashes[place] = hashlib.sha256((data.folder / data.names[place]).read_bytes()).hexdigest()
-    rows = enumerate(zip(data.labels.tolist(), data.names, strict=True))
-    images = [ImageEntry(str(label), name, "", 0, sha256=hashes.get(place)) for place, (label, name) in rows]
+    pixels = data.pixel_hashes() if data.fits_memory() else [None] * len(data)
+    rows = enumerate(zip(data.labels.tolist(), data.names, pixels, strict=True))
+    images = [ImageEntry(str(a), name, "", 0, sha256=hashes.get(place), pixels=b) for place, (a, name, b) in rows]
     subset_of = choose_subsets(images, share, seed)
     held = np.array([subset_of[image.key] == "val" for image in images])
     if not held.any():
@@ -126,32 +139,40 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
     if is_split:
         info = read_split_info(data_dir)
         extensions, labels = info["image_extensions"], {name: int(label) for name, label in info["labels"].items()}
-    roots = [data_dir]
-    if _holds_folders(data_dir / train_split):
-        others = [data_dir / name for name in folders.VALIDATION_SUBSETS if name != train_split]
-        roots = [data_dir / train_split, *list(filter(_holds_folders, others))[:1]]
-    elif train_split != "train" or is_split:
-        raise UserError(f"No folders of images in {data_dir / train_split}; {data_dir} holds {contents(data_dir)}")
     subsets = []
-    for root in roots:
-        below = {name: list(folders.files_below(root / name, extensions)) for name in folders.person_folders(root)}
-        files = {name: of_class for name, of_class in below.items() if of_class}
-        if not files and root == roots[0]:
+    for root in _subset_folders(data_dir, train_split, is_split, extensions):
+        homes = {name: [name] for name in folders.person_folders(root)} if is_split else folders.persons(root)
+        below = {
+            person: [path for name in names for path in folders.files_below(root / name, extensions)]
+            for person, names in homes.items()
+        }
+        files = {person: of_person for person, of_person in below.items() if of_person}
+        if not files and not subsets:
             refuse_shards(data_dir)
             raise UserError(folders.explain_no_images(root, extensions, "data_dir"))
         labels = labels or folders.labels_of(files)
-        if unknown := files.keys() - labels.keys():
-            names = join_first(sorted(unknown, key=folders.natural_key))
-            raise UserError(f"{root} holds {names}, which is no class of {roots[0]}: expected the same folders in both")
+        label_of = {person: folders.value_of(person, labels) for person in files}
+        if unknown := [person for person, label in label_of.items() if label is None]:
+            first = f"{subsets[0].folder if subsets else INFO_NAME}: expected the same folders in both"
+            raise UserError(f"{root} holds {join_first(unknown)}, which is no class of {first}")
         if files:
             names = [path.relative_to(root).as_posix() for path in chain.from_iterable(files.values())]
-            of_names = torch.tensor([labels[name] for name, of_class in files.items() for _ in of_class])
+            of_names = torch.tensor([label_of[person] for person, of_person in files.items() for _ in of_person])
             subsets.append(ImageFiles(root, names, of_names, of_split=is_split, **options))
     return labels, *subsets
 
 
-def _holds_folders(folder: Path) -> bool:
-    return folder.is_dir() and bool(folders.person_folders(folder))
+def _subset_folders(data_dir: Path, train_split: str, is_split: bool, extensions: Collection[str]) -> list[Path]:
+    """Return the folder that trains and, if there is one, the one that validates; they hold a folder per class."""
+    names = folders.choose_subset_names(folders.person_folders(data_dir), train_split)
+    holding = [data_dir / name for name in names if folders.person_folders(data_dir / name)]
+    if holding and holding[0].name == names[0]:
+        return holding[:2]
+    if train_split != "train" or is_split:
+        raise UserError(f"No folders of images in {data_dir / train_split}; {data_dir} holds {contents(data_dir)}")
+    if len(names) > 1 and any(folders.image_entries(data_dir / name, extensions) for name in names):
+        raise UserError(f"{data_dir}: {folders.subsets_are_no_persons(names)}")
+    return [data_dir]
 
 
 DATASETS = ("coco", "cub", "custom", "shapes")
@@ -216,6 +237,7 @@ def caption_data(
         else:
             found = (captioned.cub_subsets if name == "cub" else captioned.own_subsets)(path, notes)
         subsets = [one.subset(skip_missing, notes, options) for one in found]
+    set_white(*subsets)
     if num_samples is not None:
         subsets = [_some(subset, num_samples, seed) for subset in subsets]
     train, val = subsets if len(subsets) > 1 else hold_out(subsets[0], val_share, seed)

@@ -2,10 +2,13 @@
 
 import os
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -14,7 +17,13 @@ from vavae_tools.runtime.errors import UserError, join_first
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "bmp", "webp", "tif", "tiff", "ppm", "pgm")
 VALIDATION_SUBSETS = ("validation", "valid", "val", "dev", "test")  # the first one there validates
+OF_PROGRAMS = ("__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found")
+THUMBNAILS = ("thumbs", "thumbnail", "thumbnails")  # folders of smaller copies, as those of programs nobody's images
 
+_SUBSET = re.compile(
+    r"(?P<train>train(ing)?)|(?P<validation>validat(ion|e)|eval(uation)?)|(?P<valid>valid)|(?P<val>val)|(?P<dev>dev)"
+    r"|(?P<test>test(ing)?)"
+)
 _PERSON = re.compile(r"ID_(\d+)")
 _DIGITS = re.compile(r"(\d+)")
 
@@ -42,34 +51,131 @@ def labels_of(names: Iterable[str]) -> dict[str, int]:
     return {name: number - 1 for name, number in zip(names, numbers, strict=True)}
 
 
+def subset_named(name: str) -> str:
+    """Return which subset a folder or dataset holds by its name, "train" or one of `VALIDATION_SUBSETS`, or "".
+
+    >>> subset_named("Training"), subset_named("test_images"), subset_named("ID_1")
+    ('train', 'test', '')
+    """
+    word = re.sub(r"[\W_]*(set|data|images|imgs|split)?$", "", name.casefold())
+    return match.lastgroup if (match := _SUBSET.fullmatch(word)) else ""
+
+
+def choose_subset_names(names: Collection[str], train: str = "train") -> list[str]:
+    """Return the name of what trains, then, in the order of `VALIDATION_SUBSETS`, of what validates.
+
+    `train` is a name; only "train" itself is found in other words for it too. Without it the list is empty.
+    """
+    kinds = {name: subset_named(name) for name in sorted(names)}
+    same = [name for name, kind in kinds.items() if name.casefold() == train.casefold() or kind == train]
+    if not same:
+        return []
+    first = train if train in names else same[0]
+    others = [name for kind in VALIDATION_SUBSETS for name in (kind, *kinds) if kinds.get(name) == kind]
+    return list(dict.fromkeys([first, *(name for name in others if name not in same)]))
+
+
 def list_folders(directory: str | Path, extensions: Collection[str] = IMAGE_EXTENSIONS) -> dict[str, list[Path]]:
-    """Return each person folder with its images, both in natural order; a folder may be empty."""
+    """Return each person with its images, both in natural order; a folder may be empty."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(no_such_folder(directory))
-    entries = {name: image_entries(directory / name, extensions) for name in person_folders(directory)}
-    return {name: [Path(entry.path) for entry in of_person] for name, of_person in entries.items()}
+    found = {}
+    for person, names in persons(directory).items():
+        entries = (entry for name in names for entry in image_entries(directory / name, extensions))
+        found[person] = [Path(entry.path) for entry in entries]
+    return found
+
+
+def persons(directory: str | Path) -> dict[str, list[str]]:
+    """Return each person, in natural order, with its folders in `directory`: one, named as the person.
+
+    Folders whose names differ only in how Unicode writes an accent are one person, and a name that is no UTF-8 is read
+    as Latin-1.
+    """
+    same = defaultdict(list)
+    for name in person_folders(directory):
+        same[unicodedata.normalize("NFC", as_text(name))].append(name)
+    found = {as_text(names[0]) if len(names) == 1 else person: names for person, names in same.items()}
+    return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
+
+
+def value_of(person: str, values: Mapping[str, Any]) -> Any:
+    """Return a person's value, whichever way Unicode writes the accents of its name; None without one."""
+    if person in values:
+        return values[person]
+    composed = unicodedata.normalize("NFC", person)
+    return next((value for name, value in values.items() if unicodedata.normalize("NFC", name) == composed), None)
+
+
+def subsets_are_no_persons(names: Sequence[str]) -> str:
+    found = f"{join_first(f'{name}/' for name in names)} hold images of their own, and are subsets, no persons"
+    return f"{found}. Put each person's images into a folder of their own, as {names[0]}/ID_1, {names[0]}/ID_2 …"
+
+
+def as_text(name: str) -> str:
+    """Return a file's name, read as Latin-1 where it is no UTF-8."""
+    return name if name.isascii() or is_utf8(name) else os.fsencode(name).decode("latin-1")
+
+
+def is_utf8(path: str | Path) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
+
+
+@contextmanager
+def folder_errors(folder: str | Path) -> Iterator[None]:
+    """Raise a UserError that names a folder which cannot be read: what is in it would be left out in silence."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        hint = "make it readable, or move it away"
+        raise UserError(f"The folder {where} cannot be read ({error.strerror}): {hint}") from None
 
 
 def person_folders(directory: str | Path) -> list[str]:
-    """Return the names of the folders in `directory`, in natural order; hidden ones and __MACOSX are no persons."""
+    """Return the names of the folders in `directory`, in natural order.
+
+    Hidden folders, those of programs, and links to where `directory` itself lies are no persons.
+    """
+    with folder_errors(directory), os.scandir(directory) as entries:
+        found = [e for e in entries if not is_passed_over(e.name) and e.is_dir()]
+        here = Path(os.path.realpath(directory)) if any(e.is_symlink() for e in found) else None
+    loops = {e.name for e in found if e.is_symlink() and here.is_relative_to(os.path.realpath(e.path))}
+    return sorted((e.name for e in found if e.name not in loops), key=natural_key)
+
+
+def passed_over(directory: str | Path) -> list[str]:
+    """Return the folders in `directory` that programs keep beside images, but for hidden ones."""
     with os.scandir(directory) as entries:
-        names = [e.name for e in entries if not e.name.startswith(".") and e.name != "__MACOSX" and e.is_dir()]
-    return sorted(names, key=natural_key)
+        names = (e.name for e in entries if not e.name.startswith(".") and is_passed_over(e.name) and e.is_dir())
+        return sorted(names)
+
+
+def is_passed_over(name: str) -> bool:
+    """Return whether a folder of this name is hidden, or holds what a program keeps beside images."""
+    return name.startswith(".") or name.casefold() in (*OF_PROGRAMS, *THUMBNAILS)
 
 
 def image_entries(folder: str | Path, extensions: Collection[str]) -> list[os.DirEntry]:
     """Return the files with these extensions in natural order; a link that leads nowhere is among them."""
-    with os.scandir(folder) as entries:
-        found = [e for e in entries if extension_of(e.name) in extensions and not e.is_dir()]
+    with folder_errors(folder), os.scandir(folder) as entries:
+        named = [e for e in entries if extension_of(e.name) in extensions]
+        found = [e for e in named if e.is_file() or (e.is_symlink() and not Path(e).exists())]  # no pipe
     return sorted(found, key=lambda e: natural_key(e.name))
 
 
-def files_below(folder: Path, extensions: Collection[str]) -> Iterator[Path]:
-    """Yield the files with these extensions at any depth, those of each folder in natural order."""
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural_key)
-        yield from (Path(place, name) for name in sorted(names, key=natural_key) if extension_of(name) in extensions)
+def files_below(folder: Path, extensions: Collection[str], seen: set[str] | None = None) -> Iterator[Path]:
+    """Yield the files with these extensions at any depth, those of each folder in natural order.
+
+    A folder is looked into once, however many links lead to it; `seen` are those that were.
+    """
+    seen, here = set() if seen is None else seen, os.path.realpath(folder)
+    if here not in seen:
+        seen.add(here)
+        yield from (folder / entry.name for entry in image_entries(folder, extensions))
+        for name in person_folders(folder):
+            yield from files_below(folder / name, extensions, seen)
 
 
 def other_files(folder: str | Path, extensions: Collection[str]) -> Counter:
@@ -113,12 +219,21 @@ def explain_no_images(directory: Path, extensions: Sequence[str], flag: str = "-
         inner = f"{homes[0].name}/{person_folders(homes[0])[0]}/"
         return f"{found} The images lie one level too deep, in {inner} …: put them directly into {homes[0].name}/ …"
     if homes:
-        return f"{found} Try {flag} {max(homes, key=lambda home: _person_count(home, extensions))}"
+        return f"{found} Try {flag} {best_home(homes, extensions)}"
     others = sum((other_files(folder, extensions) for folder in below), Counter())
     if readable := [kind for kind, _ in others.most_common() if can_read(kind)]:
         kinds = join_first(f"{n:,} .{kind}" for kind, n in others.most_common())
         return f"No {either(extensions)} image in {directory}; it holds {kinds}. Try --image_extensions {readable[0]}"
     return f"{found} Expected one folder of {either(extensions)} images per person."
+
+
+def best_home(folders: Sequence[Path], extensions: Collection[str]) -> Path:
+    """Return the folder with most images in person folders; one that trains goes before one that validates."""
+
+    def rank(folder: Path) -> tuple:
+        return subset_named(folder.name) in ("", "train"), sum(map(len, list_folders(folder, extensions).values()))
+
+    return max(folders, key=rank)
 
 
 def _person_count(directory: Path, extensions: Collection[str]) -> int:

@@ -4,9 +4,11 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import BytesIO
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +22,7 @@ from tqdm.auto import tqdm
 
 from vavae_tools.data.folders import IMAGE_EXTENSIONS, labels_of, list_folders
 from vavae_tools.data.loader import OrderedDataModule, index_and_number, loading_workers, local_world_size, usable_cores
+from vavae_tools.data.stored import convert_channels, is_grey, pixel_hash, turn_upright, white_of
 from vavae_tools.runtime.errors import UserError, one_line
 from vavae_tools.runtime.files import atomic_write
 
@@ -53,19 +56,6 @@ def to_unit(pixels: Tensor) -> Tensor:
 def to_pixels(images: Tensor) -> Tensor:
     """Return numbers in [-1, 1] as uint8 0…255, rounded and clipped, any shape."""
     return images.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def is_grey(image: Image.Image) -> bool:
-    """Return whether an image is stored in grey, of any depth, with or without alpha."""
-    return Image.getmodebase(image.mode) == "L"
-
-
-def convert_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Return an image with 3 channels or 1, 8 bits each; alpha is dropped."""
-    if image.mode.startswith("I"):  # 16 or 32 bits: 65,535 is white, where Pillow's own conversion makes 255 white
-        array = (np.asarray(image).clip(0, 65535).astype(np.uint32) + 128) // 257
-        image = Image.fromarray(array.astype(np.uint8))
-    return image.convert("RGB" if channels == 3 else "L")
 
 
 def save_image(pixels: Tensor, path: Path) -> None:
@@ -126,6 +116,7 @@ class DecodedImages(Dataset):
         self.captions = None if captions is None else list(map(tuple, captions))
         self.extra_fields: dict[str, Tensor] = {}
         self.rows, self._progress = torch.arange(len(self.names)), progress
+        self.white: int | None = None  # of images of more than 8 bits; None: each image's own
         self.resize(image_size)
 
     def resize(self, image_size: int | Size) -> None:
@@ -166,14 +157,54 @@ class DecodedImages(Dataset):
         return torch.tensor([len(captions) for captions in self.captions], dtype=torch.int64)
 
     def stored_channels(self) -> int:
-        """Return 1 where a few images, spread over all, are grey, else 3."""
-        places = range(0, len(self), max(1, len(self) // 32))
-        images = self.opened(places)
-        for place in places:
-            with image_errors(self.where(place)), next(images) as image:
-                if not is_grey(image):
-                    return 3
+        """Return 1 where all images are stored in grey, else 3."""
+        spread = range(0, len(self), max(1, len(self) // 32))  # where colour is found soon, mostly
+        for parts in ([spread], self._parts()):
+            if not all(map(all, self._of_each(is_grey, parts))):
+                return 3
         return 1
+
+    def stored_white(self) -> int | None:
+        """Return the white that all images of more than 8 bits have in common, by `white_of`; None without any."""
+        spread = range(0, len(self), max(1, len(self) // 64))
+        for parts in ([spread], self._parts()):  # all are looked at where one is among the first
+            found = [white for part in self._of_each(white_of, parts, broken=None) for white in part if white]
+            if not found:
+                return None
+        return max(found)
+
+    def pixel_hashes(self) -> list[str | None]:
+        """Return `pixel_hash` of each image, None for one that is damaged."""
+
+        def hashed(image: Image.Image) -> str:
+            turn_upright(image)
+            return pixel_hash(image)
+
+        return list(chain.from_iterable(self._of_each(hashed, self._parts(), broken=None)))
+
+    def _parts(self) -> list[range]:
+        return [range(len(self))[start : start + 64] for start in range(0, len(self), 64)]  # a thread's at once
+
+    def _of_each(self, function: Callable, parts: Iterable[range], **broken: None) -> Iterator[list]:
+        """Yield what `function` makes of each part's images, in threads; for a damaged one `broken`, where given."""
+
+        def of_part(places: range) -> list:
+            made = []
+            for place in places:
+                try:
+                    with image_errors(self.where(place)), next(self.opened([place])) as image:
+                        made.append(function(image))
+                except UserError:
+                    if not broken:
+                        raise
+                    made.append(None)
+            return made
+
+        pool = _decoding_threads()
+        try:
+            yield from pool.map(of_part, parts)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def fits_memory(self) -> bool:
         """Return whether all of them, decoded, fit into this process's part of `MEMORY_LIMIT`."""
@@ -183,11 +214,10 @@ class DecodedImages(Dataset):
         """Return all images, uint8 (N, C, H, W), decoded on the first call."""
         if self._memory is None:
             memory = torch.empty((len(self), *self.image_size, self.channels), dtype=torch.uint8).permute(0, 3, 1, 2)
-            parts = [range(len(self))[start : start + 64] for start in range(0, len(self), 64)]  # a thread's at once
+            parts = self._parts()
             hidden = True if not self._progress or len(self) < 500 else None
             bar = tqdm(total=len(self), desc=f"reading {self.title}", unit="image", disable=hidden)
-            threads = max(1, usable_cores() // local_world_size())  # Pillow decodes without the GIL
-            with bar, ThreadPoolExecutor(threads) as pool:
+            with bar, _decoding_threads() as pool:
                 for part, decoded in zip(parts, pool.map(self._decode, parts), strict=True):
                     memory[part.start : part.stop] = decoded
                     bar.update(len(part))
@@ -199,7 +229,8 @@ class DecodedImages(Dataset):
         size, images = self.image_size[::-1], self.opened(places)
         for row, place in enumerate(places):
             with image_errors(self.where(place)), next(images) as image:
-                image = convert_channels(image, self.channels)
+                turn_upright(image)
+                image = convert_channels(image, self.channels, self.white)
             if image.size != size:
                 image = CROPS[self.crop](image, self.image_size)
             decoded[row] = np.asarray(image).reshape(decoded.shape[1:])
@@ -228,6 +259,10 @@ class DecodedImages(Dataset):
         rows = [(self.labels == label).nonzero().flatten().tolist() for label in dict.fromkeys(self.labels.tolist())]
         in_turn = [row for turn in zip_longest(*rows) for row in turn if row is not None]
         return self.__getitems__(in_turn[:count])
+
+
+def _decoding_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, usable_cores() // local_world_size()))  # Pillow decodes without the GIL
 
 
 class ImageFiles(DecodedImages):
@@ -264,9 +299,11 @@ class ImageFiles(DecodedImages):
     def contents(self) -> Iterator[bytes]:
         if self.crop != "none":
             yield f"crop {self.crop}".encode()
+        if self.white not in (None, 65535):  # which was white of all images when the first caches were written
+            yield f"white {self.white}".encode()
         with ThreadPoolExecutor(usable_cores()) as pool:
-            hashes = pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), self.paths)
-            yield from (name.encode() + content for name, content in zip(self.names, hashes, strict=True))
+            hashes = pool.map(_content_hash, self.paths)
+            yield from (os.fsencode(name) + content for name, content in zip(self.names, hashes, strict=True))
 
     def where(self, place: int) -> str:
         return str(self.folder / self.names[place])
@@ -352,6 +389,16 @@ class ImageSetDataModule(OrderedDataModule):
         if self.num_workers and data.fits_memory():
             data.in_memory()  # now, once, and not in each worker
         return super()._loader(data, order, batch_size)
+
+
+def _content_hash(path: Path) -> bytes:
+    data = path.read_bytes()
+    content = hashlib.sha256(data).digest()
+    if any(mark in data for mark in (b"Exif\0", b"eXIf", b"EXIF", b"type exif", b"tiff:Orientation")):
+        with suppress(OSError), Image.open(BytesIO(data)) as image:
+            if turn_upright(image) and image.format != "TIFF":  # the first caches have it as it is stored
+                return content + b"upright"
+    return content
 
 
 def hash_of(values: list) -> str:

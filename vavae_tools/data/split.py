@@ -10,18 +10,23 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 
 from vavae_tools.data import folders, split_report
 from vavae_tools.data.folders import IMAGE_EXTENSIONS, count_of, either, natural_key
 from vavae_tools.data.split_report import INFO_NAME, SUBSETS, ImageEntry, SplitReport
+from vavae_tools.data.stored import pixel_hash, turn_upright, white_of
 from vavae_tools.runtime.errors import UserError, join_first, one_line
 
 RecordingOf = Callable[[ImageEntry], str | None]
@@ -73,7 +78,7 @@ def _units(images: Sequence[ImageEntry], recording_of: RecordingOf) -> list[list
     first = {}
     for i, image in enumerate(images):
         recording = recording_of(image)
-        for tie in filter(None, (image.sha256, recording and (image.person, recording))):
+        for tie in filter(None, (image.sha256, image.pixels, recording and (image.person, recording))):
             parent[root(i)] = root(first.setdefault(tie, i))
     units = defaultdict(list)
     for i, image in enumerate(images):
@@ -157,19 +162,28 @@ def split_folders(
     if target.is_relative_to(real) or real.is_relative_to(target):
         hint = f"Choose another --output_dir, such as {real.parent / 'data_split'}"
         raise UserError(f"--output_dir {target} and --input_dir {source} are in each other. {hint}")
+    if not folders.is_utf8(target):
+        raise UserError(f"--output_dir {str(target)!a} is no UTF-8, which training needs. Choose another name.")
     images, notes = _find_images(source, asked["image_extensions"])
     recording_of = _recordings(group_pattern, images, notes)
     workers = max(1, workers or min(8, os.cpu_count() or 1))
     split = _Split(source, target, images, asked, recording_of, workers, progress)
 
-    if existing := split_report.existing_split(target):
-        difference = split.difference_from(*existing)
-        if difference is None:
-            return SplitReport.of(existing[0], target, already_there=True)
-        if not overwrite:
-            hint = "Choose another --output_dir, or add --overwrite to replace it."
-            raise UserError(f"{target} holds a different split: {difference}. {hint}")
-    return SplitReport.of(split.make(notes), target)
+    with _lock(target):
+        if existing := split_report.existing_split(target):
+            difference = split.difference_from(*existing)
+            if difference is None:
+                return SplitReport.of(existing[0], target, already_there=True)
+            if not overwrite:
+                hint = "Choose another --output_dir, or add --overwrite to replace it."
+                raise UserError(f"{target} holds a different split: {difference}. {hint}")
+        return SplitReport.of(split.make(notes), target)
+
+
+def _lock(target: Path) -> FileLock:
+    """Return the lock of one split into `target` at a time, for this user's processes on this machine."""
+    name = hashlib.sha256(os.fsencode(f"{Path.home()} {target}")).hexdigest()[:16]
+    return FileLock(Path(tempfile.gettempdir()) / f"vavae_tools_split_{name}.lock")
 
 
 @dataclass
@@ -231,7 +245,7 @@ class _Split:
             broken = join_first(f"{image.key}: {image.fault}" for image in self.images)
             raise UserError(f"No image in {self.source} can be used ({broken}). Check that the files are whole.")
         settings = {"input_dir": str(self.source.resolve()), **self.settings}
-        info = split_report.split_info(settings, folders.person_folders(self.source), self.images, subsets)
+        info = split_report.split_info(settings, list(folders.persons(self.source)), self.images, subsets)
         for home in homes:
             if home.name not in info["labels"]:
                 home.rmdir()
@@ -243,24 +257,35 @@ class _Split:
             if old.get(name) != value:
                 was, now = (",".join(one) if isinstance(one, list) else one for one in (old.get(name), value))
                 return f"it was made with {name} {was}, now {now}"
-        then = old["files"]
-        self._examine(faults={entry["sha256"]: old["unreadable"].get(key, "") for key, entry in then.items()})
+        then, faults = old["files"], old["unreadable"]
+        known = {e["sha256"]: {"fault": faults.get(key, ""), "pixels": e.get("pixels")} for key, e in then.items()}
+        self._examine(known={sha256: what for sha256, what in known.items() if any(what.values()) or not self._decodes})
         now = split_report.file_entries(self.images, self._subsets())
-        changed = [key for key in now.keys() | then.keys() if now.get(key) != then.get(key)]
-        if changed:
-            names = join_first(sorted(changed, key=natural_key))
-            return f"the input changed since, {count_of(len(changed), 'file')}: {names}"
+
+        def differing(*what: str) -> list[str]:
+            values = ([[entries.get(key, {}).get(name) for name in what] for entries in (now, then)] for key in keys)
+            return [key for key, (new, old) in zip(keys, values, strict=True) if new != old]
+
+        keys = sorted(now.keys() | then.keys(), key=natural_key)
+        if changed := differing("bytes", "sha256"):
+            return f"the input changed since, {count_of(len(changed), 'file')}: {join_first(changed)}"
+        if changed := differing("side"):  # it is of before pixels were compared
+            return f"files with the same pixels stand in both subsets: {join_first(changed)} belong elsewhere"
         return f"{count_of(len(missing), 'file')} gone or changed: {join_first(missing)}" if missing else None
 
     def _subsets(self, with_faults: bool = False) -> dict[str, str]:
         images = [image for image in self.images if with_faults or not image.fault]
         return choose_subsets(images, self.settings["val_ratio"], self.settings["seed"], self.recording_of)
 
-    def _examine(self, write: Callable | None = None, faults: dict[str, str] | None = None) -> None:
-        """Read each image once: hash, decode and, where asked, write the same bytes. `faults` are known by hash."""
+    @property
+    def _decodes(self) -> bool:
+        return self.settings["check"] == "decode"
+
+    def _examine(self, write: Callable | None = None, known: dict[str, dict] | None = None) -> None:
+        """Read each image once: hash, decode and, where asked, write the same bytes. `known` is by hash."""
         from tqdm import tqdm  # not for --help
 
-        decode = self.settings["check"] == "decode"
+        decode = self._decodes
         read_all = decode or self.settings["link"] == "copy"
         length = Counter(image.bytes for image in self.images)
 
@@ -275,10 +300,9 @@ class _Split:
                         continue
                     image.fault = "" if data else "an empty file"
                     image.sha256 = hashlib.sha256(data).hexdigest()
-                    if faults and image.sha256 in faults:
-                        image.fault = faults[image.sha256]
-                    elif decode and data:
-                        image.fault, image.size = _decoded(data)
+                    found = (known or {}).get(image.sha256) or (_decoded(data) if decode and data else {})
+                    for name, value in found.items():
+                        setattr(image, name, value)
                 if write and not image.fault:
                     write(image, data)
             return len(part)
@@ -292,17 +316,20 @@ class _Split:
                 bar.update(done)
 
 
-def _decoded(data: bytes) -> tuple[str, tuple[int, int] | None]:
-    """Return an image's fault (empty if it has none), and its size; every pixel is decoded."""
+def _decoded(data: bytes) -> dict[str, Any]:
+    """Return an image's fault (empty if it has none), or else how it is read; every pixel is decoded."""
     try:
         with Image.open(io.BytesIO(data)) as image:
+            turned = turn_upright(image)
             image.load()
-            size = image.size
+            if min(image.size) < 2:
+                return {"fault": f"too small: {image.width}x{image.height} pixels"}
+            white, pixels = white_of(image), pixel_hash(image)
+            return {"size": image.size, "turned": turned, "white": white, "pixels": pixels}
     except UnidentifiedImageError:
-        return "not an image that Pillow can read", None
+        return {"fault": "not an image that Pillow can read"}
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error … on broken files
-        return f"cannot be decoded: {one_line(error)}", None
-    return (f"too small: {size[0]}x{size[1]} pixels", None) if min(size) < 2 else ("", size)
+        return {"fault": f"cannot be decoded: {one_line(error)}"}
 
 
 def _find_images(source: Path, extensions: list[str]) -> tuple[list[ImageEntry], list[str]]:
@@ -310,24 +337,34 @@ def _find_images(source: Path, extensions: list[str]) -> tuple[list[ImageEntry],
     if not source.is_dir():
         raise UserError(f"{folders.no_such_folder(source)} Check --input_dir.")
     images, notes = [], []
-    for person in folders.person_folders(source):
-        folder = source / person
-        entries = folders.image_entries(folder, extensions)
-        for entry in entries:
+    for person, names in folders.persons(source).items():
+        if names != [person]:
+            written = " and ".join(ascii(name)[1:-1] for name in names)
+            notes.append(f"{person} is what the folder{'s' * (len(names) > 1)} {written} can be read as")
+        taken = set()
+        for entry in (entry for name in names for entry in folders.image_entries(source / name, extensions)):
             path = str(Path(entry.path).resolve()) if entry.is_symlink() else entry.path
             length = entry.stat().st_size if entry.is_file() else 0  # a link that leads nowhere: reading it will tell
-            images.append(ImageEntry(person, entry.name, path, length))
-        if not entries:
+            stem, dot, ending = folders.as_text(entry.name).rpartition(".")
+            free = (f"{stem}{f'_{n}' * (n > 1)}{dot}{ending}" for n in count(1))  # in two folders of one person
+            taken.add(own := next(name for name in free if name not in taken))
+            images.append(ImageEntry(person, own, path, length))
+        if not taken:
             notes.append(f"{person} has no label: it holds no {either(extensions)} image")
-        if others := folders.other_files(folder, extensions):
-            names = join_first(f"{n:,} .{kind}" for kind, n in others.most_common())
-            notes.append(f"passed over in {person}: {names}")
-        if inner := folders.person_folders(folder):
-            notes.append(f"the folders in {person} were not looked into: {join_first(f'{name}/' for name in inner)}")
+        if others := sum((folders.other_files(source / name, extensions) for name in names), Counter()):
+            kinds = join_first(f"{n:,} .{kind}" for kind, n in others.most_common())
+            notes.append(f"passed over in {person}: {kinds}")
+        if inner := [f"{below}/" for name in names for below in folders.person_folders(source / name)]:
+            notes.append(f"the folders in {person} were not looked into: {join_first(inner)}")
     if not images and (source / INFO_NAME).is_file():
         raise UserError(f"{source} is a split already. --input_dir is the folder that it was made from.")
     if not images:
         raise UserError(folders.explain_no_images(source, extensions))
+    with_images = {image.person for image in images}
+    if len(subsets := folders.choose_subset_names(with_images)) > 1:
+        raise UserError(f"{source}: {folders.subsets_are_no_persons(subsets)}")
+    if beside := folders.passed_over(source):
+        notes.append(f"no persons, passed over: {join_first(f'{name}/' for name in beside)}")
     if loose := [entry.name for entry in folders.image_entries(source, extensions)]:
         notes.append(f"{count_of(len(loose), 'image')} in no person's folder, passed over: {join_first(loose)}")
     return images, notes

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 
-from vavae_tools.data.folders import count_of, labels_of
+from vavae_tools.data.folders import EXTENSIONS, count_of, labels_of, list_folders
 from vavae_tools.runtime.errors import UserError, join_first
 
 SUBSETS = ("train", "val")
@@ -26,6 +26,9 @@ class ImageEntry:
     fault: str = ""  # why it is left out; empty for a good image
     sha256: str | None = None
     size: tuple[int, int] | None = None
+    pixels: str | None = None  # `stored.pixel_hash`
+    turned: bool = False  # stored turned, with an EXIF orientation
+    white: int | None = None  # `stored.white_of`
 
     @property
     def key(self) -> str:
@@ -81,7 +84,7 @@ def split_info(settings: dict, persons: Sequence[str], images: Sequence[ImageEnt
     for image in images:
         counts[image.person][subsets.get(image.key, "left_out")] += 1
         if image.sha256 and not image.fault:
-            twins[image.sha256].append(image)
+            twins[image.pixels or image.sha256].append(image)
     duplicates = [group for group in twins.values() if len(group) > 1]
     sizes = Counter(image.size for image in images if image.size)
     return {
@@ -90,7 +93,7 @@ def split_info(settings: dict, persons: Sequence[str], images: Sequence[ImageEnt
         "labels": labels_of({image.person for image in images if not image.fault}),
         "counts": counts,
         "totals": {column: sum(row[column] for row in counts.values()) for column in (*SUBSETS, "left_out")},
-        "warnings": _remarks(counts, duplicates),
+        "warnings": _remarks(counts, duplicates) + _readings(images),
         "unreadable": {image.key: image.fault for image in images if image.fault},
         "duplicates": [[image.key for image in group] for group in duplicates],
         "sizes": {f"{width}x{height}": n for (width, height), n in sizes.most_common()},
@@ -99,8 +102,9 @@ def split_info(settings: dict, persons: Sequence[str], images: Sequence[ImageEnt
 
 
 def file_entries(images: Sequence[ImageEntry], subsets: dict[str, str]) -> dict[str, dict]:
-    """Return every file's subset (None: left out), length and hash (None: no other is as long)."""
-    return {p.key: {"side": subsets.get(p.key), "bytes": p.bytes, "sha256": p.sha256} for p in images}
+    """Return every file's subset (None: left out), length, hash (None: no other is as long) and, decoded, pixels'."""
+    known = ((p, {"pixels": p.pixels} if p.pixels else {}) for p in images)
+    return {p.key: {"side": subsets.get(p.key), "bytes": p.bytes, "sha256": p.sha256, **more} for p, more in known}
 
 
 def _remarks(counts: dict[str, dict[str, int]], duplicates: list[list[ImageEntry]]) -> list[str]:
@@ -125,6 +129,18 @@ def _remarks(counts: dict[str, dict[str, int]], duplicates: list[list[ImageEntry
     return remarks
 
 
+def _readings(images: Sequence[ImageEntry]) -> list[str]:
+    """Return how images are read that are stored in another way than most."""
+    remarks = []
+    if turned := sum(image.turned for image in images):
+        remarks.append(f"{count_of(turned, 'image')} stored turned (EXIF orientation), read upright")
+    if deep := Counter(image.white for image in images if image.white):
+        kinds = join_first(f"{white:,} ({n:,})" for white, n in deep.most_common())
+        rule = f"the largest, {max(deep):,}, is white for all" if len(deep) > 1 else "it is read as white"
+        remarks.append(f"{count_of(deep.total(), 'image')} of more than 8 bits, with numbers up to {kinds}: {rule}")
+    return remarks
+
+
 def read_split_info(directory: str | Path) -> dict:
     """Return what `directory`/split_info.json says."""
     path = Path(directory) / INFO_NAME
@@ -132,8 +148,11 @@ def read_split_info(directory: str | Path) -> dict:
         info = json.loads(path.read_text(encoding="utf-8"))
         version = info["version"]
     except (FileNotFoundError, NotADirectoryError):
-        command = f"python data_split.py --input_dir … --output_dir {directory}"
-        raise UserError(f"No {INFO_NAME} in {directory}: it is no split. Make one with {command}") from None
+        raw = Path(directory).is_dir() and any(list_folders(directory, EXTENSIONS).values())
+        source, target = (directory, "data_split") if raw else ("…", directory)
+        command = f"python data_split.py --input_dir {shlex.quote(str(source))} --output_dir {shlex.quote(str(target))}"
+        found = f"No {INFO_NAME} in {directory}: it is no split{', but holds images' * raw}. Make one with {command}"
+        raise UserError(f"{found}, and name {target}") from None
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{path} is damaged. Remove {directory} and make the split again.") from None
     if version != INFO_VERSION:

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vavae_tools.data import folders
 from vavae_tools.data.captions import NamedImages, missing_images, read_json_lines, read_text
-from vavae_tools.data.folders import EXTENSIONS, VALIDATION_SUBSETS, contents, count_of, either, files_below
+from vavae_tools.data.folders import EXTENSIONS, contents, count_of, either, files_below
 from vavae_tools.data.sources.hugging_face import CAPTION_COLUMNS, SAVED_DATASET_FILES
 from vavae_tools.data.sources.shards import refuse_shards
 from vavae_tools.runtime.errors import UserError, join_first
@@ -47,12 +48,12 @@ def _given(root: Path, path: str | Path) -> Path:
 def _coco_subset(root: Path, annotations: Path, images: str | Path | None) -> NamedImages:
     captions = _read_coco(annotations)
     name = annotations.stem.removeprefix("captions_")
-    folders = [root / name, root / "images" / name, root / "images", root]
+    places = [root / name, root / "images" / name, root / "images", root]
     if images is not None:
-        folders = [_given(root, images) / name, _given(root, images), *folders]
-        if not folders[1].is_dir():
-            raise UserError(f"No such folder of images: {folders[1]}")
-    folder = min(folders, key=lambda folder: len(missing_images(folder, captions)))  # the first of equals
+        places = [_given(root, images) / name, _given(root, images), *places]
+        if not places[1].is_dir():
+            raise UserError(f"No such folder of images: {places[1]}")
+    folder = min(places, key=lambda folder: len(missing_images(folder, captions)))  # the first of equals
     return NamedImages(folder, annotations, captions)
 
 
@@ -159,8 +160,9 @@ def own_subsets(path: Path, notes: list[str]) -> list[NamedImages]:
         if path.suffix.lower() not in (".jsonl", ".csv", ".tsv"):
             raise UserError(f"{path}: expected a .jsonl or .csv with file names and captions, or a folder")
         return [NamedImages(path.parent, path, _read_table(path))]
-    if not _table_in(path) and (train := _own_subset(path / "train", notes)):
-        others = (_own_subset(path / name, notes) for name in VALIDATION_SUBSETS)
+    first, *rest = folders.choose_subset_names(folders.person_folders(path)) or ["train"]
+    if not _table_in(path) and (train := _own_subset(path / first, notes)):
+        others = (_own_subset(path / name, notes) for name in rest)
         return [train, *list(filter(None, others))[:1]]
     if whole := _own_subset(path, notes):
         return [whole]

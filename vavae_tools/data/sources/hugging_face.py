@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vavae_tools.data.captions import clean_captions
-from vavae_tools.data.folders import VALIDATION_SUBSETS, either, labels_of
+from vavae_tools.data.folders import choose_subset_names, either, labels_of
 from vavae_tools.data.images import DecodedImages
 from vavae_tools.runtime.errors import UserError, join_first, one_line
 
@@ -57,7 +57,7 @@ class DatasetImages(DecodedImages):
 def read_subsets(data_dir: Path, train_split: str, **options: Any) -> tuple[dict[str, int], *tuple[DatasetImages, ...]]:
     """Return class name → label, the training subset, and what validates if there is such a subset."""
     datasets = _read_datasets(data_dir, train_split)
-    first = datasets[train_split]
+    train_split, first = next(iter(datasets.items()))
     image = _column(first, data_dir, "images", "Image", _IMAGE_COLUMNS)
     label = _column(first, data_dir, "labels", "ClassLabel", ("label", "labels", "fine_label", "class"))
     for name, dataset in datasets.items():
@@ -112,12 +112,13 @@ def _read_datasets(data_dir: Path, train_split: str) -> "dict[str, Dataset]":
     found = load_folder(data_dir)
     if not isinstance(found, dict):  # a DatasetDict is one
         found = {train_split: found}
-    if train_split not in found:
+    names = choose_subset_names(found, train_split)
+    if not names:
         raise UserError(f"No subset {train_split!r} in {data_dir}; there are {', '.join(found)}: set train_split")
-    if not len(found[train_split]):
-        raise UserError(f"The subset {train_split} of {data_dir} is empty")
-    others = [name for name in VALIDATION_SUBSETS if name != train_split and name in found and len(found[name])]
-    return {name: found[name] for name in (train_split, *others[:1])}
+    if not len(found[names[0]]):
+        raise UserError(f"The subset {names[0]} of {data_dir} is empty")
+    others = [name for name in names[1:] if len(found[name])]
+    return {name: found[name] for name in (names[0], *others[:1])}
 
 
 def _column(dataset: "Dataset", data_dir: Path, what: str, kind: str, names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vavae_tools.data.folders import EXTENSIONS, VALIDATION_SUBSETS, extension_of, no_such_folder
+from vavae_tools.data.folders import EXTENSIONS, VALIDATION_SUBSETS, extension_of, no_such_folder, subset_named
 from vavae_tools.data.sources.hugging_face import column_values, datasets_library
 from vavae_tools.runtime.errors import UserError, command_parser, join_first, one_line, run_command
 
@@ -61,7 +61,7 @@ def convert_shards(shards: Path, output: Path) -> "dict[str, Dataset]":
 def _by_subset(shards: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = defaultdict(list)
     for path in files:
-        words = re.split(r"[^a-z]+", path.relative_to(shards).as_posix().lower())
+        words = set(map(subset_named, re.split(r"[^a-z]+", path.relative_to(shards).as_posix().lower())))
         found[next((name for name in ("train", *VALIDATION_SUBSETS) if name in words), "")].append(path)
     if found.keys() == {""}:
         return {"train": found[""]}
