@@ -70,6 +70,7 @@ LINES = {
         **{"experiment": "text_to_image", "data.dataset_name": "coco", "train.batch_size": 48, "train.lr": 1e-4},
         **{"train.accumulate_grad_batches": 2, "train.precision": "bf16", "train.save_every_n_steps": 500},
         **{"model.depth": 16, "train.warmup_steps": 500, "resume": "outputs/checkpoint-epoch-10"},
+        "output_dir": "./outputs",
     },
     "--lr 1e-4 --batch-size=8 --flips --devices 2 --size S --seed 3 --vavae v --latents_dir 2024 "
     "logger=[tensorboard,wandb]": {
@@ -377,6 +378,27 @@ def test_a_latent_size_or_class_number_that_does_not_fit_is_one_line(train):
     ):
         with pytest.raises(UserError, match=re.escape(said)):
             train(*SHORT, *SMALL, *change.split())
+
+
+def test_training_ends_early_where_nothing_gets_better(train):
+    still = ["--lr", "1e-12", "train.max_epochs=6", "train.previews=0", "--output_dir", "[run] a=1"]
+    said = train(*SHORT, *SMALL, *still, "--early_stopping_patience", "2")
+    assert said.startswith("Writing into [run] a=1\n")
+    assert "Ended early, after step 18: val/loss was not better than" in said and "(--early_stopping_patience)" in said
+    # a run that resumes has its own patience, and a best checkpoint's path is no key
+    (best,) = Path("[run] a=1/checkpoints").glob("epoch=*.ckpt")
+    resumed = train(*SHORT, *SMALL, *still, "--early_stopping_patience", "3", "--resume", str(best))
+    assert "Ended early, after step 24" in resumed
+    with pytest.raises(UserError, match="--early_stopping_patience needs images that validate"):
+        train(*SHORT, *SMALL, "data.val_share=0", "--early_stopping_patience", "2")
+
+
+def test_what_a_folder_holds_says_which_experiment_takes_it(train):
+    Path("texts/more").mkdir(parents=True)
+    Path("texts/more/a.txt").write_text("a")
+    with pytest.raises(UserError, match=r"such as more/a.txt, and no images: .*experiment=token_images takes texts"):
+        train("--data_path", "texts", "--img_size", "64", "--batch_size", "32", "--epochs", "100", "--use_amp")
+    assert not Path("logs").exists()
 
 
 def test_loggers_by_name_and_always_a_csv(tmp_path):

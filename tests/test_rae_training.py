@@ -296,7 +296,11 @@ def test_a_look_tells_the_psnr_and_warns(tmp_path, monkeypatch, by, decibels, wa
     ("changes", "message"),
     [
         ({"perceptual_weight": 0.5}, r"perceptual_weight needs LPIPS: name its weights"),
-        ({"data": {**DATA, "image_size": 48}}, "image_size 48: this RAE makes images of 32"),
+        (
+            {"data": {**DATA, "image_size": 48}},
+            "image_size 48: this RAE makes images of 32 of any size, so another one saves no memory",
+        ),
+        ({"rae": {"folder": "tiny", "decoder": "ViTB"}}, "rae.folder=tiny is a whole RAE: leave out rae.decoder"),
         ({"rae": "."}, "is no folder of a whole RAE"),
         ({"noise_tau": -0.1}, "noise_tau is -0.1, expected 0 or more"),
         ({"l1_weight": 0.0}, "nothing compares the images"),

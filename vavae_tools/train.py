@@ -5,7 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from vavae_tools.recipes.base import ImageData
-from vavae_tools.recipes.config import compose, help_text, keep_config, read_command_line, run_folder
+from vavae_tools.recipes.config import (
+    check_kind_of_data,
+    compose,
+    help_text,
+    keep_config,
+    read_command_line,
+    run_folder,
+)
 from vavae_tools.runtime.errors import run_command
 
 
@@ -42,9 +49,9 @@ def run_experiment(*words: str) -> Path:
     from vavae_tools.training.devices import trainer_settings
 
     trainer_settings(**plan.recipe.train.of_devices())  # what this machine cannot do is said before anything is written
+    check_kind_of_data(plan)
     folder, resume, said = run_folder(plan)
-    if said:
-        log(said)
+    log(said or f"Writing into {folder}")
     keep_config(plan, words, folder)
     recipe = resolved(plan.recipe)
     if isinstance(recipe.data, ImageData) and recipe.data.data_dir is None:

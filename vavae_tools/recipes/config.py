@@ -18,13 +18,13 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 
-from vavae_tools.recipes.base import RECIPES, AnyRecipe, Recipe
+from vavae_tools.recipes.base import RECIPES, AnyRecipe, CaptionData, Recipe, TextData
 from vavae_tools.runtime.errors import UserError, is_path, join_first, one_line, with_home
 from vavae_tools.runtime.ranks import current_ranks, is_rank_zero
 from vavae_tools.training.config import Setting, Typed, TypedLoader, checked, read_typed, settings_of
 
 CONFIGS = Path(str(files("vavae_tools") / "configs"))
-DEFAULT = "vavae_dit"
+DEFAULT, TEXTS = "vavae_dit", "token_images"
 RUNS = Path("logs/runs")
 _TRAINER = "train.trainer"
 _OF_TRAINER = re.compile(r"(train(er)?|train\.trainer)\.")  # begins keys that may be arguments of lightning.Trainer
@@ -334,6 +334,19 @@ def experiments() -> dict[str, str]:
     for path in (CONFIGS / "experiment").glob("*.yaml"):
         found[path.stem] = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
     return dict(sorted(found.items()))
+
+
+def check_kind_of_data(plan: Experiment) -> None:
+    """Raise where a folder holds texts and the experiment takes images, or the other way round."""
+    from vavae_tools.data.folders import EXTENSIONS, files_below
+
+    data, kinds = plan.recipe.data, {"images": EXTENSIONS, "texts": ("txt", "jsonl")}
+    takes, others, instead = ("texts", "images", DEFAULT) if isinstance(data, TextData) else ("images", "texts", TEXTS)
+    if isinstance(data, CaptionData) or data.data_dir is None or not (path := Path(data.data_dir)).is_dir():
+        return
+    if next(files_below(path, kinds[takes]), None) is None and (found := next(files_below(path, kinds[others]), None)):
+        of = f"experiment={plan.name} takes {takes}; experiment={instead} takes {others}"
+        raise UserError(f"{path} holds {others}, such as {found.relative_to(path)}, and no {takes}: {of}")
 
 
 # ---- the run's folder

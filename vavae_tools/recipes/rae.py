@@ -121,6 +121,8 @@ def rae_from(parts: RAEParts, seed: int = 0, log: Log = log) -> RAE:
     """Return the RAE of a folder, a small random one, or one of several files; `seed` is of weights no file holds."""
     settings, folder = asdict(parts), parts.folder
     del settings["folder"]
+    if folder and (beside := [name for name, value in settings.items() if value != getattr(RAEParts(), name)]):
+        raise UserError(f"rae.folder={folder} is a whole RAE: leave out rae.{', rae.'.join(beside)}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if folder is None:
@@ -137,7 +139,9 @@ def rae_from(parts: RAEParts, seed: int = 0, log: Log = log) -> RAE:
 def images_for(rae: RAE, data: ImageData, batch_size: int = 16, seed: int = 0) -> ImageSetDataModule:
     """Return images as large as the RAE's decoder makes them."""
     if data.image_size not in (None, rae.image_size):
-        raise UserError(f"image_size {data.image_size}: this RAE makes images of {rae.image_size}: leave it out")
+        why = f"this RAE makes images of {rae.image_size} of any size, so another one saves no memory: leave it out"
+        saves = "a smaller train.batch_size and more train.accumulate_grad_batches do, or a smaller encoder_input_size"
+        raise UserError(f"image_size {data.image_size}: {why}; {saves} (this is {rae.config.encoder_input_size})")
     options = {**data.arguments(), "image_size": rae.image_size}
     return class_data(**options, batch_size=batch_size, seed=seed, channels=3)
 
