@@ -93,18 +93,35 @@ def test_stopped_in_good_order_is_no_error_and_bugs_keep_their_traceback(capsys)
             run_command(lambda error=error: main(error))
 
 
-def test_a_reader_that_has_gone_is_no_fault():
+SCRIPT = """
+from pathlib import Path
+from vavae_tools.runtime.console import log
+from vavae_tools.runtime.errors import run_command
+def main():
+    for i in range(20000):
+        log(f"line {i} ×\\udcfc")
+    Path("ended").touch()
+run_command(main)"""
+
+
+def test_with_no_reader_left_a_command_goes_on_to_its_end(here):
     """`command | head -1`"""
-    script = (
-        "from vavae_tools.runtime.errors import run_command\n"
-        "def main():\n    for i in range(100000): print('line', i)\n"
-        "run_command(main)"
-    )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", script], **pipes)
-    assert process.stdout.readline() == "line 0\n"
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], **pipes)
+    assert process.stdout.readline().startswith("line 0")
     process.stdout.close()
-    assert (process.stderr.read(), process.wait(30)) == ("", 0)
+    assert (process.stderr.read(), process.wait(30)) == ("The reader of the output has gone: it goes on without\n", 0)
+    assert (here / "ended").is_file()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-", "| tail -1"])
+def test_what_streams_cannot_take_ends_no_command(here, monkeypatch, closed):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    (here / "script.py").write_text(SCRIPT)
+    command = f"{sys.executable} script.py {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == "" and (here / "ended").is_file()
+    assert done.stdout.endswith("line 19999 \\xd7\\udcfc\n") or ">&-" in closed
 
 
 def test_equal_files_of_two_folders_take_the_room_of_one(tmp_path):

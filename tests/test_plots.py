@@ -49,6 +49,18 @@ def test_image_grid_of_five_has_each_at_its_place_on_white(channels):
     assert image_grid(images[:1], columns=1).shape == (3, 16, 24)
 
 
+@pytest.mark.parametrize("text", ["from $5 to $6_", r"$\frac{", "J\udcfcrg", "\x00\x1b[1m", "赤い鳥"])
+@pytest.mark.filterwarnings("error")
+def test_any_text_can_be_a_title_or_a_name(text):
+    images = some_images(2)
+    for figure in (
+        show_images(images, titles=[text] * 2),
+        show_rows({text: images}),
+        plot_bars({text: [1]}, [text], text),
+    ):
+        assert drawn(figure).std() > 0
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_notebook_shows_a_image_while_it_runs(channels, monkeypatch):
     display = pytest.importorskip("IPython.display")

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Tensor
 
-from vavae_tools.runtime.console import for_a_cell, in_notebook, send_image
+from vavae_tools.runtime.console import for_a_cell, in_notebook, printable, send_image
 from vavae_tools.runtime.files import atomic_write
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def plot_bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], y_lab
     for i, (group, values) in enumerate(groups.items()):
         aside = (i - (len(groups) - 1) / 2) * width
         ax.bar([place + aside for place in places], values, width * 0.92, label=group)
-    ax.set_xticks(places, names, rotation=90 if len(names) > 12 else 0)
+    ax.set_xticks(places, [printable(name) for name in names], rotation=90 if len(names) > 12 else 0)
     ax.set_ylabel(y_label)
     ax.legend(**_LEGEND, ncols=len(groups))
     return ax.figure
@@ -107,8 +108,17 @@ def plot_followed(images: Mapping[str, Tensor], prompts: Sequence[str]) -> "Figu
 def new_figure(size: tuple[float, float], tight: bool = True) -> "Figure":
     """Return an empty figure of (width, height) inches that a notebook shows without pyplot."""
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     class NotebookFigure(Figure):
+        def draw(self, renderer: Any) -> None:
+            for text in self.findobj(Text):  # people's names and prompts, which are no formulas
+                text.set_parse_math(False)
+                text.set_text(printable(text.get_text()))
+            with catch_warnings():
+                filterwarnings("ignore", "Glyph .* missing")  # of scripts that matplotlib's own font does not have
+                super().draw(renderer)
+
         def _repr_png_(self) -> bytes:
             buffer = BytesIO()
             self.savefig(buffer, format="png", dpi=self.dpi)

@@ -1,10 +1,11 @@
 """Whether there is a screen, what stands on it the same everywhere, and how a process's output comes into a cell."""
 
+import errno
 import json
 import os
 import sys
 from collections.abc import Callable
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -17,6 +18,46 @@ def print_beside_bars(line: str) -> None:
     from tqdm.auto import tqdm
 
     tqdm.write(line, file=sys.stderr)
+
+
+class LastingStream:
+    """A text stream that goes on, into nothing, when its reader has gone (`| head`, a closed terminal)."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.is_read = stream, True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._lasting(self.stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._lasting(self.stream.flush)
+
+    def _lasting(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            self.is_read = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def prepare_streams() -> None:
+    """Let this process print anything at any time: to a closed stream, in any encoding, and with no reader left."""
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:  # closed, by `>&-`
+            stream = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, LastingStream(stream))
+
+
+def printable(text: str) -> str:
+    """Return a text as UTF-8 can hold it: names of files may not be so."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 CELL = "VAVAE_CELL"
@@ -125,4 +166,7 @@ def bars_into_cell() -> None:
 def log(line: str) -> None:
     """Print a line at once, and once: of several processes only the first speaks."""
     if is_rank_zero():
+        was_read = getattr(sys.stdout, "is_read", None)
         print(line, flush=True)
+        if was_read and not sys.stdout.is_read:
+            print("The reader of the output has gone: it goes on without", file=sys.stderr, flush=True)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vavae_tools.runtime.console import prepare_streams
+
 
 class UserError(Exception):
     """Something the user can mend: the message says what was found, where, what was expected and what to do."""
@@ -57,6 +59,7 @@ def command_parser(program: str, description: str | None) -> argparse.ArgumentPa
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and end the process: status 0 (`Stopped` too), 2 (`UserError`, disk) or 130 (Ctrl-C)."""
     status, message = 0, None
+    prepare_streams()
     try:
         main()
         sys.stdout.flush()
@@ -66,9 +69,6 @@ def run_command(main: Callable[[], None]) -> None:
         status, message = 2, str(error)
     except KeyboardInterrupt:
         status, message = 130, "stopped by the user"
-    except BrokenPipeError:  # `… | head`: the reader has gone, which is no fault
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except OSError as error:
         status, message = 2, disk_fault(error)
         if message is None:

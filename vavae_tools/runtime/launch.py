@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from traceback import format_exc
 from typing import IO, Any
 
-from vavae_tools.runtime.console import CELL, bars_into_cell, in_notebook, show_record
+from vavae_tools.runtime.console import CELL, bars_into_cell, in_notebook, prepare_streams, show_record
 from vavae_tools.runtime.errors import Stopped, UserError, disk_fault
 from vavae_tools.runtime.ranks import PARENT, end_with_parent, is_rank_zero, started_already
 
@@ -240,6 +240,7 @@ def main() -> None:
     """Be one of the processes of `call_on_ranks`: what is raised here, that one says."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell's background job makes its children ignore
     end_with_parent()
+    prepare_streams()
     bars_into_cell()
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
     task = pickle.loads((folder / "task").read_bytes())  # written by that process
