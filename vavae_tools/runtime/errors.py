@@ -15,6 +15,10 @@ from vavae_tools.runtime.console import prepare_streams
 class UserError(Exception):
     """Something the user can mend: the message says what was found, where, what was expected and what to do."""
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows below a notebook's cell in a traceback's place."""
+        return [f"error: {self}"]
+
 
 class StoppedAtOnce(UserError):
     """A person stopped for the second time: whatever is under way ends, nothing is saved."""
