@@ -7,9 +7,7 @@ from vavae_tools.train import train
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    named = any(word.startswith(("--output_dir", "--output-dir", "output_dir=")) for word in words)
-    train("experiment=vavae", *words, *([] if named else ["--output_dir", "outputs"]))
+    train("experiment=vavae", *sys.argv[1:], output_dir="outputs")
 
 
 if __name__ == "__main__":

@@ -154,6 +154,15 @@ def test_home_and_hours_are_understood(tmp_path):
     assert values("--max_time", "0")["train.max_time"] == "0"
 
 
+def test_a_scripts_own_default_is_below_a_files(tmp_path):
+    (tmp_path / "run.yaml").write_text("output_dir: mine\n")
+    for words, expected in (([], "outputs"), (["--config", str(tmp_path / "run.yaml")], "mine")):
+        assert (
+            experiments.compose(experiments.read_command_line(words), output_dir="outputs").recipe.output_dir
+            == expected
+        )
+
+
 def test_a_length_that_is_typed_holds_before_a_files(tmp_path):
     for kept, words, expected in (("max_steps: 9", "--epochs 2", (None, 2)), ("max_epochs: 9", "--steps 2", (2, 9))):
         (tmp_path / "run.yaml").write_text(f"train: {{{kept}}}\n")
@@ -396,7 +405,7 @@ def test_training_ends_early_where_nothing_gets_better(train):
 def test_what_a_folder_holds_says_which_experiment_takes_it(train):
     Path("texts/more").mkdir(parents=True)
     Path("texts/more/a.txt").write_text("a")
-    with pytest.raises(UserError, match=r"such as more/a.txt, and no images: .*experiment=token_images takes texts"):
+    with pytest.raises(UserError, match=r"such as a.txt, and no images: .*experiment=token_images takes texts"):
         train("--data_path", "texts", "--img_size", "64", "--batch_size", "32", "--epochs", "100", "--use_amp")
     assert not Path("logs").exists()
 

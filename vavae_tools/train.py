@@ -3,6 +3,8 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
+from typing import Any
 
 from vavae_tools.recipes.base import ImageData
 from vavae_tools.recipes.config import (
@@ -20,8 +22,8 @@ def main() -> None:
     train(*sys.argv[1:])
 
 
-def train(*words: str) -> None:
-    """Do what a command line says: train, or print help or the configuration."""
+def train(*words: str, **defaults: Any) -> None:
+    """Do what a command line says: train, or print help or the configuration; `defaults` are keys of the recipe."""
     line = read_command_line(words)
     if "help" in line.flags:
         print(help_text(line.overrides.get("experiment")))
@@ -30,16 +32,16 @@ def train(*words: str) -> None:
 
         from vavae_tools.recipes.presets import resolved
 
-        plan = compose(line)
+        plan = compose(line, **defaults)
         plan = plan._replace(recipe=resolved(plan.recipe))  # with what this machine decides
         print(yaml.safe_dump(plan.plain(), sort_keys=False, allow_unicode=True), end="")
     else:
-        run_experiment(*words)
+        run_experiment(*words, **defaults)
 
 
-def run_experiment(*words: str) -> Path:
+def run_experiment(*words: str, **defaults: Any) -> Path:
     """Train as `python -m vavae_tools.train` does with these words, and return what was made, mostly a pipeline."""
-    plan = compose(read_command_line(words))
+    plan = compose(read_command_line(words), **defaults)
 
     from importlib import import_module
 
@@ -58,7 +60,8 @@ def run_experiment(*words: str) -> Path:
         recipe = replace(recipe, data=replace(recipe.data, data_dir=str(find_split())))
     module, name = recipe.train_by.split(":")
     made = getattr(import_module(module), name)(recipe, folder, resume)
-    log(f"next: python -m vavae_tools.{recipe.next_command.format(made=made, data_dir=recipe.data.data_dir)}")
+    paths = {"made": quote(str(made)), "data_dir": quote(str(recipe.data.data_dir))}
+    log(f"next: python -m vavae_tools.{recipe.next_command.format(**paths)}")
     return made
 
 

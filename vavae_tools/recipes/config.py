@@ -99,8 +99,8 @@ def _stands_alone(flag: str) -> bool:
     return bool in kinds or flag in ("help", "print_config")
 
 
-def compose(line: CommandLine) -> Experiment:
-    """Return what a command line means: the experiment's values, then `--config`'s, then what was typed."""
+def compose(line: CommandLine, **defaults: Any) -> Experiment:
+    """Return what a command line means: the experiment's values, `defaults`, then `--config`'s, then what was typed."""
     config = line.flags.get("config")
     if config == []:
         raise UserError("--config needs a value")
@@ -113,6 +113,7 @@ def compose(line: CommandLine) -> Experiment:
         if option not in (None, *options):
             raise UserError(f"No {group}={option}; there are {', '.join(options)}")
         keys.set_all(options.get(option, {}))
+    keys.set_all(defaults)
     keys.end_layer()
     flags = given.pop("flags", None) or {}  # what older versions' --print_config said: flag → key
     given |= {f"flags.{flag}": key for flag, key in flags.items() if keys.home(str(key)) is None}
@@ -337,16 +338,26 @@ def experiments() -> dict[str, str]:
 
 
 def check_kind_of_data(plan: Experiment) -> None:
-    """Raise where a folder holds texts and the experiment takes images, or the other way round."""
-    from vavae_tools.data.folders import EXTENSIONS, files_below
+    """Raise where texts are named and the experiment takes images, or the other way round, or nothing is there."""
+    from vavae_tools.data.folders import EXTENSIONS, extension_of, files_below
+    from vavae_tools.data.sources.hugging_face import is_dataset
 
     data, kinds = plan.recipe.data, {"images": EXTENSIONS, "texts": ("txt", "jsonl")}
-    takes, others, instead = ("texts", "images", DEFAULT) if isinstance(data, TextData) else ("images", "texts", TEXTS)
-    if isinstance(data, CaptionData) or data.data_dir is None or not (path := Path(data.data_dir)).is_dir():
+    if isinstance(data, CaptionData) or data.data_dir in (None, "shapes"):
         return
-    if next(files_below(path, kinds[takes]), None) is None and (found := next(files_below(path, kinds[others]), None)):
-        of = f"experiment={plan.name} takes {takes}; experiment={instead} takes {others}"
-        raise UserError(f"{path} holds {others}, such as {found.relative_to(path)}, and no {takes}: {of}")
+    path, texts = Path(data.data_dir), isinstance(data, TextData)
+    takes, others, instead = ("texts", "images", DEFAULT) if texts else ("images", "texts", TEXTS)
+    of = f"experiment={plan.name} takes {takes}; experiment={instead} takes {others}"
+    if not path.exists() and not texts:
+        raise UserError(f"No such folder: {path} in {Path.cwd()}; {of}")
+
+    def first(kind: str) -> Path | None:
+        if path.is_file():
+            return path if extension_of(path.name) in kinds[kind] else None
+        return next(files_below(path, kinds[kind]), None)
+
+    if not is_dataset(path) and first(takes) is None and (found := first(others)):
+        raise UserError(f"{path} holds {others}, such as {found.name}, and no {takes}: {of}")
 
 
 # ---- the run's folder
