@@ -339,7 +339,7 @@ def experiments() -> dict[str, str]:
 
 def check_kind_of_data(plan: Experiment) -> None:
     """Raise where texts are named and the experiment takes images, or the other way round, or nothing is there."""
-    from vavae_tools.data.folders import EXTENSIONS, extension_of, files_below
+    from vavae_tools.data.folders import EXTENSIONS, extension_of, files_below, no_such_folder
     from vavae_tools.data.sources.hugging_face import is_dataset
 
     data, kinds = plan.recipe.data, {"images": EXTENSIONS, "texts": ("txt", "jsonl")}
@@ -349,7 +349,7 @@ def check_kind_of_data(plan: Experiment) -> None:
     takes, others, instead = ("texts", "images", DEFAULT) if texts else ("images", "texts", TEXTS)
     of = f"experiment={plan.name} takes {takes}; experiment={instead} takes {others}"
     if not path.exists() and not texts:
-        raise UserError(f"No such folder: {path} in {Path.cwd()}; {of}")
+        raise UserError(f"{no_such_folder(path)} {of}")
 
     def first(kind: str) -> Path | None:
         if path.is_file():
