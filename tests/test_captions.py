@@ -283,7 +283,7 @@ def test_a_subset_follows_from_seed_and_names(tmp_path):
     assert [len(names) for names in few] == [10, 20, 40] and set(few[0]) < set(few[1])
     assert list(few[0]) == sorted(few[0]) != list(few[2])[:10]
     assert list(read("coco", tmp_path, num_samples=10, seed=1).train_data.names) != list(few[0])
-    data = read("coco", tmp_path, num_samples=20, val_share=0.25)
+    data = read("coco", tmp_path, num_samples=20, train_split=0.75)
     assert (len(data.train_data), len(data.val_data)) == (15, 5)
     assert {*data.train_data.names, *data.val_data.names} == set(few[1])
 

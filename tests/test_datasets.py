@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import flat, noise, pixels, shown
 
 from vavae_tools.data import images as decoded
-from vavae_tools.data.datasets import image_data
+from vavae_tools.data.datasets import class_data, image_data
 from vavae_tools.data.images import centre_crop
 from vavae_tools.runtime.errors import UserError
 
@@ -140,6 +140,31 @@ def test_a_share_of_each_class_is_held_out(tmp_path):
     assert held() == first and held(seed=1) != first  # it follows from the seed
     (tmp_path / "a" / "more.png").write_bytes(b"")
     assert len(held() ^ first) <= 2
+
+
+@pytest.mark.parametrize(("train_split", "held"), [(1.0, 0), ("1.0", 0), (0.9, 4), ("0.75", 10), (1, 0)])
+def test_a_share_of_the_data_trains(tmp_path, train_split, held):
+    write(tmp_path, {f"{name}/{i}.png": 10 * k + i for k, name in enumerate("ab") for i in range(20)})
+    data = image_data(tmp_path, 8, train_split=train_split)
+    assert (len(data.train_data), len(data.val_data or ())) == (40 - held, held)
+    write(tmp_path / "in", {f"{s}/{name}/{i}.png": i for s in ("train", "val") for name in "ab" for i in range(20)})
+    data = image_data(tmp_path / "in", 8, train_split=train_split)
+    assert (len(data.train_data), len(data.val_data)) == (40 - held, held or 40)  # what validates is there for 1 alone
+    shapes = class_data("shapes", 8, 24, 2, train_split=train_split)
+    assert len(shapes.val_data or ()) == round(24 / float(train_split)) - 24
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"train_split": 80}, "above 0 to 1"),
+        ({"train_split": "0"}, "above 0"),
+        ({"train_split": 0.9, "val_share": 0.3}, r"train_split 0\.9 and val_share 0\.3 do not add up"),
+    ],
+)
+def test_a_share_that_cannot_be(tmp_path, options, words):
+    with pytest.raises(UserError, match=words):
+        image_data(write(tmp_path, {"a/1.png": 1}), 8, **options)
 
 
 def test_equal_files_are_never_on_both_sides(tmp_path):

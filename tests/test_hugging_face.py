@@ -58,6 +58,8 @@ def test_one_dataset_has_a_share_held_out(hf, tmp_path):
     assert data.val_data.labels.bincount().tolist() == [2, 2]
     both = shown(data.train_data) | shown(data.val_data)
     assert both == {f"{words[i]}/{i:06d}": i for i in range(40)}
+    assert image_data(folder, 8, train_split=1.0).val_data is None
+    assert len(image_data(folder, 8, train_split="0.8").val_data) == 8
     again, other = image_data(folder, 8, val_share=0.1), image_data(folder, 8, val_share=0.1, seed=1)
     assert again.fingerprint() == data.fingerprint() != other.fingerprint()
     assert again.val_data.names == data.val_data.names != other.val_data.names

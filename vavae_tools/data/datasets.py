@@ -38,7 +38,7 @@ class ImageDataModule(ImageSetDataModule):
         image_size: pixels, one number or (height, width).
         seed: of the order, and of what is held out.
         use_hf_dataset: whether it is a Hugging Face dataset; None: look.
-        train_split: the name of the training subset.
+        train_split: the name of the training subset, or the share of it that trains while the rest validates.
         val_share: where nothing validates, this share of each class is held out; by default 0.05, and 0 for a split.
         crop: "adm", the centre, or "none", the whole image resized; by default "adm", and "none" for a split.
         channels: 3, or 1 for grey; by default what the training subset's images have.
@@ -53,7 +53,7 @@ class ImageDataModule(ImageSetDataModule):
         seed: int = 0,
         channels: int | None = None,
         use_hf_dataset: bool | None = None,
-        train_split: str = "train",
+        train_split: str | float = "train",
         val_share: float | None = None,
         crop: str | None = None,
         progress: bool = True,
@@ -62,14 +62,21 @@ class ImageDataModule(ImageSetDataModule):
         if not folders.is_utf8(data_dir.absolute()):
             raise UserError(f"data_dir {str(data_dir)!a} has a name that is no UTF-8: rename it")
         is_split = (data_dir / INFO_NAME).is_file()
-        if val_share is None:
+        share = None if (data_dir / str(train_split)).is_dir() else training_share(train_split)
+        if share is not None:
+            if val_share not in (None, round(1 - share, 9)):
+                found = f"train_split {share:g} and val_share {val_share:g} do not add up to 1"
+                raise UserError(f"{found}: leave one of them out")
+            train_split, val_share = "train", round(1 - share, 9)
+        elif val_share is None:
             val_share = 0 if is_split else 0.05
         options = {"image_size": image_size, "crop": crop or ("none" if is_split else "adm"), "progress": progress}
         labels, train, *others = _read_subsets(data_dir, use_hf_dataset, train_split, options)
         set_white(train, *others)
         for subset in (train, *others):
             subset.channels = channels = channels or train.stored_channels()
-        subsets = (train, *others) if others else hold_out(train, val_share, seed)
+        own = others and share in (None, 1)
+        subsets = (train, *others) if own else hold_out(train, val_share, seed)
         super().__init__(*subsets, labels, batch_size, num_workers, seed)
 
 
@@ -84,6 +91,8 @@ def class_data(
         return ImageDataModule(data_dir, image_size or 256, **options)
     names = ("batch_size", "num_workers", "seed", "channels", "val_share")
     own = {name: options[name] for name in names if options.get(name) is not None}
+    if share := training_share(options.get("train_split", "train")):
+        own["val_share"] = 1 / share - 1  # of the images that train
     return shape_data(num_images, num_classes, image_size or 32, **own)
 
 
@@ -101,6 +110,17 @@ def _read_subsets(data_dir: Path, use_hf_dataset: bool | None, train_split: str,
         expected = f"{hugging_face.SAVED_DATASET_FILES}; use_hf_dataset=false reads a folder per class"
         raise UserError(f"{found}. Expected {expected}")
     return _read_folders(data_dir, train_split, options)
+
+
+def training_share(train_split: str | float) -> float | None:
+    """Return the share of the data that trains, if `train_split` is one and no name."""
+    try:
+        share = float(train_split)
+    except ValueError:
+        return None
+    if not 0 < share <= 1:
+        raise UserError(f"train_split {train_split}: expected a subset's name, or a share above 0 to 1, such as 0.95")
+    return share
 
 
 def set_white(*subsets: DecodedImages) -> None:
@@ -193,6 +213,7 @@ def caption_data(
     images: str | Path | None = None,
     channels: int = 3,
     progress: bool = True,
+    train_split: float | None = None,
 ) -> CaptionedDataModule:
     """Return captioned images as a data module; `dataset_name` tells what `dataset_path` is.
 
@@ -211,16 +232,20 @@ def caption_data(
         val_share: of the images, held out where nothing validates.
         skip_missing: leave out images that are named but not there, or have no caption, instead of refusing them.
         annotations, images: of coco, the file with the captions and the folder with the images, if elsewhere.
+        train_split: the share that trains while the rest validates, in place of `val_share`.
     """
     name = str(dataset_name).lower()
     if name not in DATASETS:
         raise UserError(f"No data set {dataset_name!r}; there are {', '.join(DATASETS)}")
     if num_samples is not None and num_samples < 1:
         raise UserError(f"num_samples {num_samples}: expected at least 1")
+    share = None if train_split is None else training_share(train_split)
     if name == "shapes":
+        val_share = 1 / share - 1 if share else val_share
         return captioned_shape_data(
             num_samples or 10_000, image_size or 32, batch_size, num_workers or 0, seed, val_share
         )
+    val_share = round(1 - share, 9) if share else val_share
     if dataset_path is None:
         raise UserError(f"The data set {name} needs dataset_path, the folder where it lies")
     path = Path(dataset_path).expanduser()
@@ -240,7 +265,8 @@ def caption_data(
     set_white(*subsets)
     if num_samples is not None:
         subsets = [_some(subset, num_samples, seed) for subset in subsets]
-    train, val = subsets if len(subsets) > 1 else hold_out(subsets[0], val_share, seed)
+    own = len(subsets) > 1 and share in (None, 1)
+    train, val = subsets if own else hold_out(subsets[0], val_share, seed)
     return CaptionedDataModule(train, val, batch_size, num_workers, seed, notes=notes)
 
 

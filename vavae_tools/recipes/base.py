@@ -30,7 +30,7 @@ class ImageData:
     )
     image_size: Size = setting(None, "pixels, 256 or [height, width]; null: as the autoencoder's weights ask", least=1)
     use_hf_dataset: bool | None = setting(None, "true: datasets.load_from_disk; null: see what is there")
-    train_split: str = setting("train", "the training subset's name, in a Hugging Face dataset or a folder")
+    train_split: str = setting("train", "the training subset's name, or the share of it that trains, as 0.95")
     val_share: float | None = share(None, "held out where there is no validation subset; null: 0.05, of a split none")
     crop: Literal["adm", "none"] | None = setting(None, "the centre as in ADM, or all; null: all of a split, else adm")
     num_workers: int | None = setting(None, "loading processes; null: by cores and shared memory", least=0)
@@ -66,6 +66,7 @@ class CaptionData:
     num_samples: int | None = setting(None, "at most so many of each subset, chosen by the seed; null: all", least=1)
     image_size: Size = setting(None, "pixels; null: 256, of shapes 32", least=1)
     val_share: float = share(0.05, "held out where there is no validation subset")
+    train_split: float | None = share(None, "the share that trains, in place of val_share")
     skip_missing: bool = setting(False, "true: leave out images that are named but not there, or have no caption")
     crop: Literal["adm", "none"] = setting("adm", "the centre, as in ADM, or the whole image, resized")
     annotations: str | None = setting(None, "of coco, where they have other names")
@@ -92,6 +93,7 @@ class TextData:
     cell_size: int = setting(4, "side of a token's cell in pixels; also of the DiT's patches", least=1)
     channels: int = setting(3, "of an image; a cell of 3×4×4 pixels tells any tokenizer's tokens apart", least=1)
     val_share: float = share(0.05, "of the images, held out by whole texts")
+    train_split: float | None = share(None, "the share that trains, in place of val_share")
     num_workers: int | None = setting(0, "cells are drawn in milliseconds", least=0)
 
 

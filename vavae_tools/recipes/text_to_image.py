@@ -43,7 +43,7 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     size = data.image_size
     objective_of = partial(make_recipe_objective, recipe.objective, TextToImageRecipe().objective)
     make_solver(sampling.solver, objective_of((4, 32, 32)))  # one that does not fit is said before anything takes time
-    names = ("num_samples", "val_share", "skip_missing", "crop", "annotations", "images", "num_workers")
+    names = ("num_samples", "val_share", "train_split", "skip_missing", "crop", "annotations", "images", "num_workers")
     options = {"batch_size": config.batch_size, "seed": seed, **{name: getattr(data, name) for name in names}}
     images = caption_data(data.dataset_name, data.data_dir, tuple(size) if isinstance(size, list) else size, **options)
     with rank_zero_first("frozen models"):

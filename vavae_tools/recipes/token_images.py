@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vavae_tools.data.datasets import training_share
 from vavae_tools.data.tokens.dataset import TokenImageDataModule, TokenImageDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import make_denoiser
@@ -30,7 +31,8 @@ def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, 
     options = {name: getattr(data, name) for name in names}
     texts = TokenImageDataset(data.data_dir, img_size=data.image_size, **options)
     log(str(texts))
-    images = TokenImageDataModule(texts, config.batch_size, data.val_share, num_workers=data.num_workers, seed=seed)
+    val_share = data.val_share if data.train_split is None else round(1 - training_share(data.train_split), 9)
+    images = TokenImageDataModule(texts, config.batch_size, val_share, num_workers=data.num_workers, seed=seed)
     images.gathered = config.accumulate_grad_batches
     if is_rank_zero():
         save_model(texts.tokens.tokenizer, output_dir / "tokenizer")
