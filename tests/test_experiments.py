@@ -282,9 +282,29 @@ def test_a_run_has_the_folder_of_its_day_and_time(here):
     now = datetime(2026, 3, 4, 5, 6, 7)
     folder, resume, _ = experiments.run_folder(meant(), now)
     assert folder == Path("logs/runs/2026-03-04/05-06-07") and resume is None
-    folder.mkdir(parents=True)
-    assert experiments.run_folder(meant(), now)[0] == Path("logs/runs/2026-03-04/05-06-07-2")
+    others = {experiments.run_folder(meant(), now)[0] for _ in range(3)}  # in the same second
+    assert others == {folder.with_name(f"05-06-07-{number}") for number in (2, 3, 4)}
     assert experiments.run_folder(meant("hydra.run.dir=mine"))[0] == Path("mine")
+
+
+def test_a_refused_training_leaves_a_folder_as_it_was(here):
+    def refused(*words):
+        plan = meant(*words)
+        folder, _, _ = experiments.run_folder(plan)
+        with pytest.raises(UserError), experiments.kept_config(plan, words, folder):
+            raise UserError("such as another model's checkpoint")
+        return folder
+
+    assert not refused().exists() and not refused("output_dir=new").exists()
+    run = run_of("vavae_dit", "2026-01-01/10-00-00", "last.ckpt")
+    assert refused("seed=5", f"resume={run}") == run and (run / "checkpoints" / "last.ckpt").exists()
+    assert [(path.name, path.read_text()) for path in (run / ".hydra").iterdir()] == [
+        ("config.yaml", "name: vavae_dit\n")
+    ]
+    with pytest.raises(UserError), experiments.kept_config(meant(), [], Path("begun")):
+        Path("begun/train.log").write_text("begin")
+        raise UserError("such as no memory")
+    assert Path("begun/.hydra/config.yaml").is_file()
 
 
 def test_what_the_machine_decides_is_printed(train, monkeypatch):

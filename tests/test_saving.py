@@ -16,6 +16,7 @@ from vavae_tools.checkpoints.formats import write_folder
 from vavae_tools.checkpoints.resuming import resume_path
 from vavae_tools.recipes.vavae import fine_tune_vavae
 from vavae_tools.runtime.errors import Stopped, UserError, run_command
+from vavae_tools.runtime.files import alone_in
 from vavae_tools.training.callbacks import checkpointing as checkpoints
 from vavae_tools.training.callbacks.checkpointing import AtomicCheckpointIO
 from vavae_tools.training.config import SaveConfig, session_end
@@ -119,6 +120,30 @@ def test_folders_every_few_steps_and_epochs(tmp_path, split_dir, vavae_dir):
     assert state["global_step"] == 16
 
 
+def test_a_run_that_was_moved_knows_its_best(split_dir, vavae_dir, tmp_path):
+    numbers = {"image_size": SIZE, "batch_size": 6, "log": lambda line: None}
+    fine_tune_vavae(split_dir, tmp_path / "run", vavae_dir, max_epochs=3, saving={"keep_best": 2}, **numbers)
+    of_run = {path.name for path in (tmp_path / "run" / "checkpoints").glob("best-*")}
+    best = min(of_run, key=lambda name: float(name.removesuffix(".ckpt").split("-")[2]))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    changed = {"lr": 5.0, "saving": {"keep_best": 1, "allow_changes": True}, **numbers}  # no epoch is better
+    for folder, resume in (("new", "moved/checkpoints/last.ckpt"), ("moved", "last")):
+        resume = str(tmp_path / resume) if "/" in resume else resume
+        fine_tune_vavae(split_dir, tmp_path / folder, vavae_dir, max_epochs=4, resume=resume, **changed)
+        assert len(of_run) == 2 and [p.name for p in (tmp_path / folder / "checkpoints").glob("best-*")] == [best]
+
+
+def test_a_folder_is_one_runs(split_dir, vavae_dir, tmp_path):
+    numbers = {"image_size": SIZE, "batch_size": 6, "max_epochs": 1, "log": lambda line: None}
+    fine_tune_vavae(split_dir, tmp_path, vavae_dir, **numbers)
+    with pytest.raises(UserError, match=r"holds a run \(best-000.*, last.ckpt\): resume it .* or add --overwrite"):
+        fine_tune_vavae(split_dir, tmp_path, vavae_dir, seed=1, **numbers)
+    fine_tune_vavae(split_dir, tmp_path, vavae_dir, seed=1, overwrite=True, **numbers)
+    assert len(list((tmp_path / "checkpoints").glob("best-*"))) == 1
+    with alone_in(tmp_path), pytest.raises(UserError, match=r"Another training writes into .*: wait for its end"):
+        fine_tune_vavae(split_dir, tmp_path, vavae_dir, resume="last", **numbers)
+
+
 # ---- what a run says of itself
 
 
@@ -140,4 +165,6 @@ def test_other_settings_or_data_are_named(split_dir, vavae_dir, tmp_path, gait):
     allowed = SaveConfig(allow_changes=True)
     fine_tune_vavae(split_dir, tmp_path / "run", vavae_dir, lr=1e-3, saving=allowed, **numbers)
     assert "changed on going on: lr was 0.002, is 0.001" in said
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["lr_schedulers"][0]["base_lrs"] == [1e-3]  # and not only in run.json
     assert not Path(tmp_path / "run" / "checkpoints" / "last-v1.ckpt").exists()

@@ -11,7 +11,7 @@ from vavae_tools.recipes.config import (
     check_kind_of_data,
     compose,
     help_text,
-    keep_config,
+    kept_config,
     read_command_line,
     run_folder,
 )
@@ -54,12 +54,12 @@ def run_experiment(*words: str, **defaults: Any) -> Path:
     check_kind_of_data(plan)
     folder, resume, said = run_folder(plan)
     log(said or f"Writing into {folder}")
-    keep_config(plan, words, folder)
-    recipe = resolved(plan.recipe)
-    if isinstance(recipe.data, ImageData) and recipe.data.data_dir is None:
-        recipe = replace(recipe, data=replace(recipe.data, data_dir=str(find_split())))
-    module, name = recipe.train_by.split(":")
-    made = getattr(import_module(module), name)(recipe, folder, resume)
+    with kept_config(plan, words, folder):
+        recipe = resolved(plan.recipe)
+        if isinstance(recipe.data, ImageData) and recipe.data.data_dir is None:
+            recipe = replace(recipe, data=replace(recipe.data, data_dir=str(find_split())))
+        module, name = recipe.train_by.split(":")
+        made = getattr(import_module(module), name)(recipe, folder, resume)
     paths = {"made": quote(str(made)), "data_dir": quote(str(recipe.data.data_dir))}
     log(f"next: python -m vavae_tools.{recipe.next_command.format(**paths)}")
     return made

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vavae_tools.checkpoints import formats
 from vavae_tools.checkpoints.formats import AVERAGE, is_checkpoint, plain_name
-from vavae_tools.runtime.errors import UserError, contents
+from vavae_tools.runtime.errors import UserError, contents, join_first
 from vavae_tools.runtime.files import read_checkpoint
 
 if TYPE_CHECKING:
@@ -91,6 +91,18 @@ def keep_newest(run: str | Path, n: int, thoroughly: bool = False, dry_run: bool
     return gone
 
 
+def former_run(folder: Path, resume_from: Path | None, overwrite: bool) -> list[Path]:
+    """Return the checkpoints in the folder of a run that begins: another run's, which it may `overwrite`, or raise."""
+    if resume_from is not None and resume_from.resolve().is_relative_to(folder.resolve()):
+        return []
+    places = [place / pattern for place in (Path(), Path("checkpoints")) for pattern in NAMES_OF_CHECKPOINTS]
+    found = sorted({path for place in places for path in folder.glob(str(place))})
+    if found and not overwrite:
+        holds = f"{folder} holds a run ({join_first(path.name for path in found)})"
+        raise UserError(f"{holds}: resume it with --resume last, name another --output_dir, or add --overwrite")
+    return found
+
+
 # ---- which one
 def resume_path(resume: str | None, run: str | Path, log: Callable[[str], None] = print) -> Path | None:
     """Return the whole checkpoint that `--resume` means; None starts anew.
@@ -148,7 +160,14 @@ def best_checkpoint(folder: str | Path) -> Path:
     best = [*folder.glob("best-*.ckpt"), *folder.glob("epoch=*.ckpt")] or list(folder.glob("last.ckpt"))
     if not best:
         raise UserError(f"No best-*.ckpt or last.ckpt in {folder}: train first")
-    return max(best, key=lambda path: path.stat().st_mtime)
+    if len(best) == 1:
+        return best[0]
+    newest = max(best, key=lambda path: (formats.place_in_name(path).get("epoch", -1), path.stat().st_mtime))
+    states = read_checkpoint(newest).get("callbacks", {}).values()  # it knows of those before it
+    named = {
+        Path(state["best_model_path"]).name for state in states if isinstance(state, dict) and state.get("monitor")
+    }
+    return next((path for path in best if path.name in named), newest)
 
 
 # ---- of the same model

@@ -299,6 +299,7 @@ class Recipe:
     needs: ClassVar[tuple[str, ...]] = ()  # keys without a default
     resume: str | None = setting(None, "last, a .ckpt, .pth, checkpoint folder or run's folder")
     output_dir: str | None = setting(None, "of this run; null: logs/runs/YYYY-MM-DD/HH-MM-SS")
+    overwrite: bool = setting(False, "replace the checkpoints of the run that output_dir holds")
     seed: int = setting(0, "the same seed, data and settings give the same weights", least=0)
 
 

@@ -5,14 +5,16 @@ Words are `key=value`, or `--NAME VALUE`, where NAME is a key's last word; `conf
 
 import functools
 import re
+import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
 from importlib.resources import files
 from inspect import signature
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -388,8 +390,18 @@ def _run_folder(plan: Experiment, now: datetime | None) -> tuple[Path, str | Non
         if (folder / ".hydra").is_dir():
             return folder, resume, f"resuming {folder}"
     begin = RUNS / f"{now or datetime.now():%Y-%m-%d/%H-%M-%S}"
-    folders = (begin, *(begin.with_name(f"{begin.name}-{number}") for number in range(2, 100)))  # of the same second
-    return next(folder for folder in folders if not folder.exists()), resume, None
+    others = (begin.with_name(f"{begin.name}-{number}") for number in count(2))  # of the same second
+    return next(folder for folder in chain([begin], others) if _made(folder)), resume, None
+
+
+def _made(folder: Path) -> bool:
+    """Make a folder; return False where it was there, so that of several processes one has made it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def _newest_run(name: str) -> Path:
@@ -403,12 +415,35 @@ def _newest_run(name: str) -> Path:
     raise UserError(f"resume=last: no run of {name} with a checkpoint; in {RUNS}: {join_first(known) or 'none'}")
 
 
+@contextmanager
+def kept_config(plan: Experiment, words: Sequence[str], folder: Path) -> Iterator[None]:
+    """Keep what was typed in a run's folder; where the training is refused, leave the folder as it was."""
+    if not is_rank_zero():
+        yield
+        return
+    made = _made(folder) or (plan.recipe.output_dir is None and not any(folder.iterdir()))
+    kept = folder / ".hydra"
+    former, begun = {path: path.read_bytes() for path in kept.glob("*")}, _begun(folder)
+    try:
+        keep_config(plan, words, folder)
+        yield
+    except UserError:
+        if _begun(folder) == begun:
+            shutil.rmtree(folder if made else kept)
+            for path, content in former.items():
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
+        raise
+
+
+def _begun(folder: Path) -> list[int]:
+    return [path.stat().st_size for pattern in ("train.log", "*/train.log") for path in folder.glob(pattern)]
+
+
 def keep_config(plan: Experiment, words: Sequence[str], folder: Path) -> None:
     """Write `.hydra/config.yaml` and `.hydra/overrides.yaml`, as Hydra does."""
     from vavae_tools.runtime.files import atomic_write
 
-    if not is_rank_zero():
-        return
     for name, value in (("config", plan.plain()), ("overrides", list(words))):
         with atomic_write(folder / ".hydra" / f"{name}.yaml") as partial:
             partial.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -17,6 +17,7 @@ from zipfile import is_zipfile
 
 import torch
 from diffusers import ConfigMixin
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -45,6 +46,19 @@ def local_folder(
     except Exception as error:  # no network, no such repository, not allowed: of many classes
         reason = one_line(error)
         raise UserError(f"No folder {source}, and the hub does not give a repository ({reason}): {instead}") from None
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other trainings from writing into a run's folder; a lock does not outlive its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(
+            f"Another training writes into {folder}: wait for its end, or name another --output_dir"
+        ) from None
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from vavae_tools.training.callbacks.progress import log_step
 from vavae_tools.training.callbacks.throughput import flops_of
 from vavae_tools.training.devices import trainer_settings
 from vavae_tools.training.lightning_inside import exclude_from_global_step
-from vavae_tools.training.optim import EMA, with_warmup
+from vavae_tools.training.optim import EMA, OwnSettings, with_warmup
 
 Reconstruction = tuple[Tensor, Tensor, dict[str, Any]]
 """Images in [-1, 1], what the model makes of them (float32), and what `autoencoder_loss` takes besides."""
@@ -204,7 +204,7 @@ class AutoencoderModule(L.LightningModule):
         return min(batches, -(-trainer.num_training_batches // self.accumulate_grad_batches) * trainer.max_epochs)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        return [FiniteSteps(self.hparams.gradient_clip, f"{ADVICE_NOT_FINITE}, or fewer losses")]
+        return [FiniteSteps(self.hparams.gradient_clip, f"{ADVICE_NOT_FINITE}, or fewer losses"), OwnSettings()]
 
     def trainer_settings(self, **choices: Any) -> dict[str, Any]:
         """Return what `devices.trainer_settings` does, for this module."""

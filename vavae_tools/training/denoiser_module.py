@@ -23,7 +23,7 @@ from vavae_tools.training.callbacks.progress import log_step
 from vavae_tools.training.callbacks.throughput import flops_of, without_numbers
 from vavae_tools.training.devices import trainer_settings
 from vavae_tools.training.lightning_inside import is_gathering
-from vavae_tools.training.optim import EMA, with_warmup
+from vavae_tools.training.optim import EMA, OwnSettings, with_warmup
 
 
 class DiffusionModule(L.LightningModule):
@@ -156,7 +156,7 @@ class DiffusionModule(L.LightningModule):
         return loss
 
     def configure_callbacks(self) -> list[L.Callback]:
-        return [FiniteSteps(None, f"{ADVICE_NOT_FINITE}, or a new run with model.qk_norm=true")]
+        return [FiniteSteps(None, f"{ADVICE_NOT_FINITE}, or a new run with model.qk_norm=true"), OwnSettings()]
 
     def configure_gradient_clipping(self, *arguments: Any, **named: Any) -> None:
         """Leave gradients as `FiniteSteps` clipped them: Lightning refuses to clip where AdamW is fused."""

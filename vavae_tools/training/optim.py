@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from vavae_tools.checkpoints.resuming import match_names
 from vavae_tools.runtime.errors import UserError
@@ -67,8 +69,38 @@ def with_warmup(
         progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return 1 - progress if decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class OwnSettings(L.Callback):
+    """Keep the optimisers' settings and rates those of this run, where a checkpoint brings others along."""
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._groups = [[_settings(group) for group in each.param_groups] for each in trainer.optimizers]
+        self._rates = [getattr(each.scheduler, "base_lrs", None) for each in trainer.lr_scheduler_configs]
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
+            for group, own in zip(optimizer.param_groups, groups, strict=True):
+                group.update(own)
+                if "fused" in own:
+                    for weight in optimizer.state.keys() & set(group["params"]):  # steps are counted where it is fused
+                        state = optimizer.state[weight]
+                        state["step"] = state["step"].to(weight.device if own["fused"] else "cpu")
+        for config, rates in zip(trainer.lr_scheduler_configs, self._rates, strict=True):
+            schedule = config.scheduler
+            if not isinstance(schedule, LambdaLR):
+                continue
+            schedule.base_lrs = rates
+            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+            for group, rate, factor in zip(schedule.optimizer.param_groups, rates, factors, strict=True):
+                group["lr"] = rate * factor
+            schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 class Sharded(ModelParallelStrategy):

@@ -1,24 +1,27 @@
 """One way to train anything: what a recipe has built, on the devices of this machine, with what looks on."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from vavae_tools.checkpoints.formats import read_any_format
-from vavae_tools.checkpoints.resuming import check_resumable, resume_path
+from vavae_tools.checkpoints.formats import read_any_format, remove
+from vavae_tools.checkpoints.resuming import check_resumable, former_run, resume_path
 from vavae_tools.data.loader import OrderedDataModule, loader_faults
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import Stopped, UserError
+from vavae_tools.runtime.files import alone_in
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import keep_freed_memory, release_memory
+from vavae_tools.runtime.ranks import is_rank_zero
 from vavae_tools.training.callbacks.checkpointing import AtomicCheckpointIO, checkpoint_callbacks
 from vavae_tools.training.callbacks.progress import Progress, TrainLog
 from vavae_tools.training.callbacks.record import RunRecord
@@ -80,10 +83,16 @@ def train(
 def _train_here(
     build: Build, recipe: Any, output_dir: Path, resume: str | None, show: Show | None = None, log: Log = log
 ) -> Path:
+    with alone_in(output_dir) if is_rank_zero() else nullcontext():
+        return _train_alone(build, recipe, output_dir, resume, show, log)
+
+
+def _train_alone(build: Build, recipe: Any, output_dir: Path, resume: str | None, show: Show | None, log: Log) -> Path:
     L.seed_everything(recipe.seed, verbose=False)
     quiet_lightning()
     checkpoints = output_dir / "checkpoints"
     resume_from = resume_path(resume, checkpoints, log)
+    former = former_run(output_dir, resume_from, getattr(recipe, "overwrite", False)) if is_rank_zero() else []
     run = build(recipe, output_dir, resume_from, show, log)
     config, data = run.config, run.data
     settings = run.module.trainer_settings(**config.of_devices())
@@ -115,6 +124,7 @@ def _train_here(
     recorded = {**run.recorded, "precision": settings["precision"]}
     callbacks.append(RunRecord(output_dir, recorded, run.fingerprint, config.allow_changes, log))
     callbacks.append(TrainLog(output_dir, config.log_every_n_steps, log, machine))
+    callbacks.append(LambdaCallback(on_train_start=lambda *_: [remove(path) for path in former]))
     length["check_val_every_n_epoch"] = max(1, epochs // run.validations)
     trainer = build_trainer(settings, output_dir, [*callbacks, *run.callbacks], log, config.logger, **length)
     if run.logged and trainer.is_global_zero:

@@ -22,6 +22,7 @@ from vavae_tools.checkpoints.formats import clear_left_overs, read_any_format, r
 from vavae_tools.checkpoints.resuming import keep_newest
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import Stopped, StoppedAtOnce, UserError
+from vavae_tools.runtime.files import atomic_write
 from vavae_tools.training.config import SaveConfig, session_end
 from vavae_tools.training.lightning_inside import leave_sigterm_to_us
 
@@ -97,6 +98,49 @@ def free_disk_space(path: Path, needed: int, log: Callable[[str], None]) -> None
     if full():
         for gone in keep_newest(path.parent if path.suffix in ("", ".pth") else path.parent.parent, 1):
             log(f"The disk is nearly full: {gone.path} is removed")
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the best; a run that resumes knows the best of before, also where its folder has another path now."""
+
+    @property
+    def state_key(self) -> str:
+        return super().state_key.replace(type(self).__qualname__, "ModelCheckpoint")  # as it is in checkpoints
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, module, stage)
+        self._trainer = trainer
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        former = state_dict.get("best_k_models", {})
+        found = self._found(former) if self._trainer.is_global_zero else {}
+        found = self._trainer.strategy.broadcast(found)  # path here → score, the best first
+        if found:
+            best, *_, worst = [*found, *found]
+            here = {"dirpath": self.dirpath, "best_k_models": found, "best_model_path": best}
+            here |= {"best_model_score": found[best], "kth_best_model_path": worst, "kth_value": found[worst]}
+            super().load_state_dict({**state_dict, **here})
+
+    def _found(self, former: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return those that are here or where the run was before, as many as are kept."""
+        found, resumed = {}, Path(self._trainer.ckpt_path)
+        for path, score in sorted(former.items(), key=lambda pair: float(pair[1]), reverse=self.mode == "max"):
+            here = Path(self.dirpath, Path(path).name)
+            if 0 <= self.save_top_k <= len(found):
+                if here.is_file():
+                    log(f"{here} is removed (keep_best={self.save_top_k})")
+                    remove(here)
+                continue
+            beside = (here, resumed.parent / here.name, resumed.parent / "checkpoints" / here.name, Path(path))
+            there = next((place for place in beside if place.is_file()), None)
+            if there is None:
+                log(f"{path}, one of the best, is not there any more, nor in {self.dirpath}: it is no longer known")
+                continue
+            if there != here:
+                with atomic_write(here) as partial:
+                    shutil.copyfile(there, partial)
+            found[str(here)] = score
+        return found
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -215,7 +259,8 @@ class LastCheckpoint(ModelCheckpoint):
         trainer.save_checkpoint(self.run / name)
         if trainer.is_global_zero:
             trainer.strategy.checkpoint_io.wait()
-            keep_newest(self.run, self.saving.keep_last)
+            for gone in keep_newest(self.run, self.saving.keep_last):
+                log(f"{gone.path} is removed (keep_last={self.saving.keep_last})")
 
     def _give_back_signals(self, *arguments: Any) -> None:
         for number, handler in self._former_handlers.items():
@@ -235,5 +280,5 @@ def checkpoint_callbacks(
     name = f"{best}{{epoch:03d}}-{{{monitor}:.4f}}"
     # at the end of a train epoch Lightning would not resume exactly where max_steps is set
     options = {"save_on_train_epoch_end": False, "auto_insert_metric_name": False, "enable_version_counter": False}
-    of_best = ModelCheckpoint(folder, name, monitor=monitor, mode=mode, save_top_k=last.saving.keep_best, **options)
+    of_best = BestCheckpoint(folder, name, monitor=monitor, mode=mode, save_top_k=last.saving.keep_best, **options)
     return [of_best, last]  # last, so that it knows of the best

@@ -49,8 +49,6 @@ class FiniteSteps(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.gradient_clip_algorithm == "value":
             raise UserError("gradient_clip_algorithm=value: gradients are clipped by their norm here, leave it out")
-        for optimizer in trainer.optimizers:
-            _fuse_as_made(optimizer)
         self._skipped = self._skipped.to(module.device)
         self._rows = torch.zeros(len(trainer.optimizers), device=module.device)  # left out in a row, by optimiser
         self._keep(trainer, module)
@@ -111,17 +109,6 @@ class FiniteSteps(L.Callback):
                     _local(optimizer.state[weight][name]).copy_(copy)
         self._went_back_to = self._kept_at
         self._rows.zero_()
-
-
-def _fuse_as_made(optimizer: torch.optim.Optimizer) -> None:
-    """Undo the choice that a checkpoint of a training with (or without) a gradient scaler has brought along."""
-    fused = getattr(optimizer, "defaults", {}).get("fused")  # DeepSpeed has its own kind
-    for group in optimizer.param_groups:
-        if "fused" in group:
-            group["fused"] = fused
-            for weight in optimizer.state.keys() & set(group["params"]):  # steps are counted where it is fused
-                state = optimizer.state[weight]
-                state["step"] = state["step"].to(weight.device if fused else "cpu")
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ def losses(metrics: Mapping[str, Any], names: Sequence[str], form: str) -> str:
 class PacedCallback(L.Callback):
     def begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.total = int(getattr(module, "total_steps", trainer.estimated_stepping_batches))
-        self.start, self.began = trainer.global_step, time.monotonic()
+        self.start = self._step = trainer.global_step
+        self.began = time.monotonic()
 
     def pace(self, step: int) -> str:
         """Return steps a second so far, and the time for those that are left."""
@@ -80,7 +81,9 @@ class Progress(PacedCallback):
             self._bar = tqdm(total=self.total, initial=self.start, unit="step", desc="training", dynamic_ncols=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx) -> None:
-        step = trainer.global_step
+        step, before, self._step = trainer.global_step, self._step, trainer.global_step
+        if step == before:  # its gradients are gathered
+            return
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             if step % trainer.log_every_n_steps == 0:
@@ -115,7 +118,7 @@ class TrainLog(PacedCallback):
         if not self._writes:
             return
         self.begin(trainer, module)
-        self._step, self._values = self.start, {}
+        self._values = {}
         trainer.strategy.checkpoint_io.note = lambda path: self._write("saved", f"{path}  step {trainer.global_step}")
         if self.path.is_file() and self.path.stat().st_size:
             self._append("\n")

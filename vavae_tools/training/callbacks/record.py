@@ -41,12 +41,12 @@ class RunRecord(L.Callback):
         follows = {"settings": {**self.settings, **own}, "data": self.data}
         return {**follows, "versions": versions(), "machine": machine, "command": list(sys.argv)}
 
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # a refused one changes nothing
         if trainer.is_global_zero:
             write_json(self.folder / NAME, {**self.record(module), "started": _now()})
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # not where it was stopped
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and (self.folder / NAME).is_file():
             started = json.loads((self.folder / NAME).read_text(encoding="utf-8"))
             write_json(self.folder / NAME, {**started, "ended": _now(), "global_step": trainer.global_step})
         trainer.strategy.barrier()  # before another process asks `is_finished`
