@@ -105,6 +105,9 @@ def test_two_processes_train_what_one_does(one, here, forked, way):
         way([*NUMBERS, *HALVES, "--output_dir", "again", "--resume", "two/checkpoint-12"])
         again = weights("again")
         assert all(same(together[name], again[name]) for name in together)
+        alone = [*NUMBERS, *HALVES, "--devices", "1", "--output_dir", "alone", "--resume", "two/checkpoint-12"]
+        assert "2 batches are gathered" in finish([start(alone)])[0]
+        assert_weights_alike(weights("alone"), together)
 
 
 LONG = [*SHORT, *SMALL, *HALVES, "model.dit_module.max_steps=100000", "callbacks.save_every_minutes=0.02"]

@@ -126,6 +126,7 @@ class OrderedDataModule(L.LightningDataModule):
     persistent_workers = True
     prefetch_factor = 2
     gathered = 1  # see `EpochOrder`
+    kept = 1  # so many batches are gathered where the run had one, on more devices
 
     def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -143,6 +144,27 @@ class OrderedDataModule(L.LightningDataModule):
     def batches_of(self, world_size: int) -> int:
         """Return the batches of one process in an epoch."""
         return self._new_order(0, world_size).batches
+
+    def keep_batch(self, checkpoint: dict[str, Any], processes: int) -> int:
+        """Return how many batches are to be gathered where a checkpoint's run had one, for steps of its samples."""
+        if (state := _place_in_data(checkpoint)) is None:
+            return 1
+        there, here = state["samples per step"], self._new_order(0, processes).batch_size * processes
+        if there % here:
+            take = f"--batch_size {there // processes}" if there % processes == 0 else "as many --devices as it had"
+            raise UserError(
+                f"The checkpoint's run has steps of {there:,} images, here they are of {here:,}: take {take}"
+            )
+        self.kept = there // here
+        self.gathered *= self.kept
+        return self.kept
+
+    def read_progress(self, checkpoint: dict[str, Any]) -> None:
+        """Bring the progress of Lightning's loops in a checkpoint, in batches, to the batches of here."""
+        progress = checkpoint["loops"]["fit_loop"].get("epoch_loop.batch_progress")
+        state = _place_in_data(checkpoint)
+        for counts in (progress["current"], progress["total"]) if progress and state else ():
+            counts.update({name: count * self.kept // state.get("kept", 1) for name, count in counts.items()})
 
     def train_dataloader(self) -> DataLoader:
         self._order = self._new_order(*self._place())
@@ -184,7 +206,8 @@ class OrderedDataModule(L.LightningDataModule):
         epoch = self.trainer.fit_loop.epoch_progress.current.ready - 1
         if done >= self._order.batches:  # written after an epoch's last batch: the next one begins
             epoch, done = epoch + 1, 0
-        return {"epoch": epoch, "batches_done": done, **self._order_settings(self._order)}
+        done //= self.kept
+        return {"epoch": epoch, "batches_done": done, "kept": self.kept, **self._order_settings(self._order)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
@@ -192,14 +215,20 @@ class OrderedDataModule(L.LightningDataModule):
                 if state_dict.get(name, here) != here:
                     problem = f"The checkpoint was written with {name} = {state_dict[name]:,}, here it is {here:,}"
                     raise UserError(f"{problem}: resume with the data and settings of that run, or start anew")
-            self._resumed = (state_dict["epoch"], state_dict["batches_done"])
+            self._resumed = (state_dict["epoch"], state_dict["batches_done"] * self.kept)
             if self._order is not None:
                 self._order.resume(*self._resumed)
 
     def _order_settings(self, order: EpochOrder) -> dict[str, int]:
         """Return what a place in the data means nothing without."""
-        global_batch = order.batch_size * order.world_size
+        global_batch = order.batch_size * order.world_size * self.kept
         return {"seed": self.seed, "samples": len(self.train_data), "samples per step": global_batch}
+
+
+def _place_in_data(checkpoint: dict[str, Any]) -> dict[str, int] | None:
+    """Return what the data's module saved; None: the checkpoint is from elsewhere."""
+    states = (state for state in checkpoint.values() if isinstance(state, dict) and "samples per step" in state)
+    return next(states, None)
 
 
 def ignore_interrupts(worker: int) -> None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,7 +55,11 @@ def alone_in(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            yield
+            try:
+                yield
+            finally:
+                if [path.name for path in folder.iterdir()] == [".lock"]:  # refused before it wrote anything
+                    shutil.rmtree(folder)
     except Timeout:
         raise UserError(
             f"Another training writes into {folder}: wait for its end, or name another --output_dir"

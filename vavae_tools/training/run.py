@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from vavae_tools.checkpoints.formats import read_any_format, remove
+from vavae_tools.checkpoints.formats import is_deepspeed, read_any_format, remove
 from vavae_tools.checkpoints.resuming import check_resumable, former_run, resume_path
 from vavae_tools.data.loader import OrderedDataModule, loader_faults
 from vavae_tools.runtime.console import log
@@ -97,6 +97,15 @@ def _train_alone(build: Build, recipe: Any, output_dir: Path, resume: str | None
     config, data = run.config, run.data
     settings = run.module.trainer_settings(**config.of_devices())
     gathered, processes = config.accumulate_grad_batches, settings["devices"] * settings["num_nodes"]
+    if resume_from is not None and not is_deepspeed(resume_from):
+        kept = data.keep_batch(read_any_format(resume_from, lambda line: None), processes)
+        gathered *= kept
+        if "accumulate_grad_batches" in settings:
+            settings["accumulate_grad_batches"] = gathered
+        else:
+            run.module.accumulate_grad_batches = gathered
+        if kept > 1:
+            log(f"A step has as many images as before: {kept} batches are gathered where the run had one")
     count, batches, length = len(data.train_data), max(1, data.batches_of(processes)), config.length()
     steps, epochs = length["max_steps"], length["max_epochs"]
     if steps > 0:
@@ -125,6 +134,7 @@ def _train_alone(build: Build, recipe: Any, output_dir: Path, resume: str | None
     callbacks.append(RunRecord(output_dir, recorded, run.fingerprint, config.allow_changes, log))
     callbacks.append(TrainLog(output_dir, config.log_every_n_steps, log, machine))
     callbacks.append(LambdaCallback(on_train_start=lambda *_: [remove(path) for path in former]))
+    callbacks.append(LambdaCallback(on_load_checkpoint=lambda *given: data.read_progress(given[2])))
     length["check_val_every_n_epoch"] = max(1, epochs // run.validations)
     trainer = build_trainer(settings, output_dir, [*callbacks, *run.callbacks], log, config.logger, **length)
     if run.logged and trainer.is_global_zero:

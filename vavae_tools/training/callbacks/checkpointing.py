@@ -179,6 +179,9 @@ class LastCheckpoint(ModelCheckpoint):
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._former_handlers[number] = signal.signal(number, self._interrupt)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load nothing: Lightning's own warns of a folder that was moved."""
+
     def _interrupt(self, number: int, frame: object) -> None:
         if number == signal.SIGTERM and os.getpid() != self._process:  # one that loads data, forked with this handler
             os._exit(128 + number)
