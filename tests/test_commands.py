@@ -240,9 +240,13 @@ BAD_FINE_TUNING = {
     TUNE + " --precision 16": "A CPU has no fp16: use --precision 32",
     "--devices two": "--devices is 'two', expected a whole number or one of auto",
 }
+TRAIN = "--data_dir {split} --vavae {vavae} --hidden_size 16 --depth 1 --num_heads 2"
 BAD_TRAINING = {
     "--data_dir {split} --vavae {vavae} --hidden_size 30 --num_heads 4": "hidden_size",
     "--data_dir {split} --vavae {vavae} --patch_size 3": "input_size 8×8 cannot be cut into patches of 3×3",
+    TRAIN + " --latents_dir {here}/new init.weights=nowhere.pt": "No checkpoint nowhere.pt",
+    TRAIN + " --latents_dir {here}/new model.num_classes=2": "num_classes 2, but 3 in the data",
+    TRAIN + " --latents_dir {here}/new --resume {here}/other.ckpt": "other.ckpt is of another model",
     "--data_dir {split} --vavae {vavae} --latents_dir {here}/file": "file is a file, expected a folder",
 }
 BAD = [

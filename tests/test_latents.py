@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from golden_cases import assert_close, load_case
 from PIL import Image
 from safetensors import SafetensorError
@@ -15,12 +19,13 @@ from tiny import SIZE, Averages, perturb_projections, same, tiny_vavae
 
 from vavae_tools.autoencoders.rae import tiny_rae
 from vavae_tools.autoencoders.vavae import VAVAE
+from vavae_tools.autoencoders.weights import load_vavae
 from vavae_tools.data import encoded, latents
 from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.demo.shapes import shape_data
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.latents import INDEX, LatentDataModule, LatentDataset, LatentFolder, encode_latents
-from vavae_tools.recipes.dit import encode_split, train_dit
+from vavae_tools.recipes.dit import _latents_of, encode_split, train_dit
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import weights_digest
@@ -128,13 +133,69 @@ def test_what_is_stale_is(split, tmp_path, count_encoded, change):
         moved.rename(split / "train" / "ID_2" / moved.name)
     folder = encode_latents(vae, ImageDataModule(split, size), tmp_path / "latents", progress=False, **options)
     assert sum(count_encoded) == (30 + SHAPE) * (1 + (change == "flips")) and folder.key != first.key
-    assert LatentFolder.read(tmp_path / "latents") == folder
+    both = sorted([first, folder], key=lambda one: one.path)
+    assert LatentFolder.read(folder.path) == folder and LatentFolder.read_all(tmp_path / "latents") == both
+    with pytest.raises(UserError, match=r"latents of 2 encodings, expected one: name "):
+        LatentDataModule(tmp_path / "latents")
+
+
+def test_encodings_at_once_into_one_folder_are_each_their_own(split, tmp_path):
+    """Those of one key wait for each other; the autoencoder tells which of them a training reads."""
+    made = {seed: encode(split, tmp_path / f"alone{seed}", model(seed)) for seed in (0, 1)}
+    path, said, at_once = tmp_path / "latents", [], threading.Barrier(5)
+    path.mkdir()
+
+    def run(vae: VAVAE) -> LatentFolder:
+        images = ImageDataModule(split, SIZE)
+        at_once.wait(60)
+        return encode_latents(vae, images, path, progress=False, batch_size=3, log=said.append)
+
+    with ThreadPoolExecutor(4) as pool, FileLock(path / f".{made[0].path.name}.lock"):
+        running = [pool.submit(run, vae) for vae in map(model, (0, 1, 0, 1))]
+        at_once.wait(60)
+        wait([running[1], running[3]])
+        until = time.monotonic() + 60
+        while not said and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not running[0].done() and not running[2].done()
+    for seed, found in zip((0, 1, 0, 1), running, strict=True):
+        assert found.result().key == made[seed].key
+        a, b = (LatentDataset(one, "train").__getitems__(range(24))["latents"] for one in (found.result(), made[seed]))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        model(seed).save_pretrained(tmp_path / f"vavae{seed}")
+        assert _latents_of(tmp_path / f"vavae{seed}", path)[1] == found.result()
+    assert set(said) >= {f"Another process encodes into {path / made[0].path.name}: waiting for it"}
+
+
+def test_latents_of_an_earlier_version_lie_in_the_folder_itself(split, tmp_path, count_encoded):
+    """Whole or begun; what is of another key there stays as it is."""
+    folder = encode(split, tmp_path / "latents", batch_size=3)
+    for path in folder.path.iterdir():
+        path.rename(tmp_path / "latents" / path.name)
+    del count_encoded[:]
+    former = encode(split, tmp_path / "latents")
+    assert (former.path, former.key) == (tmp_path / "latents", folder.key) and count_encoded == []
+    assert LatentFolder.read(tmp_path / "latents") == former
+    kept = sorted((tmp_path / "latents").glob("*.safetensors"))
+    assert encode(split, tmp_path / "latents", model(1)).path.parent == former.path
+    assert sorted((tmp_path / "latents").glob("*.safetensors")) == kept
+    (former.path / INDEX).unlink()
+    kept[0].unlink()
+    del count_encoded[:]
+    assert encode(split, tmp_path / "latents", batch_size=3) == folder and 0 < sum(count_encoded) <= 4 + SHAPE
+
+
+def test_shards_of_another_encoding_are_refused(split, tmp_path):
+    one, other = (encode(split, tmp_path / "latents", model(seed)) for seed in (0, 1))
+    shutil.copy(shards(other)[0], shards(one)[0])
+    with pytest.raises(UserError, match=r"train-00000\.safetensors is of another encoding than latents\.json beside"):
+        LatentDataModule(one)
 
 
 def test_what_a_damaged_folder_lacks_is_encoded_again(split, tmp_path, count_encoded):
     """Whole shards say that they belong to these images and weights, and are kept."""
     first = encode(split, tmp_path / "latents")
-    index, shard = tmp_path / "latents" / INDEX, tmp_path / "latents" / "val-00000.safetensors"
+    index, shard = first.path / INDEX, first.path / "val-00000.safetensors"
     whole = shard.read_bytes()
     for damage, again in (
         (index.unlink, 0),
@@ -152,8 +213,7 @@ def test_what_a_damaged_folder_lacks_is_encoded_again(split, tmp_path, count_enc
 def test_an_interrupted_encoding_resumes(split, tmp_path, monkeypatch, count_encoded, flips):
     """Bit by bit as if nothing had happened, statistics too; what is there is not made again, what is stale goes."""
     unbroken = encode(split, tmp_path / "unbroken", flips=flips, batch_size=3)
-    folder = encode(split, tmp_path / "broken", model(seed=1), flips=flips, batch_size=3).path
-    save = encoded.save_file
+    folder, save = tmp_path / "broken" / unbroken.path.name, encoded.save_file
 
     def full(tensors, path, **options):
         if len(list(folder.glob("*.safetensors"))) == 2:
@@ -163,18 +223,18 @@ def test_an_interrupted_encoding_resumes(split, tmp_path, monkeypatch, count_enc
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(encoded, "save_file", full)
-        encode(split, folder, flips=flips, batch_size=3)
+        encode(split, folder.parent, flips=flips, batch_size=3)
     assert sorted(path.name for path in folder.iterdir()) == ["train-00000.safetensors", "train-00001.safetensors"]
     with pytest.raises(UserError, match="No latents in"):  # whatever has an index is whole
         LatentDataModule(folder)
     (folder / ".train-00002.safetensors.17.partial").write_bytes(b"of a process that was killed")
     del count_encoded[:]
-    found = encode(split, folder, flips=flips, batch_size=3)
+    found = encode(split, folder.parent, flips=flips, batch_size=3)
     assert sum(count_encoded) == (30 - 6 + SHAPE) * (1 + flips)
     assert (found.key, found.mean, found.std) == (unbroken.key, unbroken.mean, unbroken.std)
-    files = sorted(path.name for path in (tmp_path / "unbroken").iterdir())
+    files = sorted(path.name for path in unbroken.path.iterdir())
     assert sorted(path.name for path in folder.iterdir()) == files and len(files) == 1 + 8 + 2
-    assert all((folder / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes() for name in files)
+    assert all((folder / name).read_bytes() == (unbroken.path / name).read_bytes() for name in files)
 
 
 def test_shards_are_whole_batches_and_bounded():
@@ -192,16 +252,18 @@ def test_an_unfinished_encoding_of_an_earlier_version_is_not_taken(split, tmp_pa
     folder = encode(split, tmp_path / "latents")
     for path in folder.path.glob("*.safetensors"):
         save_file(load_file(path), path, metadata={"key": folder.key})
-    assert encode(split, folder.path) == folder  # with its index it is whole
+    assert encode(split, tmp_path / "latents") == folder  # with its index it is whole
     (folder.path / INDEX).unlink()
     del count_encoded[:]
-    assert encode(split, folder.path).key == folder.key and sum(count_encoded) == 30 + SHAPE
+    assert encode(split, tmp_path / "latents").key == folder.key and sum(count_encoded) == 30 + SHAPE
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_lost(split, tmp_path, monkeypatch):
-    """30 images of 2×8×8 numbers of 4 bytes, and a label of 8 bytes each."""
+    """30 images of 2×8×8 numbers of 4 bytes, and a label of 8 bytes each; shards of other keys here make room."""
     old = encode(split, tmp_path / "latents")
     kept = {path.name: path.read_bytes() for path in old.path.iterdir()}
+    new = tmp_path / "latents" / encode(split, tmp_path / "other", model(1)).path.name
+    shutil.copytree(old.path, new)
     stale = sum(len(kept[name]) for name in kept if name != INDEX)
     needed = 30 * (2 * 8 * 8 * 4 + 8)
 
@@ -209,9 +271,10 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_lost(split, tmp_pat
         monkeypatch.setattr(encoded.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
 
     disk(needed - stale - 1)
-    with pytest.raises(UserError, match=r"No space: Latents of this VAVAE need 0\.000 GB, 0\.000 GB are free"):
+    says = r"No space: Latents of this VAVAE need 0\.000 GB, 0\.000 GB are free.*\(other encodings are in "
+    with pytest.raises(UserError, match=says):
         encode(split, tmp_path / "latents", model(1))
-    assert {path.name: path.read_bytes() for path in old.path.iterdir()} == kept
+    assert all({path.name: path.read_bytes() for path in one.iterdir()} == kept for one in (old.path, new))
     disk(needed - stale)
     assert encode(split, tmp_path / "latents", model(1)).key != old.key
     disk(30 * (2 * 8 * 8 * 2 + 8))
@@ -271,7 +334,7 @@ def test_published_statistics_take_the_place_of_computed_ones(split, tmp_path):
     says = "The statistics have 3 and 3 numbers, latents of this autoencoder 2 channels"
     with pytest.raises(UserError, match=says):
         encode(split, tmp_path / "none", statistics=([0.0] * 3, [1.0] * 3))
-    assert not (tmp_path / "none").exists()
+    assert not list((tmp_path / "none").glob("*/"))
 
 
 def test_float16_is_read_as_float32(split, tmp_path):
@@ -313,7 +376,7 @@ def test_latents_of_another_precision_are_kept_unless_one_is_asked_for(split, tm
     a = load_file(shards(whole)[0])["latents"]
     assert whole.key == encode(split, tmp_path / "other").key != half.key
     assert encode(split, tmp_path / "latents", precision="bf16").key == half.key
-    assert sum(count_encoded) == 4 * (30 + SHAPE)
+    assert sum(count_encoded) == 3 * (30 + SHAPE)  # each precision once: the others' are still there
     b = load_file(shards(half)[0])["latents"]
     assert b.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.2 * a.std()
 
@@ -379,7 +442,7 @@ def test_latents_are_mapped_not_read(latents_dir, tmp_path):
     shutil.copytree(latents_dir, tmp_path / "big")
     rows = 65_536  # 64 MiB
     big = {"latents": torch.ones(rows, 2, 8, 8), "labels": torch.zeros(rows, dtype=torch.int64)}
-    save_file(big, tmp_path / "big" / "train-00000.safetensors")
+    save_file(big, LatentFolder.read(tmp_path / "big").path / "train-00000.safetensors")
     del big
 
     def resident() -> int:
@@ -414,8 +477,8 @@ def test_encoding_a_split_leaves_the_vavae_as_it_is(split, tmp_path, count_encod
     folder = encode_split(split, tmp_path / "vavae", tmp_path / "latents", log=said.append)
     assert {path.name: path.read_bytes() for path in (tmp_path / "vavae").iterdir()} == before
     assert folder.weights == weights_digest(vae) != weights_digest(model(1))
-    assert said[0] == f"Latents 2×8×8 of images 16×16: train 24, val 6 ({tmp_path / 'latents'})"
-    assert json.loads((tmp_path / "latents" / INDEX).read_text())["people"] == {"ID_1": 0, "ID_2": 1, "ID_3": 2}
+    assert said[0] == f"Latents 2×8×8 of images 16×16: train 24, val 6 ({folder.path})"
+    assert json.loads((folder.path / INDEX).read_text())["people"] == {"ID_1": 0, "ID_2": 1, "ID_3": 2}
     del count_encoded[:]
     assert encode_split(split, tmp_path / "vavae", tmp_path / "latents", log=said.append) == folder
     assert count_encoded == []
@@ -425,9 +488,27 @@ def test_latents_of_another_vavae_are_refused(split, tmp_path):
     for seed in (0, 1):
         model(seed).save_pretrained(tmp_path / f"vavae{seed}")
     encode_split(split, tmp_path / "vavae0", tmp_path / "latents", log=lambda line: None)
-    with pytest.raises(UserError, match=r"latents was not made by .*vavae1: encode the images again"):
+    with pytest.raises(UserError, match=r"/latents was not made by .*vavae1: encode the images again"):
         train_dit(tmp_path / "latents", tmp_path / "vavae1", tmp_path / "dit", {"hidden_size": 16, "num_heads": 2})
     assert not (tmp_path / "dit").exists()
+
+
+def test_a_vavae_of_other_people_is_refused_unless_that_is_asked_for(split, tmp_path, count_encoded):
+    """Whom it knows has the own vector, by name, and the others none: in encoding and in what is trained on."""
+    for name, people in (("one", {"ID_3": 0, "ID_9": 1, "ID_1": 2}), ("unnamed", None)):
+        vae = perturb_projections(tiny_vavae(num_conditions=3 if people else 2, people=people))
+        vae.save_pretrained(tmp_path / name)
+    says = r"one has vectors of ID_1, ID_3, ID_9, none for ID_2 of the images: .* vavae\.other_people=true"
+    with pytest.raises(UserError, match=says):
+        encode_split(split, tmp_path / "one", tmp_path / "latents")
+    with pytest.raises(UserError, match="unnamed has vectors of 2 people without their names, none for 3 people"):
+        encode_split(split, tmp_path / "unnamed", tmp_path / "latents")
+    assert count_encoded == [] and not (tmp_path / "latents").exists()
+    folder = encode_split(split, tmp_path / "one", tmp_path / "latents", other_people=True)
+    vae, same_latents = _latents_of(tmp_path / "one", tmp_path / "latents")
+    rows = load_vavae(tmp_path / "one").conditions.weight
+    assert folder == same_latents and vae.config.people == {"ID_1": 0, "ID_2": 1, "ID_3": 2}
+    assert same(vae.conditions.weight, torch.stack([rows[2], torch.zeros_like(rows[0]), rows[0]]))
 
 
 def test_another_decoder_leaves_the_latents_of_an_rae_valid(tmp_path):

@@ -128,8 +128,9 @@ def main(folder: str, split: str, latents_dir: str, classifier: str) -> None:
     if ranks.rank == 0:
         while ranks.add("second", 0) < ranks.size:
             time.sleep(0.1)
-        (Path(latents_dir) / INDEX).unlink()
-        (Path(latents_dir) / "train-00001.safetensors").unlink()
+        folder = LatentFolder.read(latents_dir).path
+        (folder / INDEX).unlink()
+        (folder / "train-00001.safetensors").unlink()
     found["encoded"].append(encoded(split, latents_dir, ranks))
     write_json(f"{folder}/{ranks.rank}.json", found)
 
@@ -187,7 +188,7 @@ def test_reconstructions_of_all_are_judged_by_the_first(several, alone):
 
 def rows_of(folder: Path) -> list[torch.Tensor]:
     found = LatentFolder.read(folder)
-    shards = [load_file(folder / name) for subset in ("train", "val") for name in found.shards[subset]]
+    shards = [load_file(found.path / name) for subset in ("train", "val") for name in found.shards[subset]]
     return [torch.cat([shard[key] for shard in shards]) for key in ("latents", "latents_flip", "labels")]
 
 
@@ -203,7 +204,7 @@ def test_all_encode_and_the_latents_are_those_of_one(several, alone):
     assert sum(first) == 60 + one * len(ranks) and min(first) >= 60 // len(ranks) - 4
     assert sum(second) == 0
     assert sorted(third) == [one] * (len(ranks) - 1) + [one + 2 * 4]
-    left = sorted(path.name for path in folder.iterdir())
+    left = sorted(path.name for path in found.path.iterdir())
     assert left == sorted([INDEX, *found.shards["train"], *found.shards["val"]])
 
 

@@ -108,7 +108,7 @@ def test_only_real_tokens_are_stored_and_equal_captions_once(tmp_path):
     assert encoder.encoded == DISTINCT
     tokens = sum(min(len(c.split()) + 2, MAX_SENTENCES) for c in DISTINCT)
     (name,) = folder.shards
-    stored = load_file(tmp_path / name)
+    stored = load_file(folder.path / name)
     assert stored["tokens"].shape == (tokens, DIM) and stored["tokens"].dtype == torch.float16
     assert stored["pooled"].dtype == torch.float16
     assert (folder.distinct, folder.tokens, folder.cut) == (len(DISTINCT), tokens, 1)
@@ -130,9 +130,9 @@ def test_needed_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "SHARD_SIZE", 4)
     needed = needed_bytes(WordEncoder(), CAPTIONS)
     folder = encode_texts(WordEncoder(), CAPTIONS, tmp_path / "texts", progress=False)
-    stored = [load_file(path) for path in (tmp_path / "texts").glob("*.safetensors")]
+    stored = [load_file(path) for path in folder.path.glob("*.safetensors")]
     assert needed == sum(values.nbytes for file in stored for values in file.values())
-    (tmp_path / "texts" / list(folder.shards)[1]).unlink()
+    (folder.path / list(folder.shards)[1]).unlink()
     left = needed_bytes(WordEncoder(), CAPTIONS, tmp_path / "texts")
     rows = 8 * sum(len(of) + 1 for subset in CAPTIONS.values() for of in subset)
     of_shard = sum(2 * DIM * min(len(c.split()) + 2, MAX_SENTENCES) + 2 * POOLED + 8 for c in DISTINCT[4:8])
@@ -158,7 +158,7 @@ def test_an_interrupted_encoding_goes_on(tmp_path, monkeypatch):
 def test_stale_texts_are_never_used_and_others_are_encoded_once(folder):
     def encode(name, captions):
         encoder = WordEncoder(name)
-        return encode_texts(encoder, captions, folder.path, progress=False), encoder.encoded
+        return encode_texts(encoder, captions, folder.path.parent, progress=False), encoder.encoded
 
     assert encode("a", CAPTIONS) == (folder, [])
     changed, encoded = encode("b", CAPTIONS)
@@ -166,9 +166,9 @@ def test_stale_texts_are_never_used_and_others_are_encoded_once(folder):
     fewer = {"train": CAPTIONS["train"][:2]}
     smaller, encoded = encode("b", fewer)
     assert smaller.pictures == {"train": 2} and len(encoded) == smaller.distinct == 5
-    _, encoded = encode("b", {"train": fewer["train"][::-1]})
+    other, encoded = encode("b", {"train": fewer["train"][::-1]})
     assert encoded == []  # the same captions of other images: only who has which is written anew
-    data = load_file(folder.path / texts.CAPTIONS)
+    data = load_file(other.path / texts.CAPTIONS)
     distinct = sorted({"", *sum(fewer["train"], ())})
     assert [distinct[place] for place in data["train.places"]] == [*fewer["train"][1], *fewer["train"][0]]
 

@@ -45,7 +45,7 @@ def _write_diffusers(model: "VAVAE", folder: Path) -> tuple[list[Path], str]:
 
     from vavae_tools.runtime.files import save_model
 
-    of_vectors = ("condition_dim", "num_conditions")
+    of_vectors = ("condition_dim", "num_conditions", "people")
     plain = AutoencoderKL(**{k: v for k, v in model.config.items() if not k.startswith("_") and k not in of_vectors})
     plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in plain.state_dict()})
     save_model(plain, folder)

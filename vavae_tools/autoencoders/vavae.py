@@ -4,7 +4,8 @@ A vector per person is let into every level of encoder and decoder by projection
 equals the one without vectors, bit by bit, of which the published f16d32 (Yao & Wang 2025, LightningDiT) is one.
 """
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from vavae_tools.data.images import ImageFolder, to_pixels, to_unit
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, join_first
 
 
 class LatentStatistics:
@@ -52,15 +53,21 @@ class VAVAE(LatentStatistics, AutoencoderKL):
     Args:
         condition_dim: length of the condition vector; 0 builds the plain AutoencoderKL.
         num_conditions: how many people (or classes) have a vector of their own in `conditions`.
+        people: their names → rows in it; None: not known, as in former versions.
 
     Images are (B, C, H, W) in [-1, 1]; latents (B, latent_channels, H/f, W/f), not normalised.
     """
 
     def __init__(
-        self, condition_dim: int = 0, num_conditions: int = 0, scaling_factor: float = 1.0, **arguments: Any
+        self,
+        condition_dim: int = 0,
+        num_conditions: int = 0,
+        scaling_factor: float = 1.0,
+        people: dict[str, int] | None = None,
+        **arguments: Any,
     ) -> None:
         super().__init__(scaling_factor=scaling_factor, **arguments)
-        self.register_to_config(condition_dim=condition_dim, num_conditions=num_conditions)
+        self.register_to_config(condition_dim=condition_dim, num_conditions=num_conditions, people=people)
         block_out_channels = self.config.block_out_channels
         self.downsampling = 2 ** (len(block_out_channels) - 1)
         if condition_dim:
@@ -73,7 +80,7 @@ class VAVAE(LatentStatistics, AutoencoderKL):
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:  # what `from_config` gives to `__init__`
         of_base = AutoencoderKL._get_init_keys(AutoencoderKL)
-        return of_base if input_class is not VAVAE else {*of_base, "condition_dim", "num_conditions"}
+        return of_base if input_class is not VAVAE else {*of_base, "condition_dim", "num_conditions", "people"}
 
     def condition_vectors(self, labels: Tensor | None, keep: Tensor | None = None) -> Tensor | None:
         """Return vectors (B, condition_dim) of labels int64 (B,), zero where `keep` (B,) is False; None without any."""
@@ -156,6 +163,34 @@ def _last_layers(half: nn.Module, h: Tensor, following: nn.Module | None = None)
     with torch.autocast(h.device.type, enabled=False):
         h = half.conv_out(half.conv_act(half.conv_norm_out(h.to(half.conv_out.weight.dtype))))
         return h if following is None else following(h)
+
+
+def with_vectors_of(model: nn.Module, people: Mapping[str, int], other_people: bool = False, source: Any = "") -> Any:
+    """Return a VA-VAE with the vectors of these people, found by name, in the rows of their labels.
+
+    Where it has them so already, or has none at all, it is the model itself. People that it does not know are refused,
+    or have no vector, which is one of zeros, if `other_people`; so is another number of them than an earlier version's
+    model has, which does not know their names.
+    """
+    config = model.config
+    if not config.get("condition_dim"):
+        return model
+    known, count = config.get("people"), max(people.values()) + 1
+    if known == people or (known is None and count == config.num_conditions):
+        return model
+    if unknown := people.keys() - (known or {}).keys():
+        whose = f"of {join_first(known)}" if known else f"of {config.num_conditions} people without their names"
+        given = join_first(sorted(unknown)) if known else f"{count} people"
+        if not other_people:
+            how = "fine-tune it on these images, or add vavae.other_people=true: whom it does not know gets no vector"
+            raise UserError(f"The VA-VAE {source} has vectors {whose}, none for {given} of the images: {how}")
+    table = model.conditions.weight.new_zeros(count, config.condition_dim)
+    for name in people.keys() - unknown:
+        table[people[name]] = model.conditions.weight.data[known[name]]
+    model = copy.deepcopy(model)
+    model.conditions = nn.Embedding(*table.shape, _weight=table)
+    model.register_to_config(num_conditions=count, people=dict(people))
+    return model
 
 
 def _zero_linear(condition_dim: int, width: int) -> nn.Linear:

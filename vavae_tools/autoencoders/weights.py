@@ -103,11 +103,13 @@ def build_vavae(
     num_conditions: int = 0,
     channels: int | None = None,
     log: Callable[[str], None] = print,
+    people: Mapping[str, int] | None = None,
 ) -> VAVAE:
     """Build the model with these weights; vectors and projections that they do not hold start anew.
 
     Args:
         condition_dim: None keeps the vectors that the weights have, 0 drops them.
+        people: whose vectors the model is to have, name → row; those that the weights know keep theirs.
         channels: of the images, see `with_channels`; None keeps them.
     """
     if channels is not None:
@@ -115,11 +117,21 @@ def build_vavae(
     config, weights = found.config, found.weights
     if condition_dim is not None:
         config = {**config, "condition_dim": condition_dim, "num_conditions": num_conditions}
+    theirs = found.config.get("people")
+    if people is not None or config.get("num_conditions") != found.config.get("num_conditions"):
+        config = {**config, "people": dict(people) if people and config["condition_dim"] else None}
     model = VAVAE.from_config(config)
     there, wanted = weights.get("conditions.weight"), model.state_dict().get("conditions.weight")
+    if theirs and people and theirs != people and there is not None and wanted is not None:
+        kept = theirs.keys() & people.keys() if there.shape[1] == wanted.shape[1] else ()
+        log(f"{found.source} has vectors of {join_first(theirs)}: {len(kept)} of {len(people)} people here keep theirs")
+        there, table = (wanted.clone() if kept else None), there
+        for name in kept:
+            there[people[name]] = table[theirs[name]]
+        weights = {**weights, "conditions.weight": there} if kept else _without_vectors(weights)
     if there is not None and (wanted is None or there.shape != wanted.shape):
         # vectors of other people, or of another length, say nothing here
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(CONDITION_PREFIXES)}
+        weights = _without_vectors(weights)
     try:
         loaded = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
@@ -137,6 +149,10 @@ def build_vavae(
         f"{unused} unused{', with ' if came else ''}{came} ({found.source})"
     )
     return model
+
+
+def _without_vectors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(CONDITION_PREFIXES)}
 
 
 def with_channels(found: VAVAEWeights, channels: int) -> VAVAEWeights:

@@ -1,15 +1,17 @@
-"""What is encoded once: latents, text states, features of frozen encoders, as safetensors shards in a folder.
+"""What is encoded once: latents, text states, features of frozen encoders, as safetensors shards.
 
-A shard's header holds its key, of the encoder's weights, samples, settings and rows: only what is missing is made.
+Each key, of the encoder's weights, samples and settings, has a folder of its own, which is locked while it is written.
+A shard's header holds its key and rows: only what is missing is made.
 """
 
 import json
 import math
+import os
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, pairwise
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from vavae_tools.data.loader import identity_collate, ignore_interrupts
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, join_first
 from vavae_tools.runtime.files import atomic_write, write_json
 from vavae_tools.runtime.machine import Computing
 from vavae_tools.runtime.ranks import Ranks
@@ -47,6 +50,11 @@ class Shard:
     nbytes: int
 
 
+def subfolder(key: str) -> str:
+    """Return the name of a key's folder."""
+    return key[:16]
+
+
 def cut(subset: str, length: int, row_bytes: int, batch_size: int, key: str) -> dict[str, Shard]:
     """Return the shards of a subset by their file names: whole batches, the same for any number of processes."""
     most = max(1, min(SHARD_SIZE, SHARD_BYTES // row_bytes))
@@ -67,41 +75,92 @@ class EncodedFolder:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        index = Path(path) / cls.INDEX
-        if not index.is_file():
+        """Read the one encoding in a folder."""
+        return cls.only(path, cls.read_all(path))
+
+    @classmethod
+    def read_all(cls, path: str | Path) -> list[Self]:
+        """Read all encodings in a folder: those in its subfolders, and a former version's, which lies in it itself."""
+        return list(map(cls._read, [*Path(path).glob(cls.INDEX), *sorted(Path(path).glob(f"*/{cls.INDEX}"))]))
+
+    @classmethod
+    def only(cls, path: str | Path, found: Sequence[Self]) -> Self:
+        """Return the one of the encodings found in a folder."""
+        if not found:
             raise UserError(f"No {cls.CONTENTS} in {path} ({cls.INDEX} is missing): encode them first")
+        if len(found) > 1:
+            folders = join_first([str(one.path) for one in found])
+            raise UserError(f"{path} holds {cls.CONTENTS} of {len(found)} encodings, expected one: name {folders}")
+        return found[0]
+
+    @classmethod
+    def _read(cls, index: Path) -> Self:
         try:
-            return cls(path=Path(path), **json.loads(index.read_text(encoding="utf-8")))
+            return cls(path=index.parent, **json.loads(index.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise UserError(f"{index} is damaged ({error!r}): delete it and encode again") from None
 
     @classmethod
     def find(cls, path: Path, keys: Collection[str]) -> Self | None:
-        """Return the folder if it is whole and of one of these keys."""
-        with suppress(UserError):
-            found = cls.read(path)
-            if found.key in keys and all((path / name).is_file() for name in found.files()):
-                return found
+        """Return the encoding of one of these keys in a folder, if there is one that is whole."""
+        for place in (path, *(path / subfolder(key) for key in keys)):
+            with suppress(UserError, OSError):
+                found = cls._read(place / cls.INDEX)
+                if found.key in keys and all((place / name).is_file() for name in found.files()):
+                    return found
         return None
+
+    @classmethod
+    def find_or_lock(cls, path: Path, keys: Sequence[str], held: ExitStack, log: Callable[[str], None]) -> Self | None:
+        """Return what `find` does; None: the first key's folder is locked, until `held` closes, to be written."""
+        if found := cls.find(path, keys):
+            return found
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / f".{subfolder(keys[0])}.lock")
+        try:
+            held.enter_context(lock.acquire(blocking=False))
+        except Timeout:
+            log(f"Another process encodes into {path / subfolder(keys[0])}: waiting for it")
+            held.enter_context(lock.acquire())
+        return cls.find(path, keys)
 
     def write(self) -> None:
         write_json(self.path / self.INDEX, {name: value for name, value in asdict(self).items() if name != "path"})
 
 
 class Store:
-    """A folder of shards whose names begin with `subsets`; `index` is written last by the caller, and deleted first."""
+    """A folder of shards whose names begin with `subsets`; `index` is written last by the caller, and deleted first.
 
-    def __init__(self, folder: str | Path, subsets: Sequence[str] = ("train", "val"), index: str = "") -> None:
-        self.folder, self.subsets, self.index = Path(folder), subsets, index
+    Shards that one of the folders `others` holds are taken over from there.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        subsets: Sequence[str] = ("train", "val"),
+        index: str = "",
+        others: Sequence[Path] = (),
+    ) -> None:
+        self.folder, self.subsets, self.index, self.others = Path(folder), subsets, index, others
 
     def missing(self, shards: Mapping[str, Shard]) -> list[str]:
         """Return the names of the shards that are not there, or are damaged or of another key."""
-        return [name for name, shard in shards.items() if self.key_of(name) != shard.key]
+        return [name for name, shard in shards.items() if self._find(name, shard.key) is None]
 
-    def key_of(self, name: str) -> str | None:
-        with suppress(SafetensorError, OSError), safe_open(self.folder / name, framework="pt") as file:
-            return (file.metadata() or {}).get("key")
-        return None
+    def _find(self, name: str, key: str) -> Path | None:
+        places = (folder / name for folder in (self.folder, *self.others))
+        return next((place for place in places if key_of(place) == key), None)
+
+    def take_over(self, shards: Mapping[str, Shard]) -> None:
+        """Link what lies in other folders, or copy it where the disk knows no links: these files never change."""
+        for name, shard in shards.items():
+            found = self._find(name, shard.key)
+            if found is not None and found.parent != self.folder:
+                with atomic_write(self.folder / name) as partial:
+                    try:
+                        os.link(found, partial)
+                    except OSError:
+                        shutil.copyfile(found, partial)
 
     def _stale(self, keep: Collection[str]) -> list[Path]:
         patterns = [pattern for name in self.subsets for pattern in (f"{name}-*.safetensors", f".{name}-*.partial")]
@@ -117,7 +176,9 @@ class Store:
         free = self.free_bytes(keep)
         if needed > free:
             problem = f"{what} need {needed / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free for {self.folder.absolute()}"
-            raise UserError(f"No space: {problem}. Free some space, or choose another folder")
+            others = [str(index.parent) for index in self.folder.parent.glob(f"*/{self.index}") if self.index]
+            hint = f" (other encodings are in {join_first(others)})" if others else ""
+            raise UserError(f"No space: {problem}. Free some space{hint}, or choose another folder")
         for path in ([self.folder / self.index] if self.index else []) + self._stale(keep):
             path.unlink(missing_ok=True)
 
@@ -172,6 +233,7 @@ def encode(
     def plan() -> list[str]:
         missing = store.missing(files)
         store.free_disk_space(sum(files[name].nbytes for name in missing), files.keys() - missing, computing.what)
+        store.take_over(files)
         return missing
 
     missing = agree(ranks, plan)
@@ -258,6 +320,13 @@ def _concatenated(encoded: Iterator[Tensors], rows: range, batch_size: int, adva
             parts[name].append(values)
         advance(len(rows[start : start + batch_size]))
     return {name: torch.cat(parts.pop(name)).contiguous() for name in list(parts)}
+
+
+def key_of(shard: Path) -> str | None:
+    """Return the key in a shard's header; None: there is none, or no shard that can be read."""
+    with suppress(SafetensorError, OSError), safe_open(shard, framework="pt") as file:
+        return (file.metadata() or {}).get("key")
+    return None
 
 
 def open_shard(path: Path) -> Tensors:

@@ -1,7 +1,7 @@
 """Latents: every image encoded once, kept as safetensors shards, read memory-mapped.
 
-`train-00000.safetensors … val-00000.safetensors` have LightningDiT's keys (`latents`, `latents_flip` where flips were
-asked for, `labels`); `latents.json` is what `LatentFolder` holds.
+In a folder of each key, `train-00000.safetensors … val-00000.safetensors` have LightningDiT's keys (`latents`,
+`latents_flip` where flips were asked for, `labels`); `latents.json` is what `LatentFolder` holds.
 """
 
 import copy
@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vavae_tools.data.encoded import EncodedFolder, Rows, Store, Tensors, agree, cut, encode, open_shard
+from vavae_tools.data.encoded import (
+    EncodedFolder,
+    Rows,
+    Store,
+    Tensors,
+    agree,
+    cut,
+    encode,
+    key_of,
+    open_shard,
+    subfolder,
+)
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.loader import OrderedDataModule
 from vavae_tools.runtime.console import print_beside_bars
@@ -79,6 +91,8 @@ def encode_latents(
 ) -> LatentFolder:
     """Encode both subsets once; latents of these weights and images that are there already are kept.
 
+    Of several encodings with one `output_dir` each has a folder of its own in it, by its key.
+
     Args:
         autoencoder: has `encode_images(images, labels, normal)` and `has_own_statistics`. Each latent of a VAVAE is one
             sample of the posterior, as in LightningDiT, with the image's own person's vector.
@@ -93,7 +107,7 @@ def encode_latents(
         UserError: no space on the disk, latents that are not finite or that float16 cannot hold, statistics of another
             number of channels, or a process with other weights or images than the first.
     """
-    folder, ranks = Path(output_dir), ranks or Ranks()
+    path, ranks, held = Path(output_dir), ranks or Ranks(), ExitStack()
     subsets = {"train": images.train_data, "val": images.val_data}
     subsets = {subset: data for subset, data in subsets.items() if data is not None and len(data)}
     size, names = images.train_data.image_size, {subset: list(data.names) for subset, data in subsets.items()}
@@ -105,27 +119,30 @@ def encode_latents(
     precisions = dict.fromkeys([computing.precision, *(PRECISIONS if precision is None else ())])
     extras = [{"dtype": dtype, "statistics": statistics, "precision": one} for one in precisions]
 
-    def look() -> tuple[list[str], bool]:
+    def look() -> tuple[str, str | None]:
         keys = _cache_keys(autoencoder, subsets, f"form {_FORM}, flips {flips}, seed {seed}, {weights}", extras)
-        return keys, LatentFolder.find(folder, keys) is not None
+        found = LatentFolder.find_or_lock(path, keys, held, log)
+        return keys[0], str(found.path.relative_to(path)) if found else None
 
     named = [[subset, names[subset], data.labels.tolist()] for subset, data in subsets.items()]
     identity = hashlib.sha256(f"{weights} {json.dumps(named)}".encode()).hexdigest()
-    keys, complete = agree(ranks, look, identity)
-    if not complete:
-        encoder = _Encoder(autoencoder.eval(), subsets, flips, seed, getattr(torch, dtype), computing)
-        options = {"num_workers": images.num_workers, "ranks": ranks, "progress": progress}
-        with on_device(autoencoder, device):
-            shape, shards = encoder.write(folder, keys[0], statistics, batch_size, **options)
+    with held:
+        key, complete = agree(ranks, look, identity)
+        folder = path / (complete or subfolder(key))
+        if complete is None:
+            encoder = _Encoder(autoencoder.eval(), subsets, flips, seed, getattr(torch, dtype), computing)
+            options = {"num_workers": images.num_workers, "ranks": ranks, "progress": progress}
+            with on_device(autoencoder, device):
+                shape, shards = encoder.write(folder, key, statistics, batch_size, **options)
 
-        def write_index() -> None:
-            own = ([0.0] * shape[0], [1.0] * shape[0]) if autoencoder.has_own_statistics else None
-            made = (open_shard(folder / name)["latents"] for name in shards["train"])
-            mean, std = statistics or own or channel_statistics(made)
-            of = (weights, mean, std, shape, size, flips, images.labels, names, shards, dtype)
-            LatentFolder(folder, keys[0], *of).write()
+            def write_index() -> None:
+                own = ([0.0] * shape[0], [1.0] * shape[0]) if autoencoder.has_own_statistics else None
+                made = (open_shard(folder / name)["latents"] for name in shards["train"])
+                mean, std = statistics or own or channel_statistics(made)
+                of = (weights, mean, std, shape, size, flips, images.labels, names, shards, dtype)
+                LatentFolder(folder, key, *of).write()
 
-        agree(ranks, write_index)
+            agree(ranks, write_index)
     Store(folder).wait_for([INDEX], ranks)
     return LatentFolder.read(folder)
 
@@ -163,7 +180,7 @@ class _Encoder:
         row_bytes = math.prod(shape) * self.dtype.itemsize * (1 + self.flips) + 8  # 8 for the label
         shards = {name: cut(name, len(data), row_bytes, batch_size, key) for name, data in self.subsets.items()}
         for_inference(self.autoencoder, self.computing.device)
-        store = Store(folder, index=INDEX)
+        store = Store(folder, index=INDEX, others=[folder.parent])  # where a former version has begun
         with trying_convolutions():
             encode(store, shards, self.subsets, self.fields, self.computing, batch_size, self.dtype, **options)
         return shape, {subset: list(of_subset) for subset, of_subset in shards.items()}
@@ -216,7 +233,12 @@ class LatentDataset(Dataset):
     def __init__(self, folder: LatentFolder, subset: str) -> None:
         self.statistics = tuple(torch.tensor(values).view(-1, 1, 1) for values in (folder.mean, folder.std))
         """Mean and standard deviation, float32 (C, 1, 1) both."""
-        shards = [open_shard(folder.path / name) for name in folder.shards.get(subset, [])]
+        files = [folder.path / name for name in folder.shards.get(subset, [])]
+        shards = [open_shard(file) for file in files]
+        for file in files:
+            key = key_of(file)  # foreign shards have none
+            if key is not None and key.split()[0] != folder.key:
+                raise UserError(f"{file} is of another encoding than {INDEX} beside it: delete both and encode again")
         names = [name for name in ("latents", "latents_flip") if shards and name in shards[0]]
         self._rows = {name: Rows([shard[name] for shard in shards]) for name in names}
         self.labels = torch.cat([torch.empty(0, dtype=torch.int64), *(shard["labels"] for shard in shards)])

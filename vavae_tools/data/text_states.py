@@ -8,6 +8,7 @@ each image's. Equal captions are stored once, in alphabetical order; the first i
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vavae_tools.data.captions import CaptionOrderedDataModule
-from vavae_tools.data.encoded import SHARD_BYTES, EncodedFolder, Rows, Shard, Store, Tensors, encode, open_shard
+from vavae_tools.data.encoded import (
+    SHARD_BYTES,
+    EncodedFolder,
+    Rows,
+    Shard,
+    Store,
+    Tensors,
+    encode,
+    open_shard,
+    subfolder,
+)
 from vavae_tools.data.folders import count_of
 from vavae_tools.data.latents import LatentDataModule, LatentDataset, LatentFolder
 from vavae_tools.data.loader import index_and_number
@@ -85,11 +96,10 @@ def encode_texts(
     Raises:
         UserError: an image without a caption, no space on the disk, or states that float16 cannot hold.
     """
-    folder, distinct, about = Path(folder), _distinct(captions_by_subset), _encoder_identity(encoder)
+    path, distinct, about = Path(folder), _distinct(captions_by_subset), _encoder_identity(encoder)
     names = {subset: _digest(list(of_subset)) for subset, of_subset in (names_by_subset or {}).items()}
     key = _digest([about, {subset: list(map(list, one)) for subset, one in captions_by_subset.items()}, names])
-    if there := TextFolder.find(folder, [key]):
-        return there
+    folder = path / subfolder(key)
 
     def fields(_: str, captions: list[str]) -> Tensors:
         states = encoder.encode(captions)
@@ -99,35 +109,43 @@ def encode_texts(
     shards, cut = _shards(encoder, about, distinct)
     device = encoder.device if device is None else device
     computing = Computing(None, device, f"States of this {type(encoder).__name__}", log)
-    store, options = Store(folder, ("tokens",), INDEX), {"unit": "caption", "progress": progress}
+    store, options = _store(path, folder), {"unit": "caption", "progress": progress}
     options["finish"] = lambda shard: {**shard, "ends": shard["ends"].cumsum(0)}
-    with on_device(encoder, device):
-        encode(store, {"tokens": shards}, {"tokens": distinct}, fields, computing, batch_size, **options)
-    with atomic_write(folder / CAPTIONS) as partial:
-        save_file(_caption_rows(captions_by_subset, distinct), partial)
-    found = TextFolder(
-        folder,
-        key,
-        encoder=about[1],
-        dim=encoder.dim,
-        pooled_dim=encoder.pooled_dim,
-        pictures={subset: len(captions) for subset, captions in captions_by_subset.items()},
-        captions={subset: sum(map(len, captions)) for subset, captions in captions_by_subset.items()},
-        distinct=len(distinct),
-        tokens=sum(int(open_shard(folder / name)["ends"][-1]) for name in shards),
-        cut=cut,
-        shards={name: len(shard.rows) for name, shard in shards.items()},
-        names=names,
-    )
-    found.write()
+    with ExitStack() as held:
+        if there := TextFolder.find_or_lock(path, [key], held, log):
+            return there
+        with on_device(encoder, device):
+            encode(store, {"tokens": shards}, {"tokens": distinct}, fields, computing, batch_size, **options)
+        with atomic_write(folder / CAPTIONS) as partial:
+            save_file(_caption_rows(captions_by_subset, distinct), partial)
+        found = TextFolder(
+            folder,
+            key,
+            encoder=about[1],
+            dim=encoder.dim,
+            pooled_dim=encoder.pooled_dim,
+            pictures={subset: len(captions) for subset, captions in captions_by_subset.items()},
+            captions={subset: sum(map(len, captions)) for subset, captions in captions_by_subset.items()},
+            distinct=len(distinct),
+            tokens=sum(int(open_shard(folder / name)["ends"][-1]) for name in shards),
+            cut=cut,
+            shards={name: len(shard.rows) for name, shard in shards.items()},
+            names=names,
+        )
+        found.write()
     return found
+
+
+def _store(path: Path, folder: Path) -> Store:
+    """Return the store of one of the folders in `path`, which takes over the captions that others there have."""
+    return Store(folder, ("tokens",), INDEX, [path, *path.glob("*/")])
 
 
 def needed_bytes(encoder: Any, captions_by_subset: Captions, folder: str | Path | None = None) -> int:
     """Return how many bytes `encode_texts` would write into `folder`, by the tokenizer alone."""
     distinct = _distinct(captions_by_subset)
     shards, _ = _shards(encoder, _encoder_identity(encoder), distinct)
-    missing = shards if folder is None else Store(folder).missing(shards)
+    missing = shards if folder is None else _store(Path(folder), Path(folder)).missing(shards)
     rows = sum(8 * (len(captions) + sum(map(len, captions))) for captions in captions_by_subset.values())
     return sum(shards[name].nbytes for name in missing) + rows
 

@@ -116,6 +116,7 @@ class VAVAESource:
 
     source: str | None = setting("outputs/vavae", "what minimal_training_modification.py wrote, or published weights")
     latents_stats: str | None = setting(None, "latents_stats.pt of published weights; null: of the training subset")
+    other_people: bool = setting(False, "true: it was fine-tuned on other people; whom it does not know has no vector")
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.encoders import silent_transformers
-from vavae_tools.autoencoders.vavae import resolve_image_size
+from vavae_tools.autoencoders.vavae import VAVAE, resolve_image_size, with_vectors_of
 from vavae_tools.autoencoders.weights import load_autoencoder, load_vavae
+from vavae_tools.checkpoints.resuming import check_resumable
 from vavae_tools.data.datasets import class_data
+from vavae_tools.data.images import ImageSetDataModule
 from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_latents, latents_digest
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DDT, DiT, make_denoiser, split_reference_arguments
@@ -27,7 +29,7 @@ from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
 from vavae_tools.published.denoisers import read_latent_statistics
 from vavae_tools.recipes.base import DenoiserModel, LatentRecipe, Objective, VAVAEDiTRecipe
 from vavae_tools.recipes.config import recipe_with
-from vavae_tools.recipes.init_from import start_from
+from vavae_tools.recipes.init_from import read_fitting_weights, start_from
 from vavae_tools.recipes.presets import resolved
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError
@@ -52,19 +54,29 @@ def encode_split(
     seed: int = 0,
     log: Log = log,
     latents_stats: str | Path | None = None,
+    other_people: bool = False,
     **of_data: Any,
 ) -> LatentFolder:
     """Encode what `datasets.class_data` reads with a VA-VAE, once; several processes share the work.
 
     Args:
         vavae_dir: a folder or a `.ckpt`.
+        output_dir: each encoding has a folder of its own in it, which is the result's `path`.
         latents_stats: of published weights to go on from; None: computed on the training subset.
+        other_people: take a VA-VAE that was fine-tuned on other people; whom it does not know has no vector.
     """
-    model = load_vavae(vavae_dir, log=lambda line: None)
-    size = resolve_image_size(model, image_size)
-    images = class_data(data_dir, size, seed=seed, channels=model.config.in_channels, **of_data)
+    model, images = _vavae_and_images(vavae_dir, data_dir, image_size, seed, other_people, **of_data)
     statistics = read_latent_statistics(latents_stats) if latents_stats else None
     return encode_once(model, images, output_dir, log, flips=flips, seed=seed, statistics=statistics)
+
+
+def _vavae_and_images(
+    source: str | Path, data_dir: str | Path, image_size: Any, seed: int, other_people: bool, **of_data: Any
+) -> tuple[VAVAE, ImageSetDataModule]:
+    model = load_vavae(source, log=lambda line: None)
+    size = resolve_image_size(model, image_size)
+    images = class_data(data_dir, size, seed=seed, channels=model.config.in_channels, **of_data)
+    return with_vectors_of(model, images.labels, other_people, source), images
 
 
 def encode_once(model: nn.Module, images: Any, folder: str | Path, log: Log, **options: Any) -> LatentFolder:
@@ -88,7 +100,7 @@ def train_dit(
     """Train a denoiser on latents; what is not given is as in `experiment=vavae_dit`.
 
     Args:
-        latents_dir, autoencoder_dir: what `encode_split` wrote, and the autoencoder that it took.
+        latents_dir, autoencoder_dir: where `encode_split` wrote, and the autoencoder that it took.
         output_dir: gets `checkpoints/best-*.ckpt` and `last.ckpt`, `lightning_logs/`, `samples/`, `autoencoder/`, and
             at the end `pipeline/`, with the averaged weights of the last step, whose path is returned.
         denoiser: keys of `model`, such as {"size": "S", "patch_size": 1}.
@@ -105,9 +117,15 @@ def build(recipe: VAVAEDiTRecipe, output_dir: Path, resume_from: Path | None, sh
     """Encode a split, and return the training on its latents."""
     compiles(recipe.train.compile, log=log)  # what it lacks is said before anything takes time
     data, vavae = recipe.data, recipe.vavae
-    options = {"flips": data.flips, "seed": recipe.seed, "log": log, "latents_stats": vavae.latents_stats}
-    encode_split(vavae_dir=vavae.source, output_dir=data.latents_dir, **options, **data.arguments())
-    return build_on_latents(recipe, output_dir, resume_from, show, log, autoencoder=vavae.source)
+    arguments = {"seed": recipe.seed, "other_people": vavae.other_people, **data.arguments()}
+    model, images = _vavae_and_images(vavae.source, **arguments)
+    statistics = read_latent_statistics(vavae.latents_stats) if vavae.latents_stats else None
+    sides = [side // model.downsampling for side in images.train_data.image_size]
+    check_before_encoding(recipe, (model.config.latent_channels, *sides), images.labels, resume_from)
+    folder = latents_folder(data.latents_dir, data.data_dir, "vavae", output_dir)
+    options = {"flips": data.flips, "seed": recipe.seed, "statistics": statistics}
+    latents = encode_once(model, images, folder, log, **options)
+    return build_on_latents(recipe, output_dir, resume_from, show, log, autoencoder=model, folder=latents)
 
 
 train_vavae_dit = partial(train, build)
@@ -120,19 +138,21 @@ def build_on_latents(
     show: Show | None,
     log: Log,
     autoencoder: nn.Module | str | Path,
+    folder: LatentFolder | None = None,
     **of_run: Any,
 ) -> Run:
-    """Return the training of a denoiser on the latents in `recipe.data.latents_dir`, a `Run` with further fields.
+    """Return the training of a denoiser on the latents in `folder`, a `Run` with further fields.
 
-    `autoencoder` made them, or is the folder or the `.ckpt` of what did.
+    `autoencoder` made them, or, of those in `recipe.data.latents_dir`, is the folder or the `.ckpt` of what did.
     """
     config, seed = recipe.train, recipe.seed
+    if folder is None:
+        autoencoder, folder = _latents_of(autoencoder, recipe.data.latents_dir)
     L.seed_everything(seed, verbose=False)  # the same weights, whether latents were encoded just now or not
-    latents = LatentDataModule(recipe.data.latents_dir, config.batch_size, recipe.data.num_workers or 0, seed=seed)
-    folder = latents.folder
+    latents = LatentDataModule(folder, config.batch_size, recipe.data.num_workers or 0, seed=seed)
     if recipe.data.flips and not folder.flips:
         raise UserError(f"{folder.path} has no mirrored latents to train on: encode with flips=True")
-    network, conditioner = _denoiser_for(latents, recipe.model)
+    network, conditioner = _denoiser_for(folder.shape, latents.num_classes, recipe.model)
     init = recipe.init
     if init.weights and resume_from is None:
         start_from(network, conditioner, init, latents, seed, log)
@@ -140,10 +160,6 @@ def build_on_latents(
         add_lora(network, init.lora_rank, init.lora_alpha, init.lora_targets)
     config, numbers = prepared(config, network, seed, log)
     copy = output_dir / "autoencoder"
-    if not isinstance(autoencoder, nn.Module):
-        source, autoencoder = autoencoder, load_autoencoder(autoencoder)
-        if latents_digest(autoencoder) != folder.weights:
-            raise UserError(f"{folder.path} was not made by {source}: encode the images again with this one")
     if not autoencoder.has_own_statistics:
         autoencoder.register_to_config(latents_mean=folder.mean, latents_std=folder.std)
     with rank_zero_first("autoencoder"):  # the others read what it writes
@@ -167,6 +183,34 @@ def build_on_latents(
     if not conditioner.dropout:
         data["remarks"] = ["No null condition (class_dropout_prob=0): previews and samples are made without guidance"]
     return denoiser_run(module, config, output_dir, load_pipeline, preview, log, **data, **of_run)
+
+
+def check_before_encoding(
+    recipe: LatentRecipe, shape: tuple[int, ...], people: dict[str, int], resume_from: Path | None
+) -> None:
+    """Say what of a training will not fit before anything takes time: it is built, but for its weights' memory."""
+    config, init = recipe.train, recipe.init
+    with torch.device("meta"):
+        network, conditioner = _denoiser_for(shape, max(people.values()) + 1, recipe.model)
+    if init.weights and resume_from is None:
+        read_fitting_weights(network, conditioner, init, people)
+    if init.weights and init.lora_rank:
+        add_lora(network, init.lora_rank, init.lora_alpha, init.lora_targets)
+    objective = make_recipe_objective(recipe.objective, type(recipe)().objective, shape)
+    with torch.device("meta"):
+        module = DiffusionModule(network, conditioner, objective, ema_decay=config.ema_decay)
+    check_resumable(resume_from, module)
+
+
+def _latents_of(source: str | Path, latents_dir: str | Path) -> tuple[nn.Module, LatentFolder]:
+    """Return the autoencoder in `source`, with the vectors of the latents' people, and the latents that it made."""
+    model, found = load_autoencoder(source), LatentFolder.read_all(latents_dir)
+    models = [with_vectors_of(model, folder.people, other_people=True) for folder in found]
+    fitting = [pair for pair in zip(models, found, strict=True) if latents_digest(pair[0]) == pair[1].weights]
+    if found and not fitting:
+        raise UserError(f"{latents_dir} was not made by {source}: encode the images again with this one")
+    folder = LatentFolder.only(latents_dir, [folder for _, folder in fitting])
+    return fitting[0][0], folder
 
 
 # ---- what all denoisers' trainings share
@@ -237,8 +281,8 @@ def make_recipe_objective(wanted: Objective, default: Objective, shape: tuple[in
     return make_objective(name, **numbers)
 
 
-def _denoiser_for(latents: LatentDataModule, model: DenoiserModel) -> tuple[DiT | DDT, ClassConditioner]:
-    channels, height, width = latents.folder.shape
+def _denoiser_for(shape: tuple[int, ...], num_classes: int, model: DenoiserModel) -> tuple[DiT | DDT, ClassConditioner]:
+    channels, height, width = shape
     arguments = given_size(model)
     size = [height, width] if height != width or isinstance(model.input_size, list) else height
     fitting = {"in_channels": channels, "input_size": size, "latent_size": [channels, height, width]}
@@ -246,9 +290,9 @@ def _denoiser_for(latents: LatentDataModule, model: DenoiserModel) -> tuple[DiT 
         if arguments.pop(name, value) != value:
             here = f"the latents, which are {channels}×{height}×{width}"
             raise UserError(f"model.{name}={getattr(model, name)} does not fit {here}: leave it out")
-    classes, null_label = model.num_classes or latents.num_classes, arguments.pop("null_label", None)
-    if classes < latents.num_classes:
-        raise UserError(f"num_classes {classes}, but {latents.num_classes} in the data: set model.num_classes=null")
+    classes, null_label = model.num_classes or num_classes, arguments.pop("null_label", None)
+    if classes < num_classes:
+        raise UserError(f"num_classes {classes}, but {num_classes} in the data: set model.num_classes=null")
     if null_label not in (None, classes):
         raise UserError(f"model.null_label={null_label}, expected {classes}, the label after the last: leave it out")
     arguments |= {"in_channels": channels, "input_size": (height, width), "num_classes": classes}

@@ -47,17 +47,16 @@ def start_from(
     finds, or ("keep") of the classes of the same names, or all where names are unknown and the numbers equal; or
     `classes` lists a published label, or its name, or None, for each class. The null row is always kept.
     """
-    found = read_starting_weights(init.weights, init.kind)
-    if found.kind == "dit" and (init.lora_rank or init.classes == "nearest"):
-        why = f"{found.source} predicts noise, so its last layer starts anew here and predicts nothing yet"
-        raise UserError(f"{why}: train all weights (init.lora_rank=0), with init.classes=new or a list of its labels")
-    _check_architecture(found, denoiser)
+    people = latents.folder.people if latents else {}
+    found = read_fitting_weights(denoiser, conditioner, init, people)
     loaded, anew = _load(found, denoiser)
     if init.lora_rank:  # before the search for classes, which takes long: what is wrong with it is said at once
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             trained = add_lora(denoiser, init.lora_rank, init.lora_alpha, init.lora_targets)
-    copied = _choose_rows(found, denoiser, conditioner.num_classes, init.classes, latents, seed, log)
+    copied = _rows_by_name(found, init.classes, people, conditioner.num_classes)
+    if copied is None:
+        copied = _nearest_rows(found, denoiser, latents, seed, log)
     null = _fill_table(conditioner, found, copied, seed)
     said = f"{loaded} tensors matched, class table: {len(copied)} of {conditioner.num_classes:,} rows copied, {null}"
     said += f", anew: {join_first(sorted(anew), 5)}" if anew else ""
@@ -70,6 +69,19 @@ def start_from(
         whole = sum(weight.numel() for weight in denoiser.parameters()) + rows
         targets = ", ".join(denoiser.lora["targets"])
         log(f"LoRA of rank {init.lora_rank} on {targets}: {trained + rows:,} of {whole:,} weights are trained")
+
+
+def read_fitting_weights(
+    denoiser: DiT | DDT, conditioner: ClassConditioner, init: InitFrom, people: Mapping[str, int]
+) -> "StartingWeights":
+    """Read what a denoiser starts from, or say why that does not fit it and the people here."""
+    found = read_starting_weights(init.weights, init.kind)
+    if found.kind == "dit" and (init.lora_rank or init.classes == "nearest"):
+        why = f"{found.source} predicts noise, so its last layer starts anew here and predicts nothing yet"
+        raise UserError(f"{why}: train all weights (init.lora_rank=0), with init.classes=new or a list of its labels")
+    _check_architecture(found, denoiser)
+    _rows_by_name(found, init.classes, people, conditioner.num_classes)
+    return found
 
 
 # ---- reading
@@ -255,22 +267,28 @@ def _fill_table(conditioner: ClassConditioner, found: StartingWeights, copied: d
     return "the null row kept" if kept else "a new null row" if conditioner.dropout > 0 else "no null row"
 
 
-def _choose_rows(
-    found: StartingWeights, denoiser: DiT | DDT, number: int, classes: Classes, latents: Any, seed: int, log: Log
-) -> dict[int, int]:
-    """Return {own label: published label} of the rows to copy, for a table of `number` classes."""
-    names = {label: name for name, label in latents.folder.people.items()} if latents else {}
+def _rows_by_name(
+    found: StartingWeights, classes: Classes, people: Mapping[str, int], number: int
+) -> dict[int, int] | None:
+    """Return {own label: published label} of the rows to copy, for a table of `number` classes; None: the nearest."""
     if not isinstance(classes, str):
-        return _listed(classes, found, latents.num_classes if latents else number, number)
+        return _listed(classes, found, max(people.values()) + 1 if people else number, number)
     if classes == "new":
         return {}
     if classes == "keep":
-        return _kept(found, names, number)
+        return _kept(found, {label: name for name, label in people.items()}, number)
     if classes != "nearest":
         raise UserError(f"classes={classes!r} is unknown; it is new, nearest, keep or a list of published labels")
-    if latents is None or found.null is None:
-        lacking = "the latents to train on" if latents is None else f"a null row, which {found.source} has not"
+    if not people or found.null is None:
+        lacking = "the latents to train on" if not people else f"a null row, which {found.source} has not"
         raise UserError(f"classes=nearest needs {lacking}: choose classes=new, or list the labels")
+    return None
+
+
+def _nearest_rows(
+    found: StartingWeights, denoiser: DiT | DDT, latents: LatentDataModule, seed: int, log: Log
+) -> dict[int, int]:
+    names = {label: name for name, label in latents.folder.people.items()}
     nearest = nearest_classes(denoiser, found.table, found.null, latents.train_data, seed)
     published = {label: name for name, label in found.classes.items()}
     log("class  nearest  error, against that of any class")

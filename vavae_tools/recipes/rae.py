@@ -17,7 +17,7 @@ from vavae_tools.evaluation.metrics import psnr
 from vavae_tools.plots import image_grid, show_inline
 from vavae_tools.recipes.base import DecoderRecipe, ImageData, RAEDiTRecipe, RAEParts
 from vavae_tools.recipes.config import recipe_with
-from vavae_tools.recipes.dit import build_on_latents, encode_once, latents_folder
+from vavae_tools.recipes.dit import build_on_latents, check_before_encoding, encode_once, latents_folder
 from vavae_tools.recipes.vavae import describe_weights, given_numbers, lpips_of
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError
@@ -177,6 +177,7 @@ def build_rae_dit(recipe: RAEDiTRecipe, output_dir: Path, resume_from: Path | No
     compiles(recipe.train.compile, log=log)  # what it lacks is said before anything takes time
     rae = read_rae_folder(copy) if resume_from and copy.is_dir() else rae_from(recipe.rae, seed, log)
     images = images_for(rae, data, seed=seed)
+    check_before_encoding(recipe, rae.latent_shape, images.labels, resume_from)
     logged = {}
     if is_rank_zero():
         rae.to(find_device()).eval()
@@ -187,8 +188,8 @@ def build_rae_dit(recipe: RAEDiTRecipe, output_dir: Path, resume_from: Path | No
     latents = encode_once(rae, images, folder, log, flips=data.flips, seed=seed, dtype="float16")
     rae.to("cpu")  # its memory is training's
     release_memory()
-    recipe = replace(recipe, data=replace(data, latents_dir=str(latents.path), num_workers=0))
-    return build_on_latents(recipe, output_dir, resume_from, show, log, autoencoder=rae, logged=logged)
+    recipe = replace(recipe, data=replace(data, num_workers=0))
+    return build_on_latents(recipe, output_dir, resume_from, show, log, rae, latents, logged=logged)
 
 
 train_rae_dit = partial(train, build_rae_dit)

@@ -182,11 +182,12 @@ def _model_to_start_from(start: FineTunedVAVAE, images: ImageSetDataModule, log:
     if start.original_vavae is not None:
         source = weights.pretrained_small_folder() if start.original_vavae == "small" else start.original_vavae
         found = weights.with_channels(weights.read_vavae(source), channels)
-        model = weights.build_vavae(found, dim, people, log=log)
+        model = weights.build_vavae(found, dim, people, log=log, people=images.labels)
     else:
         found, size = None, start.size or ("small" if find_machine().kind == "cpu" else "f16d32")
         log(f"No weights given: starting from a fresh VA-VAE ({size})")
-        model = vavae(size, condition_dim=dim, num_conditions=people, in_channels=channels, out_channels=channels)
+        vectors = {"condition_dim": dim, "num_conditions": people, "people": images.labels if dim else None}
+        model = vavae(size, **vectors, in_channels=channels, out_channels=channels)
     if table is not None:
         model.conditions.weight.data.copy_(table)
         model.conditions.requires_grad_(False)
