@@ -128,9 +128,9 @@ def main(folder: str, split: str, latents_dir: str, classifier: str) -> None:
     if ranks.rank == 0:
         while ranks.add("second", 0) < ranks.size:
             time.sleep(0.1)
-        folder = LatentFolder.read(latents_dir).path
-        (folder / INDEX).unlink()
-        (folder / "train-00001.safetensors").unlink()
+        latents = LatentFolder.read(latents_dir).path
+        (latents / INDEX).unlink()
+        (latents / "train-00001.safetensors").unlink()
     found["encoded"].append(encoded(split, latents_dir, ranks))
     write_json(f"{folder}/{ranks.rank}.json", found)
 

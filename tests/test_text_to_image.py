@@ -150,7 +150,7 @@ def test_both_kinds_of_checkpoints_go_on_bit_by_bit(shapes, here, cache):
     # without a folder it goes on in that of the run
     before = last("whole")
     (here / "whole" / "checkpoints" / "last.ckpt").unlink()
-    kept = list(Path("whole").glob("latents/*.safetensors"))
+    kept = list(Path("whole").glob("latents/**/*.safetensors"))
     written = [path.stat().st_mtime_ns for path in kept]
     assert "resuming whole" in shapes(*words, "--resume", "whole/checkpoint-12")
     assert_same(before["state_dict"], last("whole")["state_dict"])

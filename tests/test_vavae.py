@@ -152,6 +152,30 @@ def test_vectors_of_other_people_are_dropped_with_their_projections(tmp_path):
     assert not hasattr(load_vavae(tmp_path, 0, 0, log=quiet), "conditions")  # --condition_dim 0
 
 
+@pytest.mark.parametrize(
+    ("people", "rows"),
+    [
+        ({"A": 0, "B": 1, "C": 2}, [0, 1, 2]),
+        ({"C": 0, "A": 1, "B": 2}, [2, 0, 1]),
+        ({"B": 0, "X": 1}, [1, None]),
+        ({"X": 0, "Y": 1, "Z": 2}, None),
+    ],
+)
+def test_fine_tuning_goes_on_from_the_vectors_of_people_of_the_same_names(tmp_path, people, rows):
+    """Where there are none, projections start anew too, although the number of people is the same."""
+    model = perturb_projections(tiny_vavae(people={"A": 0, "B": 1, "C": 2}))
+    model.save_pretrained(tmp_path)
+    assert load_vavae(tmp_path, log=quiet).config.people == {"A": 0, "B": 1, "C": 2}
+    found = build_vavae(read_vavae(tmp_path), 4, len(people), log=quiet, people=people)
+    assert found.config.people == people
+    table = model.conditions.weight
+    for own, theirs in enumerate(rows or [None] * 3):
+        assert (found.conditions.weight[own] == table).all(1).nonzero().flatten().tolist() == [theirs] * (
+            theirs is not None
+        )
+    assert same(found.encoder_projections[0].weight, model.encoder_projections[0].weight) == (rows is not None)
+
+
 def test_what_came_with_a_training_checkpoint_is_kept(tmp_path):
     model = tiny_vavae()
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in model.config.items() if not k.startswith("_")}
