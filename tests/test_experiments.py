@@ -111,7 +111,7 @@ LINES = {
         **{"train.max_epochs": 3, "train.trainer": {"check_val_every_n_epoch": 2}, "train.log_every_n_steps": 5},
         "train.early_stopping_patience": 4,
     },
-    "experiment=token_images data.data_dir=D --steps 7 --learning_rate: 1e-4": {
+    "--experiment token_images data.data_dir=D --trainer.check_val_every_n_epoch 2 --steps 7 --learning_rate: 1e-4": {
         **{"train.max_steps": 7, "train.lr": 1e-4}
     },
     # a path with = is no key, and a key is no flag's value

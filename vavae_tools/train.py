@@ -6,16 +6,17 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from vavae_tools.recipes.base import ImageData
+from vavae_tools.recipes.base import CaptionData, ImageData, TextData
 from vavae_tools.recipes.config import (
-    check_kind_of_data,
+    DEFAULT,
+    Experiment,
     compose,
     help_text,
     kept_config,
     read_command_line,
     run_folder,
 )
-from vavae_tools.runtime.errors import run_command
+from vavae_tools.runtime.errors import UserError, run_command
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def run_experiment(*words: str, **defaults: Any) -> Path:
     from vavae_tools.training.devices import trainer_settings
 
     trainer_settings(**plan.recipe.train.of_devices())  # what this machine cannot do is said before anything is written
-    check_kind_of_data(plan)
+    _check_kind_of_data(plan)
     folder, resume, said = run_folder(plan)
     log(said or f"Writing into {folder}")
     with kept_config(plan, words, folder):
@@ -63,6 +64,29 @@ def run_experiment(*words: str, **defaults: Any) -> Path:
     paths = {"made": quote(str(made)), "data_dir": quote(str(recipe.data.data_dir))}
     log(f"next: python -m vavae_tools.{recipe.next_command.format(**paths)}")
     return made
+
+
+def _check_kind_of_data(plan: Experiment) -> None:
+    """Raise where texts are named and the experiment takes images, or the other way round, or nothing is there."""
+    from vavae_tools.data.folders import EXTENSIONS, extension_of, files_below, no_such_folder
+    from vavae_tools.data.sources.hugging_face import is_dataset
+
+    data, kinds = plan.recipe.data, {"images": EXTENSIONS, "texts": ("txt", "jsonl")}
+    if isinstance(data, CaptionData) or data.data_dir in (None, "shapes"):
+        return
+    path, texts = Path(data.data_dir), isinstance(data, TextData)
+    takes, others, instead = ("texts", "images", DEFAULT) if texts else ("images", "texts", "token_images")
+    of = f"experiment={plan.name} takes {takes}; experiment={instead} takes {others}"
+    if not path.exists() and not texts:
+        raise UserError(f"{no_such_folder(path)} {of}")
+
+    def first(kind: str) -> Path | None:
+        if path.is_file():
+            return path if extension_of(path.name) in kinds[kind] else None
+        return next(files_below(path, kinds[kind]), None)
+
+    if not is_dataset(path) and first(takes) is None and (found := first(others)):
+        raise UserError(f"{path} holds {others}, such as {found.name}, and no {takes}: {of}")
 
 
 if __name__ == "__main__":

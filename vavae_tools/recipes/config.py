@@ -20,13 +20,13 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 
-from vavae_tools.recipes.base import RECIPES, AnyRecipe, CaptionData, Recipe, TextData
+from vavae_tools.recipes.base import RECIPES, AnyRecipe, Recipe
 from vavae_tools.runtime.errors import UserError, is_path, join_first, one_line, with_home
 from vavae_tools.runtime.ranks import current_ranks, is_rank_zero
 from vavae_tools.training.config import Setting, Typed, TypedLoader, checked, read_typed, settings_of
 
 CONFIGS = Path(str(files("vavae_tools") / "configs"))
-DEFAULT, TEXTS = "vavae_dit", "token_images"
+DEFAULT = "vavae_dit"
 RUNS = Path("logs/runs")
 _TRAINER = "train.trainer"
 _OF_TRAINER = re.compile(r"(train(er)?|train\.trainer)\.")  # begins keys that may be arguments of lightning.Trainer
@@ -73,6 +73,8 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
         else:
             texts.append(word)
             needs = False
+    if named := line.flags.pop("experiment", None):
+        line.overrides["experiment"] = named[0]
     return line
 
 
@@ -81,13 +83,14 @@ def _all_settings() -> dict[str, "RecipeSettings"]:
     return {name: RecipeSettings(recipe()) for name, recipe in RECIPES.items()}
 
 
-@functools.cache
-def _arguments_of_lightning() -> set[str]:
-    """Return what a `lightning.Trainer` takes, but for what is always made here."""
+def _is_lightnings(key: str) -> bool:
+    """Return whether a `lightning.Trainer` takes an argument of this name, which is not always made here."""
+    if not _OF_TRAINER.match(key):
+        return False
     from lightning import Trainer  # takes seconds, so only where a key is not one of ours
 
     made_here = {"self", "callbacks", "plugins", "default_root_dir", "enable_progress_bar"}
-    return set(signature(Trainer.__init__).parameters) - made_here
+    return last_word(key) in set(signature(Trainer.__init__).parameters) - made_here
 
 
 def _is_known(key: str) -> bool:
@@ -183,7 +186,7 @@ class RecipeSettings:
         """Set a key of any name, or raise a `UserError` about what was `called` so."""
         home, called = self.home(key), called or key
         if home is None:
-            if not _OF_TRAINER.match(key) or last_word(key) not in _arguments_of_lightning():
+            if not _is_lightnings(key):
                 raise self.unknown(key, f"key {key!r}")
             self.values[_TRAINER] = {**self.values[_TRAINER], last_word(key): read_typed(value, (Any,))}
             return
@@ -233,6 +236,8 @@ class RecipeSettings:
     def of_flag(self, flag: str, dashes: str = "--") -> str:
         """Return the key that a flag stands for: one of its last word, or by all of its words."""
         found = self.named(flag)
+        if not found and _is_lightnings(flag):
+            return flag
         if not found:
             raise self.unknown(flag, f"{dashes}{flag}")
         if len(found) > 1:
@@ -337,29 +342,6 @@ def experiments() -> dict[str, str]:
     for path in (CONFIGS / "experiment").glob("*.yaml"):
         found[path.stem] = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
     return dict(sorted(found.items()))
-
-
-def check_kind_of_data(plan: Experiment) -> None:
-    """Raise where texts are named and the experiment takes images, or the other way round, or nothing is there."""
-    from vavae_tools.data.folders import EXTENSIONS, extension_of, files_below, no_such_folder
-    from vavae_tools.data.sources.hugging_face import is_dataset
-
-    data, kinds = plan.recipe.data, {"images": EXTENSIONS, "texts": ("txt", "jsonl")}
-    if isinstance(data, CaptionData) or data.data_dir in (None, "shapes"):
-        return
-    path, texts = Path(data.data_dir), isinstance(data, TextData)
-    takes, others, instead = ("texts", "images", DEFAULT) if texts else ("images", "texts", TEXTS)
-    of = f"experiment={plan.name} takes {takes}; experiment={instead} takes {others}"
-    if not path.exists() and not texts:
-        raise UserError(f"{no_such_folder(path)} {of}")
-
-    def first(kind: str) -> Path | None:
-        if path.is_file():
-            return path if extension_of(path.name) in kinds[kind] else None
-        return next(files_below(path, kinds[kind]), None)
-
-    if not is_dataset(path) and first(takes) is None and (found := first(others)):
-        raise UserError(f"{path} holds {others}, such as {found.name}, and no {takes}: {of}")
 
 
 # ---- the run's folder
