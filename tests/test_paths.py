@@ -8,7 +8,7 @@ import pytest
 from vavae_tools.data.demo.gait import write_gait_dataset
 from vavae_tools.data.split import split_folders
 from vavae_tools.paths import ProjectPaths, find_paths, find_split
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, command_parser
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,17 @@ def test_what_is_given_wins(tmp_path, monkeypatch):
     assert find_paths(mine, tmp_path / "w", **roots) == ProjectPaths(mine, tmp_path / "w")
     with pytest.raises(UserError, match=r"No such folder: nowhere\. Name the folder"):
         find_paths("nowhere", **roots)
+
+
+def test_a_tilde_is_the_home_folder_in_python_and_in_every_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    person_folders(tmp_path / "images", "ID_1")
+    assert find_paths("~/images", "~/work") == ProjectPaths(tmp_path / "images", tmp_path / "work")
+    parser = command_parser("any", None)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("file", type=Path)
+    for words in (["--folder=~/a", "~/b~"], ["--folder", "~/a", "~/b~"]):
+        assert vars(parser.parse_args(words)) == {"folder": tmp_path / "a", "file": tmp_path / "b~"}
 
 
 def test_built_in_is_told_by_the_split_that_is_there(tmp_path):

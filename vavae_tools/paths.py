@@ -58,9 +58,10 @@ def find_paths(
     """
     images = images or os.environ.get("VAVAE_PICTURES")
     work = work or os.environ.get("VAVAE_WORK") or (working_root if working_root.is_dir() else "outputs")
-    if images is not None and not Path(images).is_dir():
+    images, work = images and Path(images).expanduser(), Path(work).expanduser()
+    if images and not images.is_dir():
         raise UserError(f"No such folder: {images}. Name the folder that holds ID_1, ID_2 …")
-    return ProjectPaths(Path(images) if images else _person_folders(input_roots), Path(work))
+    return ProjectPaths(images or _person_folders(input_roots), work)
 
 
 def _person_folders(roots: Iterable[Path]) -> Path | None:

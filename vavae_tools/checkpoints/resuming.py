@@ -117,7 +117,7 @@ def resume_path(resume: str | None, run: str | Path, log: Callable[[str], None] 
         first = {"last.ckpt": 0, "previous.ckpt": 1}
         found = sorted(checkpoints_in(run), key=lambda c: first.get(c.path.name, 2))
         return _first_whole(found, log) or _refuse_missing(Path(run) / "last.ckpt")
-    path = Path(resume)
+    path = Path(resume).expanduser()
     if not path.exists():
         _refuse_missing(path)
     if path.is_dir() and not is_checkpoint(path):

@@ -64,7 +64,7 @@ def write_samples(
         arguments, several = {"path": pipe, "settings": {**settings, "overwrite": overwrite}}, several_processes()
         here = f"{__name__}:_load_and_write"
         return call_on_ranks(here, arguments, several) if several else _load_and_write(**arguments)
-    labels, output_dir = pipe.labels_of(labels), Path(output_dir)
+    labels, output_dir = pipe.labels_of(labels), Path(output_dir).expanduser()
     if not labels:
         raise UserError("No labels: at least one image is needed")
     folders, counts = _folder_names(pipe, names), defaultdict(count)
@@ -127,7 +127,7 @@ def write_prompt_samples(
         noise = {"latents": pipe.noise(seed, numbers), "generator": pipe.generators(seed, numbers)}
         return {"prompt": prompts[start:stop], "negative_prompt": negative_prompt, **noise, "output_type": "pt"}
 
-    files = PromptPngFolder(Path(output_dir), list(of_files), of_files)
+    files = PromptPngFolder(Path(output_dir).expanduser(), list(of_files), of_files)
     return _write(pipe, files, asked, {"seed": seed, "negative_prompt": negative_prompt}, **settings)
 
 
@@ -153,7 +153,10 @@ def write_texts(
         own = [prompts[number % len(prompts)] for number in range(start, stop)] if prompts else None
         return {"prompts": own, "numbers": range(start, stop), "seed": seed}
 
-    files, also = JsonlFile(Path(output_dir), texts, prompts), {"prompts": prompts, "texts": texts, "seed": seed}
+    files, also = (
+        JsonlFile(Path(output_dir).expanduser(), texts, prompts),
+        {"prompts": prompts, "texts": texts, "seed": seed},
+    )
     _write(pipe, files, asked, also, **settings)
     return files.path
 

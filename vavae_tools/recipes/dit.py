@@ -81,6 +81,7 @@ def _vavae_and_images(
 
 def encode_once(model: nn.Module, images: Any, folder: str | Path, log: Log, **options: Any) -> LatentFolder:
     """Return `encode_latents` with all processes, each on its device."""
+    folder = Path(folder).expanduser()
     latents = encode_latents(model, images, folder, device=find_device(), ranks=current_ranks(), log=log, **options)
     log(str(latents))
     return latents

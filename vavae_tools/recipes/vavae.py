@@ -83,7 +83,7 @@ def fine_tune_vavae(
     """
     given = {"data_dir": data_dir, "original_vavae": original_vavae, "size": size, "image_size": image_size}
     recipe = resolved(recipe_with(VAVAERecipe(), {**given, **settings}))
-    return train_vavae(recipe, Path(output_dir), resume, show, log)
+    return train_vavae(recipe, Path(output_dir).expanduser(), resume, show, log)
 
 
 def train_vavae(

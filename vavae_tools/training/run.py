@@ -71,7 +71,7 @@ def train(
     devices = recipe.train.of_devices()
     trainer_settings(**devices)  # what cannot be is said before anything is started
     several = several_processes(**devices)
-    arguments = {"build": build, "recipe": recipe, "output_dir": Path(output_dir), "resume": resume}
+    arguments = {"build": build, "recipe": recipe, "output_dir": Path(output_dir).expanduser(), "resume": resume}
     if several is not None:
         return call_on_ranks(f"{__name__}:_train_here", arguments, several, show=show)
     try:
@@ -267,7 +267,7 @@ def fit(
         resume: "last", a `.ckpt` or a folder.
         show: called with each preview; see `train`.
     """
-    devices = devices if isinstance(devices, dict) else {"devices": devices}
+    output_dir, devices = Path(output_dir).expanduser(), devices if isinstance(devices, dict) else {"devices": devices}
     several = several_processes(**devices)
     if several is not None:
         trainer_settings(**devices)  # what cannot be is said before anything is started
@@ -281,10 +281,10 @@ def fit(
     quiet_lightning()
     settings = getattr(module, "trainer_settings", trainer_settings)(**devices)
     settings["use_distributed_sampler"] = not isinstance(data, OrderedDataModule)
-    checkpoints = Path(output_dir) / "checkpoints"
+    checkpoints = output_dir / "checkpoints"
     resume_from = resume_path(resume, checkpoints, log)
     length = {"max_steps": max_steps, "max_epochs": -1 if max_epochs is None and max_steps > 0 else max_epochs}
     saves = checkpoint_callbacks(checkpoints, monitor, saving)
-    trainer = build_trainer(settings, Path(output_dir), [*callbacks, *saves], log, **length)
+    trainer = build_trainer(settings, output_dir, [*callbacks, *saves], log, **length)
     fit_trainer(trainer, module, data, resume_from, log, prefix="")
     return checkpoints / "last.ckpt"
