@@ -336,7 +336,7 @@ def test_schedulers_scalers_and_weights_alone_of_single_files(tmp_path):
     found = read_any_format(tmp_path / "a.pth", said.append)
     assert found["MixedPrecision"] == {"scale": 4.0} and found["epoch"] == 4
     torch.save({"a": torch.ones(1)}, tmp_path / "checkpoint_epoch_50.pth")
-    assert read_any_format(tmp_path / "checkpoint_epoch_50.pth", said.append)["epoch"] == 51
+    assert read_any_format(tmp_path / "checkpoint_epoch_50.pth", said.append)["epoch"] == 50
 
 
 class Malicious:

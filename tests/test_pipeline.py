@@ -257,8 +257,10 @@ def test_what_cannot_be_loaded_is_said(pipe, run_folder, tmp_path):
     pipe.save_pretrained(tmp_path / "pipeline")
     with pytest.raises(UserError, match=r"is no pipeline \(no model_index\.json\); it holds checkpoints, pipeline"):
         load_pipeline(folder)
-    with pytest.raises(UserError, match="No checkpoint"):
+    with pytest.raises(UserError, match=r"No checkpoint .*best\.ckpt; .*last\.ckpt are there"):
         load_pipeline(folder / "checkpoints" / "best.ckpt")
+    with pytest.raises(UserError, match=r"No checkpoint .*pipeline: python -m vavae_tools\.train makes one"):
+        load_pipeline(tmp_path / "none" / "pipeline")
     with pytest.raises(UserError, match=r"holds the averaged weights alone: name a \.ckpt"):
         load_pipeline(tmp_path / "pipeline", ema=False)
     weights = tmp_path / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors"

@@ -140,6 +140,9 @@ def test_a_folder_is_one_runs(split_dir, vavae_dir, tmp_path):
         fine_tune_vavae(split_dir, tmp_path, vavae_dir, seed=1, **numbers)
     fine_tune_vavae(split_dir, tmp_path, vavae_dir, seed=1, overwrite=True, **numbers)
     assert len(list((tmp_path / "checkpoints").glob("best-*"))) == 1
+    new, last = tmp_path / "new", str(tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match=r"^Nothing is left to train: .*last\.ckpt is at step 4 of 4; take more"):
+        fine_tune_vavae(split_dir, new, vavae_dir, seed=1, resume=last, **numbers)
     with alone_in(tmp_path), pytest.raises(UserError, match=r"Another training writes into .*: wait for its end"):
         fine_tune_vavae(split_dir, tmp_path, vavae_dir, resume="last", **numbers)
 

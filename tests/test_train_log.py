@@ -16,7 +16,7 @@ from tiny import tiny_dit, trained_looking
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.runtime.errors import Stopped, UserError
 from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
-from vavae_tools.training.callbacks.progress import NAME, TrainLog
+from vavae_tools.training.callbacks.progress import NAME, Progress, TrainLog
 from vavae_tools.training.config import SaveConfig
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
@@ -152,3 +152,9 @@ def test_a_full_disk_does_not_end_training(tmp_path, latents_dir):
     trainer = train(tmp_path, latents_dir, TrainLog(tmp_path, 3, said.append))
     assert trainer.global_step == 12
     assert said == [f"{tmp_path / NAME} cannot be written (No space left on device): training continues without it"]
+
+
+def test_batches_that_are_gathered_make_one_line_a_step(tmp_path, latents_dir):
+    said = []
+    train(tmp_path, latents_dir, TrainLog(tmp_path, 1), [Progress(said.append)], steps=3, accumulate_grad_batches=2)
+    assert [line.split()[1] for line in said] == ["1/3", "2/3", "3/3"]

@@ -71,7 +71,9 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
         return _read_folder(source if source.is_dir() else source.parent)
     if not source.is_file():
         expected = "a folder with config.json or a .ckpt of VA-VAE training"
-        raise UserError(f"No VA-VAE at {source}: expected {expected}, or the published .pt, .ckpt or .safetensors")
+        expected += ", or the published .pt, .ckpt or .safetensors"
+        make = "python minimal_training_modification.py makes one"
+        raise UserError(f"No VA-VAE at {source}: expected {expected}. {make}")
     checkpoint = read_weights(source)
     settings = checkpoint.get("hyper_parameters")
     if isinstance(settings, Mapping) and "vavae_config" in settings:

@@ -287,13 +287,16 @@ def place_in(state: dict[str, Any]) -> dict[str, int]:
 
 
 def place_in_name(path: Path) -> dict[str, int]:
-    """Return what a name tells.
+    """Return what a name tells; "checkpoint-epoch-50" counts the finished epochs, whose last has number 49.
 
     >>> place_in_name(Path("checkpoint_epoch_50.pth")), place_in_name(Path("checkpoint-5000"))
-    ({'epoch': 50}, {'global_step': 5000})
+    ({'epoch': 49}, {'global_step': 5000})
     """
     patterns = {"epoch": r"epoch[-_=]?(\d+)", "global_step": r"(?:step[-_=]?|checkpoint[-_])(\d+)(?:\.\w+)?$"}
-    return {name: int(found[1]) for name, p in patterns.items() if (found := re.search(p, path.name))}
+    place = {name: int(found[1]) for name, p in patterns.items() if (found := re.search(p, path.name))}
+    if re.match("checkpoint[-_]epoch", path.name) and place.get("epoch"):
+        place["epoch"] -= 1
+    return place
 
 
 def _from_elsewhere(

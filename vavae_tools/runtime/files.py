@@ -195,8 +195,10 @@ def read_saved(path: str | Path) -> Any:
     """Return what `torch.save` wrote, on the CPU, with `weights_only=True`; tensors stay in the file until used."""
     path = Path(path)
     if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.ckpt"))
-        hint = f"; {path.parent} holds {', '.join(beside)}" if beside else ""
+        beside = sorted(str(p) for folder in ("", "checkpoints/") for p in path.parent.glob(f"{folder}*.ckpt"))
+        hint = f"; {', '.join(beside)} are there" if beside else ""
+        if not beside and path.suffix in ("", ".ckpt"):
+            hint = ": python -m vavae_tools.train makes one"
         raise UserError(f"No checkpoint {path}{hint}")
     try:
         zipped = is_zipfile(path)

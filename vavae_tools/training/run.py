@@ -142,6 +142,9 @@ def _train_alone(build: Build, recipe: Any, output_dir: Path, resume: str | None
             logger.log_metrics(dict(run.logged), step=0)
     fit_trainer(trainer, run.module, data, resume_from, log, run.saves_memory)
     if trainer.is_global_zero:
+        if resume_from is not None and not (checkpoints / "last.ckpt").is_file():
+            done = f"{resume_from} is at step {trainer.global_step:,} of {steps:,}"
+            raise UserError(f"Nothing is left to train: {done}; take more --max_steps or --max_epochs")
         run.export(trainer)
     return run.folder
 
