@@ -11,7 +11,7 @@ from tiny import perturb_projections, same, tiny_vavae
 from vavae_tools.autoencoders.ldm_names import to_reference
 from vavae_tools.autoencoders.losses import PatchDiscriminator
 from vavae_tools.autoencoders.vavae import VAVAE
-from vavae_tools.autoencoders.weights import load_vavae
+from vavae_tools.autoencoders.weights import VAVAEWeights, load_vavae
 from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.pipelines.classes import load_pipeline
 from vavae_tools.pipelines.writer import write_samples
@@ -89,6 +89,16 @@ def test_stages_go_on_from_each_other_and_from_published_weights(split_dir, publ
     made = fine_tune_vavae(split_dir, folder, resume="last", log=again.append, **staged)
     assert made == folder / "stage3" / "vavae" and weights_of(folder) == before
     assert [line.split(" (")[0] for line in again] == [f"stage{n} is complete" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("own", "theirs"), [("0.weight", "0.weight_orig"), ("3.weight", "3.loc"), ("3.bias", "")])
+def test_a_discriminator_of_another_make_is_not_taken(own, theirs):
+    module, said = SimpleNamespace(discriminator=PatchDiscriminator(3, 4)), []
+    weights = {name: 0 * tensor for name, tensor in module.discriminator.state_dict().items()}
+    changed = {name.replace(own, theirs): tensor for name, tensor in weights.items() if theirs or own not in name}
+    fine_tuning._load_auxiliary(module, VAVAEWeights(Path("a.ckpt"), {}, {}, changed), said.append)
+    assert said == ["The discriminator in a.ckpt has another form or shape: a fresh one is taken"]
+    assert any(tensor.any() for tensor in module.discriminator.parameters())
 
 
 def weights_of(folder: Path) -> bytes:

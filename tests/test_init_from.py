@@ -27,7 +27,8 @@ def start(denoiser, conditioner, path, **settings) -> list[str]:
     said: list[str] = []
     latents = settings.pop("latents", None)
     seed = settings.pop("seed", 0)
-    start_from(denoiser, conditioner, InitFrom(weights=path, **settings), latents, seed, said.append)
+    reverse = settings.pop("reversed_time", None)
+    start_from(denoiser, conditioner, InitFrom(weights=path, **settings), latents, seed, said.append, reverse)
     return said
 
 
@@ -110,7 +111,7 @@ def test_only_the_class_table_starts_anew_and_what_is_left_is_listed(tmp_path):
 
     path, theirs, table = published(tmp_path / "lightningdit.pt", classes=5, wrap=as_trained)
     denoiser, conditioner = built(31)
-    (said,) = start(denoiser, conditioner, path, seed=4)
+    said = start(denoiser, conditioner, path, seed=4)[0]
     assert all(same(value, theirs.state_dict()[name]) for name, value in denoiser.state_dict().items())
     rows = conditioner.embedding_table.weight
     assert rows.shape == (32, 16) and same(rows[31], table.embedding_table.weight[5])
@@ -160,6 +161,69 @@ def test_what_does_not_fit_is_told_in_one_line(tmp_path, spoil, settings, expect
     assert expected in str(told.value) and "\n" not in str(told.value)
 
 
+def toy(reverse: bool, seed: int = 0) -> DiT:
+    """A network that has learned to move noise to zero, t = 1 being data or, reversed, noise."""
+    denoiser, _ = built(5, **PLAIN)
+    optimiser = torch.optim.Adam(denoiser.parameters(), 1e-2)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(60):
+        noise, t = torch.randn(16, 3, 4, 4, generator=generator), torch.rand(16, generator=generator)
+        share = (t if reverse else 1 - t)[:, None, None, None]
+        error = denoiser.predict(share * noise, t, torch.zeros(16, 16)) - (noise if reverse else -noise)
+        optimiser.zero_grad()
+        error.square().mean().backward()
+        optimiser.step()
+    return denoiser
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_which_way_time_runs_is_seen_in_the_weights_or_asked_for(tmp_path, reverse):
+    path, _, table = published(tmp_path / "sit.pt", **PLAIN)
+    weights = {"y_embedder.embedding_table.weight": 0 * table.embedding_table.weight.data}
+    torch.save({"ema": {**toy(reverse).state_dict(), **weights}}, path)
+    if not reverse:
+        assert "reversed_time" not in " ".join(start(*built(2, **PLAIN), path, kind="lightningdit"))
+    else:
+        with pytest.raises(UserError, match=r"whose t = 1 is noise .*: set model\.reversed_time=true, or false"):
+            start(*built(2, **PLAIN), path, kind="lightningdit")
+    for asked in (False, True):  # what is asked for holds, and is said
+        denoiser, conditioner = built(2, **PLAIN, reversed_time=asked)
+        said = start(denoiser, conditioner, path, kind="lightningdit", reversed_time=asked)[-1]
+        assert (
+            f"as given: num_heads=2, reversed_time={str(asked).lower()}" in said
+            and denoiser.config.reversed_time == asked
+        )
+
+
+@pytest.mark.parametrize("average", ["model_ema", "state_dict_ema", "ema_state_dict", "EMA", "params_ema", "net_ema"])
+@pytest.mark.parametrize("live", ["model", "model_state_dict", "net", "params"])
+def test_the_average_is_taken_whatever_its_name_is(tmp_path, average, live):
+    def beside(weights):
+        return {live: {name: 0 * tensor for name, tensor in weights.items()}, average: {"module": weights}}
+
+    path, denoiser, _ = published(tmp_path / "a.pt", wrap=beside)
+    fresh, conditioner = built(5)
+    said = start(fresh, conditioner, path)[0]
+    assert all(same(*pair) for pair in zip(fresh.parameters(), denoiser.parameters(), strict=True)) and live in said
+
+
+def test_an_average_without_names_is_refused(tmp_path):
+    path, *_ = published(tmp_path / "a.pt", wrap=lambda w: {"model": w, "ema": {"shadow_params": [*w.values()]}})
+    with pytest.raises(UserError, match=r"without their names \(ema\.shadow_params\): save it by names"):
+        start(*built(5), path)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+def test_what_wraps_single_blocks_is_no_part_of_a_name(tmp_path, wrapper):
+    def wrapped(weights):
+        return {"ema": {re.sub(r"^(blocks\.\d+\.)", rf"\1{wrapper}", name): w for name, w in weights.items()}}
+
+    path, denoiser, _ = published(tmp_path / "a.pt", wrap=wrapped)
+    fresh, conditioner = built(5)
+    start(fresh, conditioner, path)
+    assert all(same(*pair) for pair in zip(fresh.parameters(), denoiser.parameters(), strict=True))
+
+
 # ---- DiT's own weights
 
 
@@ -170,7 +234,7 @@ def test_dit_weights_need_to_be_told_apart_from_those_of_the_same_form(tmp_path)
 
     # of velocities the half that is no variance is the whole model
     denoiser, conditioner = built(5, **PLAIN)
-    start(denoiser, conditioner, path, kind="lightningdit", classes="keep")
+    start(denoiser, conditioner, path, kind="lightningdit", classes="keep", reversed_time=False)
     x, t, y = torch.randn(3, 3, 4, 4), torch.rand(3), torch.tensor([0, 4, 5])
     with torch.no_grad():
         torch.testing.assert_close(denoiser(x, t, conditioner(y)), theirs(x, t, table(y)), rtol=0, atol=1e-6)

@@ -17,6 +17,7 @@ from vavae_tools.autoencoders.ldm_names import (
     to_reference,
     vavae_arguments,
 )
+from vavae_tools.autoencoders.stable_diffusion import load_stable_diffusion_vae
 from vavae_tools.autoencoders.vavae import VAVAE, VAVAE_SIZES, block_types, vavae
 from vavae_tools.autoencoders.weights import build_vavae, from_state_dict, load_vavae, read_vavae, with_channels
 from vavae_tools.export import export_vavae
@@ -212,6 +213,93 @@ def test_files_that_are_no_vavae(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read_vavae(tmp_path / name)
+
+
+HALVES = {"encoder only": ([1, 0], [0, 0]), "decoder only": ([0, 0], [0, 1]), "different levels": ([1, 0], [0, 1])}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_attention_in_one_half_only(name):
+    weights = random_weights({**TWO, **block_types(*HALVES[name])})
+    found = from_state_dict(weights)
+    assert {k: found.config[k] for k in block_types([])} == block_types(*HALVES[name])
+    build_vavae(found, log=quiet)
+
+
+def test_weights_that_find_no_place_are_an_error_that_names_them(tmp_path):
+    weights = random_weights(TWO)
+    for extra in ("decoder.up.0.block.2.conv3.weight", "encoder.temb.dense.0.weight", "decoder.conv_in.scale"):
+        with pytest.raises(UserError, match=r"1 weights of state_dict find no place in this model \((en|de)coder"):
+            load_reference("vavae", {**weights, extra: torch.ones(3)}, {})
+    AutoencoderKL(**THREE).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"layers_per_block": 1}, "find no place in this model"),
+        ({"_class_name": "AsymmetricAutoencoderKL"}, "holds a AsymmetricAutoencoderKL, expected a VAVAE"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=message):
+            load_vavae(tmp_path, log=quiet)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("tanh_out", True), ("resamp_with_conv", False), ("attn_type", "linear"), ("double_z", False)]
+)
+def test_what_leaves_no_trace_in_weights_is_refused(name, value):
+    with pytest.raises(UserError, match=f"{name} is {value!r}, and AutoencoderKL has only"):
+        load_reference("vavae", random_weights(TWO), {"ddconfig": {name: value}})
+
+
+FORMS = {
+    "first_stage_model": lambda w: {"state_dict": {f"first_stage_model.{k}": v for k, v in w.items()}},
+    "model": lambda w: {"model": w, "epoch": 3},
+    "wrapped": lambda w: {"net": {"module": {f"vae._orig_mod.{k}": v for k, v in w.items()}}},
+    "average": lambda w: {"state_dict": {k: 0 * v for k, v in w.items()}, "state_dict_ema": w},
+    "LDM's average": lambda w: {
+        "state_dict": {k: 0 * v for k, v in w.items()} | {f"model_ema.{k.replace('.', '')}": v for k, v in w.items()}
+    },
+    "without quant_conv": lambda w: {"model": {k: v for k, v in w.items() if "quant_conv" not in k}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_training_s_file_of_an_autoencoder(tmp_path, form):
+    weights = random_weights(TWO)
+    torch.save(FORMS[form](weights), tmp_path / "vae.ckpt")
+    model = load_vavae(tmp_path / "vae.ckpt", log=quiet)
+    expected = from_reference(weights)
+    assert all(same(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert len(expected) - len(model.state_dict()) == (4 if form == "without quant_conv" else 0)
+
+
+def test_a_discriminator_stays_where_an_average_is_taken():
+    live = training_checkpoint()["state_dict"]
+    found = from_state_dict({"state_dict": live, "ema": random_weights(TWO)})
+    assert set(found.discriminator) == {"main.0.weight", "main.3.running_mean", "main.3.num_batches_tracked"}
+
+
+@pytest.mark.parametrize("form", ["fp16", "bf16", "sharded", "sharded fp16", "bin", "in vae", "stray", "file"])
+def test_every_folder_of_diffusers_weights(tmp_path, form):
+    torch.manual_seed(0)
+    model, folder = AutoencoderKL(**TWO), tmp_path / "vae"
+    variant = {"fp16": "fp16", "sharded fp16": "fp16", "bf16": "bf16"}.get(form)
+    shards = {"max_shard_size": "200KB"} if "sharded" in form else {}
+    model.save_pretrained(folder, safe_serialization=form != "bin", variant=variant, **shards)
+    assert "sharded" not in form or len(list(folder.glob("*-of-*"))) > 1
+    source = tmp_path if form == "in vae" else folder
+    if form == "stray":
+        zeros = {name: 0 * tensor for name, tensor in model.state_dict().items()}
+        for name in ("diffusion_pytorch_model_old", "diffusion_pytorch_model.fp16", "diffusion_pytorch_model.old"):
+            save_file(zeros, folder / f"{name}.safetensors")
+    if form == "file":
+        source = folder / "diffusion_pytorch_model.safetensors"
+    for load in (lambda: load_vavae(source, log=quiet), lambda: load_stable_diffusion_vae(folder)):
+        found = load().state_dict()
+        assert all(same(found[name], tensor) for name, tensor in model.state_dict().items())
+    if form == "sharded":
+        next(folder.glob("*-of-*")).unlink()
+        with pytest.raises(UserError, match=r"is not whole, \d+ of its \d+ files of weights are there"):
+            load_vavae(folder)
 
 
 # ---- grey images

@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from tiny import random_images as images
-from tiny import tiny_vit
+from tiny import same, tiny_vit
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.rae import RAE, RAE_SIZES, image_decoder, tiny_rae
@@ -251,6 +251,22 @@ def config_path(tmp_path):
     path.parent.mkdir()
     path.write_text(json.dumps({**SMALL, "model_type": "dinov2_with_registers"}))
     return path
+
+
+def test_stray_files_and_weights_that_find_no_place(tmp_path, config_path, said):
+    encoder, folder = small_rae(seed=4).encoder.model, config_path.parent
+    weights = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    for name in ("model_old", "model.fp16", "adapter_model"):
+        save_file({name: 0 * tensor for name, tensor in weights.items()}, folder / f"{name}.safetensors")
+    back = load(said, encoder_config_path=folder)
+    assert all(same(tensor, weights[name]) for name, tensor in back.encoder.model.state_dict().items())
+    more = {
+        name.replace("layer.0.", "layer.7."): tensor.clone() for name, tensor in weights.items() if "layer.0." in name
+    }
+    save_file({**weights, **more}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"find no place in this model \(layers\.7"):
+        load(said, encoder_config_path=folder)
 
 
 @pytest.mark.parametrize(

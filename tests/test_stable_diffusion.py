@@ -42,6 +42,23 @@ def test_it_is_diffusers_autoencoder_with_its_scale(folder):
 
 
 @torch.no_grad()
+def test_latents_with_a_mean_and_deviation_of_each_channel(folder, tmp_path):
+    plain = AutoencoderKL(**TWO_LEVELS, scaling_factor=0.5, latents_mean=[1.0, -2.0], latents_std=[2.0, 4.0])
+    plain.save_pretrained(tmp_path / "vae")
+    vae, x = load_stable_diffusion_vae(tmp_path), images()
+    mean, std = torch.tensor([1.0, -2.0])[:, None, None], torch.tensor([2.0, 4.0])[:, None, None]
+    z = plain.eval().encode(x).latent_dist.mode()
+    torch.testing.assert_close(vae.encode_images(x), (z - mean) * 0.5 / std)
+    torch.testing.assert_close(vae.decode_latents(vae.encode_images(x)), plain.decode(z).sample, rtol=1e-4, atol=1e-5)
+    for change in ({"latents_std": None}, {"latents_std": [1.0]}, {"latents_std": [1.0, 0.0]}, {"shift_factor": 0.1}):
+        config = {**json.loads((tmp_path / "vae" / "config.json").read_text()), **change}
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        (tmp_path / "bad" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=r"latents_std|latents_mean"):
+            load_stable_diffusion_vae(tmp_path / "bad")
+
+
+@torch.no_grad()
 def test_slices_give_the_same(folder):
     whole, slices = load_stable_diffusion_vae(folder), load_stable_diffusion_vae(folder, use_slicing=True)
     assert slices.use_slicing and not whole.use_slicing

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from vavae_tools.autoencoders.vavae import block_types
-from vavae_tools.checkpoints.formats import plain_name
 from vavae_tools.runtime.errors import UserError, join_first
 
 PARTS = (  # the reference's name ↔ diffusers' name; # is a number, the same in both
@@ -29,18 +28,18 @@ PARTS = (  # the reference's name ↔ diffusers' name; # is a number, the same i
     (".v.", ".to_v."),
     (".proj_out.", ".to_out.0."),
 )
+HALVES = "encoder.down", "decoder.up"
 VAE_PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 GROUPS = 32
+FIXED = {
+    **{"double_z": True, "resamp_with_conv": True, "use_linear_attn": False, "attn_type": ("vanilla", "none")},
+    **{"tanh_out": False, "give_pre_end": False, "use_3d_conv": False},
+}
+"""What of `ddconfig` leaves no trace in the weights, and AutoencoderKL has in these ways only."""
 ATTENTION = re.compile(r"\.(?:q|k|v|proj_out|to_q|to_k|to_v|to_out\.0)\.weight$")
 
 
 # ---- names
-def plain_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict, or the one in a checkpoint, without the prefixes of DDP and torch.compile."""
-    inner = state_dict.get("state_dict")
-    return {plain_name(str(k)): v for k, v in (inner if isinstance(inner, Mapping) else state_dict).items()}
-
-
 def from_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the autoencoder's weights under diffusers' names; other weights are left out.
 
@@ -55,6 +54,12 @@ def to_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the exact inverse of `from_reference`; vectors and their projections are left out."""
     weights = _renamed(state_dict, -1)
     return {name: tensor[:, :, None, None] if ATTENTION.search(name) else tensor for name, tensor in weights.items()}
+
+
+def current_name(name: str) -> str:
+    """Return attention's name in AutoencoderKL now, of a former one."""
+    now = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    return re.sub(rf"(?<=\.attentions\.0\.)({'|'.join(now)})(?=\.)", lambda found: now[found[1]], name)
 
 
 def _renamed(state_dict: Mapping[str, Tensor], direction: int) -> dict[str, Tensor]:
@@ -84,7 +89,7 @@ def vavae_arguments(
 
     Args:
         config: the reference's {"ddconfig": {…}}, for what leaves no trace in the weights: the nominal resolution, by
-            default the published 256.
+            default the published 256, and `FIXED`.
         source: what messages call the weights.
     """
 
@@ -96,17 +101,28 @@ def vavae_arguments(
             )
         return tuple(weights[name].shape)
 
+    ddconfig = (config or {}).get("ddconfig") or {}
+    for name, only in FIXED.items():
+        known = only if isinstance(only, tuple) else (only,)
+        if ddconfig.get(name, known[0]) not in known:
+            expected = " or ".join(map(repr, known))
+            raise UserError(f"{source}: {name} is {ddconfig[name]!r}, and AutoencoderKL has only {expected}")
     in_channels, levels = shape("encoder.conv_in.weight")[1], range(_count(weights, r"encoder\.down\.(\d+)\."))
+    widths = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in levels)
+    if not widths or any(width % GROUPS for width in widths):
+        raise UserError(f"{source}: levels of {list(widths)} channels, expected multiples of {GROUPS}, for its norms")
+    with_quant = any("quant_conv" in name for name in weights)  # both or none; if one is missing, that is said
     return {
         "in_channels": in_channels,
         "out_channels": shape("decoder.conv_out.weight")[0],
-        **block_types(f"encoder.down.{level}.attn.0.q.weight" in weights for level in levels),
-        "block_out_channels": tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in levels),
+        **block_types(*([f"{half}.{level}.attn.0.q.weight" in weights for level in levels] for half in HALVES)),
+        "block_out_channels": widths,
         "layers_per_block": _count(weights, r"encoder\.down\.0\.block\.(\d+)\.conv1\.w"),
         "latent_channels": shape("decoder.conv_in.weight")[1],
         "norm_num_groups": GROUPS,
-        "sample_size": (config or {}).get("ddconfig", {}).get("resolution", 256),
+        "sample_size": ddconfig.get("resolution", 256),
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in weights,
+        **({} if with_quant else {"use_quant_conv": False, "use_post_quant_conv": False}),
     }
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vavae_tools.checkpoints.foreign import flat_names
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import read_weights
 from vavae_tools.runtime.machine import in_float32
@@ -90,8 +91,7 @@ def load_lpips(files: str | Path | Sequence[str | Path], widths: Sequence[int] =
     weights: dict[str, Tensor] = {}
     origins: dict[str, Path] = {}
     for path in (shipped, *files):
-        held = read_weights(path)
-        for key, tensor in held.get("state_dict", held).items():
+        for key, tensor in flat_names(read_weights(path)).items():
             if name := _own_name(key):
                 weights[name] = tensor.flatten() if name.startswith("linear") else tensor
                 origins[name.split(".")[0]] = path

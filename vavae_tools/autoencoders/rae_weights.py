@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,20 @@ from torch import Tensor, nn
 
 from vavae_tools.autoencoders.encoders import IMAGENET_MEAN, IMAGENET_STD, FrozenEncoder, common_name
 from vavae_tools.autoencoders.rae import DECODER_NUMBERS, RAE, RAE_SIZES, VARIANCE_EPS
-from vavae_tools.checkpoints.formats import plain_name
+from vavae_tools.checkpoints.foreign import find_prefix, flat_names
 from vavae_tools.runtime.errors import UserError, contents, join_first
-from vavae_tools.runtime.files import load_model, local_folder, read_json, read_weights
+from vavae_tools.runtime.files import (
+    load_model,
+    local_folder,
+    read_json,
+    read_weights,
+    refuse_left_over,
+    weight_files,
+)
 
-PARTS = ("ema", "model", "state_dict")  # where weights stand: the averaged ones, by which the authors decode, first
 _ENCODER_FIRST = re.compile(r"^(.*?)embeddings\.(patch_embeddings\.projection|patch_embedding)\.weight$")
 _DECODER_FIRST = re.compile(r"^(.*?)trainable_cls_token$")  # MAE's own decoder, which is another, has none
+_STATISTICS = re.compile(r"(?:^(?:\w+\.)?|\bstat\.)(mean|var)$")  # the authors', of any part
 _NEEDLESS = ("decoder_pos_embed", "embeddings.mask_token")  # a formula, and of DINOv2's training
 _IGNORED = re.compile(r"^(layernorm|post_layernorm|head|pooler)\.|^embeddings\.position_ids$")
 
@@ -67,7 +74,7 @@ def load_rae(
             fit(getattr(rae, part), *found[part], log)
     statistics = found.get("statistics")
     if statistics_path is not None:
-        statistics = sorted_weights(_weights_in(Path(statistics_path))).get("statistics")
+        statistics = sorted_weights(read_weights(statistics_path)).get("statistics")
         if statistics is None:
             raise UserError(f"{statistics_path} holds no statistics: expected the tensors mean and var")
     if statistics is not None:
@@ -80,38 +87,42 @@ def load_rae(
 
 
 def read_rae_weights(path: str | Path) -> dict[str, Any]:
-    """Sort what a file or a folder of an RAE holds, under one of `PARTS` or bare, behind any prefix.
+    """Sort what a file or a folder of an RAE holds, in any part, behind any prefix.
 
     Returns:
         "encoder", "decoder": (weights without the prefix, where they stand), "statistics": (mean, var); only those
         that are there.
     """
-    checkpoint = _weights_in(Path(path))
-    candidates = [(f"{path}, {part}", checkpoint[part]) for part in PARTS if isinstance(checkpoint.get(part), Mapping)]
-    found: dict[str, Any] = {}
-    for source, tensors in [*candidates, (str(path), checkpoint)]:
-        for name, value in sorted_weights(tensors).items():
-            found.setdefault(name, value if name == "statistics" else (value, source))
+    saved = read_weights(path)
+    named, found = flat_names(saved), sorted_weights(saved)
     if "encoder" not in found and "decoder" not in found:
-        names = join_first(candidates[0][1] if candidates else checkpoint) or "nothing"
-        raise UserError(f"{path} holds neither an encoder nor a decoder of an RAE; it holds {names}")
+        raise UserError(f"{path} holds neither an encoder nor a decoder of an RAE; it holds {join_first(named)}")
+    for part, begin in _begins(named).items():
+        place = begin.split(".")[0]
+        found[part] = found[part], f"{path}, {place}" if isinstance(saved.get(place), Mapping) else str(path)
     return found
+
+
+def _begins(named: Iterable[str]) -> dict[str, str]:
+    """Return what stands before the names of encoder and decoder in `flat_names`; only those that are there."""
+    found = {}
+    for part, first in (("encoder", _ENCODER_FIRST), ("decoder", _DECODER_FIRST)):
+        found[part] = find_prefix(named, lambda name, first=first: match[1] if (match := first.match(name)) else None)
+    return {part: begin for part, begin in found.items() if begin is not None}
 
 
 def sorted_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return the "encoder", "decoder" and "statistics" in weights of any prefix; only those that are there."""
-    named = {plain_name(str(name)): tensor for name, tensor in state_dict.items() if isinstance(tensor, Tensor)}
+    named = {name: tensor for name, tensor in flat_names(state_dict).items() if isinstance(tensor, Tensor)}
     found: dict[str, Any] = {}
-    for part, first in (("encoder", _ENCODER_FIRST), ("decoder", _DECODER_FIRST)):
-        starts = {match[1] for match in map(first.match, named) if match}
-        if starts:  # averaged weights beside the live ones go first, as in PARTS
-            start = min(starts, key=lambda start: ("ema" not in start.split("."), len(start), start))
-            found[part] = {name.removeprefix(start): named[name] for name in named if name.startswith(start)}
-            if part == "encoder" and not start:  # all of a file is the encoder's, except what is plainly another's
-                found[part] = {name: tensor for name, tensor in named.items() if not name.startswith("decoder.")}
+    for part, begin in _begins(named).items():
+        found[part] = {name.removeprefix(begin): tensor for name, tensor in named.items() if name.startswith(begin)}
+        if part == "encoder":  # all that begins so is the encoder's, except what is plainly another's
+            found[part] = {name: tensor for name, tensor in found[part].items() if not name.startswith("decoder.")}
     last = {name.split(".")[-1]: tensor for name, tensor in named.items()}
     statistics = [(last.get(f"{name}_mean"), last.get(f"{name}_var")) for name in ("statistics", "latent")]
-    statistics += [(named.get(f"{start}mean"), named.get(f"{start}var")) for start in ("stat.", "")]
+    beside = {match[1]: tensor for name, tensor in named.items() if (match := _STATISTICS.search(name))}
+    statistics.append((beside.get("mean"), beside.get("var")))
     if "_latents_std" in last:  # diffusers', with the epsilon in it; its stand-ins, 0 and 1, are none
         mean, std = last.get("_latents_mean", torch.zeros(1)), last["_latents_std"]
         if mean.any() or (std != 1).any():
@@ -145,7 +156,8 @@ def fit(
         held = f"{len(matched)} of {len(own)} weights"
         raise UserError(f"{source} is of another {what}: it has {held}, {missing[0]} is missing")
     inner.load_state_dict({name: tensor.float() for name, tensor in matched.items()}, strict=False)
-    unused = [name for name in given if name not in own and not _IGNORED.match(name)]
+    unused = [name for name in given if name not in own and not _IGNORED.match(name) and name not in _NEEDLESS]
+    refuse_left_over(own, unused, source)
     log(f"RAE {what}: {len(matched)} weights matched, 0 missing, {len(unused)} unused ({source})")
 
 
@@ -159,7 +171,7 @@ def read_rae_folder(folder: str | Path) -> RAE:
     """Return the RAE that `save_pretrained` wrote, here or in diffusers."""
     config = read_json(Path(folder) / "config.json")
     if config["_class_name"] == "AutoencoderRAE":
-        return from_diffusers(config, _weights_in(Path(folder)), str(folder)).eval()
+        return from_diffusers(config, read_weights(folder), str(folder)).eval()
     return load_model(RAE, folder)
 
 
@@ -229,17 +241,4 @@ def _encoder_files(source: str | Path | None) -> tuple[dict[str, Any], Path | No
     preprocessor = config.with_name("preprocessor_config.json")
     colours = read_json(preprocessor) if preprocessor.is_file() else {}
     arguments = {name: colours[name] for name in ("image_mean", "image_std") if name in colours}
-    return {"encoder_config": read_json(config), **arguments}, path if _weight_files(path) else None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    patterns = "diffusion_pytorch_model*.safetensors", "model*.safetensors", "pytorch_model*.bin"
-    return next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
-
-
-def _weights_in(path: Path) -> dict[str, Any]:
-    """Return what a file holds, or all weight files of a folder."""
-    files = _weight_files(path) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"No weights in {path}: expected model.safetensors; it {contents(path)}")
-    return {name: tensor for file in files for name, tensor in read_weights(file).items()}
+    return {"encoder_config": read_json(config), **arguments}, path if path.is_dir() and weight_files(path) else None

@@ -17,6 +17,8 @@ SHAPES_VAE = Path(__file__).parent / "pretrained_shapes"
 class StableDiffusionVAE(AutoencoderKL):
     """AutoencoderKL as Stable Diffusion uses it: its latents are (z − shift_factor) · scaling_factor.
 
+    With a mean and a standard deviation of each channel in its config they are (z − mean) · scaling_factor / std.
+
     Images are (B, C, H, W) in [-1, 1]; latents (B, latent_channels, H/f, W/f), of about unit variance.
     """
 
@@ -34,12 +36,19 @@ class StableDiffusionVAE(AutoencoderKL):
         """Return a scaled latent for each image in [-1, 1], as `VAVAE.encode_images`; labels are not used."""
         posterior = self.encode(images).latent_dist
         z = posterior.mean if normal is None else posterior.mean + posterior.std * normal(*posterior.mean.shape[1:])
-        return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
+        mean, std = self._statistics(z)
+        return (z - mean) * (self.config.scaling_factor / std)
 
     def decode_latents(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return images, which may lie slightly outside [-1, 1], of scaled latents."""
-        z = latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
-        return self.decode(z.to(self.dtype)).sample
+        mean, std = self._statistics(latents)
+        return self.decode((latents / (self.config.scaling_factor / std) + mean).to(self.dtype)).sample
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        if self.config.latents_mean is None:
+            return self.config.shift_factor or 0.0, 1.0
+        numbers = like.new_tensor([self.config.latents_mean, self.config.latents_std])
+        return numbers[0, :, None, None], numbers[1, :, None, None]
 
 
 def is_stable_diffusion_vae(folder: str | Path) -> bool:
@@ -47,7 +56,7 @@ def is_stable_diffusion_vae(folder: str | Path) -> bool:
 
     Without one (a scaling_factor of 1), or with a mean and deviation of each channel, it is a VA-VAE that was exported.
     """
-    config = _config_of_vae(Path(folder))[1]
+    config = config_of_vae(Path(folder))[1]
     if config.get("_class_name") == "AutoencoderKL":
         return not config.get("latents_mean") and config.get("scaling_factor", 0.18215) != 1
     return config.get("_class_name") == "StableDiffusionVAE"
@@ -68,19 +77,24 @@ def load_stable_diffusion_vae(source: str | Path, use_slicing: bool = False) -> 
         instead="download its vae/ and name that folder, or the one that holds it",
         patterns=[*files, *(f"vae/{file}" for file in files)],
     )
-    folder, config = _config_of_vae(source)
+    folder, config = config_of_vae(source)
     if config.get("_class_name") not in ("AutoencoderKL", "StableDiffusionVAE"):
         found = f"holds a {config.get('_class_name')}" if config else "has no config.json"
         raise UserError(f"{folder} {found}, expected an AutoencoderKL as Stable Diffusion's vae/")
-    weights = [path.name for path in folder.glob("diffusion_pytorch_model*")]
-    half = bool(weights) and all(".fp16." in name for name in weights)
-    model = load_model(StableDiffusionVAE, folder, variant="fp16" if half else None)
+    numbers = [config.get(name) for name in ("latents_mean", "latents_std")]
+    if numbers != [None, None]:
+        channels = config.get("latent_channels", 4)
+        if any(not isinstance(of, list) or len(of) != channels for of in numbers) or min(numbers[1]) <= 0:
+            raise UserError(f"{folder}: expected latents_mean and latents_std > 0, {channels} numbers each, or neither")
+        if config.get("shift_factor"):
+            raise UserError(f"{folder} has a shift_factor besides latents_mean: remove the one that does not hold")
+    model = load_model(StableDiffusionVAE, folder)
     if use_slicing:
         model.enable_slicing()
     return model
 
 
-def _config_of_vae(folder: Path) -> tuple[Path, dict[str, Any]]:
+def config_of_vae(folder: Path) -> tuple[Path, dict[str, Any]]:
     """Return the folder of a VAE, this one or the `vae/` in it, and its configuration, empty where there is none."""
     if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
         folder /= "vae"

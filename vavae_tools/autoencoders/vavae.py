@@ -199,11 +199,12 @@ def _zero_linear(condition_dim: int, width: int) -> nn.Linear:
     return linear
 
 
-def block_types(attends: Iterable[bool]) -> dict[str, tuple[str, ...]]:
-    """Return AutoencoderKL's arguments for levels with attention or without, the finest first."""
-    attn = ["Attn" if here else "" for here in attends]
-    down, up = (f"{name}DownEncoderBlock2D" for name in attn), (f"{name}UpDecoderBlock2D" for name in attn[::-1])
-    return {"down_block_types": tuple(down), "up_block_types": tuple(up)}
+def block_types(encoder: Iterable[bool], decoder: Iterable[bool] | None = None) -> dict[str, tuple[str, ...]]:
+    """Return AutoencoderKL's arguments for levels with attention or without, the finest first; None: as the encoder."""
+    encoder = list(encoder)
+    halves = (encoder, "DownEncoder"), (list(encoder if decoder is None else decoder)[::-1], "UpDecoder")
+    down, up = (tuple(f"{'Attn' if here else ''}{name}Block2D" for here in half) for half, name in halves)
+    return {"down_block_types": down, "up_block_types": up}
 
 
 VAVAE_SIZES: dict[str, dict] = {

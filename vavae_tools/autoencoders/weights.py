@@ -1,6 +1,5 @@
 """What autoencoders are loaded from: folders, checkpoints of VA-VAE training, published weights."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,15 +9,15 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from vavae_tools.autoencoders.ldm_names import VAE_PREFIXES, from_reference, plain_names, vavae_arguments
+from vavae_tools.autoencoders.ldm_names import VAE_PREFIXES, current_name, from_reference, vavae_arguments
 from vavae_tools.autoencoders.rae_weights import is_rae_folder, read_rae_folder
-from vavae_tools.autoencoders.stable_diffusion import is_stable_diffusion_vae, load_stable_diffusion_vae
+from vavae_tools.autoencoders.stable_diffusion import config_of_vae, is_stable_diffusion_vae, load_stable_diffusion_vae
 from vavae_tools.autoencoders.vavae import VAVAE
+from vavae_tools.checkpoints.foreign import find_weights, plain_name
 from vavae_tools.runtime.errors import UserError, contents, join_first
-from vavae_tools.runtime.files import read_json, read_safetensors, read_weights
+from vavae_tools.runtime.files import read_safetensors, read_weights, refuse_left_over
 
 CONDITION_PREFIXES = ("conditions.", "encoder_projections.", "decoder_projections.")
-FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
             reference's training, a `.safetensors` file.
     """
     source = Path(source)
-    if source.is_dir() or source.name == FOLDER_WEIGHTS:
-        return _read_folder(source if source.is_dir() else source.parent)
+    if source.is_dir() or source.name.startswith("diffusion_pytorch_model"):
+        return _read_folder(source)
     if not source.is_file():
         expected = "a folder with config.json or a .ckpt of VA-VAE training"
         expected += ", or the published .pt, .ckpt or .safetensors"
@@ -77,7 +76,7 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
     checkpoint = read_weights(source)
     settings = checkpoint.get("hyper_parameters")
     if isinstance(settings, Mapping) and "vavae_config" in settings:
-        others = plain_names(checkpoint)
+        others = {plain_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
         weights = {k.removeprefix("vavae."): others.pop(k) for k in list(others) if k.startswith("vavae.")}
         beside = _split_training_state(others, "discriminator.", "projection.weight")
         return VAVAEWeights(source, dict(settings["vavae_config"]), weights, **beside)
@@ -88,9 +87,16 @@ def from_state_dict(
     state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, source: str | Path = "state_dict"
 ) -> VAVAEWeights:
     """Sort weights of the reference's autoencoder, or of its whole training; `config` is as in `vavae_arguments`."""
-    named = {name: tensor for name, tensor in plain_names(state_dict).items() if isinstance(tensor, Tensor)}
-    # where it holds no weights, what it holds in their place is told
-    arguments = vavae_arguments(named or dict.fromkeys(state_dict, torch.empty(0)), config, source)
+    found = find_weights(state_dict, "encoder.conv_in.weight", source)
+    if found is None:
+        held = f"among its {len(state_dict)} entries ({join_first(state_dict) or 'none'})"
+        what = f"{source} is no checkpoint of VA-VAE training and no published VA-VAE"
+        raise UserError(f"{what}: it has no encoder.conv_in.weight {held}")
+    # a discriminator stays with the live weights, and belongs to their average, too
+    inside, elsewhere = found
+    elsewhere = {f"loss.{name.split('loss.', 1)[1]}": t for name, t in elsewhere.items() if ".loss." in f".{name}"}
+    named = {name: tensor for name, tensor in {**elsewhere, **inside}.items() if isinstance(tensor, Tensor)}
+    arguments = vavae_arguments(named, config, source)
     projection = "linear_proj.weight"
     if projection in named and named[projection].shape[1:] != (arguments["latent_channels"], 1, 1):
         projection = ""  # from the foundation model's channels to the latent's
@@ -145,6 +151,7 @@ def build_vavae(
         raise UserError(f"{found.source} {first}; is it a VA-VAE?")
     parts = {"a discriminator": found.discriminator, "an alignment projection": found.projection}
     came = " and ".join(part for part, there in parts.items() if there is not None)
+    refuse_left_over(model.state_dict(), weights, found.source)
     unused = len(loaded.unexpected_keys) + len(found.unused)
     log(
         f"VA-VAE weights: {len(weights) - len(loaded.unexpected_keys)} matched, {len(loaded.missing_keys)} start anew, "
@@ -200,14 +207,20 @@ def read_condition_file(path: str | Path, labels: dict[str, int]) -> Tensor:
 
 
 # ---- reading
-def _read_folder(folder: Path) -> VAVAEWeights:
-    path = folder / FOLDER_WEIGHTS
-    if not (folder / "config.json").is_file() or not path.is_file():
-        needed = f"config.json and {FOLDER_WEIGHTS}, or the name of a .pt, .ckpt or .safetensors file"
+def _read_folder(source: Path) -> VAVAEWeights:
+    """Read diffusers' folder, the `vae/` in a pipeline's, or one of the files of weights in such a folder."""
+    folder = source if source.is_dir() else source.parent
+    folder, config = config_of_vae(folder)
+    if not config:
+        needed = "config.json and diffusion_pytorch_model.safetensors, or the name of a .pt, .ckpt or .safetensors file"
         raise UserError(f"{folder} is no VA-VAE folder: it {contents(folder)}, expected {needed}")
-    config = read_json(folder / "config.json")
-    weights = {_current_name(name): tensor for name, tensor in read_safetensors(path).items()}
-    if config.get("_class_name") == "AutoencoderKL":
+    of_class = config.get("_class_name", "VAVAE")
+    if of_class not in ("VAVAE", "AutoencoderKL", "StableDiffusionVAE"):
+        raise UserError(f"{folder} holds a {of_class}, expected a VAVAE or an AutoencoderKL")
+    weights = {
+        current_name(name): tensor for name, tensor in read_weights(source if source.is_file() else folder).items()
+    }
+    if of_class == "AutoencoderKL":
         config = {"scaling_factor": 0.18215, **config}  # its default, which older folders leave out
     return VAVAEWeights(folder, {k: v for k, v in config.items() if not k.startswith("_")}, weights)
 
@@ -220,9 +233,3 @@ def _split_training_state(others: Mapping[str, Tensor], discriminator: str, proj
         "projection": others.get(projection),
         "unused": tuple(name for name in others if name not in (*judge, projection)),
     }
-
-
-def _current_name(name: str) -> str:
-    """Return attention's name in AutoencoderKL now, of a former one."""
-    now = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    return re.sub(rf"(?<=\.attentions\.0\.)({'|'.join(now)})(?=\.)", lambda found: now[found[1]], name)

@@ -16,6 +16,7 @@ from zipfile import ZipFile, is_zipfile
 import torch
 from torch import Tensor
 
+from vavae_tools.checkpoints.foreign import AVERAGED, LIVE, plain_name
 from vavae_tools.runtime.errors import UserError, contents, join_first, one_line
 from vavae_tools.runtime.files import atomic_write, flush_folder, read_checkpoint, read_json, read_saved, write_json
 
@@ -27,10 +28,10 @@ PARTS = {"optimizer": "optimizer_states", "scheduler": "lr_schedulers"}
 ALL_PARTS = ("model", "ema_model", *PARTS, "trainer", "scaler")
 FILES = (".ckpt", ".pth", ".pt")
 NAMES = {
-    "model": ("model", "model_state_dict", "state_dict", "net"),
+    "model": LIVE,
     "optimizer": ("optimizer", "optimizer_state_dict", "optimizer_states", "opt"),
     "scheduler": ("scheduler", "scheduler_state_dict", "lr_scheduler", "lr_schedulers"),
-    "ema_model": ("ema_model", "ema", "ema_state_dict", "ema_model_state_dict", "model_ema"),
+    "ema_model": AVERAGED,
     "scaler": ("scaler", "scaler_state_dict"),
 }
 """Parts of a checkpoint, and what single files of other trainings call them."""
@@ -65,7 +66,7 @@ def read_any_format(path: str | Path, log: Callable[[str], None]) -> dict[str, A
         parts["model"] = saved
     if "model" not in parts:
         found = join_first(sorted(map(str, saved)), 5)
-        raise UserError(f"{path} has no weights: it holds {found}, expected one of {', '.join(NAMES['model'])}")
+        raise UserError(f"{path} has no weights: it holds {found}, expected one of {', '.join(LIVE[:4])}")
     return _from_elsewhere(parts, saved, path, log)
 
 
@@ -270,15 +271,6 @@ def reason_of(error: UserError, path: Path) -> str:
 
 
 # ---- of other trainings
-def plain_name(name: str) -> str:
-    """Return a weight's name without what `torch.compile` and DataParallel put before it.
-
-    >>> plain_name("module._orig_mod.network._orig_mod.pos")
-    'network.pos'
-    """
-    return re.sub("^(module[.])+", "", name.replace("_orig_mod.", ""))
-
-
 def place_in(state: dict[str, Any]) -> dict[str, int]:
     """Return `epoch` and `global_step` as far as a training's plain values tell them, under their several names."""
     names = {"epoch": ("current_epoch", "epoch"), "global_step": ("global_step", "step")}
@@ -342,7 +334,7 @@ def _weights_in(part: Any) -> dict[str, Tensor]:
     """Return the weights by their plain names, also out of a dict around them."""
     if not isinstance(part, dict):
         return {}
-    for key in NAMES["model"]:
+    for key in LIVE:
         if isinstance(part.get(key), dict):
             return _weights_in(part[key])
     return {plain_name(k): v for k, v in part.items() if isinstance(v, Tensor) and k != "n_averaged"}

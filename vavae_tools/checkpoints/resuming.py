@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import Tensor
 
 from vavae_tools.checkpoints import formats
-from vavae_tools.checkpoints.formats import AVERAGE, is_checkpoint, plain_name
+from vavae_tools.checkpoints.foreign import plain_name
+from vavae_tools.checkpoints.formats import AVERAGE, is_checkpoint
 from vavae_tools.runtime.errors import UserError, contents, join_first
 from vavae_tools.runtime.files import read_checkpoint
 

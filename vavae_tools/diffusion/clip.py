@@ -121,12 +121,10 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
     from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer
 
     of_model = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
-    weights = [path.name for path in of_model.glob("*") if path.name.startswith(("model.", "pytorch_model."))]
-    variant = "fp16" if weights and all("fp16" in name for name in weights) else None
     places = (folder / "tokenizer", of_model, folder, of_model.parent / "tokenizer")
     found = [place for place in places if any((place / name).is_file() for name in ("tokenizer.json", "vocab.json"))]
     with silent_transformers():
-        model = load_model(CLIPTextModel, of_model, local_files_only=True, variant=variant)
+        model = load_model(CLIPTextModel, of_model, local_files_only=True)
         if not found:
             raise UserError(
                 f"{folder} holds a text encoder without a tokenizer: tokenizer.json, or vocab.json and merges.txt, is "

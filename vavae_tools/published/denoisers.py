@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vavae_tools.checkpoints.formats import plain_name
+from vavae_tools.checkpoints.foreign import find_weights
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DDT, DDT_SIZES, DiT, DiT_SIZES, make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.objectives import expand_time
@@ -123,8 +123,7 @@ DENOISERS: dict[str, tuple[type[PublishedDenoiser], dict[str, Any]]] = {
 
 def load_denoiser(kind: str, state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> PublishedDenoiser:
     """Return one of `DENOISERS` in eval mode; RAE's LightningDiT is known by its random frequencies of time."""
-    parts = [state_dict[name] for name in ("ema", "model") if isinstance(state_dict.get(name), Mapping)]
-    weights = {plain_name(name): tensor for name, tensor in (*parts, state_dict)[0].items()}
+    weights, _ = find_weights(state_dict, "x_embedder.proj.weight", "state_dict") or (state_dict, {})
     if kind == "lightningdit" and "t_embedder.W" in weights:
         kind = "rae_lightningdit"
     made, defaults = DENOISERS[kind]

@@ -216,7 +216,7 @@ class DenoiserModel(TextDenoiserModel):
     rms_norm: bool = setting(True, "RMSNorm in place of LayerNorm")
     swiglu: bool = setting(True, "SwiGLU in place of an MLP")
     time_embed: str | None = setting(None, "fourier, and reversed_time: true, for weights of RAE's LightningDiT")
-    reversed_time: bool | None = setting(None, "see time_embed")
+    reversed_time: bool | None = setting(None, "true: t = 1 is noise, as of some weights; null: seen in them")
     learn_sigma: bool | None = setting(None, "true for weights with a learned sigma")
     adaln_shift: bool | None = setting(None, "false for weights without a shift in their modulation")
     pos_embed: bool | None = setting(None, "of a wide head: added positions, besides rotary ones")

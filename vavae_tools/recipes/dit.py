@@ -156,7 +156,7 @@ def build_on_latents(
     network, conditioner = _denoiser_for(folder.shape, latents.num_classes, recipe.model)
     init = recipe.init
     if init.weights and resume_from is None:
-        start_from(network, conditioner, init, latents, seed, log)
+        start_from(network, conditioner, init, latents, seed, log, recipe.model.reversed_time)
     elif init.weights and init.lora_rank:  # a run that resumes has its weights, and needs the same form
         add_lora(network, init.lora_rank, init.lora_alpha, init.lora_targets)
     config, numbers = prepared(config, network, seed, log)

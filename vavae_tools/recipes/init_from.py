@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vavae_tools.checkpoints.formats import plain_name
+from vavae_tools.checkpoints.foreign import find_weights
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DDT, DDT_SIZES, DiT, DiT_SIZES
@@ -39,6 +40,7 @@ def start_from(
     latents: LatentDataModule | None = None,
     seed: int = 0,
     log: Log = log,
+    reversed_time: bool | None = None,
 ) -> None:
     """Load weights into a freshly built denoiser and conditioner, in place, and log what was loaded and what not.
 
@@ -46,10 +48,23 @@ def start_from(
     linear map start anew. Rows of the class table are as in a fresh model ("new"), or those that `nearest_classes`
     finds, or ("keep") of the classes of the same names, or all where names are unknown and the numbers equal; or
     `classes` lists a published label, or its name, or None, for each class. The null row is always kept.
+
+    Args:
+        reversed_time: as was asked for; None: where the weights' names do not tell it, their predictions do.
     """
     people = latents.folder.people if latents else {}
     found = read_fitting_weights(denoiser, conditioner, init, people)
     loaded, anew = _load(found, denoiser)
+    untold = [name for name in ("num_heads", "rope") if name not in found.arguments]
+    if found.kind == "lightningdit" and "reversed_time" not in found.arguments:
+        measured = 0.0
+        if reversed_time is None:
+            measured = _time_of(denoiser, (found.table.mean(0) if found.null is None else found.null).float())
+        if measured > 0.15:
+            found_out = f"{found.source} predicts noise − data, as weights do whose t = 1 is noise ({measured:.2f})"
+            raise UserError(f"{found_out}: set model.reversed_time=true, or false where that is wrong")
+        if measured > -0.15:
+            untold.append("reversed_time")
     if init.lora_rank:  # before the search for classes, which takes long: what is wrong with it is said at once
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -61,8 +76,8 @@ def start_from(
     said = f"{loaded} tensors matched, class table: {len(copied)} of {conditioner.num_classes:,} rows copied, {null}"
     said += f", anew: {join_first(sorted(anew), 5)}" if anew else ""
     log(f"{found.source} ({KINDS[found.kind]}): {said}, not loaded: {found.left or 'nothing'}")
-    if unknown := [name for name in ("num_heads", "rope") if name not in found.arguments]:
-        given = ", ".join(f"{name}={_text(_comparable(denoiser.config)[name])}" for name in unknown)
+    if untold:
+        given = ", ".join(f"{name}={_text(_comparable(denoiser.config)[name])}" for name in untold)
         log(f"Not told by these weights, so as given: {given}")
     if init.lora_rank:
         rows = conditioner.embedding_table.weight.numel()
@@ -124,24 +139,16 @@ PARTS = re.compile(r"([xst]_embedder|s_projector|blocks|final_layer)\.")  # othe
 
 
 def _published(source: Path, saved: Mapping[str, Any], kind: str | None) -> StartingWeights:
-    left: list[str] = []
-    parts = ("ema", "ema_model", "state_dict", "model")
-    while part := next((part for part in parts if isinstance(saved.get(part), Mapping) and saved[part]), None):
-        left += [str(name) for name in saved if name != part]
-        saved = saved[part]
-    named = {plain_name(str(name)): tensor for name, tensor in saved.items()}
     first, of_classes = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
-    # a training's checkpoint may hold the live weights and their average side by side
-    begins = [name.removesuffix(first) for name in named if f".{name}".endswith(f".{first}")]
-    begin = min(begins, key=lambda begin: ("ema" not in begin, len(begin)), default="")
-    inside = {name.removeprefix(begin): value for name, value in named.items() if name.startswith(begin)}
-    if first not in inside or of_classes not in inside:
-        held = f"{source} is no denoiser with classes: it holds {join_first(sorted(named), 5) or 'nothing'}"
-        raise UserError(f"{held}, expected {first} and {of_classes} as in LightningDiT's, RAE's or DiT's weights")
+    inside, others = find_weights(saved, first, source) or ({}, saved)
+    if of_classes not in inside:
+        held = join_first(sorted(map(str, inside or others)), 5) or "nothing"
+        expected = f"expected {first} and {of_classes} as in LightningDiT's, RAE's or DiT's weights"
+        raise UserError(f"{source} is no denoiser with classes: it holds {held}, {expected}")
     tables = {name: value for name, value in inside.items() if name.startswith(TABLES)}
     weights = {name: value for name, value in inside.items() if isinstance(value, Tensor) and PARTS.match(name)}
-    loaded = {begin + name for name in (*weights, *tables, of_classes)}
-    left += [name for name in named if name not in loaded]
+    left = [name for name in inside if name not in {*weights, *tables, of_classes}]
+    left += dict.fromkeys(name.split(".")[0] for name in others)
     try:
         arguments = _arguments_of(weights, tables)
     except (KeyError, ValueError) as error:
@@ -184,7 +191,7 @@ def _arguments_of(weights: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -
     }
     if not wide:
         fourier = "t_embedder.W" in weights  # only RAE's have these, and their time runs the other way
-        arguments |= {"time_embed": "fourier" if fourier else "sinusoidal", "reversed_time": fourier}
+        arguments |= {"time_embed": "fourier", "reversed_time": True} if fourier else {"time_embed": "sinusoidal"}
         arguments["learn_sigma"] = weights["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels
     elif width == head:
         del arguments["depth"]  # which of the blocks are the head's cannot be seen
@@ -251,6 +258,22 @@ def _load(found: StartingWeights, denoiser: DiT | DDT) -> tuple[int, list[str]]:
         if names:
             raise UserError(f"{found.source} {what} {join_first(names, 1)}: it is not whole, or another model")
     return len(weights), anew
+
+
+@torch.no_grad()
+def _time_of(denoiser: DiT, null: Tensor) -> float:
+    """Return how the raw prediction at noise correlates with it, on average over the times from 0 to 1.
+
+    A network moves noise towards data. One that was trained with t = 1 at the data predicts data − noise and comes out
+    below 0, at any time, one with t = 1 at the noise above; of random weights it is near 0. It takes no data: errors on
+    latents of another autoencoder than the network was trained with say nothing.
+    """
+    noise = Draws(0, 0, torch.arange(2 * BATCH)).normal("direction of time", *denoiser.latent_shape)
+    cosines = []
+    for time in torch.linspace(0, 1, 5):
+        out = denoiser.predict(noise, time.expand(len(noise)), null.expand(len(noise), -1))[:, : denoiser.in_channels]
+        cosines.append(F.cosine_similarity((out - out.mean(0)).flatten(), noise.flatten(), dim=0).item())
+    return sum(cosines) / len(cosines)
 
 
 # ---- the class table

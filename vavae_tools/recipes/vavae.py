@@ -201,8 +201,9 @@ def _load_auxiliary(module: VAVAEModule, found: VAVAEWeights, log: Log) -> None:
         own = getattr(module, part, None)
         if own is None or given is None:
             continue
-        if any(given[name].shape != tensor.shape for name, tensor in own.state_dict().items() if name in given):
-            log(f"The {part} in {found.source} has another shape: a fresh one is taken")
+        shapes = [{name: tensor.shape for name, tensor in of.items()} for of in (own.state_dict(), given)]
+        if shapes[0] != shapes[1]:
+            log(f"The {part} in {found.source} has another form or shape: a fresh one is taken")
         else:
             own.load_state_dict(given)
             log(f"The {part} goes on from {found.source}")

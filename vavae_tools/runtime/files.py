@@ -3,12 +3,13 @@
 import filecmp
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from vavae_tools.runtime.errors import UserError, one_line
+from vavae_tools.runtime.errors import UserError, contents, join_first, one_line
 
 
 def local_folder(
@@ -127,7 +128,10 @@ def save_model(model: Any, folder: str | Path) -> None:
 
 
 def load_model(kind: type[Any], folder: str | Path, **options: Any) -> Any:
-    """Return `kind.from_pretrained(folder)` in float32 and eval mode; refuse missing weights (else left random)."""
+    """Return `kind.from_pretrained(folder)` in float32 and eval mode; refuse weights that are missing or left over."""
+    if variant := next((_variant(_WEIGHTS.match(file.name)) for file in weight_files(Path(folder))), ""):
+        options["variant"] = variant
+    logging.disable(logging.WARNING)  # what is left over is said below, in one line
     try:  # a .bin is read as tensors only; without low_cpu_mem_usage it does not ask for a package that is of no use
         model, report = kind.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True, **options)
     except UserError:
@@ -135,11 +139,28 @@ def load_model(kind: type[Any], folder: str | Path, **options: Any) -> Any:
     except Exception as error:  # of any kind: what diffusers' versions stumble over in damaged files
         problem = f"The {kind.__name__} in {folder} cannot be loaded ({one_line(error)})"
         raise UserError(f"{problem}: copy the folder anew") from None
+    finally:
+        logging.disable(logging.NOTSET)
     missing = sorted(report["missing_keys"])
     if missing:
         lacking = f"{len(missing)} are missing, such as {missing[0]}"
         raise UserError(f"The weights in {folder} are not those of its config.json: {lacking}. Copy the folder anew")
+    refuse_left_over(model.state_dict(), sorted(report["unexpected_keys"]), folder)
     return model.float().eval()
+
+
+def refuse_left_over(own: Iterable[str], given: Iterable[str], source: Any) -> None:
+    """Raise a `UserError` that names those of the weights that belong to a part of the model and find no place there.
+
+    Parts of a model are what its weights' names begin with; weights of others may stay unused.
+    """
+    own = set(own)
+    parts = {name.split(".")[0] for name in own}
+    left = [name for name in given if name not in own and name.split(".")[0] in parts]
+    left = [name for name in left if not name.endswith(("position_ids", "inv_freq"))]  # formulas
+    if left:
+        found = f"{len(left)} weights of {source} find no place in this model ({join_first(left)})"
+        raise UserError(f"{found}: it is another network, or its configuration another one's. Take those that belong")
 
 
 def hardlink_duplicates(kept: Path, copies: Path) -> None:
@@ -187,8 +208,50 @@ def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
-    """Return what a safetensors file or a checkpoint of `torch.save` holds."""
-    return read_safetensors(path) if Path(path).suffix == ".safetensors" else read_checkpoint(path)
+    """Return what a safetensors file, a checkpoint of `torch.save` or the `weight_files` of a folder hold."""
+    path = Path(path)
+    if not path.is_dir():
+        return read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+    if not (files := weight_files(path)):
+        expected = "expected model.safetensors or diffusion_pytorch_model.safetensors"
+        raise UserError(f"No weights in {path}: {expected}; it {contents(path)}")
+    return {name: tensor for file in files for name, tensor in read_weights(file).items()}
+
+
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([a-z]\w+?))?(?:-\d+-of-(?P<shards>\d+))?(?:\.([a-z]\w+))?"
+    r"\.(?P<ending>safetensors|bin)(?P<index>\.index(?:\.(\w+))?\.json)?$"
+)
+
+
+def _variant(found: re.Match) -> str:
+    return found[1] or found[3] or found[6] or ""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of weights in a folder of diffusers or transformers, by its index where they are several.
+
+    Full precision goes before a variant (`.fp16.`), safetensors before `.bin`; files of other names are not looked at.
+    """
+    groups: dict[tuple[bool, bool, bool, str], list[re.Match]] = {}
+    for found in filter(None, map(_WEIGHTS.match, sorted(path.name for path in folder.glob("*")))):
+        variant = _variant(found)
+        groups.setdefault((variant != "", found["ending"] == "bin", variant != "fp16", variant), []).append(found)
+    if not groups:
+        return []
+    group = groups[min(groups)]
+    names = [found[0] for found in group if not found["shards"] and not found["index"]][:1]
+    if not names:
+        indices = [found[0] for found in group if found["index"]]
+        listed = {name for index in indices for name in read_json(folder / index).get("weight_map", {}).values()}
+        shards = [found for found in group if found["shards"]]
+        names = sorted(listed) or [found[0] for found in shards]
+        there = [name for name in names if (folder / name).is_file()]
+        expected = len(listed) or int(shards[0]["shards"])
+        if len(there) != expected:
+            lacking = f"{len(there)} of its {expected} files of weights are there"
+            raise UserError(f"{folder} is not whole, {lacking}: copy the folder anew")
+    return [folder / name for name in names]
 
 
 def read_saved(path: str | Path) -> Any:
