@@ -154,7 +154,11 @@ def test_a_class_list_names_the_folders(run, tmp_path):
         ("pipeline", "--weights live", "holds the averaged weights alone"),
         ("pipeline", "--precision 16", "A CPU has no fp16: use --precision 32"),
         ("pipeline", "--prompt x", "pipeline makes images of classes, for which --prompt has no meaning: leave it"),
-        ("text", "--prompt x --labels 0 --format npz", "images of prompts, for which --labels, --format has no"),
+        (
+            "text",
+            "--prompt x --labels 0 --format npz",
+            "makes images from sentences, for which --labels, --format has no",
+        ),
         ("text", "", 'makes images from sentences: say which, with --prompt "…"'),
         ("tokens", "--cfg_scale 2 --format npz", "makes texts, for which --format, --cfg_scale has no meaning"),
         ("tokens", "--solver ddpm", "No solver 'ddpm' for flow matching or sample; there are euler, heun"),

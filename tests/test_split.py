@@ -256,7 +256,10 @@ def test_the_report_is_a_table_and_says_what_is_next(tmp_path):
     assert [line.split()[0] for line in lines[1:11]] == [f"ID_{k}" for k in range(1, 11)]  # ID_2 before ID_10
     assert len({len(line) for line in lines[:12]}) == 1
     assert lines[11].split() == ["total", "40", "10", "1"] and "ID_1/ÿ.png" in str(report)
-    assert lines[-1] == f"next: python minimal_training_modification.py --data_dir '{tmp_path}/my out'"
+    assert (
+        lines[-1]
+        == f"next: python minimal_training_modification.py --data_dir '{tmp_path}/my out' --original_vavae small"
+    )
     assert len(read_split_info(tmp_path / "my out")["files"]) == 51
 
 

@@ -313,10 +313,12 @@ def test_a_checkpoint_of_training_with_its_tokenizer_beside_it(kept, tmp_path, c
 def test_who_loads_something_else_is_told_what_it_is(kept, tmp_path):
     kinds = [kind_of(kept / name) for name in ("pipeline", "images", "run/checkpoint_epoch_1.pth")]
     assert kinds == ["TokenImagePipeline", "LatentDiTPipeline", "TokenImagePipeline"] and not kind_of(tmp_path)
-    assert "makes images of classes: load it by load_pipeline" in refused(load_token_pipeline, kept / "images")
+    assert "makes images of classes, expected one that makes texts: --labels" in refused(
+        load_token_pipeline, kept / "images"
+    )
     for load in (load_pipeline, load_text_pipeline):
         for name in ("pipeline", "run/checkpoints/last.ckpt", "run/checkpoint_epoch_1.pth"):
-            assert "makes texts: load it by load_token_pipeline" in refused(load, kept / name)
+            assert "(in Python load_token_pipeline)" in refused(load, kept / name)
     shutil.copytree(kept / "pipeline", tmp_path / "torn")
     shutil.rmtree(tmp_path / "torn" / "tokenizer")
     assert "No tokenizer/ in or beside" in refused(load_token_pipeline, tmp_path / "torn")

@@ -11,7 +11,7 @@ from tiny import SIZE, TWO_LEVELS, perturb_projections, random_images, same, tin
 from vavae_tools.autoencoders.vavae import VAVAE, reconstruct, vavae
 from vavae_tools.autoencoders.weights import build_vavae, load_vavae, read_condition_file, read_vavae
 from vavae_tools.data.images import ImageFolder
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, contents
 
 
 def images(*size: int) -> torch.Tensor:
@@ -223,6 +223,12 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty is no VA-VAE folder: it is empty, expected config\.json"):
         load_vavae(tmp_path / "empty")
+    tiny_vavae().save_pretrained(tmp_path / "run" / "vavae")
+    for name in ("checkpoints", "classifier", "lightning_logs", "reconstructions", "samples"):
+        (tmp_path / "run" / name).mkdir()
+    with pytest.raises(UserError, match=r"run is no VA-VAE folder, but there is one in it: name .*run/vavae$"):
+        load_vavae(tmp_path / "run")
+    assert contents(tmp_path / "run").startswith("holds vavae, checkpoints, ")
     tiny_dit()[0].save_pretrained(tmp_path / "dit")
     with pytest.raises(UserError, match="dit holds a DiT, expected a VAVAE or an AutoencoderKL"):
         load_vavae(tmp_path / "dit")

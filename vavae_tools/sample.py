@@ -18,11 +18,11 @@ CFG_SCALE, TEXT_CFG_SCALE = 1.25, 7.5
 GUIDE_SCALE = 1.42  # RAE's for 256 pixels
 CLASS_FLAGS = ("labels", "class_list", "timestep_shift", "guide", "cfg_interval", "guidance_channels", "format")
 UNUSED_FLAGS = {
-    "LatentDiTPipeline": ("images of classes", ("prompt", "negative_prompt")),
-    "TextToImagePipeline": ("images of prompts", CLASS_FLAGS),
-    "TokenImagePipeline": ("texts", (*CLASS_FLAGS, "negative_prompt", "cfg_scale")),
+    "LatentDiTPipeline": ("prompt", "negative_prompt"),
+    "TextToImagePipeline": CLASS_FLAGS,
+    "TokenImagePipeline": (*CLASS_FLAGS, "negative_prompt", "cfg_scale"),
 }
-"""What each pipeline makes, and the flags that have no meaning for it."""
+"""Flags that have no meaning for a pipeline."""
 
 
 def main() -> None:
@@ -48,16 +48,18 @@ def main() -> None:
     from vavae_tools.pipelines.batches import move_to_device
 
     kind = ranks.share("kind", None if ranks.rank else base.kind_of(options.checkpoint))
-    makes, unused = UNUSED_FLAGS.get(kind, ("", ()))
-    given = ", ".join(f"--{name}" for name in unused if getattr(options, name) != parser.get_default(name))
+    makes, asked, _ = base.KINDS.get(kind, ("", "", ""))
+    given = ", ".join(
+        f"--{name}" for name in UNUSED_FLAGS.get(kind, ()) if getattr(options, name) != parser.get_default(name)
+    )
     if ranks.rank:
         ranks.share(base.PLAN)  # once the first has found nothing wrong: one process says what is
     elif given:
-        raise UserError(f"{options.checkpoint} makes {makes}, for which {given} has no meaning: leave it out")
+        raise UserError(f"{options.checkpoint} makes {makes}, for which {given} has no meaning: leave it out ({asked})")
     elif options.run and base.is_folder_of_pipeline(Path(options.checkpoint)):
         raise UserError(f"{options.checkpoint} is a whole pipeline, for which --run has no meaning: leave it out")
     elif kind == "TextToImagePipeline" and not options.prompt:
-        raise UserError(f"{options.checkpoint} {base.KINDS[kind]}")
+        raise UserError(f"{options.checkpoint} makes {makes}: {asked}")
     loaders = {"TextToImagePipeline": text.load_text_pipeline, "TokenImagePipeline": tokens.load_token_pipeline}
     load = loaders.get(kind, classes.load_pipeline)
     pipe = move_to_device(load(options.checkpoint, options.weights == "ema", options.run), device)

@@ -213,6 +213,9 @@ def _read_folder(source: Path) -> VAVAEWeights:
     folder, config = config_of_vae(folder)
     if not config:
         needed = "config.json and diffusion_pytorch_model.safetensors, or the name of a .pt, .ckpt or .safetensors file"
+        inside = (folder / name for name in ("vavae", "autoencoder", "pipeline/vae"))  # of a run
+        if found := next((path for path in inside if (path / "config.json").is_file()), None):
+            raise UserError(f"{folder} is no VA-VAE folder, but there is one in it: name {found}")
         raise UserError(f"{folder} is no VA-VAE folder: it {contents(folder)}, expected {needed}")
     of_class = config.get("_class_name", "VAVAE")
     if of_class not in ("VAVAE", "AutoencoderKL", "StableDiffusionVAE"):

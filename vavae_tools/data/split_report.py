@@ -71,7 +71,8 @@ class SplitReport:
         done = "already there, left as it is" if self.already_there else "written"
         split = f"{self.totals['train']:,} images to train, {self.totals['val']:,} to validate"
         lines.append(f"{done}: {split} ({self.output_dir}; every file's subset is in {INFO_NAME})")
-        lines.append(f"next: python minimal_training_modification.py --data_dir {shlex.quote(self.output_dir)}")
+        following = f"--data_dir {shlex.quote(self.output_dir)} --original_vavae small"
+        lines.append(f"next: python minimal_training_modification.py {following}")
         return "\n".join(lines).encode(errors="backslashreplace").decode()  # a name may be no text at all
 
     __repr__ = __str__

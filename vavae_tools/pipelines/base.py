@@ -37,11 +37,11 @@ FORMER_MODULES = {"text_conditioning": conditioning, "transformer": dit, "text_d
 """Where older pipelines say that their classes are."""
 PLAN = "plan"  # what the first of several processes shares once it has found nothing wrong
 KINDS = {
-    "LatentDiTPipeline": "makes images of classes: load it by load_pipeline",
-    "TextToImagePipeline": 'makes images from sentences: say which, with --prompt "…" (in Python load_text_pipeline)',
-    "TokenImagePipeline": "makes texts: load it by load_token_pipeline",
+    "LatentDiTPipeline": ("images of classes", "--labels ID_1,ID_2 says which", "load_pipeline"),
+    "TextToImagePipeline": ("images from sentences", 'say which, with --prompt "…"', "load_text_pipeline"),
+    "TokenImagePipeline": ("texts", "--prompt says how they begin", "load_token_pipeline"),
 }
-"""Class → what is said to who takes its folder or checkpoint for another one's."""
+"""Class → what it makes, how to ask the command for it, and who loads it in Python."""
 
 
 class DenoiserPipeline(DiffusionPipeline):
@@ -145,7 +145,8 @@ def _kind_trained(settings: dict[str, Any]) -> str:
 
 def _check_kind(path: Path, found: str, wanted: type[DiffusionPipeline]) -> None:
     if found in KINDS and found != wanted.__name__:
-        raise UserError(f"{path} {KINDS[found]}")
+        (makes, asked, load), wanted = KINDS[found], KINDS[wanted.__name__][0]
+        raise UserError(f"{path} makes {makes}, expected one that makes {wanted}: {asked} (in Python {load})")
 
 
 def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -> Pipeline:

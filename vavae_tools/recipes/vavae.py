@@ -185,7 +185,7 @@ def _model_to_start_from(start: FineTunedVAVAE, images: ImageSetDataModule, log:
         model = weights.build_vavae(found, dim, people, log=log, people=images.labels)
     else:
         found, size = None, start.size or ("small" if find_machine().kind == "cpu" else "f16d32")
-        log(f"No weights given: starting from a fresh VA-VAE ({size})")
+        log(f"No weights given: a fresh VA-VAE ({size}); --original_vavae small learns faster, from trained weights")
         vectors = {"condition_dim": dim, "num_conditions": people, "people": images.labels if dim else None}
         model = vavae(size, **vectors, in_channels=channels, out_channels=channels)
     if table is not None:

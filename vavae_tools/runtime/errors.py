@@ -108,9 +108,14 @@ def join_first(words: Iterable, most: int = 3) -> str:
     return ", ".join(words[:most]) + (f" and {len(words) - most:,} more" if len(words) > most else "")
 
 
+NAMED_FIRST = ("vavae", "autoencoder", "pipeline", "vae", "checkpoints", "last.ckpt", "train", "data_split")
+"""Of a folder's contents, what was mostly meant in its place."""
+
+
 def contents(folder: Path) -> str:
     """Return what to say of a folder where something is missing: "holds a, b", "is empty", "is not there"."""
     if not folder.is_dir():
         return "is not there"
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    names.sort(key=lambda name: NAMED_FIRST.index(name) if name in NAMED_FIRST else len(NAMED_FIRST))
     return f"holds {join_first(names, 5)}" if names else "is empty"
