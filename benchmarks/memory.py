@@ -453,7 +453,7 @@ class Images:
     def __len__(self) -> int:
         return self.count
 
-    def __getitems__(self, rows: Any) -> dict[str, Tensor]:
+    def get_batch(self, rows: Any) -> dict[str, Tensor]:
         count = len(rows)
         return {
             "images": torch.zeros(count, self.channels, *self.image_size, dtype=torch.uint8),
@@ -462,7 +462,7 @@ class Images:
         }
 
     def few(self, count: int) -> dict[str, Tensor]:
-        return self.__getitems__(range(count))
+        return self.get_batch(range(count))
 
 
 class Features:

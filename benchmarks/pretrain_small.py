@@ -48,7 +48,7 @@ class AugmentedWalkers(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+    def get_batch(self, indices: list[int]) -> dict[str, Tensor]:
         index = torch.tensor(indices)
         numbers = Draws(self.seed, 0, index).uniform("augmentation", 8).tolist()
         images = [self._augment(i % len(self.intensities), *u) for i, u in zip(indices, numbers, strict=True)]

@@ -89,10 +89,10 @@ class Steps:
         return [(place, self.count % 8) for place in range(start, start + self.batch_size)]
 
     def from_cache(self) -> dict:
-        return self.on_device(self.cached.__getitems__(self.rows()))
+        return self.on_device(self.cached.get_batch(self.rows()))
 
     def encoded(self) -> dict:
-        return self.module.encoded(self.on_device(self.images.__getitems__(self.rows())))
+        return self.module.encoded(self.on_device(self.images.get_batch(self.rows())))
 
     def on_device(self, batch: dict) -> dict:
         return {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from test_vavae_training import Colours
 from tiny import same, tiny_vavae
+from torch.utils.data import DataLoader
 
 from vavae_tools.data.datasets import ImageDataModule, image_data
 from vavae_tools.data.demo.shapes import shape_data
@@ -96,7 +97,9 @@ def test_a_vavae_trains_and_encodes(tmp_path, kind, channels):
     folder = encode_latents(model, data, tmp_path / "latents", progress=False)
     assert folder.shape == (2, SIZE[0] // 2, SIZE[1] // 2) and folder.people == data.labels
     assert folder.names == {"train": list(data.train_data.names), "val": list(data.val_data.names)}
-    batch, images = LatentDataset(folder, "val").__getitems__([1]), data.val_data.__getitems__([1])
+    batch, images = LatentDataset(folder, "val").get_batch([1]), data.val_data.get_batch([1])
+    samples = next(iter(DataLoader(LatentDataset(folder, "val"), 2)))  # torch's own loader
+    assert torch.equal(samples["latents"][1], batch["latents"][0])
     with torch.no_grad():
         posterior = model.encode(to_unit(images["images"]), condition=model.condition_vectors(images["labels"]))
     mean, std = (torch.tensor(values)[:, None, None] for values in (folder.mean, folder.std))

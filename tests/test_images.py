@@ -141,7 +141,7 @@ def test_batches_of_a_folder(folder, monkeypatch, limit):
     data = ImageFolder(folder, (8, 12), progress=False)
     assert data.names == ["ID_1/p0.png", "ID_1/p1.png", "ID_3/p0.png", "ID_3/p1.png", "ID_3/p2.png", "ID_12/p0.png"]
     assert data.labels.tolist() == [0, 0, 2, 2, 2, 11]
-    batch = data.__getitems__([5, 0])
+    batch = data.get_batch([5, 0])
     assert batch["images"].shape == (2, 3, 8, 12) and batch["images"].dtype == torch.uint8
     assert batch["labels"].tolist() == [11, 0] and batch["index"].tolist() == [5, 0]
     for image, name in zip(batch["images"], ["ID_12/p0.png", "ID_1/p0.png"], strict=True):

@@ -308,7 +308,7 @@ class ClassLatents:
             len(self.labels), 3, 4, 4, generator=generator
         )
 
-    def __getitems__(self, indices):
+    def get_batch(self, indices):
         index = torch.as_tensor(indices)
         return {"latents": self.latents[index], "labels": self.labels[index], "index": index}
 

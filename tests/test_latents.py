@@ -102,7 +102,7 @@ def test_each_image_is_encoded_with_its_own_vector_and_noise(split, tmp_path, co
         assert set(without) == {"latents", "labels", "index"} and same(without["latents"], found["latents"])
         assert torch.equal(found["labels"], images.labels) and folder.names[subset] == images.names
         for i in rows:  # one by one, in place of batches
-            batch = images.__getitems__([i])
+            batch = images.get_batch([i])
             x, vectors = to_unit(batch["images"]), vae.condition_vectors(batch["labels"])
             mirrored = ("latents_flip", "posterior of the mirrored picture", x.flip(3))
             for name, noise, seen in (("latents", "posterior", x), mirrored):
@@ -160,7 +160,7 @@ def test_encodings_at_once_into_one_folder_are_each_their_own(split, tmp_path):
         assert not running[0].done() and not running[2].done()
     for seed, found in zip((0, 1, 0, 1), running, strict=True):
         assert found.result().key == made[seed].key
-        a, b = (LatentDataset(one, "train").__getitems__(range(24))["latents"] for one in (found.result(), made[seed]))
+        a, b = (LatentDataset(one, "train").get_batch(range(24))["latents"] for one in (found.result(), made[seed]))
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         model(seed).save_pretrained(tmp_path / f"vavae{seed}")
         assert _latents_of(tmp_path / f"vavae{seed}", path)[1] == found.result()
@@ -297,8 +297,8 @@ def test_images_of_any_source_by_any_autoencoder(tmp_path, num_workers):
     for subset, images in (("train", data.train_data), ("val", data.val_data)):
         read = LatentDataset(folder, subset)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
-        batch = read.__getitems__(order)
-        means = to_unit(images.__getitems__(order)["images"]).unflatten(2, (2, 8)).unflatten(4, (2, 8)).mean((3, 5))
+        batch = read.get_batch(order)
+        means = to_unit(images.get_batch(order)["images"]).unflatten(2, (2, 8)).unflatten(4, (2, 8)).mean((3, 5))
         mean, std = (torch.tensor(values)[:, None, None] for values in (folder.mean, folder.std))
         torch.testing.assert_close(batch["latents"] * std + mean, means, rtol=0, atol=1e-5)
         assert torch.equal(batch["labels"], images.labels[order])
@@ -328,7 +328,7 @@ def test_published_statistics_take_the_place_of_computed_ones(split, tmp_path):
     assert (folder.mean, folder.std) == ([1.0, -2.0], [0.5, 4.0]) and folder.key != computed.key
     z = load_file(folder.path / "train-00000.safetensors")["latents"]
     assert same(z, load_file(computed.path / "train-00000.safetensors")["latents"])
-    torch.testing.assert_close(LatentDataset(folder, "train").__getitems__([3])["latents"], (z[3:4] - mean) / std)
+    torch.testing.assert_close(LatentDataset(folder, "train").get_batch([3])["latents"], (z[3:4] - mean) / std)
     assert encode(split, tmp_path / "given", statistics=given) == folder
     assert encode(split, tmp_path / "given", statistics=([1.0, -2.0], [0.5, 4.5])).key != folder.key
     says = "The statistics have 3 and 3 numbers, latents of this autoencoder 2 channels"
@@ -349,7 +349,7 @@ def test_float16_is_read_as_float32(split, tmp_path):
     )
     wanted = [23, 0, 9, 10, 19, 20]
     mean, std = found.view(2, -1, 1, 1)
-    batch = LatentDataset(half, "train").__getitems__(wanted)
+    batch = LatentDataset(half, "train").get_batch(wanted)
     assert same(batch["latents"], (stored[wanted].float() - mean) / std)
     assert batch["latents_flip"].dtype == torch.float32
 
@@ -416,7 +416,7 @@ def test_batches_travel_as_they_are_stored_and_are_normalised_on_the_device(spli
     for subset, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
         (batch,) = loader
         batch = data.transfer_batch_to_device(batch, torch.device("cpu"), 0)
-        expected = LatentDataset(folder, subset).__getitems__(batch["index"].tolist())
+        expected = LatentDataset(folder, subset).get_batch(batch["index"].tolist())
         assert batch.keys() == expected.keys() and all(same(batch[name], expected[name]) for name in batch)
         mean, std = batch["latents"].mean((0, 2, 3)), batch["latents"].std((0, 2, 3))
         if subset == "train":  # by whose statistics those to validate are normalised, too
@@ -431,7 +431,7 @@ def test_shards_are_one_data_set(split, tmp_path, monkeypatch, read_at_once):
     parts, whole = LatentDataset(folder, "train"), LatentDataset(one, "train")
     assert torch.equal(parts.labels, whole.labels) and len(parts) == 24
     wanted = [23, 0, 6, 7, 13, 14, 20, 21, 0]
-    batch, expected = parts.__getitems__(wanted), whole.__getitems__(wanted)
+    batch, expected = parts.get_batch(wanted), whole.get_batch(wanted)
     assert batch.keys() == expected.keys() and batch["index"].tolist() == wanted
     torch.testing.assert_close(batch["latents"], expected["latents"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.tensor(folder.mean), torch.tensor(one.mean))
@@ -449,7 +449,7 @@ def test_latents_are_mapped_not_read(latents_dir, tmp_path):
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 2**20
 
     before = resident()
-    LatentDataset(LatentFolder.read(tmp_path / "big"), "train").__getitems__([0, 30_000, rows - 1])
+    LatentDataset(LatentFolder.read(tmp_path / "big"), "train").get_batch([0, 30_000, rows - 1])
     assert resident() - before < 16
 
 

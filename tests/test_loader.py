@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vavae_tools.data import images as decoded
-from vavae_tools.data.demo.shapes import ShapeImages
-from vavae_tools.data.images import ImageSetDataModule
+from vavae_tools.data.demo.shapes import ShapeImages, captioned_shape_data, shape_data
+from vavae_tools.data.images import ImageFolder, ImageSetDataModule
 from vavae_tools.data.loader import (
     EpochOrder,
     OrderedDataModule,
@@ -18,6 +18,7 @@ from vavae_tools.data.loader import (
     local_world_size,
     usable_cores,
 )
+from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.runtime.errors import UserError
 
 
@@ -146,7 +147,7 @@ class Squares(Dataset):
     def __len__(self):
         return 20
 
-    def __getitems__(self, indices):
+    def get_batch(self, indices):
         index = torch.tensor(indices)
         return {"square": index**2, "index": index}
 
@@ -203,3 +204,25 @@ def test_with_gathered_batches_an_epoch_has_whole_steps():
     assert (order.batches, len(order)) == (8, 16) and list(order) == all_batches[:16]
     order.gathered = 10
     assert order.batches == 9
+
+
+@pytest.mark.parametrize("kind", ["images", "captions", "shapes", "tokens"])
+def test_torchs_own_loader_reads_samples(split_dir, kind):
+    """As people write it: `DataLoader(dataset, batch_size=4, shuffle=True)`."""
+    data = {
+        "images": lambda: ImageFolder(split_dir / "train", 8),
+        "captions": lambda: captioned_shape_data(8, 16).train_data,
+        "shapes": lambda: shape_data(8, 2, 16).train_data,
+        "tokens": lambda: TokenImageDataset("zen", 32),
+    }[kind]()
+    for workers in (0, 1):
+        batch = next(iter(DataLoader(data, batch_size=4, shuffle=True, num_workers=workers)))
+        whole = data.get_batch(batch["index"].tolist())
+        assert batch.keys() == whole.keys()
+        for name, values in whole.items():
+            same = torch.equal(batch[name], values) if isinstance(values, torch.Tensor) else batch[name] == values
+            assert same, name
+    sample = data[0]
+    assert sample["index"].ndim == 0 and all(
+        len(value) for name, value in sample.items() if name in ("images", "clean")
+    )

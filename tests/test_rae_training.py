@@ -141,9 +141,9 @@ def test_mirrored_images_go_with_their_own_tokens(kept):
     rae = module._models["codec"]
     if kept:
         for name, mirrored in (("tokens", False), ("mirrored_tokens", True)):
-            features = RAEFeatures(rae, "", mirrored)(to_unit(data.__getitems__(range(24))["images"]), (3, 3))
+            features = RAEFeatures(rae, "", mirrored)(to_unit(data.get_batch(range(24))["images"]), (3, 3))
             data.extra_fields[name] = features.half()
-    batch = data.__getitems__(range(24))
+    batch = data.get_batch(range(24))
     seen, tokens = module.prepare_batch(batch, Draws(0, 0, batch["index"]))
     mirrored = [not same(a, to_unit(b)) for a, b in zip(seen, batch["images"], strict=True)]
     assert 4 < sum(mirrored) < 20
@@ -174,7 +174,7 @@ def test_a_run_goes_on_exactly(tmp_path):
 def test_the_average_is_what_validates(tmp_path):
     module, data = new_module(lr=1e-2, ema_decay=0.6), images()
     trainer, _, _ = fit(tmp_path, module, data=data, max_epochs=1)
-    pixels = data.val_data.__getitems__(range(6))["images"]
+    pixels = data.val_data.get_batch(range(6))["images"]
     found = [
         reconstruction_psnr(module.set_decoder(decoder), pixels).mean().item()
         for decoder in (module.ema.network, module.network)
@@ -222,7 +222,7 @@ def test_fine_tuning_brings_the_images_nearer(tmp_path, encoder):
     said, shown = [], []
     folder = tune(tmp_path / "run", encoder, said, show=shown.append)
     assert folder == tmp_path / "run" / "rae"
-    val = shape_data(64, 2, 32, val_share=0.25).val_data.__getitems__(range(16))["images"]
+    val = shape_data(64, 2, 32, val_share=0.25).val_data.get_batch(range(16))["images"]
     rae = read_rae_folder(folder)
     after = reconstruction_psnr(rae, val).mean().item()
     line = next(text for text in said if text.startswith("PSNR"))

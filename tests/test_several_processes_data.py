@@ -42,7 +42,7 @@ class RandomLatents(Dataset):
     def __len__(self) -> int:
         return len(self.latents)
 
-    def __getitems__(self, indices):
+    def get_batch(self, indices):
         index = torch.tensor(indices)
         return {"latents": self.latents[index], "labels": index % 3, "index": index}
 
@@ -256,7 +256,7 @@ def test_any_number_of_processes_encode_any_number_of_images(tmp_path, size, cou
         mine, theirs = (LatentDataset(folder, subset) for folder in (found[0], one))
         assert len(mine) == len(theirs) and torch.equal(mine.labels, theirs.labels)
         if len(mine):
-            a, b = (data.__getitems__(list(range(len(mine))))["latents"] for data in (mine, theirs))
+            a, b = (data.get_batch(list(range(len(mine))))["latents"] for data in (mine, theirs))
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert found[0].mean == pytest.approx(one.mean, rel=1e-9) and found[0].std == pytest.approx(one.std, rel=1e-9)
     again = at_once(3, lambda ranks: encode("all", ranks))

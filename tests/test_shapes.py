@@ -46,13 +46,13 @@ def test_every_shape_has_its_area_around_its_place(shape):
 def test_images_follow_from_seed_side_and_index_alone():
     data = ShapeImages(60, 6, 24, seed=3)
     assert data.labels.tolist() == [index % 6 for index in range(60)]
-    batch = data.__getitems__([41, 7])
+    batch = data.get_batch([41, 7])
     assert batch["images"].shape == (2, 3, 24, 24) and batch["images"].dtype == torch.uint8
     assert batch["labels"].tolist() == [5, 1] and batch["index"].tolist() == [41, 7]
     assert torch.equal(data[7]["images"], batch["images"][1])
     assert torch.equal(ShapeImages(2000, 6, 24, seed=3)[41]["images"], batch["images"][0])
     assert torch.equal(data.in_memory()[[41, 7]], batch["images"])
-    assert torch.equal(data.__getitems__([41, 7])["images"], batch["images"])  # now from memory
+    assert torch.equal(data.get_batch([41, 7])["images"], batch["images"])  # now from memory
     for other in (ShapeImages(60, 6, 24, seed=4), ShapeImages(60, 6, 24, seed=3, subset=1)):
         assert not torch.equal(other[41]["images"], batch["images"][0])
 

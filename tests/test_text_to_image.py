@@ -166,9 +166,9 @@ def test_a_batch_that_is_encoded_is_the_one_that_was_kept(trained):
     module = DiffusionModule(denoiser, TextConditioner(encoder.dim, encoder.pooled_dim, 16), make_objective("epsilon"))
     module.encode_with(vae, encoder)
     pairs = [(5, 2), (0, 7), (17, 0), (35, 3)]
-    images = captioned_shape_data(36, 16, 4, seed=0, val_share=0.2).train_data.__getitems__(pairs)
+    images = captioned_shape_data(36, 16, 4, seed=0, val_share=0.2).train_data.get_batch(pairs)
     texts = TextFolder.read(trained / "latents" / "texts")
-    kept = TextLatentDataModule(trained / "latents", texts, 4).train_data.__getitems__(pairs)
+    kept = TextLatentDataModule(trained / "latents", texts, 4).train_data.get_batch(pairs)
     made = module.on_after_batch_transfer(images, 0)
     assert module.on_after_batch_transfer(kept, 0) is kept
     assert made["index"].tolist() == kept["index"].tolist() == [5, 0, 17, 35]

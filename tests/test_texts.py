@@ -216,7 +216,7 @@ def test_validation_has_first_captions(folder, tmp_path):
     for _ in range(2):
         (batch,) = data.val_dataloader()
         assert_states(batch, ["a red circle", "a green cross"], torch.float16)
-    assert_states(data.val_data.__getitems__([0, 1]), ["a red circle", "a green cross"])
+    assert_states(data.val_data.get_batch([0, 1]), ["a red circle", "a green cross"])
     one = data.train_data[(1, 2)]
     assert_states({name: value[None] for name, value in one.items()}, ["a circle"])
 

@@ -382,7 +382,7 @@ def new_tokens() -> tuple[DiffusionModule, dict]:
     code = {"num_tokens": 260, "cell_size": 4, "channels": 3}
     denoiser = DiT(32, 4, 4, 16, 1, 2, positions="sequence")
     module = DiffusionModule(denoiser, ClassConditioner(1, 16, 0.0), SamplePrediction(), token_images={"code": code})
-    return module, module.on_before_batch_transfer(TokenImageDataset("zen", 32).__getitems__([0, 1]), 0)
+    return module, module.on_before_batch_transfer(TokenImageDataset("zen", 32).get_batch([0, 1]), 0)
 
 
 def new_ddt() -> tuple[DiffusionModule, dict]:

@@ -35,7 +35,7 @@ class Toy:
     def __len__(self):
         return len(self.rows)
 
-    def __getitems__(self, indices):
+    def get_batch(self, indices):
         rows = self.rows[indices]
         there = torch.ones(rows.shape, dtype=torch.bool)
         known = there & (torch.arange(rows.shape[1]) < self.prompt)
@@ -119,7 +119,7 @@ def test_a_prompt_is_given_and_does_not_count():
     (found,) = reconstruction_curve(pipe, data, times=(0.3,), steps=3)
     assert (found.cells, found.images) == (39 / 40, 3 / 4)
     bits = bits_per_token(pipe, data)
-    batch = data.__getitems__([0, 1, 2, 3])
+    batch = data.get_batch([0, 1, 2, 3])
     known = batch["condition_mask"]
     assert len(pipe.denoiser.seen) > 16  # of both
     for x in pipe.denoiser.seen:
@@ -208,7 +208,7 @@ def test_the_bound_of_skewed_tokens_is_near_their_entropy_and_a_wrong_denoiser_i
 
 def test_who_knows_the_tokens_pays_for_none_and_values_beyond_the_range_cost_nothing():
     data = Toy(drawn_rows([1 / 8] * 8, 8))
-    clean = data.__getitems__(list(range(8)))["clean"]
+    clean = data.get_batch(list(range(8)))["clean"]
     found = bits_per_token(pipeline(data, lambda x, t: 1.5 * clean), data)
     assert found.diffusion == 0 and found.bits == found.reconstruction < 0.05
     assert bits_per_token(pipeline(Toy(data.rows[:1]), lambda x, t: clean[:1]), Toy(data.rows[:1])).error is None
@@ -276,7 +276,7 @@ def test_without_texts_that_validate_their_rows_are_left_out_and_it_is_said(tmp_
 def test_answers_are_judged_with_their_questions(tmp_path):
     train, val = dataset(tmp_path, questions(30), chats=True).subsets(0.2)
     chosen = Draws(0, 0, torch.arange(len(val))).uniform("text").argsort()[:4].tolist()
-    clean = val.__getitems__(chosen)["clean"]
+    clean = val.get_batch(chosen)["clean"]
 
     def remembered(x, t):
         return clean if len(x) == len(clean) else torch.zeros_like(x)  # other images are those that are measured

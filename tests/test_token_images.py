@@ -89,7 +89,7 @@ def test_no_token_is_lost_or_repeated(of, max_tokens, merged, tmp_path):
     assert [row[-1] for row in wanted] == [tokens.end] * len(texts)
     cut = [row[start : start + held] for row in wanted for start in range(0, len(row), held)]
     assert pieces(data) == cut
-    batch = data.__getitems__(list(range(len(data))))
+    batch = data.get_batch(list(range(len(data))))
     noise = 0.3 * torch.randn(batch["clean"].shape, generator=torch.Generator().manual_seed(0))
     for x in (batch["clean"], batch["clean"] + noise):
         assert data.decode(x, batch["mask"]) == cut
@@ -107,7 +107,7 @@ def test_what_an_image_is(tmp_path):
     assert torch.equal(item["clean"][:, :4, 4:].flatten(), cells[1]) and not item["clean"][:, 4:, 4:].any()
     assert item["mask"].tolist() == [[1] * 8] * 4 + [[1] * 4 + [0] * 4] * 4
     assert torch.equal(last["clean"][:, :4, :4].flatten(), cells[3]) and last["mask"].sum() == 16
-    batch = data.__getitems__([1, 0])
+    batch = data.get_batch([1, 0])
     assert batch["index"].tolist() == [1, 0] and all(torch.equal(batch[name][1], item[name]) for name in item)
     with pytest.raises(IndexError):
         data[len(data)]
@@ -150,7 +150,7 @@ def test_prompt_and_answer_are_told_apart(of, max_tokens, merged, tmp_path):
     held = max_tokens or 256
     parts = [(k, start) for k, row in enumerate(rows) for start in range(0, len(row), held)]
     assert pieces(data) == [rows[k][start : start + held] for k, start in parts]
-    batch = data.__getitems__(list(range(len(data))))
+    batch = data.get_batch(list(range(len(data))))
     assert set(batch) == {"clean", "mask", "condition", "condition_mask", "index"}
     mask, prompt = batch["mask"], batch["condition_mask"]
     for row, (k, start) in enumerate(parts):

@@ -110,7 +110,7 @@ def batch(of: DiffusionModule, *places: int) -> dict:
     """Texts by their place among all, the shortest first."""
     data = TokenImageDataset("zen", 32)
     by_length = sorted(range(len(data)), key=lambda index: len(data.tokens_of(index)))
-    return of.on_before_batch_transfer(data.__getitems__([by_length[place] for place in places]), 0)
+    return of.on_before_batch_transfer(data.get_batch([by_length[place] for place in places]), 0)
 
 
 def test_beginnings_are_some_first_cells_and_never_all():

@@ -260,7 +260,7 @@ def reconstruct(model: VAVAE, data: ImageFolder, batch_size: int = 32) -> tuple[
     model = model.eval()
     originals, reconstructions = [], []
     for rows in torch.arange(len(data)).split(batch_size):
-        batch = data.__getitems__(rows)
+        batch = data.get_batch(rows)
         originals.append(batch["images"])
         images, labels = (batch[key].to(model.device) for key in ("images", "labels"))
         reconstructions.append(reconstruct_images(model, images, labels).cpu())

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from vavae_tools.data.loader import identity_collate, ignore_interrupts
+from vavae_tools.data.loader import identity_collate, ignore_interrupts, in_batches
 from vavae_tools.runtime.errors import UserError, join_first
 from vavae_tools.runtime.files import atomic_write, write_json
 from vavae_tools.runtime.machine import Computing
@@ -221,7 +221,7 @@ def encode(
 
     Args:
         shards: subset → its shards.
-        samples: subset → a data set whose `__getitems__` gives a batch, or a sequence.
+        samples: subset → a data set whose `get_batch` gives a batch, or a sequence.
         dtype: of the floats that are stored.
         finish: makes a shard's tensors of the concatenated ones of its batches.
 
@@ -275,7 +275,7 @@ def _batches(data: Any, parts: Sequence[range], batch_size: int, num_workers: in
     if num_workers and hasattr(data, "fits_memory") and data.fits_memory():
         data.in_memory()  # now, once, and not in each worker
     loader = DataLoader(
-        data,
+        in_batches(data),
         batch_sampler=rows,
         num_workers=num_workers if len(rows) > num_workers else 0,
         collate_fn=identity_collate,

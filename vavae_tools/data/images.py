@@ -242,7 +242,7 @@ class DecodedImages(Dataset):
             return self.in_memory()[torch.as_tensor(places, dtype=torch.int64)]
         return self._decode(places)
 
-    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> dict[str, Any]:
+    def get_batch(self, indices: Sequence[int | tuple[int, int]]) -> dict[str, Any]:
         indices, numbers = index_and_number(indices)
         index = torch.tensor(indices, dtype=torch.int64)
         batch = {"images": self.images(indices), "labels": self.labels[index], "index": index}
@@ -252,13 +252,13 @@ class DecodedImages(Dataset):
         return batch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+        return {name: value[0] for name, value in self.get_batch([index]).items()}
 
     def preview_batch(self, count: int) -> dict[str, Any]:
         """Return a batch of the first `count` images when taken from one class after the other."""
         rows = [(self.labels == label).nonzero().flatten().tolist() for label in dict.fromkeys(self.labels.tolist())]
         in_turn = [row for turn in zip_longest(*rows) for row in turn if row is not None]
-        return self.__getitems__(in_turn[:count])
+        return self.get_batch(in_turn[:count])
 
 
 def _decoding_threads() -> ThreadPoolExecutor:

@@ -172,7 +172,7 @@ class _Encoder:
     ) -> tuple[list[int], dict[str, list[str]]]:
         """Make all shards; return the shape of a latent, and the names of each subset's shards; `options`: `encode`."""
         with torch.inference_mode():  # one image, for the shape
-            one = self.subsets["train"].part([0]).__getitems__([0])
+            one = self.subsets["train"].part([0]).get_batch([0])
             shape = list(self.computing(lambda: self.fields("train", one))["latents"].shape[1:])
         if statistics and any(len(values) != shape[0] for values in statistics):
             count = " and ".join(str(len(values)) for values in statistics)
@@ -252,12 +252,12 @@ class LatentDataset(Dataset):
         rows = {name: rows[index] for name, rows in self._rows.items()}
         return {**rows, "labels": self.labels[index], "index": index}
 
-    def __getitems__(self, indices: Sequence[Any]) -> Tensors:
+    def get_batch(self, indices: Sequence[Any]) -> Tensors:
         batch = self.stored(indices)
         return batch if self.as_stored else normalised(batch, *self.statistics)
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
-        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+        return {name: value[0] for name, value in self.get_batch([index]).items()}
 
 
 def normalised(batch: Tensors, mean: Tensor, std: Tensor) -> Tensors:

@@ -117,7 +117,7 @@ class OrderedDataModule(L.LightningDataModule):
     """A DataModule whose training data resume at the very batch where a checkpoint was written.
 
     Lightning restores the epoch and the batch of a run, but not its place in the data. A subclass sets `train_data` and
-    `val_data`: data sets whose `__getitems__` takes a list of indices and returns one batch, a dict of tensors with the
+    `val_data`: data sets whose `get_batch` takes a list of indices and returns one batch, a dict of tensors with the
     samples' places under "index". `batch_size` and `num_workers` are those of each device.
     """
 
@@ -188,7 +188,7 @@ class OrderedDataModule(L.LightningDataModule):
     def _loader(self, data: Dataset, order: Sampler | list[list[int]], batch_size: int) -> DataLoader:
         given = {"batch_sampler": order} if isinstance(order, list) else {"sampler": order, "batch_size": batch_size}
         return DataLoader(
-            data,
+            in_batches(data),
             **given,
             num_workers=self.num_workers,
             collate_fn=identity_collate,
@@ -229,6 +229,22 @@ def _place_in_data(checkpoint: dict[str, Any]) -> dict[str, int] | None:
     """Return what the data's module saved; None: the checkpoint is from elsewhere."""
     states = (state for state in checkpoint.values() if isinstance(state, dict) and "samples per step" in state)
     return next(states, None)
+
+
+class _InBatches(Dataset):
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, indices: Sequence[Any]) -> Any:
+        return self.data.get_batch(indices)
+
+
+def in_batches(data: Any) -> Any:
+    """Return what a DataLoader with `identity_collate` reads whole batches of; on its own, a data set gives samples."""
+    return _InBatches(data) if hasattr(data, "get_batch") else data
 
 
 def ignore_interrupts(worker: int) -> None:

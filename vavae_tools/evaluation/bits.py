@@ -35,7 +35,7 @@ def chosen_images(data: TokenImageDataset, count: int, seed: int) -> Iterator[Ch
     """Yield a random choice of images in batches, without those that have no token to tell."""
     order, found = Draws(seed, 0, torch.arange(len(data))).uniform("picture").argsort(), False
     for part in order[:count].sort().values.split(64):
-        batch = data.__getitems__(part.tolist())
+        batch = data.get_batch(part.tolist())
         known = batch.get("condition_mask", torch.zeros_like(batch["mask"]))
         counted = data.code.mask_to_cells(batch["mask"] * (1 - known))
         tokens = data.code.nearest(data.code.cells_of(batch["clean"]))

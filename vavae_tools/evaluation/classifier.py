@@ -51,7 +51,7 @@ class PersonClassifier(nn.Module):
         self.eval()
         features, labels = [], []
         for rows in torch.arange(len(images)).split(batch_size):
-            batch = images[rows] if isinstance(images, Tensor) else images.__getitems__(rows.tolist())["images"]
+            batch = images[rows] if isinstance(images, Tensor) else images.get_batch(rows.tolist())["images"]
             features.append(self.features(to_unit(batch.to(self.head.weight.device))))
             labels.append(self.head(features[-1]).argmax(dim=1))
         return torch.cat(features).cpu(), torch.cat(labels).cpu()
@@ -87,7 +87,7 @@ def train_classifier(
         if len(order) < min(BATCH_SIZE, len(train)):
             order = torch.randperm(len(train), generator=generator)
         index, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
-        batch = train.__getitems__(index)
+        batch = train.get_batch(index)
         x = augment(batch["images"].to(device), Draws(seed, step, index.to(device)))
         loss = F.cross_entropy(model(x), batch["labels"].to(device), label_smoothing=0.1)
         optimizer.zero_grad()

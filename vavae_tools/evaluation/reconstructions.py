@@ -62,7 +62,7 @@ def compare_conditions(model: VAVAE, data: DecodedImages, batch_size: int = 32) 
 
     found = {name: [] for name in choices}
     for rows in torch.arange(len(data)).split(batch_size):
-        batch = data.__getitems__(rows.tolist())
+        batch = data.get_batch(rows.tolist())
         originals = to_unit(batch["images"])
         for name, parts in found.items():
             made = to_unit(remade(batch, name))
@@ -160,7 +160,7 @@ def as_many_others(data: ImageSetDataModule) -> Tensor:
     """Training images, uint8 (M, C, H, W), of each person as many as the validation subset has, where there are."""
     wanted, labels = data.val_data.labels, data.train_data.labels
     places = [torch.where(labels == label)[0][: int((wanted == label).sum())] for label in wanted.unique()]
-    return data.train_data.__getitems__(torch.cat(places))["images"]
+    return data.train_data.get_batch(torch.cat(places))["images"]
 
 
 def _in_range(images: Tensor) -> Tensor:

@@ -304,7 +304,7 @@ def _check_copies(sets: _Sets) -> tuple[CopyCheck, list[NearestImage], Tensor]:
         of_real = (usual < limit).float().mean().item(), times.item()
     pairs = []
     for row, (place, length) in enumerate(zip(places.tolist(), lengths.tolist(), strict=True)):
-        a, b = (to_unit(data.__getitems__([i])["images"]) for data, i in ((made.data, row), (known.data, place)))
+        a, b = (to_unit(data.get_batch([i])["images"]) for data, i in ((made.data, row), (known.data, place)))
         apart = (a - b).square().mean().sqrt().item()
         pairs.append(NearestImage(made.data.names[row], known.data.names[place], length, apart))
     order = lengths.argsort()
@@ -320,7 +320,7 @@ def _figures(people: dict[str, PersonScore], sets: _Sets, closest: Tensor) -> di
     titles = ["real", *[""] * (_IMAGES_PER_ROW - 1), "generated"]
     figures = {"real_and_generated": show_rows(rows, titles, gap_after=_IMAGES_PER_ROW)}
     a, b = closest[:, : 2 * _IMAGES_PER_ROW]
-    first, second, apart = made.data.__getitems__(a), known.data.__getitems__(b), made.features[a] - known.features[b]
+    first, second, apart = made.data.get_batch(a), known.data.get_batch(b), made.features[a] - known.features[b]
     name_of = {label: name for name, label in labels.items()}
     three = zip(first["labels"].tolist(), second["labels"].tolist(), apart.norm(dim=1).tolist(), strict=True)
     titles = [f"{name_of[one]} / {name_of[other]}\ndistance {length:.2f}" for one, other, length in three]
@@ -340,4 +340,4 @@ def _some(subset: _Subset, label: int) -> Tensor:
     if len(places) > _IMAGES_PER_ROW:
         places = places[torch.linspace(0, len(places) - 1, _IMAGES_PER_ROW).long()]
     white = torch.full((_IMAGES_PER_ROW - len(places), data.channels, *data.image_size), 255, dtype=torch.uint8)
-    return torch.cat([data.__getitems__(places)["images"], white]) if len(places) else white
+    return torch.cat([data.get_batch(places)["images"], white]) if len(places) else white

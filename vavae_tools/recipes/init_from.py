@@ -377,7 +377,7 @@ def nearest_classes(
         places = (data.labels == label).nonzero().flatten()
         evenly = torch.linspace(0, len(places) - 1, min(pairs, len(places))).round().long()
         places, rounds = places[evenly], -(-pairs // len(evenly))  # few latents come several times
-        latents = data.__getitems__(places.tolist())["latents"].repeat(rounds, 1, 1, 1)[:pairs]  # (pairs, C, h, w)
+        latents = data.get_batch(places.tolist())["latents"].repeat(rounds, 1, 1, 1)[:pairs]  # (pairs, C, h, w)
         draws = [Draws(seed, number, places) for number in range(rounds)]
         noise = torch.cat([each.normal("nearest class", *denoiser.latent_shape) for each in draws])[:pairs]
         return list(zip(*(part.to(device).split(BATCH) for part in (latents, noise, times)), strict=True))

@@ -174,7 +174,7 @@ def _training_data(
 def _fit_batch(module: DiffusionModule, data: Any, devices: dict[str, Any], longest: int, log: Log) -> int:
     """Give `data` the largest batch that fits, of captions as long as any; return how many make the same step."""
     effective = data.batch_size * devices.get("accumulate_grad_batches", 1)
-    one = data.train_data.__getitems__([0])
+    one = data.train_data.get_batch([0])
     if "captions" not in one:
         tokens = one["text_tokens"]  # (1, L, D) → (1, longest, D)
         one["text_tokens"] = F.pad(tokens, (0, 0, 0, longest - tokens.shape[1]))

@@ -85,9 +85,9 @@ class TokenImageDataset(Dataset):
         return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+        return {name: values[0] for name, values in self.get_batch([index]).items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def get_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         places = np.asarray(indices, np.int64)
         starts, ends = self._starts[places, None], self._ends[places, None]
         at = starts + np.arange((ends - starts).max())  # (B, L)

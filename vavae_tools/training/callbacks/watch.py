@@ -34,7 +34,7 @@ class ReconstructionWatch(L.Callback):
             return
         options = {"seed": self.seed, "device": module.device, "progress": is_interactive()}
         classifier = cached_classifier(self.data.train_data, self.data.num_classes, self.folder, **options)
-        originals = self.data.val_data.__getitems__(range(len(self.data.val_data)))
+        originals = self.data.val_data.get_batch(range(len(self.data.val_data)))
         of_originals = {"labels": originals["labels"], "others": as_many_others(self.data)}
         self.judge = partial(judge_reconstructions, classifier, originals["images"], **of_originals)
 
