@@ -168,10 +168,10 @@ def image_entries(folder: str | Path, extensions: Collection[str]) -> list[os.Di
 def files_below(folder: Path, extensions: Collection[str], seen: set[str] | None = None) -> Iterator[Path]:
     """Yield the files with these extensions at any depth, those of each folder in natural order.
 
-    A folder is looked into once, however many links lead to it; `seen` are those that were.
+    A folder is looked into once, however many links lead to it; `seen` are those that were. What is no folder has none.
     """
     seen, here = set() if seen is None else seen, os.path.realpath(folder)
-    if here not in seen:
+    if here not in seen and folder.is_dir():
         seen.add(here)
         yield from (folder / entry.name for entry in image_entries(folder, extensions))
         for name in person_folders(folder):
