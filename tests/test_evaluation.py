@@ -11,6 +11,7 @@ from tiny import perturb_projections, tiny_vavae
 
 from vavae_tools import evaluate
 from vavae_tools.autoencoders.vavae import reconstruct, reconstruct_images
+from vavae_tools.data.demo.gait import write_gait_dataset
 from vavae_tools.data.images import ImageFolder, to_unit
 from vavae_tools.data.split import split_folders
 from vavae_tools.evaluation import classifier as classifier_module
@@ -88,6 +89,12 @@ def test_training_follows_its_seed_and_leaves_the_global_random_numbers_alone(sp
     made = [train_classifier(train, 3, steps=3, seed=seed, progress=False).state_dict() for seed in (1, 1, 2)]
     first, again, other = (weights["head.weight"] for weights in made)
     assert torch.get_rng_state().equal(before) and first.equal(again) and not first.equal(other)
+
+
+def test_into_a_file_go_no_bars(split, tmp_path, capsys):
+    train_classifier(ImageFolder(split / "train", SIZE), 3, steps=3)
+    write_gait_dataset(tmp_path, 1, 2, SIZE, workers=1)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_classifier_is_trained_once_for_the_same_images(split, tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def train_classifier(
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=max(steps, 2))
     generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
-    for step in tqdm(range(steps), "training the classifier", unit="step", disable=not progress):
+    for step in tqdm(range(steps), "training the classifier", unit="step", disable=None if progress else True):
         if len(order) < min(BATCH_SIZE, len(train)):
             order = torch.randperm(len(train), generator=generator)
         index, order = order[:BATCH_SIZE], order[BATCH_SIZE:]

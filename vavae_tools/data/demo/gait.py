@@ -123,7 +123,7 @@ def _in_processes(write: Callable, tasks: Sequence[tuple[int, int]], workers: in
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(workers or cores or 1, len(tasks))
-    bar = partial(tqdm, total=len(tasks), unit="image", disable=not progress)
+    bar = partial(tqdm, total=len(tasks), unit="image", disable=None if progress else True)
     if workers < 2 or multiprocessing.current_process().daemon:  # a daemon may have no children
         for task in bar(tasks):
             write(task)
