@@ -77,7 +77,9 @@ def _check_kind_of_data(plan: Experiment) -> None:
     path, texts = Path(data.data_dir), isinstance(data, TextData)
     takes, others, instead = ("texts", "images", DEFAULT) if texts else ("images", "texts", "token_images")
     of = f"experiment={plan.name} takes {takes}; experiment={instead} takes {others}"
-    if not path.exists() and not texts:
+    if not path.exists():
+        if texts:
+            return  # a built-in text's name
         raise UserError(f"{no_such_folder(path)} {of}")
 
     def first(kind: str) -> Path | None:
