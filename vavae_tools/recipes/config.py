@@ -21,9 +21,9 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import yaml
 
 from vavae_tools.recipes.base import RECIPES, AnyRecipe, Recipe
-from vavae_tools.runtime.errors import UserError, is_path, join_first, one_line, with_home
+from vavae_tools.runtime.errors import UserError, is_path, join_first, one_line
 from vavae_tools.runtime.ranks import current_ranks, is_rank_zero
-from vavae_tools.training.config import Setting, Typed, TypedLoader, checked, read_typed, settings_of
+from vavae_tools.training.config import Setting, TypedLoader, as_taken, checked, read_typed, read_word, settings_of
 
 CONFIGS = Path(str(files("vavae_tools") / "configs"))
 DEFAULT = "vavae_dit"
@@ -129,7 +129,7 @@ def compose(line: CommandLine, **defaults: Any) -> Experiment:
     keys.end_layer()
     for key, text in line.overrides.items():
         if key not in ("experiment", *groups):
-            keys.set(key, _read(text))
+            keys.set(key, read_word(text))
     for flag, texts in line.flags.items():
         if flag != "config":
             keys.set_flag(flag, texts)
@@ -201,7 +201,7 @@ class RecipeSettings:
 
     def _checked(self, called: str, value: Any, setting: Setting) -> Any:
         try:
-            return checked(called, _plain(value, setting), setting)
+            return checked(called, as_taken(value, setting), setting)
         except yaml.YAMLError as error:
             raise UserError(f"{called}={value} is no list: {one_line(error, 200)}") from None
 
@@ -222,7 +222,7 @@ class RecipeSettings:
             raise UserError(f"{texts[1]!r} is neither --flag VALUE nor key=value, such as train.devices=2 (see --help)")
         if not texts and bool not in kinds:
             raise UserError(f"--{flag} needs a value")
-        values = [_read(text) for text in texts] or [True]
+        values = [read_word(text) for text in texts] or [True]
         self.set(key, values[0] if len(values) == 1 else values, f"--{flag}")
 
     def kinds(self, key: str) -> tuple[Any, ...]:
@@ -295,27 +295,6 @@ def _did_you_mean(word: str, known: Mapping[str, str]) -> str:
 @functools.cache
 def _aliases() -> dict[str, Any]:
     return yaml.safe_load((CONFIGS / "aliases.yaml").read_text(encoding="utf-8"))
-
-
-def _plain(value: Any, setting: Setting) -> Any:
-    """Return what was typed as its setting takes it, ~ as the home folder, and 128x256 as [128, 256]."""
-    value = read_typed(value, setting.kinds)
-    if isinstance(value, (list, tuple)):
-        return [_plain(each, setting) for each in value]
-    if isinstance(value, (str, Path)):
-        value = with_home(str(value))
-        takes = any(get_origin(kind) is list and get_args(kind) == (int,) for kind in setting.kinds)
-        if takes and re.fullmatch(r"\d+[xX]\d+", value):
-            return [int(side) for side in value.lower().split("x")]
-    return value
-
-
-def _read(text: str) -> Any:
-    """Return a word of the command line, which its setting will read; quotes around all of it keep what is inside."""
-    if text in ("null", "Null", "NULL", "~", ""):
-        return None
-    quoted = re.fullmatch(r"""(['"])(.*)\1""", text, re.DOTALL)
-    return quoted[2] if quoted and not is_path(text) else Typed(text)
 
 
 def _read_config(path: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_orig
 
 import yaml
 
-from vavae_tools.runtime.errors import UserError, is_path
+from vavae_tools.runtime.errors import UserError, is_path, with_home
 
 MAX_TIME = re.compile(r"(\d+)(?::([0-5]\d))?(?::([0-5]\d))?"), "hours:minutes, such as 11:30"
 KAGGLE_MINUTES = 12 * 60 - 15  # of a session with a GPU; the last ones are for the cells after training
@@ -172,6 +172,27 @@ def read_typed(value: Any, kinds: tuple[Any, ...]) -> Any:
     if bool in kinds:
         words |= {"yes": True, "on": True, "no": False, "off": False}
     return words.get(text.lower(), text)
+
+
+def as_taken(value: Any, setting: Setting) -> Any:
+    """Return what was typed as its setting takes it, ~ as the home folder, and 128x256 as [128, 256]."""
+    value = read_typed(value, setting.kinds)
+    if isinstance(value, (list, tuple)):
+        return [as_taken(each, setting) for each in value]
+    if isinstance(value, (str, Path)):
+        value = with_home(str(value))
+        takes = any(get_origin(kind) is list and get_args(kind) == (int,) for kind in setting.kinds)
+        if takes and re.fullmatch(r"\d+[xX]\d+", value):
+            return [int(side) for side in value.lower().split("x")]
+    return value
+
+
+def read_word(text: str) -> Any:
+    """Return a word of the command line, which its setting will read; quotes around all of it keep what is inside."""
+    if text in ("null", "Null", "NULL", "~", ""):
+        return None
+    quoted = re.fullmatch(r"""(['"])(.*)\1""", text, re.DOTALL)
+    return quoted[2] if quoted and not is_path(text) else Typed(text)
 
 
 def checked(key: str, value: Any, setting: Setting) -> Any:
