@@ -26,7 +26,7 @@ from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
 from vavae_tools.pipelines.formats import RECORD, JsonlFile, NpzFile, PngFolder, PromptPngFolder, SampleFiles, begin
 from vavae_tools.pipelines.text import TextToImagePipeline
 from vavae_tools.pipelines.tokens import Prompt, TokenImagePipeline, as_prompts, check_sampling
-from vavae_tools.runtime.console import is_interactive
+from vavae_tools.runtime.console import BarLines, is_interactive
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import write_json
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
@@ -198,7 +198,7 @@ def _write(
     pipe.set_progress_bar_config(disable=True)
     there = files.count - plan["missing"]
     bar = tqdm(desc="sampling", total=files.count, initial=there, unit=files.unit, mininterval=often, maxinterval=often,
-               dynamic_ncols=True, disable=ranks.rank > 0)  # fmt: skip
+               dynamic_ncols=True, disable=ranks.rank > 0, file=None if is_interactive() else BarLines())  # fmt: skip
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, many, bar:
         waiting: deque[list[Future]] = deque()
 

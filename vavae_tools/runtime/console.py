@@ -82,6 +82,17 @@ def is_interactive() -> bool:
     return sys.stderr.isatty() or in_notebook() or for_a_cell()
 
 
+class BarLines:
+    """A bar's file where there is no screen: each of its states is a line on stderr."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
 def clock(seconds: float) -> str:
     """Return a time such as "1:02:05"."""
     minutes, seconds = divmod(int(seconds), 60)
