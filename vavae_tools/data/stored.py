@@ -3,7 +3,6 @@
 import hashlib
 from contextlib import suppress
 
-import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 
@@ -30,6 +29,8 @@ def white_of(image: Image.Image) -> int | None:
     """Return the least of `WHITES` that holds an image of more than 8 bits, integer or float; None for 8 bits."""
     if image.mode[0] not in "IF":
         return None
+    import numpy as np  # not for --help
+
     low, high = np.asarray(image).min(), np.asarray(image).max()
     if not (low >= 0 and high <= WHITES[-1]):  # NaN too
         raise ValueError(f"numbers from {low:g} to {high:g}, expected 0 for black to {WHITES[-1]:,}: save it in 8 bits")
@@ -39,6 +40,8 @@ def white_of(image: Image.Image) -> int | None:
 def convert_channels(image: Image.Image, channels: int, white: int | None = None) -> Image.Image:
     """Return an image with 3 channels or 1, 8 bits each; alpha is dropped, and of more bits `white` becomes 255."""
     if own := white_of(image):
+        import numpy as np
+
         array = np.asarray(image).astype(np.float64) * (255 / (white or own))
         image = Image.fromarray((array + 0.5).clip(0, 255).astype(np.uint8))
     return image.convert("RGB" if channels == 3 else "L")
