@@ -11,6 +11,7 @@ import yaml
 from vavae_tools.recipes import config as experiments
 from vavae_tools.recipes import presets
 from vavae_tools.recipes.base import RECIPES, LatentRecipe, VAVAERecipe
+from vavae_tools.recipes.run_folder import keep_config, kept_config, run_folder
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine
 from vavae_tools.train import run_experiment
@@ -280,18 +281,18 @@ def run_of(name: str, folder: str, *checkpoints: str) -> Path:
 
 def test_a_run_has_the_folder_of_its_day_and_time(here):
     now = datetime(2026, 3, 4, 5, 6, 7)
-    folder, resume, _ = experiments.run_folder(meant(), now)
+    folder, resume, _ = run_folder(meant(), now)
     assert folder == Path("logs/runs/2026-03-04/05-06-07") and resume is None
-    others = {experiments.run_folder(meant(), now)[0] for _ in range(3)}  # in the same second
+    others = {run_folder(meant(), now)[0] for _ in range(3)}  # in the same second
     assert others == {folder.with_name(f"05-06-07-{number}") for number in (2, 3, 4)}
-    assert experiments.run_folder(meant("hydra.run.dir=mine"))[0] == Path("mine")
+    assert run_folder(meant("hydra.run.dir=mine"))[0] == Path("mine")
 
 
 def test_a_refused_training_leaves_a_folder_as_it_was(here):
     def refused(*words):
         plan = meant(*words)
-        folder, _, _ = experiments.run_folder(plan)
-        with pytest.raises(UserError), experiments.kept_config(plan, words, folder):
+        folder, _, _ = run_folder(plan)
+        with pytest.raises(UserError), kept_config(plan, words, folder):
             raise UserError("such as another model's checkpoint")
         return folder
 
@@ -301,7 +302,7 @@ def test_a_refused_training_leaves_a_folder_as_it_was(here):
     assert [(path.name, path.read_text()) for path in (run / ".hydra").iterdir()] == [
         ("config.yaml", "name: vavae_dit\n")
     ]
-    with pytest.raises(UserError), experiments.kept_config(meant(), [], Path("begun")):
+    with pytest.raises(UserError), kept_config(meant(), [], Path("begun")):
         Path("begun/train.log").write_text("begin")
         raise UserError("such as no memory")
     assert Path("begun/.hydra/config.yaml").is_file()
@@ -318,21 +319,19 @@ def test_what_a_run_resumes_from(here):
     newest = run_of("dit_dummy", "2026-01-02/09-00-00", "last.ckpt")
     run_of("dit_dummy", "2026-01-03/09-00-00")
     run_of("vavae_dit", "2026-01-04/09-00-00", "last.ckpt")
-    folder, resume, said = experiments.run_folder(meant("experiment=dit_dummy", "ckpt_path=last"))
+    folder, resume, said = run_folder(meant("experiment=dit_dummy", "ckpt_path=last"))
     assert (folder, resume) == (newest, "last") and str(newest) in said
     for path in (first / "checkpoints" / "last.ckpt", first, first / "checkpoint-5"):
-        found, resume, said = experiments.run_folder(meant("experiment=dit_dummy", f"ckpt_path={path}"))
+        found, resume, said = run_folder(meant("experiment=dit_dummy", f"ckpt_path={path}"))
         assert (found, resume) == (first, str(path)) and str(first) in said
-    assert experiments.run_folder(meant("experiment=dit_dummy", "ckpt_path=else.ckpt"))[0].parent.parent == Path(
-        "logs/runs"
-    )
+    assert run_folder(meant("experiment=dit_dummy", "ckpt_path=else.ckpt"))[0].parent.parent == Path("logs/runs")
     with pytest.raises(UserError, match=r"resume=last: no run of text_dummy .*09-00-00 \(vavae_dit\)"):
-        experiments.run_folder(meant("experiment=text_dummy", "--resume", "last"))
+        run_folder(meant("experiment=text_dummy", "--resume", "last"))
 
 
 def test_the_configuration_is_kept_and_read_again(here):
     plan = meant("experiment=dit_dummy", "seed=5", "+trainer.limit_val_batches=3", "--lr", "3e-4")
-    experiments.keep_config(plan, ["experiment=dit_dummy", "seed=5"], Path("run"))
+    keep_config(plan, ["experiment=dit_dummy", "seed=5"], Path("run"))
     kept = yaml.safe_load(Path("run/.hydra/config.yaml").read_text())
     assert kept["experiment"] == "dit_dummy" and kept["seed"] == 5 and kept["model"]["hidden_size"] == [96, 192]
     assert yaml.safe_load(Path("run/.hydra/overrides.yaml").read_text()) == ["experiment=dit_dummy", "seed=5"]

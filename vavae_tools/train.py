@@ -12,10 +12,9 @@ from vavae_tools.recipes.config import (
     Experiment,
     compose,
     help_text,
-    kept_config,
     read_command_line,
-    run_folder,
 )
+from vavae_tools.recipes.run_folder import kept_config, run_folder
 from vavae_tools.runtime.errors import UserError, run_command
 
 

@@ -5,29 +5,23 @@ Words are `key=value`, or `--NAME VALUE`, where NAME is a key's last word; `conf
 
 import functools
 import re
-import shutil
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
-from datetime import datetime
 from difflib import get_close_matches
 from importlib.resources import files
 from inspect import signature
-from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 
 from vavae_tools.recipes.base import RECIPES, AnyRecipe, Recipe
-from vavae_tools.runtime.errors import UserError, is_path, join_first, one_line
-from vavae_tools.runtime.ranks import current_ranks, is_rank_zero
+from vavae_tools.runtime.errors import UserError, is_path, one_line
 from vavae_tools.training.config import Setting, TypedLoader, as_taken, checked, read_typed, read_word, settings_of
 
 CONFIGS = Path(str(files("vavae_tools") / "configs"))
 DEFAULT = "vavae_dit"
-RUNS = Path("logs/runs")
 _TRAINER = "train.trainer"
 _OF_TRAINER = re.compile(r"(train(er)?|train\.trainer)\.")  # begins keys that may be arguments of lightning.Trainer
 
@@ -321,93 +315,6 @@ def experiments() -> dict[str, str]:
     for path in (CONFIGS / "experiment").glob("*.yaml"):
         found[path.stem] = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
     return dict(sorted(found.items()))
-
-
-# ---- the run's folder
-_TURNS = count(1)
-
-
-def run_folder(plan: Experiment, now: datetime | None = None) -> tuple[Path, str | None, str | None]:
-    """Return where a run writes, what it resumes from, and a line about it.
-
-    `resume=last` takes the newest run of the same experiment and writes into its folder, and so does a path into a
-    run's folder; another checkpoint starts a folder of its own.
-    """
-    ranks = current_ranks()
-    found = _run_folder(plan, now) if ranks.rank == 0 else None  # the clock says another second to each of them
-    turn = f"vavae run folder {next(_TURNS)}"  # a process may train several
-    folder, *rest = ranks.share(turn, found and (str(found[0]), *found[1:]))
-    return Path(folder), *rest
-
-
-def _run_folder(plan: Experiment, now: datetime | None) -> tuple[Path, str | None, str | None]:
-    resume = plan.recipe.resume
-    if plan.recipe.output_dir is not None:
-        return Path(plan.recipe.output_dir), resume, None
-    if resume == "last":
-        found = _newest_run(plan.name)
-        return found, "last", f"resume=last: resuming {found}"
-    for folder in (Path(resume), *Path(resume).parents) if resume else ():
-        if (folder / ".hydra").is_dir():
-            return folder, resume, f"resuming {folder}"
-    begin = RUNS / f"{now or datetime.now():%Y-%m-%d/%H-%M-%S}"
-    others = (begin.with_name(f"{begin.name}-{number}") for number in count(2))  # of the same second
-    return next(folder for folder in chain([begin], others) if _made(folder)), resume, None
-
-
-def _made(folder: Path) -> bool:
-    """Make a folder; return False where it was there, so that of several processes one has made it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
-    return True
-
-
-def _newest_run(name: str) -> Path:
-    known = []
-    for path in sorted(RUNS.glob("*/*/.hydra/config.yaml"), reverse=True):
-        kept, run = yaml.safe_load(path.read_text(encoding="utf-8")) or {}, path.parent.parent
-        of = kept.get("experiment") or kept.get("name")  # as older versions wrote it
-        if of == name and any(run.glob("checkpoints/*.ckpt")):
-            return run
-        known.append(f"{run} ({of})")
-    raise UserError(f"resume=last: no run of {name} with a checkpoint; in {RUNS}: {join_first(known) or 'none'}")
-
-
-@contextmanager
-def kept_config(plan: Experiment, words: Sequence[str], folder: Path) -> Iterator[None]:
-    """Keep what was typed in a run's folder; where the training is refused, leave the folder as it was."""
-    if not is_rank_zero():
-        yield
-        return
-    made = _made(folder) or (plan.recipe.output_dir is None and not any(folder.iterdir()))
-    kept = folder / ".hydra"
-    former, begun = {path: path.read_bytes() for path in kept.glob("*")}, _begun(folder)
-    try:
-        keep_config(plan, words, folder)
-        yield
-    except UserError:
-        if _begun(folder) == begun:
-            shutil.rmtree(folder if made else kept)
-            for path, content in former.items():
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(content)
-        raise
-
-
-def _begun(folder: Path) -> list[int]:
-    return [path.stat().st_size for pattern in ("train.log", "*/train.log") for path in folder.glob(pattern)]
-
-
-def keep_config(plan: Experiment, words: Sequence[str], folder: Path) -> None:
-    """Write `.hydra/config.yaml` and `.hydra/overrides.yaml`, as Hydra does."""
-    from vavae_tools.runtime.files import atomic_write
-
-    for name, value in (("config", plan.plain()), ("overrides", list(words))):
-        with atomic_write(folder / ".hydra" / f"{name}.yaml") as partial:
-            partial.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def help_text(experiment: str | None) -> str:
