@@ -41,7 +41,7 @@ def test_an_error_leaves_the_former_file_and_nothing_beside_it(tmp_path, error):
 
 def test_a_missing_checkpoint_names_what_is_there(tmp_path):
     (tmp_path / "best-003-0.1000.ckpt").touch()
-    with pytest.raises(UserError, match=r"No checkpoint .*last\.ckpt.*holds best-003-0\.1000\.ckpt"):
+    with pytest.raises(UserError, match=r"No checkpoint .*last\.ckpt; there is .*best-003-0\.1000\.ckpt"):
         read_checkpoint(tmp_path / "last.ckpt")
     with pytest.raises(UserError, match="No checkpoint"):
         read_checkpoint(tmp_path)
@@ -85,7 +85,7 @@ def test_errors_are_one_line_and_a_status(capsys, error, status, line):
 def test_in_a_notebooks_cell_an_error_is_its_line(capsys):
     shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell()
     shell.run_cell("import vavae_tools as vt\nvt.load_pipeline('nowhere')")
-    assert capsys.readouterr().out == "error: No checkpoint nowhere\n"
+    assert capsys.readouterr().out == "error: No checkpoint nowhere: python -m vavae_tools.train makes one\n"
 
 
 def test_stopped_in_good_order_is_no_error_and_bugs_keep_their_traceback(capsys):

@@ -255,9 +255,9 @@ def test_a_checkpoint_away_from_its_run(run_folder, tmp_path):
 def test_what_cannot_be_loaded_is_said(pipe, run_folder, tmp_path):
     folder, _ = run_folder
     pipe.save_pretrained(tmp_path / "pipeline")
-    with pytest.raises(UserError, match=r"is no pipeline \(no model_index\.json\); it holds checkpoints, pipeline"):
+    with pytest.raises(UserError, match=r"is no pipeline \(no model_index\.json\); it holds vavae, pipeline"):
         load_pipeline(folder)
-    with pytest.raises(UserError, match=r"No checkpoint .*best\.ckpt; .*last\.ckpt are there"):
+    with pytest.raises(UserError, match=r"No checkpoint .*best\.ckpt; there is .*last\.ckpt"):
         load_pipeline(folder / "checkpoints" / "best.ckpt")
     with pytest.raises(UserError, match=r"No checkpoint .*pipeline: python -m vavae_tools\.train makes one"):
         load_pipeline(tmp_path / "none" / "pipeline")

@@ -83,7 +83,7 @@ def test_a_runs_folder_is_its_newest_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("resume", "message"),
     [
-        ("run/checkpoint-5", r"^No checkpoint run/checkpoint-5; run holds checkpoint-\d, "),
+        ("run/checkpoint-5", r"^No checkpoint run/checkpoint-5; run holds checkpoints, checkpoint-\d, "),
         ("empty", r"^empty is no checkpoint: it is empty, expected model\.pt as in a checkpoint's folder, or last\."),
         ("empty/none", "^No checkpoint empty/none; empty is empty$"),
         ("run/checkpoint-4", r"^run/checkpoint-4 is damaged \(model\.pt: 4 bytes, expected"),

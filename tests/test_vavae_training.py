@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vavae_tools.data.datasets import ImageDataModule
+from vavae_tools.data.loader import in_batches
 from vavae_tools.recipes.vavae import LOSSES
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.training import devices
@@ -216,7 +217,7 @@ def in_fp16(module, split_dir, scaler, callback, resume=None, **length) -> L.Tra
     settings["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
     trainer = L.Trainer(**settings, **quiet, **length, callbacks=[callback])
-    data = DataLoader(ImageDataModule(split_dir, PIXELS).train_data, 6, collate_fn=lambda batch: batch)
+    data = DataLoader(in_batches(ImageDataModule(split_dir, PIXELS).train_data), 6, collate_fn=lambda batch: batch)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return trainer
 

@@ -259,7 +259,7 @@ def read_saved(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         beside = sorted(str(p) for folder in ("", "checkpoints/") for p in path.parent.glob(f"{folder}*.ckpt"))
-        hint = f"; {', '.join(beside)} are there" if beside else ""
+        hint = f"; there {'is' if len(beside) == 1 else 'are'} {', '.join(beside)}" if beside else ""
         if not beside and path.suffix in ("", ".ckpt"):
             hint = ": python -m vavae_tools.train makes one"
         raise UserError(f"No checkpoint {path}{hint}")
