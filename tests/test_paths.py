@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from vavae_tools.data.demo.gait import write_gait_dataset
 from vavae_tools.data.split import split_folders
 from vavae_tools.paths import ProjectPaths, find_paths, find_split
 from vavae_tools.runtime.errors import UserError, command_parser
@@ -31,9 +30,9 @@ def kaggle(root: Path) -> dict:
     return {"input_roots": [root / "input"], "working_root": root / "working"}
 
 
-def test_nothing_there_means_the_built_in_data(tmp_path):
+def test_nothing_there_means_simulated_walkers(tmp_path):
     paths = find_paths(**kaggle(tmp_path / "kaggle"))
-    assert paths.images is None and paths.built_in and paths.work == tmp_path / "kaggle" / "working"
+    assert paths.images is None and paths.work == tmp_path / "kaggle" / "working"
     paths = find_paths(input_roots=[tmp_path / "nowhere"], working_root=tmp_path / "nor here")
     assert paths.images is None and paths.work == Path("outputs")
 
@@ -43,7 +42,7 @@ def test_attached_images_are_found_at_any_depth_and_the_nearest_first(tmp_path):
     deep = person_folders(tmp_path / "input" / "datasets/somebody/gait/images/all", "ID_1", "ID_2", "ID_10")
     (tmp_path / "input" / "aaa weights").mkdir()
     (tmp_path / "input" / "aaa weights" / "model.safetensors").touch()
-    assert find_paths(**roots).images == deep and not find_paths(**roots).built_in
+    assert find_paths(**roots).images == deep
     nearest = person_folders(tmp_path / "input" / "gait" / "images", "anna", "ben")
     assert find_paths(**roots).images == nearest
 
@@ -63,14 +62,14 @@ def test_what_trains_is_found_before_what_validates_and_the_largest_before_other
 
 
 def test_what_is_given_wins(tmp_path, monkeypatch):
-    roots = kaggle(tmp_path)
+    roots, attached = kaggle(tmp_path), (tmp_path / "input",)
     person_folders(tmp_path / "input" / "a", "ID_1", "ID_2")
     mine, other = person_folders(tmp_path / "mine", "ID_1"), person_folders(tmp_path / "other", "ID_1")
-    assert find_paths(mine, tmp_path / "w", **roots) == ProjectPaths(mine, tmp_path / "w")
+    assert find_paths(mine, tmp_path / "w", **roots) == ProjectPaths(mine, tmp_path / "w", attached)
     monkeypatch.setenv("VAVAE_PICTURES", str(other))
     monkeypatch.setenv("VAVAE_WORK", str(tmp_path / "v"))
-    assert find_paths(**roots) == ProjectPaths(other, tmp_path / "v")
-    assert find_paths(mine, tmp_path / "w", **roots) == ProjectPaths(mine, tmp_path / "w")
+    assert find_paths(**roots) == ProjectPaths(other, tmp_path / "v", attached)
+    assert find_paths(mine, tmp_path / "w", **roots) == ProjectPaths(mine, tmp_path / "w", attached)
     with pytest.raises(UserError, match=r"No such folder: nowhere\. Name the folder"):
         find_paths("nowhere", **roots)
 
@@ -86,14 +85,12 @@ def test_a_tilde_is_the_home_folder_in_python_and_in_every_command(tmp_path, mon
         assert vars(parser.parse_args(words)) == {"folder": tmp_path / "a", "file": tmp_path / "b~"}
 
 
-def test_built_in_is_told_by_the_split_that_is_there(tmp_path):
-    gait = write_gait_dataset(tmp_path / "gait", 2, 2, 16, workers=1, progress=False)
-    split_folders(gait, tmp_path / "w" / "data_split", progress=False)
-    assert ProjectPaths(tmp_path / "own images", tmp_path / "w").built_in
-    shutil.rmtree(tmp_path / "w")
-    (gait / "gait.json").unlink()
-    split_folders(gait, tmp_path / "w" / "data_split", progress=False)
-    assert not ProjectPaths(None, tmp_path / "w").built_in
+def test_splits_and_samples_are_no_images(tmp_path):
+    roots = kaggle(tmp_path)
+    for made, mark in (("data_split/train", "data_split/split_info.json"), ("samples", "samples/samples.json")):
+        person_folders(tmp_path / "input/output" / made, "ID_1", "ID_2")
+        (tmp_path / "input/output" / mark).touch()
+    assert find_paths(**roots).images is None
 
 
 def test_the_split_is_found_where_it_is_usually_written(tmp_path, gait):

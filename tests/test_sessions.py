@@ -14,7 +14,7 @@ import torch
 from kaggle_stand_in import KEY, KaggleStandIn
 
 from vavae_tools.kaggle import session as sessions
-from vavae_tools.kaggle.session import Unavailable, pull_session, push_session, session_files
+from vavae_tools.kaggle.session import Unavailable, pull, pull_session, push_session, session_files
 from vavae_tools.kaggle_session import main, write_kernel
 from vavae_tools.runtime.errors import UserError
 
@@ -238,8 +238,11 @@ def test_without_client_or_network_everything_else_goes_on(tmp_path, monkeypatch
 def test_the_first_session_pulls_nothing(tmp_path, run_main, said):
     assert pull_session(tmp_path / "work", RUN, log=said.append) is None
     assert said == [f"nothing pulled: there is no dataset {RUN} that you may read: it is made by the first push"]
-    assert pull_session(tmp_path / "work", log=said.append) is None and "no earlier session is attached" in said[1]
-    assert_one_line(run_main(main, "pull"), "no earlier session is attached")
+    assert (
+        pull_session(tmp_path / "work", log=said.append) is None
+        and "no earlier session's dataset is attached" in said[1]
+    )
+    assert_one_line(run_main(main, "pull"), "no earlier session's dataset is attached")
 
 
 @pytest.mark.parametrize("name", ["run", "me/run", "me/Gait-Run", "me/../../etc", "me/gait\nrun"])
@@ -300,7 +303,7 @@ def test_an_attached_dataset_is_taken_without_the_client(tmp_path, kaggle, attac
 
 def test_the_output_of_a_notebook_is_taken(tmp_path, attached, said):
     outputs(attached / "notebooks/me/02-vavae", vavae=120)
-    pulled = pull_session(tmp_path / "work", None, [attached], log=said.append)
+    pulled = pull(tmp_path / "work", None, [attached], log=said.append)
     assert pulled.source.endswith("02-vavae") and steps_in(tmp_path / "work") == {"vavae": 120, "dit": 300}
     assert (tmp_path / "work/data_split/train/ID_1/a.jpg").is_file()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vavae_tools.data.folders import EXTENSIONS, best_home, list_folders, person_folders
-from vavae_tools.data.split_report import INFO_NAME, read_split_info
+from vavae_tools.data.split_report import INFO_NAME
 from vavae_tools.runtime.errors import UserError
 
 KAGGLE_INPUT, KAGGLE_WORKING = Path("/kaggle/input"), Path("/kaggle/working")
@@ -24,16 +24,10 @@ class ProjectPaths:
 
     images: Path | None  # person folders; None: the built-in data are to be used
     work: Path  # what is written goes below it
+    attached: tuple[Path, ...] = ()  # folders below which earlier notebooks' outputs and datasets are, read only
 
     def __repr__(self) -> str:
         return f"images: {self.images or 'simulated walkers (none were found or named)'}\noutputs:  {self.work}"
-
-    @property
-    def built_in(self) -> bool:
-        """Return whether the split here (or, before there is one, the next) is of the built-in data."""
-        if (self.split / INFO_NAME).is_file():
-            return (Path(read_split_info(self.split)["input_dir"]) / "gait.json").is_file()
-        return self.images is None
 
     split = _below_work("data_split")
     vavae = _below_work("vavae")
@@ -61,13 +55,17 @@ def find_paths(
     images, work = images and Path(images).expanduser(), Path(work).expanduser()
     if images and not images.is_dir():
         raise UserError(f"No such folder: {images}. Name the folder that holds ID_1, ID_2 …")
-    return ProjectPaths(images or _person_folders(input_roots), work)
+    roots = [Path(root) for root in os.environ.get("VAVAE_INPUT", "").split(os.pathsep) if root] or input_roots
+    return ProjectPaths(images or _person_folders(roots), work, tuple(root for root in roots if root.is_dir()))
 
 
 def _person_folders(roots: Iterable[Path]) -> Path | None:
     """Return the folder nearest below `roots` that holds at least two folders with images, None without one."""
     level = [root for root in roots if root.is_dir()]
     for _ in range(MAX_SEARCH_DEPTH + 1):
+        level = [
+            folder for folder in level if not any((folder / made).is_file() for made in (INFO_NAME, "samples.json"))
+        ]
         homes = [folder for folder in level if sum(map(bool, list_folders(folder, EXTENSIONS).values())) >= 2]
         if homes:
             return best_home(homes, EXTENSIONS)

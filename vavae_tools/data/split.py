@@ -244,7 +244,8 @@ class _Split:
         if not subsets:
             broken = join_first(f"{image.key}: {image.fault}" for image in self.images)
             raise UserError(f"No image in {self.source} can be used ({broken}). Check that the files are whole.")
-        settings = {"input_dir": str(self.source.resolve()), **self.settings}
+        simulated = (self.source / "gait.json").is_file()
+        settings = {"input_dir": str(self.source.resolve()), "simulated": simulated, **self.settings}
         info = split_report.split_info(settings, list(folders.persons(self.source)), self.images, subsets)
         for home in homes:
             if home.name not in info["labels"]:

@@ -161,6 +161,12 @@ def read_split_info(directory: str | Path) -> dict:
     return info
 
 
+def is_simulated(split: str | Path) -> bool:
+    """Return whether a split is of the walkers that `write_gait_dataset` simulates."""
+    info = read_split_info(split)
+    return info.get("simulated", (Path(info["input_dir"]) / "gait.json").is_file())
+
+
 def existing_split(target: Path) -> tuple[dict, list[str]] | None:
     """Return the split that is in `target`, and its files that are gone or have another length; None if it is empty.
 

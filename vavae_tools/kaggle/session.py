@@ -81,9 +81,12 @@ def push_session(
 def pull_session(
     work: str | Path, dataset: str | None = None, input_roots: Sequence[Path] = (KAGGLE_INPUT,), log: Log = print
 ) -> Session | None:
-    """Do what `pull` does; where there is nothing to pull, log why and return None."""
+    """Do what `pull` does of a session's dataset; where there is nothing to pull, log why and return None.
+
+    The output of a notebook is not copied: `recipes.handover` reads it where it is.
+    """
     try:
-        return pull(Path(work), dataset, input_roots, log)
+        return pull(Path(work), dataset, input_roots, log, outputs=False)
     except Unavailable as reason:
         log(f"nothing pulled: {reason}")
         return None
@@ -233,24 +236,28 @@ def _run_of(path: str, paths: Iterable[str]) -> str:
 
 # ---- and back
 def pull(
-    work: Path, dataset: str | None = None, input_roots: Sequence[Path] = (KAGGLE_INPUT,), log: Log = print
+    work: Path,
+    dataset: str | None = None,
+    input_roots: Sequence[Path] = (KAGGLE_INPUT,),
+    log: Log = print,
+    outputs: bool = True,
 ) -> Session:
     """Put the newest state into `work`, so that `resume="last"` resumes it; what is newer there is kept.
 
     Args:
         dataset: "owner/name", or "owner/name/2" for an older version: taken where it is attached, else downloaded.
-            None takes the newest that is attached, also the output of a notebook.
+            None takes the newest that is attached, with `outputs` also the output of a notebook.
         input_roots: where a Kaggle machine mounts what is attached.
 
     Raises:
         UserError: what was found is not whole; `work` is as it was.
     """
     own_name = _check_name(dataset) if dataset else None
-    attached = _newest_attached(input_roots, own_name)
+    attached = _newest_attached(input_roots, own_name, outputs and dataset is None)
     if attached is not None:
         return _put(attached, work, log)
     if not dataset:
-        raise Unavailable("no earlier session is attached; attach its dataset or its notebook's output, or name one")
+        raise Unavailable("no earlier session's dataset is attached or named")
     with TemporaryDirectory(prefix="vavae-pull-") as folder:
         (Path(folder) / "dataset").mkdir()
         done = _ask({"do": "pull", "dataset": dataset, "folder": f"{folder}/dataset"}, Path(folder))
@@ -295,7 +302,7 @@ class Source:
                 raise UserError(f"{self.name}: {path} is damaged: {INSTEAD}")
 
 
-def _newest_attached(roots: Sequence[Path], dataset: str | None) -> Source | None:
+def _newest_attached(roots: Sequence[Path], dataset: str | None, outputs: bool) -> Source | None:
     """Return the newest session below `roots`; with a name, of this dataset only (in the version that is attached)."""
     found: list[Source] = []
     for root in roots:
@@ -303,7 +310,7 @@ def _newest_attached(roots: Sequence[Path], dataset: str | None) -> Source | Non
             folder = Path(name)
             if any(map(MANIFEST.fullmatch, names)):
                 found.append(_source_in(folder))
-            elif dataset is None and any((run / "last.ckpt").is_file() for form in RUNS for run in folder.glob(form)):
+            elif outputs and any((run / "last.ckpt").is_file() for form in RUNS for run in folder.glob(form)):
                 found.append(_outputs_in(folder))
             elif len(folder.relative_to(root).parts) < MAX_SEARCH_DEPTH:
                 continue

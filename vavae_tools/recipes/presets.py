@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from vavae_tools.data.split_report import is_simulated
 from vavae_tools.recipes.base import AnyRecipe, LatentRecipe, VAVAERecipe
 from vavae_tools.runtime.machine import Machine, find_machine
 
@@ -39,13 +41,13 @@ class Preset:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in asdict(self).items())
 
 
-def find_preset(built_in: bool = False, machine: Machine | None = None) -> Preset:
-    """Return the preset for this machine; with the built-in data one that ends within minutes.
+def find_preset(split: str | Path | None = None, machine: Machine | None = None) -> Preset:
+    """Return the preset for this machine; for a split of simulated walkers one that ends within minutes.
 
     The lengths on a CPU are measured (README); those on a GPU are estimated from its speed and the models' operations.
     """
     machine = machine or find_machine()
-    if built_in:
+    if split is not None and is_simulated(split):
         return Preset(
             str(machine),
             vavae_epochs=6,
