@@ -250,16 +250,34 @@ def test_what_leaves_no_trace_in_weights_is_refused(name, value):
         load_reference("vavae", random_weights(TWO), {"ddconfig": {name: value}})
 
 
+def zeros(weights: dict) -> dict:
+    return {name: 0 * tensor for name, tensor in weights.items()}
+
+
+def behind(prefix: str, weights: dict) -> dict:
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+def half(weights: dict, part: str, of: bool = True) -> dict:
+    return {name: tensor if name.startswith(part) == of else 0 * tensor for name, tensor in weights.items()}
+
+
 FORMS = {
-    "first_stage_model": lambda w: {"state_dict": {f"first_stage_model.{k}": v for k, v in w.items()}},
+    "first_stage_model": lambda w: {"state_dict": behind("first_stage_model.", w) | behind("cond_stage.", zeros(w))},
     "model": lambda w: {"model": w, "epoch": 3},
-    "wrapped": lambda w: {"net": {"module": {f"vae._orig_mod.{k}": v for k, v in w.items()}}},
-    "average": lambda w: {"state_dict": {k: 0 * v for k, v in w.items()}, "state_dict_ema": w},
-    "LDM's average": lambda w: {
-        "state_dict": {k: 0 * v for k, v in w.items()} | {f"model_ema.{k.replace('.', '')}": v for k, v in w.items()}
+    "wrapped": lambda w: {"net": {"module": behind("vae._orig_mod.", w)}},
+    "diffusers' names": lambda w: {"vae": from_reference(w)},
+    "LDM's average": lambda w: {"state_dict": zeros(w) | {f"model_ema.{k.replace('.', '')}": v for k, v in w.items()}},
+    "Lightning's average": lambda w: {"state_dict": w, "current_model_state": zeros(w)},
+    "average of a part": lambda w: {
+        "model": half(w, "decoder.", False),
+        "ema": {k: v for k, v in w.items() if k.startswith("decoder.")},
     },
+    "EMA beside its model": lambda w: {"ema": behind("ema_model.", w) | behind("online_model.", zeros(w))},
     "without quant_conv": lambda w: {"model": {k: v for k, v in w.items() if "quant_conv" not in k}},
 }
+AVERAGES = ("state_dict_ema", "emaModel", "model-ema", "EMA", "avg_model", "swa_state_dict", "polyak", "vae_ema")
+FORMS |= {name: lambda w, name=name: {"model": zeros(w), name: {"module": w}} for name in AVERAGES}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -270,6 +288,13 @@ def test_every_training_s_file_of_an_autoencoder(tmp_path, form):
     expected = from_reference(weights)
     assert all(same(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert len(expected) - len(model.state_dict()) == (4 if form == "without quant_conv" else 0)
+
+
+def test_several_models_of_one_form_are_not_chosen_from_in_silence():
+    weights = random_weights(TWO)
+    for names in (("ema_0.99", "ema_0.9999"), ("teacher", "student"), ("model", "net")):
+        with pytest.raises(UserError, match=rf"holds several models of this form \({', '.join(names)}\): save the one"):
+            from_state_dict(dict.fromkeys(names, weights))
 
 
 def test_a_discriminator_stays_where_an_average_is_taken():

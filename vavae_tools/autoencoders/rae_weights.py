@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vavae_tools.autoencoders.encoders import IMAGENET_MEAN, IMAGENET_STD, FrozenEncoder, common_name
 from vavae_tools.autoencoders.rae import DECODER_NUMBERS, RAE, RAE_SIZES, VARIANCE_EPS
-from vavae_tools.checkpoints.foreign import find_prefix, flat_names
+from vavae_tools.checkpoints.foreign import find_weights, flat_names
 from vavae_tools.runtime.errors import UserError, contents, join_first
 from vavae_tools.runtime.files import (
     load_model,
@@ -22,8 +22,10 @@ from vavae_tools.runtime.files import (
     weight_files,
 )
 
-_ENCODER_FIRST = re.compile(r"^(.*?)embeddings\.(patch_embeddings\.projection|patch_embedding)\.weight$")
-_DECODER_FIRST = re.compile(r"^(.*?)trainable_cls_token$")  # MAE's own decoder, which is another, has none
+_FIRST = {
+    "encoder": r"embeddings\.(?:patch_embeddings\.projection|patch_embedding)\.weight",
+    "decoder": "trainable_cls_token",  # MAE's own decoder, which is another, has none
+}
 _STATISTICS = re.compile(r"(?:^(?:\w+\.)?|\bstat\.)(mean|var)$")  # the authors', of any part
 _NEEDLESS = ("decoder_pos_embed", "embeddings.mask_token")  # a formula, and of DINOv2's training
 _IGNORED = re.compile(r"^(layernorm|post_layernorm|head|pooler)\.|^embeddings\.position_ids$")
@@ -94,31 +96,23 @@ def read_rae_weights(path: str | Path) -> dict[str, Any]:
         that are there.
     """
     saved = read_weights(path)
-    named, found = flat_names(saved), sorted_weights(saved)
-    if "encoder" not in found and "decoder" not in found:
-        raise UserError(f"{path} holds neither an encoder nor a decoder of an RAE; it holds {join_first(named)}")
-    for part, begin in _begins(named).items():
-        place = begin.split(".")[0]
-        found[part] = found[part], f"{path}, {place}" if isinstance(saved.get(place), Mapping) else str(path)
+    found = sorted_weights(saved, path)
+    if not found.keys() & _FIRST.keys():
+        held = join_first(flat_names(saved))
+        raise UserError(f"{path} holds neither an encoder nor a decoder of an RAE; it holds {held}")
     return found
 
 
-def _begins(named: Iterable[str]) -> dict[str, str]:
-    """Return what stands before the names of encoder and decoder in `flat_names`; only those that are there."""
-    found = {}
-    for part, first in (("encoder", _ENCODER_FIRST), ("decoder", _DECODER_FIRST)):
-        found[part] = find_prefix(named, lambda name, first=first: match[1] if (match := first.match(name)) else None)
-    return {part: begin for part, begin in found.items() if begin is not None}
-
-
-def sorted_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the "encoder", "decoder" and "statistics" in weights of any prefix; only those that are there."""
+def sorted_weights(state_dict: Mapping[str, Any], source: str | Path = "state_dict") -> dict[str, Any]:
+    """Sort weights of any prefix as `read_rae_weights` does."""
     named = {name: tensor for name, tensor in flat_names(state_dict).items() if isinstance(tensor, Tensor)}
     found: dict[str, Any] = {}
-    for part, begin in _begins(named).items():
-        found[part] = {name.removeprefix(begin): tensor for name, tensor in named.items() if name.startswith(begin)}
-        if part == "encoder":  # all that begins so is the encoder's, except what is plainly another's
-            found[part] = {name: tensor for name, tensor in found[part].items() if not name.startswith("decoder.")}
+    for part, first in _FIRST.items():
+        if held := find_weights(named, first, source):
+            # all that begins as an encoder's is the encoder's, except what is plainly another's
+            weights = {k: v for k, v in held.weights.items() if part == "decoder" or not k.startswith("decoder.")}
+            place = held.prefix.split(".")[0]
+            found[part] = weights, f"{source}, {place}" if isinstance(state_dict.get(place), Mapping) else str(source)
     last = {name.split(".")[-1]: tensor for name, tensor in named.items()}
     statistics = [(last.get(f"{name}_mean"), last.get(f"{name}_var")) for name in ("statistics", "latent")]
     beside = {match[1]: tensor for name, tensor in named.items() if (match := _STATISTICS.search(name))}
@@ -200,9 +194,9 @@ def from_diffusers(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], 
     scale = given.get("scaling_factor", 1.0)
     if scale != 1:
         state_dict = {**state_dict, "_latents_std": state_dict.get("_latents_std", torch.ones(1)).float() / scale}
-    found = sorted_weights(state_dict)
+    found = sorted_weights(state_dict, source)
     for part in ("encoder", "decoder"):
-        fit(getattr(rae, part), found.get(part, {}), source)
+        fit(getattr(rae, part), *found.get(part, ({}, source)))
     if "statistics" in found:
         rae.set_statistics(*found["statistics"])
     return rae

@@ -9,7 +9,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from vavae_tools.autoencoders.ldm_names import VAE_PREFIXES, current_name, from_reference, vavae_arguments
+from vavae_tools.autoencoders.ldm_names import VAE_PREFIXES, current_name, from_reference, to_reference, vavae_arguments
 from vavae_tools.autoencoders.rae_weights import is_rae_folder, read_rae_folder
 from vavae_tools.autoencoders.stable_diffusion import config_of_vae, is_stable_diffusion_vae, load_stable_diffusion_vae
 from vavae_tools.autoencoders.vavae import VAVAE
@@ -87,15 +87,15 @@ def from_state_dict(
     state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, source: str | Path = "state_dict"
 ) -> VAVAEWeights:
     """Sort weights of the reference's autoencoder, or of its whole training; `config` is as in `vavae_arguments`."""
-    found = find_weights(state_dict, "encoder.conv_in.weight", source)
+    found = find_weights(state_dict, r"encoder\.conv_in\.weight", source)
     if found is None:
         held = f"among its {len(state_dict)} entries ({join_first(state_dict) or 'none'})"
         what = f"{source} is no checkpoint of VA-VAE training and no published VA-VAE"
         raise UserError(f"{what}: it has no encoder.conv_in.weight {held}")
-    # a discriminator stays with the live weights, and belongs to their average, too
-    inside, elsewhere = found
-    elsewhere = {f"loss.{name.split('loss.', 1)[1]}": t for name, t in elsewhere.items() if ".loss." in f".{name}"}
-    named = {name: tensor for name, tensor in {**elsewhere, **inside}.items() if isinstance(tensor, Tensor)}
+    named = {name: tensor for name, tensor in found.weights.items() if isinstance(tensor, Tensor)}
+    if any(name.startswith("encoder.down_blocks.") for name in named):  # diffusers' names
+        named |= to_reference({current_name(name): tensor for name, tensor in named.items()})
+        named = {name: tensor for name, tensor in named.items() if "_block" not in name}
     arguments = vavae_arguments(named, config, source)
     projection = "linear_proj.weight"
     if projection in named and named[projection].shape[1:] != (arguments["latent_channels"], 1, 1):

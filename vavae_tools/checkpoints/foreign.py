@@ -1,25 +1,25 @@
 """Weights in files of any training: one list of what their parts are called, one of wrappers, one rule for the rest."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, join_first
 
 LIVE = (
     *("model", "model_state_dict", "state_dict", "net", "network", "module", "weights", "params", "model_state"),
     *("net_state_dict", "module_state_dict"),
 )
 """What trainings call the weights that they train, the most usual names first."""
-AVERAGED = (
-    *("ema_model", "ema", "ema_state_dict", "ema_model_state_dict", "model_ema", "state_dict_ema", "params_ema"),
-    *("model_ema_state_dict", "ema_weights", "ema_params", "net_ema", "ema_net", "g_ema", "ema_network"),
-    *("averaged_model", "average_model", "model_average", "swa_model", "swa", "shadow"),
-)
-"""What trainings call the average of the weights."""
+MODELS = ("vae", "autoencoder", "first_stage_model", "rae", "generator", "denoiser", "dit")
+"""What trainings of several models call the one that is looked for here."""
 WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_AVERAGED = re.compile(r"(?:^|[._-])(?:ema\d*|swa|avg|average|averaged|averaging|polyak|shadow)(?:[._-]|$)")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_OPTIMISER = re.compile(r"opt(?:im\w*)?(?:_\w+)?[.]")
 
 
 def plain_name(name: str) -> str:
@@ -43,54 +43,75 @@ def flat_names(saved: Mapping[Any, Any], before: str = "") -> dict[str, Any]:
 def is_average(name: str) -> bool:
     """Return whether a part or a prefix is one of averaged weights.
 
-    >>> [is_average(name) for name in ("state_dict.EMA.", "model_ema", "ema_0.9999", "schema", "model")]
-    [True, True, True, False, False]
+    >>> [is_average(name) for name in ("state_dict.EMA.", "emaModel", "avg-model", "ema_0.9999", "schema", "model")]
+    [True, True, True, True, False, False]
     """
-    return bool(re.search(rf"(?:^|[._])(?:ema\d*|{'|'.join(AVERAGED)})(?:[._]|$)", name, re.IGNORECASE))
+    return bool(_AVERAGED.search(_CAMEL.sub("_", name).lower()))
 
 
-def find_prefix(named: Iterable[str], first: str | Callable[[str], str | None]) -> str | None:
-    """Return what stands before the weight `first` of a model in `flat_names`, averaged weights before live ones.
+class Found(NamedTuple):
+    """A model's weights in a file, averaged where it has an average, by their names in the model."""
 
-    `first` may also return the prefix of a name, or None.
-    """
-
-    def prefix_of(name: str) -> str | None:
-        return name.removesuffix(first) if f".{name}".endswith(f".{first}") else None
-
-    found = {begin for begin in map(prefix_of if isinstance(first, str) else first, named) if begin is not None}
-
-    def rank(begin: str) -> tuple[bool, bool, int, str]:
-        return not is_average(begin), begin != "" and begin.split(".")[0] not in LIVE, len(begin), begin
-
-    return min(found, key=rank, default=None)
+    weights: dict[str, Any]
+    others: dict[str, Any]  # what else is there, by `flat_names`
+    prefix: str  # where they stand
 
 
-def find_weights(saved: Mapping[Any, Any], first: str, source: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Return a model's entries in any training's file, averaged where it has an average, and all others.
+def find_weights(saved: Mapping[Any, Any], first: str, source: Any) -> Found | None:
+    """Return a model's weights out of any training's file; None where nothing is called `first`, a pattern.
 
-    Returns:
-        The entries by their names in the model, and those elsewhere by their `flat_names`; None where nothing is called
-        `first`, one of the model's weights.
+    What an average lacks, such as weights that are not trained, comes from the live ones.
     """
     named = flat_names(saved)
-    begin = find_prefix(named, first)
-    if begin is None:
-        return None
-    inside = {name.removeprefix(begin): value for name, value in named.items() if name.startswith(begin)}
-    others = {name: value for name, value in named.items() if not name.startswith(begin)}
-    if is_average(begin):
-        return inside, others
+    candidates = [name for name in named if not _OPTIMISER.match(name)]
+    begins = [name[: found.start()] for name in candidates if (found := re.search(rf"(?:^|(?<=\.))(?:{first})$", name))]
+    live = _only([begin for begin in begins if not is_average(begin)], source)
+    inside = {} if live is None else _behind(live, named)
+    # LDM's average has the names without their dots, from the model's beginning or from its training's
+    starts = [(live or "")[place:] for place in _places(live or "")]
+    spelled = {f"{start}{name}".replace(".", ""): name for start in starts for name in inside}
+    covered = Counter(begin for begin in begins if is_average(begin))
+    covered.update(
+        name[:place]
+        for name in candidates
+        if is_average(name) and isinstance(named[name], Tensor)
+        for place in _places(name)
+        if is_average(name[:place]) and (name[place:] in inside or name[place:] in spelled)
+    )
+    average = _only([begin for begin, count in covered.items() if count == max(covered.values())], source)
+    if average is not None:
+        averaged = {spelled.get(name, name): value for name, value in _behind(average, named).items()}
+        kept = {name: value for name, value in inside.items() if isinstance(value, Tensor) and name not in averaged}
+        others = {name: v for name, v in named.items() if not name.startswith(average)}
+        others = {name: v for name, v in others.items() if live is None or name.removeprefix(live) not in kept}
+        return Found({**kept, **averaged}, others, average)
     for name, value in named.items():
         if is_average(name) and isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
             found = f"{source} has an average of the weights without their names ({name})"
             raise UserError(f"{found}: save it by names (its copy_to, then the model's state_dict), or remove it")
-    # LDM's average has the names without their dots, from the model's beginning or from its training's
-    undotted = {name.split("model_ema.")[-1]: name for name in named if "model_ema." in name}
-    starts = {".".join(begin.split(".")[place:]) for place in range(begin.count(".") + 1)}
-    for start in starts:
-        of_average = {name: undotted.get(f"{start}{name}".replace(".", "")) for name in inside}
-        if of_average[first]:
-            averaged = {name: named[key] for name, key in of_average.items() if key}
-            return {**inside, **averaged}, {k: v for k, v in others.items() if k not in undotted.values()}
-    return inside, others
+    return live if live is None else Found(inside, {k: v for k, v in named.items() if not k.startswith(live)}, live)
+
+
+def _places(name: str) -> list[int]:
+    """Return where the parts of a name begin."""
+    return [0, *(dot.end() for dot in re.finditer("[.]", name))]
+
+
+def _behind(begin: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    inside = {name.removeprefix(begin): value for name, value in named.items() if name.startswith(begin)}
+    return inside if is_average(begin) else {name: value for name, value in inside.items() if not is_average(name)}
+
+
+def _only(begins: Iterable[str], source: Any) -> str | None:
+    """Return the prefix that has the fewest words besides those known here, of those the shortest; two are an error."""
+
+    def rank(begin: str) -> tuple[int, int]:
+        words = begin.split(".")[:-1]
+        return sum(word not in (*LIVE, *MODELS) and not is_average(word) for word in words), len(words)
+
+    ranked = sorted(dict.fromkeys(begins), key=rank)
+    best = [begin for begin in ranked if rank(begin) == rank(ranked[0])]
+    if len(best) > 1:
+        several = join_first(begin.removesuffix(".") for begin in best)
+        raise UserError(f"{source} holds several models of this form ({several}): save the one you mean alone")
+    return best[0] if best else None

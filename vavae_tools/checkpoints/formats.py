@@ -16,7 +16,7 @@ from zipfile import ZipFile, is_zipfile
 import torch
 from torch import Tensor
 
-from vavae_tools.checkpoints.foreign import AVERAGED, LIVE, plain_name
+from vavae_tools.checkpoints.foreign import LIVE, is_average, plain_name
 from vavae_tools.runtime.errors import UserError, contents, join_first, one_line
 from vavae_tools.runtime.files import atomic_write, flush_folder, read_checkpoint, read_json, read_saved, write_json
 
@@ -31,7 +31,6 @@ NAMES = {
     "model": LIVE,
     "optimizer": ("optimizer", "optimizer_state_dict", "optimizer_states", "opt"),
     "scheduler": ("scheduler", "scheduler_state_dict", "lr_scheduler", "lr_schedulers"),
-    "ema_model": AVERAGED,
     "scaler": ("scaler", "scaler_state_dict"),
 }
 """Parts of a checkpoint, and what single files of other trainings call them."""
@@ -62,6 +61,8 @@ def read_any_format(path: str | Path, log: Callable[[str], None]) -> dict[str, A
     if isinstance(saved.get("trainer"), dict) and "model" in saved:  # by `write_any_format`
         return _joined({part: saved[part] for part in ALL_PARTS if part in saved})
     parts = {part: saved[key] for part, keys in NAMES.items() for key in reversed(keys) if key in saved}
+    if averages := [value for key, value in saved.items() if is_average(str(key)) and isinstance(value, dict)]:
+        parts["ema_model"] = averages[0]
     if "model" not in parts and saved and all(isinstance(value, Tensor) for value in saved.values()):
         parts["model"] = saved
     if "model" not in parts:
@@ -334,9 +335,9 @@ def _weights_in(part: Any) -> dict[str, Tensor]:
     """Return the weights by their plain names, also out of a dict around them."""
     if not isinstance(part, dict):
         return {}
-    for key in LIVE:
-        if isinstance(part.get(key), dict):
-            return _weights_in(part[key])
+    for key, value in part.items():
+        if isinstance(value, dict) and (key in LIVE or is_average(key)):
+            return _weights_in(value)
     return {plain_name(k): v for k, v in part.items() if isinstance(v, Tensor) and k != "n_averaged"}
 
 

@@ -123,7 +123,8 @@ DENOISERS: dict[str, tuple[type[PublishedDenoiser], dict[str, Any]]] = {
 
 def load_denoiser(kind: str, state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> PublishedDenoiser:
     """Return one of `DENOISERS` in eval mode; RAE's LightningDiT is known by its random frequencies of time."""
-    weights, _ = find_weights(state_dict, "x_embedder.proj.weight", "state_dict") or (state_dict, {})
+    found = find_weights(state_dict, r"x_embedder\.proj\.weight", "state_dict")
+    weights = found.weights if found else state_dict
     if kind == "lightningdit" and "t_embedder.W" in weights:
         kind = "rae_lightningdit"
     made, defaults = DENOISERS[kind]

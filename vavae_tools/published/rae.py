@@ -65,12 +65,13 @@ def load_rae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any])
       `model(tokens).logits`, `model.unpatchify(logits)`.
     - Encoders alone, see `load_rae_encoder_reference`.
     """
-    found = sorted_weights(state_dict)
+    several = any(isinstance(value, Mapping) and "config" in value for value in config.values())
+    found = {} if several else sorted_weights(state_dict)
     if "decoder" not in found:
         return load_rae_encoder_reference(state_dict, config)
     if config.get("encoder_type"):
         return RAEReference(from_diffusers(config, state_dict)).eval()
-    weights = found["decoder"]
+    weights, _ = found["decoder"]
     numbers = _decoder_numbers(config, weights)
     if "encoder" not in found or "encoder" not in config:
         patches, image_size = config.get("num_patches"), config.get("decoder_image_size", config.get("image_size"))
@@ -88,7 +89,7 @@ def load_rae_reference(state_dict: Mapping[str, Any], config: Mapping[str, Any])
     arguments |= {"image_mean": config.get("image_processor_mean"), "image_std": config.get("image_processor_std")}
     arguments |= {"decoder_patch_size": numbers["patch_size"], "decoder_layer_norm_eps": numbers["layer_norm_eps"]}
     rae = RAE(*_encoder(config), **arguments, **{name: numbers[name] for name in DECODER_NUMBERS})
-    fit(rae.encoder, found["encoder"])
+    fit(rae.encoder, *found["encoder"])
     fit(rae.decoder, weights)
     given = config.get("statistics") or config.get("stat") or config
     mean, var = given.get("mean"), given.get("var")
@@ -123,7 +124,7 @@ def load_rae_encoder_reference(state_dict: Mapping[str, Any], config: Mapping[st
         raise UserError(f"These weights hold {expected}: they are {some} …")
     name, arguments = _encoder(config)
     encoder = encoder_class(name)(arguments)
-    fit(encoder, found["encoder"])
+    fit(encoder, *found["encoder"])
     return encoder.eval()
 
 

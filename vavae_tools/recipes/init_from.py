@@ -140,7 +140,7 @@ PARTS = re.compile(r"([xst]_embedder|s_projector|blocks|final_layer)\.")  # othe
 
 def _published(source: Path, saved: Mapping[str, Any], kind: str | None) -> StartingWeights:
     first, of_classes = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
-    inside, others = find_weights(saved, first, source) or ({}, saved)
+    inside, others, _ = find_weights(saved, re.escape(first), source) or ({}, saved, "")
     if of_classes not in inside:
         held = join_first(sorted(map(str, inside or others)), 5) or "nothing"
         expected = f"expected {first} and {of_classes} as in LightningDiT's, RAE's or DiT's weights"
