@@ -246,6 +246,8 @@ BAD_TRAINING = {
     "--data_dir {split} --vavae {vavae} --patch_size 3": "input_size 8×8 cannot be cut into patches of 3×3",
     TRAIN + " --latents_dir {here}/new init.weights=nowhere.pt": "No checkpoint nowhere.pt",
     TRAIN + " --latents_dir {here}/new model.num_classes=2": "num_classes 2, but 3 in the data",
+    TRAIN + " --latents_dir {here}/new --logger nonsense": "No logger 'nonsense'; there are tensorboard, wandb, mlflow",
+    TRAIN + " --latents_dir {here}/new init.lora_rank=2": "init.lora_rank needs weights",
     TRAIN + " --latents_dir {here}/new --resume {here}/other.ckpt": "other.ckpt is of another model",
     "--data_dir {split} --vavae {vavae} --latents_dir {here}/file": "file is a file, expected a folder",
 }

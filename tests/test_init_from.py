@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DiT, make_denoiser, split_reference_arguments
 from vavae_tools.recipes.base import InitFrom
-from vavae_tools.recipes.init_from import nearest_classes, start_from
+from vavae_tools.recipes.init_from import nearest_classes, read_fitting_weights, start_from, time_is_told
 from vavae_tools.runtime.errors import UserError
 
 NUMBERS = {"input_size": 4, "patch_size": 2, "in_channels": 3, "hidden_size": 16, "depth": 2, "num_heads": 2}
@@ -184,8 +184,14 @@ def test_which_way_time_runs_is_seen_in_the_weights_or_asked_for(tmp_path, rever
     if not reverse:
         assert "reversed_time" not in " ".join(start(*built(2, **PLAIN), path, kind="lightningdit"))
     else:
-        with pytest.raises(UserError, match=r"whose t = 1 is noise .*: set model\.reversed_time=true, or false"):
+        says = r"whose t = 1 is noise .*: set model\.reversed_time=true, or false"
+        with pytest.raises(UserError, match=says):
             start(*built(2, **PLAIN), path, kind="lightningdit")
+        with torch.device("meta"):  # as before anything is encoded
+            unbuilt, conditioner = built(2, **PLAIN)
+        found = read_fitting_weights(unbuilt, conditioner, InitFrom(str(path), kind="lightningdit"), {})
+        with pytest.raises(UserError, match=says):
+            time_is_told(found, unbuilt, None)
     for asked in (False, True):  # what is asked for holds, and is said
         denoiser, conditioner = built(2, **PLAIN, reversed_time=asked)
         said = start(denoiser, conditioner, path, kind="lightningdit", reversed_time=asked)[-1]

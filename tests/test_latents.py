@@ -507,8 +507,12 @@ def test_a_vavae_of_other_people_is_refused_unless_that_is_asked_for(split, tmp_
     folder = encode_split(split, tmp_path / "one", tmp_path / "latents", other_people=True)
     vae, same_latents = _latents_of(tmp_path / "one", tmp_path / "latents")
     rows = load_vavae(tmp_path / "one").conditions.weight
-    assert folder == same_latents and vae.config.people == {"ID_1": 0, "ID_2": 1, "ID_3": 2}
+    assert folder == same_latents and vae.config.people == {"ID_1": 0, "ID_3": 2}
     assert same(vae.conditions.weight, torch.stack([rows[2], torch.zeros_like(rows[0]), rows[0]]))
+    vae.save_pretrained(tmp_path / "copy")  # which knows no more people
+    with pytest.raises(UserError, match=r"copy has vectors of ID_1, ID_3, none for ID_2 of the images"):
+        encode_split(split, tmp_path / "copy", tmp_path / "latents")
+    assert encode_split(split, tmp_path / "copy", tmp_path / "latents", other_people=True) == folder
 
 
 def test_another_decoder_leaves_the_latents_of_an_rae_valid(tmp_path):

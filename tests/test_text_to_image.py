@@ -119,15 +119,19 @@ WRONG_FILES = {
     "training:\n  batchsize: 3\n": "mine.yaml: No key 'training.batchsize'; did you mean train.batch_size?",
     "training:\n  mixed_precision: fp17\n": "No precision 'fp17'; there are 32, 16, bf16",
     "training: {}\nsampling:\n  scheduler: dpm\n": "No solver 'dpm' for noise or v; there are dpm++",
+    "training:\n  logger: nonsense\n": "No logger 'nonsense'; there are tensorboard, wandb, mlflow",
+    "training:\n  early_stopping_patience: 2\ndata:\n  val_share: 0\n": "needs images that validate",
+    "training: {}\nresume: other.ckpt\n": "other.ckpt is of another model",
 }
 
 
 def test_a_file_that_cannot_be_is_one_line(fault, here):
     words = ["data.dataset_name=shapes", "data.num_samples=8", "trainer.accelerator=cpu"]
+    torch.save({"state_dict": {"a": torch.ones(1)}, "optimizer_states": [], "loops": {}}, "other.ckpt")
     for text, expected in WRONG_FILES.items():
         Path("mine.yaml").write_text(text)
         assert expected in fault(train.main, "--config", "mine.yaml", *words, "--output_dir", "run")
-    assert not list(here.rglob("*.ckpt")) and not list(here.rglob("*.safetensors"))  # before anything takes time
+    assert not list(here.rglob("run/latents"))  # before anything takes time
 
 
 # ---- going on

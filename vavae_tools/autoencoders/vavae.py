@@ -184,12 +184,13 @@ def with_vectors_of(model: nn.Module, people: Mapping[str, int], other_people: b
         if not other_people:
             how = "fine-tune it on these images, or add vavae.other_people=true: whom it does not know gets no vector"
             raise UserError(f"The VA-VAE {source} has vectors {whose}, none for {given} of the images: {how}")
+    kept = {name: label for name, label in people.items() if name not in unknown}
     table = model.conditions.weight.new_zeros(count, config.condition_dim)
-    for name in people.keys() - unknown:
-        table[people[name]] = model.conditions.weight.data[known[name]]
+    for name, label in kept.items():
+        table[label] = model.conditions.weight.data[known[name]]
     model = copy.deepcopy(model)
     model.conditions = nn.Embedding(*table.shape, _weight=table)
-    model.register_to_config(num_conditions=count, people=dict(people))
+    model.register_to_config(num_conditions=count, people=kept)
     return model
 
 

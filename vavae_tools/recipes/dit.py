@@ -27,9 +27,9 @@ from vavae_tools.diffusion.objectives import Objective as Learned
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
 from vavae_tools.published.denoisers import read_latent_statistics
-from vavae_tools.recipes.base import DenoiserModel, LatentRecipe, Objective, VAVAEDiTRecipe
+from vavae_tools.recipes.base import LatentRecipe, Objective, VAVAEDiTRecipe
 from vavae_tools.recipes.config import recipe_with
-from vavae_tools.recipes.init_from import read_fitting_weights, start_from
+from vavae_tools.recipes.init_from import read_fitting_weights, start_from, time_is_told
 from vavae_tools.recipes.presets import resolved
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError
@@ -40,7 +40,7 @@ from vavae_tools.training.callbacks.previews import SamplePreviews
 from vavae_tools.training.config import TrainConfig
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import compiles
-from vavae_tools.training.run import Log, Run, Show, train
+from vavae_tools.training.run import Log, Run, Show, check_early_stopping, train
 
 COLUMNS = 8  # samples of each class in a preview
 
@@ -122,7 +122,7 @@ def build(recipe: VAVAEDiTRecipe, output_dir: Path, resume_from: Path | None, sh
     model, images = _vavae_and_images(vavae.source, **arguments)
     statistics = read_latent_statistics(vavae.latents_stats) if vavae.latents_stats else None
     sides = [side // model.downsampling for side in images.train_data.image_size]
-    check_before_encoding(recipe, (model.config.latent_channels, *sides), images.labels, resume_from)
+    check_before_encoding(recipe, (model.config.latent_channels, *sides), images, resume_from)
     folder = latents_folder(data.latents_dir, data.data_dir, "vavae", output_dir)
     options = {"flips": data.flips, "seed": recipe.seed, "statistics": statistics}
     latents = encode_once(model, images, folder, log, **options)
@@ -153,7 +153,7 @@ def build_on_latents(
     latents = LatentDataModule(folder, config.batch_size, recipe.data.num_workers or 0, seed=seed)
     if recipe.data.flips and not folder.flips:
         raise UserError(f"{folder.path} has no mirrored latents to train on: encode with flips=True")
-    network, conditioner = _denoiser_for(folder.shape, latents.num_classes, recipe.model)
+    network, conditioner = _denoiser_for(folder.shape, latents.num_classes, recipe)
     init = recipe.init
     if init.weights and resume_from is None:
         start_from(network, conditioner, init, latents, seed, log, recipe.model.reversed_time)
@@ -187,14 +187,16 @@ def build_on_latents(
 
 
 def check_before_encoding(
-    recipe: LatentRecipe, shape: tuple[int, ...], people: dict[str, int], resume_from: Path | None
+    recipe: LatentRecipe, shape: tuple[int, ...], images: ImageSetDataModule, resume_from: Path | None
 ) -> None:
     """Say what of a training will not fit before anything takes time: it is built, but for its weights' memory."""
-    config, init = recipe.train, recipe.init
+    config, init, people = recipe.train, recipe.init, images.labels
+    check_early_stopping(config, images)
     with torch.device("meta"):
-        network, conditioner = _denoiser_for(shape, max(people.values()) + 1, recipe.model)
+        network, conditioner = _denoiser_for(shape, max(people.values()) + 1, recipe)
     if init.weights and resume_from is None:
-        read_fitting_weights(network, conditioner, init, people)
+        found = read_fitting_weights(network, conditioner, init, people)
+        time_is_told(found, network, recipe.model.reversed_time)
     if init.weights and init.lora_rank:
         add_lora(network, init.lora_rank, init.lora_alpha, init.lora_targets)
     objective = make_recipe_objective(recipe.objective, type(recipe)().objective, shape)
@@ -282,8 +284,10 @@ def make_recipe_objective(wanted: Objective, default: Objective, shape: tuple[in
     return make_objective(name, **numbers)
 
 
-def _denoiser_for(shape: tuple[int, ...], num_classes: int, model: DenoiserModel) -> tuple[DiT | DDT, ClassConditioner]:
-    channels, height, width = shape
+def _denoiser_for(shape: tuple[int, ...], num_classes: int, recipe: LatentRecipe) -> tuple[DiT | DDT, ClassConditioner]:
+    (channels, height, width), model = shape, recipe.model
+    if recipe.init.lora_rank and not recipe.init.weights:
+        raise UserError("init.lora_rank needs weights that the low-rank additions are made to: name init.weights")
     arguments = given_size(model)
     size = [height, width] if height != width or isinstance(model.input_size, list) else height
     fitting = {"in_channels": channels, "input_size": size, "latent_size": [channels, height, width]}

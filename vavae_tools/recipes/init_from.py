@@ -56,15 +56,8 @@ def start_from(
     found = read_fitting_weights(denoiser, conditioner, init, people)
     loaded, anew = _load(found, denoiser)
     untold = [name for name in ("num_heads", "rope") if name not in found.arguments]
-    if found.kind == "lightningdit" and "reversed_time" not in found.arguments:
-        measured = 0.0
-        if reversed_time is None:
-            measured = _time_of(denoiser, (found.table.mean(0) if found.null is None else found.null).float())
-        if measured > 0.15:
-            found_out = f"{found.source} predicts noise − data, as weights do whose t = 1 is noise ({measured:.2f})"
-            raise UserError(f"{found_out}: set model.reversed_time=true, or false where that is wrong")
-        if measured > -0.15:
-            untold.append("reversed_time")
+    if not time_is_told(found, denoiser, reversed_time):
+        untold.append("reversed_time")
     if init.lora_rank:  # before the search for classes, which takes long: what is wrong with it is said at once
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -258,6 +251,25 @@ def _load(found: StartingWeights, denoiser: DiT | DDT) -> tuple[int, list[str]]:
         if names:
             raise UserError(f"{found.source} {what} {join_first(names, 1)}: it is not whole, or another model")
     return len(weights), anew
+
+
+def time_is_told(found: StartingWeights, denoiser: DiT | DDT, reversed_time: bool | None) -> bool:
+    """Return whether names, or else predictions, tell the direction of time; raise where it is the other one.
+
+    The denoiser has these weights, or is on the device "meta". What is asked for is not measured.
+    """
+    if found.kind != "lightningdit" or "reversed_time" in found.arguments:
+        return True
+    if reversed_time is not None:
+        return False
+    if denoiser.device.type == "meta":
+        denoiser = type(denoiser).from_config(denoiser.config)
+        _load(found, denoiser)
+    measured = _time_of(denoiser, (found.table.mean(0) if found.null is None else found.null).float())
+    if measured > 0.15:
+        found_out = f"{found.source} predicts noise − data, as weights do whose t = 1 is noise ({measured:.2f})"
+        raise UserError(f"{found_out}: set model.reversed_time=true, or false where that is wrong")
+    return measured < -0.15
 
 
 @torch.no_grad()

@@ -177,7 +177,7 @@ def build_rae_dit(recipe: RAEDiTRecipe, output_dir: Path, resume_from: Path | No
     compiles(recipe.train.compile, log=log)  # what it lacks is said before anything takes time
     rae = read_rae_folder(copy) if resume_from and copy.is_dir() else rae_from(recipe.rae, seed, log)
     images = images_for(rae, data, seed=seed)
-    check_before_encoding(recipe, rae.latent_shape, images.labels, resume_from)
+    check_before_encoding(recipe, rae.latent_shape, images, resume_from)
     logged = {}
     if is_rank_zero():
         rae.to(find_device()).eval()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vavae_tools.autoencoders.stable_diffusion import SHAPES_VAE, load_stable_diffusion_vae
 from vavae_tools.autoencoders.weights import load_autoencoder
+from vavae_tools.checkpoints.resuming import check_resumable
 from vavae_tools.data.datasets import caption_data
 from vavae_tools.data.demo.shapes import EXAMPLE_PROMPTS, vocabulary
 from vavae_tools.data.latents import latents_digest
@@ -32,7 +33,7 @@ from vavae_tools.runtime.ranks import is_rank_zero, rank_zero_first
 from vavae_tools.training.callbacks.previews import SamplePreviews
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.memory import find_batch_size, keep_effective, of_size
-from vavae_tools.training.run import Log, Run, Show, train
+from vavae_tools.training.run import Log, Run, Show, check_early_stopping, train
 
 COLUMNS = 4  # images of each prompt in a preview
 
@@ -46,6 +47,7 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     names = ("num_samples", "val_share", "train_split", "skip_missing", "crop", "annotations", "images", "num_workers")
     options = {"batch_size": config.batch_size, "seed": seed, **{name: getattr(data, name) for name in names}}
     images = caption_data(data.dataset_name, data.data_dir, tuple(size) if isinstance(size, list) else size, **options)
+    check_early_stopping(config, images)
     with rank_zero_first("frozen models"):
         goes_on = resume_from is not None or not is_rank_zero()  # what is left of another run is not this one's
         frozen = encoder, autoencoder = _frozen_models(recipe, output_dir, goes_on, log)
@@ -66,6 +68,7 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     denoiser = TextDiT(input_size=shape[1:], in_channels=shape[0], **numbers)
     config, of_training = prepared(config, denoiser, seed, log)
     module = DiffusionModule(denoiser, conditioner, objective, **of_training)
+    check_resumable(resume_from, module)
     longest = encoder.max_tokens
     train_on, key, cached = _training_data(recipe, module, images, frozen, output_dir, log)
     del frozen, autoencoder, encoder  # where all is encoded nobody has them any more

@@ -93,6 +93,7 @@ def _train_alone(build: Build, recipe: Any, output_dir: Path, resume: str | None
     checkpoints = output_dir / "checkpoints"
     resume_from = resume_path(resume, checkpoints, log)
     former = former_run(output_dir, resume_from, getattr(recipe, "overwrite", False)) if is_rank_zero() else []
+    make_loggers(recipe.train.logger, output_dir)  # one that is lacking is said before anything is encoded
     run = build(recipe, output_dir, resume_from, show, log)
     config, data = run.config, run.data
     settings = run.module.trainer_settings(**config.of_devices())
@@ -121,12 +122,11 @@ def _train_alone(build: Build, recipe: Any, output_dir: Path, resume: str | None
     for line in (machine, *run.remarks):
         log(line)
 
-    validates = data.val_data is not None and len(data.val_data) > 0
+    validates = bool(data.val_data)
     monitor, mode = run.monitor
     callbacks = checkpoint_callbacks(checkpoints, monitor if validates else None, config, mode, best=run.best)
+    check_early_stopping(config, data)
     if config.early_stopping_patience:
-        if not validates:
-            raise UserError("--early_stopping_patience needs images that validate, such as data.val_share=0.05")
         callbacks.append(EarlyEnd(monitor, mode, config.early_stopping_patience, log))
     if config.previews and run.preview is not None:
         callbacks.append(run.preview(max(1, epochs // config.previews)))
@@ -147,6 +147,12 @@ def _train_alone(build: Build, recipe: Any, output_dir: Path, resume: str | None
             raise UserError(f"Nothing is left to train: {done}; take more --max_steps or --max_epochs")
         run.export(trainer)
     return run.folder
+
+
+def check_early_stopping(config: TrainConfig, data: OrderedDataModule) -> None:
+    """Raise where training can end early only by images that validate, and there are none."""
+    if config.early_stopping_patience and not data.val_data:
+        raise UserError("--early_stopping_patience needs images that validate, such as data.val_share=0.05")
 
 
 class EarlyEnd(EarlyStopping):
