@@ -104,8 +104,8 @@ LINES = {
     },
     # epochs that are typed hold before the recipe's steps
     "experiment=rae_decoder --data_dir D --max_epochs 3": {"train.max_steps": None, "train.max_epochs": 3},
-    "+trainer.limit_val_batches=3 +trainer.logger=csv": {
-        "train.trainer": {"limit_val_batches": 3},
+    "+trainer.limit_val_batches=3 trainer.detect_anomaly=off lr=5e-5 +trainer.logger=csv": {
+        **{"train.trainer": {"limit_val_batches": 3, "detect_anomaly": False}, "train.lr": 5e-5},
         "train.logger": "csv",
     },
     "trainer.max_epochs=3 trainer.check_val_every_n_epoch=2 trainer.log_every_n_steps=5 --early_stopping_patience 4": {
@@ -120,9 +120,10 @@ LINES = {
         **{"resume": "epoch=003-0.57.ckpt", "output_dir": "runs/lr=1e-4,[x]", "data.flips": True},
         "data.data_dir": "a=b",
     },
-    "ckpt_path=logs/runs/x/epoch=003-0.57.ckpt --batch_size 010 --seed 1_000 --flips on init.classes=[3,null,on]": {
+    "ckpt_path=logs/runs/x/epoch=003-0.57.ckpt --batch_size 010 --seed 1_000 --flips on init.classes=[03,null,on] "
+    "--max_steps 1e5": {
         **{"resume": "logs/runs/x/epoch=003-0.57.ckpt", "train.batch_size": 10, "seed": 1000, "data.flips": True},
-        "init.classes": [3, None, "on"],
+        **{"init.classes": ["03", None, "on"], "train.max_steps": 100_000},
     },
 }
 
@@ -141,15 +142,19 @@ def test_a_text_is_what_was_typed(text, tmp_path):
     (tmp_path / "run.yaml").write_text(f"output_dir: {text if text in PLAIN else repr(text)}\n")
     for words in ([f"output_dir={text}"], ["--output_dir", text], ["--config", str(tmp_path / "run.yaml")]):
         assert values(*words)["output_dir"] == text
-    prompts = values("experiment=text_to_image", "data.dataset_name=coco", "--prompts", "a, b", text)[
-        "sampling.prompts"
-    ]
-    assert prompts == ["a, b", text]
+    for experiment in ("experiment=text_to_image data.dataset_name=coco", "experiment=token_images data_dir=D"):
+        assert values(*experiment.split(), "--prompts", "", "null", text)["sampling.prompts"] == ["", "null", text]
+
+
+def test_a_text_in_a_file_ends_with_its_last_word_and_an_empty_one_is_none(tmp_path):
+    for text, expected in (("|\n  007\n", "007"), (">\n  a\n  b\n", "a b"), ("''", None), ("~", None), ("'[x'", "[x")):
+        (tmp_path / "run.yaml").write_text(f"output_dir: {text}\n")
+        assert values("--config", str(tmp_path / "run.yaml"))["output_dir"] == expected
 
 
 def test_home_and_hours_are_understood(tmp_path):
-    (tmp_path / "run.yaml").write_text("output_dir: ~/run\ntrain: {max_time: 11:30}\ndata:\n")
-    for words in (["--output_dir=~/run", "--max_time", "11:30"], ["--config", str(tmp_path / "run.yaml")]):
+    (tmp_path / "run.yaml").write_text("output_dir: ~/run\nmax_time: 11:30\ndata:\n")
+    for words in (["--output_dir=~/run", "max_time=11:30"], ["--config", str(tmp_path / "run.yaml")]):
         found = values(*words)
         assert (found["output_dir"], found["train.max_time"]) == (str(Path.home() / "run"), "11:30")
     assert values("--max_time", "0")["train.max_time"] == "0"
@@ -209,11 +214,14 @@ WRONG = {
     "trainer.devices=[1": "trainer.devices is '[1', expected a whole number",
     "model.hidden_size=[1,[]": "model.hidden_size=[1,[] is no list",
     "--max_time 11.5": "--max_time is '11.5', expected hours:minutes, such as 11:30",
-    "trainer.callbacks=x": "No key 'trainer.callbacks'",
+    "trainer.callbacks=x": "No trainer.callbacks here, as each experiment has its own: leave it out",
+    "trainer.fast_dev_run=on": "train.max_steps=2 is a short run",
+    "trainer.devices=-1": "expected a whole number of 1 or more or auto",
+    "num_classes=3": "could be data.num_classes or model.num_classes",
+    "--experiment --lr 3": "experiment= needs a name",
     "+trainer.devicez=2": "No key 'trainer.devicez'; did you mean train.devices?",
     "--data_path D --tokenizer bpe": "No --tokenizer here: it is one of experiment=token_images",
     "--resume data.data_dir=D": "--resume needs a value",
-    "lr=5e-5": "did you mean train.lr?",  # what a flag stands for is no key
 }
 
 
@@ -230,6 +238,7 @@ def test_a_file_that_means_nothing_is_named(tmp_path):
         ("a: [1", "is no YAML"),
         ("- 1\n", "expected keys and values"),
         ("flags: {lr: 5e-5}\n", "No key 'flags.lr'; did you mean train.lr"),
+        ("train: {lr: 1e-4}\ntrain: {seed: 1}\n", "train stands twice"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(UserError, match=re.escape(said)) as error:

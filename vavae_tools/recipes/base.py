@@ -13,6 +13,7 @@ Size = int | list[int] | None  # one number, or two: (height, width), or those o
 NamedSize = Literal["S", "B", "L", "XL"]
 LossRecipe = Literal["light", "full", "stage1", "stage2", "stage3", "staged"]
 ObjectiveName = Literal["flow_matching", "epsilon", "v_prediction", "v", "sample", "x0"]
+Prompt = str | int | dict[str, str] | list[int | dict[str, str]]  # a text, token numbers, or messages
 Monitor = Literal["reconstruction", "psnr", "ssim", "accuracy", "frechet", "right"]
 
 
@@ -257,7 +258,9 @@ class InitFrom:
 
     weights: str | None = setting(None, "a pipeline/ or .ckpt from here, or published weights")
     kind: str | None = setting(None, "of published weights: lightningdit, ddt, dit; null: seen in them")
-    classes: str | list[Any] = setting("new", "rows: new, nearest (published ones that fit best), keep, or labels")
+    classes: str | list[str | int | None] = setting(
+        "new", "rows: new, nearest (published ones that fit best), keep, or labels"
+    )
     lora_rank: int = setting(0, "above 0: train low-rank additions of this rank, merged at the end", least=0)
     lora_alpha: float | None = setting(None, "null: the rank")
     lora_targets: list[str] = setting(["qkv", "proj", "w12", "w3"], "layers that get them")
@@ -284,7 +287,7 @@ class TokenSampling:
     """Samples while training."""
 
     num_steps: int = setting(100, "of the previews", least=1)
-    prompts: list[Any] | str | None = setting(None, "of the previews; null: beginnings of texts that validate")
+    prompts: list[Prompt] | str | None = setting(None, "of the previews; null: beginnings of texts that validate")
     eta: float = share(1.0, "of fresh noise in a step; 0: none (Euler's method)")
     solver: str | None = setting(None, "as of sample's --solver; null: steps with fresh noise")
     time_shift: float | None = setting(None, "above 1: more steps at high noise; null: as noise hides a cell", above=0)

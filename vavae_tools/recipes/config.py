@@ -23,6 +23,14 @@ from vavae_tools.training.config import Setting, TypedLoader, as_taken, checked,
 CONFIGS = Path(str(files("vavae_tools") / "configs"))
 DEFAULT = "vavae_dit"
 _TRAINER = "train.trainer"
+_SET_HERE = {
+    "callbacks": "each experiment has its own",
+    "plugins": "each experiment has its own",
+    "enable_progress_bar": "there is one line for all of it",
+    "enable_checkpointing": "what was trained is always kept",
+    "default_root_dir": "output_dir=FOLDER says where a run writes",
+    "fast_dev_run": "train.max_steps=2 is a short run",
+}
 _OF_TRAINER = re.compile(r"(train(er)?|train\.trainer)\.")  # begins keys that may be arguments of lightning.Trainer
 
 
@@ -67,8 +75,10 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
         else:
             texts.append(word)
             needs = False
-    if named := line.flags.pop("experiment", None):
-        line.overrides["experiment"] = named[0]
+    if "experiment" in line.flags:
+        line.overrides["experiment"] = "".join(line.flags.pop("experiment")[:1])
+    if line.overrides.get("experiment") == "":
+        raise UserError(f"experiment= needs a name; there are {', '.join(experiments())}")
     return line
 
 
@@ -78,13 +88,15 @@ def _all_settings() -> dict[str, "RecipeSettings"]:
 
 
 def _is_lightnings(key: str) -> bool:
-    """Return whether a `lightning.Trainer` takes an argument of this name, which is not always made here."""
+    """Return whether a `lightning.Trainer` takes an argument of this name, which is not always set here."""
     if not _OF_TRAINER.match(key):
         return False
     from lightning import Trainer  # takes seconds, so only where a key is not one of ours
 
-    made_here = {"self", "callbacks", "plugins", "default_root_dir", "enable_progress_bar"}
-    return last_word(key) in set(signature(Trainer.__init__).parameters) - made_here
+    name = last_word(key)
+    if name in _SET_HERE:
+        raise UserError(f"No {key} here, as {_SET_HERE[name]}: leave it out")
+    return name in signature(Trainer.__init__).parameters
 
 
 def _is_known(key: str) -> bool:
@@ -152,7 +164,7 @@ def recipe_with(recipe: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
         elif name in sections and isinstance(value, Mapping):
             keys.set_all({f"{name}.{inner}": part for inner, part in value.items() if part is not None})
         elif value is not None:
-            keys.set(keys.of_flag(name, ""), value, name)
+            keys.set(name, value, name)
     return keys.built()
 
 
@@ -178,11 +190,10 @@ class RecipeSettings:
 
     def set(self, key: str, value: Any, called: str | None = None) -> None:
         """Set a key of any name, or raise a `UserError` about what was `called` so."""
-        home, called = self.home(key), called or key
-        if home is None:
-            if not _is_lightnings(key):
-                raise self.unknown(key, f"key {key!r}")
-            self.values[_TRAINER] = {**self.values[_TRAINER], last_word(key): read_typed(value, (Any,))}
+        home, called = self.own(key, called or f"key {key!r}"), called or key
+        if home not in self.settings and home not in _aliases()["values"]:  # of lightning.Trainer
+            read = read_typed(value, (bool, Any))
+            self.values[_TRAINER] = {**self.values[_TRAINER], last_word(key): read}
             return
         meanings = _aliases()["values"].get(home)
         if meanings is None:
@@ -210,7 +221,7 @@ class RecipeSettings:
 
     def set_flag(self, flag: str, texts: list[str]) -> None:
         """Set what a flag says: `--NAME VALUE`, or several values for a list."""
-        key = self.of_flag(flag)
+        key = self.own(flag, f"--{flag}")
         kinds = self.kinds(key)
         if len(texts) > 1 and not any(get_origin(kind) is list for kind in kinds):
             raise UserError(f"{texts[1]!r} is neither --flag VALUE nor key=value, such as train.devices=2 (see --help)")
@@ -222,25 +233,23 @@ class RecipeSettings:
     def kinds(self, key: str) -> tuple[Any, ...]:
         return self.settings[key].kinds if key in self.settings else (bool,)
 
-    def named(self, flag: str) -> list[str]:
-        """Return the keys that a flag may stand for."""
-        home = self.home(flag)
-        return [home] if home else [key for key in self.settings if last_word(key) == flag]
+    def named(self, name: str) -> list[str]:
+        """Return the keys that a name may stand for."""
+        home = self.home(name)
+        return [home] if home else [key for key in self.settings if last_word(key) == name]
 
-    def of_flag(self, flag: str, dashes: str = "--") -> str:
-        """Return the key that a flag stands for: one of its last word, or by all of its words."""
-        found = self.named(flag)
-        if not found and _is_lightnings(flag):
-            return flag
-        if not found:
-            raise self.unknown(flag, f"{dashes}{flag}")
+    def own(self, name: str, called: str) -> str:
+        """Return the key of a name, all of it or its last word; what lightning.Trainer takes stays as it is."""
+        found = self.named(name)
         if len(found) > 1:
-            raise UserError(f"{dashes}{flag} could be {' or '.join(found)}: type the key, as {found[0]}=…")
-        return found[0]
+            raise UserError(f"{called} could be {' or '.join(found)}: type the key, as {found[0]}=…")
+        if found or _is_lightnings(name):
+            return found[0] if found else name
+        raise self.unknown(name, called)
 
     def unknown(self, name: str, called: str) -> UserError:
         having = [each for each, of in _all_settings().items() if of.named(name)]
-        if having and not self.named(name):
+        if having:
             return UserError(f"No {called} here: it is one of experiment={' or '.join(having)}")
         known = {last_word(each): key for each in (*_aliases()["keys"], *self.settings) if (key := self.home(each))}
         return UserError(f"No {called}{_did_you_mean(last_word(name), known)}; --print_config shows all keys")
@@ -282,7 +291,7 @@ def last_word(key: str) -> str:
 
 
 def _did_you_mean(word: str, known: Mapping[str, str]) -> str:
-    nearest = get_close_matches(word, known, n=1, cutoff=0.5)
+    nearest = get_close_matches(word, known, n=1)
     return f"; did you mean {known[nearest[0]]}?" if nearest else ""
 
 

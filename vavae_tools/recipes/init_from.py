@@ -338,7 +338,9 @@ def _listed(classes: Classes, found: StartingWeights, wanted: int, most: int) ->
     if len(classes) not in (wanted, most):
         raise UserError(f"classes lists {len(classes)} labels, expected {wanted}: one, or null, for each class here")
     copied = {own: found.classes.get(label, label) for own, label in enumerate(classes) if label is not None}
-    for label in copied.values():
+    for own, label in copied.items():
+        if isinstance(label, str) and label.isdecimal():  # as it was typed
+            copied[own] = label = int(label)
         if isinstance(label, str):
             there = ", ".join(list(found.classes)[:5]) or "only labels are known"
             raise UserError(f"classes: the weights have no class {label!r} ({there} …); name a label or null")

@@ -119,6 +119,16 @@ class Setting(NamedTuple):
     metadata: Mapping[str, Any]
 
 
+def _members(kind: Any) -> tuple[Any, ...]:
+    """Return the types that a union is made of; of another type, that one."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _inside(kinds: tuple[Any, ...], outer: type) -> tuple[Any, ...]:
+    """Return the types that the values of a list, or of a dict, may have."""
+    return next((_members(get_args(kind)[-1]) for kind in kinds if get_origin(kind) is outer), (Any,))
+
+
 def settings_of(config: Any, before: str = "") -> dict[str, Setting]:
     """Return dotted key → setting of a dataclass's instance, inner ones too."""
     hints, found = get_type_hints(type(config)), {}
@@ -126,10 +136,8 @@ def settings_of(config: Any, before: str = "") -> dict[str, Setting]:
         value, key = getattr(config, each.name), f"{before}{each.name}"
         if is_dataclass(value):
             found |= settings_of(value, f"{key}.")
-            continue
-        kind = hints[each.name]
-        kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-        found[key] = Setting(kinds, value, each.metadata)
+        else:
+            found[key] = Setting(_members(hints[each.name]), value, each.metadata)
     return found
 
 
@@ -138,30 +146,53 @@ class Typed(str):
 
 
 class TypedLoader(yaml.SafeLoader):
-    """Leaves what looks like a number, a truth value or a date as it is written."""
+    """Leaves what looks like a number, a truth value or a date as it is written; refuses a key that stands twice."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"{key.value} stands twice", key.start_mark)
+            seen |= {key.value} if isinstance(key.value, str) else set()
+        return node
+
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        if node.style is None:
+            return Typed(node.value)
+        return node.value.rstrip("\n") if node.style in "|>" else node.value
 
 
 TypedLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 TypedLoader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"<<$"), ["<"])
-TypedLoader.add_constructor(
-    "tag:yaml.org,2002:str", lambda loader, node: node.value if node.style else Typed(node.value)
-)
+TypedLoader.add_constructor("tag:yaml.org,2002:str", TypedLoader.construct_text)
 
 
 def read_typed(value: Any, kinds: tuple[Any, ...]) -> Any:
     """Return a value whose `Typed` words are what a setting takes; a text stays as it was typed."""
-    inner = next((get_args(kind) for kind in kinds if get_origin(kind) is list), (Any,))
+    outer = {"[]": list, "{}": dict}.get(value[:1] + value[-1:]) if isinstance(value, Typed) else None
+    if outer and any(kind is Any or (get_origin(kind) or kind) is outer for kind in kinds) and not is_path(value):
+        try:
+            value = yaml.load(str(value), TypedLoader)
+        except yaml.YAMLError:
+            if str not in kinds:
+                raise
+    return _read(value, kinds)
+
+
+def _read(value: Any, kinds: tuple[Any, ...]) -> Any:
     if isinstance(value, (list, tuple)):
-        return [read_typed(each, inner) for each in value]
+        return [_read(each, _inside(kinds, list)) for each in value]
     if isinstance(value, Mapping):
-        return {str(key): read_typed(each, (Any,)) for key, each in value.items()}
+        return {str(key): _read(each, _inside(kinds, dict)) for key, each in value.items()}
+    optional, text = types.NoneType in kinds or Any in kinds, str(value)
+    if optional and value == "":
+        return None
     if not isinstance(value, Typed):
         return value
-    text, whole = str(value), any(kind in (Any, dict) or get_origin(kind) in (list, dict) for kind in kinds)
-    if whole and re.fullmatch(r"\[.*\]|\{.*\}", text, re.DOTALL) and not is_path(text):
-        return read_typed(yaml.load(text, TypedLoader), kinds)
+    if text in ("null", "Null", "NULL") and optional:
+        return None
     if str in kinds or any(text in map(str, get_args(kind)) for kind in kinds if get_origin(kind) is Literal):
         return text
     if re.fullmatch(r"[-+]?\d[\d_]*", text):
@@ -178,19 +209,16 @@ def as_taken(value: Any, setting: Setting) -> Any:
     """Return what was typed as its setting takes it, ~ as the home folder, and 128x256 as [128, 256]."""
     value = read_typed(value, setting.kinds)
     if isinstance(value, (list, tuple)):
-        return [as_taken(each, setting) for each in value]
+        return [with_home(each) if isinstance(each, str) else each for each in value]
     if isinstance(value, (str, Path)):
-        value = with_home(str(value))
-        takes = any(get_origin(kind) is list and get_args(kind) == (int,) for kind in setting.kinds)
-        if takes and re.fullmatch(r"\d+[xX]\d+", value):
-            return [int(side) for side in value.lower().split("x")]
+        if list[int] in setting.kinds and re.fullmatch(r"\d+[xX]\d+", str(value)):
+            return [int(side) for side in str(value).lower().split("x")]
+        return with_home(str(value)) if str in setting.kinds else value
     return value
 
 
-def read_word(text: str) -> Any:
+def read_word(text: str) -> str:
     """Return a word of the command line, which its setting will read; quotes around all of it keep what is inside."""
-    if text in ("null", "Null", "NULL", "~", ""):
-        return None
     quoted = re.fullmatch(r"""(['"])(.*)\1""", text, re.DOTALL)
     return quoted[2] if quoted and not is_path(text) else Typed(text)
 
@@ -215,7 +243,8 @@ def checked(key: str, value: Any, setting: Setting) -> Any:
         expected = f"{'a share' if (least, most) == (0, 1) else 'a number'} from {least:g} to {most:g}"
     else:
         expected = f"{'a whole number of ' if int in setting.kinds else ''}{least:g} or more"
-    raise UserError(f"{key} is {value!r}, expected {expected}")
+    words = [f" or {get_args(kind)[0]}" for kind in setting.kinds if get_origin(kind) is Literal]
+    raise UserError(f"{key} is {value!r}, expected {expected}{''.join(words)}")
 
 
 _NOT = object()
@@ -231,7 +260,7 @@ def _of_kind(value: Any, kinds: tuple[Any, ...]) -> Any:
         elif origin is Any:
             return value
         elif origin is list and isinstance(value, (list, tuple)):
-            inner = [_of_kind(each, get_args(kind) or (Any,)) for each in value]
+            inner = [_of_kind(each, _inside((kind,), list)) for each in value]
             if _NOT not in inner:
                 return inner
         elif origin is dict and isinstance(value, Mapping):
@@ -243,6 +272,8 @@ def _of_kind(value: Any, kinds: tuple[Any, ...]) -> Any:
                 return value
         elif kind is float and isinstance(value, (int, float)):
             return float(value)
+        elif kind is int and isinstance(value, float) and value.is_integer():  # 1e5
+            return int(value)
         elif kind in (int, str) and isinstance(value, kind):
             return value
     if str in kinds and isinstance(value, (int, float)):  # a folder that is called 2024, precision=16
@@ -254,6 +285,6 @@ def _in_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is list:
-        return f"a list of {_in_words(get_args(kind)[0]).removeprefix('a ')}s"
+        return f"a list of {_in_words(_inside((kind,), list)[0]).removeprefix('a ')}s"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values"}
-    return words.get(kind, "")
+    return words.get(get_origin(kind) or kind, "")
