@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from test_folder_checkpoints import Malicious, names, run_folder, small
 from test_vavae_training import new_module
 from tiny import assert_same, tiny_dit, tiny_vavae
@@ -225,9 +224,15 @@ def test_convert_there_and_back(run):
 
 
 def absent_classes() -> dict[str, type]:
-    """Classes of a module that is not there any more when their objects are read."""
+    """Classes of a module that is not there any more when their objects are read; omegaconf's have contents."""
     made: dict[str, type] = {}
-    for name, base in {"Net": "torch.nn.Sequential", "Config": "dict", "Mode": "enum.Enum"}.items():
+    for name, base in {
+        "Net": "torch.nn.Sequential",
+        "Config": "dict",
+        "Mode": "enum.Enum",
+        "Node": "object",
+        "Tensor": "torch.Tensor",
+    }.items():
         exec(f"import torch, enum\nclass {name}({base}): {'A = 1' if name == 'Mode' else 'pass'}", made)
         made[name].__module__ = "absent"
     return made
@@ -237,8 +242,11 @@ def absent_classes() -> dict[str, type]:
 @pytest.mark.filterwarnings("ignore:.*source code for container")
 def test_the_advised_command_opens_what_is_refused(run, monkeypatch, form):
     absent, weights = absent_classes(), {"w": torch.arange(4.0)}
-    around = {"args": Namespace(lr=0.5), "c": OmegaConf.create({"a": [1]}), "step": np.int64(7), "path": Path("a/b")}
+    around = {"args": Namespace(lr=0.5), "step": np.int64(7), "path": Path("a/b")}
     around |= {"when": datetime(2026, 1, 2), "config": absent["Config"](x=1), "mode": absent["Mode"].A}
+    around["c"], around["tensor"] = absent["Node"](), torch.ones(2).as_subclass(absent["Tensor"])
+    around["c"].__dict__ = {"_content": {"a": [absent["Node"]()]}, "_metadata": absent["Mode"].A}
+    around["c"]._content["a"][0]._val = 1
     layer = torch.nn.Linear(2, 2)
     cases = {"around": {"model": weights, **around}, "arrays": {"model": {"w": np.arange(4.0)}}}
     cases |= {"module": absent["Net"](layer), "inside": {"ema": absent["Net"](layer)}}
@@ -255,7 +263,14 @@ def test_the_advised_command_opens_what_is_refused(run, monkeypatch, form):
         command = re.search(r"run python -m vavae_tools.checkpoints (.*) and name (.*)", str(error.value))
         assert run(*command[1].split())[0] == 0
         made[name] = read_checkpoint(command[2])
-    plain = {"args": {"lr": 0.5}, "c": {"a": [1]}, "step": 7, "path": "a/b", "when": "2026-01-02 00:00:00"}
+    plain = {
+        "args": {"lr": 0.5},
+        "c": {"a": [1]},
+        "tensor": torch.ones(2),
+        "step": 7,
+        "path": "a/b",
+        "when": "2026-01-02 00:00:00",
+    }
     assert_same(made["around"], {"model": weights, **plain, "config": {"x": 1}, "mode": None})
     assert_same(made["arrays"], {"model": {"w": torch.arange(4.0, dtype=torch.float64)}})
     of_layer = {f"0.{name}": tensor for name, tensor in layer.state_dict().items()}

@@ -4,6 +4,7 @@ Classes of packages that are not among `PACKAGES` are not imported: their object
 """
 
 import pickle
+import shutil
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,14 +17,12 @@ from zipfile import is_zipfile
 
 import numpy as np
 import torch
-from omegaconf import Container, OmegaConf
 from torch import Tensor, nn
 
 from vavae_tools.runtime.errors import UserError, one_line
 from vavae_tools.runtime.files import atomic_write
 
 PACKAGES = ("torch", "numpy", "collections", "_codecs", "copyreg", "typing", "argparse", "pathlib", "datetime")
-PACKAGES += ("omegaconf",)
 BUILTINS = ("bool", "int", "float", "complex", "str", "bytes", "bytearray", "list", "tuple", "dict", "set", "frozenset")
 BUILTINS += ("slice", "range", "object")
 
@@ -31,8 +30,7 @@ BUILTINS += ("slice", "range", "object")
 class Unknown:
     """An object of a class that is not imported: what was pickled of it are its attributes."""
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        pass
+    def __init__(self, *arguments: Any, **named: Any) -> None: ...
 
     def __setstate__(self, state: Any) -> None:
         for part in state if isinstance(state, tuple) else (state,):  # the second is of slots
@@ -41,15 +39,16 @@ class Unknown:
     def __setitem__(self, name: Any, value: Any) -> None:
         vars(self)[name] = value
 
-    def append(self, value: Any) -> None:
-        pass
+    def append(self, value: Any) -> None: ...
 
-    def __call__(self, *arguments: Any, **named: Any) -> "Unknown":
+    def __call__(self, *arguments: Any, **named: Any) -> "Unknown":  # of a method that makes an object
         return Unknown()
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if name == "_rebuild_from_type_v2":  # of a tensor's subclass, whose class may be unknown
+            return lambda make, kind, arguments, state: make(*arguments)
         package = module.partition(".")[0]
         if package in PACKAGES or (package in ("builtins", "__builtin__") and name in BUILTINS):
             with suppress(ImportError, AttributeError):  # of another version
@@ -65,21 +64,15 @@ def write_plain(source: str | Path, destination: str | Path) -> tuple[Path, list
     """
     source, destination = Path(source), Path(destination)
     left: set[str] = set()
-    if not source.exists():
+    files = [path for path in (source, *source.rglob("*")) if path.is_file()]
+    if not files:
         raise UserError(f"No file {source}: name a .pt, .pth or .ckpt, or a checkpoint's folder")
-    for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
-        target = destination / path.relative_to(source)  # of a file "."
-        if path.is_dir():
-            continue
-        with atomic_write(target) as partial:
-            if path.suffix not in (".pt", ".pth", ".ckpt") and source.is_dir():
-                partial.write_bytes(path.read_bytes())
-                continue
-            held = _plain(_unpickled(path), left, set())
-            if isinstance(held, Mapping) or source.is_dir():
-                torch.save(held, partial)
+    for path in files:
+        with atomic_write(destination / path.relative_to(source)) as partial:  # of a file "."
+            if path == source or path.suffix in (".pt", ".pth", ".ckpt"):
+                torch.save(_plain(_unpickled(path), left), partial)
             else:
-                raise UserError(f"{path} holds a {type(held).__name__}, expected weights by name")
+                shutil.copyfile(path, partial)
     return destination, sorted(left)
 
 
@@ -97,48 +90,43 @@ def _unpickled(path: Path) -> Any:
         raise UserError(f"{path} is damaged or no file of torch.save ({one_line(error)}): copy it again") from None
 
 
-def _plain(value: Any, left: set[str], around: set[int]) -> Any:
+def _plain(value: Any, left: set[str], around: frozenset[int] = frozenset()) -> Any:
     """Return a value as what `torch.load` opens with `weights_only=True`; what has no such form is None."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+    elif isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
     if isinstance(value, Tensor):
         return value.detach()
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return (
-            torch.from_numpy(np.array(value)) if value.dtype.kind in "biufc" else _plain(value.tolist(), left, around)
-        )
+    if isinstance(value, torch.jit.ScriptModule):
+        return dict(value.state_dict())
     if value is None or type(value) in (bool, int, float, complex, str, bytes) or isinstance(value, torch.dtype):
         return value
     if isinstance(value, (PurePath, date, timedelta, torch.device)):
         return str(value)
     if id(value) in around:  # one that holds itself
         return None
-    around = {*around, id(value)}
-    if isinstance(value, Container):
-        return OmegaConf.to_container(value)
+    around |= {id(value)}
     if isinstance(value, (list, tuple, set, frozenset)):
         made = [_plain(each, left, around) for each in value]
         return tuple(made) if isinstance(value, tuple) else made
-    if isinstance(value, torch.jit.ScriptModule):
-        return dict(value.state_dict())
-    if isinstance(value, nn.Module) or "_modules" in getattr(value, "__dict__", {}):
-        return _weights_of(value)
-    if isinstance(value, (Unknown, Namespace)):
-        if not vars(value):
-            left.add(f"{type(value).__module__}.{type(value).__qualname__}")
-            return None
-        value = vars(value)
-    if isinstance(value, Mapping):
-        return {key if isinstance(key, int) else str(key): _plain(each, left, around) for key, each in value.items()}
-    left.add(f"{type(value).__module__}.{type(value).__qualname__}")
-    return None
+    held = vars(value) if isinstance(value, (Unknown, Namespace, nn.Module)) else value
+    if not isinstance(held, Mapping) or (isinstance(value, Unknown) and not held):
+        left.add(f"{type(value).__module__}.{type(value).__qualname__}")
+        return None
+    if "_modules" in held:
+        return _weights_of(held)
+    for content in ("_content", "_val"):  # of omegaconf's containers and values
+        if content in held:
+            return _plain(held[content], left, around)
+    return {key if isinstance(key, int) else str(key): _plain(each, left, around) for key, each in held.items()}
 
 
-def _weights_of(module: Any, before: str = "") -> dict[str, Tensor]:
-    """Return a module's state_dict, also of one whose class is not imported."""
-    held, passing = vars(module), vars(module).get("_non_persistent_buffers_set", ())
+def _weights_of(held: Mapping[str, Any], before: str = "") -> dict[str, Tensor]:
+    """Return the state_dict of a module with these attributes, also of one whose class is not imported."""
+    passing = held.get("_non_persistent_buffers_set", ())
     tensors = {**held["_parameters"], **{k: v for k, v in held["_buffers"].items() if k not in passing}}
     found = {before + name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
     for name, part in held["_modules"].items():
-        found |= _weights_of(part, f"{before}{name}.") if part is not None else {}
+        found |= _weights_of(vars(part), f"{before}{name}.") if part is not None else {}
     return found
