@@ -405,6 +405,23 @@ def test_the_dummy_leaves_what_a_lightning_hydra_project_expects(train):
     assert (run / "reconstructions" / "before.png").is_file() and list((run / "samples").glob("*.png"))
 
 
+def test_what_a_step_is_made_of_is_compared_on_resuming(train):
+    words = [*SHORT, *SMALL, "--output_dir", "run", "train.previews=0"]
+    train(*words, "train.max_steps=2")
+    others = (
+        "train.max_steps=4 resume=last train.accumulate_grad_batches=2 train.gradient_clip=9 objective.time=uniform"
+    )
+    found = (
+        "accumulate_grad_batches was 1, is 2; gradient_clip was 1.0, is 9.0; objective.time was lognorm, is uniform."
+    )
+    with pytest.raises(UserError, match=re.escape(found)):
+        train(*words, *others.split())
+    said = train(*words, *others.split(), "--allow_changes")
+    assert "changed on going on: accumulate_grad_batches was 1, is 2" in said and "4 steps of 16" in said
+    nothing = train(*words, *others.split())
+    assert "Nothing is left to train: run/checkpoints/last.ckpt is at step 4 of 4; take more" in nothing
+
+
 def test_a_latent_size_or_class_number_that_does_not_fit_is_one_line(train):
     for change, said in (
         ("model.dit_module.latent_size=[768,16,16]", "latent_size=[768, 16, 16] does not fit the latents"),

@@ -10,16 +10,19 @@ import lightning as L
 import pytest
 import torch
 from test_training import Fit, assert_same_run
-from tiny import SIZE
+from tiny import SIZE, tiny_dit
 
 from vavae_tools.checkpoints.formats import write_folder
-from vavae_tools.checkpoints.resuming import resume_path
+from vavae_tools.checkpoints.resuming import best_checkpoint, resume_path
+from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.recipes.vavae import fine_tune_vavae
 from vavae_tools.runtime.errors import Stopped, UserError, run_command
 from vavae_tools.runtime.files import alone_in
 from vavae_tools.training.callbacks import checkpointing as checkpoints
 from vavae_tools.training.callbacks.checkpointing import AtomicCheckpointIO
 from vavae_tools.training.config import SaveConfig, session_end
+from vavae_tools.training.denoiser_module import DiffusionModule
+from vavae_tools.training.run import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -145,6 +148,37 @@ def test_a_folder_is_one_runs(split_dir, vavae_dir, tmp_path):
         fine_tune_vavae(split_dir, new, vavae_dir, seed=1, resume=last, **numbers)
     with alone_in(tmp_path), pytest.raises(UserError, match=r"Another training writes into .*: wait for its end"):
         fine_tune_vavae(split_dir, tmp_path, vavae_dir, resume="last", **numbers)
+
+
+def test_the_best_is_what_the_last_checkpoint_knows(split_dir, vavae_dir, tmp_path):
+    """Not one of steps that were left when the run resumed from an earlier checkpoint."""
+    numbers = {"image_size": SIZE, "batch_size": 6, "log": lambda line: None}
+    run, allowed = tmp_path / "run", {"keep_best": -1, "allow_changes": True}
+    fine_tune_vavae(split_dir, run, vavae_dir, max_epochs=3, saving={"keep_best": -1}, **numbers)
+    (first,) = (run / "checkpoints").glob("best-000-*")
+    fine_tune_vavae(split_dir, run, vavae_dir, max_epochs=2, resume=str(first), lr=5.0, saving=allowed, **numbers)
+    assert list((run / "checkpoints").glob("best-002-*")) and best_checkpoint(run / "checkpoints") == first
+
+
+def test_fit_keeps_what_another_run_left(tmp_path, latents_dir):
+    def run(**options):
+        data, cpu = LatentDataModule(latents_dir, 6), {"accelerator": "cpu", "devices": 1}
+        return fit(DiffusionModule(*tiny_dit()), data, tmp_path, 2, devices=cpu, log=lambda line: None, **options)
+
+    last = run()
+    with pytest.raises(
+        UserError, match=r'holds a run \(last\.ckpt\): .* \(in Python resume="last" or overwrite=True\)'
+    ):
+        run()
+    with alone_in(tmp_path), pytest.raises(UserError, match="Another training writes into"):
+        run(overwrite=True)
+    assert run(overwrite=True) == last
+
+
+def test_what_the_disk_refuses_is_one_line_in_a_cell_too(split_dir, vavae_dir, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="run is a file, expected a folder: name another one"):
+        fine_tune_vavae(split_dir, tmp_path / "run", vavae_dir, log=lambda line: None)
 
 
 # ---- what a run says of itself

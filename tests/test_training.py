@@ -143,6 +143,17 @@ def test_a_run_that_is_stopped_again_and_again(tmp_path, data):
     assert names == [best_checkpoint(whole.folder).name, "last.ckpt", "previous.ckpt"]
 
 
+@pytest.mark.parametrize(
+    "ended", [{"max_steps": 6, "max_epochs": -1}, {"max_steps": 8, "max_epochs": -1}, {"max_epochs": 2}]
+)
+def test_a_run_that_had_ended_goes_on_with_the_rest_of_its_epoch(tmp_path, data, ended):
+    seen, resume = [], None
+    for number, length in enumerate((ended, {"max_steps": 10, "max_epochs": -1}, {"max_epochs": 3})):
+        fit = Fit(tmp_path / str(number), "dit", data, resume, **length)
+        resume, seen = fit.folder / "last.ckpt", seen + fit.seen
+    assert seen == Fit(tmp_path / "whole", "dit", data, max_epochs=3).seen
+
+
 # ---- stopped by a person
 
 

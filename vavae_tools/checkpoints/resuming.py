@@ -100,7 +100,10 @@ def former_run(folder: Path, resume_from: Path | None, overwrite: bool) -> list[
     found = sorted({path for place in places for path in folder.glob(str(place))})
     if found and not overwrite:
         holds = f"{folder} holds a run ({join_first(path.name for path in found)})"
-        raise UserError(f"{holds}: resume it with --resume last, name another --output_dir, or add --overwrite")
+        python = 'in Python resume="last" or overwrite=True'
+        raise UserError(
+            f"{holds}: resume it with --resume last, name another --output_dir, or add --overwrite ({python})"
+        )
     return found
 
 
@@ -164,7 +167,8 @@ def best_checkpoint(folder: str | Path) -> Path:
     if len(best) == 1:
         return best[0]
     newest = max(best, key=lambda path: (formats.place_in_name(path).get("epoch", -1), path.stat().st_mtime))
-    states = read_checkpoint(newest).get("callbacks", {}).values()  # it knows of those before it
+    last = folder / "last.ckpt"  # some may be of steps that it knows nothing of: it resumed from an earlier one
+    states = read_checkpoint(last if last.is_file() else newest).get("callbacks", {}).values()
     named = {
         Path(state["best_model_path"]).name for state in states if isinstance(state, dict) and state.get("monitor")
     }

@@ -5,7 +5,8 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +66,29 @@ def run_command(main: Callable[[], None]) -> None:
     status, message = 0, None
     prepare_streams()
     try:
-        main()
-        sys.stdout.flush()
+        with disk_faults():
+            main()
+            sys.stdout.flush()
     except Stopped as stop:
         print(stop)
     except UserError as error:
         status, message = 2, str(error)
     except KeyboardInterrupt:
         status, message = 130, "stopped by the user"
-    except OSError as error:
-        status, message = 2, disk_fault(error)
-        if message is None:
-            raise
     if message is not None:
         print("error: " + " ".join(message.split()), file=sys.stderr)
         sys.exit(status)
+
+
+@contextmanager
+def disk_faults() -> Iterator[None]:
+    """Raise a `UserError` where the disk is full or does not let us write, or a file is in a folder's place."""
+    try:
+        yield
+    except OSError as error:
+        if (fault := disk_fault(error)) is None:
+            raise
+        raise UserError(fault) from error
 
 
 def disk_fault(error: OSError) -> str | None:

@@ -24,7 +24,7 @@ from traceback import format_exc
 from typing import IO, Any
 
 from vavae_tools.runtime.console import CELL, bars_into_cell, in_notebook, prepare_streams, show_record
-from vavae_tools.runtime.errors import Stopped, UserError, disk_fault
+from vavae_tools.runtime.errors import Stopped, UserError, disk_faults
 from vavae_tools.runtime.ranks import PARENT, end_with_parent, is_rank_zero, started_already
 
 GRACE = 8.0
@@ -247,7 +247,8 @@ def main() -> None:
     sys.argv = task["argv"]
     module, name = task["function"].split(":")
     try:
-        made = getattr(import_module(module), name)(**task["arguments"])
+        with disk_faults():
+            made = getattr(import_module(module), name)(**task["arguments"])
         if is_rank_zero():
             (folder / "result").write_bytes(pickle.dumps(made))
     except Stopped as stop:
@@ -256,9 +257,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        reason = disk_fault(error) if isinstance(error, OSError) else None
-        user = bool(reason) or isinstance(error, UserError)
-        message = reason or (str(error) if user else f"{type(error).__name__}: {error}")
+        user = isinstance(error, UserError)
+        message = str(error) if user else f"{type(error).__name__}: {error}"
         fault = {"user": user, "message": message, "traceback": format_exc(), "at": time.time()}
         (folder / f"fault-{rank}").write_text(json.dumps(fault), encoding="utf-8")
         sys.exit(2 if user else 1)

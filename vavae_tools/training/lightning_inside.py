@@ -1,5 +1,7 @@
 """What Lightning (2.6) has no public name for, and we cannot do without."""
 
+from typing import Any
+
 import lightning as L
 from lightning.pytorch.core.optimizer import LightningOptimizer
 
@@ -26,3 +28,19 @@ def leave_sigterm_to_us(trainer: L.Trainer) -> None:
     and its SIGTERM calls a collective at a moment that the other processes cannot know.
     """
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+def reopen_epoch(loops: dict[str, Any], counts_steps: bool) -> None:
+    """Bring the progress in a checkpoint from a run's end to what it was after the last step.
+
+    Where a run ended within an epoch, or goes on until a number of steps, Lightning would leave the rest of it out.
+    """
+    epochs, batches = loops["epoch_progress"], loops.get("epoch_loop.batch_progress")
+    at_end = batches is not None and len(set(epochs["current"].values())) == 1 and epochs["current"]["ready"]
+    if not at_end or (batches["is_last_batch"] and not counts_steps):
+        return
+    for counts in epochs.values():
+        counts |= {name: counts[name] - 1 for name in ("processed", "completed")}
+    for counts in () if batches["is_last_batch"] else (batches["current"], batches["total"]):
+        counts["completed"] -= 1
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1

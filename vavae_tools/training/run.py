@@ -1,7 +1,7 @@
 """One way to train anything: what a recipe has built, on the devices of this machine, with what looks on."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from vavae_tools.checkpoints.formats import is_deepspeed, read_any_format, remov
 from vavae_tools.checkpoints.resuming import check_resumable, former_run, resume_path
 from vavae_tools.data.loader import OrderedDataModule, loader_faults
 from vavae_tools.runtime.console import log
-from vavae_tools.runtime.errors import Stopped, UserError
+from vavae_tools.runtime.errors import Stopped, UserError, disk_faults
 from vavae_tools.runtime.files import alone_in
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import keep_freed_memory, release_memory
@@ -60,6 +60,7 @@ class Run:
 Build = Callable[[Any, Path, Path | None, Show | None, Log], Run]  # of recipe, output_dir, resume_from, show, log
 
 
+@disk_faults()
 def train(
     build: Build, recipe: Any, output_dir: str | Path, resume: str | None = None, show: Show | None = None, log=log
 ) -> Path:
@@ -83,23 +84,37 @@ def train(
 def _train_here(
     build: Build, recipe: Any, output_dir: Path, resume: str | None, show: Show | None = None, log: Log = log
 ) -> Path:
-    with alone_in(output_dir) if is_rank_zero() else nullcontext():
-        return _train_alone(build, recipe, output_dir, resume, show, log)
-
-
-def _train_alone(build: Build, recipe: Any, output_dir: Path, resume: str | None, show: Show | None, log: Log) -> Path:
     L.seed_everything(recipe.seed, verbose=False)
     quiet_lightning()
+    with own_run(output_dir, resume, recipe.overwrite, log) as (resume_from, replace):
+        make_loggers(recipe.train.logger, output_dir)  # one that is lacking is said before anything is encoded
+        run = build(recipe, output_dir, resume_from, show, log)
+        return _train_built(run, output_dir, resume_from, [replace], log)
+
+
+@contextmanager
+def own_run(
+    output_dir: Path, resume: str | None, overwrite: bool, log: Log
+) -> Iterator[tuple[Path | None, L.Callback]]:
+    """Keep others out of a run's folder; yield what it resumes from, and what removes a former run as it begins."""
+    with alone_in(output_dir) if is_rank_zero() else nullcontext():
+        resume_from = resume_path(resume, output_dir / "checkpoints", log)
+        former = former_run(output_dir, resume_from, overwrite) if is_rank_zero() else []
+        yield resume_from, LambdaCallback(on_train_start=lambda *_: [remove(path) for path in former])
+
+
+def _train_built(run: Run, output_dir: Path, resume_from: Path | None, callbacks: list[L.Callback], log: Log) -> Path:
     checkpoints = output_dir / "checkpoints"
-    resume_from = resume_path(resume, checkpoints, log)
-    former = former_run(output_dir, resume_from, getattr(recipe, "overwrite", False)) if is_rank_zero() else []
-    make_loggers(recipe.train.logger, output_dir)  # one that is lacking is said before anything is encoded
-    run = build(recipe, output_dir, resume_from, show, log)
     config, data = run.config, run.data
     settings = run.module.trainer_settings(**config.of_devices())
-    gathered, processes = config.accumulate_grad_batches, settings["devices"] * settings["num_nodes"]
+    gathered = settings.get("accumulate_grad_batches", config.accumulate_grad_batches)
+    processes = settings["devices"] * settings["num_nodes"]
+    follows = {"precision": settings["precision"], "accumulate_grad_batches": gathered}
+    recorded = {**follows, "gradient_clip": settings["gradient_clip_val"], **run.recorded}
+    begun = None
     if resume_from is not None and not is_deepspeed(resume_from):
-        kept = data.keep_batch(read_any_format(resume_from, lambda line: None), processes)
+        checkpoint = read_any_format(resume_from, lambda line: None)
+        begun, kept = checkpoint.get("global_step"), data.keep_batch(checkpoint, processes)
         gathered *= kept
         if "accumulate_grad_batches" in settings:
             settings["accumulate_grad_batches"] = gathered
@@ -124,16 +139,14 @@ def _train_alone(build: Build, recipe: Any, output_dir: Path, resume: str | None
 
     validates = bool(data.val_data)
     monitor, mode = run.monitor
-    callbacks = checkpoint_callbacks(checkpoints, monitor if validates else None, config, mode, best=run.best)
     check_early_stopping(config, data)
+    callbacks += checkpoint_callbacks(checkpoints, monitor if validates else None, config, mode, best=run.best)
     if config.early_stopping_patience:
         callbacks.append(EarlyEnd(monitor, mode, config.early_stopping_patience, log))
     if config.previews and run.preview is not None:
         callbacks.append(run.preview(max(1, epochs // config.previews)))
-    recorded = {**run.recorded, "precision": settings["precision"]}
     callbacks.append(RunRecord(output_dir, recorded, run.fingerprint, config.allow_changes, log))
     callbacks.append(TrainLog(output_dir, config.log_every_n_steps, log, machine))
-    callbacks.append(LambdaCallback(on_train_start=lambda *_: [remove(path) for path in former]))
     callbacks.append(LambdaCallback(on_load_checkpoint=lambda *given: data.read_progress(given[2])))
     length["check_val_every_n_epoch"] = max(1, epochs // run.validations)
     trainer = build_trainer(settings, output_dir, [*callbacks, *run.callbacks], log, config.logger, **length)
@@ -142,9 +155,12 @@ def _train_alone(build: Build, recipe: Any, output_dir: Path, resume: str | None
             logger.log_metrics(dict(run.logged), step=0)
     fit_trainer(trainer, run.module, data, resume_from, log, run.saves_memory)
     if trainer.is_global_zero:
-        if resume_from is not None and not (checkpoints / "last.ckpt").is_file():
-            done = f"{resume_from} is at step {trainer.global_step:,} of {steps:,}"
-            raise UserError(f"Nothing is left to train: {done}; take more --max_steps or --max_epochs")
+        if trainer.global_step == begun:
+            done = f"{resume_from} is at step {begun:,} of {steps:,}"
+            nothing = f"Nothing is left to train: {done}; take more --max_steps or --max_epochs"
+            if not (checkpoints / "last.ckpt").exists():
+                raise UserError(nothing)
+            log(nothing)
         run.export(trainer)
     return run.folder
 
@@ -249,6 +265,7 @@ def fit_trainer(
     trainer.strategy.barrier()  # so that every process finds it there
 
 
+@disk_faults()
 def fit(
     module: L.LightningModule,
     data: L.LightningDataModule,
@@ -262,6 +279,7 @@ def fit(
     saving: SaveConfig | None = None,
     show: Show | None = None,
     log: Log = log,
+    overwrite: bool = False,
 ) -> Path:
     """Train any module on any data with the devices of this machine; return `last.ckpt`.
 
@@ -275,6 +293,7 @@ def fit(
         monitor: the logged value whose lowest keeps `best-*.ckpt`.
         resume: "last", a `.ckpt` or a folder.
         show: called with each preview; see `train`.
+        overwrite: replace the checkpoints of another run in `output_dir`.
     """
     output_dir, devices = Path(output_dir).expanduser(), devices if isinstance(devices, dict) else {"devices": devices}
     several = several_processes(**devices)
@@ -283,7 +302,7 @@ def fit(
         module.cpu()  # or all processes would take it to one card
         what = {"module": module, "data": data, "output_dir": output_dir, "devices": devices, "monitor": monitor}
         how = {"max_steps": max_steps, "max_epochs": max_epochs, "resume": resume, "saving": saving}
-        arguments = {**what, **how, "callbacks": list(callbacks)}
+        arguments = {**what, **how, "callbacks": list(callbacks), "overwrite": overwrite}
         last = call_on_ranks(f"{__name__}:fit", arguments, several, show=show)  # which finds itself one of several
         module.load_state_dict(read_any_format(last, lambda line: None)["state_dict"])
         return last
@@ -291,9 +310,9 @@ def fit(
     settings = getattr(module, "trainer_settings", trainer_settings)(**devices)
     settings["use_distributed_sampler"] = not isinstance(data, OrderedDataModule)
     checkpoints = output_dir / "checkpoints"
-    resume_from = resume_path(resume, checkpoints, log)
     length = {"max_steps": max_steps, "max_epochs": -1 if max_epochs is None and max_steps > 0 else max_epochs}
-    saves = checkpoint_callbacks(checkpoints, monitor, saving)
-    trainer = build_trainer(settings, output_dir, [*callbacks, *saves], log, **length)
-    fit_trainer(trainer, module, data, resume_from, log, prefix="")
+    with own_run(output_dir, resume, overwrite, log) as (resume_from, replace):
+        saves = checkpoint_callbacks(checkpoints, monitor, saving)
+        trainer = build_trainer(settings, output_dir, [*callbacks, replace, *saves], log, **length)
+        fit_trainer(trainer, module, data, resume_from, log, prefix="")
     return checkpoints / "last.ckpt"

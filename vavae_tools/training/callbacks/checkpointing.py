@@ -24,7 +24,7 @@ from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import Stopped, StoppedAtOnce, UserError
 from vavae_tools.runtime.files import atomic_write
 from vavae_tools.training.config import SaveConfig, session_end
-from vavae_tools.training.lightning_inside import leave_sigterm_to_us
+from vavae_tools.training.lightning_inside import leave_sigterm_to_us, reopen_epoch
 
 OUTPUT_FOLDERS = ("checkpoints", "autoencoder", "vavae", "rae", "pipeline", "reconstructions", "samples", "classifier")
 
@@ -181,6 +181,9 @@ class LastCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load nothing: Lightning's own warns of a folder that was moved."""
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        reopen_epoch(checkpoint["loops"]["fit_loop"], trainer.max_epochs == -1)
 
     def _interrupt(self, number: int, frame: object) -> None:
         if number == signal.SIGTERM and os.getpid() != self._process:  # one that loads data, forked with this handler

@@ -21,6 +21,8 @@ PACKAGES = ("vavae_tools", "torch", "lightning", "diffusers", "transformers", "s
 UNCOMPARED_SETTINGS = ("vavae_config", "denoiser_config", "conditioner_config", "people", "gradient_checkpointing")
 """Hyper-parameters that a difference in is told elsewhere, or changes no number."""
 
+NOT_ALWAYS_RECORDED = ("accumulate_grad_batches", "gradient_clip")
+
 
 class RunRecord(L.Callback):
     """Write `run.json` where training starts, keep the same in each checkpoint, and compare it on resuming.
@@ -59,7 +61,8 @@ class RunRecord(L.Callback):
         if before is None:  # from elsewhere
             return
         now = self.record(module)
-        found = [f"{name} was {old}, is {new}" for name, old, new in _differences(before["settings"], now["settings"])]
+        then = {name: now["settings"][name] for name in NOT_ALWAYS_RECORDED} | before["settings"]
+        found = [f"{name} was {old}, is {new}" for name, old, new in _differences(then, now["settings"])]
         if before["data"] != now["data"]:
             found.append("the data are others")
         if found and not self.allow_changes:
@@ -73,8 +76,15 @@ class RunRecord(L.Callback):
             self.log_line(f"other versions than the checkpoint's: numbers may differ in their last digits: {changed}")
 
 
-def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    return [(name, then.get(name), now.get(name)) for name in {**then, **now} if then.get(name) != now.get(name)]
+def _differences(then: dict[str, Any], now: dict[str, Any], of: str = "") -> list[tuple[str, Any, Any]]:
+    found = []
+    for name in {**then, **now}:
+        old, new = then.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{of}{name}.")
+        elif old != new:
+            found.append((of + name, old, new))
+    return found
 
 
 def is_finished(folder: str | Path) -> bool:
