@@ -222,6 +222,7 @@ def things(split_dir, vavae_dir, tmp_path_factory) -> dict[str, str]:
     other = {"vavae." + name: weights for name, weights in tiny_vavae(condition_dim=0).state_dict().items()}
     torch.save({"state_dict": other, "optimizer_states": [], "loops": {}}, folder / "other.ckpt")
     (folder / "file").write_text("a file")
+    (folder / "link").symlink_to("nowhere")
     return {"here": str(folder), "split": str(split_dir), "vavae": str(vavae_dir)}
 
 
@@ -250,6 +251,7 @@ BAD_TRAINING = {
     TRAIN + " --latents_dir {here}/new init.lora_rank=2": "init.lora_rank needs weights",
     TRAIN + " --latents_dir {here}/new --resume {here}/other.ckpt": "other.ckpt is of another model",
     "--data_dir {split} --vavae {vavae} --latents_dir {here}/file": "file is a file, expected a folder",
+    "--data_dir {split} --vavae {vavae} --latents_dir {here}/link": "link is a link to nowhere, which is not there",
 }
 BAD = [
     (name, line, message)

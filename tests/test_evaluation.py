@@ -322,6 +322,9 @@ def test_of_one_person_there_is_no_other(split_dir, tmp_path):
     assert str(alone).splitlines()[2].split() == ["another's", "vector", "-", "-"]
     with pytest.raises(UserError, match="This VA-VAE has no vectors to compare"):
         compare_conditions(tiny_vavae(condition_dim=0, num_conditions=0), ImageFolder(tmp_path, TINY_SIZE))
+    (tmp_path / "ID_1").rename(tmp_path / "ID_6")
+    with pytest.raises(UserError, match="has vectors of 5 people, the images have 6: fine-tune it on these images"):
+        compare_conditions(tiny_vavae(num_conditions=5), ImageFolder(tmp_path, TINY_SIZE))
 
 
 # ---- the command

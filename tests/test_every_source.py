@@ -142,6 +142,9 @@ def test_reconstructions_of_a_dataset_are_judged_by_a_classifier_that_is_kept(tm
     assert scores.images == len(data.val_data) and scores.accuracy is not None and scores.frechet > 0
     monkeypatch.setattr(classifier, "train_classifier", None)
     assert evaluate_vavae(tiny_vavae(), data, tmp_path / "classifier", progress=False) == scores
+    others = tiny_vavae(people={"a": 0, "b": 1, "c": 2})
+    with pytest.raises(UserError, match=r"VA-VAE has vectors of a, b, c, none for "):
+        evaluate_vavae(others, data, tmp_path / "classifier", progress=False)
 
 
 # ---- known again

@@ -1,6 +1,7 @@
 """Texts: encoded once, without padding, equal ones once; read beside the latents with a caption for each image."""
 
 import hashlib
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -232,6 +233,27 @@ def test_texts_of_other_images_are_refused(tmp_path, folder):
     other = encode_texts(WordEncoder(), CAPTIONS, tmp_path / "b", names, progress=False)
     with pytest.raises(UserError, match="latents of 5 other ones"):
         TextLatentDataModule(latents, other)
+
+
+@pytest.mark.parametrize("name", ["tokens-00000.safetensors", texts.CAPTIONS])
+def test_files_of_another_encoding_are_refused(tmp_path, folder, name):
+    latents = write_latents(tmp_path / "latents")
+    others = {**CAPTIONS, "train": CAPTIONS["train"][::-1]}
+    other = encode_texts(WordEncoder("b"), others, tmp_path / "b", progress=False)
+    (folder.path / name).write_bytes((other.path / name).read_bytes())
+    with pytest.raises(UserError, match=rf"{name} is of another encoding than texts\.json beside it: delete both"):
+        TextLatentDataModule(latents, folder)
+
+
+def test_texts_of_an_earlier_version_are_read(tmp_path, folder):
+    """Neither index nor captions say whose the files are."""
+    index = json.loads((folder.path / texts.INDEX).read_text())
+    del index["keys"]
+    (folder.path / texts.INDEX).write_text(json.dumps(index))
+    save_file(load_file(folder.path / texts.CAPTIONS), folder.path / texts.CAPTIONS)
+    latents, encoder = write_latents(tmp_path / "latents"), WordEncoder()
+    former = encode_texts(encoder, CAPTIONS, folder.path.parent, progress=False)
+    assert encoder.encoded == [] and len(TextLatentDataModule(latents, former).train_data) == 5
 
 
 def test_batches_resume_with_the_very_captions(folder, tmp_path):

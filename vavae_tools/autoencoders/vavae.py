@@ -165,7 +165,9 @@ def _last_layers(half: nn.Module, h: Tensor, following: nn.Module | None = None)
         return h if following is None else following(h)
 
 
-def with_vectors_of(model: nn.Module, people: Mapping[str, int], other_people: bool = False, source: Any = "") -> Any:
+def with_vectors_of(
+    model: nn.Module, people: Mapping[str, int], other_people: bool = False, source: Any = "here"
+) -> Any:
     """Return a VA-VAE with the vectors of these people, found by name, in the rows of their labels.
 
     Where it has them so already, or has none at all, it is the model itself. People that it does not know are refused,

@@ -124,6 +124,14 @@ class EncodedFolder:
             held.enter_context(lock.acquire())
         return cls.find(path, keys)
 
+    def check(self, keys: Mapping[str, str]) -> None:
+        """Raise where a file's key begins otherwise than here; foreign ones and those of former versions have none."""
+        for name, expected in keys.items():
+            key = key_of(self.path / name)
+            if key is not None and key.split()[0] != expected:
+                found = f"{self.path / name} is of another encoding than {self.INDEX} beside it"
+                raise UserError(f"{found}: delete both and encode again")
+
     def write(self) -> None:
         write_json(self.path / self.INDEX, {name: value for name, value in asdict(self).items() if name != "path"})
 

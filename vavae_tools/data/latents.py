@@ -27,7 +27,6 @@ from vavae_tools.data.encoded import (
     agree,
     cut,
     encode,
-    key_of,
     open_shard,
     subfolder,
 )
@@ -233,12 +232,9 @@ class LatentDataset(Dataset):
     def __init__(self, folder: LatentFolder, subset: str) -> None:
         self.statistics = tuple(torch.tensor(values).view(-1, 1, 1) for values in (folder.mean, folder.std))
         """Mean and standard deviation, float32 (C, 1, 1) both."""
-        files = [folder.path / name for name in folder.shards.get(subset, [])]
-        shards = [open_shard(file) for file in files]
-        for file in files:
-            key = key_of(file)  # foreign shards have none
-            if key is not None and key.split()[0] != folder.key:
-                raise UserError(f"{file} is of another encoding than {INDEX} beside it: delete both and encode again")
+        files = folder.shards.get(subset, [])
+        shards = [open_shard(folder.path / name) for name in files]
+        folder.check(dict.fromkeys(files, folder.key))
         names = [name for name in ("latents", "latents_flip") if shards and name in shards[0]]
         self._rows = {name: Rows([shard[name] for shard in shards]) for name in names}
         self.labels = torch.cat([torch.empty(0, dtype=torch.int64), *(shard["labels"] for shard in shards)])

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class TextFolder(EncodedFolder):
     cut: int  # how many are longer than the encoder takes
     shards: dict[str, int]  # file → captions in it
     names: dict[str, str]  # of each subset, a hash of the images' names where these were given
+    keys: dict[str, str] = field(default_factory=dict)  # file → its key; empty in former versions
 
     def files(self) -> list[str]:
         return [*self.shards, CAPTIONS]
@@ -117,7 +118,7 @@ def encode_texts(
         with on_device(encoder, device):
             encode(store, {"tokens": shards}, {"tokens": distinct}, fields, computing, batch_size, **options)
         with atomic_write(folder / CAPTIONS) as partial:
-            save_file(_caption_rows(captions_by_subset, distinct), partial)
+            save_file(_caption_rows(captions_by_subset, distinct), partial, metadata={"key": key})
         found = TextFolder(
             folder,
             key,
@@ -131,6 +132,7 @@ def encode_texts(
             cut=cut,
             shards={name: len(shard.rows) for name, shard in shards.items()},
             names=names,
+            keys={name: shard.key for name, shard in shards.items()} | {CAPTIONS: key},
         )
         found.write()
     return found
@@ -207,6 +209,7 @@ class TextLatentDataset(LatentDataset):
                 f"{texts.path} has captions of {count_of(images, 'image')} of the subset {subset}, {latents.path} "
                 f"latents of {len(self):,} other ones: encode both for the same images"
             )
+        texts.check(texts.keys)
         owned, none = open_shard(texts.path / CAPTIONS), torch.empty(0, dtype=torch.int64)
         self._captions, self._ends = (owned.get(f"{subset}.{name}", none) for name in ("places", "ends"))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vavae_tools.autoencoders.vavae import VAVAE, other_labels, reconstruct, reconstruct_images
+from vavae_tools.autoencoders.vavae import VAVAE, other_labels, reconstruct, reconstruct_images, with_vectors_of
 from vavae_tools.data.images import DecodedImages, ImageSetDataModule, to_pixels, to_unit
 from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
 from vavae_tools.evaluation.metrics import aligned, frechet_distance, percent, psnr, sharpness, ssim
@@ -51,6 +51,9 @@ def compare_conditions(model: VAVAE, data: DecodedImages, batch_size: int = 32) 
     """
     if not model.config.condition_dim:
         raise UserError("This VA-VAE has no vectors to compare (condition_dim is 0): fine-tune it with --condition_dim")
+    if (count := int(data.labels.max()) + 1) > model.config.num_conditions:
+        known = f"vectors of {model.config.num_conditions} people"
+        raise UserError(f"This VA-VAE has {known}, the images have {count}: fine-tune it on these images")
     model, people = model.eval(), len(data.labels.unique())
     choices = {OWN: data.labels, ANOTHERS: other_labels(data.labels), NONE: None}  # labels by an image's place
     if people == 1:
@@ -147,6 +150,7 @@ def evaluate_vavae(
     """Reconstruct the validation subset, with each person's vector, and let a `cached_classifier` judge it."""
     if data.val_data is None:
         raise UserError("No image validates: make a split with data_split.py --val_ratio 0.2, or set val_share")
+    model = with_vectors_of(model, data.labels)
     where = {"device": model.device, "progress": progress}
     classifier = cached_classifier(data.train_data, data.num_classes, classifier_dir, seed, **where)
     originals, made = reconstruct(model, data.val_data)

@@ -100,9 +100,11 @@ def disk_fault(error: OSError) -> str | None:
         return f"Not allowed to write or read here{where}. Choose a folder that is yours, such as ./outputs."
     if error.errno in (errno.ENOTDIR, errno.EEXIST) and error.filename:
         path = Path(error.filename)
-        in_the_way = next((part for part in (path, *path.parents) if part.is_file()), None)
-        if in_the_way is not None:
-            return f"{in_the_way} is a file, expected a folder: name another one."
+        for part in (path, *path.parents):
+            if part.is_file():
+                return f"{part} is a file, expected a folder: name another one."
+            if part.is_symlink() and not part.exists():
+                return f"{part} is a link to {part.readlink()}, which is not there: make that folder, or name another."
     return None
 
 
