@@ -1,12 +1,21 @@
 """Where images and outputs are found: Kaggle's folders under other roots, a path, or the built-in data."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+import vavae_tools
+from vavae_tools.autoencoders.foundation import load_foundation
+from vavae_tools.autoencoders.lpips import load_lpips
+from vavae_tools.autoencoders.stable_diffusion import load_stable_diffusion_vae
+from vavae_tools.autoencoders.weights import load_autoencoder
 from vavae_tools.data.split import split_folders
+from vavae_tools.diffusion.clip import load_text_encoder
+from vavae_tools.export import export_vavae
 from vavae_tools.paths import ProjectPaths, find_paths, find_split
+from vavae_tools.recipes.init_from import read_starting_weights
 from vavae_tools.runtime.errors import UserError, command_parser
 
 
@@ -101,3 +110,28 @@ def test_the_split_is_found_where_it_is_usually_written(tmp_path, gait):
     split_folders(gait, "outputs/data_split", progress=False)
     assert find_split() == Path("outputs/data_split")
     assert find_split(tmp_path / "outputs") == tmp_path / "outputs" / "data_split"
+
+
+CALLS = {
+    **{name: getattr(vavae_tools, name) for name in ("load_pipeline", "load_text_pipeline", "load_token_pipeline")},
+    **{"load_vavae": vavae_tools.load_vavae, "load_autoencoder": load_autoencoder, "load_foundation": load_foundation},
+    **{"load_text_encoder": load_text_encoder, "load_stable_diffusion_vae": load_stable_diffusion_vae},
+    "load_rae": lambda path: vavae_tools.load_rae(encoder_config_path=path),
+    "decoder of load_rae": lambda path: vavae_tools.load_rae(decoder_path=path, decoder="tiny", log=lambda line: None),
+    "load_lpips": load_lpips,
+    "read_starting_weights": read_starting_weights,
+    "TokenImageDataset": vavae_tools.TokenImageDataset,
+    "ImageFolder": lambda path: vavae_tools.ImageFolder(path, 8),
+    "image_data": lambda path: vavae_tools.image_data(path, 8),
+    "LatentDataModule": vavae_tools.LatentDataModule,
+    "export_vavae": lambda path: export_vavae(path, "reference", "out.pt"),
+    "split_folders": lambda path: split_folders(path, "split"),
+    "find_split": find_split,
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_tilde_is_the_home_folder_wherever_python_takes_a_path(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "home" / "nowhere"))):
+        CALLS[call]("~/nowhere")

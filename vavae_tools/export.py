@@ -27,8 +27,8 @@ def export_vavae(vavae: str | Path, format: str, output: str | Path) -> list[Pat
     """
     from vavae_tools.autoencoders.weights import load_vavae
 
-    output = Path(output)
-    if output.exists() and output.resolve() == Path(vavae).resolve():
+    vavae, output = Path(vavae).expanduser(), Path(output).expanduser()
+    if output.exists() and output.resolve() == vavae.resolve():
         raise UserError(f"--output {output} is the VA-VAE itself: name another place")
     model = load_vavae(vavae, log=lambda line: None)
     if model.config.condition_dim:

@@ -92,7 +92,8 @@ def load_foundation(folder: str | Path) -> TransformersFoundation:
     """Load a frozen DINOv2 (with or without registers) or ViT-MAE from its folder in transformers' format."""
     from transformers import AutoModel
 
-    config = Path(folder) / "config.json"
+    folder = Path(folder).expanduser()
+    config = folder / "config.json"
     if not config.is_file():
         instead = "name a folder such as facebook/dinov2-large's (config.json, model.safetensors), or take vf_weight 0"
         raise UserError(f"No vision foundation model in {folder}, which {contents(config.parent)}: {instead}")

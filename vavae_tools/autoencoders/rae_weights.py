@@ -157,13 +157,14 @@ def fit(
 
 def is_rae_folder(path: str | Path) -> bool:
     """Return whether it is a folder of a whole RAE: one from here, or of diffusers' AutoencoderRAE."""
-    config = Path(path) / "config.json"
+    config = Path(path).expanduser() / "config.json"
     return config.is_file() and read_json(config).get("_class_name") in ("RAE", "AutoencoderRAE")
 
 
 def read_rae_folder(folder: str | Path) -> RAE:
     """Return the RAE that `save_pretrained` wrote, here or in diffusers."""
-    config = read_json(Path(folder) / "config.json")
+    folder = Path(folder).expanduser()
+    config = read_json(folder / "config.json")
     if config["_class_name"] == "AutoencoderRAE":
         return from_diffusers(config, read_weights(folder), str(folder)).eval()
     return load_model(RAE, folder)
@@ -207,7 +208,7 @@ def _decoder_numbers(decoder: str | Path | Mapping[str, Any]) -> Mapping[str, An
         return decoder
     if decoder in RAE_SIZES:
         return RAE_SIZES[decoder]
-    path = Path(decoder)
+    path = Path(decoder).expanduser()
     if not path.exists():
         raise UserError(f"No decoder size {str(decoder)!r}, nor a config.json there; there are {', '.join(RAE_SIZES)}")
     config = read_json(path / "config.json" if path.is_dir() else path)

@@ -39,6 +39,7 @@ def pretrained_small_folder() -> Path:
 
 def load_autoencoder(source: str | Path) -> ModelMixin:
     """Load a `RAE`, a `VAVAE` or a `StableDiffusionVAE` from its folder, or from what `load_vavae` takes."""
+    source = Path(source).expanduser()
     if is_rae_folder(source):
         return read_rae_folder(source)
     if is_stable_diffusion_vae(source):
@@ -65,7 +66,7 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
             VA-VAE training here, or weights under the reference's names: the released `.pt`, a `.ckpt` of the
             reference's training, a `.safetensors` file.
     """
-    source = Path(source)
+    source = Path(source).expanduser()
     if source.is_dir() or source.name.startswith("diffusion_pytorch_model"):
         return _read_folder(source)
     if not source.is_file():

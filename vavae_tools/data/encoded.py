@@ -76,6 +76,7 @@ class EncodedFolder:
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """Read the one encoding in a folder."""
+        path = Path(path).expanduser()
         return cls.only(path, cls.read_all(path))
 
     @classmethod

@@ -321,6 +321,7 @@ class ImageFolder(ImageFiles):
         progress: bool = True,
         extensions: Collection[str] = IMAGE_EXTENSIONS,
     ) -> None:
+        folder = Path(folder).expanduser()
         people = list_folders(folder, extensions)
         labels = labels or labels_of(people)
         names = [f"{person}/{path.name}" for person, paths in people.items() for path in paths]

@@ -184,7 +184,10 @@ def evaluate_images(
         image_size: pixels, to which all images are resized; by default the generated images' own.
         seed: of the classifier, of the subsets that are compared, and of what is held out where nothing validates.
     """
-    real, generated, notes = _load(Path(generated_dir), data_dir, image_size, seed=seed, progress=progress, **source)
+    output_dir = Path(output_dir).expanduser()
+    real, generated, notes = _load(
+        Path(generated_dir).expanduser(), data_dir, image_size, seed=seed, progress=progress, **source
+    )
     labels, train, device = real.labels, real.train_data, device_of(0)
     several_persons = len(train.labels.unique()) > 1
     if several_persons:
@@ -205,8 +208,8 @@ def evaluate_images(
     distances, figures = _distances(sets, seed, notes), _figures(people, sets, closest)
     about = str(generated_dir), str(data_dir), str(output_dir), train.image_size, sets.score(None), people
     evaluation = Evaluation(*about, distances, copies, pairs, notes, figures)
-    save_figures(evaluation.figures, Path(output_dir) / "figures")
-    write_json(Path(output_dir) / "evaluation.json", evaluation.as_dict())
+    save_figures(evaluation.figures, output_dir / "figures")
+    write_json(output_dir / "evaluation.json", evaluation.as_dict())
     return evaluation
 
 

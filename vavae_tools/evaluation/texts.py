@@ -260,7 +260,7 @@ def evaluate_tokens(
         train.data_path, num_inference_steps, seed, scores, bits, judge.unigram_bits, subset, curve, notes, out, figures
     )
     if output_dir is not None:
-        folder = Path(output_dir)
+        folder = Path(output_dir).expanduser()
         save_figures(report.figures, folder / "figures")
         with atomic_write(folder / "samples.jsonl") as partial:
             partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")

@@ -72,7 +72,7 @@ def push_session(
 ) -> Session | None:
     """Do what `push` does; where Kaggle cannot be used, log why and return None."""
     try:
-        return push(Path(work), dataset, message, images, wait, log)
+        return push(Path(work).expanduser(), dataset, message, images, wait, log)
     except Unavailable as reason:
         log(f"not pushed: {reason}")
         return None
@@ -86,7 +86,7 @@ def pull_session(
     The output of a notebook is not copied: `recipes.handover` reads it where it is.
     """
     try:
-        return pull(Path(work), dataset, input_roots, log, outputs=False)
+        return pull(Path(work).expanduser(), dataset, input_roots, log, outputs=False)
     except Unavailable as reason:
         log(f"nothing pulled: {reason}")
         return None

@@ -206,7 +206,7 @@ def read_training(
 def folder_beside(path: Path, *names: str, run: str | Path | None = None) -> Path:
     """Return the first folder of these names in `run`, in a pipeline, or beside a checkpoint or its folder."""
     beside = dict.fromkeys((*path.absolute().parents[:2], *path.resolve().parents[:2]))  # also where a link points to
-    for folder in (Path(home) / name for home in ([run] if run else [path, *beside]) for name in names):
+    for folder in (Path(home).expanduser() / name for home in ([run] if run else [path, *beside]) for name in names):
         if folder.is_dir():
             return folder
     if run:

@@ -145,14 +145,15 @@ def load_pipeline(path: str | Path, ema: bool = True, run: str | Path | None = N
     Of a checkpoint the averaged weights are taken, with ema=False the live ones; `run` is its run's folder where it was
     copied elsewhere.
     """
-    pipe = _read(Path(path), ema)
+    path = Path(path).expanduser()
+    pipe = _read(path, ema)
     if pipe.vae is None:
-        pipe.register_modules(vae=base.autoencoder_beside(Path(path), run))
+        pipe.register_modules(vae=base.autoencoder_beside(path, run))
     return pipe
 
 
 def load_without_autoencoder(path: str | Path, ema: bool = True) -> LatentDiTPipeline:
-    return _read(Path(path), ema, vae=None)
+    return _read(Path(path).expanduser(), ema, vae=None)
 
 
 def _read(path: Path, ema: bool, **options: Any) -> LatentDiTPipeline:

@@ -139,7 +139,7 @@ def load_text_pipeline(path: str | Path, ema: bool = True, run: str | Path | Non
 
     Beside the checkpoint or its folder, or in the folder `run`, are `autoencoder/` and `text_encoder/`.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if base.is_folder_of_pipeline(path):
         with silent_transformers():
             return base.read_pipeline(TextToImagePipeline, path, ema, local_files_only=True)

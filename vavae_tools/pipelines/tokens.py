@@ -322,7 +322,7 @@ def load_token_pipeline(path: str | Path, ema: bool = True, run: str | Path | No
 
     `tokenizer/` is beside the checkpoint or its folder, or in the folder `run`.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if base.is_folder_of_pipeline(path):
         own = base.kind_of(path) == TokenImagePipeline.__name__  # else it is said what it is
         options = {"tokenizer": load_tokenizer(base.folder_beside(path, "tokenizer"))} if own else {}

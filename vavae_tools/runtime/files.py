@@ -35,12 +35,12 @@ def local_folder(
     `of` and `instead` are for messages: whose folder it is, what to do without the hub; `file` is what a path may be
     in place of a folder, such as "config.json".
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir() or (file and path.exists()):
         return path
     is_file = bool(file) and path.suffix == Path(file).suffix
     if path.exists() or is_file or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        raise UserError(f"No {f'folder or {file}' if file else 'folder'} {source} of {of}: {instead}")
+        raise UserError(f"No {f'folder or {file}' if file else 'folder'} {path} of {of}: {instead}")
     try:
         from huggingface_hub import snapshot_download
 
@@ -209,7 +209,7 @@ def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
 
 def read_weights(path: str | Path) -> dict[str, Any]:
     """Return what a safetensors file, a checkpoint of `torch.save` or the `weight_files` of a folder hold."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_dir():
         return read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     if not (files := weight_files(path)):
@@ -256,7 +256,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_saved(path: str | Path) -> Any:
     """Return what `torch.save` wrote, on the CPU, with `weights_only=True`; tensors stay in the file until used."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         beside = sorted(str(p) for folder in ("", "checkpoints/") for p in path.parent.glob(f"{folder}*.ckpt"))
         hint = f"; there {'is' if len(beside) == 1 else 'are'} {', '.join(beside)}" if beside else ""

@@ -80,7 +80,7 @@ def write_gait_dataset(
     core) only set the pace. gait.json holds the settings and how each person walks. All of it comes at once when it is
     whole; a folder of these very settings is left as it is.
     """
-    output_dir = Path(output_dir)
+    output_dir = Path(output_dir).expanduser()
     settings = {"people": people, "pictures": images, "size": size, "seed": seed, "colormap": colormap}
     lowest = {"people": 1, "images": 1, "size": 16, "seed": 0, "workers": 1}
     for name, value in {**settings, "images": images, "workers": workers}.items():

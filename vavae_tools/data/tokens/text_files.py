@@ -30,7 +30,7 @@ def read_texts(data_path: str | Path, chats: bool = False) -> tuple[list[Any], l
             subsets "train" and, to validate, "validation", "valid" or "val"), or a name of `BUILT_IN`.
         chats: read messages; else those become a text, one message below the other.
     """
-    path, val = Path(data_path), ()
+    path, val = Path(data_path).expanduser(), ()
     if path.is_dir() and is_dataset(path):
         train, val = _rows_of_dataset(path)
     elif path.exists():
