@@ -212,6 +212,11 @@ def test_the_average_is_taken_whatever_its_name_is(tmp_path, live, average):
     assert all(same(*pair) for pair in zip(fresh.parameters(), denoiser.parameters(), strict=True)) and live in said
 
 
+def test_positions_of_its_own_are_said_not_to_hold(tmp_path):
+    path, *_ = published(tmp_path / "a.pt", wrap=lambda w: {**w, "pos_embed": 3 * w["pos_embed"]})
+    assert "pos_embed is another (by up to 2) than is computed here and holds" in start(*built(5), path)[0]
+
+
 def test_an_average_without_names_is_refused(tmp_path):
     path, *_ = published(tmp_path / "a.pt", wrap=lambda w: {"model": w, "ema": {"shadow_params": [*w.values()]}})
     with pytest.raises(UserError, match=r"without their names \(ema\.shadow_params\): save it by names"):

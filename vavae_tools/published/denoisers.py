@@ -1,9 +1,11 @@
 """LightningDiT, RAE's LightningDiT and DiT^DH, and DiT as published → our denoisers, called as the reference's are."""
 
+import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +13,9 @@ from torch import Tensor, nn
 from vavae_tools.checkpoints.foreign import find_weights
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DDT, DDT_SIZES, DiT, DiT_SIZES, make_denoiser, split_reference_arguments
+from vavae_tools.diffusion.layers import rope_table, sincos_table
 from vavae_tools.diffusion.objectives import expand_time
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, join_first
 from vavae_tools.runtime.files import read_saved
 
 TABLES = ("pos_embed", "feat_rope.", "enc_feat_rope.", "dec_feat_rope.")  # fixed, computed by our constructors
@@ -156,6 +159,114 @@ def split_state_dict(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         elif not name.startswith(TABLES):
             denoiser[name] = tensor
     return denoiser, conditioner
+
+
+# ---- weights to go on from
+KINDS = {"lightningdit": "LightningDiT", "ddt": "DiT with the wide head", "dit": "DiT"}
+
+
+class StartingWeights(NamedTuple):
+    """Weights to go on from, under our names."""
+
+    source: Path
+    kind: str
+    arguments: Mapping[str, Any]  # of `make_denoiser`, as far as the file tells them
+    denoiser: dict[str, Tensor]
+    table: Tensor  # (K, D), one row for each class
+    null: Tensor | None  # (D,), the row that means any class
+    classes: Mapping[str, int]  # name → label, where they are known
+    left: str = ""  # what else is there
+
+
+PARTS = re.compile(r"([xst]_embedder|s_projector|blocks|final_layer)\.")  # others in a file are left
+
+
+def read_published(source: Path, saved: Mapping[str, Any], kind: str | None = None) -> StartingWeights:
+    """Sort what a file holds, and tell by names and shapes what it is of."""
+    first, of_classes = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
+    inside, others, _ = find_weights(saved, re.escape(first), source) or ({}, saved, "")
+    if of_classes not in inside:
+        held = join_first(sorted(map(str, inside or others)), 5) or "nothing"
+        expected = f"expected {first} and {of_classes} as in LightningDiT's, RAE's or DiT's weights"
+        raise UserError(f"{source} is no denoiser with classes: it holds {held}, {expected}")
+    tables = {name: value for name, value in inside.items() if name.startswith(TABLES)}
+    weights = {name: value for name, value in inside.items() if isinstance(value, Tensor) and PARTS.match(name)}
+    left = [name for name in inside if name not in {*weights, *tables, of_classes}]
+    left += dict.fromkeys(name.split(".")[0] for name in others)
+    try:
+        arguments = _arguments_of(weights, tables)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{source} is not whole, or no denoiser that is known here ({error})") from None
+    kind, rows = _kind_of(source, arguments, kind), inside[of_classes]  # which all have the null row, the last one
+    not_loaded = [f"{', '.join(tables)} (computed here)"] * bool(tables) + [join_first(sorted(left), 5)] * bool(left)
+    not_loaded += [
+        f"{name} is another (by up to {apart:.2g}) than is computed here and holds: weights start farther off"
+        for name, table in tables.items()
+        if table.ndim > 1 and (apart := _apart(name, table)) > 0.02  # half precision makes less
+    ]
+    return StartingWeights(source, kind, arguments, weights, rows[:-1], rows[-1], {}, ", ".join(not_loaded))
+
+
+def _apart(name: str, table: Tensor) -> float:
+    """Return how far a table of positions is from the one that is computed here, but for signs."""
+    table, side = table.float().squeeze(0), math.isqrt(table.shape[-2])  # (N, D)
+    if name == "pos_embed":
+        computed = sincos_table(side, side, table.shape[-1])
+    else:
+        computed = rope_table(side, side, table.shape[-1])[int(name.endswith("sin"))]
+    return (table.abs() - computed.abs()).abs().max().item() if table.shape == computed.shape else math.inf
+
+
+def _kind_of(source: Path, arguments: Mapping[str, Any], kind: str | None) -> str:
+    plain = not arguments["swiglu"] and not arguments["rms_norm"] and arguments.get("learn_sigma")
+    seen = "dit" if plain and arguments["time_embed"] == "sinusoidal" else "lightningdit"
+    if isinstance(arguments["hidden_size"], tuple):
+        seen = "ddt"
+    if kind is None and seen == "dit":
+        kinds = "noise at timesteps 0 … 999, as DiT's (init.kind=dit), or velocities, as SiT's (init.kind=lightningdit)"
+        raise UserError(f"{source} has the form of DiT's weights, and names do not tell what they predict: {kinds}")
+    if kind in (None, seen) or (kind == "lightningdit" and seen == "dit"):
+        return kind or seen
+    raise UserError(f"{source} is a {KINDS[seen]} by its names, not a {KINDS[kind]}: set init.kind={seen}")
+
+
+def _arguments_of(weights: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return a denoiser's arguments, under our names, as far as names and shapes tell; KeyError or ValueError: none."""
+    wide = "s_embedder.proj.weight" in weights
+    head, channels, patch, _ = weights["x_embedder.proj.weight"].shape  # (D, C, p, p)
+    width = weights["s_embedder.proj.weight"].shape[0] if wide else head
+    blocks = {int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))}
+    narrow = sum(weights[f"blocks.{i}.attn.qkv.weight"].shape[1] == width for i in blocks)
+    swiglu, rms_norm = "blocks.0.mlp.w3.weight" in weights, "blocks.0.norm1.weight" in weights
+    arguments: dict[str, Any] = {
+        "patch_size": patch,
+        "in_channels": channels,
+        "hidden_size": (width, head) if wide else width,
+        "depth": (narrow, len(blocks) - narrow) if wide else len(blocks),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
+        "swiglu": swiglu,
+        "rms_norm": rms_norm,
+        "adaln_shift": weights["blocks.0.adaLN_modulation.1.weight"].shape[0] == 6 * width,
+    }
+    if not wide:
+        fourier = "t_embedder.W" in weights  # only RAE's have these, and their time runs the other way
+        arguments |= {"time_embed": "fourier", "reversed_time": True} if fourier else {"time_embed": "sinusoidal"}
+        arguments["learn_sigma"] = weights["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels
+    elif width == head:
+        del arguments["depth"]  # which of the blocks are the head's cannot be seen
+    ropes = [f"{part}feat_rope.freqs_cos" for part in (("enc_", "dec_") if wide else ("",))]
+    if all(name in tables for name in ropes):
+        widths = (width, head) if wide else (width,)
+        heads = tuple(size // tables[name].shape[-1] for size, name in zip(widths, ropes, strict=True))
+        arguments |= {"rope": True, "num_heads": heads if wide else heads[0]}
+        arguments |= {"pos_embed": "pos_embed" in tables} if wide else {}
+        return arguments
+    if not swiglu and not rms_norm:
+        arguments["rope"] = False  # the plain form; of the others the table may have been left out
+    form = arguments["hidden_size"], arguments.get("depth")
+    sizes = (DDT_SIZES if wide else DiT_SIZES).values()
+    heads = next((size["num_heads"] for size in sizes if (size["hidden_size"], size["depth"]) == form), None)
+    return arguments if heads is None else {**arguments, "num_heads": heads}
 
 
 def read_latent_statistics(path: str | Path) -> tuple[list[float], list[float]]:

@@ -1,7 +1,6 @@
 """What a denoiser's training goes on from: weights from here or published ones, all kept but the class table's rows."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vavae_tools.checkpoints.foreign import find_weights
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.diffusion.conditioning import ClassConditioner
-from vavae_tools.diffusion.dit import DDT, DDT_SIZES, DiT, DiT_SIZES
+from vavae_tools.diffusion.dit import DDT, DiT
 from vavae_tools.diffusion.lora import add_lora
 from vavae_tools.diffusion.objectives import FlowMatching, time_shift_of
 from vavae_tools.pipelines.classes import load_without_autoencoder
-from vavae_tools.published.denoisers import TABLES
+from vavae_tools.published.denoisers import KINDS, StartingWeights, read_published
 from vavae_tools.recipes.base import InitFrom
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.draws import Draws
@@ -27,7 +25,6 @@ from vavae_tools.runtime.files import read_checkpoint, read_safetensors
 from vavae_tools.runtime.machine import find_device, find_machine
 from vavae_tools.training.run import Log
 
-KINDS = {"lightningdit": "LightningDiT", "ddt": "DiT with the wide head", "dit": "DiT"}
 Classes = str | Sequence[int | str | None]
 Batch = tuple[Tensor, Tensor, Tensor]  # latents (B, C, h, w), noise, and times (B,)
 BATCH, PROBES = 8, 128  # latents at once; random projections in all, which estimate a squared move to 12 %
@@ -81,7 +78,7 @@ def start_from(
 
 def read_fitting_weights(
     denoiser: DiT | DDT, conditioner: ClassConditioner, init: InitFrom, people: Mapping[str, int]
-) -> "StartingWeights":
+) -> StartingWeights:
     """Read what a denoiser starts from, or say why that does not fit it and the people here."""
     found = read_starting_weights(init.weights, init.kind)
     if found.kind == "dit" and (init.lora_rank or init.classes == "nearest"):
@@ -92,20 +89,7 @@ def read_fitting_weights(
     return found
 
 
-# ---- reading
-class StartingWeights(NamedTuple):
-    """Weights to go on from, under our names."""
-
-    source: Path
-    kind: str
-    arguments: Mapping[str, Any]  # of `make_denoiser`, as far as the file tells them
-    denoiser: dict[str, Tensor]
-    table: Tensor  # (K, D), one row for each class
-    null: Tensor | None  # (D,), the row that means any class
-    classes: Mapping[str, int]  # name → label, where they are known
-    left: str = ""  # what else is there
-
-
+# ---- reading, fitting and loading
 def read_starting_weights(source: str | Path, kind: str | None = None) -> StartingWeights:
     """Read what `load_pipeline` reads (of a checkpoint the averaged weights), or published weights of a `kind`.
 
@@ -115,12 +99,12 @@ def read_starting_weights(source: str | Path, kind: str | None = None) -> Starti
     if kind is not None and kind not in KINDS:
         raise UserError(f"No weights of kind {kind!r}; there are {', '.join(KINDS)}, and null: seen in them")
     if source.suffix == ".safetensors":
-        return _published(source, read_safetensors(source), kind)
+        return read_published(source, read_safetensors(source), kind)
     if not source.is_dir():
         saved = read_checkpoint(source)
         own = isinstance(saved.get("trainer"), dict) or "denoiser_config" in saved.get("hyper_parameters", {})
         if not own:
-            return _published(source, saved, kind)
+            return read_published(source, saved, kind)
     pipe = load_without_autoencoder(source)
     rows, number = pipe.conditioner.embedding_table.weight.data, pipe.conditioner.num_classes
     kind = "ddt" if isinstance(pipe.denoiser, DDT) else "lightningdit"
@@ -128,82 +112,6 @@ def read_starting_weights(source: str | Path, kind: str | None = None) -> Starti
     return StartingWeights(source, kind, pipe.denoiser.config, weights, rows[:number], null, pipe.config.people or {})
 
 
-PARTS = re.compile(r"([xst]_embedder|s_projector|blocks|final_layer)\.")  # others in a file are left
-
-
-def _published(source: Path, saved: Mapping[str, Any], kind: str | None) -> StartingWeights:
-    first, of_classes = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
-    inside, others, _ = find_weights(saved, re.escape(first), source) or ({}, saved, "")
-    if of_classes not in inside:
-        held = join_first(sorted(map(str, inside or others)), 5) or "nothing"
-        expected = f"expected {first} and {of_classes} as in LightningDiT's, RAE's or DiT's weights"
-        raise UserError(f"{source} is no denoiser with classes: it holds {held}, {expected}")
-    tables = {name: value for name, value in inside.items() if name.startswith(TABLES)}
-    weights = {name: value for name, value in inside.items() if isinstance(value, Tensor) and PARTS.match(name)}
-    left = [name for name in inside if name not in {*weights, *tables, of_classes}]
-    left += dict.fromkeys(name.split(".")[0] for name in others)
-    try:
-        arguments = _arguments_of(weights, tables)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{source} is not whole, or no denoiser that is known here ({error})") from None
-    kind, rows = _kind_of(source, arguments, kind), inside[of_classes]  # which all have the null row, the last one
-    not_loaded = [f"{', '.join(tables)} (computed here)"] * bool(tables) + [join_first(sorted(left), 5)] * bool(left)
-    return StartingWeights(source, kind, arguments, weights, rows[:-1], rows[-1], {}, ", ".join(not_loaded))
-
-
-def _kind_of(source: Path, arguments: Mapping[str, Any], kind: str | None) -> str:
-    plain = not arguments["swiglu"] and not arguments["rms_norm"] and arguments.get("learn_sigma")
-    seen = "dit" if plain and arguments["time_embed"] == "sinusoidal" else "lightningdit"
-    if isinstance(arguments["hidden_size"], tuple):
-        seen = "ddt"
-    if kind is None and seen == "dit":
-        kinds = "noise at timesteps 0 … 999, as DiT's (init.kind=dit), or velocities, as SiT's (init.kind=lightningdit)"
-        raise UserError(f"{source} has the form of DiT's weights, and names do not tell what they predict: {kinds}")
-    if kind in (None, seen) or (kind == "lightningdit" and seen == "dit"):
-        return kind or seen
-    raise UserError(f"{source} is a {KINDS[seen]} by its names, not a {KINDS[kind]}: set init.kind={seen}")
-
-
-def _arguments_of(weights: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return a denoiser's arguments, under our names, as far as names and shapes tell; KeyError or ValueError: none."""
-    wide = "s_embedder.proj.weight" in weights
-    head, channels, patch, _ = weights["x_embedder.proj.weight"].shape  # (D, C, p, p)
-    width = weights["s_embedder.proj.weight"].shape[0] if wide else head
-    blocks = {int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))}
-    narrow = sum(weights[f"blocks.{i}.attn.qkv.weight"].shape[1] == width for i in blocks)
-    swiglu, rms_norm = "blocks.0.mlp.w3.weight" in weights, "blocks.0.norm1.weight" in weights
-    arguments: dict[str, Any] = {
-        "patch_size": patch,
-        "in_channels": channels,
-        "hidden_size": (width, head) if wide else width,
-        "depth": (narrow, len(blocks) - narrow) if wide else len(blocks),
-        "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
-        "swiglu": swiglu,
-        "rms_norm": rms_norm,
-        "adaln_shift": weights["blocks.0.adaLN_modulation.1.weight"].shape[0] == 6 * width,
-    }
-    if not wide:
-        fourier = "t_embedder.W" in weights  # only RAE's have these, and their time runs the other way
-        arguments |= {"time_embed": "fourier", "reversed_time": True} if fourier else {"time_embed": "sinusoidal"}
-        arguments["learn_sigma"] = weights["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels
-    elif width == head:
-        del arguments["depth"]  # which of the blocks are the head's cannot be seen
-    ropes = [f"{part}feat_rope.freqs_cos" for part in (("enc_", "dec_") if wide else ("",))]
-    if all(name in tables for name in ropes):
-        widths = (width, head) if wide else (width,)
-        heads = tuple(size // tables[name].shape[-1] for size, name in zip(widths, ropes, strict=True))
-        arguments |= {"rope": True, "num_heads": heads if wide else heads[0]}
-        arguments |= {"pos_embed": "pos_embed" in tables} if wide else {}
-        return arguments
-    if not swiglu and not rms_norm:
-        arguments["rope"] = False  # the plain form; of the others the table may have been left out
-    form = arguments["hidden_size"], arguments.get("depth")
-    sizes = (DDT_SIZES if wide else DiT_SIZES).values()
-    heads = next((size["num_heads"] for size in sizes if (size["hidden_size"], size["depth"]) == form), None)
-    return arguments if heads is None else {**arguments, "num_heads": heads}
-
-
-# ---- fitting and loading
 def _check_architecture(found: StartingWeights, denoiser: DiT | DDT) -> None:
     """Raise what differs between the weights and the denoiser that was built, with the overrides that fit."""
     ours, theirs = _comparable(denoiser.config), _comparable(found.arguments)
