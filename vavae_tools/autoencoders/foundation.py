@@ -16,7 +16,7 @@ from vavae_tools.data.encoded import Rows, Store, agree, cut, encode, open_shard
 from vavae_tools.data.images import DecodedImages, to_unit
 from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.errors import UserError, contents
-from vavae_tools.runtime.files import load_model, read_json, weights_digest
+from vavae_tools.runtime.files import free_bytes, load_model, read_json, weights_digest
 from vavae_tools.runtime.machine import Computing, in_float32
 from vavae_tools.runtime.ranks import Ranks
 
@@ -152,7 +152,7 @@ def foundation_features(
         None where they take more than `LARGEST_CACHE` or the disk has: compute the features of each batch as it comes.
     """
     path, ranks, row_bytes = Path(path), ranks or Ranks(), 2 * foundation.channels * math.prod(grid)
-    store = Store(path.parent, (path.stem,))
+    store = Store(path.parent, path.stem)
 
     def look() -> tuple[str, bool]:
         path.unlink(missing_ok=True)  # one file held them all before there were shards
@@ -160,7 +160,8 @@ def foundation_features(
         key = hashlib.sha256(str(settings).encode())
         for part in data.contents():
             key.update(part)
-        return key.hexdigest(), len(data) * row_bytes <= min(LARGEST_CACHE, store.free_bytes())
+        needed = store.clear(cut(path.stem, len(data), row_bytes, batch_size, key.hexdigest()))
+        return key.hexdigest(), len(data) * row_bytes <= LARGEST_CACHE and needed <= free_bytes(path.parent)
 
     key, fits = agree(ranks, look, foundation.digest)
     if not fits:

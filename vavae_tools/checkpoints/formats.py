@@ -18,7 +18,15 @@ from torch import Tensor
 
 from vavae_tools.checkpoints.foreign import LIVE, is_average, plain_name
 from vavae_tools.runtime.errors import UserError, contents, join_first, one_line
-from vavae_tools.runtime.files import atomic_write, flush_folder, read_checkpoint, read_json, read_saved, write_json
+from vavae_tools.runtime.files import (
+    atomic_write,
+    flush_folder,
+    free_bytes,
+    read_checkpoint,
+    read_json,
+    read_saved,
+    write_json,
+)
 
 AVERAGE = "ema."
 """Where a module's state_dict has the averaged weights, each under its name in the network."""
@@ -176,7 +184,7 @@ def write_folder(checkpoint: dict[str, Any], folder: str | Path) -> Path:
 
 
 def _not_written(path: Path, error: Exception) -> UserError:
-    free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.is_dir())).free / 2**20
+    free = free_bytes(path.parent) / 2**20
     help = "free some space, or choose a folder that is yours; a training resumes with --resume last"
     reason = f"({free:,.0f} MB free): {one_line(error, 200)}"
     return UserError(f"{path} could not be written {reason}. What was there is whole: {help}")

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from vavae_tools.data.loader import identity_collate, ignore_interrupts, in_batches
 from vavae_tools.runtime.errors import UserError, join_first
-from vavae_tools.runtime.files import atomic_write, write_json
+from vavae_tools.runtime.files import atomic_write, free_bytes, write_json
 from vavae_tools.runtime.machine import Computing
 from vavae_tools.runtime.ranks import Ranks
 
@@ -123,7 +123,9 @@ class EncodedFolder:
         except Timeout:
             log(f"Another process encodes into {path / subfolder(keys[0])}: waiting for it")
             held.enter_context(lock.acquire())
-        return cls.find(path, keys)
+        if (found := cls.find(path, keys)) is None:
+            (path / subfolder(keys[0]) / cls.INDEX).unlink(missing_ok=True)  # what has an index is whole
+        return found
 
     def check(self, keys: Mapping[str, str]) -> None:
         """Raise where a file's key begins otherwise than here; foreign ones and those of former versions have none."""
@@ -138,19 +140,10 @@ class EncodedFolder:
 
 
 class Store:
-    """A folder of shards whose names begin with `subsets`; `index` is written last by the caller, and deleted first.
+    """A folder of shards whose names begin with `name`; those that one of `others` holds are taken over from there."""
 
-    Shards that one of the folders `others` holds are taken over from there.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        subsets: Sequence[str] = ("train", "val"),
-        index: str = "",
-        others: Sequence[Path] = (),
-    ) -> None:
-        self.folder, self.subsets, self.index, self.others = Path(folder), subsets, index, others
+    def __init__(self, folder: str | Path, name: str = "*", others: Sequence[Path] = ()) -> None:
+        self.folder, self.name, self.others = Path(folder), name, others
 
     def missing(self, shards: Mapping[str, Shard]) -> list[str]:
         """Return the names of the shards that are not there, or are damaged or of another key."""
@@ -171,25 +164,22 @@ class Store:
                     except OSError:
                         shutil.copyfile(found, partial)
 
-    def _stale(self, keep: Collection[str]) -> list[Path]:
-        patterns = [pattern for name in self.subsets for pattern in (f"{name}-*.safetensors", f".{name}-*.partial")]
-        return [path for pattern in patterns for path in self.folder.glob(pattern) if path.name not in keep]
+    def clear(self, shards: Mapping[str, Shard]) -> int:
+        """Delete all shards but these; return how many bytes those will take that are missing."""
+        missing = self.missing(shards)
+        patterns = f"{self.name}-*.safetensors", f".{self.name}-*.partial"
+        for path in chain.from_iterable(map(self.folder.glob, patterns)):
+            if path.name not in shards.keys() - missing:
+                path.unlink(missing_ok=True)
+        return sum(shards[name].nbytes for name in missing)
 
-    def free_bytes(self, keep: Collection[str] = ()) -> int:
-        """Return how much room there is on the disk when all shards but these are deleted."""
-        there = next(path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.is_dir())
-        return shutil.disk_usage(there).free + sum(path.stat().st_size for path in self._stale(keep))
-
-    def free_disk_space(self, needed: int, keep: Collection[str], what: str) -> None:
-        """Delete the index and all shards but those to keep, unless there is no room for `needed` bytes even then."""
-        free = self.free_bytes(keep)
-        if needed > free:
+    def make_room(self, shards: Mapping[str, Shard], what: str) -> None:
+        """Delete all shards but these, and raise where the disk has no room for those that are missing."""
+        if (needed := self.clear(shards)) > (free := free_bytes(self.folder)):
             problem = f"{what} need {needed / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free for {self.folder.absolute()}"
-            others = [str(index.parent) for index in self.folder.parent.glob(f"*/{self.index}") if self.index]
+            others = [path for path in self.others if path != self.folder and any(path.glob("*.safetensors"))]
             hint = f" (other encodings are in {join_first(others)})" if others else ""
             raise UserError(f"No space: {problem}. Free some space{hint}, or choose another folder")
-        for path in ([self.folder / self.index] if self.index else []) + self._stale(keep):
-            path.unlink(missing_ok=True)
 
     def wait_for(self, names: Collection[str], ranks: Ranks) -> None:
         """Wait until files that other processes have written are visible to this one, at most for `PATIENCE`."""
@@ -241,7 +231,7 @@ def encode(
 
     def plan() -> list[str]:
         missing = store.missing(files)
-        store.free_disk_space(sum(files[name].nbytes for name in missing), files.keys() - missing, computing.what)
+        store.make_room(files, computing.what)
         store.take_over(files)
         return missing
 

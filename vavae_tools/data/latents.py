@@ -179,7 +179,7 @@ class _Encoder:
         row_bytes = math.prod(shape) * self.dtype.itemsize * (1 + self.flips) + 8  # 8 for the label
         shards = {name: cut(name, len(data), row_bytes, batch_size, key) for name, data in self.subsets.items()}
         for_inference(self.autoencoder, self.computing.device)
-        store = Store(folder, index=INDEX, others=[folder.parent])  # where a former version has begun
+        store = Store(folder, others=[folder.parent, *folder.parent.glob("*/")])
         with trying_convolutions():
             encode(store, shards, self.subsets, self.fields, self.computing, batch_size, self.dtype, **options)
         return shape, {subset: list(of_subset) for subset, of_subset in shards.items()}

@@ -140,7 +140,7 @@ def encode_texts(
 
 def _store(path: Path, folder: Path) -> Store:
     """Return the store of one of the folders in `path`, which takes over the captions that others there have."""
-    return Store(folder, ("tokens",), INDEX, [path, *path.glob("*/")])
+    return Store(folder, others=[path, *path.glob("*/")])
 
 
 def needed_bytes(encoder: Any, captions_by_subset: Captions, folder: str | Path | None = None) -> int:

@@ -1,7 +1,6 @@
 """Images from sentences, whole: captioned images, their latents and texts, a DiT. `experiment=text_to_image`."""
 
 import math
-import shutil
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from vavae_tools.pipelines.text import TextToImagePipeline, load_text_pipeline
 from vavae_tools.recipes.base import TextToImageRecipe
 from vavae_tools.recipes.dit import denoiser_run, encode_once, latents_folder, make_recipe_objective, prepared
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import atomic_write, save_model
+from vavae_tools.runtime.files import atomic_write, free_bytes, save_model
 from vavae_tools.runtime.machine import find_device
 from vavae_tools.runtime.ranks import is_rank_zero, rank_zero_first
 from vavae_tools.training.callbacks.previews import SamplePreviews
@@ -146,11 +145,10 @@ def _training_data(
     if cached is None:
         numbers = sum(map(len, captions.values())) * math.prod(module.network["denoiser"].latent_shape)
         needed = 2 * numbers + needed_bytes(encoder, captions, folder / "texts")
-        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-        free = shutil.disk_usage(there).free
+        free = free_bytes(folder)
         cached = needed < 0.8 * free
         if not cached:
-            log(f"Latents and texts would take {needed / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free")
+            log(f"Latents and texts would take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free")
     if cached:
         latents = encode_once(autoencoder, images, folder, log, seed=seed, dtype="float16")
         subsets = {"train": images.train_data, "val": images.val_data}

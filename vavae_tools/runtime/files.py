@@ -67,6 +67,12 @@ def alone_in(folder: Path) -> Iterator[None]:
         ) from None
 
 
+def free_bytes(folder: str | Path) -> int:
+    """Return how much room the disk has for a folder, which need not be there yet."""
+    path = Path(folder).absolute()
+    return shutil.disk_usage(next(one for one in (path, *path.parents) if one.is_dir())).free
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces it whole on leaving, and leaves it as it was on an error."""
