@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import vavae_tools as vt
+from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.paths import ProjectPaths
 from vavae_tools.recipes.handover import STAGES, find_or_make_split, find_run, find_stage
 from vavae_tools.runtime.errors import UserError
@@ -87,3 +88,20 @@ def test_nothing_to_resume(outputs, tmp_path):
     said = []
     assert find_run(place, "vavae", outputs / "older" / "data_split", said.append) is None
     assert said == [f"No vavae to resume; passed over: {outputs / 'newer/vavae'} (of other data)"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_attached_latents_are_not_encoded_again(outputs, tmp_path, monkeypatch, whole):
+    shutil.copytree(outputs / "older/latents", tmp_path / "input/latents")
+    index = next((tmp_path / "input").rglob("latents.json"))
+    if not whole:  # its session was over before the last shards
+        index.unlink()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "input").rglob("*")}
+    split, vavae = outputs / "older/data_split", outputs / "older/vavae/vavae"
+    encoded, encode = [], VAVAE.encode_images
+    counted = lambda self, images, *rest: encoded.append(len(images)) or encode(self, images, *rest)  # noqa: E731
+    monkeypatch.setattr(VAVAE, "encode_images", counted)
+    found = vt.encode_split(split, vavae, tmp_path / "work", 32, attached=[tmp_path / "input"], **QUIET)
+    assert found.path.is_relative_to(tmp_path / ("input" if whole else "work"))
+    assert encoded == ([] if whole else [1])  # one, for the shape
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "input").rglob("*")} == before

@@ -1,7 +1,7 @@
 """Where a notebook or command stands: its images, its split, and the folder its outputs survive in."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,9 @@ from vavae_tools.data.split_report import INFO_NAME
 from vavae_tools.runtime.errors import UserError
 
 KAGGLE_INPUT, KAGGLE_WORKING = Path("/kaggle/input"), Path("/kaggle/working")
+MADE = (INFO_NAME, "samples.json")  # in folders of images that were made here
+MAX_DEPTH = 8
+"""Levels below a root that are searched for what was made: a run lies some levels below an output's top."""
 MAX_SEARCH_DEPTH = 5
 """Levels below a root that are searched for person folders: Kaggle mounts at …/datasets/OWNER/NAME/ANY/FOLDER."""
 
@@ -28,6 +31,10 @@ class ProjectPaths:
 
     def __repr__(self) -> str:
         return f"images: {self.images or 'simulated walkers (none were found or named)'}\noutputs:  {self.work}"
+
+    def folders_with(self, mark: str) -> Iterator[Path]:
+        """Yield what the function of this name does, of the work folder first."""
+        return folders_with((self.work, *self.attached), mark)
 
     split = _below_work("data_split")
     vavae = _below_work("vavae")
@@ -63,9 +70,7 @@ def _person_folders(roots: Iterable[Path]) -> Path | None:
     """Return the folder nearest below `roots` that holds at least two folders with images, None without one."""
     level = [root for root in roots if root.is_dir()]
     for _ in range(MAX_SEARCH_DEPTH + 1):
-        level = [
-            folder for folder in level if not any((folder / made).is_file() for made in (INFO_NAME, "samples.json"))
-        ]
+        level = [folder for folder in level if not any((folder / mark).is_file() for mark in MADE)]
         homes = [folder for folder in level if sum(map(bool, list_folders(folder, EXTENSIONS).values())) >= 2]
         if homes:
             return best_home(homes, EXTENSIONS)
@@ -81,3 +86,14 @@ def find_split(work: str | Path | None = None) -> Path:
             return folder
     looked = " or ".join(str(folder) for folder in tried)
     raise UserError(f"No split in {looked}: run data_split.py first, or name it with --data_dir")
+
+
+def folders_with(roots: Iterable[Path], mark: str) -> Iterator[Path]:
+    """Yield `roots` and the folders below them that hold a file, but for hidden ones and those of what `MADE` names."""
+    for root in roots:
+        for name, folders, files in os.walk(root):
+            folder = Path(name)
+            if mark in files:
+                yield folder
+            ends = len(folder.relative_to(root).parts) >= MAX_DEPTH or not set(MADE).isdisjoint(files)
+            folders[:] = [] if ends else sorted(each for each in folders if not each.startswith("."))

@@ -40,6 +40,7 @@ from vavae_tools.runtime.machine import PRECISIONS, Computing, for_inference, on
 from vavae_tools.runtime.ranks import Ranks
 
 INDEX = "latents.json"
+FIRST_SHARD = "train-00000.safetensors"
 _FORM = 2  # of the files; another form is another cache key
 Statistics = tuple[list[float], list[float]]  # mean and standard deviation per channel
 
@@ -87,6 +88,7 @@ def encode_latents(
     precision: str | None = None,
     ranks: Ranks | None = None,
     log: Callable[[str], None] = print_beside_bars,
+    attached: Sequence[Path] = (),
 ) -> LatentFolder:
     """Encode both subsets once; latents of these weights and images that are there already are kept.
 
@@ -101,6 +103,7 @@ def encode_latents(
         statistics: such as published ones, in place of those of the training subset.
         precision: "32", "16" or "bf16"; None: "16" on a GPU, "32" on a CPU, and existing latents of any are kept.
         ranks: those that all call this and share the work, each on its own GPU where `device` is "cuda", on one disk.
+        attached: folders of latents that are only read: whole ones are taken as they are, of others their shards.
 
     Raises:
         UserError: no space on the disk, latents that are not finite or that float16 cannot hold, statistics of another
@@ -120,6 +123,8 @@ def encode_latents(
 
     def look() -> tuple[str, str | None]:
         keys = _cache_keys(autoencoder, subsets, f"form {_FORM}, flips {flips}, seed {seed}, {weights}", extras)
+        if found := next(filter(None, (LatentFolder.find(place, keys) for place in attached)), None):
+            return keys[0], str(found.path.absolute())
         found = LatentFolder.find_or_lock(path, keys, held, log)
         return keys[0], str(found.path.relative_to(path)) if found else None
 
@@ -130,7 +135,7 @@ def encode_latents(
         folder = path / (complete or subfolder(key))
         if complete is None:
             encoder = _Encoder(autoencoder.eval(), subsets, flips, seed, getattr(torch, dtype), computing)
-            options = {"num_workers": images.num_workers, "ranks": ranks, "progress": progress}
+            options = {"num_workers": images.num_workers, "ranks": ranks, "progress": progress, "others": attached}
             with on_device(autoencoder, device):
                 shape, shards = encoder.write(folder, key, statistics, batch_size, **options)
 
@@ -167,7 +172,13 @@ class _Encoder:
         return {**made, "labels": batch["labels"]}
 
     def write(
-        self, folder: Path, key: str, statistics: Statistics | None, batch_size: int, **options: Any
+        self,
+        folder: Path,
+        key: str,
+        statistics: Statistics | None,
+        batch_size: int,
+        others: Sequence[Path],
+        **options: Any,
     ) -> tuple[list[int], dict[str, list[str]]]:
         """Make all shards; return the shape of a latent, and the names of each subset's shards; `options`: `encode`."""
         with torch.inference_mode():  # one image, for the shape
@@ -179,7 +190,7 @@ class _Encoder:
         row_bytes = math.prod(shape) * self.dtype.itemsize * (1 + self.flips) + 8  # 8 for the label
         shards = {name: cut(name, len(data), row_bytes, batch_size, key) for name, data in self.subsets.items()}
         for_inference(self.autoencoder, self.computing.device)
-        store = Store(folder, others=[folder.parent, *folder.parent.glob("*/")])
+        store = Store(folder, others=[folder.parent, *folder.parent.glob("*/"), *others])
         with trying_convolutions():
             encode(store, shards, self.subsets, self.fields, self.computing, batch_size, self.dtype, **options)
         return shape, {subset: list(of_subset) for subset, of_subset in shards.items()}

@@ -1,7 +1,7 @@
 """A denoiser on latents of images of classes: from a folder to a pipeline. `experiment=vavae_dit`, notebook 03."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,14 @@ from vavae_tools.autoencoders.weights import load_autoencoder, load_vavae
 from vavae_tools.checkpoints.resuming import check_resumable
 from vavae_tools.data.datasets import class_data
 from vavae_tools.data.images import ImageSetDataModule
-from vavae_tools.data.latents import LatentDataModule, LatentFolder, encode_latents, latents_digest
+from vavae_tools.data.latents import FIRST_SHARD, LatentDataModule, LatentFolder, encode_latents, latents_digest
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DDT, DiT, make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.lora import add_lora
 from vavae_tools.diffusion.objectives import ALIASES, OBJECTIVES, make_objective, time_shift_of
 from vavae_tools.diffusion.objectives import Objective as Learned
 from vavae_tools.diffusion.solvers import make_solver
+from vavae_tools.paths import folders_with
 from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
 from vavae_tools.published.denoisers import read_latent_statistics
 from vavae_tools.recipes.base import LatentRecipe, Objective, VAVAEDiTRecipe
@@ -55,6 +56,7 @@ def encode_split(
     log: Log = log,
     latents_stats: str | Path | None = None,
     other_people: bool = False,
+    attached: Sequence[Path] = (),
     **of_data: Any,
 ) -> LatentFolder:
     """Encode what `datasets.class_data` reads with a VA-VAE, once; several processes share the work.
@@ -64,10 +66,12 @@ def encode_split(
         output_dir: each encoding has a folder of its own in it, which is the result's `path`.
         latents_stats: of published weights to go on from; None: computed on the training subset.
         other_people: take a VA-VAE that was fine-tuned on other people; whom it does not know has no vector.
+        attached: folders below which latents may be that are read in place, such as `ProjectPaths.attached`.
     """
     model, images = _vavae_and_images(vavae_dir, data_dir, image_size, seed, other_people, **of_data)
     statistics = read_latent_statistics(latents_stats) if latents_stats else None
-    return encode_once(model, images, output_dir, log, flips=flips, seed=seed, statistics=statistics)
+    options = {"flips": flips, "seed": seed, "statistics": statistics}
+    return encode_once(model, images, output_dir, log, attached=list(folders_with(attached, FIRST_SHARD)), **options)
 
 
 def _vavae_and_images(

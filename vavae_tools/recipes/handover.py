@@ -4,9 +4,8 @@ It fits where it follows from the images and models at hand, by their digests, w
 attached is read where it is, and never written to.
 """
 
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -28,8 +27,6 @@ from vavae_tools.runtime.errors import UserError, join_first
 from vavae_tools.runtime.files import atomic_write, read_checkpoint, read_json, read_weights
 from vavae_tools.training.callbacks.record import NAME as RUN
 
-MAX_DEPTH = 8
-"""Levels below a root: Kaggle mounts at …/datasets/OWNER/NAME/, and a run lies some levels below an output's top."""
 _GROWING = ("lightning_logs", "samples", "reconstructions", "train.log")  # of a run that is resumed elsewhere
 
 Log = Callable[[str], None]
@@ -50,7 +47,8 @@ def find_stage(place: ProjectPaths, stage: str, log: Log = log) -> Path:
     """
     what, mark, is_one, misfit, make = STAGES[stage]
     taken, passed = None, []
-    for folder in sorted(filter(is_one, _folders_with(place, mark)), key=lambda each: _made(each / mark), reverse=True):
+    found = filter(is_one, place.folders_with(mark))
+    for folder in sorted(found, key=lambda each: _made(each / mark), reverse=True):
         why = misfit(place, folder) or ("older" if taken else None)
         if why is None:
             taken = folder
@@ -87,7 +85,7 @@ def find_run(place: ProjectPaths, run: str, data: Path | LatentFolder, log: Log 
         data: the split or the latents that it must have been trained on.
     """
     own, passed = place.work / run, []
-    found = [folder for folder in _folders_with(place, "last.ckpt") if run in (folder.parent.name, folder.parts[-3])]
+    found = [each for each in place.folders_with("last.ckpt") if run in (each.parent.name, each.parts[-3])]
     held = {folder: _checkpoint(folder / "last.ckpt") for folder in found}
     steps = {folder: state.get("global_step", -1) for folder, state in held.items()}
     for folder in sorted(found, key=lambda each: (each.is_relative_to(own), steps[each]), reverse=True):
@@ -135,18 +133,6 @@ def _fingerprint(split: Path, vavae: dict[str, Any]) -> str:
     size = vavae["sample_size"]
     size = tuple(size) if isinstance(size, (list, tuple)) else size
     return ImageDataModule(split, size, channels=vavae["in_channels"], progress=False).fingerprint()
-
-
-def _folders_with(place: ProjectPaths, mark: str) -> Iterator[Path]:
-    """Yield the folders that hold a file; the work folder's come first."""
-    for root in (place.work, *place.attached):
-        for name, folders, files in os.walk(root):
-            folder = Path(name)
-            if mark in files:
-                yield folder
-            deep = len(folder.relative_to(root).parts) >= MAX_DEPTH
-            images = {INFO_NAME, RECORD} & set(files)
-            folders[:] = [] if deep or images else sorted(each for each in folders if not each.startswith("."))
 
 
 def _record(folder: Path) -> dict[str, Any]:
