@@ -112,9 +112,8 @@ LINES = {
         **{"train.max_epochs": 3, "train.trainer": {"check_val_every_n_epoch": 2}, "train.log_every_n_steps": 5},
         "train.early_stopping_patience": 4,
     },
-    "--experiment token_images data.data_dir=D --trainer.check_val_every_n_epoch 2 --steps 7 --learning_rate: 1e-4": {
-        **{"train.max_steps": 7, "train.lr": 1e-4}
-    },
+    "--experiment token_images data.data_dir=D --trainer.check_val_every_n_epoch 2 --mixed_precision bf16 "
+    "--steps 7 --learning_rate: 1e-4": {**{"train.max_steps": 7, "train.lr": 1e-4, "train.precision": "bf16"}},
     # a path with = is no key, and a key is no flag's value
     "--resume epoch=003-0.57.ckpt --output_dir runs/lr=1e-4,[x] --flips data.data_dir=a=b": {
         **{"resume": "epoch=003-0.57.ckpt", "output_dir": "runs/lr=1e-4,[x]", "data.flips": True},
@@ -152,9 +151,10 @@ def test_a_text_in_a_file_ends_with_its_last_word_and_an_empty_one_is_none(tmp_p
         assert values("--config", str(tmp_path / "run.yaml"))["output_dir"] == expected
 
 
-def test_home_and_hours_are_understood(tmp_path):
+def test_home_and_hours_are_understood(tmp_path, monkeypatch):
     (tmp_path / "run.yaml").write_text("output_dir: ~/run\nmax_time: 11:30\ndata:\n")
-    for words in (["--output_dir=~/run", "max_time=11:30"], ["--config", str(tmp_path / "run.yaml")]):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words in (["--output_dir=~/run", "max_time=11:30"], ["--config=~/run.yaml"]):
         found = values(*words)
         assert (found["output_dir"], found["train.max_time"]) == (str(Path.home() / "run"), "11:30")
     assert values("--max_time", "0")["train.max_time"] == "0"
@@ -205,6 +205,8 @@ WRONG = {
     "train.schedule=slow": "train.schedule is 'slow', expected one of cosine, linear, constant",
     "model.objective=velocity": "expected one of flow_matching, epsilon, v_prediction, v, sample, x0",
     "experiment=dit_dino": "experiment=dit_dino needs data.data_dir=… (or --data_dir …)",
+    "--weight_decay 3": "No --weight_decay; --print_config",
+    "--warmup 3": "did you mean train.warmup_steps?",
     "--lrr 3": "No --lrr; did you mean train.lr?",
     "--lr": "--lr needs a value",
     "--lr 1 2": "'2' is neither --flag VALUE nor key=value",

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import yaml
 
 from vavae_tools.recipes.base import RECIPES, AnyRecipe, Recipe
-from vavae_tools.runtime.errors import UserError, is_path, one_line
+from vavae_tools.runtime.errors import UserError, is_path, one_line, with_home
 from vavae_tools.training.config import Setting, TypedLoader, as_taken, checked, read_typed, read_word, settings_of
 
 CONFIGS = Path(str(files("vavae_tools") / "configs"))
@@ -235,8 +235,10 @@ class RecipeSettings:
 
     def named(self, name: str) -> list[str]:
         """Return the keys that a name may stand for."""
-        home = self.home(name)
-        return [home] if home else [key for key in self.settings if last_word(key) == name]
+        if home := self.home(name):
+            return [home]
+        found = [key for key in self.settings if last_word(key) == name]
+        return found or [home for home in [self.home(f"training.{name}")] if home and "." not in name]
 
     def own(self, name: str, called: str) -> str:
         """Return the key of a name, all of it or its last word; what lightning.Trainer takes stays as it is."""
@@ -291,7 +293,7 @@ def last_word(key: str) -> str:
 
 
 def _did_you_mean(word: str, known: Mapping[str, str]) -> str:
-    nearest = get_close_matches(word, known, n=1)
+    nearest = get_close_matches(word, known, n=1, cutoff=0.7) or [name for name in known if word in name.split("_")]
     return f"; did you mean {known[nearest[0]]}?" if nearest else ""
 
 
@@ -301,9 +303,9 @@ def _aliases() -> dict[str, Any]:
 
 
 def _read_config(path: str) -> dict[str, Any]:
-    ours = CONFIGS / Path(path).name  # such as configs/train_config.yaml, the example
+    given, ours = Path(with_home(path)), CONFIGS / Path(path).name  # such as configs/train_config.yaml, the example
     try:
-        text = (ours if not Path(path).exists() and ours.is_file() else Path(path)).read_text(encoding="utf-8")
+        text = (ours if not given.exists() and ours.is_file() else given).read_text(encoding="utf-8")
         read = yaml.load(text, TypedLoader)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from None

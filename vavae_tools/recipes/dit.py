@@ -257,7 +257,7 @@ def denoiser_run(
             save_model(load(checkpoints / "last.ckpt"), folder)
         hardlink_duplicates(output_dir / "autoencoder", folder / "vae")  # an RAE is 2 GB
         hardlink_duplicates(output_dir / "text_encoder", folder / "text_encoder")
-        log(f"written: {folder}, {checkpoints}/, {samples}/")
+        log(f"written: {folder}, {checkpoints}/{f', {samples}/' if samples.is_dir() else ''}")
 
     return Run(
         module=module,
