@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4, help="of each process")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.steps < 2 * PART:
+        parser.error(f"--steps {options.steps}: expected {2 * PART} at least, with gradients that are sent and without")
     if options.write:
         train(options)
         return

@@ -34,10 +34,11 @@ def models(tmp_path_factory) -> Path:
     weak = tiny_pipeline()
     trained_looking(weak.denoiser, seed=9)
     tokens, chats = tiny(with_lengths(of_3=1, of_9=1)), tiny(with_lengths(of_4=1), chats=True)
-    no_null = tiny_pipeline(dropout=0.0)
+    no_null, no_null_text = tiny_pipeline(dropout=0.0), text_pipeline(dropout=0.0)
     for name, pipe in {
         "pipeline": tiny_pipeline(),
         "no_null": no_null,
+        "no_null_text": no_null_text,
         "weak": weak,
         "text": text_pipeline(),
         "tokens": tokens,
@@ -66,14 +67,25 @@ def start(models, folder, *arguments, program=("-m", "vavae_tools.sample")) -> s
     return subprocess.Popen([python(), *program, *command(models, *arguments)], cwd=folder, env=environment, **streams)
 
 
-def test_without_a_null_condition_images_are_unguided(run, models, tmp_path):
-    """`class_dropout_prob=0`, as is advised for one class."""
-    status, out, err = run("--output_dir", "out", "--num_samples", 3, of="no_null")
+@pytest.mark.parametrize(("of", "words"), [("no_null", ()), ("no_null_text", ("--prompt", "green"))])
+def test_without_a_null_condition_images_are_unguided(run, models, tmp_path, of, words):
+    words = (*words, "--output_dir", "out", "--num_samples", 3)
+    status, out, err = run(*words, of=of)
     assert err.count("sampling") == err.count("\n") > 0 and "\r" not in err  # a bar's states in a file
-    assert status == 0 and out.startswith(f"{models / 'no_null'} was trained without a null condition")
+    assert status == 0 and out.startswith(f"{models / of} was trained without a null condition")
     assert json.loads((tmp_path / "out/samples.json").read_text())["settings"]["guidance_scale"] == 1
-    assert run("--output_dir", "out", "--num_samples", 3, "--cfg_scale", 1, of="no_null")[0] == 0  # they are the same
-    assert "leave --cfg_scale out" in one_line(run("--output_dir", "out", "--cfg_scale", 2, of="no_null"))
+    assert run(*words, "--cfg_scale", 1, of=of)[0] == 0  # they are the same
+    assert "leave --cfg_scale out" in one_line(run(*words, "--cfg_scale", 2, of=of))
+    if of == "no_null_text":
+        assert run(*words, "--cfg_scale", 2, "--negative_prompt", "red", "--overwrite", of=of)[0] == 0
+
+
+def test_the_next_line_names_the_split_of_the_run(run, models, tmp_path):
+    (tmp_path / "my run" / ".hydra").mkdir(parents=True)
+    (tmp_path / "my run" / ".hydra" / "config.yaml").write_text("data:\n  data_dir: my split\n")
+    (tmp_path / "my run" / "pipeline").symlink_to(models / "pipeline")
+    said = run("--num_samples", 1, "--checkpoint", "my run/pipeline", "--output_dir", "my images")[1]
+    assert said.endswith("--generated_dir 'my images' --data_dir 'my split'\n")
 
 
 def contents(folder) -> dict[str, bytes]:

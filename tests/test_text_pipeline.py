@@ -17,17 +17,17 @@ SENTENCES = ["a red circle", "one small blue square", "green"]
 QUICK = {"num_inference_steps": 3, "output_type": "pt", "seed": 0}
 
 
-def text_parts(seed: int = 0):
+def text_parts(seed: int = 0, dropout: float = 0.1):
     torch.manual_seed(seed)
     encoder = tiny_text_encoder(SENTENCES, dim=16)
     denoiser = TextDiT(input_size=4, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2)
-    conditioner = trained_looking(TextConditioner(16, 16, 32))
+    conditioner = trained_looking(TextConditioner(16, 16, 32, dropout))
     conditioner.set_empty(encoder.encode([""]))
     return encoder, trained_looking(denoiser).eval(), conditioner.eval()
 
 
-def text_pipeline(objective: str = "epsilon") -> TextToImagePipeline:
-    encoder, denoiser, conditioner = text_parts()
+def text_pipeline(objective: str = "epsilon", dropout: float = 0.1) -> TextToImagePipeline:
+    encoder, denoiser, conditioner = text_parts(dropout=dropout)
     vae = trained_looking(tiny_kl(downsampling=2))
     of = make_objective(objective)
     parts = vae, encoder.model, encoder.tokenizer, denoiser, conditioner

@@ -80,18 +80,20 @@ def _write(
     settings |= {"num_inference_steps": options.num_steps, "ranks": ranks}
     if pipe.makes == "text":
         return [writer.write_texts(pipe, prompts=options.prompt or (), num_samples=options.num_samples, **settings)]
+    by = options.negative_prompt if options.prompt else options.guide
+    if not pipe.is_guided(by):
+        without = f"{options.checkpoint} was trained without a null condition (condition_dropout=0)"
+        if options.cfg_scale not in (None, 1):
+            instead = "leave --cfg_scale out, or " + ("add --negative_prompt" if options.prompt else "name a --guide")
+            raise UserError(f"{without}, so nothing guides: {instead}")
+        if ranks.rank == 0:
+            print(f"{without}: images are made without guidance")
     if options.prompt:
         settings["guidance_scale"] = TEXT_CFG_SCALE if options.cfg_scale is None else options.cfg_scale
         settings |= {"negative_prompt": options.negative_prompt, "num_samples": options.num_samples}
         return writer.write_prompt_samples(pipe, options.prompt, **settings)
     who = [item.strip() for item in options.labels.split(",")] if options.labels else sorted(pipe.people.values())
     who = pipe.labels_of(who)
-    if not pipe.is_guided(options.guide):
-        without = f"{options.checkpoint} was trained without a null condition (class_dropout_prob=0)"
-        if options.cfg_scale not in (None, 1):
-            raise UserError(f"{without}, so nothing guides: leave --cfg_scale out, or name a weaker model by --guide")
-        if ranks.rank == 0:
-            print(f"{without}: images are made without guidance")
     labels = [who[i % len(who)] for i in range(options.num_samples or 100)]
     settings |= {name: getattr(options, name) for name in ("format", "guidance_channels", "timestep_shift")}
     guide = classes.load_guide(options.guide, pipe, options.weights == "ema") if options.guide else None
@@ -112,8 +114,20 @@ def _summary(kind: str, options: argparse.Namespace, written: list[Path]) -> str
         following = f"python evaluator.py REFERENCE.npz {shlex.quote(str(written[0]))} (of ADM's evaluations)"
         return f"written: {options.num_samples or 100:,} images ({written[0]})\nnext: {following}"
     folders, out = sorted({path.parent.name for path in written}), options.output_dir
-    following = f"python -m vavae_tools.evaluate --generated_dir {out} --data_dir data_split"
+    data = f"--data_dir {shlex.quote(_data_dir(options))}"
+    following = f"python -m vavae_tools.evaluate --generated_dir {shlex.quote(out)} {data}"
     return f"written: {len(written):,} images of {len(folders)} people ({out}/{folders[0]} …)\nnext: {following}"
+
+
+def _data_dir(options: argparse.Namespace) -> str:
+    """Return the split that the run beside a checkpoint was trained on, and elsewhere the usual one's name."""
+    from omegaconf import OmegaConf
+
+    path = Path(options.checkpoint).absolute()
+    for folder in (options.run or path.parent, path.parent.parent):
+        if (file := Path(folder) / ".hydra" / "config.yaml").is_file():
+            return str(OmegaConf.select(OmegaConf.load(file), "data.data_dir") or "data_split")
+    return "data_split"
 
 
 # fmt: off

@@ -64,15 +64,16 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
     Args:
         source: a folder that `save_pretrained` wrote (of a VAVAE or of diffusers' AutoencoderKL), a `.ckpt` of
             VA-VAE training here, or weights under the reference's names: the released `.pt`, a `.ckpt` of the
-            reference's training, a `.safetensors` file.
+            reference's training, a `.safetensors` file; "small", which comes with the package.
     """
     source = Path(source).expanduser()
+    if str(source) == "small" and not source.exists():
+        source = pretrained_small_folder()
     if source.is_dir() or source.name.startswith("diffusion_pytorch_model"):
         return _read_folder(source)
     if not source.is_file():
-        expected = "a folder with config.json or a .ckpt of VA-VAE training"
-        expected += ", or the published .pt, .ckpt or .safetensors"
-        make = "python minimal_training_modification.py makes one"
+        expected = "a folder with config.json, a .ckpt of VA-VAE training, or the published .pt, .ckpt or .safetensors"
+        make = "python minimal_training_modification.py makes one; small is the one in this package"
         raise UserError(f"No VA-VAE at {source}: expected {expected}. {make}")
     checkpoint = read_weights(source)
     settings = checkpoint.get("hyper_parameters")

@@ -72,6 +72,10 @@ class ImagePipeline(DenoiserPipeline):
         height, width = self.denoiser.latent_shape[1:]
         return height * self.vae.downsampling, width * self.vae.downsampling
 
+    def is_guided(self, by: Any = None) -> bool:
+        """Return whether anything can guide: what is given, or a null condition, if it was trained with one."""
+        return by is not None or self.conditioner.dropout > 0
+
     def facts(self) -> dict[str, Any]:
         """Return what images follow from besides the arguments of `make`: the models' digest, and the solver."""
         solver = {"name": type(self.scheduler).__name__, **plain_config(self.scheduler)}

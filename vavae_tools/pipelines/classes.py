@@ -50,10 +50,6 @@ class LatentDiTPipeline(base.ImagePipeline):
         kept = self.config.people
         return dict(kept) if kept else {f"ID_{label + 1}": label for label in range(self.conditioner.num_classes)}
 
-    def is_guided(self, guide: Any = None) -> bool:
-        """Return whether anything can guide: a guide, or the condition "any class", if it was trained with one."""
-        return guide is not None or self.conditioner.dropout > 0
-
     def labels_of(self, wanted: Iterable[int | str]) -> list[int]:
         """Return labels, or people's names, as labels; `UserError` where there is no such."""
         people, labels, most = self.people, [], self.conditioner.num_classes - 1

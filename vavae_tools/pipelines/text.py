@@ -111,9 +111,12 @@ class TextToImagePipeline(base.ImagePipeline):
 
         Args:
             negative: states of what guidance leads away from; None: the empty prompt that the conditioner keeps.
-            guidance_scale: how far from there towards the caption; 1 asks for the caption alone, at half the price.
+            guidance_scale: how far from there towards the caption; 1 asks for the caption alone, at half the price, and
+                so it is where `is_guided` says no.
             generators: of the noise that DDPM adds on the way, one for each image; by default it follows from `noise`.
         """
+        if not self.is_guided(negative):
+            guidance_scale = 1.0
 
         def told(rows: Tensor) -> dict[str, Any]:
             conditions = {"conditioning": self.conditioner(states[rows])}

@@ -234,9 +234,10 @@ def _settings_of(pipe: DenoiserPipeline, sampling: dict[str, Any], also: dict[st
     if isinstance(pipe, ImagePipeline):
         steps = settings["num_inference_steps"], settings.get("timestep_shift")
         lay_out(pipe.scheduler, *steps, objective=pipe.objective)  # which checks them
-        if isinstance(pipe, LatentDiTPipeline) and not pipe.is_guided(guide):
+        by = also.get("negative_prompt") if guide is None else guide
+        if not pipe.is_guided(by):
             settings["guidance_scale"] = 1.0
-        elif settings["guidance_scale"] != 1 and guide is None and also.get("negative_prompt") is None:
+        elif settings["guidance_scale"] != 1 and by is None:
             pipe.conditioner.null(1)  # which is there, or says what to do
     if guide is not None:
         settings["guide"] = digest_of(*guide)

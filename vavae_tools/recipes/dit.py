@@ -185,9 +185,14 @@ def build_on_latents(
         return pipe(labels, sampling.num_steps, sampling.guidance_scale, latents=noise, output_type="pt").images
 
     preview, data = partial(SamplePreviews, make, COLUMNS, show=show), {"data": latents, "fingerprint": folder.key}
-    if not conditioner.dropout:
-        data["remarks"] = ["No null condition (class_dropout_prob=0): previews and samples are made without guidance"]
+    data["remarks"] = remarks_on(conditioner)
     return denoiser_run(module, config, output_dir, load_pipeline, preview, log, **data, **of_run)
+
+
+def remarks_on(conditioner: nn.Module) -> list[str]:
+    """Return what to say of a training without a null condition."""
+    without = "No null condition (condition_dropout=0): previews and samples are made without guidance"
+    return [] if conditioner.dropout else [without]
 
 
 def check_before_encoding(

@@ -180,8 +180,7 @@ def _model_to_start_from(start: FineTunedVAVAE, images: ImageSetDataModule, log:
     dim = table.shape[1] if table is not None else 32 if dim is None else dim
     people = images.num_classes if dim else 0
     if start.original_vavae is not None:
-        source = weights.pretrained_small_folder() if start.original_vavae == "small" else start.original_vavae
-        found = weights.with_channels(weights.read_vavae(source), channels)
+        found = weights.with_channels(weights.read_vavae(start.original_vavae), channels)
         model = weights.build_vavae(found, dim, people, log=log, people=images.labels)
     else:
         found, size = None, start.size or ("small" if find_machine().kind == "cpu" else "f16d32")
