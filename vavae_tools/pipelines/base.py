@@ -156,7 +156,9 @@ def _check_kind(path: Path, found: str, wanted: type[DiffusionPipeline]) -> None
 def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -> Pipeline:
     """Return the pipeline that `save_pretrained` wrote; `options` are those of `from_pretrained`."""
     if not (path / "model_index.json").is_file():
-        raise UserError(f"{path} is no pipeline (no model_index.json); it {contents(path)}. Name a .ckpt or pipeline/")
+        inner = next((f"name {place}" for place in (path / "pipeline", path.parent / "pipeline") if place.is_dir()), "")
+        found = f"{path} is no pipeline (no model_index.json); it {contents(path)}"
+        raise UserError(f"{found}: {inner or 'name a .ckpt or pipeline/'}")
     index = read_json(path / "model_index.json")
     _check_kind(path, str(index.get("_class_name")), kind)
     if not ema:
@@ -220,4 +222,5 @@ def folder_beside(path: Path, *names: str, run: str | Path | None = None) -> Pat
 
 
 def autoencoder_beside(path: Path, run: str | Path | None = None) -> ModelMixin:
-    return load_autoencoder(folder_beside(path, "autoencoder", "vavae", run=run)).eval()  # as it was called before
+    names = "autoencoder", "vavae", "vae"  # as it was called before, and as it is in a pipeline
+    return load_autoencoder(folder_beside(path, *names, run=run)).eval()
