@@ -135,3 +135,5 @@ def test_a_tilde_is_the_home_folder_wherever_python_takes_a_path(call, tmp_path,
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "home" / "nowhere"))):
         CALLS[call]("~/nowhere")
+    with pytest.raises(UserError, match="~no_such_user"):
+        CALLS[call]("~no_such_user/nowhere")

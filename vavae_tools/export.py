@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vavae_tools.runtime.errors import UserError, command_parser, run_command
+from vavae_tools.runtime.errors import UserError, command_parser, in_home, run_command
 
 if TYPE_CHECKING:
     from vavae_tools.autoencoders.vavae import VAVAE
@@ -27,7 +27,7 @@ def export_vavae(vavae: str | Path, format: str, output: str | Path) -> list[Pat
     """
     from vavae_tools.autoencoders.weights import load_vavae
 
-    vavae, output = Path(vavae).expanduser(), Path(output).expanduser()
+    vavae, output = in_home(vavae), in_home(output)
     if output.exists() and output.resolve() == vavae.resolve():
         raise UserError(f"--output {output} is the VA-VAE itself: name another place")
     model = load_vavae(vavae, log=lambda line: None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vavae_tools.data.folders import EXTENSIONS, best_home, list_folders, person_folders
 from vavae_tools.data.split_report import INFO_NAME
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, in_home
 
 KAGGLE_INPUT, KAGGLE_WORKING = Path("/kaggle/input"), Path("/kaggle/working")
 MADE = (INFO_NAME, "samples.json")  # in folders of images that were made here
@@ -59,7 +59,7 @@ def find_paths(
     """
     images = images or os.environ.get("VAVAE_PICTURES")
     work = work or os.environ.get("VAVAE_WORK") or (working_root if working_root.is_dir() else "outputs")
-    images, work = images and Path(images).expanduser(), Path(work).expanduser()
+    images, work = images and in_home(images), in_home(work)
     if images and not images.is_dir():
         raise UserError(f"No such folder: {images}. Name the folder that holds ID_1, ID_2 …")
     roots = [Path(root) for root in os.environ.get("VAVAE_INPUT", "").split(os.pathsep) if root] or input_roots

@@ -15,7 +15,7 @@ from vavae_tools.autoencoders.encoders import patch_tokens, silent_transformers
 from vavae_tools.data.encoded import Rows, Store, agree, cut, encode, open_shard
 from vavae_tools.data.images import DecodedImages, to_unit
 from vavae_tools.runtime.console import print_beside_bars
-from vavae_tools.runtime.errors import UserError, contents
+from vavae_tools.runtime.errors import UserError, contents, in_home
 from vavae_tools.runtime.files import free_bytes, load_model, read_json, weights_digest
 from vavae_tools.runtime.machine import Computing, in_float32
 from vavae_tools.runtime.ranks import Ranks
@@ -92,7 +92,7 @@ def load_foundation(folder: str | Path) -> TransformersFoundation:
     """Load a frozen DINOv2 (with or without registers) or ViT-MAE from its folder in transformers' format."""
     from transformers import AutoModel
 
-    folder = Path(folder).expanduser()
+    folder = in_home(folder)
     config = folder / "config.json"
     if not config.is_file():
         instead = "name a folder such as facebook/dinov2-large's (config.json, model.safetensors), or take vf_weight 0"

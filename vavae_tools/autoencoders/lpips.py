@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vavae_tools.checkpoints.foreign import flat_names
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, in_home
 from vavae_tools.runtime.files import read_weights
 from vavae_tools.runtime.machine import in_float32
 
@@ -86,7 +86,7 @@ def _unit(features: Tensor) -> Tensor:
 
 def load_lpips(files: str | Path | Sequence[str | Path], widths: Sequence[int] = VGG16_WIDTHS) -> LPIPS:
     """Load LPIPS with the weights of one or several checkpoints or safetensors files; the later ones count."""
-    files = [Path(file).expanduser() for file in ([files] if isinstance(files, str | Path) else files)]
+    files = [in_home(file) for file in ([files] if isinstance(files, str | Path) else files)]
     shipped = Path(find_spec("torchmetrics").origin).parent / "functional/image/lpips_models/vgg.pth"
     weights: dict[str, Tensor] = {}
     origins: dict[str, Path] = {}

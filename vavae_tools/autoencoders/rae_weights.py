@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vavae_tools.autoencoders.encoders import IMAGENET_MEAN, IMAGENET_STD, FrozenEncoder, common_name
 from vavae_tools.autoencoders.rae import DECODER_NUMBERS, RAE, RAE_SIZES, VARIANCE_EPS
 from vavae_tools.checkpoints.foreign import find_weights, flat_names
-from vavae_tools.runtime.errors import UserError, contents, join_first
+from vavae_tools.runtime.errors import UserError, contents, in_home, join_first
 from vavae_tools.runtime.files import (
     load_model,
     local_folder,
@@ -157,13 +157,13 @@ def fit(
 
 def is_rae_folder(path: str | Path) -> bool:
     """Return whether it is a folder of a whole RAE: one from here, or of diffusers' AutoencoderRAE."""
-    config = Path(path).expanduser() / "config.json"
+    config = in_home(path) / "config.json"
     return config.is_file() and read_json(config).get("_class_name") in ("RAE", "AutoencoderRAE")
 
 
 def read_rae_folder(folder: str | Path) -> RAE:
     """Return the RAE that `save_pretrained` wrote, here or in diffusers."""
-    folder = Path(folder).expanduser()
+    folder = in_home(folder)
     config = read_json(folder / "config.json")
     if config["_class_name"] == "AutoencoderRAE":
         return from_diffusers(config, read_weights(folder), str(folder)).eval()
@@ -208,7 +208,7 @@ def _decoder_numbers(decoder: str | Path | Mapping[str, Any]) -> Mapping[str, An
         return decoder
     if decoder in RAE_SIZES:
         return RAE_SIZES[decoder]
-    path = Path(decoder).expanduser()
+    path = in_home(decoder)
     if not path.exists():
         raise UserError(f"No decoder size {str(decoder)!r}, nor a config.json there; there are {', '.join(RAE_SIZES)}")
     config = read_json(path / "config.json" if path.is_dir() else path)

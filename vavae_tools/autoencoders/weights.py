@@ -14,7 +14,7 @@ from vavae_tools.autoencoders.rae_weights import is_rae_folder, read_rae_folder
 from vavae_tools.autoencoders.stable_diffusion import config_of_vae, is_stable_diffusion_vae, load_stable_diffusion_vae
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.checkpoints.foreign import find_weights, plain_name
-from vavae_tools.runtime.errors import UserError, contents, join_first
+from vavae_tools.runtime.errors import UserError, contents, in_home, join_first
 from vavae_tools.runtime.files import read_safetensors, read_weights, refuse_left_over
 
 CONDITION_PREFIXES = ("conditions.", "encoder_projections.", "decoder_projections.")
@@ -39,7 +39,7 @@ def pretrained_small_folder() -> Path:
 
 def load_autoencoder(source: str | Path) -> ModelMixin:
     """Load a `RAE`, a `VAVAE` or a `StableDiffusionVAE` from its folder, or from what `load_vavae` takes."""
-    source = Path(source).expanduser()
+    source = in_home(source)
     if is_rae_folder(source):
         return read_rae_folder(source)
     if is_stable_diffusion_vae(source):
@@ -66,7 +66,7 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
             VA-VAE training here, or weights under the reference's names: the released `.pt`, a `.ckpt` of the
             reference's training, a `.safetensors` file; "small", which comes with the package.
     """
-    source = Path(source).expanduser()
+    source = in_home(source)
     if str(source) == "small" and not source.exists():
         source = pretrained_small_folder()
     if source.is_dir() or source.name.startswith("diffusion_pytorch_model"):

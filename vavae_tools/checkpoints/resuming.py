@@ -12,7 +12,7 @@ from torch import Tensor
 from vavae_tools.checkpoints import formats
 from vavae_tools.checkpoints.foreign import plain_name
 from vavae_tools.checkpoints.formats import AVERAGE, is_checkpoint
-from vavae_tools.runtime.errors import UserError, contents, join_first
+from vavae_tools.runtime.errors import UserError, contents, in_home, join_first
 from vavae_tools.runtime.files import read_checkpoint
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def resume_path(resume: str | None, run: str | Path, log: Callable[[str], None] 
         first = {"last.ckpt": 0, "previous.ckpt": 1}
         found = sorted(checkpoints_in(run), key=lambda c: first.get(c.path.name, 2))
         return _first_whole(found, log) or _refuse_missing(Path(run) / "last.ckpt")
-    path = Path(resume).expanduser()
+    path = in_home(resume)
     if not path.exists():
         _refuse_missing(path)
     if path.is_dir() and not is_checkpoint(path):

@@ -20,7 +20,7 @@ from vavae_tools.data.sources import captioned, hugging_face
 from vavae_tools.data.sources.shards import refuse_shards
 from vavae_tools.data.split import choose_subsets
 from vavae_tools.data.split_report import INFO_NAME, ImageEntry, read_split_info
-from vavae_tools.runtime.errors import UserError, join_first
+from vavae_tools.runtime.errors import UserError, in_home, join_first
 
 
 class ImageDataModule(ImageSetDataModule):
@@ -58,7 +58,7 @@ class ImageDataModule(ImageSetDataModule):
         crop: str | None = None,
         progress: bool = True,
     ) -> None:
-        data_dir = Path(data_dir).expanduser()
+        data_dir = in_home(data_dir)
         if not folders.is_utf8(data_dir.absolute()):
             raise UserError(f"data_dir {str(data_dir)!a} has a name that is no UTF-8: rename it")
         is_split = (data_dir / INFO_NAME).is_file()
@@ -248,7 +248,7 @@ def caption_data(
     val_share = round(1 - share, 9) if share else val_share
     if dataset_path is None:
         raise UserError(f"The data set {name} needs dataset_path, the folder where it lies")
-    path = Path(dataset_path).expanduser()
+    path = in_home(dataset_path)
     if not path.is_dir() and not (name == "custom" and path.is_file()):
         refuse_shards(path)
         raise UserError(f"{path} is a file, expected a folder" if path.is_file() else no_such_folder(path))

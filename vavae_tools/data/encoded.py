@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from vavae_tools.data.loader import identity_collate, ignore_interrupts, in_batches
-from vavae_tools.runtime.errors import UserError, join_first
+from vavae_tools.runtime.errors import UserError, in_home, join_first
 from vavae_tools.runtime.files import atomic_write, free_bytes, write_json
 from vavae_tools.runtime.machine import Computing
 from vavae_tools.runtime.ranks import Ranks
@@ -76,7 +76,7 @@ class EncodedFolder:
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """Read the one encoding in a folder."""
-        path = Path(path).expanduser()
+        path = in_home(path)
         return cls.only(path, cls.read_all(path))
 
     @classmethod

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from vavae_tools.data.folders import IMAGE_EXTENSIONS, labels_of, list_folders
 from vavae_tools.data.loader import OrderedDataModule, index_and_number, loading_workers, local_world_size, usable_cores
 from vavae_tools.data.stored import convert_channels, is_grey, pixel_hash, turn_upright, white_of
-from vavae_tools.runtime.errors import UserError, one_line
+from vavae_tools.runtime.errors import UserError, in_home, one_line
 from vavae_tools.runtime.files import atomic_write
 
 Size = tuple[int, int]  # (height, width) in pixels
@@ -321,7 +321,7 @@ class ImageFolder(ImageFiles):
         progress: bool = True,
         extensions: Collection[str] = IMAGE_EXTENSIONS,
     ) -> None:
-        folder = Path(folder).expanduser()
+        folder = in_home(folder)
         people = list_folders(folder, extensions)
         labels = labels or labels_of(people)
         names = [f"{person}/{path.name}" for person, paths in people.items() for path in paths]

@@ -27,7 +27,7 @@ from vavae_tools.data import folders, split_report
 from vavae_tools.data.folders import IMAGE_EXTENSIONS, count_of, either, natural_key
 from vavae_tools.data.split_report import INFO_NAME, SUBSETS, ImageEntry, SplitReport
 from vavae_tools.data.stored import pixel_hash, turn_upright, white_of
-from vavae_tools.runtime.errors import UserError, join_first, one_line
+from vavae_tools.runtime.errors import UserError, in_home, join_first, one_line
 
 RecordingOf = Callable[[ImageEntry], str | None]
 LINKS = ("copy", "hard", "symbolic")
@@ -157,7 +157,7 @@ def split_folders(
     asked = {"seed": seed, "train_ratio": train_ratio, "val_ratio": val_ratio}
     asked |= {"image_extensions": _checked_extensions(extensions), "group_pattern": group_pattern}
     asked |= {"link": link, "check": check}
-    source, target = Path(input_dir).expanduser().absolute(), Path(output_dir).expanduser().resolve()
+    source, target = in_home(input_dir).absolute(), in_home(output_dir).resolve()
     real = source.resolve()
     if target.is_relative_to(real) or real.is_relative_to(target):
         hint = f"Choose another --output_dir, such as {real.parent / 'data_split'}"

@@ -16,7 +16,7 @@ from vavae_tools.evaluation import metrics
 from vavae_tools.evaluation.classifier import cached_classifier, train_classifier
 from vavae_tools.evaluation.metrics import aligned, percent
 from vavae_tools.plots import plot_bars, save_figures, show_rows
-from vavae_tools.runtime.errors import UserError, join_first
+from vavae_tools.runtime.errors import UserError, in_home, join_first
 from vavae_tools.runtime.files import write_json
 from vavae_tools.runtime.machine import device_of, release_memory
 
@@ -184,10 +184,8 @@ def evaluate_images(
         image_size: pixels, to which all images are resized; by default the generated images' own.
         seed: of the classifier, of the subsets that are compared, and of what is held out where nothing validates.
     """
-    output_dir = Path(output_dir).expanduser()
-    real, generated, notes = _load(
-        Path(generated_dir).expanduser(), data_dir, image_size, seed=seed, progress=progress, **source
-    )
+    output_dir = in_home(output_dir)
+    real, generated, notes = _load(in_home(generated_dir), data_dir, image_size, seed=seed, progress=progress, **source)
     labels, train, device = real.labels, real.train_data, device_of(0)
     several_persons = len(train.labels.unique()) > 1
     if several_persons:

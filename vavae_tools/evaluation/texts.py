@@ -16,7 +16,7 @@ from vavae_tools.evaluation.metrics import aligned, percent, plain
 from vavae_tools.pipelines.tokens import TokenImageOutput, TokenImagePipeline
 from vavae_tools.plots import plot_curves, save_figures
 from vavae_tools.runtime.draws import Draws
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, in_home
 from vavae_tools.runtime.files import atomic_write, write_json
 
 TIMES = tuple(step / 20 for step in range(1, 20))
@@ -260,7 +260,7 @@ def evaluate_tokens(
         train.data_path, num_inference_steps, seed, scores, bits, judge.unigram_bits, subset, curve, notes, out, figures
     )
     if output_dir is not None:
-        folder = Path(output_dir).expanduser()
+        folder = in_home(output_dir)
         save_figures(report.figures, folder / "figures")
         with atomic_write(folder / "samples.jsonl") as partial:
             partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")

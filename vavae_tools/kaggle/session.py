@@ -25,7 +25,7 @@ from vavae_tools.checkpoints.formats import place_in
 from vavae_tools.data.folders import IMAGE_EXTENSIONS
 from vavae_tools.data.split_report import INFO_NAME, SUBSETS
 from vavae_tools.paths import KAGGLE_INPUT, MAX_SEARCH_DEPTH
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, in_home
 from vavae_tools.runtime.files import atomic_write, read_checkpoint, read_json, write_json
 
 NEEDED = (
@@ -72,7 +72,7 @@ def push_session(
 ) -> Session | None:
     """Do what `push` does; where Kaggle cannot be used, log why and return None."""
     try:
-        return push(Path(work).expanduser(), dataset, message, images, wait, log)
+        return push(in_home(work), dataset, message, images, wait, log)
     except Unavailable as reason:
         log(f"not pushed: {reason}")
         return None
@@ -86,7 +86,7 @@ def pull_session(
     The output of a notebook is not copied: `recipes.handover` reads it where it is.
     """
     try:
-        return pull(Path(work).expanduser(), dataset, input_roots, log, outputs=False)
+        return pull(in_home(work), dataset, input_roots, log, outputs=False)
     except Unavailable as reason:
         log(f"nothing pulled: {reason}")
         return None

@@ -27,7 +27,7 @@ from vavae_tools.diffusion.objectives import Objective, objective_of
 from vavae_tools.diffusion.solvers import sample, swapped
 from vavae_tools.pipelines.batches import all_finite, decoded, in_batches, precision_for
 from vavae_tools.runtime.draws import Draws
-from vavae_tools.runtime.errors import UserError, contents, one_line
+from vavae_tools.runtime.errors import UserError, contents, in_home, one_line
 from vavae_tools.runtime.files import plain_config, read_json, weights_digest
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -212,7 +212,7 @@ def read_training(
 def folder_beside(path: Path, *names: str, run: str | Path | None = None) -> Path:
     """Return the first folder of these names in `run`, in a pipeline, or beside a checkpoint or its folder."""
     beside = dict.fromkeys((*path.absolute().parents[:2], *path.resolve().parents[:2]))  # also where a link points to
-    for folder in (Path(home).expanduser() / name for home in ([run] if run else [path, *beside]) for name in names):
+    for folder in (in_home(home) / name for home in ([run] if run else [path, *beside]) for name in names):
         if folder.is_dir():
             return folder
     if run:

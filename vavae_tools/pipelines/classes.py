@@ -14,7 +14,7 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.objectives import FlowMatching, objective_of
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines import base
-from vavae_tools.runtime.errors import UserError, join_first
+from vavae_tools.runtime.errors import UserError, in_home, join_first
 
 Guide = tuple[ModelMixin, ClassConditioner]  # a weaker denoiser of the same latents and classes, for autoguidance
 
@@ -141,7 +141,7 @@ def load_pipeline(path: str | Path, ema: bool = True, run: str | Path | None = N
     Of a checkpoint the averaged weights are taken, with ema=False the live ones; `run` is its run's folder where it was
     copied elsewhere.
     """
-    path = Path(path).expanduser()
+    path = in_home(path)
     pipe = _read(path, ema)
     if pipe.vae is None:
         pipe.register_modules(vae=base.autoencoder_beside(path, run))
@@ -149,7 +149,7 @@ def load_pipeline(path: str | Path, ema: bool = True, run: str | Path | None = N
 
 
 def load_without_autoencoder(path: str | Path, ema: bool = True) -> LatentDiTPipeline:
-    return _read(Path(path).expanduser(), ema, vae=None)
+    return _read(in_home(path), ema, vae=None)
 
 
 def _read(path: Path, ema: bool, **options: Any) -> LatentDiTPipeline:

@@ -17,7 +17,7 @@ from vavae_tools.diffusion.objectives import objective_of
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines import base
 from vavae_tools.runtime.draws import Draws
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, in_home
 
 
 class TextToImagePipeline(base.ImagePipeline):
@@ -142,7 +142,7 @@ def load_text_pipeline(path: str | Path, ema: bool = True, run: str | Path | Non
 
     Beside the checkpoint or its folder, or in the folder `run`, are `autoencoder/` and `text_encoder/`.
     """
-    path = Path(path).expanduser()
+    path = in_home(path)
     if base.is_folder_of_pipeline(path):
         with silent_transformers():
             return base.read_pipeline(TextToImagePipeline, path, ema, local_files_only=True)

@@ -23,7 +23,7 @@ from vavae_tools.diffusion.solvers import make_solver, sample, time_grid
 from vavae_tools.pipelines import base
 from vavae_tools.pipelines.batches import all_finite, in_batches, precision_for
 from vavae_tools.runtime.draws import Draws
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, in_home
 from vavae_tools.runtime.files import plain_config
 
 MIN_SIMILAR_CHATS = 100  # chats whose prompts are nearest in length say how long an answer is
@@ -322,7 +322,7 @@ def load_token_pipeline(path: str | Path, ema: bool = True, run: str | Path | No
 
     `tokenizer/` is beside the checkpoint or its folder, or in the folder `run`.
     """
-    path = Path(path).expanduser()
+    path = in_home(path)
     if base.is_folder_of_pipeline(path):
         own = base.kind_of(path) == TokenImagePipeline.__name__  # else it is said what it is
         options = {"tokenizer": load_tokenizer(base.folder_beside(path, "tokenizer"))} if own else {}

@@ -27,7 +27,7 @@ from vavae_tools.pipelines.formats import RECORD, JsonlFile, NpzFile, PngFolder,
 from vavae_tools.pipelines.text import TextToImagePipeline
 from vavae_tools.pipelines.tokens import Prompt, TokenImagePipeline, as_prompts, check_sampling
 from vavae_tools.runtime.console import BarLines, is_interactive
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, in_home
 from vavae_tools.runtime.files import write_json
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import device_of, trying_convolutions
@@ -64,7 +64,7 @@ def write_samples(
         arguments, several = {"path": pipe, "settings": {**settings, "overwrite": overwrite}}, several_processes()
         here = f"{__name__}:_load_and_write"
         return call_on_ranks(here, arguments, several) if several else _load_and_write(**arguments)
-    labels, output_dir = pipe.labels_of(labels), Path(output_dir).expanduser()
+    labels, output_dir = pipe.labels_of(labels), in_home(output_dir)
     if not labels:
         raise UserError("No labels: at least one image is needed")
     folders, counts = _folder_names(pipe, names), defaultdict(count)
@@ -127,7 +127,7 @@ def write_prompt_samples(
         noise = {"latents": pipe.noise(seed, numbers), "generator": pipe.generators(seed, numbers)}
         return {"prompt": prompts[start:stop], "negative_prompt": negative_prompt, **noise, "output_type": "pt"}
 
-    files = PromptPngFolder(Path(output_dir).expanduser(), list(of_files), of_files)
+    files = PromptPngFolder(in_home(output_dir), list(of_files), of_files)
     return _write(pipe, files, asked, {"seed": seed, "negative_prompt": negative_prompt}, **settings)
 
 
@@ -154,7 +154,7 @@ def write_texts(
         return {"prompts": own, "numbers": range(start, stop), "seed": seed}
 
     files, also = (
-        JsonlFile(Path(output_dir).expanduser(), texts, prompts),
+        JsonlFile(in_home(output_dir), texts, prompts),
         {"prompts": prompts, "texts": texts, "seed": seed},
     )
     _write(pipe, files, asked, also, **settings)

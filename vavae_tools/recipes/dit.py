@@ -33,7 +33,7 @@ from vavae_tools.recipes.config import recipe_with
 from vavae_tools.recipes.init_from import read_fitting_weights, start_from, time_is_told
 from vavae_tools.recipes.presets import resolved
 from vavae_tools.runtime.console import log
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, in_home
 from vavae_tools.runtime.files import hardlink_duplicates, save_model
 from vavae_tools.runtime.machine import find_device
 from vavae_tools.runtime.ranks import current_ranks, is_rank_zero, rank_zero_first
@@ -85,7 +85,7 @@ def _vavae_and_images(
 
 def encode_once(model: nn.Module, images: Any, folder: str | Path, log: Log, **options: Any) -> LatentFolder:
     """Return `encode_latents` with all processes, each on its device."""
-    folder = Path(folder).expanduser()
+    folder = in_home(folder)
     latents = encode_latents(model, images, folder, device=find_device(), ranks=current_ranks(), log=log, **options)
     log(str(latents))
     return latents

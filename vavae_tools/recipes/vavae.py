@@ -19,7 +19,7 @@ from vavae_tools.recipes.base import AutoencoderLoss, FineTunedVAVAE, VAVAERecip
 from vavae_tools.recipes.config import recipe_with
 from vavae_tools.recipes.presets import resolved
 from vavae_tools.runtime.console import log
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, in_home
 from vavae_tools.runtime.files import save_model
 from vavae_tools.runtime.machine import find_machine
 from vavae_tools.training.autoencoder_module import VAVAEModule
@@ -83,7 +83,7 @@ def fine_tune_vavae(
     """
     given = {"data_dir": data_dir, "original_vavae": original_vavae, "size": size, "image_size": image_size}
     recipe = resolved(recipe_with(VAVAERecipe(), {**given, **settings}))
-    return train_vavae(recipe, Path(output_dir).expanduser(), resume, show, log)
+    return train_vavae(recipe, in_home(output_dir), resume, show, log)
 
 
 def train_vavae(

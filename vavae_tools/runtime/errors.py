@@ -42,6 +42,11 @@ def with_home(text: str) -> str:
     return os.path.expanduser(text)  # noqa: PTH111  (Path's raises where there is no such user)
 
 
+def in_home(path: str | Path) -> Path:
+    """Return a path whose ~ at its beginning is the home folder."""
+    return Path(with_home(str(path)))
+
+
 def is_path(text: str) -> bool:
     return os.path.exists(text)  # noqa: PTH110  (Path's raises where a text is too long for a name)
 

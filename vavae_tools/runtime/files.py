@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from vavae_tools.runtime.errors import UserError, contents, join_first, one_line
+from vavae_tools.runtime.errors import UserError, contents, in_home, join_first, one_line
 
 
 def local_folder(
@@ -35,7 +35,7 @@ def local_folder(
     `of` and `instead` are for messages: whose folder it is, what to do without the hub; `file` is what a path may be
     in place of a folder, such as "config.json".
     """
-    path = Path(source).expanduser()
+    path = in_home(source)
     if path.is_dir() or (file and path.exists()):
         return path
     is_file = bool(file) and path.suffix == Path(file).suffix
@@ -215,7 +215,7 @@ def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
 
 def read_weights(path: str | Path) -> dict[str, Any]:
     """Return what a safetensors file, a checkpoint of `torch.save` or the `weight_files` of a folder hold."""
-    path = Path(path).expanduser()
+    path = in_home(path)
     if not path.is_dir():
         return read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     if not (files := weight_files(path)):
@@ -262,7 +262,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_saved(path: str | Path) -> Any:
     """Return what `torch.save` wrote, on the CPU, with `weights_only=True`; tensors stay in the file until used."""
-    path = Path(path).expanduser()
+    path = in_home(path)
     if not path.is_file():
         beside = sorted(str(p) for folder in ("", "checkpoints/") for p in path.parent.glob(f"{folder}*.ckpt"))
         hint = f"; there {'is' if len(beside) == 1 else 'are'} {', '.join(beside)}" if beside else ""

@@ -17,7 +17,7 @@ from vavae_tools.checkpoints.formats import is_deepspeed, read_any_format, remov
 from vavae_tools.checkpoints.resuming import check_resumable, former_run, resume_path
 from vavae_tools.data.loader import OrderedDataModule, loader_faults
 from vavae_tools.runtime.console import log
-from vavae_tools.runtime.errors import Stopped, UserError, disk_faults
+from vavae_tools.runtime.errors import Stopped, UserError, disk_faults, in_home
 from vavae_tools.runtime.files import alone_in
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import keep_freed_memory, release_memory
@@ -72,7 +72,7 @@ def train(
     devices = recipe.train.of_devices()
     trainer_settings(**devices)  # what cannot be is said before anything is started
     several = several_processes(**devices)
-    arguments = {"build": build, "recipe": recipe, "output_dir": Path(output_dir).expanduser(), "resume": resume}
+    arguments = {"build": build, "recipe": recipe, "output_dir": in_home(output_dir), "resume": resume}
     if several is not None:
         return call_on_ranks(f"{__name__}:_train_here", arguments, several, show=show)
     try:
@@ -295,7 +295,7 @@ def fit(
         show: called with each preview; see `train`.
         overwrite: replace the checkpoints of another run in `output_dir`.
     """
-    output_dir, devices = Path(output_dir).expanduser(), devices if isinstance(devices, dict) else {"devices": devices}
+    output_dir, devices = in_home(output_dir), devices if isinstance(devices, dict) else {"devices": devices}
     several = several_processes(**devices)
     if several is not None:
         trainer_settings(**devices)  # what cannot be is said before anything is started

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from vavae_tools.data.demo import walking
 from vavae_tools.data.demo.walking import Person, draw_person, generator
-from vavae_tools.runtime.errors import UserError, command_parser, run_command
+from vavae_tools.runtime.errors import UserError, command_parser, in_home, run_command
 
 GRID = 256  # a smaller image is this one, averaged
 DECIBELS = 42.0  # from the lowest colour to the highest
@@ -80,7 +80,7 @@ def write_gait_dataset(
     core) only set the pace. gait.json holds the settings and how each person walks. All of it comes at once when it is
     whole; a folder of these very settings is left as it is.
     """
-    output_dir = Path(output_dir).expanduser()
+    output_dir = in_home(output_dir)
     settings = {"people": people, "pictures": images, "size": size, "seed": seed, "colormap": colormap}
     lowest = {"people": 1, "images": 1, "size": 16, "seed": 0, "workers": 1}
     for name, value in {**settings, "images": images, "workers": workers}.items():

@@ -13,7 +13,7 @@ from vavae_tools.data.captions import NamedImages, missing_images, read_json_lin
 from vavae_tools.data.folders import EXTENSIONS, contents, count_of, either, files_below
 from vavae_tools.data.sources.hugging_face import CAPTION_COLUMNS, SAVED_DATASET_FILES
 from vavae_tools.data.sources.shards import refuse_shards
-from vavae_tools.runtime.errors import UserError, join_first
+from vavae_tools.runtime.errors import UserError, in_home, join_first
 
 
 # ---- COCO, as its archives unpack
@@ -41,7 +41,7 @@ def coco_subsets(
 
 
 def _given(root: Path, path: str | Path) -> Path:
-    path = Path(path).expanduser()
+    path = in_home(path)
     return path if path.exists() else root / path
 
 

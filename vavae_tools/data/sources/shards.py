@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("shards", type=Path, help="folder of .tar or .parquet files")
     parser.add_argument("output", type=Path, help="new folder, for data.data_dir")
     args = parser.parse_args()
-    for subset, dataset in convert_shards(args.shards.expanduser(), args.output.expanduser()).items():
+    for subset, dataset in convert_shards(args.shards, args.output).items():
         print(f"{subset}: {len(dataset):,} images with the columns {', '.join(dataset.column_names)}")
     print(f"next: data.data_dir={args.output}")
 

@@ -8,7 +8,7 @@ from vavae_tools.data.captions import read_json_lines, read_text
 from vavae_tools.data.demo.sentences import questions, stories, zen
 from vavae_tools.data.folders import contents, natural_key
 from vavae_tools.data.sources.hugging_face import is_dataset, load_folder
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, in_home
 
 Chat = list[dict[str, str]]  # messages, each with "role" and "content"
 BUILT_IN: dict[str, Callable[[], list[str] | list[Chat]]] = {
@@ -30,7 +30,7 @@ def read_texts(data_path: str | Path, chats: bool = False) -> tuple[list[Any], l
             subsets "train" and, to validate, "validation", "valid" or "val"), or a name of `BUILT_IN`.
         chats: read messages; else those become a text, one message below the other.
     """
-    path, val = Path(data_path).expanduser(), ()
+    path, val = in_home(data_path), ()
     if path.is_dir() and is_dataset(path):
         train, val = _rows_of_dataset(path)
     elif path.exists():
