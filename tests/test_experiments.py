@@ -1,6 +1,7 @@
 """Command lines of training: what they mean, where their runs go, and what is said of those that mean nothing."""
 
 import re
+import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vavae_tools import sample
 from vavae_tools.recipes import config as experiments
 from vavae_tools.recipes import presets
 from vavae_tools.recipes.base import RECIPES, LatentRecipe, VAVAERecipe
@@ -405,6 +407,38 @@ def test_the_dummy_leaves_what_a_lightning_hydra_project_expects(train):
     without_null = run_experiment(*SHORT, *SMALL, "train.max_steps=1", "class_dropout_prob=0").parent
     assert without_null != run and list((without_null / "samples").glob("*.png"))
     assert (run / "reconstructions" / "before.png").is_file() and list((run / "samples").glob("*.png"))
+
+
+NET = ["model.hidden_size=16", "model.depth=1", "model.num_heads=2", "train.batch_size=4"]
+FROZEN = ["text_encoder.name=null", "vae.name=null", "train.precision=32"]
+ROWS = {
+    "dit_dino": (1, [*SMALL, "rae.folder=tiny", "data.data_dir=data_split", "data.batch_size=4"]),
+    "train_config": (10, [*NET, *FROZEN, "data.dataset_name=shapes", "data.num_samples=8", "data.image_size=32"]),
+    "token_images": (1, [*NET, "--data_path", "zen"]),
+    "vavae_dit": (1, [*NET, "output_dir=outputs/dit"]),
+}
+"""Of README's table: a part of each training's line, how long a first one takes, and what makes it tiny."""
+
+
+def test_commands_of_other_projects_run_as_the_readme_has_them(train, run_main, split_dir, vavae_dir):
+    Path("outputs").mkdir()
+    Path("data_split").symlink_to(split_dir)
+    Path("outputs/vavae").symlink_to(vavae_dir)
+    table = (ROOT / "README.md").read_text().split("| theirs | ours |")[1].split("\n\n")[0]
+    lines = dict(enumerate(re.findall(r"\| `python -m vavae_tools\.(train .+|sample .+)` \|", table)))
+    for part, (epochs, words) in ROWS.items():
+        number = next(number for number, line in lines.items() if part in line)
+        _, *typed = shlex.split(lines.pop(number))
+        quick = ["train.previews=0", "train.accelerator=cpu", "train.max_steps=null"]
+        first = typed[: typed.index("--resume")] if "--resume" in typed else typed
+        first = [word for word in first if word != "ckpt_path=last"]
+        train(*first, *words, *quick, f"train.max_epochs={epochs}")
+        if first != typed:
+            assert "resuming after" in train(*typed, *words, *quick, f"train.max_epochs={epochs + 1}")
+    for line in lines.values():
+        _, *typed = shlex.split(line.replace(" F ", " outputs/dit/checkpoints/last.ckpt "))
+        status, out, err = run_main(sample.main, *typed, "--num_samples", "3", "--num_steps", "2")
+        assert not status and "written: 3 images" in out, err
 
 
 def test_what_a_step_is_made_of_is_compared_on_resuming(train):
