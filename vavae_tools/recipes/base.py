@@ -304,7 +304,7 @@ class Recipe:
     resume: str | None = setting(None, "last, a .ckpt, .pth, checkpoint folder or run's folder")
     output_dir: str | None = setting(None, "of this run; null: logs/runs/YYYY-MM-DD/HH-MM-SS")
     overwrite: bool = setting(False, "replace the checkpoints of the run that output_dir holds")
-    seed: int = setting(0, "the same seed, data and settings give the same weights", least=0)
+    seed: int = setting(0, "the same seed, data and settings give the same weights", least=0, most=2**32 - 1)
 
 
 @dataclass(frozen=True)

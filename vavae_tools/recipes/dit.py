@@ -28,7 +28,7 @@ from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.paths import folders_with
 from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
 from vavae_tools.published.denoisers import read_latent_statistics
-from vavae_tools.recipes.base import LatentRecipe, Objective, VAVAEDiTRecipe
+from vavae_tools.recipes.base import InitFrom, LatentRecipe, Objective, VAVAEDiTRecipe
 from vavae_tools.recipes.config import recipe_with
 from vavae_tools.recipes.init_from import read_fitting_weights, start_from, time_is_told
 from vavae_tools.recipes.presets import resolved
@@ -295,8 +295,9 @@ def make_recipe_objective(wanted: Objective, default: Objective, shape: tuple[in
 
 def _denoiser_for(shape: tuple[int, ...], num_classes: int, recipe: LatentRecipe) -> tuple[DiT | DDT, ClassConditioner]:
     (channels, height, width), model = shape, recipe.model
-    if recipe.init.lora_rank and not recipe.init.weights:
-        raise UserError("init.lora_rank needs weights that the low-rank additions are made to: name init.weights")
+    given = [name for name, value in asdict(recipe.init).items() if value != asdict(InitFrom())[name]]
+    if given and not recipe.init.weights:
+        raise UserError(f"init.{given[0]} is of weights to go on from: name them as init.weights, or leave it out")
     arguments = given_size(model)
     size = [height, width] if height != width or isinstance(model.input_size, list) else height
     fitting = {"in_channels": channels, "input_size": size, "latent_size": [channels, height, width]}
