@@ -238,7 +238,9 @@ class RecipeSettings:
         if home := self.home(name):
             return [home]
         found = [key for key in self.settings if last_word(key) == name]
-        return found or [home for home in [self.home(f"training.{name}")] if home and "." not in name]
+        if found or "." in name:
+            return found
+        return [home for section in ("training", "data") if (home := self.home(f"{section}.{name}"))]
 
     def own(self, name: str, called: str) -> str:
         """Return the key of a name, all of it or its last word; what lightning.Trainer takes stays as it is."""
