@@ -186,6 +186,14 @@ def test_custom_table(tmp_path, delimiter):
     assert shown(read("custom", tmp_path).train_data) == expected
 
 
+def test_a_table_may_write_accents_in_another_way_than_the_files(tmp_path):
+    for value, name in enumerate(("Jose\u0301/e\u0301.png", "Ana/1.png")):
+        image(tmp_path / name, value)
+    (tmp_path / "metadata.csv").write_text("file_name,text\nJos\u00e9/\u00e9.png,red\nAna/1.png,blue\n")
+    found = shown(read("custom", tmp_path).train_data)
+    assert found == {"Jose\u0301/e\u0301.png": (0, ("red",)), "Ana/1.png": (1, ("blue",))}
+
+
 def test_custom_text_beside(tmp_path):
     for k, name in enumerate(("b/10.png", "b/2.JPG", "a.png")):
         image(tmp_path / name, 0)

@@ -53,7 +53,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
     ("dtype", "scale", "ending"),
     [(np.uint16, white, "png") for white in (257, 64.25, 16.06, 4.012, 1)]
     + [(np.int32, white, "tif") for white in (257, 1, 65793)]
-    + [(np.float32, white, "tif") for white in (1 / 255, 1, 257)],
+    + [(np.float32, white, "tif") for white in (1 / 255, 3 / 255, 63 / 255, 1, 257)],
 )
 def test_more_than_8_bits_become_8_by_the_least_white_that_holds_them(tmp_path, dtype, scale, ending):
     """Pillow's own conversion would make everything from 255 on white, and floats up to 1 black."""

@@ -70,6 +70,14 @@ def test_what_trains_is_found_before_what_validates_and_the_largest_before_other
     assert find_paths(**roots).images.name == "Training"
 
 
+def test_persons_in_data_sets_of_their_own_are_named(tmp_path):
+    roots = kaggle(tmp_path)
+    for k in (1, 2):
+        person_folders(tmp_path / f"input/person{k}", f"ID_{k}")
+    with pytest.raises(UserError, match=r"person1/ID_1, .*person2/ID_2 lie in folders of their own: put the persons'"):
+        find_paths(**roots)
+
+
 def test_what_is_given_wins(tmp_path, monkeypatch):
     roots, attached = kaggle(tmp_path), (tmp_path / "input",)
     person_folders(tmp_path / "input" / "a", "ID_1", "ID_2")

@@ -293,14 +293,18 @@ def test_one_name_written_in_several_ways_is_one_person(tmp_path):
 
 def test_what_programs_keep_beside_images_is_no_person(tmp_path):
     source = people(tmp_path / "in", 3, 3)
-    for name in ("@eaDir", "Thumbnails", "lost+found", ".cache"):
+    for name in ("@eaDir", "_thumbs", "lost+found", ".cache"):
         shutil.copytree(source / "ID_1", source / name)
     (source / "loop").symlink_to("..")
     (source / "here").symlink_to(".")
     os.mkfifo(source / "ID_1/pipe.png")
     report = run(source, tmp_path / "out")
     assert report.labels == {"ID_1": 0, "ID_2": 1} and report.totals == {"train": 4, "val": 2, "left_out": 0}
-    assert report.warnings == ["no persons, passed over: @eaDir/, Thumbnails/, lost+found/"]
+    for k, other in ((1, 2), (2, 1)):
+        (source / f"ID_{k}/friend").symlink_to(f"../ID_{other}")
+    data = ImageDataModule(source, val_share=0)
+    assert data.labels == {"ID_1": 0, "ID_2": 1} and len(data.train_data) == 6
+    assert report.warnings == ["no persons, passed over: @eaDir/, _thumbs/, lost+found/"]
 
 
 def test_a_folder_that_cannot_be_read_does_not_vanish(tmp_path, monkeypatch):
@@ -311,13 +315,51 @@ def test_a_folder_that_cannot_be_read_does_not_vanish(tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied", str(folder))
         return scandir(folder)
 
-    monkeypatch.setattr(os, "scandir", refusing)
-    for read in (lambda: run(source, tmp_path / "out"), lambda: ImageDataModule(source)):
-        with pytest.raises(UserError, match=r"The folder .*ID_2 cannot be read \(Permission denied\): make it"):
-            read()
+    def all_refuse(words: str) -> None:
+        for read in (lambda: run(source, tmp_path / "out"), lambda: ImageDataModule(source)):
+            with pytest.raises(UserError, match=words):
+                read()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refusing)
+        all_refuse(r"The folder .*ID_2 cannot be read \(Permission denied\): make it")
+    (source / "ID_3").symlink_to("/gone")
+    all_refuse(r"The folder .*ID_3 cannot be read \(a link to /gone, which is gone\): make it")
 
 
-@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("TRAIN_SET", "Val")])
+def test_names_that_differ_in_capital_letters_and_images_of_other_formats_are_named(tmp_path):
+    source = people(tmp_path / "in", 3, 3)
+    for k, name in ((1, "Anna"), (2, "anna")):
+        (source / f"ID_{k}").rename(source / name)
+    (source / "Anna/p.webp").write_bytes(image(9, kind="WEBP"))
+    assert run(source, tmp_path / "out").warnings == [
+        "passed over in Anna: 1 .webp (--image_extensions jpeg,jpg,png,webp reads images)",
+        "Anna and anna are taken for 2 persons: rename one if they are the same",
+    ]
+
+
+@pytest.mark.parametrize("beside", ["", "ID_1", "ID_2"])
+def test_what_validates_does_not_train_where_nothing_is_named_train(tmp_path, beside):
+    for name in ("Test", "val"):
+        people(tmp_path / "in" / name, 2, 2)
+        people(tmp_path / "flat", 2)
+        (tmp_path / "flat/ID_1").rename(tmp_path / "flat" / name)
+    if beside:
+        shutil.copytree(tmp_path / "in/val/ID_1", tmp_path / "in" / beside)
+    words = f"Test holds the folders {beside} as" if beside else "holds Test/, val/, and no person's folder in train/"
+    for folder, found in (("in", words), ("flat", "Test/, val/ hold images of their own, and are subsets, no persons")):
+        with pytest.raises(UserError, match=found):
+            ImageDataModule(tmp_path / folder)
+    refused(tmp_path, "are subsets, no persons", tmp_path / "flat")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(("Train", "Test"), ("training", "testing"), ("TRAIN_SET", "Val"), ("01_train", "02_test")),
+        *(("x_trn", "hold-out"), ("images_train", "images_test"), ("train2017", "val2017")),
+    ],
+)
 def test_subsets_are_no_persons(tmp_path, names):
     for name in names:
         people(tmp_path / "deep" / name, 2, 2)

@@ -1,13 +1,14 @@
 """Where a notebook or command stands: its images, its split, and the folder its outputs survive in."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vavae_tools.data.folders import EXTENSIONS, best_home, list_folders, person_folders
 from vavae_tools.data.split_report import INFO_NAME
-from vavae_tools.runtime.errors import UserError, in_home
+from vavae_tools.runtime.errors import UserError, in_home, join_first
 
 KAGGLE_INPUT, KAGGLE_WORKING = Path("/kaggle/input"), Path("/kaggle/working")
 MADE = (INFO_NAME, "samples.json")  # in folders of images that were made here
@@ -68,13 +69,16 @@ def find_paths(
 
 def _person_folders(roots: Iterable[Path]) -> Path | None:
     """Return the folder nearest below `roots` that holds at least two folders with images, None without one."""
-    level = [root for root in roots if root.is_dir()]
+    level, alone = [root for root in roots if root.is_dir()], []
     for _ in range(MAX_SEARCH_DEPTH + 1):
         level = [folder for folder in level if not any((folder / mark).is_file() for mark in MADE)]
-        homes = [folder for folder in level if sum(map(bool, list_folders(folder, EXTENSIONS).values())) >= 2]
-        if homes:
+        people = {folder: [n for n, images in list_folders(folder, EXTENSIONS).items() if images] for folder in level}
+        alone += [folder / names[0] for folder, names in people.items() if len(names) == 1]
+        if homes := [folder for folder, names in people.items() if len(names) > 1]:
             return best_home(homes, EXTENSIONS)
         level = [folder / name for folder in level for name in person_folders(folder)]
+    if len(named := [folder for folder in alone if re.fullmatch(r"ID_\d+", folder.name)]) > 1:
+        raise UserError(f"{join_first(named)} lie in folders of their own: put the persons' folders into one data set")
     return None
 
 

@@ -1,6 +1,7 @@
 """Captioned images: which of several captions is taken, both subsets as batches, and what files of them must hold."""
 
 import json
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vavae_tools.data.folders import count_of
+from vavae_tools.data.folders import EXTENSIONS, count_of, files_below
 from vavae_tools.data.images import DecodedImages, ImageFiles, ImageSetDataModule, hash_of
 from vavae_tools.data.loader import EpochOrder, OrderedDataModule
 from vavae_tools.runtime.draws import Draws
@@ -85,8 +86,14 @@ class NamedImages:
 
     def subset(self, skip_missing: bool, notes: list[str], options: Mapping[str, Any]) -> CaptionedFiles:
         """Return the images, or raise a UserError where some are missing or have no caption, unless `skip_missing`."""
-        missing = dict.fromkeys(missing_images(self.folder, self.captions))
-        existing = {name: of_name for name, of_name in self.captions.items() if name not in missing}
+        missing, own_captions = dict.fromkeys(missing_images(self.folder, self.captions)), self.captions
+        if missing:  # accents may be written in another way
+            paths = (path.relative_to(self.folder).as_posix() for path in files_below(self.folder, EXTENSIONS))
+            written = {unicodedata.normalize("NFC", path): path for path in paths}
+            found = {name: written.get(unicodedata.normalize("NFC", name)) for name in missing}
+            own_captions = {found.get(name) or name: of_name for name, of_name in self.captions.items()}
+            missing = [name for name in missing if not found[name]]
+        existing = {name: of_name for name, of_name in own_captions.items() if name not in missing}
         if missing:
             total = count_of(len(self.captions), "image")
             problem = f"{self.folder} lacks {len(missing):,} of {total} that {self.source} names: {join_first(missing)}"

@@ -163,7 +163,7 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
     for root in _subset_folders(data_dir, train_split, is_split, extensions):
         homes = {name: [name] for name in folders.person_folders(root)} if is_split else folders.persons(root)
         below = {
-            person: [path for name in names for path in folders.files_below(root / name, extensions)]
+            person: [path for name in names for path in folders.files_below(root / name, extensions, root)]
             for person, names in homes.items()
         }
         files = {person: of_person for person, of_person in below.items() if of_person}
@@ -184,14 +184,20 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
 
 def _subset_folders(data_dir: Path, train_split: str, is_split: bool, extensions: Collection[str]) -> list[Path]:
     """Return the folder that trains and, if there is one, the one that validates; they hold a folder per class."""
-    names = folders.choose_subset_names(folders.person_folders(data_dir), train_split)
+    people = folders.person_folders(data_dir)
+    names = folders.choose_subset_names(people, train_split)
     holding = [data_dir / name for name in names if folders.person_folders(data_dir / name)]
     if holding and holding[0].name == names[0]:
         return holding[:2]
     if train_split != "train" or is_split:
-        raise UserError(f"No folders of images in {data_dir / train_split}; {data_dir} holds {contents(data_dir)}")
-    if len(names) > 1 and any(folders.image_entries(data_dir / name, extensions) for name in names):
-        raise UserError(f"{data_dir}: {folders.subsets_are_no_persons(names)}")
+        found = f"No folders of images in {data_dir / train_split}; {data_dir} holds {contents(data_dir)}"
+        raise UserError(f"{found}: train_split is one of them, or a share such as 0.95")
+    flat = any(folders.image_entries(data_dir / name, extensions) for name in people)
+    folders.refuse_subsets_as_persons(data_dir, people, hold_folders=not flat)
+    for name in filter(folders.subset_named, people):
+        if same := sorted(set(folders.person_folders(data_dir / name)) & set(people)):
+            found = f"{data_dir / name} holds the folders {join_first(same)} as {data_dir} does"
+            raise UserError(f"{found}: put those of {data_dir} that train into {data_dir / 'train'}")
     return [data_dir]
 
 

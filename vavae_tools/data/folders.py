@@ -1,5 +1,6 @@
 """Person folders on disk: which there are, in which order, with which label, and the images in them."""
 
+import errno
 import os
 import re
 import unicodedata
@@ -17,13 +18,17 @@ from vavae_tools.runtime.errors import UserError, join_first
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "bmp", "webp", "tif", "tiff", "ppm", "pgm")
 VALIDATION_SUBSETS = ("validation", "valid", "val", "dev", "test")  # the first one there validates
-OF_PROGRAMS = ("__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found")
-THUMBNAILS = ("thumbs", "thumbnail", "thumbnails")  # folders of smaller copies, as those of programs nobody's images
+OF_PROGRAMS = (
+    *("__macosx", "@eadir", "@tmp", "#recycle", "@recycle", "#snapshot", "@recently-snapshot", "$recycle.bin"),
+    *("recycler", "system volume information", "lost+found", "lost.dir", "__pycache__"),
+)
+_THUMBNAILS = re.compile(r"[\W_]*thumb(s|nails?)?[\W_]*")  # folders of smaller copies
 
 _SUBSET = re.compile(
-    r"(?P<train>train(ing)?)|(?P<validation>validat(ion|e)|eval(uation)?)|(?P<valid>valid)|(?P<val>val)|(?P<dev>dev)"
-    r"|(?P<test>test(ing)?)"
+    r"(?P<train>train(ing)?|trn)|(?P<validation>validat(ion|e)|eval(uation)?)|(?P<valid>valid)|(?P<val>val)"
+    r"|(?P<dev>dev)|(?P<test>test(ing)?|tst|hold[\W_]*out)"
 )
+_OTHER_WORDS = r"(set|data|dataset|images|imgs|pictures|split|x|\d+)"
 _PERSON = re.compile(r"ID_(\d+)")
 _DIGITS = re.compile(r"(\d+)")
 
@@ -54,10 +59,11 @@ def labels_of(names: Iterable[str]) -> dict[str, int]:
 def subset_named(name: str) -> str:
     """Return which subset a folder or dataset holds by its name, "train" or one of `VALIDATION_SUBSETS`, or "".
 
-    >>> subset_named("Training"), subset_named("test_images"), subset_named("ID_1")
-    ('train', 'test', '')
+    >>> subset_named("Training"), subset_named("01_test_images"), subset_named("train2017"), subset_named("test3")
+    ('train', 'test', 'train', '')
     """
-    word = re.sub(r"[\W_]*(set|data|images|imgs|split)?$", "", name.casefold())
+    before, after = rf"^{_OTHER_WORDS}[\W_]+", r"[\W_]*(set|data|images|imgs|pictures|split|[12]\d{3})?$"
+    word = re.sub(after, "", re.sub(before, "", name.casefold()))
     return match.lastgroup if (match := _SUBSET.fullmatch(word)) else ""
 
 
@@ -108,7 +114,20 @@ def value_of(person: str, values: Mapping[str, Any]) -> Any:
     return next((value for name, value in values.items() if unicodedata.normalize("NFC", name) == composed), None)
 
 
-def subsets_are_no_persons(names: Sequence[str]) -> str:
+def refuse_subsets_as_persons(directory: Path, names: Collection[str], hold_folders: bool = False) -> None:
+    """Raise a UserError where all or the training one of these folders of images are subsets by their names."""
+    kinds = {name: subset_named(name) for name in names}
+    subsets = [name for name, kind in kinds.items() if kind]
+    if len(subsets) < 2 or not ("train" in kinds.values() or all(kinds.values())):
+        return
+    if hold_folders:
+        found = f"{directory} holds {join_first(f'{name}/' for name in subsets)}, and no person's folder in train/"
+        raise UserError(f"{found}: rename the one that trains to train, or name it with data.train_split=NAME")
+    subsets = choose_subset_names(subsets) or subsets
+    raise UserError(f"{directory}: {_subsets_are_no_persons(subsets)}")
+
+
+def _subsets_are_no_persons(names: Sequence[str]) -> str:
     found = f"{join_first(f'{name}/' for name in names)} hold images of their own, and are subsets, no persons"
     return f"{found}. Put each person's images into a folder of their own, as {names[0]}/ID_1, {names[0]}/ID_2 …"
 
@@ -136,10 +155,15 @@ def folder_errors(folder: str | Path) -> Iterator[None]:
 def person_folders(directory: str | Path) -> list[str]:
     """Return the names of the folders in `directory`, in natural order.
 
-    Hidden folders, those of programs, and links to where `directory` itself lies are no persons.
+    Hidden folders, those of programs, and links to where `directory` itself lies are no persons. A link to a folder
+    that is gone is refused: a person would be left out in silence.
     """
     with folder_errors(directory), os.scandir(directory) as entries:
-        found = [e for e in entries if not is_passed_over(e.name) and e.is_dir()]
+        there = [e for e in entries if not is_passed_over(e.name)]
+        found = [e for e in there if e.is_dir()]
+        for entry in there:
+            if entry.is_symlink() and not extension_of(entry.name) and not Path(entry).exists():
+                raise FileNotFoundError(errno.ENOENT, f"a link to {Path(entry).readlink()}, which is gone", entry.path)
         here = Path(os.path.realpath(directory)) if any(e.is_symlink() for e in found) else None
     loops = {e.name for e in found if e.is_symlink() and here.is_relative_to(os.path.realpath(e.path))}
     return sorted((e.name for e in found if e.name not in loops), key=natural_key)
@@ -154,7 +178,8 @@ def passed_over(directory: str | Path) -> list[str]:
 
 def is_passed_over(name: str) -> bool:
     """Return whether a folder of this name is hidden, or holds what a program keeps beside images."""
-    return name.startswith(".") or name.casefold() in (*OF_PROGRAMS, *THUMBNAILS)
+    small = name.casefold()
+    return name.startswith(".") or small in OF_PROGRAMS or _THUMBNAILS.fullmatch(small) is not None
 
 
 def image_entries(folder: str | Path, extensions: Collection[str]) -> list[os.DirEntry]:
@@ -165,17 +190,21 @@ def image_entries(folder: str | Path, extensions: Collection[str]) -> list[os.Di
     return sorted(found, key=lambda e: natural_key(e.name))
 
 
-def files_below(folder: Path, extensions: Collection[str], seen: set[str] | None = None) -> Iterator[Path]:
+def files_below(
+    folder: Path, extensions: Collection[str], root: Path | None = None, seen: set[str] | None = None
+) -> Iterator[Path]:
     """Yield the files with these extensions at any depth, those of each folder in natural order.
 
-    A folder is looked into once, however many links lead to it; `seen` are those that were. What is no folder has none.
+    A folder is looked into once, however many links lead to it (`seen` are those that were), and not through a link
+    within `root`, where it is another's. What is no folder has no files.
     """
     seen, here = set() if seen is None else seen, os.path.realpath(folder)
     if here not in seen and folder.is_dir():
         seen.add(here)
         yield from (folder / entry.name for entry in image_entries(folder, extensions))
-        for name in person_folders(folder):
-            yield from files_below(folder / name, extensions, seen)
+        for below in (folder / name for name in person_folders(folder)):
+            if root is None or not (below.is_symlink() and below.resolve().is_relative_to(root.resolve())):
+                yield from files_below(below, extensions, root, seen)
 
 
 def other_files(folder: str | Path, extensions: Collection[str]) -> Counter:
@@ -223,7 +252,8 @@ def explain_no_images(directory: Path, extensions: Sequence[str], flag: str = "-
     others = sum((other_files(folder, extensions) for folder in below), Counter())
     if readable := [kind for kind, _ in others.most_common() if can_read(kind)]:
         kinds = join_first(f"{n:,} .{kind}" for kind, n in others.most_common())
-        return f"No {either(extensions)} image in {directory}; it holds {kinds}. Try --image_extensions {readable[0]}"
+        hint = f"Try --image_extensions {','.join(readable)}"
+        return f"No {either(extensions)} image in {directory}; it holds {kinds}. {hint}"
     return f"{found} Expected one folder of {either(extensions)} images per person."
 
 

@@ -345,7 +345,8 @@ def _find_images(source: Path, extensions: list[str]) -> tuple[list[ImageEntry],
         taken = set()
         for entry in (entry for name in names for entry in folders.image_entries(source / name, extensions)):
             path = str(Path(entry.path).resolve()) if entry.is_symlink() else entry.path
-            length = entry.stat().st_size if entry.is_file() else 0  # a link that leads nowhere: reading it will tell
+            with folders.folder_errors(source):
+                length = entry.stat().st_size if entry.is_file() else 0  # of a link that leads nowhere, which is read
             stem, dot, ending = folders.as_text(entry.name).rpartition(".")
             free = (f"{stem}{f'_{n}' * (n > 1)}{dot}{ending}" for n in count(1))  # in two folders of one person
             taken.add(own := next(name for name in free if name not in taken))
@@ -354,16 +355,23 @@ def _find_images(source: Path, extensions: list[str]) -> tuple[list[ImageEntry],
             notes.append(f"{person} has no label: it holds no {either(extensions)} image")
         if others := sum((folders.other_files(source / name, extensions) for name in names), Counter()):
             kinds = join_first(f"{n:,} .{kind}" for kind, n in others.most_common())
-            notes.append(f"passed over in {person}: {kinds}")
+            more = ",".join([*extensions, *(kind for kind in others if folders.can_read(kind))])
+            hint = f" (--image_extensions {more} reads images)" if more != ",".join(extensions) else ""
+            notes.append(f"passed over in {person}: {kinds}{hint}")
         if inner := [f"{below}/" for name in names for below in folders.person_folders(source / name)]:
             notes.append(f"the folders in {person} were not looked into: {join_first(inner)}")
     if not images and (source / INFO_NAME).is_file():
         raise UserError(f"{source} is a split already. --input_dir is the folder that it was made from.")
     if not images:
         raise UserError(folders.explain_no_images(source, extensions))
-    with_images = {image.person for image in images}
-    if len(subsets := folders.choose_subset_names(with_images)) > 1:
-        raise UserError(f"{source}: {folders.subsets_are_no_persons(subsets)}")
+    with_images = list(dict.fromkeys(image.person for image in images))
+    folders.refuse_subsets_as_persons(source, with_images)
+    alike = defaultdict(list)
+    for person in with_images:
+        alike[person.casefold()].append(person)
+    for names in alike.values():
+        if len(names) > 1:
+            notes.append(f"{' and '.join(names)} are taken for {len(names)} persons: rename one if they are the same")
     if beside := folders.passed_over(source):
         notes.append(f"no persons, passed over: {join_first(f'{name}/' for name in beside)}")
     if loose := [entry.name for entry in folders.image_entries(source, extensions)]:

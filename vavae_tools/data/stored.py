@@ -22,7 +22,7 @@ def turn_upright(image: Image.Image) -> bool:
     return turned
 
 
-WHITES = (1, 255, 1023, 4095, 16383, 65535, 2**24 - 1, 2**32 - 1)
+WHITES = (1, *(4**k - 1 for k in range(1, 17)))  # 1, 3, 15, 63, 255, 1,023 … 2^32 − 1
 
 
 def white_of(image: Image.Image) -> int | None:
