@@ -251,6 +251,7 @@ BAD_TRAINING = {
     TRAIN + " --latents_dir {here}/new init.lora_rank=2": "init.lora_rank is of weights to go on from",
     TRAIN + " --latents_dir {here}/new init.classes=keep": "init.classes is of weights to go on from",
     TRAIN + " --seed 99999999999": "seed is 99999999999, expected",
+    TRAIN + " trainer.check_val_every_n_epoch=0": "--check_val_every_n_epoch 0: expected how many, at least one",
     TRAIN + " --latents_dir {here}/new --resume {here}/other.ckpt": "other.ckpt is of another model",
     "--data_dir {split} --vavae {vavae} --latents_dir {here}/file": "file is a file, expected a folder",
     "--data_dir {split} --vavae {vavae} --latents_dir {here}/link": "link is a link to nowhere, which is not there",

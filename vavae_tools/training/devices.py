@@ -102,6 +102,8 @@ def trainer_settings(
     on_gpu = machine.kind != "cpu"
     count = _at_least_one("devices", (machine.devices if on_gpu else 1) if devices == "auto" else devices)
     num_nodes = _at_least_one("num_nodes", num_nodes)
+    if lightning.get("check_val_every_n_epoch") is not None:
+        _at_least_one("check_val_every_n_epoch", lightning["check_val_every_n_epoch"])
     _check_count(count, num_nodes, machine, started)
     name = strategy if isinstance(strategy, str) else "auto"
     _check_strategy(name, shardable, on_gpu)
