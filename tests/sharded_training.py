@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vavae_tools.checkpoints.resuming import resume_path
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.pipelines.classes import LatentDiTPipeline
+from vavae_tools.runtime import ranks
 from vavae_tools.runtime.errors import run_command
 from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
 from vavae_tools.training.callbacks.previews import SamplePreviews
@@ -51,6 +52,10 @@ def fail(network: nn.ModuleDict) -> Tensor:
     return network["denoiser"](None, None, None)
 
 
+def fail_at_once(network: nn.ModuleDict) -> Tensor:
+    raise MemoryError("too little")
+
+
 def train(
     run, latents, resume=None, batch_size=4, checkpointing=False, stop=None, saving=None, failing=False, **devices
 ):
@@ -63,7 +68,9 @@ def train(
     data = LatentDataModule(latents, batch_size, 0, seed=0)
     settings = module.trainer_settings(accelerator="cpu", **devices)
     saving = SaveConfig(**{"save_every_minutes": 99, **(saving or {})})
-    previews = SamplePreviews(fail if failing else make, 2, Path(run) / "samples", 1)
+    ranks.PATIENCE = 2.0
+    alone = failing == os.environ.get("RANK")
+    previews = SamplePreviews(fail_at_once if alone else fail if failing is True else make, 2, Path(run) / "samples", 1)
     saves = checkpoint_callbacks(Path(run) / "checkpoints", "val/loss", saving)
     callbacks = [*([Stop(*stop)] if stop else []), previews, *saves]
     trainer = build_trainer(settings, Path(run), callbacks, print, max_steps=8, max_epochs=-1)

@@ -39,13 +39,23 @@ def runs(tmp_path_factory, latents_dir) -> tuple[Path, str]:
         job("failing", failing=True, **fsdp),
         job("ddp", strategy="ddp"),
     )
+    done = on_two_processes(*jobs)
+    assert not done.returncode, done.stderr
+    return folder, done.stdout
+
+
+def on_two_processes(*jobs: dict) -> subprocess.CompletedProcess:
     command = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command += [str(HERE / "sharded_training.py"), json.dumps(jobs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert not done.returncode, done.stderr
-    return folder, done.stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+
+
+def test_a_preview_that_fails_in_one_process_alone_ends_them(latents_dir, tmp_path):
+    one = {"run": str(tmp_path), "latents": str(latents_dir), "strategy": "fsdp", "failing": "1"}
+    done = on_two_processes(one)
+    assert done.returncode and "A preview failed in process 2 alone (MemoryError: too little)" in done.stderr
 
 
 def last(run: Path) -> dict:

@@ -123,9 +123,9 @@ def _data_dir(options: argparse.Namespace) -> str:
     """Return the split that the run beside a checkpoint was trained on, and elsewhere the usual one's name."""
     from omegaconf import OmegaConf
 
-    path = Path(options.checkpoint).absolute()
-    for folder in (options.run or path.parent, path.parent.parent):
-        if (file := Path(folder) / ".hydra" / "config.yaml").is_file():
+    given = Path(options.run or options.checkpoint).absolute()
+    for folder in (given, *given.parents[:2]):
+        if (file := folder / ".hydra" / "config.yaml").is_file():
             return str(OmegaConf.select(OmegaConf.load(file), "data.data_dir") or "data_split")
     return "data_split"
 

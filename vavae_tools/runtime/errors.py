@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 class StoppedAtOnce(UserError):
-    """A person stopped for the second time: whatever is under way ends, nothing is saved."""
+    """Whatever is under way ends, nothing is saved: a person stopped for the second time, or another process waits."""
 
 
 class Stopped(Exception):

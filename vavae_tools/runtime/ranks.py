@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -83,6 +84,34 @@ def rank_zero_first(name: str) -> Iterator[None]:
     yield
     if not ranks.rank:
         ranks.share(turn, True)
+
+
+PATIENCE = 60.0
+"""Seconds until a process that failed gives up those that wait for it."""
+
+
+@contextmanager
+def failing_together(what: str) -> Iterator[None]:
+    """Let an error of this block pass where all processes get through it, and else, as they wait for this one, end."""
+    from vavae_tools.runtime.errors import StoppedAtOnce, one_line  # which imports this module
+
+    ranks = current_ranks()
+    turn = f"vavae {what} {next(_TURNS)}"
+    try:
+        yield
+    except Exception as error:
+        ended, until = ranks.add(turn, 1), time.monotonic() + PATIENCE
+        while ended < ranks.size:
+            if time.monotonic() > until:
+                reason = f"{type(error).__name__}: {one_line(error)}"
+                raise StoppedAtOnce(
+                    f"{what} failed in process {ranks.rank + 1} alone ({reason}), for which the others wait: resume"
+                    " from the last checkpoint, with train.previews=0"
+                ) from error
+            time.sleep(0.1)
+            ended = ranks.add(turn, 0)
+        raise
+    ranks.add(turn, 1)
 
 
 @cache

@@ -1,6 +1,7 @@
 """Images while training: reconstructions beside their originals, samples of every person from fixed noise."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -17,6 +18,7 @@ from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import StoppedAtOnce, one_line
 from vavae_tools.runtime.files import atomic_write
 from vavae_tools.runtime.machine import release_memory
+from vavae_tools.runtime.ranks import failing_together
 
 
 class Previews(L.Callback):
@@ -38,13 +40,14 @@ class Previews(L.Callback):
         last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
         if epoch % self.every and not last:
             return
-        if not trainer.is_global_zero and not isinstance(trainer.strategy, ModelParallelStrategy):
+        together = isinstance(trainer.strategy, ModelParallelStrategy)
+        if not trainer.is_global_zero and not together:
             return  # of several processes one makes the images, but those that share a model make them together
         training = module.training
         module.eval()
         release_memory()  # what training keeps for its next step, images may take meanwhile
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), failing_together("A preview") if together else nullcontext():
                 grid = self.grid(module)
             if trainer.is_global_zero:
                 self.keep(trainer, grid)
