@@ -283,9 +283,7 @@ def test_one_name_written_in_several_ways_is_one_person(tmp_path):
     report = run(source, tmp_path / "out")
     assert report.labels == {"Ana": 0, "Jos\u00e9": 1} and report.totals == {"train": 9, "val": 3, "left_out": 0}
     assert report.warnings == ["José is what the folders Jose\\u0301 and Jos\\xe9 and Jos\\udce9 can be read as"]
-    assert {len(path.read_bytes()) for path in (tmp_path / "out").rglob("*.png")} and len(
-        subsets(tmp_path / "out")
-    ) == 12
+    assert len(subsets(tmp_path / "out")) == 12 and all(path.stat().st_size for path in tmp_path.rglob("*.png"))
     assert run(source, tmp_path / "out").already_there
     written = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9")
     refused(tmp_path, "is no UTF-8, which training needs", source, Path(written))

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -171,7 +172,8 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
             refuse_shards(data_dir)
             raise UserError(folders.explain_no_images(root, extensions, "data_dir"))
         labels = labels or folders.labels_of(files)
-        label_of = {person: folders.value_of(person, labels) for person in files}
+        composed = {normalize("NFC", name): label for name, label in labels.items()}
+        label_of = {person: labels.get(person, composed.get(normalize("NFC", person))) for person in files}
         if unknown := [person for person, label in label_of.items() if label is None]:
             first = f"{subsets[0].folder if subsets else INFO_NAME}: expected the same folders in both"
             raise UserError(f"{root} holds {join_first(unknown)}, which is no class of {first}")

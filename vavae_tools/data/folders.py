@@ -5,11 +5,10 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -106,14 +105,6 @@ def persons(directory: str | Path) -> dict[str, list[str]]:
     return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
 
 
-def value_of(person: str, values: Mapping[str, Any]) -> Any:
-    """Return a person's value, whichever way Unicode writes the accents of its name; None without one."""
-    if person in values:
-        return values[person]
-    composed = unicodedata.normalize("NFC", person)
-    return next((value for name, value in values.items() if unicodedata.normalize("NFC", name) == composed), None)
-
-
 def refuse_subsets_as_persons(directory: Path, names: Collection[str], hold_folders: bool = False) -> None:
     """Raise a UserError where all or the training one of these folders of images are subsets by their names."""
     kinds = {name: subset_named(name) for name in names}
@@ -123,13 +114,10 @@ def refuse_subsets_as_persons(directory: Path, names: Collection[str], hold_fold
     if hold_folders:
         found = f"{directory} holds {join_first(f'{name}/' for name in subsets)}, and no person's folder in train/"
         raise UserError(f"{found}: rename the one that trains to train, or name it with data.train_split=NAME")
-    subsets = choose_subset_names(subsets) or subsets
-    raise UserError(f"{directory}: {_subsets_are_no_persons(subsets)}")
-
-
-def _subsets_are_no_persons(names: Sequence[str]) -> str:
-    found = f"{join_first(f'{name}/' for name in names)} hold images of their own, and are subsets, no persons"
-    return f"{found}. Put each person's images into a folder of their own, as {names[0]}/ID_1, {names[0]}/ID_2 …"
+    first, *_ = subsets = choose_subset_names(subsets) or subsets
+    found = f"{join_first(f'{name}/' for name in subsets)} hold images of their own, and are subsets, no persons"
+    hint = f"Put each person's images into a folder of their own, as {first}/ID_1, {first}/ID_2 …"
+    raise UserError(f"{directory}: {found}. {hint}")
 
 
 def as_text(name: str) -> str:

@@ -158,16 +158,11 @@ class DecodedImages(Dataset):
 
     def stored_channels(self) -> int:
         """Return 1 where all images are stored in grey, else 3."""
-        spread = range(0, len(self), max(1, len(self) // 32))  # where colour is found soon, mostly
-        for parts in ([spread], self._parts()):
-            if not all(map(all, self._of_each(is_grey, parts))):
-                return 3
-        return 1
+        return 1 if all(all(map(all, self._of_each(is_grey, parts))) for parts in self._spread_then_all()) else 3
 
     def stored_white(self) -> int | None:
         """Return the white that all images of more than 8 bits have in common, by `white_of`; None without any."""
-        spread = range(0, len(self), max(1, len(self) // 64))
-        for parts in ([spread], self._parts()):  # all are looked at where one is among the first
+        for parts in self._spread_then_all():  # all are looked at where one is among the first
             found = [white for part in self._of_each(white_of, parts, broken=None) for white in part if white]
             if not found:
                 return None
@@ -184,6 +179,10 @@ class DecodedImages(Dataset):
 
     def _parts(self) -> list[range]:
         return [range(len(self))[start : start + 64] for start in range(0, len(self), 64)]  # a thread's at once
+
+    def _spread_then_all(self) -> tuple[list[range], list[range]]:
+        """Return some images from everywhere, where what is looked for is found soon, mostly; then all."""
+        return [range(0, len(self), max(1, len(self) // 64))], self._parts()
 
     def _of_each(self, function: Callable, parts: Iterable[range], **broken: None) -> Iterator[list]:
         """Yield what `function` makes of each part's images, in threads; for a damaged one `broken`, where given."""
