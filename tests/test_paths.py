@@ -100,6 +100,8 @@ def test_a_tilde_is_the_home_folder_in_python_and_in_every_command(tmp_path, mon
     parser.add_argument("file", type=Path)
     for words in (["--folder=~/a", "~/b~"], ["--folder", "~/a", "~/b~"]):
         assert vars(parser.parse_args(words)) == {"folder": tmp_path / "a", "file": tmp_path / "b~"}
+    with pytest.raises(UserError, match=r"^unrecognized arguments: --folders \(--help shows all flags\)$"):
+        parser.parse_args(["b", "--folders"])
 
 
 def test_splits_and_samples_are_no_images(tmp_path):

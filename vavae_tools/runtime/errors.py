@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vavae_tools.runtime.console import prepare_streams
 
@@ -52,7 +52,10 @@ def is_path(text: str) -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes --flag=~/folder, which shells leave as it is."""
+    """Takes --flag=~/folder, which shells leave as it is; says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help shows all flags)")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = [
