@@ -29,20 +29,20 @@ SHORTER = {
 }
 
 
-def shortened(path: Path) -> nbformat.NotebookNode:
+def shortened(path: Path, **knobs: str) -> nbformat.NotebookNode:
     """The notebook with fewer people, images, epochs and steps: its knobs are turned, nothing else."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            for long, short in SHORTER.items():
+            for long, short in (SHORTER | knobs).items():
                 cell.source = cell.source.replace(long, short)
     return notebook
 
 
-def run(path: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> nbformat.NotebookNode:
+def run(path: Path, work: Path, monkeypatch: pytest.MonkeyPatch, **knobs: str) -> nbformat.NotebookNode:
     monkeypatch.setenv("VAVAE_WORK", str(work))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    client = NotebookClient(shortened(path), timeout=300, resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(shortened(path, **knobs), timeout=300, resources={"metadata": {"path": str(path.parent)}})
     return client.execute()
 
 
@@ -56,7 +56,7 @@ def test_five_notebooks_hand_over_to_each_other(tmp_path: Path, monkeypatch: pyt
     attached = tmp_path / "input" / "notebooks"
     attached.mkdir(parents=True)
     monkeypatch.setenv("VAVAE_INPUT", str(attached.parent))
-    for path in NOTEBOOKS[:5]:
+    for path in NOTEBOOKS[1:6]:
         before, work = written_in(attached), tmp_path / "work" / path.stem
         assert has_image(run(path, work, monkeypatch)), f"{path.name} shows no image"
         assert written_in(attached) == before
@@ -67,6 +67,34 @@ def test_five_notebooks_hand_over_to_each_other(tmp_path: Path, monkeypatch: pyt
     assert len(list((attached / "sampling/samples").glob("ID_*/*.png"))) == 4
     evaluation = json.loads((attached / "evaluation/evaluation/evaluation.json").read_text())
     assert evaluation["total"]["generated"] == 4
+
+
+def test_the_whole_path_in_versions_ends_as_in_one(gait: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is over in the VA-VAE, then in the DiT; each version has the output of the one before, and no other."""
+    short = {"**changes": "**{'vavae_epochs': 2}"}
+    at_vavae, at_dit = (
+        {"max_time = None": 'max_time = "0:00:30"'},
+        {"previews=preset": 'max_time="0:00:30", previews=preset'},
+    )
+    monkeypatch.setenv("VAVAE_PICTURES", str(gait))
+    said = {}
+    for name, knobs in {"first": at_vavae, "second": at_dit, "third": {}, "whole": {}}.items():
+        attached = tmp_path / {"second": "first", "third": "second"}.get(name, "none")
+        monkeypatch.setenv("VAVAE_INPUT", str(attached))
+        before = written_in(attached)
+        notebook = run(NOTEBOOKS[0], tmp_path / name, monkeypatch, **short, **knobs)
+        said[name] = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+        assert written_in(attached) == before
+
+    assert "stopped after step 1;" in said["first"] and "vavae has not ended: save another version" in said["first"]
+    assert said["first"].count("skipped, since vavae has not ended") == 4
+    assert f"resuming {tmp_path / 'first/vavae'} at step 1" in said["second"]
+    assert said["second"].count("skipped, since dit has not ended") == 2
+    assert "vavae: " in said["third"] and " is done" in said["third"] and "skipped" not in said["third"]
+    assert has_image(notebook) and "evaluation: ended after" in said["third"]
+    for pattern in ("vavae/vavae/*.safetensors", "dit/pipeline/*/*.safetensors", "samples/*/*.png"):
+        made = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in (tmp_path / "whole").glob(pattern)}
+        assert made and all((tmp_path / "third" / path).read_bytes() == content for path, content in made.items())
 
 
 def written_in(folder: Path) -> dict[Path, int]:

@@ -31,6 +31,7 @@ _NAMES = {
     "runtime.machine": "find_device",
     "recipes.presets": "find_preset",
     "recipes.handover": "find_stage find_run find_or_make_split images_or_walkers",
+    "recipes.stages": "Stages estimate_hours",
     "recipes.vavae": "fine_tune_vavae",
     "training.config": "SaveConfig",
     "recipes.dit": "encode_split train_dit",

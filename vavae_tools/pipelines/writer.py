@@ -26,7 +26,7 @@ from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
 from vavae_tools.pipelines.formats import RECORD, JsonlFile, NpzFile, PngFolder, PromptPngFolder, SampleFiles, begin
 from vavae_tools.pipelines.text import TextToImagePipeline
 from vavae_tools.pipelines.tokens import Prompt, TokenImagePipeline, as_prompts, check_sampling
-from vavae_tools.runtime.console import BarLines, is_interactive
+from vavae_tools.runtime.console import BarLines, is_interactive, log
 from vavae_tools.runtime.errors import UserError, in_home
 from vavae_tools.runtime.files import write_json
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
@@ -57,7 +57,8 @@ def write_samples(
             both in the order of `labels`.
         overwrite: what if the folder holds images of other settings: True replaces them, False raises an error.
         settings: arguments of `pipe.make`; batch_size, made at once; both it and the precision are by default as before
-            in this folder, or the machine's own; ranks, the processes that share the work.
+            in this folder, or the machine's own; ranks, the processes that share the work; until, the `time.time()`
+            from which on no batch is begun: then nothing is returned, and the same call makes the rest.
     """
     if isinstance(pipe, str | Path):
         settings |= {"labels": list(labels), "output_dir": output_dir, "seed": seed, "names": names, "format": format}
@@ -170,6 +171,7 @@ def _write(
     batch_size: int | None = None,
     overwrite: bool = False,
     ranks: Ranks | None = None,
+    until: float | None = None,
     **sampling: Any,
 ) -> list[Path]:
     """Make the batches of which anything is missing, each process its share, and return the files when all are done.
@@ -208,6 +210,8 @@ def _write(
 
         following = pool.submit(asked, *todo[0]) if todo else None
         for number, batch in enumerate(todo, 1):
+            if until is not None and time.time() > until:
+                break
             arguments = following.result()
             if number < len(todo):  # drawn while the device is busy with this one
                 following = pool.submit(asked, *todo[number])
@@ -222,7 +226,12 @@ def _write(
             time.sleep(0.05)
             show([])
     pipe.set_progress_bar_config(**bars)
-    return files.finish(plan["cut"]) if ranks.rank == 0 else []
+    if ranks.rank:
+        return []
+    if missing := sum(map(files.missing, plan["cut"])):
+        log(f"The session's time is nearly over: {missing:,} of {files.count:,} {files.unit}s are not made yet")
+        return []
+    return files.finish(plan["cut"])
 
 
 def _settings_of(pipe: DenoiserPipeline, sampling: dict[str, Any], also: dict[str, Any]) -> dict[str, Any]:

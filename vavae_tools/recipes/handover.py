@@ -5,7 +5,7 @@ attached is read where it is, and never written to.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -98,15 +98,20 @@ def find_run(place: ProjectPaths, run: str, data: Path | LatentFolder, log: Log 
         if folder.parent.name != run:  # a stage of several, each of which needs those before
             shutil.copytree(folder.parent.parent, own, dirs_exist_ok=True)
             return "last"
-        for name in _GROWING:
-            for path in [folder.parent / name, *(folder.parent / name).rglob("*")]:
-                if path.is_file():
-                    with atomic_write(own / path.relative_to(folder.parent)) as partial:
-                        shutil.copyfile(path, partial)
+        copy_record(folder.parent, own, _GROWING)
         return str(folder / "last.ckpt")
     if passed:
         log(f"No {run} to resume{_listed(passed)}")
     return None
+
+
+def copy_record(run: Path, own: Path, names: Sequence[str] = (*_GROWING, RUN)) -> None:
+    """Copy curves, previews and the log of a run, and what it was, into a folder of its own."""
+    for name in names:
+        for path in [run / name, *(run / name).rglob("*")]:
+            if path.is_file():
+                with atomic_write(own / path.relative_to(run)) as partial:
+                    shutil.copyfile(path, partial)
 
 
 def _listed(passed: list[str]) -> str:
