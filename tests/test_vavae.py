@@ -218,7 +218,7 @@ def test_older_folders_of_diffusers_get_fresh_vectors(tmp_path):
 
 
 def test_what_cannot_be_loaded_is_said(tmp_path):
-    with pytest.raises(UserError, match=r"No VA-VAE at .*nowhere: expected a folder with config\.json or a \.ckpt"):
+    with pytest.raises(UserError, match=r"No VA-VAE at .*nowhere: expected a folder with config\.json, a \.ckpt"):
         load_vavae(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty is no VA-VAE folder: it is empty, expected config\.json"):
