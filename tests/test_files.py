@@ -82,10 +82,23 @@ def test_errors_are_one_line_and_a_status(capsys, error, status, line):
     assert ended.value.code == status and said.startswith(line) and said.count("\n") == 1
 
 
-def test_in_a_notebooks_cell_an_error_is_its_line(capsys):
-    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell()
-    shell.run_cell("import vavae_tools as vt\nvt.load_pipeline('nowhere')")
-    assert capsys.readouterr().out == "error: No checkpoint nowhere: python -m vavae_tools.train makes one\n"
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        (
+            "import vavae_tools as vt\nvt.load_pipeline('nowhere')",
+            "error: No checkpoint nowhere: python -m vavae_tools.t",
+        ),
+        (
+            "from vavae_tools.runtime.errors import Stopped\nraise Stopped('Stopped after step 3')",
+            "Stopped after step 3",
+        ),
+    ],
+)
+def test_in_a_notebooks_cell_an_error_is_its_line(capsys, cell, said):
+    pytest.importorskip("IPython.core.interactiveshell").InteractiveShell().run_cell(cell)
+    out = capsys.readouterr().out
+    assert out.startswith(said) and out.count("\n") == 1
 
 
 def test_stopped_in_good_order_is_no_error_and_bugs_keep_their_traceback(capsys):

@@ -28,6 +28,9 @@ class StoppedAtOnce(UserError):
 class Stopped(Exception):
     """Training was stopped in good order, by a person or the time: the message says where, and how to go on."""
 
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Show defaults where there are any."""
@@ -58,10 +61,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help shows all flags)")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        words = [
-            re.fullmatch(r"(--[\w-]+=)?(.*)", word, re.DOTALL) for word in (sys.argv[1:] if args is None else args)
-        ]
-        return super().parse_known_args([(word[1] or "") + with_home(word[2]) for word in words], namespace)
+        given = sys.argv[1:] if args is None else args
+        words = [re.sub(r"^(--[\w-]+=)?(~.*)", lambda at: (at[1] or "") + with_home(at[2]), word) for word in given]
+        return super().parse_known_args(words, namespace)
 
 
 def command_parser(program: str, description: str | None) -> argparse.ArgumentParser:
