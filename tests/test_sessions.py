@@ -381,6 +381,19 @@ def test_the_client_pushes_the_kernel_that_is_written(kaggle, run_main):
     assert json.loads(sent["text"])["nbformat"] == 4
 
 
+def test_the_whole_path_is_the_kernel_by_default_and_goes_on_from_its_own_output(tmp_path, run_main):
+    words = ["kernel", "--dataset", "me/vavae-tools", "me/images"]
+    status, out, _ = run_main(main, *words)
+    assert status == 0 and "write it again with --kernel_source me/00-kaggle" in out
+    status, out, _ = run_main(main, *words, "--kernel_source", "me/00-kaggle")
+    assert status == 0 and "write it again" not in out
+    metadata = json.loads((tmp_path / "outputs/kernel/kernel-metadata.json").read_text())
+    assert metadata["id"] == "me/00-kaggle" and metadata["code_file"] == "00_kaggle.ipynb"
+    assert metadata["machine_shape"] == "NvidiaTeslaT4" and metadata["enable_internet"] is False
+    assert metadata["dataset_sources"] == ["me/vavae-tools", "me/images"]
+    assert metadata["kernel_sources"] == ["me/00-kaggle"]
+
+
 @pytest.mark.parametrize(
     ("notebook", "others", "words"),
     [

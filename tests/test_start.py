@@ -61,6 +61,14 @@ def test_missing_and_old_packages_are_found(installed):
     assert missing_requirements(["tqdm>=4.66"]) == []
 
 
+@pytest.mark.parametrize(("running", "missing"), [(True, []), (False, ["jupyter>=1.0", "ipywidgets>=8"])])
+def test_a_cell_that_runs_needs_no_jupyter(installed, monkeypatch, running, missing):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    if running:
+        monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    assert missing_requirements(["jupyter>=1.0", "ipywidgets>=8"]) == missing
+
+
 def test_nothing_missing_calls_no_pip(installed, pip, repository, capsys):
     installed.update(diffusers="0.35", lightning="2.6")
     for _ in range(2):

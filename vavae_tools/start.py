@@ -15,6 +15,9 @@ from pathlib import Path
 KEPT = ("torch", "torchvision", "torchaudio", "numpy")
 """Never replaced where they are installed: other packages of the image were built against them."""
 
+OF_NOTEBOOKS = ("jupyter", "ipywidgets")
+"""Not needed by name where a cell runs already, as on Kaggle, which has their parts."""
+
 
 def missing_requirements(lines: Iterable[str]) -> list[str]:
     """The requirements that are not installed, or too old; those in `KEPT` count as good in any version.
@@ -27,6 +30,8 @@ def missing_requirements(lines: Iterable[str]) -> list[str]:
     missing = []
     for text in filter(None, (line.split("#")[0].strip() for line in lines)):
         requirement = Requirement(text)
+        if requirement.name in OF_NOTEBOOKS and "ipykernel" in sys.modules:
+            continue
         version = _installed(requirement.name)
         good = requirement.name in KEPT or requirement.specifier.contains(version or "0", prereleases=True)
         if version is None or not good:
@@ -53,7 +58,7 @@ def start(repository: Path, input_roots: Sequence[Path] = (Path("/kaggle/input")
         if done.returncode:
             source = f"the attached wheels ({wheels[0]})" if wheels else "the network"
             print(f"Not installed from {source}: {', '.join(missing)}. Switch the internet on, or attach a dataset")
-            print("with their wheels (pip download -d wheels -r requirements.txt), and run this cell again.")
+            print("with their wheels (python -m vavae_tools.kaggle_session wheels), and run this cell again.")
             print(*done.stderr.strip().splitlines()[-2:], sep="\n")
             return
         print("installed: " + ", ".join(missing))

@@ -1,0 +1,90 @@
+"""The dataset of wheels: what pip is asked for, with an index of empty packages in place of the real one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vavae_tools.kaggle import wheels
+from vavae_tools.kaggle.wheels import IMAGE, lacking, write_empty_wheel, write_wheels
+from vavae_tools.kaggle_session import main
+from vavae_tools.runtime.errors import UserError
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch) -> Path:
+    """All that is there to download; with torch, which nothing may take, and without what torch needs."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    needs = {
+        "lightning": ["torch>=2", "pytorch-lightning", "numpy"],
+        "torch": ["nvidia-cudnn"],
+        "kaggle": ["kagglesdk"],
+    }
+    names = (
+        "lightning safetensors einops torchmetrics tensorboard cloudpickle filelock kaggle pytorch-lightning kagglesdk"
+    )
+    for name in names.split():
+        write_empty_wheel(folder, name, "99.0", *needs.get(name, []))
+    for name, version in IMAGE.items():
+        write_empty_wheel(folder, name, version, *needs.get(name, []))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_wheels_of_what_the_image_lacks_and_the_package(index, tmp_path, run_main):
+    for _ in range(2):  # and again, over what it wrote
+        status, out, err = run_main(main, "wheels", "--dataset", "me/vavae-tools")
+        assert status == 0, err
+    folder = tmp_path / "outputs/wheels"
+    assert "10 wheels for Python 3.12" in out and "next: kaggle datasets create -p outputs/wheels -r zip" in out
+    found = {path.name.partition("-")[0] for path in folder.glob("*.whl")}
+    assert {"lightning", "pytorch_lightning", "kaggle", "kagglesdk"} <= found and not found & {*IMAGE, "nvidia_cudnn"}
+    metadata = json.loads((folder / "dataset-metadata.json").read_text())
+    assert metadata == {"title": "vavae-tools", "id": "me/vavae-tools", "licenses": [{"name": "other"}]}
+    assert (folder / "repository/vavae_tools/start.py").is_file()
+    assert (folder / "repository/requirements.txt").is_file() and not list(folder.rglob("__pycache__"))
+
+
+def test_pip_is_asked_for_the_images_python_and_platform(monkeypatch, tmp_path):
+    asked = []
+
+    class Done:
+        returncode, stderr = 0, ""
+
+    monkeypatch.setattr(wheels.subprocess, "run", lambda command, **options: asked.append(command) or Done)
+    write_wheels(tmp_path / "wheels", "me/vavae-tools", "3.13")
+    (command,) = asked
+    assert command[1:4] == ["-m", "pip", "download"] and "--python-version=3.13" in command
+    assert "--only-binary=:all:" in command and "--platform=manylinux_2_28_x86_64" in command
+    assert "lightning>=2.6" in command and not any(
+        word.startswith(("torch>", "numpy", "diffusers")) for word in command
+    )
+
+
+def test_what_the_image_lacks(tmp_path):
+    (tmp_path / "requirements.txt").write_text(
+        "torch>=2.6  # every model\n\n# words\nLightning>=2.6\nscipy\ntorchmetrics\n"
+    )
+    assert lacking(tmp_path / "requirements.txt") == ["Lightning>=2.6", "torchmetrics"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--dataset is missing: the owner/name that it is to have"),
+        (["--dataset", "run"], "--dataset run: expected owner/name"),
+        (["--dataset", "me/vavae-tools", "--python", "3"], "--python 3: expected the image's version, such as 3.12"),
+        (["--dataset", "me/vavae-tools", "--output_dir", "index"], "index holds something else"),
+        (["--dataset", "me/vavae-tools"], "No wheels of lightning>=2.6, .*No matching distribution.*needs pip"),
+    ],
+)
+def test_what_cannot_be_is_one_line(index, run_main, words, said):
+    next(index.glob("kagglesdk*")).unlink()
+    status, _, err = run_main(main, "wheels", *words)
+    with pytest.raises(UserError, match=said):
+        raise UserError(err)
+    assert status == 2 and err.count("\n") == 1 and not Path("outputs").exists()
