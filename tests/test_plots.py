@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vavae_tools import plots
 from vavae_tools.data.images import to_unit
 from vavae_tools.plots import as_pixels, image_grid, plot_bars, show_images, show_inline, show_rows
+from vavae_tools.runtime import console
 
 
 def some_images(n=5, channels=3, height=16, width=24):
@@ -62,17 +62,24 @@ def test_any_text_can_be_a_title_or_a_name(text):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_notebook_shows_a_image_while_it_runs(channels, monkeypatch):
+def test_a_notebook_shows_an_image_while_it_runs(channels, monkeypatch):
     display = pytest.importorskip("IPython.display")
     shown = []
-    monkeypatch.setattr(display, "display", shown.append)
+    monkeypatch.setattr(display, "display", lambda image, **_: shown.append(image.data))
     image = some_images(1, channels)[0]
-    monkeypatch.setattr(plots, "in_notebook", lambda: False)
+    monkeypatch.setattr(console, "in_notebook", lambda: False)
     show_inline(image)
     assert not shown
-    monkeypatch.setattr(plots, "in_notebook", lambda: True)
+    monkeypatch.setattr(console, "in_notebook", lambda: True)
     show_inline(image)
-    assert np.array_equal(np.asarray(shown[0]), image.expand(3, -1, -1).permute(1, 2, 0))
+    assert np.asarray(Image.open(BytesIO(shown[0]))).shape == (*image.shape[1:], 3)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 2064, 2064), (3, 400, 6000)])
+def test_an_image_in_a_cell_is_small_even_if_it_is_noise(shape):
+    noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    made = console.small_jpeg(Image.fromarray(noise.permute(1, 2, 0).numpy()))
+    assert len(made) <= console.JPEG_BYTES and Image.open(BytesIO(made)).format == "JPEG"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -69,7 +69,7 @@ def by_torchrun_on_two_nodes(words: list[str]) -> list[str]:
 def by_a_cell(words: list[str]) -> list[str]:
     words = [*words, "trainer.devices=2"]
     (cell,) = executed(f"from vavae_tools.train import run_experiment; run_experiment(*{words!r})")
-    assert any("image/png" in output.get("data", {}) for output in cell.outputs)  # previews
+    assert any("image/jpeg" in output.get("data", {}) for output in cell.outputs)  # previews
     return [text_of(cell)]
 
 

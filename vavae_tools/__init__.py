@@ -23,6 +23,8 @@ def prepare_environment(environment: MutableMapping[str, str] = os.environ, plat
 
 
 prepare_environment()  # before anything uses a card
+if "IPython" in sys.modules:  # before anything takes tqdm's widgets
+    import_module("vavae_tools.runtime.console").bars_into_cell()
 
 _NAMES = {
     "data.demo.gait": "write_gait_dataset",
@@ -53,6 +55,7 @@ _NAMES = {
     "pipelines.text": "load_text_pipeline",
     "pipelines.tokens": "load_token_pipeline",
     "training.run": "fit",
+    "training.curves": "plot_training",
     "pipelines.writer": "write_samples",
     "evaluation.report": "evaluate_images",
     "evaluation.reconstructions": "evaluate_reconstructions evaluate_vavae compare_conditions",

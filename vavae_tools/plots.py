@@ -14,7 +14,7 @@ from warnings import catch_warnings, filterwarnings
 import torch
 from torch import Tensor
 
-from vavae_tools.runtime.console import for_a_cell, in_notebook, printable, send_image
+from vavae_tools.runtime.console import printable, show_image
 from vavae_tools.runtime.files import atomic_write
 
 if TYPE_CHECKING:
@@ -183,15 +183,16 @@ def _lay_out(
 
 def show_inline(pixels: Tensor) -> None:
     """Show one image, uint8 (1 or 3, H, W), below a notebook's cell while it runs; elsewhere do nothing."""
-    if not in_notebook() and not for_a_cell():
-        return
     from PIL import Image
 
-    if for_a_cell():
-        show = send_image
-    else:
-        from IPython.display import display as show
-    show(Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy()))
+    show_image(Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy()))
+
+
+def as_image(figure: "Figure") -> Any:
+    """Return a figure as a Pillow image."""
+    from PIL import Image
+
+    return Image.open(BytesIO(figure._repr_png_())).convert("RGB")
 
 
 def plot_curves(

@@ -284,7 +284,7 @@ class _Split:
 
     def _examine(self, write: Callable | None = None, known: dict[str, dict] | None = None) -> None:
         """Read each image once: hash, decode and, where asked, write the same bytes. `known` is by hash."""
-        from tqdm import tqdm  # not for --help
+        from tqdm.auto import tqdm  # not for --help
 
         decode = self._decodes
         read_all = decode or self.settings["link"] == "copy"

@@ -5,10 +5,11 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from io import StringIO, TextIOWrapper
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
+from uuid import uuid4
 
 from vavae_tools.runtime.ranks import is_rank_zero
 
@@ -62,6 +63,7 @@ def printable(text: str) -> str:
 
 CELL = "VAVAE_CELL"
 """Environment variable: this process's output is read by a notebook's, and in this folder images may be left."""
+JPEG_BYTES = 250_000  # of an image in a cell: ten of them, in base64, leave a saved notebook below 5 MB
 _RECORD = "\x1e"  # begins a line that is not text; ASCII's record separator
 
 
@@ -106,11 +108,38 @@ def send_record(**values: Any) -> None:
     print(_RECORD + json.dumps(values), flush=True)
 
 
-def send_image(image: Any) -> None:
-    """Hand a Pillow image to the cell."""
-    with NamedTemporaryFile(dir=os.environ[CELL], suffix=".png", delete=False) as file:
-        image.save(file, format="png")
-    send_record(image=file.name)
+def show_image(image: Any, slot: str | None = None, again: bool = False) -> None:
+    """Show a Pillow image below a notebook's cell, from its own process or from one for it; elsewhere do nothing.
+
+    With a `slot`, an identifier, the image is drawn sharply, and with `again` in the place of the one before.
+    """
+    if for_a_cell():
+        with NamedTemporaryFile(dir=os.environ[CELL], suffix=".png", delete=False) as file:
+            image.save(file, format="png")
+        send_record(image=file.name, slot=slot, again=again)
+    elif in_notebook():
+        _display(image, slot, again)
+
+
+def _display(image: Any, slot: str | None, again: bool) -> None:
+    from IPython.display import Image, display
+
+    buffer = BytesIO()
+    if slot is not None:
+        image.save(buffer, format="png", optimize=True)  # lines and letters, small as PNG
+    data, form = (buffer.getvalue(), "png") if slot is not None else (small_jpeg(image), "jpeg")
+    display(Image(data=data, format=form), display_id=slot, update=again)
+
+
+def small_jpeg(image: Any) -> bytes:
+    """Return a Pillow image as JPEG of no more than `JPEG_BYTES`: first with less quality, then with fewer pixels."""
+    while True:
+        for quality in (90, 80, 65):
+            buffer = BytesIO()
+            image.save(buffer, format="jpeg", quality=quality)
+            if buffer.tell() <= JPEG_BYTES:
+                return buffer.getvalue()
+        image = image.resize([max(1, side * 3 // 4) for side in image.size], resample=4)  # a pixel's mean (BOX)
 
 
 def show_record(line: str, bars: dict[int, Any], show: Callable[[Any], None] | None = None) -> bool:
@@ -125,10 +154,8 @@ def show_record(line: str, bars: dict[int, Any], show: Callable[[Any], None] | N
         with Image.open(values["image"]) as file:
             image = file.convert("RGB")
         Path(values["image"]).unlink()
-        if show is None:
-            from IPython.display import display
-
-            display(image)
+        if show is None or values["slot"] is not None:
+            _display(image, values["slot"], values["again"])
         else:
             import torch
 
@@ -147,29 +174,41 @@ def show_record(line: str, bars: dict[int, Any], show: Callable[[Any], None] | N
 
 
 def bars_into_cell() -> None:
-    """Let all bars of tqdm that are imported from now on move in the cell, where one shows this process's output."""
-    if not for_a_cell():
+    """Let all bars of tqdm that are imported from now on be text in a cell, that of this process or one it is for.
+
+    The text is renewed in its place. Widgets would be dead in a saved notebook, and a stream would keep every state.
+    """
+    if not for_a_cell() and not in_notebook():
         return
     import tqdm.auto
     from tqdm.std import tqdm as plain
 
     class CellBar(plain):
         def __init__(self, *arguments: Any, **named: Any) -> None:
-            named |= {"file": StringIO(), "mininterval": 0.5, "disable": bool(named.get("disable"))}
-            super().__init__(*arguments, **named)
+            self._slot, self._shown = uuid4().hex, False
+            named |= {"file": StringIO(), "mininterval": 0.5, "dynamic_ncols": False}
+            super().__init__(*arguments, **named | {"disable": bool(named.get("disable"))})
 
         def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-            self._send()
+            self._show(msg)
             return True
 
         def close(self) -> None:
-            if not self.disable:
-                self._send(closed=True)
-            super().close()
+            shows = not self.disable
+            super().close()  # which displays it once more
+            if shows and for_a_cell():
+                self._show(closed=True)
 
-        def _send(self, closed: bool = False) -> None:
-            shown = {name: getattr(self, name) for name in ("n", "total", "initial", "unit", "desc", "postfix")}
-            send_record(bar=id(self), closed=closed, **shown)
+        def _show(self, msg: str | None = None, closed: bool = False) -> None:
+            if for_a_cell():
+                shown = {name: getattr(self, name) for name in ("n", "total", "initial", "unit", "desc", "postfix")}
+                send_record(bar=id(self), closed=closed, **shown)
+                return
+            from IPython.display import display
+
+            text = {"text/plain": str(self) if msg is None else msg}
+            display(text, raw=True, display_id=self._slot, update=self._shown)
+            self._shown = True
 
     tqdm.auto.tqdm = CellBar
 

@@ -27,6 +27,7 @@ from vavae_tools.training.callbacks.progress import Progress, TrainLog
 from vavae_tools.training.callbacks.record import RunRecord
 from vavae_tools.training.callbacks.throughput import Throughput
 from vavae_tools.training.config import SaveConfig, TrainConfig
+from vavae_tools.training.curves import LiveCurves
 from vavae_tools.training.devices import allow_tf32, describe, quiet_lightning, trainer_settings
 from vavae_tools.training.memory import memory_faults
 
@@ -228,7 +229,8 @@ def build_trainer(
             **{**length, **settings},
             default_root_dir=output_dir,
             logger=make_loggers(logger, output_dir),
-            callbacks=[Throughput(log), *callbacks, Progress(log)],  # the first: a step ends before what others do
+            # the first: a step ends before what others do
+            callbacks=[Throughput(log), *callbacks, Progress(log), LiveCurves(output_dir, log)],
             plugins=[AtomicCheckpointIO(log)],
             enable_progress_bar=False,
         )

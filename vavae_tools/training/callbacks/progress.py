@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class PacedCallback(L.Callback):
 
 
 class Progress(PacedCallback):
-    """Show a bar on a screen or in a notebook, and in a file a line for each twentieth of the steps."""
+    """Show a bar on a screen or in a notebook, in a file a line for each twentieth of the steps; one a validation."""
 
     def __init__(self, log: Callable[[str], None] = log) -> None:
         self.log_line, self._live = log, is_interactive()
@@ -91,6 +92,16 @@ class Progress(PacedCallback):
         elif trainer.is_global_zero and (step % max(1, self.total // 20) == 0 or step == self.total):
             shown = losses(trainer.logged_metrics, LOGGED_METRICS, ".4g")
             self.log_line(f"step {step:>6,}/{self.total:,}  {self.pace(step)}  {shown}")
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        shown = losses({**trainer.logged_metrics, **trainer.callback_metrics}, LOGGED_METRICS, ".4g")
+        with nullcontext() if self._bar is None else self._bar.external_write_mode():
+            where = f"epoch {trainer.current_epoch + 1:,}, step {trainer.global_step:,}/{self.total:,}"
+            self.log_line(f"validated  {where}  {shown}")
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
 
     def _close(self, *arguments: Any) -> None:
         if self._bar is not None:
