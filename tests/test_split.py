@@ -336,6 +336,17 @@ def test_names_that_differ_in_capital_letters_and_images_of_other_formats_are_na
     ]
 
 
+def test_images_of_other_formats_alone_are_taken(tmp_path):
+    for k in (1, 2):
+        (tmp_path / f"in/ID_{k}").mkdir(parents=True)
+        for n in range(4):
+            (tmp_path / f"in/ID_{k}/{n}.webp").write_bytes(image(9 * k + n, kind="WEBP"))
+    report = run(tmp_path / "in", tmp_path / "out")
+    assert report.totals == {"train": 6, "val": 2, "left_out": 0}
+    assert report.warnings == ["there is no png, jpg or jpeg image: those that end in webp are taken"]
+    assert run(tmp_path / "in", tmp_path / "out").already_there
+
+
 @pytest.mark.parametrize("beside", ["", "ID_1", "ID_2"])
 def test_what_validates_does_not_train_where_nothing_is_named_train(tmp_path, beside):
     for name in ("Test", "val"):

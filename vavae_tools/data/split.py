@@ -164,7 +164,13 @@ def split_folders(
         raise UserError(f"--output_dir {target} and --input_dir {source} are in each other. {hint}")
     if not folders.is_utf8(target):
         raise UserError(f"--output_dir {str(target)!a} is no UTF-8, which training needs. Choose another name.")
+    others = _only_others(source) if asked["image_extensions"] == sorted(IMAGE_EXTENSIONS) else []
+    asked["image_extensions"] = others or asked["image_extensions"]
     images, notes = _find_images(source, asked["image_extensions"])
+    if others:
+        notes.append(
+            f"there is no {either(IMAGE_EXTENSIONS)} image: those that end in {join_first(others, 9)} are taken"
+        )
     recording_of = _recordings(group_pattern, images, notes)
     workers = max(1, workers or min(8, os.cpu_count() or 1))
     split = _Split(source, target, images, asked, recording_of, workers, progress)
@@ -331,6 +337,14 @@ def _decoded(data: bytes) -> dict[str, Any]:
         return {"fault": "not an image that Pillow can read"}
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error … on broken files
         return {"fault": f"cannot be decoded: {one_line(error)}"}
+
+
+def _only_others(source: Path) -> list[str]:
+    """Return what the images end in where none of them has one of the usual endings."""
+    if not source.is_dir() or any(folders.list_folders(source, IMAGE_EXTENSIONS).values()):
+        return []
+    names = (path.name for paths in folders.list_folders(source, folders.EXTENSIONS).values() for path in paths)
+    return sorted({folders.extension_of(name) for name in names})
 
 
 def _find_images(source: Path, extensions: list[str]) -> tuple[list[ImageEntry], list[str]]:
