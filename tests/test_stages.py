@@ -31,9 +31,11 @@ def test_after_a_stage_that_has_not_ended_nothing_begins(place, said):
     assert stages.run("latents", lambda *given, **named: (given, named), 1, a=2) == ((1,), {"a": 2})
     assert stages.run("samples", lambda until: []) is None
     assert stages.run("evaluation", pytest.fail) is None and stages.unfinished == "samples"
-    assert said[0].startswith("latents: ended after 0.0 min; 10.0 min left")
-    assert said[1].startswith("samples has not ended: save another version of this notebook")
-    assert said[2] == "evaluation: skipped, since samples has not ended"
+    assert said[0] == "latents: ended after 0.0 min"
+    assert said[1].startswith("samples: 30.0 min in all, as estimated; the session has ")
+    assert said[1].endswith(" min left: it may end in another version")
+    assert said[2].startswith("samples has not ended: save another version of this notebook")
+    assert said[3] == "evaluation: skipped, since samples has not ended"
 
 
 def test_without_time_no_stage_begins(place, said):

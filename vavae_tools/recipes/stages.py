@@ -20,7 +20,7 @@ from vavae_tools.paths import ProjectPaths
 from vavae_tools.recipes.handover import copy_record, find_run, find_stage
 from vavae_tools.recipes.presets import Preset
 from vavae_tools.runtime.console import clock, log
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, disk_faults
 from vavae_tools.runtime.machine import computing_in, find_device, find_machine, precision_on, release_memory
 from vavae_tools.training.callbacks.record import NAME as RUN
 from vavae_tools.training.callbacks.record import is_finished
@@ -52,6 +52,7 @@ class Stages:
         self.place, self.hours, self.end, self.log = place, hours or {}, session_end(max_time), log
         self.unfinished: str | None = None  # the stage at which this session stopped
 
+    @disk_faults()
     def run(self, stage: str, function: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
         """Return what a stage leaves: found where it is done, else made by `function`; None where it has not ended.
 
@@ -65,6 +66,8 @@ class Stages:
         if self.seconds_left() <= 0:
             return self._stop(stage)
         began = time.monotonic()
+        if stage in self.hours:
+            self.log(self._outlook(stage))
         if stage in TRAININGS:
             data, *others = arguments
             limit = None if self.end is None else clock(max(1, self.seconds_left()))
@@ -78,7 +81,7 @@ class Stages:
             made = function(*arguments, **settings)
         if made is None or made == []:
             return self._stop(stage)
-        self.log(f"{stage}: ended after {_hours((time.monotonic() - began) / 3600)}{self._compared(stage)}")
+        self.log(f"{stage}: ended after {_hours((time.monotonic() - began) / 3600)}")
         return made
 
     def seconds_left(self) -> float:
@@ -115,9 +118,12 @@ class Stages:
             if found != self.place.samples:
                 shutil.copytree(found, self.place.samples, dirs_exist_ok=True)
 
-    def _compared(self, stage: str) -> str:
-        estimated = f" (estimated: {_hours(self.hours[stage])})" if stage in self.hours else ""
-        return estimated + ("" if self.end is None else f"; {_hours(self.seconds_left() / 3600)} left")
+    def _outlook(self, stage: str) -> str:
+        line, left = f"{stage}: {_hours(self.hours[stage])} in all, as estimated", self.seconds_left() / 3600
+        if self.end is None:
+            return line
+        enough = "" if self.hours[stage] < left else ": it may end in another version"
+        return f"{line}; the session has {_hours(left)} left{enough}"
 
     def __repr__(self) -> str:
         done = {stage for stage in TRAININGS if self._is_done(stage)}
