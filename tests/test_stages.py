@@ -36,12 +36,14 @@ def test_after_a_stage_that_has_not_ended_nothing_begins(place, said):
     assert said[1].endswith(" min left: it may end in another version")
     assert said[2].startswith("samples has not ended: save another version of this notebook")
     assert said[3] == "evaluation: skipped, since samples has not ended"
+    assert stages.run("samples", lambda until: [1]) == [1] and stages.run("evaluation", lambda: 2) == 2
 
 
 def test_without_time_no_stage_begins(place, said):
     stages = Stages(place, {}, "0:10", said.append)
     stages.end = time.time() - 1
-    assert stages.run("latents", pytest.fail) is None and said[0].startswith("latents has not ended")
+    assert stages.run("evaluation", lambda: 2) == 2  # has the minutes that are kept
+    assert stages.run("latents", pytest.fail) is None and said[1].startswith("latents has not ended")
 
 
 @pytest.mark.parametrize(("max_time", "passed"), [("1:30", ("1:30:00", "1:29:59")), ("0", (None,))])

@@ -58,12 +58,12 @@ class Stages:
 
         A training, "vavae" or "dit", is resumed from what is here or attached; its first argument is what it trains on.
         """
-        if self.unfinished:
+        if self.unfinished not in (None, stage):
             self.log(f"{stage}: skipped, since {self.unfinished} has not ended")
             return None
         if stage in TRAININGS and (found := self._found(stage)):
             return found
-        if self.seconds_left() <= 0:
+        if self.seconds_left() <= 0 and stage != "evaluation":  # for which the last quarter of an hour is
             return self._stop(stage)
         began = time.monotonic()
         if stage in self.hours:
@@ -81,6 +81,7 @@ class Stages:
             made = function(*arguments, **settings)
         if made is None or made == []:
             return self._stop(stage)
+        self.unfinished = None
         self.log(f"{stage}: ended after {_hours((time.monotonic() - began) / 3600)}")
         return made
 
