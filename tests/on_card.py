@@ -30,7 +30,7 @@ TRAININGS = (
 """In the card's own precision, and those called other in another that it has."""
 SCENARIOS = (
     *("the_card", *TRAININGS, "encoding", "gone_on_with", "sampling", "sampling_of_texts", "sampling_of_tokens"),
-    *("half_pipelines", "offloaded_pipelines", "sample_command", "evaluation"),
+    *("half_pipelines", "offloaded_pipelines", "sample_command", "evaluation", "hours"),
 )
 STEPS, QUIET = 8, range(3, 6)
 """Of a training, one epoch; at the quiet ones nothing is logged, validated, shown, saved or met for the first time."""
@@ -356,6 +356,13 @@ class OnCard(Trainings):
             sys.argv = ["sample", "--checkpoint", f"pipeline-{number}", *words]
             sys.argv += ["--prompt", asked[0]] if number else ["--guide", "pipeline-0"]
             sample.main()
+
+    def hours(self) -> None:
+        from vavae_tools.recipes.presets import Preset
+        from vavae_tools.recipes.stages import estimate_hours
+
+        dit = {"hidden_size": 48, "depth": 1, "num_heads": 3, "patch_size": 1}
+        estimate_hours(Preset("here", image_size=16, vavae_batch_size=2, dit_batch_size=2, dit=dit), self.split)
 
     def evaluation(self) -> None:
         from test_token_pipeline import tiny

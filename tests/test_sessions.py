@@ -381,6 +381,21 @@ def test_the_client_pushes_the_kernel_that_is_written(kaggle, run_main):
     assert json.loads(sent["text"])["nbformat"] == 4
 
 
+def test_the_client_makes_a_dataset_of_the_wheels(kaggle, run_main, tmp_path, monkeypatch):
+    (tmp_path / "a-1-py3-none-any.whl").write_bytes(b"wheel")
+    monkeypatch.setattr("vavae_tools.kaggle.wheels._download", lambda *asked: [tmp_path / "a-1-py3-none-any.whl"])
+    status, out, _ = run_main(main, "wheels", "--dataset", "me/vavae-tools")
+    words = out.partition("next: kaggle ")[2].partition(" (later")[0].split()
+    assert status == 0 and words == ["datasets", "create", "-p", "outputs/wheels", "-r", "zip"]
+    call = [sys.executable, "-m", "kaggle", *words]
+    done = subprocess.run(call, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == 0 and "private Dataset is being created" in done.stdout, done.stdout + done.stderr
+    (sent,) = kaggle.asked("CreateDataset")
+    assert (sent["ownerSlug"], sent["slug"], sent["isPrivate"]) == ("me", "vavae-tools", True)
+    names = {sent["name"] for sent in kaggle.asked("StartBlobUpload")}
+    assert names == {"a-1-py3-none-any.whl", "repository.zip"}
+
+
 def test_the_whole_path_is_the_kernel_by_default_and_goes_on_from_its_own_output(tmp_path, run_main):
     words = ["kernel", "--dataset", "me/vavae-tools", "me/images"]
     status, out, _ = run_main(main, *words)
