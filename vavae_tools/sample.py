@@ -44,24 +44,23 @@ def main() -> None:
     ranks = Ranks.from_environment()
     device = device_of(ranks.local_rank) if found["accelerator"] == "gpu" else "cpu"
 
-    from vavae_tools.pipelines import base, classes, text, tokens
+    import vavae_tools
+    from vavae_tools.pipelines import base
     from vavae_tools.pipelines.batches import move_to_device
 
     kind = ranks.share("kind", None if ranks.rank else base.kind_of(options.checkpoint))
-    makes, asked, _ = base.KINDS.get(kind, ("", "", ""))
-    given = ", ".join(
-        f"--{name}" for name in UNUSED_FLAGS.get(kind, ()) if getattr(options, name) != parser.get_default(name)
-    )
+    makes, asked, load = base.KINDS.get(kind, ("", "", "load_pipeline"))
+    unused = [name for name in UNUSED_FLAGS.get(kind, ()) if getattr(options, name) != parser.get_default(name)]
     if ranks.rank:
         ranks.share(base.PLAN)  # once the first has found nothing wrong: one process says what is
-    elif given:
-        raise UserError(f"{options.checkpoint} makes {makes}, for which {given} has no meaning: leave it out ({asked})")
+    elif unused:
+        found = f"{options.checkpoint} makes {makes}, for which --{', --'.join(unused)} has no meaning"
+        raise UserError(f"{found}: leave it out ({asked})")
     elif options.run and base.is_folder_of_pipeline(Path(options.checkpoint)):
         raise UserError(f"{options.checkpoint} is a whole pipeline, for which --run has no meaning: leave it out")
     elif kind == "TextToImagePipeline" and not options.prompt:
         raise UserError(f"{options.checkpoint} makes {makes}: {asked}")
-    loaders = {"TextToImagePipeline": text.load_text_pipeline, "TokenImagePipeline": tokens.load_token_pipeline}
-    load = loaders.get(kind, classes.load_pipeline)
+    load = getattr(vavae_tools, load)
     pipe = move_to_device(load(options.checkpoint, options.weights == "ema", options.run), device)
     if options.solver:
         pipe.swap_solver(options.solver)

@@ -71,15 +71,12 @@ def train_classifier(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> PersonClassifier:
-    """Train a classifier on real images; the same images and seed give the same weights on one machine.
-
-    Each of the steps, by default `default_steps`, takes 64 images.
-    """
+    """Train a classifier on real images; the same images and seed give the same weights on one machine."""
     steps = default_steps(len(train)) if steps is None else steps
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = PersonClassifier(num_classes, train.image_size, train.channels)
-    model = model.to(device, memory_format=torch.channels_last).train()
+    model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=max(steps, 2))
     generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)

@@ -136,12 +136,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
            dB
     own  31.4
     """
-    width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths, strict=True)]
-        lines.append("  ".join([first.ljust(width), *cells]).rstrip())
-    return lines
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join(f"{{:{'>' if place else '<'}{width}}}" for place, width in enumerate(widths))
+    return [form.format(*row).rstrip() for row in rows]
 
 
 def plain(report: Any) -> dict[str, Any]:

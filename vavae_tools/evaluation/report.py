@@ -76,12 +76,11 @@ class CopyCheck:
     times_validation: float | None  # median distance as a multiple of real validation images'; of copies near 0
 
     def __str__(self) -> str:
-        line = "nearest training image: "
-        if self.times_validation is not None:
-            line += f"{self.times_validation:.2f} times as far as from real validation images (median); "
-        line += f"{percent(self.generated_within)} are as near as the nearest 1 % of training images are to each other"
-        real = f" (real validation images: {percent(self.validation_within)})"
-        return line + (real if self.validation_within is not None else "")
+        near = f"{percent(self.generated_within)} are as near as the nearest 1 % of training images are to each other"
+        if self.validation_within is None:
+            return f"nearest training image: {near}"
+        times = f"{self.times_validation:.2f} times as far as from real validation images (median)"
+        return f"nearest training image: {times}; {near} (real validation images: {percent(self.validation_within)})"
 
 
 @dataclass(frozen=True)
@@ -152,9 +151,7 @@ class _Subset(NamedTuple):
 
 
 class _Sets(NamedTuple):
-    """All images, and labels by person."""
-
-    labels: dict[str, int]
+    labels: dict[str, int]  # by person
     generated: _Subset
     train: _Subset
     validation: _Subset | None
@@ -194,11 +191,8 @@ def evaluate_images(
         notes.append(f"{data_dir} has images of one person only: distances are in features of an untrained network")
         # features of random weights still tell sets of images apart (Naeem et al. 2020 measure with such)
         classifier = train_classifier(train, real.num_classes, 0, seed, device, progress=False)
-    subsets = (
-        _Subset(data, *classifier.judge(data), several_persons) if data is not None else None
-        for data in (generated, train, real.val_data)
-    )
-    sets = _Sets(labels, *subsets)
+    all_data = generated, train, real.val_data
+    sets = _Sets(labels, *(data and _Subset(data, *classifier.judge(data), several_persons) for data in all_data))
     del classifier
     release_memory()
     people = {name: sets.score(label) for name, label in labels.items() if (generated.labels == label).any()}
@@ -221,16 +215,12 @@ def _load(
     real = ImageDataModule(data_dir, image_size or smallest, num_workers=0, progress=progress, **source)
     folders = {name: paths for name, paths in list_folders(generated_dir).items() if paths}
     if not folders:
-        expected = join_first(f"{name}/" for name in real.labels)
-        wanted = f"{expected} with {', '.join(IMAGE_EXTENSIONS)} images, as python -m vavae_tools.sample writes them"
-        raise UserError(
-            f"No generated images in {generated_dir}; it holds {contents(generated_dir)}. Expected {wanted}"
-        )
-    unknown = [name for name in folders if name not in real.labels]
-    if unknown:
-        found = (
-            f"{generated_dir} has images of {join_first(unknown)}, but {data_dir} knows {join_first(real.labels, 8)}"
-        )
+        found = f"No generated images in {generated_dir}; it holds {contents(generated_dir)}. Expected "
+        found += f"{join_first(f'{name}/' for name in real.labels)} with {', '.join(IMAGE_EXTENSIONS)} images"
+        raise UserError(f"{found}, as python -m vavae_tools.sample writes them")
+    if unknown := [name for name in folders if name not in real.labels]:
+        found = f"{generated_dir} has images of {join_first(unknown)}, but {data_dir} knows "
+        found += join_first(real.labels, 8)
         raise UserError(f"{found}. Rename the folder, or name the data the images were learnt from")
     notes = []
     if image_size is None:
@@ -267,21 +257,17 @@ def _distances(sets: _Sets, seed: int, notes: list[str]) -> SetDistances | None:
             few.append(name)
     if few:
         scope = "the distances leave them out" if shares else "no distances"
-        notes.append(
-            f"{join_first(few)}: fewer than {_MIN_IMAGES_PER_PERSON} generated, training or validation images: {scope}"
-        )
+        lack = f"fewer than {_MIN_IMAGES_PER_PERSON} generated, training or validation images"
+        notes.append(f"{join_first(few)}: {lack}: {scope}")
     if not shares:
         return None
     frechet = torch.zeros(2, dtype=torch.float64)
     for draw in range(_DRAWS):
-        generated, real, reference = (_same_mix(subset, shares, seed * _DRAWS + draw) for subset in subsets)
-        frechet += torch.tensor([metrics.frechet_distance(of, reference) for of in (generated, real)])
-    generated, real, reference = ([subset.features[subset.of(label)] for label in shares] for subset in subsets)
-    return SetDistances(
-        sum(shares.values()),
-        *(frechet / _DRAWS).tolist(),
-        *(metrics.mean_kernel_distance(of, reference, seed=seed) for of in (generated, real)),
-    )
+        *made, reference = (_same_mix(subset, shares, seed * _DRAWS + draw) for subset in subsets)
+        frechet += torch.tensor([metrics.frechet_distance(of, reference) for of in made])
+    *made, reference = ([subset.features[subset.of(label)] for label in shares] for subset in subsets)
+    kernel = [metrics.mean_kernel_distance(of, reference, seed=seed) for of in made]
+    return SetDistances(sum(shares.values()), *(frechet / _DRAWS).tolist(), *kernel)
 
 
 def _same_mix(subset: _Subset, shares: dict[int, int], seed: int) -> Tensor:

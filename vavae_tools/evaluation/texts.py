@@ -105,9 +105,8 @@ class KnownTexts:
 
     def whole_share(self, rows: Sequence[Sequence[int]]) -> float:
         """Return the share of rows that are equal to one of the texts."""
-        asked = list(map(_as_text, rows))
-        seen = set(asked).intersection(map(_as_text, self._wholes))
-        return sum(row in seen for row in asked) / len(asked)
+        known = set(map(_as_text, self._wholes))
+        return sum(_as_text(row) in known for row in rows) / len(rows)
 
 
 def _as_text(row: Sequence[int]) -> str:
@@ -184,12 +183,8 @@ class TokenReport:
         columns = [scores.column() for scores in self.scores.values()]
         rows = [(title, *(column[title] for column in columns)) for title in columns[0]] if columns else []
         rows = [row for row in rows if set(row[1:]) != {"-"}]
-        lines = [
-            f"made texts beside those of {self.data}",
-            "",
-            *(aligned([("", *self.scores), *rows]) if rows else []),
-            "",
-        ]
+        table = aligned([("", *self.scores), *rows]) if rows else []
+        lines = [f"made texts beside those of {self.data}", "", *table, ""]
         subsets = ", ".join(f"{subset} {bits}" for subset, bits in self.bits.items())
         lines.append(f"bits per token, at most: {subsets} (by their frequencies alone {self.unigram_bits:.3f})")
         few = self.curve[:: -(-len(self.curve) // 7)]
@@ -230,8 +225,8 @@ def evaluate_tokens(
     """
     model, data = (f"{of.code.config} in images of {of.img_size}" for of in (pipe, train))
     if model != data:
-        both = "give both the same tokenizer, cell_size, channels and img_size"
-        raise UserError(f"The model draws {model}, the data {data}: {both}")
+        found = f"The model draws {model}, the data {data}"
+        raise UserError(f"{found}: give both the same tokenizer, cell_size, channels and img_size")
     subset, real = ("validation", val) if val is not None else ("training", train)
     judge, notes, scores, lines = _Judge(train, is_right), [], {}, []
     chosen = Draws(seed, 0, torch.arange(len(real))).uniform("text").argsort()[:num_samples].tolist()
@@ -249,16 +244,13 @@ def evaluate_tokens(
     if val is not None:
         scores["real"] = judge.of_real(val, chosen)
     log("measuring bits per token and what comes back from noise")
-    bits = {subset: bits_per_token(pipe, real, seed=seed)}
-    if val is not None:
-        bits["training"] = bits_per_token(pipe, train, seed=seed)
+    bits = {name: bits_per_token(pipe, of, seed=seed) for name, of in {subset: real, "training": train}.items()}
     curve = reconstruction_curve(pipe, real, seed=seed)
     axes = "t (0 is noise, 1 is data)", "share that comes back exactly", (0, 1)
     figures = {"reconstruction": plot_curves([one.t for one in curve], _shares(curve), *axes)}
     out = None if output_dir is None else str(output_dir)
-    report = TokenReport(
-        train.data_path, num_inference_steps, seed, scores, bits, judge.unigram_bits, subset, curve, notes, out, figures
-    )
+    about, of_data = (train.data_path, num_inference_steps, seed), (bits, judge.unigram_bits, subset, curve)
+    report = TokenReport(*about, scores, *of_data, notes, out, figures)
     if output_dir is not None:
         folder = in_home(output_dir)
         save_figures(report.figures, folder / "figures")
@@ -289,21 +281,22 @@ class _Judge:
     """What the training subset says of other texts."""
 
     def __init__(self, train: TokenImageDataset, is_right: Callable[..., bool | float] | None) -> None:
-        self._code, self._text, self._chats, self._is_right = train.code, train.text, train.use_chat_template, is_right
+        self._train, self._is_right = train, is_right
         everything = range(len(train))
         _, learnt = self._split(train, everything)
         self.known, self.unigram_bits = KnownTexts(list(map(train.tokens_of, everything)), learnt), unigram_bits(learnt)
 
     def _split(self, data: TokenImageDataset, indices: Sequence[int]) -> tuple[list[list[int]], list[Sequence[int]]]:
         """Return the prompts of chats, of texts nothing, and what follows them."""
-        starts = data.prompts(indices) if self._chats else [[]] * len(indices)
+        starts = data.prompts(indices) if data.use_chat_template else [[]] * len(indices)
         return starts, [data.tokens_of(index)[len(start) :] for index, start in zip(indices, starts, strict=True)]
 
     def of_written(self, written: TokenImageOutput, prompts: list[list[int]]) -> TextScores:
         new = [row[len(prompt) :] for row, prompt in zip(written.tokens, prompts, strict=True)]
-        cells = self._code.cells_of(written.images)[self._code.mask_to_cells(written.mask * (1 - written.known))]
-        valid, right = self._code.is_valid(cells).double().mean().item(), self._right(prompts, written.texts)
-        return TextScores(len(new), valid, right, novelty(new, self.known, new if self._chats else written.tokens))
+        code, wholes = self._train.code, new if self._train.use_chat_template else written.tokens
+        cells = code.cells_of(written.images)[code.mask_to_cells(written.mask * (1 - written.known))]
+        valid = code.is_valid(cells).double().mean().item()
+        return TextScores(len(new), valid, self._right(prompts, written.texts), novelty(new, self.known, wholes))
 
     def of_real(self, val: TokenImageDataset, chosen: list[int]) -> TextScores:
         starts, rows = self._split(val, chosen)
@@ -313,5 +306,5 @@ class _Judge:
     def _right(self, prompts: list[list[int]], texts: list[str]) -> float | None:
         if self._is_right is None:
             return None
-        judged = zip(map(self._text, prompts), texts, strict=True) if self._chats else zip(texts, strict=True)
-        return sum(float(self._is_right(*of)) for of in judged) / len(texts)
+        asked = [map(self._train.text, prompts)] if self._train.use_chat_template else []
+        return sum(map(float, map(self._is_right, *asked, texts))) / len(texts)

@@ -63,12 +63,7 @@ class Session:
 
 
 def push_session(
-    work: str | Path,
-    dataset: str | None,
-    message: str = "",
-    images: bool = False,
-    wait: float = 600.0,
-    log: Log = print,
+    work: str | Path, dataset: str | None, message: str = "", images: bool = False, wait: float = 600, log: Log = print
 ) -> Session | None:
     """Do what `push` does; where Kaggle cannot be used, log why and return None."""
     try:
@@ -184,9 +179,9 @@ def pack(work: Path, paths: list[str], folder: Path) -> tuple[dict[str, Any], di
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> str:
     """Write the manifest under a name that holds its hash; return the name."""
     content = json.dumps({"format": 1, **manifest}, indent=1).encode()
-    name = _manifest_name(content)
-    (folder / name).write_bytes(content)
-    return name
+    path = folder / _manifest_name(content)
+    path.write_bytes(content)
+    return path.name
 
 
 def _manifest_name(content: bytes) -> str:
@@ -253,8 +248,7 @@ def pull(
         UserError: what was found is not whole; `work` is as it was.
     """
     own_name = _check_name(dataset) if dataset else None
-    attached = _newest_attached(input_roots, own_name, outputs and dataset is None)
-    if attached is not None:
+    if (attached := _newest_attached(input_roots, own_name, outputs and dataset is None)) is not None:
         return _put(attached, work, log)
     if not dataset:
         raise Unavailable("no earlier session's dataset is attached or named")
@@ -282,8 +276,7 @@ class Source:
         """Yield each file's path, entry and open content; one that is not there is a `UserError`."""
         path = PACK
         try:
-            packed = [path for path, entry in self.files.items() if entry["stored"] == PACK]
-            if packed:
+            if packed := [path for path, entry in self.files.items() if entry["stored"] == PACK]:
                 with tarfile.open(self.folder / PACK) as pack:
                     for path in packed:
                         yield path, self.files[path], pack.extractfile(path)
@@ -417,15 +410,13 @@ def _ask(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     dataset, reason = request["dataset"], answer["reason"]
     own = "make a token in the settings of your Kaggle account and set KAGGLE_API_TOKEN, or KAGGLE_USERNAME and "
     own += "KAGGLE_KEY, in the environment or as secrets of the notebook. Nothing else needs them"
-    lines = {
+    said = {
         "client": f"neither kagglehub nor the kaggle client is here ({reason}): pip install kaggle",
         "credentials": f"no Kaggle credentials are here, or none that work: {own}",
         "refused": f"Kaggle does not know these credentials ({reason}): {own}",
         "network": f"Kaggle cannot be reached ({reason}): switch the internet on in the notebook's settings, or save "
         "its version and attach its output to the next session",
         "missing": f"there is no dataset {dataset} that you may read: it is made by the first push",
-    }
-    faults = {
         "late": f"{dataset}: Kaggle took every file, but does not list the new version after {reason}; the versions "
         f"before are kept. Look later with kaggle datasets files {dataset}, or push again",
         "lost": f"{dataset} has lost something on the way: {reason}. Push again; the versions before are kept, such as "
@@ -433,6 +424,6 @@ def _ask(request: dict[str, Any], folder: Path) -> dict[str, Any]:
         "failed": f"{dataset} was not pushed ({reason}); what it held before is kept. Push again",
     }
     if request["do"] == "pull":
-        faults["failed"] = f"{dataset} could not be downloaded ({reason}); what is here is as it was. Try it again"
+        said["failed"] = f"{dataset} could not be downloaded ({reason}); what is here is as it was. Try it again"
     kind = answer["fault"]
-    raise UserError(faults[kind]) if kind in faults else Unavailable(lines[kind])
+    raise (UserError if kind in ("late", "lost", "failed") else Unavailable)(said[kind])

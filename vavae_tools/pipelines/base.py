@@ -156,9 +156,8 @@ def _check_kind(path: Path, found: str, wanted: type[DiffusionPipeline]) -> None
 def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -> Pipeline:
     """Return the pipeline that `save_pretrained` wrote; `options` are those of `from_pretrained`."""
     if not (path / "model_index.json").is_file():
-        inner = next((f"name {place}" for place in (path / "pipeline", path.parent / "pipeline") if place.is_dir()), "")
-        found = f"{path} is no pipeline (no model_index.json); it {contents(path)}"
-        raise UserError(f"{found}: {inner or 'name a .ckpt or pipeline/'}")
+        inner = next(filter(Path.is_dir, (path / "pipeline", path.parent / "pipeline")), "a .ckpt or pipeline/")
+        raise UserError(f"{path} is no pipeline (no model_index.json); it {contents(path)}: name {inner}")
     index = read_json(path / "model_index.json")
     _check_kind(path, str(index.get("_class_name")), kind)
     if not ema:

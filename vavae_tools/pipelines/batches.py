@@ -109,8 +109,8 @@ def precision_for(pipe: DiffusionPipeline, name: str | None = None) -> str:
         return of_weights
     found = machine.precision_on(machine.machine_of(pipe._execution_device), name)
     if found == "32" and of_weights:
-        weights = f"the weights are {machine.PRECISIONS[of_weights]}"
-        raise UserError(f"precision 32, but {weights}: take pipe.to(torch.float32) first")
+        weights = machine.PRECISIONS[of_weights]
+        raise UserError(f"precision 32, but the weights are {weights}: take pipe.to(torch.float32) first")
     return found
 
 

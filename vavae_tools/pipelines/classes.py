@@ -135,39 +135,25 @@ class LatentDiTPipeline(base.ImagePipeline):
 
 
 # ---- from files
-def load_pipeline(path: str | Path, ema: bool = True, run: str | Path | None = None) -> LatentDiTPipeline:
+def load_pipeline(
+    path: str | Path, ema: bool = True, run: str | Path | None = None, with_autoencoder: bool = True
+) -> LatentDiTPipeline:
     """Load a pipeline from its folder, or from a checkpoint of DiT training with `autoencoder/` beside its folder.
 
     Of a checkpoint the averaged weights are taken, with ema=False the live ones; `run` is its run's folder where it was
     copied elsewhere.
     """
     path = in_home(path)
-    pipe = _read(path, ema)
-    if pipe.vae is None:
-        pipe.register_modules(vae=base.autoencoder_beside(path, run))
-    return pipe
-
-
-def load_without_autoencoder(path: str | Path, ema: bool = True) -> LatentDiTPipeline:
-    return _read(in_home(path), ema, vae=None)
-
-
-def _read(path: Path, ema: bool, **options: Any) -> LatentDiTPipeline:
-    """Load as `load_pipeline` does, of a checkpoint without the autoencoder; `options` are of a folder alone."""
     if base.is_folder_of_pipeline(path):
-        return base.read_pipeline(LatentDiTPipeline, path, ema, **options)
-    denoiser, conditioner, settings = base.read_training(LatentDiTPipeline, path, ema, ClassConditioner)
-    config = settings.get("objective", {})
-    solver = make_solver(None, objective_of(config))
-    return LatentDiTPipeline(None, denoiser, conditioner, solver, settings.get("people"), config)
+        return base.read_pipeline(LatentDiTPipeline, path, ema, **({} if with_autoencoder else {"vae": None}))
+    *models, settings = base.read_training(LatentDiTPipeline, path, ema, ClassConditioner)
+    vae, config = base.autoencoder_beside(path, run) if with_autoencoder else None, settings.get("objective", {})
+    return LatentDiTPipeline(vae, *models, make_solver(None, objective_of(config)), settings.get("people"), config)
 
 
 def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> Guide:
-    """Load the denoiser that guides a pipeline (autoguidance, Karras et al. 2024), to where the pipeline computes.
-
-    It is loaded as by `load_pipeline`, but needs no autoencoder.
-    """
-    weak = load_without_autoencoder(path, ema)
+    """Load the denoiser that guides a pipeline (autoguidance, Karras et al. 2024), to where the pipeline computes."""
+    weak = load_pipeline(path, ema, with_autoencoder=False)
     for what, found, expected in (
         ("latents of shape", weak.denoiser.latent_shape, pipe.denoiser.latent_shape),
         ("classes:", weak.conditioner.num_classes, pipe.conditioner.num_classes),
@@ -176,6 +162,6 @@ def load_guide(path: str | Path, pipe: LatentDiTPipeline, ema: bool = True) -> G
     ):
         if found is not None and expected is not None and found != expected:
             shown, wanted = (join_first(x, 12) if what == "people" else x for x in (found, expected))
-            must = "it must be of the same data and objective"
-            raise UserError(f"The guide {path} has {what} {shown}, the model {wanted}: {must}")
+            differ = f"The guide {path} has {what} {shown}, the model {wanted}"
+            raise UserError(f"{differ}: it must be of the same data and objective")
     return weak.denoiser.to(pipe._execution_device), weak.conditioner.to(pipe._execution_device)

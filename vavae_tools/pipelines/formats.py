@@ -61,24 +61,24 @@ class PngFolder(SampleFiles):
 
     def __init__(self, output_dir: Path, names: Sequence[str], shown: dict[str, str]) -> None:
         super().__init__(output_dir, len(names), shown)
-        self.names = names
+        self.paths = [output_dir / name for name in names]
 
     def missing(self, batch: Batch) -> int:
         """Return how many of a batch are not there."""
-        return sum(not (self.output_dir / name).is_file() for name in self.names[slice(*batch)])
+        return sum(not path.is_file() for path in self.paths[slice(*batch)])
 
     def tasks(self, batch: Batch, made: ImagePipelineOutput) -> list[tuple]:
         """Return functions with their arguments that write a batch and return how many samples were new."""
-        return [(self._write, *named) for named in zip(made.images, self.names[slice(*batch)], strict=True)]
+        return [(self._write, *each) for each in zip(made.images, self.paths[slice(*batch)], strict=True)]
 
-    def _write(self, image: Tensor, name: str) -> int:
-        if new := not (self.output_dir / name).is_file():
-            save_image(image, self.output_dir / name)
+    def _write(self, image: Tensor, path: Path) -> int:
+        if new := not path.is_file():
+            save_image(image, path)
         return new
 
     def finish(self, batches: Sequence[Batch]) -> list[Path]:
         """Bring the files into their last form, when all are there, and return them."""
-        return [self.output_dir / name for name in self.names]
+        return self.paths
 
 
 class PromptPngFolder(PngFolder):
@@ -87,13 +87,12 @@ class PromptPngFolder(PngFolder):
     globs, ours, family = ("*.png",), re.compile(r"\d{5,}\.png|grid\.png"), "prompts"
 
     def finish(self, batches: Sequence[Batch]) -> list[Path]:
-        paths = super().finish(batches)
-        titles = [textwrap.shorten(self.shown[path.name], 90, placeholder=" …") for path in paths[:MAX_GRID_IMAGES]]
-        images = [Image.open(path).convert("RGB") for path in paths[:MAX_GRID_IMAGES]]
-        figure = show_images(images, min(8, len(images)), titles, 1.6)
+        first = self.paths[:MAX_GRID_IMAGES]
+        titles = [textwrap.shorten(self.shown[path.name], 90, placeholder=" …") for path in first]
+        images = [Image.open(path).convert("RGB") for path in first]
         with atomic_write(self.output_dir / GRID) as partial:
-            figure.savefig(partial, format="png")
-        return paths
+            show_images(images, min(8, len(images)), titles, 1.6).savefig(partial, format="png")
+        return self.paths
 
 
 class OneFile(SampleFiles):
@@ -190,7 +189,7 @@ def begin(files: SampleFiles, settings: dict[str, Any], precision: str | None, o
     with suppress(UserError):  # a damaged one is as good as none
         record = read_json(folder / RECORD)
     record = record if isinstance(record.get("settings"), dict) else {}
-    own, formats = type(files), (PngFolder, NpzFile) if files.family == "folders" else (type(files),)
+    own, formats = files.found(folder), (PngFolder, NpzFile) if files.family == "folders" else (type(files),)
     old = [path for kind in formats for path in kind.found(folder)]
     family = "texts" if "texts" in record.get("settings", {}) else "prompts" if "prompts" in record else "folders"
     if record and family != files.family:
@@ -208,14 +207,14 @@ def begin(files: SampleFiles, settings: dict[str, Any], precision: str | None, o
         other = [name for name, now in files.shown.items() if shown.get(name, now) != now][:1]
         foreign = _differences(there, settings)
         foreign += [f"{files.family[:-1]} of {change}" for change in _changes(shown, files.shown, other)]
-        if files.order and "npz" in record and own.found(folder):
+        if files.order and "npz" in record and own:
             of_order = _changes(record["npz"], files.order, ("seed", "labels"))
     else:
         foreign = [f"{RECORD}, which says how they were made, is missing or damaged"]
     if (foreign or of_order) and not overwrite:
         found = f"{folder} holds {files.unit}s of other settings ({'; '.join(foreign + of_order)})"
         raise UserError(f"{found}: name another --output_dir, or replace them by --overwrite")
-    for path in old if foreign else own.found(folder) if of_order else []:
+    for path in old if foreign else own if of_order else []:
         path.unlink()
         if path.parent != folder:
             with suppress(OSError):  # something else is in it
@@ -226,7 +225,6 @@ def begin(files: SampleFiles, settings: dict[str, Any], precision: str | None, o
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """Return in what settings differ, models without their digests."""
     found = [f"another {name}" for name in _MODELS if there.get(name) != here.get(name)]
     before, now = there.get("solver") or {}, here.get("solver") or {}
     names = sorted(before.keys() & now) if before.get("name") == now.get("name") else ["name"]  # diffusers may add some

@@ -138,10 +138,7 @@ class TextToImagePipeline(base.ImagePipeline):
 
 # ---- from files
 def load_text_pipeline(path: str | Path, ema: bool = True, run: str | Path | None = None) -> TextToImagePipeline:
-    """Load a pipeline from its folder, or from a checkpoint of text-to-image training, as `load_pipeline` does.
-
-    Beside the checkpoint or its folder, or in the folder `run`, are `autoencoder/` and `text_encoder/`.
-    """
+    """Load as `load_pipeline` does, of text-to-image training; `text_encoder/` is beside `autoencoder/`."""
     path = in_home(path)
     if base.is_folder_of_pipeline(path):
         with silent_transformers():

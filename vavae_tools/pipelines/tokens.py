@@ -102,7 +102,7 @@ class TokenImagePipeline(base.DenoiserPipeline):
 
     @property
     def _cells(self) -> int:
-        return len(self.config.lengths) - 1  # that a text may have: as many as in training
+        return len(self.config.lengths) - 1  # as many as in training
 
     def facts(self) -> dict[str, Any]:
         """Return what texts follow from besides the arguments of the call."""
@@ -169,20 +169,17 @@ class TokenImagePipeline(base.DenoiserPipeline):
         return [[]]
 
     def _beginning(self, prompt: Prompt) -> list[int]:
-        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if not chat or not isinstance(chat[0], dict):
-            tokens = chat
-        elif self.config.use_chat_template:
-            tokens = self.text_tokens.prompt(chat)
-        elif isinstance(prompt, str):
-            tokens = self.text_tokens.encode([prompt])[0].tolist()
-        else:
-            raise UserError("This model was trained on texts without a chat template: give it the beginning of a text")
-        most = self.code.num_tokens - 1
+        chats, tokens, most = self.config.use_chat_template, prompt, self.code.num_tokens - 1
+        if isinstance(prompt, str):
+            asked = [{"role": "user", "content": prompt}]
+            tokens = self.text_tokens.prompt(asked) if chats else self.text_tokens.encode([prompt])[0].tolist()
+        elif prompt and isinstance(prompt[0], dict):
+            if not chats:
+                raise UserError("This model was trained on texts without a chat template: give it a text's beginning")
+            tokens = self.text_tokens.prompt(prompt)
         if tokens and not 0 <= min(tokens) <= max(tokens) <= most:
-            raise UserError(
-                f"The prompt has token numbers from {min(tokens)} to {max(tokens)}; they go from 0 to {most}"
-            )
+            found = f"The prompt has token numbers from {min(tokens)} to {max(tokens)}"
+            raise UserError(f"{found}; they go from 0 to {most}")
         if len(tokens) >= self._cells:
             raise UserError(f"The prompt has {len(tokens)} tokens, and an image {self._cells} cells: shorten it")
         return tokens
@@ -227,10 +224,13 @@ class TokenImagePipeline(base.DenoiserPipeline):
         def denoise(rows: Tensor) -> Tensor:
             draws = Draws(seed, 1, index[rows])
             noise = (draws.normal(f"noise {step}", *clean.shape[1:]) for step in range(steps))
-            told = (values[rows.cpu()] for values in (mask, given, clean))
-            if self.config.solver:
-                return self._solve(next(noise), *told, steps)
-            return self.denoise(next(noise), *told, time_grid(steps, 1 / self.config.time_shift), eta, noise)
+            told = [values[rows.cpu()] for values in (mask, given, clean)]
+            if not self.config.solver:
+                return self.denoise(next(noise), *told, time_grid(steps, 1 / self.config.time_shift), eta, noise)
+            (ask, known, true), start = self.asked_of(*told), next(noise)
+            solver = make_solver(self.config.solver, self.objective, self.config.time_shift)
+            made = sample(ask, solver, start, start, None, steps, objective=self.objective)
+            return torch.where(known[:, None] > 0, true, made)
 
         made = all_finite(self, len(starts), precision, denoise, "texts")
         return made.cpu(), mask, given
@@ -249,9 +249,8 @@ class TokenImagePipeline(base.DenoiserPipeline):
         """Return the clean image that is predicted at the last step, float32 (B, C, H, W).
 
         Args:
-            x: (B, C, H, W) at the first of the times.
+            x: (B, C, H, W) at the first of the times (steps + 1,), which end at 1; see `solvers.time_grid`.
             mask, known: pixels with a token, and those of them that `clean` (B, C, H, W) tells, (B, H, W).
-            times: (steps + 1,), from the time of x to 1; `solvers.time_grid`.
             eta, noise: see `__call__`; fresh noise for each step but the last, needed where eta is above 0.
         """
         ask, known, clean = self.asked_of(mask, known, clean)
@@ -264,13 +263,6 @@ class TokenImagePipeline(base.DenoiserPipeline):
                 kept_noise, fresh = (x - alpha * predicted) / sigma, next(noise) if eta else 0.0
                 x = alpha_later * predicted + sigma_later * ((1 - eta**2) ** 0.5 * kept_noise + eta * fresh)
         return torch.where(known[:, None] > 0, clean, predicted)
-
-    def _solve(self, x: Tensor, mask: Tensor, known: Tensor, clean: Tensor, steps: int) -> Tensor:
-        """Return what `denoise` does, by the pipeline's solver."""
-        ask, known, clean = self.asked_of(mask, known, clean)
-        solver = make_solver(self.config.solver, self.objective, self.config.time_shift)
-        made = sample(ask, solver, x, x, None, steps, objective=self.objective)
-        return torch.where(known[:, None] > 0, clean, made)
 
     def asked_of(self, mask: Tensor, known: Tensor, clean: Tensor) -> tuple[Callable[..., Tensor], Tensor, Tensor]:
         """Return (x, t) → what the denoiser says of a mask's cells, and `known` and `clean` where it computes."""
@@ -296,11 +288,10 @@ def check_sampling(eta: float = 1.0, **settings: Any) -> None:
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Return prompts, or a single one, as a list of texts, of messages and of plain token numbers."""
-    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict | Integral))
-    found = [_as_prompt(prompt) for prompt in ([prompts] if single else prompts)]
-    if not found:
+    if not len(prompts) and not isinstance(prompts, str):
         raise UserError("No prompts: give one or more, or None for texts of their own")
-    return found
+    single = isinstance(prompts, str) or isinstance(prompts[0], dict | Integral)
+    return [_as_prompt(prompt) for prompt in ([prompts] if single else prompts)]
 
 
 def _as_prompt(prompt: Any) -> Prompt:
@@ -318,10 +309,7 @@ def _as_prompt(prompt: Any) -> Prompt:
 
 # ---- from files
 def load_token_pipeline(path: str | Path, ema: bool = True, run: str | Path | None = None) -> TokenImagePipeline:
-    """Load a pipeline from its folder, or from a checkpoint of training on token images.
-
-    `tokenizer/` is beside the checkpoint or its folder, or in the folder `run`.
-    """
+    """Load as `load_pipeline` does, of training on token images; `tokenizer/` is where it has `autoencoder/`."""
     path = in_home(path)
     if base.is_folder_of_pipeline(path):
         own = base.kind_of(path) == TokenImagePipeline.__name__  # else it is said what it is
@@ -331,8 +319,7 @@ def load_token_pipeline(path: str | Path, ema: bool = True, run: str | Path | No
         *models, settings = base.read_training(TokenImagePipeline, path, ema, ClassConditioner)
         tokenizer = load_tokenizer(base.folder_beside(path, "tokenizer", run=run))
         pipe = TokenImagePipeline(*models, tokenizer, **settings["token_images"], objective=settings.get("objective"))
-    tokens, known = len(pipe.text_tokens), pipe.code.num_tokens
-    if tokens != known:
+    if (tokens := len(pipe.text_tokens)) != (known := pipe.code.num_tokens):
         found = f"The tokenizer of {path} has {tokens:,} tokens, the model {known:,}"
         raise UserError(f"{found}: take the tokenizer/ of its training")
     return pipe

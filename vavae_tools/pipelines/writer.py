@@ -62,9 +62,10 @@ def write_samples(
     """
     if isinstance(pipe, str | Path):
         settings |= {"labels": list(labels), "output_dir": output_dir, "seed": seed, "names": names, "format": format}
-        arguments, several = {"path": pipe, "settings": {**settings, "overwrite": overwrite}}, several_processes()
-        here = f"{__name__}:_load_and_write"
-        return call_on_ranks(here, arguments, several) if several else _load_and_write(**arguments)
+        arguments = {"path": pipe, "settings": {**settings, "overwrite": overwrite}}
+        if several := several_processes():
+            return call_on_ranks(f"{__name__}:_load_and_write", arguments, several)
+        return _load_and_write(**arguments)
     labels, output_dir = pipe.labels_of(labels), in_home(output_dir)
     if not labels:
         raise UserError("No labels: at least one image is needed")
@@ -154,11 +155,8 @@ def write_texts(
         own = [prompts[number % len(prompts)] for number in range(start, stop)] if prompts else None
         return {"prompts": own, "numbers": range(start, stop), "seed": seed}
 
-    files, also = (
-        JsonlFile(in_home(output_dir), texts, prompts),
-        {"prompts": prompts, "texts": texts, "seed": seed},
-    )
-    _write(pipe, files, asked, also, **settings)
+    files = JsonlFile(in_home(output_dir), texts, prompts)
+    _write(pipe, files, asked, {"prompts": prompts, "texts": texts, "seed": seed}, **settings)
     return files.path
 
 
@@ -193,12 +191,11 @@ def _write(
         todo = [batch for batch, lacks in zip(cut, missing, strict=True) if lacks]
         plan = {"cut": cut, "todo": todo, "missing": sum(missing), "batch_size": at_once, "precision": precision}
     plan = ranks.share(PLAN, plan)
-    todo = plan["todo"][ranks.rank :: ranks.size]
-    sampling = {**sampling, "precision": plan["precision"], "batch_size": plan["batch_size"]}
+    todo, there = plan["todo"][ranks.rank :: ranks.size], files.count - plan["missing"]
+    sampling |= {"precision": plan["precision"], "batch_size": plan["batch_size"]}
     many = trying_convolutions() if len(todo) >= 8 else nullcontext()  # from which on it pays
     bars, often = getattr(pipe, "_progress_bar_config", {}), 0.1 if is_interactive() else 60  # in a file seldom
     pipe.set_progress_bar_config(disable=True)
-    there = files.count - plan["missing"]
     bar = tqdm(desc="sampling", total=files.count, initial=there, unit=files.unit, mininterval=often, maxinterval=often,
                dynamic_ncols=True, disable=ranks.rank > 0, file=None if is_interactive() else BarLines())  # fmt: skip
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, many, bar:
@@ -239,15 +236,14 @@ def _settings_of(pipe: DenoiserPipeline, sampling: dict[str, Any], also: dict[st
     given = inspect.signature(getattr(pipe, "make", type(pipe).__call__)).bind_partial(**sampling)
     given.apply_defaults()
     settings = {name: value for name, value in given.arguments.items() if name not in _PER_SAMPLE_ARGUMENTS}
-    guide = settings.get("guide")
     if isinstance(pipe, ImagePipeline):
         steps = settings["num_inference_steps"], settings.get("timestep_shift")
         lay_out(pipe.scheduler, *steps, objective=pipe.objective)  # which checks them
-        by = also.get("negative_prompt") if guide is None else guide
+        by = settings.get("guide") or also.get("negative_prompt")
         if not pipe.is_guided(by):
             settings["guidance_scale"] = 1.0
         elif settings["guidance_scale"] != 1 and by is None:
             pipe.conditioner.null(1)  # which is there, or says what to do
-    if guide is not None:
-        settings["guide"] = digest_of(*guide)
+    if settings.get("guide"):
+        settings["guide"] = digest_of(*settings["guide"])
     return json.loads(json.dumps({**settings, **pipe.facts(), **also}, default=str))

@@ -15,7 +15,7 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DDT, DiT
 from vavae_tools.diffusion.lora import add_lora
 from vavae_tools.diffusion.objectives import FlowMatching, time_shift_of
-from vavae_tools.pipelines.classes import load_without_autoencoder
+from vavae_tools.pipelines.classes import load_pipeline
 from vavae_tools.published.denoisers import KINDS, StartingWeights, read_published
 from vavae_tools.recipes.base import InitFrom
 from vavae_tools.runtime.console import log
@@ -105,7 +105,7 @@ def read_starting_weights(source: str | Path, kind: str | None = None) -> Starti
         own = isinstance(saved.get("trainer"), dict) or "denoiser_config" in saved.get("hyper_parameters", {})
         if not own:
             return read_published(source, saved, kind)
-    pipe = load_without_autoencoder(source)
+    pipe = load_pipeline(source, with_autoencoder=False)
     rows, number = pipe.conditioner.embedding_table.weight.data, pipe.conditioner.num_classes
     kind = "ddt" if isinstance(pipe.denoiser, DDT) else "lightningdit"
     weights, null = pipe.denoiser.state_dict(), rows[number] if len(rows) > number else None
