@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import flat, noise, pixels, shown
+from tiny import flat, noise, pixels, refuses, shown
 
 from vavae_tools.data import images as decoded
 from vavae_tools.data.datasets import class_data, image_data
@@ -87,8 +87,7 @@ def test_which_side_trains_can_be_said(tmp_path):
     with pytest.raises(UserError, match=r"No folders of images in .*extra; .* holds 2 folders, train/, val/"):
         image_data(tmp_path, 8, train_split="extra")
     write(tmp_path, {"val/images/1.png": 2})
-    with pytest.raises(UserError, match=r"val holds images, which is no class of .*train: expected the same folders"):
-        image_data(tmp_path, 8)
+    refuses(r"val holds images, which is no class of .*train: expected the same folders", image_data, tmp_path, 8)
 
 
 def test_a_splits_labels_are_those_it_says(split_dir, tmp_path):
@@ -164,8 +163,7 @@ def test_a_share_of_the_data_trains(tmp_path, train_split, held):
     ],
 )
 def test_a_share_that_cannot_be(tmp_path, options, words):
-    with pytest.raises(UserError, match=words):
-        image_data(write(tmp_path, {"a/1.png": 1}), 8, **options)
+    refuses(words, image_data, write(tmp_path, {"a/1.png": 1}), 8, **options)
 
 
 @pytest.mark.parametrize("room", [0, 2**30])
@@ -231,5 +229,4 @@ def test_the_fingerprint_tells_data_apart(tmp_path, change):
 )
 def test_settings_that_cannot_be_are_named(tmp_path, options, message):
     write(tmp_path, {"a/1.png": 1})
-    with pytest.raises(UserError, match=message):
-        image_data(tmp_path, **options)
+    refuses(message, image_data, tmp_path, **options)

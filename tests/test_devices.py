@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import refuses
 
 from vavae_tools import prepare_environment
 from vavae_tools.recipes.presets import find_preset
@@ -58,9 +59,7 @@ def cards(monkeypatch, *found: tuple[str, tuple[int, int], int], built_for: tupl
 
 
 def refused(said: str, **choices: object) -> None:
-    with pytest.raises(UserError, match=said) as error:
-        trainer_settings(**choices)
-    assert "\n" not in str(error.value)
+    refuses(said, trainer_settings, **choices)
 
 
 # ---- the machine
@@ -117,8 +116,7 @@ def test_precision_that_cannot_be():
         ("16", T4S, "fsdp", "no gradient scaler: take --precision 32, or ddp"),
         ("bf16", A100, "deepspeed", "would round the averaged weights to it: take --precision 32"),
     ):
-        with pytest.raises(UserError, match=message):
-            precision_of(name, card, strategy)
+        refuses(message, precision_of, name, card, strategy)
 
 
 def test_compilation_by_machine_and_what_is_there(monkeypatch, tmp_path):
@@ -134,12 +132,10 @@ def test_compilation_by_machine_and_what_is_there(monkeypatch, tmp_path):
     there("gcc", "g++")
     assert [compiles(None, found) for found in (CPU, P100, T4S, A100)] == [False, False, False, True]
     assert compiles(True, T4S) is True and compiles(True, CPU) is True and compiles(False, A100) is False
-    with pytest.raises(UserError, match=r"Tesla P100-PCIE-16GB has compute capability 6\.0 and Triton needs 7\.0"):
-        compiles(True, P100)
+    refuses(r"Tesla P100-PCIE-16GB has compute capability 6\.0 and Triton needs 7\.0", compiles, True, P100)
     there(headers=False, triton=False)
     missing = r"no Triton .* and no C compiler .* and no Python\.h in \S+ \(apt-get install python3-dev"
-    with pytest.raises(UserError, match=f"compile=true, but there is {missing}"):
-        compiles(True, A100)
+    refuses(f"compile=true, but there is {missing}", compiles, True, A100)
     said = []
     assert compiles(None, A100, said.append) is False and re.match(f"compile stays off: there is {missing}", *said)
 

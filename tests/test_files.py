@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tiny import refuses
 
 from vavae_tools.runtime.errors import Stopped, UserError, run_command
 from vavae_tools.runtime.files import atomic_write, hardlink_duplicates, read_checkpoint
@@ -41,13 +42,10 @@ def test_an_error_leaves_the_former_file_and_nothing_beside_it(tmp_path, error):
 
 def test_a_missing_checkpoint_names_what_is_there(tmp_path):
     (tmp_path / "best-003-0.1000.ckpt").touch()
-    with pytest.raises(UserError, match=r"No checkpoint .*last\.ckpt; there is .*best-003-0\.1000\.ckpt"):
-        read_checkpoint(tmp_path / "last.ckpt")
-    with pytest.raises(UserError, match="No checkpoint"):
-        read_checkpoint(tmp_path)
+    refuses(r"No checkpoint .*last\.ckpt; there is .*best-003-0\.1000\.ckpt", read_checkpoint, tmp_path / "last.ckpt")
+    refuses("No checkpoint", read_checkpoint, tmp_path)
     torch.save(torch.zeros(3), tmp_path / "w.pt")
-    with pytest.raises(UserError, match="holds a Tensor, expected a dict"):
-        read_checkpoint(tmp_path / "w.pt")
+    refuses("holds a Tensor, expected a dict", read_checkpoint, tmp_path / "w.pt")
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -56,8 +54,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"No checkpoint.\n" * 10, whole[:64] + bytes(400) + whole[464:]):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"last\.ckpt is damaged or no checkpoint"):
-            read_checkpoint(path)
+        refuses(r"last\.ckpt is damaged or no checkpoint", read_checkpoint, path)
 
 
 # ---- what a command says

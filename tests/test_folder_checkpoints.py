@@ -11,7 +11,7 @@ import torch
 from test_training import Fit, assert_same_run, modules
 from test_vavae_training import fit as fit_vavae
 from test_vavae_training import new_module
-from tiny import assert_same, same, tiny_dit
+from tiny import assert_same, refuses, same, tiny_dit
 
 from vavae_tools.checkpoints.formats import (
     clear_left_overs,
@@ -90,8 +90,7 @@ def test_names_are_written_without_what_wraps_the_model(tmp_path):
     folder = write_folder({**small(), "state_dict": weights}, tmp_path / "checkpoint-7")
     assert read_folder(folder, quiet)["state_dict"] == {"network.a": torch.ones(1), "ema.network.a": torch.zeros(1)}
     weights["network.a"] = torch.ones(1)
-    with pytest.raises(UserError, match="have the same name"):
-        write_folder({**small(), "state_dict": weights}, tmp_path / "checkpoint-8")
+    refuses("have the same name", write_folder, {**small(), "state_dict": weights}, tmp_path / "checkpoint-8")
     assert names(tmp_path) == ["checkpoint-7"]
 
 
@@ -349,8 +348,7 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path, monkeypatch):
     folder = Path("checkpoint-1")
 
     def refused(path: Path | str, message: str) -> None:
-        with pytest.raises(UserError, match=message):
-            read_any_format(path, lambda line: None)
+        refuses(message, read_any_format, path, lambda line: None)
 
     refused(folder, "No checkpoint checkpoint-1")
     folder.mkdir()
@@ -379,10 +377,8 @@ def test_folders_that_only_others_read_are_refused_in_one_line(tmp_path):
     for file in (parts / "checkpoint.pt", deepspeed / "checkpoint" / "mp_rank_00_model_states.pt"):
         file.parent.mkdir(parents=True)
         torch.save({}, file)
-    with pytest.raises(UserError, match=r"make one file .* consolidate \S+/last\.ckpt\)$"):
-        read_any_format(parts, print)
-    with pytest.raises(UserError, match="was written by DeepSpeed: resume from it with --strategy deepspeed"):
-        read_any_format(deepspeed, print)
+    refuses(r"make one file .* consolidate \S+/last\.ckpt\)$", read_any_format, parts, print)
+    refuses("was written by DeepSpeed: resume from it with --strategy deepspeed", read_any_format, deepspeed, print)
     assert resume_path("last", tmp_path) == deepspeed
     check_resumable(deepspeed, DiffusionModule(*tiny_dit()))
 
@@ -422,5 +418,4 @@ def test_the_only_whole_one_stays(tmp_path):
     assert names(run) == ["checkpoint_epoch_9.pth"]
     (run / "checkpoint_epoch_9.pth").write_bytes(b"half")
     assert keep_newest(run, 0) == [] and names(run) == ["checkpoint_epoch_9.pth"]  # nothing is whole
-    with pytest.raises(UserError, match="--keep -1"):
-        keep_newest(run, -1)
+    refuses("--keep -1", keep_newest, run, -1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import flat, noise, pixels, shown
+from tiny import flat, noise, pixels, refuses, shown
 
 from vavae_tools.data import images as decoded
 from vavae_tools.data.datasets import image_data
@@ -81,8 +81,7 @@ def test_images_in_columns_of_other_types(hf, tmp_path, kind):
     folder = save(labelled(hf, [value, value], [0, 0], "pixel_values", image_kind=hf.Value(kind)), tmp_path / "d")
     assert np.array_equal(pixels(image_data(folder, 8, val_share=0).train_data, 1), array)
     numbers = save(labelled(hf, [array[..., 0]], [0], image_kind=hf.Array2D((8, 8), "uint8")), tmp_path / "n")
-    with pytest.raises(UserError, match="expected a column of type Image"):
-        image_data(numbers, 8)
+    refuses("expected a column of type Image", image_data, numbers, 8)
 
 
 def test_datasets_that_do_not_fit_the_memory(hf, tmp_path, monkeypatch):
@@ -108,11 +107,9 @@ def test_the_fingerprint_of_a_dataset_follows_its_contents(hf, tmp_path):
 def test_a_damaged_dataset(hf, tmp_path):
     folder = save(labelled(hf, [1, 2], [0, 1]), tmp_path / "d")
     (folder / "state.json").write_text("{")
-    with pytest.raises(UserError, match=r"The dataset .*d cannot be read \(.*\): copy or save it again"):
-        image_data(folder, 8)
+    refuses(r"The dataset .*d cannot be read \(.*\): copy or save it again", image_data, folder, 8)
     (folder / "state.json").unlink()
-    with pytest.raises(UserError, match=r"no Hugging Face dataset; it holds 2 files"):
-        image_data(folder, 8, use_hf_dataset=True)
+    refuses(r"no Hugging Face dataset; it holds 2 files", image_data, folder, 8, use_hf_dataset=True)
 
 
 def test_columns_that_are_not_found(hf, tmp_path):
@@ -134,8 +131,7 @@ def test_columns_that_are_not_found(hf, tmp_path):
     ],
 )
 def test_labels_that_are_none(hf, tmp_path, labels, kind, message):
-    with pytest.raises(UserError, match=message):
-        image_data(save(labelled(hf, [1, 2], labels, kind=hf.Value(kind)), tmp_path / "d"), 8)
+    refuses(message, image_data, save(labelled(hf, [1, 2], labels, kind=hf.Value(kind)), tmp_path / "d"), 8)
 
 
 def test_sides_that_do_not_go_together(hf, tmp_path):
@@ -145,8 +141,7 @@ def test_sides_that_do_not_go_together(hf, tmp_path):
     with pytest.raises(UserError, match=r"subset test holds 'c'; expected the classes a, b of the training subset"):
         image_data(save(unknown, tmp_path / "a"), 8)
     lacking = hf.DatasetDict(train=train, test=hf.Dataset.from_dict({"label": ["a"]}))
-    with pytest.raises(UserError, match=r"The subset test of .* lacks the column image of train"):
-        image_data(save(lacking, tmp_path / "b"), 8)
+    refuses(r"The subset test of .* lacks the column image of train", image_data, save(lacking, tmp_path / "b"), 8)
     names = [labelled(hf, [1, 2], [0, 1], kind=hf.ClassLabel(names=names)) for names in (["a", "b"], ["b", "a"])]
     with pytest.raises(UserError, match="have other types or class names in test than in train"):
         image_data(save(hf.DatasetDict(train=names[0], test=names[1]), tmp_path / "c"), 8)

@@ -15,7 +15,7 @@ from golden_cases import assert_close, load_case
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import SIZE, Averages, perturb_projections, same, tiny_vavae
+from tiny import SIZE, Averages, perturb_projections, refuses, same, tiny_vavae
 
 from vavae_tools.autoencoders.rae import tiny_rae
 from vavae_tools.autoencoders.vavae import VAVAE
@@ -135,8 +135,7 @@ def test_what_is_stale_is(split, tmp_path, count_encoded, change):
     assert sum(count_encoded) == (30 + SHAPE) * (1 + (change == "flips")) and folder.key != first.key
     both = sorted([first, folder], key=lambda one: one.path)
     assert LatentFolder.read(folder.path) == folder and LatentFolder.read_all(tmp_path / "latents") == both
-    with pytest.raises(UserError, match=r"latents of 2 encodings, expected one: name "):
-        LatentDataModule(tmp_path / "latents")
+    refuses(r"latents of 2 encodings, expected one: name ", LatentDataModule, tmp_path / "latents")
 
 
 def test_encodings_at_once_into_one_folder_are_each_their_own(split, tmp_path):
@@ -188,8 +187,7 @@ def test_latents_of_an_earlier_version_lie_in_the_folder_itself(split, tmp_path,
 def test_shards_of_another_encoding_are_refused(split, tmp_path):
     one, other = (encode(split, tmp_path / "latents", model(seed)) for seed in (0, 1))
     shutil.copy(shards(other)[0], shards(one)[0])
-    with pytest.raises(UserError, match=r"train-00000\.safetensors is of another encoding than latents\.json beside"):
-        LatentDataModule(one)
+    refuses(r"train-00000\.safetensors is of another encoding than latents\.json beside", LatentDataModule, one)
 
 
 def test_what_a_damaged_folder_lacks_is_encoded_again(split, tmp_path, count_encoded):
@@ -266,8 +264,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_encoded(split, tmp_
     needed = 30 * (2 * 8 * 8 * 2 + 8)
     monkeypatch.setattr(encoded.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
     says = r"No space: Latents of this VAVAE need 0\.000 GB, 0\.000 GB are free.*\(other encodings are in "
-    with pytest.raises(UserError, match=says):
-        encode(split, tmp_path / "latents", model(1))
+    refuses(says, encode, split, tmp_path / "latents", model(1))
     assert sum(count_encoded) == SHAPE and {path.name: path.read_bytes() for path in old.path.iterdir()} == kept
     assert encode(split, tmp_path / "latents", model(1), dtype="float16").key != old.key
 
@@ -323,8 +320,7 @@ def test_published_statistics_take_the_place_of_computed_ones(split, tmp_path):
     assert encode(split, tmp_path / "given", statistics=given) == folder
     assert encode(split, tmp_path / "given", statistics=([1.0, -2.0], [0.5, 4.5])).key != folder.key
     says = "The statistics have 3 and 3 numbers, latents of this autoencoder 2 channels"
-    with pytest.raises(UserError, match=says):
-        encode(split, tmp_path / "none", statistics=([0.0] * 3, [1.0] * 3))
+    refuses(says, encode, split, tmp_path / "none", statistics=([0.0] * 3, [1.0] * 3))
     assert not list((tmp_path / "none").glob("*/"))
 
 
@@ -346,8 +342,7 @@ def test_what_cannot_be_is_told(tmp_path):
         ({"precision": "64"}, 1.0, "No precision '64'; there are 32, 16, bf16"),
         ({"precision": "16"}, 1.0, "A CPU has no fp16"),
     ):
-        with pytest.raises(UserError, match=message):
-            encode_latents(Averages(scale), data, tmp_path / "latents", progress=False, **options)
+        refuses(message, encode_latents, Averages(scale), data, tmp_path / "latents", progress=False, **options)
     encode_latents(Averages(1e6), data, tmp_path / "latents", progress=False)
 
 
@@ -443,14 +438,11 @@ def test_damaged_folders_are_named(split, tmp_path):
     shard, index = folder.path / "train-00000.safetensors", folder.path / INDEX
     for content in (shard.read_bytes()[:1000], b""):
         shard.write_bytes(content)
-        with pytest.raises(UserError, match=r"train-00000\.safetensors cannot be read .*: delete it and"):
-            LatentDataModule(folder.path)
+        refuses(r"train-00000\.safetensors cannot be read .*: delete it and", LatentDataModule, folder.path)
     for content in ('{"key": ', "[]", '{"key": "a", "shape": 3, "image_size": 4}'):
         index.write_text(content)
-        with pytest.raises(UserError, match=r"latents\.json is damaged .* encode again"):
-            LatentFolder.read(folder.path)
-    with pytest.raises(UserError, match=r"No latents in .* \(latents\.json is missing\): encode them first"):
-        LatentDataModule(tmp_path)
+        refuses(r"latents\.json is damaged .* encode again", LatentFolder.read, folder.path)
+    refuses(r"No latents in .* \(latents\.json is missing\): encode them first", LatentDataModule, tmp_path)
 
 
 def test_encoding_a_split_leaves_the_vavae_as_it_is(split, tmp_path, count_encoded):
@@ -484,8 +476,7 @@ def test_a_vavae_of_other_people_is_refused_unless_that_is_asked_for(split, tmp_
         vae = perturb_projections(tiny_vavae(num_conditions=3 if people else 2, people=people))
         vae.save_pretrained(tmp_path / name)
     says = r"one has vectors of ID_1, ID_3, ID_9, none for ID_2 of the images: .* vavae\.other_people=true"
-    with pytest.raises(UserError, match=says):
-        encode_split(split, tmp_path / "one", tmp_path / "latents")
+    refuses(says, encode_split, split, tmp_path / "one", tmp_path / "latents")
     with pytest.raises(UserError, match="unnamed has vectors of 2 people without their names, none for 3 people"):
         encode_split(split, tmp_path / "unnamed", tmp_path / "latents")
     assert count_encoded == [] and not (tmp_path / "latents").exists()

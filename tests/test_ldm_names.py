@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from golden_cases import assert_close, folder, load_case, load_weights
 from safetensors.torch import save_file
-from tiny import perturb_projections, random_images, same, tiny_vavae
+from tiny import perturb_projections, random_images, refuses, same, tiny_vavae
 from torch import Tensor
 
 from vavae_tools.autoencoders.ldm_names import (
@@ -122,14 +122,12 @@ def test_what_the_other_cannot_represent():
         ({"up_block_types": ["UpDecoderBlock2D"] * 2}, "at the same levels"),
         ({"mid_block_add_attention": False}, "in the middle"),
     ):
-        with pytest.raises(UserError, match=message):
-            reference_config({**TWO, **change})
+        refuses(message, reference_config, {**TWO, **change})
     weights, name = random_weights(TWO), "encoder.mid.attn_1.q.weight"
     with pytest.raises(UserError, match=r"size mismatch for encoder\.mid_block\.attentions"):
         load_reference("vavae", {**weights, name: torch.zeros(64, 64, 3, 3)}, {})
     del weights["decoder.conv_out.bias"]
-    with pytest.raises(UserError, match=r"lacks 1 of the model's weights, the first decoder\.conv_out\.bias"):
-        load_reference("vavae", weights, {})
+    refuses(r"lacks 1 of the model's weights, the first decoder\.conv_out\.bias", load_reference, "vavae", weights, {})
 
 
 # ---- files
@@ -211,8 +209,7 @@ def test_files_that_are_no_vavae(tmp_path):
         ("dit.safetensors", r"among its 1 entries \(blocks\.0\.weight\)$"),
         (".", r"it holds dit\.pt, .* or the name of a \.pt"),
     ):
-        with pytest.raises(UserError, match=message):
-            read_vavae(tmp_path / name)
+        refuses(message, read_vavae, tmp_path / name)
 
 
 HALVES = {"encoder only": ([1, 0], [0, 0]), "decoder only": ([0, 0], [0, 1]), "different levels": ([1, 0], [0, 1])}
@@ -238,8 +235,7 @@ def test_weights_that_find_no_place_are_an_error_that_names_them(tmp_path):
         ({"_class_name": "AsymmetricAutoencoderKL"}, "holds a AsymmetricAutoencoderKL, expected a VAVAE"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(UserError, match=message):
-            load_vavae(tmp_path, log=quiet)
+        refuses(message, load_vavae, tmp_path, log=quiet)
 
 
 @pytest.mark.parametrize(
@@ -323,8 +319,7 @@ def test_every_folder_of_diffusers_weights(tmp_path, form):
         assert all(same(found[name], tensor) for name, tensor in model.state_dict().items())
     if form == "sharded":
         next(folder.glob("*-of-*")).unlink()
-        with pytest.raises(UserError, match=r"is not whole, \d+ of its \d+ files of weights are there"):
-            load_vavae(folder)
+        refuses(r"is not whole, \d+ of its \d+ files of weights are there", load_vavae, folder)
 
 
 # ---- grey images

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tiny import refuses
 
 import vavae_tools
 from vavae_tools.autoencoders.foundation import load_foundation
@@ -16,7 +17,7 @@ from vavae_tools.diffusion.clip import load_text_encoder
 from vavae_tools.export import export_vavae
 from vavae_tools.paths import ProjectPaths, find_paths, find_split
 from vavae_tools.recipes.init_from import read_starting_weights
-from vavae_tools.runtime.errors import UserError, command_parser
+from vavae_tools.runtime.errors import command_parser
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +75,7 @@ def test_persons_in_data_sets_of_their_own_are_named(tmp_path):
     roots = kaggle(tmp_path)
     for k in (1, 2):
         person_folders(tmp_path / f"input/person{k}", f"ID_{k}")
-    with pytest.raises(UserError, match=r"person1/ID_1, .*person2/ID_2 lie in folders of their own: put the persons'"):
-        find_paths(**roots)
+    refuses(r"person1/ID_1, .*person2/ID_2 lie in folders of their own: put the persons'", find_paths, **roots)
 
 
 def test_what_is_given_wins(tmp_path, monkeypatch):
@@ -87,8 +87,7 @@ def test_what_is_given_wins(tmp_path, monkeypatch):
     monkeypatch.setenv("VAVAE_WORK", str(tmp_path / "v"))
     assert find_paths(**roots) == ProjectPaths(other, tmp_path / "v", attached)
     assert find_paths(mine, tmp_path / "w", **roots) == ProjectPaths(mine, tmp_path / "w", attached)
-    with pytest.raises(UserError, match=r"No such folder: nowhere\. Name the folder"):
-        find_paths("nowhere", **roots)
+    refuses(r"No such folder: nowhere\. Name the folder", find_paths, "nowhere", **roots)
 
 
 def test_a_tilde_is_the_home_folder_in_python_and_in_every_command(tmp_path, monkeypatch):
@@ -100,8 +99,7 @@ def test_a_tilde_is_the_home_folder_in_python_and_in_every_command(tmp_path, mon
     parser.add_argument("file", type=Path)
     for words in (["--folder=~/a", "~/b~"], ["--folder", "~/a", "~/b~"]):
         assert vars(parser.parse_args(words)) == {"folder": tmp_path / "a", "file": tmp_path / "b~"}
-    with pytest.raises(UserError, match=r"^unrecognized arguments: --folders \(--help shows all flags\)$"):
-        parser.parse_args(["b", "--folders"])
+    refuses(r"^unrecognized arguments: --folders \(--help shows all flags\)$", parser.parse_args, ["b", "--folders"])
 
 
 def test_splits_and_samples_are_no_images(tmp_path):
@@ -113,8 +111,7 @@ def test_splits_and_samples_are_no_images(tmp_path):
 
 
 def test_the_split_is_found_where_it_is_usually_written(tmp_path, gait):
-    with pytest.raises(UserError, match=r"No split in .*data_split: run data_split\.py first"):
-        find_split()
+    refuses(r"No split in .*data_split: run data_split\.py first", find_split)
     split_folders(gait, "data_split", progress=False)
     assert find_split() == Path("data_split")
     split_folders(gait, "outputs/data_split", progress=False)
@@ -143,7 +140,5 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 def test_a_tilde_is_the_home_folder_wherever_python_takes_a_path(call, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    with pytest.raises(UserError, match=re.escape(str(tmp_path / "home" / "nowhere"))):
-        CALLS[call]("~/nowhere")
-    with pytest.raises(UserError, match="~no_such_user"):
-        CALLS[call]("~no_such_user/nowhere")
+    refuses(re.escape(str(tmp_path / "home" / "nowhere")), CALLS[call], "~/nowhere")
+    refuses("~no_such_user", CALLS[call], "~no_such_user/nowhere")

@@ -14,13 +14,12 @@ from on_ranks import children, gone
 from PIL import Image
 from test_text_pipeline import text_pipeline
 from test_token_pipeline import tiny, with_lengths
-from tiny import SIZE, tiny_pipeline, trained_looking
+from tiny import SIZE, contents, refuses, tiny_pipeline, trained_looking
 
 from vavae_tools.pipelines import writer
 from vavae_tools.pipelines.classes import load_pipeline
 from vavae_tools.pipelines.tokens import load_token_pipeline
 from vavae_tools.pipelines.writer import write_samples, write_texts
-from vavae_tools.runtime.errors import UserError
 from vavae_tools.sample import main
 
 ROOT = Path(__file__).parents[1]
@@ -33,18 +32,11 @@ def models(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     weak = tiny_pipeline()
     trained_looking(weak.denoiser, seed=9)
-    tokens, chats = tiny(with_lengths(of_3=1, of_9=1)), tiny(with_lengths(of_4=1), chats=True)
-    no_null, no_null_text = tiny_pipeline(dropout=0.0), text_pipeline(dropout=0.0)
-    for name, pipe in {
-        "pipeline": tiny_pipeline(),
-        "no_null": no_null,
-        "no_null_text": no_null_text,
-        "weak": weak,
-        "text": text_pipeline(),
-        "tokens": tokens,
-    }.items():
+    of_classes = {"pipeline": tiny_pipeline(), "no_null": tiny_pipeline(dropout=0.0), "weak": weak}
+    of_text = {"text": text_pipeline(), "no_null_text": text_pipeline(dropout=0.0)}
+    of_tokens = {"tokens": tiny(with_lengths(of_3=1, of_9=1)), "chats": tiny(with_lengths(of_4=1), chats=True)}
+    for name, pipe in (of_classes | of_text | of_tokens).items():
         pipe.save_pretrained(folder / name)
-    chats.save_pretrained(folder / "chats")
     return folder
 
 
@@ -86,10 +78,6 @@ def test_the_next_line_names_the_split_of_the_run(run, models, tmp_path):
     (tmp_path / "my run" / "pipeline").symlink_to(models / "pipeline")
     said = run("--num_samples", 1, "--checkpoint", "my run/pipeline", "--output_dir", "my images")[1]
     assert said.endswith("--generated_dir 'my images' --data_dir 'my split'\n")
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def pixels(folder) -> dict[str, np.ndarray]:
@@ -167,11 +155,7 @@ def test_a_class_list_names_the_folders(run, tmp_path):
         ("pipeline", "--weights live", "holds the averaged weights alone"),
         ("pipeline", "--precision 16", "A CPU has no fp16: use --precision 32"),
         ("pipeline", "--prompt x", "pipeline makes images of classes, for which --prompt has no meaning: leave it"),
-        (
-            "text",
-            "--prompt x --labels 0 --format npz",
-            "makes images from sentences, for which --labels, --format has no",
-        ),
+        ("text", "--prompt x --labels 0 --format npz", "images from sentences, for which --labels, --format has no"),
         ("text", "", 'makes images from sentences: say which, with --prompt "…"'),
         ("tokens", "--cfg_scale 2 --format npz", "makes texts, for which --format, --cfg_scale has no meaning"),
         ("tokens", "--solver ddpm", "No solver 'ddpm' for flow matching or sample; there are euler, heun"),
@@ -226,5 +210,4 @@ def test_a_path_is_sampled_on_all_devices(models, tmp_path, monkeypatch, forked)
     two = write_samples(models / "pipeline", ["ID_2", 0] * 5, tmp_path / "two", 3, **settings)
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "alone")
     assert [path.name for path in alone] == [path.name for path in one] == [path.name for path in two]
-    with pytest.raises(UserError, match="Nobody called 'ID_9'"):
-        write_samples(models / "pipeline", ["ID_9"], tmp_path / "two", **settings)
+    refuses("Nobody called 'ID_9'", write_samples, models / "pipeline", ["ID_9"], tmp_path / "two", **settings)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from kaggle_stand_in import KEY, KaggleStandIn
+from tiny import contents, refuses
 
 from vavae_tools.kaggle import session as sessions
 from vavae_tools.kaggle.session import Unavailable, pull, pull_session, push_session, session_files
@@ -79,10 +80,6 @@ def outputs(folder: Path, vavae: int = 70, dit: int = 300) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(f"{name} {vavae} {dit}".encode())
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def steps_in(folder: Path) -> dict[str, int]:
@@ -238,10 +235,8 @@ def test_without_client_or_network_everything_else_goes_on(tmp_path, monkeypatch
 def test_the_first_session_pulls_nothing(tmp_path, run_main, said):
     assert pull_session(tmp_path / "work", RUN, log=said.append) is None
     assert said == [f"nothing pulled: there is no dataset {RUN} that you may read: it is made by the first push"]
-    assert (
-        pull_session(tmp_path / "work", log=said.append) is None
-        and "no earlier session's dataset is attached" in said[1]
-    )
+    assert pull_session(tmp_path / "work", log=said.append) is None
+    assert "no earlier session's dataset is attached" in said[1]
     assert_one_line(run_main(main, "pull"), "no earlier session's dataset is attached")
 
 
@@ -257,12 +252,9 @@ def test_names_that_kaggle_does_not_take(tmp_path, kaggle, name):
 
 def test_nothing_to_push_and_a_damaged_checkpoint(tmp_path, kaggle):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"Nothing to push in .*empty"):
-        push_session(tmp_path / "empty", RUN)
-    with pytest.raises(UserError, match="No such folder: nowhere"):
-        push_session("nowhere", RUN)
-    with pytest.raises(UserError, match="a version is made, not chosen"):
-        push_session(tmp_path / "empty", RUN + "/2")
+    refuses(r"Nothing to push in .*empty", push_session, tmp_path / "empty", RUN)
+    refuses("No such folder: nowhere", push_session, "nowhere", RUN)
+    refuses("a version is made, not chosen", push_session, tmp_path / "empty", RUN + "/2")
     last = outputs(tmp_path / "work") / "vavae/checkpoints/last.ckpt"
     last.write_bytes(last.read_bytes()[:200])
     with pytest.raises(UserError, match=r"work/vavae/checkpoints/last\.ckpt is damaged"):
@@ -299,6 +291,11 @@ def test_an_attached_dataset_is_taken_without_the_client(tmp_path, kaggle, attac
         assert not list(work.rglob(".*")) and not (work / "vavae/checkpoints/last.ckpt").is_symlink()
     assert kaggle.requests == []
     assert pull_session(tmp_path / "w", "me/another-run", [attached], log=said.append) is None
+    whole = contents(work)
+    (work / "vavae/checkpoints/last.ckpt").unlink()  # as a pull that was cut off
+    shutil.rmtree(work / "dit")
+    pull_session(work, None, [attached], log=said.append)
+    assert contents(work) == whole
 
 
 def test_the_output_of_a_notebook_is_taken(tmp_path, attached, said):
@@ -321,16 +318,6 @@ def test_what_is_newer_here_is_kept_and_what_is_older_replaced(tmp_path, attache
     pull_session(work, None, [attached], log=said.append)
     assert steps_in(work)["dit"] == 300
     assert pull_session(work, None, [attached], log=said.append).files == ()
-
-
-def test_a_pull_that_was_cut_off_is_completed(tmp_path, attached, said):
-    work = tmp_path / "work"
-    pull_session(work, None, [attached], log=said.append)
-    whole = contents(work)
-    (work / "vavae/checkpoints/last.ckpt").unlink()
-    shutil.rmtree(work / "dit")
-    pull_session(work, None, [attached], log=said.append)
-    assert contents(work) == whole
 
 
 @pytest.mark.parametrize("part", ["vavae__checkpoints__last.ckpt", "small-files.pack", "session", "gone"])
@@ -421,6 +408,5 @@ def test_the_whole_path_is_the_kernel_by_default_and_goes_on_from_its_own_output
 def test_bad_kernels_are_one_line(tmp_path, notebook, others, words):
     for name, text in (("empty", "{}"), ("whole", '{"cells": []}'), ("a", '{"cells": []}')):
         (tmp_path / f"{name}.ipynb").write_text(text)
-    with pytest.raises(UserError, match=words):
-        write_kernel(notebook, "kernel", **others)
+    refuses(words, write_kernel, notebook, "kernel", **others)
     assert not (tmp_path / "kernel").exists()

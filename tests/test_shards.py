@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import refuses
 
 from vavae_tools.data.datasets import caption_data, image_data
 from vavae_tools.data.sources import shards
 from vavae_tools.data.sources.shards import convert_shards
-from vavae_tools.runtime.errors import UserError
 
 datasets = pytest.importorskip("datasets")
 
@@ -45,9 +45,7 @@ def labelled(count: int, first: int = 0) -> dict[str, bytes | str]:
 
 
 def refused(source: Path, words: str) -> None:
-    with pytest.raises(UserError, match=words) as error:
-        convert_shards(source, source.parent / "refused")
-    assert "\n" not in str(error.value)
+    refuses(words, convert_shards, source, source.parent / "refused")
     assert not [path for path in source.parent.iterdir() if "refused" in path.name]
 
 
@@ -153,8 +151,7 @@ def test_folders_that_cannot_be_converted(tmp_path, monkeypatch):
     for name in ("train-0.tar", "extra.tar"):
         pack(tmp_path / "in" / name, labelled(2))
     refused(tmp_path / "in", r"extra\.tar: put train, val or test into every name")
-    with pytest.raises(UserError, match="is there already"):
-        convert_shards(tmp_path / "in", tmp_path)
+    refuses("is there already", convert_shards, tmp_path / "in", tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     refused(tmp_path / "in", "pip install datasets")
 
@@ -163,7 +160,5 @@ def test_folders_that_cannot_be_converted(tmp_path, monkeypatch):
 def test_a_training_on_shards_names_the_command(tmp_path, name):
     pack(tmp_path / "train" / "0.tar", labelled(2))
     words = r"holds tar shards: .*python -m vavae_tools\.data\.sources\.shards .* OUTPUT"
-    with pytest.raises(UserError, match=words):
-        image_data(tmp_path / name)
-    with pytest.raises(UserError, match=words):
-        caption_data("custom", tmp_path / name)
+    refuses(words, image_data, tmp_path / name)
+    refuses(words, caption_data, "custom", tmp_path / name)

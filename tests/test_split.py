@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tiny import refuses
 
 from vavae_tools.data import split as split_module
 from vavae_tools.data.datasets import ImageDataModule
@@ -268,8 +269,7 @@ def test_labels():
     assert labels_of(["ID_31", "ID_1", "ID_2"]) == {"ID_1": 0, "ID_2": 1, "ID_31": 30}
     assert labels_of(["ID_0", "ID_1"]) == {"ID_0": 0, "ID_1": 1}
     assert labels_of(["ID_10", "ID_2", "x"]) == {"ID_2": 0, "ID_10": 1, "x": 2}
-    with pytest.raises(UserError, match="ID_01 and ID_1 would have the same label"):
-        labels_of(["ID_1", "ID_01"])
+    refuses("ID_01 and ID_1 would have the same label", labels_of, ["ID_1", "ID_01"])
     assert sorted(["b", "a10", "a2", "2", "10", "a"], key=natural_key) == ["2", "10", "a", "a2", "a10", "b"]
 
 
@@ -315,8 +315,7 @@ def test_a_folder_that_cannot_be_read_does_not_vanish(tmp_path, monkeypatch):
 
     def all_refuse(words: str) -> None:
         for read in (lambda: run(source, tmp_path / "out"), lambda: ImageDataModule(source)):
-            with pytest.raises(UserError, match=words):
-                read()
+            refuses(words, read)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", refusing)
@@ -357,8 +356,7 @@ def test_what_validates_does_not_train_where_nothing_is_named_train(tmp_path, be
         shutil.copytree(tmp_path / "in/val/ID_1", tmp_path / "in" / beside)
     words = f"Test holds the folders {beside} as" if beside else "holds Test/, val/, and no person's folder in train/"
     for folder, found in (("in", words), ("flat", "Test/, val/ hold images of their own, and are subsets, no persons")):
-        with pytest.raises(UserError, match=found):
-            ImageDataModule(tmp_path / folder)
+        refuses(found, ImageDataModule, tmp_path / folder)
     refused(tmp_path, "are subsets, no persons", tmp_path / "flat")
 
 
@@ -377,8 +375,7 @@ def test_subsets_are_no_persons(tmp_path, names):
     words = f"{names[0]}/, {names[1]}/ hold images of their own, and are subsets, no persons"
     refused(tmp_path, words, tmp_path / "flat")
     refused(tmp_path, f"Try --input_dir {tmp_path}/deep/{names[0]}", tmp_path / "deep")
-    with pytest.raises(UserError, match="are subsets, no persons"):
-        ImageDataModule(tmp_path / "flat")
+    refuses("are subsets, no persons", ImageDataModule, tmp_path / "flat")
     data = ImageDataModule(tmp_path / "deep")
     assert (data.train_data.folder.name, data.val_data.folder.name) == names and data.labels == {"ID_1": 0, "ID_2": 1}
 
@@ -530,13 +527,9 @@ def test_changed_input_is_a_different_split_and_a_users_file_is_never_lost(tmp_p
 def test_a_damaged_or_missing_info_file(tmp_path):
     for content, words in (("", "is damaged"), ("{", "is damaged"), ('{"version": 99}', "has version 99, expected 1")):
         (tmp_path / "split_info.json").write_text(content)
-        with pytest.raises(UserError, match=words):
-            read_split_info(tmp_path)
+        refuses(words, read_split_info, tmp_path)
     source = people(tmp_path / "in", 1)
-    with pytest.raises(
-        UserError, match=f"but holds images. Make one with .* --input_dir {source} --output_dir data_split"
-    ):
-        read_split_info(source)
+    refuses(f"but holds images. Make one with .* --input_dir {source} --output_dir data_split", read_split_info, source)
 
 
 # ---- a full disk

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from tiny import TWO_LEVELS, same, tiny_kl, tiny_vavae
+from tiny import TWO_LEVELS, refuses, same, tiny_kl, tiny_vavae
 
 from vavae_tools.autoencoders.stable_diffusion import SHAPES_VAE, StableDiffusionVAE, load_stable_diffusion_vae
 from vavae_tools.autoencoders.vavae import VAVAE
@@ -15,7 +15,6 @@ from vavae_tools.data.demo.shapes import CaptionedShapes, ShapeImages, shape_dat
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.latents import encode_latents
 from vavae_tools.evaluation.metrics import psnr
-from vavae_tools.runtime.errors import UserError
 
 
 @pytest.fixture
@@ -54,8 +53,7 @@ def test_latents_with_a_mean_and_deviation_of_each_channel(folder, tmp_path):
         config = {**json.loads((tmp_path / "vae" / "config.json").read_text()), **change}
         (tmp_path / "bad").mkdir(exist_ok=True)
         (tmp_path / "bad" / "config.json").write_text(json.dumps(config))
-        with pytest.raises(UserError, match=r"latents_std|latents_mean"):
-            load_stable_diffusion_vae(tmp_path / "bad")
+        refuses(r"latents_std|latents_mean", load_stable_diffusion_vae, tmp_path / "bad")
 
 
 @torch.no_grad()
@@ -105,17 +103,14 @@ def test_weights_in_half_precision_and_as_a_pickle(folder, tmp_path):
 
 
 def test_folders_that_are_none(folder, tmp_path):
-    with pytest.raises(UserError, match=r"No folder .*nowhere of a Stable Diffusion VAE"):
-        load_stable_diffusion_vae(tmp_path / "nowhere")
+    refuses(r"No folder .*nowhere of a Stable Diffusion VAE", load_stable_diffusion_vae, tmp_path / "nowhere")
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "_class_name": "VQModel"}))
-    with pytest.raises(UserError, match="holds a VQModel, expected an AutoencoderKL"):
-        load_stable_diffusion_vae(other)
+    refuses("holds a VQModel, expected an AutoencoderKL", load_stable_diffusion_vae, other)
     (folder / "config.json").write_text(json.dumps({**config, "layers_per_block": 2}))
-    with pytest.raises(UserError, match="are missing, such as"):
-        load_stable_diffusion_vae(folder)
+    refuses("are missing, such as", load_stable_diffusion_vae, folder)
 
 
 @pytest.mark.parametrize("size", [32, 64])

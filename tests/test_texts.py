@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import same
+from tiny import refuses, same
 from torch import Tensor
 
 from vavae_tools.data import text_states as texts
@@ -145,8 +145,7 @@ def test_an_interrupted_encoding_goes_on(tmp_path, monkeypatch):
     whole = encode_texts(WordEncoder(), CAPTIONS, tmp_path / "whole", progress=False)
     with pytest.raises(KeyboardInterrupt):
         encode_texts(WordEncoder(fails_after=6), CAPTIONS, tmp_path / "killed", batch_size=2, progress=False)
-    with pytest.raises(UserError, match="encode them first"):
-        TextFolder.read(tmp_path / "killed")
+    refuses("encode them first", TextFolder.read, tmp_path / "killed")
     encoder = WordEncoder()
     resumed = encode_texts(encoder, CAPTIONS, tmp_path / "killed", progress=False)
     assert encoder.encoded == DISTINCT[4:]  # the first shard was whole
@@ -187,8 +186,7 @@ def test_faults(tmp_path, monkeypatch):
         encode_texts(encoder, CAPTIONS, tmp_path / "full", progress=False)
     assert encoder.encoded == []
     (tmp_path / texts.INDEX).write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        TextFolder.read(tmp_path)
+    refuses("damaged", TextFolder.read, tmp_path)
 
 
 # ---- beside the latents
@@ -224,15 +222,13 @@ def test_validation_has_first_captions(folder, tmp_path):
 
 def test_texts_of_other_images_are_refused(tmp_path, folder):
     latents = write_latents(tmp_path / "latents", 4)
-    with pytest.raises(UserError, match=r"5 images of the subset train, .* latents of 4 other ones"):
-        TextLatentDataModule(latents, folder)
+    refuses(r"5 images of the subset train, .* latents of 4 other ones", TextLatentDataModule, latents, folder)
     latents = write_latents(tmp_path / "latents")
     named = encode_texts(WordEncoder(), CAPTIONS, tmp_path / "a", latents.names, progress=False)
     assert len(TextLatentDataModule(latents, named).train_data) == 5
     names = {**latents.names, "train": latents.names["train"][::-1]}
     other = encode_texts(WordEncoder(), CAPTIONS, tmp_path / "b", names, progress=False)
-    with pytest.raises(UserError, match="latents of 5 other ones"):
-        TextLatentDataModule(latents, other)
+    refuses("latents of 5 other ones", TextLatentDataModule, latents, other)
 
 
 @pytest.mark.parametrize("name", ["tokens-00000.safetensors", texts.CAPTIONS])
@@ -267,5 +263,4 @@ def test_batches_resume_with_the_very_captions(folder, tmp_path):
     (batch,) = data.train_dataloader()
     assert batch["index"].tolist() == [index for index, _ in list(order)[2:]]
     assert_states(batch, [CAPTIONS["train"][index][number] for index, number in list(order)[2:]], torch.float16)
-    with pytest.raises(UserError, match="captions = 16, here it is 11"):
-        data.load_state_dict({**state, "captions": 16})
+    refuses("captions = 16, here it is 11", data.load_state_dict, {**state, "captions": 16})

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import refused
 
 from vavae_tools.data.demo.sentences import questions, sentences, stories
 from vavae_tools.data.tokens.code import SPECIAL, TextTokens, TokenCode, byte_tokenizer
 from vavae_tools.data.tokens.dataset import TokenImageDataModule, TokenImageDataset
 from vavae_tools.data.tokens.text_files import read_texts
-from vavae_tools.runtime.errors import UserError
 
 ODD = "Zoë ate 3 “naïve” 猫 🐈\u200d⬛\n\n\tend\r\n<|end|><|user|> [SEP] \x00 \u2028."
 TEMPLATE = (
@@ -42,13 +42,6 @@ def chat(*contents: str) -> list[dict[str, str]]:
 
 def pieces(data: TokenImageDataset) -> list[list[int]]:
     return [data.tokens_of(index).tolist() for index in range(len(data))]
-
-
-def refused(call, *args, **options) -> str:
-    with pytest.raises(UserError) as error:
-        call(*args, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.fixture(scope="module")

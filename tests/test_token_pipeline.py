@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tiny import same, tiny_pipeline, trained_looking
+from tiny import refused, same, tiny_pipeline, trained_looking
 
 from vavae_tools.checkpoints.formats import write_any_format
 from vavae_tools.data.tokens.code import ASSISTANT, END, TokenCode, byte_tokenizer
@@ -19,7 +19,6 @@ from vavae_tools.pipelines.base import kind_of
 from vavae_tools.pipelines.classes import load_pipeline
 from vavae_tools.pipelines.text import load_text_pipeline
 from vavae_tools.pipelines.tokens import TokenImagePipeline, load_token_pipeline
-from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
 from vavae_tools.training.denoiser_module import DiffusionModule
 
@@ -64,13 +63,6 @@ def predicting(pipe: TokenImagePipeline, prediction) -> list[tuple]:
 
 def noise(count: int = 4, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
-
-
-def refused(call, *arguments, **settings) -> str:
-    with pytest.raises(UserError) as raised:
-        call(*arguments, **settings)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 EVERYWHERE, NOWHERE = torch.ones(4, SIZE, SIZE), torch.zeros(4, SIZE, SIZE)

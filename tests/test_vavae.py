@@ -6,12 +6,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
-from tiny import SIZE, TWO_LEVELS, perturb_projections, random_images, same, tiny_dit, tiny_vavae
+from tiny import SIZE, TWO_LEVELS, perturb_projections, random_images, refuses, same, tiny_dit, tiny_vavae
 
 from vavae_tools.autoencoders.vavae import VAVAE, reconstruct, vavae
 from vavae_tools.autoencoders.weights import build_vavae, load_vavae, read_condition_file, read_vavae
 from vavae_tools.data.images import ImageFolder
-from vavae_tools.runtime.errors import UserError, contents
+from vavae_tools.runtime.errors import contents
 
 
 def images(*size: int) -> torch.Tensor:
@@ -104,8 +104,7 @@ def test_normalising():
     z = torch.tensor([1.5, 2.0]).view(1, 2, 1, 1).expand(1, 2, 4, 4)
     assert torch.equal(model.normalise(z), torch.ones(1, 2, 4, 4))
     torch.testing.assert_close(model.denormalise(model.normalise(z)), z)
-    with pytest.raises(UserError, match="carries no latent statistics"):
-        tiny_vavae().normalise(z)
+    refuses("carries no latent statistics", tiny_vavae().normalise, z)
 
 
 def test_named_sizes():
@@ -218,20 +217,16 @@ def test_older_folders_of_diffusers_get_fresh_vectors(tmp_path):
 
 
 def test_what_cannot_be_loaded_is_said(tmp_path):
-    with pytest.raises(UserError, match=r"No VA-VAE at .*nowhere: expected a folder with config\.json, a \.ckpt"):
-        load_vavae(tmp_path / "nowhere")
+    refuses(r"No VA-VAE at .*nowhere: expected a folder with config\.json, a \.ckpt", load_vavae, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty is no VA-VAE folder: it is empty, expected config\.json"):
-        load_vavae(tmp_path / "empty")
+    refuses(r"empty is no VA-VAE folder: it is empty, expected config\.json", load_vavae, tmp_path / "empty")
     tiny_vavae().save_pretrained(tmp_path / "run" / "vavae")
     for name in ("checkpoints", "classifier", "lightning_logs", "reconstructions", "samples"):
         (tmp_path / "run" / name).mkdir()
-    with pytest.raises(UserError, match=r"run is no VA-VAE folder, but there is one in it: name .*run/vavae$"):
-        load_vavae(tmp_path / "run")
+    refuses(r"run is no VA-VAE folder, but there is one in it: name .*run/vavae$", load_vavae, tmp_path / "run")
     assert contents(tmp_path / "run").startswith("holds vavae, checkpoints, ")
     tiny_dit()[0].save_pretrained(tmp_path / "dit")
-    with pytest.raises(UserError, match="dit holds a DiT, expected a VAVAE or an AutoencoderKL"):
-        load_vavae(tmp_path / "dit")
+    refuses("dit holds a DiT, expected a VAVAE or an AutoencoderKL", load_vavae, tmp_path / "dit")
 
 
 # ---- vectors from a file
@@ -248,8 +243,7 @@ def test_condition_file(tmp_path):
         ({"ID_1": torch.zeros(2, 2), "ID_4": torch.zeros(2, 2)}, "expected one length"),
     ):
         save_file(vectors, path)
-        with pytest.raises(UserError, match=message):
-            read_condition_file(path, people)
+        refuses(message, read_condition_file, path, people)
 
 
 # ---- reconstructions

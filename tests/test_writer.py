@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from test_text_pipeline import SENTENCES, text_pipeline
 from test_token_pipeline import SIZE as TEXT_SIZE
-from test_token_pipeline import refused, tiny, with_lengths
-from tiny import SIZE, perturb_projections, tiny_dit, tiny_pipeline, tiny_vavae, trained_looking
+from test_token_pipeline import tiny, with_lengths
+from tiny import SIZE, contents, perturb_projections, refused, tiny_dit, tiny_pipeline, tiny_vavae, trained_looking
 from torch.distributed import HashStore
 
 from vavae_tools.data.images import ImageFolder, channels_of
@@ -46,10 +46,6 @@ def write(kind: str, pipe, folder: Path, count: int = 11, **options):
     if kind == "texts":
         return write_texts(pipe, folder, options.pop("prompts", ["ab", "täg"]), count, **options)
     return write_samples(pipe, LABELS[:count], folder, format=kind, **options)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def samples(folder: Path) -> dict[str, bytes]:

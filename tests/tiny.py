@@ -1,8 +1,10 @@
 """The smallest models and data that still have every part: a step takes milliseconds on a CPU."""
 
+import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,6 +15,7 @@ from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DiT
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines.classes import LatentDiTPipeline
+from vavae_tools.runtime.errors import UserError
 
 torch.set_num_threads(1)  # for steps of a millisecond; two threads on a busy machine take seven times as long
 
@@ -112,6 +115,24 @@ def pixels(data, place: int) -> np.ndarray:
 def shown(data) -> dict[str, int]:
     """Name → grey, as the images of a subset are read."""
     return {name: int(pixels(data, place).mean()) for place, name in enumerate(data.names)}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Path → bytes of all files below a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(call, *arguments, **settings) -> str:
+    """The one line of the `UserError` that a call raises."""
+    with pytest.raises(UserError) as raised:
+        call(*arguments, **settings)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def refuses(pattern: str, call, *arguments, **settings) -> None:
+    """That a call raises a `UserError` whose one line matches."""
+    assert re.search(pattern, said := refused(call, *arguments, **settings)), said
 
 
 def same(a: Tensor, b: Tensor) -> bool:

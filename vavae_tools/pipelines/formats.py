@@ -47,12 +47,6 @@ class SampleFiles:
         """Return the files of such sets in a folder."""
         return [path for glob in cls.globs for path in folder.glob(glob) if cls.ours.fullmatch(path.name)]
 
-    def clear_up(self) -> None:
-        """Remove what a killed run left unfinished."""
-        for glob in self.globs:
-            for path in self.output_dir.glob(f"{Path(glob).parent}/.*.partial"):
-                path.unlink(missing_ok=True)
-
 
 class PngFolder(SampleFiles):
     """A file for each image, by default in a folder for each class."""
@@ -214,6 +208,8 @@ def begin(files: SampleFiles, settings: dict[str, Any], precision: str | None, o
     if (foreign or of_order) and not overwrite:
         found = f"{folder} holds {files.unit}s of other settings ({'; '.join(foreign + of_order)})"
         raise UserError(f"{found}: name another --output_dir, or replace them by --overwrite")
+    for path in (path for glob in files.globs for path in folder.glob(f"{Path(glob).parent}/.*.partial")):
+        path.unlink(missing_ok=True)  # what a killed run left unfinished
     for path in old if foreign else own if of_order else []:
         path.unlink()
         if path.parent != folder:

@@ -185,7 +185,6 @@ def _write(
         at_once, precision = batch_size or record.get("batch_size", usual), record["settings"]["precision"]
         precision_for(pipe, precision)  # which this machine has, or says what to take
         write_json(files.output_dir / RECORD, {**record, "batch_size": at_once})
-        files.clear_up()
         cut = [(start, min(start + at_once, files.count)) for start in range(0, files.count, at_once)]
         missing = [files.missing(batch) for batch in cut]
         todo = [batch for batch, lacks in zip(cut, missing, strict=True) if lacks]
