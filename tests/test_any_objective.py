@@ -8,7 +8,7 @@ import torch
 from test_sampling import telling
 from test_text_pipeline import SENTENCES, text_parts
 from test_token_pipeline import ALL, CODE, SIZE, TOKENIZER
-from tiny import perturb_projections, same, tiny_dit, tiny_kl, tiny_vavae, trained_looking
+from tiny import perturb_projections, refuses, same, tiny_dit, tiny_kl, tiny_vavae, trained_looking
 
 from vavae_tools.checkpoints.formats import write_any_format
 from vavae_tools.data.tokens.code import TokenCode
@@ -25,7 +25,6 @@ from vavae_tools.pipelines.classes import load_guide, load_pipeline
 from vavae_tools.pipelines.text import load_text_pipeline
 from vavae_tools.pipelines.tokens import TokenImagePipeline, load_token_pipeline
 from vavae_tools.runtime.draws import Draws
-from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
 from vavae_tools.training.denoiser_module import DiffusionModule
 
@@ -111,8 +110,7 @@ def test_of_classes(kind, name, tmp_path):
     guided = {"guidance_scale": 1.5, "guidance_interval": (0.2, 0.9), "guidance_channels": "first3"}
     for solver in SOLVERS:
         if solver not in solvers_for(of):
-            with pytest.raises(UserError, match=rf"No solver '{solver.replace('+', '.')}' for .*; there are "):
-                pipe.swap_solver(solver)
+            refuses(rf"No solver '{solver.replace('+', '.')}' for .*; there are ", pipe.swap_solver, solver)
             continue
         pipe.swap_solver(solver)
         made = pipe([0, 1, 2], 30, guidance_scale=1.0, **by).images
@@ -134,8 +132,7 @@ def test_a_guide_of_another_objective_is_refused(tmp_path):
     path, other = (checkpoint(class_training(objective(name))[0], tmp_path / name) for name in ("flow_matching", "x0"))
     tiny_vavae().save_pretrained(path.parent / "autoencoder")
     pipe = load_pipeline(path)
-    with pytest.raises(UserError, match=r"has a denoiser of sample \(linear\), the model flow_prediction \(linear\)"):
-        load_guide(other, pipe)
+    refuses(r"has a denoiser of sample \(linear\), the model flow_prediction \(linear\)", load_guide, other, pipe)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -177,8 +174,7 @@ def test_of_tokens(name, tmp_path):
         again = silent(load_token_pipeline(tmp_path / str(solver)))
         assert same(again(["a", "zz"], **by).images, made[solver].images)
     assert not same(made["dpm++" if of.path == "discrete" else "heun"].images, made[None].images)
-    with pytest.raises(UserError, match="No solver"):
-        pipe.swap_solver("heun" if of.path == "discrete" else "ddpm")
+    refuses("No solver", pipe.swap_solver, "heun" if of.path == "discrete" else "ddpm")
 
 
 @pytest.mark.parametrize("name", NAMES)

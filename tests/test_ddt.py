@@ -1,6 +1,7 @@
 import pytest
 import torch
 from golden_cases import SHARED, assert_close, load_case, load_weights, reference_parameters
+from tiny import refuses
 
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DDT, DDT_SIZES, DiT, make_denoiser, split_reference_arguments
@@ -61,8 +62,7 @@ def test_guidance_equals_the_reference(name):
     assert_close(model.forward_with_autoguidance(x, t, y, scale, weak), io["ag.out"], TOLERANCE)
     guided = model.forward_with_autoguidance(x, t, y, scale, weak.forward, interval)
     assert_close(guided, io["ag.out_interval"], TOLERANCE)
-    with pytest.raises(UserError, match="min < max"):
-        model.forward_with_cfg(x, t, y, 2.0, (0.5, 0.5))
+    refuses("min < max", model.forward_with_cfg, x, t, y, 2.0, (0.5, 0.5))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -148,8 +148,7 @@ def test_a_models_arguments_are_split():
     assert split_reference_arguments({"size": "XL"})[1] == {"num_classes": 1000, "hidden_size": 1152, "dropout": 0.1}
     assert split_reference_arguments({"size": "S", "head": "wide"})[1]["hidden_size"] == 384
     assert split_reference_arguments({})[1]["hidden_size"] == make_denoiser({"depth": 0}).conditioning_size
-    with pytest.raises(UserError, match="no argument use_ropes; the nearest one is use_rope"):
-        split_reference_arguments({"use_ropes": True})
+    refuses("no argument use_ropes; the nearest one is use_rope", split_reference_arguments, {"use_ropes": True})
     config = {**TINY, "num_classes": 7, "class_dropout_prob": 0.0}  # and there is no null row
     weights = make_denoiser(split_reference_arguments(config)[0]).state_dict()
     weights["y_embedder.embedding_table.weight"] = torch.ones(7, 16)
@@ -167,5 +166,4 @@ def test_a_models_arguments_are_split():
     ],
 )
 def test_wrong_arguments_are_named(config, message):
-    with pytest.raises(UserError, match=message):
-        make_denoiser(config)
+    refuses(message, make_denoiser, config)

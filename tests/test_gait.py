@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import refuses
 
 from vavae_tools.data.demo import gait, walking
 from vavae_tools.data.demo.gait import simulate_image, simulate_walk, write_gait_dataset
@@ -181,20 +182,17 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     ({"colormap": "jett"}, "colour map is called 'jett'"),
 ])  # fmt: skip
 def test_bad_numbers_are_said_before_anything_is_written(tmp_path, wrong, message):
-    with pytest.raises(UserError, match=message):
-        write_gait_dataset(tmp_path / "new", progress=False, **wrong)
+    refuses(message, write_gait_dataset, tmp_path / "new", progress=False, **wrong)
     assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     (tmp_path / "ID_1").mkdir()
-    with pytest.raises(UserError, match=r"already holds other .*ID_1.*empty folder"):
-        write_gait_dataset(tmp_path, 1, 1, 16, progress=False)
+    refuses(r"already holds other .*ID_1.*empty folder", write_gait_dataset, tmp_path, 1, 1, 16, progress=False)
     assert list(tmp_path.iterdir()) == [tmp_path / "ID_1"]
     (tmp_path / "file").touch()
     for name in ("file", "file/new"):
-        with pytest.raises(UserError, match=r"Cannot write into .*Choose another"):
-            write_gait_dataset(tmp_path / name, 1, 1, 16, progress=False)
+        refuses(r"Cannot write into .*Choose another", write_gait_dataset, tmp_path / name, 1, 1, 16, progress=False)
 
 
 def test_command_line(tmp_path):

@@ -113,9 +113,7 @@ def test_nearest_finds_planted_copies():
 
 
 def test_nearest_other_row_is_never_the_row_itself():
-    rows = (
-        torch.tensor([[0.0], [1.0], [1.5], [9.0]]).repeat(40, 1) + 100 * torch.arange(40).repeat_interleave(4)[:, None]
-    )
+    rows = (torch.tensor([0.0, 1.0, 1.5, 9.0]) + 100 * torch.arange(40)[:, None]).view(-1, 1)
     place, distance = nearest(rows)
     assert place[:4].tolist() == [1, 2, 1, 2] and distance[:4].tolist() == [1.0, 0.5, 0.5, 7.5]
     assert (place != torch.arange(160)).all()

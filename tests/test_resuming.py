@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_folder_checkpoints import Malicious, names, run_folder, small
 from test_vavae_training import new_module
-from tiny import assert_same, tiny_dit, tiny_vavae
+from tiny import assert_same, refuses, tiny_dit, tiny_vavae
 
 from vavae_tools.checkpoints.__main__ import main
 from vavae_tools.checkpoints.formats import read_any_format, write_any_format, write_folder
@@ -63,8 +63,7 @@ def test_last_is_the_one_before_where_it_is_damaged(tmp_path):
     (folder / "trainer.pt").unlink()
     assert found() == best and said[0].count("is damaged") == 2
     best.unlink()
-    with pytest.raises(UserError, match=r"previous\.ckpt is damaged .* nothing else is there to resume from"):
-        found()
+    refuses(r"previous\.ckpt is damaged .* nothing else is there to resume from", found)
 
 
 def test_a_runs_folder_is_its_newest_checkpoint(tmp_path):
@@ -125,8 +124,7 @@ def weights_of(module, **named) -> dict:
 @pytest.mark.parametrize("kind", ["a.ckpt", "folder"])
 def test_a_checkpoint_of_another_model_says_what_differs(tmp_path, kind, found, here, message):
     path = write_any_format(weights_of(found()), tmp_path / kind)
-    with pytest.raises(UserError, match=f"is of another model: .*{message}.* Resume with the settings of that run"):
-        check_resumable(path, here())
+    refuses(f"is of another model: .*{message}.* Resume with the settings of that run", check_resumable, path, here())
 
 
 def test_weights_alone_and_optimisers_of_other_weights_are_refused(tmp_path):
@@ -136,15 +134,13 @@ def test_weights_alone_and_optimisers_of_other_weights_are_refused(tmp_path):
 
     module, path = dit(), tmp_path / "a.ckpt"
     torch.save({"state_dict": module.state_dict()}, path)
-    with pytest.raises(UserError, match=r"a\.ckpt has no optimizer_states"):
-        check_resumable(path, module)
+    refuses(r"a\.ckpt has no optimizer_states", check_resumable, path, module)
     trained = list(module.network.parameters())
     torch.save(weights_of(module, optimizer_states=[state(trained)]), path)
     check_resumable(path, module)
     for tensors in (trained[1:], [torch.zeros(77), *trained[1:]]):
         torch.save(weights_of(module, optimizer_states=[state(tensors)]), path)
-        with pytest.raises(UserError, match=f"optimisers' state is of {len(tensors)} tensors of weights, here"):
-            check_resumable(path, module)
+        refuses(f"optimisers' state is of {len(tensors)} tensors of weights, here", check_resumable, path, module)
 
 
 @pytest.mark.parametrize("wrap", ["", "module.", "_orig_mod.network."])
@@ -282,8 +278,7 @@ def test_the_advised_command_opens_what_is_refused(run, monkeypatch, form):
 def test_of_a_checkpoints_folder_all_files_are_opened_on_trust(run):
     write_folder(small(), "folder")
     torch.save({"state": {}, "args": Namespace(a=1)}, "folder/optimizer.pt")
-    with pytest.raises(UserError, match=r"vavae_tools\.checkpoints trust folder folder\.plain and name"):
-        read_saved("folder/optimizer.pt")
+    refuses(r"vavae_tools\.checkpoints trust folder folder\.plain and name", read_saved, "folder/optimizer.pt")
     assert run("trust", "folder", "folder.plain")[1] == ["written: folder.plain (from folder)"]
     assert read_saved("folder.plain/optimizer.pt") == {"state": {}, "args": {"a": 1}}
     assert names(Path("folder.plain")) == names(Path("folder"))

@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from test_training import Fit, assert_same_run
-from tiny import SIZE, tiny_dit
+from tiny import SIZE, refuses, tiny_dit
 
 from vavae_tools.checkpoints.formats import write_folder
 from vavae_tools.checkpoints.resuming import best_checkpoint, resume_path
@@ -88,8 +88,7 @@ def test_session_end(tmp_path):
     assert session_end(None, tmp_path / "none") is None and session_end("0") is None
     here = session_end(None, tmp_path, tmp_path)  # as old as the folder
     assert here - now == pytest.approx(12 * 3600 - 15 * 60, abs=60)
-    with pytest.raises(UserError, match="--max_time 'noon': expected hours:minutes"):
-        session_end("noon")
+    refuses("--max_time 'noon': expected hours:minutes", session_end, "noon")
 
 
 def test_training_ends_in_time_and_goes_on_exactly(tmp_path, data, monkeypatch):
@@ -166,10 +165,7 @@ def test_fit_keeps_what_another_run_left(tmp_path, latents_dir):
         return fit(DiffusionModule(*tiny_dit()), data, tmp_path, 2, devices=cpu, log=lambda line: None, **options)
 
     last = run()
-    with pytest.raises(
-        UserError, match=r'holds a run \(last\.ckpt\): .* \(in Python resume="last" or overwrite=True\)'
-    ):
-        run()
+    refuses(r'holds a run \(last\.ckpt\): .* \(in Python resume="last" or overwrite=True\)', run)
     with alone_in(tmp_path), pytest.raises(UserError, match="Another training writes into"):
         run(overwrite=True)
     assert run(overwrite=True) == last
@@ -197,8 +193,7 @@ def test_other_settings_or_data_are_named(split_dir, vavae_dir, tmp_path, gait):
     with pytest.raises(UserError, match=r"other settings: lr was 0.002, is 0.001\. Go on .* --allow_changes"):
         fine_tune_vavae(split_dir, tmp_path / "run", vavae_dir, lr=1e-3, **numbers)
     split_folders(gait, tmp_path / "other", seed=7, progress=False)
-    with pytest.raises(UserError, match="the data are others"):
-        fine_tune_vavae(tmp_path / "other", tmp_path / "run", vavae_dir, **numbers)
+    refuses("the data are others", fine_tune_vavae, tmp_path / "other", tmp_path / "run", vavae_dir, **numbers)
     allowed = SaveConfig(allow_changes=True)
     fine_tune_vavae(split_dir, tmp_path / "run", vavae_dir, lr=1e-3, saving=allowed, **numbers)
     assert "changed on going on: lr was 0.002, is 0.001" in said

@@ -11,6 +11,7 @@ from vavae_tools.diffusion.dit import TextDiT
 from vavae_tools.diffusion.objectives import make_objective, time_of
 from vavae_tools.diffusion.solvers import make_solver, sample, swapped
 from vavae_tools.pipelines.text import TextToImagePipeline, load_text_pipeline
+from vavae_tools.runtime.files import plain_config
 
 SENTENCES = ["a red circle", "one small blue square", "green"]
 QUICK = {"num_inference_steps": 3, "output_type": "pt", "seed": 0}
@@ -116,15 +117,11 @@ def test_what_cannot_be(pipe):
 def run_of(tmp_path, objective="v_prediction"):
     """A run's folders, as training leaves them; the averaged weights are others than the live ones."""
     encoder, denoiser, conditioner = text_parts()
-    state = {}
-    for start, factor in (("network", 1.5), ("ema.network", 1.0)):
-        for name, model in (("denoiser", denoiser), ("conditioner", conditioner)):
+    state, settings = {}, {"objective": make_objective(objective).config}
+    for name, model in (("denoiser", denoiser), ("conditioner", conditioner)):
+        settings[f"{name}_config"] = plain_config(model)
+        for start, factor in (("network", 1.5), ("ema.network", 1.0)):
             state |= {f"{start}.{name}.{key}": factor * tensor for key, tensor in model.state_dict().items()}
-    configs = {
-        f"{name}_config": {k: v for k, v in model.config.items() if k[0] != "_"}
-        for name, model in (("denoiser", denoiser), ("conditioner", conditioner))
-    }
-    settings = {**configs, "objective": make_objective(objective).config}
     (tmp_path / "checkpoints").mkdir()
     path = tmp_path / "checkpoints" / "last.ckpt"
     torch.save({"state_dict": state, "hyper_parameters": settings}, path)

@@ -281,10 +281,8 @@ def kept(tmp_path_factory) -> Path:
 
 
 def test_a_checkpoint_of_training_with_its_tokenizer_beside_it(kept, tmp_path, capfd):
-    by_ckpt, by_pth = (
-        load_token_pipeline(kept / "run" / name) for name in ("checkpoints/last.ckpt", "checkpoint_epoch_1.pth")
-    )
-    live = load_token_pipeline(kept / "run" / "checkpoints" / "last.ckpt", ema=False)
+    files = [kept / "run" / name for name in ("checkpoints/last.ckpt", "checkpoint_epoch_1.pth")]
+    (by_ckpt, by_pth), live = map(load_token_pipeline, files), load_token_pipeline(files[0], ema=False)
     assert capfd.readouterr() == ("", "")
     for pipe in (by_ckpt, by_pth, live):
         pipe.set_progress_bar_config(disable=True)
@@ -305,9 +303,8 @@ def test_a_checkpoint_of_training_with_its_tokenizer_beside_it(kept, tmp_path, c
 def test_who_loads_something_else_is_told_what_it_is(kept, tmp_path):
     kinds = [kind_of(kept / name) for name in ("pipeline", "images", "run/checkpoint_epoch_1.pth")]
     assert kinds == ["TokenImagePipeline", "LatentDiTPipeline", "TokenImagePipeline"] and not kind_of(tmp_path)
-    assert "makes images of classes, expected one that makes texts: --labels" in refused(
-        load_token_pipeline, kept / "images"
-    )
+    said = refused(load_token_pipeline, kept / "images")
+    assert "makes images of classes, expected one that makes texts: --labels" in said
     for load in (load_pipeline, load_text_pipeline):
         for name in ("pipeline", "run/checkpoints/last.ckpt", "run/checkpoint_epoch_1.pth"):
             assert "(in Python load_token_pipeline)" in refused(load, kept / name)

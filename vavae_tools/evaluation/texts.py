@@ -86,7 +86,7 @@ class KnownTexts:
                 break
             kept.append(_as_text(row))
         self.texts, self._all = len(kept), "\0".join(kept)
-        self._wholes = rows if wholes is None else wholes
+        self.wholes = set(map(_as_text, rows if wholes is None else wholes))
         self._ngrams = cache(lambda n: {row[start : start + n] for row in kept for start in range(len(row) - n + 1)})
 
     def _has(self, span: str) -> bool:
@@ -102,11 +102,6 @@ class KnownTexts:
                 length += 1
             lengths.append(length)
         return lengths
-
-    def whole_share(self, rows: Sequence[Sequence[int]]) -> float:
-        """Return the share of rows that are equal to one of the texts."""
-        known = set(map(_as_text, self._wholes))
-        return sum(_as_text(row) in known for row in rows) / len(rows)
 
 
 def _as_text(row: Sequence[int]) -> str:
@@ -131,8 +126,8 @@ def novelty(rows: Sequence[Sequence[int]], known: KnownTexts, wholes: Sequence[S
             until = start + length if length >= COPIED_SPAN else until
             copied += start < until
     longest = [max(lengths, default=0) for lengths in spans]
-    whole = known.whole_share(rows if wholes is None else wholes)
-    return Novelty(ngrams, sum(longest) / len(longest), max(longest), copied / tokens, whole)
+    whole = [_as_text(row) in known.wholes for row in (rows if wholes is None else wholes)]
+    return Novelty(ngrams, sum(longest) / len(longest), max(longest), copied / tokens, sum(whole) / len(whole))
 
 
 # ---- all of it

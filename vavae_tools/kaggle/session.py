@@ -15,6 +15,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -275,15 +276,13 @@ class Source:
     def contents(self) -> Iterator[tuple[str, dict[str, Any], IO[bytes]]]:
         """Yield each file's path, entry and open content; one that is not there is a `UserError`."""
         path = PACK
+        has_pack = any(entry["stored"] == PACK for entry in self.files.values())
         try:
-            if packed := [path for path, entry in self.files.items() if entry["stored"] == PACK]:
-                with tarfile.open(self.folder / PACK) as pack:
-                    for path in packed:
-                        yield path, self.files[path], pack.extractfile(path)
-            # in the order they were written: the best of several is the latest; a cut-off pull has no last checkpoint
-            for path, entry in sorted(self.files.items(), key=lambda item: (_is_last(item[0]), item[1]["mtime"])):
-                if entry["stored"] != PACK:
-                    with (self.folder / entry["stored"]).open("rb") as file:
+            with tarfile.open(self.folder / PACK) if has_pack else nullcontext() as pack:
+                # in the order they were written: the best of several is the latest; a cut-off pull has no last one
+                for path, entry in sorted(self.files.items(), key=lambda item: (_is_last(item[0]), item[1]["mtime"])):
+                    packed = entry["stored"] == PACK
+                    with pack.extractfile(path) if packed else (self.folder / entry["stored"]).open("rb") as file:
                         yield path, entry, file
         except (KeyError, FileNotFoundError, tarfile.TarError):
             raise UserError(f"{self.name} lacks {path}: {INSTEAD}") from None

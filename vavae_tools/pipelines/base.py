@@ -122,10 +122,8 @@ class ImagePipeline(DenoiserPipeline):
 
 def digest_of(*models: ModelMixin) -> str:
     """Return a hash of models' weights and configurations."""
-    digest = hashlib.sha256()
-    for model in models:
-        digest.update(json.dumps([weights_digest(model), plain_config(model)], sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    parts = [[weights_digest(model), plain_config(model)] for model in models]
+    return hashlib.sha256("".join(json.dumps(part, sort_keys=True, default=str) for part in parts).encode()).hexdigest()
 
 
 # ---- from files
