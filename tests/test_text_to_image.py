@@ -291,7 +291,7 @@ def test_models_that_are_not_there_are_one_line(own, here, fault, no_network):
         "text_encoder.name=null": "text_encoder.name is missing: name a folder of transformers",
         "vae.name=null": "vae.name is missing: name a folder of diffusers",
         "text_encoder.name=clip": "clip holds a text encoder without a tokenizer",
-        "text_encoder.name=./nowhere": "No folder ./nowhere of a text encoder",
+        "text_encoder.name=./nowhere": "No folder nowhere of a text encoder",
         "vae.name=kl": "The StableDiffusionVAE in kl cannot be loaded",
         "data.image_size=18": "image_size 18×18: this VAE takes multiples of 4",
     }
