@@ -29,7 +29,6 @@ def main() -> None:
     parser = _parser()
     options = parser.parse_args()
     _check(options)
-    interval, names = _interval(options.cfg_interval), _names(options.class_list)
 
     from vavae_tools.runtime.launch import call_on_ranks
     from vavae_tools.runtime.machine import device_of
@@ -64,14 +63,12 @@ def main() -> None:
     pipe = move_to_device(load(options.checkpoint, options.weights == "ema", options.run), device)
     if options.solver:
         pipe.swap_solver(options.solver)
-    written = _write(pipe, options, ranks, interval, names)
+    written = _write(pipe, options, ranks)
     if ranks.rank == 0:
         print(_summary(kind, options, written))
 
 
-def _write(
-    pipe: Any, options: argparse.Namespace, ranks: "Ranks", interval: tuple[float, float], names: list[str] | None
-) -> list[Path]:
+def _write(pipe: Any, options: argparse.Namespace, ranks: "Ranks") -> list[Path]:
     from vavae_tools.pipelines import classes, writer
 
     names_of = ("output_dir", "seed", "batch_size", "overwrite", "precision")
@@ -96,8 +93,8 @@ def _write(
     labels = [who[i % len(who)] for i in range(options.num_samples or 100)]
     settings |= {name: getattr(options, name) for name in ("format", "guidance_channels", "timestep_shift")}
     guide = classes.load_guide(options.guide, pipe, options.weights == "ema") if options.guide else None
-    settings |= {"guide": guide, "guidance_scale": _scale(options), "guidance_interval": interval, "names": names}
-    return writer.write_samples(pipe, labels, **settings)
+    settings |= {"guidance_scale": _scale(options), "guidance_interval": options.cfg_interval or (0.0, 1.0)}
+    return writer.write_samples(pipe, labels, names=options.class_list, guide=guide, **settings)
 
 
 def _summary(kind: str, options: argparse.Namespace, written: list[Path]) -> str:
@@ -141,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         "of token images: how texts begin, or questions")
     add("--negative_prompt", help="what guidance leads away from; without it the empty prompt")
     add("--labels", help='who: labels or names with commas, "0,1,2" or "ID_1,ID_2"; without it everybody')
-    add("--class_list", help="file with a folder name per line, for each label in order, in place of the trained ones")
+    add("--class_list", type=_names, help="file of folder names in place of the trained ones, by label, a line each")
     add("--num_steps", type=int, default=50, help="steps of the solver; Euler's calls the denoiser once in each")
     add("--solver", choices=list(SOLVERS), help="one that fits what was trained; without it the pipeline's own: "
         "Euler's, of noise prediction DPM-Solver++, of texts steps with fresh noise")
@@ -151,7 +148,8 @@ def _parser() -> argparse.ArgumentParser:
         f"--guide (default: {CFG_SCALE}, of prompts {TEXT_CFG_SCALE})")
     add("--guide", help="folder or .ckpt of a weaker model that guides in the null condition's place: autoguidance")
     add("--guide_scale", type=float, help=f"its scale; 1 is none (default: {GUIDE_SCALE})")
-    add("--cfg_interval", default="0,1", help="times between which either guidance acts; 0 is noise, 1 is data")
+    add("--cfg_interval", type=_interval, help="times between which either guidance acts; 0 is noise, 1 is data "
+        "(default: 0,1)")
     add("--guidance_channels", choices=["all", "first3"], default="all", help="first3 is LightningDiT's way")
     add("--output_dir", default="outputs/samples", help="gets a folder per person, or texts.jsonl, and samples.json")
     add("--format", choices=["png", "npz"], default="png", help="image files, or one .npz as ADM's evaluator reads it")
@@ -194,9 +192,7 @@ def _interval(text: str) -> tuple[float, float]:
     return start, end
 
 
-def _names(path: str | None) -> list[str] | None:
-    if path is None:
-        return None
+def _names(path: str) -> list[str]:
     try:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
