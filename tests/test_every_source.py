@@ -143,7 +143,7 @@ def test_reconstructions_of_a_dataset_are_judged_by_a_classifier_that_is_kept(tm
     monkeypatch.setattr(classifier, "train_classifier", None)
     assert evaluate_vavae(tiny_vavae(), data, tmp_path / "classifier", progress=False) == scores
     others = tiny_vavae(people={"a": 0, "b": 1, "c": 2})
-    with pytest.raises(UserError, match=r"VA-VAE has vectors of a, b, c, none for "):
+    with pytest.raises(UserError, match=r"VA-VAE here has vectors of a, b, c, none for "):
         evaluate_vavae(others, data, tmp_path / "classifier", progress=False)
 
 
