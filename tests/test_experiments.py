@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny import refused, refuses
 
@@ -432,6 +433,7 @@ def test_commands_of_other_projects_run_as_the_readme_has_them(train, run_main, 
         first = typed[: typed.index("--resume")] if "--resume" in typed else typed
         first = [word for word in first if word != "ckpt_path=last"]
         train(*first, *words, *quick, f"train.max_epochs={epochs}")
+        assert not torch.distributed.is_initialized()  # trainer=ddp on one device, in a notebook's process
         if first != typed:
             assert "resuming after" in train(*typed, *words, *quick, f"train.max_epochs={epochs + 1}")
     for line in lines.values():

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -254,6 +255,7 @@ def fit_trainer(
     check_resumable(resume_from, module)
     gathered = max(trainer.accumulate_grad_batches, getattr(module, "accumulate_grad_batches", 1))
     size = getattr(data, "batch_size", None)  # somebody's own data may have none
+    grouped = dist.is_initialized()
     try:
         with memory_faults(size, gathered, module, saves_memory, prefix), loader_faults():
             trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
@@ -265,6 +267,8 @@ def fit_trainer(
         trainer.strategy.checkpoint_io.teardown()  # the last one is on the disk; not every strategy sees to that
         torch.use_deterministic_algorithms(False)  # what Lightning has set is this training's, not the whole process's
     trainer.strategy.barrier()  # so that every process finds it there
+    if not grouped and dist.is_initialized() and dist.get_world_size() == 1:  # strategy=ddp on one device
+        dist.destroy_process_group()  # a notebook's process lives on
 
 
 @disk_faults()
