@@ -117,12 +117,13 @@ def _summary(kind: str, options: argparse.Namespace, written: list[Path]) -> str
 
 def _data_dir(options: argparse.Namespace) -> str:
     """Return the split that the run beside a checkpoint was trained on, and elsewhere the usual one's name."""
-    from omegaconf import OmegaConf
+    import yaml
 
     given = Path(options.run or options.checkpoint).absolute()
     for folder in (given, *given.parents[:2]):
         if (file := folder / ".hydra" / "config.yaml").is_file():
-            return str(OmegaConf.select(OmegaConf.load(file), "data.data_dir") or "data_split")
+            kept = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            return str((kept.get("data") or {}).get("data_dir") or "data_split")
     return "data_split"
 
 

@@ -3,6 +3,7 @@
 What the image has is never among them: pip finds empty packages of those names and versions, which are removed again.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -76,7 +77,8 @@ def _download(packages: list[str], folder: Path, python: str) -> list[Path]:
     command += ["--dest", str(wheels), "--only-binary=:all:", "--implementation=cp", f"--python-version={python}"]
     command += [f"--platform={platform}" for platform in PLATFORMS]
     command += [f"--constraint={pinned}", f"--find-links={empty}", *packages]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}  # of this machine
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module" in line]
         reason = one_line(RuntimeError(" ".join(errors[-1:]) or "pip failed"), 300)
