@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from tiny import refused, refuses
 
 from vavae_tools import sample
@@ -315,6 +316,10 @@ def test_a_refused_training_leaves_a_folder_as_it_was(here):
     assert [(path.name, path.read_text()) for path in (run / ".hydra").iterdir()] == [
         ("config.yaml", "name: vavae_dit\n")
     ]
+    lock = FileLock(run / ".lock")
+    with lock, pytest.raises(UserError, match="Another training writes into"), kept_config(meant(), [], run):
+        pass
+    assert (run / ".hydra" / "config.yaml").read_text() == "name: vavae_dit\n"
     with pytest.raises(UserError), kept_config(meant(), [], Path("begun")):
         Path("begun/train.log").write_text("begin")
         raise UserError("such as no memory")

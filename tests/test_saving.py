@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from filelock import FileLock
 from test_training import Fit, assert_same_run
 from tiny import SIZE, refuses, tiny_dit
 
@@ -17,7 +18,6 @@ from vavae_tools.checkpoints.resuming import best_checkpoint, resume_path
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.recipes.vavae import fine_tune_vavae
 from vavae_tools.runtime.errors import Stopped, UserError, run_command
-from vavae_tools.runtime.files import alone_in
 from vavae_tools.training.callbacks import checkpointing as checkpoints
 from vavae_tools.training.callbacks.checkpointing import AtomicCheckpointIO
 from vavae_tools.training.config import SaveConfig, session_end
@@ -145,7 +145,10 @@ def test_a_folder_is_one_runs(split_dir, vavae_dir, tmp_path):
     new, last = tmp_path / "new", str(tmp_path / "checkpoints" / "last.ckpt")
     with pytest.raises(UserError, match=r"^Nothing is left to train: .*last\.ckpt is at step 4 of 4; take more"):
         fine_tune_vavae(split_dir, new, vavae_dir, seed=1, resume=last, **numbers)
-    with alone_in(tmp_path), pytest.raises(UserError, match=r"Another training writes into .*: wait for its end"):
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(UserError, match=r"Another training writes into .*: wait for its end"),
+    ):
         fine_tune_vavae(split_dir, tmp_path, vavae_dir, resume="last", **numbers)
 
 
@@ -166,7 +169,7 @@ def test_fit_keeps_what_another_run_left(tmp_path, latents_dir):
 
     last = run()
     refuses(r'holds a run \(last\.ckpt\): .* \(in Python resume="last" or overwrite=True\)', run)
-    with alone_in(tmp_path), pytest.raises(UserError, match="Another training writes into"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(UserError, match="Another training writes into"):
         run(overwrite=True)
     assert run(overwrite=True) == last
 

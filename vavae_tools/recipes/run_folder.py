@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
@@ -42,17 +42,10 @@ def _run_folder(plan: Experiment, now: datetime | None) -> tuple[Path, str | Non
             return folder, resume, f"resuming {folder}"
     begin = RUNS / f"{now or datetime.now():%Y-%m-%d/%H-%M-%S}"
     others = (begin.with_name(f"{begin.name}-{number}") for number in count(2))  # of the same second
-    return next(folder for folder in chain([begin], others) if _made(folder)), resume, None
-
-
-def _made(folder: Path) -> bool:
-    """Make a folder; return False where it was there, so that of several processes one has made it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
-    return True
+    for folder in chain([begin], others):
+        with suppress(FileExistsError):  # of several processes one makes it
+            folder.mkdir(parents=True)
+            return folder, resume, None
 
 
 def _newest_run(name: str) -> Path:
@@ -69,22 +62,24 @@ def _newest_run(name: str) -> Path:
 @contextmanager
 def kept_config(plan: Experiment, words: Sequence[str], folder: Path) -> Iterator[None]:
     """Keep what was typed in a run's folder; where the training is refused, leave the folder as it was."""
+    from vavae_tools.runtime.files import alone_in
+
     if not is_rank_zero():
         yield
         return
-    made = _made(folder) or (plan.recipe.output_dir is None and not any(folder.iterdir()))
-    kept = folder / ".hydra"
-    former, begun = {path: path.read_bytes() for path in kept.glob("*")}, _begun(folder)
-    try:
-        keep_config(plan, words, folder)
-        yield
-    except UserError:
-        if _begun(folder) == begun:
-            shutil.rmtree(folder if made else kept)
-            for path, content in former.items():
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(content)
-        raise
+    made, kept = not folder.is_dir() or not any(folder.iterdir()), folder / ".hydra"
+    with alone_in(folder):
+        former, begun = {path: path.read_bytes() for path in kept.glob("*")}, _begun(folder)
+        try:
+            keep_config(plan, words, folder)
+            yield
+        except UserError:
+            if _begun(folder) == begun:
+                shutil.rmtree(folder if made else kept)
+                for path, content in former.items():
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_bytes(content)
+            raise
 
 
 def _begun(folder: Path) -> list[int]:

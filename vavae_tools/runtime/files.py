@@ -52,14 +52,24 @@ def local_folder(
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other trainings from writing into a run's folder; a lock does not outlive its process."""
+    """Keep other trainings from writing into a run's folder.
+
+    A lock does not outlive its process; those that it starts, and what it calls, have it too.
+    """
+    name, whole = "VAVAE_TOOLS_LOCKED", str(folder.absolute())
+    before = os.environ.get(name, "")
+    if before == whole:
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
+            os.environ[name] = whole
             try:
                 yield
             finally:
-                if [path.name for path in folder.iterdir()] == [".lock"]:  # refused before it wrote anything
+                os.environ[name] = before
+                if folder.is_dir() and [path.name for path in folder.iterdir()] == [".lock"]:  # refused
                     shutil.rmtree(folder)
     except Timeout:
         raise UserError(
