@@ -83,6 +83,18 @@ def test_an_attached_run_is_resumed_where_it_is_with_its_curves(outputs, tmp_pat
     assert {path: path.stat().st_mtime_ns for path in outputs.rglob("*")} == before
 
 
+def test_what_is_damaged_or_somebody_elses_is_passed_over(outputs, tmp_path):
+    other = tmp_path / "input/other"
+    for name in ("config.json", "model_index.json", "samples.json", "split_info.json", "run.json"):
+        for content in (b"[1]", b"\xff", b"{}"):
+            folder = other / f"{name} {len(content)}" / "x"
+            (folder / "train").mkdir(parents=True)
+            (folder / name).write_bytes(content)
+    said, place = [], vt.find_paths(outputs / "older" / "gait", tmp_path / "work", [outputs, other.parent])
+    assert [find_stage(place, stage, said.append).parts[-1] for stage in STAGES]
+    assert "is damaged, or of another version" in said[0]
+
+
 def test_nothing_to_resume(outputs, tmp_path):
     place = vt.find_paths(outputs / "older" / "gait", tmp_path, [outputs / "newer"])
     said = []

@@ -78,7 +78,7 @@ def test_what_the_image_lacks(tmp_path):
         ([], "--dataset is missing: the owner/name that it is to have"),
         (["--dataset", "run"], "--dataset run: expected owner/name"),
         (["--dataset", "me/vavae-tools", "--python", "3"], "--python 3: expected the image's version, such as 3.12"),
-        (["--dataset", "me/vavae-tools", "--output_dir", "index"], "index holds something else"),
+        (["--dataset", "me/vavae-tools", "--output_dir", "index"], r"index holds .*: name another --output_dir"),
         (["--dataset", "me/vavae-tools"], "No wheels of lightning>=2.6, .*No matching distribution.*needs pip"),
     ],
 )
@@ -88,3 +88,13 @@ def test_what_cannot_be_is_one_line(index, run_main, words, said):
     with pytest.raises(UserError, match=said):
         raise UserError(err)
     assert status == 2 and err.count("\n") == 1 and not Path("outputs").exists()
+
+
+def test_somebodys_dataset_is_not_replaced(index, tmp_path, run_main):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("dataset-metadata.json", "a.jpg"):
+        (images / name).write_text("mine")
+    status, _, err = run_main(main, "wheels", "--dataset", "me/vavae-tools", "--output_dir", str(images))
+    assert status == 2 and f"{images} holds a.jpg: name another --output_dir" in err
+    assert sorted(path.name for path in images.iterdir()) == ["a.jpg", "dataset-metadata.json"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from vavae_tools.kaggle.session import DATASET
-from vavae_tools.runtime.errors import UserError, join_first, one_line
+from vavae_tools.runtime.errors import UserError, in_home, join_first, one_line
 from vavae_tools.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,24 +31,27 @@ ALSO_THERE = ("scipy", "matplotlib", "pillow", "tqdm", "jupyter", "ipywidgets")
 def write_wheels(output_dir: str | Path, dataset: str, python: str = PYTHON) -> None:
     """Write a folder for `kaggle datasets create`: wheels, `repository/`, `dataset-metadata.json`.
 
+    The package is in one folder, so that it does not matter how deep Kaggle unpacks it.
+
     Args:
         dataset: "owner/name" that it is to have on Kaggle.
         python: the image's version.
     """
-    output_dir = Path(output_dir).expanduser()
+    output_dir = in_home(output_dir)
     if not DATASET.fullmatch(dataset) or dataset.count("/") > 1:
         raise UserError(f"--dataset {dataset}: expected owner/name with a name of 6 to 50 small letters, digits and -")
     if not re.fullmatch(r"3\.\d+", python):
         raise UserError(f"--python {python}: expected the image's version, such as {PYTHON}")
-    marker = output_dir / "dataset-metadata.json"
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not marker.is_file():
-        raise UserError(f"{output_dir} holds something else: name another --output_dir")
+    marker, package = output_dir / "dataset-metadata.json", output_dir / "repository"
+    there = list(output_dir.iterdir()) if output_dir.is_dir() else []
+    own = {marker, package, *output_dir.glob("*.whl")} if marker.is_file() else set()  # which another call wrote
+    if others := [path.name for path in there if path not in own]:
+        raise UserError(f"{output_dir} holds {join_first(sorted(others))}: name another --output_dir")
     if not (ROOT / "requirements.txt").is_file():
         raise UserError(f"No requirements.txt in {ROOT}: run this in a clone of the repository")
     with TemporaryDirectory() as name:
         wheels = _download(lacking(ROOT / "requirements.txt"), Path(name), python)
         shutil.rmtree(output_dir, ignore_errors=True)
-        package = output_dir / "repository"  # one folder: how deep Kaggle unpacks it does not matter
         shutil.copytree(ROOT / "vavae_tools", package / "vavae_tools", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copyfile(ROOT / "requirements.txt", package / "requirements.txt")
         for path in wheels:

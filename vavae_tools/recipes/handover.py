@@ -140,16 +140,16 @@ def _fingerprint(split: Path, vavae: dict[str, Any]) -> str:
     return ImageDataModule(split, size, channels=vavae["in_channels"], progress=False).fingerprint()
 
 
-def _record(folder: Path) -> dict[str, Any]:
-    """Return what a run's folder says of it; nothing where it is no run's."""
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds; nothing of one that is not there, is damaged, or somebody else's."""
     with suppress(UserError):
-        return read_json(folder / RUN)
+        return read_json(path)
     return {}
 
 
 def _made(mark: Path) -> float:
     """Return when a stage was made, in seconds since 1970: as its run says, else as its file does."""
-    run = _record(mark.parent.parent)
+    run = _read(mark.parent.parent / RUN)
     said = run.get("ended") or run.get("started")
     return datetime.fromisoformat(said).timestamp() if said else mark.stat().st_mtime
 
@@ -157,33 +157,36 @@ def _made(mark: Path) -> float:
 # ---- what each stage is, and what speaks against one
 def _is_vavae(folder: Path) -> bool:
     part = folder.name == "autoencoder" or (folder.parent / "model_index.json").is_file()  # of a DiT's run
-    return not part and read_json(folder / "config.json").get("_class_name") == "VAVAE"
+    return not part and _read(folder / "config.json").get("_class_name") == "VAVAE"
 
 
 def _is_pipeline(folder: Path) -> bool:
-    return "LatentDiTPipeline" in read_json(folder / "model_index.json").get("_class_name", "")
+    return "LatentDiTPipeline" in _read(folder / "model_index.json").get("_class_name", "")
 
 
 def _other_images(place: ProjectPaths, folder: Path) -> str | None:
     if not (folder / "train").is_dir():
         return "without its images"
+    try:
+        split = {key: entry["bytes"] for key, entry in read_split_info(folder)["files"].items()}
+    except UserError:
+        return f"its {INFO_NAME} is damaged, or of another version"
     if place.images is None:
         return None
-    split = {key: entry["bytes"] for key, entry in read_split_info(folder)["files"].items()}
     people = list_folders(place.images, {extension_of(name) for name in split})
     here = {f"{person}/{path.name}": path.stat().st_size for person, paths in people.items() for path in paths}
     return None if here == split else f"of other images than {place.images}"
 
 
 def _other_training(place: ProjectPaths, folder: Path) -> str | None:
-    split, config = find_stage(place, "split", _silent), read_json(folder / "config.json")
-    if (trained_on := _record(folder.parent).get("data")) is not None:
+    split, config = find_stage(place, "split", _silent), _read(folder / "config.json")
+    if (trained_on := _read(folder.parent / RUN).get("data")) is not None:
         return None if _fingerprint(split, config) == trained_on else f"of other images than {split}"
     return _other_people(config["people"], split) if config.get("people") else None
 
 
 def _other_vavae(place: ProjectPaths, folder: Path) -> str | None:
-    people, split = read_json(folder / "model_index.json").get("people"), find_stage(place, "split", _silent)
+    people, split = _read(folder / "model_index.json").get("people"), find_stage(place, "split", _silent)
     if other := _other_people(people, split):
         return other
     with suppress(UserError):  # without one it has its own
@@ -201,7 +204,7 @@ def _other_people(people: dict[str, int] | None, split: Path) -> str | None:
 
 
 def _other_pipeline(place: ProjectPaths, folder: Path) -> str | None:
-    made_by, pipeline = read_json(folder / RECORD).get("settings", {}), find_stage(place, "pipeline", _silent)
+    made_by, pipeline = _read(folder / RECORD).get("settings", {}), find_stage(place, "pipeline", _silent)
     return None if load_pipeline(pipeline).facts()["model"] == made_by.get("model") else f"not made by {pipeline}"
 
 

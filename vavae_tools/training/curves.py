@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from vavae_tools.plots import as_image, new_figure
 from vavae_tools.runtime.console import for_a_cell, in_notebook, log, show_image
-from vavae_tools.runtime.errors import StoppedAtOnce, UserError, one_line
+from vavae_tools.runtime.errors import StoppedAtOnce, UserError, in_home, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ def plot_training(run: str | Path) -> "Figure":
         run: the `output_dir` of a training. Its sessions continue each other, a broken line where it was resumed; the
             stages of the recipe staged follow each other.
     """
-    logged, marks = _read(Path(run).expanduser())
+    logged, marks = _read(in_home(run))
     panels = {label: {name: logged[name] for name in names if name in logged} for label, names in PANELS.items()}
     panels = {label: lines for label, lines in panels.items() if lines} or {"loss": {}}
     rows, columns = ceil(len(panels) / COLUMNS), min(COLUMNS, len(panels))
