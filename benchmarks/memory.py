@@ -547,7 +547,7 @@ def dit(card: Any, case: Case) -> str:
         "labels": torch.zeros(batch_size, dtype=torch.int64),
         "index": torch.arange(batch_size),
     }
-    fit(card, case, DiffusionModule(denoiser, conditioner), batch, SamplePreviews(make, 8, ".", 1))
+    fit(card, case, DiffusionModule(denoiser, conditioner), batch, SamplePreviews(make, 8, ".", [1]))
     return said_of(batch_size, checkpointing)
 
 
@@ -630,7 +630,7 @@ def text_to_image(card: Any, case: Case) -> str:
 
     batch = {"latents": torch.zeros(batch_size, 4, 32, 32), "index": torch.arange(batch_size), **states(batch_size)}
     module = DiffusionModule(denoiser, conditioner, objective)
-    fit(card, case, module, batch, SamplePreviews(make, 4, ".", 1))
+    fit(card, case, module, batch, SamplePreviews(make, 4, ".", [1]))
     return said_of(batch_size, checkpointing)
 
 

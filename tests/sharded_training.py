@@ -70,7 +70,9 @@ def train(
     saving = SaveConfig(**{"save_every_minutes": 99, **(saving or {})})
     ranks.PATIENCE = 2.0
     alone = failing == os.environ.get("RANK")
-    previews = SamplePreviews(fail_at_once if alone else fail if failing is True else make, 2, Path(run) / "samples", 1)
+    previews = SamplePreviews(
+        fail_at_once if alone else fail if failing is True else make, 2, Path(run) / "samples", range(9)
+    )
     saves = checkpoint_callbacks(Path(run) / "checkpoints", "val/loss", saving)
     callbacks = [*([Stop(*stop)] if stop else []), previews, *saves]
     trainer = build_trainer(settings, Path(run), callbacks, print, max_steps=8, max_epochs=-1)

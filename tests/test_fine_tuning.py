@@ -15,6 +15,7 @@ from vavae_tools.autoencoders.weights import VAVAEWeights, load_vavae
 from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.pipelines.classes import load_pipeline
 from vavae_tools.pipelines.writer import write_samples
+from vavae_tools.plots import image_grid
 from vavae_tools.recipes import vavae as fine_tuning
 from vavae_tools.recipes.dit import encode_split, train_dit
 from vavae_tools.recipes.vavae import LOSSES, fine_tune_vavae
@@ -132,7 +133,7 @@ def test_grey_images_that_are_not_square_go_all_the_way(tmp_path, vavae_dir):
     folder = fine_tune_vavae(split, tmp_path / "vavae", vavae_dir, **numbers, **quiet)
     model = load_vavae(folder, **quiet)
     assert model.config.in_channels == model.config.out_channels == 1 and tuple(model.config.sample_size) == (16, 24)
-    (grid,) = (tmp_path / "vavae" / "reconstructions").iterdir()
+    (grid,) = (tmp_path / "vavae" / "reconstructions").glob("reconstructions-*")
     assert (torch.tensor(list(Image.open(grid).convert("RGB").getdata())).float().std(dim=1) == 0).all()  # grey
     latents = encode_split(split, folder, tmp_path / "latents", **quiet)
     assert latents.shape == (2, 8, 12)
@@ -177,8 +178,11 @@ def test_previews_show_what_the_vectors_do(split_dir, tmp_path):
     data = ImageDataModule(split_dir, 16).val_data
     module = VAVAEModule(perturb_projections(tiny_vavae())).eval()
     shown = data.preview_batch(3)
-    rows = ReconstructionPreviews(shown, tmp_path).grid(module)
-    plain = ReconstructionPreviews(shown, tmp_path).grid(VAVAEModule(tiny_vavae(condition_dim=0)).eval())
+    previews = ReconstructionPreviews(shown, tmp_path)
+    plain = image_grid(previews.images(VAVAEModule(tiny_vavae(condition_dim=0)).eval()), 3)
+    assert previews.rows == ["original", "reconstruction"]
+    rows = image_grid(previews.images(module), 3)
+    assert previews.rows == ["original", "own vector", "another's", "no vector"]
     height, distance = plain.shape[1], (rows.shape[1] - plain.shape[1]) // 2
     assert rows.shape[1] == height + 2 * distance and rows.shape[2] == plain.shape[2]  # two rows more
     own, other_labels, none = (rows[:, distance * i : distance * (i + 1)].float() for i in (1, 2, 3))

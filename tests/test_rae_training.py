@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_training import Watch
 from tiny import assert_same, same
 from torch import Tensor, nn
@@ -234,8 +236,8 @@ def test_fine_tuning_brings_the_images_nearer(tmp_path, encoder):
     assert same(rae.decoder.decoder_pred.weight, last["ema.network.decoder_pred.weight"])
     assert not torch.equal(rae.decoder.decoder_pred.weight, last["network.decoder_pred.weight"])
     names = {path.name for path in (tmp_path / "run" / "reconstructions").iterdir()}
-    assert {"before.png", "after.png", "reconstructions-000040.png"} <= names
-    assert len(shown) >= 3 and shown[0].shape == (3, 2 * 34 - 2, 8 * 34 - 2)
+    assert {"before.png", "after.png", "reconstructions-000040.png", "strip.png"} <= names
+    assert len(shown) >= 4 and all(grid.shape[2] > 8 * 4 * 32 for grid in shown), "not enlarged to be seen"
     assert any(text.startswith("No lpips_weights") for text in said)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["global_step"] == 40 and record["settings"]["perceptual_weight"] == 0
@@ -284,8 +286,9 @@ def test_a_look_tells_the_psnr_and_warns(tmp_path, monkeypatch, by, decibels, wa
     assert found == pytest.approx(decibels, abs=0.01)  # 20 log10(255 / 13) and (255 / 38)
     assert said[0].startswith(f"The RAE's reconstructions of 9 images: PSNR {found:.1f} dB")
     assert len(said) == 1 + warns and ("experiment=rae_decoder" in said[-1]) == warns
-    (grid,) = shown
-    assert grid.shape == (3, 2 * 34 - 2, 8 * 34 - 2) and (tmp_path / "before.png").is_file()
+    assert len(shown) == 1 and shown[0].shape[2] > 8 * 128, "not enlarged to be seen"
+    grid = torch.from_numpy(np.array(Image.open(tmp_path / "before.png"))).permute(2, 0, 1)
+    assert grid.shape == (3, 2 * 34 - 2, 8 * 34 - 2)
     assert (grid[:, :32, :32] == 100).all() and (grid[:, 34:66, :32] == 100 + round(by * 127.5)).all()
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings, filterwarnings
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vavae_tools.runtime.console import printable, show_image
@@ -58,6 +59,15 @@ def image_grid(images: Any, columns: int, gap: int = 2) -> Tensor:
     return grid
 
 
+def grid_cells(grid: Tensor, count: int, columns: int, size: Sequence[int], gap: int = 2) -> Tensor | None:
+    """Return the images of an `image_grid`, (count, 3, H, W) for a size (H, W); None where it has another shape."""
+    (height, width), rows = size, -(-count // columns)
+    if grid.shape[1:] != (rows * (height + gap) - gap, columns * (width + gap) - gap):
+        return None
+    corners = [(i // columns * (height + gap), i % columns * (width + gap)) for i in range(count)]
+    return torch.stack([grid[:, top : top + height, left : left + width] for top, left in corners])
+
+
 def show_images(images: Any, columns: int = 8, titles: Sequence[str] | None = None, size: float = 1.0) -> "Figure":
     """Show images row by row, with a title for each; `size` is an image's height in inches.
 
@@ -77,6 +87,40 @@ def show_rows(
     """
     images = [list(as_pixels(row)) if len(row) else [] for row in rows.values()]
     return _lay_out(images, [list(titles or []), *([] for _ in images[1:])], list(rows), gap_after, size)
+
+
+def labelled_grid(images: Tensor, columns: int, rows: Sequence[str], title: str, titles: Sequence[str] = ()) -> Tensor:
+    """Return a grid with a title, its rows' names and titles above its columns: uint8 (3, H', W').
+
+    Images are enlarged by a whole number, or made smaller, to about 128 pixels. It is drawn as one image, ten times as
+    fast as `show_rows`.
+    """
+    height, width = images.shape[2:]
+    factor = DPI / height
+    if factor > 1:
+        images = images.repeat_interleave(round(factor), 2).repeat_interleave(round(factor), 3)
+    else:
+        smaller = F.interpolate(images.float(), (DPI, max(1, round(width * factor))), mode="area")
+        images = smaller.round().to(torch.uint8)
+    grid, (height, width) = image_grid(images, columns, _GAP), images.shape[2:]
+    rows, titles = (
+        [textwrap.fill(row, 24) for row in rows],
+        [textwrap.fill(each, max(8, width // 8)) for each in titles],
+    )
+    left = _GAP + 10 * max((len(line) for row in rows for line in row.split("\n")), default=0)
+    above = 24 + 20 * max((each.count("\n") + 1 for each in titles if each), default=0)
+    full_width = max(left + grid.shape[2] + _GAP, 10 * len(title) + 2 * _GAP)
+    full_height = above + grid.shape[1] + _GAP
+    figure = new_figure((full_width / DPI, full_height / DPI), tight=False)
+    figure.figimage(grid.permute(1, 2, 0).numpy(), left, _GAP)
+    figure.text(_GAP / full_width, 1 - 12 / full_height, title, va="center", fontsize=10)
+    for i, row in enumerate(rows):
+        middle = 1 - (above + i * (height + _GAP) + height / 2) / full_height
+        figure.text((left - _GAP) / full_width, middle, row, ha="right", va="center", fontsize=9)
+    for i, each in enumerate(titles):
+        middle = (left + i * (width + _GAP) + width / 2) / full_width
+        figure.text(middle, 1 - (above - 4) / full_height, each, ha="center", va="bottom", fontsize=9)
+    return as_pixels(as_image(figure))
 
 
 def plot_bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], y_label: str) -> "Figure":

@@ -254,10 +254,21 @@ class DecodedImages(Dataset):
         return {name: value[0] for name, value in self.get_batch([index]).items()}
 
     def preview_batch(self, count: int) -> dict[str, Any]:
-        """Return a batch of the first `count` images when taken from one class after the other."""
-        rows = [(self.labels == label).nonzero().flatten().tolist() for label in dict.fromkeys(self.labels.tolist())]
+        """Return a batch of the first `count` images when taken from one class after the other, of as many as fit."""
+        classes = list(dict.fromkeys(self.labels.tolist()))
+        classes = [classes[place] for place in spread(count, len(classes))]
+        rows = [(self.labels == label).nonzero().flatten().tolist() for label in classes]
         in_turn = [row for turn in zip_longest(*rows) for row in turn if row is not None]
         return self.get_batch(in_turn[:count])
+
+
+def spread(count: int, among: int) -> list[int]:
+    """Return `count` places spread evenly over so many, the first and the last among them.
+
+    >>> spread(8, 31), spread(8, 3)
+    ([0, 4, 9, 13, 17, 21, 26, 30], [0, 1, 2])
+    """
+    return sorted({round(place * (among - 1) / max(1, count - 1)) for place in range(count)})
 
 
 def _decoding_threads() -> ThreadPoolExecutor:

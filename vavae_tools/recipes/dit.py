@@ -17,7 +17,7 @@ from vavae_tools.autoencoders.vavae import VAVAE, resolve_image_size, with_vecto
 from vavae_tools.autoencoders.weights import load_autoencoder, load_vavae
 from vavae_tools.checkpoints.resuming import check_resumable
 from vavae_tools.data.datasets import class_data
-from vavae_tools.data.images import ImageSetDataModule
+from vavae_tools.data.images import ImageSetDataModule, spread
 from vavae_tools.data.latents import FIRST_SHARD, LatentDataModule, LatentFolder, encode_latents, latents_digest
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DDT, DiT, make_denoiser, split_reference_arguments
@@ -43,7 +43,7 @@ from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import compiles
 from vavae_tools.training.run import Log, Run, Show, check_early_stopping, train
 
-COLUMNS = 8  # samples of each class in a preview
+ROWS, COLUMNS = 8, 8  # classes in a preview, spread over all, and samples of each
 
 
 def encode_split(
@@ -174,9 +174,11 @@ def build_on_latents(
     flip = "half" if recipe.data.flips else "none"
     module = DiffusionModule(network, conditioner, objective, flip=flip, **numbers)
     module.hparams["people"] = folder.people
+    named = sorted((label, name) for name, label in folder.people.items())
+    shown = [named[place] for place in spread(ROWS, len(named))]
 
     def make(trained: nn.ModuleDict) -> Tensor:
-        labels = [label for label in sorted(folder.people.values())[:COLUMNS] for _ in range(COLUMNS)]
+        labels = [label for label, _ in shown for _ in range(COLUMNS)]
         vae = load_autoencoder(copy).eval().to(next(trained.parameters()).device)  # its memory is training's elsewhen
         further = {"people": folder.people, "objective": objective.config}
         pipe = LatentDiTPipeline(vae, **trained, scheduler=make_solver(None, objective), **further)
@@ -184,7 +186,8 @@ def build_on_latents(
         noise, sampling = pipe.noise(seed, torch.arange(len(labels))), recipe.sampling
         return pipe(labels, sampling.num_steps, sampling.guidance_scale, latents=noise, output_type="pt").images
 
-    preview, data = partial(SamplePreviews, make, COLUMNS, show=show), {"data": latents, "fingerprint": folder.key}
+    preview = partial(SamplePreviews, make, COLUMNS, show=show, rows=[name for _, name in shown])
+    data = {"data": latents, "fingerprint": folder.key}
     data["remarks"] = remarks_on(conditioner)
     return denoiser_run(module, config, output_dir, load_pipeline, preview, log, **data, **of_run)
 
@@ -253,7 +256,7 @@ def denoiser_run(
 ) -> Run:
     """Return a `Run`, with further fields, that ends with the pipeline that `load` makes of a checkpoint.
 
-    `preview` makes the callback of a folder and the epochs between two.
+    `preview` makes the callback of a folder and the epochs after which there is one.
     """
     folder, checkpoints, samples = (output_dir / name for name in ("pipeline", "checkpoints", "samples"))
 

@@ -14,7 +14,7 @@ from vavae_tools.checkpoints.formats import read_any_format
 from vavae_tools.data.datasets import class_data
 from vavae_tools.data.images import DecodedImages, ImageSetDataModule, save_image, to_pixels, to_unit
 from vavae_tools.evaluation.metrics import psnr
-from vavae_tools.plots import image_grid, show_inline
+from vavae_tools.plots import image_grid, labelled_grid, show_inline
 from vavae_tools.recipes.base import DecoderRecipe, ImageData, RAEDiTRecipe, RAEParts
 from vavae_tools.recipes.config import recipe_with
 from vavae_tools.recipes.dit import build_on_latents, check_before_encoding, encode_once, latents_folder
@@ -107,7 +107,7 @@ def build(recipe: DecoderRecipe, output_dir: Path, resume_from: Path | None, sho
         what="an RAE's decoder",
         export=export,
         folder=folder,
-        preview=lambda every: ReconstructionPreviews(shown, reconstructions, every, show),
+        preview=lambda epochs: ReconstructionPreviews(shown, reconstructions, epochs, show),
         monitor=("val/psnr", "max"),
         recorded={"batch_size": config.batch_size},
         remarks=[remark],
@@ -164,11 +164,13 @@ def _look(rae: RAE, data: DecodedImages, path: Path, show: Show | None = None, c
     """Write a grid of eight images, and return the mean PSNR in dB of `count`, each no more than 100."""
     originals = data.preview_batch(count)["images"]
     made = torch.cat([to_pixels(rae(to_unit(part).to(rae.device))).cpu() for part in originals.split(16)])
-    grid = image_grid(torch.cat([originals[:8], made[:8]]), columns=len(made[:8]))
-    save_image(grid, path)
+    shown, columns = torch.cat([originals[:8], made[:8]]), len(made[:8])
+    save_image(image_grid(shown, columns), path)
+    mean = psnr(to_unit(made), to_unit(originals)).clamp_max(100).mean().item()
     if show is not None:
-        show(grid)
-    return psnr(to_unit(made), to_unit(originals)).clamp_max(100).mean().item()
+        title = f"reconstructions, PSNR {mean:.1f} dB"
+        show(labelled_grid(shown, columns, ["original", "reconstruction"], title))
+    return mean
 
 
 def build_rae_dit(recipe: RAEDiTRecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log) -> Run:

@@ -105,7 +105,7 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     if is_rank_zero():
         with atomic_write(output_dir / "samples" / "prompts.txt") as partly:
             partly.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    preview = partial(SamplePreviews, make, COLUMNS, show=show)
+    preview = partial(SamplePreviews, make, COLUMNS, show=show, rows=prompts)
     remarks, saves_memory = (
         [*images.notes, *remarks_on(conditioner)],
         ["--auto_batch_size (the largest batch that fits)"],

@@ -73,7 +73,8 @@ def build(recipe: TokenImageRecipe, output_dir: Path, resume_from: Path | None, 
         made += [pipe(prompts, **settings)] if prompts else []
         return torch.cat([of.images for of in made]), [text for of in made for text in of.texts]
 
-    preview = partial(TextPreviews, make, COLUMNS, show=show, log=log)
+    rows = ["of its own"] * (not data.use_chat_template) + ["given beginnings"] * -(-len(prompts) // COLUMNS)
+    preview = partial(TextPreviews, make, COLUMNS, show=show, log=log, rows=rows)
     further = {"data": images, "fingerprint": images.train_data.fingerprint()}
     return denoiser_run(module, config, output_dir, load_token_pipeline, preview, log, **further)
 

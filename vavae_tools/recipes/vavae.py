@@ -160,7 +160,7 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
         what=f"a VA-VAE of {images.num_classes} people",
         export=export,
         folder=folder,
-        preview=lambda every: ReconstructionPreviews(shown, reconstructions, every, show),
+        preview=lambda epochs: ReconstructionPreviews(shown, reconstructions, epochs, show, images.labels),
         monitor=(f"val/{watched}", "min" if watched in ("reconstruction", "frechet") else "max"),
         best="best-",
         callbacks=watching,

@@ -1,6 +1,6 @@
 """One way to train anything: what a recipe has built, on the devices of this machine, with what looks on."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import keep_freed_memory, release_memory
 from vavae_tools.runtime.ranks import is_rank_zero
 from vavae_tools.training.callbacks.checkpointing import AtomicCheckpointIO, checkpoint_callbacks
+from vavae_tools.training.callbacks.previews import preview_epochs
 from vavae_tools.training.callbacks.progress import Progress, TrainLog
 from vavae_tools.training.callbacks.record import RunRecord
 from vavae_tools.training.callbacks.throughput import Throughput
@@ -48,7 +49,7 @@ class Run:
     what: str  # it is called there, with an article
     export: Callable[[L.Trainer], None]  # called at the end by the first process; writes what the run was for
     folder: Path  # where it stands then
-    preview: Callable[[int], L.Callback] | None = None  # how many epochs lie between two → the callback
+    preview: Callable[[Collection[int]], L.Callback] | None = None  # after which epochs → the callback
     monitor: tuple[str, str] = ("val/loss", "min")  # what the best checkpoint is chosen by, where anything validates
     best: str = "epoch="  # how the best checkpoint's name begins
     callbacks: Sequence[L.Callback] = ()
@@ -146,7 +147,7 @@ def _train_built(run: Run, output_dir: Path, resume_from: Path | None, callbacks
     if config.early_stopping_patience:
         callbacks.append(EarlyEnd(monitor, mode, config.early_stopping_patience, log))
     if config.previews and run.preview is not None:
-        callbacks.append(run.preview(max(1, epochs // config.previews)))
+        callbacks.append(run.preview(preview_epochs(epochs, config.previews)))
     callbacks.append(RunRecord(output_dir, recorded, run.fingerprint, config.allow_changes, log))
     callbacks.append(TrainLog(output_dir, config.log_every_n_steps, log, machine))
     callbacks.append(LambdaCallback(on_load_checkpoint=lambda *given: data.read_progress(given[2])))
