@@ -87,5 +87,5 @@ def test_every_strategy_and_one_process_train_and_show_the_same(runs, latents_di
 
 def images(run: Path) -> dict[int, np.ndarray]:
     """Previews by their step."""
-    found = sorted((run / "samples").glob("*.png"))
+    found = sorted((run / "samples").glob("samples-*.png"))
     return {int(path.stem.rpartition("-")[2]): np.asarray(Image.open(path), int) for path in found}

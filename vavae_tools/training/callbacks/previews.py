@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -19,6 +20,7 @@ from vavae_tools.runtime.console import for_a_cell, in_notebook, log
 from vavae_tools.runtime.errors import StoppedAtOnce, one_line
 from vavae_tools.runtime.files import atomic_write
 from vavae_tools.runtime.machine import release_memory
+from vavae_tools.runtime.ranks import failing_together
 
 STRIP = "strip.png"
 STRIP_IMAGES = 8  # of each preview, in the strip over training
@@ -48,10 +50,8 @@ class Previews(L.Callback):
         self, folder: str | Path, epochs: Collection[int] = (), show: Callable[[Tensor], None] | None = None
     ) -> None:
         self.folder, self.epochs, self.show = Path(folder), epochs, show or show_inline
-        self.rows: Sequence[str] = ()
-        """Their names."""
-        self.titles: Sequence[str] = ()
-        """Of the columns."""
+        self.rows: Sequence[str] = ()  # their names
+        self.titles: Sequence[str] = ()  # of the columns
         self.begun, self.made = 0, set()  # the step at which this session began, and those of its previews
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -64,13 +64,14 @@ class Previews(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.current_epoch + 1 not in self.epochs and not _is_last(trainer):
             return
-        if not trainer.is_global_zero and not isinstance(trainer.strategy, ModelParallelStrategy):
+        together = isinstance(trainer.strategy, ModelParallelStrategy)
+        if not trainer.is_global_zero and not together:
             return  # of several processes one makes the images, but those that share a model make them together
         training = module.training
         module.eval()
         release_memory()  # what training keeps for its next step, images may take meanwhile
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), failing_together("A preview") if together else nullcontext():
                 images = self.images(module)
             if trainer.is_global_zero:
                 self.keep(trainer, images)
