@@ -12,6 +12,7 @@ from uuid import uuid4
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 
+from vavae_tools.evaluation.verdicts import judge_losses
 from vavae_tools.plots import as_image, new_figure
 from vavae_tools.runtime.console import for_a_cell, in_notebook, log, show_image
 from vavae_tools.runtime.errors import StoppedAtOnce, UserError, in_home, one_line
@@ -54,6 +55,12 @@ def plot_training(run: str | Path) -> "Figure":
         values = [value for points in lines.values() for _, value in points]
         _finish(ax, label, values, marks if i == 0 else dict.fromkeys(marks))
     return figure
+
+
+def judge_training(run: str | Path) -> str:
+    """Return a sentence on the losses of a run, whose `output_dir` it is: whether it learns its images by heart."""
+    logged, _ = _read(Path(run).expanduser())
+    return judge_losses(logged.get("train/loss", []), logged.get("val/loss", []))
 
 
 def _finish(ax: "Axes", label: str, values: list[float], marks: dict[int, str | None]) -> None:
