@@ -15,7 +15,7 @@ from golden_cases import assert_close, load_case
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import SIZE, Averages, perturb_projections, refuses, same, tiny_vavae
+from tiny import SIZE, Averages, contents, perturb_projections, refuses, same, tiny_vavae
 
 from vavae_tools.autoencoders.rae import tiny_rae
 from vavae_tools.autoencoders.vavae import VAVAE
@@ -25,6 +25,7 @@ from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.demo.shapes import shape_data
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.latents import INDEX, LatentDataModule, LatentDataset, LatentFolder, encode_latents
+from vavae_tools.recipes import dit
 from vavae_tools.recipes.dit import _latents_of, encode_split, train_dit
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
@@ -459,6 +460,19 @@ def test_encoding_a_split_leaves_the_vavae_as_it_is(split, tmp_path, count_encod
     del count_encoded[:]
     assert encode_split(split, tmp_path / "vavae", tmp_path / "latents", log=said.append) == folder
     assert count_encoded == []
+
+
+def test_a_split_is_encoded_on_all_devices(split, tmp_path, monkeypatch, forked, count_encoded):
+    model().save_pretrained(tmp_path / "vavae")
+    one = encode_split(split, tmp_path / "vavae", tmp_path / "one", log=lambda line: None)
+    del count_encoded[:]
+    monkeypatch.setattr(dit, "several_processes", lambda: 2)
+    two = encode_split(split, tmp_path / "vavae", tmp_path / "two", log=lambda line: None)
+    assert count_encoded == [] and two.path.parent == tmp_path / "two"  # not by this process
+    assert two.path.name == one.path.name and contents(two.path) == contents(one.path)
+    (tmp_path / "vavae" / "config.json").unlink()
+    with pytest.raises(UserError):
+        encode_split(split, tmp_path / "vavae", tmp_path / "two", log=lambda line: None)
 
 
 def test_latents_of_another_vavae_are_refused(split, tmp_path):

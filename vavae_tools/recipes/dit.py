@@ -35,7 +35,8 @@ from vavae_tools.recipes.presets import resolved
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import UserError, in_home
 from vavae_tools.runtime.files import hardlink_duplicates, save_model
-from vavae_tools.runtime.machine import find_device
+from vavae_tools.runtime.launch import call_on_ranks, several_processes
+from vavae_tools.runtime.machine import find_device, take_card
 from vavae_tools.runtime.ranks import current_ranks, is_rank_zero, rank_zero_first
 from vavae_tools.training.callbacks.previews import SamplePreviews
 from vavae_tools.training.config import TrainConfig
@@ -59,7 +60,7 @@ def encode_split(
     attached: Sequence[Path] = (),
     **of_data: Any,
 ) -> LatentFolder:
-    """Encode what `datasets.class_data` reads with a VA-VAE, once; several processes share the work.
+    """Encode what `datasets.class_data` reads with a VA-VAE, once, on all GPUs of this machine.
 
     Args:
         vavae_dir: a folder or a `.ckpt`.
@@ -68,10 +69,22 @@ def encode_split(
         other_people: take a VA-VAE that was fine-tuned on other people; whom it does not know has no vector.
         attached: folders below which latents may be that are read in place, such as `ProjectPaths.attached`.
     """
+    if several := several_processes():
+        arguments = {"data_dir": data_dir, "vavae_dir": vavae_dir, "output_dir": output_dir, "image_size": image_size}
+        arguments |= {"flips": flips, "seed": seed, "log": log, "latents_stats": latents_stats, "attached": attached}
+        return call_on_ranks(
+            f"{__name__}:_encode_here", {**arguments, "other_people": other_people, **of_data}, several
+        )
     model, images = _vavae_and_images(vavae_dir, data_dir, image_size, seed, other_people, **of_data)
     statistics = read_latent_statistics(latents_stats) if latents_stats else None
     options = {"flips": flips, "seed": seed, "statistics": statistics}
     return encode_once(model, images, output_dir, log, attached=list(folders_with(attached, FIRST_SHARD)), **options)
+
+
+def _encode_here(**arguments: Any) -> LatentFolder:
+    """Encode this process's share of a split, on its device."""
+    take_card(current_ranks().local_rank)
+    return encode_split(**arguments)
 
 
 def _vavae_and_images(
