@@ -11,8 +11,8 @@ from vavae_tools.training.curves import judge_training
 @pytest.mark.parametrize(
     ("sharp", "verdict"),
     [
-        (0.57, "sharpness 0.57 of the originals': blurred (below 0.8); more epochs of 02"),
-        (0.8, "sharpness 0.80 of the originals': sharp enough (from 0.8)"),
+        (0.57, "sharpness 0.57 of the originals': blurred (below 0.75); more epochs"),
+        (0.75, "sharpness 0.75 of the originals': sharp enough (from 0.75)"),
     ],
 )
 def test_sharpness_alone(sharp, verdict):
@@ -22,8 +22,11 @@ def test_sharpness_alone(sharp, verdict):
 @pytest.mark.parametrize(
     ("scores", "sentences"),
     [
-        ((0.5, 0.75, 6.0, 2.0), ["persons get lost (more than 2.0 %)", "3.0 times the originals': far off (above 2)"]),
-        ((0.75, 0.75, 4.0, 2.0), ["the persons are still there", "2.0 times the originals': close (up to 2)"]),
+        (
+            (0.5, 0.75, 6.0, 2.0),
+            ["persons are lost (more than 2.0 % below)", "3.0 times the originals': far off (above 2)"],
+        ),
+        ((0.75, 0.75, 4.0, 2.0), ["as good as the originals", "2.0 times the originals': close (up to 2)"]),
     ],
 )
 def test_what_a_classifier_says(scores, sentences):
@@ -56,10 +59,10 @@ FALLS, RISES = [(i, 1 - i / 100) for i in range(40)], [(i, 1 + i / 100) for i in
         (
             FALLS,
             [(9, 2.0), (19, 1.0), (39, 1.06)],
-            "by heart (above 1.05 times the least); max_steps=19, or more images",
+            "memorises the training images (above 1.05 times the least); max_steps=19, or more images",
         ),
-        (FALLS, [(9, 2.0), (19, 1.0), (39, 1.04)], "no sign of learning by heart"),
-        (RISES, [(9, 2.0), (19, 1.0), (39, 1.06)], "no sign of learning by heart"),
+        (FALLS, [(9, 2.0), (19, 1.0), (39, 1.04)], "no sign of memorising"),
+        (RISES, [(9, 2.0), (19, 1.0), (39, 1.06)], "no sign of memorising"),
         (FALLS, [(39, 1.0)], "too few validations for a verdict"),
         ([], [], "too few validations for a verdict"),
     ],
