@@ -27,6 +27,7 @@ WIDTHS, CLIP = (32, 32, 32, 32), (64, 1, 2)
     ("command", "said"),
     [
         ("gait_speed --images 1 --workers 1", "ratio of times"),
+        ("vectors --data_dir split --epochs 1 --kl_weights 1 --image_size 16 --latent_channels 2", "| both | 2 | 1 |"),
         ("saving_cost --megabytes 2 --saves 1 --steps 1", "2 MB: a step waits"),
         ("split_speed --images 50 --size 32 --rounds 1", "decoded, hard links"),
         ("dit_step --sizes small --repeats 1", "ours, where it goes: "),

@@ -68,6 +68,7 @@ def test_a_training_that_is_done_is_carried_into_the_next_version(gait, split_di
     assert made == first.vavae / "vavae" and found == second.vavae / "vavae"
     assert said == [f"vavae: {made} is done"] and (second.vavae / "run.json").is_file()
     assert (second.vavae / "train.log").read_text() == (first.vavae / "train.log").read_text()
+    assert Stages(second, **QUIET).plot("vavae").axes and Stages(second, **QUIET).plot("dit") is None
     third = vt.find_paths(gait, tmp_path / "third", [tmp_path / "second"])  # the first one's output is gone
     assert Stages(third, **QUIET).run("vavae", pytest.fail, split_dir) == third.vavae / "vavae"
 

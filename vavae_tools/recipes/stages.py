@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ from vavae_tools.runtime.machine import computing_in, find_device, find_machine,
 from vavae_tools.training.callbacks.record import NAME as RUN
 from vavae_tools.training.callbacks.record import is_finished
 from vavae_tools.training.config import session_end
+from vavae_tools.training.curves import judge_training, plot_training
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TRAININGS = {"vavae": "vavae", "dit": "pipeline"}
 """Stages that train, and what `find_stage` calls what they are for."""
@@ -84,6 +88,17 @@ class Stages:
         self.unfinished = None
         self.log(f"{stage}: ended after {_hours((time.monotonic() - began) / 3600)}")
         return made
+
+    def plot(self, stage: str) -> "Figure | None":
+        """Return the curves of a training, for "dit" below a sentence on its losses; None where it has none."""
+        run = self.place.work / stage
+        try:
+            figure = plot_training(run)
+        except UserError:
+            return None
+        if stage == "dit":
+            self.log(judge_training(run))
+        return figure
 
     def seconds_left(self) -> float:
         return math.inf if self.end is None else self.end - time.time()

@@ -59,7 +59,7 @@ def plot_training(run: str | Path) -> "Figure":
 
 def judge_training(run: str | Path) -> str:
     """Return a sentence on the losses of a run, whose `output_dir` it is: whether it memorises its images."""
-    logged, _ = _read(Path(run).expanduser())
+    logged, _ = _read(in_home(run))
     return judge_losses(logged.get("train/loss", []), logged.get("val/loss", []))
 
 
