@@ -128,7 +128,7 @@ def test_a_compiled_step_equals_the_eager_one():
     [
         (DiT, {"patch_size": 3}, "patches of 3×3"),
         (DiT, {"num_heads": 5}, "num_heads 5"),
-        (DiT, {"time_embed": "x"}, "time_embed='x' is unknown"),
+        (DiT, {"time_embed": "x"}, "No time_embed 'x'; there are sinusoidal"),
         (DDT, {"patch_size": [2, 1]}, "patch_size 2 and 1"),
         (DDT, {"num_heads": (3, 4)}, "encoder's hidden_size 32 with num_heads 3"),
         (DDT, {"num_heads": (2, 32)}, "head's hidden_size 64 with num_heads 32"),

@@ -148,7 +148,7 @@ def test_a_models_arguments_are_split():
     assert split_reference_arguments({"size": "XL"})[1] == {"num_classes": 1000, "hidden_size": 1152, "dropout": 0.1}
     assert split_reference_arguments({"size": "S", "head": "wide"})[1]["hidden_size"] == 384
     assert split_reference_arguments({})[1]["hidden_size"] == make_denoiser({"depth": 0}).conditioning_size
-    refuses("no argument use_ropes; the nearest one is use_rope", split_reference_arguments, {"use_ropes": True})
+    refuses(r"No argument 'use_ropes' .*\(did you mean use_rope\?\)", split_reference_arguments, {"use_ropes": True})
     config = {**TINY, "num_classes": 7, "class_dropout_prob": 0.0}  # and there is no null row
     weights = make_denoiser(split_reference_arguments(config)[0]).state_dict()
     weights["y_embedder.embedding_table.weight"] = torch.ones(7, 16)
@@ -158,10 +158,10 @@ def test_a_models_arguments_are_split():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({**TINY, "use_qk_norm": True}, "DDT has no argument use_qk_norm; the nearest one is use_qknorm"),
+        ({**TINY, "use_qk_norm": True}, r"No argument 'use_qk_norm' of DDT \(did you mean use_qknorm\?\)"),
         ({"num_classes": 3}, "num_classes is the conditioner's"),
         ({"size": "1p0B", "head": "wide"}, "with a wide head; there are S, B, L, XL"),
-        ({"head": "broad"}, "head='broad'"),
+        ({"head": "broad"}, "No head 'broad'; there are none, wide, text"),
         ({"head": "wide", "hidden_size": 16}, "two numbers"),
     ],
 )

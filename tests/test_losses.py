@@ -172,7 +172,7 @@ def test_gradients_flow_to_the_reconstruction_and_are_finite(part):
 
 
 def test_what_no_loss_can_be_made_of():
-    refuses("No loss cubed; there are l1, gradient, spectral, perceptual", ImageLoss, {"cubed": 1.0})
+    refuses("No loss 'cubed'; there are l1, gradient, spectral, perceptual", ImageLoss, {"cubed": 1.0})
     refuses("nothing compares the images", ImageLoss, {"l1": 0})
     smallest = PatchDiscriminator(width=2)(images(24, batch=1))  # as in training: BatchNorm still has several values
     assert smallest.isfinite().all()

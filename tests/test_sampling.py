@@ -187,7 +187,7 @@ def test_the_noise_on_the_way_is_the_samples_own(name):
     ("solver", "options", "message"),
     [
         (SOLVERS["euler"], {"guidance_scale": 2.0}, "null"),
-        (SOLVERS["euler"], {"guidance_channels": "three"}, "'all' or 'first3'"),
+        (SOLVERS["euler"], {"guidance_channels": "three"}, "No guidance_channels 'three'; there are all, first3"),
         (DPMSolverMultistepScheduler(), {"objective": FlowMatching()}, "does not solve flow matching"),
         (SOLVERS["euler"], {"num_inference_steps": 0}, "at least one step"),
         (SOLVERS["euler"], {"timestep_shift": -1}, "timestep_shift=-1"),

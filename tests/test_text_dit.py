@@ -64,7 +64,7 @@ def test_numbers_make_it():
     again = make_denoiser(config)
     again.load_state_dict(model.state_dict())
     assert type(again) is TextDiT and same(again(x, t, condition), model(x, t, condition))
-    with pytest.raises(UserError, match="TextDiT has no argument dept; the nearest one is depth"):
+    with pytest.raises(UserError, match=r"No argument 'dept' of TextDiT \(did you mean depth\?\)"):
         make_denoiser({"head": "text", "dept": 2})
     with torch.device("meta"):
         assert make_denoiser({"head": "text", "size": "S", "input_size": 8}).conditioning_size == 384

@@ -133,8 +133,8 @@ def test_in_reading_order_positions_follow_each_other_across_rows():
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("lightning", {}, r"known kinds: .*lightningdit"),
-        ("lightningdit", {"hiden_size": 3}, "no argument hiden_size"),
+        ("lightning", {}, r"there are lightningdit"),
+        ("lightningdit", {"hiden_size": 3}, "No argument 'hiden_size' of the model"),
         ("lightningdit", {"depth": 3}, "do not fit"),
         ("lightningdit", {"input_size": 8}, r"pos_embed is \(1, 16, 32\)"),
     ],

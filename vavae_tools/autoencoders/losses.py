@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, check_known
 from vavae_tools.runtime.machine import in_float32
 
 
@@ -132,8 +132,8 @@ class ImageLoss:
 
     def __init__(self, weights: Mapping[str, float], lpips: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
         known = {**IMAGE_LOSSES, "perceptual": lambda made, images: lpips(made, images).mean()}
-        for name in weights.keys() - known.keys():
-            raise UserError(f"No loss {name}; there are {', '.join(known)}")
+        for name in weights:
+            check_known("loss", name, known)
         self.parts = {name: (known[name], weight) for name, weight in weights.items() if weight}
         if not self.parts:
             raise UserError("All weights of the image loss are 0: nothing compares the images. Take l1_weight 1")

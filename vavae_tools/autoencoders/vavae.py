@@ -16,7 +16,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from vavae_tools.data.images import ImageFolder, to_pixels, to_unit
-from vavae_tools.runtime.errors import UserError, join_first
+from vavae_tools.runtime.errors import UserError, check_known, join_first
 
 
 class LatentStatistics:
@@ -229,8 +229,7 @@ VAVAE_SIZES: dict[str, dict] = {
 
 def vavae(size: str = "f16d32", **arguments: object) -> VAVAE:
     """Return a VA-VAE with fresh weights, of a size of `VAVAE_SIZES`; further arguments replace single values."""
-    if size not in VAVAE_SIZES:
-        raise UserError(f"No VA-VAE size {size!r}; there are {', '.join(VAVAE_SIZES)}")
+    check_known("VA-VAE size", size, VAVAE_SIZES)
     return VAVAE(**{**VAVAE_SIZES[size], **arguments})
 
 

@@ -5,7 +5,6 @@ They know nothing of noise schedules, classes or guidance: t in [0, 1] and a con
 
 import inspect
 from collections.abc import Collection, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from vavae_tools.diffusion import layers
 from vavae_tools.diffusion.conditioning import TextCondition
 from vavae_tools.diffusion.layers import Backbone, TokenSubset, select_tokens
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, check_known
 
 DiT_SIZES = {
     "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
@@ -259,7 +258,7 @@ def split_reference_arguments(config: Mapping[str, Any]) -> tuple[dict[str, Any]
     others = CONDITIONER_ARGUMENTS | IGNORED_ARGUMENTS
     denoiser = _normalised({name: value for name, value in config.items() if name not in others})
     of_dit, of_ddt = inspect.signature(DiT).parameters, inspect.signature(DDT).parameters
-    _check_known(denoiser, {**of_dit, **of_ddt}, "The model")
+    _check_known(denoiser, {**of_dit, **of_ddt}, "the model")
     width = denoiser.get("hidden_size", of_dit["hidden_size"].default)
     conditioner = {
         "num_classes": config.get("num_classes", 1000),
@@ -278,8 +277,7 @@ def _normalised(config: Mapping[str, Any]) -> dict[str, Any]:
         is_plain = value is None or isinstance(value, str | int | float)
         arguments[RENAMED.get(name, name)] = value if is_plain else tuple(value)
     size, head = arguments.pop("size", None), arguments.pop("head", None)
-    if head not in (None, "wide", "text"):
-        raise UserError(f'head={head!r} is unknown; it is "wide", "text", or left out.')
+    check_known("head", head or "none", ("none", "wide", "text"))
     if head == "text":
         arguments["head"] = head
     if size is None:
@@ -287,9 +285,7 @@ def _normalised(config: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError('head="wide" needs a size, or two numbers as hidden_size: of the encoder and of the head.')
         return arguments
     sizes = {"wide": DDT_SIZES, "text": TEXT_DIT_SIZES}.get(head, DiT_SIZES)
-    if size not in sizes:
-        with_head = f" with a {head} head" if head else ""
-        raise UserError(f"No denoiser of size {size!r}{with_head}; there are {', '.join(sizes)}.")
+    check_known("denoiser of size", size, sizes, f" with a {head} head" if head else "")
     return {**sizes[size], **arguments}
 
 
@@ -299,10 +295,7 @@ def _is_wide(arguments: Mapping[str, Any]) -> bool:
 
 def _check_known(arguments: Mapping[str, Any], known: Collection[str], model: str) -> None:
     for name in arguments:
-        if name in known:
-            continue
         if name in CONDITIONER_ARGUMENTS:
             raise UserError(f"{name} is the conditioner's, not the denoiser's: use split_reference_arguments(config).")
-        names = {*known, *(reference for reference, ours in RENAMED.items() if ours in known), "wo_shift", "size"}
-        nearest = get_close_matches(name, names, n=1, cutoff=0)
-        raise UserError(f"{model} has no argument {name}; the nearest one is {nearest[0]}.")
+        names = [*known, *(reference for reference, ours in RENAMED.items() if ours in known), "wo_shift", "size"]
+        check_known("argument", name, names, f" of {model}")

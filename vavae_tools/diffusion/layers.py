@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, check_known
 
 
 class TokenSubset(NamedTuple):
@@ -295,8 +295,7 @@ class Backbone:
         """Make a denoiser with one stack of blocks as `config` says."""
         config, dim = self.config, self.config.hidden_size
         self._set_grid(config.input_size, config.patch_size, config.in_channels)
-        if config.time_embed not in TIME_EMBEDS:
-            raise UserError(f"time_embed={config.time_embed!r} is unknown; it is {' or '.join(TIME_EMBEDS)}.")
+        check_known("time_embed", config.time_embed, TIME_EMBEDS)
         self.conditioning_size = dim
         self.x_embedder = PatchEmbed(self.patch_size, self.in_channels, dim)
         self.t_embedder = TIME_EMBEDS[config.time_embed](dim)

@@ -2,9 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from functools import partial
 from statistics import NormalDist
 from typing import Any
@@ -15,7 +14,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from vavae_tools.diffusion.layers import TokenSubset
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, check_known
 
 Denoiser = Callable[..., Tensor]
 
@@ -317,13 +316,10 @@ ALIASES = {"v": "v_prediction", "x0": "sample"}
 
 def make_objective(name: str, **numbers: Any) -> Objective:
     """Return an objective by a name of `OBJECTIVES` or `ALIASES`; of its arguments those that are None are left out."""
-    made = OBJECTIVES.get(ALIASES.get(name, name))
-    if made is None:
-        nearest = _nearest(name, [*OBJECTIVES, *ALIASES])
-        raise UserError(f"No objective {name!r}{nearest}; there are {', '.join(OBJECTIVES)}")
-    known, numbers = inspect.signature(made).parameters, {k: v for k, v in numbers.items() if v is not None}
-    for wrong in sorted(numbers.keys() - known.keys()):
-        raise UserError(f"The objective {name} has no {wrong}{_nearest(wrong, known)}; it has {', '.join(known)}")
+    check_known("objective", name, [*OBJECTIVES, *ALIASES])
+    made, numbers = OBJECTIVES[ALIASES.get(name, name)], {k: v for k, v in numbers.items() if v is not None}
+    for number in sorted(numbers):
+        check_known("argument", number, inspect.signature(made).parameters, f" of the objective {name}")
     return made(**numbers)
 
 
@@ -331,8 +327,3 @@ def objective_of(config: Mapping[str, Any]) -> Objective:
     """Return the objective whose `config` this is, such as a checkpoint's hyper_parameters["objective"]."""
     made = NoisePrediction if "prediction" in config else SamplePrediction if "normalised" in config else FlowMatching
     return made(**config)
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    nearest = get_close_matches(word, known, 1)
-    return f" (did you mean {nearest[0]}?)" if nearest else ""

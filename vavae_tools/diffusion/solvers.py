@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from vavae_tools.diffusion import SOLVERS, objectives
 from vavae_tools.diffusion.conditioning import TextCondition
 from vavae_tools.diffusion.objectives import Objective
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, check_known
 from vavae_tools.runtime.machine import computing_in
 
 Condition = Tensor | TextCondition
@@ -47,8 +47,7 @@ def make_solver(
     objective = objective or objectives.FlowMatching()
     discrete = objective.path == "discrete"
     name, fitting = name or ("dpm++" if discrete else "euler"), solvers_for(objective)
-    if name not in fitting:
-        raise UserError(f"No solver {name!r} for {PATH_LABELS[objective.path]}; there are {', '.join(fitting)}")
+    check_known("solver", name, fitting, f" for {PATH_LABELS[objective.path]}")
     made = globals().get(SOLVERS[name][1]) or getattr(diffusers, SOLVERS[name][1])
     if discrete:  # trailing: from the noisiest step on, as a latent of pure noise belongs there
         settings = {**objective.schedule, "timestep_spacing": "trailing", "clip_sample": False}
@@ -115,8 +114,7 @@ def guided_prediction(
         guide: a weaker denoiser, smaller or less trained, in the null's place: autoguidance (Karras et al. 2024).
         guide_conditioning: the same conditions from the guide's own conditioner; by default `conditioning`.
     """
-    if guidance_channels not in ("all", "first3"):
-        raise UserError(f"guidance_channels={guidance_channels!r} is unknown; it is 'all' or 'first3'.")
+    check_known("guidance_channels", guidance_channels, ("all", "first3"))
     start, end = guidance_interval
     rounding = 1e-6  # a grid point that is `start` but for float32's last digit belongs to the interval
     times = torch.full((len(x),), t, dtype=torch.float32, device=x.device)

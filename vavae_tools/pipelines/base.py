@@ -27,7 +27,7 @@ from vavae_tools.diffusion.objectives import Objective, objective_of
 from vavae_tools.diffusion.solvers import sample, swapped
 from vavae_tools.pipelines.batches import all_finite, decoded, in_batches, precision_for
 from vavae_tools.runtime.draws import Draws
-from vavae_tools.runtime.errors import UserError, contents, in_home, one_line
+from vavae_tools.runtime.errors import UserError, check_known, contents, in_home, one_line
 from vavae_tools.runtime.files import plain_config, read_json, weights_digest
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -104,8 +104,7 @@ class ImagePipeline(DenoiserPipeline):
         self, noise: Tensor, make: Callable[[slice, Tensor], Tensor], batch_size: int | None, output_type: str
     ) -> ImagePipelineOutput:
         """Return images as a pipeline's call does, by `make`: rows and their noise (b, C, h, w) → images."""
-        if output_type not in ("pil", "pt", "np"):
-            raise UserError(f"No output_type {output_type!r}; there are pil, pt, np")
+        check_known("output_type", output_type, ("pil", "pt", "np"))
 
         def part(rows: slice) -> Tensor:
             return make(rows, noise[rows].to(self._execution_device)).cpu()

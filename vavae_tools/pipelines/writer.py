@@ -27,7 +27,7 @@ from vavae_tools.pipelines.formats import RECORD, JsonlFile, NpzFile, PngFolder,
 from vavae_tools.pipelines.text import TextToImagePipeline
 from vavae_tools.pipelines.tokens import Prompt, TokenImagePipeline, as_prompts, check_sampling
 from vavae_tools.runtime.console import BarLines, is_interactive, log
-from vavae_tools.runtime.errors import UserError, in_home
+from vavae_tools.runtime.errors import UserError, check_known, in_home
 from vavae_tools.runtime.files import write_json
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import device_of, trying_convolutions
@@ -67,6 +67,7 @@ def write_samples(
             return call_on_ranks(f"{__name__}:_load_and_write", arguments, several)
         return _load_and_write(**arguments)
     labels, output_dir = pipe.labels_of(labels), in_home(output_dir)
+    check_known("format", format, ("png", "npz"))
     if not labels:
         raise UserError("No labels: at least one image is needed")
     folders, counts = _folder_names(pipe, names), defaultdict(count)
@@ -74,10 +75,8 @@ def write_samples(
     paths = [f"{folders[label]}/seed{seed}_{n:05d}.png" for label, n in zip(labels, numbers, strict=True)]
     if format == "png":
         files = PngFolder(output_dir, paths, {str(label): folders[label] for label in sorted(set(labels))})
-    elif format == "npz":
-        files = NpzFile(output_dir, labels, seed, pipe.image_size)
     else:
-        raise UserError(f"No format {format!r}; there are png, npz")
+        files = NpzFile(output_dir, labels, seed, pipe.image_size)
     draws = torch.tensor(labels) * 1_000_003 + torch.tensor(numbers)
 
     def asked(start: int, stop: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vavae_tools.autoencoders.weights import build_vavae, from_state_dict
 from vavae_tools.published.denoisers import DENOISERS, load_denoiser
 from vavae_tools.published.rae import load_rae_encoder_reference, load_rae_reference
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import check_known
 
 KINDS = (*DENOISERS, "vavae", "rae", "rae_decoder", "rae_encoder")
 
@@ -24,8 +24,7 @@ def load_reference(kind: str, state_dict: Mapping[str, Tensor], config: Mapping[
         state_dict: the weights under the reference's names; of a denoiser also a checkpoint with "ema" or "model".
         config: some of the reference's constructor arguments; of "vavae" {"ddconfig": {…}, "embed_dim": …}.
     """
-    if kind not in KINDS:
-        raise UserError(f"No reference of kind {kind!r}; known kinds: {', '.join(sorted(KINDS))}.")
+    check_known("reference of kind", kind, KINDS)
     if kind in DENOISERS:
         return load_denoiser(kind, state_dict, config)
     if kind == "vavae":

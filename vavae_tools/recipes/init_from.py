@@ -20,7 +20,7 @@ from vavae_tools.published.denoisers import KINDS, StartingWeights, read_publish
 from vavae_tools.recipes.base import InitFrom
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.draws import Draws
-from vavae_tools.runtime.errors import UserError, join_first
+from vavae_tools.runtime.errors import UserError, check_known, join_first
 from vavae_tools.runtime.files import read_checkpoint, read_safetensors
 from vavae_tools.runtime.machine import find_device, find_machine
 from vavae_tools.training.run import Log
@@ -96,8 +96,7 @@ def read_starting_weights(source: str | Path, kind: str | None = None) -> Starti
     Those are a `.pt` or `.safetensors`, bare or under "ema" or "model"; their kind is seen in names and shapes.
     """
     source = Path(source)
-    if kind is not None and kind not in KINDS:
-        raise UserError(f"No weights of kind {kind!r}; there are {', '.join(KINDS)}, and null: seen in them")
+    check_known("kind of weights", "null" if kind is None else kind, [*KINDS, "null"])  # null: seen in them
     if source.suffix == ".safetensors":
         return read_published(source, read_safetensors(source), kind)
     if not source.is_dir():

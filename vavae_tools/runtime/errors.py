@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -121,6 +122,15 @@ def disk_fault(error: OSError) -> str | None:
 def one_line(error: BaseException, most: int = 120) -> str:
     """Return the beginning of an error's message without line breaks and control characters, or else its class."""
     return "".join(filter(str.isprintable, " ".join(str(error).split())))[:most] or type(error).__name__
+
+
+def check_known(what: str, name: Any, known: Iterable[Any], of: str = "") -> None:
+    """Raise a `UserError` with what there is, and what may be meant, where a name is none of those known."""
+    known = list(map(str, known))
+    if str(name) not in known:
+        nearest = get_close_matches(str(name), known, 1)
+        meant = f" (did you mean {nearest[0]}?)" if nearest else ""
+        raise UserError(f"No {what} {name!r}{of}{meant}; there are {', '.join(known)}")
 
 
 def join_first(words: Iterable, most: int = 3) -> str:
