@@ -7,13 +7,7 @@ from shlex import quote
 from typing import Any
 
 from vavae_tools.recipes.base import CaptionData, ImageData, TextData
-from vavae_tools.recipes.config import (
-    DEFAULT,
-    Experiment,
-    compose,
-    help_text,
-    read_command_line,
-)
+from vavae_tools.recipes.config import DEFAULT, Experiment, compose, help_text, read_command_line
 from vavae_tools.recipes.run_folder import kept_config, run_folder
 from vavae_tools.runtime.errors import UserError, run_command
 

@@ -18,7 +18,7 @@ import yaml
 
 from vavae_tools.recipes.base import RECIPES, AnyRecipe, Recipe
 from vavae_tools.runtime.errors import UserError, is_path, one_line, with_home
-from vavae_tools.training.config import Setting, TypedLoader, as_taken, checked, read_typed, read_word, settings_of
+from vavae_tools.training.config import TypedLoader, as_taken, checked, read_typed, read_word, settings_of
 
 CONFIGS = Path(str(files("vavae_tools") / "configs"))
 DEFAULT = "vavae_dit"
@@ -42,8 +42,6 @@ class CommandLine(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """A recipe under a name."""
-
     name: str
     recipe: Recipe
 
@@ -53,21 +51,15 @@ class Experiment(NamedTuple):
 
 
 def read_command_line(arguments: Sequence[str]) -> CommandLine:
-    """Sort the words of a command line."""
     line, texts, needs = CommandLine({}, {}), None, False  # of the last flag: its words, and whether there must be one
     for word in arguments:
         key, equals, value = word.partition("=")
-        is_key = (
-            not (texts is not None and is_path(word)) and re.fullmatch(r"\+{0,2}[A-Za-z_][\w./@-]*", key) and equals
-        )
+        is_key = equals and re.fullmatch(r"\+{0,2}[A-Za-z_][\w./@-]*", key) and (texts is None or not is_path(word))
         if word == "-h" or (word.startswith("--") and len(word) > 2):
-            name = key.lstrip("-").rstrip(":").replace("-", "_")
-            name = {"h": "help"}.get(name, name)
+            name = "help" if key in ("-h", "--h") else key.lstrip("-").rstrip(":").replace("-", "_")
             line.flags[name] = texts = [value] if equals else []
             needs = not equals and not _stands_alone(name)
-        elif is_key and (
-            not needs or _is_known(key.lstrip("+"))
-        ):  # else epoch=003-0.57.ckpt, what the flag before it needs
+        elif is_key and (not needs or _is_known(key.lstrip("+"))):  # else a flag's value, such as epoch=003-0.57.ckpt
             line.overrides[key.lstrip("+")] = value
             texts, needs = None, False
         elif texts is None:
@@ -197,21 +189,17 @@ class RecipeSettings:
             return
         meanings = _aliases()["values"].get(home)
         if meanings is None:
-            self.values[home] = self._checked(called, value, self.settings[home])
+            try:
+                self.values[home] = checked(called, as_taken(value, self.settings[home]), self.settings[home])
+            except yaml.YAMLError as error:
+                raise UserError(f"{called}={value} is no list: {one_line(error, 200)}") from None
             self.given |= {home} if value is not None else set()
         elif (value := read_typed(value, (bool,))) not in meanings:
             raise UserError(f"{called} is {value!r}, expected {' or '.join(map(_as_typed, meanings))}")
         elif meanings[value] != "keep":
             self.set_all(meanings[value])
 
-    def _checked(self, called: str, value: Any, setting: Setting) -> Any:
-        try:
-            return checked(called, as_taken(value, setting), setting)
-        except yaml.YAMLError as error:
-            raise UserError(f"{called}={value} is no list: {one_line(error, 200)}") from None
-
     def set_all(self, values: Mapping[str, Any], before: str = "") -> None:
-        """Set keys, also those in sections."""
         for name, value in values.items():
             key = f"{before}{name}"
             if isinstance(value, Mapping) and key != _TRAINER:

@@ -25,8 +25,7 @@ def run_folder(plan: Experiment, now: datetime | None = None) -> tuple[Path, str
     """
     ranks = current_ranks()
     found = _run_folder(plan, now) if ranks.rank == 0 else None  # the clock says another second to each of them
-    turn = f"vavae run folder {next(_TURNS)}"  # a process may train several
-    folder, *rest = ranks.share(turn, found and (str(found[0]), *found[1:]))
+    folder, *rest = ranks.share(f"vavae run folder {next(_TURNS)}", found and (str(found[0]), *found[1:]))
     return Path(folder), *rest
 
 

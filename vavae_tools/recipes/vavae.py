@@ -234,7 +234,6 @@ def given_numbers(loss: AutoencoderLoss, config: TrainConfig) -> dict[str, Any]:
 
 
 def lpips_of(files: str | Path | list[str] | None, log: Log) -> LPIPS | None:
-    """Return LPIPS of local files, and log where it is from."""
     if not files:
         return None
     lpips = load_lpips(files)

@@ -15,7 +15,6 @@ from vavae_tools.runtime.ranks import is_rank_zero
 
 
 def print_beside_bars(line: str) -> None:
-    """Print a line beside progress bars."""
     from tqdm.auto import tqdm
 
     tqdm.write(line, file=sys.stderr)
@@ -68,7 +67,6 @@ _RECORD = "\x1e"  # begins a line that is not text; ASCII's record separator
 
 
 def in_notebook() -> bool:
-    """Return whether this code runs in a notebook's kernel."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return getattr(shell, "kernel", None) is not None

@@ -34,8 +34,6 @@ class Stopped(Exception):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Show defaults where there are any."""
-
     def _get_help_string(self, action: argparse.Action) -> str | None:
         shown = action.default not in (None, "", [], argparse.SUPPRESS) and action.default is not False
         return f"{action.help} (default: %(default)s)" if shown else action.help
@@ -47,7 +45,6 @@ def with_home(text: str) -> str:
 
 
 def in_home(path: str | Path) -> Path:
-    """Return a path whose ~ at its beginning is the home folder."""
     return Path(with_home(str(path)))
 
 
@@ -68,7 +65,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 def command_parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    """Return the parser of a command, such as "data_split.py"."""
     return _Parser(prog=program, description=description, formatter_class=_Help, allow_abbrev=False)
 
 

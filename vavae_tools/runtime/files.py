@@ -184,20 +184,16 @@ def hardlink_duplicates(kept: Path, copies: Path) -> None:
     for file in kept.glob("*.safetensors"):
         copy = copies / file.name
         if copy.is_file() and filecmp.cmp(file, copy, shallow=False):
-            partial = copy.with_name(f".{copy.name}.{os.getpid()}.partial")
-            with suppress(OSError):
+            with suppress(OSError), atomic_write(copy) as partial:
                 os.link(file, partial)
-                partial.replace(copy)
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object of settings that a JSON file holds."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -208,7 +204,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return what `read_saved` reads, where that is a dict, and else raise a `UserError`."""
     checkpoint = read_saved(path)
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, expected a dict of weights")
@@ -216,7 +211,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors file."""
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:

@@ -83,7 +83,6 @@ class DiffusionModule(L.LightningModule):
             denoiser.compile_repeated_blocks()
 
     def encode_with(self, vae: StableDiffusionVAE, text_encoder: TextEncoder) -> None:
-        """Take the models that images and captions are encoded with."""
         self._frozen = {"vae": vae.eval().requires_grad_(False), "text_encoder": text_encoder}
 
     def on_fit_start(self) -> None:

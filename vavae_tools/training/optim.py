@@ -77,7 +77,8 @@ class OwnSettings(L.Callback):
     """Keep the optimisers' settings and rates those of this run, where a checkpoint brings others along."""
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._groups = [[_settings(group) for group in each.param_groups] for each in trainer.optimizers]
+        groups = [each.param_groups for each in trainer.optimizers]
+        self._groups = [[{k: v for k, v in group.items() if k != "params"} for group in each] for each in groups]
         self._rates = [getattr(each.scheduler, "base_lrs", None) for each in trainer.lr_scheduler_configs]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -97,10 +98,6 @@ class OwnSettings(L.Callback):
             for group, rate, factor in zip(schedule.optimizer.param_groups, rates, factors, strict=True):
                 group["lr"] = rate * factor
             schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
 
 
 class Sharded(ModelParallelStrategy):

@@ -169,14 +169,11 @@ def _train_built(run: Run, output_dir: Path, resume_from: Path | None, callbacks
 
 
 def check_early_stopping(config: TrainConfig, data: OrderedDataModule) -> None:
-    """Raise where training can end early only by images that validate, and there are none."""
     if config.early_stopping_patience and not data.val_data:
         raise UserError("--early_stopping_patience needs images that validate, such as data.val_share=0.05")
 
 
 class EarlyEnd(EarlyStopping):
-    """Ends training after so many validations without a better value."""
-
     def __init__(self, monitor: str, mode: str, patience: int, log: Log) -> None:
         super().__init__(monitor, mode=mode, patience=patience, check_on_train_epoch_end=False)
         self.log_line = log

@@ -1,6 +1,5 @@
 """What a run was: its settings, data, versions and command, in every checkpoint and in the run's folder."""
 
-import json
 import platform
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any
 import lightning as L
 
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.files import write_json
+from vavae_tools.runtime.files import read_json, write_json
 
 NAME = "run.json"
 PACKAGES = ("vavae_tools", "torch", "lightning", "diffusers", "transformers", "safetensors", "numpy")
@@ -48,9 +47,8 @@ class RunRecord(L.Callback):
             write_json(self.folder / NAME, {**self.record(module), "started": _now()})
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # not where it was stopped
-        if trainer.is_global_zero and (self.folder / NAME).is_file():
-            started = json.loads((self.folder / NAME).read_text(encoding="utf-8"))
-            write_json(self.folder / NAME, {**started, "ended": _now(), "global_step": trainer.global_step})
+        if trainer.is_global_zero and (path := self.folder / NAME).is_file():
+            write_json(path, {**read_json(path), "ended": _now(), "global_step": trainer.global_step})
         trainer.strategy.barrier()  # before another process asks `is_finished`
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -90,7 +88,7 @@ def _differences(then: dict[str, Any], now: dict[str, Any], of: str = "") -> lis
 def is_finished(folder: str | Path) -> bool:
     """Return whether the training in a run's folder came to its end, and was not stopped or killed before."""
     path = Path(folder) / NAME
-    return path.is_file() and "ended" in json.loads(path.read_text(encoding="utf-8"))
+    return path.is_file() and "ended" in read_json(path)
 
 
 def _now() -> str:
