@@ -16,7 +16,7 @@ import pytest
 import torch
 from forked import python
 from PIL import Image
-from tiny import SIZE, same, tiny_vavae
+from tiny import SIZE, contents, same, tiny_vavae
 
 import vavae_tools
 from vavae_tools.recipes.vavae import fine_tune_vavae
@@ -48,10 +48,6 @@ def run(monkeypatch, run_main, tmp_path):
 
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     return torch.load(checkpoint, weights_only=True)["state_dict"]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- the whole path
@@ -108,7 +104,7 @@ def test_killed_and_resumed_equals_never_stopped(killed_and_resumed, split_dir, 
     assert resumed.keys() == whole.keys() and all(same(resumed[name], whole[name]) for name in whole)
     best, other = (next((folder / "checkpoints").glob("best-*")) for folder in (outputs, tmp_path))
     assert best.name == other.name
-    assert files(outputs / "vavae") == files(tmp_path / "vavae")
+    assert contents(outputs / "vavae") == contents(tmp_path / "vavae")
     steps = [line.split()[1] for line in said if line.startswith("step ")]
     assert steps == [f"{step}/16" for step in range(1, 17)]
 
@@ -267,6 +263,6 @@ BAD = [
 def test_bad_input_is_answered_by_one_line(run, things, name, line, message):
     if torch.cuda.is_available() and any(word in line for word in ("--precision", "gpu", "deepspeed")):
         pytest.skip("there is a GPU")
-    before = files(Path(things["here"]))
+    before = contents(Path(things["here"]))
     assert_one_line(run(name, *line.format(**things).split()), message)
-    assert files(Path(things["here"])) == before
+    assert contents(Path(things["here"])) == before

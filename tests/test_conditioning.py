@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from tiny import same, trained_looking
+from tiny import refuses, same, trained_looking
 
 from vavae_tools.diffusion.clip import TextStates, tiny_text_encoder
 from vavae_tools.diffusion.conditioning import ClassConditioner, TextCondition, TextConditioner
-from vavae_tools.runtime.errors import UserError
 
 
 def test_dropping_all_labels_is_the_null(tmp_path):
@@ -20,8 +19,7 @@ def test_dropping_all_labels_is_the_null(tmp_path):
     assert loaded.dropout == 0.2 and same(loaded(labels), conditioner(labels))
     without = ClassConditioner(5, 8, dropout=0.0)
     assert without.embedding_table.num_embeddings == 5
-    with pytest.raises(UserError, match="no null"):
-        without.null(2)
+    refuses("no null", without.null, 2)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +67,6 @@ def test_the_empty_prompt_is_saved_beside_the_weights(text, tmp_path):
     again = TextConditioner.from_pretrained(tmp_path, low_cpu_mem_usage=False)
     assert same(again.null(3).tokens, text.null(3).tokens)
     fresh = TextConditioner(**{k: v for k, v in text.config.items() if k[0] != "_"})
-    with pytest.raises(UserError, match="does not know the empty prompt"):
-        fresh.null(1)
+    refuses("does not know the empty prompt", fresh.null, 1)
     fresh.load_state_dict(text.state_dict())
     assert same(fresh.null(1).vector, text.null(1).vector)

@@ -81,8 +81,6 @@ def test_wrong_arguments_are_told_in_one_line(monkeypatch):
 
 
 # ---- training
-
-
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     denoiser, conditioner = (trained_looking(part) for part in tiny_dit(seed=5))

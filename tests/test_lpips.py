@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import random_images as images
+from tiny import refuses
 from torch import Tensor, nn
 
 from vavae_tools.autoencoders.lpips import LPIPS, load_lpips
-from vavae_tools.runtime.errors import UserError
 
 WIDTHS = (4, 5, 6, 7, 8)
 STACK = [WIDTHS[0]] * 2 + [WIDTHS[1]] * 2 + [WIDTHS[2]] * 3 + [WIDTHS[3]] * 3 + [WIDTHS[4]] * 3
@@ -132,10 +132,8 @@ def test_missing_convolutions_and_small_images(tmp_path, lpips):
     incomplete = taming_file()
     del incomplete["net.slice3.12.bias"]
     save_file(incomplete, tmp_path / "incomplete.safetensors")
-    with pytest.raises(UserError, match=r"25 of the 26 tensors.*torchvision's vgg16.*--perceptual_weight 0"):
-        load_lpips(tmp_path / "incomplete.safetensors", WIDTHS)
-    with pytest.raises(UserError, match="No file: 0 of the 26"):
-        load_lpips([])
+    said = "25 of the 26 tensors.*torchvision's vgg16.*--perceptual_weight 0"
+    refuses(said, load_lpips, tmp_path / "incomplete.safetensors", WIDTHS)
+    refuses("No file: 0 of the 26", load_lpips, [])
     assert lpips(images(16), images(16, seed=1)).isfinite().all()
-    with pytest.raises(UserError, match="15×15 are too small for LPIPS"):
-        lpips(images(15), images(15))
+    refuses("15×15 are too small for LPIPS", lpips, images(15), images(15))

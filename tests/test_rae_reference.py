@@ -3,12 +3,12 @@
 import pytest
 import torch
 from golden_cases import assert_close, load_case, load_weights
+from tiny import refuses
 from torch import Tensor
 
 from vavae_tools.autoencoders.rae import image_decoder
 from vavae_tools.autoencoders.rae_weights import from_diffusers
 from vavae_tools.published.rae import RAEReference, load_rae_encoder_reference, load_rae_reference
-from vavae_tools.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,6 @@ def test_positions_are_sines_of_whole_numbers_on_every_grid(grid):
 
 
 # ---- encoders
-
-
 def test_mae_and_siglip():
     case, io = load_case("rae-encoders")
     model = load_rae_reference(load_weights("rae-encoders"), case["constructor"])
@@ -155,8 +153,6 @@ def former(name: str, kind: str) -> str:
 
 
 # ---- diffusers
-
-
 def test_diffusers_weights_give_the_authors_latents():
     case, io = load_case("rae-diffusers")
     model = load_rae_reference(load_weights("rae-diffusers"), case["constructor"])
@@ -196,5 +192,4 @@ def test_numbers_and_weights_that_do_not_fit_are_one_line():
         (without, constructor, r"embeddings\.cls_token is missing"),
         ({"conv.weight": torch.zeros(1)}, {}, r"neither a decoder .* they are conv\.weight"),
     ):
-        with pytest.raises(UserError, match=message):
-            load_rae_reference(state_dict, config)
+        refuses(message, load_rae_reference, state_dict, config)

@@ -5,12 +5,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from golden_cases import SHARED, assert_close, load_case, load_weights
 from test_ddt import reference as ddt_reference
+from tiny import refuses
 
 from vavae_tools.diffusion.dit import make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.objectives import FlowMatching, shift_noise, time_shift_of, unmix
 from vavae_tools.diffusion.solvers import guided_prediction, lay_out, make_solver, sample, time_grid
 from vavae_tools.published.denoisers import RAELightningDiT, load_denoiser, read_latent_statistics
-from vavae_tools.runtime.errors import UserError
 
 CASES = sorted({"rae-transport"} | {path.name for path in SHARED.glob("rae-transport*")})
 LIGHTNING_PRECISIONS = sorted({"rae-lightningdit"} | {path.name for path in SHARED.glob("rae-lightningdit*")})
@@ -180,5 +180,4 @@ def test_latent_statistics_are_read(tmp_path):
         ({"mean": ones * float("nan"), "std": ones}, "not finite"),
     ):
         torch.save(saved, path)
-        with pytest.raises(UserError, match=said):
-            read_latent_statistics(path)
+        refuses(said, read_latent_statistics, path)

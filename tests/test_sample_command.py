@@ -91,8 +91,6 @@ def one_line(outcome) -> str:
 
 
 # ---- one process
-
-
 def test_flags_are_the_arguments_of_the_pipeline(run, models, tmp_path):
     words = ["--num_samples", 4, "--labels", "2,ID_1", "--cfg_scale", 3, "--cfg_interval", "0.1,0.9", "--seed", 5]
     words += ["--guidance_channels", "first3", "--timestep_shift", 0.3, "--output_dir", "flags"]
@@ -168,8 +166,6 @@ def test_bad_input_is_answered_by_one_line(run, tmp_path, of, line, message):
 
 
 # ---- several processes
-
-
 def test_two_processes_killed_and_gone_on_by_one_equal_one(run, models, tmp_path):
     amount = ["--num_samples", 600]
     assert run(*amount, "--output_dir", "whole")[0] == 0

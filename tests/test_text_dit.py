@@ -3,12 +3,11 @@
 import pytest
 import torch
 from test_backbone import inputs, trained
-from tiny import same
+from tiny import refuses, same
 
 from vavae_tools.diffusion.conditioning import TextCondition
 from vavae_tools.diffusion.dit import TextDiT, make_denoiser
 from vavae_tools.diffusion.layers import CrossAttention
-from vavae_tools.runtime.errors import UserError
 
 
 def test_cross_attention_is_that_of_torch():
@@ -64,7 +63,6 @@ def test_numbers_make_it():
     again = make_denoiser(config)
     again.load_state_dict(model.state_dict())
     assert type(again) is TextDiT and same(again(x, t, condition), model(x, t, condition))
-    with pytest.raises(UserError, match=r"No argument 'dept' of TextDiT \(did you mean depth\?\)"):
-        make_denoiser({"head": "text", "dept": 2})
+    refuses(r"No argument 'dept' of TextDiT \(did you mean depth\?\)", make_denoiser, {"head": "text", "dept": 2})
     with torch.device("meta"):
         assert make_denoiser({"head": "text", "size": "S", "input_size": 8}).conditioning_size == 384

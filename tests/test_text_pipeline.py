@@ -61,8 +61,6 @@ def test_it_is_diffusers_own_loop(pipe):
 
 
 # ---- the pipeline
-
-
 def test_images_follow_prompts_and_seeds(pipe):
     made = pipe(SENTENCES, **QUICK).images
     assert made.shape == (3, 3, 8, 8) and made.dtype == torch.uint8 and pipe.image_size == (8, 8)
@@ -112,8 +110,6 @@ def test_what_cannot_be(pipe):
 
 
 # ---- from files
-
-
 def run_of(tmp_path, objective="v_prediction"):
     """A run's folders, as training leaves them; the averaged weights are others than the live ones."""
     encoder, denoiser, conditioner = text_parts()

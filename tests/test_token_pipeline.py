@@ -69,8 +69,6 @@ EVERYWHERE, NOWHERE = torch.ones(4, SIZE, SIZE), torch.zeros(4, SIZE, SIZE)
 
 
 # ---- the steps
-
-
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_who_knows_the_image_writes_exactly_it(steps, eta):
@@ -131,8 +129,6 @@ def test_the_share_of_fresh_noise(eta):
 
 
 # ---- what is known
-
-
 def test_known_cells_are_kept_at_every_step_and_in_the_result():
     pipe, prompts = tiny(), ["two cats", "ab"]
     asked = predicting(pipe, lambda x, t: -torch.ones_like(x))
@@ -188,8 +184,6 @@ def test_an_answer_is_told_alone_and_its_prompt_is_the_templates():
 
 
 # ---- lengths
-
-
 def lengths_of(pipe: TokenImagePipeline, *arguments, **settings) -> list[int]:
     predicting(pipe, lambda x, t: x)
     return [len(tokens) for tokens in pipe(*arguments, num_inference_steps=1, **settings).tokens]
@@ -242,8 +236,6 @@ def test_what_cannot_be_is_said_in_one_line(chats, arguments, message):
 
 
 # ---- seeds
-
-
 def test_a_text_of_a_seed_is_the_same_whatever_is_made_beside_it():
     pipe = tiny(with_lengths(of_3=1, of_9=1, of_16=2))
     settings = {"num_inference_steps": 5, "seed": 7}
@@ -260,8 +252,6 @@ def test_a_text_of_a_seed_is_the_same_whatever_is_made_beside_it():
 
 
 # ---- folders and checkpoints
-
-
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory) -> Path:
     """pipeline/, a training's run/, and a pipeline of images, images/. Do not write into it."""

@@ -75,8 +75,6 @@ def calls(monkeypatch):
 
 
 # ---- whole sets
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_and_resumed_equals_never_interrupted(kind, tmp_path, monkeypatch, calls):
     pipe, parts = pipeline(kind), tmp_path / "parts"
@@ -151,8 +149,6 @@ def pixels(png: bytes) -> np.ndarray:
 
 
 # ---- samples of other settings
-
-
 CHANGES = {
     "png": [
         ({"guidance_scale": 3.0}, "cfg_scale or guide_scale 1.25 there, 3.0 here"),
@@ -270,8 +266,6 @@ def test_settings_that_cannot_be_leave_nothing_behind(kind, change, message, tmp
 
 
 # ---- images of classes
-
-
 def test_written_samples_can_be_read_back(tmp_path):
     pipe, labels = tiny_pipeline(), [0, 1, 2, 0, 1, 0]
     written = write_samples(pipe, labels, tmp_path / "samples", seed=5, **QUICK)
@@ -305,8 +299,6 @@ def test_grey_images_that_are_not_square_are_read_back_in_grey(tmp_path):
 
 
 # ---- texts
-
-
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
