@@ -19,17 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vavae_tools.data.encoded import (
-    EncodedFolder,
-    Rows,
-    Store,
-    Tensors,
-    agree,
-    cut,
-    encode,
-    open_shard,
-    subfolder,
-)
+from vavae_tools.data.encoded import EncodedFolder, Rows, Store, Tensors, agree, cut, encode, open_shard, subfolder
 from vavae_tools.data.images import to_unit
 from vavae_tools.data.loader import OrderedDataModule
 from vavae_tools.runtime.console import print_beside_bars
