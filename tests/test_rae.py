@@ -292,7 +292,7 @@ def test_an_extracted_decoder_and_statistics(tmp_path, config_path, said):
     back = load(said, encoder_config_path=config_path, **files)
     assert same_weights(back.decoder, rae.decoder)
     assert torch.equal(back.statistics_mean, mean) and torch.equal(back.statistics_var, torch.ones(16, 4, 4))
-    assert said[-1].startswith("encoder starts anew") and len(said) == 2
+    assert said[0].startswith("encoder starts anew") and len(said) == 2
     larger = load(said, encoder_config_path=config_path, encoder_input_size=48, decoder_path=tmp_path / "model.pt")
     assert torch.equal(larger.decoder.decoder_pos_embed, small_rae(6).decoder.decoder_pos_embed)
 

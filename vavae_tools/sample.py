@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,13 +185,11 @@ def _scale(options: argparse.Namespace) -> float:
 
 
 def _interval(text: str) -> tuple[float, float]:
-    try:
+    with suppress(ValueError):
         start, end = map(float, text.split(","))
-    except ValueError:
-        raise UserError(f"--cfg_interval {text!r}: expected two times such as 0.1,1") from None
-    if not 0 <= start <= end <= 1:
-        raise UserError(f"--cfg_interval {text!r}: expected 0 ≤ start ≤ end ≤ 1")
-    return start, end
+        if 0 <= start <= end <= 1:
+            return start, end
+    raise UserError(f"--cfg_interval {text!r}: expected two times such as 0.1,1, with 0 ≤ start ≤ end ≤ 1")
 
 
 def _names(path: str) -> list[str]:

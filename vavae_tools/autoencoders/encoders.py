@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -52,10 +52,8 @@ class FrozenEncoder(nn.Module):
             self.patch_size, image_size = int(full.patch_size), int(full.image_size)  # no lists: squares
             model = getattr(transformers, f"{name}Model")(full)
         except Exception as error:  # of any kind, by transformers' version
-            raise UserError(
-                f"transformers cannot build a {model_type} of this encoder configuration ({one_line(error, 200)}): "
-                "take the config.json that came with the weights"
-            ) from None
+            found = f"transformers cannot build a {model_type} of this encoder configuration ({one_line(error, 200)})"
+            raise UserError(f"{found}: take the config.json that came with the weights") from None
         self.arguments = {key: value for key, value in full.to_dict().items() if key in _KEPT}
         self.arguments |= {"model_type": model_type, "patch_size": self.patch_size, "image_size": image_size}
         self.channels: int = full.hidden_size
@@ -147,19 +145,19 @@ def encoder_class(name: str) -> type[FrozenEncoder]:
 
 
 @contextmanager
-def silent_transformers() -> Iterator[None]:
-    """Keep transformers from printing bars and warnings."""
-    from transformers.utils import logging
+def silent_loading() -> Iterator[None]:
+    """Keep diffusers and transformers from printing bars and warnings."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with ExitStack() as before:
+        for logging in (of_diffusers, of_transformers):
+            before.callback(logging.set_verbosity, logging.get_verbosity())
+            if logging.is_progress_bar_enabled():
+                before.callback(logging.enable_progress_bar)
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
         yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 _COMMON_NAMES = {

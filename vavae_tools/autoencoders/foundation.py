@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.encoders import patch_tokens, silent_transformers
+from vavae_tools.autoencoders.encoders import patch_tokens, silent_loading
 from vavae_tools.data.encoded import Rows, Store, agree, cut, encode, open_shard
 from vavae_tools.data.images import DecodedImages, to_unit
 from vavae_tools.runtime.console import print_beside_bars
@@ -101,7 +101,7 @@ def load_foundation(folder: str | Path) -> TransformersFoundation:
     if model_type not in _MODEL_TYPES:
         expected = f"one of {', '.join(_MODEL_TYPES)}, in transformers' format (timm's is another)"
         raise UserError(f"{folder} holds a model of type {model_type!r}, expected {expected}")
-    with silent_transformers():
+    with silent_loading():
         return TransformersFoundation(load_model(AutoModel, folder, local_files_only=True, trust_remote_code=False))
 
 

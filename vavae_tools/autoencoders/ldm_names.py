@@ -95,10 +95,9 @@ def vavae_arguments(
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in weights:
-            raise UserError(
-                f"{source} is no checkpoint of VA-VAE training and no published VA-VAE: it has no {name} among its "
-                f"{len(weights)} entries ({join_first(weights) or 'none'})"
-            )
+            held = f"among its {len(weights)} entries ({join_first(weights) or 'none'})"
+            what = f"{source} is no checkpoint of VA-VAE training and no published VA-VAE"
+            raise UserError(f"{what}: it has no {name} {held}")
         return tuple(weights[name].shape)
 
     ddconfig = (config or {}).get("ddconfig") or {}
@@ -140,10 +139,9 @@ def reference_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
         if arguments.get(name, only) != only:
             raise UserError(f"{name}={arguments[name]!r}: the reference has no such network, only {name}={only!r}")
     if any(width % widths[0] or width % GROUPS for width in widths) or down != up[::-1] or (any(down) and not mid):
-        raise UserError(
-            f"block_out_channels={list(widths)}: the reference needs multiples of the first and of {GROUPS}, attention "
-            "at the same levels in both halves, and in the middle where it has any"
-        )
+        needed = f"multiples of the first and of {GROUPS}, attention at the same levels in both halves"
+        given = f"block_out_channels={list(widths)}: the reference needs {needed}"
+        raise UserError(f"{given}, and in the middle where it has any")
     factor = 2 ** (len(widths) - 1)
     resolution = -(-arguments["sample_size"] // factor) * factor  # nominal: each level's own must be a whole number
     ddconfig = {

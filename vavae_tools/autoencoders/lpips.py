@@ -50,9 +50,8 @@ class LPIPS(nn.Module):
         """
         height, width = images.shape[2:]
         if min(height, width) < 16:  # four halvings leave one pixel
-            raise UserError(
-                f"Images of {height}×{width} are too small for LPIPS: it needs 16×16 at least. {_LPIPS_FREE_HINT}"
-            )
+            small = f"Images of {height}×{width} are too small for LPIPS"
+            raise UserError(f"{small}: it needs 16×16 at least. {_LPIPS_FREE_HINT}")
         features = self.features if reconstruction.requires_grad else in_float32(self.features)
         with torch.no_grad():
             expected = features(images)

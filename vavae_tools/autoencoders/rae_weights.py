@@ -13,18 +13,15 @@ from vavae_tools.autoencoders.encoders import IMAGENET_MEAN, IMAGENET_STD, Froze
 from vavae_tools.autoencoders.rae import DECODER_NUMBERS, RAE, RAE_SIZES, VARIANCE_EPS
 from vavae_tools.checkpoints.foreign import find_weights, flat_names
 from vavae_tools.runtime.errors import UserError, contents, in_home, join_first
-from vavae_tools.runtime.files import (
-    load_model,
-    local_folder,
-    read_json,
-    read_weights,
-    refuse_left_over,
-    weight_files,
-)
+from vavae_tools.runtime.files import load_model, local_folder, read_json, read_weights, refuse_left_over, weight_files
 
 _FIRST = {
     "encoder": r"embeddings\.(?:patch_embeddings\.projection|patch_embedding)\.weight",
     "decoder": "trainable_cls_token",  # MAE's own decoder, which is another, has none
+}
+_ANEW = {
+    "encoder": "its latents mean nothing until weights are named (encoder_checkpoint_path)",
+    "decoder": "reconstructions will be noise until it is trained",
 }
 _STATISTICS = re.compile(r"(?:^(?:\w+\.)?|\bstat\.)(mean|var)$")  # the authors', of any part
 _NEEDLESS = ("decoder_pos_embed", "embeddings.mask_token")  # a formula, and of DINOv2's training
@@ -67,13 +64,17 @@ def load_rae(
     found: dict[str, Any] = {}
     for path, parts in ((encoder_path, ["encoder"]), (encoder_checkpoint_path, wanted), (decoder_path, ["decoder"])):
         if path is not None:
-            held = read_rae_weights(path)
+            saved = read_weights(path)
+            held = sorted_weights(saved, path)
             if not any(part in held for part in parts):
-                raise UserError(f"{path} holds no {parts[0]} of an RAE, only {' and '.join(held)}: name another file")
+                there = " and ".join(held) or join_first(flat_names(saved))
+                raise UserError(f"{path} holds no {parts[0]} of an RAE, only {there}: name another file")
             found |= {part: held[part] for part in (*parts, "statistics") if part in held}
-    for part in ("encoder", "decoder"):
+    for part, anew in _ANEW.items():
         if part in found:
             fit(getattr(rae, part), *found[part], log)
+        elif whole is None:
+            log(f"{part} starts anew: {anew}")
     statistics = found.get("statistics")
     if statistics_path is not None:
         statistics = sorted_weights(read_weights(statistics_path)).get("statistics")
@@ -81,30 +82,16 @@ def load_rae(
             raise UserError(f"{statistics_path} holds no statistics: expected the tensors mean and var")
     if statistics is not None:
         rae.set_statistics(*statistics)
-    if whole is None and "encoder" not in found:
-        log("encoder starts anew: its latents mean nothing until weights are named (encoder_checkpoint_path)")
-    if whole is None and "decoder" not in found:
-        log("decoder starts anew: reconstructions will be noise until it is trained")
     return rae.eval()
 
 
-def read_rae_weights(path: str | Path) -> dict[str, Any]:
-    """Sort what a file or a folder of an RAE holds, in any part, behind any prefix.
+def sorted_weights(state_dict: Mapping[str, Any], source: str | Path = "state_dict") -> dict[str, Any]:
+    """Sort an RAE's weights, in any part, behind any prefix.
 
     Returns:
         "encoder", "decoder": (weights without the prefix, where they stand), "statistics": (mean, var); only those
         that are there.
     """
-    saved = read_weights(path)
-    found = sorted_weights(saved, path)
-    if not found.keys() & _FIRST.keys():
-        held = join_first(flat_names(saved))
-        raise UserError(f"{path} holds neither an encoder nor a decoder of an RAE; it holds {held}")
-    return found
-
-
-def sorted_weights(state_dict: Mapping[str, Any], source: str | Path = "state_dict") -> dict[str, Any]:
-    """Sort weights of any prefix as `read_rae_weights` does."""
     named = {name: tensor for name, tensor in flat_names(state_dict).items() if isinstance(tensor, Tensor)}
     found: dict[str, Any] = {}
     for part, first in _FIRST.items():

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (a pipeline looks here for the base it loads with)
 from torch import Tensor
 
+from vavae_tools.autoencoders.vavae import LatentStatistics
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import load_model, local_folder, read_json
 
@@ -14,7 +15,7 @@ SHAPES_VAE = Path(__file__).parent / "pretrained_shapes"
 """A small one for coloured shapes: latents 4×H/4×W/4 (`benchmarks/pretrain_small.py`)."""
 
 
-class StableDiffusionVAE(AutoencoderKL):
+class StableDiffusionVAE(LatentStatistics, AutoencoderKL):
     """AutoencoderKL as Stable Diffusion uses it: its latents are (z − shift_factor) · scaling_factor.
 
     With a mean and a standard deviation of each channel in its config they are (z − mean) · scaling_factor / std.
@@ -22,7 +23,7 @@ class StableDiffusionVAE(AutoencoderKL):
     Images are (B, C, H, W) in [-1, 1]; latents (B, latent_channels, H/f, W/f), of about unit variance.
     """
 
-    has_own_statistics = True  # as in `LatentStatistics`
+    has_own_statistics = True
     decoding_alone: ClassVar = ("decoder.", "post_quant_conv.")
     image_size = None  # any; that it has this attribute makes its config, and so the scale, part of the latents' key
 
@@ -47,8 +48,7 @@ class StableDiffusionVAE(AutoencoderKL):
     def _statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         if self.config.latents_mean is None:
             return self.config.shift_factor or 0.0, 1.0
-        numbers = like.new_tensor([self.config.latents_mean, self.config.latents_std])
-        return numbers[0, :, None, None], numbers[1, :, None, None]
+        return super()._statistics(like)
 
 
 def is_stable_diffusion_vae(folder: str | Path) -> bool:

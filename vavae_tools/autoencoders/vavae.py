@@ -72,10 +72,13 @@ class VAVAE(LatentStatistics, AutoencoderKL):
         self.downsampling = 2 ** (len(block_out_channels) - 1)
         if condition_dim:
             self.conditions = nn.Embedding(num_conditions, condition_dim)
-            into = [block_out_channels[0], *block_out_channels]  # channels that reach each block, the middle one last
-            self.encoder_projections = nn.ModuleList(_zero_linear(condition_dim, width) for width in into)
-            into = [block_out_channels[-1], block_out_channels[-1], *block_out_channels[:0:-1]]
-            self.decoder_projections = nn.ModuleList(_zero_linear(condition_dim, width) for width in into)
+            into_encoder = [block_out_channels[0], *block_out_channels]  # that reach each block, the middle one last
+            into_decoder = [block_out_channels[-1], block_out_channels[-1], *block_out_channels[:0:-1]]
+            for half, into in (("encoder", into_encoder), ("decoder", into_decoder)):
+                linear = nn.ModuleList(nn.Linear(condition_dim, width, bias=False) for width in into)
+                for weight in linear.parameters():
+                    nn.init.zeros_(weight)
+                setattr(self, f"{half}_projections", linear)
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:  # what `from_config` gives to `__init__`
@@ -194,12 +197,6 @@ def with_vectors_of(
     model.conditions = nn.Embedding(*table.shape, _weight=table)
     model.register_to_config(num_conditions=count, people=kept)
     return model
-
-
-def _zero_linear(condition_dim: int, width: int) -> nn.Linear:
-    linear = nn.Linear(condition_dim, width, bias=False)
-    nn.init.zeros_(linear.weight)
-    return linear
 
 
 def block_types(encoder: Iterable[bool], decoder: Iterable[bool] | None = None) -> dict[str, tuple[str, ...]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.encoders import silent_transformers
+from vavae_tools.autoencoders.encoders import silent_loading
 from vavae_tools.runtime.errors import UserError, one_line
 from vavae_tools.runtime.files import load_model, local_folder, save_model, weights_digest
 
@@ -49,10 +49,8 @@ class TextEncoder:
         self.dim = self.pooled_dim = int(config.hidden_size)
         self.max_tokens = min(int(tokenizer.model_max_length), config.max_position_embeddings)  # with start and end
         if len(tokenizer) > config.vocab_size:
-            raise UserError(
-                f"The tokenizer has {len(tokenizer):,} tokens, the text encoder {config.vocab_size:,}: they belong to "
-                "different models, take both from one folder"
-            )
+            many = f"The tokenizer has {len(tokenizer):,} tokens, the text encoder {config.vocab_size:,}"
+            raise UserError(f"{many}: they belong to different models, take both from one folder")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = tokenizer.truncation_side = "right"
@@ -99,7 +97,7 @@ class TextEncoder:
 
     def save(self, folder: str | Path) -> None:
         """Write model and tokenizer into one folder, each file whole, for `load_text_encoder` and transformers."""
-        with silent_transformers():
+        with silent_loading():
             save_model(self.model, folder)
             save_model(self.tokenizer, folder)
 
@@ -123,13 +121,12 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
     of_model = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
     places = (folder / "tokenizer", of_model, folder, of_model.parent / "tokenizer")
     found = [place for place in places if any((place / name).is_file() for name in ("tokenizer.json", "vocab.json"))]
-    with silent_transformers():
+    with silent_loading():
         model = load_model(CLIPTextModel, of_model, local_files_only=True)
         if not found:
-            raise UserError(
-                f"{folder} holds a text encoder without a tokenizer: tokenizer.json, or vocab.json and merges.txt, is "
-                f"missing there and in {places[0]}; copy it from where the weights came from"
-            )
+            missing = "tokenizer.json, or vocab.json and merges.txt, is missing"
+            place = f"there and in {places[0]}; copy it from where the weights came from"
+            raise UserError(f"{folder} holds a text encoder without a tokenizer: {missing} {place}")
         kind = AutoTokenizer if (found[0] / "tokenizer_config.json").is_file() else CLIPTokenizer
         try:
             tokenizer = kind.from_pretrained(found[0], local_files_only=True)

@@ -35,9 +35,7 @@ class ClassConditioner(ModelMixin, ConfigMixin):
     def null(self, batch_size: int) -> Tensor:
         """Return the condition "any class", (batch_size, hidden_size)."""
         if not self.dropout > 0:
-            raise UserError(
-                "A ClassConditioner with dropout 0 has no null label: make it with dropout=0.1 for guidance"
-            )
+            raise UserError("A ClassConditioner with dropout 0 has no null label: take dropout=0.1 for guidance")
         return self.embedding_table.weight[self.num_classes].expand(batch_size, -1)
 
 
@@ -109,9 +107,7 @@ class TextConditioner(ModelMixin, ConfigMixin):
     def null(self, batch_size: int) -> TextCondition:
         self._knows_empty = self._knows_empty or bool(self.empty_tokens.any())  # asked once: a GPU is waited for
         if not self._knows_empty:
-            raise UserError(
-                "This TextConditioner does not know the empty prompt: set_empty(encoder.encode([''])) first"
-            )
+            raise UserError("This TextConditioner does not know the empty prompt: set_empty(encoder.encode(['']))")
         mask = torch.ones(1, self.empty_tokens.shape[1], dtype=torch.bool, device=self.empty_tokens.device)
         one = self(TextStates(self.empty_tokens, mask, self.empty_pooled))
         return TextCondition(*(part.expand(batch_size, *part.shape[1:]) for part in (one.vector, one.tokens, mask)))

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from vavae_tools.autoencoders.encoders import silent_loading
 from vavae_tools.autoencoders.weights import load_autoencoder
 from vavae_tools.checkpoints.formats import is_checkpoint, read_any_format
 from vavae_tools.data.images import to_pixels
@@ -165,15 +165,11 @@ def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -
         if home.startswith("vavae_tools.autoencoders."):
             with suppress(ImportError):
                 import_module(home)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it loads within a second
     try:  # without low_cpu_mem_usage it does not ask for a package that is of no use here
-        return kind.from_pretrained(path, low_cpu_mem_usage=False, **options)
+        with silent_loading():
+            return kind.from_pretrained(path, low_cpu_mem_usage=False, **options)
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"The pipeline {path} cannot be read ({one_line(error, 200)}): copy it again") from None
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from vavae_tools.autoencoders.encoders import silent_transformers
 from vavae_tools.diffusion.clip import TextEncoder, TextStates, load_text_encoder
 from vavae_tools.diffusion.conditioning import TextConditioner
 from vavae_tools.diffusion.objectives import objective_of
@@ -141,8 +140,7 @@ def load_text_pipeline(path: str | Path, ema: bool = True, run: str | Path | Non
     """Load as `load_pipeline` does, of text-to-image training; `text_encoder/` is beside `autoencoder/`."""
     path = in_home(path)
     if base.is_folder_of_pipeline(path):
-        with silent_transformers():
-            return base.read_pipeline(TextToImagePipeline, path, ema, local_files_only=True)
+        return base.read_pipeline(TextToImagePipeline, path, ema, local_files_only=True)
     denoiser, conditioner, settings = base.read_training(TextToImagePipeline, path, ema, TextConditioner)
     encoder = load_text_encoder(base.folder_beside(path, "text_encoder", run=run))
     if encoder.dim != conditioner.config.text_dim:

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from vavae_tools.autoencoders.encoders import silent_transformers
+from vavae_tools.autoencoders.encoders import silent_loading
 from vavae_tools.autoencoders.vavae import VAVAE, resolve_image_size, with_vectors_of
 from vavae_tools.autoencoders.weights import load_autoencoder, load_vavae
 from vavae_tools.checkpoints.resuming import check_resumable
@@ -274,7 +274,7 @@ def denoiser_run(
     folder, checkpoints, samples = (output_dir / name for name in ("pipeline", "checkpoints", "samples"))
 
     def export(trainer: L.Trainer) -> None:
-        with silent_transformers():
+        with silent_loading():
             save_model(load(checkpoints / "last.ckpt"), folder)
         hardlink_duplicates(output_dir / "autoencoder", folder / "vae")  # an RAE is 2 GB
         hardlink_duplicates(output_dir / "text_encoder", folder / "text_encoder")

@@ -21,7 +21,7 @@ from vavae_tools.recipes.base import InitFrom
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError, check_known, join_first
-from vavae_tools.runtime.files import read_checkpoint, read_safetensors
+from vavae_tools.runtime.files import read_weights
 from vavae_tools.runtime.machine import find_device, find_machine
 from vavae_tools.training.run import Log
 
@@ -97,12 +97,9 @@ def read_starting_weights(source: str | Path, kind: str | None = None) -> Starti
     """
     source = Path(source)
     check_known("kind of weights", "null" if kind is None else kind, [*KINDS, "null"])  # null: seen in them
-    if source.suffix == ".safetensors":
-        return read_published(source, read_safetensors(source), kind)
     if not source.is_dir():
-        saved = read_checkpoint(source)
-        own = isinstance(saved.get("trainer"), dict) or "denoiser_config" in saved.get("hyper_parameters", {})
-        if not own:
+        saved = read_weights(source)
+        if not isinstance(saved.get("trainer"), dict) and "denoiser_config" not in saved.get("hyper_parameters", {}):
             return read_published(source, saved, kind)
     pipe = load_pipeline(source, with_autoencoder=False)
     rows, number = pipe.conditioner.embedding_table.weight.data, pipe.conditioner.num_classes
