@@ -59,6 +59,7 @@ _NAMES = {
     "pipelines.writer": "write_samples",
     "evaluation.report": "evaluate_images",
     "evaluation.reconstructions": "evaluate_reconstructions evaluate_vavae compare_conditions",
+    "evaluation.augmentation": "evaluate_gain",
     "evaluation.verdicts": "judge_vavae",
     "evaluation.texts": "evaluate_tokens",
     "kaggle.session": "push_session pull_session",

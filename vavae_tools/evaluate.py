@@ -11,11 +11,25 @@ def main() -> None:
     add("--output_dir", default="outputs/evaluation", help="folder for evaluation.json, figures/ and the classifier")
     add("--image_size", type=int, help="pixels, to which all are resized; without it the generated images' own")
     add("--seed", type=int, default=0, help="of the classifier and of the subsets that are compared")
-    args = vars(parser.parse_args())
+    gain = parser.add_argument_group("gain: do they make a classifier better?")
+    add = gain.add_argument
+    add("--gain", action="store_true", help="train classifiers with and without the generated images instead")
+    add("--shares", type=float, nargs="+", help="generated images for each real one (default: 0.5 1 2 4)")
+    add("--seeds", type=int, help="trainings of each kind (default: 3)")
+    add("--steps", type=int, help="of each training; by default as many as the number of images asks for")
+    add("--images_per_person", type=int, help="real ones to train on; without it all")
+    args = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
 
-    from vavae_tools.evaluation.report import evaluate_images
+    if args.pop("gain"):
+        from vavae_tools.evaluation.augmentation import evaluate_gain as evaluate
 
-    print(evaluate_images(**args))
+        del args["seed"]
+    else:
+        from vavae_tools.evaluation.report import evaluate_images as evaluate
+
+        if given := [name for name in ("shares", "seeds", "steps", "images_per_person") if name in args]:
+            parser.error(f"--{given[0]} is for --gain")
+    print(evaluate(**args))
 
 
 if __name__ == "__main__":

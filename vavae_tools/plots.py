@@ -136,6 +136,18 @@ def plot_bars(groups: Mapping[str, Sequence[float]], names: Sequence[str], y_lab
     return ax.figure
 
 
+def plot_intervals(values: Mapping[str, tuple[float, float, float]], x_label: str) -> "Figure":
+    """Plot a point for each name, and its interval: {"real": (value, low, high), …}, from top to bottom."""
+    ax = _axes((6.0, 0.8 + 0.3 * len(values)))
+    for row, (value, low, high) in enumerate(values.values()):
+        ax.errorbar(value, row, xerr=[[value - low], [high - value]], fmt="o", color=f"C{row % 10}", capsize=3)
+    ax.set_yticks(range(len(values)), [printable(name) for name in values])
+    ax.invert_yaxis()
+    ax.set_xlabel(x_label)
+    ax.grid(axis="x", alpha=0.3)
+    return ax.figure
+
+
 def plot_followed(images: Mapping[str, Tensor], prompts: Sequence[str]) -> "Figure | None":
     """Plot how many images show the colour, shape, size and place that their prompts name; None of other prompts.
 

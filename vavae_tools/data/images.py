@@ -352,6 +352,8 @@ class ImageSetDataModule(OrderedDataModule):
     `labels` are by class name. With `num_workers` None, `loading_workers` load what does not fit into memory.
     """
 
+    test_data: DecodedImages | None = None  # never trained on, and nothing is chosen by them
+
     def __init__(
         self,
         train_data: DecodedImages,

@@ -5,6 +5,7 @@ In its features distances between sets of images are measured: the usual Incepti
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 from tqdm.auto import tqdm
 
 from vavae_tools.data.images import DecodedImages, to_unit
@@ -64,14 +66,21 @@ def _convolution(before: int, after: int, stride: int) -> list[nn.Module]:
 
 
 def train_classifier(
-    train: DecodedImages,
+    train: DecodedImages | Sequence[DecodedImages],
     num_classes: int,
     steps: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    masks: bool = False,
 ) -> PersonClassifier:
-    """Train a classifier on real images; the same images and seed give the same weights on one machine."""
+    """Train a classifier on images; the same images and seed give the same weights on one machine.
+
+    Args:
+        train: one set of images, or several of one size that are taken together.
+        masks: hide bands of time and frequency from it, as SpecAugment does.
+    """
+    train = _Together([train] if isinstance(train, DecodedImages) else train)
     steps = default_steps(len(train)) if steps is None else steps
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -85,7 +94,9 @@ def train_classifier(
             order = torch.randperm(len(train), generator=generator)
         index, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
         batch = train.get_batch(index)
-        x = augment(batch["images"].to(device), Draws(seed, step, index.to(device)))
+        draws = Draws(seed, step, index.to(device))
+        x = augment(batch["images"].to(device), draws)
+        x = mask_bands(x, draws) if masks else x
         loss = F.cross_entropy(model(x), batch["labels"].to(device), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -111,6 +122,43 @@ def augment(images: Tensor, draws: Draws) -> Tensor:
     gain = 1 + 0.1 * (draws.uniform("gain", 1, 1, 1) * 2 - 1)
     noise = draws.normal("noise", 1, *images.shape[2:]) * (0.08 * draws.uniform("noise level", 1, 1, 1))
     return ((to_unit(images) + 1) * gain - 1 + noise).contiguous(memory_format=torch.channels_last)
+
+
+def mask_bands(x: Tensor, draws: Draws, count: int = 2, share: float = 0.2) -> Tensor:
+    """Set bands of rows and of columns to an image's mean, as in SpecAugment (Park et al. 2019).
+
+    Args:
+        x: (B, C, H, W).
+        count: bands in each of the two directions.
+        share: of an axis, which a band is at most wide.
+    """
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)
+    for dim, name in ((2, "frequency"), (3, "time")):
+        size, shape = x.shape[dim], [1, 1, 1, 1]
+        shape[dim] = -1
+        places = torch.arange(size, device=x.device)
+        width = draws.uniform(f"{name} width", count, 1) * share * size  # (B, count, 1)
+        start = draws.uniform(f"{name} start", count, 1) * (size - width)
+        hidden = ((places >= start) & (places < start + width)).any(dim=1)  # (B, size)
+        x = torch.where(hidden.view(len(x), *shape[1:]), mean, x)
+    return x
+
+
+class _Together:
+    """Several sets of images as one."""
+
+    def __init__(self, parts: Sequence[DecodedImages]) -> None:
+        self.parts, (self.image_size, self.channels) = parts, (parts[0].image_size, parts[0].channels)
+        self._joined = ConcatDataset(parts)
+
+    def __len__(self) -> int:
+        return len(self._joined)
+
+    def get_batch(self, index: Tensor) -> dict[str, Tensor]:
+        if len(self.parts) == 1:
+            return self.parts[0].get_batch(index)
+        images = [self._joined[place] for place in index.tolist()]
+        return {name: torch.stack([image[name] for image in images]) for name in ("images", "labels")}
 
 
 def cached_classifier(

@@ -182,7 +182,9 @@ def evaluate_images(
         seed: of the classifier, of the subsets that are compared, and of what is held out where nothing validates.
     """
     output_dir = in_home(output_dir)
-    real, generated, notes = _load(in_home(generated_dir), data_dir, image_size, seed=seed, progress=progress, **source)
+    real, generated, notes = load_images(
+        in_home(generated_dir), data_dir, image_size, seed=seed, progress=progress, **source
+    )
     labels, train, device = real.labels, real.train_data, device_of(0)
     several_persons = len(train.labels.unique()) > 1
     if several_persons:
@@ -206,9 +208,10 @@ def evaluate_images(
 
 
 # ---- what is compared
-def _load(
+def load_images(
     generated_dir: Path, data_dir: str | Path, image_size: int | tuple[int, int] | None, progress: bool, **source: Any
 ) -> tuple[ImageDataModule, ImageFolder, list[str]]:
+    """Return real and generated images of one size, and what is to be said about them."""
     smallest = min(image_size) if isinstance(image_size, tuple) else image_size or 16
     if smallest < 16:
         raise UserError(f"image_size {image_size} is too small to tell persons apart: take at least 16 pixels")
