@@ -26,6 +26,7 @@ SHORTER = {
     "is_right=is_right": "is_right=is_right, num_samples=4, num_inference_steps=2",
     '"num_samples": 4000': '"num_samples": 64',
     "[:64]": "[:4]",
+    "seeds=3": "seeds=1, steps=2",
 }
 
 
@@ -67,6 +68,8 @@ def test_five_notebooks_hand_over_to_each_other(tmp_path: Path, monkeypatch: pyt
     assert len(list((attached / "sampling/samples").glob("ID_*/*.png"))) == 4
     evaluation = json.loads((attached / "evaluation/evaluation/evaluation.json").read_text())
     assert evaluation["total"]["generated"] == 4
+    gain = json.loads((attached / "evaluation/evaluation/gain.json").read_text())
+    assert [score["images"] for score in gain["mixtures"]] == [16, 16, 20, 20, 4]
 
 
 def test_the_whole_path_in_versions_ends_as_in_one(gait: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
