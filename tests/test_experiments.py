@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
-from tiny import refused, refuses
+from PIL import Image
+from tiny import noise, refused, refuses
 
 from vavae_tools import sample
 from vavae_tools.recipes import config as experiments
@@ -112,6 +113,9 @@ LINES = {
     "+trainer.limit_val_batches=3 trainer.detect_anomaly=off lr=5e-5 +trainer.logger=csv": {
         **{"train.trainer": {"limit_val_batches": 3, "detect_anomaly": False}, "train.lr": 5e-5},
         "train.logger": "csv",
+    },
+    "trainer.limit_train_batches=1.0 trainer.val_check_interval=0.5 trainer.min_epochs=1e1": {
+        "train.trainer": {"limit_train_batches": 1.0, "val_check_interval": 0.5, "min_epochs": 10},
     },
     "trainer.max_epochs=3 trainer.check_val_every_n_epoch=2 trainer.log_every_n_steps=5 --early_stopping_patience 4": {
         **{"train.max_epochs": 3, "train.trainer": {"check_val_every_n_epoch": 2}, "train.log_every_n_steps": 5},
@@ -224,6 +228,9 @@ WRONG = {
     "trainer.callbacks=x": "No trainer.callbacks here, as each experiment has its own: leave it out",
     "trainer.fast_dev_run=on": "train.max_steps=2 is a short run",
     "trainer.devices=-1": "expected a whole number of 1 or more or auto",
+    "trainer.limit_val_batches=abc": "trainer.limit_val_batches is 'abc', expected a whole number or a number",
+    "--trainer.min_steps x": "--trainer.min_steps is 'x', expected a whole number",
+    "+trainer.detect_anomaly=3": "trainer.detect_anomaly is 3, expected true or false",
     "num_classes=3": "could be data.num_classes or model.num_classes",
     "--experiment --lr 3": "experiment= needs a name",
     "+trainer.devicez=2": "No key 'trainer.devicez'; did you mean train.devices?",
@@ -472,6 +479,47 @@ def test_a_latent_size_or_class_number_that_does_not_fit_is_one_line(train):
         ("objective.name=epsilon objective.cosine_weight=0.5", "The objective epsilon has no cosine_weight"),
     ):
         refuses(re.escape(said), train, *SHORT, *SMALL, *change.split())
+
+
+FOLDER = [
+    "experiment=dit_dummy",
+    *SMALL,
+    "train.batch_size=4",
+    "train.max_steps=2",
+    "train.previews=0",
+    "output_dir=run",
+]
+
+
+def test_what_lightning_refuses_is_said_before_anything_is_encoded(train, split_dir):
+    for argument, said in (
+        ("trainer.limit_train_batches=2.5", "invalid value 2.5 for limit_train_batches"),
+        ("trainer.profiler=none", "When passing string value for the `profiler` parameter"),
+        ("trainer.barebones=true", "barebones=True"),
+    ):
+        refuses(said, train, *FOLDER, f"data.data_dir={split_dir}", argument)
+        assert not Path("run").exists() and not Path("logs/latents").exists()
+
+
+def test_other_data_or_batches_than_the_runs_are_refused_before_they_are_encoded(train, tmp_path):
+    for seed, (name, length) in enumerate({"first": 8, "second": 8, "fewer": 6}.items()):
+        for place, array in enumerate(noise(2 * length, 8, 8, seed=seed)):
+            (tmp_path / name / f"person {place % 2}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(tmp_path / name / f"person {place % 2}" / f"{place}.png")
+    words = [*FOLDER, "data.val_share=0.25", "data.latents_dir=latents"]
+    train(*words, f"data.data_dir={tmp_path / 'first'}")
+    made = set(Path("latents").rglob("*.safetensors"))
+    for changes, said in (
+        ("second", "other settings: the data are others. Go on with those of that run, or with --allow_changes"),
+        ("fewer --allow_changes", "was written with samples = 12, here it is 8"),
+        ("first train.batch_size=5", "has steps of 4 images, here they are of 5: take --batch_size 4"),
+    ):
+        folder, *others = changes.split()
+        refuses(said, train, *words, f"data.data_dir={tmp_path / folder}", *others, "resume=last")
+        assert set(Path("latents").rglob("*.safetensors")) == made
+    assert "changed on going on: the data are others" in train(
+        *words, f"data.data_dir={tmp_path / 'second'}", "train.max_steps=3", "resume=last", "--allow_changes"
+    )
 
 
 def test_training_ends_early_where_nothing_gets_better(train):

@@ -79,6 +79,7 @@ def encode_latents(
     ranks: Ranks | None = None,
     log: Callable[[str], None] = print_beside_bars,
     attached: Sequence[Path] = (),
+    check: Callable[[str], None] = lambda key: None,
 ) -> LatentFolder:
     """Encode both subsets once; latents of these weights and images that are there already are kept.
 
@@ -94,6 +95,7 @@ def encode_latents(
         precision: "32", "16" or "bf16"; None: "16" on a GPU, "32" on a CPU, and existing latents of any are kept.
         ranks: those that all call this and share the work, each on its own GPU where `device` is "cuda", on one disk.
         attached: folders of latents that are only read: whole ones are taken as they are, of others their shards.
+        check: called with the latents' key before anything is encoded.
 
     Raises:
         UserError: no space on the disk, latents that are not finite or that float16 cannot hold, statistics of another
@@ -113,16 +115,16 @@ def encode_latents(
 
     def look() -> tuple[str, str | None]:
         keys = _cache_keys(autoencoder, subsets, f"form {_FORM}, flips {flips}, seed {seed}, {weights}", extras)
-        if found := next(filter(None, (LatentFolder.find(place, keys) for place in attached)), None):
-            return keys[0], str(found.path.absolute())
-        found = LatentFolder.find_or_lock(path, keys, held, log)
-        return keys[0], str(found.path.relative_to(path)) if found else None
+        found = next(filter(None, (LatentFolder.find(place, keys) for place in attached)), None)
+        found = found or LatentFolder.find_or_lock(path, keys, held, log)
+        check(found.key if found else keys[0])
+        return keys[0], str(found.path) if found else None
 
     named = [[subset, names[subset], data.labels.tolist()] for subset, data in subsets.items()]
     identity = hashlib.sha256(f"{weights} {json.dumps(named)}".encode()).hexdigest()
     with held:
         key, complete = agree(ranks, look, identity)
-        folder = path / (complete or subfolder(key))
+        folder = Path(complete or path / subfolder(key))
         if complete is None:
             encoder = _Encoder(autoencoder.eval(), subsets, flips, seed, getattr(torch, dtype), computing)
             options = {"num_workers": images.num_workers, "ranks": ranks, "progress": progress, "others": attached}

@@ -157,7 +157,14 @@ class OrderedDataModule(L.LightningDataModule):
             )
         self.kept = there // here
         self.gathered *= self.kept
+        self._check_place(state, self._new_order(0, processes))
         return self.kept
+
+    def _check_place(self, state: dict[str, int], order: EpochOrder) -> None:
+        for name, here in self._order_settings(order).items():
+            if state.get(name, here) != here:
+                problem = f"The checkpoint was written with {name} = {state[name]:,}, here it is {here:,}"
+                raise UserError(f"{problem}: resume with the data and settings of that run, or start anew")
 
     def read_progress(self, checkpoint: dict[str, Any]) -> None:
         """Bring the progress of Lightning's loops in a checkpoint, in batches, to the batches of here."""
@@ -211,10 +218,7 @@ class OrderedDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
-            for name, here in self._order_settings(self._new_order(*self._place())).items():
-                if state_dict.get(name, here) != here:
-                    problem = f"The checkpoint was written with {name} = {state_dict[name]:,}, here it is {here:,}"
-                    raise UserError(f"{problem}: resume with the data and settings of that run, or start anew")
+            self._check_place(state_dict, self._new_order(*self._place()))
             self._resumed = (state_dict["epoch"], state_dict["batches_done"] * self.kept)
             if self._order is not None:
                 self._order.resume(*self._resumed)

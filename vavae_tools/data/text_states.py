@@ -45,6 +45,7 @@ _FORM = 1  # of the files; another form is another cache key
 
 Captions = Mapping[str, Sequence[Sequence[str]]]
 """Subset → of each image its captions."""
+Names = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def encode_texts(
     encoder: Any,
     captions_by_subset: Captions,
     folder: str | Path,
-    names_by_subset: Mapping[str, Sequence[str]] | None = None,
+    names_by_subset: Names | None = None,
     batch_size: int = 256,
     progress: bool = True,
     device: str | torch.device | None = None,
@@ -98,8 +99,7 @@ def encode_texts(
         UserError: an image without a caption, no space on the disk, or states that float16 cannot hold.
     """
     path, distinct, about = Path(folder), _distinct(captions_by_subset), _encoder_identity(encoder)
-    names = {subset: _digest(list(of_subset)) for subset, of_subset in (names_by_subset or {}).items()}
-    key = _digest([about, {subset: list(map(list, one)) for subset, one in captions_by_subset.items()}, names])
+    names, key = _names(names_by_subset), texts_key(encoder, captions_by_subset, names_by_subset)
     folder = path / subfolder(key)
 
     def fields(_: str, captions: list[str]) -> Tensors:
@@ -136,6 +136,16 @@ def encode_texts(
         )
         found.write()
     return found
+
+
+def texts_key(encoder: Any, captions_by_subset: Captions, names_by_subset: Names | None = None) -> str:
+    """Return the key of what `encode_texts` makes of these, by the tokenizer and the weights alone."""
+    captions = {subset: list(map(list, one)) for subset, one in captions_by_subset.items()}
+    return _digest([_encoder_identity(encoder), captions, _names(names_by_subset)])
+
+
+def _names(names_by_subset: Names | None) -> dict[str, str]:
+    return {subset: _digest(list(of_subset)) for subset, of_subset in (names_by_subset or {}).items()}
 
 
 def _store(path: Path, folder: Path) -> Store:

@@ -10,15 +10,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib.resources import files
-from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 
 from vavae_tools.recipes.base import RECIPES, AnyRecipe, Recipe
 from vavae_tools.runtime.errors import UserError, is_path, one_line, with_home
-from vavae_tools.training.config import TypedLoader, as_taken, checked, read_typed, read_word, settings_of
+from vavae_tools.training.config import (
+    Setting,
+    TypedLoader,
+    as_taken,
+    checked,
+    members,
+    read_typed,
+    read_word,
+    settings_of,
+)
 
 CONFIGS = Path(str(files("vavae_tools") / "configs"))
 DEFAULT = "vavae_dit"
@@ -79,16 +87,17 @@ def _all_settings() -> dict[str, "RecipeSettings"]:
     return {name: RecipeSettings(recipe()) for name, recipe in RECIPES.items()}
 
 
-def _is_lightnings(key: str) -> bool:
-    """Return whether a `lightning.Trainer` takes an argument of this name, which is not always set here."""
+def _lightnings(key: str) -> Setting | None:
+    """Return what a `lightning.Trainer` takes as an argument of this name, if it does, and it is not set here."""
     if not _OF_TRAINER.match(key):
-        return False
+        return None
     from lightning import Trainer  # takes seconds, so only where a key is not one of ours
 
     name = last_word(key)
     if name in _SET_HERE:
         raise UserError(f"No {key} here, as {_SET_HERE[name]}: leave it out")
-    return name in signature(Trainer.__init__).parameters
+    kind = get_type_hints(Trainer.__init__).get(name)
+    return None if kind is None else Setting(members(kind), None, {})
 
 
 def _is_known(key: str) -> bool:
@@ -184,7 +193,7 @@ class RecipeSettings:
         """Set a key of any name, or raise a `UserError` about what was `called` so."""
         home, called = self.own(key, called or f"key {key!r}"), called or key
         if home not in self.settings and home not in _aliases()["values"]:  # of lightning.Trainer
-            read = read_typed(value, (bool, Any))
+            read = checked(called, read_typed(value, (bool, Any)), _lightnings(key))
             self.values[_TRAINER] = {**self.values[_TRAINER], last_word(key): read}
             return
         meanings = _aliases()["values"].get(home)
@@ -202,7 +211,7 @@ class RecipeSettings:
     def set_all(self, values: Mapping[str, Any], before: str = "") -> None:
         for name, value in values.items():
             key = f"{before}{name}"
-            if isinstance(value, Mapping) and key != _TRAINER:
+            if isinstance(value, Mapping):
                 self.set_all(value, f"{key}.")
             elif value is not None or self.home(key):  # a section may have no content
                 self.set(key, value)
@@ -235,7 +244,7 @@ class RecipeSettings:
         found = self.named(name)
         if len(found) > 1:
             raise UserError(f"{called} could be {' or '.join(found)}: type the key, as {found[0]}=…")
-        if found or _is_lightnings(name):
+        if found or _lightnings(name):
             return found[0] if found else name
         raise self.unknown(name, called)
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from vavae_tools.autoencoders.encoders import silent_loading
 from vavae_tools.autoencoders.vavae import VAVAE, resolve_image_size, with_vectors_of
 from vavae_tools.autoencoders.weights import load_autoencoder, load_vavae
-from vavae_tools.checkpoints.resuming import check_resumable
 from vavae_tools.data.datasets import class_data
 from vavae_tools.data.images import ImageSetDataModule, spread
 from vavae_tools.data.latents import FIRST_SHARD, LatentDataModule, LatentFolder, encode_latents, latents_digest
@@ -39,10 +38,11 @@ from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import find_device, take_card
 from vavae_tools.runtime.ranks import current_ranks, is_rank_zero, rank_zero_first
 from vavae_tools.training.callbacks.previews import SamplePreviews
+from vavae_tools.training.callbacks.record import check_data
 from vavae_tools.training.config import TrainConfig
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import compiles
-from vavae_tools.training.run import Log, Run, Show, check_early_stopping, train
+from vavae_tools.training.run import Log, Run, Show, check_early, train
 
 ROWS, COLUMNS = 8, 8  # classes in a preview, spread over all, and samples of each
 
@@ -142,7 +142,8 @@ def build(recipe: VAVAEDiTRecipe, output_dir: Path, resume_from: Path | None, sh
     check_before_encoding(recipe, (model.config.latent_channels, *sides), images, resume_from)
     folder = latents_folder(data.latents_dir, data.data_dir, "vavae", output_dir)
     options = {"flips": data.flips, "seed": recipe.seed, "statistics": statistics}
-    latents = encode_once(model, images, folder, log, **options)
+    check = partial(check_data, resume_from, recipe.train.allow_changes)
+    latents = encode_once(model, images, folder, log, **options, check=check)
     return build_on_latents(recipe, output_dir, resume_from, show, log, autoencoder=model, folder=latents)
 
 
@@ -216,7 +217,6 @@ def check_before_encoding(
 ) -> None:
     """Say what of a training will not fit before anything takes time: it is built, but for its weights' memory."""
     config, init, people = recipe.train, recipe.init, images.labels
-    check_early_stopping(config, images)
     with torch.device("meta"):
         network, conditioner = _denoiser_for(shape, max(people.values()) + 1, recipe)
     if init.weights and resume_from is None:
@@ -227,7 +227,7 @@ def check_before_encoding(
     objective = make_recipe_objective(recipe.objective, type(recipe)().objective, shape)
     with torch.device("meta"):
         module = DiffusionModule(network, conditioner, objective, ema_decay=config.ema_decay)
-    check_resumable(resume_from, module)
+    check_early(module, config, images, resume_from)
 
 
 def _latents_of(source: str | Path, latents_dir: str | Path) -> tuple[nn.Module, LatentFolder]:

@@ -10,7 +10,6 @@ import torch
 
 from vavae_tools.autoencoders.rae import RAE, tiny_rae
 from vavae_tools.autoencoders.rae_weights import is_rae_folder, load_rae, read_rae_folder
-from vavae_tools.checkpoints.formats import read_any_format
 from vavae_tools.data.datasets import class_data
 from vavae_tools.data.images import DecodedImages, ImageSetDataModule, save_image, to_pixels, to_unit
 from vavae_tools.evaluation.metrics import psnr
@@ -26,6 +25,7 @@ from vavae_tools.runtime.machine import find_device, release_memory
 from vavae_tools.runtime.ranks import is_rank_zero
 from vavae_tools.training.autoencoder_module import RAEDecoderModule
 from vavae_tools.training.callbacks.previews import ReconstructionPreviews
+from vavae_tools.training.callbacks.record import check_data, checkpoint_in
 from vavae_tools.training.devices import compiles
 from vavae_tools.training.run import Log, Run, Show, train
 
@@ -67,7 +67,7 @@ def build(recipe: DecoderRecipe, output_dir: Path, resume_from: Path | None, sho
         log("No lpips_weights: the perceptual part (LPIPS) is left out")
     batches = max(1, -(-len(images.train_data) // config.batch_size) // config.accumulate_grad_batches)
     steps = config.max_steps or (config.max_epochs or 1) * batches
-    began = read_any_format(resume_from, lambda line: None).get("hyper_parameters", {}) if resume_from else {}
+    began = checkpoint_in(resume_from).get("hyper_parameters", {})
     numbers = {"ema_decay": config.ema_decay, "flips": recipe.data.flips, "seed": seed, **given_numbers(loss, config)}
     numbers.setdefault("perceptual_weight", 1.0 if loss.lpips_weights else 0.0)
     numbers.setdefault("disc_start", began.get("disc_start", steps * 3 // 8))  # as it was in a run that resumes
@@ -187,7 +187,9 @@ def build_rae_dit(recipe: RAEDiTRecipe, output_dir: Path, resume_from: Path | No
     encoder = f"{recipe.rae.encoder_cls}-{rae.config.encoder_input_size}"
     folder = latents_folder(data.latents_dir, data.data_dir, encoder, output_dir)
     # float16: half the disk of latents with 768 channels, and its rounding lies far below the decoder's noise
-    latents = encode_once(rae, images, folder, log, flips=data.flips, seed=seed, dtype="float16")
+    options = {"flips": data.flips, "seed": seed, "dtype": "float16"}
+    check = partial(check_data, resume_from, recipe.train.allow_changes)
+    latents = encode_once(rae, images, folder, log, **options, check=check)
     rae.to("cpu")  # its memory is training's
     release_memory()
     recipe = replace(recipe, data=replace(data, num_workers=0))

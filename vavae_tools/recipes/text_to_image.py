@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from vavae_tools.autoencoders.stable_diffusion import SHAPES_VAE, load_stable_diffusion_vae
 from vavae_tools.autoencoders.weights import load_autoencoder
-from vavae_tools.checkpoints.resuming import check_resumable
 from vavae_tools.data.datasets import caption_data
 from vavae_tools.data.demo.shapes import EXAMPLE_PROMPTS, vocabulary
 from vavae_tools.data.latents import latents_digest
-from vavae_tools.data.text_states import TextLatentDataModule, encode_texts, needed_bytes
+from vavae_tools.data.text_states import TextLatentDataModule, encode_texts, needed_bytes, texts_key
 from vavae_tools.diffusion.clip import TextEncoder, load_text_encoder, tiny_text_encoder
 from vavae_tools.diffusion.conditioning import TextConditioner
 from vavae_tools.diffusion.dit import TextDiT
@@ -37,9 +36,10 @@ from vavae_tools.runtime.files import atomic_write, free_bytes, save_model
 from vavae_tools.runtime.machine import find_device
 from vavae_tools.runtime.ranks import is_rank_zero, rank_zero_first
 from vavae_tools.training.callbacks.previews import SamplePreviews
+from vavae_tools.training.callbacks.record import check_data
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.memory import find_batch_size, keep_effective, of_size
-from vavae_tools.training.run import Log, Run, Show, check_early_stopping, train
+from vavae_tools.training.run import Log, Run, Show, check_early, train
 
 COLUMNS = 4  # images of each prompt in a preview
 
@@ -53,7 +53,6 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     names = ("num_samples", "val_share", "train_split", "skip_missing", "crop", "annotations", "images", "num_workers")
     options = {"batch_size": config.batch_size, "seed": seed, **{name: getattr(data, name) for name in names}}
     images = caption_data(data.dataset_name, data.data_dir, tuple(size) if isinstance(size, list) else size, **options)
-    check_early_stopping(config, images)
     with rank_zero_first("frozen models"):
         goes_on = resume_from is not None or not is_rank_zero()  # what is left of another run is not this one's
         frozen = encoder, autoencoder = _frozen_models(recipe, output_dir, goes_on, log)
@@ -74,9 +73,9 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
     denoiser = TextDiT(input_size=shape[1:], in_channels=shape[0], **numbers)
     config, of_training = prepared(config, denoiser, seed, log)
     module = DiffusionModule(denoiser, conditioner, objective, **of_training)
-    check_resumable(resume_from, module)
+    check_early(module, replace(config, batch_size=None) if data.auto_batch_size else config, images, resume_from)
     longest = encoder.max_tokens
-    train_on, key, cached = _training_data(recipe, module, images, frozen, output_dir, log)
+    train_on, key, cached = _training_data(recipe, module, images, frozen, output_dir, resume_from, log)
     del frozen, autoencoder, encoder  # where all is encoded nobody has them any more
     if data.auto_batch_size:
         gathered = _fit_batch(module, train_on, config.of_devices(), longest, log)
@@ -144,7 +143,13 @@ def _frozen_models(recipe: TextToImageRecipe, output_dir: Path, goes_on: bool, l
 
 # ---- what is trained on
 def _training_data(
-    recipe: TextToImageRecipe, module: DiffusionModule, images: Any, frozen: tuple, output_dir: Path, log: Log
+    recipe: TextToImageRecipe,
+    module: DiffusionModule,
+    images: Any,
+    frozen: tuple,
+    output_dir: Path,
+    resume_from: Path | None,
+    log: Log,
 ) -> tuple[Any, str, bool]:
     """Return latents and texts where they are kept, else images that `module` encodes; their key; whether kept."""
     data, seed, (encoder, autoencoder) = recipe.data, recipe.seed, frozen
@@ -160,9 +165,14 @@ def _training_data(
         if not cached:
             log(f"Latents and texts would take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free")
     if cached:
-        latents = encode_once(autoencoder, images, folder, log, seed=seed, dtype="float16")
         subsets = {"train": images.train_data, "val": images.val_data}
         names = {name: subset.names for name, subset in subsets.items() if subset is not None and len(subset)}
+        of_texts = texts_key(encoder, captions, names)
+
+        def check(key: str) -> None:
+            check_data(resume_from, recipe.train.allow_changes, f"{key} {of_texts}")
+
+        latents = encode_once(autoencoder, images, folder, log, seed=seed, dtype="float16", check=check)
         with rank_zero_first("texts"):
             texts = encode_texts(encoder, captions, folder / "texts", names, device=find_device(), log=log)
         log(str(texts))

@@ -119,14 +119,14 @@ class Setting(NamedTuple):
     metadata: Mapping[str, Any]
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
+def members(kind: Any) -> tuple[Any, ...]:
     """Return the types that a union is made of; of another type, that one."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def _inside(kinds: tuple[Any, ...], outer: type) -> tuple[Any, ...]:
     """Return the types that the values of a list, or of a dict, may have."""
-    return next((_members(get_args(kind)[-1]) for kind in kinds if get_origin(kind) is outer), (Any,))
+    return next((members(get_args(kind)[-1]) for kind in kinds if get_origin(kind) is outer), (Any,))
 
 
 def settings_of(config: Any, before: str = "") -> dict[str, Setting]:
@@ -137,7 +137,7 @@ def settings_of(config: Any, before: str = "") -> dict[str, Setting]:
         if is_dataclass(value):
             found |= settings_of(value, f"{key}.")
         else:
-            found[key] = Setting(_members(hints[each.name]), value, each.metadata)
+            found[key] = Setting(members(hints[each.name]), value, each.metadata)
     return found
 
 
@@ -272,9 +272,9 @@ def _of_kind(value: Any, kinds: tuple[Any, ...]) -> Any:
                 return value
         elif kind is float and isinstance(value, (int, float)):
             return float(value)
-        elif kind is int and isinstance(value, float) and value.is_integer():  # 1e5
+        elif kind is int and isinstance(value, float) and value.is_integer() and float not in kinds:  # 1e5
             return int(value)
-        elif kind in (int, str) and isinstance(value, kind):
+        elif isinstance(origin, type) and isinstance(value, origin):
             return value
     if str in kinds and isinstance(value, (int, float)):  # a folder that is called 2024, precision=16
         return str(value)

@@ -1,5 +1,6 @@
 """One way to train anything: what a recipe has built, on the devices of this machine, with what looks on."""
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,11 +15,11 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from vavae_tools.checkpoints.formats import is_deepspeed, read_any_format, remove
+from vavae_tools.checkpoints.formats import read_any_format, remove
 from vavae_tools.checkpoints.resuming import check_resumable, former_run, resume_path
 from vavae_tools.data.loader import OrderedDataModule, loader_faults
 from vavae_tools.runtime.console import log
-from vavae_tools.runtime.errors import Stopped, UserError, disk_faults, in_home
+from vavae_tools.runtime.errors import Stopped, UserError, disk_faults, in_home, one_line
 from vavae_tools.runtime.files import alone_in
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import keep_freed_memory, release_memory
@@ -26,7 +27,7 @@ from vavae_tools.runtime.ranks import is_rank_zero
 from vavae_tools.training.callbacks.checkpointing import AtomicCheckpointIO, checkpoint_callbacks
 from vavae_tools.training.callbacks.previews import preview_epochs
 from vavae_tools.training.callbacks.progress import Progress, TrainLog
-from vavae_tools.training.callbacks.record import RunRecord
+from vavae_tools.training.callbacks.record import RunRecord, checkpoint_in
 from vavae_tools.training.callbacks.throughput import Throughput
 from vavae_tools.training.config import SaveConfig, TrainConfig
 from vavae_tools.training.curves import LiveCurves
@@ -90,7 +91,8 @@ def _train_here(
     L.seed_everything(recipe.seed, verbose=False)
     quiet_lightning()
     with own_run(output_dir, resume, recipe.overwrite, log) as (resume_from, replace):
-        make_loggers(recipe.train.logger, output_dir)  # one that is lacking is said before anything is encoded
+        settings = {**trainer_settings(**recipe.train.of_devices()), "deterministic": None}  # which would hold at once
+        _trainer(settings, output_dir, recipe.train.logger)  # what it does not take is said before anything is encoded
         run = build(recipe, output_dir, resume_from, show, log)
         return _train_built(run, output_dir, resume_from, [replace], log)
 
@@ -115,8 +117,7 @@ def _train_built(run: Run, output_dir: Path, resume_from: Path | None, callbacks
     follows = {"precision": settings["precision"], "accumulate_grad_batches": gathered}
     recorded = {**follows, "gradient_clip": settings["gradient_clip_val"], **run.recorded}
     begun = None
-    if resume_from is not None and not is_deepspeed(resume_from):
-        checkpoint = read_any_format(resume_from, lambda line: None)
+    if checkpoint := checkpoint_in(resume_from):
         begun, kept = checkpoint.get("global_step"), data.keep_batch(checkpoint, processes)
         gathered *= kept
         if "accumulate_grad_batches" in settings:
@@ -142,7 +143,7 @@ def _train_built(run: Run, output_dir: Path, resume_from: Path | None, callbacks
 
     validates = bool(data.val_data)
     monitor, mode = run.monitor
-    check_early_stopping(config, data)
+    _check_early_stopping(config, data)
     callbacks += checkpoint_callbacks(checkpoints, monitor if validates else None, config, mode, best=run.best)
     if config.early_stopping_patience:
         callbacks.append(EarlyEnd(monitor, mode, config.early_stopping_patience, log))
@@ -168,7 +169,19 @@ def _train_built(run: Run, output_dir: Path, resume_from: Path | None, callbacks
     return run.folder
 
 
-def check_early_stopping(config: TrainConfig, data: OrderedDataModule) -> None:
+def check_early(
+    module: L.LightningModule, config: TrainConfig, data: OrderedDataModule, resume_from: Path | None
+) -> None:
+    """Raise where training cannot resume or end as asked, before anything is encoded; `data` as it will be."""
+    _check_early_stopping(config, data)
+    check_resumable(resume_from, module)
+    if config.batch_size:  # else it is yet to be found
+        settings, data = module.trainer_settings(**config.of_devices()), copy.copy(data)
+        data.batch_size = config.batch_size
+        data.keep_batch(checkpoint_in(resume_from), settings["devices"] * settings["num_nodes"])
+
+
+def _check_early_stopping(config: TrainConfig, data: OrderedDataModule) -> None:
     if config.early_stopping_patience and not data.val_data:
         raise UserError("--early_stopping_patience needs images that validate, such as data.val_share=0.05")
 
@@ -223,18 +236,17 @@ def build_trainer(
     if settings.get("accelerator") == "cpu":
         keep_freed_memory()
     allow_tf32(settings)
+    # the first: a step ends before what others do
+    every = [Throughput(log), *callbacks, Progress(log), LiveCurves(output_dir, log)]
+    return _trainer({**length, **settings}, output_dir, logger, callbacks=every, plugins=[AtomicCheckpointIO(log)])
+
+
+def _trainer(settings: dict[str, Any], output_dir: Path, logger: Any, **parts: Any) -> L.Trainer:
+    loggers = make_loggers(logger, output_dir)
     try:
-        return L.Trainer(
-            **{**length, **settings},
-            default_root_dir=output_dir,
-            logger=make_loggers(logger, output_dir),
-            # the first: a step ends before what others do
-            callbacks=[Throughput(log), *callbacks, Progress(log), LiveCurves(output_dir, log)],
-            plugins=[AtomicCheckpointIO(log)],
-            enable_progress_bar=False,
-        )
-    except (MisconfigurationException, TypeError) as error:  # what +trainer.NAME= named and it does not know
-        raise UserError(str(error)) from None
+        return L.Trainer(**settings, **parts, default_root_dir=output_dir, logger=loggers, enable_progress_bar=False)
+    except (MisconfigurationException, TypeError, ValueError) as error:  # such as of +trainer.limit_val_batches=2.5
+        raise UserError(one_line(error, 300)) from None
 
 
 def fit_trainer(

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 
+from vavae_tools.checkpoints.formats import is_deepspeed, read_any_format
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import read_json, write_json
 
@@ -21,6 +22,26 @@ UNCOMPARED_SETTINGS = ("vavae_config", "denoiser_config", "conditioner_config", 
 """Hyper-parameters that a difference in is told elsewhere, or changes no number."""
 
 NOT_ALWAYS_RECORDED = ("accumulate_grad_batches", "gradient_clip")
+
+
+_OTHER_DATA = "the data are others"
+
+
+def checkpoint_in(path: Path | None) -> dict[str, Any]:
+    """Return what a checkpoint holds; nothing where there is none, or DeepSpeed's, which its strategy reads."""
+    return {} if path is None or is_deepspeed(path) else read_any_format(path, lambda line: None)
+
+
+def check_data(resume_from: Path | None, allow_changes: bool, key: str) -> None:
+    """Raise as `RunRecord` will where a checkpoint's run has other data than those of `key`."""
+    run = checkpoint_in(resume_from).get("run")
+    if run is not None and run["data"] != key and not allow_changes:
+        raise _of_other_settings([_OTHER_DATA])
+
+
+def _of_other_settings(found: list[str]) -> UserError:
+    help = "Go on with those of that run, or with --allow_changes"
+    return UserError(f"The checkpoint is of a run with other settings: {'; '.join(found)}. {help}")
 
 
 class RunRecord(L.Callback):
@@ -62,10 +83,9 @@ class RunRecord(L.Callback):
         then = {name: now["settings"][name] for name in NOT_ALWAYS_RECORDED} | before["settings"]
         found = [f"{name} was {old}, is {new}" for name, old, new in _differences(then, now["settings"])]
         if before["data"] != now["data"]:
-            found.append("the data are others")
+            found.append(_OTHER_DATA)
         if found and not self.allow_changes:
-            help = "Go on with those of that run, or with --allow_changes"
-            raise UserError(f"The checkpoint is of a run with other settings: {'; '.join(found)}. {help}")
+            raise _of_other_settings(found)
         for difference in found:
             self.log_line(f"changed on going on: {difference}")
         pairs = _differences(before["versions"], now["versions"])
