@@ -60,15 +60,27 @@ def test_sides_in_folders(tmp_path, subset):
 
 
 def test_links_and_thumbnails_multiply_no_images(tmp_path):
-    write(tmp_path, {"a/1.png": 1, "a/in/2.png": 2, "a/@eaDir/1.png": 1, "a/thumbs/1.png": 1, "b/3.png": 3})
+    write(tmp_path, {"a/1.png": 1, "a/in/2.png": 2, "a/@eaDir/1.png": 1, "a/Previews/1.png": 1, "b/3.png": 3})
+    for copy in ("a/thumb_1.jpg", "a/in/2.THUMB.png", "a/._1.png", "b/3_thumbnail-8x8.png", "b/thumb_up.png"):
+        write(tmp_path, {copy: 9})  # the last one is of nothing here
     for link, target in {"a/up": "..", "a/in/self": ".", "a/again": "in", "round": ".", "b/out": "../other"}.items():
         (tmp_path / link).symlink_to(target)
     write(tmp_path, {"other/4.png": 4, "other/back/5.png": 5})
     write(tmp_path.with_name("elsewhere"), {"6.png": 6})
     (tmp_path / "other/to_b").symlink_to("../b")
     (tmp_path / "b/far").symlink_to(tmp_path.with_name("elsewhere"))
-    found = shown(image_data(tmp_path, 8, val_share=0).train_data)
-    assert sorted(found) == ["a/1.png", "a/in/2.png", "b/3.png", "b/far/6.png", "other/4.png", "other/back/5.png"]
+    data = image_data(tmp_path, 8, val_share=0)
+    files = ["a/1.png", "a/in/2.png", "b/3.png", "b/far/6.png", "b/thumb_up.png", "other/4.png", "other/back/5.png"]
+    assert sorted(data.train_data.names) == files
+    said = "5 passed over, thumbnails or of programs: a/@eaDir/, a/Previews/, a/thumb_1.jpg and 2 more"
+    assert data.notes == [said]
+
+
+def test_images_in_both_of_ones_own_subsets_are_said(tmp_path):
+    values = {"train/a/1.png": 1, "train/a/2.png": 2, "train/b/1.png": 3, "val/a/7.png": 2, "val/b/8.png": 4}
+    (said,) = image_data(write(tmp_path, values), 8).notes
+    assert said.startswith(f"warning: 1 image of {tmp_path}/val also in {tmp_path}/train, such as a/7.png = a/2.png: ")
+    assert image_data(tmp_path, 8, train_split="val").notes == []
 
 
 def test_one_name_in_two_forms_of_unicode_is_one_class(tmp_path):

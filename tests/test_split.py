@@ -274,9 +274,13 @@ def test_what_programs_keep_beside_images_is_no_person(tmp_path):
     (source / "loop").symlink_to("..")
     (source / "here").symlink_to(".")
     os.mkfifo(source / "ID_1/pipe.png")
+    for copy in ("thumb_p0.jpg", "p1.thumb.png", "._p2.png"):
+        (source / "ID_1" / copy).write_bytes(image(7))
+    shutil.copytree(source / "ID_2", source / "ID_2/Previews")
     report = run(source, tmp_path / "out")
     assert report.labels == {"ID_1": 0, "ID_2": 1} and report.totals == {"train": 4, "val": 2, "left_out": 0}
-    assert report.warnings == ["no persons, passed over: @eaDir/, _thumbs/, lost+found/"]
+    passed = "6 passed over, thumbnails or of programs: @eaDir/, _thumbs/, lost+found/ and 3 more"
+    assert report.warnings == [passed]
 
 
 @pytest.mark.parametrize("read", [ImageDataModule, lambda source: run(source, source.parent / "out")])

@@ -15,7 +15,7 @@ import torch
 from vavae_tools.data import folders
 from vavae_tools.data.captions import CaptionedDataModule
 from vavae_tools.data.demo.shapes import captioned_shape_data, shape_data
-from vavae_tools.data.folders import contents, no_such_folder
+from vavae_tools.data.folders import contents, count_of, no_such_folder
 from vavae_tools.data.images import DecodedImages, ImageFiles, ImageSetDataModule
 from vavae_tools.data.sources import captioned, hugging_face
 from vavae_tools.data.sources.shards import refuse_shards
@@ -79,6 +79,8 @@ class ImageDataModule(ImageSetDataModule):
         own = others and share in (None, 1)
         subsets = (train, *others) if own else hold_out(train, val_share, seed)
         super().__init__(*subsets, labels, batch_size, num_workers, seed)
+        self.notes = [note for subset in (train, *others) for note in subset.notes]
+        self.notes += _in_both(*subsets) if own and not is_split else []
 
 
 image_data = ImageDataModule
@@ -140,11 +142,8 @@ def hold_out(data: DecodedImages, share: float, seed: int = 0) -> tuple[DecodedI
         raise UserError(f"val_share {share:g}: expected a share from 0 to below 1, such as 0.05")
     if not share:
         return data, None
-    lengths = data.sizes() if isinstance(data, ImageFiles) else []
-    counts, hashes = Counter(lengths), {}
-    for place, length in enumerate(lengths):
-        if counts[length] > 1:
-            hashes[place] = hashlib.sha256((data.folder / data.names[place]).read_bytes()).hexdigest()
+    counts = Counter(data.sizes()) if isinstance(data, ImageFiles) else {}
+    hashes = _file_hashes(data, {length for length, count in counts.items() if count > 1})
     pixels = data.pixel_hashes() if data.fits_memory() else [None] * len(data)
     rows = enumerate(zip(data.labels.tolist(), data.names, pixels, strict=True))
     images = [ImageEntry(str(a), name, "", 0, sha256=hashes.get(place), pixels=b) for place, (a, name, b) in rows]
@@ -155,6 +154,26 @@ def hold_out(data: DecodedImages, share: float, seed: int = 0) -> tuple[DecodedI
     return data.part(np.flatnonzero(~held)), data.part(np.flatnonzero(held))
 
 
+def _file_hashes(data: DecodedImages, lengths: Collection[int]) -> dict[int, str]:
+    """Return a hash of each file that has one of these lengths, by its place: others are not read."""
+    files = enumerate(zip(data.paths, data.sizes(), strict=True)) if lengths else ()
+    return {n: hashlib.sha256(path.read_bytes()).hexdigest() for n, (path, length) in files if length in lengths}
+
+
+def _in_both(train: DecodedImages, val: DecodedImages) -> list[str]:
+    """Return a line to say where files of somebody's own two subsets are the same, as far as all fit into memory."""
+    if not (isinstance(train, ImageFiles) and isinstance(val, ImageFiles) and train.fits_memory()):
+        return []
+    lengths = set(train.sizes()) & set(val.sizes())
+    trained = {digest: place for place, digest in _file_hashes(train, lengths).items()}
+    same = [(place, trained[digest]) for place, digest in _file_hashes(val, lengths).items() if digest in trained]
+    if not same:
+        return []
+    found = f"{count_of(len(same), 'image')} of {val.folder} also in {train.folder}"
+    pair = f"{val.names[same[0][0]]} = {train.names[same[0][1]]}"
+    return [f"warning: {found}, such as {pair}: what validates is to be new to the training; leave them out there"]
+
+
 def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> tuple:
     is_split, extensions, labels = (data_dir / INFO_NAME).is_file(), folders.EXTENSIONS, None
     if is_split:
@@ -163,8 +182,9 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
     subsets = []
     for root in _subset_folders(data_dir, train_split, is_split, extensions):
         homes = {name: [name] for name in folders.person_folders(root)} if is_split else folders.persons(root)
+        passed = None if is_split else folders.passed_over(root)
         below = {
-            person: [path for name in names for path in folders.files_below(root / name, extensions, root)]
+            person: [p for name in names for p in folders.files_below(root / name, extensions, root, passed=passed)]
             for person, names in homes.items()
         }
         files = {person: of_person for person, of_person in below.items() if of_person}
@@ -181,6 +201,7 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
             names = [path.relative_to(root).as_posix() for path in chain.from_iterable(files.values())]
             of_names = torch.tensor([label_of[person] for person, of_person in files.items() for _ in of_person])
             subsets.append(ImageFiles(root, names, of_names, of_split=is_split, **options))
+            subsets[-1].notes = folders.note_of_passed(passed or [], data_dir)
     return labels, *subsets
 
 

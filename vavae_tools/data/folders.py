@@ -21,7 +21,9 @@ OF_PROGRAMS = (
     *("__macosx", "@eadir", "@tmp", "#recycle", "@recycle", "#snapshot", "@recently-snapshot", "$recycle.bin"),
     *("recycler", "system volume information", "lost+found", "lost.dir", "__pycache__"),
 )
-_THUMBNAILS = re.compile(r"[\W_]*thumb(s|nails?)?[\W_]*")  # folders of smaller copies
+_SMALLER = r"(thumb(s|nails?)?|previews?)"  # copies
+_THUMBNAILS = re.compile(rf"[\W_]*{_SMALLER}[\W_]*")
+_THUMBNAIL = re.compile(rf"^{_SMALLER}[\W_]+|[\W_]+{_SMALLER}([\W_]*\d+x\d+)?$")
 
 _SUBSET = re.compile(
     r"(?P<train>train(ing)?|trn)|(?P<validation>validat(ion|e)|eval(uation)?)|(?P<valid>valid)|(?P<val>val)"
@@ -80,14 +82,16 @@ def choose_subset_names(names: Collection[str], train: str = "train") -> list[st
     return list(dict.fromkeys([first, *(name for name in others if name not in same)]))
 
 
-def list_folders(directory: str | Path, extensions: Collection[str] = IMAGE_EXTENSIONS) -> dict[str, list[Path]]:
-    """Return each person with its images, both in natural order; a folder may be empty."""
+def list_folders(
+    directory: str | Path, extensions: Collection[str] = IMAGE_EXTENSIONS, passed: list[str] | None = None
+) -> dict[str, list[Path]]:
+    """Return each person with its images, both in natural order; a folder may be empty. `passed`: `image_entries`."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(no_such_folder(directory))
     found = {}
     for person, names in persons(directory).items():
-        entries = (entry for name in names for entry in image_entries(directory / name, extensions))
+        entries = (entry for name in names for entry in image_entries(directory / name, extensions, passed))
         found[person] = [Path(entry.path) for entry in entries]
     return found
 
@@ -158,10 +162,16 @@ def person_folders(directory: str | Path) -> list[str]:
 
 
 def passed_over(directory: str | Path) -> list[str]:
-    """Return the folders in `directory` that programs keep beside images, but for hidden ones."""
-    with os.scandir(directory) as entries:
+    """Return the paths of folders in `directory` that programs keep beside images, but for hidden ones."""
+    with folder_errors(directory), os.scandir(directory) as entries:
         names = (e.name for e in entries if not e.name.startswith(".") and is_passed_over(e.name) and e.is_dir())
-        return sorted(names)
+        return sorted(f"{Path(directory, name)}/" for name in names)
+
+
+def note_of_passed(passed: Sequence[str], root: Path) -> list[str]:
+    """Return a line about thumbnails and folders of programs in `root` that were left out, if there are any."""
+    names = [path.removeprefix(f"{root}/") for path in passed]
+    return [f"{len(names):,} passed over, thumbnails or of programs: {join_first(names)}"] if names else []
 
 
 def is_passed_over(name: str) -> bool:
@@ -170,29 +180,53 @@ def is_passed_over(name: str) -> bool:
     return name.startswith(".") or small in OF_PROGRAMS or _THUMBNAILS.fullmatch(small) is not None
 
 
-def image_entries(folder: str | Path, extensions: Collection[str]) -> list[os.DirEntry]:
-    """Return the files with these extensions in natural order; a link that leads nowhere is among them."""
+def image_entries(
+    folder: str | Path, extensions: Collection[str], passed: list[str] | None = None
+) -> list[os.DirEntry]:
+    """Return the files with these extensions in natural order; a link that leads nowhere is among them.
+
+    Where these are somebody's own, `passed` gets the paths of thumbnails of others among them, which are left out.
+    """
     with folder_errors(folder), os.scandir(folder) as entries:
         named = [e for e in entries if extension_of(e.name) in extensions]
         found = [e for e in named if e.is_file() or (e.is_symlink() and not Path(e).exists())]  # no pipe
+    if passed is not None:
+        copies = _thumbnails([e.name for e in found])
+        passed += [str(Path(folder, name)) for name in sorted(copies)]
+        found = [e for e in found if e.name not in copies]
     return sorted(found, key=lambda e: natural_key(e.name))
 
 
+def _thumbnails(names: Collection[str]) -> set[str]:
+    """Return which of these are smaller copies of others, as thumb_a.jpg and a.thumb.png are of a.png."""
+    stem_of = {name: name.rpartition(".")[0].casefold() for name in names}
+    originals = {name: _THUMBNAIL.sub("", stem) for name, stem in stem_of.items()}
+    stems = set(stem_of.values())
+    return {name for name, original in originals.items() if original != stem_of[name] and original in stems}
+
+
 def files_below(
-    folder: Path, extensions: Collection[str], root: Path | None = None, seen: set[str] | None = None
+    folder: Path,
+    extensions: Collection[str],
+    root: Path | None = None,
+    seen: set[str] | None = None,
+    passed: list[str] | None = None,
 ) -> Iterator[Path]:
     """Yield the files with these extensions at any depth, those of each folder in natural order.
 
     A folder is looked into once, however many links lead to it (`seen` are those that were), and not through a link
-    within `root`, where it is another's. What is no folder has no files.
+    within `root`, where it is another's. What is no folder has no files. `passed` gets what `image_entries` and
+    `passed_over` leave out.
     """
     seen, here = set() if seen is None else seen, os.path.realpath(folder)
     if here not in seen and folder.is_dir():
         seen.add(here)
-        yield from (folder / entry.name for entry in image_entries(folder, extensions))
+        if passed is not None:
+            passed += passed_over(folder)
+        yield from (folder / entry.name for entry in image_entries(folder, extensions, passed))
         for below in (folder / name for name in person_folders(folder)):
             if root is None or not (below.is_symlink() and below.resolve().is_relative_to(root.resolve())):
-                yield from files_below(below, extensions, root, seen)
+                yield from files_below(below, extensions, root, seen, passed)
 
 
 def other_files(folder: str | Path, extensions: Collection[str]) -> Counter:

@@ -116,6 +116,7 @@ class DecodedImages(Dataset):
         self.captions = None if captions is None else list(map(tuple, captions))
         self.extra_fields: dict[str, Tensor] = {}
         self.rows, self._progress = torch.arange(len(self.names)), progress
+        self.notes: Sequence[str] = ()  # about what was left out
         self.white: int | None = None  # of images of more than 8 bits; None: each image's own
         self.resize(image_size)
 

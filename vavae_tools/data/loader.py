@@ -126,6 +126,7 @@ class OrderedDataModule(L.LightningDataModule):
     persistent_workers = True
     prefetch_factor = 2
     gathered = 1  # see `EpochOrder`
+    notes: Sequence[str] = ()  # what is to be said of the data
     kept = 1  # so many batches are gathered where the run had one, on more devices
 
     def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:

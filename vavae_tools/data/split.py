@@ -351,13 +351,13 @@ def _find_images(source: Path, extensions: list[str]) -> tuple[list[ImageEntry],
     """Return all images in the order of their names, and remarks on what else is there."""
     if not source.is_dir():
         raise UserError(f"{folders.no_such_folder(source)} Check --input_dir.")
-    images, notes = [], []
+    images, notes, passed = [], [], folders.passed_over(source)
     for person, names in folders.persons(source).items():
         if names != [person]:
             written = " and ".join(ascii(name)[1:-1] for name in names)
             notes.append(f"{person} is what the folder{'s' * (len(names) > 1)} {written} can be read as")
         taken = set()
-        for entry in (entry for name in names for entry in folders.image_entries(source / name, extensions)):
+        for entry in (entry for name in names for entry in folders.image_entries(source / name, extensions, passed)):
             path = str(Path(entry.path).resolve()) if entry.is_symlink() else entry.path
             with folders.folder_errors(source):
                 length = entry.stat().st_size if entry.is_file() else 0  # of a link that leads nowhere, which is read
@@ -374,6 +374,7 @@ def _find_images(source: Path, extensions: list[str]) -> tuple[list[ImageEntry],
             notes.append(f"passed over in {person}: {kinds}{hint}")
         if inner := [f"{below}/" for name in names for below in folders.person_folders(source / name)]:
             notes.append(f"the folders in {person} were not looked into: {join_first(inner)}")
+        passed += [path for name in names for path in folders.passed_over(source / name)]
     if not images and (source / INFO_NAME).is_file():
         raise UserError(f"{source} is a split already. --input_dir is the folder that it was made from.")
     if not images:
@@ -386,8 +387,7 @@ def _find_images(source: Path, extensions: list[str]) -> tuple[list[ImageEntry],
     for names in alike.values():
         if len(names) > 1:
             notes.append(f"{' and '.join(names)} are taken for {len(names)} persons: rename one if they are the same")
-    if beside := folders.passed_over(source):
-        notes.append(f"no persons, passed over: {join_first(f'{name}/' for name in beside)}")
+    notes += folders.note_of_passed(passed, source)
     if loose := [entry.name for entry in folders.image_entries(source, extensions)]:
         notes.append(f"{count_of(len(loose), 'image')} in no person's folder, passed over: {join_first(loose)}")
     return images, notes

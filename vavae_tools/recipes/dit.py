@@ -99,6 +99,8 @@ def _vavae_and_images(
 def encode_once(model: nn.Module, images: Any, folder: str | Path, log: Log, **options: Any) -> LatentFolder:
     """Return `encode_latents` with all processes, each on its device."""
     folder = in_home(folder)
+    for note in images.notes:
+        log(note)
     latents = encode_latents(model, images, folder, device=find_device(), ranks=current_ranks(), log=log, **options)
     log(str(latents))
     return latents

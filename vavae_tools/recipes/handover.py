@@ -173,7 +173,7 @@ def _other_images(place: ProjectPaths, folder: Path) -> str | None:
         return f"its {INFO_NAME} is damaged, or of another version"
     if place.images is None:
         return None
-    people = list_folders(place.images, {extension_of(name) for name in split})
+    people = list_folders(place.images, {extension_of(name) for name in split}, passed=[])
     here = {f"{person}/{path.name}": path.stat().st_size for person, paths in people.items() for path in paths}
     return None if here == split else f"of other images than {place.images}"
 

@@ -105,10 +105,7 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
         with atomic_write(output_dir / "samples" / "prompts.txt") as partly:
             partly.write_text("\n".join(prompts) + "\n", encoding="utf-8")
     preview = partial(SamplePreviews, make, COLUMNS, show=show, rows=prompts)
-    remarks, saves_memory = (
-        [*images.notes, *remarks_on(conditioner)],
-        ["--auto_batch_size (the largest batch that fits)"],
-    )
+    remarks, saves_memory = remarks_on(conditioner), ["--auto_batch_size (the largest batch that fits)"]
     if not data.drop_last:
         remarks.append("drop_last=false: every step still has a whole batch; the rest of an epoch comes up in others")
     if not cached and not recipe.vae.use_slicing:

@@ -138,7 +138,7 @@ def _train_built(run: Run, output_dir: Path, resume_from: Path | None, callbacks
         f"{min(data.batch_size, count) * processes * gathered}, {epochs:,} epochs, lr {run.module.hparams.lr:g}"
     )
     machine = describe(settings, bool(config.compile), data.batch_size, data.num_workers)
-    for line in (machine, *run.remarks):
+    for line in (machine, *data.notes, *run.remarks):
         log(line)
 
     validates = bool(data.val_data)
