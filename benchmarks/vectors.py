@@ -16,12 +16,10 @@ from unittest import mock
 
 import torch
 
-from vavae_tools.autoencoders.vavae import VAVAE, other_labels
+from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.autoencoders.weights import load_vavae
 from vavae_tools.data.datasets import ImageDataModule
-from vavae_tools.data.images import DecodedImages, to_pixels, to_unit
-from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
-from vavae_tools.evaluation.metrics import psnr
+from vavae_tools.evaluation.reconstructions import compare_conditions, evaluate_vavae
 from vavae_tools.recipes.vavae import fine_tune_vavae
 
 WHERE = {"both": ("encoder_projections", "decoder_projections"), "encoder": ("encoder_projections",)}
@@ -40,23 +38,12 @@ def started_from_small(channels: int, folder: Path) -> Path:
     return folder
 
 
-@torch.inference_mode()
-def measure(model: VAVAE, data: DecodedImages, classifier: PersonClassifier) -> dict[str, float]:
+def measure(model: VAVAE, images: ImageDataModule, folder: Path) -> dict[str, float]:
     """Return PSNR with own, another's and no vector, and the shares that are named as their own and as the other."""
-    labels, found = data.labels, {name: [] for name in ("own", "another", "none")}
-    others = other_labels(labels)
-    named: dict[str, list[bool]] = {"own_named": [], "transfer": []}
-    for rows in torch.arange(len(data)).split(32):
-        images = to_unit(data.get_batch(rows.tolist())["images"])
-        own, other = (model.condition_vectors(of[rows]) for of in (labels, others))
-        latents = model.encode(images, condition=own).latent_dist.mode()
-        made = {name: model.decode(latents, condition=of).sample for name, of in (("own", own), ("another", other))}
-        made["none"] = model.decode(model.encode(images).latent_dist.mode()).sample
-        for name, each in made.items():
-            found[name] += psnr(images, each.clamp(-1, 1)).tolist()
-        for name, which, of in (("own_named", "own", labels), ("transfer", "another", others)):
-            named[name] += (classifier.judge(to_pixels(made[which]))[1] == of[rows]).tolist()
-    return {name: sum(values) / len(values) for name, values in {**found, **named}.items()}
+    vectors = compare_conditions(model, images.val_data)
+    scores = evaluate_vavae(model, images, folder, progress=False)
+    decibels = {"own": vectors.own.psnr, "another": vectors.another.psnr, "none": vectors.none.psnr}
+    return {**decibels, "own_named": scores.accuracy, "transfer": scores.transfer}
 
 
 def main() -> None:
@@ -71,7 +58,6 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(options.output_dir)
     images = ImageDataModule(options.data_dir, options.image_size)
-    classifier = cached_classifier(images.train_data, images.num_classes, folder, progress=False)
     print("| where | latent channels | kl_weight | own, dB | another's, dB | none, dB | own named | transfer |")
     print("| --- " * 8 + "|")
     for where, channels, kl in itertools.product(options.where, options.latent_channels, options.kl_weights):
@@ -88,7 +74,7 @@ def main() -> None:
                 settings |= {"classifier_dir": folder, "image_size": options.image_size, "log": lambda line: None}
                 made = fine_tune_vavae(options.data_dir, Path(name) / "run", start, **settings)
                 model = load_vavae(made, log=lambda line: None).eval()
-                path.write_text(json.dumps(measure(model, images.val_data, classifier)))
+                path.write_text(json.dumps(measure(model, images, folder)))
         found = json.loads(path.read_text())
         decibels = " | ".join(f"{found[name]:.2f}" for name in ("own", "another", "none"))
         shares = " | ".join(f"{100 * found[name]:.1f} %" for name in ("own_named", "transfer"))

@@ -10,12 +10,18 @@ from tiny import perturb_projections, refuses, tiny_vavae
 
 from vavae_tools import evaluate
 from vavae_tools.autoencoders.vavae import reconstruct, reconstruct_images
+from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.demo.gait import write_gait_dataset
-from vavae_tools.data.images import ImageFolder, to_unit
+from vavae_tools.data.images import ImageFolder, to_pixels, to_unit
 from vavae_tools.data.split import split_folders
 from vavae_tools.evaluation import classifier as classifier_module
-from vavae_tools.evaluation.classifier import augment, cached_classifier, train_classifier
-from vavae_tools.evaluation.reconstructions import compare_conditions, evaluate_reconstructions
+from vavae_tools.evaluation.classifier import PersonClassifier, augment, cached_classifier, train_classifier
+from vavae_tools.evaluation.reconstructions import (
+    compare_conditions,
+    decode_as_people,
+    evaluate_reconstructions,
+    evaluate_vavae,
+)
 from vavae_tools.evaluation.report import evaluate_images
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
@@ -309,6 +315,30 @@ def test_what_the_vectors_do(split_dir):
     assert len(lines) == 4 and lines[0] == "24 images         absolute error  PSNR, dB"
     assert lines[2].startswith("another's vector") and lines[2].endswith(f"  {compared.another.psnr:.2f}")
     assert len({len(line) for line in lines}) == 1 and repr(compared) == str(compared)
+
+
+def test_an_image_is_decoded_as_another_person(split_dir, tmp_path, monkeypatch):
+    model, data = perturb_projections(tiny_vavae()).eval(), ImageDataModule(split_dir, TINY_SIZE)
+    batch = data.val_data.preview_batch(3)
+    x, own = to_unit(batch["images"]), batch["labels"]
+    rows = decode_as_people(model, data, images=3)
+    assert list(rows) == ["original", "as ID_1", "as ID_2", "as ID_3"] and rows["original"].equal(batch["images"])
+    with torch.no_grad():
+        latents = model.encode(x, condition=model.condition_vectors(own)).latent_dist.mode()
+        wanted = to_pixels(model.decode(latents, condition=model.condition_vectors(torch.tensor([1, 1, 1]))).sample)
+    assert rows["as ID_2"].equal(wanted)
+    _, as_others = reconstruct(model, data.val_data, decoded_as=(data.val_data.labels + 1) % 3)
+
+    def judge(self, images, **_):  # names whatever was decoded with another's vector as that other
+        labels = data.val_data.labels
+        return torch.randn(len(images), 4), (labels + 1) % 3 if images.equal(as_others) else labels[: len(images)]
+
+    monkeypatch.setattr(PersonClassifier, "judge", judge)
+    scores = evaluate_vavae(model, data, tmp_path, progress=False)
+    assert scores.transfer == 1 and str(scores).endswith(
+        "decoded with another's vector, 100.0 % are named as the other"
+    )
+    assert evaluate_vavae(tiny_vavae(condition_dim=0), data, tmp_path, progress=False).transfer is None
 
 
 def test_of_one_person_there_is_no_other(split_dir, tmp_path):

@@ -50,6 +50,14 @@ def test_what_the_vectors_carry(another, sentence):
     assert len(said) == (1 if sentence is None else 2) and (sentence is None or said[1].startswith(sentence))
 
 
+@pytest.mark.parametrize(("transfer", "carries"), [(0.5, True), (0.49, False)])
+def test_vectors_that_make_another_person(transfer, carries):
+    scores = ReconstructionScores(9, 30.0, 0.9, 1.0, transfer=transfer)
+    own = ConditionScore(0.1, 20.0)
+    said = judge_vavae(scores, ConditionComparison(9, own, own, own, {})).splitlines()[-1]
+    assert said.startswith("the vectors carry the person: 50.0 % of" if carries else "the vectors change nothing")
+
+
 FALLS, RISES = [(i, 1 - i / 100) for i in range(40)], [(i, 1 + i / 100) for i in range(40)]
 
 

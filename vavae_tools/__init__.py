@@ -58,7 +58,7 @@ _NAMES = {
     "training.curves": "plot_training judge_training",
     "pipelines.writer": "write_samples",
     "evaluation.report": "evaluate_images",
-    "evaluation.reconstructions": "evaluate_reconstructions evaluate_vavae compare_conditions",
+    "evaluation.reconstructions": "evaluate_reconstructions evaluate_vavae compare_conditions decode_as_people",
     "evaluation.augmentation": "evaluate_gain",
     "evaluation.verdicts": "judge_vavae",
     "evaluation.texts": "evaluate_tokens",

@@ -241,11 +241,17 @@ def resolve_image_size(model: VAVAE, image_size: int | tuple[int, int] | None = 
 
 
 @torch.inference_mode()
-def reconstruct_images(model: VAVAE, images: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Return reconstructions, uint8 (B, C, H, W) as the images, by the posterior's mode and the vectors of `labels`."""
+def reconstruct_images(
+    model: VAVAE, images: Tensor, labels: Tensor | None = None, decoded_as: Tensor | None = None
+) -> Tensor:
+    """Return reconstructions, uint8 (B, C, H, W) as the images, by the posterior's mode and the vectors of `labels`.
+
+    `decoded_as` are the labels whose vectors the decoder takes; by default the same.
+    """
     condition = model.condition_vectors(labels)
-    posterior = model.encode(to_unit(images), condition=condition).latent_dist
-    return to_pixels(model.decode(posterior.mode(), condition=condition).sample)
+    latents = model.encode(to_unit(images), condition=condition).latent_dist.mode()
+    condition = condition if decoded_as is None else model.condition_vectors(decoded_as)
+    return to_pixels(model.decode(latents, condition=condition).sample)
 
 
 def other_labels(labels: Tensor) -> Tensor:
@@ -254,13 +260,19 @@ def other_labels(labels: Tensor) -> Tensor:
     return known[(place + 1) % len(known)]
 
 
-def reconstruct(model: VAVAE, data: ImageFolder, batch_size: int = 32) -> tuple[Tensor, Tensor]:
-    """Return all images and their reconstructions with each person's vector, uint8 (N, C, H, W) both."""
+def reconstruct(
+    model: VAVAE, data: ImageFolder, batch_size: int = 32, decoded_as: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return all images and their reconstructions with each person's vector, uint8 (N, C, H, W) both.
+
+    `decoded_as`, int64 (N,), are labels whose vectors the decoder takes in place of their own.
+    """
     model = model.eval()
     originals, reconstructions = [], []
     for rows in torch.arange(len(data)).split(batch_size):
         batch = data.get_batch(rows)
         originals.append(batch["images"])
         images, labels = (batch[key].to(model.device) for key in ("images", "labels"))
-        reconstructions.append(reconstruct_images(model, images, labels).cpu())
+        others = None if decoded_as is None else decoded_as[rows].to(model.device)
+        reconstructions.append(reconstruct_images(model, images, labels, others).cpu())
     return torch.cat(originals), torch.cat(reconstructions)

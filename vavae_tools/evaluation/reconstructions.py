@@ -1,13 +1,13 @@
 """Reconstructions beside their originals: how true they are, and what a classifier makes of them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vavae_tools.autoencoders.vavae import VAVAE, other_labels, reconstruct, reconstruct_images, with_vectors_of
-from vavae_tools.data.images import DecodedImages, ImageSetDataModule, to_pixels, to_unit
+from vavae_tools.data.images import DecodedImages, ImageSetDataModule, spread, to_pixels, to_unit
 from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier
 from vavae_tools.evaluation.metrics import aligned, frechet_distance, percent, psnr, sharpness, ssim
 from vavae_tools.runtime.errors import UserError
@@ -76,6 +76,22 @@ def compare_conditions(model: VAVAE, data: DecodedImages, batch_size: int = 32) 
     return ConditionComparison(len(data), scores[OWN], scores.get(ANOTHERS), scores[NONE], images)
 
 
+def decode_as_people(model: VAVAE, data: ImageSetDataModule, images: int = 6, people: int = 8) -> dict[str, Tensor]:
+    """Return a few validation images, and below them what the decoder makes of their latents with others' vectors.
+
+    Returns:
+        uint8 (N, C, H, W) by row, for `plots.show_rows`: the originals, then a row for each of so many people.
+    """
+    model, few = with_vectors_of(model, data.labels).eval(), data.val_data.preview_batch(images)
+    pixels, own = (few[name].to(model.device) for name in ("images", "labels"))
+    names = list(data.labels)
+    shown = [names[place] for place in spread(people, len(names))]
+    rows = {
+        f"as {name}": reconstruct_images(model, pixels, own, torch.full_like(own, data.labels[name])) for name in shown
+    }
+    return {"original": few["images"], **{name: row.cpu() for name, row in rows.items()}}
+
+
 # ---- how true reconstructions are
 @dataclass(frozen=True, repr=False)
 class ReconstructionScores:
@@ -92,6 +108,7 @@ class ReconstructionScores:
     real_accuracy: float | None = None
     frechet: float | None = None
     real_frechet: float | None = None
+    transfer: float | None = None  # share that is named as another person whose vector alone the decoder gets
 
     def __str__(self) -> str:
         found = f"PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.3f}, sharpness {self.sharpness:.2f}"
@@ -101,6 +118,8 @@ class ReconstructionScores:
         if self.frechet is not None:
             times = self.frechet / max(self.real_frechet, 1e-12)
             line += f"; Fréchet distance {self.frechet:.3g} (originals {self.real_frechet:.3g}: {times:.1f} times)"
+        if self.transfer is not None:
+            line += f"; decoded with another's vector, {percent(self.transfer)} are named as the other"
         return line
 
     __repr__ = __str__
@@ -147,14 +166,22 @@ def evaluate_reconstructions(
 def evaluate_vavae(
     model: VAVAE, data: ImageSetDataModule, classifier_dir: str | Path, seed: int = 0, progress: bool = True
 ) -> ReconstructionScores:
-    """Reconstruct the validation subset, with each person's vector, and let a `cached_classifier` judge it."""
+    """Reconstruct the validation subset, with each person's vector, and let a `cached_classifier` judge it.
+
+    Where there are vectors, each image is also decoded with another's, and named again.
+    """
     if data.val_data is None:
         raise UserError("No image validates: make a split with data_split.py --val_ratio 0.2, or set val_share")
     model = with_vectors_of(model, data.labels)
     where = {"device": model.device, "progress": progress}
     classifier = cached_classifier(data.train_data, data.num_classes, classifier_dir, seed, **where)
     originals, made = reconstruct(model, data.val_data)
-    scores = evaluate_reconstructions(originals, made, data.val_data.labels, classifier, as_many_others(data))
+    labels = data.val_data.labels
+    scores = evaluate_reconstructions(originals, made, labels, classifier, as_many_others(data))
+    if model.config.condition_dim and len(labels.unique()) > 1:
+        others = other_labels(labels)
+        named = classifier.judge(reconstruct(model, data.val_data, decoded_as=others)[1])[1]
+        scores = replace(scores, transfer=(named == others).float().mean().item())
     del classifier
     release_memory()  # a notebook's process lives on
     return scores

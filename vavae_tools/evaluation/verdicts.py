@@ -8,6 +8,7 @@ SHARPNESS = 0.75  # 0.79 after 40 epochs at 128 pixels, 0.71 after 12, which the
 ACCURACY_LOST = 0.02  # below the originals': every recipe lost 0 to 0.4 %, the worst one, too
 FRECHET_RATIO = 2.0  # 1.0 to 1.4 with every recipe but the one that failed, which had 5.1
 VECTOR_PSNR = 0.2  # dB between own and another's: 0.02 to 0.17 where the latents alone tell the person
+TRANSFER = 0.5  # chosen: most; 0 to 0.4 % where the latents alone tell the person (benchmarks/vectors.py)
 LOSS_ROSE = 1.05  # chosen: validation's noise is always the same, and 2.1 was measured where 60 images were memorised
 
 Points = list[tuple[int, float]]  # of step and value
@@ -27,7 +28,12 @@ def judge_vavae(scores: ReconstructionScores, vectors: ConditionComparison | Non
         found = f"Fréchet distance {ratio:.1f} times the originals'"
         more = f"far off (above {FRECHET_RATIO:g}); more epochs, or a lower disc_weight where there is one"
         said.append(f"{found}: {more if ratio > FRECHET_RATIO else f'close (up to {FRECHET_RATIO:g})'}")
-    if vectors is not None and vectors.another is not None:
+    if scores.transfer is not None and scores.transfer >= TRANSFER:
+        found = (
+            f"{percent(scores.transfer)} of the images are named as another person whose vector they are decoded with"
+        )
+        said.append(f"the vectors carry the person: {found} (from {percent(TRANSFER)})")
+    elif vectors is not None and vectors.another is not None:
         said.append(_vectors(vectors.own.psnr, vectors.another.psnr))
     return "\n".join(said)
 
