@@ -91,11 +91,6 @@ def checkpoint(module: DiffusionModule, folder: Path) -> Path:
     return path
 
 
-def silent(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["DiT", "DDT"])
 def test_of_classes(kind, name, tmp_path):
@@ -103,7 +98,7 @@ def test_of_classes(kind, name, tmp_path):
     path = train(*class_training(of, wide=kind == "DDT"), tmp_path)
     vae = perturb_projections(tiny_vavae(latents_mean=(0.0, 0.0), latents_std=(1.0, 1.0)))
     vae.save_pretrained(tmp_path / "autoencoder")
-    pipe, noise = silent(load_pipeline(path)), seeded(3, 2, 8, 8, seed=5)
+    pipe, noise = load_pipeline(path), seeded(3, 2, 8, 8, seed=5)
     assert pipe.objective.config == of.config and type(pipe.objective) is type(of)
     pipe.vae.decode_latents = lambda z, labels: z.repeat(1, 2, 1, 1)[:, :3] / 4
     by, guide = {"latents": noise, "output_type": "pt"}, load_guide(path, pipe)
@@ -122,7 +117,7 @@ def test_of_classes(kind, name, tmp_path):
         assert (by_guide.int() - made.int()).abs().max() <= 1, solver  # a guide that is the model itself
     pipe.swap_solver("sde" if "sde" in solvers_for(of) else "ddpm")
     pipe.save_pretrained(tmp_path / "pipeline")
-    again = silent(load_pipeline(tmp_path / "pipeline"))
+    again = load_pipeline(tmp_path / "pipeline")
     assert type(again.scheduler) is type(pipe.scheduler) and again.objective.config == of.config
     again.vae.decode_latents = pipe.vae.decode_latents
     assert same(again([0, 1, 2], 5, **by, **guided).images, pipe([0, 1, 2], 5, **by, **guided).images)
@@ -141,14 +136,14 @@ def test_of_texts(name, tmp_path):
     path = train(*text_training(of), tmp_path)
     trained_looking(tiny_kl(downsampling=2)).save_pretrained(tmp_path / "autoencoder")
     text_parts()[0].save(tmp_path / "text_encoder")
-    pipe = silent(load_text_pipeline(path))
+    pipe = load_text_pipeline(path)
     for solver in solvers_for(of):
         pipe.swap_solver(solver)
         by = {"num_inference_steps": 5, "seed": 0, "output_type": "pt"}
         made = pipe(SENTENCES, "blue", guidance_scale=2.0, **by).images
         assert not same(pipe(SENTENCES, guidance_scale=1.0, **by).images, made), solver
         pipe.save_pretrained(tmp_path / solver)
-        again = silent(load_text_pipeline(tmp_path / solver))
+        again = load_text_pipeline(tmp_path / solver)
         assert same(again(SENTENCES, "blue", guidance_scale=2.0, **by).images, made)
 
 
@@ -157,7 +152,7 @@ def test_of_tokens(name, tmp_path):
     of = objective(name)
     path = train(*token_training(of), tmp_path, most=0.85)
     save_model(TOKENIZER, tmp_path / "tokenizer")
-    pipe, made = silent(load_token_pipeline(path)), {}
+    pipe, made = load_token_pipeline(path), {}
     assert type(pipe.objective) is type(of) and pipe.objective.config == of.config
     by = {"max_new_tokens": 2, "num_inference_steps": 5}
     for solver in (None, *solvers_for(of)):
@@ -171,7 +166,7 @@ def test_of_tokens(name, tmp_path):
         alone = pipe(["zz"], numbers=[1], **by)
         torch.testing.assert_close(alone.images[0], made[solver].images[1], rtol=1e-3, atol=1e-3)
         pipe.save_pretrained(tmp_path / str(solver))
-        again = silent(load_token_pipeline(tmp_path / str(solver)))
+        again = load_token_pipeline(tmp_path / str(solver))
         assert same(again(["a", "zz"], **by).images, made[solver].images)
     assert not same(made["dpm++" if of.path == "discrete" else "heun"].images, made[None].images)
     refuses("No solver", pipe.swap_solver, "heun" if of.path == "discrete" else "ddpm")
@@ -191,7 +186,7 @@ def test_an_evaluation_of_texts_asks_at_the_objectives_own_noise():
     models = DiT(SIZE, 4, 4, hidden_size=16, depth=1, num_heads=2), ClassConditioner(1, 16, dropout=0.0)
     for name in NAMES:
         of = objective(name)
-        pipe = silent(TokenImagePipeline(*models, TOKENIZER, CODE, ALL, 2.0, objective=of.config))
+        pipe = TokenImagePipeline(*models, TOKENIZER, CODE, ALL, 2.0, objective=of.config)
         said = telling(of, lambda x, t, alpha, sigma, _: torch.tanh(alpha * x / sigma**2))
         pipe.denoiser.forward = lambda seen, t, c, kept, said=said: said(seen, t, c)
         curve = reconstruction_curve(pipe, data, times=(0.1, 0.7), steps=4)

@@ -476,7 +476,7 @@ def test_a_latent_size_or_class_number_that_does_not_fit_is_one_line(train):
         ("model.dit.input_size=5", "model.input_size=5 does not fit the latents"),
         ("model.dit.num_classes=3", "num_classes"),
         ("model.dit_module.null_label=7", "model.null_label=7, expected 4"),
-        ("objective.name=epsilon objective.cosine_weight=0.5", "The objective epsilon has no cosine_weight"),
+        ("objective.name=epsilon objective.cosine_weight=0.5", "No argument 'cosine_weight' of the objective epsilon"),
     ):
         refuses(re.escape(said), train, *SHORT, *SMALL, *change.split())
 

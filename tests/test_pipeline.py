@@ -178,7 +178,6 @@ def test_rows_that_nobody_was_trained_with_make_no_images():
 def test_a_saved_pipeline_makes_the_same_images(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     for loaded in (LatentDiTPipeline.from_pretrained(tmp_path), load_pipeline(tmp_path)):
-        loaded.set_progress_bar_config(disable=True)
         assert torch.equal(images(loaded), images(pipe))
         assert loaded.people == pipe.people
         assert tuple(loaded.vae.config.latents_mean) == (0.5, -1.0)  # it needs no training data
@@ -253,6 +252,7 @@ def test_what_cannot_be_loaded_is_said(pipe, run_folder, tmp_path):
 # ---- memory
 def test_where_the_memory_does_not_suffice_fewer_are_made_at_once(monkeypatch, capsys):
     pipe, sizes, room = tiny_pipeline(), [], [3]
+    pipe.set_progress_bar_config(disable=True)
     make, alone = pipe.make, images(pipe, [0, 1, 2] * 5, batch_size=1)
 
     def limited(labels, noise, **sampling):

@@ -156,7 +156,7 @@ def test_a_class_list_names_the_folders(run, tmp_path):
         ("text", "--prompt x --labels 0 --format npz", "images from sentences, for which --labels, --format has no"),
         ("text", "", 'makes images from sentences: say which, with --prompt "…"'),
         ("tokens", "--cfg_scale 2 --format npz", "makes texts, for which --format, --cfg_scale has no meaning"),
-        ("tokens", "--solver ddpm", "No solver 'ddpm' for flow matching or sample; there are euler, heun"),
+        ("tokens", "--solver ddpm", "No solver 'ddpm' for flow matching or sample (did you mean dpm++?); there"),
         ("chats", "", "This model answers: give it prompts"),
     ],
 )

@@ -31,9 +31,7 @@ def text_pipeline(objective: str = "epsilon", dropout: float = 0.1) -> TextToIma
     vae = trained_looking(tiny_kl(downsampling=2))
     of = make_objective(objective)
     parts = vae, encoder.model, encoder.tokenizer, denoiser, conditioner
-    pipe = TextToImagePipeline(*parts, make_solver(None, of), of.config)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return TextToImagePipeline(*parts, make_solver(None, of), of.config)
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +127,6 @@ def run_of(tmp_path, objective="v_prediction"):
 def test_a_checkpoint_of_training_becomes_a_pipeline(tmp_path):
     path = run_of(tmp_path)
     pipe, expected = load_text_pipeline(path), text_pipeline("v_prediction")
-    for made in (pipe, expected):
-        made.set_progress_bar_config(disable=True)
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     assert same(pipe(SENTENCES, **QUICK).images, expected(SENTENCES, **QUICK).images)
     live = load_text_pipeline(path, ema=False)

@@ -38,9 +38,7 @@ def models(seed: int = 0, size: int = SIZE, channels: int = 3) -> tuple[DiT, Cla
 
 def tiny(lengths=ALL, chats=False, time_shift=1.0, size=SIZE, channels=3, seed=0) -> TokenImagePipeline:
     code = {**CODE, "channels": channels}
-    pipe = TokenImagePipeline(*models(seed, size, channels), TOKENIZER, code, list(lengths), time_shift, chats)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return TokenImagePipeline(*models(seed, size, channels), TOKENIZER, code, list(lengths), time_shift, chats)
 
 
 def with_lengths(**shares: int) -> list[int]:
@@ -275,7 +273,6 @@ def test_a_checkpoint_of_training_with_its_tokenizer_beside_it(kept, tmp_path, c
     (by_ckpt, by_pth), live = map(load_token_pipeline, files), load_token_pipeline(files[0], ema=False)
     assert capfd.readouterr() == ("", "")
     for pipe in (by_ckpt, by_pth, live):
-        pipe.set_progress_bar_config(disable=True)
         assert not pipe.denoiser.training and pipe.config.time_shift == 2.0 and pipe.img_size == SIZE
     expected = tiny(time_shift=2.0)(num_samples=3, **QUICK)  # of the same weights
     assert by_ckpt(num_samples=3, **QUICK).texts == by_pth(num_samples=3, **QUICK).texts == expected.texts

@@ -72,12 +72,11 @@ def test_trained_projections_let_the_vector_into_both_halves():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("make", "latents"), [(tiny_vavae, (2, 8, 12)), (small, (8, 4, 6))])
-def test_images_need_not_be_square_nor_levels_of_one_width(make, latents):
-    model = perturb_projections(make()).eval()
+def test_images_need_not_be_square_nor_levels_of_one_width():
+    model = perturb_projections(small()).eval()
     vectors = model.condition_vectors(LABELS)
     posterior = model.encode(images(16, 24), condition=vectors).latent_dist
-    assert posterior.mean.shape == (3, *latents)
+    assert posterior.mean.shape == (3, 8, 4, 6)
     assert model.decode(posterior.mean, condition=vectors).sample.shape == (3, 3, 16, 24)
 
 

@@ -79,9 +79,7 @@ def tiny_pipeline(seed: int = 0, dropout: float = 0.1) -> LatentDiTPipeline:
     denoiser, conditioner = tiny_dit(seed)
     conditioner = conditioner if dropout else ClassConditioner(PEOPLE, 16, dropout)
     people = {"ID_1": 0, "ID_2": 1, "ID_3": 2}
-    pipe = LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner.eval(), make_solver(), people)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return LatentDiTPipeline(vae, trained_looking(denoiser).eval(), conditioner.eval(), make_solver(), people)
 
 
 def tiny_vit(name: str, **numbers) -> torch.nn.Module:
