@@ -479,7 +479,7 @@ def fine_tuning(card: Any, case: Case, recipe: str) -> str:
     batch_size = case.number("batch_size", preset.vavae_batch_size)
     model = vavae(preset.vavae_size, condition_dim=32, num_conditions=PEOPLE)
     # from the first step on, what begins later: the discriminator
-    numbers = {**LOSSES[recipe], "lr": preset.vavae_lr, "disc_start": 0}
+    numbers = {"lr": 1e-4, **LOSSES[recipe], "disc_start": 0}
     checkpointing = _needs_checkpointing(model, numbers, batch_size, size, lambda line: None)
     numbers["gradient_checkpointing"] = case.number("gradient_checkpointing", checkpointing)
     lpips = LPIPS() if numbers.get("perceptual_weight") else None
@@ -669,7 +669,7 @@ def main() -> None:
     rows = [("machine", "stage", "with", "alive", "reserved", "others", "usable", "")]
     for machine_name in options.machines:
         machine = MACHINES[machine_name]
-        preset = find_preset(machine=machine)
+        preset = find_preset(vavae="f16d32", machine=machine)
         if options.image_size:
             preset = replace(preset, image_size=options.image_size)
         case = Case(machine, preset, not options.measure, changes)

@@ -16,7 +16,7 @@ from tiny import noise, refused, refuses
 from vavae_tools import sample
 from vavae_tools.recipes import config as experiments
 from vavae_tools.recipes import presets
-from vavae_tools.recipes.base import RECIPES, LatentRecipe, VAVAERecipe
+from vavae_tools.recipes.base import RECIPES
 from vavae_tools.recipes.run_folder import keep_config, kept_config, run_folder
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.machine import Machine
@@ -265,28 +265,6 @@ def test_help_names_experiments_and_each_key_with_its_meaning():
         assert all(f"  {experiment}" in text for experiment in experiments.experiments())
 
 
-MACHINES = {
-    "cpu": Machine("cpu", 1, "CPU"),
-    "T4": Machine("t4", 2, "Tesla T4", 15_800_000_000),
-    "A100": Machine("ampere", 1, "A100", 42_000_000_000),
-}
-
-
-@pytest.mark.parametrize("machine", MACHINES)
-def test_notebooks_and_experiments_train_by_the_same_numbers(machine, monkeypatch):
-    monkeypatch.setattr(presets, "find_machine", lambda: MACHINES[machine])
-    preset, experiment = presets.find_preset(), presets.resolved(meant().recipe)
-    numbers = {"max_steps": preset.dit_steps, "batch_size": preset.dit_batch_size, "lr": preset.dit_lr}
-    numbers |= {"ema_decay": preset.ema_decay, "guidance_scale": preset.guidance_scale, "model": preset.dit}
-    notebook = presets.resolved(experiments.recipe_with(LatentRecipe(), numbers))
-    for part in ("train", "objective", "model", "sampling"):
-        assert getattr(notebook, part) == getattr(experiment, part)
-    numbers = {"batch_size": preset.vavae_batch_size, "max_epochs": preset.vavae_epochs}
-    assert presets.resolved(experiments.recipe_with(VAVAERecipe(), numbers)) == presets.resolved(
-        meant("experiment=vavae").recipe
-    )
-
-
 # ---- where a run goes
 
 
@@ -334,7 +312,7 @@ def test_a_refused_training_leaves_a_folder_as_it_was(here):
 
 
 def test_what_the_machine_decides_is_printed(train, monkeypatch):
-    monkeypatch.setattr(presets, "find_machine", lambda: MACHINES["T4"])
+    monkeypatch.setattr(presets, "find_machine", lambda: Machine("t4", 2, "Tesla T4", 15_800_000_000))
     shown = yaml.safe_load(train("experiment=vavae", "--print_config", "--max_epochs", "3"))["train"]
     assert (shown["batch_size"], shown["max_epochs"]) == (presets.find_preset().vavae_batch_size, 3)
 

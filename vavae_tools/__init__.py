@@ -31,6 +31,7 @@ _NAMES = {
     "data.split": "split_folders",
     "paths": "find_paths",
     "runtime.machine": "find_device",
+    "recipes.attached": "find_attached_weights",
     "recipes.presets": "find_preset",
     "recipes.handover": "find_stage find_run find_or_make_split images_or_walkers",
     "recipes.stages": "Stages estimate_hours",

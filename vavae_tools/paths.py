@@ -63,13 +63,19 @@ def find_paths(
     images, work = images and in_home(images), in_home(work)
     if images and not images.is_dir():
         raise UserError(f"No such folder: {images}. Name the folder that holds ID_1, ID_2 …")
+    attached = attached_roots(input_roots)
+    return ProjectPaths(images or _person_folders(attached), work, attached)
+
+
+def attached_roots(input_roots: Sequence[Path] = (KAGGLE_INPUT,)) -> tuple[Path, ...]:
+    """Return the folders below which data sets and outputs are attached; `VAVAE_INPUT` names others than Kaggle's."""
     roots = [Path(root) for root in os.environ.get("VAVAE_INPUT", "").split(os.pathsep) if root] or input_roots
-    return ProjectPaths(images or _person_folders(roots), work, tuple(root for root in roots if root.is_dir()))
+    return tuple(root for root in roots if root.is_dir())
 
 
 def _person_folders(roots: Iterable[Path]) -> Path | None:
     """Return the folder nearest below `roots` that holds at least two folders with images, None without one."""
-    level, alone = [root for root in roots if root.is_dir()], []
+    level, alone = list(roots), []
     for _ in range(MAX_SEARCH_DEPTH + 1):
         level = [folder for folder in level if not any((folder / mark).is_file() for mark in MADE)]
         people = {folder: [n for n, images in list_folders(folder, EXTENSIONS).items() if images] for folder in level}
@@ -93,11 +99,15 @@ def find_split(work: str | Path | None = None) -> Path:
 
 
 def folders_with(roots: Iterable[Path], mark: str) -> Iterator[Path]:
-    """Yield `roots` and the folders below them that hold a file, but for hidden ones and those of what `MADE` names."""
+    """Yield those of `walked` that hold a file."""
+    return (folder for folder, files in walked(roots) if mark in files)
+
+
+def walked(roots: Iterable[Path]) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each of `roots` and the folders below, with its files' names; none hidden, none below what `MADE` names."""
     for root in roots:
         for name, folders, files in os.walk(root):
             folder = Path(name)
-            if mark in files:
-                yield folder
+            yield folder, files
             ends = len(folder.relative_to(root).parts) >= MAX_DEPTH or not set(MADE).isdisjoint(files)
             folders[:] = [] if ends else sorted(each for each in folders if not each.startswith("."))

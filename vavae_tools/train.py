@@ -27,7 +27,7 @@ def train(*words: str, **defaults: Any) -> None:
         from vavae_tools.recipes.presets import resolved
 
         plan = compose(line, **defaults)
-        plan = plan._replace(recipe=resolved(plan.recipe))  # with what this machine decides
+        plan = plan._replace(recipe=resolved(plan.recipe, log=lambda line: None))  # with what this machine decides
         print(yaml.safe_dump(plan.plain(), sort_keys=False, allow_unicode=True), end="")
     else:
         run_experiment(*words, **defaults)
@@ -49,9 +49,10 @@ def run_experiment(*words: str, **defaults: Any) -> Path:
     folder, resume, said = run_folder(plan)
     log(said or f"Writing into {folder}")
     with kept_config(plan, words, folder):
-        recipe = resolved(plan.recipe)
+        recipe = plan.recipe
         if isinstance(recipe.data, ImageData) and recipe.data.data_dir is None:
             recipe = replace(recipe, data=replace(recipe.data, data_dir=str(find_split())))
+        recipe = resolved(recipe)
         module, name = recipe.train_by.split(":")
         made = getattr(import_module(module), name)(recipe, folder, resume)
     paths = {"made": quote(str(made)), "data_dir": quote(str(recipe.data.data_dir))}

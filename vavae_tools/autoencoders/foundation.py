@@ -22,7 +22,7 @@ from vavae_tools.runtime.ranks import Ranks
 
 LARGEST_CACHE = 8 * 2**30  # bytes on the disk: features of 16,000 images on a grid of 16×16 by a ViT-L
 
-_MODEL_TYPES = ("dinov2", "dinov2_with_registers", "vit_mae")
+MODEL_TYPES = ("dinov2", "dinov2_with_registers", "vit_mae")
 
 
 class Foundation(Protocol):
@@ -98,8 +98,8 @@ def load_foundation(folder: str | Path) -> TransformersFoundation:
         instead = "name a folder such as facebook/dinov2-large's (config.json, model.safetensors), or take vf_weight 0"
         raise UserError(f"No vision foundation model in {folder}, which {contents(config.parent)}: {instead}")
     model_type = read_json(config).get("model_type")
-    if model_type not in _MODEL_TYPES:
-        expected = f"one of {', '.join(_MODEL_TYPES)}, in transformers' format (timm's is another)"
+    if model_type not in MODEL_TYPES:
+        expected = f"one of {', '.join(MODEL_TYPES)}, in transformers' format (timm's is another)"
         raise UserError(f"{folder} holds a model of type {model_type!r}, expected {expected}")
     with silent_loading():
         return TransformersFoundation(load_model(AutoModel, folder, local_files_only=True, trust_remote_code=False))

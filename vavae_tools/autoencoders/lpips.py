@@ -91,7 +91,7 @@ def load_lpips(files: str | Path | Sequence[str | Path], widths: Sequence[int] =
     origins: dict[str, Path] = {}
     for path in (shipped, *files):
         for key, tensor in flat_names(read_weights(path)).items():
-            if name := _own_name(key):
+            if name := own_name(key):
                 weights[name] = tensor.flatten() if name.startswith("linear") else tensor
                 origins[name.split(".")[0]] = path
     count = sum(name.startswith("convolutions") for name in weights)
@@ -105,12 +105,12 @@ def load_lpips(files: str | Path | Sequence[str | Path], widths: Sequence[int] =
     return lpips
 
 
-def _own_name(key: str) -> str | None:
+def own_name(key: str) -> str | None:
     """Return our name of a tensor, or None where it is none of LPIPS's.
 
-    >>> [_own_name(key) for key in ("loss.perceptual_loss.net.slice2.5.bias", "features.5.bias", "lin1.model.1.weight")]
+    >>> [own_name(key) for key in ("loss.perceptual_loss.net.slice2.5.bias", "features.5.bias", "lin1.model.1.weight")]
     ['convolutions.2.bias', 'convolutions.2.bias', 'linear.1']
-    >>> _own_name("classifier.0.weight")
+    >>> own_name("classifier.0.weight")
     """
     if match := re.search(r"(?:(?:^|\.)net\.slice[1-5]|^features)\.(\d+)\.(weight|bias)$", key):
         layer = int(match[1])

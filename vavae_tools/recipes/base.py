@@ -103,8 +103,11 @@ class TextData:
 class FineTunedVAVAE:
     """The VA-VAE that is fine-tuned."""
 
-    original_vavae: str | None = setting(None, "a .pt or .ckpt, a diffusers folder, small (built in); null: fresh")
-    size: Literal["small", "f16d32"] | None = setting(None, "of fresh weights; null: small on a CPU, f16d32 on a GPU")
+    original_vavae: str | None = setting(
+        None,
+        "a .pt or .ckpt, a diffusers folder, small (built in); null: what is attached, else small; with a size, fresh",
+    )
+    size: Literal["small", "f16d32"] | None = setting(None, "fresh weights of this size")
     condition_dim: int | None = setting(None, "length of a person's vector; null: 32 or the file's; 0: none", least=0)
     condition_file: str | None = setting(None, "safetensors with a fixed vector per person (keys ID_1 …)")
     freeze_encoder: bool = setting(False, "train the decoder alone: the latents stay as they are")
@@ -168,7 +171,9 @@ class AutoencoderLoss:
 class VAVAELoss(AutoencoderLoss):
     """In place of the loss recipe's own numbers; a weight of 0 turns its part off."""
 
-    recipe: LossRecipe = setting("light", "losses and optimiser; light needs no weights from elsewhere")
+    recipe: LossRecipe | None = setting(
+        None, "losses and optimiser; null: light, or full where its weights are attached"
+    )
     kl_weight: float | None = setting(None, "of the KL divergence against absolute errors, both summed (1e-6)", least=0)
     vf_weight: float | None = setting(None, "of the alignment; needs foundation_model", least=0)
     foundation_model: str | None = setting(None, "local folder of a DINOv2 as transformers saves it")
@@ -271,7 +276,7 @@ class ClassSampling:
     """Samples while training."""
 
     num_steps: int = setting(20, "of the previews", least=1)
-    guidance_scale: float = setting(1.25, "of the previews")
+    guidance_scale: float | None = setting(None, "of the previews; null: what suits the data")
 
 
 @dataclass(frozen=True)
@@ -358,7 +363,7 @@ class LatentRecipe(Recipe):
     objective: Objective = Objective()
     init: InitFrom = InitFrom()
     sampling: ClassSampling = ClassSampling()
-    train: TrainConfig = TrainConfig(ema_decay=None)
+    train: TrainConfig = TrainConfig(ema_decay=None, previews=None)
 
 
 @dataclass(frozen=True)

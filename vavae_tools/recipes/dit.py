@@ -129,7 +129,8 @@ def train_dit(
         settings: the experiment's keys by their last words, `objective` and `init` as dicts; see `config.recipe_with`.
     """
     given = {"latents_dir": latents_dir, "model": denoiser, "flips": flip == "half", **settings}
-    recipe, on_these = resolved(recipe_with(LatentRecipe(), given)), {"autoencoder": autoencoder_dir, "best": "best-"}
+    recipe = resolved(recipe_with(LatentRecipe(), given), autoencoder_dir, log)
+    on_these = {"autoencoder": autoencoder_dir, "best": "best-"}
     return train(partial(build_on_latents, **on_these), recipe, output_dir, resume, show, log)
 
 

@@ -114,14 +114,20 @@ def _check_architecture(found: StartingWeights, denoiser: DiT | DDT) -> None:
     if theirs["in_channels"] != ours["in_channels"]:
         channels = f"latents of {theirs['in_channels']} channels, these have {ours['in_channels']}"
         raise UserError(f"{found.source} was trained on {channels}: encode the images with its own autoencoder")
-    others = ("input_size", "in_channels", "learn_sigma")
-    told = {name: value for name, value in theirs.items() if not name.startswith("_") and name not in others}
+    told = told_arguments(found)
     differing = [name for name in told if name in ours and told[name] != ours[name]]
     if differing:
         differences = ", ".join(f"{name} {_text(told[name])} (here {_text(ours[name])})" for name in differing)
         fitting = " ".join(f"model.{name}={_text(value)}" for name, value in told.items())
         other = f"{found.source} is another {KINDS[found.kind]} than was asked for"
         raise UserError(f"{other}: {differences}. It fits model.size=null {fitting}")
+
+
+def told_arguments(found: StartingWeights) -> dict[str, Any]:
+    """Return what weights tell of the model that they fit, as keys of `model`."""
+    others = ("input_size", "in_channels", "learn_sigma")
+    told = _comparable(found.arguments)
+    return {name: value for name, value in told.items() if not name.startswith("_") and name not in others}
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:

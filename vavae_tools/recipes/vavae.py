@@ -78,11 +78,12 @@ def fine_tune_vavae(
         output_dir: gets `checkpoints/best-*.ckpt` and `last.ckpt`, `lightning_logs/`, `reconstructions/`, and at the
             end `vavae/`, the best model as a diffusers folder, whose path is returned.
         original_vavae: the published `.pt` or training `.ckpt`, a diffusers folder, a `.ckpt` of this training, or
-            "small", which comes with the package; None: fresh weights of a `size`, "small" or "f16d32".
+            "small", which comes with the package; None: fresh weights of a `size`, "small" or "f16d32", without one
+            what is attached, else "small".
         show, settings: as of `train_dit`.
     """
     given = {"data_dir": data_dir, "original_vavae": original_vavae, "size": size, "image_size": image_size}
-    recipe = resolved(recipe_with(VAVAERecipe(), {**given, **settings}))
+    recipe = resolved(recipe_with(VAVAERecipe(), {**given, **settings}), log=log)
     return train_vavae(recipe, in_home(output_dir), resume, show, log)
 
 
@@ -102,7 +103,7 @@ def train_vavae(
         if resume and is_finished(folder):
             log(f"{name} is complete ({folder})")
         else:
-            config = replace(recipe.train, max_epochs=length, previews=min(recipe.train.previews, length))
+            config = replace(recipe.train, max_epochs=length, previews=min(recipe.train.previews or 0, length))
             stage = replace(recipe, loss=replace(recipe.loss, recipe=name), train=config)
             train(build, stage, folder, "last" if resume and last.is_file() else None, show, log)
         if not is_finished(folder):  # stopped: the next session goes on with this stage
@@ -183,10 +184,10 @@ def _model_to_start_from(start: FineTunedVAVAE, images: ImageSetDataModule, log:
         found = weights.with_channels(weights.read_vavae(start.original_vavae), channels)
         model = weights.build_vavae(found, dim, people, log=log, people=images.labels)
     else:
-        found, size = None, start.size or ("small" if find_machine().kind == "cpu" else "f16d32")
-        log(f"No weights given: a fresh VA-VAE ({size}); --original_vavae small learns faster, from trained weights")
+        found = None
+        log(f"A fresh VA-VAE ({start.size}); --original_vavae small learns faster, from trained weights")
         vectors = {"condition_dim": dim, "num_conditions": people, "people": images.labels if dim else None}
-        model = vavae(size, **vectors, in_channels=channels, out_channels=channels)
+        model = vavae(start.size, **vectors, in_channels=channels, out_channels=channels)
     if table is not None:
         model.conditions.weight.data.copy_(table)
         model.conditions.requires_grad_(False)

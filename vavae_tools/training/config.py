@@ -62,7 +62,9 @@ class TrainConfig(SaveConfig):
     early_stopping_patience: int = setting(
         0, "validations without a better value (as of the best checkpoint) until training ends; 0: never", least=0
     )
-    previews: int = setting(8, "grids of samples or reconstructions in all; 0 for none", least=0)
+    previews: int | None = setting(
+        8, "grids of samples or reconstructions in all; 0 for none; null: what suits the data", least=0
+    )
     log_every_n_steps: int = setting(10, "optimiser steps between two values in the curves", least=1)
     logger: list[str] | str | None = setting(
         "tensorboard", "tensorboard, csv, wandb, mlflow, none; or several in a list. metrics.csv is always written"
