@@ -118,13 +118,16 @@ def encode_latents(
         found = next(filter(None, (LatentFolder.find(place, keys) for place in attached)), None)
         found = found or LatentFolder.find_or_lock(path, keys, held, log)
         check(found.key if found else keys[0])
-        return keys[0], str(found.path) if found else None
+        if found is None:
+            return keys[0], None
+        own = found.path.is_relative_to(path)  # which is elsewhere on another machine
+        return keys[0], str(found.path.relative_to(path) if own else found.path.absolute())
 
     named = [[subset, names[subset], data.labels.tolist()] for subset, data in subsets.items()]
     identity = hashlib.sha256(f"{weights} {json.dumps(named)}".encode()).hexdigest()
     with held:
         key, complete = agree(ranks, look, identity)
-        folder = Path(complete or path / subfolder(key))
+        folder = path / (complete or subfolder(key))
         if complete is None:
             encoder = _Encoder(autoencoder.eval(), subsets, flips, seed, getattr(torch, dtype), computing)
             options = {"num_workers": images.num_workers, "ranks": ranks, "progress": progress, "others": attached}
