@@ -283,7 +283,7 @@ def test_datasets_on_the_disk(tmp_path):
     Dataset.from_dict({"text": ["x", None]}).save_to_disk(tmp_path / "null")
     assert refused(read_texts, tmp_path / "columns").endswith("no column text or messages; it has body, n: rename one")
     assert refused(read_texts, tmp_path / "test").startswith("No subset 'train' in")
-    assert refused(read_texts, tmp_path / "null").startswith(f'{tmp_path / "null"}, row 1 has neither "text" nor')
+    assert refused(read_texts, tmp_path / "null").startswith(f'{tmp_path / "null"}, train, row 1 has neither "text"')
 
 
 JSON = '{"text": "fine"}\n'

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
+from vavae_tools.data import loader
 from vavae_tools.data.folders import IMAGE_EXTENSIONS, labels_of, list_folders
-from vavae_tools.data.loader import OrderedDataModule, index_and_number, loading_workers, local_world_size, usable_cores
+from vavae_tools.data.loader import Batched, OrderedDataModule, index_and_number, loading_workers, local_world_size
 from vavae_tools.data.stored import convert_channels, is_grey, pixel_hash, turn_upright, white_of
 from vavae_tools.runtime.errors import UserError, in_home, one_line
 from vavae_tools.runtime.files import atomic_write
@@ -41,11 +42,7 @@ def centre_crop(image: Image.Image, size: Size) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def resize_whole(image: Image.Image, size: Size) -> Image.Image:
-    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-
-
-CROPS = {"adm": centre_crop, "none": resize_whole}
+CROPS = {"adm": centre_crop, "none": lambda image, size: image.resize(size[::-1], Image.Resampling.BICUBIC)}
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -80,7 +77,7 @@ MEMORY_LIMIT = 4 * 2**30
 """Bytes of decoded images that all processes of a machine together keep in memory: 21,000 images of 256×256."""
 
 
-class DecodedImages(Dataset):
+class DecodedImages(Batched):
     """One subset, decoded once and kept in memory where it fits.
 
     A subclass has `opened(places)`, which yields Pillow images, and `stored_key()`, plain values that tell these images
@@ -140,11 +137,8 @@ class DecodedImages(Dataset):
     def part(self, places: Sequence[int]) -> Self:
         """Return some of these images as a subset of their own."""
         part, index = copy.copy(self), torch.as_tensor(places, dtype=torch.int64)
-        part.names, part.labels, part.rows = (
-            [self.names[place] for place in places],
-            self.labels[index],
-            self.rows[index],
-        )
+        part.names = [self.names[place] for place in places]
+        part.labels, part.rows = self.labels[index], self.rows[index]
         part.captions = None if self.captions is None else [self.captions[place] for place in places]
         part.extra_fields, part._memory = {}, None
         return part
@@ -171,12 +165,7 @@ class DecodedImages(Dataset):
 
     def pixel_hashes(self) -> list[str | None]:
         """Return `pixel_hash` of each image, None for one that is damaged."""
-
-        def hashed(image: Image.Image) -> str:
-            turn_upright(image)
-            return pixel_hash(image)
-
-        return list(chain.from_iterable(self._of_each(hashed, self._parts(), broken=None)))
+        return list(chain.from_iterable(self._of_each(pixel_hash, self._parts(), broken=None)))
 
     def _parts(self) -> list[range]:
         return [range(len(self))[start : start + 64] for start in range(0, len(self), 64)]  # a thread's at once
@@ -251,9 +240,6 @@ class DecodedImages(Dataset):
             batch["captions"] = [self.captions[place][n] for place, n in zip(indices, numbers, strict=True)]
         return batch
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: value[0] for name, value in self.get_batch([index]).items()}
-
     def preview_batch(self, count: int) -> dict[str, Any]:
         """Return a batch of the first `count` images when taken from one class after the other, of as many as fit."""
         classes = list(dict.fromkeys(self.labels.tolist()))
@@ -273,7 +259,7 @@ def spread(count: int, among: int) -> list[int]:
 
 
 def _decoding_threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, usable_cores() // local_world_size()))  # Pillow decodes without the GIL
+    return ThreadPoolExecutor(max(1, loader.usable_cores() // local_world_size()))  # Pillow decodes without the GIL
 
 
 class ImageFiles(DecodedImages):
@@ -312,7 +298,7 @@ class ImageFiles(DecodedImages):
             yield f"crop {self.crop}".encode()
         if self.white not in (None, 65535):  # which was white of all images when the first caches were written
             yield f"white {self.white}".encode()
-        with ThreadPoolExecutor(usable_cores()) as pool:
+        with ThreadPoolExecutor(loader.usable_cores()) as pool:
             hashes = pool.map(_content_hash, self.paths)
             yield from (os.fsencode(name) + content for name, content in zip(self.names, hashes, strict=True))
 
@@ -330,21 +316,20 @@ class ImageFolder(ImageFiles):
         labels: dict[str, int] | None = None,
         channels: int = 3,
         progress: bool = True,
-        extensions: Collection[str] = IMAGE_EXTENSIONS,
     ) -> None:
         folder = in_home(folder)
-        people = list_folders(folder, extensions)
+        people = list_folders(folder)
         labels = labels or labels_of(people)
         names = [f"{person}/{path.name}" for person, paths in people.items() for path in paths]
         if not names:
-            raise UserError(f"No images ({', '.join(extensions)}) in the folders of {folder}")
+            raise UserError(f"No images ({', '.join(IMAGE_EXTENSIONS)}) in the folders of {folder}")
         of_names = torch.tensor([labels[person] for person, paths in people.items() for _ in paths])
         super().__init__(folder, names, of_names, image_size, "none", channels, of_split=True, progress=progress)
 
 
-def channels_of(folder: str | Path, extensions: Collection[str] = IMAGE_EXTENSIONS) -> int:
+def channels_of(folder: str | Path) -> int:
     """Return `DecodedImages.stored_channels` of a folder that holds `ID_1/ ID_2/ …`."""
-    return ImageFolder(folder, 1, extensions=extensions).stored_channels()
+    return ImageFolder(folder, 1).stored_channels()
 
 
 class ImageSetDataModule(OrderedDataModule):

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vavae_tools.data.encoded import EncodedFolder, Rows, Store, Tensors, agree, cut, encode, open_shard, subfolder
 from vavae_tools.data.images import to_unit
-from vavae_tools.data.loader import OrderedDataModule
+from vavae_tools.data.loader import Batched, OrderedDataModule
 from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
@@ -226,7 +226,7 @@ def _cache_keys(
     return [hashlib.sha256((settings + extra).encode() + content).hexdigest() for extra in added]
 
 
-class LatentDataset(Dataset):
+class LatentDataset(Batched):
     """One subset's latents, memory-mapped: only the rows of a batch are read.
 
     A batch is {"latents": float32 (B, C, h, w) normalised by the training subset's mean and std, "labels", "index"},
@@ -257,9 +257,6 @@ class LatentDataset(Dataset):
     def get_batch(self, indices: Sequence[Any]) -> Tensors:
         batch = self.stored(indices)
         return batch if self.as_stored else normalised(batch, *self.statistics)
-
-    def __getitem__(self, index: Any) -> dict[str, Any]:
-        return {name: value[0] for name, value in self.get_batch([index]).items()}
 
 
 def normalised(batch: Tensors, mean: Tensor, std: Tensor) -> Tensors:

@@ -236,6 +236,13 @@ def _place_in_data(checkpoint: dict[str, Any]) -> dict[str, int] | None:
     return next(states, None)
 
 
+class Batched(Dataset):
+    """A data set with `get_batch`; on its own it gives samples, as torch's own DataLoader asks for them."""
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        return {name: value[0] for name, value in self.get_batch([index]).items()}
+
+
 class _InBatches(Dataset):
     def __init__(self, data: Dataset) -> None:
         self.data = data
@@ -248,7 +255,7 @@ class _InBatches(Dataset):
 
 
 def in_batches(data: Any) -> Any:
-    """Return what a DataLoader with `identity_collate` reads whole batches of; on its own, a data set gives samples."""
+    """Return what a DataLoader with `identity_collate` reads whole batches of."""
     return _InBatches(data) if hasattr(data, "get_batch") else data
 
 

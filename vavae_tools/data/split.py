@@ -168,14 +168,14 @@ def split_folders(
     asked["image_extensions"] = others or asked["image_extensions"]
     images, notes = _find_images(source, asked["image_extensions"])
     if others:
-        notes.append(
-            f"there is no {either(IMAGE_EXTENSIONS)} image: those that end in {join_first(others, 9)} are taken"
-        )
+        absent = f"there is no {either(IMAGE_EXTENSIONS)} image"
+        notes.append(f"{absent}: those that end in {join_first(others, 9)} are taken")
     recording_of = _recordings(group_pattern, images, notes)
     workers = max(1, workers or min(8, os.cpu_count() or 1))
     split = _Split(source, target, images, asked, recording_of, workers, progress)
 
-    with _lock(target):
+    name = hashlib.sha256(os.fsencode(f"{Path.home()} {target}")).hexdigest()[:16]  # this user's, on this machine
+    with FileLock(Path(tempfile.gettempdir()) / f"vavae_tools_split_{name}.lock"):
         if existing := split_report.existing_split(target):
             difference = split.difference_from(*existing)
             if difference is None:
@@ -184,12 +184,6 @@ def split_folders(
                 hint = "Choose another --output_dir, or add --overwrite to replace it."
                 raise UserError(f"{target} holds a different split: {difference}. {hint}")
         return SplitReport.of(split.make(notes), target)
-
-
-def _lock(target: Path) -> FileLock:
-    """Return the lock of one split into `target` at a time, for this user's processes on this machine."""
-    name = hashlib.sha256(os.fsencode(f"{Path.home()} {target}")).hexdigest()[:16]
-    return FileLock(Path(tempfile.gettempdir()) / f"vavae_tools_split_{name}.lock")
 
 
 @dataclass
@@ -264,9 +258,9 @@ class _Split:
             if old.get(name) != value:
                 was, now = (",".join(one) if isinstance(one, list) else one for one in (old.get(name), value))
                 return f"it was made with {name} {was}, now {now}"
-        then, faults = old["files"], old["unreadable"]
+        then, faults, decode = old["files"], old["unreadable"], self.settings["check"] == "decode"
         known = {e["sha256"]: {"fault": faults.get(key, ""), "pixels": e.get("pixels")} for key, e in then.items()}
-        self._examine(known={sha256: what for sha256, what in known.items() if any(what.values()) or not self._decodes})
+        self._examine(known={sha256: what for sha256, what in known.items() if any(what.values()) or not decode})
         now = split_report.file_entries(self.images, self._subsets())
 
         def differing(*what: str) -> list[str]:
@@ -284,15 +278,11 @@ class _Split:
         images = [image for image in self.images if with_faults or not image.fault]
         return choose_subsets(images, self.settings["val_ratio"], self.settings["seed"], self.recording_of)
 
-    @property
-    def _decodes(self) -> bool:
-        return self.settings["check"] == "decode"
-
     def _examine(self, write: Callable | None = None, known: dict[str, dict] | None = None) -> None:
         """Read each image once: hash, decode and, where asked, write the same bytes. `known` is by hash."""
         from tqdm.auto import tqdm  # not for --help
 
-        decode = self._decodes
+        decode = self.settings["check"] == "decode"
         read_all = decode or self.settings["link"] == "copy"
         length = Counter(image.bytes for image in self.images)
 

@@ -48,7 +48,8 @@ def convert_channels(image: Image.Image, channels: int, white: int | None = None
 
 
 def pixel_hash(image: Image.Image) -> str:
-    """Return a hash of what training sees of an upright image, whatever its file's format and metadata are."""
+    """Return a hash of what training sees of an image, upright, whatever its file's format and metadata are."""
+    turn_upright(image)
     digest = hashlib.blake2b(f"{image.size}".encode(), digest_size=16)
     digest.update(convert_channels(image, 3).tobytes())
     return digest.hexdigest()

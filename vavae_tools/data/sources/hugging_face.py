@@ -56,7 +56,7 @@ class DatasetImages(DecodedImages):
 
 def read_subsets(data_dir: Path, train_split: str, **options: Any) -> tuple[dict[str, int], *tuple[DatasetImages, ...]]:
     """Return class name → label, the training subset, and what validates if there is such a subset."""
-    datasets = _read_datasets(data_dir, train_split)
+    datasets = read_datasets(data_dir, train_split)
     train_split, first = next(iter(datasets.items()))
     image = _column(first, data_dir, "images", "Image", _IMAGE_COLUMNS)
     label = _column(first, data_dir, "labels", "ClassLabel", ("label", "labels", "fine_label", "class"))
@@ -79,7 +79,7 @@ def read_subsets(data_dir: Path, train_split: str, **options: Any) -> tuple[dict
 def captioned_subsets(path: Path, skip_missing: bool, notes: list[str], options: dict[str, Any]) -> list[DatasetImages]:
     """Return what trains, and what validates if there is such a subset, of a dataset with captions."""
     subsets = []
-    for name, dataset in _read_datasets(path, "train").items():
+    for name, dataset in read_datasets(path).items():
         image = _column(dataset, path, "images", "Image", _IMAGE_COLUMNS)
         caption = _column(dataset, path, "captions", "", CAPTION_COLUMNS)
         values = enumerate(column_values(dataset, caption))
@@ -108,7 +108,7 @@ def datasets_library(what: str) -> Any:
     return datasets
 
 
-def _read_datasets(data_dir: Path, train_split: str) -> "dict[str, Dataset]":
+def read_datasets(data_dir: Path, train_split: str = "train") -> "dict[str, Dataset]":
     found = load_folder(data_dir)
     if not isinstance(found, dict):  # a DatasetDict is one
         found = {train_split: found}

@@ -11,16 +11,15 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from vavae_tools.data.loader import OrderedDataModule
+from vavae_tools.data.loader import Batched, OrderedDataModule
 from vavae_tools.data.tokens.code import TextTokens, TokenCode, learn_tokenizer
 from vavae_tools.data.tokens.text_files import read_texts
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError
 
 
-class TokenImageDataset(Dataset):
+class TokenImageDataset(Batched):
     """Items {"clean": float32 (C, H, W) in [−1, 1], "mask": float32 (H, W), "index": int64}; of a list, a batch.
 
     `clean` has a cell of ±1 for each token (`TokenCode`) and 0 elsewhere, `mask` is 1 on the cells of tokens. With a
@@ -83,9 +82,6 @@ class TokenImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self._starts)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: values[0] for name, values in self.get_batch([index]).items()}
 
     def get_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         places = np.asarray(indices, np.int64)

@@ -7,7 +7,7 @@ from typing import Any
 from vavae_tools.data.captions import read_json_lines, read_text
 from vavae_tools.data.demo.sentences import questions, stories, zen
 from vavae_tools.data.folders import contents, natural_key
-from vavae_tools.data.sources.hugging_face import is_dataset, load_folder
+from vavae_tools.data.sources.hugging_face import is_dataset, read_datasets
 from vavae_tools.runtime.errors import UserError, in_home
 
 Chat = list[dict[str, str]]  # messages, each with "role" and "content"
@@ -66,13 +66,8 @@ def _rows_of_files(path: Path) -> Iterator[_Row]:
 
 
 def _rows_of_dataset(path: Path) -> tuple[Iterable[_Row], Iterable[_Row]]:
-    found = load_folder(path)
-    if not isinstance(found, dict):
-        return _rows_of_subset(found, str(path)), ()
-    if "train" not in found:
-        raise UserError(f"No subset 'train' in {path}; there are {', '.join(found)}: rename one")
-    val = [_rows_of_subset(found[name], f"{path}, {name}") for name in ("validation", "valid", "val") if name in found]
-    return _rows_of_subset(found["train"], f"{path}, train"), next(iter(val), ())
+    rows = [_rows_of_subset(dataset, f"{path}, {name}") for name, dataset in read_datasets(path).items()]
+    return rows[0], rows[1] if len(rows) > 1 else ()
 
 
 def _rows_of_subset(dataset: Any, where: str) -> Iterator[_Row]:
