@@ -192,7 +192,7 @@ def test_what_is_unknown_or_does_not_suit(on, monkeypatch):
     on(T4S)
     monkeypatch.setattr(devices, "find_spec", lambda name: None)
     refused(r"--devices 4, but this machine has 2 \(Tesla T4\): take --devices 2", devices=4)
-    refused("No --strategy dpp; there are auto, ddp, ", strategy="dpp")
+    refused("No --strategy 'dpp' .did you mean ddp.*; there are auto, ddp, ", strategy="dpp")
     refused("--strategy deepspeed needs its package: pip install deepspeed", strategy="deepspeed")
     refused("--strategy deepspeed_stage_2 needs CUDA GPUs", strategy="deepspeed_stage_2", accelerator="cpu")
     refused("--strategy fsdp is for the denoiser", strategy="fsdp", shardable=False)

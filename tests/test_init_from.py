@@ -22,13 +22,10 @@ NUMBERS = {"input_size": 4, "patch_size": 2, "in_channels": 3, "hidden_size": 16
 PLAIN = {"swiglu": False, "rope": False, "rms_norm": False}
 
 
-def start(denoiser, conditioner, path, **settings) -> list[str]:
+def start(denoiser, conditioner, path, latents=None, seed=0, reversed_time=None, **settings) -> list[str]:
     """`start_from`: what was logged."""
     said: list[str] = []
-    latents = settings.pop("latents", None)
-    seed = settings.pop("seed", 0)
-    reverse = settings.pop("reversed_time", None)
-    start_from(denoiser, conditioner, InitFrom(weights=path, **settings), latents, seed, said.append, reverse)
+    start_from(denoiser, conditioner, InitFrom(weights=path, **settings), latents, seed, said.append, reversed_time)
     return said
 
 

@@ -227,11 +227,7 @@ def test_objectives_by_name_and_from_what_they_keep():
         ("ddpm", {}, "No objective 'ddpm'; there are flow_matching, epsilon, v_prediction, sample"),
         ("flow_maching", {}, r"No objective 'flow_maching' \(did you mean flow_matching\?\); there are flow_matching"),
         ("epsilon", {"cosine_weight": 1}, "No argument 'cosine_weight' of the objective epsilon; there are betas"),
-        (
-            "flow_matching",
-            {"time_shft": 1},
-            r"'time_shft' .* \(did you mean time_shift\?\); there are cosine_weight",
-        ),
+        ("flow_matching", {"time_shft": 1}, r"'time_shft' .* \(did you mean time_shift\?\); there are cosine_weight"),
         ("flow_matching", {"largest_noise": 1.5}, "largest_noise=1.5"),
     ],
 )

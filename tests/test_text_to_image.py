@@ -119,7 +119,7 @@ WRONG_FILES = {
     "training:\n  batchsize: 3\n": "mine.yaml: No key 'training.batchsize'; did you mean train.batch_size?",
     "training:\n  mixed_precision: fp17\n": "No precision 'fp17'; there are 32, 16, bf16",
     "training: {}\nsampling:\n  scheduler: dpm\n": "No solver 'dpm' for noise or v (did you mean ddpm?); there",
-    "training:\n  logger: nonsense\n": "No logger 'nonsense'; there are tensorboard, wandb, mlflow",
+    "training:\n  logger: nonsense\n": "No logger 'nonsense' (did you mean none?); there are tens",
     "training:\n  early_stopping_patience: 2\ndata:\n  val_share: 0\n": "needs images that validate",
     "training: {}\nresume: other.ckpt\n": "other.ckpt is of another model",
 }

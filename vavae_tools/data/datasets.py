@@ -21,7 +21,7 @@ from vavae_tools.data.sources import captioned, hugging_face
 from vavae_tools.data.sources.shards import refuse_shards
 from vavae_tools.data.split import choose_subsets
 from vavae_tools.data.split_report import INFO_NAME, ImageEntry, read_split_info
-from vavae_tools.runtime.errors import UserError, in_home, join_first
+from vavae_tools.runtime.errors import UserError, check_known, in_home, join_first
 
 
 class ImageDataModule(ImageSetDataModule):
@@ -264,8 +264,7 @@ def caption_data(
         train_split: the share that trains while the rest validates, in place of `val_share`.
     """
     name = str(dataset_name).lower()
-    if name not in DATASETS:
-        raise UserError(f"No data set {dataset_name!r}; there are {', '.join(DATASETS)}")
+    check_known("data set", name, DATASETS)
     if num_samples is not None and num_samples < 1:
         raise UserError(f"num_samples {num_samples}: expected at least 1")
     share = None if train_split is None else training_share(train_split)

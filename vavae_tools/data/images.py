@@ -24,7 +24,7 @@ from vavae_tools.data import loader
 from vavae_tools.data.folders import IMAGE_EXTENSIONS, labels_of, list_folders
 from vavae_tools.data.loader import Batched, OrderedDataModule, index_and_number, loading_workers, local_world_size
 from vavae_tools.data.stored import convert_channels, is_grey, pixel_hash, turn_upright, white_of
-from vavae_tools.runtime.errors import UserError, in_home, one_line
+from vavae_tools.runtime.errors import UserError, check_known, in_home, one_line
 from vavae_tools.runtime.files import atomic_write
 
 Size = tuple[int, int]  # (height, width) in pixels
@@ -106,8 +106,7 @@ class DecodedImages(Batched):
         progress: bool = True,
         captions: Sequence[Sequence[str]] | None = None,
     ) -> None:
-        if crop not in CROPS:
-            raise UserError(f"No crop {crop!r}; there are {', '.join(CROPS)}")
+        check_known("crop", crop, CROPS)
         self.names, self.labels = list(names), labels
         self.crop, self.channels, self.title = crop, channels, title
         self.captions = None if captions is None else list(map(tuple, captions))

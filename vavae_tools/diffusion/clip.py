@@ -76,8 +76,7 @@ class TextEncoder:
         if self.device.type == "cuda":  # a copy from pinned memory is not waited for
             ids, mask = ids.pin_memory(), mask.pin_memory()
         ids, mask = (given.to(self.device, non_blocking=True) for given in (ids, mask))
-        parts = [self.model(input_ids=part).last_hidden_state.float() for part in ids.split(256)]
-        tokens = torch.cat(parts)  # (B, L, D)
+        tokens = torch.cat([self.model(input_ids=part).last_hidden_state.float() for part in ids.split(256)])
         return TextStates(tokens, mask.bool(), tokens[torch.arange(len(ids), device=self.device), mask.sum(1) - 1])
 
     def lengths(self, captions: Sequence[str]) -> tuple[list[int], int]:

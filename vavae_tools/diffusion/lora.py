@@ -56,7 +56,6 @@ def merged_weights(weights: Mapping[str, Tensor], settings: Mapping[str, Any] | 
 
 
 def _linear_names(denoiser: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return full names of the linear maps that end in one of `targets`."""
     if not targets:
         raise UserError(f"lora_targets is empty: name linear maps, such as {', '.join(TARGETS)}")
     linear, found = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)], []

@@ -68,7 +68,6 @@ class ImagePipeline(DenoiserPipeline):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the images, in pixels."""
         height, width = self.denoiser.latent_shape[1:]
         return height * self.vae.downsampling, width * self.vae.downsampling
 
@@ -120,7 +119,6 @@ class ImagePipeline(DenoiserPipeline):
 
 
 def digest_of(*models: ModelMixin) -> str:
-    """Return a hash of models' weights and configurations."""
     parts = [[weights_digest(model), plain_config(model)] for model in models]
     return hashlib.sha256("".join(json.dumps(part, sort_keys=True, default=str) for part in parts).encode()).hexdigest()
 

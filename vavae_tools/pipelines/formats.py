@@ -44,7 +44,6 @@ class SampleFiles:
 
     @classmethod
     def found(cls, folder: Path) -> list[Path]:
-        """Return the files of such sets in a folder."""
         return [path for glob in cls.globs for path in folder.glob(glob) if cls.ours.fullmatch(path.name)]
 
 
@@ -58,7 +57,6 @@ class PngFolder(SampleFiles):
         self.paths = [output_dir / name for name in names]
 
     def missing(self, batch: Batch) -> int:
-        """Return how many of a batch are not there."""
         return sum(not path.is_file() for path in self.paths[slice(*batch)])
 
     def tasks(self, batch: Batch, made: ImagePipelineOutput) -> list[tuple]:

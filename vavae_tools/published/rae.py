@@ -129,7 +129,6 @@ def load_rae_encoder_reference(state_dict: Mapping[str, Any], config: Mapping[st
 
 
 def _encoder(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return an encoder's name and its configuration."""
     name, eps = str(config.get("encoder") or "").split(), config.get("layer_norm_eps")
     if not name:
         raise UserError("The configuration names no encoder: expected encoder, such as Dinov2withNorm")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vavae_tools.runtime.console import print_beside_bars
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, check_known
 
 Model = TypeVar("Model", bound=nn.Module)
 P, R = ParamSpec("P"), TypeVar("R")
@@ -177,8 +177,7 @@ def precision_on(machine: Machine, name: str | None = None) -> str:
     if name is None:
         return {"cpu": "32", "t4": "16", "ampere": "bf16"}[machine.kind]
     name = _ALSO.get(str(name), str(name))
-    if name not in PRECISIONS:
-        raise UserError(f"No precision {name!r}; there are {', '.join(PRECISIONS)}")
+    check_known("precision", name, PRECISIONS)
     if name == "bf16" and machine.kind == "t4":
         raise UserError(f"{machine.name} has no bf16 (it is emulated and slow): use --precision 16 or 32")
     if name == "16" and machine.kind == "cpu":

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from vavae_tools.runtime.console import log
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import UserError, check_known
 from vavae_tools.runtime.machine import Machine, find_machine, precision_on, take_card
 from vavae_tools.runtime.ranks import started_already
 from vavae_tools.training.config import TrainConfig
@@ -129,8 +129,7 @@ def trainer_settings(
 
 
 def _check_strategy(strategy: str, shardable: bool, on_gpu: bool) -> None:
-    if strategy not in STRATEGIES:
-        raise UserError(f"No --strategy {strategy}; there are {', '.join(STRATEGIES)}")
+    check_known("--strategy", strategy, STRATEGIES)
     if strategy.startswith(("fsdp", "deepspeed")) and not shardable:
         own = "an autoencoder, 70 M weights and a discriminator with an optimiser of its own, fits on each card"
         raise UserError(f"--strategy {strategy} is for the denoiser: {own}: take --strategy ddp")

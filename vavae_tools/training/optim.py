@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from vavae_tools.checkpoints.resuming import match_names
-from vavae_tools.runtime.errors import UserError
+from vavae_tools.runtime.errors import check_known
 
 
 class EMA(nn.Module):
@@ -57,8 +57,7 @@ def with_warmup(
     Warm-up is linear and takes at most a tenth of all steps; then the rate decays to zero along half a "cosine" or
     "linear", or stays ("constant", or without an end: `total_steps` of inf).
     """
-    if decay not in DECAYS:
-        raise UserError(f"schedule {decay!r} is unknown; there are {', '.join(DECAYS)}")
+    check_known("schedule", decay, DECAYS)
     warmup_steps = min(warmup_steps, total_steps / 10)
 
     def factor(step: int) -> float:

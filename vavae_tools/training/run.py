@@ -19,7 +19,7 @@ from vavae_tools.checkpoints.formats import read_any_format, remove
 from vavae_tools.checkpoints.resuming import check_resumable, former_run, resume_path
 from vavae_tools.data.loader import OrderedDataModule, loader_faults
 from vavae_tools.runtime.console import log
-from vavae_tools.runtime.errors import Stopped, UserError, disk_faults, in_home, one_line
+from vavae_tools.runtime.errors import Stopped, UserError, check_known, disk_faults, in_home, one_line
 from vavae_tools.runtime.files import alone_in
 from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import keep_freed_memory, release_memory
@@ -214,8 +214,7 @@ def make_loggers(names: str | Sequence[str] | bool | None, output_dir: Path) -> 
     for name in map(str.lower, chosen):
         if name in ("csv", "none", "false", "no", "off", ""):
             continue
-        if name not in _LOGGERS:
-            raise UserError(f"No logger {name!r}; there are {', '.join(_LOGGERS)}, csv and none")
+        check_known("logger", name, [*_LOGGERS, "csv", "none"])
         try:
             found.append(_LOGGERS[name](output_dir))
         except ModuleNotFoundError:
