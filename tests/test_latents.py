@@ -74,17 +74,6 @@ def test_statistics_equal_the_reference():
     torch.testing.assert_close(torch.tensor(latents.channel_statistics([z])[1]), z.double().std((0, 2, 3)).float())
 
 
-def test_statistics_are_those_of_the_training_subset(split, tmp_path):
-    folder = encode(split, tmp_path / "latents", flips=True)
-    z = load_file(folder.path / "train-00000.safetensors")["latents"].double()
-    found = torch.tensor([folder.mean, folder.std])
-    torch.testing.assert_close(found, torch.stack([z.mean((0, 2, 3)), z.std((0, 2, 3))]).float())
-    for image in (split / "val").glob("*/*.jpg"):
-        Image.new("RGB", (SIZE, SIZE), "white").save(image)
-    changed = encode(split, tmp_path / "others", flips=True)
-    assert (changed.mean, changed.std) == (folder.mean, folder.std) and changed.key != folder.key
-
-
 # ---- what is encoded
 
 
@@ -185,12 +174,6 @@ def test_latents_of_an_earlier_version_lie_in_the_folder_itself(split, tmp_path,
     assert encode(split, tmp_path / "latents", batch_size=3) == folder and 0 < sum(count_encoded) <= 4 + SHAPE
 
 
-def test_shards_of_another_encoding_are_refused(split, tmp_path):
-    one, other = (encode(split, tmp_path / "latents", model(seed)) for seed in (0, 1))
-    shutil.copy(shards(other)[0], shards(one)[0])
-    refuses(r"train-00000\.safetensors is of another encoding than latents\.json beside", LatentDataModule, one)
-
-
 def test_what_a_damaged_folder_lacks_is_encoded_again(split, tmp_path, count_encoded):
     """Whole shards say that they belong to these images and weights, and are kept."""
     first = encode(split, tmp_path / "latents")
@@ -223,17 +206,13 @@ def test_an_interrupted_encoding_resumes(split, tmp_path, monkeypatch, count_enc
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(encoded, "save_file", full)
         encode(split, folder.parent, flips=flips, batch_size=3)
-    assert sorted(path.name for path in folder.iterdir()) == ["train-00000.safetensors", "train-00001.safetensors"]
-    with pytest.raises(UserError, match="No latents in"):  # whatever has an index is whole
-        LatentDataModule(folder)
+    assert sorted(contents(folder)) == ["train-00000.safetensors", "train-00001.safetensors"]
+    refuses("No latents in", LatentDataModule, folder)  # whatever has an index is whole
     (folder / ".train-00002.safetensors.17.partial").write_bytes(b"of a process that was killed")
     del count_encoded[:]
-    found = encode(split, folder.parent, flips=flips, batch_size=3)
+    encode(split, folder.parent, flips=flips, batch_size=3)
     assert sum(count_encoded) == (30 - 6 + SHAPE) * (1 + flips)
-    assert (found.key, found.mean, found.std) == (unbroken.key, unbroken.mean, unbroken.std)
-    files = sorted(path.name for path in unbroken.path.iterdir())
-    assert sorted(path.name for path in folder.iterdir()) == files and len(files) == 1 + 8 + 2
-    assert all((folder / name).read_bytes() == (unbroken.path / name).read_bytes() for name in files)
+    assert contents(folder) == contents(unbroken.path) and len(contents(folder)) == 1 + 8 + 2
 
 
 def test_shards_are_whole_batches_and_bounded():
@@ -260,13 +239,13 @@ def test_an_unfinished_encoding_of_an_earlier_version_is_not_taken(split, tmp_pa
 def test_a_disk_that_is_too_small_is_told_before_anything_is_encoded(split, tmp_path, monkeypatch, count_encoded):
     """30 images of 2×8×8 numbers of 4 bytes, or 2, and a label of 8 bytes each; other encodings stay."""
     old = encode(split, tmp_path / "latents")
-    kept = {path.name: path.read_bytes() for path in old.path.iterdir()}
+    kept = contents(old.path)
     del count_encoded[:]
     needed = 30 * (2 * 8 * 8 * 2 + 8)
     monkeypatch.setattr(encoded.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
     says = r"No space: Latents of this VAVAE need 0\.000 GB, 0\.000 GB are free.*\(other encodings are in "
     refuses(says, encode, split, tmp_path / "latents", model(1))
-    assert sum(count_encoded) == SHAPE and {path.name: path.read_bytes() for path in old.path.iterdir()} == kept
+    assert sum(count_encoded) == SHAPE and contents(old.path) == kept
     assert encode(split, tmp_path / "latents", model(1), dtype="float16").key != old.key
 
 
@@ -314,25 +293,25 @@ def test_published_statistics_take_the_place_of_computed_ones(split, tmp_path):
     mean, std = (torch.tensor(values).view(1, 2, 1, 1) for values in given)
     computed = encode(split, tmp_path / "latents")
     folder = encode(split, tmp_path / "given", statistics=given)
-    assert (folder.mean, folder.std) == ([1.0, -2.0], [0.5, 4.0]) and folder.key != computed.key
-    z = load_file(folder.path / "train-00000.safetensors")["latents"]
-    assert same(z, load_file(computed.path / "train-00000.safetensors")["latents"])
+    assert (folder.mean, folder.std) == given and folder.key != computed.key
+    z, computed_z = (load_file(shards(one)[0])["latents"] for one in (folder, computed))
+    assert same(z, computed_z)
     torch.testing.assert_close(LatentDataset(folder, "train").get_batch([3])["latents"], (z[3:4] - mean) / std)
     assert encode(split, tmp_path / "given", statistics=given) == folder
-    assert encode(split, tmp_path / "given", statistics=([1.0, -2.0], [0.5, 4.5])).key != folder.key
     says = "The statistics have 3 and 3 numbers, latents of this autoencoder 2 channels"
     refuses(says, encode, split, tmp_path / "none", statistics=([0.0] * 3, [1.0] * 3))
     assert not list((tmp_path / "none").glob("*/"))
 
 
-def test_statistics_are_those_of_the_rounded_latents(split, tmp_path):
+def test_statistics_are_those_of_the_training_subset_as_it_is_stored(split, tmp_path):
     whole = encode(split, tmp_path / "whole", batch_size=3)
     half = encode(split, tmp_path / "half", dtype="float16", batch_size=3)
     assert (whole.dtype, half.dtype) == ("float32", "float16") and whole.key != half.key
     z, stored = (torch.cat([load_file(path)["latents"] for path in shards(folder)]) for folder in (whole, half))
     assert same(stored, z.half())
-    expected = torch.stack([stored.double().mean((0, 2, 3)), stored.double().std((0, 2, 3))])
-    torch.testing.assert_close(torch.tensor([half.mean, half.std]), expected.float())
+    for folder, values in ((whole, z.double()), (half, stored.double())):
+        expected = torch.stack([values.mean((0, 2, 3)), values.std((0, 2, 3))])
+        torch.testing.assert_close(torch.tensor([folder.mean, folder.std]), expected.float())
 
 
 def test_what_cannot_be_is_told(tmp_path):
@@ -435,31 +414,35 @@ def test_latents_are_mapped_not_read(latents_dir, tmp_path):
 
 
 def test_damaged_folders_are_named(split, tmp_path):
-    folder = encode(split, tmp_path / "latents")
-    shard, index = folder.path / "train-00000.safetensors", folder.path / INDEX
-    for content in (shard.read_bytes()[:1000], b""):
+    folder, other = (encode(split, tmp_path / "latents", model(seed)) for seed in (0, 1))
+    (shard,), index = shards(folder), folder.path / INDEX
+    foreign = r"train-00000\.safetensors is of another encoding than latents\.json beside"
+    damaged = r"train-00000\.safetensors cannot be read .*: delete it and"
+    whole = shard.read_bytes()
+    for content, words in ((shards(other)[0].read_bytes(), foreign), (whole[:1000], damaged), (b"", damaged)):
         shard.write_bytes(content)
-        refuses(r"train-00000\.safetensors cannot be read .*: delete it and", LatentDataModule, folder.path)
+        refuses(words, LatentDataModule, folder.path)
     for content in ('{"key": ', "[]", '{"key": "a", "shape": 3, "image_size": 4}'):
         index.write_text(content)
         refuses(r"latents\.json is damaged .* encode again", LatentFolder.read, folder.path)
     refuses(r"No latents in .* \(latents\.json is missing\): encode them first", LatentDataModule, tmp_path)
 
 
-def test_encoding_a_split_leaves_the_vavae_as_it_is(split, tmp_path, count_encoded):
+def test_encoding_a_split_leaves_the_vavae_as_it_is_and_another_is_refused(split, tmp_path, count_encoded):
     """It may lie in a folder that cannot be written, such as Kaggle's input."""
-    vae = model()
-    vae.save_pretrained(tmp_path / "vavae")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "vavae").iterdir()}
-    said = []
-    folder = encode_split(split, tmp_path / "vavae", tmp_path / "latents", log=said.append)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "vavae").iterdir()} == before
-    assert folder.weights == weights_digest(vae) != weights_digest(model(1))
+    for seed in (0, 1):
+        model(seed).save_pretrained(tmp_path / f"vavae{seed}")
+    before, said = contents(tmp_path / "vavae0"), []
+    folder = encode_split(split, tmp_path / "vavae0", tmp_path / "latents", log=said.append)
+    assert contents(tmp_path / "vavae0") == before and folder.weights == weights_digest(model())
     assert said[0] == f"Latents 2×8×8 of images 16×16: train 24, val 6 ({folder.path})"
     assert json.loads((folder.path / INDEX).read_text())["people"] == {"ID_1": 0, "ID_2": 1, "ID_3": 2}
     del count_encoded[:]
-    assert encode_split(split, tmp_path / "vavae", tmp_path / "latents", log=said.append) == folder
+    assert encode_split(split, tmp_path / "vavae0", tmp_path / "latents", log=said.append) == folder
     assert count_encoded == []
+    with pytest.raises(UserError, match=r"/latents was not made by .*vavae1: encode the images again"):
+        train_dit(tmp_path / "latents", tmp_path / "vavae1", tmp_path / "dit", {"hidden_size": 16, "num_heads": 2})
+    assert not (tmp_path / "dit").exists()
 
 
 def test_a_split_is_encoded_on_all_devices(split, tmp_path, monkeypatch, forked, count_encoded):
@@ -473,15 +456,6 @@ def test_a_split_is_encoded_on_all_devices(split, tmp_path, monkeypatch, forked,
     (tmp_path / "vavae" / "config.json").unlink()
     with pytest.raises(UserError):
         encode_split(split, tmp_path / "vavae", tmp_path / "two", log=lambda line: None)
-
-
-def test_latents_of_another_vavae_are_refused(split, tmp_path):
-    for seed in (0, 1):
-        model(seed).save_pretrained(tmp_path / f"vavae{seed}")
-    encode_split(split, tmp_path / "vavae0", tmp_path / "latents", log=lambda line: None)
-    with pytest.raises(UserError, match=r"/latents was not made by .*vavae1: encode the images again"):
-        train_dit(tmp_path / "latents", tmp_path / "vavae1", tmp_path / "dit", {"hidden_size": 16, "num_heads": 2})
-    assert not (tmp_path / "dit").exists()
 
 
 def test_a_vavae_of_other_people_is_refused_unless_that_is_asked_for(split, tmp_path, count_encoded):
