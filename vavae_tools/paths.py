@@ -34,7 +34,6 @@ class ProjectPaths:
         return f"images: {self.images or 'simulated walkers (none were found or named)'}\noutputs:  {self.work}"
 
     def folders_with(self, mark: str) -> Iterator[Path]:
-        """Yield what the function of this name does, of the work folder first."""
         return folders_with((self.work, *self.attached), mark)
 
     split = _below_work("data_split")
@@ -74,7 +73,7 @@ def attached_roots(input_roots: Sequence[Path] = (KAGGLE_INPUT,)) -> tuple[Path,
 
 
 def _person_folders(roots: Iterable[Path]) -> Path | None:
-    """Return the folder nearest below `roots` that holds at least two folders with images, None without one."""
+    """Return the folder nearest below `roots` that holds at least two folders with images."""
     level, alone = list(roots), []
     for _ in range(MAX_SEARCH_DEPTH + 1):
         level = [folder for folder in level if not any((folder / mark).is_file() for mark in MADE)]

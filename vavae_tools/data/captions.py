@@ -35,8 +35,6 @@ class CaptionOrder(EpochOrder):
 
 
 class CaptionOrderedDataModule(OrderedDataModule):
-    """A DataModule whose training subset has `caption_counts`."""
-
     def _new_order(self, *place: int) -> CaptionOrder:
         return CaptionOrder(self.train_data.caption_counts, self.batch_size, self.seed, *place, self.gathered)
 

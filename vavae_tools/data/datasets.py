@@ -269,10 +269,9 @@ def caption_data(
         raise UserError(f"num_samples {num_samples}: expected at least 1")
     share = None if train_split is None else training_share(train_split)
     if name == "shapes":
-        val_share = 1 / share - 1 if share else val_share
-        return captioned_shape_data(
-            num_samples or 10_000, image_size or 32, batch_size, num_workers or 0, seed, val_share
-        )
+        of_training = 1 / share - 1 if share else val_share
+        loading = (batch_size, num_workers or 0, seed, of_training)
+        return captioned_shape_data(num_samples or 10_000, image_size or 32, *loading)
     val_share = round(1 - share, 9) if share else val_share
     if dataset_path is None:
         raise UserError(f"The data set {name} needs dataset_path, the folder where it lies")
@@ -299,6 +298,5 @@ def caption_data(
 
 
 def _some(subset: DecodedImages, count: int, seed: int) -> DecodedImages:
-    """Return so many of the images, those with the least hashes of seed and name."""
     ranks = [hashlib.blake2b(os.fsencode(f"samples {seed}/{name}")).digest() for name in subset.names]
     return subset.part(sorted(sorted(range(len(subset)), key=ranks.__getitem__)[:count]))

@@ -51,7 +51,6 @@ class Shard:
 
 
 def subfolder(key: str) -> str:
-    """Return the name of a key's folder."""
     return key[:16]
 
 
@@ -75,7 +74,6 @@ class EncodedFolder:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read the one encoding in a folder."""
         path = in_home(path)
         return cls.only(path, cls.read_all(path))
 
@@ -86,7 +84,6 @@ class EncodedFolder:
 
     @classmethod
     def only(cls, path: str | Path, found: Sequence[Self]) -> Self:
-        """Return the one of the encodings found in a folder."""
         if not found:
             raise UserError(f"No {cls.CONTENTS} in {path} ({cls.INDEX} is missing): encode them first")
         if len(found) > 1:
@@ -322,7 +319,6 @@ def _concatenated(encoded: Iterator[Tensors], rows: range, batch_size: int, adva
 
 
 def key_of(shard: Path) -> str | None:
-    """Return the key in a shard's header; None: there is none, or no shard that can be read."""
     with suppress(SafetensorError, OSError), safe_open(shard, framework="pt") as file:
         return (file.metadata() or {}).get("key")
     return None

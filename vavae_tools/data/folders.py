@@ -230,7 +230,6 @@ def files_below(
 
 
 def other_files(folder: str | Path, extensions: Collection[str]) -> Counter:
-    """Return how many files have other extensions, by extension."""
     with os.scandir(folder) as entries:
         found = [kind for e in entries if (kind := extension_of(e.name)) not in extensions and kind and e.is_file()]
     return Counter(found)
@@ -242,7 +241,6 @@ def extension_of(name: str) -> str:
 
 
 def can_read(extension: str) -> bool:
-    """Return whether Pillow reads images with this extension."""
     return Image.registered_extensions().get(f".{extension}") in Image.OPEN
 
 

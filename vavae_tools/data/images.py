@@ -65,7 +65,6 @@ def save_image(pixels: Tensor, path: Path) -> None:
 
 @contextmanager
 def image_errors(name: str | Path) -> Iterator[None]:
-    """Raise a UserError that names the image in place of what Pillow raises."""
     try:
         yield
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -134,7 +133,6 @@ class DecodedImages(Batched):
         return f"{self.names[place]} of {self.title}"
 
     def part(self, places: Sequence[int]) -> Self:
-        """Return some of these images as a subset of their own."""
         part, index = copy.copy(self), torch.as_tensor(places, dtype=torch.int64)
         part.names = [self.names[place] for place in places]
         part.labels, part.rows = self.labels[index], self.rows[index]
@@ -151,7 +149,6 @@ class DecodedImages(Batched):
         return torch.tensor([len(captions) for captions in self.captions], dtype=torch.int64)
 
     def stored_channels(self) -> int:
-        """Return 1 where all images are stored in grey, else 3."""
         return 1 if all(all(map(all, self._of_each(is_grey, parts))) for parts in self._spread_then_all()) else 3
 
     def stored_white(self) -> int | None:
@@ -327,7 +324,7 @@ class ImageFolder(ImageFiles):
 
 
 def channels_of(folder: str | Path) -> int:
-    """Return `DecodedImages.stored_channels` of a folder that holds `ID_1/ ID_2/ …`."""
+    """Return 1 where all images in a folder of `ID_1/ ID_2/ …` are stored in grey, else 3."""
     return ImageFolder(folder, 1).stored_channels()
 
 

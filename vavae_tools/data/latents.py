@@ -37,8 +37,6 @@ Statistics = tuple[list[float], list[float]]  # mean and standard deviation per 
 
 @dataclass(frozen=True)
 class LatentFolder(EncodedFolder):
-    """A folder of latents and what its index says."""
-
     INDEX, CONTENTS = INDEX, "latents"
     weights: str  # a hash of those of the autoencoder
     mean: list[float]  # per channel, of the training subset's latents
@@ -156,7 +154,6 @@ class _Encoder:
     computing: Computing
 
     def fields(self, subset: str, batch: Tensors) -> Tensors:
-        """Encode a batch of images: their latents, those of the mirrored images, and the labels."""
         x, labels, index = (batch[name].to(self.computing.device) for name in ("images", "labels", "index"))
         x, draws = to_unit(x), Draws(self.seed + list(self.subsets).index(subset), 0, index)
         encode = self.autoencoder.encode_images

@@ -20,12 +20,10 @@ _WORKER_ENDED = re.compile(
 
 
 def loading_workers() -> int:
-    """Return how many processes should load images, by the cores that each training process has."""
     return min(4, usable_cores() // local_world_size())  # four decode and crop some 1,100 images of 500×375 a second
 
 
 def local_world_size() -> int:
-    """Return how many processes of this training share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -143,7 +141,6 @@ class OrderedDataModule(L.LightningDataModule):
         return self.train_data if self.val_data is None else self.val_data
 
     def batches_of(self, world_size: int) -> int:
-        """Return the batches of one process in an epoch."""
         return self._new_order(0, world_size).batches
 
     def keep_batch(self, checkpoint: dict[str, Any], processes: int) -> int:
@@ -231,7 +228,6 @@ class OrderedDataModule(L.LightningDataModule):
 
 
 def _place_in_data(checkpoint: dict[str, Any]) -> dict[str, int] | None:
-    """Return what the data's module saved; None: the checkpoint is from elsewhere."""
     states = (state for state in checkpoint.values() if isinstance(state, dict) and "samples per step" in state)
     return next(states, None)
 

@@ -102,7 +102,6 @@ def _balance_person(person: str, units_of: dict[str, list[list[ImageEntry]]], in
 
 
 def _recordings(group_pattern: str | None, images: Sequence[ImageEntry], notes: list[str]) -> RecordingOf:
-    """Return the function that tells an image's recording from its name; None for an image on its own."""
     if group_pattern is None:
         return lambda image: None
     flag = f"--group_pattern {group_pattern!r}"

@@ -131,7 +131,6 @@ def _remarks(counts: dict[str, dict[str, int]], duplicates: list[list[ImageEntry
 
 
 def _readings(images: Sequence[ImageEntry]) -> list[str]:
-    """Return how images are read that are stored in another way than most."""
     remarks = []
     if turned := sum(image.turned for image in images):
         remarks.append(f"{count_of(turned, 'image')} stored turned (EXIF orientation), read upright")
@@ -143,7 +142,6 @@ def _readings(images: Sequence[ImageEntry]) -> list[str]:
 
 
 def read_split_info(directory: str | Path) -> dict:
-    """Return what `directory`/split_info.json says."""
     path = Path(directory) / INFO_NAME
     try:
         info = json.loads(path.read_text(encoding="utf-8"))

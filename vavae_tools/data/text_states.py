@@ -50,8 +50,6 @@ Names = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class TextFolder(EncodedFolder):
-    """A folder of encoded captions and what its index says."""
-
     INDEX, CONTENTS = INDEX, "encoded captions"
     encoder: str  # a hash of it
     dim: int
@@ -149,7 +147,6 @@ def _names(names_by_subset: Names | None) -> dict[str, str]:
 
 
 def _store(path: Path, folder: Path) -> Store:
-    """Return the store of one of the folders in `path`, which takes over the captions that others there have."""
     return Store(folder, others=[path, *path.glob("*/")])
 
 
@@ -195,7 +192,6 @@ def _digest(value: Any) -> str:
 
 
 def _caption_rows(captions_by_subset: Captions, distinct: Sequence[str]) -> Tensors:
-    """Return of each subset the rows of its captions, image by image, and where each image's end."""
     owned, row_of = {}, {caption: row for row, caption in enumerate(distinct)}
     for subset, captions in captions_by_subset.items():
         rows = [row_of[caption] for of_image in captions for caption in of_image]
@@ -232,7 +228,6 @@ class TextLatentDataset(LatentDataset):
 
     @property
     def caption_counts(self) -> Tensor:
-        """Return how many captions each image has: int64 (N,)."""
         return self._ends.diff(prepend=self._ends.new_zeros(1))
 
     def stored(self, indices: Sequence[int | tuple[int, int]]) -> Tensors:

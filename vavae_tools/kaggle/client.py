@@ -17,8 +17,6 @@ class Fault(Exception):
 
 
 class Hub:
-    """kagglehub, which is in Kaggle's image and signed in there."""
-
     def __init__(self) -> None:
         import kagglehub
         from kagglehub.clients import build_kaggle_client
@@ -67,7 +65,6 @@ class Client:
 
 
 def connect() -> Hub | Client:
-    """Return a client with credentials, or raise a `Fault` that says what is missing."""
     if not any(os.environ.get(name) for name in ("KAGGLE_API_TOKEN", "KAGGLE_KEY")):
         with suppress(Exception):  # not on Kaggle, or no secret of that name
             from kaggle_secrets import UserSecretsClient
@@ -93,7 +90,6 @@ def push(client: Hub | Client, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def pull(client: Hub | Client, request: dict[str, Any]) -> dict[str, Any]:
-    """Download and unpack a dataset; return where it is."""
     if _status(client, request["dataset"]) is None:
         raise Fault("missing")
     try:

@@ -51,8 +51,6 @@ class Unavailable(UserError):
 
 @dataclass(frozen=True)
 class Session:
-    """What was pushed, or pulled."""
-
     source: str  # the dataset or the folder it came from; where it was pushed to
     steps: dict[str, tuple[int, int]]  # for each run, a folder below `work`, the last checkpoint's step and epoch
     files: tuple[str, ...]  # those that were written
@@ -89,7 +87,6 @@ def pull_session(
 
 
 def session_files(work: Path, images: bool = False) -> list[str]:
-    """Return the files below `work` that a next session needs, as paths relative to it."""
     found = []
     for name, folders, names in os.walk(work):
         folder = Path(name)
@@ -152,7 +149,6 @@ def push(
 
 
 def _check_name(dataset: str) -> str:
-    """Return the name without a version."""
     if not DATASET.fullmatch(dataset):
         expected = "owner/name, the name of 6 to 50 small letters, digits and hyphens"
         raise UserError(f"--dataset {dataset!r}: expected {expected}")
@@ -295,7 +291,6 @@ class Source:
 
 
 def _newest_attached(roots: Sequence[Path], dataset: str | None, outputs: bool) -> Source | None:
-    """Return the newest session below `roots`; with a name, of this dataset only (in the version that is attached)."""
     found: list[Source] = []
     for root in roots:
         for name, folders, names in os.walk(root, followlinks=True):
@@ -312,7 +307,6 @@ def _newest_attached(roots: Sequence[Path], dataset: str | None, outputs: bool) 
 
 
 def _source_in(folder: Path, name: str | None = None) -> Source:
-    """Return the session whose manifest is in `folder`."""
     name = name or str(folder)
     manifests = [path for path in folder.iterdir() if MANIFEST.fullmatch(path.name)]
     if len(manifests) != 1:
@@ -333,7 +327,6 @@ def _source_in(folder: Path, name: str | None = None) -> Source:
 
 
 def _outputs_in(folder: Path) -> Source:
-    """Return the outputs of a notebook as they are."""
     files = {}
     for path in session_files(folder, images=True):
         state, digest = (folder / path).stat(), _digest(folder / path)

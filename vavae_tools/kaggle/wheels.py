@@ -69,7 +69,6 @@ def lacking(requirements: Path) -> list[str]:
 
 
 def _download(packages: list[str], folder: Path, python: str) -> list[Path]:
-    """Download the wheels of packages and of what they need besides what the image has; return their paths."""
     empty, wheels, pinned = folder / "empty", folder / "wheels", folder / "pinned.txt"
     empty.mkdir()
     here = {name: f"{version}+image" for name, version in IMAGE.items()}  # which no index has
@@ -90,7 +89,6 @@ def _download(packages: list[str], folder: Path, python: str) -> list[Path]:
 
 
 def write_empty_wheel(folder: Path, name: str, version: str, *needs: str) -> None:
-    """Write a wheel that holds a name, a version and what it needs."""
     info = f"{name.replace('-', '_')}-{version}.dist-info"
     metadata = [
         f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}",

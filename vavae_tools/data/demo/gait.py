@@ -56,7 +56,6 @@ def simulate_image(seed: int, person: int, image: int, size: int = 256, colormap
 
 @lru_cache(maxsize=8)
 def colormap_table(name: str) -> np.ndarray:
-    """Return the 256 colours (256, 3) uint8 of matplotlib's colour map `name`."""
     import matplotlib
 
     if name not in matplotlib.colormaps:

@@ -29,7 +29,6 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 
 def stories(count: int, seed: int = 0) -> list[str]:
-    """Return texts of one to `MAX_SENTENCES` sentences."""
     lengths = (Draws(seed, 1, torch.arange(count)).uniform("sentences") * MAX_SENTENCES).long() + 1
     rows = iter(sentences(int(lengths.sum()), seed))
     return [" ".join(next(rows) for _ in range(length)) for length in lengths.tolist()]
@@ -45,7 +44,6 @@ def questions(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
 
 
 def _parts(count: int, seed: int) -> list[tuple[str, str, str]]:
-    """Return subject, verb and object of each sentence."""
     parts = []
     for row in Draws(seed, 0, torch.arange(count)).uniform("sentence", 9).tolist():  # nine choices for each
         verb = _pick(VERBS.values() if row[0] < 0.5 else VERBS, row[8])

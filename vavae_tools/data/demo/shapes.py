@@ -241,7 +241,6 @@ class Named:
     place: str | None = None
 
     def captions(self) -> tuple[str, ...]:
-        """Return the sentences about it, one for each of `WORDINGS`."""
         words = {**asdict(self), "place": _PHRASES[self.place]}
         words["other_size"] = {"small": "little", "large": "big"}[self.size]
         return tuple(wording.format(**words) for wording in WORDINGS)
@@ -302,7 +301,6 @@ def captioned_shape_data(
     seed: int = 0,
     val_share: float = 0.05,
 ) -> CaptionedDataModule:
-    """Return captioned shapes as a data module, as `shape_data` does."""
     train, val = _subsets(CaptionedShapes, count, val_share, image_size=image_size, seed=seed)
     return CaptionedDataModule(train, val, batch_size, num_workers, seed)
 

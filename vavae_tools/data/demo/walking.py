@@ -72,7 +72,6 @@ WALK_SPREADS = {  # standard deviation over the walks of one person
 
 
 def cycle_time(relative_speed: float) -> float:
-    """Return the seconds per stride at `relative_speed` leg lengths per second."""
     return 1.346 / relative_speed**0.5
 
 
@@ -82,7 +81,6 @@ def relative_support(relative_speed: float) -> float:
 
 
 def generator(seed: int, *numbers: int) -> Random:
-    """Return the random generator of a seed's people, of one of them, or of one's image."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=numbers)))
 
 

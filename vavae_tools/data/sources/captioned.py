@@ -189,7 +189,6 @@ def _table_in(folder: Path) -> Path | None:
 
 
 def _read_table(path: Path) -> dict[str, list[str]]:
-    """Return image → captions, in their order; an image may be on several lines."""
     captions: dict[str, list[str]] = {}
     for where, record in (read_json_lines if path.suffix.lower() == ".jsonl" else _rows_of_csv)(path):
         if not isinstance(record, dict):
@@ -223,7 +222,6 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parse_caption_cell(cell: str) -> str | list[str]:
-    """Return the captions of a cell that holds a list of them, as JSON, else the cell."""
     try:
         values = json.loads(cell) if cell.startswith("[") else None
     except ValueError:
@@ -240,7 +238,6 @@ def _value(where: str, record: dict[str, Any], what: str, names: Sequence[str]) 
 
 
 def _texts_beside(folder: Path, notes: list[str]) -> NamedImages | None:
-    """Return images with a .txt of the same name, a caption a line."""
     paths = list(files_below(folder, (*EXTENSIONS, "txt")))
     texts = {path.with_suffix(""): path for path in paths if path.suffix.lower() == ".txt"}
     images = {path: path.with_suffix("") for path in paths if path.suffix.lower() != ".txt"}

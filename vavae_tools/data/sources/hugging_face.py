@@ -77,7 +77,6 @@ def read_subsets(data_dir: Path, train_split: str, **options: Any) -> tuple[dict
 
 
 def captioned_subsets(path: Path, skip_missing: bool, notes: list[str], options: dict[str, Any]) -> list[DatasetImages]:
-    """Return what trains, and what validates if there is such a subset, of a dataset with captions."""
     subsets = []
     for name, dataset in read_datasets(path).items():
         image = _column(dataset, path, "images", "Image", _IMAGE_COLUMNS)
@@ -92,7 +91,6 @@ def captioned_subsets(path: Path, skip_missing: bool, notes: list[str], options:
 
 
 def load_folder(data_dir: Path) -> Any:
-    """Return the Dataset or DatasetDict that `save_to_disk` wrote."""
     datasets = datasets_library(f"{data_dir} is a Hugging Face dataset")
     try:
         return datasets.load_from_disk(str(data_dir))

@@ -56,7 +56,6 @@ class TokenCode:
         self._columns = torch.tensor([2**j if j < bits else 1 + j**2 * spread % largest for j in range(self.length)])
 
     def capacity(self, img_size: int) -> int:
-        """Return how many tokens a square image of this side has."""
         size = self.cell_size
         if img_size < 1 or img_size % size:
             near = max(size, round(img_size / size) * size)
@@ -78,7 +77,6 @@ class TokenCode:
 
     @cached_property
     def table(self) -> Tensor:
-        """All cells, float32 (num_tokens, n)."""
         return self.cells(torch.arange(self.num_tokens))
 
     def draw(self, tokens: Tensor, valid: Tensor, img_size: int) -> Tensor:
@@ -107,7 +105,6 @@ class TokenCode:
         return repeat(of_cells, "b (h w) -> b (h p) (w q)", h=side, p=p, q=p)
 
     def mask_to_cells(self, mask: Tensor) -> Tensor:
-        """Return which cells have any pixel in a mask (B, H, W): bool (B, L)."""
         return F.max_pool2d(mask[:, None].float(), self.cell_size).flatten(1) > 0
 
     def nearest(self, cells: Tensor) -> Tensor:

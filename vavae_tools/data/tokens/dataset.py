@@ -101,7 +101,6 @@ class TokenImageDataset(Batched):
         return batch
 
     def tokens_of(self, index: int) -> np.ndarray:
-        """Return the token numbers of an image, int32."""
         return self._numbers[self._starts[index] : self._ends[index]]
 
     def decode(self, image: Tensor, mask: Tensor) -> Any:
@@ -152,7 +151,6 @@ class TokenImageDataset(Batched):
         return [[*kind, count] for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True)]
 
     def part(self, pieces: Sequence[int]) -> Self:
-        """Return some of the images, as a data set of the same code and tokenizer."""
         part, rows = copy.copy(self), np.asarray(pieces, np.int64)
         part._starts, part._ends, part._text_of = self._starts[rows], self._ends[rows], self._text_of[rows]
         return part
