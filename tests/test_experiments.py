@@ -231,6 +231,7 @@ WRONG = {
     "trainer.limit_val_batches=abc": "trainer.limit_val_batches is 'abc', expected a whole number or a number",
     "--trainer.min_steps x": "--trainer.min_steps is 'x', expected a whole number",
     "+trainer.detect_anomaly=3": "trainer.detect_anomaly is 3, expected true or false",
+    "--num_steps 1000": "--num_steps could be train.max_steps or sampling.num_steps: type the key, as train.max_steps=",
     "num_classes=3": "could be data.num_classes or model.num_classes",
     "--experiment --lr 3": "experiment= needs a name",
     "+trainer.devicez=2": "No key 'trainer.devicez'; did you mean train.devices?",

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -140,8 +141,19 @@ def test_a_folder_is_one_runs(split_dir, vavae_dir, tmp_path):
     fine_tune_vavae(split_dir, tmp_path, vavae_dir, **numbers)
     with pytest.raises(UserError, match=r"holds a run \(best-000.*, last.ckpt\): resume it .* or add --overwrite"):
         fine_tune_vavae(split_dir, tmp_path, vavae_dir, seed=1, **numbers)
+    of_former = [tmp_path / name for name in ("vavae/mark", "evaluation.json", "reconstructions/preview-000009.png")]
+    for path in (*of_former, other := tmp_path / "latents/mark"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    for own in ("vavae", "checkpoints/last.ckpt"):
+        again = partial(fine_tune_vavae, split_dir, tmp_path, tmp_path / own, overwrite=True, **numbers)
+        refuses(f"--overwrite would replace .*{own}, which this run begins with", again)
+    said = []
+    numbers = {**numbers, "previews": 0, "log": said.append}
     fine_tune_vavae(split_dir, tmp_path, vavae_dir, seed=1, overwrite=True, **numbers)
     assert len(list((tmp_path / "checkpoints").glob("best-*"))) == 1
+    assert other.exists() and not any(path.exists() for path in of_former)
+    assert not said[-1].endswith(", ") and "reconstructions/" not in said[-1]
     new, last = tmp_path / "new", str(tmp_path / "checkpoints" / "last.ckpt")
     with pytest.raises(UserError, match=r"^Nothing is left to train: .*last\.ckpt is at step 4 of 4; take more"):
         fine_tune_vavae(split_dir, new, vavae_dir, seed=1, resume=last, **numbers)

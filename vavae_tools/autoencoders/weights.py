@@ -73,7 +73,7 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
         return _read_folder(source)
     if not source.is_file():
         expected = "a folder with config.json, a .ckpt of VA-VAE training, or the published .pt, .ckpt or .safetensors"
-        make = "python minimal_training_modification.py makes one; small is the one in this package"
+        make = "Type small for the one in this package, or make one with python minimal_training_modification.py"
         raise UserError(f"No VA-VAE at {source}: expected {expected}. {make}")
     checkpoint = read_weights(source)
     settings = checkpoint.get("hyper_parameters")

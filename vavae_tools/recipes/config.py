@@ -232,6 +232,8 @@ class RecipeSettings:
 
     def named(self, name: str) -> list[str]:
         """Return the keys that a name may stand for."""
+        if several := _aliases()["several"].get(name):
+            return [key for key in several if key in self.settings]
         if home := self.home(name):
             return [home]
         found = [key for key in self.settings if last_word(key) == name]

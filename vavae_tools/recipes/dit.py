@@ -42,7 +42,7 @@ from vavae_tools.training.callbacks.record import check_data
 from vavae_tools.training.config import TrainConfig
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import compiles
-from vavae_tools.training.run import Log, Run, Show, check_early, train
+from vavae_tools.training.run import Log, Run, Show, check_early, train, written
 
 ROWS, COLUMNS = 8, 8  # classes in a preview, spread over all, and samples of each
 
@@ -281,7 +281,7 @@ def denoiser_run(
             save_model(load(checkpoints / "last.ckpt"), folder)
         hardlink_duplicates(output_dir / "autoencoder", folder / "vae")  # an RAE is 2 GB
         hardlink_duplicates(output_dir / "text_encoder", folder / "text_encoder")
-        log(f"written: {folder}, {checkpoints}/{f', {samples}/' if samples.is_dir() else ''}")
+        log(written(folder, checkpoints, samples))
 
     return Run(
         module=module,

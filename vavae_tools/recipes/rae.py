@@ -27,7 +27,7 @@ from vavae_tools.training.autoencoder_module import RAEDecoderModule
 from vavae_tools.training.callbacks.previews import ReconstructionPreviews
 from vavae_tools.training.callbacks.record import check_data, checkpoint_in
 from vavae_tools.training.devices import compiles
-from vavae_tools.training.run import Log, Run, Show, train
+from vavae_tools.training.run import Log, Run, Show, train, written
 
 MIN_PSNR_DB = 20.0  # an RAE whose reconstructions are further away does not see the images well
 MAX_PSNR_IMAGES = 256  # that the PSNR before and after a training is measured on
@@ -96,7 +96,7 @@ def build(recipe: DecoderRecipe, output_dir: Path, resume_from: Path | None, sho
         log(f"PSNR {before:.1f} dB before, {after:.1f} dB after, on {count:,} images {where}")
         if after < MIN_PSNR_DB:
             log(f"advice: below {MIN_PSNR_DB:.0f} dB, train longer, or with a larger decoder")
-        log(f"written: {folder}, {checkpoints}/, {reconstructions}/")
+        log(written(folder, checkpoints, reconstructions))
 
     return Run(
         module=module,

@@ -27,7 +27,7 @@ from vavae_tools.training.callbacks.previews import ReconstructionPreviews
 from vavae_tools.training.callbacks.record import is_finished
 from vavae_tools.training.callbacks.watch import Advice, ReconstructionWatch
 from vavae_tools.training.config import TrainConfig
-from vavae_tools.training.run import Log, Run, Show, train
+from vavae_tools.training.run import Log, Run, Show, train, written
 
 # ---- named sets of losses, their weights, and the optimiser's numbers: arguments of VAVAEModule
 # The reference's numbers (VA-VAE, Yao & Wang 2025): Adam with a constant learning rate, nothing clipped.
@@ -113,7 +113,11 @@ def train_vavae(
 
 
 def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show: Show | None, log: Log) -> Run:
-    loss, config, seed = recipe.loss, recipe.train, recipe.seed
+    loss, config, seed, original = recipe.loss, recipe.train, recipe.seed, recipe.vavae.original_vavae
+    folder, checkpoints, reconstructions = (output_dir / name for name in ("vavae", "checkpoints", "reconstructions"))
+    replaced = {folder.resolve(), checkpoints.resolve()} if recipe.overwrite and resume_from is None else set()
+    if original and replaced & {Path(original).resolve(), *Path(original).resolve().parents}:
+        raise UserError(f"--overwrite would replace {original}, which this run begins with: name another --output_dir")
     images = class_data(**recipe.data.arguments(), batch_size=config.batch_size, seed=seed)
     model, found = _model_to_start_from(recipe.vavae, images, log)
     image_size = resolve_image_size(model, recipe.data.image_size)
@@ -141,7 +145,6 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
     if images.val_data is not None:
         watching = [ReconstructionWatch(images, recipe.classifier_dir or output_dir / "classifier", seed), Advice(log)]
     shown = images.shown_data.preview_batch(8)
-    folder, checkpoints, reconstructions = (output_dir / name for name in ("vavae", "checkpoints", "reconstructions"))
     watched = {"right": "accuracy"}.get(recipe.monitor, recipe.monitor)  # its name before
 
     def export(trainer: L.Trainer) -> None:
@@ -150,7 +153,7 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
         save_model(best, folder)
         if best.config.condition_dim and images.val_data is not None:
             log(str(compare_conditions(best.to(trainer.strategy.root_device), images.val_data)))
-        log(f"written: {folder} (from {path}), {reconstructions}/")
+        log(written(f"{folder} (from {path})", reconstructions))
 
     return Run(
         module=module,

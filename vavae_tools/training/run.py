@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -90,26 +91,37 @@ def _train_here(
 ) -> Path:
     L.seed_everything(recipe.seed, verbose=False)
     quiet_lightning()
-    with own_run(output_dir, resume, recipe.overwrite, log) as (resume_from, replace):
+    with own_run(output_dir, resume, recipe.overwrite, log) as (resume_from, former):
         settings = {**trainer_settings(**recipe.train.of_devices()), "deterministic": None}  # which would hold at once
         _trainer(settings, output_dir, recipe.train.logger)  # what it does not take is said before anything is encoded
         run = build(recipe, output_dir, resume_from, show, log)
-        return _train_built(run, output_dir, resume_from, [replace], log)
+        return _train_built(run, output_dir, resume_from, former, log)
 
 
 @contextmanager
 def own_run(
     output_dir: Path, resume: str | None, overwrite: bool, log: Log
-) -> Iterator[tuple[Path | None, L.Callback]]:
-    """Keep others out of a run's folder; yield what it resumes from, and what removes a former run as it begins."""
+) -> Iterator[tuple[Path | None, list[Path]]]:
+    """Keep others out of a run's folder; yield what it resumes from, and the checkpoints of one that it replaces."""
     with alone_in(output_dir) if is_rank_zero() else nullcontext():
         resume_from = resume_path(resume, output_dir / "checkpoints", log)
-        former = former_run(output_dir, resume_from, overwrite) if is_rank_zero() else []
-        yield resume_from, LambdaCallback(on_train_start=lambda *_: [remove(path) for path in former])
+        yield resume_from, former_run(output_dir, resume_from, overwrite) if is_rank_zero() else []
 
 
-def _train_built(run: Run, output_dir: Path, resume_from: Path | None, callbacks: list[L.Callback], log: Log) -> Path:
-    checkpoints = output_dir / "checkpoints"
+def _removing(former: Sequence[Path]) -> L.Callback:
+    return LambdaCallback(on_train_start=lambda *_: [remove(path) for path in former])
+
+
+def written(made: Any, *beside: Path) -> str:
+    """Return the line that says what a training has made, and which of the folders beside it hold anything."""
+    return f"written: {', '.join([str(made), *(f'{folder}/' for folder in beside if any(folder.glob('*')))])}"
+
+
+def _train_built(run: Run, output_dir: Path, resume_from: Path | None, former: list[Path], log: Log) -> Path:
+    checkpoints, callbacks = output_dir / "checkpoints", []
+    if former:  # what else would pass for this run's while that has made nothing
+        made = run.folder.name, "samples/*-[0-9]*.png", "reconstructions/*-[0-9]*.png", "*/strip.png", "evaluation.json"
+        callbacks.append(_removing([*former, *chain.from_iterable(map(output_dir.glob, made))]))
     config, data = run.config, run.data
     settings = run.module.trainer_settings(**config.of_devices())
     gathered = settings.get("accumulate_grad_batches", config.accumulate_grad_batches)
@@ -326,8 +338,8 @@ def fit(
     settings["use_distributed_sampler"] = not isinstance(data, OrderedDataModule)
     checkpoints = output_dir / "checkpoints"
     length = {"max_steps": max_steps, "max_epochs": -1 if max_epochs is None and max_steps > 0 else max_epochs}
-    with own_run(output_dir, resume, overwrite, log) as (resume_from, replace):
+    with own_run(output_dir, resume, overwrite, log) as (resume_from, former):
         saves = checkpoint_callbacks(checkpoints, monitor, saving)
-        trainer = build_trainer(settings, output_dir, [*callbacks, replace, *saves], log, **length)
+        trainer = build_trainer(settings, output_dir, [*callbacks, _removing(former), *saves], log, **length)
         fit_trainer(trainer, module, data, resume_from, log, prefix="")
     return checkpoints / "last.ckpt"
