@@ -1,6 +1,7 @@
 """The gain: what is trained on what, and how sure the difference is."""
 
 import json
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from vavae_tools.data.split import split_folders
 from vavae_tools.evaluation import augmentation
 from vavae_tools.evaluation.augmentation import _interval, _macro_f1, _resampled, evaluate_gain
 from vavae_tools.evaluation.classifier import mask_bands
+from vavae_tools.evaluation.metrics import Interval
 from vavae_tools.runtime.draws import Draws
 
 QUIET = {"progress": False, "image_size": 32}
@@ -61,7 +63,7 @@ def test_each_mixture_has_its_images_and_is_trained_once(split, tmp_path, traine
     assert "there are 2 generated images for each real one: too few for 4" in gain.notes
     assert gain.best == "real + 2 generated" and gain.mixtures[0].gain is None
     saved = json.loads((tmp_path / "out" / "gain.json").read_text())
-    assert saved["verdict"] == gain.verdict and saved["mixtures"][3]["accuracy"][0] == 100
+    assert saved["verdict"] == gain.verdict and saved["mixtures"][3]["accuracy"]["value"] == 100
     assert (tmp_path / "out" / "figures" / "gain.png").is_file()
     evaluate_gain(tmp_path / "made", split, tmp_path / "out", shares=(0.5, 2, 4), seeds=2, **QUIET)
     assert len(trained) == 12
@@ -102,12 +104,12 @@ def test_an_interval_holds_the_mean_and_is_that_of_the_binomial():
     torch.manual_seed(0)
     known = torch.arange(4).repeat(100)
     right = (torch.rand(1, 400) < 0.8).float().expand(3, 400)  # three seeds that agree
-    value, low, high = _interval(right, *_resampled(known, 3))
+    value, low, high = astuple(_interval(right, *_resampled(known, 3)))
     share = right[0].mean().item()
     half = 1.96 * (share * (1 - share) / 400) ** 0.5
     assert value == pytest.approx(share, abs=1e-6)
     assert share - low == pytest.approx(half, rel=0.1) and high - share == pytest.approx(half, rel=0.1)
-    assert _interval(torch.zeros(3, 400), *_resampled(known, 3)) == (0, 0, 0)
+    assert _interval(torch.zeros(3, 400), *_resampled(known, 3)) == Interval(0, 0, 0)
 
 
 def test_macro_f1_is_that_of_torchmetrics():

@@ -154,6 +154,20 @@ def test_real_images_pass_for_real(split, run, tmp_path):
     assert result.notes == []
 
 
+def test_images_without_variety_cover_little_of_what_is_real(split, run, tmp_path):
+    for person in (1, 2, 3):
+        (tmp_path / "made" / f"ID_{person}").mkdir(parents=True)
+        first = sorted((split / "val" / f"ID_{person}").iterdir())[0]
+        for i in range(12):
+            shutil.copy(first, tmp_path / "made" / f"ID_{person}" / f"{i}.png")
+    found = run(tmp_path / "made").distances
+    made, real = found.neighbourhoods_generated, found.neighbourhoods_real
+    assert list(made) == list(real) == ["precision", "recall", "density", "coverage"]
+    assert made["coverage"].high < real["coverage"].low and made["recall"].high < real["recall"].low
+    assert made["precision"].value >= real["precision"].low
+    assert "coverage [95 %]" in str(found) and "(36 images in each set;" in str(found)
+
+
 def test_copies_of_training_images_are_found(split, run, tmp_path):
     for person in (1, 2, 3):
         (tmp_path / "made" / f"ID_{person}").mkdir(parents=True)

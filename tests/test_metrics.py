@@ -5,10 +5,12 @@ import scipy.linalg
 import torch
 
 from vavae_tools.evaluation.metrics import (
+    Interval,
     frechet_distance,
     kernel_distance,
     mean_kernel_distance,
     nearest,
+    neighbourhoods,
     psnr,
     sharpness,
     ssim,
@@ -117,3 +119,29 @@ def test_nearest_other_row_is_never_the_row_itself():
     place, distance = nearest(rows)
     assert place[:4].tolist() == [1, 2, 1, 2] and distance[:4].tolist() == [1.0, 0.5, 0.5, 7.5]
     assert (place != torch.arange(160)).all()
+
+
+def test_neighbourhoods_of_equal_sets_and_of_a_missing_mode():
+    real, again, far = normal(200, 4, seed=1), normal(200, 4, seed=2), normal(200, 4, seed=3) + 50
+
+    def values(*sets, **k):
+        return {name: of.value for name, of in neighbourhoods(*sets, **k).items()}
+
+    names = ("precision", "recall", "density", "coverage")
+    assert values(real, real) == pytest.approx(dict.fromkeys(names, 1))
+    assert set(values(real, far).values()) == {0}
+    alike = neighbourhoods(real, again, k=5)
+    assert all(of.value > 0.85 and of.low <= of.value <= of.high <= 1.5 for of in alike.values())
+    half = values(torch.cat([real, far]), again, k=5)  # one of two modes: all there is real, half is missing
+    assert half["precision"] > 0.85 and half["recall"] == pytest.approx(0.5, abs=0.05)
+    assert half["coverage"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_neighbourhoods_by_hand():
+    real, made = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.5], [10.0], [2.9]])
+    # to the nearest other: real 1, 1, 2; made 2.4, 7.1, 2.4
+    inside = [[1, 0, 0], [1, 0, 0], [0, 0, 1]]  # row: of a real one's sphere
+    found = neighbourhoods(real, made, k=1)
+    assert found["precision"].value == pytest.approx(2 / 3) and found["coverage"] == Interval(1, 1, 1)
+    assert found["precision"].high == 1 and found["precision"].low == pytest.approx(2 / 3 - 1.96 / 3)
+    assert found["density"].value == pytest.approx(sum(map(sum, inside)) / 3) and found["recall"].value == 1

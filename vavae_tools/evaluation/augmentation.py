@@ -5,7 +5,7 @@ seen; time and frequency masks (SpecAugment) are the rival.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from vavae_tools.data.images import DecodedImages, ImageSetDataModule
 from vavae_tools.evaluation.classifier import default_steps, train_classifier
-from vavae_tools.evaluation.metrics import aligned, plain
+from vavae_tools.evaluation.metrics import Interval, aligned, plain
 from vavae_tools.evaluation.report import load_images
 from vavae_tools.plots import plot_intervals, save_figures
 from vavae_tools.runtime.errors import UserError, in_home, join_first
@@ -30,24 +30,13 @@ DRAWS = 2000  # of the bootstrap
 FEWEST = 10  # test images of a person from which there is a number for that person
 
 
-class Interval(NamedTuple):
-    """A mean, and the 95 % interval around it; all in percent or percentage points."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
-
-
 @dataclass(frozen=True)
 class MixtureScore:
     """What classifiers that were trained on one mixture of images do on the test images, as a mean over seeds."""
 
     name: str
     images: int  # they were trained on
-    accuracy: Interval
+    accuracy: Interval  # in percent, as all that follows
     macro_f1: Interval
     gain: Interval | None  # of accuracy, beside real images alone, image by image; None: these are they
     people: dict[str, float]  # accuracy, of those with images enough
@@ -71,8 +60,8 @@ class Gain:
     def __str__(self) -> str:
         rows = [("trained on", "images", "accuracy, % [95 %]", "macro F1, %", "gain, points [95 %]")]
         for score in self.mixtures:
-            gain = f"{score.gain.value:+.1f} [{score.gain.low:+.1f}, {score.gain.high:+.1f}]" if score.gain else "-"
-            rows.append((score.name, f"{score.images:,}", str(score.accuracy), f"{score.macro_f1.value:.1f}", gain))
+            gain = f"{score.gain:+.1f}" if score.gain else "-"
+            rows.append((score.name, f"{score.images:,}", f"{score.accuracy:.1f}", f"{score.macro_f1.value:.1f}", gain))
         how = f"{self.test_images:,} {self.subset} images, {self.seeds} seeds, {self.steps:,} steps each"
         return "\n".join([self.verdict, "", *aligned(rows), f"({how})", *(f"note: {note}" for note in self.notes)])
 
@@ -131,7 +120,7 @@ def evaluate_gain(
     best = _best(scores, named, asked[-1].labels)  # the validation images choose where others are asked about
     if few := [name for name, label in labels.items() if (known == label).sum() < FEWEST]:
         notes.append(f"{join_first(few)}: fewer than {FEWEST} {subset} images, too few for a number of their own")
-    figures = {"gain": plot_intervals({score.name: score.accuracy for score in scores}, "accuracy, %")}
+    figures = {"gain": plot_intervals({score.name: astuple(score.accuracy) for score in scores}, "accuracy, %")}
     gain = Gain(_verdict(best, scores[0], subset), subset, len(test), steps, seeds, best.name, scores, notes, figures)
     save_figures(figures, output_dir / "figures")
     write_json(output_dir / "gain.json", plain(gain))

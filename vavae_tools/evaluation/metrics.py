@@ -67,21 +67,25 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class KernelDistance:
-    """A kernel distance and the 95 % interval that its images leave open; below 0 means: no difference seen."""
+class Interval:
+    """A value, and the interval that holds what an endless number of images would give, 19 times in 20."""
 
     value: float
     low: float
     high: float
+
+    def __format__(self, form: str) -> str:
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.2g}, {self.high:.2g}]"
 
 
 @in_float32
-def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> KernelDistance:
+def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> Interval:
     """Kernel distance of features (N, D), 4 or more, as in KID (Bińkowski et al. 2018): unbiased also of small sets.
 
+    Below 0 means: no difference seen.
     The squared maximum mean discrepancy under (x·y / D + 1)³, averaged over random subsets: half of each set, no more
     than `subset_size`. They also give the interval, as a jackknife that leaves out all but a subset (Shao & Wu 1989).
     """
@@ -96,10 +100,10 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, subset_size: int =
     values = torch.stack(drawn)
     of_all = max(size / (len(x) - size) for x, size in zip((a, b), sizes, strict=True))  # 1 for halves
     value, spread = values.mean().item(), values.std().item() * math.sqrt(of_all)
-    return KernelDistance(value, value - 1.96 * spread, value + 1.96 * spread)
+    return Interval(value, value - 1.96 * spread, value + 1.96 * spread)
 
 
-def mean_kernel_distance(a: Sequence[Tensor], b: Sequence[Tensor], seed: int = 0) -> KernelDistance:
+def mean_kernel_distance(a: Sequence[Tensor], b: Sequence[Tensor], seed: int = 0) -> Interval:
     """Kernel distance person by person, averaged: `a[i]` and `b[i]` hold features (N, D) of the same person.
 
     Of all persons in one set it would come out too low: sets with a fixed number of each person's images are more
@@ -108,7 +112,39 @@ def mean_kernel_distance(a: Sequence[Tensor], b: Sequence[Tensor], seed: int = 0
     each = [kernel_distance(x, y, seed=seed) for x, y in zip(a, b, strict=True)]
     value = sum(d.value for d in each) / len(each)
     half = math.sqrt(sum(((d.high - d.low) / 2) ** 2 for d in each)) / len(each)
-    return KernelDistance(value, value - half, value + half)
+    return Interval(value, value - half, value + half)
+
+
+@in_float32
+def neighbourhoods(real: Tensor, made: Tensor, k: int = 3) -> dict[str, Interval]:
+    """Return by features (N, D), more than k each, how the sets lie in each other; 1 is best, a density may be more.
+
+    - precision: the share of `made` within the distance of some of `real` to its k-th nearest other one, which is one
+      to be taken for real; recall: the same the other way round (Kynkäänniemi et al. 2019).
+    - density: how many of these spheres hold an image of `made`, over k; coverage: the share of spheres that hold any
+      (Naeem et al. 2020). Both mind outliers less.
+
+    An interval is that of the images that are counted; where the others lie is taken as given.
+    """
+    real, made = real.double(), made.double()
+
+    def reach(features: Tensor) -> Tensor:
+        return torch.cdist(features, features).kthvalue(k + 1, dim=1).values  # the nearest one is itself
+
+    apart, of_real = torch.cdist(real, made), reach(real)
+    inside = apart < of_real[:, None]
+    counted = {
+        "precision": inside.any(dim=0),
+        "recall": (apart < reach(made)).any(dim=1),
+        "density": inside.sum(dim=0) / k,
+        "coverage": inside.any(dim=1),
+    }
+    found = {}
+    for name, values in counted.items():
+        mean, spread = values.double().mean().item(), 1.96 * values.double().std().item() / math.sqrt(len(values))
+        most = math.inf if name == "density" else 1.0
+        found[name] = Interval(mean, max(0.0, mean - spread), min(most, mean + spread))
+    return found
 
 
 @in_float32

@@ -1,7 +1,7 @@
 """Generated images beside real ones: are they the right person, how far off, and are they copies."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from vavae_tools.runtime.machine import device_of, release_memory
 
 _IMAGES_PER_ROW = 4  # images of each kind beside each other
 _DRAWS = 10  # of sets of equal size
+_MIN_IMAGES = 20  # in each, of which three nearest neighbours tell anything
 _MIN_IMAGES_PER_PERSON = 4  # images of a person that a distance can be measured with
 
 
@@ -39,16 +40,18 @@ class PersonScore:
 class SetDistances:
     """How far generated images are from real validation images, beside how far real training images are.
 
-    The Fréchet distances compare sets of one size with the same number of each person's images, so that the bias
-    of small samples is the same in both; they are means over ten random draws of such sets. The kernel distances, which
-    have no bias, take all images, and are means over persons.
+    The Fréchet distances and `metrics.neighbourhoods` compare sets of one size with the same number of each person's
+    images, so that the bias of small samples is the same in both; they are means over ten random draws of such sets.
+    The kernel distances, which have no bias, take all images, and are means over persons.
     """
 
     images: int  # in each set
     frechet_generated: float
     frechet_real: float
-    kernel_generated: metrics.KernelDistance
-    kernel_real: metrics.KernelDistance
+    kernel_generated: metrics.Interval
+    kernel_real: metrics.Interval
+    neighbourhoods_generated: dict[str, metrics.Interval]  # by name of `metrics.neighbourhoods`; none of few images
+    neighbourhoods_real: dict[str, metrics.Interval]
 
     @property
     def times_real(self) -> float:
@@ -62,7 +65,9 @@ class SetDistances:
             ("Fréchet distance", *(f"{x:.3g}" for x in (self.frechet_generated, self.frechet_real)), times),
             ("kernel distance [95 %]", str(self.kernel_generated), str(self.kernel_real), ""),
         ]
-        sets = f"(Fréchet distance: {self.images:,} images in each set; kernel distance: mean over persons)"
+        pairs = zip(self.neighbourhoods_generated.items(), self.neighbourhoods_real.values(), strict=True)
+        rows += [(f"{name} [95 %]", f"{made:.2f}", f"{real:.2f}", "") for (name, made), real in pairs]
+        sets = f"({self.images:,} images in each set; kernel distance: all, mean over persons)"
         return "\n".join([*aligned(rows), sets])
 
 
@@ -264,13 +269,22 @@ def _distances(sets: _Sets, seed: int, notes: list[str]) -> SetDistances | None:
         notes.append(f"{join_first(few)}: {lack}: {scope}")
     if not shares:
         return None
-    frechet = torch.zeros(2, dtype=torch.float64)
+    frechet, found = torch.zeros(2, dtype=torch.float64), ([], [])
     for draw in range(_DRAWS):
         *made, reference = (_same_mix(subset, shares, seed * _DRAWS + draw) for subset in subsets)
         frechet += torch.tensor([metrics.frechet_distance(of, reference) for of in made])
+        for drawn, of in zip(found, made, strict=True):
+            drawn.append(metrics.neighbourhoods(reference, of))
     *made, reference = ([subset.features[subset.of(label)] for label in shares] for subset in subsets)
     kernel = [metrics.mean_kernel_distance(of, reference, seed=seed) for of in made]
-    return SetDistances(sum(shares.values()), *(frechet / _DRAWS).tolist(), *kernel)
+    counts = sum(shares.values())
+    means = [_mean_intervals(drawn) if counts >= _MIN_IMAGES else {} for drawn in found]
+    return SetDistances(counts, *(frechet / _DRAWS).tolist(), *kernel, *means)
+
+
+def _mean_intervals(drawn: list[dict[str, metrics.Interval]]) -> dict[str, metrics.Interval]:
+    means = {name: torch.tensor([astuple(of[name]) for of in drawn]).mean(dim=0).tolist() for name in drawn[0]}
+    return {name: metrics.Interval(*values) for name, values in means.items()}
 
 
 def _same_mix(subset: _Subset, shares: dict[int, int], seed: int) -> Tensor:
