@@ -14,7 +14,6 @@ from vavae_tools.data import text_states as texts
 from vavae_tools.data.captions import CaptionOrder
 from vavae_tools.data.latents import LatentFolder
 from vavae_tools.data.text_states import TextFolder, TextLatentDataModule, encode_texts, needed_bytes
-from vavae_tools.runtime.errors import UserError
 
 DIM, POOLED, MAX_SENTENCES = 4, 3, 8
 
@@ -110,8 +109,7 @@ def test_only_real_tokens_are_stored_and_equal_captions_once(tmp_path):
     tokens = sum(min(len(c.split()) + 2, MAX_SENTENCES) for c in DISTINCT)
     (name,) = folder.shards
     stored = load_file(folder.path / name)
-    assert stored["tokens"].shape == (tokens, DIM) and stored["tokens"].dtype == torch.float16
-    assert stored["pooled"].dtype == torch.float16
+    assert stored["tokens"].shape == (tokens, DIM) and stored["tokens"].dtype == stored["pooled"].dtype == torch.float16
     assert (folder.distinct, folder.tokens, folder.cut) == (len(DISTINCT), tokens, 1)
     assert folder.pictures == {"train": 5, "val": 2} and folder.captions == {"train": 11, "val": 3}
     assert TextFolder.read(tmp_path) == folder and "1 cut" in str(folder)
@@ -174,16 +172,15 @@ def test_stale_texts_are_never_used_and_others_are_encoded_once(folder):
 
 
 def test_faults(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="Image 1 of the subset train has no caption"):
-        encode_texts(WordEncoder(), {"train": [("a",), ()]}, tmp_path, progress=False)
+    says = "Image 1 of the subset train has no caption"
+    refuses(says, encode_texts, WordEncoder(), {"train": [("a",), ()]}, tmp_path, progress=False)
     for factor in (1e6, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="States of this WordEncoder"):
-            encode_texts(WordEncoder(factor=factor), CAPTIONS, tmp_path / str(factor), progress=False)
-    usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr("vavae_tools.data.encoded.shutil.disk_usage", lambda path: usage)
+        encoder = WordEncoder(factor=factor)
+        refuses("States of this WordEncoder", encode_texts, encoder, CAPTIONS, tmp_path / str(factor), progress=False)
+    monkeypatch.setattr("vavae_tools.data.encoded.free_bytes", lambda path: 100)
     encoder = WordEncoder()
-    with pytest.raises(UserError, match="No space: States of this WordEncoder need"):
-        encode_texts(encoder, CAPTIONS, tmp_path / "full", progress=False)
+    says = "No space: States of this WordEncoder need"
+    refuses(says, encode_texts, encoder, CAPTIONS, tmp_path / "full", progress=False)
     assert encoder.encoded == []
     (tmp_path / texts.INDEX).write_text("{")
     refuses("damaged", TextFolder.read, tmp_path)
@@ -212,9 +209,8 @@ def test_batches_have_latents_and_their_captions(folder, tmp_path):
 
 def test_validation_has_first_captions(folder, tmp_path):
     data = TextLatentDataModule(write_latents(tmp_path / "latents"), folder, batch_size=2)
-    for _ in range(2):
-        (batch,) = data.val_dataloader()
-        assert_states(batch, ["a red circle", "a green cross"], torch.float16)
+    (batch,) = data.val_dataloader()
+    assert_states(batch, ["a red circle", "a green cross"], torch.float16)
     assert_states(data.val_data.get_batch([0, 1]), ["a red circle", "a green cross"])
     one = data.train_data[(1, 2)]
     assert_states({name: value[None] for name, value in one.items()}, ["a circle"])
@@ -233,12 +229,11 @@ def test_texts_of_other_images_are_refused(tmp_path, folder):
 
 @pytest.mark.parametrize("name", ["tokens-00000.safetensors", texts.CAPTIONS])
 def test_files_of_another_encoding_are_refused(tmp_path, folder, name):
-    latents = write_latents(tmp_path / "latents")
     others = {**CAPTIONS, "train": CAPTIONS["train"][::-1]}
     other = encode_texts(WordEncoder("b"), others, tmp_path / "b", progress=False)
     (folder.path / name).write_bytes((other.path / name).read_bytes())
-    with pytest.raises(UserError, match=rf"{name} is of another encoding than texts\.json beside it: delete both"):
-        TextLatentDataModule(latents, folder)
+    says = rf"{name} is of another encoding than texts\.json beside it: delete both"
+    refuses(says, TextLatentDataModule, write_latents(tmp_path / "latents"), folder)
 
 
 def test_texts_of_an_earlier_version_are_read(tmp_path, folder):
