@@ -4,12 +4,13 @@ import errno
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
-from tiny import refuses
+from tiny import contents, refuses
 
 from vavae_tools.runtime.errors import Stopped, UserError, run_command
-from vavae_tools.runtime.files import atomic_write, hardlink_duplicates, read_checkpoint
+from vavae_tools.runtime.files import atomic_write, hardlink_duplicates, local_folder, read_checkpoint
 
 
 def names(folder) -> list[str]:
@@ -35,6 +36,40 @@ def test_an_error_leaves_the_former_file_and_nothing_beside_it(tmp_path, error):
         partial.write_text("half of the n")
         raise error
     assert path.read_text() == "former" and names(tmp_path) == ["file.txt"]
+
+
+# ---- folders of weights
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        ["vae/diffusion_pytorch_model.safetensors"],
+        [
+            "vae/diffusion_pytorch_model-00001-of-00002.safetensors",
+            "vae/diffusion_pytorch_model-00002-of-00002.safetensors",
+        ],
+        ["model.fp16.safetensors"],
+        ["vae/diffusion_pytorch_model.fp16-00001-of-00001.safetensors"],
+        ["pytorch_model.bin"],
+        [],
+    ],
+)
+def test_a_repository_of_the_hub_gives_the_first_form_of_weights_that_it_has(tmp_path, monkeypatch, wanted):
+    there = ["vae/config.json", "vocab.txt", *wanted]
+    others = ["unet/diffusion_pytorch_model.safetensors", "README.md", "v1-5-pruned.safetensors"]
+    later = ["vae/diffusion_pytorch_model.bin"] if wanted and "bin" not in wanted[0] else []
+
+    def snapshot_download(name, allow_patterns):
+        assert name == "owner/name"
+        for path in huggingface_hub.utils.filter_repo_objects([*there, *others, *later], allow_patterns=allow_patterns):
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert local_folder("owner/name", of="a VAE", instead="download it", part="vae") == tmp_path
+    assert sorted(contents(tmp_path)) == sorted(there)
 
 
 # ---- checkpoints of others

@@ -96,5 +96,5 @@ def test_weights_that_are_not_finite_are_never_exported(tmp_path):
     pipe = tiny_pipeline()
     save_model(pipe, tmp_path / "whole")
     next(pipe.conditioner.parameters()).data[PEOPLE - 1, 0] = torch.inf
-    refuses(r"not written: 1 weights of conditioner are not finite", save_model, pipe, tmp_path / "pipeline")
+    refuses(r"1 weights of conditioner are not finite .*not written", save_model, pipe, tmp_path / "pipeline")
     assert (tmp_path / "whole" / "model_index.json").is_file() and not (tmp_path / "pipeline").exists()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import assert_close, load_case
+from safetensors.torch import save_file
 from tiny import random_images as images
 from tiny import refused, same, tiny_vit
 from torch import Tensor
@@ -145,6 +146,23 @@ def test_loading_without_network_or_noise(dino_dir, monkeypatch, capfd):
     torch.testing.assert_close(found(x, (2, 3)), TransformersFoundation(dinov2())(x, (2, 3)))
 
 
+@pytest.mark.parametrize("form", ["shards without an index", "fp16", "bin"])
+def test_every_folder_of_weights(tmp_path, form, capfd):
+    model = dinov2().half().float()
+    model.config.save_pretrained(tmp_path)
+    first, *others = weights = model.state_dict().items()
+    if form == "bin":
+        torch.save(dict(weights), tmp_path / "pytorch_model.bin")
+    elif form == "fp16":
+        save_file({name: tensor.half() for name, tensor in weights}, tmp_path / "model.fp16.safetensors")
+    else:
+        for number, part in enumerate(([first], others), 1):
+            save_file(dict(part), tmp_path / f"model-0000{number}-of-00002.safetensors")
+    x = images()
+    assert same(load_foundation(tmp_path)(x, (3, 3)), TransformersFoundation(model)(x, (3, 3)))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_loading_the_pretraining_model_of_mae(tmp_path):
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -163,11 +181,11 @@ def set_config(folder: Path, **changes) -> None:
 @pytest.mark.parametrize(("damage", "says"), [
     (shutil.rmtree, "No vision foundation model in .*, which is not there: name a folder"),
     (lambda folder: (folder / "config.json").unlink(), "No vision foundation model in .*, which holds model"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded .*no file named model.safetensors"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "No weights in .*: expected model.safetensors"),
     (lambda folder: set_config(folder, model_type="bert"), "of type 'bert', expected one of dinov2, dinov2_with_reg"),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"cut" * 1000), "cannot be loaded .*: copy the folder"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"cut" * 1000), "cannot be read .*: copy it again"),
     (lambda folder: set_config(folder, hidden_size=64), "cannot be loaded .*: copy the folder anew"),
-    (lambda folder: set_config(folder, num_hidden_layers=3), "18 are missing, such as encoder.layer.2"),
+    (lambda folder: set_config(folder, num_hidden_layers=3), "lacks 18 .*, the first encoder.layer.2"),
 ])  # fmt: skip
 def test_folders_that_do_not_do(dino_dir, tmp_path, damage, says):
     broken = Path(shutil.copytree(dino_dir, tmp_path / "model"))

@@ -16,7 +16,13 @@ from torch.nn.functional import silu
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DiT, make_denoiser, split_reference_arguments
 from vavae_tools.recipes.base import InitFrom
-from vavae_tools.recipes.init_from import nearest_classes, read_fitting_weights, start_from, time_is_told
+from vavae_tools.recipes.init_from import (
+    nearest_classes,
+    read_fitting_weights,
+    read_starting_weights,
+    start_from,
+    time_is_told,
+)
 
 NUMBERS = {"input_size": 4, "patch_size": 2, "in_channels": 3, "hidden_size": 16, "depth": 2, "num_heads": 2}
 PLAIN = {"swiglu": False, "rope": False, "rms_norm": False}
@@ -149,13 +155,31 @@ def test_the_average_is_taken_whatever_it_is_called_and_wrapped_in(tmp_path, for
 @pytest.mark.parametrize(
     ("spoil", "settings", "expected"),
     [
-        (lambda w: {k: v for k, v in w.items() if k != "blocks.1.attn.proj.bias"}, {}, "lacks blocks.1.attn.proj.bias"),
-        (lambda w: {**w, "blocks.1.attn.extra": w["pos_embed"]}, {}, "has besides blocks.1.attn.extra"),
+        (
+            lambda w: {k: v for k, v in w.items() if k != "blocks.1.attn.proj.bias"},
+            {},
+            "the first blocks.1.attn.proj.bias",
+        ),
+        (
+            lambda w: {**w, "blocks.1.attn.extra": w["pos_embed"]},
+            {},
+            "find no place in this model (blocks.1.attn.extra",
+        ),
         (lambda w: {**w, "blocks.1.attn.proj.bias": torch.zeros(3)}, {}, "size mismatch for blocks.1.attn.proj.bias"),
         (lambda w: {k: v for k, v in w.items() if not k.startswith("y_")}, {}, "is no denoiser with classes"),
         (lambda w: {**w, "x_embedder.proj.weight": torch.zeros(3, 4)}, {}, "is not whole, or no denoiser"),
         (dict, {"in_channels": 5}, "was trained on latents of 3 channels, these have 5"),
-        (dict, {"kind": "ddt"}, "is a LightningDiT by its names, not a DiT with the wide head: set init.kind=lightn"),
+        (dict, {"kind": "ddt"}, "is a LightningDiT, not a DiT with the wide head: set init.kind=lightningdit"),
+        (
+            lambda w: {**w, "blocks.0.attn.proj.bias": torch.full((16,), torch.nan)},
+            {},
+            "not finite (blocks.0.attn.proj.b",
+        ),
+        (
+            lambda w: {k: v / 0 if k.startswith("y_") else v for k, v in w.items()},
+            {},
+            "spoiled.pt are not finite (class t",
+        ),
         (dict, {"classes": [0, 1, 2]}, "lists 3 labels, expected 2"),
         (dict, {"classes": "keep"}, "none of the classes here (2) is one of the weights' (5)"),
     ],
@@ -164,6 +188,14 @@ def test_what_does_not_fit_is_told_in_one_line(tmp_path, spoil, settings, expect
     path, *_ = published(tmp_path / "spoiled.pt", wrap=spoil)
     of_model = {name: settings.pop(name) for name in ("in_channels",) if name in settings}
     assert expected in refused(start, *built(2, **of_model), path, **settings)
+
+
+def test_a_pipeline_of_another_kind_than_was_named_is_refused(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    says = r"is a LightningDiT, not a DiT( with the wide head)?: set init\.kind=lightningdit"
+    for kind in ("ddt", "dit"):
+        refuses(says, read_starting_weights, tmp_path, kind)
+    assert read_starting_weights(tmp_path, "lightningdit").kind == "lightningdit"
 
 
 def toy(reverse: bool, seed: int = 0) -> DiT:

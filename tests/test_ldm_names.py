@@ -1,6 +1,7 @@
 """Published weights in and out: names, configurations, golden cases, files of every form, export."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -193,12 +194,30 @@ def test_files_that_are_no_vavae(tmp_path):
     torch.save({"model": {"x": torch.ones(1)}, "ema": {}, "opt": {}, "config": 1}, tmp_path / "dit.pt")
     save_file({"blocks.0.weight": torch.ones(1)}, tmp_path / "dit.safetensors")
     tiny_vavae().save_pretrained(tmp_path / "ours")
+    shutil.copy(tmp_path / "ours" / "diffusion_pytorch_model.safetensors", tmp_path)
     for name, message in (
         ("dit.pt", r"it has no encoder\.conv_in\.weight among its 4 entries \(model, ema, opt and 1 more\)"),
         ("dit.safetensors", r"among its 1 entries \(blocks\.0\.weight\)$"),
-        (".", r"it holds dit\.pt, .* or the name of a \.pt"),
+        (".", r"it holds diffusion_pytorch_model\.saf.* or the name of a \.pt"),
+        (
+            "diffusion_pytorch_model.safetensors",
+            r"has no config\.json beside it.*copy it from where the weights are from",
+        ),
     ):
         refuses(message, read_vavae, tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["vae.pt", "vae", "sd"])
+def test_weights_that_are_not_finite_are_named(tmp_path, name, value):
+    model = AutoencoderKL(**TWO)
+    model.decoder.conv_out.bias.data[1] = value
+    save = (
+        model.save_pretrained if name != "vae.pt" else lambda path: torch.save(to_reference(model.state_dict()), path)
+    )
+    save(tmp_path / name)
+    load = load_stable_diffusion_vae if name == "sd" else load_vavae
+    refuses(rf"1 weights of .*{name} are not finite \(decoder\.conv_out\.bias", load, tmp_path / name)
 
 
 HALVES = {"encoder only": ([1, 0], [0, 0]), "decoder only": ([0, 0], [0, 1]), "different levels": ([1, 0], [0, 1])}
@@ -282,24 +301,36 @@ def test_several_models_of_one_form_are_not_chosen_from_in_silence():
         refuses(said, from_state_dict, dict.fromkeys(names, weights))
 
 
-@pytest.mark.parametrize("form", ["fp16", "bf16", "sharded", "sharded fp16", "bin", "in vae", "stray", "file"])
-def test_every_folder_of_diffusers_weights(tmp_path, form):
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("fp16", "bf16", "sharded", "sharded fp16", "bin", "sharded bin", "in vae", "stray"),
+        *("file", "no index, sharded", "sharded, one of them", "sharded, its index", "in vae, pipeline's index"),
+    ],
+)
+def test_every_folder_of_diffusers_weights(tmp_path, form, capfd):
     torch.manual_seed(0)
     model, folder = AutoencoderKL(**TWO), tmp_path / "vae"
     variant = {"fp16": "fp16", "sharded fp16": "fp16", "bf16": "bf16"}.get(form)
     shards = {"max_shard_size": "200KB"} if "sharded" in form else {}
-    model.save_pretrained(folder, safe_serialization=form != "bin", variant=variant, **shards)
+    model.save_pretrained(folder, safe_serialization="bin" not in form, variant=variant, **shards)
     assert "sharded" not in form or len(list(folder.glob("*-of-*"))) > 1
+    if form.startswith("no index"):
+        next(folder.glob("*.index.json")).unlink()
     source = tmp_path if form == "in vae" else folder
     if form == "stray":
         zeros = {name: 0 * tensor for name, tensor in model.state_dict().items()}
         for name in ("diffusion_pytorch_model_old", "diffusion_pytorch_model.fp16", "diffusion_pytorch_model.old"):
             save_file(zeros, folder / f"{name}.safetensors")
-    if form == "file":
-        source = folder / "diffusion_pytorch_model.safetensors"
+    (tmp_path / "model_index.json").touch()
+    named = {"file": "vae/*.safetensors", "one of them": "vae/*1-of-*", "its index": "vae/*.index.json"}
+    if pattern := {**named, "pipeline's index": "model_index.json"}.get(form.split(", ")[-1]):
+        source = next(tmp_path.glob(pattern))
+    capfd.readouterr()
     for load in (lambda: load_vavae(source, log=quiet), lambda: load_stable_diffusion_vae(folder)):
         found = load().state_dict()
         assert all(same(found[name], tensor) for name, tensor in model.state_dict().items())
+    assert capfd.readouterr() == ("", "")
     if form == "sharded":
         next(folder.glob("*-of-*")).unlink()
         refuses(r"is not whole, \d+ of its \d+ files of weights are there", load_vavae, folder)

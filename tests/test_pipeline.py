@@ -242,7 +242,7 @@ def test_what_cannot_be_loaded_is_said(pipe, run_folder, tmp_path):
     refuses("cannot be read", load_pipeline, tmp_path / "pipeline")
     whole = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     for settings, said in (
-        (whole["hyper_parameters"], r"a\.ckpt: its ema\.network\.denoiser\.\* do not fit its own settings"),
+        (whole["hyper_parameters"], r"a\.ckpt \(ema\.network\.denoiser\.\*\) lacks"),
         ({"vavae_config": {}}, r"a\.ckpt is no checkpoint of DiT training \(it holds state_dict, hyper_par"),
     ):
         torch.save({"state_dict": {}, "hyper_parameters": settings}, folder / "a.ckpt")

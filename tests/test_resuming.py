@@ -282,6 +282,9 @@ def test_of_a_checkpoints_folder_all_files_are_opened_on_trust(run):
     assert run("trust", "folder", "folder.plain")[1] == ["written: folder.plain (from folder)"]
     assert read_saved("folder.plain/optimizer.pt") == {"state": {}, "args": {"a": 1}}
     assert names(Path("folder.plain")) == names(Path("folder"))
+    before = names(Path())
+    Path("folder/scheduler.pt").write_bytes(b"damaged")
+    assert run("trust", "folder", "other.plain")[0] == 2 and names(Path()) == before
 
 
 def test_verify_ends_with_a_status(run):

@@ -96,7 +96,7 @@ def test_folders_that_are_none(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for change, said in (
         ({"_class_name": "VQModel"}, "holds a VQModel, expected an AutoencoderKL"),
-        ({"layers_per_block": 2}, "are missing, such as"),
+        ({"layers_per_block": 2}, "lacks 32 of the model's weights, the first"),
     ):
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         refuses(said, load_stable_diffusion_vae, folder)

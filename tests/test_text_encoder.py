@@ -120,8 +120,8 @@ def test_a_folder_that_is_not_what_it_should_be(encoder, folder, tmp_path):
     tiny_text_encoder([*SENTENCES, "many other words which the model does not know"]).tokenizer.save_pretrained(folder)
     for name, message in (
         ("nowhere", "No folder .*nowhere of a text encoder"),
-        ("empty", "The CLIPTextModel in .*empty cannot be loaded"),
-        ("shallow", r"are missing, such as .*layers\.1"),
+        ("empty", "No weights in .*empty: expected model.safetensors"),
+        ("shallow", r"lacks .* weights, the first .*layers\.1"),
         ("alone", r"a text encoder without a tokenizer: tokenizer\.json"),
         (folder.name, "they belong to different models"),
     ):

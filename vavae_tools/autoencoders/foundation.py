@@ -22,7 +22,7 @@ from vavae_tools.runtime.ranks import Ranks
 
 LARGEST_CACHE = 8 * 2**30  # bytes on the disk: features of 16,000 images on a grid of 16×16 by a ViT-L
 
-MODEL_TYPES = ("dinov2", "dinov2_with_registers", "vit_mae")
+MODEL_TYPES = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel", "vit_mae": "ViTMAEModel"}
 
 
 class Foundation(Protocol):
@@ -90,7 +90,7 @@ def _positions(table: Tensor, patch_size: int, tokens: Tensor, height: int, widt
 
 def load_foundation(folder: str | Path) -> TransformersFoundation:
     """Load a frozen DINOv2 (with or without registers) or ViT-MAE from its folder in transformers' format."""
-    from transformers import AutoModel
+    import transformers
 
     folder = in_home(folder)
     config = folder / "config.json"
@@ -102,7 +102,7 @@ def load_foundation(folder: str | Path) -> TransformersFoundation:
         expected = f"one of {', '.join(MODEL_TYPES)}, in transformers' format (timm's is another)"
         raise UserError(f"{folder} holds a model of type {model_type!r}, expected {expected}")
     with silent_loading():
-        return TransformersFoundation(load_model(AutoModel, folder, local_files_only=True, trust_remote_code=False))
+        return TransformersFoundation(load_model(getattr(transformers, MODEL_TYPES[model_type]), folder))
 
 
 @in_float32

@@ -13,7 +13,15 @@ from vavae_tools.autoencoders.encoders import IMAGENET_MEAN, IMAGENET_STD, Froze
 from vavae_tools.autoencoders.rae import DECODER_NUMBERS, RAE, RAE_SIZES, VARIANCE_EPS
 from vavae_tools.checkpoints.foreign import find_weights, flat_names
 from vavae_tools.runtime.errors import UserError, contents, in_home, join_first
-from vavae_tools.runtime.files import load_model, local_folder, read_json, read_weights, refuse_left_over, weight_files
+from vavae_tools.runtime.files import (
+    load_model,
+    local_folder,
+    read_json,
+    read_weights,
+    refuse_left_over,
+    refuse_not_finite,
+    weight_files,
+)
 
 _FIRST = {
     "encoder": r"embeddings\.(?:patch_embeddings\.projection|patch_embedding)\.weight",
@@ -139,6 +147,7 @@ def fit(
     inner.load_state_dict({name: tensor.float() for name, tensor in matched.items()}, strict=False)
     unused = [name for name in given if name not in own and not _IGNORED.match(name) and name not in _NEEDLESS]
     refuse_left_over(own, unused, source)
+    refuse_not_finite(matched, source)
     log(f"RAE {what}: {len(matched)} weights matched, 0 missing, {len(unused)} unused ({source})")
 
 
@@ -214,7 +223,6 @@ def _encoder_files(source: str | Path | None) -> tuple[dict[str, Any], Path | No
         source,
         of="an encoder",
         instead="download its config.json, preprocessor_config.json and model.safetensors and name their folder",
-        patterns=["*.json", "*.safetensors"],
         file="config.json",
     )
     config = path / "config.json" if path.is_dir() else path

@@ -70,12 +70,11 @@ def load_stable_diffusion_vae(source: str | Path, use_slicing: bool = False) -> 
             repository of Hugging Face's hub, read only where no such path is there.
         use_slicing: encode and decode images one by one, for less memory.
     """
-    files = ["config.json", "diffusion_pytorch_model.safetensors"]
     source = local_folder(
         source,
         of="a Stable Diffusion VAE",
         instead="download its vae/ and name that folder, or the one that holds it",
-        patterns=[*files, *(f"vae/{file}" for file in files)],
+        part="vae",
     )
     folder, config = config_of_vae(source)
     if config.get("_class_name") not in ("AutoencoderKL", "StableDiffusionVAE"):

@@ -15,7 +15,7 @@ from vavae_tools.autoencoders.stable_diffusion import config_of_vae, is_stable_d
 from vavae_tools.autoencoders.vavae import VAVAE
 from vavae_tools.checkpoints.foreign import find_weights, plain_name
 from vavae_tools.runtime.errors import UserError, contents, in_home, join_first
-from vavae_tools.runtime.files import read_safetensors, read_weights, refuse_left_over
+from vavae_tools.runtime.files import load_weights, read_safetensors, read_weights
 
 CONDITION_PREFIXES = ("conditions.", "encoder_projections.", "decoder_projections.")
 
@@ -69,6 +69,8 @@ def read_vavae(source: str | Path) -> VAVAEWeights:
     source = in_home(source)
     if str(source) == "small" and not source.exists():
         source = pretrained_small_folder()
+    if source.suffix == ".json" and source.is_file():
+        source = source.parent
     if source.is_dir() or source.name.startswith("diffusion_pytorch_model"):
         return _read_folder(source)
     if not source.is_file():
@@ -142,18 +144,9 @@ def build_vavae(
     if there is not None and (wanted is None or there.shape != wanted.shape):
         # vectors of other people, or of another length, say nothing here
         weights = _without_vectors(weights)
-    try:
-        loaded = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise UserError(f"{found.source} is of another architecture: {first}") from None
-    lacking = [name for name in loaded.missing_keys if not name.startswith(CONDITION_PREFIXES)]
-    if lacking:
-        first = f"lacks {len(lacking)} of the model's weights, the first {lacking[0]}"
-        raise UserError(f"{found.source} {first}; is it a VA-VAE?")
+    loaded = load_weights(model, weights, found.source, anew=CONDITION_PREFIXES)
     parts = {"a discriminator": found.discriminator, "an alignment projection": found.projection}
     came = " and ".join(part for part, there in parts.items() if there is not None)
-    refuse_left_over(model.state_dict(), weights, found.source)
     unused = len(loaded.unexpected_keys) + len(found.unused)
     log(
         f"VA-VAE weights: {len(weights) - len(loaded.unexpected_keys)} matched, {len(loaded.missing_keys)} start anew, "
@@ -211,8 +204,10 @@ def read_condition_file(path: str | Path, labels: dict[str, int]) -> Tensor:
 # ---- reading
 def _read_folder(source: Path) -> VAVAEWeights:
     """Read diffusers' folder, the `vae/` in a pipeline's, or one of the files of weights in such a folder."""
-    folder = source if source.is_dir() else source.parent
-    folder, config = config_of_vae(folder)
+    folder, config = config_of_vae(source if source.is_dir() else source.parent)
+    if not config and source.is_file():
+        beside = "which says what these weights are of: copy it from where the weights are from"
+        raise UserError(f"{source} has no config.json beside it, {beside}")
     if not config:
         needed = "config.json and diffusion_pytorch_model.safetensors, or the name of a .pt, .ckpt or .safetensors file"
         inside = (folder / name for name in ("vavae", "autoencoder", "pipeline/vae"))  # of a run
@@ -222,9 +217,8 @@ def _read_folder(source: Path) -> VAVAEWeights:
     of_class = config.get("_class_name", "VAVAE")
     if of_class not in ("VAVAE", "AutoencoderKL", "StableDiffusionVAE"):
         raise UserError(f"{folder} holds a {of_class}, expected a VAVAE or an AutoencoderKL")
-    weights = {
-        current_name(name): tensor for name, tensor in read_weights(source if source.is_file() else folder).items()
-    }
+    held = read_weights(source if source.is_file() else folder)
+    weights = {current_name(name): tensor for name, tensor in held.items()}
     if of_class == "AutoencoderKL":
         config = {"scaling_factor": 0.18215, **config}  # its default, which older folders leave out
     return VAVAEWeights(folder, {k: v for k, v in config.items() if not k.startswith("_")}, weights)

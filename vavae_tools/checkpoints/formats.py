@@ -20,7 +20,7 @@ from vavae_tools.checkpoints.foreign import LIVE, is_average, plain_name
 from vavae_tools.runtime.errors import UserError, contents, join_first, one_line
 from vavae_tools.runtime.files import (
     atomic_write,
-    flush_folder,
+    flush,
     free_bytes,
     read_checkpoint,
     read_json,
@@ -167,14 +167,11 @@ def write_folder(checkpoint: dict[str, Any], folder: str | Path) -> Path:
             torch.save(value, path)
             state["files"][path.name] = {"bytes": path.stat().st_size}
         write_json(partial / STATE, state)
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        flush_folder(partial)
+        flush(*partial.iterdir(), partial)
         if folder.exists():  # by a run that resumed from an earlier checkpoint, which stays through a kill here
             folder.rename(former)
         partial.rename(folder)
-        flush_folder(folder.parent)
+        flush(folder.parent)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
         raise _not_written(folder, error) from None
     finally:

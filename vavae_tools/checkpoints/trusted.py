@@ -67,12 +67,14 @@ def write_plain(source: str | Path, destination: str | Path) -> tuple[Path, list
     files = [path for path in (source, *source.rglob("*")) if path.is_file()]
     if not files:
         raise UserError(f"No file {source}: name a .pt, .pth or .ckpt, or a checkpoint's folder")
-    for path in files:
-        with atomic_write(destination / path.relative_to(source)) as partial:  # of a file "."
+    with atomic_write(destination) as whole:
+        for path in files:
+            made = whole / path.relative_to(source)  # of a file "."
+            made.parent.mkdir(parents=True, exist_ok=True)
             if path == source or path.suffix in (".pt", ".pth", ".ckpt"):
-                torch.save(_plain(_unpickled(path), left), partial)
+                torch.save(_plain(_unpickled(path), left), made)
             else:
-                shutil.copyfile(path, partial)
+                shutil.copyfile(path, made)
     return destination, sorted(left)
 
 

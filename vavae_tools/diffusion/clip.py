@@ -107,13 +107,11 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
     Also that of a whole CLIPModel, whose text half is taken, of Stable Diffusion (`text_encoder/` and `tokenizer/`), or
     "owner/name", a repository of Hugging Face's hub, read only where no such path is there.
     """
-    files = ["*.json", "*.txt", "*.safetensors"]
     folder = local_folder(
         source,
         of="a text encoder",
         instead="download the text encoder and its tokenizer (openai/clip-vit-base-patch32), and name their folder",
-        patterns=[*files, *(f"{part}/{file}" for part in ("text_encoder", "tokenizer") for file in files)],
-        ignored=["unet/*", "vae/*"],
+        part="text_encoder",
     )
     from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer
 
@@ -121,7 +119,7 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
     places = (folder / "tokenizer", of_model, folder, of_model.parent / "tokenizer")
     found = [place for place in places if any((place / name).is_file() for name in ("tokenizer.json", "vocab.json"))]
     with silent_loading():
-        model = load_model(CLIPTextModel, of_model, local_files_only=True)
+        model = load_model(CLIPTextModel, of_model)
         if not found:
             missing = "tokenizer.json, or vocab.json and merges.txt, is missing"
             place = f"there and in {places[0]}; copy it from where the weights came from"

@@ -28,7 +28,7 @@ from vavae_tools.diffusion.solvers import sample, swapped
 from vavae_tools.pipelines.batches import all_finite, decoded, in_batches, precision_for
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError, check_known, contents, in_home, one_line
-from vavae_tools.runtime.files import plain_config, read_json, weights_digest
+from vavae_tools.runtime.files import load_weights, plain_config, read_json, weights_digest
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 Generators = torch.Generator | list[torch.Generator] | None
@@ -190,12 +190,7 @@ def read_training(
         weights = {key.removeprefix(start): tensor for key, tensor in state.items() if key.startswith(start)}
         if name == "denoiser":
             weights = merged_weights(weights, settings.get("lora"))
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            problem = f"its {start}* do not fit its own settings ({one_line(error)})"
-            raise UserError(f"{path}: {problem}: copy it again") from None
-        model.eval()
+        load_weights(model.eval(), weights, f"{path} ({start}*)")
     return *models, settings
 
 

@@ -225,9 +225,7 @@ def _kind_of(source: Path, arguments: Mapping[str, Any], kind: str | None) -> st
     if kind is None and seen == "dit":
         kinds = "noise at timesteps 0 … 999, as DiT's (init.kind=dit), or velocities, as SiT's (init.kind=lightningdit)"
         raise UserError(f"{source} has the form of DiT's weights, and names do not tell what they predict: {kinds}")
-    if kind in (None, seen) or (kind == "lightningdit" and seen == "dit"):
-        return kind or seen
-    raise UserError(f"{source} is a {KINDS[seen]} by its names, not a {KINDS[kind]}: set init.kind={seen}")
+    return kind if kind == "lightningdit" and seen == "dit" else seen
 
 
 def _arguments_of(weights: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> dict[str, Any]:

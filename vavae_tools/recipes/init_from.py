@@ -21,7 +21,7 @@ from vavae_tools.recipes.base import InitFrom
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError, check_known, join_first
-from vavae_tools.runtime.files import read_weights
+from vavae_tools.runtime.files import load_weights, read_weights, refuse_not_finite
 from vavae_tools.runtime.machine import find_device, find_machine
 from vavae_tools.training.run import Log
 
@@ -97,6 +97,14 @@ def read_starting_weights(source: str | Path, kind: str | None = None) -> Starti
     """
     source = Path(source)
     check_known("kind of weights", "null" if kind is None else kind, [*KINDS, "null"])  # null: seen in them
+    found = _read_starting_weights(source, kind)
+    if kind not in (None, found.kind):
+        raise UserError(f"{source} is a {KINDS[found.kind]}, not a {KINDS[kind]}: set init.kind={found.kind}")
+    refuse_not_finite({**found.denoiser, "class table": found.table, "null row": found.null}, source)
+    return found
+
+
+def _read_starting_weights(source: Path, kind: str | None) -> StartingWeights:
     if not source.is_dir():
         saved = read_weights(source)
         if not isinstance(saved.get("trainer"), dict) and "denoiser_config" not in saved.get("hyper_parameters", {}):
@@ -153,13 +161,7 @@ def _load(found: StartingWeights, denoiser: DiT | DDT) -> tuple[int, list[str]]:
         for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
             both = weights[name].unflatten(0, (-1, 2 * denoiser.in_channels))  # (p·p, 2·C, …)
             weights[name] = both[:, : denoiser.in_channels].flatten(0, 1)
-    try:
-        missing, unknown = denoiser.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # tensors of another shape
-        raise UserError(f"{found.source} is of another form: {str(error).splitlines()[1].strip()}") from None
-    for names, what in (([name for name in missing if name not in anew], "lacks"), (unknown, "has besides")):
-        if names:
-            raise UserError(f"{found.source} {what} {join_first(names, 1)}: it is not whole, or another model")
+    load_weights(denoiser, weights, found.source, anew=tuple(anew))
     return len(weights), anew
 
 

@@ -9,8 +9,8 @@ import pickle
 import re
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +18,8 @@ from warnings import catch_warnings
 from zipfile import is_zipfile
 
 import torch
-from diffusers import ConfigMixin
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.models.modeling_utils import no_init_weights
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -27,13 +28,12 @@ from torch import nn
 from vavae_tools.runtime.errors import UserError, contents, in_home, join_first, one_line
 
 
-def local_folder(
-    source: str | Path, of: str, instead: str, patterns: Sequence[str], ignored: Sequence[str] = (), file: str = ""
-) -> Path:
+def local_folder(source: str | Path, of: str, instead: str, part: str = "", file: str = "") -> Path:
     """Return a path as it is, or for "owner/name", where there is no such path, the folder of the hub's repository.
 
-    `of` and `instead` are for messages: whose folder it is, what to do without the hub; `file` is what a path may be
-    in place of a folder, such as "config.json".
+    Of a repository all settings are taken, and its weights, there or in the folder `part`, in the first of `FORMS`
+    that is there. `of` and `instead` are for messages: whose folder it is, what to do without the hub; `file` is what
+    a path may be in place of a folder, such as "config.json".
     """
     path = in_home(source)
     if path.is_dir() or (file and path.exists()):
@@ -44,7 +44,13 @@ def local_folder(
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(str(source), allow_patterns=[*patterns], ignore_patterns=[*ignored] or None))
+        for form in FORMS:
+            weights = [f"{place}{name}{form}" for place in ("", f"{part}/") for name in NAMES]
+            folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt", *weights]))
+            with suppress(UserError):  # an index whose files are of a later form
+                if weight_files(folder) or weight_files(folder / part):
+                    break
+        return folder
     except Exception as error:  # no network, no such repository, not allowed: of many classes
         reason = one_line(error)
         raise UserError(f"No folder {source}, and the hub does not give a repository ({reason}): {instead}") from None
@@ -85,31 +91,34 @@ def free_bytes(folder: str | Path) -> int:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which replaces it whole on leaving, and leaves it as it was on an error."""
+    """Yield a temporary path beside `path`, which replaces it whole on leaving, and leaves it as it was on an error.
+
+    What is written there is a file, or a folder where there is none of this name.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with disk_errors():
             yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(partial, *partial.rglob("*"))
         partial.replace(path)
-        flush_folder(path.parent)
+        flush(path.parent)
     except BaseException:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
         raise
 
 
-def flush_folder(folder: Path) -> None:
-    """Make the names in a folder as durable as the files' contents, where the system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def flush(*paths: Path) -> None:
+    """Make files' contents durable, and where the system can the names in folders."""
+    for path in paths:
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 @contextmanager
@@ -128,12 +137,9 @@ def save_model(model: Any, folder: str | Path) -> None:
     """Call `model.save_pretrained(folder)`, of a model or a pipeline whose weights are finite: each file is whole."""
     folder = Path(folder)
     for name, part in getattr(model, "components", {"": model}).items():
-        weights = part.named_parameters() if isinstance(part, nn.Module) else ()
-        damaged = [weight for weight, values in weights if not values.isfinite().all()]
-        if damaged:
-            found = f"{len(damaged)} weights of {name or type(model).__name__} are not finite ({damaged[0]} …)"
-            help = "Resume from an earlier checkpoint, with a smaller learning rate or --precision 32"
-            raise UserError(f"{folder} is not written: {found}. {help}")
+        weights = dict(part.named_parameters()) if isinstance(part, nn.Module) else {}
+        help = "Resume from an earlier checkpoint, with a smaller learning rate or --precision 32"
+        refuse_not_finite(weights, name or type(model).__name__, f"{folder} is not written. {help}")
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as partial, disk_errors():
         model.save_pretrained(partial)
@@ -143,26 +149,49 @@ def save_model(model: Any, folder: str | Path) -> None:
                 path.replace(whole)
 
 
-def load_model(kind: type[Any], folder: str | Path, **options: Any) -> Any:
-    """Return `kind.from_pretrained(folder)` in float32 and eval mode; refuse weights that are missing or left over."""
-    if variant := next((_variant(_WEIGHTS.match(file.name)) for file in weight_files(Path(folder))), ""):
-        options["variant"] = variant
+def load_model(kind: type[Any], folder: str | Path) -> Any:
+    """Return a model of diffusers or transformers in float32 and eval mode, by its config.json and `read_weights`."""
+    folder = Path(folder)
+    weights = read_weights(folder)
     logging.disable(logging.WARNING)  # what is left over is said below, in one line
-    try:  # a .bin is read as tensors only; without low_cpu_mem_usage it does not ask for a package that is of no use
-        model, report = kind.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True, **options)
+    try:
+        if issubclass(kind, ModelMixin):
+            with no_init_weights():
+                model = kind.from_config(read_json(folder / "config.json"))
+            model._fix_state_dict_keys_on_load(weights)
+            load_weights(model, weights, folder)
+        else:  # which know the names of former versions
+            config = kind.config_class.from_pretrained(folder)
+            model, report = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
+            _refuse_missing(sorted(report["missing_keys"]), folder)
+            refuse_left_over(model.state_dict(), sorted(report["unexpected_keys"]), folder)
+            refuse_not_finite(weights, folder)
     except UserError:
         raise
-    except Exception as error:  # of any kind: what diffusers' versions stumble over in damaged files
+    except Exception as error:  # of any kind: what their versions stumble over in damaged files
         problem = f"The {kind.__name__} in {folder} cannot be loaded ({one_line(error)})"
         raise UserError(f"{problem}: copy the folder anew") from None
     finally:
         logging.disable(logging.NOTSET)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        lacking = f"{len(missing)} are missing, such as {missing[0]}"
-        raise UserError(f"The weights in {folder} are not those of its config.json: {lacking}. Copy the folder anew")
-    refuse_left_over(model.state_dict(), sorted(report["unexpected_keys"]), folder)
     return model.float().eval()
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Any], source: Any, anew: tuple[str, ...] = ()) -> Any:
+    """Load whole, finite weights of this form; those whose names begin with one of `anew` may be missing."""
+    try:
+        loaded = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{source} is of another form: {str(error).splitlines()[1].strip()}") from None
+    _refuse_missing([name for name in loaded.missing_keys if not name.startswith(anew)], source)
+    refuse_left_over(model.state_dict(), weights, source)
+    refuse_not_finite(weights, source)
+    return loaded
+
+
+def _refuse_missing(names: list[str], source: Any) -> None:
+    if names:
+        lacking = f"lacks {len(names)} of the model's weights, the first {names[0]}"
+        raise UserError(f"{source} {lacking}: it is not whole, or of another network. Copy it again, or take another")
 
 
 def refuse_left_over(own: Iterable[str], given: Iterable[str], source: Any) -> None:
@@ -177,6 +206,15 @@ def refuse_left_over(own: Iterable[str], given: Iterable[str], source: Any) -> N
     if left:
         found = f"{len(left)} weights of {source} find no place in this model ({join_first(left)})"
         raise UserError(f"{found}: it is another network, or its configuration another one's. Take those that belong")
+
+
+def refuse_not_finite(
+    weights: Mapping[str, Any], source: Any, help: str = "Take an earlier checkpoint of that training, or copy it again"
+) -> None:
+    tensors = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor) and not v.is_meta}
+    damaged = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]
+    if damaged:
+        raise UserError(f"{len(damaged)} weights of {source} are not finite ({join_first(damaged, 1)}). {help}")
 
 
 def hardlink_duplicates(kept: Path, copies: Path) -> None:
@@ -220,22 +258,28 @@ def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
 def read_weights(path: str | Path) -> dict[str, Any]:
     """Return what a safetensors file, a checkpoint of `torch.save` or the `weight_files` of a folder hold."""
     path = in_home(path)
+    named = _WEIGHTS.match(path.name)
+    if named and (named["shards"] or named["index"]):  # one of several, which belong together
+        path = path.parent
     if not path.is_dir():
-        return read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+        return _read_file(path)
     if not (files := weight_files(path)):
         expected = "expected model.safetensors or diffusion_pytorch_model.safetensors"
         raise UserError(f"No weights in {path}: {expected}; it {contents(path)}")
-    return {name: tensor for file in files for name, tensor in read_weights(file).items()}
+    return {name: tensor for file in files for name, tensor in _read_file(file).items()}
 
 
+def _read_file(path: Path) -> dict[str, Any]:
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+
+
+NAMES = ("diffusion_pytorch_model", "pytorch_model", "model")
+FORMS = (".safetensors", "-*.safetensors", ".*.safetensors", "*.bin")
+"""Files of weights in a repository: a whole one, or else shards, a variant such as fp16, pickles."""
 _WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([a-z]\w+?))?(?:-\d+-of-(?P<shards>\d+))?(?:\.([a-z]\w+))?"
+    rf"(?:{'|'.join(NAMES)})(?:\.([a-z]\w+?))?(?:-\d+-of-(?P<shards>\d+))?(?:\.([a-z]\w+))?"
     r"\.(?P<ending>safetensors|bin)(?P<index>\.index(?:\.(\w+))?\.json)?$"
 )
-
-
-def _variant(found: re.Match) -> str:
-    return found[1] or found[3] or found[6] or ""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -245,7 +289,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     groups: dict[tuple[bool, bool, bool, str], list[re.Match]] = {}
     for found in filter(None, map(_WEIGHTS.match, sorted(path.name for path in folder.glob("*")))):
-        variant = _variant(found)
+        variant = found[1] or found[3] or found[6] or ""
         groups.setdefault((variant != "", found["ending"] == "bin", variant != "fp16", variant), []).append(found)
     if not groups:
         return []
