@@ -157,7 +157,7 @@ def test_encodings_at_once_into_one_folder_are_each_their_own(split, tmp_path):
 
 
 def test_latents_of_an_earlier_version_lie_in_the_folder_itself(split, tmp_path, count_encoded):
-    """Whole or begun; what is of another key there stays as it is. Shards with the key of the whole are another form."""
+    """Whole or begun. What is of another key there stays as it is. Shards with the key of the whole are another form"""
     folder = encode(split, tmp_path / "latents", batch_size=3)
     for path in folder.path.iterdir():
         path.rename(tmp_path / "latents" / path.name)

@@ -150,9 +150,8 @@ class OrderedDataModule(L.LightningDataModule):
         there, here = state["samples per step"], self._new_order(0, processes).batch_size * processes
         if there % here:
             take = f"--batch_size {there // processes}" if there % processes == 0 else "as many --devices as it had"
-            raise UserError(
-                f"The checkpoint's run has steps of {there:,} images, here they are of {here:,}: take {take}"
-            )
+            found = f"The checkpoint's run has steps of {there:,} images, here they are of {here:,}"
+            raise UserError(f"{found}: take {take}")
         self.kept = there // here
         self.gathered *= self.kept
         self._check_place(state, self._new_order(0, processes))

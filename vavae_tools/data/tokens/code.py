@@ -46,9 +46,8 @@ class TokenCode:
             raise UserError(f"{num_tokens} tokens in {channels} channels of {cell_size}×{cell_size}: expected more")
         if bits > self.length:
             cell = f"a cell of {channels}×{cell_size}×{cell_size} pixels has {self.length}"
-            raise UserError(
-                f"{num_tokens:,} tokens need {bits} bits, {cell}: take a larger cell_size, or more channels"
-            )
+            needed = f"{num_tokens:,} tokens need {bits} bits"
+            raise UserError(f"{needed}, {cell}: take a larger cell_size, or more channels")
         self.num_tokens, self.cell_size, self.channels = num_tokens, cell_size, channels
         self.config = {"num_tokens": num_tokens, "cell_size": cell_size, "channels": channels}  # the arguments
         self._bits, largest = bits, 2**bits - 1
