@@ -160,7 +160,7 @@ def test_a_models_arguments_are_split():
         ({**TINY, "use_qk_norm": True}, r"No argument 'use_qk_norm' of DDT \(did you mean use_qknorm\?\)"),
         ({"num_classes": 3}, "num_classes is the conditioner's"),
         ({"size": "1p0B", "head": "wide"}, "with a wide head; there are S, B, L, XL"),
-        ({"head": "broad"}, "No head 'broad'; there are none, wide, text"),
+        ({"head": "broad"}, "No head 'broad'; there are wide, text"),
         ({"head": "wide", "hidden_size": 16}, "two numbers"),
     ],
 )

@@ -277,7 +277,8 @@ def _normalised(config: Mapping[str, Any]) -> dict[str, Any]:
         is_plain = value is None or isinstance(value, str | int | float)
         arguments[RENAMED.get(name, name)] = value if is_plain else tuple(value)
     size, head = arguments.pop("size", None), arguments.pop("head", None)
-    check_known("head", head or "none", ("none", "wide", "text"))
+    if head is not None:
+        check_known("head", head, ("wide", "text"))
     if head == "text":
         arguments["head"] = head
     if size is None:

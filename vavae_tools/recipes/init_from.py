@@ -96,7 +96,8 @@ def read_starting_weights(source: str | Path, kind: str | None = None) -> Starti
     Those are a `.pt` or `.safetensors`, bare or under "ema" or "model"; their kind is seen in names and shapes.
     """
     source = Path(source)
-    check_known("kind of weights", "null" if kind is None else kind, [*KINDS, "null"])  # null: seen in them
+    if kind is not None:
+        check_known("kind of weights", kind, KINDS, " (null: seen in them)")
     found = _read_starting_weights(source, kind)
     if kind not in (None, found.kind):
         raise UserError(f"{source} is a {KINDS[found.kind]}, not a {KINDS[kind]}: set init.kind={found.kind}")
